@@ -1,0 +1,133 @@
+"""How often the 95% intervals of exponents cover the truth, on simulated trial tables.
+
+Each table is a study whose memory is ``300 MB + a · rows^2 · width^1.1 · 1.5 [adam]`` or whose
+time is ``0.5 s + b · rows^1.2 · width^0.6 · 1.5 [adam]``, times log-normal noise; one parameter
+does nothing. A share of the trials is ended early, at a limit or by a pruner, and counts as lower
+bounds. Beside the fitted model stand two baselines on the same tables: the same model on the
+completed trials alone, and with the lower bounds taken for values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+
+from optuna_quota._models.utilization import UtilizationModel
+from optuna_quota._models.utilization_data import Parameter
+from optuna_quota._models.utilization_design import build_design
+from optuna_quota._models.utilization_design import values_of
+from optuna_quota._models.utilization_select import select
+
+
+TRUTH = {
+    "memory": {"rows": 2.0, "width": 1.1, "lr": 0.0, "optimizer[adam]": np.log(1.5)},
+    "wall_time": {"rows": 1.2, "width": 0.6, "lr": 0.0, "optimizer[adam]": np.log(1.5)},
+}
+
+
+def simulate(rng, resource, n, share, noise):
+    """Return parameters, log usage and which of it is a lower bound."""
+    rows = np.exp(rng.uniform(np.log(200), np.log(10_000), n))
+    width = np.exp(rng.uniform(np.log(16), np.log(512), n))
+    lr = np.exp(rng.uniform(np.log(1e-5), np.log(1e-1), n))
+    adam = rng.integers(0, 2, n).astype(float)
+    b = TRUTH[resource]
+    power = rows ** b["rows"] * width ** b["width"] * 1.5**adam
+    mean = 300e6 + 0.8 * power if resource == "memory" else 0.5 + 1e-5 * power
+    y = np.log(mean) + noise * rng.standard_normal(n)
+    censored = np.zeros(n, dtype=bool)
+    if resource == "memory" and share:  # a limit that this share of the trials would be over
+        limit = np.quantile(y, 1 - share)
+        censored = y > limit
+        y = np.minimum(y, limit)
+    elif share:  # a pruner stops this share of the trials, at any point of their course
+        censored = rng.permutation(n) < round(share * n)
+        y = np.where(censored, y + np.log(rng.uniform(0.1, 1.0, n)), y)
+    parameters = (
+        Parameter("rows", rows, low=200, high=10_000),
+        Parameter("width", width, low=16, high=512),
+        Parameter("lr", lr, low=1e-5, high=1e-1),
+        Parameter("optimizer", adam, ("sgd", "adam")),
+    )
+    return parameters, y, censored
+
+
+def fitted(resource, parameters, y, censored, kept):
+    """Return the coefficients of a model fitted to the trials ``kept``."""
+    design = build_design(parameters, kept)
+    selected = select(design, values_of(parameters, kept), y[kept], censored[kept])
+    return UtilizationModel(resource, selected, np.flatnonzero(kept)).coefficients
+
+
+def covers(coefficients, truth):
+    """Return for each term whether its interval holds the truth, and its error."""
+    found = {}
+    for term, value in truth.items():
+        sign = 1.0
+        if term not in coefficients.index:  # the other level was the reference
+            term, sign = term.replace("adam", "sgd"), -1.0
+        if term not in coefficients.index:
+            continue
+        row = coefficients.loc[term]
+        held = row["lower"] <= sign * value <= row["upper"]
+        found[term.replace("sgd", "adam")] = (held, sign * row["estimate"] - value)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tables", type=int, default=500)
+    parser.add_argument("--trials", type=int, nargs="+", default=[60])
+    parser.add_argument("--noise", type=float, default=0.1)
+    parser.add_argument("--quick", action="store_true", help="40 tables only")
+    arguments = parser.parse_args()
+    tables = 40 if arguments.quick else arguments.tables
+    print(
+        f"{tables} tables each, noise {arguments.noise}; coverage of 95% intervals, % (aim 93-97)"
+    )
+    print(
+        f"{'resource':<10}{'n':>5}{'cut':>6}  {'method':<22}{'rows':>7}{'width':>7}{'lr':>7}"
+        f"{'adam':>7}{'all':>7}{'bias of rows':>14}{'ms/fit':>8}"
+    )
+    for resource in TRUTH:
+        for n in arguments.trials:
+            for share in (0.0, 0.2, 0.5):
+                compare(resource, n, share, tables, arguments.noise)
+
+
+def compare(resource, n, share, tables, noise) -> None:
+    methods = {"lower bounds": [], "completed trials only": [], "bounds as values": []}
+    spent = dict.fromkeys(methods, 0.0)
+    rng = np.random.default_rng(20261123)
+    for _ in range(tables):
+        parameters, y, censored = simulate(rng, resource, n, share, noise)
+        everything, nothing = np.ones(n, dtype=bool), np.zeros(n, dtype=bool)
+        cases = {"lower bounds": (censored, everything)}
+        if share:
+            cases["completed trials only"] = (nothing, ~censored)
+            cases["bounds as values"] = (nothing, everything)
+        for name, (cut, kept) in cases.items():
+            start = time.process_time()
+            methods[name].append(
+                covers(fitted(resource, parameters, y, cut, kept), TRUTH[resource])
+            )
+            spent[name] += time.process_time() - start
+    for name, found in methods.items():
+        if found:
+            show(resource, n, share, name, found, spent[name])
+
+
+def show(resource, n, share, name, found, seconds) -> None:
+    shares = [100 * np.mean([f[term][0] for f in found if term in f]) for term in TRUTH[resource]]
+    bias = np.median([f["rows"][1] for f in found if "rows" in f])
+    print(
+        f"{resource:<10}{n:>5}{share:>6.0%}  {name:<22}"
+        + "".join(f"{s:>7.1f}" for s in [*shares, np.mean(shares)])
+        + f"{bias:>+14.3f}{1e3 * seconds / len(found):>8.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""Isolated trials: overshoot past a memory limit, breach to dead, start cost, round trip.
+
+**Overshoot.** A trial allocates as fast as the memory allows until it is stopped: private memory
+(``numpy.ones``), shared memory (which the kernel's own limits don't count), and shared memory by a
+trial that catches every exception and goes on. Beside this library stand pynisher, and psutil
+pollers of 100 and 250 ms that kill the process. The peak is what the trial itself last saw of its
+resident memory, written to a file that it shares with the benchmark; the time runs from the moment
+when the limit was passed, or an allocation was refused, to the moment when the caller has control
+back and the process is gone.
+
+**Start.** A call that does nothing, beside multiprocessing's and pynisher's by the same method.
+
+**Round trip.** ``report`` and ``should_prune`` in the trial, beside the same in process.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+import contextlib
+import mmap
+import multiprocessing
+import os
+from pathlib import Path
+import statistics
+import struct
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import optuna
+import psutil
+
+from optuna_quota import isolated
+from optuna_quota import Limits
+
+
+MIB = 2**20
+LIMIT = 512 * MIB
+# A poller that is too slow must not take the machine with it.
+CEILING = 2048 * MIB
+BLOCK = 8 * MIB
+RECORD = "ddd"
+
+
+class Progress:
+    """What the trial writes and the benchmark reads: peak, time of passing, last time."""
+
+    def __init__(self, path: str) -> None:
+        with open(path, "r+b") as file:
+            self._map = mmap.mmap(file.fileno(), struct.calcsize(RECORD))
+
+    def write(self, peak: float, passed: float, last: float) -> None:
+        struct.pack_into(RECORD, self._map, 0, peak, passed, last)
+
+    def read(self) -> tuple[float, float, float]:
+        return struct.unpack_from(RECORD, self._map, 0)
+
+
+def allocate(path: str, kind: str) -> None:
+    """Allocate until stopped."""
+    progress = Progress(path)
+    held: list[Any] = []
+    size, peak, passed = 0, 0.0, 0.0
+    page = os.sysconf("SC_PAGE_SIZE")
+    deadline = time.monotonic() + 10
+    while size < CEILING and time.monotonic() < deadline:
+        try:
+            held.append(_block(kind))
+            size += BLOCK
+        except MemoryError:
+            progress.write(peak, passed or time.monotonic(), time.monotonic())
+            raise
+        except BaseException:
+            if kind != "shared, stubborn":
+                raise
+        with open("/proc/self/statm", "rb") as file:
+            peak = max(peak, int(file.read().split()[1]) * page)
+        if peak > LIMIT and not passed:
+            passed = time.monotonic()
+        progress.write(peak, passed, time.monotonic())
+
+
+def _block(kind: str) -> Any:
+    if kind == "private":
+        return np.ones(BLOCK, dtype=np.uint8)
+    shared = mmap.mmap(-1, BLOCK)
+    np.frombuffer(shared, dtype=np.uint8)[:] = 1
+    return shared
+
+
+def by_isolated(path: str, kind: str) -> None:
+    study = optuna.create_study()
+    objective = isolated(lambda trial: allocate(path, kind), limits=Limits(memory=LIMIT))
+    study.optimize(objective, n_trials=1)
+
+
+def by_pynisher(path: str, kind: str) -> None:
+    from pynisher import limit
+    from pynisher import PynisherException
+
+    limited = limit(allocate, memory=LIMIT, context="forkserver")
+    with contextlib.suppress(PynisherException, MemoryError, OSError):
+        limited(path, kind)
+
+
+def by_poller(period: float) -> Callable[[str, str], None]:
+    def run(path: str, kind: str) -> None:
+        process = multiprocessing.get_context("fork").Process(target=allocate, args=(path, kind))
+        process.start()
+        watched = psutil.Process(process.pid)
+        while process.is_alive():
+            with contextlib.suppress(psutil.Error):
+                if watched.memory_info().rss > LIMIT:
+                    process.kill()
+                    break
+            time.sleep(period)
+        process.join()
+
+    return run
+
+
+def measure_overshoot(repeats: int) -> None:
+    print(f"Overshoot past {LIMIT / MIB:.0f} MiB, and time from there to control back\n")
+    print(f"{'memory':<18}{'by':<16}{'overshoot MiB':>26}{'to dead ms':>24}")
+    print(f"{'':<34}{'median':>14}{'worst':>12}{'median':>12}{'worst':>12}")
+    methods: dict[str, Callable[[str, str], None]] = {
+        "optuna_quota": by_isolated,
+        "pynisher": by_pynisher,
+        "psutil 100 ms": by_poller(0.1),
+        "psutil 250 ms": by_poller(0.25),
+    }
+    for kind in ("private", "shared", "shared, stubborn"):
+        for name, method in methods.items():
+            if name == "pynisher" and not has_pynisher():
+                print(f"{kind:<18}{name:<16}  (not installed)")
+                continue
+            found = [_overshoot(method, kind) for _ in range(repeats)]
+            over = [o / MIB for o, _ in found]
+            dead = [d * 1e3 for _, d in found]
+            print(
+                f"{kind:<18}{name:<16}{statistics.median(over):>14.1f}{max(over):>12.1f}"
+                f"{statistics.median(dead):>12.1f}{max(dead):>12.1f}"
+            )
+    print()
+
+
+def _overshoot(method: Callable[[str, str], None], kind: str) -> tuple[float, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder, "progress"))
+        Path(path).write_bytes(bytes(struct.calcsize(RECORD)))
+        method(path, kind)
+        back = time.monotonic()
+        peak, passed, last = Progress(path).read()
+    return max(0.0, peak - LIMIT), back - (passed or last)
+
+
+def has_pynisher() -> bool:
+    try:
+        import pynisher  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def nothing() -> float:
+    return 0.0
+
+
+def nothing_of_a_trial(trial: optuna.Trial) -> float:
+    return 0.0
+
+
+def _send_nothing(connection: Any) -> None:
+    connection.send(nothing())
+
+
+def by_multiprocessing(method: str) -> Callable[[], Any]:
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(
+            ["numpy", "psutil", "optuna", "optuna_quota._enforcement.isolated"]
+        )
+
+    def call() -> Any:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_send_nothing, args=(theirs,))
+        process.start()
+        value = ours.recv()
+        process.join()
+        ours.close()
+        theirs.close()
+        return value
+
+    return call
+
+
+def measure_start(repeats: int) -> None:
+    print("A call that does nothing, ms a call\n")
+    print(f"{'by':<28}{'median':>10}{'fastest':>10}{'x in process':>15}")
+    study = optuna.create_study()
+    baseline = _time(_trial(study, nothing_of_a_trial), repeats)
+    _print_start("in process", baseline, baseline)
+    for method in ("forkserver", "fork", "spawn"):
+        count = repeats if method != "spawn" else max(3, repeats // 10)
+        objective = isolated(nothing_of_a_trial, start_method=method)  # type: ignore[arg-type]
+        _print_start(f"optuna_quota {method}", _time(_trial(study, objective), count), baseline)
+        call = by_multiprocessing(method)
+        _print_start(f"multiprocessing {method}", _time(call, count), baseline)
+        if has_pynisher():
+            from pynisher import limit
+
+            limited = limit(nothing, memory=2**34, context=method)
+            _print_start(f"pynisher {method}", _time(limited, count), baseline)
+    print()
+
+
+def _trial(study: optuna.Study, objective: Callable[[optuna.Trial], float]) -> Callable[[], Any]:
+    return lambda: study.optimize(objective, n_trials=1)
+
+
+def _time(call: Callable[[], Any], repeats: int) -> list[float]:
+    call()
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+        # What a trial does beside this is not waited for by the next one.
+        time.sleep(0.02)
+    return times
+
+
+def _print_start(name: str, times: list[float], baseline: list[float]) -> None:
+    median = statistics.median(times)
+    ratio = median / statistics.median(baseline)
+    print(f"{name:<28}{median:>10.2f}{min(times):>10.2f}{ratio:>15.1f}")
+
+
+def measure_round_trip(steps: int) -> None:
+    print("report and should_prune, µs a pair\n")
+    print(f"{'storage':<12}{'in process':>12}{'isolated':>12}{'more':>10}")
+
+    def objective(trial: optuna.Trial) -> float:
+        times = []
+        for step in range(steps):
+            start = time.perf_counter()
+            trial.report(1.0, step)
+            trial.should_prune()
+            times.append((time.perf_counter() - start) * 1e6)
+        return statistics.median(times)
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, storage in (("memory", None), ("sqlite", f"sqlite:///{folder}/study.db")):
+            pruner = optuna.pruners.MedianPruner()
+            study = optuna.create_study(storage=storage, pruner=pruner)
+            study.optimize(objective, n_trials=3)
+            here = min(t.value or 0.0 for t in study.trials)
+            study.optimize(isolated(objective), n_trials=3)
+            there = min(t.value or 0.0 for t in study.trials[3:])
+            print(f"{name:<12}{here:>12.1f}{there:>12.1f}{there - here:>10.1f}")
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    arguments = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    measure_start(10 if arguments.quick else 50)
+    measure_round_trip(50 if arguments.quick else 200)
+    measure_overshoot(3 if arguments.quick else 10)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Ask-and-tell: the loop is the user's own, and ``check`` stands where a trial may be stopped."""
+
+from __future__ import annotations
+
+import numpy as np
+import optuna
+
+from optuna_quota import check
+from optuna_quota import LimitBreached
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import QuotaExhausted
+from optuna_quota import QuotaPruner
+from optuna_quota import QuotaSampler
+from optuna_quota import trial_table
+
+
+if __name__ == "__main__":
+    study = optuna.create_study(
+        directions=["minimize", "minimize"],
+        sampler=QuotaSampler(optuna.samplers.TPESampler(seed=0), quota=Quota(n_trials=8)),
+        pruner=QuotaPruner(limits=Limits(memory="500MiB")),
+    )
+    while True:
+        try:
+            trial = study.ask()
+        except QuotaExhausted as error:
+            print(f"Ended: {error}")
+            break
+        rows = trial.suggest_int("rows", 100, 20_000, log=True)
+        try:
+            kernel = np.ones((rows, 500))
+            check(trial)
+            inner = kernel @ kernel.T if rows < 9000 else np.ones((9000, 9000))
+            check(trial)
+        except LimitBreached as error:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            print(f"Trial {trial.number}: {error}")
+            continue
+        study.tell(trial, [1 / rows, float(inner.nbytes)])
+        del kernel, inner
+    print(trial_table(study)[["number", "memory", "cpu_time", "outcome"]])

@@ -1,0 +1,39 @@
+"""Dask: a study in DaskStorage, its trials spread over workers, one quota for all of them."""
+
+from __future__ import annotations
+
+from distributed import Client
+from distributed import LocalCluster
+from distributed import wait
+import optuna
+from optuna_integration import DaskStorage
+
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import QuotaPruner
+from optuna_quota import QuotaSampler
+from optuna_quota import trial_table
+
+
+def objective(trial: optuna.Trial) -> float:
+    """Return the square of x."""
+    return trial.suggest_float("x", -10, 10) ** 2
+
+
+if __name__ == "__main__":
+    cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
+    with cluster, Client(cluster) as client:
+        study = optuna.create_study(
+            storage=DaskStorage(client=client),
+            sampler=QuotaSampler(optuna.samplers.TPESampler(), quota=Quota(n_trials=6)),
+            pruner=QuotaPruner(limits=Limits(memory="2GiB", wall_time="30s")),
+        )
+        futures = [
+            client.submit(study.optimize, objective, n_trials=5, pure=False) for _ in range(2)
+        ]
+        wait(futures)
+        for future in futures:
+            future.result()
+        table = trial_table(study)
+        print(table[["number", "value", "memory", "cpu_time", "outcome"]])
+        print(f"{(table['outcome'] == 'completed').sum()} completed")

@@ -1,0 +1,133 @@
+"""Keeps Optuna studies inside their computing-resource quotas.
+
+It **rejects** what will not fit before it runs, **terminates** what outgrows its limits while it
+runs, and **learns** from every finished trial how hyperparameters drive resource use, so that the
+next projection is better.
+
+Example:
+
+    .. code-block:: python
+
+        import optuna
+        from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, analyze, isolated
+
+        study = optuna.create_study(
+            sampler=QuotaSampler(quota=Quota(wall_time="2h", cpu_time="6h")),
+            pruner=QuotaPruner(limits=Limits(memory="4GiB", wall_time="5min")),
+        )
+        study.optimize(isolated(objective), n_trials=200)
+        print(analyze(study).summary())
+
+The terms: a **quota** is a ceiling on a whole study, a **limit** one on one trial. **Usage** is
+what was measured, a **footprint** what is expected before it runs, a **projection** the footprints
+summed over a **strategy**. To **reject** is never to run, to **prune** to stop on an intermediate
+value, to **terminate** to stop because of a **breach**, usage over a limit.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna_quota._version import __version__
+
+
+if TYPE_CHECKING:
+    from optuna_quota._analysis.replay import replay
+    from optuna_quota._analysis.replay import ReplayReport
+    from optuna_quota._analysis.report import analyze
+    from optuna_quota._analysis.report import UtilizationReport
+    from optuna_quota._enforcement.check import check
+    from optuna_quota._enforcement.isolated import isolated
+    from optuna_quota._enforcement.pruner import QuotaPruner
+    from optuna_quota._ledger.status import LedgerStatus
+    from optuna_quota._ledger.status import status
+    from optuna_quota._metering import Meter
+    from optuna_quota._models.footprint import Footprint
+    from optuna_quota._projection import project
+    from optuna_quota._projection import Projection
+    from optuna_quota._resources import Limits
+    from optuna_quota._resources import Quota
+    from optuna_quota._resources import Strategy
+    from optuna_quota._resources import Usage
+    from optuna_quota._sampler.sampler import QuotaSampler
+    from optuna_quota._table import trial_table
+    from optuna_quota.exceptions import LimitBreached
+    from optuna_quota.exceptions import QuotaError
+    from optuna_quota.exceptions import QuotaExhausted
+    from optuna_quota.exceptions import StudyRejected
+    from optuna_quota.exceptions import TrialCrashed
+    from optuna_quota.exceptions import TrialRejected
+
+
+# Where each public name lives. Modules are imported when a name is first asked for, so that
+# `import optuna_quota` costs next to nothing and statsmodels or plotly load only where used.
+_HOMES = {
+    "Footprint": "_models.footprint",
+    "LedgerStatus": "_ledger.status",
+    "LimitBreached": "exceptions",
+    "Limits": "_resources",
+    "Meter": "_metering",
+    "Projection": "_projection",
+    "Quota": "_resources",
+    "QuotaError": "exceptions",
+    "QuotaExhausted": "exceptions",
+    "QuotaPruner": "_enforcement.pruner",
+    "QuotaSampler": "_sampler.sampler",
+    "ReplayReport": "_analysis.replay",
+    "Strategy": "_resources",
+    "StudyRejected": "exceptions",
+    "TrialCrashed": "exceptions",
+    "TrialRejected": "exceptions",
+    "Usage": "_resources",
+    "UtilizationReport": "_analysis.report",
+    "analyze": "_analysis.report",
+    "check": "_enforcement.check",
+    "isolated": "_enforcement.isolated",
+    "project": "_projection",
+    "replay": "_analysis.replay",
+    "status": "_ledger.status",
+    "trial_table": "_table",
+}
+
+__all__ = [
+    "Footprint",
+    "LedgerStatus",
+    "LimitBreached",
+    "Limits",
+    "Meter",
+    "Projection",
+    "Quota",
+    "QuotaError",
+    "QuotaExhausted",
+    "QuotaPruner",
+    "QuotaSampler",
+    "ReplayReport",
+    "Strategy",
+    "StudyRejected",
+    "TrialCrashed",
+    "TrialRejected",
+    "Usage",
+    "UtilizationReport",
+    "__version__",
+    "analyze",
+    "check",
+    "isolated",
+    "project",
+    "replay",
+    "status",
+    "trial_table",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

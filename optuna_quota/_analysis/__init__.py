@@ -1,0 +1,1 @@
+"""What a finished or running study says about its use of resources."""

@@ -1,0 +1,156 @@
+"""Which hyperparameters go with which use: rank correlations and effect sizes.
+
+Numbers have Spearman's ρ with the interval of Bonett and Wright (Psychometrika 65, 2000):
+``tanh(atanh(ρ) ± z · sqrt((1 + ρ²/2) / (n − 3)))``. Categories have the Kruskal-Wallis test and
+its effect size ε² = H / (n − 1) (Tomczak and Tomczak, Trends in Sport Sciences 21, 2014), with
+the interval from inverting the noncentral χ² distribution of H. All p-values of a study are
+adjusted together by Holm's method, which bounds the chance of any false claim whatever their
+dependence.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_quota._models.utilization_data import Parameter
+from optuna_quota._models.utilization_data import StudyData
+
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    import pandas as pd
+
+
+COLUMNS = (
+    "param",
+    "resource",
+    "rho",
+    "lower",
+    "upper",
+    "p_value",
+    "p_adjusted",
+    "n",
+    "measure",
+    "branch",
+)
+# Nothing is claimed from fewer trials: at n = 8 only |rho| > 0.74 would pass a lone test at 5%.
+MIN_TRIALS = 8
+_Z95 = 1.959963984540054
+
+
+def correlations(data: StudyData) -> pd.DataFrame:
+    """Return a row for every parameter and resource, the strongest of each resource first.
+
+    What too few trials say (under eight, or a parameter or usage that never varied) has NaN for
+    its figures and its ``n`` all the same. A conditional parameter is judged among the trials
+    that had it, which ``branch`` names.
+
+    Args:
+        data: The study.
+    """
+    import pandas as pd
+
+    rows = [_row(data, p, r) for r in data.resources for p in data.parameters]
+    table: pd.DataFrame = pd.DataFrame(rows, columns=list(COLUMNS))
+    table["p_adjusted"] = _holm(table["p_value"].to_numpy(dtype=float))
+    order = table["rho"].abs().fillna(-1.0)
+    place = table["resource"].map({name: i for i, name in enumerate(data.resources)})
+    index = np.lexsort((-order.to_numpy(dtype=float), place.to_numpy(dtype=float)))
+    ordered: pd.DataFrame = table.iloc[index].reset_index(drop=True)
+    return ordered
+
+
+def _row(data: StudyData, parameter: Parameter, resource: str) -> dict[str, Any]:
+    kept = data.ranked(resource) & parameter.active
+    x, y = parameter.values[kept], data.amounts(resource)[kept]
+    figures = {"rho": math.nan, "lower": math.nan, "upper": math.nan, "p_value": math.nan}
+    if len(x) >= MIN_TRIALS and _varies(x) and _varies(y):
+        figures = _epsilon_squared(x, y) if parameter.levels else spearman(x, y)
+    return {
+        "param": parameter.name,
+        "resource": resource,
+        **figures,
+        "n": len(x),
+        "measure": "epsilon2" if parameter.levels else "rho",
+        "branch": parameter.branch,
+    }
+
+
+def _varies(values: NDArray[np.float64]) -> bool:
+    return bool((values != values[0]).any())
+
+
+def spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> dict[str, float]:
+    """Return ρ of two numbers with its interval and p-value; each must vary.
+
+    Args:
+        x: Shape ``(n,)``.
+        y: Shape ``(n,)``.
+    """
+    from scipy import special
+    from scipy import stats
+
+    n = len(x)
+    rho = float(np.clip(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1], -1, 1))
+    # A perfect order says only that no pair was swapped: half a swap of neighbours keeps the
+    # interval and the p-value finite. One swap lowers rho by 12 / (n (n² - 1)).
+    most = 1 - 6 / (n * (n * n - 1))
+    near = float(np.clip(rho, -most, most))
+    half = _Z95 * math.sqrt((1 + near**2 / 2) / (n - 3))
+    t = near * math.sqrt((n - 2) / (1 - near**2))
+    return {
+        "rho": rho,
+        "lower": math.tanh(math.atanh(near) - half),
+        "upper": max(math.tanh(math.atanh(near) + half), rho),
+        "p_value": float(2 * special.stdtr(n - 2, -abs(t))),
+    }
+
+
+def _epsilon_squared(codes: NDArray[np.float64], y: NDArray[np.float64]) -> dict[str, float]:
+    from scipy import special
+    from scipy import stats
+
+    n, groups = len(y), [y[codes == code] for code in np.unique(codes)]
+    h, df = float(stats.kruskal(*groups).statistic), len(groups) - 1
+    lower, upper = (_noncentrality(h, df, q) / (n - 1) for q in (0.975, 0.025))
+    effect = h / (n - 1)
+    return {
+        "rho": effect,
+        "lower": min(lower, effect),
+        "upper": min(max(upper, effect), 1.0),
+        "p_value": float(special.chdtrc(df, h)),
+    }
+
+
+def _noncentrality(h: float, df: int, quantile: float) -> float:
+    """Return λ such that a noncentral χ²(df, λ) is at most ``h`` with probability ``quantile``."""
+    from scipy import optimize
+    from scipy import special
+
+    def excess(noncentrality: float) -> float:
+        return float(special.chndtr(h, df, noncentrality)) - quantile
+
+    if excess(0.0) <= 0:
+        return 0.0
+    high = h + 10 * math.sqrt(h + df) + 10
+    return float(optimize.brentq(excess, 0.0, high, xtol=1e-6 * high))
+
+
+def _holm(p_values: NDArray[np.float64]) -> NDArray[np.float64]:
+    adjusted = np.full(len(p_values), math.nan)
+    known = np.isfinite(p_values)
+    if known.any():
+        from statsmodels.stats.multitest import multipletests
+
+        adjusted[known] = multipletests(p_values[known], method="holm")[1]
+    return adjusted
+
+
+def claims(table: pd.DataFrame, level: float = 0.05) -> list[dict[str, Any]]:
+    """Return the rows whose adjusted p-value is below ``level``, in their order."""
+    rows: list[dict[str, Any]] = table[table["p_adjusted"] < level].to_dict("records")
+    return rows

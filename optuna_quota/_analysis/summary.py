@@ -1,0 +1,164 @@
+"""The report as text for a terminal, at most 100 columns wide."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from collections.abc import Sequence
+import math
+import textwrap
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna_quota._analysis.correlations import claims
+from optuna_quota._analysis.correlations import MIN_TRIALS
+from optuna_quota._models.vetoes import count_vetoes
+from optuna_quota._resources import format_amount
+from optuna_quota._resources import get_resource
+from optuna_quota._resources import OUTCOMES
+
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from optuna_quota._analysis.advice import Advice
+    from optuna_quota._analysis.report import UtilizationReport
+    from optuna_quota._models.utilization import UtilizationModel
+
+
+WIDTH = 99
+
+
+def summarize(report: UtilizationReport) -> str:
+    """Return the whole report as text."""
+    blocks = [
+        head(report),
+        usage_lines(report),
+        correlation_lines(report.correlations),
+        model_lines(report),
+        advice_lines(report.advice),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in map(list, blocks) if lines)
+
+
+def head(report: UtilizationReport) -> Iterator[str]:
+    """Say which study this is and how its trials ended."""
+    counts = Counter(o for o in report.data.ended if o is not None)
+    if not counts:
+        yield f"Study {report.study.study_name!r}: no trial has finished, nothing to analyze yet."
+        return
+    ended = ", ".join(f"{counts[o]} {o}" for o in OUTCOMES if counts[o])
+    yield from wrap(
+        f"Study {report.study.study_name!r}: {counted(sum(counts.values()), 'trial')} finished: "
+        f"{ended}."
+    )
+    vetoes = count_vetoes(report.study.get_trials(deepcopy=False))
+    if vetoes.total:
+        yield from wrap(str(vetoes))
+
+
+def usage_lines(report: UtilizationReport) -> Iterator[str]:
+    """Say what the trials used, one line a resource."""
+    if not report.data.resources:
+        if len(report.data.table):
+            yield from wrap("No usage is known of any trial, so there is nothing to explain.")
+        return
+    yield f"{'Usage':<14}{'median':>14}{'greatest':>14}{'in total':>14}   measured"
+    for name in report.data.resources:
+        amounts = report.data.amounts(name)
+        known = report.table[name].dropna()
+        total = "" if get_resource(name).peak else format_amount(name, float(known.sum()))
+        yield (
+            f"  {get_resource(name).title:<12}{format_amount(name, float(known.median())):>14}"
+            f"{format_amount(name, float(known.max())):>14}{total:>14}"
+            f"   {len(known)} of {len(amounts)} trials"
+        )
+
+
+def correlation_lines(table: pd.DataFrame) -> Iterator[str]:
+    """Say which hyperparameters go with which use, and how surely."""
+    tested = int(table["p_value"].notna().sum())
+    if not len(table):
+        return
+    if not tested:
+        yield from wrap(
+            f"Correlations: none computed. They take {MIN_TRIALS} trials with a known usage in "
+            "which both the hyperparameter and the usage vary."
+        )
+        return
+    yield from wrap(
+        f"Correlations (Spearman's rho, for categories the effect size epsilon²; 95% interval; "
+        f"p after Holm's correction for {counted(tested, 'test')})"
+    )
+    found = claims(table)
+    for row in found:
+        yield from _correlation_line(row)
+    if len(found) < tested:
+        yield f"  {tested - len(found)} of {tested} show no clear association (p >= 0.05)."
+
+
+def model_lines(report: UtilizationReport) -> Iterator[str]:
+    """Say each model as a formula, with its sharpest intervals and what to be wary of."""
+    if not report.models and not report.missing_models:
+        return
+    yield "Models (a floor plus a power law; 95% intervals, HC3; early ends count as lower bounds)"
+    for model in report.models.values():
+        yield from wrap(model.formula, first="  ", indent="      ")
+        yield from wrap(_basis(model), first="    ", indent="    ")
+        for warning in model.diagnostics:
+            yield from wrap(warning, first="    ! ", indent="      ")
+    for reason in report.missing_models.values():
+        yield from wrap(reason, first="  ", indent="    ")
+
+
+def advice_lines(advice: Sequence[Advice]) -> Iterator[str]:
+    """Say what to know or to change, with the lines to paste."""
+    if advice:
+        yield "Advice"
+    for one in advice:
+        yield from wrap(one.text, first="  - ", indent="    ")
+        for snippet in one.snippets.values():
+            yield from (f"      {line}" for line in snippet.splitlines())
+
+
+def _basis(model: UtilizationModel) -> str:
+    table = model.coefficients
+    clear = table[(table["p_value"] < 0.05) & (table["kind"] == "exponent")]
+    exponents = [
+        f"{term} {row['estimate']:.2f} [{row['lower']:.2f}, {row['upper']:.2f}]"
+        for term, row in clear.iterrows()
+    ]
+    bounds = "bound" if model.n_censored == 1 else "bounds"
+    counts = f"{model.n_observed} trials, {model.n_censored} lower {bounds}"
+    shown = f"exponents {', '.join(exponents)}; " if exponents else ""
+    return f"{shown}{counts}; scatter {100 * math.expm1(min(model.sigma, 20)):.2g}%."
+
+
+def _correlation_line(row: dict[str, Any]) -> Iterator[str]:
+    sign = "" if row["measure"] == "epsilon2" else "+"
+    figures = (
+        f"{row['rho']:{sign}.2f} [{row['lower']:{sign}.2f}, {row['upper']:{sign}.2f}]"
+        f"  {p_text(row['p_adjusted'])}  n = {row['n']}"
+    )
+    branch = f"  within {row['branch']}" if row["branch"] else ""
+    title, param = get_resource(row["resource"]).title, _cut(row["param"], 24)
+    yield _cut(f"  {title:<12} {param:<24} {figures}{branch}", WIDTH)
+
+
+def p_text(p_value: float) -> str:
+    """Return a p-value for a person."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun: "1 trial", "2 trials"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def wrap(text: str, indent: str = "", first: str = "") -> list[str]:
+    """Return text broken into lines that fit."""
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=indent)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"

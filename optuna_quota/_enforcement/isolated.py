@@ -1,0 +1,121 @@
+"""isolated: each trial in a child process of its own, which can be ended at any instant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+import logging
+import math
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna_quota._enforcement.isolation.launch import START_METHODS
+from optuna_quota._enforcement.isolation.launch import StartMethod
+from optuna_quota._resources import Limits
+
+
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
+
+
+_logger = logging.getLogger("optuna.quota.isolated")
+
+
+class Isolated:
+    """An objective each of whose trials runs in a process of its own; made by :func:`isolated`."""
+
+    def __init__(
+        self,
+        objective: Callable[..., Any],
+        *,
+        grace_period: float,
+        start_method: StartMethod,
+        limits: Limits | None,
+        predictive_stop: bool,
+    ) -> None:
+        functools.update_wrapper(self, objective, updated=())
+        self.objective = objective
+        self.grace_period = grace_period
+        self.start_method = start_method
+        self.limits = limits
+        self.predictive_stop = predictive_stop
+
+    def __call__(self, trial: BaseTrial) -> Any:
+        """Run the objective on a trial in a process of its own; return what it returns."""
+        from optuna_quota._enforcement.isolation.run import TrialRun
+
+        return TrialRun(self, trial).run()
+
+    def __repr__(self) -> str:
+        name = getattr(self.objective, "__qualname__", repr(self.objective))
+        return f"isolated({name})"
+
+
+def isolated(
+    objective: Callable[..., Any],
+    *,
+    grace_period: float = 5.0,
+    start_method: StartMethod = "forkserver",
+    limits: Limits | None = None,
+    predictive_stop: bool = False,
+) -> Isolated:
+    """Return the same objective, each trial in a child process that can be killed.
+
+    The trial that the objective gets does all that it does otherwise, and what the objective
+    returns, raises, prints and logs arrives as if it had run in this process. A trial over a limit
+    is told to stop by :class:`~optuna_quota.LimitBreached`, raised in its main thread, so that it
+    can save a checkpoint; when the grace period is over, it is killed with all that it started. A
+    trial that dies ends its row, and the study goes on.
+
+    Example:
+
+        .. code-block:: python
+
+            study = optuna.create_study(
+                pruner=QuotaPruner(MedianPruner(), limits=Limits(memory="4GiB", wall_time="5min"))
+            )
+            study.optimize(isolated(objective), n_trials=100)
+
+    The script needs no ``if __name__ == "__main__":``. The objective is sent by value with what it
+    refers to; what it changes in global variables stays in its process.
+
+    Args:
+        objective: A function, lambda, closure, bound method or any callable that takes a trial.
+        grace_period: Seconds between the polite stop and the kill; also how long a process that
+            somebody stopped by SIGSTOP is waited for. A trial over its memory limit that goes on
+            growing is not waited for. 0 kills at once.
+        start_method: ``"forkserver"`` forks each trial from a template that has loaded the modules
+            (some milliseconds), ``"spawn"`` starts an interpreter for each (some hundred),
+            ``"fork"`` forks this process, so that nothing need be pickled; that is not safe beside
+            running threads and refused once this process uses CUDA.
+        limits: Ceilings on each trial, for where no :class:`~optuna_quota.QuotaPruner` can be
+            passed; otherwise those of the study's pruner are in force.
+        predictive_stop: Whether to stop a trial as soon as the growth of its memory, or its pace
+            against the time limit, is sure to breach: see ``Breach.forecast``.
+
+    Returns:
+        A callable for ``study.optimize``, or to be called with a trial from ``study.ask``.
+
+    Raises:
+        ValueError: If ``grace_period`` is negative or not finite or the start method unknown.
+        TypeError: If the objective can't be called or the limits are none.
+        LimitBreached: By the call, when the trial was over a limit.
+        TrialCrashed: By the call, when the trial's process died.
+    """
+    if not callable(objective):
+        raise TypeError(f"`objective` must be callable but got {objective!r}.")
+    if not math.isfinite(grace_period) or grace_period < 0:
+        raise ValueError(f"`grace_period` must be nonnegative and finite but got {grace_period}.")
+    if start_method not in START_METHODS:
+        raise ValueError(
+            f"`start_method` must be one of {', '.join(START_METHODS)} but got {start_method!r}."
+        )
+    if limits is not None and not isinstance(limits, Limits):
+        raise TypeError(f"`limits` must be Limits but got {limits!r}.")
+    return Isolated(
+        objective,
+        grace_period=float(grace_period),
+        start_method=start_method,
+        limits=limits,
+        predictive_stop=predictive_stop,
+    )

@@ -1,0 +1,74 @@
+"""What the study's process and a trial's supervisor tell each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from optuna_quota._resources import Breach
+
+
+@dataclass(frozen=True)
+class Started:
+    """The trial's process exists."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Mind:
+    """The trial's process is in use from now on.
+
+    Attributes:
+        grace_period: Seconds between the polite stop and the kill.
+    """
+
+    grace_period: float
+
+
+@dataclass(frozen=True)
+class Enforce:
+    """The objective is about to run: begin to measure and enforce.
+
+    Attributes:
+        memory: The limit in bytes, None without one.
+        quota: Whether it is what is left of a quota.
+        elapsed: Seconds since the trial's start.
+        data_limit: The ``RLIMIT_DATA`` that the trial's process has set.
+    """
+
+    memory: float | None
+    quota: bool
+    elapsed: float
+    data_limit: int | None
+
+
+@dataclass(frozen=True)
+class StopFor:
+    """Stop the trial politely for a breach, then hard.
+
+    Attributes:
+        breach: Which limit it is over.
+        grace_period: Seconds in between.
+    """
+
+    breach: Breach
+    grace_period: float
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Kill the trial now."""
+
+
+@dataclass(frozen=True)
+class Breached:
+    """The supervisor has found a breach and is stopping the trial."""
+
+    breach: Breach
+
+
+@dataclass(frozen=True)
+class Paused:
+    """The trial's process was stopped by a signal; it will be killed unless it goes on."""
+
+    patience: float

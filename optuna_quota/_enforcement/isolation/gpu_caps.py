@@ -1,0 +1,102 @@
+"""The GPU frameworks' own caps on memory, set in the trial's process before they are used.
+
+NVML shows what a process holds, not what it is about to take. A framework that knows its share
+fails its own allocation instead, with an error that is recognised as a breach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+from typing import Any
+
+
+def set_gpu_caps(gpu_memory: float | None, device_memory: float | None) -> None:
+    """Cap the frameworks to a trial's GPU memory; without a limit, do nothing.
+
+    Args:
+        gpu_memory: The trial's limit, in bytes.
+        device_memory: The memory of the smallest visible GPU, in bytes; None when unknown, and
+            then only what needs no fraction is set.
+    """
+    if gpu_memory is None:
+        return
+    # TensorFlow takes a whole device otherwise, whatever the model needs.
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    if device_memory:
+        fraction = min(1.0, gpu_memory / device_memory)
+        # JAX takes three quarters of a device at once otherwise.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{fraction:.4f}")
+    else:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    after_import("torch.cuda", lambda module: cap_torch(module, gpu_memory))
+
+
+def cap_torch(cuda: Any, gpu_memory: float) -> None:
+    """Cap torch's allocator on each device, at the moment when CUDA is first used.
+
+    Args:
+        cuda: The module ``torch.cuda``.
+        gpu_memory: The trial's limit, in bytes.
+    """
+
+    def cap() -> None:
+        for device in range(cuda.device_count()):
+            total = cuda.get_device_properties(device).total_memory
+            cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / total), device)
+
+    # Torch's queue of what is due at initialisation: to initialise CUDA here would take GPU
+    # memory from trials that never use it.
+    lazily = getattr(cuda, "_lazy_call", None)
+    if lazily is not None:
+        lazily(cap)
+    elif cuda.is_available():
+        cap()
+
+
+def after_import(name: str, act: Callable[[types.ModuleType], None]) -> None:
+    """Call back with a module once it is imported; at once if it is already."""
+    if name in sys.modules:
+        act(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, act))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds one module as the others would, and acts after it has run."""
+
+    def __init__(self, name: str, act: Callable[[types.ModuleType], None]) -> None:
+        self._name = name
+        self._act = act
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: types.ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Return the others' spec with a loader that acts afterwards."""
+        if fullname != self._name:
+            return None
+        with contextlib.suppress(ValueError):
+            sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            self._wrap(spec.loader)
+        return spec
+
+    def _wrap(self, loader: Any) -> None:
+        execute = loader.exec_module
+
+        def exec_module(module: types.ModuleType) -> None:
+            execute(module)
+            self._act(module)
+
+        loader.exec_module = exec_module

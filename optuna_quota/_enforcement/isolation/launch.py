@@ -1,0 +1,171 @@
+"""Starts a trial's processes by one of the start methods."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+import socket
+import subprocess
+import sys
+import threading
+from typing import Any
+from typing import IO
+from typing import Literal
+
+from optuna_quota._enforcement.isolation import processes
+from optuna_quota._enforcement.isolation.channel import Channel
+from optuna_quota._enforcement.isolation.trial_process import fork_trial
+
+
+StartMethod = Literal["forkserver", "spawn", "fork"]
+START_METHODS: tuple[StartMethod, ...] = ("forkserver", "spawn", "fork")
+
+
+class Launched:
+    """The study's side of a trial's processes.
+
+    Args:
+        channel: The connection to the trial.
+        control: The connection to its supervisor.
+        supervisor: The supervisor's pid when it is this process's own child, else None.
+    """
+
+    def __init__(self, channel: Channel, control: Channel, supervisor: int | None = None) -> None:
+        self.channel = channel
+        self.control = control
+        self._supervisor = supervisor
+
+    def close(self) -> None:
+        """Close the connections, which ends whatever is left; wait for the supervisor."""
+        self.channel.close()
+        self.control.close()
+        pid, self._supervisor = self._supervisor, None
+        if pid is not None:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
+def launch_fork(cgroup: Path | None, objective: Any) -> Launched:
+    """Fork the trial from this process: nothing is pickled, and no GPU context may exist.
+
+    Raises:
+        RuntimeError: If this process uses CUDA, which a fork can't go on with.
+    """
+    if uses_cuda():
+        raise RuntimeError(
+            "`start_method` must not be 'fork' once this process uses CUDA, which a forked "
+            "process can't go on with; use 'forkserver'."
+        )
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+    parent = os.pidfd_open(os.getpid())
+    try:
+        forked = fork_trial(parent, cgroup=cgroup, objective=objective)
+    finally:
+        os.close(parent)
+    return Launched(Channel(forked.channel), Channel(forked.control), forked.supervisor)
+
+
+def uses_cuda() -> bool:
+    """Return whether this process holds a CUDA context; NVML alone, which we use, is none."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{name}").startswith("/dev/nvidia-uvm"):
+                    return True
+    return False
+
+
+def order_trial(template: socket.socket, data: bytes) -> Launched:
+    """Ask a template for a trial's processes.
+
+    Raises:
+        OSError: If the template is gone.
+    """
+    template.send(data)
+    answer, handles, _, _ = socket.recv_fds(template, 1 << 16, 2)
+    if len(handles) != 2:
+        raise TemplateGone(answer)
+    channel, control = (Channel(socket.socket(fileno=handle)) for handle in handles)
+    try:
+        with contextlib.ExitStack() as stack:
+            channel.send_descriptors([_stream(number, stack) for number in (1, 2)])
+    except OSError:
+        channel.close()
+        control.close()
+        raise
+    return Launched(channel, control)
+
+
+class TemplateGone(OSError):
+    """A template has ended.
+
+    Args:
+        last_words: What it said at the end.
+    """
+
+    def __init__(self, last_words: bytes) -> None:
+        super().__init__("The template has ended.")
+        self.last_words = last_words
+
+
+def _stream(number: int, stack: contextlib.ExitStack) -> int:
+    """Return a standard stream's descriptor, that of a null device where it is closed."""
+    try:
+        os.fstat(number)
+    except OSError:
+        number = os.open(os.devnull, os.O_WRONLY)
+        stack.callback(os.close, number)
+    return number
+
+
+_BOOT = (
+    "import sys; sys.path.insert(0, {folder!r}); "
+    "from optuna_quota._enforcement.isolation.{module} import main; main({argument})"
+)
+
+
+def interpreter(module: str, argument: Any) -> list[str]:
+    """Return the command that runs ``main`` of one of these modules in a fresh interpreter.
+
+    The study's script plays no part in it, so that no script needs a guard.
+    """
+    from multiprocessing.spawn import get_executable
+
+    folder = str(Path(__file__).resolve().parents[3])
+    flags = [f"-X{name}" for name in ("utf8", "dev") if name in sys._xoptions]
+    code = _BOOT.format(folder=folder, module=module, argument=repr(argument))
+    return [os.fsdecode(get_executable()), *flags, "-c", code]
+
+
+def can_supervise() -> bool:
+    """Return whether this system has what supervisors need; asked once."""
+    global _can_supervise
+    with _lock:
+        if _can_supervise is None:
+            _can_supervise = processes.can_supervise()
+        return _can_supervise
+
+
+_can_supervise: bool | None = None
+_lock = threading.Lock()
+
+
+def popen(command: list[str], errors: IO[bytes], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own, without a terminal and without noise.
+
+    Args:
+        command: The command.
+        errors: What becomes its standard error.
+        **options: As of :class:`subprocess.Popen`.
+    """
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=errors,
+        start_new_session=True,
+        **options,
+    )

@@ -1,0 +1,266 @@
+"""What a trial prints, logs and warns of comes out in the study's process, as if it ran there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import copy
+from dataclasses import dataclass
+import io
+import logging
+import os
+import sys
+from typing import Any
+import warnings
+
+from optuna_quota._enforcement.isolation.calls import Calls
+
+
+# The name of a call that does nothing: its answer says that all before it was done.
+SYNC = "_sync"
+
+
+@dataclass(frozen=True)
+class Printed:
+    """Text for one of the standard streams."""
+
+    stream: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Warned:
+    """A warning that the filters let through."""
+
+    message: Warning | str
+    category: type[Warning]
+    filename: str
+    lineno: int
+
+
+@dataclass(frozen=True)
+class OutputRules:
+    """How the study's process prints, logs and warns.
+
+    Attributes:
+        forwarded: The standard streams that were replaced, as in a notebook or by a test runner;
+            the others are written to directly.
+        encodings: Encoding and error handler of those written to directly.
+        levels: Level and whether it is disabled, of each logger that has a say.
+        disabled: The level up to which logging is off altogether.
+        filters: ``warnings.filters``.
+    """
+
+    forwarded: frozenset[str]
+    encodings: Mapping[str, tuple[str, str]]
+    levels: Mapping[str, tuple[int, bool]]
+    disabled: int
+    filters: Sequence[Any]
+
+
+def output_rules() -> OutputRules:
+    """Return the rules of this process, and flush what it has printed so far."""
+    forwarded, encodings = set(), {}
+    for name in ("stdout", "stderr"):
+        stream, original = getattr(sys, name), getattr(sys, f"__{name}__")
+        if stream is not original:
+            forwarded.add(name)
+        elif stream is not None:
+            stream.flush()
+            encodings[name] = (stream.encoding, stream.errors or "strict")
+    loggers: dict[str, Any] = {"": logging.getLogger()}
+    loggers.update(logging.Logger.manager.loggerDict)
+    levels = {
+        name: (logger.level, logger.disabled)
+        for name, logger in loggers.items()
+        if isinstance(logger, logging.Logger) and (logger.level or logger.disabled)
+    }
+    return OutputRules(
+        frozenset(forwarded),
+        encodings,
+        levels,
+        logging.Logger.manager.disable,
+        tuple(warnings.filters),
+    )
+
+
+def follow(rules: OutputRules, calls: Calls) -> None:
+    """Print, log and warn by the rules of the study's process."""
+    for name in ("stdout", "stderr"):
+        if name in rules.forwarded:
+            setattr(sys, name, ForwardedStream(name, calls))
+        elif name in rules.encodings:
+            stream = _open_stream(name, *rules.encodings[name])
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+    _follow_logging(rules, calls)
+    _follow_warnings(rules, calls)
+
+
+def _open_stream(name: str, encoding: str, errors: str) -> io.TextIOBase:
+    """Return a new stream: the template's own still takes its descriptor for a null device.
+
+    A killed process can't flush, so each line is written as it ends.
+    """
+    handle = 1 if name == "stdout" else 2
+    return open(handle, "w", buffering=1, encoding=encoding, errors=errors, closefd=False)
+
+
+def replay(message: Any) -> None:
+    """Do in the study's process what the child could not: print, log or warn."""
+    if isinstance(message, Printed):
+        stream = getattr(sys, message.stream)
+        if stream is not None:
+            stream.write(message.text)
+            stream.flush()
+    elif isinstance(message, Warned):
+        warnings.showwarning(message.message, message.category, message.filename, message.lineno)
+    elif isinstance(message, logging.LogRecord):
+        logger = logging.getLogger(message.name)
+        if logger.isEnabledFor(message.levelno):
+            logger.handle(message)
+
+
+class ForwardedStream(io.TextIOBase):
+    """A standard stream that is written to in the study's process, line by line.
+
+    Args:
+        name: ``"stdout"`` or ``"stderr"``.
+        calls: The way there.
+    """
+
+    def __init__(self, name: str, calls: Calls) -> None:
+        self._name = name
+        self._calls = calls
+        self._pid = os.getpid()
+        self._text = ""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # read-only here
+        """The encoding that the descriptor underneath is written in."""
+        return "utf-8"
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def fileno(self) -> int:
+        """Return the descriptor that subprocesses write to."""
+        return 1 if self._name == "stdout" else 2
+
+    def write(self, text: str) -> int:
+        """Write, and send on what is complete to the last line's end."""
+        self._text += text
+        if "\n" in text or "\r" in text or len(self._text) > 8192:
+            self._send()
+        return len(text)
+
+    def flush(self) -> None:
+        """Send on what was written, and wait until it is out.
+
+        What subprocesses write to the descriptor afterwards then comes afterwards.
+        """
+        if self._text:
+            self._send()
+        if os.getpid() == self._pid:
+            self._calls.call(0, SYNC)
+
+    def _send(self) -> None:
+        text, self._text = self._text, ""
+        if os.getpid() == self._pid:
+            self._calls.notify(Printed(self._name, text))
+        else:
+            # A process that the objective forked: the connection isn't its own.
+            os.write(self.fileno(), text.encode("utf-8", "replace"))
+
+
+class ForwardingHandler(logging.Handler):
+    """Hands each record to the study's process, whose handlers deal with it.
+
+    Args:
+        calls: The way there.
+    """
+
+    def __init__(self, calls: Calls) -> None:
+        super().__init__()
+        self._calls = calls
+        self._pid = os.getpid()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send a record."""
+        try:
+            if os.getpid() == self._pid:
+                self._calls.notify(_portable(record))
+            else:
+                os.write(2, (self.format(record) + "\n").encode("utf-8", "replace"))
+        except Exception:  # noqa: BLE001 - as every handler of the standard library does
+            self.handleError(record)
+
+
+def _portable(record: logging.LogRecord) -> logging.LogRecord:
+    """Return a record that any process can read: text in place of arguments and tracebacks."""
+    sent = copy.copy(record)
+    sent.msg = record.getMessage()
+    sent.args = None
+    if record.exc_info:
+        sent.exc_text = record.exc_text or logging.Formatter().formatException(record.exc_info)
+        sent.exc_info = None
+    for name in set(vars(sent)) - _STANDARD:
+        value = getattr(sent, name)
+        if not isinstance(value, (str, int, float, bool, type(None))):
+            setattr(sent, name, repr(value))
+    return sent
+
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({})))
+
+
+def blank_logging() -> None:
+    """Let every logger pass all its records up to the root, which has no handler.
+
+    Done once in the template: to go through all loggers in each trial would copy their pages.
+    """
+    global _is_blank
+    loggers = [
+        x for x in logging.Logger.manager.loggerDict.values() if isinstance(x, logging.Logger)
+    ]
+    for logger in [logging.getLogger(), *loggers]:
+        logger.handlers.clear()
+        logger.filters.clear()
+        logger.propagate = True
+        logger.disabled = False
+        logger.setLevel(logging.NOTSET)
+    _is_blank = True
+
+
+_is_blank = False
+
+
+def _follow_logging(rules: OutputRules, calls: Calls) -> None:
+    if not _is_blank:
+        blank_logging()
+    logging.getLogger().addHandler(ForwardingHandler(calls))
+    for name, (level, disabled) in rules.levels.items():
+        logger = logging.getLogger(name or None)
+        # Not by setLevel, which goes through all loggers: nothing has been logged yet.
+        logger.level = level
+        logger.disabled = disabled
+    if rules.disabled != logging.Logger.manager.disable:
+        logging.disable(rules.disabled)
+
+
+def _follow_warnings(rules: OutputRules, calls: Calls) -> None:
+    warnings.resetwarnings()
+    warnings.filters.extend(rules.filters)  # type: ignore[attr-defined]  # a list in fact
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: Any = None,
+        line: str | None = None,
+    ) -> None:
+        calls.notify(Warned(message, category, filename, lineno))
+
+    warnings.showwarning = show

@@ -1,0 +1,159 @@
+"""System calls on processes that Python has no function for, and reading the tree of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+# Helpers that remove shared memory, semaphores and temporary files once their user is gone: they
+# end by themselves when it is, and what it left would leak if they were killed along with it.
+_CLEANERS = (b"resource_tracker", b"torch_shm_manager")
+
+
+def can_supervise() -> bool:
+    """Return whether this system has what a supervisor needs: Linux with pidfds and /proc."""
+    if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+
+
+def become_subreaper() -> None:
+    """Inherit every orphan among this process's descendants.
+
+    Raises:
+        OSError: If the kernel refuses.
+    """
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed when the parent dies; at once if it has died already.
+
+    Args:
+        parent: The parent's pid.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+# Loaded once, in the template: to load it in each trial would cost a third of a millisecond.
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def _prctl(option: int, value: int) -> None:
+    assert _libc is not None
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def children(pid: int | str = "self") -> list[int]:
+    """Return the pids of a process's children, of all its threads."""
+    pids: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/children") as file:
+                pids += map(int, file.read().split())
+    return pids
+
+
+def descendants() -> list[int]:
+    """Return the pids of all that descends from this process."""
+    found: list[int] = []
+    queue = children()
+    while queue:
+        pid = queue.pop()
+        found.append(pid)
+        queue += children(pid)
+    return found
+
+
+def kill(pids: Iterable[int], among: Iterable[int]) -> None:
+    """Send SIGKILL to processes whose parent is this process or among others.
+
+    A number may have gone to another process since it was read. A pidfd is bound to one process,
+    whose parent is then looked at: nothing is ever killed that isn't in the tree.
+
+    Args:
+        pids: The processes.
+        among: The pids that make up the tree.
+    """
+    tree = {os.getpid(), *among}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            handle = os.pidfd_open(pid)
+            try:
+                if _parent(pid) in tree:
+                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+            finally:
+                os.close(handle)
+
+
+def _parent(pid: int) -> int:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[1])
+
+
+def name_of(pid: int) -> str:
+    """Return a process's command line, cut short, for a person."""
+    words = _command(pid).replace(b"\0", b" ").decode(errors="replace").strip()
+    return f"{words[:80] or 'a process'} (pid {pid})"
+
+
+def is_cleaner(pid: int) -> bool:
+    """Return whether a process cleans up after others and then ends by itself."""
+    return any(name in _command(pid) for name in _CLEANERS)
+
+
+def _command(pid: int) -> bytes:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def state_of(pid: int) -> str:
+    """Return the letter of a process's state, "" when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0].decode()
+    except OSError:
+        return ""
+
+
+def reap() -> dict[int, int]:
+    """Wait for all children that have ended; return their exit codes, negative for signals."""
+    codes = {}
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            codes[pid] = os.waitstatus_to_exitcode(status)
+    return codes
+
+
+def count_oom_kills() -> int:
+    """Return how often the kernel's out-of-memory killer has struck on this host."""
+    with contextlib.suppress(OSError, ValueError):
+        handle = os.open("/proc/vmstat", os.O_RDONLY)
+        try:
+            _, found, rest = os.read(handle, 1 << 16).partition(b"\noom_kill ")
+        finally:
+            os.close(handle)
+        return int(rest.split(None, 1)[0]) if found else 0
+    return 0

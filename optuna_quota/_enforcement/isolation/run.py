@@ -1,0 +1,365 @@
+"""One isolated trial from its start to its verdict, in the study's process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import contextlib
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+from typing import NoReturn
+from typing import TYPE_CHECKING
+
+from optuna.trial import Trial
+from optuna.trial import TrialState
+
+from optuna_quota import _optuna
+from optuna_quota._enforcement.check import condemn
+from optuna_quota._enforcement.check import raise_breached
+from optuna_quota._enforcement.check import raise_rejected
+from optuna_quota._enforcement.forecast import forecast_breach
+from optuna_quota._enforcement.isolation import cgroup
+from optuna_quota._enforcement.isolation.child import Exited
+from optuna_quota._enforcement.isolation.child import Raised
+from optuna_quota._enforcement.isolation.child import Ready
+from optuna_quota._enforcement.isolation.child import Returned
+from optuna_quota._enforcement.isolation.child import Start
+from optuna_quota._enforcement.isolation.child import Unsendable
+from optuna_quota._enforcement.isolation.child_trial import TrialFacts
+from optuna_quota._enforcement.isolation.control import Enforce
+from optuna_quota._enforcement.isolation.control import Mind
+from optuna_quota._enforcement.isolation.ending import Ended
+from optuna_quota._enforcement.isolation.ending import find_breach_in_death
+from optuna_quota._enforcement.isolation.ending import find_breach_in_shortage
+from optuna_quota._enforcement.isolation.ending import name_death
+from optuna_quota._enforcement.isolation.errors import unpack_error
+from optuna_quota._enforcement.isolation.launch import can_supervise
+from optuna_quota._enforcement.isolation.launch import launch_fork
+from optuna_quota._enforcement.isolation.launch import Launched
+from optuna_quota._enforcement.isolation.modules import can_preload
+from optuna_quota._enforcement.isolation.modules import named_modules
+from optuna_quota._enforcement.isolation.objectives import dump_objective
+from optuna_quota._enforcement.isolation.objectives import Residents
+from optuna_quota._enforcement.isolation.output import output_rules
+from optuna_quota._enforcement.isolation.plain import launch_plain
+from optuna_quota._enforcement.isolation.serving import NotStarted
+from optuna_quota._enforcement.isolation.serving import Server
+from optuna_quota._enforcement.isolation.surroundings import surroundings
+from optuna_quota._enforcement.isolation.template_client import template_client
+from optuna_quota._enforcement.settle import settle
+from optuna_quota._metering import key_of
+from optuna_quota._metering import metering_loop
+from optuna_quota._metering import Verdict
+from optuna_quota._records import is_rejected
+from optuna_quota._resources import Breach
+from optuna_quota._resources import Limits
+from optuna_quota._resources import Usage
+from optuna_quota.exceptions import TrialCrashed
+
+
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
+
+    from optuna_quota._enforcement.isolated import Isolated
+    from optuna_quota._metering import Watch
+
+
+_logger = logging.getLogger("optuna.quota.isolated")
+
+
+class TrialRun:
+    """Runs one trial in a process of its own.
+
+    Args:
+        isolated: The objective and how to run it.
+        trial: The trial.
+    """
+
+    def __init__(self, isolated: Isolated, trial: BaseTrial) -> None:
+        self._isolated = isolated
+        self._trial = trial
+        self._study = trial.study if isinstance(trial, Trial) else None
+        self._residents = Residents(trial)
+        self._steps: list[tuple[int, float]] = []
+        self._server: Server | None = None
+
+    def run(self) -> Any:
+        """Run it; return what the objective returns or raise what it raises."""
+        if is_rejected(self._trial.user_attrs):
+            raise_rejected(self._trial.user_attrs)
+        self._watch, owned = self._find_watch()
+        error: BaseException | None = None
+        value: Any = None
+        try:
+            value = self._run()
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            if owned:
+                self._settle(value, error)
+        return value
+
+    def _find_watch(self) -> tuple[Watch, bool]:
+        """Return the trial's metering, and whether it is for us to settle."""
+        loop = metering_loop()
+        if self._study is None:
+            key = (id(self._trial), self._trial.number)
+            return loop.watch(key, limits=self._isolated.limits or Limits()), True
+        key = key_of(self._study, self._trial)
+        pruner = self._study.pruner
+        limits = agreed_limits(self._isolated.limits, getattr(pruner, "limits", None))
+        watch = loop.find(key)
+        if watch is None:
+            watch = loop.watch(key, limits=limits, meters=getattr(pruner, "meters", ()))
+            return watch, True
+        if self._isolated.limits is not None and watch.limits != self._isolated.limits:
+            agreed_limits(self._isolated.limits, watch.limits or None)
+            watch.limit(self._isolated.limits)
+        return watch, watch.owner != "sampler"
+
+    def _settle(self, value: Any, error: BaseException | None) -> None:
+        if self._study is None:
+            self._watch.close()
+            return
+        state = _state_of(value, error, len(self._study.directions))
+        trial_id = _optuna.trial_id_of(self._trial)
+        row = _optuna.storage_of(self._study).get_trial(trial_id)
+        reported = error if isinstance(error, Exception) else None
+        settle(self._study, row, self._watch, state, error=reported)
+
+    def _run(self) -> Any:
+        for attempt in range(3):
+            try:
+                server = self._serve()
+                break
+            except NotStarted as error:
+                # The template had ended, or the processes that it had ready were killed.
+                template_client().lost()
+                if attempt == 2:
+                    self._crash(Ended(exitcode=None), str(error))
+        return self._conclude(server)
+
+    def _serve(self) -> Server:
+        objective, launched = self._launch()
+        self._server = server = Server(
+            launched,
+            self._residents,
+            on_ready=self._on_ready,
+            on_report=self._on_report,
+            ask_breach=lambda: condemn(self._watch),
+            label=f"Trial {self._trial.number}",
+        )
+        # The start counts as well; this process's own memory does not.
+        self._watch.on_breach(self._stop_early)
+        try:
+            with contextlib.suppress(ConnectionError):
+                launched.control.send(Mind(self._isolated.grace_period))
+                launched.channel.send(self._start(objective))
+            server.serve()
+        except BaseException:
+            # An interrupt (Ctrl-C): nothing of the trial may go on.
+            server.kill()
+            raise
+        finally:
+            launched.close()
+        return server
+
+    def _launch(self) -> tuple[bytes | None, Launched]:
+        method = self._isolated.start_method
+        if method == "fork" and can_supervise():
+            return None, launch_fork(_delegated_cgroup(), self._isolated.objective)
+        objective = dump_objective(self._isolated.objective, self._residents)
+        if not can_supervise():
+            return objective, launch_plain()
+        client = template_client(once=method == "spawn")
+        if method == "forkserver":
+            client.want(can_preload(named_modules(objective)))
+        try:
+            return objective, client.launch(_delegated_cgroup())
+        except OSError as error:
+            reason = f"The trial's process could not be started: {error}"
+            return self._crash(Ended(exitcode=None), reason)
+
+    def _start(self, objective: bytes | None) -> Start:
+        trial, study = self._trial, self._study
+        facts = TrialFacts(
+            number=trial.number,
+            trial_id=None if study is None else _optuna.trial_id_of(trial),
+            datetime_start=trial.datetime_start,
+            study=None if study is None else self._residents.handle(study),
+        )
+        return Start(
+            surroundings=surroundings(self._watch.environment),
+            output=output_rules(),
+            trial=facts,
+            limits={name: ceiling for name, (ceiling, _) in self._ceilings().items()},
+            device_memory=device_memory() if "gpu_memory" in self._ceilings() else None,
+            grace_period=self._isolated.grace_period,
+            objective=objective,
+        )
+
+    def _ceilings(self) -> Mapping[str, tuple[float, bool]]:
+        # A grant of more of a quota does not reach the kernel: the metering loop holds the slice.
+        return self._watch.hard_ceilings
+
+    def _on_ready(self, ready: Ready) -> Enforce:
+        # It may have ended already: then there is nothing to meter, and its supervisor knows all.
+        with contextlib.suppress(ProcessLookupError):
+            self._watch.retarget(ready.pid)
+        self._watch.on_breach(self._stop)
+        memory, quota = self._ceilings().get("memory", (None, False))
+        return Enforce(memory, quota, self._watch.elapsed, ready.data_limit)
+
+    def _stop_early(self, breach: Breach) -> None:
+        if breach.resource in ("wall_time", "trial_time"):
+            self._stop(breach)
+
+    def _stop(self, breach: Breach) -> None:
+        assert self._server is not None
+        self._server.stop(breach, self._isolated.grace_period)
+
+    def _on_report(self, step: int) -> None:
+        if not self._isolated.predictive_stop:
+            return
+        elapsed = self._watch.elapsed
+        self._steps.append((step, elapsed))
+        breach = forecast_breach(
+            self._ceilings(),
+            elapsed,
+            steps=self._steps,
+            last_step=self._least_last_step(),
+            memory=self._watch.timeline(),
+        )
+        if breach is not None:
+            self._stop(breach)
+
+    @functools.cache  # noqa: B019 - a run lives as long as its trial
+    def _least_last_step(self) -> int | None:
+        """Return the least last step of the trials that completed, None before three have."""
+        if self._study is None:
+            return None
+        done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        steps = [step for trial in done if (step := trial.last_step) is not None]
+        return min(steps) if len(steps) >= 3 else None
+
+    def _conclude(self, server: Server) -> Any:
+        """Return or raise what came of the trial, and put down the verdict."""
+        ended, outcome = server.ended, server.outcome
+        assert ended is not None
+        self._take_usage(ended)
+        if isinstance(outcome, (Returned, Raised)):
+            template_client().want(outcome.modules)
+        if server.breach is not None:
+            self._terminate(server.breach)
+        if isinstance(outcome, Returned):
+            if ended.leftovers:
+                _logger.warning(
+                    f"Trial {self._trial.number} left processes behind, which were ended: "
+                    f"{', '.join(ended.leftovers)}."
+                )
+            return outcome.value
+        if isinstance(outcome, Raised):
+            self._raise(outcome)
+        if isinstance(outcome, Unsendable):
+            self._crash(
+                ended,
+                f"The objective returned a value of type {outcome.kind} that can't be sent from "
+                f"the trial's process: {outcome.reason}",
+            )
+        if isinstance(outcome, Exited):
+            self._crash(ended, f"The objective ended its process by sys.exit({outcome.code}).")
+        breach = find_breach_in_death(ended, self._ceilings(), self._watch.elapsed)
+        if breach is not None:
+            self._terminate(breach)
+        return self._crash(ended, name_death(ended))
+
+    def _take_usage(self, ended: Ended) -> None:
+        self._watch.add_usage(Usage(memory=ended.memory, cpu_time=ended.cpu_time))
+
+    def _raise(self, outcome: Raised) -> NoReturn:
+        error = unpack_error(outcome.error)
+        shortage = outcome.shortage
+        if shortage is not None:
+            gpu = shortage.resource == "gpu_memory"
+            used = self._watch.usage().gpu_memory if gpu else outcome.resident
+            enforced = gpu or (self._server is not None and self._server.data_limit is not None)
+            breach = find_breach_in_shortage(
+                shortage,
+                used,
+                self._ceilings(),
+                self._watch.elapsed,
+                enforced=enforced,
+                device_memory=device_memory() if gpu else None,
+            )
+            if breach is not None:
+                self._terminate(breach, cause=error)
+        raise error
+
+    def _terminate(self, breach: Breach, cause: BaseException | None = None) -> NoReturn:
+        self._watch.breach = self._watch.breach or breach
+        self._watch.verdict = Verdict("terminated", breach.reason, breach)
+        if cause is None:
+            raise_breached(breach)
+        try:
+            raise_breached(breach)
+        except Exception as error:
+            raise error from cause
+
+    def _crash(self, ended: Ended, reason: str) -> NoReturn:
+        self._watch.verdict = Verdict("failed", reason)
+        if ended.traceback:
+            _logger.error(f"Trial {self._trial.number}: {reason}\n{ended.traceback}")
+        raise TrialCrashed(reason, exitcode=ended.exitcode, traceback=ended.traceback)
+
+
+def agreed_limits(own: Limits | None, theirs: Limits | None) -> Limits:
+    """Return the limits in force.
+
+    Args:
+        own: Those given to :func:`~optuna_quota.isolated`.
+        theirs: The pruner's or the sampler's.
+
+    Raises:
+        ValueError: If both have some and they disagree.
+    """
+    if own is not None and theirs is not None and own != theirs:
+        raise ValueError(
+            f"The limits of isolated and of the study must agree but got {own!r} and {theirs!r}. "
+            "Give them to QuotaPruner alone."
+        )
+    return own or theirs or Limits()
+
+
+def device_memory() -> float | None:
+    """Return the memory of the smallest visible GPU in bytes, None without one."""
+    from optuna_quota._metering.nvml import GpuError
+    from optuna_quota._metering.nvml import open_devices
+
+    totals = []
+    for device in open_devices()[0]:
+        with contextlib.suppress(GpuError):
+            totals.append(float(device.memory()[1]))
+    return min(totals, default=None)
+
+
+def _state_of(value: Any, error: BaseException | None, n_values: int) -> TrialState:
+    """Return the state that Optuna is about to store."""
+    from optuna import TrialPruned
+
+    if isinstance(error, TrialPruned):
+        return TrialState.PRUNED
+    if error is not None:
+        return TrialState.FAIL
+    values = value if isinstance(value, (list, tuple)) else [value]
+    try:
+        valid = [float(v) == float(v) for v in values]
+    except (TypeError, ValueError):
+        return TrialState.FAIL
+    return TrialState.COMPLETE if all(valid) and len(valid) == n_values else TrialState.FAIL
+
+
+@functools.cache
+def _delegated_cgroup() -> Path | None:
+    return cgroup.find_delegated(cgroup.own_cgroup())

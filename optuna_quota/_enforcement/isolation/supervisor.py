@@ -1,0 +1,321 @@
+"""The supervisor of one trial: measures its memory, stops it, and leaves nothing behind.
+
+A process of its own, for three reasons. As a subreaper it inherits every orphan of the trial,
+whatever session or parent that gave itself. It never waits for the interpreter lock of a busy
+study. And it outlives the study's process by the instant that it takes to end the trial.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import resource
+import select
+import signal
+import time
+
+from optuna_quota._enforcement.isolation import processes
+from optuna_quota._enforcement.isolation.cgroup import CgroupLeaf
+from optuna_quota._enforcement.isolation.channel import Channel
+from optuna_quota._enforcement.isolation.control import Breached
+from optuna_quota._enforcement.isolation.control import Enforce
+from optuna_quota._enforcement.isolation.control import Kill
+from optuna_quota._enforcement.isolation.control import Mind
+from optuna_quota._enforcement.isolation.control import Paused
+from optuna_quota._enforcement.isolation.control import StopFor
+from optuna_quota._enforcement.isolation.ending import Ended
+from optuna_quota._enforcement.isolation.ending import Killer
+from optuna_quota._enforcement.isolation.rlimits import DataLimit
+from optuna_quota._metering.pacing import ASSUMED_GROWTH
+from optuna_quota._metering.pacing import LONGEST_WAIT
+from optuna_quota._metering.pacing import wait_for
+from optuna_quota._metering.proc_tree import ProcTree
+from optuna_quota._resources import Breach
+
+
+# What a trial that was told to stop for its memory may still grow by, in bytes: its handlers need
+# some, and one that goes on allocating is not to be waited for.
+GRACE_MARGIN = 4 * 2**20
+
+# Seconds that processes get to end by themselves once the trial's own has: those that it has told
+# to, and those that remove shared memory and temporary files.
+LEAVING_TIME = 0.1
+CLEANING_TIME = 2.0
+
+
+class Supervisor:
+    """Minds one trial from its start until nothing of it is left.
+
+    Args:
+        control: The connection to the study's process.
+        child: The trial's process, a child of this one.
+        notice: Where the trial reads why it is stopped.
+        parent: A pidfd of the study's process.
+        crash_file: Where the trial's process writes its traceback when it dies of a signal.
+        leaf: The trial's control group, None without one.
+    """
+
+    def __init__(
+        self,
+        control: Channel,
+        child: int,
+        *,
+        notice: int,
+        parent: int,
+        crash_file: int,
+        leaf: CgroupLeaf | None,
+    ) -> None:
+        self._control = control
+        self._child = child
+        self._child_handle = os.pidfd_open(child)
+        self._notice = notice
+        self._parent = parent
+        self._crash_file = crash_file
+        self._leaf = leaf
+        self._patience: float | None = None
+        self._gauge = _MemoryGauge()
+        self._oom_kills = 0
+        self._enforce: Enforce | None = None
+        self._began = time.monotonic()
+        self._data_limit: DataLimit | None = None
+        self._data_due = 0.0
+        self._breach: Breach | None = None
+        self._deadline: float | None = None
+        self._paused_at: float | None = None
+        self._killer: Killer | None = None
+        self._exitcode: int | None = None
+
+    def run(self) -> Ended:
+        """Mind the trial to its end."""
+        poll = select.poll()
+        for handle in (self._control.fileno(), self._child_handle, self._parent):
+            poll.register(handle, select.POLLIN)
+        while True:
+            ready = {handle for handle, _ in _wait(poll, self._tick())}
+            if self._control.fileno() in ready or self._control.pending():
+                self._obey()
+            if self._parent in ready:
+                self._kill("request")
+            if self._child_handle in ready or self._exitcode is not None:
+                break
+        return self._finish()
+
+    def _tick(self) -> float | None:
+        """Do what is due; return the seconds until something is, None while it is not in use."""
+        self._exitcode = processes.reap().get(self._child, self._exitcode)
+        if self._exitcode is not None:
+            return 0.0
+        if self._patience is None:
+            return None
+        now = time.monotonic()
+        if self._deadline is not None and now >= self._deadline:
+            self._kill("breach")
+        self._watch_pause(now)
+        wait = LONGEST_WAIT
+        if self._enforce is not None:
+            wait = self._watch_memory(now)
+        if self._deadline is not None:
+            wait = min(wait, max(0.0, self._deadline - now))
+        return wait
+
+    def _obey(self) -> None:
+        try:
+            order = self._control.receive()
+        except (EOFError, OSError):
+            # The study's process is gone, or doesn't want to hear of the trial any more.
+            self._kill("request")
+            return
+        if isinstance(order, Mind):
+            self._patience = order.grace_period
+            self._oom_kills = processes.count_oom_kills()
+        elif isinstance(order, Enforce):
+            self._begin(order)
+        elif isinstance(order, StopFor):
+            self._stop(order.breach, order.grace_period)
+        elif isinstance(order, Kill):
+            self._kill("request")
+
+    def _begin(self, order: Enforce) -> None:
+        self._enforce = order
+        self._began = time.monotonic()
+        if order.memory is None:
+            return
+        if order.data_limit is not None:
+            self._data_limit = DataLimit(self._child, order.memory, order.data_limit)
+        if self._leaf is not None:
+            with contextlib.suppress(OSError):
+                self._leaf.limit_memory(order.memory - self._gauge.read(self._began))
+
+    def _watch_memory(self, now: float) -> float:
+        """Measure; stop the trial when it is over; return how long to wait."""
+        assert self._enforce is not None
+        memory = self._gauge.read(now)
+        limit = self._enforce.memory
+        if limit is None:
+            return LONGEST_WAIT
+        if memory > limit:
+            memory = self._gauge.read(now, exact=True)
+        if self._data_limit is not None and now >= self._data_due:
+            self._data_limit.update()
+            self._data_due = now + DataLimit.PERIOD
+        if self._breach is not None and self._breach.resource == "memory":
+            limit = max(limit, self._breach.observed) + GRACE_MARGIN
+            if memory > limit:
+                self._kill("breach")
+        elif memory > limit:
+            self._find_breach(memory, limit, now)
+        return wait_for(limit - memory, self._gauge.growth)
+
+    def _find_breach(self, memory: float, limit: float, now: float) -> None:
+        assert self._enforce is not None and self._patience is not None
+        elapsed = self._enforce.elapsed + now - self._began
+        breach = Breach("memory", limit, memory, elapsed, quota=self._enforce.quota)
+        if self._breach is not None:
+            # It was stopped for another limit already and goes on to grow.
+            self._kill("breach")
+            return
+        with contextlib.suppress(OSError):
+            self._control.send(Breached(breach))
+        self._stop(breach, self._patience)
+
+    def _stop(self, breach: Breach, grace_period: float) -> None:
+        """Ask the trial to stop, once."""
+        if self._breach is not None:
+            return
+        self._breach = breach
+        if grace_period <= 0:
+            self._kill("breach")
+            return
+        self._deadline = time.monotonic() + grace_period
+        with contextlib.suppress(OSError):
+            os.write(self._notice, pickle.dumps(breach))
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self._child_handle, number)
+
+    def _kill(self, killer: Killer) -> None:
+        """Kill the trial's own process now; what it started follows when it is gone."""
+        self._killer = self._killer or killer
+        self._deadline = None
+        if self._leaf is not None:
+            self._leaf.kill()
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(self._child_handle, signal.SIGKILL)
+
+    def _watch_pause(self, now: float) -> None:
+        """Kill a process that was stopped by a signal and stays so: it would hang the study."""
+        assert self._patience is not None
+        if processes.state_of(self._child) != "T":
+            self._paused_at = None
+        elif self._paused_at is None:
+            self._paused_at = now
+            with contextlib.suppress(OSError):
+                self._control.send(Paused(self._patience))
+        elif now - self._paused_at >= self._patience:
+            self._kill("stopped")
+
+    def _finish(self) -> Ended:
+        while self._exitcode is None:
+            self._exitcode = processes.reap().get(self._child)
+        leftovers = self._sweep()
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        leaf_oom_kills, leaf_peak = self._close_leaf()
+        peak = max(self._gauge.peak, used.ru_maxrss * 1024.0, leaf_peak)
+        return Ended(
+            exitcode=self._exitcode,
+            killer=self._killer,
+            memory=peak or None,
+            cpu_time=used.ru_utime + used.ru_stime,
+            leftovers=leftovers,
+            oom_kills=processes.count_oom_kills() - self._oom_kills,
+            leaf_oom_kills=leaf_oom_kills,
+            traceback=self._read_crash_file(),
+        )
+
+    def _close_leaf(self) -> tuple[int, float]:
+        if self._leaf is None:
+            return 0, 0.0
+        kills, peak = self._leaf.oom_kills(), self._leaf.peak()
+        self._leaf.remove()
+        return kills, float(peak or 0)
+
+    def _read_crash_file(self) -> str:
+        os.lseek(self._crash_file, 0, os.SEEK_SET)
+        return os.read(self._crash_file, 1 << 16).decode(errors="replace")
+
+    def _sweep(self) -> tuple[str, ...]:
+        """End all that is left of the trial; return the names of what it had to kill."""
+        leftovers: dict[int, str] = {}
+        start = time.monotonic()
+        patience = LEAVING_TIME if self._killer is None else 0.0
+        while True:
+            processes.reap()
+            left = processes.descendants()
+            if not left:
+                return tuple(leftovers.values())
+            age = time.monotonic() - start
+            cleaners = {pid for pid in left if processes.is_cleaner(pid)}
+            doomed = left if age > CLEANING_TIME else [p for p in left if p not in cleaners]
+            if age >= patience and doomed:
+                if self._killer is None:
+                    leftovers.update({pid: processes.name_of(pid) for pid in doomed})
+                processes.kill(doomed, left)
+            time.sleep(0.0005)
+
+
+class _MemoryGauge:
+    """The resident memory of the trial's tree, and of the orphans that this process inherits."""
+
+    def __init__(self) -> None:
+        self.peak = 0.0
+        self.growth = ASSUMED_GROWTH
+        self._trees: dict[int, ProcTree] = {}
+        self._last: tuple[float, float] | None = None
+        self._thorough_due = 0.0
+
+    def read(self, now: float, *, exact: bool = False) -> float:
+        """Return the memory now, in bytes.
+
+        Args:
+            now: The time.
+            exact: Whether to count what processes share once, whatever that costs.
+        """
+        # To look for new processes costs more with each one: a twentieth of the time at most.
+        thorough = exact or now >= self._thorough_due
+        start = time.perf_counter()
+        if thorough:
+            self._adopt()
+        memory = 0.0
+        for pid, tree in list(self._trees.items()):
+            reading = tree.read(thorough=thorough, exact=exact)
+            memory += reading.memory or 0.0
+            if not reading.pids:
+                self._trees.pop(pid).close()
+        if thorough:
+            self._thorough_due = now + max(0.005, 20 * (time.perf_counter() - start))
+        self.peak = max(self.peak, memory)
+        if self._last is not None and now > self._last[0]:
+            self.growth = max(self.growth, (memory - self._last[1]) / (now - self._last[0]))
+        self._last = (now, memory)
+        return memory
+
+    def _adopt(self) -> None:
+        """Take in what has become a child of this process: the trial's own, and orphans."""
+        known = set(self._trees)
+        for tree in self._trees.values():
+            known.update(tree.read(thorough=False).pids)
+        for pid in processes.children():
+            if pid not in known:
+                with contextlib.suppress(OSError):
+                    self._trees[pid] = ProcTree(pid)
+
+
+def _wait(poll: select.poll, seconds: float | None) -> list[tuple[int, int]]:
+    """Poll for what is less than the millisecond that poll counts in, too."""
+    if seconds is None:
+        return poll.poll()
+    if 0 < seconds < 0.001:
+        time.sleep(seconds)
+        seconds = 0.0
+    return poll.poll(seconds * 1000)

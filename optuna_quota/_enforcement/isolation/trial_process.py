@@ -1,0 +1,159 @@
+"""Forks a trial's supervisor, which forks the trial: the common part of fork and forkserver."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+import gc
+import os
+from pathlib import Path
+import signal
+import socket
+from typing import Any
+from typing import NoReturn
+import warnings
+
+from optuna_quota._enforcement.isolation import processes
+from optuna_quota._enforcement.isolation.cgroup import CgroupLeaf
+from optuna_quota._enforcement.isolation.channel import Channel
+from optuna_quota._enforcement.isolation.child import run_child
+from optuna_quota._enforcement.isolation.control import Started
+from optuna_quota._enforcement.isolation.supervisor import Supervisor
+
+
+@dataclass(frozen=True)
+class Forked:
+    """A trial's processes, waiting for their first messages.
+
+    Attributes:
+        supervisor: The supervisor's pid.
+        channel: The study's end of the connection to the trial.
+        control: The study's end of the connection to the supervisor.
+    """
+
+    supervisor: int
+    channel: socket.socket
+    control: socket.socket
+
+
+def fork_trial(parent: int, *, cgroup: Path | None, objective: Any = None) -> Forked:
+    """Fork a supervisor with its trial.
+
+    Args:
+        parent: A pidfd of the study's process; stays open here.
+        cgroup: Where to make the trial's control group, None for none.
+        objective: What the trial inherits; without one, it is sent, and so are its streams.
+    """
+    (ours, theirs), (command, obey) = socket.socketpair(), socket.socketpair()
+    with theirs, obey:
+        pid = fork()
+        if pid == 0:
+            try:
+                _supervise(theirs.fileno(), obey.fileno(), parent, cgroup, objective)
+            finally:
+                # Never back into the code that this process is a copy of.
+                os._exit(1)
+    return Forked(pid, ours, command)
+
+
+def fork() -> int:
+    """Fork this process, whatever threads it has: the child starts from a known state."""
+    with warnings.catch_warnings():
+        # Python 3.12 warns where it counts a second thread, such as an idle one of OpenBLAS.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def _supervise(
+    channel: int, control: int, parent: int, cgroup: Path | None, objective: Any
+) -> NoReturn:
+    os.setsid()
+    _reset_signals()
+    processes.become_subreaper()
+    notice_read, notice_write = os.pipe()
+    os.set_blocking(notice_read, False)
+    crash_file = os.memfd_create("optuna-quota-crash")
+    leaf = _make_leaf(cgroup)
+    supervisor = os.getpid()
+    child = fork()
+    if child == 0:
+        code = 1
+        try:
+            _enter_child(supervisor, leaf)
+            if objective is None:
+                _close_all_but(channel, notice_read, crash_file)
+            code = run_child(
+                Channel(socket.socket(fileno=channel)),
+                notice=notice_read,
+                crash_file=crash_file,
+                objective=objective,
+                streams=objective is None,
+            )
+        finally:
+            os._exit(code)
+    _close_all_but(control, parent, notice_write, crash_file)
+    _mind(Channel(socket.socket(fileno=control)), child, notice_write, parent, crash_file, leaf)
+
+
+def _mind(
+    control: Channel,
+    child: int,
+    notice: int,
+    parent: int,
+    crash_file: int,
+    leaf: CgroupLeaf | None,
+) -> NoReturn:
+    gc.disable()
+    with contextlib.suppress(OSError):
+        control.send(Started(child))
+    supervisor = Supervisor(
+        control,
+        child,
+        notice=notice,
+        parent=parent,
+        crash_file=crash_file,
+        leaf=leaf,
+    )
+    ended = supervisor.run()
+    with contextlib.suppress(OSError):
+        control.send(ended)
+    os._exit(0)
+
+
+def _reset_signals() -> None:
+    """Undo the handlers of the process that this is a copy of."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP, signal.SIGALRM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _enter_child(supervisor: int, leaf: CgroupLeaf | None) -> None:
+    # A session of its own: a trial that signals its process group must not hit its supervisor.
+    os.setsid()
+    processes.die_with_parent(supervisor)
+    if leaf is not None:
+        with contextlib.suppress(OSError):
+            leaf.add(os.getpid())
+
+
+def _make_leaf(folder: Path | None) -> CgroupLeaf | None:
+    if folder is None:
+        return None
+    try:
+        return CgroupLeaf(folder)
+    except OSError:
+        return None
+
+
+def _close_all_but(*handles: int) -> None:
+    """Close what this process has inherited and does not need.
+
+    A copy of the study's end of a connection would keep it open when the study's process dies.
+    """
+    kept = {0, 1, 2, *handles}
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in kept:
+            with contextlib.suppress(OSError):
+                os.close(int(name))

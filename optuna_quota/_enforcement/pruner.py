@@ -1,0 +1,138 @@
+"""QuotaPruner: prunes a trial that is over a limit, and otherwise as the pruner it wraps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import datetime
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna.pruners import BasePruner
+from optuna.pruners import HyperbandPruner
+
+from optuna_quota import _optuna
+from optuna_quota._enforcement.check import condemn
+from optuna_quota._enforcement.notes import PrunerNotes
+from optuna_quota._enforcement.watches import start_watch
+from optuna_quota._metering import check_names
+from optuna_quota._metering import key_of
+from optuna_quota._metering import Meter
+from optuna_quota._metering import metering_loop
+from optuna_quota._metering import Verdict
+from optuna_quota._records import is_rejected
+from optuna_quota._resources import Limits
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import BaseTrial
+    from optuna.trial import FrozenTrial
+
+    from optuna_quota._metering import Watch
+
+
+class QuotaPruner(BasePruner):
+    """Prunes a trial that is over one of its limits, and otherwise as another pruner does.
+
+    A breach prunes at the next ``trial.should_prune()``, whatever was reported. That is a
+    cooperative stop: only :func:`~optuna_quota.isolated` stops a trial that does not ask.
+
+    Example:
+
+        .. code-block:: python
+
+            pruner = QuotaPruner(MedianPruner(), limits=Limits(memory="4GiB", wall_time="5min"))
+            study = optuna.create_study(pruner=pruner)
+
+    Without :class:`~optuna_quota.QuotaSampler`, a trial is metered from its first
+    ``should_prune()`` on, and what was seen when it asked is recorded.
+
+    Args:
+        base_pruner: Any pruner, Hyperband included; None to prune for breaches alone.
+        limits: Ceilings on each trial.
+        interrupt: Whether to interrupt a trial that is over a limit and does not ask, by raising
+            :class:`~optuna_quota.LimitBreached` inside the objective. Best effort: it reaches
+            trials in the main thread under ``optimize``, between two bytecodes, so never inside
+            a running call into C, and an objective that catches everything swallows it.
+        meters: Meters of your own, by whose names ``Limits(custom=...)`` limits.
+
+    Raises:
+        TypeError: If ``base_pruner`` is no pruner or ``limits`` are no :class:`Limits`.
+    """
+
+    def __new__(cls, base_pruner: BasePruner | None = None, **_: Any) -> QuotaPruner:
+        """Return one that Optuna recognises as Hyperband where Hyperband is wrapped."""
+        hyperband = isinstance(base_pruner, HyperbandPruner) and cls is QuotaPruner
+        return object.__new__(_QuotaHyperbandPruner if hyperband else cls)
+
+    def __init__(
+        self,
+        base_pruner: BasePruner | None = None,
+        *,
+        limits: Limits,
+        interrupt: bool = False,
+        meters: Sequence[Meter] = (),
+    ) -> None:
+        if base_pruner is not None and not isinstance(base_pruner, BasePruner):
+            raise TypeError(
+                f"`base_pruner` must be an Optuna pruner or None but got {base_pruner!r}."
+            )
+        if not isinstance(limits, Limits):
+            raise TypeError(f"`limits` must be Limits but got {limits!r}.")
+        self.base_pruner = base_pruner
+        self.limits = limits
+        self.interrupt = interrupt
+        self.meters = check_names(meters)
+        self._notes = PrunerNotes()
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up in the base pruner what it alone has, such as what it was made with."""
+        base = vars(self).get("base_pruner")
+        if base is None or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(base, name)
+
+    def __repr__(self) -> str:
+        base = "" if self.base_pruner is None else f"{type(self.base_pruner).__name__}(), "
+        return f"QuotaPruner({base}limits={self.limits!r})"
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        """Return whether to prune a trial: it is over a limit, or the base pruner says so."""
+        if is_rejected(trial.user_attrs):
+            return True
+        watch = self.watch_trial(study, trial)
+        breached = condemn(watch) is not None
+        pruned = breached or self._prune_by_base(study, trial, watch)
+        if watch.owner == _OWNER:
+            self._notes.take(study, trial, watch, ends=pruned)
+        return pruned
+
+    def watch_trial(self, study: Study, trial: BaseTrial | FrozenTrial) -> Watch:
+        """Return the metering of a running trial; it starts here when nobody else started it."""
+        watch = metering_loop().find(key_of(study, trial))
+        if watch is None:
+            watch = start_watch(study, trial, _OWNER, limits=self.limits, meters=self.meters)
+            watch.started -= _seconds_since(trial.datetime_start)
+            self._notes.adopt(watch)
+        return watch
+
+    def _prune_by_base(self, study: Study, trial: FrozenTrial, watch: Watch) -> bool:
+        if self.base_pruner is None or not self.base_pruner.prune(study, trial):
+            return False
+        if watch.verdict is None:
+            name, step = type(self.base_pruner).__name__, trial.last_step
+            when = "" if step is None else f" at step {step}"
+            watch.verdict = Verdict("pruned", f"{name} pruned it{when}.")
+        return True
+
+
+class _QuotaHyperbandPruner(QuotaPruner, _optuna.HyperbandDoor):
+    """A QuotaPruner that Optuna recognises as Hyperband."""
+
+
+_OWNER = "pruner"
+
+
+def _seconds_since(start: datetime.datetime | None) -> float:
+    # Optuna's times are local and naive.
+    return 0.0 if start is None else max(0.0, (datetime.datetime.now() - start).total_seconds())

@@ -1,0 +1,163 @@
+"""Settles a trial: closes its metering and writes what is known of it into its row, once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+import logging
+import socket
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna.trial import TrialState
+
+from optuna_quota import _optuna
+from optuna_quota._enforcement.constraints import clashes
+from optuna_quota._enforcement.constraints import joined_constraints
+from optuna_quota._enforcement.constraints import limit_constraints
+from optuna_quota._enforcement.outcome import conclude
+from optuna_quota._patience import patiently
+from optuna_quota._records import Interval
+from optuna_quota._records import record_attributes
+from optuna_quota._records import system_attributes
+from optuna_quota._records import TrialRecord
+from optuna_quota._resources import Limits
+from optuna_quota._resources import Usage
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+    from optuna_quota._metering import Watch
+
+
+_logger = logging.getLogger("optuna.quota.settle")
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def settle(
+    study: Study,
+    trial: FrozenTrial,
+    watch: Watch | None,
+    state: TrialState,
+    *,
+    limits: Limits | None = None,
+    footprint: Mapping[str, Interval] | None = None,
+    expected: Mapping[str, float] | None = None,
+    error: BaseException | None = None,
+) -> TrialRecord:
+    """Close a trial's metering and write its record and constraints into its row.
+
+    To be called before the row is finished; a second call for the same watch writes nothing. A
+    fault of the storage is logged and not raised: the trial's result is worth more.
+
+    Args:
+        study: The study.
+        trial: Its row as it is now; constraints in it that others wrote are kept.
+        watch: Its metering; None when it ran where this process can't see.
+        state: The state that is about to be stored.
+        limits: The limits on the trial; those of the watch by default.
+        footprint: What was projected before it ran, as intervals by resource.
+        expected: What a trial that was not run would have used, by resource.
+        error: What the objective raised, where that is known.
+    """
+    usage = Usage() if watch is None else watch.close()
+    record = describe(watch, usage, state, error=error, footprint=footprint)
+    if watch is not None and watch.settled:
+        return record
+    if watch is not None:
+        watch.settled = True
+    if limits is None:
+        limits = Limits() if watch is None else watch.limits
+    if record.outcome == "rejected":
+        # Not run: what it used is nothing, what it would have used is what samplers should heed.
+        record = replace(record, usage=Usage())
+    amounts = usage.amounts() if record.outcome != "rejected" else expected or {}
+    own = limit_constraints(limits, amounts, record.breach) if state in FINISHED else {}
+    system = constraint_attributes(trial.system_attrs, own) if own else {}
+    write(study, trial, record, system)
+    return record
+
+
+def describe(
+    watch: Watch | None,
+    usage: Usage,
+    state: TrialState,
+    *,
+    error: BaseException | None = None,
+    footprint: Mapping[str, Interval] | None = None,
+) -> TrialRecord:
+    """Return the record of a trial that ends in the given state."""
+    if watch is None:
+        end = conclude(state, error=error)
+    else:
+        end = conclude(state, watch.verdict, watch.breach, error)
+    return TrialRecord(
+        usage=usage,
+        outcome=end.outcome,
+        reason=end.reason,
+        breach=end.breach,
+        footprint=footprint or {},
+        isolation=None if watch is None else watch.isolation,
+        host=socket.gethostname(),
+        timeline=watch.timeline() if watch is not None and end.breach is not None else (),
+    )
+
+
+def write(
+    study: Study, trial: FrozenTrial, record: TrialRecord, system: Mapping[str, Any]
+) -> None:
+    """Write a record and system attributes into a row; a fault of the storage is logged."""
+    storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+    try:
+        hidden = {**system_attributes(record), **system}
+        shown = record_attributes(record)
+        patiently(lambda: _optuna.write_attributes(storage, trial_id, shown, hidden))
+    except Exception as fault:  # noqa: BLE001 - any backend's own; the result must not be lost
+        _logger.warning(f"The usage of trial {trial.number} could not be recorded: {fault!r}.")
+
+
+def constraint_attributes(existing: Mapping[str, Any], own: Mapping[str, float]) -> dict[str, Any]:
+    """Return the system attributes that hold constraints beside those of others.
+
+    Args:
+        existing: The row's system attributes.
+        own: Our constraints by resource, sorted.
+    """
+    values = joined_constraints(existing.get(_optuna.CONSTRAINTS), own.values())
+    if not clashes(len(values), existing, _optuna.CONSTRAINTS):
+        return {_optuna.CONSTRAINTS: values}
+    return {f"{_optuna.CONSTRAINTS}:quota:{name}": value for name, value in own.items()}
+
+
+def reject(
+    study: Study,
+    trial: FrozenTrial,
+    reason: str,
+    *,
+    limits: Limits | None = None,
+    expected: Mapping[str, float] | None = None,
+    footprint: Mapping[str, Interval] | None = None,
+) -> TrialRecord:
+    """Write into the row of a trial that must not run that it was rejected, and why.
+
+    Args:
+        study: The study.
+        trial: The trial that was drawn; the object that Optuna keeps for it learns it too.
+        reason: One sentence for a person.
+        limits: The limits on it: like any pruned trial, it gets a constraint for each.
+        expected: What it would have used, by resource; what is missing is neutral.
+        footprint: What was projected for it, by resource.
+    """
+    record = TrialRecord(
+        outcome="rejected", reason=reason, host=socket.gethostname(), footprint=footprint or {}
+    )
+    own = limit_constraints(limits or Limits(), expected or {})
+    attributes = record_attributes(record)
+    system = constraint_attributes(trial.system_attrs, own) if own else {}
+    storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+    _optuna.write_attributes(storage, trial_id, attributes, system)
+    trial.user_attrs = {**trial.user_attrs, **attributes}
+    return record

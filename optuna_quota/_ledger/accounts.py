@@ -1,0 +1,136 @@
+"""A book kept up to date with the storage, for all threads of a process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace
+import threading
+from typing import TYPE_CHECKING
+
+from optuna_quota import _optuna
+from optuna_quota._ledger.book import Book
+from optuna_quota._ledger.book import Entry
+from optuna_quota._ledger.clock import Clock
+from optuna_quota._ledger.gpus import capacities
+from optuna_quota._ledger.gpus import Gpu
+from optuna_quota._ledger.protocol import Claim
+from optuna_quota._ledger.reservation import Reservation
+from optuna_quota._ledger.rows import Rows
+from optuna_quota._ledger.worker import this_worker
+from optuna_quota._reconnection import outlive_restarts
+from optuna_quota._records import read_amounts
+from optuna_quota._records import STUDY_LIMITS
+from optuna_quota._resources import Quota
+from optuna_quota._resources import Usage
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All rows at one moment.
+
+    Attributes:
+        used: What finished trials used, by resource; ``wall_time`` counts those that run, too.
+        reserved: What running trials hold or ask for; on this machine where it is per host.
+        claims: The running trials as the protocol sees them.
+        open: All rows that have not finished.
+    """
+
+    used: dict[str, float]
+    reserved: dict[str, float]
+    claims: tuple[Claim, ...]
+    open: tuple[Entry, ...]
+
+    def free(self, quota: Quota) -> dict[str, float]:
+        """Return what is neither used nor reserved, by resource."""
+        return {
+            name: max(0.0, total - self.used.get(name, 0.0) - self.reserved.get(name, 0.0))
+            for name, total in quota.amounts().items()
+        }
+
+
+class Accounts:
+    """Reads the rows of a study and writes the reservations of this process's trials.
+
+    Args:
+        study: The study.
+        quota: Its quota.
+        clock: The clocks to go by.
+        beat: Seconds between signs of life of whoever waits or runs.
+        gpus: This machine's GPUs, where each trial is given one of them.
+    """
+
+    def __init__(
+        self, study: Study, quota: Quota, clock: Clock, beat: float, gpus: Sequence[Gpu] = ()
+    ) -> None:
+        self.quota = quota
+        self.ceilings = {**quota.amounts(), **capacities(gpus)}
+        self.beat = beat
+        self.clock = clock
+        outlive_restarts(_optuna.storage_of(study))
+        self.rows = Rows(study)
+        self._book = Book(quota, read_amounts(_optuna.user_attrs_of(study).get(STUDY_LIMITS)))
+        self._settled: dict[int, Usage] = {}
+        self._lock = threading.Lock()
+        self._last: Snapshot | None = None
+
+    def read(self) -> Snapshot:
+        """Read what has changed and return all rows at this moment."""
+        with self._lock:
+            self.rows.read_into(self._book)
+            open_ids = {entry.trial_id for entry in self._book.open}
+            self._settled = {k: v for k, v in self._settled.items() if k in open_ids}
+            self._last = Snapshot(
+                self._book.used(self.clock.time()),
+                self._book.reserved(this_worker().machine),
+                tuple(self._book.claims),
+                self._book.open,
+            )
+            return self._last
+
+    @property
+    def last(self) -> Snapshot | None:
+        """All rows as they were last read."""
+        return self._last
+
+    def wall_time(self, now: float) -> float:
+        """Return the study's clock time by the rows as last read."""
+        with self._lock:
+            return self._book.used(now)["wall_time"]
+
+    def write(self, trial_id: int, reservation: Reservation) -> None:
+        """Write the reservation of one of this process's trials.
+
+        Raises:
+            optuna.exceptions.UpdateFinishedTrialError: If someone took this worker for dead.
+        """
+        worker, now = this_worker(), self.clock.time()
+        with self._lock:
+            after = self._book.clocks.later_than(worker.machine, now)
+        own = replace(reservation, trial_id=trial_id, worker=worker, beat=now, after=after)
+        self.rows.write(trial_id, own)
+
+    def settle(self, trial_id: int, usage: Usage) -> None:
+        """Take in what a trial used whose row is about to finish."""
+        with self._lock:
+            self._settled[trial_id] = usage
+
+    def with_settled(self, snapshot: Snapshot) -> dict[str, float]:
+        """Return what is used by resource, with what was settled in rows still open."""
+        used = dict(snapshot.used)
+        with self._lock:
+            settled = [self._settled.get(entry.trial_id) for entry in snapshot.open]
+        for usage in settled:
+            if usage is not None:
+                for name, amount in self._amounts(usage).items():
+                    used[name] = used.get(name, 0.0) + amount
+        return used
+
+    def _amounts(self, usage: Usage) -> dict[str, float]:
+        names = ("trial_time", "cpu_time", "gpu_time", "energy")
+        amounts = {name: usage.get(name) for name in names}
+        return {**{k: v or 0.0 for k, v in amounts.items()}, "cost": self.quota.price(amounts)}

@@ -1,0 +1,213 @@
+"""The sum of all rows: each finished one is added once, those that run are looked at anew."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from typing import TYPE_CHECKING
+
+from optuna_quota._ledger.clocks import Clocks
+from optuna_quota._ledger.clocks import union_parts
+from optuna_quota._ledger.protocol import Claim
+from optuna_quota._ledger.protocol import is_held
+from optuna_quota._ledger.reservation import parse_reservation
+from optuna_quota._ledger.reservation import Reservation
+from optuna_quota._ledger.spans import Spans
+from optuna_quota._records import parse_record
+from optuna_quota._records import RESERVATION
+from optuna_quota._resources import Quota
+from optuna_quota._resources import Usage
+
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+
+# What is summed over the rows of finished trials. `wall_time` is a union, not a sum.
+SUMMED = ("n_trials", "trial_time", "cpu_time", "gpu_time", "energy", "cost")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row as the ledger sees it.
+
+    Attributes:
+        number: The trial's number.
+        trial_id: Its id in the storage.
+        state: ``"running"``, ``"waiting"`` or ``"finished"``.
+        outcome: How it ended, empty before it has.
+        reservation: What it holds, None when no ledger ever saw it.
+        charges: What it used by resource; None where nobody knows.
+        span: When it ran, from start to end, on its machine's clock.
+        untouched: True when nothing was written into the row since it was made.
+    """
+
+    number: int
+    trial_id: int
+    state: str
+    outcome: str = ""
+    reservation: Reservation | None = None
+    charges: Mapping[str, float | None] = field(default_factory=dict)
+    span: tuple[float, float] | None = None
+    untouched: bool = False
+
+    @property
+    def worker(self) -> str:
+        """Who ran it, for people."""
+        known = self.reservation is not None and self.reservation.worker is not None
+        return self.reservation.worker.label if known else "unknown"  # type: ignore[union-attr]
+
+    @property
+    def claim(self) -> Claim:
+        """The row as the protocol sees it."""
+        held = self.reservation or Reservation()
+        machine = held.worker.machine if held.worker is not None else ""
+        return Claim(self.number, machine, held.granted, held.asked, held.waits)
+
+
+def read_entry(trial: FrozenTrial, trial_id: int, quota: Quota) -> Entry:
+    """Return what a row means to the ledger."""
+    reservation = parse_reservation(trial.system_attrs.get(RESERVATION), trial_id)
+    record = parse_record(trial.user_attrs)
+    if not trial.state.is_finished():
+        state = trial.state.name.lower()
+        untouched = state == "running" and not _touched(trial)
+        return Entry(trial.number, trial_id, state, reservation=reservation, untouched=untouched)
+    outcome = record.outcome or _outcome_of_state(trial.state.name)
+    never_ran = reservation is not None and reservation.began is None
+    if outcome == "rejected" or never_ran:
+        return Entry(trial.number, trial_id, "finished", outcome, reservation)
+    charges = _charges(trial, reservation, record.usage, quota)
+    span = _span(trial, reservation, charges.get("trial_time"))
+    return Entry(trial.number, trial_id, "finished", outcome, reservation, charges, span)
+
+
+def _touched(trial: FrozenTrial) -> bool:
+    return bool(
+        trial.params or trial.user_attrs or trial.system_attrs or trial.intermediate_values
+    )
+
+
+def _outcome_of_state(state: str) -> str:
+    return {"COMPLETE": "completed", "PRUNED": "pruned"}.get(state, "failed")
+
+
+def _charges(
+    trial: FrozenTrial, reservation: Reservation | None, usage: Usage, quota: Quota
+) -> dict[str, float | None]:
+    held = reservation or Reservation()
+    charges: dict[str, float | None] = {"n_trials": 1.0}
+    for name in ("trial_time", "cpu_time", "gpu_time", "energy"):
+        known = [v for v in (usage.get(name), held.charged.get(name)) if v is not None]
+        charges[name] = max(known) if known else held.granted.get(name)
+    if charges["trial_time"] is None and trial.duration is not None:
+        charges["trial_time"] = max(0.0, trial.duration.total_seconds())
+    if quota.prices:
+        unknown = any(charges.get(name) is None for name in quota.prices)
+        charges["cost"] = held.granted.get("cost") if unknown else quota.price(charges)
+    return charges
+
+
+def _span(
+    trial: FrozenTrial, reservation: Reservation | None, seconds: float | None
+) -> tuple[float, float] | None:
+    began = reservation.began if reservation is not None else None
+    if began is None and trial.datetime_start is not None:
+        began = trial.datetime_start.timestamp()
+    return None if began is None or seconds is None else (began, began + seconds)
+
+
+class Book:
+    """What all rows of a study come to.
+
+    Args:
+        quota: The quota; its prices turn usage into cost.
+        bounds: Limits on one trial, by resource: what a trial of unknown usage is charged.
+    """
+
+    def __init__(self, quota: Quota, bounds: Mapping[str, float] | None = None) -> None:
+        self.quota = quota
+        self.bounds = bounds or {}
+        self.open: tuple[Entry, ...] = ()
+        self.clocks = Clocks()
+        self._spans = Spans()
+        self._intervals: dict[str, list[tuple[float, float]]] = {}
+        self.unknown: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
+        self.by_worker: dict[str, Counter[str]] = {}
+        self.by_outcome: dict[str, Counter[str]] = {}
+        self._known: Counter[str] = Counter()
+        self._largest: dict[str, float] = {}
+
+    def fold(self, entries: Iterable[Entry], still_open: Sequence[Entry]) -> None:
+        """Add rows that have finished, and replace those that have not."""
+        entries = list(entries)
+        held = [e.reservation for e in (*entries, *still_open) if e.reservation is not None]
+        news = [self.clocks.learn(reservation) for reservation in held]
+        if any(news):
+            self._spans = Spans(union_parts(self._intervals, self.clocks))
+        for entry in entries:
+            self._add(entry)
+        self.open = tuple(still_open)
+
+    def _add(self, entry: Entry) -> None:
+        self.outcomes[entry.outcome] += 1
+        worker = self.by_worker.setdefault(entry.worker, Counter())
+        outcome = self.by_outcome.setdefault(entry.outcome, Counter())
+        for name, amount in entry.charges.items():
+            if amount is None:
+                self.unknown[name] += 1
+                continue
+            self._known[name] += amount  # type: ignore[assignment]  # a Counter holds floats too
+            worker[name] += amount  # type: ignore[assignment]  # as above
+            outcome[name] += amount  # type: ignore[assignment]  # as above
+            self._largest[name] = max(amount, self._largest.get(name, 0.0))
+        if entry.span is not None:
+            self._intervals.setdefault(entry.claim.machine, []).append(entry.span)
+            start, end = entry.span
+            machine = entry.claim.machine
+            self._spans.add(self.clocks.moved(machine, start), self.clocks.moved(machine, end))
+
+    def used(self, now: float) -> dict[str, float]:
+        """Return what was used by resource: rows of unknown usage count by their bound.
+
+        The bound is the limit where one is set, else the largest usage known.
+        """
+        used = {name: self._known[name] + self._unknown(name) for name in SUMMED}
+        now = self.clocks.now(now)
+        running = [
+            (self.clocks.moved(e.claim.machine, e.reservation.began), now)
+            for e in self.open
+            if e.reservation is not None and e.reservation.began is not None
+        ]
+        used["wall_time"] = self._spans.with_added(running)
+        return used
+
+    def _unknown(self, name: str) -> float:
+        bound = self.bounds.get(name, self._largest.get(name, 0.0))
+        return self.unknown[name] * bound
+
+    def reserved(self, machine: str | None = None) -> dict[str, float]:
+        """Return what running trials hold or ask for, by resource.
+
+        Args:
+            machine: Count what is held at one moment on this machine only.
+        """
+        reserved: dict[str, float] = {}
+        for entry in self.open:
+            claim = entry.claim
+            for name in claim.granted.keys() | claim.asked.keys():
+                if is_held(name) and machine not in (None, claim.machine):
+                    continue
+                amount = max(claim.granted.get(name, 0.0), claim.asked.get(name, 0.0))
+                reserved[name] = reserved.get(name, 0.0) + amount
+        return reserved
+
+    @property
+    def claims(self) -> list[Claim]:
+        """Running trials that hold, ask or wait, as the protocol sees them."""
+        return [entry.claim for entry in self.open if entry.reservation is not None]

@@ -1,0 +1,299 @@
+"""The ledger of one study as one process keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING
+
+from optuna.exceptions import UpdateFinishedTrialError
+
+from optuna_quota import _optuna
+from optuna_quota._ledger.accounts import Accounts
+from optuna_quota._ledger.accounts import Snapshot
+from optuna_quota._ledger.admission import ask
+from optuna_quota._ledger.admission import judge
+from optuna_quota._ledger.admission import pauses
+from optuna_quota._ledger.clock import Clock
+from optuna_quota._ledger.clock import SystemClock
+from optuna_quota._ledger.gpus import Gpu
+from optuna_quota._ledger.gpus import gpu_in
+from optuna_quota._ledger.gpus import want_of_gpu
+from optuna_quota._ledger.grant import beyond
+from optuna_quota._ledger.grant import Grant
+from optuna_quota._ledger.grant import hopeless
+from optuna_quota._ledger.grant import Refusal
+from optuna_quota._ledger.keeper import Keeper
+from optuna_quota._ledger.leases import Death
+from optuna_quota._ledger.protocol import answered
+from optuna_quota._ledger.protocol import Decision
+from optuna_quota._ledger.protocol import queued
+from optuna_quota._ledger.protocol import Want
+from optuna_quota._ledger.request import first_wants
+from optuna_quota._ledger.request import more_wants
+from optuna_quota._ledger.reservation import Reservation
+from optuna_quota._ledger.running import Running
+from optuna_quota._ledger.undertaker import Undertaker
+from optuna_quota._ledger.worker import this_worker
+from optuna_quota._resources import Limits
+from optuna_quota._resources import Quota
+from optuna_quota._resources import Usage
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+    from optuna_quota._metering import Watch
+
+
+_logger = logging.getLogger("optuna.quota.ledger")
+
+# Seconds without a sign of life after which a worker on another machine is taken for dead.
+LEASE = 120.0
+_BEATS_PER_LEASE = 4
+
+
+class Ledger:
+    """Admits trials to a study's quota, together with all other workers of the study.
+
+    Everything is derived from trial rows; this object only remembers what it has read.
+
+    Args:
+        study: The study.
+        quota: Its quota.
+        clock: The clocks to go by.
+        lease: Seconds without a sign of life after which a worker on another machine is taken
+            for dead and its trial ended.
+        gpus: This machine's GPUs, to give each trial the one with the most room.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        quota: Quota,
+        *,
+        clock: Clock | None = None,
+        lease: float = LEASE,
+        gpus: Sequence[Gpu] = (),
+    ) -> None:
+        self.quota = quota
+        self._gpus = tuple(gpus)
+        self._study = study
+        self._clock = clock or SystemClock()
+        self._lease = lease
+        self._open()
+
+    def _open(self) -> None:
+        self._pid = os.getpid()
+        beat = self._lease / _BEATS_PER_LEASE
+        self._accounts = Accounts(self._study, self.quota, self._clock, beat, self._gpus)
+        self._undertaker = Undertaker(self._accounts, self._lease)
+        self._keeper = Keeper(self._renew, self._beat, beat)
+        self._running: dict[int, Running] = {}
+        # One thread at a time changes what this process's running trials hold.
+        self._changing = threading.RLock()
+
+    def reserve(
+        self, trial: FrozenTrial, *, limits: Limits, footprint: Mapping[str, float]
+    ) -> Grant | Refusal:
+        """Admit a trial or refuse it; waits while others hold what it needs for now.
+
+        Args:
+            trial: The trial, whose row must be running.
+            limits: Its limits.
+            footprint: Upper bounds of what it will use, by resource, where known.
+        """
+        if self._pid != os.getpid():
+            # The locks and threads of a parent are of no use in its child.
+            self._open()
+        self._bury_left_behind()
+        trial_id, number = _optuna.trial_id_of(trial), trial.number
+        held, seen, waiting = Reservation(), self._accounts.last, False
+        for pause in pauses():
+            seen = self._undertaker.look() if seen is None or waiting else seen
+            beside = _beside(seen, number)
+            wants = first_wants(self.quota, limits, footprint, seen.free(self.quota), beside)
+            need = footprint.get("gpu_memory", limits.gpu_memory)
+            machine = this_worker().machine
+            wants.update(want_of_gpu(self._gpus, seen.claims, machine, need))
+            # Who waits looks before it asks: a claim in vain would only disturb the others.
+            decision = judge(self._accounts, number, held, wants, seen, queue=True)
+            if not waiting or decision.action != "withdraw":
+                decision, seen = ask(
+                    self._accounts,
+                    trial_id,
+                    number,
+                    held,
+                    wants,
+                    self._undertaker.look,
+                    queue=True,
+                )
+            refusal = beyond(self.quota, seen.used, footprint)
+            if refusal is None and decision.action == "grant":
+                return self._start(trial, limits, decision)
+            if refusal is None and decision.shortage is not None:
+                refusal = hopeless(decision.shortage)
+            if refusal is not None:
+                self._accounts.write(trial_id, Reservation())
+                return refusal
+            held = self._queue_up(trial_id, held, wants)
+            waiting = True
+            self._clock.sleep(pause)
+        raise AssertionError("The pauses never end.")
+
+    def keep(self, trial_id: int, watch: Watch) -> None:
+        """Ask for more by itself while a trial under metering runs, and renew its lease."""
+        running = self._running.get(trial_id)
+        if running is None:
+            return
+        running.watch = watch
+        watch.prices = self.quota.prices if self.quota.cost is not None else {}
+        if running.reservation.gpu is not None:
+            watch.environment = {"CUDA_VISIBLE_DEVICES": running.reservation.gpu}
+        watch.most = self.quota.held
+        watch.on_shortage(lambda: self._keeper.call_for_more(trial_id))
+        self._keeper.keep(trial_id)
+
+    def extend(self, trial_id: int, usage: Usage | None = None) -> Mapping[str, float]:
+        """Return what a running trial may use in all, having asked for more where it runs low.
+
+        Args:
+            trial_id: The trial.
+            usage: What it has used; without it, it asks for more of everything.
+        """
+        with self._changing:
+            running = self._running.get(trial_id)
+            if running is None:
+                return {}
+            for name in running.low(usage, self.quota):
+                self._extend_one(running, name)
+            return running.left
+
+    def settle(self, trial_id: int, usage: Usage) -> None:
+        """Stop keeping a trial's reservation: its row says what it used and is about to finish."""
+        self._keeper.let_go(trial_id)
+        with self._changing:
+            if self._running.pop(trial_id, None) is not None:
+                self._accounts.settle(trial_id, usage)
+
+    def exhausted(self) -> Refusal | None:
+        """Return why nothing more can be admitted, None while something can."""
+        seen = self._accounts.read()
+        granted = {
+            name: sum(claim.granted.get(name, 0.0) for claim in seen.claims)
+            for name in self.quota.totals
+        }
+        return beyond(self.quota, self._accounts.with_settled(seen), {}, granted)
+
+    def _queue_up(
+        self, trial_id: int, held: Reservation, wants: Mapping[str, Want]
+    ) -> Reservation:
+        now, place = self._clock.time(), queued(held, wants)
+        due = held.beat is None or now - held.beat > self._accounts.beat
+        if place.waits == held.waits and not due:
+            return held
+        place = replace(place, beat=now)
+        self._accounts.write(trial_id, place)
+        return place
+
+    def _start(self, trial: FrozenTrial, limits: Limits, decision: Decision) -> Grant:
+        trial_id, now = _optuna.trial_id_of(trial), self._clock.time()
+        gpu = gpu_in(decision.granted)
+        held = replace(answered(Reservation(), decision), began=now, beat=now, gpu=gpu)
+        self._accounts.write(trial_id, held)
+        running = Running(trial_id, trial.number, held, limits)
+        if self.quota.wall_time is not None:
+            running.deadline = max(0.0, self.quota.wall_time - self._accounts.wall_time(now))
+        if _optuna.in_optimize_loop(self._study):
+            running.thread = threading.get_ident()
+        self._running[trial_id] = running
+        return Grant(running.left, gpu=gpu)
+
+    def _extend_one(self, running: Running, name: str) -> None:
+        seen, held = self._undertaker.look(), running.reservation
+        wants = more_wants(
+            self.quota,
+            running.limits,
+            held.granted,
+            frozenset({name}),
+            seen.free(self.quota),
+            _beside(seen, running.number),
+        )
+        number = running.number
+        decision = judge(self._accounts, number, held, wants, seen, queue=False)
+        if wants and decision.action != "withdraw":
+            decision, _ = ask(
+                self._accounts,
+                running.trial_id,
+                number,
+                held,
+                wants,
+                self._undertaker.look,
+                queue=False,
+            )
+            if decision.action == "grant":
+                self._change(running, answered(held, decision))
+
+    def _change(self, running: Running, held: Reservation) -> None:
+        running.reservation = replace(held, beat=self._clock.time())
+        self._accounts.write(running.trial_id, running.reservation)
+
+    def _renew(self, trial_id: int) -> None:
+        with self._watched(trial_id) as running:
+            if running is not None and running.watch is not None:
+                running.watch.allow(self.extend(trial_id, running.watch.usage()))
+
+    def _beat(self, trial_id: int) -> None:
+        with self._watched(trial_id) as running:
+            if running is not None and running.watch is not None:
+                used = running.watch.usage().amounts()
+                self._change(running, replace(running.reservation, used=used))
+
+    @contextmanager
+    def _watched(self, trial_id: int) -> Iterator[Running | None]:
+        """Hold on to a trial that still runs; end it when its row was finished by others."""
+        with self._changing:
+            running = self._running.get(trial_id)
+            watch = None if running is None else running.watch
+            if running is None or watch is None or watch.closed:
+                self._keeper.let_go(trial_id)
+                self._running.pop(trial_id, None)
+                yield None
+                return
+            try:
+                yield running
+            except UpdateFinishedTrialError:
+                self._keeper.let_go(trial_id)
+                if not watch.closed:
+                    _logger.warning(
+                        f"Trial {running.number} is stopped: another worker took this one for "
+                        "dead and finished its row."
+                    )
+                    watch.allow({"trial_time": 0.0})
+
+    def _bury_left_behind(self) -> None:
+        """End trials that this thread's ``optimize`` has left behind, as on a storage's fault."""
+        if not _optuna.in_optimize_loop(self._study):
+            return
+        here = threading.get_ident()
+        with self._changing:
+            left_behind = [r for r in self._running.values() if r.thread == here]
+        for running in left_behind:
+            usage = Usage() if running.watch is None else running.watch.close()
+            self.settle(running.trial_id, usage)
+            for entry in self._undertaker.look().open:
+                if entry.trial_id == running.trial_id and entry.reservation is not None:
+                    used = replace(entry.reservation, used=usage.amounts())
+                    text = "Its worker went on without finishing it."
+                    self._undertaker.bury(Death(replace(entry, reservation=used), text, 0.0))
+
+
+def _beside(seen: Snapshot, number: int) -> int:
+    return sum(1 for claim in seen.claims if claim.number != number)

@@ -1,0 +1,139 @@
+"""What a trial's own row says of its place in the ledger.
+
+Each worker writes the rows of its own trials only, the whole reservation in one attribute, so that
+any storage changes it at once or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+import math
+from typing import Any
+
+from optuna_quota._records import number
+from optuna_quota._records import plain_number
+
+
+@dataclass(frozen=True)
+class Worker:
+    """The process that runs a trial, told apart from every other one.
+
+    Attributes:
+        host: The name of the machine, for people.
+        machine: What tells one machine, and one boot of it, from every other.
+        space: The process-id namespace: a pid means something only inside the same one.
+        pid: The process id.
+        started: When the process started, as its machine counts; a reused pid has another.
+    """
+
+    host: str
+    machine: str
+    space: str = ""
+    pid: int = 0
+    started: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """The worker in a word, for people."""
+        return f"{self.host}:{self.pid}"
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """What a running trial holds, asks for or waits for; amounts in SI base units by resource.
+
+    Attributes:
+        trial_id: The trial it was written for: attributes get copied into other rows.
+        granted: What it may use or hold, settled with all other workers.
+        asked: What it would have instead, while that is being settled; empty otherwise.
+        waits: The place it keeps in the queue while it waits; empty otherwise.
+        worker: Who runs it.
+        began: When it was granted, seconds since the epoch on its machine's clock.
+        beat: When its worker last wrote, on the same clock.
+        used: What it had used by then.
+        charged: What it is charged for where no usage was measured: it ended without its worker.
+        gpu: The GPU it was given.
+        after: Stamps of other machines, by machine, that were read before this was written
+            although its own clock has yet to reach them.
+    """
+
+    trial_id: int = -1
+    granted: Mapping[str, float] = field(default_factory=dict)
+    asked: Mapping[str, float] = field(default_factory=dict)
+    waits: Mapping[str, float] = field(default_factory=dict)
+    worker: Worker | None = None
+    began: float | None = None
+    beat: float | None = None
+    used: Mapping[str, float] = field(default_factory=dict)
+    charged: Mapping[str, float] = field(default_factory=dict)
+    gpu: str | None = None
+    after: Mapping[str, float] = field(default_factory=dict)
+
+
+_AMOUNTS = ("granted", "asked", "waits", "used", "charged", "after")
+_TIMES = ("began", "beat")
+
+
+def reservation_object(reservation: Reservation) -> dict[str, Any]:
+    """Return a reservation as a JSON object; what is empty or unknown is left out."""
+    found: dict[str, Any] = {"trial": reservation.trial_id}
+    for name in _AMOUNTS:
+        amounts = getattr(reservation, name)
+        if amounts:
+            found[name] = {key: plain_number(value) for key, value in amounts.items()}
+    for name in _TIMES:
+        if getattr(reservation, name) is not None:
+            found[name] = round(getattr(reservation, name), 3)
+    if reservation.gpu is not None:
+        found["gpu"] = reservation.gpu
+    if reservation.worker is not None:
+        found["worker"] = dict(vars(reservation.worker))
+    return found
+
+
+def parse_reservation(value: Any, trial_id: int) -> Reservation | None:
+    """Return what a row says; whatever is malformed in it is left out.
+
+    Args:
+        value: The attribute.
+        trial_id: The row's; what was copied from another row, as a retried trial's is, is void.
+    """
+    if not isinstance(value, Mapping) or value.get("trial") != trial_id:
+        return None
+    gpu = value.get("gpu")
+    return Reservation(
+        trial_id,
+        granted=_amounts(value.get("granted")),
+        asked=_amounts(value.get("asked")),
+        waits=_amounts(value.get("waits")),
+        worker=_worker(value.get("worker")),
+        began=number(value.get("began")),
+        beat=number(value.get("beat")),
+        used=_amounts(value.get("used")),
+        charged=_amounts(value.get("charged")),
+        gpu=gpu if isinstance(gpu, str) else None,
+        after=_amounts(value.get("after")),
+    )
+
+
+def _amounts(value: Any) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        return {}
+    amounts = {str(key): number(amount) for key, amount in value.items()}
+    return {key: amount for key, amount in amounts.items() if amount is not None}
+
+
+def _worker(value: Any) -> Worker | None:
+    if not isinstance(value, Mapping):
+        return None
+    texts = {name: value.get(name) for name in ("host", "machine", "space")}
+    if not all(isinstance(text, str) for text in texts.values()):
+        return None
+    pid, started = number(value.get("pid")), number(value.get("started"))
+    return Worker(
+        **{name: str(text) for name, text in texts.items()},
+        pid=int(pid) if pid is not None and math.isfinite(pid) else 0,
+        started=started or 0.0,
+    )

@@ -1,0 +1,324 @@
+"""The ledger for people: what a study has used, reserved and left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+import math
+import time
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna_quota import _optuna
+from optuna_quota._ledger.book import Book
+from optuna_quota._ledger.rows import Rows
+from optuna_quota._records import read_amounts
+from optuna_quota._records import STUDY_LIMITS
+from optuna_quota._records import STUDY_PRICES
+from optuna_quota._records import STUDY_QUOTA
+from optuna_quota._resources import format_amount
+from optuna_quota._resources import get_resource
+from optuna_quota._resources import HELD_RESOURCES
+from optuna_quota._resources import PRICED_RESOURCES
+from optuna_quota._resources import Quota
+from optuna_quota._resources import TOTAL_RESOURCES
+from optuna_quota._units import format_seconds
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class LedgerLine:
+    """What is known of one resource; amounts in SI base units.
+
+    Attributes:
+        resource: The resource.
+        used: What finished trials used; 0 of what is only held at one moment.
+        reserved: What running trials hold or ask for; on the fullest host where it is per host.
+        quota: The quota, None where there is none.
+        unknown: Finished trials whose usage nobody knows; each counts with its limit, or else
+            with the largest usage known.
+    """
+
+    resource: str
+    used: float
+    reserved: float
+    quota: float | None
+    unknown: int = 0
+
+    @property
+    def left(self) -> float | None:
+        """What is neither used nor reserved, None without a quota."""
+        return None if self.quota is None else max(0.0, self.quota - self.used - self.reserved)
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether more is used than the quota, or more held of what is held at one moment."""
+        taken = self.reserved if self.resource in HELD_RESOURCES else self.used
+        # Sums of floats: ten times 0.1 s are within 1 s.
+        return self.quota is not None and taken > self.quota * (1 + 1e-9)
+
+
+@dataclass(frozen=True)
+class LedgerStatus:
+    """What a study has used, reserved and left; ``print`` it.
+
+    Example:
+
+        .. code-block:: python
+
+            found = status(study)
+            print(found)
+            found.table.loc["cpu_time", "left"]
+
+    Attributes:
+        lines: One for each resource that has a quota or a known usage.
+        by_worker: What each worker's finished trials used, by worker and resource.
+        by_outcome: The same by outcome.
+        running: How many trials run, by worker.
+        waiting: How many of those wait for others to give back what they hold.
+        end: When and why the study's quota will be used up, None when that can't be told.
+    """
+
+    lines: Sequence[LedgerLine]
+    by_worker: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    by_outcome: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    running: Mapping[str, int] = field(default_factory=dict)
+    waiting: int = 0
+    end: str | None = None
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A DataFrame indexed by resource: ``used``, ``reserved``, ``left``, ``quota``.
+
+        In SI base units; ``left`` and ``quota`` are NaN where there is no quota.
+        """
+        return _frame(
+            {
+                line.resource: {
+                    "used": line.used,
+                    "reserved": line.reserved,
+                    "left": line.left,
+                    "quota": line.quota,
+                }
+                for line in self.lines
+            },
+            ("used", "reserved", "left", "quota"),
+        )
+
+    @property
+    def exceeded(self) -> tuple[str, ...]:
+        """The resources of which more is used, or held at this moment, than their quota."""
+        return tuple(line.resource for line in self.lines if line.exceeded)
+
+    @property
+    def workers(self) -> pd.DataFrame:
+        """A DataFrame indexed by worker: ``running`` trials and usage by resource."""
+        names = sorted({*self.by_worker, *self.running})
+        rows = {
+            name: {"running": self.running.get(name, 0), **self.by_worker.get(name, {})}
+            for name in names
+        }
+        return _frame(rows, ("running", *self._used_resources(self.by_worker)))
+
+    @property
+    def outcomes(self) -> pd.DataFrame:
+        """A DataFrame indexed by outcome: usage by resource."""
+        return _frame(dict(self.by_outcome), self._used_resources(self.by_outcome))
+
+    def __str__(self) -> str:
+        parts = [_text_table(self._resource_rows())]
+        for title, groups in (("worker", self.by_worker), ("outcome", self.by_outcome)):
+            if groups or (title == "worker" and self.running):
+                parts.append(_text_table(self._group_rows(title, groups)))
+        notes = list(self._notes())
+        return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
+
+    def _used_resources(self, groups: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:
+        known = {name for amounts in groups.values() for name in amounts}
+        return tuple(name for name in TOTAL_RESOURCES if name in known)
+
+    def _resource_rows(self) -> Iterator[tuple[str, ...]]:
+        yield ("resource", "used", "reserved", "left", "quota", "")
+        for line in self.lines:
+            shown = (line.used, line.reserved, line.left, line.quota)
+            texts = ("–" if v is None else format_amount(line.resource, v) for v in shown)
+            yield (get_resource(line.resource).title, *texts, _share(line))
+
+    def _group_rows(
+        self, title: str, groups: Mapping[str, Mapping[str, float]]
+    ) -> Iterator[tuple[str, ...]]:
+        resources = self._used_resources(groups)
+        running = title == "worker"
+        heads = [get_resource(name).title for name in resources]
+        yield (title, *(("running",) if running else ()), *heads)
+        names = sorted({*groups, *(self.running if running else ())})
+        for name in names:
+            amounts = groups.get(name, {})
+            count = (str(self.running.get(name, 0)),) if running else ()
+            yield (
+                name,
+                *count,
+                *(format_amount(r, amounts[r]) if r in amounts else "–" for r in resources),
+            )
+
+    def _notes(self) -> Iterator[str]:
+        for line in self.lines:
+            if line.unknown:
+                title = get_resource(line.resource).title
+                yield (
+                    f"The {title} of {line.unknown} trials is unknown; each counts with its limit "
+                    "or the largest usage known."
+                )
+        if self.waiting:
+            yield f"{self.waiting} of the running trials wait for what others hold."
+        if self.end is not None:
+            yield self.end
+
+
+def status(study: Study, *, quota: Quota | None = None, projection: Any = None) -> LedgerStatus:
+    """Return what a study has used, reserved and left of its quota, over all its workers.
+
+    Example:
+
+        .. code-block:: python
+
+            print(status(study))
+            status(study).table.loc["cpu_time", "left"]
+
+    Args:
+        study: The study; no code of its workers is needed.
+        quota: What to compare with, instead of the quota in the study's attributes.
+        projection: A :class:`~optuna_quota.Projection` of the study, which then tells its end;
+            without one, the pace so far does.
+    """
+    attributes = _optuna.user_attrs_of(study)
+    book = Book(quota or stored_quota(attributes), read_amounts(attributes.get(STUDY_LIMITS)))
+    Rows(study).read_into(book)
+    return status_of(book, time.time(), projection)
+
+
+def stored_quota(attributes: Mapping[str, Any]) -> Quota:
+    """Return the quota in a study's attributes, without what is malformed there."""
+    known = (*TOTAL_RESOURCES, *HELD_RESOURCES)
+    amounts: dict[str, Any] = {
+        name: value
+        for name, value in read_amounts(attributes.get(STUDY_QUOTA)).items()
+        if name in known
+    }
+    prices = read_amounts(attributes.get(STUDY_PRICES))
+    prices = {name: price for name, price in prices.items() if name in PRICED_RESOURCES}
+    if "cost" not in amounts or not prices:
+        amounts.pop("cost", None)
+        prices = {}
+    if "n_trials" in amounts and not float(amounts["n_trials"]).is_integer():
+        del amounts["n_trials"]
+    return Quota(**amounts, prices=prices or None)
+
+
+def status_of(book: Book, now: float, projection: Any = None) -> LedgerStatus:
+    """Return the status of a book.
+
+    Args:
+        book: What all rows come to.
+        now: Seconds since the epoch.
+        projection: As for :func:`status`.
+    """
+    lines = tuple(_lines(book, now))
+    running: dict[str, int] = {}
+    for entry in book.open:
+        if entry.state == "running":
+            running[entry.worker] = running.get(entry.worker, 0) + 1
+    waiting = sum(1 for claim in book.claims if claim.waits and not claim.granted)
+    return LedgerStatus(
+        lines,
+        {name: dict(amounts) for name, amounts in book.by_worker.items()},
+        {name: dict(amounts) for name, amounts in book.by_outcome.items()},
+        running,
+        waiting,
+        _projected_end(projection) if projection is not None else _end_at_this_pace(lines),
+    )
+
+
+def _lines(book: Book, now: float) -> Iterator[LedgerLine]:
+    quota, used, reserved = book.quota.amounts(), book.used(now), book.reserved()
+    for name in TOTAL_RESOURCES:
+        if name in quota or used.get(name) or name == "n_trials":
+            yield LedgerLine(
+                name,
+                used.get(name, 0.0),
+                reserved.get(name, 0.0),
+                quota.get(name),
+                book.unknown[name] if name in quota else 0,
+            )
+    machines = {claim.machine for claim in book.claims}
+    for name in HELD_RESOURCES:
+        if name in quota:
+            fullest = max((book.reserved(m).get(name, 0.0) for m in machines), default=0.0)
+            yield LedgerLine(name, 0.0, fullest, quota[name])
+
+
+def _end_at_this_pace(lines: Sequence[LedgerLine]) -> str | None:
+    used = {line.resource: line.used for line in lines}
+    seconds = used.get("wall_time", 0.0)
+    ends = [
+        (seconds * (line.quota - line.used) / line.used, line.resource)
+        for line in lines
+        if line.quota is not None and line.used > 0 and line.resource not in HELD_RESOURCES
+    ]
+    if not ends or seconds <= 0:
+        return None
+    first, resource = min(ends)
+    title = get_resource(resource).title
+    if first <= 0:
+        return f"The quota of {title} is used up."
+    when = format_seconds(first)
+    return f"At the pace so far the quota of {title} is used up after another {when} of running."
+
+
+def _projected_end(projection: Any) -> str | None:
+    table = projection.table
+    if "wall_time" not in table.index:
+        return None
+    row = table.loc["wall_time"]
+    used = float(row["used"]) if math.isfinite(float(row["used"])) else 0.0
+    median, upper = (max(0.0, float(row[name]) - used) for name in ("median", "upper"))
+    return (
+        f"Projected end: after another {format_seconds(median)} of running, "
+        f"at most {format_seconds(upper)}."
+    )
+
+
+def _share(line: LedgerLine) -> str:
+    if not line.quota:
+        return ""
+    return f"{100 * (line.used + line.reserved) / line.quota:.0f}%"
+
+
+def _text_table(rows: Iterator[tuple[str, ...]]) -> str:
+    table = list(rows)
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = []
+    for row in table:
+        cells = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("─" * width for width in widths if width))
+    return "\n".join(lines)
+
+
+def _frame(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
+
+    cells = [[row.get(name) for name in columns] for row in rows.values()]
+    index = pd.Index(list(rows), dtype=object)
+    frame: pd.DataFrame = pd.DataFrame(cells, index=index, columns=list(columns), dtype=float)
+    return frame

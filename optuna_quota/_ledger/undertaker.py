@@ -1,0 +1,52 @@
+"""Finds and ends the rows of workers that are gone."""
+
+from __future__ import annotations
+
+import threading
+
+from optuna_quota._ledger.accounts import Accounts
+from optuna_quota._ledger.accounts import Snapshot
+from optuna_quota._ledger.burial import bury
+from optuna_quota._ledger.leases import Death
+from optuna_quota._ledger.leases import Leases
+from optuna_quota._ledger.worker import is_alive
+
+
+# Seconds between questions to a storage that has heartbeats: the answer costs a query.
+_ASK_EVERY = 5.0
+
+
+class Undertaker:
+    """Finds and ends the rows of workers that are gone, whenever rows are read.
+
+    Args:
+        accounts: The study's accounts.
+        lease: Seconds; see :class:`Leases`.
+    """
+
+    def __init__(self, accounts: Accounts, lease: float) -> None:
+        self._accounts = accounts
+        self._leases = Leases(lease, is_alive)
+        self._lock = threading.Lock()
+        self._asked: float | None = None
+
+    def look(self) -> Snapshot:
+        """Read the rows, end those whose workers are gone, and return what is left."""
+        seen = self._accounts.read()
+        now = self._accounts.clock.monotonic()
+        with self._lock:
+            deaths = self._leases.deaths(seen.open, now, self._stale(now))
+        if not deaths:
+            return seen
+        self.bury(*deaths)
+        return self._accounts.read()
+
+    def bury(self, *deaths: Death) -> None:
+        """End rows."""
+        bury(self._accounts.rows, deaths, self._accounts.clock.time())
+
+    def _stale(self, now: float) -> list[int]:
+        if self._asked is not None and now - self._asked < _ASK_EVERY:
+            return []
+        self._asked = now
+        return self._accounts.rows.stale()

@@ -1,0 +1,40 @@
+"""Measures what trials use: process trees, GPUs, users' own meters; one loop a process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from optuna_quota._metering.breach import find_breach
+from optuna_quota._metering.loop import metering_loop
+from optuna_quota._metering.loop import MeteringLoop
+from optuna_quota._metering.meter import check_names
+from optuna_quota._metering.meter import Meter
+from optuna_quota._metering.watch import Key
+from optuna_quota._metering.watch import Verdict
+from optuna_quota._metering.watch import Watch
+from optuna_quota._optuna import storage_of
+from optuna_quota._optuna import trial_id_of
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import BaseTrial
+    from optuna.trial import FrozenTrial
+
+
+__all__ = [
+    "Key",
+    "Meter",
+    "MeteringLoop",
+    "Verdict",
+    "Watch",
+    "check_names",
+    "find_breach",
+    "key_of",
+    "metering_loop",
+]
+
+
+def key_of(study: Study, trial: BaseTrial | FrozenTrial) -> Key:
+    """Return what a trial is known by in this process: its storage and its id there."""
+    return (id(storage_of(study)), trial_id_of(trial))

@@ -1,0 +1,138 @@
+"""Energy of the processor, by its own counters (RAPL), and a trial's part in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
+import logging
+import math
+from pathlib import Path
+
+from optuna_quota._metering.gauge import Amount
+from optuna_quota._metering.warn import warn_once
+
+
+_POWERCAP = Path("/sys/class/powercap")
+_STAT = Path("/proc/stat")
+# Seconds. The counters wrap after minutes at the least.
+_PERIOD = 1.0
+
+
+class Rapl:
+    """The energy counters of a host's processors and memory.
+
+    Args:
+        folder: Where Linux shows them.
+
+    Raises:
+        OSError: If there are none or they may not be read; since 2020 only root may.
+    """
+
+    def __init__(self, folder: Path = _POWERCAP) -> None:
+        self._zones = [zone for zone in sorted(folder.glob("*rapl:*")) if _counts(zone)]
+        if not self._zones:
+            raise FileNotFoundError("there are no energy counters")
+        self._ranges = [_number(zone / "max_energy_range_uj") for zone in self._zones]
+        self._last = self._read()
+        self._joules = 0.0
+
+    def joules(self) -> float:
+        """Return the joules since this object was made. Raises OSError when it can't be told."""
+        now = self._read()
+        for before, after, span in zip(self._last, now, self._ranges, strict=True):
+            # The counters are in microjoules and start again at 0 after their range.
+            self._joules += (after - before if after >= before else after + span - before) / 1e6
+        self._last = now
+        return self._joules
+
+    def _read(self) -> list[float]:
+        return [_number(zone / "energy_uj") for zone in self._zones]
+
+
+def _counts(zone: Path) -> bool:
+    """Return whether a zone adds to the others: packages hold cores, and not the memory."""
+    try:
+        name = (zone / "name").read_text().strip()
+    except OSError:
+        return False
+    return name.startswith("package") or name == "dram"
+
+
+def _number(path: Path) -> float:
+    return float(path.read_text())
+
+
+def busy_seconds_of_host(stat: str, ticks: int) -> float:
+    """Return the CPU-seconds that all processors of the host were busy, since the boot.
+
+    Args:
+        stat: The text of /proc/stat.
+        ticks: Clock ticks a second.
+    """
+    fields = [int(value) for value in stat.split("\n", 1)[0].split()[1:]]
+    # user nice system idle iowait irq softirq steal; guest time is part of user time.
+    busy = sum(fields[:8]) - sum(fields[3:5])
+    return busy / ticks
+
+
+class ProcessorEnergyGauge:
+    """A trial's part in the energy of the host's processors, idle power included.
+
+    The part is the trial's share of the CPU time that the host was busy, in the time between two
+    readings: a trial that does all the work is charged all the energy. Where the counters can't be
+    read there is no amount.
+
+    Args:
+        cpu_time: Tells the trial's CPU-seconds so far.
+        is_asked: Whether the trial has a ceiling on energy: what is missing is then a warning.
+        open_counters: Opens the counters.
+        host_busy: Tells the CPU-seconds that the host was busy.
+    """
+
+    eager = False
+
+    def __init__(
+        self,
+        cpu_time: Callable[[], float | None],
+        *,
+        is_asked: bool = False,
+        open_counters: Callable[[], Rapl] | None = None,
+        host_busy: Callable[[], float] | None = None,
+    ) -> None:
+        self.period = _PERIOD
+        self._cpu_time = cpu_time
+        self._is_asked = is_asked
+        self._open_counters = open_counters or rapl
+        self._host_busy = host_busy or _host_busy
+        self._last: tuple[float, float, float] | None = None
+        self._joules = 0.0
+
+    def read(self, pids: Sequence[int]) -> Mapping[str, Amount]:
+        """Return the trial's joules so far."""
+        try:
+            now = (self._open_counters().joules(), self._host_busy(), self._cpu_time() or 0.0)
+        except (OSError, ValueError) as error:
+            self.period = math.inf
+            level = logging.WARNING if self._is_asked else logging.DEBUG
+            message = f"The processors' energy is not measured: {error}."
+            warn_once("processor energy", message, level=level)
+            return {}
+        if self._last is not None:
+            joules, busy, used = (b - a for a, b in zip(self._last, now, strict=True))
+            self._joules += joules * min(1.0, used / busy) if busy > 0 else 0.0
+        is_first, self._last = self._last is None, now
+        return {} if is_first else {"energy": Amount(self._joules, peak=False, is_own=True)}
+
+
+@functools.lru_cache(maxsize=1)
+def rapl() -> Rapl:
+    """Return the counters of this host. Raises OSError where there are none."""
+    return Rapl()
+
+
+def _host_busy() -> float:
+    import os
+
+    return busy_seconds_of_host(_STAT.read_text(), os.sysconf("SC_CLK_TCK"))

@@ -1,0 +1,221 @@
+"""NVIDIA's management library: the only door to pynvml.
+
+Everything that pynvml raises leaves here as :class:`GpuError`, which says in words what is the
+matter and whether it is for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import ctypes
+from dataclasses import dataclass
+import functools
+import os
+import sys
+from typing import Any
+
+
+class GpuError(Exception):
+    """Something that NVML does not tell.
+
+    Attributes:
+        reason: Why, for a person, as the end of a sentence.
+        final: True when nothing of NVML can be asked any more.
+        nothing: True when the answer is that there is nothing to tell at this moment.
+    """
+
+    def __init__(self, reason: str, *, final: bool = False, nothing: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.final = final
+        self.nothing = nothing
+
+
+@dataclass(frozen=True)
+class GpuSample:
+    """What a process kept a device busy with in one sampling period of the driver.
+
+    Attributes:
+        pid: The process.
+        seconds: When the period ended, in seconds since 1970.
+        busy: Share of the period in which a kernel of the process ran, 0 to 1.
+    """
+
+    pid: int
+    seconds: float
+    busy: float
+
+
+# Codes after which nothing more is to be had, see nvmlReturn_t in NVIDIA's nvml.h.
+_FINAL = {
+    "NVML_ERROR_UNINITIALIZED": "NVML was shut down",
+    "NVML_ERROR_DRIVER_NOT_LOADED": "the NVIDIA driver is not loaded",
+    "NVML_ERROR_LIBRARY_NOT_FOUND": "NVML's library was not found",
+    "NVML_ERROR_LIB_RM_VERSION_MISMATCH": "NVML's version is not the driver's",
+    "NVML_ERROR_GPU_IS_LOST": "a GPU is lost to the driver",
+    "NVML_ERROR_RESET_REQUIRED": "a GPU must be reset",
+    "NVML_ERROR_UNKNOWN": "the NVIDIA driver failed",
+    "NVML_ERROR_OPERATING_SYSTEM": "the NVIDIA driver was blocked by the operating system",
+    "NVML_ERROR_IRQ_ISSUE": "the NVIDIA driver has a problem with a GPU's interrupts",
+}
+_NOTHING = ("NVML_ERROR_NOT_FOUND", "NVML_ERROR_NO_DATA", "NVML_ERROR_NOT_READY")
+_LACKING = {
+    "NVML_ERROR_NOT_SUPPORTED": "the GPU does not support it",
+    "NVML_ERROR_NO_PERMISSION": "the driver does not permit it",
+    "NVML_ERROR_FUNCTION_NOT_FOUND": "the driver is too old for it",
+    "NVML_ERROR_ARGUMENT_VERSION_MISMATCH": "the driver's version does not match",
+}
+
+
+class NvmlDevice:
+    """One GPU, or one MIG instance of it.
+
+    Args:
+        pynvml: The module.
+        handle: NVML's handle.
+        index: Its number in NVML's order, the parent's for a MIG instance.
+        is_instance: Whether it is a MIG instance.
+    """
+
+    def __init__(self, pynvml: Any, handle: Any, index: int, *, is_instance: bool = False) -> None:
+        self._pynvml = pynvml
+        self._handle = handle
+        self.index = index
+        self.is_instance = is_instance
+
+    def __repr__(self) -> str:
+        return f"NvmlDevice({self.index})"
+
+    def name(self) -> str:
+        """Return the model."""
+        return str(self._ask("nvmlDeviceGetName"))
+
+    def uuid(self) -> str:
+        """Return the identifier that CUDA_VISIBLE_DEVICES takes."""
+        return str(self._ask("nvmlDeviceGetUUID"))
+
+    def processes(self) -> dict[int, int | None]:
+        """Return the bytes that each compute process holds, None where the driver hides them."""
+        found = self._ask("nvmlDeviceGetComputeRunningProcesses")
+        return {int(p.pid): _amount(p.usedGpuMemory) for p in found}
+
+    def n_graphics_processes(self) -> int:
+        """Return the number of processes that draw."""
+        return len(self._ask("nvmlDeviceGetGraphicsRunningProcesses"))
+
+    def memory(self) -> tuple[int, int]:
+        """Return the bytes in use by anyone, and in total."""
+        info = self._ask("nvmlDeviceGetMemoryInfo")
+        return int(info.used), int(info.total)
+
+    def samples(self, since: float) -> list[GpuSample]:
+        """Return the utilization by process sampled since a moment, in seconds since 1970."""
+        try:
+            found = self._ask("nvmlDeviceGetProcessUtilization", int(since * 1e6))
+        except GpuError as error:
+            if error.nothing:
+                return []
+            raise
+        return [GpuSample(int(s.pid), s.timeStamp / 1e6, min(s.smUtil, 100) / 100) for s in found]
+
+    def joules(self) -> float:
+        """Return the energy that the device has used since the driver was loaded."""
+        return int(self._ask("nvmlDeviceGetTotalEnergyConsumption")) / 1e3
+
+    def is_partitioned(self) -> bool:
+        """Return whether the device is cut into MIG instances."""
+        try:
+            current, _ = self._ask("nvmlDeviceGetMigMode")
+        except GpuError as error:
+            if error.final:
+                raise
+            return False
+        return bool(current)
+
+    def instances(self) -> list[NvmlDevice]:
+        """Return the MIG instances."""
+        found = []
+        for i in range(int(self._ask("nvmlDeviceGetMaxMigDeviceCount"))):
+            try:
+                handle = self._ask("nvmlDeviceGetMigDeviceHandleByIndex", i)
+            except GpuError as error:
+                if not error.nothing:
+                    raise
+            else:
+                found.append(NvmlDevice(self._pynvml, handle, self.index, is_instance=True))
+        return found
+
+    def _ask(self, function: str, *arguments: Any) -> Any:
+        return _ask(self._pynvml, function, self._handle, *arguments)
+
+
+@functools.lru_cache(maxsize=1)
+def open_devices() -> tuple[Sequence[NvmlDevice], str | None]:
+    """Return all devices, none with the reason where NVML can't be used.
+
+    Both the devices and the failure are kept: failing costs 0.2 ms with a library that is missing
+    and more with a driver that is broken. The failure is kept as text: an exception that is kept
+    keeps, by its traceback, what the frames that it passed through held, a user's model too.
+    """
+    try:
+        return _open_devices(), None
+    except GpuError as error:
+        return (), error.reason
+
+
+def _open_devices() -> list[NvmlDevice]:
+    if sys.platform.startswith("linux"):
+        try:
+            # Importing pynvml costs far more than finding out that it would be for nothing.
+            ctypes.CDLL("libnvidia-ml.so.1")
+        except OSError as error:
+            raise GpuError("no NVIDIA driver was found", final=True) from error
+    try:
+        import pynvml
+    except ImportError as error:
+        raise GpuError("the package nvidia-ml-py is not installed", final=True) from error
+    _ask(pynvml, "nvmlInitWithFlags", 0)
+    count = int(_ask(pynvml, "nvmlDeviceGetCount"))
+    if count == 0:
+        raise GpuError("the NVIDIA driver found no GPU", final=True)
+    handles = [_ask(pynvml, "nvmlDeviceGetHandleByIndex", i) for i in range(count)]
+    return [NvmlDevice(pynvml, handle, i) for i, handle in enumerate(handles)]
+
+
+def _ask(pynvml: Any, function: str, *arguments: Any) -> Any:
+    """Call a function of pynvml; whatever it raises comes out as a GpuError."""
+    try:
+        return getattr(pynvml, function)(*arguments)
+    except pynvml.NVMLError as error:
+        raise _translate(pynvml, error) from error
+    except (pynvml.NVMLLibraryMismatchError, AttributeError) as error:
+        raise GpuError(_LACKING["NVML_ERROR_FUNCTION_NOT_FOUND"]) from error
+    except (OSError, ValueError, ctypes.ArgumentError, UnicodeDecodeError) as error:
+        raise GpuError(f"NVML gave an answer that can't be read ({error})") from error
+
+
+def _translate(pynvml: Any, error: Any) -> GpuError:
+    code = getattr(error, "value", None)
+    for name, reason in _FINAL.items():
+        if code == getattr(pynvml, name, object()):
+            return GpuError(reason, final=True)
+    for name, reason in _LACKING.items():
+        if code == getattr(pynvml, name, object()):
+            return GpuError(reason)
+    nothing = any(code == getattr(pynvml, name, object()) for name in _NOTHING)
+    return GpuError(f"NVML says {str(error)!r}", nothing=nothing)
+
+
+def _amount(value: Any) -> int | None:
+    # NVML_VALUE_NOT_AVAILABLE is -1 as an unsigned number of 64 bits; pynvml gives None for it.
+    return None if value is None or value in (-1, 2**64 - 1) else int(value)
+
+
+def driver_is_present() -> bool:
+    """Return whether this system has an NVIDIA driver's files, so that its absence is odd."""
+    return any(map(os.path.exists, ("/dev/nvidiactl", "/proc/driver/nvidia/version")))
+
+
+def forget_devices() -> None:
+    """Let NVML be asked anew; after a fork, and for tests."""
+    open_devices.cache_clear()

@@ -1,0 +1,326 @@
+"""One trial under metering: what it used so far, and its first breach."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+import math
+from typing import TYPE_CHECKING
+
+from optuna_quota._metering.amounts import Amounts
+from optuna_quota._metering.breach import ceilings
+from optuna_quota._metering.breach import worst_breach
+from optuna_quota._metering.renewal import ASK_AT
+from optuna_quota._metering.renewal import Renewal
+from optuna_quota._metering.timeline import Timeline
+from optuna_quota._resources import Breach
+from optuna_quota._resources import Isolation
+from optuna_quota._resources import Limits
+from optuna_quota._resources import Outcome
+from optuna_quota._resources import Usage
+
+
+if TYPE_CHECKING:
+    from optuna_quota._metering.loop import MeteringLoop
+    from optuna_quota._metering.meter import Meter
+
+
+Key = tuple[int, int]
+
+# Seconds over which the rate of CPU cores is averaged.
+CORES_WINDOW = 1.0
+_BY_CPU_TIME = {"cpu_time", "cpu_cores", "cost"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a trial ended, from whoever ended it.
+
+    Attributes:
+        outcome: The word for it.
+        reason: One sentence for a person.
+        breach: The limit it was over, where that was why.
+    """
+
+    outcome: Outcome
+    reason: str
+    breach: Breach | None = None
+
+
+class Watch:
+    """One trial under metering, made by :meth:`MeteringLoop.watch`.
+
+    Attributes:
+        key: Which trial.
+        meters: The user's own meters.
+        started: When it started, on the loop's clock.
+        isolation: Where it runs: ``"thread"`` alone in this process, ``"shared"`` once it ran
+            there beside another, ``"process"`` in a process tree of its own.
+        breach: The first breach found; stays.
+        verdict: How it ended, from whoever ended it.
+        owner: Who settles the trial's record, ``"sampler"`` for the sampler.
+        settled: Whether the trial's record was written.
+        closed: Whether metering has ended.
+        environment: Environment variables for the trial's own process, such as the GPU it was
+            given.
+        most: What it could be granted of quotas at the very most, by resource.
+        prices: Price per hour by resource, where there is a quota on ``cost``.
+    """
+
+    def __init__(
+        self,
+        loop: MeteringLoop,
+        key: Key,
+        limits: Limits,
+        left: Mapping[str, float],
+        meters: Sequence[Meter],
+        now: float,
+    ) -> None:
+        self.key = key
+        self.meters = tuple(meters)
+        self.started = now
+        self.isolation: Isolation = "thread"
+        self.breach: Breach | None = None
+        self.verdict: Verdict | None = None
+        self.owner: str | None = None
+        self.settled = False
+        self.closed = False
+        self.environment: Mapping[str, str] = {}
+        self.most: Mapping[str, float] = {}
+        self.prices: Mapping[str, float] = {}
+        self._loop = loop
+        self._limits = limits
+        self._left = dict(left)
+        self._ceilings = ceilings(limits.amounts(), self._left)
+        self._ended: float | None = None
+        self._used = Amounts()
+        self._callbacks: list[Callable[[Breach], None]] = []
+        self._timeline = Timeline()
+        self._cpu_marks: deque[tuple[float, float]] = deque()
+        self._renewal: Renewal | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """The trial's limits."""
+        return self._limits
+
+    @property
+    def left(self) -> Mapping[str, float]:
+        """What the trial may use of the study's total quotas, by resource."""
+        return dict(self._left)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start; stands still once closed."""
+        now = self._loop.now() if self._ended is None else self._ended
+        return max(0.0, now - self.started)
+
+    def sample(self) -> Usage:
+        """Measure now; return the usage so far and update the breach."""
+        if not self.closed:
+            self._loop.sample(self)
+        return self.usage()
+
+    def usage(self) -> Usage:
+        """Return the usage so far as it was last measured."""
+        return self._used.usage(self.elapsed)
+
+    def timeline(self) -> tuple[tuple[float, float], ...]:
+        """Return pairs of seconds since the start and bytes of memory, at most 60."""
+        return self._timeline.points()
+
+    @property
+    def ceilings(self) -> Mapping[str, tuple[float, bool]]:
+        """The ceilings in force by resource, and whether each comes from a quota."""
+        return dict(self._ceilings)
+
+    @property
+    def hard_ceilings(self) -> Mapping[str, tuple[float, bool]]:
+        """The ceilings that no grant of more can raise: for what can be set but once."""
+        most = {**self._left, **{n: m for n, m in self.most.items() if n in self._left}}
+        return ceilings(self._limits.amounts(), most)
+
+    def limit(self, limits: Limits) -> None:
+        """Set the trial's limits, where they become known after its start."""
+        self._limits = limits
+        self._loop.allow(self, self._left)
+
+    def allow(self, left: Mapping[str, float]) -> None:
+        """Set what this trial may use of the study's total quotas.
+
+        Args:
+            left: Ceilings on the trial's whole usage by resource, in SI base units; they replace
+                what was set before. A breach of one bears ``quota=True``.
+        """
+        self._loop.allow(self, left)
+
+    def retarget(self, pid: int) -> None:
+        """From now on meter only the process tree under ``pid``: the trial is isolated.
+
+        What was measured before belongs to this process and is forgotten, but for the clock.
+
+        Args:
+            pid: The root; a child that its parent has not waited for yet, so that the number
+                can't be another's.
+
+        Raises:
+            ProcessLookupError: If there is no such process.
+        """
+        self._loop.retarget(self, pid)
+
+    def on_breach(self, callback: Callable[[Breach], None]) -> None:
+        """Call back once at the first breach, from the loop's thread; at once if there was one.
+
+        Args:
+            callback: Should return quickly: while it runs, nothing is measured.
+        """
+        self._loop.on_breach(self, callback)
+
+    def on_shortage(self, ask: Callable[[], None]) -> None:
+        """Call when what is left of a quota runs low; the answer is :meth:`allow`.
+
+        A breach of what is left then waits until the answer has refused more of it, for no more
+        than a second.
+
+        Args:
+            ask: Called from the loop's thread; should return at once.
+        """
+        self._renewal = Renewal(ask)
+
+    def add_usage(self, usage: Usage) -> None:
+        """Merge in better figures from whoever knows them; the larger of each counts."""
+        self._loop.add_usage(self, usage)
+
+    def close(self) -> Usage:
+        """Measure a last time and stop metering; idempotent."""
+        self._loop.close_watch(self)
+        return self.usage()
+
+    # What follows is for the loop, which holds its lock meanwhile.
+
+    def ceiling(self, resource: str) -> float | None:
+        """Return the ceiling in force on a resource, None without one."""
+        found = self._ceilings.get(resource)
+        return None if found is None else found[0]
+
+    def seconds_of_cpu_left(self) -> float:
+        """Return the CPU-seconds until a ceiling needs attention; infinite without one."""
+        if self.breach is not None or not self._ceilings.keys() & _BY_CPU_TIME:
+            return math.inf
+        ceiling = self.ceiling("cpu_time")
+        if ceiling is None or len(self._ceilings.keys() & _BY_CPU_TIME) > 1:
+            return 0.0  # a rate or a price: as often as may be
+        used = self._used.by_resource().get("cpu_time", 0.0)
+        # More of a quota is asked for before it is used up.
+        return max(0.0, ceiling * (ASK_AT if self._renewal is not None else 1.0) - used)
+
+    def deadline(self) -> float | None:
+        """Return when the clock alone may breach, on the loop's clock; None for never."""
+        if self.breach is not None:
+            return None
+        if self._renewal is not None:
+            return self._renewal.deadline(self.started, self._ceilings, self._loop.now())
+        clocks = (self.ceiling("wall_time"), self.ceiling("trial_time"))
+        return min((self.started + c for c in clocks if c is not None), default=None)
+
+    def take_memory(self, now: float, memory: float | None, peak: float | None) -> None:
+        """Take in the memory at this moment, and the peak that the kernel kept."""
+        if memory is not None:
+            self._used.raise_to("memory", memory)
+            self._timeline.add(max(0.0, now - self.started), memory)
+        if peak is not None:
+            self._used.raise_to("memory", peak)
+
+    def raise_to(self, resource: str, value: float) -> None:
+        """Take in a peak."""
+        self._used.raise_to(resource, value)
+
+    def add(self, resource: str, amount: float) -> None:
+        """Add to a total."""
+        self._used.add(resource, amount)
+
+    def forget(self, resource: str) -> None:
+        """Let an amount be unknown for good."""
+        self._used.forget(resource)
+
+    def judge(self, now: float) -> None:
+        """Look for a breach in what is known; the first one stays."""
+        if self.breach is not None or not self._ceilings:
+            return
+        amounts = self._used.by_resource()
+        if "cpu_cores" in self._ceilings:
+            amounts.update(self._cores(now, amounts.get("cpu_time")))
+        elapsed = max(0.0, now - self.started)
+        amounts.setdefault("trial_time", elapsed)
+        if self.prices:
+            amounts["cost"] = sum(p * amounts.get(n, 0.0) / 3600 for n, p in self.prices.items())
+        found = worst_breach(amounts, self._ceilings, elapsed)
+        if self._renewal is not None:
+            found = self._renewal.review(found, amounts, self._ceilings, now)
+        self.breach = found
+
+    def _cores(self, now: float, cpu_time: float | None) -> dict[str, float]:
+        """Return the rate of CPU time over the last second; nothing before it has passed."""
+        marks = self._cpu_marks
+        if cpu_time is not None and (not marks or cpu_time > marks[-1][1]):
+            marks.append((now, cpu_time))
+        while len(marks) > 1 and marks[-1][0] - marks[1][0] >= CORES_WINDOW:
+            marks.popleft()
+        if not marks or marks[-1][0] - marks[0][0] < CORES_WINDOW:
+            return {}
+        (then, before), (last, total) = marks[0], marks[-1]
+        return {"cpu_cores": (total - before) / (last - then)}
+
+    def replace_left(self, left: Mapping[str, float], now: float) -> None:
+        """Set what is left of the quotas."""
+        before = self._ceilings
+        self._left = dict(left)
+        self._ceilings = ceilings(self._limits.amounts(), self._left)
+        if self._renewal is not None:
+            self._renewal.answer(before, self._ceilings, now)
+
+    def take_ask(self) -> Callable[[], None] | None:
+        """Return what asks for more of the quotas, once each time that it is due."""
+        return None if self._renewal is None else self._renewal.take_ask()
+
+    def merge(self, usage: Usage) -> None:
+        """Merge in figures; the larger of each counts."""
+        for name, value in usage.amounts().items():
+            self._used.know(name, value)
+
+    def share(self) -> None:
+        """Mark that peaks can't be told apart from another trial's in the same process."""
+        if self.isolation != "thread":
+            return
+        self.isolation = "shared"
+        self._timeline = Timeline()
+        for name in ("memory", "gpu_memory", *(m.name for m in self.meters if m.peak)):
+            self._used.forget(name)
+
+    def isolate(self) -> None:
+        """Forget what was measured of this process."""
+        self.isolation = "process"
+        self._used = Amounts()
+        self._timeline = Timeline()
+        self._cpu_marks.clear()
+        if self.breach is not None and self.breach.resource not in ("wall_time", "trial_time"):
+            self.breach = None
+
+    def add_callback(self, callback: Callable[[Breach], None]) -> None:
+        """Keep a callback for the first breach."""
+        self._callbacks.append(callback)
+
+    def take_callbacks(self) -> Sequence[Callable[[Breach], None]]:
+        """Return the callbacks that are due, each once."""
+        if self.breach is None or not self._callbacks:
+            return ()
+        due, self._callbacks = self._callbacks, []
+        return due
+
+    def end(self, now: float) -> None:
+        """Stop the clock."""
+        self._ended = now
+        self.closed = True

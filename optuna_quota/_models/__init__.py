@@ -1,0 +1,1 @@
+"""Models of what a trial uses: the online footprint and the utilization models."""

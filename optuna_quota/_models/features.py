@@ -1,0 +1,191 @@
+"""Hyperparameters as numbers: the columns that footprint models see.
+
+Every positive number enters by its logarithm, because resource use is close to a product of
+powers of sizes, and each is scaled to [-1, 1] by the bounds of its distribution. A parameter that
+a trial doesn't have (a conditional one) is 0, the middle, in all its columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+import math
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+
+# Values outside the bounds seen (a search space that changed) are taken as they are up to here.
+_FARTHEST = 3.0
+
+
+@dataclass(frozen=True)
+class NumericFeature:
+    """One column: a number scaled to [-1, 1].
+
+    Attributes:
+        name: The hyperparameter.
+        low: The smallest value that any distribution of it allowed.
+        high: The largest.
+        scale: ``"log"`` where all values are positive, ``"log1p"`` for counts from 0 on, else
+            ``"linear"``.
+    """
+
+    name: str
+    low: float
+    high: float
+    scale: str
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return int(self.high > self.low)
+
+    def columns(self, value: Any) -> list[float]:
+        """Return the scaled value, 0 for what is no number."""
+        if not self.width:
+            return []
+        number = _plain(value)
+        if number is None:
+            return [0.0]
+        low, high = self._transformed(self.low), self._transformed(self.high)
+        place = 2 * (self._transformed(number) - low) / (high - low) - 1
+        return [min(max(place, -_FARTHEST), _FARTHEST)]
+
+    def _transformed(self, value: float) -> float:
+        if self.scale == "log":
+            return math.log(max(value, self.low * 1e-3))
+        return math.log1p(max(value, 0.0)) if self.scale == "log1p" else value
+
+
+@dataclass(frozen=True)
+class CategoryFeature:
+    """One column for two choices, else one for each choice: 1 where chosen, else -1."""
+
+    name: str
+    choices: tuple[Any, ...]
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return {1: 0, 2: 1}.get(len(self.choices), len(self.choices))
+
+    def columns(self, value: Any) -> list[float]:
+        """Return the columns, all 0 for a choice never seen."""
+        found = [_same(value, choice) for choice in self.choices]
+        if not any(found):
+            return [0.0] * self.width
+        return [1.0 if hit else -1.0 for hit in found][: self.width]
+
+
+Feature = NumericFeature | CategoryFeature
+
+
+@dataclass(frozen=True)
+class Features:
+    """All columns of a study.
+
+    Attributes:
+        parts: One feature a hyperparameter, in the order of their names.
+    """
+
+    parts: tuple[Feature, ...]
+
+    @classmethod
+    def of(cls, spaces: Sequence[Mapping[str, BaseDistribution]]) -> Features:
+        """Return the features that cover every distribution in any of the search spaces.
+
+        Bounds and choices are joined, so that a search space may change in mid-study. Of a name
+        that was both a number and a category, the kind seen last counts.
+        """
+        seen: dict[str, dict[Any, BaseDistribution]] = {}
+        for space in spaces:
+            for name, distribution in space.items():
+                seen.setdefault(name, {})[id(distribution)] = distribution
+        parts = (_feature(name, list(seen[name].values())) for name in sorted(seen))
+        return cls(tuple(parts))
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return sum(part.width for part in self.parts)
+
+    def encode(self, points: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Return the columns of points, shape ``(n_points, n_columns)``."""
+        columns = np.zeros((len(points), self.width))
+        for row, params in enumerate(points):
+            values: list[float] = []
+            for part in self.parts:
+                if part.name in params:
+                    values += part.columns(params[part.name])
+                else:
+                    values += [0.0] * part.width
+            columns[row] = values
+        return columns
+
+
+def _feature(name: str, distributions: list[BaseDistribution]) -> Feature:
+    from optuna.distributions import CategoricalDistribution
+
+    last = distributions[-1]
+    kind = isinstance(last, CategoricalDistribution)
+    alike = [d for d in distributions if isinstance(d, CategoricalDistribution) == kind]
+    if not kind:
+        return _numeric(name, alike)
+    choices: list[Any] = []
+    for distribution in alike:
+        for choice in distribution.choices:  # type: ignore[attr-defined]  # alike are categorical
+            if not any(_same(choice, known) for known in choices):
+                choices.append(choice)
+    # Sizes are often given as choices (batch size 16, 32, 64): their order is worth keeping.
+    if len(choices) > 2 and all(_plain(choice) is not None for choice in choices):
+        numbers = [float(choice) for choice in choices]
+        return _spanning(name, min(numbers), max(numbers), whole=False)
+    return CategoryFeature(name, tuple(choices))
+
+
+def _numeric(name: str, distributions: list[Any]) -> NumericFeature:
+    from optuna.distributions import IntDistribution
+
+    low = min(float(d.low) for d in distributions)
+    high = max(float(d.high) for d in distributions)
+    return _spanning(name, low, high, whole=isinstance(distributions[-1], IntDistribution))
+
+
+def _spanning(name: str, low: float, high: float, *, whole: bool) -> NumericFeature:
+    if low > 0:
+        return NumericFeature(name, low, high, "log")
+    return NumericFeature(name, low, high, "log1p" if whole and low == 0 else "linear")
+
+
+def _plain(value: Any) -> float | None:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(
+        value, (int, float, np.integer, np.floating)
+    ):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _same(value: Any, choice: Any) -> bool:
+    # True == 1 in Python, but they are two choices; of what JSON can't keep, its text is compared.
+    if not _is_scalar(choice) or not _is_scalar(value):
+        return _as_text(value) == _as_text(choice)
+    return isinstance(value, bool) == isinstance(choice, bool) and bool(value == choice)
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, np.generic))
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)

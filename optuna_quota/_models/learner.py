@@ -1,0 +1,103 @@
+"""Learns a footprint from a study as it goes: each finished trial is read once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import threading
+from typing import TYPE_CHECKING
+
+from optuna_quota._models.earlier import earlier_rows
+from optuna_quota._models.footprint import Footprint
+from optuna_quota._models.points import CAP
+from optuna_quota._models.points import chosen
+from optuna_quota._models.rows import footprint_row
+from optuna_quota._models.rows import FootprintRow
+from optuna_quota._records import ISOLATION
+
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+
+# Hyperparameters are searched anew when there are so many times, or so many, more trials.
+_GROWTH = 1.2
+_STEP = 10
+_FEW = 8
+# Of very many trials, one more tells nothing: the next fit waits for this share of them.
+_PATIENCE = 0.01
+# What an earlier study says enters beside this study's own trials, in a column that tells them
+# apart, and is crowded out by them.
+_EARLIER_POINTS = 60
+
+
+class Learner:
+    """What the trials of one study, and maybe of an earlier one, teach of its footprint.
+
+    Args:
+        earlier: A footprint to start from.
+        confidence: One-sided, of the bounds.
+
+    Attributes:
+        isolated: Whether the trial read last ran in a process of its own.
+    """
+
+    def __init__(self, earlier: Footprint | None = None, *, confidence: float = 0.95) -> None:
+        self._earlier = earlier
+        self._confidence = confidence
+        self._rows: list[FootprintRow] = []
+        self._next = 0
+        self._open: list[int] = []
+        self._footprint: Footprint | None = None
+        self._fitted = 0
+        self._searched = 0
+        self._lock = threading.Lock()
+        self.isolated = False
+
+    @property
+    def usable(self) -> int:
+        """Number of this study's trials that told something."""
+        return len(self._rows)
+
+    @property
+    def rows(self) -> Sequence[FootprintRow]:
+        """What this study's trials told, oldest first."""
+        return self._rows
+
+    def learn(self, trials: Sequence[FrozenTrial]) -> Footprint | None:
+        """Return the footprint after all trials, None while nothing is known.
+
+        Args:
+            trials: All trials of the study by number, as ``study.get_trials(deepcopy=False)``.
+        """
+        with self._lock:
+            self._read(trials)
+            if len(self._rows) - self._fitted > _PATIENCE * self._fitted:
+                self._footprint = self._fit()
+                self._fitted = len(self._rows)
+            return self._footprint or self._earlier
+
+    def _read(self, trials: Sequence[FrozenTrial]) -> None:
+        waiting = [*self._open, *range(self._next, len(trials))]
+        self._next, self._open = len(trials), []
+        for index in waiting:
+            if not trials[index].state.is_finished():
+                self._open.append(index)
+                continue
+            self.isolated = trials[index].user_attrs.get(ISOLATION) == "process"
+            row = footprint_row(trials[index])
+            if row is not None:
+                self._rows.append(row)
+
+    def _fit(self) -> Footprint:
+        own, n = [self._rows[i] for i in chosen(self._rows)], len(self._rows)
+        rows = [*self._earlier_rows(CAP - len(own)), *own]
+        due = n < _FEW or n >= self._searched * _GROWTH or n >= self._searched + _STEP
+        if due:
+            self._searched = n
+        return Footprint.fit(rows, confidence=self._confidence, start=self._footprint, refit=due)
+
+    def _earlier_rows(self, room: int) -> list[FootprintRow]:
+        if self._earlier is None or room <= 0:
+            return []
+        rows = earlier_rows(self._earlier)
+        return [rows[i] for i in chosen(rows, min(room, _EARLIER_POINTS))]

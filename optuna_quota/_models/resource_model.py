@@ -1,0 +1,262 @@
+"""The footprint of one resource: a warped Gaussian process with calibrated bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
+
+import numpy as np
+
+from optuna_quota._models.censoring import initial_sites
+from optuna_quota._models.censoring import propagate
+from optuna_quota._models.censoring import Sites
+from optuna_quota._models.gaussian_process import fit_hyperparameters
+from optuna_quota._models.gaussian_process import GaussianProcess
+from optuna_quota._models.gaussian_process import Hyperparameters
+from optuna_quota._models.predictive import Predictive
+
+
+# Candidate floors, as shares of the smallest amount seen.
+FLOORS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
+_TINY_SCALE = 0.02
+# Leaving one out is a little too sure: the hyperparameters have seen it.
+_OPTIMISM = 1.05
+# Deviation of the logarithm assumed of a resource of which next to nothing is known, weighing as
+# much as two trials.
+_PRIOR_SCALE = 0.8
+_PRIOR_WEIGHT = 2.0
+_FEW = 8
+_FEWEST = 4
+# A draw further off than this many deviations of the target says nothing that a sum should keep.
+_FARTHEST = 4.0
+_LARGEST = 300.0
+
+
+@dataclass(frozen=True)
+class ResourceModel:
+    """``log(amount - floor)`` as a Gaussian process over the columns.
+
+    Attributes:
+        columns: Shape ``(n_points, n_columns)``.
+        floor: What every trial uses, SI base units.
+        location: Mean of the logarithm, taken off before.
+        scale: Deviation of the logarithm, divided by before.
+        sites: Standardised observations, censored ones replaced.
+        censored: True where a trial was stopped.
+        hyperparameters: Of the Gaussian process.
+    """
+
+    columns: np.ndarray
+    floor: float
+    location: float
+    scale: float
+    sites: Sites
+    censored: np.ndarray
+    hyperparameters: Hyperparameters
+    process: GaussianProcess = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        process = GaussianProcess(
+            self.columns,
+            self.sites.target,
+            self.hyperparameters,
+            self.sites.extra,
+            ~self.censored,
+        )
+        object.__setattr__(self, "process", process)
+
+    def predict(self, columns: np.ndarray) -> Predictive:
+        """Return what is expected at points."""
+        mean, variance = self.process.predict(columns)
+        spread = self.spread(np.sqrt(variance + self.process.noise))
+        return Predictive(
+            self.floor, self.location + self.scale * mean, self.scale * spread, self.df
+        )
+
+    def draw(self, columns: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+        """Return joint draws of amounts at points, shape ``(count, n_points)``.
+
+        The noise is each point's own; the rest of the spread is correlated as the process is.
+        """
+        mean, covariance = self.process.joint(columns)
+        noise = self.process.noise
+        variance = np.maximum(np.diag(covariance), 1e-12)
+        total = self.spread(np.sqrt(variance + noise)) ** 2
+        own = np.minimum(noise, total)
+        widening = np.sqrt((total - own) / variance)
+        root = _square_root(covariance) * widening[:, None]
+        n = len(columns)
+        heavy = np.sqrt(self.df / generator.chisquare(self.df, (count, 1)))
+        away = generator.standard_normal((count, n)) @ root.T
+        away = heavy * away + np.sqrt(own) * generator.standard_normal((count, n))
+        logs = self.location + self.scale * (mean + np.clip(away, -_FARTHEST, _FARTHEST))
+        return np.asarray(np.maximum(self.floor + np.exp(np.minimum(logs, _LARGEST)), 0.0))
+
+    @property
+    def known(self) -> int:
+        """Number of trials that were not stopped."""
+        return int(np.sum(~self.censored))
+
+    @property
+    def df(self) -> float:
+        """Degrees of freedom of the bounds."""
+        return float(max(self.known - 2, 2))
+
+    def spread(self, deviation: np.ndarray) -> np.ndarray:
+        """Return calibrated deviations of new observations from the model's own.
+
+        Half is what leaving one out showed on average, half the model's own deviation times how
+        far off it was; both are widened for few trials.
+        """
+        residual, own = self._leave_one_out()
+        n = max(len(residual), 1)
+        if n < 3:
+            return np.asarray(deviation * (1 + 1 / n) ** 0.5)
+        flat = float(np.sqrt(np.mean(residual**2)))
+        ratio = max(float(np.sqrt(np.mean((residual / own) ** 2))), 0.8)
+        widened = _OPTIMISM * ((1 + 1 / n) * (1 + 8 / n)) ** 0.5
+        return np.asarray(0.5 * (flat + ratio * deviation) * widened)
+
+    def _leave_one_out(self) -> tuple[np.ndarray, np.ndarray]:
+        residual, own = self.process.leave_one_out()
+        return residual[~self.censored], own[~self.censored]
+
+    def score(self, amounts: np.ndarray) -> float:
+        """Return the leave-one-out log density of amounts, of lower bounds their probability.
+
+        Args:
+            amounts: What the model was fitted on, SI base units.
+        """
+        from scipy.special import log_ndtr
+
+        logs = np.log(amounts - self.floor)
+        residual, own = self.process.leave_one_out()
+        told, held = ~self.censored, self.censored
+        r, s = residual[told], own[told]
+        density = -0.5 * (r / s) ** 2 - np.log(s * self.scale) - logs[told]
+        mean = (self.sites.target - residual)[held]
+        variance = own[held] ** 2 - self.sites.extra[held] + self.process.noise
+        away = mean - (logs[held] - self.location) / self.scale
+        bounded = log_ndtr(away / np.sqrt(np.maximum(variance, 1e-12)))
+        return float(np.sum(density) + np.sum(bounded))
+
+    def log_leave_one_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return residual and variance of each point's log amount under all the others."""
+        residual, own = self.process.leave_one_out()
+        above = np.exp(self.location + self.scale * self.sites.target)
+        share = self.scale * above / np.maximum(above + self.floor, 1e-300)
+        return residual * share, (own * share) ** 2
+
+
+def fit_resource(
+    columns: np.ndarray,
+    amounts: np.ndarray,
+    censored: np.ndarray,
+    *,
+    start: ResourceModel | None = None,
+    floors: tuple[float, ...] = FLOORS,
+) -> ResourceModel:
+    """Return the model of one resource, its floor chosen by leave-one-out density.
+
+    Args:
+        columns: Shape ``(n_points, n_columns)``.
+        amounts: SI base units, shape ``(n_points,)``.
+        censored: True where the amount is a lower bound.
+        start: A model of fewer trials to start from.
+        floors: Candidates for what every trial uses, as shares of the smallest amount.
+    """
+    candidates = _candidates(amounts, floors)
+    tried: dict[int, ResourceModel] = {}
+
+    def score(index: int) -> float:
+        if not 0 <= index < len(candidates):
+            return -np.inf
+        if index not in tried:
+            near = min(tried, key=lambda each: abs(each - index), default=None)
+            first = start if near is None else tried[near]
+            tried[index] = _fit_with_floor(columns, amounts, censored, candidates[index], first)
+        return tried[index].score(amounts)
+
+    if start is None or len(start.columns) < _FEW:
+        best = max(range(len(candidates)), key=score)
+    else:
+        best = _climb(score, _nearest(candidates, start.floor))
+    return tried[best]
+
+
+def _nearest(candidates: list[float], floor: float) -> int:
+    return min(range(len(candidates)), key=lambda index: abs(candidates[index] - floor))
+
+
+def _climb(score: Callable[[int], float], index: int) -> int:
+    """Return where a score is largest, going by single steps from an index."""
+    while True:
+        best = max((index, index - 1, index + 1), key=score)
+        if best == index:
+            return index
+        index = best
+
+
+def refresh_resource(
+    columns: np.ndarray, amounts: np.ndarray, censored: np.ndarray, model: ResourceModel
+) -> ResourceModel | None:
+    """Return a model with more trials and the same hyperparameters, None where it can't be.
+
+    It can't where a trial used less than the floor or the columns are others.
+    """
+    if amounts.min() <= model.floor or columns.shape[1] != model.columns.shape[1]:
+        return None
+    logs = np.log(amounts - model.floor)
+    location, scale = _standard(logs)
+    target = (logs - location) / scale
+    sites = initial_sites(target, censored)
+    sites = propagate(columns, target, censored, model.hyperparameters, sites)
+    return replace(
+        model, columns=columns, location=location, scale=scale, sites=sites, censored=censored
+    )
+
+
+def _candidates(amounts: np.ndarray, shares: tuple[float, ...]) -> list[float]:
+    smallest = float(amounts.min())
+    if smallest <= 0:
+        return [-1e-3 * float(amounts.max()) or -1.0]
+    return [share * smallest for share in (shares if len(amounts) >= _FEW else (0.0,))]
+
+
+def _fit_with_floor(
+    columns: np.ndarray,
+    amounts: np.ndarray,
+    censored: np.ndarray,
+    floor: float,
+    start: ResourceModel | None,
+) -> ResourceModel:
+    logs = np.log(amounts - floor)
+    location, scale = _standard(logs)
+    target = (logs - location) / scale
+    found = Hyperparameters.prior(columns.shape[1])
+    if start is not None and start.hyperparameters.values.shape == found.values.shape:
+        found = start.hyperparameters
+    sites = initial_sites(target, censored)
+    sites = propagate(columns, target, censored, found, sites)
+    for _ in range(0 if len(amounts) < _FEWEST else 2 if censored.any() else 1):
+        found = fit_hyperparameters(
+            columns, sites.target, start=found, extra=sites.extra, noisy=~censored
+        )
+        sites = propagate(columns, target, censored, found, sites)
+    return ResourceModel(columns, floor, location, scale, sites, censored, found)
+
+
+def _square_root(covariance: np.ndarray) -> np.ndarray:
+    """Return a matrix whose product with its transpose is the covariance."""
+    values, vectors = np.linalg.eigh(covariance)
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
+
+
+def _standard(logs: np.ndarray) -> tuple[float, float]:
+    location, n = float(logs.mean()), len(logs)
+    squares = float(np.sum((logs - location) ** 2))
+    if n < _FEW:
+        squares, n = squares + _PRIOR_WEIGHT * _PRIOR_SCALE**2, n + int(_PRIOR_WEIGHT)
+    return location, max((squares / n) ** 0.5, _TINY_SCALE)

@@ -1,0 +1,82 @@
+"""What a footprint model learns from one trial."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna_quota._records import read_record
+from optuna_quota._records import TrialRecord
+from optuna_quota._resources import get_resource
+from optuna_quota._resources import Usage
+from optuna_quota._resources import USAGE_RESOURCES
+
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
+
+
+@dataclass(frozen=True)
+class FootprintRow:
+    """One trial: its point and what was measured of it.
+
+    Args:
+        params: Value of each hyperparameter.
+        distributions: Distribution of each.
+        usage: What was measured.
+        censored: Resources of which the trial would have used more, had it not been stopped.
+    """
+
+    params: Mapping[str, Any]
+    distributions: Mapping[str, BaseDistribution]
+    usage: Usage
+    censored: frozenset[str] = field(default=frozenset())
+
+
+def footprint_row(trial: FrozenTrial) -> FootprintRow | None:
+    """Return what a finished row teaches, None when it says nothing of usage."""
+    if not trial.state.is_finished():
+        return None
+    record = read_record(trial)
+    usage = _lower_bounds(record)
+    if record.outcome == "rejected" or not usage.amounts():
+        return None
+    return FootprintRow(
+        params=trial.params,
+        distributions=trial.distributions,
+        usage=usage,
+        censored=_censored(trial, record, usage),
+    )
+
+
+def _lower_bounds(record: TrialRecord) -> Usage:
+    """Return the usage, raised to the limit where a trial was stopped on its way there."""
+    breach, usage = record.breach, record.usage
+    if breach is None or breach.quota or breach.resource not in USAGE_RESOURCES:
+        return usage
+    # Without a measurement (trials that shared a process) there is nothing to raise.
+    measured = usage.get(breach.resource)
+    if measured is None or measured >= breach.limit:
+        return usage
+    raised: dict[str, Any] = {breach.resource: breach.limit}
+    return replace(usage, **raised)
+
+
+def _censored(trial: FrozenTrial, record: TrialRecord, usage: Usage) -> frozenset[str]:
+    names = usage.amounts()
+    totals = {name for name in names if not get_resource(name).peak}
+    if trial.state.name == "FAIL":
+        return frozenset(names)
+    if record.breach is not None:
+        # What a trial stopped for its memory would have needed of time is not known either; one
+        # stopped for its time has mostly seen its memory peak.
+        stopped_early = set(names) if get_resource(record.breach.resource).peak else totals
+        return frozenset(stopped_early | {record.breach.resource}) & frozenset(names)
+    if trial.state.name == "PRUNED":
+        return frozenset(totals)
+    return frozenset()

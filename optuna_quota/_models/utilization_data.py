@@ -1,0 +1,199 @@
+"""What a study says about itself, as arrays that models and correlations are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
+import math
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_quota import _records
+from optuna_quota._resources import USAGE_RESOURCES
+from optuna_quota._table import ended_as
+from optuna_quota._table import is_censored
+from optuna_quota._table import table_of
+
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from optuna.distributions import BaseDistribution
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One hyperparameter, or user attribute, over all trials of a study.
+
+    Attributes:
+        name: Its name.
+        values: Shape ``(n_trials,)``: its value, or the code of its level; NaN where inactive.
+        levels: The levels of a category in the order of their codes; empty for a number.
+        low: Least value that it can take, or that was seen.
+        high: Greatest likewise.
+        branch: Under which choices it is active, such as ``"clf=svm"``; empty when always.
+    """
+
+    name: str
+    values: NDArray[np.float64]
+    levels: tuple[str, ...] = ()
+    low: float = math.nan
+    high: float = math.nan
+    branch: str = ""
+
+    @property
+    def active(self) -> NDArray[np.bool_]:
+        """Where the parameter was set, shape ``(n_trials,)``."""
+        return np.isfinite(self.values)
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """The trials of a study as arrays.
+
+    Attributes:
+        table: The trial table, one row a trial that finished.
+        parameters: Hyperparameters and chosen user attributes.
+        ended: How each trial ended, by Optuna's state where this library did not see it.
+        resources: The resources that at least one trial has a known usage of.
+    """
+
+    table: pd.DataFrame
+    parameters: tuple[Parameter, ...]
+    ended: NDArray[np.object_]
+    resources: tuple[str, ...]
+
+    def amounts(self, resource: str) -> NDArray[np.float64]:
+        """Return what each trial used, shape ``(n_trials,)``; NaN where unknown.
+
+        A trial that was stopped on its way to a limit, because the allocation that would have
+        passed it was refused or foreseen, counts with that limit: it is a lower bound too.
+        """
+        measured = self.table[resource].to_numpy(dtype=float)
+        limits = self.table["breach_limit"].to_numpy(dtype=float)
+        own = (self.table["censored_by"] == resource).to_numpy(dtype=bool)
+        amounts: NDArray[np.float64] = np.where(own & (limits > measured), limits, measured)
+        return amounts
+
+    def censored(self, resource: str) -> NDArray[np.bool_]:
+        """Return where the amount is only a lower bound, shape ``(n_trials,)``."""
+        return np.array([is_censored(resource, outcome) for outcome in self.ended], dtype=bool)
+
+    def ranked(self, resource: str) -> NDArray[np.bool_]:
+        """Return which trials can be put in order by their usage, shape ``(n_trials,)``.
+
+        A trial that was terminated for this very resource used at least its limit, so it stands
+        above those that stayed below. One that ended early for any other reason has no place.
+        """
+        own = (self.table["censored_by"] == resource).to_numpy(dtype=bool)
+        return np.isfinite(self.amounts(resource)) & (own | ~self.censored(resource))
+
+
+def study_data(study: Study, user_attrs: Sequence[str] = ()) -> StudyData:
+    """Return a study's finished trials as arrays.
+
+    Args:
+        study: Any Optuna study.
+        user_attrs: Names of trial user attributes to treat as parameters.
+
+    Raises:
+        ValueError: If a user attribute bears the name of a hyperparameter.
+    """
+    trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
+    records = [_records.read_record(trial) for trial in trials]
+    table = table_of(trials, records, len(study.directions))
+    own = dict.fromkeys(name for r in records for name in r.usage.custom)
+    meters = [*USAGE_RESOURCES, *(name for name in own if table[name].dtype == float)]
+    outcomes = [ended_as(t, r) for t, r in zip(trials, records, strict=True)]
+    return StudyData(
+        table=table,
+        parameters=_with_branches([*_parameters(trials), *_attributes(trials, user_attrs)]),
+        ended=np.array(outcomes, dtype=object),
+        resources=tuple(name for name in meters if table[name].notna().any()),
+    )
+
+
+def _parameters(trials: Sequence[FrozenTrial]) -> Iterable[Parameter]:
+    for name, space in _spaces(trials).items():
+        values = [t.params.get(name) for t in trials]
+        known = [name in t.params for t in trials]
+        choices = [choice for d in space for choice in getattr(d, "choices", ())]
+        if all(_is_number(choice) for choice in choices):
+            yield _number(name, values, known)
+        else:
+            yield _category(name, values, known, choices)
+
+
+def _spaces(trials: Sequence[FrozenTrial]) -> dict[str, list[BaseDistribution]]:
+    """Every distribution that a parameter was drawn from, by its name, each once."""
+    spaces: dict[str, list[BaseDistribution]] = {}
+    for trial in trials:
+        for name, distribution in trial.distributions.items():
+            known = spaces.setdefault(name, [])
+            if distribution not in known:
+                known.append(distribution)
+    return spaces
+
+
+def _attributes(trials: Sequence[FrozenTrial], names: Sequence[str]) -> Iterable[Parameter]:
+    for name in dict.fromkeys(names):
+        if any(name in t.params for t in trials):
+            raise ValueError(
+                f"`user_attrs` must differ from the hyperparameters but has {name!r}, which is "
+                "a hyperparameter."
+            )
+        values = [t.user_attrs.get(name) for t in trials]
+        known = [isinstance(v, (int, float, str)) for v in values]
+        if all(_is_number(v) for v, k in zip(values, known, strict=True) if k):
+            yield _number(name, values, known)
+        else:
+            yield _category(name, values, known, ())
+
+
+def _number(name: str, values: Sequence[Any], known: Sequence[bool]) -> Parameter:
+    numbers = np.array(
+        [float(v) if k else math.nan for v, k in zip(values, known, strict=True)], dtype=float
+    )
+    finite = numbers[np.isfinite(numbers)]
+    numbers[~np.isfinite(numbers)] = math.nan
+    low, high = (finite.min(), finite.max()) if len(finite) else (math.nan, math.nan)
+    return Parameter(name, numbers, low=float(low), high=float(high))
+
+
+def _category(
+    name: str, values: Sequence[Any], known: Sequence[bool], choices: Sequence[Any]
+) -> Parameter:
+    texts = [str(v) if k else None for v, k in zip(values, known, strict=True)]
+    levels = tuple(dict.fromkeys(t for t in [*map(str, choices), *texts] if t is not None))
+    code = {level: float(i) for i, level in enumerate(levels)}
+    codes = np.array([math.nan if t is None else code[t] for t in texts], dtype=float)
+    return Parameter(name, codes, levels)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _with_branches(parameters: Sequence[Parameter]) -> tuple[Parameter, ...]:
+    return tuple(
+        p
+        if p.active.all()
+        else Parameter(p.name, p.values, p.levels, p.low, p.high, _branch(p, parameters))
+        for p in parameters
+    )
+
+
+def _branch(parameter: Parameter, others: Sequence[Parameter]) -> str:
+    """Name the choices under which a conditional parameter is active, as far as they show."""
+    for other in others:
+        if other.name == parameter.name or not other.levels or not other.active.all():
+            continue
+        chosen = np.unique(other.values[parameter.active])
+        if np.array_equal(np.isin(other.values, chosen), parameter.active):
+            return f"{other.name}={'|'.join(other.levels[int(code)] for code in chosen)}"
+    return "where set"

@@ -1,0 +1,327 @@
+"""Maximum likelihood for a floor plus a power law, with lower bounds among the observations.
+
+The model of a usage ``u`` with features ``x``, shape ``(n_trials, n_terms)``, is
+
+    ``log u = m + σ · g · e``,  ``m = log(exp(γ) + exp(x·β))``,  ``e`` standard normal
+
+or ``m = x·β`` without a floor. A floor often repeats to a thousandth while what comes on top
+scatters: ``g² = ε² + (1 - ε²) · s²`` with the law's share ``s = exp(x·β - m)`` of the usage lets
+the scatter go with the law (ε near 0) or with the whole (ε = 1). It is held while θ is fitted and
+renewed until both stand still, as in iteratively reweighted least squares.
+
+A trial that was ended early contributes the probability of being above what it had used: on the
+log scale this is Tobit's model (Econometrica 26, 1958) for memory and the log-normal accelerated
+failure time model for time. The likelihood is climbed by Newton's method with Gauss and Newton's
+approximation of the curvature of ``m``, damped after Levenberg and Marquardt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import replace
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+_MAX_STEPS = 100
+# Where a law fits exactly σ would go to 0 and the likelihood to infinity.
+_LEAST_LOG_SIGMA = math.log(1e-6)
+# Shares of the least usage that the climb is started from: the surface may have two tops.
+_FLOOR_STARTS = (0.2, 0.7, 0.95, 0.995)
+_START_ROWS = 1000
+# Below a tenth the smallest trials, whose law is least of all a power, would decide the exponents.
+_EPSILONS = (0.3, 0.1)
+_MAX_ROUNDS = 8
+_PRIOR_SPREAD = 4.0
+_MOST_LEVERAGE = 0.95
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model is fitted to.
+
+    Attributes:
+        y: Log of the usage, shape ``(n,)``.
+        x: Features with a leading column of ones, shape ``(n, k)``.
+        censored: Where ``y`` is only a lower bound, shape ``(n,)``.
+        scale: ``g``, shape ``(n,)``; None where it is 1.
+    """
+
+    y: Array
+    x: Array
+    censored: NDArray[np.bool_]
+    scale: Array | None = None
+
+    def thinned(self, most: int) -> Sample:
+        """Return about ``most`` of the rows, evenly spread."""
+        step = -(-len(self.y) // most)
+        return Sample(self.y[::step], self.x[::step], self.censored[::step])
+
+    def under(self, fit: Fit) -> Sample:
+        """Return the observations with the scatter that a fit gives them."""
+        _, jacobian = mean_and_jacobian(fit.theta, self.x, fit.has_floor)
+        return replace(self, scale=fit.scale(jacobian))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A maximum of the likelihood.
+
+    Attributes:
+        beta: Shape ``(k,)``.
+        gamma: Log of the floor; minus infinity without one.
+        log_sigma: Log of σ.
+        loglike: Log-likelihood of ``y``.
+        converged: Whether the climb came to rest.
+        epsilon: ε, how much of the scatter the floor has.
+    """
+
+    beta: Array
+    gamma: float
+    log_sigma: float
+    loglike: float
+    converged: bool
+    epsilon: float = 1.0
+
+    def scale(self, jacobian: Array) -> Array:
+        """Return ``g``, shape ``(n,)``, from ∂m/∂(γ, β) at the same observations."""
+        if self.epsilon == 1.0 or not self.has_floor:
+            return np.ones(len(jacobian))
+        share = 1 - jacobian[:, 0]
+        scale: Array = np.sqrt(self.epsilon**2 + (1 - self.epsilon**2) * share**2)
+        return scale
+
+    @property
+    def theta(self) -> Array:
+        """γ where there is a floor, β, then log σ: shape ``(k + 1,)`` or ``(k + 2,)``."""
+        head = [self.gamma] if math.isfinite(self.gamma) else []
+        return np.array([*head, *self.beta, self.log_sigma])
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether a floor is part of the model."""
+        return math.isfinite(self.gamma)
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the log of the usage around its mean."""
+        return math.exp(self.log_sigma)
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Derivatives of the log-likelihood at one θ.
+
+    Attributes:
+        loglike_obs: Shape ``(n,)``.
+        score_obs: Shape ``(n, p)``.
+        information: Minus the curvature, shape ``(p, p)``.
+        mean: ``m``, shape ``(n,)``.
+        jacobian: ∂m/∂θ without log σ, shape ``(n, p - 1)``.
+        weight: ``-∂²l/∂m²``, shape ``(n,)``.
+    """
+
+    loglike_obs: Array
+    score_obs: Array
+    information: Array
+    mean: Array
+    jacobian: Array
+    weight: Array
+
+
+def mean_and_jacobian(theta: Array, x: Array, has_floor: bool) -> tuple[Array, Array]:
+    """Return ``m`` and ∂m/∂(γ, β); ``theta`` ends in log σ."""
+    if not has_floor:
+        return x @ theta[:-1], x
+    eta = x @ theta[1:-1]
+    mean = np.logaddexp(theta[0], eta)
+    share = np.exp(eta - mean)
+    return mean, np.column_stack([1 - share, share[:, None] * x])
+
+
+def slopes(theta: Array, sample: Sample, has_floor: bool, *, exact: bool = False) -> Slopes:
+    """Return the log-likelihood and its derivatives.
+
+    With ``z = (y - m) / σ``: an observed usage has ``l = -z²/2 - log σ - log(2π)/2``, a lower
+    bound ``l = log Φ(-z)``, whose slope is the inverse Mills ratio ``λ = φ(z) / Φ(-z)``.
+    """
+    from scipy.special import log_ndtr
+
+    scale_obs = np.ones(len(sample.y)) if sample.scale is None else sample.scale
+    sigma = math.exp(theta[-1]) * scale_obs
+    mean, jacobian = mean_and_jacobian(theta, sample.x, has_floor)
+    z = (sample.y - mean) / sigma
+    cut = sample.censored
+    log_upper = log_ndtr(-z)
+    mills = np.exp(np.minimum(-0.5 * z**2 - _HALF_LOG_2PI - log_upper, 700.0))
+    bend = mills * (mills - z)
+    loglike = np.where(cut, log_upper, -0.5 * z**2 - np.log(sigma) - _HALF_LOG_2PI)
+    by_mean = np.where(cut, mills, z) / sigma
+    by_scale = np.where(cut, mills * z, z**2 - 1)
+    weight = np.where(cut, bend, 1.0) / sigma**2
+    cross = np.where(cut, bend * z + mills, 2 * z) / sigma
+    scale = np.where(cut, z * (mills + bend * z), 2 * z**2)
+    block = (jacobian.T * weight) @ jacobian
+    if exact and has_floor:
+        # ∂²m/∂θ² = w (1 - w) v v' with v = (1, -x) and w the floor's share of the usage.
+        floor_share = jacobian[:, 0]
+        bent = np.column_stack([np.ones(len(z)), -sample.x])
+        block = block - (bent.T * (by_mean * floor_share * (1 - floor_share))) @ bent
+    information = _bordered(block, cross @ jacobian, float(scale.sum()))
+    score = np.column_stack([by_mean[:, None] * jacobian, by_scale])
+    return Slopes(loglike, score, information, mean, jacobian, weight)
+
+
+def fit(sample: Sample, *, has_floor: bool) -> Fit:
+    """Return the highest top of the likelihood that is found.
+
+    Args:
+        sample: The observations.
+        has_floor: Whether the model has a floor.
+    """
+    start = climb(_start(sample, -math.inf), sample, has_floor=False)
+    if not has_floor:
+        return start
+    some = sample.thinned(_START_ROWS)
+    seen = sample.y[~sample.censored] if not sample.censored.all() else sample.y
+    starts = [_start(some, float(seen.min()) + math.log(share)) for share in _FLOOR_STARTS]
+    tops = [climb(s, some, has_floor=True, steps=25) for s in starts]
+    best = max(tops, key=lambda top: top.loglike)
+    # How the scatter is shared shows in a thousand trials as well as in all.
+    uneven = max((_reweighted(best, some, e) for e in _EPSILONS), key=lambda top: top.loglike)
+    needed = 0.5 * math.log(max(2, len(some.y))) + math.log(len(_EPSILONS))  # extended BIC
+    if uneven.loglike - best.loglike > needed:
+        return _reweighted(uneven, sample, uneven.epsilon)
+    return climb(best.theta, sample, has_floor=True)
+
+
+def _reweighted(start: Fit, sample: Sample, epsilon: float) -> Fit:
+    """Return the fit whose scatter follows from itself; loosely, as ε is only a rough figure."""
+    found = replace(start, epsilon=epsilon)
+    for _ in range(_MAX_ROUNDS):
+        last = found
+        top = climb(last.theta, sample.under(last), has_floor=True)
+        found = replace(top, epsilon=epsilon)
+        if np.abs(found.theta - last.theta).max() < 1e-4:
+            break
+    return found
+
+
+def leverage(at_top: Slopes) -> Array:
+    """Return the share of each observation in its own mean, shape ``(n,)``."""
+    weighted = at_top.jacobian * np.sqrt(np.maximum(at_top.weight, 0.0))[:, None]
+    basis, _ = np.linalg.qr(weighted)
+    share: Array = np.minimum((basis**2).sum(axis=1), 1.0)
+    return share
+
+
+def robust_covariance(fit: Fit, sample: Sample) -> Array:
+    """Return the covariance of θ by a sandwich like HC3's, shape ``(p, p)``.
+
+    ``A⁻¹ Σ sᵢ sᵢ' / (1 − hᵢ)² A⁻¹`` with the scores ``s``, the information ``A`` and the leverage
+    ``h``; for least squares that is HC3 itself (MacKinnon and White, Journal of Econometrics 29,
+    1985). Among lower bounds no variance is below that of the likelihood: few scores of bounds
+    tell little of the spread.
+    """
+    sample = sample.under(fit)
+    prior = np.diag(_prior_precision(sample, fit.has_floor))
+    at_top = slopes(fit.theta, sample, fit.has_floor, exact=True)
+    if not sample.censored.any() or np.linalg.eigvalsh(at_top.information + prior)[0] <= 0:
+        at_top = slopes(fit.theta, sample, fit.has_floor)
+    n, p = at_top.score_obs.shape
+    bread = np.linalg.pinv(at_top.information + prior)
+    scores = at_top.score_obs / (1 - np.minimum(leverage(at_top), _MOST_LEVERAGE))[:, None]
+    robust: Array = bread @ (scores.T @ scores + prior) @ bread
+    if not sample.censored.any():
+        return robust
+    by_likelihood = np.abs(np.diag(bread)) * n / max(n - p, 1)
+    grow = np.sqrt(np.maximum(1.0, by_likelihood / np.diag(robust)))
+    return robust * np.outer(grow, grow)
+
+
+def climb(theta: Array, sample: Sample, *, has_floor: bool, steps: int = _MAX_STEPS) -> Fit:
+    """Return the top that is reached from ``theta``."""
+    prior = _prior_precision(sample, has_floor)
+    damping, here = 1e-3, slopes(theta, sample, has_floor)
+    height, converged = _height(theta, here, prior), False
+    for _ in range(steps):
+        further = theta + _step(theta, here, prior, damping)
+        further[-1] = max(further[-1], _LEAST_LOG_SIGMA)
+        with np.errstate(all="ignore"):  # a step too far is taken back below
+            there = slopes(further, sample, has_floor)
+            gain = _height(further, there, prior) - height
+        if not math.isfinite(gain) or gain < 0:
+            damping *= 8
+            if damping > 1e10:
+                break
+            continue
+        theta, here, height, damping = further, there, height + gain, damping / 8
+        if gain < 1e-9 * (1 + abs(height)) and damping < 1:
+            converged = True
+            break
+    gamma, beta = (float(theta[0]), theta[1:-1]) if has_floor else (-math.inf, theta[:-1])
+    return Fit(beta, gamma, float(theta[-1]), float(here.loglike_obs.sum()), converged)
+
+
+def _prior_precision(sample: Sample, has_floor: bool) -> Array:
+    """Return one over the prior variance of each of θ; 0 where there is no prior.
+
+    Where lower bounds hide all that rises above the floor, the likelihood grows with the exponents
+    without end. A normal prior then holds what a feature's standard deviation does to the log of
+    the law to 0 ± 4 (a factor of 50 either way); what data say anything about it does not move.
+    """
+    precision = np.zeros(sample.x.shape[1] + 1 + has_floor)
+    if has_floor and sample.censored.any():
+        precision[2:-1] = (sample.x[:, 1:].std(axis=0) / _PRIOR_SPREAD) ** 2
+    return precision
+
+
+def _height(theta: Array, here: Slopes, prior: Array) -> float:
+    return float(here.loglike_obs.sum() - 0.5 * (prior * theta**2).sum())
+
+
+def _step(theta: Array, here: Slopes, prior: Array, damping: float) -> Array:
+    gradient = here.score_obs.sum(axis=0) - prior * theta
+    curvature = here.information + np.diag(prior)
+    # Away from a top the curvature along log σ can have the wrong sign; 2n is Fisher's.
+    scale = np.abs(np.diag(curvature)) + 1e-12
+    damped = curvature + damping * np.diag(scale)
+    try:
+        step = np.linalg.solve(damped, gradient)
+    except np.linalg.LinAlgError:
+        step = gradient / (scale * (1 + damping))
+    if step @ gradient < 0:
+        step = gradient / (scale * (1 + damping))
+    # A step of more than a few e-folds is outside of what the approximation describes.
+    limited: Array = step / max(1.0, float(np.abs(step).max()) / 5.0)
+    return limited
+
+
+def _start(sample: Sample, gamma: float) -> Array:
+    """Least squares of ``log(u - floor)``, with lower bounds taken as values."""
+    above = sample.y
+    if math.isfinite(gamma):
+        above = sample.y + np.log(np.maximum(-np.expm1(gamma - sample.y), 1e-3))
+    beta = np.linalg.lstsq(sample.x, above, rcond=None)[0]
+    theta = np.array([gamma, *beta, 0.0]) if math.isfinite(gamma) else np.array([*beta, 0.0])
+    mean, _ = mean_and_jacobian(theta, sample.x, math.isfinite(gamma))
+    spread = float(np.sqrt(np.mean((sample.y - mean) ** 2)))
+    theta[-1] = math.log(max(spread, 1e-6))
+    return theta
+
+
+def _bordered(block: Array, border: Array, corner: float) -> Array:
+    whole = np.empty((len(border) + 1, len(border) + 1))
+    whole[:-1, :-1] = block
+    whole[-1, :-1] = whole[:-1, -1] = border
+    whole[-1, -1] = corner
+    return whole

@@ -1,0 +1,290 @@
+"""Private parts of Optuna that can't be avoided, each with the reason.
+
+Nothing else in the package touches a private name of Optuna. ``tests/test_optuna.py`` fails when
+Optuna changes any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import json
+import logging
+import sys
+from types import FrameType
+from typing import Any
+from typing import NoReturn
+from typing import TYPE_CHECKING
+
+from optuna.pruners import HyperbandPruner
+from optuna.samplers import BaseSampler
+from optuna.storages import RDBStorage
+from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.storages._heartbeat import is_heartbeat_enabled
+from optuna.study import Study
+from optuna.trial import TrialState
+
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.pruners import BasePruner
+    from optuna.storages import BaseStorage
+    from optuna.trial import BaseTrial
+    from optuna.trial import FrozenTrial
+    from optuna.trial import Trial
+
+
+_logger = logging.getLogger("optuna.quota.optuna")
+
+# Optuna reads a list of constraints under this system attribute, and so does the dashboard, which
+# does not know the newer `constraints:<key>`.
+CONSTRAINTS = "constraints"
+_FIXED_PARAMS = "fixed_params"
+_TPE_PARAMS = "tpe:relative_params"
+_PIECE = 2045
+
+
+def storage_of(study: Study) -> BaseStorage:
+    """Return the study's storage: attributes of a running row can be written only there."""
+    return study._storage
+
+
+def study_id_of(study: Study) -> int:
+    """Return the id that the storage knows the study by."""
+    return study._study_id
+
+
+def trial_id_of(trial: Trial | FrozenTrial | BaseTrial) -> int:
+    """Return the id that the storage knows the trial by; unique in the storage."""
+    return trial._trial_id  # type: ignore[union-attr]
+
+
+def whole_study(study: Study) -> Study:
+    """Return the study itself where a hook got a view on one bracket of Hyperband.
+
+    The view refuses most attributes and does not know whether ``optimize`` runs.
+    """
+    whole: Study = getattr(study, "_study", study)
+    return whole
+
+
+def in_optimize_loop(study: Study) -> bool:
+    """Return whether this thread runs inside ``optimize``: ``study.stop()`` raises elsewhere."""
+    return bool(study._thread_local.in_optimize_loop)
+
+
+def user_attrs_of(study: Study) -> dict[str, Any]:
+    """Return the study's user attributes as stored, without ``Study``'s deep copy."""
+    return study._storage.get_study_user_attrs(study._study_id)
+
+
+def stale_trial_ids(storage: BaseStorage, study_id: int) -> list[int]:
+    """Return the ids of running trials whose heartbeat is overdue by the storage's own clock."""
+    if not is_heartbeat_enabled(storage):
+        return []
+    assert isinstance(storage, BaseHeartbeat)
+    return storage._get_stale_trial_ids(study_id)
+
+
+def engine_of(storage: BaseStorage) -> Any:
+    """Return the SQLAlchemy engine under a storage, None where there is none."""
+    backend = getattr(storage, "_backend", storage)
+    return backend.engine if isinstance(backend, RDBStorage) else None
+
+
+def in_ask() -> bool:
+    """Return whether this thread is inside ``Study.ask``: its caller has no trial to finish."""
+    return _find_frame(Study.ask.__code__.co_name, "optuna.study.study") is not None
+
+
+def objective_error() -> BaseException | None:
+    """Return what the objective raised, inside ``after_trial``: Optuna does not pass it on."""
+    frame = _find_frame("_run_trial", "optuna.study._optimize")
+    error = None if frame is None else frame.f_locals.get("func_err")
+    return error if isinstance(error, BaseException) else None
+
+
+def in_objective(frame: FrameType | None) -> bool:
+    """Return whether a frame belongs to an objective under ``optimize``, outside of Optuna."""
+    depth = 0
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module == "optuna.study._optimize":
+            return frame.f_code.co_name == "_run_trial" and depth > 0
+        if module.split(".")[0] in {"optuna", "optuna_quota", "sqlalchemy"}:
+            return False
+        frame, depth = frame.f_back, depth + 1
+    return False
+
+
+def _find_frame(name: str, module: str) -> FrameType | None:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == name and frame.f_globals.get("__name__") == module:
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def finish_row(storage: BaseStorage, trial_id: int, state: TrialState) -> None:
+    """Finish a row unless it is finished already."""
+    if not storage.get_trial(trial_id).state.is_finished():
+        storage.set_trial_state_values(trial_id, state)
+
+
+def write_attributes(
+    storage: BaseStorage, trial_id: int, user: Mapping[str, Any], system: Mapping[str, Any]
+) -> None:
+    """Write attributes into a row that is not finished: at once where the storage can.
+
+    Each write of its own is a commit or a lock of a file: milliseconds, a dozen times a trial.
+    """
+    together = _TOGETHER.get(type(storage).__name__)
+    if together is not None and len(user) + len(system) > 1:
+        try:
+            together(storage, trial_id, user, system)
+            return
+        except (AttributeError, TypeError) as error:
+            _logger.debug(f"This Optuna can't write attributes together: {error!r}.")
+    for key, value in user.items():
+        storage.set_trial_user_attr(trial_id, key, value)
+    for key, value in system.items():
+        storage.set_trial_system_attr(trial_id, key, value)
+
+
+def _write_in_one_transaction(
+    storage: Any, trial_id: int, user: Mapping[str, Any], system: Mapping[str, Any]
+) -> None:
+    from optuna.storages._rdb import models
+    from optuna.storages._rdb.storage import _create_scoped_session
+
+    backend = getattr(storage, "_backend", storage)
+    tables = {models.TrialUserAttributeModel: user, models.TrialSystemAttributeModel: system}
+    with _create_scoped_session(backend.scoped_session) as session:
+        for table, attributes in tables.items():
+            for key, value in attributes.items():
+                backend._set_trial_attr_without_commit(session, table, trial_id, key, value)
+
+
+def _write_in_one_append(
+    storage: Any, trial_id: int, user: Mapping[str, Any], system: Mapping[str, Any]
+) -> None:
+    from optuna.storages.journal._storage import JournalOperation
+
+    operations = (
+        (JournalOperation.SET_TRIAL_USER_ATTR, "user_attr", user),
+        (JournalOperation.SET_TRIAL_SYSTEM_ATTR, "system_attr", system),
+    )
+    with storage._thread_lock:
+        worker = storage._replay_result.worker_id
+        storage._backend.append_logs(
+            [
+                {"op_code": op, "worker_id": worker, "trial_id": trial_id, name: {key: value}}
+                for op, name, attributes in operations
+                for key, value in attributes.items()
+            ]
+        )
+        storage._sync_with_backend()
+
+
+_TOGETHER: dict[str, Callable[[Any, int, Mapping[str, Any], Mapping[str, Any]], None]] = {
+    "_CachedStorage": _write_in_one_transaction,
+    "RDBStorage": _write_in_one_transaction,
+    "JournalStorage": _write_in_one_append,
+}
+
+
+def may_write_constraints(sampler: BaseSampler) -> bool:
+    """Return whether a sampler may write constraints of its own: spares reading the row."""
+    if type(sampler).after_trial is BaseSampler.after_trial:
+        return False
+    return getattr(sampler, "_constraints_func", sampler) is not None
+
+
+def poison(trial: FrozenTrial, refuse: Callable[[], NoReturn]) -> None:
+    """Let whatever a running trial suggests next end in ``refuse``.
+
+    ``Trial`` calls ``before_trial`` and only then reads the enqueued parameters from this very
+    object, and looks into them first at each ``suggest_*``, before single-valued and relative
+    parameters.
+    """
+    trial.system_attrs = _PoisonedAttributes(trial.system_attrs, refuse)
+
+
+def fixed_params_of(trial: FrozenTrial) -> dict[str, Any]:
+    """Return the parameters that a trial was enqueued with."""
+    fixed = trial.system_attrs.get(_FIXED_PARAMS)
+    return dict(fixed) if isinstance(fixed, dict) else {}
+
+
+def write_param(
+    study: Study, trial: FrozenTrial, name: str, value: Any, distribution: BaseDistribution
+) -> None:
+    """Write a parameter into the row of a trial that ends before it could be suggested."""
+    internal = distribution.to_internal_repr(value)
+    study._storage.set_trial_param(trial._trial_id, name, internal, distribution)
+
+
+def needs_its_own_point(sampler: BaseSampler) -> bool:
+    """Return whether a sampler is told what it drew itself, whatever the trial ran with.
+
+    CMA-ES with margin keeps its own continuous point of each trial in the row.
+    """
+    return bool(getattr(sampler, "_with_margin", False))
+
+
+def share_relative_params(study: Study, trial: FrozenTrial, params: Mapping[str, Any]) -> None:
+    """Let TPESampler share what a trial runs with and not what it drew.
+
+    It keeps the point of each running trial in the row, as JSON text in pieces, so that other
+    workers keep away from it. Blanks fill up pieces that are left over.
+    """
+    storage, trial_id = study._storage, trial._trial_id
+    attributes = storage.get_trial(trial_id).system_attrs
+    count = sum(key.startswith(f"{_TPE_PARAMS}:") for key in attributes)
+    if not count:
+        return
+    text = json.dumps(dict(params))
+    pieces = [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)]
+    pieces += [" "] * (count - len(pieces))
+    for index, piece in enumerate(pieces):
+        storage.set_trial_system_attr(trial_id, f"{_TPE_PARAMS}:{index}", piece)
+
+
+class _PoisonedAttributes(dict[str, Any]):
+    def __init__(self, attributes: Mapping[str, Any], refuse: Callable[[], NoReturn]) -> None:
+        super().__init__(attributes)
+        self._refuse = refuse
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key == _FIXED_PARAMS:
+            return _Refusing(self._refuse)
+        return super().get(key, default)
+
+
+class _Refusing(dict[str, Any]):
+    def __init__(self, refuse: Callable[[], NoReturn]) -> None:
+        super().__init__()
+        self._refuse = refuse
+
+    def __contains__(self, key: object) -> bool:
+        self._refuse()
+
+
+class HyperbandDoor(HyperbandPruner):
+    """What Optuna asks of a Hyperband pruner, recognised by its class, besides ``prune``.
+
+    Every sampler hook gets a view on the trial's bracket, which the pruner creates.
+    """
+
+    base_pruner: BasePruner | None
+
+    def _get_bracket_id(self, study: Study, trial: FrozenTrial) -> int:
+        base = self.base_pruner
+        assert isinstance(base, HyperbandPruner)
+        return base._get_bracket_id(study, trial)
+
+    def _create_bracket_study(self, study: Study, bracket_id: int) -> Study:
+        base = self.base_pruner
+        assert isinstance(base, HyperbandPruner)
+        return base._create_bracket_study(study, bracket_id)

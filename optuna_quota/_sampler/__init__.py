@@ -1,0 +1,1 @@
+"""QuotaSampler: admits trials, starts and settles their metering, around any sampler."""

@@ -1,0 +1,75 @@
+"""Finishes the row of a trial that can't go on, so that none is left RUNNING for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import logging
+import socket
+from typing import TYPE_CHECKING
+
+from optuna.exceptions import TrialPruned
+from optuna.trial import TrialState
+
+from optuna_quota import _optuna
+from optuna_quota._enforcement.settle import write
+from optuna_quota._enforcement.watches import find_watch
+from optuna_quota._records import is_rejected
+from optuna_quota._records import TrialRecord
+from optuna_quota._resources import Outcome
+from optuna_quota.exceptions import QuotaExhausted
+from optuna_quota.exceptions import StudyRejected
+from optuna_quota.exceptions import TrialRejected
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+
+_logger = logging.getLogger("optuna.quota.sampler")
+
+_REJECTIONS = (StudyRejected, QuotaExhausted, TrialRejected)
+
+
+def abandon(study: Study, trial: FrozenTrial, error: BaseException) -> None:
+    """Finish the row of a trial whose hook raised; what is written says why.
+
+    Attributes go first: a finished row can't be changed.
+
+    Args:
+        study: The study.
+        trial: The trial.
+        error: What the hook raised; the caller raises it again.
+    """
+    watch = find_watch(study, trial)
+    usage = None if watch is None else watch.close()
+    outcome: Outcome = "rejected" if isinstance(error, _REJECTIONS) else "failed"
+    reason = str(error) if outcome == "rejected" else f"It could not be started: {error!r}."
+    record = TrialRecord(outcome=outcome, reason=reason, host=socket.gethostname())
+    if usage is not None and outcome != "rejected":
+        record = TrialRecord(usage, outcome, reason, host=record.host)
+    state = TrialState.PRUNED if isinstance(error, TrialPruned) else TrialState.FAIL
+    if not is_rejected(trial.user_attrs):
+        write(study, trial, record, {})
+    try:
+        _optuna.finish_row(_optuna.storage_of(study), _optuna.trial_id_of(trial), state)
+    except Exception as fault:  # noqa: BLE001 - any backend's own; what the hook raised goes first
+        _logger.warning(f"Trial {trial.number} could not be finished: {fault!r}.")
+
+
+@contextlib.contextmanager
+def none_left_running(study: Study, trial: FrozenTrial) -> Iterator[None]:
+    """Finish a trial's row where nobody else will when sampling raises.
+
+    Under ``optimize``, Optuna catches exceptions and interrupts by the keyboard, and finishes the
+    row. ``ask(fixed_distributions)`` samples before its caller has the trial. Who asked for a
+    trial and suggests from it finishes it too.
+    """
+    try:
+        yield
+    except BaseException as error:
+        handled = isinstance(error, (Exception, KeyboardInterrupt))
+        if _optuna.in_ask() or not handled:
+            abandon(_optuna.whole_study(study), trial, error)
+        raise

@@ -1,0 +1,108 @@
+"""Judges points against the limits of a trial, with what is known when it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_quota._admission import admit_point
+from optuna_quota._admission import PointVerdict
+from optuna_quota._models.completions import completions
+from optuna_quota._models.footprint import joint_breach
+from optuna_quota._models.given import Expectation
+from optuna_quota._models.spaces import spread_over
+from optuna_quota._resources import Limits
+
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What decides about the points of one trial.
+
+    Attributes:
+        expected: What a point is expected to use.
+        limits: The limits on the trial.
+        past: Points of earlier trials, oldest first.
+        space: Distribution of each parameter that any of them had.
+        threshold: The probability of a breach above which a point is refused.
+    """
+
+    expected: Expectation
+    limits: Limits
+    past: Sequence[Mapping[str, Any]]
+    space: Mapping[str, BaseDistribution]
+    threshold: float
+
+    def common_space(self) -> dict[str, BaseDistribution]:
+        """Return the parameters that all earlier trials had, in the order they were asked for."""
+        if not self.past:
+            return {}
+        names = set(self.past[-1]).intersection(*self.past)
+        return {name: self.space[name] for name in self.past[-1] if name in names}
+
+    def judge(self, known: Mapping[str, Any]) -> PointVerdict:
+        """Return whether a point may run, whatever its parameters not drawn yet will be.
+
+        A half-drawn point is refused only when the cheapest it may become would be: a parameter
+        that is not known yet blocks nothing.
+        """
+        points = completions(known, self.past)
+        try:
+            breaches = self.expected.breaches(points, self.limits)
+        except KeyError:
+            # A function that needs a parameter which is not drawn yet.
+            return PointVerdict(True)
+        if not breaches:
+            return PointVerdict(True)
+        chances = _joint(breaches, len(points))
+        cheapest = int(np.argmin(chances))
+        if chances[cheapest] <= self.threshold:
+            return PointVerdict(True, float(chances[cheapest]))
+        return self._verdict(self._cheapest(points[cheapest], known, float(chances[cheapest])))
+
+    def _verdict(self, point: Mapping[str, Any]) -> PointVerdict:
+        medians = {n: each.median for n, each in self.expected.intervals(point).items()}
+        single = {
+            name: float(each[0])
+            for name, each in self.expected.breaches([point], self.limits).items()
+            if name in medians
+        }
+        return admit_point(single, medians, self.limits.amounts(), self.threshold)
+
+    def _cheapest(
+        self, point: Mapping[str, Any], known: Mapping[str, Any], chance: float
+    ) -> Mapping[str, Any]:
+        """Return the point with each parameter not drawn yet where it breaches least likely.
+
+        One after the other: earlier trials may not have shown the value that would fit.
+        """
+        for name in point:
+            if name in known or name not in self.space or chance <= self.threshold:
+                continue
+            tried = [{**point, name: value} for value in spread_over(self.space[name])]
+            chances = self.chances(tried)
+            best = int(np.argmin(chances))
+            if chances[best] < chance:
+                point, chance = tried[best], float(chances[best])
+        return point
+
+    def chances(self, points: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Return the probability of a breach at each of some whole points."""
+        return _joint(self.expected.breaches(points, self.limits), len(points))
+
+
+def _joint(breaches: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+    return np.array(
+        [
+            joint_breach({name: float(each[i]) for name, each in breaches.items()})
+            for i in range(count)
+        ]
+    )

@@ -1,0 +1,363 @@
+"""Points between the base sampler and the trial: admitted, replaced, or not run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+import logging
+import threading
+from typing import Any
+from typing import NoReturn
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_quota import _optuna
+from optuna_quota._admission import audit_is_due
+from optuna_quota._admission import PointVerdict
+from optuna_quota._models.completions import completions
+from optuna_quota._models.footprint import Footprint
+from optuna_quota._models.given import as_footprint
+from optuna_quota._models.given import Expectation
+from optuna_quota._models.learner import Learner
+from optuna_quota._records import Interval
+from optuna_quota._records import PROPOSED
+from optuna_quota._records import proposed_object
+from optuna_quota._resources import Limits
+from optuna_quota._resources import Usage
+from optuna_quota._sampler.gate import Gate
+from optuna_quota._sampler.nearest import nearest_admitted
+from optuna_quota._sampler.policy import needs_whole_points
+from optuna_quota._sampler.policy import OnVeto
+from optuna_quota._sampler.policy import replacement_for
+from optuna_quota.exceptions import TrialRejected
+
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+
+_logger = logging.getLogger("optuna.quota.sampler")
+
+# Trials that told something before the first point is refused.
+FEWEST = 8
+_FEWEST_WHOLE = 3
+# Of the trials that ran isolated, this share of the refused points is run under the hard limit.
+AUDITED = 0.05
+_PAST = 200
+_DRAWS = 16
+_DRAWS_OF_ONE = 8
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How points are admitted.
+
+    Attributes:
+        footprint: What a user gave; None to learn from the study alone.
+        confidence: One-sided, of the bounds.
+        threshold: The probability of a breach above which a point is refused.
+        on_veto: What replaces it.
+        audits: Share of the refused points that is run; None for 5% where trials are isolated.
+    """
+
+    footprint: Any = None
+    confidence: float = 0.95
+    threshold: float = 0.5
+    on_veto: OnVeto = "auto"
+    audits: float | None = None
+
+
+@dataclass
+class _Trial:
+    """One trial as its point is drawn."""
+
+    gate: Gate | None
+    expected: Expectation | None
+    fixed: Mapping[str, Any]
+    base_space: dict[str, BaseDistribution] = field(default_factory=dict)
+    space: dict[str, BaseDistribution] = field(default_factory=dict)
+    drawn: dict[str, Any] = field(default_factory=dict)
+    rejected: PointVerdict | None = None
+    exempt: bool = False
+
+
+class Proposals:
+    """The points of one study in this process.
+
+    Args:
+        base_sampler: Draws them.
+        rules: How they are admitted.
+    """
+
+    def __init__(self, base_sampler: BaseSampler, rules: Rules) -> None:
+        earlier = rules.footprint if isinstance(rules.footprint, Footprint) else None
+        given = None if rules.footprint is None or earlier else as_footprint(rules.footprint)
+        self.learner = Learner(earlier, confidence=rules.confidence)
+        self._earlier, self._given = earlier, given
+        self._base, self._rules = base_sampler, rules
+        self._trials: dict[int, _Trial] = {}
+        self._lock = threading.Lock()
+        self._vetoes = self._audits = 0
+        self._told = False
+        self._generator = np.random.default_rng(0)
+
+    @property
+    def given(self) -> Expectation | None:
+        """What the user stated of each trial."""
+        return self._given
+
+    def begin(self, study: Study, trial: FrozenTrial, limits: Limits) -> None:
+        """Fix what decides about a trial; one that is enqueued as a whole is decided here."""
+        learned = self._learn(study)
+        expected = self._given or learned
+        # The same for all points tells none from another: the study's own trials have to.
+        judge = learned if isinstance(self._rules.footprint, Usage) else expected
+        known = judge is self._given or self._earlier or self._knows_enough()
+        gate = None
+        if judge is not None and known and limits and self._rules.threshold < 1:
+            rows = self.learner.rows[-_PAST:]
+            space = {name: each for row in rows for name, each in row.distributions.items()}
+            past = [row.params for row in rows]
+            gate = Gate(judge, limits, past, space, self._rules.threshold)
+        fixed = _optuna.fixed_params_of(trial)
+        state = _Trial(gate, expected, fixed)
+        self._trials[_optuna.trial_id_of(trial)] = state
+        if gate is not None and fixed:
+            verdict = gate.judge(fixed)
+            if not verdict.admitted and not self._is_audit(study, trial, state, fixed, verdict):
+                _optuna.poison(
+                    trial, lambda: _raise(self._rejected(study, trial, state, fixed, verdict))
+                )
+
+    def relative_space(
+        self, study: Study, trial: FrozenTrial, space: dict[str, BaseDistribution]
+    ) -> dict[str, BaseDistribution]:
+        """Return the space to draw at once: the base sampler's, and what all trials have.
+
+        A point is admitted as a whole, so that what the base sampler would draw one by one is
+        drawn before it is judged.
+        """
+        state = self._state(trial)
+        state.base_space = space
+        if state.gate is None or replacement_for(self._base, self._rules.on_veto) == "skip":
+            return space
+        common = state.gate.common_space()
+        more = {n: each for n, each in common.items() if n not in space and not each.single()}
+        return {**space, **more}
+
+    def relative(
+        self, study: Study, trial: FrozenTrial, space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Return a point of the space that may run."""
+        state = self._state(trial)
+        if state.gate is None or not space:
+            return self._base.sample_relative(study, trial, space)
+        state.space = dict(space)
+        first = self._draw(study, trial, state, space)
+        verdict = state.gate.judge({**first, **state.fixed})
+        if verdict.admitted or self._is_audit(study, trial, state, first, verdict):
+            state.drawn = first
+            return first
+        found, how = self._replaced(study, trial, state, space, first)
+        if found is None:
+            raise self._rejected(study, trial, state, first, verdict)
+        self._note(study, trial, first, verdict, how)
+        state.drawn = found
+        return found
+
+    def independent(
+        self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution
+    ) -> Any:
+        """Return a value of one parameter with which the point may run."""
+
+        def draw() -> Any:
+            return self._base.sample_independent(study, trial, name, distribution)
+
+        state, value = self._state(trial), draw()
+        if state.gate is None or state.exempt:
+            return value
+        known = {**state.drawn, **trial.params, **state.fixed}
+        first = {**known, name: value}
+        past = state.gate.past
+        if needs_whole_points(self._base) and (not past or completions(first, past) != [first]):
+            return value
+        verdict = state.gate.judge(first)
+        if verdict.admitted or self._is_audit(study, trial, state, first, verdict):
+            return value
+        if replacement_for(self._base, self._rules.on_veto) != "skip":
+            for _ in range(_DRAWS_OF_ONE):
+                other = draw()
+                if state.gate.judge({**known, name: other}).admitted:
+                    self._note(study, trial, first, verdict, "redrawn")
+                    return other
+        state.space[name] = distribution
+        raise self._rejected(study, trial, state, first, verdict)
+
+    def finish(self, trial: FrozenTrial) -> tuple[dict[str, Interval], dict[str, float]]:
+        """Return what was projected of a trial before it ran, and the medians if it was rejected.
+
+        Args:
+            trial: Its row, with its parameters.
+        """
+        state = self._trials.pop(_optuna.trial_id_of(trial), None)
+        if state is None or state.expected is None:
+            return {}, {}
+        params = {**state.drawn, **trial.params}
+        try:
+            intervals = state.expected.intervals(params)
+        except KeyError:
+            return {}, {}
+        medians = {name: each.median for name, each in intervals.items()}
+        return intervals, medians if state.rejected is not None else {}
+
+    def rejection(self, trial: FrozenTrial) -> PointVerdict | None:
+        """Return why a trial was not run, None when it was."""
+        state = self._trials.get(_optuna.trial_id_of(trial))
+        return None if state is None else state.rejected
+
+    def _learn(self, study: Study) -> Footprint | None:
+        try:
+            return self.learner.learn(study.get_trials(deepcopy=False))
+        except (ArithmeticError, ValueError, TypeError, np.linalg.LinAlgError) as fault:
+            # The study is worth more than its projection.
+            _logger.warning(f"The footprint could not be learned: {fault!r}.")
+            return None
+
+    def _knows_enough(self) -> bool:
+        # Where next to all trials were stopped, nothing says yet that others would not be.
+        rows = self.learner.rows
+        return len(rows) >= FEWEST and sum(not row.censored for row in rows) >= _FEWEST_WHOLE
+
+    def _state(self, trial: FrozenTrial) -> _Trial:
+        # A trial that another process asked for, or one begun before a copy of the sampler.
+        return self._trials.setdefault(_optuna.trial_id_of(trial), _Trial(None, None, {}))
+
+    def _draw(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: _Trial,
+        space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        """Return a whole point: what the base sampler leaves open is drawn one by one."""
+        drawn = dict(self._base.sample_relative(study, trial, state.base_space))
+        for name, distribution in space.items():
+            if name not in drawn and name not in state.fixed:
+                drawn[name] = self._base.sample_independent(study, trial, name, distribution)
+        return drawn
+
+    def _replaced(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: _Trial,
+        space: dict[str, BaseDistribution],
+        first: dict[str, Any],
+    ) -> tuple[dict[str, Any] | None, str]:
+        gate, how = state.gate, replacement_for(self._base, self._rules.on_veto)
+        assert gate is not None
+        last = first
+        for _ in range(_DRAWS if how == "redraw" else 0):
+            before, last = last, self._draw(study, trial, state, space)
+            if gate.judge({**last, **state.fixed}).admitted:
+                return last, "redrawn"
+            if last == before:
+                # It repeats itself.
+                break
+        if how == "skip" or _optuna.needs_its_own_point(self._base):
+            return None, ""
+        near = nearest_admitted(gate, last, space, state.fixed, self._generator)
+        if near is not None:
+            relative = {name: near[name] for name in state.base_space if name in near}
+            _optuna.share_relative_params(_optuna.whole_study(study), trial, relative)
+        return near, "moved"
+
+    def _is_audit(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: _Trial,
+        point: Mapping[str, Any],
+        verdict: PointVerdict,
+    ) -> bool:
+        """Count a veto, and return whether the point is run all the same to try it."""
+        share = self._rules.audits
+        if share is None:
+            share = AUDITED if self.learner.isolated else 0.0
+        with self._lock:
+            self._vetoes += 1
+            due = audit_is_due(self._vetoes, self._audits, share)
+            self._audits += due
+        if due:
+            state.exempt = True
+            self._note(study, trial, point, verdict, "audited")
+        return due
+
+    def _rejected(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: _Trial,
+        point: Mapping[str, Any],
+        verdict: PointVerdict,
+    ) -> TrialRejected:
+        state.rejected = verdict
+        state.drawn = dict(point)
+        self._complete_row(study, trial, state, point)
+        self._note(study, trial, point, verdict, "rejected")
+        return TrialRejected(
+            verdict.reason,
+            resource=verdict.resource,
+            limit=verdict.limit,
+            observed=verdict.median,
+            probability=verdict.probability,
+        )
+
+    def _complete_row(
+        self, study: Study, trial: FrozenTrial, state: _Trial, point: Mapping[str, Any]
+    ) -> None:
+        """Write the parameters of a rejected trial into its row.
+
+        Lists tell by them what they have visited, and a row without them would end the search
+        space that TPESampler finds in all rows.
+        """
+        assert state.gate is not None
+        space, whole = {**state.gate.space, **state.space}, _optuna.whole_study(study)
+        for name, value in point.items():
+            if name in trial.params or name not in space:
+                continue
+            try:
+                _optuna.write_param(whole, trial, name, value, space[name])
+            except ValueError as fault:
+                # An enqueued value outside of the range that earlier trials had.
+                _logger.debug(f"Trial {trial.number}: {name} is not in the row: {fault}")
+
+    def _note(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        point: Mapping[str, Any],
+        verdict: PointVerdict,
+        how: str,
+    ) -> None:
+        """Keep what was proposed in the row, and say so in the log, once a study."""
+        note = proposed_object(
+            point, how, verdict.probability, verdict.resource, verdict.limit, verdict.median
+        )
+        storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+        _optuna.write_attributes(storage, trial_id, {PROPOSED: note}, {})
+        with self._lock:
+            told, self._told = self._told, True
+        (_logger.debug if told else _logger.info)(
+            f"Trial {trial.number}: the point drawn was {how}. {verdict.reason}"
+            + ("" if told else f" Further ones are only noted in {PROPOSED!r}.")
+        )
+
+
+def _raise(error: TrialRejected) -> NoReturn:
+    raise error

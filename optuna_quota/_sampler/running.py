@@ -1,0 +1,134 @@
+"""The projection of a study that runs: what is used, and what the rest will use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+import logging
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna.samplers import QMCSampler
+from optuna.samplers import RandomSampler
+
+from optuna_quota._ledger import status
+from optuna_quota._models.whereabouts import next_points
+from optuna_quota._projection import project
+from optuna_quota._projection import project_end
+from optuna_quota._projection import Projection
+from optuna_quota._resources import Limits
+from optuna_quota._resources import Quota
+from optuna_quota._resources import Strategy
+from optuna_quota._sampler.policy import draws_from_a_list
+from optuna_quota._sampler.proposals import FEWEST
+
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+    from optuna.study import Study
+
+    from optuna_quota._models.learner import Learner
+
+
+_logger = logging.getLogger("optuna.quota.sampler")
+
+_POINTS = 128
+# It is looked at again when there are so many times more trials.
+_GROWTH = 1.3
+
+
+def project_rest(
+    study: Study,
+    strategy: Strategy,
+    learner: Learner,
+    given: Any,
+    base_sampler: BaseSampler,
+    *,
+    quota: Quota,
+    limits: Limits,
+    confidence: float,
+) -> Projection:
+    """Return what a study will have used at the end of its strategy.
+
+    Args:
+        study: The study.
+        strategy: All of it, what ran included.
+        learner: What its trials taught.
+        given: A footprint that the user stated, in force until eight trials told theirs.
+        base_sampler: Says whether the rest is drawn around the newest points.
+        quota: Its quota.
+        limits: Of each trial.
+        confidence: The probability that is enough.
+
+    Raises:
+        ValueError: If nothing is known of what a trial uses.
+    """
+    learned = learner.learn(study.get_trials(deepcopy=False))
+    trusted = learned is not None and (given is None or learner.usable >= FEWEST)
+    expected = learned if trusted else given
+    used = used_so_far(study, learner)
+    rest = strategy.n_trials - int(used.get("n_trials", 0))
+    if rest <= 0:
+        return project_end(strategy, used, quota, confidence)
+    if expected is None:
+        raise ValueError(
+            "A running projection must have a footprint or finished trials to go by, but "
+            f"{study.study_name!r} has none."
+        )
+    adaptive = not draws_from_a_list(base_sampler) and not isinstance(
+        base_sampler, (RandomSampler, QMCSampler)
+    )
+    points = None
+    if learner.rows and (strategy.search_space is None or adaptive):
+        points = next_points(learner.rows, _POINTS, adaptive=adaptive)
+    return project(
+        replace(strategy, n_trials=rest),
+        expected,
+        quota=quota,
+        limits=limits,
+        used=used,
+        points=points,
+        confidence=confidence,
+    )
+
+
+def used_so_far(study: Study, learner: Learner) -> dict[str, float]:
+    """Return what a study used, by resource: the ledger's figures, and sums where it has none."""
+    used: dict[str, float] = {"n_trials": 0.0}
+    for row in learner.rows:
+        used["n_trials"] += 1
+        for name in ("wall_time", "cpu_time", "gpu_time", "energy"):
+            amount = row.usage.get(name)
+            if amount is not None:
+                total = "trial_time" if name == "wall_time" else name
+                used[total] = used.get(total, 0.0) + amount
+    used.update({line.resource: line.used for line in status(study).lines})
+    return used
+
+
+class EarlyWarning:
+    """Tells once when it has become clear that the quota will not do."""
+
+    def __init__(self) -> None:
+        self._looked = 0
+        self._told = False
+
+    def is_due(self, usable: int) -> bool:
+        """Return whether to look, at a spacing that grows with the trials."""
+        if self._told or usable < FEWEST or usable < self._looked * _GROWTH:
+            return False
+        self._looked = usable
+        return True
+
+    def judge(self, projection: Projection) -> bool:
+        """Return whether the quota will not do, with the confidence asked for; say so once."""
+        if projection.probability > 1 - projection.confidence:
+            return False
+        self._told = True
+        _logger.warning(f"The quota will not do for the rest of the study. {projection}")
+        return True
+
+
+def has_totals(quota: Quota) -> Mapping[str, float]:
+    """Return the quotas that a study can outgrow."""
+    return {name: value for name, value in quota.totals.items() if name != "n_trials"}

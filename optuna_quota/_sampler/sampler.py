@@ -1,0 +1,379 @@
+"""QuotaSampler: any sampler, inside a quota."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import logging
+import os
+import threading
+from typing import Any
+from typing import get_args
+from typing import Literal
+from typing import TYPE_CHECKING
+
+from optuna.samplers import BaseSampler
+from optuna.samplers import TPESampler
+from optuna.trial import TrialState
+
+from optuna_quota import _optuna
+from optuna_quota._enforcement.pruner import QuotaPruner
+from optuna_quota._ledger import LEASE
+from optuna_quota._ledger import Refusal
+from optuna_quota._ledger import status
+from optuna_quota._metering import check_names
+from optuna_quota._metering import key_of
+from optuna_quota._metering import Meter
+from optuna_quota._metering import metering_loop
+from optuna_quota._resources import Limits
+from optuna_quota._resources import Quota
+from optuna_quota._resources import Strategy
+from optuna_quota._resources import Usage
+from optuna_quota._sampler.abandonment import abandon
+from optuna_quota._sampler.abandonment import none_left_running
+from optuna_quota._sampler.announcement import announce
+from optuna_quota._sampler.policy import ON_VETO
+from optuna_quota._sampler.policy import OnVeto
+from optuna_quota._sampler.proposals import Proposals
+from optuna_quota._sampler.proposals import Rules
+from optuna_quota._sampler.running import has_totals
+from optuna_quota._sampler.running import project_rest
+from optuna_quota._sampler.session import Session
+from optuna_quota._sampler.study_admission import rejection
+from optuna_quota._sampler.study_admission import StudyAdmission
+from optuna_quota._units import parse_seconds
+
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+    from optuna_quota._projection import Projection
+
+
+_logger = logging.getLogger("optuna.quota.sampler")
+
+OnExhausted = Literal["stop", "raise"]
+OnProjected = Literal["continue", "stop", "raise"]
+ON_PROJECTED: tuple[str, ...] = get_args(OnProjected)
+
+
+class QuotaSampler(BaseSampler):
+    """Samples as another sampler does, inside a quota.
+
+    Example:
+
+        .. code-block:: python
+
+            study = optuna.create_study(
+                sampler=QuotaSampler(TPESampler(), quota=Quota(wall_time="2h", cpu_time="6h")),
+                pruner=QuotaPruner(limits=Limits(memory="4GiB")),
+            )
+            study.optimize(objective, n_trials=200)
+
+    Args:
+        base_sampler: Any sampler; :class:`~optuna.samplers.TPESampler` by default.
+        quota: Ceilings on the study, across all its workers.
+        strategy: What is about to run, to project it.
+        footprint: What a trial is expected to use: a :class:`Usage`, a function from parameters
+            to one, or a fitted model. Without one it is learned from the study's own trials.
+        confidence: Probability, one-sided, with which what is admitted has to fit.
+        limits: Ceilings on each trial where no :class:`~optuna_quota.QuotaPruner` can be passed.
+        meters: Meters of your own, where no QuotaPruner can be passed.
+        on_exhausted: What ``optimize`` does once a total quota is used up: ``"stop"`` ends it as
+            its ``timeout`` would, ``"raise"`` raises :class:`~optuna_quota.QuotaExhausted`. A
+            further ``ask`` outside of ``optimize`` raises in either case.
+        one_gpu: Give each trial the GPU with the most room for its ``gpu_memory``, among those
+            that this process may use. An isolated trial sees no other
+            (``CUDA_VISIBLE_DEVICES``).
+        lease: Seconds, or text with its unit, without a sign of life after which a worker on
+            another machine is taken for dead and its trial ended. Workers on the same machine
+            are known by their processes.
+        breach_probability: A point that breaches a limit with more than this probability is not
+            run; 1 runs all. From eight trials on, or at once with a ``footprint``.
+        on_veto: What replaces such a point: ``"redraw"`` another draw of the base sampler,
+            ``"nearest"`` the nearest point that is admitted, ``"skip"`` none, the trial ends as
+            rejected; ``"auto"`` what suits the base sampler. Grids are always skipped.
+        audits: Share of these points that is run all the same under the hard limit, so that a
+            wrong veto is found; 5% by default where trials are isolated, else none.
+        on_projected: What is done once it is clear that the quota will not do for the
+            ``strategy``, beside one warning: ``"continue"`` until it is used up, ``"stop"`` now,
+            or ``"raise"`` :class:`~optuna_quota.StudyRejected`.
+
+    Raises:
+        TypeError: If ``base_sampler`` is no sampler or ``quota`` no :class:`Quota`.
+        ValueError: If a probability or share is out of its range or an option unknown.
+        StudyRejected: If strategy, footprint and quota alone decide that the study does not fit.
+    """
+
+    def __init__(
+        self,
+        base_sampler: BaseSampler | None = None,
+        *,
+        quota: Quota,
+        strategy: Strategy | None = None,
+        footprint: Usage | Callable[[dict[str, Any]], Usage] | Any = None,
+        confidence: float = 0.95,
+        limits: Limits | None = None,
+        meters: Sequence[Meter] = (),
+        on_exhausted: OnExhausted = "stop",
+        one_gpu: bool = False,
+        lease: float | str = LEASE,
+        breach_probability: float = 0.5,
+        on_veto: OnVeto = "auto",
+        audits: float | None = None,
+        on_projected: OnProjected = "continue",
+    ) -> None:
+        _check_kinds(base_sampler=(base_sampler, BaseSampler), strategy=(strategy, Strategy))
+        _check_kinds(limits=(limits, Limits))
+        if not isinstance(quota, Quota):
+            raise TypeError(f"`quota` must be a Quota but got {quota!r}.")
+        if not 0 < confidence < 1:
+            raise ValueError(f"`confidence` must be between 0 and 1 but got {confidence!r}.")
+        if on_exhausted not in ("stop", "raise"):
+            raise ValueError(f"`on_exhausted` must be 'stop' or 'raise' but got {on_exhausted!r}.")
+        _check_admission(breach_probability, on_veto, audits)
+        if on_projected not in ON_PROJECTED:
+            raise ValueError(
+                f"`on_projected` must be one of {', '.join(ON_PROJECTED)} but got "
+                f"{on_projected!r}."
+            )
+        self.base_sampler = TPESampler() if base_sampler is None else base_sampler
+        self.quota = quota
+        self.strategy = strategy
+        self.footprint = footprint
+        self.confidence = confidence
+        self.limits = limits
+        self.meters = check_names(meters)
+        self.on_exhausted = on_exhausted
+        self.one_gpu = one_gpu
+        self.on_projected = on_projected
+        self.lease = parse_seconds(lease, "lease")
+        self._rules = Rules(footprint, confidence, breach_probability, on_veto, audits)
+        self._sessions: dict[tuple[int, int, int], Session] = {}
+        self._lock = threading.Lock()
+        self._admission().decide(self.limits or Limits())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this process; it is built anew where it is needed."""
+        return {k: v for k, v in vars(self).items() if k not in ("_sessions", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take on the state of another process, or of the original of a copy."""
+        vars(self).update(state, _sessions={}, _lock=threading.Lock())
+
+    def __str__(self) -> str:
+        return f"QuotaSampler({self.base_sampler})"
+
+    def reseed_rng(self) -> None:
+        """Reseed the base sampler."""
+        self.base_sampler.reseed_rng()
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Admit a trial and start its metering, or see to it that it does not run."""
+        whole = _optuna.whole_study(study)
+        if metering_loop().find(key_of(whole, trial)) is not None:
+            # Another Trial object for a trial that this process runs already.
+            return
+        try:
+            self._admit(study, whole, trial)
+        except BaseException as error:
+            abandon(whole, trial, error)
+            raise
+
+    def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
+        limits = limits_of(whole, self)
+        session = self._session(whole, limits)
+        self._admit_study(session, whole, limits)
+        known = self.footprint.amounts() if isinstance(self.footprint, Usage) else {}
+        grant = session.ledger.reserve(trial, limits=limits, footprint=known)
+        if isinstance(grant, Refusal):
+            session.refuse(whole, trial, grant, limits)
+            return
+        self.base_sampler.before_trial(study, trial)
+        session.start(whole, trial, grant, limits, meters_of(whole, self))
+        session.proposals.begin(whole, trial, limits.tightened(self.quota.held))
+
+    def _admit_study(self, session: Session, study: Study, limits: Limits) -> None:
+        if session.decided or self.strategy is None or self.footprint is None:
+            return
+        used = {line.resource: line.used for line in status(study).lines}
+        session.decided = self._admission().decide(limits, study, used)
+
+    def _admission(self) -> StudyAdmission:
+        return StudyAdmission(self.quota, self.strategy, self.footprint, self.confidence)
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Infer as the base sampler does, with what is judged beside it."""
+        with none_left_running(study, trial):
+            space = self.base_sampler.infer_relative_search_space(study, trial)
+            return self._proposals(study).relative_space(study, trial, space)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Sample a point as the base sampler does, and replace it when it is not admitted."""
+        with none_left_running(study, trial):
+            return self._proposals(study).relative(study, trial, search_space)
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Sample a parameter as the base sampler does, again when the point is not admitted."""
+        with none_left_running(study, trial):
+            return self._proposals(study).independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        """Settle a trial before its row is finished, and end the study with its quota."""
+        whole = _optuna.whole_study(study)
+        session = self._session(whole, self.limits or Limits())
+        if session.is_refused(trial):
+            return
+        try:
+            self.base_sampler.after_trial(study, trial, state, values)
+        finally:
+            self._finish(session, whole, trial, state)
+        self._look_ahead(session, whole)
+
+    def project(self, study: Study) -> Projection:
+        """Return what a study will have used at the end of the strategy.
+
+        What was used so far, and what the rest of the strategy will use: its points are drawn
+        from where the base sampler is going.
+
+        Example:
+
+            .. code-block:: python
+
+                print(study.sampler.project(study))
+
+        Args:
+            study: The study.
+
+        Raises:
+            ValueError: If there is no strategy, or nothing is known of what a trial uses.
+        """
+        if self.strategy is None:
+            raise ValueError("`strategy` must be given to QuotaSampler to project a study.")
+        limits = limits_of(study, self)
+        proposals = self._session(study, limits).proposals
+        return project_rest(
+            study,
+            self.strategy,
+            proposals.learner,
+            proposals.given,
+            self.base_sampler,
+            quota=self.quota,
+            limits=limits,
+            confidence=self.confidence,
+        )
+
+    def _look_ahead(self, session: Session, study: Study) -> None:
+        """Tell early when the quota will not do; the row at hand is settled already."""
+        if self.strategy is None or not has_totals(self.quota):
+            return
+        session.proposals.learner.learn(study.get_trials(deepcopy=False))
+        if not session.warning.is_due(session.proposals.learner.usable):
+            return
+        projection = self.project(study)
+        if not session.warning.judge(projection) or self.on_projected == "continue":
+            return
+        if self.on_projected == "raise":
+            raise rejection(projection)
+        if _optuna.in_optimize_loop(study):
+            study.stop()
+
+    def _finish(
+        self, session: Session, study: Study, trial: FrozenTrial, state: TrialState
+    ) -> None:
+        """Settle a trial; its result is stored after this and must not be lost to any fault."""
+        error = _optuna.objective_error()
+        try:
+            session.settle(study, self._row(study, trial), state, limits_of(study, self), error)
+            session.end_when_exhausted(study)
+        except Exception as fault:  # noqa: BLE001 - any backend's own
+            _logger.warning(f"Trial {trial.number} could not be settled: {fault!r}.")
+
+    def _row(self, study: Study, trial: FrozenTrial) -> FrozenTrial:
+        """Return the row as it is now when the base sampler may have written into it."""
+        if not _optuna.may_write_constraints(self.base_sampler):
+            return trial
+        return _optuna.storage_of(study).get_trial(_optuna.trial_id_of(trial))
+
+    def _proposals(self, study: Study) -> Proposals:
+        whole = _optuna.whole_study(study)
+        return self._session(whole, self.limits or Limits()).proposals
+
+    def _session(self, study: Study, limits: Limits) -> Session:
+        # A forked process keeps nothing of its parent's.
+        key = (os.getpid(), id(_optuna.storage_of(study)), _optuna.study_id_of(study))
+        with self._lock:
+            session = self._sessions.get(key)
+            if session is None:
+                announce(study, self.quota, limits)
+                proposals = Proposals(self.base_sampler, self._rules)
+                stops = self.on_exhausted == "stop"
+                session = Session(
+                    study,
+                    self.quota,
+                    proposals,
+                    lease=self.lease,
+                    stops=stops,
+                    one_gpu=self.one_gpu,
+                )
+                self._sessions[key] = session
+        return session
+
+
+def limits_of(study: Study, sampler: QuotaSampler) -> Limits:
+    """Return the limits in force: the pruner's, or the sampler's own.
+
+    Raises:
+        ValueError: If both have some and they disagree.
+    """
+    pruner = study.pruner
+    theirs = pruner.limits if isinstance(pruner, QuotaPruner) else None
+    if theirs is not None and sampler.limits is not None and theirs != sampler.limits:
+        raise ValueError(
+            "The limits of QuotaSampler and QuotaPruner must agree but got "
+            f"{sampler.limits!r} and {theirs!r}. Give them to the pruner alone."
+        )
+    return theirs or sampler.limits or Limits()
+
+
+def meters_of(study: Study, sampler: QuotaSampler) -> tuple[Meter, ...]:
+    """Return the user's meters: the sampler's, then those of the pruner it does not have."""
+    pruner = study.pruner
+    theirs = pruner.meters if isinstance(pruner, QuotaPruner) else ()
+    known = {meter.name for meter in sampler.meters}
+    return (*sampler.meters, *(meter for meter in theirs if meter.name not in known))
+
+
+def _check_kinds(**given: tuple[Any, type]) -> None:
+    for name, (value, kind) in given.items():
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"`{name}` must be a {kind.__name__} or None but got {value!r}.")
+
+
+def _check_admission(breach_probability: float, on_veto: str, audits: float | None) -> None:
+    if not 0 < breach_probability <= 1:
+        raise ValueError(
+            f"`breach_probability` must be above 0 and at most 1 but got {breach_probability!r}."
+        )
+    if on_veto not in ON_VETO:
+        raise ValueError(f"`on_veto` must be one of {', '.join(ON_VETO)} but got {on_veto!r}.")
+    if audits is not None and not 0 <= audits <= 1:
+        raise ValueError(f"`audits` must be a share from 0 to 1 but got {audits!r}.")

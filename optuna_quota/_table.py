@@ -1,0 +1,181 @@
+"""The trial table as a pandas DataFrame, one row a trial."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence
+import math
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna_quota import _records
+from optuna_quota._resources import get_resource
+from optuna_quota._resources import USAGE_RESOURCES
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+    import pandas as pd
+
+    from optuna_quota._resources import Outcome
+
+
+_TEXTS = ("outcome", "reason", "isolation", "host", "censored_by")
+_BREACH = ("breach_limit", "breach_observed", "breach_seconds")
+_ALWAYS_PROJECTED = ("memory", "wall_time", "cpu_time")
+_ENDED = {"COMPLETE": "completed", "PRUNED": "pruned", "FAIL": "failed"}
+
+
+def trial_table(study: Study) -> pd.DataFrame:
+    """Return the trial table of a study, one row a trial, in SI base units.
+
+    Example:
+
+        .. code-block:: python
+
+            table = trial_table(study)
+            table[table.outcome == "terminated"][["number", "memory", "reason"]]
+
+    The columns are ``number``, ``state``, ``value`` (``values_0``, ``values_1``, … in a
+    multi-objective study), ``params_*``, the usage (``memory`` and ``gpu_memory`` in bytes,
+    ``wall_time``, ``cpu_time`` and ``gpu_time`` in seconds, ``energy`` in joules, and one for each
+    meter of the user's own), ``outcome``, ``reason``, ``isolation``, ``host``, ``censored_by``,
+    ``breach_limit``, ``breach_observed``, ``breach_seconds``, and for memory, wall time, CPU time
+    and each other resource that was projected ``footprint_memory`` (the median),
+    ``footprint_memory_lower`` and ``footprint_memory_upper``.
+
+    A number that is unknown is NaN, a text None. ``censored_by`` is the resource whose breach
+    ended the trial: its usage is then a lower bound and never a value. A finished trial whose wall
+    time nobody measured (a study that ran without this library) has the one between Optuna's
+    ``datetime_start`` and ``datetime_complete``; its ``outcome`` stays None.
+
+    Args:
+        study: Any Optuna study; none of its attributes has to be there.
+    """
+    trials = study.get_trials(deepcopy=False)
+    return table_of(trials, [_records.read_record(t) for t in trials], len(study.directions))
+
+
+def table_of(
+    trials: Sequence[FrozenTrial], records: Sequence[_records.TrialRecord], n_objectives: int
+) -> pd.DataFrame:
+    """Return the table of the trials given with their records; see :func:`trial_table`."""
+    import pandas as pd
+
+    columns: dict[str, Any] = {
+        "number": pd.Series([t.number for t in trials], dtype="int64"),
+        "state": _texts(t.state.name for t in trials),
+        **_value_columns(trials, n_objectives),
+        **_param_columns(trials),
+    }
+    usages = [measured_usage(t, r) for t, r in zip(trials, records, strict=True)]
+    for name in USAGE_RESOURCES:
+        columns[name] = _floats(usage.get(name) for usage in usages)
+    for name in _TEXTS[:-1]:
+        columns[name] = _texts(getattr(r, name) for r in records)
+    columns["censored_by"] = _texts(_censored_by(r) for r in records)
+    for name in _BREACH:
+        field = name.removeprefix("breach_")
+        columns[name] = _floats(getattr(r.breach, field, None) for r in records)
+    columns.update(_footprint_columns(records))
+    for name in _names(usages):
+        columns.setdefault(name, _floats(usage.get(name) for usage in usages))
+    table: pd.DataFrame = pd.DataFrame(columns)
+    return table
+
+
+def ended_as(trial: FrozenTrial, record: _records.TrialRecord) -> Outcome | None:
+    """Return how a trial ended, by Optuna's state where this library did not see it end."""
+    return record.outcome or _ENDED.get(trial.state.name)  # type: ignore[return-value]  # literals
+
+
+def is_censored(resource: str, outcome: str | None) -> bool:
+    """Return whether usage of a trial that ended so is a lower bound, not a value.
+
+    A trial that was terminated or failed would have gone on: all it used is a lower bound. One
+    that was pruned would have taken longer, but its peaks count as reached: each step of a
+    training repeats the one before.
+
+    Args:
+        resource: Name of the resource.
+        outcome: How the trial ended.
+    """
+    if outcome == "pruned":
+        return not get_resource(resource).peak
+    return outcome in ("terminated", "failed")
+
+
+def measured_usage(trial: FrozenTrial, record: _records.TrialRecord) -> dict[str, float]:
+    """Return what a trial used, by resource; its wall time by Optuna where nobody measured it."""
+    amounts = record.usage.amounts()
+    if "wall_time" not in amounts and record.outcome != "rejected":
+        seconds = _seconds_by_optuna(trial)
+        if seconds is not None:
+            amounts["wall_time"] = seconds
+    return amounts
+
+
+def _seconds_by_optuna(trial: FrozenTrial) -> float | None:
+    if not trial.state.is_finished() or not trial.datetime_start or not trial.datetime_complete:
+        return None
+    seconds = (trial.datetime_complete - trial.datetime_start).total_seconds()
+    return seconds if seconds >= 0 else None
+
+
+def _censored_by(record: _records.TrialRecord) -> str | None:
+    return record.breach.resource if record.breach and record.outcome == "terminated" else None
+
+
+def _value_columns(trials: Sequence[FrozenTrial], n_objectives: int) -> dict[str, Any]:
+    values = [t.values or [] for t in trials]
+    names = ["value"] if n_objectives == 1 else [f"values_{i}" for i in range(n_objectives)]
+    return {
+        name: _floats(v[i] if i < len(v) else None for v in values) for i, name in enumerate(names)
+    }
+
+
+def _param_columns(trials: Sequence[FrozenTrial]) -> dict[str, Any]:
+    params = [t.params for t in trials]
+    return {f"params_{name}": _params([p.get(name) for p in params]) for name in _names(params)}
+
+
+def _footprint_columns(records: Sequence[_records.TrialRecord]) -> dict[str, Any]:
+    columns = {}
+    for name in dict.fromkeys([*_ALWAYS_PROJECTED, *_names([r.footprint for r in records])]):
+        found = [r.footprint.get(name) for r in records]
+        columns[f"footprint_{name}"] = _floats(f.median if f else None for f in found)
+        columns[f"footprint_{name}_lower"] = _floats(f.lower if f else None for f in found)
+        columns[f"footprint_{name}_upper"] = _floats(f.upper if f else None for f in found)
+    return columns
+
+
+def _names(mappings: Iterable[Any]) -> list[str]:
+    return list(dict.fromkeys(name for mapping in mappings for name in mapping))
+
+
+def _floats(values: Iterable[float | None]) -> Any:
+    import pandas as pd
+
+    return pd.Series([math.nan if v is None else v for v in values], dtype="float64")
+
+
+def _texts(values: Iterable[str | None]) -> Any:
+    import pandas as pd
+
+    return pd.Series(list(values), dtype="object")
+
+
+def _params(values: list[Any]) -> Any:
+    import pandas as pd
+
+    kinds = {type(v) for v in values}
+    if kinds == {int}:
+        return pd.Series(values, dtype="int64" if _fit_int64(values) else "object")
+    if kinds <= {int, float, type(None)}:
+        return _floats(values)
+    return pd.Series(values, dtype="object")
+
+
+def _fit_int64(values: list[int]) -> bool:
+    return max(values) < 2**63 and min(values) >= -(2**63)

@@ -1,0 +1,123 @@
+"""``optuna-quota doctor``: what this host can enforce and measure."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+import platform
+import shutil
+import textwrap
+from typing import TYPE_CHECKING
+
+from optuna_quota.cli import errors
+from optuna_quota.cli.arguments import add_command
+from optuna_quota.cli.output import encodes
+from optuna_quota.cli.output import styled
+from optuna_quota.cli.output import write_json
+from optuna_quota.cli.output import write_line
+from optuna_quota.cli.storages import open_storage
+
+
+if TYPE_CHECKING:
+    from optuna_quota._enforcement.doctor import Finding
+
+
+_EXAMPLES = """\
+optuna-quota doctor
+optuna-quota doctor --format json | jq '.findings[] | select(.state != "ok")'
+optuna-quota doctor --storage postgresql+psycopg2://me@db/tuning
+optuna-quota doctor --strict      # exit status 1 unless all is ok
+"""
+_KEYS = {
+    "host": "its name",
+    "platform": "system, release and machine",
+    "counts": "how many findings are ok, degraded, missing",
+    "findings": "a list: area, check, state, found, degrades, fix",
+}
+_TITLES = {
+    "stopping": "Stopping a trial",
+    "measuring": "Measuring a trial",
+    "host": "This host",
+    "software": "Software",
+    "storage": "Storage",
+}
+_MARKS = {
+    "ok": ("✓", "ok", "green"),
+    "degraded": ("!", "!", "yellow"),
+    "missing": ("✗", "x", "red"),
+}
+_LABEL = 23
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its arguments."""
+    parser = add_command(
+        commands,
+        "doctor",
+        "Tell what this host can enforce and measure, what degrades and how to fix it.",
+        examples=_EXAMPLES,
+        keys=_KEYS,
+    )
+    parser.add_argument("--storage", metavar="URL", help="look at this storage, too")
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with status 1 unless everything is ok"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Examine the host and print what was found."""
+    from optuna_quota._enforcement.doctor import examine_host
+    from optuna_quota._enforcement.doctor import examine_storage
+
+    findings = examine_host()
+    if options.storage:
+        findings += examine_storage(open_storage(options.storage))
+    if options.format == "json":
+        write_json(_as_json(findings))
+    else:
+        for line in lines(findings, min(shutil.get_terminal_size((80, 24)).columns, 100)):
+            write_line(line)
+    healthy = all(finding.state == "ok" for finding in findings)
+    return errors.FAILED if options.strict and not healthy else errors.OK
+
+
+def _as_json(findings: Sequence[Finding]) -> dict[str, object]:
+    return {
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "counts": _counts(findings),
+        "findings": [vars(finding) for finding in findings],
+    }
+
+
+def _counts(findings: Sequence[Finding]) -> dict[str, int]:
+    counted = Counter(finding.state for finding in findings)
+    return {"ok": counted["ok"], "degraded": counted["degraded"], "missing": counted["missing"]}
+
+
+def lines(findings: Sequence[Finding], width: int) -> list[str]:
+    """Return the findings for a terminal so many columns wide."""
+    out = [styled(f"{platform.node()}", "bold") + f"  {platform.system()} {platform.release()}"]
+    for area, title in _TITLES.items():
+        members = [finding for finding in findings if finding.area == area]
+        if members:
+            out += ["", styled(title, "bold")]
+            out += [line for finding in members for line in _finding_lines(finding, width)]
+    counts = ", ".join(f"{count} {state}" for state, count in _counts(findings).items())
+    return [*out, "", f"{counts}."]
+
+
+def _finding_lines(finding: Finding, width: int) -> list[str]:
+    mark, spare, colour = _MARKS[finding.state]
+    shown = mark if encodes(mark) else spare
+    indent = " " * (_LABEL + 4)
+    body = textwrap.wrap(finding.found, max(width - len(indent), 30)) or [""]
+    first = f"  {styled(shown, colour)} {finding.check:<{_LABEL}}{body[0]}"
+    rest = [indent + line for line in body[1:]]
+    for label, text in (("so:", finding.degrades), ("fix:", finding.fix)):
+        if text:
+            wrapped = textwrap.wrap(f"{label} {text}", max(width - len(indent), 30))
+            rest += [styled(indent + line, "dim") for line in wrapped]
+    return [first, *rest]

@@ -1,0 +1,100 @@
+"""Reads the arguments, runs the command, and turns every error into a sentence and a status."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+import io
+import os
+import sys
+import textwrap
+import warnings
+
+from optuna_quota._version import __version__
+from optuna_quota.cli import doctor
+from optuna_quota.cli import errors
+from optuna_quota.cli import project
+from optuna_quota.cli import replay
+from optuna_quota.cli import report
+from optuna_quota.cli import status
+
+
+_COMMANDS = (project, report, replay, status, doctor)
+
+_EPILOG = """\
+exit status:
+  0  it fits, or there was nothing to judge
+  1  something went wrong; one sentence on stderr says what
+  2  the arguments can't be meant
+  3  a projection does not fit, or a quota is exceeded
+
+`optuna-quota COMMAND --help` explains each command with examples.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Args:
+        arguments: What follows the program's name; by default what was typed.
+    """
+    _never_fail_to_print()
+    options = build_parser().parse_args(arguments)
+    if options.debug:
+        return _run(options)
+    try:
+        return _run(options)
+    except errors.UsageError as error:
+        return _fail(options, error, errors.USAGE)
+    except KeyboardInterrupt:
+        return errors.INTERRUPTED
+    except BrokenPipeError:
+        return _close_stdout()
+    except Exception as error:  # noqa: BLE001  # the edge: a person gets a sentence, not a traceback
+        return _fail(options, error, errors.FAILED)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="optuna-quota",
+        description="Keeps Optuna studies inside their computing-resource quotas.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"optuna-quota {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and all warnings")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    with warnings.catch_warnings():
+        if not options.debug:
+            warnings.simplefilter("ignore")
+        status: int = options.run(options)
+    sys.stdout.flush()
+    return status
+
+
+def _never_fail_to_print() -> None:
+    # A character that the terminal's encoding lacks becomes a question mark, not an error.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _fail(options: argparse.Namespace, error: Exception, status: int) -> int:
+    text = " ".join(str(error).split()) or type(error).__name__
+    message = f"optuna-quota {options.command}: {text}"
+    print("\n".join(textwrap.wrap(message, 99, break_long_words=False)), file=sys.stderr)
+    return status
+
+
+def _close_stdout() -> int:
+    # The reader (such as `head`) went away; flushing at exit must not raise once more.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return errors.OK

@@ -1,0 +1,103 @@
+"""``optuna-quota replay``: what a quota and limits would have done to a study that has run."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna_quota.cli import errors
+from optuna_quota.cli.amounts import read_limits
+from optuna_quota.cli.amounts import read_quota
+from optuna_quota.cli.arguments import add_command
+from optuna_quota.cli.arguments import add_limit_argument
+from optuna_quota.cli.arguments import add_price_argument
+from optuna_quota.cli.arguments import add_quota_argument
+from optuna_quota.cli.output import progress
+from optuna_quota.cli.output import records
+from optuna_quota.cli.output import write_json
+from optuna_quota.cli.output import write_line
+from optuna_quota.cli.storages import add_study_arguments
+from optuna_quota.cli.storages import load_study
+
+
+if TYPE_CHECKING:
+    from optuna_quota._analysis.replay import ReplayReport
+
+
+_EXAMPLES = """\
+optuna-quota replay --storage sqlite:///tuning.db --limit memory=2GiB --limit wall_time=5min
+optuna-quota replay --storage tuning.log --study-name first --quota cost=10 --price cpu_time=0.05
+
+# would the best trial have lived?
+optuna-quota replay --storage sqlite:///tuning.db --limit memory=2GiB --format json \\
+    | jq .best_lives
+"""
+_KEYS = {
+    "quota": "the quota replayed by resource, null without one",
+    "limits": "the limits replayed by resource, null without any",
+    "ended_at": "seconds into the study at which the quota would have ended it, or null",
+    "ended_by": "the resource that would have been used up, or null",
+    "saved": "what would have been saved, by resource",
+    "terminated": "numbers of the trials that would have been terminated",
+    "not_run": "numbers of the trials that would not have run",
+    "lost": "numbers of the completed trials that would have been lost",
+    "best": "number of the best trial, or those of the Pareto front",
+    "best_lives": "whether it would have completed",
+    "best_left": "the best of those that would have completed",
+    "notes": "what could not be replayed",
+    "trials": "a list: number, outcome, fate, by, scope, seconds, saved_…, lost",
+}
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its arguments."""
+    parser = add_command(
+        commands,
+        "replay",
+        "Tell what a quota and limits would have done to a study that has run "
+        "(exit status 3: the quota would have ended it early).",
+        examples=_EXAMPLES,
+        keys=_KEYS,
+    )
+    add_study_arguments(parser)
+    add_quota_argument(parser, "a ceiling on the whole study, may be repeated: ")
+    add_price_argument(parser)
+    add_limit_argument(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Replay a study and print what would have been saved and lost."""
+    from optuna_quota._analysis.replay import replay
+
+    quota, limits = read_quota(options.quota, options.price), read_limits(options.limit)
+    if not quota and not limits:
+        raise errors.UsageError("give at least one --quota or --limit to replay.")
+    with progress("replaying the trials"):
+        report = replay(load_study(options), quota=quota or None, limits=limits or None)
+        content = as_json(report) if options.format == "json" else report.summary()
+    if isinstance(content, str):
+        write_line(content)
+    else:
+        write_json(content)
+    return errors.OK if report.ended_by is None else errors.OVER_QUOTA
+
+
+def as_json(report: ReplayReport) -> dict[str, Any]:
+    """Return a replay by its documented keys, in SI base units."""
+    return {
+        "quota": report.quota and report.quota.amounts(),
+        "limits": report.limits and report.limits.amounts(),
+        "ended_at": report.ended_at,
+        "ended_by": report.ended_by,
+        "saved": report.saved,
+        "terminated": report.terminated,
+        "not_run": report.not_run,
+        "lost": report.lost,
+        "best": report.best,
+        "best_lives": report.best_lives,
+        "best_left": report.best_left,
+        "notes": report.notes,
+        "trials": records(report.table),
+    }

@@ -1,0 +1,142 @@
+"""``optuna-quota report``: what drove the use of resources in a study."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna_quota.cli import errors
+from optuna_quota.cli.arguments import add_command
+from optuna_quota.cli.output import progress
+from optuna_quota.cli.output import records
+from optuna_quota.cli.output import write_json
+from optuna_quota.cli.output import write_line
+from optuna_quota.cli.storages import add_study_arguments
+from optuna_quota.cli.storages import load_study
+
+
+if TYPE_CHECKING:
+    from optuna_quota._analysis.report import UtilizationReport
+
+
+_EXAMPLES = """\
+optuna-quota report --storage sqlite:///tuning.db
+optuna-quota report --storage sqlite:///tuning.db --html report.html
+
+# into optuna-dashboard, where the study is looked at
+optuna-quota report --storage sqlite:///tuning.db --study-name first --publish
+
+# what was learned, for the next study's projection on another machine
+optuna-quota report --storage tuning.log --footprint learned.json
+optuna-quota project --n-trials 500 --footprint learned.json --quota wall_time=2h
+
+# what to ask the cluster for
+optuna-quota report --storage tuning.log --format json | jq '.advice[].snippets'
+"""
+_KEYS = {
+    "study": "its name",
+    "n_trials": "how many finished",
+    "best": "number of the best trial, or those of the Pareto front",
+    "quota": "the study's quota by resource",
+    "limits": "its limits by resource",
+    "outcomes": "how many trials ended how",
+    "usage": "by resource: n, median, maximum, total",
+    "correlations": "a list: param, resource, rho, lower, upper, p_value, p_adjusted, n, …",
+    "models": "by resource: formula, kind, coefficients, diagnostics, n_observed, n_censored",
+    "missing_models": "why a resource has no model, by resource",
+    "advice": "a list: topic, text, figures, snippets",
+}
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its arguments."""
+    parser = add_command(
+        commands,
+        "report",
+        "Show which hyperparameters drive the use of resources, how surely, and what to change.",
+        examples=_EXAMPLES,
+        keys=_KEYS,
+    )
+    add_study_arguments(parser)
+    parser.add_argument("--html", metavar="FILE", help="write the report as one HTML file, too")
+    parser.add_argument(
+        "--publish", action="store_true", help="write notes and plots into optuna-dashboard, too"
+    )
+    parser.add_argument(
+        "--footprint",
+        metavar="FILE",
+        help="write what was learned of footprints, for `project --footprint` and "
+        "Footprint.from_json",
+    )
+    parser.add_argument(
+        "--user-attr",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="use this trial user attribute beside the hyperparameters, may be repeated",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Analyze a study, print the report and put it where it was asked to go."""
+    from optuna_quota._analysis.report import analyze
+
+    with progress("reading the trials") as say:
+        report = analyze(load_study(options), user_attrs=options.user_attr)
+        say("fitting models")
+        content = as_json(report) if options.format == "json" else report.summary()
+        if options.html is not None:
+            say(f"writing {options.html}")
+            report.to_html(options.html)
+        if options.footprint is not None:
+            say(f"writing {options.footprint}")
+            Path(options.footprint).write_text(report.footprint.to_json(), encoding="utf-8")
+        if options.publish:
+            say("publishing into the dashboard")
+            report.publish()
+    if isinstance(content, str):
+        write_line(content)
+    else:
+        write_json(content)
+    return errors.OK
+
+
+def as_json(report: UtilizationReport) -> dict[str, Any]:
+    """Return a report by its documented keys, in SI base units."""
+    return {
+        "study": report.study.study_name,
+        "n_trials": len(report.table),
+        "best": report.best,
+        "quota": report.quota,
+        "limits": report.limits,
+        "outcomes": report.table["outcome"].value_counts().to_dict(),
+        "usage": {name: _spread(report, name) for name in report.data.resources},
+        "correlations": records(report.correlations),
+        "models": {name: _model(model) for name, model in report.models.items()},
+        "missing_models": report.missing_models,
+        "advice": [vars(advice) for advice in report.advice],
+    }
+
+
+def _spread(report: UtilizationReport, resource: str) -> dict[str, float]:
+    known = report.table[resource].dropna()
+    return {
+        "n": len(known),
+        "median": float(known.median()),
+        "maximum": float(known.max()),
+        "total": float(known.sum()),
+    }
+
+
+def _model(model: Any) -> dict[str, Any]:
+    return {
+        "kind": model.kind,
+        "formula": model.formula,
+        "n_observed": model.n_observed,
+        "n_censored": model.n_censored,
+        "coefficients": records(model.coefficients.rename_axis("term").reset_index()),
+        "diagnostics": [str(warning) for warning in model.diagnostics],
+    }

@@ -1,0 +1,124 @@
+"""Opens the storage and the study that ``--storage`` and ``--study-name`` name."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from pathlib import Path
+import re
+from typing import TYPE_CHECKING
+
+from optuna_quota.cli.errors import UsageError
+
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.study import Study
+
+
+_SQLITE_FILE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
+_PASSWORD = re.compile(r"(//[^/@:]*:)[^@]*@")
+
+
+def add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which study, as Optuna's own command line has them."""
+    parser.add_argument(
+        "--storage",
+        metavar="URL",
+        help="a database URL (sqlite:///tuning.db, postgresql+psycopg2://…, mysql+pymysql://…), "
+        "redis://… or a journal file; default: the environment variable OPTUNA_STORAGE",
+    )
+    parser.add_argument(
+        "--study-name", metavar="NAME", help="may be left out where the storage has one study"
+    )
+
+
+def load_study(options: argparse.Namespace) -> Study:
+    """Return the study that the arguments name.
+
+    Raises:
+        UsageError: If there is no such storage or study, or none is named and there are several.
+    """
+    import optuna
+
+    storage = open_storage(storage_url(options))
+    names = optuna.study.get_all_study_names(storage)
+    return optuna.load_study(study_name=_choose(names, options.study_name), storage=storage)
+
+
+def storage_url(options: argparse.Namespace) -> str:
+    """Return what ``--storage`` says, or else the environment.
+
+    Raises:
+        UsageError: If neither does.
+    """
+    url = options.storage or os.environ.get("OPTUNA_STORAGE")
+    if not url:
+        raise UsageError("--storage is missing, and OPTUNA_STORAGE isn't set.")
+    return str(url)
+
+
+def open_storage(url: str) -> BaseStorage:
+    """Return the storage that a text names, read as Optuna's own command line reads it.
+
+    Unlike there, a SQLite file that doesn't exist is not created: here one only looks.
+
+    Args:
+        url: A database URL, a Redis URL, or the path of a journal file.
+
+    Raises:
+        UsageError: If it names nothing that is there.
+    """
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import JournalRedisBackend
+
+    if url.startswith("redis"):
+        return JournalStorage(JournalRedisBackend(url))
+    if os.path.isfile(url):
+        return JournalStorage(JournalFileBackend(url))
+    return _open_database(url)
+
+
+def _open_database(url: str) -> BaseStorage:
+    from optuna.storages import RDBStorage
+    from sqlalchemy.exc import ArgumentError
+    from sqlalchemy.exc import DBAPIError
+    from sqlalchemy.exc import NoSuchModuleError
+
+    sqlite = _SQLITE_FILE.fullmatch(url)
+    if sqlite and sqlite["path"] != ":memory:" and not Path(sqlite["path"]).is_file():
+        raise UsageError(f"--storage: there is no file {sqlite['path']!r}.")
+    try:
+        return RDBStorage(url)
+    except NoSuchModuleError as error:
+        raise UsageError(f"--storage: {error}.") from error
+    except ArgumentError as error:
+        shown = without_password(url)
+        raise UsageError(
+            f"--storage: {shown!r} is neither a file that exists nor a database's URL."
+        ) from error
+    except DBAPIError as error:
+        first = str(error.orig).strip().splitlines()[0]
+        raise ConnectionError(f"The storage doesn't answer: {first}") from error
+
+
+def without_password(url: str) -> str:
+    """Return a URL for a person to see."""
+    return _PASSWORD.sub(r"\1***@", url)
+
+
+def _choose(names: list[str], asked: str | None) -> str:
+    if asked in names:
+        return str(asked)
+    if not names:
+        raise UsageError("The storage has no study.")
+    listed = ", ".join(sorted(names)[:20]) + (" and others" if len(names) > 20 else "")
+    if asked is not None:
+        close = difflib.get_close_matches(asked, names, 1)
+        meant = f" Did you mean {close[0]!r}?" if close else ""
+        raise UsageError(f"The storage has no study {asked!r}. It has: {listed}.{meant}")
+    if len(names) > 1:
+        raise UsageError(f"The storage has several studies; give --study-name: {listed}.")
+    return names[0]

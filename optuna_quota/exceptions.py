@@ -1,0 +1,149 @@
+"""Errors of the library.
+
+::
+
+    QuotaError
+    ├── StudyRejected      the projected study does not fit its quota
+    ├── QuotaExhausted     a total quota of the study is used up
+    ├── TrialCrashed       an isolated trial died (also a RuntimeError)
+    ├── TrialRejected      a trial was not admitted (also optuna.TrialPruned)
+    └── LimitBreached      a trial was over a limit (also optuna.TrialPruned)
+
+Catch :class:`QuotaError` for all, or one of them for itself. Each carries ``.resource`` and the
+figures that were compared, as keyword arguments and as attributes, and survives pickling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optuna.exceptions import TrialPruned
+
+
+class QuotaError(Exception):
+    """Base of every error that this library raises on its own account.
+
+    Example:
+
+        .. code-block:: python
+
+            try:
+                study.optimize(objective, n_trials=200)
+            except QuotaError as error:
+                print(error.resource, error)
+
+    Args:
+        message: One or more sentences for a person.
+        resource: The resource that decided, such as ``"memory"``; None when no single one did.
+        quota: The quota compared, in SI base units.
+        limit: The limit compared, in SI base units.
+        observed: What was used or projected, in SI base units.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        resource: str | None = None,
+        quota: float | None = None,
+        limit: float | None = None,
+        observed: float | None = None,
+        **figures: Any,
+    ) -> None:
+        super().__init__(message)
+        self.resource = resource
+        self.quota = quota
+        self.limit = limit
+        self.observed = observed
+        for name, figure in figures.items():
+            setattr(self, name, figure)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # BaseException would call the class with `args` alone; the figures travel as state.
+        return (type(self), self.args, self.__dict__)
+
+
+class StudyRejected(QuotaError):
+    """Raised before anything runs when the projected study does not fit its quota.
+
+    Example:
+
+        .. code-block:: python
+
+            try:
+                study.optimize(objective, n_trials=200)
+            except StudyRejected as error:
+                print(error.projection.table)
+                print(error.projection.nearest)
+
+    Attributes:
+        projection: The :class:`~optuna_quota.Projection` that decided.
+    """
+
+    projection: Any = None
+
+
+class QuotaExhausted(QuotaError):
+    """Raised by a further ``ask`` when a total quota of the study is used up.
+
+    Example:
+
+        .. code-block:: python
+
+            try:
+                trial = study.ask()
+            except QuotaExhausted as error:
+                print(f"no more {error.resource}")
+    """
+
+
+class TrialCrashed(QuotaError, RuntimeError):
+    """Raised when the process of an isolated trial died without a result.
+
+    Example:
+
+        .. code-block:: python
+
+            study.optimize(isolated(objective), n_trials=200, catch=(TrialCrashed,))
+
+    Attributes:
+        exitcode: The exit code of the process, negative for a signal, None when unknown.
+    """
+
+    exitcode: int | None = None
+
+
+class TrialRejected(QuotaError, TrialPruned):
+    """Raised inside a trial that was not admitted; Optuna records it as pruned.
+
+    Example:
+
+        .. code-block:: python
+
+            try:
+                x = trial.suggest_float("x", 0, 1)
+            except TrialRejected as error:
+                print(error.resource, error.limit)
+                raise
+    """
+
+
+class LimitBreached(QuotaError, TrialPruned):
+    """Raised inside a trial that is over one of its limits; Optuna records it as pruned.
+
+    Example:
+
+        .. code-block:: python
+
+            try:
+                check(trial)
+            except LimitBreached as error:
+                save_checkpoint()
+                print(error.resource, error.observed, error.limit)
+                raise
+
+    Attributes:
+        seconds: Seconds from the start of the trial to the breach.
+    """
+
+    seconds: float | None = None

@@ -1,0 +1,129 @@
+"""Studies whose use of resources is known, because it was made by formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+from optuna.trial import create_trial
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
+from optuna_quota import Usage
+from optuna_quota._records import record_attributes
+from optuna_quota._records import TrialRecord
+from optuna_quota._resources import Breach
+
+
+SPACE: dict[str, BaseDistribution] = {
+    "rows": IntDistribution(100, 10_000, log=True),
+    "width": IntDistribution(16, 1024, log=True),
+    "lr": FloatDistribution(1e-5, 1e-1, log=True),
+    "optimizer": CategoricalDistribution(["sgd", "adam"]),
+}
+
+
+def draw(space: Mapping[str, BaseDistribution], rng: np.random.Generator) -> dict[str, Any]:
+    return {name: draw_one(distribution, rng) for name, distribution in space.items()}
+
+
+def draw_one(distribution: BaseDistribution, rng: np.random.Generator) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[int(rng.integers(len(distribution.choices)))]
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    low, high = distribution.low, distribution.high
+    if distribution.log:
+        value = float(np.exp(rng.uniform(np.log(low), np.log(high))))
+    else:
+        value = float(rng.uniform(low, high))
+    return round(value) if isinstance(distribution, IntDistribution) else value
+
+
+def finished(
+    params: Mapping[str, Any],
+    usage: Usage,
+    space: Mapping[str, BaseDistribution] = SPACE,
+    **changes: Any,
+) -> FrozenTrial:
+    """A completed trial of the usage given."""
+    record = TrialRecord(outcome="completed", usage=usage, isolation="process", host="here")
+    arguments = {
+        "value": 1.0,
+        "params": dict(params),
+        "distributions": {name: space[name] for name in params},
+        "user_attrs": record_attributes(record),
+        **changes,
+    }
+    return create_trial(**arguments)
+
+
+def terminated(
+    params: Mapping[str, Any],
+    usage: Usage,
+    resource: str,
+    limit: float,
+    space: Mapping[str, BaseDistribution] = SPACE,
+) -> FrozenTrial:
+    """A trial that was stopped for a breach, with what it had used until then."""
+    breach = Breach(resource, limit, usage.get(resource) or limit, usage.wall_time or 1.0)
+    record = TrialRecord(outcome="terminated", usage=usage, breach=breach, reason=breach.reason)
+    return finished(
+        params,
+        usage,
+        space,
+        state=TrialState.PRUNED,
+        value=None,
+        user_attrs=record_attributes(record),
+    )
+
+
+def study_of(*trials: FrozenTrial, **kwargs: Any) -> optuna.Study:
+    study = optuna.create_study(**kwargs)
+    study.add_trials(trials)
+    return study
+
+
+def power_law_study(
+    n: int = 60,
+    *,
+    seed: int = 0,
+    floor: float = 300e6,
+    noise: float = 0.05,
+    limit: float | None = None,
+    space: Mapping[str, BaseDistribution] = SPACE,
+    memory: Callable[[Mapping[str, Any]], float] | None = None,
+) -> optuna.Study:
+    """Memory is a floor plus ``50 · rows^2`` and time ``1 ms · rows · width^0.5 · 2 [adam]``.
+
+    Args:
+        n: Trials.
+        seed: Of the random numbers.
+        floor: In bytes.
+        noise: Standard deviation of the log of the usage.
+        limit: On memory, in bytes; who is over it was terminated there.
+        space: Distributions to draw from.
+        memory: Bytes of a point without noise, instead of the power law.
+    """
+    rng = np.random.default_rng(seed)
+    trials = []
+    for _ in range(n):
+        params = draw(space, rng)
+        amount = memory(params) if memory else floor + 50.0 * params.get("rows", 1) ** 2
+        amount *= float(np.exp(noise * rng.standard_normal()))
+        seconds = 1e-3 * params.get("rows", 1) * params.get("width", 1) ** 0.5
+        seconds *= 2.0 if params.get("optimizer") == "adam" else 1.0
+        seconds *= float(np.exp(2 * noise * rng.standard_normal()))
+        if limit is not None and amount > limit:
+            early = Usage(memory=limit, wall_time=seconds / 3, cpu_time=seconds / 3)
+            trials.append(terminated(params, early, "memory", limit, space))
+        else:
+            usage = Usage(memory=amount, wall_time=seconds, cpu_time=seconds)
+            trials.append(finished(params, usage, space))
+    return study_of(*trials)

@@ -1,0 +1,217 @@
+"""Rank correlations say what is there, how surely, and nothing from too little."""
+
+from __future__ import annotations
+
+import numpy as np
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+import pandas as pd
+import pytest
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from optuna_quota import analyze
+from optuna_quota import Usage
+from optuna_quota._analysis.correlations import spearman
+from tests.analysis_tests.studies import finished
+from tests.analysis_tests.studies import power_law_study
+from tests.analysis_tests.studies import study_of
+from tests.analysis_tests.studies import terminated
+
+
+COLUMNS = ["param", "resource", "rho", "lower", "upper", "p_value", "p_adjusted", "n"]
+ONE = {"x": FloatDistribution(0.0, 100.0)}
+
+
+def row(table: pd.DataFrame, param: str, resource: str) -> pd.Series:
+    (found,) = table[(table.param == param) & (table.resource == resource)].index
+    return table.loc[found]
+
+
+def test_there_is_a_row_for_every_parameter_and_resource() -> None:
+    table = analyze(power_law_study(40)).correlations
+
+    assert list(table.columns[:8]) == COLUMNS
+    assert len(table) == 4 * 3
+    assert (table["n"] == 40).all()
+
+
+def test_rho_and_its_p_value_are_those_of_scipy() -> None:
+    study = power_law_study(40)
+    frame = study.trials_dataframe()
+    expected = stats.spearmanr(frame["params_width"], frame["user_attrs_quota:wall_time"])
+
+    found = row(analyze(study).correlations, "width", "wall_time")
+
+    assert found["rho"] == pytest.approx(expected.statistic)
+    assert found["p_value"] == pytest.approx(expected.pvalue)
+
+
+def test_a_category_has_the_test_of_kruskal_and_wallis() -> None:
+    study = power_law_study(50)
+    frame = study.trials_dataframe()
+    times = frame["user_attrs_quota:wall_time"]
+    groups = [times[frame["params_optimizer"] == o] for o in ("sgd", "adam")]
+    expected = stats.kruskal(*groups)
+
+    found = row(analyze(study).correlations, "optimizer", "wall_time")
+
+    assert found["measure"] == "epsilon2"
+    assert found["rho"] == pytest.approx(expected.statistic / 49)
+    assert found["p_value"] == pytest.approx(expected.pvalue)
+    assert 0 <= found["lower"] <= found["rho"] <= found["upper"] <= 1
+
+
+def test_p_values_are_corrected_over_all_tests() -> None:
+    table = analyze(power_law_study(40)).correlations
+
+    assert (
+        table["p_adjusted"].tolist() == multipletests(table["p_value"], method="holm")[1].tolist()
+    )
+    assert (table["p_adjusted"] >= table["p_value"]).all()
+
+
+def test_what_drives_is_told_from_what_does_not() -> None:
+    table = analyze(power_law_study(100)).correlations
+
+    assert row(table, "rows", "memory")["p_adjusted"] < 1e-6
+    assert row(table, "rows", "memory")["lower"] > 0.9
+    assert row(table, "lr", "memory")["p_adjusted"] > 0.05
+
+
+def test_intervals_cover_the_true_rho() -> None:
+    rng = np.random.default_rng(1)
+    pearson = 0.6
+    truth = 6 / np.pi * np.arcsin(pearson / 2)
+    covered = 0
+    for _ in range(400):
+        x, e = rng.standard_normal((2, 40))
+        y = pearson * x + np.sqrt(1 - pearson**2) * e
+        found = spearman(x, y)
+        covered += found["lower"] <= truth <= found["upper"]
+    assert 369 <= covered <= 391, "95% of 400 is 380, give or take two and a half deviations"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_nothing_is_claimed_from_too_few_trials(n: int) -> None:
+    table = analyze(power_law_study(n)).correlations
+
+    assert table[["rho", "lower", "upper", "p_value", "p_adjusted"]].isna().all(axis=None)
+    assert (table["n"] == n).all(), "how few they were stays said"
+
+
+def test_a_perfect_order_of_eight_is_not_beyond_doubt() -> None:
+    trials = [finished({"x": float(i)}, Usage(cpu_time=i + 1.0), ONE) for i in range(8)]
+
+    found = row(analyze(study_of(*trials)).correlations, "x", "cpu_time")
+
+    assert found["rho"] == pytest.approx(1.0)
+    assert 0 < found["lower"] < 1 and 0 < found["p_value"] < 0.01
+
+
+def test_a_constant_parameter_or_usage_has_no_correlation() -> None:
+    trials = [finished({"x": 1.0}, Usage(cpu_time=i + 1.0, memory=5.0), ONE) for i in range(12)]
+
+    table = analyze(study_of(*trials)).correlations
+
+    assert table["rho"].isna().all()
+
+
+def test_a_conditional_parameter_is_judged_within_its_branch() -> None:
+    space = {
+        "model": CategoricalDistribution(["net", "tree"]),
+        "width": IntDistribution(1, 1000),
+        "depth": IntDistribution(1, 20),
+    }
+    trials = []
+    for i in range(1, 13):
+        net = {"model": "net", "width": 10 * i}
+        tree = {"model": "tree", "depth": i}
+        trials.append(finished(net, Usage(memory=1e6 * i), space))
+        trials.append(finished(tree, Usage(memory=1e9 / i), space))
+
+    table = analyze(study_of(*trials)).correlations
+
+    assert row(table, "width", "memory")["rho"] == pytest.approx(1.0)
+    assert row(table, "depth", "memory")["rho"] == pytest.approx(-1.0)
+    assert row(table, "width", "memory")["n"] == 12
+    assert row(table, "width", "memory")["branch"] == "model=net"
+    assert row(table, "model", "memory")["branch"] == ""
+
+
+def test_a_terminated_trial_ranks_by_its_own_limit_and_by_nothing_else() -> None:
+    trials = [
+        finished({"x": float(i)}, Usage(memory=1e6 * i, wall_time=float(i)), ONE)
+        for i in range(1, 11)
+    ]
+    trials += [
+        terminated({"x": 50.0 + i}, Usage(memory=2e7, wall_time=0.1), "memory", 2e7, ONE)
+        for i in range(5)
+    ]
+
+    table = analyze(study_of(*trials)).correlations
+
+    assert row(table, "x", "memory")["n"] == 15
+    assert row(table, "x", "memory")["rho"] > 0.95
+    assert row(table, "x", "wall_time")["n"] == 10, "its time says only when it was stopped"
+
+
+def test_a_trial_whose_allocation_was_refused_ranks_at_the_limit() -> None:
+    trials = [finished({"x": float(i)}, Usage(memory=1e6 * i), ONE) for i in range(1, 11)]
+    trials += [
+        terminated({"x": 50.0 + i}, Usage(memory=5e5), "memory", 2e7, ONE) for i in range(5)
+    ]
+
+    report = analyze(study_of(*trials))
+
+    assert row(report.correlations, "x", "memory")["rho"] > 0.95
+    assert report.table["memory"].min() == 5e5, "the table says what was measured"
+    assert report.models["memory"].coefficients["estimate"].iloc[-1] > 0
+
+
+def test_the_times_of_pruned_trials_are_left_out() -> None:
+    study = optuna.create_study()
+    for i in range(10):
+        trial = study.ask({"x": FloatDistribution(0, 1)})
+        study.tell(trial, float(i)) if i % 2 else study.tell(
+            trial, state=optuna.trial.TrialState.PRUNED
+        )
+
+    assert row(analyze(study).correlations, "x", "wall_time")["n"] == 5
+
+
+def test_numeric_choices_are_numbers() -> None:
+    space = {"batch": CategoricalDistribution([16, 32, 64, 128])}
+    trials = [
+        finished({"batch": b}, Usage(memory=1e6 * b * (1 + 0.01 * i)), space)
+        for i in range(4)
+        for b in (16, 32, 64, 128)
+    ]
+
+    found = row(analyze(study_of(*trials)).correlations, "batch", "memory")
+
+    assert found["measure"] == "rho" and found["rho"] > 0.95
+
+
+def test_user_attributes_take_part_when_asked_for() -> None:
+    trials = [
+        finished({"x": 1.0}, Usage(), ONE, user_attrs={"rows": 10 * i, "quota:memory": 1e6 * i})
+        for i in range(1, 13)
+    ]
+    study = study_of(*trials)
+
+    assert "rows" not in set(analyze(study).correlations.param)
+    assert row(analyze(study, user_attrs=["rows"]).correlations, "rows", "memory")["rho"] > 0.99
+
+
+@pytest.mark.parametrize("wrong", ["rows", [1], [None]])
+def test_user_attributes_are_given_by_name(wrong: object) -> None:
+    with pytest.raises(TypeError, match="user_attrs"):
+        analyze(power_law_study(2), user_attrs=wrong)  # type: ignore[arg-type]  # the point
+
+
+def test_only_a_study_is_analyzed() -> None:
+    with pytest.raises(TypeError, match="must be an Optuna study"):
+        analyze("study")  # type: ignore[arg-type]  # the point

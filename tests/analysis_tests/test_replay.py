@@ -1,0 +1,237 @@
+"""What limits and quotas would have done to a study is reckoned from what it used."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from typing import Any
+
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.trial import create_trial
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import replay
+from optuna_quota import Usage
+from tests.analysis_tests.studies import finished
+from tests.analysis_tests.studies import study_of
+from tests.analysis_tests.studies import terminated
+
+
+SPACE = {"x": FloatDistribution(0.0, 100.0)}
+MINUTE = 60.0
+
+
+def trial(value: float = 1.0, **usage: float) -> optuna.trial.FrozenTrial:
+    return finished({"x": 1.0}, Usage(**usage), SPACE, value=value)
+
+
+def dated(start: float, seconds: float, value: float = 1.0, **attrs: Any) -> Any:
+    epoch = datetime.datetime(2026, 1, 1)
+    row = create_trial(value=value, user_attrs=attrs)
+    row.datetime_start = epoch + datetime.timedelta(seconds=start)
+    row.datetime_complete = epoch + datetime.timedelta(seconds=start + seconds)
+    return row
+
+
+def test_a_memory_limit_terminates_who_is_over_it() -> None:
+    study = study_of(
+        trial(3.0, memory=1e9, wall_time=10.0),
+        trial(1.0, memory=5e9, wall_time=20.0),
+        trial(2.0, memory=2e9, wall_time=30.0),
+    )
+
+    report = replay(study, limits=Limits(memory="4GB"))
+
+    assert report.terminated == [1] and report.lost == [1] and report.not_run == []
+    assert report.best_lives is False
+    assert report.best == [1] and report.best_left == [2]
+    text = str(report)
+    assert "best trial (1, 1) would have been lost" in text
+    assert "trial 2 (2)" in text and "1 by memory (limit)" in text
+
+
+def test_without_a_timeline_nothing_is_claimed_to_be_saved_by_a_memory_limit() -> None:
+    report = replay(study_of(trial(memory=5e9, wall_time=20.0)), limits=Limits(memory="4GB"))
+
+    assert report.saved["trial_time"] == 0.0
+    assert "Nothing would have been saved" in report.summary()
+
+
+def test_a_timeline_tells_when_a_limit_would_have_been_passed() -> None:
+    row = trial(memory=5e9, wall_time=20.0, cpu_time=40.0)
+    row.set_user_attr("quota:timeline", [[0.0, 1e9], [5.0, 4.5e9], [20.0, 5e9]])
+
+    report = replay(study_of(row), limits=Limits(memory="4GB"))
+
+    assert report.table["seconds"].tolist() == [5.0]
+    assert report.saved == {"trial_time": 15.0, "cpu_time": 30.0}
+
+
+def test_time_limits_stop_at_the_time() -> None:
+    study = study_of(trial(wall_time=100.0, cpu_time=200.0), trial(wall_time=10.0, cpu_time=10.0))
+
+    by_wall = replay(study, limits=Limits(wall_time=25.0))
+    by_cpu = replay(study, limits=Limits(cpu_time=100.0))
+    by_both = replay(study, limits=Limits(wall_time=25.0, cpu_time=100.0))
+
+    assert by_wall.table["seconds"].tolist() == [25.0, 10.0]
+    assert by_wall.saved == {"trial_time": 75.0, "cpu_time": 150.0}
+    assert by_cpu.table["seconds"].tolist() == [50.0, 10.0]
+    assert by_both.table["by"].tolist() == ["wall_time", None]
+
+
+@pytest.mark.parametrize(
+    ("quota", "by", "fates", "end"),
+    [
+        (Quota(n_trials=2), "n_trials", ["kept", "kept", "not run", "not run"], 2.0),
+        (
+            Quota(wall_time=2.5 * MINUTE),
+            "wall_time",
+            ["kept", "kept", "terminated", "not run"],
+            2.5,
+        ),
+        (Quota(trial_time="3min"), "trial_time", ["kept", "kept", "kept", "not run"], 3.0),
+        (Quota(cpu_time="5min"), "cpu_time", ["kept", "kept", "terminated", "not run"], 2.5),
+        (
+            Quota(cost=5.0, prices={"cpu_time": 60.0}),
+            "cost",
+            ["kept", "kept", "terminated", "not run"],
+            2.5,
+        ),
+        (Quota(energy="1kWh"), None, ["kept"] * 4, None),
+    ],
+)
+def test_a_total_quota_ends_the_study(
+    quota: Quota, by: str | None, fates: list[str], end: float | None
+) -> None:
+    study = study_of(*(trial(wall_time=MINUTE, cpu_time=2 * MINUTE, energy=1.0) for _ in range(4)))
+
+    report = replay(study, quota=quota)
+
+    assert report.table["fate"].tolist() == fates
+    assert report.ended_by == by
+    assert report.ended_at == (None if end is None else pytest.approx(end * MINUTE))
+
+
+def test_limits_leave_more_of_the_quota_to_the_others() -> None:
+    study = study_of(trial(wall_time=100.0), trial(wall_time=10.0), trial(wall_time=10.0))
+    quota = Quota(trial_time=60.0)
+
+    alone, with_limit = (
+        replay(study, quota=quota),
+        replay(study, quota=quota, limits=Limits(wall_time=30.0)),
+    )
+
+    assert alone.table["fate"].tolist() == ["terminated", "not run", "not run"]
+    assert with_limit.table["fate"].tolist() == ["terminated", "kept", "kept"]
+    assert with_limit.ended_by is None
+
+
+def test_a_held_quota_stops_who_is_over_it_alone() -> None:
+    study = study_of(trial(memory=5e9, wall_time=1.0), trial(memory=1e9, wall_time=1.0))
+
+    report = replay(study, quota=Quota(memory="4GB"))
+
+    assert report.table["fate"].tolist() == ["terminated", "kept"]
+    assert report.table["scope"].tolist() == ["quota", None]
+
+
+def test_pauses_do_not_count_and_what_ran_together_counts_once() -> None:
+    study = study_of(dated(0, 60), dated(0, 60), dated(1000, 60), dated(2000, 60))
+
+    report = replay(study, quota=Quota(wall_time=150.0))
+
+    assert report.table["fate"].tolist() == ["kept", "kept", "kept", "terminated"]
+    assert report.ended_at == pytest.approx(2030.0)
+    assert report.table["seconds"].tolist()[-1] == pytest.approx(30.0)
+
+
+def test_any_old_study_has_its_times() -> None:
+    study = optuna.create_study()
+    study.optimize(lambda t: t.suggest_float("x", 0, 1), n_trials=5)
+
+    report = replay(study, limits=Limits(wall_time="1h", memory="1GiB"), quota=Quota(n_trials=3))
+
+    assert report.not_run == [3, 4]
+    assert any("No trial has a known memory" in note for note in report.notes)
+
+
+def test_terminated_and_rejected_trials_of_the_study() -> None:
+    refused = {"quota:outcome": "rejected", "quota:reason": "too much"}
+    study = study_of(
+        terminated({"x": 1.0}, Usage(memory=2e9, wall_time=5.0), "memory", 2e9, SPACE),
+        create_trial(state=TrialState.FAIL, user_attrs=refused),
+        trial(memory=1e9, wall_time=5.0),
+    )
+
+    report = replay(study, limits=Limits(memory="4GB"))
+
+    assert report.table["number"].tolist() == [0, 2], "a rejected trial never ran"
+    assert any("terminated already" in note for note in report.notes)
+    assert report.lost == []
+
+
+def test_a_trial_whose_allocation_was_refused_would_pass_a_lower_limit_too() -> None:
+    study = study_of(
+        terminated({"x": 1.0}, Usage(memory=4e7, wall_time=5.0), "memory", 2e9, SPACE),
+        trial(memory=1e9, wall_time=5.0),
+    )
+
+    assert replay(study, limits=Limits(memory="1.5GB")).terminated == [0]
+    assert replay(study, limits=Limits(memory="4GB")).terminated == []
+
+
+def test_a_front_of_several_objectives() -> None:
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    for values, memory in (([1.0, 1.0], 1e9), ([2.0, 3.0], 5e9), ([3.0, 0.0], 1e9)):
+        attrs = {"quota:memory": memory, "quota:wall_time": 1.0}
+        study.add_trial(create_trial(values=values, user_attrs=attrs))
+
+    report = replay(study, limits=Limits(memory="4GB"))
+
+    assert report.best == [0, 1] and report.best_lives is False
+    assert "Of the Pareto front's 2 trials 1 would have lived." in report.summary()
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_small_studies(n: int) -> None:
+    study = study_of(*(trial(wall_time=1.0) for _ in range(n)))
+
+    report = replay(study, quota=Quota(trial_time=10.0))
+
+    assert len(report.table) == n
+    assert ("nothing to replay" in report.summary()) is (n == 0)
+    assert report.best_lives is (True if n else None)
+
+
+def test_a_study_in_which_all_failed() -> None:
+    study = optuna.create_study()
+    study.add_trials([create_trial(state=TrialState.FAIL) for _ in range(3)])
+
+    report = replay(study, limits=Limits(wall_time=1.0))
+
+    assert report.best_lives is None and "no best trial" in report.summary()
+
+
+def test_a_trial_that_takes_no_time_uses_its_share_at_once() -> None:
+    study = study_of(*(trial(wall_time=0.0, cpu_time=1.0) for _ in range(3)))
+
+    report = replay(study, quota=Quota(cpu_time=1.5))
+
+    assert report.ended_by == "cpu_time"
+    assert not math.isnan(report.saved["cpu_time"])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"limits": Limits()}, {"quota": Quota()}])
+def test_there_must_be_something_to_replay(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be given"):
+        replay(optuna.create_study(), **arguments)
+
+
+def test_limits_and_quota_are_not_mixed_up() -> None:
+    with pytest.raises(TypeError, match="`quota` must be a Quota"):
+        replay(optuna.create_study(), quota=Limits(memory="1GB"))  # type: ignore[arg-type]  # point

@@ -1,0 +1,38 @@
+"""The summary is read on a terminal."""
+
+from __future__ import annotations
+
+import optuna
+
+from optuna_quota import analyze
+from tests.analysis_tests.studies import power_law_study
+
+
+def test_it_names_what_drives_what_and_how_trials_ended() -> None:
+    text = analyze(power_law_study(80, limit=2e9)).summary()
+
+    assert "80 trials finished" in text and "terminated" in text
+    assert "Spearman" in text and "Holm" in text
+    line = next(x for x in text.splitlines() if x.startswith("  memory") and " rows " in x)
+    assert "p < 0.001" in line and "n = 80" in line
+
+
+def test_every_line_fits_a_terminal() -> None:
+    long = optuna.create_study(study_name="study-" + "x" * 300)
+    long.add_trials(power_law_study(30).trials)
+
+    for report in (analyze(power_law_study(60)), analyze(long)):
+        assert max(map(len, report.summary().splitlines())) <= 100
+
+
+def test_an_empty_study_is_said_to_be_empty() -> None:
+    text = analyze(optuna.create_study(study_name="new")).summary()
+
+    assert text == "Study 'new': no trial has finished, nothing to analyze yet."
+
+
+def test_str_is_the_summary() -> None:
+    report = analyze(power_law_study(10))
+
+    assert str(report) == report.summary()
+    assert "10 trials" in repr(report)

@@ -1,0 +1,93 @@
+"""Which study is meant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import optuna
+import pytest
+
+from optuna_quota.cli.errors import UsageError
+from optuna_quota.cli.storages import load_study
+from optuna_quota.cli.storages import open_storage
+from optuna_quota.cli.storages import without_password
+
+
+def options(storage: object, name: str | None = None) -> argparse.Namespace:
+    return argparse.Namespace(storage=storage and str(storage), study_name=name)
+
+
+def test_the_only_study_needs_no_name(tuned: str) -> None:
+    assert load_study(options(tuned)).study_name == "tuned"
+    assert load_study(options(tuned, "tuned")).study_name == "tuned"
+
+
+def test_the_environment_names_the_storage(tuned: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPTUNA_STORAGE", tuned)
+    assert load_study(options(None)).study_name == "tuned"
+
+
+def test_one_of_several_studies_of_a_journal(several: Path) -> None:
+    assert load_study(options(several, "second")).study_name == "second"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [(None, "several studies"), ("secnd", "Did you mean 'second'?"), ("other", "first, second")],
+)
+def test_the_studies_are_listed(several: Path, name: str | None, says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_study(options(several, name))
+    assert says in str(caught.value)
+    assert "first, second" in str(caught.value)
+
+
+def test_looking_creates_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"there is no file .*typo\.db"):
+        open_storage(f"sqlite:///{tmp_path}/typo.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_storage_says_so(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/empty.db"
+    optuna.storages.RDBStorage(url)
+    with pytest.raises(UsageError, match="has no study"):
+        load_study(options(url))
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("journal.log", "neither a file that exists nor a database's URL"),
+        ("nosuchdatabase://host/name", "nosuchdatabase"),
+        ("", "OPTUNA_STORAGE isn't set"),
+    ],
+)
+def test_what_is_no_storage(url: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPTUNA_STORAGE", raising=False)
+    with pytest.raises(UsageError) as caught:
+        load_study(options(url))
+    assert says in str(caught.value)
+
+
+def test_no_error_shows_a_password() -> None:
+    shown = without_password("postgresql+psycopg2://me:s3cret@host/db")
+    assert shown == "postgresql+psycopg2://me:***@host/db"
+    assert without_password("sqlite:///tuning.db") == "sqlite:///tuning.db"
+
+
+@pytest.mark.storage
+@pytest.mark.parametrize("server", ["POSTGRESQL", "MYSQL", "REDIS"])
+def test_a_server(server: str) -> None:
+    url = os.environ.get(f"OPTUNA_QUOTA_TEST_{server}_URL")
+    if not url:
+        pytest.skip(f"OPTUNA_QUOTA_TEST_{server}_URL is not set")
+    storage = open_storage(url)
+    name = f"cli-{os.getpid()}"
+    optuna.create_study(storage=storage, study_name=name)
+    try:
+        assert load_study(options(url, name)).study_name == name
+    finally:
+        optuna.delete_study(study_name=name, storage=storage)

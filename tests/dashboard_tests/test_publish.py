@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+import json
+import os
+from pathlib import Path
+import re
+from typing import Any
+from xml.etree import ElementTree
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.distributions import FloatDistribution
+from optuna_dashboard import get_note
+from optuna_dashboard import save_note
+import pytest
+
+from optuna_quota import analyze
+from optuna_quota import Limits
+from optuna_quota import Usage
+from optuna_quota._optuna import storage_of
+from optuna_quota._optuna import study_id_of
+from optuna_quota._records import TrialRecord
+from optuna_quota._resources import Breach
+from optuna_quota.dashboard import publish
+from optuna_quota.dashboard._block import block_of
+from optuna_quota.dashboard._publish import PICTURE
+from optuna_quota.dashboard._publish import publish_material
+from optuna_quota.visualization._charts import material_of
+from tests.visualization_tests.studies import add_row
+from tests.visualization_tests.studies import empty_study
+from tests.visualization_tests.studies import made_study
+
+
+GIB = 2**30
+PERSON = "# Mine\n\nMy own thoughts."
+
+
+@pytest.fixture(params=["memory", "sqlite", "journal", "postgresql", "mysql"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    if request.param == "memory":
+        yield optuna.storages.InMemoryStorage()
+    elif request.param == "journal":
+        backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal"))
+        yield optuna.storages.JournalStorage(backend)
+    else:
+        made = optuna.storages.RDBStorage(url_of(request.param, tmp_path))
+        yield made
+        made.engine.dispose()
+
+
+def url_of(kind: str, folder: Path) -> str:
+    if kind == "sqlite":
+        return f"sqlite:///{folder / 'study.db'}"
+    name = f"OPTUNA_QUOTA_TEST_{kind.upper()}_URL"
+    if not os.environ.get(name):
+        pytest.skip(f"{name} is not set")
+    return os.environ[name]
+
+
+def attributes(study: optuna.Study) -> dict[str, Any]:
+    return dict(storage_of(study).get_study_system_attrs(study_id_of(study)))
+
+
+def publish_plain(study: optuna.Study, store: Any = None) -> None:
+    """Publish without analyzing, which takes seconds and is tried elsewhere."""
+    publish_material(material_of(study), None, store)
+
+
+def plots(study: optuna.Study) -> dict[str, Any]:
+    found: dict[str, str] = {}
+    for key, value in sorted(
+        attributes(study).items(),
+        key=lambda kv: int(kv[0].rsplit(":", 1)[1]) if "plot" in kv[0] else 0,
+    ):
+        if key.startswith("dashboard:plot_data:"):
+            name = key.split(":")[2]
+            found[name] = found.get(name, "") + value
+    return {name: json.loads(text) for name, text in found.items()}
+
+
+def test_publishing_on_any_storage_and_again_replaces(storage: Any, tmp_path: Path) -> None:
+    study = made_study(30, storage=storage)
+    store = FileSystemArtifactStore(str(tmp_path))
+    save_note(study, PERSON)
+    report = analyze(study)
+    publish(study, report, artifact_store=store)
+    first = attributes(study)
+    assert get_note(study).startswith(PERSON)
+    assert "Ledger" in (block_of(get_note(study)) or "")
+    assert len(plots(study)) == 4
+    publish(study, report, artifact_store=store)
+    assert attributes(study) == first
+    ended = [t for t in study.trials if t.user_attrs["quota:outcome"] == "terminated"]
+    assert ended
+    assert len([p for p in tmp_path.iterdir() if len(p.name) == 36]) == len(ended)
+    optuna.delete_study(study_name=study.study_name, storage=storage)
+
+
+def test_what_a_person_writes_afterwards_stays() -> None:
+    study = made_study(12)
+    publish(study)
+    note = get_note(study)
+    save_note(study, f"above\n\n{note}\nbelow")
+    add_row(study, TrialRecord(Usage(memory=GIB, wall_time=3), "completed"))
+    publish(study)
+    renewed = get_note(study)
+    assert renewed.startswith("above\n\n") and renewed.endswith("\nbelow")
+    assert "13 trials finished" in renewed and "12 trials finished" not in renewed
+
+
+def test_a_trials_note_has_the_reason_a_table_and_the_picture(tmp_path: Path) -> None:
+    study = empty_study(limits=Limits(memory="1GiB", wall_time="1min"))
+    breach = Breach("memory", GIB, 1.25 * GIB, 4.0)
+    line = ((0.0, 0.1 * GIB), (2.0, 0.5 * GIB), (4.0, 1.25 * GIB))
+    usage = Usage(memory=1.25 * GIB, wall_time=4.2)
+    record = TrialRecord(usage, "terminated", breach.reason, breach, timeline=line)
+    add_row(study, record)
+    add_row(study, TrialRecord(usage, "completed"))
+    publish(study, artifact_store=FileSystemArtifactStore(str(tmp_path)))
+    found = attributes(study)
+    text = found["dashboard:0:note_str:0"]
+    assert "**Terminated.** Memory reached 1.25 GiB, over the limit of 1 GiB" in text
+    assert "125%" in text and "≥ 4.2 s" in text
+    assert "dashboard:1:note_str:0" not in found
+    (key,) = (k for k in found if k.startswith("dashboard:artifacts:0:"))
+    meta = json.loads(found[key])
+    assert meta["filename"] == PICTURE and meta["mimetype"] == "image/svg+xml"
+    assert f"/artifacts/0/0/{meta['artifact_id']}" in text
+    svg = (tmp_path / meta["artifact_id"]).read_text()
+    assert ElementTree.fromstring(svg).tag.endswith("svg")
+    assert "limit 1 GiB" in svg and "script" not in svg
+
+
+def test_a_rejected_trials_note_has_what_was_projected() -> None:
+    study = made_study(60)
+    publish_plain(study)
+    number = next(t.number for t in study.trials if t.user_attrs["quota:outcome"] == "rejected")
+    text = attributes(study)[f"dashboard:{number}:note_str:0"]
+    assert "**Rejected.**" in text and "projected" in text and "GiB" in text
+
+
+def test_hostile_attributes_do_not_become_markup() -> None:
+    name = "<img src=x onerror=alert(1)>|`"
+    space = {name: FloatDistribution(0.1, 1)}
+    study = empty_study(limits=Limits(memory="1GiB"))
+    reason = "<script>alert(1)</script> [x](javascript:alert(1)) | https://evil.example\n# h"
+    breach = Breach("memory", GIB, 2 * GIB, 1.0)
+    for n in range(30):
+        memory = GIB * (0.1 + n / 40)
+        record = TrialRecord(Usage(memory=memory, wall_time=1 + n), "completed")
+        add_row(study, record, params={name: 0.1 + n / 40}, space=space)
+    record = TrialRecord(Usage(memory=2 * GIB), "terminated", reason, breach)
+    add_row(study, record, params={name: 1.0}, space=space)
+    publish(study)
+    found = attributes(study)
+    for text in (get_note(study), found["dashboard:30:note_str:0"]):
+        plain = text.replace("\\<", "").replace("\\`", "")
+        outside_code = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", plain)
+        assert "<script" not in outside_code and "<img" not in outside_code
+        assert "[x](" not in text.replace("\\[", "").replace("\\]", "")
+        assert "https://evil" not in text and "\n# h" not in text
+    for figure in plots(study).values():
+        assert "<img" not in json.dumps(figure)
+
+
+def test_plots_stay_small_on_many_trials() -> None:
+    study = made_study(2000)
+    publish_plain(study)
+    for name, figure in plots(study).items():
+        assert len(json.dumps(figure)) < 50_000, name
+    shown = plots(study)["optuna_quota.usage"]["data"]
+    assert {t["name"].split()[0] for t in shown} >= {"completed", "terminated", "rejected"}
+    notes = [k for k in attributes(study) if k.endswith(":note_ver") and k.count(":") == 2]
+    assert len(notes) == 100
+
+
+@pytest.mark.parametrize("n_trials", [0, 1])
+def test_studies_with_next_to_nothing_are_published(n_trials: int) -> None:
+    study = made_study(n_trials) if n_trials else empty_study()
+    publish(study)
+    assert "Use of resources" in get_note(study)
+
+
+def test_a_study_never_run_with_this_library_is_published() -> None:
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    study.optimize(lambda t: (t.suggest_float("x", 0, 1), 1.0), n_trials=5)
+    publish(study)
+    assert "5 trials finished: 5 completed" in get_note(study)
+
+
+def test_a_deleted_picture_is_made_again(tmp_path: Path) -> None:
+    study = made_study(25)
+    store = FileSystemArtifactStore(str(tmp_path))
+    publish_plain(study, store)
+    key = next(k for k in attributes(study) if k.startswith("dashboard:artifacts:"))
+    storage_of(study).set_study_system_attr(study_id_of(study), key, "null")
+    before = len(list(tmp_path.iterdir()))
+    publish_plain(study, store)
+    assert len(list(tmp_path.iterdir())) == before + 1

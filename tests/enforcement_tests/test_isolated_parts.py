@@ -1,0 +1,421 @@
+"""The parts of isolated trials that need no process: decisions, parsing, forecasts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+import pickle
+import signal
+import socket
+import traceback
+from typing import Any
+
+import numpy as np
+import pytest
+
+from optuna_quota._enforcement.forecast import forecast_breach
+from optuna_quota._enforcement.isolation import rlimits
+from optuna_quota._enforcement.isolation.cgroup import CgroupLeaf
+from optuna_quota._enforcement.isolation.cgroup import find_delegated
+from optuna_quota._enforcement.isolation.channel import Channel
+from optuna_quota._enforcement.isolation.channel import channel_pair
+from optuna_quota._enforcement.isolation.ending import Ended
+from optuna_quota._enforcement.isolation.ending import find_breach_in_death
+from optuna_quota._enforcement.isolation.ending import find_breach_in_shortage
+from optuna_quota._enforcement.isolation.ending import name_death
+from optuna_quota._enforcement.isolation.errors import pack_error
+from optuna_quota._enforcement.isolation.errors import unpack_error
+from optuna_quota._enforcement.isolation.gpu_caps import cap_torch
+from optuna_quota._enforcement.isolation.gpu_caps import set_gpu_caps
+from optuna_quota._enforcement.isolation.modules import can_preload
+from optuna_quota._enforcement.isolation.modules import named_modules
+from optuna_quota._enforcement.isolation.shortage import find_shortage
+from optuna_quota._enforcement.isolation.shortage import Shortage
+
+
+GIB = 2**30
+
+
+def caught(act: Any) -> BaseException:
+    try:
+        act()
+    except BaseException as error:  # noqa: BLE001 - whatever the act raises is what is asked for
+        return error
+    raise AssertionError("Nothing was raised.")
+
+
+def raises(error: BaseException) -> Any:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+def named(name: str, module: str, base: type[Exception] = RuntimeError) -> type[Exception]:
+    return type(name, (base,), {"__module__": module})
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: "
+                "you tried to allocate 8000000000 bytes. Error code 12"
+            ),
+            Shortage("memory", 8e9),
+        ),
+        (
+            named("OutOfMemoryError", "torch")("CUDA out of memory. Tried to allocate 2.50 GiB."),
+            Shortage("gpu_memory", 2.5 * GIB),
+        ),
+        (
+            named("XlaRuntimeError", "jaxlib.xla_extension")(
+                "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1073741824 bytes."
+            ),
+            Shortage("gpu_memory", GIB),
+        ),
+        (
+            named("ResourceExhaustedError", "tensorflow.python.framework.errors_impl")(
+                "OOM when allocating tensor on device:GPU:0"
+            ),
+            Shortage("gpu_memory"),
+        ),
+        (named("XGBoostError", "xgboost.core")("std::bad_alloc"), Shortage("memory")),
+        (OSError(12, "Cannot allocate memory"), Shortage("memory")),
+        (RuntimeError("shapes don't match"), None),
+        (ValueError("nothing of the kind"), None),
+        (MemoryError("made up"), None),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_shortages(error: BaseException, expected: Shortage | None) -> None:
+    assert find_shortage(caught(raises(error))) == expected
+
+
+def test_a_failed_allocation_is_told_from_a_raised_memory_error() -> None:
+    array = caught(lambda: np.ones(2**55, dtype=np.uint8))
+    assert find_shortage(array) == Shortage("memory", 2.0**55)
+    plain = caught(lambda: bytearray(2**60))
+    assert find_shortage(plain) == Shortage("memory")
+
+    def wrap() -> None:
+        try:
+            bytearray(2**60)
+        except MemoryError as error:
+            raise ValueError("could not load") from error
+
+    assert find_shortage(caught(wrap)) == Shortage("memory")
+
+
+LIMITS = {"memory": (1.0 * GIB, False), "cpu_time": (10.0, True)}
+
+
+@pytest.mark.parametrize(
+    ("shortage", "used", "enforced", "breached"),
+    [
+        (Shortage("memory"), 0.1 * GIB, True, True),
+        (Shortage("memory"), 0.1 * GIB, False, False),
+        (Shortage("memory"), 0.99 * GIB, False, True),
+        (Shortage("memory", 2.0 * GIB), 0.1 * GIB, True, True),
+        (Shortage("memory", 0.1 * GIB), 0.1 * GIB, True, True),
+        (Shortage("memory", 0.1 * GIB), 0.1 * GIB, False, False),
+        (Shortage("gpu_memory", GIB), GIB, True, False),
+    ],
+)
+def test_a_shortage_at_the_limit_is_a_breach(
+    shortage: Shortage, used: float, enforced: bool, breached: bool
+) -> None:
+    breach = find_breach_in_shortage(shortage, used, LIMITS, 3.0, enforced=enforced)
+    assert (breach is not None) is breached
+    if breach is not None:
+        assert breach.observed > breach.limit == GIB
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "expected"), [(None, 1.0, 80.0), (4.0, 1.0, 80.0), (4.0, 3.5, 4.0)]
+)
+def test_a_full_device_is_a_limit(limit: float | None, used: float, expected: float) -> None:
+    breach = find_breach_in_shortage(
+        Shortage("gpu_memory", GIB),
+        used * GIB,
+        {} if limit is None else {"gpu_memory": (limit * GIB, False)},
+        3.0,
+        enforced=True,
+        device_memory=80.0 * GIB,
+    )
+    assert breach is not None and breach.limit == expected * GIB < breach.observed
+
+
+@pytest.mark.parametrize(
+    ("ended", "words"),
+    [
+        (Ended(-signal.SIGSEGV), "segmentation fault"),
+        (Ended(-signal.SIGKILL), "from outside"),
+        (Ended(-signal.SIGKILL, oom_kills=1, memory=GIB), "out-of-memory killer"),
+        (Ended(-signal.SIGKILL, "stopped"), "SIGSTOP"),
+        (Ended(-signal.SIGKILL, "request"), "interrupted"),
+        (Ended(0), "before it gave a result"),
+        (Ended(7), "exit code 7"),
+        (Ended(None), "unknown way"),
+        (Ended(-200), "signal 200"),
+    ],
+)
+def test_every_death_has_a_name(ended: Ended, words: str) -> None:
+    assert words in name_death(ended)
+    assert name_death(ended).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("ended", "resource"),
+    [
+        (Ended(-signal.SIGABRT, memory=0.97 * GIB), "memory"),
+        (Ended(-signal.SIGKILL, memory=0.5 * GIB, leaf_oom_kills=1), "memory"),
+        (Ended(-signal.SIGKILL, memory=0.5 * GIB, oom_kills=1), None),
+        (Ended(-signal.SIGXCPU, cpu_time=9.9), "cpu_time"),
+        (Ended(1, cpu_time=9.9), None),
+        (Ended(1), None),
+    ],
+)
+def test_a_death_at_a_limit_is_a_breach(ended: Ended, resource: str | None) -> None:
+    breach = find_breach_in_death(ended, LIMITS, 5.0)
+    assert (None if breach is None else breach.resource) == resource
+    if breach is not None:
+        assert breach.observed > breach.limit
+
+
+class NeedsTwo(Exception):
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(f"{first} and {second}")
+        self.first = first
+        self.handle = socket
+
+
+class Refuses(Exception):
+    def __reduce__(self) -> Any:
+        raise RuntimeError("no")
+
+
+def test_errors_keep_type_state_cause_and_lines() -> None:
+    def inner() -> None:
+        raise NeedsTwo(1, 2)
+
+    def outer() -> None:
+        try:
+            inner()
+        except NeedsTwo as error:
+            raise KeyError("outer") from error
+
+    sent = pickle.loads(pickle.dumps(pack_error(caught(outer))))
+    error = unpack_error(sent)
+    assert isinstance(error, KeyError) and isinstance(error.__cause__, NeedsTwo)
+    assert error.__cause__.first == 1 and str(error.__cause__) == "1 and 2"
+    text = "".join(traceback.format_exception(error))
+    assert "raise NeedsTwo(1, 2)" in text and 'raise KeyError("outer") from error' in text
+    assert "in inner" in text and "direct cause" in text
+
+
+def test_errors_that_refuse_to_be_pickled_keep_their_class() -> None:
+    error = unpack_error(pack_error(caught(raises(Refuses("why")))))
+    assert isinstance(error, Refuses) and error.args == ("why",)
+
+
+def test_a_channel_keeps_in_step_with_messages_of_any_size() -> None:
+    import threading
+
+    left, right = channel_pair()
+    messages: list[Any] = [1, "two", b"3" * 5_000_000, {"four": [None]}]
+    sender = threading.Thread(target=lambda: [left.send(m) for m in messages])
+    sender.start()
+    assert [right.receive() for _ in messages] == messages
+    sender.join()
+    left.send("last")
+    left.close()
+    assert right.drain() == ["last"]
+    with pytest.raises(EOFError):
+        right.receive()
+    right.close()
+
+
+def test_a_message_that_was_cut_off_is_completed() -> None:
+    ours, theirs = socket.socketpair()
+    channel = Channel(ours)
+    whole = Channel(theirs)
+    data = pickle.dumps("whole")
+    theirs.sendall(len(data).to_bytes(8, "big") + data[:3])
+    assert not channel.pending()
+    assert channel.drain() == []
+    theirs.sendall(data[3:])
+    assert channel.receive() == "whole"
+    channel.close()
+    whole.close()
+
+
+def test_modules_that_a_pickle_names() -> None:
+    import cloudpickle
+    import optuna.samplers
+
+    pickled = cloudpickle.dumps(lambda trial: np.linalg.norm([optuna.samplers.TPESampler]))
+    assert {"numpy", "optuna"} <= set(named_modules(pickled))
+    names = ["numpy", "json", "__main__", "jax", __name__, "no_such_module"]
+    assert can_preload(names) == ["numpy", "json"]
+
+
+def pace(*durations: float) -> list[tuple[int, float]]:
+    return [(step, sum(durations[: step + 1])) for step in range(len(durations))]
+
+
+WALL = {"wall_time": (100.0, False)}
+
+
+@pytest.mark.parametrize(
+    ("steps", "last_step", "stopped"),
+    [
+        (pace(*[2.0] * 30), 99, True),
+        (pace(*[0.9] * 30), 99, False),
+        (pace(*[2.0] * 5), 99, False),
+        (pace(*[2.0] * 30), None, False),
+        (pace(*[3.0] * 15, *[0.3] * 15), 99, False),
+        (pace(*[0.1, 4.0] * 15), 99, False),
+        (pace(*[2.0] * 30), 29, False),
+    ],
+    ids=["too slow", "in time", "too early", "no end known", "speeds up", "irregular", "done"],
+)
+def test_forecast_of_time(
+    steps: list[tuple[int, float]], last_step: int | None, stopped: bool
+) -> None:
+    elapsed = steps[-1][1]
+    breach = forecast_breach(WALL, elapsed, steps=steps, last_step=last_step)
+    assert (breach is not None) is stopped
+    if breach is not None:
+        assert breach.forecast and breach.observed > breach.limit > elapsed
+        assert "heading for" in breach.reason
+
+
+MEMORY = {"memory": (1000.0, False)}
+
+
+def test_forecast_of_memory() -> None:
+    steps = pace(*[1.0] * 40)
+    rising = [(float(t), 15.0 * t) for t in range(40)]
+    level = [(float(t), min(15.0 * t, 300.0)) for t in range(40)]
+    breach = forecast_breach(MEMORY, 40.0, steps=steps, last_step=99, memory=rising)
+    assert breach is not None and breach.resource == "memory" and breach.forecast
+    assert forecast_breach(MEMORY, 40.0, steps=steps, last_step=99, memory=level) is None
+    assert forecast_breach(MEMORY, 40.0, steps=steps, last_step=45, memory=rising) is None
+    # Without a known end only a trial that is almost there is stopped.
+    assert forecast_breach(MEMORY, 40.0, memory=rising) is None
+    near = [(float(t), 23.0 * t) for t in range(40)]
+    assert forecast_breach(MEMORY, 40.0, memory=near) is not None
+
+
+def test_the_kernels_limit_needs_room_for_native_libraries() -> None:
+    mib = 2**20
+    assert not rlimits.has_room(120 * mib, 100 * mib, 2)
+    assert not rlimits.has_room(100 * mib, 120 * mib, 2)
+    assert rlimits.has_room(256 * mib, 70 * mib, 2)
+    assert rlimits.has_room(2048 * mib, 300 * mib, 64)
+
+
+def test_data_limit() -> None:
+    assert rlimits.data_limit(300, 100, 1000.7) == 1200
+    assert rlimits.data_limit(300, 2000, 1000) == 300
+
+
+class FakeCuda:
+    def __init__(self) -> None:
+        self.fractions: dict[int, float] = {}
+
+    def device_count(self) -> int:
+        return 2
+
+    def get_device_properties(self, device: int) -> Any:
+        return type("Properties", (), {"total_memory": (device + 1) * 8 * GIB})
+
+    def set_per_process_memory_fraction(self, fraction: float, device: int) -> None:
+        self.fractions[device] = fraction
+
+    def is_available(self) -> bool:
+        return True
+
+
+def test_gpu_caps(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TF_FORCE_GPU_ALLOW_GROWTH", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(name, "to be restored")
+        monkeypatch.delenv(name)
+    set_gpu_caps(None, 8.0 * GIB)
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ
+    monkeypatch.setattr(
+        "optuna_quota._enforcement.isolation.gpu_caps.after_import", lambda *_: None
+    )
+    set_gpu_caps(2.0 * GIB, 8.0 * GIB)
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.2500"
+    assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
+    cuda = FakeCuda()
+    cap_torch(cuda, 4.0 * GIB)
+    assert cuda.fractions == {0: 0.5, 1: 0.25}
+
+
+def hierarchy(tmp_path: Path, controllers: str) -> Path:
+    own = tmp_path / "user" / "app"
+    own.mkdir(parents=True)
+    (own / "cgroup.procs").touch()
+    (own / "cgroup.subtree_control").write_text("")
+    (tmp_path / "user" / "cgroup.subtree_control").write_text(controllers)
+    (tmp_path / "user" / "cgroup.procs").touch()
+    return own
+
+
+def test_a_delegated_group_is_found(tmp_path: Path) -> None:
+    own = hierarchy(tmp_path, "cpu memory\n")
+    assert find_delegated(own, tmp_path) == tmp_path / "user"
+    assert find_delegated(None, tmp_path) is None
+
+
+def test_a_group_without_the_memory_controller_is_none(tmp_path: Path) -> None:
+    assert find_delegated(hierarchy(tmp_path, "cpu\n"), tmp_path) is None
+
+
+def test_a_leaf_is_limited_read_and_killed(tmp_path: Path) -> None:
+    leaf = CgroupLeaf(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    for name, text in {
+        "memory.current": "1000\n",
+        "memory.max": "max\n",
+        "memory.swap.max": "max\n",
+        "memory.peak": "5000\n",
+        "memory.events": "low 0\noom 3\noom_kill 2\n",
+        "cgroup.kill": "",
+        "cgroup.procs": "",
+    }.items():
+        (folder / name).write_text(text)
+    leaf.add(123)
+    leaf.limit_memory(500.5)
+    assert (folder / "cgroup.procs").read_text() == "123"
+    assert (folder / "memory.max").read_text().startswith("1500")
+    assert (leaf.peak(), leaf.oom_kills(), leaf.kill()) == (5000, 2, True)
+
+
+def test_a_real_group_kills_all_that_is_in_it() -> None:
+    import subprocess
+    import sys
+
+    mounts = [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")]
+    mount = next((m for m in mounts if (m / "cgroup.procs").exists() and os.access(m, 2)), None)
+    if mount is None or not list(mount.glob("cgroup.procs")):
+        pytest.skip("no control groups of version 2 may be made here")
+    try:
+        leaf = CgroupLeaf(mount)
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        leaf.add(process.pid)
+        if not leaf.kill():
+            pytest.skip("this kernel has no cgroup.kill")
+        assert process.wait(timeout=30) == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.wait()
+        leaf.remove()
+    assert not list(mount.glob(f"optuna-quota-{os.getpid()}-*"))

@@ -1,0 +1,201 @@
+"""QuotaPruner: a breach prunes, all else is the base pruner's; alone and beside the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import copy
+import pickle
+import time
+
+import optuna
+from optuna.pruners import BasePruner
+from optuna.pruners import HyperbandPruner
+from optuna.pruners import MedianPruner
+from optuna.pruners import NopPruner
+from optuna.pruners import PatientPruner
+from optuna.pruners import SuccessiveHalvingPruner
+from optuna.samplers import RandomSampler
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import QuotaPruner
+from optuna_quota import QuotaSampler
+from optuna_quota._metering import key_of
+from optuna_quota._metering import metering_loop
+from optuna_quota._records import read_record
+
+
+ROOM = Limits(memory="1TiB", wall_time="1h")
+NONE = Limits(memory=1)
+
+
+def curve(trial: optuna.Trial) -> float:
+    level = trial.suggest_float("level", 0, 1)
+    for step in range(12):
+        trial.report(level * (1 + abs(step - 3)), step)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+    return level
+
+
+def asks_once(trial: optuna.Trial) -> float:
+    if trial.should_prune():
+        raise optuna.TrialPruned
+    return 0.0
+
+
+def alone(pruner: BasePruner) -> optuna.Study:
+    return optuna.create_study(
+        study_name="by which brackets go", sampler=RandomSampler(seed=3), pruner=pruner
+    )
+
+
+def beside(pruner: BasePruner) -> optuna.Study:
+    sampler = QuotaSampler(RandomSampler(seed=3), quota=Quota(n_trials=1000))
+    return optuna.create_study(study_name="by which brackets go", sampler=sampler, pruner=pruner)
+
+
+@pytest.mark.parametrize("make", [alone, beside])
+@pytest.mark.parametrize("base", [None, NopPruner(), MedianPruner(), HyperbandPruner()])
+def test_a_breach_prunes_whatever_was_reported(
+    make: Callable[[BasePruner], optuna.Study], base: BasePruner | None
+) -> None:
+    study = make(QuotaPruner(base, limits=NONE))
+    study.optimize(asks_once, n_trials=2)
+    study.optimize(curve, n_trials=2)
+    for trial in study.trials:
+        record = read_record(trial)
+        assert trial.state == TrialState.PRUNED
+        assert record.outcome == "terminated"
+        assert record.breach is not None
+        assert record.breach.resource == "memory"
+        assert record.breach.observed > record.breach.limit == 1
+        assert record.reason and "memory" in record.reason.lower()
+        assert record.usage.memory is not None and record.usage.wall_time is not None
+
+
+@pytest.mark.parametrize("make", [alone, beside])
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda: MedianPruner(n_startup_trials=2),
+        lambda: SuccessiveHalvingPruner(),
+        lambda: PatientPruner(None, patience=4),
+        lambda: HyperbandPruner(max_resource=12),
+        lambda: HyperbandPruner(),
+    ],
+    ids=["Median", "SuccessiveHalving", "Patient", "Hyperband", "Hyperband, auto"],
+)
+def test_without_a_breach_it_prunes_as_the_base_pruner(
+    make: Callable[[BasePruner], optuna.Study], base: Callable[[], BasePruner]
+) -> None:
+    def states(study: optuna.Study) -> list[tuple[TrialState, int]]:
+        study.optimize(curve, n_trials=25)
+        return [(t.state, len(t.intermediate_values)) for t in study.trials]
+
+    wrapped, bare = make(QuotaPruner(base(), limits=ROOM)), make(base())
+    assert states(wrapped) == states(bare)
+    pruned = [t for t in wrapped.trials if t.state == TrialState.PRUNED]
+    assert pruned
+    for trial in pruned:
+        record = read_record(trial)
+        name = type(base()).__name__
+        assert record.outcome == "pruned"
+        assert record.reason == f"{name} pruned it at step {trial.last_step}."
+
+
+def test_without_a_base_pruner_it_never_prunes_by_itself() -> None:
+    study = alone(QuotaPruner(limits=ROOM))
+    study.optimize(curve, n_trials=10)
+    assert {t.state for t in study.trials} == {TrialState.COMPLETE}
+
+
+def test_optuna_takes_it_for_hyperband_only_where_it_is() -> None:
+    assert isinstance(QuotaPruner(HyperbandPruner(), limits=ROOM), HyperbandPruner)
+    assert isinstance(QuotaPruner(HyperbandPruner(), limits=ROOM), QuotaPruner)
+    assert not isinstance(QuotaPruner(MedianPruner(), limits=ROOM), HyperbandPruner)
+
+
+@pytest.mark.parametrize("base", [None, MedianPruner(), HyperbandPruner(max_resource=12)])
+@pytest.mark.parametrize(
+    "remake", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))]
+)
+def test_it_can_be_copied_and_pickled_also_when_used(base, remake) -> None:  # type: ignore[no-untyped-def]
+    pruner = QuotaPruner(base, limits=ROOM)
+    alone(pruner).optimize(curve, n_trials=3)
+    again = remake(pruner)
+    assert type(again) is type(pruner)
+    assert again.limits == pruner.limits
+    study = alone(again)
+    study.optimize(curve, n_trials=10)
+    assert len(study.trials) == 10
+
+
+def test_alone_it_records_what_it_saw_when_asked() -> None:
+    study = alone(QuotaPruner(limits=ROOM))
+    kept = []
+
+    def grows(trial: optuna.Trial) -> float:
+        for step in range(3):
+            kept.append(bytearray(b"x" * 40_000_000))
+            trial.report(0.0, step)
+            assert not trial.should_prune()
+        kept.clear()
+        return 0.0
+
+    study.optimize(grows, n_trials=1)
+    record = read_record(study.trials[0])
+    assert record.usage.memory is not None and record.usage.memory > 120_000_000
+    assert record.usage.wall_time is not None and record.usage.wall_time > 0
+    assert record.outcome is None
+    assert record.isolation == "thread"
+
+
+def test_alone_it_counts_time_from_the_start_of_the_trial() -> None:
+    study = alone(QuotaPruner(limits=Limits(wall_time=0.05)))
+
+    def late(trial: optuna.Trial) -> float:
+        time.sleep(0.1)
+        return asks_once(trial)
+
+    study.optimize(late, n_trials=1)
+    record = read_record(study.trials[0])
+    assert record.outcome == "terminated"
+    assert record.breach is not None and record.breach.resource == "wall_time"
+    assert record.breach.observed >= 0.1
+
+
+def watched(study: optuna.Study) -> int:
+    return sum(metering_loop().find(key_of(study, trial)) is not None for trial in study.trials)
+
+
+def test_alone_it_lets_go_of_trials_that_ended() -> None:
+    pruner = QuotaPruner(limits=ROOM)
+    study = alone(pruner)
+    study.optimize(asks_once, n_trials=40)
+    assert watched(study) <= 1
+    assert len(pruner._notes) <= 1
+
+
+@pytest.mark.slow
+def test_nothing_piles_up_over_many_trials() -> None:
+    pruner = QuotaPruner(limits=ROOM)
+    study = alone(pruner)
+    study.optimize(asks_once, n_trials=10_000)
+    assert len(pruner._notes) <= 1
+    assert len(metering_loop()._watches) <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"base_pruner": "median", "limits": ROOM}, "`base_pruner`"),
+        ({"limits": {"memory": 1}}, "`limits`"),
+        ({}, "limits"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        QuotaPruner(**arguments)  # type: ignore[arg-type]

@@ -1,0 +1,260 @@
+"""Workers that die, that seem to, and that come back."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+import signal
+import time
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import status
+from optuna_quota import Usage
+from optuna_quota._ledger import Grant
+from optuna_quota._ledger import Ledger
+from optuna_quota._ledger.book import Entry
+from optuna_quota._ledger.leases import Leases
+from optuna_quota._ledger.reservation import Reservation
+from optuna_quota._ledger.reservation import reservation_object
+from optuna_quota._ledger.reservation import Worker
+from optuna_quota._ledger.worker import is_alive
+from optuna_quota._ledger.worker import this_worker
+from optuna_quota._optuna import stale_trial_ids
+from optuna_quota._optuna import storage_of
+from optuna_quota._optuna import study_id_of
+from optuna_quota._optuna import trial_id_of
+from optuna_quota._records import RESERVATION
+from tests.ledger_tests.test_ledger import begin
+from tests.ledger_tests.test_ledger import finish
+from tests.ledger_tests.test_ledger import reserve
+from tests.ledger_tests.workers import load
+from tests.ledger_tests.workers import start
+from tests.storages import Address
+from tests.storages import storage_at
+from tests.storages import study_in
+
+
+ELSEWHERE = Worker("far", "another machine", "", 7, 1.0)
+
+
+class FakeClock:
+    """Clocks that go by hand: sleeping lets the time pass."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def time(self) -> float:
+        return self.now
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def hold(address: Address, name: str, quota: Quota) -> None:
+    study = load(address, name)
+    trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
+    row = storage_of(study).get_trial(trial_id_of(trial))
+    answer = Ledger(study, quota).reserve(row, limits=Limits(), footprint={"cpu_time": 8.0})
+    assert isinstance(answer, Grant)
+    time.sleep(300)
+
+
+def test_a_killed_workers_row_ends_as_failed_and_its_use_is_charged(tmp_path: Path) -> None:
+    quota = Quota(cpu_time=10, n_trials=5)
+    with storage_at("journal-file", tmp_path) as address, study_in(address) as study:
+        process = start(hold, address, study.study_name, quota)
+        try:
+            while not any("began" in t.system_attrs.get(RESERVATION, {}) for t in study.trials):
+                assert process.is_alive()
+                time.sleep(0.01)
+        finally:
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        ledger = Ledger(study, quota)
+        answer = reserve(ledger, begin(study), {"cpu_time": 1.0})
+        assert isinstance(answer, Grant)
+        dead = study.trials[0]
+        assert dead.state == TrialState.FAIL
+        assert dead.user_attrs["quota:outcome"] == "failed"
+        assert f":{process.pid} died" in dead.user_attrs["quota:reason"]
+        charged = status(study, quota=quota).table.loc["cpu_time", "used"]
+        assert 0 < charged <= 8
+        assert status(study, quota=quota).table.loc["n_trials", "used"] == 1
+
+
+def occupied(study: optuna.Study, worker: Worker = ELSEWHERE, **details: object) -> int:
+    """Leave a running row of another worker in a study."""
+    trial_id = trial_id_of(study.ask())
+    held = Reservation(trial_id, worker=worker, **details)  # type: ignore[arg-type]
+    storage_of(study).set_trial_system_attr(trial_id, RESERVATION, reservation_object(held))
+    return trial_id
+
+
+def test_a_worker_elsewhere_is_given_a_lease(caplog: pytest.LogCaptureFixture) -> None:
+    study, clock = optuna.create_study(), FakeClock()
+    dead = occupied(study, granted={"cpu_time": 9.0}, began=clock.now, used={"cpu_time": 3.0})
+    ledger = Ledger(study, Quota(cpu_time=20), clock=clock, lease=60)
+    assert isinstance(reserve(ledger, begin(study), {"cpu_time": 1.0}), Grant)
+    clock.now += 59
+    assert isinstance(reserve(ledger, begin(study), {"cpu_time": 1.0}), Grant)
+    assert study.trials[0].state == TrialState.RUNNING
+    clock.now += 2
+    with caplog.at_level(logging.WARNING, "optuna"):
+        assert isinstance(reserve(ledger, begin(study), {"cpu_time": 1.0}), Grant)
+    row = storage_of(study).get_trial(dead)
+    assert row.state == TrialState.FAIL
+    assert "far:7 was not heard of for 1 min 1 s" in row.user_attrs["quota:reason"]
+    assert row.user_attrs["quota:cpu_time"] == 3
+    # What was last known is a lower bound: what it was granted is charged.
+    assert status(study, quota=Quota(cpu_time=20)).table.loc["cpu_time", "used"] == 9
+
+
+def test_a_sign_of_life_renews_a_lease() -> None:
+    study, clock = optuna.create_study(), FakeClock()
+    trial_id = occupied(study, granted={"cpu_time": 9.0}, began=clock.now, beat=1.0)
+    ledger = Ledger(study, Quota(cpu_time=100), clock=clock, lease=60)
+    for beat in range(2, 6):
+        reserve(ledger, begin(study), {"cpu_time": 1.0})
+        clock.now += 50
+        held = Reservation(trial_id, {"cpu_time": 9.0}, worker=ELSEWHERE, began=1.0, beat=beat)
+        storage_of(study).set_trial_system_attr(trial_id, RESERVATION, reservation_object(held))
+    assert study.trials[0].state == TrialState.RUNNING
+
+
+def test_whoever_waits_for_a_dead_worker_gets_its_turn() -> None:
+    study, clock = optuna.create_study(), FakeClock()
+    occupied(study, granted={"memory": 8.0}, began=clock.now, worker=this_machine(pid=2**22))
+    ledger = Ledger(study, Quota(memory=10), clock=clock)
+    assert isinstance(reserve(ledger, begin(study), {"memory": 5.0}), Grant)
+
+
+def test_whoever_asks_for_a_whole_lease_is_dead_though_its_process_lives() -> None:
+    study, clock = optuna.create_study(), FakeClock()
+    mine = begin(study)
+    asking = occupied(study, worker=this_worker(), asked={"memory": 8.0})
+    ledger = Ledger(study, Quota(memory=10), clock=clock, lease=60)
+    assert isinstance(reserve(ledger, mine, {"memory": 5.0}), Grant)
+    assert clock.now > 1_000_060
+    assert storage_of(study).get_trial(asking).state == TrialState.FAIL
+
+
+def test_a_worker_that_wakes_after_its_lease_changes_nothing() -> None:
+    study = optuna.create_study()
+    quota = Quota(cpu_time=100)
+    sleeper, awake = Ledger(study, quota), Ledger(study, quota)
+    trial = begin(study)
+    assert isinstance(reserve(sleeper, trial, {"cpu_time": 10.0}), Grant)
+    storage_of(study).set_trial_state_values(trial_id_of(trial), TrialState.FAIL)
+    with pytest.raises(UpdateFinishedTrialError):
+        sleeper.extend(trial_id_of(trial))
+    with pytest.raises(ValueError, match="Cannot tell a FAIL trial"):
+        study.tell(trial.number, 1.0)
+    assert isinstance(reserve(awake, begin(study), {"cpu_time": 90.0}), Grant)
+
+
+def test_a_row_that_nobody_ever_touched_ends_too() -> None:
+    study, clock = optuna.create_study(), FakeClock()
+    study.ask()
+    begun = study.ask()
+    begun.suggest_float("x", 0, 1)
+    ledger = Ledger(study, Quota(n_trials=1), clock=clock, lease=60)
+    clock.now += 10
+    ledger.reserve(begin(study), limits=Limits(), footprint={})
+    clock.now += 601
+    ledger.reserve(begin(study), limits=Limits(), footprint={})
+    assert study.trials[0].state == TrialState.FAIL
+    assert "never began" in study.trials[0].user_attrs["quota:reason"]
+    assert study.trials[1].state == TrialState.RUNNING
+    assert status(study, quota=Quota(n_trials=1)).table.loc["n_trials", "used"] == 0
+
+
+def test_what_a_retried_trial_copied_from_the_dead_one_is_void() -> None:
+    study = optuna.create_study()
+    first = occupied(study, granted={"cpu_time": 9.0}, began=1.0)
+    copied = storage_of(study).get_trial(first)
+    study.add_trial(
+        optuna.trial.create_trial(
+            state=TrialState.WAITING, system_attrs=copied.system_attrs, user_attrs={}
+        )
+    )
+    again = begin(study)
+    assert again.number == 1 and RESERVATION in again.system_attrs
+    assert status(study, quota=Quota(cpu_time=20)).table.loc["cpu_time", "reserved"] == 9
+
+
+def test_resuming_continues_the_ledger(tmp_path: Path) -> None:
+    quota = Quota(cpu_time=10)
+    url = f"sqlite:///{tmp_path}/resumed.db"
+    study = optuna.create_study(storage=url, study_name="one")
+    ledger = Ledger(study, quota)
+    trial = begin(study)
+    reserve(ledger, trial, {"cpu_time": 7.0})
+    finish(study, ledger, trial, Usage(cpu_time=7.0))
+    again = optuna.create_study(storage=url, study_name="one", load_if_exists=True)
+    refusal = reserve(Ledger(again, quota), begin(again), {"cpu_time": 7.0})
+    assert not isinstance(refusal, Grant) and refusal.used == 7
+
+
+def this_machine(pid: int) -> Worker:
+    here = this_worker()
+    return Worker(here.host, here.machine, here.space, pid, 1.0)
+
+
+def test_a_worker_is_told_by_its_process_and_its_start() -> None:
+    here = this_worker()
+    assert is_alive(here) is True
+    assert (
+        is_alive(Worker(here.host, here.machine, here.space, here.pid, here.started - 1)) is False
+    )
+    assert is_alive(this_machine(pid=2**22)) is False
+    assert is_alive(Worker(here.host, "another boot", here.space, here.pid, 1.0)) is None
+    assert is_alive(Worker(here.host, here.machine, "another space", here.pid, 1.0)) is None
+
+
+def test_a_zombie_is_dead() -> None:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert is_alive(this_machine(pid)) is False
+    finally:
+        os.waitpid(pid, 0)
+
+
+def test_a_heartbeat_missed_by_the_storage_ends_a_lease_early() -> None:
+    leases = Leases(60, lambda worker: None)
+    entry = Entry(0, 5, "running", reservation=Reservation(5, worker=ELSEWHERE))
+    assert not leases.deaths([entry], 0.0)
+    (death,) = leases.deaths([entry], 1.0, stale=[5])
+    assert "far:7 was not heard of" in death.reason
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+def test_the_storages_own_heartbeat_is_asked(tmp_path: Path) -> None:
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{tmp_path}/beats.db", heartbeat_interval=1, grace_period=1
+    )
+    study = optuna.create_study(storage=storage)
+    dead = occupied(study, granted={"cpu_time": 2.0}, began=1.0)
+    storage.record_heartbeat(dead)
+    deadline = time.monotonic() + 60
+    while not stale_trial_ids(storage_of(study), study_id_of(study)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ledger = Ledger(study, Quota(cpu_time=10), lease=3600)
+    assert isinstance(reserve(ledger, begin(study), {"cpu_time": 1.0}), Grant)
+    row = storage_of(study).get_trial(dead)
+    assert row.state == TrialState.FAIL
+    assert "was not heard of" in row.user_attrs["quota:reason"]

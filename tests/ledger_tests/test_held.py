@@ -1,0 +1,168 @@
+"""What trials on one host may hold together, with real threads and real processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+import threading
+import time
+
+import optuna
+import pytest
+
+from optuna_quota import isolated
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import QuotaPruner
+from optuna_quota import QuotaSampler
+from optuna_quota import Usage
+from optuna_quota._ledger import Grant
+from optuna_quota._ledger import Ledger
+from optuna_quota._ledger import Refusal
+from tests.ledger_tests.test_ledger import begin
+from tests.ledger_tests.test_ledger import finish
+from tests.ledger_tests.test_ledger import reserve
+
+
+MIB = 2**20
+
+
+class Crowd:
+    """How many trials run at this moment, and the most there were."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.now = self.most = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self.now -= 1
+
+
+def tune(objective: Callable[[optuna.Trial], float], **arguments: object) -> optuna.Study:
+    sampler = QuotaSampler(optuna.samplers.RandomSampler(), **arguments)  # type: ignore[arg-type]
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(objective, n_trials=12, n_jobs=4)
+    return study
+
+
+@pytest.mark.parametrize(("memory", "at_once"), [("2GiB", 2), ("1GiB", 1), ("3GiB", 3)])
+def test_threads_together_hold_no_more_than_the_quota(memory: str, at_once: int) -> None:
+    crowd = Crowd()
+
+    def objective(trial: optuna.Trial) -> float:
+        with crowd:
+            time.sleep(0.02)
+            return trial.suggest_float("x", 0, 1)
+
+    study = tune(objective, quota=Quota(memory=memory), footprint=Usage(memory=2**30))
+    assert crowd.most <= at_once
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 12
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.005)
+
+
+def test_who_waits_longest_goes_first_though_smaller_ones_would_fit() -> None:
+    study = optuna.create_study()
+    quota = Quota(memory=10)
+    ledger = Ledger(study, quota)
+    holder, large, small = (begin(study) for _ in range(3))
+    assert isinstance(reserve(ledger, holder, {"memory": 6}), Grant)
+    admitted: list[int] = []
+
+    def wait_for(trial: optuna.trial.FrozenTrial, memory: float) -> threading.Thread:
+        def run() -> None:
+            assert isinstance(reserve(ledger, trial, {"memory": memory}), Grant)
+            admitted.append(trial.number)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+    first = wait_for(large, 8)
+    wait_until(lambda: "waits" in str(study.trials[1].system_attrs))
+    second = wait_for(small, 3)
+    wait_until(lambda: "waits" in str(study.trials[2].system_attrs))
+    assert admitted == []
+    finish(study, ledger, holder, Usage(memory=6))
+    first.join(30)
+    assert admitted == [1]
+    finish(study, ledger, large, Usage(memory=8))
+    second.join(30)
+    assert admitted == [1, 2]
+
+
+def test_what_can_never_fit_is_refused_and_the_study_is_not_over() -> None:
+    study = optuna.create_study()
+    ledger = Ledger(study, Quota(memory=10))
+    refusal = reserve(ledger, begin(study), {"memory": 11})
+    assert isinstance(refusal, Refusal) and not refusal.final and refusal.resource == "memory"
+    assert isinstance(reserve(ledger, begin(study), {"memory": 10}), Grant)
+
+
+def test_a_limit_over_the_quota_is_no_reason_to_refuse() -> None:
+    study = optuna.create_study()
+    ledger = Ledger(study, Quota(memory=10))
+    answer = reserve(ledger, begin(study), limits=Limits(memory=100))
+    assert isinstance(answer, Grant) and answer.left["memory"] <= 10
+
+
+def test_an_isolated_trial_may_grow_to_all_that_is_free() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        blocks = []
+        for _ in range(5):
+            block = bytearray(50 * MIB)
+            block[::4096] = b"x" * len(block[::4096])
+            blocks.append(block)
+            time.sleep(0.1)
+        return float(len(blocks))
+
+    sampler = QuotaSampler(optuna.samplers.RandomSampler(), quota=Quota(memory="480MiB"))
+    study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=Limits(wall_time=100)))
+    study.optimize(isolated(objective), n_trials=1)
+    (trial,) = study.trials
+    assert trial.state.name == "COMPLETE", trial.user_attrs
+    assert trial.user_attrs["quota:memory"] > 250 * MIB
+
+
+def test_an_isolated_trial_is_ended_at_the_quota() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        blocks = []
+        for _ in range(100):
+            block = bytearray(20 * MIB)
+            block[::4096] = b"x" * len(block[::4096])
+            blocks.append(block)
+            time.sleep(0.02)
+        return float(len(blocks))
+
+    sampler = QuotaSampler(optuna.samplers.RandomSampler(), quota=Quota(memory="300MiB"))
+    study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=Limits(wall_time=100)))
+    study.optimize(isolated(objective), n_trials=1)
+    (trial,) = study.trials
+    assert trial.user_attrs["quota:outcome"] == "terminated", trial.user_attrs
+    assert trial.user_attrs["quota:breach"]["resource"] == "memory"
+    assert trial.user_attrs["quota:breach"]["quota"] is True
+
+
+def test_the_queue_is_served_on_a_database(tmp_path: Path) -> None:
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/held.db")
+    ledger = Ledger(study, Quota(cpu_cores=1))
+    first, second = begin(study), begin(study)
+    assert isinstance(reserve(ledger, first), Grant)
+    answers: list[object] = []
+    thread = threading.Thread(target=lambda: answers.append(reserve(ledger, second)), daemon=True)
+    thread.start()
+    wait_until(lambda: "waits" in str(study.trials[1].system_attrs))
+    finish(study, ledger, first, Usage(cpu_time=1))
+    thread.join(30)
+    assert len(answers) == 1 and isinstance(answers[0], Grant)

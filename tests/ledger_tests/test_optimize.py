@@ -1,0 +1,97 @@
+"""Whole studies through ``optimize`` in several processes and threads at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+import time
+
+import optuna
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import check
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import QuotaPruner
+from optuna_quota import QuotaSampler
+from optuna_quota import status
+from tests.ledger_tests.workers import wait_for
+from tests.ledger_tests.workers import working
+from tests.storages import Address
+from tests.storages import storage_at
+from tests.storages import study_in
+
+
+def long_now_and_then(trial: optuna.Trial) -> float:
+    x = trial.suggest_float("x", 0, 1)
+    until = time.monotonic() + (600 if trial.number == 1 else 0.05)
+    while time.monotonic() < until:
+        time.sleep(0.01)
+        check(trial)
+    return x
+
+
+def tune(address: Address, name: str, quota: Quota, n_jobs: int) -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.load_study(
+        study_name=name,
+        storage=address.open(),
+        sampler=QuotaSampler(optuna.samplers.RandomSampler(), quota=quota),
+        pruner=QuotaPruner(limits=Limits(wall_time=900)),
+    )
+    study.optimize(long_now_and_then, n_jobs=n_jobs)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "journal-file"])
+@pytest.mark.parametrize(
+    "quota", [Quota(trial_time=4), Quota(cost=4, prices={"trial_time": 3600})], ids=str
+)
+def test_a_total_ends_a_trial_that_would_run_on_and_then_the_study(
+    kind: str, quota: Quota, tmp_path: Path
+) -> None:
+    with storage_at(kind, tmp_path) as address, study_in(address) as study:
+        with working(2, tune, address, study.study_name, quota, 2) as processes:
+            wait_for(processes)
+        rows = study.trials
+        outcomes = [row.user_attrs["quota:outcome"] for row in rows]
+        # What ran on was ended by what was left of the quota, and nothing ran after that.
+        assert rows[1].user_attrs["quota:outcome"] == "terminated"
+        assert rows[1].user_attrs["quota:breach"]["quota"] is True
+        assert all(row.state.is_finished() for row in rows)
+        assert set(outcomes) <= {"completed", "terminated", "rejected"}
+        (resource,) = quota.amounts()
+        line = next(line for line in status(study).lines if line.resource == resource)
+        assert line.reserved == 0 and line.used > 0.9 * 4
+        # It was stopped within the stopping latency, not within a trial of 10 minutes; a loaded
+        # machine is forgiven much.
+        assert line.used < 20
+
+
+def quick(trial: optuna.Trial) -> float:
+    time.sleep(0.01)
+    return trial.suggest_float("x", 0, 1)
+
+
+def tune_quickly(address: Address, name: str, quota: Quota) -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler = QuotaSampler(optuna.samplers.RandomSampler(), quota=quota)
+    study = optuna.load_study(study_name=name, storage=address.open(), sampler=sampler)
+    study.optimize(quick, n_jobs=2)
+
+
+def test_a_count_over_processes_and_threads_is_exact(tmp_path: Path) -> None:
+    quota = Quota(n_trials=11)
+    with storage_at("sqlite", tmp_path) as address, study_in(address) as study:
+        study.enqueue_trial({"x": 0.5})
+        study.enqueue_trial({"x": 0.25})
+        with working(2, tune_quickly, address, study.study_name, quota) as processes:
+            wait_for(processes)
+        rows = study.trials
+        assert sum(row.state == TrialState.COMPLETE for row in rows) == 11
+        assert [rows[0].params, rows[1].params] == [{"x": 0.5}, {"x": 0.25}]
+        assert status(study).table.loc["n_trials"].to_dict() == {
+            "used": 11,
+            "reserved": 0,
+            "left": 0,
+            "quota": 11,
+        }

@@ -1,0 +1,179 @@
+"""The protocol over all interleavings of three workers, with a crash at any step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+import pytest
+
+from optuna_quota._ledger.protocol import Claim
+from optuna_quota._ledger.protocol import decide
+from optuna_quota._ledger.protocol import Decision
+from optuna_quota._ledger.protocol import Want
+from tests.ledger_tests import model as model_module
+from tests.ledger_tests.model import cyclic
+from tests.ledger_tests.model import ENDS
+from tests.ledger_tests.model import explore
+from tests.ledger_tests.model import Graph
+from tests.ledger_tests.model import Model
+from tests.ledger_tests.model import State
+
+
+def one(resource: str, least: float, most: float | None = None) -> Mapping[str, Want]:
+    return {resource: Want(least, most or least)}
+
+
+MODELS = {
+    "a count that two of three fit into": Model((one("n_trials", 1),) * 3, {"n_trials": 2}),
+    "a count that one of three fits into": Model((one("n_trials", 1),) * 3, {"n_trials": 1}),
+    "a footprint each": Model(
+        (one("cpu_time", 6), one("cpu_time", 5), one("cpu_time", 4)), {"cpu_time": 10}
+    ),
+    "slices": Model((one("cpu_time", 1, 6),) * 3, {"cpu_time": 8}),
+    "slices that are extended": Model(
+        (one("cpu_time", 1, 3),) * 3,
+        {"cpu_time": 8},
+        more=(one("cpu_time", 4, 5),) * 3,
+    ),
+    "memory held at one moment": Model(
+        (one("memory", 6), one("memory", 5), one("memory", 4)), {"memory": 10}
+    ),
+    "memory that grows": Model(
+        (one("memory", 3),) * 3, {"memory": 10}, more=(one("memory", 6),) * 3
+    ),
+    "two resources at once": Model(
+        (
+            {"memory": Want(6, 6), "n_trials": Want(1, 1)},
+            {"memory": Want(6, 6), "n_trials": Want(1, 1)},
+            {"memory": Want(4, 4), "n_trials": Want(1, 1)},
+        ),
+        {"memory": 10, "n_trials": 2},
+    ),
+}
+
+
+@cache
+def graph_of(name: str) -> Graph:
+    return explore(MODELS[name])
+
+
+def total(state: State, resource: str) -> float:
+    workers, used = state
+    held = sum(dict(worker.granted).get(resource, 0.0) for worker in workers)
+    return dict(used).get(resource, 0.0) + held
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_in_every_interleaving_the_quota_holds_and_everyone_comes_to_an_end(name: str) -> None:
+    model = MODELS[name]
+    graph = graph_of(name)
+    for state, steps in graph.items():
+        for resource, quota in model.quota.items():
+            assert total(state, resource) <= quota + 1e-9, state
+        # No deadlock: whoever can't step is at its end, or someone else can.
+        assert steps or all(worker.phase in ENDS for worker in state[0]), state
+    # No livelock: however the steps fall, they come to an end. With the above, whatever is
+    # scheduled, someone gets on until all are done; nobody starves.
+    assert not cyclic(graph)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nobody_is_refused_while_there_is_room(name: str) -> None:
+    model = MODELS[name]
+    for state in graph_of(name):
+        for i, worker in enumerate(state[0]):
+            if worker.phase == "refused":
+                assert any(
+                    total(state, resource) + want.least > model.quota[resource]
+                    for resource, want in model.wants[i].items()
+                ), state
+
+
+def test_everyone_runs_who_fits_after_the_others() -> None:
+    graph = graph_of("memory held at one moment")
+    ends = [state for state, steps in graph.items() if not steps]
+    assert ends
+    for workers, _ in ends:
+        assert all(worker.phase in ("finished", "buried") for worker in workers)
+
+
+def test_the_search_finds_what_is_wrong_with_a_protocol_that_sums_only_what_is_granted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def careless(
+        me: Claim,
+        wants: Mapping[str, Want],
+        claims: list[Claim],
+        used: Mapping[str, float],
+        quota: Mapping[str, float],
+        *,
+        queue: bool,
+    ) -> Decision:
+        firm = [Claim(c.number, c.machine, c.granted) for c in claims]
+        return decide(me, wants, firm, used, quota, queue=queue)
+
+    monkeypatch.setattr(model_module, "decide", careless)
+    model = MODELS["a count that one of three fits into"]
+    assert any(total(state, "n_trials") > 1 for state in explore(model))
+
+
+def test_the_search_finds_what_is_wrong_with_a_protocol_in_which_nobody_gives_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stubborn(
+        me: Claim,
+        wants: Mapping[str, Want],
+        claims: list[Claim],
+        used: Mapping[str, float],
+        quota: Mapping[str, float],
+        *,
+        queue: bool,
+    ) -> Decision:
+        decision = decide(me, wants, claims, used, quota, queue=queue)
+        asks = bool(me.asked) and any(c.asked for c in claims if c.number != me.number)
+        if decision.action == "withdraw" and asks:
+            return Decision("wait", shortage=decision.shortage)
+        return decision
+
+    monkeypatch.setattr(model_module, "decide", stubborn)
+    graph = explore(MODELS["a count that one of three fits into"])
+    stuck = [s for s, steps in graph.items() if {n for n, _ in steps} <= {"crash", "bury"}]
+    assert any(any(w.phase == "read" for w in workers) for workers, _ in stuck)
+
+
+@pytest.mark.parametrize(
+    ("claims", "action", "granted"),
+    [
+        ([], "grant", 6),
+        ([Claim(0, granted={"cpu_time": 4})], "grant", 6),
+        ([Claim(0, granted={"cpu_time": 7})], "grant", 3),
+        ([Claim(0, granted={"cpu_time": 9})], "withdraw", None),
+        ([Claim(0, asked={"cpu_time": 9})], "withdraw", None),
+        ([Claim(2, asked={"cpu_time": 9})], "wait", None),
+        ([Claim(2, granted={"cpu_time": 9})], "withdraw", None),
+        ([Claim(0, waits={"cpu_time": 9})], "withdraw", None),
+        ([Claim(2, waits={"cpu_time": 9})], "grant", 6),
+    ],
+)
+def test_a_decision_by_what_others_hold_ask_and_wait_for(
+    claims: list[Claim], action: str, granted: float | None
+) -> None:
+    found = decide(Claim(1), {"cpu_time": Want(2, 6)}, claims, {}, {"cpu_time": 10})
+    assert found.action == action
+    assert found.granted.get("cpu_time") == granted
+    assert (found.shortage is None) == (action == "grant")
+
+
+def test_what_is_held_counts_by_machine() -> None:
+    others = [Claim(0, "there", granted={"memory": 9})]
+    wants = {"memory": Want(5, 5)}
+    assert decide(Claim(1, "here"), wants, others, {}, {"memory": 10}).action == "grant"
+    assert decide(Claim(1, "there"), wants, others, {}, {"memory": 10}).action == "withdraw"
+
+
+def test_who_runs_already_goes_before_those_that_wait() -> None:
+    waiting = [Claim(0, waits={"cpu_time": 9})]
+    me, wants = Claim(1, granted={"cpu_time": 2}), {"cpu_time": Want(3, 5)}
+    assert decide(me, wants, waiting, {}, {"cpu_time": 10}, queue=False).action == "grant"
+    assert decide(me, wants, waiting, {}, {"cpu_time": 10}).action == "withdraw"

@@ -1,0 +1,164 @@
+/* A stand-in for libnvidia-ml.so.1, steered by the text file that FAKE_NVML names.
+ *
+ * Each line of it is one of
+ *   device INDEX UUID MIG TOTAL_BYTES USED_BYTES MILLIJOULES
+ *   process DEVICE PID BYTES          (BYTES -1: not available)
+ *   sample DEVICE PID MICROSECONDS PERCENT
+ *   instance DEVICE INDEX             (its processes are those of device 100 + INDEX)
+ *   fail FUNCTION CODE                (nvmlReturn_t)
+ * The file is read again at every call, so that a test can let the driver die in the middle.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef unsigned long long u64;
+typedef struct { unsigned pid; u64 memory; unsigned gpu, compute; } ProcessInfo;
+typedef struct { unsigned pid; u64 stamp; unsigned sm, mem, enc, dec; } Sample;
+typedef struct { u64 total, free, used; } Memory;
+
+#define OK 0
+#define NOT_SUPPORTED 3
+#define NOT_FOUND 6
+#define INSUFFICIENT_SIZE 7
+
+static FILE *state(void) { const char *p = getenv("FAKE_NVML"); return p ? fopen(p, "r") : NULL; }
+
+static int failure(const char *function) {
+    char line[256], name[128]; int code, found = OK;
+    FILE *f = state();
+    if (!f) return 9; /* driver not loaded */
+    while (fgets(line, sizeof line, f))
+        if (sscanf(line, "fail %127s %d", name, &code) == 2 && !strcmp(name, function)) found = code;
+    fclose(f);
+    return found;
+}
+#define CHECK() do { int code = failure(__func__); if (code) return code; } while (0)
+
+/* A handle is the device's number plus one; an instance's is its index plus 101. */
+static int number(void *handle) { return (int)(long)handle - 1; }
+
+static int device(int index, char *uuid, int *mig, u64 *total, u64 *used, u64 *millijoules) {
+    char line[256], u[96]; int i, m, found = 0; u64 t, b, j;
+    FILE *f = state();
+    if (!f) return 0;
+    while (!found && fgets(line, sizeof line, f))
+        if (sscanf(line, "device %d %95s %d %llu %llu %llu", &i, u, &m, &t, &b, &j) == 6 && i == index) {
+            found = 1;
+            if (uuid) strcpy(uuid, u);
+            if (mig) *mig = m;
+            if (total) *total = t;
+            if (used) *used = b;
+            if (millijoules) *millijoules = j;
+        }
+    fclose(f);
+    return found;
+}
+
+int nvmlInitWithFlags(unsigned flags) { (void)flags; CHECK(); return OK; }
+int nvmlShutdown(void) { return OK; }
+const char *nvmlErrorString(int code) { (void)code; return "made up"; }
+
+int nvmlDeviceGetCount_v2(unsigned *count) {
+    CHECK();
+    *count = 0;
+    while (device((int)*count, NULL, NULL, NULL, NULL, NULL)) ++*count;
+    return OK;
+}
+
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) {
+    CHECK();
+    *handle = (void *)(long)(index + 1);
+    return OK;
+}
+
+int nvmlDeviceGetUUID(void *handle, char *uuid, unsigned size) {
+    (void)size; CHECK();
+    return device(number(handle), uuid, NULL, NULL, NULL, NULL) ? OK : NOT_FOUND;
+}
+
+int nvmlDeviceGetName(void *handle, char *name, unsigned size) {
+    (void)handle; (void)size; CHECK();
+    strcpy(name, "Fake GPU");
+    return OK;
+}
+
+int nvmlDeviceGetMemoryInfo(void *handle, Memory *memory) {
+    CHECK();
+    if (!device(number(handle), NULL, NULL, &memory->total, &memory->used, NULL)) return NOT_FOUND;
+    memory->free = memory->total - memory->used;
+    return OK;
+}
+
+int nvmlDeviceGetMigMode(void *handle, unsigned *current, unsigned *pending) {
+    int mig = 0;
+    CHECK();
+    device(number(handle), NULL, &mig, NULL, NULL, NULL);
+    *current = *pending = (unsigned)mig;
+    return OK;
+}
+
+int nvmlDeviceGetMaxMigDeviceCount(void *handle, unsigned *count) {
+    (void)handle; CHECK();
+    *count = 7;
+    return OK;
+}
+
+#ifndef WITHOUT_INSTANCES
+int nvmlDeviceGetMigDeviceHandleByIndex(void *handle, unsigned index, void **instance) {
+    char line[256]; int d; unsigned i; int found = 0;
+    CHECK();
+    FILE *f = state();
+    if (!f) return 9;
+    while (!found && fgets(line, sizeof line, f))
+        found = sscanf(line, "instance %d %u", &d, &i) == 2 && d == number(handle) && i == index;
+    fclose(f);
+    *instance = (void *)(long)(index + 101);
+    return found ? OK : NOT_FOUND;
+}
+#endif
+
+#ifndef WITHOUT_PROCESSES
+int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, ProcessInfo *infos) {
+    char line[256]; int d; unsigned pid, n = 0, room = *count; long long bytes;
+    CHECK();
+    FILE *f = state();
+    if (!f) return 9;
+    while (fgets(line, sizeof line, f))
+        if (sscanf(line, "process %d %u %lld", &d, &pid, &bytes) == 3 && d == number(handle)) {
+            if (infos && n < room) infos[n] = (ProcessInfo){pid, (u64)bytes, 0, 0};
+            ++n;
+        }
+    fclose(f);
+    *count = n;
+    return n > room ? INSUFFICIENT_SIZE : OK;
+}
+#endif
+
+int nvmlDeviceGetGraphicsRunningProcesses_v3(void *handle, unsigned *count, ProcessInfo *infos) {
+    (void)handle; (void)infos; CHECK();
+    *count = 0;
+    return OK;
+}
+
+int nvmlDeviceGetProcessUtilization(void *handle, Sample *samples, unsigned *count, u64 since) {
+    char line[256]; int d; unsigned pid, percent, n = 0, room = *count; u64 stamp;
+    CHECK();
+    FILE *f = state();
+    if (!f) return 9;
+    while (fgets(line, sizeof line, f))
+        if (sscanf(line, "sample %d %u %llu %u", &d, &pid, &stamp, &percent) == 4 &&
+            d == number(handle) && stamp > since) {
+            if (samples && n < room) samples[n] = (Sample){pid, stamp, percent, 0, 0, 0};
+            ++n;
+        }
+    fclose(f);
+    *count = n;
+    if (n == 0) return NOT_FOUND;
+    return n > room ? INSUFFICIENT_SIZE : OK;
+}
+
+int nvmlDeviceGetTotalEnergyConsumption(void *handle, u64 *millijoules) {
+    CHECK();
+    return device(number(handle), NULL, NULL, NULL, NULL, millijoules) ? OK : NOT_SUPPORTED;
+}

@@ -1,0 +1,462 @@
+"""The loop's decisions, on fake clocks and process trees: no sleep, no allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import logging
+import threading
+
+import pytest
+
+from optuna_quota import Limits
+from optuna_quota import Usage
+from optuna_quota._metering import find_breach
+from optuna_quota._metering import metering_loop
+from optuna_quota._metering.gauge import Amount
+from optuna_quota._metering.loop import MeteringLoop
+from optuna_quota._metering.warn import forget_warnings
+from optuna_quota._resources import Breach
+from optuna_quota.testing import fake_metering
+from optuna_quota.testing import FakeClock
+from optuna_quota.testing import FakeMeter
+from optuna_quota.testing import FakeMetering
+from optuna_quota.testing import FakeProcessTree
+
+
+GIB = 2**30
+KEY = (1, 1)
+OTHER = (1, 2)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeMetering]:
+    forget_warnings()
+    with fake_metering() as metering:
+        yield metering
+    forget_warnings()
+
+
+class Records(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def warned() -> Iterator[list[str]]:
+    handler = Records()
+    logger = logging.getLogger("optuna.quota.metering")
+    logger.addHandler(handler)
+    yield handler.messages
+    logger.removeHandler(handler)
+
+
+def test_the_fake_is_the_process_own_loop_while_it_lasts() -> None:
+    before = metering_loop()
+    with fake_metering() as metering:
+        assert metering_loop() is metering.loop
+    assert metering_loop() is before
+
+
+def test_peaks_are_maxima_and_totals_are_growth(fake: FakeMetering) -> None:
+    fake.tree.memory, fake.tree.cpu_time = 5 * GIB, 100.0
+    watch = fake.loop.watch(KEY)
+    fake.tree.memory, fake.tree.cpu_time = 9 * GIB, 103.0
+    fake.advance(1.0)
+    fake.tree.memory, fake.tree.cpu_time = 2 * GIB, 104.0
+    fake.advance(1.0)
+    usage = watch.close()
+    assert usage == Usage(memory=9 * GIB, wall_time=2.0, cpu_time=4.0)
+    assert max(m for _, m in watch.timeline()) == 9 * GIB
+    assert watch.timeline()[0] == (0.0, 5 * GIB)
+
+
+def test_the_kernels_peak_counts_though_no_sample_saw_it(fake: FakeMetering) -> None:
+    fake.tree.memory = GIB
+    watch = fake.loop.watch(KEY, limits=Limits(memory="3GiB"))
+    fake.tree.peak = 4 * GIB
+    usage = watch.close()
+    assert usage.memory == 4 * GIB
+    assert watch.breach is not None and watch.breach.observed == 4 * GIB
+
+
+def test_unknown_stays_unknown(fake: FakeMetering) -> None:
+    fake.tree.memory = fake.tree.cpu_time = None
+    watch = fake.loop.watch(KEY, limits=Limits(memory=1, cpu_time=1))
+    fake.advance(5.0)
+    usage = watch.close()
+    assert (usage.memory, usage.cpu_time, watch.breach) == (None, None, None)
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.1, 3.25, 61.0])
+def test_a_limit_on_the_clock_fires_on_time(fake: FakeMetering, limit: float) -> None:
+    watch = fake.loop.watch(KEY, limits=Limits(wall_time=limit))
+    found: list[tuple[float, Breach]] = []
+    watch.on_breach(lambda breach: found.append((fake.clock(), breach)))
+    fake.advance(limit * 3)
+    [(when, breach)] = found
+    assert when == pytest.approx(limit)
+    assert breach.resource == "wall_time"
+    assert breach.seconds == pytest.approx(limit)
+
+
+def test_growth_towards_the_limit_is_met_sooner_than_the_next_period(fake: FakeMetering) -> None:
+    fake.tree.memory = 1e9
+    watch = fake.loop.watch(KEY, limits=Limits(memory=2e9))
+    seen: list[float] = []
+    while watch.breach is None:
+        wait = fake.loop.tick()
+        assert wait is not None
+        fake.clock.advance(max(wait, 1e-9))
+        fake.tree.memory += 4e9 * max(wait, 1e-9)  # as fast as memory can be touched
+        seen.append(wait)
+        assert len(seen) < 10_000
+    assert seen[0] == pytest.approx(0.1)
+    assert min(seen) == pytest.approx(0.0005)
+    # The last wait is the shortest: half a millisecond is 2 MB at 4 GB/s.
+    assert watch.breach.observed - 2e9 <= 2e6 + 1.0
+    assert len(seen) < 40
+
+
+def test_far_from_the_limit_it_looks_seldom_and_at_rest_never(fake: FakeMetering) -> None:
+    assert fake.loop.tick() is None
+    watch = fake.loop.watch(KEY, limits=Limits(memory=2**50))
+    fake.loop.tick()
+    wait = fake.loop.tick()
+    assert wait is not None and wait > 0.09
+    watch.close()
+    assert fake.loop.tick() is None
+
+
+def test_deadlines_do_not_drift(fake: FakeMetering) -> None:
+    watch = fake.loop.watch(KEY)
+    dues = []
+    for _ in range(50):
+        wait = fake.loop.tick()
+        assert wait is not None
+        fake.clock.advance(wait + 0.013)  # every wakeup is late
+        dues.append(fake.clock() - 0.013)
+    assert all(min(due % 0.05, -due % 0.05) < 1e-6 for due in dues)
+    watch.close()
+
+
+def test_a_limit_on_cores_needs_a_second_over_it(fake: FakeMetering) -> None:
+    watch = fake.loop.watch(KEY, limits=Limits(cpu_cores=2))
+
+    def run(cores: float, seconds: float) -> None:
+        for _ in range(round(seconds / 0.1)):
+            assert fake.tree.cpu_time is not None
+            fake.tree.cpu_time += cores * 0.1
+            fake.advance(0.1)
+
+    run(2.0, 3.0)
+    run(1.0, 2.0)
+    run(4.0, 0.3)  # a burst
+    run(1.0, 1.0)
+    assert watch.breach is None
+    run(3.0, 1.5)
+    assert watch.breach is not None and watch.breach.resource == "cpu_cores"
+    assert 2.1 < watch.breach.observed <= 3.0
+
+
+def test_what_is_left_of_a_quota_is_a_ceiling_that_can_be_raised(fake: FakeMetering) -> None:
+    watch = fake.loop.watch(KEY, left={"cpu_time": 5.0})
+    fake.tree.cpu_time = 4.0
+    fake.advance(1.0)
+    watch.allow({"cpu_time": 10.0})
+    fake.tree.cpu_time = 8.0
+    fake.advance(1.0)
+    assert watch.breach is None
+    watch.allow({"cpu_time": 7.0})
+    fake.advance(0.1)
+    assert watch.breach is not None and watch.breach.quota and watch.breach.limit == 7.0
+    assert watch.left == {"cpu_time": 7.0}
+
+
+def test_the_first_breach_stays(fake: FakeMetering) -> None:
+    watch = fake.loop.watch(KEY, limits=Limits(memory=GIB, wall_time=10))
+    fake.tree.memory = 2 * GIB
+    fake.advance(1.0)
+    first = watch.breach
+    fake.tree.memory = 9 * GIB
+    fake.advance(100.0)
+    assert watch.breach is first
+    assert watch.close().memory == 9 * GIB
+
+
+def test_a_sample_finds_the_breach_and_the_loop_calls_back(fake: FakeMetering) -> None:
+    watch = fake.loop.watch(KEY, limits=Limits(memory=GIB))
+    calls: list[Breach] = []
+    watch.on_breach(calls.append)
+    fake.tree.memory = 2 * GIB
+    assert watch.sample().memory == 2 * GIB
+    assert watch.breach is not None and calls == []
+    fake.loop.tick()
+    fake.loop.tick()
+    assert calls == [watch.breach]
+
+
+def test_a_callback_that_fails_does_not_end_the_loop(fake: FakeMetering) -> None:
+    def fail(breach: Breach) -> None:
+        raise RuntimeError("mine")
+
+    watch = fake.loop.watch(KEY, limits=Limits(wall_time=1))
+    calls: list[Breach] = []
+    watch.on_breach(fail)
+    watch.on_breach(calls.append)
+    fake.advance(2.0)
+    assert len(calls) == 1
+
+
+def test_shared_memory_of_workers_is_not_held_against_the_trial(fake: FakeMetering) -> None:
+    fake.tree.pids = (1, 2, 3)
+    fake.tree.memory, fake.tree.shared = GIB, 4.0 * GIB
+    watch = fake.loop.watch(KEY, limits=Limits(memory="2GiB"))
+    fake.advance(3.0)
+    assert watch.breach is None
+    fake.tree.memory = 3 * GIB
+    fake.advance(1.0)
+    assert watch.breach is not None and watch.breach.observed == 3 * GIB
+
+
+# Trials at once in one process.
+
+
+def test_trials_at_once_are_shared_for_good(fake: FakeMetering, warned: list[str]) -> None:
+    fake.tree.memory = GIB
+    first = fake.loop.watch(KEY, limits=Limits(memory="2GiB"))
+    second = fake.loop.watch(OTHER, limits=Limits(memory="2GiB"))
+    fake.tree.memory = fake.tree.peak = 50 * GIB
+    fake.advance(5.0)
+    assert second.close().memory is None
+    fake.advance(5.0)
+    usage = first.close()
+    assert (first.isolation, second.isolation) == ("shared", "shared")
+    assert usage.memory is None and first.breach is None and second.breach is None
+    assert first.timeline() == ()
+    assert len([text for text in warned if "can't be told apart" in text]) == 1
+
+
+def test_cpu_time_of_trials_at_once_adds_up(fake: FakeMetering) -> None:
+    first = fake.loop.watch(KEY)
+    fake.tree.cpu_time = 3.0
+    second = fake.loop.watch(OTHER)
+    fake.tree.cpu_time = 10.0
+    fake.advance(1.0)
+    a = first.close().cpu_time
+    fake.tree.cpu_time = 14.0
+    b = second.close().cpu_time
+    assert a is not None and b is not None
+    assert a >= 3.0 and b >= 4.0
+    assert a + b == pytest.approx(14.0)
+
+
+def test_a_trial_after_another_is_alone(fake: FakeMetering) -> None:
+    fake.tree.memory = 3 * GIB
+    fake.loop.watch(KEY).close()
+    fake.tree.memory = GIB
+    watch = fake.loop.watch(OTHER)
+    assert watch.close().memory == GIB
+    assert watch.isolation == "thread"
+
+
+def test_isolated_trials_at_once_are_each_alone(fake: FakeMetering, warned: list[str]) -> None:
+    fake.tree.memory, fake.tree.cpu_time = 9 * GIB, 50.0
+    first = fake.loop.watch(KEY, limits=Limits(memory="2GiB"))
+    second = fake.loop.watch(OTHER, limits=Limits(memory="2GiB"))
+    first.retarget(101)
+    second.retarget(102)
+    fake.trees[101].memory, fake.trees[101].cpu_time = GIB, 7.0
+    fake.trees[102].memory, fake.trees[102].cpu_time = 3 * GIB, 1.0
+    fake.advance(5.0)
+    assert first.breach is None and first.close().memory == GIB
+    assert second.breach is not None and second.breach.resource == "memory"
+    assert first.usage().cpu_time == 7.0
+    assert (first.isolation, second.isolation) == ("process", "process")
+    second.close()
+    assert fake.trees[101].is_closed and fake.trees[102].is_closed
+    assert not warned
+
+
+def test_a_breach_of_this_process_is_forgotten_when_the_trial_is_isolated(
+    fake: FakeMetering,
+) -> None:
+    fake.tree.memory = 9 * GIB
+    watch = fake.loop.watch(KEY, limits=Limits(memory="2GiB"))
+    fake.advance(0.01)
+    assert watch.breach is not None
+    watch.retarget(101)
+    assert watch.breach is None
+    assert watch.elapsed == pytest.approx(0.01)
+
+
+def test_cpu_time_of_a_process_made_for_the_trial_counts_from_its_birth(
+    fake: FakeMetering,
+) -> None:
+    for seconds, expected in ((0.5, 4.0), (900.0, 1.0)):
+        watch = fake.loop.watch(KEY)
+        fake.advance(1.0)
+        fake.trees[7] = FakeProcessTree(cpu_time=3.0, pids=[7])
+        fake.trees[7].seconds = seconds
+        watch.retarget(7)
+        fake.trees[7].cpu_time = 4.0
+        assert watch.close().cpu_time == expected
+
+
+def test_better_figures_are_merged(fake: FakeMetering) -> None:
+    fake.tree.memory, fake.tree.cpu_time = 5.0, 0.0
+    watch = fake.loop.watch(KEY, limits=Limits(memory=7))
+    fake.tree.cpu_time = 3.0
+    watch.add_usage(Usage(memory=8.0, cpu_time=2.0, energy=4.0, custom={"io": 1.0}))
+    usage = watch.close()
+    assert (usage.memory, usage.cpu_time, usage.energy) == (8.0, 3.0, 4.0)
+    assert usage.custom == {"io": 1.0}
+    assert watch.breach is not None and watch.breach.observed == 8.0
+    watch.add_usage(Usage(memory=9.0))
+    assert watch.usage().memory == 9.0
+
+
+# Users' own meters.
+
+
+def test_a_meter_that_reads_a_peak(fake: FakeMetering) -> None:
+    meter = FakeMeter("scratch", 3.0)
+    watch = fake.loop.watch(KEY, limits=Limits(custom={"scratch": 8}), meters=[meter])
+    meter.value = 7.0
+    fake.advance(0.2)
+    meter.value = 2.0
+    fake.advance(0.2)
+    assert watch.usage().custom == {"scratch": 7.0} and watch.breach is None
+    meter.value = 9.0
+    fake.advance(0.2)
+    assert watch.breach is not None and watch.breach.resource == "scratch"
+
+
+def test_a_meter_that_reads_a_running_total(fake: FakeMetering) -> None:
+    meter = FakeMeter("requests", 1000.0, peak=False)
+    watch = fake.loop.watch(KEY, meters=[meter])
+    meter.value = 1007.0
+    assert watch.close().custom == {"requests": 7.0}
+
+
+def test_two_readings_are_needed_for_a_growth(fake: FakeMetering) -> None:
+    meter = FakeMeter("requests", None, peak=False)
+    watch = fake.loop.watch(KEY, meters=[meter])
+    meter.value = 5.0
+    assert watch.close().custom == {}
+
+
+@pytest.mark.parametrize(
+    "value", [RuntimeError("broken"), KeyError("x"), float("nan"), -1.0, "a string"]
+)
+def test_a_faulty_meter_is_told_of_once_and_nothing_else_suffers(
+    fake: FakeMetering,
+    warned: list[str],
+    value: float | Exception,
+) -> None:
+    meter = FakeMeter("scratch", value)
+    for key in (KEY, OTHER):
+        watch = fake.loop.watch(key, limits=Limits(memory=GIB), meters=[meter])
+        fake.tree.memory = 2 * GIB
+        fake.advance(1.0)
+        usage = watch.close()
+        assert usage.custom == {} and usage.memory == 2 * GIB
+        assert watch.breach is not None
+    assert meter.reads > 4
+    [message] = warned
+    assert "scratch is not measured" in message
+
+
+def test_a_meter_says_how_often_it_is_read(fake: FakeMetering) -> None:
+    slow, fast = FakeMeter("slow"), FakeMeter("fast")
+    slow.period = 5.0  # type: ignore[attr-defined]  # an optional attribute of the protocol
+    fake.loop.watch(KEY, meters=[slow, fast])
+    fake.advance(9.9)
+    assert slow.reads <= 3
+    assert fast.reads > 90
+
+
+def test_a_meter_that_hangs_does_not_hold_up_the_clock() -> None:
+    """A meter stuck in another thread: the trial's own look and end go on without it."""
+    stuck, release = threading.Event(), threading.Event()
+
+    class Stuck(FakeMeter):
+        def read(self, pids: object) -> float:
+            if threading.current_thread() is not threading.main_thread():
+                stuck.set()
+                release.wait(20)
+            return 1.0
+
+    loop = MeteringLoop(open_gauges=lambda watch: ())
+    watch = loop.watch(KEY, meters=[Stuck("stuck")])
+    try:
+        assert stuck.wait(20)
+        assert watch.sample().wall_time is not None
+    finally:
+        release.set()
+        watch.close()
+        loop.stop()
+
+
+def test_peaks_of_meters_are_unknown_and_totals_split_when_trials_share(
+    fake: FakeMetering,
+) -> None:
+    size, total = FakeMeter("size", 5.0), FakeMeter("total", 0.0, peak=False)
+    first = fake.loop.watch(KEY, meters=[size, total])
+    second = fake.loop.watch(OTHER, meters=[size, total])
+    total.value = 8.0
+    fake.advance(1.0)
+    assert first.close().custom == {"total": 4.0}
+    assert second.close().custom == {"total": 4.0}
+
+
+class LosingGauge:
+    """Reads 5 until it is told that nothing can be told any more."""
+
+    eager = True
+    period = 0.1
+
+    def __init__(self) -> None:
+        self.lost = False
+
+    def read(self, pids: object) -> dict[str, Amount]:
+        return {"gpu_memory": Amount(None if self.lost else 5.0, peak=True, lost=self.lost)}
+
+
+def test_what_can_not_be_told_any_more_is_unknown_for_good() -> None:
+    gauge = LosingGauge()
+    clock, tree = FakeClock(), FakeProcessTree()
+    loop = MeteringLoop(
+        clock=clock, open_tree=lambda pid: tree, open_gauges=lambda w: [gauge], threaded=False
+    )
+    watch = loop.watch(KEY)
+    assert watch.usage().gpu_memory == 5.0
+    for lost in (True, False):
+        gauge.lost = lost
+        clock.advance(1.0)
+        loop.tick()
+        assert watch.usage().gpu_memory is None
+    watch.add_usage(Usage(gpu_memory=7.0))
+    assert watch.close().gpu_memory == 7.0
+
+
+def test_closing_twice_and_looking_after_it(fake: FakeMetering) -> None:
+    watch = fake.loop.watch(KEY, limits=Limits(wall_time=5))
+    fake.advance(2.0)
+    usage = watch.close()
+    fake.advance(60.0)
+    assert watch.close() == usage == watch.sample() == watch.usage()
+    assert watch.elapsed == 2.0 and watch.breach is None and watch.closed
+    assert fake.loop.find(KEY) is None
+
+
+def test_the_breach_says_what_the_pure_decision_says(fake: FakeMetering) -> None:
+    limits = Limits(memory=GIB, cpu_time=2)
+    watch = fake.loop.watch(KEY, limits=limits)
+    fake.tree.memory, fake.tree.cpu_time = 3 * GIB, 5.0
+    watch.sample()
+    amounts = watch.usage().amounts()
+    assert watch.breach == find_breach(amounts, limits, {}, watch.elapsed)

@@ -1,0 +1,107 @@
+"""A trial that asks for more of a quota before its slice runs out."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from optuna_quota import Limits
+from optuna_quota._metering import MeteringLoop
+from optuna_quota._metering.renewal import PATIENCE
+from optuna_quota._metering.renewal import Renewal
+from optuna_quota._resources import Breach
+
+
+OVER = Breach("cpu_time", 10, 10.5, 11, quota=True)
+TEN = {"cpu_time": (10.0, True)}
+TWENTY = {"cpu_time": (20.0, True)}
+
+
+def asks(renewal: Renewal) -> bool:
+    return renewal.take_ask() is not None
+
+
+def test_it_asks_once_at_four_fifths_of_a_slice() -> None:
+    renewal = Renewal(lambda: None)
+    seen = []
+    for used, now in ((7.9, 1.0), (8.0, 2.0), (9.0, 3.0)):
+        renewal.review(None, {"cpu_time": used}, TEN, now)
+        seen.append(asks(renewal))
+    renewal.answer(TEN, TWENTY, 3.0)
+    for used, now in ((9.0, 3.0), (16.0, 3.0)):
+        renewal.review(None, {"cpu_time": used}, TWENTY, now)
+        seen.append(asks(renewal))
+    assert seen == [False, True, False, False, True]
+
+
+def test_a_breach_waits_for_the_answer_but_not_for_ever() -> None:
+    renewal = Renewal(lambda: None)
+    assert renewal.review(OVER, {"cpu_time": 10.5}, TEN, 1.0) is None
+    assert renewal.review(OVER, {"cpu_time": 10.5}, TEN, 1.1) is None
+    assert renewal.review(OVER, {"cpu_time": 10.5}, TEN, 1.0 + PATIENCE) is OVER
+
+
+def test_what_was_refused_breaches_at_once_and_is_asked_for_again() -> None:
+    renewal = Renewal(lambda: None)
+    renewal.review(None, {"cpu_time": 8.5}, TEN, 1.0)
+    assert asks(renewal)
+    renewal.answer(TEN, TEN, 1.0)
+    renewal.review(None, {"cpu_time": 9.0}, TEN, 1.1)
+    assert not asks(renewal)
+    assert renewal.review(OVER, {"cpu_time": 10.5}, TEN, 2.0) is OVER
+    assert asks(renewal)
+
+
+@pytest.mark.parametrize(
+    ("breach", "quota"),
+    [
+        (Breach("cpu_time", 10, 10.5, 11), False),
+        (Breach("wall_time", 10, 10.5, 11, quota=True), True),
+    ],
+)
+def test_of_a_limit_and_of_the_studys_clock_there_is_no_more(breach: Breach, quota: bool) -> None:
+    renewal = Renewal(lambda: None)
+    ceilings = {breach.resource: (10.0, quota)}
+    assert renewal.review(breach, {breach.resource: 10.5}, ceilings, 1.0) is breach
+    assert not asks(renewal)
+
+
+def test_the_loop_asks_in_time_and_ends_the_trial_where_no_more_is_given() -> None:
+    loop = MeteringLoop()
+    watch = loop.watch((1, 1), limits=Limits(wall_time=100), left={"trial_time": 0.1})
+    slices = iter([0.2, 0.3, 0.3])
+    given = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        slice_ = next(slices, 0.3)
+        given.append((watch.elapsed, slice_))
+        watch.allow({"trial_time": slice_})
+
+    watch.on_shortage(ask)
+    watch.on_breach(lambda breach: ended.set())
+    try:
+        assert ended.wait(20)
+        assert watch.breach is not None and watch.breach.quota
+        assert watch.breach.resource == "trial_time" and watch.breach.limit == 0.3
+        assert watch.breach.observed >= 0.3
+        assert [slice_ for _, slice_ in given][:3] == [0.2, 0.3, 0.3]
+        assert all(at >= 0.08 for at, _ in given)
+    finally:
+        watch.close()
+        loop.stop()
+
+
+def test_cost_is_reckoned_from_prices_while_it_runs() -> None:
+    loop = MeteringLoop()
+    watch = loop.watch((1, 1), left={"cost": 0.05})
+    watch.prices = {"trial_time": 3600.0}
+    ended = threading.Event()
+    watch.on_breach(lambda breach: ended.set())
+    try:
+        assert ended.wait(20)
+        assert watch.breach is not None and watch.breach.resource == "cost"
+    finally:
+        watch.close()
+        loop.stop()

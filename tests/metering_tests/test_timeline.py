@@ -1,0 +1,39 @@
+"""A long trial in few points, peaks kept."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optuna_quota._metering.timeline import Timeline
+
+
+SAMPLES = st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e12)), min_size=1, max_size=300).map(
+    lambda pairs: sorted(pairs)
+)
+
+
+@given(SAMPLES)
+def test_few_points_in_order_each_one_measured_the_peak_among_them(samples) -> None:  # type: ignore[no-untyped-def]
+    timeline = Timeline()
+    for seconds, value in samples:
+        timeline.add(seconds, value)
+    points = timeline.points()
+    assert 1 <= len(points) <= 60
+    assert list(points) == sorted(points)
+    assert set(points) <= set(samples)
+    assert max(value for _, value in points) == max(value for _, value in samples)
+
+
+def test_short_spikes_survive_a_long_flat_run() -> None:
+    timeline = Timeline()
+    spikes = {777, 3333, 5000, 9001}
+    for i in range(10_000):
+        timeline.add(i * 0.1, 9.0 + i if i in spikes else 1.0)
+    values = {value for _, value in timeline.points()}
+    assert {9.0 + i for i in spikes} <= values
+    assert 30 <= len(timeline.points()) <= 60
+
+
+def test_nothing_sampled() -> None:
+    assert Timeline().points() == ()

@@ -1,0 +1,191 @@
+"""The public footprint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+import pytest
+
+from optuna_quota import Footprint
+from optuna_quota import Limits
+from optuna_quota import Usage
+from optuna_quota._models.rows import FootprintRow
+
+
+SPACE: dict[str, BaseDistribution] = {
+    "width": IntDistribution(8, 1024, log=True),
+    "depth": IntDistribution(1, 8),
+    "kind": CategoricalDistribution(["a", "b"]),
+}
+
+
+def truth(params: dict[str, Any]) -> Usage:
+    work = params["width"] ** 1.5 * params["depth"] * (2.0 if params["kind"] == "b" else 1.0)
+    return Usage(memory=2e8 + 4e3 * work, wall_time=0.1 + work / 1e4)
+
+
+def draw_rows(
+    n: int, seed: int = 0, limits: Limits | None = None, noise: float = 0.01
+) -> list[FootprintRow]:
+    generator = np.random.default_rng(seed)
+    rows = []
+    for _ in range(n):
+        params = {
+            "width": int(np.exp(generator.uniform(np.log(8), np.log(1024)))),
+            "depth": int(generator.integers(1, 9)),
+            "kind": str(generator.choice(["a", "b"])),
+        }
+        usage = truth(params)
+        factor = float(np.exp(noise * generator.normal()))
+        amounts = {name: value * factor for name, value in usage.amounts().items()}
+        over = {
+            name: value
+            for name, value in (limits or Limits()).amounts().items()
+            if amounts[name] > value
+        }
+        rows.append(
+            FootprintRow(params, SPACE, Usage(**{**amounts, **over}), frozenset(over or ()))
+        )
+    return rows
+
+
+def test_it_learns_a_floor_and_powers_from_thirty_trials() -> None:
+    footprint = Footprint.fit(draw_rows(30))
+    for row in draw_rows(20, seed=1):
+        table = footprint.predict(row.params)
+        assert list(table.columns) == ["lower", "median", "upper"]
+        expected = truth(dict(row.params))
+        assert table.loc["memory", "median"] == pytest.approx(expected.memory, rel=0.15)
+        assert table.loc["wall_time", "median"] == pytest.approx(expected.wall_time, rel=0.4)
+        assert (table["lower"] < table["median"]).all()
+        assert (table["median"] < table["upper"]).all()
+
+
+@pytest.mark.parametrize("n", [6, 12, 40])
+def test_upper_bounds_are_rarely_exceeded(n: int) -> None:
+    held = total = 0
+    for seed in range(6):
+        rows = draw_rows(n + 30, seed=seed, noise=0.1)
+        footprint = Footprint.fit(rows[:n])
+        for row in rows[n:]:
+            upper = footprint.intervals(row.params)["wall_time"].upper
+            held += upper >= (row.usage.wall_time or 0.0)
+            total += 1
+    assert held / total >= 0.9
+
+
+def test_the_probability_of_a_breach_follows_the_limits() -> None:
+    footprint = Footprint.fit(draw_rows(40))
+    small, large = {"width": 16, "depth": 1, "kind": "a"}, {"width": 900, "depth": 8, "kind": "b"}
+    limits = Limits(memory="500MB")
+    assert footprint.probability(small, limits) < 0.01
+    assert footprint.probability(large, limits) > 0.99
+    assert footprint.probability(large, Limits()) == 0
+    assert footprint.probability(large, Limits(gpu_memory="1GB")) == 0
+
+
+def test_terminated_trials_are_lower_bounds() -> None:
+    limits = Limits(memory="400MB")
+    rows = draw_rows(40, limits=limits)
+    stopped = [row for row in rows if row.censored]
+    assert len(stopped) > 8
+    large = {"width": 700, "depth": 6, "kind": "b"}
+    heeded = Footprint.fit(rows).intervals(large)["memory"].median
+    taken = Footprint.fit(
+        [FootprintRow(row.params, row.distributions, row.usage) for row in rows]
+    ).intervals(large)["memory"]
+    assert heeded > 2 * taken.median
+    assert Footprint.fit(rows).probability(large, limits) > 0.9
+
+
+def _constant(rows: list[FootprintRow]) -> list[FootprintRow]:
+    return [FootprintRow(r.params, r.distributions, Usage(memory=1e9)) for r in rows]
+
+
+def _zero(rows: list[FootprintRow]) -> list[FootprintRow]:
+    return [FootprintRow(r.params, r.distributions, Usage(gpu_time=0.0)) for r in rows]
+
+
+def _collinear(rows: list[FootprintRow]) -> list[FootprintRow]:
+    space = {**SPACE, "twin": SPACE["width"]}
+    return [FootprintRow({**r.params, "twin": r.params["width"]}, space, r.usage) for r in rows]
+
+
+def _single_valued(rows: list[FootprintRow]) -> list[FootprintRow]:
+    space = {**SPACE, "one": FloatDistribution(2.0, 2.0), "only": CategoricalDistribution(["x"])}
+    return [FootprintRow({**r.params, "one": 2.0, "only": "x"}, space, r.usage) for r in rows]
+
+
+def _no_params(rows: list[FootprintRow]) -> list[FootprintRow]:
+    return [FootprintRow({}, {}, r.usage) for r in rows]
+
+
+def _same_point(rows: list[FootprintRow]) -> list[FootprintRow]:
+    return [FootprintRow(rows[0].params, SPACE, r.usage) for r in rows]
+
+
+def _all_stopped(rows: list[FootprintRow]) -> list[FootprintRow]:
+    usage = Usage(memory=1e9, wall_time=3.0)
+    return [FootprintRow(r.params, SPACE, usage, frozenset({"memory", "wall_time"})) for r in rows]
+
+
+def _changed_space(rows: list[FootprintRow]) -> list[FootprintRow]:
+    wider = {**SPACE, "width": IntDistribution(1, 4096), "depth": CategoricalDistribution(["x"])}
+    half = len(rows) // 2
+    return rows[:half] + [
+        FootprintRow({**r.params, "depth": "x"}, wider, r.usage) for r in rows[half:]
+    ]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 9, 25])
+@pytest.mark.parametrize(
+    "change",
+    [
+        _constant,
+        _zero,
+        _collinear,
+        _single_valued,
+        _no_params,
+        _same_point,
+        _all_stopped,
+        _changed_space,
+    ],
+)
+def test_it_survives(change: Callable[[list[FootprintRow]], list[FootprintRow]], n: int) -> None:
+    footprint = Footprint.fit(change(draw_rows(n)))
+    for params in (
+        {"width": 100, "depth": 3, "kind": "a"},
+        {"width": float("nan"), "kind": "never seen", "new": 3, "depth": None},
+        {"width": 10**400, "depth": -5},
+        {},
+    ):
+        table = footprint.predict(params)
+        assert np.isfinite(table.to_numpy()).all()
+        assert (table["lower"] <= table["median"]).all()
+        assert (table["median"] <= table["upper"]).all()
+        probability = footprint.probability(params, Limits(memory="2GB", wall_time=1))
+        assert 0 <= probability <= 1
+
+
+def test_a_constant_is_soon_known() -> None:
+    bounds = Footprint.fit(_constant(draw_rows(12))).intervals({})["memory"]
+    assert bounds.median == pytest.approx(1e9, rel=1e-6)
+    assert bounds.upper < 1.1e9
+
+
+def test_nothing_known_is_an_empty_table() -> None:
+    footprint = Footprint.fit([])
+    assert len(footprint.predict({"x": 1})) == 0
+    assert footprint.probability({"x": 1}, Limits(memory="1GB")) == 0
+
+
+@pytest.mark.parametrize("confidence", [0.5, 1.0, float("nan")])
+def test_confidence_must_be_a_probability_above_a_half(confidence: float) -> None:
+    with pytest.raises(ValueError, match="confidence"):
+        Footprint.fit([], confidence=confidence)

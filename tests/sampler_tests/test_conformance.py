@@ -1,0 +1,142 @@
+"""Optuna's own conformance suites, around every sampler, where Optuna applies them itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.samplers import BruteForceSampler
+from optuna.samplers import CmaEsSampler
+from optuna.samplers import GPSampler
+from optuna.samplers import GridSampler
+from optuna.samplers import NSGAIIISampler
+from optuna.samplers import NSGAIISampler
+from optuna.samplers import QMCSampler
+from optuna.samplers import RandomSampler
+from optuna.samplers import TPESampler
+from optuna.testing.pytest_samplers import BasicSamplerTestCase
+from optuna.testing.pytest_samplers import MultiObjectiveSamplerTestCase
+from optuna.testing.pytest_samplers import RelativeSamplerTestCase
+from optuna.testing.pytest_samplers import SingleOnlySamplerTestCase
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import QuotaSampler
+
+
+MakeSampler = Callable[[], BaseSampler]
+
+BASES: dict[str, MakeSampler] = {
+    "Random": lambda: RandomSampler(seed=0),
+    "TPE": lambda: TPESampler(n_startup_trials=0, seed=0),
+    "TPE, univariate": lambda: TPESampler(n_startup_trials=0, multivariate=False, seed=0),
+    "GP": lambda: GPSampler(n_startup_trials=0, seed=0),
+    "GP, deterministic": lambda: GPSampler(
+        n_startup_trials=0, deterministic_objective=True, seed=0
+    ),
+    "CMA-ES": lambda: CmaEsSampler(n_startup_trials=0, seed=0),
+    "CMA-ES, separable": lambda: CmaEsSampler(n_startup_trials=0, use_separable_cma=True, seed=0),
+    "NSGA-II": lambda: NSGAIISampler(seed=0),
+    "NSGA-III": lambda: NSGAIIISampler(seed=0),
+    "QMC": lambda: QMCSampler(seed=0, warn_independent_sampling=False),
+    "BruteForce": lambda: BruteForceSampler(seed=0),
+}
+
+# What the base samplers themselves say of spaces that don't suit them.
+pytestmark = [pytest.mark.filterwarnings("ignore:Separable CMA-ES:UserWarning")]
+
+needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+
+
+def around(*names: str) -> list[object]:
+    """Return parameters that make a QuotaSampler around each base."""
+
+    def wrapped(base: MakeSampler) -> MakeSampler:
+        quota = Quota(n_trials=10_000, cpu_time="10h", trial_time="10h")
+        limits = Limits(memory="1TiB", wall_time="1h")
+        return lambda: QuotaSampler(base(), quota=quota, limits=limits)
+
+    marks = {
+        name: [pytest.mark.integration, pytest.mark.slow, needs_torch]
+        for name in BASES
+        if "GP" in name
+    }
+    return [
+        pytest.param(wrapped(BASES[name]), id=name, marks=marks.get(name, ())) for name in names
+    ]
+
+
+class TestBasic(BasicSamplerTestCase):
+    @pytest.fixture(params=around(*(name for name in BASES if name != "BruteForce")))
+    def sampler(self, request: pytest.FixtureRequest) -> MakeSampler:
+        return request.param  # type: ignore[no-any-return]
+
+
+class TestRelative(RelativeSamplerTestCase):
+    @pytest.fixture(params=around("TPE", "CMA-ES", "CMA-ES, separable", "GP", "GP, deterministic"))
+    def sampler(self, request: pytest.FixtureRequest) -> MakeSampler:
+        return request.param  # type: ignore[no-any-return]
+
+
+class TestMultiObjective(MultiObjectiveSamplerTestCase):
+    @pytest.fixture(params=around("Random", "TPE", "GP", "NSGA-II", "NSGA-III", "QMC"))
+    def sampler(self, request: pytest.FixtureRequest) -> MakeSampler:
+        return request.param  # type: ignore[no-any-return]
+
+
+class TestSingleOnly(SingleOnlySamplerTestCase):
+    @pytest.fixture(params=around("CMA-ES"))
+    def sampler(self, request: pytest.FixtureRequest) -> MakeSampler:
+        return request.param  # type: ignore[no-any-return]
+
+
+def objective(trial: optuna.Trial) -> float:
+    kind = trial.suggest_categorical("kind", ["a", "b"])
+    return trial.suggest_int("n", 0, 2) + (kind == "b")
+
+
+@pytest.mark.parametrize(
+    "base",
+    [lambda: GridSampler({"kind": ["a", "b"], "n": [0, 1, 2]}, seed=0), BruteForceSampler],
+    ids=["Grid", "BruteForce"],
+)
+def test_an_exhaustive_sampler_visits_each_point_once_and_ends(base: MakeSampler) -> None:
+    study = optuna.create_study(
+        sampler=QuotaSampler(base(), quota=Quota(n_trials=100), limits=Limits(memory="1TiB"))
+    )
+    study.optimize(objective, n_trials=50)
+    points = [(t.params["kind"], t.params["n"]) for t in study.trials]
+    assert sorted(points) == [(kind, n) for kind in "ab" for n in range(3)]
+    assert {t.state for t in study.trials} == {TrialState.COMPLETE}
+
+
+@pytest.mark.parametrize("name", [name for name in BASES if "GP" not in name])
+def test_the_same_points_as_the_bare_sampler(name: str) -> None:
+    def points(sampler: BaseSampler) -> list[dict[str, object]]:
+        study = optuna.create_study(sampler=sampler)
+        study.optimize(objective, n_trials=12)
+        return [t.params for t in study.trials]
+
+    wrapped = QuotaSampler(BASES[name](), quota=Quota(n_trials=100))
+    assert points(wrapped) == points(BASES[name]())
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_partially_fixed(inside: bool) -> None:
+    from optuna.samplers import PartialFixedSampler
+
+    if inside:
+        fixed = PartialFixedSampler({"n": 1}, RandomSampler(seed=0))
+        sampler: BaseSampler = QuotaSampler(fixed, quota=Quota(n_trials=3))
+    else:
+        sampler = PartialFixedSampler(
+            {"n": 1}, QuotaSampler(RandomSampler(seed=0), quota=Quota(n_trials=3))
+        )
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(objective, n_trials=9)
+    assert [t.params["n"] for t in study.trials] == [1, 1, 1]
+    assert all("quota:outcome" in t.user_attrs for t in study.trials)

@@ -1,0 +1,165 @@
+"""A limit is a constraint: the same list on every trial, beside those of others."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+import time
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.samplers import CmaEsSampler
+from optuna.samplers import GPSampler
+from optuna.samplers import NSGAIISampler
+from optuna.samplers import RandomSampler
+from optuna.samplers import TPESampler
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import QuotaPruner
+from optuna_quota import QuotaSampler
+from optuna_quota._enforcement.constraints import limit_constraints
+from optuna_quota._resources import Breach
+
+
+LIMITS = Limits(wall_time="10s", memory="1TiB", gpu_memory="1GiB")
+
+
+def study_with(base: BaseSampler, limits: Limits = LIMITS, **kwargs: Any) -> optuna.Study:
+    sampler = QuotaSampler(base, quota=Quota(n_trials=1000))
+    return optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=limits), **kwargs)
+
+
+def objective(trial: optuna.Trial) -> float:
+    x = trial.suggest_float("x", 0, 1)
+    if trial.number % 3 == 1:
+        raise optuna.TrialPruned
+    return x
+
+
+def test_each_limited_resource_in_the_order_of_its_name() -> None:
+    limits = Limits(wall_time=10, memory=100, custom={"disk": 4})
+    amounts = {"memory": 150.0, "wall_time": 5.0, "cpu_time": 3.0}
+    found = limit_constraints(limits, amounts)
+    assert found == {"disk": 0.0, "memory": 0.5, "wall_time": -0.5}
+    assert list(found) == sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("breach", "expected"),
+    [
+        (None, -0.5),
+        (Breach("memory", 100, 300, 1.0), 2.0),
+        (Breach("memory", 100, 120, 1.0, forecast=True), pytest.approx(0.2)),
+        (Breach("memory", 20, 50, 1.0, quota=True), -0.5),
+    ],
+)
+def test_what_it_was_stopped_for_counts(breach: Breach | None, expected: float) -> None:
+    assert limit_constraints(Limits(memory=100), {"memory": 50.0}, breach) == {"memory": expected}
+
+
+def test_every_completed_and_pruned_trial_has_them_from_the_first() -> None:
+    study = study_with(RandomSampler(seed=0))
+    study.optimize(objective, n_trials=4)
+    for trial in study.trials:
+        gpu_memory, memory, wall_time = trial.system_attrs["constraints"]
+        assert gpu_memory == 0.0 or -1 <= gpu_memory < 0
+        assert -1 < memory < 0
+        assert -1 < wall_time < 0
+
+
+def test_without_limits_there_are_none() -> None:
+    study = study_with(RandomSampler(seed=0), Limits())
+    study.optimize(objective, n_trials=2)
+    assert all("constraints" not in t.system_attrs for t in study.trials)
+
+
+def test_a_failed_trial_has_none() -> None:
+    study = study_with(RandomSampler(seed=0))
+    study.optimize(lambda trial: float("nan"), n_trials=1)
+    assert study.trials[0].state == TrialState.FAIL
+    assert study.trials[0].constraints == {}
+
+
+@pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")
+@pytest.mark.parametrize("sampler", [TPESampler, NSGAIISampler])
+def test_a_base_samplers_own_constraints_stay_in_front(sampler: Any, tmp_path: Path) -> None:
+    base = sampler(constraints_func=lambda trial: (trial.params["x"] - 0.5, -7.0), seed=0)
+    study = study_with(base, storage=f"sqlite:///{tmp_path}/s.db")
+    study.optimize(objective, n_trials=5)
+    for trial in study.trials:
+        own, seven, *ours = trial.system_attrs["constraints"]
+        assert own == trial.params["x"] - 0.5
+        assert seven == -7.0
+        assert len(ours) == 3
+
+
+@pytest.mark.parametrize("key", ["latency", "0", "2"])
+def test_constraints_that_the_user_set_are_untouched(key: str) -> None:
+    study = study_with(TPESampler(n_startup_trials=2, seed=0))
+
+    def constrained(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        trial.set_constraint(key, x - 0.25)
+        return x
+
+    # A key that hides one of ours would make Optuna warn, which is an error here.
+    study.optimize(constrained, n_trials=5)
+    for trial in study.trials:
+        assert trial.constraints[key] == trial.params["x"] - 0.25
+        assert len(trial.constraints) == 4
+
+
+BASES: list[Any] = [
+    pytest.param(lambda: TPESampler(n_startup_trials=3, seed=0), id="TPE"),
+    pytest.param(lambda: NSGAIISampler(population_size=4, seed=0), id="NSGA-II"),
+    pytest.param(lambda: CmaEsSampler(n_startup_trials=3, seed=0), id="CMA-ES"),
+    pytest.param(
+        lambda: GPSampler(n_startup_trials=3, seed=0),
+        id="GP",
+        marks=[
+            pytest.mark.integration,
+            pytest.mark.slow,
+            pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_samplers_live_with_breaches_failures_and_rejections(base: Any) -> None:
+    study = study_with(base(), Limits(wall_time=0.05, memory="1TiB"))
+
+    def breaches(trial: optuna.Trial) -> float:
+        x, y = trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1)
+        if trial.number % 4 == 3:
+            raise ValueError
+        while x > 0.5 and not trial.should_prune():
+            time.sleep(0.005)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+        return x + y
+
+    study.optimize(breaches, n_trials=14, catch=ValueError)
+    ended = [t for t in study.trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    assert {len(t.constraints) for t in ended} == {2}
+    assert any(t.state == TrialState.PRUNED for t in ended)
+    assert study.best_trial.params["x"] <= 0.5
+
+
+def test_the_best_trial_is_one_within_its_limits() -> None:
+    study = study_with(RandomSampler(seed=0), Limits(wall_time=0.05))
+
+    def slow_is_better(trial: optuna.Trial) -> float:
+        slow = trial.suggest_categorical("slow", [True, False])
+        if slow:
+            time.sleep(0.1)
+        return 0.0 if slow else 1.0
+
+    study.enqueue_trial({"slow": True})
+    study.enqueue_trial({"slow": False})
+    study.optimize(slow_is_better, n_trials=2)
+    assert study.best_trial.params == {"slow": False}

@@ -1,0 +1,185 @@
+"""Whatever is raised at whatever hook: no row stays RUNNING, no metering, no reservation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
+from typing import Any
+
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.samplers import RandomSampler
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import Quota
+from optuna_quota import QuotaSampler
+from optuna_quota import status
+from optuna_quota._metering import key_of
+from optuna_quota._metering import metering_loop
+from optuna_quota._records import read_record
+
+
+HOOKS = [
+    "before_trial",
+    "infer_relative_search_space",
+    "sample_relative",
+    "sample_independent",
+    "after_trial",
+]
+ERRORS = [ValueError, optuna.TrialPruned, KeyboardInterrupt, SystemExit]
+
+
+class Faulty(RandomSampler):
+    """Raises at one of its hooks in the trial of a given number."""
+
+    def __init__(self, hook: str, error: type[BaseException], number: int = 1) -> None:
+        super().__init__(seed=0)
+        self.hook = hook
+        self.error = error
+        self.number = number
+
+    def _fail(self, hook: str, trial: optuna.trial.FrozenTrial) -> None:
+        if hook == self.hook and trial.number == self.number:
+            raise self.error("on purpose")
+
+    def before_trial(self, study: Any, trial: Any) -> None:
+        super().before_trial(study, trial)
+        self._fail("before_trial", trial)
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
+        self._fail("infer_relative_search_space", trial)
+        return super().infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
+        self._fail("sample_relative", trial)
+        return super().sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study: Any, trial: Any, name: str, distribution: Any) -> Any:
+        self._fail("sample_independent", trial)
+        return super().sample_independent(study, trial, name, distribution)
+
+    def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
+        super().after_trial(study, trial, state, values)
+        self._fail("after_trial", trial)
+
+
+def objective(trial: optuna.Trial) -> float:
+    return trial.suggest_float("x", 0, 1) + trial.suggest_float("y", 0, 1)
+
+
+def by_optimize(study: optuna.Study) -> None:
+    study.optimize(objective, n_trials=3)
+
+
+def by_threads(study: optuna.Study) -> None:
+    study.optimize(objective, n_trials=4, n_jobs=2)
+
+
+def by_enqueued(study: optuna.Study) -> None:
+    for x in (0.1, 0.2, 0.3):
+        study.enqueue_trial({"x": x})
+    study.optimize(objective, n_trials=3)
+
+
+def by_ask_and_tell(study: optuna.Study) -> None:
+    for _ in range(3):
+        trial = study.ask()
+        try:
+            value = objective(trial)
+        except optuna.TrialPruned:
+            study.tell(trial, state=TrialState.PRUNED)
+        except BaseException:
+            study.tell(trial, state=TrialState.FAIL)
+            raise
+        else:
+            study.tell(trial, value)
+
+
+def by_fixed_distributions(study: optuna.Study) -> None:
+    space = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}
+    for _ in range(3):
+        trial = study.ask(space)
+        study.tell(trial, trial.params["x"])
+
+
+WAYS = [by_optimize, by_threads, by_enqueued, by_ask_and_tell, by_fixed_distributions]
+
+
+@contextlib.contextmanager
+def anything_raised() -> Iterator[None]:
+    # Optuna raises UnboundLocalError where `after_trial` is interrupted by the keyboard.
+    with contextlib.suppress(BaseException):
+        yield
+
+
+def assert_nothing_left(study: optuna.Study) -> None:
+    assert study.trials
+    for trial in study.trials:
+        if trial.state == TrialState.WAITING:
+            continue
+        assert trial.state.is_finished(), trial
+        assert metering_loop().find(key_of(study, trial)) is None
+        record = read_record(trial)
+        assert record.outcome is not None
+        if trial.state != TrialState.COMPLETE:
+            assert record.reason
+    reserved = status(study).table["reserved"]
+    assert (reserved == 0).all(), reserved
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_no_row_stays_running(
+    hook: str, error: type[BaseException], way: Callable[[optuna.Study], None]
+) -> None:
+    sampler = QuotaSampler(
+        Faulty(hook, error), quota=Quota(n_trials=100, trial_time="1h", cpu_time="1h")
+    )
+    study = optuna.create_study(sampler=sampler)
+    with anything_raised():
+        way(study)
+    assert_nothing_left(study)
+    # The study goes on as if nothing had been.
+    before = len(study.trials)
+    study.optimize(objective, n_trials=2)
+    assert len(study.trials) > before
+    assert_nothing_left(study)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_what_the_base_sampler_raises_comes_out(hook: str, error: type[BaseException]) -> None:
+    study = optuna.create_study(
+        sampler=QuotaSampler(Faulty(hook, error, number=0), quota=Quota(n_trials=9))
+    )
+    with pytest.raises(BaseException, match="on purpose") as caught:
+        study.ask({"x": FloatDistribution(0, 1)}) if hook != "after_trial" else study.tell(
+            study.ask(), 1.0
+        )
+    assert caught.type is error
+    assert_nothing_left(study)
+
+
+def test_objective_that_raises_is_recorded_with_what_it_raised() -> None:
+    study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9)))
+
+    def fails(trial: optuna.Trial) -> float:
+        raise ValueError("no such layer")
+
+    study.optimize(fails, n_trials=1, catch=ValueError)
+    record = read_record(study.trials[0])
+    assert record.outcome == "failed"
+    assert record.reason == "The objective raised ValueError: no such layer."
+    assert record.usage.wall_time is not None
+
+
+def test_a_trial_told_by_its_number_is_recorded() -> None:
+    study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9)))
+    number = study.ask().number
+    study.tell(number, 1.0)
+    record = read_record(study.trials[0])
+    assert record.outcome == "completed"
+    assert record.usage.memory is not None

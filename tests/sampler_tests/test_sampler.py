@@ -1,0 +1,141 @@
+"""QuotaSampler around a study: admits, meters, records, ends."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import optuna
+from optuna.samplers import RandomSampler
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import QuotaExhausted
+from optuna_quota import QuotaPruner
+from optuna_quota import QuotaSampler
+from optuna_quota._metering import key_of
+from optuna_quota._metering import metering_loop
+from optuna_quota._records import read_record
+
+
+def objective(trial: optuna.Trial) -> float:
+    return trial.suggest_float("x", 0, 1)
+
+
+def study_of(quota: Quota, pruner: optuna.pruners.BasePruner | None = None) -> optuna.Study:
+    sampler = QuotaSampler(RandomSampler(seed=1), quota=quota)
+    return optuna.create_study(sampler=sampler, pruner=pruner)
+
+
+def test_each_trial_is_metered_and_recorded() -> None:
+    study = study_of(Quota(wall_time="1h"))
+    study.optimize(objective, n_trials=3)
+    for trial in study.trials:
+        record = read_record(trial)
+        assert record.outcome == "completed"
+        assert record.reason is None
+        assert record.usage.memory is not None and record.usage.memory > 1e6
+        assert record.usage.wall_time is not None and record.usage.wall_time > 0
+        assert record.usage.cpu_time is not None
+        assert record.isolation == "thread"
+        assert record.host
+        assert metering_loop().find(key_of(study, trial)) is None
+
+
+def test_optimize_ends_when_a_total_is_used_up() -> None:
+    study = study_of(Quota(n_trials=4))
+    study.optimize(objective, n_trials=10)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 4
+
+
+def test_a_further_ask_raises_and_leaves_no_running_row() -> None:
+    study = study_of(Quota(n_trials=1))
+    study.optimize(objective, n_trials=1)
+    with pytest.raises(QuotaExhausted) as caught:
+        study.ask()
+    assert caught.value.resource == "n_trials"
+    last = study.trials[-1]
+    assert last.state == TrialState.FAIL
+    assert read_record(last).outcome == "rejected"
+    assert read_record(last).reason == str(caught.value)
+
+
+def test_optimize_on_an_exhausted_study_runs_no_objective() -> None:
+    study = study_of(Quota(n_trials=2))
+    study.optimize(objective, n_trials=2)
+    ran = []
+
+    def witness(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        ran.append(x)
+        return x
+
+    study.enqueue_trial({"x": 0.5})
+    study.optimize(witness, n_trials=5)
+    assert ran == []
+    assert len(study.trials) == 3
+    assert study.trials[-1].state == TrialState.PRUNED
+    assert read_record(study.trials[-1]).outcome == "rejected"
+
+
+def test_a_breach_is_terminated_and_a_constraint() -> None:
+    pruner = QuotaPruner(limits=Limits(memory=1, wall_time="1h"))
+    study = study_of(Quota(wall_time="1h"), pruner)
+
+    def asks(trial: optuna.Trial) -> float:
+        if trial.should_prune():
+            raise optuna.TrialPruned
+        return 0.0
+
+    study.optimize(asks, n_trials=2)
+    for trial in study.trials:
+        record = read_record(trial)
+        assert trial.state == TrialState.PRUNED
+        assert record.outcome == "terminated"
+        assert record.breach is not None and record.breach.resource == "memory"
+        assert record.reason is not None and record.reason.startswith("Memory reached")
+        memory, wall_time = trial.constraints.values()
+        assert memory > 0 > wall_time
+    assert study.user_attrs["quota:limits"] == {"memory": 1, "wall_time": 3600}
+    assert study.user_attrs["quota:quota"] == {"wall_time": 3600}
+
+
+@pytest.mark.parametrize("remake", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_used_sampler_can_be_copied_and_pickled(remake) -> None:  # type: ignore[no-untyped-def]
+    study = study_of(Quota(n_trials=5))
+    study.optimize(objective, n_trials=2)
+    study.sampler = remake(study.sampler)
+    study.optimize(objective, n_trials=9)
+    assert len(study.trials) == 5
+
+
+def test_limits_that_disagree_are_an_error_that_names_both() -> None:
+    sampler = QuotaSampler(quota=Quota(n_trials=5), limits=Limits(memory="1GiB"))
+    pruner = QuotaPruner(limits=Limits(memory="2GiB"))
+    study = optuna.create_study(sampler=sampler, pruner=pruner)
+    with pytest.raises(ValueError, match=r"1GiB.*2GiB"):
+        study.optimize(objective, n_trials=1)
+    assert [t.state for t in study.trials] == [TrialState.FAIL]
+
+
+def test_what_a_breached_trial_held_does_not_count_for_the_next_one() -> None:
+    held = 200_000_000
+    at_rest = QuotaSampler(RandomSampler(seed=1), quota=Quota(n_trials=1))
+    before = optuna.create_study(sampler=at_rest)
+    before.optimize(objective, n_trials=1)
+    rest = read_record(before.trials[0]).usage.memory
+    assert rest is not None
+    study = study_of(Quota(n_trials=9), QuotaPruner(limits=Limits(memory=rest + held / 2)))
+
+    def holds(trial: optuna.Trial) -> float:
+        block = bytearray(b"x" * held) if trial.number == 0 else bytearray(1)
+        trial.suggest_float("x", 0, 1)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+        return float(len(block))
+
+    study.optimize(holds, n_trials=3)
+    outcomes = [read_record(t).outcome for t in study.trials]
+    assert outcomes == ["terminated", "completed", "completed"]

@@ -1,0 +1,87 @@
+"""Trials in threads of one process: one sampler for all, memory that can't be told apart."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import optuna
+from optuna.pruners import HyperbandPruner
+from optuna.samplers import RandomSampler
+from optuna.trial import TrialState
+
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import QuotaPruner
+from optuna_quota import QuotaSampler
+from optuna_quota import status
+from optuna_quota._records import read_record
+from tests.sampler_tests.test_no_row_left_running import assert_nothing_left
+
+
+def study_with(quota: Quota, limits: Limits) -> optuna.Study:
+    return optuna.create_study(
+        sampler=QuotaSampler(RandomSampler(seed=0), quota=quota),
+        pruner=QuotaPruner(limits=limits),
+    )
+
+
+def test_memory_that_cannot_be_told_apart_is_no_verdict() -> None:
+    study = study_with(Quota(n_trials=2), Limits(memory=1, wall_time="1h"))
+    together = threading.Barrier(2, timeout=60)
+
+    def objective(trial: optuna.Trial) -> float:
+        together.wait()
+        assert not trial.should_prune()
+        together.wait()
+        return 0.0
+
+    study.optimize(objective, n_trials=2, n_jobs=2)
+    for trial in study.trials:
+        record = read_record(trial)
+        assert trial.state == TrialState.COMPLETE
+        assert record.isolation == "shared"
+        assert record.usage.memory is None
+        assert record.usage.wall_time is not None
+        # Unknown is neutral, and within the time it is well.
+        memory, wall_time = trial.constraints.values()
+        assert memory == 0.0
+        assert -1 < wall_time < 0
+
+
+def test_the_quota_holds_over_all_threads() -> None:
+    study = study_with(Quota(trial_time=1.0), Limits())
+
+    def objective(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        end = time.monotonic() + 0.15
+        while time.monotonic() < end:
+            time.sleep(0.01)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return x
+
+    study.optimize(objective, n_trials=40, n_jobs=3)
+    used = status(study).table.loc["trial_time", "used"]
+    assert 0.8 < used < 1.6
+    assert_nothing_left(study)
+
+
+def test_hyperband_beside_the_sampler_in_threads() -> None:
+    study = optuna.create_study(
+        sampler=QuotaSampler(RandomSampler(seed=0), quota=Quota(n_trials=12)),
+        pruner=QuotaPruner(HyperbandPruner(max_resource=9), limits=Limits(memory="1TiB")),
+    )
+
+    def objective(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        for step in range(9):
+            trial.report(x, step)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return x
+
+    study.optimize(objective, n_trials=30, n_jobs=2)
+    ran = [t for t in study.trials if read_record(t).outcome != "rejected"]
+    assert len(ran) == 12
+    assert_nothing_left(study)

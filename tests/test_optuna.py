@@ -1,0 +1,281 @@
+"""The private parts of Optuna that the package relies on are as it expects them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import json
+from pathlib import Path
+import sys
+from typing import Any
+from typing import NoReturn
+
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.pruners import HyperbandPruner
+from optuna.samplers import CmaEsSampler
+from optuna.samplers import NSGAIISampler
+from optuna.samplers import RandomSampler
+from optuna.samplers import TPESampler
+from optuna.storages import BaseStorage
+from optuna.storages import InMemoryStorage
+from optuna.storages import JournalStorage
+from optuna.storages import RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import _optuna
+
+
+def storage_at(kind: str, folder: Path) -> BaseStorage:
+    if kind == "memory":
+        return InMemoryStorage()
+    if kind == "journal":
+        return JournalStorage(JournalFileBackend(str(folder / "j.log")))
+    return RDBStorage(f"sqlite:///{folder}/s.db")
+
+
+KINDS = ["memory", "sqlite", "journal"]
+
+
+def test_ids_and_storage() -> None:
+    study = optuna.create_study()
+    trial = study.ask()
+    storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+    assert storage.get_trial(trial_id).number == trial.number
+    assert _optuna.trial_id_of(study.trials[0]) == trial_id
+    assert storage.get_study_name_from_id(_optuna.study_id_of(study)) == study.study_name
+
+
+def test_stop_works_exactly_where_the_loop_is_seen() -> None:
+    study = optuna.create_study()
+    assert not _optuna.in_optimize_loop(study)
+    seen = []
+
+    def objective(trial: optuna.Trial) -> float:
+        seen.append(_optuna.in_optimize_loop(study))
+        study.stop()
+        return 0.0
+
+    study.optimize(objective, n_trials=3)
+    assert seen == [True]
+    with pytest.raises(RuntimeError):
+        study.stop()
+
+
+class Witness(RandomSampler):
+    """Says what it sees in its hooks."""
+
+    def __init__(self, look: Callable[[optuna.Study], Any]) -> None:
+        super().__init__()
+        self.look = look
+        self.seen: dict[str, Any] = {}
+
+    def before_trial(self, study: Any, trial: Any) -> None:
+        self.seen["before_trial"] = self.look(study)
+
+    def sample_independent(self, study: Any, trial: Any, name: str, distribution: Any) -> Any:
+        self.seen["sample_independent"] = self.look(study)
+        return super().sample_independent(study, trial, name, distribution)
+
+    def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
+        self.seen["after_trial"] = self.look(study)
+
+
+def test_the_whole_study_is_found_behind_a_bracket() -> None:
+    sampler = Witness(lambda study: (type(study).__name__, _optuna.whole_study(study)))
+    study = optuna.create_study(sampler=sampler, pruner=HyperbandPruner(max_resource=9))
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    assert len(sampler.seen) == 3
+    for name, whole in sampler.seen.values():
+        assert name == "_BracketStudy"
+        assert whole is study
+    assert _optuna.whole_study(study) is study
+
+
+def test_ask_is_recognised_in_its_hooks() -> None:
+    sampler = Witness(lambda study: _optuna.in_ask())
+    study = optuna.create_study(sampler=sampler)
+    study.tell(study.ask({"x": FloatDistribution(0, 1)}), 0.0)
+    assert sampler.seen == {
+        "before_trial": True,
+        "sample_independent": True,
+        "after_trial": False,
+    }
+    trial = study.ask()
+    trial.suggest_float("x", 0, 1)
+    assert sampler.seen["sample_independent"] is False
+
+
+def test_what_the_objective_raised_is_found_in_after_trial() -> None:
+    sampler = Witness(lambda study: _optuna.objective_error())
+    study = optuna.create_study(sampler=sampler)
+
+    def fails(trial: optuna.Trial) -> float:
+        raise ValueError("why")
+
+    study.optimize(fails, n_trials=1, catch=ValueError)
+    assert repr(sampler.seen["after_trial"]) == "ValueError('why')"
+    study.optimize(lambda trial: 0.0, n_trials=1)
+    assert sampler.seen["after_trial"] is None
+
+
+def test_the_objective_is_told_from_optuna_at_work() -> None:
+    seen: dict[str, bool] = {}
+    sampler = Witness(lambda study: _optuna.in_objective(sys._getframe(1)))
+
+    def objective(trial: optuna.Trial) -> float:
+        seen["objective"] = _optuna.in_objective(sys._getframe())
+        return trial.suggest_float("x", 0, 1)
+
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(objective, n_trials=1)
+    assert seen == {"objective": True}
+    assert set(sampler.seen.values()) == {False}
+    assert not _optuna.in_objective(sys._getframe())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attributes_are_written_together(kind: str, tmp_path: Path) -> None:
+    study = optuna.create_study(storage=storage_at(kind, tmp_path))
+    storage = _optuna.storage_of(study)
+    trial_id = _optuna.trial_id_of(study.ask())
+    user: Mapping[str, Any] = {"a": 1, "b": {"c": [1.5, None]}, "d": "text"}
+    _optuna.write_attributes(storage, trial_id, {"a": 0}, {})
+    _optuna.write_attributes(storage, trial_id, user, {"constraints": [-1.0, 2.0]})
+    study.tell(0, 1.0)
+    (trial,) = optuna.load_study(study_name=study.study_name, storage=storage).trials
+    assert trial.user_attrs == user
+    assert trial.constraints == {"0": -1.0, "1": 2.0}
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        _optuna.write_attributes(storage, trial_id, user, {})
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+def test_writing_together_uses_what_this_optuna_has(kind: str, tmp_path: Path) -> None:
+    study = optuna.create_study(storage=storage_at(kind, tmp_path))
+    storage = _optuna.storage_of(study)
+    together = _optuna._TOGETHER[type(storage).__name__]
+    together(storage, _optuna.trial_id_of(study.ask()), {"a": 1}, {"b": 2})
+    assert study.trials[0].user_attrs == {"a": 1}
+    assert study.trials[0].system_attrs == {"b": 2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_it_is_not_known_how_attributes_are_written_one_by_one(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*args: Any) -> None:
+        raise AttributeError("_set_trial_attr_without_commit")
+
+    study = optuna.create_study(storage=storage_at(kind, tmp_path))
+    storage = _optuna.storage_of(study)
+    monkeypatch.setattr(_optuna, "_TOGETHER", {type(storage).__name__: gone})
+    _optuna.write_attributes(storage, _optuna.trial_id_of(study.ask()), {"a": 1, "b": 2}, {"c": 3})
+    assert study.trials[0].user_attrs == {"a": 1, "b": 2}
+    assert study.trials[0].system_attrs["c"] == 3
+
+
+def test_a_row_is_finished_once() -> None:
+    study = optuna.create_study()
+    storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(study.ask())
+    _optuna.finish_row(storage, trial_id, TrialState.FAIL)
+    _optuna.finish_row(storage, trial_id, TrialState.PRUNED)
+    assert study.trials[0].state == TrialState.FAIL
+
+
+@pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")
+def test_who_may_write_constraints() -> None:
+    assert not _optuna.may_write_constraints(TPESampler())
+    assert not _optuna.may_write_constraints(NSGAIISampler())
+    assert not _optuna.may_write_constraints(RandomSampler())
+    # Those that know none are taken for ones that may: the row is then read again.
+    assert _optuna.may_write_constraints(CmaEsSampler())
+
+    def constrained(trial: optuna.trial.FrozenTrial) -> tuple[float]:
+        return (0.0,)
+
+    assert _optuna.may_write_constraints(TPESampler(constraints_func=constrained))
+
+
+class Poisoner(RandomSampler):
+    """Poisons each trial."""
+
+    def before_trial(self, study: Any, trial: Any) -> None:
+        def refuse() -> NoReturn:
+            raise optuna.TrialPruned("poisoned")
+
+        study._storage.set_trial_user_attr(trial._trial_id, "touched", True)
+        _optuna.poison(trial, refuse)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("enqueued", [True, False])
+@pytest.mark.parametrize(
+    "suggest",
+    [
+        lambda trial: trial.suggest_float("x", 0, 1),
+        lambda trial: trial.suggest_float("x", 1, 1),
+        lambda trial: trial.suggest_categorical("x", ["only"]),
+        lambda trial: trial.suggest_int("y", 0, 3),
+    ],
+)
+def test_a_poisoned_trial_ends_at_whatever_it_suggests(
+    kind: str, enqueued: bool, suggest: Callable[[optuna.Trial], Any], tmp_path: Path
+) -> None:
+    study = optuna.create_study(storage=storage_at(kind, tmp_path), sampler=Poisoner())
+    if enqueued:
+        study.enqueue_trial({"x": 0.5})
+
+    def objective(trial: optuna.Trial) -> float:
+        suggest(trial)
+        raise AssertionError("went on")
+
+    study.optimize(objective, n_trials=1)
+    (trial,) = study.trials
+    assert trial.state == TrialState.PRUNED
+    assert trial.system_attrs.get("fixed_params") == ({"x": 0.5} if enqueued else None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_enqueued_parameters_are_seen_and_parameters_can_be_written(
+    kind: str, tmp_path: Path
+) -> None:
+    study = optuna.create_study(storage=storage_at(kind, tmp_path))
+    study.enqueue_trial({"x": 0.5})
+    study.ask()
+    running = study.trials[0]
+    assert _optuna.fixed_params_of(running) == {"x": 0.5}
+    _optuna.write_param(study, running, "y", 0.25, FloatDistribution(0, 1))
+    assert study.trials[0].params["y"] == 0.25
+    study.ask()
+    assert _optuna.fixed_params_of(study.trials[1]) == {}
+
+
+def test_what_tpe_shares_of_a_running_trial_is_replaced() -> None:
+    study = optuna.create_study(sampler=TPESampler(seed=0, multivariate=True, n_startup_trials=2))
+    names = [f"a_parameter_with_a_long_name_{i}" for i in range(60)]
+    space = {name: FloatDistribution(0, 1) for name in names}
+    for _ in range(3):
+        study.tell(study.ask(space), 1.0)  # type: ignore[arg-type]
+    study.ask(space)  # type: ignore[arg-type]
+
+    def shared() -> Any:
+        attributes = study.trials[-1].system_attrs
+        keys = [key for key in attributes if key.startswith("tpe:relative_params:")]
+        keys.sort(key=lambda key: int(key.rpartition(":")[2]))
+        return json.loads("".join(attributes[key] for key in keys)), len(keys)
+
+    drawn, pieces = shared()
+    assert set(drawn) == set(names)
+    assert pieces > 1
+    for replacement in ({"x": 0.5}, dict.fromkeys(names, 0.123456789)):
+        _optuna.share_relative_params(study, study.trials[-1], replacement)
+        assert shared()[0] == replacement
+
+
+def test_cma_es_with_margin_keeps_its_own_point() -> None:
+    assert _optuna.needs_its_own_point(CmaEsSampler(with_margin=True))
+    assert not _optuna.needs_its_own_point(CmaEsSampler())
+    assert not _optuna.needs_its_own_point(TPESampler())

@@ -1,0 +1,143 @@
+"""Whether a strategy fits its quota."""
+
+from __future__ import annotations
+
+import pickle
+
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+import pytest
+
+from optuna_quota import Limits
+from optuna_quota import project
+from optuna_quota import Quota
+from optuna_quota import Strategy
+from optuna_quota import Usage
+
+
+EACH = Usage(memory=2e9, wall_time=90.0, cpu_time=180.0)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "resource", "total"),
+    [
+        (Strategy(200), "n_trials", 200),
+        (Strategy(200), "wall_time", 18_000),
+        (Strategy(200, n_jobs=2), "wall_time", 9_000),
+        (Strategy(201, n_jobs=2), "wall_time", 9_090),
+        (Strategy(200, n_jobs=2), "trial_time", 18_000),
+        (Strategy(200, n_jobs=2), "cpu_time", 36_000),
+        (Strategy(200, n_jobs=2), "memory", 4e9),
+        (Strategy(200, n_jobs=2), "cpu_cores", 4),
+        (Strategy(1, n_jobs=8), "memory", 2e9),
+        (Strategy(20_000), "wall_time", 1_800_000),
+    ],
+)
+def test_a_constant_footprint_adds_up_exactly(
+    strategy: Strategy, resource: str, total: float
+) -> None:
+    row = project(strategy, EACH).table.loc[resource]
+    assert row["lower"] == row["median"] == row["upper"] == pytest.approx(total, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("quota", "fits"),
+    [
+        (Quota(wall_time=9_000), True),
+        (Quota(wall_time=8_999), False),
+        (Quota(memory=4e9), True),
+        (Quota(memory=3.9e9), False),
+        (Quota(n_trials=200), True),
+        (Quota(n_trials=199), False),
+        (Quota(cost=10, prices={"cpu_time": 1}), True),
+        (Quota(cost=9, prices={"cpu_time": 1}), False),
+        (Quota(), True),
+    ],
+    ids=repr,
+)
+def test_exactly_at_the_quota_fits_and_over_it_does_not(quota: Quota, fits: bool) -> None:
+    projection = project(Strategy(200, n_jobs=2), EACH, quota=quota)
+    assert projection.fits is fits
+    assert projection.probability == float(fits)
+
+
+def test_rejection_names_each_resource_that_does_not_fit() -> None:
+    quota = Quota(wall_time="1h", memory="3GB", cpu_time="20h")
+    text = str(project(Strategy(200, n_jobs=2), EACH, quota=quota))
+    assert "wall time: 2 h 30 min projected, quota 1 h, probability 0%" in text
+    assert "memory: 3.73 GiB projected, quota 2.79 GiB, probability 0%" in text
+    assert "CPU time" not in text
+    assert "Nearest that would fit: 40 trials instead of 200, 1 at once instead of 2." in text
+
+
+@pytest.mark.parametrize(
+    ("quota", "nearest"),
+    [
+        (Quota(memory=2e9), Strategy(200, n_jobs=1)),
+        (Quota(wall_time=4_500), Strategy(100, n_jobs=2)),
+        (Quota(n_trials=7), Strategy(7, n_jobs=2)),
+        (Quota(memory=1e9), None),
+        (Quota(wall_time=9_000), None),
+    ],
+    ids=repr,
+)
+def test_the_nearest_strategy_keeps_most(quota: Quota, nearest: Strategy | None) -> None:
+    projection = project(Strategy(200, n_jobs=2), EACH, quota=quota)
+    assert projection.nearest == nearest
+    if nearest is not None:
+        assert project(nearest, EACH, quota=quota).fits
+
+
+def test_a_smaller_range_of_the_costliest_parameter_can_be_nearest() -> None:
+    space = {
+        "rows": IntDistribution(1_000, 1_000_000, log=True),
+        "rate": FloatDistribution(0.1, 1.0),
+    }
+    strategy = Strategy(100, search_space=space)
+    quota = Quota(memory="0.8GB")
+    projection = project(strategy, lambda p: Usage(memory=1_000.0 * p["rows"]), quota=quota)
+    near = projection.nearest
+    assert near is not None and near.search_space is not None and near.n_trials == 100
+    assert near.search_space["rate"] == space["rate"]
+    assert 700_000 < near.search_space["rows"].high <= 820_000  # type: ignore[attr-defined]
+    assert "rows from 1000 to" in str(projection)
+
+
+def test_a_trial_over_its_limit_counts_as_terminated_there() -> None:
+    strategy, limits = Strategy(10), Limits(wall_time=60)
+    assert project(strategy, EACH, limits=limits).table.loc["wall_time", "upper"] == 600
+
+
+def test_what_was_used_counts_for_totals() -> None:
+    used = {"wall_time": 100.0, "n_trials": 5}
+    table = project(Strategy(10), EACH, quota=Quota(wall_time=1_000), used=used).table
+    assert table.loc["wall_time", "median"] == 1_000
+    assert table.loc["wall_time", "used"] == 100
+    assert table.loc["wall_time", "probability"] == 1
+    assert table.loc["n_trials", "median"] == 15
+
+
+def test_a_quota_of_which_nothing_is_known_decides_nothing() -> None:
+    projection = project(Strategy(10), EACH, quota=Quota(energy="1kWh"))
+    assert projection.fits
+    assert "energy: nothing is known of it, quota 1 kWh" in str(projection)
+
+
+def test_the_same_seed_gives_the_same_projection_and_it_can_be_pickled() -> None:
+    strategy = Strategy(30, search_space={"x": FloatDistribution(0.1, 10.0)})
+    quota = Quota(trial_time=150)
+    one, two = (
+        project(strategy, lambda p: Usage(wall_time=p["x"]), quota=quota) for _ in range(2)
+    )
+    assert one == two == pickle.loads(pickle.dumps(one))
+    assert 0 < one.probability < 1
+
+
+def test_a_function_needs_a_search_space() -> None:
+    with pytest.raises(ValueError, match="search_space"):
+        project(Strategy(3), lambda p: Usage(wall_time=p["x"]))
+
+
+def test_a_footprint_of_the_wrong_kind_is_refused() -> None:
+    with pytest.raises(TypeError, match="Usage, a function"):
+        project(Strategy(3), 7)

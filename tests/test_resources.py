@@ -1,0 +1,182 @@
+"""Limits, Quota, Strategy and Usage: validated once, frozen, printed well, carried everywhere."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import FrozenInstanceError
+import pickle
+from typing import Any
+
+import cloudpickle
+from hypothesis import given
+from hypothesis import strategies as st
+import numpy as np
+from optuna.distributions import FloatDistribution
+import pytest
+
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import Strategy
+from optuna_quota import Usage
+from optuna_quota._resources import Breach
+from optuna_quota._resources import format_amount
+from optuna_quota._resources import LIMIT_RESOURCES
+
+
+VALUES: list[Any] = [
+    Limits(),
+    Limits(memory="4GiB", wall_time="5min", custom={"disk": 5}),
+    Quota(wall_time="2h", cpu_time="6h", memory="12GiB", n_trials=7, energy="2kWh"),
+    Quota(cost=10, prices={"cpu_time": 0.05, "gpu_time": 2}),
+    Strategy(200, n_jobs=2, search_space={"x": FloatDistribution(0, 1)}),
+    Usage(memory=2**30, wall_time=3.5, custom={"disk": 1.0}),
+    Breach("memory", 2.0, 3.0, 1.5),
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_values_are_carried_whole(value: Any) -> None:
+    for again in (
+        pickle.loads(pickle.dumps(value)),
+        cloudpickle.loads(cloudpickle.dumps(value)),
+        copy.deepcopy(value),
+        copy.copy(value),
+    ):
+        assert again == value
+        assert repr(again) == repr(value)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_values_are_frozen_and_hashable(value: Any) -> None:
+    hash(value)
+    with pytest.raises(FrozenInstanceError):
+        value.memory = 1
+
+
+def test_units_are_read_once_and_shown_compactly() -> None:
+    limits = Limits(memory="4GiB", wall_time="1h30min", gpu_memory=3e9)
+    assert (limits.memory, limits.wall_time) == (4 * 2**30, 5400)
+    assert repr(limits) == "Limits(memory='4GiB', wall_time='1.5h', gpu_memory='3GB')"
+    assert limits.amounts() == {"memory": 4 * 2**30, "wall_time": 5400, "gpu_memory": 3e9}
+    assert not Limits()
+    assert limits
+
+
+@pytest.mark.parametrize("name", LIMIT_RESOURCES)
+@pytest.mark.parametrize("value", [-1, 0, float("nan"), "12", "-3s", float("inf")])
+def test_a_bad_limit_names_itself_and_the_value(name: str, value: Any) -> None:
+    with pytest.raises(ValueError) as info:
+        Limits(**{name: value})
+    assert f"`{name}`" in str(info.value)
+    assert repr(value) in str(info.value)
+
+
+@pytest.mark.parametrize("cls", [Limits, Quota])
+def test_an_unknown_resource_is_refused(cls: Any) -> None:
+    with pytest.raises(TypeError, match="memroy"):
+        cls(memroy="2GiB")
+
+
+def test_limits_of_meters_of_ones_own() -> None:
+    limits = Limits(custom={"disk": 5e9})
+    assert limits.amounts() == {"disk": 5e9}
+    assert limits == Limits.from_amounts(limits.amounts())
+    with pytest.raises(ValueError, match="identifiers other than .*'memory'"):
+        Limits(custom={"memory": 5})
+    with pytest.raises(ValueError, match="'my disk'"):
+        Limits(custom={"my disk": 5})
+    with pytest.raises(ValueError, match="`disk` must be .* but got -1"):
+        Limits(custom={"disk": -1})
+
+
+def test_tightened_limits_never_rise() -> None:
+    limits = Limits(memory=100, wall_time=10)
+    assert limits.tightened({"wall_time": 4, "cpu_time": 7, "memory": 200}) == Limits(
+        memory=100, wall_time=4, cpu_time=7
+    )
+    assert limits == Limits(memory=100, wall_time=10)
+
+
+def test_a_quota_tells_totals_from_what_is_held_at_one_moment() -> None:
+    quota = Quota(n_trials=5, cpu_time="1h", memory="2GiB", cpu_cores=4)
+    assert quota.totals == {"n_trials": 5, "cpu_time": 3600}
+    assert quota.held == {"memory": 2**31, "cpu_cores": 4}
+    assert repr(quota) == "Quota(n_trials=5, cpu_time='1h', memory='2GiB', cpu_cores=4.0)"
+
+
+def test_cost_needs_prices_and_prices_a_cost() -> None:
+    with pytest.raises(ValueError, match="`cost` and `prices` must be given together"):
+        Quota(cost=5)
+    with pytest.raises(ValueError, match="`cost` and `prices` must be given together"):
+        Quota(prices={"cpu_time": 1})
+    with pytest.raises(ValueError, match="per hour of cpu_time, gpu_time, trial_time .*'memory'"):
+        Quota(cost=5, prices={"memory": 1})
+    with pytest.raises(ValueError, match=r"prices\['cpu_time'\].* -1"):
+        Quota(cost=5, prices={"cpu_time": -1})
+    quota = Quota(cost=5, prices={"cpu_time": 0.5, "gpu_time": 2})
+    assert quota.price({"cpu_time": 7200, "gpu_time": None}) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5])
+def test_a_strategy_has_whole_positive_counts(value: Any) -> None:
+    with pytest.raises(ValueError, match=f"`n_trials` .* got {value}"):
+        Strategy(value)
+    with pytest.raises(ValueError, match=f"`n_jobs` .* got {value}"):
+        Strategy(3, n_jobs=value)
+
+
+def test_a_strategy_knows_its_search_space() -> None:
+    with pytest.raises(TypeError, match=r"`search_space\['x'\]` must be an Optuna distribution"):
+        Strategy(3, search_space={"x": 1})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="`search_space` must be a mapping"):
+        Strategy(3, search_space=[1])  # type: ignore[arg-type]
+    assert Strategy(np.int64(3), n_jobs=np.int64(2)) == Strategy(3, n_jobs=2)
+
+
+def test_unknown_usage_is_none_and_never_zero() -> None:
+    usage = Usage(memory=5, wall_time=0)
+    assert usage.gpu_memory is None
+    assert usage.amounts() == {"memory": 5, "wall_time": 0}
+    assert usage.get("trial_time") == 0
+    assert usage.get("disk") is None
+
+
+def test_usage_reads_units_as_a_footprint_is_typed() -> None:
+    usage = Usage(memory="2GiB", wall_time="90s", gpu_time="1min", energy="1kWh")
+    assert usage == Usage(memory=2**31, wall_time=90, gpu_time=60, energy=3.6e6)
+    assert (
+        repr(Usage(memory="2GiB", wall_time="90s")) == "Usage(memory='2GiB', wall_time='1.5min')"
+    )
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "3"])
+def test_bad_usage_names_itself(value: Any) -> None:
+    with pytest.raises(ValueError, match="`memory`"):
+        Usage(memory=value)
+
+
+def test_a_breach_reads_as_a_sentence() -> None:
+    breach = Breach("memory", 2 * 2**30, 2.5 * 2**30, 3.21)
+    assert breach.reason == (
+        "Memory reached 2.5 GiB, over the limit of 2 GiB, 3.21 s after the start."
+    )
+    of_quota = Breach("cpu_time", 60, 61, 50, quota=True)
+    assert "over what is left of the quota of 1 min" in of_quota.reason
+    forecast = Breach("wall_time", 300, 400, 100, forecast=True)
+    assert "was heading for 6 min 40 s" in forecast.reason
+
+
+def test_amounts_for_people() -> None:
+    assert format_amount("memory", None) == "unknown"
+    assert format_amount("energy", 3.6e6) == "1 kWh"
+    assert format_amount("disk_writes", 12.0) == "12"
+
+
+@given(
+    st.dictionaries(st.sampled_from(LIMIT_RESOURCES), st.floats(min_value=1e-6, max_value=1e15))
+)
+def test_any_limits_are_rebuilt_from_what_they_show(amounts: dict[str, float]) -> None:
+    limits = Limits(**amounts)  # type: ignore[arg-type]
+    shown = eval(repr(limits), {"Limits": Limits})
+    assert shown == limits
+    assert pickle.loads(pickle.dumps(limits)) == limits

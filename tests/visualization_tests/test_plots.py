@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+import json
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+import pytest
+
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import Usage
+from optuna_quota import visualization
+from optuna_quota._models.footprint import Footprint
+from optuna_quota._models.rows import FootprintRow
+from optuna_quota._records import Interval
+from optuna_quota._records import read_record
+from optuna_quota._records import TrialRecord
+from optuna_quota._resources import Breach
+from optuna_quota.visualization._burn_down import _get_burn_down_info
+from optuna_quota.visualization._footprint import _get_footprint_info
+from optuna_quota.visualization._quality import _get_quality_info
+from optuna_quota.visualization._slice import _get_slice_info
+from optuna_quota.visualization._timeline import _get_timeline_info
+from optuna_quota.visualization._usage import _get_usage_info
+from optuna_quota.visualization._waste import _get_waste_info
+from tests.visualization_tests.studies import add_row
+from tests.visualization_tests.studies import BEGIN
+from tests.visualization_tests.studies import empty_study
+from tests.visualization_tests.studies import made_study
+
+
+GIB = 2**30
+PLOTS: list[Callable[[optuna.Study], Any]] = [
+    visualization.plot_usage,
+    visualization.plot_usage_slice,
+    visualization.plot_burn_down,
+    visualization.plot_footprint,
+    visualization.plot_quality_cost,
+    visualization.plot_waste,
+]
+
+
+def fitted(study: optuna.Study) -> Footprint:
+    rows = []
+    for trial in study.trials:
+        record = read_record(trial)
+        if record.outcome != "rejected":
+            over = frozenset({"memory"} if record.outcome == "terminated" else ())
+            rows.append(FootprintRow(trial.params, trial.distributions, record.usage, over))
+    return Footprint.fit(rows)
+
+
+def axis_titles(figure: Any) -> set[str]:
+    layout = figure.to_plotly_json()["layout"]
+    return {v["title"]["text"] for k, v in layout.items() if "axis" in k and "title" in v}
+
+
+@pytest.mark.parametrize("plot", PLOTS, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("n_trials", [0, 1, 20, 300])
+def test_every_plot_draws_studies_of_any_size(plot: Callable[..., Any], n_trials: int) -> None:
+    figure = plot(made_study(n_trials) if n_trials else empty_study())
+    json.loads(figure.to_json())
+    assert figure.layout.title.text
+    if not n_trials:
+        assert not figure.data and figure.layout.annotations[0].text
+
+
+@pytest.mark.parametrize("plot", PLOTS, ids=lambda p: p.__name__)
+def test_a_study_never_run_with_this_library_is_drawn_from_its_times(
+    plot: Callable[..., Any],
+) -> None:
+    study = optuna.create_study()
+    study.optimize(lambda t: t.suggest_float("x", 0, 1), n_trials=8)
+    resource = {} if plot in (PLOTS[2], PLOTS[4], PLOTS[5]) else {"resource": "wall_time"}
+    assert plot(study, **resource).layout.title.text
+
+
+@pytest.mark.parametrize("plot", PLOTS, ids=lambda p: p.__name__)
+def test_a_study_whose_trials_all_failed_says_so(plot: Callable[..., Any]) -> None:
+    study = empty_study()
+    for _ in range(4):
+        add_row(study, TrialRecord(outcome="failed", reason="ValueError"))
+    assert plot(study).layout.title.text
+
+
+def test_usage_tells_outcomes_apart_by_colour_and_by_symbol() -> None:
+    figure = visualization.plot_usage(made_study(80))
+    names = {trace.name.split()[0] for trace in figure.data}
+    assert names == {"completed", "pruned", "terminated", "rejected", "failed"}
+    assert len({trace.marker.symbol for trace in figure.data}) == 5
+    assert len({trace.marker.color for trace in figure.data}) == 5
+    assert any(a.text == "limit 1 GiB" for a in figure.layout.annotations)
+
+
+def test_usage_of_a_rejected_trial_is_what_was_projected() -> None:
+    study = empty_study(limits=Limits(memory="1GiB"))
+    projected = {"memory": Interval(2 * GIB, 3 * GIB, 5 * GIB)}
+    add_row(study, TrialRecord(outcome="rejected", reason="too big", footprint=projected))
+    (use,) = _get_usage_info(study, "memory").uses
+    assert (use.low, use.amount, use.high) == pytest.approx((2 * GIB, 3 * GIB, 5 * GIB), rel=1e-4)
+    assert "projected 3 GiB" in use.hover
+
+
+@pytest.mark.parametrize(
+    ("memory", "unit"), [(20 * 2**20, "MiB"), (2 * GIB, "GiB"), (2 * 2**40, "TiB")]
+)
+def test_axes_have_units_that_a_person_reads(memory: float, unit: str) -> None:
+    study = empty_study()
+    add_row(study, TrialRecord(Usage(memory=memory, wall_time=7200), "completed"))
+    assert f"Memory ({unit})" in axis_titles(visualization.plot_usage(study))
+    times = axis_titles(visualization.plot_usage(study, resource="wall_time"))
+    assert "Wall time (h)" in times
+
+
+def test_a_limit_far_above_does_not_flatten_the_trials() -> None:
+    study = empty_study(limits=Limits(memory="64GiB"))
+    for _ in range(3):
+        add_row(study, TrialRecord(Usage(memory=300 * 2**20), "completed"))
+    figure = visualization.plot_usage(study)
+    assert figure.layout.yaxis.range[1] < 500
+    assert figure.layout.annotations[0].text == "limit 64 GiB ↑"
+
+
+def test_burn_down_counts_the_clock_once_and_the_rest_by_trial() -> None:
+    study = empty_study(quota=Quota(wall_time=100, cpu_time=100, n_trials=10))
+    # Two at once for 10 s, a pause, then one inside another.
+    for start, seconds in [(0, 10), (0, 10), (50, 20), (55, 5)]:
+        usage = Usage(wall_time=seconds, cpu_time=2)
+        record = TrialRecord(usage, "completed")
+        add_row(study, record, start=BEGIN + timedelta(seconds=start))
+    curves = {c.resource: c for c in _get_burn_down_info(study).curves}
+    # By end: 10, 10, 60 (the inner one: 55 to 60), 70.
+    assert curves["wall_time"].used == pytest.approx([0, 10, 10, 15, 30])
+    assert curves["cpu_time"].used == pytest.approx([0, 2, 4, 6, 8])
+    assert curves["n_trials"].left == pytest.approx([1, 0.9, 0.8, 0.7, 0.6])
+
+
+def test_burn_down_projects_with_a_band_that_widens() -> None:
+    info = _get_burn_down_info(made_study(40))
+    ahead = next(c for c in info.curves if c.resource == "cpu_time").ahead
+    assert ahead[0].trials == 0 and ahead[0].lower == ahead[0].upper
+    middle = ahead[len(ahead) // 3]
+    assert middle.lower < middle.median < middle.upper
+    assert ahead[-1].median < ahead[0].median
+
+
+def test_burn_down_needs_a_few_trials_to_project() -> None:
+    info = _get_burn_down_info(made_study(3))
+    assert all(not curve.ahead for curve in info.curves)
+
+
+def test_footprint_counts_the_bounds_that_held_without_terminated_trials() -> None:
+    study = empty_study()
+    for used, upper, outcome in [(1, 2, "completed"), (3, 2, "completed"), (9, 2, "terminated")]:
+        record = TrialRecord(
+            Usage(memory=used), outcome, footprint={"memory": Interval(0.5, 1, upper)}
+        )
+        add_row(study, record)
+    assert _get_footprint_info(study, "memory").held == (1, 2)
+
+
+def test_the_slice_shows_the_model_and_its_band() -> None:
+    study = made_study(40)
+    footprint = fitted(study)
+    info = _get_slice_info(study, "memory", ["width", "optimizer"], footprint)
+    width, optimizer = info.slices
+    medians = [interval.median for _, interval in width.expected]
+    assert width.log and medians[-1] > 2 * medians[0]
+    assert [x for x, _ in optimizer.expected] == ["sgd", "adam", "lbfgs"]
+    figure = visualization.plot_usage_slice(
+        study, params=["width", "optimizer"], footprint=footprint
+    )
+    assert {"model", "model, 90%"} <= {trace.name for trace in figure.data}
+    assert figure.layout.xaxis.type == "log" and figure.layout.xaxis2.type == "category"
+
+
+def test_the_slice_refuses_an_unknown_parameter() -> None:
+    with pytest.raises(ValueError, match=r"`params`.*'depth'.*layers"):
+        visualization.plot_usage_slice(made_study(5), params=["depth"])
+
+
+def test_the_slice_wraps_many_parameters_into_rows() -> None:
+    study = empty_study()
+    space = {f"p{i}": FloatDistribution(0, 1) for i in range(9)}
+    for n in range(6):
+        params = dict.fromkeys(space, n / 6)
+        add_row(study, TrialRecord(Usage(memory=GIB)), params=params, space=space)
+    layout = visualization.plot_usage_slice(study).layout
+    assert layout.height == 1000
+    assert layout.yaxis.domain[0] > layout.yaxis5.domain[1] > layout.yaxis9.domain[1]
+
+
+def test_the_front_holds_no_trial_that_a_cheaper_one_equals() -> None:
+    study = empty_study(directions=("maximize",))
+    for seconds, value in [(1, 0.5), (2, 0.5), (3, 0.9), (4, 0.8), (3, 0.9), (5, 0.95)]:
+        add_row(study, TrialRecord(Usage(wall_time=seconds), "completed"), values=(value,))
+    front = _get_quality_info(study, "wall_time").front
+    assert [(t.number, t.value) for t in front] == [(0, 0.5), (2, 0.9), (5, 0.95)]
+
+
+def test_several_objectives_need_a_target() -> None:
+    study = made_study(10, directions=("minimize", "maximize"))
+    with pytest.raises(ValueError, match="`target`"):
+        visualization.plot_quality_cost(study)
+    figure = visualization.plot_quality_cost(
+        study, target=lambda t: t.values[1], target_name="accuracy", maximize=True
+    )
+    assert "accuracy (more is better)" in axis_titles(figure)
+
+
+def test_values_that_are_not_finite_are_left_out() -> None:
+    study = empty_study()
+    for value in (float("inf"), float("-inf"), 0.3):
+        add_row(study, TrialRecord(Usage(wall_time=1), "completed"), values=(value,))
+    assert [t.value for t in _get_quality_info(study, "wall_time").trials] == [0.3]
+
+
+def test_the_timeline_ends_at_the_breach() -> None:
+    study = empty_study(limits=Limits(memory="4GiB"))
+    breach = Breach("memory", GIB, 1.1 * GIB, 3.5)
+    record = TrialRecord(
+        Usage(memory=1.1 * GIB),
+        "terminated",
+        breach.reason,
+        breach,
+        timeline=((0.0, 0.2 * GIB), (1.0, 0.5 * GIB)),
+    )
+    add_row(study, record)
+    assert _get_timeline_info(study, 0).limit == GIB
+    line, mark = visualization.plot_timeline(study, 0).data
+    assert (line.x[-1], mark.x[0]) == (3.5, 3.5)
+    with pytest.raises(ValueError, match="`number`"):
+        visualization.plot_timeline(study, 9)
+
+
+def test_a_breached_peak_counts_with_what_it_reached_for() -> None:
+    study = empty_study(limits=Limits(memory="1GiB"))
+    breach = Breach("memory", GIB, 1.2 * GIB, 3.5)
+    add_row(study, TrialRecord(Usage(memory=0.8 * GIB), "terminated", breach.reason, breach))
+    (use,) = _get_usage_info(study, "memory").uses
+    assert use.amount == 1.2 * GIB
+
+
+def test_the_timeline_leaves_out_what_was_read_after_the_end() -> None:
+    study = empty_study()
+    line = ((0.5, 1e8), (1.0, 2e8), (1.1, 0.0))
+    add_row(study, TrialRecord(Usage(memory=2e8), "completed", timeline=line))
+    info = _get_timeline_info(study, 0)
+    assert (info.seconds, info.memory) == ([0.5, 1.0], [1e8, 2e8])
+    assert visualization.plot_timeline(study, 0).layout.xaxis.range[0] == 0
+
+
+def test_waste_adds_up_to_all_that_was_spent() -> None:
+    study = made_study(60)
+    info = _get_waste_info(study)
+    for resource in info.spent:
+        shares = [info.share(resource, outcome) for outcome in info.trials]
+        assert sum(shares) == pytest.approx(1)
+    assert info.share("wall_time", "terminated") > 0.1
+    assert sum(info.trials.values()) == 60
+
+
+def test_names_cannot_bring_markup_into_a_figure() -> None:
+    name = "<a href='https://example.org'>x</a>"
+    choice = "<b>bold</b>"
+    space = {name: FloatDistribution(0, 1), "c": CategoricalDistribution([choice, "y"])}
+    study = empty_study()
+    for n in range(4):
+        params = {name: n / 4, "c": choice if n % 2 else "y"}
+        record = TrialRecord(Usage(memory=GIB + n), "failed", f"<img src=x> {choice}")
+        add_row(study, record, params=params, space=space)
+    text = visualization.plot_usage_slice(study).to_json()
+    assert "<a href" not in text and "<b>bold" not in text and "<img" not in text
