@@ -95,7 +95,8 @@ def is_censored(resource: str, outcome: str | None) -> bool:
 
     A trial that was terminated or failed would have gone on: all it used is a lower bound. One
     that was pruned would have taken longer, but its peaks count as reached: each step of a
-    training repeats the one before.
+    training mostly repeats the one before. Where a study shows that they were not, its models
+    take them as lower bounds.
 
     Args:
         resource: Name of the resource.

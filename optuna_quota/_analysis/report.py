@@ -20,6 +20,7 @@ from optuna_quota._models.footprint import Footprint
 from optuna_quota._models.rows import footprint_row
 from optuna_quota._models.utilization import fit_models
 from optuna_quota._models.utilization import UtilizationModel
+from optuna_quota._models.utilization import with_peaks_settled
 from optuna_quota._models.utilization_data import study_data
 from optuna_quota._models.utilization_data import StudyData
 
@@ -70,7 +71,7 @@ class UtilizationReport:
         ``p_value``, ``p_adjusted`` (Holm, over all tests of the study), ``n``, ``measure`` and
         ``branch`` (the choices under which a conditional parameter is active).
         """
-        return correlations(self.data)
+        return correlations(with_peaks_settled(self.data, self.models))
 
     @property
     def models(self) -> dict[str, UtilizationModel]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +24,7 @@ _NOISY = "wall_time"
 # What clock time may be a multiple of.
 _BASES = ("cpu_time", "gpu_time")
 _FEWEST_TO_CHAIN = 6
+_FEWEST_TO_DECIDE = 4
 # Leave-one-out densities of few trials are noisy; a chain must be clearly worse to be passed over.
 _CHAIN_BONUS = -3.0
 # Clock time is too noisy to tell a floor from a short trial.
@@ -61,12 +63,14 @@ class _Column:
         columns: np.ndarray,
         amounts: np.ndarray,
         censored: np.ndarray,
+        unsure: np.ndarray,
         floors: tuple[float, ...],
     ) -> None:
         self.known = np.isfinite(amounts)
         self.columns = columns[self.known]
         self.amounts = amounts[self.known]
         self.censored = censored[self.known]
+        self.unsure = unsure[self.known]
         self.floors = floors
 
     @classmethod
@@ -74,16 +78,36 @@ class _Column:
         amounts = [row.usage.get(name) for row in rows]
         plain = np.array([np.nan if amount is None else amount for amount in amounts])
         censored = np.array([name in row.censored for row in rows])
-        return cls(columns, plain, censored, _NO_FLOOR if name == _NOISY else FLOORS)
+        unsure = np.array([name in row.unsure for row in rows])
+        return cls(columns, plain, censored, unsure, _NO_FLOOR if name == _NOISY else FLOORS)
 
     def fit(self, start: Model | None, refit: bool) -> ResourceModel:
+        """Return the model; whether what is unsure are values or bounds is decided at refits."""
         earlier = start if isinstance(start, ResourceModel) else None
+        told = ~(self.censored | self.unsure)
+        if not self.unsure.any() or np.sum(told) < _FEWEST_TO_DECIDE:
+            return self._fit(self.censored, earlier, refit)
         if earlier is not None and not refit:
-            fresh = refresh_resource(self.columns, self.amounts, self.censored, earlier)
+            model = self._fit(self._held(earlier.unsure_held), earlier, refit)
+            return replace(model, unsure_held=earlier.unsure_held)
+        values = self._fit(self.censored, earlier, refit)
+        bounds = replace(self._fit(self._held(True), values, refit), unsure_held=True)
+        # Right is what foretells the others better: the trials that ran to their end.
+        better = direct_density(bounds, told) > direct_density(values, told)
+        return bounds if better else values
+
+    def _held(self, unsure_held: bool) -> np.ndarray:
+        return np.asarray(self.censored | self.unsure) if unsure_held else self.censored
+
+    def _fit(
+        self, censored: np.ndarray, earlier: ResourceModel | None, refit: bool
+    ) -> ResourceModel:
+        if earlier is not None and not refit:
+            fresh = refresh_resource(self.columns, self.amounts, censored, earlier)
             if fresh is not None:
                 return fresh
         return fit_resource(
-            self.columns, self.amounts, self.censored, start=earlier, floors=self.floors
+            self.columns, self.amounts, censored, start=earlier, floors=self.floors
         )
 
     def over(self, base: _Column) -> _Column | None:
@@ -94,7 +118,7 @@ class _Column:
             return None
         # Both stopped at the same moment: the ratio is a value, not a bound.
         none = np.zeros(len(self.amounts), dtype=bool)
-        return _Column(self.columns, self.amounts / base.amounts, none, _NO_FLOOR)
+        return _Column(self.columns, self.amounts / base.amounts, none, none, _NO_FLOOR)
 
 
 def _fit_noisy(

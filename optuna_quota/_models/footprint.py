@@ -79,7 +79,10 @@ class Footprint:
         columns = features.encode([row.params for row in rows])
         alike = start is not None and start._features == features
         models = fit_models(columns, rows, start._models if start and alike else {}, refit)
-        points = tuple(Point(row.params, row.usage, row.censored) for row in rows)
+        held = {name for name, model in models.items() if getattr(model, "unsure_held", False)}
+        points = tuple(
+            Point(row.params, row.usage, row.censored | (row.unsure & held)) for row in rows
+        )
         return cls(Contents(features, points, models, confidence))
 
     @classmethod

@@ -46,6 +46,7 @@ class ResourceModel:
         sites: Standardised observations, censored ones replaced.
         censored: True where a trial was stopped.
         hyperparameters: Of the Gaussian process.
+        unsure_held: Whether peaks of pruned trials count among the stopped ones.
     """
 
     columns: np.ndarray
@@ -55,6 +56,7 @@ class ResourceModel:
     sites: Sites
     censored: np.ndarray
     hyperparameters: Hyperparameters
+    unsure_held: bool = False
     process: GaussianProcess = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

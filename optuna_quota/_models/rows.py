@@ -30,12 +30,16 @@ class FootprintRow:
         distributions: Distribution of each.
         usage: What was measured.
         censored: Resources of which the trial would have used more, had it not been stopped.
+        unsure: Resources of which it may have: the peaks of a pruned trial. Each step of a
+            training mostly repeats the one before, but where later steps take more data or a
+            larger model, what was seen is a lower bound. The model's fit decides.
     """
 
     params: Mapping[str, Any]
     distributions: Mapping[str, BaseDistribution]
     usage: Usage
     censored: frozenset[str] = field(default=frozenset())
+    unsure: frozenset[str] = field(default=frozenset())
 
 
 def footprint_row(trial: FrozenTrial) -> FootprintRow | None:
@@ -46,11 +50,14 @@ def footprint_row(trial: FrozenTrial) -> FootprintRow | None:
     usage = _lower_bounds(record)
     if record.outcome == "rejected" or not usage.amounts():
         return None
+    censored = _censored(trial, record, usage)
+    pruned = trial.state.name == "PRUNED"
     return FootprintRow(
         params=trial.params,
         distributions=trial.distributions,
         usage=usage,
-        censored=_censored(trial, record, usage),
+        censored=censored,
+        unsure=frozenset(usage.amounts()) - censored if pruned else frozenset(),
     )
 
 

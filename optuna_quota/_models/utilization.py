@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 import math
 from typing import Any
@@ -15,6 +16,7 @@ from optuna_quota._models.utilization_data import StudyData
 from optuna_quota._models.utilization_design import build_design
 from optuna_quota._models.utilization_design import values_of
 from optuna_quota._models.utilization_fit import mean_and_jacobian
+from optuna_quota._models.utilization_fit import slopes
 from optuna_quota._models.utilization_select import MIN_OBSERVED
 from optuna_quota._models.utilization_select import select
 from optuna_quota._models.utilization_select import Selected
@@ -41,16 +43,30 @@ class UtilizationModel:
         numbers: Numbers of the trials it is fitted to, shape ``(n,)``.
         n_observed: How many of them were observed to their end.
         n_censored: How many count as lower bounds.
+        n_pruned_held: How many of these are peaks of trials that were pruned before they had them.
         criterion: What was chosen by which criterion, in words.
     """
 
-    def __init__(self, resource: str, selected: Selected, numbers: NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        resource: str,
+        selected: Selected,
+        numbers: NDArray[np.int64],
+        n_pruned_held: int = 0,
+    ) -> None:
         self.resource = resource
         self.numbers = numbers
         self.n_censored = int(selected.sample.censored.sum())
         self.n_observed = len(numbers) - self.n_censored
         self.criterion = "floor by BIC, interactions by extended BIC, all main effects"
+        self.n_pruned_held = n_pruned_held
         self._selected = selected
+
+    def log_likelihood(self, numbers: NDArray[np.int64]) -> float:
+        """Return the log-likelihood of the usage of the trials of these numbers."""
+        found = self._selected
+        terms = slopes(found.fit.theta, found.sample.under(found.fit), found.fit.has_floor)
+        return float(terms.loglike_obs[np.isin(self.numbers, numbers)].sum())
 
     @property
     def kind(self) -> str:
@@ -196,6 +212,12 @@ class UtilizationModel:
         return f"<UtilizationModel {self.formula} (n = {len(self.numbers)})>"
 
 
+def with_peaks_settled(data: StudyData, models: Mapping[str, UtilizationModel]) -> StudyData:
+    """Return a study's data with the peaks of pruned trials taken as its models took them."""
+    unreached = frozenset(name for name, model in models.items() if model.n_pruned_held)
+    return replace(data, unreached=unreached)
+
+
 def fit_models(data: StudyData) -> tuple[dict[str, UtilizationModel], dict[str, str]]:
     """Return a model for each resource that has enough trials, and why the others have none.
 
@@ -214,7 +236,27 @@ def fit_models(data: StudyData) -> tuple[dict[str, UtilizationModel], dict[str, 
 
 
 def fit_model(data: StudyData, resource: str) -> UtilizationModel | str:
-    """Return the model of one resource, or a sentence that says why there is none."""
+    """Return the model of one resource, or a sentence that says why there is none.
+
+    The peak of a pruned trial is a value where each step of a training repeats the one before, and
+    a lower bound where later steps take more data or a larger model. Bounds they are where the
+    trials that completed are so much likelier under that model that BIC would grant as many
+    parameters as it has.
+    """
+    as_value = _fit_model(data, resource)
+    if isinstance(as_value, str) or not get_resource(resource).peak or not data.pruned.any():
+        return as_value
+    held = replace(data, unreached=data.unreached | {resource})
+    as_bound = _fit_model(held, resource)
+    if isinstance(as_bound, str):
+        return as_value
+    completed = data.table["number"].to_numpy()[~held.censored(resource)]
+    gain = as_bound.log_likelihood(completed) - as_value.log_likelihood(completed)
+    price = 0.5 * len(as_bound.selected.fit.theta) * math.log(as_bound.n_observed)
+    return as_bound if gain > price else as_value
+
+
+def _fit_model(data: StudyData, resource: str) -> UtilizationModel | str:
     amounts, censored = data.amounts(resource), data.censored(resource)
     kept = np.isfinite(amounts) & (amounts > 0)
     observed, title = kept & ~censored, get_resource(resource).title
@@ -231,4 +273,9 @@ def fit_model(data: StudyData, resource: str) -> UtilizationModel | str:
     selected = select(
         design, values_of(data.parameters, kept), np.log(amounts[kept]), censored[kept]
     )
-    return UtilizationModel(resource, selected, data.table["number"].to_numpy()[kept])
+    return UtilizationModel(
+        resource,
+        selected,
+        data.table["number"].to_numpy()[kept],
+        n_pruned_held=int(data.pruned[kept].sum()) if resource in data.unreached else 0,
+    )

@@ -61,12 +61,14 @@ class StudyData:
         parameters: Hyperparameters and chosen user attributes.
         ended: How each trial ended, by Optuna's state where this library did not see it.
         resources: The resources that at least one trial has a known usage of.
+        unreached: The resources whose peak a pruned trial has not reached, as the models found.
     """
 
     table: pd.DataFrame
     parameters: tuple[Parameter, ...]
     ended: NDArray[np.object_]
     resources: tuple[str, ...]
+    unreached: frozenset[str] = frozenset()
 
     def amounts(self, resource: str) -> NDArray[np.float64]:
         """Return what each trial used, shape ``(n_trials,)``; NaN where unknown.
@@ -82,7 +84,13 @@ class StudyData:
 
     def censored(self, resource: str) -> NDArray[np.bool_]:
         """Return where the amount is only a lower bound, shape ``(n_trials,)``."""
-        return np.array([is_censored(resource, outcome) for outcome in self.ended], dtype=bool)
+        held = np.array([is_censored(resource, outcome) for outcome in self.ended], dtype=bool)
+        return held | self.pruned if resource in self.unreached else held
+
+    @property
+    def pruned(self) -> NDArray[np.bool_]:
+        """Which trials were pruned, shape ``(n_trials,)``."""
+        return np.array([outcome == "pruned" for outcome in self.ended], dtype=bool)
 
     def ranked(self, resource: str) -> NDArray[np.bool_]:
         """Return which trials can be put in order by their usage, shape ``(n_trials,)``.

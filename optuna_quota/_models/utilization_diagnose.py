@@ -13,6 +13,7 @@ from optuna_quota._models.utilization_design import Column
 from optuna_quota._models.utilization_fit import leverage
 from optuna_quota._models.utilization_fit import Slopes
 from optuna_quota._models.utilization_fit import slopes
+from optuna_quota._resources import get_resource
 
 
 if TYPE_CHECKING:
@@ -48,7 +49,16 @@ def diagnose(model: UtilizationModel) -> list[str]:
             found += _shape(model, residuals)
     if not fit.converged:
         found.append("The fit did not come to rest: treat the estimates as rough.")
-    return [*found, *model.selected.design.notes]
+    return [*found, *_pruned(model), *model.selected.design.notes]
+
+
+def _pruned(model: UtilizationModel) -> Iterator[str]:
+    if model.n_pruned_held:
+        title = get_resource(model.resource).title
+        yield (
+            f"Of {model.n_pruned_held} pruned trials the {title} counts as a lower bound: it was "
+            "still to grow, as the trials that completed show."
+        )
 
 
 def upper_edge(model: UtilizationModel) -> tuple[float, float, float]:

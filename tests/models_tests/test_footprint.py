@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from optuna_quota import Footprint
 from optuna_quota import Limits
 from optuna_quota import Usage
+from optuna_quota._models.earlier import earlier_rows
 from optuna_quota._models.rows import FootprintRow
 
 
@@ -102,6 +104,51 @@ def test_terminated_trials_are_lower_bounds() -> None:
     ).intervals(large)["memory"]
     assert heeded > 2 * taken.median
     assert Footprint.fit(rows).probability(large, limits) > 0.9
+
+
+def _prune(rows: list[FootprintRow], share: float) -> list[FootprintRow]:
+    """Every third trial pruned at a share of what it would have used above 200 MB."""
+    pruned = []
+    for number, row in enumerate(rows):
+        if number % 3 == 0:
+            memory = 2e8 + share * ((row.usage.memory or 0.0) - 2e8)
+            usage = Usage(memory=memory, wall_time=0.3 * (row.usage.wall_time or 0.0))
+            row = replace(
+                row, usage=usage, censored=frozenset({"wall_time"}), unsure=frozenset({"memory"})
+            )
+        pruned.append(row)
+    return pruned
+
+
+def test_peaks_of_pruned_trials_that_grow_with_the_steps_are_lower_bounds() -> None:
+    rows = _prune(draw_rows(40), share=0.25)
+    footprint = Footprint.fit(rows)
+    for row in draw_rows(10, seed=1):
+        found = footprint.intervals(row.params)["memory"]
+        assert found.median == pytest.approx(row.usage.memory, rel=0.2)
+    # Carried on while hyperparameters are kept, and to the next study.
+    kept = Footprint.fit([*rows, *draw_rows(3, seed=2)], start=footprint, refit=False)
+    again = Footprint.fit(earlier_rows(Footprint.from_json(footprint.to_json())))
+    large = {"width": 700, "depth": 6, "kind": "b"}
+    for other in (kept, again):
+        assert other.intervals(large)["memory"].median == pytest.approx(
+            truth(large).memory, rel=0.2
+        )
+
+
+def test_peaks_of_pruned_trials_that_were_reached_are_values() -> None:
+    rows = _prune(draw_rows(40), share=1.0)
+    footprint = Footprint.fit(rows)
+    assert not any("memory" in point.censored for point in footprint.contents.points)
+
+
+def test_peaks_of_pruned_trials_are_values_while_next_to_none_completed() -> None:
+    rows = [
+        replace(row, censored=frozenset({"wall_time"}), unsure=frozenset({"memory"}))
+        for row in draw_rows(12)
+    ]
+    footprint = Footprint.fit([*rows, *draw_rows(2, seed=1)])
+    assert not any("memory" in point.censored for point in footprint.contents.points)
 
 
 def _constant(rows: list[FootprintRow]) -> list[FootprintRow]:

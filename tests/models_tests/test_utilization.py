@@ -11,6 +11,7 @@ import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
+from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import analyze
@@ -21,6 +22,8 @@ from optuna_quota._models.utilization_fit import fit
 from optuna_quota._models.utilization_fit import robust_covariance
 from optuna_quota._models.utilization_fit import Sample
 from optuna_quota._models.utilization_fit import slopes
+from optuna_quota._records import record_attributes
+from optuna_quota._records import TrialRecord
 from tests.analysis_tests.studies import draw
 from tests.analysis_tests.studies import finished
 from tests.analysis_tests.studies import power_law_study
@@ -156,6 +159,42 @@ def test_times_of_trials_ended_early_are_survival_data() -> None:
 
     assert "failure time" in model.kind and model.n_censored > 20
     assert model.coefficients.loc["rows", "lower"] < 1.0 < model.coefficients.loc["rows", "upper"]
+
+
+def pruning_study(share: float, n: int = 60) -> optuna.Study:
+    """Memory of 100 MB and a law in rows; every third trial pruned at a share of that law."""
+    rng = np.random.default_rng(5)
+    trials = []
+    for number in range(n):
+        params = draw(SPACE, rng)
+        cut = number % 3 == 0
+        memory = 1e8 + (share if cut else 1.0) * 40.0 * params["rows"] ** 2.0
+        usage = Usage(memory=memory * math.exp(0.02 * rng.standard_normal()))
+        record = TrialRecord(outcome="pruned" if cut else "completed", usage=usage)
+        state = TrialState.PRUNED if cut else TrialState.COMPLETE
+        changes = {"state": state, "user_attrs": record_attributes(record)}
+        trials.append(finished(params, usage, **changes))
+    return study_of(*trials)
+
+
+def test_peaks_that_pruned_trials_had_not_reached_are_lower_bounds() -> None:
+    report = analyze(pruning_study(share=0.25))
+
+    model = report.models["memory"]
+    assert model.n_pruned_held == model.n_censored == 20
+    assert model.coefficients.loc["rows", "estimate"] == pytest.approx(2.0, abs=0.05)
+    assert any("20 pruned trials" in line for line in model.diagnostics)
+    found = report.correlations.set_index(["param", "resource"]).loc[("rows", "memory")]
+    assert found["n"] == 40
+
+
+def test_peaks_that_pruned_trials_had_reached_are_values() -> None:
+    report = analyze(pruning_study(share=1.0))
+
+    model = report.models["memory"]
+    assert model.n_pruned_held == model.n_censored == 0
+    found = report.correlations.set_index(["param", "resource"]).loc[("rows", "memory")]
+    assert found["n"] == 60
 
 
 def test_statsmodels_results_are_at_hand() -> None:
