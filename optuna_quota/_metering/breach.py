@@ -29,20 +29,21 @@ def find_breach(
         left: What is left of the study's total quotas, by resource; the tighter ceiling counts.
         elapsed: Seconds since the start of the trial.
     """
-    return worst_breach(amounts, ceilings(limits.amounts(), left), elapsed)
+    found = breaches(amounts, ceilings(limits.amounts(), left), elapsed)
+    return found[0] if found else None
 
 
-def worst_breach(
+def breaches(
     amounts: Mapping[str, float], in_force: Mapping[str, tuple[float, bool]], elapsed: float
-) -> Breach | None:
-    """Return what :func:`find_breach` does, from the ceilings that :func:`ceilings` gives."""
+) -> list[Breach]:
+    """Return all breaches, the furthest first, by the ceilings that :func:`ceilings` gives."""
     known = {"wall_time": elapsed, "trial_time": elapsed, **amounts}
     found = [
         Breach(name, ceiling, known[name], elapsed, quota=quota)
         for name, (ceiling, quota) in in_force.items()
         if name in known and _is_over(name, known[name], ceiling)
     ]
-    return max(found, key=_excess, default=None)
+    return sorted(found, key=_excess, reverse=True)
 
 
 def ceilings(

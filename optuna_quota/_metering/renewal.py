@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 
 from optuna_quota._resources import Breach
 
@@ -33,12 +34,16 @@ class Renewal:
         self._refused: set[str] = set()
 
     def review(
-        self, breach: Breach | None, amounts: Mapping[str, float], ceilings: Ceilings, now: float
-    ) -> Breach | None:
-        """Return a breach unless it waits for an answer; ask when a slice runs low.
+        self,
+        breaches: Sequence[Breach],
+        amounts: Mapping[str, float],
+        ceilings: Ceilings,
+        now: float,
+    ) -> list[Breach]:
+        """Return the breaches that do not wait for an answer; ask when a slice runs low.
 
         Args:
-            breach: The worst breach of all.
+            breaches: All that were found.
             amounts: What the trial uses, by resource.
             ceilings: What it may use, and whether for now, as its slice of a quota.
             now: The time in seconds.
@@ -46,7 +51,7 @@ class Renewal:
         near = any(amounts.get(n, 0.0) >= ASK_AT * s for n, s in _slices(ceilings).items())
         if near and self._asked is None and now >= self._next:
             self._asked, self._is_due = now, True
-        return None if breach is not None and self._holds_back(breach, now) else breach
+        return [breach for breach in breaches if not self._holds_back(breach, now)]
 
     def _holds_back(self, breach: Breach, now: float) -> bool:
         if not _can_grow(breach.resource, breach.quota) or breach.resource in self._refused:

@@ -11,8 +11,8 @@ import math
 from typing import TYPE_CHECKING
 
 from optuna_quota._metering.amounts import Amounts
+from optuna_quota._metering.breach import breaches
 from optuna_quota._metering.breach import ceilings
-from optuna_quota._metering.breach import worst_breach
 from optuna_quota._metering.renewal import ASK_AT
 from optuna_quota._metering.renewal import Renewal
 from optuna_quota._metering.timeline import Timeline
@@ -58,7 +58,8 @@ class Watch:
         meters: The user's own meters.
         started: When it started, on the loop's clock.
         isolation: Where it runs: ``"thread"`` alone in this process, ``"shared"`` once it ran
-            there beside another, ``"process"`` in a process tree of its own.
+            there beside another, ``"process"`` in a process tree of its own, None where this
+            process can't see it.
         breach: The first breach found; stays.
         verdict: How it ended, from whoever ended it.
         owner: Who settles the trial's record, ``"sampler"`` for the sampler.
@@ -82,7 +83,7 @@ class Watch:
         self.key = key
         self.meters = tuple(meters)
         self.started = now
-        self.isolation: Isolation = "thread"
+        self.isolation: Isolation | None = "thread"
         self.breach: Breach | None = None
         self.verdict: Verdict | None = None
         self.owner: str | None = None
@@ -257,10 +258,10 @@ class Watch:
         amounts.setdefault("trial_time", elapsed)
         if self.prices:
             amounts["cost"] = sum(p * amounts.get(n, 0.0) / 3600 for n, p in self.prices.items())
-        found = worst_breach(amounts, self._ceilings, elapsed)
+        found = breaches(amounts, self._ceilings, elapsed)
         if self._renewal is not None:
             found = self._renewal.review(found, amounts, self._ceilings, now)
-        self.breach = found
+        self.breach = found[0] if found else None
 
     def _cores(self, now: float, cpu_time: float | None) -> dict[str, float]:
         """Return the rate of CPU time over the last second; nothing before it has passed."""

@@ -26,30 +26,30 @@ def test_it_asks_once_at_four_fifths_of_a_slice() -> None:
     renewal = Renewal(lambda: None)
     seen = []
     for used, now in ((7.9, 1.0), (8.0, 2.0), (9.0, 3.0)):
-        renewal.review(None, {"cpu_time": used}, TEN, now)
+        renewal.review([], {"cpu_time": used}, TEN, now)
         seen.append(asks(renewal))
     renewal.answer(TEN, TWENTY, 3.0)
     for used, now in ((9.0, 3.0), (16.0, 3.0)):
-        renewal.review(None, {"cpu_time": used}, TWENTY, now)
+        renewal.review([], {"cpu_time": used}, TWENTY, now)
         seen.append(asks(renewal))
     assert seen == [False, True, False, False, True]
 
 
 def test_a_breach_waits_for_the_answer_but_not_for_ever() -> None:
     renewal = Renewal(lambda: None)
-    assert renewal.review(OVER, {"cpu_time": 10.5}, TEN, 1.0) is None
-    assert renewal.review(OVER, {"cpu_time": 10.5}, TEN, 1.1) is None
-    assert renewal.review(OVER, {"cpu_time": 10.5}, TEN, 1.0 + PATIENCE) is OVER
+    assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 1.0) == []
+    assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 1.1) == []
+    assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 1.0 + PATIENCE) == [OVER]
 
 
 def test_what_was_refused_breaches_at_once_and_is_asked_for_again() -> None:
     renewal = Renewal(lambda: None)
-    renewal.review(None, {"cpu_time": 8.5}, TEN, 1.0)
+    renewal.review([], {"cpu_time": 8.5}, TEN, 1.0)
     assert asks(renewal)
     renewal.answer(TEN, TEN, 1.0)
-    renewal.review(None, {"cpu_time": 9.0}, TEN, 1.1)
+    renewal.review([], {"cpu_time": 9.0}, TEN, 1.1)
     assert not asks(renewal)
-    assert renewal.review(OVER, {"cpu_time": 10.5}, TEN, 2.0) is OVER
+    assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 2.0) == [OVER]
     assert asks(renewal)
 
 
@@ -63,8 +63,16 @@ def test_what_was_refused_breaches_at_once_and_is_asked_for_again() -> None:
 def test_of_a_limit_and_of_the_studys_clock_there_is_no_more(breach: Breach, quota: bool) -> None:
     renewal = Renewal(lambda: None)
     ceilings = {breach.resource: (10.0, quota)}
-    assert renewal.review(breach, {breach.resource: 10.5}, ceilings, 1.0) is breach
+    assert renewal.review([breach], {breach.resource: 10.5}, ceilings, 1.0) == [breach]
     assert not asks(renewal)
+
+
+def test_a_breach_that_waits_hides_no_other() -> None:
+    renewal = Renewal(lambda: None)
+    memory = Breach("memory", 10, 11, 1)
+    amounts = {"cpu_time": 10.5, "memory": 11}
+    ceilings = {**TEN, "memory": (10.0, False)}
+    assert renewal.review([OVER, memory], amounts, ceilings, 1.0) == [memory]
 
 
 def test_the_loop_asks_in_time_and_ends_the_trial_where_no_more_is_given() -> None:
