@@ -39,6 +39,8 @@ from optuna_quota._ledger.request import first_wants
 from optuna_quota._ledger.request import more_wants
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.running import Running
+from optuna_quota._ledger.standstill import PATIENCE
+from optuna_quota._ledger.standstill import standstill
 from optuna_quota._ledger.undertaker import Undertaker
 from optuna_quota._ledger.worker import this_worker
 from optuna_quota._resources import Limits
@@ -116,6 +118,7 @@ class Ledger:
         self._bury_left_behind()
         trial_id, number = _optuna.trial_id_of(trial), trial.number
         held, seen, waiting = Reservation(), self._accounts.last, False
+        since, told = self._clock.monotonic(), False
         for pause in pauses():
             seen = self._undertaker.look() if seen is None or waiting else seen
             beside = _beside(seen, number)
@@ -145,6 +148,8 @@ class Ledger:
                 return refusal
             held = self._queue_up(trial_id, held, wants)
             waiting = True
+            if not told and self._clock.monotonic() - since >= PATIENCE:
+                told = self._tell_of_standstill(number, decision, seen)
             self._clock.sleep(pause)
         raise AssertionError("The pauses never end.")
 
@@ -192,6 +197,15 @@ class Ledger:
         }
         return beyond(self.quota, self._accounts.with_settled(seen), {}, granted)
 
+    def _tell_of_standstill(self, number: int, decision: Decision, seen: Snapshot) -> bool:
+        here = threading.get_ident()
+        with self._changing:
+            own = [r.number for r in self._running.values() if r.asker == here]
+        warning = standstill(number, decision.shortage, seen.claims, own)
+        if warning is not None:
+            _logger.warning(warning)
+        return warning is not None
+
     def _queue_up(
         self, trial_id: int, held: Reservation, wants: Mapping[str, Want]
     ) -> Reservation:
@@ -213,6 +227,8 @@ class Ledger:
             running.deadline = max(0.0, self.quota.wall_time - self._accounts.wall_time(now))
         if _optuna.in_optimize_loop(self._study):
             running.thread = threading.get_ident()
+        else:
+            running.asker = threading.get_ident()
         self._running[trial_id] = running
         return Grant(running.left, gpu=gpu)
 

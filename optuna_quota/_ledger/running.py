@@ -32,6 +32,7 @@ class Running:
         limits: Its limits.
         deadline: Seconds from its start to the end of the study's clock time.
         thread: The thread whose ``optimize`` runs it; None when it was asked for by hand.
+        asker: The thread that asked for it by hand; None under ``optimize``.
         watch: Its metering.
     """
 
@@ -41,6 +42,7 @@ class Running:
     limits: Limits
     deadline: float | None = None
     thread: int | None = None
+    asker: int | None = None
     watch: Watch | None = None
 
     @property

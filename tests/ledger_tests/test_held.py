@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import logging
 from pathlib import Path
 import threading
 import time
@@ -100,6 +101,49 @@ def test_who_waits_longest_goes_first_though_smaller_ones_would_fit() -> None:
     finish(study, ledger, large, Usage(memory=8))
     second.join(30)
     assert admitted == [1, 2]
+
+
+class Hourglass:
+    """A clock that sleeping moves on, and that calls when its time has come."""
+
+    def __init__(self, due: float, call: Callable[[], None]) -> None:
+        self.now, self.due, self.call = 0.0, due, call
+
+    def time(self) -> float:
+        return 1e9 + self.now
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        if self.now >= self.due:
+            self.due = float("inf")
+            self.call()
+
+
+@pytest.mark.parametrize("by_another_thread", [False, True])
+def test_a_wait_for_what_the_same_thread_asked_for_is_told(
+    by_another_thread: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = optuna.create_study()
+    first, second = begin(study), begin(study)
+    clock = Hourglass(60, lambda: finish(study, ledger, first, Usage(memory=6)))
+    ledger = Ledger(study, Quota(memory=10), clock=clock)
+    if by_another_thread:
+        thread = threading.Thread(target=reserve, args=(ledger, first, {"memory": 6}))
+        thread.start()
+        thread.join()
+    else:
+        reserve(ledger, first, {"memory": 6})
+    caplog.set_level(logging.WARNING, logger="optuna.quota")
+    assert isinstance(reserve(ledger, second, {"memory": 6}), Grant)
+    told = {r.message for r in caplog.records if r.levelno == logging.WARNING}
+    if by_another_thread:
+        assert told == set()
+    else:
+        (message,) = told
+        assert message.startswith("Trial 1 waits for memory that trial 0 holds.")
 
 
 def test_what_can_never_fit_is_refused_and_the_study_is_not_over() -> None:
