@@ -1,23 +1,40 @@
-"""Ray Tune's OptunaSearch: it takes a sampler and no pruner, so the limits go to the sampler.
+"""Ray Tune's OptunaSearch: it takes a sampler and no pruner, so limits would go to the sampler.
 
-Ray trains in processes of its own, which the study's process does not see: their memory and CPU
-time are not measured, and stopping a trial is left to Ray. The totals that the study's process
-can count hold: the number of trials, and the time of trials.
+Ray trains in processes of its own, which the study's process does not see: with
+``metering=False`` only the time of each trial is recorded, and nothing of this process is taken
+for a trial's own. Stopping a trial is left to Ray. The totals that the study's process can count
+hold: the number of trials, and the time of trials.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from typing import Any
 
 import optuna
 import ray
 from ray import tune
 from ray.tune.search import ConcurrencyLimiter
+from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from optuna_quota import Quota
+from optuna_quota import QuotaExhausted
 from optuna_quota import QuotaSampler
+from optuna_quota import trial_table
+
+
+class QuotaSearch(OptunaSearch):
+    """An OptunaSearch that ends when the quota is used up, where Ray would end by the error."""
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return a point, or that there are no more."""
+        try:
+            return super().suggest(trial_id)
+        except QuotaExhausted as exhausted:
+            print(f"Ended: {exhausted}")
+            return Searcher.FINISHED
 
 
 def train(config: dict[str, float]) -> None:
@@ -30,20 +47,30 @@ if __name__ == "__main__":
     ray.init(
         num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20
     )
-    search = OptunaSearch(
+    storage = optuna.storages.InMemoryStorage()
+    search = QuotaSearch(
         metric="loss",
         mode="min",
-        sampler=QuotaSampler(optuna.samplers.TPESampler(seed=0), quota=Quota(trial_time="2min")),
+        sampler=QuotaSampler(
+            optuna.samplers.TPESampler(seed=0),
+            quota=Quota(n_trials=4, trial_time="10min"),
+            metering=False,
+        ),
+        storage=storage,
+        study_name="ray",
     )
     with tempfile.TemporaryDirectory() as folder:
         results = tune.Tuner(
             train,
             param_space={"x": tune.uniform(-5, 5)},
             tune_config=tune.TuneConfig(
-                search_alg=ConcurrencyLimiter(search, max_concurrent=2), num_samples=4
+                search_alg=ConcurrencyLimiter(search, max_concurrent=2),
+                num_samples=10,
             ),
             run_config=tune.RunConfig(storage_path=folder, verbose=0),
         ).fit()
     ray.shutdown()
     print(f"{len(results)} trials, {results.num_errors} errors")
     print(f"best loss {results.get_best_result('loss', 'min').metrics['loss']:.3f}")
+    table = trial_table(optuna.load_study(storage=storage, study_name="ray"))
+    print(table[["number", "value", "memory", "wall_time", "outcome"]].to_string(index=False))

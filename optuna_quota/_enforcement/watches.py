@@ -42,6 +42,7 @@ def start_watch(
     left: Mapping[str, float] | None = None,
     meters: Sequence[Meter] = (),
     holder: FrozenTrial | None = None,
+    here: bool = True,
 ) -> Watch:
     """Start the metering of a trial.
 
@@ -54,9 +55,11 @@ def start_watch(
         meters: The user's own meters.
         holder: An object that lives as long as the trial does in this process; without it, the
             trial's row tells.
+        here: False when the trial runs where this process can't see it.
     """
     _register.let_go_of_what_is_over()
-    watch = metering_loop().watch(key_of(study, trial), limits=limits, left=left, meters=meters)
+    key = key_of(study, trial)
+    watch = metering_loop().watch(key, limits=limits, left=left, meters=meters, here=here)
     watch.owner = owner
     _register.add(_Entry(study, watch, holder))
     return watch

@@ -92,6 +92,7 @@ class MeteringLoop:
         left: Mapping[str, float] | None = None,
         meters: Sequence[Meter] = (),
         pid: int | None = None,
+        here: bool = True,
     ) -> Watch:
         """Put a trial under metering; to be called from the thread that runs it.
 
@@ -101,6 +102,7 @@ class MeteringLoop:
             left: What it may use of the study's total quotas, by resource.
             meters: The user's own meters.
             pid: The root of the trial's process tree; None when it runs in this process.
+            here: False when it runs where this process can't see it: the clock alone is read.
 
         Raises:
             ProcessLookupError: If there is no such process.
@@ -109,9 +111,12 @@ class MeteringLoop:
             watch = Watch(self, key, limits or Limits(), left or {}, meters, self.now())
             if pid is not None:
                 watch.isolate()
-            self._join(watch, pid)
+            if here:
+                self._join(watch, pid)
+            else:
+                watch.isolation = None
             self._watches[key] = watch
-            eager = [probe for probe in self._probes[watch] if probe.eager]
+            eager = [probe for probe in self._probes.get(watch, ()) if probe.eager]
             self._start()
             self._poke()
         self._probe(eager)

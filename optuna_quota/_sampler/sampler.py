@@ -87,6 +87,12 @@ class QuotaSampler(BaseSampler):
         one_gpu: Give each trial the GPU with the most room for its ``gpu_memory``, among those
             that this process may use. An isolated trial sees no other
             (``CUDA_VISIBLE_DEVICES``).
+        metering: False where trials run in processes that this one neither starts nor sees, as
+            under Ray Tune, or in an ask-and-tell loop that hands them to other machines. Only
+            the time from ``ask`` to ``tell`` is measured then, since all else would be this
+            process's own, and other usage stays unknown unless the trial's row reports it:
+            ``trial.set_user_attr("quota:memory", peak_bytes)`` before ``tell``. Isolated trials
+            are measured all the same.
         lease: Seconds, or text with its unit, without a sign of life after which a worker on
             another machine is taken for dead and its trial ended. Workers on the same machine
             are known by their processes.
@@ -119,6 +125,7 @@ class QuotaSampler(BaseSampler):
         meters: Sequence[Meter] = (),
         on_exhausted: OnExhausted = "stop",
         one_gpu: bool = False,
+        metering: bool = True,
         lease: float | str = LEASE,
         breach_probability: float = 0.5,
         on_veto: OnVeto = "auto",
@@ -148,6 +155,7 @@ class QuotaSampler(BaseSampler):
         self.meters = check_names(meters)
         self.on_exhausted = on_exhausted
         self.one_gpu = one_gpu
+        self.metering = metering
         self.on_projected = on_projected
         self.lease = parse_seconds(lease, "lease")
         self._rules = Rules(footprint, confidence, breach_probability, on_veto, audits)
@@ -333,6 +341,7 @@ class QuotaSampler(BaseSampler):
                     lease=self.lease,
                     stops=stops,
                     one_gpu=self.one_gpu,
+                    metering=self.metering,
                 )
                 self._sessions[key] = session
         return session

@@ -49,6 +49,7 @@ class Session:
         study: The study.
         quota: Its quota.
         one_gpu: Whether each trial is given one GPU of this machine.
+        metering: Whether trials are measured in this process.
         lease: Seconds after which a silent worker on another machine is taken for dead.
         proposals: Admits its points.
         stops: Whether ``optimize`` ends quietly once a total quota is used up.
@@ -68,6 +69,7 @@ class Session:
         lease: float,
         stops: bool,
         one_gpu: bool = False,
+        metering: bool = True,
     ) -> None:
         self.ledger = Ledger(study, quota, lease=lease, gpus=gpus_here() if one_gpu else ())
         self.proposals = proposals
@@ -75,6 +77,7 @@ class Session:
         self.warning = EarlyWarning()
         self._quota = quota
         self._stops = stops
+        self._metering = metering
         self._refused: set[int] = set()
         self._interrupters: dict[int, Interrupter] = {}
         self._lock = threading.Lock()
@@ -97,7 +100,14 @@ class Session:
         self._tidy_up(limits)
         trial_id = _optuna.trial_id_of(trial)
         watch = start_watch(
-            study, trial, "sampler", limits=limits, left=grant.left, meters=meters, holder=trial
+            study,
+            trial,
+            "sampler",
+            limits=limits,
+            left=grant.left,
+            meters=meters,
+            holder=trial,
+            here=self._metering,
         )
         self.ledger.keep(trial_id, watch)
         if isinstance(study.pruner, QuotaPruner) and study.pruner.interrupt:
@@ -132,7 +142,10 @@ class Session:
             if interrupter is not None:
                 interrupter.disarm()
             watch = find_watch(study, trial)
-            here = watch is not None and watch.isolation != "process"
+            if watch is not None and watch.isolation is None:
+                # Nobody here saw it run: what its row says of itself is all there is to know.
+                watch.add_usage(read_record(trial).usage)
+            here = watch is not None and watch.isolation in ("thread", "shared")
             self._litter = self._litter or (here and state != TrialState.COMPLETE)
             own = limits if watch is None else watch.limits
             verdict = self.proposals.rejection(trial)

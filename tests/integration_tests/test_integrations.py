@@ -96,6 +96,12 @@ def test_ask_and_tell(tmp_path: Path) -> None:
 def test_ray_tune(tmp_path: Path) -> None:
     out = run("ray_tune", tmp_path, "ray")
     assert "4 trials, 0 errors" in out
+    assert "Ended: The quota of 4 trials is used up" in out
+    rows = re.findall(r"^ *\d+ +\S+ +(\S+) +(\S+) completed$", out, re.M)
+    assert len(rows) == 4
+    for memory, wall_time in rows:
+        assert memory == "NaN"
+        assert 0 < float(wall_time) < 120
 
 
 def test_dask_workers_share_one_quota(tmp_path: Path) -> None:
