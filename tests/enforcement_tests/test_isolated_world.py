@@ -74,6 +74,7 @@ def test_a_main_without_a_file_as_in_a_notebook(tmp_path: Path) -> None:
     assert run_python(tmp_path, "-c", SCRIPT) == "the script runs\n[6.0, 6.0]\n"
 
 
+@pytest.mark.integration
 def test_a_notebook(tmp_path: Path) -> None:
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
