@@ -21,6 +21,7 @@ from optuna_quota import Limits
 from optuna_quota import QuotaPruner
 from optuna_quota import TrialCrashed
 from optuna_quota._enforcement.isolation.template_client import template_client
+from optuna_quota._enforcement.isolation.template_client import TemplateClient
 from optuna_quota._records import read_record
 
 
@@ -363,6 +364,45 @@ def test_modules_that_start_threads_are_left_to_the_trials(
         assert "starts_a_thread" in client._unsafe
     finally:
         client._wanted.pop("starts_a_thread")
+
+
+def test_a_package_full_of_threads_costs_one_template(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "full_of_threads"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "quiet.py").write_text("")
+    for name in "abcd":
+        (package / f"{name}.py").write_text(
+            "import threading, time\n"
+            "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    client = TemplateClient()
+    client.want(["full_of_threads", "full_of_threads.quiet"])
+    client.want([f"full_of_threads.{name}" for name in "abcd"])
+    try:
+        client.launch(None).close()
+        assert client._unsafe == {"full_of_threads.a"}
+        assert {"full_of_threads", "full_of_threads.quiet"} <= client._loaded
+        assert "full_of_threads.b" not in client._loaded
+    finally:
+        client.close()
+        client._errors.close()
+
+
+def test_threads_that_end_before_a_fork_are_no_danger() -> None:
+    # scipy alone brings no OpenBLAS, many of its modules do.
+    pytest.importorskip("scipy.special._ufuncs")
+    client = TemplateClient()
+    client.want(["scipy", "scipy.special._ufuncs", "scipy.special._basic"])
+    try:
+        client.launch(None).close()
+        assert client._unsafe == set()
+    finally:
+        client.close()
+        client._errors.close()
 
 
 def test_what_a_template_said_is_heard_when_it_ends_before_all_was_sent() -> None:

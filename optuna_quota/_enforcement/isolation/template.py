@@ -23,6 +23,7 @@ import traceback
 
 from optuna_quota._enforcement.isolation import processes
 from optuna_quota._enforcement.isolation.output import blank_logging
+from optuna_quota._enforcement.isolation.trial_process import fork
 from optuna_quota._enforcement.isolation.trial_process import fork_trial
 from optuna_quota._enforcement.isolation.trial_process import Forked
 
@@ -30,10 +31,6 @@ from optuna_quota._enforcement.isolation.trial_process import Forked
 # Its memory is not needed for ever: the next trial after so many idle seconds starts a new one.
 IDLE_TIME = 10.0
 MESSAGE_SIZE = 1 << 17
-
-
-# Each brings an OpenBLAS, whose threads survive a fork: it ends them before, and starts them anew.
-_SAFE_THREADS = ("numpy", "scipy", "scipy.linalg")
 
 
 @dataclass(frozen=True)
@@ -156,10 +153,22 @@ class Template:
 
 def preload_safely(name: str) -> bool:
     """Import a module; return whether a fork can be made beside the threads that it started."""
-    threads, known = _count_threads(), [m for m in _SAFE_THREADS if m in sys.modules]
     preload(name)
-    # Many import scipy, and so start its threads.
-    return _count_threads() <= threads or len(known) < sum(m in sys.modules for m in _SAFE_THREADS)
+    return _count_threads() == 1 or _threads_heed_forks()
+
+
+def _threads_heed_forks() -> bool:
+    """Return whether every thread but this one ends before a fork, by making one.
+
+    OpenBLAS (numpy's, and another one of scipy's that many of its modules bring along) ends its
+    threads before a fork and starts them anew when it needs them. Which libraries do so can't be
+    told by their names, but it can be seen.
+    """
+    pid = fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return _count_threads() == 1
 
 
 def settle_down() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 from collections.abc import Iterable
 import contextlib
+import itertools
 import os
 from pathlib import Path
 import pickle
@@ -40,6 +41,7 @@ class TemplateClient:
         self._wanted: dict[str, None] = {}
         self._loaded: set[str] = set()
         self._unsafe: set[str] = set()
+        self._safe: set[str] = set()
         self._retired: list[subprocess.Popen[bytes]] = []
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
 
@@ -108,7 +110,7 @@ class TemplateClient:
         return self._process is not None and self._process.poll() is None
 
     def _preload(self, sock: socket.socket) -> None:
-        new = [m for m in self._wanted if m not in self._loaded and m not in self._unsafe]
+        new = [m for m in self._wanted if m not in self._loaded and not self._is_unsafe(m)]
         if not new:
             return
         self._loaded.update(new)
@@ -137,8 +139,17 @@ class TemplateClient:
         message = pickle.loads(last_words) if last_words else None
         if not isinstance(message, Unsafe) or message.module in self._unsafe:
             return False
+        # Those of its package that come later are not tried: each one unsafe costs a template,
+        # and the trial waits meanwhile.
+        earlier = itertools.takewhile(lambda name: name != message.module, self._wanted)
+        self._safe.update([name for name in earlier if not self._is_unsafe(name)])
         self._unsafe.add(message.module)
         return True
+
+    def _is_unsafe(self, module: str) -> bool:
+        package = module.partition(".")[0]
+        spoilt = any(package == name.partition(".")[0] for name in self._unsafe)
+        return spoilt and module not in self._safe
 
 
 def _rest(sock: socket.socket) -> bytes:
