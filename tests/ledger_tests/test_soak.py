@@ -13,12 +13,14 @@ SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(500)
 def test_the_quota_holds_while_workers_are_killed() -> None:
     options = ["--storage", "journal-file", "--workers", "3", "--seconds", "2"]
-    options += ["--kill-every", "0.4", "--n-trials", "25"]
+    # Trials take longer on a loaded machine: their time must not run out before anyone is killed.
+    options += ["--kill-every", "0.4", "--n-trials", "25", "--trial-time", "100"]
     run = subprocess.run(
-        [sys.executable, str(SOAK), *options], capture_output=True, text=True, timeout=110
+        [sys.executable, str(SOAK), *options], capture_output=True, text=True, timeout=450
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "killed 0" not in run.stdout
-    assert run.stdout.count(" yes ") == 4
+    assert run.stdout.count(" yes ") == 5

@@ -18,6 +18,7 @@ from optuna_quota import QuotaSampler
 from optuna_quota._metering import key_of
 from optuna_quota._metering import metering_loop
 from optuna_quota._records import read_record
+from optuna_quota._sampler.proposals import Proposals
 
 
 def objective(trial: optuna.Trial) -> float:
@@ -42,6 +43,24 @@ def test_each_trial_is_metered_and_recorded() -> None:
         assert record.isolation == "thread"
         assert record.host
         assert metering_loop().find(key_of(study, trial)) is None
+
+
+def test_what_is_learned_and_loaded_before_a_trial_is_none_of_its_usage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begin, metered = Proposals.begin, []
+
+    def noted(
+        self: Proposals, study: optuna.Study, trial: optuna.trial.FrozenTrial, limits: Limits
+    ) -> None:
+        metered.append(metering_loop().find(key_of(study, trial)) is not None)
+        begin(self, study, trial, limits)
+
+    monkeypatch.setattr(Proposals, "begin", noted)
+    study = study_of(Quota(n_trials=4))
+    study.optimize(objective, n_trials=2)
+    assert metered == [False, False]
+    assert all(read_record(trial).usage.wall_time for trial in study.trials)
 
 
 def test_optimize_ends_when_a_total_is_used_up() -> None:
