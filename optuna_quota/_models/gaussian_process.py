@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from optuna_quota._models.descent import minimize
+
 
 _CONSTANT = 4.0
 _JITTER = 1e-8
@@ -136,21 +138,19 @@ def fit_hyperparameters(
     noisy: np.ndarray | None = None,
     max_iterations: int = 40,
 ) -> Hyperparameters:
-    """Return the hyperparameters of largest posterior density, by L-BFGS from ``start``."""
-    from scipy.optimize import minimize
-
+    """Return the hyperparameters of largest posterior density, by BFGS from ``start``."""
     objective = _Objective(columns, target, extra, noisy)
     first = Hyperparameters.prior(columns.shape[1]) if start is None else start
-    bounds = [(-_LOG_BOUND, _LOG_BOUND)] * len(first.values)
     found = minimize(
         objective,
         first.values,
-        jac=True,
-        method="L-BFGS-B",
-        bounds=bounds,
-        options={"maxiter": max_iterations, "ftol": 1e-5, "gtol": 1e-3},
+        curvature=objective.curvature(),
+        bound=_LOG_BOUND,
+        max_iterations=max_iterations,
+        ftol=1e-5,
+        gtol=1e-3,
     )
-    return Hyperparameters(np.asarray(found.x, dtype=float))
+    return Hyperparameters(found)
 
 
 class _Objective:
@@ -172,6 +172,13 @@ class _Objective:
         self._rows, self._cols = np.tril_indices(n, -1)
         self._squares = (columns[self._rows] - columns[self._cols]).T ** 2
         self._mean, self._precision = _prior_mean(d), _prior_precision(d)
+
+    def curvature(self) -> np.ndarray:
+        """Return roughly the second derivative along each hyperparameter."""
+        told = np.zeros(len(self._precision))
+        # What n observations say of the logarithm of a variance; of the others they say little.
+        told[2] = len(self._target) / 4
+        return np.asarray(self._precision + told)
 
     def __call__(self, values: np.ndarray) -> tuple[float, np.ndarray]:
         a, b, noise = np.exp(values[:3])
