@@ -77,7 +77,9 @@ class TestBasic(BasicSamplerTestCase):
 
 
 class TestRelative(RelativeSamplerTestCase):
-    @pytest.fixture(params=around("TPE", "CMA-ES", "CMA-ES, separable", "GP", "GP, deterministic"))
+    @pytest.fixture(
+        params=around("TPE", "CMA-ES", "CMA-ES, separable", "GP", "GP, deterministic", "QMC")
+    )
     def sampler(self, request: pytest.FixtureRequest) -> MakeSampler:
         return request.param  # type: ignore[no-any-return]
 
