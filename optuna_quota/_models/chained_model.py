@@ -30,9 +30,10 @@ class ChainedModel:
     base: ResourceModel
     ratio: ResourceModel
 
-    def predict(self, columns: np.ndarray) -> Predictive:
-        """Return what is expected at points."""
-        base, ratio = self.base.predict(columns), self.ratio.predict(columns)
+    def predict(self, columns: np.ndarray, base: Predictive | None = None) -> Predictive:
+        """Return what is expected at points, given what is of the base resource if known."""
+        base = self.base.predict(columns) if base is None else base
+        ratio = self.ratio.predict(columns)
         median = np.maximum(base.quantile(0.5), 1e-300)
         # To first order, a change of the part above the floor moves the logarithm by its share.
         share = np.minimum(np.exp(base.center) / median, 1.0)

@@ -76,7 +76,7 @@ def _direction(
     if inverse is None:
         direction = -(first @ slope)
         return np.asarray(direction * min(1.0, _FIRST_STEP / float(np.linalg.norm(direction))))
-    direction = np.where(free, -(inverse @ slope), 0.0)
+    direction = np.asarray(np.where(free, -(inverse @ slope), 0.0))
     return direction if direction @ slope < 0 else -slope
 
 

@@ -74,7 +74,12 @@ class GaussianProcess:
         n = len(target)
         self.extra = np.zeros(n) if extra is None else extra
         self.noisy = np.ones(n) if noisy is None else noisy.astype(float)
-        covariance = self._kernel(columns, columns)
+        linear, matern = np.exp(hyperparameters.values[:2])
+        self._variances = float(linear), float(matern)
+        self._inverse_lengths = np.exp(-hyperparameters.values[3:])
+        self._scaled = columns * self._inverse_lengths
+        self._scaled_squares = np.einsum("ij,ij->i", self._scaled, self._scaled)
+        covariance = self._kernel(columns)
         covariance[np.diag_indices(n)] += self.noise * self.noisy + self.extra + _JITTER
         self._inverse = _invert(covariance)[0]
         self._alpha = self._inverse @ target
@@ -86,15 +91,15 @@ class GaussianProcess:
 
     def predict(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and variance of the noiseless function at points."""
-        cross = self._kernel(columns, self.columns)
-        a, b = np.exp(self.hyperparameters.values[:2])
+        cross = self._kernel(columns)
+        a, b = self._variances
         prior = _CONSTANT + a / 3 * np.einsum("ij,ij->i", columns, columns) + b
         variance = prior - np.einsum("ij,ij->i", _product(cross, self._inverse), cross)
         return cross @ self._alpha, np.maximum(variance, 1e-12)
 
     def joint(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and covariance of the noiseless function at points."""
-        cross = self._kernel(columns, self.columns)
+        cross = self._kernel(columns)
         covariance = self._kernel(columns, columns)
         covariance -= _product(_product(cross, self._inverse), cross.T)
         return cross @ self._alpha, covariance
@@ -113,16 +118,17 @@ class GaussianProcess:
         diagonal = np.diag(self._inverse)
         return self._alpha / diagonal, diagonal**-0.5
 
-    def _kernel(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        values = self.hyperparameters.values
-        a, b = np.exp(values[:2])
-        inverse_lengths = np.exp(-values[3:])
-        scaled_left, scaled_right = left * inverse_lengths, right * inverse_lengths
-        square = (
-            np.einsum("ij,ij->i", scaled_left, scaled_left)[:, None]
-            + np.einsum("ij,ij->i", scaled_right, scaled_right)[None, :]
-            - 2 * scaled_left @ scaled_right.T
-        )
+    def _kernel(self, left: np.ndarray, right: np.ndarray | None = None) -> np.ndarray:
+        """Return the covariances of points with others, or with the process's own."""
+        a, b = self._variances
+        scaled_left = left * self._inverse_lengths
+        if right is None:
+            right, scaled_right, right_squares = self.columns, self._scaled, self._scaled_squares
+        else:
+            scaled_right = right * self._inverse_lengths
+            right_squares = np.einsum("ij,ij->i", scaled_right, scaled_right)
+        left_squares = np.einsum("ij,ij->i", scaled_left, scaled_left)
+        square = left_squares[:, None] + right_squares - 2 * scaled_left @ scaled_right.T
         r = _SQRT5 * np.sqrt(np.maximum(square, 0.0))
         return np.asarray(
             _CONSTANT + a / 3 * left @ right.T + b * (1 + r + r * r / 3) * np.exp(-r)

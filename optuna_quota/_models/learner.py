@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
-# Hyperparameters are searched anew when there are so many times, or so many, more trials.
-_GROWTH = 1.2
-_STEP = 10
+# The model takes in new trials when they come to this share of those that it knows, and searches
+# for its hyperparameters anew at this larger one: what is learned a trial costs the less the more
+# is known. While there are few, each one counts.
+_REFRESH = 0.1
+_SEARCH = 0.25
 _FEW = 8
-# Of very many trials, one more tells nothing: the next fit waits for this share of them.
-_PATIENCE = 0.01
+# A trial whose usage was not in the interval that was projected for it says more than others.
+_SURPRISE = 5.0
 # What an earlier study says enters beside this study's own trials, in a column that tells them
 # apart, and is crowded out by them.
 _EARLIER_POINTS = 60
@@ -48,6 +50,8 @@ class Learner:
         self._next = 0
         self._open: list[int] = []
         self._footprint: Footprint | None = None
+        self._news = 0.0
+        self._news_since_search = 0.0
         self._fitted = 0
         self._searched = 0
         self._lock = threading.Lock()
@@ -63,17 +67,17 @@ class Learner:
         """What this study's trials told, oldest first."""
         return self._rows
 
-    def learn(self, trials: Sequence[FrozenTrial]) -> Footprint | None:
+    def learn(self, trials: Sequence[FrozenTrial], *, fresh: bool = False) -> Footprint | None:
         """Return the footprint after all trials, None while nothing is known.
 
         Args:
             trials: All trials of the study by number, as ``study.get_trials(deepcopy=False)``.
+            fresh: Whether the newest trials must be in it, though they tell nothing new.
         """
         with self._lock:
             self._read(trials)
-            if len(self._rows) - self._fitted > _PATIENCE * self._fitted:
+            if self._news > (0.0 if fresh else _REFRESH * self._fitted):
                 self._footprint = self._fit()
-                self._fitted = len(self._rows)
             return self._footprint or self._earlier
 
     def _read(self, trials: Sequence[FrozenTrial]) -> None:
@@ -87,13 +91,18 @@ class Learner:
             row = footprint_row(trials[index])
             if row is not None:
                 self._rows.append(row)
+                weight = _SURPRISE if row.is_surprise else 1.0
+                self._news += weight
+                self._news_since_search += weight
 
     def _fit(self) -> Footprint:
         own, n = [self._rows[i] for i in chosen(self._rows)], len(self._rows)
         rows = [*self._earlier_rows(CAP - len(own)), *own]
-        due = n < _FEW or n >= self._searched * _GROWTH or n >= self._searched + _STEP
+        due = n < _FEW or self._news_since_search > _SEARCH * self._searched
         if due:
-            self._searched = n
+            self._searched, self._news_since_search = n, 0.0
+        # Whatever comes of it: what can't be fitted is not tried again with every trial.
+        self._fitted, self._news = n, 0.0
         return Footprint.fit(rows, confidence=self._confidence, start=self._footprint, refit=due)
 
     def _earlier_rows(self, room: int) -> list[FootprintRow]:

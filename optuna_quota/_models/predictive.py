@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -52,6 +53,7 @@ class Predictive:
         return np.asarray(np.where(self.spread > 0, uncertain, away < -1e-9))
 
 
+@lru_cache(maxsize=256)
 def _t_quantile(probability: float, df: float) -> float:
     from scipy.special import ndtri
     from scipy.special import stdtrit

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
@@ -112,14 +113,19 @@ class ResourceModel:
         Half is what leaving one out showed on average, half the model's own deviation times how
         far off it was; both are widened for few trials.
         """
+        flat, ratio, widened = self._calibration
+        return np.asarray((flat + ratio * deviation) * widened)
+
+    @cached_property
+    def _calibration(self) -> tuple[float, float, float]:
+        """Deviation left out, its ratio to the model's own, and the factor for few trials."""
         residual, own = self._leave_one_out()
         n = max(len(residual), 1)
         if n < 3:
-            return np.asarray(deviation * (1 + 1 / n) ** 0.5)
+            return 0.0, 1.0, (1 + 1 / n) ** 0.5
         flat = float(np.sqrt(np.mean(residual**2)))
         ratio = max(float(np.sqrt(np.mean((residual / own) ** 2))), 0.8)
-        widened = _OPTIMISM * ((1 + 1 / n) * (1 + 8 / n)) ** 0.5
-        return np.asarray(0.5 * (flat + ratio * deviation) * widened)
+        return flat, ratio, 0.5 * _OPTIMISM * ((1 + 1 / n) * (1 + 8 / n)) ** 0.5
 
     def _leave_one_out(self) -> tuple[np.ndarray, np.ndarray]:
         residual, own = self.process.leave_one_out()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 from typing import TYPE_CHECKING
 
+from optuna_quota._records import Interval
 from optuna_quota._records import read_record
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import get_resource
@@ -33,6 +34,7 @@ class FootprintRow:
         unsure: Resources of which it may have: the peaks of a pruned trial. Each step of a
             training mostly repeats the one before, but where later steps take more data or a
             larger model, what was seen is a lower bound. The model's fit decides.
+        projected: What was expected of it before it ran.
     """
 
     params: Mapping[str, Any]
@@ -40,6 +42,17 @@ class FootprintRow:
     usage: Usage
     censored: frozenset[str] = field(default=frozenset())
     unsure: frozenset[str] = field(default=frozenset())
+    projected: Mapping[str, Interval] = field(default_factory=dict)
+
+    @property
+    def is_surprise(self) -> bool:
+        """Whether anything that was projected of the trial turned out wrong."""
+        known = ((name, self.usage.get(name), each) for name, each in self.projected.items())
+        return any(
+            amount is not None
+            and (amount > each.upper or (amount < each.lower and name not in self.censored))
+            for name, amount, each in known
+        )
 
 
 def footprint_row(trial: FrozenTrial) -> FootprintRow | None:
@@ -58,6 +71,7 @@ def footprint_row(trial: FrozenTrial) -> FootprintRow | None:
         usage=usage,
         censored=censored,
         unsure=frozenset(usage.amounts()) - censored if pruned else frozenset(),
+        projected=record.footprint,
     )
 
 

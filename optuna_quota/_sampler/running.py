@@ -63,7 +63,7 @@ def project_rest(
     Raises:
         ValueError: If nothing is known of what a trial uses.
     """
-    learned = learner.learn(study.get_trials(deepcopy=False))
+    learned = learner.learn(study.get_trials(deepcopy=False), fresh=True)
     trusted = learned is not None and (given is None or learner.usable >= FEWEST)
     expected = learned if trusted else given
     used = used_so_far(study, learner)

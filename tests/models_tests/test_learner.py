@@ -186,3 +186,91 @@ def test_a_limit_learned_in_the_study_is_known_to_its_footprint() -> None:
     assert learned is not None
     large = {"width": 700, "depth": 6, "kind": "b"}
     assert learned.probability(large, Limits(memory="400MB")) > 0.9
+
+
+def count_fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Return a list that grows by the trials, and whether it searched, with every fit."""
+    fits: list[tuple[int, bool]] = []
+    fit = Footprint.fit
+
+    def counted(rows: list[FootprintRow], **options: Any) -> Footprint:
+        fits.append((len(rows), options["refit"]))
+        return fit(rows, **options)
+
+    monkeypatch.setattr(Footprint, "fit", counted)
+    return fits
+
+
+def test_the_more_trials_are_known_the_fewer_are_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = count_fits(monkeypatch)
+    learner, trials = Learner(), [trial_of(row) for row in draw_rows(100)]
+    for n in range(1, 101):
+        learner.learn(trials[:n])
+    counts = [n for n, _ in fits]
+    assert counts[:8] == list(range(1, 9))
+    assert len([n for n in counts if n > 50]) <= 10
+    assert len([n for n, searched in fits if searched and n > 8]) <= 15
+    assert counts[-1] > 90
+
+
+def test_the_newest_trials_are_in_what_is_asked_for_fresh(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fits = count_fits(monkeypatch)
+    learner, trials = Learner(), [trial_of(row) for row in draw_rows(31)]
+    learner.learn(trials[:30])
+    before = learner.learn(trials)
+    assert len(fits) == 1
+    after = learner.learn(trials, fresh=True)
+    assert after is not before
+    assert [n for n, _ in fits] == [30, 31]
+    assert learner.learn(trials, fresh=True) is after
+
+
+def expecting(trial: FrozenTrial, upper: float, lower: float = 0.0) -> FrozenTrial:
+    figures = {"lower": lower, "median": (lower + upper) / 2, "upper": upper}
+    trial.user_attrs["quota:footprint"] = {"memory": figures}
+    return trial
+
+
+@pytest.mark.parametrize(("factor", "fits_again"), [(2.0, False), (0.5, True)])
+def test_a_trial_that_used_more_than_projected_is_learned_from_at_once(
+    monkeypatch: pytest.MonkeyPatch, factor: float, fits_again: bool
+) -> None:
+    fits = count_fits(monkeypatch)
+    rows = draw_rows(31)
+    learner, trials = Learner(), [trial_of(row) for row in rows]
+    learner.learn(trials[:30])
+    expecting(trials[30], upper=factor * (rows[30].usage.memory or 0.0))
+    learner.learn(trials)
+    assert (len(fits) == 2) is fits_again
+
+
+def test_a_bound_below_what_was_projected_is_no_surprise() -> None:
+    attrs = breach("memory", 9e8)
+    footprint = {"quota:footprint": {"memory": {"lower": 2e9, "median": 3e9, "upper": 4e9}}}
+    stopped = row_of(TrialState.PRUNED, {**attrs, **footprint})
+    done = row_of(TrialState.COMPLETE, {"quota:outcome": "completed", **footprint})
+    assert stopped is not None
+    assert done is not None
+    assert not stopped.is_surprise
+    assert done.is_surprise
+
+
+def test_what_can_not_be_fitted_is_not_tried_again_with_every_trial(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tries = []
+
+    def fails(rows: list[FootprintRow], **_: Any) -> Footprint:
+        tries.append(len(rows))
+        raise np.linalg.LinAlgError("A covariance must be finite.")
+
+    monkeypatch.setattr(Footprint, "fit", fails)
+    learner, trials = Learner(), [trial_of(row) for row in draw_rows(40)]
+    for n in range(1, 41):
+        try:
+            learner.learn(trials[:n])
+        except np.linalg.LinAlgError:
+            continue
+    assert len([n for n in tries if n > 20]) <= 10
