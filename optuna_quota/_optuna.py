@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import copy
+from importlib import import_module
 import json
 import logging
 import sys
@@ -42,6 +44,8 @@ CONSTRAINTS = "constraints"
 _FIXED_PARAMS = "fixed_params"
 _TPE_PARAMS = "tpe:relative_params"
 _PIECE = 2045
+# SQLAlchemy's dialects with a statement that inserts a row or replaces the one that is there.
+_REPLACING = ("mysql", "postgresql", "sqlite")
 
 
 def storage_of(study: Study) -> BaseStorage:
@@ -152,6 +156,19 @@ def write_attributes(
         storage.set_trial_system_attr(trial_id, key, value)
 
 
+def _write_in_one_copy(
+    storage: Any, trial_id: int, user: Mapping[str, Any], system: Mapping[str, Any]
+) -> None:
+    with storage._lock:
+        storage._check_trial_id(trial_id)
+        row = storage._get_trial(trial_id)
+        storage.check_trial_is_updatable(trial_id, row.state)
+        row = copy.copy(row)
+        row.user_attrs = {**row.user_attrs, **user}
+        row.system_attrs = {**row.system_attrs, **system}
+        storage._set_trial(trial_id, row)
+
+
 def _write_in_one_transaction(
     storage: Any, trial_id: int, user: Mapping[str, Any], system: Mapping[str, Any]
 ) -> None:
@@ -161,9 +178,39 @@ def _write_in_one_transaction(
     backend = getattr(storage, "_backend", storage)
     tables = {models.TrialUserAttributeModel: user, models.TrialSystemAttributeModel: system}
     with _create_scoped_session(backend.scoped_session) as session:
+        row = models.TrialModel.find_or_raise_by_id(trial_id, session)
+        backend.check_trial_is_updatable(trial_id, row.state)
         for table, attributes in tables.items():
-            for key, value in attributes.items():
-                backend._set_trial_attr_without_commit(session, table, trial_id, key, value)
+            _set_attributes(session, backend, table, trial_id, attributes)
+
+
+def _set_attributes(
+    session: Any, backend: Any, table: Any, trial_id: int, attributes: Mapping[str, Any]
+) -> None:
+    """Write all attributes by one statement where the dialect is known to replace rows.
+
+    Optuna's own way takes two statements for each attribute.
+    """
+    dialect = backend.engine.dialect.name
+    if dialect not in _REPLACING:
+        for key, value in attributes.items():
+            backend._set_trial_attr_without_commit(session, table, trial_id, key, value)
+        return
+    rows = [
+        {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
+        for key, value in attributes.items()
+    ]
+    if not rows:
+        return
+    insert = import_module(f"sqlalchemy.dialects.{dialect}").insert(table.__table__)
+    if dialect == "mysql":
+        upsert = insert.on_duplicate_key_update(value_json=insert.inserted.value_json)
+    else:
+        upsert = insert.on_conflict_do_update(
+            index_elements=[table.trial_id, table.key],
+            set_={"value_json": insert.excluded.value_json},
+        )
+    session.execute(upsert, rows)
 
 
 def _write_in_one_append(
@@ -188,6 +235,7 @@ def _write_in_one_append(
 
 
 _TOGETHER: dict[str, Callable[[Any, int, Mapping[str, Any], Mapping[str, Any]], None]] = {
+    "InMemoryStorage": _write_in_one_copy,
     "_CachedStorage": _write_in_one_transaction,
     "RDBStorage": _write_in_one_transaction,
     "JournalStorage": _write_in_one_append,

@@ -152,7 +152,7 @@ def test_attributes_are_written_together(kind: str, tmp_path: Path) -> None:
         _optuna.write_attributes(storage, trial_id, user, {})
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+@pytest.mark.parametrize("kind", ["memory", "sqlite", "journal"])
 def test_writing_together_uses_what_this_optuna_has(kind: str, tmp_path: Path) -> None:
     study = optuna.create_study(storage=storage_at(kind, tmp_path))
     storage = _optuna.storage_of(study)

@@ -67,7 +67,7 @@ def minimize(
         point, value, gradient = found
         if gain <= ftol * max(abs(value), abs(value + gain), 1.0):
             break
-    return point
+    return np.asarray(point)
 
 
 def _direction(
@@ -76,8 +76,8 @@ def _direction(
     if inverse is None:
         direction = -(first @ slope)
         return np.asarray(direction * min(1.0, _FIRST_STEP / float(np.linalg.norm(direction))))
-    direction = np.asarray(np.where(free, -(inverse @ slope), 0.0))
-    return direction if direction @ slope < 0 else -slope
+    direction = np.where(free, -(inverse @ slope), 0.0)
+    return np.asarray(direction if direction @ slope < 0 else -slope)
 
 
 def _search(
