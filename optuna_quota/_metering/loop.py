@@ -204,10 +204,18 @@ class MeteringLoop:
             watch.replace_left(left, self.now())
             self._poke()
 
-    def retarget(self, watch: Watch, pid: int) -> None:
+    def detach(self, watch: Watch) -> None:
+        """Take a trial out of this process, before its own exists."""
+        with self._lock:
+            self._leave(watch)
+            watch.isolate()
+            self._probes[watch] = []
+            self._poke()
+
+    def retarget(self, watch: Watch, pid: int, reaper: int | None = None) -> None:
         """Move a trial to a process tree of its own."""
         with self._lock:
-            tree = self._open_tree(pid)
+            tree = self._open_tree(pid) if reaper is None else self._open_tree(pid, reaper)
             self._leave(watch)
             watch.isolate()
             self._join(watch, pid, tree)

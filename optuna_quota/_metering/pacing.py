@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 
 # Seconds. The longest wait bounds what a sum over a tree may miss, the shortest what sampling
 # costs: 2,000 samples a second of about 10 µs are 2% of a core, for the instants before a breach.
@@ -14,6 +16,21 @@ SHORTEST_WAIT = 0.0005
 # Bytes a second, before anything was seen: one thread that touches fresh pages reaches 2 to 4
 # GB/s, so the first burst of a trial is met in time as well.
 ASSUMED_GROWTH = 4e9
+
+
+def fastest_growth(known: float, seen: float, cores: int | None = None) -> float:
+    """Return the fastest growth to reckon with, in bytes a second.
+
+    A process that appears brings all its memory at once: a step between two looks half a
+    millisecond apart is no pace that all cores together could keep up.
+
+    Args:
+        known: The fastest so far.
+        seen: The latest.
+        cores: Threads that may run at once; those of this host by default.
+    """
+    most = ASSUMED_GROWTH * (cores or os.cpu_count() or 1)
+    return max(known, min(seen, most))
 
 
 def wait_for(

@@ -8,20 +8,19 @@ metered.
 from __future__ import annotations
 
 from collections.abc import Collection
+from collections.abc import Mapping
 import contextlib
+import math
 import os
 import time
 
 from optuna_quota._metering.births import Births
 from optuna_quota._metering.cpu_time import Times
 from optuna_quota._metering.cpu_time import TreeTime
+from optuna_quota._metering.overlap import Overlap
 from optuna_quota._metering.proc_process import ProcProcess
 from optuna_quota._metering.tree import TreeReading
 from optuna_quota._metering.warn import warn_once
-
-
-# What processes share is measured again when the tree's memory has changed by this factor.
-_OVERLAP_DRIFT = 0.1
 
 
 def is_available() -> bool:
@@ -40,42 +39,54 @@ class ProcTree:
     """The tree under a process, by /proc.
 
     Memory is the sum of the resident memory of the processes, less what they share among
-    themselves: a forked worker's resident memory holds its parent's pages, which exist once. The
-    overlap is known from their proportional set sizes. Asking costs 1 ms a gigabyte, so it is
-    asked for trees of more than one process only, when their members or memory have changed, and
-    before a verdict.
+    themselves: a forked worker's resident memory holds its parent's pages, which exist once.
 
     Args:
         pid: The root; None for this process.
+        reaper: A process that inherits the orphans of the tree and has no other children than
+            these and the root; None without one.
 
     Raises:
         ProcessLookupError: If there is no such process.
         OSError: If /proc can't be read.
     """
 
-    def __init__(self, pid: int | None = None) -> None:
+    def __init__(self, pid: int | None = None, reaper: int | None = None) -> None:
         self._opened = since_boot()
         self._root = ProcProcess(os.getpid() if pid is None else pid)
+        self._reaper = None if reaper is None else self._open_reaper(reaper)
         self._members: dict[int, ProcProcess] = {self._root.pid: self._root}
         self._foreign: dict[int, ProcProcess] = {}
         self._births = Births()
         self._time = TreeTime()
         self._peak: int | None = None
-        self._overlap = 0
-        self._overlap_for: tuple[int, int] = (1, 0)
-        self._overlap_due = 0.0
+        self._overlap = Overlap()
+        self._ceiling = math.inf
+
+    def _open_reaper(self, pid: int) -> ProcProcess:
+        try:
+            return ProcProcess(pid)
+        except OSError:
+            self._root.close()
+            raise
 
     def read(
-        self, *, thorough: bool, without: Collection[int] = (), exact: bool = False
+        self, *, thorough: bool, without: Collection[int] = (), ceiling: float = math.inf
     ) -> TreeReading:
         """Return what the tree holds and has used."""
+        self._ceiling = ceiling
         self._disown(without)
         if thorough:
             self._read_times()
         if (thorough or self._births.is_reliable) and self._births.seen():
-            self._grow(without)
+            grown = self._grow(without)
+            if thorough and grown:
+                self._read_times()
         sizes = self._sizes()
-        memory = self._without_overlap(sizes, exact=exact)
+        if self._is_overlap_due(sizes):
+            self._measure_overlap()
+            sizes = self._sizes()
+        memory = self._overlap.memory(sizes)
         if thorough:
             self._read_peaks()
         return TreeReading(memory, self._time.total, self._peak, tuple(self._members))
@@ -84,14 +95,15 @@ class ProcTree:
         """Return the memory of the processes known so far, None when only a reading can tell."""
         if not self._births.is_reliable or self._births.pending():
             return None
-        try:
-            total = sum([process.memory() for process in self._members.values()])
-        except OSError:
+        if len(self._members) == 1:
+            try:
+                return self._root.memory() if self._root.pid in self._members else None
+            except OSError:
+                return None
+        sizes = self._sizes()
+        if len(sizes) < len(self._members) or self._is_overlap_due(sizes):
             return None
-        count = len(self._members)
-        if count == 1:
-            return total
-        return None if self._has_drifted(count, total) else total - self._overlap
+        return self._overlap.memory(sizes)
 
     def age(self) -> float:
         """Return the seconds since the root was created, to a clock tick."""
@@ -107,14 +119,17 @@ class ProcTree:
         """Close all descriptors."""
         for process in (*self._members.values(), *self._foreign.values()):
             process.close()
+        if self._reaper is not None:
+            self._reaper.close()
         self._members.clear()
         self._foreign.clear()
         self._births.close()
 
-    def _grow(self, without: Collection[int]) -> None:
-        """Take in new descendants, but for subtrees that belong to others."""
+    def _grow(self, without: Collection[int]) -> bool:
+        """Take in new descendants, but for subtrees that belong to others; tell of any."""
+        known = len(self._members)
         begun, moment = time.perf_counter(), since_boot()
-        queue = list(self._members.values())
+        queue = [*self._members.values(), *self._reapers()]
         while queue:
             parent = queue.pop()
             for pid in parent.children():
@@ -128,6 +143,10 @@ class ProcTree:
                     self._members[pid] = child
                     queue.append(child)
         self._births.walked(time.perf_counter() - begun)
+        return len(self._members) > known
+
+    def _reapers(self) -> tuple[ProcProcess, ...]:
+        return () if self._reaper is None else (self._reaper,)
 
     def _knows(self, pid: int) -> bool:
         return pid in self._members or pid in self._foreign
@@ -147,40 +166,39 @@ class ProcTree:
                 except OSError:
                     processes.pop(pid).close()
                 else:
-                    now[process] = Times(own, reaped, process.parent, foreign)
+                    now[process] = Times(own, reaped, process.parent or self._reaper, foreign)
+        for reaper in self._reapers():
+            # What it uses itself is not the tree's; what its children had used is.
+            with contextlib.suppress(OSError):
+                now[reaper] = Times(0.0, reaper.times()[1])
         self._time.update(now)
 
-    def _sizes(self) -> list[int]:
-        sizes = []
-        for process in self._members.values():
+    def _sizes(self) -> dict[int, int]:
+        sizes = {}
+        for pid, process in self._members.items():
             with contextlib.suppress(OSError):
-                sizes.append(process.memory())
+                sizes[pid] = process.memory()
         return sizes
 
-    def _without_overlap(self, sizes: list[int], *, exact: bool) -> int:
-        total = sum(sizes)
-        if len(sizes) < 2:
-            return total
-        if exact or self._has_drifted(len(sizes), total):
-            self._measure_overlap(sizes, total)
-        return max(total - self._overlap, max(sizes))
+    def _is_overlap_due(self, sizes: Mapping[int, int]) -> bool:
+        return self._overlap.is_due(sizes, self._ceiling, time.perf_counter(), self._faulted)
 
-    def _has_drifted(self, count: int, total: int) -> bool:
-        known, then = self._overlap_for
-        drifted = count != known or abs(total - then) > _OVERLAP_DRIFT * then
-        return drifted and time.perf_counter() >= self._overlap_due
+    def _faulted(self) -> int:
+        total = 0
+        for process in self._members.values():
+            with contextlib.suppress(OSError):
+                total += process.faulted()
+        return total
 
-    def _measure_overlap(self, sizes: list[int], total: int) -> None:
-        begun = time.perf_counter()
-        try:
-            own = sum(p.own_memory() for p in self._members.values())
-        except OSError:
-            # Gone, or it may not be asked (another user's): the plain sum is all there is.
-            own = total
-        self._overlap = max(0, total - max(own, max(sizes)))
-        self._overlap_for = (len(sizes), total)
-        # No more than a hundredth of the time is spent on it.
-        self._overlap_due = time.perf_counter() + 100 * (time.perf_counter() - begun)
+    def _measure_overlap(self) -> None:
+        # In CPU time: on a busy host it takes longer without costing any more.
+        begun, faulted = time.thread_time(), self._faulted()
+        shares = {}
+        for pid, process in self._members.items():
+            with contextlib.suppress(OSError):
+                shares[pid] = process.share()
+        cost = time.thread_time() - begun
+        self._overlap.take(shares, faulted=faulted, cost=cost, now=time.perf_counter())
 
     def _read_peaks(self) -> None:
         for process in self._members.values():

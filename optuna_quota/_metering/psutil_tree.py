@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+import math
 import os
 import time
 from typing import TYPE_CHECKING
@@ -42,7 +43,7 @@ class PsutilTree:
         self._time = TreeTime()
 
     def read(
-        self, *, thorough: bool, without: Collection[int] = (), exact: bool = False
+        self, *, thorough: bool, without: Collection[int] = (), ceiling: float = math.inf
     ) -> TreeReading:
         """Return what the tree holds and has used."""
         if thorough:

@@ -7,6 +7,7 @@ import math
 import os
 
 from optuna_quota._metering.pacing import ASSUMED_GROWTH
+from optuna_quota._metering.pacing import fastest_growth
 from optuna_quota._metering.pacing import LONGEST_WAIT
 from optuna_quota._metering.pacing import LONGEST_WAIT_ALONE
 from optuna_quota._metering.pacing import next_due
@@ -118,11 +119,7 @@ class Target:
         self.take_stock()
 
     def _measure(self, without: Collection[int], *, thorough: bool) -> TreeReading:
-        """Read the tree; before a verdict, what its processes share is looked at closely."""
-        reading = self.tree.read(thorough=thorough, without=without)
-        if len(reading.pids) > 1 and (reading.memory or 0.0) > self._ceiling:
-            return self.tree.read(thorough=False, without=without, exact=True)
-        return reading
+        return self.tree.read(thorough=thorough, without=without, ceiling=self._ceiling)
 
     def take_stock(self) -> None:
         """Settle, until the next reading, what a glance is held against."""
@@ -163,7 +160,7 @@ class Target:
     def _learn_growth(self, memory: float | None, now: float) -> None:
         before, seconds = self._memory, now - self._read_at
         if memory is not None and before is not None and seconds > 0 and memory > before:
-            self._growth = max(self._growth, (memory - before) / seconds)
+            self._growth = fastest_growth(self._growth, (memory - before) / seconds, self._cores)
         self._memory, self._read_at = memory, now
 
     def _hand_out(self, before: TreeReading, reading: TreeReading, now: float) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Collection
 from dataclasses import dataclass
 import logging
+import math
 from typing import Protocol
 
 
@@ -35,7 +36,7 @@ class Tree(Protocol):
     """Reads one process tree."""
 
     def read(
-        self, *, thorough: bool, without: Collection[int] = (), exact: bool = False
+        self, *, thorough: bool, without: Collection[int] = (), ceiling: float = math.inf
     ) -> TreeReading:
         """Return what the tree holds and has used.
 
@@ -43,8 +44,8 @@ class Tree(Protocol):
             thorough: False for memory alone as cheaply as it goes (what else is known is given
                 as it was last), True for all of it.
             without: Roots of subtrees that belong to others.
-            exact: True to count memory that processes share once, whatever that costs: asked
-                before a verdict is passed.
+            ceiling: The memory over which there is a breach, in bytes: where there may be one,
+                what processes share is looked at more closely.
         """
         ...
 
@@ -69,14 +70,17 @@ class Tree(Protocol):
         ...
 
 
-OpenTree = Callable[["int | None"], Tree]
+# From a pid, and the reaper's where there is one.
+OpenTree = Callable[..., Tree]
 
 
-def open_tree(pid: int | None) -> Tree:
+def open_tree(pid: int | None, reaper: int | None = None) -> Tree:
     """Return the cheapest true reader of the tree under a process.
 
     Args:
         pid: The root; None for this process.
+        reaper: A process that inherits the tree's orphans, and has no other children than these
+            and the root; None without one.
 
     Raises:
         ProcessLookupError: If there is no such process.
@@ -85,7 +89,7 @@ def open_tree(pid: int | None) -> Tree:
 
     if proc_tree.is_available():
         try:
-            return proc_tree.ProcTree(pid)
+            return proc_tree.ProcTree(pid, reaper)
         except ProcessLookupError:
             raise
         except OSError as error:

@@ -158,7 +158,14 @@ class Watch:
         """
         self._loop.allow(self, left)
 
-    def retarget(self, pid: int) -> None:
+    def detach(self) -> None:
+        """From now on meter nothing but the clock, until :meth:`retarget`: the trial is isolated.
+
+        What was measured before belongs to this process and is forgotten.
+        """
+        self._loop.detach(self)
+
+    def retarget(self, pid: int, reaper: int | None = None) -> None:
         """From now on meter only the process tree under ``pid``: the trial is isolated.
 
         What was measured before belongs to this process and is forgotten, but for the clock.
@@ -166,11 +173,12 @@ class Watch:
         Args:
             pid: The root; a child that its parent has not waited for yet, so that the number
                 can't be another's.
+            reaper: The process that inherits the tree's orphans, if it has no other children.
 
         Raises:
             ProcessLookupError: If there is no such process.
         """
-        self._loop.retarget(self, pid)
+        self._loop.retarget(self, pid, reaper)
 
     def on_breach(self, callback: Callable[[Breach], None]) -> None:
         """Call back once at the first breach, from the loop's thread; at once if there was one.

@@ -292,6 +292,77 @@ def test_swallowing_the_stop_and_returning_is_a_breach_all_the_same() -> None:
     assert read_record(trial).outcome == "terminated"
 
 
+def daemonize(act: Callable[[], Any]) -> None:
+    """Start a process that has lost its parent and left the session."""
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        if os.fork() == 0:
+            act()
+            time.sleep(120)
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def burn() -> None:
+    while True:
+        pass
+
+
+def grow() -> None:
+    held = []
+    while True:
+        held.append(b"x" * 2**20)
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("act", "limits"),
+    [(burn, Limits(cpu_time="1s")), (grow, Limits(memory="250MiB"))],
+    ids=["cpu_time", "memory"],
+)
+def test_what_a_daemon_of_the_trial_uses_counts_while_it_runs(
+    act: Callable[[], Any], limits: Limits
+) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        daemonize(act)
+        time.sleep(100)
+        return 1.0
+
+    trial = run_one(objective, limits, grace_period=0.2)
+    record = read_record(trial)
+    (resource,) = limits.amounts()
+    assert record.breach is not None and record.breach.resource == resource
+    assert record.usage.wall_time is not None and record.usage.wall_time < 80
+
+
+def test_what_a_daemon_shares_with_the_trial_counts_once() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        block = bytearray(b"x") * (200 * 2**20)
+        daemonize(lambda: time.sleep(120))
+        time.sleep(0.5)
+        return float(len(block))
+
+    trial = run_one(objective, Limits(memory="400MiB"))
+    record = read_record(trial)
+    assert record.outcome == "completed"
+    assert record.usage.memory is not None and record.usage.memory < 350 * 2**20
+
+
+def test_a_trial_that_never_began_has_used_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, cgroup: Any) -> Any:
+        raise OSError("No process today.")
+
+    monkeypatch.setattr(
+        "optuna_quota._enforcement.isolation.template_client.TemplateClient.launch", refuse
+    )
+    trial = run_one(lambda trial: 1.0, Limits(wall_time="1h"))
+    record = read_record(trial)
+    assert record.outcome == "failed" and "No process today" in (record.reason or "")
+    # Neither this process's memory nor that of its template.
+    assert record.usage.memory is None and record.isolation == "process"
+
+
 def escape(folder: str) -> None:
     """Start a child in a session of its own and two that have lost their parents."""
     for depth in (1, 2, 2):

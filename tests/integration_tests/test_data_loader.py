@@ -48,10 +48,6 @@ def objective(trial: optuna.Trial) -> float:
     return float(sum(batch.sum() for batch in first) + sum(batch.sum() for (batch,) in batches))
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="known fault: at times the peak of two workers of 200 MiB is measured as some 320 MiB",
-)
 def test_workers_count_and_end_with_the_trial() -> None:
     pytest.importorskip("torch")
     study = optuna.create_study(

@@ -199,7 +199,7 @@ input()
     with script(code) as child:
         line(child)
         tree = ProcTree(child.pid)
-        reading = tree.read(thorough=True, exact=True)
+        reading = tree.read(thorough=True)
         workers = [pid for pid in reading.pids if pid != child.pid]
         plain = PsutilTree(child.pid).read(thorough=True).memory
         for pid in workers:
@@ -325,7 +325,7 @@ def test_where_proc_lists_no_children_psutil_is_used(monkeypatch: pytest.MonkeyP
 
 
 def test_where_proc_can_not_be_read_psutil_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(pid: int | None) -> ProcTree:
+    def refuse(pid: int | None, reaper: int | None) -> ProcTree:
         raise PermissionError(13, "hidden")
 
     monkeypatch.setattr(proc_tree, "ProcTree", refuse)

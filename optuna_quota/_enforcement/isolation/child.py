@@ -64,10 +64,14 @@ class Ready:
     """The objective is about to be called.
 
     Attributes:
+        pid: The trial's process.
+        supervisor: Its parent, which inherits the orphans of all that it starts; None where it
+            is the study's process.
         data_limit: The soft ``RLIMIT_DATA`` that was set.
     """
 
     pid: int
+    supervisor: int | None = None
     data_limit: int | None = None
 
 
@@ -159,7 +163,8 @@ def run_child(
         enter(start.surroundings)
         follow(start.output, _calls)
         rlimits.raise_oom_score()
-        outcome = _prepare_and_run(start, objective, known)
+        supervisor = None if notice is None else os.getppid()
+        outcome = _prepare_and_run(start, objective, known, supervisor)
     except EOFError:
         return 1
     except BaseException as error:  # noqa: BLE001 - a stop before the objective was called
@@ -173,7 +178,7 @@ def _take_streams(channel: Channel) -> None:
         os.close(handle)
 
 
-def _prepare_and_run(start: Start, objective: Any, known: int) -> Any:
+def _prepare_and_run(start: Start, objective: Any, known: int, supervisor: int | None) -> Any:
     assert _calls is not None
     set_gpu_caps(start.limits.get("gpu_memory"), start.device_memory)
     if start.objective is not None:
@@ -182,7 +187,7 @@ def _prepare_and_run(start: Start, objective: Any, known: int) -> Any:
     seed(start.surroundings)
     trial = ChildTrial(_calls, start.trial)
     rlimits.reset_peak()
-    _calls.notify(Ready(os.getpid(), _limit(start)))
+    _calls.notify(Ready(os.getpid(), supervisor, _limit(start)))
     return _run(objective, trial, known)
 
 

@@ -89,6 +89,8 @@ class TrialRun:
         if is_rejected(self._trial.user_attrs):
             raise_rejected(self._trial.user_attrs)
         self._watch, owned = self._find_watch()
+        # From here on its start counts, but not what this process and its template hold.
+        self._watch.detach()
         error: BaseException | None = None
         value: Any = None
         try:
@@ -207,7 +209,7 @@ class TrialRun:
     def _on_ready(self, ready: Ready) -> Enforce:
         # It may have ended already: then there is nothing to meter, and its supervisor knows all.
         with contextlib.suppress(ProcessLookupError):
-            self._watch.retarget(ready.pid)
+            self._watch.retarget(ready.pid, ready.supervisor)
         self._watch.on_breach(self._stop)
         memory, quota = self._ceilings().get("memory", (None, False))
         return Enforce(memory, quota, self._watch.elapsed, ready.data_limit)

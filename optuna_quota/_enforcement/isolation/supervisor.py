@@ -8,6 +8,7 @@ study. And it outlives the study's process by the instant that it takes to end t
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import resource
@@ -28,6 +29,7 @@ from optuna_quota._enforcement.isolation.ending import Ended
 from optuna_quota._enforcement.isolation.ending import Killer
 from optuna_quota._enforcement.isolation.rlimits import DataLimit
 from optuna_quota._metering.pacing import ASSUMED_GROWTH
+from optuna_quota._metering.pacing import fastest_growth
 from optuna_quota._metering.pacing import LONGEST_WAIT
 from optuna_quota._metering.pacing import wait_for
 from optuna_quota._metering.proc_tree import ProcTree
@@ -74,7 +76,7 @@ class Supervisor:
         self._crash_file = crash_file
         self._leaf = leaf
         self._patience: float | None = None
-        self._gauge = _MemoryGauge()
+        self._gauge = _MemoryGauge(child)
         self._oom_kills = 0
         self._enforce: Enforce | None = None
         self._began = time.monotonic()
@@ -150,21 +152,22 @@ class Supervisor:
     def _watch_memory(self, now: float) -> float:
         """Measure; stop the trial when it is over; return how long to wait."""
         assert self._enforce is not None
-        memory = self._gauge.read(now)
         limit = self._enforce.memory
         if limit is None:
+            self._gauge.read(now)
             return LONGEST_WAIT
-        if memory > limit:
-            memory = self._gauge.read(now, exact=True)
+        is_told = self._breach is not None and self._breach.resource == "memory"
+        if self._breach is not None and is_told:
+            limit = max(limit, self._breach.observed) + GRACE_MARGIN
+        memory = self._gauge.read(now, limit)
         if self._data_limit is not None and now >= self._data_due:
             self._data_limit.update()
             self._data_due = now + DataLimit.PERIOD
-        if self._breach is not None and self._breach.resource == "memory":
-            limit = max(limit, self._breach.observed) + GRACE_MARGIN
-            if memory > limit:
+        if memory > limit:
+            if is_told:
                 self._kill("breach")
-        elif memory > limit:
-            self._find_breach(memory, limit, now)
+            else:
+                self._find_breach(memory, limit, now)
         return wait_for(limit - memory, self._gauge.growth)
 
     def _find_breach(self, memory: float, limit: float, now: float) -> None:
@@ -265,50 +268,41 @@ class Supervisor:
 
 
 class _MemoryGauge:
-    """The resident memory of the trial's tree, and of the orphans that this process inherits."""
+    """The resident memory of the trial's tree, and of the orphans that this process inherits.
 
-    def __init__(self) -> None:
+    Args:
+        child: The trial's process, a child of this one.
+    """
+
+    def __init__(self, child: int) -> None:
         self.peak = 0.0
         self.growth = ASSUMED_GROWTH
-        self._trees: dict[int, ProcTree] = {}
+        self._child = child
+        self._tree: ProcTree | None = None
         self._last: tuple[float, float] | None = None
         self._thorough_due = 0.0
 
-    def read(self, now: float, *, exact: bool = False) -> float:
+    def read(self, now: float, limit: float = math.inf) -> float:
         """Return the memory now, in bytes.
 
         Args:
             now: The time.
-            exact: Whether to count what processes share once, whatever that costs.
+            limit: What a verdict hangs on.
         """
-        # To look for new processes costs more with each one: a twentieth of the time at most.
-        thorough = exact or now >= self._thorough_due
+        if self._tree is None:
+            self._tree = ProcTree(self._child, reaper=os.getpid())
+        # To look at each process costs more with each one: a twentieth of the time at most.
+        thorough = now >= self._thorough_due
         start = time.perf_counter()
-        if thorough:
-            self._adopt()
-        memory = 0.0
-        for pid, tree in list(self._trees.items()):
-            reading = tree.read(thorough=thorough, exact=exact)
-            memory += reading.memory or 0.0
-            if not reading.pids:
-                self._trees.pop(pid).close()
+        memory = self._tree.read(thorough=thorough, ceiling=limit).memory or 0.0
         if thorough:
             self._thorough_due = now + max(0.005, 20 * (time.perf_counter() - start))
         self.peak = max(self.peak, memory)
         if self._last is not None and now > self._last[0]:
-            self.growth = max(self.growth, (memory - self._last[1]) / (now - self._last[0]))
+            growth = (memory - self._last[1]) / (now - self._last[0])
+            self.growth = fastest_growth(self.growth, growth)
         self._last = (now, memory)
         return memory
-
-    def _adopt(self) -> None:
-        """Take in what has become a child of this process: the trial's own, and orphans."""
-        known = set(self._trees)
-        for tree in self._trees.values():
-            known.update(tree.read(thorough=False).pids)
-        for pid in processes.children():
-            if pid not in known:
-                with contextlib.suppress(OSError):
-                    self._trees[pid] = ProcTree(pid)
 
 
 def _wait(poll: select.poll, seconds: float | None) -> list[tuple[int, int]]:

@@ -1,0 +1,369 @@
+"""What processes share: the arithmetic, when it is measured anew, and real forks that share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import math
+import os
+from pathlib import Path
+import subprocess
+import sys
+import time
+
+import pytest
+
+from optuna_quota._metering import proc_tree
+from optuna_quota._metering.overlap import Overlap
+from optuna_quota._metering.overlap import Share
+from optuna_quota._metering.overlap import together
+from optuna_quota._metering.proc_tree import ProcTree
+
+
+MIB = 2**20
+ROOT = Path(__file__).parents[2]
+
+
+def share(private: int, shared: int = 0, holders: int = 1, file: int = 0) -> Share:
+    """Return the share of a process that has some pages in common with others."""
+    return Share(private + shared + file, private, private + shared // holders, file)
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ([], 0),
+        ([share(7)], 7),
+        ([share(7, file=5), share(3, file=5)], 15),
+        # A parent and two workers of its own, which all hold the parent's 90.
+        ([share(1, 90, 3), share(20, 90, 3), share(20, 90, 3)], 131),
+        # The same, when a template and two spare forks of it hold these pages as well.
+        ([share(1, 90, 6), share(20, 90, 6), share(20, 90, 6)], 131),
+        # Two pairs, each of which shares what the others don't have.
+        ([share(1), share(0, 60, 2), share(0, 60, 2), share(0, 60, 2), share(0, 60, 2)], 121),
+    ],
+)
+def test_each_page_counts_once(shares: list[Share], expected: int) -> None:
+    assert together(shares) == expected
+
+
+def known(shares: dict[int, Share], *, faulted: int = 0, cost: float = 0.001) -> Overlap:
+    overlap = Overlap()
+    overlap.take(shares, faulted=faulted, cost=cost, now=0.0)
+    return overlap
+
+
+PAIR = {1: share(0, 100, 2), 2: share(50, 100, 2)}
+SIZES = {1: 100, 2: 150}
+
+
+def is_due(
+    overlap: Overlap, sizes: dict[int, int], now: float, faulted: int = 0, limit: float = math.inf
+) -> bool:
+    return overlap.is_due(sizes, limit, now, lambda: faulted)
+
+
+def test_what_grows_counts_at_once() -> None:
+    overlap = known(PAIR)
+    assert overlap.memory(SIZES) == 150
+    assert overlap.memory({1: 100, 2: 190}) == 190
+    assert overlap.memory({1: 170, 2: 190}) == 260
+
+
+def test_a_newcomer_counts_by_what_it_grows_until_it_was_measured() -> None:
+    overlap = known(PAIR)
+    assert overlap.memory({**SIZES, 3: 150}) == 150
+    assert overlap.memory({**SIZES, 3: 170}) == 170
+    assert overlap.memory({**SIZES, 4: 80}) == 150
+    assert is_due(overlap, {**SIZES, 3: 150}, 0.011)
+    assert not is_due(overlap, {**SIZES, 3: 150}, 0.009)
+
+
+def test_memory_is_never_less_than_that_of_the_largest() -> None:
+    assert known(PAIR).memory({1: 100}) == 100
+    assert known(PAIR).memory({1: 100, 2: 20}) == 100
+
+
+@pytest.mark.parametrize(
+    ("sizes", "faulted", "limit", "now", "expected"),
+    [
+        (SIZES, 0, math.inf, 3600.0, False),
+        ({1: 100, 2: 190}, 40, math.inf, 0.06, True),
+        ({1: 100, 2: 190}, 40, math.inf, 0.04, False),
+        ({1: 100, 2: 151}, 1, math.inf, 0.06, False),
+        ({1: 100, 2: 151}, 1, math.inf, 1.1, True),
+        # As much memory as before, but pages were written to: it may be others by now.
+        (SIZES, 60, math.inf, 0.06, True),
+        (SIZES, 60, 200.0, 0.011, True),
+        (SIZES, 60, 220.0, 0.011, False),
+        (SIZES, 60, 300.0, 0.011, False),
+        # Before a verdict.
+        (SIZES, 0, 140.0, 0.005, True),
+        (SIZES, 0, 140.0, 0.003, False),
+        ({1: 100}, 0, 50.0, 1.0, False),
+    ],
+)
+def test_when_it_is_measured_again(
+    sizes: dict[int, int], faulted: int, limit: float, now: float, expected: bool
+) -> None:
+    assert is_due(known(PAIR), sizes, now, faulted, limit) is expected
+
+
+def test_what_was_never_measured_is_due_at_once() -> None:
+    assert is_due(Overlap(), SIZES, 0.0)
+    assert not is_due(Overlap(), {1: 100}, 0.0)
+
+
+# Real processes.
+
+needs_proc = pytest.mark.skipif(not proc_tree.is_available(), reason="needs Linux's /proc")
+
+PRELUDE = """
+import os, signal, sys, time
+MIB = 2**20
+
+def fork(act):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+            time.sleep(120)
+        finally:
+            os._exit(0)
+    return pid
+
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # whole, beside the others'
+
+def hear():
+    return sys.stdin.readline()
+"""
+
+
+@contextlib.contextmanager
+def script(code: str) -> Iterator[subprocess.Popen[str]]:
+    """Run Python in a session of its own, which is ended as a whole."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    with child:
+        try:
+            yield child
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, 9)
+
+
+def line(child: subprocess.Popen[str]) -> str:
+    assert child.stdout is not None
+    return child.stdout.readline().strip()
+
+
+def tell(child: subprocess.Popen[str]) -> None:
+    assert child.stdin is not None
+    child.stdin.write("\n")
+    child.stdin.flush()
+
+
+def memory(tree: ProcTree, limit: float = math.inf) -> float:
+    found = tree.read(thorough=True, ceiling=limit).memory
+    assert found is not None
+    return found
+
+
+def wait_for_memory(tree: ProcTree, least: float, limit: float = math.inf) -> float:
+    deadline = time.monotonic() + 60
+    while memory(tree, limit) < least:
+        assert time.monotonic() < deadline, memory(tree, limit) / MIB
+        time.sleep(0.005)
+    return memory(tree, limit)
+
+
+@needs_proc
+def test_pages_that_outsiders_hold_too_count_in_full() -> None:
+    # As a trial does that was forked from a template, beside the template's other forks.
+    code = """
+block = bytearray(150 * MIB)
+held = []
+
+def work():
+    held.append(bytearray(b"x") * (60 * MIB))
+    say("holds")
+
+def trial():
+    for _ in range(2):
+        fork(work)
+
+for _ in range(3):
+    fork(lambda: None)
+say(fork(trial))
+hear()
+"""
+    with script(code) as child:
+        said = [line(child) for _ in range(3)]
+        assert said.count("holds") == 2
+        trial = next(int(word) for word in said if word != "holds")
+        tree = ProcTree(trial)
+        found = memory(tree)
+        assert len(tree.read(thorough=True).pids) == 3
+        tree.close()
+    assert 270 * MIB < found < 340 * MIB
+
+
+@needs_proc
+def test_a_worker_that_nobody_waited_for_hides_nothing() -> None:
+    code = """
+block = bytearray(150 * MIB)
+gone = fork(lambda: os._exit(0))
+for _ in range(2):
+    fork(lambda: None)
+while b") Z " not in open(f"/proc/{gone}/stat", "rb").read():
+    time.sleep(0.01)
+say("ready")
+hear()
+"""
+    with script(code) as child:
+        assert line(child) == "ready"
+        tree = ProcTree(child.pid)
+        found = memory(tree)
+        assert len(tree.read(thorough=True).pids) == 4
+        tree.close()
+    assert 150 * MIB < found < 220 * MIB
+
+
+WRITER = """
+block = bytearray(100 * MIB)
+
+def work():
+    say("holds")
+    hear()
+    for page in range(0, len(block), 4096):
+        block[page] = 1
+    say("written")
+
+fork(work)
+time.sleep(120)
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("limit", [math.inf, 150.0 * MIB], ids=["no limit", "limit"])
+def test_pages_that_a_worker_writes_to_become_its_own(limit: float) -> None:
+    # The plain sum stays as it was: neither process grows.
+    with script(WRITER) as child:
+        assert line(child) == "holds"
+        tree = ProcTree(child.pid)
+        before = memory(tree, limit)
+        assert before < 150 * MIB
+        tell(child)
+        assert line(child) == "written"
+        after = wait_for_memory(tree, before + 90 * MIB, limit)
+        tree.close()
+    assert after < 260 * MIB
+
+
+@needs_proc
+def test_a_glance_sees_that_pages_were_written_to() -> None:
+    with script(WRITER) as child:
+        assert line(child) == "holds"
+        tree = ProcTree(child.pid)
+        limit = 150.0 * MIB
+        memory(tree, limit)
+        tell(child)
+        assert line(child) == "written"
+        deadline = time.monotonic() + 60
+        while (seen := tree.glance()) is not None:
+            assert seen < limit and time.monotonic() < deadline
+            time.sleep(0.001)
+        assert wait_for_memory(tree, limit, limit) > limit
+        tree.close()
+
+
+@needs_proc
+def test_workers_that_appear_one_by_one_never_count_for_more_than_they_add() -> None:
+    code = """
+block = bytearray(100 * MIB)
+for _ in range(6):
+    hear()
+    fork(lambda: None)
+    say("forked")
+hear()
+"""
+    with script(code) as child:
+        tree = ProcTree(child.pid)
+        seen = []
+        for _ in range(6):
+            tell(child)
+            assert line(child) == "forked"
+            seen.append(memory(tree))
+        tree.close()
+    assert max(seen) < 190 * MIB
+
+
+# A daemon of the trial's: its parent has ended, and it has gone to whoever inherits orphans.
+DAEMON = """
+from optuna_quota._enforcement.isolation.processes import become_subreaper
+become_subreaper()
+
+def daemon():
+    own = bytearray(b"x") * (60 * MIB)
+    begun = time.process_time()
+    while time.process_time() < begun + 0.5:
+        pass
+    say("daemon", os.getpid())
+    time.sleep(120)
+
+def trial():
+    global block
+    block = bytearray(100 * MIB)
+    if os.fork() == 0:
+        fork(daemon)
+        os._exit(0)
+    os.wait()
+    time.sleep(120)
+
+say("trial", fork(trial))
+hear()
+os.kill(int(hear()), 9)
+os.waitpid(-1, 0)
+say("waited")
+hear()
+"""
+
+
+@needs_proc
+def test_an_orphan_that_the_reaper_inherited_is_the_trials() -> None:
+    with script(DAEMON) as child:
+        pids = dict(line(child).split() for _ in range(2))
+        trial, daemon = int(pids["trial"]), int(pids["daemon"])
+        tree, blind = ProcTree(trial, reaper=child.pid), ProcTree(trial)
+        reading = tree.read(thorough=True)
+        assert set(reading.pids) == {trial, daemon}
+        assert reading.memory is not None and 160 * MIB < reading.memory < 230 * MIB
+        assert reading.cpu_time is not None and reading.cpu_time >= 0.5
+        assert blind.read(thorough=True).pids == (trial,)
+        tell(child)
+        assert child.stdin is not None
+        child.stdin.write(f"{daemon}\n")
+        child.stdin.flush()
+        assert line(child) == "waited"
+        after = tree.read(thorough=True)
+        assert after.pids == (trial,)
+        assert after.cpu_time is not None and 0.5 <= after.cpu_time < reading.cpu_time + 0.4
+        tree.close()
+        blind.close()
+
+
+@needs_proc
+def test_a_reaper_that_is_not_there_leaves_nothing_open() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ProcessLookupError):
+        ProcTree(os.getpid(), reaper=ended.pid)
+    assert len(os.listdir("/proc/self/fd")) == before
