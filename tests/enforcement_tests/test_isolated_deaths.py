@@ -558,13 +558,20 @@ def test_nothing_leaks() -> None:
     study = optuna.create_study()
     wrapped = isolated(objective)
     study.optimize(wrapped, n_trials=20, n_jobs=2, catch=(TrialCrashed,))
-    before = (set(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm")))
-    temporary = set(os.listdir("/tmp"))
+    handles = len(os.listdir("/proc/self/fd"))
     children = len(psutil.Process().children(recursive=True))
+    files = own_files()
     study.optimize(wrapped, n_trials=180, n_jobs=2, catch=(TrialCrashed,))
     # The metering holds what was last seen of a trial's processes until it looks again.
-    assert len(os.listdir("/proc/self/fd")) < len(before[0]) + 60
-    assert set(os.listdir("/dev/shm")) <= before[1]
-    own = [name for name in set(os.listdir("/tmp")) - temporary if "optuna" in name]
-    assert not own
-    assert len(psutil.Process().children(recursive=True)) <= children
+    assert len(os.listdir("/proc/self/fd")) < handles + 60
+    assert own_files() <= files
+    # The last trial's supervisor may be at its end, the template's next processes on their way.
+    deadline = time.monotonic() + 30
+    while len(psutil.Process().children(recursive=True)) > children:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def own_files() -> set[str]:
+    """Return temporary files and shared memory of ours: others use these folders as well."""
+    return {n for folder in ("/tmp", "/dev/shm") for n in os.listdir(folder) if "optuna" in n}
