@@ -189,7 +189,8 @@ def project(
         quota: What it must stay within.
         limits: A trial over one of them counts as terminated there.
         used: What the study used so far, by resource, in SI base units.
-        points: Where the study is going, instead of the search space.
+        points: Where the study is going, instead of the search space; as many as there are trials
+            are taken for the very points to come, others for a sample of them.
         confidence: The probability that is enough.
         seed: Of the random draws; the same gives the same projection.
 
@@ -277,7 +278,8 @@ class _Plan:
         length = min(self.strategy.n_trials, _LONGEST)
         count = int(min(_DRAWS, max(_CELLS // length, 50)))
         drawn = self.footprint.draw(pool, count, seed)
-        picks = _picks(count, length, len(pool), seed)
+        known = points is not None and len(points) == self.strategy.n_trials
+        picks = _picks(count, length, len(pool), seed, known=known)
         usage = {name: np.take_along_axis(each, picks, axis=1) for name, each in drawn.items()}
         for name, limit in self.limits.amounts().items():
             if name in usage:
@@ -292,13 +294,17 @@ def _unit_points(strategy: Strategy, seed: int) -> np.ndarray | None:
     return latin_hypercube(_POOL, len(strategy.search_space), generator)
 
 
-def _picks(count: int, length: int, size: int, seed: int) -> np.ndarray:
-    """Return which point of the pool each trial of each draw runs at."""
+def _picks(count: int, length: int, size: int, seed: int, *, known: bool) -> np.ndarray:
+    """Return which point of the pool each trial of each draw runs at.
+
+    Which points come is chance, and half of what a total may turn out to be, unless they are the
+    very ones to come, each once.
+    """
     generator = np.random.default_rng([seed, 3])
-    if length > size:
+    if not known or length != size:
         return generator.integers(size, size=(count, length))
     order = np.tile(np.arange(size), (count, 1))
-    return np.asarray(generator.permuted(order, axis=1)[:, :length])
+    return np.asarray(generator.permuted(order, axis=1))
 
 
 def _growth(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
@@ -141,3 +142,18 @@ def test_a_function_needs_a_search_space() -> None:
 def test_a_footprint_of_the_wrong_kind_is_refused() -> None:
     with pytest.raises(TypeError, match="Usage, a function"):
         project(Strategy(3), 7)
+
+
+def _uneven(params: dict[str, Any]) -> Usage:
+    return Usage(wall_time=100.0 if params["i"] == 0 else 1.0)
+
+
+def test_points_as_many_as_trials_are_those_to_come_and_others_a_sample() -> None:
+    known = project(Strategy(50), _uneven, points=[{"i": i} for i in range(50)])
+    row = {r.resource: r for r in known.resources}["trial_time"]
+    assert row.lower == row.median == row.upper == pytest.approx(149)
+    sampled = project(Strategy(50), _uneven, points=[{"i": i} for i in range(100)])
+    row = {r.resource: r for r in sampled.resources}["trial_time"]
+    # The dear point comes never, once or twice: without replacement it could not come twice.
+    assert row.lower == pytest.approx(50)
+    assert row.upper > 240

@@ -20,7 +20,7 @@ from optuna_quota._models.rows import FootprintRow
 
 Model = ResourceModel | ChainedModel
 
-_NOISY = "wall_time"
+NOISY = "wall_time"
 # What clock time may be a multiple of.
 _BASES = ("cpu_time", "gpu_time")
 _FEWEST_TO_CHAIN = 6
@@ -48,10 +48,10 @@ def fit_models(
     names = sorted({name for row in rows for name in row.usage.amounts()})
     data = {name: _Column.of(name, columns, rows) for name in names}
     models: dict[str, Model] = {
-        name: part.fit(start.get(name), refit) for name, part in data.items() if name != _NOISY
+        name: part.fit(start.get(name), refit) for name, part in data.items() if name != NOISY
     }
-    if _NOISY in data:
-        models[_NOISY] = _fit_noisy(data, models, start.get(_NOISY), refit)
+    if NOISY in data:
+        models[NOISY] = _fit_noisy(data, models, start.get(NOISY), refit)
     return dict(sorted(models.items()))
 
 
@@ -64,14 +64,15 @@ class _Column:
         amounts: np.ndarray,
         censored: np.ndarray,
         unsure: np.ndarray,
-        floors: tuple[float, ...],
+        *,
+        noisy: bool,
     ) -> None:
         self.known = np.isfinite(amounts)
         self.columns = columns[self.known]
         self.amounts = amounts[self.known]
         self.censored = censored[self.known]
         self.unsure = unsure[self.known]
-        self.floors = floors
+        self.noisy = noisy
 
     @classmethod
     def of(cls, name: str, columns: np.ndarray, rows: Sequence[FootprintRow]) -> _Column:
@@ -79,7 +80,7 @@ class _Column:
         plain = np.array([np.nan if amount is None else amount for amount in amounts])
         censored = np.array([name in row.censored for row in rows])
         unsure = np.array([name in row.unsure for row in rows])
-        return cls(columns, plain, censored, unsure, _NO_FLOOR if name == _NOISY else FLOORS)
+        return cls(columns, plain, censored, unsure, noisy=name == NOISY)
 
     def fit(self, start: Model | None, refit: bool) -> ResourceModel:
         """Return the model; whether what is unsure are values or bounds is decided at refits."""
@@ -107,7 +108,12 @@ class _Column:
             if fresh is not None:
                 return fresh
         return fit_resource(
-            self.columns, self.amounts, censored, start=earlier, floors=self.floors
+            self.columns,
+            self.amounts,
+            censored,
+            start=earlier,
+            floors=_NO_FLOOR if self.noisy else FLOORS,
+            noisy=self.noisy,
         )
 
     def over(self, base: _Column) -> _Column | None:
@@ -118,14 +124,14 @@ class _Column:
             return None
         # Both stopped at the same moment: the ratio is a value, not a bound.
         none = np.zeros(len(self.amounts), dtype=bool)
-        return _Column(self.columns, self.amounts / base.amounts, none, none, _NO_FLOOR)
+        return _Column(self.columns, self.amounts / base.amounts, none, none, noisy=True)
 
 
 def _fit_noisy(
     data: Mapping[str, _Column], models: Mapping[str, Model], start: Model | None, refit: bool
 ) -> Model:
     """Return the likeliest of clock time by itself and as a multiple of another time."""
-    own = data[_NOISY]
+    own = data[NOISY]
     if isinstance(start, ChainedModel) and not refit:
         for name in _BASES:
             base, ratio = models.get(name), own.over(data[name]) if name in data else None

@@ -22,6 +22,7 @@ from optuna_quota._models.features import Feature
 from optuna_quota._models.features import Features
 from optuna_quota._models.features import NumericFeature
 from optuna_quota._models.fitting import Model
+from optuna_quota._models.fitting import NOISY
 from optuna_quota._models.gaussian_process import Hyperparameters
 from optuna_quota._models.resource_model import ResourceModel
 from optuna_quota._resources import Usage
@@ -145,12 +146,13 @@ def _contents(document: Mapping[str, Any]) -> Contents:
     columns = features.encode([point.params for point in points])
     models: dict[str, Model] = {}
     for name, value in _mapping(document.get("models"), "models").items():
-        models[_resource(name)] = _model(value, _known(points, name), columns)
+        noisy = name == NOISY
+        models[_resource(name)] = _model(value, _known(points, name), columns, noisy=noisy)
     for name, value in _mapping(document.get("ratios"), "ratios").items():
         base = models.get(_text(_mapping(value, name).get("on"), "on"))
         if not isinstance(base, ResourceModel):
             raise ValueError(f"The ratio {name!r} must be on a resource that has a model.")
-        ratio = _model(value, _known(points, name), columns)
+        ratio = _model(value, _known(points, name), columns, noisy=True)
         models[_resource(name)] = ChainedModel(str(value["on"]), base, ratio)
     return Contents(features, points, dict(sorted(models.items())), confidence)
 
@@ -207,7 +209,7 @@ def _model_object(model: ResourceModel) -> dict[str, Any]:
     }
 
 
-def _model(value: Any, known: np.ndarray, columns: np.ndarray) -> ResourceModel:
+def _model(value: Any, known: np.ndarray, columns: np.ndarray, *, noisy: bool) -> ResourceModel:
     found = _mapping(value, "model")
     n = int(known.sum())
     if n == 0:
@@ -226,6 +228,7 @@ def _model(value: Any, known: np.ndarray, columns: np.ndarray) -> ResourceModel:
         ),
         censored=np.array(censored, dtype=bool),
         hyperparameters=Hyperparameters(values),
+        noisy=noisy,
     )
 
 

@@ -80,7 +80,9 @@ def project_rest(
     )
     points = None
     if learner.rows and (strategy.search_space is None or adaptive):
-        points = next_points(learner.rows, _POINTS, adaptive=adaptive)
+        # As many as there are trials to come would be taken for those.
+        count = _POINTS + (rest == _POINTS)
+        points = next_points(learner.rows, count, adaptive=adaptive)
     return project(
         replace(strategy, n_trials=rest),
         expected,

@@ -17,6 +17,7 @@ from optuna_quota import Footprint
 from optuna_quota import Limits
 from optuna_quota import Usage
 from optuna_quota._models.earlier import earlier_rows
+from optuna_quota._models.resource_model import ResourceModel
 from optuna_quota._models.rows import FootprintRow
 
 
@@ -236,3 +237,18 @@ def test_nothing_known_is_an_empty_table() -> None:
 def test_confidence_must_be_a_probability_above_a_half(confidence: float) -> None:
     with pytest.raises(ValueError, match="confidence"):
         Footprint.fit([], confidence=confidence)
+
+
+def test_bounds_of_clock_time_are_wider_where_few_trials_tell_noise_from_structure() -> None:
+    rows = draw_rows(10, noise=0.3)
+    footprint = Footprint.fit(rows)
+    copied = Footprint.from_json(footprint.to_json())
+    for each in (footprint, copied):
+        models = each.contents.models
+        wall, memory = models["wall_time"], models["memory"]
+        assert isinstance(wall, ResourceModel)
+        assert isinstance(memory, ResourceModel)
+        assert (wall.noisy, memory.noisy) == (True, False)
+        deviation = np.ones(3)
+        quiet = replace(wall, noisy=False).spread(deviation)
+        assert (wall.spread(deviation) > 1.3 * quiet).all()
