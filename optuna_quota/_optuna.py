@@ -96,6 +96,22 @@ def engine_of(storage: BaseStorage) -> Any:
     return backend.engine if isinstance(backend, RDBStorage) else None
 
 
+def tables_of(storage: BaseStorage) -> tuple[Any, Any] | None:
+    """Return the SQLAlchemy engine under a storage and Optuna's models of its tables.
+
+    None where there are none, where someone has put a storage of his own around Optuna's, or
+    where the database is not one that Optuna names in its documentation.
+    """
+    if type(storage).__name__ not in ("_CachedStorage", "RDBStorage"):
+        return None
+    engine = engine_of(storage)
+    if engine is None or engine.dialect.name not in ("sqlite", "postgresql", "mysql", "mariadb"):
+        return None
+    from optuna.storages._rdb import models
+
+    return engine, models
+
+
 def in_ask() -> bool:
     """Return whether this thread is inside ``Study.ask``: its caller has no trial to finish."""
     return _find_frame(Study.ask.__code__.co_name, "optuna.study.study") is not None

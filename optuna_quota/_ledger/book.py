@@ -69,13 +69,22 @@ class Entry:
         return Claim(self.number, machine, held.granted, held.asked, held.waits)
 
 
-def read_entry(trial: FrozenTrial, trial_id: int, quota: Quota) -> Entry:
-    """Return what a row means to the ledger."""
+def read_entry(
+    trial: FrozenTrial, trial_id: int, quota: Quota, *, touched: bool | None = None
+) -> Entry:
+    """Return what a row means to the ledger.
+
+    Args:
+        trial: The row.
+        trial_id: Its id in the storage.
+        quota: The quota; its prices turn usage into cost.
+        touched: Whether anything was written into the row; None to go by ``trial``.
+    """
     reservation = parse_reservation(trial.system_attrs.get(RESERVATION), trial_id)
     record = parse_record(trial.user_attrs)
     if not trial.state.is_finished():
         state = trial.state.name.lower()
-        untouched = state == "running" and not _touched(trial)
+        untouched = state == "running" and not (_touched(trial) if touched is None else touched)
         return Entry(trial.number, trial_id, state, reservation=reservation, untouched=untouched)
     outcome = record.outcome or _outcome_of_state(trial.state.name)
     never_ran = reservation is not None and reservation.began is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from optuna.trial import TrialState
@@ -12,6 +13,7 @@ from optuna_quota._ledger.book import Entry
 from optuna_quota._ledger.book import read_entry
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
+from optuna_quota._ledger.tables import Tables
 from optuna_quota._patience import patiently
 from optuna_quota._records import RESERVATION
 from optuna_quota._records import TrialRecord
@@ -19,7 +21,10 @@ from optuna_quota._records import write_record
 
 
 if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
     from optuna.study import Study
+
+_logger = logging.getLogger("optuna.quota.ledger")
 
 
 class Rows:
@@ -31,23 +36,38 @@ class Rows:
     def __init__(self, study: Study) -> None:
         self._storage = _optuna.storage_of(study)
         self._study_id = _optuna.study_id_of(study)
+        self._tables = _tables_of(self._storage, self._study_id)
         self._next = 0
         self._open: list[int] = []
+        self._last_id = -1
 
     def read_into(self, book: Book) -> None:
         """Bring a book up to date with the storage."""
+        entries = self._read_storage(book) if self._tables is None else self._read_tables(book)
+        still_open = [entry for entry in entries if entry.state != "finished"]
+        book.fold([entry for entry in entries if entry.state == "finished"], still_open)
+
+    def _read_storage(self, book: Book) -> list[Entry]:
         trials = patiently(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
-        count = len(trials)
-        finished: list[Entry] = []
-        still_open: list[Entry] = []
         # Rows are never deleted, so a row's place in the list is its number.
-        for number in (*self._open, *range(self._next, count)):
-            trial = trials[number]
-            entry = read_entry(trial, _optuna.trial_id_of(trial), book.quota)
-            (finished if entry.state == "finished" else still_open).append(entry)
-        self._next = max(self._next, count)
-        self._open = [entry.number for entry in still_open]
-        book.fold(finished, still_open)
+        numbers = (*self._open, *range(self._next, len(trials)))
+        found = [trials[number] for number in numbers]
+        entries = [read_entry(trial, _optuna.trial_id_of(trial), book.quota) for trial in found]
+        self._next = max(self._next, len(trials))
+        self._open = [entry.number for entry in entries if entry.state != "finished"]
+        return entries
+
+    def _read_tables(self, book: Book) -> list[Entry]:
+        assert self._tables is not None
+        tables = self._tables
+        rows = patiently(lambda: tables.changed(self._last_id, self._open))
+        entries = [
+            read_entry(row.trial, _optuna.trial_id_of(row.trial), book.quota, touched=row.touched)
+            for row in rows
+        ]
+        self._last_id = max([self._last_id, *(entry.trial_id for entry in entries)])
+        self._open = [entry.trial_id for entry in entries if entry.state != "finished"]
+        return entries
 
     def stale(self) -> list[int]:
         """Return the ids of trials whose heartbeat the storage has missed."""
@@ -61,7 +81,9 @@ class Rows:
                 worker for dead.
         """
         value = reservation_object(reservation)
-        patiently(lambda: self._storage.set_trial_system_attr(trial_id, RESERVATION, value))
+        tables = self._tables
+        if tables is None or not patiently(lambda: tables.write(trial_id, value)):
+            patiently(lambda: self._storage.set_trial_system_attr(trial_id, RESERVATION, value))
 
     def fail(self, trial_id: int, record: TrialRecord, reservation: Reservation) -> None:
         """Finish the row of a trial whose worker is gone.
@@ -72,3 +94,11 @@ class Rows:
         self.write(trial_id, reservation)
         patiently(lambda: write_record(self._storage, trial_id, record))
         patiently(lambda: self._storage.set_trial_state_values(trial_id, TrialState.FAIL))
+
+
+def _tables_of(storage: BaseStorage, study_id: int) -> Tables | None:
+    try:
+        return Tables.of(storage, study_id)
+    except (AttributeError, ImportError, KeyError) as error:
+        _logger.debug(f"The tables are not those of the Optuna that is known: {error!r}.")
+        return None

@@ -1,0 +1,261 @@
+"""The ledger's own statements where rows stand in a database: few, and for few rows.
+
+Through Optuna's storage, what the ledger does before each trial takes eleven statements in three
+transactions, and objects for all that they bring; most of an admission's time was spent there.
+These ask for the ledger's own attributes only, and for rows by their ids, so that no database
+looks through all rows whatever it believes of its tables. The tables are those that Optuna made.
+
+A row's state is read before its attributes. Those of a finished row don't change any more, and
+the claim of one that runs is read after the reader wrote its own: the protocol needs no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+import json
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
+from optuna_quota import _optuna
+from optuna_quota._records import PREFIX
+from optuna_quota._records import RESERVATION
+
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+
+# Those that write a row's attribute, or don't when it has finished, in one statement.
+_UPSERTING = ("postgresql", "sqlite")
+
+# Ids in one statement: databases have a limit on its parameters.
+_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as far as the ledger is concerned.
+
+    Attributes:
+        trial: The trial with the ledger's attributes alone.
+        touched: Whether anything was written into it since it was made.
+    """
+
+    trial: FrozenTrial
+    touched: bool
+
+
+class Tables:
+    """The rows of one study in a database.
+
+    Args:
+        engine: SQLAlchemy's engine under the storage.
+        models: Optuna's tables.
+        study_id: The study.
+    """
+
+    def __init__(self, engine: Any, models: Any, study_id: int) -> None:
+        self._engine = engine
+        self._study_id = study_id
+        self._statements = _Statements.of(models)
+        self._upsert = _upsert(models, engine.dialect.name)
+
+    @classmethod
+    def of(cls, storage: BaseStorage, study_id: int) -> Tables | None:
+        """Return the study's rows, None where they are not in a database that we know."""
+        found = _optuna.tables_of(storage)
+        if found is None:
+            return None
+        engine, models = found
+        return cls(engine, models, study_id)
+
+    def changed(self, after: int, still_open: Collection[int]) -> list[Row]:
+        """Return new rows, and those that were open, by their ids: the oldest first.
+
+        Args:
+            after: The largest id that is known.
+            still_open: Ids of rows that had not finished.
+        """
+        known = after >= 0
+        with self._connection() as connection:
+            trials = self._trials(connection, after, still_open)
+            ids = sorted(trials)
+            ended = [i for i in ids if trials[i].state.is_finished()]
+            for statement, wanted in (
+                (self._statements.own, ids),
+                (self._statements.usage, ended),
+            ):
+                for line in self._lines(connection, statement, wanted, by_id=known):
+                    trial = trials.get(line.trial_id)
+                    if trial is not None:
+                        system = line.key == RESERVATION
+                        found = trial.system_attrs if system else trial.user_attrs
+                        found[line.key] = json.loads(line.value_json)
+            # A worker that died before it wrote anything left a row behind: only that is asked.
+            blank = [
+                trial_id
+                for trial_id, trial in trials.items()
+                if trial.state == TrialState.RUNNING and not trial.system_attrs
+            ]
+            lines = self._lines(connection, self._statements.written, blank, by_id=True)
+            untouched = set(blank) - {line.trial_id for line in lines}
+        return [Row(trials[i], touched=i not in untouched) for i in ids]
+
+    def _trials(
+        self, connection: Any, after: int, still_open: Collection[int]
+    ) -> dict[int, FrozenTrial]:
+        statement = self._statements.new if after >= 0 else self._statements.all
+        lines = connection.execute(statement, {"study": self._study_id, "after": after}).all()
+        lines += self._lines(connection, self._statements.open, still_open, by_id=True)
+        return {line.trial_id: _bare_trial(line) for line in lines}
+
+    def _lines(
+        self, connection: Any, statement: _Twofold, ids: Collection[int], *, by_id: bool
+    ) -> list[Any]:
+        """Return what a statement finds of some rows, or of all where they may be too many."""
+        if not ids:
+            return []
+        if not by_id:
+            return list(connection.execute(statement.of_all, {"study": self._study_id}))
+        listed = list(ids)
+        return [
+            line
+            for begin in range(0, len(listed), _AT_ONCE)
+            for line in connection.execute(
+                statement.by_id, {"ids": listed[begin : begin + _AT_ONCE]}
+            )
+        ]
+
+    def write(self, trial_id: int, value: Any) -> bool:
+        """Write a reservation into a row; return False where the storage has to do it.
+
+        It also has to tell why it can't: the row has finished, or there is none.
+        """
+        if self._upsert is None:
+            return False
+        values = {"trial": trial_id, "name": RESERVATION, "value": json.dumps(value)}
+        with self._connection() as connection:
+            return bool(connection.execute(self._upsert, values).rowcount)
+
+    def _connection(self) -> Any:
+        # Each statement is a transaction of its own.
+        return self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+
+
+def _bare_trial(line: Any) -> FrozenTrial:
+    return FrozenTrial(
+        number=line.number,
+        state=line.state,
+        value=None,
+        datetime_start=line.datetime_start,
+        datetime_complete=line.datetime_complete,
+        params={},
+        distributions={},
+        user_attrs={},
+        system_attrs={},
+        intermediate_values={},
+        trial_id=line.trial_id,
+    )
+
+
+@dataclass(frozen=True)
+class _Twofold:
+    """A statement for rows whose ids are listed, and for all rows of the study."""
+
+    by_id: Any
+    of_all: Any = None
+
+
+@dataclass(frozen=True)
+class _Statements:
+    """What is asked of the tables.
+
+    Attributes:
+        all: All trials of the study.
+        new: Those after an id.
+        open: Trials by their ids.
+        own: Reservations.
+        usage: What stands in the trial table.
+        written: The trials into which anything was written.
+    """
+
+    all: Any
+    new: Any
+    open: _Twofold
+    own: _Twofold
+    usage: _Twofold
+    written: _Twofold
+
+    @classmethod
+    def of(cls, models: Any) -> _Statements:
+        """Build the statements; that they are compiled is kept by SQLAlchemy."""
+        import sqlalchemy as sql
+
+        trials = models.TrialModel.__table__.c
+        shown = models.TrialUserAttributeModel.__table__.c
+        hidden = models.TrialSystemAttributeModel.__table__.c
+        params = models.TrialParamModel.__table__.c
+        reports = models.TrialIntermediateValueModel.__table__.c
+        names = ("trial_id", "number", "state", "datetime_start", "datetime_complete")
+        rows = sql.select(*(trials[name] for name in names))
+        of_study = trials.study_id == sql.bindparam("study")
+        everything = sql.select(trials.trial_id).where(of_study)
+        # The sum keeps a database from going through all of the study by the index on it.
+        same_study = trials.study_id + 0 == sql.bindparam("study")
+        newer = trials.trial_id > sql.bindparam("after")
+
+        def listed(column: Any) -> Any:
+            return column.in_(sql.bindparam("ids", expanding=True))
+
+        def attributes(columns: Any, wanted: Any) -> _Twofold:
+            found = sql.select(columns.trial_id, columns.key, columns.value_json).where(wanted)
+            return _Twofold(
+                found.where(listed(columns.trial_id)),
+                found.where(columns.trial_id.in_(everything)),
+            )
+
+        return cls(
+            all=rows.where(of_study),
+            new=rows.where(newer, same_study),
+            open=_Twofold(rows.where(listed(trials.trial_id))),
+            own=attributes(hidden, hidden.key == RESERVATION),
+            usage=attributes(shown, shown.key.startswith(PREFIX)),
+            written=_Twofold(
+                sql.union(
+                    *(
+                        sql.select(columns.trial_id).where(listed(columns.trial_id))
+                        for columns in (params, shown, hidden, reports)
+                    )
+                )
+            ),
+        )
+
+
+def _upsert(models: Any, dialect: str) -> Any:
+    import sqlalchemy as sql
+
+    if dialect not in _UPSERTING:
+        return None
+    from sqlalchemy.dialects import postgresql
+    from sqlalchemy.dialects import sqlite
+
+    insert = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}[dialect]
+    trials = models.TrialModel.__table__.c
+    attributes = models.TrialSystemAttributeModel.__table__
+    own = sql.select(
+        trials.trial_id,
+        sql.bindparam("name", type_=sql.String()),
+        sql.bindparam("value", type_=sql.Text()),
+    ).where(
+        trials.trial_id == sql.bindparam("trial"),
+        trials.state.in_([TrialState.RUNNING, TrialState.WAITING]),
+    )
+    statement: Any = insert(attributes).from_select(["trial_id", "key", "value_json"], own)
+    return statement.on_conflict_do_update(
+        index_elements=[attributes.c.trial_id, attributes.c.key],
+        set_={"value_json": statement.excluded.value_json},
+    )
