@@ -291,7 +291,7 @@ Judge = Callable[[Sequence[FootprintRow], FootprintRow, str], Predictive]
 
 
 class _Learned:
-    """The footprint as a study has it: hyperparameters are searched anew now and then."""
+    """The footprint, with every trial in it; hyperparameters are searched anew now and then."""
 
     def __init__(self, resource: str) -> None:
         self._footprint: Footprint | None = None

@@ -17,13 +17,14 @@ class Predictive:
     """``floor + exp(center + spread · T)`` at each point, T of Student's t distribution.
 
     Attributes:
-        floor: What every trial uses, such as the memory of the bare process; SI base units.
+        floor: What every trial uses, such as the memory of the bare process; SI base units. One
+            for all points, or one each.
         center: Shape ``(n_points,)``.
         spread: Shape ``(n_points,)``; 0 where the amount is certain.
         df: Degrees of freedom.
     """
 
-    floor: float
+    floor: float | np.ndarray
     center: np.ndarray
     spread: np.ndarray
     df: float
@@ -33,6 +34,10 @@ class Predictive:
         """Return a distribution without any spread."""
         with np.errstate(divide="ignore"):
             return cls(0.0, np.log(amounts), np.zeros(len(amounts)), np.inf)
+
+    def times(self, factor: np.ndarray) -> Predictive:
+        """Return the distribution of ``factor``, positive, times the amounts."""
+        return Predictive(self.floor * factor, self.center + np.log(factor), self.spread, self.df)
 
     def quantile(self, probability: float) -> np.ndarray:
         """Return the amounts undercut with a probability, nonnegative."""
@@ -44,9 +49,8 @@ class Predictive:
         """Return the probability of an amount over ``limit``."""
         from scipy.special import stdtr
 
-        if limit <= self.floor:
-            return np.ones(len(self.center))
-        away = np.log(limit - self.floor) - self.center
+        with np.errstate(divide="ignore"):
+            away = np.log(np.maximum(limit - self.floor, 0.0)) - self.center
         safe = np.where(self.spread > 0, self.spread, 1.0)
         uncertain = 1 - stdtr(self.df if np.isfinite(self.df) else 1e9, away / safe)
         # A certain amount exactly at the limit fits: the tolerance is that of exp(log(x)).

@@ -60,7 +60,7 @@ def footprint_row(trial: FrozenTrial) -> FootprintRow | None:
     if not trial.state.is_finished():
         return None
     record = read_record(trial)
-    usage = _lower_bounds(record)
+    usage = _with_clock_time(trial, record, _lower_bounds(record))
     if record.outcome == "rejected" or not usage.amounts():
         return None
     censored = _censored(trial, record, usage)
@@ -73,6 +73,20 @@ def footprint_row(trial: FrozenTrial) -> FootprintRow | None:
         unsure=frozenset(usage.amounts()) - censored if pruned else frozenset(),
         projected=record.footprint,
     )
+
+
+def _with_clock_time(trial: FrozenTrial, record: TrialRecord, usage: Usage) -> Usage:
+    """Return the usage with what Optuna itself says of the time, where nothing was metered.
+
+    So a study of plain Optuna can be projected too. A row that was written by hand
+    (``create_trial``) began and ended at one moment and says nothing.
+    """
+    unmetered = record.outcome is None and usage.wall_time is None
+    duration = trial.duration
+    if not unmetered or trial.state.name == "FAIL" or duration is None:
+        return usage
+    seconds = duration.total_seconds()
+    return replace(usage, wall_time=seconds) if seconds > 0 else usage
 
 
 def _lower_bounds(record: TrialRecord) -> Usage:

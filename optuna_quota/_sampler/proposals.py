@@ -17,9 +17,11 @@ from optuna_quota import _optuna
 from optuna_quota._admission import audit_is_due
 from optuna_quota._admission import PointVerdict
 from optuna_quota._models.completions import completions
+from optuna_quota._models.corrected import Correction
 from optuna_quota._models.footprint import Footprint
 from optuna_quota._models.given import as_footprint
 from optuna_quota._models.given import Expectation
+from optuna_quota._models.given import GivenFootprint
 from optuna_quota._models.learner import Learner
 from optuna_quota._records import Interval
 from optuna_quota._records import PROPOSED
@@ -99,6 +101,9 @@ class Proposals:
         given = None if rules.footprint is None or earlier else as_footprint(rules.footprint)
         self.learner = Learner(earlier, confidence=rules.confidence)
         self._earlier, self._given = earlier, given
+        self._correction = None
+        if isinstance(given, GivenFootprint) and not isinstance(given.usage, Usage):
+            self._correction = Correction(given)
         self._base, self._rules = base_sampler, rules
         self._trials: dict[int, _Trial] = {}
         self._lock = threading.Lock()
@@ -111,13 +116,23 @@ class Proposals:
         """What the user stated of each trial."""
         return self._given
 
+    def corrected(self, learned: Footprint | None) -> Expectation | None:
+        """Return what the user stated as the study's trials correct it, None before they do."""
+        if self._correction is None or learned is None or not self._knows_enough():
+            return None
+        try:
+            return self._correction.after(learned, self.learner.rows)
+        except (ArithmeticError, ValueError, np.linalg.LinAlgError) as fault:
+            _logger.warning(f"The footprint given could not be corrected: {fault!r}.")
+            return None
+
     def begin(self, study: Study, trial: FrozenTrial, limits: Limits) -> None:
         """Fix what decides about a trial; one that is enqueued as a whole is decided here."""
         learned = self._learn(study)
-        expected = self._given or learned
+        expected = self.corrected(learned) or self._given or learned
         # The same for all points tells none from another: the study's own trials have to.
         judge = learned if isinstance(self._rules.footprint, Usage) else expected
-        known = judge is self._given or self._earlier or self._knows_enough()
+        known = self._correction or judge is self._given or self._earlier or self._knows_enough()
         gate = None
         if judge is not None and known and limits and self._rules.threshold < 1:
             rows = self.learner.rows[-_PAST:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import replace
 import logging
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.study import Study
 
+    from optuna_quota._models.footprint import Footprint
+    from optuna_quota._models.given import Expectation
     from optuna_quota._models.learner import Learner
 
 
@@ -44,6 +47,7 @@ def project_rest(
     given: Any,
     base_sampler: BaseSampler,
     *,
+    corrected: Callable[[Footprint | None], Expectation | None],
     quota: Quota,
     limits: Limits,
     confidence: float,
@@ -56,6 +60,7 @@ def project_rest(
         learner: What its trials taught.
         given: A footprint that the user stated, in force until eight trials told theirs.
         base_sampler: Says whether the rest is drawn around the newest points.
+        corrected: Returns what the user stated as what was learned corrects it, None for neither.
         quota: Its quota.
         limits: Of each trial.
         confidence: The probability that is enough.
@@ -65,7 +70,7 @@ def project_rest(
     """
     learned = learner.learn(study.get_trials(deepcopy=False), fresh=True)
     trusted = learned is not None and (given is None or learner.usable >= FEWEST)
-    expected = learned if trusted else given
+    expected = corrected(learned) or (learned if trusted else given)
     used = used_so_far(study, learner)
     rest = strategy.n_trials - int(used.get("n_trials", 0))
     if rest <= 0:

@@ -285,6 +285,7 @@ class QuotaSampler(BaseSampler):
             proposals.learner,
             proposals.given,
             self.base_sampler,
+            corrected=proposals.corrected,
             quota=self.quota,
             limits=limits,
             confidence=self.confidence,

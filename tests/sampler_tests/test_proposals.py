@@ -324,3 +324,13 @@ def test_a_constant_footprint_refuses_no_point_as_it_tells_none_from_another() -
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
     assert [t.state for t in study.trials] == [optuna.trial.TrialState.COMPLETE] * 3
     assert study.trials[0].user_attrs["quota:footprint"]["wall_time"]["median"] == 60
+
+
+def test_a_stated_function_is_corrected_by_the_studys_own_trials() -> None:
+    def far_too_little(params: dict[str, Any]) -> Usage:
+        return Usage(custom={"work": work_of(params) / 1000})
+
+    study = run_study(RandomSampler(seed=4), 40, footprint=far_too_little)
+    # By itself the statement refuses nothing at all.
+    assert sum(actions(study).values()) >= 3
+    assert len([n for n in breaches(study) if n >= 16]) <= 2
