@@ -23,6 +23,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.storages._heartbeat import is_heartbeat_enabled
+from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import TrialState
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
     from optuna.storages import BaseStorage
+    from optuna.storages.journal._file import BaseJournalFileLock
     from optuna.trial import BaseTrial
     from optuna.trial import FrozenTrial
     from optuna.trial import Trial
@@ -110,6 +112,20 @@ def tables_of(storage: BaseStorage) -> tuple[Any, Any] | None:
     from optuna.storages._rdb import models
 
     return engine, models
+
+
+def wrap_journal_lock(
+    storage: BaseStorage, wrap: Callable[[BaseJournalFileLock, str], BaseJournalFileLock]
+) -> None:
+    """Replace the lock of a journal file; nothing is done where there is none.
+
+    Args:
+        storage: The storage.
+        wrap: Returns the new lock, from the one in use and the journal's path.
+    """
+    backend = getattr(storage, "_backend", None)
+    if isinstance(backend, JournalFileBackend):
+        backend._lock = wrap(backend._lock, backend._file_path)
 
 
 def in_ask() -> bool:

@@ -18,6 +18,7 @@ from optuna_quota._ledger.protocol import Claim
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.rows import Rows
 from optuna_quota._ledger.worker import this_worker
+from optuna_quota._reconnection import keep_lines_whole
 from optuna_quota._reconnection import outlive_restarts
 from optuna_quota._records import read_amounts
 from optuna_quota._records import STUDY_LIMITS
@@ -72,6 +73,7 @@ class Accounts:
         self.beat = beat
         self.clock = clock
         outlive_restarts(_optuna.storage_of(study))
+        keep_lines_whole(_optuna.storage_of(study))
         self.rows = Rows(study)
         self._book = Book(quota, read_amounts(_optuna.user_attrs_of(study).get(STUDY_LIMITS)))
         self._settled: dict[int, Usage] = {}
