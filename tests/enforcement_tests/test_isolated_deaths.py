@@ -489,9 +489,12 @@ def _is_alive(pid: int) -> bool:
 
 
 SLEEPER = """
-    import os, sys, time
+    import os, signal, sys, time
     import optuna
     from optuna_quota import isolated
+
+    # A shell's background job, as this suite may be one, is started deaf to it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     folder = sys.argv[1]
 
