@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import math
-import warnings
 from typing import Any
+import warnings
 
 import numpy as np
 import optuna
