@@ -88,6 +88,9 @@ def read_entry(
         return Entry(trial.number, trial_id, state, reservation=reservation, untouched=untouched)
     outcome = record.outcome or _outcome_of_state(trial.state.name)
     never_ran = reservation is not None and reservation.began is None
+    if trial.state.name == "COMPLETE":
+        # It has a value, so it ran, whatever else stands in its row.
+        outcome, never_ran = ("completed" if outcome == "rejected" else outcome), False
     if outcome == "rejected" or never_ran:
         return Entry(trial.number, trial_id, "finished", outcome, reservation)
     charges = _charges(trial, reservation, record.usage, quota)
