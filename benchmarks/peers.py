@@ -284,11 +284,19 @@ def run_ours(problem: Problem, budget: float, seed: int) -> Tally:
 def address_space(memory: float) -> int:
     """Return the bytes of address space that leave a child as much room as the memory limit.
 
-    SMAC3 hands its limit in bytes to pynisher, which caps the address space of a fork of this
-    process: what is mapped already counts there, and much of it is not resident.
+    SMAC3 hands its limit in bytes to pynisher, which caps the address space of a child that it
+    forks: what is mapped there already counts, and much of it is not resident. So a child of the
+    same kind is asked.
     """
+    import pynisher
+
+    mapped, resident = pynisher.Pynisher(_own_memory)()
+    return int(mapped + max(0.0, memory - resident))
+
+
+def _own_memory() -> tuple[int, int]:
     info = psutil.Process().memory_info()
-    return int(info.vms + max(0.0, memory - info.rss))
+    return info.vms, info.rss
 
 
 def run_smac(problem: Problem, budget: float, seed: int) -> Tally:
