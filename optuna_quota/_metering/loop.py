@@ -56,6 +56,9 @@ class MeteringLoop:
         period: Seconds between looks at a process tree while there is headroom in plenty; for
             benchmarks.
         threaded: False leaves it to the caller to call :meth:`tick`; for tests.
+
+    Attributes:
+        left_out: Children of this process that are no part of any trial, with what they start.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class MeteringLoop:
         self._targets: list[Target] = []
         self._probes: dict[Watch, list[Probe]] = {}
         self._own_tree: Tree | None = None
+        self.left_out: set[int] = set()
 
     def watch(
         self,
@@ -209,8 +213,6 @@ class MeteringLoop:
         with self._lock:
             self._leave(watch)
             watch.isolate()
-            self._probes[watch] = []
-            self._poke()
 
     def retarget(self, watch: Watch, pid: int, reaper: int | None = None) -> None:
         """Move a trial to a process tree of its own."""
@@ -290,9 +292,8 @@ class MeteringLoop:
         return next((t for t in self._targets if watch in t.watches), None)
 
     def _others(self, target: Target) -> Sequence[int]:
-        if len(self._targets) == 1:
-            return ()
-        return [t.pid for t in self._targets if t.pid is not None and t is not target]
+        others = [t.pid for t in self._targets if t.pid is not None and t is not target]
+        return others if target.pid is not None else [*others, *self.left_out]
 
     def _read(self, target: Target, now: float, *, thorough: bool = False) -> None:
         target.read(now, self._others(target), thorough=thorough)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 import pickle
@@ -29,8 +30,10 @@ from optuna_quota._enforcement.isolation.gpu_caps import cap_torch
 from optuna_quota._enforcement.isolation.gpu_caps import set_gpu_caps
 from optuna_quota._enforcement.isolation.modules import can_preload
 from optuna_quota._enforcement.isolation.modules import named_modules
+from optuna_quota._enforcement.isolation.output import sounding_loggers
 from optuna_quota._enforcement.isolation.shortage import find_shortage
 from optuna_quota._enforcement.isolation.shortage import Shortage
+from optuna_quota._metering import metering_loop
 
 
 GIB = 2**30
@@ -419,3 +422,34 @@ def test_a_real_group_kills_all_that_is_in_it() -> None:
         process.wait()
         leaf.remove()
     assert not list(mount.glob(f"optuna-quota-{os.getpid()}-*"))
+
+
+def test_a_template_is_no_part_of_a_trial_in_its_studys_process() -> None:
+    from optuna_quota._enforcement.isolation.template_client import TemplateClient
+
+    client = TemplateClient()
+    loop = metering_loop()
+    try:
+        client.launch(None).close()
+        assert client._process is not None
+        template = client._process.pid
+        assert template in loop.left_out
+        watch = loop.watch((0, 0))
+        target = loop._target_of(watch)
+        assert target is not None and template not in target.pids
+        watch.close()
+    finally:
+        client.close()
+        client.lost()
+        client._errors.close()
+    assert template not in loop.left_out
+
+
+def test_loggers_that_only_pass_on_are_not_touched() -> None:
+    quiet, loud = logging.getLogger("a_quiet_one"), logging.getLogger("a_loud_one")
+    loud.addHandler(logging.NullHandler())
+    try:
+        sounding = sounding_loggers()
+        assert loud in sounding and quiet not in sounding
+    finally:
+        loud.handlers.clear()

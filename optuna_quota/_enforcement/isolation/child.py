@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Mapping
+from collections.abc import Sequence
 import contextlib
 from dataclasses import dataclass
-from dataclasses import field
 import faulthandler
 import itertools
+import logging
 import os
 import pickle
 import sys
@@ -115,12 +116,19 @@ class Unsendable:
     reason: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Inherited:
-    """What a process forked from the study's own has without being sent it."""
+    """What a process forked from the study's own has without being sent it.
 
-    objective: Any = None
-    handles: dict[int, Any] = field(default_factory=dict)
+    Attributes:
+        start: What others are sent.
+        objective: The objective itself.
+        sounding: The loggers that do more than pass on what they are given.
+    """
+
+    start: Start
+    objective: Any
+    sounding: Sequence[logging.Logger]
 
 
 _calls: Calls | None = None
@@ -137,7 +145,7 @@ def run_child(
     *,
     notice: int | None = None,
     crash_file: int | None = None,
-    objective: Any = None,
+    inherited: Inherited | None = None,
     streams: bool = False,
 ) -> int:
     """Run one trial from the start message to the end; return the exit code.
@@ -146,7 +154,7 @@ def run_child(
         channel: The connection to the study's process.
         notice: Where the supervisor says why it stops the trial, before it sends SIGTERM.
         crash_file: A descriptor for Python's traceback when the process dies of a signal.
-        objective: What the process has inherited, when the start message brings none.
+        inherited: What the process has inherited; without it, the start message is received.
         streams: Whether standard output and error are sent before the start message.
     """
     global _calls
@@ -157,13 +165,18 @@ def run_child(
     try:
         if streams:
             _take_streams(channel)
-        start = channel.receive()
+        start = channel.receive() if inherited is None else inherited.start
         if crash_file is not None:
             faulthandler.enable(crash_file)
-        enter(start.surroundings)
-        follow(start.output, _calls)
+        if inherited is None:
+            enter(start.surroundings)
+            follow(start.output, _calls)
+        else:
+            os.environ.update(start.surroundings.added)
+            follow(start.output, _calls, inherited.sounding)
         rlimits.raise_oom_score()
         supervisor = None if notice is None else os.getppid()
+        objective = None if inherited is None else inherited.objective
         outcome = _prepare_and_run(start, objective, known, supervisor)
     except EOFError:
         return 1

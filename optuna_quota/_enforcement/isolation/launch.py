@@ -15,6 +15,7 @@ from typing import Literal
 
 from optuna_quota._enforcement.isolation import processes
 from optuna_quota._enforcement.isolation.channel import Channel
+from optuna_quota._enforcement.isolation.child import Inherited
 from optuna_quota._enforcement.isolation.trial_process import fork_trial
 
 
@@ -46,8 +47,12 @@ class Launched:
                 os.waitpid(pid, 0)
 
 
-def launch_fork(cgroup: Path | None, objective: Any) -> Launched:
+def launch_fork(cgroup: Path | None, inherited: Inherited) -> Launched:
     """Fork the trial from this process: nothing is pickled, and no GPU context may exist.
+
+    Args:
+        cgroup: Where to make its control group, None for none.
+        inherited: What the trial needs.
 
     Raises:
         RuntimeError: If this process uses CUDA, which a fork can't go on with.
@@ -62,7 +67,7 @@ def launch_fork(cgroup: Path | None, objective: Any) -> Launched:
             stream.flush()
     parent = os.pidfd_open(os.getpid())
     try:
-        forked = fork_trial(parent, cgroup=cgroup, objective=objective)
+        forked = fork_trial(parent, cgroup=cgroup, inherited=inherited)
     finally:
         os.close(parent)
     return Launched(Channel(forked.channel), Channel(forked.control), forked.supervisor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+import functools
 import itertools
 import pickletools
 import site
@@ -70,6 +71,7 @@ def _is_installed(name: str, folders: tuple[str, ...]) -> bool:
     return origin in (None, "built-in", "frozen") or str(origin).startswith(folders)
 
 
+@functools.cache
 def _installed_folders() -> tuple[str, ...]:
     paths = sysconfig.get_paths()
     folders = [paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")]

@@ -84,8 +84,16 @@ def output_rules() -> OutputRules:
     )
 
 
-def follow(rules: OutputRules, calls: Calls) -> None:
-    """Print, log and warn by the rules of the study's process."""
+def follow(
+    rules: OutputRules, calls: Calls, sounding: Sequence[logging.Logger] | None = None
+) -> None:
+    """Print, log and warn by the rules of the study's process.
+
+    Args:
+        rules: The rules.
+        calls: The way there.
+        sounding: In a fork of that process, what :func:`sounding_loggers` gave there.
+    """
     for name in ("stdout", "stderr"):
         if name in rules.forwarded:
             setattr(sys, name, ForwardedStream(name, calls))
@@ -93,7 +101,12 @@ def follow(rules: OutputRules, calls: Calls) -> None:
             stream = _open_stream(name, *rules.encodings[name])
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
-    _follow_logging(rules, calls)
+    if sounding is None:
+        _follow_logging(rules, calls)
+    else:
+        # Their levels are in force already, and going through all loggers would copy their pages.
+        _silence(sounding)
+        logging.getLogger().addHandler(ForwardingHandler(calls))
     _follow_warnings(rules, calls)
 
 
@@ -221,16 +234,35 @@ def blank_logging() -> None:
     Done once in the template: to go through all loggers in each trial would copy their pages.
     """
     global _is_blank
-    loggers = [
-        x for x in logging.Logger.manager.loggerDict.values() if isinstance(x, logging.Logger)
+    loggers = _all_loggers()
+    _silence(loggers)
+    for logger in loggers:
+        logger.disabled = False
+        logger.level = logging.NOTSET
+    # What loggers remember of their levels is forgotten by this, once for all of them.
+    logging.getLogger().setLevel(logging.NOTSET)
+    _is_blank = True
+
+
+def sounding_loggers() -> list[logging.Logger]:
+    """Return the loggers that do more than pass on to the root what they are given."""
+    return [
+        logger
+        for logger in _all_loggers()
+        if logger.handlers or logger.filters or not logger.propagate
     ]
-    for logger in [logging.getLogger(), *loggers]:
+
+
+def _all_loggers() -> list[logging.Logger]:
+    known = list(logging.Logger.manager.loggerDict.values())
+    return [logging.getLogger(), *(x for x in known if isinstance(x, logging.Logger))]
+
+
+def _silence(loggers: Sequence[logging.Logger]) -> None:
+    for logger in loggers:
         logger.handlers.clear()
         logger.filters.clear()
         logger.propagate = True
-        logger.disabled = False
-        logger.setLevel(logging.NOTSET)
-    _is_blank = True
 
 
 _is_blank = False

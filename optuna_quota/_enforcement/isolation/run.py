@@ -21,6 +21,7 @@ from optuna_quota._enforcement.check import raise_rejected
 from optuna_quota._enforcement.forecast import forecast_breach
 from optuna_quota._enforcement.isolation import cgroup
 from optuna_quota._enforcement.isolation.child import Exited
+from optuna_quota._enforcement.isolation.child import Inherited
 from optuna_quota._enforcement.isolation.child import Raised
 from optuna_quota._enforcement.isolation.child import Ready
 from optuna_quota._enforcement.isolation.child import Returned
@@ -42,6 +43,7 @@ from optuna_quota._enforcement.isolation.modules import named_modules
 from optuna_quota._enforcement.isolation.objectives import dump_objective
 from optuna_quota._enforcement.isolation.objectives import Residents
 from optuna_quota._enforcement.isolation.output import output_rules
+from optuna_quota._enforcement.isolation.output import sounding_loggers
 from optuna_quota._enforcement.isolation.plain import launch_plain
 from optuna_quota._enforcement.isolation.serving import NotStarted
 from optuna_quota._enforcement.isolation.serving import Server
@@ -108,14 +110,15 @@ class TrialRun:
         loop = metering_loop()
         if self._study is None:
             key = (id(self._trial), self._trial.number)
-            return loop.watch(key, limits=self._isolated.limits or Limits()), True
+            limits = self._isolated.limits or Limits()
+            return loop.watch(key, limits=limits, here=False), True
         key = key_of(self._study, self._trial)
         pruner = self._study.pruner
         limits = agreed_limits(self._isolated.limits, getattr(pruner, "limits", None))
         watch = loop.find(key)
         if watch is None:
-            watch = loop.watch(key, limits=limits, meters=getattr(pruner, "meters", ()))
-            return watch, True
+            meters = getattr(pruner, "meters", ())
+            return loop.watch(key, limits=limits, meters=meters, here=False), True
         if self._isolated.limits is not None and watch.limits != self._isolated.limits:
             agreed_limits(self._isolated.limits, watch.limits or None)
             watch.limit(self._isolated.limits)
@@ -144,7 +147,7 @@ class TrialRun:
         return self._conclude(server)
 
     def _serve(self) -> Server:
-        objective, launched = self._launch()
+        launched, start = self._launch()
         self._server = server = Server(
             launched,
             self._residents,
@@ -158,7 +161,8 @@ class TrialRun:
         try:
             with contextlib.suppress(ConnectionError):
                 launched.control.send(Mind(self._isolated.grace_period))
-                launched.channel.send(self._start(objective))
+                if start is not None:
+                    launched.channel.send(start)
             server.serve()
         except BaseException:
             # An interrupt (Ctrl-C): nothing of the trial may go on.
@@ -168,18 +172,21 @@ class TrialRun:
             launched.close()
         return server
 
-    def _launch(self) -> tuple[bytes | None, Launched]:
+    def _launch(self) -> tuple[Launched, Start | None]:
+        """Start the processes; return what is to be sent, None where they inherited it."""
         method = self._isolated.start_method
         if method == "fork" and can_supervise():
-            return None, launch_fork(_delegated_cgroup(), self._isolated.objective)
+            # Made before the fork: after it, each page that is touched here is copied.
+            inherited = Inherited(self._start(None), self._isolated.objective, sounding_loggers())
+            return launch_fork(_delegated_cgroup(), inherited), None
         objective = dump_objective(self._isolated.objective, self._residents)
         if not can_supervise():
-            return objective, launch_plain()
+            return launch_plain(), self._start(objective)
         client = template_client(once=method == "spawn")
         if method == "forkserver":
             client.want(can_preload(named_modules(objective)))
         try:
-            return objective, client.launch(_delegated_cgroup())
+            return client.launch(_delegated_cgroup()), self._start(objective)
         except OSError as error:
             reason = f"The trial's process could not be started: {error}"
             return self._crash(Ended(exitcode=None), reason)

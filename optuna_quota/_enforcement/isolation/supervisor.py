@@ -154,7 +154,9 @@ class Supervisor:
         assert self._enforce is not None
         limit = self._enforce.memory
         if limit is None:
-            self._gauge.read(now)
+            # Of a short trial the kernel knows the peak well enough.
+            if now - self._began >= LONGEST_WAIT:
+                self._gauge.read(now)
             return LONGEST_WAIT
         is_told = self._breach is not None and self._breach.resource == "memory"
         if self._breach is not None and is_told:
@@ -231,10 +233,16 @@ class Supervisor:
             memory=peak or None,
             cpu_time=used.ru_utime + used.ru_stime,
             leftovers=leftovers,
-            oom_kills=processes.count_oom_kills() - self._oom_kills,
+            oom_kills=self._count_oom_kills(),
             leaf_oom_kills=leaf_oom_kills,
             traceback=self._read_crash_file(),
         )
+
+    def _count_oom_kills(self) -> int:
+        # To read all statistics of the host takes longer than the rest: for a victim only.
+        if self._exitcode != -signal.SIGKILL:
+            return 0
+        return processes.count_oom_kills() - self._oom_kills
 
     def _close_leaf(self) -> tuple[int, float]:
         if self._leaf is None:

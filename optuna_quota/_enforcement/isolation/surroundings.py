@@ -20,6 +20,7 @@ class Surroundings:
 
     Attributes:
         environ: The environment variables.
+        added: Those of them that the study's process does not have, or not so.
         folder: The working directory, None where it is gone.
         path: ``sys.path``.
         argv: ``sys.argv``.
@@ -30,6 +31,7 @@ class Surroundings:
     """
 
     environ: Mapping[str, str]
+    added: Mapping[str, str]
     folder: str | None
     path: tuple[str, ...]
     argv: tuple[str, ...]
@@ -52,6 +54,7 @@ def surroundings(environment: Mapping[str, str] | None = None) -> Surroundings:
         folder = None
     return Surroundings(
         environ={**os.environ, **(environment or {})},
+        added=dict(environment or {}),
         folder=folder,
         path=tuple(sys.path),
         argv=tuple(getattr(sys, "argv", ())),

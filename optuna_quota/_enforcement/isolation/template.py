@@ -87,11 +87,11 @@ class Template:
             poll.register(handle, select.POLLIN)
         while True:
             ready = {handle for handle, _ in poll.poll(IDLE_TIME * 1000)}
+            # First of all, what somebody waits for.
+            goes_on = self._sock.fileno() not in ready or self._serve_one()
             self._bury()
-            if self._parent in ready or (not ready and self._is_idle()):
-                return
-            if self._sock.fileno() in ready and not self._serve_one():
-                # Supervisors go on without their template; orphans of theirs are ended first.
+            # Supervisors go on without their template; orphans of theirs are ended first.
+            if not goes_on or self._parent in ready or (not ready and self._is_idle()):
                 return
 
     def _serve_one(self) -> bool:

@@ -23,6 +23,7 @@ from optuna_quota._enforcement.isolation.template import MESSAGE_SIZE
 from optuna_quota._enforcement.isolation.template import Order
 from optuna_quota._enforcement.isolation.template import Preload
 from optuna_quota._enforcement.isolation.template import Unsafe
+from optuna_quota._metering import metering_loop
 
 
 class TemplateClient:
@@ -102,6 +103,8 @@ class TemplateClient:
             self._errors.seek(0)
             self._errors.truncate()
             self._process = popen(command, self._errors, pass_fds=(theirs.fileno(),))
+        # It and its forks are no part of a trial in this process.
+        metering_loop().left_out.add(self._process.pid)
         self._sock = ours
         self._loaded = set()
         return ours
@@ -126,7 +129,10 @@ class TemplateClient:
             sock.close()
         if process is not None:
             # It ends by itself once it has served what was sent; to wait would hold up a trial.
-            self._retired = [p for p in (*self._retired, process) if p.poll() is None]
+            self._retired.append(process)
+        for ended in [p for p in self._retired if p.poll() is not None]:
+            self._retired.remove(ended)
+            metering_loop().left_out.discard(ended.pid)
 
     def _complaint(self) -> str:
         """Return the last line that a template wrote to its standard error."""

@@ -9,13 +9,13 @@ import os
 from pathlib import Path
 import signal
 import socket
-from typing import Any
 from typing import NoReturn
 import warnings
 
 from optuna_quota._enforcement.isolation import processes
 from optuna_quota._enforcement.isolation.cgroup import CgroupLeaf
 from optuna_quota._enforcement.isolation.channel import Channel
+from optuna_quota._enforcement.isolation.child import Inherited
 from optuna_quota._enforcement.isolation.child import run_child
 from optuna_quota._enforcement.isolation.control import Started
 from optuna_quota._enforcement.isolation.supervisor import Supervisor
@@ -36,20 +36,20 @@ class Forked:
     control: socket.socket
 
 
-def fork_trial(parent: int, *, cgroup: Path | None, objective: Any = None) -> Forked:
+def fork_trial(parent: int, *, cgroup: Path | None, inherited: Inherited | None = None) -> Forked:
     """Fork a supervisor with its trial.
 
     Args:
         parent: A pidfd of the study's process; stays open here.
         cgroup: Where to make the trial's control group, None for none.
-        objective: What the trial inherits; without one, it is sent, and so are its streams.
+        inherited: What the trial has from this process; without it, all is sent to the trial.
     """
     (ours, theirs), (command, obey) = socket.socketpair(), socket.socketpair()
     with theirs, obey:
         pid = fork()
         if pid == 0:
             try:
-                _supervise(theirs.fileno(), obey.fileno(), parent, cgroup, objective)
+                _supervise(theirs.fileno(), obey.fileno(), parent, cgroup, inherited)
             finally:
                 # Never back into the code that this process is a copy of.
                 os._exit(1)
@@ -65,7 +65,7 @@ def fork() -> int:
 
 
 def _supervise(
-    channel: int, control: int, parent: int, cgroup: Path | None, objective: Any
+    channel: int, control: int, parent: int, cgroup: Path | None, inherited: Inherited | None
 ) -> NoReturn:
     os.setsid()
     _reset_signals()
@@ -80,14 +80,17 @@ def _supervise(
         code = 1
         try:
             _enter_child(supervisor, leaf)
-            if objective is None:
+            if inherited is None:
                 _close_all_but(channel, notice_read, crash_file)
+            else:
+                # To go through what is inherited would copy its pages.
+                gc.freeze()
             code = run_child(
                 Channel(socket.socket(fileno=channel)),
                 notice=notice_read,
                 crash_file=crash_file,
-                objective=objective,
-                streams=objective is None,
+                inherited=inherited,
+                streams=inherited is None,
             )
         finally:
             os._exit(code)
