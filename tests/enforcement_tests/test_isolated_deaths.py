@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import contextlib
 import ctypes
+import mmap
 import os
 from pathlib import Path
 import signal
@@ -23,7 +24,10 @@ from optuna_quota import isolated
 from optuna_quota import Limits
 from optuna_quota import QuotaPruner
 from optuna_quota import TrialCrashed
+from optuna_quota._enforcement.isolation.cgroup import find_delegated
+from optuna_quota._enforcement.isolation.cgroup import own_cgroup
 from optuna_quota._enforcement.isolation.launch import can_supervise
+from optuna_quota._enforcement.isolation.template_client import template_client
 from optuna_quota._records import read_record
 
 
@@ -379,6 +383,81 @@ def escape(folder: str) -> None:
             os.waitpid(pid, 0)
     while len(os.listdir(folder)) < 3:
         time.sleep(0.01)
+
+
+def real_group() -> Path:
+    """Return a folder in which real control groups of version 2 can be made."""
+    mounts = [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")]
+    mount = next((m for m in mounts if (m / "cgroup.procs").exists() and os.access(m, 2)), None)
+    if mount is None:
+        pytest.skip("no control groups of version 2 may be made here")
+    return mount
+
+
+def delegated_group(mount: Path) -> Path:
+    """Return a folder in which groups with a memory limit can be made."""
+    own = own_cgroup(mount)
+    folder = find_delegated(own, mount)
+    if folder is None:
+        text = (mount / "cgroup.controllers").read_text().split()
+        why = "none is delegated" if "memory" in text else "the controller is not of version 2"
+        pytest.skip(f"no group with a memory limit can be made here: {why}")
+    return folder
+
+
+def in_group(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let trials have their groups made in a folder."""
+    monkeypatch.setattr(
+        "optuna_quota._enforcement.isolation.run._delegated_cgroup", lambda: folder
+    )
+    template_client().lost()  # the processes that it has ready are in no group
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "fork"])
+def test_a_real_control_group_holds_the_trial_and_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_method: Any
+) -> None:
+    mount = real_group()
+    in_group(mount, monkeypatch)
+    folder = str(tmp_path)
+
+    def objective(trial: optuna.Trial) -> float:
+        escape(folder)
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        trial.set_user_attr("group", next(x for x in lines if x.startswith("0::"))[3:])
+        held = []
+        while True:  # shared memory: it is the supervisor that ends this, by the group
+            held.append(mmap.mmap(-1, 2**20))
+            held[-1].write(b"x" * 2**20)
+            time.sleep(0.001)
+
+    trial = run_one(objective, Limits(memory="300MiB"), grace_period=0, start_method=start_method)
+    group = trial.user_attrs["group"]
+    assert "optuna-quota-" in group
+    assert read_record(trial).outcome == "terminated"
+    pids = [int(name) for name in os.listdir(folder)]
+    assert len(pids) == 3 and not [pid for pid in pids if psutil.pid_exists(pid)]
+    assert not (mount / group.lstrip("/")).exists()
+    template_client().lost()
+
+
+def test_a_real_control_group_limits_what_no_other_limit_sees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_group(delegated_group(real_group()), monkeypatch)
+
+    def objective(trial: optuna.Trial) -> float:
+        # Files in memory are nobody's resident memory: only the group counts them.
+        handle = os.memfd_create("held")
+        for _ in range(400):
+            os.write(handle, b"x" * 2**20)
+        return 1.0
+
+    trial = run_one(objective, Limits(memory="250MiB"), grace_period=0)
+    record = read_record(trial)
+    assert record.outcome == "terminated"
+    assert record.breach is not None and record.breach.resource == "memory"
+    template_client().lost()
 
 
 @pytest.mark.parametrize("end", ["return", "breach", "crash"])
