@@ -102,7 +102,7 @@ class Accounts:
     def wall_time(self, now: float) -> float:
         """Return the study's clock time by the rows as last read."""
         with self._lock:
-            return self._book.used(now)["wall_time"]
+            return self._book.wall_time(now)
 
     def write(self, trial_id: int, reservation: Reservation) -> None:
         """Write the reservation of one of this process's trials.

@@ -190,14 +190,18 @@ class Book:
         The bound is the limit where one is set, else the largest usage known.
         """
         used = {name: self._known[name] + self._unknown(name) for name in SUMMED}
+        used["wall_time"] = self.wall_time(now)
+        return used
+
+    def wall_time(self, now: float) -> float:
+        """Return the clock time in which at least one trial ran, until now where one does."""
         now = self.clocks.now(now)
         running = [
             (self.clocks.moved(e.claim.machine, e.reservation.began), now)
             for e in self.open
             if e.reservation is not None and e.reservation.began is not None
         ]
-        used["wall_time"] = self._spans.with_added(running)
-        return used
+        return self._spans.with_added(running)
 
     def _unknown(self, name: str) -> float:
         bound = self.bounds.get(name, self._largest.get(name, 0.0))

@@ -18,6 +18,7 @@ from optuna_quota import _optuna
 from optuna_quota._ledger.accounts import Accounts
 from optuna_quota._ledger.accounts import Snapshot
 from optuna_quota._ledger.admission import ask
+from optuna_quota._ledger.admission import ask_at_once
 from optuna_quota._ledger.admission import judge
 from optuna_quota._ledger.admission import pauses
 from optuna_quota._ledger.clock import Clock
@@ -126,6 +127,10 @@ class Ledger:
             need = footprint.get("gpu_memory", limits.gpu_memory)
             machine = this_worker().machine
             wants.update(want_of_gpu(self._gpus, seen.claims, machine, need))
+            if not waiting:
+                grant = self._reserve_at_once(trial, limits, wants, footprint)
+                if grant is not None:
+                    return grant
             # Who waits looks before it asks: a claim in vain would only disturb the others.
             decision = judge(self._accounts, number, held, wants, seen, queue=True)
             if not waiting or decision.action != "withdraw":
@@ -140,7 +145,7 @@ class Ledger:
                 )
             refusal = beyond(self.quota, seen.used, footprint)
             if refusal is None and decision.action == "grant":
-                return self._start(trial, limits, decision)
+                return self._begin(trial, limits, self._write_grant(trial_id, decision))
             if refusal is None and decision.shortage is not None:
                 refusal = hopeless(decision.shortage)
             if refusal is not None:
@@ -152,6 +157,11 @@ class Ledger:
                 told = self._tell_of_standstill(number, decision, seen)
             self._clock.sleep(pause)
         raise AssertionError("The pauses never end.")
+
+    @property
+    def trials(self) -> Sequence[FrozenTrial]:
+        """All rows of the study as they were last read, by number."""
+        return self._accounts.rows.trials
 
     def keep(self, trial_id: int, watch: Watch) -> None:
         """Ask for more by itself while a trial under metering runs, and renew its lease."""
@@ -217,11 +227,38 @@ class Ledger:
         self._accounts.write(trial_id, place)
         return place
 
-    def _start(self, trial: FrozenTrial, limits: Limits, decision: Decision) -> Grant:
-        trial_id, now = _optuna.trial_id_of(trial), self._clock.time()
-        gpu = gpu_in(decision.granted)
+    def _reserve_at_once(
+        self,
+        trial: FrozenTrial,
+        limits: Limits,
+        wants: Mapping[str, Want],
+        footprint: Mapping[str, float],
+    ) -> Grant | None:
+        """Return a grant that needed no claim, None when the protocol is to be gone through."""
+        trial_id, written = _optuna.trial_id_of(trial), Reservation()
+
+        def settle(decision: Decision, seen: Snapshot) -> bool:
+            nonlocal written
+            if beyond(self.quota, seen.used, footprint) is not None:
+                return False
+            written = self._write_grant(trial_id, decision)
+            return True
+
+        seen = ask_at_once(self._accounts, trial.number, wants, settle)
+        if seen is None:
+            return None
+        grant = self._begin(trial, limits, written)
+        self._undertaker.tend(seen)
+        return grant
+
+    def _write_grant(self, trial_id: int, decision: Decision) -> Reservation:
+        now, gpu = self._clock.time(), gpu_in(decision.granted)
         held = replace(answered(Reservation(), decision), began=now, beat=now, gpu=gpu)
         self._accounts.write(trial_id, held)
+        return held
+
+    def _begin(self, trial: FrozenTrial, limits: Limits, held: Reservation) -> Grant:
+        trial_id, now = _optuna.trial_id_of(trial), self._clock.time()
         running = Running(trial_id, trial.number, held, limits)
         if self.quota.wall_time is not None:
             running.deadline = max(0.0, self.quota.wall_time - self._accounts.wall_time(now))
@@ -230,7 +267,7 @@ class Ledger:
         else:
             running.asker = threading.get_ident()
         self._running[trial_id] = running
-        return Grant(running.left, gpu=gpu)
+        return Grant(running.left, gpu=held.gpu)
 
     def _extend_one(self, running: Running, name: str) -> None:
         seen, held = self._undertaker.look(), running.reservation

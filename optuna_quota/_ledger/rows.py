@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from collections.abc import Sequence
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
@@ -23,6 +27,7 @@ from optuna_quota._records import write_record
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.study import Study
+    from optuna.trial import FrozenTrial
 
 _logger = logging.getLogger("optuna.quota.ledger")
 
@@ -40,6 +45,20 @@ class Rows:
         self._next = 0
         self._open: list[int] = []
         self._last_id = -1
+        self._trials: Sequence[FrozenTrial] = ()
+
+    @property
+    def trials(self) -> Sequence[FrozenTrial]:
+        """All rows by number: as they were last read, where they were read as a whole."""
+        if self._tables is None and self._trials:
+            return self._trials
+        return patiently(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Keep all other writers out while the block runs; yield whether that can be done."""
+        with contextlib.nullcontext(False) if self._tables is None else self._tables.alone() as it:
+            yield it
 
     def read_into(self, book: Book) -> None:
         """Bring a book up to date with the storage."""
@@ -49,6 +68,7 @@ class Rows:
 
     def _read_storage(self, book: Book) -> list[Entry]:
         trials = patiently(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
+        self._trials = trials
         # Rows are never deleted, so a row's place in the list is its number.
         numbers = (*self._open, *range(self._next, len(trials)))
         found = [trials[number] for number in numbers]
@@ -83,6 +103,9 @@ class Rows:
         value = reservation_object(reservation)
         tables = self._tables
         if tables is None or not patiently(lambda: tables.write(trial_id, value)):
+            if tables is not None and tables.is_alone:
+                # The storage's own connection would wait for this one.
+                raise UpdateFinishedTrialError(f"The trial with id {trial_id} has finished.")
             patiently(lambda: self._storage.set_trial_system_attr(trial_id, RESERVATION, value))
 
     def fail(self, trial_id: int, record: TrialRecord, reservation: Reservation) -> None:

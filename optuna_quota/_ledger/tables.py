@@ -12,8 +12,12 @@ the claim of one that runs is read after the reader wrote its own: the protocol 
 from __future__ import annotations
 
 from collections.abc import Collection
+from collections.abc import Iterator
+import contextlib
 from dataclasses import dataclass
 import json
+import logging
+import threading
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -28,6 +32,8 @@ from optuna_quota._records import RESERVATION
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
+
+_logger = logging.getLogger("optuna.quota.ledger")
 
 # Those that write a row's attribute, or don't when it has finished, in one statement.
 _UPSERTING = ("postgresql", "sqlite")
@@ -63,6 +69,7 @@ class Tables:
         self._study_id = study_id
         self._statements = _Statements.of(models)
         self._upsert = _upsert(models, engine.dialect.name)
+        self._sole = threading.local()
 
     @classmethod
     def of(cls, storage: BaseStorage, study_id: int) -> Tables | None:
@@ -141,9 +148,64 @@ class Tables:
         with self._connection() as connection:
             return bool(connection.execute(self._upsert, values).rowcount)
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Make what this thread reads and writes one transaction that no writer comes between.
+
+        Yields False where the database has no one lock that all writers need, as SQLite has, or
+        somebody else holds it, and does nothing then. What was written is committed at the end,
+        and undone by an exception.
+        """
+        connection = self._sole_writer()
+        if connection is None:
+            yield False
+            return
+        with connection:
+            self._sole.connection = connection
+            try:
+                yield True
+            except BaseException:
+                connection.exec_driver_sql("ROLLBACK")
+                raise
+            else:
+                _commit(connection)
+            finally:
+                self._sole.connection = None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this thread is inside of :meth:`alone`."""
+        return getattr(self._sole, "connection", None) is not None
+
+    def _sole_writer(self) -> Any:
+        if self._engine.dialect.name != "sqlite":
+            return None
+        from sqlalchemy.exc import SQLAlchemyError
+
+        connection = self._connection()
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        except SQLAlchemyError as fault:
+            _logger.debug(f"No transaction of its own: {fault!r}.")
+            connection.close()
+            return None
+        return connection
+
     def _connection(self) -> Any:
+        if self.is_alone:
+            return contextlib.nullcontext(self._sole.connection)
         # Each statement is a transaction of its own.
         return self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+
+
+def _commit(connection: Any) -> None:
+    try:
+        connection.exec_driver_sql("COMMIT")
+    except BaseException:
+        # Readers may have kept it from being done, and it would go on holding the lock.
+        with contextlib.suppress(Exception):
+            connection.exec_driver_sql("ROLLBACK")
+        raise
 
 
 def _bare_trial(line: Any) -> FrozenTrial:

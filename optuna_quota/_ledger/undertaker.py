@@ -33,13 +33,16 @@ class Undertaker:
     def look(self) -> Snapshot:
         """Read the rows, end those whose workers are gone, and return what is left."""
         seen = self._accounts.read()
+        return self._accounts.read() if self.tend(seen) else seen
+
+    def tend(self, seen: Snapshot) -> bool:
+        """End rows whose workers are gone among those read; return whether there were any."""
         now = self._accounts.clock.monotonic()
         with self._lock:
             deaths = self._leases.deaths(seen.open, now, self._stale(now))
-        if not deaths:
-            return seen
-        self.bury(*deaths)
-        return self._accounts.read()
+        if deaths:
+            self.bury(*deaths)
+        return bool(deaths)
 
     def bury(self, *deaths: Death) -> None:
         """End rows."""

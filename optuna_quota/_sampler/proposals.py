@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 import logging
@@ -126,9 +127,18 @@ class Proposals:
             _logger.warning(f"The footprint given could not be corrected: {fault!r}.")
             return None
 
-    def begin(self, study: Study, trial: FrozenTrial, limits: Limits) -> None:
-        """Fix what decides about a trial; one that is enqueued as a whole is decided here."""
-        learned = self._learn(study)
+    def begin(
+        self, study: Study, trial: FrozenTrial, limits: Limits, trials: Sequence[FrozenTrial]
+    ) -> None:
+        """Fix what decides about a trial; one that is enqueued as a whole is decided here.
+
+        Args:
+            study: The study.
+            trial: The trial.
+            limits: The limits on it.
+            trials: All trials of the study by number, as its admission read them.
+        """
+        learned = self._learn(trials)
         expected = self.corrected(learned) or self._given or learned
         # The same for all points tells none from another: the study's own trials have to.
         judge = learned if isinstance(self._rules.footprint, Usage) else expected
@@ -235,9 +245,9 @@ class Proposals:
         state = self._trials.get(_optuna.trial_id_of(trial))
         return None if state is None else state.rejected
 
-    def _learn(self, study: Study) -> Footprint | None:
+    def _learn(self, trials: Sequence[FrozenTrial]) -> Footprint | None:
         try:
-            return self.learner.learn(study.get_trials(deepcopy=False))
+            return self.learner.learn(trials)
         except (ArithmeticError, ValueError, TypeError, np.linalg.LinAlgError) as fault:
             # The study is worth more than its projection.
             _logger.warning(f"The footprint could not be learned: {fault!r}.")

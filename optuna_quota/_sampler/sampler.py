@@ -200,7 +200,8 @@ class QuotaSampler(BaseSampler):
             session.refuse(whole, trial, grant, limits)
             return
         self.base_sampler.before_trial(study, trial)
-        session.proposals.begin(whole, trial, limits.tightened(self.quota.held))
+        ceilings = limits.tightened(self.quota.held)
+        session.proposals.begin(whole, trial, ceilings, session.ledger.trials)
         # Last: what was learned and loaded until here is none of the trial's usage.
         session.start(whole, trial, grant, limits, meters_of(whole, self))
 
@@ -295,7 +296,7 @@ class QuotaSampler(BaseSampler):
         """Tell early when the quota will not do; the row at hand is settled already."""
         if self.strategy is None or not has_totals(self.quota):
             return
-        session.proposals.learner.learn(study.get_trials(deepcopy=False))
+        session.proposals.learner.learn(session.ledger.trials)
         if not session.warning.is_due(session.proposals.learner.usable):
             return
         projection = self.project(study)

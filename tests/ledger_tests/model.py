@@ -52,11 +52,16 @@ def freeze(amounts: Mapping[str, float]) -> Amounts:
 
 @dataclass(frozen=True)
 class Model:
-    """Workers with the wants of one each, a quota, and whether they extend while they run."""
+    """Workers with the wants of one each, a quota, and whether they extend while they run.
+
+    Those in ``at_once`` may read, decide and write a grant in one step, as on SQLite; the others
+    of the same study are those who reach it in another way, as through a gRPC proxy.
+    """
 
     wants: tuple[Mapping[str, Want], ...]
     quota: Mapping[str, float]
     more: tuple[Mapping[str, Want], ...] = ()
+    at_once: frozenset[int] = frozenset()
 
     def start(self) -> State:
         return tuple(Worker() for _ in self.wants), ()
@@ -83,6 +88,12 @@ class Model:
         kind = "" if queue else "more "
         phase = worker.phase.removeprefix("more ")
         row = self.claim(i, worker)
+        if phase == "ask" and queue and i in self.at_once:
+            decision = self._decide(state, row, wants, queue=True)
+            if decision.action == "grant":
+                after = self._row(worker, answered(row, decision), "run")
+                yield "grant at once", self._put(state, i, after)
+                return
         if phase == "ask":
             yield "ask", self._put(state, i, self._row(worker, claimed(row, wants), kind + "read"))
         elif phase == "read":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -51,6 +52,12 @@ MODELS = {
         {"memory": 10, "n_trials": 2},
     ),
 }
+AT_ONCE = {
+    f"{name}, {how} at once": replace(model, at_once=frozenset(who))
+    for name, model in MODELS.items()
+    for how, who in {"all": (0, 1, 2), "one": (1,)}.items()
+}
+MODELS.update(AT_ONCE)
 
 
 @cache
@@ -96,6 +103,12 @@ def test_everyone_runs_who_fits_after_the_others() -> None:
     assert ends
     for workers, _ in ends:
         assert all(worker.phase in ("finished", "buried") for worker in workers)
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_where_a_step_can_be_taken_at_once_it_is(name: str) -> None:
+    steps = {step for steps in graph_of(name).values() for step, _ in steps}
+    assert "grant at once" in steps
 
 
 def test_the_search_finds_what_is_wrong_with_a_protocol_that_sums_only_what_is_granted(

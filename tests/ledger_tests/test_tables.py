@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import contextlib
 from pathlib import Path
+import sqlite3
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -183,3 +185,84 @@ def test_a_storage_of_someones_own_is_left_to_itself(tmp_path: Path) -> None:
     assert Tables.of(storage, study_id_of(study)) is None
     memory = optuna.create_study()
     assert Tables.of(storage_of(memory), study_id_of(memory)) is None
+
+
+def in_sqlite(folder: Path) -> tuple[optuna.Study, Tables, int]:
+    study = optuna.create_study(storage=f"sqlite:///{folder}/study.db")
+    tables = Tables.of(storage_of(study), study_id_of(study))
+    assert tables is not None
+    return study, tables, trial_id_of(study.ask())
+
+
+def other_writer(folder: Path) -> sqlite3.Connection:
+    return sqlite3.connect(folder / "study.db", timeout=0.0, isolation_level=None)
+
+
+def reservations_in(folder: Path) -> int:
+    with contextlib.closing(other_writer(folder)) as connection:
+        (count,) = connection.execute("SELECT COUNT(*) FROM trial_system_attributes").fetchone()
+    return int(count)
+
+
+def test_while_one_writes_alone_others_wait(tmp_path: Path) -> None:
+    study, tables, trial_id = in_sqlite(tmp_path)
+    with tables.alone() as alone:
+        assert alone
+        assert [row.trial.number for row in tables.changed(-1, ())] == [0]
+        with (
+            contextlib.closing(other_writer(tmp_path)) as connection,
+            pytest.raises(sqlite3.OperationalError, match="locked"),
+        ):
+            connection.execute("BEGIN IMMEDIATE")
+        assert tables.write(trial_id, {"a": 1})
+        assert reservations_in(tmp_path) == 0
+    assert not tables.is_alone
+    assert reservations_in(tmp_path) == 1
+    study.tell(0, 1.0)
+    assert study.trials[0].system_attrs == {"quota:reservation": {"a": 1}}
+
+
+def test_what_was_written_alone_before_an_error_is_undone(tmp_path: Path) -> None:
+    study, tables, trial_id = in_sqlite(tmp_path)
+    with pytest.raises(KeyError), tables.alone():
+        tables.write(trial_id, {"a": 1})
+        raise KeyError("a")
+    assert reservations_in(tmp_path) == 0
+    assert tables.write(trial_id, {"b": 2})
+    assert study.trials[0].system_attrs == {"quota:reservation": {"b": 2}}
+
+
+def test_nobody_writes_alone_while_another_has_begun(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 0.01}})
+    study = optuna.create_study(storage=storage)
+    tables = Tables.of(storage_of(study), study_id_of(study))
+    assert tables is not None
+    with contextlib.closing(other_writer(tmp_path)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        with tables.alone() as alone:
+            assert not alone
+        connection.execute("ROLLBACK")
+    study.ask()
+    assert len(study.trials) == 1
+
+
+def test_a_row_that_has_finished_is_granted_nothing_and_keeps_nobody_waiting(
+    tmp_path: Path,
+) -> None:
+    study, _, trial_id = in_sqlite(tmp_path)
+    rows = Rows(study)
+    study.tell(0, 1.0)
+    with pytest.raises(UpdateFinishedTrialError), rows.alone() as alone:
+        assert alone
+        rows.write(trial_id, Reservation())
+    study.ask()
+    assert len(study.trials) == 2
+
+
+def test_a_server_has_no_one_lock_for_all_writers(address: Address) -> None:
+    with study_in(address) as study:
+        tables = Tables.of(storage_of(study), study_id_of(study))
+        assert tables is not None
+        with tables.alone() as alone:
+            assert alone is (address.kind == "sqlite")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import optuna
 from optuna.samplers import RandomSampler
@@ -51,10 +52,10 @@ def test_what_is_learned_and_loaded_before_a_trial_is_none_of_its_usage(
     begin, metered = Proposals.begin, []
 
     def noted(
-        self: Proposals, study: optuna.Study, trial: optuna.trial.FrozenTrial, limits: Limits
+        self: Proposals, study: optuna.Study, trial: optuna.trial.FrozenTrial, *rest: Any
     ) -> None:
         metered.append(metering_loop().find(key_of(study, trial)) is not None)
-        begin(self, study, trial, limits)
+        begin(self, study, trial, *rest)
 
     monkeypatch.setattr(Proposals, "begin", noted)
     study = study_of(Quota(n_trials=4))

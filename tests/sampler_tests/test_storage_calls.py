@@ -1,0 +1,127 @@
+"""How often a trial asks the storage for something, beside the bare sampler."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from statistics import median_low
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.samplers import RandomSampler
+from optuna.storages import BaseStorage
+import pytest
+
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import QuotaPruner
+from optuna_quota import QuotaSampler
+from optuna_quota._optuna import engine_of
+from optuna_quota._optuna import storage_of
+from tests.storages import storage_at
+from tests.storages import study_in
+
+
+QUOTA = Quota(n_trials=1000, cpu_time="10h", wall_time="10h")
+LIMITS = Limits(memory="1TiB", wall_time="1h")
+READS = ("get_all_trials", "get_trial", "get_study_user_attrs", "get_study_system_attrs")
+WRITES = (
+    "create_new_trial",
+    "set_trial_param",
+    "set_trial_user_attr",
+    "set_trial_system_attr",
+    "set_trial_state_values",
+)
+_TRIALS = 12
+
+
+def objective(trial: optuna.Trial) -> float:
+    return trial.suggest_float("x", 0, 1) + trial.suggest_float("y", 0, 1)
+
+
+def counting(storage: BaseStorage, counts: Counter[str]) -> None:
+    """Let a storage count what it is asked for, and what its database or file is."""
+
+    def counted(owner: Any, name: str, key: str) -> None:
+        before = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            counts[key] += 1
+            return before(*arguments, **options)
+
+        setattr(owner, name, call)
+
+    for name in (*READS, *WRITES):
+        counted(storage, name, name)
+    engine = engine_of(storage)
+    if engine is not None:
+        from sqlalchemy import event
+
+        def on_statement(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+            counts[statement.split()[0]] += 1
+
+        event.listen(engine, "commit", lambda connection: counts.update(commits=1))
+        event.listen(engine, "after_cursor_execute", on_statement)
+    backend = getattr(storage, "_backend", None)
+    if hasattr(backend, "append_logs"):
+        counted(backend, "append_logs", "appends")
+
+
+def a_trial(kind: str, folder: Path, sampler: BaseSampler, *, loop: bool) -> dict[str, int]:
+    """Return what the storage does for one trial: medians, as a lease may be renewed meanwhile."""
+    counts: Counter[str] = Counter()
+    sums: list[Counter[str]] = []
+    with storage_at(kind, folder) as address, study_in(address) as study:
+        study.sampler, study.pruner = sampler, QuotaPruner(limits=LIMITS)
+        study.optimize(objective, n_trials=3)
+        counting(storage_of(study), counts)
+        if loop:
+            keep = [lambda study, trial: sums.append(counts.copy())]
+            study.optimize(objective, n_trials=_TRIALS, callbacks=keep)
+        else:
+            for _ in range(_TRIALS):
+                trial = study.ask()
+                study.tell(trial, objective(trial))
+                sums.append(counts.copy())
+    each = [after - before for before, after in pairwise(sums)]
+    return {key: median_low(one[key] for one in each) for key in counts}
+
+
+def added(kind: str, folder: Path, *, loop: bool) -> dict[str, int]:
+    bare = a_trial(kind, folder, RandomSampler(), loop=loop)
+    ours = a_trial(kind, folder, QuotaSampler(RandomSampler(), quota=QUOTA), loop=loop)
+    return {k: n - bare.get(k, 0) for k, n in ours.items() if n != bare.get(k, 0)}
+
+
+# One look at all rows, one write of what was granted and one of what was used. The claim that
+# comes before the grant is a write of its own where the storage has no lock for all its writers.
+# Under `optimize` one more look tells whether the quota is used up, by whomever.
+def looks(loop: bool) -> int:
+    return 2 if loop else 1
+
+
+@pytest.mark.parametrize("loop", [False, True], ids=["ask and tell", "optimize"])
+def test_in_memory(loop: bool, tmp_path: Path) -> None:
+    found = added("memory", tmp_path, loop=loop)
+    assert found == {"get_all_trials": looks(loop), "set_trial_system_attr": 2}
+
+
+@pytest.mark.parametrize("loop", [False, True], ids=["ask and tell", "optimize"])
+def test_in_a_journal(loop: bool, tmp_path: Path) -> None:
+    found = added("journal-file", tmp_path, loop=loop)
+    assert found == {"appends": 3, "get_all_trials": looks(loop), "set_trial_system_attr": 2}
+
+
+@pytest.mark.parametrize("loop", [False, True], ids=["ask and tell", "optimize"])
+def test_in_sqlite(loop: bool, tmp_path: Path) -> None:
+    found = added("sqlite", tmp_path, loop=loop)
+    assert found.pop("SELECT") <= 3 + 7 * looks(loop)
+    assert found.pop("commits") <= 1 + looks(loop)
+    assert found == {
+        "BEGIN": 1,
+        "INSERT": 3,
+        "get_all_trials": looks(loop),
+        "set_trial_system_attr": 1,
+    }
