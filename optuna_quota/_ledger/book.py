@@ -81,11 +81,11 @@ def read_entry(
         touched: Whether anything was written into the row; None to go by ``trial``.
     """
     reservation = parse_reservation(trial.system_attrs.get(RESERVATION), trial_id)
-    record = parse_record(trial.user_attrs)
     if not trial.state.is_finished():
         state = trial.state.name.lower()
         untouched = state == "running" and not (_touched(trial) if touched is None else touched)
         return Entry(trial.number, trial_id, state, reservation=reservation, untouched=untouched)
+    record = parse_record(trial.user_attrs)
     outcome = record.outcome or _outcome_of_state(trial.state.name)
     never_ran = reservation is not None and reservation.began is None
     if trial.state.name == "COMPLETE":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 import threading
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from optuna_quota._records import ISOLATION
 
 
 if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
 
@@ -41,6 +43,7 @@ class Learner:
 
     Attributes:
         isolated: Whether the trial read last ran in a process of its own.
+        told: Number of this study's trials that were not stopped before they had told all.
     """
 
     def __init__(self, earlier: Footprint | None = None, *, confidence: float = 0.95) -> None:
@@ -55,7 +58,9 @@ class Learner:
         self._fitted = 0
         self._searched = 0
         self._lock = threading.Lock()
+        self._space: dict[str, BaseDistribution] = {}
         self.isolated = False
+        self.told = 0
 
     @property
     def usable(self) -> int:
@@ -66,6 +71,11 @@ class Learner:
     def rows(self) -> Sequence[FootprintRow]:
         """What this study's trials told, oldest first."""
         return self._rows
+
+    @property
+    def space(self) -> Mapping[str, BaseDistribution]:
+        """The newest distribution of each parameter that any of these trials had."""
+        return dict(self._space)
 
     def learn(self, trials: Sequence[FrozenTrial], *, fresh: bool = False) -> Footprint | None:
         """Return the footprint after all trials, None while nothing is known.
@@ -91,6 +101,8 @@ class Learner:
             row = footprint_row(trials[index])
             if row is not None:
                 self._rows.append(row)
+                self.told += not row.censored
+                self._space.update(row.distributions)
                 weight = _SURPRISE if row.is_surprise else 1.0
                 self._news += weight
                 self._news_since_search += weight

@@ -145,10 +145,8 @@ class Proposals:
         known = self._correction or judge is self._given or self._earlier or self._knows_enough()
         gate = None
         if judge is not None and known and limits and self._rules.threshold < 1:
-            rows = self.learner.rows[-_PAST:]
-            space = {name: each for row in rows for name, each in row.distributions.items()}
-            past = [row.params for row in rows]
-            gate = Gate(judge, limits, past, space, self._rules.threshold)
+            past = [row.params for row in self.learner.rows[-_PAST:]]
+            gate = Gate(judge, limits, past, self.learner.space, self._rules.threshold)
         fixed = _optuna.fixed_params_of(trial)
         state = _Trial(gate, expected, fixed)
         self._trials[_optuna.trial_id_of(trial)] = state
@@ -255,8 +253,7 @@ class Proposals:
 
     def _knows_enough(self) -> bool:
         # Where next to all trials were stopped, nothing says yet that others would not be.
-        rows = self.learner.rows
-        return len(rows) >= FEWEST and sum(not row.censored for row in rows) >= _FEWEST_WHOLE
+        return self.learner.usable >= FEWEST and self.learner.told >= _FEWEST_WHOLE
 
     def _state(self, trial: FrozenTrial) -> _Trial:
         # A trial that another process asked for, or one begun before a copy of the sampler.
