@@ -170,8 +170,14 @@ def test_an_admission_takes_six_statements_however_many_trials_finished(
                 reserve(ledger, row, {"cpu_time": 1.0})
                 sqlalchemy.event.remove(engine, "before_cursor_execute", note)
                 finish(study, ledger, row, Usage(cpu_time=1.0))
-        # The claim; new rows, open ones, their reservations, what finished ones used; the grant.
-        assert len(statements) == 6
+        # New rows, open ones, their reservations, what finished ones used, whether the trial's own
+        # is blank; the grant: in a transaction that begins and ends, and is the only one to write.
+        assert len(statements) == 8
+        assert [text.split()[0] for text in statements if not text.startswith("SELECT")] == [
+            "BEGIN",
+            "INSERT",
+            "COMMIT",
+        ]
         # This row, and the one before, which has finished.
         assert rows_read == [2]
 

@@ -117,11 +117,7 @@ def test_in_a_journal(loop: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("loop", [False, True], ids=["ask and tell", "optimize"])
 def test_in_sqlite(loop: bool, tmp_path: Path) -> None:
     found = added("sqlite", tmp_path, loop=loop)
-    assert found.pop("SELECT") <= 3 + 7 * looks(loop)
-    assert found.pop("commits") <= 1 + looks(loop)
-    assert found == {
-        "BEGIN": 1,
-        "INSERT": 3,
-        "get_all_trials": looks(loop),
-        "set_trial_system_attr": 1,
-    }
+    # The ledger looks by statements of its own, for the rows that changed.
+    assert found.pop("SELECT") <= (20 if loop else 15)
+    assert found.pop("commits") <= 3
+    assert found == {"BEGIN": 1, "COMMIT": 1, "INSERT": 3, "get_all_trials": 1}
