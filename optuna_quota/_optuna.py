@@ -133,6 +133,24 @@ def in_ask() -> bool:
     return _find_frame(Study.ask.__code__.co_name, "optuna.study.study") is not None
 
 
+def take_another_row(study: Study) -> FrozenTrial:
+    """Give the ``Trial`` that is just being made, inside ``Study.ask``, a new row of its own.
+
+    It was given one that another worker has. ``Trial`` looks at the row again after the hook.
+    """
+    frame = _find_frame("__init__", "optuna.trial._trial")
+    assert frame is not None
+    trial = frame.f_locals["self"]
+    storage = study._storage
+    trial._trial_id = storage.create_new_trial(study._study_id)
+    trial._cached_frozen_trial = storage.get_trial(trial._trial_id)
+    found: FrozenTrial = trial._cached_frozen_trial
+    _logger.info(
+        f"Another worker has the row that was given; this one goes on with {found.number}."
+    )
+    return found
+
+
 def objective_error() -> BaseException | None:
     """Return what the objective raised, inside ``after_trial``: Optuna does not pass it on."""
     frame = _find_frame("_run_trial", "optuna.study._optimize")

@@ -110,11 +110,17 @@ class Accounts:
         Raises:
             optuna.exceptions.UpdateFinishedTrialError: If someone took this worker for dead.
         """
+        self.rows.write(trial_id, self._own(trial_id, reservation))
+
+    def take(self, trial_id: int) -> bool:
+        """Return whether an enqueued trial is this worker's, and nobody else's already."""
+        return self.rows.take(trial_id, self._own(trial_id, Reservation()))
+
+    def _own(self, trial_id: int, reservation: Reservation) -> Reservation:
         worker, now = this_worker(), self.clock.time()
         with self._lock:
             after = self._book.clocks.later_than(worker.machine, now)
-        own = replace(reservation, trial_id=trial_id, worker=worker, beat=now, after=after)
-        self.rows.write(trial_id, own)
+        return replace(reservation, trial_id=trial_id, worker=worker, beat=now, after=after)
 
     def settle(self, trial_id: int, usage: Usage) -> None:
         """Take in what a trial used whose row is about to finish."""

@@ -103,6 +103,16 @@ class Ledger:
         # One thread at a time changes what this process's running trials hold.
         self._changing = threading.RLock()
 
+    def _open_in_child(self) -> None:
+        if self._pid != os.getpid():
+            # The locks and threads of a parent are of no use in its child.
+            self._open()
+
+    def take(self, trial: FrozenTrial) -> bool:
+        """Return whether an enqueued trial is this worker's, and nobody else's already."""
+        self._open_in_child()
+        return self._accounts.take(_optuna.trial_id_of(trial))
+
     def reserve(
         self, trial: FrozenTrial, *, limits: Limits, footprint: Mapping[str, float]
     ) -> Grant | Refusal:
@@ -113,9 +123,7 @@ class Ledger:
             limits: Its limits.
             footprint: Upper bounds of what it will use, by resource, where known.
         """
-        if self._pid != os.getpid():
-            # The locks and threads of a parent are of no use in its child.
-            self._open()
+        self._open_in_child()
         self._bury_left_behind()
         trial_id, number = _optuna.trial_id_of(trial), trial.number
         held, seen, waiting = Reservation(), self._accounts.last, False

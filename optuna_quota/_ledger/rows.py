@@ -15,6 +15,7 @@ from optuna_quota import _optuna
 from optuna_quota._ledger.book import Book
 from optuna_quota._ledger.book import Entry
 from optuna_quota._ledger.book import read_entry
+from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
 from optuna_quota._ledger.tables import Tables
@@ -107,6 +108,19 @@ class Rows:
                 # The storage's own connection would wait for this one.
                 raise UpdateFinishedTrialError(f"The trial with id {trial_id} has finished.")
             patiently(lambda: self._storage.set_trial_system_attr(trial_id, RESERVATION, value))
+
+    def take(self, trial_id: int, reservation: Reservation) -> bool:
+        """Return whether an enqueued trial is this worker's, and nobody else's already.
+
+        Optuna relies on row locks to give it to one worker only, and SQLite has none.
+        """
+        tables, value = self._tables, reservation_object(reservation)
+        if tables is None or patiently(lambda: tables.write_first(trial_id, value)):
+            return True
+        trial = patiently(lambda: self._storage.get_trial(trial_id))
+        # What a retried trial copied from another one is void.
+        held = parse_reservation(trial.system_attrs.get(RESERVATION), trial_id)
+        return held is None and not trial.state.is_finished()
 
     def fail(self, trial_id: int, record: TrialRecord, reservation: Reservation) -> None:
         """Finish the row of a trial whose worker is gone.

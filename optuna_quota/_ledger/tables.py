@@ -70,6 +70,7 @@ class Tables:
         self._statements = _Statements.of(models)
         self._upsert = _upsert(models, engine.dialect.name)
         self._sole = threading.local()
+        self._first = _upsert(models, "sqlite", first=True)
 
     @classmethod
     def of(cls, storage: BaseStorage, study_id: int) -> Tables | None:
@@ -191,6 +192,17 @@ class Tables:
             return None
         return connection
 
+    def write_first(self, trial_id: int, value: Any) -> bool:
+        """Write a reservation into a row that has none; return whether that was so.
+
+        On SQLite alone; elsewhere nothing is written, as nobody else can have been given the row.
+        """
+        if self._engine.dialect.name != "sqlite":
+            return True
+        values = {"trial": trial_id, "name": RESERVATION, "value": json.dumps(value)}
+        with self._connection() as connection:
+            return bool(connection.execute(self._first, values).rowcount)
+
     def _connection(self) -> Any:
         if self.is_alone:
             return contextlib.nullcontext(self._sole.connection)
@@ -297,7 +309,7 @@ class _Statements:
         )
 
 
-def _upsert(models: Any, dialect: str) -> Any:
+def _upsert(models: Any, dialect: str, *, first: bool = False) -> Any:
     import sqlalchemy as sql
 
     if dialect not in _UPSERTING:
@@ -317,7 +329,9 @@ def _upsert(models: Any, dialect: str) -> Any:
         trials.state.in_([TrialState.RUNNING, TrialState.WAITING]),
     )
     statement: Any = insert(attributes).from_select(["trial_id", "key", "value_json"], own)
+    same = [attributes.c.trial_id, attributes.c.key]
+    if first:
+        return statement.on_conflict_do_nothing(index_elements=same)
     return statement.on_conflict_do_update(
-        index_elements=[attributes.c.trial_id, attributes.c.key],
-        set_={"value_json": statement.excluded.value_json},
+        index_elements=same, set_={"value_json": statement.excluded.value_json}
     )

@@ -181,14 +181,22 @@ class QuotaSampler(BaseSampler):
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Admit a trial and start its metering, or see to it that it does not run."""
         whole = _optuna.whole_study(study)
-        if metering_loop().find(key_of(whole, trial)) is not None:
+        asked = _optuna.in_ask()
+        if metering_loop().find(key_of(whole, trial)) is not None and not asked:
             # Another Trial object for a trial that this process runs already.
             return
         try:
+            if asked and self._is_taken(whole, trial):
+                trial = _optuna.take_another_row(whole)
             self._admit(study, whole, trial)
         except BaseException as error:
             abandon(whole, trial, error)
             raise
+
+    def _is_taken(self, study: Study, trial: FrozenTrial) -> bool:
+        if not _optuna.fixed_params_of(trial):
+            return False
+        return not self._session(study, limits_of(study, self)).ledger.take(trial)
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
         limits = limits_of(whole, self)
