@@ -139,7 +139,7 @@ def test_a_row_that_has_finished_is_not_written_and_says_so(address: Address) ->
         assert again.outcomes == {"completed": 1}
 
 
-def test_an_admission_takes_six_statements_however_many_trials_finished(
+def test_an_admission_takes_as_many_statements_however_many_trials_finished(
     tmp_path: Path,
 ) -> None:
     import sqlalchemy
