@@ -1,0 +1,95 @@
+"""The strategy nearest to one that does not fit, and that would."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from optuna_quota._models.spaces import narrowed
+from optuna_quota._projection.simulation import Plan
+from optuna_quota._projection.simulation import Simulation
+from optuna_quota._projection.simulation import unit_points
+from optuna_quota._resources import Strategy
+
+
+_SEARCH_STEPS = 7
+
+
+def nearest_strategy(
+    plan: Plan,
+    simulation: Simulation,
+    points: Sequence[Mapping[str, Any]] | None,
+    confidence: float,
+    seed: int,
+) -> Strategy | None:
+    """Return the strategy that keeps most: fewer at once, else fewer trials or a smaller range."""
+    asked = plan.strategy
+    unit = unit_points(asked, seed)
+    options: list[tuple[float, Strategy]] = []
+    for n_jobs in _fewer_at_once(asked.n_jobs):
+        slower = replace(asked, n_jobs=n_jobs)
+        changed = simulation if n_jobs == asked.n_jobs else None
+        changed = changed or replace(plan, strategy=slower).simulate(unit, points, seed)
+        n_trials = changed.longest(confidence)
+        # All trials with fewer at once lose nothing but time.
+        slowness = 0.02 * (1 - n_jobs / asked.n_jobs)
+        if n_trials >= 1:
+            kept = n_trials / asked.n_trials - slowness
+            options.append((kept, replace(slower, n_trials=n_trials)))
+        if n_trials >= asked.n_trials:
+            return options[-1][1]
+    if unit is not None and points is None:
+        options += _smaller_range(plan, simulation, unit, confidence, seed)
+    return max(options, key=lambda option: option[0])[1] if options else None
+
+
+def _fewer_at_once(n_jobs: int) -> list[int]:
+    """Return counts of jobs to try, all when few, else spaced."""
+    if n_jobs <= 8:
+        return list(range(n_jobs, 0, -1))
+    return sorted({int(n) for n in np.geomspace(1, n_jobs, 9).round()}, reverse=True)
+
+
+def _smaller_range(
+    plan: Plan, simulation: Simulation, unit: np.ndarray, confidence: float, seed: int
+) -> list[tuple[float, Strategy]]:
+    """Return the strategy with the range of its costliest parameter cut to what fits, if any."""
+    found = _costliest(plan, simulation, unit)
+    if found is None:
+        return []
+    name, upper = found
+    space = dict(plan.strategy.search_space or {})
+    low, high, best = 0.0, 1.0, None
+    for _ in range(_SEARCH_STEPS):
+        share = (low + high) / 2
+        smaller = {**space, name: narrowed(space[name], share, upper=upper)}
+        strategy = replace(plan.strategy, search_space=smaller)
+        tried = replace(plan, strategy=strategy).simulate(unit, None, seed)
+        if float(tried.within()[:, -1].mean()) >= confidence:
+            low, best = share, (share, strategy)
+        else:
+            high = share
+    return [] if best is None else [best]
+
+
+def _costliest(plan: Plan, simulation: Simulation, unit: np.ndarray) -> tuple[str, bool] | None:
+    """Return the parameter that drives the scarcest resource, and whether its upper end does."""
+    resource = simulation.pressing()
+    source = {"trial_time": "wall_time", "cost": "wall_time", "cpu_cores": "cpu_time"}
+    amounts = simulation.drawn.get(source.get(resource or "", resource or ""))
+    if amounts is None:
+        return None
+    typical = np.median(amounts, axis=0)
+    effects = {}
+    for column, (name, distribution) in enumerate((plan.strategy.search_space or {}).items()):
+        if narrowed(distribution, 0.5, upper=True) != distribution:
+            above = unit[:, column] > 0.5
+            effects[name] = float(typical[above].mean() - typical[~above].mean())
+    if not effects or not any(effects.values()):
+        return None
+    name = max(effects, key=lambda each: abs(effects[each]))
+    return name, effects[name] > 0
