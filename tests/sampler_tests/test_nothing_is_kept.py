@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 import gc
 from pathlib import Path
+import subprocess
+import sys
 import weakref
 
 import optuna
@@ -58,3 +60,86 @@ def test_nothing_keeps_what_an_objective_held(ending: str, tmp_path: Path) -> No
     gc.collect()
     assert len(held) == 3
     assert [model() for model in held] == [None] * 3
+
+
+# Prints by how many bytes a process grows from the trial 2,000 to the trial 10,000. The bare study
+# writes into its rows what ours say: the rows are the results, and the storage's to keep.
+GROWTH = """
+import gc
+import json
+import sys
+
+import optuna
+import psutil
+
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import QuotaPruner
+from optuna_quota import QuotaSampler
+from optuna_quota._optuna import storage_of
+
+optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+
+
+def objective(trial):
+    x = trial.suggest_float("x", 0, 1)
+    trial.report(x, 0)
+    assert not trial.should_prune()
+    return x
+
+
+def beside_our_attributes(trial):
+    storage = storage_of(bare)
+    for key, value in json.loads(user_attrs).items():
+        storage.set_trial_user_attr(trial._trial_id, key, value)
+    for key, value in json.loads(system_attrs).items():
+        storage.set_trial_system_attr(trial._trial_id, key, value)
+    return objective(trial)
+
+
+ours = optuna.create_study(
+    sampler=QuotaSampler(
+        optuna.samplers.RandomSampler(seed=0), quota=Quota(n_trials=10**6, trial_time="1000h")
+    ),
+    pruner=QuotaPruner(
+        optuna.pruners.NopPruner(), limits=Limits(memory="1TiB", wall_time="1h")
+    ),
+)
+ours.optimize(objective, n_trials=20)
+row = ours.trials[-1]
+user_attrs, system_attrs = json.dumps(row.user_attrs), json.dumps(row.system_attrs)
+bare = optuna.create_study(
+    sampler=optuna.samplers.RandomSampler(seed=0), pruner=optuna.pruners.NopPruner()
+)
+
+
+def resident(trials):
+    if sys.argv[1] == "ours":
+        ours.optimize(objective, n_trials=trials)
+    else:
+        bare.optimize(beside_our_attributes, n_trials=trials)
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+
+early = resident(2_000)
+print(resident(8_000) - early)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ten_thousand_trials_keep_no_more_than_their_rows() -> None:
+    grown = {}
+    for whose in ("bare", "ours"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", GROWTH, whose],
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        grown[whose] = int(done.stdout)
+    # Half a KiB a trial; the rows themselves are six.
+    assert grown["ours"] - grown["bare"] < 8_000 * 512, grown

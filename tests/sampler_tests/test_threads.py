@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 
 from optuna_quota import Limits
 from optuna_quota import Quota
+from optuna_quota import QuotaExhausted
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
 from optuna_quota import status
@@ -84,4 +85,35 @@ def test_hyperband_beside_the_sampler_in_threads() -> None:
     study.optimize(objective, n_trials=30, n_jobs=2)
     ran = [t for t in study.trials if read_record(t).outcome != "rejected"]
     assert len(ran) == 12
+    assert_nothing_left(study)
+
+
+def test_threads_that_ask_and_tell_one_study() -> None:
+    study = study_with(Quota(n_trials=21), Limits(wall_time="1h"))
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        while True:
+            try:
+                trial = study.ask()
+            except QuotaExhausted:
+                return
+            except BaseException as error:  # noqa: BLE001 - asserted below
+                raised.append(error)
+                return
+            x = trial.suggest_float("x", 0, 1)
+            trial.report(x, 0)
+            assert not trial.should_prune()
+            study.tell(trial, x)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(90)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not raised
+    ran = [t for t in study.trials if t.state == TrialState.COMPLETE]
+    assert len(ran) == status(study).table.loc["n_trials", "used"] == 21
+    assert all(read_record(t).usage.wall_time is not None for t in ran)
     assert_nothing_left(study)
