@@ -92,9 +92,10 @@ class Learner:
 
     def _read(self, trials: Sequence[FrozenTrial]) -> None:
         waiting = [*self._open, *range(self._next, len(trials))]
-        self._next, self._open = len(trials), []
+        self._next, self._open = max(self._next, len(trials)), []
         for index in waiting:
-            if not trials[index].state.is_finished():
+            # Another thread may have read the rows later and come here first.
+            if index >= len(trials) or not trials[index].state.is_finished():
                 self._open.append(index)
                 continue
             self.isolated = trials[index].user_attrs.get(ISOLATION) == "process"

@@ -47,6 +47,18 @@ def test_each_finished_trial_is_read_once() -> None:
     assert learner.usable == 30
 
 
+def test_rows_read_before_another_threads_are_not_read_again() -> None:
+    rows = draw_rows(4, seed=1)
+    ended = [trial_of(row) for row in rows]
+    running = trial_of(rows[3], TrialState.RUNNING)
+    learner = Learner()
+    learner.learn([*ended[:3], running])
+    # A thread that looked earlier comes later, with fewer rows than were read since.
+    learner.learn(ended[:2])
+    learner.learn(ended)
+    assert learner.usable == 4
+
+
 def test_it_comes_to_what_a_fit_from_nothing_says() -> None:
     rows = draw_rows(40)
     learner, trials = Learner(), [trial_of(row) for row in rows]
