@@ -321,6 +321,8 @@ def report(outcomes: Sequence[Outcome], name: str, sampler: str) -> Iterator[str
     }
     ours = by_policy[default]
     for policy, found in by_policy.items():
+        if not found:
+            continue
         cells = [name, sampler, policy + (" *" if policy == default else "")]
         waste = _column(found, lambda o: 100 * o.waste)
         cells.append(_quartiles(waste, 1) + _paired(waste, _column(ours, lambda o: 100 * o.waste)))
@@ -345,6 +347,8 @@ def aims(outcomes: Sequence[Outcome], name: str, sampler: str) -> str:
     def median(policy: str, take: Callable[[Outcome], float]) -> float:
         return float(np.median(_column(of(policy), take)))
 
+    if not all(of(policy) for policy in policies(sampler)):
+        return f"{name}, {sampler}: not every policy was run, so nothing is said of the aims"
     rivals = [policy for policy in policies(sampler) if policy in BARE]
     least = min(rivals, key=lambda policy: median(policy, lambda o: o.waste))
     ratio = median(default, lambda o: o.waste) / median(least, lambda o: o.waste)
@@ -393,6 +397,8 @@ def _p_value(values: np.ndarray, ours: np.ndarray) -> float:
 
 
 def _paired(values: np.ndarray, ours: np.ndarray) -> str:
+    if len(values) != len(ours):  # the policy to compare with was not run
+        return ""
     away = values - ours
     if not away.any():
         return ""
