@@ -171,6 +171,18 @@ class Ledger:
         """All rows of the study as they were last read, by number."""
         return self._accounts.rows.trials
 
+    def room(self, trial: FrozenTrial) -> dict[str, float]:
+        """Return what a running trial may hold while the others on its host hold what they do.
+
+        Args:
+            trial: One that was granted its start.
+        """
+        running = self._running.get(_optuna.trial_id_of(trial))
+        if running is None:
+            return {}
+        free, granted = self._accounts.read().free(self.quota), running.reservation.granted
+        return {name: free[name] + granted.get(name, 0.0) for name in self.quota.held}
+
     def keep(self, trial_id: int, watch: Watch) -> None:
         """Ask for more by itself while a trial under metering runs, and renew its lease."""
         running = self._running.get(trial_id)

@@ -8,8 +8,6 @@ import logging
 import os
 import threading
 from typing import Any
-from typing import get_args
-from typing import Literal
 from typing import TYPE_CHECKING
 
 from optuna.samplers import BaseSampler
@@ -32,7 +30,12 @@ from optuna_quota._resources import Usage
 from optuna_quota._sampler.abandonment import abandon
 from optuna_quota._sampler.abandonment import none_left_running
 from optuna_quota._sampler.announcement import announce
-from optuna_quota._sampler.policy import ON_VETO
+from optuna_quota._sampler.options import check_choices
+from optuna_quota._sampler.options import check_kinds
+from optuna_quota._sampler.options import check_shares
+from optuna_quota._sampler.options import OnCrowded
+from optuna_quota._sampler.options import OnExhausted
+from optuna_quota._sampler.options import OnProjected
 from optuna_quota._sampler.policy import OnVeto
 from optuna_quota._sampler.proposals import Proposals
 from optuna_quota._sampler.proposals import Rules
@@ -53,10 +56,6 @@ if TYPE_CHECKING:
 
 
 _logger = logging.getLogger("optuna.quota.sampler")
-
-OnExhausted = Literal["stop", "raise"]
-OnProjected = Literal["continue", "stop", "raise"]
-ON_PROJECTED: tuple[str, ...] = get_args(OnProjected)
 
 
 class QuotaSampler(BaseSampler):
@@ -84,6 +83,10 @@ class QuotaSampler(BaseSampler):
         on_exhausted: What ``optimize`` does once a total quota is used up: ``"stop"`` ends it as
             its ``timeout`` would, ``"raise"`` raises :class:`~optuna_quota.QuotaExhausted`. A
             further ``ask`` outside of ``optimize`` raises in either case.
+        on_crowded: What a trial does where others on its host hold much of what all may hold
+            together (``memory``, ``gpu_memory``, ``cpu_cores``): ``"wait"`` until there is room
+            for it to start, or ``"smaller"``: once it may start, only a point that is projected
+            to fit into what is free then is drawn.
         one_gpu: Give each trial the GPU with the most room for its ``gpu_memory``, among those
             that this process may use. An isolated trial sees no other
             (``CUDA_VISIBLE_DEVICES``).
@@ -124,6 +127,7 @@ class QuotaSampler(BaseSampler):
         limits: Limits | None = None,
         meters: Sequence[Meter] = (),
         on_exhausted: OnExhausted = "stop",
+        on_crowded: OnCrowded = "wait",
         one_gpu: bool = False,
         metering: bool = True,
         lease: float | str = LEASE,
@@ -132,20 +136,19 @@ class QuotaSampler(BaseSampler):
         audits: float | None = None,
         on_projected: OnProjected = "continue",
     ) -> None:
-        _check_kinds(base_sampler=(base_sampler, BaseSampler), strategy=(strategy, Strategy))
-        _check_kinds(limits=(limits, Limits))
+        check_kinds(base_sampler=(base_sampler, BaseSampler), strategy=(strategy, Strategy))
+        check_kinds(limits=(limits, Limits))
         if not isinstance(quota, Quota):
             raise TypeError(f"`quota` must be a Quota but got {quota!r}.")
         if not 0 < confidence < 1:
             raise ValueError(f"`confidence` must be between 0 and 1 but got {confidence!r}.")
-        if on_exhausted not in ("stop", "raise"):
-            raise ValueError(f"`on_exhausted` must be 'stop' or 'raise' but got {on_exhausted!r}.")
-        _check_admission(breach_probability, on_veto, audits)
-        if on_projected not in ON_PROJECTED:
-            raise ValueError(
-                f"`on_projected` must be one of {', '.join(ON_PROJECTED)} but got "
-                f"{on_projected!r}."
-            )
+        check_choices(
+            on_exhausted=(on_exhausted, OnExhausted),
+            on_crowded=(on_crowded, OnCrowded),
+            on_veto=(on_veto, OnVeto),
+            on_projected=(on_projected, OnProjected),
+        )
+        check_shares(breach_probability, audits)
         self.base_sampler = TPESampler() if base_sampler is None else base_sampler
         self.quota = quota
         self.strategy = strategy
@@ -154,6 +157,7 @@ class QuotaSampler(BaseSampler):
         self.limits = limits
         self.meters = check_names(meters)
         self.on_exhausted = on_exhausted
+        self.on_crowded = on_crowded
         self.one_gpu = one_gpu
         self.metering = metering
         self.on_projected = on_projected
@@ -209,6 +213,8 @@ class QuotaSampler(BaseSampler):
             return
         self.base_sampler.before_trial(study, trial)
         ceilings = limits.tightened(self.quota.held)
+        if self.on_crowded == "smaller":
+            ceilings = ceilings.tightened(session.ledger.room(trial))
         session.proposals.begin(whole, trial, ceilings, session.ledger.trials)
         # Last: what was learned and loaded until here is none of the trial's usage.
         session.start(whole, trial, grant, limits, meters_of(whole, self))
@@ -380,20 +386,3 @@ def meters_of(study: Study, sampler: QuotaSampler) -> tuple[Meter, ...]:
     theirs = pruner.meters if isinstance(pruner, QuotaPruner) else ()
     known = {meter.name for meter in sampler.meters}
     return (*sampler.meters, *(meter for meter in theirs if meter.name not in known))
-
-
-def _check_kinds(**given: tuple[Any, type]) -> None:
-    for name, (value, kind) in given.items():
-        if value is not None and not isinstance(value, kind):
-            raise TypeError(f"`{name}` must be a {kind.__name__} or None but got {value!r}.")
-
-
-def _check_admission(breach_probability: float, on_veto: str, audits: float | None) -> None:
-    if not 0 < breach_probability <= 1:
-        raise ValueError(
-            f"`breach_probability` must be above 0 and at most 1 but got {breach_probability!r}."
-        )
-    if on_veto not in ON_VETO:
-        raise ValueError(f"`on_veto` must be one of {', '.join(ON_VETO)} but got {on_veto!r}.")
-    if audits is not None and not 0 <= audits <= 1:
-        raise ValueError(f"`audits` must be a share from 0 to 1 but got {audits!r}.")

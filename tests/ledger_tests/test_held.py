@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 import threading
 import time
+from typing import Any
 
 import optuna
 import pytest
@@ -196,6 +197,30 @@ def test_an_isolated_trial_is_ended_at_the_quota() -> None:
     assert trial.user_attrs["quota:outcome"] == "terminated", trial.user_attrs
     assert trial.user_attrs["quota:breach"]["resource"] == "memory"
     assert trial.user_attrs["quota:breach"]["quota"] is True
+
+
+@pytest.mark.parametrize(("on_crowded", "fits"), [("smaller", True), ("wait", False)])
+def test_a_point_for_what_is_free_is_drawn_on_demand(on_crowded: Any, fits: bool) -> None:
+    drawn = []
+    for seed in range(12):
+        sampler = QuotaSampler(
+            optuna.samplers.RandomSampler(seed=seed),
+            quota=Quota(memory="1000GB"),
+            footprint=lambda params: Usage(memory=params["x"] * 1e9),
+            on_crowded=on_crowded,
+            on_veto="redraw",
+        )
+        study = optuna.create_study(sampler=sampler)
+        first, second = study.ask(), study.ask()
+        held = sum(
+            trial.system_attrs["quota:reservation"]["granted"]["memory"]
+            for trial in study.trials
+            if trial.number == first.number
+        )
+        drawn.append(second.suggest_float("x", 1, 1000) <= 1000 - held / 1e9)
+        for trial in (first, second):
+            study.tell(trial, 0.0)
+    assert all(drawn) is fits
 
 
 def test_the_queue_is_served_on_a_database(tmp_path: Path) -> None:
