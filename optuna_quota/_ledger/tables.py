@@ -21,6 +21,7 @@ import threading
 from typing import Any
 from typing import TYPE_CHECKING
 
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
@@ -169,7 +170,8 @@ class Tables:
                 connection.exec_driver_sql("ROLLBACK")
                 raise
             else:
-                _commit(connection)
+                with _told_as_optuna_does():
+                    _commit(connection)
             finally:
                 self._sole.connection = None
 
@@ -183,7 +185,8 @@ class Tables:
             return None
         from sqlalchemy.exc import SQLAlchemyError
 
-        connection = self._connection()
+        with _told_as_optuna_does():
+            connection = self._connect()
         try:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         except SQLAlchemyError as fault:
@@ -203,11 +206,29 @@ class Tables:
         with self._connection() as connection:
             return bool(connection.execute(self._first, values).rowcount)
 
-    def _connection(self) -> Any:
-        if self.is_alone:
-            return contextlib.nullcontext(self._sole.connection)
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[Any]:
+        with _told_as_optuna_does():
+            if self.is_alone:
+                yield self._sole.connection
+                return
+            with self._connect() as connection:
+                yield connection
+
+    def _connect(self) -> Any:
         # Each statement is a transaction of its own.
         return self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+
+
+@contextlib.contextmanager
+def _told_as_optuna_does() -> Iterator[None]:
+    """Raise the database's faults as Optuna's storage raises them, with the cause."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except SQLAlchemyError as fault:
+        raise StorageInternalError(f"The ledger's rows are out of reach: {fault}") from fault
 
 
 def _commit(connection: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import sqlite3
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import create_trial
 from optuna.trial import TrialState
@@ -272,3 +273,28 @@ def test_a_server_has_no_one_lock_for_all_writers(address: Address) -> None:
         assert tables is not None
         with tables.alone() as alone:
             assert alone is (address.kind == "sqlite")
+
+
+def test_faults_of_the_database_are_told_as_optuna_tells_them(tmp_path: Path) -> None:
+    import sqlalchemy
+
+    with storage_at("sqlite", tmp_path) as address, study_in(address) as study:
+        rows, row = Rows(study), begin(study)
+        engine = engine_of(storage_of(study))
+        engine.dispose()
+
+        def fail(*_: object) -> None:
+            raise sqlalchemy.exc.ProgrammingError("SELECT", {}, Exception("no such column"))
+
+        sqlalchemy.event.listen(engine, "before_cursor_execute", fail)
+        try:
+            for call in (
+                lambda: rows.read_into(Book(QUOTA)),
+                lambda: rows.write(trial_id_of(row), Reservation()),
+                lambda: rows.take(trial_id_of(row), Reservation()),
+            ):
+                with pytest.raises(StorageInternalError) as caught:
+                    call()
+                assert isinstance(caught.value.__cause__, sqlalchemy.exc.ProgrammingError)
+        finally:
+            sqlalchemy.event.remove(engine, "before_cursor_execute", fail)
