@@ -3,7 +3,7 @@
 A trial that breaches is stopped at the limit and has cost that much of the budget; nothing is
 seen of what it would have used. All policies get the same budget and the same seeds.
 
-    python benchmarks/point_admission.py [--quick] [--seeds N] [--jobs N]
+    python benchmarks/point_admission.py [--quick] [--seeds N] [--first-seed N] [--jobs N]
         [--samplers random,tpe,nsga,gp] [--surfaces synthetic,forest] [--keep FILE]
 
 Surfaces: ``synthetic``, smooth, its best points at 90% of the limit; ``forest``, the log loss and
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -29,10 +28,7 @@ from dataclasses import replace
 import itertools
 import json
 import multiprocessing
-import os
 from pathlib import Path
-import tempfile
-import time
 from typing import Any
 import warnings
 
@@ -44,6 +40,9 @@ from optuna.samplers import NSGAIISampler
 from optuna.samplers import RandomSampler
 from optuna.samplers import TPESampler
 from optuna.study import MaxTrialsCallback
+from surfaces import measure_forests
+from surfaces import Surface
+from surfaces import SURFACES
 
 from optuna_quota import LimitBreached
 from optuna_quota import Limits
@@ -60,117 +59,6 @@ BUDGET = 60
 _MOST_TRIALS = 3_000
 
 
-@dataclass(frozen=True)
-class Surface:
-    """An objective with a cost.
-
-    Attributes:
-        suggest: Draws a point from a trial.
-        cost: What a point uses.
-        loss: Its value.
-        limit: On the cost.
-        worst: What a study has found before its first result.
-    """
-
-    suggest: Callable[[optuna.Trial], dict[str, Any]]
-    cost: Callable[[Mapping[str, Any]], float]
-    loss: Callable[[Mapping[str, Any]], float]
-    limit: float
-    worst: float
-
-
-def synthetic() -> Surface:
-    limit = 2_000.0
-
-    def suggest(trial: optuna.Trial) -> dict[str, Any]:
-        return {
-            "width": trial.suggest_int("width", 8, 1024, log=True),
-            "depth": trial.suggest_int("depth", 1, 8),
-            "rate": trial.suggest_float("rate", 1e-4, 1.0, log=True),
-            "kind": trial.suggest_categorical("kind", ["a", "b"]),
-        }
-
-    def cost(params: Mapping[str, Any]) -> float:
-        factor = 1.6 if params["kind"] == "b" else 1.0
-        return float(100 + 1.2 * params["width"] ** 1.2 * params["depth"] * factor)
-
-    def loss(params: Mapping[str, Any]) -> float:
-        # More work helps up to 90% of the limit; the rate and the kind matter by themselves.
-        effort = np.log(cost(params) / (0.9 * limit))
-        rate = np.log10(params["rate"]) + 2.0
-        return float(0.5 * effort**2 + 0.3 * rate**2 + 0.1 * (params["kind"] == "a"))
-
-    return Surface(suggest, cost, loss, limit, 5.0)
-
-
-TREES = (4, 8, 16, 32, 64, 128)
-DEPTHS = (2, 5, 8, 11, 14)
-FEATURES = (0.05, 0.15, 0.25, 0.35)
-ROWS = (0.1, 0.4, 0.7, 1.0)
-LEAVES = (1, 3, 9)
-
-
-def forest() -> Surface:
-    table = {tuple(point): (cost, loss) for point, cost, loss in json.loads(_table().read_text())}
-
-    def key(params: Mapping[str, Any]) -> tuple[float, ...]:
-        near = FEATURES[round((params["features"] - 0.05) / 0.1)]
-        share = ROWS[round((params["rows"] - 0.1) / 0.3)]
-        return (2 ** params["log2_trees"], params["depth"], near, share, params["leaf"])
-
-    def suggest(trial: optuna.Trial) -> dict[str, Any]:
-        return {
-            "log2_trees": trial.suggest_int("log2_trees", 2, 7),
-            "depth": trial.suggest_int("depth", 2, 14, step=3),
-            "features": trial.suggest_float("features", 0.05, 0.35, step=0.1),
-            "rows": trial.suggest_float("rows", 0.1, 1.0, step=0.3),
-            "leaf": trial.suggest_categorical("leaf", list(LEAVES)),
-        }
-
-    costs, losses = np.array(list(table.values())).T
-    return Surface(
-        suggest,
-        lambda params: table[key(params)][0],
-        lambda params: table[key(params)][1],
-        float(np.median(costs)),
-        float(losses.max()),
-    )
-
-
-def _table() -> Path:
-    return Path(tempfile.gettempdir()) / f"forest-table-{os.getuid()}.json"
-
-
-def measure_forests() -> None:
-    """Measure each point of the grid once, unless an earlier run did."""
-    from sklearn.datasets import load_digits
-    from sklearn.ensemble import RandomForestClassifier
-    from sklearn.metrics import log_loss
-    from sklearn.model_selection import train_test_split
-
-    if _table().exists():
-        print(f"forest: measured earlier, in {_table()}")
-        return
-    images, digits = load_digits(return_X_y=True)
-    x, other_x, y, other_y = train_test_split(
-        images, digits, test_size=0.4, random_state=0, stratify=digits
-    )
-    found = []
-    grid = itertools.product(TREES, DEPTHS, FEATURES, ROWS, LEAVES)
-    for trees, depth, features, rows, leaf in grid:
-        n = int(rows * len(x))
-        model = RandomForestClassifier(
-            trees, max_depth=depth, max_features=features, min_samples_leaf=leaf, random_state=0
-        )
-        begin = time.process_time()
-        model.fit(x[:n], y[:n])
-        cost = time.process_time() - begin
-        loss = log_loss(other_y, model.predict_proba(other_x), labels=range(10))
-        found.append(((trees, depth, features, rows, leaf), cost, loss))
-    _table().write_text(json.dumps(found))
-
-
-SURFACES = {"synthetic": synthetic, "forest": forest}
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "random": lambda seed: RandomSampler(seed=seed),
     "tpe": lambda seed: TPESampler(seed=seed),
@@ -410,6 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="3 seeds, a third of the budget")
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--samplers", default="random,tpe,nsga,gp")
     parser.add_argument("--surfaces", default="synthetic,forest")
@@ -417,12 +306,14 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a file to keep outcomes in and to go on from")
     arguments = parser.parse_args()
     names, samplers = arguments.surfaces.split(","), arguments.samplers.split(",")
-    seeds = range(3 if arguments.quick else arguments.seeds)
+    count = 3 if arguments.quick else arguments.seeds
+    seeds = range(arguments.first_seed, arguments.first_seed + count)
     budget = BUDGET / 3 if arguments.quick else BUDGET
     if "forest" in names:
         measure_forests()
     kept = arguments.keep.read_text().splitlines() if _exists(arguments.keep) else []
-    outcomes = [Outcome(**json.loads(line)) for line in kept]
+    read = [Outcome(**json.loads(line)) for line in kept]
+    outcomes = [each for each in read if each.seed in seeds]
     done = {(o.surface, o.sampler, o.policy, o.seed) for o in outcomes}
     tasks = [
         (name, sampler, policy, seed, budget)
@@ -438,7 +329,8 @@ def main() -> None:
             if arguments.keep is not None:
                 with arguments.keep.open("a") as file:
                     file.write(json.dumps(asdict(outcome)) + "\n")
-    print(f"{len(seeds)} seeds, a budget of {budget:.0f} times the limit; median [quartiles]\n")
+    print(f"Seeds {seeds[0]} to {seeds[-1]}, a budget of {budget:.0f} times the limit; medians")
+    print("[quartiles]\n")
     print("| surface | sampler | policy | wasted % | breaches | at 1/4 | at 1/2 | at the end |")
     print("|" + " --- |" * 8)
     for name, sampler in itertools.product(names, samplers):
