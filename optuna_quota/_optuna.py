@@ -15,6 +15,7 @@ import logging
 import sys
 from types import FrameType
 from typing import Any
+from typing import cast
 from typing import NoReturn
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,12 @@ def study_id_of(study: Study) -> int:
 def trial_id_of(trial: Trial | FrozenTrial | BaseTrial) -> int:
     """Return the id that the storage knows the trial by; unique in the storage."""
     return trial._trial_id  # type: ignore[union-attr]
+
+
+def kept_row_of(trial: Trial | FrozenTrial) -> FrozenTrial:
+    """Return what Optuna itself remembers of a trial's row, without asking the storage."""
+    kept: FrozenTrial | None = getattr(trial, "_cached_frozen_trial", None)
+    return kept or cast("FrozenTrial", trial)
 
 
 def whole_study(study: Study) -> Study:

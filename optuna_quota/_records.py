@@ -49,6 +49,10 @@ STUDY_PRICES = PREFIX + "prices"
 # A system attribute of the study: when and by whom it was last published to optuna-dashboard.
 STUDY_PUBLISHED = PREFIX + "published"
 
+# Characters. MySQL takes 65,535 bytes of an attribute, and JSON needs twelve for some characters;
+# it would refuse all that is written together with a longer one.
+LONGEST_REASON = 4000
+
 _NOT_METERS = {
     key.removeprefix(PREFIX)
     for key in (OUTCOME, REASON, BREACH, FOOTPRINT, ISOLATION, HOST, TIMELINE, PROPOSED)
@@ -108,9 +112,12 @@ def record_attributes(record: TrialRecord) -> dict[str, Any]:
     attributes: dict[str, Any] = {
         PREFIX + name: plain_number(value) for name, value in record.usage.amounts().items()
     }
+    reason = record.reason
+    if reason is not None and len(reason) > LONGEST_REASON:
+        reason = f"{reason[:LONGEST_REASON]}…"
     texts = {
         OUTCOME: record.outcome,
-        REASON: record.reason,
+        REASON: reason,
         ISOLATION: record.isolation,
         HOST: record.host,
     }

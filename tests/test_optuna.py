@@ -48,6 +48,15 @@ def test_ids_and_storage() -> None:
     assert storage.get_study_name_from_id(_optuna.study_id_of(study)) == study.study_name
 
 
+def test_what_optuna_remembers_of_a_row() -> None:
+    study = optuna.create_study()
+    trial = study.ask()
+    trial.suggest_float("x", 0, 1)
+    kept = _optuna.kept_row_of(trial)
+    assert kept.number == trial.number and kept.params == trial.params
+    assert _optuna.kept_row_of(kept) is kept
+
+
 def test_stop_works_exactly_where_the_loop_is_seen() -> None:
     study = optuna.create_study()
     assert not _optuna.in_optimize_loop(study)

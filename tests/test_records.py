@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
         return optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'a.db'}")
     backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal"))
     return optuna.storages.JournalStorage(backend)
+
+
+def test_a_reason_fits_into_every_database() -> None:
+    found = _records.record_attributes(TrialRecord(reason="\U0001f600" * 100_000))
+    assert len(json.dumps(found[_records.REASON])) < 65_535
+    assert _records.record_attributes(TrialRecord(reason="short"))[_records.REASON] == "short"
 
 
 def test_a_record_is_read_back_as_written(storage: Any) -> None:

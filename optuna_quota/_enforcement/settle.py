@@ -9,6 +9,7 @@ import socket
 from typing import Any
 from typing import TYPE_CHECKING
 
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
@@ -16,8 +17,11 @@ from optuna_quota._enforcement.constraints import clashes
 from optuna_quota._enforcement.constraints import joined_constraints
 from optuna_quota._enforcement.constraints import limit_constraints
 from optuna_quota._enforcement.outcome import conclude
+from optuna_quota._patience import passes
 from optuna_quota._patience import patiently
 from optuna_quota._records import Interval
+from optuna_quota._records import OUTCOME
+from optuna_quota._records import REASON
 from optuna_quota._records import record_attributes
 from optuna_quota._records import system_attributes
 from optuna_quota._records import TrialRecord
@@ -26,8 +30,10 @@ from optuna_quota._resources import Usage
 
 
 if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
     from optuna.study import Study
     from optuna.trial import FrozenTrial
+    from optuna.trial import Trial
 
     from optuna_quota._metering import Watch
 
@@ -81,6 +87,16 @@ def settle(
     return record
 
 
+def row_of(study: Study, trial: Trial | FrozenTrial) -> FrozenTrial:
+    """Return a trial's row as it is now, or as Optuna remembers it where it can't be read."""
+    storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+    try:
+        return patiently(lambda: storage.get_trial(trial_id))
+    except Exception as fault:  # noqa: BLE001 - any backend's own; the result must not be lost
+        _logger.info(f"The row of trial {trial.number} could not be read: {fault!r}.")
+        return _optuna.kept_row_of(trial)
+
+
 def describe(
     watch: Watch | None,
     usage: Usage,
@@ -109,14 +125,43 @@ def describe(
 def write(
     study: Study, trial: FrozenTrial, record: TrialRecord, system: Mapping[str, Any]
 ) -> None:
-    """Write a record and system attributes into a row; a fault of the storage is logged."""
+    """Write a record and system attributes into a row; a fault of the storage is logged.
+
+    What is refused together is tried once more one by one: a fault of an instant costs nothing
+    then, and a value that the storage will never take costs no other.
+    """
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+    shown, hidden = record_attributes(record), {**system_attributes(record), **system}
     try:
-        hidden = {**system_attributes(record), **system}
-        shown = record_attributes(record)
         patiently(lambda: _optuna.write_attributes(storage, trial_id, shown, hidden))
     except Exception as fault:  # noqa: BLE001 - any backend's own; the result must not be lost
-        _logger.warning(f"The usage of trial {trial.number} could not be recorded: {fault!r}.")
+        apart = not isinstance(fault, UpdateFinishedTrialError)
+        lost = _write_apart(storage, trial_id, shown, hidden) if apart else [*shown, *hidden]
+        if lost:
+            _logger.warning(
+                f"Of trial {trial.number}, {', '.join(lost)} could not be recorded: {fault!r}."
+            )
+
+
+def _write_apart(
+    storage: BaseStorage, trial_id: int, shown: Mapping[str, Any], hidden: Mapping[str, Any]
+) -> list[str]:
+    """Write attributes one by one, how the trial ended and why first; return what is lost."""
+    writes: list[tuple[dict[str, Any], dict[str, Any]]]
+    writes = [({key: value}, {}) for key, value in shown.items()]
+    writes.sort(key=lambda write: not write[0].keys() & {OUTCOME, REASON})
+    writes += [({}, {key: value}) for key, value in hidden.items()]
+    lost: list[str] = []
+    while writes:
+        user, system = writes.pop(0)
+        try:
+            _optuna.write_attributes(storage, trial_id, user, system)
+        except Exception as fault:  # noqa: BLE001 - as above
+            lost += [*user, *system]
+            if passes(fault):
+                # Patience is at its end: nobody is there, and each attempt may take long.
+                return lost + [key for attributes in writes for part in attributes for key in part]
+    return lost
 
 
 def constraint_attributes(existing: Mapping[str, Any], own: Mapping[str, float]) -> dict[str, Any]:

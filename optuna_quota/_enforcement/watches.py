@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
     from optuna.trial import FrozenTrial
 
+
+_logger = logging.getLogger("optuna.quota.settle")
 
 # Closed watches of trials that may still be told are kept, this many at most.
 _MOST_ENDED = 1000
@@ -91,6 +94,9 @@ class _Entry:
             return self._storage.get_trial(self.watch.key[1]).state.is_finished()
         except KeyError:
             return True
+        except Exception as fault:  # noqa: BLE001 - any backend's own; another trial's, maybe
+            _logger.debug(f"Whether trial {self.watch.key[1]} is over is unknown: {fault!r}.")
+            return False
 
 
 class _Register:

@@ -14,6 +14,8 @@ from optuna.trial import TrialState
 from optuna_quota import _optuna
 from optuna_quota._enforcement.settle import write
 from optuna_quota._enforcement.watches import find_watch
+from optuna_quota._patience import passes
+from optuna_quota._patience import patiently
 from optuna_quota._records import is_rejected
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Outcome
@@ -52,10 +54,16 @@ def abandon(study: Study, trial: FrozenTrial, error: BaseException) -> None:
     state = TrialState.PRUNED if isinstance(error, TrialPruned) else TrialState.FAIL
     if not is_rejected(trial.user_attrs):
         write(study, trial, record, {})
-    try:
-        _optuna.finish_row(_optuna.storage_of(study), _optuna.trial_id_of(trial), state)
-    except Exception as fault:  # noqa: BLE001 - any backend's own; what the hook raised goes first
-        _logger.warning(f"Trial {trial.number} could not be finished: {fault!r}.")
+    storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+    # Twice: whatever else went wrong, a row that stays RUNNING would hold on to what it reserved.
+    for last in (False, True):
+        try:
+            patiently(lambda: _optuna.finish_row(storage, trial_id, state))
+            return
+        except Exception as fault:  # noqa: BLE001 - any backend's own; the hook's error goes first
+            if last or passes(fault):
+                _logger.warning(f"Trial {trial.number} could not be finished: {fault!r}.")
+                return
 
 
 @contextlib.contextmanager

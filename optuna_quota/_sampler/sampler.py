@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.pruner import QuotaPruner
+from optuna_quota._enforcement.settle import row_of
 from optuna_quota._ledger import LEASE
 from optuna_quota._ledger import Refusal
 from optuna_quota._ledger import status
@@ -336,7 +337,7 @@ class QuotaSampler(BaseSampler):
         """Return the row as it is now when the base sampler may have written into it."""
         if not _optuna.may_write_constraints(self.base_sampler):
             return trial
-        return _optuna.storage_of(study).get_trial(_optuna.trial_id_of(trial))
+        return row_of(study, trial)
 
     def _proposals(self, study: Study) -> Proposals:
         whole = _optuna.whole_study(study)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import logging
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -11,11 +13,16 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 import pytest
 
+from optuna_quota import isolated
 from optuna_quota import Limits
 from optuna_quota import Quota
+from optuna_quota import QuotaExhausted
+from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
+from optuna_quota import status
 from optuna_quota._metering import key_of
 from optuna_quota._metering import metering_loop
+from optuna_quota._records import read_record
 
 
 class Faulty(InMemoryStorage):
@@ -98,3 +105,182 @@ def test_a_trial_that_can_not_be_admitted_is_not_left_running(method: str) -> No
     else:
         study.optimize(lambda trial: 0.0, n_trials=1)
     assert all(t.state.is_finished() for t in study.trials)
+
+
+class Refusing(InMemoryStorage):
+    """Refuses, while ``armed``, the writes of attributes that ``refuses`` chooses.
+
+    It is told how many there were before and the attribute's key.
+    """
+
+    def __init__(self, refuses: Callable[[int, str], bool]) -> None:
+        super().__init__()
+        self.refuses = refuses
+        self.armed = False
+        self.writes = 0
+
+    def _write(self, key: str) -> None:
+        if self.armed:
+            self.writes += 1
+            if self.refuses(self.writes - 1, key):
+                raise optuna.exceptions.StorageInternalError(f"{key} is refused on purpose")
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._write(key)
+        super().set_trial_user_attr(trial_id, key, value)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._write(key)
+        super().set_trial_system_attr(trial_id, key, value)
+
+
+def end_of_one_trial(storage: Refusing, error: Exception | None) -> optuna.trial.FrozenTrial:
+    """Return the row of a trial whose storage refuses from the end of the objective on."""
+    study = new_study(storage)
+
+    def objective(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        storage.armed = True
+        if error is not None:
+            raise error
+        return x
+
+    study.optimize(objective, n_trials=1, catch=ValueError)
+    storage.armed = False
+    assert (status(study).table["reserved"] == 0).all()
+    (row,) = study.trials
+    assert row.state.is_finished()
+    return row
+
+
+ENDS = [(None, "completed"), (ValueError("no"), "failed"), (optuna.TrialPruned("no"), "pruned")]
+
+
+@pytest.mark.parametrize(("error", "outcome"), ENDS)
+def test_a_write_that_fails_once_costs_nothing_of_what_is_known(
+    error: Exception | None, outcome: str
+) -> None:
+    counting = Refusing(lambda count, key: False)
+    whole = end_of_one_trial(counting, error)
+    assert counting.writes > 5
+    for failing in range(counting.writes):
+        row = end_of_one_trial(Refusing(lambda count, key, n=failing: count == n), error)  # type: ignore[misc]
+        assert row.user_attrs.keys() == whole.user_attrs.keys()
+        assert row.system_attrs.keys() == whole.system_attrs.keys()
+        record = read_record(row)
+        assert record.outcome == outcome
+        assert (record.reason is not None) is (error is not None)
+        assert row.value == (row.params["x"] if error is None else None)
+
+
+@pytest.mark.parametrize("key", ["constraints", "quota:memory", "quota:reason", "quota:outcome"])
+def test_one_attribute_that_is_refused_for_good_costs_no_other(
+    key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    optuna.logging.enable_propagation()
+    error = optuna.TrialPruned("no")
+    whole = end_of_one_trial(Refusing(lambda count, key: False), error)
+    with caplog.at_level(logging.WARNING, logger="optuna.quota"):
+        row = end_of_one_trial(Refusing(lambda count, k: k == key), error)
+    assert {*whole.user_attrs, *whole.system_attrs} - {*row.user_attrs, *row.system_attrs} == {key}
+    (told,) = [record.message for record in caplog.records if "be recorded" in record.message]
+    assert key in told
+
+
+@pytest.mark.parametrize("key", ["quota:memory", "quota:outcome"])
+def test_a_database_that_refuses_one_attribute_still_takes_the_others(
+    key: str, tmp_path: Path
+) -> None:
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'a.db'}")
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TRIGGER refusal BEFORE INSERT ON trial_user_attributes "
+            f"WHEN NEW.key = '{key}' BEGIN SELECT RAISE(ABORT, 'on purpose'); END"
+        )
+    sampler = QuotaSampler(RandomSampler(seed=0), quota=Quota(n_trials=9))
+    study = optuna.create_study(storage=storage, sampler=sampler)
+    study.tell(study.ask(), state=TrialState.PRUNED)
+    (row,) = study.trials
+    written = {"quota:memory", "quota:wall_time", "quota:outcome", "quota:reason", "quota:host"}
+    assert row.state == TrialState.PRUNED
+    assert written - row.user_attrs.keys() == {key}
+
+
+def test_a_row_is_finished_at_the_second_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = InMemoryStorage()
+    study = optuna.create_study(
+        storage=storage, sampler=QuotaSampler(RandomSampler(seed=0), quota=Quota(n_trials=1))
+    )
+    study.tell(study.ask(), 1.0)
+    faults = iter([optuna.exceptions.StorageInternalError("on purpose")])
+    finish = storage.set_trial_state_values
+
+    def fails_once(*args: Any, **kwargs: Any) -> bool:
+        for fault in faults:
+            raise fault
+        return finish(*args, **kwargs)
+
+    monkeypatch.setattr(storage, "set_trial_state_values", fails_once)
+    with pytest.raises(QuotaExhausted):
+        study.ask()
+    assert study.trials[1].state == TrialState.FAIL
+    assert read_record(study.trials[1]).outcome == "rejected"
+
+
+class Unreadable(InMemoryStorage):
+    """No row can be read from the attribute ``end`` on, until the outcome is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refusing = False
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self.refusing = (self.refusing or key == "end") and key != "quota:outcome"
+        super().set_trial_user_attr(trial_id, key, value)
+
+    def get_trial(self, trial_id: int) -> optuna.trial.FrozenTrial:
+        if self.refusing:
+            raise optuna.exceptions.StorageInternalError("on purpose")
+        return super().get_trial(trial_id)
+
+
+class Writing(RandomSampler):
+    """Writes into the row when a trial ends."""
+
+    def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
+        study._storage.set_trial_user_attr(trial._trial_id, "end", True)
+
+
+def test_a_row_that_can_not_be_read_is_settled_all_the_same() -> None:
+    sampler = QuotaSampler(Writing(seed=0), quota=Quota(n_trials=9))
+    study = optuna.create_study(storage=Unreadable(), sampler=sampler)
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    (row,) = study.trials
+    assert row.state == TrialState.COMPLETE
+    assert read_record(row).outcome == "completed"
+
+
+def test_the_result_of_an_isolated_trial_outlives_a_row_that_can_not_be_read() -> None:
+    def objective(trial: Any) -> float:
+        trial.set_user_attr("end", True)
+        return 1.0
+
+    study = optuna.create_study(storage=Unreadable())
+    study.optimize(isolated(objective), n_trials=1)
+    (row,) = study.trials
+    assert row.value == 1.0
+    assert read_record(row).outcome == "completed"
+
+
+def test_a_trial_does_not_fail_by_the_storage_of_another_study() -> None:
+    storage, pruner = Unreadable(), QuotaPruner(limits=Limits(memory="1TiB"))
+    old = optuna.create_study(storage=storage, pruner=pruner)
+    trial = old.ask()
+    assert not trial.should_prune()
+    trial.set_user_attr("end", True)
+    new = optuna.create_study(pruner=pruner)
+    other = new.ask()
+    assert not other.should_prune()
+    storage.refusing = False
+    old.tell(trial, 1.0)
+    new.tell(other, 1.0)

@@ -49,6 +49,7 @@ from optuna_quota._enforcement.isolation.serving import NotStarted
 from optuna_quota._enforcement.isolation.serving import Server
 from optuna_quota._enforcement.isolation.surroundings import surroundings
 from optuna_quota._enforcement.isolation.template_client import template_client
+from optuna_quota._enforcement.settle import row_of
 from optuna_quota._enforcement.settle import settle
 from optuna_quota._metering import key_of
 from optuna_quota._metering import metering_loop
@@ -129,9 +130,9 @@ class TrialRun:
             self._watch.close()
             return
         state = _state_of(value, error, len(self._study.directions))
-        trial_id = _optuna.trial_id_of(self._trial)
-        row = _optuna.storage_of(self._study).get_trial(trial_id)
         reported = error if isinstance(error, Exception) else None
+        assert isinstance(self._trial, Trial)
+        row = row_of(self._study, self._trial)
         settle(self._study, row, self._watch, state, error=reported)
 
     def _run(self) -> Any:
