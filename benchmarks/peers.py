@@ -1,30 +1,44 @@
 """The whole against its peers: an equal budget of trial time, the same objectives and limits.
 
-Half of each search space is infeasible and the best points lie near the limits. Every tool runs
-its trials one at a time in child processes under the same limits on memory and wall time; an
-observer of the benchmark's own measures each child's peak every 5 ms, for all tools alike.
+Half of each search space is infeasible, and more work mostly means a better model, so the best
+points lie towards the limit. Kernel ridge is limited in memory alone, forests in wall time alone.
+The limits come from random points that are run first, so they suit the machine. Each study is a
+process of its own, and each trial runs in a child of that, one at a time; see ``peers_trials.py``
+for what is measured and how, alike for all tools.
 
     python benchmarks/peers.py                 # needs: pip install smac flaml
-    python benchmarks/peers.py --quick         # a smaller budget, one seed
+    python benchmarks/peers.py --quick         # a third of the budget, one seed
+    python benchmarks/peers.py --keep FILE     # keeps studies there, and goes on from them
 
-Columns: best loss among trials that kept the limits; trials; breaches; the share of the budget
-that went to breaching trials; the largest excursion over the memory limit; and what the tool
-itself cost, in seconds beside the trials' own time per trial.
+TPE and FLAML run their trials as users do by hand: in forkserver's children, looked at every
+100 ms and killed over the limit. SMAC3 enforces its own limits. What SMAC3 and FLAML are given:
+the loss of a model that learned nothing for a breach; SMAC3 an initial design of 15 points, a
+quarter of the trials expected, the address space that leaves as much room as the memory limit
+does, forkserver's small children in place of forks of itself, and an end to the signal handler
+with which pynisher's children outlive their time limit by 5 s; FLAML its cheapest point to start.
+
+Columns, medians over the seeds [least, most]: the best loss among trials that kept the limits;
+trials; breaches (and those among them that the tool did not notice); the share of the budget that
+went to breaching trials; the largest excursion over the memory limit, of all seeds; trial time
+spent, of the budget; CPU time of all the tool's processes without their trials, and clock time
+beside that of the trials, each per trial.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Sequence
+import ctypes
+import json
 import multiprocessing
 from multiprocessing.connection import Connection
 import os
 from pathlib import Path
 import statistics
+import subprocess
+import sys
 import tempfile
-import threading
 import time
 from typing import Any
 import warnings
@@ -33,429 +47,353 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
+from optuna.trial import TrialState
+from peers_trials import MIB
+from peers_trials import Observer
+from peers_trials import own_memory
+from peers_trials import PROBLEMS
+from peers_trials import send
+from peers_trials import suggest
+from peers_trials import Target
+from peers_trials import Task
 import psutil
-from sklearn.datasets import load_digits
-from sklearn.ensemble import ExtraTreesClassifier
-from sklearn.gaussian_process.kernels import Matern
-from sklearn.gaussian_process.kernels import RBF
-from sklearn.kernel_ridge import KernelRidge
-from sklearn.metrics import log_loss
-from sklearn.model_selection import train_test_split
 
 from optuna_quota import isolated
 from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
-from optuna_quota import trial_table
 
 
-MIB = 2**20
-WORST = 1e3
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A real objective, its search space, and limits that half of the space breaches."""
-
-    name: str
-    function: Callable[[dict[str, Any]], float]
-    space: dict[str, BaseDistribution]
-    memory: float
-    wall_time: float
-
-
-def forest(params: dict[str, Any]) -> float:
-    """Return the log loss of extremely randomised trees on upsampled digits."""
-    x, y = load_digits(return_X_y=True)
-    x_train, x_valid, y_train, y_valid = train_test_split(x, y, random_state=0)
-    copies = params["copies"]
-    noise = np.random.default_rng(0).normal(0, 1.0, (copies * len(x_train), x.shape[1]))
-    model = ExtraTreesClassifier(
-        params["n_estimators"],
-        max_depth=params["max_depth"],
-        max_features=params["max_features"],
-        random_state=0,
-    )
-    model.fit(np.tile(x_train, (copies, 1)) + noise, np.tile(y_train, copies))
-    return float(log_loss(y_valid, model.predict_proba(x_valid)))
-
-
-def kernel_ridge(params: dict[str, Any]) -> float:
-    """Return the error of kernel ridge regression; memory is quadratic in the rows."""
-    rng = np.random.default_rng(0)
-    x = rng.uniform(-3, 3, (params["rows"] + 500, 4))
-    y = np.sin(x).sum(axis=1) + np.abs(x[:, 0] * x[:, 1]) + 0.1 * rng.normal(size=len(x))
-    length = params["length"]
-    kernel = RBF(length) if params["kernel"] == "rbf" else Matern(length, nu=1.5)
-    model = KernelRidge(alpha=params["alpha"], kernel=kernel)
-    model.fit(x[500:], y[500:])
-    return float(np.mean((model.predict(x[:500]) - y[:500]) ** 2))
-
-
-PROBLEMS = [
-    Problem(
-        "forest",
-        forest,
-        {
-            "n_estimators": IntDistribution(20, 600, log=True),
-            "max_depth": IntDistribution(2, 30),
-            "max_features": FloatDistribution(0.05, 1.0),
-            "copies": IntDistribution(1, 6),
-        },
-        memory=190 * MIB,
-        wall_time=1.2,
-    ),
-    Problem(
-        "kernel ridge",
-        kernel_ridge,
-        {
-            "rows": IntDistribution(600, 8000, log=True),
-            "alpha": FloatDistribution(1e-4, 1.0, log=True),
-            "length": FloatDistribution(0.3, 30.0, log=True),
-            "kernel": CategoricalDistribution(["rbf", "matern"]),
-        },
-        memory=260 * MIB,
-        wall_time=4.0,
-    ),
-]
-
-
-@dataclass
-class Tally:
-    """What one tool did with its budget."""
-
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    breached: list[bool] = field(default_factory=list)
-    excursion: float = 0.0
-    elapsed: float = 0.0
-
-    def add(self, loss: float, seconds: float, breached: bool) -> None:
-        self.losses.append(WORST if breached else loss)
-        self.seconds.append(seconds)
-        self.breached.append(breached)
-
-    @property
-    def spent(self) -> float:
-        return sum(self.seconds)
-
-    @property
-    def wasted(self) -> float:
-        lost = sum(s for s, b in zip(self.seconds, self.breached, strict=True) if b)
-        return lost / self.spent if self.spent else 0.0
-
-    @property
-    def cost(self) -> float:
-        return (self.elapsed - self.spent) / max(1, len(self.seconds))
-
-
-class Observer:
-    """Measures the peak of each descendant process every 5 ms, whoever started it."""
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-        self.peak = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Observer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        me = psutil.Process()
-        while not self._stop.wait(0.005):
-            for child in me.children(recursive=True):
-                try:
-                    self.peak = max(self.peak, child.memory_info().rss)
-                except psutil.Error:
-                    continue
-
-    @property
-    def excursion(self) -> float:
-        return max(0.0, self.peak - self.limit)
-
-
-def _child(connection: Connection, function: Callable[..., float], params: dict[str, Any]) -> None:
-    warnings.simplefilter("ignore")
-    connection.send(function(params))
+BUDGET = 60
+POINTS = 16
+# The processes that tools start would run this file again, were it the program itself.
+STUDY = "import json, sys, peers; peers.run_study(*json.loads(sys.argv[1]))"
 
 
 class Runner:
-    """Runs a point in a child for the tools that bring no runner: polls and kills on breach."""
+    """Runs a point in a child, for tools that bring no runner: polls and kills on a breach."""
 
-    def __init__(self, problem: Problem, tally: Tally, period: float = 0.1) -> None:
-        self.problem, self.tally, self.period = problem, tally, period
+    def __init__(self, task: Task, target: Target, observer: Observer) -> None:
+        self.task, self.target, self.observer = task, target, observer
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["sklearn.ensemble", __name__])
+        self._context.set_forkserver_preload(["peers_trials"])
+        first = self._context.Process(target=own_memory)  # starts the server
+        first.start()
+        first.join()
 
     def __call__(self, params: dict[str, Any]) -> float | None:
         """Return the loss, None on a breach."""
         receiver, sender = self._context.Pipe(duplex=False)
-        arguments = (sender, self.problem.function, params)
-        process = self._context.Process(target=_child, args=arguments)
+        process = self._context.Process(target=send, args=(sender, self.target, params))
         start = time.monotonic()
         process.start()
         sender.close()
-        try:
-            loss = self._wait(process, receiver, start)
-        finally:
-            process.kill()
-            process.join()
-        self.tally.add(WORST if loss is None else loss, time.monotonic() - start, loss is None)
+        loss = self._wait(psutil.Process(process.pid), receiver, start)
+        process.kill()
+        process.join()
+        self.observer.tell(loss is None)
         return loss
 
-    def _wait(self, process: Any, receiver: Connection, start: float) -> float | None:
-        watched = psutil.Process(process.pid)
-        while not receiver.poll(self.period):
-            try:
-                memory = watched.memory_info().rss
-            except psutil.Error:
+    def _wait(self, process: psutil.Process, receiver: Connection, start: float) -> float | None:
+        while True:
+            ready = receiver.poll(0.1)
+            late = time.monotonic() - start > (self.task.wall_time or np.inf)
+            if ready or late:
+                break
+            if process.memory_info().rss > (self.task.memory or np.inf):
                 return None
-            if memory > self.problem.memory or time.monotonic() - start > self.problem.wall_time:
-                return None
-        loss: float = receiver.recv()
-        late = time.monotonic() - start > self.problem.wall_time
-        return None if late else loss
+        return None if late else float(receiver.recv())
 
 
-def suggest(trial: optuna.Trial, space: dict[str, BaseDistribution]) -> dict[str, Any]:
-    """Return a point of a trial asked by hand."""
-    return {name: trial._suggest(name, distribution) for name, distribution in space.items()}
+def calibrate(task: Task, target: Target, observer: Observer, seed: int) -> None:
+    """Run random points; a limit on wall time is far enough off not to move the median."""
+    runner = Runner(task, target, observer)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    for _ in range(POINTS):
+        runner(study.ask(PROBLEMS[task.problem].space).params)
 
 
-def run_tpe(told: str) -> Callable[[Problem, float, int], Tally]:
-    """Return a runner of plain TPE that tells breaches as ``told``."""
+def run_ours(task: Task, target: Target, observer: Observer, seed: int) -> None:
+    space = PROBLEMS[task.problem].space
 
-    def run(problem: Problem, budget: float, seed: int) -> Tally:
-        tally = Tally()
-        runner = Runner(problem, tally)
+    def objective(trial: optuna.Trial) -> float:
+        return target({name: suggest(trial, name, each) for name, each in space.items()})
+
+    def stop(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        observer.tell(trial.state != TrialState.COMPLETE)
+        if observer.spent() >= task.budget:
+            study.stop()
+
+    # All tools' processes are under way before the first trial: here, a trial that loads what the
+    # objective does, and one that finds it loaded.
+    optuna.create_study().optimize(isolated(lambda trial: float(target.scale)), n_trials=2)
+    sampler = optuna.samplers.TPESampler(seed=seed)
+    study = optuna.create_study(
+        sampler=QuotaSampler(sampler, quota=Quota(trial_time=1.5 * task.budget)),
+        pruner=QuotaPruner(limits=Limits(memory=task.memory, wall_time=task.wall_time)),
+    )
+    study.optimize(isolated(objective), callbacks=[stop])
+
+
+def run_tpe(told: str) -> Callable[[Task, Target, Observer, int], None]:
+    """Return plain TPE that tells breaches as ``told``."""
+
+    def run(task: Task, target: Target, observer: Observer, seed: int) -> None:
+        runner = Runner(task, target, observer)
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
-        while tally.spent < budget:
-            trial = study.ask(problem.space)
+        while observer.spent() < task.budget:
+            trial = study.ask(PROBLEMS[task.problem].space)
             loss = runner(trial.params)
-            if loss is not None:
-                if told == "constrained":
-                    trial.set_constraint("limit", -1.0)
-                study.tell(trial, loss)
-            elif told == "failed":
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            else:
-                if told == "constrained":
-                    trial.set_constraint("limit", 1.0)
-                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        return tally
+            if told == "constrained":
+                trial.set_constraint("limit", 1.0 if loss is None else -1.0)
+            state = TrialState.FAIL if told == "failed" else TrialState.PRUNED
+            study.tell(trial, loss, state=state if loss is None else None)
 
     return run
 
 
-def run_ours(problem: Problem, budget: float, seed: int) -> Tally:
-    """Run this library: the quota ends the study, the limits end the trials."""
-    study = optuna.create_study(
-        sampler=QuotaSampler(
-            optuna.samplers.TPESampler(seed=seed), quota=Quota(trial_time=budget)
-        ),
-        pruner=QuotaPruner(
-            limits=Limits(memory=problem.memory, wall_time=problem.wall_time),
-        ),
-    )
-    function, space = problem.function, problem.space
-
-    def objective(trial: optuna.Trial) -> float:
-        return function(suggest(trial, space))
-
-    study.optimize(isolated(objective), n_trials=10_000)
-    tally = Tally()
-    table = trial_table(study)
-    ran = table[table["wall_time"].notna() & (table["outcome"] != "rejected")]
-    for _, row in ran.iterrows():
-        value = row["value"] if row["outcome"] == "completed" else WORST
-        tally.add(value, row["wall_time"], row["outcome"] != "completed")
-    return tally
-
-
-def address_space(memory: float) -> int:
-    """Return the bytes of address space that leave a child as much room as the memory limit.
-
-    SMAC3 hands its limit in bytes to pynisher, which caps the address space of a child that it
-    forks: what is mapped there already counts, and much of it is not resident. So a child of the
-    same kind is asked.
-    """
-    import pynisher
-
-    mapped, resident = pynisher.Pynisher(_own_memory)()
-    return int(mapped + max(0.0, memory - resident))
-
-
-def _own_memory() -> tuple[int, int]:
-    info = psutil.Process().memory_info()
-    return info.vms, info.rss
-
-
-def run_smac(problem: Problem, budget: float, seed: int) -> Tally:
-    """Run SMAC3's hyperparameter facade under its own limits of a trial."""
+def run_smac(task: Task, target: Target, observer: Observer, seed: int) -> None:
     from ConfigSpace import Categorical
     from ConfigSpace import ConfigurationSpace
     from ConfigSpace import Float
     from ConfigSpace import Integer
+    import pynisher
     from smac import Callback
     from smac import HyperparameterOptimizationFacade
     from smac import Scenario
     from smac.runhistory.enumerations import StatusType
 
-    def hyperparameter(name: str, d: BaseDistribution) -> Any:
+    def parameter(name: str, d: BaseDistribution) -> Any:
         if isinstance(d, CategoricalDistribution):
             return Categorical(name, list(d.choices))
-        if isinstance(d, IntDistribution):
-            return Integer(name, (d.low, d.high), log=d.log)
-        assert isinstance(d, FloatDistribution)
-        return Float(name, (d.low, d.high), log=d.log)
-
-    space = ConfigurationSpace(seed=seed)
-    space.add([hyperparameter(name, d) for name, d in problem.space.items()])
-
-    def target(config: Any, seed: int = 0) -> float:
-        return problem.function(dict(config))
+        make = Integer if isinstance(d, IntDistribution) else Float
+        return make(name, (d.low, d.high), log=d.log)
 
     class Budget(Callback):  # type: ignore[misc]
-        """Ends the search by the time of its trials; its own limit counts its models, too."""
-
-        def __init__(self) -> None:
-            self.spent = 0.0
-
         def on_tell_end(self, smbo: Any, info: Any, value: Any) -> bool | None:
-            self.spent += value.time
-            return False if self.spent >= budget else None
+            observer.tell(value.status != StatusType.SUCCESS)
+            return False if observer.spent() >= task.budget else None
 
-    with tempfile.TemporaryDirectory() as folder:
-        scenario = Scenario(
-            space,
-            deterministic=True,
-            seed=seed,
-            n_trials=10_000,
-            crash_cost=WORST,
-            trial_walltime_limit=problem.wall_time,
-            trial_memory_limit=address_space(problem.memory),
-            output_directory=Path(folder),
-        )
-        facade = HyperparameterOptimizationFacade(
-            scenario, target, overwrite=True, logging_level=50, callbacks=[Budget()]
-        )
-        facade.optimize()
-    tally = Tally()
-    for value in facade.runhistory.values():
-        loss = value.cost if isinstance(value.cost, float) else value.cost[0]
-        tally.add(loss, value.time, value.status != StatusType.SUCCESS)
-    return tally
+    multiprocessing.set_start_method("forkserver")
+    multiprocessing.set_forkserver_preload(["peers_trials"])
+    mapped = pynisher.Pynisher(own_memory)()[0]
+    space, problem = ConfigurationSpace(seed=seed), PROBLEMS[task.problem]
+    space.add([parameter(name, each) for name, each in problem.space.items()])
+    scenario = Scenario(
+        space,
+        deterministic=True,
+        seed=seed,
+        n_trials=10_000,
+        crash_cost=problem.worst,
+        trial_walltime_limit=task.wall_time,
+        trial_memory_limit=None if task.room is None else int(mapped + task.room),
+        output_directory=observer.path.parent,
+    )
+    facade = HyperparameterOptimizationFacade(
+        scenario,
+        target.mended,
+        initial_design=HyperparameterOptimizationFacade.get_initial_design(
+            scenario, n_configs=BUDGET // 4
+        ),
+        overwrite=True,
+        logging_level=50,
+        callbacks=[Budget()],
+    )
+    facade.optimize()
 
 
-def run_flaml(problem: Problem, budget: float, seed: int) -> Tally:
-    """Run FLAML's CFO; a breach is told as the worst loss, since it knows no limits."""
+def run_flaml(task: Task, target: Target, observer: Observer, seed: int) -> None:
     from flaml import tune
 
     def domain(d: BaseDistribution) -> Any:
         if isinstance(d, CategoricalDistribution):
             return tune.choice(list(d.choices))
         if isinstance(d, IntDistribution):
-            make = tune.lograndint if d.log else tune.randint
-            return make(d.low, d.high + 1)
-        assert isinstance(d, FloatDistribution)
+            return (tune.lograndint if d.log else tune.randint)(d.low, d.high + 1)
         return (tune.loguniform if d.log else tune.uniform)(d.low, d.high)
 
-    tally = Tally()
-    runner = Runner(problem, tally)
+    problem, runner = PROBLEMS[task.problem], Runner(task, target, observer)
 
-    def evaluate(config: dict[str, Any]) -> dict[str, float]:
+    def evaluate(config: dict[str, Any]) -> dict[str, float] | None:
+        if observer.spent() >= task.budget:
+            return None  # ends the search
         loss = runner(config)
-        return {"loss": WORST if loss is None else loss}
+        return {"loss": problem.worst if loss is None else loss}
 
     np.random.seed(seed)
     tune.run(
         evaluate,
-        config={name: domain(d) for name, d in problem.space.items()},
+        config={name: domain(each) for name, each in problem.space.items()},
+        low_cost_partial_config=problem.cheap,
         metric="loss",
         mode="min",
-        time_budget_s=budget,
+        time_budget_s=1.5 * task.budget,  # of the clock; the trials' own time ends it before
         num_samples=-1,
         verbose=0,
     )
-    return tally
 
 
-TOOLS: dict[str, Callable[[Problem, float, int], Tally]] = {
+TOOLS: dict[str, Callable[[Task, Target, Observer, int], None]] = {
     "optuna_quota": run_ours,
     "TPE, breaches failed": run_tpe("failed"),
     "TPE, breaches pruned": run_tpe("pruned"),
     "TPE, breaches constrained": run_tpe("constrained"),
-    "SMAC3, trial limits": run_smac,
+    "SMAC3": run_smac,
     "FLAML": run_flaml,
 }
 
 
-def measure(tool: str, problem: Problem, budget: float, seed: int) -> Tally | None:
-    """Return what a tool did, None where it isn't installed."""
-    with Observer(problem.memory) as observer:
-        start = time.monotonic()
-        try:
-            tally = TOOLS[tool](problem, budget, seed)
-        except ModuleNotFoundError as error:
-            print(f"  {tool}: not installed ({error.name})")
-            return None
-        tally.elapsed = time.monotonic() - start
-    tally.excursion = observer.excursion
-    return tally
+def run_study(tool: str, order: dict[str, Any], seed: int, where: str) -> None:
+    """Run one study and leave what it did in a folder."""
+    task, folder = Task(**order), Path(where)
+    warnings.simplefilter("ignore")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    run = TOOLS.get(tool, calibrate)
+    with Observer(folder / "log") as observer:
+        target = Target(task.problem, task.scale, str(observer.path))
+        before, start = time.process_time(), time.monotonic()
+        run(task, target, observer, seed)
+        elapsed = time.monotonic() - start
+    trials = [
+        {
+            "seconds": trial.seconds(),
+            "loss": trial.loss,
+            "told": bool(trial.told),
+            "kept": trial.kept(task),
+            "excess": trial.excess(task),
+            "peak": trial.peak,
+            "rise": trial.rise,
+        }
+        for trial in observer.trials
+    ]
+    other = before + observer.cpu + sum(trial.cpu for trial in observer.trials)
+    found = {"trials": trials, "elapsed": elapsed, "other": other}
+    (folder / "found").write_text(json.dumps(found))
 
 
-def report(problem: Problem, tallies: dict[str, list[Tally]], budget: float) -> None:
-    """Print one table, medians over the seeds."""
-    print(
-        f"\n{problem.name}: {budget:g} s of trial time, memory <= {problem.memory / MIB:.0f} MiB, "
-        f"wall time <= {problem.wall_time:g} s"
-    )
-    print(
-        f"{'tool':27}{'best':>9}{'trials':>8}{'breaches':>10}{'wasted':>8}"
-        f"{'over by':>10}{'cost/trial':>12}"
-    )
-    for tool, runs in tallies.items():
-        print(
-            f"{tool:27}"
-            f"{statistics.median(min(t.losses, default=WORST) for t in runs):>9.4f}"
-            f"{statistics.median(len(t.losses) for t in runs):>8g}"
-            f"{statistics.median(sum(t.breached) for t in runs):>10g}"
-            f"{statistics.median(t.wasted for t in runs):>8.0%}"
-            f"{max(t.excursion for t in runs) / MIB:>6.0f} MiB"
-            f"{statistics.median(t.cost for t in runs) * 1e3:>9.0f} ms"
+def study(tool: str, task: Task, seed: int) -> dict[str, Any]:
+    """Return what a study in a process of its own did, and the CPU time that the tool took."""
+    with tempfile.TemporaryDirectory() as folder:
+        order = json.dumps([tool, vars(task), seed, folder])
+        # A fork server loads modules ahead from nowhere but there.
+        paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        process = subprocess.Popen([sys.executable, "-c", STUDY, order], env=paths)
+        status, usage = os.wait4(process.pid, 0)[1:]
+        process.returncode = os.waitstatus_to_exitcode(status)
+        cpu = usage.ru_utime + usage.ru_stime
+        while True:  # what outlives it comes to this process, see main()
+            try:
+                usage = os.wait3(0)[2]
+            except ChildProcessError:
+                break
+            cpu += usage.ru_utime + usage.ru_stime
+        if process.returncode:
+            raise RuntimeError(f"{tool} ended with status {process.returncode}.")
+        found: dict[str, Any] = json.loads((Path(folder) / "found").read_text())
+    return {**found, "cpu": cpu - found.pop("other")}
+
+
+def calibrated(problem: str, budget: float) -> Task:
+    """Return a task that half of some random points do not fit into; prints how that came."""
+    wall_time, scale = PROBLEMS[problem].wall_time, 1.0
+    for _ in range(3):
+        task = Task(problem, scale, np.inf, wall_time=wall_time and 3 * wall_time)
+        trials = study("calibration", task, 1_000)["trials"]
+        seconds = [trial["seconds"] for trial in trials]
+        middle = statistics.median(seconds)
+        print(f"{problem}, scale {scale:.2f}: {spread(seconds, '.2f')} s at {POINTS} points")
+        if wall_time is None or abs(middle / wall_time - 1) < 0.03:
+            break
+        scale *= wall_time / middle
+    if wall_time is not None:
+        return Task(problem, scale, budget * wall_time, wall_time=wall_time)
+    peaks = [trial["peak"] for trial in trials]
+    print(f"{problem}: {spread([peak / MIB for peak in peaks], '.0f')} MiB")
+    rest = statistics.median(trial["peak"] - trial["rise"] for trial in trials)
+    memory = statistics.median(peaks)
+    return Task(problem, scale, budget * middle, memory=memory, room=memory - rest)
+
+
+def spread(values: Sequence[float], how: str) -> str:
+    low, high = (format(each, how) for each in (min(values), max(values)))
+    return f"{format(statistics.median(values), how)} [{low}, {high}]"
+
+
+def line(tool: str, task: Task, studies: Sequence[dict[str, Any]]) -> str:
+    """Return a tool's line of the table."""
+    columns: list[list[float]] = [[] for _ in range(8)]
+    unseen = []
+    for found in studies:
+        trials = found["trials"]
+        noticed = [trial["told"] or trial["loss"] is None for trial in trials]
+        good = [t["kept"] and not seen for t, seen in zip(trials, noticed, strict=True)]
+        breaches = [trial for trial, kept in zip(trials, good, strict=True) if not kept]
+        unseen.append(len(breaches) - sum(noticed))
+        losses = [trial["loss"] for trial, kept in zip(trials, good, strict=True) if kept]
+        spent = sum(each["seconds"] for each in trials) or np.nan
+        values = (
+            min(losses, default=np.inf),
+            len(trials),
+            len(breaches),
+            sum(each["seconds"] for each in breaches) / spent,
+            max(each["excess"] for each in trials) / MIB,
+            spent / task.budget,
+            1e3 * found["cpu"] / len(trials),
+            1e3 * (found["elapsed"] - spent) / len(trials),
         )
+        for column, value in zip(columns, values, strict=True):
+            column.append(value)
+    best, count, breached, wasted, over, spent, cpu, elapsed = columns
+    return (
+        f"{tool:<26}{spread(best, '.4f'):>26}{statistics.median(count):>8g}"
+        f"{statistics.median(breached):>6g} ({statistics.median(unseen):g})"
+        f"{spread(wasted, '.0%'):>18}{max(over):>6.0f} MiB{statistics.median(spent):>8.0%}"
+        f"{statistics.median(cpu):>8.0f} ms{statistics.median(elapsed):>8.0f} ms"
+    )
 
 
 def main() -> None:
     """Run every tool on every problem, the tools in turn for each seed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds of trial time")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="20 s and one seed")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a third of the budget, one seed")
     parser.add_argument("--tools", nargs="*", default=list(TOOLS))
+    parser.add_argument("--problems", nargs="*", default=list(PROBLEMS))
+    parser.add_argument("--keep", type=Path, help="a file to keep studies in and to go on from")
     arguments = parser.parse_args()
-    budget, seeds = (20.0, 1) if arguments.quick else (arguments.budget, arguments.seeds)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore")
-    for problem in PROBLEMS:
-        tallies: dict[str, list[Tally]] = {}
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    # What outlives a study is adopted, so that its CPU time is counted, too.
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+    exists = arguments.keep and arguments.keep.exists()
+    kept = dict(map(json.loads, arguments.keep.read_text().splitlines())) if exists else {}
+
+    def remembered(key: Sequence[Any], make: Callable[[], Any]) -> Any:
+        name = json.dumps(key)
+        if name not in kept:
+            kept[name] = make()
+            if arguments.keep:
+                with arguments.keep.open("a") as file:
+                    file.write(json.dumps([name, kept[name]]) + "\n")
+        return kept[name]
+
+    budget, seeds = (BUDGET / 3, 1) if arguments.quick else (BUDGET, arguments.seeds)
+    for problem in arguments.problems:
+        made = remembered([problem, budget], lambda: vars(calibrated(problem, budget)))  # noqa: B023 - used at once
+        task, found = Task(**made), dict[str, list[dict[str, Any]]]()
         for seed in range(seeds):
             for tool in arguments.tools:
-                tally = measure(tool, problem, budget, seed)
-                if tally is not None:
-                    tallies.setdefault(tool, []).append(tally)
-        report(problem, tallies, budget)
+                one = remembered([problem, budget, tool, seed], lambda: study(tool, task, seed))  # noqa: B023 - used at once
+                found.setdefault(tool, []).append(one)
+        print(f"\n{problem}: {task}; {seeds} seeds")
+        print(
+            f"{'tool':<26}{'best':>26}{'trials':>8}{'breaches':>10}{'wasted':>18}{'over by':>10}"
+            f"{'spent':>8}{'CPU':>11}{'clock':>11}"
+        )
+        for tool, studies in found.items():
+            print(line(tool, task, studies))
+        print()
 
 
 if __name__ == "__main__":
