@@ -347,6 +347,26 @@ def test_the_template_loads_what_trials_import() -> None:
     assert not {name for name in client._unsafe if name.startswith(("sklearn", "scipy"))}
 
 
+def test_the_template_loads_what_a_trial_had_imported_when_it_was_stopped(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Else a trial whose imports take longer than its limit would never get further than them.
+    (tmp_path / "slow_to_import.py").write_text(
+        "import colorsys, os, time\nif os.getpid() != int(os.environ['QUICK']): time.sleep(60)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("QUICK", str(os.getpid()))
+    import slow_to_import  # type: ignore[import-not-found]
+
+    study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time=1)))
+    for _ in range(8):  # a crowded machine may not even start one in a second
+        study.optimize(isolated(lambda trial: float(slow_to_import is None)), n_trials=1)
+        if "colorsys" in template_client()._wanted:
+            break
+    assert "colorsys" in template_client()._wanted
+    assert {read_record(t).outcome for t in study.trials} == {"terminated"}
+
+
 def test_modules_that_start_threads_are_left_to_the_trials(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

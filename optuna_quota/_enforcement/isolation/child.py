@@ -181,7 +181,8 @@ def run_child(
     except EOFError:
         return 1
     except BaseException as error:  # noqa: BLE001 - a stop before the objective was called
-        outcome = Raised(pack_error(error))
+        # What it had imported, the next trial finds loaded: else none would get any further.
+        outcome = Raised(pack_error(error), modules=_imported(known))
     return _finish(outcome)
 
 
