@@ -34,7 +34,7 @@ def next_points(
 
     Each follows an earlier trial, so that conditional parameters come with the choices that they
     hang on: an adaptive sampler stays around its newest points, others draw anew over the whole
-    range.
+    range, the choices first.
 
     Args:
         rows: Earlier trials, oldest first.
@@ -45,26 +45,77 @@ def next_points(
     generator = np.random.default_rng([seed, 5])
     recent = rows[-_RECENT:]
     names = sorted({name for row in rows for name in row.distributions})
-    # Where no parameter hangs on another, choices are drawn anew too.
-    free = all(len(row.distributions) == len(names) for row in rows)
+    branches = _Branches(rows)
     # Evenly spread, so that the dearest corner is there as often as it should be.
     places = latin_hypercube(count, len(names) + 2, generator)
     points = []
     for place in places:
-        stays = adaptive and place[0] > _SPREAD
-        among = recent if stays else rows
-        row = among[int(place[1] * len(among))]
         by_name = dict(zip(names, place[2:].tolist(), strict=True))
-        points.append(_around(row, generator) if stays else _anew(row, by_name, free=free))
+        if adaptive and place[0] > _SPREAD:
+            points.append(_around(recent[int(place[1] * len(recent))], generator))
+        else:
+            points.append(branches.anew(float(place[1]), by_name))
     return points
 
 
-def _anew(row: FootprintRow, places: Mapping[str, float], *, free: bool) -> Mapping[str, Any]:
-    """Return a point anywhere, with the choices of a row unless they are free too."""
-    point = dict(row.params)
-    for name, distribution in row.distributions.items() if free else _numbers(row):
-        point[name] = value_at(distribution, places[name])
-    return point
+class _Branches:
+    """Which parameters trials had, and on which choices that hung.
+
+    Args:
+        rows: Trials that are alike in the choices ``decided``.
+        decided: Names of choices.
+    """
+
+    def __init__(
+        self, rows: Sequence[FootprintRow], decided: frozenset[str] = frozenset()
+    ) -> None:
+        self._rows = rows
+        self._decided = decided
+        self._shapes = {frozenset(row.distributions) for row in rows}
+        self._deciding, self._parts = self._split()
+
+    def _split(self) -> tuple[str | None, dict[str, _Branches]]:
+        """Return the choice on which most hangs, and the branch of each value that was seen."""
+        if len(self._shapes) == 1:
+            return None, {}
+        found: list[tuple[int, str, dict[str, list[FootprintRow]]]] = []
+        for name in sorted(frozenset.intersection(*self._shapes) - self._decided):
+            if not _is_choice(self._rows[-1].distributions[name]):
+                continue
+            alike: dict[str, list[FootprintRow]] = {}
+            for row in self._rows:
+                alike.setdefault(repr(row.params[name]), []).append(row)
+            shapes = {(v, frozenset(row.distributions)) for v in alike for row in alike[v]}
+            found.append((len(shapes), name, alike))
+        if not found:
+            return None, {}
+        _, name, alike = min(found, key=lambda each: each[:2])
+        decided = self._decided | {name}
+        return name, {value: _Branches(rows, decided) for value, rows in alike.items()}
+
+    def anew(self, pick: float, places: Mapping[str, float]) -> Mapping[str, Any]:
+        """Return a point anywhere in the space.
+
+        A choice on which other parameters hang is drawn as a sampler draws it, not as often as
+        it happened to come, so long as some trial shows what goes with it.
+
+        Args:
+            pick: Which of the trials with the same choices to follow, from 0 to 1.
+            places: Where in its range each parameter is, from 0 to 1.
+        """
+        if self._deciding is not None:
+            distribution = self._rows[-1].distributions[self._deciding]
+            part = self._parts.get(repr(value_at(distribution, places[self._deciding])))
+            if part is not None:
+                return part.anew(pick, places)
+        row = self._rows[int(pick * len(self._rows))]
+        point = dict(row.params)
+        # Where no parameter hangs on another any more, the other choices are drawn anew too.
+        free = len(self._shapes) == 1
+        for name, distribution in row.distributions.items() if free else _numbers(row):
+            if name not in self._decided:
+                point[name] = value_at(distribution, places[name])
+        return point
 
 
 def _around(row: FootprintRow, generator: np.random.Generator) -> Mapping[str, Any]:
@@ -77,8 +128,12 @@ def _around(row: FootprintRow, generator: np.random.Generator) -> Mapping[str, A
 
 
 def _numbers(row: FootprintRow) -> Iterator[tuple[str, BaseDistribution]]:
+    for name, distribution in row.distributions.items():
+        if not _is_choice(distribution) and not distribution.single():
+            yield name, distribution
+
+
+def _is_choice(distribution: BaseDistribution) -> bool:
     from optuna.distributions import CategoricalDistribution
 
-    for name, distribution in row.distributions.items():
-        if not isinstance(distribution, CategoricalDistribution) and not distribution.single():
-            yield name, distribution
+    return isinstance(distribution, CategoricalDistribution)

@@ -117,3 +117,27 @@ def test_the_next_points_are_around_the_newest_ones_of_an_adaptive_sampler() -> 
         assert 1 <= point["x"] <= 1000
         assert isinstance(point["n"], int)
         assert 1 <= point["n"] <= 100
+
+
+def test_choices_that_others_hang_on_are_drawn_as_a_sampler_does_and_not_as_they_happened() -> (
+    None
+):
+    kind = CategoricalDistribution(["tree", "net", "never"])
+    tree: dict[str, BaseDistribution] = {"kind": kind, "depth": IntDistribution(1, 8)}
+    net: dict[str, BaseDistribution] = {
+        "kind": kind,
+        "width": IntDistribution(8, 64),
+        "bias": CategoricalDistribution([True, False]),
+    }
+    rows = [FootprintRow({"kind": "tree", "depth": 3}, tree, Usage())] * 18
+    rows += [FootprintRow({"kind": "net", "width": 9, "bias": True}, net, Usage())] * 2
+    points = next_points(rows, 600, adaptive=False)
+    trees = [point for point in points if point["kind"] == "tree"]
+    nets = [point for point in points if point["kind"] == "net"]
+    assert len(trees) + len(nets) == 600
+    # A third each, and of what no trial shows mostly what came most often.
+    assert 200 <= len(nets) <= 250
+    assert {frozenset(point) for point in trees} == {frozenset(tree)}
+    assert {frozenset(point) for point in nets} == {frozenset(net)}
+    assert {point["bias"] for point in nets} == {True, False}
+    assert len({point["width"] for point in nets}) > 30
