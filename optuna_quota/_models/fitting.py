@@ -11,11 +11,13 @@ import numpy as np
 from optuna_quota._models.chained_model import chain_density
 from optuna_quota._models.chained_model import ChainedModel
 from optuna_quota._models.chained_model import direct_density
+from optuna_quota._models.gaussian_process import NOISE
 from optuna_quota._models.resource_model import fit_resource
 from optuna_quota._models.resource_model import FLOORS
 from optuna_quota._models.resource_model import refresh_resource
 from optuna_quota._models.resource_model import ResourceModel
 from optuna_quota._models.rows import FootprintRow
+from optuna_quota._resources import get_resource
 
 
 Model = ResourceModel | ChainedModel
@@ -27,6 +29,11 @@ _FEWEST_TO_CHAIN = 6
 _FEWEST_TO_DECIDE = 4
 # Leave-one-out densities of few trials are noisy; a chain must be clearly worse to be passed over.
 _CHAIN_BONUS = -3.0
+# What is expected of the noise before any trial told of it, as the logarithm of its variance, in
+# units of the resource's own: peaks repeat themselves, and how far clock time is from another time
+# is noise for the most part. Chosen with each of six workloads left out in turn.
+_QUIET = -3.5
+_LOUD = -1.0
 # Clock time is too noisy to tell a floor from a short trial.
 _NO_FLOOR = (0.0,)
 
@@ -66,6 +73,7 @@ class _Column:
         unsure: np.ndarray,
         *,
         noisy: bool,
+        noise: float,
     ) -> None:
         self.known = np.isfinite(amounts)
         self.columns = columns[self.known]
@@ -73,6 +81,7 @@ class _Column:
         self.censored = censored[self.known]
         self.unsure = unsure[self.known]
         self.noisy = noisy
+        self.noise = noise
 
     @classmethod
     def of(cls, name: str, columns: np.ndarray, rows: Sequence[FootprintRow]) -> _Column:
@@ -80,7 +89,8 @@ class _Column:
         plain = np.array([np.nan if amount is None else amount for amount in amounts])
         censored = np.array([name in row.censored for row in rows])
         unsure = np.array([name in row.unsure for row in rows])
-        return cls(columns, plain, censored, unsure, noisy=name == NOISY)
+        noise = _LOUD if name == NOISY else _QUIET if get_resource(name).peak else NOISE
+        return cls(columns, plain, censored, unsure, noisy=name == NOISY, noise=noise)
 
     def fit(self, start: Model | None, refit: bool) -> ResourceModel:
         """Return the model; whether what is unsure are values or bounds is decided at refits."""
@@ -113,7 +123,7 @@ class _Column:
             censored,
             start=earlier,
             floors=_NO_FLOOR if self.noisy else FLOORS,
-            noisy=self.noisy,
+            noise=self.noise,
         )
 
     def over(self, base: _Column) -> _Column | None:
@@ -124,7 +134,9 @@ class _Column:
             return None
         # Both stopped at the same moment: the ratio is a value, not a bound.
         none = np.zeros(len(self.amounts), dtype=bool)
-        return _Column(self.columns, self.amounts / base.amounts, none, none, noisy=True)
+        return _Column(
+            self.columns, self.amounts / base.amounts, none, none, noisy=True, noise=_LOUD
+        )
 
 
 def _fit_noisy(

@@ -22,7 +22,6 @@ from optuna_quota._models.features import Feature
 from optuna_quota._models.features import Features
 from optuna_quota._models.features import NumericFeature
 from optuna_quota._models.fitting import Model
-from optuna_quota._models.fitting import NOISY
 from optuna_quota._models.gaussian_process import Hyperparameters
 from optuna_quota._models.resource_model import ResourceModel
 from optuna_quota._resources import Usage
@@ -30,7 +29,7 @@ from optuna_quota._resources import USAGE_RESOURCES
 
 
 FORMAT = "optuna_quota.footprint"
-VERSION = 1
+VERSION = 2
 
 _MOST_POINTS = 2_000
 _MOST_COLUMNS = 2_000
@@ -146,13 +145,12 @@ def _contents(document: Mapping[str, Any]) -> Contents:
     columns = features.encode([point.params for point in points])
     models: dict[str, Model] = {}
     for name, value in _mapping(document.get("models"), "models").items():
-        noisy = name == NOISY
-        models[_resource(name)] = _model(value, _known(points, name), columns, noisy=noisy)
+        models[_resource(name)] = _model(value, _known(points, name), columns)
     for name, value in _mapping(document.get("ratios"), "ratios").items():
         base = models.get(_text(_mapping(value, name).get("on"), "on"))
         if not isinstance(base, ResourceModel):
             raise ValueError(f"The ratio {name!r} must be on a resource that has a model.")
-        ratio = _model(value, _known(points, name), columns, noisy=True)
+        ratio = _model(value, _known(points, name), columns)
         models[_resource(name)] = ChainedModel(str(value["on"]), base, ratio)
     return Contents(features, points, dict(sorted(models.items())), confidence)
 
@@ -209,7 +207,7 @@ def _model_object(model: ResourceModel) -> dict[str, Any]:
     }
 
 
-def _model(value: Any, known: np.ndarray, columns: np.ndarray, *, noisy: bool) -> ResourceModel:
+def _model(value: Any, known: np.ndarray, columns: np.ndarray) -> ResourceModel:
     found = _mapping(value, "model")
     n = int(known.sum())
     if n == 0:
@@ -228,7 +226,6 @@ def _model(value: Any, known: np.ndarray, columns: np.ndarray, *, noisy: bool) -
         ),
         censored=np.array(censored, dtype=bool),
         hyperparameters=Hyperparameters(values),
-        noisy=noisy,
     )
 
 

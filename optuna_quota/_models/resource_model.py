@@ -16,6 +16,7 @@ from optuna_quota._models.censoring import Sites
 from optuna_quota._models.gaussian_process import fit_hyperparameters
 from optuna_quota._models.gaussian_process import GaussianProcess
 from optuna_quota._models.gaussian_process import Hyperparameters
+from optuna_quota._models.gaussian_process import NOISE
 from optuna_quota._models.predictive import Predictive
 
 
@@ -24,13 +25,13 @@ FLOORS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
 _TINY_SCALE = 0.02
 # Leaving one out is a little too sure: the hyperparameters have seen it. Chosen with each of six
 # workloads left out in turn (benchmarks/footprint_models.py).
-_OPTIMISM = 1.17
+_OPTIMISM = 1.05
 # Share of the residuals' common size in the spread, beside the model's own deviation at the point.
 _FLAT = 0.2
 # A common size that is smaller than the model's own by more than this is taken for luck.
 _LUCK = 0.8
-# Few trials tell noise from structure badly: where there is noise the spread is wider by this.
-_NOISE_WEIGHT = 8.0
+# The fewer trials, the less is known of the hyperparameters, for which the spread is wider.
+_UNKNOWN = 8.0
 # Deviation of the logarithm assumed of a resource of which next to nothing is known, weighing as
 # much as two trials.
 _PRIOR_SCALE = 0.8
@@ -39,9 +40,6 @@ _FEW = 8
 _FEWEST = 4
 # A draw further off than this many deviations of the target says nothing that a sum should keep.
 _FARTHEST = 3.0
-# A sum hangs on the dearest points, which are in corners of the space, where the model is off
-# further than it is on average.
-_CORNERS = 1.2
 _LARGEST = 300.0
 
 
@@ -58,7 +56,6 @@ class ResourceModel:
         censored: True where a trial was stopped.
         hyperparameters: Of the Gaussian process.
         unsure_held: Whether peaks of pruned trials count among the stopped ones.
-        noisy: Whether the same point may well use much more another time, as of clock time.
     """
 
     columns: np.ndarray
@@ -69,7 +66,6 @@ class ResourceModel:
     censored: np.ndarray
     hyperparameters: Hyperparameters
     unsure_held: bool = False
-    noisy: bool = False
     process: GaussianProcess = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -93,19 +89,22 @@ class ResourceModel:
     def draw(self, columns: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
         """Return joint draws of amounts at points, shape ``(count, n_points)``.
 
-        The noise is each point's own; the rest of the spread is correlated as the process is.
+        The noise is each point's own. What the process does not know is correlated as the process
+        is; by how much the spread is wider, because the hyperparameters are not known either, is
+        common to all points. Were it each point's own, it would raise every total.
         """
         mean, covariance = self.process.joint(columns)
         noise = self.process.noise
         variance = np.maximum(np.diag(covariance), 1e-12)
-        total = self.spread(np.sqrt(variance + noise)) ** 2
-        own = np.minimum(noise, total)
-        widening = _CORNERS * np.sqrt((total - own) / variance)
-        root = _square_root(covariance) * widening[:, None]
+        wider = self.spread(np.sqrt(variance + noise)) ** 2 / (variance + noise)
+        within, beyond = np.minimum(wider, 1.0), np.maximum(wider - 1.0, 0.0)
+        root = _square_root(covariance) * np.sqrt(within)[:, None]
+        common, own = np.sqrt(beyond * variance), np.sqrt(within * noise)
         n = len(columns)
         heavy = np.sqrt(self.df / generator.chisquare(self.df, (count, 1)))
         away = generator.standard_normal((count, n)) @ root.T
-        away = heavy * away + np.sqrt(own) * generator.standard_normal((count, n))
+        away = heavy * (away + generator.standard_normal((count, 1)) * common)
+        away += own * generator.standard_normal((count, n))
         logs = self.location + self.scale * (mean + np.clip(away, -_FARTHEST, _FARTHEST))
         return np.asarray(np.maximum(self.floor + np.exp(np.minimum(logs, _LARGEST)), 0.0))
 
@@ -137,8 +136,7 @@ class ResourceModel:
             return 0.0, 1.0, (1 + 1 / n) ** 0.5
         flat = float(np.sqrt(np.mean(residual**2)))
         ratio = max(float(np.sqrt(np.mean((residual / own) ** 2))), _LUCK)
-        noise = 1 + _NOISE_WEIGHT / max(n, _FEW) if self.noisy else 1.0
-        widened = _OPTIMISM * ((1 + 1 / n) * noise) ** 0.5
+        widened = _OPTIMISM * ((1 + 1 / n) * (1 + _UNKNOWN / max(n, _FEW))) ** 0.5
         return _FLAT * flat, (1 - _FLAT) * ratio, widened
 
     def _leave_one_out(self) -> tuple[np.ndarray, np.ndarray]:
@@ -179,7 +177,7 @@ def fit_resource(
     *,
     start: ResourceModel | None = None,
     floors: tuple[float, ...] = FLOORS,
-    noisy: bool = False,
+    noise: float = NOISE,
 ) -> ResourceModel:
     """Return the model of one resource, its floor chosen by leave-one-out density.
 
@@ -189,7 +187,7 @@ def fit_resource(
         censored: True where the amount is a lower bound.
         start: A model of fewer trials to start from.
         floors: Candidates for what every trial uses, as shares of the smallest amount.
-        noisy: Whether the same point may well use much more another time.
+        noise: Logarithm of the variance of the noise that is expected, standardised.
     """
     candidates = _candidates(amounts, floors)
     tried: dict[int, ResourceModel] = {}
@@ -201,7 +199,7 @@ def fit_resource(
             near = min(tried, key=lambda each: abs(each - index), default=None)
             first = start if near is None else tried[near]
             tried[index] = _fit_with_floor(
-                columns, amounts, censored, candidates[index], first, noisy=noisy
+                columns, amounts, censored, candidates[index], first, noise=noise
             )
         return tried[index].score(amounts)
 
@@ -258,22 +256,22 @@ def _fit_with_floor(
     floor: float,
     start: ResourceModel | None,
     *,
-    noisy: bool,
+    noise: float,
 ) -> ResourceModel:
     logs = np.log(amounts - floor)
     location, scale = _standard(logs)
     target = (logs - location) / scale
-    found = Hyperparameters.prior(columns.shape[1])
+    found = Hyperparameters.prior(columns.shape[1], noise)
     if start is not None and start.hyperparameters.values.shape == found.values.shape:
         found = start.hyperparameters
     sites = initial_sites(target, censored)
     sites = propagate(columns, target, censored, found, sites)
     for _ in range(0 if len(amounts) < _FEWEST else 2 if censored.any() else 1):
         found = fit_hyperparameters(
-            columns, sites.target, start=found, extra=sites.extra, noisy=~censored
+            columns, sites.target, start=found, extra=sites.extra, noisy=~censored, noise=noise
         )
         sites = propagate(columns, target, censored, found, sites)
-    return ResourceModel(columns, floor, location, scale, sites, censored, found, noisy=noisy)
+    return ResourceModel(columns, floor, location, scale, sites, censored, found)
 
 
 def _square_root(covariance: np.ndarray) -> np.ndarray:

@@ -78,7 +78,8 @@ def _set(path: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
     "change",
     [
         _set(["format"], "other"),
-        _set(["version"], 2),
+        _set(["version"], 1),
+        _set(["version"], 3),
         _set(["version"], True),
         _set(["version"], None),
         _set(["confidence"], 0.5),
