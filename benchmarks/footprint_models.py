@@ -16,330 +16,35 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 import functools
 import itertools
-import json
 import multiprocessing
 from pathlib import Path
 import time
 from typing import Any
 
+from footprint_admission import ADMISSION
+from footprint_admission import admission
+from footprint_admission import Admitted
+from footprint_tables import Bounded
+from footprint_tables import bounds_and_projections
+from footprint_tables import LEVEL
+from footprint_tables import MODELS
+from footprint_tables import PROJECTED
+from footprint_tables import Projected
+from footprint_tables import RESOURCES
+from footprint_tables import SIZES
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.distributions import json_to_distribution
 
-from optuna_quota import Footprint
-from optuna_quota import project
-from optuna_quota import Strategy
-from optuna_quota import Usage
-from optuna_quota._models.features import Features
 from optuna_quota._models.learner import Learner
-from optuna_quota._models.predictive import Predictive
-from optuna_quota._models.rows import FootprintRow
-from optuna_quota._models.whereabouts import next_points
 
 
-RESOURCES = ("memory", "cpu_time", "wall_time")
-SIZES = (8, 10, 14, 20, 28, 40)
-PROJECTED = (5, 10, 20)
 COVERAGE = (93.0, 97.0)
 SHARPNESS = {"memory": 1.10, "cpu_time": 1.9, "wall_time": 2.6}
-ADMISSION = {"memory": (90.0, 3.0), "wall_time": (80.0, 8.0)}
-_LEVEL = 0.95
-_REFUSED_ABOVE = 0.5
-
-
-@dataclass(frozen=True)
-class Workload:
-    name: str
-    rows: list[FootprintRow]
-
-    def amounts(self, resource: str) -> np.ndarray:
-        return np.array([row.usage.get(resource) for row in self.rows], dtype=float)
-
-    def shuffled(self, shuffle: int) -> Workload:
-        order = np.random.default_rng([shuffle, 7]).permutation(len(self.rows))
-        return Workload(self.name, [self.rows[i] for i in order])
-
-
-@functools.cache
-def read_workload(path: Path) -> Workload:
-    rows = []
-    known: dict[str, BaseDistribution] = {}
-    for line in path.read_text().splitlines():
-        trial = json.loads(line)
-        space = {
-            name: known.setdefault(text, json_to_distribution(text))
-            for name, text in trial["distributions"].items()
-        }
-        usage = Usage(
-            memory=trial["peak_rss_bytes"], wall_time=trial["wall_s"], cpu_time=trial["cpu_s"]
-        )
-        rows.append(FootprintRow(trial["params"], space, usage))
-    return Workload(path.stem, rows)
-
-
-def by_mean(train: Sequence[FootprintRow], test: Sequence[FootprintRow]) -> dict[str, Predictive]:
-    found = {}
-    for name in RESOURCES:
-        logs = np.log([row.usage.get(name) or 0.0 for row in train])
-        spread = logs.std(ddof=1) * (1 + 1 / len(logs)) ** 0.5
-        ones = np.ones(len(test))
-        found[name] = Predictive(0.0, logs.mean() * ones, spread * ones, len(logs) - 1.0)
-    return found
-
-
-def by_least_squares(
-    train: Sequence[FootprintRow], test: Sequence[FootprintRow]
-) -> dict[str, Predictive]:
-    features = Features.of([row.distributions for row in train])
-    columns, others = (
-        np.column_stack([np.ones(len(rows)), features.encode([row.params for row in rows])])
-        for rows in (train, test)
-    )
-    gram = columns.T @ columns + 1e-3 * np.eye(columns.shape[1])
-    df = float(max(len(train) - columns.shape[1], 2))
-    lever = np.einsum("ij,jk,ik->i", others, np.linalg.inv(gram), others)
-    found = {}
-    for name in RESOURCES:
-        logs = np.log([row.usage.get(name) or 0.0 for row in train])
-        weights = np.linalg.solve(gram, columns.T @ logs)
-        scale = np.sqrt(np.sum((logs - columns @ weights) ** 2) / df)
-        found[name] = Predictive(0.0, others @ weights, scale * np.sqrt(1 + lever), df)
-    return found
-
-
-MODELS = ("mean so far", "OLS on logs", "footprint")
-
-
-@dataclass(frozen=True)
-class Bounded:
-    """How one model's bounds held on the trials that it had not seen."""
-
-    workload: str
-    shuffle: int
-    resource: str
-    model: str
-    n: int
-    errors: np.ndarray
-    ratios: np.ndarray
-    # By how much the spread would have to be multiplied for the bound to hold, each trial.
-    needed: np.ndarray
-
-    @classmethod
-    def of(cls, expected: Predictive, actual: np.ndarray, **labels: Any) -> Bounded:
-        median, upper = expected.quantile(0.5), expected.quantile(_LEVEL)
-        away = np.log(np.maximum(actual - expected.floor, 1e-12)) - expected.center
-        reach = np.log(upper - expected.floor) - expected.center
-        needed = away / np.maximum(reach, 1e-12)
-        return cls(
-            errors=np.abs(median / actual - 1), ratios=upper / actual, needed=needed, **labels
-        )
-
-
-@dataclass(frozen=True)
-class Projected:
-    """How one projection of the remaining trials' total turned out."""
-
-    workload: str
-    shuffle: int
-    resource: str
-    model: str
-    n: int
-    error: float
-    held: bool
-    width: float
-
-
-def bounds_and_projections(
-    path: Path, shuffle: int, parts: Sequence[str]
-) -> list[Bounded | Projected]:
-    workload = read_workload(path).shuffled(shuffle)
-    rows = workload.rows
-    found: list[Bounded | Projected] = []
-    footprint = None
-    for n in sorted({*SIZES, *PROJECTED}):
-        footprint = Footprint.fit(rows[:n], start=footprint)
-        labels = {"workload": workload.name, "shuffle": shuffle, "n": n}
-        if n in SIZES and "bounds" in parts:
-            points = [row.params for row in rows[n:]]
-            models = (
-                by_mean(rows[:n], rows[n:]),
-                by_least_squares(rows[:n], rows[n:]),
-                footprint.expected(points),
-            )
-            found += [
-                Bounded.of(
-                    expected[name],
-                    workload.amounts(name)[n:],
-                    resource=name,
-                    model=model,
-                    **labels,
-                )
-                for model, expected in zip(MODELS, models, strict=True)
-                for name in RESOURCES
-            ]
-        if n in PROJECTED and "projections" in parts:
-            found += _projected(workload, footprint, labels)
-    return found
-
-
-def _projected(
-    workload: Workload, footprint: Footprint, labels: Mapping[str, Any]
-) -> list[Projected]:
-    found = []
-    k, rows = labels["n"], workload.rows
-    ahead = {
-        "points not known": next_points(rows[:k], 128, adaptive=False),
-        "points known": [row.params for row in rows[k:]],
-    }
-    for model, points in ahead.items():
-        projection = project(Strategy(len(rows) - k), footprint, points=points)
-        by_name = {row.resource: row for row in projection.resources}
-        for name, source in (("cpu_time", "cpu_time"), ("wall_time", "trial_time")):
-            row, total = by_name[source], workload.amounts(name)[k:].sum()
-            found.append(
-                Projected(
-                    resource=name,
-                    model=f"footprint, {model}",
-                    error=row.median / total - 1,
-                    held=row.lower <= total <= row.upper,
-                    width=row.upper / row.lower,
-                    **labels,
-                )
-            )
-    generator = np.random.default_rng([labels["shuffle"], 13])
-    for name in ("cpu_time", "wall_time"):
-        known, actual = np.split(workload.amounts(name), [k])
-        total, m = actual.sum(), len(actual)
-        mean = known.mean() * m
-        half = 1.7 * known.std(ddof=1) * (m + m**2 / k) ** 0.5
-        lower, upper = max(mean - half, known.sum() / k), mean + half
-        found.append(
-            Projected(
-                resource=name,
-                model="mean so far",
-                error=mean / total - 1,
-                held=lower <= total <= upper,
-                width=upper / lower,
-                **labels,
-            )
-        )
-        # What is left to chance where the points are not known: whoever knew all costs, but not
-        # which of the points come, would say the mean of all times their number.
-        drawn = generator.choice(workload.amounts(name), m).sum()
-        certain = workload.amounts(name).mean() * m
-        found.append(
-            Projected(
-                resource=name,
-                model="an oracle, points not known",
-                error=certain / drawn - 1,
-                held=True,
-                width=np.nan,
-                **labels,
-            )
-        )
-    return found
-
-
-def stopped(row: FootprintRow, resource: str, limit: float) -> FootprintRow:
-    """Return what is seen of a trial that is stopped at a limit."""
-    amounts: dict[str, Any] = row.usage.amounts()
-    # When a trial reaches its memory is not in the tables: half-way.
-    share = 0.5 if resource == "memory" else limit / amounts[resource]
-    for name in ("wall_time", "cpu_time"):
-        amounts[name] *= share
-    amounts[resource] = limit * 1.001
-    held = {"wall_time", "cpu_time", resource}
-    return FootprintRow(row.params, row.distributions, Usage(**amounts), frozenset(held))
-
-
-@dataclass(frozen=True)
-class Admitted:
-    """How many points of a study over and under a limit were refused."""
-
-    workload: str
-    shuffle: int
-    resource: str
-    model: str
-    over: int
-    over_refused: int
-    fitting: int
-    fitting_refused: int
-
-
-def admission(path: Path, shuffle: int) -> list[Admitted]:
-    workload = read_workload(path).shuffled(shuffle)
-    found = []
-    for resource in ADMISSION:
-        limit = float(np.percentile(workload.amounts(resource), 70))
-        for model, judge in (("footprint", _Learned(resource)), ("OLS on logs", _least_squares)):
-            counts = admit_in_turn(workload, resource, limit, judge)
-            found.append(Admitted(workload.name, shuffle, resource, model, *counts))
-        if shuffle == 0:
-            counts = in_hindsight(workload, resource, limit)
-            found.append(Admitted(workload.name, shuffle, resource, "in hindsight", *counts))
-    return found
-
-
-Judge = Callable[[Sequence[FootprintRow], FootprintRow, str], Predictive]
-
-
-class _Learned:
-    """The footprint, with every trial in it; hyperparameters are searched anew now and then."""
-
-    def __init__(self, resource: str) -> None:
-        self._footprint: Footprint | None = None
-        self._searched = self._fitted = 0
-
-    def __call__(self, rows: Sequence[FootprintRow], row: FootprintRow, name: str) -> Predictive:
-        n = len(rows)
-        if n > self._fitted:
-            refit = n >= min(self._searched * 1.2, self._searched + 10)
-            self._footprint = Footprint.fit(rows, start=self._footprint, refit=refit)
-            self._searched, self._fitted = n if refit else self._searched, n
-        assert self._footprint is not None
-        return self._footprint.expected([row.params])[name]
-
-
-def _least_squares(rows: Sequence[FootprintRow], row: FootprintRow, name: str) -> Predictive:
-    return by_least_squares(rows, [row])[name]
-
-
-def admit_in_turn(
-    workload: Workload, resource: str, limit: float, judge: Judge
-) -> tuple[int, int, int, int]:
-    counts = np.zeros(4, dtype=int)
-    rows: list[FootprintRow] = []
-    for row in workload.rows:
-        over = (row.usage.get(resource) or 0.0) > limit
-        if len(rows) >= 8:
-            refused = judge(rows, row, resource).above(limit)[0] > _REFUSED_ABOVE
-            counts += np.array([over, over and refused, not over, not over and refused])
-            if refused:
-                continue
-        rows.append(stopped(row, resource, limit) if over else row)
-    over, over_refused, fitting, fitting_refused = counts.tolist()
-    return over, over_refused, fitting, fitting_refused
-
-
-def in_hindsight(workload: Workload, resource: str, limit: float) -> tuple[int, int, int, int]:
-    """Return the counts of whoever has seen all other trials to their end, folds of ten."""
-    rows, counts = workload.rows, np.zeros(4, dtype=int)
-    for fold in range(10):
-        test = rows[fold::10]
-        seen = [row for i, row in enumerate(rows) if i % 10 != fold]
-        chance = Footprint.fit(seen).expected([row.params for row in test])[resource].above(limit)
-        for row, each in zip(test, chance, strict=True):
-            over, refused = (row.usage.get(resource) or 0.0) > limit, each > _REFUSED_ABOVE
-            counts += np.array([over, over and refused, not over, not over and refused])
-    over, over_refused, fitting, fitting_refused = counts.tolist()
-    return over, over_refused, fitting, fitting_refused
 
 
 def costs() -> list[list[str]]:
@@ -468,7 +173,7 @@ def leave_one_workload_out(found: Sequence[Bounded]) -> None:
         others = [b for b in ours if b.resource == name and b.workload != left]
         if not others:
             continue
-        factor = float(np.mean([np.quantile(b.needed, _LEVEL) for b in others]))
+        factor = float(np.mean([np.quantile(b.needed, LEVEL) for b in others]))
         shipped = np.mean([_coverage(b) for b in mine])
         chosen = np.mean([100 * np.mean(b.needed <= factor) for b in mine])
         lines.append([name, left, f"{shipped:.1f}", f"{factor:.2f}", f"{chosen:.1f}"])

@@ -31,7 +31,8 @@ _FEWEST_TO_DECIDE = 4
 _CHAIN_BONUS = -3.0
 # What is expected of the noise before any trial told of it, as the logarithm of its variance, in
 # units of the resource's own: peaks repeat themselves, and how far clock time is from another time
-# is noise for the most part. Chosen with each of six workloads left out in turn.
+# is noise for the most part. Chosen with each of six workloads left out in turn
+# (benchmarks/footprint_constants.py); quieter still would be likelier, but bounds would not hold.
 _QUIET = -3.5
 _LOUD = -1.0
 # Clock time is too noisy to tell a floor from a short trial.

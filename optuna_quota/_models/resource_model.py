@@ -23,8 +23,9 @@ from optuna_quota._models.predictive import Predictive
 # Candidate floors, as shares of the smallest amount seen.
 FLOORS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
 _TINY_SCALE = 0.02
-# Leaving one out is a little too sure: the hyperparameters have seen it. Chosen with each of six
-# workloads left out in turn (benchmarks/footprint_models.py).
+# Leaving one out is a little too sure: the hyperparameters have seen it. This, the share below and
+# the weight of what is not known were chosen with each of six workloads left out in turn
+# (benchmarks/footprint_constants.py).
 _OPTIMISM = 1.05
 # Share of the residuals' common size in the spread, beside the model's own deviation at the point.
 _FLAT = 0.2
@@ -39,6 +40,8 @@ _PRIOR_WEIGHT = 2.0
 _FEW = 8
 _FEWEST = 4
 # A draw further off than this many deviations of the target says nothing that a sum should keep.
+# From ten trials on it hardly matters (2 to 20 give the same); after five, 2 would hold too seldom
+# and 6 make the interval twice as wide for the same median.
 _FARTHEST = 3.0
 _LARGEST = 300.0
 

@@ -1,0 +1,122 @@
+"""Admission at a limit, one trial after another, by models of tables of real trials.
+
+Used by ``footprint_models.py``, which says what the tables are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from footprint_tables import by_least_squares
+from footprint_tables import read_workload
+from footprint_tables import Workload
+import numpy as np
+
+from optuna_quota import Footprint
+from optuna_quota import Usage
+from optuna_quota._models.predictive import Predictive
+from optuna_quota._models.rows import FootprintRow
+
+
+# Over-limit points refused, at least, and fitting ones refused, at most, in percent.
+ADMISSION = {"memory": (90.0, 3.0), "wall_time": (80.0, 8.0)}
+_REFUSED_ABOVE = 0.5
+
+
+def stopped(row: FootprintRow, resource: str, limit: float) -> FootprintRow:
+    """Return what is seen of a trial that is stopped at a limit."""
+    amounts: dict[str, Any] = row.usage.amounts()
+    # When a trial reaches its memory is not in the tables: half-way.
+    share = 0.5 if resource == "memory" else limit / amounts[resource]
+    for name in ("wall_time", "cpu_time"):
+        amounts[name] *= share
+    amounts[resource] = limit * 1.001
+    held = {"wall_time", "cpu_time", resource}
+    return FootprintRow(row.params, row.distributions, Usage(**amounts), frozenset(held))
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """How many points of a study over and under a limit were refused."""
+
+    workload: str
+    shuffle: int
+    resource: str
+    model: str
+    over: int
+    over_refused: int
+    fitting: int
+    fitting_refused: int
+
+
+def admission(path: Path, shuffle: int) -> list[Admitted]:
+    workload = read_workload(path).shuffled(shuffle)
+    found = []
+    for resource in ADMISSION:
+        limit = float(np.percentile(workload.amounts(resource), 70))
+        for model, judge in (("footprint", _Learned(resource)), ("OLS on logs", _least_squares)):
+            counts = admit_in_turn(workload, resource, limit, judge)
+            found.append(Admitted(workload.name, shuffle, resource, model, *counts))
+        if shuffle == 0:
+            counts = in_hindsight(workload, resource, limit)
+            found.append(Admitted(workload.name, shuffle, resource, "in hindsight", *counts))
+    return found
+
+
+Judge = Callable[[Sequence[FootprintRow], FootprintRow, str], Predictive]
+
+
+class _Learned:
+    """The footprint, with every trial in it; hyperparameters are searched anew now and then."""
+
+    def __init__(self, resource: str) -> None:
+        self._footprint: Footprint | None = None
+        self._searched = self._fitted = 0
+
+    def __call__(self, rows: Sequence[FootprintRow], row: FootprintRow, name: str) -> Predictive:
+        n = len(rows)
+        if n > self._fitted:
+            refit = n >= min(self._searched * 1.2, self._searched + 10)
+            self._footprint = Footprint.fit(rows, start=self._footprint, refit=refit)
+            self._searched, self._fitted = n if refit else self._searched, n
+        assert self._footprint is not None
+        return self._footprint.expected([row.params])[name]
+
+
+def _least_squares(rows: Sequence[FootprintRow], row: FootprintRow, name: str) -> Predictive:
+    return by_least_squares(rows, [row])[name]
+
+
+def admit_in_turn(
+    workload: Workload, resource: str, limit: float, judge: Judge
+) -> tuple[int, int, int, int]:
+    counts = np.zeros(4, dtype=int)
+    rows: list[FootprintRow] = []
+    for row in workload.rows:
+        over = (row.usage.get(resource) or 0.0) > limit
+        if len(rows) >= 8:
+            refused = judge(rows, row, resource).above(limit)[0] > _REFUSED_ABOVE
+            counts += np.array([over, over and refused, not over, not over and refused])
+            if refused:
+                continue
+        rows.append(stopped(row, resource, limit) if over else row)
+    over, over_refused, fitting, fitting_refused = counts.tolist()
+    return over, over_refused, fitting, fitting_refused
+
+
+def in_hindsight(workload: Workload, resource: str, limit: float) -> tuple[int, int, int, int]:
+    """Return the counts of whoever has seen all other trials to their end, folds of ten."""
+    rows, counts = workload.rows, np.zeros(4, dtype=int)
+    for fold in range(10):
+        test = rows[fold::10]
+        seen = [row for i, row in enumerate(rows) if i % 10 != fold]
+        chance = Footprint.fit(seen).expected([row.params for row in test])[resource].above(limit)
+        for row, each in zip(test, chance, strict=True):
+            over, refused = (row.usage.get(resource) or 0.0) > limit, each > _REFUSED_ABOVE
+            counts += np.array([over, over and refused, not over, not over and refused])
+    over, over_refused, fitting, fitting_refused = counts.tolist()
+    return over, over_refused, fitting, fitting_refused

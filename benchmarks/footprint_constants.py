@@ -1,0 +1,185 @@
+"""What the constants of the footprint models would be, chosen with each workload left out in turn.
+
+    python benchmarks/footprint_constants.py --tables DIRECTORY [--shuffles N]
+
+For the tables see ``footprint_models.py``. Two choices. What noise is expected before any trial
+told of it: the score is the mean pinball loss of the logarithm over five quantiles, beside that of
+the first candidate. How the spread is calibrated: the score is the squared distance of the 95%
+bounds' coverage from 95%, summed over resources and numbers of trials. Each line gives what the
+other workloads choose and what the one left out has by it, beside what it has as shipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
+import itertools
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from footprint_tables import read_workload
+from footprint_tables import RESOURCES
+from footprint_tables import SIZES
+from footprint_tables import Workload
+import numpy as np
+
+from optuna_quota import Footprint
+from optuna_quota._models import fitting
+from optuna_quota._models import resource_model
+from optuna_quota._models.chained_model import ChainedModel
+from optuna_quota._models.predictive import Predictive
+
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+# Constant, the resource that it bears on, candidates.
+NOISES = (
+    ("_QUIET", "memory", (-2.5, -3.5, -4.5)),
+    ("_LOUD", "wall_time", (-2.5, -1.75, -1.0, -0.5)),
+)
+CALIBRATIONS = {
+    "_OPTIMISM": (1.0, 1.05, 1.1, 1.17),
+    "_UNKNOWN": (4.0, 8.0, 12.0),
+    "_FLAT": (0.1, 0.2, 0.4),
+}
+
+
+@contextmanager
+def constants(module: ModuleType, values: Mapping[str, float]) -> Iterator[None]:
+    """Give constants of a module other values for a while."""
+    shipped = {name: getattr(module, name) for name in values}
+    vars(module).update(values)
+    try:
+        yield
+    finally:
+        vars(module).update(shipped)
+
+
+def fits(
+    workloads: Sequence[Workload], shuffles: int
+) -> Iterator[tuple[Workload, int, Footprint]]:
+    """Yield a footprint of the first trials of each shuffle, by number of trials."""
+    for workload, shuffle in itertools.product(workloads, range(shuffles)):
+        shuffled, footprint = workload.shuffled(shuffle), None
+        for n in SIZES:
+            footprint = Footprint.fit(shuffled.rows[:n], start=footprint)
+            yield shuffled, n, footprint
+
+
+def ahead(workload: Workload, n: int, footprint: Footprint) -> dict[str, Predictive]:
+    return footprint.expected([row.params for row in workload.rows[n:]])
+
+
+def pinball(expected: Predictive, actual: np.ndarray) -> float:
+    losses = []
+    for p in QUANTILES:
+        away = np.log(actual) - np.log(np.maximum(expected.quantile(p), 1e-300))
+        losses.append(np.mean(np.maximum(p * away, (p - 1) * away)))
+    return float(np.mean(losses))
+
+
+def choose_noise(workloads: Sequence[Workload], shuffles: int) -> None:
+    for constant, resource, candidates in NOISES:
+        losses: dict[float, dict[tuple[str, int], list[float]]] = {}
+        for value in candidates:
+            cells = losses.setdefault(value, {})
+            with constants(fitting, {constant: value}):
+                for workload, n, footprint in fits(workloads, shuffles):
+                    loss = pinball(
+                        ahead(workload, n, footprint)[resource], workload.amounts(resource)[n:]
+                    )
+                    cells.setdefault((workload.name, n), []).append(loss)
+        first = losses[candidates[0]]
+        scores = {
+            (value, w.name): float(
+                np.mean(
+                    [
+                        np.log(np.mean(losses[value][w.name, n]) / np.mean(first[w.name, n]))
+                        for n in SIZES
+                    ]
+                )
+            )
+            for value in candidates
+            for w in workloads
+        }
+        shipped = getattr(fitting, constant)
+        print(f"\n## {constant} (shipped {shipped}), loss beside that of {candidates[0]}\n")
+        for name, chosen in left_out(workloads, scores, candidates):
+            print(
+                f"| {name} | {chosen} | {scores[chosen, name]:+.1%} | "
+                f"{scores.get((shipped, name), float('nan')):+.1%} |",
+                flush=True,
+            )
+
+
+def choose_calibration(workloads: Sequence[Workload], shuffles: int) -> None:
+    known = list(fits(workloads, shuffles))
+    candidates = list(itertools.product(*CALIBRATIONS.values()))
+    shipped = tuple(float(getattr(resource_model, name)) for name in CALIBRATIONS)
+    coverage = {}
+    for values in dict.fromkeys([*candidates, shipped]):
+        cells: dict[tuple[str, str, int], list[float]] = {}
+        with constants(resource_model, dict(zip(CALIBRATIONS, values, strict=True))):
+            for workload, n, footprint in known:
+                forget(footprint)
+                for name, expected in ahead(workload, n, footprint).items():
+                    held = workload.amounts(name)[n:] <= expected.quantile(0.95)
+                    cells.setdefault((workload.name, name, n), []).append(float(np.mean(held)))
+        coverage[values] = {key: 100 * float(np.mean(held)) for key, held in cells.items()}
+    print(f"\n## {', '.join(CALIBRATIONS)} (shipped {shipped}), coverage of the 95% bounds, %\n")
+    for left in workloads:
+        others = [w.name for w in workloads if w.name != left.name]
+        chosen = min(candidates, key=lambda values: distance(coverage[values], others))
+        cells_of = [
+            ", ".join(
+                f"{np.mean([coverage[values][left.name, r, n] for n in SIZES]):.1f}"
+                for r in RESOURCES
+            )
+            for values in (chosen, shipped)
+        ]
+        print(f"| {left.name} | {chosen} | {cells_of[0]} | {cells_of[1]} |", flush=True)
+
+
+def distance(coverage: Mapping[tuple[str, str, int], float], names: Sequence[str]) -> float:
+    return float(
+        sum(
+            (np.mean([coverage[w, r, n] for w in names]) - 95) ** 2
+            for r, n in itertools.product(RESOURCES, SIZES)
+        )
+    )
+
+
+def left_out(
+    workloads: Sequence[Workload], scores: Mapping[Any, float], candidates: Sequence[float]
+) -> Iterator[tuple[str, float]]:
+    for left in workloads:
+        others = [w.name for w in workloads if w.name != left.name]
+        yield (
+            left.name,
+            min(candidates, key=lambda value: sum(scores[value, name] for name in others)),
+        )
+
+
+def forget(footprint: Footprint) -> None:
+    """Let a footprint's models be calibrated anew."""
+    for model in footprint.contents.models.values():
+        for each in (model.base, model.ratio) if isinstance(model, ChainedModel) else (model,):
+            vars(each).pop("_calibration", None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tables", type=Path, required=True)
+    parser.add_argument("--shuffles", type=int, default=6)
+    arguments = parser.parse_args()
+    workloads = [read_workload(path) for path in sorted(arguments.tables.glob("*.jsonl"))]
+    print("| left out | chosen by the others | what it has by it | as shipped |")
+    choose_calibration(workloads, arguments.shuffles)
+    choose_noise(workloads, arguments.shuffles)
+
+
+if __name__ == "__main__":
+    main()
