@@ -14,9 +14,13 @@ from optuna.trial import TrialState
 from optuna_quota import _optuna
 from optuna_quota._enforcement.settle import write
 from optuna_quota._enforcement.watches import find_watch
+from optuna_quota._ledger.reservation import Reservation
+from optuna_quota._ledger.reservation import reservation_object
+from optuna_quota._ledger.worker import this_worker
 from optuna_quota._patience import passes
 from optuna_quota._patience import patiently
 from optuna_quota._records import is_rejected
+from optuna_quota._records import RESERVATION
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Outcome
 from optuna_quota.exceptions import QuotaExhausted
@@ -34,7 +38,9 @@ _logger = logging.getLogger("optuna.quota.sampler")
 _REJECTIONS = (StudyRejected, QuotaExhausted, TrialRejected)
 
 
-def abandon(study: Study, trial: FrozenTrial, error: BaseException) -> None:
+def abandon(
+    study: Study, trial: FrozenTrial, error: BaseException, *, began: bool = False
+) -> None:
     """Finish the row of a trial whose hook raised; what is written says why.
 
     Attributes go first: a finished row can't be changed.
@@ -43,6 +49,7 @@ def abandon(study: Study, trial: FrozenTrial, error: BaseException) -> None:
         study: The study.
         trial: The trial.
         error: What the hook raised; the caller raises it again.
+        began: Whether the trial had been admitted, so that it is charged for.
     """
     watch = find_watch(study, trial)
     usage = None if watch is None else watch.close()
@@ -52,9 +59,12 @@ def abandon(study: Study, trial: FrozenTrial, error: BaseException) -> None:
     if usage is not None and outcome != "rejected":
         record = TrialRecord(usage, outcome, reason, host=record.host)
     state = TrialState.PRUNED if isinstance(error, TrialPruned) else TrialState.FAIL
-    if not is_rejected(trial.user_attrs):
-        write(study, trial, record, {})
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+    system = {}
+    if watch is None and not began:
+        system[RESERVATION] = reservation_object(Reservation(trial_id, worker=this_worker()))
+    if not is_rejected(trial.user_attrs):
+        write(study, trial, record, system)
     # Twice: whatever else went wrong, a row that stays RUNNING would hold on to what it reserved.
     for last in (False, True):
         try:
@@ -79,5 +89,5 @@ def none_left_running(study: Study, trial: FrozenTrial) -> Iterator[None]:
     except BaseException as error:
         handled = isinstance(error, (Exception, KeyboardInterrupt))
         if _optuna.in_ask() or not handled:
-            abandon(_optuna.whole_study(study), trial, error)
+            abandon(_optuna.whole_study(study), trial, error, began=True)
         raise

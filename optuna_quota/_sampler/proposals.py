@@ -29,6 +29,7 @@ from optuna_quota._records import PROPOSED
 from optuna_quota._records import proposed_object
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Usage
+from optuna_quota._sampler.abandonment import none_left_running
 from optuna_quota._sampler.gate import Gate
 from optuna_quota._sampler.nearest import nearest_admitted
 from optuna_quota._sampler.policy import needs_whole_points
@@ -153,9 +154,19 @@ class Proposals:
         if gate is not None and fixed:
             verdict = gate.judge(fixed)
             if not verdict.admitted and not self._is_audit(study, trial, state, fixed, verdict):
-                _optuna.poison(
-                    trial, lambda: _raise(self._rejected(study, trial, state, fixed, verdict))
-                )
+                _optuna.poison(trial, lambda: self._refuse(study, trial, state, fixed, verdict))
+
+    def _refuse(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: _Trial,
+        point: Mapping[str, Any],
+        verdict: PointVerdict,
+    ) -> NoReturn:
+        """End a trial where it suggests; no hook is asked for what it was enqueued with."""
+        with none_left_running(study, trial):
+            raise self._rejected(study, trial, state, point, verdict)
 
     def relative_space(
         self, study: Study, trial: FrozenTrial, space: dict[str, BaseDistribution]
@@ -379,7 +390,3 @@ class Proposals:
             f"Trial {trial.number}: the point drawn was {how}. {verdict.reason}"
             + ("" if told else f" Further ones are only noted in {PROPOSED!r}.")
         )
-
-
-def _raise(error: TrialRejected) -> NoReturn:
-    raise error

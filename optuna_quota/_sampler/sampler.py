@@ -40,6 +40,7 @@ from optuna_quota._sampler.options import OnProjected
 from optuna_quota._sampler.policy import OnVeto
 from optuna_quota._sampler.proposals import Proposals
 from optuna_quota._sampler.proposals import Rules
+from optuna_quota._sampler.retried import void_copies
 from optuna_quota._sampler.running import has_totals
 from optuna_quota._sampler.running import project_rest
 from optuna_quota._sampler.session import Session
@@ -193,6 +194,7 @@ class QuotaSampler(BaseSampler):
         try:
             if asked and self._is_taken(whole, trial):
                 trial = _optuna.take_another_row(whole)
+            void_copies(whole, trial)
             self._admit(study, whole, trial)
         except BaseException as error:
             abandon(whole, trial, error)

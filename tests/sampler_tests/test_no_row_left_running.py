@@ -163,6 +163,17 @@ def test_what_the_base_sampler_raises_comes_out(hook: str, error: type[BaseExcep
     assert_nothing_left(study)
 
 
+def test_a_trial_that_never_began_is_charged_for_nothing() -> None:
+    sampler = QuotaSampler(
+        Faulty("before_trial", ValueError, number=0), quota=Quota(n_trials=1, cpu_time="1h")
+    )
+    study = optuna.create_study(sampler=sampler)
+    with pytest.raises(ValueError, match="on purpose"):
+        study.ask()
+    assert (status(study).table["used"] == 0).all()
+    study.tell(study.ask(), 1.0)
+
+
 def test_objective_that_raises_is_recorded_with_what_it_raised() -> None:
     study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,20 @@ def test_a_row_is_finished_at_the_second_attempt(monkeypatch: pytest.MonkeyPatch
         study.ask()
     assert study.trials[1].state == TrialState.FAIL
     assert read_record(study.trials[1]).outcome == "rejected"
+
+
+@pytest.mark.parametrize("failing", range(3))
+def test_a_trial_whose_claim_is_refused_is_charged_for_nothing(failing: int) -> None:
+    storage = Refusing(lambda count, key: count == failing)
+    study = new_study(storage)
+    study.set_user_attr("known", True)
+    storage.armed = True
+    with contextlib.suppress(optuna.exceptions.StorageInternalError):
+        study.tell(study.ask(), state=TrialState.FAIL)
+    storage.armed = False
+    began = "quota:wall_time" in study.trials[0].user_attrs
+    assert status(study).table.loc["n_trials", "used"] == began
+    assert began or status(study).table.loc["cpu_time", "used"] == 0
 
 
 class Unreadable(InMemoryStorage):
