@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Collection
+from dataclasses import replace
 import math
 import os
+from typing import TypeVar
 
 from optuna_quota._metering.pacing import ASSUMED_GROWTH
 from optuna_quota._metering.pacing import fastest_growth
@@ -19,6 +22,8 @@ from optuna_quota._metering.tree import TreeReading
 from optuna_quota._metering.warn import warn_once
 from optuna_quota._metering.watch import Watch
 
+
+Answer = TypeVar("Answer")
 
 # Seconds after which a trial will not be isolated any more: it is by then in its own process.
 _SURELY_SHARED = 10.0
@@ -77,7 +82,7 @@ class Target:
 
     def _begin(self, watch: Watch, now: float, without: Collection[int]) -> None:
         """Take the first reading of a trial that is alone in the tree."""
-        self.tree.reset_peak()
+        self._ask(self.tree.reset_peak)
         self._growth = ASSUMED_GROWTH
         self.take_stock()
         reading = self._reading = self._measure(without, thorough=True)
@@ -86,7 +91,8 @@ class Target:
         watch.take_memory(now, reading.memory, None)
         if reading.cpu_time is not None:
             # A process that was made for the trial counts from its birth, to a clock tick.
-            own = self.pid is not None and self.tree.age() <= watch.elapsed + 0.02
+            age = None if self.pid is None else self._ask(self.tree.age)
+            own = age is not None and age <= watch.elapsed + 0.02
             watch.add("cpu_time", reading.cpu_time if own else 0.0)
         self.take_stock()
 
@@ -97,7 +103,7 @@ class Target:
         is headroom, so that nothing else needs to be done.
         """
         if now < self._thorough_due:
-            memory = self.tree.glance()
+            memory = self._ask(self.tree.glance)
             if memory is not None and memory <= self._calm:
                 self._learn_growth(memory, now)
                 self._schedule(now, memory)
@@ -110,7 +116,7 @@ class Target:
         """Measure, and hand to each trial what is its own."""
         thorough = thorough or now >= self._thorough_due
         reading = self._measure(without, thorough=thorough)
-        before, self._reading = self._reading, reading
+        before, self._reading = self._reading, self._known(reading)
         self._learn_growth(reading.memory, now)
         if before is not None:
             self._hand_out(before, reading, now)
@@ -119,7 +125,29 @@ class Target:
         self.take_stock()
 
     def _measure(self, without: Collection[int], *, thorough: bool) -> TreeReading:
-        return self.tree.read(thorough=thorough, without=without, ceiling=self._ceiling)
+        ceiling = self._ceiling
+        found = self._ask(
+            lambda: self.tree.read(thorough=thorough, without=without, ceiling=ceiling)
+        )
+        return TreeReading(None, None, None, self.pids) if found is None else found
+
+    def _known(self, reading: TreeReading) -> TreeReading:
+        """Return a reading with the CPU time as last known, so that none is lost by a fault."""
+        if reading.cpu_time is not None or self._reading is None:
+            return reading
+        return replace(reading, cpu_time=self._reading.cpu_time)
+
+    def _ask(self, read: Callable[[], Answer]) -> Answer | None:
+        """Return what the tree answers, None with one warning where it can't be read."""
+        try:
+            return read()
+        except OSError as fault:
+            warn_once(
+                "trees",
+                "Memory and CPU time of trials are not known while their processes can't be "
+                f"looked at: {fault!r}.",
+            )
+            return None
 
     def take_stock(self) -> None:
         """Settle, until the next reading, what a glance is held against."""
