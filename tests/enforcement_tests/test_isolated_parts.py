@@ -1,4 +1,4 @@
-"""The parts of isolated trials that need no process: decisions, parsing, forecasts."""
+"""The parts of isolated trials that need no trial: parsing, messages, limits of the system."""
 
 from __future__ import annotations
 
@@ -14,16 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optuna_quota._enforcement.forecast import forecast_breach
 from optuna_quota._enforcement.isolation import rlimits
 from optuna_quota._enforcement.isolation.cgroup import CgroupLeaf
 from optuna_quota._enforcement.isolation.cgroup import find_delegated
 from optuna_quota._enforcement.isolation.channel import Channel
 from optuna_quota._enforcement.isolation.channel import channel_pair
-from optuna_quota._enforcement.isolation.ending import Ended
-from optuna_quota._enforcement.isolation.ending import find_breach_in_death
-from optuna_quota._enforcement.isolation.ending import find_breach_in_shortage
-from optuna_quota._enforcement.isolation.ending import name_death
 from optuna_quota._enforcement.isolation.errors import pack_error
 from optuna_quota._enforcement.isolation.errors import unpack_error
 from optuna_quota._enforcement.isolation.gpu_caps import cap_torch
@@ -31,8 +26,6 @@ from optuna_quota._enforcement.isolation.gpu_caps import set_gpu_caps
 from optuna_quota._enforcement.isolation.modules import can_preload
 from optuna_quota._enforcement.isolation.modules import named_modules
 from optuna_quota._enforcement.isolation.output import sounding_loggers
-from optuna_quota._enforcement.isolation.shortage import find_shortage
-from optuna_quota._enforcement.isolation.shortage import Shortage
 from optuna_quota._metering import metering_loop
 
 
@@ -56,135 +49,6 @@ def raises(error: BaseException) -> Any:
 
 def named(name: str, module: str, base: type[Exception] = RuntimeError) -> type[Exception]:
     return type(name, (base,), {"__module__": module})
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (
-            RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: "
-                "you tried to allocate 8000000000 bytes. Error code 12"
-            ),
-            Shortage("memory", 8e9),
-        ),
-        (
-            named("OutOfMemoryError", "torch")("CUDA out of memory. Tried to allocate 2.50 GiB."),
-            Shortage("gpu_memory", 2.5 * GIB),
-        ),
-        (
-            named("XlaRuntimeError", "jaxlib.xla_extension")(
-                "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1073741824 bytes."
-            ),
-            Shortage("gpu_memory", GIB),
-        ),
-        (
-            named("ResourceExhaustedError", "tensorflow.python.framework.errors_impl")(
-                "OOM when allocating tensor on device:GPU:0"
-            ),
-            Shortage("gpu_memory"),
-        ),
-        (named("XGBoostError", "xgboost.core")("std::bad_alloc"), Shortage("memory")),
-        (OSError(12, "Cannot allocate memory"), Shortage("memory")),
-        (RuntimeError("shapes don't match"), None),
-        (ValueError("nothing of the kind"), None),
-        (MemoryError("made up"), None),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_shortages(error: BaseException, expected: Shortage | None) -> None:
-    assert find_shortage(caught(raises(error))) == expected
-
-
-def test_a_failed_allocation_is_told_from_a_raised_memory_error() -> None:
-    array = caught(lambda: np.ones(2**55, dtype=np.uint8))
-    assert find_shortage(array) == Shortage("memory", 2.0**55)
-    plain = caught(lambda: bytearray(2**60))
-    assert find_shortage(plain) == Shortage("memory")
-
-    def wrap() -> None:
-        try:
-            bytearray(2**60)
-        except MemoryError as error:
-            raise ValueError("could not load") from error
-
-    assert find_shortage(caught(wrap)) == Shortage("memory")
-
-
-LIMITS = {"memory": (1.0 * GIB, False), "cpu_time": (10.0, True)}
-
-
-@pytest.mark.parametrize(
-    ("shortage", "used", "enforced", "breached"),
-    [
-        (Shortage("memory"), 0.1 * GIB, True, True),
-        (Shortage("memory"), 0.1 * GIB, False, False),
-        (Shortage("memory"), 0.99 * GIB, False, True),
-        (Shortage("memory", 2.0 * GIB), 0.1 * GIB, True, True),
-        (Shortage("memory", 0.1 * GIB), 0.1 * GIB, True, True),
-        (Shortage("memory", 0.1 * GIB), 0.1 * GIB, False, False),
-        (Shortage("gpu_memory", GIB), GIB, True, False),
-    ],
-)
-def test_a_shortage_at_the_limit_is_a_breach(
-    shortage: Shortage, used: float, enforced: bool, breached: bool
-) -> None:
-    breach = find_breach_in_shortage(shortage, used, LIMITS, 3.0, enforced=enforced)
-    assert (breach is not None) is breached
-    if breach is not None:
-        assert breach.observed > breach.limit == GIB
-
-
-@pytest.mark.parametrize(
-    ("limit", "used", "expected"), [(None, 1.0, 80.0), (4.0, 1.0, 80.0), (4.0, 3.5, 4.0)]
-)
-def test_a_full_device_is_a_limit(limit: float | None, used: float, expected: float) -> None:
-    breach = find_breach_in_shortage(
-        Shortage("gpu_memory", GIB),
-        used * GIB,
-        {} if limit is None else {"gpu_memory": (limit * GIB, False)},
-        3.0,
-        enforced=True,
-        device_memory=80.0 * GIB,
-    )
-    assert breach is not None and breach.limit == expected * GIB < breach.observed
-
-
-@pytest.mark.parametrize(
-    ("ended", "words"),
-    [
-        (Ended(-signal.SIGSEGV), "segmentation fault"),
-        (Ended(-signal.SIGKILL), "from outside"),
-        (Ended(-signal.SIGKILL, oom_kills=1, memory=GIB), "out-of-memory killer"),
-        (Ended(-signal.SIGKILL, "stopped"), "SIGSTOP"),
-        (Ended(-signal.SIGKILL, "request"), "interrupted"),
-        (Ended(0), "before it gave a result"),
-        (Ended(7), "exit code 7"),
-        (Ended(None), "unknown way"),
-        (Ended(-200), "signal 200"),
-    ],
-)
-def test_every_death_has_a_name(ended: Ended, words: str) -> None:
-    assert words in name_death(ended)
-    assert name_death(ended).endswith(".")
-
-
-@pytest.mark.parametrize(
-    ("ended", "resource"),
-    [
-        (Ended(-signal.SIGABRT, memory=0.97 * GIB), "memory"),
-        (Ended(-signal.SIGKILL, memory=0.5 * GIB, leaf_oom_kills=1), "memory"),
-        (Ended(-signal.SIGKILL, memory=0.5 * GIB, oom_kills=1), None),
-        (Ended(-signal.SIGXCPU, cpu_time=9.9), "cpu_time"),
-        (Ended(1, cpu_time=9.9), None),
-        (Ended(1), None),
-    ],
-)
-def test_a_death_at_a_limit_is_a_breach(ended: Ended, resource: str | None) -> None:
-    breach = find_breach_in_death(ended, LIMITS, 5.0)
-    assert (None if breach is None else breach.resource) == resource
-    if breach is not None:
-        assert breach.observed > breach.limit
 
 
 class NeedsTwo(Exception):
@@ -262,54 +126,6 @@ def test_modules_that_a_pickle_names() -> None:
     assert {"numpy", "optuna"} <= set(named_modules(pickled))
     names = ["numpy", "json", "__main__", "jax", __name__, "no_such_module"]
     assert can_preload(names) == ["numpy", "json"]
-
-
-def pace(*durations: float) -> list[tuple[int, float]]:
-    return [(step, sum(durations[: step + 1])) for step in range(len(durations))]
-
-
-WALL = {"wall_time": (100.0, False)}
-
-
-@pytest.mark.parametrize(
-    ("steps", "last_step", "stopped"),
-    [
-        (pace(*[2.0] * 30), 99, True),
-        (pace(*[0.9] * 30), 99, False),
-        (pace(*[2.0] * 5), 99, False),
-        (pace(*[2.0] * 30), None, False),
-        (pace(*[3.0] * 15, *[0.3] * 15), 99, False),
-        (pace(*[0.1, 4.0] * 15), 99, False),
-        (pace(*[2.0] * 30), 29, False),
-    ],
-    ids=["too slow", "in time", "too early", "no end known", "speeds up", "irregular", "done"],
-)
-def test_forecast_of_time(
-    steps: list[tuple[int, float]], last_step: int | None, stopped: bool
-) -> None:
-    elapsed = steps[-1][1]
-    breach = forecast_breach(WALL, elapsed, steps=steps, last_step=last_step)
-    assert (breach is not None) is stopped
-    if breach is not None:
-        assert breach.forecast and breach.observed > breach.limit > elapsed
-        assert "heading for" in breach.reason
-
-
-MEMORY = {"memory": (1000.0, False)}
-
-
-def test_forecast_of_memory() -> None:
-    steps = pace(*[1.0] * 40)
-    rising = [(float(t), 15.0 * t) for t in range(40)]
-    level = [(float(t), min(15.0 * t, 300.0)) for t in range(40)]
-    breach = forecast_breach(MEMORY, 40.0, steps=steps, last_step=99, memory=rising)
-    assert breach is not None and breach.resource == "memory" and breach.forecast
-    assert forecast_breach(MEMORY, 40.0, steps=steps, last_step=99, memory=level) is None
-    assert forecast_breach(MEMORY, 40.0, steps=steps, last_step=45, memory=rising) is None
-    # Without a known end only a trial that is almost there is stopped.
-    assert forecast_breach(MEMORY, 40.0, memory=rising) is None
-    near = [(float(t), 23.0 * t) for t in range(40)]
-    assert forecast_breach(MEMORY, 40.0, memory=near) is not None
 
 
 def test_the_kernels_limit_needs_room_for_native_libraries() -> None:

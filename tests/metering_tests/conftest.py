@@ -1,9 +1,11 @@
-"""A fake NVIDIA driver, built with gcc, and scripts that run beside it."""
+"""A fake loop and what it warns of; a fake NVIDIA driver, and scripts that run beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+import logging
 import os
 from pathlib import Path
 import shutil
@@ -13,9 +15,39 @@ import textwrap
 
 import pytest
 
+from optuna_quota._metering.warn import forget_warnings
+from optuna_quota.testing import fake_metering
+from optuna_quota.testing import FakeMetering
+
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeMetering]:
+    forget_warnings()
+    with fake_metering() as metering:
+        yield metering
+    forget_warnings()
+
+
+class Records(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def warned() -> Iterator[list[str]]:
+    handler = Records()
+    logger = logging.getLogger("optuna.quota.metering")
+    logger.addHandler(handler)
+    yield handler.messages
+    logger.removeHandler(handler)
 
 
 @dataclass

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-import logging
-import threading
-
 import pytest
 
 from optuna_quota import Limits
 from optuna_quota import Usage
 from optuna_quota._metering import find_breach
 from optuna_quota._metering import metering_loop
-from optuna_quota._metering.gauge import Amount
-from optuna_quota._metering.loop import MeteringLoop
-from optuna_quota._metering.warn import forget_warnings
 from optuna_quota._resources import Breach
 from optuna_quota.testing import fake_metering
-from optuna_quota.testing import FakeClock
-from optuna_quota.testing import FakeMeter
 from optuna_quota.testing import FakeMetering
 from optuna_quota.testing import FakeProcessTree
 
@@ -26,32 +17,6 @@ from optuna_quota.testing import FakeProcessTree
 GIB = 2**30
 KEY = (1, 1)
 OTHER = (1, 2)
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeMetering]:
-    forget_warnings()
-    with fake_metering() as metering:
-        yield metering
-    forget_warnings()
-
-
-class Records(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
-@pytest.fixture
-def warned() -> Iterator[list[str]]:
-    handler = Records()
-    logger = logging.getLogger("optuna.quota.metering")
-    logger.addHandler(handler)
-    yield handler.messages
-    logger.removeHandler(handler)
 
 
 def test_the_fake_is_the_process_own_loop_while_it_lasts() -> None:
@@ -317,130 +282,6 @@ def test_better_figures_are_merged(fake: FakeMetering) -> None:
     assert watch.breach is not None and watch.breach.observed == 8.0
     watch.add_usage(Usage(memory=9.0))
     assert watch.usage().memory == 9.0
-
-
-# Users' own meters.
-
-
-def test_a_meter_that_reads_a_peak(fake: FakeMetering) -> None:
-    meter = FakeMeter("scratch", 3.0)
-    watch = fake.loop.watch(KEY, limits=Limits(custom={"scratch": 8}), meters=[meter])
-    meter.value = 7.0
-    fake.advance(0.2)
-    meter.value = 2.0
-    fake.advance(0.2)
-    assert watch.usage().custom == {"scratch": 7.0} and watch.breach is None
-    meter.value = 9.0
-    fake.advance(0.2)
-    assert watch.breach is not None and watch.breach.resource == "scratch"
-
-
-def test_a_meter_that_reads_a_running_total(fake: FakeMetering) -> None:
-    meter = FakeMeter("requests", 1000.0, peak=False)
-    watch = fake.loop.watch(KEY, meters=[meter])
-    meter.value = 1007.0
-    assert watch.close().custom == {"requests": 7.0}
-
-
-def test_two_readings_are_needed_for_a_growth(fake: FakeMetering) -> None:
-    meter = FakeMeter("requests", None, peak=False)
-    watch = fake.loop.watch(KEY, meters=[meter])
-    meter.value = 5.0
-    assert watch.close().custom == {}
-
-
-@pytest.mark.parametrize(
-    "value", [RuntimeError("broken"), KeyError("x"), float("nan"), -1.0, "a string"]
-)
-def test_a_faulty_meter_is_told_of_once_and_nothing_else_suffers(
-    fake: FakeMetering,
-    warned: list[str],
-    value: float | Exception,
-) -> None:
-    meter = FakeMeter("scratch", value)
-    for key in (KEY, OTHER):
-        watch = fake.loop.watch(key, limits=Limits(memory=GIB), meters=[meter])
-        fake.tree.memory = 2 * GIB
-        fake.advance(1.0)
-        usage = watch.close()
-        assert usage.custom == {} and usage.memory == 2 * GIB
-        assert watch.breach is not None
-    assert meter.reads > 4
-    [message] = warned
-    assert "scratch is not measured" in message
-
-
-def test_a_meter_says_how_often_it_is_read(fake: FakeMetering) -> None:
-    slow, fast = FakeMeter("slow"), FakeMeter("fast")
-    slow.period = 5.0  # type: ignore[attr-defined]  # an optional attribute of the protocol
-    fake.loop.watch(KEY, meters=[slow, fast])
-    fake.advance(9.9)
-    assert slow.reads <= 3
-    assert fast.reads > 90
-
-
-def test_a_meter_that_hangs_does_not_hold_up_the_clock() -> None:
-    """A meter stuck in another thread: the trial's own look and end go on without it."""
-    stuck, release = threading.Event(), threading.Event()
-
-    class Stuck(FakeMeter):
-        def read(self, pids: object) -> float:
-            if threading.current_thread() is not threading.main_thread():
-                stuck.set()
-                release.wait(20)
-            return 1.0
-
-    loop = MeteringLoop(open_gauges=lambda watch: ())
-    watch = loop.watch(KEY, meters=[Stuck("stuck")])
-    try:
-        assert stuck.wait(20)
-        assert watch.sample().wall_time is not None
-    finally:
-        release.set()
-        watch.close()
-        loop.stop()
-
-
-def test_peaks_of_meters_are_unknown_and_totals_split_when_trials_share(
-    fake: FakeMetering,
-) -> None:
-    size, total = FakeMeter("size", 5.0), FakeMeter("total", 0.0, peak=False)
-    first = fake.loop.watch(KEY, meters=[size, total])
-    second = fake.loop.watch(OTHER, meters=[size, total])
-    total.value = 8.0
-    fake.advance(1.0)
-    assert first.close().custom == {"total": 4.0}
-    assert second.close().custom == {"total": 4.0}
-
-
-class LosingGauge:
-    """Reads 5 until it is told that nothing can be told any more."""
-
-    eager = True
-    period = 0.1
-
-    def __init__(self) -> None:
-        self.lost = False
-
-    def read(self, pids: object) -> dict[str, Amount]:
-        return {"gpu_memory": Amount(None if self.lost else 5.0, peak=True, lost=self.lost)}
-
-
-def test_what_can_not_be_told_any_more_is_unknown_for_good() -> None:
-    gauge = LosingGauge()
-    clock, tree = FakeClock(), FakeProcessTree()
-    loop = MeteringLoop(
-        clock=clock, open_tree=lambda pid: tree, open_gauges=lambda w: [gauge], threaded=False
-    )
-    watch = loop.watch(KEY)
-    assert watch.usage().gpu_memory == 5.0
-    for lost in (True, False):
-        gauge.lost = lost
-        clock.advance(1.0)
-        loop.tick()
-        assert watch.usage().gpu_memory is None
-    watch.add_usage(Usage(gpu_memory=7.0))
-    assert watch.close().gpu_memory == 7.0
 
 
 def test_closing_twice_and_looking_after_it(fake: FakeMetering) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-import logging
 from typing import Any
 
 import optuna
@@ -14,9 +12,7 @@ from optuna_quota import Quota
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
 from optuna_quota._metering import metering_loop
-from optuna_quota._metering.warn import forget_warnings
 from optuna_quota._records import read_record
-from optuna_quota.testing import fake_metering
 from optuna_quota.testing import FakeMetering
 from optuna_quota.testing import FakeProcessTree
 
@@ -52,13 +48,6 @@ class FaultyTree(FakeProcessTree):
         super().reset_peak()
 
 
-@pytest.fixture
-def metering() -> Iterator[FakeMetering]:
-    forget_warnings()
-    with fake_metering() as fake:
-        yield fake
-
-
 def new_study() -> optuna.Study:
     return optuna.create_study(
         sampler=QuotaSampler(quota=Quota(n_trials=9, trial_time="1h")),
@@ -66,38 +55,35 @@ def new_study() -> optuna.Study:
     )
 
 
-def test_a_study_goes_on_with_what_is_known(
-    metering: FakeMetering, caplog: pytest.LogCaptureFixture
-) -> None:
-    metering.tree = FaultyTree(*METHODS)
+def test_a_study_goes_on_with_what_is_known(fake: FakeMetering, warned: list[str]) -> None:
+    fake.tree = FaultyTree(*METHODS)
     study = new_study()
-    with caplog.at_level(logging.WARNING, "optuna.quota"):
-        for _ in range(2):
-            trial = study.ask()
-            metering.advance(5)
-            assert not trial.should_prune()
-            study.tell(trial, 1.0)
-        # Time is read from no tree.
+    for _ in range(2):
         trial = study.ask()
-        metering.advance(61)
-        assert trial.should_prune()
-        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        fake.advance(5)
+        assert not trial.should_prune()
+        study.tell(trial, 1.0)
+    # Time is read from no tree.
+    trial = study.ask()
+    fake.advance(61)
+    assert trial.should_prune()
+    study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     usages = [read_record(row).usage for row in study.trials]
     assert [usage.wall_time for usage in usages] == [5, 5, 61]
     assert all(usage.memory is None and usage.cpu_time is None for usage in usages)
-    told = [each for each in caplog.records if "on purpose" in each.message]
-    assert len({id(each) for each in told}) == 1 and "not known" in told[0].message
+    (told,) = warned
+    assert "not known" in told and "on purpose" in told
 
 
-def test_what_was_used_during_a_fault_is_known_after_it(metering: FakeMetering) -> None:
-    tree = metering.tree = FaultyTree()
+def test_what_was_used_during_a_fault_is_known_after_it(fake: FakeMetering) -> None:
+    tree = fake.tree = FaultyTree()
     study = new_study()
     trial = study.ask()
     tree.cpu_time, tree.failing = 3.0, set(METHODS)
-    metering.advance(5)
+    fake.advance(5)
     assert not trial.should_prune()
     tree.cpu_time, tree.memory, tree.failing = 7.0, 2000.0, set()
-    metering.advance(5)
+    fake.advance(5)
     assert trial.should_prune()
     study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     record = read_record(study.trials[0])
@@ -106,16 +92,14 @@ def test_what_was_used_during_a_fault_is_known_after_it(metering: FakeMetering) 
 
 
 @pytest.mark.parametrize("failing", METHODS)
-def test_the_tree_of_a_process_that_fails_in_one_method(
-    metering: FakeMetering, failing: str
-) -> None:
-    metering.trees[7] = FaultyTree(failing)
+def test_the_tree_of_a_process_that_fails_in_one_method(fake: FakeMetering, failing: str) -> None:
+    fake.trees[7] = FaultyTree(failing)
     watch = metering_loop().watch((0, 0), limits=Limits(memory=1000, wall_time=60), pid=7)
-    metering.trees[7].memory = 2000.0
-    metering.advance(5)
+    fake.trees[7].memory = 2000.0
+    fake.advance(5)
     # This fake reads by a glance.
     assert (watch.breach is None) is (failing in ("read", "glance"))
     # It still has its clock.
-    metering.advance(56)
+    fake.advance(56)
     assert watch.breach is not None
     watch.close()

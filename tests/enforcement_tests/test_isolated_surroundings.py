@@ -1,0 +1,248 @@
+"""An isolated trial finds what it would find in process: output, settings, modules."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+import warnings
+
+import optuna
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import isolated
+from optuna_quota import Limits
+from optuna_quota import QuotaPruner
+from optuna_quota import TrialCrashed
+from optuna_quota._enforcement.isolation.template_client import template_client
+from optuna_quota._enforcement.isolation.template_client import TemplateClient
+from optuna_quota._records import read_record
+
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def quadratic(trial: optuna.Trial) -> float:
+    return trial.suggest_float("x", -1, 1) ** 2
+
+
+def test_output_arrives_as_if_printed_here(capsys: pytest.CaptureFixture[str]) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        print("to out", trial.number)  # noqa: T201
+        print("to err", file=sys.stderr)  # noqa: T201
+        sys.stdout.write("no newline")
+        return 0.0
+
+    optuna.create_study().optimize(isolated(objective), n_trials=1)
+    captured = capsys.readouterr()
+    assert captured.out == "to out 0\nno newline"
+    assert captured.err == "to err\n"
+
+
+def test_output_of_children_goes_to_the_descriptors(capfd: pytest.CaptureFixture[str]) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        print("from the trial", flush=True)  # noqa: T201
+        os.system("echo from a shell")
+        return 0.0
+
+    optuna.create_study().optimize(isolated(objective), n_trials=1)
+    # The two come by different ways, as `sys.stdout` is not the descriptor under pytest.
+    lines = capfd.readouterr().out.splitlines()
+    assert sorted(lines) == ["from a shell", "from the trial"]
+
+
+def test_logging_goes_to_the_handlers_here(caplog: pytest.LogCaptureFixture) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        logger = logging.getLogger("mine.model")
+        logger.debug("not asked for")
+        logger.info("step %d", 3)
+        try:
+            raise ValueError("inner")
+        except ValueError:
+            logger.exception("caught")
+        return 0.0
+
+    with caplog.at_level(logging.INFO, logger="mine"):
+        optuna.create_study().optimize(isolated(objective), n_trials=1)
+    assert [r.getMessage() for r in caplog.records if r.name == "mine.model"] == [
+        "step 3",
+        "caught",
+    ]
+    assert "ValueError: inner" in caplog.text
+
+
+def test_warnings_are_shown_here_and_filtered_as_here() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        warnings.warn("take care", UserWarning, stacklevel=1)
+        return 0.0
+
+    with pytest.warns(UserWarning, match="take care"):
+        optuna.create_study().optimize(isolated(objective), n_trials=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="take care"):
+            optuna.create_study().optimize(isolated(objective), n_trials=1)
+
+
+def test_surroundings_are_the_same(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_module.py").write_text("VALUE = 4.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OWN_VARIABLE", "here")
+
+    def objective(trial: optuna.Trial) -> float:
+        import own_module  # type: ignore[import-not-found]  # written above
+
+        assert os.environ["OWN_VARIABLE"] == "here"
+        assert os.path.samefile(os.getcwd(), str(tmp_path))
+        return float(own_module.VALUE)
+
+    study = optuna.create_study()
+    study.optimize(isolated(objective), n_trials=1)
+    assert study.best_value == 4.0
+
+
+def test_random_numbers_differ_by_trial_and_follow_the_seed() -> None:
+    import numpy as np
+
+    def objective(trial: optuna.Trial) -> float:
+        import random
+
+        return float(np.random.random() + random.random())
+
+    def values() -> list[float | None]:
+        import random
+
+        random.seed(3)
+        np.random.seed(3)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+        study.optimize(isolated(objective), n_trials=3)
+        return [t.value for t in study.trials]
+
+    first = values()
+    assert len(set(first)) == 3
+    assert values() == first
+
+
+def test_the_template_loads_what_trials_import() -> None:
+    sklearn = pytest.importorskip("sklearn.linear_model")
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.set_user_attr("loaded", "sklearn.linear_model" in sys.modules)
+        return float(sklearn.LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0]).coef_[0])
+
+    study = optuna.create_study()
+    study.optimize(isolated(objective), n_trials=2)
+    assert [round(t.value or 0.0, 6) for t in study.trials] == [1.0, 1.0]
+    client = template_client()
+    assert "sklearn.linear_model" in client._loaded
+    assert not {name for name in client._unsafe if name.startswith(("sklearn", "scipy"))}
+
+
+def test_the_template_loads_what_a_trial_had_imported_when_it_was_stopped(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Else a trial whose imports take longer than its limit would never get further than them.
+    (tmp_path / "slow_to_import.py").write_text(
+        "import colorsys, os, time\nif os.getpid() != int(os.environ['QUICK']): time.sleep(60)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("QUICK", str(os.getpid()))
+    import slow_to_import  # type: ignore[import-not-found]
+
+    study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time=1)))
+    for _ in range(8):  # a crowded machine may not even start one in a second
+        study.optimize(isolated(lambda trial: float(slow_to_import is None)), n_trials=1)
+        if "colorsys" in template_client()._wanted:
+            break
+    assert "colorsys" in template_client()._wanted
+    assert {read_record(t).outcome for t in study.trials} == {"terminated"}
+
+
+def test_modules_that_start_threads_are_left_to_the_trials(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "starts_a_thread.py").write_text(
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    client = template_client()
+    client.want(["starts_a_thread"])
+    try:
+        study = optuna.create_study()
+        study.optimize(isolated(quadratic), n_trials=2)
+        assert len(study.trials) == 2
+        assert "starts_a_thread" in client._unsafe
+    finally:
+        client._wanted.pop("starts_a_thread")
+
+
+def test_a_package_full_of_threads_costs_one_template(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "full_of_threads"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "quiet.py").write_text("")
+    for name in "abcd":
+        (package / f"{name}.py").write_text(
+            "import threading, time\n"
+            "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    client = TemplateClient()
+    client.want(["full_of_threads", "full_of_threads.quiet"])
+    client.want([f"full_of_threads.{name}" for name in "abcd"])
+    try:
+        client.launch(None).close()
+        assert client._unsafe == {"full_of_threads.a"}
+        assert {"full_of_threads", "full_of_threads.quiet"} <= client._loaded
+        assert "full_of_threads.b" not in client._loaded
+    finally:
+        client.close()
+        client._errors.close()
+
+
+def test_threads_that_end_before_a_fork_are_no_danger() -> None:
+    # scipy alone brings no OpenBLAS, many of its modules do.
+    pytest.importorskip("scipy.special._ufuncs")
+    client = TemplateClient()
+    client.want(["scipy", "scipy.special._ufuncs", "scipy.special._basic"])
+    try:
+        client.launch(None).close()
+        assert client._unsafe == set()
+    finally:
+        client.close()
+        client._errors.close()
+
+
+def test_what_a_template_said_is_heard_when_it_ends_before_all_was_sent() -> None:
+    import pickle
+    import socket
+
+    from optuna_quota._enforcement.isolation.template import Unsafe
+    from optuna_quota._enforcement.isolation.template_client import _rest
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.send(pickle.dumps(Unsafe("starts_threads")))
+    theirs.close()
+    with ours, pytest.raises(OSError):
+        try:
+            ours.send(b"too late")
+        finally:
+            assert pickle.loads(_rest(ours)) == Unsafe("starts_threads")
+            assert _rest(ours) == b""
+
+
+def test_a_template_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optuna_quota._enforcement.isolation import template_client as module
+
+    command = [sys.executable, "-c", "raise SystemExit('no luck today')"]
+    monkeypatch.setattr(module, "interpreter", lambda *_: command)
+    study = optuna.create_study()
+    with pytest.raises(TrialCrashed, match="no luck today"):
+        study.optimize(isolated(quadratic, start_method="spawn"), n_trials=1)
+    assert study.trials[0].state == TrialState.FAIL
