@@ -17,6 +17,7 @@ from optuna_quota.cli import project
 from optuna_quota.cli import replay
 from optuna_quota.cli import report
 from optuna_quota.cli import status
+from optuna_quota.cli.output import harmless
 
 
 _COMMANDS = (project, report, replay, status, doctor)
@@ -88,7 +89,7 @@ def _never_fail_to_print() -> None:
 
 
 def _fail(options: argparse.Namespace, error: Exception, status: int) -> int:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(harmless(str(error)).split()) or type(error).__name__
     message = f"optuna-quota {options.command}: {text}"
     print("\n".join(textwrap.wrap(message, 99, break_long_words=False)), file=sys.stderr)
     return status

@@ -11,6 +11,7 @@ from datetime import datetime
 import json
 import math
 import os
+import re
 import sys
 from typing import Any
 from typing import TextIO
@@ -22,11 +23,23 @@ if TYPE_CHECKING:
 
 
 _STYLES = {"bold": "1", "dim": "2", "green": "32", "yellow": "33", "red": "31"}
+# What `styled` puts around words, and nothing else that begins alike.
+_STYLE = re.compile(r"\x1b\[(?:0|[12]|3[123])(?:;(?:[12]|3[123]))*m")
 
 
 def write_line(text: str = "") -> None:
-    """Print one line to standard output."""
-    print(text)
+    """Print text to standard output: of its signs of control, line ends and styles alone stay."""
+    if not has_colour(sys.stdout):
+        print(harmless(text))
+        return
+    styles = [*_STYLE.findall(text), ""]
+    parts = zip(_STYLE.split(text), styles, strict=True)
+    print("".join(harmless(part) + style for part, style in parts))
+
+
+def harmless(text: str) -> str:
+    """Return text that can't steer a terminal: names in it are whatever a storage holds."""
+    return "".join(c if c.isprintable() or c in "\n\u2002" else " " for c in text)
 
 
 def write_json(value: Any) -> None:

@@ -51,7 +51,9 @@ def to_html(report: Any, path: str | Path, *, interactive: bool = True) -> None:
     Raises:
         ImportError: If ``interactive`` and plotly is not installed.
     """
-    Path(path).write_text(page_of(report, interactive=interactive), encoding="utf-8")
+    page = page_of(report, interactive=interactive)
+    # Half of a surrogate pair, which JSON keeps in a name, has no place in UTF-8.
+    Path(path).write_text(page, encoding="utf-8", errors="replace")
 
 
 def page_of(report: Any, *, interactive: bool = True) -> str:
