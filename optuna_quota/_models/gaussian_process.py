@@ -174,6 +174,9 @@ def fit_hyperparameters(
     def inside(steps: np.ndarray) -> tuple[float, np.ndarray]:
         # In units in which all curvatures are about 1; beyond the bounds it rises.
         wanted = first.values + unit * steps
+        if float(np.abs(wanted).max()) <= _LOG_BOUND:
+            density, gradient = objective(wanted)
+            return density, unit * gradient
         values = np.clip(wanted, -_LOG_BOUND, _LOG_BOUND)
         beyond = wanted - values
         density, gradient = objective(values)

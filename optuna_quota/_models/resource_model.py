@@ -22,6 +22,9 @@ from optuna_quota._models.predictive import Predictive
 
 # Candidate floors, as shares of the smallest amount seen.
 FLOORS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
+# A floor is worth a search of hyperparameters of its own where its log density without one comes
+# so close to the best.
+_CLOSE = 3.0
 _TINY_SCALE = 0.02
 # Leaving one out is a little too sure: the hyperparameters have seen it. This, the share below and
 # the weight of what is not known were chosen with each of six workloads left out in turn
@@ -206,10 +209,17 @@ def fit_resource(
             )
         return tried[index].score(amounts)
 
+    def promising(index: int, best: int) -> bool:
+        if not 0 <= index < len(candidates) or index in tried:
+            return index in tried
+        logs = np.log(amounts - candidates[index])
+        screened = _with_logs(tried[best], columns, logs, censored, candidates[index])
+        return screened.score(amounts) > tried[best].score(amounts) - _CLOSE
+
     if start is None or len(start.columns) < _FEW:
         best = max(range(len(candidates)), key=score)
     else:
-        best = _climb(score, _nearest(candidates, start.floor))
+        best = _climb(score, promising, _nearest(candidates, start.floor))
     return tried[best]
 
 
@@ -217,10 +227,14 @@ def _nearest(candidates: list[float], floor: float) -> int:
     return min(range(len(candidates)), key=lambda index: abs(candidates[index] - floor))
 
 
-def _climb(score: Callable[[int], float], index: int) -> int:
-    """Return where a score is largest, going by single steps from an index."""
+def _climb(
+    score: Callable[[int], float], promising: Callable[[int, int], bool], index: int
+) -> int:
+    """Return where a score is largest, going by single promising steps from an index."""
+    score(index)
     while True:
-        best = max((index, index - 1, index + 1), key=score)
+        beside = [each for each in (index - 1, index + 1) if promising(each, index)]
+        best = max((index, *beside), key=score)
         if best == index:
             return index
         index = best
@@ -235,13 +249,29 @@ def refresh_resource(
     """
     if amounts.min() <= model.floor or columns.shape[1] != model.columns.shape[1]:
         return None
-    logs = np.log(amounts - model.floor)
+    return _with_logs(model, columns, np.log(amounts - model.floor), censored, model.floor)
+
+
+def _with_logs(
+    model: ResourceModel,
+    columns: np.ndarray,
+    logs: np.ndarray,
+    censored: np.ndarray,
+    floor: float,
+) -> ResourceModel:
+    """Return a model of other logarithms with the same hyperparameters."""
     location, scale = _standard(logs)
     target = (logs - location) / scale
     sites = initial_sites(target, censored)
     sites = propagate(columns, target, censored, model.hyperparameters, sites)
     return replace(
-        model, columns=columns, location=location, scale=scale, sites=sites, censored=censored
+        model,
+        columns=columns,
+        floor=floor,
+        location=location,
+        scale=scale,
+        sites=sites,
+        censored=censored,
     )
 
 

@@ -16,6 +16,7 @@ import pytest
 from optuna_quota import Footprint
 from optuna_quota import Limits
 from optuna_quota import Usage
+from optuna_quota._models import resource_model
 from optuna_quota._models.earlier import earlier_rows
 from optuna_quota._models.resource_model import ResourceModel
 from optuna_quota._models.rows import FootprintRow
@@ -307,3 +308,25 @@ def test_what_the_spread_has_beyond_the_process_is_common_to_all_points() -> Non
     apart = drawn - drawn.mean(axis=0)
     correlation = np.corrcoef(apart.T)
     assert correlation[np.triu_indices(len(points), 1)].mean() > 0.25
+
+
+def test_floors_that_are_far_off_cost_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = [row for row in draw_rows(300, noise=0.001) if row.params["width"] > 100][:60]
+    rows = [replace(row, usage=Usage(memory=row.usage.memory)) for row in wide]
+    start = Footprint.fit(rows[:50])
+    searched: list[int] = []
+    search = resource_model.fit_hyperparameters
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        searched.append(len(args[0]))
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(resource_model, "fit_hyperparameters", counted)
+    few = Footprint.fit(rows, start=start).contents.models["memory"]
+    n_few = len(searched)
+    monkeypatch.setattr(resource_model, "_CLOSE", np.inf)
+    all_beside = Footprint.fit(rows, start=start).contents.models["memory"]
+    assert isinstance(few, ResourceModel)
+    assert isinstance(all_beside, ResourceModel)
+    assert few.floor == all_beside.floor > 0
+    assert n_few < len(searched) - n_few
