@@ -29,7 +29,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from collections.abc import Sequence
+import contextlib
 import ctypes
+import itertools
 import json
 import multiprocessing
 from multiprocessing.connection import Connection
@@ -90,21 +92,23 @@ class Runner:
         start = time.monotonic()
         process.start()
         sender.close()
-        loss = self._wait(psutil.Process(process.pid), receiver, start)
+        loss = self._wait(process.pid, receiver, start)
         process.kill()
         process.join()
         self.observer.tell(loss is None)
         return loss
 
-    def _wait(self, process: psutil.Process, receiver: Connection, start: float) -> float | None:
-        while True:
+    def _wait(self, pid: int | None, receiver: Connection, start: float) -> float | None:
+        ready = False
+        while not ready and time.monotonic() - start < (self.task.wall_time or np.inf):
             ready = receiver.poll(0.1)
-            late = time.monotonic() - start > (self.task.wall_time or np.inf)
-            if ready or late:
-                break
-            if process.memory_info().rss > (self.task.memory or np.inf):
-                return None
-        return None if late else float(receiver.recv())
+            # One that is gone has sent what it had to.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                memory = psutil.Process(pid).memory_info().rss
+                if not ready and memory > (self.task.memory or np.inf):
+                    return None
+        late = time.monotonic() - start > (self.task.wall_time or np.inf)
+        return None if late or not ready else float(receiver.recv())
 
 
 def calibrate(task: Task, target: Target, observer: Observer, seed: int) -> None:
@@ -317,8 +321,8 @@ def calibrated(problem: str, budget: float) -> Task:
 
 
 def spread(values: Sequence[float], how: str) -> str:
-    low, high = (format(each, how) for each in (min(values), max(values)))
-    return f"{format(statistics.median(values), how)} [{low}, {high}]"
+    middle, low, high = (format(f(values), how) for f in (statistics.median, min, max))
+    return f"{middle} [{low}, {high}]"
 
 
 def line(tool: str, task: Task, studies: Sequence[dict[str, Any]]) -> str:
@@ -327,17 +331,15 @@ def line(tool: str, task: Task, studies: Sequence[dict[str, Any]]) -> str:
     unseen = []
     for found in studies:
         trials = found["trials"]
-        noticed = [trial["told"] or trial["loss"] is None for trial in trials]
-        good = [t["kept"] and not seen for t, seen in zip(trials, noticed, strict=True)]
-        breaches = [trial for trial, kept in zip(trials, good, strict=True) if not kept]
-        unseen.append(len(breaches) - sum(noticed))
-        losses = [trial["loss"] for trial, kept in zip(trials, good, strict=True) if kept]
+        unnoticed = [each for each in trials if not (each["told"] or each["loss"] is None)]
+        losses = [each["loss"] for each in unnoticed if each["kept"]]
+        unseen.append(len(unnoticed) - len(losses))
         spent = sum(each["seconds"] for each in trials) or np.nan
         values = (
             min(losses, default=np.inf),
             len(trials),
-            len(breaches),
-            sum(each["seconds"] for each in breaches) / spent,
+            len(trials) - len(losses),
+            1 - sum(each["seconds"] for each in unnoticed if each["kept"]) / spent,
             max(each["excess"] for each in trials) / MIB,
             spent / task.budget,
             1e3 * found["cpu"] / len(trials),
@@ -357,7 +359,7 @@ def line(tool: str, task: Task, studies: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Run every tool on every problem, the tools in turn for each seed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a third of the budget, one seed")
     parser.add_argument("--tools", nargs="*", default=list(TOOLS))
     parser.add_argument("--problems", nargs="*", default=list(PROBLEMS))
@@ -382,15 +384,12 @@ def main() -> None:
     for problem in arguments.problems:
         made = remembered([problem, budget], lambda: vars(calibrated(problem, budget)))  # noqa: B023 - used at once
         task, found = Task(**made), dict[str, list[dict[str, Any]]]()
-        for seed in range(seeds):
-            for tool in arguments.tools:
-                one = remembered([problem, budget, tool, seed], lambda: study(tool, task, seed))  # noqa: B023 - used at once
-                found.setdefault(tool, []).append(one)
+        for seed, tool in itertools.product(range(seeds), arguments.tools):
+            one = remembered([problem, budget, tool, seed], lambda: study(tool, task, seed))  # noqa: B023 - used at once
+            found.setdefault(tool, []).append(one)
         print(f"\n{problem}: {task}; {seeds} seeds")
-        print(
-            f"{'tool':<26}{'best':>26}{'trials':>8}{'breaches':>10}{'wasted':>18}{'over by':>10}"
-            f"{'spent':>8}{'CPU':>11}{'clock':>11}"
-        )
+        print(f"{'tool':<26}{'best':>26}{'trials':>8}{'breaches':>10}{'wasted':>18}", end="")
+        print(f"{'over by':>10}{'spent':>8}{'CPU':>11}{'clock':>11}")
         for tool, studies in found.items():
             print(line(tool, task, studies))
         print()
