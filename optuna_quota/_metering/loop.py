@@ -208,11 +208,12 @@ class MeteringLoop:
             watch.replace_left(left, self.now())
             self._poke()
 
-    def detach(self, watch: Watch) -> None:
+    def detach(self, watch: Watch, waited: float = 0.0) -> None:
         """Take a trial out of this process, before its own exists."""
         with self._lock:
             self._leave(watch)
             watch.isolate()
+            watch.postpone(waited)
 
     def retarget(self, watch: Watch, pid: int, reaper: int | None = None) -> None:
         """Move a trial to a process tree of its own."""

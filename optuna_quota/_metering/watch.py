@@ -158,12 +158,15 @@ class Watch:
         """
         self._loop.allow(self, left)
 
-    def detach(self) -> None:
+    def detach(self, waited: float = 0.0) -> None:
         """From now on meter nothing but the clock, until :meth:`retarget`: the trial is isolated.
 
         What was measured before belongs to this process and is forgotten.
+
+        Args:
+            waited: Seconds since the start that are no time of the trial.
         """
-        self._loop.detach(self)
+        self._loop.detach(self, waited)
 
     def retarget(self, pid: int, reaper: int | None = None) -> None:
         """From now on meter only the process tree under ``pid``: the trial is isolated.
@@ -308,6 +311,12 @@ class Watch:
         self._timeline = Timeline()
         for name in ("memory", "gpu_memory", *(m.name for m in self.meters if m.peak)):
             self._used.forget(name)
+
+    def postpone(self, seconds: float) -> None:
+        """Start the clock later; nothing else is measured yet that could be over a ceiling."""
+        self.started += seconds
+        if seconds:
+            self.breach = None
 
     def isolate(self) -> None:
         """Forget what was measured of this process."""

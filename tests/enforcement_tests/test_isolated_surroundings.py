@@ -161,6 +161,22 @@ def test_the_template_loads_what_a_trial_had_imported_when_it_was_stopped(
     assert {read_record(t).outcome for t in study.trials} == {"terminated"}
 
 
+def test_waiting_for_the_template_is_no_time_of_the_trial(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Else a point would be taken to need more time than its limit, only since it came first.
+    (tmp_path / "long_to_load.py").write_text("import time\ntime.sleep(4)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    template_client().want(["long_to_load"])
+    study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time=3)))
+    study.optimize(isolated(quadratic), n_trials=1)
+    assert "long_to_load" in template_client()._loaded
+    record = read_record(study.trials[0])
+    assert record.outcome == "completed"
+    assert record.usage.wall_time is not None
+    assert record.usage.wall_time < 3
+
+
 def test_modules_that_start_threads_are_left_to_the_trials(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,11 +186,15 @@ class TrialRun:
         client = template_client(once=method == "spawn")
         if method == "forkserver":
             client.want(can_preload(named_modules(objective)))
+        before = self._watch.elapsed
         try:
-            return client.launch(_delegated_cgroup()), self._start(objective)
+            launched = client.launch(_delegated_cgroup())
         except OSError as error:
             reason = f"The trial's process could not be started: {error}"
-            return self._crash(Ended(exitcode=None), reason)
+            self._crash(Ended(exitcode=None), reason)
+        # What the template loaded first serves all trials; this one only came when it did.
+        self._watch.detach(waited=self._watch.elapsed - before)
+        return launched, self._start(objective)
 
     def _start(self, objective: bytes | None) -> Start:
         trial, study = self._trial, self._study
