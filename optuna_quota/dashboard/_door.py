@@ -46,8 +46,11 @@ class Dashboard:
         self._attributes: Mapping[str, Any] = self._storage.get_study_system_attrs(self._study_id)
 
     def note(self, trial_id: int | None = None) -> str:
-        """Return the note on the study, or on a trial."""
-        note = self._notes.get_note_from_system_attrs(self._attributes, trial_id)
+        """Return the note on the study, or on a trial; none where what is kept can't be read."""
+        try:
+            note = self._notes.get_note_from_system_attrs(self._attributes, trial_id)
+        except (KeyError, TypeError, ValueError):
+            return ""
         return str(note["body"])
 
     def has_note(self, trial_id: int) -> bool:
@@ -56,9 +59,10 @@ class Dashboard:
 
     def save_note(self, body: str, trial_id: int | None = None) -> None:
         """Write the note on the study, or on a trial, as the next version of it."""
-        version = self._attributes.get(self._notes.note_ver_key(trial_id), 0)
+        version = self._attributes.get(self._notes.note_ver_key(trial_id))
+        before = version if isinstance(version, int) else 0
         self._notes.save_note_with_version(
-            self._storage, self._study_id, trial_id, int(version) + 1, body
+            self._storage, self._study_id, trial_id, before + 1, body
         )
 
     def save_plot(self, name: str, figure: go.Figure) -> None:
@@ -81,9 +85,11 @@ class Dashboard:
         prefix = _artifact_prefix(trial_id)
         for key, value in self._attributes.items():
             if key.startswith(prefix):
-                meta = _artifact(value)
-                if meta is not None and meta.get("filename") == filename:
-                    return self._address(trial_id, key.removeprefix(prefix))
+                meta, artifact_id = _artifact(value), key.removeprefix(prefix)
+                # Anything else in its address would be read as markup of the note.
+                plain = artifact_id.replace("-", "").isalnum() and artifact_id.isascii()
+                if meta is not None and meta.get("filename") == filename and plain:
+                    return self._address(trial_id, artifact_id)
         return None
 
     def save_picture(self, store: ArtifactStore, trial_id: int, filename: str, svg: str) -> str:
@@ -129,5 +135,8 @@ def _artifact_prefix(trial_id: int) -> str:
 
 def _artifact(value: Any) -> dict[str, Any] | None:
     # A deleted artifact is kept as the JSON text "null".
-    meta = json.loads(value) if isinstance(value, str) else None
+    try:
+        meta = json.loads(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
     return meta if isinstance(meta, dict) else None

@@ -198,3 +198,30 @@ def test_a_deleted_picture_is_made_again(tmp_path: Path) -> None:
     before = len(list(tmp_path.iterdir()))
     publish_plain(study, store)
     assert len(list(tmp_path.iterdir())) == before + 1
+
+
+@pytest.mark.parametrize("value", ["{", "[1]", "3", 7, None, {"body": 1}])
+def test_what_the_dashboard_keeps_may_be_corrupt(value: Any, tmp_path: Path) -> None:
+    study = made_study(25)
+    store = FileSystemArtifactStore(str(tmp_path))
+    publish_plain(study, store)
+    whole = attributes(study)
+    storage, study_id = storage_of(study), study_id_of(study)
+    ours = [key for key in whole if key.startswith("dashboard:")]
+    assert len({key.split(":")[1] for key in ours}) > 3
+    for key in ours:
+        storage.set_study_system_attr(study_id, key, value)
+    publish_plain(study, store)
+    assert block_of(get_note(study)) is not None
+    assert plots(study).keys() == {k.split(":")[2] for k in whole if "plot_data" in k}
+
+
+def test_an_address_of_a_picture_is_no_markup(tmp_path: Path) -> None:
+    study = made_study(25)
+    publish_plain(study)
+    trial = next(t for t in study.trials if t.user_attrs["quota:outcome"] == "terminated")
+    evil = f"dashboard:artifacts:{trial._trial_id}:x) [click](https://evil.example"
+    meta = json.dumps({"artifact_id": "x", "filename": PICTURE})
+    storage_of(study).set_study_system_attr(study_id_of(study), evil, meta)
+    publish_plain(study, FileSystemArtifactStore(str(tmp_path)))
+    assert "evil" not in str([v for k, v in attributes(study).items() if "note_str" in k])
