@@ -21,6 +21,7 @@ from optuna_quota._patience import passes
 from optuna_quota._patience import patiently
 from optuna_quota._records import Interval
 from optuna_quota._records import OUTCOME
+from optuna_quota._records import read_record
 from optuna_quota._records import REASON
 from optuna_quota._records import record_attributes
 from optuna_quota._records import system_attributes
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("optuna.quota.settle")
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+_OUTCOMES_OF: Mapping[TrialState, tuple[str, ...]] = {
+    TrialState.COMPLETE: ("completed",),
+    TrialState.PRUNED: ("pruned", "terminated", "rejected"),
+    TrialState.FAIL: ("failed", "rejected"),
+}
 
 
 def settle(
@@ -56,7 +62,7 @@ def settle(
 ) -> TrialRecord:
     """Close a trial's metering and write its record and constraints into its row.
 
-    To be called before the row is finished; a second call for the same watch writes nothing. A
+    To be called before the row is finished; a second call for the same trial writes nothing. A
     fault of the storage is logged and not raised: the trial's result is worth more.
 
     Args:
@@ -69,6 +75,11 @@ def settle(
         expected: What a trial that was not run would have used, by resource.
         error: What the objective raised, where that is known.
     """
+    if watch is None:
+        told = read_record(trial)
+        if told.outcome is not None and told.outcome in _OUTCOMES_OF.get(state, ()):
+            # Told again, as its state could not be stored the first time: that time knew more.
+            return told
     usage = Usage() if watch is None else watch.close()
     record = describe(watch, usage, state, error=error, footprint=footprint)
     if watch is not None and watch.settled:

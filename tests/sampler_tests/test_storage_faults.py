@@ -14,7 +14,9 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 import pytest
 
+from optuna_quota import check
 from optuna_quota import isolated
+from optuna_quota import LimitBreached
 from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaExhausted
@@ -24,6 +26,7 @@ from optuna_quota import status
 from optuna_quota._metering import key_of
 from optuna_quota._metering import metering_loop
 from optuna_quota._records import read_record
+from optuna_quota.testing import FakeMeter
 
 
 class Faulty(InMemoryStorage):
@@ -45,6 +48,11 @@ class Faulty(InMemoryStorage):
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         self._fault("set_trial_system_attr")
         super().set_trial_system_attr(trial_id, key, value)
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
+        if state.is_finished():
+            self._fault("set_trial_state_values")
+        return super().set_trial_state_values(trial_id, state, values)
 
     def get_all_trials(self, *args: Any, **kwargs: Any) -> Any:
         self._fault("get_all_trials")
@@ -299,3 +307,45 @@ def test_a_trial_does_not_fail_by_the_storage_of_another_study() -> None:
     storage.refusing = False
     old.tell(trial, 1.0)
     new.tell(other, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("work", "state", "outcome"),
+    [(10.0, TrialState.PRUNED, "terminated"), (1.0, TrialState.PRUNED, "pruned")],
+)
+def test_a_trial_that_is_told_twice_ended_as_it_was_told_first(
+    work: float, state: TrialState, outcome: str
+) -> None:
+    storage = Faulty("set_trial_state_values")
+    meter = FakeMeter("work", work)
+    limits = Limits(custom={"work": 5})
+    sampler = QuotaSampler(RandomSampler(), quota=Quota(n_trials=9), limits=limits, meters=[meter])
+    study = optuna.create_study(storage=storage, sampler=sampler)
+    trial = study.ask()
+    watch = metering_loop().find(key_of(study, trial))
+    assert watch is not None
+    watch.sample()
+    with contextlib.suppress(LimitBreached):
+        check(trial)
+    storage.failing = True
+    for _ in range(2):
+        with pytest.raises(optuna.exceptions.StorageInternalError):
+            study.tell(trial, state=state)
+    first = read_record(study.trials[0])
+    assert first.outcome == outcome
+    storage.failing = False
+    study.tell(trial, state=state)
+    assert read_record(study.trials[0]) == first
+    assert status(study).table.loc["n_trials", "used"] == 1
+
+
+def test_a_trial_that_is_told_otherwise_the_second_time_ended_like_that() -> None:
+    storage = Faulty("set_trial_state_values")
+    study = optuna.create_study(storage=storage, sampler=QuotaSampler(quota=Quota(n_trials=9)))
+    trial = study.ask()
+    storage.failing = True
+    with pytest.raises(optuna.exceptions.StorageInternalError):
+        study.tell(trial, 1.0)
+    storage.failing = False
+    study.tell(trial, state=TrialState.FAIL)
+    assert read_record(study.trials[0]).outcome == "failed"
