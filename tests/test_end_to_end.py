@@ -54,7 +54,7 @@ def study(tmp_path: Path) -> optuna.Study:
         sampler=QuotaSampler(
             TPESampler(seed=1, n_startup_trials=6),
             quota=Quota(wall_time="2min", cpu_time="2min", memory="3GiB"),
-            strategy=Strategy(n_trials=14, n_jobs=2),
+            strategy=Strategy(n_trials=22, n_jobs=2),
         ),
         pruner=QuotaPruner(MedianPruner(), limits=Limits(memory="300MiB", wall_time="30s")),
     )
@@ -62,10 +62,10 @@ def study(tmp_path: Path) -> optuna.Study:
 
 @pytest.mark.timeout(180)
 def test_the_lines_of_the_readme(study: optuna.Study, tmp_path: Path) -> None:
-    study.optimize(isolated(allocate), n_trials=14, n_jobs=2)
+    study.optimize(isolated(allocate), n_trials=22, n_jobs=2)
 
     table = trial_table(study)
-    assert len(table) == 14
+    assert len(table) == 22
     assert not {TrialState.RUNNING, TrialState.WAITING} & {t.state for t in study.trials}
     ran = table[table["outcome"].isin(["completed", "terminated"])]
     assert len(ran) >= 10
