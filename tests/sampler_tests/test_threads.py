@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 
+import numpy as np
 import optuna
 from optuna.pruners import HyperbandPruner
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
+import psutil
 
 from optuna_quota import Limits
 from optuna_quota import Quota
@@ -28,14 +30,20 @@ def study_with(quota: Quota, limits: Limits) -> optuna.Study:
 
 
 def test_memory_that_cannot_be_told_apart_is_no_verdict() -> None:
-    study = study_with(Quota(n_trials=2), Limits(memory=1, wall_time="1h"))
+    # Room enough for one that begins alone: then it can be told whose the memory is.
+    limit = psutil.Process().memory_info().rss + 100 * 2**20
+    study = study_with(Quota(n_trials=2), Limits(memory=limit, wall_time="1h"))
     together = threading.Barrier(2, timeout=60)
 
     def objective(trial: optuna.Trial) -> float:
         together.wait()
-        assert not trial.should_prune()
+        block = np.ones(200 * 2**20 // 8)
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            assert not trial.should_prune()
+            time.sleep(0.01)
         together.wait()
-        return 0.0
+        return float(block[0])
 
     study.optimize(objective, n_trials=2, n_jobs=2)
     for trial in study.trials:
