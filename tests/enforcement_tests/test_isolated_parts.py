@@ -27,28 +27,11 @@ from optuna_quota._enforcement.isolation.modules import can_preload
 from optuna_quota._enforcement.isolation.modules import named_modules
 from optuna_quota._enforcement.isolation.output import sounding_loggers
 from optuna_quota._metering import metering_loop
+from tests.enforcement_tests.trials import caught
+from tests.enforcement_tests.trials import raises
 
 
 GIB = 2**30
-
-
-def caught(act: Any) -> BaseException:
-    try:
-        act()
-    except BaseException as error:  # noqa: BLE001 - whatever the act raises is what is asked for
-        return error
-    raise AssertionError("Nothing was raised.")
-
-
-def raises(error: BaseException) -> Any:
-    def act() -> None:
-        raise error
-
-    return act
-
-
-def named(name: str, module: str, base: type[Exception] = RuntimeError) -> type[Exception]:
-    return type(name, (base,), {"__module__": module})
 
 
 class NeedsTwo(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,24 +14,11 @@ from optuna_quota._enforcement.isolation.ending import find_breach_in_shortage
 from optuna_quota._enforcement.isolation.ending import name_death
 from optuna_quota._enforcement.isolation.shortage import find_shortage
 from optuna_quota._enforcement.isolation.shortage import Shortage
+from tests.enforcement_tests.trials import caught
+from tests.enforcement_tests.trials import raises
 
 
 GIB = 2**30
-
-
-def caught(act: Any) -> BaseException:
-    try:
-        act()
-    except BaseException as error:  # noqa: BLE001 - whatever the act raises is what is asked for
-        return error
-    raise AssertionError("Nothing was raised.")
-
-
-def raises(error: BaseException) -> Any:
-    def act() -> None:
-        raise error
-
-    return act
 
 
 def named(name: str, module: str, base: type[Exception] = RuntimeError) -> type[Exception]:

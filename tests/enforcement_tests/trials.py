@@ -40,3 +40,18 @@ def escape(folder: str) -> None:
             os.waitpid(pid, 0)
     while len(os.listdir(folder)) < 3:
         time.sleep(0.01)
+
+
+def caught(act: Any) -> BaseException:
+    try:
+        act()
+    except BaseException as error:  # noqa: BLE001 - whatever the act raises is what is asked for
+        return error
+    raise AssertionError("Nothing was raised.")
+
+
+def raises(error: BaseException) -> Any:
+    def act() -> None:
+        raise error
+
+    return act

@@ -6,7 +6,6 @@ read is gone through from end to end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
 from html.parser import HTMLParser
@@ -50,17 +49,12 @@ hostile_rows = st.lists(
 )
 
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
+
 def fuzz(examples: int) -> settings:
     """Return settings under which every run tries the same."""
     return settings(max_examples=examples, derandomize=True, database=None)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet() -> Iterator[None]:
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    yield
-    optuna.logging.set_verbosity(verbosity)
 
 
 def study_of(

@@ -5,7 +5,6 @@ Hypothesis chooses what a study is like and which step whose worker takes next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import math
 
 from hypothesis import Phase
@@ -36,7 +35,7 @@ from tests.hardening_tests.world import WouldWait
 
 
 # Hundreds of steps in one test: on a machine that does much else it may take minutes.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("quiet")]
 
 
 class Interleavings(Kept):
@@ -278,11 +277,3 @@ TestInterleavings.settings = settings(
     database=None,
     phases=[Phase.generate],
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet() -> Iterator[None]:
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    yield
-    optuna.logging.set_verbosity(verbosity)
