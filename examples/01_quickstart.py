@@ -42,7 +42,7 @@ def objective(trial: optuna.Trial) -> float:
     layers = trial.suggest_int("layers", 1, 3)
     model = MLPClassifier(
         hidden_layer_sizes=(width,) * layers,
-        batch_size=trial.suggest_int("batch_size", 32, 512, log=True),
+        batch_size=trial.suggest_int("batch_size", 32, 192, log=True),
         learning_rate_init=trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True),
         random_state=0,
     )
