@@ -90,6 +90,15 @@ class _Trial:
     exempt: bool = False
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What Optuna calls for: the row as it is now, and what is known since it began."""
+
+    study: Study
+    trial: FrozenTrial
+    state: _Trial
+
+
 class Proposals:
     """The points of one study in this process.
 
@@ -152,21 +161,14 @@ class Proposals:
         state = _Trial(gate, expected, fixed)
         self._trials[_optuna.trial_id_of(trial)] = state
         if gate is not None and fixed:
-            verdict = gate.judge(fixed)
-            if not verdict.admitted and not self._is_audit(study, trial, state, fixed, verdict):
-                _optuna.poison(trial, lambda: self._refuse(study, trial, state, fixed, verdict))
+            call, verdict = _Call(study, trial, state), gate.judge(fixed)
+            if not verdict.admitted and not self._is_audit(call, fixed, verdict):
+                _optuna.poison(trial, lambda: self._refuse(call, fixed, verdict))
 
-    def _refuse(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        state: _Trial,
-        point: Mapping[str, Any],
-        verdict: PointVerdict,
-    ) -> NoReturn:
+    def _refuse(self, call: _Call, point: Mapping[str, Any], verdict: PointVerdict) -> NoReturn:
         """End a trial where it suggests; no hook is asked for what it was enqueued with."""
-        with none_left_running(study, trial):
-            raise self._rejected(study, trial, state, point, verdict)
+        with none_left_running(call.study, call.trial):
+            raise self._rejected(call, point, verdict)
 
     def relative_space(
         self, study: Study, trial: FrozenTrial, space: dict[str, BaseDistribution]
@@ -192,15 +194,16 @@ class Proposals:
         if state.gate is None or not space:
             return self._base.sample_relative(study, trial, space)
         state.space = dict(space)
-        first = self._draw(study, trial, state, space)
+        call = _Call(study, trial, state)
+        first = self._draw(call, space)
         verdict = state.gate.judge({**first, **state.fixed})
-        if verdict.admitted or self._is_audit(study, trial, state, first, verdict):
+        if verdict.admitted or self._is_audit(call, first, verdict):
             state.drawn = first
             return first
-        found, how = self._replaced(study, trial, state, space, first)
+        found, how = self._replaced(call, space, first)
         if found is None:
-            raise self._rejected(study, trial, state, first, verdict)
-        self._note(study, trial, first, verdict, how)
+            raise self._rejected(call, first, verdict)
+        self._note(call, first, verdict, how)
         state.drawn = found
         return found
 
@@ -220,17 +223,17 @@ class Proposals:
         past = state.gate.past
         if needs_whole_points(self._base) and (not past or completions(first, past) != [first]):
             return value
-        verdict = state.gate.judge(first)
-        if verdict.admitted or self._is_audit(study, trial, state, first, verdict):
+        call, verdict = _Call(study, trial, state), state.gate.judge(first)
+        if verdict.admitted or self._is_audit(call, first, verdict):
             return value
         if replacement_for(self._base, self._rules.on_veto) != "skip":
             for _ in range(_DRAWS_OF_ONE):
                 other = draw()
                 if state.gate.judge({**known, name: other}).admitted:
-                    self._note(study, trial, first, verdict, "redrawn")
+                    self._note(call, first, verdict, "redrawn")
                     return other
         state.space[name] = distribution
-        raise self._rejected(study, trial, state, first, verdict)
+        raise self._rejected(call, first, verdict)
 
     def finish(self, trial: FrozenTrial) -> tuple[dict[str, Interval], dict[str, float]]:
         """Return what was projected of a trial before it ran, and the medians if it was rejected.
@@ -270,33 +273,24 @@ class Proposals:
         # A trial that another process asked for, or one begun before a copy of the sampler.
         return self._trials.setdefault(_optuna.trial_id_of(trial), _Trial(None, None, {}))
 
-    def _draw(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        state: _Trial,
-        space: dict[str, BaseDistribution],
-    ) -> dict[str, Any]:
+    def _draw(self, call: _Call, space: dict[str, BaseDistribution]) -> dict[str, Any]:
         """Return a whole point: what the base sampler leaves open is drawn one by one."""
-        drawn = dict(self._base.sample_relative(study, trial, state.base_space))
+        study, trial = call.study, call.trial
+        drawn = dict(self._base.sample_relative(study, trial, call.state.base_space))
         for name, distribution in space.items():
-            if name not in drawn and name not in state.fixed:
+            if name not in drawn and name not in call.state.fixed:
                 drawn[name] = self._base.sample_independent(study, trial, name, distribution)
         return drawn
 
     def _replaced(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        state: _Trial,
-        space: dict[str, BaseDistribution],
-        first: dict[str, Any],
+        self, call: _Call, space: dict[str, BaseDistribution], first: dict[str, Any]
     ) -> tuple[dict[str, Any] | None, str]:
-        gate, how = state.gate, replacement_for(self._base, self._rules.on_veto)
+        state, how = call.state, replacement_for(self._base, self._rules.on_veto)
+        gate = state.gate
         assert gate is not None
         last = first
         for _ in range(_DRAWS if how == "redraw" else 0):
-            before, last = last, self._draw(study, trial, state, space)
+            before, last = last, self._draw(call, space)
             if gate.judge({**last, **state.fixed}).admitted:
                 return last, "redrawn"
             if last == before:
@@ -307,17 +301,10 @@ class Proposals:
         near = nearest_admitted(gate, last, space, state.fixed, self._generator)
         if near is not None:
             relative = {name: near[name] for name in state.base_space if name in near}
-            _optuna.share_relative_params(_optuna.whole_study(study), trial, relative)
+            _optuna.share_relative_params(_optuna.whole_study(call.study), call.trial, relative)
         return near, "moved"
 
-    def _is_audit(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        state: _Trial,
-        point: Mapping[str, Any],
-        verdict: PointVerdict,
-    ) -> bool:
+    def _is_audit(self, call: _Call, point: Mapping[str, Any], verdict: PointVerdict) -> bool:
         """Count a veto, and return whether the point is run all the same to try it."""
         share = self._rules.audits
         if share is None:
@@ -327,22 +314,17 @@ class Proposals:
             due = audit_is_due(self._vetoes, self._audits, share)
             self._audits += due
         if due:
-            state.exempt = True
-            self._note(study, trial, point, verdict, "audited")
+            call.state.exempt = True
+            self._note(call, point, verdict, "audited")
         return due
 
     def _rejected(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        state: _Trial,
-        point: Mapping[str, Any],
-        verdict: PointVerdict,
+        self, call: _Call, point: Mapping[str, Any], verdict: PointVerdict
     ) -> TrialRejected:
-        state.rejected = verdict
-        state.drawn = dict(point)
-        self._complete_row(study, trial, state, point)
-        self._note(study, trial, point, verdict, "rejected")
+        call.state.rejected = verdict
+        call.state.drawn = dict(point)
+        self._complete_row(call, point)
+        self._note(call, point, verdict, "rejected")
         return TrialRejected(
             verdict.reason,
             resource=verdict.resource,
@@ -351,16 +333,15 @@ class Proposals:
             probability=verdict.probability,
         )
 
-    def _complete_row(
-        self, study: Study, trial: FrozenTrial, state: _Trial, point: Mapping[str, Any]
-    ) -> None:
+    def _complete_row(self, call: _Call, point: Mapping[str, Any]) -> None:
         """Write the parameters of a rejected trial into its row.
 
         Lists tell by them what they have visited, and a row without them would end the search
         space that TPESampler finds in all rows.
         """
+        trial, state = call.trial, call.state
         assert state.gate is not None
-        space, whole = {**state.gate.space, **state.space}, _optuna.whole_study(study)
+        space, whole = {**state.gate.space, **state.space}, _optuna.whole_study(call.study)
         for name, value in point.items():
             if name in trial.params or name not in space:
                 continue
@@ -371,22 +352,17 @@ class Proposals:
                 _logger.debug(f"Trial {trial.number}: {name} is not in the row: {fault}")
 
     def _note(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        point: Mapping[str, Any],
-        verdict: PointVerdict,
-        how: str,
+        self, call: _Call, point: Mapping[str, Any], verdict: PointVerdict, how: str
     ) -> None:
         """Keep what was proposed in the row, and say so in the log, once a study."""
         note = proposed_object(
             point, how, verdict.probability, verdict.resource, verdict.limit, verdict.median
         )
-        storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+        storage, trial_id = _optuna.storage_of(call.study), _optuna.trial_id_of(call.trial)
         _optuna.write_attributes(storage, trial_id, {PROPOSED: note}, {})
         with self._lock:
             told, self._told = self._told, True
         (_logger.debug if told else _logger.info)(
-            f"Trial {trial.number}: the point drawn was {how}. {verdict.reason}"
+            f"Trial {call.trial.number}: the point drawn was {how}. {verdict.reason}"
             + ("" if told else f" Further ones are only noted in {PROPOSED!r}.")
         )
