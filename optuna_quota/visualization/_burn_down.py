@@ -220,9 +220,8 @@ def _finding(info: _BurnDownInfo) -> str:
     lasts = _lasts(first)
     if not math.isfinite(lasts):
         return f"{name}: {share}"
-    return (
-        f"{name} ends first, in about {lasts:,.0f} trials; {share} (dotted: projected, 90% band)"
-    )
+    trials = "1 trial" if round(lasts) == 1 else f"{lasts:,.0f} trials"
+    return f"{name} ends first, in about {trials} (dotted: projected, 90% band)"
 
 
 def _lasts(curve: _BurnDown) -> float:

@@ -168,4 +168,4 @@ def _finding(info: _FootprintInfo) -> str:
         if t.used > 0 and not t.censored
     )
     middle = f"median error {100 * errors[len(errors) // 2]:.1f}%; " if errors else ""
-    return f"{middle}the upper bound held for {held} of {known} trials; bars: lower to upper"
+    return f"{middle}{held} of {known} trials within the upper bound; bars: lower to upper"

@@ -202,7 +202,7 @@ def _middle(values: list[Any], distribution: BaseDistribution) -> Any:
 
 
 def _slice_chart(info: _SliceInfo) -> Chart:
-    title = f"{_style.title_of(info.resource)} against hyperparameters"
+    title = f"{_style.title_of(info.resource)} by hyperparameter"
     slices = [s for s in info.slices if s.places]
     if not slices:
         return Chart(title, f"No hyperparameter varied over trials with known {info.resource}.")

@@ -135,10 +135,12 @@ def waste_finding(info: _WasteInfo) -> str:
     """Return in a sentence what went to trials that gave no value, by trial time."""
     resource = next(iter(info.spent))
     parts = [
-        f"{100 * info.share(resource, o):.0f}% on {o} trials"
+        f"{100 * info.share(resource, o):.0f}% on {o}"
         for o in ("terminated", "pruned", "failed")
         if info.spent[resource][o] > 0
     ]
     total = format_amount(resource, sum(info.spent[resource].values()))
     what = label(resource).lower()
-    return f"{total} of {what}" + (f": {', '.join(parts)}" if parts else ", none of it wasted")
+    return f"{total} of {what}" + (
+        f": {', '.join(parts)} trials" if parts else ", none of it wasted"
+    )

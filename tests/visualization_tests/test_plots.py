@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 import json
+import re
 from typing import Any
 
 import optuna
@@ -67,6 +68,15 @@ def test_every_plot_draws_studies_of_any_size(plot: Callable[..., Any], n_trials
     assert figure.layout.title.text
     if not n_trials:
         assert not figure.data and figure.layout.annotations[0].text
+
+
+@pytest.mark.parametrize("plot", PLOTS, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("n_trials", [20, 300])
+def test_the_line_below_a_title_fits_where_two_plots_share_a_row(
+    plot: Callable[..., Any], n_trials: int
+) -> None:
+    _, line = plot(made_study(n_trials)).layout.title.text.split("<br>")
+    assert len(re.sub("<[^>]*>", "", line)) <= 84
 
 
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda p: p.__name__)
