@@ -1,9 +1,9 @@
 """What replaces a refused point, by sampler.
 
-Measured, see ``benchmarks/point_admission.py``. TPE and NSGA-II have found more by a quarter of
-the budget where the nearest admitted point is taken than where they draw again (NSGA-II beyond the
-noise of the seeds, TPE not quite), and waste as much or hardly more. So does a random search, but
-it then wastes more and is random no longer: it draws again, as do samplers that were not compared.
+Measured, see ``benchmarks/point_admission.py``. With the nearest admitted point TPE wastes less
+than where it draws again, and NSGA-II finds more, both beyond the noise of the seeds; neither is
+worse beyond it. A random search too wastes less and finds more with it, but is random no longer:
+it draws again, and its points stay as likely as each other; so do samplers that were not compared.
 GPSampler gives the same point after a tenth of a second when it is asked again. GridSampler and
 BruteForceSampler walk a list, and count a point as visited when its trial ends.
 """

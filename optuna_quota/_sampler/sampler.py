@@ -104,8 +104,9 @@ class QuotaSampler(BaseSampler):
         breach_probability: A point that breaches a limit with more than this probability is not
             run; 1 runs all. From eight trials on, or at once with a ``footprint``.
         on_veto: What replaces such a point: ``"redraw"`` another draw of the base sampler,
-            ``"nearest"`` the nearest point that is admitted, ``"skip"`` none, the trial ends as
-            rejected; ``"auto"`` what suits the base sampler. Grids are always skipped.
+            ``"nearest"`` the nearest point that breaches with at most half of that probability,
+            ``"skip"`` none, the trial ends as rejected; ``"auto"`` what suits the base sampler:
+            the nearest point for TPE, NSGA-II, NSGA-III and GP. Grids are always skipped.
         audits: Share of these points that is run all the same under the hard limit, so that a
             wrong veto is found; 5% by default where trials are isolated, else none.
         on_projected: What is done once it is clear that the quota will not do for the
