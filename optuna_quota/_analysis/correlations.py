@@ -104,7 +104,7 @@ def spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> dict[str, float]
     t = near * math.sqrt((n - 2) / (1 - near**2))
     return {
         "rho": rho,
-        "lower": math.tanh(math.atanh(near) - half),
+        "lower": min(math.tanh(math.atanh(near) - half), rho),
         "upper": max(math.tanh(math.atanh(near) + half), rho),
         "p_value": float(2 * special.stdtr(n - 2, -abs(t))),
     }

@@ -102,6 +102,16 @@ def test_nothing_is_claimed_from_too_few_trials(n: int) -> None:
     assert (table["n"] == n).all(), "how few they were stays said"
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_interval_of_a_perfect_order_holds_it(sign: int) -> None:
+    x = np.arange(10.0)
+
+    found = spearman(x, sign * x)
+
+    assert found["lower"] <= found["rho"] <= found["upper"]
+    assert sign * found["rho"] == pytest.approx(1.0)
+
+
 def test_a_perfect_order_of_eight_is_not_beyond_doubt() -> None:
     trials = [finished({"x": float(i)}, Usage(cpu_time=i + 1.0), ONE) for i in range(8)]
 
