@@ -177,15 +177,20 @@ def _plain(value: Any) -> float | None:
 
 
 def _same(value: Any, choice: Any) -> bool:
-    # True == 1 in Python, but they are two choices; of what JSON can't keep, its text is compared.
+    # True == 1 in Python, but they are two choices; of what JSON can't keep (inf and NaN, which
+    # does not equal itself, among it), its text is compared.
     if not _is_scalar(choice) or not _is_scalar(value):
         return _as_text(value) == _as_text(choice)
     return isinstance(value, bool) == isinstance(choice, bool) and bool(value == choice)
 
 
 def _is_scalar(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, np.generic))
+    if isinstance(value, (float, np.floating)):
+        return math.isfinite(value)
+    return value is None or isinstance(value, (bool, int, str, np.generic))
 
 
 def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        return value
+    return repr(value.item() if isinstance(value, np.generic) else value)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import json
+import math
 import pickle
 from typing import Any
 
+import numpy as np
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 import pytest
@@ -62,6 +64,25 @@ def test_odd_choices_are_kept_as_text() -> None:
     copied = Footprint.from_json(footprint.to_json())
     for choice in choices.choices:
         assert copied.predict({"odd": choice}).equals(footprint.predict({"odd": choice}))
+
+
+@pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("others", [[1.0], [1.0, 5.0]], ids=repr)
+def test_a_choice_that_json_can_not_keep_is_told_apart_and_survives(
+    odd: float, others: list[float]
+) -> None:
+    choices = [*others, odd]
+    rows = [
+        # One distribution each, as a storage returns them.
+        FootprintRow({"norm": c}, {"norm": CategoricalDistribution(choices)}, Usage(memory=amount))
+        for c in choices
+        for amount in ([4.0e9, 4.1e9, 4.2e9] if c is odd else [1.0e9, 1.1e9, 1.2e9])
+    ]
+    footprint = Footprint.fit(rows)
+    copied = Footprint.from_json(footprint.to_json())
+    assert footprint.predict({"norm": float(odd)}).loc["memory", "median"] > 3e9
+    for choice in [*choices, float(odd), np.float64(odd)]:
+        assert copied.predict({"norm": choice}).equals(footprint.predict({"norm": choice}))
 
 
 def _set(path: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
