@@ -131,7 +131,8 @@ def _parameters(trials: Sequence[FrozenTrial]) -> Iterable[Parameter]:
         values = [t.params.get(name) for t in trials]
         known = [name in t.params for t in trials]
         choices = [choice for d in space for choice in getattr(d, "choices", ())]
-        if all(_is_number(choice) for choice in choices):
+        # An infinite choice has no place among numbers, and is set all the same.
+        if all(_is_number(c) and math.isfinite(c) for c in choices):
             yield _number(name, values, known)
         else:
             yield _category(name, values, known, choices)

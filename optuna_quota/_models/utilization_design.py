@@ -138,13 +138,15 @@ class Design:
 
     def encode(self, params: Sequence[Mapping[str, Any]]) -> Values:
         """Return the values of parameter sets as arrays; what is missing or unknown is NaN."""
-        return {name: self._codes(name, [p.get(name) for p in params]) for name in self.typical}
+        return {name: self._codes(name, params) for name in self.typical}
 
-    def _codes(self, name: str, values: Sequence[Any]) -> Array:
+    def _codes(self, name: str, params: Sequence[Mapping[str, Any]]) -> Array:
         if name in self.levels:
             code = {level: float(i) for i, level in enumerate(self.levels[name])}
-            texts = (None if value is None else str(value) for value in values)
-            return np.array([code.get(t, math.nan) if t else math.nan for t in texts], dtype=float)
+            # None is a choice like any other; only a name that is not there is missing.
+            known = (code.get(str(p[name]), math.nan) if name in p else math.nan for p in params)
+            return np.array(list(known), dtype=float)
+        values = (p.get(name) for p in params)
         return np.array([math.nan if v is None else float(v) for v in values], dtype=float)
 
 

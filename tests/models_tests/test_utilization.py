@@ -390,3 +390,46 @@ def ill(change: str) -> optuna.Study:
         else:
             trials.append(finished(params, usage, space))
     return study_of(*trials)
+
+
+def test_a_choice_of_none_is_predicted_as_a_level_of_its_own() -> None:
+    space = {"weight": CategoricalDistribution([None, "", "balanced"])}
+    amounts = {None: 4e9, "": 2e9, "balanced": 1e9}
+    rng = np.random.default_rng(0)
+    chosen = [None, "", "balanced", "balanced"] * 10
+    model = model_of(
+        study_of(
+            *(
+                finished({"weight": c}, Usage(memory=amounts[c] * rng.lognormal(0, 0.02)), space)
+                for c in chosen
+            )
+        )
+    )
+
+    predicted = model.predict([{"weight": choice} for choice in amounts])
+
+    assert predicted["median"].to_numpy() == pytest.approx(list(amounts.values()), rel=0.03)
+    assert model.predict([{}])["median"][0] == predicted["median"][2]
+
+
+def test_an_infinite_choice_is_a_level_not_a_missing_value() -> None:
+    space = {"max_norm": CategoricalDistribution([1.0, math.inf])}
+    rng = np.random.default_rng(0)
+    report = analyze(
+        study_of(
+            *(
+                finished(
+                    {"max_norm": norm},
+                    Usage(memory=1e9 * (1 + math.isinf(norm)) * rng.lognormal(0, 0.02)),
+                    space,
+                )
+                for norm in [1.0, math.inf] * 15
+            )
+        )
+    )
+
+    found = report.correlations.iloc[0]
+
+    assert (found["param"], found["n"], found["branch"]) == ("max_norm", 30, "")
+    assert found["p_value"] < 1e-3
+    assert "2[max_norm=inf]" in report.models["memory"].formula
