@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 import pickle
 from typing import Any
 
+from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 import pytest
@@ -157,3 +160,53 @@ def test_points_as_many_as_trials_are_those_to_come_and_others_a_sample() -> Non
     # The dear point comes never, once or twice: without replacement it could not come twice.
     assert row.lower == pytest.approx(50)
     assert row.upper > 240
+
+
+def test_a_trial_stopped_at_a_limit_uses_that_share_of_all_its_totals() -> None:
+    each = Usage(wall_time=600.0, cpu_time=1_200.0, energy=60.0, memory=1e9)
+    quota = Quota(cpu_time=1_200, cpu_cores=2)
+    projection = project(Strategy(10), each, quota=quota, limits=Limits(wall_time=60))
+    assert projection.fits
+    medians = projection.table["median"]
+    assert medians[["wall_time", "cpu_time", "energy"]].tolist() == [600, 1_200, 60]
+    assert medians["cpu_cores"] == pytest.approx(2)
+    assert medians["memory"] == 1e9
+
+
+def test_a_cost_is_unknown_where_nothing_that_is_priced_is_known() -> None:
+    quota = Quota(cost=1, prices={"gpu_time": 100})
+    projection = project(Strategy(10), EACH, quota=quota)
+    assert projection.table["probability"].isna()["cost"]
+    assert "cost: nothing is known of it, quota 1" in str(projection)
+
+
+def test_what_a_footprint_leaves_unknown_at_some_points_adds_nothing_there() -> None:
+    def footprint(params: Mapping[str, Any]) -> Usage:
+        return Usage(wall_time=10.0, gpu_memory=1e9 if params["device"] == "gpu" else None)
+
+    space = {"device": CategoricalDistribution(["cpu", "gpu"])}
+    quota = Quota(gpu_memory="2GB", wall_time=100)
+    projection = project(Strategy(10, search_space=space), footprint, quota=quota)
+    assert projection.fits
+    assert projection.table.loc["gpu_memory", "upper"] == 1e9
+
+
+@pytest.mark.parametrize("n_jobs", [8, 16, 40, 100])
+def test_the_nearest_strategy_has_as_many_at_once_as_fit(n_jobs: int) -> None:
+    each, quota = Usage(memory="1GiB", wall_time=10), Quota(memory="7GiB")
+    strategy = Strategy(150, n_jobs=n_jobs)
+    assert project(strategy, each, quota=quota).nearest == Strategy(150, n_jobs=7)
+
+
+@pytest.mark.parametrize("seed", range(6, 10))
+def test_the_nearest_of_uncertain_strategies_fits_when_projected_itself(seed: int) -> None:
+    strategy = Strategy(200, search_space={"x": IntDistribution(5, 50)})
+    quota = Quota(trial_time=2_000)
+
+    def projected(strategy: Strategy) -> Any:
+        return project(strategy, lambda p: Usage(wall_time=p["x"]), quota=quota, seed=seed)
+
+    near = projected(strategy).nearest
+    assert near.n_trials < 200 and near.search_space == strategy.search_space
+    assert projected(near).fits
+    assert not projected(replace(near, n_trials=near.n_trials + 1)).fits

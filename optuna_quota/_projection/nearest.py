@@ -30,18 +30,31 @@ def nearest_strategy(
     asked = plan.strategy
     unit = unit_points(asked, seed)
     options: list[tuple[float, Strategy]] = []
+
+    def longest(n_jobs: int) -> int:
+        slower = replace(plan, strategy=replace(asked, n_jobs=n_jobs))
+        changed = simulation if n_jobs == asked.n_jobs else slower.simulate(unit, points, seed)
+        return changed.longest(confidence)
+
+    too_many = asked.n_jobs
     for n_jobs in _fewer_at_once(asked.n_jobs):
-        slower = replace(asked, n_jobs=n_jobs)
-        changed = simulation if n_jobs == asked.n_jobs else None
-        changed = changed or replace(plan, strategy=slower).simulate(unit, points, seed)
-        n_trials = changed.longest(confidence)
+        n_trials = longest(n_jobs)
         # All trials with fewer at once lose nothing but time.
         slowness = 0.02 * (1 - n_jobs / asked.n_jobs)
         if n_trials >= 1:
             kept = n_trials / asked.n_trials - slowness
-            options.append((kept, replace(slower, n_trials=n_trials)))
+            options.append((kept, replace(asked, n_jobs=n_jobs, n_trials=n_trials)))
         if n_trials >= asked.n_trials:
-            return options[-1][1]
+            # The counts tried are spaced: the most that fit may lie between two of them.
+            enough = n_jobs
+            while too_many - enough > 1:
+                middle = (enough + too_many) // 2
+                if longest(middle) >= asked.n_trials:
+                    enough = middle
+                else:
+                    too_many = middle
+            return replace(asked, n_jobs=enough)
+        too_many = n_jobs
     if unit is not None and points is None:
         options += _smaller_range(plan, simulation, unit, confidence, seed)
     return max(options, key=lambda option: option[0])[1] if options else None

@@ -65,14 +65,17 @@ class Plan:
             )
         length = min(self.strategy.n_trials, _LONGEST)
         count = int(min(_DRAWS, max(_CELLS // length, 50)))
-        drawn = self.footprint.draw(pool, count, seed)
+        # What is unknown at a point adds nothing there, as it breaches nothing and has no price.
+        drawn = {
+            name: np.where(np.isnan(each), 0.0, each)
+            for name, each in self.footprint.draw(pool, count, seed).items()
+        }
         known = points is not None and len(points) == self.strategy.n_trials
         picks = _picks(count, length, len(pool), seed, known=known)
         usage = {name: np.take_along_axis(each, picks, axis=1) for name, each in drawn.items()}
-        for name, limit in self.limits.amounts().items():
-            if name in usage:
-                usage[name] = np.minimum(usage[name], limit)
-        return Simulation(self, drawn, _growth(self, usage, (count, length)))
+        return Simulation(
+            self, drawn, _growth(self, _stopped(usage, self.limits), (count, length))
+        )
 
 
 def unit_points(strategy: Strategy, seed: int) -> np.ndarray | None:
@@ -83,6 +86,23 @@ def unit_points(strategy: Strategy, seed: int) -> np.ndarray | None:
     return latin_hypercube(_POOL, len(strategy.search_space), generator)
 
 
+def _stopped(usage: Mapping[str, np.ndarray], limits: Limits) -> dict[str, np.ndarray]:
+    """Return what trials use when each is terminated at the limit that it reaches first.
+
+    As in a replay, all totals grow evenly over a trial, so that they stop together; when it had
+    its peaks, and with them a breach of one, nobody knows.
+    """
+    found = dict(usage)
+    totals = [name for name in found if not get_resource(name).peak]
+    share = np.ones(1)
+    for name, limit in limits.amounts().items():
+        if name in totals:
+            share = np.minimum(share, limit / np.maximum(found[name], limit))
+        elif name in found:
+            found[name] = np.minimum(found[name], limit)
+    return {name: each * share if name in totals else each for name, each in found.items()}
+
+
 def _picks(count: int, length: int, size: int, seed: int, *, known: bool) -> np.ndarray:
     """Return which point of the pool each trial of each draw runs at.
 
@@ -91,7 +111,8 @@ def _picks(count: int, length: int, size: int, seed: int, *, known: bool) -> np.
     """
     generator = np.random.default_rng([seed, 3])
     if not known or length != size:
-        return generator.integers(size, size=(count, length))
+        # Drawn trial by trial, so that a strategy of fewer trials starts with the very same ones.
+        return generator.integers(size, size=(length, count)).T
     order = np.tile(np.arange(size), (count, 1))
     return np.asarray(generator.permuted(order, axis=1))
 
@@ -117,7 +138,7 @@ def _growth(
     if finish is not None:
         grown["wall_time"] = finish * scale
     grown.update(peaks)
-    if plan.quota.cost is not None:
+    if plan.quota.cost is not None and any(name in grown for name in plan.quota.prices):
         grown["cost"] = _cost(plan.quota, grown, shape)
     for name, amount in plan.used.items():
         if name in grown and name in TOTAL_RESOURCES:
