@@ -152,6 +152,10 @@ def under_quota(courses: Sequence[Course], quota: Quota) -> tuple[list[Course], 
     by = min(ends, key=lambda name: ends[name], default=None)
     if by is None or not math.isfinite(ends[by]):
         return alone, math.inf, None
+    if by == "n_trials":
+        # By their places: trials may have started at one moment.
+        left = int(quota.totals[by])
+        return [*alone[:left], *(course.not_run(by) for course in alone[left:])], ends[by], by
     return [_cut(course, ends[by], by) for course in alone], ends[by], by
 
 
@@ -165,7 +169,7 @@ def _under_held(course: Course, held: Mapping[str, float]) -> Course:
 def _cut(course: Course, end: float, by: str) -> Course:
     if course.start >= end:
         return course.not_run(by)
-    if by == "n_trials" or course.end <= end * (1 + 1e-12):
+    if course.end <= end * (1 + 1e-12):
         return course
     return course.stopped(end - course.start, by, "quota")
 
@@ -193,7 +197,7 @@ def _clock_used_up(courses: Sequence[Course], total: float) -> float:
     for course in courses:
         begin = max(course.start, until)
         if course.end > begin:
-            if used + course.end - begin > total:
+            if used + course.end - begin > total * (1 + 1e-9):
                 return begin + total - used
             used, until = used + course.end - begin, course.end
     return math.inf

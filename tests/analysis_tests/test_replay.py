@@ -235,3 +235,17 @@ def test_there_must_be_something_to_replay(arguments: dict[str, Any]) -> None:
 def test_limits_and_quota_are_not_mixed_up() -> None:
     with pytest.raises(TypeError, match="`quota` must be a Quota"):
         replay(optuna.create_study(), quota=Limits(memory="1GB"))  # type: ignore[arg-type]  # point
+
+
+def test_a_quota_of_trials_lets_as_many_run_as_it_says() -> None:
+    # MySQL keeps whole seconds: those that start together bear one date.
+    rows = [dated(10 * (i // 4), 10, value=float(i)) for i in range(8)]
+    report = replay(study_of(*rows), quota=Quota(n_trials=2))
+    assert report.not_run == [2, 3, 4, 5, 6, 7]
+    assert report.best_lives and report.ended_by == "n_trials"
+
+
+def test_clock_time_that_just_uses_up_its_quota_is_not_over_it() -> None:
+    study = study_of(*(trial(wall_time=0.1) for _ in range(3)))
+    report = replay(study, quota=Quota(wall_time=0.3))
+    assert report.ended_by is None
