@@ -105,7 +105,7 @@ def _best_so_far(report: UtilizationReport, courses: list[Course]) -> np.ndarray
     """The best value when each trial had ended, as a loss; inf before any had completed."""
     table = report.table
     losses = table["value"].to_numpy(dtype=float) * signs(report.study)[0]
-    done = (report.data.ended == "completed") & np.isfinite(losses)
+    done = (report.data.ended == "completed") & report.feasible
     by_number = dict(zip(table["number"][done], losses[done], strict=True))
     found = np.array([by_number.get(c.number, math.inf) for c in courses])
     return np.minimum.accumulate(found)

@@ -43,8 +43,8 @@ def advise_cheapest(report: UtilizationReport) -> Iterator[Advice]:
 def near_best(report: UtilizationReport, tolerance: float = TOLERANCE) -> NDArray[np.bool_]:
     """Return which trials are within a tolerance of the best, shape ``(n_trials,)``.
 
-    That is ``|value - best| <= tolerance · |best|``, and the Pareto front where there are several
-    objectives.
+    That is ``|value - best| <= tolerance · |best|`` among those that violate no constraint, and
+    the Pareto front where there are several objectives.
 
     Args:
         report: The analyzed study.
@@ -58,7 +58,7 @@ def near_best(report: UtilizationReport, tolerance: float = TOLERANCE) -> NDArra
     top = values[best][0]
     with np.errstate(invalid="ignore"):
         near = np.abs(values - top) <= tolerance * abs(top)
-    near &= np.asarray(report.data.ended == "completed")
+    near &= np.asarray(report.data.ended == "completed") & report.feasible
     best |= near
     return best
 
@@ -66,7 +66,7 @@ def near_best(report: UtilizationReport, tolerance: float = TOLERANCE) -> NDArra
 def _cheapest(report: UtilizationReport, resource: str, best: int) -> Advice | None:
     table, costs = report.table, report.table[resource].to_numpy(dtype=float)
     numbers, values = table["number"].to_numpy(), table["value"].to_numpy(dtype=float)
-    done = (report.data.ended == "completed") & np.isfinite(costs) & np.isfinite(values)
+    done = (report.data.ended == "completed") & np.isfinite(costs) & report.feasible
     place = int(np.flatnonzero(numbers == best)[0])
     if done.sum() < _MIN_COMPLETED or not done[place] or costs[place] <= 0:
         return None

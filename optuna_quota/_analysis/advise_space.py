@@ -145,10 +145,12 @@ def _regions(parameter: Parameter, breached: Mask, known: Mask) -> Iterator[Regi
             yield Region(x == code, level, f"without {level}", name)
         return
     for below, above in _cuts(seen, x[kept], breached[kept]):
-        under, over = _between(below, above, whole=bool((seen == np.round(seen)).all()))
+        ends = _between(below, above, whole=bool((seen == np.round(seen)).all()))
+        # Six digits where they say it exactly; a bound that is rounded may let breaches in.
+        under, over = (f"{end:g}" if float(f"{end:g}") == end else f"{end:.17g}" for end in ends)
         with np.errstate(invalid="ignore"):
-            yield Region(x >= above, f"{name} >= {over:g}", f"{name} <= {under:g}", name)
-            yield Region(x <= below, f"{name} <= {under:g}", f"{name} >= {over:g}", name)
+            yield Region(x >= above, f"{name} >= {over}", f"{name} <= {under}", name)
+            yield Region(x <= below, f"{name} <= {under}", f"{name} >= {over}", name)
 
 
 def _cuts(

@@ -29,14 +29,15 @@ def best_numbers(study: Study, *, without: Collection[int] = ()) -> list[int]:
     from optuna.trial import TrialState
 
     completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    trials = [t for t in completed if t.number not in without and _is_feasible(t)]
+    trials = [t for t in completed if t.number not in without and is_feasible(t)]
     if not trials:
         return []
     losses = np.array([t.values for t in trials], dtype=float) * signs(study)
     return [trials[i].number for i in front(losses)]
 
 
-def _is_feasible(trial: FrozenTrial) -> bool:
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Return whether a trial violates no constraint and all its values are finite."""
     finite = all(math.isfinite(v) for v in trial.values or ())
     return finite and all(v <= 0 for v in trial.constraints.values())
 

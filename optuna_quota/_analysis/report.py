@@ -10,11 +10,14 @@ import os
 from typing import Any
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from optuna_quota import _records
 from optuna_quota._analysis.advice import Advice
 from optuna_quota._analysis.advise import advise
 from optuna_quota._analysis.correlations import correlations
 from optuna_quota._analysis.fronts import best_numbers
+from optuna_quota._analysis.fronts import is_feasible
 from optuna_quota._analysis.summary import summarize
 from optuna_quota._models.footprint import Footprint
 from optuna_quota._models.rows import footprint_row
@@ -26,6 +29,7 @@ from optuna_quota._models.utilization_data import StudyData
 
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from optuna.study import Study
     import pandas as pd
 
@@ -104,6 +108,14 @@ class UtilizationReport:
     def best(self) -> list[int]:
         """Number of the best completed trial, or those of the Pareto front."""
         return best_numbers(self.study)
+
+    @cached_property
+    def feasible(self) -> NDArray[np.bool_]:
+        """Which trials violate no constraint and have finite values, shape ``(n_trials,)``."""
+        trials = self.study.get_trials(deepcopy=False)
+        numbers = [t.number for t in trials if t.values and is_feasible(t)]
+        found: NDArray[np.bool_] = np.isin(self.table["number"].to_numpy(), numbers)
+        return found
 
     @cached_property
     def advice(self) -> list[Advice]:

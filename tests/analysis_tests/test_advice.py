@@ -283,3 +283,35 @@ def test_several_objectives() -> None:
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_little_data_bears_out_little(n: int) -> None:
     assert {advice.topic for advice in analyze(power_law_study(n)).advice} <= {"budget"}
+
+
+def test_a_trial_that_violates_a_constraint_is_neither_the_cheapest_nor_the_best() -> None:
+    space = {"x": IntDistribution(0, 30)}
+    trials = []
+    for i in range(30):
+        cheap = i in (8, 29)
+        usage = Usage(cpu_time=0.1 if cheap else 9.0 + i, wall_time=10.0)
+        over = {"constraints": [1.0 if cheap else -1.0]}
+        value = 0.999 if i == 29 else 1.0 + i * 1e-4
+        trials.append(finished({"x": i}, usage, space, value=value, system_attrs=over))
+    study = study_of(*trials)
+
+    assert analyze(study).best == [0]
+    assert not advice_on(study, "cheapest trial")
+    assert "bought nothing" in str(one(study, "last tenth"))
+
+
+def test_a_large_bound_is_said_exactly() -> None:
+    space = {"rows": IntDistribution(1, 3_000_000)}
+    trials = []
+    for i in range(60):
+        rows = 1_000_001 + i * 12_347
+        if rows > 1_500_000:
+            usage = Usage(memory=8e9)
+            trials.append(terminated({"rows": rows}, usage, "memory", 8e9, space))
+        else:
+            trials.append(finished({"rows": rows}, Usage(memory=1e9), space))
+
+    advice = one(study_of(*trials), "search space")
+
+    assert advice.figures["rule"] == "rows <= 1493881"
