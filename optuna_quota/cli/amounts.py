@@ -87,7 +87,7 @@ def read_pairs(
         if not name or not text:
             raise UsageError(f"{option} must be NAME=VALUE, such as memory=8GiB, got {part!r}.")
         if name not in known:
-            raise UsageError(f"{option} knows no {name!r}{_hint(name, known)}.")
+            raise UsageError(f"{option} knows no {name!r}; {_hint(name, known)}")
         if name in pairs:
             raise UsageError(f"{option} {name} is given twice.")
         unitless = numbers or RESOURCES[name].parse in _UNITLESS
@@ -108,7 +108,7 @@ def _number(text: str, name: str) -> float:
 
 def _hint(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name.lower().replace("-", "_"), known, 1)
-    return f"; did you mean {close[0]}?" if close else f"; it knows {', '.join(known)}"
+    return f"did you mean {close[0]}?" if close else f"it knows {', '.join(known)}."
 
 
 def _build(kind: type[_T], option: str, arguments: Mapping[str, Any]) -> _T:

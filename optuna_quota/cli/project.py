@@ -154,6 +154,11 @@ def lines(projection: Projection) -> Iterator[str]:
     yield ""
     header = ("resource", "at least", "median", "at most", "quota", "probability")
     yield from table(header, [_row(resource) for resource in projection.resources])
+    unknown = [row for row in projection.resources if row.quota and row.probability is None]
+    if unknown:
+        yield ""
+        titles = ", ".join(get_resource(row.resource).title for row in unknown)
+        yield f"Nothing is known of {titles}: whether they fit is not judged."
     if projection.nearest is not None:
         yield ""
         difference = describe_difference(projection.nearest, projection.strategy)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+import difflib
 from pathlib import Path
 from typing import Any
 from typing import TYPE_CHECKING
@@ -18,6 +20,8 @@ from optuna_quota.cli.storages import load_study
 
 
 if TYPE_CHECKING:
+    from optuna.study import Study
+
     from optuna_quota._analysis.report import UtilizationReport
 
 
@@ -85,7 +89,9 @@ def run(options: argparse.Namespace) -> int:
     from optuna_quota._analysis.report import analyze
 
     with progress("reading the trials") as say:
-        report = analyze(load_study(options), user_attrs=options.user_attr)
+        study = load_study(options)
+        _refuse_unknown(options.user_attr, study)
+        report = analyze(study, user_attrs=options.user_attr)
         say("fitting models")
         content = as_json(report) if options.format == "json" else report.summary()
         if options.html is not None:
@@ -102,6 +108,15 @@ def run(options: argparse.Namespace) -> int:
     else:
         write_json(content)
     return errors.OK
+
+
+def _refuse_unknown(attributes: Sequence[str], study: Study) -> None:
+    known = {name for trial in study.get_trials(deepcopy=False) for name in trial.user_attrs}
+    for name in attributes:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            meant = f"; did you mean {close[0]}?" if close else "."
+            raise errors.UsageError(f"--user-attr: no trial has {name!r}{meant}")
 
 
 def as_json(report: UtilizationReport) -> dict[str, Any]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 _SQLITE_FILE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
+_SQLITE_HEAD = b"SQLite format 3\0"
 _PASSWORD = re.compile(r"(//[^/@:]*:)[^@]*@")
 
 
@@ -71,14 +72,28 @@ def open_storage(url: str) -> BaseStorage:
         UsageError: If it names nothing that is there.
     """
     from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
     from optuna.storages.journal import JournalRedisBackend
 
     if url.startswith("redis"):
         return JournalStorage(JournalRedisBackend(url))
     if os.path.isfile(url):
-        return JournalStorage(JournalFileBackend(url))
+        return _open_file(url)
     return _open_database(url)
+
+
+def _open_file(path: str) -> BaseStorage:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    with open(path, "rb") as file:
+        if file.read(len(_SQLITE_HEAD)) == _SQLITE_HEAD:
+            raise UsageError(f"--storage: {path!r} is an SQLite file; give 'sqlite:///{path}'.")
+    try:
+        return JournalStorage(JournalFileBackend(path))
+    except (ValueError, LookupError, TypeError) as error:
+        raise UsageError(
+            f"--storage: {path!r} can't be read as a journal file: {error!r}."
+        ) from error
 
 
 def _open_database(url: str) -> BaseStorage:

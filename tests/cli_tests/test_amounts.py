@@ -68,6 +68,7 @@ def test_what_cannot_be_meant(read: Callable[[], Any], says: str) -> None:
     with pytest.raises(UsageError, match=None) as caught:
         read()
     assert says in str(caught.value)
+    assert "?." not in str(caught.value)
 
 
 @given(st.lists(st.text(max_size=40), max_size=3), st.lists(st.text(max_size=20), max_size=2))

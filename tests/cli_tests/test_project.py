@@ -28,6 +28,17 @@ def test_what_does_not_fit_has_status_3_and_a_way_out(capsys: pytest.CaptureFixt
     assert max(map(len, result.out.splitlines())) <= 80
 
 
+def test_a_quota_on_what_is_not_known_is_said_not_to_be_judged(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result = run_command(capsys, *STATED, "--quota", "gpu_time=1h,wall_time=6h,cpu_time=1h")
+    assert result.status == 0
+    last = result.out.splitlines()[-1]
+    assert last == "Nothing is known of CPU time, GPU time: whether they fit is not judged."
+    known = run_command(capsys, *STATED, "--quota", "wall_time=6h")
+    assert "known" not in known.out
+
+
 def test_nothing_smaller_fits_either(capsys: pytest.CaptureFixture[str]) -> None:
     result = run_command(capsys, *STATED, "--quota", "memory=1GiB")
     assert result.status == 3

@@ -64,6 +64,15 @@ def test_a_study_without_trials_has_a_report(
     assert run_command(capsys, *arguments, "--format", "json").json["n_trials"] == 0
 
 
+def test_an_attribute_that_no_trial_has_is_refused(
+    tuned: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run_command(capsys, "report", "--storage", tuned, "--user-attr", "quota:hots")
+    assert result.status == 2
+    assert "--user-attr: no trial has 'quota:hots'; did you mean quota:host?" in result.err
+    assert run_command(capsys, "report", "--storage", tuned, "--user-attr", "quota:host").err == ""
+
+
 def test_a_page_that_cannot_be_written_is_one_sentence(
     tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

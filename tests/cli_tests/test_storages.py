@@ -72,6 +72,23 @@ def test_what_is_no_storage(url: str, says: str, monkeypatch: pytest.MonkeyPatch
     assert says in str(caught.value)
 
 
+def test_a_sqlite_file_is_told_its_url(tuned: str) -> None:
+    path = tuned.removeprefix("sqlite:///")
+    with pytest.raises(UsageError) as caught:
+        open_storage(path)
+    assert str(caught.value) == f"--storage: {path!r} is an SQLite file; give {tuned!r}."
+
+
+@pytest.mark.parametrize(
+    "content", [b"number,state\n0,1\n", b'{"kind": "x"}\n', b"3\n", b"\xfb\n"]
+)
+def test_a_file_that_is_no_journal_is_told_so(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "trials.csv"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"trials\.csv' can't be read as a journal file: "):
+        open_storage(str(path))
+
+
 def test_no_error_shows_a_password() -> None:
     shown = without_password("postgresql+psycopg2://me:s3cret@host/db")
     assert shown == "postgresql+psycopg2://me:***@host/db"
