@@ -131,7 +131,9 @@ def _basis(model: UtilizationModel) -> str:
     bounds = "bound" if model.n_censored == 1 else "bounds"
     counts = f"{model.n_observed} trials, {model.n_censored} lower {bounds}"
     shown = f"exponents {', '.join(exponents)}; " if exponents else ""
-    return f"{shown}{counts}; scatter {100 * math.expm1(min(model.sigma, 20)):.2g}%."
+    percent = 100 * math.expm1(min(model.sigma, 20))
+    scatter = f"{percent:.2g}" if percent < 99.5 else f"{percent:.0f}"
+    return f"{shown}{counts}; scatter {scatter}%."
 
 
 def _correlation_line(row: dict[str, Any]) -> Iterator[str]:

@@ -143,7 +143,7 @@ def _condition(column: Column) -> str:
 
 
 def _ratio(b: float) -> str:
-    return f"{_exp(b):.2g}" if _exp(b) < 100 else f"{_exp(b):.0f}"
+    return f"{_exp(b):.2g}" if _exp(b) < 99.5 else f"{_exp(b):.0f}"
 
 
 def _short(b: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import optuna
 
 from optuna_quota import analyze
@@ -23,6 +25,14 @@ def test_every_line_fits_a_terminal() -> None:
 
     for report in (analyze(power_law_study(60)), analyze(long)):
         assert max(map(len, report.summary().splitlines())) <= 100
+
+
+def test_a_wide_scatter_is_given_without_an_exponent() -> None:
+    text = " ".join(analyze(power_law_study(60, noise=0.8)).summary().split())
+
+    shown = re.findall(r"scatter (\S+)%\.", text)
+    assert len(shown) >= 2 and max(map(float, shown)) > 100
+    assert all(figure.replace(".", "", 1).isdigit() for figure in shown)
 
 
 def test_an_empty_study_is_said_to_be_empty() -> None:
