@@ -60,7 +60,8 @@ def _text(
         f"{MARGIN - 1:.0%} to spare (at most {used} used)."
     )
     ended = report.table["censored_by"].isin(list(greatest)).sum()
-    return f"{text} The {ended} that were terminated would have needed more." if ended else text
+    those = "one that was" if ended == 1 else f"{ended} that were"
+    return f"{text} The {those} terminated would have needed more." if ended else text
 
 
 def _rounded_up(resource: str, amount: float) -> float:
