@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import concurrent.futures
 import ctypes
 import os
 from pathlib import Path
@@ -276,6 +277,17 @@ def test_a_killed_supervisor_takes_its_trial_along() -> None:
     trial = run_one(objective)
     assert trial.state == TrialState.FAIL
     assert not wait_until_gone([trial.user_attrs["pid"], trial.user_attrs["orphan"]])
+
+
+def test_workers_of_an_executor_that_was_left_open_end_with_the_trial() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        executor = concurrent.futures.ProcessPoolExecutor(2)
+        globals()["kept"] = executor
+        return float(sum(executor.map(abs, [-1, 2])))
+
+    trial = run_one(objective, Limits(wall_time=60.0), grace_period=0.1)
+    assert trial.value == 3.0
+    assert read_record(trial).breach is None
 
 
 def test_nothing_leaks() -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 import pickle
 import sys
+import threading
 from typing import Any
 
 from optuna_quota._enforcement.isolation import rlimits
@@ -237,12 +238,24 @@ def _finish(outcome: Any) -> int:
             outcome = _sendable(outcome)
         _flush()
         _calls.notify(outcome)
-        # multiprocessing's pools, executors and temporary folders clean up in exit handlers.
-        atexit._run_exitfuncs()
+        _run_exit_handlers()
         _flush()
     except BaseException:  # noqa: BLE001 - the supervisor reports that nothing was sent
         return 1
     return outcome.code if isinstance(outcome, Exited) else 0
+
+
+def _run_exit_handlers() -> None:
+    """Let pools, executors and temporary folders clean up; threads are not waited for.
+
+    Executors (joblib's too) tell their workers to end in handlers that threading keeps, and
+    multiprocessing waits for these workers in one of the others: for ever, if they were not told.
+    """
+    try:
+        for handler in reversed(getattr(threading, "_threading_atexits", ())):
+            handler()
+    finally:
+        atexit._run_exitfuncs()
 
 
 def _sendable(returned: Returned) -> Any:
