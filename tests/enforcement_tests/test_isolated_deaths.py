@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 import concurrent.futures
 import ctypes
@@ -277,6 +278,18 @@ def test_a_killed_supervisor_takes_its_trial_along() -> None:
     trial = run_one(objective)
     assert trial.state == TrialState.FAIL
     assert not wait_until_gone([trial.user_attrs["pid"], trial.user_attrs["orphan"]])
+
+
+def test_an_exit_handler_that_hangs_meets_the_limit() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        atexit.register(time.sleep, 600)
+        return 3.0
+
+    run_one(lambda trial: 0.0)  # a template is there
+    started = time.monotonic()
+    trial = run_one(objective, Limits(wall_time=3.0), grace_period=0.1)
+    assert time.monotonic() - started < 300
+    assert trial.value == 3.0
 
 
 def test_workers_of_an_executor_that_was_left_open_end_with_the_trial() -> None:

@@ -86,10 +86,14 @@ class Server:
         self._started = False
 
     def stop(self, breach: Breach, grace_period: float) -> None:
-        """Have the trial stopped for a breach; from any thread, once."""
+        """Have the trial stopped for a breach; from any thread, once.
+
+        A result that has come stays one: what the process does after it, such as to run a handler
+        that hangs at its exit, is stopped all the same.
+        """
         with self._sending:
-            if self.breach is None and self.outcome is None and self.ended is None:
-                self.breach = breach
+            if self.breach is None and self.ended is None:
+                self.breach = breach if self.outcome is None else None
                 with contextlib.suppress(OSError):
                     self._launched.control.send(StopFor(breach, grace_period))
 
