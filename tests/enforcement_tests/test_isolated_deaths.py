@@ -303,6 +303,29 @@ def test_workers_of_an_executor_that_was_left_open_end_with_the_trial() -> None:
     assert read_record(trial).breach is None
 
 
+def leave_by_exit(trial: optuna.Trial) -> float:
+    own = os.getpid()
+    if os.fork() == 0:
+        while os.getppid() == own:
+            time.sleep(0.001)
+        sys.exit(3)
+    return 1.0
+
+
+def leave_by_error(trial: optuna.Trial) -> float:
+    own = os.getpid()
+    if os.fork() == 0:
+        while os.getppid() == own:
+            time.sleep(0.001)
+        raise ValueError("in a fork")
+    return 1.0
+
+
+@pytest.mark.parametrize("objective", [leave_by_exit, leave_by_error])
+def test_a_fork_of_the_trial_does_not_speak_for_it(objective: Callable[..., Any]) -> None:
+    assert run_one(objective).value == 1.0
+
+
 def test_nothing_leaks() -> None:
     def objective(trial: optuna.Trial) -> float:
         if trial.number % 5 == 4:

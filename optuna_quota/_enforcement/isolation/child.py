@@ -14,6 +14,7 @@ import os
 import pickle
 import sys
 import threading
+import traceback
 from typing import Any
 
 from optuna_quota._enforcement.isolation import rlimits
@@ -25,6 +26,7 @@ from optuna_quota._enforcement.isolation.child_trial import ChildTrial
 from optuna_quota._enforcement.isolation.child_trial import TrialFacts
 from optuna_quota._enforcement.isolation.errors import pack_error
 from optuna_quota._enforcement.isolation.errors import SentError
+from optuna_quota._enforcement.isolation.errors import unpack_error
 from optuna_quota._enforcement.isolation.gpu_caps import set_gpu_caps
 from optuna_quota._enforcement.isolation.modules import can_preload
 from optuna_quota._enforcement.isolation.output import follow
@@ -162,7 +164,7 @@ def run_child(
     stop = PoliteStop(notice)
     stop.install()
     _calls = Calls(channel, stop)
-    known = len(sys.modules)
+    known, own = len(sys.modules), os.getpid()
     try:
         if streams:
             _take_streams(channel)
@@ -184,7 +186,15 @@ def run_child(
     except BaseException as error:  # noqa: BLE001 - a stop before the objective was called
         # What it had imported, the next trial finds loaded: else none would get any further.
         outcome = Raised(pack_error(error), modules=_imported(known))
-    return _finish(outcome)
+    return _finish(outcome) if os.getpid() == own else _leave(outcome)
+
+
+def _leave(outcome: Any) -> int:
+    """End a process that the objective forked and that came out of it: it speaks for no trial."""
+    if isinstance(outcome, Raised):
+        traceback.print_exception(unpack_error(outcome.error))
+    _flush()
+    return outcome.code if isinstance(outcome, Exited) else int(isinstance(outcome, Raised))
 
 
 def _take_streams(channel: Channel) -> None:
