@@ -232,3 +232,40 @@ def test_torch_runs_out_of_memory_at_the_limit() -> None:
     record = read_record(study.trials[0])
     assert record.outcome == "terminated"
     assert record.breach is not None and record.breach.resource == "memory"
+
+
+FORKING = """
+import atexit
+import multiprocessing
+import os
+import tempfile
+import time
+import optuna
+from optuna_quota import isolated
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+pid = os.getpid()
+folder = tempfile.TemporaryDirectory()
+helper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+helper.start()
+atexit.register(lambda: print("ends in the study's process:", os.getpid() == pid))
+
+def objective(trial):
+    own = tempfile.TemporaryDirectory()
+    trial.set_user_attr("own", own.name)
+    globals()["kept"] = own
+    return float(os.path.exists(folder.name))
+
+study = optuna.create_study()
+study.optimize(isolated(objective, start_method="fork"), n_trials=2)
+print([t.value for t in study.trials], helper.is_alive())
+print([os.path.exists(t.user_attrs["own"]) for t in study.trials])
+"""
+
+
+def test_a_forked_trial_leaves_the_studys_exit_to_the_study(tmp_path: Path) -> None:
+    assert run_python(tmp_path, "-c", FORKING).splitlines() == [
+        "[1.0, 1.0] True",
+        "[False, False]",
+        "ends in the study's process: True",
+    ]
