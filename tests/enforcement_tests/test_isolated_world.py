@@ -269,3 +269,51 @@ def test_a_forked_trial_leaves_the_studys_exit_to_the_study(tmp_path: Path) -> N
         "[False, False]",
         "ends in the study's process: True",
     ]
+
+
+LOGGING = """
+import logging
+import sys
+import optuna
+from optuna_quota import isolated
+import own_module
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+logging.lastResort = logging.StreamHandler(sys.stdout)
+
+def find_logger(name):
+    logger = logging.getLogger(name)
+    if not logger.handlers:
+        logger.addHandler(own_module.handler("function"))
+    return logger
+
+find_logger("known")
+
+def objective(trial):
+    own_module.logger.warning("one")
+    find_logger("known").warning("two")
+    find_logger("unknown").warning("three")
+    logging.getLogger("unheard").warning("four")
+    return 0.0
+
+optuna.create_study().optimize(isolated(objective), n_trials=1)
+"""
+
+LOGGING_MODULE = """
+import logging
+import sys
+
+def handler(name):
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter(f"{name}: %(message)s"))
+    return handler
+
+logger = logging.getLogger("own")
+logger.addHandler(handler("module"))
+"""
+
+
+def test_handlers_that_trials_set_up_again_do_not_log_twice(tmp_path: Path) -> None:
+    (tmp_path / "own_module.py").write_text(LOGGING_MODULE)
+    lines = run_python(tmp_path, "-c", LOGGING).splitlines()
+    assert sorted(lines) == ["four", "function: three", "function: two", "module: one"]

@@ -29,6 +29,7 @@ from optuna_quota._enforcement.isolation.errors import SentError
 from optuna_quota._enforcement.isolation.errors import unpack_error
 from optuna_quota._enforcement.isolation.gpu_caps import set_gpu_caps
 from optuna_quota._enforcement.isolation.modules import can_preload
+from optuna_quota._enforcement.isolation.output import defer_to_handlers
 from optuna_quota._enforcement.isolation.output import follow
 from optuna_quota._enforcement.isolation.output import OutputRules
 from optuna_quota._enforcement.isolation.shortage import find_shortage
@@ -209,6 +210,7 @@ def _prepare_and_run(start: Start, objective: Any, known: int, supervisor: int |
     if start.objective is not None:
         objective = pickle.loads(start.objective)
         fill_main(objective)
+        defer_to_handlers(start.output)
     seed(start.surroundings)
     trial = ChildTrial(_calls, start.trial)
     rlimits.reset_peak()

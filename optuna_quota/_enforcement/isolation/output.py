@@ -47,6 +47,7 @@ class OutputRules:
             the others are written to directly.
         encodings: Encoding and error handler of those written to directly.
         levels: Level and whether it is disabled, of each logger that has a say.
+        handled: The loggers that have handlers, but for the root.
         disabled: The level up to which logging is off altogether.
         filters: ``warnings.filters``.
     """
@@ -54,6 +55,7 @@ class OutputRules:
     forwarded: frozenset[str]
     encodings: Mapping[str, tuple[str, str]]
     levels: Mapping[str, tuple[int, bool]]
+    handled: Sequence[str]
     disabled: int
     filters: Sequence[Any]
 
@@ -75,10 +77,16 @@ def output_rules() -> OutputRules:
         for name, logger in loggers.items()
         if isinstance(logger, logging.Logger) and (logger.level or logger.disabled)
     }
+    handled = [
+        name
+        for name, logger in loggers.items()
+        if isinstance(logger, logging.Logger) and logger.handlers and logger.parent is not None
+    ]
     return OutputRules(
         frozenset(forwarded),
         encodings,
         levels,
+        handled,
         logging.Logger.manager.disable,
         tuple(warnings.filters),
     )
@@ -107,7 +115,23 @@ def follow(
         # Their levels are in force already, and going through all loggers would copy their pages.
         _silence(sounding)
         logging.getLogger().addHandler(ForwardingHandler(calls))
+    defer_to_handlers(rules)
     _follow_warnings(rules, calls)
+
+
+def defer_to_handlers(rules: OutputRules) -> None:
+    """Leave what a logger has handlers for in the study's process to those.
+
+    To be called again when modules were imported: what gives a logger its handlers there does so
+    here as well, and each record would come out twice. That a logger has some is still seen.
+
+    Args:
+        rules: The rules.
+    """
+    for name in rules.handled:
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [logging.NullHandler()]
+        logger.propagate = True
 
 
 def _open_stream(name: str, encoding: str, errors: str) -> io.TextIOBase:
@@ -130,7 +154,9 @@ def replay(message: Any) -> None:
         warnings.showwarning(message.message, message.category, message.filename, message.lineno)
     elif isinstance(message, logging.LogRecord):
         logger = logging.getLogger(message.name)
-        if logger.isEnabledFor(message.levelno):
+        heard = vars(message).pop(_HEARD, False)
+        # The handler of last resort is for what nobody has heard of.
+        if logger.isEnabledFor(message.levelno) and (logger.hasHandlers() or not heard):
             logger.handle(message)
 
 
@@ -222,9 +248,22 @@ def _portable(record: logging.LogRecord) -> logging.LogRecord:
         value = getattr(sent, name)
         if not isinstance(value, (str, int, float, bool, type(None))):
             setattr(sent, name, repr(value))
+    setattr(sent, _HEARD, _is_heard(record.name))
     return sent
 
 
+def _is_heard(name: str) -> bool:
+    """Return whether the trial itself has a handler for what a logger is given."""
+    logger: logging.Logger | None = logging.getLogger(name)
+    while logger is not None:
+        if any(not isinstance(h, _SILENT) for h in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
+
+
+_HEARD = "_quota_heard"
+_SILENT = (ForwardingHandler, logging.NullHandler)
 _STANDARD = frozenset(vars(logging.makeLogRecord({})))
 
 
