@@ -317,3 +317,30 @@ def test_handlers_that_trials_set_up_again_do_not_log_twice(tmp_path: Path) -> N
     (tmp_path / "own_module.py").write_text(LOGGING_MODULE)
     lines = run_python(tmp_path, "-c", LOGGING).splitlines()
     assert sorted(lines) == ["four", "function: three", "function: two", "module: one"]
+
+
+FILTERING = """
+import warnings
+import optuna
+from optuna_quota import isolated
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+class Mine(UserWarning):
+    pass
+
+def objective(trial):
+    warnings.warn("take care", Mine)
+    return 1.0
+
+study = optuna.create_study()
+warnings.simplefilter("ignore", Mine)
+study.optimize(isolated(objective), n_trials=1)
+warnings.simplefilter("error", Mine)
+study.optimize(isolated(objective), n_trials=1, catch=Mine)
+print([t.state.name for t in study.trials])
+"""
+
+
+def test_filters_for_warnings_of_the_script(tmp_path: Path) -> None:
+    assert run_python(tmp_path, "-c", FILTERING) == "['COMPLETE', 'FAIL']\n"

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 import io
 import logging
 import os
+import pickle
 import sys
 from typing import Any
 import warnings
+
+import cloudpickle
 
 from optuna_quota._enforcement.isolation.calls import Calls
 
@@ -49,7 +52,8 @@ class OutputRules:
         levels: Level and whether it is disabled, of each logger that has a say.
         handled: The loggers that have handlers, but for the root.
         disabled: The level up to which logging is off altogether.
-        filters: ``warnings.filters``.
+        filters: ``warnings.filters``, pickled: the categories may be of modules that are found
+            only in the same surroundings.
     """
 
     forwarded: frozenset[str]
@@ -57,7 +61,7 @@ class OutputRules:
     levels: Mapping[str, tuple[int, bool]]
     handled: Sequence[str]
     disabled: int
-    filters: Sequence[Any]
+    filters: bytes
 
 
 def output_rules() -> OutputRules:
@@ -88,8 +92,17 @@ def output_rules() -> OutputRules:
         levels,
         handled,
         logging.Logger.manager.disable,
-        tuple(warnings.filters),
+        _pickle_filters(),
     )
+
+
+def _pickle_filters() -> bytes:
+    filters = tuple(warnings.filters)
+    if any(entry[2].__module__ == "__main__" for entry in filters):
+        # The script is not run again: its classes go by value.
+        data: bytes = cloudpickle.dumps(filters)
+        return data
+    return pickle.dumps(filters)
 
 
 def follow(
@@ -322,7 +335,7 @@ def _follow_logging(rules: OutputRules, calls: Calls) -> None:
 
 def _follow_warnings(rules: OutputRules, calls: Calls) -> None:
     warnings.resetwarnings()
-    warnings.filters.extend(rules.filters)  # type: ignore[attr-defined]  # a list in fact
+    warnings.filters.extend(pickle.loads(rules.filters))  # type: ignore[attr-defined]  # a list in fact
 
     def show(
         message: Warning | str,
