@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 import sys
 from typing import Any
 import warnings
@@ -251,6 +252,19 @@ def test_what_a_template_said_is_heard_when_it_ends_before_all_was_sent() -> Non
         finally:
             assert pickle.loads(_rest(ours)) == Unsafe("starts_threads")
             assert _rest(ours) == b""
+
+
+def test_files_of_the_user_are_not_taken_for_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "copy.py").write_text("raise RuntimeError('not a module')\n")
+    monkeypatch.chdir(tmp_path)
+    client = TemplateClient()
+    try:
+        client.launch(None).close()
+    finally:
+        client.close()
+        client._errors.close()
 
 
 def test_a_template_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

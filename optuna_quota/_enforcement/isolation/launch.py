@@ -127,7 +127,7 @@ def _stream(number: int, stack: contextlib.ExitStack) -> int:
 
 
 _BOOT = (
-    "import sys; sys.path.insert(0, {folder!r}); "
+    "import sys; sys.path[:] = {path!r}; "
     "from optuna_quota._enforcement.isolation.{module} import main; main({argument})"
 )
 
@@ -135,13 +135,17 @@ _BOOT = (
 def interpreter(module: str, argument: Any) -> list[str]:
     """Return the command that runs ``main`` of one of these modules in a fresh interpreter.
 
-    The study's script plays no part in it, so that no script needs a guard.
+    The study's script plays no part in it, so that no script needs a guard. It imports from where
+    this process does: the working directory, which is first otherwise, may hold a file of the
+    user's that bears the name of a module.
     """
     from multiprocessing.spawn import get_executable
 
     folder = str(Path(__file__).resolve().parents[3])
+    path = [entry for entry in sys.path if isinstance(entry, str)]
+    path += [] if folder in path else [folder]
     flags = [f"-X{name}" for name in ("utf8", "dev") if name in sys._xoptions]
-    code = _BOOT.format(folder=folder, module=module, argument=repr(argument))
+    code = _BOOT.format(path=path, module=module, argument=repr(argument))
     return [os.fsdecode(get_executable()), *flags, "-c", code]
 
 
