@@ -105,6 +105,22 @@ def test_surroundings_are_the_same(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
     assert study.best_value == 4.0
 
 
+def test_what_took_the_number_of_a_closed_stream_is_not_written_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        print("to nobody")  # noqa: T201
+        trial.set_user_attr("none", sys.stdout is None)
+        return float(os.fstat(1).st_rdev == os.stat(os.devnull).st_rdev)
+
+    study = optuna.create_study()
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "__stdout__", None)
+    study.optimize(isolated(objective), n_trials=1)
+    assert study.best_value == 1.0
+    assert study.best_trial.user_attrs["none"]
+
+
 def test_random_numbers_differ_by_trial_and_follow_the_seed() -> None:
     import numpy as np
 

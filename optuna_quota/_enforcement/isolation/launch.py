@@ -119,6 +119,9 @@ class TemplateGone(OSError):
 def _stream(number: int, stack: contextlib.ExitStack) -> int:
     """Return a standard stream's descriptor, that of a null device where it is closed."""
     try:
+        # Where it was closed from the start, its number is another file's by now.
+        if (sys.__stdout__, sys.__stderr__)[number - 1] is None:
+            raise OSError
         os.fstat(number)
     except OSError:
         number = os.open(os.devnull, os.O_WRONLY)

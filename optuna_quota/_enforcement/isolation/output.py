@@ -122,6 +122,9 @@ def follow(
             stream = _open_stream(name, *rules.encodings[name])
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
+        else:
+            setattr(sys, name, None)
+            setattr(sys, f"__{name}__", None)
     if sounding is None:
         _follow_logging(rules, calls)
     else:
