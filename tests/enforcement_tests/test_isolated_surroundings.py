@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 from pathlib import Path
 import sys
@@ -103,6 +104,20 @@ def test_surroundings_are_the_same(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
     study = optuna.create_study()
     study.optimize(isolated(objective), n_trials=1)
     assert study.best_value == 4.0
+
+
+def test_the_way_to_start_processes_is_the_same() -> None:
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        study = optuna.create_study()
+        study.optimize(
+            isolated(lambda trial: float(multiprocessing.get_start_method() == "spawn")),
+            n_trials=1,
+        )
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert study.best_value == 1.0
 
 
 def test_what_took_the_number_of_a_closed_stream_is_not_written_to(

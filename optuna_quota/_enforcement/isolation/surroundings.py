@@ -7,6 +7,7 @@ import contextlib
 from dataclasses import dataclass
 import importlib.machinery
 import inspect
+import multiprocessing
 import os
 import random
 import sys
@@ -28,6 +29,7 @@ class Surroundings:
         main_name: The module that runs by ``-m``.
         seeds: A seed for each global generator, drawn from the study's process: a script that
             seeds them gets the same trials again, and no two trials the same numbers.
+        start_method: That of :mod:`multiprocessing`, None where none was chosen.
     """
 
     environ: Mapping[str, str]
@@ -38,6 +40,7 @@ class Surroundings:
     main_file: str | None
     main_name: str | None
     seeds: Mapping[str, int]
+    start_method: str | None = None
 
 
 def surroundings(environment: Mapping[str, str] | None = None) -> Surroundings:
@@ -61,6 +64,7 @@ def surroundings(environment: Mapping[str, str] | None = None) -> Surroundings:
         main_file=getattr(main, "__file__", None),
         main_name=None if spec is None else spec.name,
         seeds=_draw_seeds(),
+        start_method=multiprocessing.get_start_method(allow_none=True),
     )
 
 
@@ -77,6 +81,8 @@ def enter(found: Surroundings) -> None:
     sys.path[:] = found.path
     sys.argv[:] = found.argv
     _renew_main(found)
+    if found.start_method is not None:
+        multiprocessing.set_start_method(found.start_method, force=True)
 
 
 def seed(found: Surroundings) -> None:
