@@ -205,3 +205,8 @@ def test_swallowing_the_stop_and_returning_is_a_breach_all_the_same() -> None:
     assert trial.state == TrialState.PRUNED
     assert trial.user_attrs["saved"] is True
     assert read_record(trial).outcome == "terminated"
+
+
+@pytest.mark.parametrize("limits", [Limits(memory=1e30), Limits(cpu_time=1e30)])
+def test_limits_beyond_what_the_kernel_counts_are_none(limits: Limits) -> None:
+    assert run_one(lambda trial: 1.0, limits, grace_period=1e30).value == 1.0

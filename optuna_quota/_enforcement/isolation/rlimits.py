@@ -86,7 +86,7 @@ def data_limit(data: int, resident: int, memory: float) -> int:
         resident: The resident memory now, in bytes.
         memory: The limit on resident memory, in bytes.
     """
-    return data + max(0, math.floor(memory) - resident)
+    return min(data + max(0, math.floor(memory) - resident), sys.maxsize)
 
 
 def limit_memory(memory: float) -> int | None:
@@ -139,9 +139,9 @@ def limit_cpu_time(cpu_time: float, grace_period: float) -> None:
         import resource
 
         times = os.times()
-        soft = math.ceil(cpu_time + times.user + times.system) + 1
+        soft = min(math.ceil(cpu_time + times.user + times.system) + 1, sys.maxsize)
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        last = soft + math.ceil(grace_period) + 1
+        last = min(soft + math.ceil(grace_period) + 1, sys.maxsize)
         if hard != resource.RLIM_INFINITY:
             soft, last = min(soft, hard), min(last, hard)
         resource.setrlimit(resource.RLIMIT_CPU, (soft, last))
