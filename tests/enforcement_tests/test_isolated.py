@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 import functools
 import os
+from pathlib import Path
+import sys
 from typing import Any
 
 import optuna
@@ -142,6 +144,18 @@ def test_errors_come_back_with_their_type_and_traceback() -> None:
     assert read_record(study.trials[0]).reason == "The objective raised OddError: odd 7."
     study.optimize(isolated(objective), n_trials=2, catch=(OddError,))
     assert [t.state for t in study.trials] == [TrialState.FAIL] * 3
+
+
+def test_an_error_whose_class_only_the_trial_finds(tmp_path: Path) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        sys.path.insert(0, str(tmp_path))
+        from hidden_module import Hidden  # type: ignore[import-not-found]  # written below
+
+        raise Hidden("the reason")
+
+    (tmp_path / "hidden_module.py").write_text("class Hidden(ValueError): pass\n")
+    with pytest.raises(ValueError, match="Hidden: the reason"):
+        optuna.create_study().optimize(isolated(objective), n_trials=1)
 
 
 def test_check_asks_the_study() -> None:

@@ -38,6 +38,7 @@ class SentError:
 
     Attributes:
         data: The exception, pickled in a form that was seen to load.
+        plain: The same by its nearest built-in class, for where its own is not found.
         frames: Its traceback, outermost first.
         cause: What it was raised from.
         context: What was being handled.
@@ -45,6 +46,7 @@ class SentError:
     """
 
     data: bytes
+    plain: bytes
     frames: tuple[Frame, ...]
     cause: SentError | None = None
     context: SentError | None = None
@@ -60,6 +62,7 @@ def pack_error(error: BaseException, _seen: frozenset[int] = frozenset()) -> Sen
     )
     return SentError(
         _dump(error),
+        dumps(_by_base(error)),
         tuple(_frames(error.__traceback__)),
         cause,
         None if cause is not None and error.__context__ is error.__cause__ else context,
@@ -69,7 +72,10 @@ def pack_error(error: BaseException, _seen: frozenset[int] = frozenset()) -> Sen
 
 def unpack_error(sent: SentError) -> BaseException:
     """Return the exception as it was raised, with a traceback that shows where."""
-    error: BaseException = pickle.loads(sent.data)
+    try:
+        error: BaseException = pickle.loads(sent.data)
+    except Exception:  # noqa: BLE001 - its module may be found only where it was raised
+        error = pickle.loads(sent.plain)
     error.__cause__ = None if sent.cause is None else unpack_error(sent.cause)
     error.__context__ = None if sent.context is None else unpack_error(sent.context)
     error.__suppress_context__ = sent.suppress_context
