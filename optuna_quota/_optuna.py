@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from optuna.pruners import HyperbandPruner
 from optuna.samplers import BaseSampler
+from optuna.samplers import PartialFixedSampler
 from optuna.storages import RDBStorage
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.storages._heartbeat import is_heartbeat_enabled
@@ -320,6 +321,23 @@ def fixed_params_of(trial: FrozenTrial) -> dict[str, Any]:
     """Return the parameters that a trial was enqueued with."""
     fixed = trial.system_attrs.get(_FIXED_PARAMS)
     return dict(fixed) if isinstance(fixed, dict) else {}
+
+
+def beneath_fixed(sampler: BaseSampler) -> BaseSampler:
+    """Return what draws the parameters that a PartialFixedSampler leaves open.
+
+    Any other sampler is returned as it is.
+    """
+    while isinstance(sampler, PartialFixedSampler):
+        sampler = sampler._base_sampler
+    return sampler
+
+
+def fixed_by(sampler: BaseSampler) -> dict[str, Any]:
+    """Return the parameters to which PartialFixedSamplers, one around another, give a value."""
+    if not isinstance(sampler, PartialFixedSampler):
+        return {}
+    return {**fixed_by(sampler._base_sampler), **sampler._fixed_params}
 
 
 def write_param(

@@ -15,6 +15,7 @@ from optuna.distributions import FloatDistribution
 from optuna.pruners import HyperbandPruner
 from optuna.samplers import CmaEsSampler
 from optuna.samplers import NSGAIISampler
+from optuna.samplers import PartialFixedSampler
 from optuna.samplers import RandomSampler
 from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage
@@ -288,3 +289,13 @@ def test_cma_es_with_margin_keeps_its_own_point() -> None:
     assert _optuna.needs_its_own_point(CmaEsSampler(with_margin=True))
     assert not _optuna.needs_its_own_point(CmaEsSampler())
     assert not _optuna.needs_its_own_point(TPESampler())
+
+
+def test_what_is_fixed_and_what_is_left_open_are_told_apart() -> None:
+    inner = RandomSampler()
+    middle = PartialFixedSampler({"x": 1, "y": 2}, inner)
+    outer = PartialFixedSampler({"y": 3}, middle)
+    assert _optuna.beneath_fixed(outer) is inner
+    assert _optuna.beneath_fixed(inner) is inner
+    assert _optuna.fixed_by(inner) == {}
+    assert _optuna.fixed_by(outer) == {"x": 1, "y": 3}

@@ -116,6 +116,7 @@ class Proposals:
         if isinstance(given, GivenFootprint) and not isinstance(given.usage, Usage):
             self._correction = Correction(given)
         self._base, self._rules = base_sampler, rules
+        self._kind = _optuna.beneath_fixed(base_sampler)
         self._trials: dict[int, _Trial] = {}
         self._lock = threading.Lock()
         self._vetoes = self._audits = 0
@@ -157,10 +158,15 @@ class Proposals:
         if judge is not None and known and limits and self._rules.threshold < 1:
             past = [row.params for row in self.learner.rows[-_PAST:]]
             gate = Gate(judge, limits, past, self.learner.space, self._rules.threshold)
-        fixed = _optuna.fixed_params_of(trial)
+        # A PartialFixedSampler may stand inside of ours or around it.
+        fixed = {
+            **_optuna.fixed_by(self._base),
+            **_optuna.fixed_by(study.sampler),
+            **_optuna.fixed_params_of(trial),
+        }
         state = _Trial(gate, expected, fixed)
         self._trials[_optuna.trial_id_of(trial)] = state
-        if gate is not None and fixed:
+        if gate is not None and fixed and self._may_end_at(gate, fixed):
             call, verdict = _Call(study, trial, state), gate.judge(fixed)
             if not verdict.admitted and not self._is_audit(call, fixed, verdict):
                 _optuna.poison(trial, lambda: self._refuse(call, fixed, verdict))
@@ -180,7 +186,7 @@ class Proposals:
         """
         state = self._state(trial)
         state.base_space = space
-        if state.gate is None or replacement_for(self._base, self._rules.on_veto) == "skip":
+        if state.gate is None or replacement_for(self._kind, self._rules.on_veto) == "skip":
             return space
         common = state.gate.common_space()
         more = {n: each for n, each in common.items() if n not in space and not each.single()}
@@ -194,6 +200,8 @@ class Proposals:
         if state.gate is None or not space:
             return self._base.sample_relative(study, trial, space)
         state.space = dict(space)
+        # A PartialFixedSampler around ours has taken out what it fixes.
+        state.base_space = {n: each for n, each in state.base_space.items() if n in space}
         call = _Call(study, trial, state)
         first = self._draw(call, space)
         verdict = state.gate.judge({**first, **state.fixed})
@@ -220,13 +228,12 @@ class Proposals:
             return value
         known = {**state.drawn, **trial.params, **state.fixed}
         first = {**known, name: value}
-        past = state.gate.past
-        if needs_whole_points(self._base) and (not past or completions(first, past) != [first]):
+        if not self._may_end_at(state.gate, first):
             return value
         call, verdict = _Call(study, trial, state), state.gate.judge(first)
         if verdict.admitted or self._is_audit(call, first, verdict):
             return value
-        if replacement_for(self._base, self._rules.on_veto) != "skip":
+        if replacement_for(self._kind, self._rules.on_veto) != "skip":
             for _ in range(_DRAWS_OF_ONE):
                 other = draw()
                 if state.gate.judge({**known, name: other}).admitted:
@@ -265,6 +272,12 @@ class Proposals:
             _logger.warning(f"The footprint could not be learned: {fault!r}.")
             return None
 
+    def _may_end_at(self, gate: Gate, point: Mapping[str, Any]) -> bool:
+        """Return whether a row may hold no more than this point."""
+        if not needs_whole_points(self._kind):
+            return True
+        return bool(gate.past) and completions(point, gate.past) == [point]
+
     def _knows_enough(self) -> bool:
         # Where next to all trials were stopped, nothing says yet that others would not be.
         return self.learner.usable >= FEWEST and self.learner.told >= _FEWEST_WHOLE
@@ -285,7 +298,7 @@ class Proposals:
     def _replaced(
         self, call: _Call, space: dict[str, BaseDistribution], first: dict[str, Any]
     ) -> tuple[dict[str, Any] | None, str]:
-        state, how = call.state, replacement_for(self._base, self._rules.on_veto)
+        state, how = call.state, replacement_for(self._kind, self._rules.on_veto)
         gate = state.gate
         assert gate is not None
         last = first
@@ -296,7 +309,7 @@ class Proposals:
             if last == before:
                 # It repeats itself.
                 break
-        if how == "skip" or _optuna.needs_its_own_point(self._base):
+        if how == "skip" or _optuna.needs_its_own_point(self._kind):
             return None, ""
         near = nearest_admitted(gate, last, space, state.fixed, self._generator)
         if near is not None:
@@ -321,6 +334,7 @@ class Proposals:
     def _rejected(
         self, call: _Call, point: Mapping[str, Any], verdict: PointVerdict
     ) -> TrialRejected:
+        point = {**point, **call.state.fixed}
         call.state.rejected = verdict
         call.state.drawn = dict(point)
         self._complete_row(call, point)
@@ -342,11 +356,12 @@ class Proposals:
         trial, state = call.trial, call.state
         assert state.gate is not None
         space, whole = {**state.gate.space, **state.space}, _optuna.whole_study(call.study)
-        for name, value in point.items():
-            if name in trial.params or name not in space:
+        # In the order of earlier rows: BruteForceSampler takes it for the way down its tree.
+        for name in space:
+            if name in trial.params or name not in point:
                 continue
             try:
-                _optuna.write_param(whole, trial, name, value, space[name])
+                _optuna.write_param(whole, trial, name, point[name], space[name])
             except ValueError as fault:
                 # An enqueued value outside of the range that earlier trials had.
                 _logger.debug(f"Trial {trial.number}: {name} is not in the row: {fault}")

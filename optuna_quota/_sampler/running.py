@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from optuna.samplers import QMCSampler
 from optuna.samplers import RandomSampler
 
+from optuna_quota import _optuna
 from optuna_quota._ledger import status
 from optuna_quota._models.whereabouts import next_points
 from optuna_quota._projection import project
@@ -80,9 +81,8 @@ def project_rest(
             "A running projection must have a footprint or finished trials to go by, but "
             f"{study.study_name!r} has none."
         )
-    adaptive = not draws_from_a_list(base_sampler) and not isinstance(
-        base_sampler, (RandomSampler, QMCSampler)
-    )
+    kind = _optuna.beneath_fixed(base_sampler)
+    adaptive = not draws_from_a_list(kind) and not isinstance(kind, (RandomSampler, QMCSampler))
     points = None
     if learner.rows and (strategy.search_space is None or adaptive):
         # As many as there are trials to come would be taken for those.

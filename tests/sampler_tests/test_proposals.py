@@ -16,6 +16,7 @@ from optuna.samplers import CmaEsSampler
 from optuna.samplers import GPSampler
 from optuna.samplers import GridSampler
 from optuna.samplers import NSGAIISampler
+from optuna.samplers import PartialFixedSampler
 from optuna.samplers import QMCSampler
 from optuna.samplers import RandomSampler
 from optuna.samplers import TPESampler
@@ -99,6 +100,10 @@ def run_study(
 
     study.optimize(objective, n_trials=n_trials, callbacks=[reset])
     return study
+
+
+def exact(params: dict[str, Any]) -> Usage:
+    return Usage(custom={"work": work_of(params)})
 
 
 def breaches(study: optuna.Study) -> list[int]:
@@ -334,3 +339,71 @@ def test_a_stated_function_is_corrected_by_the_studys_own_trials() -> None:
     # By itself the statement refuses nothing at all.
     assert sum(actions(study).values()) >= 3
     assert len([n for n in breaches(study) if n >= 16]) <= 2
+
+
+@pytest.mark.parametrize("base", [RandomSampler, TPESampler])
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_what_a_partial_fixed_sampler_fixes_stays_and_counts(
+    base: type[BaseSampler], where: str
+) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        x, y = trial.suggest_int("x", 1, 10), trial.suggest_int("y", 1, 10)
+        trial.set_user_attr("quota:work", work_of(trial.params))
+        return float(x + y)
+
+    def make(sampler: Any) -> BaseSampler:
+        limits = Limits(custom={"work": 110.0})
+        return QuotaSampler(
+            sampler, quota=Quota(n_trials=99), limits=limits, footprint=exact, metering=False
+        )
+
+    study = optuna.create_study(sampler=make(base(seed=1)))  # type: ignore[call-arg]
+    study.optimize(objective, n_trials=8)
+    if where == "inside":
+        study.sampler = make(PartialFixedSampler({"x": 9}, base(seed=2)))  # type: ignore[call-arg]
+    else:
+        study.sampler = PartialFixedSampler({"x": 9}, study.sampler)
+    study.optimize(objective, n_trials=8)
+    ran = [t for t in study.trials[8:] if t.user_attrs["quota:outcome"] == "completed"]
+    assert len(ran) > 3
+    assert all(t.params["x"] == 9 for t in ran)
+    assert all(work_of(t.params) <= 110 for t in ran)
+
+
+def test_a_list_of_which_a_part_is_fixed_is_not_left() -> None:
+    base = PartialFixedSampler({"y": 10}, GridSampler(GRID, seed=1))
+    study = run_study(base, 60, footprint=exact)
+    outcomes = {(t.params.get("x"), t.user_attrs["quota:outcome"]) for t in study.trials}
+    assert outcomes >= {(1, "completed"), (10, "completed"), (100, "completed")}
+    assert {x for x, _ in outcomes} <= set(GRID["x"])
+    assert actions(study).keys() == {"rejected"}
+
+
+def test_a_refused_point_that_was_enqueued_breaks_no_tree_of_a_brute_force_search() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        x, y = trial.suggest_int("x", 1, 3), trial.suggest_int("y", 1, 2)
+        return float(x + y)
+
+    limits = Limits(custom={"work": 104.0})
+    study = optuna.create_study(
+        sampler=QuotaSampler(
+            BruteForceSampler(), quota=Quota(n_trials=99), limits=limits, footprint=exact
+        )
+    )
+    # In another order than the objective asks for them, and in part only.
+    for params in ({"x": 1, "y": 1}, {"y": 2, "x": 3}, {"x": 3}):
+        study.enqueue_trial(params)
+    study.optimize(objective, n_trials=20)
+    assert study.trials[1].user_attrs["quota:outcome"] == "rejected"
+    visited = {(t.params["x"], t.params["y"]) for t in study.trials}
+    assert visited == {(x, y) for x in (1, 2, 3) for y in (1, 2)}
+
+
+def test_a_rejected_row_has_what_it_was_enqueued_with() -> None:
+    enqueued = [{"y": 1, "kind": "a"}] * 3 + [{"y": 99}] * 20
+    study = run_study(TPESampler(seed=1), 23, enqueued=enqueued, on_veto="skip", footprint=exact)
+    rejected = [t for t in study.trials if t.user_attrs["quota:outcome"] == "rejected"]
+    assert rejected
+    for trial in rejected:
+        assert trial.params["y"] == 99
+        assert trial.user_attrs["quota:proposed"]["params"]["y"] == 99
