@@ -25,6 +25,7 @@ _SPREAD = 0.3
 _RECENT = 20
 # Deviation around a recent point, as a share of each parameter's range.
 _AROUND = 0.1
+_SAMPLE = 128
 
 
 def next_points(
@@ -56,6 +57,16 @@ def next_points(
         else:
             points.append(branches.anew(float(place[1]), by_name))
     return points
+
+
+def points_to_come(
+    rows: Sequence[FootprintRow], n_trials: int, *, adaptive: bool
+) -> list[Mapping[str, Any]]:
+    """Return a sample of the points of the next trials.
+
+    Never as many as there are trials: those would be taken for the very points to come.
+    """
+    return next_points(rows, _SAMPLE + (n_trials == _SAMPLE), adaptive=adaptive)
 
 
 class _Branches:

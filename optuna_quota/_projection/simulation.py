@@ -112,7 +112,7 @@ def _picks(count: int, length: int, size: int, seed: int, *, known: bool) -> np.
     generator = np.random.default_rng([seed, 3])
     if not known or length != size:
         # Drawn trial by trial, so that a strategy of fewer trials starts with the very same ones.
-        return generator.integers(size, size=(length, count)).T
+        return np.asarray(generator.integers(size, size=(length, count)).T)
     order = np.tile(np.arange(size), (count, 1))
     return np.asarray(generator.permuted(order, axis=1))
 

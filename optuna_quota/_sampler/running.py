@@ -14,7 +14,7 @@ from optuna.samplers import RandomSampler
 
 from optuna_quota import _optuna
 from optuna_quota._ledger import status
-from optuna_quota._models.whereabouts import next_points
+from optuna_quota._models.whereabouts import points_to_come
 from optuna_quota._projection import project
 from optuna_quota._projection import project_end
 from optuna_quota._projection import Projection
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("optuna.quota.sampler")
 
-_POINTS = 128
 # It is looked at again when there are so many times more trials.
 _GROWTH = 1.3
 
@@ -85,9 +84,7 @@ def project_rest(
     adaptive = not draws_from_a_list(kind) and not isinstance(kind, (RandomSampler, QMCSampler))
     points = None
     if learner.rows and (strategy.search_space is None or adaptive):
-        # As many as there are trials to come would be taken for those.
-        count = _POINTS + (rest == _POINTS)
-        points = next_points(learner.rows, count, adaptive=adaptive)
+        points = points_to_come(learner.rows, rest, adaptive=adaptive)
     return project(
         replace(strategy, n_trials=rest),
         expected,

@@ -317,7 +317,12 @@ class QuotaSampler(BaseSampler):
         session.proposals.learner.learn(session.ledger.trials)
         if not session.warning.is_due(session.proposals.learner.usable):
             return
-        projection = self.project(study)
+        try:
+            projection = self.project(study)
+        except (ArithmeticError, LookupError, ValueError) as fault:
+            # The study is worth more than its projection.
+            _logger.warning(f"The rest of the strategy could not be projected: {fault!r}.")
+            return
         if not session.warning.judge(projection) or self.on_projected == "continue":
             return
         if self.on_projected == "raise":

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
+import logging
 from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna.search_space import intersection_search_space
 
 from optuna_quota._models.given import as_footprint
+from optuna_quota._models.rows import footprint_row
+from optuna_quota._models.whereabouts import points_to_come
 from optuna_quota._projection import project
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
@@ -18,9 +22,14 @@ from optuna_quota.exceptions import StudyRejected
 
 
 if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
     from optuna.study import Study
+    from optuna.trial import FrozenTrial
 
     from optuna_quota._projection import Projection
+
+
+_logger = logging.getLogger("optuna.quota.sampler")
 
 
 class StudyAdmission:
@@ -59,24 +68,45 @@ class StudyAdmission:
         rest = self._strategy.n_trials - int((used or {}).get("n_trials", 0))
         if rest <= 0:
             return True
-        strategy = replace(self._strategy, n_trials=rest)
+        strategy, points = replace(self._strategy, n_trials=rest), None
         if strategy.search_space is None and study is not None:
-            space = intersection_search_space(study.get_trials(deepcopy=False))
+            trials = study.get_trials(deepcopy=False)
+            space = intersection_search_space(trials)
             strategy = replace(strategy, search_space=space or None)
-        if strategy.search_space is None and not as_footprint(self._footprint).points:
+            points = _points_beyond(space, trials, rest)
+        known = strategy.search_space or points or as_footprint(self._footprint).points
+        if not known:
             # Nobody knows yet where the study will go.
             return False
-        projection = project(
-            strategy,
-            self._footprint,
-            quota=self._quota,
-            limits=limits,
-            used=used,
-            confidence=self._confidence,
-        )
+        try:
+            projection = project(
+                strategy,
+                self._footprint,
+                quota=self._quota,
+                limits=limits,
+                used=used,
+                points=points,
+                confidence=self._confidence,
+            )
+        except KeyError as missing:
+            if study is None or self._strategy.search_space is not None:
+                raise
+            # A function of a parameter that trials have not shown, or that hangs on others.
+            _logger.debug(f"`footprint` needs {missing}: the strategy is not projected yet.")
+            return False
         if not projection.fits:
             raise rejection(projection)
         return True
+
+
+def _points_beyond(
+    space: Mapping[str, BaseDistribution], trials: Sequence[FrozenTrial], n_trials: int
+) -> Sequence[Mapping[str, Any]] | None:
+    """Return points as they will be drawn where some parameters hang on others, else None."""
+    rows = [row for trial in trials if (row := footprint_row(trial)) is not None and row.params]
+    if all(row.distributions.keys() <= space.keys() for row in rows):
+        return None
+    return points_to_come(rows, n_trials, adaptive=False)
 
 
 def rejection(projection: Projection) -> StudyRejected:

@@ -168,3 +168,42 @@ def test_pruner_limits_make_it_fit() -> None:
     )
     study.optimize(objective, n_trials=3)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 3
+
+
+def branching(trial: optuna.Trial) -> float:
+    if trial.suggest_categorical("kind", ["tree", "linear"]) == "tree":
+        trial.suggest_int("depth", 1, 10)
+    return 1.0
+
+
+def by_branches(params: dict[str, Any]) -> Usage:
+    return Usage(wall_time=60.0 * params["depth"] if params["kind"] == "tree" else 1.0)
+
+
+def always_deep(params: dict[str, Any]) -> Usage:
+    return Usage(wall_time=1e-3 * params["depth"])
+
+
+@pytest.mark.parametrize("footprint", [by_branches, always_deep])
+def test_a_function_of_conditional_parameters_stops_no_study(
+    footprint: Callable[[dict[str, Any]], Usage],
+) -> None:
+    quota = Quota(trial_time="10h")
+    sampler = QuotaSampler(
+        RandomSampler(seed=0), quota=quota, strategy=Strategy(n_trials=20), footprint=footprint
+    )
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(branching, n_trials=20)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 20
+
+
+def test_a_function_of_conditional_parameters_rejects_what_will_not_fit() -> None:
+    sampler = QuotaSampler(
+        RandomSampler(seed=0), quota=QUOTA, strategy=Strategy(n_trials=50), footprint=by_branches
+    )
+    study = optuna.create_study(sampler=sampler)
+    with pytest.raises(StudyRejected, match="wall time"):
+        study.optimize(branching, n_trials=50)
+    # As soon as both branches were seen.
+    assert {t.params.get("kind") for t in study.trials[:-1]} == {"tree", "linear"}
+    assert_nothing_left(study)
