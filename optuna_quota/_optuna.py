@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 import copy
+from datetime import datetime
 from importlib import import_module
 import json
 import logging
@@ -85,6 +86,22 @@ def whole_study(study: Study) -> Study:
 def in_optimize_loop(study: Study) -> bool:
     """Return whether this thread runs inside ``optimize``: ``study.stop()`` raises elsewhere."""
     return bool(study._thread_local.in_optimize_loop)
+
+
+def is_over(study: Study) -> bool:
+    """Return whether ``optimize`` would begin no further trial in this thread.
+
+    It was stopped or its ``timeout`` has passed, while a trial it had begun before waited.
+    """
+    if not in_optimize_loop(study):
+        return False
+    frame = _find_frame("_optimize_sequential", "optuna.study._optimize")
+    known = {} if frame is None else frame.f_locals
+    timeout, start = known.get("timeout"), known.get("time_start")
+    if timeout is None or start is None:
+        return bool(study._stop_flag)
+    elapsed = (datetime.now() - start).total_seconds()
+    return bool(study._stop_flag) or elapsed >= timeout
 
 
 def user_attrs_of(study: Study) -> dict[str, Any]:

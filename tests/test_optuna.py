@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import json
 from pathlib import Path
 import sys
+import time
 from typing import Any
 from typing import NoReturn
 
@@ -72,6 +73,30 @@ def test_stop_works_exactly_where_the_loop_is_seen() -> None:
     assert seen == [True]
     with pytest.raises(RuntimeError):
         study.stop()
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_study_is_over_once_it_is_stopped_or_its_timeout_has_passed(n_jobs: int) -> None:
+    study = optuna.create_study()
+    assert not _optuna.is_over(study)
+    seen = []
+
+    def stopped(trial: optuna.Trial) -> float:
+        before = _optuna.is_over(study)
+        study.stop()
+        seen.append((before, _optuna.is_over(study)))
+        return 0.0
+
+    study.optimize(stopped, n_trials=1, n_jobs=n_jobs)
+
+    def timed_out(trial: optuna.Trial) -> float:
+        before = _optuna.is_over(study)
+        time.sleep(2.1)
+        seen.append((before, _optuna.is_over(study)))
+        return 0.0
+
+    study.optimize(timed_out, n_trials=1, timeout=2.0, n_jobs=n_jobs)
+    assert seen == [(False, True), (False, True)]
 
 
 class Witness(RandomSampler):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 
 from optuna_quota._ledger.protocol import DEVICE
 from optuna_quota._ledger.protocol import is_held
@@ -48,6 +49,7 @@ class Refusal:
         quota: The quota.
         final: True when nothing more can be admitted to the study; False when this trial can't
             be, while a smaller one might.
+        late: True when the study ended while the trial waited.
     """
 
     resource: str
@@ -57,6 +59,7 @@ class Refusal:
     reserved: float
     quota: float
     final: bool
+    late: bool = False
 
 
 def refuse(shortage: Shortage, *, final: bool) -> Refusal:
@@ -81,6 +84,14 @@ def hopeless(short: Shortage) -> Refusal | None:
     spent = short.used + (short.granted if short.resource == "n_trials" else 0.0)
     over = spent + short.wanted > short.quota * _SLACK
     return refuse(short, final=True) if over else None
+
+
+def too_late(short: Shortage) -> Refusal:
+    """Return the refusal of a trial that waited until its study ended."""
+    device = short.resource.startswith(DEVICE)
+    title = get_resource("gpu_memory" if device else short.resource).title
+    reason = f"The study ended while the trial waited for {title} that others hold."
+    return replace(refuse(short, final=False), reason=reason, late=True)
 
 
 def beyond(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -30,11 +31,13 @@ from optuna_quota._ledger.grant import beyond
 from optuna_quota._ledger.grant import Grant
 from optuna_quota._ledger.grant import hopeless
 from optuna_quota._ledger.grant import Refusal
+from optuna_quota._ledger.grant import too_late
 from optuna_quota._ledger.keeper import Keeper
 from optuna_quota._ledger.leases import Death
 from optuna_quota._ledger.protocol import answered
 from optuna_quota._ledger.protocol import Decision
 from optuna_quota._ledger.protocol import queued
+from optuna_quota._ledger.protocol import Shortage
 from optuna_quota._ledger.protocol import Want
 from optuna_quota._ledger.request import first_wants
 from optuna_quota._ledger.request import more_wants
@@ -114,7 +117,12 @@ class Ledger:
         return self._accounts.take(_optuna.trial_id_of(trial))
 
     def reserve(
-        self, trial: FrozenTrial, *, limits: Limits, footprint: Mapping[str, float]
+        self,
+        trial: FrozenTrial,
+        *,
+        limits: Limits,
+        footprint: Mapping[str, float],
+        is_over: Callable[[], bool] = lambda: False,
     ) -> Grant | Refusal:
         """Admit a trial or refuse it; waits while others hold what it needs for now.
 
@@ -122,13 +130,18 @@ class Ledger:
             trial: The trial, whose row must be running.
             limits: Its limits.
             footprint: Upper bounds of what it will use, by resource, where known.
+            is_over: Returns whether a trial that waits need not run any more.
         """
         self._open_in_child()
         self._bury_left_behind()
         trial_id, number = _optuna.trial_id_of(trial), trial.number
         held, seen, waiting = Reservation(), self._accounts.last, False
         since, told = self._clock.monotonic(), False
+        short: Shortage | None = None
         for pause in pauses():
+            if short is not None and is_over():
+                self._accounts.write(trial_id, Reservation())
+                return too_late(short)
             seen = self._undertaker.look() if seen is None or waiting else seen
             beside = _beside(seen, number)
             wants = first_wants(self.quota, limits, footprint, seen.free(self.quota), beside)
@@ -160,7 +173,7 @@ class Ledger:
                 self._accounts.write(trial_id, Reservation())
                 return refusal
             held = self._queue_up(trial_id, held, wants)
-            waiting = True
+            waiting, short = True, decision.shortage
             if not told and self._clock.monotonic() - since >= PATIENCE:
                 told = self._tell_of_standstill(number, decision, seen)
             self._clock.sleep(pause)

@@ -43,6 +43,7 @@ from optuna_quota._sampler.proposals import Rules
 from optuna_quota._sampler.retried import void_copies
 from optuna_quota._sampler.running import has_totals
 from optuna_quota._sampler.running import project_rest
+from optuna_quota._sampler.session import asks_for_something
 from optuna_quota._sampler.session import Session
 from optuna_quota._sampler.study_admission import rejection
 from optuna_quota._sampler.study_admission import StudyAdmission
@@ -211,7 +212,12 @@ class QuotaSampler(BaseSampler):
         session = self._session(whole, limits)
         self._admit_study(session, whole, limits)
         known = self.footprint.amounts() if isinstance(self.footprint, Usage) else {}
-        grant = session.ledger.reserve(trial, limits=limits, footprint=known)
+        grant = session.ledger.reserve(
+            trial,
+            limits=limits,
+            footprint=known,
+            is_over=lambda: _optuna.is_over(whole) and asks_for_something(whole),
+        )
         if isinstance(grant, Refusal):
             session.refuse(whole, trial, grant, limits)
             return

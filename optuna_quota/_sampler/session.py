@@ -184,7 +184,9 @@ class Session:
             QuotaExhausted: If the trial can't be ended quietly.
         """
         figures = {"resource": refusal.resource, "quota": refusal.quota, "observed": refusal.used}
-        if not (self._stops and _optuna.in_optimize_loop(study) and asks_for_something(study)):
+        if not refusal.late and not (
+            self._stops and _optuna.in_optimize_loop(study) and asks_for_something(study)
+        ):
             raise QuotaExhausted(refusal.reason, **figures)  # type: ignore[arg-type]
         self._refused.add(_optuna.trial_id_of(trial))
         reject(study, trial, refusal.reason, limits=limits)
@@ -193,6 +195,8 @@ class Session:
             raise TrialRejected(refusal.reason, **figures)  # type: ignore[arg-type]
 
         _optuna.poison(trial, raise_rejected)
+        if refusal.late:
+            return
         self._tell_once(refusal.reason)
         study.stop()
 

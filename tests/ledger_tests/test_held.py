@@ -104,6 +104,24 @@ def test_who_waits_longest_goes_first_though_smaller_ones_would_fit() -> None:
     assert admitted == [1, 2]
 
 
+def test_a_trial_that_waits_until_its_study_has_ended_is_refused_and_holds_nothing() -> None:
+    study = optuna.create_study()
+    ledger = Ledger(study, Quota(memory=10))
+    holder, late, next_one = (begin(study) for _ in range(3))
+    assert isinstance(reserve(ledger, holder, {"memory": 6}), Grant)
+    asked: list[bool] = []
+
+    def is_over() -> bool:
+        asked.append(len(asked) == 2)
+        return asked[-1]
+
+    refusal = ledger.reserve(late, limits=Limits(), footprint={"memory": 8}, is_over=is_over)
+    assert isinstance(refusal, Refusal) and refusal.late and not refusal.final
+    assert asked == [False, False, True]
+    # It stands in nobody's way.
+    assert isinstance(reserve(ledger, next_one, {"memory": 4}), Grant)
+
+
 class Hourglass:
     """A clock that sleeping moves on, and that calls when its time has come."""
 

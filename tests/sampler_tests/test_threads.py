@@ -9,6 +9,7 @@ import numpy as np
 import optuna
 from optuna.pruners import HyperbandPruner
 from optuna.samplers import RandomSampler
+from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 import psutil
 
@@ -18,7 +19,9 @@ from optuna_quota import QuotaExhausted
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
 from optuna_quota import status
+from optuna_quota import Usage
 from optuna_quota._records import read_record
+from optuna_quota._records import RESERVATION
 from tests.sampler_tests.test_no_row_left_running import assert_nothing_left
 
 
@@ -124,4 +127,36 @@ def test_threads_that_ask_and_tell_one_study() -> None:
     ran = [t for t in study.trials if t.state == TrialState.COMPLETE]
     assert len(ran) == status(study).table.loc["n_trials", "used"] == 21
     assert all(read_record(t).usage.wall_time is not None for t in ran)
+    assert_nothing_left(study)
+
+
+def read_waits(trial: FrozenTrial) -> bool:
+    return bool(trial.system_attrs.get(RESERVATION, {}).get("waits"))
+
+
+def test_a_trial_that_waits_when_the_study_is_stopped_is_not_run() -> None:
+    ran = []
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        ran.append(trial.number)
+        deadline = time.monotonic() + 60
+        # The other trial waits for memory.
+        while not any(read_waits(t) for t in study.get_trials(deepcopy=False)):
+            assert time.monotonic() < deadline, "no other trial came, or it did not wait"
+            time.sleep(0.01)
+        study.stop()
+        return 0.0
+
+    study = optuna.create_study(
+        sampler=QuotaSampler(
+            RandomSampler(seed=0), quota=Quota(memory="1GiB"), footprint=Usage(memory="1GiB")
+        )
+    )
+    study.optimize(objective, n_jobs=2)
+    assert len(ran) == 1
+    by_outcome = {t.user_attrs["quota:outcome"]: t for t in study.trials}
+    assert by_outcome.keys() == {"completed", "rejected"}
+    assert "waited for memory" in by_outcome["rejected"].user_attrs["quota:reason"]
+    assert status(study).table.loc["memory", "reserved"] == 0
     assert_nothing_left(study)
