@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optuna_quota._analysis.advice import Advice
+from optuna_quota._records import read_record
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import Limits
 
@@ -59,9 +60,11 @@ def _text(
         f"{limits!r} would have held all {n_completed} completed trials with at least "
         f"{MARGIN - 1:.0%} to spare (at most {used} used)."
     )
-    ended = report.table["censored_by"].isin(list(greatest)).sum()
+    breaches = (read_record(trial).breach for trial in report.study.get_trials(deepcopy=False))
+    # What was left of a quota says nothing of what the trial itself needs.
+    ended = sum(b is not None and b.resource in greatest and not b.quota for b in breaches)
     those = "one that was" if ended == 1 else f"{ended} that were"
-    return f"{text} The {those} terminated would have needed more." if ended else text
+    return f"{text} The {those} terminated may have needed more." if ended else text
 
 
 def _rounded_up(resource: str, amount: float) -> float:

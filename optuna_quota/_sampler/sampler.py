@@ -144,8 +144,8 @@ class QuotaSampler(BaseSampler):
         check_kinds(limits=(limits, Limits))
         if not isinstance(quota, Quota):
             raise TypeError(f"`quota` must be a Quota but got {quota!r}.")
-        if not 0 < confidence < 1:
-            raise ValueError(f"`confidence` must be between 0 and 1 but got {confidence!r}.")
+        if not 0.5 < confidence < 1:
+            raise ValueError(f"`confidence` must be above 0.5 and below 1 but got {confidence!r}.")
         check_choices(
             on_exhausted=(on_exhausted, OnExhausted),
             on_crowded=(on_crowded, OnCrowded),

@@ -70,9 +70,12 @@ def terminated(
     resource: str,
     limit: float,
     space: Mapping[str, BaseDistribution] = SPACE,
+    *,
+    quota: bool = False,
 ) -> FrozenTrial:
     """A trial that was stopped for a breach, with what it had used until then."""
-    breach = Breach(resource, limit, usage.get(resource) or limit, usage.wall_time or 1.0)
+    observed, seconds = usage.get(resource) or limit, usage.wall_time or 1.0
+    breach = Breach(resource, limit, observed, seconds, quota=quota)
     record = TrialRecord(outcome="terminated", usage=usage, breach=breach, reason=breach.reason)
     return finished(
         params,

@@ -209,14 +209,17 @@ def test_the_best_is_the_best_in_its_direction(direction: str) -> None:
 @pytest.mark.parametrize(
     ("ended", "says"),
     [
-        (1, " The one that was terminated would have needed more."),
-        (2, " The 2 that were terminated would have needed more."),
+        (1, " The one that was terminated may have needed more."),
+        (2, " The 2 that were terminated may have needed more."),
     ],
 )
 def test_requests_say_how_many_needed_more(ended: int, says: str) -> None:
     space = {"x": FloatDistribution(0, 1)}
     breach = terminated({"x": 0.2}, Usage(wall_time=3.0, memory=2e9), "memory", 2e9, space)
     trials = [finished({"x": 0.1}, Usage(wall_time=6.0, memory=1e9), space) for _ in range(20)]
+    # One that was ended by what was left of the quota tells nothing of what it needs.
+    last = terminated({"x": 0.2}, Usage(wall_time=1.0), "wall_time", 1.0, space, quota=True)
+    trials.append(last)
 
     assert one(study_of(*trials, *[breach] * ended), "requests").text.endswith(says)
 

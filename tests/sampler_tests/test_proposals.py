@@ -290,6 +290,8 @@ def test_the_log_says_it_once(caplog: pytest.LogCaptureFixture) -> None:
         {"on_veto": "other"},
         {"audits": -0.1},
         {"audits": 2},
+        {"confidence": 0.5},
+        {"confidence": 1},
     ],
 )
 def test_options_out_of_range_are_refused(arguments: dict[str, Any]) -> None:
