@@ -344,3 +344,39 @@ print([t.state.name for t in study.trials])
 
 def test_filters_for_warnings_of_the_script(tmp_path: Path) -> None:
     assert run_python(tmp_path, "-c", FILTERING) == "['COMPLETE', 'FAIL']\n"
+
+
+MADE_ELSEWHERE = """
+def make():
+    class Local(UserWarning):
+        pass
+    return Local
+"""
+
+FILTERING_ODD = """
+import sys
+import types
+import warnings
+import optuna
+from optuna_quota import isolated
+import elsewhere
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+made = types.ModuleType("made")
+made.Gone = type("Gone", (UserWarning,), {"__module__": "made"})
+sys.modules["made"] = made
+
+def objective(trial):
+    return 1.0
+
+study = optuna.create_study()
+warnings.simplefilter("ignore", elsewhere.make())
+warnings.simplefilter("ignore", made.Gone)
+study.optimize(isolated(objective), n_trials=1)
+print([t.state.name for t in study.trials])
+"""
+
+
+def test_filters_for_warnings_that_can_not_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere.py").write_text(MADE_ELSEWHERE)
+    assert run_python(tmp_path, "-c", FILTERING_ODD) == "['COMPLETE']\n"

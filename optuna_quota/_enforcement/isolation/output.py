@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import copy
 from dataclasses import dataclass
 import io
@@ -52,8 +53,8 @@ class OutputRules:
         levels: Level and whether it is disabled, of each logger that has a say.
         handled: The loggers that have handlers, but for the root.
         disabled: The level up to which logging is off altogether.
-        filters: ``warnings.filters``, pickled: the categories may be of modules that are found
-            only in the same surroundings.
+        filters: ``warnings.filters``, each pickled: the categories may be of modules that are
+            found only in the same surroundings.
     """
 
     forwarded: frozenset[str]
@@ -61,7 +62,7 @@ class OutputRules:
     levels: Mapping[str, tuple[int, bool]]
     handled: Sequence[str]
     disabled: int
-    filters: bytes
+    filters: Sequence[bytes]
 
 
 def output_rules() -> OutputRules:
@@ -92,17 +93,17 @@ def output_rules() -> OutputRules:
         levels,
         handled,
         logging.Logger.manager.disable,
-        _pickle_filters(),
+        [_pickle_filter(entry) for entry in warnings.filters],
     )
 
 
-def _pickle_filters() -> bytes:
-    filters = tuple(warnings.filters)
-    if any(entry[2].__module__ == "__main__" for entry in filters):
-        # The script is not run again: its classes go by value.
-        data: bytes = cloudpickle.dumps(filters)
-        return data
-    return pickle.dumps(filters)
+def _pickle_filter(entry: tuple[Any, ...]) -> bytes:
+    if entry[2].__module__ != "__main__":
+        with contextlib.suppress(pickle.PicklingError, AttributeError):
+            return pickle.dumps(entry)
+    # The script is not run again, nor is the function that made a class: these go by value.
+    data: bytes = cloudpickle.dumps(entry)
+    return data
 
 
 def follow(
@@ -338,7 +339,10 @@ def _follow_logging(rules: OutputRules, calls: Calls) -> None:
 
 def _follow_warnings(rules: OutputRules, calls: Calls) -> None:
     warnings.resetwarnings()
-    warnings.filters.extend(pickle.loads(rules.filters))  # type: ignore[attr-defined]  # a list in fact
+    for data in rules.filters:
+        # What can't be imported here is not raised here either.
+        with contextlib.suppress(ImportError, AttributeError):
+            warnings.filters.append(pickle.loads(data))  # type: ignore[attr-defined]  # a list
 
     def show(
         message: Warning | str,
