@@ -6,6 +6,8 @@ from collections.abc import Callable
 import mmap
 import os
 from pathlib import Path
+import signal
+import subprocess
 import sys
 import time
 from typing import Any
@@ -18,6 +20,7 @@ from optuna_quota import Limits
 from optuna_quota._enforcement.isolation.cgroup import find_delegated
 from optuna_quota._enforcement.isolation.cgroup import own_cgroup
 from optuna_quota._enforcement.isolation.launch import can_supervise
+from optuna_quota._enforcement.isolation.processes import has_ended
 from optuna_quota._enforcement.isolation.template_client import template_client
 from optuna_quota._records import read_record
 from tests.enforcement_tests.trials import escape
@@ -173,3 +176,17 @@ def test_a_real_control_group_limits_what_no_other_limit_sees(
     assert record.outcome == "terminated"
     assert record.breach is not None and record.breach.resource == "memory"
     template_client().lost()
+
+
+def test_a_process_that_has_ended_by_itself_was_not_left_behind() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert not has_ended(process.pid)
+    # Not waited for: it stays a zombie.
+    os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert has_ended(process.pid)
+    process.communicate()
+    assert has_ended(process.pid)

@@ -12,6 +12,7 @@ import sys
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_PF_EXITING = 0x4
 
 # Helpers that remove shared memory, semaphores and temporary files once their user is gone: they
 # end by themselves when it is, and what it left would leak if they were killed along with it.
@@ -113,6 +114,12 @@ def name_of(pid: int) -> str:
     return f"{words[:80] or 'a process'} (pid {pid})"
 
 
+def has_ended(pid: int) -> bool:
+    """Return whether a process has begun to end, or is gone."""
+    fields = _fields(pid)
+    return not fields or bool(int(fields[6]) & _PF_EXITING)
+
+
 def is_cleaner(pid: int) -> bool:
     """Return whether a process cleans up after others and then ends by itself."""
     return any(name in _command(pid) for name in _CLEANERS)
@@ -128,11 +135,17 @@ def _command(pid: int) -> bytes:
 
 def state_of(pid: int) -> str:
     """Return the letter of a process's state, "" when it is gone."""
+    fields = _fields(pid)
+    return fields[0].decode() if fields else ""
+
+
+def _fields(pid: int) -> list[bytes]:
+    """Return what the kernel tells of a process from its state on, nothing when it is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0].decode()
+            return file.read().rpartition(b")")[2].split()
     except OSError:
-        return ""
+        return []
 
 
 def reap() -> dict[int, int]:

@@ -270,7 +270,8 @@ class Supervisor:
             doomed = left if age > CLEANING_TIME else [p for p in left if p not in cleaners]
             if age >= patience and doomed:
                 if self._killer is None:
-                    leftovers.update({pid: processes.name_of(pid) for pid in doomed})
+                    alive = (pid for pid in doomed if not processes.has_ended(pid))
+                    leftovers.update({pid: processes.name_of(pid) for pid in alive})
                 processes.kill(doomed, left)
             time.sleep(0.0005)
 
