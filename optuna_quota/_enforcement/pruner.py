@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import datetime
+import inspect
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -124,6 +125,10 @@ class QuotaPruner(BasePruner):
             when = "" if step is None else f" at step {step}"
             watch.verdict = Verdict("pruned", f"{name} pruned it{when}.")
         return True
+
+
+# What is looked at first, by `help` too.
+QuotaPruner.__new__.__signature__ = inspect.signature(QuotaPruner.__init__)  # type: ignore[attr-defined]
 
 
 class _QuotaHyperbandPruner(QuotaPruner, _optuna.HyperbandDoor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import copy
+import inspect
 import pickle
 import time
 
@@ -110,6 +111,15 @@ def test_without_a_base_pruner_it_never_prunes_by_itself() -> None:
     study = alone(QuotaPruner(limits=ROOM))
     study.optimize(curve, n_trials=10)
     assert {t.state for t in study.trials} == {TrialState.COMPLETE}
+
+
+def test_help_shows_its_arguments() -> None:
+    assert list(inspect.signature(QuotaPruner).parameters) == [
+        "base_pruner",
+        "limits",
+        "interrupt",
+        "meters",
+    ]
 
 
 def test_optuna_takes_it_for_hyperband_only_where_it_is() -> None:
