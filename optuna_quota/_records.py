@@ -57,6 +57,9 @@ _NOT_METERS = {
     key.removeprefix(PREFIX)
     for key in (OUTCOME, REASON, BREACH, FOOTPRINT, ISOLATION, HOST, TIMELINE, PROPOSED)
 }
+# Columns of the trial table that are no attributes of ours, and how families of them begin.
+_COLUMNS = {"number", "state", "value", "censored_by"}
+_FAMILIES = ("values_", "params_", "footprint_", "breach_")
 _ISOLATIONS = ("process", "thread", "shared")
 
 
@@ -95,8 +98,9 @@ class TrialRecord:
 
 
 def is_reserved(name: str) -> bool:
-    """Return whether a name can't be that of a user's meter: its key is taken."""
-    return name in _NOT_METERS or PREFIX + name in (STUDY_QUOTA, STUDY_LIMITS, STUDY_PRICES)
+    """Return whether a name can't be that of a user's meter: its key or column is taken."""
+    taken = {key.removeprefix(PREFIX) for key in (STUDY_QUOTA, STUDY_LIMITS, STUDY_PRICES)}
+    return name in _NOT_METERS | _COLUMNS | taken or name.startswith(_FAMILIES)
 
 
 def write_record(storage: BaseStorage, trial_id: int, record: TrialRecord) -> None:

@@ -131,6 +131,8 @@ class Unnamed:
         ([Unnamed()], TypeError),
         ([FakeMeter("memory")], ValueError),
         ([FakeMeter("outcome")], ValueError),
+        ([FakeMeter("value")], ValueError),
+        ([FakeMeter("params_x")], ValueError),
         ([FakeMeter("two words")], ValueError),
         ([FakeMeter("a"), FakeMeter("a")], ValueError),
     ],
