@@ -20,6 +20,7 @@ from optuna_quota import isolated
 from optuna_quota import Limits
 from optuna_quota import QuotaPruner
 from optuna_quota._enforcement.isolation.launch import can_supervise
+from optuna_quota._enforcement.isolation.rlimits import DataLimit
 from optuna_quota._records import read_record
 from tests.enforcement_tests.trials import run_one
 
@@ -134,6 +135,40 @@ def test_untouched_memory_is_given_back() -> None:
 
     trial = run_one(objective, Limits(memory="512MiB"))
     assert trial.state == TrialState.COMPLETE
+
+
+MAPPING = """
+import mmap, sys
+sys.stdin.readline()
+sparse = mmap.mmap(-1, 300 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+print("mapped", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_what_stays_untouched_is_looked_at_in_haste_until_it_is_given_back() -> None:
+    import resource
+
+    arguments = [sys.executable, "-c", MAPPING]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(arguments, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        pid = process.pid
+        try:
+            memory = 400 * 2**20
+            before = memory + 2**20
+            _, hard = resource.prlimit(pid, resource.RLIMIT_DATA)
+            resource.prlimit(pid, resource.RLIMIT_DATA, (before, hard))
+            limit = DataLimit(pid, memory, before)
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "mapped\n"
+            waits = [limit.update() for _ in range(DataLimit.WINDOW)]
+            assert waits == [DataLimit.HASTE] * (DataLimit.WINDOW - 1) + [DataLimit.PERIOD]
+            after, _ = resource.prlimit(pid, resource.RLIMIT_DATA)
+            assert 270 * 2**20 < after - before < 310 * 2**20
+        finally:
+            process.kill()
 
 
 def test_a_hung_native_call_is_killed_after_the_grace_period() -> None:

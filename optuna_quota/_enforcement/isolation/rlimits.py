@@ -161,6 +161,10 @@ class DataLimit:
     """
 
     PERIOD = 0.1
+    # While there is something to give back: a library's threads and their buffers come within a
+    # moment, and what the trial needs next would be refused for their sake.
+    HASTE = 0.02
+    WORTH = 4 * 2**20
     WINDOW = 5
 
     def __init__(self, pid: int, memory: float, soft: int) -> None:
@@ -169,16 +173,19 @@ class DataLimit:
         self._soft = soft
         self._wanted: list[int] = []
 
-    def update(self) -> None:
-        """Look again; to be called about every :attr:`PERIOD` seconds."""
+    def update(self) -> float:
+        """Look again; return the seconds until the next look is due."""
         data, resident = data_size(self._pid), resident_size(self._pid)
         if data is None or resident is None:
-            return
-        self._wanted = [*self._wanted, data_limit(data, resident, self._memory)][-self.WINDOW :]
-        if len(self._wanted) == self.WINDOW:
-            self._set(min(self._wanted))
+            return self.PERIOD
+        wanted = data_limit(data, resident, self._memory)
+        self._wanted = [*self._wanted, wanted][-self.WINDOW :]
+        if len(self._wanted) == self.WINDOW and not self._set(min(self._wanted)):
+            return self.PERIOD
+        return self.HASTE if wanted > self._soft + self.WORTH else self.PERIOD
 
-    def _set(self, soft: int) -> None:
+    def _set(self, soft: int) -> bool:
+        """Set the soft limit; return whether it is as it was to be."""
         import resource
 
         with contextlib.suppress(OSError, ValueError):
@@ -187,3 +194,4 @@ class DataLimit:
             if now == self._soft != soft and (hard == resource.RLIM_INFINITY or soft <= hard):
                 resource.prlimit(self._pid, resource.RLIMIT_DATA, (soft, hard))
                 self._soft = soft
+        return soft == self._soft

@@ -163,14 +163,14 @@ class Supervisor:
             limit = max(limit, self._breach.observed) + GRACE_MARGIN
         memory = self._gauge.read(now, limit)
         if self._data_limit is not None and now >= self._data_due:
-            self._data_limit.update()
-            self._data_due = now + DataLimit.PERIOD
+            self._data_due = now + self._data_limit.update()
         if memory > limit:
             if is_told:
                 self._kill("breach")
             else:
                 self._find_breach(memory, limit, now)
-        return wait_for(limit - memory, self._gauge.growth)
+        wait = wait_for(limit - memory, self._gauge.growth)
+        return wait if self._data_limit is None else min(wait, max(0.0, self._data_due - now))
 
     def _find_breach(self, memory: float, limit: float, now: float) -> None:
         assert self._enforce is not None and self._patience is not None
