@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import functools
 import logging
 import math
 from typing import Any
+from typing import get_args
+from typing import Literal
 from typing import TYPE_CHECKING
 
 from optuna_quota._enforcement.isolation.launch import START_METHODS
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("optuna.quota.isolated")
 
+OnCrash = Literal["fail", "raise"]
+
 
 class Isolated:
     """An objective each of whose trials runs in a process of its own; made by :func:`isolated`."""
@@ -32,6 +37,9 @@ class Isolated:
         start_method: StartMethod,
         limits: Limits | None,
         predictive_stop: bool,
+        on_crash: OnCrash,
+        strict_memory: bool,
+        preload: Sequence[str],
     ) -> None:
         functools.update_wrapper(self, objective, updated=())
         self.objective = objective
@@ -39,6 +47,9 @@ class Isolated:
         self.start_method = start_method
         self.limits = limits
         self.predictive_stop = predictive_stop
+        self.on_crash = on_crash
+        self.strict_memory = strict_memory
+        self.preload = tuple(preload)
 
     def __call__(self, trial: BaseTrial) -> Any:
         """Run the objective on a trial in a process of its own; return what it returns."""
@@ -58,6 +69,9 @@ def isolated(
     start_method: StartMethod = "forkserver",
     limits: Limits | None = None,
     predictive_stop: bool = False,
+    on_crash: OnCrash = "fail",
+    strict_memory: bool = False,
+    preload: Sequence[str] = (),
 ) -> Isolated:
     """Return the same objective, each trial in a child process that can be killed.
 
@@ -92,15 +106,28 @@ def isolated(
             passed; otherwise those of the study's pruner are in force.
         predictive_stop: Whether to stop a trial as soon as the growth of its memory, or its pace
             against the time limit, is sure to breach: see ``Breach.forecast``.
+        on_crash: What ``optimize`` does when a trial's process dies of a signal, exits, or returns
+            what can't be sent: ``"fail"`` records the trial as failed and goes on with the next
+            one, ``"raise"`` raises :class:`~optuna_quota.TrialCrashed`. When the first three
+            trials of a study, or five in a row, have crashed, it is raised in either case.
+        strict_memory: Whether the kernel refuses an allocation that would pass the memory limit.
+            Then a trial never passes it, but memory that is reserved and never touched counts as
+            well (``np.zeros``, the stacks of threads). By default the memory in use is measured,
+            and a trial is stopped once it passes the limit.
+        preload: Names of modules to import before the first trial starts, in addition to those
+            that this process has imported, so that not each trial has to.
 
     Returns:
         A callable for ``study.optimize``, or to be called with a trial from ``study.ask``.
 
     Raises:
-        ValueError: If ``grace_period`` is negative or not finite or the start method unknown.
-        TypeError: If the objective can't be called or the limits are none.
+        ValueError: If ``grace_period`` is negative or not finite, or ``start_method`` or
+            ``on_crash`` is unknown.
+        TypeError: If the objective can't be called, the limits are none, or ``preload`` is no
+            sequence of module names.
         LimitBreached: By the call, when the trial was over a limit.
-        TrialCrashed: By the call, when the trial's process died.
+        TrialCrashed: By the call, when the trial's process died; within ``optimize`` as
+            ``on_crash`` says.
     """
     if not callable(objective):
         raise TypeError(f"`objective` must be callable but got {objective!r}.")
@@ -112,10 +139,17 @@ def isolated(
         )
     if limits is not None and not isinstance(limits, Limits):
         raise TypeError(f"`limits` must be Limits but got {limits!r}.")
+    if on_crash not in get_args(OnCrash):
+        raise ValueError(f"`on_crash` must be 'fail' or 'raise' but got {on_crash!r}.")
+    if isinstance(preload, str) or not all(isinstance(name, str) for name in preload):
+        raise TypeError(f"`preload` must be a sequence of module names but got {preload!r}.")
     return Isolated(
         objective,
         grace_period=float(grace_period),
         start_method=start_method,
         limits=limits,
         predictive_stop=predictive_stop,
+        on_crash=on_crash,
+        strict_memory=strict_memory,
+        preload=preload,
     )
