@@ -12,6 +12,8 @@ from typing import Any
 
 _HEADER = struct.Struct("!Q")
 _CHUNK = 1 << 16
+# What one message of a socket can carry, see unix(7).
+_MOST_DESCRIPTORS = 253
 
 
 def dumps(message: Any) -> bytes:
@@ -55,13 +57,13 @@ class Channel:
         """Send open files, before any message."""
         socket.send_fds(self._sock, [b"F"], handles)
 
-    def receive_descriptors(self, count: int) -> list[int]:
+    def receive_descriptors(self) -> list[int]:
         """Return the files that were sent, waiting for them.
 
         Raises:
             EOFError: If the other side is gone.
         """
-        data, handles, _, _ = socket.recv_fds(self._sock, 1, count)
+        data, handles, _, _ = socket.recv_fds(self._sock, 1, _MOST_DESCRIPTORS)
         if not data:
             raise EOFError("The other process closed the connection.")
         return handles
@@ -86,6 +88,25 @@ class Channel:
             if message is not None:
                 return pickle.loads(message)
             self._read()
+
+    def send_raw(self, data: memoryview) -> None:
+        """Send the bytes of a buffer as they are; the other side must know how many."""
+        self._sock.sendall(data)
+
+    def receive_raw(self, into: memoryview) -> None:
+        """Fill a buffer with bytes that were sent as they are.
+
+        Raises:
+            EOFError: If the other side is gone.
+        """
+        size = min(len(self._buffer), len(into))
+        into[:size] = memoryview(self._buffer)[:size]
+        del self._buffer[:size]
+        while size < len(into):
+            count = self._sock.recv_into(into[size:])
+            if not count:
+                raise EOFError("The other process closed the connection.")
+            size += count
 
     def pending(self) -> bool:
         """Return whether a whole message is in the buffer: polling the socket won't show it."""

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import contextlib
 from dataclasses import dataclass
 import faulthandler
-import itertools
+import io
 import logging
 import os
 import pickle
+import signal
 import sys
 import threading
 import traceback
@@ -28,17 +29,37 @@ from optuna_quota._enforcement.isolation.errors import pack_error
 from optuna_quota._enforcement.isolation.errors import SentError
 from optuna_quota._enforcement.isolation.errors import unpack_error
 from optuna_quota._enforcement.isolation.gpu_caps import set_gpu_caps
-from optuna_quota._enforcement.isolation.modules import can_preload
+from optuna_quota._enforcement.isolation.multiprocessing_child import use_tracker
 from optuna_quota._enforcement.isolation.output import defer_to_handlers
 from optuna_quota._enforcement.isolation.output import follow
 from optuna_quota._enforcement.isolation.output import OutputRules
+from optuna_quota._enforcement.isolation.payload import allocate
+from optuna_quota._enforcement.isolation.payload import inherited_descriptors
+from optuna_quota._enforcement.isolation.process_context import enter_context
+from optuna_quota._enforcement.isolation.process_context import fill_main
+from optuna_quota._enforcement.isolation.process_context import hold_main_state
+from optuna_quota._enforcement.isolation.process_context import ProcessContext
+from optuna_quota._enforcement.isolation.process_context import seed
 from optuna_quota._enforcement.isolation.shortage import find_shortage
 from optuna_quota._enforcement.isolation.shortage import Shortage
 from optuna_quota._enforcement.isolation.stop import PoliteStop
-from optuna_quota._enforcement.isolation.surroundings import enter
-from optuna_quota._enforcement.isolation.surroundings import fill_main
-from optuna_quota._enforcement.isolation.surroundings import seed
-from optuna_quota._enforcement.isolation.surroundings import Surroundings
+
+
+@dataclass(frozen=True)
+class SentObjective:
+    """An objective on its way; its large buffers follow the message, its descriptors came before.
+
+    Attributes:
+        pickles: The pickles: the objective, then what the main module is to hold.
+        states: How many of the latter there are.
+        buffers: The bytes of each buffer that follows, and whether it is read-only.
+        tracker: Whether the last descriptor is that of the study's resource tracker.
+    """
+
+    pickles: bytes
+    states: int
+    buffers: Sequence[tuple[int, bool]]
+    tracker: bool
 
 
 @dataclass(frozen=True)
@@ -46,22 +67,24 @@ class Start:
     """All that a trial's process needs to begin.
 
     Attributes:
-        surroundings: What the objective finds around it.
+        context: What the objective finds around it.
+        has_main: Whether the process has the study's main module already.
         output: How it prints, logs and warns.
         trial: What of the trial never changes.
         limits: The ceilings in force, by resource, in SI base units.
         device_memory: The memory of the smallest visible GPU.
         grace_period: Seconds from the polite stop to the hard kill.
-        objective: Its pickle; None when the process inherited it.
+        objective: The objective; None when the process inherited it.
     """
 
-    surroundings: Surroundings
+    context: ProcessContext
+    has_main: bool
     output: OutputRules
     trial: TrialFacts
     limits: Mapping[str, float]
     device_memory: float | None
     grace_period: float
-    objective: bytes | None
+    objective: SentObjective | None
 
 
 @dataclass(frozen=True)
@@ -85,7 +108,6 @@ class Returned:
     """The objective returned."""
 
     value: Any
-    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,13 +118,11 @@ class Raised:
         error: What.
         shortage: The failed allocation behind it, if that was why.
         resident: The resident memory when it arrived here, in bytes.
-        modules: What was imported meanwhile.
     """
 
     error: SentError
     shortage: Shortage | None = None
     resident: int | None = None
-    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,35 +179,37 @@ def run_child(
         notice: Where the supervisor says why it stops the trial, before it sends SIGTERM.
         crash_file: A descriptor for Python's traceback when the process dies of a signal.
         inherited: What the process has inherited; without it, the start message is received.
-        streams: Whether standard output and error are sent before the start message.
+        streams: Whether standard output, standard error and other open files are sent before the
+            start message.
     """
     global _calls
     stop = PoliteStop(notice)
     stop.install()
     _calls = Calls(channel, stop)
-    known, own = len(sys.modules), os.getpid()
+    own, grace_period = os.getpid(), 0.0
     try:
         if streams:
             _take_streams(channel)
         start = channel.receive() if inherited is None else inherited.start
+        grace_period = start.grace_period
+        buffers = _receive_buffers(channel, start.objective)
         if crash_file is not None:
             faulthandler.enable(crash_file)
         if inherited is None:
-            enter(start.surroundings)
+            enter_context(start.context, has_main=start.has_main)
             follow(start.output, _calls)
         else:
-            os.environ.update(start.surroundings.added)
+            os.environ.update(start.context.added)
             follow(start.output, _calls, inherited.sounding)
         rlimits.raise_oom_score()
         supervisor = None if notice is None else os.getppid()
         objective = None if inherited is None else inherited.objective
-        outcome = _prepare_and_run(start, objective, known, supervisor)
+        outcome = _prepare_and_run(start, objective, buffers, supervisor)
     except EOFError:
         return 1
     except BaseException as error:  # noqa: BLE001 - a stop before the objective was called
-        # What it had imported, the next trial finds loaded: else none would get any further.
-        outcome = Raised(pack_error(error), modules=_imported(known))
-    return _finish(outcome) if os.getpid() == own else _leave(outcome)
+        outcome = Raised(pack_error(error))
+    return _finish(outcome, grace_period) if os.getpid() == own else _leave(outcome)
 
 
 def _leave(outcome: Any) -> int:
@@ -199,23 +221,47 @@ def _leave(outcome: Any) -> int:
 
 
 def _take_streams(channel: Channel) -> None:
-    for number, handle in enumerate(channel.receive_descriptors(2), start=1):
+    out, err, *inherited_descriptors[:] = channel.receive_descriptors()
+    for number, handle in ((1, out), (2, err)):
         os.dup2(handle, number)
         os.close(handle)
 
 
-def _prepare_and_run(start: Start, objective: Any, known: int, supervisor: int | None) -> Any:
+def _receive_buffers(channel: Channel, objective: SentObjective | None) -> list[memoryview]:
+    buffers = []
+    for size, readonly in () if objective is None else objective.buffers:
+        buffer = allocate(size)
+        channel.receive_raw(buffer)
+        buffers.append(buffer.toreadonly() if readonly else buffer)
+    return buffers
+
+
+def _load(sent: SentObjective, buffers: Sequence[memoryview]) -> Any:
+    if sent.tracker:
+        use_tracker(inherited_descriptors[-1])
+    unpickler = pickle.Unpickler(io.BytesIO(sent.pickles), buffers=buffers)
+    objective = unpickler.load()
+    for _ in range(sent.states):
+        hold_main_state(unpickler.load())
+    return objective
+
+
+def _prepare_and_run(
+    start: Start, objective: Any, buffers: list[memoryview], supervisor: int | None
+) -> Any:
     assert _calls is not None
     set_gpu_caps(start.limits.get("gpu_memory"), start.device_memory)
     if start.objective is not None:
-        objective = pickle.loads(start.objective)
+        objective = _load(start.objective, buffers)
+        # The objective alone keeps them.
+        buffers.clear()
         fill_main(objective)
         defer_to_handlers(start.output)
-    seed(start.surroundings)
+    seed(start.context)
     trial = ChildTrial(_calls, start.trial)
     rlimits.reset_peak()
     _calls.notify(Ready(os.getpid(), supervisor, _limit(start)))
-    return _run(objective, trial, known)
+    return _run(objective, trial)
 
 
 def _limit(start: Start) -> int | None:
@@ -227,7 +273,7 @@ def _limit(start: Start) -> int | None:
     return None if memory is None else rlimits.limit_memory(memory)
 
 
-def _run(objective: Any, trial: ChildTrial, known: int) -> Any:
+def _run(objective: Any, trial: ChildTrial) -> Any:
     try:
         value = objective(trial)
     except SystemExit as error:
@@ -237,11 +283,11 @@ def _run(objective: Any, trial: ChildTrial, known: int) -> Any:
         # First of all: what follows needs some memory itself.
         rlimits.lift_memory_limit()
         shortage = find_shortage(error)
-        return Raised(pack_error(error), shortage, resident, _imported(known))
-    return Returned(value, _imported(known))
+        return Raised(pack_error(error), shortage, resident)
+    return Returned(value)
 
 
-def _finish(outcome: Any) -> int:
+def _finish(outcome: Any, grace_period: float) -> int:
     """Send what came of the trial, then end as a Python program does."""
     assert _calls is not None
     try:
@@ -250,24 +296,40 @@ def _finish(outcome: Any) -> int:
             outcome = _sendable(outcome)
         _flush()
         _calls.notify(outcome)
-        _run_exit_handlers()
+        _run_exit_handlers(grace_period)
         _flush()
     except BaseException:  # noqa: BLE001 - the supervisor reports that nothing was sent
         return 1
     return outcome.code if isinstance(outcome, Exited) else 0
 
 
-def _run_exit_handlers() -> None:
-    """Let pools, executors and temporary folders clean up; threads are not waited for.
+# Seconds that idle threads of executors get to end; one that waits for something else never does.
+_THREADS_TIME = 0.5
+# The least and the most seconds that the handlers get at the exit.
+_EXIT_TIMES = (1.0, 5.0)
 
-    Executors (joblib's too) tell their workers to end in handlers that threading keeps, and
-    multiprocessing waits for these workers in one of the others: for ever, if they were not told.
+
+def _run_exit_handlers(grace_period: float) -> None:
+    """Let pools, executors and temporary folders clean up, for a limited time.
+
+    The result is with the study already. What the objective has left open may wait for ever: a
+    thread for an item, a process for its parent. The kernel's timer ends that.
     """
-    try:
-        for handler in reversed(getattr(threading, "_threading_atexits", ())):
-            handler()
-    finally:
-        atexit._run_exitfuncs()
+    least, most = _EXIT_TIMES
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, max(least, min(grace_period, most)))
+    # Executors (joblib's too) tell their workers to end in handlers that threading keeps, and
+    # multiprocessing waits for these workers in one of the others.
+    threads = threading.Thread(target=_end_executors, daemon=True)
+    threads.start()
+    threads.join(_THREADS_TIME)
+    atexit._run_exitfuncs()
+
+
+def _end_executors() -> None:
+    for handler in reversed(getattr(threading, "_threading_atexits", ())):
+        handler()
 
 
 def _sendable(returned: Returned) -> Any:
@@ -275,7 +337,7 @@ def _sendable(returned: Returned) -> Any:
     value = returned.value
     if _is_tensor(value):
         with contextlib.suppress(Exception):
-            return Returned(float(value), returned.modules)
+            return Returned(float(value))
     try:
         from optuna_quota._enforcement.isolation.channel import dumps
 
@@ -303,13 +365,6 @@ def _exit_code(error: SystemExit) -> int:
     # As the interpreter does.
     sys.stderr.write(f"{error.code}\n")
     return 1
-
-
-def _imported(known: int) -> tuple[str, ...]:
-    """Return what was imported since there were so many modules, in order."""
-    # From the newest: to go through all would copy the pages that the template's names are on.
-    new = list(itertools.islice(reversed(sys.modules), max(0, len(sys.modules) - known)))
-    return tuple(can_preload(reversed(new))) if new else ()
 
 
 def _flush() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import contextlib
+import ctypes
 import os
 from pathlib import Path
 import socket
@@ -57,7 +59,7 @@ def launch_fork(cgroup: Path | None, inherited: Inherited) -> Launched:
     Raises:
         RuntimeError: If this process uses CUDA, which a fork can't go on with.
     """
-    if uses_cuda():
+    if processes.uses_cuda():
         raise RuntimeError(
             "`start_method` must not be 'fork' once this process uses CUDA, which a forked "
             "process can't go on with; use 'forkserver'."
@@ -65,6 +67,7 @@ def launch_fork(cgroup: Path | None, inherited: Inherited) -> Launched:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.flush()
+    end_openmp_threads()
     parent = os.pidfd_open(os.getpid())
     try:
         forked = fork_trial(parent, cgroup=cgroup, inherited=inherited)
@@ -73,18 +76,36 @@ def launch_fork(cgroup: Path | None, inherited: Inherited) -> Launched:
     return Launched(Channel(forked.channel), Channel(forked.control), forked.supervisor)
 
 
-def uses_cuda() -> bool:
-    """Return whether this process holds a CUDA context; NVML alone, which we use, is none."""
-    with contextlib.suppress(OSError):
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/self/fd/{name}").startswith("/dev/nvidia-uvm"):
-                    return True
-    return False
+def end_openmp_threads() -> None:
+    """Let GNU's OpenMP end the threads that it keeps for this one; it starts them when needed.
+
+    A forked process has none of them, which the library does not notice: it would wait for them
+    for ever. LLVM's and Intel's notice.
+    """
+    for path in _gnu_openmp_libraries():
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW).omp_pause_resource_all(
+                _OMP_PAUSE_HARD
+            )
 
 
-def order_trial(template: socket.socket, data: bytes) -> Launched:
+_OMP_PAUSE_HARD = 2
+
+
+def _gnu_openmp_libraries() -> set[str]:
+    with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8") as file:
+        paths = {line.split(None, 5)[5].strip() for line in file if "libgomp" in line}
+        return {path for path in paths if path.startswith("/")}
+    return set()
+
+
+def order_trial(template: socket.socket, data: bytes, descriptors: Sequence[int] = ()) -> Launched:
     """Ask a template for a trial's processes.
+
+    Args:
+        template: The connection.
+        data: The order.
+        descriptors: Open files for the trial, beside the standard streams.
 
     Raises:
         OSError: If the template is gone.
@@ -96,7 +117,8 @@ def order_trial(template: socket.socket, data: bytes) -> Launched:
     channel, control = (Channel(socket.socket(fileno=handle)) for handle in handles)
     try:
         with contextlib.ExitStack() as stack:
-            channel.send_descriptors([_stream(number, stack) for number in (1, 2)])
+            streams = [_stream(number, stack) for number in (1, 2)]
+            channel.send_descriptors([*streams, *descriptors])
     except OSError:
         channel.close()
         control.close()

@@ -1,8 +1,18 @@
-"""The objective on its way: pickled by value, but for what must stay in the study's process."""
+"""The objective on its way to a trial's process: what goes by name, by value, or stays here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
+import functools
 import io
+from multiprocessing import context
+from multiprocessing.reduction import ForkingPickler
+import pickle
+import socket
+import sys
+import types
 from typing import Any
 
 import cloudpickle
@@ -12,9 +22,20 @@ from optuna.trial import Trial
 
 from optuna_quota._enforcement.isolation.calls import Handle
 from optuna_quota._enforcement.isolation.child import proxy_of
+from optuna_quota._enforcement.isolation.main_module import MAIN_NAMES
+from optuna_quota._enforcement.isolation.main_module import MainModule
+from optuna_quota._enforcement.isolation.module_state import plain_attributes
+from optuna_quota._enforcement.isolation.payload import InheritedDescriptor
+from optuna_quota._enforcement.isolation.payload import Payload
+from optuna_quota._enforcement.isolation.process_context import MainState
+from optuna_quota._enforcement.isolation.tensors import reduce_tensor
 
 
-class Residents:
+# Smaller buffers are copied into the pickle; a message of its own for each would cost more.
+_LEAST_BUFFER = 1 << 16
+
+
+class RemoteObjects:
     """The objects of one trial that stay in the study's process and are called from the child.
 
     Args:
@@ -36,38 +57,235 @@ class Residents:
         return self._objects[index]
 
 
-def stays(value: Any) -> bool:
+def is_remote(value: Any) -> bool:
     """Return whether an object belongs to the study's process: a copy of it would be another."""
     return isinstance(value, (Study, BaseStorage, Trial))
 
 
-def dump_objective(objective: Any, residents: Residents) -> bytes:
-    """Return the pickle of an objective.
+def dump_objective(objective: Any, remote: RemoteObjects, main: MainModule) -> Payload:
+    """Return the pickle of an objective and of what it needs of the main module.
 
-    Functions and classes of ``__main__`` and closures go by value, those of modules by name. A
-    study that the objective refers to stays here, and the child gets a proxy.
+    Functions and classes that the trial's main module has go by name, others of it and closures
+    by value, those of modules by name. Large arrays are not copied: the payload refers to them. A
+    study that the objective refers to stays here, and the child gets a proxy. What only
+    multiprocessing can send (queues, locks, connections) goes as to a child of its own.
 
     Raises:
-        TypeError: If it refers to what can't be pickled.
+        TypeError: If the objective refers to what can't be pickled.
     """
-    buffer = io.BytesIO()
-    try:
-        _Pickler(buffer, residents).dump(objective)
-    except Exception as error:
-        raise TypeError(
-            "The objective can't be sent to a process of its own because it, or something that it "
-            f"refers to, can't be pickled: {error} Make that inside the objective, or use "
-            "isolated(objective, start_method='fork')."
-        ) from error
-    return buffer.getvalue()
+    missing: set[str] = set()
+    while True:
+        dump = _Dump(objective, remote, main, missing)
+        try:
+            return dump.run()
+        except Exception as error:
+            if dump.failed is not None and dump.failed not in missing:
+                # The trial's main module makes its own, such as a lock.
+                missing.add(dump.failed)
+                continue
+            raise TypeError(
+                "The objective can't be sent to the trial's process because it, or something "
+                f"that it refers to, can't be pickled: {error} Create it inside the objective, "
+                "or use isolated(objective, start_method='fork')."
+            ) from error
+
+
+class _Dump:
+    """One attempt to pickle an objective.
+
+    Attributes:
+        failed: The global variable that could not be pickled although the trial's main module
+            makes one itself; None when it was something else.
+    """
+
+    def __init__(
+        self, objective: Any, remote: RemoteObjects, main: MainModule, without: set[str]
+    ) -> None:
+        self.failed: str | None = None
+        self._objective = objective
+        self._main = main
+        self._without = without
+        self._file = io.BytesIO()
+        self._buffers: list[pickle.PickleBuffer] = []
+        self._spawning = _Spawning()
+        self._named: dict[int, Any] = {}
+        self._pickler = _Pickler(self._file, remote, self._is_named, self._take_buffer)
+
+    def run(self) -> Payload:
+        context.set_spawning_popen(self._spawning)  # type: ignore[arg-type]  # passes for one
+        try:
+            self._pickler.dump(self._objective)
+            count = self._dump_main_state()
+        finally:
+            context.set_spawning_popen(None)
+        return Payload(
+            self._file.getvalue(), count, tuple(self._buffers), tuple(self._spawning.descriptors)
+        )
+
+    def _dump_main_state(self) -> int:
+        """Dump the globals of what went by name, until nothing new does; return how often."""
+        module = sys.modules["__main__"]
+        sent: set[str] = set(self._without)
+        done: set[int] = set()
+        count = 0
+        while new := [v for k, v in list(self._named.items()) if k not in done]:
+            done |= {id(value) for value in new}
+            values: dict[str, Any] = {}
+            names = {name for value in new for name in global_names(value)} - sent
+            for name in sorted(names & vars(module).keys()):
+                sent.add(name)
+                value = vars(module)[name]
+                if not (name in self._main.names and self._is_made_there(value)):
+                    values[name] = value
+            attributes = {v.__qualname__: found for v in new if (found := plain_attributes(v))}
+            if values or attributes:
+                self._dump_values(MainState(values, attributes))
+                count += 1
+        return count
+
+    def _dump_values(self, state: MainState) -> None:
+        try:
+            self._pickler.dump(state)
+        except Exception:
+            self.failed = next((n for n in state.values if self._can_do_without(n)), None)
+            raise
+
+    def _can_do_without(self, name: str) -> bool:
+        if name not in self._main.names:
+            return False
+        try:
+            cloudpickle.dumps(vars(sys.modules["__main__"])[name])
+        except Exception:  # noqa: BLE001 - a user's __reduce__ may raise anything
+            return True
+        return False
+
+    def _is_made_there(self, value: Any) -> bool:
+        """Note what goes by name; return whether a global need not be sent."""
+        if isinstance(value, types.ModuleType):
+            return True
+        if getattr(value, "__module__", None) not in MAIN_NAMES:
+            # Imported from elsewhere.
+            return isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType))
+        return self._is_named(value)
+
+    def _is_named(self, value: Any) -> bool:
+        """Return whether the trial's main module has the same under the same name."""
+        if id(value) in self._named:
+            return True
+        if getattr(value, "__module__", None) not in MAIN_NAMES:
+            return False
+        path = getattr(value, "__qualname__", "").split(".")
+        found: Any = sys.modules["__main__"]
+        for part in path:
+            found = getattr(found, part, None)
+        if path[0] not in self._main.names or found is not value:
+            return False
+        self._named[id(value)] = value
+        return True
+
+    def _take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
+        """Keep a large buffer out of the pickle; return whether to copy it in after all."""
+        if buffer.raw().nbytes < _LEAST_BUFFER:
+            return True
+        self._buffers.append(buffer)
+        return False
+
+
+def global_names(value: Any) -> set[str]:
+    """Return the names of the globals that a function, class or callable of a script may use."""
+    names: set[str] = set()
+    seen: set[int] = set()
+    todo = [value]
+    while todo:
+        part = todo.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, types.CodeType):
+            names |= {*part.co_names}
+            todo += [c for c in part.co_consts if isinstance(c, types.CodeType)]
+        else:
+            todo += _parts(part)
+    return names
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Yield the code and the functions that a callable is made of."""
+    if isinstance(value, type):
+        if value.__module__ in MAIN_NAMES:
+            yield from vars(value).values()
+            yield from value.__bases__
+    elif isinstance(value, types.FunctionType):
+        yield value.__code__
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # not filled yet
+                yield cell.cell_contents
+        yield getattr(value, "__wrapped__", None)
+        yield from vars(value).values()
+    elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
+        yield value.__func__
+    elif isinstance(value, property):
+        yield from (value.fget, value.fset, value.fdel)
+    elif isinstance(value, functools.partial):
+        yield value.func
+    elif hasattr(value, "__wrapped__"):
+        yield value.__wrapped__
+
+
+# The latter is what a cached function is.
+_NAMED_KINDS = (types.FunctionType, type(functools.lru_cache(global_names)))
+
+
+class _Spawning:
+    """Passes for the process that multiprocessing is about to spawn, to which locks may go."""
+
+    method = "forkserver"
+    DupFd = InheritedDescriptor
+
+    def __init__(self) -> None:
+        self.descriptors: list[int] = []
+
+    def duplicate_for_child(self, descriptor: int) -> int:
+        self.descriptors.append(descriptor)
+        return len(self.descriptors) - 1
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
-    def __init__(self, file: io.BytesIO, residents: Residents) -> None:
-        super().__init__(file)
-        self._residents = residents
+    def __init__(
+        self,
+        file: io.BytesIO,
+        remote: RemoteObjects,
+        is_named: Callable[[Any], bool],
+        take_buffer: Callable[[pickle.PickleBuffer], Any],
+    ) -> None:
+        super().__init__(file, protocol=5, buffer_callback=take_buffer)
+        self._remote = remote
+        self._is_named = is_named
+        self._reducers = dict(_multiprocessing_reducers())
 
     def reducer_override(self, value: Any) -> Any:
-        if stays(value):
-            return (proxy_of, (self._residents.handle(value),))
+        if is_remote(value):
+            return (proxy_of, (self._remote.handle(value),))
+        kind = type(value)
+        if kind in _NAMED_KINDS or isinstance(value, type):
+            if self._is_named(value):
+                return value.__qualname__
+        elif kind in self._reducers:
+            return self._reducers[kind](value)
+        elif kind.__module__ == "torch" and (reduced := reduce_tensor(value)) is not None:
+            return reduced
         return super().reducer_override(value)
+
+
+def _multiprocessing_reducers() -> Iterator[tuple[type, Callable[[Any], Any]]]:
+    """Yield what only multiprocessing pickles: connections, sockets, shared memory.
+
+    Not the tensors that torch adds there: one would be moved into shared memory, and the trial
+    would write into the study's own.
+    """
+    for kind, reduce in ForkingPickler._extra_reducers.items():  # type: ignore[attr-defined]
+        module = str(getattr(reduce, "__module__", ""))
+        if module.startswith("multiprocessing.") and (
+            module != "multiprocessing.reduction" or kind is socket.socket
+        ):
+            yield kind, reduce

@@ -170,3 +170,13 @@ def count_oom_kills() -> int:
             os.close(handle)
         return int(rest.split(None, 1)[0]) if found else 0
     return 0
+
+
+def uses_cuda() -> bool:
+    """Return whether this process holds a CUDA context; NVML alone, which we use, is none."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{name}").startswith("/dev/nvidia-uvm"):
+                    return True
+    return False

@@ -25,6 +25,7 @@ from optuna_quota._enforcement.isolation.child import Inherited
 from optuna_quota._enforcement.isolation.child import Raised
 from optuna_quota._enforcement.isolation.child import Ready
 from optuna_quota._enforcement.isolation.child import Returned
+from optuna_quota._enforcement.isolation.child import SentObjective
 from optuna_quota._enforcement.isolation.child import Start
 from optuna_quota._enforcement.isolation.child import Unsendable
 from optuna_quota._enforcement.isolation.child_trial import TrialFacts
@@ -38,17 +39,22 @@ from optuna_quota._enforcement.isolation.errors import unpack_error
 from optuna_quota._enforcement.isolation.launch import can_supervise
 from optuna_quota._enforcement.isolation.launch import launch_fork
 from optuna_quota._enforcement.isolation.launch import Launched
-from optuna_quota._enforcement.isolation.modules import can_preload
-from optuna_quota._enforcement.isolation.modules import named_modules
+from optuna_quota._enforcement.isolation.main_module import find_main_module
+from optuna_quota._enforcement.isolation.main_module import MainModule
+from optuna_quota._enforcement.isolation.multiprocessing_child import is_importing_main
+from optuna_quota._enforcement.isolation.multiprocessing_child import tracker_descriptor
 from optuna_quota._enforcement.isolation.objectives import dump_objective
-from optuna_quota._enforcement.isolation.objectives import Residents
+from optuna_quota._enforcement.isolation.objectives import RemoteObjects
 from optuna_quota._enforcement.isolation.output import output_rules
 from optuna_quota._enforcement.isolation.output import sounding_loggers
+from optuna_quota._enforcement.isolation.payload import Payload
 from optuna_quota._enforcement.isolation.plain import launch_plain
+from optuna_quota._enforcement.isolation.process_context import read_context
 from optuna_quota._enforcement.isolation.serving import NotStarted
 from optuna_quota._enforcement.isolation.serving import Server
-from optuna_quota._enforcement.isolation.surroundings import surroundings
+from optuna_quota._enforcement.isolation.template_client import PreparedMain
 from optuna_quota._enforcement.isolation.template_client import template_client
+from optuna_quota._enforcement.isolation.template_client import TemplateClient
 from optuna_quota._enforcement.settle import row_of
 from optuna_quota._enforcement.settle import settle
 from optuna_quota._metering import key_of
@@ -83,7 +89,7 @@ class TrialRun:
         self._isolated = isolated
         self._trial = trial
         self._study = trial.study if isinstance(trial, Trial) else None
-        self._residents = Residents(trial)
+        self._remote = RemoteObjects(trial)
         self._steps: list[tuple[int, float]] = []
         self._server: Server | None = None
 
@@ -91,6 +97,12 @@ class TrialRun:
         """Run it; return what the objective returns or raise what it raises."""
         if is_rejected(self._trial.user_attrs):
             raise_rejected(self._trial.user_attrs)
+        if is_importing_main():
+            raise RuntimeError(
+                "An isolated trial was about to start while a worker of multiprocessing imports "
+                "the main module: the worker would run the study again. Put what runs the study "
+                'under `if __name__ == "__main__":`.'
+            )
         self._watch, owned = self._find_watch()
         # From here on its start counts, but not what this process and its template hold.
         self._watch.detach()
@@ -148,10 +160,10 @@ class TrialRun:
         return self._conclude(server)
 
     def _serve(self) -> Server:
-        launched, start = self._launch()
+        launched, start, payload = self._launch()
         self._server = server = Server(
             launched,
-            self._residents,
+            self._remote,
             on_ready=self._on_ready,
             on_report=self._on_report,
             ask_breach=lambda: condemn(self._watch),
@@ -164,6 +176,10 @@ class TrialRun:
                 launched.control.send(Mind(self._isolated.grace_period))
                 if start is not None:
                     launched.channel.send(start)
+                if payload is not None:
+                    payload.send_buffers(launched.channel)
+            # While the trial runs, it alone holds what was sent to it.
+            del start, payload
             server.serve()
         except BaseException:
             # An interrupt (Ctrl-C): nothing of the trial may go on.
@@ -173,45 +189,58 @@ class TrialRun:
             launched.close()
         return server
 
-    def _launch(self) -> tuple[Launched, Start | None]:
+    def _launch(self) -> tuple[Launched, Start | None, Payload | None]:
         """Start the processes; return what is to be sent, None where they inherited it."""
         method = self._isolated.start_method
         if method == "fork" and can_supervise():
             # Made before the fork: after it, each page that is touched here is copied.
-            inherited = Inherited(self._start(None), self._isolated.objective, sounding_loggers())
-            return launch_fork(_delegated_cgroup(), inherited), None
-        objective = dump_objective(self._isolated.objective, self._residents)
+            start = self._start(None, PreparedMain(MainModule(), is_made=True))
+            inherited = Inherited(start, self._isolated.objective, sounding_loggers())
+            return launch_fork(_delegated_cgroup(), inherited), None, None
         if not can_supervise():
-            return launch_plain(), self._start(objective)
-        client = template_client(once=method == "spawn")
-        if method == "forkserver":
-            client.want(can_preload(named_modules(objective)))
+            bare = PreparedMain(find_main_module().without_statements(), is_made=False)
+            payload = dump_objective(self._isolated.objective, self._remote, bare.module)
+            return launch_plain(), self._start(payload, bare), payload
+        client = TemplateClient(once=True) if method == "spawn" else template_client()
         before = self._watch.elapsed
         try:
-            launched = client.launch(_delegated_cgroup())
+            main = client.prepare(self._isolated.preload)
+            payload = dump_objective(self._isolated.objective, self._remote, main.module)
+            tracker = tracker_descriptor()
+            trackers = () if tracker is None else (tracker,)
+            launched = client.launch(_delegated_cgroup(), [*payload.descriptors, *trackers])
         except OSError as error:
             reason = f"The trial's process could not be started: {error}"
             self._crash(Ended(exitcode=None), reason)
+        finally:
+            if method == "spawn":
+                client.close()
         # What the template loaded first serves all trials; this one only came when it did.
         self._watch.detach(waited=self._watch.elapsed - before)
-        return launched, self._start(objective)
+        start = self._start(payload, main, tracker=tracker is not None)
+        return launched, start, payload
 
-    def _start(self, objective: bytes | None) -> Start:
+    def _start(
+        self, payload: Payload | None, main: PreparedMain, *, tracker: bool = False
+    ) -> Start:
         trial, study = self._trial, self._study
         facts = TrialFacts(
             number=trial.number,
             trial_id=None if study is None else _optuna.trial_id_of(trial),
             datetime_start=trial.datetime_start,
-            study=None if study is None else self._residents.handle(study),
+            study=None if study is None else self._remote.handle(study),
         )
         return Start(
-            surroundings=surroundings(self._watch.environment),
+            context=read_context(self._watch.environment, main.module),
+            has_main=main.is_made,
             output=output_rules(),
             trial=facts,
             limits={name: ceiling for name, (ceiling, _) in self._ceilings().items()},
             device_memory=device_memory() if "gpu_memory" in self._ceilings() else None,
             grace_period=self._isolated.grace_period,
-            objective=objective,
+            objective=None
+            if payload is None
+            else SentObjective(payload.pickles, payload.states, payload.sizes, tracker),
         )
 
     def _ceilings(self) -> Mapping[str, tuple[float, bool]]:
@@ -263,8 +292,6 @@ class TrialRun:
         ended, outcome = server.ended, server.outcome
         assert ended is not None
         self._take_usage(ended)
-        if isinstance(outcome, (Returned, Raised)):
-            template_client().want(outcome.modules)
         if server.breach is not None:
             self._terminate(server.breach)
         if isinstance(outcome, Returned):

@@ -27,8 +27,8 @@ from optuna_quota._enforcement.isolation.control import StopFor
 from optuna_quota._enforcement.isolation.ending import Ended
 from optuna_quota._enforcement.isolation.errors import pack_error
 from optuna_quota._enforcement.isolation.launch import Launched
-from optuna_quota._enforcement.isolation.objectives import Residents
-from optuna_quota._enforcement.isolation.objectives import stays
+from optuna_quota._enforcement.isolation.objectives import is_remote
+from optuna_quota._enforcement.isolation.objectives import RemoteObjects
 from optuna_quota._enforcement.isolation.output import Printed
 from optuna_quota._enforcement.isolation.output import replay
 from optuna_quota._enforcement.isolation.output import SYNC
@@ -50,7 +50,7 @@ class Server:
 
     Args:
         launched: The connections.
-        residents: What the child may call.
+        remote: What the child may call.
         on_ready: Called when the objective is about to run; returns what is to be enforced.
         on_report: Called after a report with the step.
         ask_breach: Answers ``optuna_quota.check``.
@@ -65,7 +65,7 @@ class Server:
     def __init__(
         self,
         launched: Launched,
-        residents: Residents,
+        remote: RemoteObjects,
         *,
         on_ready: Callable[[Ready], Enforce],
         on_report: Callable[[int], None],
@@ -77,7 +77,7 @@ class Server:
         self.ended: Ended | None = None
         self.data_limit: int | None = None
         self._launched = launched
-        self._residents = residents
+        self._remote = remote
         self._on_ready = on_ready
         self._on_report = on_report
         self._ask_breach = ask_breach
@@ -199,7 +199,7 @@ class Server:
                 return number, None, None
             if name == CHECK:
                 return number, self._ask_breach(), None
-            target = self._residents[index]
+            target = self._remote[index]
             if name == "__setattr__":
                 setattr(target, *(args or ()))
                 return number, None, None
@@ -210,7 +210,7 @@ class Server:
                 value = Method()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the objective's to handle
             return number, None, pack_error(error)
-        return number, self._residents.handle(value) if stays(value) else value, None
+        return number, self._remote.handle(value) if is_remote(value) else value, None
 
     def _send_answer(self, answer: Answer) -> None:
         try:

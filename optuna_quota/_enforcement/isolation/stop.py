@@ -14,17 +14,21 @@ if TYPE_CHECKING:
     from optuna_quota._resources import Breach
 
 
-class PoliteStop:
-    """Raises :class:`~optuna_quota.LimitBreached` when the supervisor says so, by SIGTERM.
+# A real-time signal has no meaning of its own: SIGTERM, SIGINT and SIGUSR1 stay what they are to
+# any process, and a handler that a library installs for them is not in the way.
+STOP_SIGNAL: int = signal.SIGRTMAX - 5 if hasattr(signal, "SIGRTMAX") else signal.SIGTERM
 
-    The supervisor writes the breach into a pipe before it sends the signal; a SIGTERM without one
-    is somebody else's and does what it always does. While a message is being exchanged, the
-    exception waits: an exchange that was cut off would leave the connection out of step. For
-    that, exchange within ``with stop:``.
+
+class PoliteStop:
+    """Raises :class:`~optuna_quota.LimitBreached` when the supervisor says so, by a signal.
+
+    The supervisor writes the breach into a pipe before it sends the signal. While a message is
+    being exchanged, the exception waits: an exchange that was cut off would leave the connection
+    out of step. For that, exchange within ``with stop:``.
 
     Args:
         notice: The pipe's descriptor, non-blocking; None where there is none, so that every
-            SIGTERM is taken for the supervisor's.
+            SIGTERM is taken for a stop.
     """
 
     def __init__(self, notice: int | None) -> None:
@@ -32,13 +36,24 @@ class PoliteStop:
         self._held = 0
         self._pending: Breach | None = None
         self._signalled = False
+        self._pid = os.getpid()
         self._main = threading.main_thread().ident
 
     def install(self) -> None:
         """Listen for the signal, and for the kernel's own on CPU time."""
-        signal.signal(signal.SIGTERM, self._on_signal)
+        self._numbers = [signal.SIGTERM if self._notice is None else STOP_SIGNAL]
+        signal.signal(self._numbers[0], self._on_signal)
         if hasattr(signal, "SIGXCPU"):
+            self._numbers.append(signal.SIGXCPU)
             signal.signal(signal.SIGXCPU, self._on_cpu)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._uninstall)
+
+    def _uninstall(self) -> None:
+        """Leave a process that the objective forks the signals of an ordinary one."""
+        for number in self._numbers:
+            if signal.getsignal(number) in (self._on_signal, self._on_cpu):
+                signal.signal(number, signal.SIG_DFL)
 
     def __enter__(self) -> None:
         """Keep the exception back within the block."""
@@ -55,12 +70,13 @@ class PoliteStop:
             self._raise()
 
     def _on_signal(self, signum: int, frame: Any) -> None:
+        if os.getpid() != self._pid:
+            return
         if self._notice is not None:
             try:
                 self._pending = pickle.loads(os.read(self._notice, 1 << 16))
             except (OSError, EOFError):
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                os.kill(os.getpid(), signal.SIGTERM)
+                # Somebody else's, or the second of two that came as one.
                 return
         if self._held:
             self._signalled = True

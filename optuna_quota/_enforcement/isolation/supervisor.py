@@ -28,6 +28,7 @@ from optuna_quota._enforcement.isolation.control import StopFor
 from optuna_quota._enforcement.isolation.ending import Ended
 from optuna_quota._enforcement.isolation.ending import Killer
 from optuna_quota._enforcement.isolation.rlimits import DataLimit
+from optuna_quota._enforcement.isolation.stop import STOP_SIGNAL
 from optuna_quota._metering.pacing import ASSUMED_GROWTH
 from optuna_quota._metering.pacing import fastest_growth
 from optuna_quota._metering.pacing import LONGEST_WAIT
@@ -195,7 +196,7 @@ class Supervisor:
         self._deadline = time.monotonic() + grace_period
         with contextlib.suppress(OSError):
             os.write(self._notice, pickle.dumps(breach))
-        for number in (signal.SIGTERM, signal.SIGCONT):
+        for number in (STOP_SIGNAL, signal.SIGCONT):
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._child_handle, number)
 

@@ -22,6 +22,8 @@ import sys
 import traceback
 
 from optuna_quota._enforcement.isolation import processes
+from optuna_quota._enforcement.isolation.main_module import MainModule
+from optuna_quota._enforcement.isolation.main_module import make_main_module
 from optuna_quota._enforcement.isolation.output import blank_logging
 from optuna_quota._enforcement.isolation.trial_process import fork
 from optuna_quota._enforcement.isolation.trial_process import fork_trial
@@ -55,8 +57,26 @@ class Preload:
 
 
 @dataclass(frozen=True)
+class MakeMain:
+    """Make the study's main module; answered by :class:`MadeMain` or :class:`Unsafe`."""
+
+    main: MainModule
+
+
+@dataclass(frozen=True)
+class MadeMain:
+    """The study's main module was made.
+
+    Attributes:
+        error: What its statements raised, None where it is whole.
+    """
+
+    error: str | None
+
+
+@dataclass(frozen=True)
 class Unsafe:
-    """A module starts threads when it is imported: no fork can be made beside it."""
+    """A module starts threads or uses a GPU when it is imported: no fork can follow."""
 
     module: str
 
@@ -104,6 +124,9 @@ class Template:
         elif isinstance(message, Preload):
             self._discard_spare()
             self._preload(message)
+        elif isinstance(message, MakeMain):
+            self._discard_spare()
+            self._make_main(message.main)
         return True
 
     def _hand_out(self, order: Order) -> None:
@@ -137,6 +160,19 @@ class Template:
                 raise SystemExit
         settle_down()
 
+    def _make_main(self, main: MainModule) -> None:
+        error = None
+        try:
+            make_main_module(main)
+        except BaseException as raised:  # noqa: BLE001 - whatever a script does
+            error = f"{type(raised).__name__}: {raised}"
+            make_main_module(main.without_statements())
+        if not can_fork():
+            self._sock.send(pickle.dumps(Unsafe("__main__")))
+            raise SystemExit
+        settle_down()
+        self._sock.send(pickle.dumps(MadeMain(error)))
+
     def _is_idle(self) -> bool:
         return len(self._supervisors) == (0 if self._spare is None else 1)
 
@@ -152,9 +188,14 @@ class Template:
 
 
 def preload_safely(name: str) -> bool:
-    """Import a module; return whether a fork can be made beside the threads that it started."""
+    """Import a module; return whether a fork can be made after it."""
     preload(name)
-    return _count_threads() == 1 or _threads_heed_forks()
+    return can_fork()
+
+
+def can_fork() -> bool:
+    """Return whether a fork can go on with what is loaded: neither threads nor a GPU in use."""
+    return (_count_threads() == 1 or _threads_heed_forks()) and not processes.uses_cuda()
 
 
 def _threads_heed_forks() -> bool:
@@ -183,7 +224,7 @@ def _count_threads() -> int:
 
 
 def preload(name: str) -> None:
-    """Import a module, whatever it does; what it prints is not for anybody's eyes."""
+    """Import a module, whatever it does; what it prints is dropped."""
     with contextlib.suppress(BaseException):
         importlib.import_module(name)
 

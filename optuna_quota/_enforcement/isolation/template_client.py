@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import atexit
+from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Sequence
 import contextlib
+from dataclasses import dataclass
 import itertools
 import os
 from pathlib import Path
@@ -14,16 +17,43 @@ import subprocess
 import sys
 import tempfile
 import threading
+from typing import TypeVar
 
 from optuna_quota._enforcement.isolation.launch import interpreter
 from optuna_quota._enforcement.isolation.launch import Launched
 from optuna_quota._enforcement.isolation.launch import order_trial
 from optuna_quota._enforcement.isolation.launch import popen
+from optuna_quota._enforcement.isolation.launch import TemplateGone
+from optuna_quota._enforcement.isolation.main_module import find_main_module
+from optuna_quota._enforcement.isolation.main_module import MainModule
+from optuna_quota._enforcement.isolation.modules import modification_times
+from optuna_quota._enforcement.isolation.modules import modified
+from optuna_quota._enforcement.isolation.modules import modules_to_preload
+from optuna_quota._enforcement.isolation.template import MadeMain
+from optuna_quota._enforcement.isolation.template import MakeMain
 from optuna_quota._enforcement.isolation.template import MESSAGE_SIZE
 from optuna_quota._enforcement.isolation.template import Order
 from optuna_quota._enforcement.isolation.template import Preload
 from optuna_quota._enforcement.isolation.template import Unsafe
 from optuna_quota._metering import metering_loop
+
+
+Answer = TypeVar("Answer")
+
+_MAIN = "__main__"
+
+
+@dataclass(frozen=True)
+class PreparedMain:
+    """The main module that trials will have.
+
+    Attributes:
+        module: How it is made.
+        is_made: Whether a trial's process has it from its template; else the trial makes it.
+    """
+
+    module: MainModule
+    is_made: bool
 
 
 class TemplateClient:
@@ -36,44 +66,52 @@ class TemplateClient:
     def __init__(self, *, once: bool = False) -> None:
         self._once = once
         self._lock = threading.Lock()
-        self._pid = os.getpid()
         self._process: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
         self._wanted: dict[str, None] = {}
-        self._loaded: set[str] = set()
-        self._unsafe: set[str] = set()
-        self._safe: set[str] = set()
+        self._known_modules = 0
+        self._loaded: dict[str, None] = {}
+        self._files: dict[str, int] = {}
+        self._environ: dict[str, str] = {}
+        self._main: MainModule | None = None
+        self._prepared: PreparedMain | None = None
         self._retired: list[subprocess.Popen[bytes]] = []
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
 
-    def launch(self, cgroup: Path | None) -> Launched:
+    def prepare(self, preload: Sequence[str] = ()) -> PreparedMain:
+        """Load what a trial is to find loaded: the modules of this process, the main module.
+
+        Args:
+            preload: Modules to load beside those that this process has imported.
+
+        Raises:
+            OSError: If no template can be started.
+        """
+        with self._lock:
+            self._want(preload)
+            return self._insist(self._prepare)
+
+    def launch(self, cgroup: Path | None, descriptors: Sequence[int] = ()) -> Launched:
         """Start a trial's processes.
 
         Args:
             cgroup: Where to make their control group, None for none.
+            descriptors: Open files for the trial.
 
         Raises:
             OSError: If no template can be started.
         """
         data = pickle.dumps(Order(cgroup, self._once))
+
+        def launch(sock: socket.socket) -> Launched:
+            self._prepare(sock)
+            return order_trial(sock, data, descriptors)
+
         with self._lock:
-            faults = 0
-            while True:
-                sock = self._connect()
-                try:
-                    self._preload(sock)
-                    launched = order_trial(sock, data)
-                    if self._once:
-                        self._discard()
-                    return launched
-                except OSError as error:
-                    # Each module found unsafe costs a template; there may be many of them.
-                    faults += not self._hear(getattr(error, "last_words", b"") or _rest(sock))
-                    self._discard()
-                    if faults == 3:
-                        raise OSError(
-                            f"The template of trials ended: {self._complaint()}"
-                        ) from error
+            launched = self._insist(launch)
+            if self._once:
+                self._discard()
+            return launched
 
     def want(self, modules: Iterable[str]) -> None:
         """Have the template load modules before the next trial."""
@@ -93,8 +131,36 @@ class TemplateClient:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=5)
 
+    def _want(self, preload: Sequence[str]) -> None:
+        main = find_main_module()
+        if main != self._main:
+            # Another script's, or the same one edited: the former can't be unloaded.
+            if self._prepared is not None:
+                self._discard()
+            self._main = main
+        if len(sys.modules) != self._known_modules:
+            self._known_modules = len(sys.modules)
+            self._wanted.update(dict.fromkeys(modules_to_preload()))
+        self._wanted.update(dict.fromkeys(preload))
+
+    def _insist(self, act: Callable[[socket.socket], Answer]) -> Answer:
+        """Do something with the template, with a new one where it ends meanwhile."""
+        faults = 0
+        while True:
+            sock = self._connect()
+            try:
+                return act(sock)
+            except OSError as error:
+                # Each module found unsafe costs a template; there may be many of them.
+                faults += not self._hear(getattr(error, "last_words", b"") or _rest(sock))
+                self._discard()
+                if faults == 3:
+                    raise OSError(
+                        f"The process that starts trials ended: {self._complaint()}"
+                    ) from error
+
     def _connect(self) -> socket.socket:
-        if self._sock is not None and not self._once and self._is_alive():
+        if self._sock is not None and self._is_alive() and not self._is_stale():
             return self._sock
         self._discard()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -102,29 +168,64 @@ class TemplateClient:
             command = interpreter("template", theirs.fileno())
             self._errors.seek(0)
             self._errors.truncate()
+            self._environ = dict(os.environ)
             self._process = popen(command, self._errors, pass_fds=(theirs.fileno(),))
         # It and its forks are no part of a trial in this process.
         metering_loop().left_out.add(self._process.pid)
         self._sock = ours
-        self._loaded = set()
+        self._loaded, self._files, self._prepared = {}, {}, None
         return ours
 
     def _is_alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def _is_stale(self) -> bool:
+        """Return whether what the template has loaded is no longer what it would load."""
+        if any(modified(file) != time for file, time in self._files.items()):
+            return True
+        # Libraries read their variables when they are imported.
+        return bool(self._new_modules()) and self._environ != os.environ
+
+    def _prepare(self, sock: socket.socket) -> PreparedMain:
+        self._preload(sock)
+        if self._prepared is None:
+            self._prepared = self._make_main(sock)
+        return self._prepared
+
     def _preload(self, sock: socket.socket) -> None:
-        new = [m for m in self._wanted if m not in self._loaded and not self._is_unsafe(m)]
+        new = self._new_modules()
         if not new:
             return
-        self._loaded.update(new)
+        self._loaded.update(dict.fromkeys(new))
+        self._files.update(modification_times(new))
         for start in range(0, len(new), 500):
             message = pickle.dumps(Preload(tuple(sys.path), new[start : start + 500]))
             if len(message) <= MESSAGE_SIZE:
                 sock.send(message)
 
+    def _new_modules(self) -> list[str]:
+        return [m for m in self._wanted if m not in self._loaded and not _is_unsafe(m)]
+
+    def _make_main(self, sock: socket.socket) -> PreparedMain:
+        main = self._main or MainModule()
+        if _MAIN in _unsafe:
+            return PreparedMain(main, is_made=False)
+        message = pickle.dumps(MakeMain(main))
+        if len(message) > MESSAGE_SIZE:
+            main = main.without_statements()
+            message = pickle.dumps(MakeMain(main))
+        sock.send(message)
+        answer = sock.recv(MESSAGE_SIZE)
+        made = pickle.loads(answer) if answer else None
+        if not isinstance(made, MadeMain):
+            raise TemplateGone(answer)
+        whole = made.error is None
+        return PreparedMain(main if whole else main.without_statements(), is_made=True)
+
     def _discard(self) -> None:
         sock, self._sock = self._sock, None
         process, self._process = self._process, None
+        self._prepared = None
         if sock is not None:
             sock.close()
         if process is not None:
@@ -138,24 +239,31 @@ class TemplateClient:
         """Return the last line that a template wrote to its standard error."""
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "without a word."
+        return lines[-1] if lines else "it exited without output."
 
     def _hear(self, last_words: bytes) -> bool:
         """Note what a template said at its end; return whether that was news."""
         message = pickle.loads(last_words) if last_words else None
-        if not isinstance(message, Unsafe) or message.module in self._unsafe:
+        if not isinstance(message, Unsafe) or message.module in _unsafe:
             return False
         # Those of its package that come later are not tried: each one unsafe costs a template,
         # and the trial waits meanwhile.
         earlier = itertools.takewhile(lambda name: name != message.module, self._wanted)
-        self._safe.update([name for name in earlier if not self._is_unsafe(name)])
-        self._unsafe.add(message.module)
+        _safe.update([name for name in earlier if not _is_unsafe(name)])
+        _unsafe.add(message.module)
         return True
 
-    def _is_unsafe(self, module: str) -> bool:
-        package = module.partition(".")[0]
-        spoilt = any(package == name.partition(".")[0] for name in self._unsafe)
-        return spoilt and module not in self._safe
+
+# What templates have found out of modules in this process: which can't be followed by a fork, and
+# which of the same packages can.
+_unsafe: set[str] = set()
+_safe: set[str] = set()
+
+
+def _is_unsafe(module: str) -> bool:
+    package = module.partition(".")[0]
+    spoilt = any(package == name.partition(".")[0] for name in _unsafe)
+    return spoilt and module not in _safe
 
 
 def _rest(sock: socket.socket) -> bytes:
@@ -165,33 +273,30 @@ def _rest(sock: socket.socket) -> bytes:
     return b""
 
 
-_clients: dict[bool, TemplateClient] = {}
-_clients_lock = threading.Lock()
+_client: TemplateClient | None = None
+_client_lock = threading.Lock()
 # The parent's, in a fork: they are not this process's to end.
 _foreign: list[TemplateClient] = []
 
 
-def template_client(*, once: bool = False) -> TemplateClient:
-    """Return the client of this process's own template; a fork gets another.
-
-    Args:
-        once: Whether each trial gets a template of its own.
-    """
-    with _clients_lock:
-        if once not in _clients:
-            _clients[once] = client = TemplateClient(once=once)
-            atexit.register(client.close)
-        return _clients[once]
+def template_client() -> TemplateClient:
+    """Return the client of this process's own template; a fork gets another."""
+    global _client
+    with _client_lock:
+        if _client is None:
+            _client = TemplateClient()
+            atexit.register(_client.close)
+        return _client
 
 
 def _forget() -> None:
     """Let go of the parent's template, in the child after a fork."""
-    global _clients_lock
-    _clients_lock = threading.Lock()
-    _foreign.extend(_clients.values())
-    for client in _clients.values():
-        atexit.unregister(client.close)
-    _clients.clear()
+    global _client, _client_lock
+    _client_lock = threading.Lock()
+    if _client is not None:
+        _foreign.append(_client)
+        atexit.unregister(_client.close)
+        _client = None
 
 
 if hasattr(os, "register_at_fork"):

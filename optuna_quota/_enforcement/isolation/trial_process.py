@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 from dataclasses import dataclass
 import gc
@@ -10,10 +9,8 @@ import os
 from pathlib import Path
 import signal
 import socket
-import sys
 from typing import NoReturn
 import warnings
-import weakref
 
 from optuna_quota._enforcement.isolation import processes
 from optuna_quota._enforcement.isolation.cgroup import CgroupLeaf
@@ -21,6 +18,7 @@ from optuna_quota._enforcement.isolation.channel import Channel
 from optuna_quota._enforcement.isolation.child import Inherited
 from optuna_quota._enforcement.isolation.child import run_child
 from optuna_quota._enforcement.isolation.control import Started
+from optuna_quota._enforcement.isolation.multiprocessing_child import become_child
 from optuna_quota._enforcement.isolation.supervisor import Supervisor
 
 
@@ -84,11 +82,11 @@ def _supervise(
         try:
             _enter_child(supervisor, leaf)
             if inherited is None:
-                _close_all_but(channel, notice_read, crash_file)
+                _close_all_but(channel, notice_read, crash_file, parent)
             else:
                 # To go through what is inherited would copy its pages.
                 gc.freeze()
-                _forget_exit_handlers()
+            become_child(f"Trial-{supervisor}", parent)
             code = run_child(
                 Channel(socket.socket(fileno=channel)),
                 notice=notice_read,
@@ -134,21 +132,6 @@ def _reset_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-def _forget_exit_handlers() -> None:
-    """Leave to the process that this is a copy of what it is to do at its own exit.
-
-    Its handlers would end its helpers and remove its temporary folders with the first trial. What
-    the trial itself adds is still done at the end of the trial.
-    """
-    atexit._clear()
-    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # `atexit` held these
-    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]  # as above
-    if "multiprocessing.util" in sys.modules:
-        # As its own forks do.
-        sys.modules["multiprocessing.process"]._children = set()  # type: ignore[attr-defined]
-        atexit.register(sys.modules["multiprocessing.util"]._exit_function)
 
 
 def _enter_child(supervisor: int, leaf: CgroupLeaf | None) -> None:

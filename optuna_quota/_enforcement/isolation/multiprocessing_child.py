@@ -1,0 +1,75 @@
+"""Makes a forked process one of multiprocessing's own, for all that looks.
+
+The functions used here are what :class:`multiprocessing.Process` itself does in a child; there
+are no public ones.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+from multiprocessing import process
+from multiprocessing import resource_tracker
+from multiprocessing import util
+import os
+from typing import Any
+import weakref
+
+
+def become_child(name: str, parent: int) -> None:
+    """Let this process be a child of the study's, as far as multiprocessing knows.
+
+    What its parent has registered to be done at exit, or in its children, is left to the parent
+    or done now: pools, queues and temporary folders of the study's process stay its own.
+
+    Args:
+        name: The name of the process.
+        parent: A pidfd of the study's process, which becomes readable when that ends.
+    """
+    internals: Any = process
+    former = internals._current_process
+    child: Any = process.BaseProcess(name=name, daemon=False)
+    internals._process_counter = itertools.count(1)
+    internals._children = set()
+    internals._current_process = child
+    internals._parent_process = internals._ParentProcess(
+        former.name, former.ident or os.getppid(), parent
+    )
+    forget_exit_handlers()
+    # Queues, locks and managers that were made before the fork take note of it.
+    util._finalizer_registry.clear()  # type: ignore[attr-defined]
+    util._run_after_forkers()  # type: ignore[attr-defined]
+
+
+def forget_exit_handlers() -> None:
+    """Leave to the process that this is a copy of what it is to do at its own exit.
+
+    Its handlers would end its helpers and remove its temporary folders with the first trial. What
+    the trial itself adds is still done at the end of the trial.
+    """
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # `atexit` held these
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]  # as above
+    atexit.register(util._exit_function)  # type: ignore[attr-defined]
+
+
+def tracker_descriptor() -> int | None:
+    """Return the connection to this process's resource tracker, None where none runs.
+
+    A child that had one of its own would see to it at its end that shared memory of its parent's,
+    which it has only opened, is removed.
+    """
+    tracker: Any = resource_tracker._resource_tracker
+    descriptor: int | None = tracker._fd
+    return descriptor
+
+
+def use_tracker(descriptor: int) -> None:
+    """Use the study's resource tracker."""
+    tracker: Any = resource_tracker._resource_tracker
+    tracker._fd = descriptor
+
+
+def is_importing_main() -> bool:
+    """Return whether this is a worker of multiprocessing that is importing the main module."""
+    return bool(getattr(process.current_process(), "_inheriting", False))
