@@ -314,7 +314,7 @@ def test_an_objective_that_cannot_be_pickled_says_so() -> None:
 
     lock = threading.Lock()
     study = optuna.create_study()
-    with pytest.raises(TypeError, match="can't be sent to a process of its own"):
+    with pytest.raises(TypeError, match="can't be sent to the trial's process"):
         study.optimize(isolated(lambda trial: float(lock.locked())), n_trials=1)
     study.optimize(isolated(lambda trial: float(lock.locked()), start_method="fork"), n_trials=1)
     assert study.trials[1].value == 0.0

@@ -90,7 +90,7 @@ def test_what_a_daemon_shares_with_the_trial_counts_once() -> None:
 
 
 def test_a_trial_that_never_began_has_used_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Any, cgroup: Any) -> Any:
+    def refuse(*_: Any) -> Any:
         raise OSError("No process today.")
 
     monkeypatch.setattr(

@@ -11,7 +11,6 @@ import socket
 import traceback
 from typing import Any
 
-import numpy as np
 import pytest
 
 from optuna_quota._enforcement.isolation import rlimits
@@ -24,7 +23,7 @@ from optuna_quota._enforcement.isolation.errors import unpack_error
 from optuna_quota._enforcement.isolation.gpu_caps import cap_torch
 from optuna_quota._enforcement.isolation.gpu_caps import set_gpu_caps
 from optuna_quota._enforcement.isolation.modules import can_preload
-from optuna_quota._enforcement.isolation.modules import named_modules
+from optuna_quota._enforcement.isolation.modules import modules_to_preload
 from optuna_quota._enforcement.isolation.output import sounding_loggers
 from optuna_quota._metering import metering_loop
 from tests.enforcement_tests.trials import caught
@@ -101,14 +100,19 @@ def test_a_message_that_was_cut_off_is_completed() -> None:
     whole.close()
 
 
-def test_modules_that_a_pickle_names() -> None:
-    import cloudpickle
-    import optuna.samplers
+def test_modules_that_can_be_loaded_before_a_fork() -> None:
+    import json
 
-    pickled = cloudpickle.dumps(lambda trial: np.linalg.norm([optuna.samplers.TPESampler]))
-    assert {"numpy", "optuna"} <= set(named_modules(pickled))
-    names = ["numpy", "json", "__main__", "jax", __name__, "no_such_module"]
-    assert can_preload(names) == ["numpy", "json"]
+    names = ["numpy", json.__name__, "__main__", "jax", "no_such_module", __name__]
+    assert can_preload(names) == ["numpy", "json", __name__]
+
+
+def test_modules_that_trials_find_loaded() -> None:
+    named = modules_to_preload(everything=False)
+    # This module's imports, with the module itself, but not what only runs the tests.
+    assert {"numpy", "optuna", __name__} <= set(named)
+    assert not {"pytest", "_pytest.python", "optuna_quota"} & set(named)
+    assert set(named) <= set(modules_to_preload(everything=True))
 
 
 def test_the_kernels_limit_needs_room_for_native_libraries() -> None:

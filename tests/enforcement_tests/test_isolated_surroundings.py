@@ -158,39 +158,59 @@ def test_random_numbers_differ_by_trial_and_follow_the_seed() -> None:
     assert values() == first
 
 
-def test_the_template_loads_what_trials_import() -> None:
-    sklearn = pytest.importorskip("sklearn.linear_model")
+def test_large_libraries_can_be_loaded_before_a_fork() -> None:
+    pytest.importorskip("sklearn.linear_model")
 
     def objective(trial: optuna.Trial) -> float:
         trial.set_user_attr("loaded", "sklearn.linear_model" in sys.modules)
-        return float(sklearn.LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0]).coef_[0])
+        from sklearn.linear_model import LinearRegression
+
+        return float(LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0]).coef_[0])
 
     study = optuna.create_study()
-    study.optimize(isolated(objective), n_trials=2)
+    study.optimize(isolated(objective, preload=["sklearn.linear_model"]), n_trials=2)
     assert [round(t.value or 0.0, 6) for t in study.trials] == [1.0, 1.0]
-    client = template_client()
-    assert "sklearn.linear_model" in client._loaded
-    assert not {name for name in client._unsafe if name.startswith(("sklearn", "scipy"))}
+    assert all(t.user_attrs["loaded"] for t in study.trials)
 
 
-def test_the_template_loads_what_a_trial_had_imported_when_it_was_stopped(
+def test_a_trial_finds_loaded_what_the_study_has_imported_and_nothing_else(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Else a trial whose imports take longer than its limit would never get further than them.
-    (tmp_path / "slow_to_import.py").write_text(
-        "import colorsys, os, time\nif os.getpid() != int(os.environ['QUICK']): time.sleep(60)\n"
-    )
+    for name in ("known_here", "only_for_trials", "asked_for"):
+        (tmp_path / f"{name}.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("QUICK", str(os.getpid()))
-    import slow_to_import  # type: ignore[import-not-found]
+    import known_here  # type: ignore[import-not-found]
 
-    study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time=1)))
-    for _ in range(8):  # a crowded machine may not even start one in a second
-        study.optimize(isolated(lambda trial: float(slow_to_import is None)), n_trials=1)
-        if "colorsys" in template_client()._wanted:
-            break
-    assert "colorsys" in template_client()._wanted
-    assert {read_record(t).outcome for t in study.trials} == {"terminated"}
+    monkeypatch.setitem(globals(), "known_here", known_here)
+
+    def objective(trial: optuna.Trial) -> float:
+        names = ("known_here", "only_for_trials", "asked_for")
+        trial.set_user_attr("loaded", [name for name in names if name in sys.modules])
+        import only_for_trials  # type: ignore[import-not-found]
+
+        return float(only_for_trials is None)
+
+    study = optuna.create_study()
+    study.optimize(isolated(objective, preload=["asked_for"]), n_trials=3)
+    loaded = [t.user_attrs["loaded"] for t in study.trials]
+    assert loaded == [["known_here", "asked_for"]] * 3
+    sys.modules.pop("known_here")
+
+
+def test_a_module_that_was_edited_is_loaded_anew(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "edited.py").write_text("def value(): return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import edited  # type: ignore[import-not-found]
+
+    monkeypatch.setitem(globals(), "edited", edited)
+    study = optuna.create_study()
+    study.optimize(isolated(lambda trial: edited.value()), n_trials=1)
+    (tmp_path / "edited.py").write_text("def value(): return 22.0\n")
+    study.optimize(isolated(lambda trial: edited.value()), n_trials=1)
+    assert [t.value for t in study.trials] == [1.0, 22.0]
+    sys.modules.pop("edited")
 
 
 def test_waiting_for_the_template_is_no_time_of_the_trial(
@@ -247,7 +267,7 @@ def test_a_package_full_of_threads_costs_one_template(
     try:
         client.launch(None).close()
         assert client._unsafe == {"full_of_threads.a"}
-        assert {"full_of_threads", "full_of_threads.quiet"} <= client._loaded
+        assert {"full_of_threads", "full_of_threads.quiet"} <= client._loaded.keys()
         assert "full_of_threads.b" not in client._loaded
     finally:
         client.close()

@@ -31,23 +31,46 @@ _NEVER = {
     "__main__",
     "__mp_main__",
 }
-# They belong to whatever runs the user's code.
-_HOSTS = {"IPython", "_pytest", "debugpy", "ipykernel", "ipywidgets", "pluggy", "pydevd", "pytest"}
+# They belong to whatever runs the user's code, or to this library.
+_HOSTS = {
+    "IPython",
+    "_pytest",
+    "debugpy",
+    "hypothesis",
+    "ipykernel",
+    "ipywidgets",
+    "optuna_quota",
+    "pluggy",
+    "pydevd",
+    "pytest",
+}
+# What this library and Optuna import for their models, unless the user's code names it.
+_OF_MODELS = {"cmaes", "pandas", "patsy", "scipy", "statsmodels"}
 
 
-def modules_to_preload() -> list[str]:
-    """Return the modules that the user's own code has imported here, in order.
+def modules_to_preload(*, everything: bool) -> list[str]:
+    """Return the modules of this process that trials are to find loaded, in order.
 
-    Those are the packages that the script and its modules name, with all of them that is loaded,
-    and these modules themselves. What only the runner of a notebook or of tests needs is left out.
+    Args:
+        everything: Whether to take what was imported anywhere, or only the packages that the
+            user's own code names.
     """
-    own = user_modules()
-    packages = {m.__name__.partition(".")[0] for m in own}
-    for module in (*own, sys.modules.get("__main__")):
-        if module is not None:
-            packages |= packages_named_in(module)
+    packages = packages_in_user_code()
+    if everything:
+        loaded = {name.partition(".")[0] for name in list(sys.modules)}
+        packages |= loaded - _OF_MODELS
     packages -= _HOSTS
     return can_preload(name for name in list(sys.modules) if name.partition(".")[0] in packages)
+
+
+def packages_in_user_code() -> set[str]:
+    """Return the top-level packages that the script and its modules name, and these modules'."""
+    own = user_modules()
+    main = sys.modules.get("__main__")
+    packages = {module.__name__.partition(".")[0] for module in own}
+    for module in own if main is None else [*own, main]:
+        packages |= packages_named_in(module)
+    return packages
 
 
 def packages_named_in(module: types.ModuleType) -> set[str]:

@@ -85,7 +85,7 @@ def dump_objective(objective: Any, remote: RemoteObjects, main: MainModule) -> P
                 continue
             raise TypeError(
                 "The objective can't be sent to the trial's process because it, or something "
-                f"that it refers to, can't be pickled: {error} Create it inside the objective, "
+                f"that it refers to, can't be pickled ({error}). Create it inside the objective, "
                 "or use isolated(objective, start_method='fork')."
             ) from error
 

@@ -54,7 +54,6 @@ from optuna_quota._enforcement.isolation.serving import NotStarted
 from optuna_quota._enforcement.isolation.serving import Server
 from optuna_quota._enforcement.isolation.template_client import PreparedMain
 from optuna_quota._enforcement.isolation.template_client import template_client
-from optuna_quota._enforcement.isolation.template_client import TemplateClient
 from optuna_quota._enforcement.settle import row_of
 from optuna_quota._enforcement.settle import settle
 from optuna_quota._metering import key_of
@@ -201,7 +200,9 @@ class TrialRun:
             bare = PreparedMain(find_main_module().without_statements(), is_made=False)
             payload = dump_objective(self._isolated.objective, self._remote, bare.module)
             return launch_plain(), self._start(payload, bare), payload
-        client = TemplateClient(once=True) if method == "spawn" else template_client()
+        client = template_client()
+        if method == "spawn":
+            client = client.for_one_trial()
         before = self._watch.elapsed
         try:
             main = client.prepare(self._isolated.preload)
@@ -214,7 +215,7 @@ class TrialRun:
             self._crash(Ended(exitcode=None), reason)
         finally:
             if method == "spawn":
-                client.close()
+                client.release()
         # What the template loaded first serves all trials; this one only came when it did.
         self._watch.detach(waited=self._watch.elapsed - before)
         start = self._start(payload, main, tracker=tracker is not None)

@@ -75,8 +75,25 @@ class TemplateClient:
         self._environ: dict[str, str] = {}
         self._main: MainModule | None = None
         self._prepared: PreparedMain | None = None
+        # What templates have found out: modules that no fork can follow, and others of the same
+        # packages that one can.
+        self._unsafe: set[str] = set()
+        self._safe: set[str] = set()
         self._retired: list[subprocess.Popen[bytes]] = []
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
+
+    def for_one_trial(self) -> TemplateClient:
+        """Return a client whose template starts a single trial and ends."""
+        client = TemplateClient(once=True)
+        client._unsafe, client._safe = self._unsafe, self._safe
+        client._retired = self._retired
+        return client
+
+    def release(self) -> None:
+        """Let the template end without waiting for it."""
+        with self._lock:
+            self._discard()
+            self._errors.close()
 
     def prepare(self, preload: Sequence[str] = ()) -> PreparedMain:
         """Load what a trial is to find loaded: the modules of this process, the main module.
@@ -139,8 +156,10 @@ class TemplateClient:
                 self._discard()
             self._main = main
         if len(sys.modules) != self._known_modules:
+            # What is imported later is mostly this library's or Optuna's.
+            names = modules_to_preload(everything=not self._known_modules)
             self._known_modules = len(sys.modules)
-            self._wanted.update(dict.fromkeys(modules_to_preload()))
+            self._wanted.update(dict.fromkeys(names))
         self._wanted.update(dict.fromkeys(preload))
 
     def _insist(self, act: Callable[[socket.socket], Answer]) -> Answer:
@@ -204,11 +223,11 @@ class TemplateClient:
                 sock.send(message)
 
     def _new_modules(self) -> list[str]:
-        return [m for m in self._wanted if m not in self._loaded and not _is_unsafe(m)]
+        return [m for m in self._wanted if m not in self._loaded and not self._is_unsafe(m)]
 
     def _make_main(self, sock: socket.socket) -> PreparedMain:
         main = self._main or MainModule()
-        if _MAIN in _unsafe:
+        if _MAIN in self._unsafe:
             return PreparedMain(main, is_made=False)
         message = pickle.dumps(MakeMain(main))
         if len(message) > MESSAGE_SIZE:
@@ -232,7 +251,8 @@ class TemplateClient:
             # It ends by itself once it has served what was sent; to wait would hold up a trial.
             self._retired.append(process)
         for ended in [p for p in self._retired if p.poll() is not None]:
-            self._retired.remove(ended)
+            with contextlib.suppress(ValueError):  # another thread was faster
+                self._retired.remove(ended)
             metering_loop().left_out.discard(ended.pid)
 
     def _complaint(self) -> str:
@@ -244,26 +264,19 @@ class TemplateClient:
     def _hear(self, last_words: bytes) -> bool:
         """Note what a template said at its end; return whether that was news."""
         message = pickle.loads(last_words) if last_words else None
-        if not isinstance(message, Unsafe) or message.module in _unsafe:
+        if not isinstance(message, Unsafe) or message.module in self._unsafe:
             return False
         # Those of its package that come later are not tried: each one unsafe costs a template,
         # and the trial waits meanwhile.
         earlier = itertools.takewhile(lambda name: name != message.module, self._wanted)
-        _safe.update([name for name in earlier if not _is_unsafe(name)])
-        _unsafe.add(message.module)
+        self._safe.update([name for name in earlier if not self._is_unsafe(name)])
+        self._unsafe.add(message.module)
         return True
 
-
-# What templates have found out of modules in this process: which can't be followed by a fork, and
-# which of the same packages can.
-_unsafe: set[str] = set()
-_safe: set[str] = set()
-
-
-def _is_unsafe(module: str) -> bool:
-    package = module.partition(".")[0]
-    spoilt = any(package == name.partition(".")[0] for name in _unsafe)
-    return spoilt and module not in _safe
+    def _is_unsafe(self, module: str) -> bool:
+        package = module.partition(".")[0]
+        spoilt = any(package == name.partition(".")[0] for name in self._unsafe)
+        return spoilt and module not in self._safe
 
 
 def _rest(sock: socket.socket) -> bytes:
