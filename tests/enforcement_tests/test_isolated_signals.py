@@ -231,3 +231,97 @@ def test_signals_that_a_script_handles_when_it_is_imported_stay_handled() -> Non
     study = optuna.create_study()
     study.optimize(isolated(objective), n_trials=1)
     assert study.trials[0].value == 1.0
+
+
+INTERRUPTED = """
+    import os, signal, sys, time
+    from pathlib import Path
+    import optuna
+    from optuna_quota import isolated, Quota, QuotaSampler
+
+    # A shell's background job, as this suite may be one, is started deaf to it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    folder, case = Path(sys.argv[1]), sys.argv[2]
+
+    def objective(trial):
+        try:
+            Path(folder, "pid").write_text(str(os.getpid()))
+            Path(folder, "pid").rename(folder / "started")
+            if case == "calling":
+                while True:
+                    trial.set_user_attr("now", time.time())
+            time.sleep(60)
+        except KeyboardInterrupt:
+            Path(folder, "saving").touch()
+            time.sleep(0.5 if case != "slow" else 60)
+            trial.set_user_attr("checkpoint", "here")
+            Path(folder, "saved").touch()
+            if case == "swallows":
+                return 1.0
+            raise
+
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder}/study.db",
+        study_name="s",
+        sampler=QuotaSampler(quota=Quota(n_trials=9)) if case != "plain" else None,
+    )
+    grace = {"none": 0.0, "hurried": 1.0}.get(case, 20.0)
+    if case == "hurried":
+        case = "slow"
+    study.optimize(isolated(objective, grace_period=grace), n_trials=3)
+"""
+
+
+@pytest.mark.parametrize(
+    "case", ["plain", "quota", "calling", "swallows", "slow", "hurried", "none"]
+)
+def test_an_interrupt_gives_the_trial_its_grace_period(tmp_path: Path, case: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(INTERRUPTED))
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path), case],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(tmp_path / "started")
+    trial_process = psutil.Process(int((tmp_path / "started").read_text()))
+    if case == "calling":
+        time.sleep(0.5)
+    os.kill(process.pid, signal.SIGINT)
+    if case == "slow":
+        # A second one ends it at once.
+        wait_for(tmp_path / "saving")
+        os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode != 0 and "KeyboardInterrupt" in errors
+    assert not trial_process.is_running()
+    study = optuna.load_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="s")
+    (trial,) = study.trials
+    record = read_record(trial)
+    assert trial.state == TrialState.FAIL
+    assert record.outcome == "failed" and "The study was interrupted" in (record.reason or "")
+    saved = case not in ("slow", "hurried", "none")
+    assert (tmp_path / "saved").exists() == saved
+    assert (trial.user_attrs.get("checkpoint") == "here") == saved
+    assert ("was killed" in (record.reason or "")) == (case in ("hurried", "none"))
+    assert ("Another Ctrl-C kills it" in errors) == (case != "none")
+
+
+def test_an_interrupt_of_all_processes_is_heard_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(INTERRUPTED))
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path), "quota"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(tmp_path / "started")
+    study_process = psutil.Process(process.pid)
+    for each in [*study_process.children(recursive=True), study_process]:
+        each.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert (tmp_path / "saved").exists()

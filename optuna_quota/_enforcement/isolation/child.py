@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 from dataclasses import dataclass
+from dataclasses import replace
 import faulthandler
 import itertools
 import logging
@@ -88,6 +89,7 @@ class Returned:
 
     value: Any
     modules: tuple[str, ...] = ()
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,14 @@ class Raised:
         shortage: The failed allocation behind it, if that was why.
         resident: The resident memory when it arrived here, in bytes.
         modules: What was imported meanwhile.
+        told: Whether the objective had been told to stop.
     """
 
     error: SentError
     shortage: Shortage | None = None
     resident: int | None = None
     modules: tuple[str, ...] = ()
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class Exited:
     """The objective called ``sys.exit``."""
 
     code: int
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ class Unsendable:
 
     kind: str
     reason: str
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,7 @@ class Inherited:
 
 
 _calls: Calls | None = None
+_stop: PoliteStop | None = None
 
 
 def proxy_of(handle: Handle) -> Any:
@@ -163,8 +170,8 @@ def run_child(
         inherited: What the process has inherited; without it, the start message is received.
         streams: Whether standard output and error are sent before the start message.
     """
-    global _calls
-    stop = PoliteStop(notice)
+    global _calls, _stop
+    _stop = stop = PoliteStop(notice)
     stop.install()
     _calls = Calls(channel, stop)
     known, own = len(sys.modules), os.getpid()
@@ -190,6 +197,8 @@ def run_child(
     except BaseException as error:  # noqa: BLE001 - a stop before the objective was called
         # What it had imported, the next trial finds loaded: else none would get any further.
         outcome = Raised(pack_error(error), modules=_imported(known))
+    stop.end()
+    outcome = replace(outcome, told=stop.told)
     return _finish(outcome) if os.getpid() == own else _leave(outcome)
 
 
@@ -232,11 +241,15 @@ def _limit(start: Start) -> int | None:
 
 
 def _run(objective: Any, trial: ChildTrial, known: int) -> Any:
+    assert _stop is not None
     try:
         value = objective(trial)
+        _stop.end()
     except SystemExit as error:
+        _stop.end()
         return Exited(_exit_code(error))
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is the study's to handle
+        _stop.end()
         resident = rlimits.peak_size()
         # First of all: what follows needs some memory itself.
         rlimits.lift_memory_limit()
@@ -279,13 +292,14 @@ def _sendable(returned: Returned) -> Any:
     value = returned.value
     if _is_tensor(value):
         with contextlib.suppress(Exception):
-            return Returned(float(value), returned.modules)
+            return replace(returned, value=float(value))
     try:
         from optuna_quota._enforcement.isolation.channel import dumps
 
         pickle.loads(dumps(returned))
     except Exception as error:  # noqa: BLE001 - a user's __reduce__ may raise anything
-        return Unsendable(type(value).__name__, f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        return Unsendable(type(value).__name__, reason, returned.told)
     return returned
 
 

@@ -110,12 +110,18 @@ def descendants() -> list[int]:
 
 
 def kill(pids: Iterable[int], among: Iterable[int]) -> None:
-    """Send SIGKILL to processes whose parent is this process or among others.
+    """Send SIGKILL to processes whose parent is this process or among others; see :func:`send`."""
+    send(signal.SIGKILL, pids, among)
+
+
+def send(number: int, pids: Iterable[int], among: Iterable[int]) -> None:
+    """Send a signal to processes whose parent is this process or among others.
 
     A number may have gone to another process since it was read. A pidfd is bound to one process,
-    whose parent is then looked at: nothing is ever killed that isn't in the tree.
+    whose parent is then looked at: nothing is ever signalled that isn't in the tree.
 
     Args:
+        number: The signal.
         pids: The processes.
         among: The pids that make up the tree.
     """
@@ -125,7 +131,7 @@ def kill(pids: Iterable[int], among: Iterable[int]) -> None:
             handle = os.pidfd_open(pid)
             try:
                 if _parent(pid) in tree:
-                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+                    signal.pidfd_send_signal(handle, number)
             finally:
                 os.close(handle)
 
@@ -133,6 +139,16 @@ def kill(pids: Iterable[int], among: Iterable[int]) -> None:
 def _parent(pid: int) -> int:
     with open(f"/proc/{pid}/stat", "rb") as file:
         return int(file.read().rpartition(b")")[2].split()[1])
+
+
+def pid_of(handle: int) -> int | None:
+    """Return the pid that a pidfd is bound to, None when that process is gone."""
+    try:
+        with open(f"/proc/self/fdinfo/{handle}", "rb") as file:
+            pid = next(int(line.split()[1]) for line in file if line.startswith(b"Pid:"))
+    except (OSError, StopIteration):
+        return None
+    return pid if pid > 0 else None
 
 
 def name_of(pid: int) -> str:

@@ -107,6 +107,9 @@ class TrialRun:
             value = self._run()
         except BaseException as raised:
             error = raised
+            if isinstance(raised, KeyboardInterrupt) and self._watch.verdict is None:
+                reason = "The study was interrupted (KeyboardInterrupt)."
+                self._watch.verdict = Verdict("failed", reason)
             raise
         finally:
             if owned:
@@ -163,6 +166,7 @@ class TrialRun:
             self._residents,
             on_ready=self._on_ready,
             on_report=self._on_report,
+            on_outcome=self._on_outcome,
             ask_breach=lambda: condemn(self._watch),
             label=f"Trial {self._trial.number}",
         )
@@ -174,13 +178,41 @@ class TrialRun:
                 if start is not None:
                     launched.channel.send(start)
             server.serve()
+        except KeyboardInterrupt:
+            self._let_finish(server)
+            raise
         except BaseException:
-            # An interrupt (Ctrl-C): nothing of the trial may go on.
             server.kill()
             raise
         finally:
             launched.close()
         return server
+
+    def _let_finish(self, server: Server) -> None:
+        """Give an interrupted trial its grace period; a second interrupt ends it at once."""
+        grace_period = self._isolated.grace_period
+        reason = "The study was interrupted (KeyboardInterrupt)."
+        self._watch.verdict = Verdict("failed", reason)
+        if grace_period > 0:
+            _logger.warning(
+                f"Trial {self._trial.number} was interrupted: it has {grace_period:g} s to end "
+                "by itself. Another Ctrl-C kills it."
+            )
+        try:
+            server.interrupt(grace_period)
+            with contextlib.suppress(NotStarted):
+                server.serve()
+        except BaseException:
+            server.kill()
+            raise
+        if server.ended is None:
+            return
+        self._take_usage(server.ended)
+        if server.ended.killer is not None:
+            reason = (
+                f"{reason} The trial took longer than {grace_period:g} s to end: it was killed."
+            )
+            self._watch.verdict = Verdict("failed", reason)
 
     def _launch(self) -> tuple[Launched, Start | None]:
         """Start the processes; return what is to be sent, None where they inherited it."""
@@ -233,6 +265,15 @@ class TrialRun:
         self._watch.on_breach(self._stop)
         memory, quota = self._ceilings().get("memory", (None, False))
         return Enforce(memory, quota, self._watch.elapsed, ready.data_limit)
+
+    def _on_outcome(self) -> float | None:
+        """Let time be nobody's fault from now on; return how long the process may take to end."""
+        self._watch.finish()
+        ceilings = self._ceilings()
+        clocks = [ceilings[name][0] for name in ("wall_time", "trial_time") if name in ceilings]
+        if not clocks:
+            return None
+        return max(0.0, min(clocks) - self._watch.elapsed) + self._isolated.grace_period
 
     def _stop_early(self, breach: Breach) -> None:
         if breach.resource in ("wall_time", "trial_time"):

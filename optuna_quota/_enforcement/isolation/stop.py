@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 import threading
 from typing import Any
 from typing import TYPE_CHECKING
@@ -25,12 +26,17 @@ class PoliteStop:
     Args:
         notice: The pipe's descriptor, non-blocking; None where there is none, so that every
             SIGTERM is taken for the supervisor's.
+
+    Attributes:
+        told: Whether the objective was told to stop.
     """
 
     def __init__(self, notice: int | None) -> None:
+        self.told = False
+        self._over = False
         self._notice = notice
         self._held = 0
-        self._pending: Breach | None = None
+        self._pending: Breach | KeyboardInterrupt | None = None
         self._signalled = False
         self._main = threading.main_thread().ident
 
@@ -54,6 +60,10 @@ class PoliteStop:
             self._signalled = False
             self._raise()
 
+    def end(self) -> None:
+        """Raise nothing any more: the objective has ended."""
+        self._over = True
+
     def _on_signal(self, signum: int, frame: Any) -> None:
         if self._notice is not None:
             try:
@@ -62,13 +72,16 @@ class PoliteStop:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
-        if self._held:
-            self._signalled = True
-        else:
-            self._raise()
+        self._tell()
 
     def _on_cpu(self, signum: int, frame: Any) -> None:
         # The backstop has fired once; the kernel's hard limit follows if this is not heeded.
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._over:
+            return
+        self.told = True
         if self._held:
             self._signalled = True
         else:
@@ -78,6 +91,11 @@ class PoliteStop:
         from optuna_quota.exceptions import LimitBreached
 
         breach = self._pending
+        if isinstance(breach, KeyboardInterrupt):
+            # A signal to all processes of a job has reached it already, and it is at its cleanup.
+            if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                raise breach
+            return
         if breach is None:
             raise LimitBreached("The trial was over a limit.")
         raise LimitBreached(
