@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import threading
-import time
 
 from optuna_quota._metering.gauge import Gauge
 from optuna_quota._metering.gauge import MeterGauge
@@ -20,6 +19,8 @@ from optuna_quota._metering.gauge import Probe
 from optuna_quota._metering.gauges import open_gauges
 from optuna_quota._metering.gpu_gauge import forget_gpus
 from optuna_quota._metering.meter import Meter
+from optuna_quota._metering.running_clock import Pulse
+from optuna_quota._metering.running_clock import RunningClock
 from optuna_quota._metering.target import Target
 from optuna_quota._metering.target import warn_of_sharing
 from optuna_quota._metering.tree import open_tree
@@ -49,7 +50,8 @@ class MeteringLoop:
     GPU's driver, a user's meter or a callback runs.
 
     Args:
-        clock: The time in seconds; for tests.
+        clock: The time in seconds; by default one that leaves out pauses of this process. For
+            tests.
         open_tree: Opens the reader of the process tree under a pid, None for this process; for
             tests.
         open_gauges: Opens what is measured of a trial beside its process tree; for tests.
@@ -64,13 +66,15 @@ class MeteringLoop:
     def __init__(
         self,
         *,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
         open_tree: OpenTree = open_tree,
         open_gauges: OpenGauges = open_gauges,
         period: float | None = None,
         threaded: bool = True,
     ) -> None:
-        self.now = clock
+        running = RunningClock()
+        self.now = clock or running
+        self._pulse = Pulse(running, lambda: bool(self._watches))
         self._open_tree = open_tree
         self._open_gauges = open_gauges
         self._period = period
@@ -233,6 +237,12 @@ class MeteringLoop:
         if breach is not None:
             _safely(callback, breach)
 
+    def finish(self, watch: Watch) -> None:
+        """Let the clock breach nothing of a trial from now on."""
+        with self._lock:
+            watch.stop_clock(self.now())
+            self._poke()
+
     def add_usage(self, watch: Watch, usage: Usage) -> None:
         """Merge figures into a trial's."""
         with self._lock:
@@ -340,6 +350,8 @@ class MeteringLoop:
         ]
 
     def _start(self) -> None:
+        if self._threaded and not self._stopped:
+            self._pulse.start()
         if self._threaded and self._thread is None and not self._stopped:
             self._thread = threading.Thread(
                 target=self._run, name="optuna-quota-metering", daemon=True

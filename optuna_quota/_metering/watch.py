@@ -96,6 +96,7 @@ class Watch:
         self._limits = limits
         self._left = dict(left)
         self._ceilings = ceilings(limits.amounts(), self._left)
+        self._finished: float | None = None
         self._ended: float | None = None
         self._used = Amounts()
         self._callbacks: list[Callable[[Breach], None]] = []
@@ -202,6 +203,10 @@ class Watch:
         """
         self._renewal = Renewal(ask)
 
+    def finish(self) -> None:
+        """Tell that the trial has its result: time that passes from now on breaches nothing."""
+        self._loop.finish(self)
+
     def add_usage(self, usage: Usage) -> None:
         """Merge in better figures from whoever knows them; the larger of each counts."""
         self._loop.add_usage(self, usage)
@@ -231,7 +236,7 @@ class Watch:
 
     def deadline(self) -> float | None:
         """Return when the clock alone may breach, on the loop's clock; None for never."""
-        if self.breach is not None:
+        if self.breach is not None or self._finished is not None:
             return None
         if self._renewal is not None:
             return self._renewal.deadline(self.started, self._ceilings, self._loop.now())
@@ -265,7 +270,8 @@ class Watch:
         amounts = self._used.by_resource()
         if "cpu_cores" in self._ceilings:
             amounts.update(self._cores(now, amounts.get("cpu_time")))
-        elapsed = max(0.0, now - self.started)
+        end = now if self._finished is None else self._finished
+        elapsed = max(0.0, end - self.started)
         amounts.setdefault("trial_time", elapsed)
         if self.prices:
             amounts["cost"] = sum(p * amounts.get(n, 0.0) / 3600 for n, p in self.prices.items())
@@ -337,6 +343,10 @@ class Watch:
             return ()
         due, self._callbacks = self._callbacks, []
         return due
+
+    def stop_clock(self, now: float) -> None:
+        """Judge the trial by the time until now, whatever it takes to end."""
+        self._finished = now
 
     def end(self, now: float) -> None:
         """Stop the clock."""

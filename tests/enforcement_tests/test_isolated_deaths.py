@@ -86,7 +86,7 @@ def test_crashes(objective: Callable[..., Any], words: str, exitcode: int) -> No
 
     study = optuna.create_study()
     with pytest.raises(TrialCrashed) as caught:
-        study.optimize(isolated(reporting), n_trials=1)
+        study.optimize(isolated(reporting, on_crash="raise"), n_trials=1)
     assert words in str(caught.value)
     assert caught.value.exitcode == exitcode
     assert isinstance(caught.value, RuntimeError)
@@ -242,11 +242,12 @@ SLEEPER = """
 """
 
 
-def test_a_dead_parent_takes_its_trials_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGHUP"])
+def test_a_dead_parent_takes_its_trials_along(tmp_path: Path, name: str) -> None:
     process = run_script(tmp_path, SLEEPER)
     pids = [int(pid) for pid in wait_for_file(tmp_path / "pids", process).split()]
     family = [p.pid for p in psutil.Process(process.pid).children(recursive=True)]
-    process.kill()
+    process.send_signal(getattr(signal, name))
     process.communicate()
     assert not wait_until_gone([*pids, *family])
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 from dataclasses import dataclass
+from dataclasses import replace
 import faulthandler
 import io
 import logging
@@ -18,6 +19,7 @@ import threading
 import traceback
 from typing import Any
 
+from optuna_quota._enforcement.isolation import processes
 from optuna_quota._enforcement.isolation import rlimits
 from optuna_quota._enforcement.isolation.calls import Calls
 from optuna_quota._enforcement.isolation.calls import Handle
@@ -29,6 +31,7 @@ from optuna_quota._enforcement.isolation.errors import pack_error
 from optuna_quota._enforcement.isolation.errors import SentError
 from optuna_quota._enforcement.isolation.errors import unpack_error
 from optuna_quota._enforcement.isolation.gpu_caps import set_gpu_caps
+from optuna_quota._enforcement.isolation.job_signals import restore_signals
 from optuna_quota._enforcement.isolation.multiprocessing_child import use_tracker
 from optuna_quota._enforcement.isolation.output import defer_to_handlers
 from optuna_quota._enforcement.isolation.output import follow
@@ -108,6 +111,7 @@ class Returned:
     """The objective returned."""
 
     value: Any
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,11 +122,13 @@ class Raised:
         error: What.
         shortage: The failed allocation behind it, if that was why.
         resident: The resident memory when it arrived here, in bytes.
+        told: Whether the objective had been told to stop.
     """
 
     error: SentError
     shortage: Shortage | None = None
     resident: int | None = None
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,7 @@ class Exited:
     """The objective called ``sys.exit``."""
 
     code: int
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,7 @@ class Unsendable:
 
     kind: str
     reason: str
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,7 @@ class Inherited:
 
 
 _calls: Calls | None = None
+_stop: PoliteStop | None = None
 
 
 def proxy_of(handle: Handle) -> Any:
@@ -182,8 +191,8 @@ def run_child(
         streams: Whether standard output, standard error and other open files are sent before the
             start message.
     """
-    global _calls
-    stop = PoliteStop(notice)
+    global _calls, _stop
+    _stop = stop = PoliteStop(notice)
     stop.install()
     _calls = Calls(channel, stop)
     own, grace_period = os.getpid(), 0.0
@@ -195,6 +204,7 @@ def run_child(
         buffers = _receive_buffers(channel, start.objective)
         if crash_file is not None:
             faulthandler.enable(crash_file)
+            processes.enlarge_signal_stack()
         if inherited is None:
             enter_context(start.context, has_main=start.has_main)
             follow(start.output, _calls)
@@ -209,6 +219,8 @@ def run_child(
         return 1
     except BaseException as error:  # noqa: BLE001 - a stop before the objective was called
         outcome = Raised(pack_error(error))
+    stop.end()
+    outcome = replace(outcome, told=stop.told)
     return _finish(outcome, grace_period) if os.getpid() == own else _leave(outcome)
 
 
@@ -260,6 +272,7 @@ def _prepare_and_run(
     seed(start.context)
     trial = ChildTrial(_calls, start.trial)
     rlimits.reset_peak()
+    restore_signals()
     _calls.notify(Ready(os.getpid(), supervisor, _limit(start)))
     return _run(objective, trial)
 
@@ -274,11 +287,15 @@ def _limit(start: Start) -> int | None:
 
 
 def _run(objective: Any, trial: ChildTrial) -> Any:
+    assert _stop is not None
     try:
         value = objective(trial)
+        _stop.end()
     except SystemExit as error:
+        _stop.end()
         return Exited(_exit_code(error))
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is the study's to handle
+        _stop.end()
         resident = rlimits.peak_size()
         # First of all: what follows needs some memory itself.
         rlimits.lift_memory_limit()
@@ -337,13 +354,14 @@ def _sendable(returned: Returned) -> Any:
     value = returned.value
     if _is_tensor(value):
         with contextlib.suppress(Exception):
-            return Returned(float(value))
+            return replace(returned, value=float(value))
     try:
         from optuna_quota._enforcement.isolation.channel import dumps
 
         pickle.loads(dumps(returned))
     except Exception as error:  # noqa: BLE001 - a user's __reduce__ may raise anything
-        return Unsendable(type(value).__name__, f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        return Unsendable(type(value).__name__, reason, returned.told)
     return returned
 
 

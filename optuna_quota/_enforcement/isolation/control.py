@@ -56,6 +56,28 @@ class StopFor:
 
 
 @dataclass(frozen=True)
+class Interrupt:
+    """Stop the trial politely by a KeyboardInterrupt, then hard: the study was interrupted.
+
+    Attributes:
+        grace_period: Seconds in between.
+    """
+
+    grace_period: float
+
+
+@dataclass(frozen=True)
+class Leave:
+    """The result has come: kill what is left of the trial when it takes longer to end.
+
+    Attributes:
+        seconds: From now.
+    """
+
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Kill:
     """Kill the trial now."""
 

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING
 from optuna_quota._enforcement.isolation.channel import Channel
 from optuna_quota._enforcement.isolation.channel import channel_pair
 from optuna_quota._enforcement.isolation.child import run_child
+from optuna_quota._enforcement.isolation.control import Interrupt
 from optuna_quota._enforcement.isolation.control import Kill
+from optuna_quota._enforcement.isolation.control import Leave
 from optuna_quota._enforcement.isolation.control import Started
 from optuna_quota._enforcement.isolation.control import StopFor
 from optuna_quota._enforcement.isolation.ending import Ended
@@ -166,11 +168,15 @@ class _Minder:
             order = Kill()
         if isinstance(order, Kill):
             self._kill("request")
-        elif isinstance(order, StopFor) and self._deadline is None:
+        elif isinstance(order, Leave):
+            leave = time.monotonic() + order.seconds
+            self._deadline = leave if self._deadline is None else min(leave, self._deadline)
+        elif isinstance(order, (StopFor, Interrupt)) and self._deadline is None:
             self._deadline = time.monotonic() + order.grace_period
             if os.name == "posix" and order.grace_period > 0:
                 self._process.send_signal(signal.SIGCONT)
-                self._process.send_signal(signal.SIGTERM)
+                polite = signal.SIGINT if isinstance(order, Interrupt) else signal.SIGTERM
+                self._process.send_signal(polite)
             else:
                 self._kill("breach")
 

@@ -61,6 +61,33 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
+class _SignalStack(ctypes.Structure):
+    _fields_ = (
+        ("pointer", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("size", ctypes.c_size_t),
+    )
+
+
+def enlarge_signal_stack() -> None:
+    """Give this thread's signal handlers room for many signals at once.
+
+    The stack that :mod:`faulthandler` sets up holds the frame of one signal and 8 KiB. Python's
+    handlers run on it too, and with the registers of AVX-512 or AMX a frame takes 4 to 11 KiB:
+    signals that come together would end the process by SIGSEGV.
+    """
+    global _signal_stack
+    assert _libc is not None
+    _signal_stack = ctypes.create_string_buffer(_SIGNAL_STACK_SIZE)
+    stack = _SignalStack(ctypes.addressof(_signal_stack), 0, _SIGNAL_STACK_SIZE)
+    if _libc.sigaltstack(ctypes.byref(stack), None) != 0:
+        _signal_stack = None
+
+
+_SIGNAL_STACK_SIZE = 1 << 18
+_signal_stack: ctypes.Array[ctypes.c_char] | None = None
+
+
 def children(pid: int | str = "self") -> list[int]:
     """Return the pids of a process's children, of all its threads."""
     pids: list[int] = []
@@ -83,12 +110,18 @@ def descendants() -> list[int]:
 
 
 def kill(pids: Iterable[int], among: Iterable[int]) -> None:
-    """Send SIGKILL to processes whose parent is this process or among others.
+    """Send SIGKILL to processes whose parent is this process or among others; see :func:`send`."""
+    send(signal.SIGKILL, pids, among)
+
+
+def send(number: int, pids: Iterable[int], among: Iterable[int]) -> None:
+    """Send a signal to processes whose parent is this process or among others.
 
     A number may have gone to another process since it was read. A pidfd is bound to one process,
-    whose parent is then looked at: nothing is ever killed that isn't in the tree.
+    whose parent is then looked at: nothing is ever signalled that isn't in the tree.
 
     Args:
+        number: The signal.
         pids: The processes.
         among: The pids that make up the tree.
     """
@@ -98,7 +131,7 @@ def kill(pids: Iterable[int], among: Iterable[int]) -> None:
             handle = os.pidfd_open(pid)
             try:
                 if _parent(pid) in tree:
-                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+                    signal.pidfd_send_signal(handle, number)
             finally:
                 os.close(handle)
 
@@ -106,6 +139,16 @@ def kill(pids: Iterable[int], among: Iterable[int]) -> None:
 def _parent(pid: int) -> int:
     with open(f"/proc/{pid}/stat", "rb") as file:
         return int(file.read().rpartition(b")")[2].split()[1])
+
+
+def pid_of(handle: int) -> int | None:
+    """Return the pid that a pidfd is bound to, None when that process is gone."""
+    try:
+        with open(f"/proc/self/fdinfo/{handle}", "rb") as file:
+            pid = next(int(line.split()[1]) for line in file if line.startswith(b"Pid:"))
+    except (OSError, StopIteration):
+        return None
+    return pid if pid > 0 else None
 
 
 def name_of(pid: int) -> str:

@@ -31,6 +31,9 @@ from optuna_quota._enforcement.isolation.child import Unsendable
 from optuna_quota._enforcement.isolation.child_trial import TrialFacts
 from optuna_quota._enforcement.isolation.control import Enforce
 from optuna_quota._enforcement.isolation.control import Mind
+from optuna_quota._enforcement.isolation.crashes import find_crash_series
+from optuna_quota._enforcement.isolation.crashes import note_crash
+from optuna_quota._enforcement.isolation.crashes import value_of_crash
 from optuna_quota._enforcement.isolation.ending import Ended
 from optuna_quota._enforcement.isolation.ending import find_breach_in_death
 from optuna_quota._enforcement.isolation.ending import find_breach_in_shortage
@@ -76,6 +79,10 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("optuna.quota.isolated")
 
 
+class _CannotStart(Exception):
+    """No template can be started, which was tried again already."""
+
+
 class TrialRun:
     """Runs one trial in a process of its own.
 
@@ -111,6 +118,9 @@ class TrialRun:
             value = self._run()
         except BaseException as raised:
             error = raised
+            if isinstance(raised, KeyboardInterrupt) and self._watch.verdict is None:
+                reason = "The study was interrupted (KeyboardInterrupt)."
+                self._watch.verdict = Verdict("failed", reason)
             raise
         finally:
             if owned:
@@ -155,7 +165,9 @@ class TrialRun:
                 # The template had ended, or the processes that it had ready were killed.
                 template_client().lost()
                 if attempt == 2:
-                    self._crash(Ended(exitcode=None), str(error))
+                    return self._crash(Ended(exitcode=None), str(error))
+            except _CannotStart as error:
+                return self._crash(Ended(exitcode=None), str(error))
         return self._conclude(server)
 
     def _serve(self) -> Server:
@@ -165,6 +177,7 @@ class TrialRun:
             self._remote,
             on_ready=self._on_ready,
             on_report=self._on_report,
+            on_outcome=self._on_outcome,
             ask_breach=lambda: condemn(self._watch),
             label=f"Trial {self._trial.number}",
         )
@@ -180,13 +193,41 @@ class TrialRun:
             # While the trial runs, it alone holds what was sent to it.
             del start, payload
             server.serve()
+        except KeyboardInterrupt:
+            self._let_finish(server)
+            raise
         except BaseException:
-            # An interrupt (Ctrl-C): nothing of the trial may go on.
             server.kill()
             raise
         finally:
             launched.close()
         return server
+
+    def _let_finish(self, server: Server) -> None:
+        """Give an interrupted trial its grace period; a second interrupt ends it at once."""
+        grace_period = self._isolated.grace_period
+        reason = "The study was interrupted (KeyboardInterrupt)."
+        self._watch.verdict = Verdict("failed", reason)
+        if grace_period > 0:
+            _logger.warning(
+                f"Trial {self._trial.number} was interrupted: it has {grace_period:g} s to end "
+                "by itself. Another Ctrl-C kills it."
+            )
+        try:
+            server.interrupt(grace_period)
+            with contextlib.suppress(NotStarted):
+                server.serve()
+        except BaseException:
+            server.kill()
+            raise
+        if server.ended is None:
+            return
+        self._take_usage(server.ended)
+        if server.ended.killer is not None:
+            reason = (
+                f"{reason} The trial took longer than {grace_period:g} s to end: it was killed."
+            )
+            self._watch.verdict = Verdict("failed", reason)
 
     def _launch(self) -> tuple[Launched, Start | None, Payload | None]:
         """Start the processes; return what is to be sent, None where they inherited it."""
@@ -211,8 +252,7 @@ class TrialRun:
             trackers = () if tracker is None else (tracker,)
             launched = client.launch(_delegated_cgroup(), [*payload.descriptors, *trackers])
         except OSError as error:
-            reason = f"The trial's process could not be started: {error}"
-            self._crash(Ended(exitcode=None), reason)
+            raise _CannotStart(f"The trial's process could not be started: {error}") from error
         finally:
             if method == "spawn":
                 client.release()
@@ -255,6 +295,15 @@ class TrialRun:
         self._watch.on_breach(self._stop)
         memory, quota = self._ceilings().get("memory", (None, False))
         return Enforce(memory, quota, self._watch.elapsed, ready.data_limit)
+
+    def _on_outcome(self) -> float | None:
+        """Let time be nobody's fault from now on; return how long the process may take to end."""
+        self._watch.finish()
+        ceilings = self._ceilings()
+        clocks = [ceilings[name][0] for name in ("wall_time", "trial_time") if name in ceilings]
+        if not clocks:
+            return None
+        return max(0.0, min(clocks) - self._watch.elapsed) + self._isolated.grace_period
 
     def _stop_early(self, breach: Breach) -> None:
         if breach.resource in ("wall_time", "trial_time"):
@@ -305,13 +354,15 @@ class TrialRun:
         if isinstance(outcome, Raised):
             self._raise(outcome)
         if isinstance(outcome, Unsendable):
-            self._crash(
+            return self._crash(
                 ended,
                 f"The objective returned a value of type {outcome.kind} that can't be sent from "
                 f"the trial's process: {outcome.reason}",
             )
         if isinstance(outcome, Exited):
-            self._crash(ended, f"The objective ended its process by sys.exit({outcome.code}).")
+            return self._crash(
+                ended, f"The objective ended its process by sys.exit({outcome.code})."
+            )
         breach = find_breach_in_death(ended, self._ceilings(), self._watch.elapsed)
         if breach is not None:
             self._terminate(breach)
@@ -349,11 +400,24 @@ class TrialRun:
         except Exception as error:
             raise error from cause
 
-    def _crash(self, ended: Ended, reason: str) -> NoReturn:
+    def _crash(self, ended: Ended, reason: str) -> Any:
+        """Return the value of a crashed trial where ``optimize`` is to go on, else raise."""
         self._watch.verdict = Verdict("failed", reason)
         if ended.traceback:
             _logger.error(f"Trial {self._trial.number}: {reason}\n{ended.traceback}")
-        raise TrialCrashed(reason, exitcode=ended.exitcode, traceback=ended.traceback)
+        error = TrialCrashed(reason, exitcode=ended.exitcode, traceback=ended.traceback)
+        study, trial = self._study, self._trial
+        if study is None or not isinstance(trial, Trial):
+            raise error
+        note_crash(study, trial)
+        if not _optuna.is_run_by_optimize(trial):
+            raise error
+        series = find_crash_series(study, trial.number)
+        if series is not None:
+            error.args = (f"{series}, so the study ends. {_advice(trial.number, reason)}",)
+        elif self._isolated.on_crash == "fail":
+            return value_of_crash(reason, len(study.directions))
+        raise error
 
 
 def agreed_limits(own: Limits | None, theirs: Limits | None) -> Limits:
@@ -372,6 +436,13 @@ def agreed_limits(own: Limits | None, theirs: Limits | None) -> Limits:
             "Give them to QuotaPruner alone."
         )
     return own or theirs or Limits()
+
+
+def _advice(number: int, reason: str) -> str:
+    return (
+        f"The last one, trial {number}: {reason} Call the objective without `isolated` on "
+        "`study.ask()` to see why; `optimize(..., catch=(TrialCrashed,))` goes on all the same."
+    )
 
 
 def device_memory() -> float | None:

@@ -20,7 +20,9 @@ from optuna_quota._enforcement.isolation.child import Unsendable
 from optuna_quota._enforcement.isolation.child_trial import CHECK
 from optuna_quota._enforcement.isolation.control import Breached
 from optuna_quota._enforcement.isolation.control import Enforce
+from optuna_quota._enforcement.isolation.control import Interrupt
 from optuna_quota._enforcement.isolation.control import Kill
+from optuna_quota._enforcement.isolation.control import Leave
 from optuna_quota._enforcement.isolation.control import Paused
 from optuna_quota._enforcement.isolation.control import Started
 from optuna_quota._enforcement.isolation.control import StopFor
@@ -53,12 +55,13 @@ class Server:
         remote: What the child may call.
         on_ready: Called when the objective is about to run; returns what is to be enforced.
         on_report: Called after a report with the step.
+        on_outcome: Called when the objective has ended; returns the seconds that its process may
+            take to end from then on, None for any time.
         ask_breach: Answers ``optuna_quota.check``.
         label: What the trial is called in the log.
 
     Attributes:
         outcome: What came of the objective, None while nothing has.
-        breach: What the trial was stopped for, None when it was not.
         ended: How its process ended, None while it runs.
     """
 
@@ -69,33 +72,49 @@ class Server:
         *,
         on_ready: Callable[[Ready], Enforce],
         on_report: Callable[[int], None],
+        on_outcome: Callable[[], float | None],
         ask_breach: Callable[[], Breach | None],
         label: str,
     ) -> None:
         self.outcome: Outcome | None = None
-        self.breach: Breach | None = None
         self.ended: Ended | None = None
         self.data_limit: int | None = None
         self._launched = launched
         self._remote = remote
         self._on_ready = on_ready
         self._on_report = on_report
+        self._on_outcome = on_outcome
         self._ask_breach = ask_breach
         self._label = label
         self._sending = threading.Lock()
         self._started = False
+        self._stopped_for: Breach | None = None
+
+    @property
+    def breach(self) -> Breach | None:
+        """What the trial was stopped for, None when it was not.
+
+        Of an objective that ended before it was told so, what came of it stands, however late it
+        is read here.
+        """
+        ended_first = self.outcome is not None and not self.outcome.told
+        return None if ended_first else self._stopped_for
 
     def stop(self, breach: Breach, grace_period: float) -> None:
         """Have the trial stopped for a breach; from any thread, once.
 
-        A result that has come stays one: what the process does after it, such as to run a handler
-        that hangs at its exit, is stopped all the same.
+        A result that has come stays one: what the process does after it is stopped all the same.
         """
         with self._sending:
-            if self.breach is None and self.ended is None:
-                self.breach = breach if self.outcome is None else None
+            if self._stopped_for is None and self.ended is None:
+                self._stopped_for = breach
                 with contextlib.suppress(OSError):
                     self._launched.control.send(StopFor(breach, grace_period))
+
+    def interrupt(self, grace_period: float) -> None:
+        """Have the trial stopped by a KeyboardInterrupt; then serve on."""
+        with self._sending, contextlib.suppress(OSError):
+            self._launched.control.send(Interrupt(grace_period))
 
     def kill(self) -> None:
         """Have the trial killed now and wait until nothing of it is left."""
@@ -147,7 +166,7 @@ class Server:
             self._started = True
         elif isinstance(message, Breached):
             with self._sending:
-                self.breach = self.breach or message.breach
+                self._stopped_for = self._stopped_for or message.breach
         elif isinstance(message, Paused):
             _logger.warning(
                 f"{self._label}'s process was stopped by a signal (SIGSTOP); it is killed unless "
@@ -183,9 +202,19 @@ class Server:
         elif isinstance(message, (Returned, Raised, Exited, Unsendable)):
             with self._sending:
                 self.outcome = message
+            seconds = self._on_outcome()
+            if seconds is not None:
+                with self._sending, contextlib.suppress(OSError):
+                    self._launched.control.send(Leave(seconds))
 
     def _serve_call(self, call: Call) -> None:
-        answer = self._answer(call)
+        try:
+            answer = self._answer(call)
+        except BaseException as error:
+            # An interrupt (Ctrl-C). The objective, which waits for the answer, is to hear of it.
+            with contextlib.suppress(OSError):
+                self._send_answer((call[0], None, pack_error(error)))
+            raise
         with contextlib.suppress(ConnectionError):
             self._send_answer(answer)
         _, target, name, args, kwargs = call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 import threading
 from typing import Any
 from typing import TYPE_CHECKING
@@ -29,12 +30,17 @@ class PoliteStop:
     Args:
         notice: The pipe's descriptor, non-blocking; None where there is none, so that every
             SIGTERM is taken for a stop.
+
+    Attributes:
+        told: Whether the objective was told to stop.
     """
 
     def __init__(self, notice: int | None) -> None:
+        self.told = False
+        self._over = False
         self._notice = notice
         self._held = 0
-        self._pending: Breach | None = None
+        self._pending: Breach | KeyboardInterrupt | None = None
         self._signalled = False
         self._pid = os.getpid()
         self._main = threading.main_thread().ident
@@ -69,6 +75,10 @@ class PoliteStop:
             self._signalled = False
             self._raise()
 
+    def end(self) -> None:
+        """Raise nothing any more: the objective has ended."""
+        self._over = True
+
     def _on_signal(self, signum: int, frame: Any) -> None:
         if os.getpid() != self._pid:
             return
@@ -78,13 +88,16 @@ class PoliteStop:
             except (OSError, EOFError):
                 # Somebody else's, or the second of two that came as one.
                 return
-        if self._held:
-            self._signalled = True
-        else:
-            self._raise()
+        self._tell()
 
     def _on_cpu(self, signum: int, frame: Any) -> None:
         # The backstop has fired once; the kernel's hard limit follows if this is not heeded.
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._over:
+            return
+        self.told = True
         if self._held:
             self._signalled = True
         else:
@@ -94,6 +107,11 @@ class PoliteStop:
         from optuna_quota.exceptions import LimitBreached
 
         breach = self._pending
+        if isinstance(breach, KeyboardInterrupt):
+            # A signal to all processes of a job has reached it already, and it is at its cleanup.
+            if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                raise breach
+            return
         if breach is None:
             raise LimitBreached("The trial was over a limit.")
         raise LimitBreached(

@@ -21,7 +21,9 @@ from optuna_quota._enforcement.isolation.cgroup import CgroupLeaf
 from optuna_quota._enforcement.isolation.channel import Channel
 from optuna_quota._enforcement.isolation.control import Breached
 from optuna_quota._enforcement.isolation.control import Enforce
+from optuna_quota._enforcement.isolation.control import Interrupt
 from optuna_quota._enforcement.isolation.control import Kill
+from optuna_quota._enforcement.isolation.control import Leave
 from optuna_quota._enforcement.isolation.control import Mind
 from optuna_quota._enforcement.isolation.control import Paused
 from optuna_quota._enforcement.isolation.control import StopFor
@@ -29,11 +31,13 @@ from optuna_quota._enforcement.isolation.ending import Ended
 from optuna_quota._enforcement.isolation.ending import Killer
 from optuna_quota._enforcement.isolation.rlimits import DataLimit
 from optuna_quota._enforcement.isolation.stop import STOP_SIGNAL
+from optuna_quota._enforcement.isolation.suspension import Suspension
 from optuna_quota._metering.pacing import ASSUMED_GROWTH
 from optuna_quota._metering.pacing import fastest_growth
 from optuna_quota._metering.pacing import LONGEST_WAIT
 from optuna_quota._metering.pacing import wait_for
 from optuna_quota._metering.proc_tree import ProcTree
+from optuna_quota._metering.running_clock import RunningClock
 from optuna_quota._resources import Breach
 
 
@@ -45,6 +49,9 @@ GRACE_MARGIN = 4 * 2**20
 # to, and those that remove shared memory and temporary files.
 LEAVING_TIME = 0.1
 CLEANING_TIME = 2.0
+
+# Seconds between looks at whether the study's process is stopped.
+_SUSPENSION_PERIOD = 0.05
 
 
 class Supervisor:
@@ -80,12 +87,20 @@ class Supervisor:
         self._gauge = _MemoryGauge(child)
         self._oom_kills = 0
         self._enforce: Enforce | None = None
-        self._began = time.monotonic()
+        # Deadlines and limits on time leave out pauses, of this process and of the study's.
+        self._clock = RunningClock()
+        self._suspension = Suspension(parent)
+        self._suspension_due = 0.0
+        self._suspended_at: float | None = None
+        self._began = self._clock()
         self._data_limit: DataLimit | None = None
         self._data_due = 0.0
         self._breach: Breach | None = None
+        self._is_told = False
         self._deadline: float | None = None
+        self._killer_then: Killer = "request"
         self._paused_at: float | None = None
+        self._pause_told = False
         self._killer: Killer | None = None
         self._exitcode: int | None = None
 
@@ -95,7 +110,10 @@ class Supervisor:
         for handle in (self._control.fileno(), self._child_handle, self._parent):
             poll.register(handle, select.POLLIN)
         while True:
-            ready = {handle for handle, _ in _wait(poll, self._tick())}
+            wait = self._tick()
+            self._clock.fall_asleep(wait)
+            ready = {handle for handle, _ in _wait(poll, wait)}
+            self._clock.wake_up()
             if self._control.fileno() in ready or self._control.pending():
                 self._obey()
             if self._parent in ready:
@@ -111,9 +129,11 @@ class Supervisor:
             return 0.0
         if self._patience is None:
             return None
-        now = time.monotonic()
+        now = self._clock()
+        if self._is_suspended(now):
+            return _SUSPENSION_PERIOD
         if self._deadline is not None and now >= self._deadline:
-            self._kill("breach")
+            self._kill(self._killer_then)
         self._watch_pause(now)
         wait = LONGEST_WAIT
         if self._enforce is not None:
@@ -121,6 +141,18 @@ class Supervisor:
         if self._deadline is not None:
             wait = min(wait, max(0.0, self._deadline - now))
         return wait
+
+    def _is_suspended(self, now: float) -> bool:
+        """Return whether the trial is stopped because its study is; then no time passes."""
+        if self._suspended_at is not None:
+            self._clock.skip(now - self._suspended_at)
+        elif now < self._suspension_due:
+            return False
+        self._suspension.look()
+        now = self._clock()
+        self._suspended_at = now if self._suspension.is_on else None
+        self._suspension_due = now + _SUSPENSION_PERIOD
+        return self._suspension.is_on
 
     def _obey(self) -> None:
         try:
@@ -136,12 +168,17 @@ class Supervisor:
             self._begin(order)
         elif isinstance(order, StopFor):
             self._stop(order.breach, order.grace_period)
+        elif isinstance(order, Interrupt):
+            self._tell(KeyboardInterrupt(), order.grace_period, "request")
+        elif isinstance(order, Leave):
+            leave = self._clock() + order.seconds
+            self._deadline = leave if self._deadline is None else min(leave, self._deadline)
         elif isinstance(order, Kill):
             self._kill("request")
 
     def _begin(self, order: Enforce) -> None:
         self._enforce = order
-        self._began = time.monotonic()
+        self._began = self._clock()
         if order.memory is None:
             return
         if order.data_limit is not None:
@@ -177,8 +214,8 @@ class Supervisor:
         assert self._enforce is not None and self._patience is not None
         elapsed = self._enforce.elapsed + now - self._began
         breach = Breach("memory", limit, memory, elapsed, quota=self._enforce.quota)
-        if self._breach is not None:
-            # It was stopped for another limit already and goes on to grow.
+        if self._is_told:
+            # It was told to stop for something else already and goes on to grow.
             self._kill("breach")
             return
         with contextlib.suppress(OSError):
@@ -186,16 +223,22 @@ class Supervisor:
         self._stop(breach, self._patience)
 
     def _stop(self, breach: Breach, grace_period: float) -> None:
+        if not self._is_told:
+            self._breach = breach
+            self._tell(breach, grace_period, "breach")
+
+    def _tell(self, why: Breach | KeyboardInterrupt, grace_period: float, killer: Killer) -> None:
         """Ask the trial to stop, once."""
-        if self._breach is not None:
+        if self._is_told:
             return
-        self._breach = breach
+        self._is_told = True
         if grace_period <= 0:
-            self._kill("breach")
+            self._kill(killer)
             return
-        self._deadline = time.monotonic() + grace_period
+        self._killer_then = killer
+        self._deadline = self._clock() + grace_period
         with contextlib.suppress(OSError):
-            os.write(self._notice, pickle.dumps(breach))
+            os.write(self._notice, pickle.dumps(why))
         for number in (STOP_SIGNAL, signal.SIGCONT):
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._child_handle, number)
@@ -213,9 +256,12 @@ class Supervisor:
         """Kill a process that was stopped by a signal and stays so: it would hang the study."""
         assert self._patience is not None
         if processes.state_of(self._child) != "T":
-            self._paused_at = None
+            self._paused_at, self._pause_told = None, False
         elif self._paused_at is None:
+            # Whoever stops all processes, as a cluster that suspends a job, stops one by one.
             self._paused_at = now
+        elif not self._pause_told and now > self._paused_at + 2 * _SUSPENSION_PERIOD:
+            self._pause_told = True
             with contextlib.suppress(OSError):
                 self._control.send(Paused(self._patience))
         elif now - self._paused_at >= self._patience:

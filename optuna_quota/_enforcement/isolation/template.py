@@ -22,6 +22,7 @@ import sys
 import traceback
 
 from optuna_quota._enforcement.isolation import processes
+from optuna_quota._enforcement.isolation.job_signals import ignore_job_signals
 from optuna_quota._enforcement.isolation.main_module import MainModule
 from optuna_quota._enforcement.isolation.main_module import make_main_module
 from optuna_quota._enforcement.isolation.output import blank_logging
@@ -235,7 +236,7 @@ def main(handle: int) -> None:
     Args:
         handle: The descriptor of the connection.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_job_signals()
     processes.become_subreaper()
     sock = socket.socket(fileno=handle)
     try:

@@ -19,6 +19,7 @@ import tempfile
 import threading
 from typing import TypeVar
 
+from optuna_quota._enforcement.isolation.job_signals import job_signals_blocked
 from optuna_quota._enforcement.isolation.launch import interpreter
 from optuna_quota._enforcement.isolation.launch import Launched
 from optuna_quota._enforcement.isolation.launch import order_trial
@@ -188,7 +189,8 @@ class TemplateClient:
             self._errors.seek(0)
             self._errors.truncate()
             self._environ = dict(os.environ)
-            self._process = popen(command, self._errors, pass_fds=(theirs.fileno(),))
+            with job_signals_blocked():
+                self._process = popen(command, self._errors, pass_fds=(theirs.fileno(),))
         # It and its forks are no part of a trial in this process.
         metering_loop().left_out.add(self._process.pid)
         self._sock = ours
