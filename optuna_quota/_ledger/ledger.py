@@ -41,6 +41,7 @@ from optuna_quota._ledger.protocol import Shortage
 from optuna_quota._ledger.protocol import Want
 from optuna_quota._ledger.request import first_wants
 from optuna_quota._ledger.request import more_wants
+from optuna_quota._ledger.request import revised_promise
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.running import Running
 from optuna_quota._ledger.standstill import PATIENCE
@@ -122,6 +123,7 @@ class Ledger:
         *,
         limits: Limits,
         footprint: Mapping[str, float],
+        n_jobs: int | None = None,
         is_over: Callable[[], bool] = lambda: False,
     ) -> Grant | Refusal:
         """Admit a trial or refuse it; waits while others hold what it needs for now.
@@ -130,6 +132,7 @@ class Ledger:
             trial: The trial, whose row must be running.
             limits: Its limits.
             footprint: Upper bounds of what it will use, by resource, where known.
+            n_jobs: Trials that run at once, where known.
             is_over: Returns whether a trial that waits need not run any more.
         """
         self._open_in_child()
@@ -144,7 +147,16 @@ class Ledger:
                 return too_late(short)
             seen = self._undertaker.look() if seen is None or waiting else seen
             beside = _beside(seen, number)
-            wants = first_wants(self.quota, limits, footprint, seen.free(self.quota), beside)
+            wants = first_wants(
+                self.quota,
+                limits,
+                footprint,
+                seen.free(self.quota),
+                beside,
+                n_jobs=n_jobs,
+                # Whoever asks by hand may ask for several before it tells any.
+                whole=_optuna.in_optimize_loop(self._study),
+            )
             need = footprint.get("gpu_memory", limits.gpu_memory)
             machine = this_worker().machine
             wants.update(want_of_gpu(self._gpus, seen.claims, machine, need))
@@ -205,9 +217,29 @@ class Ledger:
         watch.prices = self.quota.prices if self.quota.cost is not None else {}
         if running.reservation.gpu is not None:
             watch.environment = {"CUDA_VISIBLE_DEVICES": running.reservation.gpu}
-        watch.most = self.quota.held
+        watch.most = {n: a for n, a in self.quota.amounts().items() if n != "wall_time"}
         watch.on_shortage(lambda: self._keeper.call_for_more(trial_id))
         self._keeper.keep(trial_id)
+
+    def promise(self, trial_id: int, bounds: Mapping[str, float]) -> None:
+        """Give back what a running trial will not hold by its point, or ask for what it lacks.
+
+        Args:
+            trial_id: The trial.
+            bounds: Upper bounds of what it will hold at one moment, by resource.
+        """
+        with self._watched(trial_id) as running:
+            if running is None or running.watch is None:
+                return
+            held, used = running.reservation, running.watch.usage().amounts()
+            smaller, larger = revised_promise(
+                self.quota, running.limits, held.granted, bounds, used
+            )
+            if smaller:
+                self._change(running, replace(held, granted={**held.granted, **smaller}))
+            self._extend(running, larger)
+            if smaller or larger:
+                running.watch.allow(running.left)
 
     def extend(self, trial_id: int, usage: Usage | None = None) -> Mapping[str, float]:
         """Return what a running trial may use in all, having asked for more where it runs low.
@@ -220,9 +252,7 @@ class Ledger:
             running = self._running.get(trial_id)
             if running is None:
                 return {}
-            for name in running.low(usage, self.quota):
-                self._extend_one(running, name)
-            return running.left
+            return self._extend(running, running.low(usage, self.quota))
 
     def settle(self, trial_id: int, usage: Usage) -> None:
         """Stop keeping a trial's reservation: its row says what it used and is about to finish."""
@@ -302,13 +332,18 @@ class Ledger:
         self._running[trial_id] = running
         return Grant(running.left, gpu=held.gpu)
 
-    def _extend_one(self, running: Running, name: str) -> None:
+    def _extend(self, running: Running, needs: Mapping[str, float]) -> Mapping[str, float]:
+        for name, amount in needs.items():
+            self._extend_one(running, name, amount)
+        return running.left
+
+    def _extend_one(self, running: Running, name: str, need: float) -> None:
         seen, held = self._undertaker.look(), running.reservation
         wants = more_wants(
             self.quota,
             running.limits,
             held.granted,
-            frozenset({name}),
+            {name: need},
             seen.free(self.quota),
             _beside(seen, running.number),
         )
@@ -333,8 +368,15 @@ class Ledger:
 
     def _renew(self, trial_id: int) -> None:
         with self._watched(trial_id) as running:
-            if running is not None and running.watch is not None:
-                running.watch.allow(self.extend(trial_id, running.watch.usage()))
+            if running is None or running.watch is None:
+                return
+            watch, usage = running.watch, running.watch.usage()
+            needs = {n: max(amount, usage.get(n) or 0.0) for n, amount in watch.needs.items()}
+            try:
+                self._extend(running, needs)
+            finally:
+                # Where the storage fails, the trial goes by what it has.
+                watch.allow(running.left)
 
     def _beat(self, trial_id: int) -> None:
         with self._watched(trial_id) as running:

@@ -211,11 +211,15 @@ class QuotaSampler(BaseSampler):
         limits = limits_of(whole, self)
         session = self._session(whole, limits)
         self._admit_study(session, whole, limits)
-        known = self.footprint.amounts() if isinstance(self.footprint, Usage) else {}
+        if isinstance(self.footprint, Usage):
+            known = self.footprint.amounts()
+        else:
+            known = session.proposals.bounds(self.quota.held, _optuna.fixed_params_of(trial))
         grant = session.ledger.reserve(
             trial,
             limits=limits,
             footprint=known,
+            n_jobs=None if self.strategy is None else self.strategy.n_jobs,
             is_over=lambda: _optuna.is_over(whole) and asks_for_something(whole),
         )
         if isinstance(grant, Refusal):
@@ -244,14 +248,17 @@ class QuotaSampler(BaseSampler):
         """Infer as the base sampler does, with what is judged beside it."""
         with none_left_running(study, trial):
             space = self.base_sampler.infer_relative_search_space(study, trial)
-            return self._proposals(study).relative_space(study, trial, space)
+            return self._session_of(study).proposals.relative_space(study, trial, space)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Sample a point as the base sampler does, and replace it when it is not admitted."""
         with none_left_running(study, trial):
-            return self._proposals(study).relative(study, trial, search_space)
+            session = self._session_of(study)
+            drawn = session.proposals.relative(study, trial, search_space)
+            session.promise(trial, drawn)
+            return drawn
 
     def sample_independent(
         self,
@@ -262,7 +269,10 @@ class QuotaSampler(BaseSampler):
     ) -> Any:
         """Sample a parameter as the base sampler does, again when the point is not admitted."""
         with none_left_running(study, trial):
-            return self._proposals(study).independent(study, trial, param_name, param_distribution)
+            session = self._session_of(study)
+            value = session.proposals.independent(study, trial, param_name, param_distribution)
+            session.promise(trial, {param_name: value})
+            return value
 
     def after_trial(
         self,
@@ -353,9 +363,8 @@ class QuotaSampler(BaseSampler):
             return trial
         return row_of(study, trial)
 
-    def _proposals(self, study: Study) -> Proposals:
-        whole = _optuna.whole_study(study)
-        return self._session(whole, self.limits or Limits()).proposals
+    def _session_of(self, study: Study) -> Session:
+        return self._session(_optuna.whole_study(study), self.limits or Limits())
 
     def _session(self, study: Study, limits: Limits) -> Session:
         # A forked process keeps nothing of its parent's.

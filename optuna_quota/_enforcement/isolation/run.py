@@ -33,6 +33,7 @@ from optuna_quota._enforcement.isolation.control import Mind
 from optuna_quota._enforcement.isolation.ending import Ended
 from optuna_quota._enforcement.isolation.ending import find_breach_in_death
 from optuna_quota._enforcement.isolation.ending import find_breach_in_shortage
+from optuna_quota._enforcement.isolation.ending import find_breach_in_stop
 from optuna_quota._enforcement.isolation.ending import name_death
 from optuna_quota._enforcement.isolation.errors import unpack_error
 from optuna_quota._enforcement.isolation.launch import can_supervise
@@ -58,6 +59,7 @@ from optuna_quota._records import is_rejected
 from optuna_quota._resources import Breach
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Usage
+from optuna_quota.exceptions import LimitBreached
 from optuna_quota.exceptions import TrialCrashed
 
 
@@ -215,7 +217,8 @@ class TrialRun:
         )
 
     def _ceilings(self) -> Mapping[str, tuple[float, bool]]:
-        # A grant of more of a quota does not reach the kernel: the metering loop holds the slice.
+        # What is set but once goes by the most that could be granted: the metering loop holds
+        # the slice of a quota.
         return self._watch.hard_ceilings
 
     def _on_ready(self, ready: Ready) -> Enforce:
@@ -307,6 +310,11 @@ class TrialRun:
                 enforced=enforced,
                 device_memory=device_memory() if gpu else None,
             )
+            if breach is not None:
+                self._terminate(breach, cause=error)
+        if isinstance(error, LimitBreached):
+            used = self._watch.usage().cpu_time
+            breach = find_breach_in_stop(error, used, self._ceilings(), self._watch.elapsed)
             if breach is not None:
                 self._terminate(breach, cause=error)
         raise error
