@@ -24,6 +24,7 @@ from optuna_quota._ledger.admission import judge
 from optuna_quota._ledger.admission import pauses
 from optuna_quota._ledger.clock import Clock
 from optuna_quota._ledger.clock import SystemClock
+from optuna_quota._ledger.earlier import describe_earlier
 from optuna_quota._ledger.gpus import Gpu
 from optuna_quota._ledger.gpus import gpu_in
 from optuna_quota._ledger.gpus import want_of_gpu
@@ -104,6 +105,7 @@ class Ledger:
         self._undertaker = Undertaker(self._accounts, self._lease)
         self._keeper = Keeper(self._renew, self._beat, beat)
         self._running: dict[int, Running] = {}
+        self._told_of_earlier = False
         # One thread at a time changes what this process's running trials hold.
         self._changing = threading.RLock()
 
@@ -146,6 +148,7 @@ class Ledger:
                 self._accounts.write(trial_id, Reservation())
                 return too_late(short)
             seen = self._undertaker.look() if seen is None or waiting else seen
+            self._tell_of_earlier()
             beside = _beside(seen, number)
             wants = first_wants(
                 self.quota,
@@ -269,6 +272,12 @@ class Ledger:
             for name in self.quota.totals
         }
         return beyond(self.quota, self._accounts.with_settled(seen), {}, granted)
+
+    def _tell_of_earlier(self) -> None:
+        told, self._told_of_earlier = self._told_of_earlier, True
+        text = None if told else describe_earlier(self._accounts.earlier)
+        if text is not None:
+            _logger.info(text)
 
     def _tell_of_standstill(self, number: int, decision: Decision, seen: Snapshot) -> bool:
         here = threading.get_ident()
