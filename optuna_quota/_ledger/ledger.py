@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from optuna.exceptions import UpdateFinishedTrialError
 
@@ -93,16 +94,24 @@ class Ledger:
     ) -> None:
         self.quota = quota
         self._gpus = tuple(gpus)
-        self._study = study
+        # A study's connections are to be closed when its user lets go of it.
+        self._studies: WeakSet[Study] = WeakSet((study,))
         self._clock = clock or SystemClock()
         self._lease = lease
-        self._open()
+        self._open(study)
 
-    def _open(self) -> None:
+    def serve(self, study: Study) -> None:
+        """Get to know another object for the same study."""
+        self._studies.add(study)
+
+    def _in_optimize_loop(self) -> bool:
+        return any(_optuna.in_optimize_loop(study) for study in tuple(self._studies))
+
+    def _open(self, study: Study) -> None:
         self._pid = os.getpid()
         beat = self._lease / _BEATS_PER_LEASE
-        self._accounts = Accounts(self._study, self.quota, self._clock, beat, self._gpus)
-        self._undertaker = Undertaker(self._accounts, self._lease)
+        self._accounts = Accounts(study, self.quota, self._clock, beat, self._gpus)
+        self._undertaker = Undertaker(self._accounts, self._lease, self._call_back)
         self._keeper = Keeper(self._renew, self._beat, beat)
         self._running: dict[int, Running] = {}
         self._told_of_earlier = False
@@ -112,7 +121,19 @@ class Ledger:
     def _open_in_child(self) -> None:
         if self._pid != os.getpid():
             # The locks and threads of a parent are of no use in its child.
-            self._open()
+            self._open(next(iter(self._studies)))
+
+    def _call_back(self, trial_id: int) -> None:
+        """Have a trial tried again, where the user asked Optuna for it."""
+        study = next(iter(self._studies), None)
+        if study is None:
+            return
+        try:
+            _optuna.call_back_for_stale(study, trial_id)
+        except Exception as fault:  # noqa: BLE001 - the user's own; this trial has no part in it
+            _logger.warning(
+                f"The storage's callback for the trial with id {trial_id} failed: {fault!r}."
+            )
 
     def take(self, trial: FrozenTrial) -> bool:
         """Return whether an enqueued trial is this worker's, and nobody else's already."""
@@ -158,7 +179,7 @@ class Ledger:
                 beside,
                 n_jobs=n_jobs,
                 # Whoever asks by hand may ask for several before it tells any.
-                whole=_optuna.in_optimize_loop(self._study),
+                whole=self._in_optimize_loop(),
             )
             need = footprint.get("gpu_memory", limits.gpu_memory)
             machine = this_worker().machine
@@ -221,8 +242,9 @@ class Ledger:
         if running.reservation.gpu is not None:
             watch.environment = {"CUDA_VISIBLE_DEVICES": running.reservation.gpu}
         watch.most = {n: a for n, a in self.quota.amounts().items() if n != "wall_time"}
-        watch.on_shortage(lambda: self._keeper.call_for_more(trial_id))
-        self._keeper.keep(trial_id)
+        keeper = self._keeper
+        watch.on_shortage(lambda: keeper.call_for_more(trial_id))
+        keeper.keep(trial_id)
 
     def promise(self, trial_id: int, bounds: Mapping[str, float]) -> None:
         """Give back what a running trial will not hold by its point, or ask for what it lacks.
@@ -334,7 +356,7 @@ class Ledger:
         running = Running(trial_id, trial.number, held, limits)
         if self.quota.wall_time is not None:
             running.deadline = max(0.0, self.quota.wall_time - self._accounts.wall_time(now))
-        if _optuna.in_optimize_loop(self._study):
+        if self._in_optimize_loop():
             running.thread = threading.get_ident()
         else:
             running.asker = threading.get_ident()
@@ -417,7 +439,7 @@ class Ledger:
 
     def _bury_left_behind(self) -> None:
         """End trials that this thread's ``optimize`` has left behind, as on a storage's fault."""
-        if not _optuna.in_optimize_loop(self._study):
+        if not self._in_optimize_loop():
             return
         here = threading.get_ident()
         with self._changing:

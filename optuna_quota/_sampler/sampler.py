@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence
 import logging
-import os
 import threading
 from typing import Any
 from typing import TYPE_CHECKING
@@ -45,6 +44,7 @@ from optuna_quota._sampler.running import has_totals
 from optuna_quota._sampler.running import project_rest
 from optuna_quota._sampler.session import asks_for_something
 from optuna_quota._sampler.session import Session
+from optuna_quota._sampler.sessions import Sessions
 from optuna_quota._sampler.study_admission import rejection
 from optuna_quota._sampler.study_admission import StudyAdmission
 from optuna_quota._units import parse_seconds
@@ -167,7 +167,7 @@ class QuotaSampler(BaseSampler):
         self.on_projected = on_projected
         self.lease = parse_seconds(lease, "lease")
         self._rules = Rules(footprint, confidence, breach_probability, on_veto, audits)
-        self._sessions: dict[tuple[int, int, int], Session] = {}
+        self._sessions = Sessions()
         self._lock = threading.Lock()
         self._admission().decide(self.limits or Limits())
 
@@ -177,7 +177,7 @@ class QuotaSampler(BaseSampler):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take on the state of another process, or of the original of a copy."""
-        vars(self).update(state, _sessions={}, _lock=threading.Lock())
+        vars(self).update(state, _sessions=Sessions(), _lock=threading.Lock())
 
     def __str__(self) -> str:
         return f"QuotaSampler({self.base_sampler})"
@@ -194,7 +194,7 @@ class QuotaSampler(BaseSampler):
             # Another Trial object for a trial that this process runs already.
             return
         try:
-            if asked and self._is_taken(whole, trial):
+            while asked and self._is_taken(whole, trial):
                 trial = _optuna.take_another_row(whole)
             void_copies(whole, trial)
             self._admit(study, whole, trial)
@@ -203,7 +203,7 @@ class QuotaSampler(BaseSampler):
             raise
 
     def _is_taken(self, study: Study, trial: FrozenTrial) -> bool:
-        if not _optuna.fixed_params_of(trial):
+        if not _optuna.may_be_enqueued(trial):
             return False
         return not self._session(study, limits_of(study, self)).ledger.take(trial)
 
@@ -367,10 +367,8 @@ class QuotaSampler(BaseSampler):
         return self._session(_optuna.whole_study(study), self.limits or Limits())
 
     def _session(self, study: Study, limits: Limits) -> Session:
-        # A forked process keeps nothing of its parent's.
-        key = (os.getpid(), id(_optuna.storage_of(study)), _optuna.study_id_of(study))
         with self._lock:
-            session = self._sessions.get(key)
+            session = self._sessions.find(study)
             if session is None:
                 announce(study, self.quota, limits)
                 proposals = Proposals(self.base_sampler, self._rules)
@@ -384,7 +382,7 @@ class QuotaSampler(BaseSampler):
                     one_gpu=self.one_gpu,
                     metering=self.metering,
                 )
-                self._sessions[key] = session
+                self._sessions.add(study, session)
         return session
 
 

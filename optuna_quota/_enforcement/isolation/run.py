@@ -246,15 +246,15 @@ class TrialRun:
             self._ceilings(),
             elapsed,
             steps=self._steps,
-            last_step=self._least_last_step(),
+            last_step=self._least_last_step,
             memory=self._watch.timeline(),
         )
         if breach is not None:
             self._stop(breach)
 
-    @functools.cache  # noqa: B019 - a run lives as long as its trial
+    @functools.cached_property
     def _least_last_step(self) -> int | None:
-        """Return the least last step of the trials that completed, None before three have."""
+        """The least last step of the trials that completed, None before three have."""
         if self._study is None:
             return None
         done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
