@@ -344,6 +344,7 @@ class Watch:
         return due
 
     def end(self, now: float) -> None:
-        """Stop the clock."""
+        """Stop the clock, and let go of all that was to be called."""
         self._ended = now
+        self._callbacks, self._renewal = [], None
         self.closed = True
