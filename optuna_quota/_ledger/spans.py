@@ -86,6 +86,11 @@ class WorkerSpans:
         if end > start:
             self._all.add(*own.joined(start, end))
 
+    @property
+    def total(self) -> float:
+        """The clock time of all trials that were added."""
+        return self._all.total
+
     def with_running(self, running: Iterable[tuple[Hashable, float, float]]) -> float:
         """Return the total with what workers do now, from a start until the given time."""
         joined = []
