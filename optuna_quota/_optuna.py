@@ -131,6 +131,22 @@ def stale_trial_ids(storage: BaseStorage, study_id: int) -> list[int]:
     return storage._get_stale_trial_ids(study_id)
 
 
+def call_back_for_stale(study: Study, trial_id: int) -> None:
+    """Call what the user gave the storage to be called for trials whose workers died.
+
+    Optuna calls it for those alone that it has failed itself.
+    """
+    storage = study._storage
+    if not is_heartbeat_enabled(storage):
+        return
+    # Optuna 4.9 gave it another name.
+    names = ("get_heartbeat_stale_trial_callback", "get_failed_trial_callback")
+    ask = next(getattr(storage, name) for name in names if hasattr(storage, name))
+    callback = ask()
+    if callback is not None:
+        callback(study, copy.deepcopy(storage.get_trial(trial_id)))
+
+
 def engine_of(storage: BaseStorage) -> Any:
     """Return the SQLAlchemy engine under a storage, None where there is none."""
     backend = getattr(storage, "_backend", storage)
@@ -173,19 +189,22 @@ def in_ask() -> bool:
 
 
 def take_another_row(study: Study) -> FrozenTrial:
-    """Give the ``Trial`` that is just being made, inside ``Study.ask``, a new row of its own.
+    """Give the ``Trial`` that is just being made, inside ``Study.ask``, another row.
 
-    It was given one that another worker has. ``Trial`` looks at the row again after the hook.
+    It was given one that another worker has: it gets the next one that waits, or a new one.
+    ``Trial`` looks at the row again after the hook.
     """
     frame = _find_frame("__init__", "optuna.trial._trial")
     assert frame is not None
     trial = frame.f_locals["self"]
     storage = study._storage
-    trial._trial_id = storage.create_new_trial(study._study_id)
+    waiting = study._pop_waiting_trial_id()
+    new = storage.create_new_trial(study._study_id) if waiting is None else waiting
+    trial._trial_id = new
     trial._cached_frozen_trial = storage.get_trial(trial._trial_id)
     found: FrozenTrial = trial._cached_frozen_trial
     _logger.info(
-        f"Another worker has the row that was given; this one goes on with {found.number}."
+        f"Another worker runs the enqueued trial too; this one goes on with trial {found.number}."
     )
     return found
 
@@ -346,6 +365,11 @@ def poison(trial: FrozenTrial, refuse: Callable[[], NoReturn]) -> None:
     parameters.
     """
     trial.system_attrs = _PoisonedAttributes(trial.system_attrs, refuse)
+
+
+def may_be_enqueued(trial: FrozenTrial) -> bool:
+    """Return whether the row of a trial that begins was not made for it just now, but waited."""
+    return bool(trial.params or trial.user_attrs or trial.system_attrs)
 
 
 def fixed_params_of(trial: FrozenTrial) -> dict[str, Any]:

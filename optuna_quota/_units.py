@@ -29,6 +29,9 @@ _BYTES = {
 _SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _JOULES = {"J": 1.0, "kJ": 1e3, "MJ": 1e6, "Wh": 3600.0, "kWh": 3.6e6, "MWh": 3.6e9}
 
+# Amounts from here on tell a person nothing but their order; so do NaN and infinity.
+_BEYOND = 1e15
+
 _QUANTITY = re.compile(
     r"\s*(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>[A-Za-zµ]*)"
 )
@@ -107,6 +110,8 @@ def format_seconds(value: float) -> str:
         return f"{_short(value * 1e3)} ms"
     if abs(value) < 60:
         return f"{_short(value)} s"
+    if not abs(value) < _BEYOND:
+        return f"{value:.3g} s"
     total = round(value)
     days, rest = divmod(abs(total), 86400)
     hours, rest = divmod(rest, 3600)
@@ -188,8 +193,8 @@ def _positive(value: float, name: str, rule: str, given: object = None) -> float
 
 
 def _short(value: float) -> str:
-    if not math.isfinite(value):
-        return str(value)
+    if not abs(value) < _BEYOND:
+        return f"{value:.3g}"
     if value == 0:
         return "0"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))

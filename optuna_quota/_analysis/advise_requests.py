@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import math
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,8 @@ MIN_COMPLETED = 10
 # What is asked for stands so much above the greatest use that was seen.
 MARGIN = 1.1
 _MIB = 2**20
+# Nothing is rounded that large: it may be the largest number there is.
+_BEYOND = 1e30
 
 
 def advise_requests(report: UtilizationReport) -> Iterator[Advice]:
@@ -68,6 +71,8 @@ def _text(
 
 
 def _rounded_up(resource: str, amount: float) -> float:
+    if amount >= _BEYOND:
+        return min(amount, sys.float_info.max)
     if resource == "wall_time":
         step = 60.0 if amount > 300 else 1.0
         return math.ceil(amount / step) * step
@@ -85,7 +90,7 @@ def _cores(report: UtilizationReport) -> float | None:
 
 def _whole_mebibytes(amount: float) -> int:
     """Mebibytes, rounded up to about three digits."""
-    count = math.ceil(amount / _MIB)
+    count = max(1, math.ceil(amount / _MIB))
     step = int(10 ** max(0, len(str(count)) - 3))
     return -(-count // step) * step
 

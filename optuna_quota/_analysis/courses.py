@@ -12,6 +12,7 @@ from typing import Literal
 from typing import TYPE_CHECKING
 
 from optuna_quota import _records
+from optuna_quota._ledger.spans import LONGEST_GAP
 from optuna_quota._resources import get_resource
 from optuna_quota._table import ended_as
 from optuna_quota._table import measured_usage
@@ -192,10 +193,10 @@ def _amount(course: Course, quota: Quota, resource: str) -> float:
 
 
 def _clock_used_up(courses: Sequence[Course], total: float) -> float:
-    """Clock time in which at least one trial ran reaches ``total``."""
+    """Clock time reaches ``total``, without the longer pauses between trials."""
     used, until = 0.0, -math.inf
     for course in courses:
-        begin = max(course.start, until)
+        begin = until if course.start - until <= LONGEST_GAP else course.start
         if course.end > begin:
             if used + course.end - begin > total * (1 + 1e-9):
                 return begin + total - used

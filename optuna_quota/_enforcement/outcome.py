@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 
 from optuna_quota._resources import Breach
 from optuna_quota._resources import Outcome
+from optuna_quota._resources import RESOURCES
 from optuna_quota.exceptions import LimitBreached
 
 
@@ -49,13 +50,23 @@ def conclude(
         return Conclusion("completed", _completed_over(breach), breach)
     if verdict is not None:
         return Conclusion(verdict.outcome, verdict.reason, verdict.breach or breach)
-    if isinstance(error, LimitBreached) and breach is not None:
-        return Conclusion("terminated", breach.reason, breach)
+    if isinstance(error, LimitBreached):
+        breach = breach or _breach_in(error)
+        if breach is not None:
+            return Conclusion("terminated", breach.reason, breach)
     if state == TrialState.PRUNED:
         return Conclusion("pruned", _said("The objective pruned itself", error), breach)
     if error is None:
         return Conclusion("failed", "The objective returned no valid value.", breach)
     return Conclusion("failed", f"The objective raised {_described(error)}.", breach)
+
+
+def _breach_in(error: LimitBreached) -> Breach | None:
+    """Return the breach whose figures an error carries, None for one without any."""
+    name, limit, observed = error.resource, error.limit, error.observed
+    if name is None or name not in RESOURCES or limit is None or observed is None:
+        return None
+    return Breach(name, limit, observed, error.seconds or 0.0)
 
 
 def _completed_over(breach: Breach | None) -> str | None:

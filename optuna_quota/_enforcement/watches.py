@@ -82,7 +82,8 @@ class _Entry:
 
     def __init__(self, study: Study, watch: Watch, holder: FrozenTrial | None) -> None:
         self.watch = watch
-        self._storage = _optuna.storage_of(study)
+        # The last one stays until another begins: it must not keep a study's connections open.
+        self._storage = weakref.ref(_optuna.storage_of(study))
         # No callback: it would run inside of whatever lock its thread holds just then.
         self._holder = None if holder is None else weakref.ref(holder)
 
@@ -90,8 +91,11 @@ class _Entry:
         """Return whether the trial does not run in this process any more."""
         if self._holder is not None:
             return self._holder() is None
+        storage = self._storage()
+        if storage is None:
+            return True
         try:
-            return self._storage.get_trial(self.watch.key[1]).state.is_finished()
+            return storage.get_trial(self.watch.key[1]).state.is_finished()
         except KeyError:
             return True
         except Exception as fault:  # noqa: BLE001 - any backend's own; another trial's, maybe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
@@ -87,7 +88,7 @@ class Accounts:
             open_ids = {entry.trial_id for entry in self._book.open}
             self._settled = {k: v for k, v in self._settled.items() if k in open_ids}
             self._last = Snapshot(
-                self._book.used(self.clock.time()),
+                self._book.used(self.clock.time(), this_worker()),
                 self._book.reserved(this_worker().machine),
                 tuple(self._book.claims),
                 self._book.open,
@@ -100,9 +101,14 @@ class Accounts:
         return self._last
 
     def wall_time(self, now: float) -> float:
-        """Return the study's clock time by the rows as last read."""
+        """Return the study's clock time by the rows as last read, as a trial starts here."""
         with self._lock:
-            return self._book.wall_time(now)
+            return self._book.wall_time(now, this_worker())
+
+    @property
+    def earlier(self) -> Mapping[str, float]:
+        """What rows come to that no ledger admitted; see :attr:`Book.earlier`."""
+        return self._book.earlier
 
     def write(self, trial_id: int, reservation: Reservation) -> None:
         """Write the reservation of one of this process's trials.

@@ -11,12 +11,12 @@ from dataclasses import field
 from typing import TYPE_CHECKING
 
 from optuna_quota._ledger.clocks import Clocks
-from optuna_quota._ledger.clocks import union_parts
 from optuna_quota._ledger.protocol import Claim
 from optuna_quota._ledger.protocol import is_held
 from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
-from optuna_quota._ledger.spans import Spans
+from optuna_quota._ledger.reservation import Worker
+from optuna_quota._ledger.spans import WorkerSpans
 from optuna_quota._records import parse_record
 from optuna_quota._records import RESERVATION
 from optuna_quota._resources import Quota
@@ -93,7 +93,10 @@ def read_entry(
         outcome, never_ran = ("completed" if outcome == "rejected" else outcome), False
     if outcome == "rejected" or never_ran:
         return Entry(trial.number, trial_id, "finished", outcome, reservation)
-    charges = _charges(trial, reservation, record.usage, quota)
+    if reservation is None:
+        charges = _charges_shown(trial, record.usage, quota)
+    else:
+        charges = _charges(trial, reservation, record.usage, quota)
     span = _span(trial, reservation, charges.get("trial_time"))
     return Entry(trial.number, trial_id, "finished", outcome, reservation, charges, span)
 
@@ -108,10 +111,28 @@ def _outcome_of_state(state: str) -> str:
     return {"COMPLETE": "completed", "PRUNED": "pruned"}.get(state, "failed")
 
 
+def _charges_shown(trial: FrozenTrial, usage: Usage, quota: Quota) -> dict[str, float | None]:
+    """Return what a row shows that no ledger admitted: it ran before there was a quota, or was
+    added with its result.
+
+    What it does not show is not charged: nothing bounded it. It counts among the trials of the
+    study if it ran here. ``create_trial`` gives a row that was added one time for its start and
+    its end, and one that was copied from another study keeps the reservation that it had there.
+    """
+    names = ("trial_time", "cpu_time", "gpu_time", "energy")
+    charges = {name: usage.get(name) for name in names}
+    seconds = 0.0 if trial.duration is None else max(0.0, trial.duration.total_seconds())
+    if charges["trial_time"] is None and seconds > 0:
+        charges["trial_time"] = seconds
+    if seconds > 0 and RESERVATION not in trial.system_attrs:
+        charges["n_trials"] = 1.0
+    known = {name: amount for name, amount in charges.items() if amount is not None}
+    return {**known, "cost": quota.price(known)} if quota.prices else dict(known)
+
+
 def _charges(
-    trial: FrozenTrial, reservation: Reservation | None, usage: Usage, quota: Quota
+    trial: FrozenTrial, held: Reservation, usage: Usage, quota: Quota
 ) -> dict[str, float | None]:
-    held = reservation or Reservation()
     charges: dict[str, float | None] = {"n_trials": 1.0}
     for name in ("trial_time", "cpu_time", "gpu_time", "energy"):
         known = [v for v in (usage.get(name), held.charged.get(name)) if v is not None]
@@ -139,6 +160,10 @@ class Book:
     Args:
         quota: The quota; its prices turn usage into cost.
         bounds: Limits on one trial, by resource: what a trial of unknown usage is charged.
+
+    Attributes:
+        earlier: What rows come to that no ledger admitted, by resource, and how many they are:
+            those that ran as ``n_trials``, the others as ``added``.
     """
 
     def __init__(self, quota: Quota, bounds: Mapping[str, float] | None = None) -> None:
@@ -146,8 +171,9 @@ class Book:
         self.bounds = bounds or {}
         self.open: tuple[Entry, ...] = ()
         self.clocks = Clocks()
-        self._spans = Spans()
-        self._intervals: dict[str, list[tuple[float, float]]] = {}
+        self.earlier: Counter[str] = Counter()
+        self._spans = WorkerSpans()
+        self._intervals: dict[Worker | None, list[tuple[float, float]]] = {}
         self.unknown: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
         self.by_worker: dict[str, Counter[str]] = {}
@@ -161,13 +187,19 @@ class Book:
         held = [e.reservation for e in (*entries, *still_open) if e.reservation is not None]
         news = [self.clocks.learn(reservation) for reservation in held]
         if any(news):
-            self._spans = Spans(union_parts(self._intervals, self.clocks))
+            self._spans = WorkerSpans()
+            for worker, intervals in self._intervals.items():
+                for interval in intervals:
+                    self._add_span(worker, interval)
         for entry in entries:
             self._add(entry)
         self.open = tuple(still_open)
 
     def _add(self, entry: Entry) -> None:
         self.outcomes[entry.outcome] += 1
+        if entry.reservation is None and entry.outcome != "rejected":
+            self.earlier.update(entry.charges)
+            self.earlier["added"] += "n_trials" not in entry.charges
         worker = self.by_worker.setdefault(entry.worker, Counter())
         outcome = self.by_outcome.setdefault(entry.outcome, Counter())
         for name, amount in entry.charges.items():
@@ -179,29 +211,50 @@ class Book:
             outcome[name] += amount  # type: ignore[assignment]  # as above
             self._largest[name] = max(amount, self._largest.get(name, 0.0))
         if entry.span is not None:
-            self._intervals.setdefault(entry.claim.machine, []).append(entry.span)
-            start, end = entry.span
-            machine = entry.claim.machine
-            self._spans.add(self.clocks.moved(machine, start), self.clocks.moved(machine, end))
+            who = None if entry.reservation is None else entry.reservation.worker
+            self._intervals.setdefault(who, []).append(entry.span)
+            self._add_span(who, entry.span)
 
-    def used(self, now: float) -> dict[str, float]:
+    def _add_span(self, worker: Worker | None, span: tuple[float, float]) -> None:
+        machine = "" if worker is None else worker.machine
+        self._spans.add(worker, *(self.clocks.moved(machine, at) for at in span))
+
+    def used(self, now: float, here: Worker | None = None) -> dict[str, float]:
         """Return what was used by resource: rows of unknown usage count by their bound.
 
         The bound is the limit where one is set, else the largest usage known.
+
+        Args:
+            now: Seconds since the epoch.
+            here: A worker that is about to start a trial.
         """
         used = {name: self._known[name] + self._unknown(name) for name in SUMMED}
-        used["wall_time"] = self.wall_time(now)
+        used["wall_time"] = self.wall_time(now, here)
         return used
 
-    def wall_time(self, now: float) -> float:
-        """Return the clock time in which at least one trial ran, until now where one does."""
+    def wall_time(self, now: float, here: Worker | None = None) -> float:
+        """Return the clock time of the study's workers, until now of those that run a trial.
+
+        From a worker's first trial to the end of its last; pauses longer than
+        :data:`LONGEST_GAP` don't count.
+
+        Args:
+            now: Seconds since the epoch.
+            here: A worker that is about to start a trial.
+        """
         now = self.clocks.now(now)
-        running = [
-            (self.clocks.moved(e.claim.machine, e.reservation.began), now)
+        running: list[tuple[Worker | None, float, float]] = [
+            (
+                e.reservation.worker,
+                self.clocks.moved(e.claim.machine, e.reservation.began),
+                now,
+            )
             for e in self.open
             if e.reservation is not None and e.reservation.began is not None
         ]
-        return self._spans.with_added(running)
+        if here is not None:
+            running.append((here, now, now))
+        return self._spans.with_running(running)
 
     def _unknown(self, name: str) -> float:
         bound = self.bounds.get(name, self._largest.get(name, 0.0))

@@ -19,14 +19,15 @@ from optuna_quota._resources import Usage
 _logger = logging.getLogger("optuna.quota.ledger")
 
 
-def bury(rows: Rows, deaths: Sequence[Death], now: float) -> None:
-    """Finish the rows of workers that are gone.
+def bury(rows: Rows, deaths: Sequence[Death], now: float) -> list[int]:
+    """Finish the rows of workers that are gone; return the ids of those that this call finished.
 
     Args:
         rows: The study's rows.
         deaths: Which, and why.
         now: Seconds since the epoch on this machine's clock.
     """
+    finished = []
     for death in deaths:
         entry = death.entry
         held = entry.reservation or Reservation(trial_id=entry.trial_id)
@@ -35,10 +36,12 @@ def bury(rows: Rows, deaths: Sequence[Death], now: float) -> None:
         record = TrialRecord(_last_known(held), "failed", death.reason, host=host)
         try:
             rows.fail(entry.trial_id, record, charged)
-            _logger.warning(f"Trial {entry.number} was ended: {death.reason}")
         except UpdateFinishedTrialError:
             # Another worker was faster, or this one came back and finished it.
             continue
+        _logger.warning(f"Trial {entry.number} was ended: {death.reason}")
+        finished.append(entry.trial_id)
+    return finished
 
 
 def _last_known(held: Reservation) -> Usage:

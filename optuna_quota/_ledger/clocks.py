@@ -9,8 +9,6 @@ events possible. What is left of the error is the time from the stamp to its bei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from optuna_quota._ledger.reservation import Reservation
 
 
@@ -72,14 +70,3 @@ class Clocks:
         changed = shifts != self.shifts
         self.shifts = shifts
         return changed
-
-
-def union_parts(
-    intervals: Mapping[str, list[tuple[float, float]]], clocks: Clocks
-) -> list[tuple[float, float]]:
-    """Return intervals of all machines on the common clock."""
-    return [
-        (clocks.moved(machine, start), clocks.moved(machine, end))
-        for machine, spans in intervals.items()
-        for start, end in spans
-    ]

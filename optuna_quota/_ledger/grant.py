@@ -135,10 +135,10 @@ def _sentence(short: Shortage) -> str:
         held = f"It would hold {text(short.wanted)} of {title}"
         return f"{held}, over the quota of {text(short.quota)}."
     if short.resource == "n_trials":
-        running = f", {text(short.reserved)} of them still running" if short.reserved > 0 else ""
-        begun = text(short.used + short.reserved)
+        running = f" and {text(short.reserved)} still run" if short.reserved > 0 else ""
         return (
-            f"The quota of {text(short.quota)} trials is used up: {begun} were started{running}."
+            f"The quota of {text(short.quota)} trials is used up: {text(short.used)} have "
+            f"run{running}."
         )
     reserved = f" and {text(short.reserved)} reserved" if short.reserved > 0 else ""
     spent = f"{text(short.used)} used{reserved}"

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import logging
 import threading
 import time
+from weakref import finalize
+from weakref import WeakMethod
 
 
 _logger = logging.getLogger("optuna.quota.ledger")
@@ -18,22 +20,26 @@ _LINGER = 2.0
 class Keeper:
     """Calls for each kept trial what is due, from one daemon thread that ends with the last one.
 
+    It does not hold on to whom it calls, and ends with it.
+
     Args:
-        extend: Asks for more for a trial that runs low.
-        beat: Shows that a trial's worker lives.
+        extend: Asks for more for a trial that runs low; a method.
+        beat: Shows that a trial's worker lives; a method of the same object.
         interval: Seconds between beats.
     """
 
     def __init__(
         self, extend: Callable[[int], None], beat: Callable[[int], None], interval: float
     ) -> None:
-        self._extend = extend
-        self._beat = beat
+        self._extend, self._beat = WeakMethod(extend), WeakMethod(beat)
+        # Whoever it calls for may be freed by any thread, at any moment.
+        finalize(extend.__self__, self._let_go_of_all).atexit = False  # type: ignore[attr-defined]
         self._interval = interval
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._beats: dict[int, float] = {}
         self._short: dict[int, None] = {}
+        self._is_over = False
 
     def keep(self, trial_id: int) -> None:
         """Begin to care for a trial."""
@@ -53,6 +59,13 @@ class Keeper:
             self._beats.pop(trial_id, None)
             self._short.pop(trial_id, None)
 
+    def _let_go_of_all(self) -> None:
+        with self._wake:
+            self._beats.clear()
+            self._short.clear()
+            self._is_over = True
+            self._wake.notify()
+
     def call_for_more(self, trial_id: int) -> None:
         """Have more asked for, soon; returns at once."""
         with self._wake:
@@ -63,22 +76,30 @@ class Keeper:
     def _run(self) -> None:
         while True:
             with self._wake:
-                if not self._beats and not self._wake.wait_for(lambda: self._beats, _LINGER):
+                if not self._beats and not self._wake.wait_for(self._has_to_do, _LINGER):
                     self._thread = None
                     return
-                if not self._short:
+                if not self._short and self._beats:
                     self._wake.wait(max(0.0, min(self._beats.values()) - time.monotonic()))
+                if self._is_over:
+                    self._thread = None
+                    return
                 short, self._short = list(self._short), {}
                 now = time.monotonic()
                 due = [k for k, at in self._beats.items() if at <= now]
                 self._beats.update(dict.fromkeys(due, now + self._interval))
             for trial_id in short:
-                _call(self._extend, trial_id)
+                _call(self._extend(), trial_id)
             for trial_id in due:
-                _call(self._beat, trial_id)
+                _call(self._beat(), trial_id)
+
+    def _has_to_do(self) -> bool:
+        return bool(self._beats) or self._is_over
 
 
-def _call(action: Callable[[int], None], trial_id: int) -> None:
+def _call(action: Callable[[int], None] | None, trial_id: int) -> None:
+    if action is None:
+        return
     try:
         action(trial_id)
     except Exception as fault:  # noqa: BLE001 - any backend's own; other trials go on

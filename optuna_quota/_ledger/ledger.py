@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from optuna.exceptions import UpdateFinishedTrialError
 
@@ -24,6 +25,7 @@ from optuna_quota._ledger.admission import judge
 from optuna_quota._ledger.admission import pauses
 from optuna_quota._ledger.clock import Clock
 from optuna_quota._ledger.clock import SystemClock
+from optuna_quota._ledger.earlier import describe_earlier
 from optuna_quota._ledger.gpus import Gpu
 from optuna_quota._ledger.gpus import gpu_in
 from optuna_quota._ledger.gpus import want_of_gpu
@@ -41,6 +43,7 @@ from optuna_quota._ledger.protocol import Shortage
 from optuna_quota._ledger.protocol import Want
 from optuna_quota._ledger.request import first_wants
 from optuna_quota._ledger.request import more_wants
+from optuna_quota._ledger.request import revised_promise
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.running import Running
 from optuna_quota._ledger.standstill import PATIENCE
@@ -91,25 +94,46 @@ class Ledger:
     ) -> None:
         self.quota = quota
         self._gpus = tuple(gpus)
-        self._study = study
+        # A study's connections are to be closed when its user lets go of it.
+        self._studies: WeakSet[Study] = WeakSet((study,))
         self._clock = clock or SystemClock()
         self._lease = lease
-        self._open()
+        self._open(study)
 
-    def _open(self) -> None:
+    def serve(self, study: Study) -> None:
+        """Get to know another object for the same study."""
+        self._studies.add(study)
+
+    def _in_optimize_loop(self) -> bool:
+        return any(_optuna.in_optimize_loop(study) for study in tuple(self._studies))
+
+    def _open(self, study: Study) -> None:
         self._pid = os.getpid()
         beat = self._lease / _BEATS_PER_LEASE
-        self._accounts = Accounts(self._study, self.quota, self._clock, beat, self._gpus)
-        self._undertaker = Undertaker(self._accounts, self._lease)
+        self._accounts = Accounts(study, self.quota, self._clock, beat, self._gpus)
+        self._undertaker = Undertaker(self._accounts, self._lease, self._call_back)
         self._keeper = Keeper(self._renew, self._beat, beat)
         self._running: dict[int, Running] = {}
+        self._told_of_earlier = False
         # One thread at a time changes what this process's running trials hold.
         self._changing = threading.RLock()
 
     def _open_in_child(self) -> None:
         if self._pid != os.getpid():
             # The locks and threads of a parent are of no use in its child.
-            self._open()
+            self._open(next(iter(self._studies)))
+
+    def _call_back(self, trial_id: int) -> None:
+        """Have a trial tried again, where the user asked Optuna for it."""
+        study = next(iter(self._studies), None)
+        if study is None:
+            return
+        try:
+            _optuna.call_back_for_stale(study, trial_id)
+        except Exception as fault:  # noqa: BLE001 - the user's own; this trial has no part in it
+            _logger.warning(
+                f"The storage's callback for the trial with id {trial_id} failed: {fault!r}."
+            )
 
     def take(self, trial: FrozenTrial) -> bool:
         """Return whether an enqueued trial is this worker's, and nobody else's already."""
@@ -122,6 +146,7 @@ class Ledger:
         *,
         limits: Limits,
         footprint: Mapping[str, float],
+        n_jobs: int | None = None,
         is_over: Callable[[], bool] = lambda: False,
     ) -> Grant | Refusal:
         """Admit a trial or refuse it; waits while others hold what it needs for now.
@@ -130,6 +155,7 @@ class Ledger:
             trial: The trial, whose row must be running.
             limits: Its limits.
             footprint: Upper bounds of what it will use, by resource, where known.
+            n_jobs: Trials that run at once, where known.
             is_over: Returns whether a trial that waits need not run any more.
         """
         self._open_in_child()
@@ -143,8 +169,18 @@ class Ledger:
                 self._accounts.write(trial_id, Reservation())
                 return too_late(short)
             seen = self._undertaker.look() if seen is None or waiting else seen
+            self._tell_of_earlier()
             beside = _beside(seen, number)
-            wants = first_wants(self.quota, limits, footprint, seen.free(self.quota), beside)
+            wants = first_wants(
+                self.quota,
+                limits,
+                footprint,
+                seen.free(self.quota),
+                beside,
+                n_jobs=n_jobs,
+                # Whoever asks by hand may ask for several before it tells any.
+                whole=self._in_optimize_loop(),
+            )
             need = footprint.get("gpu_memory", limits.gpu_memory)
             machine = this_worker().machine
             wants.update(want_of_gpu(self._gpus, seen.claims, machine, need))
@@ -205,9 +241,30 @@ class Ledger:
         watch.prices = self.quota.prices if self.quota.cost is not None else {}
         if running.reservation.gpu is not None:
             watch.environment = {"CUDA_VISIBLE_DEVICES": running.reservation.gpu}
-        watch.most = self.quota.held
-        watch.on_shortage(lambda: self._keeper.call_for_more(trial_id))
-        self._keeper.keep(trial_id)
+        watch.most = {n: a for n, a in self.quota.amounts().items() if n != "wall_time"}
+        keeper = self._keeper
+        watch.on_shortage(lambda: keeper.call_for_more(trial_id))
+        keeper.keep(trial_id)
+
+    def promise(self, trial_id: int, bounds: Mapping[str, float]) -> None:
+        """Give back what a running trial will not hold by its point, or ask for what it lacks.
+
+        Args:
+            trial_id: The trial.
+            bounds: Upper bounds of what it will hold at one moment, by resource.
+        """
+        with self._watched(trial_id) as running:
+            if running is None or running.watch is None:
+                return
+            held, used = running.reservation, running.watch.usage().amounts()
+            smaller, larger = revised_promise(
+                self.quota, running.limits, held.granted, bounds, used
+            )
+            if smaller:
+                self._change(running, replace(held, granted={**held.granted, **smaller}))
+            self._extend(running, larger)
+            if smaller or larger:
+                running.watch.allow(running.left)
 
     def extend(self, trial_id: int, usage: Usage | None = None) -> Mapping[str, float]:
         """Return what a running trial may use in all, having asked for more where it runs low.
@@ -220,9 +277,7 @@ class Ledger:
             running = self._running.get(trial_id)
             if running is None:
                 return {}
-            for name in running.low(usage, self.quota):
-                self._extend_one(running, name)
-            return running.left
+            return self._extend(running, running.low(usage, self.quota))
 
     def settle(self, trial_id: int, usage: Usage) -> None:
         """Stop keeping a trial's reservation: its row says what it used and is about to finish."""
@@ -239,6 +294,12 @@ class Ledger:
             for name in self.quota.totals
         }
         return beyond(self.quota, self._accounts.with_settled(seen), {}, granted)
+
+    def _tell_of_earlier(self) -> None:
+        told, self._told_of_earlier = self._told_of_earlier, True
+        text = None if told else describe_earlier(self._accounts.earlier)
+        if text is not None:
+            _logger.info(text)
 
     def _tell_of_standstill(self, number: int, decision: Decision, seen: Snapshot) -> bool:
         here = threading.get_ident()
@@ -295,20 +356,25 @@ class Ledger:
         running = Running(trial_id, trial.number, held, limits)
         if self.quota.wall_time is not None:
             running.deadline = max(0.0, self.quota.wall_time - self._accounts.wall_time(now))
-        if _optuna.in_optimize_loop(self._study):
+        if self._in_optimize_loop():
             running.thread = threading.get_ident()
         else:
             running.asker = threading.get_ident()
         self._running[trial_id] = running
         return Grant(running.left, gpu=held.gpu)
 
-    def _extend_one(self, running: Running, name: str) -> None:
+    def _extend(self, running: Running, needs: Mapping[str, float]) -> Mapping[str, float]:
+        for name, amount in needs.items():
+            self._extend_one(running, name, amount)
+        return running.left
+
+    def _extend_one(self, running: Running, name: str, need: float) -> None:
         seen, held = self._undertaker.look(), running.reservation
         wants = more_wants(
             self.quota,
             running.limits,
             held.granted,
-            frozenset({name}),
+            {name: need},
             seen.free(self.quota),
             _beside(seen, running.number),
         )
@@ -333,8 +399,15 @@ class Ledger:
 
     def _renew(self, trial_id: int) -> None:
         with self._watched(trial_id) as running:
-            if running is not None and running.watch is not None:
-                running.watch.allow(self.extend(trial_id, running.watch.usage()))
+            if running is None or running.watch is None:
+                return
+            watch, usage = running.watch, running.watch.usage()
+            needs = {n: max(amount, usage.get(n) or 0.0) for n, amount in watch.needs.items()}
+            try:
+                self._extend(running, needs)
+            finally:
+                # Where the storage fails, the trial goes by what it has.
+                watch.allow(running.left)
 
     def _beat(self, trial_id: int) -> None:
         with self._watched(trial_id) as running:
@@ -366,7 +439,7 @@ class Ledger:
 
     def _bury_left_behind(self) -> None:
         """End trials that this thread's ``optimize`` has left behind, as on a storage's fault."""
-        if not _optuna.in_optimize_loop(self._study):
+        if not self._in_optimize_loop():
             return
         here = threading.get_ident()
         with self._changing:

@@ -1,10 +1,14 @@
 """What a trial asks of each quota before it runs, and what more while it runs (pure).
 
-Where a footprint is given, a trial asks for its upper bound, all or nothing. Where only a limit is
-known, or nothing, a fixed reservation would either starve the others or not bound the trial, so it
-asks for a slice of what is left and for further slices as it uses them up; a slice is never more
-than the limit. Slices shrink with what is left, so that little is still reserved when a quota runs
-out.
+Where a footprint is known, a trial asks for its upper bound, all or nothing. Of a total of which
+only a limit is known, or nothing, a fixed reservation would either starve the others or not bound
+the trial, so it asks for a slice of what is left and for further slices as it uses them up; a
+slice is never more than the limit. Slices shrink with what is left, so that little is still
+reserved when a quota runs out.
+
+What is held at one moment is promised as a whole, since a trial that has to end for it has run in
+vain: the upper bound of the footprint, or the limit, or else an even share of the quota. Where
+nothing is known, the trial is alone with the quota until its footprint is learned.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from optuna_quota._ledger.protocol import Want
+from optuna_quota._metering import ask_at
 from optuna_quota._resources import HELD_RESOURCES
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
@@ -21,6 +26,8 @@ from optuna_quota._resources import Quota
 LEAST_SHARE = 1e-3
 # Of what is held at one moment, a trial of unknown needs starts with no less than this share.
 LEAST_HELD_SHARE = 1 / 8
+# What is held is given back once the point is known, where it is promised so much less.
+WORTH_GIVING_BACK = 0.9
 
 
 def upper_bounds(amounts: Mapping[str, float], quota: Quota) -> dict[str, float]:
@@ -39,6 +46,9 @@ def first_wants(
     footprint: Mapping[str, float],
     free: Mapping[str, float],
     running: int,
+    *,
+    n_jobs: int | None = None,
+    whole: bool = True,
 ) -> dict[str, Want]:
     """Return what a trial asks for before it runs.
 
@@ -48,6 +58,10 @@ def first_wants(
         footprint: Upper bounds of what it will use, where known.
         free: What is neither used nor reserved, by resource, as last read.
         running: The number of other trials that run, as last read.
+        n_jobs: Trials that run at once, where that is known: each is promised an even share of
+            what may be held at one moment, if nothing else is known of it.
+        whole: Whether it is promised all of it otherwise, and waits for that; else a part of what
+            is free.
     """
     ceilings = upper_bounds(limits.amounts(), quota)
     expected = upper_bounds(footprint, quota)
@@ -61,9 +75,18 @@ def first_wants(
         elif resource in expected:
             bound = min(expected[resource], ceilings.get(resource, expected[resource]))
             wants[resource] = Want(bound, bound)
+        elif resource in HELD_RESOURCES:
+            promised = ceilings.get(resource, None if n_jobs is None else total / n_jobs)
+            if promised is not None or whole:
+                bound = min(total, total if promised is None else promised)
+                wants[resource] = Want(bound, bound)
+            else:
+                least = min(1.0, total) if resource == "cpu_cores" else LEAST_HELD_SHARE * total
+                room = free.get(resource, total)
+                wants[resource] = Want(least, _slice(room, running, least, total))
         else:
             ceiling = min(total, ceilings.get(resource, total))
-            least = min(ceiling, _least(resource, total))
+            least = min(ceiling, LEAST_SHARE * total)
             wants[resource] = Want(
                 least, _slice(free.get(resource, total), running, least, ceiling)
             )
@@ -74,28 +97,64 @@ def more_wants(
     quota: Quota,
     limits: Limits,
     granted: Mapping[str, float],
-    short: frozenset[str],
+    needs: Mapping[str, float],
     free: Mapping[str, float],
     running: int,
 ) -> dict[str, Want]:
-    """Return what a running trial asks for when its slices of ``short`` resources run out."""
+    """Return what a running trial asks for when what it was granted runs out.
+
+    Args:
+        quota: The study's quota.
+        limits: The trial's limits.
+        granted: What it was granted, by resource.
+        needs: What it uses of the resources that run out; of what is held at one moment, less
+            than that would not do.
+        free: What is neither used nor reserved, by resource, as last read.
+        running: The number of other trials that run, as last read.
+    """
     ceilings = upper_bounds(limits.amounts(), quota)
     totals = quota.amounts()
     wants: dict[str, Want] = {}
-    for resource in short & granted.keys() & totals.keys():
+    for resource in needs.keys() & granted.keys() & totals.keys():
         total, held = totals[resource], granted[resource]
         room = min(total, max(held, ceilings.get(resource, total))) - held
         least = min(room, LEAST_SHARE * total)
+        if resource in HELD_RESOURCES:
+            least = min(room, max(least, needs[resource] - held))
         if least > 0:
             more = _slice(free.get(resource, 0.0), running, least, room)
             wants[resource] = Want(held + least, held + more)
     return wants
 
 
-def _least(resource: str, total: float) -> float:
-    if resource == "cpu_cores":
-        return min(1.0, total)
-    return total * (LEAST_HELD_SHARE if resource in HELD_RESOURCES else LEAST_SHARE)
+def revised_promise(
+    quota: Quota,
+    limits: Limits,
+    granted: Mapping[str, float],
+    bounds: Mapping[str, float],
+    used: Mapping[str, float],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return what a trial gives back, and what it needs, once its point is known.
+
+    Args:
+        quota: The study's quota.
+        limits: The trial's limits.
+        granted: What it was promised before.
+        bounds: Upper bounds of what it will hold, by resource.
+        used: What it has held so far.
+
+    Returns:
+        The promises that are smaller from now on, and the amounts that are more than was promised.
+    """
+    smaller, larger = {}, {}
+    for name in quota.held.keys() & granted.keys() & bounds.keys():
+        bound = max(bounds[name], used.get(name, 0.0) / ask_at(name))
+        bound = min(bound, quota.held[name], limits.amounts().get(name, bound))
+        if bound < WORTH_GIVING_BACK * granted[name]:
+            smaller[name] = bound
+        elif bound > granted[name]:
+            larger[name] = bound
+    return smaller, larger
 
 
 def _slice(free: float, running: int, least: float, ceiling: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
+from datetime import datetime
 import logging
 from typing import TYPE_CHECKING
 
@@ -123,14 +124,19 @@ class Rows:
         return held is None and not trial.state.is_finished()
 
     def fail(self, trial_id: int, record: TrialRecord, reservation: Reservation) -> None:
-        """Finish the row of a trial whose worker is gone.
+        """Finish the row of a trial whose worker is gone; of several that try, one succeeds.
 
         Raises:
             optuna.exceptions.UpdateFinishedTrialError: If someone else has done so.
         """
+        tables = self._tables
         self.write(trial_id, reservation)
         patiently(lambda: write_record(self._storage, trial_id, record))
-        patiently(lambda: self._storage.set_trial_state_values(trial_id, TrialState.FAIL))
+        if tables is None:
+            patiently(lambda: self._storage.set_trial_state_values(trial_id, TrialState.FAIL))
+        # On SQLite, Optuna reads the state and writes it in two steps.
+        elif not patiently(lambda: tables.fail(trial_id, datetime.now())):
+            raise UpdateFinishedTrialError(f"The trial with id {trial_id} has finished.")
 
 
 def _tables_of(storage: BaseStorage, study_id: int) -> Tables | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from optuna_quota._ledger.protocol import DEVICE
 from optuna_quota._ledger.reservation import Reservation
+from optuna_quota._metering import ask_at
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Usage
@@ -15,10 +16,6 @@ from optuna_quota._resources import Usage
 
 if TYPE_CHECKING:
     from optuna_quota._metering import Watch
-
-
-# A running trial asks for its next slice when this share of what it has is used.
-EXTEND_AT = 0.8
 
 
 @dataclass
@@ -54,13 +51,13 @@ class Running:
             left["wall_time"] = self.deadline
         return left
 
-    def low(self, usage: Usage | None, quota: Quota) -> list[str]:
-        """Return of which resources it has used most of what it was granted; all if unknown."""
+    def low(self, usage: Usage | None, quota: Quota) -> dict[str, float]:
+        """Return what it used of the resources that run low; of all, 0, if that is unknown."""
         granted = self.reservation.granted
         if usage is None:
-            return sorted(self.left.keys() & granted.keys())
+            return dict.fromkeys(sorted(self.left.keys() & granted.keys()), 0.0)
         amounts = {name: usage.get(name) for name in granted}
         if "cost" in granted:
             amounts["cost"] = quota.price({name: usage.get(name) for name in quota.prices})
         known = ((name, amount) for name, amount in amounts.items() if amount is not None)
-        return sorted(name for name, amount in known if amount >= EXTEND_AT * granted[name])
+        return {n: amount for n, amount in known if amount >= ask_at(n) * granted[n]}

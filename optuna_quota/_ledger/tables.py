@@ -15,6 +15,7 @@ from collections.abc import Collection
 from collections.abc import Iterator
 import contextlib
 from dataclasses import dataclass
+from datetime import datetime
 import json
 import logging
 import threading
@@ -150,6 +151,13 @@ class Tables:
         with self._connection() as connection:
             return bool(connection.execute(self._upsert, values).rowcount)
 
+    def fail(self, trial_id: int, now: datetime) -> bool:
+        """Finish a row as failed; return whether it was not finished already."""
+        with self._connection() as connection:
+            return bool(
+                connection.execute(self._statements.fail, {"trial": trial_id, "now": now}).rowcount
+            )
+
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
         """Make what this thread reads and writes one transaction that no writer comes between.
@@ -196,7 +204,9 @@ class Tables:
         return connection
 
     def write_first(self, trial_id: int, value: Any) -> bool:
-        """Write a reservation into a row that has none; return whether that was so.
+        """Write a reservation into a row that has none of its own; return whether that was so.
+
+        What was copied into the row from that of another trial is replaced.
 
         On SQLite alone; elsewhere nothing is written, as nobody else can have been given the row.
         """
@@ -276,6 +286,7 @@ class _Statements:
         own: Reservations.
         usage: What stands in the trial table.
         written: The trials into which anything was written.
+        fail: Finishes a trial that has not.
     """
 
     all: Any
@@ -284,6 +295,7 @@ class _Statements:
     own: _Twofold
     usage: _Twofold
     written: _Twofold
+    fail: Any
 
     @classmethod
     def of(cls, models: Any) -> _Statements:
@@ -327,6 +339,12 @@ class _Statements:
                     )
                 )
             ),
+            fail=sql.update(models.TrialModel.__table__)
+            .where(
+                trials.trial_id == sql.bindparam("trial"),
+                trials.state.in_([TrialState.RUNNING, TrialState.WAITING]),
+            )
+            .values(state=TrialState.FAIL, datetime_complete=sql.bindparam("now")),
         )
 
 
@@ -351,8 +369,9 @@ def _upsert(models: Any, dialect: str, *, first: bool = False) -> Any:
     )
     statement: Any = insert(attributes).from_select(["trial_id", "key", "value_json"], own)
     same = [attributes.c.trial_id, attributes.c.key]
+    replaced: dict[str, Any] = {"set_": {"value_json": statement.excluded.value_json}}
     if first:
-        return statement.on_conflict_do_nothing(index_elements=same)
-    return statement.on_conflict_do_update(
-        index_elements=same, set_={"value_json": statement.excluded.value_json}
-    )
+        # As `reservation_object` begins.
+        of_this_trial = sql.literal('{"trial": ').concat(sql.bindparam("trial")).concat(",%")
+        replaced["where"] = attributes.c.value_json.not_like(of_this_trial)
+    return statement.on_conflict_do_update(index_elements=same, **replaced)

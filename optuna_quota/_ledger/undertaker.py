@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import threading
+from weakref import WeakMethod
 
 from optuna_quota._ledger.accounts import Accounts
 from optuna_quota._ledger.accounts import Snapshot
@@ -22,10 +24,13 @@ class Undertaker:
     Args:
         accounts: The study's accounts.
         lease: Seconds; see :class:`Leases`.
+        on_failed: Called with the id of each trial that was ended.
     """
 
-    def __init__(self, accounts: Accounts, lease: float) -> None:
+    def __init__(self, accounts: Accounts, lease: float, on_failed: Callable[[int], None]) -> None:
         self._accounts = accounts
+        # A method of whom this belongs to: nothing is to wait for the garbage collector.
+        self._on_failed = WeakMethod(on_failed)
         self._leases = Leases(lease, is_alive)
         self._lock = threading.Lock()
         self._asked: float | None = None
@@ -46,7 +51,10 @@ class Undertaker:
 
     def bury(self, *deaths: Death) -> None:
         """End rows."""
-        bury(self._accounts.rows, deaths, self._accounts.clock.time())
+        on_failed = self._on_failed()
+        for trial_id in bury(self._accounts.rows, deaths, self._accounts.clock.time()):
+            if on_failed is not None:
+                on_failed(trial_id)
 
     def _stale(self, now: float) -> list[int]:
         if self._asked is not None and now - self._asked < _ASK_EVERY:

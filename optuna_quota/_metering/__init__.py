@@ -9,6 +9,7 @@ from optuna_quota._metering.loop import metering_loop
 from optuna_quota._metering.loop import MeteringLoop
 from optuna_quota._metering.meter import check_names
 from optuna_quota._metering.meter import Meter
+from optuna_quota._metering.renewal import ask_at
 from optuna_quota._metering.watch import Key
 from optuna_quota._metering.watch import Verdict
 from optuna_quota._metering.watch import Watch
@@ -28,6 +29,7 @@ __all__ = [
     "MeteringLoop",
     "Verdict",
     "Watch",
+    "ask_at",
     "check_names",
     "find_breach",
     "key_of",

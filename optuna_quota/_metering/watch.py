@@ -140,6 +140,11 @@ class Watch:
         return dict(self._ceilings)
 
     @property
+    def needs(self) -> Mapping[str, float]:
+        """What the trial used of the quotas of which it asked for more, as it asked."""
+        return {} if self._renewal is None else self._renewal.needs
+
+    @property
     def hard_ceilings(self) -> Mapping[str, tuple[float, bool]]:
         """The ceilings that no grant of more can raise: for what can be set but once."""
         most = {**self._left, **{n: m for n, m in self.most.items() if n in self._left}}
@@ -349,6 +354,7 @@ class Watch:
         self._finished = now
 
     def end(self, now: float) -> None:
-        """Stop the clock."""
+        """Stop the clock, and let go of all that was to be called."""
         self._ended = now
+        self._callbacks, self._renewal = [], None
         self.closed = True

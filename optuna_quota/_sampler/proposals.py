@@ -55,6 +55,11 @@ AUDITED = 0.05
 _PAST = 200
 _DRAWS = 16
 _DRAWS_OF_ONE = 8
+# Points of past trials that tell what one to come will hold at most.
+_PROMISED = 30
+# A learned bound is exceeded now and then: what it promises has room for that, which a trial asks
+# for more before it uses up.
+_MARGIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class _Trial:
     drawn: dict[str, Any] = field(default_factory=dict)
     rejected: PointVerdict | None = None
     exempt: bool = False
+    is_known: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,9 @@ class Proposals:
         self._vetoes = self._audits = 0
         self._told = False
         self._generator = np.random.default_rng(0)
+        # What is known before a trial's point is, and the bounds by it of all that may come.
+        self._known: Expectation | None = earlier or given
+        self._bounds: tuple[Expectation, dict[str, float]] | None = None
 
     @property
     def given(self) -> Expectation | None:
@@ -164,12 +173,48 @@ class Proposals:
             **_optuna.fixed_by(study.sampler),
             **_optuna.fixed_params_of(trial),
         }
-        state = _Trial(gate, expected, fixed)
+        self._known = expected if known else None
+        state = _Trial(gate, expected, fixed, is_known=bool(known))
         self._trials[_optuna.trial_id_of(trial)] = state
         if gate is not None and fixed and self._may_end_at(gate, fixed):
             call, verdict = _Call(study, trial, state), gate.judge(fixed)
             if not verdict.admitted and not self._is_audit(call, fixed, verdict):
                 _optuna.poison(trial, lambda: self._refuse(call, fixed, verdict))
+
+    def bounds(self, held: Mapping[str, float], fixed: Mapping[str, Any]) -> dict[str, float]:
+        """Return upper bounds of what a trial will hold that starts now, where that is known.
+
+        Args:
+            held: What all trials may hold at one moment, by resource: no bound is more.
+            fixed: What it was enqueued with; as a whole it tells the point.
+        """
+        expected, rows = self._known, self.learner.rows[-_PROMISED:]
+        if expected is None or not held:
+            return {}
+        if fixed and completions(fixed, [row.params for row in rows]) == [fixed]:
+            found = _uppers(expected, [fixed])
+        elif self._bounds is not None and self._bounds[0] is expected:
+            found = self._bounds[1]
+        else:
+            found = _uppers(expected, [r.params for r in rows] or expected.points[-_PROMISED:])
+            self._bounds = expected, found
+        return {name: min(found[name], most) for name, most in held.items() if name in found}
+
+    def bounds_at(self, trial: FrozenTrial, drawn: Mapping[str, Any]) -> dict[str, float]:
+        """Return upper bounds of what a trial will use by its point; nothing until it is whole.
+
+        Args:
+            trial: The trial.
+            drawn: What was drawn of its point now.
+        """
+        state = self._state(trial)
+        if state.expected is None or not state.is_known:
+            return {}
+        point = {**state.drawn, **trial.params, **drawn, **state.fixed}
+        past = [row.params for row in self.learner.rows[-_PAST:]]
+        if not point or (past and completions(point, past) != [point]):
+            return {}
+        return _uppers(state.expected, [point])
 
     def _refuse(self, call: _Call, point: Mapping[str, Any], verdict: PointVerdict) -> NoReturn:
         """End a trial where it suggests; no hook is asked for what it was enqueued with."""
@@ -381,3 +426,17 @@ class Proposals:
             f"Trial {call.trial.number}: the point drawn was {how}. {verdict.reason}"
             + ("" if told else f" Further ones are only noted in {PROPOSED!r}.")
         )
+
+
+def _uppers(expected: Expectation, points: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the largest upper bound at any of some points, by resource."""
+    margin = 1.0 if isinstance(expected, GivenFootprint) else _MARGIN
+    found: dict[str, float] = {}
+    try:
+        for point in points:
+            for name, each in expected.intervals(point).items():
+                found[name] = max(found.get(name, 0.0), margin * each.upper)
+    except KeyError:
+        # A function of a parameter that the point does not have.
+        return {}
+    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence
 import logging
-import os
 import threading
 from typing import Any
 from typing import TYPE_CHECKING
@@ -45,6 +44,7 @@ from optuna_quota._sampler.running import has_totals
 from optuna_quota._sampler.running import project_rest
 from optuna_quota._sampler.session import asks_for_something
 from optuna_quota._sampler.session import Session
+from optuna_quota._sampler.sessions import Sessions
 from optuna_quota._sampler.study_admission import rejection
 from optuna_quota._sampler.study_admission import StudyAdmission
 from optuna_quota._units import parse_seconds
@@ -167,7 +167,7 @@ class QuotaSampler(BaseSampler):
         self.on_projected = on_projected
         self.lease = parse_seconds(lease, "lease")
         self._rules = Rules(footprint, confidence, breach_probability, on_veto, audits)
-        self._sessions: dict[tuple[int, int, int], Session] = {}
+        self._sessions = Sessions()
         self._lock = threading.Lock()
         self._admission().decide(self.limits or Limits())
 
@@ -177,7 +177,7 @@ class QuotaSampler(BaseSampler):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take on the state of another process, or of the original of a copy."""
-        vars(self).update(state, _sessions={}, _lock=threading.Lock())
+        vars(self).update(state, _sessions=Sessions(), _lock=threading.Lock())
 
     def __str__(self) -> str:
         return f"QuotaSampler({self.base_sampler})"
@@ -194,7 +194,7 @@ class QuotaSampler(BaseSampler):
             # Another Trial object for a trial that this process runs already.
             return
         try:
-            if asked and self._is_taken(whole, trial):
+            while asked and self._is_taken(whole, trial):
                 trial = _optuna.take_another_row(whole)
             void_copies(whole, trial)
             self._admit(study, whole, trial)
@@ -203,7 +203,7 @@ class QuotaSampler(BaseSampler):
             raise
 
     def _is_taken(self, study: Study, trial: FrozenTrial) -> bool:
-        if not _optuna.fixed_params_of(trial):
+        if not _optuna.may_be_enqueued(trial):
             return False
         return not self._session(study, limits_of(study, self)).ledger.take(trial)
 
@@ -211,11 +211,15 @@ class QuotaSampler(BaseSampler):
         limits = limits_of(whole, self)
         session = self._session(whole, limits)
         self._admit_study(session, whole, limits)
-        known = self.footprint.amounts() if isinstance(self.footprint, Usage) else {}
+        if isinstance(self.footprint, Usage):
+            known = self.footprint.amounts()
+        else:
+            known = session.proposals.bounds(self.quota.held, _optuna.fixed_params_of(trial))
         grant = session.ledger.reserve(
             trial,
             limits=limits,
             footprint=known,
+            n_jobs=None if self.strategy is None else self.strategy.n_jobs,
             is_over=lambda: _optuna.is_over(whole) and asks_for_something(whole),
         )
         if isinstance(grant, Refusal):
@@ -244,14 +248,17 @@ class QuotaSampler(BaseSampler):
         """Infer as the base sampler does, with what is judged beside it."""
         with none_left_running(study, trial):
             space = self.base_sampler.infer_relative_search_space(study, trial)
-            return self._proposals(study).relative_space(study, trial, space)
+            return self._session_of(study).proposals.relative_space(study, trial, space)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Sample a point as the base sampler does, and replace it when it is not admitted."""
         with none_left_running(study, trial):
-            return self._proposals(study).relative(study, trial, search_space)
+            session = self._session_of(study)
+            drawn = session.proposals.relative(study, trial, search_space)
+            session.promise(trial, drawn)
+            return drawn
 
     def sample_independent(
         self,
@@ -262,7 +269,10 @@ class QuotaSampler(BaseSampler):
     ) -> Any:
         """Sample a parameter as the base sampler does, again when the point is not admitted."""
         with none_left_running(study, trial):
-            return self._proposals(study).independent(study, trial, param_name, param_distribution)
+            session = self._session_of(study)
+            value = session.proposals.independent(study, trial, param_name, param_distribution)
+            session.promise(trial, {param_name: value})
+            return value
 
     def after_trial(
         self,
@@ -353,15 +363,12 @@ class QuotaSampler(BaseSampler):
             return trial
         return row_of(study, trial)
 
-    def _proposals(self, study: Study) -> Proposals:
-        whole = _optuna.whole_study(study)
-        return self._session(whole, self.limits or Limits()).proposals
+    def _session_of(self, study: Study) -> Session:
+        return self._session(_optuna.whole_study(study), self.limits or Limits())
 
     def _session(self, study: Study, limits: Limits) -> Session:
-        # A forked process keeps nothing of its parent's.
-        key = (os.getpid(), id(_optuna.storage_of(study)), _optuna.study_id_of(study))
         with self._lock:
-            session = self._sessions.get(key)
+            session = self._sessions.find(study)
             if session is None:
                 announce(study, self.quota, limits)
                 proposals = Proposals(self.base_sampler, self._rules)
@@ -375,7 +382,7 @@ class QuotaSampler(BaseSampler):
                     one_gpu=self.one_gpu,
                     metering=self.metering,
                 )
-                self._sessions[key] = session
+                self._sessions.add(study, session)
         return session
 
 

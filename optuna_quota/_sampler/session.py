@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 import gc
 import logging
 import threading
+from typing import Any
 from typing import NoReturn
 from typing import TYPE_CHECKING
 
@@ -114,6 +116,18 @@ class Session:
             interrupter = Interrupter.arm(watch)
             if interrupter is not None:
                 self._interrupters[trial_id] = interrupter
+
+    def promise(self, trial: FrozenTrial, drawn: Mapping[str, Any]) -> None:
+        """Have a trial hold what its point needs of what is held at one moment.
+
+        Args:
+            trial: The trial.
+            drawn: What was drawn of its point now.
+        """
+        if self._quota.held:
+            bounds = self.proposals.bounds_at(trial, drawn)
+            if bounds:
+                self.ledger.promise(_optuna.trial_id_of(trial), bounds)
 
     def _tidy_up(self, limits: Limits) -> None:
         """Free what the last trial left behind, so that it does not count for the next one.

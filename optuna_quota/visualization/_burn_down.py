@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 from typing import TYPE_CHECKING
 
+from optuna_quota._ledger.spans import WorkerSpans
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import TOTAL_RESOURCES
 from optuna_quota.visualization import _style
@@ -125,21 +126,13 @@ def _spent(resource: str, row: Row, prices: Mapping[str, float]) -> float:
 
 
 def _clock(ran: Sequence[Row]) -> list[float]:
-    # Clock time in which at least one trial ran: the union of their spans, grown by ends. A span
-    # that starts before those already counted adds what lies between them too.
-    used = [0.0]
-    spans: list[tuple[float, float]] = []
+    # As the ledger does, but that rows tell of a worker only on which host it ran.
+    clock, used = WorkerSpans(), [0.0]
     for row in ran:
         span = _span(row)
         if span is not None:
-            start, end = span
-            while spans and spans[-1][1] >= start:
-                start = min(start, spans.pop()[0])
-            spans.append((start, end))
-            covered = used[-1] if len(spans) > 1 else 0.0
-            used.append(max(covered, math.fsum(b - a for a, b in spans)))
-        else:
-            used.append(used[-1])
+            clock.add(row.record.host, *span)
+        used.append(clock.total)
     return used
 
 
@@ -161,11 +154,12 @@ def _curve(resource: str, quota: Mapping[str, float], used: list[float], n: int)
 def _look_ahead(used: Sequence[float], quota: float, most: float) -> list[_Ahead]:
     costs = [b - a for a, b in pairwise(used)]
     n, left = len(costs), quota - used[-1]
-    mean = math.fsum(costs) / n if n else 0.0
+    # Not `math.fsum` and not `**`: they raise where a sum or a square is beyond all numbers.
+    mean = sum(costs) / n if n else 0.0
     if n < _FEWEST or mean <= 0 or left <= 0 or most < 1:
         return []
-    deviation = math.sqrt(math.fsum((c - mean) ** 2 for c in costs) / (n - 1))
-    until = int(min(most, math.ceil(left / mean), max(20, 3 * n)))
+    deviation = math.sqrt(sum((c - mean) * (c - mean) for c in costs) / (n - 1))
+    until = math.ceil(min(most, left / mean, max(20, 3 * n)))
     steps = sorted({round(i * until / _STEPS) for i in range(_STEPS + 1)})
     return [_after(k, n, mean, deviation, left, quota) for k in steps]
 

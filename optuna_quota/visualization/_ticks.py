@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 import math
+import sys
 
 
 def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -20,10 +21,11 @@ def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def log_ticks(low: float, high: float) -> list[float]:
     """Return round numbers from ``low`` to ``high`` for a log axis: 1, 2, 5 or powers of ten."""
+    low, high = _finite(low), _finite(high)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps: tuple[float, ...] = (1, 2, 5) if len(decades) <= 4 else (1,)
-    ticks = [float(f"{m * 10.0**d:.12g}") for d in decades for m in steps]
-    kept = [t for t in ticks if low * 0.999 <= t <= high * 1.001]
+    ticks = [float(f"{m}e{d}") for d in decades for m in steps]
+    kept = [t for t in ticks if low * 0.999 <= t <= high * 1.001 and math.isfinite(t)]
     if len(kept) >= 2:
         return kept
     return [float(f"{t:.3g}") for t in linear_ticks(low, high, 4) if t > 0] or [low]
@@ -49,6 +51,11 @@ def ends(
     high = max([top, *near])
     if log and found:
         low = min([*found, *(v for v in near if v > 0)])
-        return low / 1.25, high * 1.35
+        return _finite(low / 1.25), _finite(high * 1.35)
     lowest = min([0.0, *found])
-    return lowest, high * 1.1 if high > 0 else 1.0
+    return lowest, _finite(high * 1.1) if high > 0 else 1.0
+
+
+def _finite(end: float) -> float:
+    """Return an end of an axis where it can be drawn: neither infinite nor next to nothing."""
+    return min(max(end, sys.float_info.min), sys.float_info.max)

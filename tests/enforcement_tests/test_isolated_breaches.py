@@ -18,7 +18,9 @@ import pytest
 
 from optuna_quota import isolated
 from optuna_quota import Limits
+from optuna_quota import Quota
 from optuna_quota import QuotaPruner
+from optuna_quota import QuotaSampler
 from optuna_quota._enforcement.isolation.launch import can_supervise
 from optuna_quota._enforcement.isolation.rlimits import DataLimit
 from optuna_quota._records import read_record
@@ -216,6 +218,37 @@ def test_cpu_time() -> None:
     record = read_record(trial)
     assert record.outcome == "terminated"
     assert record.breach is not None and record.breach.resource == "cpu_time"
+
+
+@pytest.mark.parametrize(
+    ("limits", "most"), [(Limits(wall_time=100), 1000), (Limits(cpu_time=50), 50)]
+)
+def test_the_kernel_leaves_room_for_all_that_may_be_granted(limits: Limits, most: float) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        import resource
+
+        return float(resource.getrlimit(resource.RLIMIT_CPU)[0])
+
+    sampler = QuotaSampler(optuna.samplers.RandomSampler(), quota=Quota(cpu_time=1000))
+    study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=limits))
+    study.optimize(isolated(objective), n_trials=1)
+    assert most <= study.trials[0].values[0] <= most + 10
+
+
+def test_a_stop_of_the_kernels_is_not_booked_as_the_objectives_own() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGXCPU)
+        return 1.0
+
+    study = optuna.create_study(pruner=QuotaPruner(limits=Limits(cpu_time=50)))
+    study.optimize(isolated(objective), n_trials=1)
+    record = read_record(study.trials[0])
+    assert record.outcome == "terminated" and record.breach is not None
+    assert (record.breach.resource, record.breach.limit) == ("cpu_time", 50)
+    assert str(record.reason).startswith("CPU time reached 50 s, over the limit of 50 s")
 
 
 def test_swallowing_the_stop_does_not_help() -> None:

@@ -17,10 +17,12 @@ from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
+from optuna_quota import Strategy
 from optuna_quota import Usage
 from optuna_quota._ledger import Grant
 from optuna_quota._ledger import Ledger
 from optuna_quota._ledger import Refusal
+from optuna_quota._optuna import trial_id_of
 from tests.ledger_tests.test_ledger import begin
 from tests.ledger_tests.test_ledger import finish
 from tests.ledger_tests.test_ledger import reserve
@@ -215,6 +217,54 @@ def test_an_isolated_trial_is_ended_at_the_quota() -> None:
     assert trial.user_attrs["quota:outcome"] == "terminated", trial.user_attrs
     assert trial.user_attrs["quota:breach"]["resource"] == "memory"
     assert trial.user_attrs["quota:breach"]["quota"] is True
+
+
+def hold_for_a_while(trial: optuna.Trial) -> float:
+    block = bytearray(trial.suggest_int("mib", 20, 80, step=4) * MIB)
+    for start in range(0, len(block), 4 * MIB):
+        block[start : start + 4 * MIB : 4096] = b"x" * len(range(0, 4 * MIB, 4096))
+    time.sleep(0.1)
+    return float(len(block))
+
+
+@pytest.mark.parametrize(
+    ("limits", "n_jobs"),
+    [
+        (Limits(memory="200MiB"), None),
+        (Limits(wall_time=100), 2),
+        (Limits(wall_time=100), None),
+    ],
+    ids=["by the limit", "an even share", "all that is free"],
+)
+def test_no_trial_within_its_promise_is_ended_for_the_quota(
+    limits: Limits, n_jobs: int | None
+) -> None:
+    sampler = QuotaSampler(
+        optuna.samplers.RandomSampler(seed=0),
+        quota=Quota(memory="400MiB"),
+        strategy=None if n_jobs is None else Strategy(14, n_jobs=n_jobs),
+    )
+    study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=limits))
+    study.optimize(isolated(hold_for_a_while), n_trials=14, n_jobs=4)
+    assert {trial.user_attrs["quota:outcome"] for trial in study.trials} == {"completed"}
+    promised = [
+        trial.system_attrs["quota:reservation"]["granted"]["memory"] for trial in study.trials
+    ]
+    # Once the footprint is learned, no more is held than the point needs.
+    assert min(promised[10:]) < min(promised[:4])
+
+
+def test_a_trial_that_outgrows_its_promise_is_given_what_is_free() -> None:
+    study = optuna.create_study()
+    ledger = Ledger(study, Quota(memory=100))
+    trial, other = begin(study), begin(study)
+    assert isinstance(reserve(ledger, trial, {"memory": 40}), Grant)
+    assert isinstance(reserve(ledger, other, {"memory": 40}), Grant)
+    trial_id = trial_id_of(trial)
+    assert ledger.extend(trial_id, Usage(memory=35))["memory"] == 40
+    assert ledger.extend(trial_id, Usage(memory=55))["memory"] >= 55
+    before = ledger.extend(trial_id, Usage(memory=55))["memory"]
+    assert ledger.extend(trial_id, Usage(memory=61))["memory"] == before <= 60
 
 
 @pytest.mark.parametrize(("on_crowded", "fits"), [("smaller", True), ("wait", False)])

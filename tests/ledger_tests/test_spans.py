@@ -68,6 +68,37 @@ def row(
     )
 
 
+@pytest.mark.parametrize(
+    ("starts", "seconds"),
+    [
+        ([("a", 0, 5), ("a", 15, 20)], 20),
+        ([("a", 15, 20), ("a", 0, 5)], 20),
+        ([("a", 0, 5), ("a", 15.1, 20)], 9.9),
+        ([("a", 0, 5), ("b", 15, 20)], 10),
+        ([("a", 0, 5), ("b", 7, 12), ("a", 13, 15)], 15),
+    ],
+)
+def test_the_time_between_trials_of_one_worker_counts_and_a_pause_does_not(
+    starts: list[tuple[str, float, float]], seconds: float
+) -> None:
+    book = Book(Quota())
+    for number, (machine, start, end) in enumerate(starts):
+        book.fold([row(number, machine, start, end)], [])
+    assert book.used(0)["wall_time"] == pytest.approx(seconds)
+
+
+def test_the_time_before_a_trial_that_starts_now_counts_too() -> None:
+    book = Book(Quota())
+    book.fold([row(0, "a", 100, 105)], [])
+    assert book.used(112)["wall_time"] == 5
+    assert book.used(112, worker("a"))["wall_time"] == 12
+    assert book.used(116, worker("a"))["wall_time"] == 5
+    assert book.used(112, worker("b"))["wall_time"] == 5
+    running = Reservation(1, worker=worker("a"), began=112, beat=112)
+    book.fold([], [Entry(1, 1, "running", reservation=running)])
+    assert book.used(113)["wall_time"] == 13
+
+
 def test_trials_at_once_on_two_machines_count_once() -> None:
     book = Book(Quota())
     book.fold([row(0, "a", 100, 110), row(1, "b", 105, 115)], [])
@@ -82,7 +113,7 @@ def test_a_clock_that_rows_prove_wrong_is_moved_by_the_least_that_explains_them(
     # Moved by the least: b began when a's stamp was written, 5 s before it truly did.
     assert book.used(0)["wall_time"] == 10
     # A later stamp, read at once, tells the offset exactly; rows that were added before move too.
-    book.fold([row(2, "b", 120, 121, {"a": 3720.0})], [])
+    book.fold([row(2, "b", 130, 131, {"a": 3730.0})], [])
     assert book.used(0)["wall_time"] == 16
 
 

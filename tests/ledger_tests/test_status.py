@@ -120,7 +120,10 @@ def test_unknown_usage_is_said_and_counts_with_the_limit() -> None:
     quota = Quota(cpu_time=100)
     study = study_with(quota)
     study.set_user_attr("quota:limits", {"cpu_time": 20})
-    study.add_trial(optuna.create_trial(value=0.0))
+    # Its worker had another quota, so that nothing was granted.
+    ledger, trial = Ledger(study, Quota(n_trials=9)), begin(study)
+    reserve(ledger, trial)
+    finish(study, ledger, trial, Usage())
     found = status(study)
     assert found.table.loc["cpu_time", "used"] == 20
     assert "unknown" in str(found)

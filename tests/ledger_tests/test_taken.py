@@ -87,6 +87,45 @@ def test_two_threads_that_are_given_one_row_run_two(
     assert [row.params["x"] == 0.5 for row in study.trials] == [True, False]
 
 
+def test_who_loses_the_race_takes_the_next_one_waiting(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study.enqueue_trial({"x": 0.25})
+    study.enqueue_trial({"x": 0.75})
+    first = study.ask()
+    give_twice(study, trial_id_of(first), monkeypatch)
+    others = [study.ask() for _ in range(3)]
+    assert [trial.number for trial in others] == [1, 2, 3]
+    drawn = [trial.suggest_float("x", 0, 1) for trial in (first, *others)]
+    assert drawn[:3] == [0.5, 0.25, 0.75] and drawn[3] not in drawn[:3]
+
+
+def test_a_retried_trial_is_given_to_one_worker(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = study.ask()
+    lost.suggest_float("x", 0, 1)
+    study.tell(lost, state=TrialState.FAIL)
+    row = study.trials[0]
+    assert RESERVATION in row.system_attrs
+    # As Optuna's callback does, without what was enqueued: the parameters are in the row.
+    copied = {key: value for key, value in row.system_attrs.items() if key != "fixed_params"}
+    study.add_trial(
+        optuna.trial.create_trial(
+            state=TrialState.WAITING,
+            params=row.params,
+            distributions=row.distributions,
+            user_attrs=row.user_attrs,
+            system_attrs=copied,
+        )
+    )
+    first = study.ask()
+    give_twice(study, trial_id_of(first), monkeypatch)
+    second = study.ask()
+    assert (first.number, second.number) == (1, 2)
+    assert first.suggest_float("x", 0, 1) == 0.5 != second.suggest_float("x", 0, 1)
+
+
 def test_an_enqueued_trial_that_nobody_has_runs(study: optuna.Study) -> None:
     study.enqueue_trial({"x": 0.25})
     study.optimize(objective)

@@ -42,15 +42,47 @@ def test_a_breach_waits_for_the_answer_but_not_for_ever() -> None:
     assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 1.0 + PATIENCE) == [OVER]
 
 
-def test_what_was_refused_breaches_at_once_and_is_asked_for_again() -> None:
+def test_only_a_refusal_that_came_after_the_breach_ends_a_trial() -> None:
     renewal = Renewal(lambda: None)
     renewal.review([], {"cpu_time": 8.5}, TEN, 1.0)
     assert asks(renewal)
     renewal.answer(TEN, TEN, 1.0)
     renewal.review([], {"cpu_time": 9.0}, TEN, 1.1)
     assert not asks(renewal)
-    assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 2.0) == [OVER]
+    # Others may have given back theirs since.
+    assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 1.15) == []
     assert asks(renewal)
+    assert renewal.needs == {"cpu_time": 10.5}
+    renewal.answer(TEN, TEN, 1.2)
+    assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 1.2) == [OVER]
+
+
+def test_what_was_not_asked_for_was_not_refused() -> None:
+    renewal = Renewal(lambda: None)
+    before = {**TEN, "memory": (10.0, True)}
+    after = {**TWENTY, "memory": (10.0, True)}
+    renewal.review([], {"cpu_time": 9.0, "memory": 1.0}, before, 1.0)
+    assert asks(renewal)
+    renewal.answer(before, after, 1.0)
+    memory = Breach("memory", 10, 11, 1, quota=True)
+    assert renewal.review([memory], {"cpu_time": 9.0, "memory": 11.0}, after, 1.0) == []
+    assert asks(renewal)
+
+
+def test_a_promise_that_was_given_back_can_be_asked_for_again() -> None:
+    renewal = Renewal(lambda: None)
+    renewal.answer({"memory": (20.0, True)}, {"memory": (10.0, True)}, 1.0)
+    memory = Breach("memory", 10, 11, 1, quota=True)
+    amounts = {"memory": 11.0}
+    assert renewal.review([memory], amounts, {"memory": (10.0, True)}, 1.1) == []
+    assert asks(renewal)
+
+
+def test_a_trial_that_is_to_end_at_once_does() -> None:
+    renewal = Renewal(lambda: None)
+    renewal.answer({}, {"trial_time": (0.0, True)}, 1.0)
+    over = Breach("trial_time", 0, 1, 1, quota=True)
+    assert renewal.review([over], {}, {"trial_time": (0.0, True)}, 1.0) == [over]
 
 
 @pytest.mark.parametrize(

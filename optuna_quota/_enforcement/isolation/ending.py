@@ -10,6 +10,7 @@ from typing import Literal
 from optuna_quota._enforcement.isolation.shortage import Shortage
 from optuna_quota._resources import Breach
 from optuna_quota._resources import format_amount
+from optuna_quota.exceptions import LimitBreached
 
 
 # A death this close to a limit is a death at the limit: what the next allocation would have
@@ -133,6 +134,26 @@ def find_breach_in_shortage(
         # Whoever holds the rest of it: the device was full.
         return Breach(name, device_memory, max(wanted, _just_over(device_memory)), elapsed)
     return None
+
+
+def find_breach_in_stop(
+    error: LimitBreached,
+    used: float | None,
+    ceilings: Mapping[str, tuple[float, bool]],
+    elapsed: float,
+) -> Breach | None:
+    """Return the breach for which the kernel stopped a trial, None when it was not the kernel.
+
+    Args:
+        error: What came out of the trial; the kernel's signal tells no figures.
+        used: The CPU-seconds of the trial.
+        ceilings: The ceilings in force by resource, and whether each comes from a quota.
+        elapsed: Seconds since the start of the trial.
+    """
+    if error.resource != "cpu_time" or error.limit is not None or "cpu_time" not in ceilings:
+        return None
+    limit, quota = ceilings["cpu_time"]
+    return Breach("cpu_time", limit, max(used or 0.0, limit), elapsed, quota=quota)
 
 
 def _just_over(limit: float) -> float:

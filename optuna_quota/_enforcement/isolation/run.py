@@ -37,6 +37,7 @@ from optuna_quota._enforcement.isolation.crashes import value_of_crash
 from optuna_quota._enforcement.isolation.ending import Ended
 from optuna_quota._enforcement.isolation.ending import find_breach_in_death
 from optuna_quota._enforcement.isolation.ending import find_breach_in_shortage
+from optuna_quota._enforcement.isolation.ending import find_breach_in_stop
 from optuna_quota._enforcement.isolation.ending import name_death
 from optuna_quota._enforcement.isolation.errors import unpack_error
 from optuna_quota._enforcement.isolation.launch import can_supervise
@@ -66,6 +67,7 @@ from optuna_quota._records import is_rejected
 from optuna_quota._resources import Breach
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Usage
+from optuna_quota.exceptions import LimitBreached
 from optuna_quota.exceptions import TrialCrashed
 
 
@@ -285,7 +287,8 @@ class TrialRun:
         )
 
     def _ceilings(self) -> Mapping[str, tuple[float, bool]]:
-        # A grant of more of a quota does not reach the kernel: the metering loop holds the slice.
+        # What is set but once goes by the most that could be granted: the metering loop holds
+        # the slice of a quota.
         return self._watch.hard_ceilings
 
     def _on_ready(self, ready: Ready) -> Enforce:
@@ -322,15 +325,15 @@ class TrialRun:
             self._ceilings(),
             elapsed,
             steps=self._steps,
-            last_step=self._least_last_step(),
+            last_step=self._least_last_step,
             memory=self._watch.timeline(),
         )
         if breach is not None:
             self._stop(breach)
 
-    @functools.cache  # noqa: B019 - a run lives as long as its trial
+    @functools.cached_property
     def _least_last_step(self) -> int | None:
-        """Return the least last step of the trials that completed, None before three have."""
+        """The least last step of the trials that completed, None before three have."""
         if self._study is None:
             return None
         done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -386,6 +389,11 @@ class TrialRun:
                 enforced=enforced,
                 device_memory=device_memory() if gpu else None,
             )
+            if breach is not None:
+                self._terminate(breach, cause=error)
+        if isinstance(error, LimitBreached):
+            used = self._watch.usage().cpu_time
+            breach = find_breach_in_stop(error, used, self._ceilings(), self._watch.elapsed)
             if breach is not None:
                 self._terminate(breach, cause=error)
         raise error

@@ -113,7 +113,8 @@ class PoliteStop:
                 raise breach
             return
         if breach is None:
-            raise LimitBreached("The trial was over a limit.")
+            # The kernel knows no figures; the study's process adds them.
+            raise LimitBreached("The trial used up its CPU time.", resource="cpu_time")
         raise LimitBreached(
             breach.reason,
             resource=breach.resource,

@@ -1,0 +1,62 @@
+"""Amounts whose sums are beyond all numbers are printed, not raised."""
+
+from __future__ import annotations
+
+import optuna
+from optuna.distributions import FloatDistribution
+import pytest
+
+from optuna_quota import analyze
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import QuotaPruner
+from optuna_quota import QuotaSampler
+from optuna_quota import replay
+from optuna_quota import status
+from optuna_quota import Strategy
+from optuna_quota import trial_table
+
+
+HUGE = 1e308
+NAMES = ("wall_time", "cpu_time", "memory", "gpu_memory", "gpu_time", "energy")
+
+
+def rows() -> list[optuna.trial.FrozenTrial]:
+    attributes = {f"quota:{name}": HUGE for name in NAMES} | {"quota:outcome": "completed"}
+    return [
+        optuna.create_trial(
+            params={"x": i / 12},
+            distributions={"x": FloatDistribution(0, 1)},
+            value=i / 12,
+            user_attrs=attributes,
+        )
+        for i in range(12)
+    ]
+
+
+# Models of such amounts say nothing, and numpy says that.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    "quota",
+    [
+        Quota(wall_time=HUGE, memory=HUGE),
+        Quota(trial_time=HUGE, cpu_time=HUGE, gpu_time=HUGE, energy=HUGE),
+        Quota(cost=HUGE, prices={"cpu_time": HUGE}),
+    ],
+    ids=["held", "totals", "cost"],
+)
+def test_whatever_is_shown_of_them_is_shown(quota: Quota) -> None:
+    limits = Limits(wall_time=HUGE, cpu_time=HUGE, memory=HUGE)
+    sampler = QuotaSampler(
+        optuna.samplers.RandomSampler(), quota=quota, strategy=Strategy(30, n_jobs=2)
+    )
+    study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=limits))
+    study.add_trials(rows())
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+    assert str(status(study))
+    assert len(trial_table(study)) == len(study.trials) >= 13
+    report = analyze(study)
+    assert report.summary() and report.figures()
+    assert [str(advice) for advice in report.advice]
+    assert str(replay(study, quota=quota, limits=limits))
+    assert str(sampler.project(study))

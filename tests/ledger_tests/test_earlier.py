@@ -1,0 +1,136 @@
+"""Trials that no ledger admitted: they ran before there was a quota, or were added."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import QuotaPruner
+from optuna_quota import QuotaSampler
+from optuna_quota import status
+from optuna_quota._ledger.earlier import describe_earlier
+
+
+SPACE = {"x": FloatDistribution(0, 1)}
+
+
+def added(state: TrialState, **arguments: object) -> optuna.trial.FrozenTrial:
+    value = 0.5 if state == TrialState.COMPLETE else None
+    return optuna.create_trial(
+        state=state,
+        value=value,
+        params={"x": 0.5},
+        distributions=SPACE,
+        **arguments,  # type: ignore[arg-type]
+    )
+
+
+def study_of(quota: Quota, limits: Limits) -> optuna.Study:
+    sampler = QuotaSampler(optuna.samplers.RandomSampler(), quota=quota)
+    return optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=limits))
+
+
+def x_of(trial: optuna.Trial) -> float:
+    return trial.suggest_float("x", 0, 1)
+
+
+@pytest.mark.parametrize(
+    "quota",
+    [
+        Quota(n_trials=10),
+        Quota(cpu_time=60),
+        Quota(trial_time=60),
+        Quota(cost=1, prices={"cpu_time": 3600 / 60}),
+        Quota(energy=60),
+    ],
+    ids=lambda quota: next(iter(quota.amounts())),
+)
+@pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL])
+def test_rows_that_were_added_are_charged_nothing_that_they_do_not_show(
+    quota: Quota, state: TrialState
+) -> None:
+    study = study_of(quota, Limits(cpu_time=5, wall_time=5))
+    study.add_trials([added(state)] * 50)
+    study.optimize(x_of, n_trials=5)
+    assert [t.state.name for t in study.trials[50:]] == ["COMPLETE"] * 5
+    assert status(study).table.loc["n_trials", "used"] == 5
+
+
+def test_rows_that_still_run_or_wait_are_charged_nothing_either() -> None:
+    study = study_of(Quota(n_trials=4), Limits(cpu_time=5))
+    study.add_trials([added(TrialState.RUNNING)] * 9)
+    study.add_trial(added(TrialState.WAITING))
+    study.optimize(x_of, n_trials=4)
+    assert [t.number for t in study.trials if t.state == TrialState.COMPLETE] == [9, 10, 11, 12]
+
+
+def test_rows_of_another_study_with_a_quota_are_charged_what_they_used() -> None:
+    source = study_of(Quota(n_trials=50), Limits(cpu_time=5))
+    source.optimize(x_of, n_trials=3)
+    study = study_of(Quota(n_trials=4, trial_time=100), Limits(cpu_time=5))
+    study.add_trial(added(TrialState.COMPLETE))
+    study.add_trials(source.trials)
+    study.optimize(x_of, n_trials=4)
+    assert [t.state.name for t in study.trials[4:]] == ["COMPLETE"] * 4
+    shown = sum(t.user_attrs["quota:wall_time"] for t in study.trials[1:])
+    found = status(study).table.loc["trial_time", "used"]
+    assert found == pytest.approx(shown)
+
+
+def test_usage_that_was_reported_with_a_row_is_charged() -> None:
+    study = study_of(Quota(cpu_time=10), Limits())
+    study.add_trials([added(TrialState.COMPLETE, user_attrs={"quota:cpu_time": 4.0})] * 2)
+    study.optimize(x_of, n_trials=1)
+    assert status(study).table.loc["cpu_time", "used"] == pytest.approx(8, abs=0.5)
+
+
+def test_trials_from_before_the_quota_count_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        time.sleep(0.05)
+        return trial.suggest_float("x", 0, 1)
+
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler())
+    study.optimize(objective, n_trials=3)
+    study.add_trial(added(TrialState.COMPLETE))
+    study.sampler = QuotaSampler(
+        optuna.samplers.RandomSampler(), quota=Quota(n_trials=5, cpu_time=60)
+    )
+    study.pruner = QuotaPruner(limits=Limits(cpu_time=30))
+    caplog.set_level(logging.INFO, logger="optuna.quota")
+    study.optimize(objective, n_trials=10)
+    assert len(study.trials) == 6
+    told = [r.message for r in caplog.records if "did not admit" in r.message]
+    assert len(told) == 1 and "(3 ran, 1 was added)" in told[0]
+    assert "ms of trial time." in told[0]
+    used = status(study).table["used"]
+    assert used["n_trials"] == 5
+    assert used["trial_time"] >= 0.25 and used["cpu_time"] < 5
+
+
+@pytest.mark.parametrize(
+    ("earlier", "text"),
+    [
+        ({}, None),
+        (
+            {"n_trials": 3, "trial_time": 1e308, "cpu_time": float("inf")},
+            "Trials that this quota did not admit count with what their rows show (3 ran, 0 were "
+            "added): 1e+308 s of trial time, inf s of CPU time.",
+        ),
+        (
+            {"added": 50},
+            "Trials that this quota did not admit count with what their rows show (0 ran, 50 were "
+            "added): no usage.",
+        ),
+    ],
+)
+def test_the_sentence(earlier: dict[str, float], text: str | None) -> None:
+    assert describe_earlier(earlier) == text
