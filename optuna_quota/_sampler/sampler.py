@@ -15,7 +15,9 @@ from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.pruner import QuotaPruner
+from optuna_quota._enforcement.nesting import pruner_limits
+from optuna_quota._enforcement.nesting import pruner_meters
+from optuna_quota._enforcement.pruner import enforce_outside
 from optuna_quota._enforcement.settle import row_of
 from optuna_quota._ledger import LEASE
 from optuna_quota._ledger import Refusal
@@ -208,6 +210,7 @@ class QuotaSampler(BaseSampler):
         return not self._session(study, limits_of(study, self)).ledger.take(trial)
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
+        enforce_outside(whole)
         limits = limits_of(whole, self)
         session = self._session(whole, limits)
         self._admit_study(session, whole, limits)
@@ -385,8 +388,7 @@ def limits_of(study: Study, sampler: QuotaSampler) -> Limits:
     Raises:
         ValueError: If both have some and they disagree.
     """
-    pruner = study.pruner
-    theirs = pruner.limits if isinstance(pruner, QuotaPruner) else None
+    theirs = pruner_limits(study.pruner)
     if theirs is not None and sampler.limits is not None and theirs != sampler.limits:
         raise ValueError(
             "The limits of QuotaSampler and QuotaPruner must agree but got "
@@ -397,7 +399,6 @@ def limits_of(study: Study, sampler: QuotaSampler) -> Limits:
 
 def meters_of(study: Study, sampler: QuotaSampler) -> tuple[Meter, ...]:
     """Return the user's meters: the sampler's, then those of the pruner it does not have."""
-    pruner = study.pruner
-    theirs = pruner.meters if isinstance(pruner, QuotaPruner) else ()
+    theirs = pruner_meters(study.pruner)
     known = {meter.name for meter in sampler.meters}
     return (*sampler.meters, *(meter for meter in theirs if meter.name not in known))

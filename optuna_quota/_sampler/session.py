@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.interrupt import Interrupter
-from optuna_quota._enforcement.pruner import QuotaPruner
+from optuna_quota._enforcement.nesting import quota_pruners
 from optuna_quota._enforcement.settle import reject
 from optuna_quota._enforcement.settle import settle
 from optuna_quota._enforcement.watches import find_watch
@@ -110,7 +110,7 @@ class Session:
             here=self._metering,
         )
         self.ledger.keep(trial_id, watch)
-        if isinstance(study.pruner, QuotaPruner) and study.pruner.interrupt:
+        if any(pruner.interrupt for pruner in quota_pruners(study.pruner)):
             interrupter = Interrupter.arm(watch)
             if interrupter is not None:
                 self._interrupters[trial_id] = interrupter

@@ -49,6 +49,9 @@ from optuna_quota._enforcement.isolation.serving import NotStarted
 from optuna_quota._enforcement.isolation.serving import Server
 from optuna_quota._enforcement.isolation.surroundings import surroundings
 from optuna_quota._enforcement.isolation.template_client import template_client
+from optuna_quota._enforcement.nesting import pruner_limits
+from optuna_quota._enforcement.nesting import pruner_meters
+from optuna_quota._enforcement.pruner import enforce_outside
 from optuna_quota._enforcement.settle import row_of
 from optuna_quota._enforcement.settle import settle
 from optuna_quota._metering import key_of
@@ -114,11 +117,12 @@ class TrialRun:
             limits = self._isolated.limits or Limits()
             return loop.watch(key, limits=limits, here=False), True
         key = key_of(self._study, self._trial)
+        enforce_outside(self._study)
         pruner = self._study.pruner
-        limits = agreed_limits(self._isolated.limits, getattr(pruner, "limits", None))
+        limits = agreed_limits(self._isolated.limits, pruner_limits(pruner))
         watch = loop.find(key)
         if watch is None:
-            meters = getattr(pruner, "meters", ())
+            meters = pruner_meters(pruner)
             return loop.watch(key, limits=limits, meters=meters, here=False), True
         if self._isolated.limits is not None and watch.limits != self._isolated.limits:
             agreed_limits(self._isolated.limits, watch.limits or None)
