@@ -74,6 +74,19 @@ def kept_row_of(trial: Trial | FrozenTrial) -> FrozenTrial:
     return kept or cast("FrozenTrial", trial)
 
 
+def is_distributed(trial: BaseTrial) -> bool:
+    """Return whether a trial is a ``TorchDistributedTrial``: its processes act together."""
+    return callable(getattr(type(trial), "_call_and_communicate_obj", None))
+
+
+def call_at_rank_0(trial: BaseTrial, function: Callable[[], Any]) -> Any:
+    """Call a function in the process of rank 0 and return its result in all of them.
+
+    Every public method of a ``TorchDistributedTrial`` does it this way.
+    """
+    return trial._call_and_communicate_obj(function)  # type: ignore[attr-defined]
+
+
 def whole_study(study: Study) -> Study:
     """Return the study itself where a hook got a view on one bracket of Hyperband.
 
