@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 import copy
+from dataclasses import dataclass
 from datetime import datetime
 from importlib import import_module
 import json
@@ -194,6 +195,50 @@ def objective_error() -> BaseException | None:
     frame = _find_frame("_run_trial", "optuna.study._optimize")
     error = None if frame is None else frame.f_locals.get("func_err")
     return error if isinstance(error, BaseException) else None
+
+
+@dataclass(frozen=True)
+class Told:
+    """What ``tell`` was called with.
+
+    Attributes:
+        by_user: Whether the user called it; False for ``optimize``.
+        state: The state that was given, None where the values decide.
+        problem: Why the values are no valid ones, None where they are.
+    """
+
+    by_user: bool
+    state: TrialState | None = None
+    problem: str | None = None
+
+
+def what_was_told() -> Told | None:
+    """Return what ``tell`` was called with, inside ``after_trial``; None where that is unknown."""
+    frame = _find_frame("_tell_with_warning", "optuna.study._tell")
+    caller = None if frame is None else frame.f_back
+    if frame is None or caller is None:
+        return None
+    by_user = caller.f_globals.get("__name__") != "optuna.study._optimize"
+    # Optuna replaces the state by the one that the values have led to.
+    state = caller.f_locals.get("state")
+    problem = None
+    if frame.f_locals.get("state") == TrialState.FAIL and state is None:
+        value = frame.f_locals.get("value_or_values")
+        problem = frame.f_locals.get("values_conversion_failure_message") or repr(value)
+    return Told(by_user, state if isinstance(state, TrialState) else None, problem)
+
+
+def raised_by_constraints_func(error: BaseException) -> bool:
+    """Return whether the user's ``constraints_func`` raised, or returned no constraints."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        name = traceback.tb_frame.f_code.co_name
+        traceback = traceback.tb_next
+        if name == "_process_constraints_after_trial":
+            # The function writes into the storage as well.
+            raised_in = "" if traceback is None else traceback.tb_frame.f_globals["__name__"]
+            return not str(raised_in).startswith("optuna.storages")
+    return False
 
 
 def in_objective(frame: FrameType | None) -> bool:

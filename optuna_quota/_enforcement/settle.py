@@ -59,6 +59,7 @@ def settle(
     footprint: Mapping[str, Interval] | None = None,
     expected: Mapping[str, float] | None = None,
     error: BaseException | None = None,
+    told: _optuna.Told | None = None,
 ) -> TrialRecord:
     """Close a trial's metering and write its record and constraints into its row.
 
@@ -74,14 +75,15 @@ def settle(
         footprint: What was projected before it ran, as intervals by resource.
         expected: What a trial that was not run would have used, by resource.
         error: What the objective raised, where that is known.
+        told: What ``tell`` was called with, where that is known.
     """
     if watch is None:
-        told = read_record(trial)
-        if told.outcome is not None and told.outcome in _OUTCOMES_OF.get(state, ()):
+        before = read_record(trial)
+        if before.outcome is not None and before.outcome in _OUTCOMES_OF.get(state, ()):
             # Told again, as its state could not be stored the first time: that time knew more.
-            return told
+            return before
     usage = Usage() if watch is None else watch.close()
-    record = describe(watch, usage, state, error=error, footprint=footprint)
+    record = describe(watch, usage, state, error=error, told=told, footprint=footprint)
     if watch is not None and watch.settled:
         return record
     if watch is not None:
@@ -114,13 +116,12 @@ def describe(
     state: TrialState,
     *,
     error: BaseException | None = None,
+    told: _optuna.Told | None = None,
     footprint: Mapping[str, Interval] | None = None,
 ) -> TrialRecord:
     """Return the record of a trial that ends in the given state."""
-    if watch is None:
-        end = conclude(state, error=error)
-    else:
-        end = conclude(state, watch.verdict, watch.breach, error)
+    verdict, breach = (None, None) if watch is None else (watch.verdict, watch.breach)
+    end = conclude(state, verdict, breach, error, told)
     return TrialRecord(
         usage=usage,
         outcome=end.outcome,

@@ -281,6 +281,12 @@ class QuotaSampler(BaseSampler):
             return
         try:
             self.base_sampler.after_trial(study, trial, state, values)
+        except Exception as error:
+            # Plain Optuna would end the study, though the trial stopped before the objective had
+            # told what the constraints are computed from.
+            if state == TrialState.COMPLETE or not _optuna.raised_by_constraints_func(error):
+                raise
+            session.warn_of_constraints(trial, error)
         finally:
             self._finish(session, whole, trial, state)
         self._look_ahead(session, whole)
@@ -343,9 +349,10 @@ class QuotaSampler(BaseSampler):
         self, session: Session, study: Study, trial: FrozenTrial, state: TrialState
     ) -> None:
         """Settle a trial; its result is stored after this and must not be lost to any fault."""
-        error = _optuna.objective_error()
+        error, told = _optuna.objective_error(), _optuna.what_was_told()
         try:
-            session.settle(study, self._row(study, trial), state, limits_of(study, self), error)
+            row = self._row(study, trial)
+            session.settle(study, row, state, limits_of(study, self), error, told)
             session.end_when_exhausted(study)
         except Exception as fault:  # noqa: BLE001 - any backend's own
             _logger.warning(f"Trial {trial.number} could not be settled: {fault!r}.")

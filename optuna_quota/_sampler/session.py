@@ -82,6 +82,7 @@ class Session:
         self._interrupters: dict[int, Interrupter] = {}
         self._lock = threading.Lock()
         self._told = False
+        self._unanswered = False
         self._litter = False
 
     def is_refused(self, trial: FrozenTrial) -> bool:
@@ -133,6 +134,7 @@ class Session:
         state: TrialState,
         limits: Limits,
         error: BaseException | None = None,
+        told: _optuna.Told | None = None,
     ) -> None:
         """Close a trial's metering, write its record, and tell the ledger what it used."""
         trial_id = _optuna.trial_id_of(trial)
@@ -161,6 +163,7 @@ class Session:
                 footprint=footprint,
                 expected=expected,
                 error=error,
+                told=told,
             ).usage
         finally:
             self.ledger.settle(trial_id, usage)
@@ -199,6 +202,17 @@ class Session:
             return
         self._tell_once(refusal.reason)
         study.stop()
+
+    def warn_of_constraints(self, trial: FrozenTrial, error: Exception) -> None:
+        """Say once that the user's constraints of a trial that did not complete are unknown."""
+        with self._lock:
+            told, self._unanswered = self._unanswered, True
+        if not told:
+            _logger.warning(
+                f"`constraints_func` failed for trial {trial.number}, which did not complete: "
+                f"{error!r}. The trial gets no constraints of yours; further failures of this "
+                "kind are not reported."
+            )
 
     def _tell_once(self, reason: str) -> None:
         with self._lock:
