@@ -17,6 +17,7 @@ from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 import pytest
 
+from optuna_quota import check
 from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaPruner
@@ -163,3 +164,48 @@ def test_the_best_trial_is_one_within_its_limits() -> None:
     study.enqueue_trial({"slow": False})
     study.optimize(slow_is_better, n_trials=2)
     assert study.best_trial.params == {"slow": False}
+
+
+def told_late(trial: optuna.Trial) -> float:
+    x = trial.suggest_float("x", 0, 1)
+    if trial.number % 3 == 1:
+        raise optuna.TrialPruned
+    if trial.number % 3 == 2:
+        while True:
+            time.sleep(0.005)
+            check(trial)
+    trial.set_user_attr("c", x - 0.5)
+    return x
+
+
+def by_key(trial: optuna.trial.FrozenTrial) -> Any:
+    return (trial.user_attrs["c"],)
+
+
+def by_get(trial: optuna.trial.FrozenTrial) -> Any:
+    return trial.user_attrs.get("constraint") or (trial.user_attrs.get("c") and (-1.0,))
+
+
+def not_a_number(trial: optuna.trial.FrozenTrial) -> Any:
+    return (float("nan") if "c" not in trial.user_attrs else -1.0,)
+
+
+@pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")
+@pytest.mark.parametrize("function", [by_key, by_get, not_a_number])
+@pytest.mark.parametrize("sampler", [TPESampler, NSGAIISampler])
+def test_a_constraints_func_without_an_answer_ends_no_study(
+    sampler: Any, function: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = study_with(sampler(constraints_func=function, seed=0), Limits(wall_time=0.05))
+    study.optimize(told_late, n_trials=6)
+    outcomes = [trial.user_attrs["quota:outcome"] for trial in study.trials]
+    assert outcomes == ["completed", "pruned", "terminated"] * 2
+    assert all(trial.user_attrs["quota:reason"] for trial in study.trials[1:3])
+    assert caplog.text.count("`constraints_func` failed") == 1
+
+
+@pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")
+def test_a_constraints_func_that_fails_for_a_completed_trial_is_heard() -> None:
+    study = study_with(TPESampler(constraints_func=lambda trial: trial.user_attrs["typo"]))
+    with pytest.raises(KeyError, match="typo"):
+        study.optimize(lambda trial: 0.0, n_trials=1)
