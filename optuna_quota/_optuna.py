@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import copy
 from dataclasses import dataclass
 from datetime import datetime
@@ -89,12 +90,13 @@ def call_at_rank_0(trial: BaseTrial, function: Callable[[], Any]) -> Any:
 
 
 def whole_study(study: Study) -> Study:
-    """Return the study itself where a hook got a view on one bracket of Hyperband.
+    """Return the study itself where a hook got a view, such as on one bracket of Hyperband.
 
     The view refuses most attributes and does not know whether ``optimize`` runs.
     """
-    whole: Study = getattr(study, "_study", study)
-    return whole
+    while (whole := getattr(study, "_study", None)) is not None:
+        study = whole
+    return study
 
 
 def in_optimize_loop(study: Study) -> bool:
@@ -380,6 +382,74 @@ def may_write_constraints(sampler: BaseSampler) -> bool:
     if type(sampler).after_trial is BaseSampler.after_trial:
         return False
     return getattr(sampler, "_constraints_func", sampler) is not None
+
+
+class ConstrainedStudy:
+    """A study whose completed trials have other constraints than in their rows.
+
+    All else is the study's own. It is passed to samplers that ask it for trials and for what it
+    is about; Optuna's own views, as on a bracket of Hyperband, are no more than that either.
+
+    Args:
+        study: The study, or a view of it.
+        constrain: Returns the constraints of each of some completed trials.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        constrain: Callable[[Sequence[FrozenTrial]], Sequence[Mapping[str, float]]],
+    ) -> None:
+        self._study = study
+        self._constrain = constrain
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """All trials."""
+        return self.get_trials()
+
+    def get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        """Return trials as :meth:`optuna.Study.get_trials` does."""
+        return self._constrained(self._study.get_trials(*args, **kwargs))
+
+    def _get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        return self._constrained(self._study._get_trials(*args, **kwargs))
+
+    def _constrained(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        completed = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        changed = {
+            trial.number: _with_constraints(trial, constraints)
+            for trial, constraints in zip(completed, self._constrain(completed), strict=True)
+        }
+        return [changed.get(trial.number, trial) for trial in trials]
+
+
+def _with_constraints(trial: FrozenTrial, constraints: Mapping[str, float]) -> FrozenTrial:
+    prefix = f"{CONSTRAINTS}:"
+    kept = {
+        key: value
+        for key, value in trial.system_attrs.items()
+        if key != CONSTRAINTS and not key.startswith(prefix)
+    }
+    trial = copy.copy(trial)
+    trial.system_attrs = {**kept, **{f"{prefix}{k}": v for k, v in constraints.items()}}
+    return trial
+
+
+def forget_constraint_models(sampler: BaseSampler, n_constraints: int, n_params: int) -> None:
+    """Let GPSampler fit its models of constraints anew where their number or shape has changed.
+
+    It goes on from those of the trial before, one by one, and raises where there are fewer.
+    """
+    models = getattr(sampler, "_constraints_gprs_cache_list", None)
+    if models and (
+        len(models) != n_constraints
+        or any(len(each.inverse_squared_lengthscales) != n_params for each in models)
+    ):
+        sampler._constraints_gprs_cache_list = None  # type: ignore[attr-defined]
 
 
 def poison(trial: FrozenTrial, refuse: Callable[[], NoReturn]) -> None:

@@ -1,4 +1,4 @@
-"""Find quota pruners inside other pruners, and the limits that result."""
+"""Find quota pruners inside other pruners, with the limits that result, and kinds of samplers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import types
+from typing import Any
 from typing import cast
 from typing import Protocol
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ T = TypeVar("T")
 _MOST_OBJECTS = 2000
 _MOST_ITEMS = 100
 _DEPTH = 6
+_DEMANDING = ("GPSampler", "BoTorchSampler")
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 
 
@@ -98,6 +100,21 @@ def pruner_meters(pruner: object) -> tuple[Meter, ...]:
         for meter in each.meters:
             meters.setdefault(meter.name, meter)
     return tuple(meters.values())
+
+
+def demands_equal_constraints(sampler: object) -> bool:
+    """Return whether a study's sampler raises unless all trials have the same constraints."""
+    return bool(demanding_samplers(getattr(sampler, "base_sampler", sampler)))
+
+
+def demanding_samplers(sampler: object) -> list[Any]:
+    """Return the samplers inside of one that raise unless all trials have the same constraints.
+
+    What counts is completed trials. They are known by name: neither is imported where it is not
+    in use.
+    """
+    inside: list[object] = find_inside(sampler, BaseSampler)
+    return [each for each in inside if any(c.__name__ in _DEMANDING for c in type(each).__mro__)]
 
 
 def _parts(each: object) -> Iterator[object]:

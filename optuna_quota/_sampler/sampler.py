@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import logging
 import os
 import threading
 from typing import Any
+from typing import cast
 from typing import TYPE_CHECKING
 
 from optuna.samplers import BaseSampler
@@ -15,6 +17,8 @@ from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
+from optuna_quota._enforcement.constraints import equal_constraints
+from optuna_quota._enforcement.nesting import demanding_samplers
 from optuna_quota._enforcement.nesting import pruner_limits
 from optuna_quota._enforcement.nesting import pruner_meters
 from optuna_quota._enforcement.pruner import enforce_outside
@@ -169,6 +173,7 @@ class QuotaSampler(BaseSampler):
         self.on_projected = on_projected
         self.lease = parse_seconds(lease, "lease")
         self._rules = Rules(footprint, confidence, breach_probability, on_veto, audits)
+        self._demanding = demanding_samplers(self.base_sampler)
         self._sessions: dict[tuple[int, int, int], Session] = {}
         self._lock = threading.Lock()
         self._admission().decide(self.limits or Limits())
@@ -222,7 +227,7 @@ class QuotaSampler(BaseSampler):
             is_over=lambda: _optuna.is_over(whole) and asks_for_something(whole),
         )
         if isinstance(grant, Refusal):
-            session.refuse(whole, trial, grant, limits)
+            session.refuse(whole, trial, grant)
             return
         self.base_sampler.before_trial(study, trial)
         ceilings = limits.tightened(self.quota.held)
@@ -254,7 +259,8 @@ class QuotaSampler(BaseSampler):
     ) -> dict[str, Any]:
         """Sample a point as the base sampler does, and replace it when it is not admitted."""
         with none_left_running(study, trial):
-            return self._proposals(study).relative(study, trial, search_space)
+            seen = self._seen_by_base(study, len(search_space))
+            return self._proposals(study).relative(seen, trial, search_space)
 
     def sample_independent(
         self,
@@ -362,6 +368,21 @@ class QuotaSampler(BaseSampler):
         if not _optuna.may_write_constraints(self.base_sampler):
             return trial
         return row_of(study, trial)
+
+    def _seen_by_base(self, study: Study, n_params: int) -> Study:
+        """Return the study with equal constraints of all trials where the sampler demands them."""
+        if not self._demanding:
+            return study
+        limits = limits_of(_optuna.whole_study(study), self)
+
+        def constrain(trials: Sequence[FrozenTrial]) -> Sequence[Mapping[str, float]]:
+            found = equal_constraints(trials, limits)
+            n_constraints = len(found[0]) if found else 0
+            for sampler in self._demanding:
+                _optuna.forget_constraint_models(sampler, n_constraints, n_params)
+            return found
+
+        return cast("Study", _optuna.ConstrainedStudy(study, constrain))
 
     def _proposals(self, study: Study) -> Proposals:
         whole = _optuna.whole_study(study)

@@ -177,7 +177,7 @@ class Session:
             self._tell_once(refusal.reason)
             study.stop()
 
-    def refuse(self, study: Study, trial: FrozenTrial, refusal: Refusal, limits: Limits) -> None:
+    def refuse(self, study: Study, trial: FrozenTrial, refusal: Refusal) -> None:
         """See to it that a trial does not run for which nothing is left.
 
         Inside ``optimize`` the trial is let go ahead to the first thing it asks for, which ends
@@ -192,7 +192,7 @@ class Session:
         ):
             raise QuotaExhausted(refusal.reason, **figures)  # type: ignore[arg-type]
         self._refused.add(_optuna.trial_id_of(trial))
-        reject(study, trial, refusal.reason, limits=limits)
+        reject(study, trial, refusal.reason)
 
         def raise_rejected() -> NoReturn:
             raise TrialRejected(refusal.reason, **figures)  # type: ignore[arg-type]
