@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import copy
+from dataclasses import dataclass
 from datetime import datetime
 from importlib import import_module
 import json
@@ -74,13 +76,27 @@ def kept_row_of(trial: Trial | FrozenTrial) -> FrozenTrial:
     return kept or cast("FrozenTrial", trial)
 
 
+def is_distributed(trial: BaseTrial) -> bool:
+    """Return whether a trial is a ``TorchDistributedTrial``: its processes act together."""
+    return callable(getattr(type(trial), "_call_and_communicate_obj", None))
+
+
+def call_at_rank_0(trial: BaseTrial, function: Callable[[], Any]) -> Any:
+    """Call a function in the process of rank 0 and return its result in all of them.
+
+    Every public method of a ``TorchDistributedTrial`` does it this way.
+    """
+    return trial._call_and_communicate_obj(function)  # type: ignore[attr-defined]
+
+
 def whole_study(study: Study) -> Study:
-    """Return the study itself where a hook got a view on one bracket of Hyperband.
+    """Return the study itself where a hook got a view, such as on one bracket of Hyperband.
 
     The view refuses most attributes and does not know whether ``optimize`` runs.
     """
-    whole: Study = getattr(study, "_study", study)
-    return whole
+    while (whole := getattr(study, "_study", None)) is not None:
+        study = whole
+    return study
 
 
 def in_optimize_loop(study: Study) -> bool:
@@ -214,6 +230,50 @@ def objective_error() -> BaseException | None:
     frame = _find_frame("_run_trial", "optuna.study._optimize")
     error = None if frame is None else frame.f_locals.get("func_err")
     return error if isinstance(error, BaseException) else None
+
+
+@dataclass(frozen=True)
+class Told:
+    """What ``tell`` was called with.
+
+    Attributes:
+        by_user: Whether the user called it; False for ``optimize``.
+        state: The state that was given, None where the values decide.
+        problem: Why the values are no valid ones, None where they are.
+    """
+
+    by_user: bool
+    state: TrialState | None = None
+    problem: str | None = None
+
+
+def what_was_told() -> Told | None:
+    """Return what ``tell`` was called with, inside ``after_trial``; None where that is unknown."""
+    frame = _find_frame("_tell_with_warning", "optuna.study._tell")
+    caller = None if frame is None else frame.f_back
+    if frame is None or caller is None:
+        return None
+    by_user = caller.f_globals.get("__name__") != "optuna.study._optimize"
+    # Optuna replaces the state by the one that the values have led to.
+    state = caller.f_locals.get("state")
+    problem = None
+    if frame.f_locals.get("state") == TrialState.FAIL and state is None:
+        value = frame.f_locals.get("value_or_values")
+        problem = frame.f_locals.get("values_conversion_failure_message") or repr(value)
+    return Told(by_user, state if isinstance(state, TrialState) else None, problem)
+
+
+def raised_by_constraints_func(error: BaseException) -> bool:
+    """Return whether the user's ``constraints_func`` raised, or returned no constraints."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        name = traceback.tb_frame.f_code.co_name
+        traceback = traceback.tb_next
+        if name == "_process_constraints_after_trial":
+            # The function writes into the storage as well.
+            raised_in = "" if traceback is None else traceback.tb_frame.f_globals["__name__"]
+            return not str(raised_in).startswith("optuna.storages")
+    return False
 
 
 def in_objective(frame: FrameType | None) -> bool:
@@ -355,6 +415,74 @@ def may_write_constraints(sampler: BaseSampler) -> bool:
     if type(sampler).after_trial is BaseSampler.after_trial:
         return False
     return getattr(sampler, "_constraints_func", sampler) is not None
+
+
+class ConstrainedStudy:
+    """A study whose completed trials have other constraints than in their rows.
+
+    All else is the study's own. It is passed to samplers that ask it for trials and for what it
+    is about; Optuna's own views, as on a bracket of Hyperband, are no more than that either.
+
+    Args:
+        study: The study, or a view of it.
+        constrain: Returns the constraints of each of some completed trials.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        constrain: Callable[[Sequence[FrozenTrial]], Sequence[Mapping[str, float]]],
+    ) -> None:
+        self._study = study
+        self._constrain = constrain
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """All trials."""
+        return self.get_trials()
+
+    def get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        """Return trials as :meth:`optuna.Study.get_trials` does."""
+        return self._constrained(self._study.get_trials(*args, **kwargs))
+
+    def _get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        return self._constrained(self._study._get_trials(*args, **kwargs))
+
+    def _constrained(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        completed = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        changed = {
+            trial.number: _with_constraints(trial, constraints)
+            for trial, constraints in zip(completed, self._constrain(completed), strict=True)
+        }
+        return [changed.get(trial.number, trial) for trial in trials]
+
+
+def _with_constraints(trial: FrozenTrial, constraints: Mapping[str, float]) -> FrozenTrial:
+    prefix = f"{CONSTRAINTS}:"
+    kept = {
+        key: value
+        for key, value in trial.system_attrs.items()
+        if key != CONSTRAINTS and not key.startswith(prefix)
+    }
+    trial = copy.copy(trial)
+    trial.system_attrs = {**kept, **{f"{prefix}{k}": v for k, v in constraints.items()}}
+    return trial
+
+
+def forget_constraint_models(sampler: BaseSampler, n_constraints: int, n_params: int) -> None:
+    """Let GPSampler fit its models of constraints anew where their number or shape has changed.
+
+    It goes on from those of the trial before, one by one, and raises where there are fewer.
+    """
+    models = getattr(sampler, "_constraints_gprs_cache_list", None)
+    if models and (
+        len(models) != n_constraints
+        or any(len(each.inverse_squared_lengthscales) != n_params for each in models)
+    ):
+        sampler._constraints_gprs_cache_list = None  # type: ignore[attr-defined]
 
 
 def poison(trial: FrozenTrial, refuse: Callable[[], NoReturn]) -> None:

@@ -45,6 +45,8 @@ RESERVATION = PREFIX + "reservation"
 # A system attribute: the trial's own number where its process crashed. A row that was copied from
 # it, such as that of a retry, has another number.
 CRASHED = PREFIX + "crashed"
+# A system attribute: the resources whose constraints end Optuna's list, in its order.
+CONSTRAINED = PREFIX + "constrained"
 
 STUDY_QUOTA = PREFIX + "quota"
 STUDY_LIMITS = PREFIX + "limits"
@@ -154,6 +156,12 @@ def read_record(trial: FrozenTrial) -> TrialRecord:
     if record.timeline:
         return record
     return replace(record, timeline=_read_timeline(trial.system_attrs.get(TIMELINE)))
+
+
+def read_constrained(trial: FrozenTrial) -> list[str]:
+    """Return the resources whose constraints end the row's list of constraints."""
+    names = trial.system_attrs.get(CONSTRAINED)
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def is_rejected(attributes: Mapping[str, Any]) -> bool:

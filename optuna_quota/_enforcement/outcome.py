@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import TrialState
 
+from optuna_quota._optuna import Told
 from optuna_quota._resources import Breach
 from optuna_quota._resources import Outcome
 from optuna_quota._resources import RESOURCES
@@ -37,28 +38,38 @@ def conclude(
     verdict: Verdict | None = None,
     breach: Breach | None = None,
     error: BaseException | None = None,
+    told: Told | None = None,
 ) -> Conclusion:
     """Return how a trial ended.
+
+    A trial that was stopped for a breach is ``terminated``, whatever its objective made of it,
+    but for one: where it caught the stop and returned a value, Optuna has a completed trial.
 
     Args:
         state: The state that Optuna is about to store.
         verdict: What whoever stopped it says.
         breach: What the meters saw; a trial may have ended before anything could act on it.
         error: What the objective raised, where that is known.
+        told: What ``tell`` was called with, where that is known.
     """
-    if state == TrialState.COMPLETE:
-        return Conclusion("completed", _completed_over(breach), breach)
-    if verdict is not None:
-        return Conclusion(verdict.outcome, verdict.reason, verdict.breach or breach)
-    if isinstance(error, LimitBreached):
+    stop = None if verdict is None else (verdict.outcome, verdict.reason)
+    if verdict is None and isinstance(error, LimitBreached):
         breach = breach or _breach_in(error)
         if breach is not None:
-            return Conclusion("terminated", breach.reason, breach)
-    if state == TrialState.PRUNED:
-        return Conclusion("pruned", _said("The objective pruned itself", error), breach)
-    if error is None:
-        return Conclusion("failed", "The objective returned no valid value.", breach)
-    return Conclusion("failed", f"The objective raised {_described(error)}.", breach)
+            stop = ("terminated", breach.reason)
+    if verdict is not None and verdict.breach is not None:
+        breach = verdict.breach
+    if state == TrialState.COMPLETE:
+        return Conclusion("completed", _why_completed(stop, breach), breach)
+    end = _end(state, error, told)
+    if stop is None:
+        return Conclusion("pruned" if state == TrialState.PRUNED else "failed", end, breach)
+    outcome, reason = stop
+    if state == TrialState.FAIL and outcome in ("terminated", "rejected", "pruned"):
+        # The objective was told to stop, and ended in its own way.
+        reason = f"{reason} {end}"
+        outcome = "failed" if outcome == "pruned" else outcome
+    return Conclusion(outcome, reason, breach)
 
 
 def _breach_in(error: LimitBreached) -> Breach | None:
@@ -69,10 +80,25 @@ def _breach_in(error: LimitBreached) -> Breach | None:
     return Breach(name, limit, observed, error.seconds or 0.0)
 
 
-def _completed_over(breach: Breach | None) -> str | None:
+def _why_completed(stop: tuple[Outcome, str] | None, breach: Breach | None) -> str | None:
+    if stop is not None and stop[0] in ("terminated", "rejected"):
+        return f"{stop[1]} The objective was told to stop but returned a value."
     if breach is None:
         return None
     return f"{breach.reason} The objective completed before it could be stopped."
+
+
+def _end(state: TrialState, error: BaseException | None, told: Told | None) -> str:
+    by_user = told is not None and told.by_user
+    if by_user and told is not None and told.state == state:
+        return f"Ended by study.tell(state={state.name})."
+    if state == TrialState.PRUNED:
+        return _said("The objective pruned itself", error)
+    if error is not None:
+        return f"The objective raised {_described(error)}."
+    who = "study.tell was given" if by_user else "The objective returned"
+    problem = "" if told is None or told.problem is None else f": {told.problem.rstrip('.')}"
+    return f"{who} no valid value{problem}."
 
 
 def _said(what: str, error: BaseException | None) -> str:

@@ -13,6 +13,10 @@ from optuna.pruners import HyperbandPruner
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.check import condemn
+from optuna_quota._enforcement.nesting import find_inside
+from optuna_quota._enforcement.nesting import pruner_limits
+from optuna_quota._enforcement.nesting import pruner_meters
+from optuna_quota._enforcement.nesting import quota_pruners
 from optuna_quota._enforcement.notes import PrunerNotes
 from optuna_quota._enforcement.watches import start_watch
 from optuna_quota._metering import check_names
@@ -44,6 +48,10 @@ class QuotaPruner(BasePruner):
 
             pruner = QuotaPruner(MedianPruner(), limits=Limits(memory="4GiB", wall_time="5min"))
             study = optuna.create_study(pruner=pruner)
+
+    It may stand inside another pruner, such as :class:`~optuna.pruners.PatientPruner`: a breach
+    ends the trial even where the other one would let it go on. For this, a QuotaPruner with the
+    same limits is put around the study's pruner.
 
     Without :class:`~optuna_quota.QuotaSampler`, a trial is metered from its first
     ``should_prune()`` on, and what was seen when it asked is recorded.
@@ -101,9 +109,14 @@ class QuotaPruner(BasePruner):
         """Return whether to prune a trial: it is over a limit, or the base pruner says so."""
         if is_rejected(trial.user_attrs):
             return True
+        whole = _optuna.whole_study(study)
+        if whole.pruner is not self:
+            enforce_outside(whole)
         watch = self.watch_trial(study, trial)
         breached = condemn(watch) is not None
-        pruned = breached or self._prune_by_base(study, trial, watch)
+        pruned = breached or self._prune_by_base(study, trial)
+        if pruned and watch.verdict is None and not self._is_inside(whole.pruner):
+            watch.verdict = self._verdict_of_base(trial)
         if watch.owner == _OWNER:
             self._notes.take(study, trial, watch, ends=pruned)
         return pruned
@@ -112,19 +125,50 @@ class QuotaPruner(BasePruner):
         """Return the metering of a running trial; it starts here when nobody else started it."""
         watch = metering_loop().find(key_of(study, trial))
         if watch is None:
-            watch = start_watch(study, trial, _OWNER, limits=self.limits, meters=self.meters)
+            pruner = _optuna.whole_study(study).pruner
+            holder = pruner if self._is_inside(pruner) else self
+            limits, meters = pruner_limits(holder), pruner_meters(holder)
+            assert limits is not None
+            watch = start_watch(study, trial, _OWNER, limits=limits, meters=meters)
             watch.started -= _seconds_since(trial.datetime_start)
             self._notes.adopt(watch)
         return watch
 
-    def _prune_by_base(self, study: Study, trial: FrozenTrial, watch: Watch) -> bool:
-        if self.base_pruner is None or not self.base_pruner.prune(study, trial):
-            return False
-        if watch.verdict is None:
-            name, step = type(self.base_pruner).__name__, trial.last_step
-            when = "" if step is None else f" at step {step}"
-            watch.verdict = Verdict("pruned", f"{name} pruned it{when}.")
-        return True
+    def _prune_by_base(self, study: Study, trial: FrozenTrial) -> bool:
+        return self.base_pruner is not None and self.base_pruner.prune(study, trial)
+
+    def _verdict_of_base(self, trial: FrozenTrial) -> Verdict:
+        name, step = type(self.base_pruner).__name__, trial.last_step
+        when = "" if step is None else f" at step {step}"
+        return Verdict("pruned", f"{name} pruned it{when}.")
+
+    def _is_inside(self, pruner: BasePruner) -> bool:
+        """Return whether another pruner decides what becomes of this one's answer."""
+        return pruner is not self and any(each is self for each in quota_pruners(pruner))
+
+
+def enforce_outside(study: Study) -> None:
+    """Put a QuotaPruner around a study's pruner that holds one.
+
+    The pruner outside may overrule the one inside, or not ask it: ``PatientPruner`` waits for the
+    values to get worse. A breach must end the trial all the same.
+    """
+    pruner = study.pruner
+    inside = [] if isinstance(pruner, QuotaPruner) else find_inside(pruner, QuotaPruner)
+    if not inside:
+        return
+    limits = pruner_limits(pruner)
+    assert limits is not None
+    outside = QuotaPruner(
+        pruner,
+        limits=limits,
+        interrupt=any(each.interrupt for each in inside),
+        meters=pruner_meters(pruner),
+    )
+    # Whichever is asked first notes what is known of the trial.
+    for each in inside:
+        each._notes = outside._notes
+    study.pruner = outside
 
 
 # What is looked at first, by `help` too.

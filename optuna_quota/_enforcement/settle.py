@@ -16,9 +16,11 @@ from optuna_quota import _optuna
 from optuna_quota._enforcement.constraints import clashes
 from optuna_quota._enforcement.constraints import joined_constraints
 from optuna_quota._enforcement.constraints import limit_constraints
+from optuna_quota._enforcement.nesting import demands_equal_constraints
 from optuna_quota._enforcement.outcome import conclude
 from optuna_quota._patience import passes
 from optuna_quota._patience import patiently
+from optuna_quota._records import CONSTRAINED
 from optuna_quota._records import Interval
 from optuna_quota._records import OUTCOME
 from optuna_quota._records import read_record
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("optuna.quota.settle")
 
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _OUTCOMES_OF: Mapping[TrialState, tuple[str, ...]] = {
     TrialState.COMPLETE: ("completed",),
     TrialState.PRUNED: ("pruned", "terminated", "rejected"),
@@ -59,6 +60,7 @@ def settle(
     footprint: Mapping[str, Interval] | None = None,
     expected: Mapping[str, float] | None = None,
     error: BaseException | None = None,
+    told: _optuna.Told | None = None,
 ) -> TrialRecord:
     """Close a trial's metering and write its record and constraints into its row.
 
@@ -74,14 +76,15 @@ def settle(
         footprint: What was projected before it ran, as intervals by resource.
         expected: What a trial that was not run would have used, by resource.
         error: What the objective raised, where that is known.
+        told: What ``tell`` was called with, where that is known.
     """
     if watch is None:
-        told = read_record(trial)
-        if told.outcome is not None and told.outcome in _OUTCOMES_OF.get(state, ()):
+        before = read_record(trial)
+        if before.outcome is not None and before.outcome in _OUTCOMES_OF.get(state, ()):
             # Told again, as its state could not be stored the first time: that time knew more.
-            return told
+            return before
     usage = Usage() if watch is None else watch.close()
-    record = describe(watch, usage, state, error=error, footprint=footprint)
+    record = describe(watch, usage, state, error=error, told=told, footprint=footprint)
     if watch is not None and watch.settled:
         return record
     if watch is not None:
@@ -92,10 +95,23 @@ def settle(
         # Not run: what it used is nothing, what it would have used is what samplers should heed.
         record = replace(record, usage=Usage())
     amounts = usage.amounts() if record.outcome != "rejected" else expected or {}
-    own = limit_constraints(limits, amounts, record.breach) if state in FINISHED else {}
-    system = constraint_attributes(trial.system_attrs, own) if own else {}
+    own = limit_constraints(limits, amounts, record.breach)
+    shown = _are_shown(study, state, own)
+    system = constraint_attributes(trial.system_attrs, own) if shown else {}
     write(study, trial, record, system)
     return record
+
+
+def _are_shown(study: Study, state: TrialState, own: Mapping[str, float]) -> bool:
+    """Return whether a row shows the constraints of its limits to Optuna.
+
+    One that completed over a limit does, so that it is not taken for the best trial, unless it
+    would break the study's sampler.
+    """
+    if state != TrialState.COMPLETE:
+        return state == TrialState.PRUNED and bool(own)
+    over = any(value > 0 for value in own.values())
+    return over and not demands_equal_constraints(study.sampler)
 
 
 def row_of(study: Study, trial: Trial | FrozenTrial) -> FrozenTrial:
@@ -114,13 +130,12 @@ def describe(
     state: TrialState,
     *,
     error: BaseException | None = None,
+    told: _optuna.Told | None = None,
     footprint: Mapping[str, Interval] | None = None,
 ) -> TrialRecord:
     """Return the record of a trial that ends in the given state."""
-    if watch is None:
-        end = conclude(state, error=error)
-    else:
-        end = conclude(state, watch.verdict, watch.breach, error)
+    verdict, breach = (None, None) if watch is None else (watch.verdict, watch.breach)
+    end = conclude(state, verdict, breach, error, told)
     return TrialRecord(
         usage=usage,
         outcome=end.outcome,
@@ -184,36 +199,21 @@ def constraint_attributes(existing: Mapping[str, Any], own: Mapping[str, float])
     """
     values = joined_constraints(existing.get(_optuna.CONSTRAINTS), own.values())
     if not clashes(len(values), existing, _optuna.CONSTRAINTS):
-        return {_optuna.CONSTRAINTS: values}
+        return {_optuna.CONSTRAINTS: values, CONSTRAINED: list(own)}
     return {f"{_optuna.CONSTRAINTS}:quota:{name}": value for name, value in own.items()}
 
 
-def reject(
-    study: Study,
-    trial: FrozenTrial,
-    reason: str,
-    *,
-    limits: Limits | None = None,
-    expected: Mapping[str, float] | None = None,
-    footprint: Mapping[str, Interval] | None = None,
-) -> TrialRecord:
+def reject(study: Study, trial: FrozenTrial, reason: str) -> TrialRecord:
     """Write into the row of a trial that must not run that it was rejected, and why.
 
     Args:
         study: The study.
         trial: The trial that was drawn; the object that Optuna keeps for it learns it too.
         reason: One sentence for a person.
-        limits: The limits on it: like any pruned trial, it gets a constraint for each.
-        expected: What it would have used, by resource; what is missing is neutral.
-        footprint: What was projected for it, by resource.
     """
-    record = TrialRecord(
-        outcome="rejected", reason=reason, host=socket.gethostname(), footprint=footprint or {}
-    )
-    own = limit_constraints(limits or Limits(), expected or {})
+    record = TrialRecord(outcome="rejected", reason=reason, host=socket.gethostname())
     attributes = record_attributes(record)
-    system = constraint_attributes(trial.system_attrs, own) if own else {}
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
-    _optuna.write_attributes(storage, trial_id, attributes, system)
+    _optuna.write_attributes(storage, trial_id, attributes, {})
     trial.user_attrs = {**trial.user_attrs, **attributes}
     return record

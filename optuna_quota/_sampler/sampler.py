@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import logging
 import threading
 from typing import Any
+from typing import cast
 from typing import TYPE_CHECKING
 
 from optuna.samplers import BaseSampler
@@ -14,7 +16,11 @@ from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.pruner import QuotaPruner
+from optuna_quota._enforcement.constraints import equal_constraints
+from optuna_quota._enforcement.nesting import demanding_samplers
+from optuna_quota._enforcement.nesting import pruner_limits
+from optuna_quota._enforcement.nesting import pruner_meters
+from optuna_quota._enforcement.pruner import enforce_outside
 from optuna_quota._enforcement.settle import row_of
 from optuna_quota._ledger import LEASE
 from optuna_quota._ledger import Refusal
@@ -167,6 +173,7 @@ class QuotaSampler(BaseSampler):
         self.on_projected = on_projected
         self.lease = parse_seconds(lease, "lease")
         self._rules = Rules(footprint, confidence, breach_probability, on_veto, audits)
+        self._demanding = demanding_samplers(self.base_sampler)
         self._sessions = Sessions()
         self._lock = threading.Lock()
         self._admission().decide(self.limits or Limits())
@@ -208,6 +215,7 @@ class QuotaSampler(BaseSampler):
         return not self._session(study, limits_of(study, self)).ledger.take(trial)
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
+        enforce_outside(whole)
         limits = limits_of(whole, self)
         session = self._session(whole, limits)
         self._admit_study(session, whole, limits)
@@ -223,7 +231,7 @@ class QuotaSampler(BaseSampler):
             is_over=lambda: _optuna.is_over(whole) and asks_for_something(whole),
         )
         if isinstance(grant, Refusal):
-            session.refuse(whole, trial, grant, limits)
+            session.refuse(whole, trial, grant)
             return
         self.base_sampler.before_trial(study, trial)
         ceilings = limits.tightened(self.quota.held)
@@ -256,7 +264,8 @@ class QuotaSampler(BaseSampler):
         """Sample a point as the base sampler does, and replace it when it is not admitted."""
         with none_left_running(study, trial):
             session = self._session_of(study)
-            drawn = session.proposals.relative(study, trial, search_space)
+            seen = self._seen_by_base(study, len(search_space))
+            drawn = session.proposals.relative(seen, trial, search_space)
             session.promise(trial, drawn)
             return drawn
 
@@ -288,6 +297,12 @@ class QuotaSampler(BaseSampler):
             return
         try:
             self.base_sampler.after_trial(study, trial, state, values)
+        except Exception as error:
+            # Plain Optuna would end the study, though the trial stopped before the objective had
+            # told what the constraints are computed from.
+            if state == TrialState.COMPLETE or not _optuna.raised_by_constraints_func(error):
+                raise
+            session.warn_of_constraints(trial, error)
         finally:
             self._finish(session, whole, trial, state)
         self._look_ahead(session, whole)
@@ -350,9 +365,10 @@ class QuotaSampler(BaseSampler):
         self, session: Session, study: Study, trial: FrozenTrial, state: TrialState
     ) -> None:
         """Settle a trial; its result is stored after this and must not be lost to any fault."""
-        error = _optuna.objective_error()
+        error, told = _optuna.objective_error(), _optuna.what_was_told()
         try:
-            session.settle(study, self._row(study, trial), state, limits_of(study, self), error)
+            row = self._row(study, trial)
+            session.settle(study, row, state, limits_of(study, self), error, told)
             session.end_when_exhausted(study)
         except Exception as fault:  # noqa: BLE001 - any backend's own
             _logger.warning(f"Trial {trial.number} could not be settled: {fault!r}.")
@@ -362,6 +378,21 @@ class QuotaSampler(BaseSampler):
         if not _optuna.may_write_constraints(self.base_sampler):
             return trial
         return row_of(study, trial)
+
+    def _seen_by_base(self, study: Study, n_params: int) -> Study:
+        """Return the study with equal constraints of all trials where the sampler demands them."""
+        if not self._demanding:
+            return study
+        limits = limits_of(_optuna.whole_study(study), self)
+
+        def constrain(trials: Sequence[FrozenTrial]) -> Sequence[Mapping[str, float]]:
+            found = equal_constraints(trials, limits)
+            n_constraints = len(found[0]) if found else 0
+            for sampler in self._demanding:
+                _optuna.forget_constraint_models(sampler, n_constraints, n_params)
+            return found
+
+        return cast("Study", _optuna.ConstrainedStudy(study, constrain))
 
     def _session_of(self, study: Study) -> Session:
         return self._session(_optuna.whole_study(study), self.limits or Limits())
@@ -392,8 +423,7 @@ def limits_of(study: Study, sampler: QuotaSampler) -> Limits:
     Raises:
         ValueError: If both have some and they disagree.
     """
-    pruner = study.pruner
-    theirs = pruner.limits if isinstance(pruner, QuotaPruner) else None
+    theirs = pruner_limits(study.pruner)
     if theirs is not None and sampler.limits is not None and theirs != sampler.limits:
         raise ValueError(
             "The limits of QuotaSampler and QuotaPruner must agree but got "
@@ -404,7 +434,6 @@ def limits_of(study: Study, sampler: QuotaSampler) -> Limits:
 
 def meters_of(study: Study, sampler: QuotaSampler) -> tuple[Meter, ...]:
     """Return the user's meters: the sampler's, then those of the pruner it does not have."""
-    pruner = study.pruner
-    theirs = pruner.meters if isinstance(pruner, QuotaPruner) else ()
+    theirs = pruner_meters(study.pruner)
     known = {meter.name for meter in sampler.meters}
     return (*sampler.meters, *(meter for meter in theirs if meter.name not in known))

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.interrupt import Interrupter
-from optuna_quota._enforcement.pruner import QuotaPruner
+from optuna_quota._enforcement.nesting import quota_pruners
 from optuna_quota._enforcement.settle import reject
 from optuna_quota._enforcement.settle import settle
 from optuna_quota._enforcement.watches import find_watch
@@ -84,6 +84,7 @@ class Session:
         self._interrupters: dict[int, Interrupter] = {}
         self._lock = threading.Lock()
         self._told = False
+        self._unanswered = False
         self._litter = False
 
     def is_refused(self, trial: FrozenTrial) -> bool:
@@ -112,7 +113,7 @@ class Session:
             here=self._metering,
         )
         self.ledger.keep(trial_id, watch)
-        if isinstance(study.pruner, QuotaPruner) and study.pruner.interrupt:
+        if any(pruner.interrupt for pruner in quota_pruners(study.pruner)):
             interrupter = Interrupter.arm(watch)
             if interrupter is not None:
                 self._interrupters[trial_id] = interrupter
@@ -147,6 +148,7 @@ class Session:
         state: TrialState,
         limits: Limits,
         error: BaseException | None = None,
+        told: _optuna.Told | None = None,
     ) -> None:
         """Close a trial's metering, write its record, and tell the ledger what it used."""
         trial_id = _optuna.trial_id_of(trial)
@@ -175,6 +177,7 @@ class Session:
                 footprint=footprint,
                 expected=expected,
                 error=error,
+                told=told,
             ).usage
         finally:
             self.ledger.settle(trial_id, usage)
@@ -188,7 +191,7 @@ class Session:
             self._tell_once(refusal.reason)
             study.stop()
 
-    def refuse(self, study: Study, trial: FrozenTrial, refusal: Refusal, limits: Limits) -> None:
+    def refuse(self, study: Study, trial: FrozenTrial, refusal: Refusal) -> None:
         """See to it that a trial does not run for which nothing is left.
 
         Inside ``optimize`` the trial is let go ahead to the first thing it asks for, which ends
@@ -203,7 +206,7 @@ class Session:
         ):
             raise QuotaExhausted(refusal.reason, **figures)  # type: ignore[arg-type]
         self._refused.add(_optuna.trial_id_of(trial))
-        reject(study, trial, refusal.reason, limits=limits)
+        reject(study, trial, refusal.reason)
 
         def raise_rejected() -> NoReturn:
             raise TrialRejected(refusal.reason, **figures)  # type: ignore[arg-type]
@@ -213,6 +216,17 @@ class Session:
             return
         self._tell_once(refusal.reason)
         study.stop()
+
+    def warn_of_constraints(self, trial: FrozenTrial, error: Exception) -> None:
+        """Say once that the user's constraints of a trial that did not complete are unknown."""
+        with self._lock:
+            told, self._unanswered = self._unanswered, True
+        if not told:
+            _logger.warning(
+                f"`constraints_func` failed for trial {trial.number}, which did not complete: "
+                f"{error!r}. The trial gets no constraints of yours; further failures of this "
+                "kind are not reported."
+            )
 
     def _tell_once(self, reason: str) -> None:
         with self._lock:

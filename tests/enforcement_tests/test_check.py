@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import find_spec
+import socket
+import time
+from typing import Any
+import warnings
+
 import optuna
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import check
+from optuna_quota import isolated
 from optuna_quota import LimitBreached
 from optuna_quota import Limits
 from optuna_quota import Quota
@@ -70,3 +78,146 @@ def test_nothing_is_checked_where_there_is_nothing_to_check() -> None:
         pruner=QuotaPruner(limits=Limits(memory="1TiB")),
     )
     check(study.ask())
+
+
+def in_two_processes(rank: int, port: int, how: str, told: Any) -> None:
+    import os
+
+    import torch.distributed as dist
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        told.put((rank, *DISTRIBUTED[how](rank)))
+    finally:
+        dist.destroy_process_group()
+
+
+def checks_distributed(trial: optuna.Trial | None) -> tuple[str, float | None]:
+    """Check in both processes until either raises; return what was raised, and the limit."""
+    from optuna_integration import TorchDistributedTrial
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        distributed = TorchDistributedTrial(trial)
+    try:
+        for _ in range(100):
+            check(distributed)
+            time.sleep(0.02)
+    except Exception as error:  # noqa: BLE001 - which one is what is asked for
+        return type(error).__name__, getattr(error, "limit", None)
+    return "completed", None
+
+
+def over_a_limit(rank: int) -> tuple[str, float | None]:
+    study = optuna.create_study(
+        sampler=QuotaSampler(quota=Quota(n_trials=9)),
+        pruner=QuotaPruner(limits=Limits(wall_time=0.3)),
+    )
+    return checks_distributed(study.ask() if rank == 0 else None)
+
+
+def within_its_limits(rank: int) -> tuple[str, float | None]:
+    study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time="1h")))
+    return checks_distributed(study.ask() if rank == 0 else None)
+
+
+def without_limits(rank: int) -> tuple[str, float | None]:
+    return checks_distributed(optuna.create_study().ask() if rank == 0 else None)
+
+
+def fails_at_rank_0(rank: int) -> tuple[str, float | None]:
+    class Faulty(QuotaPruner):
+        def watch_trial(self, study: Any, trial: Any) -> Any:
+            raise KeyError(lambda: "can't be pickled")
+
+    study = optuna.create_study(pruner=Faulty(limits=Limits(wall_time="1h")))
+    return checks_distributed(study.ask() if rank == 0 else None)
+
+
+DISTRIBUTED: dict[str, Callable[[int], tuple[str, float | None]]] = {
+    "over a limit": over_a_limit,
+    "within its limits": within_its_limits,
+    "without limits": without_limits,
+    "fails at rank 0": fails_at_rank_0,
+}
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("torch") is None or find_spec("optuna_integration") is None,
+    reason="torch or optuna-integration is not installed",
+)
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("over a limit", [(0, "LimitBreached", 0.3), (1, "LimitBreached", 0.3)]),
+        ("within its limits", [(0, "completed", None), (1, "completed", None)]),
+        ("without limits", [(0, "completed", None), (1, "completed", None)]),
+        ("fails at rank 0", [(0, "KeyError", None), (1, "RuntimeError", None)]),
+    ],
+)
+def test_all_processes_of_a_distributed_trial_agree(how: str, expected: Any) -> None:
+    import torch.multiprocessing as mp
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    told = mp.get_context("spawn").Queue()
+    mp.spawn(in_two_processes, args=(port, how, told), nprocs=2)
+    assert sorted(told.get(timeout=10) for _ in range(2)) == expected
+
+
+class Wrapper(optuna.trial.BaseTrial):
+    """Hands on what it is asked to the trial inside, and nothing that it does not know."""
+
+    def __init__(self, inner: Any) -> None:
+        self.cached = optuna.trial.create_trial(value=1.0)
+        self.inner = inner
+
+    def _suggest(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    suggest_float = suggest_int = suggest_categorical = _suggest
+    suggest_uniform = suggest_loguniform = suggest_discrete_uniform = _suggest
+    report = set_user_attr = set_system_attr = set_constraint = should_prune = _suggest
+    number = params = distributions = user_attrs = constraints = datetime_start = None
+
+
+class Delegate:
+    """Passes for the trial inside."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [Wrapper, Delegate, lambda t: Wrapper(Wrapper(t)), lambda t: Wrapper(Delegate(Wrapper(t)))],
+)
+def test_a_wrapped_trial_is_checked(wrap: Callable[[Any], Any]) -> None:
+    pruner = QuotaPruner(limits=Limits(wall_time=1e-6))
+    for sampler in (None, QuotaSampler(quota=Quota(n_trials=9))):
+        study = optuna.create_study(sampler=sampler, pruner=pruner)
+        with pytest.raises(LimitBreached):
+            check(wrap(study.ask()))
+
+
+def test_an_isolated_trial_is_checked_inside_of_a_wrapper() -> None:
+    study = optuna.create_study(
+        sampler=QuotaSampler(quota=Quota(n_trials=9)),
+        pruner=QuotaPruner(limits=Limits(wall_time=0.4)),
+    )
+
+    def objective(trial: optuna.Trial) -> float:
+        wrapped = Wrapper(trial)
+        while True:
+            check(wrapped)
+            time.sleep(0.02)
+
+    study.optimize(isolated(objective), n_trials=1)
+    assert read_record(study.trials[0]).outcome == "terminated"

@@ -17,10 +17,12 @@ from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 import pytest
 
+from optuna_quota import check
 from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
+from optuna_quota._enforcement.constraints import equal_constraints
 from optuna_quota._enforcement.constraints import limit_constraints
 from optuna_quota._resources import Breach
 
@@ -61,14 +63,15 @@ def test_what_it_was_stopped_for_counts(breach: Breach | None, expected: float) 
     assert limit_constraints(Limits(memory=100), {"memory": 50.0}, breach) == {"memory": expected}
 
 
-def test_every_completed_and_pruned_trial_has_them_from_the_first() -> None:
+def test_pruned_trials_show_theirs_and_completed_ones_within_their_limits_show_none() -> None:
     study = study_with(RandomSampler(seed=0))
     study.optimize(objective, n_trials=4)
-    for trial in study.trials:
-        gpu_memory, memory, wall_time = trial.system_attrs["constraints"]
-        assert gpu_memory == 0.0 or -1 <= gpu_memory < 0
-        assert -1 < memory < 0
-        assert -1 < wall_time < 0
+    completed = [t for t in study.trials if t.state == TrialState.COMPLETE]
+    assert [t.constraints for t in completed] == [{}] * 3
+    gpu_memory, memory, wall_time = study.trials[1].system_attrs["constraints"]
+    assert gpu_memory == 0.0 or -1 <= gpu_memory < 0
+    assert -1 < memory < 0
+    assert -1 < wall_time < 0
 
 
 def test_without_limits_there_are_none() -> None:
@@ -94,7 +97,7 @@ def test_a_base_samplers_own_constraints_stay_in_front(sampler: Any, tmp_path: P
         own, seven, *ours = trial.system_attrs["constraints"]
         assert own == trial.params["x"] - 0.5
         assert seven == -7.0
-        assert len(ours) == 3
+        assert len(ours) == (3 if trial.state == TrialState.PRUNED else 0)
 
 
 @pytest.mark.parametrize("key", ["latency", "0", "2"])
@@ -104,13 +107,15 @@ def test_constraints_that_the_user_set_are_untouched(key: str) -> None:
     def constrained(trial: optuna.Trial) -> float:
         x = trial.suggest_float("x", 0, 1)
         trial.set_constraint(key, x - 0.25)
+        if trial.number % 2:
+            raise optuna.TrialPruned
         return x
 
     # A key that hides one of ours would make Optuna warn, which is an error here.
-    study.optimize(constrained, n_trials=5)
+    study.optimize(constrained, n_trials=6)
     for trial in study.trials:
         assert trial.constraints[key] == trial.params["x"] - 0.25
-        assert len(trial.constraints) == 4
+        assert len(trial.constraints) == (4 if trial.state == TrialState.PRUNED else 1)
 
 
 BASES: list[Any] = [
@@ -144,9 +149,9 @@ def test_samplers_live_with_breaches_failures_and_rejections(base: Any) -> None:
         return x + y
 
     study.optimize(breaches, n_trials=14, catch=ValueError)
-    ended = [t for t in study.trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    assert {len(t.constraints) for t in ended} == {2}
-    assert any(t.state == TrialState.PRUNED for t in ended)
+    pruned = [t for t in study.trials if t.state == TrialState.PRUNED]
+    assert pruned
+    assert {len(t.constraints) for t in pruned} == {2}
     assert study.best_trial.params["x"] <= 0.5
 
 
@@ -163,3 +168,189 @@ def test_the_best_trial_is_one_within_its_limits() -> None:
     study.enqueue_trial({"slow": False})
     study.optimize(slow_is_better, n_trials=2)
     assert study.best_trial.params == {"slow": False}
+
+
+def told_late(trial: optuna.Trial) -> float:
+    x = trial.suggest_float("x", 0, 1)
+    if trial.number % 3 == 1:
+        raise optuna.TrialPruned
+    if trial.number % 3 == 2:
+        while True:
+            time.sleep(0.005)
+            check(trial)
+    trial.set_user_attr("c", x - 0.5)
+    return x
+
+
+def by_key(trial: optuna.trial.FrozenTrial) -> Any:
+    return (trial.user_attrs["c"],)
+
+
+def by_get(trial: optuna.trial.FrozenTrial) -> Any:
+    return trial.user_attrs.get("constraint") or (trial.user_attrs.get("c") and (-1.0,))
+
+
+def not_a_number(trial: optuna.trial.FrozenTrial) -> Any:
+    return (float("nan") if "c" not in trial.user_attrs else -1.0,)
+
+
+@pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")
+@pytest.mark.parametrize("function", [by_key, by_get, not_a_number])
+@pytest.mark.parametrize("sampler", [TPESampler, NSGAIISampler])
+def test_a_constraints_func_without_an_answer_ends_no_study(
+    sampler: Any, function: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = study_with(sampler(constraints_func=function, seed=0), Limits(wall_time=0.05))
+    study.optimize(told_late, n_trials=6)
+    outcomes = [trial.user_attrs["quota:outcome"] for trial in study.trials]
+    assert outcomes == ["completed", "pruned", "terminated"] * 2
+    assert all(trial.user_attrs["quota:reason"] for trial in study.trials[1:3])
+    assert caplog.text.count("`constraints_func` failed") == 1
+
+
+@pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")
+def test_a_constraints_func_that_fails_for_a_completed_trial_is_heard() -> None:
+    study = study_with(TPESampler(constraints_func=lambda trial: trial.user_attrs["typo"]))
+    with pytest.raises(KeyError, match="typo"):
+        study.optimize(lambda trial: 0.0, n_trials=1)
+
+
+A, B = Limits(memory="1TiB"), Limits(memory="1TiB", wall_time="1h")
+C = Limits(wall_time=30, gpu_memory="1GiB", custom={"disk": 5})
+OVER = Limits(memory=1, wall_time=1e-6)
+needs_torch = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed"),
+]
+
+
+def smooth(trial: optuna.Trial) -> float:
+    return trial.suggest_float("x", 0, 1) ** 2 + trial.suggest_int("n", 1, 9)
+
+
+def set_by_user(trial: optuna.Trial) -> float:
+    value = smooth(trial)
+    trial.set_constraint("latency", trial.params["x"] - 0.5)
+    return value
+
+
+def resumed(
+    study: optuna.Study, sampler: BaseSampler, limits: Limits | None, wrapped: bool = True
+) -> optuna.Study:
+    """Return the study as another worker loads it; bare where there are no limits."""
+    return optuna.load_study(
+        study_name=study.study_name,
+        storage=study._storage,
+        sampler=QuotaSampler(sampler, quota=Quota(n_trials=999)) if wrapped else sampler,
+        pruner=None if limits is None else QuotaPruner(limits=limits),
+    )
+
+
+WAYS: dict[str, list[tuple[Limits | None, bool]]] = {
+    "bare, then limits": [(None, False), (A, True), (B, True)],
+    "limits, then more and fewer of them": [(A, True), (B, True), (C, True), (A, True)],
+    "limits, then bare": [(A, True), (None, False)],
+    "limits, then none": [(B, True), (None, True), (B, True)],
+    "bare, limits, bare, limits": [(None, False), (B, True), (None, False), (A, True)],
+    "over its limits, then others, then bare": [(OVER, True), (C, True), (None, False)],
+    "pruner alone between": [(A, True), (A, False), (None, False), (B, True)],
+}
+
+
+# GPSampler's own arithmetic where all trials are far over a limit.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("one_object", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param(lambda: TPESampler(n_startup_trials=2, seed=0), id="TPE"),
+        pytest.param(lambda: NSGAIISampler(population_size=3, seed=0), id="NSGA-II"),
+        pytest.param(
+            lambda: GPSampler(n_startup_trials=2, seed=0),
+            id="GP",
+            marks=needs_torch,
+        ),
+        pytest.param(
+            lambda: optuna.samplers.PartialFixedSampler(
+                {"n": 3}, GPSampler(n_startup_trials=2, seed=0)
+            ),
+            id="GP, fixed",
+            marks=needs_torch,
+        ),
+    ],
+)
+def test_limits_that_change_in_mid_study_break_no_sampler(
+    base: Any, way: str, one_object: bool
+) -> None:
+    study, sampler = optuna.create_study(), base()
+    for limits, wrapped in WAYS[way]:
+        sampler = sampler if one_object else base()
+        resumed(study, sampler, limits, wrapped).optimize(smooth, n_trials=4)
+    assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+@pytest.mark.parametrize("objectives", [smooth, set_by_user])
+def test_gp_goes_on_with_rows_from_elsewhere(objectives: Any) -> None:
+    study = optuna.create_study()
+    for limits in (A, B, C):
+        for constraints in ({}, {"constraints": [-1.0, 0.5]}, {"constraints:other": 0.25}):
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params={"x": 0.5, "n": 3},
+                    distributions={
+                        "x": optuna.distributions.FloatDistribution(0, 1),
+                        "n": optuna.distributions.IntDistribution(1, 9),
+                    },
+                    value=3.25,
+                    system_attrs=constraints,
+                )
+            )
+        gp = GPSampler(n_startup_trials=2, seed=0)
+        resumed(study, gp, limits).optimize(objectives, n_trials=3)
+    assert len(study.trials) == 18
+
+
+def completed_row(usage: dict[str, Any], **system: Any) -> optuna.trial.FrozenTrial:
+    return optuna.trial.create_trial(
+        value=0.0,
+        user_attrs={f"quota:{name}": value for name, value in usage.items()},
+        system_attrs=system,
+    )
+
+
+def test_equal_constraints_are_those_of_the_limits_in_force() -> None:
+    limits = Limits(memory=100, wall_time=10)
+    found = equal_constraints(
+        [
+            completed_row({"memory": 50}),
+            completed_row({"memory": 90, "wall_time": 20}),
+            completed_row({"memory": 150, "wall_time": 15}),
+            completed_row({}),
+        ],
+        limits,
+    )
+    # What is unknown is the median of what is known, but no breach.
+    assert found == [
+        {"quota:memory": -0.5, "quota:wall_time": 0.0},
+        {"quota:memory": pytest.approx(-0.1), "quota:wall_time": 1.0},
+        {"quota:memory": 0.5, "quota:wall_time": 0.5},
+        {"quota:memory": pytest.approx(-0.1), "quota:wall_time": 0.0},
+    ]
+    assert len({tuple(each) for each in found}) == 1
+    assert equal_constraints([completed_row({"memory": 50})], Limits()) == [{}]
+
+
+def test_equal_constraints_begin_with_those_of_the_user() -> None:
+    joined = {"constraints": [0.5, -7.0, 3.0], "quota:constrained": ["memory"]}
+    keyed = {"constraints:1": -2.0, "constraints:quota:memory": 3.0}
+    rows = [completed_row({"memory": 50}, **each) for each in (joined, keyed, {})]
+    assert equal_constraints(rows, Limits(memory=100)) == [
+        {"0": 0.5, "1": -7.0, "quota:memory": -0.5},
+        {"0": 0.0, "1": -2.0, "quota:memory": -0.5},
+        {"0": 0.0, "1": 0.0, "quota:memory": -0.5},
+    ]

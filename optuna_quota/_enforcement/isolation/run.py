@@ -18,7 +18,10 @@ from optuna_quota import _optuna
 from optuna_quota._enforcement.check import condemn
 from optuna_quota._enforcement.check import raise_breached
 from optuna_quota._enforcement.check import raise_rejected
+from optuna_quota._enforcement.forecast import Earlier
+from optuna_quota._enforcement.forecast import earlier_trials
 from optuna_quota._enforcement.forecast import forecast_breach
+from optuna_quota._enforcement.forecast import remember_profile
 from optuna_quota._enforcement.isolation import cgroup
 from optuna_quota._enforcement.isolation.child import Exited
 from optuna_quota._enforcement.isolation.child import Inherited
@@ -58,6 +61,9 @@ from optuna_quota._enforcement.isolation.serving import NotStarted
 from optuna_quota._enforcement.isolation.serving import Server
 from optuna_quota._enforcement.isolation.template_client import PreparedMain
 from optuna_quota._enforcement.isolation.template_client import template_client
+from optuna_quota._enforcement.nesting import pruner_limits
+from optuna_quota._enforcement.nesting import pruner_meters
+from optuna_quota._enforcement.pruner import enforce_outside
 from optuna_quota._enforcement.settle import row_of
 from optuna_quota._enforcement.settle import settle
 from optuna_quota._metering import key_of
@@ -99,6 +105,7 @@ class TrialRun:
         self._study = trial.study if isinstance(trial, Trial) else None
         self._remote = RemoteObjects(trial)
         self._steps: list[tuple[int, float]] = []
+        self._next_forecast = 0
         self._server: Server | None = None
 
     def run(self) -> Any:
@@ -137,11 +144,12 @@ class TrialRun:
             limits = self._isolated.limits or Limits()
             return loop.watch(key, limits=limits, here=False), True
         key = key_of(self._study, self._trial)
+        enforce_outside(self._study)
         pruner = self._study.pruner
-        limits = agreed_limits(self._isolated.limits, getattr(pruner, "limits", None))
+        limits = agreed_limits(self._isolated.limits, pruner_limits(pruner))
         watch = loop.find(key)
         if watch is None:
-            meters = getattr(pruner, "meters", ())
+            meters = pruner_meters(pruner)
             return loop.watch(key, limits=limits, meters=meters, here=False), True
         if self._isolated.limits is not None and watch.limits != self._isolated.limits:
             agreed_limits(self._isolated.limits, watch.limits or None)
@@ -321,24 +329,23 @@ class TrialRun:
             return
         elapsed = self._watch.elapsed
         self._steps.append((step, elapsed))
+        if len(self._steps) < self._next_forecast:
+            return
+        # A forecast looks at all steps: of many, not after each.
+        self._next_forecast = 1 + int(1.01 * len(self._steps))
         breach = forecast_breach(
             self._ceilings(),
             elapsed,
             steps=self._steps,
-            last_step=self._least_last_step,
+            earlier=self._earlier_trials,
             memory=self._watch.timeline(),
         )
         if breach is not None:
             self._stop(breach)
 
     @functools.cached_property
-    def _least_last_step(self) -> int | None:
-        """The least last step of the trials that completed, None before three have."""
-        if self._study is None:
-            return None
-        done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        steps = [step for trial in done if (step := trial.last_step) is not None]
-        return min(steps) if len(steps) >= 3 else None
+    def _earlier_trials(self) -> Earlier:
+        return Earlier() if self._study is None else earlier_trials(self._study)
 
     def _conclude(self, server: Server) -> Any:
         """Return or raise what came of the trial, and put down the verdict."""
@@ -348,6 +355,8 @@ class TrialRun:
         if server.breach is not None:
             self._terminate(server.breach)
         if isinstance(outcome, Returned):
+            if self._steps and self._study is not None:
+                remember_profile(self._study, self._steps)
             if ended.leftovers:
                 _logger.warning(
                     f"Trial {self._trial.number} left processes behind, which were ended: "

@@ -1,0 +1,159 @@
+"""Find quota pruners inside other pruners, with the limits that result, and kinds of samplers."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+import contextlib
+import functools
+import itertools
+import types
+from typing import Any
+from typing import cast
+from typing import Protocol
+from typing import TYPE_CHECKING
+from typing import TypeVar
+
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+
+from optuna_quota._metering import Meter
+from optuna_quota._metering import Watch
+from optuna_quota._resources import Limits
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import BaseTrial
+    from optuna.trial import FrozenTrial
+
+
+T = TypeVar("T")
+
+# Objects looked at, items of one container, and references from one to the next: pruners are
+# small, but may hold a data set beside others.
+_MOST_OBJECTS = 2000
+_MOST_ITEMS = 100
+_DEPTH = 6
+_DEMANDING = ("GPSampler", "BoTorchSampler")
+_CONTAINERS = (list, tuple, set, frozenset, deque)
+
+
+class LimitingPruner(Protocol):
+    """What is asked of a :class:`~optuna_quota.QuotaPruner`, wherever it stands."""
+
+    limits: Limits
+    interrupt: bool
+    meters: tuple[Meter, ...]
+
+    def watch_trial(self, study: Study, trial: BaseTrial | FrozenTrial) -> Watch:
+        """Return the metering of a running trial."""
+
+
+def find_inside(root: object, kind: type[T]) -> list[T]:
+    """Return what an object is or holds of a kind: outer ones first.
+
+    Attributes, containers, and what callables refer to are searched; studies, storages and the
+    like are not, since what they hold is not the object's own.
+
+    Args:
+        root: Where to begin.
+        kind: The class to look for.
+    """
+    found: list[T] = []
+    known: dict[int, object] = {}
+    waiting = deque([(root, 0)])
+    while waiting and len(known) < _MOST_OBJECTS:
+        each, depth = waiting.popleft()
+        if id(each) in known:
+            continue
+        # Kept alive meanwhile, so that no other object gets the same id.
+        known[id(each)] = each
+        if issubclass(type(each), kind):
+            found.append(cast("T", each))
+        if depth < _DEPTH:
+            waiting.extend((part, depth + 1) for part in _parts(each))
+    return found
+
+
+def quota_pruners(pruner: object) -> list[LimitingPruner]:
+    """Return the quota pruners that a study's pruner is or holds, outer ones first."""
+    inside: list[object] = find_inside(pruner, BasePruner)
+    return [cast("LimitingPruner", each) for each in inside if hasattr(type(each), "watch_trial")]
+
+
+def pruner_limits(pruner: object) -> Limits | None:
+    """Return the limits that a study's pruner brings, None without a quota pruner.
+
+    Of several quota pruners, the tightest limit on each resource holds.
+    """
+    found = [each.limits for each in quota_pruners(pruner)]
+    return functools.reduce(lambda a, b: a.tightened(b.amounts()), found) if found else None
+
+
+def pruner_meters(pruner: object) -> tuple[Meter, ...]:
+    """Return the user's meters that a study's pruner brings, one of each name."""
+    meters: dict[str, Meter] = {}
+    for each in quota_pruners(pruner):
+        for meter in each.meters:
+            meters.setdefault(meter.name, meter)
+    return tuple(meters.values())
+
+
+def demands_equal_constraints(sampler: object) -> bool:
+    """Return whether a study's sampler raises unless all trials have the same constraints."""
+    return bool(demanding_samplers(getattr(sampler, "base_sampler", sampler)))
+
+
+def demanding_samplers(sampler: object) -> list[Any]:
+    """Return the samplers inside of one that raise unless all trials have the same constraints.
+
+    What counts is completed trials. They are known by name: neither is imported where it is not
+    in use.
+    """
+    inside: list[object] = find_inside(sampler, BaseSampler)
+    return [each for each in inside if any(c.__name__ in _DEMANDING for c in type(each).__mro__)]
+
+
+def _parts(each: object) -> Iterator[object]:
+    return itertools.islice(_all_parts(each), _MOST_ITEMS)
+
+
+def _all_parts(each: object) -> Iterable[object]:
+    if isinstance(each, Mapping):
+        return each.values()
+    if isinstance(each, _CONTAINERS):
+        return each
+    if isinstance(each, functools.partial):
+        return (each.func, *each.args, *each.keywords.values())
+    if isinstance(each, types.MethodType):
+        return (each.__self__,)
+    if isinstance(each, types.FunctionType):
+        return _closed_over(each)
+    return _attributes(each)
+
+
+def _closed_over(function: types.FunctionType) -> Iterator[object]:
+    for cell in function.__closure__ or ():
+        # A cell is empty until its variable is assigned.
+        with contextlib.suppress(ValueError):
+            yield cell.cell_contents
+
+
+def _attributes(each: object) -> Iterator[object]:
+    cls = type(each)
+    is_optunas = cls.__module__.split(".")[0] == "optuna"
+    if isinstance(each, (type, types.ModuleType)) or (
+        is_optunas and not issubclass(cls, (BasePruner, BaseSampler))
+    ):
+        return
+    # The object's own attributes, whatever its class makes of access to them.
+    with contextlib.suppress(AttributeError):
+        yield from list(object.__getattribute__(each, "__dict__").values())
+    for base in cls.__mro__:
+        for member in vars(base).values():
+            if isinstance(member, types.MemberDescriptorType):
+                with contextlib.suppress(AttributeError):
+                    yield member.__get__(each, cls)
