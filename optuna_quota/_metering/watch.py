@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from optuna_quota._metering.amounts import Amounts
 from optuna_quota._metering.breach import breaches
 from optuna_quota._metering.breach import ceilings
+from optuna_quota._metering.gpu_source import GpuSource
 from optuna_quota._metering.renewal import ASK_AT
 from optuna_quota._metering.renewal import Renewal
 from optuna_quota._metering.timeline import Timeline
@@ -67,6 +68,8 @@ class Watch:
         closed: Whether metering has ended.
         environment: Environment variables for the trial's own process, such as the GPU it was
             given.
+        gpu_source: How its use of GPUs is told: by ``"process"``, by ``"device"``, or by the
+            ``"framework"`` from inside; None where it used none or that is unknown.
         most: What it could be granted of quotas at the very most, by resource.
         prices: Price per hour by resource, where there is a quota on ``cost``.
     """
@@ -90,6 +93,7 @@ class Watch:
         self.settled = False
         self.closed = False
         self.environment: Mapping[str, str] = {}
+        self.gpu_source: GpuSource | None = None
         self.most: Mapping[str, float] = {}
         self.prices: Mapping[str, float] = {}
         self._loop = loop
@@ -321,6 +325,7 @@ class Watch:
     def isolate(self) -> None:
         """Forget what was measured of this process."""
         self.isolation = "process"
+        self.gpu_source = None
         self._used = Amounts()
         self._timeline = Timeline()
         self._cpu_marks.clear()

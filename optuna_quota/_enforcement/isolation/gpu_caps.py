@@ -6,6 +6,7 @@ fails its own allocation instead, with an error that is recognised as a breach.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -17,19 +18,20 @@ def set_gpu_caps(gpu_memory: float | None, device_memory: float | None) -> None:
 
     Args:
         gpu_memory: The trial's limit, in bytes.
-        device_memory: The memory of the smallest visible GPU, in bytes; None when unknown, and
-            then only what needs no fraction is set.
+        device_memory: The memory of the smallest GPU or MIG instance that the trial sees, in
+            bytes; None when unknown, and then only what needs no fraction is set.
     """
     if gpu_memory is None:
         return
     # TensorFlow takes a whole device otherwise, whatever the model needs.
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    # JAX takes three quarters of each device at once otherwise: what a trial needs would never be
+    # known, and all of its limit with the driver's own part on top would be over it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if device_memory:
-        fraction = min(1.0, gpu_memory / device_memory)
-        # JAX takes three quarters of a device at once otherwise.
+        fraction = math.floor(1e4 * min(1.0, gpu_memory / device_memory)) / 1e4
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{fraction:.4f}")
-    else:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("CUPY_GPU_MEMORY_LIMIT", str(int(gpu_memory)))
     after_import("torch.cuda", lambda module: cap_torch(module, gpu_memory))
 
 

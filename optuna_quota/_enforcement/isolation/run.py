@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import contextlib
 import functools
 import logging
+import os
 from pathlib import Path
 from typing import Any
 from typing import NoReturn
@@ -60,6 +61,7 @@ from optuna_quota._enforcement.settle import settle
 from optuna_quota._metering import key_of
 from optuna_quota._metering import metering_loop
 from optuna_quota._metering import Verdict
+from optuna_quota._metering.gpu_devices import device_memory
 from optuna_quota._records import is_rejected
 from optuna_quota._resources import Breach
 from optuna_quota._resources import Limits
@@ -236,12 +238,15 @@ class TrialRun:
             output=output_rules(),
             trial=facts,
             limits={name: ceiling for name, (ceiling, _) in self._ceilings().items()},
-            device_memory=device_memory() if "gpu_memory" in self._ceilings() else None,
+            device_memory=self._device_memory() if "gpu_memory" in self._ceilings() else None,
             grace_period=self._isolated.grace_period,
             objective=None
             if payload is None
             else SentObjective(payload.pickles, payload.states, payload.sizes, tracker),
         )
+
+    def _device_memory(self) -> float | None:
+        return device_memory({**os.environ, **self._watch.environment})
 
     def _ceilings(self) -> Mapping[str, tuple[float, bool]]:
         # A grant of more of a quota does not reach the kernel: the metering loop holds the slice.
@@ -332,7 +337,7 @@ class TrialRun:
                 self._ceilings(),
                 self._watch.elapsed,
                 enforced=enforced,
-                device_memory=device_memory() if gpu else None,
+                device_memory=self._device_memory() if gpu else None,
             )
             if breach is not None:
                 self._terminate(breach, cause=error)
@@ -371,18 +376,6 @@ def agreed_limits(own: Limits | None, theirs: Limits | None) -> Limits:
             "Give them to QuotaPruner alone."
         )
     return own or theirs or Limits()
-
-
-def device_memory() -> float | None:
-    """Return the memory of the smallest visible GPU in bytes, None without one."""
-    from optuna_quota._metering.nvml import GpuError
-    from optuna_quota._metering.nvml import open_devices
-
-    totals = []
-    for device in open_devices()[0]:
-        with contextlib.suppress(GpuError):
-            totals.append(float(device.memory()[1]))
-    return min(totals, default=None)
 
 
 def _state_of(value: Any, error: BaseException | None, n_values: int) -> TrialState:
