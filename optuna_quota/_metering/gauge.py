@@ -10,7 +10,7 @@ import threading
 from typing import Protocol
 from typing import TYPE_CHECKING
 
-from optuna_quota._metering.gpu_source import GpuSource
+from optuna_quota._metering.gpu_source import GpuUse
 from optuna_quota._metering.meter import Meter
 from optuna_quota._metering.pacing import LONGEST_WAIT
 from optuna_quota._metering.pacing import next_due
@@ -31,14 +31,14 @@ class Amount:
         lost: True when the trial's usage can't be told any more, what was read before included.
         is_own: True when it is the trial's own share, False when it is that of its processes,
             which other trials may run in.
-        source: How the trial's use of GPUs is told.
+        gpu: How the trial's use of GPUs is told.
     """
 
     value: float | None
     peak: bool
     lost: bool = False
     is_own: bool = False
-    source: GpuSource | None = None
+    gpu: GpuUse | None = None
 
 
 class Gauge(Protocol):
@@ -145,7 +145,7 @@ class Probe:
             sharers: The trials that run in the same processes; a total is split evenly.
         """
         for name, amount in amounts.items():
-            self.watch.gpu_source = amount.source or self.watch.gpu_source
+            self.watch.gpu = amount.gpu or self.watch.gpu
             if amount.lost:
                 self.watch.forget(name)
             elif amount.value is None:

@@ -22,6 +22,8 @@ from optuna_quota._metering.gpu_devices import forget_visible
 from optuna_quota._metering.gpu_devices import has_gpu_open
 from optuna_quota._metering.gpu_devices import visible_gpus
 from optuna_quota._metering.gpu_source import choose_source
+from optuna_quota._metering.gpu_source import DeviceShare
+from optuna_quota._metering.gpu_source import GpuUse
 from optuna_quota._metering.gpu_source import growth
 from optuna_quota._metering.gpu_source import has_hidden_use
 from optuna_quota._metering.gpu_source import is_stranger
@@ -188,7 +190,7 @@ class GpuGauge:
         return source, reading
 
     def _judge(self, reader: GpuReader, reading: GpuReading, here: Collection[int]) -> Source:
-        has_grown = self._grown(reader, reading) >= NOTICEABLE
+        has_grown = sum(self._growths(reader, reading).values()) >= NOTICEABLE
         # A driver's files tell who is on no GPU at all, in a container too.
         may_be_new = has_grown and not here and self._source.name is None
         if may_be_new and self._has_gpu_open(self._pids) is False:
@@ -205,9 +207,9 @@ class GpuGauge:
             why_not_listed=marks.get("gpu_memory", _NOT_LISTED),
         )
 
-    def _grown(self, reader: GpuReader, reading: GpuReading) -> float:
-        """Return what the trial's devices hold beyond what they held before it, in bytes."""
-        whole = 0.0
+    def _growths(self, reader: GpuReader, reading: GpuReading) -> dict[str, float]:
+        """Return what each of the trial's devices holds beyond what it held before, in bytes."""
+        found = {}
         for identity in self._devices:
             before, now = self._start.devices.get(identity), reading.devices.get(identity)
             if before is None or now is None:
@@ -215,8 +217,8 @@ class GpuGauge:
             amount = growth(before, now, lambda pid: self._is_strangers(reader, pid)) or 0.0
             # Less than before: others have let go of it, and the trial held none of that.
             least = self._least[identity] = min(amount, self._least.get(identity, 0.0))
-            whole += amount - least
-        return whole
+            found[identity] = amount - least
+        return found
 
     def _is_strangers(self, reader: GpuReader, pid: int) -> bool:
         if pid in self._pids or (self._runs_here and pid in reader.outside):
@@ -225,8 +227,13 @@ class GpuGauge:
 
     def _by_process(self, reading: GpuReading) -> dict[str, Amount]:
         memory = sum(reading.memory.get(pid) or 0.0 for pid in self._pids)
+        held = {
+            home: sum(reading.devices[home].held.get(pid) or 0.0 for pid in self._pids)
+            for home in self._homes
+        }
+        use = GpuUse("process", _shares(reading, held))
         found = {
-            "gpu_memory": Amount(memory, peak=True, source="process"),
+            "gpu_memory": Amount(memory, peak=True, gpu=use),
             **self._totals(reading, self._pids),
         }
         for reason, names in _reasons(reading, self._pids).items():
@@ -239,12 +246,13 @@ class GpuGauge:
             "GPU memory of trials is measured by what their devices hold beyond what they held"
         )
         warn_once("gpu: by device", f"{message} before: {_NOT_LISTED}.", level=logging.INFO)
-        memory = self._grown(reader, reading)
+        held = self._growths(reader, reading)
         listed = {pid for name in self._devices for pid in reading.devices[name].held}
         # By the numbers that they have outside of the container.
         self._members |= {pid for pid in listed if not self._is_strangers(reader, pid)}
         reader.outside |= self._members
-        found = {"gpu_memory": Amount(memory, peak=True, source="device")}
+        use = GpuUse("device", _shares(reading, held))
+        found = {"gpu_memory": Amount(sum(held.values()), peak=True, gpu=use)}
         if self._members:
             found.update(self._totals(reading, self._members))
             for reason, names in _reasons(reading, self._members, GPU_RESOURCES[1:]).items():
@@ -290,6 +298,15 @@ def _reasons(
         for reason in {reading.unknown.get(pid, {}).get(name) for pid in pids} - {None}:
             reasons.setdefault(str(reason), []).append(name)
     return reasons
+
+
+def _shares(reading: GpuReading, held: Mapping[str, float]) -> tuple[DeviceShare, ...]:
+    devices = [(amount, reading.devices[name]) for name, amount in sorted(held.items())]
+    return tuple(
+        DeviceShare(amount, device.used, device.total)
+        for amount, device in devices
+        if device.used is not None and device.total is not None
+    )
 
 
 _LOST = Amount(None, peak=True, lost=True)

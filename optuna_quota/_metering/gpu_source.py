@@ -37,6 +37,34 @@ class DeviceReading:
 
 
 @dataclass(frozen=True)
+class DeviceShare:
+    """One device of a trial at one moment, in bytes.
+
+    Attributes:
+        held: What the trial holds of it.
+        used: What anyone does.
+        total: Its memory.
+    """
+
+    held: float
+    used: float
+    total: float
+
+
+@dataclass(frozen=True)
+class GpuUse:
+    """How a trial's use of GPUs is told, and of which devices at the last reading.
+
+    Attributes:
+        source: By process, by what its devices hold, or by the framework from inside.
+        devices: The devices that it holds something of.
+    """
+
+    source: GpuSource
+    devices: tuple[DeviceShare, ...] = ()
+
+
+@dataclass(frozen=True)
 class Source:
     """How a trial's use of GPUs is told.
 

@@ -195,13 +195,13 @@ class MeteringLoop:
 
     # What follows is called by watches.
 
-    def sample(self, watch: Watch) -> None:
-        """Measure a trial now; gauges only when they are due."""
+    def sample(self, watch: Watch, *, fully: bool = False) -> None:
+        """Measure a trial now; gauges only when they are due, or ``fully``."""
         with self._lock:
             now = self.now()
             self._read_target_of(watch, now)
-            due = [p for p in self._probes.get(watch, ()) if now >= p.due]
-        self._probe(due)
+            due = [p for p in self._probes.get(watch, ()) if fully or now >= p.due]
+        self._probe(due, patience=_PATIENCE if fully else 0.0)
         self._judge(watch)
 
     def allow(self, watch: Watch, left: Mapping[str, float]) -> None:

@@ -48,7 +48,8 @@ class Trial:
         self.process.kill()
         self.process.wait()
         usage = self.watch.close()
-        print(self.watch.gpu_source, usage.gpu_memory, usage.gpu_time, usage.energy)
+        gpu = self.watch.gpu
+        print(gpu and gpu.source, usage.gpu_memory, usage.gpu_time, usage.energy)
         return usage
 """
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 from dataclasses import dataclass
+from dataclasses import replace
 import faulthandler
 import io
 import logging
@@ -24,10 +25,13 @@ from optuna_quota._enforcement.isolation.calls import Handle
 from optuna_quota._enforcement.isolation.calls import Proxy
 from optuna_quota._enforcement.isolation.channel import Channel
 from optuna_quota._enforcement.isolation.child_trial import ChildTrial
+from optuna_quota._enforcement.isolation.child_trial import MEASURE
+from optuna_quota._enforcement.isolation.child_trial import TRIAL
 from optuna_quota._enforcement.isolation.child_trial import TrialFacts
 from optuna_quota._enforcement.isolation.errors import pack_error
 from optuna_quota._enforcement.isolation.errors import SentError
 from optuna_quota._enforcement.isolation.errors import unpack_error
+from optuna_quota._enforcement.isolation.gpu_caps import framework_gpu_memory
 from optuna_quota._enforcement.isolation.gpu_caps import set_gpu_caps
 from optuna_quota._enforcement.isolation.multiprocessing_child import use_tracker
 from optuna_quota._enforcement.isolation.output import defer_to_handlers
@@ -105,9 +109,15 @@ class Ready:
 
 @dataclass(frozen=True)
 class Returned:
-    """The objective returned."""
+    """The objective returned.
+
+    Attributes:
+        value: What.
+        gpu_memory: The peak of GPU memory by the frameworks' own counters, in bytes.
+    """
 
     value: Any
+    gpu_memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,11 +128,13 @@ class Raised:
         error: What.
         shortage: The failed allocation behind it, if that was why.
         resident: The resident memory when it arrived here, in bytes.
+        gpu_memory: The peak of GPU memory by the frameworks' own counters, in bytes.
     """
 
     error: SentError
     shortage: Shortage | None = None
     resident: int | None = None
+    gpu_memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -274,6 +286,7 @@ def _limit(start: Start) -> int | None:
 
 
 def _run(objective: Any, trial: ChildTrial) -> Any:
+    assert _calls is not None
     try:
         value = objective(trial)
     except SystemExit as error:
@@ -283,8 +296,11 @@ def _run(objective: Any, trial: ChildTrial) -> Any:
         # First of all: what follows needs some memory itself.
         rlimits.lift_memory_limit()
         shortage = find_shortage(error)
-        return Raised(pack_error(error), shortage, resident)
-    return Returned(value)
+        if shortage is not None and shortage.resource == "gpu_memory":
+            # While it holds what it held: the error's traceback keeps the frames.
+            _calls.call(TRIAL, MEASURE)
+        return Raised(pack_error(error), shortage, resident, framework_gpu_memory())
+    return Returned(value, framework_gpu_memory())
 
 
 def _finish(outcome: Any, grace_period: float) -> int:
@@ -337,7 +353,7 @@ def _sendable(returned: Returned) -> Any:
     value = returned.value
     if _is_tensor(value):
         with contextlib.suppress(Exception):
-            return Returned(float(value))
+            return replace(returned, value=float(value))
     try:
         from optuna_quota._enforcement.isolation.channel import dumps
 

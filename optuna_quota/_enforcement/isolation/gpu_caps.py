@@ -6,8 +6,10 @@ fails its own allocation instead, with an error that is recognised as a breach.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import sys
 from typing import Any
 
 from optuna_quota._enforcement.isolation.after_import import after_import
@@ -55,3 +57,38 @@ def cap_torch(cuda: Any, gpu_memory: float) -> None:
         lazily(cap)
     elif cuda.is_available():
         cap()
+
+
+def framework_gpu_memory() -> float | None:
+    """Return the peak of GPU memory by the frameworks' own counters, in bytes; None for none.
+
+    A framework that has not been imported, or has not used a GPU, is not started for it.
+    """
+    found = []
+    for name, count in (("torch", _torch_peak), ("jax", _jax_peak), ("cupy", _cupy_total)):
+        module = sys.modules.get(name)
+        if module is not None:
+            # Whatever it raises, this is beside the trial's own result.
+            with contextlib.suppress(Exception):
+                found.append(float(count(module)))
+    return sum(found) or None
+
+
+def _torch_peak(torch: Any) -> float:
+    if not torch.cuda.is_initialized():
+        return 0.0
+    devices = range(torch.cuda.device_count())
+    return float(sum(torch.cuda.max_memory_reserved(device) for device in devices))
+
+
+def _jax_peak(jax: Any) -> float:
+    # To ask for the devices would start the backend.
+    if not sys.modules["jax._src.xla_bridge"]._backends:
+        return 0.0
+    counters = [d.memory_stats() for d in jax.local_devices() if d.platform in ("gpu", "cuda")]
+    return float(sum((stats or {}).get("peak_bytes_in_use", 0) for stats in counters))
+
+
+def _cupy_total(cupy: Any) -> float:
+    # Its pool gives nothing back by itself: what it has is its peak.
+    return float(cupy.get_default_memory_pool().total_bytes())

@@ -18,6 +18,7 @@ from optuna_quota._enforcement.isolation.child import Ready
 from optuna_quota._enforcement.isolation.child import Returned
 from optuna_quota._enforcement.isolation.child import Unsendable
 from optuna_quota._enforcement.isolation.child_trial import CHECK
+from optuna_quota._enforcement.isolation.child_trial import MEASURE
 from optuna_quota._enforcement.isolation.control import Breached
 from optuna_quota._enforcement.isolation.control import Enforce
 from optuna_quota._enforcement.isolation.control import Kill
@@ -54,6 +55,7 @@ class Server:
         on_ready: Called when the objective is about to run; returns what is to be enforced.
         on_report: Called after a report with the step.
         ask_breach: Answers ``optuna_quota.check``.
+        measure: Reads what the trial holds at this moment.
         label: What the trial is called in the log.
 
     Attributes:
@@ -70,6 +72,7 @@ class Server:
         on_ready: Callable[[Ready], Enforce],
         on_report: Callable[[int], None],
         ask_breach: Callable[[], Breach | None],
+        measure: Callable[[], object],
         label: str,
     ) -> None:
         self.outcome: Outcome | None = None
@@ -81,6 +84,7 @@ class Server:
         self._on_ready = on_ready
         self._on_report = on_report
         self._ask_breach = ask_breach
+        self._measure = measure
         self._label = label
         self._sending = threading.Lock()
         self._started = False
@@ -199,6 +203,9 @@ class Server:
                 return number, None, None
             if name == CHECK:
                 return number, self._ask_breach(), None
+            if name == MEASURE:
+                self._measure()
+                return number, None, None
             target = self._remote[index]
             if name == "__setattr__":
                 setattr(target, *(args or ()))
