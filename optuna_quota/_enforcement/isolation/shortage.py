@@ -78,11 +78,11 @@ def _match(error: BaseException) -> Shortage | None:
         text = str(error).lower()
     except Exception:  # noqa: BLE001 - a user's __str__ may raise anything
         text = ""
-    if isinstance(error, MemoryError):
+    root = type(error).__module__.partition(".")[0].removesuffix("lib")
+    if isinstance(error, MemoryError) and root != "cupy":  # whose own is one, of a GPU
         if _was_raised_by_python(error.__traceback__):
             return None
         return Shortage("memory", _array_size(error) or _requested(text))
-    root = type(error).__module__.partition(".")[0].removesuffix("lib")
     names = {c.__name__ for c in type(error).__mro__}
     for module, name, words, resource in _CLASSES:
         fits = (not module or module == root) and (not name or name in names)
