@@ -7,16 +7,20 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
+import logging
 import os
 import threading
 import time
 from typing import Protocol
 from typing import TypeVar
 
+from optuna_quota._metering.gpu_presence import GpuPresence
 from optuna_quota._metering.gpu_source import DeviceReading
 from optuna_quota._metering.nvml import GpuError
 from optuna_quota._metering.nvml import GpuSample
 
+
+_logger = logging.getLogger("optuna.quota.metering")
 
 GPU_RESOURCES = ("gpu_memory", "gpu_time", "energy")
 
@@ -101,6 +105,7 @@ class GpuReader:
         now = clock()
         self._meters = [_DeviceMeter(device, now) for device in devices]
         self._tenants: dict[object, frozenset[str]] = {}
+        self._presence = GpuPresence()
         self.latest = GpuReading()
         self.cost = 0.0
         self.listed = False
@@ -112,20 +117,39 @@ class GpuReader:
         return frozenset(meter.device.identity for meter in self._meters)
 
     def enter(self, tenant: object, devices: frozenset[str]) -> None:
-        """Note that a trial of this study may use these devices from now on."""
+        """Note that a trial may use these devices from now on."""
         with self._lock:
-            self._tenants[tenant] = devices
+            if self._tenants.get(tenant) != devices:
+                self._tenants[tenant] = devices
+                self._show()
 
     def leave(self, tenant: object) -> None:
         """Note that a trial has ended."""
         with self._lock:
-            self._tenants.pop(tenant, None)
+            if self._tenants.pop(tenant, None) is not None:
+                self._show()
+
+    def _show(self) -> None:
+        try:
+            self._presence.show(frozenset().union(*self._tenants.values()))
+        except OSError as error:
+            _logger.debug(f"Other workers are not told which GPUs trials use: {error}.")
 
     def is_alone(self, tenant: object) -> bool:
-        """Return whether no other trial of this study may use a trial's devices."""
+        """Return whether no other trial of this machine's workers may use a trial's devices."""
         with self._lock:
             own = self._tenants.get(tenant, frozenset())
-            return not any(own & its for other, its in self._tenants.items() if other != tenant)
+            if any(own & its for other, its in self._tenants.items() if other is not tenant):
+                return False
+        try:
+            return not own & self._presence.others()
+        except OSError as error:
+            _logger.debug(f"Which GPUs other workers' trials use is not known: {error}.")
+            return True
+
+    def abandon(self) -> None:
+        """Leave the devices to the parent, in the child after a fork."""
+        self._presence.show(())
 
     def read(self, max_age: float = 0.0, after: float = float("-inf")) -> GpuReading:
         """Return what is known, asked anew if that is too old.

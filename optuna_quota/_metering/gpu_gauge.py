@@ -87,6 +87,8 @@ class GpuGauge:
         self._homes: set[str] = set()
         self._members: set[int] = set()
         self._runs_here = False
+        self._is_closed = False
+        self._was_shared = False
         self._source = NOT_ON_A_GPU
         self._has_limit = "gpu_memory" in self._asked
         self.period = _PERIOD_WITH_LIMIT if self._has_limit else _PERIOD
@@ -104,15 +106,23 @@ class GpuGauge:
                 return {}
             self._start = reading = reader.read()
             self._runs_here = bool(pids)
+            if not self._runs_here:
+                reader.enter(self, self._devices)
         else:
+            # A trial in this process may be about to get one of its own, on other devices.
+            reader.enter(self, self._devices)
             reading = reader.read(max_age=self.period / 2, after=self._at)
         self._at = reading.at
         shortest = _PERIOD_WITH_LIMIT if self._has_limit else _PERIOD
         self.period = max(shortest, reader.cost / _SHARE)
-        return self._amounts(reader, reading, pids)
+        amounts = self._amounts(reader, reading, pids)
+        if self._is_closed:
+            reader.leave(self)  # closed by another thread meanwhile
+        return amounts
 
     def close(self) -> None:
         """Leave the devices to the next trial."""
+        self._is_closed = True
         if self._reader is not None:
             self._reader.leave(self)
 
@@ -120,7 +130,6 @@ class GpuGauge:
         try:
             reader = self._reader = self._open_reader()
             self._devices = self._own_devices(reader)
-            reader.enter(self, self._devices)
         except GpuError as error:
             odd = self._asked or nvml.driver_is_present()
             level = logging.WARNING if odd else logging.INFO
@@ -147,8 +156,11 @@ class GpuGauge:
             return self._give_up(Source(None, lost), names)
         source, reading = self._choose(reader, reading)
         if source.reason is not None:
+            if source.is_shared and not self._was_shared:
+                self._was_shared = True
+                return {}  # it may be for an instant only, while a trial is on its way
             return self._give_up(source, GPU_RESOURCES)
-        self._source = source
+        self._source, self._was_shared = source, False
         if source.name == "device":
             return self._by_device(reader, reading)
         if source.name == "process":
@@ -201,7 +213,7 @@ class GpuGauge:
             is_listed=bool(here),
             is_told=not untold,
             list_is_ours=reader.listed,
-            is_alone=reader.is_alone(self),
+            is_alone=not has_grown or reader.is_alone(self),
             has_grown=has_grown,
             was_there=any(pid in self._start.memory for pid in here),
             why_not_listed=marks.get("gpu_memory", _NOT_LISTED),
@@ -361,6 +373,8 @@ def gpu_reader() -> GpuReader:
 
 def forget_gpus() -> None:
     """Let the driver be asked anew; after a fork, and for tests."""
+    if gpu_reader.cache_info().currsize:
+        gpu_reader().abandon()
     gpu_reader.cache_clear()
     forget_visible()
     nvml.forget_devices()

@@ -71,10 +71,12 @@ class Source:
     Attributes:
         name: By process or by device; None when it is not on a GPU, or when it can't be told.
         reason: Why it can't be told, as the end of a sentence.
+        is_shared: Whether that is because of another trial.
     """
 
     name: GpuSource | None = None
     reason: str | None = None
+    is_shared: bool = False
 
 
 NOT_ON_A_GPU = Source()
@@ -112,7 +114,7 @@ def choose_source(
     if not has_grown or (list_is_ours and not is_listed):
         return NOT_ON_A_GPU
     if not is_alone:
-        return Source(None, f"{why_not_listed}, and trials share a GPU")
+        return Source(None, f"{why_not_listed}, and trials share a GPU", is_shared=True)
     return _BY_DEVICE
 
 

@@ -90,3 +90,19 @@ def test_what_is_not_known_to_be_bad_luck_is_the_objectives_own_error() -> None:
     shortage = find_shortage(error)
     assert shortage is not None
     assert name_bad_luck(read_gpu_shortage(shortage, str(error), None, [], None), error) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: out of memory"),
+        MemoryError(
+            "std::bad_alloc: out_of_memory: CUDA error (failed to allocate 8000 bytes) at: "
+            "cuda_memory_resource.hpp: cudaErrorMemoryAllocation out of memory"
+        ),
+        CupyError("Out of memory allocating 8,000 bytes (allocated so far: 0 bytes)."),
+    ],
+)
+def test_errors_that_are_a_gpus(error: Exception) -> None:
+    shortage = find_shortage(error)
+    assert shortage is not None and shortage.resource == "gpu_memory"

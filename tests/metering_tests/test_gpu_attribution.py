@@ -227,6 +227,7 @@ trials = [Trial(i, gpu_memory=9 * GB).begin() for i in range(2)]
 say(device(0, 20 * GB) + "ghost 0 {HOST_PID} {20 * GB}\\n")
 for trial in trials:
     trial.look()
+    trial.look()
 for trial in trials:
     print(trial.watch.breach)
     trial.end()
@@ -236,6 +237,79 @@ for trial in trials:
     (warning,) = warnings(out)
     assert "container" in warning and "share a GPU" in warning
     assert "limit on GPU memory" in warning
+
+
+def test_a_trial_that_is_on_its_way_elsewhere_disturbs_no_other(run: Run) -> None:
+    out = run(
+        """
+say(device(0, 0) + device(1, 0))
+first = Trial(0, gpu="GPU-0").begin()
+say(device(0, 3 * GB) + device(1, 0))
+first.look()
+# As the sampler does: under metering in this process, until its own is started.
+watch = loop.watch((1, 1), limits=Limits(gpu_memory=9 * GB))
+first.look()
+watch.environment = {"CUDA_VISIBLE_DEVICES": "GPU-1"}
+watch.detach()
+first.look()
+watch.close()
+say(device(0, 5 * GB) + device(1, 0))
+first.look()
+first.end()
+"""
+    )
+    assert lines(out)[0].startswith("device 5000000000.0 ")
+    assert warnings(out) == []
+
+
+def test_another_worker_on_the_gpu_is_known(run: Run) -> None:
+    out = run(
+        """
+code = "from optuna_quota._metering.gpu_gauge import gpu_reader; reader = gpu_reader()\\n"
+code += "reader.enter(1, frozenset(['GPU-0'])); print('there', flush=True); input()"
+say(device(0, 0) + device(1, 0))
+pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+other = subprocess.Popen([sys.executable, "-c", code], **pipes)
+other.stdout.readline()
+trials = [Trial(i, gpu=f"GPU-{i}").begin() for i in range(2)]
+say(device(0, 4 * GB) + device(1, 9 * GB))
+for trial in trials:
+    trial.look()
+for trial in trials:
+    trial.end()
+other.communicate(b"\\n")
+alone = Trial(2).begin()
+say(device(0, 5 * GB) + device(1, 9 * GB))
+alone.look()
+alone.end()
+"""
+    )
+    assert lines(out)[0] == "None None None None"
+    assert lines(out)[1].startswith("device 9000000000.0 ")
+    assert lines(out)[2].startswith("device 1000000000.0 ")
+    (warning,) = warnings(out)
+    assert "share a GPU" in warning
+
+
+def test_in_process_trials_of_a_container_are_told_by_device(run: Run) -> None:
+    out = run(
+        """
+def state(used):
+    say(device(0, 10 * GB + used) + f"ghost 0 4190000 {int(used)}\\n")
+say(device(0, 10 * GB))
+for peak in (5, 4):
+    watch = loop.watch((1, peak), limits=Limits(gpu_memory=9 * GB))
+    state(peak * GB)
+    time.sleep(0.1)
+    loop.tick()
+    state(GB)
+    time.sleep(0.1)
+    print(watch.close().gpu_memory, watch.gpu.source)
+"""
+    )
+    # The second begins with the 1 GB that the first had left.
+    assert lines(out) == ["5000000000.0 device", "3000000000.0 device"]
+    assert warnings(out) == []
 
 
 def test_trials_that_are_given_a_gpu_each_are_told_apart(run: Run) -> None:
