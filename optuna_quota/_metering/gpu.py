@@ -14,6 +14,8 @@ import time
 from typing import Protocol
 from typing import TypeVar
 
+import psutil
+
 from optuna_quota._metering.gpu_presence import GpuPresence
 from optuna_quota._metering.gpu_source import DeviceReading
 from optuna_quota._metering.nvml import GpuError
@@ -72,6 +74,19 @@ _NO_MEMORY = "the driver does not tell it by process"
 _CROWDED = "several processes share a GPU that does not tell how busy each keeps it"
 
 
+def is_alive(pid: int) -> bool:
+    """Return whether this machine, or container, has a process of this number, hidden or not."""
+    if os.name != "posix":
+        return psutil.pid_exists(pid)
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True  # another user's, though /proc may hide it
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
 class GpuReader:
     """Adds up what processes use of the visible devices; safe to call from several threads.
 
@@ -97,7 +112,7 @@ class GpuReader:
         devices: Iterable[GpuDevice],
         *,
         clock: Callable[[], float] = time.time,
-        is_alive: Callable[[int], bool] = lambda pid: os.path.exists(f"/proc/{pid}"),
+        is_alive: Callable[[int], bool] = is_alive,
     ) -> None:
         self._clock = clock
         self.is_alive = is_alive

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import os
 
 import pytest
 
+from optuna_quota._metering.gpu import is_alive
 from optuna_quota._metering.gpu_source import choose_source
 from optuna_quota._metering.gpu_source import DeviceReading
 from optuna_quota._metering.gpu_source import growth
@@ -488,6 +490,20 @@ def test_growth_is_without_what_strangers_take() -> None:
     assert growth(before, now, lambda pid: pid == 1) == 18.0
     assert growth(before, now, lambda pid: True) == 7.0
     assert growth(before, DeviceReading(), lambda pid: True) is None
+
+
+def test_another_users_process_is_alive_though_proc_may_hide_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def kill(pid: int, number: int) -> None:
+        raise {1: PermissionError, 2: ProcessLookupError}[pid]
+
+    assert is_alive(os.getpid())
+    assert not is_alive(HOST_PID)
+    assert not is_alive(2**32 - 1)
+    monkeypatch.setattr(os, "kill", kill)
+    assert is_alive(1)
+    assert not is_alive(2)
 
 
 def test_strangers_are_those_from_before_and_those_that_can_be_seen() -> None:
