@@ -39,6 +39,7 @@ ISOLATION = PREFIX + "isolation"
 HOST = PREFIX + "host"
 TIMELINE = PREFIX + "timeline"
 PROPOSED = PREFIX + "proposed"
+GPU_SOURCE = PREFIX + "gpu_source"
 
 # A system attribute: bookkeeping of the workers, not a column for people.
 RESERVATION = PREFIX + "reservation"
@@ -60,12 +61,23 @@ LONGEST_REASON = 4000
 
 _NOT_METERS = {
     key.removeprefix(PREFIX)
-    for key in (OUTCOME, REASON, BREACH, FOOTPRINT, ISOLATION, HOST, TIMELINE, PROPOSED)
+    for key in (
+        OUTCOME,
+        REASON,
+        BREACH,
+        FOOTPRINT,
+        ISOLATION,
+        HOST,
+        TIMELINE,
+        PROPOSED,
+        GPU_SOURCE,
+    )
 }
 # Columns of the trial table that are no attributes of ours, and how families of them begin.
 _COLUMNS = {"number", "state", "value", "censored_by"}
 _FAMILIES = ("values_", "params_", "footprint_", "breach_")
 _ISOLATIONS = ("process", "thread", "shared")
+_GPU_SOURCES = ("process", "device", "framework")
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,8 @@ class TrialRecord:
         isolation: Where it ran.
         host: Where that was.
         timeline: Pairs of seconds since the start and bytes of memory, thinned.
+        gpu_source: How its use of GPUs was told: by process, by what its devices held, or by the
+            framework's own counters.
     """
 
     usage: Usage = field(default_factory=Usage)
@@ -100,6 +114,7 @@ class TrialRecord:
     isolation: Isolation | None = None
     host: str | None = None
     timeline: tuple[tuple[float, float], ...] = ()
+    gpu_source: str | None = None
 
 
 def is_reserved(name: str) -> bool:
@@ -129,6 +144,7 @@ def record_attributes(record: TrialRecord) -> dict[str, Any]:
         REASON: reason,
         ISOLATION: record.isolation,
         HOST: record.host,
+        GPU_SOURCE: record.gpu_source,
     }
     attributes.update({key: value for key, value in texts.items() if value is not None})
     if record.breach is not None:
@@ -173,6 +189,7 @@ def parse_record(attributes: Mapping[str, Any]) -> TrialRecord:
     """Return what user attributes say; whatever is malformed in them is left out."""
     outcome = attributes.get(OUTCOME)
     isolation = attributes.get(ISOLATION)
+    gpu_source = attributes.get(GPU_SOURCE)
     return TrialRecord(
         usage=_read_usage(attributes),
         outcome=cast("Outcome", outcome) if outcome in OUTCOMES else None,
@@ -182,6 +199,7 @@ def parse_record(attributes: Mapping[str, Any]) -> TrialRecord:
         isolation=cast("Isolation", isolation) if isolation in _ISOLATIONS else None,
         host=_text(attributes.get(HOST)),
         timeline=_read_timeline(attributes.get(TIMELINE)),
+        gpu_source=gpu_source if gpu_source in _GPU_SOURCES else None,
     )
 
 

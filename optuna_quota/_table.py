@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from optuna_quota._resources import Outcome
 
 
-_TEXTS = ("outcome", "reason", "isolation", "host", "censored_by")
+_TEXTS = ("outcome", "reason", "isolation", "host", "gpu_source", "censored_by")
 _BREACH = ("breach_limit", "breach_observed", "breach_seconds")
 _ALWAYS_PROJECTED = ("memory", "wall_time", "cpu_time")
 _ENDED = {"COMPLETE": "completed", "PRUNED": "pruned", "FAIL": "failed"}
@@ -40,10 +40,11 @@ def trial_table(study: Study) -> pd.DataFrame:
     The columns are ``number``, ``state``, ``value`` (``values_0``, ``values_1``, … in a
     multi-objective study), ``params_*``, the usage (``memory`` and ``gpu_memory`` in bytes,
     ``wall_time``, ``cpu_time`` and ``gpu_time`` in seconds, ``energy`` in joules, and one for each
-    meter of the user's own), ``outcome``, ``reason``, ``isolation``, ``host``, ``censored_by``,
-    ``breach_limit``, ``breach_observed``, ``breach_seconds``, and for memory, wall time, CPU time
-    and each other resource that was projected ``footprint_memory`` (the median),
-    ``footprint_memory_lower`` and ``footprint_memory_upper``.
+    meter of the user's own), ``outcome``, ``reason``, ``isolation``, ``host``, ``gpu_source`` (how
+    GPU use was told: ``process``, ``device`` or ``framework``), ``censored_by``, ``breach_limit``,
+    ``breach_observed``, ``breach_seconds``, and for memory, wall time, CPU time and each other
+    resource that was projected ``footprint_memory`` (the median), ``footprint_memory_lower`` and
+    ``footprint_memory_upper``.
 
     A number that is unknown is NaN, a text None. ``censored_by`` is the resource whose breach
     ended the trial: its usage is then a lower bound and never a value. A finished trial whose wall

@@ -145,6 +145,7 @@ def describe(
         isolation=None if watch is None else watch.isolation,
         host=socket.gethostname(),
         timeline=watch.timeline() if watch is not None and end.breach is not None else (),
+        gpu_source=None if watch is None or watch.gpu is None else watch.gpu.source,
     )
 
 

@@ -125,6 +125,9 @@ class ProcessorEnergyGauge:
         is_first, self._last = self._last is None, now
         return {} if is_first else {"energy": Amount(self._joules, peak=False, is_own=True)}
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 @functools.lru_cache(maxsize=1)
 def rapl() -> Rapl:

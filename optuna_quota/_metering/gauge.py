@@ -10,6 +10,7 @@ import threading
 from typing import Protocol
 from typing import TYPE_CHECKING
 
+from optuna_quota._metering.gpu_source import GpuUse
 from optuna_quota._metering.meter import Meter
 from optuna_quota._metering.pacing import LONGEST_WAIT
 from optuna_quota._metering.pacing import next_due
@@ -30,12 +31,14 @@ class Amount:
         lost: True when the trial's usage can't be told any more, what was read before included.
         is_own: True when it is the trial's own share, False when it is that of its processes,
             which other trials may run in.
+        gpu: How the trial's use of GPUs is told.
     """
 
     value: float | None
     peak: bool
     lost: bool = False
     is_own: bool = False
+    gpu: GpuUse | None = None
 
 
 class Gauge(Protocol):
@@ -51,6 +54,10 @@ class Gauge(Protocol):
 
     def read(self, pids: Sequence[int]) -> Mapping[str, Amount]:
         """Return what is read by resource, at once and without raising."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the trial."""
         ...
 
 
@@ -77,6 +84,9 @@ class MeterGauge:
             self._start = value
             return {}  # one reading of a running total tells nothing of the trial yet
         return {self._meter.name: Amount(max(0.0, value - self._start), peak=False)}
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def _value(self, pids: Sequence[int]) -> float | None:
         try:
@@ -135,6 +145,7 @@ class Probe:
             sharers: The trials that run in the same processes; a total is split evenly.
         """
         for name, amount in amounts.items():
+            self.watch.gpu = amount.gpu or self.watch.gpu
             if amount.lost:
                 self.watch.forget(name)
             elif amount.value is None:
@@ -145,6 +156,10 @@ class Probe:
                 self.watch.add(name, growth if amount.is_own else growth / sharers)
             elif self.watch.isolation != "shared":
                 self.watch.raise_to(name, amount.value)
+
+    def close(self) -> None:
+        """Let go of the trial."""
+        self._gauge.close()
 
     def schedule(self, now: float) -> None:
         """Set when to read next."""

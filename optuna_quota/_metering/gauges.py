@@ -18,4 +18,4 @@ def open_gauges(watch: Watch) -> Sequence[Gauge]:
     """Return the gauges of a trial: GPUs, and the processors' energy."""
     asked = {*watch.limits.amounts(), *watch.left}
     energy = ProcessorEnergyGauge(lambda: watch.usage().cpu_time, is_asked="energy" in asked)
-    return (GpuGauge(asked), energy)
+    return (GpuGauge(asked, watch.environment), energy)

@@ -89,6 +89,8 @@ class MeteringLoop:
         self._watches: dict[Key, Watch] = {}
         self._targets: list[Target] = []
         self._probes: dict[Watch, list[Probe]] = {}
+        # Gauges of trials whose own process does not exist yet.
+        self._prepared: dict[Watch, Sequence[Gauge]] = {}
         self._own_tree: Tree | None = None
         self.left_out: set[int] = set()
 
@@ -193,17 +195,17 @@ class MeteringLoop:
         trees = [target.tree for target in self._targets]
         for tree in trees if self._own_tree is None else [*trees, self._own_tree]:
             tree.close()
-        self._targets, self._watches, self._probes = [], {}, {}
+        self._targets, self._watches, self._probes, self._prepared = [], {}, {}, {}
 
     # What follows is called by watches.
 
-    def sample(self, watch: Watch) -> None:
-        """Measure a trial now; gauges only when they are due."""
+    def sample(self, watch: Watch, *, fully: bool = False) -> None:
+        """Measure a trial now; gauges only when they are due, or ``fully``."""
         with self._lock:
             now = self.now()
             self._read_target_of(watch, now)
-            due = [p for p in self._probes.get(watch, ()) if now >= p.due]
-        self._probe(due)
+            due = [p for p in self._probes.get(watch, ()) if fully or now >= p.due]
+        self._probe(due, patience=_PATIENCE if fully else 0.0)
         self._judge(watch)
 
     def allow(self, watch: Watch, left: Mapping[str, float]) -> None:
@@ -218,6 +220,12 @@ class MeteringLoop:
             self._leave(watch)
             watch.isolate()
             watch.postpone(waited)
+            if watch in self._prepared:
+                return
+            gauges = self._prepared[watch] = self._open_gauges(watch)
+        for gauge in gauges:
+            if gauge.eager:
+                gauge.read(())  # what there is before the trial's process begins is not its own
 
     def retarget(self, watch: Watch, pid: int, reaper: int | None = None) -> None:
         """Move a trial to a process tree of its own."""
@@ -265,6 +273,8 @@ class MeteringLoop:
             watch.judge(ended)
             warn_of_sharing(watch)
             self._leave(watch)
+            for gauge in self._prepared.pop(watch, ()):
+                gauge.close()
             watch.end(ended)
             if self._watches.get(watch.key) is watch:
                 del self._watches[watch.key]
@@ -277,7 +287,8 @@ class MeteringLoop:
             self._targets.append(target)
         target.join(watch, now, self._others(target))
         target.schedule(now)
-        gauges = [*map(MeterGauge, watch.meters), *self._open_gauges(watch)]
+        own = self._prepared.pop(watch, None) or self._open_gauges(watch)
+        gauges = [*map(MeterGauge, watch.meters), *own]
         self._probes[watch] = [Probe(watch, gauge, now) for gauge in gauges]
 
     def _tree_of(self, pid: int | None) -> Tree:
@@ -289,7 +300,8 @@ class MeteringLoop:
         return self._own_tree
 
     def _leave(self, watch: Watch) -> None:
-        self._probes.pop(watch, None)
+        for probe in self._probes.pop(watch, ()):
+            probe.close()
         target = self._target_of(watch)
         if target is None:
             return

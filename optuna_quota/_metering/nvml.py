@@ -20,15 +20,20 @@ class GpuError(Exception):
 
     Attributes:
         reason: Why, for a person, as the end of a sentence.
-        final: True when nothing of NVML can be asked any more.
+        final: True when nothing can be asked any more: of the device where it is ``lost``, else
+            of NVML.
         nothing: True when the answer is that there is nothing to tell at this moment.
+        lost: True when it is this device alone that is lost.
     """
 
-    def __init__(self, reason: str, *, final: bool = False, nothing: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, final: bool = False, nothing: bool = False, lost: bool = False
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.final = final
         self.nothing = nothing
+        self.lost = lost
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,13 @@ _FINAL = {
     "NVML_ERROR_DRIVER_NOT_LOADED": "the NVIDIA driver is not loaded",
     "NVML_ERROR_LIBRARY_NOT_FOUND": "NVML's library was not found",
     "NVML_ERROR_LIB_RM_VERSION_MISMATCH": "NVML's version is not the driver's",
-    "NVML_ERROR_GPU_IS_LOST": "a GPU is lost to the driver",
-    "NVML_ERROR_RESET_REQUIRED": "a GPU must be reset",
     "NVML_ERROR_UNKNOWN": "the NVIDIA driver failed",
     "NVML_ERROR_OPERATING_SYSTEM": "the NVIDIA driver was blocked by the operating system",
+}
+# Codes after which one device tells nothing more, and the others do.
+_LOST = {
+    "NVML_ERROR_GPU_IS_LOST": "a GPU is lost to the driver",
+    "NVML_ERROR_RESET_REQUIRED": "a GPU must be reset",
     "NVML_ERROR_IRQ_ISSUE": "the NVIDIA driver has a problem with a GPU's interrupts",
 }
 _NOTHING = ("NVML_ERROR_NOT_FOUND", "NVML_ERROR_NO_DATA", "NVML_ERROR_NOT_READY")
@@ -84,7 +92,15 @@ class NvmlDevice:
         self.is_instance = is_instance
 
     def __repr__(self) -> str:
-        return f"NvmlDevice({self.index})"
+        return f"NvmlDevice({self.identity})"
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """The UUID, or a number of its own where the driver does not tell it."""
+        try:
+            return self.uuid()
+        except GpuError:
+            return f"{self.index}/{id(self)}" if self.is_instance else str(self.index)
 
     def name(self) -> str:
         """Return the model."""
@@ -98,10 +114,6 @@ class NvmlDevice:
         """Return the bytes that each compute process holds, None where the driver hides them."""
         found = self._ask("nvmlDeviceGetComputeRunningProcesses")
         return {int(p.pid): _amount(p.usedGpuMemory) for p in found}
-
-    def n_graphics_processes(self) -> int:
-        """Return the number of processes that draw."""
-        return len(self._ask("nvmlDeviceGetGraphicsRunningProcesses"))
 
     def memory(self) -> tuple[int, int]:
         """Return the bytes in use by anyone, and in total."""
@@ -117,6 +129,15 @@ class NvmlDevice:
                 return []
             raise
         return [GpuSample(int(s.pid), s.timeStamp / 1e6, min(s.smUtil, 100) / 100) for s in found]
+
+    def utilization(self) -> float:
+        """Return the share of the driver's last sampling period in which a kernel ran, 0 to 1."""
+        return min(int(self._ask("nvmlDeviceGetUtilizationRates").gpu), 100) / 100
+
+    def bus(self) -> tuple[int, int, int]:
+        """Return its place on the PCI bus, by which CUDA may count."""
+        place = self._ask("nvmlDeviceGetPciInfo")
+        return int(place.domain), int(place.bus), int(place.device)
 
     def joules(self) -> float:
         """Return the energy that the device has used since the driver was loaded."""
@@ -178,8 +199,27 @@ def _open_devices() -> list[NvmlDevice]:
     count = int(_ask(pynvml, "nvmlDeviceGetCount"))
     if count == 0:
         raise GpuError("the NVIDIA driver found no GPU", final=True)
-    handles = [_ask(pynvml, "nvmlDeviceGetHandleByIndex", i) for i in range(count)]
-    return [NvmlDevice(pynvml, handle, i) for i, handle in enumerate(handles)]
+    devices = [device for i in range(count) if (device := _open_device(pynvml, i)) is not None]
+    if not devices:
+        raise GpuError("all GPUs are lost to the driver", final=True)
+    return _by_bus(devices)
+
+
+def _open_device(pynvml: Any, index: int) -> NvmlDevice | None:
+    try:
+        return NvmlDevice(pynvml, _ask(pynvml, "nvmlDeviceGetHandleByIndex", index), index)
+    except GpuError as error:
+        if error.lost:
+            return None
+        raise
+
+
+def _by_bus(devices: list[NvmlDevice]) -> list[NvmlDevice]:
+    """Return devices in the order of their PCI bus; in NVML's, mostly the same, where untold."""
+    try:
+        return sorted(devices, key=NvmlDevice.bus)
+    except GpuError:
+        return devices
 
 
 def _ask(pynvml: Any, function: str, *arguments: Any) -> Any:
@@ -199,6 +239,9 @@ def _translate(pynvml: Any, error: Any) -> GpuError:
     for name, reason in _FINAL.items():
         if code == getattr(pynvml, name, object()):
             return GpuError(reason, final=True)
+    for name, reason in _LOST.items():
+        if code == getattr(pynvml, name, object()):
+            return GpuError(reason, final=True, lost=True)
     for name, reason in _LACKING.items():
         if code == getattr(pynvml, name, object()):
             return GpuError(reason)

@@ -222,7 +222,8 @@ class Target:
 
 def warn_of_sharing(watch: Watch) -> None:
     """Say that a memory limit can't be enforced where there is one."""
-    if watch.isolation == "shared" and watch.ceiling("memory") is not None:
+    limited = any(watch.ceiling(name) is not None for name in ("memory", "gpu_memory"))
+    if watch.isolation == "shared" and limited:
         warn_once(
             "shared",
             "Trials run at once in one process: their memory can't be told apart, is not "

@@ -4,46 +4,90 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
-def visible_devices(
-    uuids: Sequence[str], names: Sequence[str], environment: Mapping[str, str]
-) -> list[int]:
-    """Return the positions of the devices that CUDA shows, in NVML's order.
+@dataclass(frozen=True)
+class GpuIdentity:
+    """What CUDA's variables may call a GPU.
+
+    Attributes:
+        uuid: Such as ``"GPU-5a1b..."``, empty when unknown.
+        model: Its name.
+        instances: The UUIDs of the MIG instances that it is cut into, ``"MIG-..."``, an empty one
+            where it is unknown; None when it is whole.
+    """
+
+    uuid: str
+    model: str
+    instances: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Visible:
+    """What CUDA shows to a process.
+
+    Attributes:
+        parts: GPUs by position, each with the position of a MIG instance or None for the whole
+            GPU, which stands for all of its instances; all that may be meant where ``unresolved``.
+        unresolved: The entries of ``CUDA_VISIBLE_DEVICES`` when it can't be known which GPUs they
+            name.
+    """
+
+    parts: tuple[tuple[int, int | None], ...]
+    unresolved: tuple[str, ...] = ()
+
+
+def visible_devices(gpus: Sequence[GpuIdentity], environment: Mapping[str, str]) -> Visible:
+    """Return the GPUs that CUDA shows under these environment variables.
 
     As CUDA does, the list ends at the first entry that names nothing. By number, CUDA counts the
-    fastest device first unless ``CUDA_DEVICE_ORDER=PCI_BUS_ID``, and NVML by bus: where the models
-    differ the numbers can't be mapped, and all devices are returned. That does no harm: a process
-    holds nothing on a device that it does not see.
+    fastest GPU first unless ``CUDA_DEVICE_ORDER=PCI_BUS_ID``: where the models differ, only a list
+    that names all of them is known to mean these.
 
     Args:
-        uuids: Identifier of each device, such as ``"GPU-5a1b..."``.
-        names: Model of each device.
+        gpus: All GPUs, in the order of their PCI bus.
         environment: Such as ``os.environ``.
     """
     wanted = environment.get("CUDA_VISIBLE_DEVICES")
-    everything = list(range(len(uuids)))
+    everything = tuple((i, None) for i in range(len(gpus)))
     if wanted is None:
-        return everything
-    entries = [entry.strip() for entry in wanted.split(",")]
-    by_bus = environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len(set(names)) <= 1
-    if not by_bus and any(entry.isdigit() for entry in entries):
-        return everything
-    # An instance is named by an identifier of its own, from which its device can't be told.
-    if any(entry.startswith("MIG-") for entry in entries):
-        return everything
-    found: list[int] = []
-    for entry in entries:
-        position = _position(entry, uuids)
-        if position is None:
+        return Visible(everything)
+    is_ordered = (
+        environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({g.model for g in gpus}) <= 1
+    )
+    parts: dict[tuple[int, int | None], None] = {}
+    entries: dict[str, None] = {}
+    is_known = True
+    for entry in (text.strip() for text in wanted.split(",")):
+        part = _named_by(entry, gpus)
+        if part is None and not _may_be_an_instance(entry, gpus):
             break
-        if position not in found:
-            found.append(position)
-    return found
+        entries[entry] = None
+        is_known = is_known and part is not None and (is_ordered or not _is_number(entry))
+        if part is not None:
+            parts[part] = None
+    if is_known or set(parts) == set(everything):
+        return Visible(tuple(parts))
+    return Visible(everything, tuple(entries))
 
 
-def _position(entry: str, uuids: Sequence[str]) -> int | None:
-    if entry.isdigit():
-        return int(entry) if int(entry) < len(uuids) else None
-    matches = [i for i, uuid in enumerate(uuids) if entry and uuid.startswith(entry)]
-    return matches[0] if len(matches) == 1 else None
+def _named_by(entry: str, gpus: Sequence[GpuIdentity]) -> tuple[int, int | None] | None:
+    """Return what an entry names when GPUs are counted by their PCI bus, None for nothing."""
+    if _is_number(entry):
+        return (int(entry), None) if int(entry) < len(gpus) else None
+    found: list[tuple[int, int | None]] = []
+    for i, gpu in enumerate(gpus):
+        if entry and gpu.uuid.startswith(entry):
+            found.append((i, None))
+        uuids = gpu.instances or ()
+        found += [(i, j) for j, uuid in enumerate(uuids) if entry and uuid.startswith(entry)]
+    return found[0] if len(found) == 1 else None
+
+
+def _may_be_an_instance(entry: str, gpus: Sequence[GpuIdentity]) -> bool:
+    return entry.startswith("MIG-") and not all(all(gpu.instances or ()) for gpu in gpus)
+
+
+def _is_number(entry: str) -> bool:
+    return entry.isascii() and entry.isdecimal()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from optuna_quota._metering.amounts import Amounts
 from optuna_quota._metering.breach import breaches
 from optuna_quota._metering.breach import ceilings
+from optuna_quota._metering.gpu_source import GpuUse
 from optuna_quota._metering.renewal import ASK_AT
 from optuna_quota._metering.renewal import Renewal
 from optuna_quota._metering.timeline import Timeline
@@ -67,6 +68,7 @@ class Watch:
         closed: Whether metering has ended.
         environment: Environment variables for the trial's own process, such as the GPU it was
             given.
+        gpu: How its use of GPUs is told; None where it used none, or that is unknown.
         most: What it could be granted of quotas at the very most, by resource.
         prices: Price per hour by resource, where there is a quota on ``cost``.
     """
@@ -90,6 +92,7 @@ class Watch:
         self.settled = False
         self.closed = False
         self.environment: Mapping[str, str] = {}
+        self.gpu: GpuUse | None = None
         self.most: Mapping[str, float] = {}
         self.prices: Mapping[str, float] = {}
         self._loop = loop
@@ -120,10 +123,14 @@ class Watch:
         now = self._loop.now() if self._ended is None else self._ended
         return max(0.0, now - self.started)
 
-    def sample(self) -> Usage:
-        """Measure now; return the usage so far and update the breach."""
+    def sample(self, *, fully: bool = False) -> Usage:
+        """Measure now; return the usage so far and update the breach.
+
+        Args:
+            fully: Whether GPUs and meters are read as well, though they are not due.
+        """
         if not self.closed:
-            self._loop.sample(self)
+            self._loop.sample(self, fully=fully)
         return self.usage()
 
     def usage(self) -> Usage:
@@ -267,6 +274,8 @@ class Watch:
     def forget(self, resource: str) -> None:
         """Let an amount be unknown for good."""
         self._used.forget(resource)
+        if resource == "gpu_memory":
+            self.gpu = None
 
     def judge(self, now: float) -> None:
         """Look for a breach in what is known; the first one stays."""
@@ -321,7 +330,7 @@ class Watch:
         self.isolation = "shared"
         self._timeline = Timeline()
         for name in ("memory", "gpu_memory", *(m.name for m in self.meters if m.peak)):
-            self._used.forget(name)
+            self.forget(name)
 
     def postpone(self, seconds: float) -> None:
         """Start the clock later; nothing else is measured yet that could be over a ceiling."""
@@ -332,6 +341,7 @@ class Watch:
     def isolate(self) -> None:
         """Forget what was measured of this process."""
         self.isolation = "process"
+        self.gpu = None
         self._used = Amounts()
         self._timeline = Timeline()
         self._cpu_marks.clear()

@@ -2,15 +2,20 @@
  *
  * Each line of it is one of
  *   device INDEX UUID MIG TOTAL_BYTES USED_BYTES MILLIJOULES
- *   process DEVICE PID BYTES          (BYTES -1: not available)
+ *   process DEVICE PID BYTES          (BYTES -1: not available; while it lives)
+ *   ghost DEVICE PID BYTES            (listed whether it lives or not: dead, or another's number)
+ *   busy DEVICE PERCENT               (of the device as a whole)
+ *   lost DEVICE                       (fell off the bus: every call on it fails)
  *   sample DEVICE PID MICROSECONDS PERCENT
  *   instance DEVICE INDEX             (its processes are those of device 100 + INDEX)
  *   fail FUNCTION CODE                (nvmlReturn_t)
- * The file is read again at every call, so that a test can let the driver die in the middle.
+ * The file is read again at every call, so that a test can let the driver die in the middle. With
+ * FAKE_NVML_MIXED in the environment each device is another model.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef unsigned long long u64;
 typedef struct { unsigned pid; u64 memory; unsigned gpu, compute; } ProcessInfo;
@@ -37,6 +42,17 @@ static int failure(const char *function) {
 
 /* A handle is the device's number plus one; an instance's is its index plus 101. */
 static int number(void *handle) { return (int)(long)handle - 1; }
+
+static int lost(void *handle) {
+    char line[256]; int d, found = 0;
+    FILE *f = state();
+    if (!f) return 0;
+    while (fgets(line, sizeof line, f))
+        if (sscanf(line, "lost %d", &d) == 1 && d == number(handle)) found = 15; /* GPU is lost */
+    fclose(f);
+    return found;
+}
+#define CHECK_DEVICE() do { CHECK(); int gone = lost(handle); if (gone) return gone; } while (0)
 
 static int device(int index, char *uuid, int *mig, u64 *total, u64 *used, u64 *millijoules) {
     char line[256], u[96]; int i, m, found = 0; u64 t, b, j;
@@ -68,23 +84,25 @@ int nvmlDeviceGetCount_v2(unsigned *count) {
 
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) {
     CHECK();
+    if (lost((void *)(long)(index + 1))) return 15;
     *handle = (void *)(long)(index + 1);
     return OK;
 }
 
 int nvmlDeviceGetUUID(void *handle, char *uuid, unsigned size) {
-    (void)size; CHECK();
+    (void)size; CHECK_DEVICE();
     return device(number(handle), uuid, NULL, NULL, NULL, NULL) ? OK : NOT_FOUND;
 }
 
 int nvmlDeviceGetName(void *handle, char *name, unsigned size) {
-    (void)handle; (void)size; CHECK();
-    strcpy(name, "Fake GPU");
+    (void)size; CHECK_DEVICE();
+    if (getenv("FAKE_NVML_MIXED")) sprintf(name, "Fake GPU %d", number(handle));
+    else strcpy(name, "Fake GPU");
     return OK;
 }
 
 int nvmlDeviceGetMemoryInfo(void *handle, Memory *memory) {
-    CHECK();
+    CHECK_DEVICE();
     if (!device(number(handle), NULL, NULL, &memory->total, &memory->used, NULL)) return NOT_FOUND;
     memory->free = memory->total - memory->used;
     return OK;
@@ -92,14 +110,14 @@ int nvmlDeviceGetMemoryInfo(void *handle, Memory *memory) {
 
 int nvmlDeviceGetMigMode(void *handle, unsigned *current, unsigned *pending) {
     int mig = 0;
-    CHECK();
+    CHECK_DEVICE();
     device(number(handle), NULL, &mig, NULL, NULL, NULL);
     *current = *pending = (unsigned)mig;
     return OK;
 }
 
 int nvmlDeviceGetMaxMigDeviceCount(void *handle, unsigned *count) {
-    (void)handle; CHECK();
+    (void)handle; CHECK_DEVICE();
     *count = 7;
     return OK;
 }
@@ -107,7 +125,7 @@ int nvmlDeviceGetMaxMigDeviceCount(void *handle, unsigned *count) {
 #ifndef WITHOUT_INSTANCES
 int nvmlDeviceGetMigDeviceHandleByIndex(void *handle, unsigned index, void **instance) {
     char line[256]; int d; unsigned i; int found = 0;
-    CHECK();
+    CHECK_DEVICE();
     FILE *f = state();
     if (!f) return 9;
     while (!found && fgets(line, sizeof line, f))
@@ -118,14 +136,19 @@ int nvmlDeviceGetMigDeviceHandleByIndex(void *handle, unsigned index, void **ins
 }
 #endif
 
+/* As a driver does: a process that has ended is listed no more; a "ghost" is. */
+static int lives(unsigned pid) { char p[64]; sprintf(p, "/proc/%u", pid); return access(p, F_OK) == 0; }
+
 #ifndef WITHOUT_PROCESSES
 int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, ProcessInfo *infos) {
     char line[256]; int d; unsigned pid, n = 0, room = *count; long long bytes;
-    CHECK();
+    CHECK_DEVICE();
     FILE *f = state();
     if (!f) return 9;
     while (fgets(line, sizeof line, f))
-        if (sscanf(line, "process %d %u %lld", &d, &pid, &bytes) == 3 && d == number(handle)) {
+        if ((sscanf(line, "ghost %d %u %lld", &d, &pid, &bytes) == 3 ||
+             (sscanf(line, "process %d %u %lld", &d, &pid, &bytes) == 3 && lives(pid))) &&
+            d == number(handle)) {
             if (infos && n < room) infos[n] = (ProcessInfo){pid, (u64)bytes, 0, 0};
             ++n;
         }
@@ -136,14 +159,14 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, Proce
 #endif
 
 int nvmlDeviceGetGraphicsRunningProcesses_v3(void *handle, unsigned *count, ProcessInfo *infos) {
-    (void)handle; (void)infos; CHECK();
+    (void)handle; (void)infos; CHECK_DEVICE();
     *count = 0;
     return OK;
 }
 
 int nvmlDeviceGetProcessUtilization(void *handle, Sample *samples, unsigned *count, u64 since) {
     char line[256]; int d; unsigned pid, percent, n = 0, room = *count; u64 stamp;
-    CHECK();
+    CHECK_DEVICE();
     FILE *f = state();
     if (!f) return 9;
     while (fgets(line, sizeof line, f))
@@ -158,7 +181,20 @@ int nvmlDeviceGetProcessUtilization(void *handle, Sample *samples, unsigned *cou
     return n > room ? INSUFFICIENT_SIZE : OK;
 }
 
+int nvmlDeviceGetUtilizationRates(void *handle, unsigned *rates) {
+    char line[256]; int d, code = NOT_SUPPORTED; unsigned percent;
+    CHECK_DEVICE();
+    FILE *f = state();
+    if (!f) return 9;
+    while (fgets(line, sizeof line, f))
+        if (sscanf(line, "busy %d %u", &d, &percent) == 2 && d == number(handle)) {
+            rates[0] = percent; rates[1] = 0; code = OK;
+        }
+    fclose(f);
+    return code;
+}
+
 int nvmlDeviceGetTotalEnergyConsumption(void *handle, u64 *millijoules) {
-    CHECK();
+    CHECK_DEVICE();
     return device(number(handle), NULL, NULL, NULL, NULL, millijoules) ? OK : NOT_SUPPORTED;
 }

@@ -124,6 +124,9 @@ class LosingGauge:
     def read(self, pids: object) -> dict[str, Amount]:
         return {"gpu_memory": Amount(None if self.lost else 5.0, peak=True, lost=self.lost)}
 
+    def close(self) -> None:
+        pass
+
 
 def test_what_can_not_be_told_any_more_is_unknown_for_good() -> None:
     gauge = LosingGauge()

@@ -26,10 +26,13 @@ from optuna_quota._enforcement.isolation.calls import Handle
 from optuna_quota._enforcement.isolation.calls import Proxy
 from optuna_quota._enforcement.isolation.channel import Channel
 from optuna_quota._enforcement.isolation.child_trial import ChildTrial
+from optuna_quota._enforcement.isolation.child_trial import MEASURE
+from optuna_quota._enforcement.isolation.child_trial import TRIAL
 from optuna_quota._enforcement.isolation.child_trial import TrialFacts
 from optuna_quota._enforcement.isolation.errors import pack_error
 from optuna_quota._enforcement.isolation.errors import SentError
 from optuna_quota._enforcement.isolation.errors import unpack_error
+from optuna_quota._enforcement.isolation.gpu_caps import framework_gpu_memory
 from optuna_quota._enforcement.isolation.gpu_caps import set_gpu_caps
 from optuna_quota._enforcement.isolation.job_signals import restore_signals
 from optuna_quota._enforcement.isolation.multiprocessing_child import use_tracker
@@ -108,10 +111,16 @@ class Ready:
 
 @dataclass(frozen=True)
 class Returned:
-    """The objective returned."""
+    """The objective returned.
+
+    Attributes:
+        value: What.
+        gpu_memory: The peak of GPU memory by the frameworks' own counters, in bytes.
+    """
 
     value: Any
     told: bool = False
+    gpu_memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -123,12 +132,14 @@ class Raised:
         shortage: The failed allocation behind it, if that was why.
         resident: The resident memory when it arrived here, in bytes.
         told: Whether the objective had been told to stop.
+        gpu_memory: The peak of GPU memory by the frameworks' own counters, in bytes.
     """
 
     error: SentError
     shortage: Shortage | None = None
     resident: int | None = None
     told: bool = False
+    gpu_memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -288,6 +299,7 @@ def _limit(start: Start) -> int | None:
 
 def _run(objective: Any, trial: ChildTrial) -> Any:
     assert _stop is not None
+    assert _calls is not None
     try:
         value = objective(trial)
         _stop.end()
@@ -300,8 +312,11 @@ def _run(objective: Any, trial: ChildTrial) -> Any:
         # First of all: what follows needs some memory itself.
         rlimits.lift_memory_limit()
         shortage = find_shortage(error)
-        return Raised(pack_error(error), shortage, resident)
-    return Returned(value)
+        if shortage is not None and shortage.resource == "gpu_memory":
+            # While it holds what it held: the error's traceback keeps the frames.
+            _calls.call(TRIAL, MEASURE)
+        return Raised(pack_error(error), shortage, resident, gpu_memory=framework_gpu_memory())
+    return Returned(value, gpu_memory=framework_gpu_memory())
 
 
 def _finish(outcome: Any, grace_period: float) -> int:

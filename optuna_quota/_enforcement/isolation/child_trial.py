@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 TRIAL = 0
 # What `optuna_quota.check` asks a trial that is not in its study's process.
 CHECK = "_quota_check"
+# Asks for a reading of what the trial holds at this moment.
+MEASURE = "_quota_measure"
 
 
 @dataclass(frozen=True)

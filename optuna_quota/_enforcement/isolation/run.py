@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import contextlib
 import functools
 import logging
+import os
 from pathlib import Path
 from typing import Any
 from typing import NoReturn
@@ -43,6 +44,9 @@ from optuna_quota._enforcement.isolation.ending import find_breach_in_shortage
 from optuna_quota._enforcement.isolation.ending import find_breach_in_stop
 from optuna_quota._enforcement.isolation.ending import name_death
 from optuna_quota._enforcement.isolation.errors import unpack_error
+from optuna_quota._enforcement.isolation.gpu_shortage import find_gpu_breach
+from optuna_quota._enforcement.isolation.gpu_shortage import name_bad_luck
+from optuna_quota._enforcement.isolation.gpu_shortage import read_gpu_shortage
 from optuna_quota._enforcement.isolation.launch import can_supervise
 from optuna_quota._enforcement.isolation.launch import launch_fork
 from optuna_quota._enforcement.isolation.launch import Launched
@@ -59,6 +63,7 @@ from optuna_quota._enforcement.isolation.plain import launch_plain
 from optuna_quota._enforcement.isolation.process_context import read_context
 from optuna_quota._enforcement.isolation.serving import NotStarted
 from optuna_quota._enforcement.isolation.serving import Server
+from optuna_quota._enforcement.isolation.shortage import Shortage
 from optuna_quota._enforcement.isolation.template_client import PreparedMain
 from optuna_quota._enforcement.isolation.template_client import template_client
 from optuna_quota._enforcement.nesting import pruner_limits
@@ -69,6 +74,9 @@ from optuna_quota._enforcement.settle import settle
 from optuna_quota._metering import key_of
 from optuna_quota._metering import metering_loop
 from optuna_quota._metering import Verdict
+from optuna_quota._metering.gpu_devices import device_memory
+from optuna_quota._metering.gpu_source import DeviceShare
+from optuna_quota._metering.gpu_source import GpuUse
 from optuna_quota._records import is_rejected
 from optuna_quota._resources import Breach
 from optuna_quota._resources import Limits
@@ -107,6 +115,7 @@ class TrialRun:
         self._steps: list[tuple[int, float]] = []
         self._next_forecast = 0
         self._server: Server | None = None
+        self._gpu_devices: tuple[DeviceShare, ...] = ()
 
     def run(self) -> Any:
         """Run it; return what the objective returns or raise what it raises."""
@@ -189,6 +198,7 @@ class TrialRun:
             on_report=self._on_report,
             on_outcome=self._on_outcome,
             ask_breach=lambda: condemn(self._watch),
+            measure=self._measure,
             label=f"Trial {self._trial.number}",
         )
         # The start counts as well; this process's own memory does not.
@@ -232,7 +242,7 @@ class TrialRun:
             raise
         if server.ended is None:
             return
-        self._take_usage(server.ended)
+        self._take_usage(server.ended, None)
         if server.ended.killer is not None:
             reason = (
                 f"{reason} The trial took longer than {grace_period:g} s to end: it was killed."
@@ -287,12 +297,15 @@ class TrialRun:
             output=output_rules(),
             trial=facts,
             limits={name: ceiling for name, (ceiling, _) in self._ceilings().items()},
-            device_memory=device_memory() if "gpu_memory" in self._ceilings() else None,
+            device_memory=self._device_memory() if "gpu_memory" in self._ceilings() else None,
             grace_period=self._isolated.grace_period,
             objective=None
             if payload is None
             else SentObjective(payload.pickles, payload.states, payload.sizes, tracker),
         )
+
+    def _device_memory(self) -> float | None:
+        return device_memory({**os.environ, **self._watch.environment})
 
     def _ceilings(self) -> Mapping[str, tuple[float, bool]]:
         # What is set but once goes by the most that could be granted: the metering loop holds
@@ -351,7 +364,7 @@ class TrialRun:
         """Return or raise what came of the trial, and put down the verdict."""
         ended, outcome = server.ended, server.outcome
         assert ended is not None
-        self._take_usage(ended)
+        self._take_usage(ended, getattr(outcome, "gpu_memory", None))
         if server.breach is not None:
             self._terminate(server.breach)
         if isinstance(outcome, Returned):
@@ -364,7 +377,7 @@ class TrialRun:
                 )
             return outcome.value
         if isinstance(outcome, Raised):
-            self._raise(outcome)
+            return self._raise(outcome)
         if isinstance(outcome, Unsendable):
             return self._crash(
                 ended,
@@ -380,23 +393,29 @@ class TrialRun:
             self._terminate(breach)
         return self._crash(ended, name_death(ended))
 
-    def _take_usage(self, ended: Ended) -> None:
-        self._watch.add_usage(Usage(memory=ended.memory, cpu_time=ended.cpu_time))
+    def _take_usage(self, ended: Ended, gpu_memory: float | None) -> None:
+        if gpu_memory is not None and self._watch.gpu is None:
+            self._watch.gpu = GpuUse("framework")
+        usage = Usage(memory=ended.memory, cpu_time=ended.cpu_time, gpu_memory=gpu_memory)
+        self._watch.add_usage(usage)
 
-    def _raise(self, outcome: Raised) -> NoReturn:
-        error = unpack_error(outcome.error)
-        shortage = outcome.shortage
+    def _measure(self) -> None:
+        """Read what the trial holds at the moment when an allocation on a GPU was refused."""
+        self._watch.sample(fully=True)
+        self._gpu_devices = () if self._watch.gpu is None else self._watch.gpu.devices
+
+    def _raise(self, outcome: Raised) -> Any:
+        """Raise what the objective raised, or for the limit that was behind it."""
+        error, shortage = unpack_error(outcome.error), outcome.shortage
+        if shortage is not None and shortage.resource == "gpu_memory":
+            return self._end_for_gpu(shortage, error)
         if shortage is not None:
-            gpu = shortage.resource == "gpu_memory"
-            used = self._watch.usage().gpu_memory if gpu else outcome.resident
-            enforced = gpu or (self._server is not None and self._server.data_limit is not None)
             breach = find_breach_in_shortage(
                 shortage,
-                used,
+                outcome.resident,
                 self._ceilings(),
                 self._watch.elapsed,
-                enforced=enforced,
-                device_memory=device_memory() if gpu else None,
+                enforced=self._server is not None and self._server.data_limit is not None,
             )
             if breach is not None:
                 self._terminate(breach, cause=error)
@@ -406,6 +425,28 @@ class TrialRun:
             if breach is not None:
                 self._terminate(breach, cause=error)
         raise error
+
+    def _end_for_gpu(self, shortage: Shortage, error: BaseException) -> Any:
+        """End a trial that got no GPU memory; ``optimize`` goes on when others had taken it."""
+        known = read_gpu_shortage(
+            shortage,
+            str(error),
+            self._watch.usage().gpu_memory,
+            self._gpu_devices,
+            self._device_memory(),
+        )
+        breach = find_gpu_breach(known, self._ceilings(), self._watch.elapsed)
+        if breach is not None:
+            self._terminate(breach, cause=error)
+        reason = name_bad_luck(known, error)
+        if reason is None:
+            raise error
+        self._watch.verdict = Verdict("failed", reason)
+        trial, study = self._trial, self._study
+        by_optimize = isinstance(trial, Trial) and _optuna.is_run_by_optimize(trial)
+        if study is None or not by_optimize or self._isolated.on_crash == "raise":
+            raise error
+        return value_of_crash(reason, len(study.directions))
 
     def _terminate(self, breach: Breach, cause: BaseException | None = None) -> NoReturn:
         self._watch.breach = self._watch.breach or breach
@@ -460,18 +501,6 @@ def _advice(number: int, reason: str) -> str:
         f"The last one, trial {number}: {reason} Call the objective without `isolated` on "
         "`study.ask()` to see why; `optimize(..., catch=(TrialCrashed,))` goes on all the same."
     )
-
-
-def device_memory() -> float | None:
-    """Return the memory of the smallest visible GPU in bytes, None without one."""
-    from optuna_quota._metering.nvml import GpuError
-    from optuna_quota._metering.nvml import open_devices
-
-    totals = []
-    for device in open_devices()[0]:
-        with contextlib.suppress(GpuError):
-            totals.append(float(device.memory()[1]))
-    return min(totals, default=None)
 
 
 def _state_of(value: Any, error: BaseException | None, n_values: int) -> TrialState:

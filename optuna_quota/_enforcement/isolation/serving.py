@@ -18,6 +18,7 @@ from optuna_quota._enforcement.isolation.child import Ready
 from optuna_quota._enforcement.isolation.child import Returned
 from optuna_quota._enforcement.isolation.child import Unsendable
 from optuna_quota._enforcement.isolation.child_trial import CHECK
+from optuna_quota._enforcement.isolation.child_trial import MEASURE
 from optuna_quota._enforcement.isolation.control import Breached
 from optuna_quota._enforcement.isolation.control import Enforce
 from optuna_quota._enforcement.isolation.control import Interrupt
@@ -58,6 +59,7 @@ class Server:
         on_outcome: Called when the objective has ended; returns the seconds that its process may
             take to end from then on, None for any time.
         ask_breach: Answers ``optuna_quota.check``.
+        measure: Reads what the trial holds at this moment.
         label: What the trial is called in the log.
 
     Attributes:
@@ -74,6 +76,7 @@ class Server:
         on_report: Callable[[int], None],
         on_outcome: Callable[[], float | None],
         ask_breach: Callable[[], Breach | None],
+        measure: Callable[[], object],
         label: str,
     ) -> None:
         self.outcome: Outcome | None = None
@@ -85,6 +88,7 @@ class Server:
         self._on_report = on_report
         self._on_outcome = on_outcome
         self._ask_breach = ask_breach
+        self._measure = measure
         self._label = label
         self._sending = threading.Lock()
         self._started = False
@@ -228,6 +232,9 @@ class Server:
                 return number, None, None
             if name == CHECK:
                 return number, self._ask_breach(), None
+            if name == MEASURE:
+                self._measure()
+                return number, None, None
             target = self._remote[index]
             if name == "__setattr__":
                 setattr(target, *(args or ()))

@@ -36,6 +36,7 @@ _CLASSES = (
     ("jax", "XlaRuntimeError", "resource_exhausted", "gpu_memory"),
     ("jax", "JaxRuntimeError", "resource_exhausted", "gpu_memory"),
     ("", "", "cuda out of memory", "gpu_memory"),
+    ("", "", "cuda error: out of memory", "gpu_memory"),
     ("", "", "cuda_error_out_of_memory", "gpu_memory"),
     ("", "", "cudaerrormemoryallocation", "gpu_memory"),
     ("", "", "cublas_status_alloc_failed", "gpu_memory"),
@@ -78,17 +79,20 @@ def _match(error: BaseException) -> Shortage | None:
         text = str(error).lower()
     except Exception:  # noqa: BLE001 - a user's __str__ may raise anything
         text = ""
-    if isinstance(error, MemoryError):
-        if _was_raised_by_python(error.__traceback__):
-            return None
-        return Shortage("memory", _array_size(error) or _requested(text))
     root = type(error).__module__.partition(".")[0].removesuffix("lib")
     names = {c.__name__ for c in type(error).__mro__}
     for module, name, words, resource in _CLASSES:
         fits = (not module or module == root) and (not name or name in names)
-        if fits and words in text:
+        if (
+            fits
+            and words in text
+            and not (resource == "memory" and isinstance(error, MemoryError))
+        ):
             return Shortage(resource, _requested(text))  # type: ignore[arg-type]  # literal
-    return None
+    # Last: libraries raise it for a GPU's memory as well.
+    if not isinstance(error, MemoryError) or _was_raised_by_python(error.__traceback__):
+        return None
+    return Shortage("memory", _array_size(error) or _requested(text))
 
 
 def _array_size(error: MemoryError) -> float | None:

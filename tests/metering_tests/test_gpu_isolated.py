@@ -1,0 +1,209 @@
+"""Isolated trials on GPUs as people have them, from the driver to the row; on a fake driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import json
+from typing import Any
+
+import pytest
+
+from tests.metering_tests.conftest import FakeNvml
+
+
+Nvml = Callable[..., FakeNvml]
+
+GB = 1_000_000_000
+
+SCRIPT = """
+import json, types
+import optuna
+from optuna_quota import Quota, QuotaPruner, QuotaSampler, isolated
+
+GB = 1_000_000_000
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+def device(i, used, mj=0, mig=0, total=80 * GB):
+    return f"device {i} GPU-{i} {mig} {int(total)} {int(used)} {int(mj)}\\n"
+
+class OutOfMemoryError(RuntimeError):
+    pass
+
+OutOfMemoryError.__module__ = "torch"
+
+def tune(objective, n_trials=1, n_jobs=1, one_gpu=False, **limits):
+    sampler = QuotaSampler(
+        optuna.samplers.RandomSampler(seed=1), quota=Quota(n_trials=99), one_gpu=one_gpu
+    )
+    study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=Limits(**limits)))
+    study.optimize(isolated(objective), n_trials=n_trials, n_jobs=n_jobs)
+    for trial in study.trials:
+        print(json.dumps({"state": trial.state.name, **trial.params, **trial.user_attrs}))
+"""
+
+
+@pytest.fixture
+def rows(nvml: Nvml) -> Callable[..., list[dict[str, Any]]]:
+    def run(code: str, **environment: str) -> list[dict[str, Any]]:
+        out = nvml().run(SCRIPT + code, **environment)
+        found = [line for line in out.splitlines() if line.startswith("{")]
+        return [{k.removeprefix("quota:"): v for k, v in json.loads(x).items()} for x in found]
+
+    return run
+
+
+Rows = Callable[..., list[dict[str, Any]]]
+
+
+def test_in_a_container_a_limit_holds_and_the_row_says_how_it_was_told(rows: Rows) -> None:
+    found = rows(
+        """
+def state(held, *mine):
+    say(device(0, 10 * GB + held) + f"ghost 0 77777777 {10 * GB}\\n" + "".join(mine))
+
+def objective(trial):
+    held = (2 + 3 * (trial.number % 2)) * GB
+    state(held, f"ghost 0 4190000 {held}\\n")
+    try:
+        time.sleep(1)
+    finally:
+        state(0)
+    return 1.0
+
+state(0)
+tune(objective, n_trials=3, gpu_memory=4 * GB)
+"""
+    )
+    assert [row["outcome"] for row in found] == ["completed", "terminated", "completed"]
+    assert [row["gpu_memory"] for row in found] == [2 * GB, 5 * GB, 2 * GB]
+    assert {row["gpu_source"] for row in found} == {"device"}
+
+
+def test_an_isolated_trial_is_told_by_process_and_takes_nothing_over(rows: Rows) -> None:
+    found = rows(
+        """
+def objective(trial):
+    held = (5 - 2 * trial.number) * GB
+    say(device(0, held) + f"process 0 {os.getpid()} {held}\\n")
+    time.sleep(0.3)
+    return 1.0
+
+say(device(0, 0))
+tune(objective, n_trials=2, gpu_memory=9 * GB)
+"""
+    )
+    assert [row["gpu_memory"] for row in found] == [5 * GB, 3 * GB]
+    assert {row["gpu_source"] for row in found} == {"process"}
+
+
+OOM = """
+TEXT = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of {} of "
+TEXT += "which 4.00 MiB is free."
+
+def objective(trial):
+    x = trial.suggest_float("x", 0, 1)
+    held = int((1 + x) * GB)
+    say(device(0, 79 * GB) + f"process 0 {os.getpid()} {held}\\n")
+    if trial.number < 5:
+        raise OutOfMemoryError(TEXT.format("74.51 GiB"))
+    time.sleep(0.2)
+    return x
+
+say(device(0, 0))
+"""
+
+
+def test_a_gpu_that_others_filled_fails_the_trial_and_teaches_nothing(rows: Rows) -> None:
+    found = rows(OOM + "tune(objective, n_trials=20, gpu_memory=10 * GB)")
+    assert [row["outcome"] for row in found] == ["failed"] * 5 + ["completed"] * 15
+    assert {row["state"] for row in found[:5]} == {"FAIL"}
+    for row in found[:5]:
+        assert "breach" not in row
+        # Read at the moment of the error, though there was no time for a reading before it.
+        assert row["gpu_memory"] == int((1 + row["x"]) * GB)
+        assert row["reason"].startswith("The GPU was full, 7")
+        assert "of it taken by other processes: the trial held " in row["reason"]
+    assert max(row["x"] for row in found[8:]) > 0.8
+
+
+def test_on_request_and_with_ask_and_tell_the_error_is_raised(nvml: Nvml) -> None:
+    code = """
+study = optuna.create_study(pruner=QuotaPruner(limits=Limits(gpu_memory=10 * GB)))
+for run in (
+    lambda: study.optimize(isolated(objective, on_crash="raise"), n_trials=1),
+    lambda: isolated(objective)(study.ask()),
+):
+    try:
+        run()
+    except OutOfMemoryError as error:
+        print("raised")
+"""
+    assert nvml().run(SCRIPT + OOM + code).split().count("raised") == 2
+
+
+@pytest.mark.parametrize("fraction", [0.8, 0.1])
+def test_caps_are_of_the_instance_that_the_trial_sees(rows: Rows, fraction: float) -> None:
+    instance = "MIG-small" if fraction == 0.8 else "MIG-large"
+    (row,) = rows(
+        """
+def objective(trial):
+    trial.set_user_attr("fraction", float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]))
+    return 1.0
+
+say(device(0, 0, mig=1) + "instance 0 0\\ninstance 0 1\\n"
+    + f"device 100 MIG-small 0 {5 * GB} 0 0\\ndevice 101 MIG-large 0 {40 * GB} 0 0\\n")
+tune(objective, gpu_memory=4 * GB)
+""",
+        CUDA_VISIBLE_DEVICES=instance,
+    )
+    assert row["fraction"] == fraction
+
+
+def test_each_trial_on_the_gpu_that_it_was_given_in_a_container(rows: Rows) -> None:
+    found = rows(
+        """
+STATE = os.environ["FAKE_NVML"]
+
+def objective(trial):
+    mine = os.environ["CUDA_VISIBLE_DEVICES"]
+    trial.set_user_attr("mine", mine)
+    held = {"GPU-0": 3, "GPU-1": 7}[mine]
+    with open(STATE + ".flag" + mine, "w"):
+        pass
+    while not all(os.path.exists(STATE + ".flagGPU-" + i) for i in "01"):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    say(device(0, 3 * GB) + device(1, 7 * GB))
+    time.sleep(0.7)
+    return 1.0
+
+say(device(0, 0) + device(1, 0))
+tune(objective, n_trials=2, n_jobs=2, one_gpu=True, gpu_memory=60 * GB)
+"""
+    )
+    held = {row["mine"]: row["gpu_memory"] for row in found}
+    assert held == {"GPU-0": 3 * GB, "GPU-1": 7 * GB}
+
+
+FAKE_TORCH = """
+def objective(trial):
+    peak = {peak}
+    cuda = types.SimpleNamespace(
+        is_initialized=lambda: True,
+        device_count=lambda: 2,
+        max_memory_reserved=lambda device: peak * (1 + device),
+    )
+    sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+    return 1.0
+"""
+
+
+def test_without_a_driver_the_frameworks_own_counters_tell(rows: Rows) -> None:
+    code = FAKE_TORCH.format(peak=GB) + "tune(objective)\n"
+    (row,) = rows(code, LD_LIBRARY_PATH="")
+    assert (row["gpu_memory"], row["gpu_source"]) == (3 * GB, "framework")
+
+
+def test_a_framework_that_used_no_gpu_tells_nothing(rows: Rows) -> None:
+    (row,) = rows(FAKE_TORCH.format(peak=0) + "tune(objective)\n", LD_LIBRARY_PATH="")
+    assert "gpu_memory" not in row and "gpu_source" not in row
