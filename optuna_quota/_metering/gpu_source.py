@@ -35,6 +35,14 @@ class DeviceReading:
     busy: float | None = None
     lost: str | None = None
 
+    @property
+    def in_use(self) -> float | None:
+        """Bytes in use by anyone, by whatever tells; None when nothing does."""
+        listed = [held for held in self.held.values() if held is not None]
+        if self.used is None:
+            return sum(listed) if listed else None
+        return max(self.used, sum(listed))
+
 
 @dataclass(frozen=True)
 class DeviceShare:
@@ -139,9 +147,10 @@ def growth(
         now: Now.
         is_strangers: Whether a listed process is another's for sure.
     """
-    if before.used is None or now.used is None:
+    used_before, used_now = before.in_use, now.in_use
+    if used_before is None or used_now is None:
         return None
-    grown = now.used - before.used
+    grown = used_now - used_before
     for pid in {*before.held, *now.held}:
         if is_strangers(pid):
             grown -= (now.held.get(pid) or 0.0) - (before.held.get(pid) or 0.0)
