@@ -67,7 +67,7 @@ def test_the_limit_the_own_gpu_or_others(
     shortage = find_shortage(error)
     assert shortage is not None
     held = None if peak is None else peak * GIB
-    known = read_gpu_shortage(shortage, str(error), held, devices, 80.0 * GIB)
+    known = read_gpu_shortage(shortage, held, devices, 80.0 * GIB)
     ceilings = {} if limit is None else {"gpu_memory": (float(limit * GIB), False)}
     breach = find_gpu_breach(known, ceilings, 3.0)
     assert (breach and breach.limit) == (breached and breached * GIB)
@@ -78,18 +78,28 @@ def test_bad_luck_has_the_figures() -> None:
     error = OutOfMemoryError(FULL)
     shortage = find_shortage(error)
     assert shortage is not None
-    known = read_gpu_shortage(shortage, str(error), None, [], None)
+    known = read_gpu_shortage(shortage, None, [], None)
     assert str(name_bad_luck(known, error)).startswith(
         "The GPU was full, 78.6 GiB of it taken by other processes: the trial held 1.4 GiB and "
         "asked for 20 MiB more. OutOfMemoryError: CUDA out of memory."
     )
 
 
+def test_the_error_is_found_behind_others() -> None:
+    outer = ValueError("Training failed.")
+    outer.__cause__ = OutOfMemoryError(CAPPED)
+    shortage = find_shortage(outer)
+    assert shortage is not None
+    known = read_gpu_shortage(shortage, None, [], None)
+    breach = find_gpu_breach(known, {"gpu_memory": (4.0 * GIB, True)}, 1.0)
+    assert breach is not None and breach.quota
+
+
 def test_what_is_not_known_to_be_bad_luck_is_the_objectives_own_error() -> None:
     error = RuntimeError("CUDA out of memory.")
     shortage = find_shortage(error)
     assert shortage is not None
-    assert name_bad_luck(read_gpu_shortage(shortage, str(error), None, [], None), error) is None
+    assert name_bad_luck(read_gpu_shortage(shortage, None, [], None), error) is None
 
 
 @pytest.mark.parametrize(

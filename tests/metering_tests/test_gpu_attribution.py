@@ -491,7 +491,10 @@ def test_growth_is_without_what_strangers_take() -> None:
     assert growth(before, now, lambda pid: True) == 7.0
     assert growth(before, DeviceReading(), lambda pid: True) is None
     # A device holds no less than what it lists.
-    assert growth(DeviceReading(used=0.0), DeviceReading(used=0.0, held={3: 9.0}), lambda p: False) == 9.0
+    assert (
+        growth(DeviceReading(used=0.0), DeviceReading(used=0.0, held={3: 9.0}), lambda p: False)
+        == 9.0
+    )
 
 
 def test_another_users_process_is_alive_though_proc_may_hide_it(

@@ -126,6 +126,23 @@ def test_a_gpu_that_others_filled_fails_the_trial_and_teaches_nothing(rows: Rows
     assert max(row["x"] for row in found[8:]) > 0.8
 
 
+def test_an_objective_that_prunes_itself_for_it_is_pruned(rows: Rows) -> None:
+    (row,) = rows(
+        OOM
+        + """
+def pruning(trial):
+    try:
+        return objective(trial)
+    except OutOfMemoryError:
+        raise optuna.TrialPruned
+
+tune(pruning, gpu_memory=10 * GB)
+"""
+    )
+    assert (row["state"], row["outcome"]) == ("PRUNED", "pruned")
+    assert "breach" not in row
+
+
 def test_on_request_and_with_ask_and_tell_the_error_is_raised(nvml: Nvml) -> None:
     code = """
 study = optuna.create_study(pruner=QuotaPruner(limits=Limits(gpu_memory=10 * GB)))

@@ -68,7 +68,6 @@ class GpuShortage:
 
 def read_gpu_shortage(
     shortage: Shortage,
-    text: str,
     peak: float | None,
     devices: Sequence[DeviceShare],
     device_memory: float | None,
@@ -77,11 +76,11 @@ def read_gpu_shortage(
 
     Args:
         shortage: The allocation.
-        text: The error's message.
         peak: What the trial held at its peak, in bytes, when its GPUs don't tell.
         devices: The trial's GPUs at the moment of the error, none when unknown.
         device_memory: The memory of each of its GPUs, when nothing else tells.
     """
+    text = shortage.text
     capacity, free, told = (_size(pattern, text) for pattern in (_CAPACITY, _FREE, _HELD))
     requested, is_capped = shortage.requested, False
     if requested is not None and free is not None:

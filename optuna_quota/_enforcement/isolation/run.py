@@ -12,6 +12,7 @@ from typing import Any
 from typing import NoReturn
 from typing import TYPE_CHECKING
 
+from optuna import TrialPruned
 from optuna.trial import Trial
 from optuna.trial import TrialState
 
@@ -430,7 +431,6 @@ class TrialRun:
         """End a trial that got no GPU memory; ``optimize`` goes on when others had taken it."""
         known = read_gpu_shortage(
             shortage,
-            str(error),
             self._watch.usage().gpu_memory,
             self._gpu_devices,
             self._device_memory(),
@@ -439,7 +439,7 @@ class TrialRun:
         if breach is not None:
             self._terminate(breach, cause=error)
         reason = name_bad_luck(known, error)
-        if reason is None:
+        if reason is None or isinstance(error, TrialPruned):
             raise error
         self._watch.verdict = Verdict("failed", reason)
         trial, study = self._trial, self._study
@@ -505,8 +505,6 @@ def _advice(number: int, reason: str) -> str:
 
 def _state_of(value: Any, error: BaseException | None, n_values: int) -> TrialState:
     """Return the state that Optuna is about to store."""
-    from optuna import TrialPruned
-
     if isinstance(error, TrialPruned):
         return TrialState.PRUNED
     if error is not None:

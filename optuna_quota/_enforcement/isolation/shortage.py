@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from dataclasses import field
 import dis
 import math
 import re
@@ -19,10 +20,12 @@ class Shortage:
     Attributes:
         resource: Whose memory.
         requested: The bytes asked for, None when the error does not tell.
+        text: The message of the error that says so.
     """
 
     resource: Literal["memory", "gpu_memory"]
     requested: float | None = None
+    text: str = field(default="", compare=False)
 
 
 # Module and name of the class, what the message must contain, whose memory. The classes belong to
@@ -76,9 +79,10 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _match(error: BaseException) -> Shortage | None:
     try:
-        text = str(error).lower()
+        message = str(error)
     except Exception:  # noqa: BLE001 - a user's __str__ may raise anything
-        text = ""
+        message = ""
+    text = message.lower()
     root = type(error).__module__.partition(".")[0].removesuffix("lib")
     names = {c.__name__ for c in type(error).__mro__}
     for module, name, words, resource in _CLASSES:
@@ -88,7 +92,7 @@ def _match(error: BaseException) -> Shortage | None:
             and words in text
             and not (resource == "memory" and isinstance(error, MemoryError))
         ):
-            return Shortage(resource, _requested(text))  # type: ignore[arg-type]  # literal
+            return Shortage(resource, _requested(text), message)  # type: ignore[arg-type]
     # Last: libraries raise it for a GPU's memory as well.
     if not isinstance(error, MemoryError) or _was_raised_by_python(error.__traceback__):
         return None

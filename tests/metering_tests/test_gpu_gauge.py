@@ -1,0 +1,119 @@
+"""The gauge of one trial's GPU use, on devices made up in Python: no driver, no compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+from optuna_quota._metering.gpu import GpuReader
+from optuna_quota._metering.gpu_devices import has_gpu_open
+from optuna_quota._metering.gpu_gauge import GpuGauge
+from optuna_quota._metering.nvml import GpuSample
+
+
+GB = 1_000_000_000.0
+
+
+class Device:
+    is_instance = False
+
+    def __init__(self, identity: str = "GPU-a") -> None:
+        self.identity = identity
+        self.used = 0.0
+        self.held: dict[int, int | None] = {}
+
+    def processes(self) -> dict[int, int | None]:
+        return dict(self.held)
+
+    def memory(self) -> tuple[int, int]:
+        return int(self.used), int(80 * GB)
+
+    def samples(self, since: float) -> list[GpuSample]:
+        return []
+
+    def utilization(self) -> float:
+        return 0.0
+
+    def joules(self) -> float:
+        return 0.0
+
+
+@contextlib.contextmanager
+def gauge_on(reader: GpuReader, is_open: bool | None = None) -> Iterator[GpuGauge]:
+    gauge = GpuGauge({"gpu_memory"}, open_reader=lambda: reader, has_gpu_open=lambda pids: is_open)
+    gauge.read(())
+    yield gauge
+    gauge.close()
+
+
+def reader_of(device: Device) -> GpuReader:
+    return GpuReader([device], is_alive=lambda pid: False)
+
+
+@pytest.mark.parametrize(("is_open", "memory"), [(None, 3 * GB), (True, 3 * GB), (False, None)])
+def test_a_trial_with_no_gpu_open_is_not_charged_what_others_take(
+    is_open: bool | None, memory: float | None
+) -> None:
+    device = Device()
+    with gauge_on(reader_of(device), is_open) as gauge:
+        device.used = 3 * GB
+        found = gauge.read([1]).get("gpu_memory")
+    assert (found and found.value) == memory
+
+
+def test_who_has_just_ended_is_no_part_of_the_trial() -> None:
+    # Listed when the driver is asked, gone when it is asked whether there is such a process.
+    class Passing(Device):
+        def processes(self) -> dict[int, int | None]:
+            held, self.held, self.used = self.held, {}, 0.0
+            return held
+
+    device = Passing()
+    with gauge_on(reader_of(device)) as gauge:
+        device.used, device.held = 3 * GB, {99: int(3 * GB)}
+        assert gauge.read([1]) == {}
+
+
+def test_a_closed_gauge_leaves_the_devices_to_others() -> None:
+    device = Device()
+    reader = reader_of(device)
+    with gauge_on(reader) as second:
+        with gauge_on(reader) as first:
+            device.used = 3 * GB
+            assert "gpu_memory" not in second.read([1])
+        assert second.read([1])["gpu_memory"].value == 3 * GB
+        # A reading that was under way when it was closed.
+        first.read([2])
+        device.used = 5 * GB
+        assert second.read([1])["gpu_memory"].value == 5 * GB
+
+
+def test_a_reading_is_never_one_that_the_gauge_had_before() -> None:
+    device = Device()
+    with gauge_on(reader_of(device)) as gauge:
+        for used in (1, 2, 3):
+            device.used = used * GB
+            assert gauge.read([1])["gpu_memory"].value == used * GB
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has the files")
+def test_the_files_that_a_process_has_open(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert has_gpu_open([os.getpid()]) in (None, True, False)
+    gpu = tmp_path / "nvidia0"
+    gpu.touch()
+    monkeypatch.setattr("optuna_quota._metering.gpu_devices._DRIVER_FILES", (str(gpu),))
+    monkeypatch.setattr("optuna_quota._metering.gpu_devices._GPU_FILES", (str(gpu),))
+    with gpu.open() as file, subprocess.Popen(["sleep", "60"], stdin=file) as process:
+        assert has_gpu_open([process.pid]) is True
+        process.kill()
+    assert has_gpu_open([process.pid]) is False
+    monkeypatch.setattr("optuna_quota._metering.gpu_devices._DRIVER_FILES", ())
+    assert has_gpu_open([os.getpid()]) is None
