@@ -146,7 +146,8 @@ class FakeCuda:
 
 
 def test_gpu_caps(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TF_FORCE_GPU_ALLOW_GROWTH", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+    fraction, preallocate = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"
+    for name in ("TF_FORCE_GPU_ALLOW_GROWTH", "CUPY_GPU_MEMORY_LIMIT", fraction, preallocate):
         monkeypatch.setenv(name, "to be restored")
         monkeypatch.delenv(name)
     set_gpu_caps(None, 8.0 * GIB)
@@ -157,6 +158,9 @@ def test_gpu_caps(monkeypatch: pytest.MonkeyPatch) -> None:
     set_gpu_caps(2.0 * GIB, 8.0 * GIB)
     assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.2500"
     assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
+    # What a trial needs would not be known otherwise, and its limit would be passed at once.
+    assert os.environ[preallocate] == "false"
+    assert os.environ["CUPY_GPU_MEMORY_LIMIT"] == str(2 * GIB)
     cuda = FakeCuda()
     cap_torch(cuda, 4.0 * GIB)
     assert cuda.fractions == {0: 0.5, 1: 0.25}
