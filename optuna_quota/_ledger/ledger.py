@@ -11,6 +11,7 @@ from dataclasses import replace
 import logging
 import os
 import threading
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -41,6 +42,7 @@ from optuna_quota._ledger.protocol import Decision
 from optuna_quota._ledger.protocol import queued
 from optuna_quota._ledger.protocol import Shortage
 from optuna_quota._ledger.protocol import Want
+from optuna_quota._ledger.request import Asked
 from optuna_quota._ledger.request import first_wants
 from optuna_quota._ledger.request import more_wants
 from optuna_quota._ledger.request import revised_promise
@@ -146,6 +148,7 @@ class Ledger:
         *,
         limits: Limits,
         footprint: Mapping[str, float],
+        bounds: Mapping[str, float] = MappingProxyType({}),
         n_jobs: int | None = None,
         is_over: Callable[[], bool] = lambda: False,
     ) -> Grant | Refusal:
@@ -154,7 +157,8 @@ class Ledger:
         Args:
             trial: The trial, whose row must be running.
             limits: Its limits.
-            footprint: Upper bounds of what it will use, by resource, where known.
+            footprint: Upper bounds of what it will use, by resource, where the user stated them.
+            bounds: Upper bounds of what it will hold at one moment, where they were learned.
             n_jobs: Trials that run at once, where known.
             is_over: Returns whether a trial that waits need not run any more.
         """
@@ -177,9 +181,9 @@ class Ledger:
                 footprint,
                 seen.free(self.quota),
                 beside,
+                bounds=bounds,
                 n_jobs=n_jobs,
-                # Whoever asks by hand may ask for several before it tells any.
-                whole=self._in_optimize_loop(),
+                asked=self._asked(),
             )
             need = footprint.get("gpu_memory", limits.gpu_memory)
             machine = this_worker().machine
@@ -301,11 +305,19 @@ class Ledger:
         if text is not None:
             _logger.info(text)
 
-    def _tell_of_standstill(self, number: int, decision: Decision, seen: Snapshot) -> bool:
+    def _asked(self) -> Asked:
+        if self._in_optimize_loop():
+            return "by optimize"
+        return "in a batch" if self._asked_for_here() else "by hand"
+
+    def _asked_for_here(self) -> list[int]:
+        """Return the trials that run and that this thread asked for by hand."""
         here = threading.get_ident()
         with self._changing:
-            own = [r.number for r in self._running.values() if r.asker == here]
-        warning = standstill(number, decision.shortage, seen.claims, own)
+            return [r.number for r in self._running.values() if r.asker == here]
+
+    def _tell_of_standstill(self, number: int, decision: Decision, seen: Snapshot) -> bool:
+        warning = standstill(number, decision.shortage, seen.claims, self._asked_for_here())
         if warning is not None:
             _logger.warning(warning)
         return warning is not None

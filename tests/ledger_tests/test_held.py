@@ -254,6 +254,20 @@ def test_no_trial_within_its_promise_is_ended_for_the_quota(
     assert min(promised[10:]) < min(promised[:4])
 
 
+def test_a_batch_that_is_asked_for_by_hand_does_not_wait_for_itself() -> None:
+    study = optuna.create_study(
+        sampler=QuotaSampler(optuna.samplers.RandomSampler(), quota=Quota(memory="1GiB")),
+        pruner=QuotaPruner(limits=Limits(memory="600MiB")),
+    )
+    for _ in range(3):
+        batch = [study.ask() for _ in range(4)]
+        for trial in batch:
+            trial.suggest_float("x", 0, 1)
+        for trial in batch:
+            study.tell(trial, 0.0)
+    assert len(study.trials) == 12
+
+
 def test_a_trial_that_outgrows_its_promise_is_given_what_is_free() -> None:
     study = optuna.create_study()
     ledger = Ledger(study, Quota(memory=100))
