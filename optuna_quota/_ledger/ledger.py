@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 import logging
+import math
 import os
 import threading
 from types import MappingProxyType
@@ -52,6 +53,7 @@ from optuna_quota._ledger.standstill import PATIENCE
 from optuna_quota._ledger.standstill import standstill
 from optuna_quota._ledger.undertaker import Undertaker
 from optuna_quota._ledger.worker import this_worker
+from optuna_quota._resources import get_resource
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Usage
@@ -116,7 +118,7 @@ class Ledger:
         self._undertaker = Undertaker(self._accounts, self._lease, self._call_back)
         self._keeper = Keeper(self._renew, self._beat, beat)
         self._running: dict[int, Running] = {}
-        self._told_of_earlier = False
+        self._told_of_earlier = self._told_of_unknown = False
         # One thread at a time changes what this process's running trials hold.
         self._changing = threading.RLock()
 
@@ -214,6 +216,7 @@ class Ledger:
                 return refusal
             held = self._queue_up(trial_id, held, wants)
             waiting, short = True, decision.shortage
+            self._tell_of_unknown(short)
             if not told and self._clock.monotonic() - since >= PATIENCE:
                 told = self._tell_of_standstill(number, decision, seen)
             self._clock.sleep(pause)
@@ -304,6 +307,17 @@ class Ledger:
         text = None if told else describe_earlier(self._accounts.earlier)
         if text is not None:
             _logger.info(text)
+
+    def _tell_of_unknown(self, short: Shortage | None) -> None:
+        if short is None or short.wanted < self.quota.held.get(short.resource, math.inf):
+            return
+        told, self._told_of_unknown = self._told_of_unknown, True
+        if not told:
+            title = get_resource(short.resource).title
+            _logger.info(
+                f"As far as is known, a trial may need all {title} of the quota, so trials run one "
+                f"at a time. `Limits({short.resource}=…)` or `Strategy(n_jobs=…)` let several run."
+            )
 
     def _asked(self) -> Asked:
         if self._in_optimize_loop():

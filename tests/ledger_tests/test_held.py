@@ -254,6 +254,23 @@ def test_no_trial_within_its_promise_is_ended_for_the_quota(
     assert min(promised[10:]) < min(promised[:4])
 
 
+def test_why_trials_of_unknown_needs_run_one_at_a_time_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    crowd = Crowd()
+
+    def objective(trial: optuna.Trial) -> float:
+        with crowd:
+            time.sleep(0.02)
+            return trial.suggest_float("x", 0, 1)
+
+    caplog.set_level(logging.INFO, logger="optuna.quota")
+    study = tune(objective, quota=Quota(cpu_cores=2))
+    assert {t.state.name for t in study.trials} == {"COMPLETE"} and crowd.most == 1
+    told = [r.message for r in caplog.records if "one at a time" in r.message]
+    assert len(told) == 1 and "`Limits(cpu_cores=…)`" in told[0]
+
+
 def test_a_batch_that_is_asked_for_by_hand_does_not_wait_for_itself() -> None:
     study = optuna.create_study(
         sampler=QuotaSampler(optuna.samplers.RandomSampler(), quota=Quota(memory="1GiB")),
