@@ -315,8 +315,9 @@ class Ledger:
         if not told:
             title = get_resource(short.resource).title
             _logger.info(
-                f"As far as is known, a trial may need all {title} of the quota, so trials run one "
-                f"at a time. `Limits({short.resource}=…)` or `Strategy(n_jobs=…)` let several run."
+                f"As far as is known, a trial may need all {title} of the quota, so that trials "
+                f"run one at a time. `Limits({short.resource}=…)` or `Strategy(n_jobs=…)` change "
+                "that."
             )
 
     def _asked(self) -> Asked:
