@@ -70,7 +70,12 @@ class Entry:
 
 
 def read_entry(
-    trial: FrozenTrial, trial_id: int, quota: Quota, *, touched: bool | None = None
+    trial: FrozenTrial,
+    trial_id: int,
+    quota: Quota,
+    *,
+    study: str | None = None,
+    touched: bool | None = None,
 ) -> Entry:
     """Return what a row means to the ledger.
 
@@ -78,9 +83,14 @@ def read_entry(
         trial: The row.
         trial_id: Its id in the storage.
         quota: The quota; its prices turn usage into cost.
+        study: What tells the study from others in reservations.
         touched: Whether anything was written into the row; None to go by ``trial``.
     """
-    reservation = parse_reservation(trial.system_attrs.get(RESERVATION), trial_id)
+    written = trial.system_attrs.get(RESERVATION)
+    reservation = parse_reservation(written, trial_id)
+    if reservation is not None and reservation.study not in (None, study):
+        # Copied from another study, into a row that happens to have the same id.
+        reservation = None
     if not trial.state.is_finished():
         state = trial.state.name.lower()
         untouched = state == "running" and not (_touched(trial) if touched is None else touched)
@@ -94,7 +104,10 @@ def read_entry(
     if outcome == "rejected" or never_ran:
         return Entry(trial.number, trial_id, "finished", outcome, reservation)
     if reservation is None:
-        charges = _charges_shown(trial, record.usage, quota)
+        ran_here = written is None or (
+            isinstance(written, Mapping) and study is not None and written.get("study") == study
+        )
+        charges = _charges_shown(trial, record.usage, quota, ran_here=ran_here)
     else:
         charges = _charges(trial, reservation, record.usage, quota)
     span = _span(trial, reservation, charges.get("trial_time"))
@@ -111,20 +124,24 @@ def _outcome_of_state(state: str) -> str:
     return {"COMPLETE": "completed", "PRUNED": "pruned"}.get(state, "failed")
 
 
-def _charges_shown(trial: FrozenTrial, usage: Usage, quota: Quota) -> dict[str, float | None]:
+def _charges_shown(
+    trial: FrozenTrial, usage: Usage, quota: Quota, *, ran_here: bool
+) -> dict[str, float | None]:
     """Return what a row shows that no ledger admitted: it ran before there was a quota, or was
     added with its result.
 
     What it does not show is not charged: nothing bounded it. It counts among the trials of the
-    study if it ran here. ``create_trial`` gives a row that was added one time for its start and
-    its end, and one that was copied from another study keeps the reservation that it had there.
+    study if it ran here: ``create_trial`` gives a row that was added one time for its start and
+    its end, and one that was copied from another study with a quota keeps the reservation that it
+    had there. One copied with its times from a study without a quota can't be told from one that
+    ran here.
     """
     names = ("trial_time", "cpu_time", "gpu_time", "energy")
     charges = {name: usage.get(name) for name in names}
     seconds = 0.0 if trial.duration is None else max(0.0, trial.duration.total_seconds())
     if charges["trial_time"] is None and seconds > 0:
         charges["trial_time"] = seconds
-    if seconds > 0 and RESERVATION not in trial.system_attrs:
+    if seconds > 0 and ran_here:
         charges["n_trials"] = 1.0
     known = {name: amount for name, amount in charges.items() if amount is not None}
     return {**known, "cost": quota.price(known)} if quota.prices else dict(known)

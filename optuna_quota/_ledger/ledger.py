@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 import logging
+import math
 import os
 import threading
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -41,6 +43,7 @@ from optuna_quota._ledger.protocol import Decision
 from optuna_quota._ledger.protocol import queued
 from optuna_quota._ledger.protocol import Shortage
 from optuna_quota._ledger.protocol import Want
+from optuna_quota._ledger.request import Asked
 from optuna_quota._ledger.request import first_wants
 from optuna_quota._ledger.request import more_wants
 from optuna_quota._ledger.request import revised_promise
@@ -50,6 +53,7 @@ from optuna_quota._ledger.standstill import PATIENCE
 from optuna_quota._ledger.standstill import standstill
 from optuna_quota._ledger.undertaker import Undertaker
 from optuna_quota._ledger.worker import this_worker
+from optuna_quota._resources import get_resource
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Usage
@@ -114,7 +118,7 @@ class Ledger:
         self._undertaker = Undertaker(self._accounts, self._lease, self._call_back)
         self._keeper = Keeper(self._renew, self._beat, beat)
         self._running: dict[int, Running] = {}
-        self._told_of_earlier = False
+        self._told_of_earlier = self._told_of_unknown = False
         # One thread at a time changes what this process's running trials hold.
         self._changing = threading.RLock()
 
@@ -146,6 +150,7 @@ class Ledger:
         *,
         limits: Limits,
         footprint: Mapping[str, float],
+        bounds: Mapping[str, float] = MappingProxyType({}),
         n_jobs: int | None = None,
         is_over: Callable[[], bool] = lambda: False,
     ) -> Grant | Refusal:
@@ -154,7 +159,8 @@ class Ledger:
         Args:
             trial: The trial, whose row must be running.
             limits: Its limits.
-            footprint: Upper bounds of what it will use, by resource, where known.
+            footprint: Upper bounds of what it will use, by resource, where the user stated them.
+            bounds: Upper bounds of what it will hold at one moment, where they were learned.
             n_jobs: Trials that run at once, where known.
             is_over: Returns whether a trial that waits need not run any more.
         """
@@ -177,9 +183,9 @@ class Ledger:
                 footprint,
                 seen.free(self.quota),
                 beside,
+                bounds=bounds,
                 n_jobs=n_jobs,
-                # Whoever asks by hand may ask for several before it tells any.
-                whole=self._in_optimize_loop(),
+                asked=self._asked(),
             )
             need = footprint.get("gpu_memory", limits.gpu_memory)
             machine = this_worker().machine
@@ -210,6 +216,7 @@ class Ledger:
                 return refusal
             held = self._queue_up(trial_id, held, wants)
             waiting, short = True, decision.shortage
+            self._tell_of_unknown(short)
             if not told and self._clock.monotonic() - since >= PATIENCE:
                 told = self._tell_of_standstill(number, decision, seen)
             self._clock.sleep(pause)
@@ -301,11 +308,31 @@ class Ledger:
         if text is not None:
             _logger.info(text)
 
-    def _tell_of_standstill(self, number: int, decision: Decision, seen: Snapshot) -> bool:
+    def _tell_of_unknown(self, short: Shortage | None) -> None:
+        if short is None or short.wanted < self.quota.held.get(short.resource, math.inf):
+            return
+        told, self._told_of_unknown = self._told_of_unknown, True
+        if not told:
+            title = get_resource(short.resource).title
+            _logger.info(
+                f"As far as is known, a trial may need all {title} of the quota, so that trials "
+                f"run one at a time. `Limits({short.resource}=…)` or `Strategy(n_jobs=…)` change "
+                "that."
+            )
+
+    def _asked(self) -> Asked:
+        if self._in_optimize_loop():
+            return "by optimize"
+        return "in a batch" if self._asked_for_here() else "by hand"
+
+    def _asked_for_here(self) -> list[int]:
+        """Return the trials that run and that this thread asked for by hand."""
         here = threading.get_ident()
         with self._changing:
-            own = [r.number for r in self._running.values() if r.asker == here]
-        warning = standstill(number, decision.shortage, seen.claims, own)
+            return [r.number for r in self._running.values() if r.asker == here]
+
+    def _tell_of_standstill(self, number: int, decision: Decision, seen: Snapshot) -> bool:
+        warning = standstill(number, decision.shortage, seen.claims, self._asked_for_here())
         if warning is not None:
             _logger.warning(warning)
         return warning is not None

@@ -14,6 +14,8 @@ nothing is known, the trial is alone with the quota until its footprint is learn
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
 
 from optuna_quota._ledger.protocol import Want
 from optuna_quota._metering import ask_at
@@ -21,6 +23,8 @@ from optuna_quota._resources import HELD_RESOURCES
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
 
+
+Asked = Literal["by optimize", "by hand", "in a batch"]
 
 # A slice below this share of a quota is not worth running for: the quota counts as used up.
 LEAST_SHARE = 1e-3
@@ -47,21 +51,24 @@ def first_wants(
     free: Mapping[str, float],
     running: int,
     *,
+    bounds: Mapping[str, float] = MappingProxyType({}),
     n_jobs: int | None = None,
-    whole: bool = True,
+    asked: Asked = "by optimize",
 ) -> dict[str, Want]:
     """Return what a trial asks for before it runs.
 
     Args:
         quota: The study's quota.
         limits: The trial's limits.
-        footprint: Upper bounds of what it will use, where known.
+        footprint: Upper bounds of what it will use, where the user stated them.
         free: What is neither used nor reserved, by resource, as last read.
         running: The number of other trials that run, as last read.
+        bounds: Upper bounds of what it will hold at one moment, where they were learned.
         n_jobs: Trials that run at once, where that is known: each is promised an even share of
             what may be held at one moment, if nothing else is known of it.
-        whole: Whether it is promised all of it otherwise, and waits for that; else a part of what
-            is free.
+        asked: By whom. Who asks by hand may ask for several before it tells any: what is unknown
+            takes no more than a part of what is free then, and in a batch, where to wait for the
+            others could be to wait for ever, less than the bound will do.
     """
     ceilings = upper_bounds(limits.amounts(), quota)
     expected = upper_bounds(footprint, quota)
@@ -76,14 +83,15 @@ def first_wants(
             bound = min(expected[resource], ceilings.get(resource, expected[resource]))
             wants[resource] = Want(bound, bound)
         elif resource in HELD_RESOURCES:
-            promised = ceilings.get(resource, None if n_jobs is None else total / n_jobs)
-            if promised is not None or whole:
-                bound = min(total, total if promised is None else promised)
-                wants[resource] = Want(bound, bound)
-            else:
-                least = min(1.0, total) if resource == "cpu_cores" else LEAST_HELD_SHARE * total
+            share = total if n_jobs is None else total / n_jobs
+            known = [k[resource] for k in (ceilings, bounds) if resource in k] or [share]
+            bound = min(total, *known)
+            if asked == "in a batch" or (asked == "by hand" and bound == total):
+                least = min(bound, 1.0 if resource == "cpu_cores" else LEAST_HELD_SHARE * total)
                 room = free.get(resource, total)
-                wants[resource] = Want(least, _slice(room, running, least, total))
+                wants[resource] = Want(least, _slice(room, running, least, bound))
+            else:
+                wants[resource] = Want(bound, bound)
         else:
             ceiling = min(total, ceilings.get(resource, total))
             least = min(ceiling, LEAST_SHARE * total)

@@ -57,6 +57,7 @@ class Reservation:
         gpu: The GPU it was given.
         after: Stamps of other machines, by machine, that were read before this was written
             although its own clock has yet to reach them.
+        study: What tells the study that it was written in from others; None where it does not.
     """
 
     trial_id: int = -1
@@ -70,6 +71,7 @@ class Reservation:
     charged: Mapping[str, float] = field(default_factory=dict)
     gpu: str | None = None
     after: Mapping[str, float] = field(default_factory=dict)
+    study: str | None = None
 
 
 _AMOUNTS = ("granted", "asked", "waits", "used", "charged", "after")
@@ -86,6 +88,8 @@ def reservation_object(reservation: Reservation) -> dict[str, Any]:
     for name in _TIMES:
         if getattr(reservation, name) is not None:
             found[name] = round(getattr(reservation, name), 3)
+    if reservation.study is not None:
+        found["study"] = reservation.study
     if reservation.gpu is not None:
         found["gpu"] = reservation.gpu
     if reservation.worker is not None:
@@ -102,7 +106,7 @@ def parse_reservation(value: Any, trial_id: int) -> Reservation | None:
     """
     if not isinstance(value, Mapping) or value.get("trial") != trial_id:
         return None
-    gpu = value.get("gpu")
+    gpu, study = value.get("gpu"), value.get("study")
     return Reservation(
         trial_id,
         granted=_amounts(value.get("granted")),
@@ -115,6 +119,7 @@ def parse_reservation(value: Any, trial_id: int) -> Reservation | None:
         charged=_amounts(value.get("charged")),
         gpu=gpu if isinstance(gpu, str) else None,
         after=_amounts(value.get("after")),
+        study=study if isinstance(study, str) else None,
     )
 
 

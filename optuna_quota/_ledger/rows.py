@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
+from dataclasses import replace
 from datetime import datetime
 import logging
+from typing import Any
 from typing import TYPE_CHECKING
+import zlib
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
@@ -43,6 +46,8 @@ class Rows:
     def __init__(self, study: Study) -> None:
         self._storage = _optuna.storage_of(study)
         self._study_id = _optuna.study_id_of(study)
+        # Short, as it stands in every row.
+        self._stamp = f"{zlib.crc32(study.study_name.encode(errors='replace')):08x}"
         self._tables = _tables_of(self._storage, self._study_id)
         self._next = 0
         self._open: list[int] = []
@@ -74,7 +79,10 @@ class Rows:
         # Rows are never deleted, so a row's place in the list is its number.
         numbers = (*self._open, *range(self._next, len(trials)))
         found = [trials[number] for number in numbers]
-        entries = [read_entry(trial, _optuna.trial_id_of(trial), book.quota) for trial in found]
+        entries = [
+            read_entry(trial, _optuna.trial_id_of(trial), book.quota, study=self._stamp)
+            for trial in found
+        ]
         self._next = max(self._next, len(trials))
         self._open = [entry.number for entry in entries if entry.state != "finished"]
         return entries
@@ -84,7 +92,13 @@ class Rows:
         tables = self._tables
         rows = patiently(lambda: tables.changed(self._last_id, self._open))
         entries = [
-            read_entry(row.trial, _optuna.trial_id_of(row.trial), book.quota, touched=row.touched)
+            read_entry(
+                row.trial,
+                _optuna.trial_id_of(row.trial),
+                book.quota,
+                study=self._stamp,
+                touched=row.touched,
+            )
             for row in rows
         ]
         self._last_id = max([self._last_id, *(entry.trial_id for entry in entries)])
@@ -102,7 +116,7 @@ class Rows:
             optuna.exceptions.UpdateFinishedTrialError: If the row is finished: someone took this
                 worker for dead.
         """
-        value = reservation_object(reservation)
+        value = self._object(reservation)
         tables = self._tables
         if tables is None or not patiently(lambda: tables.write(trial_id, value)):
             if tables is not None and tables.is_alone:
@@ -115,13 +129,16 @@ class Rows:
 
         Optuna relies on row locks to give it to one worker only, and SQLite has none.
         """
-        tables, value = self._tables, reservation_object(reservation)
+        tables, value = self._tables, self._object(reservation)
         if tables is None or patiently(lambda: tables.write_first(trial_id, value)):
             return True
         trial = patiently(lambda: self._storage.get_trial(trial_id))
         # What a retried trial copied from another one is void.
         held = parse_reservation(trial.system_attrs.get(RESERVATION), trial_id)
         return held is None and not trial.state.is_finished()
+
+    def _object(self, reservation: Reservation) -> dict[str, Any]:
+        return reservation_object(replace(reservation, study=self._stamp))
 
     def fail(self, trial_id: int, record: TrialRecord, reservation: Reservation) -> None:
         """Finish the row of a trial whose worker is gone; of several that try, one succeeds.

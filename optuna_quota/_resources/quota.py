@@ -26,13 +26,17 @@ class Quota(Amounts):
 
     Args:
         n_trials: Trials that ran, in total.
-        wall_time: Clock time in which at least one trial ran; pauses between runs don't count.
+        wall_time: Clock time from the first trial to the end of the last; pauses in which a worker
+            runs no trial for longer than 10 s don't count.
         trial_time: Sum of the wall times of all trials.
         cpu_time: CPU-seconds in total.
         gpu_time: Busy GPU-seconds in total.
         energy: Joules in total, or text such as ``"2kWh"``.
         cost: Money in total, in the currency of ``prices``.
-        memory: What all trials running at one moment on one host may hold together.
+        memory: What all trials running at one moment on one host may hold together. Each is
+            promised its part before it starts, and waits for that: its limit or, once that is
+            learned, the upper bound of its footprint; where there is neither, an even share by
+            ``Strategy.n_jobs``, else all of it. One that outgrows it is given what is free.
         gpu_memory: Likewise, of GPU memory.
         cpu_cores: Likewise, of CPU cores.
         prices: Price per hour of ``cpu_time``, ``gpu_time`` and ``trial_time``; needed with

@@ -219,14 +219,12 @@ class QuotaSampler(BaseSampler):
         limits = limits_of(whole, self)
         session = self._session(whole, limits)
         self._admit_study(session, whole, limits)
-        if isinstance(self.footprint, Usage):
-            known = self.footprint.amounts()
-        else:
-            known = session.proposals.bounds(self.quota.held, _optuna.fixed_params_of(trial))
+        known = self.footprint.amounts() if isinstance(self.footprint, Usage) else {}
         grant = session.ledger.reserve(
             trial,
             limits=limits,
             footprint=known,
+            bounds=session.proposals.bounds(self.quota.held, _optuna.fixed_params_of(trial)),
             n_jobs=None if self.strategy is None else self.strategy.n_jobs,
             is_over=lambda: _optuna.is_over(whole) and asks_for_something(whole),
         )

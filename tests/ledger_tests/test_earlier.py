@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 import time
 
 import optuna
@@ -71,17 +72,34 @@ def test_rows_that_still_run_or_wait_are_charged_nothing_either() -> None:
     assert [t.number for t in study.trials if t.state == TrialState.COMPLETE] == [9, 10, 11, 12]
 
 
-def test_rows_of_another_study_with_a_quota_are_charged_what_they_used() -> None:
+@pytest.mark.parametrize("same_ids", [True, False])
+def test_rows_of_another_study_with_a_quota_are_charged_what_they_used(same_ids: bool) -> None:
     source = study_of(Quota(n_trials=50), Limits(cpu_time=5))
     source.optimize(x_of, n_trials=3)
     study = study_of(Quota(n_trials=4, trial_time=100), Limits(cpu_time=5))
-    study.add_trial(added(TrialState.COMPLETE))
+    if not same_ids:
+        study.add_trial(added(TrialState.COMPLETE))
     study.add_trials(source.trials)
     study.optimize(x_of, n_trials=4)
-    assert [t.state.name for t in study.trials[4:]] == ["COMPLETE"] * 4
-    shown = sum(t.user_attrs["quota:wall_time"] for t in study.trials[1:])
+    assert [t.state.name for t in study.trials[-4:]] == ["COMPLETE"] * 4
+    shown = sum(t.user_attrs.get("quota:wall_time", 0.0) for t in study.trials)
     found = status(study).table.loc["trial_time", "used"]
     assert found == pytest.approx(shown)
+
+
+def test_a_study_that_was_copied_as_a_whole_goes_on_where_it_was(tmp_path: Path) -> None:
+    source = study_of(Quota(n_trials=5), Limits(cpu_time=5))
+    source.optimize(x_of, n_trials=3)
+    url = f"sqlite:///{tmp_path}/copy.db"
+    other = optuna.create_study(storage=url)
+    other.add_trial(added(TrialState.COMPLETE))
+    optuna.copy_study(
+        from_study_name=source.study_name, from_storage=source._storage, to_storage=url
+    )
+    sampler = QuotaSampler(optuna.samplers.RandomSampler(), quota=Quota(n_trials=5))
+    study = optuna.load_study(study_name=source.study_name, storage=url, sampler=sampler)
+    study.optimize(x_of)
+    assert len([t for t in study.trials if t.state == TrialState.COMPLETE]) == 5
 
 
 def test_usage_that_was_reported_with_a_row_is_charged() -> None:

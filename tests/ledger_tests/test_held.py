@@ -254,6 +254,37 @@ def test_no_trial_within_its_promise_is_ended_for_the_quota(
     assert min(promised[10:]) < min(promised[:4])
 
 
+def test_why_trials_of_unknown_needs_run_one_at_a_time_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    crowd = Crowd()
+
+    def objective(trial: optuna.Trial) -> float:
+        with crowd:
+            time.sleep(0.02)
+            return trial.suggest_float("x", 0, 1)
+
+    caplog.set_level(logging.INFO, logger="optuna.quota")
+    study = tune(objective, quota=Quota(cpu_cores=2))
+    assert {t.state.name for t in study.trials} == {"COMPLETE"} and crowd.most == 1
+    told = [r.message for r in caplog.records if "one at a time" in r.message]
+    assert len(told) == 1 and "`Limits(cpu_cores=…)`" in told[0]
+
+
+def test_a_batch_that_is_asked_for_by_hand_does_not_wait_for_itself() -> None:
+    study = optuna.create_study(
+        sampler=QuotaSampler(optuna.samplers.RandomSampler(), quota=Quota(memory="1GiB")),
+        pruner=QuotaPruner(limits=Limits(memory="600MiB")),
+    )
+    for _ in range(3):
+        batch = [study.ask() for _ in range(4)]
+        for trial in batch:
+            trial.suggest_float("x", 0, 1)
+        for trial in batch:
+            study.tell(trial, 0.0)
+    assert len(study.trials) == 12
+
+
 def test_a_trial_that_outgrows_its_promise_is_given_what_is_free() -> None:
     study = optuna.create_study()
     ledger = Ledger(study, Quota(memory=100))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota._ledger.protocol import Want
+from optuna_quota._ledger.request import Asked
 from optuna_quota._ledger.request import first_wants
 from optuna_quota._ledger.request import more_wants
 from optuna_quota._ledger.request import revised_promise
@@ -17,13 +20,14 @@ GIB = 2.0**30
 
 @pytest.mark.parametrize("resource", ["memory", "gpu_memory", "cpu_cores"])
 @pytest.mark.parametrize(
-    ("limit", "footprint", "n_jobs", "promised"),
+    ("limit", "bound", "n_jobs", "promised"),
     [
         (3.0, None, None, 3.0),
         (3.0, None, 4, 3.0),
         (3.0, 2.0, 4, 2.0),
         (3.0, 5.0, 4, 3.0),
         (None, 2.0, None, 2.0),
+        (None, 3.0, 4, 3.0),
         (None, None, 4, 2.0),
         (None, None, None, 8.0),
         (9.0, None, None, 8.0),
@@ -32,24 +36,48 @@ GIB = 2.0**30
 def test_what_is_held_is_promised_as_a_whole_before_a_trial_starts(
     resource: str,
     limit: float | None,
-    footprint: float | None,
+    bound: float | None,
     n_jobs: int | None,
     promised: float,
 ) -> None:
     wants = first_wants(
         Quota(**{resource: 8}),  # type: ignore[arg-type]
         Limits(**{resource: limit}),  # type: ignore[arg-type]
-        {} if footprint is None else {resource: footprint},
+        {},
         {resource: 1.0},
         3,
+        bounds={} if bound is None else {resource: bound},
         n_jobs=n_jobs,
     )
     assert wants == {resource: Want(promised, promised)}
 
 
-def test_who_asks_by_hand_gets_a_part_of_what_is_free() -> None:
-    wants = first_wants(Quota(memory=8), Limits(), {}, {"memory": 8.0}, 0, whole=False)
-    assert wants == {"memory": Want(1.0, 4.0)}
+@pytest.mark.parametrize(
+    ("asked", "limit", "want"),
+    [
+        ("by optimize", None, Want(8, 8)),
+        ("by hand", None, Want(1, 4)),
+        ("in a batch", None, Want(1, 4)),
+        ("by optimize", 3, Want(3, 3)),
+        ("by hand", 3, Want(3, 3)),
+        ("in a batch", 3, Want(1, 3)),
+        ("in a batch", 5, Want(1, 4)),
+        ("in a batch", 0.5, Want(0.5, 0.5)),
+    ],
+)
+def test_who_asks_by_hand_leaves_some_for_the_next(
+    asked: Asked, limit: float | None, want: Want
+) -> None:
+    limits = Limits(memory=limit)
+    wants = first_wants(Quota(memory=8), limits, {}, {"memory": 8.0}, 0, asked=asked)
+    assert wants == {"memory": want}
+
+
+def test_a_footprint_that_was_stated_is_asked_for_as_it_is() -> None:
+    stated = {"memory": 9.0}
+    for asked in get_args(Asked):
+        wants = first_wants(Quota(memory=8), Limits(), stated, {}, 0, n_jobs=4, asked=asked)
+        assert wants == {"memory": Want(9, 9)}
 
 
 def test_a_trial_that_outgrew_its_promise_asks_for_no_less_than_it_holds() -> None:
