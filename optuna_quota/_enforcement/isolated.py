@@ -79,7 +79,9 @@ def isolated(
     returns, raises, prints and logs arrives as if it had run in this process. A trial over a limit
     is told to stop by :class:`~optuna_quota.LimitBreached`, raised in its main thread, so that it
     can save a checkpoint; when the grace period is over, it is killed with all that it started. A
-    trial that dies ends its row, and the study goes on.
+    trial that dies ends its row, and the study goes on. After Ctrl-C, too, a trial has its grace
+    period; a second Ctrl-C kills it. While this process is stopped (Ctrl-Z, SIGSTOP), so are its
+    trials, and their time stands still.
 
     Example:
 

@@ -380,7 +380,7 @@ class Ledger:
 
     def _begin(self, trial: FrozenTrial, limits: Limits, held: Reservation) -> Grant:
         trial_id, now = _optuna.trial_id_of(trial), self._clock.time()
-        running = Running(trial_id, trial.number, held, limits)
+        running = Running(trial_id, trial.number, held, limits, start=held.began)
         if self.quota.wall_time is not None:
             running.deadline = max(0.0, self.quota.wall_time - self._accounts.wall_time(now))
         if self._in_optimize_loop():
@@ -421,7 +421,7 @@ class Ledger:
                 self._change(running, answered(held, decision))
 
     def _change(self, running: Running, held: Reservation) -> None:
-        running.reservation = replace(held, beat=self._clock.time())
+        running.reservation = replace(held, began=running.began, beat=self._clock.time())
         self._accounts.write(running.trial_id, running.reservation)
 
     def _renew(self, trial_id: int) -> None:

@@ -31,6 +31,7 @@ class Running:
         thread: The thread whose ``optimize`` runs it; None when it was asked for by hand.
         asker: The thread that asked for it by hand; None under ``optimize``.
         watch: Its metering.
+        start: When it began, pauses of this process counted.
     """
 
     trial_id: int
@@ -41,6 +42,14 @@ class Running:
     thread: int | None = None
     asker: int | None = None
     watch: Watch | None = None
+    start: float | None = None
+
+    @property
+    def began(self) -> float | None:
+        """When it would have begun, had this process not been stopped since then."""
+        if self.start is None or self.watch is None:
+            return self.start
+        return self.start + self.watch.paused
 
     @property
     def left(self) -> Mapping[str, float]:

@@ -72,9 +72,9 @@ class MeteringLoop:
         period: float | None = None,
         threaded: bool = True,
     ) -> None:
-        running = RunningClock()
-        self.now = clock or running
-        self._pulse = Pulse(running, lambda: bool(self._watches))
+        self._clock = RunningClock()
+        self.now = clock or self._clock
+        self._pulse = Pulse(self._clock, lambda: bool(self._watches))
         self._open_tree = open_tree
         self._open_gauges = open_gauges
         self._period = period
@@ -131,6 +131,11 @@ class MeteringLoop:
             self._poke()
         self._probe(eager)
         return watch
+
+    @property
+    def paused(self) -> float:
+        """Seconds of pauses of this process that its clock has left out."""
+        return self._clock.skipped
 
     def find(self, key: Key) -> Watch | None:
         """Return the watch of a trial, None when it is not (or no longer) metered."""
@@ -246,10 +251,12 @@ class MeteringLoop:
             _safely(callback, breach)
 
     def finish(self, watch: Watch) -> None:
-        """Let the clock breach nothing of a trial from now on."""
+        """Judge a trial by what it used until now."""
         with self._lock:
-            watch.stop_clock(self.now())
-            self._poke()
+            now = self.now()
+            self._read_target_of(watch, now)
+            watch.judge(now)
+            watch.stop_judging()
 
     def add_usage(self, watch: Watch, usage: Usage) -> None:
         """Merge figures into a trial's."""

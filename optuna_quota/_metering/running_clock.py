@@ -49,6 +49,11 @@ class RunningClock:
         self._sleeper = 0
         self._turns_before: int | None = None
 
+    @property
+    def skipped(self) -> float:
+        """The seconds that were left out, all of them together."""
+        return self._skipped
+
     def __call__(self) -> float:
         """Return the seconds, counted from any moment."""
         now = self._now()

@@ -99,7 +99,8 @@ class Watch:
         self._limits = limits
         self._left = dict(left)
         self._ceilings = ceilings(limits.amounts(), self._left)
-        self._finished: float | None = None
+        self._paused_before = loop.paused
+        self._finished = False
         self._ended: float | None = None
         self._used = Amounts()
         self._callbacks: list[Callable[[Breach], None]] = []
@@ -122,6 +123,11 @@ class Watch:
         """Seconds since the start; stands still once closed."""
         now = self._loop.now() if self._ended is None else self._ended
         return max(0.0, now - self.started)
+
+    @property
+    def paused(self) -> float:
+        """Seconds since the start in which this process was stopped."""
+        return self._loop.paused - self._paused_before
 
     def sample(self, *, fully: bool = False) -> Usage:
         """Measure now; return the usage so far and update the breach.
@@ -216,7 +222,7 @@ class Watch:
         self._renewal = Renewal(ask)
 
     def finish(self) -> None:
-        """Tell that the trial has its result: time that passes from now on breaches nothing."""
+        """Tell that the trial has its result: what it uses from now on breaches nothing."""
         self._loop.finish(self)
 
     def add_usage(self, usage: Usage) -> None:
@@ -248,7 +254,7 @@ class Watch:
 
     def deadline(self) -> float | None:
         """Return when the clock alone may breach, on the loop's clock; None for never."""
-        if self.breach is not None or self._finished is not None:
+        if self.breach is not None or self._finished:
             return None
         if self._renewal is not None:
             return self._renewal.deadline(self.started, self._ceilings, self._loop.now())
@@ -279,13 +285,12 @@ class Watch:
 
     def judge(self, now: float) -> None:
         """Look for a breach in what is known; the first one stays."""
-        if self.breach is not None or not self._ceilings:
+        if self.breach is not None or self._finished or not self._ceilings:
             return
         amounts = self._used.by_resource()
         if "cpu_cores" in self._ceilings:
             amounts.update(self._cores(now, amounts.get("cpu_time")))
-        end = now if self._finished is None else self._finished
-        elapsed = max(0.0, end - self.started)
+        elapsed = max(0.0, now - self.started)
         amounts.setdefault("trial_time", elapsed)
         if self.prices:
             amounts["cost"] = sum(p * amounts.get(n, 0.0) / 3600 for n, p in self.prices.items())
@@ -359,9 +364,9 @@ class Watch:
         due, self._callbacks = self._callbacks, []
         return due
 
-    def stop_clock(self, now: float) -> None:
-        """Judge the trial by the time until now, whatever it takes to end."""
-        self._finished = now
+    def stop_judging(self) -> None:
+        """Let the trial breach nothing any more."""
+        self._finished = True
 
     def end(self, now: float) -> None:
         """Stop the clock, and let go of all that was to be called."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -22,6 +23,7 @@ from optuna_quota import isolated
 from optuna_quota import Quota
 from optuna_quota import QuotaSampler
 from optuna_quota._enforcement.isolation.launch import can_supervise
+from optuna_quota._enforcement.isolation.launch import Launched
 from optuna_quota._enforcement.isolation.launch import StartMethod
 from optuna_quota._enforcement.isolation.template_client import template_client
 from optuna_quota._records import read_record
@@ -325,3 +327,25 @@ def test_an_interrupt_of_all_processes_is_heard_once(tmp_path: Path) -> None:
         each.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert (tmp_path / "saved").exists()
+
+
+def test_an_interrupt_while_a_trial_is_started_harms_no_later_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from optuna_quota._enforcement.isolation import template_client as module
+
+    study = optuna.create_study()
+    order = module.order_trial
+
+    def interrupted(sock: socket.socket, data: bytes) -> Launched:
+        sock.send(data)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "order_trial", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study.optimize(isolated(lambda trial: 1.0), n_trials=1)
+    monkeypatch.setattr(module, "order_trial", order)
+    study.optimize(isolated(lambda trial: 2.0), n_trials=2)
+    assert [trial.value for trial in study.trials] == [None, 2.0, 2.0]
+    record = read_record(study.trials[0])
+    assert record.reason == "The study was interrupted (KeyboardInterrupt)."

@@ -322,7 +322,7 @@ class TrialRun:
         return Enforce(memory, quota, self._watch.elapsed, ready.data_limit)
 
     def _on_outcome(self) -> float | None:
-        """Let time be nobody's fault from now on; return how long the process may take to end."""
+        """Let nothing be a breach from now on; return how long the process may take to end."""
         self._watch.finish()
         ceilings = self._ceilings()
         clocks = [ceilings[name][0] for name in ("wall_time", "trial_time") if name in ceilings]

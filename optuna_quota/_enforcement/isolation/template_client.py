@@ -178,6 +178,10 @@ class TemplateClient:
                     raise OSError(
                         f"The process that starts trials ended: {self._complaint()}"
                     ) from error
+            except BaseException:
+                # An interrupt (Ctrl-C): this order's answer must not be taken for another's.
+                self._discard()
+                raise
 
     def _connect(self) -> socket.socket:
         if self._sock is not None and self._is_alive() and not self._is_stale():
