@@ -7,7 +7,6 @@ import signal
 import numpy as np
 import pytest
 
-from optuna_quota._enforcement.forecast import forecast_breach
 from optuna_quota._enforcement.isolation.ending import Ended
 from optuna_quota._enforcement.isolation.ending import find_breach_in_death
 from optuna_quota._enforcement.isolation.ending import find_breach_in_shortage
@@ -152,51 +151,3 @@ def test_a_death_at_a_limit_is_a_breach(ended: Ended, resource: str | None) -> N
     assert (None if breach is None else breach.resource) == resource
     if breach is not None:
         assert breach.observed > breach.limit
-
-
-def pace(*durations: float) -> list[tuple[int, float]]:
-    return [(step, sum(durations[: step + 1])) for step in range(len(durations))]
-
-
-WALL = {"wall_time": (100.0, False)}
-
-
-@pytest.mark.parametrize(
-    ("steps", "last_step", "stopped"),
-    [
-        (pace(*[2.0] * 30), 99, True),
-        (pace(*[0.9] * 30), 99, False),
-        (pace(*[2.0] * 5), 99, False),
-        (pace(*[2.0] * 30), None, False),
-        (pace(*[3.0] * 15, *[0.3] * 15), 99, False),
-        (pace(*[0.1, 4.0] * 15), 99, False),
-        (pace(*[2.0] * 30), 29, False),
-    ],
-    ids=["too slow", "in time", "too early", "no end known", "speeds up", "irregular", "done"],
-)
-def test_forecast_of_time(
-    steps: list[tuple[int, float]], last_step: int | None, stopped: bool
-) -> None:
-    elapsed = steps[-1][1]
-    breach = forecast_breach(WALL, elapsed, steps=steps, last_step=last_step)
-    assert (breach is not None) is stopped
-    if breach is not None:
-        assert breach.forecast and breach.observed > breach.limit > elapsed
-        assert "heading for" in breach.reason
-
-
-MEMORY = {"memory": (1000.0, False)}
-
-
-def test_forecast_of_memory() -> None:
-    steps = pace(*[1.0] * 40)
-    rising = [(float(t), 15.0 * t) for t in range(40)]
-    level = [(float(t), min(15.0 * t, 300.0)) for t in range(40)]
-    breach = forecast_breach(MEMORY, 40.0, steps=steps, last_step=99, memory=rising)
-    assert breach is not None and breach.resource == "memory" and breach.forecast
-    assert forecast_breach(MEMORY, 40.0, steps=steps, last_step=99, memory=level) is None
-    assert forecast_breach(MEMORY, 40.0, steps=steps, last_step=45, memory=rising) is None
-    # Without a known end only a trial that is almost there is stopped.
-    assert forecast_breach(MEMORY, 40.0, memory=rising) is None
-    near = [(float(t), 23.0 * t) for t in range(40)]
-    assert forecast_breach(MEMORY, 40.0, memory=near) is not None

@@ -229,12 +229,12 @@ def test_a_failed_trial_counts_as_it_ran() -> None:
     assert [t.state for t in study.trials] == [TrialState.FAIL] * 2
 
 
-def test_a_rejected_trial_has_neutral_constraints_or_none_that_breach() -> None:
+def test_a_trial_that_never_ran_has_no_constraints() -> None:
     study = new_study(Quota(n_trials=1), limits=Limits(memory="1TiB"))
     study.optimize(objective, n_trials=1)
     study.optimize(objective, n_trials=1)
-    assert len(study.trials[-1].constraints) == len(study.trials[0].constraints) == 1
-    assert study.trials[-1].constraints == {"0": 0.0}
+    assert len(study.trials) == 2
+    assert study.trials[-1].constraints == {}
 
 
 def test_an_isolated_objective_that_asks_for_nothing_ends_quietly() -> None:

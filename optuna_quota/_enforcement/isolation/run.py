@@ -18,7 +18,10 @@ from optuna_quota import _optuna
 from optuna_quota._enforcement.check import condemn
 from optuna_quota._enforcement.check import raise_breached
 from optuna_quota._enforcement.check import raise_rejected
+from optuna_quota._enforcement.forecast import Earlier
+from optuna_quota._enforcement.forecast import earlier_trials
 from optuna_quota._enforcement.forecast import forecast_breach
+from optuna_quota._enforcement.forecast import remember_profile
 from optuna_quota._enforcement.isolation import cgroup
 from optuna_quota._enforcement.isolation.child import Exited
 from optuna_quota._enforcement.isolation.child import Inherited
@@ -88,6 +91,7 @@ class TrialRun:
         self._study = trial.study if isinstance(trial, Trial) else None
         self._residents = Residents(trial)
         self._steps: list[tuple[int, float]] = []
+        self._next_forecast = 0
         self._server: Server | None = None
 
     def run(self) -> Any:
@@ -243,24 +247,23 @@ class TrialRun:
             return
         elapsed = self._watch.elapsed
         self._steps.append((step, elapsed))
+        if len(self._steps) < self._next_forecast:
+            return
+        # A forecast looks at all steps: of many, not after each.
+        self._next_forecast = 1 + int(1.01 * len(self._steps))
         breach = forecast_breach(
             self._ceilings(),
             elapsed,
             steps=self._steps,
-            last_step=self._least_last_step(),
+            earlier=self._earlier_trials(),
             memory=self._watch.timeline(),
         )
         if breach is not None:
             self._stop(breach)
 
     @functools.cache  # noqa: B019 - a run lives as long as its trial
-    def _least_last_step(self) -> int | None:
-        """Return the least last step of the trials that completed, None before three have."""
-        if self._study is None:
-            return None
-        done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        steps = [step for trial in done if (step := trial.last_step) is not None]
-        return min(steps) if len(steps) >= 3 else None
+    def _earlier_trials(self) -> Earlier:
+        return Earlier() if self._study is None else earlier_trials(self._study)
 
     def _conclude(self, server: Server) -> Any:
         """Return or raise what came of the trial, and put down the verdict."""
@@ -272,6 +275,8 @@ class TrialRun:
         if server.breach is not None:
             self._terminate(server.breach)
         if isinstance(outcome, Returned):
+            if self._steps and self._study is not None:
+                remember_profile(self._study, self._steps)
             if ended.leftovers:
                 _logger.warning(
                     f"Trial {self._trial.number} left processes behind, which were ended: "
