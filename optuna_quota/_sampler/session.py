@@ -153,7 +153,8 @@ class Session:
             verdict = self.proposals.rejection(trial)
             if watch is not None and verdict is not None:
                 watch.verdict = Verdict("rejected", verdict.reason)
-            footprint, expected = self.proposals.finish(trial)
+            completed = state == TrialState.COMPLETE
+            footprint, expected = self.proposals.finish(trial, completed=completed)
             usage = settle(
                 study,
                 trial,

@@ -103,7 +103,9 @@ def _points_beyond(
     space: Mapping[str, BaseDistribution], trials: Sequence[FrozenTrial], n_trials: int
 ) -> Sequence[Mapping[str, Any]] | None:
     """Return points as they will be drawn where some parameters hang on others, else None."""
-    rows = [row for trial in trials if (row := footprint_row(trial)) is not None and row.params]
+    known = (row for trial in trials if (row := footprint_row(trial)) is not None and row.params)
+    # Others may have ended before all that a user's function needs was drawn.
+    rows = [row for row in known if row.whole]
     if all(row.distributions.keys() <= space.keys() for row in rows):
         return None
     return points_to_come(rows, n_trials, adaptive=False)
