@@ -89,10 +89,8 @@ class StudyAdmission:
                 confidence=self._confidence,
             )
         except KeyError as missing:
-            if study is None or self._strategy.search_space is not None:
-                raise
             # A function of a parameter that trials have not shown, or that hangs on others.
-            _logger.debug(f"`footprint` needs {missing}: the strategy is not projected yet.")
+            _logger.debug(f"The strategy is not projected yet: {missing}")
             return False
         if not projection.fits:
             raise rejection(projection)

@@ -152,3 +152,15 @@ def test_a_wrong_answer_is_an_error() -> None:
     study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=LIMITS))
     with pytest.raises(TypeError, match="must return a Usage"):
         study.optimize(flat, n_trials=15)
+
+
+def test_a_declared_space_without_all_that_it_needs_ends_no_study() -> None:
+    sampler = QuotaSampler(
+        RandomSampler(seed=1),
+        quota=Quota(n_trials=99, wall_time="9h"),
+        strategy=Strategy(n_trials=15, search_space={"width": IntDistribution(1, 64)}),
+        footprint=FUNCTIONS["by keywords"],
+    )
+    study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=LIMITS))
+    study.optimize(flat, n_trials=15)
+    assert len(study.trials) == 15
