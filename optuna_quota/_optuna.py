@@ -230,6 +230,20 @@ def what_was_told() -> Told | None:
     return Told(by_user, state if isinstance(state, TrialState) else None, problem)
 
 
+def replace_constraints_func(sampler: BaseSampler, replace: Callable[[Any], Any]) -> list[Any]:
+    """Replace a sampler's ``constraints_func`` where it has one; return what is there now.
+
+    NSGA-II and NSGA-III leave it to a strategy of theirs.
+    """
+    found = []
+    for holder in (sampler, getattr(sampler, "_after_trial_strategy", None)):
+        function = getattr(holder, "_constraints_func", None)
+        if function is not None:
+            holder._constraints_func = replace(function)  # type: ignore[union-attr]
+            found.append(holder._constraints_func)  # type: ignore[union-attr]
+    return found
+
+
 def raised_by_constraints_func(error: BaseException) -> bool:
     """Return whether the user's ``constraints_func`` raised, or returned no constraints."""
     traceback = error.__traceback__
