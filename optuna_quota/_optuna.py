@@ -449,8 +449,18 @@ def _with_constraints(trial: FrozenTrial, constraints: Mapping[str, float]) -> F
         if key != CONSTRAINTS and not key.startswith(prefix)
     }
     trial = copy.copy(trial)
-    trial.system_attrs = {**kept, **{f"{prefix}{k}": v for k, v in constraints.items()}}
+    # The list is what all versions of Optuna read.
+    trial.system_attrs = {**kept, CONSTRAINTS: list(constraints.values())} if constraints else kept
     return trial
+
+
+def constraints_of(trial: FrozenTrial) -> dict[str, float]:
+    """Return a trial's constraints by key; Optuna 4 knows the list alone, and no keys."""
+    found: dict[str, float] | None = getattr(trial, "constraints", None)
+    if found is not None:
+        return found
+    listed = trial.system_attrs.get(CONSTRAINTS) or ()
+    return {str(index): value for index, value in enumerate(listed)}
 
 
 def forget_constraint_models(sampler: BaseSampler, n_constraints: int, n_params: int) -> None:
