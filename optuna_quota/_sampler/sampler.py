@@ -22,6 +22,7 @@ from optuna_quota._enforcement.nesting import demanding_samplers
 from optuna_quota._enforcement.nesting import pruner_limits
 from optuna_quota._enforcement.nesting import pruner_meters
 from optuna_quota._enforcement.pruner import enforce_outside
+from optuna_quota._enforcement.settle import note_ignored_rejection
 from optuna_quota._enforcement.settle import row_of
 from optuna_quota._ledger import LEASE
 from optuna_quota._ledger import Refusal
@@ -299,6 +300,8 @@ class QuotaSampler(BaseSampler):
         whole = _optuna.whole_study(study)
         session = self._session(whole, self.limits or Limits())
         if session.is_refused(trial):
+            if state == TrialState.COMPLETE:
+                note_ignored_rejection(whole, trial)
             return
         try:
             self.base_sampler.after_trial(study, trial, state, values)
