@@ -74,7 +74,6 @@ def finished(number: int, *, quota: bool) -> FrozenTrial:
         distributions=SPACE,
         value=(x - 0.3) ** 2 + y,
         user_attrs=attributes if quota else {},
-        system_attrs={"constraints": [-0.9, -0.9]} if quota else {},
     )
 
 

@@ -263,6 +263,20 @@ def what_was_told() -> Told | None:
     return Told(by_user, state if isinstance(state, TrialState) else None, problem)
 
 
+def replace_constraints_func(sampler: BaseSampler, replace: Callable[[Any], Any]) -> list[Any]:
+    """Replace a sampler's ``constraints_func`` where it has one; return what is there now.
+
+    NSGA-II and NSGA-III leave it to a strategy of theirs.
+    """
+    found = []
+    for holder in (sampler, getattr(sampler, "_after_trial_strategy", None)):
+        function = getattr(holder, "_constraints_func", None)
+        if function is not None:
+            holder._constraints_func = replace(function)  # type: ignore[union-attr]
+            found.append(holder._constraints_func)  # type: ignore[union-attr]
+    return found
+
+
 def raised_by_constraints_func(error: BaseException) -> bool:
     """Return whether the user's ``constraints_func`` raised, or returned no constraints."""
     traceback = error.__traceback__
@@ -468,8 +482,18 @@ def _with_constraints(trial: FrozenTrial, constraints: Mapping[str, float]) -> F
         if key != CONSTRAINTS and not key.startswith(prefix)
     }
     trial = copy.copy(trial)
-    trial.system_attrs = {**kept, **{f"{prefix}{k}": v for k, v in constraints.items()}}
+    # The list is what all versions of Optuna read.
+    trial.system_attrs = {**kept, CONSTRAINTS: list(constraints.values())} if constraints else kept
     return trial
+
+
+def constraints_of(trial: FrozenTrial) -> dict[str, float]:
+    """Return a trial's constraints by key; Optuna 4 knows the list alone, and no keys."""
+    found: dict[str, float] | None = getattr(trial, "constraints", None)
+    if found is not None:
+        return found
+    listed = trial.system_attrs.get(CONSTRAINTS) or ()
+    return {str(index): value for index, value in enumerate(listed)}
 
 
 def forget_constraint_models(sampler: BaseSampler, n_constraints: int, n_params: int) -> None:

@@ -11,6 +11,7 @@ from optuna.trial import BaseTrial
 from optuna.trial import Trial
 
 from optuna_quota import _optuna
+from optuna_quota._enforcement.excused import excuse_constraints
 from optuna_quota._enforcement.nesting import find_inside
 from optuna_quota._enforcement.nesting import quota_pruners
 from optuna_quota._metering import key_of
@@ -80,8 +81,10 @@ def _find_error(trial: BaseTrial) -> Exception | None:
     if watch is None:
         pruners = quota_pruners(study.pruner)
         watch = pruners[0].watch_trial(study, trial) if pruners else None
-    breach = None if watch is None else condemn(watch)
-    return None if breach is None else breach_error(breach)
+    if watch is None or (breach := condemn(watch)) is None:
+        return None
+    excuse_constraints(study, trial, watch)
+    return breach_error(breach)
 
 
 def _running_inside(trial: BaseTrial) -> BaseTrial:

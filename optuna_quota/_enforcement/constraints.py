@@ -17,6 +17,7 @@ import statistics
 from typing import Any
 from typing import TYPE_CHECKING
 
+from optuna_quota import _optuna
 from optuna_quota._records import PREFIX
 from optuna_quota._records import read_constrained
 from optuna_quota._records import read_record
@@ -78,10 +79,11 @@ def equal_constraints(trials: Sequence[FrozenTrial], limits: Limits) -> list[dic
 
 def _user_constraints(trial: FrozenTrial) -> dict[str, float]:
     """Return a trial's constraints without those that stand for limits."""
-    found = {k: v for k, v in trial.constraints.items() if not k.startswith(OWN_KEY)}
+    constraints = _optuna.constraints_of(trial)
+    found = {k: v for k, v in constraints.items() if not k.startswith(OWN_KEY)}
     # Those of limits are the last ones of the list, whose items are called "0", "1", and so on.
     n_own = len(read_constrained(trial))
-    n_list = sum(name.isdecimal() for name in found)
+    n_list = len(trial.system_attrs.get(_optuna.CONSTRAINTS) or ())
     listed = {str(index) for index in range(n_list - n_own, n_list)}
     return {name: value for name, value in found.items() if name not in listed}
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from optuna_quota._metering import Verdict
 
 
+WENT_ON = "The objective was told to stop but returned a value."
+
+
 @dataclass(frozen=True)
 class Conclusion:
     """How a trial ended.
@@ -82,7 +85,7 @@ def _breach_in(error: LimitBreached) -> Breach | None:
 
 def _why_completed(stop: tuple[Outcome, str] | None, breach: Breach | None) -> str | None:
     if stop is not None and stop[0] in ("terminated", "rejected"):
-        return f"{stop[1]} The objective was told to stop but returned a value."
+        return f"{stop[1]} {WENT_ON}"
     if breach is None:
         return None
     return f"{breach.reason} The objective completed before it could be stopped."

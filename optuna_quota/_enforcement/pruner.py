@@ -13,6 +13,7 @@ from optuna.pruners import HyperbandPruner
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.check import condemn
+from optuna_quota._enforcement.excused import excuse_constraints
 from optuna_quota._enforcement.nesting import find_inside
 from optuna_quota._enforcement.nesting import pruner_limits
 from optuna_quota._enforcement.nesting import pruner_meters
@@ -114,6 +115,8 @@ class QuotaPruner(BasePruner):
             enforce_outside(whole)
         watch = self.watch_trial(study, trial)
         breached = condemn(watch) is not None
+        if breached:
+            excuse_constraints(study, trial, watch)
         pruned = breached or self._prune_by_base(study, trial)
         if pruned and watch.verdict is None and not self._is_inside(whole.pruner):
             watch.verdict = self._verdict_of_base(trial)

@@ -18,6 +18,7 @@ from optuna_quota._enforcement.constraints import joined_constraints
 from optuna_quota._enforcement.constraints import limit_constraints
 from optuna_quota._enforcement.nesting import demands_equal_constraints
 from optuna_quota._enforcement.outcome import conclude
+from optuna_quota._enforcement.outcome import WENT_ON
 from optuna_quota._patience import passes
 from optuna_quota._patience import patiently
 from optuna_quota._records import CONSTRAINED
@@ -218,3 +219,9 @@ def reject(study: Study, trial: FrozenTrial, reason: str) -> TrialRecord:
     _optuna.write_attributes(storage, trial_id, attributes, {})
     trial.user_attrs = {**trial.user_attrs, **attributes}
     return record
+
+
+def note_ignored_rejection(study: Study, trial: FrozenTrial) -> None:
+    """Add to the reason of a rejected trial that its objective returned a value all the same."""
+    reason = f"{read_record(trial).reason or 'The trial was rejected.'} {WENT_ON}"
+    write(study, trial, TrialRecord(outcome="rejected", reason=reason), {})

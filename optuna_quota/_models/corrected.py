@@ -60,7 +60,10 @@ class Correction:
             rows: What was measured, oldest first.
         """
         if self._ratios is None or learned is not self._learned:
-            ratios = [found for row in rows if (found := _over(row, self._given)) is not None]
+            # Others may have ended before all that the function needs was drawn.
+            names = {frozenset(row.params) for row in rows if row.whole}
+            whole = (row for row in rows if frozenset(row.params) in names)
+            ratios = [found for row in whole if (found := _over(row, self._given)) is not None]
             self._ratios = Footprint.fit(ratios, confidence=learned.confidence, start=self._ratios)
             self._learned = learned
         return CorrectedFootprint(self._given, self._ratios, learned)
@@ -149,7 +152,6 @@ def _over(row: FootprintRow, given: GivenFootprint) -> FootprintRow | None:
     try:
         stated = given.intervals(row.params)
     except KeyError:
-        # A trial that ended before all that the function needs was drawn.
         return None
     ratios = {
         name: amount / stated[name].median

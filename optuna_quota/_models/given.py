@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import logging
 from typing import Any
 from typing import Protocol
 from typing import TYPE_CHECKING
@@ -20,6 +21,9 @@ from optuna_quota._resources import Usage
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+
+_logger = logging.getLogger("optuna.quota.footprint")
 
 
 class Expectation(Protocol):
@@ -49,15 +53,28 @@ class Expectation(Protocol):
         """Return joint draws at points by resource, shape ``(count, n_points)``."""
 
 
+class UnansweredError(KeyError):
+    """A function could not tell the usage of a point."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class GivenFootprint:
     """A footprint that is certain: the same usage always, or what a function says of a point.
 
     Args:
         usage: A :class:`~optuna_quota.Usage`, or a function from params to one.
+        lenient: Whether a function that fails as it does for a missing parameter has no answer,
+            said once in the log, instead of raising what it raises.
     """
 
-    def __init__(self, usage: Usage | Callable[[Mapping[str, Any]], Usage]) -> None:
+    def __init__(
+        self, usage: Usage | Callable[[Mapping[str, Any]], Usage], *, lenient: bool = False
+    ) -> None:
         self.usage = usage
+        self._lenient = lenient
+        self._told = False
 
     @property
     def points(self) -> Sequence[Mapping[str, Any]]:
@@ -98,21 +115,40 @@ class GivenFootprint:
         }
 
     def _amounts(self, params: Mapping[str, Any]) -> dict[str, float]:
-        usage = self.usage if isinstance(self.usage, Usage) else self.usage(dict(params))
+        usage = self.usage if isinstance(self.usage, Usage) else self._ask(self.usage, params)
         if not isinstance(usage, Usage):
             raise TypeError(f"`footprint` must return a Usage but returned {usage!r}.")
         return usage.amounts()
+
+    def _ask(
+        self, function: Callable[[Mapping[str, Any]], Usage], params: Mapping[str, Any]
+    ) -> Usage:
+        if not self._lenient:
+            return function(dict(params))
+        try:
+            return function(dict(params))
+        except (AttributeError, LookupError, TypeError) as error:
+            # Whatever a function does with a parameter that is not there.
+            told, self._told = self._told, True
+            message = f"`footprint` failed for the point {dict(params)!r}: {error!r}."
+            if not told:
+                _logger.warning(
+                    f"{message} Points for which it fails run without being judged by it; "
+                    "further failures are not reported."
+                )
+            raise UnansweredError(message) from error
 
     def __repr__(self) -> str:
         return f"<GivenFootprint of {self.usage!r}>"
 
 
-def as_footprint(footprint: Any) -> Expectation:
+def as_footprint(footprint: Any, *, lenient: bool = False) -> Expectation:
     """Return a footprint from whatever a user may give for one.
 
     Args:
         footprint: A :class:`~optuna_quota.Usage` (every trial costs this), a function
             ``params -> Usage``, or a :class:`~optuna_quota.Footprint`.
+        lenient: See :class:`GivenFootprint`.
 
     Raises:
         TypeError: If it is none of these.
@@ -120,7 +156,7 @@ def as_footprint(footprint: Any) -> Expectation:
     if isinstance(footprint, (Footprint, GivenFootprint)):
         return footprint
     if isinstance(footprint, Usage) or callable(footprint):
-        return GivenFootprint(footprint)
+        return GivenFootprint(footprint, lenient=lenient)
     if all(hasattr(footprint, name) for name in ("intervals", "probability", "draw", "points")):
         found: Expectation = footprint
         return found

@@ -35,6 +35,7 @@ class FootprintRow:
             training mostly repeats the one before, but where later steps take more data or a
             larger model, what was seen is a lower bound. The model's fit decides.
         projected: What was expected of it before it ran.
+        whole: Whether the trial completed, so that no parameter is missing.
     """
 
     params: Mapping[str, Any]
@@ -43,6 +44,7 @@ class FootprintRow:
     censored: frozenset[str] = field(default=frozenset())
     unsure: frozenset[str] = field(default=frozenset())
     projected: Mapping[str, Interval] = field(default_factory=dict)
+    whole: bool = True
 
     @property
     def is_surprise(self) -> bool:
@@ -72,6 +74,7 @@ def footprint_row(trial: FrozenTrial) -> FootprintRow | None:
         censored=censored,
         unsure=frozenset(usage.amounts()) - censored if pruned else frozenset(),
         projected=record.footprint,
+        whole=trial.state.name == "COMPLETE",
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from optuna_quota._admission import admit_point
 from optuna_quota._admission import PointVerdict
 from optuna_quota._models.completions import completions
+from optuna_quota._models.completions import whole_points
 from optuna_quota._models.footprint import joint_breach
 from optuna_quota._models.given import Expectation
 from optuna_quota._models.spaces import spread_over
@@ -33,6 +34,9 @@ class Gate:
         past: Points of earlier trials, oldest first.
         space: Distribution of each parameter that any of them had.
         threshold: The probability of a breach above which a point is refused.
+        whole: Points of trials that completed, where only whole points can be judged: a user's
+            function may need any parameter. None where any point can.
+        declared: All parameters, where the user said which they are.
     """
 
     expected: Expectation
@@ -40,6 +44,8 @@ class Gate:
     past: Sequence[Mapping[str, Any]]
     space: Mapping[str, BaseDistribution]
     threshold: float
+    whole: Sequence[Mapping[str, Any]] | None = None
+    declared: frozenset[str] | None = None
 
     def common_space(self) -> dict[str, BaseDistribution]:
         """Return the parameters that all earlier trials had, in the order they were asked for."""
@@ -52,21 +58,25 @@ class Gate:
         """Return whether a point may run, whatever its parameters not drawn yet will be.
 
         A half-drawn point is refused only when the cheapest it may become would be: a parameter
-        that is not known yet blocks nothing.
+        that is not known yet blocks nothing. Nor does a point that can't be judged: a user's
+        function is asked for whole points alone, and the first trials tell what is one.
         """
-        points = completions(known, self.past)
-        try:
-            breaches = self.expected.breaches(points, self.limits)
-        except KeyError:
-            # A function that needs a parameter which is not drawn yet.
+        points = self.may_become(known)
+        chances = self._chances_at(points)
+        if np.isnan(chances).any() or not len(chances):
             return PointVerdict(True)
-        if not breaches:
-            return PointVerdict(True)
-        chances = _joint(breaches, len(points))
         cheapest = int(np.argmin(chances))
         if chances[cheapest] <= self.threshold:
             return PointVerdict(True, float(chances[cheapest]))
         return self._verdict(self._cheapest(points[cheapest], known, float(chances[cheapest])))
+
+    def may_become(self, known: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """Return points that can be judged and that a half-drawn one may become."""
+        if self.whole is None:
+            return completions(known, self.past)
+        if self.declared is not None and self.declared <= known.keys():
+            return [known]
+        return whole_points(known, self.whole)
 
     def _verdict(self, point: Mapping[str, Any]) -> PointVerdict:
         medians = {n: each.median for n, each in self.expected.intervals(point).items()}
@@ -88,15 +98,27 @@ class Gate:
             if name in known or name not in self.space or chance <= self.threshold:
                 continue
             tried = [{**point, name: value} for value in spread_over(self.space[name])]
-            chances = self.chances(tried)
+            # One that can't be judged is not known to be cheaper.
+            chances = np.nan_to_num(self.chances(tried), nan=1.0)
             best = int(np.argmin(chances))
             if chances[best] < chance:
                 point, chance = tried[best], float(chances[best])
         return point
 
     def chances(self, points: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """Return the probability of a breach at each of some whole points."""
-        return _joint(self.expected.breaches(points, self.limits), len(points))
+        """Return the probability of a breach at each of some points, NaN where it is unknown."""
+        if self.whole is None:
+            return _joint(self.expected.breaches(points, self.limits), len(points))
+        least = (self._chances_at(self.may_become(point)) for point in points)
+        return np.array([min(each) if len(each) else np.nan for each in least])
+
+    def _chances_at(self, points: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Return the probability of a breach at each point, NaN where a function fails."""
+        try:
+            breaches = self.expected.breaches(points, self.limits) if points else {}
+        except KeyError:
+            return np.full(len(points), np.nan)
+        return _joint(breaches, len(points)) if breaches else np.zeros(0)
 
 
 def _joint(breaches: Mapping[str, np.ndarray], count: int) -> np.ndarray:

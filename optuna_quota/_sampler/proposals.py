@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 import logging
 import threading
 from typing import Any
@@ -18,6 +21,7 @@ from optuna_quota import _optuna
 from optuna_quota._admission import audit_is_due
 from optuna_quota._admission import PointVerdict
 from optuna_quota._models.completions import completions
+from optuna_quota._models.completions import whole_points
 from optuna_quota._models.corrected import Correction
 from optuna_quota._models.footprint import Footprint
 from optuna_quota._models.given import as_footprint
@@ -72,6 +76,7 @@ class Rules:
         threshold: The probability of a breach above which a point is refused.
         on_veto: What replaces it.
         audits: Share of the refused points that is run; None for 5% where trials are isolated.
+        declared: All parameters, where the user said which they are.
     """
 
     footprint: Any = None
@@ -79,6 +84,7 @@ class Rules:
     threshold: float = 0.5
     on_veto: OnVeto = "auto"
     audits: float | None = None
+    declared: frozenset[str] | None = None
 
 
 @dataclass
@@ -166,7 +172,15 @@ class Proposals:
         gate = None
         if judge is not None and known and limits and self._rules.threshold < 1:
             past = [row.params for row in self.learner.rows[-_PAST:]]
-            gate = Gate(judge, limits, past, self.learner.space, self._rules.threshold)
+            gate = Gate(
+                judge,
+                limits,
+                past,
+                self.learner.space,
+                self._rules.threshold,
+                whole=None if self._correction is None else self._whole(),
+                declared=self._rules.declared,
+            )
         # A PartialFixedSampler may stand inside of ours or around it.
         fixed = {
             **_optuna.fixed_by(self._base),
@@ -176,6 +190,9 @@ class Proposals:
         self._known = expected if known else None
         state = _Trial(gate, expected, fixed, is_known=bool(known))
         self._trials[_optuna.trial_id_of(trial)] = state
+        enqueued = _optuna.fixed_params_of(trial).keys()
+        if gate is not None and enqueued and _may_be_all(enqueued, gate.whole):
+            gate = replace(gate, declared=frozenset(enqueued))
         if gate is not None and fixed and self._may_end_at(gate, fixed):
             call, verdict = _Call(study, trial, state), gate.judge(fixed)
             if not verdict.admitted and not self._is_audit(call, fixed, verdict):
@@ -287,22 +304,30 @@ class Proposals:
         state.space[name] = distribution
         raise self._rejected(call, first, verdict)
 
-    def finish(self, trial: FrozenTrial) -> tuple[dict[str, Interval], dict[str, float]]:
+    def finish(
+        self, trial: FrozenTrial, *, completed: bool
+    ) -> tuple[dict[str, Interval], dict[str, float]]:
         """Return what was projected of a trial before it ran, and the medians if it was rejected.
 
         Args:
             trial: Its row, with its parameters.
+            completed: Whether it completed, so that no parameter is missing.
         """
         state = self._trials.pop(_optuna.trial_id_of(trial), None)
         if state is None or state.expected is None:
             return {}, {}
-        params = {**state.drawn, **trial.params}
-        try:
-            intervals = state.expected.intervals(params)
-        except KeyError:
-            return {}, {}
+        intervals: Mapping[str, Interval] = {}
+        # What was drawn and not suggested is no parameter of a trial that completed.
+        params = trial.params if completed else {**state.drawn, **trial.params}
+        if completed or self._correction is None or self._is_whole(params):
+            with contextlib.suppress(KeyError):
+                intervals = state.expected.intervals(params)
+        if state.rejected is None:
+            return dict(intervals), {}
         medians = {name: each.median for name, each in intervals.items()}
-        return intervals, medians if state.rejected is not None else {}
+        if state.rejected.resource is not None and state.rejected.median is not None:
+            medians.setdefault(state.rejected.resource, state.rejected.median)
+        return dict(intervals), medians
 
     def rejection(self, trial: FrozenTrial) -> PointVerdict | None:
         """Return why a trial was not run, None when it was."""
@@ -316,6 +341,15 @@ class Proposals:
             # The study is worth more than its projection.
             _logger.warning(f"The footprint could not be learned: {fault!r}.")
             return None
+
+    def _whole(self) -> list[Mapping[str, Any]]:
+        """Return the points of the newest trials that completed."""
+        return [row.params for row in self.learner.rows[-_PAST:] if row.whole]
+
+    def _is_whole(self, params: Mapping[str, Any]) -> bool:
+        declared = self._rules.declared
+        known = declared is not None and declared <= params.keys()
+        return known or whole_points(params, self._whole())[-1:] == [params]
 
     def _may_end_at(self, gate: Gate, point: Mapping[str, Any]) -> bool:
         """Return whether a row may hold no more than this point."""
@@ -440,3 +474,13 @@ def _uppers(expected: Expectation, points: Sequence[Mapping[str, Any]]) -> dict[
         # A function of a parameter that the point does not have.
         return {}
     return found
+
+
+def _may_be_all(names: Collection[str], whole: Sequence[Mapping[str, Any]] | None) -> bool:
+    """Return whether a trial that is enqueued with these parameters may have no others.
+
+    It is, when a trial that completed had the same, and for the first ones of a study.
+    """
+    if whole is None:
+        return False
+    return not whole or any(names == point.keys() for point in whole)

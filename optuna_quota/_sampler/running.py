@@ -82,9 +82,13 @@ def project_rest(
         )
     kind = _optuna.beneath_fixed(base_sampler)
     adaptive = not draws_from_a_list(kind) and not isinstance(kind, (RandomSampler, QMCSampler))
+    rows = learner.rows
+    if given is not None and expected is not learned:
+        # A user's function may need any parameter; other trials may have ended before theirs.
+        rows = [row for row in rows if row.whole]
     points = None
-    if learner.rows and (strategy.search_space is None or adaptive):
-        points = points_to_come(learner.rows, rest, adaptive=adaptive)
+    if rows and (strategy.search_space is None or adaptive):
+        points = points_to_come(rows, rest, adaptive=adaptive)
     return project(
         replace(strategy, n_trials=rest),
         expected,

@@ -21,6 +21,7 @@ from optuna_quota._enforcement.nesting import demanding_samplers
 from optuna_quota._enforcement.nesting import pruner_limits
 from optuna_quota._enforcement.nesting import pruner_meters
 from optuna_quota._enforcement.pruner import enforce_outside
+from optuna_quota._enforcement.settle import note_ignored_rejection
 from optuna_quota._enforcement.settle import row_of
 from optuna_quota._ledger import LEASE
 from optuna_quota._ledger import Refusal
@@ -29,6 +30,8 @@ from optuna_quota._metering import check_names
 from optuna_quota._metering import key_of
 from optuna_quota._metering import Meter
 from optuna_quota._metering import metering_loop
+from optuna_quota._models.given import as_footprint
+from optuna_quota._models.given import UnansweredError
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Strategy
@@ -85,7 +88,9 @@ class QuotaSampler(BaseSampler):
         quota: Ceilings on the study, across all its workers.
         strategy: What is about to run, to project it.
         footprint: What a trial is expected to use: a :class:`Usage`, a function from parameters
-            to one, or a fitted model. Without one it is learned from the study's own trials.
+            to one, or a fitted model. Without one it is learned from the study's own trials. A
+            function is asked for whole points only: those with all parameters of the
+            ``strategy``'s search space, or of a trial that completed.
         confidence: Probability, one-sided, with which what is admitted has to fit.
         limits: Ceilings on each trial where no :class:`~optuna_quota.QuotaPruner` can be passed.
         meters: Meters of your own, where no QuotaPruner can be passed.
@@ -172,7 +177,18 @@ class QuotaSampler(BaseSampler):
         self.metering = metering
         self.on_projected = on_projected
         self.lease = parse_seconds(lease, "lease")
-        self._rules = Rules(footprint, confidence, breach_probability, on_veto, audits)
+        self._stated = footprint
+        if callable(footprint):
+            self._stated = as_footprint(footprint, lenient=True)
+        space = None if strategy is None else strategy.search_space
+        self._rules = Rules(
+            self._stated,
+            confidence,
+            breach_probability,
+            on_veto,
+            audits,
+            frozenset(space) if space else None,
+        )
         self._demanding = demanding_samplers(self.base_sampler)
         self._sessions = Sessions()
         self._lock = threading.Lock()
@@ -246,7 +262,7 @@ class QuotaSampler(BaseSampler):
         session.decided = self._admission().decide(limits, study, used)
 
     def _admission(self) -> StudyAdmission:
-        return StudyAdmission(self.quota, self.strategy, self.footprint, self.confidence)
+        return StudyAdmission(self.quota, self.strategy, self._stated, self.confidence)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -292,6 +308,8 @@ class QuotaSampler(BaseSampler):
         whole = _optuna.whole_study(study)
         session = self._session(whole, self.limits or Limits())
         if session.is_refused(trial):
+            if state == TrialState.COMPLETE:
+                note_ignored_rejection(whole, trial)
             return
         try:
             self.base_sampler.after_trial(study, trial, state, values)
@@ -348,6 +366,10 @@ class QuotaSampler(BaseSampler):
             return
         try:
             projection = self.project(study)
+        except UnansweredError as fault:
+            # Told already.
+            _logger.debug(f"The rest of the strategy could not be projected: {fault}")
+            return
         except (ArithmeticError, LookupError, ValueError) as fault:
             # The study is worth more than its projection.
             _logger.warning(f"The rest of the strategy could not be projected: {fault!r}.")

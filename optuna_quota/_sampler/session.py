@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
+from optuna_quota._enforcement.excused import constraints_warning
 from optuna_quota._enforcement.interrupt import Interrupter
 from optuna_quota._enforcement.nesting import quota_pruners
 from optuna_quota._enforcement.settle import reject
@@ -167,7 +168,8 @@ class Session:
             verdict = self.proposals.rejection(trial)
             if watch is not None and verdict is not None:
                 watch.verdict = Verdict("rejected", verdict.reason)
-            footprint, expected = self.proposals.finish(trial)
+            completed = state == TrialState.COMPLETE
+            footprint, expected = self.proposals.finish(trial, completed=completed)
             usage = settle(
                 study,
                 trial,
@@ -222,11 +224,7 @@ class Session:
         with self._lock:
             told, self._unanswered = self._unanswered, True
         if not told:
-            _logger.warning(
-                f"`constraints_func` failed for trial {trial.number}, which did not complete: "
-                f"{error!r}. The trial gets no constraints of yours; further failures of this "
-                "kind are not reported."
-            )
+            _logger.warning(constraints_warning(trial.number, error))
 
     def _tell_once(self, reason: str) -> None:
         with self._lock:

@@ -89,10 +89,8 @@ class StudyAdmission:
                 confidence=self._confidence,
             )
         except KeyError as missing:
-            if study is None or self._strategy.search_space is not None:
-                raise
             # A function of a parameter that trials have not shown, or that hangs on others.
-            _logger.debug(f"`footprint` needs {missing}: the strategy is not projected yet.")
+            _logger.debug(f"The strategy is not projected yet: {missing}")
             return False
         if not projection.fits:
             raise rejection(projection)
@@ -103,7 +101,9 @@ def _points_beyond(
     space: Mapping[str, BaseDistribution], trials: Sequence[FrozenTrial], n_trials: int
 ) -> Sequence[Mapping[str, Any]] | None:
     """Return points as they will be drawn where some parameters hang on others, else None."""
-    rows = [row for trial in trials if (row := footprint_row(trial)) is not None and row.params]
+    known = (row for trial in trials if (row := footprint_row(trial)) is not None and row.params)
+    # Others may have ended before all that a user's function needs was drawn.
+    rows = [row for row in known if row.whole]
     if all(row.distributions.keys() <= space.keys() for row in rows):
         return None
     return points_to_come(rows, n_trials, adaptive=False)

@@ -203,8 +203,10 @@ def test_a_wrapped_trial_is_checked(wrap: Callable[[Any], Any]) -> None:
     pruner = QuotaPruner(limits=Limits(wall_time=1e-6))
     for sampler in (None, QuotaSampler(quota=Quota(n_trials=9))):
         study = optuna.create_study(sampler=sampler, pruner=pruner)
+        trial = study.ask()
         with pytest.raises(LimitBreached):
-            check(wrap(study.ask()))
+            check(wrap(trial))
+        study.tell(trial, state=TrialState.PRUNED)
 
 
 def test_an_isolated_trial_is_checked_inside_of_a_wrapper() -> None:

@@ -254,3 +254,21 @@ def test_an_objective_that_fails_when_it_is_pruned() -> None:
     assert record.reason == (
         "Always pruned it at step 3. The objective raised ValueError: no checkpoint."
     )
+
+
+def test_an_objective_that_swallows_that_the_quota_is_used_up() -> None:
+    study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=1)))
+
+    def objective(trial: optuna.Trial) -> float:
+        try:
+            return trial.suggest_float("x", 0, 1)
+        except Exception:  # noqa: BLE001 - as careless as objectives are
+            return 0.0
+
+    study.optimize(objective, n_trials=1)
+    study.optimize(objective, n_trials=3)
+    record = read_record(study.trials[-1])
+    assert len(study.trials) == 2
+    assert study.trials[-1].state == COMPLETE
+    assert record.outcome == "rejected"
+    assert record.reason is not None and record.reason.endswith(TOLD)

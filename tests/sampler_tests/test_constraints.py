@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import check
+from optuna_quota import isolated
 from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaPruner
@@ -206,6 +207,48 @@ def test_a_constraints_func_without_an_answer_ends_no_study(
     assert outcomes == ["completed", "pruned", "terminated"] * 2
     assert all(trial.user_attrs["quota:reason"] for trial in study.trials[1:3])
     assert caplog.text.count("`constraints_func` failed") == 1
+
+
+def stops(trial: optuna.Trial) -> float:
+    x = trial.suggest_float("x", 0, 1)
+    if trial.number % 2:
+        while not trial.should_prune():
+            time.sleep(0.005)
+        raise optuna.TrialPruned
+    trial.set_user_attr("c", x - 0.5)
+    return x
+
+
+def sleeps(trial: optuna.Trial) -> float:
+    if trial.number % 2:
+        time.sleep(20)
+    return stops(trial)
+
+
+@pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")
+@pytest.mark.parametrize("how", ["should_prune", "isolated"])
+@pytest.mark.parametrize("sampler", [TPESampler, NSGAIISampler])
+def test_without_quota_sampler_it_ends_no_study_either(
+    sampler: Any, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = Limits(wall_time=0.05 if how == "should_prune" else 0.7)
+    study = optuna.create_study(
+        sampler=sampler(constraints_func=by_key, seed=0), pruner=QuotaPruner(limits=limits)
+    )
+    study.optimize(stops if how == "should_prune" else isolated(sleeps), n_trials=4)
+    outcomes = [trial.user_attrs.get("quota:outcome") for trial in study.trials]
+    assert outcomes[1] == outcomes[3] == "terminated"
+    assert study.trials[0].constraints == {"0": study.trials[0].params["x"] - 0.5}
+    assert caplog.text.count("`constraints_func` failed") == 1
+
+
+@pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")
+def test_without_quota_sampler_other_failures_of_it_are_heard() -> None:
+    sampler = TPESampler(constraints_func=by_key, seed=0)
+    study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=Limits(wall_time=0.05)))
+    study.optimize(stops, n_trials=2)
+    with pytest.raises(KeyError, match="c"):
+        study.optimize(lambda trial: 0.0, n_trials=1)
 
 
 @pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")

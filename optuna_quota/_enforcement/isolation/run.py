@@ -20,6 +20,7 @@ from optuna_quota import _optuna
 from optuna_quota._enforcement.check import condemn
 from optuna_quota._enforcement.check import raise_breached
 from optuna_quota._enforcement.check import raise_rejected
+from optuna_quota._enforcement.excused import excuse_constraints
 from optuna_quota._enforcement.forecast import Earlier
 from optuna_quota._enforcement.forecast import earlier_trials
 from optuna_quota._enforcement.forecast import forecast_breach
@@ -450,6 +451,8 @@ class TrialRun:
 
     def _terminate(self, breach: Breach, cause: BaseException | None = None) -> NoReturn:
         self._watch.breach = self._watch.breach or breach
+        if self._study is not None:
+            excuse_constraints(self._study, self._trial, self._watch)
         self._watch.verdict = Verdict("terminated", breach.reason, breach)
         if cause is None:
             raise_breached(breach)
