@@ -25,6 +25,7 @@ from optuna_quota import QuotaSampler
 from optuna_quota._enforcement.isolation.launch import can_supervise
 from optuna_quota._enforcement.isolation.launch import Launched
 from optuna_quota._enforcement.isolation.launch import StartMethod
+from optuna_quota._enforcement.isolation.stop import STOP_SIGNAL
 from optuna_quota._enforcement.isolation.template_client import template_client
 from optuna_quota._records import read_record
 
@@ -112,8 +113,7 @@ def test_what_waits_for_the_next_trial_survives_a_signal() -> None:
     helpers: list[psutil.Process] = []
     while len(helpers) < 2:  # the supervisor and the process that wait
         helpers = psutil.Process(template.pid).children(recursive=True)
-    # SIGTERM is the polite stop's for now.
-    for name in {*SENT, "SIGINT", "SIGQUIT", "SIGTSTP"} - {"SIGTERM"}:
+    for name in (*SENT, "SIGINT", "SIGQUIT", "SIGTSTP"):
         for helper in [psutil.Process(template.pid), *helpers[-2:]]:
             helper.send_signal(number_of(name))
     time.sleep(0.1)
@@ -212,8 +212,8 @@ def test_the_objective_finds_the_dispositions_of_an_ordinary_child(
         text=True,
         timeout=120,
     )
-    # What stops a trial at a limit has its own signals.
-    own = {int(signal.SIGTERM), int(signal.SIGXCPU)}
+    # What stops a trial at a limit has its own signal.
+    own = {STOP_SIGNAL}
     lines = [eval(line) for line in done.stdout.splitlines()]
     assert len(lines) == 2, done.stderr
     assert [set(line) - own for line in lines] == [set(), set()], lines
@@ -337,7 +337,7 @@ def test_an_interrupt_while_a_trial_is_started_harms_no_later_one(
     study = optuna.create_study()
     order = module.order_trial
 
-    def interrupted(sock: socket.socket, data: bytes) -> Launched:
+    def interrupted(sock: socket.socket, data: bytes, descriptors: Any = ()) -> Launched:
         sock.send(data)
         raise KeyboardInterrupt
 

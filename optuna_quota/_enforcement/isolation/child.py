@@ -35,14 +35,13 @@ from optuna_quota._enforcement.isolation.errors import unpack_error
 from optuna_quota._enforcement.isolation.gpu_caps import framework_gpu_memory
 from optuna_quota._enforcement.isolation.gpu_caps import set_gpu_caps
 from optuna_quota._enforcement.isolation.job_signals import restore_signals
-from optuna_quota._enforcement.isolation.multiprocessing_child import use_tracker
+from optuna_quota._enforcement.isolation.multiprocessing_child import leave_shared_memory
 from optuna_quota._enforcement.isolation.output import defer_to_handlers
 from optuna_quota._enforcement.isolation.output import follow
 from optuna_quota._enforcement.isolation.output import OutputRules
 from optuna_quota._enforcement.isolation.payload import allocate
 from optuna_quota._enforcement.isolation.payload import inherited_descriptors
 from optuna_quota._enforcement.isolation.process_context import enter_context
-from optuna_quota._enforcement.isolation.process_context import fill_main
 from optuna_quota._enforcement.isolation.process_context import hold_main_state
 from optuna_quota._enforcement.isolation.process_context import ProcessContext
 from optuna_quota._enforcement.isolation.process_context import seed
@@ -59,13 +58,11 @@ class SentObjective:
         pickles: The pickles: the objective, then what the main module is to hold.
         states: How many of the latter there are.
         buffers: The bytes of each buffer that follows, and whether it is read-only.
-        tracker: Whether the last descriptor is that of the study's resource tracker.
     """
 
     pickles: bytes
     states: int
     buffers: Sequence[tuple[int, bool]]
-    tracker: bool
 
 
 @dataclass(frozen=True)
@@ -260,8 +257,6 @@ def _receive_buffers(channel: Channel, objective: SentObjective | None) -> list[
 
 
 def _load(sent: SentObjective, buffers: Sequence[memoryview]) -> Any:
-    if sent.tracker:
-        use_tracker(inherited_descriptors[-1])
     unpickler = pickle.Unpickler(io.BytesIO(sent.pickles), buffers=buffers)
     objective = unpickler.load()
     for _ in range(sent.states):
@@ -278,9 +273,9 @@ def _prepare_and_run(
         objective = _load(start.objective, buffers)
         # The objective alone keeps them.
         buffers.clear()
-        fill_main(objective)
         defer_to_handlers(start.output)
     seed(start.context)
+    leave_shared_memory()
     trial = ChildTrial(_calls, start.trial)
     rlimits.reset_peak()
     restore_signals()
@@ -293,6 +288,8 @@ def _limit(start: Start) -> int | None:
     memory = start.limits.get("memory")
     cpu_time = start.limits.get("cpu_time")
     if cpu_time is not None:
+        assert _stop is not None
+        _stop.listen_for_cpu_time()
         rlimits.limit_cpu_time(cpu_time, start.grace_period)
     return None if memory is None else rlimits.limit_memory(memory)
 

@@ -228,8 +228,8 @@ def _is_definition(statement: ast.stmt) -> bool:
         inside = [*statement.body, *statement.orelse]
         return _is_plain(statement.test) and all(map(_is_definition, inside))
     if isinstance(statement, ast.Try):
-        handlers = [s for handler in statement.handlers for s in handler.body]
-        inside = [*statement.body, *handlers, *statement.orelse, *statement.finalbody]
+        # What handles an import that fails runs here only if it did so in the study as well.
+        inside = [*statement.body, *statement.orelse, *statement.finalbody]
         return all(map(_is_definition, inside))
     return False
 
@@ -311,13 +311,22 @@ def bound_names(statement: ast.AST) -> set[str]:
         return {statement.name}
     found: set[str] = set()
     for node in _evaluated(statement):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            found |= _exported_names(node.module)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
             found |= {(a.asname or a.name).partition(".")[0] for a in node.names}
         elif isinstance(node, (*_DEFINITIONS, ast.ExceptHandler)):
             found.add(node.name or "")
         elif isinstance(node, _TARGETS) and isinstance(node.ctx, (ast.Store, ast.Del)):
             found.add(_root_name(node))
     return found
+
+
+def _exported_names(module: str | None) -> set[str]:
+    """Return the names that ``from module import *`` binds, of a module that is loaded."""
+    namespace = vars(sys.modules.get(module or "", None) or types.ModuleType(""))
+    names = namespace.get("__all__")
+    return {n for n in namespace if not n.startswith("_")} if names is None else set(names)
 
 
 _TARGETS = (ast.Name, ast.Attribute, ast.Subscript)

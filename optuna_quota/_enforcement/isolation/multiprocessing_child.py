@@ -7,6 +7,8 @@ are no public ones.
 from __future__ import annotations
 
 import atexit
+from collections.abc import Callable
+import functools
 import itertools
 from multiprocessing import process
 from multiprocessing import resource_tracker
@@ -53,21 +55,26 @@ def forget_exit_handlers() -> None:
     atexit.register(util._exit_function)  # type: ignore[attr-defined]
 
 
-def tracker_descriptor() -> int | None:
-    """Return the connection to this process's resource tracker, None where none runs.
+def leave_shared_memory() -> None:
+    """Leave shared memory that exists already to whoever made it.
 
-    A child that had one of its own would see to it at its end that shared memory of its parent's,
-    which it has only opened, is removed.
+    Before Python 3.13, a process that only opens some registers it with its resource tracker, as
+    if it had made it, and a trial's tracker removes at the trial's end what is registered. A
+    tracker of the trial's own is wanted nevertheless: it removes what a killed trial leaves.
     """
-    tracker: Any = resource_tracker._resource_tracker
-    descriptor: int | None = tracker._fd
-    return descriptor
+    try:
+        there = {f"/{name}" for name in os.listdir("/dev/shm")}
+    except OSError:
+        return
+    tracker: Any = resource_tracker
+    register, unregister = tracker.register, tracker.unregister
 
+    def of_own(act: Callable[[str, str], None], name: str, kind: str) -> None:
+        if kind != "shared_memory" or name not in there:
+            act(name, kind)
 
-def use_tracker(descriptor: int) -> None:
-    """Use the study's resource tracker."""
-    tracker: Any = resource_tracker._resource_tracker
-    tracker._fd = descriptor
+    tracker.register = functools.partial(of_own, register)
+    tracker.unregister = functools.partial(of_own, unregister)
 
 
 def is_importing_main() -> bool:

@@ -109,6 +109,7 @@ class _Dump:
         self._buffers: list[pickle.PickleBuffer] = []
         self._spawning = _Spawning()
         self._named: dict[int, Any] = {}
+        self._by_value: dict[str, Any] = {}
         self._pickler = _Pickler(self._file, remote, self._is_named, self._take_buffer)
 
     def run(self) -> Payload:
@@ -128,9 +129,14 @@ class _Dump:
         sent: set[str] = set(self._without)
         done: set[int] = set()
         count = 0
-        while new := [v for k, v in list(self._named.items()) if k not in done]:
+        while True:
+            new = [v for k, v in list(self._named.items()) if k not in done]
+            # Picklers within the trial, such as a pool's, look these up by name.
+            values = {k: v for k, v in self._by_value.items() if k not in sent}
+            if not new and not values:
+                return count
             done |= {id(value) for value in new}
-            values: dict[str, Any] = {}
+            sent |= values.keys()
             names = {name for value in new for name in global_names(value)} - sent
             for name in sorted(names & vars(module).keys()):
                 sent.add(name)
@@ -141,7 +147,6 @@ class _Dump:
             if values or attributes:
                 self._dump_values(MainState(values, attributes))
                 count += 1
-        return count
 
     def _dump_values(self, state: MainState) -> None:
         try:
@@ -178,7 +183,11 @@ class _Dump:
         found: Any = sys.modules["__main__"]
         for part in path:
             found = getattr(found, part, None)
-        if path[0] not in self._main.names or found is not value:
+        if path[0] not in self._main.names:
+            if len(path) == 1:
+                self._by_value[path[0]] = value
+            return False
+        if found is not value:
             return False
         self._named[id(value)] = value
         return True

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import contextlib
 from dataclasses import dataclass
 import functools
-import inspect
 import multiprocessing
 import os
 import random
@@ -14,7 +13,6 @@ import sys
 from typing import Any
 
 from optuna_quota._enforcement.isolation.after_import import after_import
-from optuna_quota._enforcement.isolation.main_module import MAIN_NAMES
 from optuna_quota._enforcement.isolation.main_module import MainModule
 from optuna_quota._enforcement.isolation.main_module import make_main_module
 from optuna_quota._enforcement.isolation.module_state import read_module_state
@@ -166,28 +164,3 @@ def hold_main_state(state: MainState) -> None:
         for part in path.split("."):
             owner = getattr(owner, part)
         set_attributes(owner, attributes)
-
-
-def fill_main(objective: Any) -> None:
-    """Let ``__main__`` hold what an objective that was sent by value took along from it.
-
-    Picklers inside the objective, such as those of multiprocessing, look classes and functions up
-    by name.
-    """
-    names = _globals_of(objective)
-    main = vars(sys.modules["__main__"])
-    if names is not main and names.get("__name__") in MAIN_NAMES:
-        main.update({k: v for k, v in names.items() if not k.startswith("__")})
-
-
-def _globals_of(objective: Any) -> Mapping[str, Any]:
-    while True:
-        inner = getattr(objective, "func", None) or getattr(objective, "__wrapped__", None)
-        if inner is None:
-            break
-        objective = inner
-    function = getattr(objective, "__func__", objective)
-    if not inspect.isfunction(function):
-        function = vars(type(objective)).get("__call__")
-    found: Mapping[str, Any] = getattr(function, "__globals__", {})
-    return found

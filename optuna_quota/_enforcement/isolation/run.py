@@ -55,7 +55,6 @@ from optuna_quota._enforcement.isolation.launch import Launched
 from optuna_quota._enforcement.isolation.main_module import find_main_module
 from optuna_quota._enforcement.isolation.main_module import MainModule
 from optuna_quota._enforcement.isolation.multiprocessing_child import is_importing_main
-from optuna_quota._enforcement.isolation.multiprocessing_child import tracker_descriptor
 from optuna_quota._enforcement.isolation.objectives import dump_objective
 from optuna_quota._enforcement.isolation.objectives import RemoteObjects
 from optuna_quota._enforcement.isolation.output import output_rules
@@ -270,9 +269,7 @@ class TrialRun:
         try:
             main = client.prepare(self._isolated.preload)
             payload = dump_objective(self._isolated.objective, self._remote, main.module)
-            tracker = tracker_descriptor()
-            trackers = () if tracker is None else (tracker,)
-            launched = client.launch(_delegated_cgroup(), [*payload.descriptors, *trackers])
+            launched = client.launch(_delegated_cgroup(), payload.descriptors)
         except OSError as error:
             raise _CannotStart(f"The trial's process could not be started: {error}") from error
         finally:
@@ -280,12 +277,9 @@ class TrialRun:
                 client.release()
         # What the template loaded first serves all trials; this one only came when it did.
         self._watch.detach(waited=self._watch.elapsed - before)
-        start = self._start(payload, main, tracker=tracker is not None)
-        return launched, start, payload
+        return launched, self._start(payload, main), payload
 
-    def _start(
-        self, payload: Payload | None, main: PreparedMain, *, tracker: bool = False
-    ) -> Start:
+    def _start(self, payload: Payload | None, main: PreparedMain) -> Start:
         trial, study = self._trial, self._study
         facts = TrialFacts(
             number=trial.number,
@@ -303,7 +297,7 @@ class TrialRun:
             grace_period=self._isolated.grace_period,
             objective=None
             if payload is None
-            else SentObjective(payload.pickles, payload.states, payload.sizes, tracker),
+            else SentObjective(payload.pickles, payload.states, payload.sizes),
         )
 
     def _device_memory(self) -> float | None:

@@ -46,14 +46,17 @@ class PoliteStop:
         self._main = threading.main_thread().ident
 
     def install(self) -> None:
-        """Listen for the signal, and for the kernel's own on CPU time."""
+        """Listen for the signal."""
         self._numbers = [signal.SIGTERM if self._notice is None else STOP_SIGNAL]
         signal.signal(self._numbers[0], self._on_signal)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._uninstall)
+
+    def listen_for_cpu_time(self) -> None:
+        """Listen for the kernel's signal that the CPU time is used up, where it limits that."""
         if hasattr(signal, "SIGXCPU"):
             self._numbers.append(signal.SIGXCPU)
             signal.signal(signal.SIGXCPU, self._on_cpu)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._uninstall)
 
     def _uninstall(self) -> None:
         """Leave a process that the objective forks the signals of an ordinary one."""
