@@ -88,6 +88,20 @@ def in_optimize_loop(study: Study) -> bool:
     return bool(study._thread_local.in_optimize_loop)
 
 
+def is_run_by_optimize(trial: Trial) -> bool:
+    """Return whether ``optimize`` runs this trial in this thread, and will finish its row.
+
+    Inside of an objective, a trial may also come from ``ask``: whoever asked finishes it.
+    """
+    frame = _find_frame("_run_trial", "optuna.study._optimize")
+    running = None if frame is None else frame.f_locals.get("trial")
+    return (
+        running is not None
+        and running._trial_id == trial._trial_id
+        and running.study._storage is trial.study._storage
+    )
+
+
 def is_over(study: Study) -> bool:
     """Return whether ``optimize`` would begin no further trial in this thread.
 

@@ -42,6 +42,9 @@ PROPOSED = PREFIX + "proposed"
 
 # A system attribute: bookkeeping of the workers, not a column for people.
 RESERVATION = PREFIX + "reservation"
+# A system attribute: the trial's own number where its process crashed. A row that was copied from
+# it, such as that of a retry, has another number.
+CRASHED = PREFIX + "crashed"
 
 STUDY_QUOTA = PREFIX + "quota"
 STUDY_LIMITS = PREFIX + "limits"

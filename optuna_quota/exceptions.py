@@ -100,11 +100,17 @@ class QuotaExhausted(QuotaError):
 class TrialCrashed(QuotaError, RuntimeError):
     """Raised when the process of an isolated trial died without a result.
 
+    ``optimize`` goes on with the next trial instead, unless ``isolated(..., on_crash="raise")``
+    was asked for, or the first three trials of the study or five in a row have all crashed.
+
     Example:
 
         .. code-block:: python
 
-            study.optimize(isolated(objective), n_trials=200, catch=(TrialCrashed,))
+            try:
+                value = isolated(objective)(study.ask())
+            except TrialCrashed as error:
+                print(error.exitcode, error)
 
     Attributes:
         exitcode: The exit code of the process, negative for a signal, None when unknown.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import json
 from pathlib import Path
 import sys
+import threading
 import time
 from typing import Any
 from typing import NoReturn
@@ -73,6 +74,32 @@ def test_stop_works_exactly_where_the_loop_is_seen() -> None:
     assert seen == [True]
     with pytest.raises(RuntimeError):
         study.stop()
+
+
+def test_a_trial_of_optimize_is_known() -> None:
+    study = optuna.create_study()
+    seen: list[tuple[bool, bool, bool]] = []
+
+    def objective(trial: optuna.Trial) -> float:
+        asked = optuna.create_study().ask()
+        elsewhere: list[bool] = []
+        thread = threading.Thread(
+            target=lambda: elsewhere.append(_optuna.is_run_by_optimize(trial))
+        )
+        thread.start()
+        thread.join()
+        seen.append(
+            (
+                _optuna.is_run_by_optimize(trial),
+                _optuna.is_run_by_optimize(asked),
+                elsewhere[0],
+            )
+        )
+        return 0.0
+
+    study.optimize(objective, n_trials=1)
+    study.optimize(objective, n_trials=2, n_jobs=2)
+    assert seen == [(True, False, False)] * 3
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2])

@@ -323,5 +323,5 @@ def test_an_objective_that_cannot_be_pickled_says_so() -> None:
 def test_a_value_that_cannot_be_sent_is_a_crash() -> None:
     study = optuna.create_study()
     with pytest.raises(TrialCrashed, match="type generator"):
-        study.optimize(isolated(lambda trial: (x for x in ())), n_trials=1)
+        study.optimize(isolated(lambda trial: (x for x in ()), on_crash="raise"), n_trials=1)
     assert study.trials[0].state == TrialState.FAIL

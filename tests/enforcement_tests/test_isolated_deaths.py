@@ -86,7 +86,7 @@ def test_crashes(objective: Callable[..., Any], words: str, exitcode: int) -> No
 
     study = optuna.create_study()
     with pytest.raises(TrialCrashed) as caught:
-        study.optimize(isolated(reporting), n_trials=1)
+        study.optimize(isolated(reporting, on_crash="raise"), n_trials=1)
     assert words in str(caught.value)
     assert caught.value.exitcode == exitcode
     assert isinstance(caught.value, RuntimeError)

@@ -305,5 +305,5 @@ def test_a_template_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "interpreter", lambda *_: command)
     study = optuna.create_study()
     with pytest.raises(TrialCrashed, match="no luck today"):
-        study.optimize(isolated(quadratic, start_method="spawn"), n_trials=1)
+        study.optimize(isolated(quadratic, start_method="spawn", on_crash="raise"), n_trials=1)
     assert study.trials[0].state == TrialState.FAIL

@@ -30,6 +30,9 @@ from optuna_quota._enforcement.isolation.child import Unsendable
 from optuna_quota._enforcement.isolation.child_trial import TrialFacts
 from optuna_quota._enforcement.isolation.control import Enforce
 from optuna_quota._enforcement.isolation.control import Mind
+from optuna_quota._enforcement.isolation.crashes import find_crash_series
+from optuna_quota._enforcement.isolation.crashes import note_crash
+from optuna_quota._enforcement.isolation.crashes import value_of_crash
 from optuna_quota._enforcement.isolation.ending import Ended
 from optuna_quota._enforcement.isolation.ending import find_breach_in_death
 from optuna_quota._enforcement.isolation.ending import find_breach_in_shortage
@@ -69,6 +72,10 @@ if TYPE_CHECKING:
 
 
 _logger = logging.getLogger("optuna.quota.isolated")
+
+
+class _CannotStart(Exception):
+    """No template can be started, which was tried again already."""
 
 
 class TrialRun:
@@ -144,7 +151,9 @@ class TrialRun:
                 # The template had ended, or the processes that it had ready were killed.
                 template_client().lost()
                 if attempt == 2:
-                    self._crash(Ended(exitcode=None), str(error))
+                    return self._crash(Ended(exitcode=None), str(error))
+            except _CannotStart as error:
+                return self._crash(Ended(exitcode=None), str(error))
         return self._conclude(server)
 
     def _serve(self) -> Server:
@@ -190,8 +199,7 @@ class TrialRun:
         try:
             launched = client.launch(_delegated_cgroup())
         except OSError as error:
-            reason = f"The trial's process could not be started: {error}"
-            self._crash(Ended(exitcode=None), reason)
+            raise _CannotStart(f"The trial's process could not be started: {error}") from error
         # What the template loaded first serves all trials; this one only came when it did.
         self._watch.detach(waited=self._watch.elapsed - before)
         return launched, self._start(objective)
@@ -277,13 +285,15 @@ class TrialRun:
         if isinstance(outcome, Raised):
             self._raise(outcome)
         if isinstance(outcome, Unsendable):
-            self._crash(
+            return self._crash(
                 ended,
                 f"The objective returned a value of type {outcome.kind} that can't be sent from "
                 f"the trial's process: {outcome.reason}",
             )
         if isinstance(outcome, Exited):
-            self._crash(ended, f"The objective ended its process by sys.exit({outcome.code}).")
+            return self._crash(
+                ended, f"The objective ended its process by sys.exit({outcome.code})."
+            )
         breach = find_breach_in_death(ended, self._ceilings(), self._watch.elapsed)
         if breach is not None:
             self._terminate(breach)
@@ -321,11 +331,24 @@ class TrialRun:
         except Exception as error:
             raise error from cause
 
-    def _crash(self, ended: Ended, reason: str) -> NoReturn:
+    def _crash(self, ended: Ended, reason: str) -> Any:
+        """Return the value of a crashed trial where ``optimize`` is to go on, else raise."""
         self._watch.verdict = Verdict("failed", reason)
         if ended.traceback:
             _logger.error(f"Trial {self._trial.number}: {reason}\n{ended.traceback}")
-        raise TrialCrashed(reason, exitcode=ended.exitcode, traceback=ended.traceback)
+        error = TrialCrashed(reason, exitcode=ended.exitcode, traceback=ended.traceback)
+        study, trial = self._study, self._trial
+        if study is None or not isinstance(trial, Trial):
+            raise error
+        note_crash(study, trial)
+        if not _optuna.is_run_by_optimize(trial):
+            raise error
+        series = find_crash_series(study, trial.number)
+        if series is not None:
+            error.args = (f"{series}, so the study ends. {_advice(trial.number, reason)}",)
+        elif self._isolated.on_crash == "fail":
+            return value_of_crash(reason, len(study.directions))
+        raise error
 
 
 def agreed_limits(own: Limits | None, theirs: Limits | None) -> Limits:
@@ -344,6 +367,13 @@ def agreed_limits(own: Limits | None, theirs: Limits | None) -> Limits:
             "Give them to QuotaPruner alone."
         )
     return own or theirs or Limits()
+
+
+def _advice(number: int, reason: str) -> str:
+    return (
+        f"The last one, trial {number}: {reason} Call the objective without `isolated` on "
+        "`study.ask()` to see why; `optimize(..., catch=(TrialCrashed,))` goes on all the same."
+    )
 
 
 def device_memory() -> float | None:
