@@ -242,11 +242,12 @@ SLEEPER = """
 """
 
 
-def test_a_dead_parent_takes_its_trials_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGHUP"])
+def test_a_dead_parent_takes_its_trials_along(tmp_path: Path, name: str) -> None:
     process = run_script(tmp_path, SLEEPER)
     pids = [int(pid) for pid in wait_for_file(tmp_path / "pids", process).split()]
     family = [p.pid for p in psutil.Process(process.pid).children(recursive=True)]
-    process.kill()
+    process.send_signal(getattr(signal, name))
     process.communicate()
     assert not wait_until_gone([*pids, *family])
 

@@ -17,6 +17,7 @@ import threading
 import traceback
 from typing import Any
 
+from optuna_quota._enforcement.isolation import processes
 from optuna_quota._enforcement.isolation import rlimits
 from optuna_quota._enforcement.isolation.calls import Calls
 from optuna_quota._enforcement.isolation.calls import Handle
@@ -28,6 +29,7 @@ from optuna_quota._enforcement.isolation.errors import pack_error
 from optuna_quota._enforcement.isolation.errors import SentError
 from optuna_quota._enforcement.isolation.errors import unpack_error
 from optuna_quota._enforcement.isolation.gpu_caps import set_gpu_caps
+from optuna_quota._enforcement.isolation.job_signals import restore_signals
 from optuna_quota._enforcement.isolation.modules import can_preload
 from optuna_quota._enforcement.isolation.output import defer_to_handlers
 from optuna_quota._enforcement.isolation.output import follow
@@ -172,6 +174,7 @@ def run_child(
         start = channel.receive() if inherited is None else inherited.start
         if crash_file is not None:
             faulthandler.enable(crash_file)
+            processes.enlarge_signal_stack()
         if inherited is None:
             enter(start.surroundings)
             follow(start.output, _calls)
@@ -214,6 +217,7 @@ def _prepare_and_run(start: Start, objective: Any, known: int, supervisor: int |
     seed(start.surroundings)
     trial = ChildTrial(_calls, start.trial)
     rlimits.reset_peak()
+    restore_signals()
     _calls.notify(Ready(os.getpid(), supervisor, _limit(start)))
     return _run(objective, trial, known)
 

@@ -61,6 +61,33 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
+class _SignalStack(ctypes.Structure):
+    _fields_ = (
+        ("pointer", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("size", ctypes.c_size_t),
+    )
+
+
+def enlarge_signal_stack() -> None:
+    """Give this thread's signal handlers room for many signals at once.
+
+    The stack that :mod:`faulthandler` sets up holds the frame of one signal and 8 KiB. Python's
+    handlers run on it too, and with the registers of AVX-512 or AMX a frame takes 4 to 11 KiB:
+    signals that come together would end the process by SIGSEGV.
+    """
+    global _signal_stack
+    assert _libc is not None
+    _signal_stack = ctypes.create_string_buffer(_SIGNAL_STACK_SIZE)
+    stack = _SignalStack(ctypes.addressof(_signal_stack), 0, _SIGNAL_STACK_SIZE)
+    if _libc.sigaltstack(ctypes.byref(stack), None) != 0:
+        _signal_stack = None
+
+
+_SIGNAL_STACK_SIZE = 1 << 18
+_signal_stack: ctypes.Array[ctypes.c_char] | None = None
+
+
 def children(pid: int | str = "self") -> list[int]:
     """Return the pids of a process's children, of all its threads."""
     pids: list[int] = []

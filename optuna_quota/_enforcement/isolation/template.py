@@ -22,6 +22,7 @@ import sys
 import traceback
 
 from optuna_quota._enforcement.isolation import processes
+from optuna_quota._enforcement.isolation.job_signals import ignore_job_signals
 from optuna_quota._enforcement.isolation.output import blank_logging
 from optuna_quota._enforcement.isolation.trial_process import fork
 from optuna_quota._enforcement.isolation.trial_process import fork_trial
@@ -194,7 +195,7 @@ def main(handle: int) -> None:
     Args:
         handle: The descriptor of the connection.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_job_signals()
     processes.become_subreaper()
     sock = socket.socket(fileno=handle)
     try:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 
+from optuna_quota._enforcement.isolation.job_signals import job_signals_blocked
 from optuna_quota._enforcement.isolation.launch import interpreter
 from optuna_quota._enforcement.isolation.launch import Launched
 from optuna_quota._enforcement.isolation.launch import order_trial
@@ -102,7 +103,8 @@ class TemplateClient:
             command = interpreter("template", theirs.fileno())
             self._errors.seek(0)
             self._errors.truncate()
-            self._process = popen(command, self._errors, pass_fds=(theirs.fileno(),))
+            with job_signals_blocked():
+                self._process = popen(command, self._errors, pass_fds=(theirs.fileno(),))
         # It and its forks are no part of a trial in this process.
         metering_loop().left_out.add(self._process.pid)
         self._sock = ours

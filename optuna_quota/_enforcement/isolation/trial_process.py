@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import gc
 import os
 from pathlib import Path
-import signal
 import socket
 import sys
 from typing import NoReturn
@@ -21,6 +20,9 @@ from optuna_quota._enforcement.isolation.channel import Channel
 from optuna_quota._enforcement.isolation.child import Inherited
 from optuna_quota._enforcement.isolation.child import run_child
 from optuna_quota._enforcement.isolation.control import Started
+from optuna_quota._enforcement.isolation.job_signals import hold_signals
+from optuna_quota._enforcement.isolation.job_signals import ignore_job_signals
+from optuna_quota._enforcement.isolation.job_signals import job_signals_blocked
 from optuna_quota._enforcement.isolation.supervisor import Supervisor
 
 
@@ -48,7 +50,7 @@ def fork_trial(parent: int, *, cgroup: Path | None, inherited: Inherited | None 
         inherited: What the trial has from this process; without it, all is sent to the trial.
     """
     (ours, theirs), (command, obey) = socket.socketpair(), socket.socketpair()
-    with theirs, obey:
+    with theirs, obey, job_signals_blocked():
         pid = fork()
         if pid == 0:
             try:
@@ -71,7 +73,7 @@ def _supervise(
     channel: int, control: int, parent: int, cgroup: Path | None, inherited: Inherited | None
 ) -> NoReturn:
     os.setsid()
-    _reset_signals()
+    ignore_job_signals()
     processes.become_subreaper()
     notice_read, notice_write = os.pipe()
     os.set_blocking(notice_read, False)
@@ -83,6 +85,7 @@ def _supervise(
         code = 1
         try:
             _enter_child(supervisor, leaf)
+            hold_signals()
             if inherited is None:
                 _close_all_but(channel, notice_read, crash_file)
             else:
@@ -125,15 +128,6 @@ def _mind(
     with contextlib.suppress(OSError):
         control.send(ended)
     os._exit(0)
-
-
-def _reset_signals() -> None:
-    """Undo the handlers of the process that this is a copy of."""
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP, signal.SIGALRM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _forget_exit_handlers() -> None:

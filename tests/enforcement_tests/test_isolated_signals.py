@@ -1,0 +1,233 @@
+"""Signals to all processes of a job reach the objective, and none that stands in between."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+import psutil
+import pytest
+
+from optuna_quota import isolated
+from optuna_quota import Quota
+from optuna_quota import QuotaSampler
+from optuna_quota._enforcement.isolation.launch import can_supervise
+from optuna_quota._enforcement.isolation.launch import StartMethod
+from optuna_quota._enforcement.isolation.template_client import template_client
+from optuna_quota._records import read_record
+
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not can_supervise(), reason="needs Linux with pidfds"
+)
+
+METHODS: list[StartMethod] = ["forkserver", "spawn", "fork"]
+SENT = ["SIGUSR1", "SIGUSR2", "SIGHUP", "SIGTERM", "SIGALRM", "SIGCONT"]
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(6000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} was not written.")
+
+
+def signal_all(number: int, *more: int) -> None:
+    """Signal this process, all that descends from it, and more, as a job step's do."""
+    me = psutil.Process()
+    pids = {me.pid, *more, *(child.pid for child in me.children(recursive=True))}
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_objective_alone_hears_what_is_sent_to_all(
+    tmp_path: Path, method: StartMethod
+) -> None:
+    folder = str(tmp_path)
+
+    def objective(trial: optuna.Trial) -> float:
+        heard: list[str] = []
+        for name in SENT:
+            signal.signal(getattr(signal, name), lambda n, _: heard.append(signal.Signals(n).name))
+        # Under spawn, they descend from no process that lives.
+        Path(folder, "new").write_text(f"{os.getpid()} {os.getppid()}")
+        Path(folder, "new").rename(Path(folder, str(trial.number)))
+        for _ in range(1000):
+            if set(heard) == set(SENT):
+                break
+            time.sleep(0.01)
+        trial.set_user_attr("heard", sorted(set(heard)))
+        return 1.0
+
+    def send() -> None:
+        for number in range(2):
+            wait_for(tmp_path / str(number))
+            pids = [int(pid) for pid in (tmp_path / str(number)).read_text().split()]
+            for name in SENT:
+                signal_all(number_of(name), *pids)
+
+    here: list[int] = []
+    before = {n: signal.signal(n, lambda n, _: here.append(n)) for n in map(number_of, SENT)}
+    sender = threading.Thread(target=send, daemon=True)
+    try:
+        study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9)))
+        sender.start()
+        study.optimize(isolated(objective, start_method=method), n_trials=2)
+        sender.join()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert [t.user_attrs.get("heard") for t in study.trials] == [sorted(SENT)] * 2
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2
+    assert set(here) == {number_of(name) for name in SENT}
+
+
+def number_of(name: str) -> int:
+    return int(getattr(signal, name))
+
+
+def test_what_waits_for_the_next_trial_survives_a_signal() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        return 1.0
+
+    study = optuna.create_study()
+    study.optimize(isolated(objective), n_trials=1)
+    template = template_client()._process
+    assert template is not None
+    helpers: list[psutil.Process] = []
+    while len(helpers) < 2:  # the supervisor and the process that wait
+        helpers = psutil.Process(template.pid).children(recursive=True)
+    # SIGTERM is the polite stop's for now.
+    for name in {*SENT, "SIGINT", "SIGQUIT", "SIGTSTP"} - {"SIGTERM"}:
+        for helper in [psutil.Process(template.pid), *helpers[-2:]]:
+            helper.send_signal(number_of(name))
+    time.sleep(0.1)
+    assert template.poll() is None
+    assert psutil.STATUS_ZOMBIE not in {helper.status() for helper in helpers[-2:]}
+    study.optimize(isolated(objective), n_trials=1)
+    assert [trial.value for trial in study.trials] == [1.0, 1.0]
+
+
+class SlowToArrive:
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return arrive, (self.folder,)
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        return 1.0
+
+
+def arrive(folder: str) -> SlowToArrive:
+    Path(folder, "arriving").touch()
+    time.sleep(0.5)
+    return SlowToArrive(folder)
+
+
+def test_a_signal_before_the_objective_begins_does_no_harm(tmp_path: Path) -> None:
+    def send() -> None:
+        wait_for(tmp_path / "arriving")
+        signal_all(signal.SIGUSR1)
+
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # Its module is imported in the trial's process, as tests are no script.
+    study = optuna.create_study()
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    study.optimize(isolated(SlowToArrive(str(tmp_path))), n_trials=1)
+    sender.join()
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    assert study.trials[0].value == 1.0, read_record(study.trials[0]).reason
+
+
+DISPOSITIONS = """
+    import multiprocessing, signal, sys
+    import optuna
+    from optuna_quota import isolated
+
+    def look():
+        found = {}
+        for number in signal.valid_signals():
+            handler = signal.getsignal(number)
+            found[int(number)] = getattr(handler, "__name__", None) or int(handler)
+        return found
+
+    def tell(queue):
+        queue.put(look())
+
+    def objective(trial):
+        trial.set_user_attr("found", {str(k): v for k, v in look().items()})
+        return 0.0
+
+    if __name__ == "__main__":
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGCONT):
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        context = multiprocessing.get_context("spawn")
+        queue = context.Queue()
+        child = context.Process(target=tell, args=(queue,))
+        child.start()
+        usual = queue.get()
+        child.join()
+        study = optuna.create_study()
+        study.optimize(isolated(objective, start_method=sys.argv[1]), n_trials=2)
+        for trial in study.trials:
+            found = {int(k): v for k, v in trial.user_attrs["found"].items()}
+            print({k: (usual[k], found[k]) for k in usual if usual[k] != found[k]})
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_objective_finds_the_dispositions_of_an_ordinary_child(
+    tmp_path: Path, method: StartMethod
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(DISPOSITIONS))
+
+    def under_nohup() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    done = subprocess.run(
+        [sys.executable, str(script), method],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        preexec_fn=under_nohup,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    # What stops a trial at a limit has its own signals.
+    own = {int(signal.SIGTERM), int(signal.SIGXCPU)}
+    lines = [eval(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 2, done.stderr
+    assert [set(line) - own for line in lines] == [set(), set()], lines
+
+
+def test_signals_that_a_script_handles_when_it_is_imported_stay_handled() -> None:
+    class Handling:
+        def __reduce__(self) -> Any:
+            return signal.signal, (signal.SIGUSR1, signal.SIG_IGN)
+
+    handling = Handling()
+
+    def objective(trial: optuna.Trial) -> float:
+        assert handling is not None
+        return float(signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN)
+
+    study = optuna.create_study()
+    study.optimize(isolated(objective), n_trials=1)
+    assert study.trials[0].value == 1.0
