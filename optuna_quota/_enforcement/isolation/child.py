@@ -55,6 +55,7 @@ class Start:
         device_memory: The memory of the smallest visible GPU.
         grace_period: Seconds from the polite stop to the hard kill.
         objective: Its pickle; None when the process inherited it.
+        strict_memory: Whether the kernel refuses what would pass the memory limit.
     """
 
     surroundings: Surroundings
@@ -64,6 +65,7 @@ class Start:
     device_memory: float | None
     grace_period: float
     objective: bytes | None
+    strict_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,11 @@ class Raised:
     Attributes:
         error: What.
         shortage: The failed allocation behind it, if that was why.
-        resident: The resident memory when it arrived here, in bytes.
         modules: What was imported meanwhile.
     """
 
     error: SentError
     shortage: Shortage | None = None
-    resident: int | None = None
     modules: tuple[str, ...] = ()
 
 
@@ -228,7 +228,9 @@ def _limit(start: Start) -> int | None:
     cpu_time = start.limits.get("cpu_time")
     if cpu_time is not None:
         rlimits.limit_cpu_time(cpu_time, start.grace_period)
-    return None if memory is None else rlimits.limit_memory(memory)
+    if memory is None:
+        return None
+    return rlimits.limit_memory(memory, strict=start.strict_memory)
 
 
 def _run(objective: Any, trial: ChildTrial, known: int) -> Any:
@@ -237,11 +239,10 @@ def _run(objective: Any, trial: ChildTrial, known: int) -> Any:
     except SystemExit as error:
         return Exited(_exit_code(error))
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is the study's to handle
-        resident = rlimits.peak_size()
         # First of all: what follows needs some memory itself.
         rlimits.lift_memory_limit()
         shortage = find_shortage(error)
-        return Raised(pack_error(error), shortage, resident, _imported(known))
+        return Raised(pack_error(error), shortage, _imported(known))
     return Returned(value, _imported(known))
 
 

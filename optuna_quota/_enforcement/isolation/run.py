@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import contextlib
 import functools
 import logging
+import math
 from pathlib import Path
 from typing import Any
 from typing import NoReturn
@@ -37,6 +38,7 @@ from optuna_quota._enforcement.isolation.ending import Ended
 from optuna_quota._enforcement.isolation.ending import find_breach_in_death
 from optuna_quota._enforcement.isolation.ending import find_breach_in_shortage
 from optuna_quota._enforcement.isolation.ending import name_death
+from optuna_quota._enforcement.isolation.ending import name_gpu_shortage
 from optuna_quota._enforcement.isolation.errors import unpack_error
 from optuna_quota._enforcement.isolation.launch import can_supervise
 from optuna_quota._enforcement.isolation.launch import launch_fork
@@ -50,6 +52,7 @@ from optuna_quota._enforcement.isolation.output import sounding_loggers
 from optuna_quota._enforcement.isolation.plain import launch_plain
 from optuna_quota._enforcement.isolation.serving import NotStarted
 from optuna_quota._enforcement.isolation.serving import Server
+from optuna_quota._enforcement.isolation.shortage import Shortage
 from optuna_quota._enforcement.isolation.surroundings import surroundings
 from optuna_quota._enforcement.isolation.template_client import template_client
 from optuna_quota._enforcement.settle import row_of
@@ -220,6 +223,7 @@ class TrialRun:
             device_memory=device_memory() if "gpu_memory" in self._ceilings() else None,
             grace_period=self._isolated.grace_period,
             objective=objective,
+            strict_memory=self._isolated.strict_memory,
         )
 
     def _ceilings(self) -> Mapping[str, tuple[float, bool]]:
@@ -227,12 +231,14 @@ class TrialRun:
         return self._watch.hard_ceilings
 
     def _on_ready(self, ready: Ready) -> Enforce:
+        memory, quota = self._ceilings().get("memory", (None, False))
+        self._watch.supervised = None if ready.supervisor is None else memory
         # It may have ended already: then there is nothing to meter, and its supervisor knows all.
         with contextlib.suppress(ProcessLookupError):
             self._watch.retarget(ready.pid, ready.supervisor)
         self._watch.on_breach(self._stop)
-        memory, quota = self._ceilings().get("memory", (None, False))
-        return Enforce(memory, quota, self._watch.elapsed, ready.data_limit)
+        strict = self._isolated.strict_memory
+        return Enforce(memory, quota, self._watch.elapsed, ready.data_limit, strict)
 
     def _stop_early(self, breach: Breach) -> None:
         if breach.resource in ("wall_time", "trial_time"):
@@ -276,6 +282,11 @@ class TrialRun:
         if server.breach is not None:
             self._terminate(server.breach)
         if isinstance(outcome, Returned):
+            if server.shortage is not None and _has_nan(outcome.value):
+                # A search counts a fit that fails as NaN, and warns of why.
+                breach = self._find_breach_in(server.shortage, ended)
+                if breach is not None:
+                    self._terminate(breach)
             if ended.leftovers:
                 _logger.warning(
                     f"Trial {self._trial.number} left processes behind, which were ended: "
@@ -283,7 +294,7 @@ class TrialRun:
                 )
             return outcome.value
         if isinstance(outcome, Raised):
-            self._raise(outcome)
+            return self._raise(outcome, ended)
         if isinstance(outcome, Unsendable):
             return self._crash(
                 ended,
@@ -294,32 +305,56 @@ class TrialRun:
             return self._crash(
                 ended, f"The objective ended its process by sys.exit({outcome.code})."
             )
-        breach = find_breach_in_death(ended, self._ceilings(), self._watch.elapsed)
-        if breach is not None:
-            self._terminate(breach)
+        self._terminate_at_limit(ended)
         return self._crash(ended, name_death(ended))
 
     def _take_usage(self, ended: Ended) -> None:
         self._watch.add_usage(Usage(memory=ended.memory, cpu_time=ended.cpu_time))
+        self._watch.take_unseen_peak(ended.unseen_memory)
 
-    def _raise(self, outcome: Raised) -> NoReturn:
+    def _raise(self, outcome: Raised, ended: Ended) -> Any:
+        """Raise what the objective raised, unless a limit of ours or a full GPU was behind it."""
         error = unpack_error(outcome.error)
+        if ended.leaf_oom_kills:
+            # A worker was killed in the trial's control group; what came of it is of any kind.
+            self._terminate_at_limit(ended, cause=error)
         shortage = outcome.shortage
-        if shortage is not None:
-            gpu = shortage.resource == "gpu_memory"
-            used = self._watch.usage().gpu_memory if gpu else outcome.resident
-            enforced = gpu or (self._server is not None and self._server.data_limit is not None)
-            breach = find_breach_in_shortage(
-                shortage,
-                used,
-                self._ceilings(),
-                self._watch.elapsed,
-                enforced=enforced,
-                device_memory=device_memory() if gpu else None,
-            )
-            if breach is not None:
-                self._terminate(breach, cause=error)
-        raise error
+        if shortage is None:
+            raise error
+        breach = self._find_breach_in(shortage, ended)
+        if breach is not None:
+            self._terminate(breach, cause=error)
+        if shortage.resource != "gpu_memory" or device_memory() is None:
+            raise error
+        return self._fail(name_gpu_shortage(shortage, self._watch.usage().gpu_memory), error)
+
+    def _find_breach_in(self, shortage: Shortage, ended: Ended) -> Breach | None:
+        gpu = shortage.resource == "gpu_memory"
+        assert self._server is not None
+        strict = self._isolated.strict_memory and self._server.data_limit is not None
+        return find_breach_in_shortage(
+            shortage,
+            self._watch.usage().gpu_memory if gpu else ended.memory,
+            self._ceilings(),
+            self._watch.elapsed,
+            enforced=gpu or strict,
+            device_memory=device_memory() if gpu else None,
+        )
+
+    def _terminate_at_limit(self, ended: Ended, cause: BaseException | None = None) -> None:
+        """Terminate the trial where its process died at a limit of ours."""
+        strict, elapsed = self._isolated.strict_memory, self._watch.elapsed
+        breach = find_breach_in_death(ended, self._ceilings(), elapsed, strict_memory=strict)
+        if breach is not None:
+            self._terminate(breach, cause=cause)
+
+    def _fail(self, reason: str, error: BaseException) -> Any:
+        """Fail the trial for what it can't help; ``optimize`` goes on as after a crash."""
+        self._watch.verdict = Verdict("failed", reason)
+        is_optimized = isinstance(self._trial, Trial) and _optuna.is_run_by_optimize(self._trial)
+        if self._study is None or not is_optimized or self._isolated.on_crash == "raise":
+            raise error
+        return value_of_crash(reason, len(self._study.directions))
 
     def _terminate(self, breach: Breach, cause: BaseException | None = None) -> NoReturn:
         self._watch.breach = self._watch.breach or breach
@@ -367,6 +402,11 @@ def agreed_limits(own: Limits | None, theirs: Limits | None) -> Limits:
             "Give them to QuotaPruner alone."
         )
     return own or theirs or Limits()
+
+
+def _has_nan(value: Any) -> bool:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(v, float) and math.isnan(v) for v in values)
 
 
 def _advice(number: int, reason: str) -> str:
