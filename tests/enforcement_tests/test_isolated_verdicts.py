@@ -12,7 +12,6 @@ from optuna_quota._enforcement.isolation.ending import Ended
 from optuna_quota._enforcement.isolation.ending import find_breach_in_death
 from optuna_quota._enforcement.isolation.ending import find_breach_in_shortage
 from optuna_quota._enforcement.isolation.ending import name_death
-from optuna_quota._enforcement.isolation.ending import name_gpu_shortage
 from optuna_quota._enforcement.isolation.shortage import find_shortage
 from optuna_quota._enforcement.isolation.shortage import Shortage
 from tests.enforcement_tests.trials import caught
@@ -143,7 +142,7 @@ def failed_script(stderr: str | bytes) -> subprocess.CalledProcessError:
         (failed_script(OF_BYTES.encode()), Shortage("memory")),
         (failed_script("terminate called: what():  std::bad_alloc"), Shortage("memory")),
         (failed_script("bash: fork: Cannot allocate memory"), Shortage("memory")),
-        (failed_script(GPU), Shortage("gpu_memory", 2.0 * GIB, 30.0 * GIB)),
+        (failed_script(GPU), Shortage("gpu_memory", 2.0 * GIB)),
         (ValueError(f"train.py failed:\n{OF_BYTES}"), Shortage("memory")),
         (RuntimeError(RAISED), None),
         (failed_script(RAISED), None),
@@ -179,44 +178,6 @@ def test_a_shortage_at_the_limit_is_a_breach(
     assert (breach is not None) is breached
     if breach is not None:
         assert breach.observed > breach.limit == GIB
-
-
-FULL = Shortage("gpu_memory", GIB)
-
-
-@pytest.mark.parametrize(
-    ("shortage", "limit", "used", "expected"),
-    [
-        (FULL, None, 1.0, None),  # others fill the device
-        (FULL, 4.0, 1.0, None),
-        (FULL, None, None, None),
-        (Shortage("gpu_memory"), None, 1.0, None),
-        (FULL, 4.0, 3.5, 4.0),
-        (FULL, None, 75.5, 80.0),  # the trial fills it
-        (Shortage("gpu_memory", GIB, held=77.0 * GIB), None, None, 80.0),
-        (Shortage("gpu_memory", 90.0 * GIB), None, 1.0, 80.0),
-    ],
-)
-def test_a_device_is_a_limit_for_a_trial_that_fills_it(
-    shortage: Shortage, limit: float | None, used: float | None, expected: float | None
-) -> None:
-    breach = find_breach_in_shortage(
-        shortage,
-        None if used is None else used * GIB,
-        {} if limit is None else {"gpu_memory": (limit * GIB, False)},
-        3.0,
-        enforced=True,
-        device_memory=80.0 * GIB,
-    )
-    assert (None if breach is None else breach.limit) == (expected and expected * GIB)
-    assert breach is None or (breach.observed > breach.limit and breach.refused)
-
-
-def test_a_device_that_others_filled_has_its_own_reason() -> None:
-    reason = name_gpu_shortage(FULL, 1.5 * GIB)
-    assert "others held the rest" in reason
-    assert "held 1.5 GiB and asked for 1 GiB more" in reason
-    assert name_gpu_shortage(Shortage("gpu_memory"), None).endswith("The trial needed more.")
 
 
 @pytest.mark.parametrize(

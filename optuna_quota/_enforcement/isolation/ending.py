@@ -124,21 +124,21 @@ def find_breach_in_shortage(
     *,
     enforced: bool,
 ) -> Breach | None:
-    """Return the memory limit that an allocation failed at, None when it failed of something else.
+    """Return the limit that an allocation of memory failed at, None when it failed otherwise.
 
     Args:
-        shortage: The allocation, of the host's memory.
-        used: What the trial held at its peak, in bytes.
+        shortage: The allocation.
+        used: What the trial held of that memory at its peak, in bytes.
         ceilings: The ceilings in force by resource, and whether each comes from a quota.
         elapsed: Seconds since the start of the trial.
-        enforced: Whether the kernel refuses what is over the limit. It counts what is mapped,
-            which may be more than what is in use.
+        enforced: Whether the kernel refuses what is over the limit, touched or not.
     """
     wanted = (used or 0.0) + (shortage.requested or 0.0)
-    limit, quota = ceilings.get("memory", (None, False))
-    if limit is not None and (wanted >= AT_LIMIT * limit or enforced):
-        return _refused("memory", limit, wanted, elapsed, quota=quota)
-    return None
+    limit, quota = ceilings.get(shortage.resource, (None, False))
+    if limit is None or not (enforced or wanted >= AT_LIMIT * limit):
+        return None
+    observed = max(wanted, _just_over(limit))
+    return Breach(shortage.resource, limit, observed, elapsed, quota=quota, refused=True)
 
 
 def find_breach_in_stop(
@@ -159,13 +159,6 @@ def find_breach_in_stop(
         return None
     limit, quota = ceilings["cpu_time"]
     return Breach("cpu_time", limit, max(used or 0.0, limit), elapsed, quota=quota)
-
-
-def _refused(
-    name: str, limit: float, wanted: float, elapsed: float, *, quota: bool = False
-) -> Breach:
-    observed = max(wanted, _just_over(limit))
-    return Breach(name, limit, observed, elapsed, quota=quota, refused=True)
 
 
 def _just_over(limit: float) -> float:

@@ -370,9 +370,11 @@ class TrialRun:
         if isinstance(outcome, Returned):
             if self._steps and self._study is not None:
                 remember_profile(self._study, self._steps)
-            if server.shortage is not None and _has_nan(outcome.value):
+            shortage = server.shortage
+            of_memory = shortage is not None and shortage.resource == "memory"
+            if shortage is not None and of_memory and _has_nan(outcome.value):
                 # A search counts a fit that fails as NaN, and warns of why.
-                breach = self._find_breach_in(server.shortage, ended)
+                breach = self._find_breach_in(shortage, ended)
                 if breach is not None:
                     self._terminate(breach)
             if ended.leftovers:

@@ -136,17 +136,17 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _match(error: BaseException) -> Shortage | None:
     try:
-        text = str(error)
+        message = str(error)
     except Exception:  # noqa: BLE001 - a user's __str__ may raise anything
-        text = ""
+        message = ""
     names = {c.__name__ for c in type(error).__mro__}
-    found = _match_named(f"{type(error).__module__}.", names, text)
-    # Libraries raise it for a GPU's memory as well.
+    found = _match_named(f"{type(error).__module__}.", names, message)
     if isinstance(error, MemoryError) and (found is None or found.resource == "memory"):
-        by_python = _was_raised_by_python(error.__traceback__)
-        requested = _array_size(error) or _requested(text.lower())
-        found = None if by_python else Shortage("memory", requested, text)
-    found = found or find_shortage_in_text(text)
+        # Last: libraries raise it for a GPU's memory as well.
+        found = None
+        if not _was_raised_by_python(error.__traceback__):
+            return Shortage("memory", _array_size(error) or _requested(message.lower()))
+    found = found or find_shortage_in_text(message)
     if found is not None:
         return found
     for said in _quoted(error):
@@ -158,12 +158,12 @@ def _match(error: BaseException) -> Shortage | None:
     return None
 
 
-def _match_named(path: str, names: Collection[str], text: str) -> Shortage | None:
-    root, lower = path.partition(".")[0].removesuffix("lib"), text.lower()
+def _match_named(path: str, names: Collection[str], message: str) -> Shortage | None:
+    root, lower = path.partition(".")[0].removesuffix("lib"), message.lower()
     for module, name, words, resource in _CLASSES:
         fits = (not module or module == root) and (not name or name in names)
         if fits and words in lower:
-            return Shortage(resource, _requested(lower), text)  # type: ignore[arg-type]  # literal
+            return Shortage(resource, _requested(lower), message)  # type: ignore[arg-type]
     return None
 
 
