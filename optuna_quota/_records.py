@@ -270,7 +270,7 @@ def _breach_object(breach: Breach) -> dict[str, Any]:
         "observed": plain_number(breach.observed),
         "seconds": round(breach.seconds, 3),
     }
-    flags = {"quota": breach.quota, "forecast": breach.forecast}
+    flags = {"quota": breach.quota, "forecast": breach.forecast, "refused": breach.refused}
     return {**found, **{name: True for name, flag in flags.items() if flag}}
 
 
@@ -299,6 +299,7 @@ def _read_breach(value: Any) -> Breach | None:
         seconds,
         quota=value.get("quota") is True,
         forecast=value.get("forecast") is True,
+        refused=value.get("refused") is True,
     )
 
 

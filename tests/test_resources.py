@@ -157,13 +157,35 @@ def test_bad_usage_names_itself(value: Any) -> None:
 
 def test_a_breach_reads_as_a_sentence() -> None:
     breach = Breach("memory", 2 * 2**30, 2.5 * 2**30, 3.21)
-    assert breach.reason == (
-        "Memory reached 2.5 GiB, over the limit of 2 GiB, 3.21 s after the start."
-    )
+    assert breach.reason == ("Memory limit exceeded after 3.21 s: 2.5 GiB used, 2 GiB allowed.")
     of_quota = Breach("cpu_time", 60, 61, 50, quota=True)
-    assert "over what is left of the quota of 1 min" in of_quota.reason
+    assert of_quota.reason == "CPU time quota exceeded after 50 s: 1 min 1 s used, 1 min left."
     forecast = Breach("wall_time", 300, 400, 100, forecast=True)
-    assert "was heading for 6 min 40 s" in forecast.reason
+    assert "about to be exceeded" in forecast.reason
+    assert "heading for 6 min 40 s" in forecast.reason
+    assert Breach("wall_time", 3, 3.01, 3.01).reason == "Time limit of 3 s exceeded."
+
+
+@pytest.mark.parametrize(
+    ("resource", "observed", "refused", "words"),
+    [
+        ("memory", 500.3 * 2**20, False, "500.3 MiB used, 500 MiB allowed"),
+        ("memory", 500.02 * 2**20, False, "500.02 MiB used"),
+        ("memory", 500 * 2**20 + 1, True, "more than 500 MiB asked for, 500 MiB allowed"),
+        ("memory", 900 * 2**20, True, "900 MiB asked for"),
+        (
+            "gpu_memory",
+            500.3 * 2**20,
+            False,
+            "GPU memory limit exceeded after 1 s: 500.3 MiB used",
+        ),
+        ("scratch", 500.3 * 2**20, False, "Scratch limit exceeded"),
+    ],
+)
+def test_a_breach_shows_that_the_limit_was_passed(
+    resource: str, observed: float, refused: bool, words: str
+) -> None:
+    assert words in Breach(resource, 500 * 2**20, observed, 1.0, refused=refused).reason
 
 
 def test_amounts_for_people() -> None:

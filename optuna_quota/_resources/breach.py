@@ -19,6 +19,7 @@ class Breach:
         seconds: Seconds from the start of the trial.
         quota: True when the limit in force was what was left of a total quota of the study.
         forecast: True when the trial was stopped before it was over, by a predictive stop.
+        refused: True when an allocation was refused that would have made it so much.
     """
 
     resource: str
@@ -27,15 +28,35 @@ class Breach:
     seconds: float
     quota: bool = False
     forecast: bool = False
+    refused: bool = False
 
     @property
     def reason(self) -> str:
         """One sentence for a person."""
         resource = get_resource(self.resource)
-        what = "what is left of the quota" if self.quota else "the limit"
-        verb = "was heading for" if self.forecast else "reached"
-        return (
-            f"{resource.title[0].upper()}{resource.title[1:]} {verb} "
-            f"{resource.format(self.observed)}, over {what} of {resource.format(self.limit)}, "
-            f"{_units.format_seconds(self.seconds)} after the start."
-        )
+        limit = resource.format(self.limit)
+        if self.resource == "wall_time" and not self.quota and not self.forecast:
+            return f"Time limit of {limit} exceeded."
+        title = f"{resource.title[0].upper()}{resource.title[1:]}"
+        what = f"{title} {'quota' if self.quota else 'limit'}"
+        room = f"{limit} {'left' if self.quota else 'allowed'}"
+        after = _units.format_seconds(self.seconds)
+        if self.forecast:
+            observed = resource.format(self.observed)
+            return f"{what} about to be exceeded after {after}: heading for {observed}, {room}."
+        verb = "asked for" if self.refused else "used"
+        return f"{what} exceeded after {after}: {_told_apart(self)} {verb}, {room}."
+
+
+def _told_apart(breach: Breach) -> str:
+    """Return what was observed with as many digits as show that a peak is over its limit."""
+    resource = get_resource(breach.resource)
+    observed, limit = resource.format(breach.observed), resource.format(breach.limit)
+    if observed != limit or breach.observed <= breach.limit or not resource.peak:
+        return observed
+    number, *unit = limit.split(" ")
+    for digits in (1, 2):
+        closer = f"{float(number) * breach.observed / breach.limit:.{digits}f}"
+        if float(closer) > float(number):
+            return " ".join([closer, *unit])
+    return f"more than {limit}"

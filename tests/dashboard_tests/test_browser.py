@@ -134,7 +134,7 @@ def test_a_terminated_trial_bears_its_reason_and_its_picture(
     )
     text = driver.execute_script("return document.body.innerText;")
     assert width >= 600
-    assert "Terminated. Memory reached" in text and "over the limit of 300 MiB" in text
+    assert "Terminated. Memory limit exceeded" in text and "300 MiB allowed" in text
 
 
 def test_usage_is_a_column_that_sorts_as_numbers(

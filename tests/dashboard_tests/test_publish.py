@@ -120,7 +120,7 @@ def test_a_trials_note_has_the_reason_a_table_and_the_picture(tmp_path: Path) ->
     publish(study, artifact_store=FileSystemArtifactStore(str(tmp_path)))
     found = attributes(study)
     text = found["dashboard:0:note_str:0"]
-    assert "**Terminated.** Memory reached 1.25 GiB, over the limit of 1 GiB" in text
+    assert "**Terminated.** Memory limit exceeded after" in text and "1.25 GiB used" in text
     assert "125%" in text and "≥ 4.2 s" in text
     assert "dashboard:1:note_str:0" not in found
     (key,) = (k for k in found if k.startswith("dashboard:artifacts:0:"))
