@@ -90,9 +90,9 @@ class FakeProcessTree:
     """A process tree whose figures a test sets.
 
     Attributes:
-        memory: Resident bytes of all its processes.
+        memory: Bytes that all its processes hold.
         cpu_time: CPU-seconds so far.
-        peak: The highest resident bytes that the kernel kept, None for what it does not keep.
+        peak: The highest bytes that no look saw, None for what the kernel does not keep.
         shared: Bytes that a hasty look counts too often, because processes share them.
         pids: Its processes.
         seconds: Seconds since its root was created.

@@ -17,7 +17,12 @@ import time
 from optuna_quota._metering.births import Births
 from optuna_quota._metering.cpu_time import Times
 from optuna_quota._metering.cpu_time import TreeTime
+from optuna_quota._metering.overlap import find_lent
+from optuna_quota._metering.overlap import Held
 from optuna_quota._metering.overlap import Overlap
+from optuna_quota._metering.overlap import Share
+from optuna_quota._metering.overlap import together
+from optuna_quota._metering.peaks import read_huge_pages
 from optuna_quota._metering.proc_process import ProcProcess
 from optuna_quota._metering.tree import TreeReading
 from optuna_quota._metering.warn import warn_once
@@ -38,27 +43,39 @@ def since_boot() -> float:
 class ProcTree:
     """The tree under a process, by /proc.
 
-    Memory is the sum of the resident memory of the processes, less what they share among
-    themselves: a forked worker's resident memory holds its parent's pages, which exist once.
+    Memory is the sum of the anonymous, shared and swapped memory of the processes, each page
+    divided by the number of its holders: the sum of ``Pss_Anon``, ``Pss_Shmem`` and ``SwapPss``.
+    Clean pages of files are no part of it, nor is what was reserved and never touched. Pages that
+    the tree has from the template that it was forked from count by its part among the most holders
+    that there were; those that it has from the study itself, under ``start_method="fork"``, do not
+    count until it writes to them.
 
     Args:
         pid: The root; None for this process.
         reaper: A process that inherits the orphans of the tree and has no other children than
             these and the root; None without one.
+        lends: Whether the reaper, and the root in turn, were forked from the study's process,
+            whose memory they have until they write to it; known of a reaper that is a child of
+            this process.
 
     Raises:
         ProcessLookupError: If there is no such process.
         OSError: If /proc can't be read.
     """
 
-    def __init__(self, pid: int | None = None, reaper: int | None = None) -> None:
+    def __init__(
+        self, pid: int | None = None, reaper: int | None = None, *, lends: bool = False
+    ) -> None:
         self._opened = since_boot()
         self._root = ProcProcess(os.getpid() if pid is None else pid)
         self._reaper = None if reaper is None else self._open_reaper(reaper)
+        forked_here = self._reaper is not None and self._reaper.parent_pid() == os.getpid()
+        self._lends = lends or forked_here
         self._members: dict[int, ProcProcess] = {self._root.pid: self._root}
         self._foreign: dict[int, ProcProcess] = {}
         self._births = Births()
         self._time = TreeTime()
+        self._outsiders = 0.0
         self._peak: int | None = None
         self._overlap = Overlap()
         self._ceiling = math.inf
@@ -82,28 +99,32 @@ class ProcTree:
             grown = self._grow(without)
             if thorough and grown:
                 self._read_times()
-        sizes = self._sizes()
-        if self._is_overlap_due(sizes):
-            self._measure_overlap()
-            sizes = self._sizes()
-        memory = self._overlap.memory(sizes)
+        memory = self._read_memory()
         if thorough:
             self._read_peaks()
         return TreeReading(memory, self._time.total, self._peak, tuple(self._members))
+
+    def _read_memory(self) -> float:
+        held = self._held()
+        if not self._is_overlap_due(held):
+            return self._overlap.memory(held)
+        before, has_news = self._overlap.memory(held), self._overlap.has_newcomers(held)
+        measured = self._measure_overlap(held)
+        # What has just come may be about to run another program: no verdict before it has stayed.
+        return max(before, min(measured, self._ceiling)) if has_news else measured
 
     def glance(self) -> float | None:
         """Return the memory of the processes known so far, None when only a reading can tell."""
         if not self._births.is_reliable or self._births.pending():
             return None
-        if len(self._members) == 1:
-            try:
-                return self._root.memory() if self._root.pid in self._members else None
-            except OSError:
-                return None
-        sizes = self._sizes()
-        if len(sizes) < len(self._members) or self._is_overlap_due(sizes):
+        held = self._held()
+        if len(held.sizes) < len(self._members) or self._is_overlap_due(held):
             return None
-        return self._overlap.memory(sizes)
+        return self._overlap.memory(held)
+
+    def at_most(self) -> float:
+        """Return the most that the processes known so far can hold, at the least possible cost."""
+        return self._overlap.at_most(self._held())
 
     def age(self) -> float:
         """Return the seconds since the root was created, to a clock tick."""
@@ -173,15 +194,21 @@ class ProcTree:
                 now[reaper] = Times(0.0, reaper.times()[1])
         self._time.update(now)
 
-    def _sizes(self) -> dict[int, int]:
-        sizes = {}
+    def _held(self) -> Held:
+        sizes, shareable = {}, 0
         for pid, process in self._members.items():
             with contextlib.suppress(OSError):
-                sizes[pid] = process.memory()
-        return sizes
+                size, parent = process.memory(), process.parent
+                if size and parent is not None and process.statm == parent.statm:
+                    # Made by vfork, as by `subprocess`: it runs in its parent's memory, which is
+                    # not twice there, until it calls exec.
+                    continue
+                sizes[pid] = size
+                shareable += process.shareable
+        return Held(sizes, shareable)
 
-    def _is_overlap_due(self, sizes: Mapping[int, int]) -> bool:
-        return self._overlap.is_due(sizes, self._ceiling, time.perf_counter(), self._faulted)
+    def _is_overlap_due(self, held: Held) -> bool:
+        return self._overlap.is_due(held, self._ceiling, time.perf_counter(), self._faulted)
 
     def _faulted(self) -> int:
         total = 0
@@ -190,21 +217,43 @@ class ProcTree:
                 total += process.faulted()
         return total
 
-    def _measure_overlap(self) -> None:
+    def _measure_overlap(self, held: Held) -> float:
         # In CPU time: on a busy host it takes longer without costing any more.
         begun, faulted = time.thread_time(), self._faulted()
         shares = {}
-        for pid, process in self._members.items():
+        for pid in held.sizes:
             with contextlib.suppress(OSError):
-                shares[pid] = process.share()
-        cost = time.thread_time() - begun
-        self._overlap.take(shares, faulted=faulted, cost=cost, now=time.perf_counter())
+                shares[pid] = self._members[pid].share()
+        lent = self._measure_lent(shares)
+        cost, now = time.thread_time() - begun, time.perf_counter()
+        self._overlap.take(shares, faulted=faulted, cost=cost, now=now, lent=lent)
+        return max(0, together(shares.values()) - lent)
+
+    def _measure_lent(self, shares: Mapping[int, Share]) -> int:
+        """Return what is not to count of the memory that the tree was forked with."""
+        root = shares.get(self._root.pid)
+        if self._reaper is None or root is None:
+            return 0
+        try:
+            lender = root if len(shares) == 1 else self._reaper.share()
+        except OSError:
+            return 0
+        lent = find_lent(shares.values(), root, lender)
+        if self._lends:
+            return round(lent.part())
+        # A trial is not to be over its limit because its neighbours have ended.
+        self._outsiders = max(self._outsiders, lent.holders - lent.members)
+        return round(max(0.0, lent.part() - lent.part(self._outsiders)))
 
     def _read_peaks(self) -> None:
+        huge = read_huge_pages()
         for process in self._members.values():
             if process.knows_peak:
                 with contextlib.suppress(OSError):
-                    self._peak = max(self._peak or 0, process.peak())
+                    found = process.unseen_peak(huge)
+                    # Whether its sharing began since is not known: no more than it surely held.
+                    own = 0 if found is None else found - self._overlap.known
+                    self._peak = max(self._peak or 0, own)
 
 
 def _open_child(pid: int, parent: ProcProcess, listed: float) -> ProcProcess | None:

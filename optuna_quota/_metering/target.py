@@ -156,6 +156,8 @@ class Target:
             for watch in self.watches
             if watch.breach is None and watch.isolation != "shared"
             if (ceiling := watch.ceiling("memory")) is not None
+            # Who looks at it twice is in the way of who has to be on time.
+            and ceiling != watch.supervised
         ]
         self._ceiling = min(ceilings, default=math.inf)
         if self._fixed_period is None:

@@ -18,11 +18,13 @@ class TreeReading:
     """One look at a process tree.
 
     Attributes:
-        memory: Resident bytes of all its processes at this moment; None when unknown.
+        memory: Bytes that all its processes hold together at this moment, anonymous, shared and
+            swapped out; None when unknown.
         cpu_time: CPU-seconds of all that ever belonged to it, the dead included; never falls.
             None when unknown.
-        peak: The highest resident memory that any one of its processes had since the start (or
-            the last :meth:`Tree.reset_peak`), in bytes; None where the kernel does not keep it.
+        peak: The highest such memory of any one of its processes that no look saw, since the
+            start (or the last :meth:`Tree.reset_peak`), in bytes, 0 without any; None where the
+            kernel does not keep it.
         pids: Its processes.
     """
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 import math
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,7 @@ class Watch:
             given.
         gpu: How its use of GPUs is told; None where it used none, or that is unknown.
         most: What it could be granted of quotas at the very most, by resource.
+        supervised: The limit on memory that a process of its own judges, in bytes; None without.
         prices: Price per hour by resource, where there is a quota on ``cost``.
     """
 
@@ -94,6 +96,7 @@ class Watch:
         self.environment: Mapping[str, str] = {}
         self.gpu: GpuUse | None = None
         self.most: Mapping[str, float] = {}
+        self.supervised: float | None = None
         self.prices: Mapping[str, float] = {}
         self._loop = loop
         self._limits = limits
@@ -103,6 +106,7 @@ class Watch:
         self._finished = False
         self._ended: float | None = None
         self._used = Amounts()
+        self._unseen_peak: float | None = None
         self._callbacks: list[Callable[[Breach], None]] = []
         self._timeline = Timeline()
         self._cpu_marks: deque[tuple[float, float]] = deque()
@@ -141,7 +145,10 @@ class Watch:
 
     def usage(self) -> Usage:
         """Return the usage so far as it was last measured."""
-        return self._used.usage(self.elapsed)
+        usage = self._used.usage(self.elapsed)
+        if self._unseen_peak is None or usage.memory is None:
+            return usage
+        return replace(usage, memory=max(usage.memory, self._unseen_peak))
 
     def timeline(self) -> tuple[tuple[float, float], ...]:
         """Return pairs of seconds since the start and bytes of memory, at most 60."""
@@ -262,12 +269,19 @@ class Watch:
         return min((self.started + c for c in clocks if c is not None), default=None)
 
     def take_memory(self, now: float, memory: float | None, peak: float | None) -> None:
-        """Take in the memory at this moment, and the peak that the kernel kept."""
+        """Take in the memory at this moment, and a peak between two looks."""
         if memory is not None:
             self._used.raise_to("memory", memory)
             self._timeline.add(max(0.0, now - self.started), memory)
+        self.take_unseen_peak(peak)
+
+    def take_unseen_peak(self, peak: float | None) -> None:
+        """Take in a peak that the kernel tells of: it is recorded, and no breach.
+
+        A limit is judged by what is measured at that moment; this memory was free again by then.
+        """
         if peak is not None:
-            self._used.raise_to("memory", peak)
+            self._unseen_peak = max(peak, self._unseen_peak or 0.0)
 
     def raise_to(self, resource: str, value: float) -> None:
         """Take in a peak."""
@@ -334,6 +348,7 @@ class Watch:
             return
         self.isolation = "shared"
         self._timeline = Timeline()
+        self._unseen_peak = None
         for name in ("memory", "gpu_memory", *(m.name for m in self.meters if m.peak)):
             self.forget(name)
 
@@ -348,6 +363,7 @@ class Watch:
         self.isolation = "process"
         self.gpu = None
         self._used = Amounts()
+        self._unseen_peak = None
         self._timeline = Timeline()
         self._cpu_marks.clear()
         if self.breach is not None and self.breach.resource not in ("wall_time", "trial_time"):

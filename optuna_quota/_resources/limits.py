@@ -25,7 +25,9 @@ class Limits(Amounts):
             limits = Limits(memory="4GiB", wall_time="5min")
 
     Args:
-        memory: Resident memory of the trial's whole process tree: bytes, or text with its unit.
+        memory: Memory of the trial's whole process tree: bytes, or text with its unit. Anonymous,
+            shared (divided among its holders) and swapped out; not what was reserved and never
+            touched, nor clean pages of files.
         wall_time: Clock time of the trial: seconds, or text with its unit.
         cpu_time: CPU-seconds of the trial's whole process tree.
         cpu_cores: Cores kept busy, averaged over about a second.

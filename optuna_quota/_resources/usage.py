@@ -32,7 +32,8 @@ class Usage:
             footprint = Usage(memory=2 * 2**30, wall_time=90.0)
 
     Args:
-        memory: Peak resident memory of the trial's whole process tree, in bytes.
+        memory: Peak memory of the trial's whole process tree, in bytes: anonymous, shared (divided
+            among its holders) and swapped out, without pages of files.
         wall_time: Seconds on the clock.
         cpu_time: CPU-seconds.
         gpu_memory: Peak GPU memory in bytes over all visible GPUs.

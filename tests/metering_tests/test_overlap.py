@@ -14,6 +14,8 @@ import time
 import pytest
 
 from optuna_quota._metering import proc_tree
+from optuna_quota._metering.overlap import find_lent
+from optuna_quota._metering.overlap import Held
 from optuna_quota._metering.overlap import Overlap
 from optuna_quota._metering.overlap import Share
 from optuna_quota._metering.overlap import together
@@ -24,9 +26,10 @@ MIB = 2**20
 ROOT = Path(__file__).parents[2]
 
 
-def share(private: int, shared: int = 0, holders: int = 1, file: int = 0) -> Share:
+def share(private: int, common: int = 0, holders: int = 1) -> Share:
     """Return the share of a process that has some pages in common with others."""
-    return Share(private + shared + file, private, private + shared // holders, file)
+    part = common // holders
+    return Share(private + common, private + part, common=common, common_part=part)
 
 
 @pytest.mark.parametrize(
@@ -34,17 +37,46 @@ def share(private: int, shared: int = 0, holders: int = 1, file: int = 0) -> Sha
     [
         ([], 0),
         ([share(7)], 7),
-        ([share(7, file=5), share(3, file=5)], 15),
         # A parent and two workers of its own, which all hold the parent's 90.
         ([share(1, 90, 3), share(20, 90, 3), share(20, 90, 3)], 131),
         # The same, when a template and two spare forks of it hold these pages as well.
-        ([share(1, 90, 6), share(20, 90, 6), share(20, 90, 6)], 131),
+        ([share(1, 90, 6), share(20, 90, 6), share(20, 90, 6)], 86),
         # Two pairs, each of which shares what the others don't have.
         ([share(1), share(0, 60, 2), share(0, 60, 2), share(0, 60, 2), share(0, 60, 2)], 121),
     ],
 )
-def test_each_page_counts_once(shares: list[Share], expected: int) -> None:
+def test_each_page_is_divided_among_its_holders(shares: list[Share], expected: int) -> None:
     assert together(shares) == expected
+
+
+@pytest.mark.parametrize(
+    ("tree", "lender", "expected"),
+    [
+        # The study, its supervisor and a trial hold 600; the trial has 40 of its own.
+        ([share(40, 600, 3)], share(2, 600, 3), 200),
+        # The trial has written to 300 of them: these are its own by now.
+        ([share(340, 300, 3)], share(2, 600, 2), 100),
+        # It forked two workers, and started a third process that holds none of it.
+        (
+            [share(40, 600, 5), share(9, 600, 5), share(9, 600, 5), share(70)],
+            share(2, 600, 5),
+            360,
+        ),
+        # What it shares with its workers is its own.
+        ([share(0, 660, 4), share(9, 660, 4)], share(2, 600, 4), 300),
+        ([share(40)], share(2, 600, 2), 0),
+        ([share(40, 600, 3), share(7)], share(2), 0),
+    ],
+)
+def test_what_was_there_before_is_told_from_what_is_the_trees(
+    tree: list[Share], lender: Share, expected: int
+) -> None:
+    assert find_lent(tree, tree[0], lender).part() == expected
+
+
+def test_the_part_of_what_was_there_before_does_not_grow_when_others_end() -> None:
+    lent = find_lent([share(40, 600, 3)], share(40, 600, 3), share(2, 600, 3))
+    assert (lent.part(), lent.part(outsiders=5)) == (200, 100)
 
 
 def known(shares: dict[int, Share], *, faulted: int = 0, cost: float = 0.001) -> Overlap:
@@ -58,49 +90,57 @@ SIZES = {1: 100, 2: 150}
 
 
 def is_due(
-    overlap: Overlap, sizes: dict[int, int], now: float, faulted: int = 0, limit: float = math.inf
+    overlap: Overlap,
+    sizes: dict[int, int],
+    now: float,
+    faulted: int = 0,
+    limit: float = math.inf,
+    shareable: int = 0,
 ) -> bool:
-    return overlap.is_due(sizes, limit, now, lambda: faulted)
+    return overlap.is_due(Held(sizes, shareable), limit, now, lambda: faulted)
 
 
 def test_what_grows_counts_at_once() -> None:
     overlap = known(PAIR)
-    assert overlap.memory(SIZES) == 150
-    assert overlap.memory({1: 100, 2: 190}) == 190
-    assert overlap.memory({1: 170, 2: 190}) == 260
+    assert overlap.memory(Held(SIZES)) == 150
+    assert overlap.memory(Held({1: 100, 2: 190})) == 190
+    assert overlap.memory(Held({1: 170, 2: 190})) == 260
 
 
 def test_a_newcomer_counts_by_what_it_grows_until_it_was_measured() -> None:
     overlap = known(PAIR)
-    assert overlap.memory({**SIZES, 3: 150}) == 150
-    assert overlap.memory({**SIZES, 3: 170}) == 170
-    assert overlap.memory({**SIZES, 4: 80}) == 150
+    assert overlap.memory(Held({**SIZES, 3: 150})) == 150
+    assert overlap.memory(Held({**SIZES, 3: 170})) == 170
+    assert overlap.memory(Held({**SIZES, 4: 80})) == 150
     assert is_due(overlap, {**SIZES, 3: 150}, 0.011)
     assert not is_due(overlap, {**SIZES, 3: 150}, 0.009)
 
 
-def test_memory_is_never_less_than_that_of_the_largest() -> None:
-    assert known(PAIR).memory({1: 100}) == 100
-    assert known(PAIR).memory({1: 100, 2: 20}) == 100
+def test_what_is_added_of_shared_memory_counts_when_it_was_measured() -> None:
+    # Each reader of an array that exists once comes to hold all of it.
+    assert known(PAIR).memory(Held({1: 400, 2: 490}, shareable=600)) == 190
+    assert is_due(known(PAIR), {1: 400, 2: 490}, 0.06, shareable=600)
+    assert is_due(known(PAIR), {1: 400, 2: 490}, 0.0011, limit=500, shareable=600)
 
 
 @pytest.mark.parametrize(
     ("sizes", "faulted", "limit", "now", "expected"),
     [
         (SIZES, 0, math.inf, 3600.0, False),
-        ({1: 100, 2: 190}, 40, math.inf, 0.06, True),
-        ({1: 100, 2: 190}, 40, math.inf, 0.04, False),
+        # More anonymous memory is nobody else's.
+        ({1: 100, 2: 190}, 40, math.inf, 0.06, False),
         ({1: 100, 2: 151}, 1, math.inf, 0.06, False),
         ({1: 100, 2: 151}, 1, math.inf, 1.1, True),
+        ({1: 60, 2: 110}, 0, math.inf, 0.06, True),
         # As much memory as before, but pages were written to: it may be others by now.
         (SIZES, 60, math.inf, 0.06, True),
         (SIZES, 60, 200.0, 0.011, True),
         (SIZES, 60, 220.0, 0.011, False),
         (SIZES, 60, 300.0, 0.011, False),
         # Before a verdict.
-        (SIZES, 0, 140.0, 0.005, True),
-        (SIZES, 0, 140.0, 0.003, False),
-        ({1: 100}, 0, 50.0, 1.0, False),
+        (SIZES, 0, 140.0, 0.0011, True),
+        (SIZES, 0, 140.0, 0.0009, False),
+        ({}, 0, 50.0, 1.0, False),
     ],
 )
 def test_when_it_is_measured_again(
@@ -109,9 +149,22 @@ def test_when_it_is_measured_again(
     assert is_due(known(PAIR), sizes, now, faulted, limit) is expected
 
 
+def test_more_shared_memory_is_measured_again() -> None:
+    assert is_due(known(PAIR), {1: 100, 2: 190}, 0.06, shareable=40)
+    assert not is_due(known(PAIR), {1: 100, 2: 190}, 0.04, shareable=40)
+
+
+def test_a_verdict_that_is_certain_waits_for_no_measurement_that_takes_long() -> None:
+    overlap = known(PAIR, cost=0.002)
+    assert not is_due(overlap, {1: 100, 2: 190}, 0.1, limit=160)
+    assert is_due(overlap, {1: 100, 2: 190}, 0.1, limit=160, shareable=40)
+    assert is_due(known(PAIR, cost=0.0005), {1: 100, 2: 190}, 0.1, limit=160)
+    assert not is_due(overlap, {1: 100, 2: 190}, 0.1, limit=200)
+
+
 def test_what_was_never_measured_is_due_at_once() -> None:
     assert is_due(Overlap(), SIZES, 0.0)
-    assert not is_due(Overlap(), {1: 100}, 0.0)
+    assert is_due(Overlap(), {1: 100}, 0.0)
 
 
 # Real processes.
@@ -184,10 +237,10 @@ def wait_for_memory(tree: ProcTree, least: float, limit: float = math.inf) -> fl
     return memory(tree, limit)
 
 
-@needs_proc
-def test_pages_that_outsiders_hold_too_count_in_full() -> None:
-    # As a trial does that was forked from a template, beside the template's other forks.
-    code = """
+# As a trial does that was forked by a supervisor, beside other forks of the same process.
+FORKED = """
+from optuna_quota._enforcement.isolation.processes import become_subreaper
+
 block = bytearray(150 * MIB)
 held = []
 
@@ -196,23 +249,40 @@ def work():
     say("holds")
 
 def trial():
+    hear()
     for _ in range(2):
         fork(work)
 
-for _ in range(3):
+def supervise():
+    become_subreaper()
+    say(fork(trial))
+
+for _ in range(2):
     fork(lambda: None)
-say(fork(trial))
-hear()
+say(fork(supervise))
+time.sleep(120)
 """
-    with script(code) as child:
-        said = [line(child) for _ in range(3)]
-        assert said.count("holds") == 2
-        trial = next(int(word) for word in said if word != "holds")
-        tree = ProcTree(trial)
-        found = memory(tree)
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    ("lends", "alone", "more"),
+    # Five hold the block, then seven.
+    [(False, 150 / 5, 150 * 3 / 7), (True, 0.0, 0.0)],
+    ids=["template", "study"],
+)
+def test_pages_that_outsiders_hold_too(lends: bool, alone: float, more: float) -> None:
+    with script(FORKED) as child:
+        supervisor, trial = sorted(int(line(child)) for _ in range(2))
+        tree = ProcTree(trial, reaper=supervisor, lends=lends)
+        before = memory(tree)
+        tell(child)
+        assert [line(child) for _ in range(2)] == ["holds"] * 2
+        after = wait_for_memory(tree, (110 + more) * MIB)
         assert len(tree.read(thorough=True).pids) == 3
         tree.close()
-    assert 270 * MIB < found < 340 * MIB
+    assert alone - 1 <= before / MIB < alone + 12
+    assert after / MIB < 120 + more + 30
 
 
 @needs_proc
@@ -367,3 +437,53 @@ def test_a_reaper_that_is_not_there_leaves_nothing_open() -> None:
     with pytest.raises(ProcessLookupError):
         ProcTree(os.getpid(), reaper=ended.pid)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@needs_proc
+def test_a_process_that_runs_in_its_parents_memory_is_not_counted_again() -> None:
+    # By vfork, whose child stays in its parent's memory until it calls exec.
+    code = """
+import ctypes, threading
+block = bytearray(100 * MIB)
+libc = ctypes.CDLL(None)
+
+def start():
+    if libc.vfork() == 0:
+        libc.sleep(120)
+        libc._exit(0)
+
+say("ready")
+hear()
+threading.Thread(target=start, daemon=True).start()
+time.sleep(0.2)
+say("forked")
+hear()
+"""
+    with script(code) as child:
+        assert line(child) == "ready"
+        tree = ProcTree(child.pid)
+        before = memory(tree)
+        tell(child)
+        assert line(child) == "forked"
+        seen = [memory(tree, 150.0 * MIB) for _ in range(3)]
+        assert len(tree.read(thorough=True).pids) == 2
+        tree.close()
+    assert max(seen) < before + 10 * MIB
+
+
+@needs_proc
+def test_no_verdict_hangs_on_a_process_that_has_just_come() -> None:
+    code = """
+hear()
+held = []
+fork(lambda: (held.append(bytearray(b"x") * (100 * MIB)), say("holds")))
+hear()
+"""
+    with script(code) as child:
+        tree = ProcTree(child.pid)
+        memory(tree)
+        tell(child)
+        assert line(child) == "holds"
+        assert memory(tree, 50.0 * MIB) <= 50 * MIB
+        assert wait_for_memory(tree, 100 * MIB, 50.0 * MIB) < 140 * MIB
+        tree.close()

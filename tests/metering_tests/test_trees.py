@@ -16,6 +16,7 @@ import time
 
 import pytest
 
+from optuna_quota._metering import proc_process
 from optuna_quota._metering import proc_tree
 from optuna_quota._metering.births import Births
 from optuna_quota._metering.proc_process import ProcProcess
@@ -358,3 +359,41 @@ def test_a_killed_tree_is_read_while_it_dies() -> None:
             child.poll()
             assert time.monotonic() < deadline
         tree.close()
+
+
+def test_what_is_swapped_out_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    # No swap can be had here, so what the kernel would say of it is made up.
+    read = ProcProcess._read_status
+
+    def swapped(self: ProcProcess) -> bytes:
+        lines = [line for line in read(self).splitlines() if not line.startswith(b"VmSwap")]
+        return b"\n".join([*lines, b"VmSwap:\t  102400 kB", b""])
+
+    monkeypatch.setattr(proc_process, "has_swap", lambda: True)
+    with script(HOLD.format(size=20 * MIB)) as child:
+        line(child)
+        plain = ProcProcess(child.pid)
+        without = plain.memory()
+        monkeypatch.setattr(ProcProcess, "_read_status", swapped)
+        assert plain.memory() == without + 100 * MIB
+        plain.close()
+
+
+@pytest.mark.parametrize("kind", ["read", "copied", "shared"])
+def test_clean_pages_of_files_are_no_memory(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "big"
+    path.write_bytes(b"\1" * (60 * MIB))
+    access = {"read": "ACCESS_READ", "copied": "ACCESS_COPY", "shared": "ACCESS_WRITE"}[kind]
+    code = f"""
+import mmap
+with open({str(path)!r}, "r+b") as file:
+    block = mmap.mmap(file.fileno(), 0, access=mmap.{access})
+print(sum(block[::4096]), flush=True)
+input()
+"""
+    with script(code) as child:
+        line(child)
+        tree = ProcTree(child.pid)
+        memory = tree.read(thorough=True).memory
+        tree.close()
+    assert memory is not None and memory < 40 * MIB

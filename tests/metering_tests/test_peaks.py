@@ -1,0 +1,44 @@
+"""Which high-water marks tell of memory, and which may be files that were mapped meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+
+from optuna_quota._metering.peaks import Mark
+from optuna_quota._metering.peaks import read_huge_pages
+from optuna_quota._metering.peaks import unseen_peak
+
+
+MIB = 2**20
+BEFORE = Mark(highest=100 * MIB, resident=100 * MIB, file=40 * MIB, faults=1000, huge=0)
+
+
+def mark(
+    highest: int, resident: int = 100, *, file: int = 40, faults: int = 1000, huge: int = 0
+) -> Mark:
+    return Mark(highest * MIB, resident * MIB, file * MIB, faults, huge * MIB)
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        (mark(100), None),  # nothing new
+        (mark(400, 398, faults=90_000), None),  # it is as high now, and was looked at
+        (mark(400, faults=78_000), 360),  # pages of 4 KiB, one by one
+        (mark(400, faults=1_200, huge=300), 360),  # huge pages
+        (mark(400, faults=5_800), None),  # 64 KiB a fault: a file
+        (mark(400, faults=1_150), None),  # huge pages of a file
+        (mark(400, faults=1_150, huge=20), None),
+        (
+            mark(400, 220, file=160, faults=78_000),
+            None,
+        ),  # a file came meanwhile, and may have gone
+        (mark(400, 110, file=50, faults=78_000), 350),
+    ],
+)
+def test_what_a_high_water_mark_tells(now: Mark, expected: int | None) -> None:
+    assert unseen_peak(BEFORE, now) == (None if expected is None else expected * MIB)
+
+
+def test_huge_pages_of_this_host_are_counted() -> None:
+    assert read_huge_pages() >= 0
