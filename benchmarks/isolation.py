@@ -4,7 +4,9 @@
 (``numpy.ones``), shared memory (which the kernel's own limits don't count), and shared memory by a
 trial that catches every exception and goes on. Beside this library stand pynisher, and psutil
 pollers of 100 and 250 ms that kill the process. The peak is what the trial itself last saw of its
-resident memory, written to a file that it shares with the benchmark; the time runs from the moment
+resident memory, written to a file that it shares with the benchmark. For this library, which
+counts neither pages of files nor those that others hold too, what it held of these at its start is
+taken off. The time runs from the moment
 when the limit was passed, or an allocation was refused, to the moment when the caller has control
 back and the process is gone.
 
@@ -58,12 +60,19 @@ class Progress:
         return struct.unpack_from(RECORD, self._map, 0)
 
 
-def allocate(path: str, kind: str) -> None:
-    """Allocate until stopped."""
+def allocate(path: str, kind: str, *, divided: bool = False) -> None:
+    """Allocate until stopped.
+
+    Args:
+        path: Where to write the progress.
+        kind: Which memory.
+        divided: Whether the limit is on memory as the kernel divides it, without pages of files.
+    """
     progress = Progress(path)
     held: list[Any] = []
     size, peak, passed = 0, 0.0, 0.0
     page = os.sysconf("SC_PAGE_SIZE")
+    aside = _resident(page) - _divided() if divided else 0
     deadline = time.monotonic() + 10
     while size < CEILING and time.monotonic() < deadline:
         try:
@@ -75,11 +84,21 @@ def allocate(path: str, kind: str) -> None:
         except BaseException:
             if kind != "shared, stubborn":
                 raise
-        with open("/proc/self/statm", "rb") as file:
-            peak = max(peak, int(file.read().split()[1]) * page)
+        peak = max(peak, _resident(page) - aside)
         if peak > LIMIT and not passed:
             passed = time.monotonic()
         progress.write(peak, passed, time.monotonic())
+
+
+def _resident(page: int) -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * page
+
+
+def _divided() -> int:
+    with open("/proc/self/smaps_rollup", "rb") as file:
+        lines = [line.split() for line in file if line.startswith((b"Pss_Anon", b"Pss_Shmem"))]
+    return sum(int(line[1]) for line in lines) * 1024
 
 
 def _block(kind: str) -> Any:
@@ -92,7 +111,9 @@ def _block(kind: str) -> Any:
 
 def by_isolated(path: str, kind: str) -> None:
     study = optuna.create_study()
-    objective = isolated(lambda trial: allocate(path, kind), limits=Limits(memory=LIMIT))
+    objective = isolated(
+        lambda trial: allocate(path, kind, divided=True), limits=Limits(memory=LIMIT)
+    )
     study.optimize(objective, n_trials=1)
 
 

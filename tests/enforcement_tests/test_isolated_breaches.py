@@ -98,7 +98,7 @@ def test_a_limit_below_what_a_process_takes_is_a_breach_at_once() -> None:
             time.sleep(0.05)
         return total
 
-    trial = run_one(objective, Limits(memory="20MiB"), grace_period=0.5)
+    trial = run_one(objective, Limits(memory="4MiB"), grace_period=0.5)
     record = read_record(trial)
     assert record.outcome == "terminated"
     assert record.breach is not None and record.breach.resource == "memory"
@@ -161,11 +161,11 @@ def test_what_stays_untouched_is_looked_at_in_haste_until_it_is_given_back() -> 
             before = memory + 2**20
             _, hard = resource.prlimit(pid, resource.RLIMIT_DATA)
             resource.prlimit(pid, resource.RLIMIT_DATA, (before, hard))
-            limit = DataLimit(pid, memory, before)
+            limit = DataLimit(pid, memory, before, strict=True)
             process.stdin.write("\n")
             process.stdin.flush()
             assert process.stdout.readline() == "mapped\n"
-            waits = [limit.update() for _ in range(DataLimit.WINDOW)]
+            waits = [limit.update(10 * 2**20) for _ in range(DataLimit.WINDOW)]
             assert waits == [DataLimit.HASTE] * (DataLimit.WINDOW - 1) + [DataLimit.PERIOD]
             after, _ = resource.prlimit(pid, resource.RLIMIT_DATA)
             assert 270 * 2**20 < after - before < 310 * 2**20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from tests.enforcement_tests.trials import caught
 from tests.enforcement_tests.trials import raises
 
 
+MIB = 2**20
 GIB = 2**30
 
 
@@ -77,6 +79,83 @@ def test_a_failed_allocation_is_told_from_a_raised_memory_error() -> None:
     assert find_shortage(caught(wrap)) == Shortage("memory")
 
 
+REFUSED = """
+Traceback (most recent call last):
+  File "/usr/lib/python3.11/multiprocessing/pool.py", line 125, in worker
+    result = (True, func(*args, **kwds))
+                    ^^^^^^^^^^^^^^^^^^^
+  File "train.py", line 3, in load
+    return np.ones(900 * 2**20)
+           ^^^^^^^^^^^^^^^^^^^^
+numpy._core._exceptions._ArrayMemoryError: Unable to allocate 900. MiB for an array
+"""
+OF_BYTES = """Traceback (most recent call last):
+  File "train.py", line 3, in <module>
+    data = bytearray(2**31)
+MemoryError
+"""
+RAISED = """Traceback (most recent call last):
+  File "train.py", line 3, in <module>
+    raise MemoryError("the table is full")
+MemoryError: the table is full
+"""
+WITHOUT_SOURCE = """Traceback (most recent call last):
+  File "<string>", line 1, in <module>
+MemoryError: the table is full
+"""
+LOADER = """Caught MemoryError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "loader.py", line 3, in fetch
+    data = bytearray(2**31)
+MemoryError
+"""
+FITS = (
+    """
+All the 5 fits failed.
+Below are more details about the failures:
+--------------------------------------------------------------------------------
+5 fits failed with the following error:
+"""
+    + REFUSED
+)
+GPU = """Traceback (most recent call last):
+  File "train.py", line 3, in <module>
+    model.cuda()
+torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total \
+capacity of 80.00 GiB of which 1.00 GiB is free. Including non-PyTorch memory, this process \
+has 30.00 GiB memory in use.
+"""
+
+
+def failed_script(stderr: str | bytes) -> subprocess.CalledProcessError:
+    return subprocess.CalledProcessError(1, ["python", "train.py"], stderr=stderr)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError(REFUSED), Shortage("memory", 900.0 * MIB)),
+        (ValueError(FITS), Shortage("memory", 900.0 * MIB)),
+        (MemoryError(LOADER), Shortage("memory")),
+        (RuntimeError(LOADER), Shortage("memory")),
+        (failed_script(REFUSED), Shortage("memory", 900.0 * MIB)),
+        (failed_script(OF_BYTES.encode()), Shortage("memory")),
+        (failed_script("terminate called: what():  std::bad_alloc"), Shortage("memory")),
+        (failed_script("bash: fork: Cannot allocate memory"), Shortage("memory")),
+        (failed_script(GPU), Shortage("gpu_memory", 2.0 * GIB)),
+        (ValueError(f"train.py failed:\n{OF_BYTES}"), Shortage("memory")),
+        (RuntimeError(RAISED), None),
+        (failed_script(RAISED), None),
+        (failed_script(WITHOUT_SOURCE), None),
+        (failed_script("no such dataset: MemoryError"), None),
+        (failed_script(b"\xff\xfe"), None),
+        (subprocess.CalledProcessError(1, ["python"]), None),
+    ],
+)
+def test_shortages_in_other_processes(error: BaseException, expected: Shortage | None) -> None:
+    assert find_shortage(caught(raises(error))) == expected
+
+
 LIMITS = {"memory": (1.0 * GIB, False), "cpu_time": (10.0, True)}
 
 
@@ -102,21 +181,6 @@ def test_a_shortage_at_the_limit_is_a_breach(
 
 
 @pytest.mark.parametrize(
-    ("limit", "used", "expected"), [(None, 1.0, 80.0), (4.0, 1.0, 80.0), (4.0, 3.5, 4.0)]
-)
-def test_a_full_device_is_a_limit(limit: float | None, used: float, expected: float) -> None:
-    breach = find_breach_in_shortage(
-        Shortage("gpu_memory", GIB),
-        used * GIB,
-        {} if limit is None else {"gpu_memory": (limit * GIB, False)},
-        3.0,
-        enforced=True,
-        device_memory=80.0 * GIB,
-    )
-    assert breach is not None and breach.limit == expected * GIB < breach.observed
-
-
-@pytest.mark.parametrize(
     ("ended", "words"),
     [
         (Ended(-signal.SIGSEGV), "segmentation fault"),
@@ -136,18 +200,22 @@ def test_every_death_has_a_name(ended: Ended, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ended", "resource"),
+    ("ended", "strict", "resource"),
     [
-        (Ended(-signal.SIGABRT, memory=0.97 * GIB), "memory"),
-        (Ended(-signal.SIGKILL, memory=0.5 * GIB, leaf_oom_kills=1), "memory"),
-        (Ended(-signal.SIGKILL, memory=0.5 * GIB, oom_kills=1), None),
-        (Ended(-signal.SIGXCPU, cpu_time=9.9), "cpu_time"),
-        (Ended(1, cpu_time=9.9), None),
-        (Ended(1), None),
+        (Ended(-signal.SIGABRT, memory=0.97 * GIB), True, "memory"),
+        # Nothing is refused where memory is measured.
+        (Ended(-signal.SIGABRT, memory=0.97 * GIB), False, None),
+        (Ended(-signal.SIGKILL, memory=0.97 * GIB, oom_kills=1), True, None),
+        (Ended(-signal.SIGABRT, memory=1.01 * GIB), False, "memory"),
+        (Ended(-signal.SIGKILL, memory=0.5 * GIB, leaf_oom_kills=1), False, "memory"),
+        (Ended(-signal.SIGKILL, memory=0.5 * GIB, oom_kills=1), False, None),
+        (Ended(-signal.SIGXCPU, cpu_time=9.9), False, "cpu_time"),
+        (Ended(1, cpu_time=9.9), False, None),
+        (Ended(1), False, None),
     ],
 )
-def test_a_death_at_a_limit_is_a_breach(ended: Ended, resource: str | None) -> None:
-    breach = find_breach_in_death(ended, LIMITS, 5.0)
+def test_a_death_at_a_limit_is_a_breach(ended: Ended, strict: bool, resource: str | None) -> None:
+    breach = find_breach_in_death(ended, LIMITS, 5.0, strict_memory=strict)
     assert (None if breach is None else breach.resource) == resource
     if breach is not None:
         assert breach.observed > breach.limit

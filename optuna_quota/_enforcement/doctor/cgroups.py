@@ -13,7 +13,7 @@ from optuna_quota._enforcement.isolation.cgroup import own_cgroup
 
 _BOOT = "Boot with systemd.unified_cgroup_hierarchy=1."
 _DELEGATE = "Start with `systemd-run --user --scope -p Delegate=yes COMMAND`."
-_WANTED = ("memory.max", "memory.peak", "cgroup.kill")
+_WANTED = ("memory.max", "cgroup.kill")
 
 
 @dataclass(frozen=True)

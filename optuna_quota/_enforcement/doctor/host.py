@@ -87,13 +87,13 @@ def _judge_cores(facts: HostFacts) -> Finding:
 
 def _judge_swap(swap: float) -> Finding:
     if not swap:
-        return Finding("host", "swap", "ok", "None: memory is resident or not there.")
+        return Finding("host", "swap", "ok", "None.")
     return Finding(
         "host",
         "swap",
         "degraded",
         f"{_units.format_bytes(swap)} of swap.",
-        "What is swapped out isn't resident: a trial slows down before it is seen to be over.",
+        "What is swapped out counts, but a trial slows down long before it is over its limit.",
         "`swapoff -a`, or memory.swap.max=0 in the control group.",
     )
 

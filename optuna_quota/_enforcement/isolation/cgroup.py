@@ -80,24 +80,18 @@ class CgroupLeaf:
         """Set what the group may hold beyond what it holds now, in bytes.
 
         The pages that the trial shares with its template are charged to the template's group, so
-        the limit is set by what may yet be added.
+        the limit is set by what may yet be added. Clean pages of files are no part of what it
+        holds: the kernel drops them when the group needs the room.
         """
-        held = self._number("memory.current") or 0
+        known = self._table("memory.stat")
+        held = sum(known.get(name, 0) for name in ("anon", "shmem", "kernel"))
         self._write("memory.max", str(max(0, held + int(budget))))
         with contextlib.suppress(OSError):
             self._write("memory.swap.max", "0")
 
     def oom_kills(self) -> int:
         """Return how often the kernel has killed in this group for its memory."""
-        for line in self._read("memory.events").splitlines():
-            name, _, value = line.partition(" ")
-            if name == "oom_kill":
-                return int(value)
-        return 0
-
-    def peak(self) -> int | None:
-        """Return the highest memory charged to the group, in bytes; None when unknown."""
-        return self._number("memory.peak")
+        return self._table("memory.events").get("oom_kill", 0)
 
     def kill(self) -> bool:
         """Kill all its processes at once; return whether the kernel can (5.14 and later)."""
@@ -112,10 +106,10 @@ class CgroupLeaf:
         with contextlib.suppress(OSError):
             self._folder.rmdir()
 
-    def _number(self, name: str) -> int | None:
-        with contextlib.suppress(ValueError):
-            return int(self._read(name))
-        return None
+    def _table(self, name: str) -> dict[str, int]:
+        """Return the numbers of a file of lines such as ``anon 123``."""
+        fields = (line.split() for line in self._read(name).splitlines())
+        return {pair[0]: int(pair[1]) for pair in fields if len(pair) == 2}
 
     def _read(self, name: str) -> str:
         try:

@@ -81,6 +81,7 @@ class Start:
         device_memory: The memory of the smallest visible GPU.
         grace_period: Seconds from the polite stop to the hard kill.
         objective: The objective; None when the process inherited it.
+        strict_memory: Whether the kernel refuses what would pass the memory limit.
     """
 
     context: ProcessContext
@@ -91,6 +92,7 @@ class Start:
     device_memory: float | None
     grace_period: float
     objective: SentObjective | None
+    strict_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,12 @@ class Raised:
     Attributes:
         error: What.
         shortage: The failed allocation behind it, if that was why.
-        resident: The resident memory when it arrived here, in bytes.
         told: Whether the objective had been told to stop.
         gpu_memory: The peak of GPU memory by the frameworks' own counters, in bytes.
     """
 
     error: SentError
     shortage: Shortage | None = None
-    resident: int | None = None
     told: bool = False
     gpu_memory: float | None = None
 
@@ -294,7 +294,9 @@ def _limit(start: Start) -> int | None:
     cpu_time = start.limits.get("cpu_time")
     if cpu_time is not None:
         rlimits.limit_cpu_time(cpu_time, start.grace_period)
-    return None if memory is None else rlimits.limit_memory(memory)
+    if memory is None:
+        return None
+    return rlimits.limit_memory(memory, strict=start.strict_memory)
 
 
 def _run(objective: Any, trial: ChildTrial) -> Any:
@@ -308,14 +310,13 @@ def _run(objective: Any, trial: ChildTrial) -> Any:
         return Exited(_exit_code(error))
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is the study's to handle
         _stop.end()
-        resident = rlimits.peak_size()
         # First of all: what follows needs some memory itself.
         rlimits.lift_memory_limit()
         shortage = find_shortage(error)
         if shortage is not None and shortage.resource == "gpu_memory":
             # While it holds what it held: the error's traceback keeps the frames.
             _calls.call(TRIAL, MEASURE)
-        return Raised(pack_error(error), shortage, resident, gpu_memory=framework_gpu_memory())
+        return Raised(pack_error(error), shortage, gpu_memory=framework_gpu_memory())
     return Returned(value, gpu_memory=framework_gpu_memory())
 
 

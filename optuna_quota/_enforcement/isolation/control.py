@@ -34,12 +34,14 @@ class Enforce:
         quota: Whether it is what is left of a quota.
         elapsed: Seconds since the trial's start.
         data_limit: The ``RLIMIT_DATA`` that the trial's process has set.
+        strict_memory: Whether it refuses what would pass the limit.
     """
 
     memory: float | None
     quota: bool
     elapsed: float
     data_limit: int | None
+    strict_memory: bool = False
 
 
 @dataclass(frozen=True)

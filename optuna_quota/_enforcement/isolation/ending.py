@@ -28,7 +28,8 @@ class Ended:
         exitcode: The exit code of the trial's process, negative for a signal.
         killer: Why the supervisor killed it: a breach, a request of the study's process, or that
             it had been stopped for too long; None when it ended by itself.
-        memory: The peak of the tree's resident memory in bytes, None when unknown.
+        memory: The highest memory of the tree that was measured, in bytes; None when unknown.
+        unseen_memory: A peak that the kernel tells of, which was over before it was seen.
         cpu_time: CPU-seconds of all that the trial started.
         leftovers: Names of the processes that it left behind.
         oom_kills: How often the kernel's out-of-memory killer struck on this host meanwhile.
@@ -39,6 +40,7 @@ class Ended:
     exitcode: int | None
     killer: Killer | None = None
     memory: float | None = None
+    unseen_memory: float | None = None
     cpu_time: float | None = None
     leftovers: tuple[str, ...] = ()
     oom_kills: int = 0
@@ -82,7 +84,11 @@ def _name_signal(number: int, ended: Ended) -> str:
 
 
 def find_breach_in_death(
-    ended: Ended, ceilings: Mapping[str, tuple[float, bool]], elapsed: float
+    ended: Ended,
+    ceilings: Mapping[str, tuple[float, bool]],
+    elapsed: float,
+    *,
+    strict_memory: bool = False,
 ) -> Breach | None:
     """Return the limit that a process died at, None when it died of something else.
 
@@ -90,16 +96,23 @@ def find_breach_in_death(
         ended: How it ended.
         ceilings: The ceilings in force by resource, and whether each comes from a quota.
         elapsed: Seconds since the start of the trial.
+        strict_memory: Whether the kernel refused it memory over its limit.
     """
     cpu_signal = ended.exitcode == -getattr(signal, "SIGXCPU", 0)
+    # Native code ends the process where Python would raise; what it had asked for isn't known.
+    # Nobody who is refused memory sends SIGKILL: that is the kernel, or somebody else.
+    may_be_refused = strict_memory and ended.exitcode != -signal.SIGKILL
+    memory_share = 0.0 if ended.leaf_oom_kills else AT_LIMIT if may_be_refused else 1.0
     for name, used, share in (
-        ("memory", ended.memory, 0.0 if ended.leaf_oom_kills else AT_LIMIT),
+        ("memory", ended.memory, memory_share),
         ("cpu_time", ended.cpu_time, AT_LIMIT if cpu_signal else 1.0),
     ):
         if name in ceilings and used is not None and used >= share * ceilings[name][0]:
             limit, quota = ceilings[name]
+            refused = name == "memory" and used <= limit
             # What was refused counts: the trial was on its way over the limit.
-            return Breach(name, limit, max(used, _just_over(limit)), elapsed, quota=quota)
+            observed = max(used, _just_over(limit))
+            return Breach(name, limit, observed, elapsed, quota=quota, refused=refused)
     return None
 
 
@@ -110,30 +123,22 @@ def find_breach_in_shortage(
     elapsed: float,
     *,
     enforced: bool,
-    device_memory: float | None = None,
 ) -> Breach | None:
-    """Return the limit that an allocation failed at, None when it failed of something else.
+    """Return the limit that an allocation of memory failed at, None when it failed otherwise.
 
     Args:
         shortage: The allocation.
         used: What the trial held of that memory at its peak, in bytes.
         ceilings: The ceilings in force by resource, and whether each comes from a quota.
         elapsed: Seconds since the start of the trial.
-        enforced: Whether the kernel, or the framework's own cap, refuses what is over the limit.
-        device_memory: The GPU's memory: a full device is a limit too.
+        enforced: Whether the kernel refuses what is over the limit, touched or not.
     """
-    name = shortage.resource
     wanted = (used or 0.0) + (shortage.requested or 0.0)
-    limit, quota = ceilings.get(name, (None, False))
-    # Memory that the kernel refuses is refused for the limit: it counts what is mapped, which may
-    # be more than what is resident. A framework's cap on a GPU may have been refused for others.
-    refused = enforced and (name == "memory" or shortage.requested is None)
-    if limit is not None and (wanted >= AT_LIMIT * limit or refused):
-        return Breach(name, limit, max(wanted, _just_over(limit)), elapsed, quota=quota)
-    if name == "gpu_memory" and device_memory is not None:
-        # Whoever holds the rest of it: the device was full.
-        return Breach(name, device_memory, max(wanted, _just_over(device_memory)), elapsed)
-    return None
+    limit, quota = ceilings.get(shortage.resource, (None, False))
+    if limit is None or not (enforced or wanted >= AT_LIMIT * limit):
+        return None
+    observed = max(wanted, _just_over(limit))
+    return Breach(shortage.resource, limit, observed, elapsed, quota=quota, refused=True)
 
 
 def find_breach_in_stop(

@@ -1,8 +1,10 @@
 """The kernel's own limits on a process: a backstop that needs no sampling.
 
-``RLIMIT_DATA`` makes an allocation fail that would pass the limit: nothing is ever over it. It
-counts private writable memory whether touched or not, and no shared memory, so a sampler is
-still needed, and what is mapped but untouched must be given back from time to time.
+``RLIMIT_DATA`` makes an allocation fail that would pass the limit. It counts private writable
+memory whether touched or not (stacks of threads, arenas, ``np.zeros``, private mappings of files),
+and no shared memory. So it judges no trial, unless that is asked for (``strict_memory``): by
+default there is room beside the limit for as much as the host has, which no allocation needs that
+the kernel would grant without us, and what stays untouched is given back from time to time.
 """
 
 from __future__ import annotations
@@ -25,15 +27,15 @@ LEAST_BUDGET = 64 * 2**20
 _BUFFER = 40 * 2**20
 
 
-def has_room(memory: float, resident: int, cores: int) -> bool:
-    """Return whether a trial has enough room under its limit for the kernel's to be set.
+def has_room(memory: float, used: int, cores: int) -> bool:
+    """Return whether a trial has enough room under its limit for the kernel's to be set there.
 
     Args:
-        memory: The limit on resident memory, in bytes.
-        resident: The resident memory now, in bytes.
+        memory: The limit, in bytes.
+        used: The memory in use now, in bytes.
         cores: The threads that a native library may start.
     """
-    return memory - resident >= max(LEAST_BUDGET, min(cores * _BUFFER, memory / 2))
+    return memory - used >= max(LEAST_BUDGET, min(cores * _BUFFER, memory / 2))
 
 
 def has_data_limit() -> bool:
@@ -54,22 +56,13 @@ def raise_oom_score() -> None:
 
 def data_size(pid: int | str = "self") -> int | None:
     """Return the bytes that ``RLIMIT_DATA`` counts, None when unknown."""
-    return _status_bytes(pid, b"VmData:")
+    return _field(f"/proc/{pid}/status", b"VmData:")
 
 
-def resident_size(pid: int | str = "self") -> int | None:
-    """Return the resident bytes, None when unknown."""
-    return _status_bytes(pid, b"VmRSS:")
-
-
-def peak_size(pid: int | str = "self") -> int | None:
-    """Return the highest resident bytes so far, None when unknown."""
-    return _status_bytes(pid, b"VmHWM:")
-
-
-def _status_bytes(pid: int | str, name: bytes) -> int | None:
+def _field(path: str, name: bytes) -> int | None:
+    """Return the bytes of one line such as ``VmData:  123 kB``, None without it."""
     try:
-        with open(f"/proc/{pid}/status", "rb") as file:
+        with open(path, "rb") as file:
             for line in file:
                 if line.startswith(name):
                     return int(line.split()[1]) * 1024
@@ -78,28 +71,55 @@ def _status_bytes(pid: int | str, name: bytes) -> int | None:
     return None
 
 
-def data_limit(data: int, resident: int, memory: float) -> int:
-    """Return the ``RLIMIT_DATA`` under which resident memory can't pass a limit.
+def room_for_untouched() -> int | None:
+    """Return the bytes that a trial may have reserved beside its limit; None for any number.
+
+    By default the kernel grants no single request beyond all memory and swap of the host. Where it
+    is told to grant anything (vm.overcommit_memory is 1), programs reserve more than there is.
+    """
+    with contextlib.suppress(OSError), open("/proc/sys/vm/overcommit_memory", "rb") as file:
+        if file.read().strip() == b"1":
+            return None
+    total, swap = (_field("/proc/meminfo", name) for name in (b"MemTotal:", b"SwapTotal:"))
+    return None if total is None else total + (swap or 0)
+
+
+def data_limit(data: int, used: float, memory: float) -> int:
+    """Return the ``RLIMIT_DATA`` under which the memory in use can't pass a limit.
 
     Args:
         data: What ``RLIMIT_DATA`` counts now, in bytes.
-        resident: The resident memory now, in bytes.
-        memory: The limit on resident memory, in bytes.
+        used: The memory in use now, in bytes.
+        memory: The limit on it, in bytes.
     """
-    return min(data + max(0, math.floor(memory) - resident), sys.maxsize)
+    return min(data + max(0, math.floor(memory - used)), sys.maxsize)
 
 
-def limit_memory(memory: float) -> int | None:
-    """Limit this process's memory; return the ``RLIMIT_DATA`` set, None where there is none."""
+def limit_memory(memory: float, *, strict: bool) -> int | None:
+    """Limit this process's memory; return the ``RLIMIT_DATA`` set, None where there is none.
+
+    Args:
+        memory: The limit, in bytes.
+        strict: Whether the kernel is to refuse what would pass it, touched or not.
+    """
     if not has_data_limit():
         return None
     import resource
 
-    data, resident = data_size(), resident_size()
-    if data is None or resident is None or not has_room(memory, resident, os.cpu_count() or 1):
+    from optuna_quota._metering.proc_process import ProcProcess
+
+    room = 0 if strict else room_for_untouched()
+    data = data_size()
+    if data is None or room is None:
         return None
+    used = 0
+    if strict:
+        with contextlib.closing(ProcProcess(os.getpid())) as process:
+            used = process.share().proportional
+        if not has_room(memory, used, os.cpu_count() or 1):
+            return None
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    soft = data_limit(data, resident, memory)
+    soft = data_limit(data, used, memory + room)
     if hard != resource.RLIM_INFINITY:
         soft = min(soft, hard)
     # Soft, so that the handling of the error itself, and the supervisor, can raise it again.
@@ -148,16 +168,17 @@ def limit_cpu_time(cpu_time: float, grace_period: float) -> None:
 
 
 class DataLimit:
-    """Keeps a child's ``RLIMIT_DATA`` at what its resident memory may still grow by.
+    """Keeps a child's ``RLIMIT_DATA`` at what its memory may still grow by.
 
     What is mapped and stays untouched (stacks of threads, arenas, a sparse array) counts for the
-    kernel but not for the limit, so it is given back. Only what has stayed so for a while: an
-    array that is just being filled is untouched only for a moment.
+    kernel but not for the limit, so it is given back. In strict mode only what has stayed so for a
+    while: an array that is just being filled is untouched only for a moment.
 
     Args:
         pid: A child of this process.
-        memory: The limit on resident memory, in bytes.
+        memory: The limit, in bytes.
         soft: The ``RLIMIT_DATA`` that the child has set itself.
+        strict: Whether the limit itself is to hold for what is reserved.
     """
 
     PERIOD = 0.1
@@ -167,20 +188,25 @@ class DataLimit:
     WORTH = 4 * 2**20
     WINDOW = 5
 
-    def __init__(self, pid: int, memory: float, soft: int) -> None:
+    def __init__(self, pid: int, memory: float, soft: int, *, strict: bool) -> None:
         self._pid = pid
-        self._memory = memory
+        self._memory = memory + (0 if strict else room_for_untouched() or 0)
+        self._window = self.WINDOW if strict else 1
         self._soft = soft
         self._wanted: list[int] = []
 
-    def update(self) -> float:
-        """Look again; return the seconds until the next look is due."""
-        data, resident = data_size(self._pid), resident_size(self._pid)
-        if data is None or resident is None:
+    def update(self, used: float) -> float:
+        """Look again; return the seconds until the next look is due.
+
+        Args:
+            used: The memory of the trial now, in bytes.
+        """
+        data = data_size(self._pid)
+        if data is None:
             return self.PERIOD
-        wanted = data_limit(data, resident, self._memory)
-        self._wanted = [*self._wanted, wanted][-self.WINDOW :]
-        if len(self._wanted) == self.WINDOW and not self._set(min(self._wanted)):
+        wanted = data_limit(data, used, self._memory)
+        self._wanted = [*self._wanted, wanted][-self._window :]
+        if len(self._wanted) == self._window and not self._set(min(self._wanted)):
             return self.PERIOD
         return self.HASTE if wanted > self._soft + self.WORTH else self.PERIOD
 

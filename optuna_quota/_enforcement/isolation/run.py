@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import contextlib
 import functools
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,7 @@ class TrialRun:
             objective=None
             if payload is None
             else SentObjective(payload.pickles, payload.states, payload.sizes, tracker),
+            strict_memory=self._isolated.strict_memory,
         )
 
     def _device_memory(self) -> float | None:
@@ -315,12 +317,14 @@ class TrialRun:
         return self._watch.hard_ceilings
 
     def _on_ready(self, ready: Ready) -> Enforce:
+        memory, quota = self._ceilings().get("memory", (None, False))
+        self._watch.supervised = None if ready.supervisor is None else memory
         # It may have ended already: then there is nothing to meter, and its supervisor knows all.
         with contextlib.suppress(ProcessLookupError):
             self._watch.retarget(ready.pid, ready.supervisor)
         self._watch.on_breach(self._stop)
-        memory, quota = self._ceilings().get("memory", (None, False))
-        return Enforce(memory, quota, self._watch.elapsed, ready.data_limit)
+        strict = self._isolated.strict_memory
+        return Enforce(memory, quota, self._watch.elapsed, ready.data_limit, strict)
 
     def _on_outcome(self) -> float | None:
         """Let nothing be a breach from now on; return how long the process may take to end."""
@@ -370,6 +374,15 @@ class TrialRun:
         if server.breach is not None:
             self._terminate(server.breach)
         if isinstance(outcome, Returned):
+            if (
+                server.shortage is not None
+                and server.shortage.resource == "memory"
+                and _has_nan(outcome.value)
+            ):
+                # A search counts a fit that fails as NaN, and warns of why.
+                breach = self._find_breach_in(server.shortage, ended)
+                if breach is not None:
+                    self._terminate(breach)
             if self._steps and self._study is not None:
                 remember_profile(self._study, self._steps)
             if ended.leftovers:
@@ -379,7 +392,7 @@ class TrialRun:
                 )
             return outcome.value
         if isinstance(outcome, Raised):
-            return self._raise(outcome)
+            return self._raise(outcome, ended)
         if isinstance(outcome, Unsendable):
             return self._crash(
                 ended,
@@ -390,9 +403,7 @@ class TrialRun:
             return self._crash(
                 ended, f"The objective ended its process by sys.exit({outcome.code})."
             )
-        breach = find_breach_in_death(ended, self._ceilings(), self._watch.elapsed)
-        if breach is not None:
-            self._terminate(breach)
+        self._terminate_at_limit(ended)
         return self._crash(ended, name_death(ended))
 
     def _take_usage(self, ended: Ended, gpu_memory: float | None) -> None:
@@ -400,25 +411,23 @@ class TrialRun:
             self._watch.gpu = GpuUse("framework")
         usage = Usage(memory=ended.memory, cpu_time=ended.cpu_time, gpu_memory=gpu_memory)
         self._watch.add_usage(usage)
+        self._watch.take_unseen_peak(ended.unseen_memory)
 
     def _measure(self) -> None:
         """Read what the trial holds at the moment when an allocation on a GPU was refused."""
         self._watch.sample(fully=True)
         self._gpu_devices = () if self._watch.gpu is None else self._watch.gpu.devices
 
-    def _raise(self, outcome: Raised) -> Any:
+    def _raise(self, outcome: Raised, ended: Ended) -> Any:
         """Raise what the objective raised, or for the limit that was behind it."""
         error, shortage = unpack_error(outcome.error), outcome.shortage
+        if ended.leaf_oom_kills:
+            # A worker was killed in the trial's control group; what came of it is of any kind.
+            self._terminate_at_limit(ended, cause=error)
         if shortage is not None and shortage.resource == "gpu_memory":
             return self._end_for_gpu(shortage, error)
         if shortage is not None:
-            breach = find_breach_in_shortage(
-                shortage,
-                outcome.resident,
-                self._ceilings(),
-                self._watch.elapsed,
-                enforced=self._server is not None and self._server.data_limit is not None,
-            )
+            breach = self._find_breach_in(shortage, ended)
             if breach is not None:
                 self._terminate(breach, cause=error)
         if isinstance(error, LimitBreached):
@@ -427,6 +436,23 @@ class TrialRun:
             if breach is not None:
                 self._terminate(breach, cause=error)
         raise error
+
+    def _find_breach_in(self, shortage: Shortage, ended: Ended) -> Breach | None:
+        assert self._server is not None
+        return find_breach_in_shortage(
+            shortage,
+            ended.memory,
+            self._ceilings(),
+            self._watch.elapsed,
+            enforced=self._isolated.strict_memory and self._server.data_limit is not None,
+        )
+
+    def _terminate_at_limit(self, ended: Ended, cause: BaseException | None = None) -> None:
+        """Terminate the trial where its process died at a limit of ours."""
+        strict, elapsed = self._isolated.strict_memory, self._watch.elapsed
+        breach = find_breach_in_death(ended, self._ceilings(), elapsed, strict_memory=strict)
+        if breach is not None:
+            self._terminate(breach, cause=cause)
 
     def _end_for_gpu(self, shortage: Shortage, error: BaseException) -> Any:
         """End a trial that got no GPU memory; ``optimize`` goes on when others had taken it."""
@@ -497,6 +523,11 @@ def agreed_limits(own: Limits | None, theirs: Limits | None) -> Limits:
             "Give them to QuotaPruner alone."
         )
     return own or theirs or Limits()
+
+
+def _has_nan(value: Any) -> bool:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(v, float) and math.isnan(v) for v in values)
 
 
 def _advice(number: int, reason: str) -> str:

@@ -36,6 +36,8 @@ from optuna_quota._enforcement.isolation.output import Printed
 from optuna_quota._enforcement.isolation.output import replay
 from optuna_quota._enforcement.isolation.output import SYNC
 from optuna_quota._enforcement.isolation.output import Warned
+from optuna_quota._enforcement.isolation.shortage import find_shortage_in_text
+from optuna_quota._enforcement.isolation.shortage import Shortage
 from optuna_quota._resources import Breach
 
 
@@ -65,6 +67,7 @@ class Server:
     Attributes:
         outcome: What came of the objective, None while nothing has.
         ended: How its process ended, None while it runs.
+        shortage: The failed allocation that the objective warned of, None when it did not.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Server:
         self.outcome: Outcome | None = None
         self.ended: Ended | None = None
         self.data_limit: int | None = None
+        self.shortage: Shortage | None = None
         self._launched = launched
         self._remote = remote
         self._on_ready = on_ready
@@ -194,6 +198,8 @@ class Server:
         if type(message) is tuple:
             self._serve_call(message)
         elif isinstance(message, (Printed, Warned, logging.LogRecord)):
+            if isinstance(message, Warned):
+                self.shortage = self.shortage or find_shortage_in_text(str(message.message))
             try:
                 replay(message)
             except Exception:

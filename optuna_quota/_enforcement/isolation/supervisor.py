@@ -45,6 +45,12 @@ from optuna_quota._resources import Breach
 # some, and one that goes on allocating is not to be waited for.
 GRACE_MARGIN = 4 * 2**20
 
+# What the kernel itself takes for each byte that a trial holds: 8 bytes for a page of 4 KiB.
+PAGE_TABLES = 1 / 512
+
+# Seconds between the first looks at a trial.
+YOUNGEST_WAIT = 0.001
+
 # Seconds that processes get to end by themselves once the trial's own has: those that it has told
 # to, and those that remove shared memory and temporary files.
 LEAVING_TIME = 0.1
@@ -64,6 +70,8 @@ class Supervisor:
         parent: A pidfd of the study's process.
         crash_file: Where the trial's process writes its traceback when it dies of a signal.
         leaf: The trial's control group, None without one.
+        lends: Whether this process was forked from the study's, and the trial in turn: what they
+            have of its memory is the study's.
     """
 
     def __init__(
@@ -75,6 +83,7 @@ class Supervisor:
         parent: int,
         crash_file: int,
         leaf: CgroupLeaf | None,
+        lends: bool = False,
     ) -> None:
         self._control = control
         self._child = child
@@ -84,7 +93,7 @@ class Supervisor:
         self._crash_file = crash_file
         self._leaf = leaf
         self._patience: float | None = None
-        self._gauge = _MemoryGauge(child)
+        self._gauge = _MemoryGauge(child, lends=lends)
         self._oom_kills = 0
         self._enforce: Enforce | None = None
         # Deadlines and limits on time leave out pauses, of this process and of the study's.
@@ -163,6 +172,7 @@ class Supervisor:
             return
         if isinstance(order, Mind):
             self._patience = order.grace_period
+            processes.be_on_time()
             self._oom_kills = processes.count_oom_kills()
         elif isinstance(order, Enforce):
             self._begin(order)
@@ -182,32 +192,38 @@ class Supervisor:
         if order.memory is None:
             return
         if order.data_limit is not None:
-            self._data_limit = DataLimit(self._child, order.memory, order.data_limit)
+            self._data_limit = DataLimit(
+                self._child, order.memory, order.data_limit, strict=order.strict_memory
+            )
         if self._leaf is not None:
+            # The kernel kills where a trial that is told to stop goes on to grow as well.
+            room = order.memory - self._gauge.read(self._began) + GRACE_MARGIN
             with contextlib.suppress(OSError):
-                self._leaf.limit_memory(order.memory - self._gauge.read(self._began))
+                self._leaf.limit_memory(room + PAGE_TABLES * order.memory)
 
     def _watch_memory(self, now: float) -> float:
         """Measure; stop the trial when it is over; return how long to wait."""
         assert self._enforce is not None
-        limit = self._enforce.memory
-        if limit is None:
-            # Of a short trial the kernel knows the peak well enough.
-            if now - self._began >= LONGEST_WAIT:
-                self._gauge.read(now)
-            return LONGEST_WAIT
+        limit = math.inf if self._enforce.memory is None else self._enforce.memory
         is_told = self._breach is not None and self._breach.resource == "memory"
         if self._breach is not None and is_told:
             limit = max(limit, self._breach.observed) + GRACE_MARGIN
-        memory = self._gauge.read(now, limit)
+        # Whether one that is over its limit goes on to grow needs no exact reading.
+        memory = self._gauge.read(now, math.inf if is_told else limit)
+        if is_told:
+            memory = max(memory, self._gauge.at_most())
+        # What is soon over is looked at often: a short trial's peak is seen too.
+        wait = min(LONGEST_WAIT, max(YOUNGEST_WAIT, (now - self._began) / 8))
+        if limit == math.inf:
+            return wait
         if self._data_limit is not None and now >= self._data_due:
-            self._data_due = now + self._data_limit.update()
+            self._data_due = now + self._data_limit.update(memory)
         if memory > limit:
             if is_told:
                 self._kill("breach")
             else:
                 self._find_breach(memory, limit, now)
-        wait = wait_for(limit - memory, self._gauge.growth)
+        wait = min(wait, wait_for(limit - memory, self._gauge.growth))
         return wait if self._data_limit is None else min(wait, max(0.0, self._data_due - now))
 
     def _find_breach(self, memory: float, limit: float, now: float) -> None:
@@ -272,12 +288,12 @@ class Supervisor:
             self._exitcode = processes.reap().get(self._child)
         leftovers = self._sweep()
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        leaf_oom_kills, leaf_peak = self._close_leaf()
-        peak = max(self._gauge.peak, used.ru_maxrss * 1024.0, leaf_peak)
+        leaf_oom_kills = self._close_leaf()
         return Ended(
             exitcode=self._exitcode,
             killer=self._killer,
-            memory=peak or None,
+            memory=self._gauge.peak or None,
+            unseen_memory=self._gauge.unseen_peak or None,
             cpu_time=used.ru_utime + used.ru_stime,
             leftovers=leftovers,
             oom_kills=self._count_oom_kills(),
@@ -291,12 +307,12 @@ class Supervisor:
             return 0
         return processes.count_oom_kills() - self._oom_kills
 
-    def _close_leaf(self) -> tuple[int, float]:
+    def _close_leaf(self) -> int:
         if self._leaf is None:
-            return 0, 0.0
-        kills, peak = self._leaf.oom_kills(), self._leaf.peak()
+            return 0
+        kills = self._leaf.oom_kills()
         self._leaf.remove()
-        return kills, float(peak or 0)
+        return kills
 
     def _read_crash_file(self) -> str:
         os.lseek(self._crash_file, 0, os.SEEK_SET)
@@ -324,17 +340,20 @@ class Supervisor:
 
 
 class _MemoryGauge:
-    """The resident memory of the trial's tree, and of the orphans that this process inherits.
+    """The memory of the trial's tree, and of the orphans that this process inherits.
 
     Args:
         child: The trial's process, a child of this one.
+        lends: Whether the study's process lends it memory.
     """
 
-    def __init__(self, child: int) -> None:
+    def __init__(self, child: int, *, lends: bool) -> None:
         self.peak = 0.0
         self.growth = ASSUMED_GROWTH
         self._child = child
+        self._lends = lends
         self._tree: ProcTree | None = None
+        self.unseen_peak = 0.0
         self._last: tuple[float, float] | None = None
         self._thorough_due = 0.0
 
@@ -346,19 +365,28 @@ class _MemoryGauge:
             limit: What a verdict hangs on.
         """
         if self._tree is None:
-            self._tree = ProcTree(self._child, reaper=os.getpid())
-        # To look at each process costs more with each one: a twentieth of the time at most.
+            self._tree = ProcTree(self._child, reaper=os.getpid(), lends=self._lends)
+            self._tree.reset_peak()
+        # To look at each process costs more with each one.
         thorough = now >= self._thorough_due
-        start = time.perf_counter()
-        memory = self._tree.read(thorough=thorough, ceiling=limit).memory or 0.0
+        start = time.thread_time()
+        found = self._tree.read(thorough=thorough, ceiling=limit)
+        memory = found.memory or 0.0
         if thorough:
-            self._thorough_due = now + max(0.005, 20 * (time.perf_counter() - start))
+            cost = time.thread_time() - start
+            self._thorough_due = now + min(LONGEST_WAIT, max(0.005, 20 * cost))
         self.peak = max(self.peak, memory)
+        self.unseen_peak = max(self.unseen_peak, found.peak or 0.0)
         if self._last is not None and now > self._last[0]:
             growth = (memory - self._last[1]) / (now - self._last[0])
             self.growth = fastest_growth(self.growth, growth)
         self._last = (now, memory)
         return memory
+
+    def at_most(self) -> float:
+        """Return the most that the trial can hold now, in bytes."""
+        assert self._tree is not None
+        return self._tree.at_most()
 
 
 def _wait(poll: select.poll, seconds: float | None) -> list[tuple[int, int]]:

@@ -100,7 +100,9 @@ def _supervise(
         finally:
             os._exit(code)
     _close_all_but(control, parent, notice_write, crash_file)
-    _mind(Channel(socket.socket(fileno=control)), child, notice_write, parent, crash_file, leaf)
+    commands = Channel(socket.socket(fileno=control))
+    lends = inherited is not None
+    _mind(commands, child, notice_write, parent, crash_file, leaf, lends)
 
 
 def _mind(
@@ -110,6 +112,7 @@ def _mind(
     parent: int,
     crash_file: int,
     leaf: CgroupLeaf | None,
+    lends: bool,
 ) -> NoReturn:
     gc.disable()
     with contextlib.suppress(OSError):
@@ -121,6 +124,7 @@ def _mind(
         parent=parent,
         crash_file=crash_file,
         leaf=leaf,
+        lends=lends,
     )
     ended = supervisor.run()
     with contextlib.suppress(OSError):

@@ -36,7 +36,7 @@ DELEGATED = CgroupFacts(
     "/sys/fs/cgroup/me/app",
     "/sys/fs/cgroup/me",
     None,
-    ("cgroup.kill", "memory.max", "memory.peak"),
+    ("cgroup.kill", "memory.max"),
 )
 
 
