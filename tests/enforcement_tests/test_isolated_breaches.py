@@ -248,7 +248,7 @@ def test_a_stop_of_the_kernels_is_not_booked_as_the_objectives_own() -> None:
     record = read_record(study.trials[0])
     assert record.outcome == "terminated" and record.breach is not None
     assert (record.breach.resource, record.breach.limit) == ("cpu_time", 50)
-    assert str(record.reason).startswith("CPU time reached 50 s, over the limit of 50 s")
+    assert str(record.reason).startswith("CPU time limit exceeded")
 
 
 def test_swallowing_the_stop_does_not_help() -> None:
