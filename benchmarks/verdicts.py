@@ -41,6 +41,7 @@ import multiprocessing
 from multiprocessing.connection import Connection
 import os
 from pathlib import Path
+import signal
 import statistics
 import subprocess
 import sys
@@ -359,13 +360,15 @@ class Table:
                     stderr=log,
                     start_new_session=True,
                 )
-            while process.poll() is None and time.monotonic() - start < self._time_limit:
-                observer.look()
-                time.sleep(PERIOD)
-            seconds = time.monotonic() - start
-            code = process.poll()
-            kill_children(others)
-            process.wait()
+            try:
+                while process.poll() is None and time.monotonic() - start < self._time_limit:
+                    observer.look()
+                    time.sleep(PERIOD)
+                seconds = time.monotonic() - start
+                code = process.poll()
+            finally:
+                kill_children(others)
+                process.wait()
             verdict = _verdict(folder, code)
         return Found(verdict, observer.first or 0, observer.peak, seconds)
 
@@ -523,6 +526,7 @@ def main() -> None:
         drive(arguments.drive)
         return
     adopt_orphans()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it started ends with it
     tools = [tool for tool in arguments.tools.split(",") if is_installed(tool)]
     loads = {"no": ["alone"], "yes": ["busy"], "both": list(LOADS)}[arguments.busy]
     repeats = arguments.repeats

@@ -207,9 +207,9 @@ def cross_validation(prepared: None) -> float:
     from sklearn.model_selection import cross_val_score
 
     rng = np.random.default_rng(0)
-    x = rng.random((3_000, 20))
+    x = rng.random((2_700, 20))
     y = np.sin(x.sum(axis=1)) + 0.1 * rng.random(len(x))
-    # Two workers of joblib, each with a kernel matrix of 2,400 x 2,400; a fit that fails is nan.
+    # Two workers of joblib, each with a kernel matrix of 2,160 x 2,160; a fit that fails is nan.
     scores = cross_val_score(KernelRidge(kernel="rbf"), x, y, cv=5, n_jobs=2)
     return float(np.mean(scores))
 
