@@ -353,6 +353,8 @@ def _send_sum(connection: Any) -> None:
 
 def pools_by_multiprocessing(method: str) -> Callable[[], bool]:
     context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["__main__"])
 
     def call() -> bool:
         ours, theirs = context.Pipe()
