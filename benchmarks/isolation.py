@@ -52,6 +52,8 @@ BLOCK = MIB
 RECORD = "ddd"
 KINDS = ("private", "one array", "shared", "shared, stubborn")
 HANG = 30.0
+# Not "__main__", which Python 3.11's forkserver passes over without a word.
+PRELOAD = ["numpy", "psutil", "optuna", "optuna_quota._enforcement.isolated", "verdicts"]
 
 
 class Progress:
@@ -231,9 +233,7 @@ def _send_nothing(connection: Any) -> None:
 def by_multiprocessing(method: str) -> Callable[[], Any]:
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(
-            ["numpy", "psutil", "optuna", "optuna_quota._enforcement.isolated"]
-        )
+        context.set_forkserver_preload(PRELOAD)
 
     def call() -> Any:
         ours, theirs = context.Pipe()
@@ -354,7 +354,7 @@ def _send_sum(connection: Any) -> None:
 def pools_by_multiprocessing(method: str) -> Callable[[], bool]:
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["__main__"])
+        context.set_forkserver_preload(PRELOAD)
 
     def call() -> bool:
         ours, theirs = context.Pipe()

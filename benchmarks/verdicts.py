@@ -187,7 +187,7 @@ def _completed(value: float) -> Verdict:
 
 def _forkserver(objective: Objective) -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", *objective.modules])
+    context.set_forkserver_preload(["psutil", "verdicts_objectives", *objective.modules])
     return context
 
 
