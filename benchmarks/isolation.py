@@ -1,18 +1,22 @@
-"""Isolated trials: overshoot past a memory limit, breach to dead, start cost, round trip.
+"""Isolated trials: overshoot past a memory limit, breach to dead, start cost, round trip, pools.
 
 **Overshoot.** A trial allocates as fast as the memory allows until it is stopped: private memory
-(``numpy.ones``), shared memory (which the kernel's own limits don't count), and shared memory by a
-trial that catches every exception and goes on. Beside this library stand pynisher, and psutil
-pollers of 100 and 250 ms that kill the process. The peak is what the trial itself last saw of its
-resident memory, written to a file that it shares with the benchmark. For this library, which
-counts neither pages of files nor those that others hold too, what it held of these at its start is
-taken off. The time runs from the moment
-when the limit was passed, or an allocation was refused, to the moment when the caller has control
-back and the process is gone.
+in blocks (``numpy.ones``) and as one large array, shared memory, and shared memory by a trial that
+catches every exception and goes on. Alone, and beside two busy processes. Beside this library
+stand pynisher, and psutil pollers of 100 and 250 ms that kill the process. The peak is what the
+trial itself last saw of its anonymous and shared memory (less what it shares with its parent, as
+smaps_rollup has it at the start), written to a file that it shares with the benchmark; the time
+runs from the moment when the limit was passed, or an allocation was refused, to the moment when
+the caller has control back and the process is gone. pynisher limits address space and pollers look
+at resident memory, so they may stop a trial below the limit: that is an overshoot of 0.
 
 **Start.** A call that does nothing, beside multiprocessing's and pynisher's by the same method.
 
 **Round trip.** ``report`` and ``should_prune`` in the trial, beside the same in process.
+
+**Pools.** ``--pools 2000`` runs that many trials that map over a ``multiprocessing.Pool(2)`` and
+leave it by ``with``, which terminates it, beside the same in multiprocessing's own children. One
+that takes 30 s hangs. It runs nothing else.
 """
 
 from __future__ import annotations
@@ -22,17 +26,19 @@ from collections.abc import Callable
 import contextlib
 import mmap
 import multiprocessing
-import os
 from pathlib import Path
 import statistics
 import struct
+import sys
 import tempfile
+import threading
 import time
 from typing import Any
 
 import numpy as np
 import optuna
 import psutil
+from verdicts import busy_processes
 
 from optuna_quota import isolated
 from optuna_quota import Limits
@@ -42,8 +48,12 @@ MIB = 2**20
 LIMIT = 512 * MIB
 # A poller that is too slow must not take the machine with it.
 CEILING = 2048 * MIB
-BLOCK = 8 * MIB
+BLOCK = MIB
 RECORD = "ddd"
+KINDS = ("private", "one array", "shared", "shared, stubborn")
+HANG = 30.0
+# Not "__main__", which Python 3.11's forkserver passes over without a word.
+PRELOAD = ["numpy", "psutil", "optuna", "optuna_quota._enforcement.isolated", "verdicts"]
 
 
 class Progress:
@@ -60,45 +70,70 @@ class Progress:
         return struct.unpack_from(RECORD, self._map, 0)
 
 
-def allocate(path: str, kind: str, *, divided: bool = False) -> None:
-    """Allocate until stopped.
+class Memory:
+    """The anonymous and shared memory of this process, less what its parent shares with it."""
 
-    Args:
-        path: Where to write the progress.
-        kind: Which memory.
-        divided: Whether the limit is on memory as the kernel divides it, without pages of files.
-    """
-    progress = Progress(path)
+    def __init__(self) -> None:
+        held = _kilobytes("smaps_rollup", ("Pss_Anon:", "Pss_Shmem:"))
+        self._inherited = 0
+        self._inherited = self() - held
+
+    def __call__(self) -> int:
+        return _kilobytes("status", ("RssAnon:", "RssShmem:")) - self._inherited
+
+
+def _kilobytes(name: str, heads: tuple[str, ...]) -> int:
+    with open(f"/proc/self/{name}", encoding="ascii") as file:
+        return 1024 * sum(int(line.split()[1]) for line in file if line.startswith(heads))
+
+
+def allocate(path: str, kind: str) -> None:
+    """Allocate until stopped."""
+    watch = Watch(path)
+    if kind == "one array":
+        threading.Thread(target=watch.go_on, daemon=True).start()
+        try:
+            np.ones(CEILING - 2 * LIMIT, dtype=np.uint8)
+        except MemoryError:
+            watch.refused()
+            raise
+        time.sleep(10)  # one that was not stopped while it was filled
+        return
     held: list[Any] = []
-    size, peak, passed = 0, 0.0, 0.0
-    page = os.sysconf("SC_PAGE_SIZE")
-    aside = _resident(page) - _divided() if divided else 0
     deadline = time.monotonic() + 10
-    while size < CEILING and time.monotonic() < deadline:
+    while len(held) * BLOCK < CEILING and time.monotonic() < deadline:
         try:
             held.append(_block(kind))
-            size += BLOCK
         except MemoryError:
-            progress.write(peak, passed or time.monotonic(), time.monotonic())
+            watch.refused()
             raise
         except BaseException:
             if kind != "shared, stubborn":
                 raise
-        peak = max(peak, _resident(page) - aside)
-        if peak > LIMIT and not passed:
-            passed = time.monotonic()
-        progress.write(peak, passed, time.monotonic())
+        watch.look()
 
 
-def _resident(page: int) -> int:
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * page
+class Watch:
+    """Writes how far the memory of this process has come."""
 
+    def __init__(self, path: str) -> None:
+        self._progress = Progress(path)
+        self._memory = Memory()
+        self._peak, self._passed = 0.0, 0.0
 
-def _divided() -> int:
-    with open("/proc/self/smaps_rollup", "rb") as file:
-        lines = [line.split() for line in file if line.startswith((b"Pss_Anon", b"Pss_Shmem"))]
-    return sum(int(line[1]) for line in lines) * 1024
+    def look(self) -> None:
+        self._peak = max(self._peak, self._memory())
+        if self._peak > LIMIT and not self._passed:
+            self._passed = time.monotonic()
+        self._progress.write(self._peak, self._passed, time.monotonic())
+
+    def refused(self) -> None:
+        self._progress.write(self._peak, self._passed or time.monotonic(), time.monotonic())
+
+    def go_on(self) -> None:
+        while True:
+            self.look()
+            time.sleep(0.0003)
 
 
 def _block(kind: str) -> Any:
@@ -111,9 +146,7 @@ def _block(kind: str) -> Any:
 
 def by_isolated(path: str, kind: str) -> None:
     study = optuna.create_study()
-    objective = isolated(
-        lambda trial: allocate(path, kind, divided=True), limits=Limits(memory=LIMIT)
-    )
+    objective = isolated(lambda trial: allocate(path, kind), limits=Limits(memory=LIMIT))
     study.optimize(objective, n_trials=1)
 
 
@@ -142,8 +175,8 @@ def by_poller(period: float) -> Callable[[str, str], None]:
     return run
 
 
-def measure_overshoot(repeats: int) -> None:
-    print(f"Overshoot past {LIMIT / MIB:.0f} MiB, and time from there to control back\n")
+def measure_overshoot(repeats: int, beside: str) -> None:
+    print(f"Overshoot past {LIMIT / MIB:.0f} MiB, and time from there to control back, {beside}\n")
     print(f"{'memory':<18}{'by':<16}{'overshoot MiB':>26}{'to dead ms':>24}")
     print(f"{'':<34}{'median':>14}{'worst':>12}{'median':>12}{'worst':>12}")
     methods: dict[str, Callable[[str, str], None]] = {
@@ -152,7 +185,7 @@ def measure_overshoot(repeats: int) -> None:
         "psutil 100 ms": by_poller(0.1),
         "psutil 250 ms": by_poller(0.25),
     }
-    for kind in ("private", "shared", "shared, stubborn"):
+    for kind in KINDS:
         for name, method in methods.items():
             if name == "pynisher" and not has_pynisher():
                 print(f"{kind:<18}{name:<16}  (not installed)")
@@ -200,9 +233,7 @@ def _send_nothing(connection: Any) -> None:
 def by_multiprocessing(method: str) -> Callable[[], Any]:
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(
-            ["numpy", "psutil", "optuna", "optuna_quota._enforcement.isolated"]
-        )
+        context.set_forkserver_preload(PRELOAD)
 
     def call() -> Any:
         ours, theirs = context.Pipe()
@@ -285,14 +316,87 @@ def measure_round_trip(steps: int) -> None:
     print()
 
 
+def map_over_pool(*_: Any) -> float:
+    # As the context has it: multiprocessing's children by forkserver start theirs so as well.
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        return float(sum(pool.map(abs, range(8))))
+
+
+def measure_pools(count: int) -> None:
+    print("Trials with a Pool(2) in each\n")
+    print(f"{'by':<28}{'trials':>8}{'right':>8}{'hung':>8}{'median ms':>12}")
+    for method in ("forkserver", "fork", "spawn"):
+        n = count if method != "spawn" else max(1, count // 10)
+        _print_pools(f"optuna_quota {method}", n, pools_by_isolated(method))
+        _print_pools(f"multiprocessing {method}", n, pools_by_multiprocessing(method))
+
+
+def pools_by_isolated(method: str) -> Callable[[], bool]:
+    study = optuna.create_study()
+    objective = isolated(
+        map_over_pool,
+        start_method=method,  # type: ignore[arg-type]
+        limits=Limits(wall_time=HANG),
+        grace_period=0.0,
+    )
+
+    def call() -> bool:
+        study.optimize(objective, n_trials=1)
+        return study.trials[-1].value == 28.0
+
+    return call
+
+
+def _send_sum(connection: Any) -> None:
+    connection.send(map_over_pool())
+
+
+def pools_by_multiprocessing(method: str) -> Callable[[], bool]:
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(PRELOAD)
+
+    def call() -> bool:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_send_sum, args=(theirs,))
+        process.start()
+        right = ours.poll(HANG) and ours.recv() == 28.0
+        process.kill()
+        process.join()
+        ours.close()
+        theirs.close()
+        return bool(right)
+
+    return call
+
+
+def _print_pools(name: str, count: int, call: Callable[[], bool]) -> None:
+    times: list[float] = []
+    right = hung = 0
+    for index in range(count):
+        start = time.perf_counter()
+        right += call()
+        times.append((time.perf_counter() - start) * 1e3)
+        hung += times[-1] >= HANG * 1e3
+        if (index + 1) % 100 == 0:
+            print(f"{name}: {index + 1} trials, {hung} hung", file=sys.stderr, flush=True)
+    print(f"{name:<28}{count:>8}{right:>8}{hung:>8}{statistics.median(times):>12.1f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--pools", type=int, metavar="N", help="N trials with a Pool in each")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if arguments.pools is not None:
+        measure_pools(arguments.pools)
+        return
     measure_start(10 if arguments.quick else 50)
     measure_round_trip(50 if arguments.quick else 200)
-    measure_overshoot(3 if arguments.quick else 10)
+    measure_overshoot(3 if arguments.quick else 10, "alone")
+    with busy_processes(2):
+        measure_overshoot(3 if arguments.quick else 10, "beside two busy processes")
 
 
 if __name__ == "__main__":
