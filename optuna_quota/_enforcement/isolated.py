@@ -92,18 +92,27 @@ def isolated(
             )
             study.optimize(isolated(objective), n_trials=100)
 
-    The script needs no ``if __name__ == "__main__":``. The objective is sent by value with what it
-    refers to; what it changes in global variables stays in its process.
+    The script needs no ``if __name__ == "__main__":``, and is not run again without one: a trial's
+    process runs its imports and definitions, and gets by value the global variables that the
+    objective uses. With one, all that stands outside of it runs once more, as under
+    :mod:`multiprocessing`. Settings that the script has made in its modules, in numpy, torch and
+    other libraries hold in its trials. What a trial changes stays in its process.
+
+    A trial starts with the modules loaded that this process has imported. Its random generators
+    (``random``, numpy, torch) start differently in each trial, and alike in each run of a script
+    that seeds them. What it leaves open at its end, such as a thread or a pool, is ended with it.
 
     Args:
         objective: A function, lambda, closure, bound method or any callable that takes a trial.
-        grace_period: Seconds between the polite stop and the kill; also how long a process that
-            somebody stopped by SIGSTOP is waited for. A trial over its memory limit that goes on
-            growing is not waited for. 0 kills at once.
+        grace_period: Seconds between the polite stop and the kill. Also how long exit handlers get
+            once the objective has ended (1 to 5 s), and how long a process that was stopped by
+            SIGSTOP is waited for. A trial over its memory limit that goes on growing is not waited
+            for. 0 kills at once.
         start_method: ``"forkserver"`` forks each trial from a template that has loaded the modules
             (some milliseconds), ``"spawn"`` starts an interpreter for each (some hundred),
-            ``"fork"`` forks this process, so that nothing need be pickled; that is not safe beside
-            running threads and refused once this process uses CUDA.
+            ``"fork"`` forks this process, so that nothing need be pickled; that is refused once
+            this process uses CUDA, and not safe beside threads that hold locks. Locks and queues
+            of :mod:`multiprocessing` can be handed in as to a ``Process`` of that method.
         limits: Ceilings on each trial, for where no :class:`~optuna_quota.QuotaPruner` can be
             passed; otherwise those of the study's pruner are in force.
         predictive_stop: Whether to stop a trial as soon as the growth of its memory, or its pace
