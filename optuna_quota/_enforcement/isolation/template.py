@@ -31,8 +31,8 @@ from optuna_quota._enforcement.isolation.trial_process import fork_trial
 from optuna_quota._enforcement.isolation.trial_process import Forked
 
 
-# Its memory is not needed for ever: the next trial after so many idle seconds starts a new one.
-IDLE_TIME = 10.0
+# After so many idle seconds it ends, to give its memory back; the next trial starts a new one.
+IDLE_TIME = 60.0
 MESSAGE_SIZE = 1 << 17
 
 
