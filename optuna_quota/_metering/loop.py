@@ -232,10 +232,13 @@ class MeteringLoop:
             if gauge.eager:
                 gauge.read(())  # what there is before the trial's process begins is not its own
 
-    def retarget(self, watch: Watch, pid: int, reaper: int | None = None) -> None:
+    def retarget(
+        self, watch: Watch, pid: int, reaper: int | None = None, outsiders: int = 0
+    ) -> None:
         """Move a trial to a process tree of its own."""
         with self._lock:
-            tree = self._open_tree(pid) if reaper is None else self._open_tree(pid, reaper)
+            of_reaper = () if reaper is None else (reaper, outsiders)
+            tree = self._open_tree(pid, *of_reaper)
             self._leave(watch)
             watch.isolate()
             self._join(watch, pid, tree)

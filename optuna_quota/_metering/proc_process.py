@@ -111,6 +111,8 @@ class ProcProcess:
             return Share(held, held, shmem)
         if b"Pss_Anon" not in rollup:  # before Linux 5.4
             return Share(held, min(held, rollup.get(b"Pss", held)), shmem)
+        # From the same read as what is divided: what is added in between is no sharing.
+        held = rollup.get(b"Anonymous", 0) + shmem + rollup.get(b"Swap", 0)
         anonymous, divided = rollup[b"Pss_Anon"], rollup.get(b"Pss_Shmem", 0)
         # Dirty pages with another holder are anonymous ones and shared memory; of the latter
         # there is at most twice what dividing has taken off.

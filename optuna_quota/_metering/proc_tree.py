@@ -57,6 +57,7 @@ class ProcTree:
         lends: Whether the reaper, and the root in turn, were forked from the study's process,
             whose memory they have until they write to it; known of a reaper that is a child of
             this process.
+        outsiders: How many processes outside of the tree hold, at least, what it was forked with.
 
     Raises:
         ProcessLookupError: If there is no such process.
@@ -64,7 +65,12 @@ class ProcTree:
     """
 
     def __init__(
-        self, pid: int | None = None, reaper: int | None = None, *, lends: bool = False
+        self,
+        pid: int | None = None,
+        reaper: int | None = None,
+        *,
+        lends: bool = False,
+        outsiders: int = 0,
     ) -> None:
         self._opened = since_boot()
         self._root = ProcProcess(os.getpid() if pid is None else pid)
@@ -75,7 +81,7 @@ class ProcTree:
         self._foreign: dict[int, ProcProcess] = {}
         self._births = Births()
         self._time = TreeTime()
-        self._outsiders = 0.0
+        self._outsiders = float(outsiders)
         self._peak: int | None = None
         self._overlap = Overlap()
         self._ceiling = math.inf

@@ -76,13 +76,14 @@ class Tree(Protocol):
 OpenTree = Callable[..., Tree]
 
 
-def open_tree(pid: int | None, reaper: int | None = None) -> Tree:
+def open_tree(pid: int | None, reaper: int | None = None, outsiders: int = 0) -> Tree:
     """Return the cheapest true reader of the tree under a process.
 
     Args:
         pid: The root; None for this process.
         reaper: A process that inherits the tree's orphans, and has no other children than these
             and the root; None without one.
+        outsiders: How many processes outside of the tree hold, at least, what it was forked with.
 
     Raises:
         ProcessLookupError: If there is no such process.
@@ -91,7 +92,7 @@ def open_tree(pid: int | None, reaper: int | None = None) -> Tree:
 
     if proc_tree.is_available():
         try:
-            return proc_tree.ProcTree(pid, reaper)
+            return proc_tree.ProcTree(pid, reaper, outsiders=outsiders)
         except ProcessLookupError:
             raise
         except OSError as error:

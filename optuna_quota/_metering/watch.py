@@ -194,7 +194,7 @@ class Watch:
         """
         self._loop.detach(self, waited)
 
-    def retarget(self, pid: int, reaper: int | None = None) -> None:
+    def retarget(self, pid: int, reaper: int | None = None, outsiders: int = 0) -> None:
         """From now on meter only the process tree under ``pid``: the trial is isolated.
 
         What was measured before belongs to this process and is forgotten, but for the clock.
@@ -203,11 +203,13 @@ class Watch:
             pid: The root; a child that its parent has not waited for yet, so that the number
                 can't be another's.
             reaper: The process that inherits the tree's orphans, if it has no other children.
+            outsiders: How many processes outside of the tree hold, at least, what it was forked
+                with.
 
         Raises:
             ProcessLookupError: If there is no such process.
         """
-        self._loop.retarget(self, pid, reaper)
+        self._loop.retarget(self, pid, reaper, outsiders)
 
     def on_breach(self, callback: Callable[[Breach], None]) -> None:
         """Call back once at the first breach, from the loop's thread; at once if there was one.

@@ -204,7 +204,7 @@ def test_an_objective_that_swallows_the_stop(
     record = read_record(trial)
     assert (trial.state, record.outcome) == (state, outcome)
     assert record.breach is not None and record.breach.resource == "wall_time"
-    assert record.reason is not None and record.reason.startswith("Wall time")
+    assert record.reason is not None and record.reason.startswith("Time limit")
     assert record.reason.endswith(ending)
 
 

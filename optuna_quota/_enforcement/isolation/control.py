@@ -35,6 +35,7 @@ class Enforce:
         elapsed: Seconds since the trial's start.
         data_limit: The ``RLIMIT_DATA`` that the trial's process has set.
         strict_memory: Whether it refuses what would pass the limit.
+        outsiders: How many processes outside of the trial hold, at least, what it was forked with.
     """
 
     memory: float | None
@@ -42,6 +43,7 @@ class Enforce:
     elapsed: float
     data_limit: int | None
     strict_memory: bool = False
+    outsiders: int = 0
 
 
 @dataclass(frozen=True)

@@ -315,10 +315,19 @@ class TrialRun:
         self._watch.supervised = None if ready.supervisor is None else memory
         # It may have ended already: then there is nothing to meter, and its supervisor knows all.
         with contextlib.suppress(ProcessLookupError):
-            self._watch.retarget(ready.pid, ready.supervisor)
+            self._watch.retarget(ready.pid, ready.supervisor, self._outsiders)
         self._watch.on_breach(self._stop)
         strict = self._isolated.strict_memory
-        return Enforce(memory, quota, self._watch.elapsed, ready.data_limit, strict)
+        elapsed, limit = self._watch.elapsed, ready.data_limit
+        return Enforce(memory, quota, elapsed, limit, strict, self._outsiders)
+
+    @property
+    def _outsiders(self) -> int:
+        """How many processes hold what the trial was forked with, beside the trial.
+
+        The template, the trial's supervisor, and the two that wait for the next trial.
+        """
+        return 4 if self._isolated.start_method == "forkserver" else 0
 
     def _on_outcome(self) -> float | None:
         """Let nothing be a breach from now on; return how long the process may take to end."""

@@ -188,6 +188,7 @@ class Supervisor:
 
     def _begin(self, order: Enforce) -> None:
         self._enforce = order
+        self._gauge.outsiders = order.outsiders
         self._began = self._clock()
         if order.memory is None:
             return
@@ -351,6 +352,7 @@ class _MemoryGauge:
         self.peak = 0.0
         self.growth = ASSUMED_GROWTH
         self._child = child
+        self.outsiders = 0
         self._lends = lends
         self._tree: ProcTree | None = None
         self.unseen_peak = 0.0
@@ -365,7 +367,9 @@ class _MemoryGauge:
             limit: What a verdict hangs on.
         """
         if self._tree is None:
-            self._tree = ProcTree(self._child, reaper=os.getpid(), lends=self._lends)
+            self._tree = ProcTree(
+                self._child, reaper=os.getpid(), lends=self._lends, outsiders=self.outsiders
+            )
             self._tree.reset_peak()
         # To look at each process costs more with each one.
         thorough = now >= self._thorough_due
