@@ -40,7 +40,8 @@ class Witness(threading.Thread):
     """Adds up the memory of a trial's tree from outside, by the kernel's own account.
 
     Args:
-        file: Where the trial's process writes its pid.
+        file: Where the trial's process writes its pid. Once it has been looked at twice, a file
+            beside it says so.
 
     Attributes:
         peak: The most that two looks in a row saw, in bytes.
@@ -50,6 +51,7 @@ class Witness(threading.Thread):
         super().__init__(daemon=True)
         self.peak = 0
         self._file = file
+        self._watching = file.with_suffix(".watching")
         self._stop_it = threading.Event()
 
     def run(self) -> None:
@@ -59,6 +61,8 @@ class Witness(threading.Thread):
                 root = psutil.Process(int(self._file.read_text()))
                 now = sum(map(pss, [root.pid, *(p.pid for p in root.children(recursive=True))]))
                 self.peak = max(self.peak, min(now, last))
+                if last:
+                    self._watching.touch()
                 last = now
 
     def __enter__(self) -> Witness:
@@ -243,6 +247,8 @@ def test_memory_is_recorded_as_the_kernel_divides_it(
 
     def run(trial: optuna.Trial) -> float:
         pid.write_text(str(os.getpid()))
+        while not pid.with_suffix(".watching").exists():
+            time.sleep(0.002)
         return float(objective(trial))
 
     with Witness(pid) as witness:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -326,7 +327,7 @@ def test_where_proc_lists_no_children_psutil_is_used(monkeypatch: pytest.MonkeyP
 
 
 def test_where_proc_can_not_be_read_psutil_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(pid: int | None, reaper: int | None) -> ProcTree:
+    def refuse(*_: Any, **__: Any) -> ProcTree:
         raise PermissionError(13, "hidden")
 
     monkeypatch.setattr(proc_tree, "ProcTree", refuse)
