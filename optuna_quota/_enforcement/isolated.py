@@ -103,7 +103,8 @@ def isolated(
         start_method: ``"forkserver"`` forks each trial from a template that has loaded the modules
             (some milliseconds), ``"spawn"`` starts an interpreter for each (some hundred),
             ``"fork"`` forks this process, so that nothing need be pickled; that is not safe beside
-            running threads and refused once this process uses CUDA.
+            running threads and refused once this process uses CUDA. An objective that refers to a
+            lock or queue of :mod:`multiprocessing`'s fork context is forked in any case.
         limits: Ceilings on each trial, for where no :class:`~optuna_quota.QuotaPruner` can be
             passed; otherwise those of the study's pruner are in force.
         predictive_stop: Whether to stop a trial as soon as the growth of its memory, or its pace

@@ -306,6 +306,44 @@ def test_queues_locks_managers_and_shared_memory_of_the_script(tmp_path: Path) -
     assert found["removed"] == [True] * 3
 
 
+FORK_CONTEXT = """
+import multiprocessing as mp, threading
+LOCK = threading.Lock()
+context = mp.get_context("fork")
+QUEUE, COUNT = context.Queue(), context.Value("i", 0)
+SPAWNED = mp.get_context("spawn").Queue()
+
+def objective(trial):
+    with COUNT.get_lock():
+        COUNT.value += 1
+    QUEUE.put("x" * 1_000)
+    return 1.0
+
+def of_both(trial):
+    with LOCK:
+        SPAWNED.put(trial.number)
+    return 2.0
+
+of_both.kind = "by value"
+
+if __name__ == "__main__":
+    of_both.again = True
+    found = values(objective, n_trials=1)
+    got = sum(len(QUEUE.get(timeout=20)) for _ in METHODS)
+    both = values(of_both, n_trials=1)
+    say(found=found, got=got, count=COUNT.value, both=both,
+        spawned=[SPAWNED.get(timeout=20) for _ in METHODS])
+"""
+
+
+def test_queues_and_locks_that_only_a_fork_can_share(tmp_path: Path) -> None:
+    found = run_script(tmp_path, FORK_CONTEXT)
+    assert found["found"] == always(1.0) and found["both"] == always(2.0)
+    assert found["got"] == 3_000 and found["count"] == 3
+    # A lock is made anew beside it; the queue is the script's own.
+    assert found["spawned"] == [0, 0, 0]
+
+
 LEFT_OPEN = """
 import multiprocessing as mp, subprocess, threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable
+import contextlib
 import functools
 import itertools
 from multiprocessing import process
@@ -48,7 +49,8 @@ def _leave_tracker() -> None:
     """Let a resource tracker of this process's own remove what it leaves behind, when it ends."""
     tracker: Any = resource_tracker._resource_tracker
     if tracker._fd is not None:
-        os.close(tracker._fd)
+        with contextlib.suppress(OSError):  # closed with all that the template has open
+            os.close(tracker._fd)
         tracker._fd = tracker._pid = None
 
 

@@ -11,6 +11,7 @@ import functools
 import io
 from multiprocessing import context
 from multiprocessing.reduction import ForkingPickler
+from multiprocessing.synchronize import SemLock
 import pickle
 import socket
 import sys
@@ -37,6 +38,18 @@ from optuna_quota._enforcement.isolation.tensors import reduce_tensor
 
 # Smaller buffers are copied into the pickle; a message of its own for each would cost more.
 _LEAST_BUFFER = 1 << 16
+
+
+class NeedsFork(TypeError):
+    """An objective refers to a lock of multiprocessing's that only a forked process can share."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The objective can't be sent to the trial's process because it refers to a lock or "
+            "queue of multiprocessing's fork context. Make it by "
+            "multiprocessing.get_context('spawn'), or use "
+            "isolated(objective, start_method='fork')."
+        )
 
 
 class RemoteObjects:
@@ -75,6 +88,7 @@ def dump_objective(objective: Any, remote: RemoteObjects, main: MainModule) -> P
     multiprocessing can send (queues, locks, connections) goes as to a child of its own.
 
     Raises:
+        NeedsFork: If it refers to a lock or queue that only a fork can share.
         TypeError: If the objective refers to what can't be pickled.
     """
     missing: set[str] = set()
@@ -82,6 +96,8 @@ def dump_objective(objective: Any, remote: RemoteObjects, main: MainModule) -> P
         dump = _Dump(objective, remote, main, missing)
         try:
             return dump.run()
+        except NeedsFork:
+            raise
         except Exception as error:
             if dump.failed is not None:
                 # The trial's main module makes its own, such as a lock.
@@ -106,6 +122,7 @@ class _Dump:
         self, objective: Any, remote: RemoteObjects, main: MainModule, without: set[str]
     ) -> None:
         self.failed: str | None = None
+        self._remote = remote
         self._objective = objective
         self._main = main
         self._without = without
@@ -123,6 +140,8 @@ class _Dump:
         try:
             self._pickler.dump(self._objective)
             count = self._dump_main_state()
+        except NeedsFork:
+            raise
         except Exception:
             self.failed = next(filter(self._can_do_without, sorted(self._main.names)), None)
             raise
@@ -162,7 +181,9 @@ class _Dump:
         if name in self._without or isinstance(value, (type, *_NAMED_KINDS, types.ModuleType)):
             return False
         try:
-            cloudpickle.dumps(value)
+            _Pickler(io.BytesIO(), self._remote, self._is_named, lambda _: False, {}).dump(value)
+        except NeedsFork:
+            return False
         except Exception:  # noqa: BLE001 - a user's __reduce__ may raise anything
             return True
         return False
@@ -285,6 +306,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             return (proxy_of, (self._remote.handle(value),))
         if id(value) in self._left:
             return (global_of_main, (self._left[id(value)],))
+        if getattr(value, "_is_fork_ctx", False) is True and isinstance(value, SemLock):
+            raise NeedsFork
         kind = type(value)
         if kind in _NAMED_KINDS or isinstance(value, type):
             if self._is_named(value):
