@@ -112,7 +112,8 @@ def isolated(
             (some milliseconds), ``"spawn"`` starts an interpreter for each (some hundred),
             ``"fork"`` forks this process, so that nothing need be pickled; that is refused once
             this process uses CUDA, and not safe beside threads that hold locks. Locks and queues
-            of :mod:`multiprocessing` can be handed in as to a ``Process`` of that method.
+            of :mod:`multiprocessing` can be handed in as to a ``Process`` of that method; an
+            objective that refers to one of its fork context is forked in any case.
         limits: Ceilings on each trial, for where no :class:`~optuna_quota.QuotaPruner` can be
             passed; otherwise those of the study's pruner are in force.
         predictive_stop: Whether to stop a trial as soon as the growth of its memory, or its pace

@@ -269,13 +269,13 @@ def _prepare_and_run(
 ) -> Any:
     assert _calls is not None
     set_gpu_caps(start.limits.get("gpu_memory"), start.device_memory)
+    leave_shared_memory()
     if start.objective is not None:
         objective = _load(start.objective, buffers)
         # The objective alone keeps them.
         buffers.clear()
         defer_to_handlers(start.output)
     seed(start.context)
-    leave_shared_memory()
     trial = ChildTrial(_calls, start.trial)
     rlimits.reset_peak()
     restore_signals()

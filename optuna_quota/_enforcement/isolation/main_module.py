@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 import functools
 import importlib.machinery
+import inspect
 import os
 import sys
 import tokenize
@@ -39,7 +40,7 @@ class MainModule:
         file: The script, None where there is none, as in a notebook: all is then sent by value.
         name: The module that runs by ``-m``, else None.
         package: Its package, for relative imports.
-        lines: The first lines of the top-level statements to run, which identify them.
+        statements: The places of the top-level statements to run.
         names: What these bind for good: functions and classes under these names are sent by name.
         modified: When the script was last changed, in nanoseconds.
     """
@@ -47,7 +48,7 @@ class MainModule:
     file: str | None = None
     name: str | None = None
     package: str | None = None
-    lines: frozenset[int] = frozenset()
+    statements: frozenset[int] = frozenset()
     names: frozenset[str] = frozenset()
     modified: int = 0
 
@@ -68,13 +69,13 @@ def find_main_module() -> MainModule:
     try:
         modified = os.stat(file).st_mtime_ns
         whole = _can_import(main, _parse(file, modified))
-        lines, names = _choose(file, modified, whole)
+        statements, names = _choose(file, modified, whole)
         is_current = _is_current(file, modified, vars(main))
     except (OSError, SyntaxError, ValueError):
         is_current = False
     if not is_current:
         return MainModule(file, name, package)
-    return MainModule(file, name, package, lines, names, modified)
+    return MainModule(file, name, package, statements, names, modified)
 
 
 def _can_import(main: types.ModuleType, tree: ast.Module) -> bool:
@@ -93,7 +94,8 @@ def _can_import(main: types.ModuleType, tree: ast.Module) -> bool:
 def _choose(file: str, modified: int, whole: bool) -> tuple[frozenset[int], frozenset[str]]:
     tree = _parse(file, modified)
     chosen = tree.body if whole else definitions(tree.body)
-    return frozenset(s.lineno for s in chosen), frozenset(bound_for_good(tree, chosen))
+    places = frozenset(place for place, s in enumerate(tree.body) if s in chosen)
+    return places, frozenset(bound_for_good(tree, chosen))
 
 
 def make_main_module(found: MainModule) -> None:
@@ -112,7 +114,7 @@ def make_main_module(found: MainModule) -> None:
     main.__package__ = found.package
     for name in MAIN_NAMES:
         sys.modules[name] = main
-    if found.lines and found.file is not None:
+    if found.statements and found.file is not None:
         code = _compile(found)
         exec(code, vars(main))
 
@@ -136,7 +138,8 @@ def running_line(main: types.ModuleType) -> int | None:
 def _compile(found: MainModule) -> types.CodeType:
     assert found.file is not None
     tree = _parse(found.file, found.modified)
-    body = [part for s in tree.body if s.lineno in found.lines for part in _unguarded(s)]
+    chosen = [tree.body[place] for place in sorted(found.statements)]
+    body = [part for statement in chosen for part in _unguarded(statement)]
     return compile(ast.Module(body, []), found.file, "exec", dont_inherit=True)
 
 
@@ -149,13 +152,19 @@ def _parse(file: str, modified: int) -> ast.Module:
 def _is_current(file: str, modified: int, namespace: dict[str, Any]) -> bool:
     """Return whether the file still holds what runs here: it may have been edited since."""
     on_disk = _functions_on_disk(file, modified)
-    return all(
-        value.__code__ == on_disk.get(value.__name__, value.__code__)
+    functions = [
+        found
         for value in list(namespace.values())
+        # A decorator's wrapper passes for what it wraps.
         if isinstance(value, types.FunctionType)
-        and value.__module__ in MAIN_NAMES
-        and value.__code__.co_filename == file
-        and value.__qualname__ == value.__name__
+        and isinstance(found := inspect.unwrap(value), types.FunctionType)
+    ]
+    return all(
+        function.__code__ == on_disk.get(function.__name__, function.__code__)
+        for function in functions
+        if function.__module__ in MAIN_NAMES
+        and function.__code__.co_filename == file
+        and function.__code__.co_name == function.__qualname__
     )
 
 
@@ -319,7 +328,7 @@ def bound_names(statement: ast.AST) -> set[str]:
             found.add(node.name or "")
         elif isinstance(node, _TARGETS) and isinstance(node.ctx, (ast.Store, ast.Del)):
             found.add(_root_name(node))
-    return found
+    return found - {""}
 
 
 def _exported_names(module: str | None) -> set[str]:

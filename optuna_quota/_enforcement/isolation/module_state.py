@@ -33,7 +33,7 @@ def is_plain(value: Any, depth: int = 4) -> bool:
         return False
     if len(value) > _MOST_ITEMS:
         return False
-    parts = value.items() if type(value) is dict else value
+    parts = [*value, *value.values()] if type(value) is dict else value
     return all(is_plain(part, depth - 1) for part in parts)
 
 

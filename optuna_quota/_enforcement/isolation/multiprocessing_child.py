@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable
+import contextlib
 import functools
 import itertools
 from multiprocessing import process
@@ -38,9 +39,19 @@ def become_child(name: str, parent: int) -> None:
         former.name, former.ident or os.getppid(), parent
     )
     forget_exit_handlers()
+    _leave_tracker()
     # Queues, locks and managers that were made before the fork take note of it.
     util._finalizer_registry.clear()  # type: ignore[attr-defined]
     util._run_after_forkers()  # type: ignore[attr-defined]
+
+
+def _leave_tracker() -> None:
+    """Let a resource tracker of this process's own remove what it leaves behind, when it ends."""
+    tracker: Any = resource_tracker._resource_tracker
+    if tracker._fd is not None:
+        with contextlib.suppress(OSError):  # closed with all that the template has open
+            os.close(tracker._fd)
+        tracker._fd = tracker._pid = None
 
 
 def forget_exit_handlers() -> None:

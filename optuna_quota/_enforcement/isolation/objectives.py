@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 import contextlib
+import contextvars
 import functools
 import io
 from multiprocessing import context
 from multiprocessing.reduction import ForkingPickler
+from multiprocessing.synchronize import SemLock
 import pickle
 import socket
 import sys
@@ -27,12 +30,26 @@ from optuna_quota._enforcement.isolation.main_module import MainModule
 from optuna_quota._enforcement.isolation.module_state import plain_attributes
 from optuna_quota._enforcement.isolation.payload import InheritedDescriptor
 from optuna_quota._enforcement.isolation.payload import Payload
+from optuna_quota._enforcement.isolation.process_context import global_of_main
 from optuna_quota._enforcement.isolation.process_context import MainState
+from optuna_quota._enforcement.isolation.process_context import make_context_variable
 from optuna_quota._enforcement.isolation.tensors import reduce_tensor
 
 
 # Smaller buffers are copied into the pickle; a message of its own for each would cost more.
 _LEAST_BUFFER = 1 << 16
+
+
+class NeedsFork(TypeError):
+    """An objective refers to a lock of multiprocessing's that only a forked process can share."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The objective can't be sent to the trial's process because it refers to a lock or "
+            "queue of multiprocessing's fork context. Make it by "
+            "multiprocessing.get_context('spawn'), or use "
+            "isolated(objective, start_method='fork')."
+        )
 
 
 class RemoteObjects:
@@ -71,6 +88,7 @@ def dump_objective(objective: Any, remote: RemoteObjects, main: MainModule) -> P
     multiprocessing can send (queues, locks, connections) goes as to a child of its own.
 
     Raises:
+        NeedsFork: If it refers to a lock or queue that only a fork can share.
         TypeError: If the objective refers to what can't be pickled.
     """
     missing: set[str] = set()
@@ -78,8 +96,10 @@ def dump_objective(objective: Any, remote: RemoteObjects, main: MainModule) -> P
         dump = _Dump(objective, remote, main, missing)
         try:
             return dump.run()
+        except NeedsFork:
+            raise
         except Exception as error:
-            if dump.failed is not None and dump.failed not in missing:
+            if dump.failed is not None:
                 # The trial's main module makes its own, such as a lock.
                 missing.add(dump.failed)
                 continue
@@ -102,6 +122,7 @@ class _Dump:
         self, objective: Any, remote: RemoteObjects, main: MainModule, without: set[str]
     ) -> None:
         self.failed: str | None = None
+        self._remote = remote
         self._objective = objective
         self._main = main
         self._without = without
@@ -110,13 +131,20 @@ class _Dump:
         self._spawning = _Spawning()
         self._named: dict[int, Any] = {}
         self._by_value: dict[str, Any] = {}
-        self._pickler = _Pickler(self._file, remote, self._is_named, self._take_buffer)
+        module = vars(sys.modules["__main__"])
+        left = {id(module[name]): name for name in without}
+        self._pickler = _Pickler(self._file, remote, self._is_named, self._take_buffer, left)
 
     def run(self) -> Payload:
         context.set_spawning_popen(self._spawning)  # type: ignore[arg-type]  # passes for one
         try:
             self._pickler.dump(self._objective)
             count = self._dump_main_state()
+        except NeedsFork:
+            raise
+        except Exception:
+            self.failed = next(filter(self._can_do_without, sorted(self._main.names)), None)
+            raise
         finally:
             context.set_spawning_popen(None)
         return Payload(
@@ -145,21 +173,17 @@ class _Dump:
                     values[name] = value
             attributes = {v.__qualname__: found for v in new if (found := plain_attributes(v))}
             if values or attributes:
-                self._dump_values(MainState(values, attributes))
+                self._pickler.dump(MainState(values, attributes))
                 count += 1
 
-    def _dump_values(self, state: MainState) -> None:
-        try:
-            self._pickler.dump(state)
-        except Exception:
-            self.failed = next((n for n in state.values if self._can_do_without(n)), None)
-            raise
-
     def _can_do_without(self, name: str) -> bool:
-        if name not in self._main.names:
+        value = vars(sys.modules["__main__"]).get(name)
+        if name in self._without or isinstance(value, (type, *_NAMED_KINDS, types.ModuleType)):
             return False
         try:
-            cloudpickle.dumps(vars(sys.modules["__main__"])[name])
+            _Pickler(io.BytesIO(), self._remote, self._is_named, lambda _: False, {}).dump(value)
+        except NeedsFork:
+            return False
         except Exception:  # noqa: BLE001 - a user's __reduce__ may raise anything
             return True
         return False
@@ -245,6 +269,9 @@ def _parts(value: Any) -> Iterator[Any]:
 _NAMED_KINDS = (types.FunctionType, type(functools.lru_cache(global_names)))
 
 
+_OF_TORCH = ("torch", "torch.storage")
+
+
 class _Spawning:
     """Passes for the process that multiprocessing is about to spawn, to which locks may go."""
 
@@ -266,24 +293,39 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         remote: RemoteObjects,
         is_named: Callable[[Any], bool],
         take_buffer: Callable[[pickle.PickleBuffer], Any],
+        left: Mapping[int, str],
     ) -> None:
         super().__init__(file, protocol=5, buffer_callback=take_buffer)
         self._remote = remote
         self._is_named = is_named
+        self._left = left
         self._reducers = dict(_multiprocessing_reducers())
 
     def reducer_override(self, value: Any) -> Any:
         if is_remote(value):
             return (proxy_of, (self._remote.handle(value),))
+        if id(value) in self._left:
+            return (global_of_main, (self._left[id(value)],))
+        if getattr(value, "_is_fork_ctx", False) is True and isinstance(value, SemLock):
+            raise NeedsFork
         kind = type(value)
         if kind in _NAMED_KINDS or isinstance(value, type):
             if self._is_named(value):
                 return value.__qualname__
         elif kind in self._reducers:
             return self._reducers[kind](value)
-        elif kind.__module__ == "torch" and (reduced := reduce_tensor(value)) is not None:
+        elif kind is contextvars.ContextVar:
+            return make_context_variable, (value.name, *_value_of(value))
+        elif kind.__module__ in _OF_TORCH and (reduced := reduce_tensor(value)) is not None:
             return reduced
         return super().reducer_override(value)
+
+
+def _value_of(variable: contextvars.ContextVar[Any]) -> tuple[Any, ...]:
+    try:
+        return (variable.get(),)
+    except LookupError:
+        return ()
 
 
 def _multiprocessing_reducers() -> Iterator[tuple[type, Callable[[Any], Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import contextlib
+import contextvars
 from dataclasses import dataclass
 import functools
 import multiprocessing
@@ -164,3 +165,16 @@ def hold_main_state(state: MainState) -> None:
         for part in path.split("."):
             owner = getattr(owner, part)
         set_attributes(owner, attributes)
+
+
+def global_of_main(name: str) -> Any:
+    """Return a global that the main module of a trial's process has made itself."""
+    return vars(sys.modules["__main__"])[name]
+
+
+def make_context_variable(name: str, *value: Any) -> contextvars.ContextVar[Any]:
+    """Return a context variable with the value that it has in the study's process, if any."""
+    variable: contextvars.ContextVar[Any] = contextvars.ContextVar(name)
+    for found in value:
+        variable.set(found)
+    return variable

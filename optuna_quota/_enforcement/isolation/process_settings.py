@@ -87,6 +87,11 @@ def _numpy_errors(numpy: Any) -> dict[str, str]:
     return dict(numpy.geterr())
 
 
+def _numpy_printing(numpy: Any) -> dict[str, Any]:
+    # Not a formatter: it may be the script's own, which a trial has only later.
+    return {k: v for k, v in numpy.get_printoptions().items() if isinstance(v, _PLAIN)}
+
+
 def _rc_params(matplotlib: Any) -> dict[str, Any]:
     # Not by item: to look at the backend would choose one.
     return {k: v for k, v in dict.items(matplotlib.rcParams) if isinstance(v, _PLAIN)}
@@ -187,6 +192,7 @@ _SETTINGS: Mapping[str, Setting] = {
     "locale": Setting("locale", lambda m: locale.setlocale(locale.LC_ALL), _set_locale),
     "decimal": Setting("decimal", _read_decimal, _set_decimal),
     "numpy errors": Setting("numpy", _numpy_errors, lambda m, v: m.seterr(**v)),
+    "numpy printing": Setting("numpy", _numpy_printing, lambda m, v: m.set_printoptions(**v)),
     "pandas options": Setting("pandas._config.config", _pandas_options, _set_pandas_options),
     "matplotlib": Setting("matplotlib", _rc_params, _set_rc_params),
     "scikit-learn": Setting("sklearn", lambda m: m.get_config(), lambda m, v: m.set_config(**v)),

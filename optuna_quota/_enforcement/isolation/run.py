@@ -27,6 +27,7 @@ from optuna_quota._enforcement.forecast import earlier_trials
 from optuna_quota._enforcement.forecast import forecast_breach
 from optuna_quota._enforcement.forecast import remember_profile
 from optuna_quota._enforcement.isolation import cgroup
+from optuna_quota._enforcement.isolation import processes
 from optuna_quota._enforcement.isolation.child import Exited
 from optuna_quota._enforcement.isolation.child import Inherited
 from optuna_quota._enforcement.isolation.child import Raised
@@ -57,6 +58,7 @@ from optuna_quota._enforcement.isolation.main_module import find_main_module
 from optuna_quota._enforcement.isolation.main_module import MainModule
 from optuna_quota._enforcement.isolation.multiprocessing_child import is_importing_main
 from optuna_quota._enforcement.isolation.objectives import dump_objective
+from optuna_quota._enforcement.isolation.objectives import NeedsFork
 from optuna_quota._enforcement.isolation.objectives import RemoteObjects
 from optuna_quota._enforcement.isolation.output import output_rules
 from optuna_quota._enforcement.isolation.output import sounding_loggers
@@ -255,10 +257,7 @@ class TrialRun:
         """Start the processes; return what is to be sent, None where they inherited it."""
         method = self._isolated.start_method
         if method == "fork" and can_supervise():
-            # Made before the fork: after it, each page that is touched here is copied.
-            start = self._start(None, PreparedMain(MainModule(), is_made=True))
-            inherited = Inherited(start, self._isolated.objective, sounding_loggers())
-            return launch_fork(_delegated_cgroup(), inherited), None, None
+            return self._launch_fork(), None, None
         if not can_supervise():
             bare = PreparedMain(find_main_module().without_statements(), is_made=False)
             payload = dump_objective(self._isolated.objective, self._remote, bare.module)
@@ -271,6 +270,11 @@ class TrialRun:
             main = client.prepare(self._isolated.preload)
             payload = dump_objective(self._isolated.objective, self._remote, main.module)
             launched = client.launch(_delegated_cgroup(), payload.descriptors)
+        except NeedsFork:
+            # As multiprocessing itself would by default, where such a lock is made.
+            if processes.uses_cuda():
+                raise
+            return self._launch_fork(), None, None
         except OSError as error:
             raise _CannotStart(f"The trial's process could not be started: {error}") from error
         finally:
@@ -279,6 +283,12 @@ class TrialRun:
         # What the template loaded first serves all trials; this one only came when it did.
         self._watch.detach(waited=self._watch.elapsed - before)
         return launched, self._start(payload, main), payload
+
+    def _launch_fork(self) -> Launched:
+        # Made before the fork: after it, each page that is touched here is copied.
+        start = self._start(None, PreparedMain(MainModule(), is_made=True))
+        inherited = Inherited(start, self._isolated.objective, sounding_loggers())
+        return launch_fork(_delegated_cgroup(), inherited)
 
     def _start(self, payload: Payload | None, main: PreparedMain) -> Start:
         trial, study = self._trial, self._study

@@ -9,13 +9,15 @@ from typing import Any
 
 
 def reduce_tensor(value: Any) -> Any:
-    """Return how to pickle a tensor, None for what torch is to pickle itself.
+    """Return how to pickle a tensor or its storage, None for what torch is to pickle itself.
 
     A tensor that was put into shared memory stays shared. Of any other on the CPU, the memory goes
     as it is.
     """
     torch: Any = sys.modules.get("torch")
-    if torch is None or type(value) is not torch.Tensor or value.device.type != "cpu":
+    if torch is None or type(value) is not torch.Tensor:
+        return None if torch is None else _reduce_storage(torch, value)
+    if value.device.type != "cpu":
         return None
     if value.layout is not torch.strided or value.requires_grad or vars(value):
         return None
@@ -26,6 +28,15 @@ def reduce_tensor(value: Any) -> Any:
         return None
     flat = value.contiguous().reshape(-1).view(torch.uint8)
     return _rebuild, (pickle.PickleBuffer(flat.numpy()), value.dtype, tuple(value.shape))
+
+
+def _reduce_storage(torch: Any, value: Any) -> Any:
+    """Return how to pickle a storage that is shared, None for any other."""
+    kinds = {torch.TypedStorage: "reduce_typed_storage", torch.UntypedStorage: "reduce_storage"}
+    if type(value) not in kinds or value.device.type != "cpu" or not value.is_shared():
+        return None
+    reductions: Any = importlib.import_module("torch.multiprocessing.reductions")
+    return getattr(reductions, kinds[type(value)])(value)
 
 
 def _rebuild(buffer: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
