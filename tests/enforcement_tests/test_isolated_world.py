@@ -380,3 +380,17 @@ print([t.state.name for t in study.trials])
 def test_filters_for_warnings_that_can_not_be_imported(tmp_path: Path) -> None:
     (tmp_path / "elsewhere.py").write_text(MADE_ELSEWHERE)
     assert run_python(tmp_path, "-c", FILTERING_ODD) == "['COMPLETE']\n"
+
+
+def test_a_module_that_runs_a_study_when_it_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "tuning.py").write_text(SCRIPT)
+    printed = run_python(tmp_path, "-c", "import tuning")
+    assert printed == "the script runs\n[6.0, 6.0]\n"
+
+
+def test_a_study_that_an_imported_module_runs_again_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tuning.py").write_text(SCRIPT)
+    again = "from tuning import isolated, objective, optuna; study = optuna.create_study(); "
+    again += "study.optimize(isolated(objective), n_trials=1, catch=(RuntimeError,)); "
+    again += "print(study.trials[0].state.name)"
+    assert run_python(tmp_path, "-c", again).splitlines()[-1] == "FAIL"

@@ -25,6 +25,7 @@ from optuna_quota._enforcement.isolation import processes
 from optuna_quota._enforcement.isolation.job_signals import ignore_job_signals
 from optuna_quota._enforcement.isolation.main_module import MainModule
 from optuna_quota._enforcement.isolation.main_module import make_main_module
+from optuna_quota._enforcement.isolation.multiprocessing_child import begin_preparation
 from optuna_quota._enforcement.isolation.output import blank_logging
 from optuna_quota._enforcement.isolation.trial_process import fork
 from optuna_quota._enforcement.isolation.trial_process import fork_trial
@@ -237,6 +238,7 @@ def main(handle: int) -> None:
         handle: The descriptor of the connection.
     """
     ignore_job_signals()
+    begin_preparation()
     processes.become_subreaper()
     sock = socket.socket(fileno=handle)
     try:
