@@ -30,6 +30,7 @@ from optuna_quota._enforcement.isolation.output import blank_logging
 from optuna_quota._enforcement.isolation.trial_process import fork
 from optuna_quota._enforcement.isolation.trial_process import fork_trial
 from optuna_quota._enforcement.isolation.trial_process import Forked
+from optuna_quota._enforcement.isolation.trial_process import modules_may_open_files
 
 
 # Its memory is not needed for ever: the next trial after so many idle seconds starts a new one.
@@ -156,16 +157,18 @@ class Template:
 
     def _preload(self, message: Preload) -> None:
         sys.path[:] = message.path
-        for name in message.modules:
-            if name not in sys.modules and not preload_safely(name):
-                self._sock.send(pickle.dumps(Unsafe(name)))
-                raise SystemExit
+        with modules_may_open_files():
+            for name in message.modules:
+                if name not in sys.modules and not preload_safely(name):
+                    self._sock.send(pickle.dumps(Unsafe(name)))
+                    raise SystemExit
         settle_down()
 
     def _make_main(self, main: MainModule) -> None:
         error = None
         try:
-            make_main_module(main)
+            with modules_may_open_files():
+                make_main_module(main)
         except BaseException as raised:  # noqa: BLE001 - whatever a script does
             error = f"{type(raised).__name__}: {raised}"
             make_main_module(main.without_statements())
