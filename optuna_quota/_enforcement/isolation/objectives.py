@@ -31,7 +31,8 @@ from optuna_quota._enforcement.isolation.payload import InheritedDescriptor
 from optuna_quota._enforcement.isolation.payload import Payload
 from optuna_quota._enforcement.isolation.process_context import MainState
 from optuna_quota._enforcement.isolation.process_context import ModuleParts
-from optuna_quota._enforcement.isolation.tensors import reduce_tensor
+from optuna_quota._enforcement.isolation.tensors import reduce_torch
+from optuna_quota._enforcement.isolation.tensors import TORCH_MODULES
 
 
 # Smaller buffers are copied into the pickle; a message of its own for each would cost more.
@@ -324,7 +325,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
                 return value.__qualname__
         elif kind in self._reducers:
             return self._reducers[kind](value)
-        elif kind.__module__ == "torch" and (reduced := reduce_tensor(value)) is not None:
+        elif kind.__module__ in TORCH_MODULES and (reduced := reduce_torch(value)) is not None:
             return reduced
         return super().reducer_override(value)
 

@@ -8,6 +8,16 @@ import sys
 from typing import Any
 
 
+# Where its tensors and what holds their memory are defined.
+TORCH_MODULES = ("torch", "torch.storage")
+
+
+def reduce_torch(value: Any) -> Any:
+    """Return how to pickle a tensor or its memory, None for what torch is to pickle itself."""
+    is_storage = type(value).__module__ == "torch.storage"
+    return reduce_storage(value) if is_storage else reduce_tensor(value)
+
+
 def reduce_tensor(value: Any) -> Any:
     """Return how to pickle a tensor, None for what torch is to pickle itself.
 
@@ -26,6 +36,18 @@ def reduce_tensor(value: Any) -> Any:
         return None
     flat = value.contiguous().reshape(-1).view(torch.uint8)
     return _rebuild, (pickle.PickleBuffer(flat.numpy()), value.dtype, tuple(value.shape))
+
+
+def reduce_storage(value: Any) -> Any:
+    """Return how to pickle the memory of a tensor in shared memory, None for any other."""
+    # A typed storage warns that it is deprecated when it is asked itself.
+    memory = getattr(value, "_untyped_storage", value)
+    if memory.device.type != "cpu" or not memory.is_shared():
+        return None
+    reductions: Any = importlib.import_module("torch.multiprocessing.reductions")
+    if memory is value:
+        return reductions.reduce_storage(value)
+    return reductions.reduce_typed_storage(value)
 
 
 def _rebuild(buffer: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
