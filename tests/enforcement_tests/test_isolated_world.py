@@ -380,3 +380,62 @@ print([t.state.name for t in study.trials])
 def test_filters_for_warnings_that_can_not_be_imported(tmp_path: Path) -> None:
     (tmp_path / "elsewhere.py").write_text(MADE_ELSEWHERE)
     assert run_python(tmp_path, "-c", FILTERING_ODD) == "['COMPLETE']\n"
+
+
+def test_a_module_that_runs_a_study_when_it_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "tuning.py").write_text(SCRIPT)
+    printed = run_python(tmp_path, "-c", "import tuning")
+    assert printed == "the script runs\n[6.0, 6.0]\n"
+
+
+def test_a_study_that_an_imported_module_runs_again_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tuning.py").write_text(SCRIPT)
+    again = "from tuning import isolated, objective, optuna; study = optuna.create_study(); "
+    again += "study.optimize(isolated(objective), n_trials=1, catch=(RuntimeError,)); "
+    again += "print(study.trials[0].state.name)"
+    assert run_python(tmp_path, "-c", again).splitlines()[-1] == "FAIL"
+
+
+OPENS_FILES = """
+import os
+import optuna
+from optuna_quota import isolated
+{imports}
+log = open("log.txt", "a", buffering=1)
+{shared}
+
+def objective(trial):
+    other = open("other.txt", "w")
+    log.write(f"trial {{trial.number}}\\n")
+    {count}
+    other.close()
+    return 1.0
+
+if __name__ == "__main__":
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study()
+    study.optimize(isolated(objective), n_trials=2)
+    print([t.state.name for t in study.trials], open("log.txt").read().split("\\n"){result})
+"""
+
+
+def test_files_that_a_script_opens_are_open_in_its_trials(tmp_path: Path) -> None:
+    (tmp_path / "tuning.py").write_text(
+        OPENS_FILES.format(imports="", shared="", count="", result="")
+    )
+    printed = run_python(tmp_path, "tuning.py")
+    assert printed == "['COMPLETE', 'COMPLETE'] ['trial 0', 'trial 1', '']\n"
+
+
+@pytest.mark.integration
+def test_tensors_that_a_script_shares_are_shared_with_its_trials(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    script = OPENS_FILES.format(
+        imports="import torch",
+        shared="tensor = torch.zeros(1).share_memory_()",
+        count="tensor[0] += 1",
+        result=", float(tensor[0])",
+    )
+    (tmp_path / "tuning.py").write_text(script)
+    printed = run_python(tmp_path, "tuning.py")
+    assert printed == "['COMPLETE', 'COMPLETE'] ['trial 0', 'trial 1', ''] 2.0\n"

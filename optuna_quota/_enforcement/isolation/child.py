@@ -35,6 +35,8 @@ from optuna_quota._enforcement.isolation.errors import unpack_error
 from optuna_quota._enforcement.isolation.gpu_caps import framework_gpu_memory
 from optuna_quota._enforcement.isolation.gpu_caps import set_gpu_caps
 from optuna_quota._enforcement.isolation.job_signals import restore_signals
+from optuna_quota._enforcement.isolation.multiprocessing_child import begin_preparation
+from optuna_quota._enforcement.isolation.multiprocessing_child import end_preparation
 from optuna_quota._enforcement.isolation.multiprocessing_child import leave_shared_memory
 from optuna_quota._enforcement.isolation.output import defer_to_handlers
 from optuna_quota._enforcement.isolation.output import follow
@@ -43,6 +45,8 @@ from optuna_quota._enforcement.isolation.payload import allocate
 from optuna_quota._enforcement.isolation.payload import inherited_descriptors
 from optuna_quota._enforcement.isolation.process_context import enter_context
 from optuna_quota._enforcement.isolation.process_context import hold_main_state
+from optuna_quota._enforcement.isolation.process_context import hold_module_parts
+from optuna_quota._enforcement.isolation.process_context import ModuleParts
 from optuna_quota._enforcement.isolation.process_context import ProcessContext
 from optuna_quota._enforcement.isolation.process_context import seed
 from optuna_quota._enforcement.isolation.shortage import find_shortage
@@ -214,6 +218,7 @@ def run_child(
             faulthandler.enable(crash_file)
             processes.enlarge_signal_stack()
         if inherited is None:
+            begin_preparation()
             enter_context(start.context, has_main=start.has_main)
             follow(start.output, _calls)
         else:
@@ -260,7 +265,11 @@ def _load(sent: SentObjective, buffers: Sequence[memoryview]) -> Any:
     unpickler = pickle.Unpickler(io.BytesIO(sent.pickles), buffers=buffers)
     objective = unpickler.load()
     for _ in range(sent.states):
-        hold_main_state(unpickler.load())
+        state = unpickler.load()
+        if isinstance(state, ModuleParts):
+            hold_module_parts(state)
+        else:
+            hold_main_state(state)
     return objective
 
 
@@ -279,6 +288,7 @@ def _prepare_and_run(
     trial = ChildTrial(_calls, start.trial)
     rlimits.reset_peak()
     restore_signals()
+    end_preparation()
     _calls.notify(Ready(os.getpid(), supervisor, _limit(start)))
     return _run(objective, trial)
 

@@ -95,7 +95,12 @@ def can_preload(names: Iterable[str]) -> list[str]:
     for name in names:
         module = sys.modules.get(name)
         spec = getattr(module, "__spec__", None)
-        if name.partition(".")[0] not in _NEVER and spec is not None and spec.name == name:
+        if (
+            name.partition(".")[0] not in _NEVER
+            and spec is not None
+            and spec.name == name
+            and not getattr(spec, "_initializing", False)
+        ):
             found.append(name)
     return found
 
@@ -123,6 +128,32 @@ def _user_modules(count: int) -> list[types.ModuleType]:
 def is_installed(file: str) -> bool:
     """Return whether a file belongs to an installed package or a program of the environment."""
     return file.startswith(_installed_folders())
+
+
+def modules_under_way() -> list[types.ModuleType]:
+    """Return the user's own modules, but for the main one, that are still being imported.
+
+    An import of one elsewhere would do again what it does here: run a study, if it does so now.
+    """
+    found = {}
+    for frame in list(sys._current_frames().values()):
+        at: types.FrameType | None = frame
+        while at is not None:
+            name = at.f_globals.get("__name__")
+            module = sys.modules.get(name) if isinstance(name, str) else None
+            if at.f_code.co_name == "<module>" and at.f_globals is getattr(
+                module, "__dict__", None
+            ):
+                found[name] = module
+            at = at.f_back
+    return [
+        module
+        for name, module in found.items()
+        if name not in _NEVER
+        and module is not None
+        and (file := getattr(module, "__file__", None))
+        and not is_installed(file)
+    ]
 
 
 def modification_times(names: Iterable[str]) -> dict[str, int]:

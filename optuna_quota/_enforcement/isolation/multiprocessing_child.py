@@ -88,6 +88,24 @@ def leave_shared_memory() -> None:
     tracker.unregister = functools.partial(of_own, unregister)
 
 
-def is_importing_main() -> bool:
-    """Return whether this is a worker of multiprocessing that is importing the main module."""
-    return bool(getattr(process.current_process(), "_inheriting", False))
+def begin_preparation() -> None:
+    """Note that this process, of a trial or of a template, gets ready for an objective."""
+    global _is_in_preparation
+    _is_in_preparation = True
+
+
+def end_preparation() -> None:
+    """Note that the objective begins: what it imports may run studies of its own."""
+    global _is_in_preparation
+    _is_in_preparation = False
+
+
+def is_in_preparation() -> bool:
+    """Return whether this process, one of ours or of multiprocessing's, still imports modules.
+
+    A study that one of them runs would run in each such process, and start others.
+    """
+    return _is_in_preparation or bool(getattr(process.current_process(), "_inheriting", False))
+
+
+_is_in_preparation = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
@@ -28,11 +29,13 @@ from optuna_quota._enforcement.isolation.child import proxy_of
 from optuna_quota._enforcement.isolation.main_module import MAIN_NAMES
 from optuna_quota._enforcement.isolation.main_module import MainModule
 from optuna_quota._enforcement.isolation.module_state import plain_attributes
+from optuna_quota._enforcement.isolation.modules import modules_under_way
 from optuna_quota._enforcement.isolation.payload import InheritedDescriptor
 from optuna_quota._enforcement.isolation.payload import Payload
 from optuna_quota._enforcement.isolation.process_context import global_of_main
 from optuna_quota._enforcement.isolation.process_context import MainState
 from optuna_quota._enforcement.isolation.process_context import make_context_variable
+from optuna_quota._enforcement.isolation.process_context import ModuleParts
 from optuna_quota._enforcement.isolation.tensors import reduce_tensor
 
 
@@ -136,10 +139,12 @@ class _Dump:
         self._pickler = _Pickler(self._file, remote, self._is_named, self._take_buffer, left)
 
     def run(self) -> Payload:
+        modules = modules_under_way()
+        _send_by_value(modules)
         context.set_spawning_popen(self._spawning)  # type: ignore[arg-type]  # passes for one
         try:
             self._pickler.dump(self._objective)
-            count = self._dump_main_state()
+            count = self._dump_main_state() + self._dump_parts(modules)
         except NeedsFork:
             raise
         except Exception:
@@ -175,6 +180,21 @@ class _Dump:
             if values or attributes:
                 self._pickler.dump(MainState(values, attributes))
                 count += 1
+
+    def _dump_parts(self, modules: Iterable[types.ModuleType]) -> int:
+        """Dump what was sent by value of modules that are being imported; return how often."""
+        count = 0
+        for module in modules:
+            parts = {
+                name: value
+                for name, value in list(vars(module).items())
+                if id(value) in self._pickler.seen
+                and getattr(value, "__module__", None) == module.__name__
+            }
+            if parts:
+                self._pickler.dump(ModuleParts(module.__name__, parts))
+                count += 1
+        return count
 
     def _can_do_without(self, name: str) -> bool:
         value = vars(sys.modules["__main__"]).get(name)
@@ -222,6 +242,27 @@ class _Dump:
             return True
         self._buffers.append(buffer)
         return False
+
+
+def _send_by_value(modules: Iterable[types.ModuleType]) -> None:
+    """Let cloudpickle send the functions and classes of these modules by value, of no others.
+
+    Any thread's trial finds the same modules, so that what one registers, another needs.
+    """
+    wanted = {module.__name__: module for module in modules}
+    for name in _sent_by_value.keys() - wanted.keys():
+        module = _sent_by_value.pop(name, None)
+        with contextlib.suppress(ValueError):
+            if module is not None:
+                cloudpickle.unregister_pickle_by_value(module)
+    known = cloudpickle.list_registry_pickle_by_value()
+    for name, module in wanted.items():
+        if name not in known:
+            _sent_by_value[name] = module
+            cloudpickle.register_pickle_by_value(module)
+
+
+_sent_by_value: dict[str, types.ModuleType] = {}
 
 
 def global_names(value: Any) -> set[str]:
@@ -300,6 +341,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         self._is_named = is_named
         self._left = left
         self._reducers = dict(_multiprocessing_reducers())
+        self.seen: set[int] = set()
 
     def reducer_override(self, value: Any) -> Any:
         if is_remote(value):
@@ -310,6 +352,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             raise NeedsFork
         kind = type(value)
         if kind in _NAMED_KINDS or isinstance(value, type):
+            self.seen.add(id(value))
             if self._is_named(value):
                 return value.__qualname__
         elif kind in self._reducers:

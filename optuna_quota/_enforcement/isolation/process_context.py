@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import sys
+import types
 from typing import Any
 
 from optuna_quota._enforcement.isolation.after_import import after_import
@@ -154,6 +155,25 @@ class MainState:
 
     values: Mapping[str, Any]
     attributes: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ModuleParts:
+    """Functions and classes of a module that the trial's process must not import.
+
+    Attributes:
+        module: Its name.
+        parts: What the objective refers to, by name.
+    """
+
+    module: str
+    parts: Mapping[str, Any]
+
+
+def hold_module_parts(found: ModuleParts) -> None:
+    """Let a module of that name hold the parts, for pickles that name them."""
+    module = sys.modules.setdefault(found.module, types.ModuleType(found.module))
+    vars(module).update(found.parts)
 
 
 def hold_main_state(state: MainState) -> None:

@@ -56,7 +56,7 @@ from optuna_quota._enforcement.isolation.launch import launch_fork
 from optuna_quota._enforcement.isolation.launch import Launched
 from optuna_quota._enforcement.isolation.main_module import find_main_module
 from optuna_quota._enforcement.isolation.main_module import MainModule
-from optuna_quota._enforcement.isolation.multiprocessing_child import is_importing_main
+from optuna_quota._enforcement.isolation.multiprocessing_child import is_in_preparation
 from optuna_quota._enforcement.isolation.objectives import dump_objective
 from optuna_quota._enforcement.isolation.objectives import NeedsFork
 from optuna_quota._enforcement.isolation.objectives import RemoteObjects
@@ -125,11 +125,11 @@ class TrialRun:
         """Run it; return what the objective returns or raise what it raises."""
         if is_rejected(self._trial.user_attrs):
             raise_rejected(self._trial.user_attrs)
-        if is_importing_main():
+        if is_in_preparation():
             raise RuntimeError(
-                "An isolated trial was about to start while a worker of multiprocessing imports "
-                "the main module: the worker would run the study again. Put what runs the study "
-                'under `if __name__ == "__main__":`.'
+                "An isolated trial was about to start in a process that is only importing the "
+                "modules it needs: it would run the study again. Put what runs the study under "
+                '`if __name__ == "__main__":`.'
             )
         self._watch, owned = self._find_watch()
         # From here on its start counts, but not what this process and its template hold.

@@ -25,10 +25,12 @@ from optuna_quota._enforcement.isolation import processes
 from optuna_quota._enforcement.isolation.job_signals import ignore_job_signals
 from optuna_quota._enforcement.isolation.main_module import MainModule
 from optuna_quota._enforcement.isolation.main_module import make_main_module
+from optuna_quota._enforcement.isolation.multiprocessing_child import begin_preparation
 from optuna_quota._enforcement.isolation.output import blank_logging
 from optuna_quota._enforcement.isolation.trial_process import fork
 from optuna_quota._enforcement.isolation.trial_process import fork_trial
 from optuna_quota._enforcement.isolation.trial_process import Forked
+from optuna_quota._enforcement.isolation.trial_process import modules_may_open_files
 
 
 # After so many idle seconds it ends, to give its memory back; the next trial starts a new one.
@@ -155,16 +157,18 @@ class Template:
 
     def _preload(self, message: Preload) -> None:
         sys.path[:] = message.path
-        for name in message.modules:
-            if name not in sys.modules and not preload_safely(name):
-                self._sock.send(pickle.dumps(Unsafe(name)))
-                raise SystemExit
+        with modules_may_open_files():
+            for name in message.modules:
+                if name not in sys.modules and not preload_safely(name):
+                    self._sock.send(pickle.dumps(Unsafe(name)))
+                    raise SystemExit
         settle_down()
 
     def _make_main(self, main: MainModule) -> None:
         error = None
         try:
-            make_main_module(main)
+            with modules_may_open_files():
+                make_main_module(main)
         except BaseException as raised:  # noqa: BLE001 - whatever a script does
             error = f"{type(raised).__name__}: {raised}"
             make_main_module(main.without_statements())
@@ -237,6 +241,7 @@ def main(handle: int) -> None:
         handle: The descriptor of the connection.
     """
     ignore_job_signals()
+    begin_preparation()
     processes.become_subreaper()
     sock = socket.socket(fileno=handle)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import contextlib
 from dataclasses import dataclass
 import gc
@@ -85,7 +86,8 @@ def _supervise(
             _enter_child(supervisor, leaf)
             hold_signals()
             if inherited is None:
-                _close_all_but(channel, notice_read, crash_file, parent)
+                kept = (channel, notice_read, crash_file, parent)
+                _close_all_but(*kept, *_opened_by_modules)
             else:
                 # To go through what is inherited would copy its pages.
                 gc.freeze()
@@ -148,6 +150,38 @@ def _make_leaf(folder: Path | None) -> CgroupLeaf | None:
         return CgroupLeaf(folder)
     except OSError:
         return None
+
+
+@contextlib.contextmanager
+def modules_may_open_files() -> Iterator[None]:
+    """Leave open in trials what is opened in the block: logs, databases, shared memory.
+
+    What a module holds would otherwise refer to closed files, or by their numbers to others'.
+    """
+    before = _open_descriptors()
+    try:
+        yield
+    finally:
+        now = _open_descriptors()
+        _opened_by_modules.intersection_update(now)
+        _opened_by_modules.update(now - before)
+
+
+_opened_by_modules: set[int] = set()
+
+
+def _open_descriptors() -> set[int]:
+    found = {int(name) for name in os.listdir("/proc/self/fd")}
+    # That of the listing itself is closed by now.
+    return {handle for handle in found if _is_open(handle)}
+
+
+def _is_open(handle: int) -> bool:
+    try:
+        os.fstat(handle)
+    except OSError:
+        return False
+    return True
 
 
 def _close_all_but(*handles: int) -> None:
