@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from hypothesis import HealthCheck
 from hypothesis import settings
+import pytest
+
+from optuna_quota._enforcement.isolation import template_client
 
 
 # Test machines are shared and slow at times: a slow draw is no failure.
@@ -11,3 +16,14 @@ settings.register_profile(
     "optuna_quota", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("optuna_quota")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_template() -> Iterator[None]:
+    """Let isolated trials begin with little loaded, whatever this test run has imported.
+
+    What a trial's memory and start are measured by would else depend on the tests that ran before.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(template_client, "modules_to_preload", lambda *, everything: [])
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import logging
 import multiprocessing
 import os
@@ -18,6 +19,8 @@ from optuna_quota import isolated
 from optuna_quota import Limits
 from optuna_quota import QuotaPruner
 from optuna_quota import TrialCrashed
+from optuna_quota._enforcement.isolation import template_client as clients
+from optuna_quota._enforcement.isolation.modules import modules_to_preload
 from optuna_quota._enforcement.isolation.template_client import template_client
 from optuna_quota._enforcement.isolation.template_client import TemplateClient
 from optuna_quota._records import read_record
@@ -173,6 +176,16 @@ def test_large_libraries_can_be_loaded_before_a_fork() -> None:
     assert all(t.user_attrs["loaded"] for t in study.trials)
 
 
+@pytest.fixture
+def _preloading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the template load what this process has imported, as it does outside of tests."""
+    monkeypatch.setattr(clients, "modules_to_preload", modules_to_preload)
+    monkeypatch.setattr(clients, "_client", None)
+    yield
+    template_client().close()
+
+
+@pytest.mark.usefixtures("_preloading")
 def test_a_trial_finds_loaded_what_the_study_has_imported_and_nothing_else(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +210,7 @@ def test_a_trial_finds_loaded_what_the_study_has_imported_and_nothing_else(
     sys.modules.pop("known_here")
 
 
+@pytest.mark.usefixtures("_preloading")
 def test_a_module_that_was_edited_is_loaded_anew(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,12 +107,17 @@ def can_preload(names: Iterable[str]) -> list[str]:
 
 def user_modules() -> list[types.ModuleType]:
     """Return the user's own modules of this process: those of files that were not installed."""
-    return list(_user_modules(len(sys.modules)))
+    return list(_user_modules(loaded_modules()))
+
+
+def loaded_modules() -> tuple[int, str]:
+    """Return what changes when a module is imported: how many there are, and the newest."""
+    return len(sys.modules), next(reversed(sys.modules))
 
 
 @functools.lru_cache(maxsize=1)
-def _user_modules(count: int) -> list[types.ModuleType]:
-    # There may be thousands of modules; as long as they are as many, they are the same.
+def _user_modules(loaded: tuple[int, str]) -> list[types.ModuleType]:
+    # There may be thousands, and this is asked for each trial.
     folders = _installed_folders()
     return [
         module

@@ -27,6 +27,7 @@ from optuna_quota._enforcement.isolation.launch import popen
 from optuna_quota._enforcement.isolation.launch import TemplateGone
 from optuna_quota._enforcement.isolation.main_module import find_main_module
 from optuna_quota._enforcement.isolation.main_module import MainModule
+from optuna_quota._enforcement.isolation.modules import loaded_modules
 from optuna_quota._enforcement.isolation.modules import modification_times
 from optuna_quota._enforcement.isolation.modules import modified
 from optuna_quota._enforcement.isolation.modules import modules_to_preload
@@ -70,7 +71,7 @@ class TemplateClient:
         self._process: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
         self._wanted: dict[str, None] = {}
-        self._known_modules = 0
+        self._known_modules: tuple[int, str] | None = None
         self._loaded: dict[str, None] = {}
         self._files: dict[str, int] = {}
         self._environ: dict[str, str] = {}
@@ -156,10 +157,11 @@ class TemplateClient:
             if self._prepared is not None:
                 self._discard()
             self._main = main
-        if len(sys.modules) != self._known_modules:
+        loaded = loaded_modules()
+        if loaded != self._known_modules:
             # What is imported later is mostly this library's or Optuna's.
-            names = modules_to_preload(everything=not self._known_modules)
-            self._known_modules = len(sys.modules)
+            names = modules_to_preload(everything=self._known_modules is None)
+            self._known_modules = loaded
             self._wanted.update(dict.fromkeys(names))
         self._wanted.update(dict.fromkeys(preload))
 
