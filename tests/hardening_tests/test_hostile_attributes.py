@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import contextlib
+from datetime import timedelta
 from html.parser import HTMLParser
 import io
 import json
@@ -213,7 +214,13 @@ def test_a_study_whose_every_row_lies_can_still_be_projected() -> None:
 
 
 def test_a_completed_row_that_says_it_was_rejected_is_charged_all_the_same() -> None:
-    study = study_of([({OUTCOME: "rejected"}, {})] * ROWS, {})
+    rows = [hostile.row(i, {OUTCOME: "rejected"}, {}) for i in range(ROWS)]
+    for row in rows:
+        if row.datetime_start is not None:
+            # A row that took no time did not run here: it was added.
+            row.datetime_start -= timedelta(seconds=1)
+    study = optuna.create_study()
+    study.add_trials(rows)
     study.sampler = QuotaSampler(quota=Quota(n_trials=ROWS))
     completed = sum(t.state == TrialState.COMPLETE for t in study.trials)
     study.optimize(lambda trial: trial.suggest_float("x", 0, 2), n_trials=2 * ROWS)
