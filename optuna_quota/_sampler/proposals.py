@@ -213,7 +213,10 @@ class Proposals:
         elif self._bounds is not None and self._bounds[0] is expected:
             found = self._bounds[1]
         else:
-            found = _uppers(expected, [r.params for r in rows] or expected.points[-_PROMISED:])
+            points = [row.params for row in rows]
+            if not points and not isinstance(expected, GivenFootprint):
+                points = list(expected.points[-_PROMISED:])
+            found = _uppers(expected, points)
             self._bounds = expected, found
         return {name: min(found[name], most) for name, most in held.items() if name in found}
 

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import optuna
+from optuna.distributions import FloatDistribution
 import pytest
 
 from optuna_quota import isolated
@@ -305,6 +306,7 @@ def test_a_point_for_what_is_free_is_drawn_on_demand(on_crowded: Any, fits: bool
         sampler = QuotaSampler(
             optuna.samplers.RandomSampler(seed=seed),
             quota=Quota(memory="1000GB"),
+            strategy=Strategy(12, search_space={"x": FloatDistribution(1, 1000)}),
             footprint=lambda params: Usage(memory=params["x"] * 1e9),
             on_crowded=on_crowded,
             on_veto="redraw",
