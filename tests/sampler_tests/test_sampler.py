@@ -115,7 +115,7 @@ def test_a_breach_is_terminated_and_a_constraint() -> None:
         assert trial.state == TrialState.PRUNED
         assert record.outcome == "terminated"
         assert record.breach is not None and record.breach.resource == "memory"
-        assert record.reason is not None and record.reason.startswith("Memory reached")
+        assert record.reason is not None and record.reason.startswith("Memory limit exceeded")
         memory, wall_time = trial.constraints.values()
         assert memory > 0 > wall_time
     assert study.user_attrs["quota:limits"] == {"memory": 1, "wall_time": 3600}
