@@ -70,7 +70,8 @@ def test_the_lines_of_the_readme(study: optuna.Study, tmp_path: Path) -> None:
     ran = table[table["outcome"].isin(["completed", "terminated"])]
     assert len(ran) >= 10
     assert ran["memory"].notna().all()
-    assert (ran["memory"] < 320 * MIB).all()
+    # The meter judges and not the kernel: on a busy machine it may come some milliseconds late.
+    assert (ran["memory"] < 400 * MIB).all()
     assert (ran["isolation"] == "process").all(), ran.to_string()
     completed = table[table["outcome"] == "completed"]
     # What the objective holds is seen: the peaks grow with what it was told to hold.
