@@ -149,6 +149,7 @@ class TemplateClient:
             for process in self._retired:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=5)
+            self._errors.close()
 
     def _want(self, preload: Sequence[str]) -> None:
         main = find_main_module()
