@@ -61,8 +61,9 @@ def study(tmp_path: Path) -> optuna.Study:
 
 
 @pytest.mark.timeout(180)
-def test_the_lines_of_the_readme(study: optuna.Study, tmp_path: Path) -> None:
-    study.optimize(isolated(allocate), n_trials=22, n_jobs=2)
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "measured"])
+def test_the_lines_of_the_readme(study: optuna.Study, strict: bool, tmp_path: Path) -> None:
+    study.optimize(isolated(allocate, strict_memory=strict), n_trials=22, n_jobs=2)
 
     table = trial_table(study)
     assert len(table) == 22
@@ -70,8 +71,9 @@ def test_the_lines_of_the_readme(study: optuna.Study, tmp_path: Path) -> None:
     ran = table[table["outcome"].isin(["completed", "terminated"])]
     assert len(ran) >= 10
     assert ran["memory"].notna().all()
-    # The meter judges and not the kernel: on a busy machine it may come some milliseconds late.
-    assert (ran["memory"] < 400 * MIB).all()
+    if strict:
+        # By default the meter judges and not the kernel: a short trial may be over before that.
+        assert (ran["memory"] < 320 * MIB).all()
     assert (ran["isolation"] == "process").all(), ran.to_string()
     completed = table[table["outcome"] == "completed"]
     # What the objective holds is seen: the peaks grow with what it was told to hold.
@@ -86,8 +88,9 @@ def test_the_lines_of_the_readme(study: optuna.Study, tmp_path: Path) -> None:
             assert attributes["quota:breach"]["limit"] == 300 * MIB
             assert attributes["quota:reason"]
         if trial.state is TrialState.COMPLETE:
-            # As in a study without limits, so that any sampler can go on with it.
-            assert trial.constraints == {}
+            # Within its limits as in a study without any, so that any sampler can go on with it.
+            # One that ended before it could be stopped has them.
+            assert bool(trial.constraints) is (attributes["quota:memory"] > 300 * MIB)
     assert study.user_attrs["quota:limits"] == {"memory": 300 * MIB, "wall_time": 30}
     assert study.user_attrs["quota:quota"] == {
         "wall_time": 120,
