@@ -164,8 +164,11 @@ DISPOSITIONS = """
     def look():
         found = {}
         for number in signal.valid_signals():
+            # `None` where it was set from C, as faulthandler's are.
             handler = signal.getsignal(number)
-            found[int(number)] = getattr(handler, "__name__", None) or int(handler)
+            if isinstance(handler, signal.Handlers):
+                handler = int(handler)
+            found[int(number)] = getattr(handler, "__name__", handler)
         return found
 
     def tell(queue):
