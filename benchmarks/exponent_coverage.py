@@ -14,11 +14,11 @@ import time
 
 import numpy as np
 
-from optuna_quota._models.utilization import UtilizationModel
-from optuna_quota._models.utilization_data import Parameter
-from optuna_quota._models.utilization_design import build_design
-from optuna_quota._models.utilization_design import values_of
-from optuna_quota._models.utilization_select import select
+from optuna_quota._utilization.data import Parameter
+from optuna_quota._utilization.design import build_design
+from optuna_quota._utilization.design import values_of
+from optuna_quota._utilization.model import UtilizationModel
+from optuna_quota._utilization.select import select
 
 
 TRUTH = {

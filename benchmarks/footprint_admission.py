@@ -1,6 +1,6 @@
 """Admission at a limit, one trial after another, by models of tables of real trials.
 
-Used by ``footprint_models.py``, which says what the tables are.
+Used by ``footprint_footprint.py``, which says what the tables are.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 
 from optuna_quota import Footprint
 from optuna_quota import Usage
-from optuna_quota._models.predictive import Predictive
-from optuna_quota._models.rows import FootprintRow
+from optuna_quota._footprint.predictive import Predictive
+from optuna_quota._footprint.rows import FootprintRow
 
 
 # Over-limit points refused, at least, and fitting ones refused, at most, in percent.

@@ -2,7 +2,7 @@
 
     python benchmarks/footprint_constants.py --tables DIRECTORY [--shuffles N]
 
-For the tables see ``footprint_models.py``. Two choices. What noise is expected before any trial
+For the tables see ``footprint_footprint.py``. Two choices. What noise is expected before any trial
 told of it: the score is the mean pinball loss of the logarithm over five quantiles, beside that of
 the first candidate. How the spread is calibrated: the score is the squared distance of the 95%
 bounds' coverage from 95%, summed over resources and numbers of trials. Each line gives what the
@@ -28,10 +28,10 @@ from footprint_tables import Workload
 import numpy as np
 
 from optuna_quota import Footprint
-from optuna_quota._models import fitting
-from optuna_quota._models import resource_model
-from optuna_quota._models.chained_model import ChainedModel
-from optuna_quota._models.predictive import Predictive
+from optuna_quota._footprint import fitting
+from optuna_quota._footprint import resource_model
+from optuna_quota._footprint.chained_model import ChainedModel
+from optuna_quota._footprint.predictive import Predictive
 
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

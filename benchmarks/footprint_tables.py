@@ -1,6 +1,6 @@
 """Tables of real trials, and how bounds and projections of models of them turn out.
 
-Used by ``footprint_models.py``, which says what the tables are.
+Used by ``footprint_footprint.py``, which says what the tables are.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from optuna_quota import Footprint
 from optuna_quota import project
 from optuna_quota import Strategy
 from optuna_quota import Usage
-from optuna_quota._models.features import Features
-from optuna_quota._models.predictive import Predictive
-from optuna_quota._models.rows import FootprintRow
-from optuna_quota._models.whereabouts import next_points
+from optuna_quota._footprint.features import Features
+from optuna_quota._footprint.predictive import Predictive
+from optuna_quota._footprint.rows import FootprintRow
+from optuna_quota._footprint.whereabouts import next_points
 
 
 RESOURCES = ("memory", "cpu_time", "wall_time")

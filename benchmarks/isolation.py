@@ -53,7 +53,7 @@ RECORD = "ddd"
 KINDS = ("private", "one array", "shared", "shared, stubborn")
 HANG = 30.0
 # Not "__main__", which Python 3.11's forkserver passes over without a word.
-PRELOAD = ["numpy", "psutil", "optuna", "optuna_quota._enforcement.isolated", "verdicts"]
+PRELOAD = ["numpy", "psutil", "optuna", "optuna_quota._isolation.isolated", "verdicts"]
 
 
 class Progress:

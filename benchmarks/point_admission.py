@@ -49,9 +49,9 @@ from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaSampler
 from optuna_quota import Usage
-from optuna_quota._models import learner
-from optuna_quota._models.rows import footprint_row
-from optuna_quota._models.rows import FootprintRow
+from optuna_quota._footprint import learner
+from optuna_quota._footprint.rows import footprint_row
+from optuna_quota._footprint.rows import FootprintRow
 from optuna_quota._sampler.policy import replacement_for
 
 

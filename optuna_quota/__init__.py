@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from optuna_quota._analysis.report import analyze
     from optuna_quota._analysis.report import UtilizationReport
     from optuna_quota._enforcement.check import check
-    from optuna_quota._enforcement.isolated import isolated
     from optuna_quota._enforcement.pruner import QuotaPruner
+    from optuna_quota._footprint.footprint import Footprint
+    from optuna_quota._isolation.isolated import isolated
     from optuna_quota._ledger.status import LedgerStatus
     from optuna_quota._ledger.status import status
     from optuna_quota._metering import Meter
-    from optuna_quota._models.footprint import Footprint
     from optuna_quota._projection import project
     from optuna_quota._projection import Projection
     from optuna_quota._resources import Limits
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 # Where each public name lives. Modules are imported when a name is first asked for, so that
 # `import optuna_quota` costs next to nothing and statsmodels or plotly load only where used.
 _HOMES = {
-    "Footprint": "_models.footprint",
+    "Footprint": "_footprint.footprint",
     "LedgerStatus": "_ledger.status",
     "LimitBreached": "exceptions",
     "Limits": "_resources",
@@ -84,7 +84,7 @@ _HOMES = {
     "UtilizationReport": "_analysis.report",
     "analyze": "_analysis.report",
     "check": "_enforcement.check",
-    "isolated": "_enforcement.isolated",
+    "isolated": "_isolation.isolated",
     "project": "_projection",
     "replay": "_analysis.replay",
     "status": "_ledger.status",

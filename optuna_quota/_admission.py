@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from optuna_quota._models.footprint import joint_breach
+from optuna_quota._footprint.footprint import joint_breach
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import get_resource
 

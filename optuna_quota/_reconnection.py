@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from optuna_quota import _optuna
-from optuna_quota._patience import patiently
+from optuna_quota._storage_retry import patiently
 
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck
 from hypothesis import settings
 import pytest
 
-from optuna_quota._enforcement.isolation import template_client
+from optuna_quota._isolation import template_client
 
 
 # Test machines are shared and slow at times: a slow draw is no failure.

@@ -8,8 +8,8 @@ import pytest
 
 from optuna_quota._admission import admit_point
 from optuna_quota._admission import audit_is_due
-from optuna_quota._models.completions import completions
-from optuna_quota._models.footprint import joint_breach
+from optuna_quota._footprint.completions import completions
+from optuna_quota._footprint.footprint import joint_breach
 
 
 LIMITS = {"memory": 2.0 * 2**30, "wall_time": 60.0, "cpu_time": 90.0}

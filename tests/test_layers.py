@@ -15,13 +15,16 @@ LAYERS = [
     "_units",
     "_resources",
     "_optuna",
-    "_patience",
+    "_storage_retry",
     "_reconnection",
     "_records",
     "_metering",
     "_enforcement",
+    "_isolation",
+    "_doctor",
     "_table",
-    "_models",
+    "_footprint",
+    "_utilization",
     "_projection",
     "_ledger",
     "_admission",
@@ -41,7 +44,7 @@ MODULES = sorted(
 # Foreign worlds with one door each.
 DOORS = {
     "pynvml": {"_metering/nvml.py"},
-    "statsmodels": {"_models", "_analysis"},
+    "statsmodels": {"_utilization", "_analysis"},
 }
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from optuna_quota._analysis.advice import Advice
 from optuna_quota._analysis.advise_cheapest import near_best
 from optuna_quota._analysis.advise_cheapest import TOLERANCE
-from optuna_quota._models.utilization_data import Parameter
 from optuna_quota._resources import get_resource
+from optuna_quota._utilization.data import Parameter
 
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._models.utilization_data import Parameter
-from optuna_quota._models.utilization_data import StudyData
+from optuna_quota._utilization.data import Parameter
+from optuna_quota._utilization.data import StudyData
 
 
 if TYPE_CHECKING:

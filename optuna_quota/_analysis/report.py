@@ -19,13 +19,13 @@ from optuna_quota._analysis.correlations import correlations
 from optuna_quota._analysis.fronts import best_numbers
 from optuna_quota._analysis.fronts import is_feasible
 from optuna_quota._analysis.summary import summarize
-from optuna_quota._models.footprint import Footprint
-from optuna_quota._models.rows import footprint_row
-from optuna_quota._models.utilization import fit_models
-from optuna_quota._models.utilization import UtilizationModel
-from optuna_quota._models.utilization import with_peaks_settled
-from optuna_quota._models.utilization_data import study_data
-from optuna_quota._models.utilization_data import StudyData
+from optuna_quota._footprint.footprint import Footprint
+from optuna_quota._footprint.rows import footprint_row
+from optuna_quota._utilization.data import study_data
+from optuna_quota._utilization.data import StudyData
+from optuna_quota._utilization.model import fit_models
+from optuna_quota._utilization.model import UtilizationModel
+from optuna_quota._utilization.model import with_peaks_settled
 
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from optuna_quota._analysis.correlations import claims
 from optuna_quota._analysis.correlations import MIN_TRIALS
-from optuna_quota._models.vetoes import count_vetoes
+from optuna_quota._footprint.vetoes import count_vetoes
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import OUTCOMES
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from optuna_quota._analysis.advice import Advice
     from optuna_quota._analysis.report import UtilizationReport
-    from optuna_quota._models.utilization import UtilizationModel
+    from optuna_quota._utilization.model import UtilizationModel
 
 
 WIDTH = 99

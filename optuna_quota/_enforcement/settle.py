@@ -19,8 +19,6 @@ from optuna_quota._enforcement.constraints import limit_constraints
 from optuna_quota._enforcement.nesting import demands_equal_constraints
 from optuna_quota._enforcement.outcome import conclude
 from optuna_quota._enforcement.outcome import WENT_ON
-from optuna_quota._patience import passes
-from optuna_quota._patience import patiently
 from optuna_quota._records import CONSTRAINED
 from optuna_quota._records import Interval
 from optuna_quota._records import OUTCOME
@@ -31,6 +29,8 @@ from optuna_quota._records import system_attributes
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Usage
+from optuna_quota._storage_retry import passes
+from optuna_quota._storage_retry import patiently
 
 
 if TYPE_CHECKING:

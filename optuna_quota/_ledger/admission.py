@@ -17,7 +17,7 @@ from optuna_quota._ledger.protocol import Decision
 from optuna_quota._ledger.protocol import Want
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.worker import this_worker
-from optuna_quota._patience import passes
+from optuna_quota._storage_retry import passes
 
 
 _FIRST_PAUSE = 0.002

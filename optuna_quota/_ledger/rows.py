@@ -23,10 +23,10 @@ from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
 from optuna_quota._ledger.tables import Tables
-from optuna_quota._patience import patiently
 from optuna_quota._records import RESERVATION
 from optuna_quota._records import TrialRecord
 from optuna_quota._records import write_record
+from optuna_quota._storage_retry import patiently
 
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from optuna_quota._models.spaces import narrowed
+from optuna_quota._footprint.spaces import narrowed
 from optuna_quota._projection.simulation import Plan
 from optuna_quota._projection.simulation import Simulation
 from optuna_quota._projection.simulation import unit_points

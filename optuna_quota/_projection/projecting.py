@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from optuna_quota._models.given import as_footprint
+from optuna_quota._footprint.given import as_footprint
 from optuna_quota._projection.nearest import nearest_strategy
 from optuna_quota._projection.projection import ProjectedResource
 from optuna_quota._projection.projection import Projection

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from optuna_quota._models.given import Expectation
-from optuna_quota._models.spaces import latin_hypercube
-from optuna_quota._models.spaces import points_of
+from optuna_quota._footprint.given import Expectation
+from optuna_quota._footprint.spaces import latin_hypercube
+from optuna_quota._footprint.spaces import points_of
 from optuna_quota._projection.projection import ProjectedResource
 from optuna_quota._projection.projection import Projection
 from optuna_quota._resources import get_resource

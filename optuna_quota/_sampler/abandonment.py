@@ -17,12 +17,12 @@ from optuna_quota._enforcement.watches import find_watch
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
 from optuna_quota._ledger.worker import this_worker
-from optuna_quota._patience import passes
-from optuna_quota._patience import patiently
 from optuna_quota._records import is_rejected
 from optuna_quota._records import RESERVATION
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Outcome
+from optuna_quota._storage_retry import passes
+from optuna_quota._storage_retry import patiently
 from optuna_quota.exceptions import QuotaExhausted
 from optuna_quota.exceptions import StudyRejected
 from optuna_quota.exceptions import TrialRejected

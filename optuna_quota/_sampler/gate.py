@@ -12,11 +12,11 @@ import numpy as np
 
 from optuna_quota._admission import admit_point
 from optuna_quota._admission import PointVerdict
-from optuna_quota._models.completions import completions
-from optuna_quota._models.completions import whole_points
-from optuna_quota._models.footprint import joint_breach
-from optuna_quota._models.given import Expectation
-from optuna_quota._models.spaces import spread_over
+from optuna_quota._footprint.completions import completions
+from optuna_quota._footprint.completions import whole_points
+from optuna_quota._footprint.footprint import joint_breach
+from optuna_quota._footprint.given import Expectation
+from optuna_quota._footprint.spaces import spread_over
 from optuna_quota._resources import Limits
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._models.spaces import place_of
-from optuna_quota._models.spaces import value_at
+from optuna_quota._footprint.spaces import place_of
+from optuna_quota._footprint.spaces import value_at
 from optuna_quota._sampler.gate import Gate
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from optuna_quota import _optuna
 from optuna_quota._ledger.reservation import parse_reservation
-from optuna_quota._patience import patiently
 from optuna_quota._records import PREFIX
 from optuna_quota._records import RESERVATION
 from optuna_quota._records import TIMELINE
+from optuna_quota._storage_retry import patiently
 
 
 if TYPE_CHECKING:

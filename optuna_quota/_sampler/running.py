@@ -13,8 +13,8 @@ from optuna.samplers import QMCSampler
 from optuna.samplers import RandomSampler
 
 from optuna_quota import _optuna
+from optuna_quota._footprint.whereabouts import points_to_come
 from optuna_quota._ledger import status
-from optuna_quota._models.whereabouts import points_to_come
 from optuna_quota._projection import project
 from optuna_quota._projection import project_end
 from optuna_quota._projection import Projection
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.study import Study
 
-    from optuna_quota._models.footprint import Footprint
-    from optuna_quota._models.given import Expectation
-    from optuna_quota._models.learner import Learner
+    from optuna_quota._footprint.footprint import Footprint
+    from optuna_quota._footprint.given import Expectation
+    from optuna_quota._footprint.learner import Learner
 
 
 _logger = logging.getLogger("optuna.quota.sampler")

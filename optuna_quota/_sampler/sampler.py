@@ -23,6 +23,8 @@ from optuna_quota._enforcement.nesting import pruner_meters
 from optuna_quota._enforcement.pruner import enforce_outside
 from optuna_quota._enforcement.settle import note_ignored_rejection
 from optuna_quota._enforcement.settle import row_of
+from optuna_quota._footprint.given import as_footprint
+from optuna_quota._footprint.given import UnansweredError
 from optuna_quota._ledger import LEASE
 from optuna_quota._ledger import Refusal
 from optuna_quota._ledger import status
@@ -30,8 +32,6 @@ from optuna_quota._metering import check_names
 from optuna_quota._metering import key_of
 from optuna_quota._metering import Meter
 from optuna_quota._metering import metering_loop
-from optuna_quota._models.given import as_footprint
-from optuna_quota._models.given import UnansweredError
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Strategy

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from optuna.search_space import intersection_search_space
 
-from optuna_quota._models.given import as_footprint
-from optuna_quota._models.rows import footprint_row
-from optuna_quota._models.whereabouts import points_to_come
+from optuna_quota._footprint.given import as_footprint
+from optuna_quota._footprint.rows import footprint_row
+from optuna_quota._footprint.whereabouts import points_to_come
 from optuna_quota._projection import project
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota

@@ -20,7 +20,7 @@ from optuna_quota.cli.storages import open_storage
 
 
 if TYPE_CHECKING:
-    from optuna_quota._enforcement.doctor import Finding
+    from optuna_quota._doctor import Finding
 
 
 _EXAMPLES = """\
@@ -68,8 +68,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Examine the host and print what was found."""
-    from optuna_quota._enforcement.doctor import examine_host
-    from optuna_quota._enforcement.doctor import examine_storage
+    from optuna_quota._doctor import examine_host
+    from optuna_quota._doctor import examine_storage
 
     findings = examine_host()
     if options.storage:

@@ -12,7 +12,7 @@ from optuna_quota.cli.errors import UsageError
 if TYPE_CHECKING:
     from optuna.study import Study
 
-    from optuna_quota._models.footprint import Footprint
+    from optuna_quota._footprint.footprint import Footprint
     from optuna_quota._resources import Usage
 
 
@@ -28,7 +28,7 @@ def read_footprint(typed: str) -> Usage | Footprint:
     """
     if "=" in typed and not Path(typed).is_file():
         return read_usage(typed)
-    from optuna_quota._models.footprint import Footprint
+    from optuna_quota._footprint.footprint import Footprint
 
     try:
         return Footprint.from_json(Path(typed).read_text(encoding="utf-8"))
@@ -46,8 +46,8 @@ def learn_footprint(study: Study, confidence: float = 0.95) -> Footprint:
     Raises:
         UsageError: If no trial says what it used.
     """
-    from optuna_quota._models.footprint import Footprint
-    from optuna_quota._models.rows import footprint_row
+    from optuna_quota._footprint.footprint import Footprint
+    from optuna_quota._footprint.rows import footprint_row
 
     found = [footprint_row(trial) for trial in study.get_trials(deepcopy=False)]
     rows = [row for row in found if row is not None]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     import plotly.graph_objects as go
 
-    from optuna_quota._models.footprint import Footprint
+    from optuna_quota._footprint.footprint import Footprint
 
 
 # Panels of a slice, and timelines, that a report shows.

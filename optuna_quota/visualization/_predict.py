@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from optuna_quota._models.footprint import Footprint
+    from optuna_quota._footprint.footprint import Footprint
     from optuna_quota._records import Interval
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     import plotly.graph_objects as go
 
-    from optuna_quota._models.footprint import Footprint
+    from optuna_quota._footprint.footprint import Footprint
 
 
 _STEPS = 25

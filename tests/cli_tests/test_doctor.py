@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from optuna_quota._enforcement.doctor import Finding
+from optuna_quota._doctor import Finding
 from optuna_quota.cli import doctor
 from optuna_quota.cli import output
 from tests.cli_tests.commands import run_command
@@ -48,7 +48,7 @@ def test_strict_tells_by_the_exit_status(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("optuna_quota._enforcement.doctor.examine_host", lambda: findings)
+    monkeypatch.setattr("optuna_quota._doctor.examine_host", lambda: findings)
     assert run_command(capsys, "doctor", "--strict").status == status
     assert run_command(capsys, "doctor").status == 0
 

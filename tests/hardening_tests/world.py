@@ -29,8 +29,8 @@ from optuna_quota._ledger.ledger import LEASE
 from optuna_quota._ledger.reservation import Worker
 from optuna_quota._metering.loop import replace_loop
 from optuna_quota._metering.threads import ThreadTime
-from optuna_quota._patience import patiently
 from optuna_quota._sampler import session
+from optuna_quota._storage_retry import patiently
 from optuna_quota.testing import FakeMetering
 
 

@@ -54,7 +54,7 @@ def tune_until_full(address: Address, name: str, path: str | None) -> None:
     """
     import resource
 
-    from optuna_quota._patience import patiently
+    from optuna_quota._storage_retry import patiently
 
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     # Nobody makes room meanwhile.

@@ -11,7 +11,7 @@ from optuna.distributions import FloatDistribution
 import pytest
 
 from optuna_quota import Limits
-from optuna_quota._models.footprint import Interval
+from optuna_quota._footprint.footprint import Interval
 from optuna_quota._sampler.gate import Gate
 from optuna_quota._sampler.nearest import nearest_admitted
 

@@ -30,7 +30,7 @@ from optuna_quota import Quota
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
 from optuna_quota import Usage
-from optuna_quota._models.rows import footprint_row
+from optuna_quota._footprint.rows import footprint_row
 
 
 @pytest.fixture(autouse=True)

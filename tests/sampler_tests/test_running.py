@@ -18,8 +18,8 @@ from optuna_quota import QuotaSampler
 from optuna_quota import Strategy
 from optuna_quota import StudyRejected
 from optuna_quota import Usage
-from optuna_quota._models.rows import FootprintRow
-from optuna_quota._models.whereabouts import next_points
+from optuna_quota._footprint.rows import FootprintRow
+from optuna_quota._footprint.whereabouts import next_points
 
 
 def objective(trial: optuna.Trial) -> float:

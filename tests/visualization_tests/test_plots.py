@@ -15,8 +15,8 @@ from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import Usage
 from optuna_quota import visualization
-from optuna_quota._models.footprint import Footprint
-from optuna_quota._models.rows import FootprintRow
+from optuna_quota._footprint.footprint import Footprint
+from optuna_quota._footprint.rows import FootprintRow
 from optuna_quota._records import Interval
 from optuna_quota._records import read_record
 from optuna_quota._records import TrialRecord

@@ -1,0 +1,1 @@
+"""Models of what a trial uses, learned while the study runs."""

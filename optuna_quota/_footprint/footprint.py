@@ -1,0 +1,221 @@
+"""The public footprint: what a point is expected to use, learned from trials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_quota._footprint.chained_model import ChainedModel
+from optuna_quota._footprint.features import Features
+from optuna_quota._footprint.fitting import fit_models
+from optuna_quota._footprint.footprint_json import Contents
+from optuna_quota._footprint.footprint_json import dump
+from optuna_quota._footprint.footprint_json import load
+from optuna_quota._footprint.footprint_json import Point
+from optuna_quota._footprint.points import chosen
+from optuna_quota._footprint.predictive import Predictive
+from optuna_quota._footprint.rows import FootprintRow
+from optuna_quota._records import Interval
+from optuna_quota._resources import get_resource
+from optuna_quota._resources import Limits
+
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+class Footprint:
+    """What a point is expected to use of each resource, learned from earlier trials.
+
+    Built by :meth:`fit`, by ``analyze(study).footprint`` or by :meth:`from_json`; give it to
+    :class:`~optuna_quota.QuotaSampler` or :func:`~optuna_quota.project`.
+
+    Example:
+
+        .. code-block:: python
+
+            footprint = analyze(earlier_study).footprint
+            print(footprint.predict({"layers": 4, "width": 512}))
+            footprint.probability({"layers": 4, "width": 512}, Limits(memory="2GiB"))
+
+    Each resource is a Gaussian process over the logarithms of the hyperparameters, see
+    ``_footprint/resource_model.py``; terminated trials enter as lower bounds.
+    """
+
+    def __init__(self, contents: Contents) -> None:
+        self._contents = contents
+        self._features = contents.features
+        self._models = dict(contents.models)
+        self.confidence = contents.confidence
+        self._last: tuple[dict[str, Any], dict[str, Predictive]] | None = None
+
+    @classmethod
+    def fit(
+        cls,
+        rows: Sequence[FootprintRow],
+        *,
+        confidence: float = 0.95,
+        start: Footprint | None = None,
+        refit: bool = True,
+    ) -> Footprint:
+        """Return the footprint that trials show.
+
+        Args:
+            rows: What was measured, oldest first. Of many, about a hundred are chosen.
+            confidence: One-sided: ``upper`` is exceeded with probability ``1 - confidence``.
+            start: A footprint of fewer of these trials, to start the numerical search from.
+            refit: False to keep the hyperparameters of ``start`` where that can be, which is much
+                cheaper.
+
+        Raises:
+            ValueError: If ``confidence`` is not above 0.5 and below 1.
+        """
+        if not 0.5 < confidence < 1:
+            raise ValueError(f"`confidence` must be above 0.5 and below 1 but got {confidence!r}.")
+        rows = [rows[i] for i in chosen(rows)]
+        features = Features.of([row.distributions for row in rows])
+        columns = features.encode([row.params for row in rows])
+        alike = start is not None and start._features == features
+        models = fit_models(columns, rows, start._models if start and alike else {}, refit)
+        held = {name for name, model in models.items() if getattr(model, "unsure_held", False)}
+        points = tuple(
+            Point(row.params, row.usage, row.censored | (row.unsure & held)) for row in rows
+        )
+        return cls(Contents(features, points, models, confidence))
+
+    @classmethod
+    def from_json(cls, text: str) -> Footprint:
+        """Return the footprint that :meth:`to_json` wrote; its predictions are the same.
+
+        Raises:
+            ValueError: If the text is no footprint, of another version, or damaged.
+        """
+        return cls(load(text))
+
+    def to_json(self) -> str:
+        """Return the footprint as versioned JSON text, without any code in it."""
+        return dump(self._contents)
+
+    @property
+    def resources(self) -> tuple[str, ...]:
+        """The resources that trials told of."""
+        return tuple(self._models)
+
+    @property
+    def points(self) -> tuple[Mapping[str, Any], ...]:
+        """The points that the footprint was learned from."""
+        return tuple(point.params for point in self._contents.points)
+
+    @property
+    def contents(self) -> Contents:
+        """What makes it up."""
+        return self._contents
+
+    def predict(self, params: Mapping[str, Any]) -> DataFrame:
+        """Return what a point is expected to use.
+
+        Args:
+            params: Value of each hyperparameter; one that is missing is taken as unknown.
+
+        Returns:
+            A DataFrame indexed by resource with columns ``lower``, ``median`` and ``upper``, in SI
+            base units.
+        """
+        return interval_table(self.intervals(params))
+
+    def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
+        """Return what :meth:`predict` returns, as plain values by resource."""
+        found = {}
+        for name, expected in self.expected([params]).items():
+            low, middle, high = (
+                float(expected.quantile(p)[0]) for p in (1 - self.confidence, 0.5, self.confidence)
+            )
+            found[name] = Interval(low, middle, high)
+        return found
+
+    def probability(self, params: Mapping[str, Any], limits: Limits) -> float:
+        """Return the probability that a point breaches any of the limits.
+
+        Times rise and fall together, so the likeliest breach among them counts; memory is taken
+        as independent of them. A resource that no trial told of is not expected to be breached.
+        """
+        breaches = self.breaches([params], limits)
+        return joint_breach({name: float(each[0]) for name, each in breaches.items()})
+
+    def breaches(
+        self, points: Sequence[Mapping[str, Any]], limits: Limits
+    ) -> dict[str, np.ndarray]:
+        """Return the probability of each breach at points, by resource, ``(n_points,)``."""
+        expected = self.expected(points)
+        return {
+            name: expected[name].above(limit)
+            for name, limit in limits.amounts().items()
+            if name in expected
+        }
+
+    def expected(self, points: Sequence[Mapping[str, Any]]) -> dict[str, Predictive]:
+        """Return the distribution of each resource at points."""
+        last = self._last
+        if len(points) == 1 and last is not None and last[0] == points[0]:
+            return last[1]
+        columns = self._features.encode(points)
+        found: dict[str, Predictive] = {}
+        for name, model in self._models.items():
+            if isinstance(model, ChainedModel) and model.base is self._models.get(model.on):
+                found[name] = model.predict(columns, found.get(model.on))
+            else:
+                found[name] = model.predict(columns)
+        if len(points) == 1:
+            # A point is judged before it runs, and told of when it has.
+            self._last = (dict(points[0]), found)
+        return found
+
+    def draw(
+        self, points: Sequence[Mapping[str, Any]], count: int, seed: int
+    ) -> dict[str, np.ndarray]:
+        """Return joint draws of each resource at points, shape ``(count, n_points)``.
+
+        What the model doesn't know is drawn once for all points of a draw, so that sums keep it.
+        """
+        columns = self._features.encode(points)
+        return {
+            name: model.draw(columns, count, np.random.default_rng([seed, _stream(name)]))
+            for name, model in self._models.items()
+        }
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.resources) or "nothing yet"
+        return f"<Footprint of {names} from {len(self._contents.points)} points>"
+
+
+def joint_breach(breaches: Mapping[str, float]) -> float:
+    """Return the probability of any breach from those of each resource."""
+    times = [p for name, p in breaches.items() if not get_resource(name).peak]
+    peaks = [p for name, p in breaches.items() if get_resource(name).peak]
+    fits = 1 - max(times, default=0.0)
+    for probability in peaks:
+        fits *= 1 - probability
+    return 1 - fits
+
+
+def interval_table(intervals: Mapping[str, Interval]) -> DataFrame:
+    """Return intervals as a DataFrame indexed by resource."""
+    from pandas import DataFrame
+    from pandas import Index
+
+    frame: DataFrame = DataFrame(
+        [(i.lower, i.median, i.upper) for i in intervals.values()],
+        index=Index(list(intervals), name="resource", dtype="object"),
+        columns=["lower", "median", "upper"],
+        dtype=float,
+    )
+    return frame
+
+
+def _stream(resource: str) -> int:
+    # Times share their random numbers, since they rise and fall together.
+    return int(get_resource(resource).peak)

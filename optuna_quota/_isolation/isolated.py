@@ -1,0 +1,167 @@
+"""isolated: each trial in a child process of its own, which can be ended at any instant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import functools
+import logging
+import math
+from typing import Any
+from typing import get_args
+from typing import Literal
+from typing import TYPE_CHECKING
+
+from optuna_quota._isolation.launch import START_METHODS
+from optuna_quota._isolation.launch import StartMethod
+from optuna_quota._resources import Limits
+
+
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
+
+
+_logger = logging.getLogger("optuna.quota.isolated")
+
+OnCrash = Literal["fail", "raise"]
+
+
+class Isolated:
+    """An objective each of whose trials runs in a process of its own; made by :func:`isolated`."""
+
+    def __init__(
+        self,
+        objective: Callable[..., Any],
+        *,
+        grace_period: float,
+        start_method: StartMethod,
+        limits: Limits | None,
+        predictive_stop: bool,
+        on_crash: OnCrash,
+        strict_memory: bool,
+        preload: Sequence[str],
+    ) -> None:
+        functools.update_wrapper(self, objective, updated=())
+        self.objective = objective
+        self.grace_period = grace_period
+        self.start_method = start_method
+        self.limits = limits
+        self.predictive_stop = predictive_stop
+        self.on_crash = on_crash
+        self.strict_memory = strict_memory
+        self.preload = tuple(preload)
+
+    def __call__(self, trial: BaseTrial) -> Any:
+        """Run the objective on a trial in a process of its own; return what it returns."""
+        from optuna_quota._isolation.run import TrialRun
+
+        return TrialRun(self, trial).run()
+
+    def __repr__(self) -> str:
+        name = getattr(self.objective, "__qualname__", repr(self.objective))
+        return f"isolated({name})"
+
+
+def isolated(
+    objective: Callable[..., Any],
+    *,
+    grace_period: float = 5.0,
+    start_method: StartMethod = "forkserver",
+    limits: Limits | None = None,
+    predictive_stop: bool = False,
+    on_crash: OnCrash = "fail",
+    strict_memory: bool = False,
+    preload: Sequence[str] = (),
+) -> Isolated:
+    """Return the same objective, each trial in a child process that can be killed.
+
+    The trial that the objective gets does all that it does otherwise, and what the objective
+    returns, raises, prints and logs arrives as if it had run in this process. A trial over a limit
+    is told to stop by :class:`~optuna_quota.LimitBreached`, raised in its main thread, so that it
+    can save a checkpoint; when the grace period is over, it is killed with all that it started. A
+    trial that dies ends its row, and the study goes on. After Ctrl-C, too, a trial has its grace
+    period; a second Ctrl-C kills it. While this process is stopped (Ctrl-Z, SIGSTOP), so are its
+    trials, and their time stands still.
+
+    Example:
+
+        .. code-block:: python
+
+            study = optuna.create_study(
+                pruner=QuotaPruner(MedianPruner(), limits=Limits(memory="4GiB", wall_time="5min"))
+            )
+            study.optimize(isolated(objective), n_trials=100)
+
+    The script needs no ``if __name__ == "__main__":``, and is not run again without one: a trial's
+    process runs its imports and definitions, and gets by value the global variables that the
+    objective uses. With one, all that stands outside of it runs once more, as under
+    :mod:`multiprocessing`. Settings that the script has made in its modules, in numpy, torch and
+    other libraries hold in its trials. What a trial changes stays in its process.
+
+    A trial starts with the modules loaded that this process has imported. Its random generators
+    (``random``, numpy, torch) start differently in each trial, and alike in each run of a script
+    that seeds them. What it leaves open at its end, such as a thread or a pool, is ended with it.
+
+    Args:
+        objective: A function, lambda, closure, bound method or any callable that takes a trial.
+        grace_period: Seconds between the polite stop and the kill. Also how long exit handlers get
+            once the objective has ended (1 to 5 s), and how long a process that was stopped by
+            SIGSTOP is waited for. A trial over its memory limit that goes on growing is not waited
+            for. 0 kills at once.
+        start_method: ``"forkserver"`` forks each trial from a template that has loaded the modules
+            (some milliseconds), ``"spawn"`` starts an interpreter for each (some hundred),
+            ``"fork"`` forks this process, so that nothing need be pickled; that is refused once
+            this process uses CUDA, and not safe beside threads that hold locks. Locks and queues
+            of :mod:`multiprocessing` can be handed in as to a ``Process`` of that method; an
+            objective that refers to one of its fork context is forked in any case.
+        limits: Ceilings on each trial, for where no :class:`~optuna_quota.QuotaPruner` can be
+            passed; otherwise those of the study's pruner are in force.
+        predictive_stop: Whether to stop a trial as soon as the growth of its memory, or its pace
+            against the time limit, is sure to breach: see ``Breach.forecast``.
+        on_crash: What ``optimize`` does when a trial's process dies of a signal, exits, or returns
+            what can't be sent: ``"fail"`` records the trial as failed and goes on with the next
+            one, ``"raise"`` raises :class:`~optuna_quota.TrialCrashed`. When the first three
+            trials of a study, or five in a row, have crashed, it is raised in either case.
+        strict_memory: Whether the kernel refuses an allocation that would pass the memory limit.
+            Then a trial never passes it, but memory that is reserved and never touched counts as
+            well (``np.zeros``, the stacks of threads). By default the memory in use is measured,
+            and a trial is stopped once it passes the limit.
+        preload: Names of modules to import before the first trial starts, in addition to those
+            that this process has imported, so that not each trial has to.
+
+    Returns:
+        A callable for ``study.optimize``, or to be called with a trial from ``study.ask``.
+
+    Raises:
+        ValueError: If ``grace_period`` is negative or not finite, or ``start_method`` or
+            ``on_crash`` is unknown.
+        TypeError: If the objective can't be called, the limits are none, or ``preload`` is no
+            sequence of module names.
+        LimitBreached: By the call, when the trial was over a limit.
+        TrialCrashed: By the call, when the trial's process died; within ``optimize`` as
+            ``on_crash`` says.
+    """
+    if not callable(objective):
+        raise TypeError(f"`objective` must be callable but got {objective!r}.")
+    if not math.isfinite(grace_period) or grace_period < 0:
+        raise ValueError(f"`grace_period` must be nonnegative and finite but got {grace_period}.")
+    if start_method not in START_METHODS:
+        raise ValueError(
+            f"`start_method` must be one of {', '.join(START_METHODS)} but got {start_method!r}."
+        )
+    if limits is not None and not isinstance(limits, Limits):
+        raise TypeError(f"`limits` must be Limits but got {limits!r}.")
+    if on_crash not in get_args(OnCrash):
+        raise ValueError(f"`on_crash` must be 'fail' or 'raise' but got {on_crash!r}.")
+    if isinstance(preload, str) or not all(isinstance(name, str) for name in preload):
+        raise TypeError(f"`preload` must be a sequence of module names but got {preload!r}.")
+    return Isolated(
+        objective,
+        grace_period=float(grace_period),
+        start_method=start_method,
+        limits=limits,
+        predictive_stop=predictive_stop,
+        on_crash=on_crash,
+        strict_memory=strict_memory,
+        preload=preload,
+    )

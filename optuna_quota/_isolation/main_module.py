@@ -1,0 +1,368 @@
+"""The script's main module, made anew in a trial's process without running the script again.
+
+A pickle names a function or class of ``__main__`` and leaves it to the receiver to have the same.
+:mod:`multiprocessing` gives its children one by importing the script a second time, which needs an
+``if __name__ == "__main__":`` guard. Here the statements to run are chosen from the syntax tree:
+where there is a guard, all but what it guards; where there is none, only imports and definitions,
+and constants that these need. What such a module lacks is sent by value.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import collections
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
+import functools
+import importlib.machinery
+import inspect
+import os
+import sys
+import tokenize
+import types
+from typing import Any
+
+from optuna_quota._isolation.modules import is_installed
+
+
+# The second is what multiprocessing's spawned workers call it.
+MAIN_NAMES = ("__main__", "__mp_main__")
+
+
+@dataclass(frozen=True)
+class MainModule:
+    """How to make the main module in a trial's process.
+
+    Attributes:
+        file: The script, None where there is none, as in a notebook: all is then sent by value.
+        name: The module that runs by ``-m``, else None.
+        package: Its package, for relative imports.
+        statements: The places of the top-level statements to run.
+        names: What these bind for good: functions and classes under these names are sent by name.
+        modified: When the script was last changed, in nanoseconds.
+    """
+
+    file: str | None = None
+    name: str | None = None
+    package: str | None = None
+    statements: frozenset[int] = frozenset()
+    names: frozenset[str] = frozenset()
+    modified: int = 0
+
+    def without_statements(self) -> MainModule:
+        """Return the module with nothing in it, for where its statements fail."""
+        return MainModule(self.file, self.name, self.package)
+
+
+def find_main_module() -> MainModule:
+    """Return how to make this process's main module in a trial."""
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    name = None if spec is None else spec.name
+    file = getattr(main, "__file__", None)
+    package = getattr(main, "__package__", None) or None
+    if main is None or file is None or hasattr(main, "get_ipython") or is_installed(file):
+        return MainModule(file, name, package)
+    try:
+        modified = os.stat(file).st_mtime_ns
+        whole = _can_import(main, _parse(file, modified))
+        statements, names = _choose(file, modified, whole)
+        is_current = _is_current(file, modified, vars(main))
+    except (OSError, SyntaxError, ValueError):
+        is_current = False
+    if not is_current:
+        return MainModule(file, name, package)
+    return MainModule(file, name, package, statements, names, modified)
+
+
+def _can_import(main: types.ModuleType, tree: ast.Module) -> bool:
+    """Return whether importing the script would not run the study again."""
+    if main.__name__ == MAIN_NAMES[1]:
+        # A worker of multiprocessing has just done so.
+        return True
+    guards = [s for s in tree.body if is_guard(s)]
+    line = running_line(main)
+    if line is None:
+        return bool(guards)
+    return any(s.lineno <= line <= (s.end_lineno or s.lineno) for s in guards)
+
+
+@functools.lru_cache(maxsize=4)
+def _choose(file: str, modified: int, whole: bool) -> tuple[frozenset[int], frozenset[str]]:
+    tree = _parse(file, modified)
+    chosen = tree.body if whole else definitions(tree.body)
+    places = frozenset(place for place, s in enumerate(tree.body) if s in chosen)
+    return places, frozenset(bound_for_good(tree, chosen))
+
+
+def make_main_module(found: MainModule) -> None:
+    """Put the module in place in this process; the one there goes on under no name.
+
+    Raises:
+        Exception: Whatever its statements raise.
+    """
+    _former_mains.append(sys.modules.get("__main__"))
+    main = types.ModuleType("__main__")
+    if found.file is not None:
+        main.__file__ = found.file
+        main.__loader__ = importlib.machinery.SourceFileLoader("__main__", found.file)
+    if found.name is not None:
+        main.__spec__ = importlib.machinery.ModuleSpec(found.name, None)
+    main.__package__ = found.package
+    for name in MAIN_NAMES:
+        sys.modules[name] = main
+    if found.statements and found.file is not None:
+        code = _compile(found)
+        exec(code, vars(main))
+
+
+# The template's own main module must live on: clearing it would clear the code that runs.
+_former_mains: list[types.ModuleType | None] = []
+
+
+def running_line(main: types.ModuleType) -> int | None:
+    """Return the line of the main module that is being run now, None when all of it has run."""
+    found = None
+    for frame in sys._current_frames().values():
+        at: types.FrameType | None = frame
+        while at is not None:
+            if at.f_code.co_name == "<module>" and at.f_globals is vars(main):
+                found = at.f_lineno
+            at = at.f_back
+    return found
+
+
+def _compile(found: MainModule) -> types.CodeType:
+    assert found.file is not None
+    tree = _parse(found.file, found.modified)
+    chosen = [tree.body[place] for place in sorted(found.statements)]
+    body = [part for statement in chosen for part in _unguarded(statement)]
+    return compile(ast.Module(body, []), found.file, "exec", dont_inherit=True)
+
+
+@functools.lru_cache(maxsize=4)
+def _parse(file: str, modified: int) -> ast.Module:
+    with tokenize.open(file) as text:
+        return ast.parse(text.read(), file)
+
+
+def _is_current(file: str, modified: int, namespace: dict[str, Any]) -> bool:
+    """Return whether the file still holds what runs here: it may have been edited since."""
+    on_disk = _functions_on_disk(file, modified)
+    functions = [
+        found
+        for value in list(namespace.values())
+        # A decorator's wrapper passes for what it wraps.
+        if isinstance(value, types.FunctionType)
+        and isinstance(found := inspect.unwrap(value), types.FunctionType)
+    ]
+    return all(
+        function.__code__ == on_disk.get(function.__name__, function.__code__)
+        for function in functions
+        if function.__module__ in MAIN_NAMES
+        and function.__code__.co_filename == file
+        and function.__code__.co_name == function.__qualname__
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _functions_on_disk(file: str, modified: int) -> dict[str, types.CodeType]:
+    """Return the code of the functions that are defined once, by name."""
+    code = compile(_parse(file, modified), file, "exec", dont_inherit=True)
+    found = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    counts = collections.Counter(c.co_name for c in found)
+    return {c.co_name: c for c in found if counts[c.co_name] == 1}
+
+
+def definitions(body: Iterable[ast.stmt]) -> list[ast.stmt]:
+    """Return the imports and definitions among statements, and the constants between them.
+
+    A definition that needs something else at that moment, such as a decorator that was made by a
+    call, is left out.
+    """
+    chosen: list[ast.stmt] = []
+    known = set(dir(builtins)) | {"__name__", "__file__", "__doc__"}
+    for statement in body:
+        if _is_definition(statement) and needed_names(statement) <= known:
+            chosen.append(statement)
+            known |= bound_names(statement)
+        else:
+            known -= bound_names(statement)
+    return chosen
+
+
+def is_guard(statement: ast.stmt) -> bool:
+    """Return whether a statement is an ``if __name__ == "__main__":``."""
+    if not isinstance(statement, ast.If):
+        return False
+    tests = [statement.test]
+    if isinstance(statement.test, ast.BoolOp) and isinstance(statement.test.op, ast.And):
+        tests = statement.test.values
+    return any(_compares_name(test) for test in tests)
+
+
+def _compares_name(test: ast.expr) -> bool:
+    if not (isinstance(test, ast.Compare) and len(test.ops) == 1):
+        return False
+    sides = (test.left, test.comparators[0])
+    names = {side.id for side in sides if isinstance(side, ast.Name)}
+    texts = {side.value for side in sides if isinstance(side, ast.Constant)}
+    return isinstance(test.ops[0], ast.Eq) and names == {"__name__"} and texts == {"__main__"}
+
+
+def _unguarded(statement: ast.stmt) -> list[ast.stmt]:
+    """Return a statement as an import would run it: of a guard, what stands under ``else``."""
+    if is_guard(statement):
+        assert isinstance(statement, ast.If)
+        return statement.orelse
+    return [statement]
+
+
+def _is_definition(statement: ast.stmt) -> bool:
+    """Return whether running a statement once more does nothing but import, define or name."""
+    if isinstance(statement, (ast.Import, ast.ImportFrom, ast.ClassDef, ast.Pass)):
+        return True
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return True
+    if isinstance(statement, ast.Expr):
+        return isinstance(statement.value, ast.Constant)
+    if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        simple = all(isinstance(target, ast.Name) for target in targets)
+        return simple and (statement.value is None or _is_plain(statement.value))
+    if isinstance(statement, ast.If):
+        inside = [*statement.body, *statement.orelse]
+        return _is_plain(statement.test) and all(map(_is_definition, inside))
+    if isinstance(statement, ast.Try):
+        # What handles an import that fails runs here only if it did so in the study as well.
+        inside = [*statement.body, *statement.orelse, *statement.finalbody]
+        return all(map(_is_definition, inside))
+    return False
+
+
+_PLAIN = (
+    ast.Constant,
+    ast.Name,
+    ast.Attribute,
+    ast.Subscript,
+    ast.Slice,
+    ast.Tuple,
+    ast.List,
+    ast.Dict,
+    ast.Set,
+    ast.BinOp,
+    ast.UnaryOp,
+    ast.BoolOp,
+    ast.Compare,
+    ast.IfExp,
+    ast.Lambda,
+    ast.JoinedStr,
+    ast.FormattedValue,
+    ast.operator,
+    ast.unaryop,
+    ast.boolop,
+    ast.cmpop,
+    ast.expr_context,
+)
+
+
+def _is_plain(expression: ast.expr) -> bool:
+    """Return whether an expression calls nothing and waits for nothing."""
+    return all(isinstance(node, _PLAIN) for node in _evaluated(expression))
+
+
+def needed_names(statement: ast.stmt) -> set[str]:
+    """Return the names that a definition looks up at the moment when it is made."""
+    found: set[str] = set()
+    bound_within: set[str] = set()
+    for node in _evaluated(statement):
+        if isinstance(node, ast.Name):
+            (bound_within if isinstance(node.ctx, ast.Store) else found).add(node.id)
+        elif isinstance(node, (ast.Import, ast.ImportFrom, *_DEFINITIONS)):
+            bound_within |= bound_names(node)
+    return found - bound_within
+
+
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def _evaluated(root: ast.AST) -> Iterator[ast.AST]:
+    """Yield what is evaluated at once: all but the bodies of functions."""
+    todo = [root]
+    while todo:
+        node = todo.pop()
+        yield node
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            arguments = [a.annotation for a in _arguments(node.args) if a.annotation is not None]
+            todo += [*node.decorator_list, *_defaults(node.args), *arguments]
+            todo += [node.returns] if node.returns is not None else []
+        elif isinstance(node, ast.Lambda):
+            todo += _defaults(node.args)
+        else:
+            todo += ast.iter_child_nodes(node)
+
+
+def _arguments(arguments: ast.arguments) -> list[ast.arg]:
+    several = [a for a in (arguments.vararg, arguments.kwarg) if a is not None]
+    return [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, *several]
+
+
+def _defaults(arguments: ast.arguments) -> list[ast.expr]:
+    return [d for d in (*arguments.defaults, *arguments.kw_defaults) if d is not None]
+
+
+def bound_names(statement: ast.AST) -> set[str]:
+    """Return the names that a statement binds or changes, in its own scope."""
+    if isinstance(statement, _DEFINITIONS):
+        return {statement.name}
+    found: set[str] = set()
+    for node in _evaluated(statement):
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            found |= _exported_names(node.module)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {(a.asname or a.name).partition(".")[0] for a in node.names}
+        elif isinstance(node, (*_DEFINITIONS, ast.ExceptHandler)):
+            found.add(node.name or "")
+        elif isinstance(node, _TARGETS) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            found.add(_root_name(node))
+    return found - {""}
+
+
+def _exported_names(module: str | None) -> set[str]:
+    """Return the names that ``from module import *`` binds, of a module that is loaded."""
+    namespace = vars(sys.modules.get(module or "", None) or types.ModuleType(""))
+    names = namespace.get("__all__")
+    return {n for n in namespace if not n.startswith("_")} if names is None else set(names)
+
+
+_TARGETS = (ast.Name, ast.Attribute, ast.Subscript)
+
+
+def _root_name(node: ast.expr) -> str:
+    """Return the name at the root of ``name.attribute[index]``, "" where it is none."""
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def bound_for_good(tree: ast.Module, chosen: Collection[ast.stmt]) -> set[str]:
+    """Return the names that one of the chosen statements binds, and nothing else ever does."""
+    kept = {id(part) for s in chosen for part in _unguarded(s)}
+    bindings: collections.Counter[str] = collections.Counter()
+    changed: set[str] = set()
+    for statement in tree.body:
+        if id(statement) in kept:
+            bindings.update(bound_names(statement))
+        elif is_guard(statement):
+            assert isinstance(statement, ast.If)
+            for part in statement.body:
+                changed |= bound_names(part)
+        else:
+            changed |= bound_names(statement)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Global):
+            changed |= set(node.names)
+    return {name for name, count in bindings.items() if count == 1} - changed

@@ -1,0 +1,1 @@
+"""Utilization models: the correlation of hyperparameters to what trials used."""

@@ -1,0 +1,269 @@
+"""From hyperparameters to the features of a power law.
+
+A positive number enters by its log, so that its coefficient is an exponent; a nonnegative one by
+``log(1 + x)``; any other as it is, so that its coefficient is the log of a factor per unit. Each
+is centred on its mean, and 0 where a conditional parameter is inactive. A category has a column
+for each level but the most frequent, whose coefficient is the log of the ratio to that one. Where
+no category tells whether a conditional parameter is active, a column of its own does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
+import math
+from typing import Any
+from typing import Literal
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_quota._utilization.data import Parameter
+
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+    Values = Mapping[str, NDArray[np.float64]]
+
+
+Form = Literal["power", "power1p", "linear", "level", "active"]
+# A level seen less often can't be told from its trials' noise.
+MIN_LEVEL = 3
+
+
+@dataclass(frozen=True)
+class Column:
+    """One feature of one parameter.
+
+    Attributes:
+        param: Name of the parameter.
+        form: How its values enter.
+        centre: What is subtracted.
+        code: Code of the level of a category.
+        level: Its name.
+    """
+
+    param: str
+    form: Form
+    centre: float = 0.0
+    code: float = math.nan
+    level: str = ""
+
+    @property
+    def term(self) -> str:
+        """Name of the coefficient; it contains the parameter's."""
+        shapes = {
+            "power": self.param,
+            "power1p": f"1 + {self.param}",
+            "linear": f"exp({self.param})",
+            "level": f"{self.param}[{self.level}]",
+            "active": f"{self.param}[set]",
+        }
+        return shapes[self.form]
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Names of the parameters in it."""
+        return (self.param,)
+
+    def values(self, values: Values) -> Array:
+        """Return the feature, shape ``(n,)``, from the values of all parameters."""
+        x = values[self.param]
+        if self.form == "level":
+            return np.asarray(x == self.code, dtype=float)
+        if self.form == "active":
+            return np.isfinite(x).astype(float)
+        return np.where(np.isfinite(x), transformed(x, self.form) - self.centre, 0.0)
+
+
+@dataclass(frozen=True)
+class Product:
+    """An interaction: the product of two features."""
+
+    one: Column
+    other: Column
+
+    @property
+    def term(self) -> str:
+        """Name of the coefficient; it contains both parameters'."""
+        return f"{self.one.term}:{self.other.term}"
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Names of the parameters in it."""
+        return (*self.one.params, *self.other.params)
+
+    def values(self, values: Values) -> Array:
+        """Return the feature, shape ``(n,)``, from the values of all parameters."""
+        return self.one.values(values) * self.other.values(values)
+
+
+@dataclass(frozen=True)
+class Design:
+    """The features of a model.
+
+    Attributes:
+        columns: Without the constant.
+        levels: Levels of each category in the order of their codes, by parameter.
+        typical: A usual value of each parameter: the geometric mean, or the code of the most
+            frequent level.
+        ranges: Least and greatest value of each number.
+        notes: What was left out, and why, in words.
+    """
+
+    columns: tuple[Column | Product, ...]
+    levels: Mapping[str, tuple[str, ...]]
+    typical: Mapping[str, float]
+    ranges: Mapping[str, tuple[float, float]]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def terms(self) -> list[str]:
+        """Names of the coefficients, the constant first, each once."""
+        return _unique(column.term for column in self.columns)
+
+    def matrix(self, values: Values, n: int) -> Array:
+        """Return the features with a leading column of ones, shape ``(n, 1 + n_columns)``."""
+        return np.column_stack([np.ones(n), *(column.values(values) for column in self.columns)])
+
+    def with_column(self, column: Column | Product) -> Design:
+        """Return the design with one more column."""
+        return replace(self, columns=(*self.columns, column))
+
+    def encode(self, params: Sequence[Mapping[str, Any]]) -> Values:
+        """Return the values of parameter sets as arrays; what is missing or unknown is NaN."""
+        return {name: self._codes(name, params) for name in self.typical}
+
+    def _codes(self, name: str, params: Sequence[Mapping[str, Any]]) -> Array:
+        if name in self.levels:
+            code = {level: float(i) for i, level in enumerate(self.levels[name])}
+            # None is a choice like any other; only a name that is not there is missing.
+            known = (code.get(str(p[name]), math.nan) if name in p else math.nan for p in params)
+            return np.array(list(known), dtype=float)
+        values = (p.get(name) for p in params)
+        return np.array([math.nan if v is None else float(v) for v in values], dtype=float)
+
+
+def _unique(terms: Iterable[str]) -> list[str]:
+    """Return the terms behind the constant; one that bears a taken name is marked."""
+    taken = ["constant", "floor", "log(floor)", "log(sigma)"]
+    for term in terms:
+        name = term or "(unnamed)"
+        while name in taken:
+            name = f"{name} (parameter)"
+        taken.append(name)
+    return ["constant", *taken[4:]]
+
+
+def transformed(x: Array, form: Form) -> Array:
+    """Return the values of a number on the scale where the model is linear."""
+    if form == "power":
+        return np.log(np.where(x > 0, x, math.nan))
+    if form == "power1p":
+        return np.log1p(np.where(x >= 0, x, math.nan))
+    return x
+
+
+def build_design(parameters: Sequence[Parameter], kept: NDArray[np.bool_]) -> Design:
+    """Return the main effects of parameters among the trials ``kept``, each independent.
+
+    Args:
+        parameters: Hyperparameters and attributes.
+        kept: Shape ``(n_trials,)``: which trials the model is fitted to.
+    """
+    columns: list[Column] = []
+    notes: list[str] = []
+    for parameter in parameters:
+        found, note = _columns(parameter, kept)
+        columns.extend(found)
+        notes.extend(note)
+    columns.extend(_active_columns(parameters, kept))
+    values = values_of(parameters, kept)
+    independent, dependent = _independent(columns, values, int(kept.sum()))
+    notes.extend(
+        f"{c.term} is left out: other terms determine it." for c in dependent if c.form != "active"
+    )
+    return Design(
+        tuple(independent),
+        {p.name: p.levels for p in parameters if p.levels},
+        {p.name: _typical(p, kept) for p in parameters},
+        {p.name: (p.low, p.high) for p in parameters if not p.levels},
+        tuple(notes),
+    )
+
+
+def values_of(parameters: Iterable[Parameter], kept: NDArray[np.bool_]) -> Values:
+    """Return the values of the parameters at the trials ``kept``, by name."""
+    return {p.name: p.values[kept] for p in parameters}
+
+
+def _columns(parameter: Parameter, kept: NDArray[np.bool_]) -> tuple[list[Column], list[str]]:
+    x = parameter.values[kept]
+    x = x[np.isfinite(x)]
+    if len(x) == 0 or (x == x[0]).all():
+        return [], [f"{parameter.name} is left out: it never varied."] if len(x) else []
+    if parameter.levels:
+        return _level_columns(parameter, x)
+    form: Form = "power" if x.min() > 0 else "power1p" if x.min() >= 0 else "linear"
+    return [Column(parameter.name, form, float(transformed(x, form).mean()))], []
+
+
+def _level_columns(parameter: Parameter, codes: Array) -> tuple[list[Column], list[str]]:
+    found, counts = np.unique(codes, return_counts=True)
+    reference = found[counts.argmax()]
+    often = [c for c, n in zip(found, counts, strict=True) if n >= MIN_LEVEL and c != reference]
+    rare = [c for c, n in zip(found, counts, strict=True) if n < MIN_LEVEL and c != reference]
+    names = parameter.levels
+    columns = [Column(parameter.name, "level", code=float(c), level=names[int(c)]) for c in often]
+    if not rare:
+        return columns, []
+    shown = ", ".join(names[int(c)] for c in rare[:5])
+    return columns, [
+        f"{parameter.name}: levels seen in fewer than {MIN_LEVEL} trials count as "
+        f"{names[int(reference)]} ({shown}{', …' if len(rare) > 5 else ''})."
+    ]
+
+
+def _active_columns(parameters: Iterable[Parameter], kept: NDArray[np.bool_]) -> Iterable[Column]:
+    for parameter in parameters:
+        active = parameter.active[kept]
+        if MIN_LEVEL <= active.sum() <= len(active) - MIN_LEVEL:
+            yield Column(parameter.name, "active")
+
+
+def _independent(
+    columns: Sequence[Column], values: Values, n: int
+) -> tuple[list[Column], list[Column]]:
+    """Part the columns into those that add a direction to the ones before, and the rest."""
+    basis = np.ones((n, 1)) / math.sqrt(max(n, 1))
+    kept: list[Column] = []
+    dropped: list[Column] = []
+    for column in columns:
+        x = column.values(values)
+        size = float(np.linalg.norm(x))
+        for _ in range(2):  # once more, against rounding
+            x = x - basis @ (basis.T @ x)
+        left = float(np.linalg.norm(x))
+        if left > 1e-7 * size:
+            basis = np.column_stack([basis, x / left])
+            kept.append(column)
+        else:
+            dropped.append(column)
+    return kept, dropped
+
+
+def _typical(parameter: Parameter, kept: NDArray[np.bool_]) -> float:
+    x = parameter.values[kept]
+    x = x[np.isfinite(x)]
+    if len(x) == 0:
+        return math.nan
+    if parameter.levels:
+        found, counts = np.unique(x, return_counts=True)
+        return float(found[counts.argmax()])
+    return float(np.exp(np.log(x).mean())) if x.min() > 0 else float(np.median(x))

@@ -1,0 +1,52 @@
+"""Which points are whole, as far as earlier trials tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from optuna_quota._footprint.completions import whole_points
+
+
+FLAT = [{"lr": 0.1, "width": 8}, {"lr": 0.2, "width": 16}]
+KINDS = [
+    {"kind": "tree", "depth": 3},
+    {"kind": "net", "width": 8, "bias": True},
+    {"kind": "tree", "depth": 5},
+    {"kind": "net", "width": 16, "bias": True},
+]
+LAYERS = [
+    {"n": 1, "u0": 8},
+    {"n": 2, "u0": 16, "u1": 8},
+    {"n": 1, "u0": 16},
+    {"n": 2, "u0": 8, "u1": 16},
+]
+
+
+@pytest.mark.parametrize(
+    ("known", "past", "expected"),
+    [
+        ({"lr": 0.3}, [], []),
+        ({"lr": 0.3}, FLAT, [{"lr": 0.3, "width": 16}, {"lr": 0.3, "width": 8}]),
+        ({"lr": 0.3, "width": 9}, FLAT, [{"lr": 0.3, "width": 9}]),
+        ({"lr": 0.3, "width": 9, "new": 1}, FLAT, []),
+        ({"kind": "tree"}, KINDS, [{"kind": "tree", "depth": 5}, {"kind": "tree", "depth": 3}]),
+        ({"kind": "tree", "depth": 9}, KINDS, [{"kind": "tree", "depth": 9}]),
+        ({"kind": "forest"}, KINDS, []),
+        ({"kind": "net", "width": 9}, KINDS, [{"kind": "net", "width": 9, "bias": True}] * 2),
+        ({"kind": "net", "width": 9, "bias": False}, KINDS, []),
+        ({"n": 2}, LAYERS, [{"n": 2, "u0": 8, "u1": 16}, {"n": 2, "u0": 16, "u1": 8}]),
+        ({"n": 2, "u0": 9}, LAYERS, [{"n": 2, "u0": 9, "u1": 16}, {"n": 2, "u0": 9, "u1": 8}]),
+        ({"n": 1, "u0": 9}, LAYERS, [{"n": 1, "u0": 9}]),
+        ({"n": 3, "u0": 9}, LAYERS, []),
+        ({"n": 3, "u0": 9, "u1": 9}, LAYERS, []),
+        # One trial does not tell whether a whole number decides.
+        ({"n": 3, "u0": 9}, LAYERS[:1], []),
+    ],
+)
+def test_whole_points(
+    known: Mapping[str, Any], past: list[Mapping[str, Any]], expected: list[Mapping[str, Any]]
+) -> None:
+    assert whole_points(known, past) == expected

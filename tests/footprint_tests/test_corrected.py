@@ -1,0 +1,82 @@
+"""A stated footprint that the study's own trials correct."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from optuna_quota import Footprint
+from optuna_quota import Limits
+from optuna_quota import project
+from optuna_quota import Strategy
+from optuna_quota import Usage
+from optuna_quota._footprint.corrected import CorrectedFootprint
+from optuna_quota._footprint.corrected import Correction
+from optuna_quota._footprint.given import GivenFootprint
+from tests.footprint_tests.test_footprint import draw_rows
+from tests.footprint_tests.test_footprint import truth
+
+
+ROWS = draw_rows(12, seed=3, noise=0.05)
+LARGE = {"width": 1024, "depth": 8, "kind": "b"}
+
+
+def a_third(params: Mapping[str, Any]) -> Usage:
+    usage = truth(dict(params))
+    return Usage(memory=(usage.memory or 0) / 3, wall_time=(usage.wall_time or 0) / 3)
+
+
+def nonsense(params: Mapping[str, Any]) -> Usage:
+    jump = float(np.exp(8 * np.sin(1e4 * np.log(params["width"]))))
+    return Usage(memory=1e9 * jump, wall_time=jump)
+
+
+def corrected(function: Any) -> CorrectedFootprint:
+    return Correction(GivenFootprint(function)).after(Footprint.fit(ROWS), ROWS)
+
+
+def test_a_statement_that_is_off_by_a_factor_is_put_right_everywhere() -> None:
+    expected = truth(LARGE)
+    found = corrected(a_third).intervals(LARGE)
+    for name in ("memory", "wall_time"):
+        amount = expected.get(name)
+        assert found[name].median == pytest.approx(amount, rel=0.15)
+        assert found[name].lower < amount < found[name].upper
+        assert found[name].upper < 1.5 * found[name].median
+    limits = Limits(memory=(expected.memory or 0) / 2)
+    assert GivenFootprint(a_third).probability(LARGE, limits) == 0
+    assert corrected(a_third).probability(LARGE, limits) > 0.9
+
+
+def test_a_statement_that_tells_nothing_does_no_harm() -> None:
+    learned = Footprint.fit(ROWS)
+    found = corrected(nonsense)
+    for row in draw_rows(10, seed=4):
+        assert found.intervals(row.params) == learned.intervals(row.params)
+
+
+def test_draws_follow_what_is_expected_and_feed_a_projection() -> None:
+    found = corrected(a_third)
+    drawn = found.draw([LARGE], 400, 0)
+    assert np.median(drawn["wall_time"]) == pytest.approx(truth(LARGE).wall_time, rel=0.2)
+    points = [row.params for row in draw_rows(40, seed=6)]
+    total = sum(truth(dict(point)).wall_time or 0 for point in points)
+    rows = {row.resource: row for row in project(Strategy(40), found, points=points).resources}
+    assert rows["trial_time"].median == pytest.approx(total, rel=0.2)
+
+
+def test_resources_that_only_one_side_knows_are_kept() -> None:
+    def with_energy(params: Mapping[str, Any]) -> Usage:
+        return Usage(energy=7.0)
+
+    found = corrected(with_energy)
+    assert found.intervals(LARGE)["energy"].median == 7.0
+    assert found.intervals(LARGE)["memory"] == Footprint.fit(ROWS).intervals(LARGE)["memory"]
+
+
+def test_a_function_that_needs_more_than_was_drawn_says_so() -> None:
+    with pytest.raises(KeyError):
+        corrected(a_third).breaches([{"depth": 2}], Limits(memory=1e9))

@@ -1,0 +1,242 @@
+"""A crash ends its trial, not the study; when everything crashes, the study ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import logging
+import os
+from pathlib import Path
+import signal
+import sys
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import isolated
+from optuna_quota import Quota
+from optuna_quota import QuotaSampler
+from optuna_quota import TrialCrashed
+from optuna_quota._isolation.crashes import describe_series
+from optuna_quota._isolation.crashes import Fate
+from optuna_quota._isolation.launch import can_supervise
+from optuna_quota._records import CRASHED
+from optuna_quota._records import read_record
+
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not can_supervise(), reason="needs Linux with pidfds"
+)
+
+
+def be_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave() -> None:
+    os._exit(3)
+
+
+def leave_politely() -> None:
+    sys.exit("no more")
+
+
+def crash_at(*numbers: int, how: Callable[[], None] = leave) -> Callable[[optuna.Trial], float]:
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        if trial.number in numbers:
+            how()
+        return float(trial.number)
+
+    return objective
+
+
+def states_of(study: optuna.Study) -> str:
+    return "".join(trial.state.name[0] for trial in study.trials)
+
+
+@pytest.mark.parametrize("sampler", ["plain", "quota"])
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (be_killed, "killed from outside (SIGKILL)"),
+        (leave, "exit code 3"),
+        (leave_politely, "sys.exit(1)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_optimize_goes_on_after_a_crash(
+    sampler: str, how: Callable[[], None], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[tuple[int, TrialState]] = []
+    quota = QuotaSampler(quota=Quota(n_trials=9)) if sampler == "quota" else None
+    study = optuna.create_study(sampler=quota)
+    optuna.logging.enable_propagation()
+    try:
+        study.optimize(
+            isolated(crash_at(1, how=how)),
+            n_trials=4,
+            callbacks=[lambda study, trial: told.append((trial.number, trial.state))],
+        )
+    finally:
+        optuna.logging.disable_propagation()
+    assert states_of(study) == "CFCC"
+    assert told == [(trial.number, trial.state) for trial in study.trials]
+    record = read_record(study.trials[1])
+    assert record.outcome == "failed" and record.reason is not None and words in record.reason
+    assert record.usage.wall_time is not None
+    # The log of Optuna gives the reason, and no other one.
+    said = dict.fromkeys(r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
+    assert [words in line for line in said] == [True, False]
+    assert "The value nan (the " in next(iter(said)) and "Trial 1 failed with value nan." in said
+
+
+def test_a_value_that_cannot_be_sent_is_a_crash_like_others() -> None:
+    def objective(trial: optuna.Trial) -> Any:
+        return (x for x in ()) if trial.number == 0 else 1.0
+
+    study = optuna.create_study()
+    study.optimize(isolated(objective), n_trials=2)
+    assert states_of(study) == "FC"
+    assert "type generator" in (read_record(study.trials[0]).reason or "")
+
+
+def test_a_crash_of_a_study_with_two_objectives() -> None:
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        if trial.number == 1:
+            os._exit(3)
+        return 1.0, 2.0
+
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    study.optimize(isolated(objective), n_trials=3)
+    assert states_of(study) == "CFC"
+    assert "exit code 3" in (read_record(study.trials[1]).reason or "")
+
+
+def test_crashes_in_threads() -> None:
+    study = optuna.create_study()
+    study.optimize(isolated(crash_at(2, 5)), n_trials=8, n_jobs=3)
+    assert states_of(study) == "CCFCCFCC"
+
+
+def test_what_is_put_around_the_objective_may_reckon_with_its_value() -> None:
+    inner = isolated(crash_at(1))
+    study = optuna.create_study()
+    study.optimize(lambda trial: -inner(trial), n_trials=3)
+    assert states_of(study) == "CFC"
+
+
+def test_on_crash_may_raise() -> None:
+    study = optuna.create_study()
+    with pytest.raises(TrialCrashed, match="exit code 3") as caught:
+        study.optimize(isolated(crash_at(1), on_crash="raise"), n_trials=4)
+    assert caught.value.exitcode == 3
+    assert states_of(study) == "CF"
+    study.optimize(isolated(crash_at(3), on_crash="raise"), n_trials=3, catch=(TrialCrashed,))
+    assert states_of(study) == "CFCFC"
+
+
+def test_who_asked_for_a_trial_is_told_of_its_crash() -> None:
+    study = optuna.create_study()
+    with pytest.raises(TrialCrashed, match="exit code 3"):
+        isolated(crash_at(0))(study.ask())
+
+    def objective(trial: optuna.Trial) -> float:
+        inner = isolated(crash_at(2))
+        with pytest.raises(TrialCrashed, match="exit code 3"):
+            inner(study.ask())
+        return 1.0
+
+    study.optimize(objective, n_trials=1)
+    assert study.trials[1].value == 1.0
+
+
+def test_what_the_objective_raises_goes_through() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        raise ZeroDivisionError("mine")
+
+    study = optuna.create_study()
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        study.optimize(isolated(objective), n_trials=4)
+    assert states_of(study) == "F"
+    assert CRASHED not in study.trials[0].system_attrs
+
+
+@pytest.mark.parametrize("sampler", ["plain", "quota"])
+def test_a_study_ends_when_its_first_trials_have_all_crashed(sampler: str) -> None:
+    quota = QuotaSampler(quota=Quota(n_trials=9)) if sampler == "quota" else None
+    study = optuna.create_study(sampler=quota)
+    with pytest.raises(TrialCrashed, match="first 3 trials .*exit code 3.*catch=") as caught:
+        study.optimize(isolated(crash_at(*range(9))), n_trials=9)
+    assert caught.value.exitcode == 3
+    assert states_of(study) == "FFF"
+    reason = read_record(study.trials[2]).reason
+    assert reason == "The trial's process ended by itself with exit code 3."
+
+
+def test_a_study_ends_when_trials_in_a_row_have_crashed() -> None:
+    study = optuna.create_study()
+    crashing = isolated(crash_at(2, 3, 4, 5, 7, 8, 9, 10, 11, 12))
+    with pytest.raises(TrialCrashed, match="5 trials in a row .*trial 11: "):
+        study.optimize(crashing, n_trials=20)
+    assert states_of(study) == "CCFFFFCFFFFF"
+
+
+def test_crashes_are_counted_over_the_rows_of_the_study(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    for number in range(2):
+        study = optuna.create_study(storage=url, study_name="s", load_if_exists=True)
+        study.optimize(isolated(crash_at(number)), n_trials=1)
+    study = optuna.load_study(storage=url, study_name="s")
+    with pytest.raises(TrialCrashed, match="first 3 trials"):
+        study.optimize(isolated(crash_at(2)), n_trials=1)
+    # Once the objective is mended, the study goes on.
+    study.optimize(isolated(crash_at(4)), n_trials=3)
+    assert states_of(study) == "FFFCFC"
+
+
+def test_who_catches_crashes_is_not_stopped() -> None:
+    study = optuna.create_study()
+    study.optimize(isolated(crash_at(*range(4))), n_trials=4, catch=(TrialCrashed,))
+    assert states_of(study) == "FFFF"
+
+
+def test_a_copy_of_a_crashed_row_has_not_crashed() -> None:
+    study = optuna.create_study()
+    study.optimize(isolated(crash_at(0, 1)), n_trials=2)
+    crashed = study.trials[0]
+    study.add_trial(
+        optuna.trial.create_trial(
+            state=TrialState.FAIL, system_attrs=crashed.system_attrs, params={}, distributions={}
+        )
+    )
+    study.optimize(isolated(crash_at(3)), n_trials=1)
+    assert states_of(study) == "FFFF"
+
+
+@pytest.mark.parametrize(
+    ("fates", "words"),
+    [
+        ("x", None),
+        ("xx", None),
+        ("xxx", "The first 3 trials of the study have crashed"),
+        ("xxxx", "The first 4 trials of the study have crashed"),
+        ("xx.x", None),
+        ("xxx.", None),  # one has ended well meanwhile
+        ("xxx-", "The first 3 trials of the study have crashed"),
+        ("xx-x", None),  # the third may yet end well
+        (".xxxx", None),
+        (".xxxxx", "5 trials in a row have crashed"),
+        ("-xxxxx", "5 trials in a row have crashed"),
+        (".xx-xxx", None),
+    ],
+)
+def test_series(fates: str, words: str | None) -> None:
+    names: dict[str, Fate] = {"x": "crashed", ".": "ended", "-": "running"}
+    found = {
+        describe_series([names[fate] for fate in fates], index)
+        for index, fate in enumerate(fates)
+        if fate == "x"
+    }
+    assert found == {words} or (words is None and found == {None})

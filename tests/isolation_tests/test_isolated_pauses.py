@@ -1,0 +1,314 @@
+"""A study that is stopped and goes on loses no result, and the pause is no time of its trials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
+import logging
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import optuna
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+import psutil
+import pytest
+
+from optuna_quota import isolated
+from optuna_quota import Limits
+from optuna_quota import QuotaPruner
+from optuna_quota._isolation.launch import can_supervise
+from optuna_quota._records import read_record
+
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not can_supervise(), reason="needs Linux with pidfds"
+)
+
+SCRIPT = """
+    import os, signal, sys, time
+    from pathlib import Path
+    import optuna
+    from optuna_quota import isolated, LimitBreached, Limits, Quota, QuotaPruner, QuotaSampler
+
+    folder, where = Path(sys.argv[1]), sys.argv[2]
+    study_pid = os.getpid()
+    QUOTA = Quota(trial_time="1h", wall_time="1h")
+
+    def mark(name):
+        Path(folder, name + ".new").write_text(str(os.getpid()))
+        Path(folder, name + ".new").rename(folder / name)
+
+    def work(seconds):
+        # In steps, so that a stop of this process can't pass unseen as one long sleep does.
+        for _ in range(int(seconds / 0.05)):
+            time.sleep(0.05)
+
+    BODY
+
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder}/study.db",
+        study_name="s",
+        sampler=QuotaSampler(quota=QUOTA, lease=1) if "quota" in where else None,
+        pruner=QuotaPruner(limits=Limits(wall_time=LIMIT)),
+    )
+    run = objective if "here" in where else isolated(objective, grace_period=2.0)
+    study.optimize(run, n_trials=1)
+"""
+
+
+class Script:
+    """A study in a process and a session of its own."""
+
+    def __init__(self, folder: Path, body: str, where: str, limit: float) -> None:
+        self.folder = folder
+        code = textwrap.dedent(SCRIPT).replace("LIMIT", str(limit))
+        script = folder / "script.py"
+        script.write_text(code.replace("BODY", textwrap.dedent(body)))
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), str(folder), where],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for(self, name: str) -> int:
+        for _ in range(3000):
+            if (self.folder / name).exists():
+                return int((self.folder / name).read_text())
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.01)
+        raise AssertionError(f"{name} was not written.")
+
+    def end(self) -> FrozenTrial:
+        _, errors = self.process.communicate(timeout=60)
+        assert self.process.returncode == 0, errors
+        study = optuna.load_study(storage=f"sqlite:///{self.folder}/study.db", study_name="s")
+        return study.trials[0]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str, str, float], Script]]:
+    started: list[Script] = []
+
+    def make(body: str, where: str, limit: float) -> Script:
+        started.append(Script(tmp_path, body, where, limit))
+        return started[-1]
+
+    yield make
+    for script in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(script.process.pid, signal.SIGCONT)
+        script.process.kill()
+        script.process.communicate()
+
+
+WORKING = """
+    def objective(trial):
+        trial.should_prune()  # in process, the pruner meters from here on
+        mark("started")
+        work(1.5)
+        trial.should_prune()
+        trial.set_user_attr("done", True)
+        return 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "whom"),
+    [
+        ("process", "group"),
+        ("process quota", "study"),
+        ("process quota", "all"),
+        ("here", "study"),
+        ("here quota", "all"),
+    ],
+)
+def test_a_pause_is_no_time_of_the_trial(
+    start: Callable[[str, str, float], Script], where: str, whom: str
+) -> None:
+    script = start(WORKING, where, 4.0)
+    trial_pid = script.wait_for("started")
+    study = psutil.Process(script.process.pid)
+    everything = [study, *study.children(recursive=True)]
+    if whom == "all":
+        for process in everything:
+            process.send_signal(signal.SIGSTOP)
+    elif whom == "group":
+        os.killpg(study.pid, signal.SIGSTOP)
+    else:
+        study.send_signal(signal.SIGSTOP)
+    time.sleep(0.5)
+    states = [psutil.Process(trial_pid).status()]
+    time.sleep(4.0)
+    states.append(psutil.Process(trial_pid).status())
+    if whom == "all":
+        for process in reversed(everything):
+            process.send_signal(signal.SIGCONT)
+    elif whom == "group":
+        os.killpg(study.pid, signal.SIGCONT)
+    else:
+        study.send_signal(signal.SIGCONT)
+    trial = script.end()
+    record = read_record(trial)
+    assert states == [psutil.STATUS_STOPPED] * 2
+    assert trial.state == TrialState.COMPLETE, record.reason
+    assert record.breach is None and record.usage.wall_time is not None
+    # Clock ticks of the meters count, and the start on a busy machine.
+    assert 1.4 < record.usage.wall_time < 4.0
+
+
+def test_a_pause_is_no_time_of_the_quota(start: Callable[[str, str, float], Script]) -> None:
+    body = """
+        from optuna_quota._ledger import status
+
+        def used():
+            return {line.resource: line.used for line in status(study).lines}["wall_time"]
+
+        def objective(trial):
+            mark("started")
+            work(1.0)
+            trial.set_user_attr("used", used())
+            return 1.0
+    """
+    script = start(body, "here quota", 30.0)
+    script.wait_for("started")
+    os.kill(script.process.pid, signal.SIGSTOP)
+    time.sleep(4.0)
+    os.kill(script.process.pid, signal.SIGCONT)
+    assert 0.9 < script.end().user_attrs["used"] < 4.0
+
+
+def test_a_result_that_comes_while_the_study_is_stopped_is_kept(
+    start: Callable[[str, str, float], Script],
+) -> None:
+    body = """
+        def objective(trial):
+            mark("started")
+            os.kill(study_pid, signal.SIGSTOP)
+            return 1.0
+    """
+    script = start(body, "process", 3.0)
+    script.wait_for("started")
+    time.sleep(5.0)
+    os.kill(script.process.pid, signal.SIGCONT)
+    trial = script.end()
+    assert trial.state == TrialState.COMPLETE and read_record(trial).breach is None
+    assert (read_record(trial).usage.wall_time or 9) < 3.0
+
+
+def test_a_pause_is_no_time_of_the_grace_period(
+    start: Callable[[str, str, float], Script],
+) -> None:
+    body = """
+        def objective(trial):
+            try:
+                work(60)
+            except LimitBreached:
+                mark("saving")
+                work(1.0)
+                mark("saved")
+                raise
+    """
+    script = start(body, "process", 1.0)
+    script.wait_for("saving")
+    os.kill(script.process.pid, signal.SIGSTOP)
+    time.sleep(4.0)
+    assert not (script.folder / "saved").exists()
+    os.kill(script.process.pid, signal.SIGCONT)
+    trial = script.end()
+    assert (script.folder / "saved").exists()
+    assert read_record(trial).outcome == "terminated"
+
+
+def test_all_that_a_trial_started_is_stopped_and_goes_on(
+    start: Callable[[str, str, float], Script],
+) -> None:
+    body = """
+        def objective(trial):
+            import subprocess
+            beat = "import time\\nwhile True:\\n time.sleep(0.01)"
+            child = subprocess.Popen([sys.executable, "-c", beat], start_new_session=True)
+            still = subprocess.Popen([sys.executable, "-c", beat])
+            still.send_signal(signal.SIGSTOP)
+            Path(folder, "child").write_text(f"{child.pid} {still.pid}")
+            mark("started")
+            work(2.0)
+            child.kill()
+            still.kill()
+            return 1.0
+    """
+    script = start(body, "process", 30.0)
+    script.wait_for("started")
+    child, still = map(int, (script.folder / "child").read_text().split())
+    os.kill(script.process.pid, signal.SIGSTOP)
+    time.sleep(1.0)
+    assert psutil.Process(child).status() == psutil.STATUS_STOPPED
+    os.kill(script.process.pid, signal.SIGCONT)
+    time.sleep(0.5)
+    assert psutil.Process(child).status() != psutil.STATUS_STOPPED
+    assert psutil.Process(still).status() == psutil.STATUS_STOPPED  # by the objective's own wish
+    assert script.end().state == TrialState.COMPLETE
+
+
+def test_a_stopped_study_that_is_killed_takes_its_trial_along(
+    start: Callable[[str, str, float], Script],
+) -> None:
+    script = start(WORKING, "process", 30.0)
+    trial = psutil.Process(script.wait_for("started"))
+    script.process.send_signal(signal.SIGSTOP)
+    time.sleep(0.5)
+    script.process.kill()
+    script.process.wait()
+    _, alive = psutil.wait_procs([trial], timeout=20)
+    assert not alive
+
+
+def test_a_result_that_waits_to_be_read_is_none_of_a_limit() -> None:
+    class Slow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            time.sleep(3.0)
+
+    handler = Slow()
+    logging.getLogger("slow").addHandler(handler)
+
+    def objective(trial: optuna.Trial) -> float:
+        logging.getLogger("slow").warning("The study reads what comes after this much later.")
+        return 1.0
+
+    study = optuna.create_study()
+    try:
+        study.optimize(isolated(lambda trial: 0.0), n_trials=1)  # a template is there
+        study.pruner = QuotaPruner(limits=Limits(wall_time=2.0))
+        study.optimize(isolated(objective), n_trials=1)
+    finally:
+        logging.getLogger("slow").removeHandler(handler)
+    assert study.trials[1].state == TrialState.COMPLETE
+
+
+@pytest.mark.parametrize("resource", ["wall_time", "memory"])
+def test_the_exit_of_a_trial_breaches_nothing(resource: str) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        import atexit
+
+        if resource == "wall_time":
+            atexit.register(time.sleep, 2.5)
+        else:
+            atexit.register(lambda: bytearray(300 * 2**20))
+        return 1.0
+
+    study = optuna.create_study()
+    study.optimize(isolated(lambda trial: 0.0), n_trials=1)  # a template is there
+    limits = Limits(wall_time=2.0) if resource == "wall_time" else Limits(memory="200MiB")
+    study.pruner = QuotaPruner(limits=limits)
+    study.optimize(isolated(objective, grace_period=5.0), n_trials=1)
+    trial = study.trials[1]
+    assert trial.state == TrialState.COMPLETE
+    assert read_record(trial).breach is None

@@ -1,0 +1,186 @@
+"""Settings of the interpreter and of libraries: each is read here and applied elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterator
+import decimal
+import gc
+import locale
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import types
+from typing import Any
+
+import pytest
+
+from optuna_quota._isolation.process_settings import apply_settings
+from optuna_quota._isolation.process_settings import read_settings
+
+
+def at_once(name: str, act: Callable[[Any], None]) -> None:
+    act(sys.modules[name])
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    before = read_settings()
+    yield
+    apply_settings(before, at_once)
+    assert read_settings() == before
+
+
+def _umask() -> int:
+    found = os.umask(0)
+    os.umask(found)
+    return found
+
+
+# How a script makes each setting, and how its trial would see it.
+OWN: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "recursion limit": (lambda: sys.setrecursionlimit(3210), sys.getrecursionlimit),
+    "switch interval": (lambda: sys.setswitchinterval(0.25), sys.getswitchinterval),
+    "garbage collection": (gc.disable, gc.isenabled),
+    "garbage collection's pace": (lambda: gc.set_threshold(123, 4, 5), gc.get_threshold),
+    "umask": (lambda: os.umask(0o077), _umask),
+    "temporary folder": (lambda: setattr(tempfile, "tempdir", "/nowhere"), tempfile.gettempdir),
+    "socket timeout": (lambda: socket.setdefaulttimeout(12.5), socket.getdefaulttimeout),
+    "locale": (
+        lambda: locale.setlocale(locale.LC_NUMERIC, "C.UTF-8"),
+        lambda: locale.setlocale(locale.LC_NUMERIC),
+    ),
+    "decimal": (
+        lambda: decimal.setcontext(decimal.Context(prec=7, rounding=decimal.ROUND_UP)),
+        lambda: (decimal.Decimal(2) / 3, decimal.getcontext().rounding),
+    ),
+}
+
+OF_LIBRARIES: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "numpy errors": ("numpy", lambda m: m.seterr(divide="raise"), lambda m: m.geterr()),
+    "numpy printing": (
+        "numpy",
+        lambda m: m.set_printoptions(precision=3, suppress=True),
+        lambda m: (m.get_printoptions()["precision"], str(m.array([1 / 3, 1e-9]))),
+    ),
+    "matplotlib": (
+        "matplotlib",
+        lambda m: m.rcParams.update({"figure.dpi": 33.0}),
+        lambda m: m.rcParams["figure.dpi"],
+    ),
+    "matplotlib's backend": (
+        "matplotlib",
+        lambda m: m.use("svg" if m.get_backend() != "svg" else "pdf"),
+        lambda m: m.get_backend(),
+    ),
+    "scikit-learn": (
+        "sklearn",
+        lambda m: m.set_config(assume_finite=True),
+        lambda m: m.get_config(),
+    ),
+    "torch threads": ("torch", lambda m: m.set_num_threads(3), lambda m: m.get_num_threads()),
+    "torch dtype": (
+        "torch",
+        lambda m: m.set_default_dtype(m.float64),
+        lambda m: m.get_default_dtype(),
+    ),
+    "torch determinism": (
+        "torch",
+        lambda m: m.use_deterministic_algorithms(True, warn_only=True),
+        lambda m: (
+            m.are_deterministic_algorithms_enabled(),
+            m.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+    ),
+    "torch precision": (
+        "torch",
+        lambda m: m.set_float32_matmul_precision("medium"),
+        lambda m: m.get_float32_matmul_precision(),
+    ),
+    "torch flags": (
+        "torch",
+        lambda m: setattr(m.backends.cudnn, "benchmark", True),
+        lambda m: m.backends.cudnn.benchmark,
+    ),
+    "torch gradients": (
+        "torch",
+        lambda m: m.set_grad_enabled(False),
+        lambda m: m.is_grad_enabled(),
+    ),
+    "torch sharing": (
+        "torch.multiprocessing",
+        lambda m: m.set_sharing_strategy("file_system"),
+        lambda m: m.get_sharing_strategy(),
+    ),
+}
+
+
+def check(make: Callable[[], Any], see: Callable[[], Any]) -> None:
+    before, settings = see(), read_settings()
+    make()
+    made, changed = see(), pickle.loads(pickle.dumps(read_settings()))
+    assert made != before
+    apply_settings(settings, at_once)
+    assert see() == before
+    apply_settings(changed, at_once)
+    assert see() == made
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("name", OWN)
+def test_a_setting_of_the_interpreter(name: str) -> None:
+    check(*OWN[name])
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", OF_LIBRARIES)
+def test_a_setting_of_a_library(name: str) -> None:
+    module, make, see = OF_LIBRARIES[name]
+    library = pytest.importorskip(module)
+    before = read_settings()
+    try:
+        check(lambda: make(library), lambda: see(library))
+    finally:
+        apply_settings(before, at_once)
+
+
+def test_options_of_pandas_that_are_not_the_default() -> None:
+    pandas = pytest.importorskip("pandas")
+    with pandas.option_context("display.max_rows", 77, "display.width", 99):
+        found = pickle.loads(pickle.dumps(read_settings()))
+    assert found["pandas options"].items() >= {("display.max_rows", 77), ("display.width", 99)}
+    with pandas.option_context("display.max_rows", 60, "display.width", 80):
+        apply_settings(found, at_once)
+        assert pandas.get_option("display.max_rows") == 77
+
+
+def test_functions_among_settings_are_left_out() -> None:
+    # They may be the script's, which is made in a trial after these are read there.
+    numpy = pytest.importorskip("numpy")
+    with numpy.printoptions(formatter={"bool": _umask}):
+        assert _umask.__name__.encode() not in pickle.dumps(read_settings())
+
+
+def test_a_library_that_is_not_imported_is_told_once_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waiting: dict[str, Callable[[Any], None]] = {}
+    monkeypatch.delitem(sys.modules, "sklearn", raising=False)
+    assert "scikit-learn" not in read_settings()
+    apply_settings({"scikit-learn": {"a": 1}}, waiting.__setitem__)
+    told: list[dict[str, int]] = []
+    fake = types.SimpleNamespace(get_config=dict, set_config=lambda **v: told.append(v))
+    waiting["sklearn"](fake)
+    assert told == [{"a": 1}]
+
+
+def test_of_a_library_without_such_a_setting_the_others_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", types.ModuleType("sklearn"))
+    found = read_settings()
+    assert "scikit-learn" not in found and "umask" in found
+    for name in ("scikit-learn", "pandas options", "numpy errors", "torch dtype", "torch flags"):
+        apply_settings({name: 3}, lambda module, act: act(types.ModuleType(module)))

@@ -1,0 +1,435 @@
+"""Utilization models find the law that made the data, and say how surely."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import analyze
+from optuna_quota import Usage
+from optuna_quota._records import record_attributes
+from optuna_quota._records import TrialRecord
+from optuna_quota._utilization.fit import climb
+from optuna_quota._utilization.fit import fit
+from optuna_quota._utilization.fit import robust_covariance
+from optuna_quota._utilization.fit import Sample
+from optuna_quota._utilization.fit import slopes
+from optuna_quota._utilization.model import UtilizationModel
+from tests.analysis_tests.studies import draw
+from tests.analysis_tests.studies import finished
+from tests.analysis_tests.studies import power_law_study
+from tests.analysis_tests.studies import SPACE
+from tests.analysis_tests.studies import study_of
+
+
+def model_of(study: optuna.Study, resource: str = "memory") -> UtilizationModel:
+    return analyze(study).models[resource]
+
+
+def sample_of(n: int = 40, cut: float = 0.3, seed: int = 0) -> Sample:
+    rng = np.random.default_rng(seed)
+    x = np.column_stack([np.ones(n), rng.uniform(-2, 2, n), rng.uniform(-1, 1, n)])
+    y = np.logaddexp(1.0, x @ [0.5, 1.5, 0.3]) + 0.1 * rng.standard_normal(n)
+    limit = np.quantile(y, 1 - cut)
+    return Sample(np.minimum(y, limit), x, y > limit)
+
+
+@pytest.mark.parametrize("has_floor", [True, False])
+@pytest.mark.parametrize("cut", [0.0, 0.4])
+def test_slopes_are_those_of_finite_differences(has_floor: bool, cut: float) -> None:
+    sample = sample_of(cut=cut)
+    theta = np.array([0.8, 0.4, 1.2, 0.2, -1.0] if has_floor else [0.4, 1.2, 0.2, -1.0])
+    exact = slopes(theta, sample, has_floor, exact=True)
+    for i in range(len(theta)):
+        step = np.zeros(len(theta))
+        step[i] = 1e-5
+        above, below = (slopes(theta + s, sample, has_floor) for s in (step, -step))
+        by_difference = (above.loglike_obs - below.loglike_obs) / 2e-5
+        curvature = -(above.score_obs - below.score_obs).sum(axis=0) / 2e-5
+        assert exact.score_obs[:, i] == pytest.approx(by_difference, abs=1e-5)
+        assert exact.information[i] == pytest.approx(curvature, rel=1e-4, abs=1e-3)
+
+
+def test_without_floor_or_bounds_it_is_least_squares_with_hc3() -> None:
+    import statsmodels.api as sm
+
+    sample = sample_of(cut=0.0)
+    expected = sm.OLS(sample.y, sample.x).fit(cov_type="HC3")
+
+    found = fit(sample, has_floor=False)
+
+    assert found.beta == pytest.approx(expected.params)
+    errors = np.sqrt(np.diag(robust_covariance(found, sample)))[:-1]
+    assert errors == pytest.approx(expected.bse)
+
+
+def test_the_top_is_where_the_slope_is_zero() -> None:
+    sample = sample_of(cut=0.0)
+
+    found = fit(sample, has_floor=True)
+
+    assert found.converged and found.epsilon == 1.0
+    assert slopes(found.theta, sample, True).score_obs.sum(axis=0) == pytest.approx(0, abs=1e-2)
+    again = climb(found.theta, sample, has_floor=True)
+    assert again.loglike == pytest.approx(found.loglike)
+
+
+def test_a_law_hidden_behind_its_bounds_stays_finite() -> None:
+    rng = np.random.default_rng(2)
+    rows = rng.uniform(math.log(100), math.log(10_000), 60)
+    y = np.log(3e8 + 1e-2 * np.exp(2 * rows)) + 0.1 * rng.standard_normal(60)
+    limit = float(np.quantile(y, 0.5))
+    x = np.column_stack([np.ones(60), rows - rows.mean()])
+    sample = Sample(np.minimum(y, limit), x, y > limit)
+
+    found = fit(sample, has_floor=True)
+
+    assert np.abs(found.beta[1:]).max() < 10
+    assert np.isfinite(robust_covariance(found, sample)).all()
+
+
+def test_scatter_of_the_law_alone_is_seen() -> None:
+    rng = np.random.default_rng(3)
+    rows = rng.uniform(math.log(100), math.log(10_000), 100)
+    law = np.exp(2 * rows + 0.3 * rng.standard_normal(100))
+    x = np.column_stack([np.ones(100), rows - rows.mean()])
+    sample = Sample(np.log(3e8 + 10 * law), x, np.zeros(100, dtype=bool))
+
+    found = fit(sample, has_floor=True)
+
+    assert found.epsilon < 0.2
+    error = math.sqrt(robust_covariance(found, sample)[2, 2])
+    assert abs(found.beta[1] - 2.0) < 2.5 * error and error < 0.15
+    assert 0.15 < found.sigma < 0.4
+
+
+def test_the_exponent_of_a_quadratic_over_a_floor_is_found() -> None:
+    model = model_of(power_law_study(60))
+
+    rows = model.coefficients.loc["rows"]
+    assert rows["lower"] < 2.0 < rows["upper"] and rows["upper"] - rows["lower"] < 0.3
+    assert rows["kind"] == "exponent" and rows["p_value"] < 1e-10
+    floor = model.coefficients.loc["floor"]
+    assert floor["lower"] < 300e6 < floor["upper"]
+    assert list(model.coefficients.columns[:4]) == ["estimate", "lower", "upper", "p_value"]
+
+
+def test_a_formula_says_floor_and_exponents_and_leaves_out_what_does_nothing() -> None:
+    memory = model_of(power_law_study(100)).formula
+    time = model_of(power_law_study(100), "wall_time").formula
+
+    assert memory.startswith("memory = 2") and " MiB + " in memory and "rows^2.0" in memory
+    assert "lr" not in memory
+    assert "rows^1.0" in time and "width^0.5" in time and "optimizer=" in time
+
+
+def test_a_ratio_of_levels_is_found_on_the_log_scale() -> None:
+    table = model_of(power_law_study(100, seed=1), "wall_time").coefficients
+
+    (term,) = [t for t in table.index if t.startswith("optimizer[")]
+    ratio = math.log(2.0) if term == "optimizer[adam]" else -math.log(2.0)
+    assert table.loc[term, "lower"] < ratio < table.loc[term, "upper"]
+    assert table.loc[term, "kind"] == "log ratio"
+
+
+def test_terminated_trials_do_not_bend_the_exponent() -> None:
+    study = power_law_study(80, limit=5e8, seed=3)
+
+    model = model_of(study)
+
+    assert model.kind.startswith("Tobit")
+    assert model.n_censored > 20 and model.n_observed + model.n_censored == 80
+    rows = model.coefficients.loc["rows"]
+    assert rows["lower"] < 2.0 < rows["upper"]
+
+
+def test_times_of_trials_ended_early_are_survival_data() -> None:
+    study = power_law_study(80, limit=5e8, seed=4)
+
+    model = model_of(study, "wall_time")
+
+    assert "failure time" in model.kind and model.n_censored > 20
+    assert model.coefficients.loc["rows", "lower"] < 1.0 < model.coefficients.loc["rows", "upper"]
+
+
+def pruning_study(share: float, n: int = 60) -> optuna.Study:
+    """Memory of 100 MB and a law in rows; every third trial pruned at a share of that law."""
+    rng = np.random.default_rng(5)
+    trials = []
+    for number in range(n):
+        params = draw(SPACE, rng)
+        cut = number % 3 == 0
+        memory = 1e8 + (share if cut else 1.0) * 40.0 * params["rows"] ** 2.0
+        usage = Usage(memory=memory * math.exp(0.02 * rng.standard_normal()))
+        record = TrialRecord(outcome="pruned" if cut else "completed", usage=usage)
+        state = TrialState.PRUNED if cut else TrialState.COMPLETE
+        changes = {"state": state, "user_attrs": record_attributes(record)}
+        trials.append(finished(params, usage, **changes))
+    return study_of(*trials)
+
+
+def test_peaks_that_pruned_trials_had_not_reached_are_lower_bounds() -> None:
+    report = analyze(pruning_study(share=0.25))
+
+    model = report.models["memory"]
+    assert model.n_pruned_held == model.n_censored == 20
+    assert model.coefficients.loc["rows", "estimate"] == pytest.approx(2.0, abs=0.05)
+    assert any("20 pruned trials" in line for line in model.diagnostics)
+    found = report.correlations.set_index(["param", "resource"]).loc[("rows", "memory")]
+    assert found["n"] == 40
+
+
+def test_peaks_that_pruned_trials_had_reached_are_values() -> None:
+    report = analyze(pruning_study(share=1.0))
+
+    model = report.models["memory"]
+    assert model.n_pruned_held == model.n_censored == 0
+    found = report.correlations.set_index(["param", "resource"]).loc[("rows", "memory")]
+    assert found["n"] == 60
+
+
+def test_statsmodels_results_are_at_hand() -> None:
+    whole = model_of(power_law_study(60))
+    cut = model_of(power_law_study(60, limit=2e9))
+
+    for model in (whole, cut):
+        assert "rows" in str(model.results.summary())
+        assert model.bse.shape == model.params.shape
+        assert np.isfinite(model.llf)
+    assert whole.results.cov_type == "HC3"
+    assert 0.9 < whole.rsquared <= 1
+    with pytest.raises(AttributeError):
+        whole.nothing_of_the_kind  # noqa: B018  # the access is the point
+
+
+def test_an_interaction_enters_only_where_it_is_there() -> None:
+    def by_kind(params: Mapping[str, Any]) -> float:
+        return 1e8 + 1e5 * params["rows"] ** (1.3 if params["optimizer"] == "adam" else 0.8)
+
+    with_one = model_of(power_law_study(120, memory=by_kind, seed=1))
+    without = [model_of(power_law_study(60, seed=s), "wall_time") for s in range(10)]
+
+    (term,) = [t for t in with_one.coefficients.index if ":" in t and "optimizer" in t]
+    assert "rows" in term
+    assert abs(abs(with_one.coefficients.loc[term, "estimate"]) - 0.5) < 0.15
+    assert any("extended BIC" in note for note in with_one.notes)
+    assert sum(":" in t for m in without for t in m.coefficients.index) <= 2
+
+
+def test_without_any_effect_the_model_says_so() -> None:
+    study = power_law_study(50, memory=lambda _: 5e8, seed=2)
+
+    model = model_of(study)
+
+    assert "no hyperparameter moves it clearly" in model.formula or "p" in model.formula
+    assert (model.coefficients["p_value"].dropna() > 0.001).all()
+
+
+def test_predictions_hold_what_they_promise() -> None:
+    model = model_of(power_law_study(200, noise=0.1))
+    rng = np.random.default_rng(9)
+    params = [draw(SPACE, rng) for _ in range(500)]
+    truth = np.array(
+        [(300e6 + 50.0 * p["rows"] ** 2) * np.exp(0.1 * rng.standard_normal()) for p in params]
+    )
+
+    table = model.predict(params)
+
+    assert 0.90 < (truth <= table["upper"]).mean() < 0.99
+    assert 0.90 < (truth >= table["lower"]).mean() < 0.99
+    assert 0.88 < (truth <= table["edge"]).mean() < 0.99
+    assert (table["lower"] < table["median"]).all() and (table["median"] < table["upper"]).all()
+
+
+def test_a_curve_runs_along_one_parameter() -> None:
+    model = model_of(power_law_study(60), "wall_time")
+
+    numbers, levels = model.curve("rows", points=20), model.curve("optimizer")
+
+    assert len(numbers) == 20 and numbers["median"].is_monotonic_increasing
+    assert set(levels["param"]) == {"sgd", "adam"}
+    with pytest.raises(KeyError, match="nothing"):
+        model.curve("nothing")
+
+
+def test_conditional_parameters_have_exponents_of_their_own_branch() -> None:
+    space = {
+        "model": CategoricalDistribution(["net", "kernel"]),
+        "width": IntDistribution(10, 1000, log=True),
+        "rows": IntDistribution(100, 5000, log=True),
+    }
+    rng = np.random.default_rng(5)
+    trials = []
+    for i in range(80):
+        params = {k: v for k, v in draw(space, rng).items() if k != "model"}
+        kernel = i % 2 == 0
+        params.pop("width" if kernel else "rows")
+        params["model"] = "kernel" if kernel else "net"
+        power = 8.0 * params["rows"] ** 2 if kernel else 4e4 * params["width"] ** 1.3
+        usage = Usage(memory=(1e8 + power) * float(np.exp(0.03 * rng.standard_normal())))
+        trials.append(finished(params, usage, space))
+
+    table = model_of(study_of(*trials)).coefficients
+
+    assert table.loc["rows", "lower"] < 2.0 < table.loc["rows", "upper"]
+    assert table.loc["width", "lower"] < 1.3 < table.loc["width", "upper"]
+    assert not any("[set]" in term for term in table.index), "the choice of model says it"
+
+
+def test_user_attributes_are_regressors() -> None:
+    rng = np.random.default_rng(6)
+    space = {"x": FloatDistribution(1.0, 10.0)}
+    trials = []
+    for _ in range(40):
+        rows, x = float(rng.uniform(1e3, 1e5)), float(rng.uniform(1, 10))
+        memory = 1e8 + 1e3 * rows * x * float(np.exp(0.02 * rng.standard_normal()))
+        attributes = {"rows": rows, "quota:memory": memory}
+        trials.append(finished({"x": x}, Usage(), space, user_attrs=attributes))
+
+    table = analyze(study_of(*trials), user_attrs=["rows"]).models["memory"].coefficients
+
+    assert table.loc["rows", "lower"] < 1.0 < table.loc["rows", "upper"]
+
+
+def test_multi_objective_studies_have_models() -> None:
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    for trial in power_law_study(30).trials:
+        study.add_trial(
+            optuna.trial.create_trial(
+                values=[1.0, 2.0],
+                params=trial.params,
+                distributions=trial.distributions,
+                user_attrs=trial.user_attrs,
+            )
+        )
+
+    assert "rows" in analyze(study).models["memory"].coefficients.index
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_gigabytes_and_terabytes_alike(scale: float) -> None:
+    study = power_law_study(40, memory=lambda p: scale * (3e8 + 50.0 * p["rows"] ** 2))
+
+    rows = model_of(study).coefficients.loc["rows"]
+
+    assert rows["lower"] < 2.0 < rows["upper"]
+
+
+def test_more_parameters_than_trials_can_tell_apart() -> None:
+    space = {f"p{i}": FloatDistribution(1e-3, 1.0, log=True) for i in range(30)}
+    rng = np.random.default_rng(7)
+    trials = []
+    for _ in range(20):
+        params = draw(space, rng)
+        trials.append(finished(params, Usage(memory=1e9 * params["p3"]), space))
+
+    model = model_of(study_of(*trials))
+
+    assert len(model.coefficients) <= 8
+    assert "p3" in model.coefficients.index
+    assert any("too few" in warning for warning in model.diagnostics)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("twins", "determine it"),
+        ("together", "can hardly be told apart"),
+        ("outlier", "Cook's distance"),
+        ("bend", "bends"),
+        ("scatter", "scatter grows with rows"),
+        ("cut", "ended early"),
+    ],
+)
+def test_diagnostics_warn_in_words(change: str, expected: str) -> None:
+    model = model_of(ill(change))
+
+    assert any(expected in warning for warning in model.diagnostics), model.diagnostics
+
+
+def test_nothing_is_wrong_with_what_is_right() -> None:
+    found = [model_of(power_law_study(80, seed=s), "cpu_time").diagnostics for s in range(10)]
+
+    assert sum(map(len, found)) <= 2, found
+
+
+def ill(change: str) -> optuna.Study:
+    rng = np.random.default_rng(8)
+    space = {name: FloatDistribution(1.0, 1000.0, log=True) for name in ("rows", "other")}
+    trials = []
+    for i in range(80):
+        rows = float(np.exp(rng.uniform(0, math.log(1000))))
+        other = float(np.exp(rng.uniform(0, math.log(1000))))
+        noise = 0.1 * rng.standard_normal()
+        memory, factor = rows, 1.0
+        if change == "twins":
+            other = rows
+        elif change == "together":
+            other = min(1000.0, max(1.0, rows * float(np.exp(0.05 * rng.standard_normal()))))
+        elif change == "outlier":
+            rows = memory = 5.0 + i / 40 if i else 1000.0
+            factor = 1.0 if i else 1e-3
+        elif change == "bend":
+            memory = float(np.exp(0.3 * math.log(rows) ** 2))
+        elif change == "scatter":
+            noise *= math.log(rows)
+        usage = Usage(memory=1e6 * memory * factor * math.exp(noise))
+        params = {"rows": rows, "other": other}
+        if change == "cut" and i % 3:
+            early = {"quota:memory": usage.memory, "quota:outcome": "terminated"}
+            trials.append(finished(params, usage, space, user_attrs=early))
+        else:
+            trials.append(finished(params, usage, space))
+    return study_of(*trials)
+
+
+def test_a_choice_of_none_is_predicted_as_a_level_of_its_own() -> None:
+    space = {"weight": CategoricalDistribution([None, "", "balanced"])}
+    amounts = {None: 4e9, "": 2e9, "balanced": 1e9}
+    rng = np.random.default_rng(0)
+    chosen = [None, "", "balanced", "balanced"] * 10
+    model = model_of(
+        study_of(
+            *(
+                finished({"weight": c}, Usage(memory=amounts[c] * rng.lognormal(0, 0.02)), space)
+                for c in chosen
+            )
+        )
+    )
+
+    predicted = model.predict([{"weight": choice} for choice in amounts])
+
+    assert predicted["median"].to_numpy() == pytest.approx(list(amounts.values()), rel=0.03)
+    assert model.predict([{}])["median"][0] == predicted["median"][2]
+
+
+def test_an_infinite_choice_is_a_level_not_a_missing_value() -> None:
+    space = {"max_norm": CategoricalDistribution([1.0, math.inf])}
+    rng = np.random.default_rng(0)
+    report = analyze(
+        study_of(
+            *(
+                finished(
+                    {"max_norm": norm},
+                    Usage(memory=1e9 * (1 + math.isinf(norm)) * rng.lognormal(0, 0.02)),
+                    space,
+                )
+                for norm in [1.0, math.inf] * 15
+            )
+        )
+    )
+
+    found = report.correlations.iloc[0]
+
+    assert (found["param"], found["n"], found["branch"]) == ("max_norm", 30, "")
+    assert found["p_value"] < 1e-3
+    assert "2[max_norm=inf]" in report.models["memory"].formula
