@@ -33,12 +33,12 @@ from optuna_quota._enforcement.settle import row_of
 from optuna_quota._enforcement.settle import settle
 from optuna_quota._isolation import cgroup
 from optuna_quota._isolation import processes
+from optuna_quota._isolation.calls import RemoteObjects
 from optuna_quota._isolation.child import Exited
 from optuna_quota._isolation.child import Inherited
 from optuna_quota._isolation.child import Raised
 from optuna_quota._isolation.child import Ready
 from optuna_quota._isolation.child import Returned
-from optuna_quota._isolation.child import SentObjective
 from optuna_quota._isolation.child import Start
 from optuna_quota._isolation.child import Unsendable
 from optuna_quota._isolation.child_trial import TrialFacts
@@ -52,7 +52,7 @@ from optuna_quota._isolation.ending import find_breach_in_death
 from optuna_quota._isolation.ending import find_breach_in_shortage
 from optuna_quota._isolation.ending import find_breach_in_stop
 from optuna_quota._isolation.ending import name_death
-from optuna_quota._isolation.errors import unpack_error
+from optuna_quota._isolation.environment import read_context
 from optuna_quota._isolation.gpu_shortage import find_gpu_breach
 from optuna_quota._isolation.gpu_shortage import name_bad_luck
 from optuna_quota._isolation.gpu_shortage import read_gpu_shortage
@@ -62,14 +62,13 @@ from optuna_quota._isolation.launch import Launched
 from optuna_quota._isolation.main_module import find_main_module
 from optuna_quota._isolation.main_module import MainModule
 from optuna_quota._isolation.multiprocessing_child import is_in_preparation
-from optuna_quota._isolation.objectives import dump_objective
-from optuna_quota._isolation.objectives import NeedsFork
-from optuna_quota._isolation.objectives import RemoteObjects
 from optuna_quota._isolation.output import output_rules
 from optuna_quota._isolation.output import sounding_loggers
-from optuna_quota._isolation.payload import Payload
-from optuna_quota._isolation.plain import launch_plain
-from optuna_quota._isolation.process_context import read_context
+from optuna_quota._isolation.pickling import dump_objective
+from optuna_quota._isolation.pickling import NeedsFork
+from optuna_quota._isolation.pickling import Payload
+from optuna_quota._isolation.portable import launch_portable
+from optuna_quota._isolation.remote_errors import unpack_error
 from optuna_quota._isolation.serving import NotStarted
 from optuna_quota._isolation.serving import Server
 from optuna_quota._isolation.shortage import Shortage
@@ -261,7 +260,7 @@ class TrialRun:
         if not can_supervise():
             bare = PreparedMain(find_main_module().without_statements(), is_made=False)
             payload = dump_objective(self._isolated.objective, self._remote, bare.module)
-            return launch_plain(), self._start(payload, bare), payload
+            return launch_portable(), self._start(payload, bare), payload
         client = template_client()
         if method == "spawn":
             client = client.for_one_trial()
@@ -306,9 +305,8 @@ class TrialRun:
             limits={name: ceiling for name, (ceiling, _) in self._ceilings().items()},
             device_memory=self._device_memory() if "gpu_memory" in self._ceilings() else None,
             grace_period=self._isolated.grace_period,
-            objective=None
-            if payload is None
-            else SentObjective(payload.pickles, payload.states, payload.sizes),
+            objective=None if payload is None else payload.pickles,
+            buffers=() if payload is None else payload.sizes,
             strict_memory=self._isolated.strict_memory,
         )
 
