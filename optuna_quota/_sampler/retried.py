@@ -10,7 +10,7 @@ from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._records import PREFIX
 from optuna_quota._records import RESERVATION
 from optuna_quota._records import TIMELINE
-from optuna_quota._storage_retry import patiently
+from optuna_quota._storage_retry import retry
 
 
 if TYPE_CHECKING:
@@ -33,5 +33,5 @@ def void_copies(study: Study, trial: FrozenTrial) -> None:
     hidden: dict[str, Any] = {TIMELINE: None} if TIMELINE in trial.system_attrs else {}
     if copied or hidden:
         storage = _optuna.storage_of(study)
-        patiently(lambda: _optuna.write_attributes(storage, trial_id, copied, hidden))
+        retry(lambda: _optuna.write_attributes(storage, trial_id, copied, hidden))
         trial.user_attrs = {**trial.user_attrs, **copied}

@@ -18,7 +18,7 @@ from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
-from optuna_quota._enforcement.outcome import conclude
+from optuna_quota._enforcement.trial_result import classify_end
 from optuna_quota._metering import Verdict
 from optuna_quota._optuna import Told
 from optuna_quota._records import read_record
@@ -104,7 +104,7 @@ COMPLETE, FAIL = TrialState.COMPLETE, TrialState.FAIL
     ],
 )
 def test_outcome_and_reason(arguments: Any, outcome: str, reason: str | None) -> None:
-    end = conclude(**arguments)
+    end = classify_end(**arguments)
     assert (end.outcome, end.reason) == (outcome, reason)
 
 
