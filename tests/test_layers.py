@@ -27,7 +27,6 @@ LAYERS = [
     "_utilization",
     "_projection",
     "_ledger",
-    "_admission",
     "_sampler",
     "_analysis",
     "visualization",

@@ -20,7 +20,6 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 import pytest
 
-from optuna_quota._enforcement import active_trials
 from optuna_quota._ledger import keeper as keeper_module
 from optuna_quota._ledger import ledger as ledger_module
 from optuna_quota._ledger import worker as worker_module
@@ -29,7 +28,7 @@ from optuna_quota._ledger.ledger import LEASE
 from optuna_quota._ledger.reservation import Worker
 from optuna_quota._metering.loop import replace_loop
 from optuna_quota._metering.threads import ThreadTime
-from optuna_quota._sampler import session
+from optuna_quota._sampler import study_session
 from optuna_quota._storage_retry import retry
 from optuna_quota.testing import FakeMetering
 
@@ -193,7 +192,7 @@ class World:
         set_attribute(worker_module, "process_start", self._started)
         # Trials at once in one process share its CPU time evenly.
         set_attribute(ThreadTime, "growth", lambda thread: 1.0)
-        set_attribute(session.gc, "collect", lambda: 0)
+        set_attribute(study_session.gc, "collect", lambda: 0)
         self._patch.setitem(retry.__kwdefaults__, "sleep", lambda seconds: None)
 
     def close(self) -> None:

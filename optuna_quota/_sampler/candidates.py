@@ -12,14 +12,21 @@ from dataclasses import replace
 import logging
 import threading
 from typing import Any
+from typing import get_args
+from typing import Literal
 from typing import NoReturn
 from typing import TYPE_CHECKING
 
 import numpy as np
+from optuna.samplers import BaseSampler
+from optuna.samplers import BruteForceSampler
+from optuna.samplers import GPSampler
+from optuna.samplers import GridSampler
+from optuna.samplers import NSGAIIISampler
+from optuna.samplers import NSGAIISampler
+from optuna.samplers import TPESampler
 
 from optuna_quota import _optuna
-from optuna_quota._admission import audit_is_due
-from optuna_quota._admission import PointVerdict
 from optuna_quota._footprint.completions import completions
 from optuna_quota._footprint.completions import whole_points
 from optuna_quota._footprint.corrected import Correction
@@ -33,18 +40,16 @@ from optuna_quota._records import PROPOSED
 from optuna_quota._records import proposed_object
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Usage
-from optuna_quota._sampler.abandonment import none_left_running
-from optuna_quota._sampler.gate import Gate
-from optuna_quota._sampler.nearest import nearest_admitted
-from optuna_quota._sampler.policy import needs_whole_points
-from optuna_quota._sampler.policy import OnVeto
-from optuna_quota._sampler.policy import replacement_for
+from optuna_quota._sampler.admission import audit_is_due
+from optuna_quota._sampler.admission import Gate
+from optuna_quota._sampler.admission import PointVerdict
+from optuna_quota._sampler.nearest_point import nearest_admitted
+from optuna_quota._sampler.row_cleanup import none_left_running
 from optuna_quota.exceptions import TrialRejected
 
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
-    from optuna.samplers import BaseSampler
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
@@ -487,3 +492,35 @@ def _may_be_all(names: Collection[str], whole: Sequence[Mapping[str, Any]] | Non
     if whole is None:
         return False
     return not whole or any(names == point.keys() for point in whole)
+
+
+OnVeto = Literal["auto", "redraw", "nearest", "skip"]
+ON_VETO: tuple[str, ...] = get_args(OnVeto)
+
+_LISTS = (GridSampler, BruteForceSampler)
+_NEAREST = (TPESampler, NSGAIISampler, NSGAIIISampler, GPSampler)
+
+
+def replacement_for(sampler: BaseSampler, on_veto: OnVeto) -> OnVeto:
+    """Return what replaces a refused point: ``"redraw"``, ``"nearest"`` or ``"skip"``.
+
+    A sampler that is asked to redraw and repeats itself is found out in doing so.
+    """
+    if draws_from_a_list(sampler):
+        return "skip"
+    if on_veto != "auto":
+        return on_veto
+    return "nearest" if isinstance(sampler, _NEAREST) else "redraw"
+
+
+def needs_whole_points(sampler: BaseSampler) -> bool:
+    """Return whether a trial must not end before its point is whole.
+
+    BruteForceSampler takes a point that breaks off for a leaf of its tree.
+    """
+    return isinstance(sampler, BruteForceSampler)
+
+
+def draws_from_a_list(sampler: BaseSampler) -> bool:
+    """Return whether a sampler walks a list of points."""
+    return isinstance(sampler, _LISTS)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import contextlib
 import logging
 import socket
+from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna.exceptions import TrialPruned
@@ -14,11 +15,14 @@ from optuna.trial import TrialState
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import find_watch
 from optuna_quota._enforcement.trial_result import write
+from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
 from optuna_quota._ledger.worker import this_worker
 from optuna_quota._records import is_rejected
+from optuna_quota._records import PREFIX
 from optuna_quota._records import RESERVATION
+from optuna_quota._records import TIMELINE
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Outcome
 from optuna_quota._storage_retry import is_transient
@@ -91,3 +95,22 @@ def none_left_running(study: Study, trial: FrozenTrial) -> Iterator[None]:
         if _optuna.in_ask() or not handled:
             abandon(_optuna.unwrap_study(study), trial, error, began=True)
         raise
+
+
+def void_copies(study: Study, trial: FrozenTrial) -> None:
+    """Make void what the row of a trial that begins says of how another one ended.
+
+    Args:
+        study: The study.
+        trial: The trial; the object that Optuna keeps for it learns it too.
+    """
+    trial_id = _optuna.trial_id_of(trial)
+    if parse_reservation(trial.system_attrs.get(RESERVATION), trial_id) is not None:
+        # It has begun before, and what its row says is its own.
+        return
+    copied: dict[str, Any] = {key: None for key in trial.user_attrs if key.startswith(PREFIX)}
+    hidden: dict[str, Any] = {TIMELINE: None} if TIMELINE in trial.system_attrs else {}
+    if copied or hidden:
+        storage = _optuna.storage_of(study)
+        retry(lambda: _optuna.write_attributes(storage, trial_id, copied, hidden))
+        trial.user_attrs = {**trial.user_attrs, **copied}

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import gc
 import logging
+import os
 import threading
 from typing import Any
 from typing import NoReturn
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 from optuna.trial import TrialState
 
@@ -31,8 +34,8 @@ from optuna_quota._records import read_record
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Usage
-from optuna_quota._sampler.proposals import Proposals
-from optuna_quota._sampler.running import EarlyWarning
+from optuna_quota._sampler.candidates import Proposals
+from optuna_quota._sampler.study_projection import EarlyWarning
 from optuna_quota.exceptions import QuotaExhausted
 from optuna_quota.exceptions import TrialRejected
 
@@ -246,3 +249,33 @@ def asks_for_something(study: Study) -> bool:
     return not trials or any(
         trial.params or read_record(trial).isolation == "process" for trial in trials
     )
+
+
+class Sessions:
+    """Finds the session of a study, which all ``Study`` objects on one storage object share.
+
+    A service that loads its study again for each request makes a storage each time. A session
+    holds on to the storage, and so to its connections, but not to the study.
+    """
+
+    def __init__(self) -> None:
+        self._by_study: WeakKeyDictionary[Study, Session] = WeakKeyDictionary()
+        self._by_place: WeakValueDictionary[tuple[int, int, int], Session] = WeakValueDictionary()
+
+    def find(self, study: Study) -> Session | None:
+        """Return the session of a study, None where there is none in this process."""
+        session = self._by_place.get(_place(study))
+        if session is not None and self._by_study.get(study) is not session:
+            self.add(study, session)
+        return session
+
+    def add(self, study: Study, session: Session) -> None:
+        """Keep a session for as long as a ``Study`` object lives."""
+        self._by_study[study] = session
+        self._by_place[_place(study)] = session
+        session.ledger.serve(study)
+
+
+def _place(study: Study) -> tuple[int, int, int]:
+    # A forked process keeps nothing of its parent's.
+    return os.getpid(), id(_optuna.storage_of(study)), _optuna.study_id_of(study)
