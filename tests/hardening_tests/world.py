@@ -20,6 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 import pytest
 
+from optuna_quota._enforcement import active_trials
 from optuna_quota._ledger import keeper as keeper_module
 from optuna_quota._ledger import ledger as ledger_module
 from optuna_quota._ledger import worker as worker_module
