@@ -18,19 +18,19 @@ from optuna.trial import Trial
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.check import condemn
 from optuna_quota._enforcement.check import raise_breached
 from optuna_quota._enforcement.check import raise_rejected
-from optuna_quota._enforcement.excused import excuse_constraints
+from optuna_quota._enforcement.check import record_breach
+from optuna_quota._enforcement.constraints import tolerate_constraints_failure
 from optuna_quota._enforcement.forecast import Earlier
 from optuna_quota._enforcement.forecast import earlier_trials
 from optuna_quota._enforcement.forecast import forecast_breach
 from optuna_quota._enforcement.forecast import remember_profile
 from optuna_quota._enforcement.nesting import pruner_limits
 from optuna_quota._enforcement.nesting import pruner_meters
-from optuna_quota._enforcement.pruner import enforce_outside
-from optuna_quota._enforcement.settle import row_of
-from optuna_quota._enforcement.settle import settle
+from optuna_quota._enforcement.pruner import wrap_nesting_pruner
+from optuna_quota._enforcement.trial_result import read_row
+from optuna_quota._enforcement.trial_result import record_result
 from optuna_quota._isolation import cgroup
 from optuna_quota._isolation import processes
 from optuna_quota._isolation.calls import RemoteObjects
@@ -156,7 +156,7 @@ class TrialRun:
             limits = self._isolated.limits or Limits()
             return loop.watch(key, limits=limits, here=False), True
         key = key_of(self._study, self._trial)
-        enforce_outside(self._study)
+        wrap_nesting_pruner(self._study)
         pruner = self._study.pruner
         limits = agreed_limits(self._isolated.limits, pruner_limits(pruner))
         watch = loop.find(key)
@@ -175,8 +175,8 @@ class TrialRun:
         state = _state_of(value, error, len(self._study.directions))
         reported = error if isinstance(error, Exception) else None
         assert isinstance(self._trial, Trial)
-        row = row_of(self._study, self._trial)
-        settle(self._study, row, self._watch, state, error=reported)
+        row = read_row(self._study, self._trial)
+        record_result(self._study, row, self._watch, state, error=reported)
 
     def _run(self) -> Any:
         for attempt in range(3):
@@ -200,7 +200,7 @@ class TrialRun:
             on_ready=self._on_ready,
             on_report=self._on_report,
             on_outcome=self._on_outcome,
-            ask_breach=lambda: condemn(self._watch),
+            ask_breach=lambda: record_breach(self._watch),
             measure=self._measure,
             label=f"Trial {self._trial.number}",
         )
@@ -481,7 +481,7 @@ class TrialRun:
     def _terminate(self, breach: Breach, cause: BaseException | None = None) -> NoReturn:
         self._watch.breach = self._watch.breach or breach
         if self._study is not None:
-            excuse_constraints(self._study, self._trial, self._watch)
+            tolerate_constraints_failure(self._study, self._trial, self._watch)
         self._watch.verdict = Verdict("terminated", breach.reason, breach)
         if cause is None:
             raise_breached(breach)

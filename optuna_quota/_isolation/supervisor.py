@@ -32,6 +32,7 @@ from optuna_quota._isolation.ending import Killer
 from optuna_quota._isolation.rlimits import DataLimit
 from optuna_quota._isolation.stop import STOP_SIGNAL
 from optuna_quota._isolation.suspension import Suspension
+from optuna_quota._metering.breach import is_breach
 from optuna_quota._metering.pacing import ASSUMED_GROWTH
 from optuna_quota._metering.pacing import fastest_growth
 from optuna_quota._metering.pacing import LONGEST_WAIT
@@ -219,7 +220,7 @@ class Supervisor:
             return wait
         if self._data_limit is not None and now >= self._data_due:
             self._data_due = now + self._data_limit.update(memory)
-        if memory > limit:
+        if is_breach("memory", memory, limit):
             if is_told:
                 self._kill("breach")
             else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from optuna_quota._metering.breach import find_breach
 from optuna_quota._metering.loop import metering_loop
 from optuna_quota._metering.loop import MeteringLoop
 from optuna_quota._metering.meter import check_names
@@ -31,7 +30,6 @@ __all__ = [
     "Watch",
     "ask_at",
     "check_names",
-    "find_breach",
     "key_of",
     "metering_loop",
 ]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 
+from optuna_quota._metering.breach import Ceilings
 from optuna_quota._resources import Breach
 from optuna_quota._resources import HELD_RESOURCES
 
@@ -25,8 +26,6 @@ ASK_AT_HELD = 0.9
 PATIENCE = 10.0
 # Seconds after which what was refused is asked for again: others may have given back theirs.
 ASK_AGAIN = 0.2
-
-Ceilings = Mapping[str, tuple[float, bool]]
 
 
 def ask_at(resource: str) -> float:

@@ -12,8 +12,9 @@ import math
 from typing import TYPE_CHECKING
 
 from optuna_quota._metering.amounts import Amounts
-from optuna_quota._metering.breach import breaches
-from optuna_quota._metering.breach import ceilings
+from optuna_quota._metering.breach import Ceiling
+from optuna_quota._metering.breach import find_breaches
+from optuna_quota._metering.breach import tightest_ceilings
 from optuna_quota._metering.gpu_source import GpuUse
 from optuna_quota._metering.renewal import ASK_AT
 from optuna_quota._metering.renewal import Renewal
@@ -101,7 +102,7 @@ class Watch:
         self._loop = loop
         self._limits = limits
         self._left = dict(left)
-        self._ceilings = ceilings(limits.amounts(), self._left)
+        self._ceilings = tightest_ceilings(limits.amounts(), self._left)
         self._paused_before = loop.paused
         self._finished = False
         self._ended: float | None = None
@@ -155,7 +156,7 @@ class Watch:
         return self._timeline.points()
 
     @property
-    def ceilings(self) -> Mapping[str, tuple[float, bool]]:
+    def ceilings(self) -> Mapping[str, Ceiling]:
         """The ceilings in force by resource, and whether each comes from a quota."""
         return dict(self._ceilings)
 
@@ -165,10 +166,10 @@ class Watch:
         return {} if self._renewal is None else self._renewal.needs
 
     @property
-    def hard_ceilings(self) -> Mapping[str, tuple[float, bool]]:
+    def hard_ceilings(self) -> Mapping[str, Ceiling]:
         """The ceilings that no grant of more can raise: for what can be set but once."""
         most = {**self._left, **{n: m for n, m in self.most.items() if n in self._left}}
-        return ceilings(self._limits.amounts(), most)
+        return tightest_ceilings(self._limits.amounts(), most)
 
     def limit(self, limits: Limits) -> None:
         """Set the trial's limits, where they become known after its start."""
@@ -308,9 +309,10 @@ class Watch:
             amounts.update(self._cores(now, amounts.get("cpu_time")))
         elapsed = max(0.0, now - self.started)
         amounts.setdefault("trial_time", elapsed)
+        amounts.setdefault("wall_time", elapsed)
         if self.prices:
             amounts["cost"] = sum(p * amounts.get(n, 0.0) / 3600 for n, p in self.prices.items())
-        found = breaches(amounts, self._ceilings, elapsed)
+        found = find_breaches(amounts, self._ceilings, elapsed)
         if self._renewal is not None:
             found = self._renewal.review(found, amounts, self._ceilings, now)
         self.breach = found[0] if found else None
@@ -331,7 +333,7 @@ class Watch:
         """Set what is left of the quotas."""
         before = self._ceilings
         self._left = dict(left)
-        self._ceilings = ceilings(self._limits.amounts(), self._left)
+        self._ceilings = tightest_ceilings(self._limits.amounts(), self._left)
         if self._renewal is not None:
             self._renewal.answer(before, self._ceilings, now)
 

@@ -6,8 +6,8 @@ import pytest
 
 from optuna_quota import Limits
 from optuna_quota import Usage
-from optuna_quota._metering import find_breach
 from optuna_quota._metering import metering_loop
+from optuna_quota._metering.breach import find_breaches
 from optuna_quota._resources import Breach
 from optuna_quota.testing import fake_metering
 from optuna_quota.testing import FakeMetering
@@ -300,4 +300,4 @@ def test_the_breach_says_what_the_pure_decision_says(fake: FakeMetering) -> None
     fake.tree.memory, fake.tree.cpu_time = 3 * GIB, 5.0
     watch.sample()
     amounts = watch.usage().amounts()
-    assert watch.breach == find_breach(amounts, limits, {}, watch.elapsed)
+    assert watch.breach == find_breaches(amounts, watch.ceilings, watch.elapsed)[0]

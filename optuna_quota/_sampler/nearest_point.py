@@ -10,7 +10,7 @@ import numpy as np
 
 from optuna_quota._footprint.spaces import place_of
 from optuna_quota._footprint.spaces import value_at
-from optuna_quota._sampler.gate import Gate
+from optuna_quota._sampler.admission import Gate
 
 
 if TYPE_CHECKING:

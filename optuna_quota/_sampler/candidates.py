@@ -12,14 +12,21 @@ from dataclasses import replace
 import logging
 import threading
 from typing import Any
+from typing import get_args
+from typing import Literal
 from typing import NoReturn
 from typing import TYPE_CHECKING
 
 import numpy as np
+from optuna.samplers import BaseSampler
+from optuna.samplers import BruteForceSampler
+from optuna.samplers import GPSampler
+from optuna.samplers import GridSampler
+from optuna.samplers import NSGAIIISampler
+from optuna.samplers import NSGAIISampler
+from optuna.samplers import TPESampler
 
 from optuna_quota import _optuna
-from optuna_quota._admission import audit_is_due
-from optuna_quota._admission import PointVerdict
 from optuna_quota._footprint.completions import completions
 from optuna_quota._footprint.completions import whole_points
 from optuna_quota._footprint.corrected import Correction
@@ -33,18 +40,16 @@ from optuna_quota._records import PROPOSED
 from optuna_quota._records import proposed_object
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Usage
-from optuna_quota._sampler.abandonment import none_left_running
-from optuna_quota._sampler.gate import Gate
-from optuna_quota._sampler.nearest import nearest_admitted
-from optuna_quota._sampler.policy import needs_whole_points
-from optuna_quota._sampler.policy import OnVeto
-from optuna_quota._sampler.policy import replacement_for
+from optuna_quota._sampler.admission import audit_is_due
+from optuna_quota._sampler.admission import Gate
+from optuna_quota._sampler.admission import PointVerdict
+from optuna_quota._sampler.nearest_point import nearest_admitted
+from optuna_quota._sampler.row_cleanup import none_left_running
 from optuna_quota.exceptions import TrialRejected
 
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
-    from optuna.samplers import BaseSampler
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
@@ -128,7 +133,7 @@ class Proposals:
         if isinstance(given, GivenFootprint) and not isinstance(given.usage, Usage):
             self._correction = Correction(given)
         self._base, self._rules = base_sampler, rules
-        self._kind = _optuna.beneath_fixed(base_sampler)
+        self._kind = _optuna.unwrap_partial_fixed(base_sampler)
         self._trials: dict[int, _Trial] = {}
         self._lock = threading.Lock()
         self._vetoes = self._audits = 0
@@ -183,8 +188,8 @@ class Proposals:
             )
         # A PartialFixedSampler may stand inside of ours or around it.
         fixed = {
-            **_optuna.fixed_by(self._base),
-            **_optuna.fixed_by(study.sampler),
+            **_optuna.partial_fixed_params(self._base),
+            **_optuna.partial_fixed_params(study.sampler),
             **_optuna.fixed_params_of(trial),
         }
         self._known = expected if known else None
@@ -196,7 +201,7 @@ class Proposals:
         if gate is not None and fixed and self._may_end_at(gate, fixed):
             call, verdict = _Call(study, trial, state), gate.judge(fixed)
             if not verdict.admitted and not self._is_audit(call, fixed, verdict):
-                _optuna.poison(trial, lambda: self._refuse(call, fixed, verdict))
+                _optuna.raise_on_next_suggest(trial, lambda: self._refuse(call, fixed, verdict))
 
     def bounds(self, held: Mapping[str, float], fixed: Mapping[str, Any]) -> dict[str, float]:
         """Return upper bounds of what a trial will hold that starts now, where that is known.
@@ -391,12 +396,12 @@ class Proposals:
             if last == before:
                 # It repeats itself.
                 break
-        if how == "skip" or _optuna.needs_its_own_point(self._kind):
+        if how == "skip" or _optuna.needs_drawn_point(self._kind):
             return None, ""
         near = nearest_admitted(gate, last, space, state.fixed, self._generator)
         if near is not None:
             relative = {name: near[name] for name in state.base_space if name in near}
-            _optuna.share_relative_params(_optuna.whole_study(call.study), call.trial, relative)
+            _optuna.share_relative_params(_optuna.unwrap_study(call.study), call.trial, relative)
         return near, "moved"
 
     def _is_audit(self, call: _Call, point: Mapping[str, Any], verdict: PointVerdict) -> bool:
@@ -437,7 +442,7 @@ class Proposals:
         """
         trial, state = call.trial, call.state
         assert state.gate is not None
-        space, whole = {**state.gate.space, **state.space}, _optuna.whole_study(call.study)
+        space, whole = {**state.gate.space, **state.space}, _optuna.unwrap_study(call.study)
         # In the order of earlier rows: BruteForceSampler takes it for the way down its tree.
         for name in space:
             if name in trial.params or name not in point:
@@ -487,3 +492,35 @@ def _may_be_all(names: Collection[str], whole: Sequence[Mapping[str, Any]] | Non
     if whole is None:
         return False
     return not whole or any(names == point.keys() for point in whole)
+
+
+OnVeto = Literal["auto", "redraw", "nearest", "skip"]
+ON_VETO: tuple[str, ...] = get_args(OnVeto)
+
+_LISTS = (GridSampler, BruteForceSampler)
+_NEAREST = (TPESampler, NSGAIISampler, NSGAIIISampler, GPSampler)
+
+
+def replacement_for(sampler: BaseSampler, on_veto: OnVeto) -> OnVeto:
+    """Return what replaces a refused point: ``"redraw"``, ``"nearest"`` or ``"skip"``.
+
+    A sampler that is asked to redraw and repeats itself is found out in doing so.
+    """
+    if draws_from_a_list(sampler):
+        return "skip"
+    if on_veto != "auto":
+        return on_veto
+    return "nearest" if isinstance(sampler, _NEAREST) else "redraw"
+
+
+def needs_whole_points(sampler: BaseSampler) -> bool:
+    """Return whether a trial must not end before its point is whole.
+
+    BruteForceSampler takes a point that breaks off for a leaf of its tree.
+    """
+    return isinstance(sampler, BruteForceSampler)
+
+
+def draws_from_a_list(sampler: BaseSampler) -> bool:
+    """Return whether a sampler walks a list of points."""
+    return isinstance(sampler, _LISTS)

@@ -6,23 +6,27 @@ from collections.abc import Iterator
 import contextlib
 import logging
 import socket
+from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna.exceptions import TrialPruned
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.settle import write
-from optuna_quota._enforcement.watches import find_watch
+from optuna_quota._enforcement.active_trials import find_watch
+from optuna_quota._enforcement.trial_result import write
+from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
 from optuna_quota._ledger.worker import this_worker
 from optuna_quota._records import is_rejected
+from optuna_quota._records import PREFIX
 from optuna_quota._records import RESERVATION
+from optuna_quota._records import TIMELINE
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Outcome
-from optuna_quota._storage_retry import passes
-from optuna_quota._storage_retry import patiently
+from optuna_quota._storage_retry import is_transient
+from optuna_quota._storage_retry import retry
 from optuna_quota.exceptions import QuotaExhausted
 from optuna_quota.exceptions import StudyRejected
 from optuna_quota.exceptions import TrialRejected
@@ -68,10 +72,10 @@ def abandon(
     # Twice: whatever else went wrong, a row that stays RUNNING would hold on to what it reserved.
     for last in (False, True):
         try:
-            patiently(lambda: _optuna.finish_row(storage, trial_id, state))
+            retry(lambda: _optuna.finish_row(storage, trial_id, state))
             return
         except Exception as fault:  # noqa: BLE001 - any backend's own; the hook's error goes first
-            if last or passes(fault):
+            if last or is_transient(fault):
                 _logger.warning(f"Trial {trial.number} could not be finished: {fault!r}.")
                 return
 
@@ -89,5 +93,24 @@ def none_left_running(study: Study, trial: FrozenTrial) -> Iterator[None]:
     except BaseException as error:
         handled = isinstance(error, (Exception, KeyboardInterrupt))
         if _optuna.in_ask() or not handled:
-            abandon(_optuna.whole_study(study), trial, error, began=True)
+            abandon(_optuna.unwrap_study(study), trial, error, began=True)
         raise
+
+
+def void_copies(study: Study, trial: FrozenTrial) -> None:
+    """Make void what the row of a trial that begins says of how another one ended.
+
+    Args:
+        study: The study.
+        trial: The trial; the object that Optuna keeps for it learns it too.
+    """
+    trial_id = _optuna.trial_id_of(trial)
+    if parse_reservation(trial.system_attrs.get(RESERVATION), trial_id) is not None:
+        # It has begun before, and what its row says is its own.
+        return
+    copied: dict[str, Any] = {key: None for key in trial.user_attrs if key.startswith(PREFIX)}
+    hidden: dict[str, Any] = {TIMELINE: None} if TIMELINE in trial.system_attrs else {}
+    if copied or hidden:
+        storage = _optuna.storage_of(study)
+        retry(lambda: _optuna.write_attributes(storage, trial_id, copied, hidden))
+        trial.user_attrs = {**trial.user_attrs, **copied}

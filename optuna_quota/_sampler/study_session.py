@@ -6,21 +6,24 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import gc
 import logging
+import os
 import threading
 from typing import Any
 from typing import NoReturn
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.excused import constraints_warning
+from optuna_quota._enforcement.active_trials import find_watch
+from optuna_quota._enforcement.active_trials import start_watch
+from optuna_quota._enforcement.constraints import constraints_warning
 from optuna_quota._enforcement.interrupt import Interrupter
 from optuna_quota._enforcement.nesting import quota_pruners
-from optuna_quota._enforcement.settle import reject
-from optuna_quota._enforcement.settle import settle
-from optuna_quota._enforcement.watches import find_watch
-from optuna_quota._enforcement.watches import start_watch
+from optuna_quota._enforcement.trial_result import record_rejection
+from optuna_quota._enforcement.trial_result import record_result
 from optuna_quota._ledger import gpus_here
 from optuna_quota._ledger import Grant
 from optuna_quota._ledger import Ledger
@@ -31,8 +34,8 @@ from optuna_quota._records import read_record
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Usage
-from optuna_quota._sampler.proposals import Proposals
-from optuna_quota._sampler.running import EarlyWarning
+from optuna_quota._sampler.candidates import Proposals
+from optuna_quota._sampler.study_projection import EarlyWarning
 from optuna_quota.exceptions import QuotaExhausted
 from optuna_quota.exceptions import TrialRejected
 
@@ -142,14 +145,14 @@ class Session:
             self._litter = False
             gc.collect()
 
-    def settle(
+    def finish_trial(
         self,
         study: Study,
         trial: FrozenTrial,
         state: TrialState,
         limits: Limits,
         error: BaseException | None = None,
-        told: _optuna.Told | None = None,
+        told: _optuna.TellCall | None = None,
     ) -> None:
         """Close a trial's metering, write its record, and tell the ledger what it used."""
         trial_id = _optuna.trial_id_of(trial)
@@ -170,7 +173,7 @@ class Session:
                 watch.verdict = Verdict("rejected", verdict.reason)
             completed = state == TrialState.COMPLETE
             footprint, expected = self.proposals.finish(trial, completed=completed)
-            usage = settle(
+            usage = record_result(
                 study,
                 trial,
                 watch,
@@ -182,7 +185,7 @@ class Session:
                 told=told,
             ).usage
         finally:
-            self.ledger.settle(trial_id, usage)
+            self.ledger.charge(trial_id, usage)
 
     def end_when_exhausted(self, study: Study) -> None:
         """End ``optimize`` when a total quota is used up."""
@@ -208,12 +211,12 @@ class Session:
         ):
             raise QuotaExhausted(refusal.reason, **figures)  # type: ignore[arg-type]
         self._refused.add(_optuna.trial_id_of(trial))
-        reject(study, trial, refusal.reason)
+        record_rejection(study, trial, refusal.reason)
 
         def raise_rejected() -> NoReturn:
             raise TrialRejected(refusal.reason, **figures)  # type: ignore[arg-type]
 
-        _optuna.poison(trial, raise_rejected)
+        _optuna.raise_on_next_suggest(trial, raise_rejected)
         if refusal.late:
             return
         self._tell_once(refusal.reason)
@@ -246,3 +249,33 @@ def asks_for_something(study: Study) -> bool:
     return not trials or any(
         trial.params or read_record(trial).isolation == "process" for trial in trials
     )
+
+
+class Sessions:
+    """Finds the session of a study, which all ``Study`` objects on one storage object share.
+
+    A service that loads its study again for each request makes a storage each time. A session
+    holds on to the storage, and so to its connections, but not to the study.
+    """
+
+    def __init__(self) -> None:
+        self._by_study: WeakKeyDictionary[Study, Session] = WeakKeyDictionary()
+        self._by_place: WeakValueDictionary[tuple[int, int, int], Session] = WeakValueDictionary()
+
+    def find(self, study: Study) -> Session | None:
+        """Return the session of a study, None where there is none in this process."""
+        session = self._by_place.get(_place(study))
+        if session is not None and self._by_study.get(study) is not session:
+            self.add(study, session)
+        return session
+
+    def add(self, study: Study, session: Session) -> None:
+        """Keep a session for as long as a ``Study`` object lives."""
+        self._by_study[study] = session
+        self._by_place[_place(study)] = session
+        session.ledger.serve(study)
+
+
+def _place(study: Study) -> tuple[int, int, int]:
+    # A forked process keeps nothing of its parent's.
+    return os.getpid(), id(_optuna.storage_of(study)), _optuna.study_id_of(study)
