@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
     from optuna.trial import FrozenTrial
 
-    from optuna_quota._metering import Watch
+    from optuna_quota._metering import TrialMonitor
 
 
 _logger = logging.getLogger("optuna.quota.settle")
@@ -57,7 +57,7 @@ class ExcusingConstraints:
             self.excused.discard(trial.number)
 
 
-def excuse_constraints(study: Study, trial: BaseTrial | FrozenTrial, watch: Watch) -> None:
+def excuse_constraints(study: Study, trial: BaseTrial | FrozenTrial, watch: TrialMonitor) -> None:
     """Let the constraints of a trial that is being stopped remain unknown."""
     if watch.owner == "sampler":
         # QuotaSampler sees to it.

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
     from optuna.trial import FrozenTrial
 
-    from optuna_quota._metering import Watch
+    from optuna_quota._metering import TrialMonitor
 
 
 class QuotaPruner(BasePruner):
@@ -124,7 +124,7 @@ class QuotaPruner(BasePruner):
             self._notes.take(study, trial, watch, ends=pruned)
         return pruned
 
-    def watch_trial(self, study: Study, trial: BaseTrial | FrozenTrial) -> Watch:
+    def watch_trial(self, study: Study, trial: BaseTrial | FrozenTrial) -> TrialMonitor:
         """Return the metering of a running trial; it starts here when nobody else started it."""
         watch = metering_loop().find(key_of(study, trial))
         if watch is None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     from optuna.trial import Trial
 
-    from optuna_quota._metering import Watch
+    from optuna_quota._metering import TrialMonitor
 
 
 _logger = logging.getLogger("optuna.quota.settle")
@@ -54,7 +54,7 @@ _OUTCOMES_OF: Mapping[TrialState, tuple[str, ...]] = {
 def settle(
     study: Study,
     trial: FrozenTrial,
-    watch: Watch | None,
+    watch: TrialMonitor | None,
     state: TrialState,
     *,
     limits: Limits | None = None,
@@ -126,7 +126,7 @@ def row_of(study: Study, trial: Trial | FrozenTrial) -> FrozenTrial:
 
 
 def describe(
-    watch: Watch | None,
+    watch: TrialMonitor | None,
     usage: Usage,
     state: TrialState,
     *,
