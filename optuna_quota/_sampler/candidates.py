@@ -133,7 +133,7 @@ class Proposals:
         if isinstance(given, GivenFootprint) and not isinstance(given.usage, Usage):
             self._correction = Correction(given)
         self._base, self._rules = base_sampler, rules
-        self._kind = _optuna.beneath_fixed(base_sampler)
+        self._kind = _optuna.unwrap_partial_fixed(base_sampler)
         self._trials: dict[int, _Trial] = {}
         self._lock = threading.Lock()
         self._vetoes = self._audits = 0
@@ -188,8 +188,8 @@ class Proposals:
             )
         # A PartialFixedSampler may stand inside of ours or around it.
         fixed = {
-            **_optuna.fixed_by(self._base),
-            **_optuna.fixed_by(study.sampler),
+            **_optuna.partial_fixed_params(self._base),
+            **_optuna.partial_fixed_params(study.sampler),
             **_optuna.fixed_params_of(trial),
         }
         self._known = expected if known else None
@@ -201,7 +201,7 @@ class Proposals:
         if gate is not None and fixed and self._may_end_at(gate, fixed):
             call, verdict = _Call(study, trial, state), gate.judge(fixed)
             if not verdict.admitted and not self._is_audit(call, fixed, verdict):
-                _optuna.poison(trial, lambda: self._refuse(call, fixed, verdict))
+                _optuna.raise_on_next_suggest(trial, lambda: self._refuse(call, fixed, verdict))
 
     def bounds(self, held: Mapping[str, float], fixed: Mapping[str, Any]) -> dict[str, float]:
         """Return upper bounds of what a trial will hold that starts now, where that is known.
@@ -396,12 +396,12 @@ class Proposals:
             if last == before:
                 # It repeats itself.
                 break
-        if how == "skip" or _optuna.needs_its_own_point(self._kind):
+        if how == "skip" or _optuna.needs_drawn_point(self._kind):
             return None, ""
         near = nearest_admitted(gate, last, space, state.fixed, self._generator)
         if near is not None:
             relative = {name: near[name] for name in state.base_space if name in near}
-            _optuna.share_relative_params(_optuna.whole_study(call.study), call.trial, relative)
+            _optuna.share_relative_params(_optuna.unwrap_study(call.study), call.trial, relative)
         return near, "moved"
 
     def _is_audit(self, call: _Call, point: Mapping[str, Any], verdict: PointVerdict) -> bool:
@@ -442,7 +442,7 @@ class Proposals:
         """
         trial, state = call.trial, call.state
         assert state.gate is not None
-        space, whole = {**state.gate.space, **state.space}, _optuna.whole_study(call.study)
+        space, whole = {**state.gate.space, **state.space}, _optuna.unwrap_study(call.study)
         # In the order of earlier rows: BruteForceSampler takes it for the way down its tree.
         for name in space:
             if name in trial.params or name not in point:

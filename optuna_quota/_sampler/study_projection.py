@@ -87,7 +87,7 @@ def project_rest(
             "A running projection must have a footprint or finished trials to go by, but "
             f"{study.study_name!r} has none."
         )
-    kind = _optuna.beneath_fixed(base_sampler)
+    kind = _optuna.unwrap_partial_fixed(base_sampler)
     adaptive = not draws_from_a_list(kind) and not isinstance(kind, (RandomSampler, QMCSampler))
     rows = learner.rows
     if given is not None and expected is not learned:

@@ -18,13 +18,13 @@ from optuna_quota._isolation.cgroup import CgroupLeaf
 from optuna_quota._isolation.cgroup import find_delegated
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.channel import channel_pair
-from optuna_quota._isolation.errors import pack_error
-from optuna_quota._isolation.errors import unpack_error
 from optuna_quota._isolation.gpu_caps import cap_torch
 from optuna_quota._isolation.gpu_caps import set_gpu_caps
 from optuna_quota._isolation.modules import can_preload
 from optuna_quota._isolation.modules import modules_to_preload
 from optuna_quota._isolation.output import sounding_loggers
+from optuna_quota._isolation.remote_errors import pack_error
+from optuna_quota._isolation.remote_errors import unpack_error
 from optuna_quota._metering import metering_loop
 from tests.isolation_tests.trials import caught
 from tests.isolation_tests.trials import raises

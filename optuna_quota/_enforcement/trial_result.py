@@ -1,8 +1,9 @@
-"""Settles a trial: closes its metering and writes what is known of it into its row, once."""
+"""How a trial ended, in one word and one sentence: pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from dataclasses import replace
 import logging
 import socket
@@ -16,9 +17,8 @@ from optuna_quota import _optuna
 from optuna_quota._enforcement.constraints import clashes
 from optuna_quota._enforcement.constraints import joined_constraints
 from optuna_quota._enforcement.constraints import limit_constraints
-from optuna_quota._enforcement.nesting import demands_equal_constraints
-from optuna_quota._enforcement.outcome import conclude
-from optuna_quota._enforcement.outcome import WENT_ON
+from optuna_quota._enforcement.nesting import requires_uniform_constraints
+from optuna_quota._optuna import TellCall
 from optuna_quota._records import CONSTRAINED
 from optuna_quota._records import Interval
 from optuna_quota._records import OUTCOME
@@ -27,10 +27,14 @@ from optuna_quota._records import REASON
 from optuna_quota._records import record_attributes
 from optuna_quota._records import system_attributes
 from optuna_quota._records import TrialRecord
+from optuna_quota._resources import Breach
 from optuna_quota._resources import Limits
+from optuna_quota._resources import Outcome
+from optuna_quota._resources import RESOURCES
 from optuna_quota._resources import Usage
-from optuna_quota._storage_retry import passes
-from optuna_quota._storage_retry import patiently
+from optuna_quota._storage_retry import is_transient
+from optuna_quota._storage_retry import retry
+from optuna_quota.exceptions import LimitBreached
 
 
 if TYPE_CHECKING:
@@ -40,9 +44,106 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
     from optuna_quota._metering import TrialMonitor
+    from optuna_quota._metering import Verdict
 
 
-_logger = logging.getLogger("optuna.quota.settle")
+IGNORED_STOP = "The objective was told to stop but returned a value."
+
+
+@dataclass(frozen=True)
+class TrialEnd:
+    """How a trial ended.
+
+    Attributes:
+        outcome: The word for it.
+        reason: One sentence for a person; None for a trial that completed within its limits.
+        breach: The limit it was over.
+    """
+
+    outcome: Outcome
+    reason: str | None
+    breach: Breach | None = None
+
+
+def classify_end(
+    state: TrialState,
+    verdict: Verdict | None = None,
+    breach: Breach | None = None,
+    error: BaseException | None = None,
+    told: TellCall | None = None,
+) -> TrialEnd:
+    """Return how a trial ended.
+
+    A trial that was stopped for a breach is ``terminated``, whatever its objective made of it,
+    but for one: where it caught the stop and returned a value, Optuna has a completed trial.
+
+    Args:
+        state: The state that Optuna is about to store.
+        verdict: What whoever stopped it says.
+        breach: What the meters saw; a trial may have ended before anything could act on it.
+        error: What the objective raised, where that is known.
+        told: What ``tell`` was called with, where that is known.
+    """
+    stop = None if verdict is None else (verdict.outcome, verdict.reason)
+    if verdict is None and isinstance(error, LimitBreached):
+        breach = breach or _breach_in(error)
+        if breach is not None:
+            stop = ("terminated", breach.reason)
+    if verdict is not None and verdict.breach is not None:
+        breach = verdict.breach
+    if state == TrialState.COMPLETE:
+        return TrialEnd("completed", _why_completed(stop, breach), breach)
+    end = _end(state, error, told)
+    if stop is None:
+        return TrialEnd("pruned" if state == TrialState.PRUNED else "failed", end, breach)
+    outcome, reason = stop
+    if state == TrialState.FAIL and outcome in ("terminated", "rejected", "pruned"):
+        # The objective was told to stop, and ended in its own way.
+        reason = f"{reason} {end}"
+        outcome = "failed" if outcome == "pruned" else outcome
+    return TrialEnd(outcome, reason, breach)
+
+
+def _breach_in(error: LimitBreached) -> Breach | None:
+    """Return the breach whose figures an error carries, None for one without any."""
+    name, limit, observed = error.resource, error.limit, error.observed
+    if name is None or name not in RESOURCES or limit is None or observed is None:
+        return None
+    return Breach(name, limit, observed, error.seconds or 0.0)
+
+
+def _why_completed(stop: tuple[Outcome, str] | None, breach: Breach | None) -> str | None:
+    if stop is not None and stop[0] in ("terminated", "rejected"):
+        return f"{stop[1]} {IGNORED_STOP}"
+    if breach is None:
+        return None
+    return f"{breach.reason} The objective completed before it could be stopped."
+
+
+def _end(state: TrialState, error: BaseException | None, told: TellCall | None) -> str:
+    by_user = told is not None and told.by_user
+    if by_user and told is not None and told.state == state:
+        return f"Ended by study.tell(state={state.name})."
+    if state == TrialState.PRUNED:
+        return _said("The objective pruned itself", error)
+    if error is not None:
+        return f"The objective raised {_described(error)}."
+    who = "study.tell was given" if by_user else "The objective returned"
+    problem = "" if told is None or told.problem is None else f": {told.problem.rstrip('.')}"
+    return f"{who} no valid value{problem}."
+
+
+def _said(what: str, error: BaseException | None) -> str:
+    return f"{what}: {error}" if error is not None and str(error) else f"{what}."
+
+
+def _described(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    shown = text if len(text) <= 300 else f"{text[:300]}…"
+    return f"{type(error).__name__}: {shown}".removesuffix(".") if shown else type(error).__name__
+
+
+_logger = logging.getLogger("optuna.quota.enforcement")
 
 _OUTCOMES_OF: Mapping[TrialState, tuple[str, ...]] = {
     TrialState.COMPLETE: ("completed",),
@@ -51,7 +152,7 @@ _OUTCOMES_OF: Mapping[TrialState, tuple[str, ...]] = {
 }
 
 
-def settle(
+def record_result(
     study: Study,
     trial: FrozenTrial,
     watch: TrialMonitor | None,
@@ -61,7 +162,7 @@ def settle(
     footprint: Mapping[str, Interval] | None = None,
     expected: Mapping[str, float] | None = None,
     error: BaseException | None = None,
-    told: _optuna.Told | None = None,
+    told: _optuna.TellCall | None = None,
 ) -> TrialRecord:
     """Close a trial's metering and write its record and constraints into its row.
 
@@ -82,10 +183,10 @@ def settle(
     if watch is None:
         before = read_record(trial)
         if before.outcome is not None and before.outcome in _OUTCOMES_OF.get(state, ()):
-            # Told again, as its state could not be stored the first time: that time knew more.
+            # TellCall again, as its state could not be stored the first time: that time knew more.
             return before
     usage = Usage() if watch is None else watch.close()
-    record = describe(watch, usage, state, error=error, told=told, footprint=footprint)
+    record = build_record(watch, usage, state, error=error, told=told, footprint=footprint)
     if watch is not None and watch.settled:
         return record
     if watch is not None:
@@ -112,31 +213,31 @@ def _are_shown(study: Study, state: TrialState, own: Mapping[str, float]) -> boo
     if state != TrialState.COMPLETE:
         return state == TrialState.PRUNED and bool(own)
     over = any(value > 0 for value in own.values())
-    return over and not demands_equal_constraints(study.sampler)
+    return over and not requires_uniform_constraints(study.sampler)
 
 
-def row_of(study: Study, trial: Trial | FrozenTrial) -> FrozenTrial:
+def read_row(study: Study, trial: Trial | FrozenTrial) -> FrozenTrial:
     """Return a trial's row as it is now, or as Optuna remembers it where it can't be read."""
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
     try:
-        return patiently(lambda: storage.get_trial(trial_id))
+        return retry(lambda: storage.get_trial(trial_id))
     except Exception as fault:  # noqa: BLE001 - any backend's own; the result must not be lost
         _logger.info(f"The row of trial {trial.number} could not be read: {fault!r}.")
-        return _optuna.kept_row_of(trial)
+        return _optuna.cached_row(trial)
 
 
-def describe(
+def build_record(
     watch: TrialMonitor | None,
     usage: Usage,
     state: TrialState,
     *,
     error: BaseException | None = None,
-    told: _optuna.Told | None = None,
+    told: _optuna.TellCall | None = None,
     footprint: Mapping[str, Interval] | None = None,
 ) -> TrialRecord:
     """Return the record of a trial that ends in the given state."""
     verdict, breach = (None, None) if watch is None else (watch.verdict, watch.breach)
-    end = conclude(state, verdict, breach, error, told)
+    end = classify_end(state, verdict, breach, error, told)
     return TrialRecord(
         usage=usage,
         outcome=end.outcome,
@@ -161,7 +262,7 @@ def write(
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
     shown, hidden = record_attributes(record), {**system_attributes(record), **system}
     try:
-        patiently(lambda: _optuna.write_attributes(storage, trial_id, shown, hidden))
+        retry(lambda: _optuna.write_attributes(storage, trial_id, shown, hidden))
     except Exception as fault:  # noqa: BLE001 - any backend's own; the result must not be lost
         apart = not isinstance(fault, UpdateFinishedTrialError)
         lost = _write_apart(storage, trial_id, shown, hidden) if apart else [*shown, *hidden]
@@ -186,7 +287,7 @@ def _write_apart(
             _optuna.write_attributes(storage, trial_id, user, system)
         except Exception as fault:  # noqa: BLE001 - as above
             lost += [*user, *system]
-            if passes(fault):
+            if is_transient(fault):
                 # Patience is at its end: nobody is there, and each attempt may take long.
                 return lost + [key for attributes in writes for part in attributes for key in part]
     return lost
@@ -205,7 +306,7 @@ def constraint_attributes(existing: Mapping[str, Any], own: Mapping[str, float])
     return {f"{_optuna.CONSTRAINTS}:quota:{name}": value for name, value in own.items()}
 
 
-def reject(study: Study, trial: FrozenTrial, reason: str) -> TrialRecord:
+def record_rejection(study: Study, trial: FrozenTrial, reason: str) -> TrialRecord:
     """Write into the row of a trial that must not run that it was rejected, and why.
 
     Args:
@@ -221,7 +322,7 @@ def reject(study: Study, trial: FrozenTrial, reason: str) -> TrialRecord:
     return record
 
 
-def note_ignored_rejection(study: Study, trial: FrozenTrial) -> None:
+def record_ignored_rejection(study: Study, trial: FrozenTrial) -> None:
     """Add to the reason of a rejected trial that its objective returned a value all the same."""
-    reason = f"{read_record(trial).reason or 'The trial was rejected.'} {WENT_ON}"
+    reason = f"{read_record(trial).reason or 'The trial was rejected.'} {IGNORED_STOP}"
     write(study, trial, TrialRecord(outcome="rejected", reason=reason), {})

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
-_logger = logging.getLogger("optuna.quota.settle")
+_logger = logging.getLogger("optuna.quota.enforcement")
 
 # Closed watches of trials that may still be told are kept, this many at most.
 _MOST_ENDED = 1000
