@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from abc import ABC
-from abc import abstractmethod
 from collections.abc import Mapping
 from collections.abc import Sequence
+import math
 from typing import Any
+from typing import Protocol
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,63 +30,37 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-class BaseFootprint(ABC):
+class BaseFootprint(Protocol):
     """What a point is expected to use of each resource."""
 
     @property
-    @abstractmethod
     def points(self) -> Sequence[Mapping[str, Any]]:
         """Points that the footprint knows of; a projection draws from them."""
 
-    @abstractmethod
     def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
         """Return lower, median and upper of each resource at a point, in SI base units."""
 
-    @abstractmethod
     def breaches(
         self, points: Sequence[Mapping[str, Any]], limits: Limits
     ) -> dict[str, np.ndarray]:
         """Return the probability of each breach at points, by resource, ``(n_points,)``."""
 
-    @abstractmethod
     def draw(
         self, points: Sequence[Mapping[str, Any]], count: int, seed: int
     ) -> dict[str, np.ndarray]:
         """Return joint draws of each resource at points, shape ``(count, n_points)``."""
 
     def predict(self, params: Mapping[str, Any]) -> DataFrame:
-        """Return what a point is expected to use.
-
-        Args:
-            params: Value of each hyperparameter; a missing one counts as unknown.
-
-        Returns:
-            A DataFrame indexed by resource with columns ``lower``, ``median`` and ``upper``, in SI
-            base units.
-        """
-        from pandas import DataFrame
-        from pandas import Index
-
-        intervals = self.intervals(params)
-        frame: DataFrame = DataFrame(
-            [(i.lower, i.median, i.upper) for i in intervals.values()],
-            index=Index(list(intervals), name="resource", dtype="object"),
-            columns=["lower", "median", "upper"],
-            dtype=float,
-        )
-        return frame
+        """Return the intervals as a DataFrame indexed by resource."""
+        return interval_table(self.intervals(params))
 
     def probability(self, params: Mapping[str, Any], limits: Limits) -> float:
-        """Return the probability that a point breaches any of the limits.
-
-        Times rise and fall together, so the likeliest breach among them counts; memory is taken
-        as independent of them. A resource without any data is not expected to be breached.
-        """
+        """Return the probability that a point breaches any of the limits."""
         breaches = self.breaches([params], limits)
         return joint_breach({name: float(each[0]) for name, each in breaches.items()})
 
 
-class Footprint(BaseFootprint):
+class Footprint:
     """What a point is expected to use of each resource, learned from earlier trials.
 
     Built by :meth:`fit`, by ``analyze(study).footprint`` or by :meth:`from_json`; give it to
@@ -178,6 +152,27 @@ class Footprint(BaseFootprint):
         """What makes it up."""
         return self._contents
 
+    def predict(self, params: Mapping[str, Any]) -> DataFrame:
+        """Return what a point is expected to use.
+
+        Args:
+            params: Value of each hyperparameter; a missing one counts as unknown.
+
+        Returns:
+            A DataFrame indexed by resource with columns ``lower``, ``median`` and ``upper``, in SI
+            base units.
+        """
+        return interval_table(self.intervals(params))
+
+    def probability(self, params: Mapping[str, Any], limits: Limits) -> float:
+        """Return the probability that a point breaches any of the limits.
+
+        Times rise and fall together, so the likeliest breach among them counts; memory is taken
+        as independent of them. A resource without any data is not expected to be breached.
+        """
+        breaches = self.breaches([params], limits)
+        return joint_breach({name: float(each[0]) for name, each in breaches.items()})
+
     def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
         """Return what :meth:`predict` returns, as plain values by resource."""
         found = {}
@@ -235,13 +230,24 @@ class Footprint(BaseFootprint):
 
 
 def joint_breach(breaches: Mapping[str, float]) -> float:
-    """Return the probability of any breach from those of each resource."""
+    """Return the probability of any breach at one point from those of each resource."""
     times = [p for name, p in breaches.items() if not get_resource(name).peak]
     peaks = [p for name, p in breaches.items() if get_resource(name).peak]
-    fits = 1 - max(times, default=0.0)
-    for probability in peaks:
-        fits *= 1 - probability
-    return 1 - fits
+    return 1 - math.prod((1 - p for p in peaks), start=1 - max(times, default=0.0))
+
+
+def interval_table(intervals: Mapping[str, Interval]) -> DataFrame:
+    """Return intervals as a DataFrame indexed by resource."""
+    from pandas import DataFrame
+    from pandas import Index
+
+    frame: DataFrame = DataFrame(
+        [(i.lower, i.median, i.upper) for i in intervals.values()],
+        index=Index(list(intervals), name="resource", dtype="object"),
+        columns=["lower", "median", "upper"],
+        dtype=float,
+    )
+    return frame
 
 
 def _stream(resource: str) -> int:
