@@ -52,7 +52,7 @@ from optuna_quota import Usage
 from optuna_quota._footprint import learner
 from optuna_quota._footprint.rows import footprint_row
 from optuna_quota._footprint.rows import FootprintRow
-from optuna_quota._sampler.policy import replacement_for
+from optuna_quota._sampler.candidates import replacement_for
 
 
 BUDGET = 60

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from optuna_quota._admission import admit_point
-from optuna_quota._admission import audit_is_due
 from optuna_quota._footprint.completions import completions
 from optuna_quota._footprint.footprint import joint_breach
+from optuna_quota._sampler.admission import admit_point
+from optuna_quota._sampler.admission import audit_is_due
 
 
 LIMITS = {"memory": 2.0 * 2**30, "wall_time": 60.0, "cpu_time": 90.0}

@@ -9,7 +9,6 @@ import contextlib
 from dataclasses import dataclass
 from dataclasses import replace
 import faulthandler
-import io
 import logging
 import os
 import pickle
@@ -23,8 +22,6 @@ from typing import Any
 from optuna_quota._isolation import processes
 from optuna_quota._isolation import rlimits
 from optuna_quota._isolation.calls import Calls
-from optuna_quota._isolation.calls import Handle
-from optuna_quota._isolation.calls import Proxy
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.child_trial import ChildTrial
 from optuna_quota._isolation.child_trial import MEASURE
@@ -32,9 +29,9 @@ from optuna_quota._isolation.child_trial import TRIAL
 from optuna_quota._isolation.child_trial import TrialFacts
 from optuna_quota._isolation.control import BeginMonitoring
 from optuna_quota._isolation.control import ObjectiveBegins
-from optuna_quota._isolation.errors import pack_error
-from optuna_quota._isolation.errors import SentError
-from optuna_quota._isolation.errors import unpack_error
+from optuna_quota._isolation.environment import enter_context
+from optuna_quota._isolation.environment import ProcessContext
+from optuna_quota._isolation.environment import seed
 from optuna_quota._isolation.gpu_caps import framework_gpu_memory
 from optuna_quota._isolation.gpu_caps import set_gpu_caps
 from optuna_quota._isolation.job_signals import restore_signals
@@ -44,32 +41,15 @@ from optuna_quota._isolation.multiprocessing_child import leave_shared_memory
 from optuna_quota._isolation.output import defer_to_handlers
 from optuna_quota._isolation.output import follow
 from optuna_quota._isolation.output import OutputRules
-from optuna_quota._isolation.payload import allocate
-from optuna_quota._isolation.payload import inherited_descriptors
-from optuna_quota._isolation.process_context import enter_context
-from optuna_quota._isolation.process_context import hold_main_state
-from optuna_quota._isolation.process_context import hold_module_parts
-from optuna_quota._isolation.process_context import ModuleParts
-from optuna_quota._isolation.process_context import ProcessContext
-from optuna_quota._isolation.process_context import seed
+from optuna_quota._isolation.pickling import inherited_descriptors
+from optuna_quota._isolation.pickling import load_objective
+from optuna_quota._isolation.pickling import receive_buffers
+from optuna_quota._isolation.remote_errors import pack_error
+from optuna_quota._isolation.remote_errors import SentError
+from optuna_quota._isolation.remote_errors import unpack_error
 from optuna_quota._isolation.shortage import find_shortage
 from optuna_quota._isolation.shortage import Shortage
 from optuna_quota._isolation.stop import PoliteStop
-
-
-@dataclass(frozen=True)
-class SentObjective:
-    """An objective on its way; its large buffers follow the message, its descriptors came before.
-
-    Attributes:
-        pickles: The pickles: the objective, then what the main module is to hold.
-        states: How many of the latter there are.
-        buffers: The bytes of each buffer that follows, and whether it is read-only.
-    """
-
-    pickles: bytes
-    states: int
-    buffers: Sequence[tuple[int, bool]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +64,8 @@ class Start:
         limits: The ceilings in force, by resource, in SI base units.
         device_memory: The memory of the smallest visible GPU.
         grace_period: Seconds from the polite stop to the hard kill.
-        objective: The objective; None when the process inherited it.
+        objective: The pickled objective; None when the process inherited it.
+        buffers: The bytes of each buffer that follows, and whether it is read-only.
         strict_memory: Whether the kernel refuses what would pass the memory limit.
     """
 
@@ -95,7 +76,8 @@ class Start:
     limits: Mapping[str, float]
     device_memory: float | None
     grace_period: float
-    objective: SentObjective | None
+    objective: bytes | None
+    buffers: Sequence[tuple[int, bool]] = ()
     strict_memory: bool = False
 
 
@@ -184,12 +166,6 @@ _calls: Calls | None = None
 _stop: PoliteStop | None = None
 
 
-def proxy_of(handle: Handle) -> Any:
-    """Return the proxy of an object that stayed behind; pickles of objectives refer to this."""
-    assert _calls is not None
-    return Proxy(_calls, handle)
-
-
 def run_child(
     channel: Channel,
     *,
@@ -219,7 +195,7 @@ def run_child(
             _take_streams(channel)
         start = channel.receive() if inherited is None else inherited.start
         grace_period = start.grace_period
-        buffers = _receive_buffers(channel, start.objective)
+        buffers = receive_buffers(channel, start.buffers)
         if crash_file is not None:
             faulthandler.enable(crash_file)
             processes.enlarge_signal_stack()
@@ -257,27 +233,6 @@ def _take_streams(channel: Channel) -> None:
         os.close(handle)
 
 
-def _receive_buffers(channel: Channel, objective: SentObjective | None) -> list[memoryview]:
-    buffers = []
-    for size, readonly in () if objective is None else objective.buffers:
-        buffer = allocate(size)
-        channel.receive_raw(buffer)
-        buffers.append(buffer.toreadonly() if readonly else buffer)
-    return buffers
-
-
-def _load(sent: SentObjective, buffers: Sequence[memoryview]) -> Any:
-    unpickler = pickle.Unpickler(io.BytesIO(sent.pickles), buffers=buffers)
-    objective = unpickler.load()
-    for _ in range(sent.states):
-        state = unpickler.load()
-        if isinstance(state, ModuleParts):
-            hold_module_parts(state)
-        else:
-            hold_main_state(state)
-    return objective
-
-
 def _prepare_and_run(
     start: Start, objective: Any, buffers: list[memoryview], link: socket.socket | None
 ) -> Any:
@@ -285,7 +240,7 @@ def _prepare_and_run(
     set_gpu_caps(start.limits.get("gpu_memory"), start.device_memory)
     leave_shared_memory()
     if start.objective is not None:
-        objective = _load(start.objective, buffers)
+        objective = load_objective(start.objective, buffers)
         # The objective alone keeps them.
         buffers.clear()
         defer_to_handlers(start.output)

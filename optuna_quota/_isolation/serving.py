@@ -11,7 +11,9 @@ from typing import Any
 
 from optuna_quota._isolation.calls import Answer
 from optuna_quota._isolation.calls import Call
+from optuna_quota._isolation.calls import is_remote
 from optuna_quota._isolation.calls import Method
+from optuna_quota._isolation.calls import RemoteObjects
 from optuna_quota._isolation.child import Exited
 from optuna_quota._isolation.child import Raised
 from optuna_quota._isolation.child import Ready
@@ -27,14 +29,12 @@ from optuna_quota._isolation.control import Paused
 from optuna_quota._isolation.control import Started
 from optuna_quota._isolation.control import StopFor
 from optuna_quota._isolation.ending import Ended
-from optuna_quota._isolation.errors import pack_error
 from optuna_quota._isolation.launch import Launched
-from optuna_quota._isolation.objectives import is_remote
-from optuna_quota._isolation.objectives import RemoteObjects
 from optuna_quota._isolation.output import Printed
 from optuna_quota._isolation.output import replay
 from optuna_quota._isolation.output import SYNC
 from optuna_quota._isolation.output import Warned
+from optuna_quota._isolation.remote_errors import pack_error
 from optuna_quota._isolation.shortage import find_shortage_in_text
 from optuna_quota._isolation.shortage import Shortage
 from optuna_quota._resources import Breach

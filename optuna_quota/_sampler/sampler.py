@@ -16,13 +16,13 @@ from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.constraints import equal_constraints
-from optuna_quota._enforcement.nesting import demanding_samplers
+from optuna_quota._enforcement.constraints import uniform_constraints
 from optuna_quota._enforcement.nesting import pruner_limits
 from optuna_quota._enforcement.nesting import pruner_meters
-from optuna_quota._enforcement.pruner import enforce_outside
-from optuna_quota._enforcement.settle import note_ignored_rejection
-from optuna_quota._enforcement.settle import row_of
+from optuna_quota._enforcement.nesting import samplers_requiring_uniform_constraints
+from optuna_quota._enforcement.pruner import wrap_nesting_pruner
+from optuna_quota._enforcement.trial_result import read_row
+from optuna_quota._enforcement.trial_result import record_ignored_rejection
 from optuna_quota._footprint.given import as_footprint
 from optuna_quota._footprint.given import UnansweredError
 from optuna_quota._ledger import LEASE
@@ -36,26 +36,26 @@ from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Strategy
 from optuna_quota._resources import Usage
-from optuna_quota._sampler.abandonment import abandon
-from optuna_quota._sampler.abandonment import none_left_running
-from optuna_quota._sampler.announcement import announce
+from optuna_quota._sampler.candidates import OnVeto
+from optuna_quota._sampler.candidates import Proposals
+from optuna_quota._sampler.candidates import Rules
 from optuna_quota._sampler.options import check_choices
 from optuna_quota._sampler.options import check_kinds
 from optuna_quota._sampler.options import check_shares
 from optuna_quota._sampler.options import OnCrowded
 from optuna_quota._sampler.options import OnExhausted
 from optuna_quota._sampler.options import OnProjected
-from optuna_quota._sampler.policy import OnVeto
-from optuna_quota._sampler.proposals import Proposals
-from optuna_quota._sampler.proposals import Rules
-from optuna_quota._sampler.retried import void_copies
-from optuna_quota._sampler.running import has_totals
-from optuna_quota._sampler.running import project_rest
-from optuna_quota._sampler.session import asks_for_something
-from optuna_quota._sampler.session import Session
-from optuna_quota._sampler.sessions import Sessions
-from optuna_quota._sampler.study_admission import rejection
-from optuna_quota._sampler.study_admission import StudyAdmission
+from optuna_quota._sampler.row_cleanup import abandon
+from optuna_quota._sampler.row_cleanup import none_left_running
+from optuna_quota._sampler.row_cleanup import void_copies
+from optuna_quota._sampler.study_projection import has_totals
+from optuna_quota._sampler.study_projection import project_rest
+from optuna_quota._sampler.study_projection import rejection
+from optuna_quota._sampler.study_projection import StudyAdmission
+from optuna_quota._sampler.study_session import asks_for_something
+from optuna_quota._sampler.study_session import Session
+from optuna_quota._sampler.study_session import Sessions
+from optuna_quota._sampler.study_settings import announce
 from optuna_quota._units import parse_seconds
 
 
@@ -189,7 +189,7 @@ class QuotaSampler(BaseSampler):
             audits,
             frozenset(space) if space else None,
         )
-        self._demanding = demanding_samplers(self.base_sampler)
+        self._demanding = samplers_requiring_uniform_constraints(self.base_sampler)
         self._sessions = Sessions()
         self._lock = threading.Lock()
         self._admission().decide(self.limits or Limits())
@@ -211,7 +211,7 @@ class QuotaSampler(BaseSampler):
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Admit a trial and start its metering, or see to it that it does not run."""
-        whole = _optuna.whole_study(study)
+        whole = _optuna.unwrap_study(study)
         asked = _optuna.in_ask()
         if metering_loop().find(key_of(whole, trial)) is not None and not asked:
             # Another Trial object for a trial that this process runs already.
@@ -231,7 +231,7 @@ class QuotaSampler(BaseSampler):
         return not self._session(study, limits_of(study, self)).ledger.take(trial)
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
-        enforce_outside(whole)
+        wrap_nesting_pruner(whole)
         limits = limits_of(whole, self)
         session = self._session(whole, limits)
         self._admit_study(session, whole, limits)
@@ -242,7 +242,7 @@ class QuotaSampler(BaseSampler):
             footprint=known,
             bounds=session.proposals.bounds(self.quota.held, _optuna.fixed_params_of(trial)),
             n_jobs=None if self.strategy is None else self.strategy.n_jobs,
-            is_over=lambda: _optuna.is_over(whole) and asks_for_something(whole),
+            is_over=lambda: _optuna.is_optimize_ending(whole) and asks_for_something(whole),
         )
         if isinstance(grant, Refusal):
             session.refuse(whole, trial, grant)
@@ -305,11 +305,11 @@ class QuotaSampler(BaseSampler):
         values: Sequence[float] | None,
     ) -> None:
         """Settle a trial before its row is finished, and end the study with its quota."""
-        whole = _optuna.whole_study(study)
+        whole = _optuna.unwrap_study(study)
         session = self._session(whole, self.limits or Limits())
         if session.is_refused(trial):
             if state == TrialState.COMPLETE:
-                note_ignored_rejection(whole, trial)
+                record_ignored_rejection(whole, trial)
             return
         try:
             self.base_sampler.after_trial(study, trial, state, values)
@@ -385,10 +385,10 @@ class QuotaSampler(BaseSampler):
         self, session: Session, study: Study, trial: FrozenTrial, state: TrialState
     ) -> None:
         """Settle a trial; its result is stored after this and must not be lost to any fault."""
-        error, told = _optuna.objective_error(), _optuna.what_was_told()
+        error, told = _optuna.objective_error(), _optuna.find_tell_call()
         try:
             row = self._row(study, trial)
-            session.settle(study, row, state, limits_of(study, self), error, told)
+            session.finish_trial(study, row, state, limits_of(study, self), error, told)
             session.end_when_exhausted(study)
         except Exception as fault:  # noqa: BLE001 - any backend's own
             _logger.warning(f"Trial {trial.number} could not be settled: {fault!r}.")
@@ -397,16 +397,16 @@ class QuotaSampler(BaseSampler):
         """Return the row as it is now when the base sampler may have written into it."""
         if not _optuna.may_write_constraints(self.base_sampler):
             return trial
-        return row_of(study, trial)
+        return read_row(study, trial)
 
     def _seen_by_base(self, study: Study, n_params: int) -> Study:
         """Return the study with equal constraints of all trials where the sampler demands them."""
         if not self._demanding:
             return study
-        limits = limits_of(_optuna.whole_study(study), self)
+        limits = limits_of(_optuna.unwrap_study(study), self)
 
         def constrain(trials: Sequence[FrozenTrial]) -> Sequence[Mapping[str, float]]:
-            found = equal_constraints(trials, limits)
+            found = uniform_constraints(trials, limits)
             n_constraints = len(found[0]) if found else 0
             for sampler in self._demanding:
                 _optuna.forget_constraint_models(sampler, n_constraints, n_params)
@@ -415,7 +415,7 @@ class QuotaSampler(BaseSampler):
         return cast("Study", _optuna.ConstrainedStudy(study, constrain))
 
     def _session_of(self, study: Study) -> Session:
-        return self._session(_optuna.whole_study(study), self.limits or Limits())
+        return self._session(_optuna.unwrap_study(study), self.limits or Limits())
 
     def _session(self, study: Study, limits: Limits) -> Session:
         with self._lock:

@@ -12,11 +12,15 @@ import warnings
 
 from optuna_quota._version import __version__
 from optuna_quota.cli import doctor
-from optuna_quota.cli import errors
 from optuna_quota.cli import project
 from optuna_quota.cli import replay
 from optuna_quota.cli import report
 from optuna_quota.cli import status
+from optuna_quota.cli.arguments import FAILED
+from optuna_quota.cli.arguments import INTERRUPTED
+from optuna_quota.cli.arguments import OK
+from optuna_quota.cli.arguments import USAGE
+from optuna_quota.cli.arguments import UsageError
 from optuna_quota.cli.output import harmless
 
 
@@ -45,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(options)
     try:
         return _run(options)
-    except errors.UsageError as error:
-        return _fail(options, error, errors.USAGE)
+    except UsageError as error:
+        return _fail(options, error, USAGE)
     except KeyboardInterrupt:
-        return errors.INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
         return _close_stdout()
     except Exception as error:  # noqa: BLE001  # the edge: a person gets a sentence, not a traceback
-        return _fail(options, error, errors.FAILED)
+        return _fail(options, error, FAILED)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,4 +102,4 @@ def _fail(options: argparse.Namespace, error: Exception, status: int) -> int:
 def _close_stdout() -> int:
     # The reader (such as `head`) went away; flushing at exit must not raise once more.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return errors.OK
+    return OK

@@ -10,22 +10,24 @@ from typing import TYPE_CHECKING
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import Strategy
-from optuna_quota.cli import errors
-from optuna_quota.cli.amounts import read_limits
-from optuna_quota.cli.amounts import read_quota
 from optuna_quota.cli.arguments import add_command
 from optuna_quota.cli.arguments import add_limit_argument
 from optuna_quota.cli.arguments import add_price_argument
 from optuna_quota.cli.arguments import add_quota_argument
+from optuna_quota.cli.arguments import OK
+from optuna_quota.cli.arguments import OVER_QUOTA
 from optuna_quota.cli.arguments import read_count
-from optuna_quota.cli.footprints import learn_footprint
-from optuna_quota.cli.footprints import read_footprint
+from optuna_quota.cli.arguments import read_limits
+from optuna_quota.cli.arguments import read_quota
+from optuna_quota.cli.arguments import UsageError
 from optuna_quota.cli.output import styled
 from optuna_quota.cli.output import table
 from optuna_quota.cli.output import write_json
 from optuna_quota.cli.output import write_line
 from optuna_quota.cli.storages import add_study_arguments
+from optuna_quota.cli.storages import learn_footprint
 from optuna_quota.cli.storages import load_study
+from optuna_quota.cli.storages import read_footprint
 
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
     from optuna_quota._projection import project
 
     if not 0.5 < options.confidence < 1:
-        raise errors.UsageError("--confidence must be above 0.5 and below 1.")
+        raise UsageError("--confidence must be above 0.5 and below 1.")
     quota, limits = read_quota(options.quota, options.price), read_limits(options.limit)
     projection = project(
         Strategy(options.n_trials, n_jobs=options.n_jobs),
@@ -114,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         for line in lines(projection):
             write_line(line)
-    return errors.OK if projection.fits else errors.OVER_QUOTA
+    return OK if projection.fits else OVER_QUOTA
 
 
 def _footprint(options: argparse.Namespace) -> Any:

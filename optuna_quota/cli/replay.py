@@ -6,13 +6,15 @@ import argparse
 from typing import Any
 from typing import TYPE_CHECKING
 
-from optuna_quota.cli import errors
-from optuna_quota.cli.amounts import read_limits
-from optuna_quota.cli.amounts import read_quota
 from optuna_quota.cli.arguments import add_command
 from optuna_quota.cli.arguments import add_limit_argument
 from optuna_quota.cli.arguments import add_price_argument
 from optuna_quota.cli.arguments import add_quota_argument
+from optuna_quota.cli.arguments import OK
+from optuna_quota.cli.arguments import OVER_QUOTA
+from optuna_quota.cli.arguments import read_limits
+from optuna_quota.cli.arguments import read_quota
+from optuna_quota.cli.arguments import UsageError
 from optuna_quota.cli.output import progress
 from optuna_quota.cli.output import records
 from optuna_quota.cli.output import write_json
@@ -73,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
     quota, limits = read_quota(options.quota, options.price), read_limits(options.limit)
     if not quota and not limits:
-        raise errors.UsageError("give at least one --quota or --limit to replay.")
+        raise UsageError("give at least one --quota or --limit to replay.")
     with progress("replaying the trials"):
         report = replay(load_study(options), quota=quota or None, limits=limits or None)
         content = as_json(report) if options.format == "json" else report.summary()
@@ -81,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         write_line(content)
     else:
         write_json(content)
-    return errors.OK if report.ended_by is None else errors.OVER_QUOTA
+    return OK if report.ended_by is None else OVER_QUOTA
 
 
 def as_json(report: ReplayReport) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 from typing import TYPE_CHECKING
 
-from optuna_quota.cli import errors
 from optuna_quota.cli.arguments import add_command
+from optuna_quota.cli.arguments import OK
+from optuna_quota.cli.arguments import UsageError
 from optuna_quota.cli.output import progress
 from optuna_quota.cli.output import records
 from optuna_quota.cli.output import write_json
@@ -107,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
         write_line(content)
     else:
         write_json(content)
-    return errors.OK
+    return OK
 
 
 def _refuse_unknown(attributes: Sequence[str], study: Study) -> None:
@@ -116,7 +117,7 @@ def _refuse_unknown(attributes: Sequence[str], study: Study) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             meant = f"; did you mean {close[0]}?" if close else "."
-            raise errors.UsageError(f"--user-attr: no trial has {name!r}{meant}")
+            raise UsageError(f"--user-attr: no trial has {name!r}{meant}")
 
 
 def as_json(report: UtilizationReport) -> dict[str, Any]:

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING
 
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import Strategy
-from optuna_quota.cli import errors
-from optuna_quota.cli.amounts import read_quota
 from optuna_quota.cli.arguments import add_command
 from optuna_quota.cli.arguments import add_price_argument
 from optuna_quota.cli.arguments import add_quota_argument
+from optuna_quota.cli.arguments import OK
+from optuna_quota.cli.arguments import OVER_QUOTA
 from optuna_quota.cli.arguments import read_count
-from optuna_quota.cli.footprints import learn_footprint
+from optuna_quota.cli.arguments import read_quota
 from optuna_quota.cli.output import styled
 from optuna_quota.cli.output import write_json
 from optuna_quota.cli.output import write_line
 from optuna_quota.cli.storages import add_study_arguments
+from optuna_quota.cli.storages import learn_footprint
 from optuna_quota.cli.storages import load_study
 
 
@@ -91,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         _write(study.study_name, found, projection)
     fits = projection is None or projection.fits
-    return errors.OK if fits and not found.exceeded else errors.OVER_QUOTA
+    return OK if fits and not found.exceeded else OVER_QUOTA
 
 
 def _project(

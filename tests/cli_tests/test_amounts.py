@@ -12,10 +12,10 @@ import pytest
 from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import Usage
-from optuna_quota.cli.amounts import read_limits
-from optuna_quota.cli.amounts import read_quota
-from optuna_quota.cli.amounts import read_usage
-from optuna_quota.cli.errors import UsageError
+from optuna_quota.cli.arguments import read_limits
+from optuna_quota.cli.arguments import read_quota
+from optuna_quota.cli.arguments import read_usage
+from optuna_quota.cli.arguments import UsageError
 
 
 @pytest.mark.parametrize(

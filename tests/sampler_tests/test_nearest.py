@@ -12,8 +12,8 @@ import pytest
 
 from optuna_quota import Limits
 from optuna_quota._footprint.footprint import Interval
-from optuna_quota._sampler.gate import Gate
-from optuna_quota._sampler.nearest import nearest_admitted
+from optuna_quota._sampler.admission import Gate
+from optuna_quota._sampler.nearest_point import nearest_admitted
 
 
 LIMITS = Limits(wall_time=1.0)

@@ -13,8 +13,8 @@ from optuna.samplers import RandomSampler
 from optuna.samplers import TPESampler
 import pytest
 
-from optuna_quota._sampler.policy import OnVeto
-from optuna_quota._sampler.policy import replacement_for
+from optuna_quota._sampler.candidates import OnVeto
+from optuna_quota._sampler.candidates import replacement_for
 
 
 @pytest.mark.parametrize(

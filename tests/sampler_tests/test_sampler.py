@@ -19,7 +19,7 @@ from optuna_quota import QuotaSampler
 from optuna_quota._metering import key_of
 from optuna_quota._metering import metering_loop
 from optuna_quota._records import read_record
-from optuna_quota._sampler.proposals import Proposals
+from optuna_quota._sampler.candidates import Proposals
 
 
 def objective(trial: optuna.Trial) -> float:
