@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Mapping
-from collections.abc import Sequence
 import contextlib
-from dataclasses import dataclass
 from dataclasses import replace
 import faulthandler
-import logging
 import os
 import pickle
 import signal
@@ -19,150 +15,34 @@ import threading
 import traceback
 from typing import Any
 
-from optuna_quota._isolation import processes
-from optuna_quota._isolation import rlimits
-from optuna_quota._isolation.calls import Calls
+from optuna_quota._isolation import linux
+from optuna_quota._isolation import memory_limits
+from optuna_quota._isolation import messages
 from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.child_trial import ChildTrial
-from optuna_quota._isolation.child_trial import MEASURE
-from optuna_quota._isolation.child_trial import TRIAL
-from optuna_quota._isolation.child_trial import TrialFacts
-from optuna_quota._isolation.control import BeginMonitoring
-from optuna_quota._isolation.control import ObjectiveBegins
 from optuna_quota._isolation.environment import enter_context
-from optuna_quota._isolation.environment import ProcessContext
 from optuna_quota._isolation.environment import seed
 from optuna_quota._isolation.gpu_caps import framework_gpu_memory
 from optuna_quota._isolation.gpu_caps import set_gpu_caps
-from optuna_quota._isolation.job_signals import restore_signals
 from optuna_quota._isolation.multiprocessing_child import begin_preparation
 from optuna_quota._isolation.multiprocessing_child import end_preparation
 from optuna_quota._isolation.multiprocessing_child import leave_shared_memory
+from optuna_quota._isolation.out_of_memory import find_failed_allocation
 from optuna_quota._isolation.output import defer_to_handlers
 from optuna_quota._isolation.output import follow
-from optuna_quota._isolation.output import OutputRules
 from optuna_quota._isolation.pickling import inherited_descriptors
 from optuna_quota._isolation.pickling import load_objective
 from optuna_quota._isolation.pickling import receive_buffers
 from optuna_quota._isolation.remote_errors import pack_error
-from optuna_quota._isolation.remote_errors import SentError
 from optuna_quota._isolation.remote_errors import unpack_error
-from optuna_quota._isolation.shortage import find_shortage
-from optuna_quota._isolation.shortage import Shortage
-from optuna_quota._isolation.stop import PoliteStop
+from optuna_quota._isolation.rpc import MEASURE
+from optuna_quota._isolation.rpc import RemoteTrial
+from optuna_quota._isolation.rpc import RpcClient
+from optuna_quota._isolation.rpc import TRIAL
+from optuna_quota._isolation.signals import PoliteStop
+from optuna_quota._isolation.signals import restore_signals
 
 
-@dataclass(frozen=True)
-class Start:
-    """All that a trial's process needs to begin.
-
-    Attributes:
-        context: What the objective finds around it.
-        has_main: Whether the process has the study's main module already.
-        output: How it prints, logs and warns.
-        trial: What of the trial never changes.
-        limits: The ceilings in force, by resource, in SI base units.
-        device_memory: The memory of the smallest visible GPU.
-        grace_period: Seconds from the polite stop to the hard kill.
-        objective: The pickled objective; None when the process inherited it.
-        buffers: The bytes of each buffer that follows, and whether it is read-only.
-        strict_memory: Whether the kernel refuses what would pass the memory limit.
-    """
-
-    context: ProcessContext
-    has_main: bool
-    output: OutputRules
-    trial: TrialFacts
-    limits: Mapping[str, float]
-    device_memory: float | None
-    grace_period: float
-    objective: bytes | None
-    buffers: Sequence[tuple[int, bool]] = ()
-    strict_memory: bool = False
-
-
-@dataclass(frozen=True)
-class Ready:
-    """The objective is about to be called.
-
-    Attributes:
-        pid: The trial's process.
-        supervisor: Its parent, which inherits the orphans of all that it starts; None where it
-            is the study's process.
-        data_limit: The soft ``RLIMIT_DATA`` that was set.
-    """
-
-    pid: int
-    supervisor: int | None = None
-    data_limit: int | None = None
-
-
-@dataclass(frozen=True)
-class Returned:
-    """The objective returned.
-
-    Attributes:
-        value: What.
-        gpu_memory: The peak of GPU memory by the frameworks' own counters, in bytes.
-    """
-
-    value: Any
-    told: bool = False
-    gpu_memory: float | None = None
-
-
-@dataclass(frozen=True)
-class Raised:
-    """The objective raised.
-
-    Attributes:
-        error: What.
-        shortage: The failed allocation behind it, if that was why.
-        told: Whether the objective had been told to stop.
-        gpu_memory: The peak of GPU memory by the frameworks' own counters, in bytes.
-    """
-
-    error: SentError
-    shortage: Shortage | None = None
-    told: bool = False
-    gpu_memory: float | None = None
-
-
-@dataclass(frozen=True)
-class Exited:
-    """The objective called ``sys.exit``."""
-
-    code: int
-    told: bool = False
-
-
-@dataclass(frozen=True)
-class Unsendable:
-    """The objective's value can't be sent."""
-
-    kind: str
-    reason: str
-    told: bool = False
-
-
-@dataclass(frozen=True)
-class Inherited:
-    """What a process forked from the study's own has without being sent it.
-
-    Attributes:
-        start: What others are sent.
-        order: What their supervisor is sent.
-        objective: The objective itself.
-        sounding: The loggers that do more than pass on what they are given.
-    """
-
-    start: Start
-    order: BeginMonitoring
-    objective: Any
-    sounding: Sequence[logging.Logger]
-
-
-_calls: Calls | None = None
+_calls: RpcClient | None = None
 _stop: PoliteStop | None = None
 
 
@@ -171,7 +51,7 @@ def run_child(
     *,
     link: socket.socket | None = None,
     crash_file: int | None = None,
-    inherited: Inherited | None = None,
+    inherited: messages.InheritedObjective | None = None,
     streams: bool = False,
 ) -> int:
     """Run one trial from the start message to the end; return the exit code.
@@ -188,7 +68,7 @@ def run_child(
     global _calls, _stop
     _stop = stop = PoliteStop(link)
     stop.install()
-    _calls = Calls(channel, stop)
+    _calls = RpcClient(channel, stop)
     own, grace_period = os.getpid(), 0.0
     try:
         if streams:
@@ -198,32 +78,36 @@ def run_child(
         buffers = receive_buffers(channel, start.buffers)
         if crash_file is not None:
             faulthandler.enable(crash_file)
-            processes.enlarge_signal_stack()
+            linux.enlarge_signal_stack()
         if inherited is None:
             begin_preparation()
             enter_context(start.context, has_main=start.has_main)
             follow(start.output, _calls)
         else:
             os.environ.update(start.context.added)
-            follow(start.output, _calls, inherited.sounding)
-        rlimits.raise_oom_score()
+            follow(start.output, _calls, inherited.loggers)
+        memory_limits.raise_oom_score()
         objective = None if inherited is None else inherited.objective
         outcome = _prepare_and_run(start, objective, buffers, link)
     except EOFError:
         return 1
     except BaseException as error:  # noqa: BLE001 - a stop before the objective was called
-        outcome = Raised(pack_error(error))
+        outcome = messages.Raised(pack_error(error))
     stop.end()
-    outcome = replace(outcome, told=stop.told)
+    outcome = replace(outcome, stop_requested=stop.told)
     return _finish(outcome, grace_period) if os.getpid() == own else _leave(outcome)
 
 
 def _leave(outcome: Any) -> int:
     """End a process that the objective forked and that came out of it: it speaks for no trial."""
-    if isinstance(outcome, Raised):
+    if isinstance(outcome, messages.Raised):
         traceback.print_exception(unpack_error(outcome.error))
     _flush()
-    return outcome.code if isinstance(outcome, Exited) else int(isinstance(outcome, Raised))
+    return (
+        outcome.code
+        if isinstance(outcome, messages.Exited)
+        else int(isinstance(outcome, messages.Raised))
+    )
 
 
 def _take_streams(channel: Channel) -> None:
@@ -234,7 +118,10 @@ def _take_streams(channel: Channel) -> None:
 
 
 def _prepare_and_run(
-    start: Start, objective: Any, buffers: list[memoryview], link: socket.socket | None
+    start: messages.StartTrial,
+    objective: Any,
+    buffers: list[memoryview],
+    link: socket.socket | None,
 ) -> Any:
     assert _calls is not None
     set_gpu_caps(start.limits.get("gpu_memory"), start.device_memory)
@@ -245,33 +132,32 @@ def _prepare_and_run(
         buffers.clear()
         defer_to_handlers(start.output)
     seed(start.context)
-    trial = ChildTrial(_calls, start.trial)
-    rlimits.reset_peak()
+    trial = RemoteTrial(_calls, start.trial)
+    memory_limits.reset_peak()
     restore_signals()
     end_preparation()
     data_limit = _limit(start)
-    supervisor = None
+    ready = messages.Ready(os.getpid(), None if link is None else os.getppid(), data_limit)
     if link is not None:
-        supervisor = os.getppid()
-        link.send(pickle.dumps(ObjectiveBegins(data_limit)))
-    _calls.notify(Ready(os.getpid(), supervisor, data_limit))
+        link.send(pickle.dumps(ready))
+    _calls.notify(ready)
     return _run(objective, trial)
 
 
-def _limit(start: Start) -> int | None:
+def _limit(start: messages.StartTrial) -> int | None:
     """Set the kernel's limits, after the imports: what they take is known by now."""
     memory = start.limits.get("memory")
     cpu_time = start.limits.get("cpu_time")
     if cpu_time is not None:
         assert _stop is not None
         _stop.listen_for_cpu_time()
-        rlimits.limit_cpu_time(cpu_time, start.grace_period)
+        memory_limits.limit_cpu_time(cpu_time, start.grace_period)
     if memory is None:
         return None
-    return rlimits.limit_memory(memory, strict=start.strict_memory)
+    return memory_limits.limit_memory(memory, strict=start.strict_memory)
 
 
-def _run(objective: Any, trial: ChildTrial) -> Any:
+def _run(objective: Any, trial: RemoteTrial) -> Any:
     assert _stop is not None
     assert _calls is not None
     try:
@@ -279,25 +165,25 @@ def _run(objective: Any, trial: ChildTrial) -> Any:
         _stop.end()
     except SystemExit as error:
         _stop.end()
-        return Exited(_exit_code(error))
+        return messages.Exited(_exit_code(error))
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is the study's to handle
         _stop.end()
         # First of all: what follows needs some memory itself.
-        rlimits.lift_memory_limit()
-        shortage = find_shortage(error)
+        memory_limits.lift_memory_limit()
+        shortage = find_failed_allocation(error)
         if shortage is not None and shortage.resource == "gpu_memory":
             # While it holds what it held: the error's traceback keeps the frames.
             _calls.call(TRIAL, MEASURE)
-        return Raised(pack_error(error), shortage, gpu_memory=framework_gpu_memory())
-    return Returned(value, gpu_memory=framework_gpu_memory())
+        return messages.Raised(pack_error(error), shortage, gpu_memory=framework_gpu_memory())
+    return messages.Returned(value, gpu_memory=framework_gpu_memory())
 
 
 def _finish(outcome: Any, grace_period: float) -> int:
     """Send what came of the trial, then end as a Python program does."""
     assert _calls is not None
     try:
-        rlimits.lift_memory_limit()
-        if isinstance(outcome, Returned):
+        memory_limits.lift_memory_limit()
+        if isinstance(outcome, messages.Returned):
             outcome = _sendable(outcome)
         _flush()
         _calls.notify(outcome)
@@ -305,7 +191,7 @@ def _finish(outcome: Any, grace_period: float) -> int:
         _flush()
     except BaseException:  # noqa: BLE001 - the supervisor reports that nothing was sent
         return 1
-    return outcome.code if isinstance(outcome, Exited) else 0
+    return outcome.code if isinstance(outcome, messages.Exited) else 0
 
 
 # Seconds that idle threads of executors get to end; one that waits for something else never does.
@@ -337,7 +223,7 @@ def _end_executors() -> None:
         handler()
 
 
-def _sendable(returned: Returned) -> Any:
+def _sendable(returned: messages.Returned) -> Any:
     """Return the value in a form that does not depend on the trial's devices or classes."""
     value = returned.value
     if _is_tensor(value):
@@ -349,7 +235,9 @@ def _sendable(returned: Returned) -> Any:
         pickle.loads(dumps(returned))
     except Exception as error:  # noqa: BLE001 - a user's __reduce__ may raise anything
         reason = f"{type(error).__name__}: {error}"
-        return Unsendable(type(value).__name__, reason, returned.told)
+        return messages.Unsendable(
+            type(value).__name__, reason, stop_requested=returned.stop_requested
+        )
     return returned
 
 

@@ -17,7 +17,7 @@ import warnings
 
 import cloudpickle
 
-from optuna_quota._isolation.calls import Calls
+from optuna_quota._isolation.rpc import RpcClient
 
 
 # The name of a call that does nothing: its answer says that all before it was done.
@@ -107,7 +107,7 @@ def _pickle_filter(entry: tuple[Any, ...]) -> bytes:
 
 
 def follow(
-    rules: OutputRules, calls: Calls, sounding: Sequence[logging.Logger] | None = None
+    rules: OutputRules, calls: RpcClient, sounding: Sequence[logging.Logger] | None = None
 ) -> None:
     """Print, log and warn by the rules of the study's process.
 
@@ -185,7 +185,7 @@ class ForwardedStream(io.TextIOBase):
         calls: The way there.
     """
 
-    def __init__(self, name: str, calls: Calls) -> None:
+    def __init__(self, name: str, calls: RpcClient) -> None:
         self._name = name
         self._calls = calls
         self._pid = os.getpid()
@@ -237,7 +237,7 @@ class ForwardingHandler(logging.Handler):
         calls: The way there.
     """
 
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: RpcClient) -> None:
         super().__init__()
         self._calls = calls
         self._pid = os.getpid()
@@ -324,7 +324,7 @@ def _silence(loggers: Sequence[logging.Logger]) -> None:
 _is_blank = False
 
 
-def _follow_logging(rules: OutputRules, calls: Calls) -> None:
+def _follow_logging(rules: OutputRules, calls: RpcClient) -> None:
     if not _is_blank:
         blank_logging()
     logging.getLogger().addHandler(ForwardingHandler(calls))
@@ -337,7 +337,7 @@ def _follow_logging(rules: OutputRules, calls: Calls) -> None:
         logging.disable(rules.disabled)
 
 
-def _follow_warnings(rules: OutputRules, calls: Calls) -> None:
+def _follow_warnings(rules: OutputRules, calls: RpcClient) -> None:
     warnings.resetwarnings()
     for data in rules.filters:
         # What can't be imported here is not raised here either.

@@ -20,18 +20,12 @@ import time
 from typing import Any
 from typing import TYPE_CHECKING
 
+from optuna_quota._isolation import messages
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.channel import channel_pair
 from optuna_quota._isolation.child import run_child
-from optuna_quota._isolation.control import Interrupt
-from optuna_quota._isolation.control import Kill
-from optuna_quota._isolation.control import Leave
-from optuna_quota._isolation.control import Started
-from optuna_quota._isolation.control import StopFor
-from optuna_quota._isolation.ending import Ended
-from optuna_quota._isolation.ending import Killer
 from optuna_quota._isolation.launch import interpreter
-from optuna_quota._isolation.launch import Launched
+from optuna_quota._isolation.launch import TrialConnections
 
 
 if TYPE_CHECKING:
@@ -44,7 +38,7 @@ _START_TIME = 60.0
 _TOKEN_SIZE = 32
 
 
-def launch_portable() -> Launched:
+def launch_portable() -> TrialConnections:
     """Start a trial's process.
 
     Raises:
@@ -67,9 +61,9 @@ def launch_portable() -> Launched:
             process.wait()
             raise
     control, obey = channel_pair()
-    minder = threading.Thread(target=_Minder(process, obey).run, daemon=True)
+    minder = threading.Thread(target=_Monitor(process, obey).run, daemon=True)
     minder.start()
-    return Launched(channel, control)
+    return TrialConnections(channel, control)
 
 
 def _accept(server: socket.socket, token: bytes) -> Channel:
@@ -105,7 +99,7 @@ def main(port: int) -> None:
     os._exit(run_child(Channel(sock)))
 
 
-class _Minder:
+class _Monitor:
     """Does a supervisor's work as far as it goes through psutil, in a thread.
 
     Args:
@@ -122,14 +116,14 @@ class _Minder:
         self._control = control
         self._seen: dict[int, psutil.Process] = {}
         self._deadline: float | None = None
-        self._killer: Killer | None = None
+        self._killer: messages.Killer | None = None
         self._cpu_time = 0.0
         self._memory = 0.0
 
     def run(self) -> None:
         """Mind the process to its end."""
         with contextlib.suppress(OSError):
-            self._control.send(Started(self._process.pid))
+            self._control.send(messages.ProcessStarted())
         while self._process.poll() is None:
             self._look()
             ready, _, _ = select.select([self._control], [], [], _PERIOD)
@@ -137,7 +131,7 @@ class _Minder:
                 self._obey()
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._kill("breach")
-        ended = Ended(
+        ended = messages.ExitReport(
             self._process.returncode,
             self._killer,
             memory=self._memory or None,
@@ -165,22 +159,27 @@ class _Minder:
         try:
             order = self._control.receive()
         except (EOFError, OSError):
-            order = Kill()
-        if isinstance(order, Kill):
+            order = messages.KillTrial()
+        if isinstance(order, messages.KillTrial):
             self._kill("request")
-        elif isinstance(order, Leave):
+        elif isinstance(order, messages.ExitWithin):
             leave = time.monotonic() + order.seconds
             self._deadline = leave if self._deadline is None else min(leave, self._deadline)
-        elif isinstance(order, (StopFor, Interrupt)) and self._deadline is None:
+        elif (
+            isinstance(order, (messages.StopTrial, messages.InterruptTrial))
+            and self._deadline is None
+        ):
             self._deadline = time.monotonic() + order.grace_period
             if os.name == "posix" and order.grace_period > 0:
                 self._process.send_signal(signal.SIGCONT)
-                polite = signal.SIGINT if isinstance(order, Interrupt) else signal.SIGTERM
+                polite = (
+                    signal.SIGINT if isinstance(order, messages.InterruptTrial) else signal.SIGTERM
+                )
                 self._process.send_signal(polite)
             else:
                 self._kill("breach")
 
-    def _kill(self, killer: Killer) -> None:
+    def _kill(self, killer: messages.Killer) -> None:
         self._killer = self._killer or killer
         self._look()
         self._process.kill()

@@ -17,22 +17,13 @@ import signal
 import socket
 import time
 
-from optuna_quota._isolation import processes
-from optuna_quota._isolation.cgroup import CgroupLeaf
+from optuna_quota._isolation import linux
+from optuna_quota._isolation import messages
 from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.control import BeginMonitoring
-from optuna_quota._isolation.control import Breached
-from optuna_quota._isolation.control import Interrupt
-from optuna_quota._isolation.control import Kill
-from optuna_quota._isolation.control import Leave
-from optuna_quota._isolation.control import ObjectiveBegins
-from optuna_quota._isolation.control import Paused
-from optuna_quota._isolation.control import StopFor
-from optuna_quota._isolation.ending import Ended
-from optuna_quota._isolation.ending import Killer
-from optuna_quota._isolation.rlimits import DataLimit
-from optuna_quota._isolation.stop import STOP_SIGNAL
-from optuna_quota._isolation.suspension import Suspension
+from optuna_quota._isolation.linux import StudySuspension
+from optuna_quota._isolation.memory_limits import CgroupLeaf
+from optuna_quota._isolation.memory_limits import DataLimit
+from optuna_quota._isolation.signals import STOP_SIGNAL
 from optuna_quota._metering.breach import is_breach
 from optuna_quota._metering.linux_process_tree import LinuxProcessTree
 from optuna_quota._metering.timing import ASSUMED_GROWTH
@@ -87,7 +78,7 @@ class Supervisor:
         parent: int,
         crash_file: int,
         leaf: CgroupLeaf | None,
-        order: BeginMonitoring | None = None,
+        order: messages.BeginMonitoring | None = None,
     ) -> None:
         self._control = control
         self._child = child
@@ -98,12 +89,12 @@ class Supervisor:
         self._leaf = leaf
         self._gauge = _MemoryGauge(child, lends=order is not None)
         self._oom_kills = 0
-        self._order: BeginMonitoring | None = None
+        self._order: messages.BeginMonitoring | None = None
         self._ordered_at = 0.0
         self._has_begun = False
         # Deadlines and limits on time leave out pauses, of this process and of the study's.
         self._clock = RunningClock()
-        self._suspension = Suspension(parent)
+        self._suspension = StudySuspension(parent)
         self._suspension_due = 0.0
         self._suspended_at: float | None = None
         self._began = self._clock()
@@ -112,15 +103,15 @@ class Supervisor:
         self._breach: Breach | None = None
         self._is_told = False
         self._deadline: float | None = None
-        self._killer_then: Killer = "request"
+        self._killer_then: messages.Killer = "request"
         self._paused_at: float | None = None
         self._pause_told = False
-        self._killer: Killer | None = None
+        self._killer: messages.Killer | None = None
         self._exitcode: int | None = None
         if order is not None:
             self._begin_monitoring(order)
 
-    def run(self) -> Ended:
+    def run(self) -> messages.ExitReport:
         """Mind the trial to its end."""
         poll = select.poll()
         link = self._link.fileno()
@@ -145,7 +136,7 @@ class Supervisor:
 
     def _tick(self) -> float | None:
         """Do what is due; return the seconds until something is, None while it is not in use."""
-        self._exitcode = processes.reap().get(self._child, self._exitcode)
+        self._exitcode = linux.reap().get(self._child, self._exitcode)
         if self._exitcode is not None:
             return 0.0
         if self._order is None:
@@ -182,23 +173,23 @@ class Supervisor:
             # The study's process is gone, or doesn't want to hear of the trial any more.
             self._kill("request")
             return
-        if isinstance(order, BeginMonitoring):
+        if isinstance(order, messages.BeginMonitoring):
             self._begin_monitoring(order)
-        elif isinstance(order, StopFor):
+        elif isinstance(order, messages.StopTrial):
             self._stop(order.breach, order.grace_period)
-        elif isinstance(order, Interrupt):
+        elif isinstance(order, messages.InterruptTrial):
             self._tell(KeyboardInterrupt(), order.grace_period, "request")
-        elif isinstance(order, Leave):
+        elif isinstance(order, messages.ExitWithin):
             leave = self._clock() + order.seconds
             self._deadline = leave if self._deadline is None else min(leave, self._deadline)
-        elif isinstance(order, Kill):
+        elif isinstance(order, messages.KillTrial):
             self._kill("request")
 
-    def _begin_monitoring(self, order: BeginMonitoring) -> None:
+    def _begin_monitoring(self, order: messages.BeginMonitoring) -> None:
         self._order, self._ordered_at = order, self._clock()
         self._gauge.outsiders = order.outsiders
-        processes.be_on_time()
-        self._oom_kills = processes.count_oom_kills()
+        linux.raise_priority()
+        self._oom_kills = linux.count_oom_kills()
 
     def _begin(self) -> None:
         """Measure and enforce from now on, if the objective begins now."""
@@ -206,7 +197,7 @@ class Supervisor:
             begins = pickle.loads(self._link.recv(1 << 16))
         except (OSError, EOFError):
             return  # the trial has ended without
-        assert isinstance(begins, ObjectiveBegins) and self._order is not None
+        assert isinstance(begins, messages.Ready) and self._order is not None
         order = self._order
         self._has_begun = True
         self._began = self._clock()
@@ -256,7 +247,7 @@ class Supervisor:
             self._kill("breach")
             return
         with contextlib.suppress(OSError):
-            self._control.send(Breached(breach))
+            self._control.send(messages.BreachFound(breach))
         self._stop(breach, self._order.grace_period)
 
     def _stop(self, breach: Breach, grace_period: float) -> None:
@@ -264,7 +255,9 @@ class Supervisor:
             self._breach = breach
             self._tell(breach, grace_period, "breach")
 
-    def _tell(self, why: Breach | KeyboardInterrupt, grace_period: float, killer: Killer) -> None:
+    def _tell(
+        self, why: Breach | KeyboardInterrupt, grace_period: float, killer: messages.Killer
+    ) -> None:
         """Ask the trial to stop, once."""
         if self._is_told:
             return
@@ -280,7 +273,7 @@ class Supervisor:
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._child_handle, number)
 
-    def _kill(self, killer: Killer) -> None:
+    def _kill(self, killer: messages.Killer) -> None:
         """Kill the trial's own process now; what it started follows when it is gone."""
         self._killer = self._killer or killer
         self._deadline = None
@@ -293,7 +286,7 @@ class Supervisor:
         """Kill a process that was stopped by a signal and stays so: it would hang the study."""
         assert self._order is not None
         patience = self._order.grace_period
-        if processes.state_of(self._child) != "T":
+        if linux.process_state(self._child) != "T":
             self._paused_at, self._pause_told = None, False
         elif self._paused_at is None:
             # Whoever stops all processes, as a cluster that suspends a job, stops one by one.
@@ -301,17 +294,17 @@ class Supervisor:
         elif not self._pause_told and now > self._paused_at + 2 * _SUSPENSION_PERIOD:
             self._pause_told = True
             with contextlib.suppress(OSError):
-                self._control.send(Paused(patience))
+                self._control.send(messages.ProcessPaused(patience))
         elif now - self._paused_at >= patience:
             self._kill("stopped")
 
-    def _finish(self) -> Ended:
+    def _finish(self) -> messages.ExitReport:
         while self._exitcode is None:
-            self._exitcode = processes.reap().get(self._child)
+            self._exitcode = linux.reap().get(self._child)
         leftovers = self._sweep()
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        leaf_oom_kills = self._close_leaf()
-        return Ended(
+        cgroup_oom_kills = self._close_leaf()
+        return messages.ExitReport(
             exitcode=self._exitcode,
             killer=self._killer,
             memory=self._gauge.peak or None,
@@ -319,7 +312,7 @@ class Supervisor:
             cpu_time=used.ru_utime + used.ru_stime,
             leftovers=leftovers,
             oom_kills=self._count_oom_kills(),
-            leaf_oom_kills=leaf_oom_kills,
+            cgroup_oom_kills=cgroup_oom_kills,
             traceback=self._read_crash_file(),
         )
 
@@ -327,7 +320,7 @@ class Supervisor:
         # To read all statistics of the host takes longer than the rest: for a victim only.
         if self._exitcode != -signal.SIGKILL:
             return 0
-        return processes.count_oom_kills() - self._oom_kills
+        return linux.count_oom_kills() - self._oom_kills
 
     def _close_leaf(self) -> int:
         if self._leaf is None:
@@ -346,18 +339,18 @@ class Supervisor:
         start = time.monotonic()
         patience = LEAVING_TIME if self._killer is None else 0.0
         while True:
-            processes.reap()
-            left = processes.descendants()
+            linux.reap()
+            left = linux.descendants()
             if not left:
                 return tuple(leftovers.values())
             age = time.monotonic() - start
-            cleaners = {pid for pid in left if processes.is_cleaner(pid)}
+            cleaners = {pid for pid in left if linux.is_cleaner(pid)}
             doomed = left if age > CLEANING_TIME else [p for p in left if p not in cleaners]
             if age >= patience and doomed:
                 if self._killer is None:
-                    alive = (pid for pid in doomed if not processes.has_ended(pid))
-                    leftovers.update({pid: processes.name_of(pid) for pid in alive})
-                processes.kill(doomed, left)
+                    alive = (pid for pid in doomed if not linux.is_exiting(pid))
+                    leftovers.update({pid: linux.describe_process(pid) for pid in alive})
+                linux.kill(doomed, left)
             time.sleep(0.0005)
 
 

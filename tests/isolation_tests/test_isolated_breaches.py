@@ -22,7 +22,7 @@ from optuna_quota import Quota
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
 from optuna_quota._isolation.launch import can_supervise
-from optuna_quota._isolation.rlimits import DataLimit
+from optuna_quota._isolation.memory_limits import DataLimit
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import run_one
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from optuna_quota._isolation import rlimits
-from optuna_quota._isolation.cgroup import CgroupLeaf
-from optuna_quota._isolation.cgroup import find_delegated
+from optuna_quota._isolation import memory_limits
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.channel import channel_pair
 from optuna_quota._isolation.gpu_caps import cap_torch
 from optuna_quota._isolation.gpu_caps import set_gpu_caps
+from optuna_quota._isolation.memory_limits import CgroupLeaf
+from optuna_quota._isolation.memory_limits import find_delegated
 from optuna_quota._isolation.modules import can_preload
 from optuna_quota._isolation.modules import modules_to_preload
 from optuna_quota._isolation.output import sounding_loggers
@@ -117,15 +117,15 @@ def test_modules_that_trials_find_loaded() -> None:
 
 def test_the_kernels_limit_needs_room_for_native_libraries() -> None:
     mib = 2**20
-    assert not rlimits.has_room(120 * mib, 100 * mib, 2)
-    assert not rlimits.has_room(100 * mib, 120 * mib, 2)
-    assert rlimits.has_room(256 * mib, 70 * mib, 2)
-    assert rlimits.has_room(2048 * mib, 300 * mib, 64)
+    assert not memory_limits.has_room(120 * mib, 100 * mib, 2)
+    assert not memory_limits.has_room(100 * mib, 120 * mib, 2)
+    assert memory_limits.has_room(256 * mib, 70 * mib, 2)
+    assert memory_limits.has_room(2048 * mib, 300 * mib, 64)
 
 
 def test_data_limit() -> None:
-    assert rlimits.data_limit(300, 100, 1000.7) == 1200
-    assert rlimits.data_limit(300, 2000, 1000) == 300
+    assert memory_limits.data_limit(300, 100, 1000.7) == 1200
+    assert memory_limits.data_limit(300, 2000, 1000) == 300
 
 
 class FakeCuda:
@@ -229,9 +229,9 @@ def test_a_real_group_kills_all_that_is_in_it() -> None:
 
 
 def test_a_template_is_no_part_of_a_trial_in_its_studys_process() -> None:
-    from optuna_quota._isolation.template_client import TemplateClient
+    from optuna_quota._isolation.forkserver_client import ForkServerClient
 
-    client = TemplateClient()
+    client = ForkServerClient()
     loop = metering_loop()
     try:
         client.launch(None).close()
@@ -244,7 +244,7 @@ def test_a_template_is_no_part_of_a_trial_in_its_studys_process() -> None:
         watch.close()
     finally:
         client.close()
-        client.lost()
+        client.reset()
         client._errors.close()
     assert template not in loop.excluded_pids
 

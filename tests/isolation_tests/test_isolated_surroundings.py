@@ -19,10 +19,10 @@ from optuna_quota import isolated
 from optuna_quota import Limits
 from optuna_quota import QuotaPruner
 from optuna_quota import TrialCrashed
-from optuna_quota._isolation import template_client as clients
+from optuna_quota._isolation import forkserver_client as clients
+from optuna_quota._isolation.forkserver_client import fork_server_client
+from optuna_quota._isolation.forkserver_client import ForkServerClient
 from optuna_quota._isolation.modules import modules_to_preload
-from optuna_quota._isolation.template_client import template_client
-from optuna_quota._isolation.template_client import TemplateClient
 from optuna_quota._records import read_record
 
 
@@ -182,7 +182,7 @@ def _preloading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(clients, "modules_to_preload", modules_to_preload)
     monkeypatch.setattr(clients, "_client", None)
     yield
-    template_client().close()
+    fork_server_client().close()
 
 
 @pytest.mark.usefixtures("_preloading")
@@ -233,10 +233,10 @@ def test_waiting_for_the_template_is_no_time_of_the_trial(
     # Else a point would be taken to need more time than its limit, only since it came first.
     (tmp_path / "long_to_load.py").write_text("import time\ntime.sleep(4)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    template_client().want(["long_to_load"])
+    fork_server_client().want(["long_to_load"])
     study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time=3)))
     study.optimize(isolated(quadratic), n_trials=1)
-    assert "long_to_load" in template_client()._loaded
+    assert "long_to_load" in fork_server_client()._loaded
     record = read_record(study.trials[0])
     assert record.outcome == "completed"
     assert record.usage.wall_time is not None
@@ -251,7 +251,7 @@ def test_modules_that_start_threads_are_left_to_the_trials(
         "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    client = template_client()
+    client = fork_server_client()
     client.want(["starts_a_thread"])
     try:
         study = optuna.create_study()
@@ -275,7 +275,7 @@ def test_a_package_full_of_threads_costs_one_template(
             "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
         )
     monkeypatch.syspath_prepend(str(tmp_path))
-    client = TemplateClient()
+    client = ForkServerClient()
     client.want(["full_of_threads", "full_of_threads.quiet"])
     client.want([f"full_of_threads.{name}" for name in "abcd"])
     try:
@@ -291,7 +291,7 @@ def test_a_package_full_of_threads_costs_one_template(
 def test_threads_that_end_before_a_fork_are_no_danger() -> None:
     # scipy alone brings no OpenBLAS, many of its modules do.
     pytest.importorskip("scipy.special._ufuncs")
-    client = TemplateClient()
+    client = ForkServerClient()
     client.want(["scipy", "scipy.special._ufuncs", "scipy.special._basic"])
     try:
         client.launch(None).close()
@@ -305,17 +305,17 @@ def test_what_a_template_said_is_heard_when_it_ends_before_all_was_sent() -> Non
     import pickle
     import socket
 
-    from optuna_quota._isolation.template import Unsafe
-    from optuna_quota._isolation.template_client import _rest
+    from optuna_quota._isolation.forkserver import UnsafeModule
+    from optuna_quota._isolation.forkserver_client import _rest
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    theirs.send(pickle.dumps(Unsafe("starts_threads")))
+    theirs.send(pickle.dumps(UnsafeModule("starts_threads")))
     theirs.close()
     with ours, pytest.raises(OSError):
         try:
             ours.send(b"too late")
         finally:
-            assert pickle.loads(_rest(ours)) == Unsafe("starts_threads")
+            assert pickle.loads(_rest(ours)) == UnsafeModule("starts_threads")
             assert _rest(ours) == b""
 
 
@@ -324,7 +324,7 @@ def test_files_of_the_user_are_not_taken_for_modules(
 ) -> None:
     (tmp_path / "copy.py").write_text("raise RuntimeError('not a module')\n")
     monkeypatch.chdir(tmp_path)
-    client = TemplateClient()
+    client = ForkServerClient()
     try:
         client.launch(None).close()
     finally:
@@ -333,7 +333,7 @@ def test_files_of_the_user_are_not_taken_for_modules(
 
 
 def test_a_template_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    from optuna_quota._isolation import template_client as module
+    from optuna_quota._isolation import forkserver_client as module
 
     command = [sys.executable, "-c", "raise SystemExit('no luck today')"]
     monkeypatch.setattr(module, "interpreter", lambda *_: command)

@@ -21,16 +21,16 @@ import socket
 import sys
 import traceback
 
-from optuna_quota._isolation import processes
-from optuna_quota._isolation.job_signals import ignore_job_signals
+from optuna_quota._isolation import linux
+from optuna_quota._isolation.launch import fork
+from optuna_quota._isolation.launch import fork_trial
+from optuna_quota._isolation.launch import ForkedTrial
+from optuna_quota._isolation.launch import modules_may_open_files
 from optuna_quota._isolation.main_module import MainModule
 from optuna_quota._isolation.main_module import make_main_module
 from optuna_quota._isolation.multiprocessing_child import begin_preparation
 from optuna_quota._isolation.output import blank_logging
-from optuna_quota._isolation.trial_process import fork
-from optuna_quota._isolation.trial_process import fork_trial
-from optuna_quota._isolation.trial_process import Forked
-from optuna_quota._isolation.trial_process import modules_may_open_files
+from optuna_quota._isolation.signals import ignore_job_signals
 
 
 # After so many idle seconds it ends, to give its memory back; the next trial starts a new one.
@@ -39,7 +39,7 @@ MESSAGE_SIZE = 1 << 17
 
 
 @dataclass(frozen=True)
-class Order:
+class SpawnRequest:
     """Hand out a trial's processes.
 
     Attributes:
@@ -52,7 +52,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Preload:
+class PreloadModules:
     """Import these modules; those that can't be are skipped."""
 
     path: Sequence[str]
@@ -60,14 +60,14 @@ class Preload:
 
 
 @dataclass(frozen=True)
-class MakeMain:
-    """Make the study's main module; answered by :class:`MadeMain` or :class:`Unsafe`."""
+class MakeMainModule:
+    """Make the main module; the answer is :class:`MainModuleMade` or :class:`UnsafeModule`."""
 
     main: MainModule
 
 
 @dataclass(frozen=True)
-class MadeMain:
+class MainModuleMade:
     """The study's main module was made.
 
     Attributes:
@@ -78,13 +78,13 @@ class MadeMain:
 
 
 @dataclass(frozen=True)
-class Unsafe:
+class UnsafeModule:
     """A module starts threads or uses a GPU when it is imported: no fork can follow."""
 
     module: str
 
 
-class Template:
+class ForkServer:
     """Serves one process of the study's until it is gone.
 
     Args:
@@ -96,7 +96,7 @@ class Template:
         self._sock = sock
         self._parent = parent
         self._supervisors: set[int] = set()
-        self._spare: Forked | None = None
+        self._spare: ForkedTrial | None = None
         self._alarm, alarm = os.pipe()
         os.set_blocking(alarm, False)
         os.set_blocking(self._alarm, False)
@@ -122,17 +122,17 @@ class Template:
         if not data:
             return False
         message = pickle.loads(data)
-        if isinstance(message, Order):
+        if isinstance(message, SpawnRequest):
             self._hand_out(message)
-        elif isinstance(message, Preload):
+        elif isinstance(message, PreloadModules):
             self._discard_spare()
             self._preload(message)
-        elif isinstance(message, MakeMain):
+        elif isinstance(message, MakeMainModule):
             self._discard_spare()
             self._make_main(message.main)
         return True
 
-    def _hand_out(self, order: Order) -> None:
+    def _hand_out(self, order: SpawnRequest) -> None:
         """Hand out the processes that are ready, and get the next ones ready.
 
         The next trial then doesn't wait for two forks: they happen while this one runs.
@@ -144,7 +144,7 @@ class Template:
         if not order.once:
             self._spare = self._fork(order)
 
-    def _fork(self, order: Order) -> Forked:
+    def _fork(self, order: SpawnRequest) -> ForkedTrial:
         forked = fork_trial(self._parent, cgroup=order.cgroup)
         self._supervisors.add(forked.supervisor)
         return forked
@@ -155,12 +155,12 @@ class Template:
             spare.channel.close()
             spare.control.close()
 
-    def _preload(self, message: Preload) -> None:
+    def _preload(self, message: PreloadModules) -> None:
         sys.path[:] = message.path
         with modules_may_open_files():
             for name in message.modules:
                 if name not in sys.modules and not preload_safely(name):
-                    self._sock.send(pickle.dumps(Unsafe(name)))
+                    self._sock.send(pickle.dumps(UnsafeModule(name)))
                     raise SystemExit
         settle_down()
 
@@ -173,10 +173,10 @@ class Template:
             error = f"{type(raised).__name__}: {raised}"
             make_main_module(main.without_statements())
         if not can_fork():
-            self._sock.send(pickle.dumps(Unsafe("__main__")))
+            self._sock.send(pickle.dumps(UnsafeModule("__main__")))
             raise SystemExit
         settle_down()
-        self._sock.send(pickle.dumps(MadeMain(error)))
+        self._sock.send(pickle.dumps(MainModuleMade(error)))
 
     def _is_idle(self) -> bool:
         return len(self._supervisors) == (0 if self._spare is None else 1)
@@ -185,11 +185,11 @@ class Template:
         """Wait for supervisors that have ended, and end what a killed one has left behind."""
         with contextlib.suppress(OSError):
             os.read(self._alarm, 4096)
-        codes = processes.reap()
+        codes = linux.reap()
         self._supervisors -= set(codes)
-        while orphans := set(processes.children()) - self._supervisors:
-            processes.kill(orphans, ())
-            self._supervisors -= set(processes.reap())
+        while orphans := set(linux.children()) - self._supervisors:
+            linux.kill(orphans, ())
+            self._supervisors -= set(linux.reap())
 
 
 def preload_safely(name: str) -> bool:
@@ -200,7 +200,7 @@ def preload_safely(name: str) -> bool:
 
 def can_fork() -> bool:
     """Return whether a fork can go on with what is loaded: neither threads nor a GPU in use."""
-    return (_count_threads() == 1 or _threads_heed_forks()) and not processes.uses_cuda()
+    return (_count_threads() == 1 or _threads_heed_forks()) and not linux.uses_cuda()
 
 
 def _threads_heed_forks() -> bool:
@@ -242,7 +242,7 @@ def main(handle: int) -> None:
     """
     ignore_job_signals()
     begin_preparation()
-    processes.become_subreaper()
+    linux.become_subreaper()
     sock = socket.socket(fileno=handle)
     try:
         parent = os.pidfd_open(os.getppid())
@@ -252,7 +252,7 @@ def main(handle: int) -> None:
         preload(name)
     settle_down()
     try:
-        Template(sock, parent).serve()
+        ForkServer(sock, parent).serve()
     except Exception:  # noqa: BLE001 - the study's process reads the last line and says why
         traceback.print_exc()
         sys.stderr.flush()

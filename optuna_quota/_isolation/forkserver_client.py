@@ -19,24 +19,24 @@ import tempfile
 import threading
 from typing import TypeVar
 
-from optuna_quota._isolation.job_signals import job_signals_blocked
+from optuna_quota._isolation.forkserver import MainModuleMade
+from optuna_quota._isolation.forkserver import MakeMainModule
+from optuna_quota._isolation.forkserver import MESSAGE_SIZE
+from optuna_quota._isolation.forkserver import PreloadModules
+from optuna_quota._isolation.forkserver import SpawnRequest
+from optuna_quota._isolation.forkserver import UnsafeModule
+from optuna_quota._isolation.launch import ForkServerExited
 from optuna_quota._isolation.launch import interpreter
-from optuna_quota._isolation.launch import Launched
-from optuna_quota._isolation.launch import order_trial
 from optuna_quota._isolation.launch import popen
-from optuna_quota._isolation.launch import TemplateGone
+from optuna_quota._isolation.launch import request_trial
+from optuna_quota._isolation.launch import TrialConnections
 from optuna_quota._isolation.main_module import find_main_module
 from optuna_quota._isolation.main_module import MainModule
 from optuna_quota._isolation.modules import loaded_modules
 from optuna_quota._isolation.modules import modification_times
 from optuna_quota._isolation.modules import modified
 from optuna_quota._isolation.modules import modules_to_preload
-from optuna_quota._isolation.template import MadeMain
-from optuna_quota._isolation.template import MakeMain
-from optuna_quota._isolation.template import MESSAGE_SIZE
-from optuna_quota._isolation.template import Order
-from optuna_quota._isolation.template import Preload
-from optuna_quota._isolation.template import Unsafe
+from optuna_quota._isolation.signals import block_job_signals
 from optuna_quota._metering import metering_loop
 
 
@@ -58,7 +58,7 @@ class PreparedMain:
     is_made: bool
 
 
-class TemplateClient:
+class ForkServerClient:
     """Starts trials from one template; for any thread.
 
     Args:
@@ -84,9 +84,9 @@ class TemplateClient:
         self._retired: list[subprocess.Popen[bytes]] = []
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
 
-    def for_one_trial(self) -> TemplateClient:
+    def for_one_trial(self) -> ForkServerClient:
         """Return a client whose template starts a single trial and ends."""
-        client = TemplateClient(once=True)
+        client = ForkServerClient(once=True)
         client._unsafe, client._safe = self._unsafe, self._safe
         client._retired = self._retired
         return client
@@ -110,7 +110,7 @@ class TemplateClient:
             self._want(preload)
             return self._insist(self._prepare)
 
-    def launch(self, cgroup: Path | None, descriptors: Sequence[int] = ()) -> Launched:
+    def launch(self, cgroup: Path | None, descriptors: Sequence[int] = ()) -> TrialConnections:
         """Start a trial's processes.
 
         Args:
@@ -120,11 +120,11 @@ class TemplateClient:
         Raises:
             OSError: If no template can be started.
         """
-        data = pickle.dumps(Order(cgroup, self._once))
+        data = pickle.dumps(SpawnRequest(cgroup, self._once))
 
-        def launch(sock: socket.socket) -> Launched:
+        def launch(sock: socket.socket) -> TrialConnections:
             self._prepare(sock)
-            return order_trial(sock, data, descriptors)
+            return request_trial(sock, data, descriptors)
 
         with self._lock:
             launched = self._insist(launch)
@@ -137,7 +137,7 @@ class TemplateClient:
         with self._lock:
             self._wanted.update(dict.fromkeys(modules))
 
-    def lost(self) -> None:
+    def reset(self) -> None:
         """Tell that a trial was not started: the template may be gone, and say why."""
         with self._lock:
             self._discard()
@@ -192,11 +192,11 @@ class TemplateClient:
         self._discard()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = interpreter("template", theirs.fileno())
+            command = interpreter("forkserver", theirs.fileno())
             self._errors.seek(0)
             self._errors.truncate()
             self._environ = dict(os.environ)
-            with job_signals_blocked():
+            with block_job_signals():
                 self._process = popen(command, self._errors, pass_fds=(theirs.fileno(),))
         # It and its forks are no part of a trial in this process.
         metering_loop().excluded_pids.add(self._process.pid)
@@ -227,7 +227,7 @@ class TemplateClient:
         self._loaded.update(dict.fromkeys(new))
         self._files.update(modification_times(new))
         for start in range(0, len(new), 500):
-            message = pickle.dumps(Preload(tuple(sys.path), new[start : start + 500]))
+            message = pickle.dumps(PreloadModules(tuple(sys.path), new[start : start + 500]))
             if len(message) <= MESSAGE_SIZE:
                 sock.send(message)
 
@@ -238,15 +238,15 @@ class TemplateClient:
         main = self._main or MainModule()
         if _MAIN in self._unsafe:
             return PreparedMain(main, is_made=False)
-        message = pickle.dumps(MakeMain(main))
+        message = pickle.dumps(MakeMainModule(main))
         if len(message) > MESSAGE_SIZE:
             main = main.without_statements()
-            message = pickle.dumps(MakeMain(main))
+            message = pickle.dumps(MakeMainModule(main))
         sock.send(message)
         answer = sock.recv(MESSAGE_SIZE)
         made = pickle.loads(answer) if answer else None
-        if not isinstance(made, MadeMain):
-            raise TemplateGone(answer)
+        if not isinstance(made, MainModuleMade):
+            raise ForkServerExited(answer)
         whole = made.error is None
         return PreparedMain(main if whole else main.without_statements(), is_made=True)
 
@@ -273,7 +273,7 @@ class TemplateClient:
     def _hear(self, last_words: bytes) -> bool:
         """Note what a template said at its end; return whether that was news."""
         message = pickle.loads(last_words) if last_words else None
-        if not isinstance(message, Unsafe) or message.module in self._unsafe:
+        if not isinstance(message, UnsafeModule) or message.module in self._unsafe:
             return False
         # Those of its package that come later are not tried: each one unsafe costs a template,
         # and the trial waits meanwhile.
@@ -295,18 +295,18 @@ def _rest(sock: socket.socket) -> bytes:
     return b""
 
 
-_client: TemplateClient | None = None
+_client: ForkServerClient | None = None
 _client_lock = threading.Lock()
 # The parent's, in a fork: they are not this process's to end.
-_foreign: list[TemplateClient] = []
+_foreign: list[ForkServerClient] = []
 
 
-def template_client() -> TemplateClient:
+def fork_server_client() -> ForkServerClient:
     """Return the client of this process's own template; a fork gets another."""
     global _client
     with _client_lock:
         if _client is None:
-            _client = TemplateClient()
+            _client = ForkServerClient()
             atexit.register(_client.close)
         return _client
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 import signal
-from typing import Literal
 
-from optuna_quota._isolation.shortage import Shortage
+from optuna_quota._isolation.messages import ExitReport
+from optuna_quota._isolation.out_of_memory import FailedAllocation
 from optuna_quota._metering.breach import AT_LIMIT
 from optuna_quota._metering.breach import Ceilings
 from optuna_quota._metering.breach import find_breaches
@@ -16,38 +15,7 @@ from optuna_quota._resources import format_amount
 from optuna_quota.exceptions import LimitBreached
 
 
-Killer = Literal["breach", "request", "stopped"]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """What the supervisor knows at the end, when nothing of the trial is left.
-
-    Attributes:
-        exitcode: The exit code of the trial's process, negative for a signal.
-        killer: Why the supervisor killed it: a breach, a request of the study's process, or that
-            it had been stopped for too long; None when it ended by itself.
-        memory: The highest memory of the tree that was measured, in bytes; None when unknown.
-        unseen_memory: A peak that the kernel tells of, which was over before it was seen.
-        cpu_time: CPU-seconds of all that the trial started.
-        leftovers: Names of the processes that it left behind.
-        oom_kills: How often the kernel's out-of-memory killer struck on this host meanwhile.
-        leaf_oom_kills: How often it did in the trial's own control group.
-        traceback: Where Python was when the process died of a signal.
-    """
-
-    exitcode: int | None
-    killer: Killer | None = None
-    memory: float | None = None
-    unseen_memory: float | None = None
-    cpu_time: float | None = None
-    leftovers: tuple[str, ...] = ()
-    oom_kills: int = 0
-    leaf_oom_kills: int = 0
-    traceback: str = ""
-
-
-def name_death(ended: Ended) -> str:
+def describe_exit(ended: ExitReport) -> str:
     """Return one sentence on how a process ended that had given no result."""
     code = ended.exitcode
     if ended.killer == "stopped":
@@ -63,12 +31,12 @@ def name_death(ended: Ended) -> str:
     return f"The trial's process ended by itself with exit code {code}."
 
 
-def _name_signal(number: int, ended: Ended) -> str:
+def _name_signal(number: int, ended: ExitReport) -> str:
     try:
         name = signal.Signals(number).name
     except ValueError:
         name = f"signal {number}"
-    if name == "SIGKILL" and (ended.oom_kills or ended.leaf_oom_kills):
+    if name == "SIGKILL" and (ended.oom_kills or ended.cgroup_oom_kills):
         used = format_amount("memory", ended.memory)
         return (
             f"The trial's process was killed by the kernel's out-of-memory killer; it had used "
@@ -82,8 +50,8 @@ def _name_signal(number: int, ended: Ended) -> str:
     return f"The trial's process crashed: {meaning} ({name})."
 
 
-def find_breach_in_death(
-    ended: Ended,
+def find_breach_at_exit(
+    ended: ExitReport,
     ceilings: Ceilings,
     elapsed: float,
     *,
@@ -103,8 +71,8 @@ def find_breach_in_death(
     # Native code ends the process where Python would raise; what it had asked for isn't known.
     # Nobody who is refused memory sends SIGKILL: that is the kernel, or somebody else.
     may_be_refused = strict_memory and ended.exitcode != -signal.SIGKILL
-    if ended.memory is not None and (ended.leaf_oom_kills or may_be_refused):
-        share = 0.0 if ended.leaf_oom_kills else AT_LIMIT
+    if ended.memory is not None and (ended.cgroup_oom_kills or may_be_refused):
+        share = 0.0 if ended.cgroup_oom_kills else AT_LIMIT
         breach = find_refused_breach("memory", ended.memory, ceilings, elapsed, share=share)
         if breach is not None:
             return breach
@@ -113,8 +81,8 @@ def find_breach_in_death(
     return find_refused_breach("cpu_time", ended.cpu_time, ceilings, elapsed, refused=False)
 
 
-def find_breach_in_shortage(
-    shortage: Shortage,
+def find_memory_breach(
+    shortage: FailedAllocation,
     used: float | None,
     ceilings: Ceilings,
     elapsed: float,
@@ -135,7 +103,7 @@ def find_breach_in_shortage(
     return find_refused_breach(shortage.resource, wanted, ceilings, elapsed, share=share)
 
 
-def find_breach_in_stop(
+def find_cpu_time_breach(
     error: LimitBreached,
     used: float | None,
     ceilings: Ceilings,

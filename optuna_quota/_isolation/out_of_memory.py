@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 import dis
@@ -13,9 +14,17 @@ from types import TracebackType
 from typing import Any
 from typing import Literal
 
+from optuna_quota._metering.breach import AT_LIMIT
+from optuna_quota._metering.breach import Ceiling
+from optuna_quota._metering.breach import Ceilings
+from optuna_quota._metering.breach import find_refused_breach
+from optuna_quota._metering.gpu_attribution import DeviceShare
+from optuna_quota._resources import Breach
+from optuna_quota._resources import format_amount
+
 
 @dataclass(frozen=True)
-class Shortage:
+class FailedAllocation:
     """An allocation that failed.
 
     Attributes:
@@ -63,7 +72,7 @@ _SAID = ("std::bad_alloc", "cannot allocate memory", "can't allocate memory")
 _MOST_TEXT = 1 << 18
 
 
-def find_shortage(error: BaseException) -> Shortage | None:
+def find_failed_allocation(error: BaseException) -> FailedAllocation | None:
     """Return the shortage behind an exception, None for any other.
 
     It looks through the exception's causes, and through the tracebacks and error output that it
@@ -77,14 +86,14 @@ def find_shortage(error: BaseException) -> Shortage | None:
     return None
 
 
-def find_shortage_in_text(text: str) -> Shortage | None:
+def find_failed_allocation_in_text(text: str) -> FailedAllocation | None:
     """Return the shortage that ends a traceback in a text, None without one."""
     for name, message, source in _raised_in(text[-_MOST_TEXT:]):
         found = _match_named(name, {name.rpartition(".")[2]}, message)
         if found is not None:
             return found
         if name.endswith("MemoryError") and _is_refusal(message, source):
-            return Shortage("memory", _requested(message.lower()))
+            return FailedAllocation("memory", _requested(message.lower()))
     return None
 
 
@@ -134,7 +143,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _match(error: BaseException) -> Shortage | None:
+def _match(error: BaseException) -> FailedAllocation | None:
     try:
         message = str(error)
     except Exception:  # noqa: BLE001 - a user's __str__ may raise anything
@@ -145,25 +154,25 @@ def _match(error: BaseException) -> Shortage | None:
         # Last: libraries raise it for a GPU's memory as well.
         found = None
         if not _was_raised_by_python(error.__traceback__):
-            return Shortage("memory", _array_size(error) or _requested(message.lower()))
-    found = found or find_shortage_in_text(message)
+            return FailedAllocation("memory", _array_size(error) or _requested(message.lower()))
+    found = found or find_failed_allocation_in_text(message)
     if found is not None:
         return found
     for said in _quoted(error):
-        found = find_shortage_in_text(said)
+        found = find_failed_allocation_in_text(said)
         if found is None and any(words in said.lower() for words in _SAID):
-            found = Shortage("memory")
+            found = FailedAllocation("memory")
         if found is not None:
             return found
     return None
 
 
-def _match_named(path: str, names: Collection[str], message: str) -> Shortage | None:
+def _match_named(path: str, names: Collection[str], message: str) -> FailedAllocation | None:
     root, lower = path.partition(".")[0].removesuffix("lib"), message.lower()
     for module, name, words, resource in _CLASSES:
         fits = (not module or module == root) and (not name or name in names)
         if fits and words in lower:
-            return Shortage(resource, _requested(lower), message)  # type: ignore[arg-type]
+            return FailedAllocation(resource, _requested(lower), message)  # type: ignore[arg-type]
     return None
 
 
@@ -196,3 +205,135 @@ def _was_raised_by_python(traceback: TracebackType | None) -> bool:
     if not 0 <= position < len(code):
         return False
     return dis.opname[code[position]] == "RAISE_VARARGS"
+
+
+# Characters of an error's message that a reason repeats.
+_LONGEST_TEXT = 300
+
+_GPU_SIZE = r"([\d.]+) ([KMGT]i)B"
+_GPU_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+# PyTorch: "Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 80.00 GiB of which 4.00 MiB
+# is free. [...] Including non-PyTorch memory, this process has 1.40 GiB memory in use."
+_CAPACITY = re.compile(rf"total capacity of {_GPU_SIZE}")
+_FREE = re.compile(rf"of which {_GPU_SIZE} is free")
+_HELD = re.compile(rf"this process has {_GPU_SIZE} memory in use")
+# CuPy: "Out of memory allocating 8,000 bytes (allocated so far: 512 bytes, limit set to: 4,096
+# bytes)."
+_OWN_LIMIT = re.compile(
+    r"allocating ([\d,]+) bytes \(allocated so far: ([\d,]+) bytes, limit set to: ([\d,]+) bytes"
+)
+
+
+@dataclass(frozen=True)
+class GpuMemoryState:
+    """What is known of GPU memory at the moment when an allocation was refused, in bytes.
+
+    Attributes:
+        requested: What was asked for.
+        held: What the trial held on all of its GPUs.
+        held_there: What it held on the GPU in question.
+        capacity: The memory of that GPU.
+        free: What was free of it.
+        is_capped: Whether the framework refused it by its own cap, though the GPU had room.
+    """
+
+    requested: float | None = None
+    held: float | None = None
+    held_there: float | None = None
+    capacity: float | None = None
+    free: float | None = None
+    is_capped: bool = False
+
+    @property
+    def others(self) -> float | None:
+        """What others held of the GPU in question, None when unknown."""
+        if self.capacity is None or self.free is None or self.held_there is None:
+            return None
+        return max(0.0, self.capacity - self.free - self.held_there)
+
+
+def read_gpu_memory_state(
+    shortage: FailedAllocation,
+    peak: float | None,
+    devices: Sequence[DeviceShare],
+    device_memory: float | None,
+) -> GpuMemoryState:
+    """Return what is known, by the error's own words where it tells, else by the driver.
+
+    Args:
+        shortage: The allocation.
+        peak: What the trial held at its peak, in bytes, when its GPUs don't tell.
+        devices: The trial's GPUs at the moment of the error, none when unknown.
+        device_memory: The memory of each of its GPUs, when nothing else tells.
+    """
+    text = shortage.text
+    capacity, free, told = (_size(pattern, text) for pattern in (_CAPACITY, _FREE, _HELD))
+    requested, is_capped = shortage.requested, False
+    if requested is not None and free is not None:
+        is_capped = requested <= free
+    cap = _OWN_LIMIT.search(text)
+    if cap is not None:
+        requested, allocated, most = (float(figure.replace(",", "")) for figure in cap.groups())
+        is_capped = allocated + requested > most
+    held = held_there = peak
+    if devices:
+        fullest = min(devices, key=lambda device: device.total - device.used)
+        held, held_there = sum(device.held for device in devices), fullest.held
+        capacity = capacity or fullest.total
+        free = fullest.total - fullest.used if free is None else free
+    return GpuMemoryState(
+        requested,
+        _larger(held, told),
+        _larger(held_there, told),
+        capacity or device_memory,
+        free,
+        is_capped,
+    )
+
+
+def find_gpu_breach(known: GpuMemoryState, ceilings: Ceilings, elapsed: float) -> Breach | None:
+    """Return the limit that an allocation failed at, the GPU's size among them; None for none.
+
+    Args:
+        known: What is known of it.
+        ceilings: The ceilings in force by resource, and whether each comes from a quota.
+        elapsed: Seconds since the start of the trial.
+    """
+    requested, share = known.requested or 0.0, 0.0 if known.is_capped else AT_LIMIT
+    wanted = (known.held or 0.0) + requested
+    breach = find_refused_breach("gpu_memory", wanted, ceilings, elapsed, share=share)
+    if breach is not None or known.capacity is None or known.is_capped:
+        return breach
+    wanted = (known.held_there or 0.0) + requested
+    size = {"gpu_memory": Ceiling(known.capacity)}
+    return find_refused_breach("gpu_memory", wanted, size, elapsed)
+
+
+def describe_full_gpu(known: GpuMemoryState, error: BaseException) -> str | None:
+    """Return why a trial failed that found its GPU full; None when it can't be known to be so.
+
+    Args:
+        known: What is known; no limit of the trial's, see :func:`find_gpu_breach`.
+        error: What the objective raised.
+    """
+    if known.capacity is None or known.is_capped:
+        return None
+    asked = "" if known.requested is None else f" and asked for {_bytes(known.requested)} more"
+    held = "an unknown part" if known.held_there is None else _bytes(known.held_there)
+    others = "" if not known.others else f", {_bytes(known.others)} of it taken by other processes"
+    text = " ".join(str(error).split())[:_LONGEST_TEXT].removesuffix(".")
+    found = f"The GPU was full{others}: the trial held {held}{asked}."
+    return f"{found} {type(error).__name__}: {text}." if text else found
+
+
+def _bytes(amount: float) -> str:
+    return format_amount("gpu_memory", amount)
+
+
+def _size(pattern: re.Pattern[str], text: str) -> float | None:
+    found = pattern.search(text)
+    return None if found is None else float(found[1]) * _GPU_UNITS[found[2]]
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    return max((figure for figure in (one, other) if figure is not None), default=None)

@@ -51,7 +51,7 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def be_on_time() -> None:
+def raise_priority() -> None:
     """Let this process run as soon as it wakes, on a busy host too, as far as that is permitted.
 
     It sleeps nearly all of the time. A timer is late by 50 µs otherwise, and whoever computes on
@@ -169,13 +169,13 @@ def pid_of(handle: int) -> int | None:
     return pid if pid > 0 else None
 
 
-def name_of(pid: int) -> str:
+def describe_process(pid: int) -> str:
     """Return a process's command line, cut short, for a person."""
     words = _command(pid).replace(b"\0", b" ").decode(errors="replace").strip()
     return f"{words[:80] or 'a process'} (pid {pid})"
 
 
-def has_ended(pid: int) -> bool:
+def is_exiting(pid: int) -> bool:
     """Return whether a process has begun to end, or is gone."""
     fields = _fields(pid)
     return not fields or bool(int(fields[6]) & _PF_EXITING)
@@ -194,7 +194,7 @@ def _command(pid: int) -> bytes:
         return b""
 
 
-def state_of(pid: int) -> str:
+def process_state(pid: int) -> str:
     """Return the letter of a process's state, "" when it is gone."""
     fields = _fields(pid)
     return fields[0].decode() if fields else ""
@@ -241,3 +241,38 @@ def uses_cuda() -> bool:
                 if os.readlink(f"/proc/self/fd/{name}").startswith("/dev/nvidia-uvm"):
                     return True
     return False
+
+
+class StudySuspension:
+    """Keeps the trial's tree stopped for as long as the study's process is; in its supervisor.
+
+    Args:
+        study: A pidfd of the study's process.
+    """
+
+    def __init__(self, study: int) -> None:
+        self.is_on = False
+        self._study = pid_of(study)
+        self._stopped: list[int] = []
+
+    def look(self) -> None:
+        """Stop the tree or let it go on, as the study's process does."""
+        self.is_on = self._study is not None and process_state(self._study) == "T"
+        if self.is_on:
+            self._stop()
+        elif self._stopped:
+            self._go_on()
+
+    def _stop(self) -> None:
+        # Parents first, which start no further child then; what was stopped before stays out.
+        while running := [pid for pid in descendants() if self._is_running(pid)]:
+            send(signal.SIGSTOP, running, descendants())
+            self._stopped += running
+
+    def _is_running(self, pid: int) -> bool:
+        return pid not in self._stopped and process_state(pid) not in ("", *"TtZX")
+
+    def _go_on(self) -> None:
+        # Children first: a parent that waits for stopped ones, as shells do, need not know.
+        send(signal.SIGCONT, reversed(self._stopped), descendants())
+        self._stopped.clear()
