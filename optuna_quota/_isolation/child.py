@@ -1,4 +1,4 @@
-"""The trial's own process: takes the objective, runs it, sends what came of it."""
+"""The trial's own process: receives the objective, runs it and sends its outcome."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from optuna_quota._isolation import linux
 from optuna_quota._isolation import memory_limits
 from optuna_quota._isolation import messages
 from optuna_quota._isolation.channel import Channel
+from optuna_quota._isolation.channel import dumps
 from optuna_quota._isolation.environment import enter_context
 from optuna_quota._isolation.environment import seed
 from optuna_quota._isolation.gpu_caps import framework_gpu_memory
@@ -42,8 +43,10 @@ from optuna_quota._isolation.signals import PoliteStop
 from optuna_quota._isolation.signals import restore_signals
 
 
-_calls: RpcClient | None = None
-_stop: PoliteStop | None = None
+# Seconds that idle threads of executors get to end; one that waits for something else never does.
+_THREADS_TIME = 0.5
+# The least and the most seconds that exit handlers get.
+_EXIT_TIMES = (1.0, 5.0)
 
 
 def run_child(
@@ -58,197 +61,194 @@ def run_child(
 
     Args:
         channel: The connection to the study's process.
-        link: The connection to the supervisor, which says why it stops the trial before it sends
-            a signal.
+        link: The connection to the supervisor; None where there is none.
         crash_file: A descriptor for Python's traceback when the process dies of a signal.
         inherited: What the process has inherited; without it, the start message is received.
         streams: Whether standard output, standard error and other open files are sent before the
             start message.
     """
-    global _calls, _stop
-    _stop = stop = PoliteStop(link)
+    own = os.getpid()
+    stop = PoliteStop(link)
     stop.install()
-    _calls = RpcClient(channel, stop)
-    own, grace_period = os.getpid(), 0.0
+    child = _Child(channel, stop)
+    outcome: messages.Outcome
     try:
         if streams:
-            _take_streams(channel)
+            _receive_streams(channel)
         start = channel.receive() if inherited is None else inherited.start
-        grace_period = start.grace_period
+        child.grace_period = start.grace_period
         buffers = receive_buffers(channel, start.buffers)
         if crash_file is not None:
             faulthandler.enable(crash_file)
             linux.enlarge_signal_stack()
-        if inherited is None:
-            begin_preparation()
-            enter_context(start.context, has_main=start.has_main)
-            follow(start.output, _calls)
-        else:
-            os.environ.update(start.context.added)
-            follow(start.output, _calls, inherited.loggers)
-        memory_limits.raise_oom_score()
-        objective = None if inherited is None else inherited.objective
-        outcome = _prepare_and_run(start, objective, buffers, link)
+        objective = child.prepare(start, buffers, inherited)
+        ready = messages.Ready(
+            os.getpid(),
+            supervisor=None if link is None else os.getppid(),
+            data_limit=child.set_limits(start),
+        )
+        if link is not None:
+            link.send(pickle.dumps(ready))
+        child.calls.notify(ready)
+        outcome = child.call(objective, RemoteTrial(child.calls, start.trial))
     except EOFError:
         return 1
     except BaseException as error:  # noqa: BLE001 - a stop before the objective was called
         outcome = messages.Raised(pack_error(error))
     stop.end()
-    outcome = replace(outcome, stop_requested=stop.told)
-    return _finish(outcome, grace_period) if os.getpid() == own else _leave(outcome)
+    outcome = replace(outcome, stop_requested=stop.requested)
+    return child.finish(outcome) if os.getpid() == own else _exit_fork(outcome)
 
 
-def _leave(outcome: Any) -> int:
-    """End a process that the objective forked and that came out of it: it speaks for no trial."""
-    if isinstance(outcome, messages.Raised):
-        traceback.print_exception(unpack_error(outcome.error))
-    _flush()
-    return (
-        outcome.code
-        if isinstance(outcome, messages.Exited)
-        else int(isinstance(outcome, messages.Raised))
-    )
+class _Child:
+    """The steps of one trial in its process.
+
+    Args:
+        channel: The connection to the study's process.
+        stop: Raises in the objective when the trial is to stop.
+    """
+
+    def __init__(self, channel: Channel, stop: PoliteStop) -> None:
+        self.calls = RpcClient(channel, stop)
+        self.grace_period = 0.0
+        self._stop = stop
+
+    def prepare(
+        self,
+        start: messages.StartTrial,
+        buffers: list[memoryview],
+        inherited: messages.InheritedObjective | None,
+    ) -> Any:
+        """Set up the process; return the objective."""
+        if inherited is None:
+            begin_preparation()
+            enter_context(start.context, has_main=start.has_main)
+            follow(start.output, self.calls)
+        else:
+            os.environ.update(start.context.added)
+            follow(start.output, self.calls, inherited.loggers)
+        memory_limits.raise_oom_score()
+        set_gpu_caps(start.limits.get("gpu_memory"), start.device_memory)
+        leave_shared_memory()
+        objective = None if inherited is None else inherited.objective
+        if start.objective is not None:
+            objective = load_objective(start.objective, buffers)
+            # From here on the objective alone holds them.
+            buffers.clear()
+            defer_to_handlers(start.output)
+        seed(start.context)
+        memory_limits.reset_peak()
+        restore_signals()
+        end_preparation()
+        return objective
+
+    def set_limits(self, start: messages.StartTrial) -> int | None:
+        """Set the kernel's limits, given what the imports took; return the RLIMIT_DATA set."""
+        memory, cpu_time = start.limits.get("memory"), start.limits.get("cpu_time")
+        if cpu_time is not None:
+            self._stop.listen_for_cpu_time()
+            memory_limits.limit_cpu_time(cpu_time, start.grace_period)
+        if memory is None or not start.strict_memory:
+            return None
+        return memory_limits.limit_memory(memory)
+
+    def call(self, objective: Any, trial: RemoteTrial) -> messages.Outcome:
+        """Call the objective."""
+        try:
+            value = objective(trial)
+            self._stop.end()
+        except SystemExit as error:
+            self._stop.end()
+            return messages.Exited(_exit_code(error))
+        except BaseException as error:  # noqa: BLE001 - the study's to handle
+            self._stop.end()
+            # First of all: what follows needs some memory itself.
+            memory_limits.lift_memory_limit()
+            failed = find_failed_allocation(error)
+            if failed is not None and failed.resource == "gpu_memory":
+                # While it holds its memory: the error's traceback keeps the frames.
+                self.calls.call(TRIAL, MEASURE)
+            return messages.Raised(pack_error(error), failed, gpu_memory=framework_gpu_memory())
+        return messages.Returned(value, gpu_memory=framework_gpu_memory())
+
+    def finish(self, outcome: messages.Outcome) -> int:
+        """Send the outcome, then end as a Python program does."""
+        try:
+            memory_limits.lift_memory_limit()
+            if isinstance(outcome, messages.Returned):
+                outcome = _sendable(outcome)
+            _flush()
+            self.calls.notify(outcome)
+            _run_exit_handlers(self.grace_period)
+            _flush()
+        except BaseException:  # noqa: BLE001 - the supervisor reports that nothing was sent
+            return 1
+        return outcome.code if isinstance(outcome, messages.Exited) else 0
 
 
-def _take_streams(channel: Channel) -> None:
+def _receive_streams(channel: Channel) -> None:
     out, err, *inherited_descriptors[:] = channel.receive_descriptors()
     for number, handle in ((1, out), (2, err)):
         os.dup2(handle, number)
         os.close(handle)
 
 
-def _prepare_and_run(
-    start: messages.StartTrial,
-    objective: Any,
-    buffers: list[memoryview],
-    link: socket.socket | None,
-) -> Any:
-    assert _calls is not None
-    set_gpu_caps(start.limits.get("gpu_memory"), start.device_memory)
-    leave_shared_memory()
-    if start.objective is not None:
-        objective = load_objective(start.objective, buffers)
-        # The objective alone keeps them.
-        buffers.clear()
-        defer_to_handlers(start.output)
-    seed(start.context)
-    trial = RemoteTrial(_calls, start.trial)
-    memory_limits.reset_peak()
-    restore_signals()
-    end_preparation()
-    data_limit = _limit(start)
-    ready = messages.Ready(os.getpid(), None if link is None else os.getppid(), data_limit)
-    if link is not None:
-        link.send(pickle.dumps(ready))
-    _calls.notify(ready)
-    return _run(objective, trial)
-
-
-def _limit(start: messages.StartTrial) -> int | None:
-    """Set the kernel's limits, after the imports: what they take is known by now."""
-    memory = start.limits.get("memory")
-    cpu_time = start.limits.get("cpu_time")
-    if cpu_time is not None:
-        assert _stop is not None
-        _stop.listen_for_cpu_time()
-        memory_limits.limit_cpu_time(cpu_time, start.grace_period)
-    if memory is None:
-        return None
-    return memory_limits.limit_memory(memory, strict=start.strict_memory)
-
-
-def _run(objective: Any, trial: RemoteTrial) -> Any:
-    assert _stop is not None
-    assert _calls is not None
-    try:
-        value = objective(trial)
-        _stop.end()
-    except SystemExit as error:
-        _stop.end()
-        return messages.Exited(_exit_code(error))
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it is the study's to handle
-        _stop.end()
-        # First of all: what follows needs some memory itself.
-        memory_limits.lift_memory_limit()
-        shortage = find_failed_allocation(error)
-        if shortage is not None and shortage.resource == "gpu_memory":
-            # While it holds what it held: the error's traceback keeps the frames.
-            _calls.call(TRIAL, MEASURE)
-        return messages.Raised(pack_error(error), shortage, gpu_memory=framework_gpu_memory())
-    return messages.Returned(value, gpu_memory=framework_gpu_memory())
-
-
-def _finish(outcome: Any, grace_period: float) -> int:
-    """Send what came of the trial, then end as a Python program does."""
-    assert _calls is not None
-    try:
-        memory_limits.lift_memory_limit()
-        if isinstance(outcome, messages.Returned):
-            outcome = _sendable(outcome)
-        _flush()
-        _calls.notify(outcome)
-        _run_exit_handlers(grace_period)
-        _flush()
-    except BaseException:  # noqa: BLE001 - the supervisor reports that nothing was sent
-        return 1
-    return outcome.code if isinstance(outcome, messages.Exited) else 0
-
-
-# Seconds that idle threads of executors get to end; one that waits for something else never does.
-_THREADS_TIME = 0.5
-# The least and the most seconds that the handlers get at the exit.
-_EXIT_TIMES = (1.0, 5.0)
+def _exit_fork(outcome: messages.Outcome) -> int:
+    """Return the exit code of a process that the objective forked and that left the objective."""
+    if isinstance(outcome, messages.Raised):
+        traceback.print_exception(unpack_error(outcome.error))
+    _flush()
+    if isinstance(outcome, messages.Exited):
+        return outcome.code
+    return int(isinstance(outcome, messages.Raised))
 
 
 def _run_exit_handlers(grace_period: float) -> None:
     """Let pools, executors and temporary folders clean up, for a limited time.
 
-    The result is with the study already. What the objective has left open may wait for ever: a
+    The result is with the study already. What the objective has left open may wait without end: a
     thread for an item, a process for its parent. The kernel's timer ends that.
     """
-    least, most = _EXIT_TIMES
+    shortest, longest = _EXIT_TIMES
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, max(least, min(grace_period, most)))
+        signal.setitimer(signal.ITIMER_REAL, max(shortest, min(grace_period, longest)))
     # Executors (joblib's too) tell their workers to end in handlers that threading keeps, and
     # multiprocessing waits for these workers in one of the others.
-    threads = threading.Thread(target=_end_executors, daemon=True)
+    threads = threading.Thread(target=_run_threading_handlers, daemon=True)
     threads.start()
     threads.join(_THREADS_TIME)
     atexit._run_exitfuncs()
 
 
-def _end_executors() -> None:
+def _run_threading_handlers() -> None:
     for handler in reversed(getattr(threading, "_threading_atexits", ())):
         handler()
 
 
-def _sendable(returned: messages.Returned) -> Any:
+def _sendable(returned: messages.Returned) -> messages.Outcome:
     """Return the value in a form that does not depend on the trial's devices or classes."""
     value = returned.value
     if _is_tensor(value):
         with contextlib.suppress(Exception):
             return replace(returned, value=float(value))
     try:
-        from optuna_quota._isolation.channel import dumps
-
         pickle.loads(dumps(returned))
     except Exception as error:  # noqa: BLE001 - a user's __reduce__ may raise anything
-        reason = f"{type(error).__name__}: {error}"
         return messages.Unsendable(
-            type(value).__name__, reason, stop_requested=returned.stop_requested
+            type(value).__name__,
+            f"{type(error).__name__}: {error}",
+            stop_requested=returned.stop_requested,
+            gpu_memory=returned.gpu_memory,
         )
     return returned
 
 
 def _is_tensor(value: Any) -> bool:
-    """Return whether this is a framework's scalar: to send it would start the framework there."""
-    return hasattr(type(value), "__float__") and type(value).__module__.partition(".")[0] not in (
-        "builtins",
-        "numpy",
-        "decimal",
-        "fractions",
-    )
+    """Return whether this is a framework's scalar: unpickling it would load the framework."""
+    package = type(value).__module__.partition(".")[0]
+    is_plain = package in ("builtins", "numpy", "decimal", "fractions")
+    return hasattr(type(value), "__float__") and not is_plain
 
 
 def _exit_code(error: SystemExit) -> int:

@@ -1,8 +1,8 @@
-"""The template: a fresh interpreter with modules loaded, of which each trial's process is a fork.
+"""The fork server: a fresh interpreter with modules loaded, of which trials' processes are forks.
 
-Started from the study's process by executing Python anew, so that it has none of its threads,
-locks or GPU contexts, and the study's script is never run a second time. It does nothing but
-import what it is told, fork, and wait.
+The standard library's fork server needs a ``__main__`` guard, can't tell which modules are safe to
+fork after, and leaves its orphans. This one is started by executing Python anew, so that it has
+none of the study's threads, locks or GPU contexts, and never runs the study's script again.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ from optuna_quota._isolation.output import blank_logging
 from optuna_quota._isolation.signals import ignore_job_signals
 
 
-# After so many idle seconds it ends, to give its memory back; the next trial starts a new one.
+# Seconds without a request after which it exits, to free its memory; the next trial starts
+# another one.
 IDLE_TIME = 60.0
 MESSAGE_SIZE = 1 << 17
 
 
 @dataclass(frozen=True)
 class SpawnRequest:
-    """Hand out a trial's processes.
+    """Send the descriptors of a trial's connections.
 
     Attributes:
-        cgroup: Where to make their control group, None for none.
-        once: Whether no other order will follow.
+        cgroup: Where to make its control group, None for none.
+        once: Whether no other request will follow.
     """
 
     cgroup: Path | None = None
@@ -53,7 +54,7 @@ class SpawnRequest:
 
 @dataclass(frozen=True)
 class PreloadModules:
-    """Import these modules; those that can't be are skipped."""
+    """Import these modules, with this ``sys.path``; those that fail are skipped."""
 
     path: Sequence[str]
     modules: Sequence[str]
@@ -68,24 +69,20 @@ class MakeMainModule:
 
 @dataclass(frozen=True)
 class MainModuleMade:
-    """The study's main module was made.
+    """The main module was made, without its statements if these have failed."""
 
-    Attributes:
-        error: What its statements raised, None where it is whole.
-    """
-
-    error: str | None
+    with_statements: bool
 
 
 @dataclass(frozen=True)
 class UnsafeModule:
-    """A module starts threads or uses a GPU when it is imported: no fork can follow."""
+    """A module starts threads or uses a GPU when it is imported: forks are unsafe from then on."""
 
     module: str
 
 
 class ForkServer:
-    """Serves one process of the study's until it is gone.
+    """Serves one study's process until that is gone.
 
     Args:
         sock: A connection that keeps messages apart and carries descriptors.
@@ -97,55 +94,55 @@ class ForkServer:
         self._parent = parent
         self._supervisors: set[int] = set()
         self._spare: ForkedTrial | None = None
-        self._alarm, alarm = os.pipe()
-        os.set_blocking(alarm, False)
-        os.set_blocking(self._alarm, False)
-        signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
+        self._child_ended, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        os.set_blocking(self._child_ended, False)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
     def serve(self) -> None:
-        """Serve until the other side hangs up, dies, or has been idle."""
+        """Serve until the study's process hangs up, dies, or sends no request for long."""
         poll = select.poll()
-        for handle in (self._sock.fileno(), self._parent, self._alarm):
+        for handle in (self._sock.fileno(), self._parent, self._child_ended):
             poll.register(handle, select.POLLIN)
         while True:
             ready = {handle for handle, _ in poll.poll(IDLE_TIME * 1000)}
-            # First of all, what somebody waits for.
-            goes_on = self._sock.fileno() not in ready or self._serve_one()
-            self._bury()
-            # Supervisors go on without their template; orphans of theirs are ended first.
-            if not goes_on or self._parent in ready or (not ready and self._is_idle()):
+            # First of all the request, whose sender waits.
+            is_open = self._sock.fileno() not in ready or self._serve_request()
+            self._reap()
+            # Supervisors continue without the fork server; their orphans are killed before.
+            if not is_open or self._parent in ready or (not ready and self._is_idle()):
                 return
 
-    def _serve_one(self) -> bool:
+    def _serve_request(self) -> bool:
         data = self._sock.recv(MESSAGE_SIZE)
         if not data:
             return False
         message = pickle.loads(data)
         if isinstance(message, SpawnRequest):
-            self._hand_out(message)
+            self._spawn(message)
         elif isinstance(message, PreloadModules):
             self._discard_spare()
             self._preload(message)
         elif isinstance(message, MakeMainModule):
             self._discard_spare()
-            self._make_main(message.main)
+            self._make_main_module(message.main)
         return True
 
-    def _hand_out(self, order: SpawnRequest) -> None:
-        """Hand out the processes that are ready, and get the next ones ready.
+    def _spawn(self, request: SpawnRequest) -> None:
+        """Send the connections of the spare trial, and fork the next spare one.
 
-        The next trial then doesn't wait for two forks: they happen while this one runs.
+        So the next trial does not wait for two forks, which are made while this one runs.
         """
-        ready, self._spare = self._spare or self._fork(order), None
-        with ready.channel, ready.control:
-            handles = [ready.channel.fileno(), ready.control.fileno()]
+        trial, self._spare = self._spare or self._fork(request), None
+        with trial.channel, trial.control:
+            handles = [trial.channel.fileno(), trial.control.fileno()]
             socket.send_fds(self._sock, [b"F"], handles)
-        if not order.once:
-            self._spare = self._fork(order)
+        if not request.once:
+            self._spare = self._fork(request)
 
-    def _fork(self, order: SpawnRequest) -> ForkedTrial:
-        forked = fork_trial(self._parent, cgroup=order.cgroup)
+    def _fork(self, request: SpawnRequest) -> ForkedTrial:
+        forked = fork_trial(self._parent, cgroup=request.cgroup)
         self._supervisors.add(forked.supervisor)
         return forked
 
@@ -159,56 +156,57 @@ class ForkServer:
         sys.path[:] = message.path
         with modules_may_open_files():
             for name in message.modules:
-                if name not in sys.modules and not preload_safely(name):
-                    self._sock.send(pickle.dumps(UnsafeModule(name)))
-                    raise SystemExit
-        settle_down()
+                if name not in sys.modules:
+                    preload(name)
+                    self._require_safe_forks(name)
+        prepare_to_fork()
 
-    def _make_main(self, main: MainModule) -> None:
-        error = None
+    def _make_main_module(self, main: MainModule) -> None:
+        with_statements = True
         try:
             with modules_may_open_files():
                 make_main_module(main)
-        except BaseException as raised:  # noqa: BLE001 - whatever a script does
-            error = f"{type(raised).__name__}: {raised}"
+        except BaseException:  # noqa: BLE001 - a script may raise anything
+            with_statements = False
             make_main_module(main.without_statements())
+        self._require_safe_forks("__main__")
+        prepare_to_fork()
+        self._sock.send(pickle.dumps(MainModuleMade(with_statements)))
+
+    def _require_safe_forks(self, module: str) -> None:
         if not can_fork():
-            self._sock.send(pickle.dumps(UnsafeModule("__main__")))
+            self._sock.send(pickle.dumps(UnsafeModule(module)))
             raise SystemExit
-        settle_down()
-        self._sock.send(pickle.dumps(MainModuleMade(error)))
 
     def _is_idle(self) -> bool:
         return len(self._supervisors) == (0 if self._spare is None else 1)
 
-    def _bury(self) -> None:
-        """Wait for supervisors that have ended, and end what a killed one has left behind."""
+    def _reap(self) -> None:
+        """Wait for supervisors that have ended, and kill what a killed one has left behind."""
         with contextlib.suppress(OSError):
-            os.read(self._alarm, 4096)
-        codes = linux.reap()
-        self._supervisors -= set(codes)
+            os.read(self._child_ended, 4096)
+        self._supervisors -= set(linux.reap())
         while orphans := set(linux.children()) - self._supervisors:
             linux.kill(orphans, ())
             self._supervisors -= set(linux.reap())
 
 
-def preload_safely(name: str) -> bool:
-    """Import a module; return whether a fork can be made after it."""
-    preload(name)
-    return can_fork()
+def preload(name: str) -> None:
+    """Import a module, whatever it raises; its output is dropped."""
+    with contextlib.suppress(BaseException):
+        importlib.import_module(name)
 
 
 def can_fork() -> bool:
-    """Return whether a fork can go on with what is loaded: neither threads nor a GPU in use."""
-    return (_count_threads() == 1 or _threads_heed_forks()) and not linux.uses_cuda()
+    """Return whether forks are safe with what is loaded: no threads, no GPU context."""
+    return (_count_threads() == 1 or _threads_end_before_forks()) and not linux.uses_cuda()
 
 
-def _threads_heed_forks() -> bool:
-    """Return whether every thread but this one ends before a fork, by making one.
+def _threads_end_before_forks() -> bool:
+    """Return whether all other threads end before a fork, by making one.
 
-    OpenBLAS (numpy's, and another one of scipy's that many of its modules bring along) ends its
-    threads before a fork and starts them anew when it needs them. Which libraries do so can't be
-    told by their names, but it can be seen.
+    OpenBLAS (numpy's, and another one of scipy's that many of its modules load) ends its threads
+    before a fork and starts them again when needed. Which libraries do so has to be tried.
     """
     pid = fork()
     if pid == 0:
@@ -217,29 +215,19 @@ def _threads_heed_forks() -> bool:
     return _count_threads() == 1
 
 
-def settle_down() -> None:
-    """Get ready to be forked: what no trial touches stays shared with all of them."""
+def _count_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def prepare_to_fork() -> None:
+    """Keep memory that no trial writes to shared with all of them."""
     blank_logging()
     gc.collect()
     gc.freeze()
 
 
-def _count_threads() -> int:
-    return len(os.listdir("/proc/self/task"))
-
-
-def preload(name: str) -> None:
-    """Import a module, whatever it does; what it prints is dropped."""
-    with contextlib.suppress(BaseException):
-        importlib.import_module(name)
-
-
 def main(handle: int) -> None:
-    """Run the template.
-
-    Args:
-        handle: The descriptor of the connection.
-    """
+    """Run the fork server on the connection of this descriptor."""
     ignore_job_signals()
     begin_preparation()
     linux.become_subreaper()
@@ -250,10 +238,10 @@ def main(handle: int) -> None:
         return
     for name in ("numpy", "cloudpickle", "optuna", "psutil"):
         preload(name)
-    settle_down()
+    prepare_to_fork()
     try:
         ForkServer(sock, parent).serve()
-    except Exception:  # noqa: BLE001 - the study's process reads the last line and says why
+    except Exception:  # noqa: BLE001 - the study's process reads the last line and reports it
         traceback.print_exc()
         sys.stderr.flush()
     finally:

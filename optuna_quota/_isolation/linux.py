@@ -1,4 +1,4 @@
-"""System calls on processes that Python has no function for, and reading the tree of one's own."""
+"""Linux processes: system calls that Python has no function for, and this process's tree."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import sys
 
 
 _PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_TIMERSLACK = 29
+_PR_SET_CHILD_SUBREAPER = 36
 _PF_EXITING = 0x4
 
 # Helpers that remove shared memory, semaphores and temporary files once their user is gone: they
-# end by themselves when it is, and what it left would leak if they were killed along with it.
+# end by themselves then, and what they would remove leaks if they are killed.
 _CLEANERS = (b"resource_tracker", b"torch_shm_manager")
+
+# Loaded once, in the fork server: to load it in each trial would take a third of a millisecond.
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def can_supervise() -> bool:
@@ -31,32 +34,33 @@ def can_supervise() -> bool:
     return os.path.exists(f"/proc/self/task/{os.getpid()}/children")
 
 
-def become_subreaper() -> None:
-    """Inherit every orphan among this process's descendants.
+# System calls on this process.
 
-    Raises:
-        OSError: If the kernel refuses.
-    """
+
+def _prctl(option: int, value: int) -> None:
+    assert _libc is not None
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def become_subreaper() -> None:
+    """Inherit all orphans among this process's descendants; raises OSError if refused."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent(parent: int) -> None:
-    """Be killed when the parent dies; at once if it has died already.
-
-    Args:
-        parent: The parent's pid.
-    """
+    """Be killed when the parent of this pid dies, at once if it has died already."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def raise_priority() -> None:
-    """Let this process run as soon as it wakes, on a busy host too, as far as that is permitted.
+    """Let this process run as soon as it wakes up, as far as that is permitted.
 
-    It sleeps nearly all of the time. A timer is late by 50 µs otherwise, and whoever computes on
-    all cores is not interrupted for some milliseconds: those in which a trial takes many MiB.
-    Nothing that it forks inherits this.
+    It sleeps nearly all of the time. By default its timers are 50 µs late, and a busy host runs it
+    some milliseconds late, in which a trial takes many MiB. Its forks do not inherit this.
     """
     with contextlib.suppress(OSError):
         _prctl(_PR_SET_TIMERSLACK, 1)
@@ -68,17 +72,6 @@ def raise_priority() -> None:
             os.setpriority(os.PRIO_PROCESS, 0, -10)
 
 
-# Loaded once, in the template: to load it in each trial would cost a third of a millisecond.
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
-def _prctl(option: int, value: int) -> None:
-    assert _libc is not None
-    if _libc.prctl(option, value, 0, 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
 class _SignalStack(ctypes.Structure):
     _fields_ = (
         ("pointer", ctypes.c_void_p),
@@ -87,12 +80,16 @@ class _SignalStack(ctypes.Structure):
     )
 
 
+_SIGNAL_STACK_SIZE = 1 << 18
+_signal_stack: ctypes.Array[ctypes.c_char] | None = None
+
+
 def enlarge_signal_stack() -> None:
     """Give this thread's signal handlers room for many signals at once.
 
     The stack that :mod:`faulthandler` sets up holds the frame of one signal and 8 KiB. Python's
     handlers run on it too, and with the registers of AVX-512 or AMX a frame takes 4 to 11 KiB:
-    signals that come together would end the process by SIGSEGV.
+    signals that arrive together would end the process by SIGSEGV.
     """
     global _signal_stack
     assert _libc is not None
@@ -102,8 +99,17 @@ def enlarge_signal_stack() -> None:
         _signal_stack = None
 
 
-_SIGNAL_STACK_SIZE = 1 << 18
-_signal_stack: ctypes.Array[ctypes.c_char] | None = None
+def uses_cuda() -> bool:
+    """Return whether this process has a CUDA context; NVML alone opens none."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{name}").startswith("/dev/nvidia-uvm"):
+                    return True
+    return False
+
+
+# The tree of this process.
 
 
 def children(pid: int | str = "self") -> list[int]:
@@ -117,7 +123,7 @@ def children(pid: int | str = "self") -> list[int]:
 
 
 def descendants() -> list[int]:
-    """Return the pids of all that descends from this process."""
+    """Return the pids of all descendants of this process."""
     found: list[int] = []
     queue = children()
     while queue:
@@ -125,88 +131,6 @@ def descendants() -> list[int]:
         found.append(pid)
         queue += children(pid)
     return found
-
-
-def kill(pids: Iterable[int], among: Iterable[int]) -> None:
-    """Send SIGKILL to processes whose parent is this process or among others; see :func:`send`."""
-    send(signal.SIGKILL, pids, among)
-
-
-def send(number: int, pids: Iterable[int], among: Iterable[int]) -> None:
-    """Send a signal to processes whose parent is this process or among others.
-
-    A number may have gone to another process since it was read. A pidfd is bound to one process,
-    whose parent is then looked at: nothing is ever signalled that isn't in the tree.
-
-    Args:
-        number: The signal.
-        pids: The processes.
-        among: The pids that make up the tree.
-    """
-    tree = {os.getpid(), *among}
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            handle = os.pidfd_open(pid)
-            try:
-                if _parent(pid) in tree:
-                    signal.pidfd_send_signal(handle, number)
-            finally:
-                os.close(handle)
-
-
-def _parent(pid: int) -> int:
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        return int(file.read().rpartition(b")")[2].split()[1])
-
-
-def pid_of(handle: int) -> int | None:
-    """Return the pid that a pidfd is bound to, None when that process is gone."""
-    try:
-        with open(f"/proc/self/fdinfo/{handle}", "rb") as file:
-            pid = next(int(line.split()[1]) for line in file if line.startswith(b"Pid:"))
-    except (OSError, StopIteration):
-        return None
-    return pid if pid > 0 else None
-
-
-def describe_process(pid: int) -> str:
-    """Return a process's command line, cut short, for a person."""
-    words = _command(pid).replace(b"\0", b" ").decode(errors="replace").strip()
-    return f"{words[:80] or 'a process'} (pid {pid})"
-
-
-def is_exiting(pid: int) -> bool:
-    """Return whether a process has begun to end, or is gone."""
-    fields = _fields(pid)
-    return not fields or bool(int(fields[6]) & _PF_EXITING)
-
-
-def is_cleaner(pid: int) -> bool:
-    """Return whether a process cleans up after others and then ends by itself."""
-    return any(name in _command(pid) for name in _CLEANERS)
-
-
-def _command(pid: int) -> bytes:
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read()
-    except OSError:
-        return b""
-
-
-def process_state(pid: int) -> str:
-    """Return the letter of a process's state, "" when it is gone."""
-    fields = _fields(pid)
-    return fields[0].decode() if fields else ""
-
-
-def _fields(pid: int) -> list[bytes]:
-    """Return what the kernel tells of a process from its state on, nothing when it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()
-    except OSError:
-        return []
 
 
 def reap() -> dict[int, int]:
@@ -221,8 +145,76 @@ def reap() -> dict[int, int]:
     return codes
 
 
+def kill(pids: Iterable[int], among: Iterable[int]) -> None:
+    """Send SIGKILL to processes of the tree; see :func:`send`."""
+    send(signal.SIGKILL, pids, among)
+
+
+def send(number: int, pids: Iterable[int], among: Iterable[int]) -> None:
+    """Send a signal to processes whose parent is this process or one of the tree.
+
+    A pid may belong to another process since it was read. A pidfd is bound to one process, whose
+    parent is checked then: no process outside of the tree is ever signalled.
+
+    Args:
+        number: The signal.
+        pids: The processes.
+        among: The pids of the tree.
+    """
+    tree = {os.getpid(), *among}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            handle = os.pidfd_open(pid)
+            try:
+                fields = _stat_fields(pid)
+                if fields and int(fields[1]) in tree:
+                    signal.pidfd_send_signal(handle, number)
+            finally:
+                os.close(handle)
+
+
+def _stat_fields(pid: int) -> list[bytes]:
+    """Return the fields of /proc/[pid]/stat from the state on, none when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()
+    except OSError:
+        return []
+
+
+def process_state(pid: int) -> str:
+    """Return the letter of a process's state, "" when it is gone."""
+    fields = _stat_fields(pid)
+    return fields[0].decode() if fields else ""
+
+
+def is_exiting(pid: int) -> bool:
+    """Return whether a process has begun to exit, or is gone."""
+    fields = _stat_fields(pid)
+    return not fields or bool(int(fields[6]) & _PF_EXITING)
+
+
+def _command(pid: int) -> bytes:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def describe_process(pid: int) -> str:
+    """Return a process's shortened command line and its pid, for a message."""
+    words = _command(pid).replace(b"\0", b" ").decode(errors="replace").strip()
+    return f"{words[:80] or 'a process'} (pid {pid})"
+
+
+def is_cleaner(pid: int) -> bool:
+    """Return whether a process cleans up after others and then ends by itself."""
+    return any(name in _command(pid) for name in _CLEANERS)
+
+
 def count_oom_kills() -> int:
-    """Return how often the kernel's out-of-memory killer has struck on this host."""
+    """Return how many processes the kernel's out-of-memory killer has killed on this host."""
     with contextlib.suppress(OSError, ValueError):
         handle = os.open("/proc/vmstat", os.O_RDONLY)
         try:
@@ -233,46 +225,44 @@ def count_oom_kills() -> int:
     return 0
 
 
-def uses_cuda() -> bool:
-    """Return whether this process holds a CUDA context; NVML alone, which we use, is none."""
-    with contextlib.suppress(OSError):
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/self/fd/{name}").startswith("/dev/nvidia-uvm"):
-                    return True
-    return False
-
-
 class StudySuspension:
-    """Keeps the trial's tree stopped for as long as the study's process is; in its supervisor.
+    """Stops a trial while its study is stopped, by Ctrl-Z or SIGSTOP; runs in the supervisor.
+
+    A trial's processes are in sessions of their own, so that what a terminal sends to its
+    foreground process group does not reach them.
 
     Args:
         study: A pidfd of the study's process.
     """
 
     def __init__(self, study: int) -> None:
-        self.is_on = False
-        self._study = pid_of(study)
+        self._study = _pid_of(study)
         self._stopped: list[int] = []
 
-    def look(self) -> None:
-        """Stop the tree or let it go on, as the study's process does."""
-        self.is_on = self._study is not None and process_state(self._study) == "T"
-        if self.is_on:
-            self._stop()
-        elif self._stopped:
-            self._go_on()
-
-    def _stop(self) -> None:
-        # Parents first, which start no further child then; what was stopped before stays out.
-        while running := [pid for pid in descendants() if self._is_running(pid)]:
-            send(signal.SIGSTOP, running, descendants())
-            self._stopped += running
+    def update(self) -> bool:
+        """Stop or continue the tree as the study's process is; return whether it is stopped."""
+        if self._study is not None and process_state(self._study) == "T":
+            # Parents first, which start no further child then. Processes that were stopped before
+            # stay out, as they are not to be continued.
+            while running := [pid for pid in descendants() if self._is_running(pid)]:
+                send(signal.SIGSTOP, running, descendants())
+                self._stopped += running
+            return True
+        if self._stopped:
+            # Children first: parents that wait for stopped ones, as shells do, see no change.
+            send(signal.SIGCONT, reversed(self._stopped), descendants())
+            self._stopped.clear()
+        return False
 
     def _is_running(self, pid: int) -> bool:
         return pid not in self._stopped and process_state(pid) not in ("", *"TtZX")
 
-    def _go_on(self) -> None:
-        # Children first: a parent that waits for stopped ones, as shells do, need not know.
-        send(signal.SIGCONT, reversed(self._stopped), descendants())
-        self._stopped.clear()
+
+def _pid_of(handle: int) -> int | None:
+    """Return the pid that a pidfd is bound to, None when that process is gone."""
+    try:
+        with open(f"/proc/self/fdinfo/{handle}", "rb") as file:
+            pid = next(int(line.split()[1]) for line in file if line.startswith(b"Pid:"))
+    except (OSError, StopIteration):
+        return None
+    return pid if pid > 0 else None

@@ -33,7 +33,6 @@ class BeginMonitoring:
         memory: The limit in bytes, None without one.
         quota: Whether it is what is left of a quota.
         elapsed: Seconds since the trial's start.
-        strict_memory: Whether the kernel refuses what would pass the limit.
         outsiders: How many processes outside of the trial hold, at least, what it was forked with.
     """
 
@@ -41,7 +40,6 @@ class BeginMonitoring:
     memory: float | None
     quota: bool
     elapsed: float
-    strict_memory: bool = False
     outsiders: int = 0
 
 
@@ -189,7 +187,7 @@ class Ready:
         pid: The trial's process.
         supervisor: Its parent, which inherits all orphans among its descendants; None where it is
             the study's process.
-        data_limit: The soft ``RLIMIT_DATA`` that the process has set itself.
+        data_limit: The ``RLIMIT_DATA`` that makes allocations fail, None without.
     """
 
     pid: int

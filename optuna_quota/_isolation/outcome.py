@@ -184,7 +184,7 @@ class OutcomeResolver:
             report.memory,
             self._monitor.hard_ceilings,
             self._monitor.elapsed,
-            enforced=self._strict_memory and is_limited,
+            enforced=is_limited,
         )
 
     def _terminate_at_limit(

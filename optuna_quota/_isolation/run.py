@@ -315,7 +315,6 @@ class TrialRun:
             memory=None if ceiling is None else ceiling.limit,
             quota=ceiling is not None and ceiling.quota,
             elapsed=self._monitor.elapsed,
-            strict_memory=self._options.strict_memory,
             outsiders=self._outsiders,
         )
 

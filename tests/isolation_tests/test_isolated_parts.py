@@ -18,7 +18,7 @@ from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.channel import channel_pair
 from optuna_quota._isolation.gpu_caps import cap_torch
 from optuna_quota._isolation.gpu_caps import set_gpu_caps
-from optuna_quota._isolation.memory_limits import CgroupLeaf
+from optuna_quota._isolation.memory_limits import Cgroup
 from optuna_quota._isolation.memory_limits import find_delegated
 from optuna_quota._isolation.modules import can_preload
 from optuna_quota._isolation.modules import modules_to_preload
@@ -185,7 +185,7 @@ def test_a_group_without_the_memory_controller_is_none(tmp_path: Path) -> None:
 
 
 def test_a_leaf_is_limited_read_and_killed(tmp_path: Path) -> None:
-    leaf = CgroupLeaf(tmp_path)
+    leaf = Cgroup(tmp_path)
     (folder,) = tmp_path.iterdir()
     for name, text in {
         "memory.stat": "anon 600\nfile 9000\nkernel 300\nshmem 100\n",
@@ -212,7 +212,7 @@ def test_a_real_group_kills_all_that_is_in_it() -> None:
     if mount is None or not list(mount.glob("cgroup.procs")):
         pytest.skip("no control groups of version 2 may be made here")
     try:
-        leaf = CgroupLeaf(mount)
+        leaf = Cgroup(mount)
     except OSError as error:
         pytest.skip(f"no control group can be made here: {error}")
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])

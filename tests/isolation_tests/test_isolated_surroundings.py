@@ -233,7 +233,7 @@ def test_waiting_for_the_template_is_no_time_of_the_trial(
     # Else a point would be taken to need more time than its limit, only since it came first.
     (tmp_path / "long_to_load.py").write_text("import time\ntime.sleep(4)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    fork_server_client().want(["long_to_load"])
+    fork_server_client()._wanted.update(dict.fromkeys(["long_to_load"]))
     study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time=3)))
     study.optimize(isolated(quadratic), n_trials=1)
     assert "long_to_load" in fork_server_client()._loaded
@@ -252,7 +252,7 @@ def test_modules_that_start_threads_are_left_to_the_trials(
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     client = fork_server_client()
-    client.want(["starts_a_thread"])
+    client._wanted.update(dict.fromkeys(["starts_a_thread"]))
     try:
         study = optuna.create_study()
         study.optimize(isolated(quadratic), n_trials=2)
@@ -276,8 +276,8 @@ def test_a_package_full_of_threads_costs_one_template(
         )
     monkeypatch.syspath_prepend(str(tmp_path))
     client = ForkServerClient()
-    client.want(["full_of_threads", "full_of_threads.quiet"])
-    client.want([f"full_of_threads.{name}" for name in "abcd"])
+    client._wanted.update(dict.fromkeys(["full_of_threads", "full_of_threads.quiet"]))
+    client._wanted.update(dict.fromkeys([f"full_of_threads.{name}" for name in "abcd"]))
     try:
         client.launch(None).close()
         assert client._unsafe == {"full_of_threads.a"}
@@ -292,7 +292,9 @@ def test_threads_that_end_before_a_fork_are_no_danger() -> None:
     # scipy alone brings no OpenBLAS, many of its modules do.
     pytest.importorskip("scipy.special._ufuncs")
     client = ForkServerClient()
-    client.want(["scipy", "scipy.special._ufuncs", "scipy.special._basic"])
+    client._wanted.update(
+        dict.fromkeys(["scipy", "scipy.special._ufuncs", "scipy.special._basic"])
+    )
     try:
         client.launch(None).close()
         assert client._unsafe == set()
@@ -306,7 +308,7 @@ def test_what_a_template_said_is_heard_when_it_ends_before_all_was_sent() -> Non
     import socket
 
     from optuna_quota._isolation.forkserver import UnsafeModule
-    from optuna_quota._isolation.forkserver_client import _rest
+    from optuna_quota._isolation.forkserver_client import _unread
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.send(pickle.dumps(UnsafeModule("starts_threads")))
@@ -315,8 +317,8 @@ def test_what_a_template_said_is_heard_when_it_ends_before_all_was_sent() -> Non
         try:
             ours.send(b"too late")
         finally:
-            assert pickle.loads(_rest(ours)) == UnsafeModule("starts_threads")
-            assert _rest(ours) == b""
+            assert pickle.loads(_unread(ours)) == UnsafeModule("starts_threads")
+            assert _unread(ours) == b""
 
 
 def test_files_of_the_user_are_not_taken_for_modules(
