@@ -1,11 +1,10 @@
-"""How a trial's process ended, and the name for it: pure, from facts alone."""
+"""Why a trial's process ended: in words, and as a breach where it ended at a limit (pure)."""
 
 from __future__ import annotations
 
 import signal
 
 from optuna_quota._isolation.messages import ExitReport
-from optuna_quota._isolation.out_of_memory import FailedAllocation
 from optuna_quota._metering.breach import AT_LIMIT
 from optuna_quota._metering.breach import Ceilings
 from optuna_quota._metering.breach import find_breaches
@@ -15,29 +14,29 @@ from optuna_quota._resources import format_amount
 from optuna_quota.exceptions import LimitBreached
 
 
-def describe_exit(ended: ExitReport) -> str:
-    """Return one sentence on how a process ended that had given no result."""
-    code = ended.exitcode
-    if ended.killer == "stopped":
+def describe_exit(report: ExitReport) -> str:
+    """Return one sentence on how a process ended without a result."""
+    code = report.exitcode
+    if report.killer == "stopped":
         return "The trial's process was stopped (SIGSTOP) and did not go on, so it was killed."
-    if ended.killer == "request":
+    if report.killer == "request":
         return "The trial's process was killed because the study was interrupted."
     if code is None:
         return "The trial's process ended in an unknown way."
     if code < 0:
-        return _name_signal(-code, ended)
+        return _describe_signal(-code, report)
     if code == 0:
         return "The trial's process ended by itself, with exit code 0, before it gave a result."
     return f"The trial's process ended by itself with exit code {code}."
 
 
-def _name_signal(number: int, ended: ExitReport) -> str:
+def _describe_signal(number: int, report: ExitReport) -> str:
     try:
         name = signal.Signals(number).name
     except ValueError:
         name = f"signal {number}"
-    if name == "SIGKILL" and (ended.oom_kills or ended.cgroup_oom_kills):
-        used = format_amount("memory", ended.memory)
+    if name == "SIGKILL" and (report.oom_kills or report.cgroup_oom_kills):
+        used = format_amount("memory", report.memory)
         return (
             f"The trial's process was killed by the kernel's out-of-memory killer; it had used "
             f"{used}."
@@ -51,72 +50,44 @@ def _name_signal(number: int, ended: ExitReport) -> str:
 
 
 def find_breach_at_exit(
-    ended: ExitReport,
-    ceilings: Ceilings,
-    elapsed: float,
-    *,
-    strict_memory: bool = False,
+    report: ExitReport, ceilings: Ceilings, elapsed: float, *, strict_memory: bool = False
 ) -> Breach | None:
-    """Return the limit that a process died at, None when it died of something else.
+    """Return the limit that a process ended at, None if it ended of something else.
 
     Args:
-        ended: How it ended.
-        ceilings: The ceilings in force by resource, and whether each comes from a quota.
+        report: How it ended.
+        ceilings: The ceilings in force.
         elapsed: Seconds since the start of the trial.
         strict_memory: Whether the kernel refused it memory over its limit.
     """
-    found = find_breaches({"memory": ended.memory, "cpu_time": ended.cpu_time}, ceilings, elapsed)
+    used = {"memory": report.memory, "cpu_time": report.cpu_time}
+    found = find_breaches(used, ceilings, elapsed)
     if found:
         return found[0]
-    # Native code ends the process where Python would raise; what it had asked for isn't known.
-    # Nobody who is refused memory sends SIGKILL: that is the kernel, or somebody else.
-    may_be_refused = strict_memory and ended.exitcode != -signal.SIGKILL
-    if ended.memory is not None and (ended.cgroup_oom_kills or may_be_refused):
-        share = 0.0 if ended.cgroup_oom_kills else AT_LIMIT
-        breach = find_refused_breach("memory", ended.memory, ceilings, elapsed, share=share)
+    # Native code that is refused memory ends the process where Python would raise; how much it
+    # requested is unknown. SIGKILL is no end of that kind: it comes from outside.
+    may_be_refused = strict_memory and report.exitcode != -signal.SIGKILL
+    if report.memory is not None and (report.cgroup_oom_kills or may_be_refused):
+        share = 0.0 if report.cgroup_oom_kills else AT_LIMIT
+        breach = find_refused_breach("memory", report.memory, ceilings, elapsed, share=share)
         if breach is not None:
             return breach
-    if ended.cpu_time is None or ended.exitcode != -getattr(signal, "SIGXCPU", 0):
+    if report.cpu_time is None or report.exitcode != -getattr(signal, "SIGXCPU", 0):
         return None
-    return find_refused_breach("cpu_time", ended.cpu_time, ceilings, elapsed, refused=False)
-
-
-def find_memory_breach(
-    shortage: FailedAllocation,
-    used: float | None,
-    ceilings: Ceilings,
-    elapsed: float,
-    *,
-    enforced: bool,
-) -> Breach | None:
-    """Return the limit that an allocation of memory failed at, None when it failed otherwise.
-
-    Args:
-        shortage: The allocation.
-        used: What the trial held of that memory at its peak, in bytes.
-        ceilings: The ceilings in force by resource, and whether each comes from a quota.
-        elapsed: Seconds since the start of the trial.
-        enforced: Whether the kernel refuses what is over the limit, touched or not.
-    """
-    wanted = (used or 0.0) + (shortage.requested or 0.0)
-    share = 0.0 if enforced else AT_LIMIT
-    return find_refused_breach(shortage.resource, wanted, ceilings, elapsed, share=share)
+    return find_refused_breach("cpu_time", report.cpu_time, ceilings, elapsed, refused=False)
 
 
 def find_cpu_time_breach(
-    error: LimitBreached,
-    used: float | None,
-    ceilings: Ceilings,
-    elapsed: float,
+    error: LimitBreached, used: float | None, ceilings: Ceilings, elapsed: float
 ) -> Breach | None:
-    """Return the breach for which the kernel stopped a trial, None when it was not the kernel.
+    """Return the breach for which the kernel stopped a trial, None if it did not.
 
     Args:
-        error: What came out of the trial; the kernel's signal tells no figures.
+        error: What the objective raised; at the kernel's signal it has no figures.
         used: The CPU-seconds of the trial.
-        ceilings: The ceilings in force by resource, and whether each comes from a quota.
+        ceilings: The ceilings in force.
         elapsed: Seconds since the start of the trial.
     """
-    if error.resource != "cpu_time" or error.limit is not None or "cpu_time" not in ceilings:
+    if error.resource != "cpu_time" or error.limit is not None:
         return None
     return find_refused_breach("cpu_time", used or 0.0, ceilings, elapsed, share=0, refused=False)

@@ -1,4 +1,8 @@
-"""Recognises the many forms in which Python code says that memory ran out."""
+"""Failed allocations: recognize one behind an error, and find whether a limit was the reason.
+
+A trial at its limit, or one that filled its GPU by itself, has breached a limit. One that found
+the GPU full of other processes' memory has failed, and nothing is to be learned from it.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +32,9 @@ class FailedAllocation:
     """An allocation that failed.
 
     Attributes:
-        resource: Whose memory.
-        requested: The bytes asked for, None when the error does not tell.
-        text: The message of the error that says so.
+        resource: The kind of memory.
+        requested: The bytes requested, None when the error does not say.
+        text: The message of the error.
     """
 
     resource: Literal["memory", "gpu_memory"]
@@ -38,8 +42,8 @@ class FailedAllocation:
     text: str = field(default="", compare=False)
 
 
-# Module and name of the class, what the message must contain, whose memory. The classes belong to
-# libraries that are not imported for this.
+# Module and name of the class, what the message must contain, the kind of memory. The classes
+# belong to libraries that are not imported for this.
 _CLASSES = (
     ("torch", "OutOfMemoryError", "", "gpu_memory"),
     ("cupy", "OutOfMemoryError", "", "gpu_memory"),
@@ -67,17 +71,17 @@ _REQUESTED = re.compile(
 )
 
 
-# What a program that is no Python says on its standard error when it is refused memory.
-_SAID = ("std::bad_alloc", "cannot allocate memory", "can't allocate memory")
-_MOST_TEXT = 1 << 18
+# What other programs write to their standard error when they are refused memory.
+_OTHER_MESSAGES = ("std::bad_alloc", "cannot allocate memory", "can't allocate memory")
+_MAX_OUTPUT = 1 << 18
 
 
 def find_failed_allocation(error: BaseException) -> FailedAllocation | None:
-    """Return the shortage behind an exception, None for any other.
+    """Return the failed allocation behind an exception, None for any other.
 
-    It looks through the exception's causes, and through the tracebacks and error output that it
-    quotes: of a worker of a pool or DataLoader, of a failed subprocess, of the fits that a search
-    counted as failed. A ``MemoryError`` that Python code raised by itself is none.
+    Looks through the exception's causes, and through the tracebacks and error output that it
+    quotes: of a worker of a pool or DataLoader, of a failed subprocess, of the failed fits of a
+    search. A ``MemoryError`` that Python code raised by itself is none.
     """
     for link in _chain(error):
         found = _match(link)
@@ -87,8 +91,8 @@ def find_failed_allocation(error: BaseException) -> FailedAllocation | None:
 
 
 def find_failed_allocation_in_text(text: str) -> FailedAllocation | None:
-    """Return the shortage that ends a traceback in a text, None without one."""
-    for name, message, source in _raised_in(text[-_MOST_TEXT:]):
+    """Return the failed allocation at the end of a traceback in a text, None without one."""
+    for name, message, source in _raised_in(text[-_MAX_OUTPUT:]):
         found = _match_named(name, {name.rpartition(".")[2]}, message)
         if found is not None:
             return found
@@ -98,10 +102,10 @@ def find_failed_allocation_in_text(text: str) -> FailedAllocation | None:
 
 
 def _is_refusal(message: str, source: str) -> bool:
-    """Return whether a MemoryError that is told of in text came of an allocation."""
+    """Return whether a MemoryError in a text came of an allocation."""
     if source:
         return not source.startswith("raise")
-    # Python itself says nothing, numpy what it wanted; without the line, a text is somebody's own.
+    # Python itself gives no message, numpy the size; any other one is of user code.
     return not message or message.startswith("Unable to allocate")
 
 
@@ -128,11 +132,11 @@ def _raised_in(text: str) -> Iterator[tuple[str, str, str]]:
 def _quoted(error: BaseException) -> Iterator[str]:
     """Yield the output of other processes that an exception quotes beside its message."""
     for attribute in ("stderr", "stdout"):
-        said = getattr(error, attribute, None)
-        if isinstance(said, bytes):
-            said = said.decode(errors="replace")
-        if isinstance(said, str):
-            yield said[-_MOST_TEXT:]
+        output = getattr(error, attribute, None)
+        if isinstance(output, bytes):
+            output = output.decode(errors="replace")
+        if isinstance(output, str):
+            yield output[-_MAX_OUTPUT:]
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -158,9 +162,9 @@ def _match(error: BaseException) -> FailedAllocation | None:
     found = found or find_failed_allocation_in_text(message)
     if found is not None:
         return found
-    for said in _quoted(error):
-        found = find_failed_allocation_in_text(said)
-        if found is None and any(words in said.lower() for words in _SAID):
+    for output in _quoted(error):
+        found = find_failed_allocation_in_text(output)
+        if found is None and any(words in output.lower() for words in _OTHER_MESSAGES):
             found = FailedAllocation("memory")
         if found is not None:
             return found
@@ -187,11 +191,7 @@ def _array_size(error: MemoryError) -> float | None:
 
 def _requested(text: str) -> float | None:
     found = _REQUESTED.search(text)
-    return None if found is None else _amount(found)
-
-
-def _amount(found: re.Match[str]) -> float:
-    return float(found[1]) * _UNITS[found[2] or ""]
+    return None if found is None else float(found[1]) * _UNITS[found[2] or ""]
 
 
 def _was_raised_by_python(traceback: TracebackType | None) -> bool:
@@ -207,11 +207,32 @@ def _was_raised_by_python(traceback: TracebackType | None) -> bool:
     return dis.opname[code[position]] == "RAISE_VARARGS"
 
 
+def find_memory_breach(
+    failed: FailedAllocation,
+    used: float | None,
+    ceilings: Ceilings,
+    elapsed: float,
+    *,
+    enforced: bool,
+) -> Breach | None:
+    """Return the limit that an allocation of memory failed at, None if it failed otherwise.
+
+    Args:
+        failed: The allocation.
+        used: The peak of the trial's memory, in bytes.
+        ceilings: The ceilings in force.
+        elapsed: Seconds since the start of the trial.
+        enforced: Whether the kernel refuses what would pass the limit, touched or not.
+    """
+    wanted = (used or 0.0) + (failed.requested or 0.0)
+    share = 0.0 if enforced else AT_LIMIT
+    return find_refused_breach(failed.resource, wanted, ceilings, elapsed, share=share)
+
+
 # Characters of an error's message that a reason repeats.
-_LONGEST_TEXT = 300
+_MAX_TEXT = 300
 
 _GPU_SIZE = r"([\d.]+) ([KMGT]i)B"
-_GPU_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 # PyTorch: "Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 80.00 GiB of which 4.00 MiB
 # is free. [...] Including non-PyTorch memory, this process has 1.40 GiB memory in use."
 _CAPACITY = re.compile(rf"total capacity of {_GPU_SIZE}")
@@ -226,10 +247,10 @@ _OWN_LIMIT = re.compile(
 
 @dataclass(frozen=True)
 class GpuMemoryState:
-    """What is known of GPU memory at the moment when an allocation was refused, in bytes.
+    """GPU memory at the moment when an allocation failed, in bytes; None where unknown.
 
     Attributes:
-        requested: What was asked for.
+        requested: The size of the allocation.
         held: What the trial held on all of its GPUs.
         held_there: What it held on the GPU in question.
         capacity: The memory of that GPU.
@@ -246,29 +267,29 @@ class GpuMemoryState:
 
     @property
     def others(self) -> float | None:
-        """What others held of the GPU in question, None when unknown."""
+        """What other processes held of the GPU in question."""
         if self.capacity is None or self.free is None or self.held_there is None:
             return None
         return max(0.0, self.capacity - self.free - self.held_there)
 
 
 def read_gpu_memory_state(
-    shortage: FailedAllocation,
+    failed: FailedAllocation,
     peak: float | None,
     devices: Sequence[DeviceShare],
     device_memory: float | None,
 ) -> GpuMemoryState:
-    """Return what is known, by the error's own words where it tells, else by the driver.
+    """Return what the error's message says, and the driver where the message does not.
 
     Args:
-        shortage: The allocation.
-        peak: What the trial held at its peak, in bytes, when its GPUs don't tell.
+        failed: The allocation.
+        peak: The peak of the trial's GPU memory, in bytes.
         devices: The trial's GPUs at the moment of the error, none when unknown.
-        device_memory: The memory of each of its GPUs, when nothing else tells.
+        device_memory: The memory of each of its GPUs, in bytes.
     """
-    text = shortage.text
-    capacity, free, told = (_size(pattern, text) for pattern in (_CAPACITY, _FREE, _HELD))
-    requested, is_capped = shortage.requested, False
+    text = failed.text
+    capacity, free, held_by_text = (_size(pattern, text) for pattern in (_CAPACITY, _FREE, _HELD))
+    requested, is_capped = failed.requested, False
     if requested is not None and free is not None:
         is_capped = requested <= free
     cap = _OWN_LIMIT.search(text)
@@ -283,45 +304,45 @@ def read_gpu_memory_state(
         free = fullest.total - fullest.used if free is None else free
     return GpuMemoryState(
         requested,
-        _larger(held, told),
-        _larger(held_there, told),
+        _larger(held, held_by_text),
+        _larger(held_there, held_by_text),
         capacity or device_memory,
         free,
         is_capped,
     )
 
 
-def find_gpu_breach(known: GpuMemoryState, ceilings: Ceilings, elapsed: float) -> Breach | None:
-    """Return the limit that an allocation failed at, the GPU's size among them; None for none.
+def find_gpu_breach(state: GpuMemoryState, ceilings: Ceilings, elapsed: float) -> Breach | None:
+    """Return the limit that an allocation failed at, which may be the GPU's size; None for none.
 
     Args:
-        known: What is known of it.
-        ceilings: The ceilings in force by resource, and whether each comes from a quota.
+        state: The GPU memory then.
+        ceilings: The ceilings in force.
         elapsed: Seconds since the start of the trial.
     """
-    requested, share = known.requested or 0.0, 0.0 if known.is_capped else AT_LIMIT
-    wanted = (known.held or 0.0) + requested
+    requested, share = state.requested or 0.0, 0.0 if state.is_capped else AT_LIMIT
+    wanted = (state.held or 0.0) + requested
     breach = find_refused_breach("gpu_memory", wanted, ceilings, elapsed, share=share)
-    if breach is not None or known.capacity is None or known.is_capped:
+    if breach is not None or state.capacity is None or state.is_capped:
         return breach
-    wanted = (known.held_there or 0.0) + requested
-    size = {"gpu_memory": Ceiling(known.capacity)}
+    wanted = (state.held_there or 0.0) + requested
+    size = {"gpu_memory": Ceiling(state.capacity)}
     return find_refused_breach("gpu_memory", wanted, size, elapsed)
 
 
-def describe_full_gpu(known: GpuMemoryState, error: BaseException) -> str | None:
-    """Return why a trial failed that found its GPU full; None when it can't be known to be so.
+def describe_full_gpu(state: GpuMemoryState, error: BaseException) -> str | None:
+    """Return the reason of a trial that found its GPU full; None when that is not certain.
 
     Args:
-        known: What is known; no limit of the trial's, see :func:`find_gpu_breach`.
+        state: The GPU memory then, where :func:`find_gpu_breach` found no breach.
         error: What the objective raised.
     """
-    if known.capacity is None or known.is_capped:
+    if state.capacity is None or state.is_capped:
         return None
-    asked = "" if known.requested is None else f" and asked for {_bytes(known.requested)} more"
-    held = "an unknown part" if known.held_there is None else _bytes(known.held_there)
-    others = "" if not known.others else f", {_bytes(known.others)} of it taken by other processes"
-    text = " ".join(str(error).split())[:_LONGEST_TEXT].removesuffix(".")
+    asked = "" if state.requested is None else f" and asked for {_bytes(state.requested)} more"
+    held = "an unknown part" if state.held_there is None else _bytes(state.held_there)
+    others = "" if not state.others else f", {_bytes(state.others)} of it taken by other processes"
+    text = " ".join(str(error).split())[:_MAX_TEXT].removesuffix(".")
     found = f"The GPU was full{others}: the trial held {held}{asked}."
     return f"{found} {type(error).__name__}: {text}." if text else found
 
@@ -332,7 +353,7 @@ def _bytes(amount: float) -> str:
 
 def _size(pattern: re.Pattern[str], text: str) -> float | None:
     found = pattern.search(text)
-    return None if found is None else float(found[1]) * _GPU_UNITS[found[2]]
+    return None if found is None else float(found[1]) * _UNITS[f"{found[2].lower()}b"]
 
 
 def _larger(one: float | None, other: float | None) -> float | None:

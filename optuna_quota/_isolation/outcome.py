@@ -179,7 +179,7 @@ class OutcomeResolver:
         self, failed: out_of_memory.FailedAllocation, report: messages.ExitReport, server: Server
     ) -> Breach | None:
         is_limited = server.ready is not None and server.ready.data_limit is not None
-        return exit_cause.find_memory_breach(
+        return out_of_memory.find_memory_breach(
             failed,
             report.memory,
             self._monitor.hard_ceilings,

@@ -1,4 +1,7 @@
-"""What the child asks of the study's process: calls with an answer, and notices without."""
+"""Remote calls: the trial, the study and its storage stay in the study's process.
+
+The objective gets proxies of them; each call is sent there and answered by the server.
+"""
 
 from __future__ import annotations
 
@@ -28,35 +31,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Handle:
-    """An object that stays in the study's process; the child has a proxy.
+    """Refers to an object of the study's process.
 
     Attributes:
-        index: Its place among the objects that the child knows.
-        kind: The class that the proxy passes for.
+        index: Its index in :class:`RemoteObjects`.
+        kind: The class that its proxy passes for.
     """
 
     index: int
     kind: type
 
 
-# A call: its id, the index of its target, the name, arguments (None to read an attribute), named
+# A call: its id, the index of its target, the name, arguments (None to read an attribute), keyword
 # arguments. The answer: the call's id, the value, the error. Plain tuples, because a pickled class
 # costs as much as the rest of a round trip.
 Call = tuple[int, int, str, "tuple[Any, ...] | None", "dict[str, Any]"]
 Answer = tuple[int, Any, "SentError | None"]
 
+# The index of the trial, which is the first of the remote objects.
+TRIAL = 0
+# Names of calls that are no methods: `optuna_quota.check` in a trial's process, and a measurement
+# of what the trial uses at this moment.
+CHECK = "_quota_check"
+MEASURE = "_quota_measure"
+
 
 @dataclass(frozen=True)
 class Method:
-    """Says in an answer that the attribute is a method of its object."""
+    """The answer to the reading of an attribute that is a method."""
 
 
 class RpcClient:
-    """The child's end: one call at a time, from any thread.
+    """Sends calls from the trial's process, one at a time, from any thread.
 
     Args:
         channel: The connection.
-        stop: Keeps the polite stop back while a message is exchanged.
+        stop: Deferred while a message is exchanged.
     """
 
     def __init__(self, channel: Channel, stop: PoliteStop) -> None:
@@ -104,10 +114,7 @@ class RpcClient:
 
 
 class Proxy:
-    """Stands in the child for an object of the study's process, such as the study.
-
-    It passes for an instance of that object's class; all it does is done over there.
-    """
+    """Stands in the trial's process for an object of the study's, and passes for its class."""
 
     def __init__(self, calls: RpcClient, handle: Handle) -> None:
         self.__dict__["_proxied"] = (calls, handle)
@@ -139,17 +146,13 @@ class Proxy:
 
 
 class RemoteObjects:
-    """The objects of one trial that stay in the study's process and are called from the child.
-
-    Args:
-        trial: The trial, which is the first of them.
-    """
+    """The objects in the study's process that one trial may call, the trial first."""
 
     def __init__(self, trial: Any) -> None:
         self._objects: list[Any] = [trial]
 
     def handle(self, found: Any) -> Handle:
-        """Return the handle of an object, which stays."""
+        """Return the handle of an object, which is kept."""
         for index, known in enumerate(self._objects):
             if known is found:
                 return Handle(index, type(found))
@@ -166,25 +169,18 @@ def is_remote(value: Any) -> bool:
 
 
 def proxy_of(handle: Handle) -> Proxy:
-    """Return the proxy of an object that stayed behind; pickles of objectives refer to this."""
+    """Return the proxy of an object; pickles of objectives refer to this."""
     assert _calls is not None
     return Proxy(_calls, handle)
 
 
-# Those of this process, where it runs a trial.
+# The client of this process, where it runs a trial.
 _calls: RpcClient | None = None
-
-
-TRIAL = 0
-# What `optuna_quota.check` asks a trial that is not in its study's process.
-CHECK = "_quota_check"
-# Asks for a reading of what the trial holds at this moment.
-MEASURE = "_quota_measure"
 
 
 @dataclass(frozen=True)
 class TrialFacts:
-    """What of a trial never changes, so that the child need not ask."""
+    """The attributes of a trial that never change, so that they need no call."""
 
     number: int
     trial_id: int | None
@@ -193,15 +189,10 @@ class TrialFacts:
 
 
 class RemoteTrial(Trial):
-    """An :class:`optuna.trial.Trial` whose every deed is done in the study's process.
-
-    Args:
-        calls: The way there.
-        facts: What never changes.
-    """
+    """An :class:`optuna.trial.Trial` whose methods run in the study's process."""
 
     def __init__(self, calls: RpcClient, facts: TrialFacts) -> None:
-        # The base class's own would ask the sampler a second time: it is not called.
+        # The base class's own is not called: it would ask the sampler a second time.
         self._calls = calls
         self._facts = facts
         self._trial_id = facts.trial_id  # type: ignore[assignment]  # None for a FixedTrial

@@ -10,10 +10,10 @@ import pytest
 
 from optuna_quota._isolation.exit_cause import describe_exit
 from optuna_quota._isolation.exit_cause import find_breach_at_exit
-from optuna_quota._isolation.exit_cause import find_memory_breach
 from optuna_quota._isolation.messages import ExitReport
 from optuna_quota._isolation.out_of_memory import FailedAllocation
 from optuna_quota._isolation.out_of_memory import find_failed_allocation
+from optuna_quota._isolation.out_of_memory import find_memory_breach
 from tests.isolation_tests.trials import caught
 from tests.isolation_tests.trials import raises
 
