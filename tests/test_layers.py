@@ -32,6 +32,7 @@ LAYERS = [
     "_analysis",
     "visualization",
     "dashboard",
+    "_report",
     "cli",
     "testing",
 ]

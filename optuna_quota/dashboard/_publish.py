@@ -7,6 +7,8 @@ from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna_quota import _optuna
+from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._utilization.data import study_data
 from optuna_quota.dashboard._block import merged
 from optuna_quota.dashboard._door import Dashboard
 from optuna_quota.dashboard._notes import study_note
@@ -74,9 +76,7 @@ def publish(study: Study, report: Any = None, artifact_store: ArtifactStore | No
         ImportError: If optuna-dashboard or plotly is not installed.
     """
     if report is None:
-        import optuna_quota
-
-        report = optuna_quota.analyze(study)
+        report = StudyAnalysis(study, study_data(study))
     publish_material(material_of(study, report), report, artifact_store)
 
 

@@ -11,6 +11,8 @@ import uuid
 
 from optuna_quota import _optuna
 from optuna_quota import _records
+from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._utilization.data import study_data
 from optuna_quota.dashboard._publish import publish_material
 from optuna_quota.visualization._charts import material_of
 
@@ -82,7 +84,7 @@ class Publisher:
             self._next = begun + self._interval
             return
         claim.take()
-        report = _analyzed(study)
+        report = StudyAnalysis(study, study_data(study))
         publish_material(material_of(study, report), report, self._artifact_store, claim.ours)
         ended = time.monotonic()
         self._next = ended + max(self._interval, (ended - begun) / _SHARE)
@@ -123,9 +125,3 @@ class _Claim:
         if not isinstance(value, list) or len(value) != 2:
             return 0.0, ""
         return _records.number(value[0]) or 0.0, str(value[1])
-
-
-def _analyzed(study: Study) -> Any:
-    import optuna_quota
-
-    return optuna_quota.analyze(study)

@@ -7,6 +7,8 @@ from typing import Any
 from typing import NamedTuple
 from typing import TYPE_CHECKING
 
+from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._utilization.data import study_data
 from optuna_quota.visualization import _style
 from optuna_quota.visualization._chart import Chart
 from optuna_quota.visualization._draw import base_layout
@@ -68,9 +70,7 @@ def plot_correlations(study: Study, *, report: Any = None) -> go.Figure:
         ImportError: If plotly is not installed.
     """
     if report is None:
-        import optuna_quota
-
-        report = optuna_quota.analyze(study)
+        report = StudyAnalysis(study, study_data(study))
     return correlations_figure(_get_correlations_info(report.correlations))
 
 

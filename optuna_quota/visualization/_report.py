@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ _MARKS = 400
 _ENDED = 200
 
 
-def to_html(report: Any, path: str | Path, *, interactive: bool = True) -> None:
+def to_html(report: Any, path: str | os.PathLike[str], *, interactive: bool = True) -> None:
     """Write a report as one HTML file that needs no network and nothing beside it.
 
     Example:
