@@ -11,51 +11,50 @@ from optuna_quota.dashboard._markdown import bar
 from optuna_quota.dashboard._markdown import code
 from optuna_quota.dashboard._markdown import escaped
 from optuna_quota.dashboard._markdown import table
-from optuna_quota.visualization._facts import EndedRow
-from optuna_quota.visualization._facts import Facts
-from optuna_quota.visualization._facts import LedgerRow
-from optuna_quota.visualization._rows import at_least
-from optuna_quota.visualization._rows import Row
-from optuna_quota.visualization._style import title_of
+from optuna_quota.visualization._data import FinishedTrial
+from optuna_quota.visualization._report_text import EndedRow
+from optuna_quota.visualization._report_text import LedgerRow
+from optuna_quota.visualization._report_text import ReportText
+from optuna_quota.visualization._theme import resource_title
 
 
 _ENDED = 30
 _ADVICE = 6
 
 
-def study_note(facts: Facts, address: Callable[[int], str]) -> str:
+def study_note(text: ReportText, address: Callable[[int], str]) -> str:
     """Return what is said about a study.
 
     Args:
-        facts: What is known.
+        text: What is known.
         address: Gives the address of a trial's page by its number.
     """
-    parts = ["### Use of resources", escaped(" ".join(facts.headline))]
-    parts += _ledger(facts)
-    if facts.models:
-        rows = [[escaped(model.title), code(model.formula)] for model in facts.models]
+    parts = ["### Use of resources", escaped(" ".join(text.headline))]
+    parts += _ledger(text)
+    if text.models:
+        rows = [[escaped(model.title), code(model.formula)] for model in text.models]
         parts += ["#### What drives it", table(["resource", "fitted model"], rows)]
-    if facts.advice:
-        shown = facts.advice[:_ADVICE]
+    if text.advice:
+        shown = text.advice[:_ADVICE]
         items = (f"- {escaped(item.text)}" for item in shown)
         parts += ["#### What to change", "\n".join(items)]
-    if facts.ended:
-        parts += _ended(facts.ended, address)
+    if text.ended:
+        parts += _ended(text.ended, address)
     return "\n\n".join(parts)
 
 
-def _ledger(facts: Facts) -> list[str]:
+def _ledger(text: ReportText) -> list[str]:
     parts = []
-    if facts.ledger:
+    if text.ledger:
         head = ["resource", "used", "reserved", "left", "quota", "of the quota"]
-        rows = [_ledger_cells(line) for line in facts.ledger]
+        rows = [_ledger_cells(line) for line in text.ledger]
         parts += ["#### Ledger", table(head, rows, right=(1, 2, 3, 4))]
     said = []
-    if facts.limits:
-        limits = ", ".join(f"{title} {amount}" for title, amount in facts.limits)
+    if text.limits:
+        limits = ", ".join(f"{title} {amount}" for title, amount in text.limits)
         said.append(f"Limits on a trial: {limits}.")
-    if facts.end:
-        said.append(facts.end)
+    if text.end:
+        said.append(text.end)
     return [*parts, escaped(" ".join(said))] if said else parts
 
 
@@ -77,7 +76,7 @@ def _ended(ended: Sequence[EndedRow], address: Callable[[int], str]) -> list[str
     return parts
 
 
-def trial_note(row: Row, limits: Mapping[str, float], picture: str | None) -> str:
+def trial_note(row: FinishedTrial, limits: Mapping[str, float], picture: str | None) -> str:
     """Return what is said about a trial that was terminated or rejected.
 
     Args:
@@ -99,7 +98,7 @@ def trial_note(row: Row, limits: Mapping[str, float], picture: str | None) -> st
     return "\n\n".join(parts)
 
 
-def _usage_cells(row: Row, limits: Mapping[str, float]) -> list[list[str]]:
+def _usage_cells(row: FinishedTrial, limits: Mapping[str, float]) -> list[list[str]]:
     known = dict(limits)
     breach = row.record.breach
     if breach is not None:
@@ -109,15 +108,18 @@ def _usage_cells(row: Row, limits: Mapping[str, float]) -> list[list[str]]:
     ]
 
 
-def _usage_line(row: Row, name: str, amount: float, limit: float | None) -> list[str]:
+def _usage_line(row: FinishedTrial, name: str, amount: float, limit: float | None) -> list[str]:
     shown = "" if limit is None else format_amount(name, limit)
     share = "" if not limit else f"{100 * amount / limit:.0f}%"
-    used = f"{at_least(row, name)}{format_amount(name, amount)}"
-    return [escaped(title_of(name)), used, shown, share]
+    used = row.format_usage(name)
+    return [escaped(resource_title(name)), used, shown, share]
 
 
-def _projected_cells(row: Row) -> list[list[str]]:
+def _projected_cells(row: FinishedTrial) -> list[list[str]]:
     return [
-        [escaped(title_of(name)), *(format_amount(name, v) for v in (i.median, i.lower, i.upper))]
+        [
+            escaped(resource_title(name)),
+            *(format_amount(name, v) for v in (i.median, i.lower, i.upper)),
+        ]
         for name, i in row.record.footprint.items()
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna_quota import _optuna
@@ -13,25 +12,22 @@ from optuna_quota.dashboard._block import merged
 from optuna_quota.dashboard._door import Dashboard
 from optuna_quota.dashboard._notes import study_note
 from optuna_quota.dashboard._notes import trial_note
-from optuna_quota.visualization._burn_down import _burn_down_chart
 from optuna_quota.visualization._burn_down import _get_burn_down_info
-from optuna_quota.visualization._chart import Chart
-from optuna_quota.visualization._chart import thinned
-from optuna_quota.visualization._charts import footprint_chart
-from optuna_quota.visualization._charts import Material
-from optuna_quota.visualization._charts import material_of
-from optuna_quota.visualization._charts import quality_charts
-from optuna_quota.visualization._charts import slice_chart
-from optuna_quota.visualization._draw import figure_of
-from optuna_quota.visualization._facts import facts_of
-from optuna_quota.visualization._rows import limits_of
-from optuna_quota.visualization._rows import measured
-from optuna_quota.visualization._rows import Row
-from optuna_quota.visualization._svg import svg_of
-from optuna_quota.visualization._timeline import _timeline_chart
+from optuna_quota.visualization._burn_down import burn_down_figure
+from optuna_quota.visualization._data import FinishedTrial
+from optuna_quota.visualization._data import limits_of
+from optuna_quota.visualization._data import measured_resources
+from optuna_quota.visualization._data import report_data
+from optuna_quota.visualization._data import ReportData
+from optuna_quota.visualization._figures import best_footprint_figure
+from optuna_quota.visualization._figures import quality_cost_figures
+from optuna_quota.visualization._figures import ranked_slice_figure
+from optuna_quota.visualization._figures import thin
+from optuna_quota.visualization._report_text import report_text
 from optuna_quota.visualization._timeline import timeline_info
+from optuna_quota.visualization._timeline import timeline_svg
 from optuna_quota.visualization._usage import _get_usage_info
-from optuna_quota.visualization._usage import _usage_chart
+from optuna_quota.visualization._usage import usage_figure
 from optuna_quota.visualization._waste import _get_waste_info
 from optuna_quota.visualization._waste import waste_figure
 
@@ -49,7 +45,11 @@ _MARKS = 250
 _TRIAL_NOTES = 100
 
 
-def publish(study: Study, report: Any = None, artifact_store: ArtifactStore | None = None) -> None:
+def publish(
+    study: Study,
+    report: StudyAnalysis | None = None,
+    artifact_store: ArtifactStore | None = None,
+) -> None:
     """Show a study's use of resources in optuna-dashboard.
 
     The study's note gets a block with the ledger, the fitted models, advice and the trials that
@@ -77,78 +77,65 @@ def publish(study: Study, report: Any = None, artifact_store: ArtifactStore | No
     """
     if report is None:
         report = StudyAnalysis(study, study_data(study))
-    publish_material(material_of(study, report), report, artifact_store)
+    publish_data(report_data(study, report), artifact_store)
 
 
-def publish_material(
-    material: Material,
-    report: Any,
+def publish_data(
+    data: ReportData,
     artifact_store: ArtifactStore | None,
     still_ours: Callable[[], bool] = lambda: True,
 ) -> None:
     """Publish what was read of a study.
 
     Args:
-        material: The study and its trials.
-        report: Its report, or None to leave out models and advice.
+        data: The study, its trials and its analysis.
         artifact_store: Where pictures go.
         still_ours: Asked once all is made and before anything is written: another worker may
             have begun to publish meanwhile.
     """
-    facts = facts_of(material, report)
-    plots = _plots(material)
+    text = report_text(data)
+    plots = _plots(data)
     if not still_ours():
         return
-    dashboard = Dashboard(material.study)
+    dashboard = Dashboard(data.study)
     note = dashboard.note()
-    renewed = merged(note, study_note(facts, dashboard.trial_address))
+    renewed = merged(note, study_note(text, dashboard.trial_address))
     if renewed != note:
         dashboard.save_note(renewed)
     for name, figure in plots.items():
         dashboard.save_plot(name, figure)
-    ended = [row for row in material.rows if row.outcome in ("terminated", "rejected")]
-    for row in ended[-_TRIAL_NOTES:]:
-        _note_trial(dashboard, row, material.study, artifact_store)
+    ended = [trial for trial in data.trials if trial.outcome in ("terminated", "rejected")]
+    for trial in ended[-_TRIAL_NOTES:]:
+        _note_trial(dashboard, trial, data.study, artifact_store)
 
 
-def _note_trial(dashboard: Dashboard, row: Row, study: Study, store: ArtifactStore | None) -> None:
-    trial_id = _optuna.trial_id_of(row.trial)
+def _note_trial(
+    dashboard: Dashboard, trial: FinishedTrial, study: Study, store: ArtifactStore | None
+) -> None:
+    trial_id = _optuna.trial_id_of(trial.trial)
     limits = limits_of(study)
     picture = dashboard.picture(trial_id, PICTURE)
-    if picture is None and store is not None and row.record.timeline:
-        svg = svg_of(_timeline_chart(timeline_info(row, limits.get("memory"))))
+    if picture is None and store is not None and trial.record.timeline:
+        svg = timeline_svg(timeline_info(trial, limits.get("memory")))
         picture = dashboard.save_picture(store, trial_id, PICTURE, svg)
     note = dashboard.note(trial_id)
-    renewed = merged(note, trial_note(row, limits, picture))
+    renewed = merged(note, trial_note(trial, limits, picture))
     if renewed != note:
         dashboard.save_note(renewed, trial_id)
 
 
-def _plots(material: Material) -> dict[str, go.Figure]:
+def _plots(data: ReportData) -> dict[str, go.Figure]:
     # Fixed names, one for each place on the page: publishing again replaces.
-    resources = measured(material.rows)
+    resources = measured_resources(data.trials)
     main = resources[0] if resources else "memory"
-    places = {
-        "optuna_quota.usage": _usage_chart(_get_usage_info(material.study, main, material.rows)),
-        "optuna_quota.drivers": slice_chart(material, main, most=2),
-        "optuna_quota.quality": _quality(material, main),
+    quality = next((f for f in quality_cost_figures(data).values() if f.data), None)
+    budget = burn_down_figure(_get_burn_down_info(data.study, data.trials))
+    if not budget.data:
+        budget = waste_figure(_get_waste_info(data.study, data.trials))
+    plots = {
+        "optuna_quota.usage": usage_figure(_get_usage_info(data.study, main, data.trials)),
+        "optuna_quota.drivers": ranked_slice_figure(data, main, max_panels=2),
+        "optuna_quota.quality": quality or best_footprint_figure(data, main),
+        "optuna_quota.budget": budget,
     }
-    plots = {name: _small(chart) for name, chart in places.items()}
-    plots["optuna_quota.budget"] = _budget(material)
-    return plots
-
-
-def _quality(material: Material, resource: str) -> Chart:
-    found = next((chart for chart in quality_charts(material).values() if chart), None)
-    return found if found is not None else footprint_chart(material, resource)
-
-
-def _budget(material: Material) -> go.Figure:
-    chart = _burn_down_chart(_get_burn_down_info(material.study, material.rows))
-    if chart:
-        return _small(chart)
-    return waste_figure(_get_waste_info(material.study, material.rows))
-
-
-def _small(chart: Chart) -> go.Figure:
-    return figure_of(thinned(chart, _MARKS))
+    return {name: thin(figure, _MARKS) for name, figure in plots.items()}

@@ -13,8 +13,8 @@ from optuna_quota import _optuna
 from optuna_quota import _records
 from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._utilization.data import study_data
-from optuna_quota.dashboard._publish import publish_material
-from optuna_quota.visualization._charts import material_of
+from optuna_quota.dashboard._publish import publish_data
+from optuna_quota.visualization._data import report_data
 
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Publisher:
             return
         claim.take()
         report = StudyAnalysis(study, study_data(study))
-        publish_material(material_of(study, report), report, self._artifact_store, claim.ours)
+        publish_data(report_data(study, report), self._artifact_store, claim.ours)
         ended = time.monotonic()
         self._next = ended + max(self._interval, (ended - begun) / _SHARE)
 

@@ -25,8 +25,8 @@ from optuna_quota._resources import Breach
 from optuna_quota.dashboard import publish
 from optuna_quota.dashboard._block import block_of
 from optuna_quota.dashboard._publish import PICTURE
-from optuna_quota.dashboard._publish import publish_material
-from optuna_quota.visualization._charts import material_of
+from optuna_quota.dashboard._publish import publish_data
+from optuna_quota.visualization._data import report_data
 from tests.visualization_tests.studies import add_row
 from tests.visualization_tests.studies import empty_study
 from tests.visualization_tests.studies import made_study
@@ -64,7 +64,7 @@ def attributes(study: optuna.Study) -> dict[str, Any]:
 
 def publish_plain(study: optuna.Study, store: Any = None) -> None:
     """Publish without analyzing, which takes seconds and is tried elsewhere."""
-    publish_material(material_of(study), None, store)
+    publish_data(report_data(study), store)
 
 
 def plots(study: optuna.Study) -> dict[str, Any]:

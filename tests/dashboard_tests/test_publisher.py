@@ -51,7 +51,7 @@ def test_it_rests_long_after_a_slow_publication(monkeypatch: pytest.MonkeyPatch)
     def slow(*args: Any) -> None:
         now[0] += 2.0
 
-    monkeypatch.setattr(_publisher, "publish_material", slow)
+    monkeypatch.setattr(_publisher, "publish_data", slow)
     study = made_study(3)
     publisher = Publisher(interval=1)
     now[0] = 10.0
@@ -88,7 +88,7 @@ def test_a_fault_is_logged_and_fails_no_trial(
     def fail(*args: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(_publisher, "publish_material", fail)
+    monkeypatch.setattr(_publisher, "publish_data", fail)
     monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
     study = optuna.create_study()
     study.optimize(objective, n_trials=3, callbacks=[Publisher(interval=0)])
