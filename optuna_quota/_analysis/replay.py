@@ -76,20 +76,18 @@ class ReplayReport:
         """
         import pandas as pd
 
-        after = self._after
+        columns = {"number": "int64", "outcome": "object", "replayed": "object", "by": "object"}
+        columns |= {"scope": "object", "seconds": "float64"}
         table: pd.DataFrame = pd.DataFrame(
             {
-                "number": pd.Series([t.number for t in after], dtype="int64"),
-                "outcome": pd.Series([t.outcome for t in after], dtype="object"),
-                "fate": pd.Series([t.replayed for t in after], dtype="object"),
-                "by": pd.Series([t.by for t in after], dtype="object"),
-                "scope": pd.Series([t.scope for t in after], dtype="object"),
-                "seconds": pd.Series([t.seconds for t in after], dtype="float64"),
+                name: pd.Series([getattr(trace, name) for trace in self._after], dtype=dtype)
+                for name, dtype in columns.items()
             }
-        )
+        ).rename(columns={"replayed": "fate"})
         for name in _TOTALS:
-            pairs = zip(self._before, after, strict=True)
-            table[f"saved_{name}"] = [_saved(old, new, name) for old, new in pairs]
+            pairs = zip(self._before, self._after, strict=True)
+            saved = [_saved(before, after, name) for before, after in pairs]
+            table[f"saved_{name}"] = pd.Series(saved, dtype="float64")
         # The outcome is that of the study, before the replay.
         table["lost"] = (table["outcome"] == "completed") & (table["fate"] != "kept")
         return table

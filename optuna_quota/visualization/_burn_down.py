@@ -14,6 +14,7 @@ from optuna_quota import _records
 from optuna_quota._ledger.spans import WorkerSpans
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import TOTAL_RESOURCES
+from optuna_quota.visualization import _plotly
 from optuna_quota.visualization import _theme
 from optuna_quota.visualization._data import finished_trials
 from optuna_quota.visualization._data import FinishedTrial
@@ -165,16 +166,16 @@ def burn_down_figure(info: _BurnDownInfo) -> go.Figure:
     """Return the figure of :func:`plot_burn_down`."""
     title = "Quota left"
     if not info.curves:
-        return _theme.empty_figure(title, "No total quota is set for this study.")
+        return _plotly.empty_figure(title, "No total quota is set for this study.")
     if not info.n_trials:
-        return _theme.empty_figure(title, "No trial has finished yet.")
+        return _plotly.empty_figure(title, "No trial has finished yet.")
     lowest = min(0.0, *(100 * min(curve.left) for curve in info.curves))
-    return _theme.make_figure(
+    return _plotly.make_figure(
         title,
         _finding(info),
         [trace for i, curve in enumerate(info.curves) for trace in _traces(curve, i)],
-        _theme.axis("Trials finished"),
-        _theme.axis("Left (%)", (_theme.significant(lowest * 1.1), 104)),
+        _plotly.axis("Trials finished"),
+        _plotly.axis("Left (%)", (_theme.significant(lowest * 1.1), 104)),
     )
 
 
@@ -184,13 +185,13 @@ def _traces(curve: _Curve, index: int) -> list[dict[str, Any]]:
     n, left = len(curve.used) - 1, curve.left
     steps = min(n, _MAX_POINTS)
     x = sorted({round(i * n / max(1, steps)) for i in range(steps + 1)})
-    traces = [_theme.line(name, color, x, [_percent(left[i]) for i in x])]
+    traces = [_plotly.line(name, color, x, [_percent(left[i]) for i in x])]
     if curve.ahead:
         x = [n + p.trials for p in curve.ahead]
         bounds = [(_percent(p.lower), _percent(p.upper)) for p in curve.ahead]
         medians = [_percent(p.median) for p in curve.ahead]
-        band = _theme.band(f"{name}, 90%", color, x, bounds)
-        median = _theme.line(f"{name}, projected", color, x, medians, dash="dot")
+        band = _plotly.band(f"{name}, 90%", color, x, bounds)
+        median = _plotly.line(f"{name}, projected", color, x, medians, dash="dot")
         traces += [{**trace, "showlegend": False} for trace in (band, median)]
     return traces
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._utilization.data import study_data
+from optuna_quota.visualization import _plotly
 from optuna_quota.visualization import _theme
 
 
@@ -84,13 +85,13 @@ def correlations_figure(info: _CorrelationsInfo) -> go.Figure:
     """Return the figure of :func:`plot_correlations`."""
     title = "What drives usage"
     if not info.cells:
-        return _theme.empty_figure(title, "Too few trials to compute any correlation.")
+        return _plotly.empty_figure(title, "Too few trials to compute any correlation.")
     rows = [[info.cells.get((p, r)) for r in info.resources] for p in info.params]
     hovers = [[_hover(info, p, r) for r in info.resources] for p in info.params]
     heat_map = {
         "type": "heatmap",
         "x": [_theme.resource_title(r) for r in info.resources],
-        "y": [_theme.escape(p) for p in info.params],
+        "y": [_plotly.escape(p) for p in info.params],
         "z": [[None if cell is None else cell_shade(cell) for cell in row] for row in rows],
         "text": [["" if cell is None else _label(cell) for cell in row] for row in rows],
         "customdata": hovers,
@@ -102,17 +103,17 @@ def correlations_figure(info: _CorrelationsInfo) -> go.Figure:
         "xgap": 3,
         "ygap": 3,
         "hoverongaps": False,
-        "colorbar": {"thickness": 12, "outlinewidth": 0, "tickvals": [-1, -0.5, 0, 0.5, 1]},
+        "showscale": False,
     }
     names = {"type": "category", "ticks": "", "automargin": True}
-    figure = _theme.make_figure(
+    figure = _plotly.make_figure(
         title,
         "Spearman's rank correlation, an effect size for categories; * significant",
         [heat_map],
         names,
         {**names, "autorange": "reversed"},
     )
-    figure.update_layout(margin={"l": 100, "r": 24, "t": 70, "b": 48})
+    figure.update_layout(margin={"l": 100, "r": 36, "t": 70, "b": 48})
     return figure
 
 
@@ -136,7 +137,7 @@ def _hover(info: _CorrelationsInfo, param: str, resource: str) -> str:
     cell = info.cells.get((param, resource))
     if cell is None:
         return ""
-    return _theme.escape(
+    return _plotly.escape(
         f"{param} and {resource}\n{cell.rho:+.2f} ({cell.lower:+.2f} to {cell.upper:+.2f}), "
         f"adjusted p = {cell.p_adjusted:.2g}, n = {cell.n}"
     )

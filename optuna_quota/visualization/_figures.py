@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from typing import TYPE_CHECKING
 
-from optuna_quota.visualization import _theme
+from optuna_quota.visualization import _plotly
 from optuna_quota.visualization._burn_down import _get_burn_down_info
 from optuna_quota.visualization._burn_down import burn_down_figure
 from optuna_quota.visualization._correlations import _get_correlations_info
@@ -151,13 +151,14 @@ def thin(figure: go.Figure, max_markers: int) -> go.Figure:
         for trace in traces:
             n = len(trace["x"])
             _keep_markers(trace, max(least, int(n * min(1.0, max_markers / count))))
+        _plotly.size_markers(traces)
         total = max(total, count)
         shown = max(shown, sum(len(trace["x"]) for trace in traces))
     if shown < total:
         title = spec["layout"]["title"]
         note = f" ({shown:,} of {total:,} markers shown)</span>"
         title["text"] = title["text"].replace("</span>", note)
-    return _theme.import_plotly().Figure(spec)
+    return _plotly.import_plotly().Figure(spec)
 
 
 def _keep_markers(trace: dict[str, Any], keep: int) -> None:

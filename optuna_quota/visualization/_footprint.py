@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from optuna_quota._records import Interval
 from optuna_quota._resources import format_amount
+from optuna_quota.visualization import _plotly
 from optuna_quota.visualization import _theme
 from optuna_quota.visualization._data import finished_trials
 from optuna_quota.visualization._data import FinishedTrial
@@ -105,7 +106,7 @@ def footprint_figure(info: _FootprintInfo) -> go.Figure:
     title = f"{verb} against measured {name if name[1].isupper() else name[0].lower() + name[1:]}"
     if not info.trials:
         reason = f"No trial has both a projected and a measured {info.resource}."
-        return _theme.empty_figure(title, reason)
+        return _plotly.empty_figure(title, reason)
     # The upper bounds of the first trials are wide: bars may leave the frame.
     shown = [v for t in info.trials for v in (t.used, t.projected.median)]
     unit = _theme.unit_for(info.resource, shown)
@@ -114,13 +115,13 @@ def footprint_figure(info: _FootprintInfo) -> go.Figure:
     if not log and min(shown) > 0.4 * max(shown):
         low = min(shown) - 0.1 * (max(shown) - min(shown) or min(shown))
     frame = (unit.of(low), unit.of(high))
-    traces = [_theme.line("as projected", _theme.MUTED, frame, frame, dash="dot")]
+    traces = [_plotly.line("as projected", _theme.MUTED, frame, frame, dash="dot")]
     for outcome, style in _theme.OUTCOMES.items():
         trials = [t for t in info.trials if t.outcome == outcome]
         if trials:
             uppers = [min(t.projected.upper, 4 * high) for t in trials]
             traces.append(
-                _theme.markers(
+                _plotly.markers(
                     f"{outcome} ({len(trials)})",
                     style,
                     [unit.of(t.used) for t in trials],
@@ -132,12 +133,12 @@ def footprint_figure(info: _FootprintInfo) -> go.Figure:
                     ],
                 )
             )
-    return _theme.make_figure(
+    return _plotly.make_figure(
         title,
         _finding(info),
         traces,
-        _theme.axis(unit.axis_title("Measured"), frame, log=log),
-        _theme.axis(unit.axis_title(verb), frame, log=log),
+        _plotly.axis(unit.axis_title("Measured"), frame, log=log),
+        _plotly.axis(unit.axis_title(verb), frame, log=log),
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from optuna_quota._resources import format_amount
 from optuna_quota._version import __version__
+from optuna_quota.visualization import _plotly
 from optuna_quota.visualization import _theme
 from optuna_quota.visualization._correlations import _get_correlations_info
 from optuna_quota.visualization._correlations import cell_shade
@@ -251,7 +252,7 @@ def _correlations_table(correlations: Any) -> list[Safe]:
                 continue
             shade = cell_shade(cell)
             color = _theme.VERMILION if shade > 0 else _theme.BLUE
-            style = f"background:{_theme.translucent(color, 0.8 * min(1.0, abs(shade)))}"
+            style = f"background:{_plotly.translucent(color, 0.8 * min(1.0, abs(shade)))}"
             text = format_cell(cell)
             shown = element("b", text) if cell.is_significant else text
             rows[-1].append(element("span", shown, style=style, class_="cell"))
@@ -283,9 +284,9 @@ def _plots(data: ReportData) -> list[Safe]:
             )
         )
     # plotly's encoder writes null for NaN, for which JSON has no word.
-    encoder = _theme.import_plotly("plotly.utils").PlotlyJSONEncoder
+    encoder = _plotly.import_plotly("plotly.utils").PlotlyJSONEncoder
     encoded = json.dumps(specs, cls=encoder, separators=(",", ":")).translate(_SCRIPT_ESCAPES)
-    library = _theme.import_plotly("plotly.offline").get_plotlyjs()
+    library = _plotly.import_plotly("plotly.offline").get_plotlyjs()
     return [
         element("h2", "Plots"),
         element("div", *places, class_="grid"),

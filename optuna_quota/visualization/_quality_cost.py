@@ -9,6 +9,7 @@ from typing import NamedTuple
 from typing import TYPE_CHECKING
 
 from optuna_quota._resources import format_amount
+from optuna_quota.visualization import _plotly
 from optuna_quota.visualization import _theme
 from optuna_quota.visualization._data import finished_trials
 from optuna_quota.visualization._data import FinishedTrial
@@ -116,7 +117,7 @@ def quality_cost_figure(info: _QualityInfo) -> go.Figure:
     title = f"Quality against {name if name[1].isupper() else name[0].lower() + name[1:]}"
     if not info.trials:
         reason = f"No completed trial has both a value and a known {info.resource}."
-        return _theme.empty_figure(title, reason)
+        return _plotly.empty_figure(title, reason)
     unit = _theme.unit_for(info.resource, [t.cost for t in info.trials])
     costs = [unit.of(t.cost) for t in info.trials]
     log_cost = _theme.use_log_scale(costs, 20)
@@ -135,12 +136,12 @@ def quality_cost_figure(info: _QualityInfo) -> go.Figure:
         ("on the front", _theme.OutcomeStyle(_theme.VERMILION, "diamond")): info.front,
     }
     traces = [
-        _theme.line(
+        _plotly.line(
             "best at its cost", _theme.VERMILION, front_x, [*front_y, front_y[-1]], shape="hv"
         )
     ]
     traces += [
-        _theme.markers(
+        _plotly.markers(
             f"{label} ({len(trials)})",
             style,
             [unit.of(t.cost) for t in trials],
@@ -151,12 +152,12 @@ def quality_cost_figure(info: _QualityInfo) -> go.Figure:
         if trials
     ]
     better = "more is better" if info.maximize else "less is better"
-    return _theme.make_figure(
+    return _plotly.make_figure(
         title,
         _finding(info),
         traces,
-        _theme.axis(unit.axis_title(f"{name} of a trial"), cost_range, log=log_cost),
-        _theme.axis(
+        _plotly.axis(unit.axis_title(f"{name} of a trial"), cost_range, log=log_cost),
+        _plotly.axis(
             f"{info.target_name} ({better})",
             _theme.padded_range(values, log=log_value),
             log=log_value,

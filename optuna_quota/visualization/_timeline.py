@@ -7,6 +7,7 @@ from typing import NamedTuple
 from typing import TYPE_CHECKING
 
 from optuna_quota._resources import format_amount
+from optuna_quota.visualization import _plotly
 from optuna_quota.visualization import _theme
 from optuna_quota.visualization._data import finished_trials
 from optuna_quota.visualization._data import FinishedTrial
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-_MAX_SUBTITLE = 110
+_MAX_SUBTITLE = 100
 
 
 class _TimelineInfo(NamedTuple):
@@ -127,24 +128,24 @@ def _title(info: _TimelineInfo) -> str:
 def timeline_figure(info: _TimelineInfo) -> go.Figure:
     """Return the figure of :func:`plot_timeline`."""
     if not info.memory:
-        return _theme.empty_figure(_title(info), "No timeline was recorded for this trial.")
+        return _plotly.empty_figure(_title(info), "No timeline was recorded for this trial.")
     axes = _axes(info)
     x = [axes.time.of(t) for t in info.seconds]
-    traces = [_theme.line("memory", _theme.BLUE, x, [axes.memory.of(m) for m in info.memory])]
+    traces = [_plotly.line("memory", _theme.BLUE, x, [axes.memory.of(m) for m in info.memory])]
     if info.breach is not None:
         seconds, memory = info.breach
         hover = f"breach {format_amount('wall_time', seconds)} after the start"
         place = [axes.time.of(seconds)], [axes.memory.of(memory)]
-        traces.append(_theme.markers("breach", _theme.OUTCOMES["terminated"], *place, [hover]))
-    figure = _theme.make_figure(
+        traces.append(_plotly.markers("breach", _theme.OUTCOMES["terminated"], *place, [hover]))
+    figure = _plotly.make_figure(
         _title(info),
         info.finding,
         traces,
-        _theme.axis(axes.time.axis_title("Time since the start"), (0.0, axes.right)),
-        _theme.axis(axes.memory.axis_title("Memory"), (0.0, axes.top)),
+        _plotly.axis(axes.time.axis_title("Time since the start"), (0.0, axes.right)),
+        _plotly.axis(axes.memory.axis_title("Memory"), (0.0, axes.top)),
     )
     if info.limit is not None:
-        _theme.add_limit(figure, "memory", info.limit, axes.memory, axes.top)
+        _plotly.add_limit(figure, "memory", info.limit, axes.memory, axes.top)
     return figure
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from optuna_quota._records import Interval
 from optuna_quota._resources import format_amount
+from optuna_quota.visualization import _plotly
 from optuna_quota.visualization import _theme
 from optuna_quota.visualization._data import finished_trials
 from optuna_quota.visualization._data import FinishedTrial
@@ -84,28 +85,28 @@ def usage_figure(info: _UsageInfo) -> go.Figure:
     name = _theme.resource_title(info.resource)
     title = f"{name} of each trial"
     if not info.uses:
-        return _theme.empty_figure(title, f"No finished trial has a known {info.resource}.")
+        return _plotly.empty_figure(title, f"No finished trial has a known {info.resource}.")
     amounts = [use.amount for use in info.uses]
     unit = _theme.unit_for(info.resource, amounts)
     near = [v for v in (info.limit,) if v is not None and v <= 3 * max(amounts)]
     log = _theme.use_log_scale([*amounts, *near], 15)
     low, high = map(unit.of, _theme.axis_range(amounts, log=log, limit=info.limit))
     groups = {o: [use for use in info.uses if use.outcome == o] for o in _theme.OUTCOMES}
-    figure = _theme.make_figure(
+    figure = _plotly.make_figure(
         title,
         _finding(info),
         [_markers(outcome, uses, unit) for outcome, uses in groups.items() if uses],
-        _theme.axis("Trial"),
-        _theme.axis(unit.axis_title(name), (low, high), log=log),
+        _plotly.axis("Trial"),
+        _plotly.axis(unit.axis_title(name), (low, high), log=log),
     )
     if info.limit is not None:
-        _theme.add_limit(figure, info.resource, info.limit, unit, high, log=log)
+        _plotly.add_limit(figure, info.resource, info.limit, unit, high, log=log)
     return figure
 
 
 def _markers(outcome: str, uses: Sequence[_Use], unit: _theme.Unit) -> dict[str, object]:
     bounds = [use.projected or Interval(use.amount, use.amount, use.amount) for use in uses]
-    return _theme.markers(
+    return _plotly.markers(
         f"{outcome} ({len(uses)})",
         _theme.OUTCOMES[outcome],
         [use.number for use in uses],

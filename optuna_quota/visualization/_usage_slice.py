@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optuna_quota._records import Interval
+from optuna_quota.visualization import _plotly
 from optuna_quota.visualization import _theme
 from optuna_quota.visualization._data import finished_trials
 from optuna_quota.visualization._data import FinishedTrial
@@ -166,20 +167,20 @@ def usage_slice_figure(info: _SliceInfo) -> go.Figure:
     slices = [s for s in info.slices if s.trials]
     if not slices:
         reason = f"No hyperparameter varied over trials with a known {info.resource}."
-        return _theme.empty_figure(title, reason)
+        return _plotly.empty_figure(title, reason)
     amounts = [t.amounts[info.resource] for s in slices for t in s.trials]
     unit = _theme.unit_for(info.resource, amounts)
     log = _theme.use_log_scale(amounts)
     low, high = map(unit.of, _theme.axis_range(amounts, log=log, limit=info.limit))
     rows, columns = math.ceil(len(slices) / _COLUMNS), min(_COLUMNS, len(slices))
-    figure = _theme.import_plotly("plotly.subplots").make_subplots(
+    figure = _plotly.import_plotly("plotly.subplots").make_subplots(
         rows,
         columns,
         horizontal_spacing=0.09 if columns < _COLUMNS else 0.07,
         vertical_spacing=0.16 if rows == 1 else 0.36 / rows,
     )
     figure.layout.template = {}
-    figure.update_layout(_theme.layout_of(title, _subtitle(slices)))
+    figure.update_layout(_plotly.layout_of(title, _subtitle(slices)))
     if rows > 1:
         figure.update_layout(height=100 + 300 * rows)
     named: set[str] = set()
@@ -189,7 +190,7 @@ def usage_slice_figure(info: _SliceInfo) -> go.Figure:
         figure.update_layout(
             {
                 f"xaxis{panel}": _x_axis(found),
-                f"yaxis{panel}": _theme.axis(y_title, (low, high), log=log),
+                f"yaxis{panel}": _plotly.axis(y_title, (low, high), log=log),
             }
         )
         for trace in _traces(found, info.resource, unit):
@@ -198,7 +199,7 @@ def usage_slice_figure(info: _SliceInfo) -> go.Figure:
             axes = {"xaxis": f"x{panel}", "yaxis": f"y{panel}"}
             figure.add_trace({**trace, **axes, "legendgroup": trace["name"], "showlegend": shown})
         if info.limit is not None:
-            _theme.add_limit(
+            _plotly.add_limit(
                 figure,
                 info.resource,
                 info.limit,
@@ -213,10 +214,10 @@ def usage_slice_figure(info: _SliceInfo) -> go.Figure:
 
 def _x_axis(found: _Slice) -> dict[str, Any]:
     if found.categories:
-        return _theme.axis(found.param, categories=found.categories)
+        return _plotly.axis(found.param, categories=found.categories)
     numbers = [float(t.trial.params[found.param]) for t in found.trials]
     log = found.log and min(numbers) > 0
-    return _theme.axis(found.param, _theme.padded_range(numbers, log=log), log=log)
+    return _plotly.axis(found.param, _theme.padded_range(numbers, log=log), log=log)
 
 
 def _traces(found: _Slice, resource: str, unit: _theme.Unit) -> list[dict[str, Any]]:
@@ -227,18 +228,18 @@ def _traces(found: _Slice, resource: str, unit: _theme.Unit) -> list[dict[str, A
             x = [found.x(t.trial.params[found.param]) for t in trials]
             y = [unit.of(t.amounts[resource]) for t in trials]
             hover = [t.hover(resource, params=[found.param]) for t in trials]
-            traces.append(_theme.markers(outcome, style, x, y, hover))
+            traces.append(_plotly.markers(outcome, style, x, y, hover))
     x = [_theme.significant(x) if isinstance(x, float) else found.x(x) for x, _ in found.predicted]
     y = [unit.of(interval.median) for _, interval in found.predicted]
     bounds = [(unit.of(i.lower), unit.of(i.upper)) for _, i in found.predicted]
     if found.predicted and found.categories:
         style = _theme.OutcomeStyle(_theme.GREEN, "diamond")
-        traces.append(_theme.markers("model", style, x, y, (), bounds))
+        traces.append(_plotly.markers("model", style, x, y, (), bounds))
     elif found.predicted:
         # The line is above the markers, which would hide it, and the band below them.
-        traces.insert(0, _theme.band("model, 90%", _theme.GREEN, x, bounds))
-        traces.append(_theme.line("model", _theme.GREEN, x, y))
-    _theme.size_markers(traces)
+        traces.insert(0, _plotly.band("model, 90%", _theme.GREEN, x, bounds))
+        traces.append(_plotly.line("model", _theme.GREEN, x, y))
+    _plotly.size_markers(traces)
     return traces
 
 

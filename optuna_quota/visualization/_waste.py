@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import get_resource
+from optuna_quota.visualization import _plotly
 from optuna_quota.visualization import _theme
 from optuna_quota.visualization._data import by_outcome
 from optuna_quota.visualization._data import finished_trials
@@ -71,10 +72,10 @@ def waste_figure(info: _WasteInfo) -> go.Figure:
     """Return the figure of :func:`plot_waste`: a bar for the trials and one for each resource."""
     title = "Where the budget went"
     if not info.spent:
-        return _theme.empty_figure(title, "No finished trial has a known time.")
-    x = {**_theme.axis("Share (%)", (0, 100)), "dtick": 20}
-    y = {**_theme.axis(""), "autorange": "reversed", "ticks": ""}
-    figure = _theme.make_figure(title, waste_finding(info), _bars(info), x, y)
+        return _plotly.empty_figure(title, "No finished trial has a known time.")
+    x = {**_plotly.axis("Share (%)", (0, 100)), "dtick": 20}
+    y = {**_plotly.axis(""), "autorange": "reversed", "ticks": ""}
+    figure = _plotly.make_figure(title, waste_finding(info), _bars(info), x, y)
     figure.update_layout(barmode="stack", bargap=0.35, legend_traceorder="normal")
     return figure
 

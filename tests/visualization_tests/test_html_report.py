@@ -16,7 +16,7 @@ from optuna_quota import visualization
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Breach
 from optuna_quota.visualization import _html_report
-from optuna_quota.visualization import _theme
+from optuna_quota.visualization import _plotly
 from tests.browser import chromium
 from tests.browser import faults
 from tests.browser import wait_for
@@ -136,7 +136,7 @@ def test_without_plotly_a_plot_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
     def missing(name: str) -> Any:
         raise ImportError(name)
 
-    monkeypatch.setattr(_theme.importlib, "import_module", missing)
+    monkeypatch.setattr(_plotly.importlib, "import_module", missing)
     with pytest.raises(ImportError, match=r"optuna-quota\[plot\]"):
         visualization.plot_usage(made_study(3))
 
