@@ -26,8 +26,8 @@ from optuna_quota._metering.gpu_reader import ANYONE
 from optuna_quota._metering.gpu_reader import GPU_RESOURCES
 from optuna_quota._metering.gpu_reader import GpuReader
 from optuna_quota._metering.gpu_reader import GpuReading
-from optuna_quota._metering.meter import MeterReading
 from optuna_quota._metering.nvml import GpuError
+from optuna_quota._metering.trial_meters import MeterReading
 from optuna_quota._metering.visible_gpus import forget_visible
 from optuna_quota._metering.visible_gpus import has_gpu_open
 from optuna_quota._metering.visible_gpus import visible_gpus
