@@ -16,7 +16,7 @@ LAYERS = [
     "_resources",
     "_optuna",
     "_storage_retry",
-    "_reconnection",
+    "_storage_retry",
     "_records",
     "_metering",
     "_enforcement",

@@ -9,15 +9,20 @@ demands the same of all gets a view of the trials, with the limits in force now.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import logging
 import math
 import statistics
 from typing import Any
 from typing import TYPE_CHECKING
 
+from optuna.samplers import BaseSampler
+
 from optuna_quota import _optuna
+from optuna_quota._enforcement.nesting import find_nested
 from optuna_quota._records import PREFIX
 from optuna_quota._records import read_constrained
 from optuna_quota._records import read_record
@@ -26,7 +31,11 @@ from optuna_quota._resources import Limits
 
 
 if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import BaseTrial
     from optuna.trial import FrozenTrial
+
+    from optuna_quota._metering import TrialMonitor
 
 
 # What an unknown usage says: neither within the limit nor over it.
@@ -52,7 +61,7 @@ def limit_constraints(
     return {name: _ratio(observed.get(name), limit) for name, limit in ceilings}
 
 
-def equal_constraints(trials: Sequence[FrozenTrial], limits: Limits) -> list[dict[str, float]]:
+def uniform_constraints(trials: Sequence[FrozenTrial], limits: Limits) -> list[dict[str, float]]:
     """Return constraints with the same keys in the same order for each trial.
 
     First those that the user set on any of the trials; one that a trial does not have is neutral.
@@ -118,3 +127,62 @@ def _ratio(observed: float | None, limit: float) -> float:
     if observed is None or not math.isfinite(observed):
         return NEUTRAL
     return observed / limit - 1.0
+
+
+_logger = logging.getLogger("optuna.quota.enforcement")
+
+
+class TolerantConstraintsFunc:
+    """A user's ``constraints_func``, which may fail for the trials in ``excused``.
+
+    Args:
+        function: The user's.
+    """
+
+    def __init__(self, function: Callable[[FrozenTrial], Sequence[float]]) -> None:
+        self.function = function
+        self.excused: set[int] = set()
+        self._told = False
+
+    def __call__(self, trial: FrozenTrial) -> Sequence[float]:
+        """Return the constraints of a trial; none where the function fails and may."""
+        try:
+            return self.function(trial)
+        except Exception as error:
+            if trial.number not in self.excused:
+                raise
+            if not self._told:
+                self._told = True
+                _logger.warning(constraints_warning(trial.number, error))
+            return ()
+        finally:
+            self.excused.discard(trial.number)
+
+
+def tolerate_constraints_failure(
+    study: Study, trial: BaseTrial | FrozenTrial, watch: TrialMonitor
+) -> None:
+    """Let the constraints of a trial that is being stopped remain unknown."""
+    if watch.owner == "sampler":
+        # QuotaSampler sees to it.
+        return
+    samplers: list[Any] = find_nested(_optuna.unwrap_study(study).sampler, BaseSampler)
+    for sampler in samplers:
+        for function in _optuna.replace_constraints_func(sampler, _excusing):
+            function.excused.add(trial.number)
+
+
+def constraints_warning(number: int, error: Exception) -> str:
+    """Return what is said once of trials whose constraints are unknown."""
+    return (
+        f"`constraints_func` failed for trial {number}, which did not complete: {error!r}. The "
+        "trial gets no constraints from it; further failures of this kind are not reported."
+    )
+
+
+def _excusing(function: Any) -> TolerantConstraintsFunc:
+    return (
+        function
+        if isinstance(function, TolerantConstraintsFunc)
+        else TolerantConstraintsFunc(function)
+    )

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from optuna_quota._footprint.given import as_footprint
-from optuna_quota._footprint.spaces import narrowed
+from optuna_quota._footprint.search_space import narrow
+from optuna_quota._footprint.user_given import as_footprint
 from optuna_quota._projection.projection import ProjectedResource
 from optuna_quota._projection.projection import Projection
 from optuna_quota._projection.simulation import Plan
@@ -150,7 +150,7 @@ def _smaller_range(
     low, high, best = 0.0, 1.0, None
     for _ in range(_BISECTIONS):
         share = (low + high) / 2
-        smaller = {**space, name: narrowed(space[name], share, upper=upper)}
+        smaller = {**space, name: narrow(space[name], share, upper=upper)}
         strategy = replace(plan.strategy, search_space=smaller)
         tried = replace(plan, strategy=strategy).simulate(unit, None, seed)
         if float(tried.fits_after()[:, -1].mean()) >= confidence:
@@ -172,7 +172,7 @@ def _costliest_param(
     medians = np.median(amounts, axis=0)
     effects = {}
     for column, (name, distribution) in enumerate((plan.strategy.search_space or {}).items()):
-        if narrowed(distribution, 0.5, upper=True) != distribution:
+        if narrow(distribution, 0.5, upper=True) != distribution:
             above = unit[:, column] > 0.5
             effects[name] = float(medians[above].mean() - medians[~above].mean())
     if not effects or not any(effects.values()):

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.completions import completions
-from optuna_quota._footprint.completions import whole_points
+from optuna_quota._footprint.footprint import BaseFootprint
 from optuna_quota._footprint.footprint import joint_breach
-from optuna_quota._footprint.given import Expectation
-from optuna_quota._footprint.spaces import spread_over
+from optuna_quota._footprint.search_space import certain_completions
+from optuna_quota._footprint.search_space import likely_completions
+from optuna_quota._footprint.search_space import spaced_values
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import Limits
@@ -84,7 +84,7 @@ class PointAdmission:
         declared: All parameters, where the user declared them.
     """
 
-    expected: Expectation
+    expected: BaseFootprint
     limits: Limits
     past: Sequence[Mapping[str, Any]]
     space: Mapping[str, BaseDistribution]
@@ -139,10 +139,10 @@ class PointAdmission:
 
     def _completions(self, known: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         if self.complete is None:
-            return completions(known, self.past)
+            return likely_completions(known, self.past)
         if self.declared is not None and self.declared <= known.keys():
             return [known]
-        return whole_points(known, self.complete)
+        return certain_completions(known, self.complete)
 
     def _reduce_risk(
         self, point: Mapping[str, Any], known: Mapping[str, Any], probability: float
@@ -154,7 +154,7 @@ class PointAdmission:
         for name in point:
             if name in known or name not in self.space or self.admits(probability):
                 continue
-            tried = [{**point, name: value} for value in spread_over(self.space[name])]
+            tried = [{**point, name: value} for value in spaced_values(self.space[name])]
             found = np.nan_to_num(self.breach_probabilities(tried), nan=1.0)
             best = int(np.argmin(found))
             if found[best] < probability:

@@ -31,7 +31,7 @@ from optuna.samplers import NSGAIISampler
 from optuna.samplers import TPESampler
 
 from optuna_quota import _optuna
-from optuna_quota._footprint.completions import completions
+from optuna_quota._footprint.search_space import likely_completions
 from optuna_quota._records import Interval
 from optuna_quota._records import PROPOSED
 from optuna_quota._records import proposed_object
@@ -116,9 +116,9 @@ class CandidateFilter:
     def __init__(self, base_sampler: BaseSampler, options: AdmissionOptions) -> None:
         self.footprint = StudyFootprint(options)
         self._base, self._audits = base_sampler, options.audits
-        kind = _optuna.beneath_fixed(base_sampler)
+        kind = _optuna.unwrap_partial_fixed(base_sampler)
         self._replacement = replacement_for(kind, options.on_veto)
-        self._keeps_point = _optuna.needs_its_own_point(kind)
+        self._keeps_point = _optuna.needs_drawn_point(kind)
         # BruteForceSampler takes a point that breaks off for a leaf of its tree.
         self._needs_complete_points = isinstance(kind, BruteForceSampler)
         self._trials: dict[int, _TrialState] = {}
@@ -141,7 +141,11 @@ class CandidateFilter:
         forecast = self.footprint.forecast(trials, limits)
         enqueued = _optuna.fixed_params_of(trial)
         # A PartialFixedSampler may stand inside of ours or around it.
-        fixed = {**_optuna.fixed_by(self._base), **_optuna.fixed_by(study.sampler), **enqueued}
+        fixed = {
+            **_optuna.partial_fixed_params(self._base),
+            **_optuna.partial_fixed_params(study.sampler),
+            **enqueued,
+        }
         state = _TrialState(forecast, fixed)
         self._trials[_optuna.trial_id_of(trial)] = state
         admission = forecast.admission
@@ -156,7 +160,9 @@ class CandidateFilter:
         if self._can_reject(request, fixed):
             verdict = admission.judge(fixed)
             if not verdict.admitted and not self._audit(request, fixed, verdict):
-                _optuna.poison(trial, lambda: self._reject_enqueued(request, fixed, verdict))
+                _optuna.raise_on_next_suggest(
+                    trial, lambda: self._reject_enqueued(request, fixed, verdict)
+                )
 
     def bounds_at(self, trial: FrozenTrial, drawn: Mapping[str, Any]) -> dict[str, float]:
         """Return upper bounds of a trial's usage by its point, empty until it has one.
@@ -286,7 +292,7 @@ class CandidateFilter:
         if not self._needs_complete_points:
             return True
         past = request.admission.past
-        return bool(past) and completions(point, past) == [point]
+        return bool(past) and likely_completions(point, past) == [point]
 
     def _draw(self, request: _Request, space: dict[str, BaseDistribution]) -> dict[str, Any]:
         """Draw a whole point; what the base sampler leaves open is drawn one by one."""
@@ -314,7 +320,7 @@ class CandidateFilter:
         near = nearest_admitted(admission, last, space, state.fixed, self._generator)
         if near is not None:
             relative = {name: near[name] for name in state.base_space if name in near}
-            whole = _optuna.whole_study(request.study)
+            whole = _optuna.unwrap_study(request.study)
             _optuna.share_relative_params(whole, request.trial, relative)
         return near, "moved"
 
@@ -363,7 +369,7 @@ class CandidateFilter:
         """
         trial, point = request.trial, request.state.drawn
         space = {**request.admission.space, **request.state.space}
-        whole = _optuna.whole_study(request.study)
+        whole = _optuna.unwrap_study(request.study)
         # In the order of earlier rows: BruteForceSampler takes it for the path down its tree.
         for name in space:
             if name in trial.params or name not in point:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.spaces import place_of
-from optuna_quota._footprint.spaces import value_at
+from optuna_quota._footprint.search_space import position_of
+from optuna_quota._footprint.search_space import value_at
 from optuna_quota._sampler.admission import is_admitted
 from optuna_quota._sampler.admission import PointAdmission
 
@@ -80,7 +80,7 @@ class _Search:
         from optuna.distributions import CategoricalDistribution
 
         self._admission, self._point, self._free, self._fixed = admission, point, free, fixed
-        self._start = np.array([place_of(each, point[name]) for name, each in free.items()])
+        self._start = np.array([position_of(each, point[name]) for name, each in free.items()])
         self._categorical = np.array(
             [isinstance(each, CategoricalDistribution) for each in free.values()]
         )

@@ -13,8 +13,8 @@ from optuna.exceptions import TrialPruned
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.settle import write
-from optuna_quota._enforcement.watches import find_watch
+from optuna_quota._enforcement.active_trials import find_watch
+from optuna_quota._enforcement.trial_result import write
 from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
@@ -25,8 +25,8 @@ from optuna_quota._records import RESERVATION
 from optuna_quota._records import TIMELINE
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Outcome
-from optuna_quota._storage_retry import passes
-from optuna_quota._storage_retry import patiently
+from optuna_quota._storage_retry import is_transient
+from optuna_quota._storage_retry import retry
 from optuna_quota.exceptions import QuotaExhausted
 from optuna_quota.exceptions import StudyRejected
 from optuna_quota.exceptions import TrialRejected
@@ -54,7 +54,7 @@ def fail_unfinished_trial(study: Study, trial: FrozenTrial) -> Iterator[None]:
         yield
     except BaseException as error:
         if _optuna.in_ask() or not isinstance(error, (Exception, KeyboardInterrupt)):
-            finish_row(_optuna.whole_study(study), trial, error, admitted=True)
+            finish_row(_optuna.unwrap_study(study), trial, error, admitted=True)
         raise
 
 
@@ -85,10 +85,10 @@ def finish_row(study: Study, trial: FrozenTrial, error: BaseException, *, admitt
     # Twice, whatever the first fault: a row left RUNNING would keep its reservation.
     for is_last in (False, True):
         try:
-            patiently(lambda: _optuna.finish_row(storage, trial_id, state))
+            retry(lambda: _optuna.finish_row(storage, trial_id, state))
             return
         except Exception as fault:  # noqa: BLE001 - any backend's own; the hook's error goes first
-            if is_last or passes(fault):
+            if is_last or is_transient(fault):
                 _logger.warning(f"Trial {trial.number} could not be finished: {fault!r}.")
                 return
 
@@ -108,5 +108,5 @@ def clear_copied_attributes(study: Study, trial: FrozenTrial) -> None:
     system: dict[str, Any] = {TIMELINE: None} if TIMELINE in trial.system_attrs else {}
     if copied or system:
         storage = _optuna.storage_of(study)
-        patiently(lambda: _optuna.write_attributes(storage, trial_id, copied, system))
+        retry(lambda: _optuna.write_attributes(storage, trial_id, copied, system))
         trial.user_attrs = {**trial.user_attrs, **copied}

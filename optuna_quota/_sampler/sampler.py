@@ -16,12 +16,12 @@ from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.constraints import equal_constraints
-from optuna_quota._enforcement.nesting import demanding_samplers
-from optuna_quota._enforcement.pruner import enforce_outside
-from optuna_quota._enforcement.settle import note_ignored_rejection
-from optuna_quota._enforcement.settle import row_of
-from optuna_quota._footprint.given import as_footprint
+from optuna_quota._enforcement.constraints import uniform_constraints
+from optuna_quota._enforcement.nesting import samplers_requiring_uniform_constraints
+from optuna_quota._enforcement.pruner import wrap_nesting_pruner
+from optuna_quota._enforcement.trial_result import read_row
+from optuna_quota._enforcement.trial_result import record_ignored_rejection
+from optuna_quota._footprint.user_given import as_footprint
 from optuna_quota._ledger import LEASE
 from optuna_quota._ledger import Refusal
 from optuna_quota._metering import check_names
@@ -183,7 +183,7 @@ class QuotaSampler(BaseSampler):
         self._projection = StudyProjection(
             strategy, self._options.footprint, self.base_sampler, quota, confidence
         )
-        self._demanding = demanding_samplers(self.base_sampler)
+        self._demanding = samplers_requiring_uniform_constraints(self.base_sampler)
         self._sessions = StudySessions()
         self._lock = threading.Lock()
         self._projection.admit(self.limits or Limits())
@@ -205,7 +205,7 @@ class QuotaSampler(BaseSampler):
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Admit a trial and start its metering, or keep it from running."""
-        whole = _optuna.whole_study(study)
+        whole = _optuna.unwrap_study(study)
         asked = _optuna.in_ask()
         if metering_loop().find(key_of(whole, trial)) is not None and not asked:
             # Another Trial object for a trial that this process runs already.
@@ -227,7 +227,7 @@ class QuotaSampler(BaseSampler):
         return not session.ledger.take(trial)
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
-        enforce_outside(whole)
+        wrap_nesting_pruner(whole)
         limits = limits_in_force(whole, self.limits)
         session = self._session(whole, limits)
         if not session.decided:
@@ -239,7 +239,7 @@ class QuotaSampler(BaseSampler):
             footprint=self.footprint.amounts() if isinstance(self.footprint, Usage) else {},
             bounds=session.candidates.footprint.bounds_before_start(self.quota.held, fixed),
             n_jobs=None if self.strategy is None else self.strategy.n_jobs,
-            is_over=lambda: _optuna.is_over(whole) and objective_uses_trial(whole),
+            is_over=lambda: _optuna.is_optimize_ending(whole) and objective_uses_trial(whole),
         )
         if isinstance(grant, Refusal):
             session.refuse(whole, trial, grant)
@@ -295,11 +295,11 @@ class QuotaSampler(BaseSampler):
         values: Sequence[float] | None,
     ) -> None:
         """Settle a trial before its row is finished, and end the study with its quota."""
-        whole = _optuna.whole_study(study)
+        whole = _optuna.unwrap_study(study)
         session = self._session(whole, self.limits or Limits())
         if session.is_refused(trial):
             if state == TrialState.COMPLETE:
-                note_ignored_rejection(whole, trial)
+                record_ignored_rejection(whole, trial)
             return
         try:
             self.base_sampler.after_trial(study, trial, state, values)
@@ -310,7 +310,7 @@ class QuotaSampler(BaseSampler):
                 raise
             session.warn_of_constraints(trial, error)
         finally:
-            self._settle(session, whole, trial, state)
+            self._finish_trial(session, whole, trial, state)
         self._check_quota(session, whole)
 
     def project(self, study: Study) -> Projection:
@@ -341,7 +341,7 @@ class QuotaSampler(BaseSampler):
             return
         learner = session.candidates.footprint.learner
         learner.learn(session.ledger.trials)
-        projection = session.warning.check(learner.usable, lambda: self.project(study))
+        projection = session.warning.check(learner.n_observations, lambda: self.project(study))
         if projection is None or self.on_projected == "continue":
             return
         if self.on_projected == "raise":
@@ -349,17 +349,17 @@ class QuotaSampler(BaseSampler):
         if _optuna.in_optimize_loop(study):
             study.stop()
 
-    def _settle(
+    def _finish_trial(
         self, session: StudySession, study: Study, trial: FrozenTrial, state: TrialState
     ) -> None:
         """Settle a trial; its result is stored after this and must not be lost to any fault."""
-        error, told = _optuna.objective_error(), _optuna.what_was_told()
+        error, told = _optuna.objective_error(), _optuna.find_tell_call()
         try:
             # The base sampler may have written into the row.
             written = _optuna.may_write_constraints(self.base_sampler)
-            row = row_of(study, trial) if written else trial
+            row = read_row(study, trial) if written else trial
             limits = limits_in_force(study, self.limits)
-            session.settle(study, row, state, limits, error, told)
+            session.finish_trial(study, row, state, limits, error, told)
             session.end_when_exhausted(study)
         except Exception as fault:  # noqa: BLE001 - any backend's own
             _logger.warning(f"Trial {trial.number} could not be settled: {fault!r}.")
@@ -368,10 +368,10 @@ class QuotaSampler(BaseSampler):
         """Return the study with equal constraints of all trials where the sampler demands them."""
         if not self._demanding:
             return study
-        limits = limits_in_force(_optuna.whole_study(study), self.limits)
+        limits = limits_in_force(_optuna.unwrap_study(study), self.limits)
 
         def constrain(trials: Sequence[FrozenTrial]) -> Sequence[Mapping[str, float]]:
-            found = equal_constraints(trials, limits)
+            found = uniform_constraints(trials, limits)
             n_constraints = len(found[0]) if found else 0
             for sampler in self._demanding:
                 _optuna.forget_constraint_models(sampler, n_constraints, n_params)
@@ -380,7 +380,7 @@ class QuotaSampler(BaseSampler):
         return cast("Study", _optuna.ConstrainedStudy(study, constrain))
 
     def _session_of(self, study: Study) -> StudySession:
-        return self._session(_optuna.whole_study(study), self.limits or Limits())
+        return self._session(_optuna.unwrap_study(study), self.limits or Limits())
 
     def _session(self, study: Study, limits: Limits) -> StudySession:
         with self._lock:

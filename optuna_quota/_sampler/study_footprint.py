@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.completions import completions
-from optuna_quota._footprint.completions import whole_points
-from optuna_quota._footprint.corrected import Correction
+from optuna_quota._footprint.footprint import BaseFootprint
 from optuna_quota._footprint.footprint import Footprint
-from optuna_quota._footprint.given import as_footprint
-from optuna_quota._footprint.given import Expectation
-from optuna_quota._footprint.given import GivenFootprint
-from optuna_quota._footprint.learner import Learner
+from optuna_quota._footprint.online import Learner
+from optuna_quota._footprint.search_space import certain_completions
+from optuna_quota._footprint.search_space import likely_completions
+from optuna_quota._footprint.user_given import as_footprint
+from optuna_quota._footprint.user_given import FootprintCalibrator
+from optuna_quota._footprint.user_given import UserFootprint
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Usage
 from optuna_quota._sampler.admission import PointAdmission
@@ -52,7 +52,7 @@ class Forecast:
         admission: Decides which points may run; None when all may.
     """
 
-    expected: Expectation | None = None
+    expected: BaseFootprint | None = None
     is_reliable: bool = False
     admission: PointAdmission | None = None
 
@@ -74,12 +74,12 @@ class StudyFootprint:
         self.learner = Learner(self._earlier, confidence=options.confidence)
         self.given = None if stated is None or self._earlier else as_footprint(stated)
         self._options = options
-        self._correction = None
-        if isinstance(self.given, GivenFootprint) and not isinstance(self.given.usage, Usage):
-            self._correction = Correction(self.given)
+        self._calibrator = None
+        if isinstance(self.given, UserFootprint) and not isinstance(self.given.usage, Usage):
+            self._calibrator = FootprintCalibrator(self.given)
         # What the newest trial started with, and its upper bounds over recent points.
-        self._reliable: Expectation | None = self._earlier or self.given
-        self._recent_bounds: tuple[Expectation, dict[str, float]] | None = None
+        self._reliable: BaseFootprint | None = self._earlier or self.given
+        self._recent_bounds: tuple[BaseFootprint, dict[str, float]] | None = None
 
     def forecast(self, trials: Sequence[FrozenTrial], limits: Limits) -> Forecast:
         """Return what is known after all trials of the study.
@@ -93,7 +93,7 @@ class StudyFootprint:
         # A constant usage does not tell points apart: the study's own trials have to.
         judge = learned if isinstance(self._options.footprint, Usage) else expected
         reliable = bool(
-            self._correction or judge is self.given or self._earlier or self._has_enough()
+            self._calibrator or judge is self.given or self._earlier or self._has_enough()
         )
         self._reliable = expected if reliable else None
         threshold = self._options.breach_probability
@@ -105,29 +105,29 @@ class StudyFootprint:
             self._recent_points(),
             self.learner.space,
             threshold,
-            complete=None if self._correction is None else self._completed_points(),
+            complete=None if self._calibrator is None else self._completed_points(),
             declared=self._options.declared,
         )
         return Forecast(expected, reliable, admission)
 
-    def corrected(self, learned: Footprint | None) -> Expectation | None:
+    def corrected(self, learned: Footprint | None) -> BaseFootprint | None:
         """Return the stated function corrected by the study's trials, None while it is not."""
-        if self._correction is None or learned is None or not self._has_enough():
+        if self._calibrator is None or learned is None or not self._has_enough():
             return None
         try:
-            return self._correction.after(learned, self.learner.rows)
+            return self._calibrator.calibrate(learned, self.learner.observations)
         except (ArithmeticError, ValueError, np.linalg.LinAlgError) as fault:
             _logger.warning(f"The stated footprint could not be corrected: {fault!r}.")
             return None
 
     def is_complete(self, params: Mapping[str, Any]) -> bool:
         """Return whether the stated footprint can be computed from these parameters."""
-        if self._correction is None:
+        if self._calibrator is None:
             return True
         declared = self._options.declared
         if declared is not None and declared <= params.keys():
             return True
-        return whole_points(params, self._completed_points())[-1:] == [params]
+        return certain_completions(params, self._completed_points())[-1:] == [params]
 
     def bounds_before_start(
         self, held: Mapping[str, float], fixed: Mapping[str, Any]
@@ -142,12 +142,12 @@ class StudyFootprint:
         if expected is None or not held:
             return {}
         points = self._recent_points(_RECENT_BOUNDS)
-        if fixed and completions(fixed, points) == [fixed]:
+        if fixed and likely_completions(fixed, points) == [fixed]:
             found = _upper_bounds(expected, [fixed])
         elif self._recent_bounds is not None and self._recent_bounds[0] is expected:
             found = self._recent_bounds[1]
         else:
-            if not points and not isinstance(expected, GivenFootprint):
+            if not points and not isinstance(expected, UserFootprint):
                 points = list(expected.points[-_RECENT_BOUNDS:])
             found = _upper_bounds(expected, points)
             self._recent_bounds = expected, found
@@ -158,7 +158,7 @@ class StudyFootprint:
         if forecast.expected is None or not forecast.is_reliable:
             return {}
         past = self._recent_points()
-        if not point or (past and completions(point, past) != [point]):
+        if not point or (past and likely_completions(point, past) != [point]):
             return {}
         return _upper_bounds(forecast.expected, [point])
 
@@ -172,18 +172,23 @@ class StudyFootprint:
 
     def _has_enough(self) -> bool:
         # While nearly all trials were stopped, nothing shows that others would not be.
-        return self.learner.usable >= MIN_TRIALS and self.learner.told >= _MIN_UNCENSORED
+        return (
+            self.learner.n_observations >= MIN_TRIALS
+            and self.learner.n_uncensored >= _MIN_UNCENSORED
+        )
 
     def _recent_points(self, count: int = _RECENT) -> list[Mapping[str, Any]]:
-        return [row.params for row in self.learner.rows[-count:]]
+        return [row.params for row in self.learner.observations[-count:]]
 
     def _completed_points(self) -> list[Mapping[str, Any]]:
-        return [row.params for row in self.learner.rows[-_RECENT:] if row.whole]
+        return [row.params for row in self.learner.observations[-_RECENT:] if row.is_complete]
 
 
-def _upper_bounds(expected: Expectation, points: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _upper_bounds(
+    expected: BaseFootprint, points: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
     """Return the largest upper bound over points, by resource."""
-    margin = 1.0 if isinstance(expected, GivenFootprint) else _BOUND_MARGIN
+    margin = 1.0 if isinstance(expected, UserFootprint) else _BOUND_MARGIN
     found: dict[str, float] = {}
     try:
         for point in points:

@@ -16,10 +16,10 @@ from optuna.samplers import RandomSampler
 from optuna.search_space import intersection_search_space
 
 from optuna_quota import _optuna
-from optuna_quota._footprint.given import as_footprint
-from optuna_quota._footprint.given import UnansweredError
-from optuna_quota._footprint.rows import footprint_row
-from optuna_quota._footprint.whereabouts import points_to_come
+from optuna_quota._footprint.future_points import simulate_future_points
+from optuna_quota._footprint.observations import read_observation
+from optuna_quota._footprint.user_given import as_footprint
+from optuna_quota._footprint.user_given import UnknownFootprintError
 from optuna_quota._ledger import status
 from optuna_quota._projection import describe_nearest
 from optuna_quota._projection import project
@@ -121,7 +121,7 @@ class StudyProjection:
             raise ValueError("`strategy` must be given to QuotaSampler to project a study.")
         learner, stated = footprint.learner, footprint.given
         learned = learner.learn(study.get_trials(deepcopy=False), fresh=True)
-        trusted = learned is not None and (stated is None or learner.usable >= MIN_TRIALS)
+        trusted = learned is not None and (stated is None or learner.n_observations >= MIN_TRIALS)
         expected = footprint.corrected(learned) or (learned if trusted else stated)
         used = _used(study)
         rest = self._rest(used)
@@ -132,15 +132,15 @@ class StudyProjection:
                 "A running projection must have a footprint or finished trials to go by, but "
                 f"{study.study_name!r} has none."
             )
-        rows = learner.rows
+        rows = learner.observations
         if stated is not None and expected is not learned:
             # Others may have ended before a parameter that a user's function needs.
-            rows = [row for row in rows if row.whole]
-        kind = _optuna.beneath_fixed(self.base_sampler)
+            rows = [row for row in rows if row.is_complete]
+        kind = _optuna.unwrap_partial_fixed(self.base_sampler)
         adaptive = not (enumerates_points(kind) or isinstance(kind, (RandomSampler, QMCSampler)))
         points = None
         if rows and (rest.search_space is None or adaptive):
-            points = points_to_come(rows, rest.n_trials, adaptive=adaptive)
+            points = simulate_future_points(rows, rest.n_trials, adaptive=adaptive)
         return self._project(rest, expected, limits, used, points)
 
     def _rest(self, used: Mapping[str, float]) -> Strategy | None:
@@ -188,12 +188,14 @@ def _conditional_points(
     space: Mapping[str, BaseDistribution], trials: Sequence[FrozenTrial], n_trials: int
 ) -> Sequence[Mapping[str, Any]] | None:
     """Return points to come where trials had conditional parameters, else None."""
-    known = (row for trial in trials if (row := footprint_row(trial)) is not None and row.params)
+    known = (
+        row for trial in trials if (row := read_observation(trial)) is not None and row.params
+    )
     # Others may have ended before a parameter that a user's function needs.
-    rows = [row for row in known if row.whole]
+    rows = [row for row in known if row.is_complete]
     if all(row.distributions.keys() <= space.keys() for row in rows):
         return None
-    return points_to_come(rows, n_trials, adaptive=False)
+    return simulate_future_points(rows, n_trials, adaptive=False)
 
 
 class QuotaWarning:
@@ -217,7 +219,7 @@ class QuotaWarning:
             projection = project()
         except (ArithmeticError, LookupError, ValueError) as fault:
             # A user's function that fails was reported before.
-            level = logging.DEBUG if isinstance(fault, UnansweredError) else logging.WARNING
+            level = logging.DEBUG if isinstance(fault, UnknownFootprintError) else logging.WARNING
             _logger.log(level, f"The rest of the strategy could not be projected: {fault!r}.")
             return None
         if projection.probability > 1 - projection.confidence:

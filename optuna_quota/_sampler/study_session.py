@@ -17,13 +17,13 @@ from weakref import WeakValueDictionary
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.excused import constraints_warning
+from optuna_quota._enforcement.active_trials import find_watch
+from optuna_quota._enforcement.active_trials import start_watch
+from optuna_quota._enforcement.constraints import constraints_warning
 from optuna_quota._enforcement.interrupt import Interrupter
 from optuna_quota._enforcement.nesting import quota_pruners
-from optuna_quota._enforcement.settle import reject
-from optuna_quota._enforcement.settle import settle
-from optuna_quota._enforcement.watches import find_watch
-from optuna_quota._enforcement.watches import start_watch
+from optuna_quota._enforcement.trial_result import record_rejection
+from optuna_quota._enforcement.trial_result import record_result
 from optuna_quota._ledger import gpus_here
 from optuna_quota._ledger import Grant
 from optuna_quota._ledger import Ledger
@@ -145,14 +145,14 @@ class StudySession:
             self._has_garbage = False
             gc.collect()
 
-    def settle(
+    def finish_trial(
         self,
         study: Study,
         trial: FrozenTrial,
         state: TrialState,
         limits: Limits,
         error: BaseException | None = None,
-        told: _optuna.Told | None = None,
+        told: _optuna.TellCall | None = None,
     ) -> None:
         """Close a trial's metering, write its record, and book its usage in the ledger."""
         trial_id = _optuna.trial_id_of(trial)
@@ -172,7 +172,7 @@ class StudySession:
                 watch.verdict = Verdict("rejected", verdict.reason)
             completed = state == TrialState.COMPLETE
             footprint, expected = self.candidates.finish(trial, completed=completed)
-            usage = settle(
+            usage = record_result(
                 study,
                 trial,
                 watch,
@@ -184,7 +184,7 @@ class StudySession:
                 told=told,
             ).usage
         finally:
-            self.ledger.settle(trial_id, usage)
+            self.ledger.charge(trial_id, usage)
 
     def end_when_exhausted(self, study: Study) -> None:
         """End ``optimize`` when a total quota is used up."""
@@ -211,12 +211,12 @@ class StudySession:
         ):
             raise QuotaExhausted(refusal.reason, **figures)  # type: ignore[arg-type]
         self._refused.add(_optuna.trial_id_of(trial))
-        reject(study, trial, refusal.reason)
+        record_rejection(study, trial, refusal.reason)
 
         def raise_rejected() -> NoReturn:
             raise TrialRejected(refusal.reason, **figures)  # type: ignore[arg-type]
 
-        _optuna.poison(trial, raise_rejected)
+        _optuna.raise_on_next_suggest(trial, raise_rejected)
         if refusal.late:
             return
         self._log_end(refusal.reason)

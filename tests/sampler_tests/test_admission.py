@@ -11,8 +11,8 @@ from optuna.distributions import FloatDistribution
 import pytest
 
 from optuna_quota import Limits
-from optuna_quota._footprint.completions import completions
 from optuna_quota._footprint.footprint import joint_breach
+from optuna_quota._footprint.search_space import likely_completions
 from optuna_quota._records import Interval
 from optuna_quota._sampler.admission import is_admitted
 from optuna_quota._sampler.admission import is_audit_due
@@ -128,8 +128,8 @@ PAST: list[dict[str, Any]] = [
 def test_a_partial_point_is_completed_as_in_earlier_trials(
     known: dict[str, Any], expected: list[dict[str, Any]]
 ) -> None:
-    assert completions(known, PAST) == expected
+    assert likely_completions(known, PAST) == expected
 
 
 def test_without_earlier_trials_a_point_is_complete() -> None:
-    assert completions({"x": 1}, []) == [{"x": 1}]
+    assert likely_completions({"x": 1}, []) == [{"x": 1}]

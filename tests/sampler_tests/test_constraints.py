@@ -23,8 +23,8 @@ from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
-from optuna_quota._enforcement.constraints import equal_constraints
 from optuna_quota._enforcement.constraints import limit_constraints
+from optuna_quota._enforcement.constraints import uniform_constraints
 from optuna_quota._resources import Breach
 
 
@@ -366,7 +366,7 @@ def completed_row(usage: dict[str, Any], **system: Any) -> optuna.trial.FrozenTr
 
 def test_equal_constraints_are_those_of_the_limits_in_force() -> None:
     limits = Limits(memory=100, wall_time=10)
-    found = equal_constraints(
+    found = uniform_constraints(
         [
             completed_row({"memory": 50}),
             completed_row({"memory": 90, "wall_time": 20}),
@@ -383,14 +383,14 @@ def test_equal_constraints_are_those_of_the_limits_in_force() -> None:
         {"quota:memory": pytest.approx(-0.1), "quota:wall_time": 0.0},
     ]
     assert len({tuple(each) for each in found}) == 1
-    assert equal_constraints([completed_row({"memory": 50})], Limits()) == [{}]
+    assert uniform_constraints([completed_row({"memory": 50})], Limits()) == [{}]
 
 
 def test_equal_constraints_begin_with_those_of_the_user() -> None:
     joined = {"constraints": [0.5, -7.0, 3.0], "quota:constrained": ["memory"]}
     keyed = {"constraints:1": -2.0, "constraints:quota:memory": 3.0}
     rows = [completed_row({"memory": 50}, **each) for each in (joined, keyed, {})]
-    assert equal_constraints(rows, Limits(memory=100)) == [
+    assert uniform_constraints(rows, Limits(memory=100)) == [
         {"0": 0.5, "1": -7.0, "quota:memory": -0.5},
         {"0": 0.0, "1": -2.0, "quota:memory": -0.5},
         {"0": 0.0, "1": 0.0, "quota:memory": -0.5},
