@@ -10,9 +10,11 @@ from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna_quota._records import Interval
+from optuna_quota._records import is_lower_bound
+from optuna_quota._records import may_be_lower_bound
+from optuna_quota._records import outcome_of
 from optuna_quota._records import read_record
 from optuna_quota._records import TrialRecord
-from optuna_quota._resources import get_resource
 from optuna_quota._resources import Usage
 from optuna_quota._resources import USAGE_RESOURCES
 
@@ -65,14 +67,13 @@ def footprint_row(trial: FrozenTrial) -> FootprintRow | None:
     usage = _with_clock_time(trial, record, _lower_bounds(record))
     if record.outcome == "rejected" or not usage.amounts():
         return None
-    censored = _censored(trial, record, usage)
-    pruned = trial.state.name == "PRUNED"
+    end, names = (outcome_of(trial, record), record.censored_by), usage.amounts()
     return FootprintRow(
         params=trial.params,
         distributions=trial.distributions,
         usage=usage,
-        censored=censored,
-        unsure=frozenset(usage.amounts()) - censored if pruned else frozenset(),
+        censored=frozenset(name for name in names if is_lower_bound(name, *end)),
+        unsure=frozenset(name for name in names if may_be_lower_bound(name, *end)),
         projected=record.footprint,
         whole=trial.state.name == "COMPLETE",
     )
@@ -103,18 +104,3 @@ def _lower_bounds(record: TrialRecord) -> Usage:
         return usage
     raised: dict[str, Any] = {breach.resource: breach.limit}
     return replace(usage, **raised)
-
-
-def _censored(trial: FrozenTrial, record: TrialRecord, usage: Usage) -> frozenset[str]:
-    names = usage.amounts()
-    totals = {name for name in names if not get_resource(name).peak}
-    if trial.state.name == "FAIL":
-        return frozenset(names)
-    if record.breach is not None:
-        # What a trial stopped for its memory would have needed of time is not known either; one
-        # stopped for its time has mostly seen its memory peak.
-        stopped_early = set(names) if get_resource(record.breach.resource).peak else totals
-        return frozenset(stopped_early | {record.breach.resource}) & frozenset(names)
-    if trial.state.name == "PRUNED":
-        return frozenset(totals)
-    return frozenset()
