@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
     from optuna.trial import FrozenTrial
 
-    from optuna_quota._metering import Watch
+    from optuna_quota._metering import TrialMonitor
 
 
 _logger = logging.getLogger("optuna.quota.enforcement")
@@ -167,7 +167,7 @@ class TolerantConstraintsFunc:
 
 
 def tolerate_constraints_failure(
-    study: Study, trial: BaseTrial | FrozenTrial, watch: Watch
+    study: Study, trial: BaseTrial | FrozenTrial, watch: TrialMonitor
 ) -> None:
     """Let ``constraints_func`` of the study's sampler fail for a trial that is being stopped."""
     if watch.owner == "sampler":

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     from optuna.trial import Trial
 
+    from optuna_quota._metering import TrialMonitor
     from optuna_quota._metering import Verdict
-    from optuna_quota._metering import Watch
 
 
 _logger = logging.getLogger("optuna.quota.enforcement")
@@ -145,7 +145,7 @@ def _described(error: BaseException) -> str:
 def record_result(
     study: Study,
     trial: FrozenTrial,
-    watch: Watch | None,
+    watch: TrialMonitor | None,
     state: TrialState,
     *,
     limits: Limits | None = None,
@@ -217,7 +217,7 @@ def read_row(study: Study, trial: Trial | FrozenTrial) -> FrozenTrial:
 
 
 def build_record(
-    watch: Watch | None,
+    watch: TrialMonitor | None,
     usage: Usage,
     state: TrialState,
     *,

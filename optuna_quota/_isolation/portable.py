@@ -44,7 +44,7 @@ _START_TIME = 60.0
 _TOKEN_SIZE = 32
 
 
-def launch_plain() -> Launched:
+def launch_portable() -> Launched:
     """Start a trial's process.
 
     Raises:
@@ -53,7 +53,7 @@ def launch_plain() -> Launched:
     token = secrets.token_bytes(_TOKEN_SIZE)
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(_START_TIME)
-        command = interpreter("plain", server.getsockname()[1])
+        command = interpreter("portable", server.getsockname()[1])
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, start_new_session=os.name == "posix"
         )
