@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from optuna_quota._footprint.completions import completions
 from optuna_quota._footprint.footprint import joint_breach
+from optuna_quota._footprint.search_space import likely_completions
 from optuna_quota._sampler.admission import admit_point
 from optuna_quota._sampler.admission import audit_is_due
 
@@ -85,8 +85,8 @@ PAST: list[dict[str, Any]] = [
 def test_a_half_drawn_point_becomes_what_earlier_ones_became(
     known: dict[str, Any], expected: list[dict[str, Any]]
 ) -> None:
-    assert completions(known, PAST) == expected
+    assert likely_completions(known, PAST) == expected
 
 
 def test_without_a_past_a_point_is_what_it_is() -> None:
-    assert completions({"x": 1}, []) == [{"x": 1}]
+    assert likely_completions({"x": 1}, []) == [{"x": 1}]

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from optuna_quota._footprint.given import as_footprint
-from optuna_quota._footprint.spaces import narrowed
+from optuna_quota._footprint.search_space import narrow
+from optuna_quota._footprint.user_given import as_footprint
 from optuna_quota._projection.projection import ProjectedResource
 from optuna_quota._projection.projection import Projection
 from optuna_quota._projection.simulation import Plan
@@ -154,7 +154,7 @@ def _smaller_range(
     low, high, best = 0.0, 1.0, None
     for _ in range(_SEARCH_STEPS):
         share = (low + high) / 2
-        smaller = {**space, name: narrowed(space[name], share, upper=upper)}
+        smaller = {**space, name: narrow(space[name], share, upper=upper)}
         strategy = replace(plan.strategy, search_space=smaller)
         tried = replace(plan, strategy=strategy).simulate(unit, None, seed)
         if float(tried.within()[:, -1].mean()) >= confidence:
@@ -174,7 +174,7 @@ def _costliest(plan: Plan, simulation: Simulation, unit: np.ndarray) -> tuple[st
     typical = np.median(amounts, axis=0)
     effects = {}
     for column, (name, distribution) in enumerate((plan.strategy.search_space or {}).items()):
-        if narrowed(distribution, 0.5, upper=True) != distribution:
+        if narrow(distribution, 0.5, upper=True) != distribution:
             above = unit[:, column] > 0.5
             effects[name] = float(typical[above].mean() - typical[~above].mean())
     if not effects or not any(effects.values()):

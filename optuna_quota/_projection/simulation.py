@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from optuna_quota._footprint.given import Expectation
-from optuna_quota._footprint.spaces import latin_hypercube
-from optuna_quota._footprint.spaces import points_of
+from optuna_quota._footprint.footprint import BaseFootprint
+from optuna_quota._footprint.search_space import latin_hypercube
+from optuna_quota._footprint.search_space import points_from_unit_cube
 from optuna_quota._projection.projection import ProjectedResource
 from optuna_quota._projection.projection import Projection
 from optuna_quota._resources import get_resource
@@ -45,7 +45,7 @@ class Plan:
     """
 
     strategy: Strategy
-    footprint: Expectation
+    footprint: BaseFootprint
     quota: Quota
     limits: Limits
     used: dict[str, float]
@@ -57,7 +57,9 @@ class Plan:
         space = self.strategy.search_space
         pool = points
         if pool is None:
-            pool = self.footprint.points if unit is None else points_of(space or {}, unit)
+            pool = (
+                self.footprint.points if unit is None else points_from_unit_cube(space or {}, unit)
+            )
         if len(pool) == 0:
             raise ValueError(
                 "`strategy` must have a search_space when the footprint knows no points, "

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.completions import completions
-from optuna_quota._footprint.completions import whole_points
+from optuna_quota._footprint.footprint import BaseFootprint
 from optuna_quota._footprint.footprint import joint_breach
-from optuna_quota._footprint.given import Expectation
-from optuna_quota._footprint.spaces import spread_over
+from optuna_quota._footprint.search_space import certain_completions
+from optuna_quota._footprint.search_space import likely_completions
+from optuna_quota._footprint.search_space import spaced_values
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import Limits
@@ -106,7 +106,7 @@ class Gate:
         declared: All parameters, where the user said which they are.
     """
 
-    expected: Expectation
+    expected: BaseFootprint
     limits: Limits
     past: Sequence[Mapping[str, Any]]
     space: Mapping[str, BaseDistribution]
@@ -140,10 +140,10 @@ class Gate:
     def may_become(self, known: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         """Return points that can be judged and that a half-drawn one may become."""
         if self.whole is None:
-            return completions(known, self.past)
+            return likely_completions(known, self.past)
         if self.declared is not None and self.declared <= known.keys():
             return [known]
-        return whole_points(known, self.whole)
+        return certain_completions(known, self.whole)
 
     def _verdict(self, point: Mapping[str, Any]) -> PointVerdict:
         medians = {n: each.median for n, each in self.expected.intervals(point).items()}
@@ -164,7 +164,7 @@ class Gate:
         for name in point:
             if name in known or name not in self.space or chance <= self.threshold:
                 continue
-            tried = [{**point, name: value} for value in spread_over(self.space[name])]
+            tried = [{**point, name: value} for value in spaced_values(self.space[name])]
             # One that can't be judged is not known to be cheaper.
             chances = np.nan_to_num(self.chances(tried), nan=1.0)
             best = int(np.argmin(chances))

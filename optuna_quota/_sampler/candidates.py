@@ -27,14 +27,14 @@ from optuna.samplers import NSGAIISampler
 from optuna.samplers import TPESampler
 
 from optuna_quota import _optuna
-from optuna_quota._footprint.completions import completions
-from optuna_quota._footprint.completions import whole_points
-from optuna_quota._footprint.corrected import Correction
+from optuna_quota._footprint.footprint import BaseFootprint
 from optuna_quota._footprint.footprint import Footprint
-from optuna_quota._footprint.given import as_footprint
-from optuna_quota._footprint.given import Expectation
-from optuna_quota._footprint.given import GivenFootprint
-from optuna_quota._footprint.learner import Learner
+from optuna_quota._footprint.online import Learner
+from optuna_quota._footprint.search_space import certain_completions
+from optuna_quota._footprint.search_space import likely_completions
+from optuna_quota._footprint.user_given import as_footprint
+from optuna_quota._footprint.user_given import FootprintCalibrator
+from optuna_quota._footprint.user_given import UserFootprint
 from optuna_quota._records import Interval
 from optuna_quota._records import PROPOSED
 from optuna_quota._records import proposed_object
@@ -98,7 +98,7 @@ class _Trial:
     """One trial as its point is drawn."""
 
     gate: Gate | None
-    expected: Expectation | None
+    expected: BaseFootprint | None
     fixed: Mapping[str, Any]
     base_space: dict[str, BaseDistribution] = field(default_factory=dict)
     space: dict[str, BaseDistribution] = field(default_factory=dict)
@@ -130,9 +130,9 @@ class Proposals:
         given = None if rules.footprint is None or earlier else as_footprint(rules.footprint)
         self.learner = Learner(earlier, confidence=rules.confidence)
         self._earlier, self._given = earlier, given
-        self._correction = None
-        if isinstance(given, GivenFootprint) and not isinstance(given.usage, Usage):
-            self._correction = Correction(given)
+        self._calibrator = None
+        if isinstance(given, UserFootprint) and not isinstance(given.usage, Usage):
+            self._calibrator = FootprintCalibrator(given)
         self._base, self._rules = base_sampler, rules
         self._kind = _optuna.unwrap_partial_fixed(base_sampler)
         self._trials: dict[int, _Trial] = {}
@@ -141,20 +141,20 @@ class Proposals:
         self._told = False
         self._generator = np.random.default_rng(0)
         # What is known before a trial's point is, and the bounds by it of all that may come.
-        self._known: Expectation | None = earlier or given
-        self._bounds: tuple[Expectation, dict[str, float]] | None = None
+        self._known: BaseFootprint | None = earlier or given
+        self._bounds: tuple[BaseFootprint, dict[str, float]] | None = None
 
     @property
-    def given(self) -> Expectation | None:
+    def given(self) -> BaseFootprint | None:
         """What the user stated of each trial."""
         return self._given
 
-    def corrected(self, learned: Footprint | None) -> Expectation | None:
+    def corrected(self, learned: Footprint | None) -> BaseFootprint | None:
         """Return what the user stated as the study's trials correct it, None before they do."""
-        if self._correction is None or learned is None or not self._knows_enough():
+        if self._calibrator is None or learned is None or not self._knows_enough():
             return None
         try:
-            return self._correction.after(learned, self.learner.rows)
+            return self._calibrator.calibrate(learned, self.learner.observations)
         except (ArithmeticError, ValueError, np.linalg.LinAlgError) as fault:
             _logger.warning(f"The footprint given could not be corrected: {fault!r}.")
             return None
@@ -174,17 +174,17 @@ class Proposals:
         expected = self.corrected(learned) or self._given or learned
         # The same for all points tells none from another: the study's own trials have to.
         judge = learned if isinstance(self._rules.footprint, Usage) else expected
-        known = self._correction or judge is self._given or self._earlier or self._knows_enough()
+        known = self._calibrator or judge is self._given or self._earlier or self._knows_enough()
         gate = None
         if judge is not None and known and limits and self._rules.threshold < 1:
-            past = [row.params for row in self.learner.rows[-_PAST:]]
+            past = [row.params for row in self.learner.observations[-_PAST:]]
             gate = Gate(
                 judge,
                 limits,
                 past,
                 self.learner.space,
                 self._rules.threshold,
-                whole=None if self._correction is None else self._whole(),
+                whole=None if self._calibrator is None else self._whole(),
                 declared=self._rules.declared,
             )
         # A PartialFixedSampler may stand inside of ours or around it.
@@ -211,16 +211,16 @@ class Proposals:
             held: What all trials may hold at one moment, by resource: no bound is more.
             fixed: What it was enqueued with; as a whole it tells the point.
         """
-        expected, rows = self._known, self.learner.rows[-_PROMISED:]
+        expected, rows = self._known, self.learner.observations[-_PROMISED:]
         if expected is None or not held:
             return {}
-        if fixed and completions(fixed, [row.params for row in rows]) == [fixed]:
+        if fixed and likely_completions(fixed, [row.params for row in rows]) == [fixed]:
             found = _uppers(expected, [fixed])
         elif self._bounds is not None and self._bounds[0] is expected:
             found = self._bounds[1]
         else:
             points = [row.params for row in rows]
-            if not points and not isinstance(expected, GivenFootprint):
+            if not points and not isinstance(expected, UserFootprint):
                 points = list(expected.points[-_PROMISED:])
             found = _uppers(expected, points)
             self._bounds = expected, found
@@ -237,8 +237,8 @@ class Proposals:
         if state.expected is None or not state.is_known:
             return {}
         point = {**state.drawn, **trial.params, **drawn, **state.fixed}
-        past = [row.params for row in self.learner.rows[-_PAST:]]
-        if not point or (past and completions(point, past) != [point]):
+        past = [row.params for row in self.learner.observations[-_PAST:]]
+        if not point or (past and likely_completions(point, past) != [point]):
             return {}
         return _uppers(state.expected, [point])
 
@@ -328,7 +328,7 @@ class Proposals:
         intervals: Mapping[str, Interval] = {}
         # What was drawn and not suggested is no parameter of a trial that completed.
         params = trial.params if completed else {**state.drawn, **trial.params}
-        if completed or self._correction is None or self._is_whole(params):
+        if completed or self._calibrator is None or self._is_whole(params):
             with contextlib.suppress(KeyError):
                 intervals = state.expected.intervals(params)
         if state.rejected is None:
@@ -353,22 +353,22 @@ class Proposals:
 
     def _whole(self) -> list[Mapping[str, Any]]:
         """Return the points of the newest trials that completed."""
-        return [row.params for row in self.learner.rows[-_PAST:] if row.whole]
+        return [row.params for row in self.learner.observations[-_PAST:] if row.is_complete]
 
     def _is_whole(self, params: Mapping[str, Any]) -> bool:
         declared = self._rules.declared
         known = declared is not None and declared <= params.keys()
-        return known or whole_points(params, self._whole())[-1:] == [params]
+        return known or certain_completions(params, self._whole())[-1:] == [params]
 
     def _may_end_at(self, gate: Gate, point: Mapping[str, Any]) -> bool:
         """Return whether a row may hold no more than this point."""
         if not needs_whole_points(self._kind):
             return True
-        return bool(gate.past) and completions(point, gate.past) == [point]
+        return bool(gate.past) and likely_completions(point, gate.past) == [point]
 
     def _knows_enough(self) -> bool:
         # Where next to all trials were stopped, nothing says yet that others would not be.
-        return self.learner.usable >= FEWEST and self.learner.told >= _FEWEST_WHOLE
+        return self.learner.n_observations >= FEWEST and self.learner.n_uncensored >= _FEWEST_WHOLE
 
     def _state(self, trial: FrozenTrial) -> _Trial:
         # A trial that another process asked for, or one begun before a copy of the sampler.
@@ -471,9 +471,9 @@ class Proposals:
         )
 
 
-def _uppers(expected: Expectation, points: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _uppers(expected: BaseFootprint, points: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the largest upper bound at any of some points, by resource."""
-    margin = 1.0 if isinstance(expected, GivenFootprint) else _MARGIN
+    margin = 1.0 if isinstance(expected, UserFootprint) else _MARGIN
     found: dict[str, float] = {}
     try:
         for point in points:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.spaces import place_of
-from optuna_quota._footprint.spaces import value_at
+from optuna_quota._footprint.search_space import position_of
+from optuna_quota._footprint.search_space import value_at
 from optuna_quota._sampler.admission import Gate
 
 
@@ -77,7 +77,7 @@ class _Search:
         fixed: Mapping[str, Any],
     ) -> None:
         self._gate, self._point, self._free, self._fixed = gate, point, free, fixed
-        self._start = np.array([place_of(each, point[name]) for name, each in free.items()])
+        self._start = np.array([position_of(each, point[name]) for name, each in free.items()])
         self._whole = np.array([_is_category(each) for each in free.values()])
 
     def around(self, radius: float, generator: np.random.Generator) -> np.ndarray:

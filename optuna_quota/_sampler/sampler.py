@@ -23,8 +23,8 @@ from optuna_quota._enforcement.nesting import samplers_requiring_uniform_constra
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
 from optuna_quota._enforcement.trial_result import read_row
 from optuna_quota._enforcement.trial_result import record_ignored_rejection
-from optuna_quota._footprint.given import as_footprint
-from optuna_quota._footprint.given import UnansweredError
+from optuna_quota._footprint.user_given import as_footprint
+from optuna_quota._footprint.user_given import UnknownFootprintError
 from optuna_quota._ledger import LEASE
 from optuna_quota._ledger import Refusal
 from optuna_quota._ledger import status
@@ -362,11 +362,11 @@ class QuotaSampler(BaseSampler):
         if self.strategy is None or not has_totals(self.quota):
             return
         session.proposals.learner.learn(session.ledger.trials)
-        if not session.warning.is_due(session.proposals.learner.usable):
+        if not session.warning.is_due(session.proposals.learner.n_observations):
             return
         try:
             projection = self.project(study)
-        except UnansweredError as fault:
+        except UnknownFootprintError as fault:
             # Told already.
             _logger.debug(f"The rest of the strategy could not be projected: {fault}")
             return

@@ -15,9 +15,9 @@ from optuna.samplers import RandomSampler
 from optuna.search_space import intersection_search_space
 
 from optuna_quota import _optuna
-from optuna_quota._footprint.given import as_footprint
-from optuna_quota._footprint.rows import footprint_row
-from optuna_quota._footprint.whereabouts import points_to_come
+from optuna_quota._footprint.future_points import simulate_future_points
+from optuna_quota._footprint.observations import read_observation
+from optuna_quota._footprint.user_given import as_footprint
 from optuna_quota._ledger import status
 from optuna_quota._projection import project
 from optuna_quota._projection import project_end
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
+    from optuna_quota._footprint.footprint import BaseFootprint
     from optuna_quota._footprint.footprint import Footprint
-    from optuna_quota._footprint.given import Expectation
-    from optuna_quota._footprint.learner import Learner
+    from optuna_quota._footprint.online import Learner
 
 
 _logger = logging.getLogger("optuna.quota.sampler")
@@ -54,7 +54,7 @@ def project_rest(
     given: Any,
     base_sampler: BaseSampler,
     *,
-    corrected: Callable[[Footprint | None], Expectation | None],
+    corrected: Callable[[Footprint | None], BaseFootprint | None],
     quota: Quota,
     limits: Limits,
     confidence: float,
@@ -76,7 +76,7 @@ def project_rest(
         ValueError: If nothing is known of what a trial uses.
     """
     learned = learner.learn(study.get_trials(deepcopy=False), fresh=True)
-    trusted = learned is not None and (given is None or learner.usable >= FEWEST)
+    trusted = learned is not None and (given is None or learner.n_observations >= FEWEST)
     expected = corrected(learned) or (learned if trusted else given)
     used = used_so_far(study, learner)
     rest = strategy.n_trials - int(used.get("n_trials", 0))
@@ -89,13 +89,13 @@ def project_rest(
         )
     kind = _optuna.unwrap_partial_fixed(base_sampler)
     adaptive = not draws_from_a_list(kind) and not isinstance(kind, (RandomSampler, QMCSampler))
-    rows = learner.rows
+    rows = learner.observations
     if given is not None and expected is not learned:
         # A user's function may need any parameter; other trials may have ended before theirs.
-        rows = [row for row in rows if row.whole]
+        rows = [row for row in rows if row.is_complete]
     points = None
     if rows and (strategy.search_space is None or adaptive):
-        points = points_to_come(rows, rest, adaptive=adaptive)
+        points = simulate_future_points(rows, rest, adaptive=adaptive)
     return project(
         replace(strategy, n_trials=rest),
         expected,
@@ -110,7 +110,7 @@ def project_rest(
 def used_so_far(study: Study, learner: Learner) -> dict[str, float]:
     """Return what a study used, by resource: the ledger's figures, and sums where it has none."""
     used: dict[str, float] = {"n_trials": 0.0}
-    for row in learner.rows:
+    for row in learner.observations:
         used["n_trials"] += 1
         for name in ("wall_time", "cpu_time", "gpu_time", "energy"):
             amount = row.usage.get(name)
@@ -218,12 +218,14 @@ def _points_beyond(
     space: Mapping[str, BaseDistribution], trials: Sequence[FrozenTrial], n_trials: int
 ) -> Sequence[Mapping[str, Any]] | None:
     """Return points as they will be drawn where some parameters hang on others, else None."""
-    known = (row for trial in trials if (row := footprint_row(trial)) is not None and row.params)
+    known = (
+        row for trial in trials if (row := read_observation(trial)) is not None and row.params
+    )
     # Others may have ended before all that a user's function needs was drawn.
-    rows = [row for row in known if row.whole]
+    rows = [row for row in known if row.is_complete]
     if all(row.distributions.keys() <= space.keys() for row in rows):
         return None
-    return points_to_come(rows, n_trials, adaptive=False)
+    return simulate_future_points(rows, n_trials, adaptive=False)
 
 
 def rejection(projection: Projection) -> StudyRejected:

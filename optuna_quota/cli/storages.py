@@ -52,9 +52,9 @@ def learn_footprint(study: Study, confidence: float = 0.95) -> Footprint:
         UsageError: If no trial says what it used.
     """
     from optuna_quota._footprint.footprint import Footprint
-    from optuna_quota._footprint.rows import footprint_row
+    from optuna_quota._footprint.observations import read_observation
 
-    found = [footprint_row(trial) for trial in study.get_trials(deepcopy=False)]
+    found = [read_observation(trial) for trial in study.get_trials(deepcopy=False)]
     rows = [row for row in found if row is not None]
     if not rows:
         raise UsageError(

@@ -30,7 +30,7 @@ from optuna_quota import Quota
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
 from optuna_quota import Usage
-from optuna_quota._footprint.rows import footprint_row
+from optuna_quota._footprint.observations import read_observation
 
 
 @pytest.fixture(autouse=True)
@@ -206,7 +206,7 @@ def test_a_given_footprint_decides_from_the_first_trial_on() -> None:
 
 def test_a_footprint_of_an_earlier_study_decides_from_the_first_trial_on() -> None:
     earlier = run_study(RandomSampler(seed=5), 40, breach_probability=1)
-    rows = [row for row in map(footprint_row, earlier.trials) if row is not None]
+    rows = [row for row in map(read_observation, earlier.trials) if row is not None]
     study = run_study(RandomSampler(seed=2), 15, footprint=Footprint.fit(rows))
     assert len(breaches(study)) <= 1
     assert len(breaches(earlier)) >= 8

@@ -18,8 +18,8 @@ from optuna_quota import QuotaSampler
 from optuna_quota import Strategy
 from optuna_quota import StudyRejected
 from optuna_quota import Usage
-from optuna_quota._footprint.rows import FootprintRow
-from optuna_quota._footprint.whereabouts import next_points
+from optuna_quota._footprint.future_points import draw_future_points
+from optuna_quota._footprint.observations import Observation
 
 
 def objective(trial: optuna.Trial) -> float:
@@ -106,10 +106,10 @@ def test_the_next_points_are_around_the_newest_ones_of_an_adaptive_sampler() -> 
         "n": IntDistribution(1, 100),
         "kind": CategoricalDistribution(["a", "b"]),
     }
-    old = [FootprintRow({"x": 1.0, "n": 1, "kind": "a"}, space, Usage()) for _ in range(30)]
-    new = [FootprintRow({"x": 900.0, "n": 90, "kind": "b"}, space, Usage()) for _ in range(20)]
-    staying = next_points([*old, *new], 400, adaptive=True)
-    spread = next_points([*old, *new], 400, adaptive=False)
+    old = [Observation({"x": 1.0, "n": 1, "kind": "a"}, space, Usage()) for _ in range(30)]
+    new = [Observation({"x": 900.0, "n": 90, "kind": "b"}, space, Usage()) for _ in range(20)]
+    staying = draw_future_points([*old, *new], 400, adaptive=True)
+    spread = draw_future_points([*old, *new], 400, adaptive=False)
     assert sum(point["x"] > 300 for point in staying) > 250
     assert 80 < sum(point["x"] > 100 for point in spread) < 200
     assert {point["kind"] for point in spread} == {"a", "b"}
@@ -129,9 +129,9 @@ def test_choices_that_others_hang_on_are_drawn_as_a_sampler_does_and_not_as_they
         "width": IntDistribution(8, 64),
         "bias": CategoricalDistribution([True, False]),
     }
-    rows = [FootprintRow({"kind": "tree", "depth": 3}, tree, Usage())] * 18
-    rows += [FootprintRow({"kind": "net", "width": 9, "bias": True}, net, Usage())] * 2
-    points = next_points(rows, 600, adaptive=False)
+    rows = [Observation({"kind": "tree", "depth": 3}, tree, Usage())] * 18
+    rows += [Observation({"kind": "net", "width": 9, "bias": True}, net, Usage())] * 2
+    points = draw_future_points(rows, 600, adaptive=False)
     trees = [point for point in points if point["kind"] == "tree"]
     nets = [point for point in points if point["kind"] == "net"]
     assert len(trees) + len(nets) == 600
