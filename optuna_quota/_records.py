@@ -52,6 +52,7 @@ from optuna_quota._resources import Outcome
 from optuna_quota._resources import OUTCOMES
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Usage
+from optuna_quota._resources import usage_from_amounts
 from optuna_quota._storage_retry import is_transient
 from optuna_quota._storage_retry import retry
 
@@ -397,7 +398,7 @@ def _read_usage(attributes: Mapping[str, Any]) -> Usage:
         amount = number(value)
         if name.isidentifier() and name not in _NOT_METERS and amount is not None:
             amounts[name] = amount
-    return Usage.from_amounts(amounts)
+    return usage_from_amounts(amounts)
 
 
 def _read_breach(value: Any) -> Breach | None:

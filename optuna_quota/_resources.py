@@ -128,7 +128,7 @@ def format_amount(resource: str, value: float | None) -> str:
     return "unknown" if value is None else get_resource(resource).format(value)
 
 
-class _Amounts:
+class Amounts:
     """Amounts by resource: the common part of limits and quotas."""
 
     _fields: tuple[str, ...] = ()
@@ -157,7 +157,7 @@ class _Amounts:
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Limits(_Amounts):
+class Limits(Amounts):
     """Ceilings on one trial; a trial over any of them is terminated.
 
     Example:
@@ -241,7 +241,7 @@ class Limits(_Amounts):
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Quota(_Amounts):
+class Quota(Amounts):
     """Ceilings on a whole study, across all its workers.
 
     Example:
@@ -424,12 +424,6 @@ class Usage:
         known = {name: value for name, value in values if value is not None}
         return {**known, **self.custom}
 
-    @classmethod
-    def from_amounts(cls, amounts: Mapping[str, float]) -> Usage:
-        """Return usage from amounts by resource, as :meth:`amounts` gives them."""
-        known, custom = _split(amounts, USAGE_RESOURCES)
-        return cls(**known, custom=custom)
-
     def get(self, resource: str) -> float | None:
         """Return the amount of a resource, None when unknown."""
         name = CHARGED_RESOURCES.get(resource, resource)
@@ -493,6 +487,12 @@ class Breach:
             if float(closer) > float(number):
                 return " ".join([closer, *unit])
         return f"more than {limit}"
+
+
+def usage_from_amounts(amounts: Mapping[str, float]) -> Usage:
+    """Return usage from amounts by resource, as :meth:`Usage.amounts` gives them."""
+    known, custom = _split(amounts, USAGE_RESOURCES)
+    return Usage(**known, custom=custom)
 
 
 def _split(
