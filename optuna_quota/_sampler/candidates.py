@@ -35,6 +35,7 @@ from optuna_quota._footprint.search_space import likely_completions
 from optuna_quota._records import Interval
 from optuna_quota._records import PROPOSED
 from optuna_quota._records import proposed_object
+from optuna_quota._records import write_attributes
 from optuna_quota._resources import Limits
 from optuna_quota._sampler.admission import is_audit_due
 from optuna_quota._sampler.admission import PointAdmission
@@ -388,7 +389,7 @@ class CandidateFilter:
             point, action, verdict.probability, verdict.resource, verdict.limit, verdict.median
         )
         storage, trial_id = _optuna.storage_of(request.study), _optuna.trial_id_of(request.trial)
-        _optuna.write_attributes(storage, trial_id, {PROPOSED: proposed}, {})
+        write_attributes(storage, trial_id, user={PROPOSED: proposed})
         with self._lock:
             logged, self._logged = self._logged, True
         (_logger.debug if logged else _logger.info)(

@@ -11,8 +11,7 @@ from optuna_quota import _optuna
 from optuna_quota._enforcement.nesting import pruner_limits
 from optuna_quota._enforcement.nesting import pruner_meters
 from optuna_quota._metering import Meter
-from optuna_quota._records import limits_object
-from optuna_quota._records import quota_object
+from optuna_quota._records import amounts_object
 from optuna_quota._records import STUDY_LIMITS
 from optuna_quota._records import STUDY_PRICES
 from optuna_quota._records import STUDY_QUOTA
@@ -57,8 +56,8 @@ def store_study_settings(study: Study, quota: Quota, limits: Limits) -> None:
     storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
     stored = storage.get_study_user_attrs(study_id)
     settings: dict[str, Mapping[str, float]] = {
-        STUDY_QUOTA: quota_object(quota),
-        STUDY_LIMITS: limits_object(limits),
+        STUDY_QUOTA: amounts_object(quota),
+        STUDY_LIMITS: amounts_object(limits),
     }
     if quota.prices:
         settings[STUDY_PRICES] = dict(quota.prices)

@@ -12,7 +12,6 @@ from typing import Any
 from typing import TYPE_CHECKING
 from typing import TypeVar
 
-from optuna_quota import _units
 from optuna_quota._resources import HELD_RESOURCES
 from optuna_quota._resources import LIMIT_RESOURCES
 from optuna_quota._resources import Limits
@@ -35,7 +34,6 @@ OVER_QUOTA = 3
 INTERRUPTED = 130
 
 _T = TypeVar("_T")
-_UNITLESS = (_units.parse_number, _units.parse_count)
 
 
 class UsageError(Exception):
@@ -197,7 +195,7 @@ def _parse_pairs(
             raise UsageError(f"{option}: unknown name {name!r}; {hint}")
         if name in pairs:
             raise UsageError(f"{option} {name} is given twice.")
-        unitless = numbers or RESOURCES[name].parse in _UNITLESS
+        unitless = numbers or not RESOURCES[name].unit.symbol
         pairs[name] = _parse_number(value, f"{option} {name}") if unitless else value
     return pairs
 
