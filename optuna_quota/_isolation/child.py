@@ -13,6 +13,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -26,6 +27,8 @@ from optuna_quota._isolation.child_trial import ChildTrial
 from optuna_quota._isolation.child_trial import MEASURE
 from optuna_quota._isolation.child_trial import TRIAL
 from optuna_quota._isolation.child_trial import TrialFacts
+from optuna_quota._isolation.control import BeginMonitoring
+from optuna_quota._isolation.control import ObjectiveBegins
 from optuna_quota._isolation.environment import enter_context
 from optuna_quota._isolation.environment import ProcessContext
 from optuna_quota._isolation.environment import seed
@@ -148,11 +151,13 @@ class Inherited:
 
     Attributes:
         start: What others are sent.
+        order: What their supervisor is sent.
         objective: The objective itself.
         sounding: The loggers that do more than pass on what they are given.
     """
 
     start: Start
+    order: BeginMonitoring
     objective: Any
     sounding: Sequence[logging.Logger]
 
@@ -164,7 +169,7 @@ _stop: PoliteStop | None = None
 def run_child(
     channel: Channel,
     *,
-    notice: int | None = None,
+    link: socket.socket | None = None,
     crash_file: int | None = None,
     inherited: Inherited | None = None,
     streams: bool = False,
@@ -173,14 +178,15 @@ def run_child(
 
     Args:
         channel: The connection to the study's process.
-        notice: Where the supervisor says why it stops the trial, before it sends SIGTERM.
+        link: The connection to the supervisor, which says why it stops the trial before it sends
+            a signal.
         crash_file: A descriptor for Python's traceback when the process dies of a signal.
         inherited: What the process has inherited; without it, the start message is received.
         streams: Whether standard output, standard error and other open files are sent before the
             start message.
     """
     global _calls, _stop
-    _stop = stop = PoliteStop(notice)
+    _stop = stop = PoliteStop(link)
     stop.install()
     _calls = Calls(channel, stop)
     own, grace_period = os.getpid(), 0.0
@@ -201,9 +207,8 @@ def run_child(
             os.environ.update(start.context.added)
             follow(start.output, _calls, inherited.sounding)
         rlimits.raise_oom_score()
-        supervisor = None if notice is None else os.getppid()
         objective = None if inherited is None else inherited.objective
-        outcome = _prepare_and_run(start, objective, buffers, supervisor)
+        outcome = _prepare_and_run(start, objective, buffers, link)
     except EOFError:
         return 1
     except BaseException as error:  # noqa: BLE001 - a stop before the objective was called
@@ -229,7 +234,7 @@ def _take_streams(channel: Channel) -> None:
 
 
 def _prepare_and_run(
-    start: Start, objective: Any, buffers: list[memoryview], supervisor: int | None
+    start: Start, objective: Any, buffers: list[memoryview], link: socket.socket | None
 ) -> Any:
     assert _calls is not None
     set_gpu_caps(start.limits.get("gpu_memory"), start.device_memory)
@@ -244,7 +249,12 @@ def _prepare_and_run(
     rlimits.reset_peak()
     restore_signals()
     end_preparation()
-    _calls.notify(Ready(os.getpid(), supervisor, _limit(start)))
+    data_limit = _limit(start)
+    supervisor = None
+    if link is not None:
+        supervisor = os.getppid()
+        link.send(pickle.dumps(ObjectiveBegins(data_limit)))
+    _calls.notify(Ready(os.getpid(), supervisor, data_limit))
     return _run(objective, trial)
 
 

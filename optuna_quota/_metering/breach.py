@@ -15,6 +15,7 @@ import math
 from typing import NamedTuple
 
 from optuna_quota._resources import Breach
+from optuna_quota._resources import CLOCK_RESOURCES
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import HELD_RESOURCES
 
@@ -216,12 +217,11 @@ class QuotaExtension:
             now: The time in seconds.
         """
         times = []
-        for name in ("wall_time", "trial_time"):
-            if name in ceilings:
-                limit, quota = ceilings[name]
-                times.append(started + limit)
-                if _is_extensible(name, quota):
-                    times.append(started + EXTENSION_THRESHOLD * limit)
+        for name in ceilings.keys() & set(CLOCK_RESOURCES):
+            limit, quota = ceilings[name]
+            times.append(started + limit)
+            if _is_extensible(name, quota):
+                times.append(started + EXTENSION_THRESHOLD * limit)
         times = [time for time in times if time > now]
         if self._requested_at is not None:
             times.append(max(now, self._requested_at + EXTENSION_TIMEOUT))

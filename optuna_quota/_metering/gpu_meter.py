@@ -32,9 +32,8 @@ from optuna_quota._metering.visible_gpus import has_gpu_open
 from optuna_quota._metering.visible_gpus import visible_gpus
 from optuna_quota._metering.warn import warn_once
 from optuna_quota._resources import get_resource
+from optuna_quota._resources import GPU_RESOURCES
 
-
-GPU_RESOURCES = ("gpu_memory", "gpu_time", "energy")
 
 # Seconds. A query takes 0.1 to several ms a device; the driver's own samples are 1/6 to 1 s apart.
 _PERIOD = 0.25

@@ -18,6 +18,7 @@ from optuna_quota._metering.breach import tightest_ceilings
 from optuna_quota._metering.gpu_attribution import GpuUse
 from optuna_quota._metering.meter import Meter
 from optuna_quota._resources import Breach
+from optuna_quota._resources import CLOCK_RESOURCES
 from optuna_quota._resources import Isolation
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Outcome
@@ -135,7 +136,7 @@ class TrialState:
         breach: The first breach; it stays.
         verdict: How the trial ended, once that is decided.
         owner: Which component writes the trial's record, ``"sampler"`` for the sampler.
-        settled: Whether the trial's record was written.
+        recorded: Whether the trial's record was written.
         closed: Whether metering has ended.
         environment: Environment variables of the trial's own process, such as the GPU assigned
             to it.
@@ -162,7 +163,7 @@ class TrialState:
         self.breach: Breach | None = None
         self.verdict: Verdict | None = None
         self.owner: str | None = None
-        self.settled = False
+        self.recorded = False
         self.closed = False
         self.environment: Mapping[str, str] = {}
         self.gpu: GpuUse | None = None
@@ -251,8 +252,8 @@ class TrialState:
             return None
         if self.extension is not None:
             return self.extension.deadline(self.started, self._ceilings, now)
-        times = (self.ceiling("wall_time"), self.ceiling("trial_time"))
-        return min((self.started + t for t in times if t is not None), default=None)
+        limits = (c.limit for name, c in self._ceilings.items() if name in CLOCK_RESOURCES)
+        return min((self.started + limit for limit in limits), default=None)
 
     def record_memory(self, now: float, memory: float | None, unseen_peak: float | None) -> None:
         """Record the memory now, and a peak between two samples."""
@@ -284,8 +285,8 @@ class TrialState:
         if "cpu_cores" in self._ceilings:
             amounts.update(self._cpu_cores(now, amounts.get("cpu_time")))
         elapsed = max(0.0, now - self.started)
-        amounts.setdefault("wall_time", elapsed)
-        amounts.setdefault("trial_time", elapsed)
+        for name in CLOCK_RESOURCES:
+            amounts.setdefault(name, elapsed)
         if self.prices:
             amounts["cost"] = sum(p * amounts.get(n, 0.0) / 3600 for n, p in self.prices.items())
         found = find_breaches(amounts, self._ceilings, elapsed)
@@ -312,8 +313,8 @@ class TrialState:
         self.isolation = "shared"
         self._timeline = Timeline()
         self._unseen_peak = None
-        peaks = [r.name for r in RESOURCES.values() if r.peak and r.name in USAGE_RESOURCES]
-        for name in (*peaks, *(m.name for m in self.meters if m.peak)):
+        peaks = [name for name in USAGE_RESOURCES if RESOURCES[name].peak]
+        for name in (*peaks, *(meter.name for meter in self.meters if meter.peak)):
             self.mark_unknown(name)
 
     def isolate(self) -> None:
@@ -324,7 +325,7 @@ class TrialState:
         self._unseen_peak = None
         self._timeline = Timeline()
         self._cpu_samples.clear()
-        if self.breach is not None and self.breach.resource not in ("wall_time", "trial_time"):
+        if self.breach is not None and self.breach.resource not in CLOCK_RESOURCES:
             self.breach = None
 
     def postpone(self, seconds: float) -> None:
