@@ -124,7 +124,7 @@ def report(kind: str, count: int, study: optuna.Study, admissions: int) -> None:
         ledger.reserve(row, limits=Limits(), footprint=FOOTPRINT)
         admits.append(time.perf_counter() - began)
         processor.append(time.process_time() - busy)
-        ledger.settle(trial_id_of(trial), Usage(cpu_time=9.0))
+        ledger.charge(trial_id_of(trial), Usage(cpu_time=9.0))
         study.tell(trial, state=TrialState.FAIL)
     # The first one of a process reads all rows once; reading all again shows what that costs.
     naive = [timed(lambda: sum_all(study)) for _ in range(3)]

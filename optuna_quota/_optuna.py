@@ -70,7 +70,7 @@ def trial_id_of(trial: Trial | FrozenTrial | BaseTrial) -> int:
     return trial._trial_id  # type: ignore[union-attr]
 
 
-def kept_row_of(trial: Trial | FrozenTrial) -> FrozenTrial:
+def cached_row(trial: Trial | FrozenTrial) -> FrozenTrial:
     """Return what Optuna itself remembers of a trial's row, without asking the storage."""
     kept: FrozenTrial | None = getattr(trial, "_cached_frozen_trial", None)
     return kept or cast("FrozenTrial", trial)
@@ -89,7 +89,7 @@ def call_at_rank_0(trial: BaseTrial, function: Callable[[], Any]) -> Any:
     return trial._call_and_communicate_obj(function)  # type: ignore[attr-defined]
 
 
-def whole_study(study: Study) -> Study:
+def unwrap_study(study: Study) -> Study:
     """Return the study itself where a hook got a view, such as on one bracket of Hyperband.
 
     The view refuses most attributes and does not know whether ``optimize`` runs.
@@ -118,7 +118,7 @@ def is_run_by_optimize(trial: Trial) -> bool:
     )
 
 
-def is_over(study: Study) -> bool:
+def is_optimize_ending(study: Study) -> bool:
     """Return whether ``optimize`` would begin no further trial in this thread.
 
     It was stopped or its ``timeout`` has passed, while a trial it had begun before waited.
@@ -147,7 +147,7 @@ def stale_trial_ids(storage: BaseStorage, study_id: int) -> list[int]:
     return storage._get_stale_trial_ids(study_id)
 
 
-def call_back_for_stale(study: Study, trial_id: int) -> None:
+def call_stale_trial_callback(study: Study, trial_id: int) -> None:
     """Call what the user gave the storage to be called for trials whose workers died.
 
     Optuna calls it for those alone that it has failed itself.
@@ -233,7 +233,7 @@ def objective_error() -> BaseException | None:
 
 
 @dataclass(frozen=True)
-class Told:
+class TellCall:
     """What ``tell`` was called with.
 
     Attributes:
@@ -247,7 +247,7 @@ class Told:
     problem: str | None = None
 
 
-def what_was_told() -> Told | None:
+def find_tell_call() -> TellCall | None:
     """Return what ``tell`` was called with, inside ``after_trial``; None where that is unknown."""
     frame = _find_frame("_tell_with_warning", "optuna.study._tell")
     caller = None if frame is None else frame.f_back
@@ -260,7 +260,7 @@ def what_was_told() -> Told | None:
     if frame.f_locals.get("state") == TrialState.FAIL and state is None:
         value = frame.f_locals.get("value_or_values")
         problem = frame.f_locals.get("values_conversion_failure_message") or repr(value)
-    return Told(by_user, state if isinstance(state, TrialState) else None, problem)
+    return TellCall(by_user, state if isinstance(state, TrialState) else None, problem)
 
 
 def replace_constraints_func(sampler: BaseSampler, replace: Callable[[Any], Any]) -> list[Any]:
@@ -509,14 +509,14 @@ def forget_constraint_models(sampler: BaseSampler, n_constraints: int, n_params:
         sampler._constraints_gprs_cache_list = None  # type: ignore[attr-defined]
 
 
-def poison(trial: FrozenTrial, refuse: Callable[[], NoReturn]) -> None:
+def raise_on_next_suggest(trial: FrozenTrial, refuse: Callable[[], NoReturn]) -> None:
     """Let whatever a running trial suggests next end in ``refuse``.
 
     ``Trial`` calls ``before_trial`` and only then reads the enqueued parameters from this very
     object, and looks into them first at each ``suggest_*``, before single-valued and relative
     parameters.
     """
-    trial.system_attrs = _PoisonedAttributes(trial.system_attrs, refuse)
+    trial.system_attrs = _RaisingAttributes(trial.system_attrs, refuse)
 
 
 def may_be_enqueued(trial: FrozenTrial) -> bool:
@@ -530,7 +530,7 @@ def fixed_params_of(trial: FrozenTrial) -> dict[str, Any]:
     return dict(fixed) if isinstance(fixed, dict) else {}
 
 
-def beneath_fixed(sampler: BaseSampler) -> BaseSampler:
+def unwrap_partial_fixed(sampler: BaseSampler) -> BaseSampler:
     """Return what draws the parameters that a PartialFixedSampler leaves open.
 
     Any other sampler is returned as it is.
@@ -540,11 +540,11 @@ def beneath_fixed(sampler: BaseSampler) -> BaseSampler:
     return sampler
 
 
-def fixed_by(sampler: BaseSampler) -> dict[str, Any]:
+def partial_fixed_params(sampler: BaseSampler) -> dict[str, Any]:
     """Return the parameters to which PartialFixedSamplers, one around another, give a value."""
     if not isinstance(sampler, PartialFixedSampler):
         return {}
-    return {**fixed_by(sampler._base_sampler), **sampler._fixed_params}
+    return {**partial_fixed_params(sampler._base_sampler), **sampler._fixed_params}
 
 
 def write_param(
@@ -555,7 +555,7 @@ def write_param(
     study._storage.set_trial_param(trial._trial_id, name, internal, distribution)
 
 
-def needs_its_own_point(sampler: BaseSampler) -> bool:
+def needs_drawn_point(sampler: BaseSampler) -> bool:
     """Return whether a sampler is told what it drew itself, whatever the trial ran with.
 
     CMA-ES with margin keeps its own continuous point of each trial in the row.
@@ -581,18 +581,18 @@ def share_relative_params(study: Study, trial: FrozenTrial, params: Mapping[str,
         storage.set_trial_system_attr(trial_id, f"{_TPE_PARAMS}:{index}", piece)
 
 
-class _PoisonedAttributes(dict[str, Any]):
+class _RaisingAttributes(dict[str, Any]):
     def __init__(self, attributes: Mapping[str, Any], refuse: Callable[[], NoReturn]) -> None:
         super().__init__(attributes)
         self._refuse = refuse
 
     def get(self, key: str, default: Any = None) -> Any:
         if key == _FIXED_PARAMS:
-            return _Refusing(self._refuse)
+            return _RaisingParams(self._refuse)
         return super().get(key, default)
 
 
-class _Refusing(dict[str, Any]):
+class _RaisingParams(dict[str, Any]):
     def __init__(self, refuse: Callable[[], NoReturn]) -> None:
         super().__init__()
         self._refuse = refuse
@@ -601,7 +601,7 @@ class _Refusing(dict[str, Any]):
         self._refuse()
 
 
-class HyperbandDoor(HyperbandPruner):
+class HyperbandInterface(HyperbandPruner):
     """What Optuna asks of a Hyperband pruner, recognised by its class, besides ``prune``.
 
     Every sampler hook gets a view on the trial's bracket, which the pruner creates.

@@ -55,9 +55,9 @@ def test_what_optuna_remembers_of_a_row() -> None:
     study = optuna.create_study()
     trial = study.ask()
     trial.suggest_float("x", 0, 1)
-    kept = _optuna.kept_row_of(trial)
+    kept = _optuna.cached_row(trial)
     assert kept.number == trial.number and kept.params == trial.params
-    assert _optuna.kept_row_of(kept) is kept
+    assert _optuna.cached_row(kept) is kept
 
 
 def test_stop_works_exactly_where_the_loop_is_seen() -> None:
@@ -105,21 +105,21 @@ def test_a_trial_of_optimize_is_known() -> None:
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_a_study_is_over_once_it_is_stopped_or_its_timeout_has_passed(n_jobs: int) -> None:
     study = optuna.create_study()
-    assert not _optuna.is_over(study)
+    assert not _optuna.is_optimize_ending(study)
     seen = []
 
     def stopped(trial: optuna.Trial) -> float:
-        before = _optuna.is_over(study)
+        before = _optuna.is_optimize_ending(study)
         study.stop()
-        seen.append((before, _optuna.is_over(study)))
+        seen.append((before, _optuna.is_optimize_ending(study)))
         return 0.0
 
     study.optimize(stopped, n_trials=1, n_jobs=n_jobs)
 
     def timed_out(trial: optuna.Trial) -> float:
-        before = _optuna.is_over(study)
+        before = _optuna.is_optimize_ending(study)
         time.sleep(2.1)
-        seen.append((before, _optuna.is_over(study)))
+        seen.append((before, _optuna.is_optimize_ending(study)))
         return 0.0
 
     study.optimize(timed_out, n_trials=1, timeout=2.0, n_jobs=n_jobs)
@@ -146,14 +146,14 @@ class Witness(RandomSampler):
 
 
 def test_the_whole_study_is_found_behind_a_bracket() -> None:
-    sampler = Witness(lambda study: (type(study).__name__, _optuna.whole_study(study)))
+    sampler = Witness(lambda study: (type(study).__name__, _optuna.unwrap_study(study)))
     study = optuna.create_study(sampler=sampler, pruner=HyperbandPruner(max_resource=9))
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
     assert len(sampler.seen) == 3
     for name, whole in sampler.seen.values():
         assert name == "_BracketStudy"
         assert whole is study
-    assert _optuna.whole_study(study) is study
+    assert _optuna.unwrap_study(study) is study
 
 
 def test_ask_is_recognised_in_its_hooks() -> None:
@@ -269,7 +269,7 @@ class Poisoner(RandomSampler):
             raise optuna.TrialPruned("poisoned")
 
         study._storage.set_trial_user_attr(trial._trial_id, "touched", True)
-        _optuna.poison(trial, refuse)
+        _optuna.raise_on_next_suggest(trial, refuse)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -338,16 +338,16 @@ def test_what_tpe_shares_of_a_running_trial_is_replaced() -> None:
 
 
 def test_cma_es_with_margin_keeps_its_own_point() -> None:
-    assert _optuna.needs_its_own_point(CmaEsSampler(with_margin=True))
-    assert not _optuna.needs_its_own_point(CmaEsSampler())
-    assert not _optuna.needs_its_own_point(TPESampler())
+    assert _optuna.needs_drawn_point(CmaEsSampler(with_margin=True))
+    assert not _optuna.needs_drawn_point(CmaEsSampler())
+    assert not _optuna.needs_drawn_point(TPESampler())
 
 
 def test_what_is_fixed_and_what_is_left_open_are_told_apart() -> None:
     inner = RandomSampler()
     middle = PartialFixedSampler({"x": 1, "y": 2}, inner)
     outer = PartialFixedSampler({"y": 3}, middle)
-    assert _optuna.beneath_fixed(outer) is inner
-    assert _optuna.beneath_fixed(inner) is inner
-    assert _optuna.fixed_by(inner) == {}
-    assert _optuna.fixed_by(outer) == {"x": 1, "y": 3}
+    assert _optuna.unwrap_partial_fixed(outer) is inner
+    assert _optuna.unwrap_partial_fixed(inner) is inner
+    assert _optuna.partial_fixed_params(inner) == {}
+    assert _optuna.partial_fixed_params(outer) == {"x": 1, "y": 3}

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy
 
 from optuna_quota._optuna import engine_of
-from optuna_quota._reconnection import outlive_restarts
+from optuna_quota._storage_retry import reconnect_dead_connections
 from tests.storages import VARIABLES
 
 
@@ -29,8 +29,8 @@ def test_connections_that_the_server_has_cut_are_made_anew(kind: str) -> None:
         pytest.skip(f"{VARIABLES[kind]} is not set")
     # Without the ping that Optuna turns on for MySQL alone.
     storage = optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": False})
-    outlive_restarts(storage)
-    outlive_restarts(storage)
+    reconnect_dead_connections(storage)
+    reconnect_dead_connections(storage)
     study = optuna.create_study(storage=storage)
     try:
         pooled = storage.engine.pool.checkedin()  # type: ignore[attr-defined]
@@ -52,9 +52,9 @@ def test_connections_that_the_server_has_cut_are_made_anew(kind: str) -> None:
 
 
 def test_files_and_memory_need_nothing(tmp_path: Path) -> None:
-    outlive_restarts(optuna.storages.InMemoryStorage())
+    reconnect_dead_connections(optuna.storages.InMemoryStorage())
     storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/one.db")
-    outlive_restarts(storage)
-    assert not sqlalchemy.event.contains(storage.engine, "do_connect", outlive_restarts)
+    reconnect_dead_connections(storage)
+    assert not sqlalchemy.event.contains(storage.engine, "do_connect", reconnect_dead_connections)
     assert engine_of(storage) is storage.engine
     assert engine_of(optuna.storages.InMemoryStorage()) is None

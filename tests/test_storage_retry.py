@@ -8,8 +8,8 @@ from optuna.exceptions import StorageInternalError
 import pytest
 import sqlalchemy.exc
 
-from optuna_quota._storage_retry import passes
-from optuna_quota._storage_retry import patiently
+from optuna_quota._storage_retry import is_transient
+from optuna_quota._storage_retry import retry
 
 
 DOWN = sqlalchemy.exc.OperationalError("SELECT 1", {}, Exception("server closed the connection"))
@@ -41,7 +41,7 @@ def wrapped(cause: Exception) -> StorageInternalError:
     ],
 )
 def test_a_fault_passes_or_not(fault: Exception, expected: bool) -> None:
-    assert passes(fault) is expected
+    assert is_transient(fault) is expected
 
 
 class Storage:
@@ -61,7 +61,7 @@ class Storage:
 def test_what_passes_is_waited_for_longer_and_longer() -> None:
     pauses: list[float] = []
     storage = Storage(*[wrapped(DOWN)] * 8)
-    assert patiently(storage, sleep=pauses.append) == "answer"
+    assert retry(storage, sleep=pauses.append) == "answer"
     assert storage.calls == 9
     assert pauses[0] < 0.06 and all(1.0 <= pause <= 2.0 for pause in pauses[6:])
 
@@ -69,10 +69,10 @@ def test_what_passes_is_waited_for_longer_and_longer() -> None:
 def test_what_does_not_pass_is_raised_at_once() -> None:
     storage = Storage(WRONG)
     with pytest.raises(sqlalchemy.exc.DataError):
-        patiently(storage, sleep=lambda seconds: pytest.fail("waited"))
+        retry(storage, sleep=lambda seconds: pytest.fail("waited"))
     assert storage.calls == 1
 
 
 def test_patience_ends_and_the_fault_itself_is_raised() -> None:
     with pytest.raises(sqlalchemy.exc.OperationalError):
-        patiently(Storage(*[DOWN] * 1000), patience=0.0, sleep=lambda seconds: None)
+        retry(Storage(*[DOWN] * 1000), timeout=0.0, sleep=lambda seconds: None)

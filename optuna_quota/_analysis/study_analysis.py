@@ -18,7 +18,7 @@ from optuna_quota._analysis.pareto import loss_signs
 from optuna_quota._analysis.search_space_advice import advise_search_space
 from optuna_quota._analysis.trial_traces import trial_traces
 from optuna_quota._footprint.footprint import Footprint
-from optuna_quota._footprint.rows import footprint_row
+from optuna_quota._footprint.observations import read_observation
 from optuna_quota._utilization.data import StudyData
 from optuna_quota._utilization.model import fit_models
 from optuna_quota._utilization.model import UtilizationModel
@@ -87,7 +87,7 @@ class StudyAnalysis:
         """The footprint model, for ``QuotaSampler(footprint=…)`` of another study."""
         numbers = {int(number) for number in self.table["number"]}
         trials = (t for t in self.study.get_trials(deepcopy=False) if t.number in numbers)
-        rows = (footprint_row(trial) for trial in trials)
+        rows = (read_observation(trial) for trial in trials)
         return Footprint.fit([row for row in rows if row is not None])
 
     @cached_property

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from optuna_quota import _records
 from optuna_quota._ledger.spans import LONGEST_GAP
 from optuna_quota._resources import get_resource
-from optuna_quota._table import ended_as
 from optuna_quota._table import measured_usage
 
 
@@ -95,7 +94,7 @@ def trial_traces(study: Study) -> list[TrialTrace]:
     traces, dates_fit = [], True
     for trial in trials:
         record = _records.read_record(trial)
-        outcome, amounts = ended_as(trial, record), measured_usage(trial, record)
+        outcome, amounts = _records.outcome_of(trial, record), measured_usage(trial, record)
         if outcome == "rejected":
             continue
         if record.breach and record.breach.resource in amounts:

@@ -11,8 +11,8 @@ from optuna.trial import BaseTrial
 from optuna.trial import Trial
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.excused import excuse_constraints
-from optuna_quota._enforcement.nesting import find_inside
+from optuna_quota._enforcement.constraints import tolerate_constraints_failure
+from optuna_quota._enforcement.nesting import find_nested
 from optuna_quota._enforcement.nesting import quota_pruners
 from optuna_quota._metering import key_of
 from optuna_quota._metering import metering_loop
@@ -26,7 +26,7 @@ from optuna_quota.exceptions import TrialRejected
 
 
 if TYPE_CHECKING:
-    from optuna_quota._metering import Watch
+    from optuna_quota._metering import TrialMonitor
 
 
 def check(trial: BaseTrial) -> None:
@@ -81,9 +81,9 @@ def _find_error(trial: BaseTrial) -> Exception | None:
     if watch is None:
         pruners = quota_pruners(study.pruner)
         watch = pruners[0].watch_trial(study, trial) if pruners else None
-    if watch is None or (breach := condemn(watch)) is None:
+    if watch is None or (breach := record_breach(watch)) is None:
         return None
-    excuse_constraints(study, trial, watch)
+    tolerate_constraints_failure(study, trial, watch)
     return breach_error(breach)
 
 
@@ -91,7 +91,7 @@ def _running_inside(trial: BaseTrial) -> BaseTrial:
     """Return the running or distributed trial that a wrapper holds, else the trial itself."""
     if isinstance(trial, Trial):
         return trial
-    inside: list[Any] = find_inside(trial, BaseTrial)
+    inside: list[Any] = find_nested(trial, BaseTrial)
     running = (t for t in inside if isinstance(t, Trial) or _optuna.is_distributed(t))
     return next(running, trial)
 
@@ -106,7 +106,7 @@ def _find_error_together(trial: BaseTrial) -> Exception | None:
     def find() -> Exception | None:
         nonlocal own
         try:
-            own = next(map(_find_error, find_inside(trial, Trial)), None)
+            own = next(map(_find_error, find_nested(trial, Trial)), None)
         except Exception as fault:  # noqa: BLE001 - it is raised below, in all processes
             own = fault
         # Others can be told only what can be pickled.
@@ -116,7 +116,7 @@ def _find_error_together(trial: BaseTrial) -> Exception | None:
     return own or told
 
 
-def condemn(watch: Watch) -> Breach | None:
+def record_breach(watch: TrialMonitor) -> Breach | None:
     """Measure a trial now; when it is over a limit, put down that it is terminated for it."""
     if watch.breach is None:
         watch.sample()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,6 +20,8 @@ from weakref import WeakKeyDictionary
 
 from optuna.trial import TrialState
 
+from optuna_quota._metering.breach import Ceilings
+from optuna_quota._metering.breach import find_breaches
 from optuna_quota._records import read_record
 from optuna_quota._resources import Breach
 
@@ -128,7 +129,7 @@ def earlier_trials(study: Study) -> Earlier:
 
 
 def forecast_breach(
-    ceilings: Mapping[str, tuple[float, bool]],
+    ceilings: Ceilings,
     elapsed: float,
     *,
     steps: Steps = (),
@@ -149,19 +150,14 @@ def forecast_breach(
     total = None
     if earlier.last_step is not None:
         total = least_duration(steps, earlier.last_step, earlier.profiles)
+    amounts: dict[str, float | None] = {}
     for name in ("wall_time", "trial_time"):
-        if name not in ceilings or total is None:
-            continue
-        limit, quota = ceilings[name]
-        if total > limit and elapsed >= _time_to_wait(limit, earlier):
-            return Breach(name, limit, total, elapsed, quota=quota, forecast=True)
-    if "memory" not in ceilings:
-        return None
-    limit, quota = ceilings["memory"]
-    heading_for = least_memory(memory, total, limit, earlier.memory)
-    if heading_for is None or heading_for <= limit:
-        return None
-    return Breach("memory", limit, heading_for, elapsed, quota=quota, forecast=True)
+        if name in ceilings and elapsed >= _time_to_wait(ceilings[name][0], earlier):
+            amounts[name] = total
+    if "memory" in ceilings:
+        amounts["memory"] = least_memory(memory, total, ceilings["memory"][0], earlier.memory)
+    found = find_breaches(amounts, ceilings, elapsed, forecast=True)
+    return found[0] if found else None
 
 
 def _time_to_wait(limit: float, earlier: Earlier) -> float:

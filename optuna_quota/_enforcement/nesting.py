@@ -20,7 +20,7 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
 from optuna_quota._metering import Meter
-from optuna_quota._metering import Watch
+from optuna_quota._metering import TrialMonitor
 from optuna_quota._resources import Limits
 
 
@@ -48,11 +48,11 @@ class LimitingPruner(Protocol):
     interrupt: bool
     meters: tuple[Meter, ...]
 
-    def watch_trial(self, study: Study, trial: BaseTrial | FrozenTrial) -> Watch:
+    def watch_trial(self, study: Study, trial: BaseTrial | FrozenTrial) -> TrialMonitor:
         """Return the metering of a running trial."""
 
 
-def find_inside(root: object, kind: type[T]) -> list[T]:
+def find_nested(root: object, kind: type[T]) -> list[T]:
     """Return what an object is or holds of a kind: outer ones first.
 
     Attributes, containers, and what callables refer to are searched; studies, storages and the
@@ -80,7 +80,7 @@ def find_inside(root: object, kind: type[T]) -> list[T]:
 
 def quota_pruners(pruner: object) -> list[LimitingPruner]:
     """Return the quota pruners that a study's pruner is or holds, outer ones first."""
-    inside: list[object] = find_inside(pruner, BasePruner)
+    inside: list[object] = find_nested(pruner, BasePruner)
     return [cast("LimitingPruner", each) for each in inside if hasattr(type(each), "watch_trial")]
 
 
@@ -102,18 +102,18 @@ def pruner_meters(pruner: object) -> tuple[Meter, ...]:
     return tuple(meters.values())
 
 
-def demands_equal_constraints(sampler: object) -> bool:
+def requires_uniform_constraints(sampler: object) -> bool:
     """Return whether a study's sampler raises unless all trials have the same constraints."""
-    return bool(demanding_samplers(getattr(sampler, "base_sampler", sampler)))
+    return bool(samplers_requiring_uniform_constraints(getattr(sampler, "base_sampler", sampler)))
 
 
-def demanding_samplers(sampler: object) -> list[Any]:
+def samplers_requiring_uniform_constraints(sampler: object) -> list[Any]:
     """Return the samplers inside of one that raise unless all trials have the same constraints.
 
     What counts is completed trials. They are known by name: neither is imported where it is not
     in use.
     """
-    inside: list[object] = find_inside(sampler, BaseSampler)
+    inside: list[object] = find_nested(sampler, BaseSampler)
     return [each for each in inside if any(c.__name__ in _DEMANDING for c in type(each).__mro__)]
 
 

@@ -5,27 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 import datetime
 import inspect
+import threading
+import time
 from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna.pruners import BasePruner
 from optuna.pruners import HyperbandPruner
+from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.check import condemn
-from optuna_quota._enforcement.excused import excuse_constraints
-from optuna_quota._enforcement.nesting import find_inside
+from optuna_quota._enforcement.active_trials import start_watch
+from optuna_quota._enforcement.check import record_breach
+from optuna_quota._enforcement.constraints import tolerate_constraints_failure
+from optuna_quota._enforcement.nesting import find_nested
 from optuna_quota._enforcement.nesting import pruner_limits
 from optuna_quota._enforcement.nesting import pruner_meters
 from optuna_quota._enforcement.nesting import quota_pruners
-from optuna_quota._enforcement.notes import PrunerNotes
-from optuna_quota._enforcement.watches import start_watch
+from optuna_quota._enforcement.trial_result import build_record
+from optuna_quota._enforcement.trial_result import save_record
 from optuna_quota._metering import check_names
 from optuna_quota._metering import key_of
 from optuna_quota._metering import Meter
 from optuna_quota._metering import metering_loop
 from optuna_quota._metering import Verdict
 from optuna_quota._records import is_rejected
+from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Limits
 
 
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
     from optuna.trial import FrozenTrial
 
-    from optuna_quota._metering import Watch
+    from optuna_quota._metering import TrialMonitor
 
 
 class QuotaPruner(BasePruner):
@@ -110,13 +115,13 @@ class QuotaPruner(BasePruner):
         """Return whether to prune a trial: it is over a limit, or the base pruner says so."""
         if is_rejected(trial.user_attrs):
             return True
-        whole = _optuna.whole_study(study)
+        whole = _optuna.unwrap_study(study)
         if whole.pruner is not self:
-            enforce_outside(whole)
+            wrap_nesting_pruner(whole)
         watch = self.watch_trial(study, trial)
-        breached = condemn(watch) is not None
+        breached = record_breach(watch) is not None
         if breached:
-            excuse_constraints(study, trial, watch)
+            tolerate_constraints_failure(study, trial, watch)
         pruned = breached or self._prune_by_base(study, trial)
         if pruned and watch.verdict is None and not self._is_inside(whole.pruner):
             watch.verdict = self._verdict_of_base(trial)
@@ -124,11 +129,11 @@ class QuotaPruner(BasePruner):
             self._notes.take(study, trial, watch, ends=pruned)
         return pruned
 
-    def watch_trial(self, study: Study, trial: BaseTrial | FrozenTrial) -> Watch:
+    def watch_trial(self, study: Study, trial: BaseTrial | FrozenTrial) -> TrialMonitor:
         """Return the metering of a running trial; it starts here when nobody else started it."""
         watch = metering_loop().find(key_of(study, trial))
         if watch is None:
-            pruner = _optuna.whole_study(study).pruner
+            pruner = _optuna.unwrap_study(study).pruner
             holder = pruner if self._is_inside(pruner) else self
             limits, meters = pruner_limits(holder), pruner_meters(holder)
             assert limits is not None
@@ -150,14 +155,14 @@ class QuotaPruner(BasePruner):
         return pruner is not self and any(each is self for each in quota_pruners(pruner))
 
 
-def enforce_outside(study: Study) -> None:
+def wrap_nesting_pruner(study: Study) -> None:
     """Put a QuotaPruner around a study's pruner that holds one.
 
     The pruner outside may overrule the one inside, or not ask it: ``PatientPruner`` waits for the
     values to get worse. A breach must end the trial all the same.
     """
     pruner = study.pruner
-    inside = [] if isinstance(pruner, QuotaPruner) else find_inside(pruner, QuotaPruner)
+    inside = [] if isinstance(pruner, QuotaPruner) else find_nested(pruner, QuotaPruner)
     if not inside:
         return
     limits = pruner_limits(pruner)
@@ -178,7 +183,7 @@ def enforce_outside(study: Study) -> None:
 QuotaPruner.__new__.__signature__ = inspect.signature(QuotaPruner.__init__)  # type: ignore[attr-defined]
 
 
-class _QuotaHyperbandPruner(QuotaPruner, _optuna.HyperbandDoor):
+class _QuotaHyperbandPruner(QuotaPruner, _optuna.HyperbandInterface):
     """A QuotaPruner that Optuna recognises as Hyperband."""
 
 
@@ -188,3 +193,80 @@ _OWNER = "pruner"
 def _seconds_since(start: datetime.datetime | None) -> float:
     # Optuna's times are local and naive.
     return 0.0 if start is None else max(0.0, (datetime.datetime.now() - start).total_seconds())
+
+
+# Notes may take a twentieth of a trial's time: a storage on disk needs milliseconds for one.
+_SHARE = 20
+# A memory this much higher than noted is noted at once.
+_GROWTH = 1.1
+
+
+class PrunerNotes:
+    """Notes what a pruner saw of trials, seldom enough not to slow them.
+
+    A pruner never learns that a trial has ended: what it knows of trials whose metering is closed
+    it forgets when it takes on another one.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pages: dict[Any, _Page] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave everything behind: what is metered is metered in this process."""
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Start anew."""
+        self.__init__()  # type: ignore[misc]  # nothing of the state survives on purpose
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def adopt(self, watch: TrialMonitor) -> None:
+        """Take on a new trial, and forget those that are over."""
+        with self._lock:
+            self._pages = {k: page for k, page in self._pages.items() if not page.watch.closed}
+            self._pages[watch.key] = _Page(watch)
+
+    def take(self, study: Study, trial: FrozenTrial, watch: TrialMonitor, *, ends: bool) -> None:
+        """Note what is known of a trial when that is due, or when it is told to end."""
+        page = self._pages.get(watch.key)
+        if page is None or watch.recorded:
+            return
+        if ends:
+            watch.recorded = True
+            self._write(study, trial, page, TrialState.PRUNED)
+        elif page.is_due():
+            self._write(study, trial, page, None)
+
+    def _write(
+        self, study: Study, trial: FrozenTrial, page: _Page, state: TrialState | None
+    ) -> None:
+        watch, started = page.watch, time.perf_counter()
+        usage = watch.usage()
+        if state is None:
+            record = TrialRecord(usage=usage, isolation=watch.isolation)
+        else:
+            record = build_record(watch, usage, state)
+        save_record(study, trial, record)
+        page.noted(usage.memory, time.perf_counter() - started)
+
+
+class _Page:
+    """What is known of the notes on one trial."""
+
+    def __init__(self, watch: TrialMonitor) -> None:
+        self.watch = watch
+        self._memory = 0.0
+        self._next = 0.0
+
+    def is_due(self) -> bool:
+        """Return whether to note something now."""
+        grown = (self.watch.usage().memory or 0.0) > self._memory * _GROWTH
+        return grown or time.perf_counter() >= self._next
+
+    def noted(self, memory: float | None, cost: float) -> None:
+        """Put down that something was noted, and how many seconds that took."""
+        self._memory = memory or 0.0
+        self._next = time.perf_counter() + _SHARE * cost

@@ -9,9 +9,13 @@ import threading
 from typing import Any
 from typing import NoReturn
 
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from optuna.trial import Trial
+
 from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.errors import SentError
-from optuna_quota._isolation.errors import unpack_error
+from optuna_quota._isolation.remote_errors import SentError
+from optuna_quota._isolation.remote_errors import unpack_error
 from optuna_quota._isolation.stop import PoliteStop
 
 
@@ -52,6 +56,8 @@ class Calls:
         self._channel = channel
         self._stop = stop
         self._ids = itertools.count()
+        global _calls
+        _calls = self
         self._renew_locks()
         if hasattr(os, "register_at_fork"):
             # A thread may hold them at a fork in the objective; the fork has no such thread.
@@ -123,3 +129,40 @@ class Proxy:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         self.__reduce__()
+
+
+class RemoteObjects:
+    """The objects of one trial that stay in the study's process and are called from the child.
+
+    Args:
+        trial: The trial, which is the first of them.
+    """
+
+    def __init__(self, trial: Any) -> None:
+        self._objects: list[Any] = [trial]
+
+    def handle(self, found: Any) -> Handle:
+        """Return the handle of an object, which stays."""
+        for index, known in enumerate(self._objects):
+            if known is found:
+                return Handle(index, type(found))
+        self._objects.append(found)
+        return Handle(len(self._objects) - 1, type(found))
+
+    def __getitem__(self, index: int) -> Any:
+        return self._objects[index]
+
+
+def is_remote(value: Any) -> bool:
+    """Return whether an object belongs to the study's process: a copy of it would be another."""
+    return isinstance(value, (Study, BaseStorage, Trial))
+
+
+def proxy_of(handle: Handle) -> Proxy:
+    """Return the proxy of an object that stayed behind; pickles of objectives refer to this."""
+    assert _calls is not None
+    return Proxy(_calls, handle)
+
+
+# Those of this process, where it runs a trial.
+_calls: Calls | None = None

@@ -9,11 +9,11 @@ import contextlib
 from dataclasses import dataclass
 from dataclasses import replace
 import faulthandler
-import io
 import logging
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -22,16 +22,16 @@ from typing import Any
 from optuna_quota._isolation import processes
 from optuna_quota._isolation import rlimits
 from optuna_quota._isolation.calls import Calls
-from optuna_quota._isolation.calls import Handle
-from optuna_quota._isolation.calls import Proxy
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.child_trial import ChildTrial
 from optuna_quota._isolation.child_trial import MEASURE
 from optuna_quota._isolation.child_trial import TRIAL
 from optuna_quota._isolation.child_trial import TrialFacts
-from optuna_quota._isolation.errors import pack_error
-from optuna_quota._isolation.errors import SentError
-from optuna_quota._isolation.errors import unpack_error
+from optuna_quota._isolation.control import BeginMonitoring
+from optuna_quota._isolation.control import ObjectiveBegins
+from optuna_quota._isolation.environment import enter_context
+from optuna_quota._isolation.environment import ProcessContext
+from optuna_quota._isolation.environment import seed
 from optuna_quota._isolation.gpu_caps import framework_gpu_memory
 from optuna_quota._isolation.gpu_caps import set_gpu_caps
 from optuna_quota._isolation.job_signals import restore_signals
@@ -41,32 +41,15 @@ from optuna_quota._isolation.multiprocessing_child import leave_shared_memory
 from optuna_quota._isolation.output import defer_to_handlers
 from optuna_quota._isolation.output import follow
 from optuna_quota._isolation.output import OutputRules
-from optuna_quota._isolation.payload import allocate
-from optuna_quota._isolation.payload import inherited_descriptors
-from optuna_quota._isolation.process_context import enter_context
-from optuna_quota._isolation.process_context import hold_main_state
-from optuna_quota._isolation.process_context import hold_module_parts
-from optuna_quota._isolation.process_context import ModuleParts
-from optuna_quota._isolation.process_context import ProcessContext
-from optuna_quota._isolation.process_context import seed
+from optuna_quota._isolation.pickling import inherited_descriptors
+from optuna_quota._isolation.pickling import load_objective
+from optuna_quota._isolation.pickling import receive_buffers
+from optuna_quota._isolation.remote_errors import pack_error
+from optuna_quota._isolation.remote_errors import SentError
+from optuna_quota._isolation.remote_errors import unpack_error
 from optuna_quota._isolation.shortage import find_shortage
 from optuna_quota._isolation.shortage import Shortage
 from optuna_quota._isolation.stop import PoliteStop
-
-
-@dataclass(frozen=True)
-class SentObjective:
-    """An objective on its way; its large buffers follow the message, its descriptors came before.
-
-    Attributes:
-        pickles: The pickles: the objective, then what the main module is to hold.
-        states: How many of the latter there are.
-        buffers: The bytes of each buffer that follows, and whether it is read-only.
-    """
-
-    pickles: bytes
-    states: int
-    buffers: Sequence[tuple[int, bool]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +64,8 @@ class Start:
         limits: The ceilings in force, by resource, in SI base units.
         device_memory: The memory of the smallest visible GPU.
         grace_period: Seconds from the polite stop to the hard kill.
-        objective: The objective; None when the process inherited it.
+        objective: The pickled objective; None when the process inherited it.
+        buffers: The bytes of each buffer that follows, and whether it is read-only.
         strict_memory: Whether the kernel refuses what would pass the memory limit.
     """
 
@@ -92,7 +76,8 @@ class Start:
     limits: Mapping[str, float]
     device_memory: float | None
     grace_period: float
-    objective: SentObjective | None
+    objective: bytes | None
+    buffers: Sequence[tuple[int, bool]] = ()
     strict_memory: bool = False
 
 
@@ -166,11 +151,13 @@ class Inherited:
 
     Attributes:
         start: What others are sent.
+        order: What their supervisor is sent.
         objective: The objective itself.
         sounding: The loggers that do more than pass on what they are given.
     """
 
     start: Start
+    order: BeginMonitoring
     objective: Any
     sounding: Sequence[logging.Logger]
 
@@ -179,16 +166,10 @@ _calls: Calls | None = None
 _stop: PoliteStop | None = None
 
 
-def proxy_of(handle: Handle) -> Any:
-    """Return the proxy of an object that stayed behind; pickles of objectives refer to this."""
-    assert _calls is not None
-    return Proxy(_calls, handle)
-
-
 def run_child(
     channel: Channel,
     *,
-    notice: int | None = None,
+    link: socket.socket | None = None,
     crash_file: int | None = None,
     inherited: Inherited | None = None,
     streams: bool = False,
@@ -197,14 +178,15 @@ def run_child(
 
     Args:
         channel: The connection to the study's process.
-        notice: Where the supervisor says why it stops the trial, before it sends SIGTERM.
+        link: The connection to the supervisor, which says why it stops the trial before it sends
+            a signal.
         crash_file: A descriptor for Python's traceback when the process dies of a signal.
         inherited: What the process has inherited; without it, the start message is received.
         streams: Whether standard output, standard error and other open files are sent before the
             start message.
     """
     global _calls, _stop
-    _stop = stop = PoliteStop(notice)
+    _stop = stop = PoliteStop(link)
     stop.install()
     _calls = Calls(channel, stop)
     own, grace_period = os.getpid(), 0.0
@@ -213,7 +195,7 @@ def run_child(
             _take_streams(channel)
         start = channel.receive() if inherited is None else inherited.start
         grace_period = start.grace_period
-        buffers = _receive_buffers(channel, start.objective)
+        buffers = receive_buffers(channel, start.buffers)
         if crash_file is not None:
             faulthandler.enable(crash_file)
             processes.enlarge_signal_stack()
@@ -225,9 +207,8 @@ def run_child(
             os.environ.update(start.context.added)
             follow(start.output, _calls, inherited.sounding)
         rlimits.raise_oom_score()
-        supervisor = None if notice is None else os.getppid()
         objective = None if inherited is None else inherited.objective
-        outcome = _prepare_and_run(start, objective, buffers, supervisor)
+        outcome = _prepare_and_run(start, objective, buffers, link)
     except EOFError:
         return 1
     except BaseException as error:  # noqa: BLE001 - a stop before the objective was called
@@ -252,35 +233,14 @@ def _take_streams(channel: Channel) -> None:
         os.close(handle)
 
 
-def _receive_buffers(channel: Channel, objective: SentObjective | None) -> list[memoryview]:
-    buffers = []
-    for size, readonly in () if objective is None else objective.buffers:
-        buffer = allocate(size)
-        channel.receive_raw(buffer)
-        buffers.append(buffer.toreadonly() if readonly else buffer)
-    return buffers
-
-
-def _load(sent: SentObjective, buffers: Sequence[memoryview]) -> Any:
-    unpickler = pickle.Unpickler(io.BytesIO(sent.pickles), buffers=buffers)
-    objective = unpickler.load()
-    for _ in range(sent.states):
-        state = unpickler.load()
-        if isinstance(state, ModuleParts):
-            hold_module_parts(state)
-        else:
-            hold_main_state(state)
-    return objective
-
-
 def _prepare_and_run(
-    start: Start, objective: Any, buffers: list[memoryview], supervisor: int | None
+    start: Start, objective: Any, buffers: list[memoryview], link: socket.socket | None
 ) -> Any:
     assert _calls is not None
     set_gpu_caps(start.limits.get("gpu_memory"), start.device_memory)
     leave_shared_memory()
     if start.objective is not None:
-        objective = _load(start.objective, buffers)
+        objective = load_objective(start.objective, buffers)
         # The objective alone keeps them.
         buffers.clear()
         defer_to_handlers(start.output)
@@ -289,7 +249,12 @@ def _prepare_and_run(
     rlimits.reset_peak()
     restore_signals()
     end_preparation()
-    _calls.notify(Ready(os.getpid(), supervisor, _limit(start)))
+    data_limit = _limit(start)
+    supervisor = None
+    if link is not None:
+        supervisor = os.getppid()
+        link.send(pickle.dumps(ObjectiveBegins(data_limit)))
+    _calls.notify(Ready(os.getpid(), supervisor, data_limit))
     return _run(objective, trial)
 
 

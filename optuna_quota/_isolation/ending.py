@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 import signal
 from typing import Literal
 
 from optuna_quota._isolation.shortage import Shortage
+from optuna_quota._metering.breach import AT_LIMIT
+from optuna_quota._metering.breach import Ceilings
+from optuna_quota._metering.breach import find_breaches
+from optuna_quota._metering.breach import find_refused_breach
 from optuna_quota._resources import Breach
 from optuna_quota._resources import format_amount
 from optuna_quota.exceptions import LimitBreached
 
-
-# A death this close to a limit is a death at the limit: what the next allocation would have
-# taken is not known when native code ends the process instead of raising.
-AT_LIMIT = 0.95
 
 Killer = Literal["breach", "request", "stopped"]
 
@@ -85,7 +84,7 @@ def _name_signal(number: int, ended: Ended) -> str:
 
 def find_breach_in_death(
     ended: Ended,
-    ceilings: Mapping[str, tuple[float, bool]],
+    ceilings: Ceilings,
     elapsed: float,
     *,
     strict_memory: bool = False,
@@ -98,28 +97,26 @@ def find_breach_in_death(
         elapsed: Seconds since the start of the trial.
         strict_memory: Whether the kernel refused it memory over its limit.
     """
-    cpu_signal = ended.exitcode == -getattr(signal, "SIGXCPU", 0)
+    found = find_breaches({"memory": ended.memory, "cpu_time": ended.cpu_time}, ceilings, elapsed)
+    if found:
+        return found[0]
     # Native code ends the process where Python would raise; what it had asked for isn't known.
     # Nobody who is refused memory sends SIGKILL: that is the kernel, or somebody else.
     may_be_refused = strict_memory and ended.exitcode != -signal.SIGKILL
-    memory_share = 0.0 if ended.leaf_oom_kills else AT_LIMIT if may_be_refused else 1.0
-    for name, used, share in (
-        ("memory", ended.memory, memory_share),
-        ("cpu_time", ended.cpu_time, AT_LIMIT if cpu_signal else 1.0),
-    ):
-        if name in ceilings and used is not None and used >= share * ceilings[name][0]:
-            limit, quota = ceilings[name]
-            refused = name == "memory" and used <= limit
-            # What was refused counts: the trial was on its way over the limit.
-            observed = max(used, _just_over(limit))
-            return Breach(name, limit, observed, elapsed, quota=quota, refused=refused)
-    return None
+    if ended.memory is not None and (ended.leaf_oom_kills or may_be_refused):
+        share = 0.0 if ended.leaf_oom_kills else AT_LIMIT
+        breach = find_refused_breach("memory", ended.memory, ceilings, elapsed, share=share)
+        if breach is not None:
+            return breach
+    if ended.cpu_time is None or ended.exitcode != -getattr(signal, "SIGXCPU", 0):
+        return None
+    return find_refused_breach("cpu_time", ended.cpu_time, ceilings, elapsed, refused=False)
 
 
 def find_breach_in_shortage(
     shortage: Shortage,
     used: float | None,
-    ceilings: Mapping[str, tuple[float, bool]],
+    ceilings: Ceilings,
     elapsed: float,
     *,
     enforced: bool,
@@ -134,17 +131,14 @@ def find_breach_in_shortage(
         enforced: Whether the kernel refuses what is over the limit, touched or not.
     """
     wanted = (used or 0.0) + (shortage.requested or 0.0)
-    limit, quota = ceilings.get(shortage.resource, (None, False))
-    if limit is None or not (enforced or wanted >= AT_LIMIT * limit):
-        return None
-    observed = max(wanted, _just_over(limit))
-    return Breach(shortage.resource, limit, observed, elapsed, quota=quota, refused=True)
+    share = 0.0 if enforced else AT_LIMIT
+    return find_refused_breach(shortage.resource, wanted, ceilings, elapsed, share=share)
 
 
 def find_breach_in_stop(
     error: LimitBreached,
     used: float | None,
-    ceilings: Mapping[str, tuple[float, bool]],
+    ceilings: Ceilings,
     elapsed: float,
 ) -> Breach | None:
     """Return the breach for which the kernel stopped a trial, None when it was not the kernel.
@@ -157,10 +151,4 @@ def find_breach_in_stop(
     """
     if error.resource != "cpu_time" or error.limit is not None or "cpu_time" not in ceilings:
         return None
-    limit, quota = ceilings["cpu_time"]
-    return Breach("cpu_time", limit, max(used or 0.0, limit), elapsed, quota=quota)
-
-
-def _just_over(limit: float) -> float:
-    """Return the least that is over a limit: what was refused is not known more closely."""
-    return limit * (1 + 1e-6) + 1
+    return find_refused_breach("cpu_time", used or 0.0, ceilings, elapsed, share=0, refused=False)

@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-from optuna_quota._isolation.after_import import after_import
+from optuna_quota._isolation.modules import after_import
 
 
 def set_gpu_caps(gpu_memory: float | None, device_memory: float | None) -> None:

@@ -6,20 +6,19 @@ full of others had bad luck: it failed, and nothing is to be learned from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 import re
 
 from optuna_quota._isolation.shortage import Shortage
-from optuna_quota._metering.gpu_source import DeviceShare
+from optuna_quota._metering.breach import AT_LIMIT
+from optuna_quota._metering.breach import Ceiling
+from optuna_quota._metering.breach import Ceilings
+from optuna_quota._metering.breach import find_refused_breach
+from optuna_quota._metering.gpu_attribution import DeviceShare
 from optuna_quota._resources import Breach
 from optuna_quota._resources import format_amount
 
-
-# An allocation that would have come this close to a limit was refused at the limit: allocators
-# round up, and a context takes some on top.
-AT_LIMIT = 0.95
 
 # Characters of an error's message that a reason repeats.
 _LONGEST_TEXT = 300
@@ -105,9 +104,7 @@ def read_gpu_shortage(
     )
 
 
-def find_gpu_breach(
-    known: GpuShortage, ceilings: Mapping[str, tuple[float, bool]], elapsed: float
-) -> Breach | None:
+def find_gpu_breach(known: GpuShortage, ceilings: Ceilings, elapsed: float) -> Breach | None:
     """Return the limit that an allocation failed at, the GPU's size among them; None for none.
 
     Args:
@@ -115,15 +112,14 @@ def find_gpu_breach(
         ceilings: The ceilings in force by resource, and whether each comes from a quota.
         elapsed: Seconds since the start of the trial.
     """
-    name, requested = "gpu_memory", known.requested or 0.0
-    limit, quota = ceilings.get(name, (None, False))
+    requested, share = known.requested or 0.0, 0.0 if known.is_capped else AT_LIMIT
     wanted = (known.held or 0.0) + requested
-    if limit is not None and (known.is_capped or wanted >= AT_LIMIT * limit):
-        return Breach(name, limit, max(wanted, _just_over(limit)), elapsed, quota=quota)
-    wanted, size = (known.held_there or 0.0) + requested, known.capacity
-    if size is not None and not known.is_capped and wanted >= AT_LIMIT * size:
-        return Breach(name, size, max(wanted, _just_over(size)), elapsed)
-    return None
+    breach = find_refused_breach("gpu_memory", wanted, ceilings, elapsed, share=share)
+    if breach is not None or known.capacity is None or known.is_capped:
+        return breach
+    wanted = (known.held_there or 0.0) + requested
+    size = {"gpu_memory": Ceiling(known.capacity)}
+    return find_refused_breach("gpu_memory", wanted, size, elapsed)
 
 
 def name_bad_luck(known: GpuShortage, error: BaseException) -> str | None:
@@ -154,8 +150,3 @@ def _size(pattern: re.Pattern[str], text: str) -> float | None:
 
 def _larger(one: float | None, other: float | None) -> float | None:
     return max((figure for figure in (one, other) if figure is not None), default=None)
-
-
-def _just_over(limit: float) -> float:
-    """Return the least that is over a limit: what was refused is not known more closely."""
-    return limit * (1 + 1e-6) + 1

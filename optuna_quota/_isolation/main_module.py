@@ -15,6 +15,7 @@ import collections
 from collections.abc import Collection
 from collections.abc import Iterable
 from collections.abc import Iterator
+import contextlib
 from dataclasses import dataclass
 import functools
 import importlib.machinery
@@ -366,3 +367,34 @@ def bound_for_good(tree: ast.Module, chosen: Collection[ast.stmt]) -> set[str]:
         if isinstance(node, ast.Global):
             changed |= set(node.names)
     return {name for name, count in bindings.items() if count == 1} - changed
+
+
+def global_names(value: Any) -> set[str]:
+    """Return the names of the globals that a function, class or callable of a script may use."""
+    names: set[str] = set()
+    seen: set[int] = set()
+    todo = [value]
+    while todo:
+        part = todo.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, types.CodeType):
+            names.update(part.co_names)
+            todo += [c for c in part.co_consts if isinstance(c, types.CodeType)]
+        elif isinstance(part, type):
+            if part.__module__ in MAIN_NAMES:
+                todo += [*vars(part).values(), *part.__bases__]
+        elif isinstance(part, types.FunctionType):
+            todo += [part.__code__, *vars(part).values()]
+            for cell in part.__closure__ or ():
+                with contextlib.suppress(ValueError):  # not filled yet
+                    todo.append(cell.cell_contents)
+        elif isinstance(part, property):
+            todo += [part.fget, part.fset, part.fdel]
+        elif isinstance(part, functools.partial):
+            todo.append(part.func)
+        else:
+            # A method, or a decorator's object such as that of `functools.lru_cache`.
+            todo.append(getattr(part, "__func__", None) or getattr(part, "__wrapped__", None))
+    return names

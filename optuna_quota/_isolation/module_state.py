@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 import contextlib
 import functools
+import operator
 import pickle
+import sys
 import types
 from typing import Any
 
@@ -160,3 +162,17 @@ def _assign(module: types.ModuleType, name: str, state: Any) -> None:
 
 def _same(value: Any, state: Any) -> bool:
     return type(value) is type(state) and bool(value == state)
+
+
+def set_main_state(values: Mapping[str, Any], attributes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Set globals of ``__main__``, and attributes of its classes and functions by their names."""
+    main = sys.modules["__main__"]
+    vars(main).update(values)
+    for path, found in attributes.items():
+        set_attributes(operator.attrgetter(path)(main), found)
+
+
+def set_module_parts(name: str, parts: Mapping[str, Any]) -> None:
+    """Set functions and classes of a module that the trial's process must not import."""
+    module = sys.modules.setdefault(name, types.ModuleType(name))
+    vars(module).update(parts)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Sequence
+import contextlib
 import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import os
 import site
 import sys
 import sysconfig
 import types
+from typing import Any
 
 
 # They start threads or touch the GPU when imported, or take badly to a fork afterwards: each trial
@@ -135,7 +142,7 @@ def is_installed(file: str) -> bool:
     return file.startswith(_installed_folders())
 
 
-def modules_under_way() -> list[types.ModuleType]:
+def modules_being_imported() -> list[types.ModuleType]:
     """Return the user's own modules, but for the main one, that are still being imported.
 
     An import of one elsewhere would do again what it does here: run a study, if it does so now.
@@ -191,3 +198,44 @@ def _installed_folders() -> tuple[str, ...]:
     # This library itself, wherever it is installed from.
     folders.append(os.path.dirname(os.path.dirname(__file__)))
     return tuple(os.path.join(folder, "") for folder in folders if folder)
+
+
+def after_import(name: str, act: Callable[[types.ModuleType], None]) -> None:
+    """Call back with a module once it is imported; at once if it is already."""
+    if name in sys.modules:
+        act(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, act))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds one module as the others would, and acts after it has run."""
+
+    def __init__(self, name: str, act: Callable[[types.ModuleType], None]) -> None:
+        self._name = name
+        self._act = act
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: types.ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Return the others' spec with a loader that acts afterwards."""
+        if fullname != self._name:
+            return None
+        with contextlib.suppress(ValueError):
+            sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            self._wrap(spec.loader)
+        return spec
+
+    def _wrap(self, loader: Any) -> None:
+        execute = loader.exec_module
+
+        def exec_module(module: types.ModuleType) -> None:
+            execute(module)
+            self._act(module)
+
+        loader.exec_module = exec_module

@@ -18,32 +18,31 @@ from optuna.trial import Trial
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.check import condemn
 from optuna_quota._enforcement.check import raise_breached
 from optuna_quota._enforcement.check import raise_rejected
-from optuna_quota._enforcement.excused import excuse_constraints
+from optuna_quota._enforcement.check import record_breach
+from optuna_quota._enforcement.constraints import tolerate_constraints_failure
 from optuna_quota._enforcement.forecast import Earlier
 from optuna_quota._enforcement.forecast import earlier_trials
 from optuna_quota._enforcement.forecast import forecast_breach
 from optuna_quota._enforcement.forecast import remember_profile
 from optuna_quota._enforcement.nesting import pruner_limits
 from optuna_quota._enforcement.nesting import pruner_meters
-from optuna_quota._enforcement.pruner import enforce_outside
-from optuna_quota._enforcement.settle import row_of
-from optuna_quota._enforcement.settle import settle
+from optuna_quota._enforcement.pruner import wrap_nesting_pruner
+from optuna_quota._enforcement.trial_result import read_row
+from optuna_quota._enforcement.trial_result import record_result
 from optuna_quota._isolation import cgroup
 from optuna_quota._isolation import processes
+from optuna_quota._isolation.calls import RemoteObjects
 from optuna_quota._isolation.child import Exited
 from optuna_quota._isolation.child import Inherited
 from optuna_quota._isolation.child import Raised
 from optuna_quota._isolation.child import Ready
 from optuna_quota._isolation.child import Returned
-from optuna_quota._isolation.child import SentObjective
 from optuna_quota._isolation.child import Start
 from optuna_quota._isolation.child import Unsendable
 from optuna_quota._isolation.child_trial import TrialFacts
-from optuna_quota._isolation.control import Enforce
-from optuna_quota._isolation.control import Mind
+from optuna_quota._isolation.control import BeginMonitoring
 from optuna_quota._isolation.crashes import find_crash_series
 from optuna_quota._isolation.crashes import note_crash
 from optuna_quota._isolation.crashes import value_of_crash
@@ -52,7 +51,7 @@ from optuna_quota._isolation.ending import find_breach_in_death
 from optuna_quota._isolation.ending import find_breach_in_shortage
 from optuna_quota._isolation.ending import find_breach_in_stop
 from optuna_quota._isolation.ending import name_death
-from optuna_quota._isolation.errors import unpack_error
+from optuna_quota._isolation.environment import read_context
 from optuna_quota._isolation.gpu_shortage import find_gpu_breach
 from optuna_quota._isolation.gpu_shortage import name_bad_luck
 from optuna_quota._isolation.gpu_shortage import read_gpu_shortage
@@ -62,14 +61,13 @@ from optuna_quota._isolation.launch import Launched
 from optuna_quota._isolation.main_module import find_main_module
 from optuna_quota._isolation.main_module import MainModule
 from optuna_quota._isolation.multiprocessing_child import is_in_preparation
-from optuna_quota._isolation.objectives import dump_objective
-from optuna_quota._isolation.objectives import NeedsFork
-from optuna_quota._isolation.objectives import RemoteObjects
 from optuna_quota._isolation.output import output_rules
 from optuna_quota._isolation.output import sounding_loggers
-from optuna_quota._isolation.payload import Payload
-from optuna_quota._isolation.plain import launch_plain
-from optuna_quota._isolation.process_context import read_context
+from optuna_quota._isolation.pickling import dump_objective
+from optuna_quota._isolation.pickling import NeedsFork
+from optuna_quota._isolation.pickling import Payload
+from optuna_quota._isolation.portable import launch_portable
+from optuna_quota._isolation.remote_errors import unpack_error
 from optuna_quota._isolation.serving import NotStarted
 from optuna_quota._isolation.serving import Server
 from optuna_quota._isolation.shortage import Shortage
@@ -78,9 +76,9 @@ from optuna_quota._isolation.template_client import template_client
 from optuna_quota._metering import key_of
 from optuna_quota._metering import metering_loop
 from optuna_quota._metering import Verdict
-from optuna_quota._metering.gpu_devices import device_memory
-from optuna_quota._metering.gpu_source import DeviceShare
-from optuna_quota._metering.gpu_source import GpuUse
+from optuna_quota._metering.gpu_attribution import DeviceShare
+from optuna_quota._metering.gpu_attribution import GpuUse
+from optuna_quota._metering.visible_gpus import device_memory
 from optuna_quota._records import is_rejected
 from optuna_quota._resources import Breach
 from optuna_quota._resources import Limits
@@ -93,7 +91,7 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
     from optuna_quota._isolation.isolated import Isolated
-    from optuna_quota._metering import Watch
+    from optuna_quota._metering import TrialMonitor
 
 
 _logger = logging.getLogger("optuna.quota.isolated")
@@ -149,21 +147,21 @@ class TrialRun:
                 self._settle(value, error)
         return value
 
-    def _find_watch(self) -> tuple[Watch, bool]:
+    def _find_watch(self) -> tuple[TrialMonitor, bool]:
         """Return the trial's metering, and whether it is for us to settle."""
         loop = metering_loop()
         if self._study is None:
             key = (id(self._trial), self._trial.number)
             limits = self._isolated.limits or Limits()
-            return loop.watch(key, limits=limits, here=False), True
+            return loop.monitor(key, limits=limits, here=False), True
         key = key_of(self._study, self._trial)
-        enforce_outside(self._study)
+        wrap_nesting_pruner(self._study)
         pruner = self._study.pruner
         limits = agreed_limits(self._isolated.limits, pruner_limits(pruner))
         watch = loop.find(key)
         if watch is None:
             meters = pruner_meters(pruner)
-            return loop.watch(key, limits=limits, meters=meters, here=False), True
+            return loop.monitor(key, limits=limits, meters=meters, here=False), True
         if self._isolated.limits is not None and watch.limits != self._isolated.limits:
             agreed_limits(self._isolated.limits, watch.limits or None)
             watch.limit(self._isolated.limits)
@@ -176,8 +174,8 @@ class TrialRun:
         state = _state_of(value, error, len(self._study.directions))
         reported = error if isinstance(error, Exception) else None
         assert isinstance(self._trial, Trial)
-        row = row_of(self._study, self._trial)
-        settle(self._study, row, self._watch, state, error=reported)
+        row = read_row(self._study, self._trial)
+        record_result(self._study, row, self._watch, state, error=reported)
 
     def _run(self) -> Any:
         for attempt in range(3):
@@ -201,7 +199,7 @@ class TrialRun:
             on_ready=self._on_ready,
             on_report=self._on_report,
             on_outcome=self._on_outcome,
-            ask_breach=lambda: condemn(self._watch),
+            ask_breach=lambda: record_breach(self._watch),
             measure=self._measure,
             label=f"Trial {self._trial.number}",
         )
@@ -209,8 +207,8 @@ class TrialRun:
         self._watch.on_breach(self._stop_early)
         try:
             with contextlib.suppress(ConnectionError):
-                launched.control.send(Mind(self._isolated.grace_period))
                 if start is not None:
+                    launched.control.send(self._order())
                     launched.channel.send(start)
                 if payload is not None:
                     payload.send_buffers(launched.channel)
@@ -261,7 +259,7 @@ class TrialRun:
         if not can_supervise():
             bare = PreparedMain(find_main_module().without_statements(), is_made=False)
             payload = dump_objective(self._isolated.objective, self._remote, bare.module)
-            return launch_plain(), self._start(payload, bare), payload
+            return launch_portable(), self._start(payload, bare), payload
         client = template_client()
         if method == "spawn":
             client = client.for_one_trial()
@@ -287,7 +285,7 @@ class TrialRun:
     def _launch_fork(self) -> Launched:
         # Made before the fork: after it, each page that is touched here is copied.
         start = self._start(None, PreparedMain(MainModule(), is_made=True))
-        inherited = Inherited(start, self._isolated.objective, sounding_loggers())
+        inherited = Inherited(start, self._order(), self._isolated.objective, sounding_loggers())
         return launch_fork(_delegated_cgroup(), inherited)
 
     def _start(self, payload: Payload | None, main: PreparedMain) -> Start:
@@ -306,9 +304,8 @@ class TrialRun:
             limits={name: ceiling for name, (ceiling, _) in self._ceilings().items()},
             device_memory=self._device_memory() if "gpu_memory" in self._ceilings() else None,
             grace_period=self._isolated.grace_period,
-            objective=None
-            if payload is None
-            else SentObjective(payload.pickles, payload.states, payload.sizes),
+            objective=None if payload is None else payload.pickles,
+            buffers=() if payload is None else payload.sizes,
             strict_memory=self._isolated.strict_memory,
         )
 
@@ -320,16 +317,24 @@ class TrialRun:
         # the slice of a quota.
         return self._watch.hard_ceilings
 
-    def _on_ready(self, ready: Ready) -> Enforce:
+    def _order(self) -> BeginMonitoring:
         memory, quota = self._ceilings().get("memory", (None, False))
+        return BeginMonitoring(
+            self._isolated.grace_period,
+            memory,
+            quota,
+            self._watch.elapsed,
+            self._isolated.strict_memory,
+            self._outsiders,
+        )
+
+    def _on_ready(self, ready: Ready) -> None:
+        memory, _ = self._ceilings().get("memory", (None, False))
         self._watch.supervised = None if ready.supervisor is None else memory
         # It may have ended already: then there is nothing to meter, and its supervisor knows all.
         with contextlib.suppress(ProcessLookupError):
-            self._watch.retarget(ready.pid, ready.supervisor, self._outsiders)
+            self._watch.attach(ready.pid, ready.supervisor, self._outsiders)
         self._watch.on_breach(self._stop)
-        strict = self._isolated.strict_memory
-        elapsed, limit = self._watch.elapsed, ready.data_limit
-        return Enforce(memory, quota, elapsed, limit, strict, self._outsiders)
 
     @property
     def _outsiders(self) -> int:
@@ -422,7 +427,7 @@ class TrialRun:
             self._watch.gpu = GpuUse("framework")
         usage = Usage(memory=ended.memory, cpu_time=ended.cpu_time, gpu_memory=gpu_memory)
         self._watch.add_usage(usage)
-        self._watch.take_unseen_peak(ended.unseen_memory)
+        self._watch.record_unseen_peak(ended.unseen_memory)
 
     def _measure(self) -> None:
         """Read what the trial holds at the moment when an allocation on a GPU was refused."""
@@ -483,7 +488,7 @@ class TrialRun:
     def _terminate(self, breach: Breach, cause: BaseException | None = None) -> NoReturn:
         self._watch.breach = self._watch.breach or breach
         if self._study is not None:
-            excuse_constraints(self._study, self._trial, self._watch)
+            tolerate_constraints_failure(self._study, self._trial, self._watch)
         self._watch.verdict = Verdict("terminated", breach.reason, breach)
         if cause is None:
             raise_breached(breach)

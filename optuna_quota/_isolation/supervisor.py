@@ -14,17 +14,18 @@ import pickle
 import resource
 import select
 import signal
+import socket
 import time
 
 from optuna_quota._isolation import processes
 from optuna_quota._isolation.cgroup import CgroupLeaf
 from optuna_quota._isolation.channel import Channel
+from optuna_quota._isolation.control import BeginMonitoring
 from optuna_quota._isolation.control import Breached
-from optuna_quota._isolation.control import Enforce
 from optuna_quota._isolation.control import Interrupt
 from optuna_quota._isolation.control import Kill
 from optuna_quota._isolation.control import Leave
-from optuna_quota._isolation.control import Mind
+from optuna_quota._isolation.control import ObjectiveBegins
 from optuna_quota._isolation.control import Paused
 from optuna_quota._isolation.control import StopFor
 from optuna_quota._isolation.ending import Ended
@@ -32,12 +33,13 @@ from optuna_quota._isolation.ending import Killer
 from optuna_quota._isolation.rlimits import DataLimit
 from optuna_quota._isolation.stop import STOP_SIGNAL
 from optuna_quota._isolation.suspension import Suspension
-from optuna_quota._metering.pacing import ASSUMED_GROWTH
-from optuna_quota._metering.pacing import fastest_growth
-from optuna_quota._metering.pacing import LONGEST_WAIT
-from optuna_quota._metering.pacing import wait_for
-from optuna_quota._metering.proc_tree import ProcTree
-from optuna_quota._metering.running_clock import RunningClock
+from optuna_quota._metering.breach import is_breach
+from optuna_quota._metering.linux_process_tree import LinuxProcessTree
+from optuna_quota._metering.timing import ASSUMED_GROWTH
+from optuna_quota._metering.timing import fastest_growth
+from optuna_quota._metering.timing import LONGEST_INTERVAL
+from optuna_quota._metering.timing import RunningClock
+from optuna_quota._metering.timing import sampling_interval
 from optuna_quota._resources import Breach
 
 
@@ -66,12 +68,14 @@ class Supervisor:
     Args:
         control: The connection to the study's process.
         child: The trial's process, a child of this one.
-        notice: Where the trial reads why it is stopped.
+        link: The connection to the trial's process, which says when its objective begins and
+            reads why it is stopped.
         parent: A pidfd of the study's process.
         crash_file: Where the trial's process writes its traceback when it dies of a signal.
         leaf: The trial's control group, None without one.
-        lends: Whether this process was forked from the study's, and the trial in turn: what they
-            have of its memory is the study's.
+        order: What is to be enforced, where that is known before the first message. Then this
+            process was forked from the study's, and the trial in turn: what they have of its
+            memory is the study's.
     """
 
     def __init__(
@@ -79,23 +83,24 @@ class Supervisor:
         control: Channel,
         child: int,
         *,
-        notice: int,
+        link: socket.socket,
         parent: int,
         crash_file: int,
         leaf: CgroupLeaf | None,
-        lends: bool = False,
+        order: BeginMonitoring | None = None,
     ) -> None:
         self._control = control
         self._child = child
         self._child_handle = os.pidfd_open(child)
-        self._notice = notice
+        self._link: socket.socket = link
         self._parent = parent
         self._crash_file = crash_file
         self._leaf = leaf
-        self._patience: float | None = None
-        self._gauge = _MemoryGauge(child, lends=lends)
+        self._gauge = _MemoryGauge(child, lends=order is not None)
         self._oom_kills = 0
-        self._enforce: Enforce | None = None
+        self._order: BeginMonitoring | None = None
+        self._ordered_at = 0.0
+        self._has_begun = False
         # Deadlines and limits on time leave out pauses, of this process and of the study's.
         self._clock = RunningClock()
         self._suspension = Suspension(parent)
@@ -112,11 +117,14 @@ class Supervisor:
         self._pause_told = False
         self._killer: Killer | None = None
         self._exitcode: int | None = None
+        if order is not None:
+            self._begin_monitoring(order)
 
     def run(self) -> Ended:
         """Mind the trial to its end."""
         poll = select.poll()
-        for handle in (self._control.fileno(), self._child_handle, self._parent):
+        link = self._link.fileno()
+        for handle in (self._control.fileno(), self._child_handle, self._parent, link):
             poll.register(handle, select.POLLIN)
         while True:
             wait = self._tick()
@@ -125,6 +133,10 @@ class Supervisor:
             self._clock.wake_up()
             if self._control.fileno() in ready or self._control.pending():
                 self._obey()
+            # After the first order, which is always sent before the objective can begin.
+            if link in ready:
+                poll.unregister(link)
+                self._begin()
             if self._parent in ready:
                 self._kill("request")
             if self._child_handle in ready or self._exitcode is not None:
@@ -136,7 +148,7 @@ class Supervisor:
         self._exitcode = processes.reap().get(self._child, self._exitcode)
         if self._exitcode is not None:
             return 0.0
-        if self._patience is None:
+        if self._order is None:
             return None
         now = self._clock()
         if self._is_suspended(now):
@@ -144,8 +156,8 @@ class Supervisor:
         if self._deadline is not None and now >= self._deadline:
             self._kill(self._killer_then)
         self._watch_pause(now)
-        wait = LONGEST_WAIT
-        if self._enforce is not None:
+        wait = LONGEST_INTERVAL
+        if self._has_begun:
             wait = self._watch_memory(now)
         if self._deadline is not None:
             wait = min(wait, max(0.0, self._deadline - now))
@@ -170,12 +182,8 @@ class Supervisor:
             # The study's process is gone, or doesn't want to hear of the trial any more.
             self._kill("request")
             return
-        if isinstance(order, Mind):
-            self._patience = order.grace_period
-            processes.be_on_time()
-            self._oom_kills = processes.count_oom_kills()
-        elif isinstance(order, Enforce):
-            self._begin(order)
+        if isinstance(order, BeginMonitoring):
+            self._begin_monitoring(order)
         elif isinstance(order, StopFor):
             self._stop(order.breach, order.grace_period)
         elif isinstance(order, Interrupt):
@@ -186,15 +194,27 @@ class Supervisor:
         elif isinstance(order, Kill):
             self._kill("request")
 
-    def _begin(self, order: Enforce) -> None:
-        self._enforce = order
+    def _begin_monitoring(self, order: BeginMonitoring) -> None:
+        self._order, self._ordered_at = order, self._clock()
         self._gauge.outsiders = order.outsiders
+        processes.be_on_time()
+        self._oom_kills = processes.count_oom_kills()
+
+    def _begin(self) -> None:
+        """Measure and enforce from now on, if the objective begins now."""
+        try:
+            begins = pickle.loads(self._link.recv(1 << 16))
+        except (OSError, EOFError):
+            return  # the trial has ended without
+        assert isinstance(begins, ObjectiveBegins) and self._order is not None
+        order = self._order
+        self._has_begun = True
         self._began = self._clock()
         if order.memory is None:
             return
-        if order.data_limit is not None:
+        if begins.data_limit is not None:
             self._data_limit = DataLimit(
-                self._child, order.memory, order.data_limit, strict=order.strict_memory
+                self._child, order.memory, begins.data_limit, strict=order.strict_memory
             )
         if self._leaf is not None:
             # The kernel kills where a trial that is told to stop goes on to grow as well.
@@ -204,8 +224,8 @@ class Supervisor:
 
     def _watch_memory(self, now: float) -> float:
         """Measure; stop the trial when it is over; return how long to wait."""
-        assert self._enforce is not None
-        limit = math.inf if self._enforce.memory is None else self._enforce.memory
+        assert self._order is not None
+        limit = math.inf if self._order.memory is None else self._order.memory
         is_told = self._breach is not None and self._breach.resource == "memory"
         if self._breach is not None and is_told:
             limit = max(limit, self._breach.observed) + GRACE_MARGIN
@@ -214,30 +234,30 @@ class Supervisor:
         if is_told:
             memory = max(memory, self._gauge.at_most())
         # What is soon over is looked at often: a short trial's peak is seen too.
-        wait = min(LONGEST_WAIT, max(YOUNGEST_WAIT, (now - self._began) / 8))
+        wait = min(LONGEST_INTERVAL, max(YOUNGEST_WAIT, (now - self._began) / 8))
         if limit == math.inf:
             return wait
         if self._data_limit is not None and now >= self._data_due:
             self._data_due = now + self._data_limit.update(memory)
-        if memory > limit:
+        if is_breach("memory", memory, limit):
             if is_told:
                 self._kill("breach")
             else:
                 self._find_breach(memory, limit, now)
-        wait = min(wait, wait_for(limit - memory, self._gauge.growth))
+        wait = min(wait, sampling_interval(limit - memory, self._gauge.growth))
         return wait if self._data_limit is None else min(wait, max(0.0, self._data_due - now))
 
     def _find_breach(self, memory: float, limit: float, now: float) -> None:
-        assert self._enforce is not None and self._patience is not None
-        elapsed = self._enforce.elapsed + now - self._began
-        breach = Breach("memory", limit, memory, elapsed, quota=self._enforce.quota)
+        assert self._order is not None
+        elapsed = self._order.elapsed + now - self._ordered_at
+        breach = Breach("memory", limit, memory, elapsed, quota=self._order.quota)
         if self._is_told:
             # It was told to stop for something else already and goes on to grow.
             self._kill("breach")
             return
         with contextlib.suppress(OSError):
             self._control.send(Breached(breach))
-        self._stop(breach, self._patience)
+        self._stop(breach, self._order.grace_period)
 
     def _stop(self, breach: Breach, grace_period: float) -> None:
         if not self._is_told:
@@ -255,7 +275,7 @@ class Supervisor:
         self._killer_then = killer
         self._deadline = self._clock() + grace_period
         with contextlib.suppress(OSError):
-            os.write(self._notice, pickle.dumps(why))
+            self._link.send(pickle.dumps(why))
         for number in (STOP_SIGNAL, signal.SIGCONT):
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._child_handle, number)
@@ -271,7 +291,8 @@ class Supervisor:
 
     def _watch_pause(self, now: float) -> None:
         """Kill a process that was stopped by a signal and stays so: it would hang the study."""
-        assert self._patience is not None
+        assert self._order is not None
+        patience = self._order.grace_period
         if processes.state_of(self._child) != "T":
             self._paused_at, self._pause_told = None, False
         elif self._paused_at is None:
@@ -280,8 +301,8 @@ class Supervisor:
         elif not self._pause_told and now > self._paused_at + 2 * _SUSPENSION_PERIOD:
             self._pause_told = True
             with contextlib.suppress(OSError):
-                self._control.send(Paused(self._patience))
-        elif now - self._paused_at >= self._patience:
+                self._control.send(Paused(patience))
+        elif now - self._paused_at >= patience:
             self._kill("stopped")
 
     def _finish(self) -> Ended:
@@ -354,7 +375,7 @@ class _MemoryGauge:
         self._child = child
         self.outsiders = 0
         self._lends = lends
-        self._tree: ProcTree | None = None
+        self._tree: LinuxProcessTree | None = None
         self.unseen_peak = 0.0
         self._last: tuple[float, float] | None = None
         self._thorough_due = 0.0
@@ -367,8 +388,11 @@ class _MemoryGauge:
             limit: What a verdict hangs on.
         """
         if self._tree is None:
-            self._tree = ProcTree(
-                self._child, reaper=os.getpid(), lends=self._lends, outsiders=self.outsiders
+            self._tree = LinuxProcessTree(
+                self._child,
+                reaper=os.getpid(),
+                forked_from_study=self._lends,
+                outsiders=self.outsiders,
             )
             self._tree.reset_peak()
         # To look at each process costs more with each one.
@@ -378,7 +402,7 @@ class _MemoryGauge:
         memory = found.memory or 0.0
         if thorough:
             cost = time.thread_time() - start
-            self._thorough_due = now + min(LONGEST_WAIT, max(0.005, 20 * cost))
+            self._thorough_due = now + min(LONGEST_INTERVAL, max(0.005, 20 * cost))
         self.peak = max(self.peak, memory)
         self.unseen_peak = max(self.unseen_peak, found.peak or 0.0)
         if self._last is not None and now > self._last[0]:

@@ -19,12 +19,12 @@ from optuna_quota._ledger.protocol import Claim
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.rows import Rows
 from optuna_quota._ledger.worker import this_worker
-from optuna_quota._reconnection import keep_lines_whole
-from optuna_quota._reconnection import outlive_restarts
 from optuna_quota._records import read_amounts
 from optuna_quota._records import STUDY_LIMITS
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Usage
+from optuna_quota._storage_retry import reconnect_dead_connections
+from optuna_quota._storage_retry import repair_torn_lines
 
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ class Accounts:
         self.ceilings = {**quota.amounts(), **capacities(gpus)}
         self.beat = beat
         self.clock = clock
-        outlive_restarts(_optuna.storage_of(study))
-        keep_lines_whole(_optuna.storage_of(study))
+        reconnect_dead_connections(_optuna.storage_of(study))
+        repair_torn_lines(_optuna.storage_of(study))
         self.rows = Rows(study)
         self._book = Book(quota, read_amounts(_optuna.user_attrs_of(study).get(STUDY_LIMITS)))
         self._settled: dict[int, Usage] = {}
@@ -128,7 +128,7 @@ class Accounts:
             after = self._book.clocks.later_than(worker.machine, now)
         return replace(reservation, trial_id=trial_id, worker=worker, beat=now, after=after)
 
-    def settle(self, trial_id: int, usage: Usage) -> None:
+    def charge(self, trial_id: int, usage: Usage) -> None:
         """Take in what a trial used whose row is about to finish."""
         with self._lock:
             self._settled[trial_id] = usage

@@ -17,7 +17,7 @@ from optuna_quota._ledger.protocol import Decision
 from optuna_quota._ledger.protocol import Want
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.worker import this_worker
-from optuna_quota._storage_retry import passes
+from optuna_quota._storage_retry import is_transient
 
 
 _FIRST_PAUSE = 0.002
@@ -78,7 +78,7 @@ def ask_at_once(
     accounts: Accounts,
     number: int,
     wants: Mapping[str, Want],
-    settle: Callable[[Decision, Snapshot], bool],
+    write_grant: Callable[[Decision, Snapshot], bool],
 ) -> Snapshot | None:
     """Read, decide and write in one step, where the storage can keep all other writers out.
 
@@ -89,7 +89,7 @@ def ask_at_once(
         accounts: The study's accounts.
         number: The trial's number.
         wants: What it wants.
-        settle: Writes the grant into the row, and returns whether it did.
+        write_grant: Writes the grant into the row, and returns whether it did.
 
     Returns:
         The rows by which it was granted; None when the protocol is to be gone through.
@@ -100,9 +100,9 @@ def ask_at_once(
                 return None
             seen = accounts.read()
             decision = judge(accounts, number, Reservation(), wants, seen, queue=True)
-            granted = decision.action == "grant" and settle(decision, seen)
+            granted = decision.action == "grant" and write_grant(decision, seen)
     except Exception as fault:
-        if not passes(fault):
+        if not is_transient(fault):
             raise
         # Nothing was granted that the row does not say: asking by the protocol finds out.
         return None

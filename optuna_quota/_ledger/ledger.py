@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-    from optuna_quota._metering import Watch
+    from optuna_quota._metering import TrialMonitor
 
 
 _logger = logging.getLogger("optuna.quota.ledger")
@@ -133,7 +133,7 @@ class Ledger:
         if study is None:
             return
         try:
-            _optuna.call_back_for_stale(study, trial_id)
+            _optuna.call_stale_trial_callback(study, trial_id)
         except Exception as fault:  # noqa: BLE001 - the user's own; this trial has no part in it
             _logger.warning(
                 f"The storage's callback for the trial with id {trial_id} failed: {fault!r}."
@@ -239,7 +239,7 @@ class Ledger:
         free, granted = self._accounts.read().free(self.quota), running.reservation.granted
         return {name: free[name] + granted.get(name, 0.0) for name in self.quota.held}
 
-    def keep(self, trial_id: int, watch: Watch) -> None:
+    def keep(self, trial_id: int, watch: TrialMonitor) -> None:
         """Ask for more by itself while a trial under metering runs, and renew its lease."""
         running = self._running.get(trial_id)
         if running is None:
@@ -250,7 +250,7 @@ class Ledger:
             watch.environment = {"CUDA_VISIBLE_DEVICES": running.reservation.gpu}
         watch.most = {n: a for n, a in self.quota.amounts().items() if n != "wall_time"}
         keeper = self._keeper
-        watch.on_shortage(lambda: keeper.call_for_more(trial_id))
+        watch.on_low_quota(lambda: keeper.call_for_more(trial_id))
         keeper.keep(trial_id)
 
     def promise(self, trial_id: int, bounds: Mapping[str, float]) -> None:
@@ -286,12 +286,12 @@ class Ledger:
                 return {}
             return self._extend(running, running.low(usage, self.quota))
 
-    def settle(self, trial_id: int, usage: Usage) -> None:
+    def charge(self, trial_id: int, usage: Usage) -> None:
         """Stop keeping a trial's reservation: its row says what it used and is about to finish."""
         self._keeper.let_go(trial_id)
         with self._changing:
             if self._running.pop(trial_id, None) is not None:
-                self._accounts.settle(trial_id, usage)
+                self._accounts.charge(trial_id, usage)
 
     def exhausted(self) -> Refusal | None:
         """Return why nothing more can be admitted, None while something can."""
@@ -358,14 +358,14 @@ class Ledger:
         """Return a grant that needed no claim, None when the protocol is to be gone through."""
         trial_id, written = _optuna.trial_id_of(trial), Reservation()
 
-        def settle(decision: Decision, seen: Snapshot) -> bool:
+        def write_grant(decision: Decision, seen: Snapshot) -> bool:
             nonlocal written
             if beyond(self.quota, seen.used, footprint) is not None:
                 return False
             written = self._write_grant(trial_id, decision)
             return True
 
-        seen = ask_at_once(self._accounts, trial.number, wants, settle)
+        seen = ask_at_once(self._accounts, trial.number, wants, write_grant)
         if seen is None:
             return None
         grant = self._begin(trial, limits, written)
@@ -473,7 +473,7 @@ class Ledger:
             left_behind = [r for r in self._running.values() if r.thread == here]
         for running in left_behind:
             usage = Usage() if running.watch is None else running.watch.close()
-            self.settle(running.trial_id, usage)
+            self.charge(running.trial_id, usage)
             for entry in self._undertaker.look().open:
                 if entry.trial_id == running.trial_id and entry.reservation is not None:
                     used = replace(entry.reservation, used=usage.amounts())

@@ -25,8 +25,9 @@ from optuna_quota._ledger.reservation import reservation_object
 from optuna_quota._ledger.tables import Tables
 from optuna_quota._records import RESERVATION
 from optuna_quota._records import TrialRecord
+from optuna_quota._records import write_attributes
 from optuna_quota._records import write_record
-from optuna_quota._storage_retry import patiently
+from optuna_quota._storage_retry import retry
 
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Rows:
         """All rows by number: as they were last read, where they were read as a whole."""
         if self._tables is None and self._trials:
             return self._trials
-        return patiently(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
+        return retry(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
@@ -74,7 +75,7 @@ class Rows:
         book.fold([entry for entry in entries if entry.state == "finished"], still_open)
 
     def _read_storage(self, book: Book) -> list[Entry]:
-        trials = patiently(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
+        trials = retry(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
         self._trials = trials
         # Rows are never deleted, so a row's place in the list is its number.
         numbers = (*self._open, *range(self._next, len(trials)))
@@ -90,7 +91,7 @@ class Rows:
     def _read_tables(self, book: Book) -> list[Entry]:
         assert self._tables is not None
         tables = self._tables
-        rows = patiently(lambda: tables.changed(self._last_id, self._open))
+        rows = retry(lambda: tables.changed(self._last_id, self._open))
         entries = [
             read_entry(
                 row.trial,
@@ -107,7 +108,7 @@ class Rows:
 
     def stale(self) -> list[int]:
         """Return the ids of trials whose heartbeat the storage has missed."""
-        return patiently(lambda: _optuna.stale_trial_ids(self._storage, self._study_id))
+        return retry(lambda: _optuna.stale_trial_ids(self._storage, self._study_id))
 
     def write(self, trial_id: int, reservation: Reservation) -> None:
         """Write a trial's reservation into its row.
@@ -118,11 +119,11 @@ class Rows:
         """
         value = self._object(reservation)
         tables = self._tables
-        if tables is None or not patiently(lambda: tables.write(trial_id, value)):
+        if tables is None or not retry(lambda: tables.write(trial_id, value)):
             if tables is not None and tables.is_alone:
                 # The storage's own connection would wait for this one.
                 raise UpdateFinishedTrialError(f"The trial with id {trial_id} has finished.")
-            patiently(lambda: self._storage.set_trial_system_attr(trial_id, RESERVATION, value))
+            write_attributes(self._storage, trial_id, system={RESERVATION: value})
 
     def take(self, trial_id: int, reservation: Reservation) -> bool:
         """Return whether an enqueued trial is this worker's, and nobody else's already.
@@ -130,9 +131,9 @@ class Rows:
         Optuna relies on row locks to give it to one worker only, and SQLite has none.
         """
         tables, value = self._tables, self._object(reservation)
-        if tables is None or patiently(lambda: tables.write_first(trial_id, value)):
+        if tables is None or retry(lambda: tables.write_first(trial_id, value)):
             return True
-        trial = patiently(lambda: self._storage.get_trial(trial_id))
+        trial = retry(lambda: self._storage.get_trial(trial_id))
         # What a retried trial copied from another one is void.
         held = parse_reservation(trial.system_attrs.get(RESERVATION), trial_id)
         return held is None and not trial.state.is_finished()
@@ -148,11 +149,11 @@ class Rows:
         """
         tables = self._tables
         self.write(trial_id, reservation)
-        patiently(lambda: write_record(self._storage, trial_id, record))
+        write_record(self._storage, trial_id, record)
         if tables is None:
-            patiently(lambda: self._storage.set_trial_state_values(trial_id, TrialState.FAIL))
+            retry(lambda: self._storage.set_trial_state_values(trial_id, TrialState.FAIL))
         # On SQLite, Optuna reads the state and writes it in two steps.
-        elif not patiently(lambda: tables.fail(trial_id, datetime.now())):
+        elif not retry(lambda: tables.fail(trial_id, datetime.now())):
             raise UpdateFinishedTrialError(f"The trial with id {trial_id} has finished.")
 
 

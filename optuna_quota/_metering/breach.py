@@ -1,67 +1,237 @@
-"""The decision whether a trial is over a limit: pure, from figures alone."""
+"""What is a breach, and when a breach waits because the trial may get more of a quota (pure).
+
+Metering, the supervisor of an isolated trial, the analysis of its exit and forecasts all use
+:func:`is_breach`. What a trial was granted of a quota is a promise: only a refusal that answers a
+request made while the trial was already over its share ends it, because others may have returned
+theirs since an earlier refusal. Until then its own limit and the whole quota bound it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import math
+from typing import NamedTuple
 
 from optuna_quota._resources import Breach
+from optuna_quota._resources import CLOCK_RESOURCES
 from optuna_quota._resources import get_resource
-from optuna_quota._resources import Limits
+from optuna_quota._resources import HELD_RESOURCES
 
 
-# The rate of two busy threads reads as 1.98 to 2.03 cores: clock ticks of the scheduler and the
-# loop's own time blur it. A trial is over its cores only beyond this factor.
+# The rate of two busy threads reads as 1.98 to 2.03 cores, blurred by the scheduler's clock ticks
+# and the loop's own time. A trial breaches `cpu_cores` only beyond this factor.
 CORES_SLACK = 1.05
 
+# Allocations are rounded up, and what native code last asked for is unknown when it ends the
+# process instead of raising: a failure this close to a limit is a failure at the limit.
+AT_LIMIT = 0.95
 
-def find_breach(
-    amounts: Mapping[str, float], limits: Limits, left: Mapping[str, float], elapsed: float
-) -> Breach | None:
-    """Return the breach that is furthest over its limit, None when all is within.
+
+class Ceiling(NamedTuple):
+    """The most that a trial may use of one resource, in SI base units.
+
+    Attributes:
+        limit: The amount.
+        quota: Whether it is what is left of a quota of the study, not a limit of the trial.
+    """
+
+    limit: float
+    quota: bool = False
+
+
+# Plain pairs will do as well.
+Ceilings = Mapping[str, tuple[float, bool]]
+
+
+def tightest_ceilings(
+    limits: Mapping[str, float], left: Mapping[str, float]
+) -> dict[str, Ceiling]:
+    """Return the ceiling in force by resource: the limit or what is left of the quota."""
+    ceilings = {name: Ceiling(limit) for name, limit in limits.items()}
+    for name, amount in left.items():
+        if name not in ceilings or amount < ceilings[name].limit:
+            ceilings[name] = Ceiling(max(amount, 0.0), quota=True)
+    return ceilings
+
+
+def is_breach(resource: str, amount: float, limit: float) -> bool:
+    """Return whether an amount breaches a limit.
 
     A peak may equal its limit; a total that has reached it is used up.
+    """
+    if resource == "cpu_cores":
+        return amount > limit * CORES_SLACK
+    return amount > limit if get_resource(resource).peak else amount >= limit
+
+
+def find_breaches(
+    amounts: Mapping[str, float | None],
+    ceilings: Ceilings,
+    elapsed: float,
+    *,
+    forecast: bool = False,
+) -> list[Breach]:
+    """Return all breaches, the furthest over its limit first.
 
     Args:
-        amounts: What the trial uses, by resource, in SI base units; what is missing is unknown
-            and breaches nothing.
-        limits: The ceilings on the trial.
-        left: What is left of the study's total quotas, by resource; the tighter ceiling counts.
+        amounts: What the trial uses by resource, in SI base units; missing or None is unknown and
+            breaches nothing.
+        ceilings: The ceilings in force.
         elapsed: Seconds since the start of the trial.
+        forecast: Whether the amounts are what the trial is heading for.
     """
-    found = breaches(amounts, ceilings(limits.amounts(), left), elapsed)
-    return found[0] if found else None
-
-
-def breaches(
-    amounts: Mapping[str, float], in_force: Mapping[str, tuple[float, bool]], elapsed: float
-) -> list[Breach]:
-    """Return all breaches, the furthest first, by the ceilings that :func:`ceilings` gives."""
-    known = {"wall_time": elapsed, "trial_time": elapsed, **amounts}
     found = [
-        Breach(name, ceiling, known[name], elapsed, quota=quota)
-        for name, (ceiling, quota) in in_force.items()
-        if name in known and _is_over(name, known[name], ceiling)
+        Breach(name, limit, amount, elapsed, quota=quota, forecast=forecast)
+        for name, (limit, quota) in ceilings.items()
+        if (amount := amounts.get(name)) is not None and is_breach(name, amount, limit)
     ]
-    return sorted(found, key=_excess, reverse=True)
+    return sorted(found, key=_ratio, reverse=True)
 
 
-def ceilings(
-    limits: Mapping[str, float], left: Mapping[str, float]
-) -> dict[str, tuple[float, bool]]:
-    """Return the ceiling in force by resource, and whether it is what is left of a quota."""
-    tightest = {name: (limit, False) for name, limit in limits.items()}
-    for name, value in left.items():
-        if value < tightest.get(name, (math.inf, False))[0]:
-            tightest[name] = (max(value, 0.0), True)
-    return tightest
+def find_refused_breach(
+    resource: str,
+    wanted: float,
+    ceilings: Ceilings,
+    elapsed: float,
+    *,
+    share: float = AT_LIMIT,
+    refused: bool = True,
+) -> Breach | None:
+    """Return the breach of a trial that was refused what it wanted, None when it was not near.
+
+    Args:
+        resource: The resource.
+        wanted: What it held and asked for, as far as that is known.
+        ceilings: The ceilings in force.
+        elapsed: Seconds since the start of the trial.
+        share: The share of the limit from which the limit is taken for the reason; 0 where it
+            surely is.
+        refused: Whether the reason says "asked for" instead of "used".
+    """
+    if resource not in ceilings:
+        return None
+    limit, quota = ceilings[resource]
+    if wanted < share * limit:
+        return None
+    # What was refused is not known more closely than that it was over the limit.
+    observed = max(wanted, limit * (1 + 1e-6) + 1)
+    return Breach(resource, limit, observed, elapsed, quota=quota, refused=refused)
 
 
-def _is_over(name: str, observed: float, ceiling: float) -> bool:
-    if name == "cpu_cores":
-        return observed > ceiling * CORES_SLACK
-    return observed > ceiling if get_resource(name).peak else observed >= ceiling
-
-
-def _excess(breach: Breach) -> float:
+def _ratio(breach: Breach) -> float:
     return breach.observed / breach.limit if breach.limit > 0 else math.inf
+
+
+# Share of a granted amount at which more is requested, so that the answer comes in time.
+EXTENSION_THRESHOLD = 0.8
+# The same for memory and other resources held at one moment: most trials come near what they were
+# granted without outgrowing it.
+HELD_EXTENSION_THRESHOLD = 0.9
+# Seconds that a breach waits for an answer. It comes late on a busy machine and while a database
+# server restarts; without any answer the trial must end.
+EXTENSION_TIMEOUT = 10.0
+# Seconds after which a refused request is repeated: others may have returned their share.
+RETRY_INTERVAL = 0.2
+
+
+def extension_threshold(resource: str) -> float:
+    """Return the share of what was granted at which more is requested."""
+    return HELD_EXTENSION_THRESHOLD if resource in HELD_RESOURCES else EXTENSION_THRESHOLD
+
+
+class QuotaExtension:
+    """The requests of one trial for more of the study's quotas, and the answers.
+
+    Args:
+        request: Requests more; the answer goes to :meth:`resolve`.
+
+    Attributes:
+        needs: The usage of the resources of which more was requested, at the time of the request.
+    """
+
+    def __init__(self, request: Callable[[], None]) -> None:
+        self.needs: Mapping[str, float] = {}
+        self._request = request
+        self._is_due = False
+        self._requested_at: float | None = None
+        self._over: set[str] = set()
+        self._not_before = 0.0
+        self._refused: set[str] = set()
+
+    def review(
+        self,
+        breaches: Sequence[Breach],
+        amounts: Mapping[str, float],
+        ceilings: Ceilings,
+        now: float,
+    ) -> list[Breach]:
+        """Return the breaches that don't wait for an answer; request more where it runs low.
+
+        Args:
+            breaches: All breaches.
+            amounts: The usage by resource.
+            ceilings: The ceilings in force.
+            now: The time in seconds.
+        """
+        over = {b.resource for b in breaches if _is_extensible(b.resource, b.quota)}
+        low = {
+            name
+            for name, granted in _granted(ceilings).items()
+            if amounts.get(name, 0.0) >= extension_threshold(name) * granted
+        }
+        is_due = over - self._refused or (low and now >= self._not_before)
+        if is_due and self._requested_at is None:
+            self._requested_at, self._is_due, self._over = now, True, over
+            self.needs = {name: amounts.get(name, 0.0) for name in sorted(low | over)}
+        return [breach for breach in breaches if not self._must_wait(breach, now)]
+
+    def _must_wait(self, breach: Breach, now: float) -> bool:
+        if not _is_extensible(breach.resource, breach.quota) or breach.resource in self._refused:
+            return False
+        return self._requested_at is None or now - self._requested_at < EXTENSION_TIMEOUT
+
+    def resolve(self, before: Ceilings, after: Ceilings, now: float) -> None:
+        """Take new ceilings as the answer: what the trial was over and did not grow is refused."""
+        old, new = _granted(before), _granted(after)
+        grown = {name for name, amount in new.items() if amount > old.get(name, 0.0)}
+        # A trial that must end at once is left with nothing.
+        self._refused = {name for name, amount in new.items() if amount <= 0}
+        self._refused |= self._over - grown
+        self._over = set()
+        self._requested_at = None
+        self._not_before = now if self.needs.keys() <= grown else now + RETRY_INTERVAL
+
+    def take_request(self) -> Callable[[], None] | None:
+        """Return what requests more, once each time that it is due."""
+        is_due, self._is_due = self._is_due, False
+        return self._request if is_due else None
+
+    def deadline(self, started: float, ceilings: Ceilings, now: float) -> float | None:
+        """Return when time alone calls for a review, None for never.
+
+        Args:
+            started: When the trial started.
+            ceilings: The ceilings in force.
+            now: The time in seconds.
+        """
+        times = []
+        for name in ceilings.keys() & set(CLOCK_RESOURCES):
+            limit, quota = ceilings[name]
+            times.append(started + limit)
+            if _is_extensible(name, quota):
+                times.append(started + EXTENSION_THRESHOLD * limit)
+        times = [time for time in times if time > now]
+        if self._requested_at is not None:
+            times.append(max(now, self._requested_at + EXTENSION_TIMEOUT))
+        return min(times, default=None)
+
+
+def _is_extensible(resource: str, quota: bool) -> bool:
+    # All trials use the study's wall time at once: none can return any of it.
+    return quota and resource != "wall_time"
+
+
+def _granted(ceilings: Ceilings) -> dict[str, float]:
+    return {n: limit for n, (limit, quota) in ceilings.items() if _is_extensible(n, quota)}

@@ -10,7 +10,7 @@ import logging
 import math
 from pathlib import Path
 
-from optuna_quota._metering.gauge import Amount
+from optuna_quota._metering.trial_meters import MeterReading
 from optuna_quota._metering.warn import warn_once
 
 
@@ -77,7 +77,7 @@ def busy_seconds_of_host(stat: str, ticks: int) -> float:
     return busy / ticks
 
 
-class ProcessorEnergyGauge:
+class ProcessorEnergyMeter:
     """A trial's part in the energy of the host's processors, idle power included.
 
     The part is the trial's share of the CPU time that the host was busy, in the time between two
@@ -86,7 +86,7 @@ class ProcessorEnergyGauge:
 
     Args:
         cpu_time: Tells the trial's CPU-seconds so far.
-        is_asked: Whether the trial has a ceiling on energy: what is missing is then a warning.
+        is_limited: Whether the trial has a ceiling on energy: what is missing is then a warning.
         open_counters: Opens the counters.
         host_busy: Tells the CPU-seconds that the host was busy.
     """
@@ -97,25 +97,25 @@ class ProcessorEnergyGauge:
         self,
         cpu_time: Callable[[], float | None],
         *,
-        is_asked: bool = False,
+        is_limited: bool = False,
         open_counters: Callable[[], Rapl] | None = None,
         host_busy: Callable[[], float] | None = None,
     ) -> None:
         self.period = _PERIOD
         self._cpu_time = cpu_time
-        self._is_asked = is_asked
+        self._is_limited = is_limited
         self._open_counters = open_counters or rapl
         self._host_busy = host_busy or _host_busy
         self._last: tuple[float, float, float] | None = None
         self._joules = 0.0
 
-    def read(self, pids: Sequence[int]) -> Mapping[str, Amount]:
+    def read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
         """Return the trial's joules so far."""
         try:
             now = (self._open_counters().joules(), self._host_busy(), self._cpu_time() or 0.0)
         except (OSError, ValueError) as error:
             self.period = math.inf
-            level = logging.WARNING if self._is_asked else logging.DEBUG
+            level = logging.WARNING if self._is_limited else logging.DEBUG
             message = f"The processors' energy is not measured: {error}."
             warn_once("processor energy", message, level=level)
             return {}
@@ -123,7 +123,7 @@ class ProcessorEnergyGauge:
             joules, busy, used = (b - a for a, b in zip(self._last, now, strict=True))
             self._joules += joules * min(1.0, used / busy) if busy > 0 else 0.0
         is_first, self._last = self._last is None, now
-        return {} if is_first else {"energy": Amount(self._joules, peak=False, is_own=True)}
+        return {} if is_first else {"energy": MeterReading(self._joules, peak=False, is_own=True)}
 
     def close(self) -> None:
         """Nothing is held."""

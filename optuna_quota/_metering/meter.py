@@ -1,4 +1,4 @@
-"""What a meter is: the small protocol for a resource of the user's own."""
+"""The protocol of users' own meters."""
 
 from __future__ import annotations
 
@@ -29,40 +29,41 @@ class Meter(Protocol):
 
             pruner = QuotaPruner(limits=Limits(custom={"scratch": 2e9}), meters=[ScratchSpace()])
 
-    A meter is read when the trial starts, then by the metering loop's thread ten times a second,
-    or as seldom as its ``period`` says where it has one (seconds, an optional attribute), and once
-    more when the trial ends. It should return at once: while it reads, the next look at memory has
-    to wait. It may be asked for several trials, so it must not mind two threads.
+    A meter is read when the trial starts, then ten times a second by the metering loop's thread
+    (or every ``period`` seconds, an optional attribute), and once more when the trial ends. It
+    should return at once: memory is not measured meanwhile. It must be safe to call from two
+    threads, for several trials.
 
     Trials in threads of one process have the same ``pids``: the growth of a total is then split
-    evenly among them, and a peak, which can't be told apart, is not recorded.
+    evenly among them, and a peak, which can't be attributed, is not recorded.
 
     Attributes:
-        name: An identifier. The trial table gets the column, ``Limits(custom={name: ...})`` sets
-            the limit.
-        peak: True where a trial's usage is the maximum over time of what is read (a size, a
-            count), False where what is read is a running total: the trial's usage is then the
-            growth since its start.
+        name: An identifier: the column of the trial table, and ``Limits(custom={name: ...})``
+            sets the limit.
+        peak: True if a trial's usage is the maximum of the readings (a size, a count), False if
+            readings are a running total, whose growth since its start is the trial's usage.
     """
 
     name: str
     peak: bool
 
     def read(self, pids: Sequence[int]) -> float | None:
-        """Return the amount at this moment, None where it can't be told.
+        """Return the amount at this moment, None if unknown.
 
         Args:
-            pids: The processes of the trial. An exception counts as None; the first is logged.
+            pids: The processes of the trial.
+
+        An exception counts as None; the first is logged.
         """
         ...
 
 
 def check_names(meters: Iterable[Meter]) -> tuple[Meter, ...]:
-    """Return meters of the user's own whose names can be used.
+    """Check the user's own meters and return them as a tuple.
 
     Raises:
         TypeError: If one is not a meter.
-        ValueError: If a name is no identifier, is taken by a resource, or comes twice.
+        ValueError: If a name is no identifier, is reserved, or is used twice.
     """
     meters = tuple(meters)
     seen: set[str] = set()
@@ -75,12 +76,10 @@ def check_names(meters: Iterable[Meter]) -> tuple[Meter, ...]:
         name = str(meter.name)
         if not name.isidentifier() or name in RESOURCES or is_reserved(name):
             raise ValueError(
-                "A meter's `name` must be an identifier that is no resource's and no word of the "
+                "A meter's `name` must be an identifier other than a resource or a column of the "
                 f"trial table but got {meter.name!r}."
             )
         if meter.name in seen:
-            raise ValueError(
-                f"Each meter must have a name of its own but {meter.name!r} is twice."
-            )
+            raise ValueError(f"Meters must have different names but got {meter.name!r} twice.")
         seen.add(meter.name)
     return meters

@@ -10,8 +10,9 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING
 
-from optuna_quota.cli import errors
 from optuna_quota.cli.arguments import add_command
+from optuna_quota.cli.arguments import FAILED
+from optuna_quota.cli.arguments import OK
 from optuna_quota.cli.output import encodes
 from optuna_quota.cli.output import styled
 from optuna_quota.cli.output import write_json
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
         for line in lines(findings, min(shutil.get_terminal_size((80, 24)).columns, 100)):
             write_line(line)
     healthy = all(finding.state == "ok" for finding in findings)
-    return errors.FAILED if options.strict and not healthy else errors.OK
+    return FAILED if options.strict and not healthy else OK
 
 
 def _as_json(findings: Sequence[Finding]) -> dict[str, object]:

@@ -16,7 +16,7 @@ Example:
 """
 
 from optuna_quota.dashboard._publish import publish
-from optuna_quota.dashboard._publisher import Publisher
+from optuna_quota.dashboard._publish import Publisher
 
 
 __all__ = ["Publisher", "publish"]

@@ -14,8 +14,6 @@ from optuna_quota import _records
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import USAGE_RESOURCES
-from optuna_quota._table import ended_as
-from optuna_quota._table import is_censored
 from optuna_quota._table import measured_usage
 from optuna_quota.visualization import _theme
 
@@ -59,7 +57,10 @@ class FinishedTrial:
 
     def is_censored(self, resource: str) -> bool:
         """Return whether the usage is only a lower bound, since the trial was stopped."""
-        return resource in self.amounts and is_censored(resource, self.outcome)
+        record = self.record
+        return resource in self.amounts and _records.is_lower_bound(
+            resource, self.outcome, record.censored_by
+        )
 
     def format_usage(self, resource: str) -> str:
         """Return the usage for a person, such as "≥ 1 GiB" where it is a lower bound."""
@@ -100,7 +101,8 @@ def _finished_trial(trial: FrozenTrial) -> FinishedTrial:
     breach = record.breach
     if breach is not None and get_resource(breach.resource).peak and not breach.forecast:
         amounts[breach.resource] = max(amounts.get(breach.resource, 0.0), breach.observed)
-    return FinishedTrial(trial, record, ended_as(trial, record) or "failed", amounts)
+    outcome = _records.outcome_of(trial, record) or "failed"
+    return FinishedTrial(trial, record, outcome, amounts)
 
 
 def limits_of(study: Study) -> dict[str, float]:

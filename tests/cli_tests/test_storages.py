@@ -9,7 +9,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from optuna_quota.cli.errors import UsageError
+from optuna_quota.cli.arguments import UsageError
 from optuna_quota.cli.storages import load_study
 from optuna_quota.cli.storages import open_storage
 from optuna_quota.cli.storages import without_password

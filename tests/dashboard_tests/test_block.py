@@ -4,10 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
-from optuna_quota.dashboard._block import BEGIN
-from optuna_quota.dashboard._block import block_of
-from optuna_quota.dashboard._block import END
-from optuna_quota.dashboard._block import merged
+from optuna_quota.dashboard._notes import BEGIN
+from optuna_quota.dashboard._notes import block_of
+from optuna_quota.dashboard._notes import END
+from optuna_quota.dashboard._notes import merged
 
 
 PEOPLE = st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=80)

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from optuna_quota.dashboard._markdown import bar
-from optuna_quota.dashboard._markdown import code
-from optuna_quota.dashboard._markdown import escaped
-from optuna_quota.dashboard._markdown import table
+from optuna_quota.dashboard._notes import bar
+from optuna_quota.dashboard._notes import code
+from optuna_quota.dashboard._notes import escaped
+from optuna_quota.dashboard._notes import table
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from optuna_quota._optuna import study_id_of
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Breach
 from optuna_quota.dashboard import publish
-from optuna_quota.dashboard._block import block_of
+from optuna_quota.dashboard._notes import block_of
 from optuna_quota.dashboard._publish import PICTURE
 from optuna_quota.dashboard._publish import publish_data
 from optuna_quota.visualization._data import report_data

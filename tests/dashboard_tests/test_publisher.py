@@ -10,9 +10,9 @@ import optuna
 from optuna_dashboard import get_note
 import pytest
 
-from optuna_quota.dashboard import _publisher
+from optuna_quota.dashboard import _publish
 from optuna_quota.dashboard import Publisher
-from optuna_quota.dashboard._block import END
+from optuna_quota.dashboard._notes import END
 from tests.visualization_tests.studies import made_study
 
 
@@ -46,12 +46,12 @@ def test_it_is_throttled() -> None:
 
 def test_it_rests_long_after_a_slow_publication(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(_publisher.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(_publish.time, "monotonic", lambda: now[0])
 
     def slow(*args: Any) -> None:
         now[0] += 2.0
 
-    monkeypatch.setattr(_publisher, "publish_data", slow)
+    monkeypatch.setattr(_publish, "publish_data", slow)
     study = made_study(3)
     publisher = Publisher(interval=1)
     now[0] = 10.0
@@ -88,7 +88,7 @@ def test_a_fault_is_logged_and_fails_no_trial(
     def fail(*args: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(_publisher, "publish_data", fail)
+    monkeypatch.setattr(_publish, "publish_data", fail)
     monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
     study = optuna.create_study()
     study.optimize(objective, n_trials=3, callbacks=[Publisher(interval=0)])

@@ -24,10 +24,10 @@ from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
-from optuna_quota._enforcement.nesting import find_inside
+from optuna_quota._enforcement.nesting import find_nested
 from optuna_quota._enforcement.nesting import pruner_limits
 from optuna_quota._enforcement.nesting import pruner_meters
-from optuna_quota._enforcement.pruner import enforce_outside
+from optuna_quota._enforcement.pruner import wrap_nesting_pruner
 from optuna_quota._records import read_record
 
 
@@ -43,7 +43,7 @@ class Held(BasePruner):
         self.answer = answer
 
     def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
-        return self.answer([p.prune(study, trial) for p in find_inside(self.held, BasePruner)])
+        return self.answer([p.prune(study, trial) for p in find_nested(self.held, BasePruner)])
 
 
 class Slotted(BasePruner):
@@ -86,7 +86,7 @@ WAYS: dict[str, Callable[[BasePruner], Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_it_is_found(way: str) -> None:
     pruner = QuotaPruner(limits=LIMITS)
-    assert find_inside(Held(WAYS[way](pruner)), QuotaPruner) == [pruner]
+    assert find_nested(Held(WAYS[way](pruner)), QuotaPruner) == [pruner]
     assert pruner_limits(Held(WAYS[way](pruner))) == LIMITS
 
 
@@ -94,7 +94,7 @@ def test_nothing_is_found_where_none_is() -> None:
     other = optuna.create_study(pruner=QuotaPruner(limits=LIMITS))
     # The pruner of another study is none of this one's.
     for pruner in (MedianPruner(), HyperbandPruner(), Held([other, QuotaPruner, optuna])):
-        assert find_inside(pruner, QuotaPruner) == []
+        assert find_nested(pruner, QuotaPruner) == []
         assert pruner_limits(pruner) is None
         assert pruner_meters(pruner) == ()
 
@@ -219,10 +219,10 @@ def test_what_the_outer_pruner_overruled_is_no_verdict() -> None:
 
 def test_the_outer_pruners_attributes_stay_within_reach() -> None:
     study = optuna.create_study(pruner=PatientPruner(QuotaPruner(limits=ROOM), patience=3))
-    enforce_outside(study)
+    wrap_nesting_pruner(study)
     outside = study.pruner
     assert isinstance(outside, QuotaPruner)
     assert isinstance(outside.base_pruner, PatientPruner)
     assert outside._patience == 3
-    enforce_outside(study)
+    wrap_nesting_pruner(study)
     assert study.pruner is outside

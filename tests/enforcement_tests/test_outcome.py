@@ -18,9 +18,9 @@ from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
-from optuna_quota._enforcement.outcome import conclude
+from optuna_quota._enforcement.trial_result import classify_end
 from optuna_quota._metering import Verdict
-from optuna_quota._optuna import Told
+from optuna_quota._optuna import TellCall
 from optuna_quota._records import read_record
 from optuna_quota._resources import Breach
 
@@ -45,39 +45,39 @@ COMPLETE, FAIL = TrialState.COMPLETE, TrialState.FAIL
         (
             {"state": COMPLETE, "verdict": STOPPED, "breach": BREACH},
             "completed",
-            "Too much memory. The objective was told to stop but returned a value.",
+            "Too much memory. The objective caught the stop and returned a value.",
         ),
         (
             {"state": COMPLETE, "verdict": REJECTED},
             "completed",
-            "It would not fit. The objective was told to stop but returned a value.",
+            "It would not fit. The objective caught the stop and returned a value.",
         ),
         ({"state": TrialState.PRUNED}, "pruned", "The objective pruned itself."),
         ({"state": TrialState.PRUNED, "verdict": PRUNED}, "pruned", PRUNED.reason),
         ({"state": TrialState.PRUNED, "verdict": STOPPED}, "terminated", STOPPED.reason),
         (
-            {"state": TrialState.PRUNED, "told": Told(True, TrialState.PRUNED)},
+            {"state": TrialState.PRUNED, "told": TellCall(True, TrialState.PRUNED)},
             "pruned",
             "Ended by study.tell(state=PRUNED).",
         ),
         (
-            {"state": FAIL, "told": Told(True, FAIL)},
+            {"state": FAIL, "told": TellCall(True, FAIL)},
             "failed",
             "Ended by study.tell(state=FAIL).",
         ),
         (
-            {"state": FAIL, "told": Told(True, None, "nan")},
+            {"state": FAIL, "told": TellCall(True, None, "nan")},
             "failed",
             "study.tell was given no valid value: nan.",
         ),
         (
-            {"state": FAIL, "told": Told(False, None, "The value nan is not acceptable.")},
+            {"state": FAIL, "told": TellCall(False, None, "The value nan is not acceptable.")},
             "failed",
             "The objective returned no valid value: The value nan is not acceptable.",
         ),
         ({"state": FAIL}, "failed", "The objective returned no valid value."),
         (
-            {"state": FAIL, "error": ValueError("x"), "told": Told(False, FAIL)},
+            {"state": FAIL, "error": ValueError("x"), "told": TellCall(False, FAIL)},
             "failed",
             "The objective raised ValueError: x.",
         ),
@@ -92,7 +92,7 @@ COMPLETE, FAIL = TrialState.COMPLETE, TrialState.FAIL
             "MedianPruner pruned it at step 3. The objective raised ValueError: x.",
         ),
         (
-            {"state": FAIL, "verdict": STOPPED, "told": Told(True, FAIL)},
+            {"state": FAIL, "verdict": STOPPED, "told": TellCall(True, FAIL)},
             "terminated",
             "Too much memory. Ended by study.tell(state=FAIL).",
         ),
@@ -104,7 +104,7 @@ COMPLETE, FAIL = TrialState.COMPLETE, TrialState.FAIL
     ],
 )
 def test_outcome_and_reason(arguments: Any, outcome: str, reason: str | None) -> None:
-    end = conclude(**arguments)
+    end = classify_end(**arguments)
     assert (end.outcome, end.reason) == (outcome, reason)
 
 
@@ -183,7 +183,7 @@ def prune() -> None:
     raise optuna.TrialPruned
 
 
-TOLD = "The objective was told to stop but returned a value."
+TOLD = "The objective caught the stop and returned a value."
 
 
 @pytest.mark.parametrize(

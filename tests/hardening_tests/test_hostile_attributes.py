@@ -39,7 +39,7 @@ from optuna_quota._optuna import storage_of
 from optuna_quota._optuna import study_id_of
 from optuna_quota._records import OUTCOME
 from optuna_quota.cli import main
-from optuna_quota.dashboard import _markdown
+from optuna_quota.dashboard import _notes
 from tests.hardening_tests import hostile
 
 
@@ -168,7 +168,7 @@ def test_what_is_published_is_text(rows: Any, attributes: Any, system: Any) -> N
 
 @pytest.mark.parametrize("text", hostile.MARKUP)
 def test_escaped_text_is_one_line_without_signs_of_markup(text: str) -> None:
-    shown = _markdown.escaped(text)
+    shown = _notes.escaped(text)
     assert "\n" not in shown and "\x1b" not in shown
     assert not shown.replace("\\<", "").count("<")
 

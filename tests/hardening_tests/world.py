@@ -20,17 +20,17 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 import pytest
 
-from optuna_quota._enforcement import watches
+from optuna_quota._enforcement import active_trials
 from optuna_quota._ledger import keeper as keeper_module
 from optuna_quota._ledger import ledger as ledger_module
 from optuna_quota._ledger import worker as worker_module
 from optuna_quota._ledger.clock import SystemClock
 from optuna_quota._ledger.ledger import LEASE
 from optuna_quota._ledger.reservation import Worker
-from optuna_quota._metering.loop import replace_loop
-from optuna_quota._metering.threads import ThreadTime
-from optuna_quota._sampler import session
-from optuna_quota._storage_retry import patiently
+from optuna_quota._metering import replace_loop
+from optuna_quota._metering.monitored_tree import ThreadTime
+from optuna_quota._sampler import study_session
+from optuna_quota._storage_retry import retry
 from optuna_quota.testing import FakeMetering
 
 
@@ -157,7 +157,7 @@ class Process:
         self.metering = FakeMetering()
         self.metering.clock.now = now
         self.keepers: list[HandKeeper] = []
-        self.register = watches._Register()
+        self.register = active_trials._Register()
         self.study: optuna.Study
 
 
@@ -193,8 +193,8 @@ class World:
         set_attribute(worker_module, "process_start", self._started)
         # Trials at once in one process share its CPU time evenly.
         set_attribute(ThreadTime, "growth", lambda thread: 1.0)
-        set_attribute(session.gc, "collect", lambda: 0)
-        self._patch.setitem(patiently.__kwdefaults__, "sleep", lambda seconds: None)
+        set_attribute(study_session.gc, "collect", lambda: 0)
+        self._patch.setitem(retry.__kwdefaults__, "sleep", lambda seconds: None)
 
     def close(self) -> None:
         """Give back what is real."""
@@ -217,14 +217,14 @@ class World:
     @contextlib.contextmanager
     def acting(self, process: Process) -> Iterator[None]:
         """Let all that is done in the block be done by one process."""
-        loop, register = replace_loop(process.metering.loop), watches._register
+        loop, register = replace_loop(process.metering.loop), active_trials._register
         before, self._current = self._current, process.name
-        watches._register, HandKeeper.made = process.register, process.keepers
+        active_trials._register, HandKeeper.made = process.register, process.keepers
         try:
             yield
         finally:
             replace_loop(loop)
-            self._current, watches._register = before, register
+            self._current, active_trials._register = before, register
 
     def advance(self, seconds: float) -> None:
         """Let time pass for all; whoever lives says so often enough."""

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from optuna_quota._isolation.process_settings import apply_settings
-from optuna_quota._isolation.process_settings import read_settings
+from optuna_quota._isolation.environment import apply_settings
+from optuna_quota._isolation.environment import read_settings
 
 
 def at_once(name: str, act: Callable[[Any], None]) -> None:

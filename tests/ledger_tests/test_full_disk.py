@@ -20,7 +20,7 @@ import pytest
 from optuna_quota import Quota
 from optuna_quota import QuotaSampler
 from optuna_quota import status
-from optuna_quota._reconnection import keep_lines_whole
+from optuna_quota._storage_retry import repair_torn_lines
 from tests.ledger_tests.workers import start
 from tests.storages import Address
 from tests.storages import study_in
@@ -54,11 +54,11 @@ def tune_until_full(address: Address, name: str, path: str | None) -> None:
     """
     import resource
 
-    from optuna_quota._storage_retry import patiently
+    from optuna_quota._storage_retry import retry
 
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     # Nobody makes room meanwhile.
-    patiently.__kwdefaults__["patience"] = 0.2
+    retry.__kwdefaults__["timeout"] = 0.2
     if path is not None:
         most = os.path.getsize(path) + FREE
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
@@ -145,7 +145,7 @@ def test_a_torn_line_is_taken_out_of_a_journal(tmp_path: Path) -> None:
     path = tmp_path / "study.log"
     storage = JournalStorage(JournalFileBackend(str(path)))
     study = optuna.create_study(storage=storage)
-    keep_lines_whole(storage)
+    repair_torn_lines(storage)
     study.add_trial(optuna.trial.create_trial(value=1.0))
     whole = path.read_bytes()
     for torn in (b'{"op_code":8,"worker_', b"x" * 100_000):
@@ -161,10 +161,10 @@ def test_a_torn_line_is_taken_out_of_a_journal(tmp_path: Path) -> None:
 
 def test_a_journal_is_kept_whole_once_and_can_be_copied(tmp_path: Path) -> None:
     storage = JournalStorage(JournalFileBackend(str(tmp_path / "study.log")))
-    keep_lines_whole(storage)
+    repair_torn_lines(storage)
     lock = storage._backend._lock  # type: ignore[attr-defined]
-    keep_lines_whole(storage)
+    repair_torn_lines(storage)
     assert storage._backend._lock is lock  # type: ignore[attr-defined]
     study = optuna.create_study(storage=pickle.loads(pickle.dumps(storage)))
     assert study.trials == []
-    keep_lines_whole(optuna.storages.InMemoryStorage())
+    repair_torn_lines(optuna.storages.InMemoryStorage())

@@ -81,7 +81,7 @@ def test_an_isolated_trial_sees_the_gpu_that_it_was_given(
         trial.set_user_attr("seen", os.environ.get("CUDA_VISIBLE_DEVICES"))
         return 0.0
 
-    monkeypatch.setattr("optuna_quota._sampler.session.gpus_here", lambda: GPUS)
+    monkeypatch.setattr("optuna_quota._sampler.study_session.gpus_here", lambda: GPUS)
     sampler = QuotaSampler(optuna.samplers.RandomSampler(), quota=Quota(n_trials=5), one_gpu=True)
     study = optuna.create_study(sampler=sampler)
     study.optimize(isolated(objective), n_trials=1)

@@ -46,7 +46,7 @@ def finish(
     trial_id = trial_id_of(trial)
     record = TrialRecord(usage=usage, outcome="rejected" if rejected else "completed")
     write_record(storage_of(study), trial_id, record)
-    ledger.settle(trial_id, usage)
+    ledger.charge(trial_id, usage)
     state = TrialState.FAIL if rejected else TrialState.COMPLETE
     storage_of(study).set_trial_state_values(trial_id, state, None if rejected else [0.0])
 

@@ -56,7 +56,7 @@ def go_through(
         time.sleep(seconds * random.random())
         usage = Usage(cpu_time=footprint.get("cpu_time"), wall_time=seconds)
         write_record(storage_of(study), trial_id, TrialRecord(usage, "completed"))
-        ledger.settle(trial_id, usage)
+        ledger.charge(trial_id, usage)
         study.tell(trial, 0.0)
 
 

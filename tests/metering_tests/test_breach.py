@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 
 from optuna_quota import Limits
-from optuna_quota._metering import find_breach
+from optuna_quota._metering.breach import AT_LIMIT
+from optuna_quota._metering.breach import Ceiling
+from optuna_quota._metering.breach import find_breaches
+from optuna_quota._metering.breach import find_refused_breach
+from optuna_quota._metering.breach import tightest_ceilings
 
 
 GIB = 2**30
@@ -30,17 +34,32 @@ GIB = 2**30
         ({"scratch": 11.0}, {"custom": {"scratch": 10}}, {}, 1.0, ("scratch", 10.0, False)),
     ],
 )
-def test_find_breach(amounts, limits, left, elapsed, expected) -> None:  # type: ignore[no-untyped-def]
-    breach = find_breach(amounts, Limits(**limits), left, elapsed)
-    found = None if breach is None else (breach.resource, breach.limit, breach.quota)
-    assert found == expected
-    if breach is not None:
+def test_find_breaches(amounts, limits, left, elapsed, expected) -> None:  # type: ignore[no-untyped-def]
+    ceilings = tightest_ceilings(Limits(**limits).amounts(), left)
+    amounts = {"wall_time": elapsed, "trial_time": elapsed, **amounts}
+    found = find_breaches(amounts, ceilings, elapsed)
+    assert [(b.resource, b.limit, b.quota) for b in found] == ([expected] if expected else [])
+    for breach in found:
         assert breach.seconds == elapsed
         assert breach.reason
 
 
-def test_of_several_breaches_the_worst_is_told() -> None:
-    limits = Limits(memory=100, cpu_time=1)
-    breach = find_breach({"memory": 110, "cpu_time": 9}, limits, {}, 2.0)
-    assert breach is not None
-    assert breach.resource == "cpu_time"
+def test_of_several_breaches_the_furthest_over_its_limit_is_first() -> None:
+    ceilings = {"memory": Ceiling(100), "cpu_time": Ceiling(1)}
+    found = find_breaches({"memory": 110, "cpu_time": 9}, ceilings, 2.0)
+    assert [breach.resource for breach in found] == ["cpu_time", "memory"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "share", "is_found"),
+    [(96.0, AT_LIMIT, True), (94.0, AT_LIMIT, False), (0.0, 0.0, True), (120.0, AT_LIMIT, True)],
+)
+def test_what_is_refused_near_a_limit_is_a_breach(
+    wanted: float, share: float, is_found: bool
+) -> None:
+    breach = find_refused_breach("memory", wanted, {"memory": Ceiling(100)}, 2.0, share=share)
+    assert (breach is not None) is is_found
+    if breach is not None:
+        assert breach.observed == pytest.approx(max(101, wanted))
+        assert breach.refused
+    assert find_refused_breach("memory", wanted, {}, 2.0, share=share) is None

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from optuna_quota._metering.visible import GpuIdentity
-from optuna_quota._metering.visible import Visible
-from optuna_quota._metering.visible import visible_devices
+from optuna_quota._metering.visible_gpus import GpuIdentity
+from optuna_quota._metering.visible_gpus import Visible
+from optuna_quota._metering.visible_gpus import visible_devices
 from tests.metering_tests.conftest import FakeNvml
 
 
@@ -85,7 +85,7 @@ instance 0 1
 MIXED_STATE = f"device 0 GPU-a 0 {24 * GB} 0 0\ndevice 1 GPU-b 0 {80 * GB} 0 0\n"
 ASK = """
 from optuna_quota._ledger import gpus_here
-from optuna_quota._metering.gpu_devices import device_memory
+from optuna_quota._metering.visible_gpus import device_memory
 print(*(f"{gpu.uuid}={gpu.memory:.0f}" for gpu in gpus_here()), sep=",")
 print(device_memory(os.environ))
 """
@@ -127,5 +127,5 @@ def test_what_a_worker_may_hand_out_and_how_large_it_is(
 
 
 def test_a_worker_without_a_driver_says_that_it_hands_out_none(nvml: Nvml) -> None:
-    out = nvml().run(ASK, LD_LIBRARY_PATH="")
+    out = nvml().run(ASK, has_driver=False)
     assert "WARNING No trial is given a GPU of its own: no NVIDIA driver was found." in out

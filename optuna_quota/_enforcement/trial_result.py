@@ -1,0 +1,290 @@
+"""The result of a trial: its outcome and reason, and writing them into its row before it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import replace
+import logging
+import socket
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+
+from optuna_quota import _optuna
+from optuna_quota import _records
+from optuna_quota._enforcement.constraints import constraint_attributes
+from optuna_quota._enforcement.constraints import limit_constraints
+from optuna_quota._enforcement.nesting import requires_uniform_constraints
+from optuna_quota._optuna import TellCall
+from optuna_quota._records import Interval
+from optuna_quota._records import read_record
+from optuna_quota._records import TrialRecord
+from optuna_quota._resources import Breach
+from optuna_quota._resources import Limits
+from optuna_quota._resources import Outcome
+from optuna_quota._resources import RESOURCES
+from optuna_quota._resources import Usage
+from optuna_quota._storage_retry import retry
+from optuna_quota.exceptions import LimitBreached
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+    from optuna.trial import Trial
+
+    from optuna_quota._metering import TrialMonitor
+    from optuna_quota._metering import Verdict
+
+
+_logger = logging.getLogger("optuna.quota.enforcement")
+
+IGNORED_STOP = "The objective caught the stop and returned a value."
+_OUTCOMES_OF: Mapping[TrialState, tuple[str, ...]] = {
+    TrialState.COMPLETE: ("completed",),
+    TrialState.PRUNED: ("pruned", "terminated", "rejected"),
+    TrialState.FAIL: ("failed", "rejected"),
+}
+
+
+@dataclass(frozen=True)
+class TrialEnd:
+    """How a trial ended.
+
+    Attributes:
+        outcome: The outcome.
+        reason: One sentence that explains it; None for a trial that completed within its limits.
+        breach: The limit it was over.
+    """
+
+    outcome: Outcome
+    reason: str | None
+    breach: Breach | None = None
+
+
+def classify_end(
+    state: TrialState,
+    verdict: Verdict | None = None,
+    breach: Breach | None = None,
+    error: BaseException | None = None,
+    told: TellCall | None = None,
+) -> TrialEnd:
+    """Return how a trial ended.
+
+    A trial that was stopped for a breach is ``terminated``, whatever its objective did next, with
+    one exception: where it caught the stop and returned a value, Optuna has a completed trial.
+
+    Args:
+        state: The state that Optuna is about to store.
+        verdict: Why it was stopped, None if it was not.
+        breach: The breach that was measured; a trial may end before anything could act on it.
+        error: What the objective raised, where that is known.
+        told: What ``tell`` was called with, where that is known.
+    """
+    stop = None if verdict is None else (verdict.outcome, verdict.reason)
+    if verdict is None and isinstance(error, LimitBreached):
+        breach = breach or _breach_in(error)
+        if breach is not None:
+            stop = ("terminated", breach.reason)
+    if verdict is not None and verdict.breach is not None:
+        breach = verdict.breach
+    if state == TrialState.COMPLETE:
+        return TrialEnd("completed", _reason_of_completed(stop, breach), breach)
+    end = _reason_of_unstopped(state, error, told)
+    if stop is None:
+        return TrialEnd("pruned" if state == TrialState.PRUNED else "failed", end, breach)
+    outcome, reason = stop
+    if state == TrialState.FAIL and outcome in ("terminated", "rejected", "pruned"):
+        # The objective was stopped, and failed while it ended.
+        reason = f"{reason} {end}"
+        outcome = "failed" if outcome == "pruned" else outcome
+    return TrialEnd(outcome, reason, breach)
+
+
+def _breach_in(error: LimitBreached) -> Breach | None:
+    """Return the breach whose figures an error carries, None for one without any."""
+    name, limit, observed = error.resource, error.limit, error.observed
+    if name is None or name not in RESOURCES or limit is None or observed is None:
+        return None
+    return Breach(name, limit, observed, error.seconds or 0.0)
+
+
+def _reason_of_completed(stop: tuple[Outcome, str] | None, breach: Breach | None) -> str | None:
+    if stop is not None and stop[0] in ("terminated", "rejected"):
+        return f"{stop[1]} {IGNORED_STOP}"
+    if breach is None:
+        return None
+    return f"{breach.reason} The objective completed before it could be stopped."
+
+
+def _reason_of_unstopped(
+    state: TrialState, error: BaseException | None, told: TellCall | None
+) -> str:
+    by_user = told is not None and told.by_user
+    if by_user and told is not None and told.state == state:
+        return f"Ended by study.tell(state={state.name})."
+    if state == TrialState.PRUNED:
+        pruned = "The objective pruned itself"
+        return f"{pruned}: {error}" if error is not None and str(error) else f"{pruned}."
+    if error is not None:
+        return f"The objective raised {_described(error)}."
+    who = "study.tell was given" if by_user else "The objective returned"
+    problem = "" if told is None or told.problem is None else f": {told.problem.rstrip('.')}"
+    return f"{who} no valid value{problem}."
+
+
+def _described(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    shown = text if len(text) <= 300 else f"{text[:300]}…"
+    return f"{type(error).__name__}: {shown}".removesuffix(".") if shown else type(error).__name__
+
+
+def record_result(
+    study: Study,
+    trial: FrozenTrial,
+    watch: TrialMonitor | None,
+    state: TrialState,
+    *,
+    limits: Limits | None = None,
+    footprint: Mapping[str, Interval] | None = None,
+    expected: Mapping[str, float] | None = None,
+    error: BaseException | None = None,
+    told: TellCall | None = None,
+) -> TrialRecord:
+    """Close a trial's metering and write its record and constraints into its row.
+
+    Call it before the row is finished; a second call for the same trial writes nothing. A storage
+    error is logged and not raised, so that the trial's value is not lost.
+
+    Args:
+        study: The study.
+        trial: Its row as it is now; constraints in it that others wrote are kept.
+        watch: Its metering; None when it ran where this process can't see it.
+        state: The state that is about to be stored.
+        limits: The limits on the trial; those of ``watch`` by default.
+        footprint: What was projected before it ran, as intervals by resource.
+        expected: The usage that was projected for a trial that did not run, by resource.
+        error: What the objective raised, where that is known.
+        told: What ``tell`` was called with, where that is known.
+    """
+    if watch is None:
+        before = read_record(trial)
+        if before.outcome is not None and before.outcome in _OUTCOMES_OF.get(state, ()):
+            # `tell` again after its state could not be stored: the first call had the metering.
+            return before
+    usage = Usage() if watch is None else watch.close()
+    record = build_record(watch, usage, state, error=error, told=told, footprint=footprint)
+    if watch is not None and watch.recorded:
+        return record
+    if watch is not None:
+        watch.recorded = True
+    if limits is None:
+        limits = Limits() if watch is None else watch.limits
+    amounts: Mapping[str, float] = usage.amounts()
+    if record.outcome == "rejected":
+        # It did not run: samplers should learn from what it would have used.
+        record, amounts = replace(record, usage=Usage()), expected or {}
+    own = limit_constraints(limits, amounts, record.breach)
+    shown = _shows_constraints(study, state, own)
+    system = constraint_attributes(trial.system_attrs, own) if shown else {}
+    save_record(study, trial, record, system)
+    return record
+
+
+def _shows_constraints(study: Study, state: TrialState, own: Mapping[str, float]) -> bool:
+    """Return whether to write the constraints of a trial's limits into its row.
+
+    One that completed over a limit has them, so that it is not taken for the best trial, unless
+    that would break the study's sampler.
+    """
+    if state != TrialState.COMPLETE:
+        return state == TrialState.PRUNED and bool(own)
+    over = any(value > 0 for value in own.values())
+    return over and not requires_uniform_constraints(study.sampler)
+
+
+def read_row(study: Study, trial: Trial | FrozenTrial) -> FrozenTrial:
+    """Return a trial's row as stored, or as Optuna has it in memory where it can't be read."""
+    storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+    try:
+        return retry(lambda: storage.get_trial(trial_id))
+    except Exception as error:  # noqa: BLE001 - any backend's own; the result must not be lost
+        _logger.info(f"The row of trial {trial.number} could not be read: {error!r}.")
+        return _optuna.cached_row(trial)
+
+
+def build_record(
+    watch: TrialMonitor | None,
+    usage: Usage,
+    state: TrialState,
+    *,
+    error: BaseException | None = None,
+    told: TellCall | None = None,
+    footprint: Mapping[str, Interval] | None = None,
+) -> TrialRecord:
+    """Return the record of a trial that ends in the given state; see :func:`record_result`."""
+    verdict, breach = (None, None) if watch is None else (watch.verdict, watch.breach)
+    end = classify_end(state, verdict, breach, error, told)
+    return TrialRecord(
+        usage=usage,
+        outcome=end.outcome,
+        reason=end.reason,
+        breach=end.breach,
+        footprint=footprint or {},
+        isolation=None if watch is None else watch.isolation,
+        host=socket.gethostname(),
+        timeline=watch.timeline() if watch is not None and end.breach is not None else (),
+        gpu_source=None if watch is None or watch.gpu is None else watch.gpu.source,
+    )
+
+
+def save_record(
+    study: Study,
+    trial: FrozenTrial,
+    record: TrialRecord,
+    system: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a record and system attributes into a row; log what the storage refuses.
+
+    If the write fails, each attribute is written by itself, so that a value that the storage
+    never takes does not cost the others.
+    """
+    storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+    user = _records.record_attributes(record)
+    system = {**_records.system_attributes(record), **(system or {})}
+    try:
+        _records.write_attributes(storage, trial_id, user=user, system=system)
+    except Exception as error:  # noqa: BLE001 - any backend's own; the result must not be lost
+        if isinstance(error, UpdateFinishedTrialError):
+            lost = [*user, *system]
+        else:
+            lost = _records.write_one_by_one(storage, trial_id, user=user, system=system)
+        if lost:
+            _logger.warning(
+                f"Trial {trial.number}: could not record {', '.join(lost)}: {error!r}."
+            )
+
+
+def record_rejection(study: Study, trial: FrozenTrial, reason: str) -> TrialRecord:
+    """Write into a trial's row that it was rejected, and why.
+
+    Args:
+        study: The study.
+        trial: The trial; this object, which Optuna keeps for it, is updated too.
+        reason: One sentence.
+    """
+    record = TrialRecord(outcome="rejected", reason=reason, host=socket.gethostname())
+    attributes = _records.record_attributes(record)
+    storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+    _records.write_attributes(storage, trial_id, user=attributes)
+    trial.user_attrs = {**trial.user_attrs, **attributes}
+    return record
+
+
+def record_ignored_rejection(study: Study, trial: FrozenTrial) -> None:
+    """Add to the reason of a rejected trial that its objective returned a value all the same."""
+    reason = f"{read_record(trial).reason or 'The trial was rejected.'} {IGNORED_STOP}"
+    save_record(study, trial, TrialRecord(outcome="rejected", reason=reason))

@@ -1,0 +1,148 @@
+"""Where a study is going next, from where it has been."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_quota._footprint.observations import Observation
+from optuna_quota._footprint.search_space import latin_hypercube
+from optuna_quota._footprint.search_space import position_of
+from optuna_quota._footprint.search_space import value_at
+
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+
+# Of an adaptive sampler's points, this share is still spread over the whole space.
+_SPREAD = 0.3
+_RECENT = 20
+# Deviation around a recent point, as a share of each parameter's range.
+_AROUND = 0.1
+_SAMPLE = 128
+
+
+def draw_future_points(
+    rows: Sequence[Observation], count: int, *, adaptive: bool, seed: int = 0
+) -> list[Mapping[str, Any]]:
+    """Return points like those that a sampler will draw.
+
+    Each follows an earlier trial, so that conditional parameters come with the choices that they
+    hang on: an adaptive sampler stays around its newest points, others draw anew over the whole
+    range, the choices first.
+
+    Args:
+        rows: Earlier trials, oldest first.
+        count: How many.
+        adaptive: Whether the sampler learns where to go.
+        seed: Of the random draws.
+    """
+    generator = np.random.default_rng([seed, 5])
+    recent = rows[-_RECENT:]
+    names = sorted({name for row in rows for name in row.distributions})
+    branches = _Branches(rows)
+    # Evenly spread, so that the dearest corner is there as often as it should be.
+    places = latin_hypercube(count, len(names) + 2, generator)
+    points = []
+    for place in places:
+        by_name = dict(zip(names, place[2:].tolist(), strict=True))
+        if adaptive and place[0] > _SPREAD:
+            points.append(_around(recent[int(place[1] * len(recent))], generator))
+        else:
+            points.append(branches.anew(float(place[1]), by_name))
+    return points
+
+
+def simulate_future_points(
+    rows: Sequence[Observation], n_trials: int, *, adaptive: bool
+) -> list[Mapping[str, Any]]:
+    """Return a sample of the points of the next trials.
+
+    Never as many as there are trials: those would be taken for the very points to come.
+    """
+    return draw_future_points(rows, _SAMPLE + (n_trials == _SAMPLE), adaptive=adaptive)
+
+
+class _Branches:
+    """Which parameters trials had, and on which choices that hung.
+
+    Args:
+        rows: Trials that are alike in the choices ``decided``.
+        decided: Names of choices.
+    """
+
+    def __init__(self, rows: Sequence[Observation], decided: frozenset[str] = frozenset()) -> None:
+        self._rows = rows
+        self._decided = decided
+        self._shapes = {frozenset(row.distributions) for row in rows}
+        self._deciding, self._parts = self._split()
+
+    def _split(self) -> tuple[str | None, dict[str, _Branches]]:
+        """Return the choice on which most hangs, and the branch of each value that was seen."""
+        if len(self._shapes) == 1:
+            return None, {}
+        found: list[tuple[int, str, dict[str, list[Observation]]]] = []
+        for name in sorted(frozenset.intersection(*self._shapes) - self._decided):
+            if not _is_choice(self._rows[-1].distributions[name]):
+                continue
+            alike: dict[str, list[Observation]] = {}
+            for row in self._rows:
+                alike.setdefault(repr(row.params[name]), []).append(row)
+            shapes = {(v, frozenset(row.distributions)) for v in alike for row in alike[v]}
+            found.append((len(shapes), name, alike))
+        if not found:
+            return None, {}
+        _, name, alike = min(found, key=lambda each: each[:2])
+        decided = self._decided | {name}
+        return name, {value: _Branches(rows, decided) for value, rows in alike.items()}
+
+    def anew(self, pick: float, places: Mapping[str, float]) -> Mapping[str, Any]:
+        """Return a point anywhere in the space.
+
+        A choice on which other parameters hang is drawn as a sampler draws it, not as often as
+        it happened to come, so long as some trial shows what goes with it.
+
+        Args:
+            pick: Which of the trials with the same choices to follow, from 0 to 1.
+            places: Where in its range each parameter is, from 0 to 1.
+        """
+        if self._deciding is not None:
+            distribution = self._rows[-1].distributions[self._deciding]
+            part = self._parts.get(repr(value_at(distribution, places[self._deciding])))
+            if part is not None:
+                return part.anew(pick, places)
+        row = self._rows[int(pick * len(self._rows))]
+        point = dict(row.params)
+        # Where no parameter hangs on another any more, the other choices are drawn anew too.
+        free = len(self._shapes) == 1
+        for name, distribution in row.distributions.items() if free else _numbers(row):
+            if name not in self._decided:
+                point[name] = value_at(distribution, places[name])
+        return point
+
+
+def _around(row: Observation, generator: np.random.Generator) -> Mapping[str, Any]:
+    """Return a point with the choices of a row and its numbers close by."""
+    point = dict(row.params)
+    for name, distribution in _numbers(row):
+        place = position_of(distribution, point[name]) + _AROUND * generator.standard_normal()
+        point[name] = value_at(distribution, float(np.clip(place, 0.0, 1.0)))
+    return point
+
+
+def _numbers(row: Observation) -> Iterator[tuple[str, BaseDistribution]]:
+    for name, distribution in row.distributions.items():
+        if not _is_choice(distribution) and not distribution.single():
+            yield name, distribution
+
+
+def _is_choice(distribution: BaseDistribution) -> bool:
+    from optuna.distributions import CategoricalDistribution
+
+    return isinstance(distribution, CategoricalDistribution)

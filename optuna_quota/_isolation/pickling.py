@@ -1,0 +1,413 @@
+"""Pickle an objective for a trial's process: by name, by value, or as a proxy.
+
+Functions and classes that the trial's ``__main__`` has go by name, others of it and closures by
+value, those of modules by name. A study, storage or trial that the objective refers to stays in
+the study's process and is replaced by a proxy. Large arrays are not copied into the pickle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+import contextlib
+import contextvars
+from dataclasses import dataclass
+import functools
+import importlib
+import io
+import mmap
+from multiprocessing import context
+from multiprocessing.reduction import ForkingPickler
+from multiprocessing.synchronize import SemLock
+import pickle
+import socket
+import sys
+import types
+from typing import Any
+
+import cloudpickle
+
+from optuna_quota._isolation.calls import is_remote
+from optuna_quota._isolation.calls import proxy_of
+from optuna_quota._isolation.calls import RemoteObjects
+from optuna_quota._isolation.channel import Channel
+from optuna_quota._isolation.main_module import global_names
+from optuna_quota._isolation.main_module import MAIN_NAMES
+from optuna_quota._isolation.main_module import MainModule
+from optuna_quota._isolation.module_state import plain_attributes
+from optuna_quota._isolation.module_state import set_main_state
+from optuna_quota._isolation.module_state import set_module_parts
+from optuna_quota._isolation.modules import modules_being_imported
+
+
+# Smaller buffers are copied into the pickle; a message of its own for each would cost more.
+_MIN_BUFFER = 1 << 16
+
+
+class NeedsFork(TypeError):
+    """An objective refers to a lock of multiprocessing's that only a forked process can share."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The objective can't be sent to the trial's process because it refers to a lock or "
+            "queue of multiprocessing's fork context. Create it with "
+            "multiprocessing.get_context('spawn'), or use "
+            "isolated(objective, start_method='fork')."
+        )
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A pickled objective, with what is kept out of the pickle.
+
+    Attributes:
+        pickles: The objective's, then those of calls that set up the modules it refers to, then
+            that of None.
+        buffers: The memory of large arrays. It is sent from where it is and received where it
+            stays, so that it is held only once.
+        descriptors: Open files, which the pickle refers to by index.
+    """
+
+    pickles: bytes
+    buffers: Sequence[pickle.PickleBuffer]
+    descriptors: Sequence[int]
+
+    @property
+    def sizes(self) -> tuple[tuple[int, bool], ...]:
+        """The bytes of each buffer, and whether it is read-only."""
+        views = [buffer.raw() for buffer in self.buffers]
+        return tuple((view.nbytes, view.readonly) for view in views)
+
+    def send_buffers(self, channel: Channel) -> None:
+        """Send the buffers, after the message with their sizes."""
+        for buffer in self.buffers:
+            channel.send_raw(buffer.raw())
+
+
+def receive_buffers(channel: Channel, sizes: Iterable[tuple[int, bool]]) -> list[memoryview]:
+    """Receive what :meth:`Payload.send_buffers` sends."""
+    buffers = []
+    for size, readonly in sizes:
+        # Not on the heap: it goes back to the system when it is no longer used.
+        buffer = memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        channel.receive_raw(buffer)
+        buffers.append(buffer.toreadonly() if readonly else buffer)
+    return buffers
+
+
+def load_objective(pickles: bytes, buffers: Iterable[memoryview]) -> Any:
+    """Return the objective of a payload, in the trial's process."""
+    unpickler = pickle.Unpickler(io.BytesIO(pickles), buffers=buffers)
+    objective = unpickler.load()
+    while (call := unpickler.load()) is not None:
+        function, *arguments = call
+        function(*arguments)
+    return objective
+
+
+def dump_objective(objective: Any, remote: RemoteObjects, main: MainModule) -> Payload:
+    """Return the pickle of an objective and of what it needs of the main module.
+
+    Raises:
+        NeedsFork: If it refers to a lock or queue that only a fork can share.
+        TypeError: If the objective refers to an object that can't be pickled.
+    """
+    made_by_trial: set[str] = set()
+    while True:
+        pickler = _ObjectivePickler(remote, main, made_by_trial)
+        try:
+            return pickler.dump_payload(objective)
+        except NeedsFork:
+            raise
+        except Exception as error:
+            if pickler.failed is not None:
+                # The trial's main module makes its own, such as a lock.
+                made_by_trial.add(pickler.failed)
+                continue
+            raise TypeError(
+                "The objective can't be sent to the trial's process because it, or an object "
+                f"that it refers to, can't be pickled ({error}). Create that object inside the "
+                "objective, or use isolated(objective, start_method='fork')."
+            ) from error
+
+
+class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
+    """One attempt to pickle an objective.
+
+    Args:
+        remote: The objects that stay in this process.
+        main: The main module of the trial's process.
+        made_by_trial: Global variables that are taken from that module whatever their values.
+
+    Attributes:
+        failed: The global variable that could not be pickled although the trial's main module
+            makes one itself; None when it was another object.
+    """
+
+    def __init__(
+        self, remote: RemoteObjects, main: MainModule, made_by_trial: Collection[str]
+    ) -> None:
+        self._file = io.BytesIO()
+        super().__init__(self._file, protocol=5, buffer_callback=self._take_buffer)
+        self.failed: str | None = None
+        self._remote = remote
+        self._main = main
+        self._made_by_trial = made_by_trial
+        self._globals = vars(sys.modules["__main__"])
+        self._by_trial = {id(self._globals[name]): name for name in made_by_trial}
+        self._reducers = dict(_multiprocessing_reducers())
+        self._buffers: list[pickle.PickleBuffer] = []
+        self._spawning = _Spawning()
+        self._seen: set[int] = set()
+        self._by_name: dict[int, Any] = {}
+        self._by_value: dict[str, Any] = {}
+
+    def dump_payload(self, objective: Any) -> Payload:
+        modules = modules_being_imported()
+        _pickle_by_value(modules)
+        context.set_spawning_popen(self._spawning)  # type: ignore[arg-type]  # passes for one
+        try:
+            self.dump(objective)
+            self._dump_main_state()
+            self._dump_parts(modules)
+            self.dump(None)
+        except NeedsFork:
+            raise
+        except Exception:
+            self.failed = next(filter(self._can_be_left_out, sorted(self._main.names)), None)
+            raise
+        finally:
+            context.set_spawning_popen(None)
+            self.clear_memo()
+        descriptors = tuple(self._spawning.descriptors)
+        return Payload(self._file.getvalue(), tuple(self._buffers), descriptors)
+
+    def reducer_override(self, value: Any) -> Any:
+        if is_remote(value):
+            return proxy_of, (self._remote.handle(value),)
+        if id(value) in self._by_trial:
+            return global_of_main, (self._by_trial[id(value)],)
+        if getattr(value, "_is_fork_ctx", False) is True and isinstance(value, SemLock):
+            raise NeedsFork
+        kind = type(value)
+        if kind in _FUNCTIONS or isinstance(value, type):
+            self._seen.add(id(value))
+            if self._is_named(value):
+                return value.__qualname__
+        elif kind in self._reducers:
+            return self._reducers[kind](value)
+        elif kind is contextvars.ContextVar:
+            with contextlib.suppress(LookupError):
+                return make_context_variable, (value.name, value.get())
+            return contextvars.ContextVar, (value.name,)
+        elif kind.__module__ in ("torch", "torch.storage"):
+            reduced = _reduce_tensor(value)
+            if reduced is not None:
+                return reduced
+        return super().reducer_override(value)
+
+    def _dump_main_state(self) -> None:
+        """Dump the globals of what went by name, until nothing new does."""
+        sent, done = set(self._made_by_trial), set[int]()
+        while True:
+            new = [v for k, v in list(self._by_name.items()) if k not in done]
+            # Picklers within the trial, such as a pool's, look these up by name.
+            values = {k: v for k, v in self._by_value.items() if k not in sent}
+            if not new and not values:
+                return
+            done |= {id(value) for value in new}
+            sent |= values.keys()
+            names = {name for value in new for name in global_names(value)} - sent
+            for name in sorted(names & self._globals.keys()):
+                sent.add(name)
+                value = self._globals[name]
+                if not (name in self._main.names and self._is_made_by_definition(value)):
+                    values[name] = value
+            attributes = {v.__qualname__: found for v in new if (found := plain_attributes(v))}
+            if values or attributes:
+                self.dump((set_main_state, values, attributes))
+
+    def _dump_parts(self, modules: Iterable[types.ModuleType]) -> None:
+        """Dump what was sent by value of modules that are being imported."""
+        for module in modules:
+            parts = {
+                name: value
+                for name, value in list(vars(module).items())
+                if id(value) in self._seen
+                and getattr(value, "__module__", None) == module.__name__
+            }
+            if parts:
+                self.dump((set_module_parts, module.__name__, parts))
+
+    def _can_be_left_out(self, name: str) -> bool:
+        """Return whether a global is one that can't be pickled and that the trial makes anew."""
+        value = self._globals.get(name)
+        if name in self._made_by_trial or isinstance(value, (type, types.ModuleType, *_FUNCTIONS)):
+            return False
+        try:
+            type(self)(self._remote, self._main, ()).dump(value)
+        except NeedsFork:
+            return False
+        except Exception:  # noqa: BLE001 - a user's __reduce__ may raise anything
+            return True
+        return False
+
+    def _is_made_by_definition(self, value: Any) -> bool:
+        """Return whether the trial's main module has an equal global without its being sent."""
+        if isinstance(value, types.ModuleType):
+            return True
+        if getattr(value, "__module__", None) not in MAIN_NAMES:
+            # Imported from elsewhere.
+            return isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType))
+        return self._is_named(value)
+
+    def _is_named(self, value: Any) -> bool:
+        """Return whether the trial's main module has the same under the same name."""
+        if id(value) in self._by_name:
+            return True
+        if getattr(value, "__module__", None) not in MAIN_NAMES:
+            return False
+        path = getattr(value, "__qualname__", "").split(".")
+        if path[0] not in self._main.names:
+            if len(path) == 1:
+                self._by_value[path[0]] = value
+            return False
+        found: Any = sys.modules["__main__"]
+        for part in path:
+            found = getattr(found, part, None)
+        if found is not value:
+            return False
+        self._by_name[id(value)] = value
+        return True
+
+    def _take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
+        """Keep a large buffer out of the pickle; return whether to copy it in after all."""
+        if buffer.raw().nbytes < _MIN_BUFFER:
+            return True
+        self._buffers.append(buffer)
+        return False
+
+
+def _pickle_by_value(modules: Iterable[types.ModuleType]) -> None:
+    """Let cloudpickle send the functions and classes of these modules by value, of no others.
+
+    Trials in all threads find the same modules, so what one registers, another needs too.
+    """
+    wanted = {module.__name__: module for module in modules}
+    for name in _registered.keys() - wanted.keys():
+        module = _registered.pop(name, None)
+        with contextlib.suppress(ValueError):
+            if module is not None:
+                cloudpickle.unregister_pickle_by_value(module)
+    known = cloudpickle.list_registry_pickle_by_value()
+    for name, module in wanted.items():
+        if name not in known:
+            _registered[name] = module
+            cloudpickle.register_pickle_by_value(module)
+
+
+_registered: dict[str, types.ModuleType] = {}
+
+
+# The latter is what a cached function is.
+_FUNCTIONS = (types.FunctionType, type(functools.cache(len)))
+
+
+class InheritedDescriptor:
+    """An open file on its way to a trial's process.
+
+    Args:
+        index: Its place in :attr:`Payload.descriptors`.
+    """
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def detach(self) -> int:
+        """Return the file's descriptor, which the caller closes."""
+        return inherited_descriptors[self._index]
+
+
+# Filled in a trial's process.
+inherited_descriptors: list[int] = []
+
+
+class _Spawning:
+    """Passes for the process that multiprocessing is about to spawn, to which locks may go."""
+
+    method = "forkserver"
+    DupFd = InheritedDescriptor
+
+    def __init__(self) -> None:
+        self.descriptors: list[int] = []
+
+    def duplicate_for_child(self, descriptor: int) -> int:
+        self.descriptors.append(descriptor)
+        return len(self.descriptors) - 1
+
+
+def _multiprocessing_reducers() -> Iterator[tuple[type, Callable[[Any], Any]]]:
+    """Yield what only multiprocessing pickles: connections, sockets, shared memory.
+
+    Not the tensors that torch adds there: one would be moved into shared memory, and the trial
+    would write into the study's own.
+    """
+    for kind, reduce in ForkingPickler._extra_reducers.items():  # type: ignore[attr-defined]
+        module = str(getattr(reduce, "__module__", ""))
+        if module.startswith("multiprocessing.") and (
+            module != "multiprocessing.reduction" or kind is socket.socket
+        ):
+            yield kind, reduce
+
+
+def global_of_main(name: str) -> Any:
+    """Return a global that the main module of a trial's process has made itself."""
+    return vars(sys.modules["__main__"])[name]
+
+
+def make_context_variable(name: str, value: Any) -> contextvars.ContextVar[Any]:
+    """Return a context variable with the value that it has in the study's process."""
+    variable: contextvars.ContextVar[Any] = contextvars.ContextVar(name)
+    variable.set(value)
+    return variable
+
+
+def _reduce_tensor(value: Any) -> Any:
+    """Return how to pickle a tensor or its storage without the copies of torch's own pickling.
+
+    A tensor in shared memory stays shared. Of any other on the CPU, the memory goes as it is; for
+    the rest, which torch is to pickle, this is None.
+    """
+    torch: Any = sys.modules.get("torch")
+    if torch is None:
+        return None
+    reducers = {
+        torch.Tensor: "reduce_tensor",
+        torch.TypedStorage: "reduce_typed_storage",
+        torch.UntypedStorage: "reduce_storage",
+    }
+    kind = type(value)
+    if kind not in reducers or value.device.type != "cpu":
+        return None
+    is_tensor = kind is torch.Tensor
+    if is_tensor and (value.layout is not torch.strided or value.requires_grad or vars(value)):
+        return None
+    if value.is_shared():
+        reductions: Any = importlib.import_module("torch.multiprocessing.reductions")
+        return getattr(reductions, reducers[kind])(value)
+    if not is_tensor or value.is_conj() or value.is_neg() or value.is_quantized:
+        return None
+    if not value.numel():
+        return None
+    flat = value.contiguous().reshape(-1).view(torch.uint8)
+    return _make_tensor, (pickle.PickleBuffer(flat.numpy()), value.dtype, tuple(value.shape))
+
+
+def _make_tensor(buffer: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
+    torch: Any = importlib.import_module("torch")
+    view = memoryview(buffer)
+    writable = bytearray(view) if view.readonly else view
+    return torch.frombuffer(writable, dtype=torch.uint8).view(dtype).reshape(shape)

@@ -1,0 +1,370 @@
+"""Measures what one trial uses of GPUs: memory, busy time, energy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
+import logging
+import math
+import os
+
+from optuna_quota._metering import nvml
+from optuna_quota._metering.gpu_attribution import choose_source
+from optuna_quota._metering.gpu_attribution import DeviceShare
+from optuna_quota._metering.gpu_attribution import GpuUse
+from optuna_quota._metering.gpu_attribution import growth
+from optuna_quota._metering.gpu_attribution import has_hidden_use
+from optuna_quota._metering.gpu_attribution import is_foreign
+from optuna_quota._metering.gpu_attribution import NOT_ON_A_GPU
+from optuna_quota._metering.gpu_attribution import NOTICEABLE
+from optuna_quota._metering.gpu_attribution import Source
+from optuna_quota._metering.gpu_reader import ANY_PID
+from optuna_quota._metering.gpu_reader import GpuReader
+from optuna_quota._metering.gpu_reader import GpuReading
+from optuna_quota._metering.nvml import GpuError
+from optuna_quota._metering.trial_meters import MeterReading
+from optuna_quota._metering.visible_gpus import forget_visible
+from optuna_quota._metering.visible_gpus import has_gpu_open
+from optuna_quota._metering.visible_gpus import visible_gpus
+from optuna_quota._metering.warn import warn_once
+from optuna_quota._resources import get_resource
+from optuna_quota._resources import GPU_RESOURCES
+
+
+# Seconds. A query takes 0.1 to several ms a device; the driver's own samples are 1/6 to 1 s apart.
+_PERIOD = 0.25
+_PERIOD_WITH_LIMIT = 0.05
+# Queries take at most this share of the time.
+_MAX_LOAD = 0.02
+
+_NOT_LISTED = (
+    "the driver lists no process of this container (start it with the host's PID namespace)"
+)
+_SHARED = "the driver lists others on a GPU, and not this container's processes"
+_LOST = MeterReading(None, peak=True, lost=True)
+
+
+class GpuMeter:
+    """Measures what one trial uses of GPUs.
+
+    By process if the driver lists the trial's processes. Otherwise by device, as long as no other
+    trial may use it: what the trial's devices hold beyond what they held at the first reading,
+    which therefore comes before the trial's process begins. A trial that is on no GPU has no
+    amounts: None, not 0.
+
+    Args:
+        limited: The resources with a ceiling: if they can't be measured, that is a warning.
+        environment: Environment variables that only the trial's own process has.
+        open_reader: Opens the reader of the visible devices.
+        has_gpu_open: Whether any of these processes has a GPU open; None if unknown.
+    """
+
+    eager = True
+
+    def __init__(
+        self,
+        limited: Collection[str],
+        environment: Mapping[str, str] | None = None,
+        open_reader: Callable[[], GpuReader] | None = None,
+        has_gpu_open: Callable[[Iterable[int]], bool | None] = has_gpu_open,
+    ) -> None:
+        self._limited = set(limited) & set(GPU_RESOURCES)
+        self._environment = environment or {}
+        self._open_reader = open_reader or gpu_reader
+        self._has_gpu_open = has_gpu_open
+        self._reader: GpuReader | None = None
+        self._start = GpuReading()
+        self._at = -math.inf
+        # The devices that the trial may use, and those that list its processes.
+        self._devices: frozenset[str] = frozenset()
+        self._listed_on: set[str] = set()
+        self._pids: set[int] = set()
+        # Its processes by their pids outside of this container.
+        self._outside_pids: set[int] = set()
+        self._busy: dict[int, float] = {}
+        self._joules: dict[int, float] = {}
+        self._least: dict[str, float] = {}
+        self._runs_here = False
+        self._is_closed = False
+        self._was_shared = False
+        self._source = NOT_ON_A_GPU
+        self._shortest_period = _PERIOD_WITH_LIMIT if "gpu_memory" in self._limited else _PERIOD
+        self.period = self._shortest_period
+
+    def read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
+        """Return what the trial's processes hold and have used, by a new reading."""
+        reader = self._reader
+        if reader is None:
+            reader = self._open()
+            if reader is None:
+                self.period = math.inf
+                return {}
+            self._start = reading = reader.read()
+            self._runs_here = bool(pids)
+            if not self._runs_here:
+                reader.claim(self, self._devices)
+        else:
+            # Not at the first reading: a trial in this process may soon get one of its own, on
+            # other devices.
+            reader.claim(self, self._devices)
+            reading = reader.read(max_age=self.period / 2, after=self._at)
+        self._at = reading.at
+        self.period = max(self._shortest_period, reader.cost / _MAX_LOAD)
+        readings = self._measure(reader, reading, pids)
+        if self._is_closed:
+            reader.release(self)  # closed by another thread meanwhile
+        return readings
+
+    def close(self) -> None:
+        """Release the devices."""
+        self._is_closed = True
+        if self._reader is not None:
+            self._reader.release(self)
+
+    def _open(self) -> GpuReader | None:
+        try:
+            reader = self._reader = self._open_reader()
+            self._devices = reader.identities
+            if self._environment:
+                shown = visible_gpus({**os.environ, **self._environment}).devices
+                self._devices &= {device.identity for device in shown}
+        except GpuError as error:
+            is_odd = self._limited or nvml.driver_is_present()
+            level = logging.WARNING if is_odd else logging.INFO
+            _warn(GPU_RESOURCES[:2], error.reason, level=level, unenforced=self._limited)
+        return self._reader
+
+    def _measure(
+        self, reader: GpuReader, reading: GpuReading, pids: Sequence[int]
+    ) -> Mapping[str, MeterReading]:
+        if self._source.reason is not None:
+            return {}  # given up: a part of the trial says nothing about the whole
+        self._pids.update(pids)
+        lost = self._lost(reading)
+        if lost is not None:
+            is_on_gpu = self._source.name is not None
+            names = [name for name in GPU_RESOURCES if is_on_gpu or name != "energy"]
+            return self._give_up(Source(None, lost), names)
+        source, reading = self._choose(reader, reading)
+        if source.reason is not None:
+            if source.is_shared and not self._was_shared:
+                self._was_shared = True
+                return {}  # perhaps only while the other trial is on its way to another device
+            return self._give_up(source, GPU_RESOURCES)
+        self._source, self._was_shared = source, False
+        if source.name == "device":
+            return self._by_device(reader, reading)
+        if source.name == "process":
+            return self._by_process(reading)
+        for reason, names in _reasons(reading, [ANY_PID]).items():
+            _warn(names, reason, how=" by process")
+        return {}
+
+    def _give_up(self, source: Source, names: Sequence[str]) -> Mapping[str, MeterReading]:
+        self._source, self.period = source, math.inf
+        _warn(GPU_RESOURCES, str(source.reason), unenforced=self._limited)
+        return dict.fromkeys(names, _LOST)
+
+    def _lost(self, reading: GpuReading) -> str | None:
+        """Return why nothing is known of the trial any more, None while something is."""
+        if reading.lost is not None:
+            return reading.lost
+        used = self._devices if self._source.name == "device" else self._listed_on
+        lost = (reading.devices[identity].lost for identity in sorted(used))
+        return next((reason for reason in lost if reason is not None), None)
+
+    def _choose(self, reader: GpuReader, reading: GpuReading) -> tuple[Source, GpuReading]:
+        """Return how the trial's use can be measured, and by which reading."""
+        listed = self._pids & reading.memory.keys()
+        if listed:
+            reader.lists_own_pids = True
+            self._listed_on |= {k for k, d in reading.devices.items() if listed & d.held.keys()}
+        if not listed and self._source.name == "process":
+            return self._source, reading  # it holds nothing now, or its process has ended
+        source = self._source_of(reader, reading, listed)
+        if source.name == "device" != self._source.name:
+            # Read again: processes that have just ended are not listed any more.
+            reading = reader.read()
+            self._at = reading.at
+            source = self._source_of(reader, reading, self._pids & reading.memory.keys())
+        return source, reading
+
+    def _source_of(
+        self, reader: GpuReader, reading: GpuReading, listed: Collection[int]
+    ) -> Source:
+        has_grown = sum(self._growths(reader, reading).values()) >= NOTICEABLE
+        # The open files of a process show whether it is on a GPU, in a container too.
+        may_be_new = has_grown and not listed and self._source.name is None
+        if may_be_new and self._has_gpu_open(self._pids) is False:
+            return NOT_ON_A_GPU
+        without_bytes = [pid for pid in listed if reading.memory[pid] is None]
+        reasons = reading.unknown.get(without_bytes[0] if without_bytes else ANY_PID, {})
+        return choose_source(
+            is_listed=bool(listed),
+            has_bytes=not without_bytes,
+            lists_own_pids=reader.lists_own_pids,
+            is_exclusive=not has_grown or reader.is_exclusive(self),
+            has_grown=has_grown,
+            was_listed=any(pid in self._start.memory for pid in listed),
+            why_not_listed=reasons.get("gpu_memory", _NOT_LISTED),
+        )
+
+    def _growths(self, reader: GpuReader, reading: GpuReading) -> dict[str, float]:
+        """Return what each of the trial's devices holds beyond what it held before, in bytes."""
+        found = {}
+        for identity in self._devices:
+            before, now = self._start.devices.get(identity), reading.devices.get(identity)
+            if before is None or now is None:
+                continue
+            amount = growth(before, now, lambda pid: self._is_foreign(reader, pid)) or 0.0
+            # Less than before: others have released memory, and the trial held none of that.
+            least = self._least[identity] = min(amount, self._least.get(identity, 0.0))
+            found[identity] = amount - least
+        return found
+
+    def _is_foreign(self, reader: GpuReader, pid: int) -> bool:
+        if pid in self._pids or (self._runs_here and pid in reader.outside_pids):
+            return False
+        return is_foreign(pid, self._start.memory, reader.is_alive)
+
+    def _by_process(self, reading: GpuReading) -> dict[str, MeterReading]:
+        memory = sum(reading.memory.get(pid) or 0.0 for pid in self._pids)
+        held = {
+            identity: sum(reading.devices[identity].held.get(pid) or 0.0 for pid in self._pids)
+            for identity in self._listed_on
+        }
+        use = GpuUse("process", _device_shares(reading, held))
+        found = {
+            "gpu_memory": MeterReading(memory, peak=True, gpu=use),
+            **self._totals(reading, self._pids),
+        }
+        for reason, names in _reasons(reading, self._pids).items():
+            _warn(names, reason, unenforced=self._limited)
+            found.update(dict.fromkeys(names, _LOST))
+        return found
+
+    def _by_device(self, reader: GpuReader, reading: GpuReading) -> dict[str, MeterReading]:
+        message = "GPU memory of trials is measured as the growth of what their devices hold"
+        warn_once("gpu: by device", f"{message}: {_NOT_LISTED}.", level=logging.INFO)
+        held = self._growths(reader, reading)
+        listed = {pid for name in self._devices for pid in reading.devices[name].held}
+        self._outside_pids |= {pid for pid in listed if not self._is_foreign(reader, pid)}
+        reader.outside_pids |= self._outside_pids
+        use = GpuUse("device", _device_shares(reading, held))
+        found = {"gpu_memory": MeterReading(sum(held.values()), peak=True, gpu=use)}
+        totals = GPU_RESOURCES[1:]
+        if self._outside_pids:
+            found.update(self._totals(reading, self._outside_pids))
+            for reason, names in _reasons(reading, self._outside_pids, totals).items():
+                self._warn_of_totals(names, reason)
+                found.update(dict.fromkeys(names, _LOST))
+            return found
+        hidden = any(has_hidden_use(self._start.devices[name]) for name in self._devices)
+        if listed or hidden:
+            self._warn_of_totals(totals, _SHARED)
+            return {**found, **dict.fromkeys(totals, _LOST)}
+        return {**found, **self._device_totals(reading)}
+
+    def _device_totals(self, reading: GpuReading) -> dict[str, MeterReading]:
+        """Return what the trial's devices as a whole spent since its start."""
+        found = {}
+        for name, attribute in (("gpu_time", "busy"), ("energy", "joules")):
+            before = [getattr(self._start.devices[d], attribute) for d in self._devices]
+            now = [getattr(reading.devices[d], attribute) for d in self._devices]
+            if None in before or None in now:
+                self._warn_of_totals([name], "the driver does not report it")
+                found[name] = _LOST
+            else:
+                found[name] = MeterReading(max(0.0, sum(now) - sum(before)), peak=False)
+        return found
+
+    def _warn_of_totals(self, names: Sequence[str], reason: str) -> None:
+        level = logging.WARNING if self._limited.intersection(names) else logging.INFO
+        _warn(names, reason, level=level, unenforced=self._limited)
+
+    def _totals(self, reading: GpuReading, pids: Iterable[int]) -> dict[str, MeterReading]:
+        busy = _total(self._busy, pids, reading.busy, self._start.busy)
+        joules = _total(self._joules, pids, reading.joules, self._start.joules)
+        return {
+            "gpu_time": MeterReading(busy, peak=False),
+            "energy": MeterReading(joules, peak=False),
+        }
+
+
+def _reasons(
+    reading: GpuReading, pids: Iterable[int], names: Sequence[str] = GPU_RESOURCES
+) -> dict[str, list[str]]:
+    """Return the resources that are unknown for these processes, by the reason."""
+    reasons: dict[str, list[str]] = {}
+    for name in names:
+        for reason in {reading.unknown.get(pid, {}).get(name) for pid in pids} - {None}:
+            reasons.setdefault(str(reason), []).append(name)
+    return reasons
+
+
+def _device_shares(reading: GpuReading, held: Mapping[str, float]) -> tuple[DeviceShare, ...]:
+    devices = [(amount, reading.devices[name]) for name, amount in sorted(held.items())]
+    return tuple(
+        DeviceShare(amount, device.used, device.total)
+        for amount, device in devices
+        if device.used is not None and device.total is not None
+    )
+
+
+def _total(
+    by_pid: dict[int, float],
+    pids: Iterable[int],
+    now: Mapping[int, float],
+    start: Mapping[int, float],
+) -> float:
+    """Return the sum of what each process added; one that has ended keeps what it had."""
+    for pid in pids:
+        if pid in now:
+            by_pid[pid] = max(by_pid.get(pid, 0.0), now[pid] - start.get(pid, 0.0))
+    return sum(by_pid.values())
+
+
+def _warn(
+    resources: Sequence[str],
+    reason: str,
+    *,
+    level: int = logging.WARNING,
+    unenforced: Collection[str] = (),
+    how: str = "",
+) -> None:
+    """Warn once that resources are not measured, and which limits are not enforced therefore."""
+    what = _titles(resources)
+    verb = "is" if len(resources) == 1 else "are"
+    message = f"{what[0].upper()}{what[1:]} {verb} not measured{how}: {reason}."
+    limited = [name for name in resources if name in unenforced]
+    if limited:
+        message += f" The limit on {_titles(limited)} can't be enforced here."
+    warn_once(f"gpu: {reason}", message, level=level)
+
+
+def _titles(resources: Sequence[str]) -> str:
+    *others, last = [get_resource(name).title for name in resources]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+@functools.lru_cache(maxsize=1)
+def gpu_reader() -> GpuReader:
+    """Return the reader of the devices that CUDA shows to this process.
+
+    Raises:
+        GpuError: If NVML can't be used.
+    """
+    return GpuReader(visible_gpus(os.environ).devices)
+
+
+def forget_gpus() -> None:
+    """Discard what is known of the driver; after a fork, and for tests."""
+    if gpu_reader.cache_info().currsize:
+        gpu_reader().reset_after_fork()
+    gpu_reader.cache_clear()
+    forget_visible()
+    nvml.forget_devices()

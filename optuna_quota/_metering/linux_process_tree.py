@@ -1,0 +1,321 @@
+"""Tells at the price of one short read whether new processes may have appeared."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from collections.abc import Mapping
+import contextlib
+import math
+import os
+import time
+
+from optuna_quota._metering.linux_process import LinuxProcess
+from optuna_quota._metering.linux_process import read_huge_pages
+from optuna_quota._metering.process_tree import Times
+from optuna_quota._metering.process_tree import TreeReading
+from optuna_quota._metering.process_tree import TreeTime
+from optuna_quota._metering.shared_pages import find_inherited
+from optuna_quota._metering.shared_pages import ProcessMemory
+from optuna_quota._metering.shared_pages import SharedPages
+from optuna_quota._metering.shared_pages import together
+from optuna_quota._metering.shared_pages import TreeMemory
+from optuna_quota._metering.warn import warn_once
+
+
+_LOADAVG = "/proc/loadavg"
+
+
+class ProcessCreationProbe:
+    """Says when a process tree must be walked again to find new members.
+
+    The last field of /proc/loadavg is the number given to the newest process or thread that this
+    one can see. While it stands still nothing was created, so no tree can have grown. That costs
+    0.5 µs where a walk costs 7 µs and more. In some containers the file is an imitation (lxcfs)
+    whose field says nothing: it is then known by its device, and every asking means a walk.
+    """
+
+    def __init__(self) -> None:
+        self._handle = -1
+        self._newest = b""
+        self._not_before = 0.0
+        self.is_reliable = False
+        with contextlib.suppress(OSError):
+            self.is_reliable = os.stat(_LOADAVG).st_dev == os.stat("/proc/self").st_dev
+            self._handle = os.open(_LOADAVG, os.O_RDONLY)
+
+    def pending(self) -> bool:
+        """Return whether anything may have been created since the last walk, to be walked for."""
+        if not self.is_reliable or self._handle < 0:
+            return True
+        newest = os.pread(self._handle, 128, 0).rsplit(None, 1)[-1]
+        return newest != self._newest and time.perf_counter() >= self._not_before
+
+    def seen(self) -> bool:
+        """Return what :meth:`pending` does, and take it as walked for."""
+        if not self.pending():
+            return False
+        if self._handle >= 0:
+            self._newest = os.pread(self._handle, 128, 0).rsplit(None, 1)[-1]
+        return True
+
+    def walked(self, seconds: float) -> None:
+        """Tell what the walk cost: on a busy host no more than a twentieth is spent walking."""
+        self._not_before = time.perf_counter() + 20 * seconds
+
+    def close(self) -> None:
+        """Close the descriptor; idempotent."""
+        handle, self._handle = self._handle, -1
+        if handle >= 0:
+            os.close(handle)
+
+
+def is_available() -> bool:
+    """Return whether this system's /proc lists memory and children of processes."""
+    return os.path.exists("/proc/self/statm") and os.path.exists(
+        f"/proc/self/task/{os.getpid()}/children"
+    )
+
+
+def since_boot() -> float:
+    """Return the seconds since the boot, by the clock that /proc dates processes with."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class LinuxProcessTree:
+    """The tree under a process, by /proc.
+
+    Memory is the sum of the anonymous, shared and swapped memory of the processes, each page
+    divided by the number of its holders: the sum of ``Pss_Anon``, ``Pss_Shmem`` and ``SwapPss``.
+    Clean pages of files are no part of it, nor is what was reserved and never touched. Pages that
+    the tree has from the template that it was forked from count by its part among the most holders
+    that there were; those that it has from the study itself, under ``start_method="fork"``, do not
+    count until it writes to them.
+
+    Args:
+        pid: The root; None for this process.
+        reaper: A process that inherits the orphans of the tree and has no other children than
+            these and the root; None without one.
+        forked_from_study: Whether the reaper, and the root in turn, were forked from the study's
+            process, whose memory they share until they write to it; detected for a child of
+            this process.
+        outsiders: How many processes outside of the tree hold, at least, what it was forked with.
+
+    Raises:
+        ProcessLookupError: If there is no such process.
+        OSError: If /proc can't be read.
+    """
+
+    def __init__(
+        self,
+        pid: int | None = None,
+        reaper: int | None = None,
+        *,
+        forked_from_study: bool = False,
+        outsiders: int = 0,
+    ) -> None:
+        self._opened = since_boot()
+        self._root = LinuxProcess(os.getpid() if pid is None else pid)
+        self._reaper = None if reaper is None else self._open_reaper(reaper)
+        forked_here = self._reaper is not None and self._reaper.parent_pid() == os.getpid()
+        self._lends = forked_from_study or forked_here
+        self._members: dict[int, LinuxProcess] = {self._root.pid: self._root}
+        self._foreign: dict[int, LinuxProcess] = {}
+        self._births = ProcessCreationProbe()
+        self._time = TreeTime()
+        self._outsiders = float(outsiders)
+        self._peak: int | None = None
+        self._overlap = SharedPages()
+        self._ceiling = math.inf
+
+    def _open_reaper(self, pid: int) -> LinuxProcess:
+        try:
+            return LinuxProcess(pid)
+        except OSError:
+            self._root.close()
+            raise
+
+    def read(
+        self, *, thorough: bool, without: Collection[int] = (), ceiling: float = math.inf
+    ) -> TreeReading:
+        """Return what the tree holds and has used."""
+        self._ceiling = ceiling
+        self._disown(without)
+        if thorough:
+            self._read_times()
+        if (thorough or self._births.is_reliable) and self._births.seen():
+            grown = self._grow(without)
+            if thorough and grown:
+                self._read_times()
+        memory = self._read_memory()
+        if thorough:
+            self._read_peaks()
+        return TreeReading(memory, self._time.total, self._peak, tuple(self._members))
+
+    def _read_memory(self) -> float:
+        held = self._held()
+        if not self._is_overlap_due(held):
+            return self._overlap.memory(held)
+        before, has_news = self._overlap.memory(held), self._overlap.has_newcomers(held)
+        measured = self._measure_overlap(held)
+        # What has just come may be about to run another program: no verdict before it has stayed.
+        return max(before, min(measured, self._ceiling)) if has_news else measured
+
+    def glance(self) -> float | None:
+        """Return the memory of the processes known so far, None when only a reading can tell."""
+        if not self._births.is_reliable or self._births.pending():
+            return None
+        held = self._held()
+        if len(held.sizes) < len(self._members) or self._is_overlap_due(held):
+            return None
+        return self._overlap.memory(held)
+
+    def at_most(self) -> float:
+        """Return the most that the processes known so far can hold, at the least possible cost."""
+        return self._overlap.at_most(self._held())
+
+    def age(self) -> float:
+        """Return the seconds since the root was created, to a clock tick."""
+        return since_boot() - self._root.started
+
+    def reset_peak(self) -> None:
+        """Forget the peaks so far."""
+        self._peak = None
+        for process in self._members.values():
+            process.reset_peak()
+
+    def close(self) -> None:
+        """Close all descriptors."""
+        for process in (*self._members.values(), *self._foreign.values()):
+            process.close()
+        if self._reaper is not None:
+            self._reaper.close()
+        self._members.clear()
+        self._foreign.clear()
+        self._births.close()
+
+    def _grow(self, without: Collection[int]) -> bool:
+        """Take in new descendants, but for subtrees that belong to others; tell of any."""
+        known = len(self._members)
+        begun, moment = time.perf_counter(), since_boot()
+        queue = [*self._members.values(), *self._reapers()]
+        while queue:
+            parent = queue.pop()
+            for pid in parent.children():
+                child = None if self._knows(pid) else _open_child(pid, parent, moment)
+                if child is None:
+                    continue
+                if pid in without:
+                    self._foreign[pid] = child
+                else:
+                    child.knows_peak = child.started >= self._opened
+                    self._members[pid] = child
+                    queue.append(child)
+        self._births.walked(time.perf_counter() - begun)
+        return len(self._members) > known
+
+    def _reapers(self) -> tuple[LinuxProcess, ...]:
+        return () if self._reaper is None else (self._reaper,)
+
+    def _knows(self, pid: int) -> bool:
+        return pid in self._members or pid in self._foreign
+
+    def _disown(self, without: Collection[int]) -> None:
+        for pid in without:
+            if pid in self._members:
+                self._foreign[pid] = self._members.pop(pid)
+
+    def _read_times(self) -> None:
+        """Refresh the CPU times and let go of the dead."""
+        now: dict[object, Times] = {}
+        for processes, foreign in ((self._members, False), (self._foreign, True)):
+            for pid, process in list(processes.items()):
+                try:
+                    own, reaped = process.times()
+                except OSError:
+                    processes.pop(pid).close()
+                else:
+                    now[process] = Times(own, reaped, process.parent or self._reaper, foreign)
+        for reaper in self._reapers():
+            # What it uses itself is not the tree's; what its children had used is.
+            with contextlib.suppress(OSError):
+                now[reaper] = Times(0.0, reaper.times()[1])
+        self._time.update(now)
+
+    def _held(self) -> TreeMemory:
+        sizes, shareable = {}, 0
+        for pid, process in self._members.items():
+            with contextlib.suppress(OSError):
+                size, parent = process.memory(), process.parent
+                if size and parent is not None and process.statm == parent.statm:
+                    # Made by vfork, as by `subprocess`: it runs in its parent's memory, which is
+                    # not twice there, until it calls exec.
+                    continue
+                sizes[pid] = size
+                shareable += process.shareable
+        return TreeMemory(sizes, shareable)
+
+    def _is_overlap_due(self, held: TreeMemory) -> bool:
+        return self._overlap.is_due(held, self._ceiling, time.perf_counter(), self._faulted)
+
+    def _faulted(self) -> int:
+        total = 0
+        for process in self._members.values():
+            with contextlib.suppress(OSError):
+                total += process.faulted()
+        return total
+
+    def _measure_overlap(self, held: TreeMemory) -> float:
+        # In CPU time: on a busy host it takes longer without costing any more.
+        begun, faulted = time.thread_time(), self._faulted()
+        shares = {}
+        for pid in held.sizes:
+            with contextlib.suppress(OSError):
+                shares[pid] = self._members[pid].share()
+        lent = self._measure_lent(shares)
+        cost, now = time.thread_time() - begun, time.perf_counter()
+        self._overlap.take(shares, faulted=faulted, cost=cost, now=now, lent=lent)
+        return max(0, together(shares.values()) - lent)
+
+    def _measure_lent(self, shares: Mapping[int, ProcessMemory]) -> int:
+        """Return what is not to count of the memory that the tree was forked with."""
+        root = shares.get(self._root.pid)
+        if self._reaper is None or root is None:
+            return 0
+        try:
+            lender = root if len(shares) == 1 else self._reaper.share()
+        except OSError:
+            return 0
+        lent = find_inherited(shares.values(), root, lender)
+        if self._lends:
+            return round(lent.part())
+        # A trial is not to be over its limit because its neighbours have ended.
+        self._outsiders = max(self._outsiders, lent.holders - lent.members)
+        return round(max(0.0, lent.part() - lent.part(self._outsiders)))
+
+    def _read_peaks(self) -> None:
+        huge = read_huge_pages()
+        for process in self._members.values():
+            if process.knows_peak:
+                with contextlib.suppress(OSError):
+                    found = process.unseen_peak(huge)
+                    # Whether its sharing began since is not known: no more than it surely held.
+                    own = 0 if found is None else found - self._overlap.known
+                    self._peak = max(self._peak or 0, own)
+
+
+def _open_child(pid: int, parent: LinuxProcess, listed: float) -> LinuxProcess | None:
+    """Return a process that was listed, None when it is gone or its number is another's by now."""
+    try:
+        child = LinuxProcess(pid, parent)
+    except (ProcessLookupError, PermissionError):
+        return None
+    except OSError as error:
+        warn_once(
+            "proc", f"A process of a trial can't be opened in /proc and is left out: {error}."
+        )
+        return None
+    # Dates are in ticks, rounded down: one created after the listing is not the one listed.
+    if child.started > listed:
+        child.close()
+        return None
+    return child

@@ -1,0 +1,227 @@
+"""Which GPUs a process may use: pure, from CUDA's environment variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+import functools
+import os
+from typing import TypeVar
+
+from optuna_quota._metering import nvml
+from optuna_quota._metering.nvml import GpuError
+from optuna_quota._metering.nvml import NvmlDevice
+
+
+@dataclass(frozen=True)
+class GpuIdentity:
+    """What CUDA's variables may call a GPU.
+
+    Attributes:
+        uuid: Such as ``"GPU-5a1b..."``, empty when unknown.
+        model: Its name.
+        instances: The UUIDs of the MIG instances that it is cut into, ``"MIG-..."``, an empty one
+            where it is unknown; None when it is whole.
+    """
+
+    uuid: str
+    model: str
+    instances: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Visible:
+    """What CUDA shows to a process.
+
+    Attributes:
+        parts: GPUs by position, each with the position of a MIG instance or None for the whole
+            GPU, which stands for all of its instances; all that may be meant where ``unresolved``.
+        unresolved: The entries of ``CUDA_VISIBLE_DEVICES`` when it can't be known which GPUs they
+            name.
+    """
+
+    parts: tuple[tuple[int, int | None], ...]
+    unresolved: tuple[str, ...] = ()
+
+
+def visible_devices(gpus: Sequence[GpuIdentity], environment: Mapping[str, str]) -> Visible:
+    """Return the GPUs that CUDA shows under these environment variables.
+
+    As CUDA does, the list ends at the first entry that names nothing. By number, CUDA counts the
+    fastest GPU first unless ``CUDA_DEVICE_ORDER=PCI_BUS_ID``: where the models differ, only a list
+    that names all of them is known to mean these.
+
+    Args:
+        gpus: All GPUs, in the order of their PCI bus.
+        environment: Such as ``os.environ``.
+    """
+    wanted = environment.get("CUDA_VISIBLE_DEVICES")
+    everything = tuple((i, None) for i in range(len(gpus)))
+    if wanted is None:
+        return Visible(everything)
+    is_ordered = (
+        environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({g.model for g in gpus}) <= 1
+    )
+    parts: dict[tuple[int, int | None], None] = {}
+    entries: dict[str, None] = {}
+    is_known = True
+    for entry in (text.strip() for text in wanted.split(",")):
+        part = _named_by(entry, gpus)
+        if part is None and not _may_be_an_instance(entry, gpus):
+            break
+        entries[entry] = None
+        is_known = is_known and part is not None and (is_ordered or not _is_number(entry))
+        if part is not None:
+            parts[part] = None
+    if is_known or set(parts) == set(everything):
+        return Visible(tuple(parts))
+    return Visible(everything, tuple(entries))
+
+
+def _named_by(entry: str, gpus: Sequence[GpuIdentity]) -> tuple[int, int | None] | None:
+    """Return what an entry names when GPUs are counted by their PCI bus, None for nothing."""
+    if _is_number(entry):
+        return (int(entry), None) if int(entry) < len(gpus) else None
+    found: list[tuple[int, int | None]] = []
+    for i, gpu in enumerate(gpus):
+        if entry and gpu.uuid.startswith(entry):
+            found.append((i, None))
+        uuids = gpu.instances or ()
+        found += [(i, j) for j, uuid in enumerate(uuids) if entry and uuid.startswith(entry)]
+    return found[0] if len(found) == 1 else None
+
+
+def _may_be_an_instance(entry: str, gpus: Sequence[GpuIdentity]) -> bool:
+    return entry.startswith("MIG-") and not all(all(gpu.instances or ()) for gpu in gpus)
+
+
+def _is_number(entry: str) -> bool:
+    return entry.isascii() and entry.isdecimal()
+
+
+Answer = TypeVar("Answer")
+
+# Of the driver under Linux, and under Windows' subsystem for it.
+_DRIVER_FILES = ("/dev/nvidiactl", "/dev/dxg")
+_GPU_FILES = ("/dev/nvidia", "/dev/dxg")
+
+
+@dataclass(frozen=True)
+class VisibleGpus:
+    """What CUDA shows to a process.
+
+    Attributes:
+        devices: The GPUs and MIG instances; all that may be meant where ``unresolved``.
+        unresolved: The entries of ``CUDA_VISIBLE_DEVICES`` when it can't be known which GPUs they
+            name.
+    """
+
+    devices: tuple[NvmlDevice, ...]
+    unresolved: tuple[str, ...] = ()
+
+
+def visible_gpus(environment: Mapping[str, str]) -> VisibleGpus:
+    """Return the GPUs that CUDA shows under these environment variables.
+
+    Raises:
+        GpuError: If NVML can't be used, or the variables hide every GPU.
+    """
+    names = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
+    return _visible_gpus(*(environment.get(name) for name in names))
+
+
+def device_memory(environment: Mapping[str, str]) -> float | None:
+    """Return the memory of each GPU or MIG instance that CUDA shows, in bytes.
+
+    The smallest where they differ; None when unknown, also when it can't be known which are meant.
+    """
+    try:
+        shown = visible_gpus(environment)
+        totals = {float(device.memory()[1]) for device in shown.devices}
+    except GpuError:
+        return None
+    return None if shown.unresolved and len(totals) > 1 else min(totals)
+
+
+def has_gpu_open(pids: Iterable[int]) -> bool | None:
+    """Return whether any of these processes has a GPU open; None when that can't be known."""
+    if not any(map(os.path.exists, _DRIVER_FILES)):
+        return None
+    try:
+        return any(_has_gpu_open(pid) for pid in pids)
+    except PermissionError:
+        return None
+
+
+def _has_gpu_open(pid: int) -> bool:
+    try:
+        with os.scandir(f"/proc/{pid}/fd") as entries:
+            return any(os.readlink(entry.path).startswith(_GPU_FILES) for entry in entries)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def forget_visible() -> None:
+    """Let the driver be asked anew."""
+    _visible_gpus.cache_clear()
+    _inventory.cache_clear()
+
+
+@functools.lru_cache(maxsize=64)
+def _visible_gpus(visible: str | None, order: str | None) -> VisibleGpus:
+    found = {"CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": order}
+    gpus = _inventory()
+    shown = visible_devices(
+        [gpu.names for gpu in gpus], {k: v for k, v in found.items() if v is not None}
+    )
+    devices: dict[str, NvmlDevice] = {}
+    for position, part in shown.parts:
+        whole = gpus[position].parts
+        for device in whole if part is None else [whole[part]]:
+            devices[device.identity] = device
+    if not devices:
+        hidden = not shown.parts
+        reason = "CUDA_VISIBLE_DEVICES hides every GPU" if hidden else "no MIG instance was found"
+        raise GpuError(reason, final=True)
+    return VisibleGpus(tuple(devices.values()), shown.unresolved)
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    """One GPU: what it is called, and what is measured of it."""
+
+    names: GpuIdentity
+    parts: Sequence[NvmlDevice]
+
+
+@functools.lru_cache(maxsize=1)
+def _inventory() -> Sequence[_Gpu]:
+    devices, failure = nvml.open_devices()
+    if failure is not None:
+        raise GpuError(failure, final=True)
+    return [_look_at(device) for device in devices]
+
+
+def _look_at(device: NvmlDevice) -> _Gpu:
+    uuid, model = _ask(device.uuid, ""), _ask(device.name, "")
+    if not _ask(device.is_partitioned, False):
+        return _Gpu(GpuIdentity(uuid, model), [device])
+    instances = _ask(device.instances, None)
+    if instances is None:
+        # They can't be reached: what the device itself tells is all there is.
+        device.is_instance = True
+        return _Gpu(GpuIdentity(uuid, model, ("",)), [device])
+    uuids = [_ask(instance.uuid, "") for instance in instances]
+    return _Gpu(GpuIdentity(uuid, model, uuids), instances)
+
+
+def _ask(question: Callable[[], Answer], otherwise: Answer) -> Answer:
+    try:
+        return question()
+    except GpuError as error:
+        if error.final and not error.lost:
+            raise
+        return otherwise

@@ -1,0 +1,192 @@
+"""Admits a point or refuses it, by the probability that it breaches a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_quota._footprint.footprint import BaseFootprint
+from optuna_quota._footprint.footprint import joint_breach
+from optuna_quota._footprint.search_space import certain_completions
+from optuna_quota._footprint.search_space import likely_completions
+from optuna_quota._footprint.search_space import spaced_values
+from optuna_quota._resources import format_amount
+from optuna_quota._resources import get_resource
+from optuna_quota._resources import Limits
+
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+
+def is_admitted(probability: float, threshold: float) -> bool:
+    """Return whether a point may run.
+
+    The probability of a breach decides and not the upper bound of the usage, which would refuse
+    half of the points that fit.
+
+    Args:
+        probability: That the point breaches any limit.
+        threshold: The highest probability that is accepted.
+    """
+    return probability <= threshold
+
+
+def is_audit_due(refusals: int, audits: int, share: float) -> bool:
+    """Return whether to run a refused point, so that a wrong refusal is found.
+
+    Args:
+        refusals: Points refused so far, this one included.
+        audits: How many of them were run.
+        share: The share of them that may run.
+    """
+    return audits + 0.5 < share * refusals
+
+
+@dataclass(frozen=True)
+class PointVerdict:
+    """Whether a point may run.
+
+    Attributes:
+        admitted: Whether it may.
+        probability: The probability that it breaches any limit.
+        reason: One sentence; empty when the point is admitted.
+        resource: The resource that is most likely breached.
+        limit: Its limit, in SI base units.
+        median: Its projected usage, in SI base units.
+    """
+
+    admitted: bool
+    probability: float = 0.0
+    reason: str = ""
+    resource: str | None = None
+    limit: float | None = None
+    median: float | None = None
+
+
+@dataclass(frozen=True)
+class PointAdmission:
+    """Decides which points one trial may run.
+
+    Attributes:
+        expected: Expected usage of a point.
+        limits: The limits of the trial.
+        past: Points of earlier trials, oldest first.
+        space: Distribution of each parameter of these trials.
+        threshold: The probability of a breach above which a point is refused.
+        complete: Points of completed trials, where only complete points can be judged because a
+            user's function may need any parameter; None where any point can.
+        declared: All parameters, where the user declared them.
+    """
+
+    expected: BaseFootprint
+    limits: Limits
+    past: Sequence[Mapping[str, Any]]
+    space: Mapping[str, BaseDistribution]
+    threshold: float
+    complete: Sequence[Mapping[str, Any]] | None = None
+    declared: frozenset[str] | None = None
+
+    def common_space(self) -> dict[str, BaseDistribution]:
+        """Return the parameters that all earlier trials had, in the order of suggestion."""
+        if not self.past:
+            return {}
+        names = set(self.past[-1]).intersection(*self.past)
+        return {name: self.space[name] for name in self.past[-1] if name in names}
+
+    def judge(self, known: Mapping[str, Any]) -> PointVerdict:
+        """Return whether a point may run, whatever its missing parameters will be.
+
+        A partial point is refused only if its cheapest completion would be. A point that can't be
+        judged is admitted: a user's function is called with complete points only, and the first
+        trials show which points are complete.
+        """
+        points = self._completions(known)
+        probabilities = self._breach_probabilities(points)
+        if np.isnan(probabilities).any() or not len(probabilities):
+            return PointVerdict(True)
+        best = int(np.argmin(probabilities))
+        point, probability = points[best], float(probabilities[best])
+        if not self.admits(probability):
+            point, probability = self._reduce_risk(point, known, probability)
+        if self.admits(probability):
+            return PointVerdict(True, probability)
+        return self._refusal(point, probability)
+
+    def admits(self, probability: float) -> bool:
+        """Return whether a point with this probability of a breach may run."""
+        return is_admitted(probability, self.threshold)
+
+    def breach_probabilities(self, points: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Return the probability of a breach at each point, NaN where it is unknown."""
+        if self.complete is None:
+            return _any_breach(self.expected.breaches(points, self.limits), len(points))
+        each = (self._breach_probabilities(self._completions(point)) for point in points)
+        return np.array([min(found) if len(found) else np.nan for found in each])
+
+    def _breach_probabilities(self, points: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Return the same of complete points, and nothing where no limit's resource is known."""
+        try:
+            breaches = self.expected.breaches(points, self.limits) if points else {}
+        except KeyError:
+            return np.full(len(points), np.nan)
+        return _any_breach(breaches, len(points)) if breaches else np.zeros(0)
+
+    def _completions(self, known: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        if self.complete is None:
+            return likely_completions(known, self.past)
+        if self.declared is not None and self.declared <= known.keys():
+            return [known]
+        return certain_completions(known, self.complete)
+
+    def _reduce_risk(
+        self, point: Mapping[str, Any], known: Mapping[str, Any], probability: float
+    ) -> tuple[Mapping[str, Any], float]:
+        """Minimize the probability of a breach over the missing parameters, one by one.
+
+        Earlier trials may not have had the value that would fit.
+        """
+        for name in point:
+            if name in known or name not in self.space or self.admits(probability):
+                continue
+            tried = [{**point, name: value} for value in spaced_values(self.space[name])]
+            found = np.nan_to_num(self.breach_probabilities(tried), nan=1.0)
+            best = int(np.argmin(found))
+            if found[best] < probability:
+                point, probability = tried[best], float(found[best])
+        return point, probability
+
+    def _refusal(self, point: Mapping[str, Any], probability: float) -> PointVerdict:
+        medians = {name: each.median for name, each in self.expected.intervals(point).items()}
+        breaches = self.expected.breaches([point], self.limits)
+        known = [name for name in breaches if name in medians]
+        name = max(known, key=lambda each: float(breaches[each][0]))
+        limit = self.limits.amounts()[name]
+        reason = describe_refusal(name, medians[name], limit, probability)
+        return PointVerdict(False, probability, reason, name, limit, medians[name])
+
+
+def describe_refusal(resource: str, median: float, limit: float, probability: float) -> str:
+    """Return the reason why a point was refused, in one sentence."""
+    title = get_resource(resource).title
+    # Not rounded to certainty.
+    shown = "over 99%" if 0.995 <= probability < 1 else f"{probability:.0%}"
+    return (
+        f"{title[0].upper()}{title[1:]} limit likely exceeded: "
+        f"{format_amount(resource, median)} projected, {format_amount(resource, limit)} allowed, "
+        f"probability {shown}."
+    )
+
+
+def _any_breach(breaches: Mapping[str, np.ndarray], n_points: int) -> np.ndarray:
+    return np.array(
+        [
+            joint_breach({name: float(each[i]) for name, each in breaches.items()})
+            for i in range(n_points)
+        ]
+    )

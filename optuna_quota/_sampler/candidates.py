@@ -1,0 +1,398 @@
+"""Filters the points that the base sampler draws: admitted, replaced, or rejected.
+
+What replaces a refused point was measured, see ``benchmarks/point_admission.py``. With the nearest
+admitted point TPE wastes less than with another draw, and NSGA-II finds more, both beyond the
+noise of the seeds; neither is worse beyond it. A random search also wastes less and finds more
+with it, but is no longer random, so it draws again; so do samplers that were not compared.
+GPSampler returns the same point after a tenth of a second when asked again. GridSampler and
+BruteForceSampler enumerate points, and count one as visited when its trial ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import contextlib
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
+import logging
+import threading
+from typing import Any
+from typing import NoReturn
+from typing import TYPE_CHECKING
+
+import numpy as np
+from optuna.samplers import BruteForceSampler
+from optuna.samplers import GPSampler
+from optuna.samplers import GridSampler
+from optuna.samplers import NSGAIIISampler
+from optuna.samplers import NSGAIISampler
+from optuna.samplers import TPESampler
+
+from optuna_quota import _optuna
+from optuna_quota._footprint.search_space import likely_completions
+from optuna_quota._records import Interval
+from optuna_quota._records import PROPOSED
+from optuna_quota._records import proposed_object
+from optuna_quota._records import write_attributes
+from optuna_quota._resources import Limits
+from optuna_quota._sampler.admission import is_audit_due
+from optuna_quota._sampler.admission import PointAdmission
+from optuna_quota._sampler.admission import PointVerdict
+from optuna_quota._sampler.nearest_point import nearest_admitted
+from optuna_quota._sampler.options import AdmissionOptions
+from optuna_quota._sampler.options import OnVeto
+from optuna_quota._sampler.row_cleanup import fail_unfinished_trial
+from optuna_quota._sampler.study_footprint import Forecast
+from optuna_quota._sampler.study_footprint import StudyFootprint
+from optuna_quota.exceptions import TrialRejected
+
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+
+_logger = logging.getLogger("optuna.quota.sampler")
+
+_ENUMERATING = (GridSampler, BruteForceSampler)
+_TAKING_NEAREST = (TPESampler, NSGAIISampler, NSGAIIISampler, GPSampler)
+# Share of the refused points that is run under the hard limit where trials are isolated.
+_AUDIT_SHARE = 0.05
+_MAX_REDRAWS = 16
+_MAX_PARAM_REDRAWS = 8
+
+
+def replacement_for(sampler: BaseSampler, on_veto: OnVeto) -> OnVeto:
+    """Return what replaces a refused point: ``"redraw"``, ``"nearest"`` or ``"skip"``."""
+    if enumerates_points(sampler):
+        return "skip"
+    if on_veto != "auto":
+        return on_veto
+    return "nearest" if isinstance(sampler, _TAKING_NEAREST) else "redraw"
+
+
+def enumerates_points(sampler: BaseSampler) -> bool:
+    """Return whether a sampler walks a fixed list of points."""
+    return isinstance(sampler, _ENUMERATING)
+
+
+@dataclass
+class _TrialState:
+    """One trial while its point is drawn."""
+
+    forecast: Forecast = field(default_factory=Forecast)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    base_space: dict[str, BaseDistribution] = field(default_factory=dict)
+    space: dict[str, BaseDistribution] = field(default_factory=dict)
+    drawn: dict[str, Any] = field(default_factory=dict)
+    rejected: PointVerdict | None = None
+    is_audit: bool = False
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A call of the sampler for a trial whose points are judged."""
+
+    study: Study
+    trial: FrozenTrial
+    state: _TrialState
+    admission: PointAdmission
+
+
+class CandidateFilter:
+    """Filters the points of one study in this process.
+
+    Args:
+        base_sampler: Draws the points.
+        options: How they are admitted.
+
+    Attributes:
+        footprint: What trials are expected to use.
+    """
+
+    def __init__(self, base_sampler: BaseSampler, options: AdmissionOptions) -> None:
+        self.footprint = StudyFootprint(options)
+        self._base, self._audits = base_sampler, options.audits
+        kind = _optuna.unwrap_partial_fixed(base_sampler)
+        self._replacement = replacement_for(kind, options.on_veto)
+        self._keeps_point = _optuna.needs_drawn_point(kind)
+        # BruteForceSampler takes a point that breaks off for a leaf of its tree.
+        self._needs_complete_points = isinstance(kind, BruteForceSampler)
+        self._trials: dict[int, _TrialState] = {}
+        self._lock = threading.Lock()
+        self._n_refusals = self._n_audits = 0
+        self._logged = False
+        self._generator = np.random.default_rng(0)
+
+    def begin(
+        self, study: Study, trial: FrozenTrial, limits: Limits, trials: Sequence[FrozenTrial]
+    ) -> None:
+        """Start a trial; one that was enqueued with all its parameters is judged here.
+
+        Args:
+            study: The study.
+            trial: The trial.
+            limits: Its limits.
+            trials: All trials of the study by number.
+        """
+        forecast = self.footprint.forecast(trials, limits)
+        enqueued = _optuna.fixed_params_of(trial)
+        # A PartialFixedSampler may stand inside of ours or around it.
+        fixed = {
+            **_optuna.partial_fixed_params(self._base),
+            **_optuna.partial_fixed_params(study.sampler),
+            **enqueued,
+        }
+        state = _TrialState(forecast, fixed)
+        self._trials[_optuna.trial_id_of(trial)] = state
+        admission = forecast.admission
+        if admission is None or not fixed:
+            return
+        if enqueued and admission.complete is not None:
+            # For the first trials, and where a completed one had the same parameters, it has all.
+            known = [point.keys() for point in admission.complete]
+            if not known or enqueued.keys() in known:
+                admission = replace(admission, declared=frozenset(enqueued))
+        request = _Request(study, trial, state, admission)
+        if self._can_reject(request, fixed):
+            verdict = admission.judge(fixed)
+            if not verdict.admitted and not self._audit(request, fixed, verdict):
+                _optuna.raise_on_next_suggest(
+                    trial, lambda: self._reject_enqueued(request, fixed, verdict)
+                )
+
+    def bounds_at(self, trial: FrozenTrial, drawn: Mapping[str, Any]) -> dict[str, float]:
+        """Return upper bounds of a trial's usage by its point, empty until it has one.
+
+        Args:
+            trial: The trial.
+            drawn: The parameters that were drawn last.
+        """
+        state = self._state(trial)
+        point = {**state.drawn, **trial.params, **drawn, **state.fixed}
+        return self.footprint.bounds_at(state.forecast, point)
+
+    def relative_space(
+        self, trial: FrozenTrial, space: dict[str, BaseDistribution]
+    ) -> dict[str, BaseDistribution]:
+        """Return the parameters to draw at once: the base sampler's, and those of all trials.
+
+        A point is judged as a whole, so what the base sampler would draw one by one is drawn
+        before.
+        """
+        state = self._state(trial)
+        state.base_space = space
+        admission = state.forecast.admission
+        if admission is None or self._replacement == "skip":
+            return space
+        common = admission.common_space()
+        more = {n: each for n, each in common.items() if n not in space and not each.single()}
+        return {**space, **more}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Return an admitted point of the space.
+
+        Raises:
+            TrialRejected: If there is none.
+        """
+        state = self._state(trial)
+        admission = state.forecast.admission
+        if admission is None or not space:
+            return self._base.sample_relative(study, trial, space)
+        state.space = dict(space)
+        # A PartialFixedSampler around ours has taken out what it fixes.
+        state.base_space = {n: each for n, each in state.base_space.items() if n in space}
+        request = _Request(study, trial, state, admission)
+        first = self._draw(request, space)
+        verdict = admission.judge({**first, **state.fixed})
+        if verdict.admitted or self._audit(request, first, verdict):
+            state.drawn = first
+            return first
+        found, action = self._replace(request, space, first)
+        if found is None:
+            raise self._reject(request, first, verdict)
+        self._record(request, first, verdict, action)
+        state.drawn = found
+        return found
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution
+    ) -> Any:
+        """Return a value of one parameter with which the point is admitted.
+
+        Raises:
+            TrialRejected: If there is none.
+        """
+
+        def draw() -> Any:
+            return self._base.sample_independent(study, trial, name, distribution)
+
+        state, value = self._state(trial), draw()
+        admission = state.forecast.admission
+        if admission is None or state.is_audit:
+            return value
+        known = {**state.drawn, **trial.params, **state.fixed}
+        first = {**known, name: value}
+        request = _Request(study, trial, state, admission)
+        if not self._can_reject(request, first):
+            return value
+        verdict = admission.judge(first)
+        if verdict.admitted or self._audit(request, first, verdict):
+            return value
+        if self._replacement != "skip":
+            for _ in range(_MAX_PARAM_REDRAWS):
+                other = draw()
+                if admission.judge({**known, name: other}).admitted:
+                    self._record(request, first, verdict, "redrawn")
+                    return other
+        state.space[name] = distribution
+        raise self._reject(request, first, verdict)
+
+    def finish(
+        self, trial: FrozenTrial, *, completed: bool
+    ) -> tuple[dict[str, Interval], dict[str, float]]:
+        """Forget a trial and return its projected usage, and the medians if it was rejected.
+
+        Args:
+            trial: Its row, with its parameters.
+            completed: Whether it completed, so that no parameter is missing.
+        """
+        state = self._trials.pop(_optuna.trial_id_of(trial), None)
+        if state is None or state.forecast.expected is None:
+            return {}, {}
+        intervals: Mapping[str, Interval] = {}
+        # A completed trial has no parameters but those that it suggested.
+        params = trial.params if completed else {**state.drawn, **trial.params}
+        if completed or self.footprint.is_complete(params):
+            with contextlib.suppress(KeyError):
+                intervals = state.forecast.expected.intervals(params)
+        if state.rejected is None:
+            return dict(intervals), {}
+        medians = {name: each.median for name, each in intervals.items()}
+        if state.rejected.resource is not None and state.rejected.median is not None:
+            medians.setdefault(state.rejected.resource, state.rejected.median)
+        return dict(intervals), medians
+
+    def rejection(self, trial: FrozenTrial) -> PointVerdict | None:
+        """Return the verdict by which a trial was rejected, None if it was not."""
+        state = self._trials.get(_optuna.trial_id_of(trial))
+        return None if state is None else state.rejected
+
+    def _state(self, trial: FrozenTrial) -> _TrialState:
+        # Another process may have asked for the trial, or it began before the sampler was copied.
+        return self._trials.setdefault(_optuna.trial_id_of(trial), _TrialState())
+
+    def _can_reject(self, request: _Request, point: Mapping[str, Any]) -> bool:
+        """Return whether a row may end with no more parameters than these."""
+        if not self._needs_complete_points:
+            return True
+        past = request.admission.past
+        return bool(past) and likely_completions(point, past) == [point]
+
+    def _draw(self, request: _Request, space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        """Draw a whole point; what the base sampler leaves open is drawn one by one."""
+        study, trial, state = request.study, request.trial, request.state
+        drawn = dict(self._base.sample_relative(study, trial, state.base_space))
+        for name, distribution in space.items():
+            if name not in drawn and name not in state.fixed:
+                drawn[name] = self._base.sample_independent(study, trial, name, distribution)
+        return drawn
+
+    def _replace(
+        self, request: _Request, space: dict[str, BaseDistribution], first: dict[str, Any]
+    ) -> tuple[dict[str, Any] | None, str]:
+        """Return an admitted point in place of the first one, and how it was found."""
+        state, admission, last = request.state, request.admission, first
+        for _ in range(_MAX_REDRAWS if self._replacement == "redraw" else 0):
+            before, last = last, self._draw(request, space)
+            if admission.judge({**last, **state.fixed}).admitted:
+                return last, "redrawn"
+            if last == before:
+                # The sampler repeats itself.
+                break
+        if self._replacement == "skip" or self._keeps_point:
+            return None, ""
+        near = nearest_admitted(admission, last, space, state.fixed, self._generator)
+        if near is not None:
+            relative = {name: near[name] for name in state.base_space if name in near}
+            whole = _optuna.unwrap_study(request.study)
+            _optuna.share_relative_params(whole, request.trial, relative)
+        return near, "moved"
+
+    def _audit(self, request: _Request, point: Mapping[str, Any], verdict: PointVerdict) -> bool:
+        """Count a refusal, and return whether the point is run to check it."""
+        share = self._audits
+        if share is None:
+            share = _AUDIT_SHARE if self.footprint.learner.isolated else 0.0
+        with self._lock:
+            self._n_refusals += 1
+            due = is_audit_due(self._n_refusals, self._n_audits, share)
+            self._n_audits += due
+        if due:
+            request.state.is_audit = True
+            self._record(request, point, verdict, "audited")
+        return due
+
+    def _reject_enqueued(
+        self, request: _Request, point: Mapping[str, Any], verdict: PointVerdict
+    ) -> NoReturn:
+        """Raise where the trial suggests: enqueued parameters do not go through the sampler."""
+        with fail_unfinished_trial(request.study, request.trial):
+            raise self._reject(request, point, verdict)
+
+    def _reject(
+        self, request: _Request, point: Mapping[str, Any], verdict: PointVerdict
+    ) -> TrialRejected:
+        """Complete the row of a trial that is not run, and return the error to raise."""
+        request.state.rejected = verdict
+        request.state.drawn = {**point, **request.state.fixed}
+        self._write_params(request)
+        self._record(request, request.state.drawn, verdict, "rejected")
+        return TrialRejected(
+            verdict.reason,
+            resource=verdict.resource,
+            limit=verdict.limit,
+            observed=verdict.median,
+            probability=verdict.probability,
+        )
+
+    def _write_params(self, request: _Request) -> None:
+        """Write the parameters of a rejected trial into its row.
+
+        Enumerating samplers see by them what was visited, and a row without them would empty the
+        intersection search space that TPESampler computes over all rows.
+        """
+        trial, point = request.trial, request.state.drawn
+        space = {**request.admission.space, **request.state.space}
+        whole = _optuna.unwrap_study(request.study)
+        # In the order of earlier rows: BruteForceSampler takes it for the path down its tree.
+        for name in space:
+            if name in trial.params or name not in point:
+                continue
+            try:
+                _optuna.write_param(whole, trial, name, point[name], space[name])
+            except ValueError as fault:
+                # An enqueued value outside of the range that earlier trials had.
+                _logger.debug(f"Trial {trial.number}: {name} is not in the row: {fault}")
+
+    def _record(
+        self, request: _Request, point: Mapping[str, Any], verdict: PointVerdict, action: str
+    ) -> None:
+        """Write a refused point into the row, and log the first one of the study."""
+        proposed = proposed_object(
+            point, action, verdict.probability, verdict.resource, verdict.limit, verdict.median
+        )
+        storage, trial_id = _optuna.storage_of(request.study), _optuna.trial_id_of(request.trial)
+        write_attributes(storage, trial_id, user={PROPOSED: proposed})
+        with self._lock:
+            logged, self._logged = self._logged, True
+        (_logger.debug if logged else _logger.info)(
+            f"Trial {request.trial.number}: point {action}. {verdict.reason}"
+            + ("" if logged else f" Later ones are only recorded in {PROPOSED!r}.")
+        )

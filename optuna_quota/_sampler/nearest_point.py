@@ -1,0 +1,130 @@
+"""Finds the admitted point nearest to a refused one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_quota._footprint.search_space import position_of
+from optuna_quota._footprint.search_space import value_at
+from optuna_quota._sampler.admission import is_admitted
+from optuna_quota._sampler.admission import PointAdmission
+
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+
+_RADII = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
+_POINTS_PER_RADIUS = 48
+_LINE_STEPS = 16
+# Share of the threshold that a replacement should stay under.
+_MARGIN = 0.5
+
+
+def nearest_admitted(
+    admission: PointAdmission,
+    point: Mapping[str, Any],
+    space: Mapping[str, BaseDistribution],
+    fixed: Mapping[str, Any],
+    generator: np.random.Generator,
+) -> dict[str, Any] | None:
+    """Return the nearest admitted point that a random search finds, None if it finds none.
+
+    Random points are tried at growing distances, each parameter on the scale of its distribution,
+    then the line to the nearest admitted one. The nearest points of all are at the threshold and
+    would breach as often as it allows, so one at half of it is preferred.
+
+    Args:
+        admission: Decides which points may run.
+        point: The refused point.
+        space: The parameters that may change.
+        fixed: Parameters with a given value.
+        generator: For the random search.
+    """
+    free = {n: d for n, d in space.items() if n in point and n not in fixed and not d.single()}
+    if not free:
+        return None
+    search = _Search(admission, point, free, fixed)
+    at_threshold = None
+    for radius in _RADII:
+        places = search.around(radius, generator)
+        probabilities = search.breach_probabilities(places)
+        target = search.closest(places, probabilities, _MARGIN)
+        if target is not None:
+            line = search.line_to(target)
+            # The line's last point is the target, so there is one.
+            nearest = search.closest(line, search.breach_probabilities(line), _MARGIN)
+            found = None if nearest is None else search.admitted_point(nearest)
+            if found is not None:
+                return found
+        if at_threshold is None:
+            near = search.closest(places, probabilities, 1.0)
+            at_threshold = None if near is None else search.admitted_point(near)
+    return at_threshold
+
+
+class _Search:
+    """Points around a refused one, as places in the unit cube of the free parameters."""
+
+    def __init__(
+        self,
+        admission: PointAdmission,
+        point: Mapping[str, Any],
+        free: Mapping[str, BaseDistribution],
+        fixed: Mapping[str, Any],
+    ) -> None:
+        from optuna.distributions import CategoricalDistribution
+
+        self._admission, self._point, self._free, self._fixed = admission, point, free, fixed
+        self._start = np.array([position_of(each, point[name]) for name, each in free.items()])
+        self._categorical = np.array(
+            [isinstance(each, CategoricalDistribution) for each in free.values()]
+        )
+
+    def around(self, radius: float, generator: np.random.Generator) -> np.ndarray:
+        """Return random places; a category changes or stays."""
+        start, categorical = self._start, self._categorical
+        shape = (_POINTS_PER_RADIUS, len(start))
+        places = np.clip(start + radius * generator.standard_normal(shape), 0.0, 1.0 - 1e-9)
+        # Each place keeps some parameters: often a single one causes the breach.
+        kept = generator.random(shape) < 0.5
+        other = generator.random(shape)
+        changed = np.where(categorical, other, places)
+        kept |= categorical & (generator.random(shape) > radius / 2)
+        return np.asarray(np.where(kept, start, changed))
+
+    def line_to(self, place: np.ndarray) -> np.ndarray:
+        """Return places from the start to another, which is the last, with its categories."""
+        steps = np.arange(1, _LINE_STEPS)[:, None] / _LINE_STEPS
+        between = self._start + steps * (place - self._start)
+        return np.vstack([np.where(self._categorical, place, between), place])
+
+    def closest(
+        self, places: np.ndarray, probabilities: np.ndarray, margin: float
+    ) -> np.ndarray | None:
+        """Return the admitted place closest to the start, by a share of the threshold."""
+        threshold = margin * self._admission.threshold
+        admitted = np.array([is_admitted(each, threshold) for each in probabilities])
+        if not admitted.any():
+            return None
+        distances = np.linalg.norm(places - self._start, axis=1)
+        return np.asarray(places[int(np.argmin(np.where(admitted, distances, np.inf)))])
+
+    def breach_probabilities(self, places: np.ndarray) -> np.ndarray:
+        points = [{**self._at(each), **self._fixed} for each in places]
+        return self._admission.breach_probabilities(points)
+
+    def admitted_point(self, place: np.ndarray) -> dict[str, Any] | None:
+        point = self._at(place)
+        return point if self._admission.judge({**point, **self._fixed}).admitted else None
+
+    def _at(self, place: np.ndarray) -> dict[str, Any]:
+        moved = dict(self._point)
+        for i, (name, distribution) in enumerate(self._free.items()):
+            if place[i] != self._start[i]:
+                moved[name] = value_at(distribution, float(place[i]))
+        return moved
