@@ -333,12 +333,11 @@ def _advise_budget(facts: StudyFacts) -> Iterator[Advice]:
     for resource in ("cpu_time", "wall_time"):
         amounts = facts.data.amounts(resource)
         known = np.isfinite(amounts)
-        if known.sum() < 2 or known.sum() < 0.9 * len(known) or not amounts[known].sum() > 0:
-            continue
         total = float(amounts[known].sum())
-        shares = {
-            o: float(amounts[known & (facts.data.ended == o)].sum()) / total for o in OUTCOMES
-        }
+        if known.sum() < max(2, 0.9 * len(known)) or not 0 < total < math.inf:
+            continue
+        spent = {o: float(amounts[known & (facts.data.ended == o)].sum()) for o in OUTCOMES}
+        shares = {outcome: amount / total for outcome, amount in spent.items()}
         resource = "trial_time" if resource == "wall_time" else resource
         first, *others = ((o, share) for o, share in shares.items() if share > 0)
         text = f"{first[1]:.0%} of {get_resource(resource).title} went to {first[0]} trials"
