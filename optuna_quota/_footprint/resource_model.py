@@ -18,6 +18,7 @@ from optuna_quota._footprint.gaussian_process import fit_hyperparameters
 from optuna_quota._footprint.gaussian_process import GaussianProcess
 from optuna_quota._footprint.gaussian_process import Hyperparameters
 from optuna_quota._footprint.gaussian_process import NOISE
+from optuna_quota._records import Interval
 
 
 # Amounts are e^center; beyond this a float would overflow.
@@ -56,6 +57,13 @@ class Predictive:
         away = self.spread * _t_quantile(probability, self.df) if probability != 0.5 else 0.0
         logs = np.minimum(self.center + away, _MAX_EXPONENT)
         return np.asarray(np.maximum(self.floor + np.exp(logs), 0.0))
+
+    def interval(self, confidence: float) -> Interval:
+        """Return lower, median and upper at the first point, each bound one-sided."""
+        lower, median, upper = (
+            float(self.quantile(p)[0]) for p in (1 - confidence, 0.5, confidence)
+        )
+        return Interval(lower, median, upper)
 
     def above(self, limit: float) -> np.ndarray:
         """Return the probability of an amount over ``limit``."""
@@ -118,7 +126,7 @@ class ResourceModel:
         sites: Standardised observations, censored ones replaced.
         censored: True where a trial was stopped.
         hyperparameters: Of the Gaussian process.
-        pruned_peaks_censored: Whether peaks of pruned trials count among the stopped ones.
+        stopped_peaks_censored: Whether peaks of pruned trials count among the stopped ones.
     """
 
     columns: np.ndarray
@@ -128,7 +136,7 @@ class ResourceModel:
     sites: Sites
     censored: np.ndarray
     hyperparameters: Hyperparameters
-    pruned_peaks_censored: bool = False
+    stopped_peaks_censored: bool = False
     process: GaussianProcess = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
