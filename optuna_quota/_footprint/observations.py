@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optuna_quota._records import Interval
+from optuna_quota._records import is_lower_bound
+from optuna_quota._records import may_be_lower_bound
+from optuna_quota._records import outcome_of
 from optuna_quota._records import read_record
 from optuna_quota._records import TrialRecord
-from optuna_quota._resources import get_resource
 from optuna_quota._resources import Usage
 from optuna_quota._resources import USAGE_RESOURCES
 
@@ -68,14 +70,13 @@ def read_observation(trial: FrozenTrial) -> Observation | None:
     usage = _with_clock_time(trial, record, _lower_bounds(record))
     if record.outcome == "rejected" or not usage.amounts():
         return None
-    censored = _censored(trial, record, usage)
-    pruned = trial.state.name == "PRUNED"
+    end, names = (outcome_of(trial, record), record.censored_by), usage.amounts()
     return Observation(
         params=trial.params,
         distributions=trial.distributions,
         usage=usage,
-        censored=censored,
-        maybe_censored=frozenset(usage.amounts()) - censored if pruned else frozenset(),
+        censored=frozenset(name for name in names if is_lower_bound(name, *end)),
+        maybe_censored=frozenset(name for name in names if may_be_lower_bound(name, *end)),
         projected=record.footprint,
         is_complete=trial.state.name == "COMPLETE",
     )
@@ -106,21 +107,6 @@ def _lower_bounds(record: TrialRecord) -> Usage:
         return usage
     raised: dict[str, Any] = {breach.resource: breach.limit}
     return replace(usage, **raised)
-
-
-def _censored(trial: FrozenTrial, record: TrialRecord, usage: Usage) -> frozenset[str]:
-    names = usage.amounts()
-    totals = {name for name in names if not get_resource(name).peak}
-    if trial.state.name == "FAIL":
-        return frozenset(names)
-    if record.breach is not None:
-        # What a trial stopped for its memory would have needed of time is not known either; one
-        # stopped for its time has mostly seen its memory peak.
-        stopped_early = set(names) if get_resource(record.breach.resource).peak else totals
-        return frozenset(stopped_early | {record.breach.resource}) & frozenset(names)
-    if trial.state.name == "PRUNED":
-        return frozenset(totals)
-    return frozenset()
 
 
 # The cost of a fit grows with the cube of the points; beyond this many more bring little.

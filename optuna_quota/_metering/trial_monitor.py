@@ -152,7 +152,7 @@ class TrialMonitor:
         breach: The first breach found; stays.
         verdict: How it ended, from whoever ended it.
         owner: Who settles the trial's record, ``"sampler"`` for the sampler.
-        settled: Whether the trial's record was written.
+        recorded: Whether the trial's record was written.
         closed: Whether metering has ended.
         environment: Environment variables for the trial's own process, such as the GPU it was
             given.
@@ -178,7 +178,7 @@ class TrialMonitor:
         self.breach: Breach | None = None
         self.verdict: Verdict | None = None
         self.owner: str | None = None
-        self.settled = False
+        self.recorded = False
         self.closed = False
         self.environment: Mapping[str, str] = {}
         self.gpu: GpuUse | None = None

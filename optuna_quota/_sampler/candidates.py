@@ -38,6 +38,7 @@ from optuna_quota._footprint.user_given import UserFootprint
 from optuna_quota._records import Interval
 from optuna_quota._records import PROPOSED
 from optuna_quota._records import proposed_object
+from optuna_quota._records import write_attributes
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Usage
 from optuna_quota._sampler.admission import audit_is_due
@@ -461,7 +462,7 @@ class Proposals:
             point, how, verdict.probability, verdict.resource, verdict.limit, verdict.median
         )
         storage, trial_id = _optuna.storage_of(call.study), _optuna.trial_id_of(call.trial)
-        _optuna.write_attributes(storage, trial_id, {PROPOSED: note}, {})
+        write_attributes(storage, trial_id, user={PROPOSED: note})
         with self._lock:
             told, self._told = self._told, True
         (_logger.debug if told else _logger.info)(

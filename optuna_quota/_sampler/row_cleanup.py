@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import find_watch
-from optuna_quota._enforcement.trial_result import write
+from optuna_quota._enforcement.trial_result import save_record
 from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
@@ -24,6 +24,7 @@ from optuna_quota._records import PREFIX
 from optuna_quota._records import RESERVATION
 from optuna_quota._records import TIMELINE
 from optuna_quota._records import TrialRecord
+from optuna_quota._records import write_attributes
 from optuna_quota._resources import Outcome
 from optuna_quota._storage_retry import is_transient
 from optuna_quota._storage_retry import retry
@@ -68,7 +69,7 @@ def abandon(
     if watch is None and not began:
         system[RESERVATION] = reservation_object(Reservation(trial_id, worker=this_worker()))
     if not is_rejected(trial.user_attrs):
-        write(study, trial, record, system)
+        save_record(study, trial, record, system)
     # Twice: whatever else went wrong, a row that stays RUNNING would hold on to what it reserved.
     for last in (False, True):
         try:
@@ -112,5 +113,5 @@ def void_copies(study: Study, trial: FrozenTrial) -> None:
     hidden: dict[str, Any] = {TIMELINE: None} if TIMELINE in trial.system_attrs else {}
     if copied or hidden:
         storage = _optuna.storage_of(study)
-        retry(lambda: _optuna.write_attributes(storage, trial_id, copied, hidden))
+        write_attributes(storage, trial_id, user=copied, system=hidden)
         trial.user_attrs = {**trial.user_attrs, **copied}

@@ -8,8 +8,7 @@ from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna_quota import _optuna
-from optuna_quota._records import limits_object
-from optuna_quota._records import quota_object
+from optuna_quota._records import amounts_object
 from optuna_quota._records import STUDY_LIMITS
 from optuna_quota._records import STUDY_PRICES
 from optuna_quota._records import STUDY_QUOTA
@@ -33,8 +32,8 @@ def announce(study: Study, quota: Quota, limits: Limits) -> None:
     storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
     known = storage.get_study_user_attrs(study_id)
     wanted: dict[str, Mapping[str, float]] = {
-        STUDY_QUOTA: quota_object(quota),
-        STUDY_LIMITS: limits_object(limits),
+        STUDY_QUOTA: amounts_object(quota),
+        STUDY_LIMITS: amounts_object(limits),
     }
     if quota.prices:
         wanted[STUDY_PRICES] = dict(quota.prices)

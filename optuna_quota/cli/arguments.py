@@ -11,7 +11,6 @@ import textwrap
 from typing import Any
 from typing import TypeVar
 
-from optuna_quota import _units
 from optuna_quota._resources import HELD_RESOURCES
 from optuna_quota._resources import LIMIT_RESOURCES
 from optuna_quota._resources import Limits
@@ -37,7 +36,6 @@ class UsageError(Exception):
 _T = TypeVar("_T")
 
 QUOTA_NAMES = TOTAL_RESOURCES + HELD_RESOURCES
-_UNITLESS = (_units.parse_number, _units.parse_count)
 
 
 def read_quota(typed: Sequence[str], prices: Sequence[str] = ()) -> Quota:
@@ -102,7 +100,7 @@ def read_pairs(
             raise UsageError(f"{option} knows no {name!r}; {_hint(name, known)}")
         if name in pairs:
             raise UsageError(f"{option} {name} is given twice.")
-        unitless = numbers or RESOURCES[name].parse in _UNITLESS
+        unitless = numbers or not RESOURCES[name].unit.symbol
         pairs[name] = _number(text, f"{option} {name}") if unitless else text
     return pairs
 
