@@ -83,13 +83,12 @@ def leave_one_out_density(model: Model, counted: np.ndarray | None = None) -> fl
         counted: True for the trials that count; by default those that are not lower bounds.
     """
     if isinstance(model, ChainedModel):
-        parts = [model.base.log_leave_one_out(), model.ratio.log_leave_one_out()]
-        censored = model.base.censored
+        (r0, v0), (r1, v1) = model.base.log_leave_one_out(), model.ratio.log_leave_one_out()
+        residual, variance, censored = r0 + r1, v0 + v1, model.base.censored
     else:
-        parts, censored = [model.log_leave_one_out()], model.censored
+        (residual, variance), censored = model.log_leave_one_out(), model.censored
     counted = ~censored if counted is None else counted
-    residual = sum(part[0] for part in parts)[counted]
-    variance = np.maximum(sum(part[1] for part in parts)[counted], 1e-12)
+    residual, variance = residual[counted], np.maximum(variance[counted], 1e-12)
     return float(-0.5 * np.sum(residual**2 / variance + np.log(variance)))
 
 

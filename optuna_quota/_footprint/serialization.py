@@ -1,4 +1,4 @@
-"""Footprints as versioned JSON: the trials that one was fitted to, from which loading fits it anew.
+"""Footprints as versioned JSON: a file keeps the trials, and loading fits them anew.
 
 A file may come from anywhere. Nothing in it is executed, every number is checked to be finite and
 in its range, sizes are bounded, and damage is a ``ValueError``. Fitting anew takes 0.13 to 0.25 s
@@ -20,8 +20,7 @@ from optuna_quota._footprint.features import Feature
 from optuna_quota._footprint.features import Features
 from optuna_quota._footprint.features import NumericFeature
 from optuna_quota._footprint.observations import Observation
-from optuna_quota._resources import Usage
-from optuna_quota._resources import USAGE_RESOURCES
+from optuna_quota._resources import usage_from_amounts
 
 
 FORMAT = "optuna_quota.footprint"
@@ -36,9 +35,7 @@ _MAX_NUMBER = 1e300
 _LOWEST = {"log": 1e-300, "log1p": 0.0, "linear": -_MAX_NUMBER}
 
 
-def dump(
-    features: Features, observations: Sequence[Observation], confidence: float
-) -> str:
+def dump(features: Features, observations: Sequence[Observation], confidence: float) -> str:
     """Return the parts of a footprint as JSON text."""
     document = {
         "format": FORMAT,
@@ -130,11 +127,10 @@ def _observation(value: Any, space: Mapping[str, Any]) -> Observation:
         if not name.isidentifier():
             raise ValueError(f"A resource must be named by an identifier but got {name!r}.")
     amounts = {name: _number(amount, name, 0.0) for name, amount in usage.items()}
-    known = {name: amounts.pop(name) for name in USAGE_RESOURCES if name in amounts}
     return Observation(
         params={name: _scalar(each, name) for name, each in params.items()},
         distributions=space,
-        usage=Usage(**known, custom=amounts),
+        usage=usage_from_amounts(amounts),
         censored=_resources(found, "censored"),
         maybe_censored=_resources({"maybe_censored": [], **found}, "maybe_censored"),
     )
@@ -169,9 +165,7 @@ def _resources(found: Mapping[str, Any], name: str) -> frozenset[str]:
     return frozenset(names)
 
 
-def _number(
-    value: Any, name: str, low: float = -_MAX_NUMBER, high: float = _MAX_NUMBER
-) -> float:
+def _number(value: Any, name: str, low: float = -_MAX_NUMBER, high: float = _MAX_NUMBER) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"`{name}` must be a number but got {_short(value)}.")
     if not low <= value <= high:
