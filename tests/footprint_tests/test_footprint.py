@@ -283,7 +283,7 @@ def test_a_column_that_hardly_matters_has_a_small_slope_too() -> None:
     model = Footprint.fit(rows).contents.models["memory"]
     assert isinstance(model, ResourceModel)
     # Columns by name: depth, idle_0 to idle_2, kind, width.
-    lengths = model.hyperparameters.values[3:]
+    lengths = model.hyperparameters[3:]
     assert (lengths[1:4] > lengths[-1] + 0.5).all()
 
 
