@@ -209,33 +209,27 @@ def after_import(name: str, act: Callable[[types.ModuleType], None]) -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds one module as the others would, and acts after it has run."""
+    """Finds one module as other finders do, and acts after it was executed."""
 
     def __init__(self, name: str, act: Callable[[types.ModuleType], None]) -> None:
         self._name = name
         self._act = act
 
     def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None,
-        target: types.ModuleType | None = None,
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Return the others' spec with a loader that acts afterwards."""
         if fullname != self._name:
             return None
         with contextlib.suppress(ValueError):
             sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            self._wrap(spec.loader)
+            loader: Any = spec.loader
+            execute = loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                execute(module)
+                self._act(module)
+
+            loader.exec_module = exec_module
         return spec
-
-    def _wrap(self, loader: Any) -> None:
-        execute = loader.exec_module
-
-        def exec_module(module: types.ModuleType) -> None:
-            execute(module)
-            self._act(module)
-
-        loader.exec_module = exec_module
