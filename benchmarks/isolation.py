@@ -89,7 +89,7 @@ def _kilobytes(name: str, heads: tuple[str, ...]) -> int:
 
 def allocate(path: str, kind: str) -> None:
     """Allocate until stopped."""
-    watch = Watch(path)
+    watch = TrialMonitor(path)
     if kind == "one array":
         threading.Thread(target=watch.go_on, daemon=True).start()
         try:
@@ -113,7 +113,7 @@ def allocate(path: str, kind: str) -> None:
         watch.look()
 
 
-class Watch:
+class TrialMonitor:
     """Writes how far the memory of this process has come."""
 
     def __init__(self, path: str) -> None:

@@ -30,7 +30,7 @@ def start_this_library(period: float) -> threading.Thread:
     from optuna_quota._metering import MeteringLoop
 
     loop = MeteringLoop(period=period or None)
-    watch = loop.watch((0, 0), limits=Limits(memory="64GiB", wall_time="1h"))
+    watch = loop.monitor((0, 0), limits=Limits(memory="64GiB", wall_time="1h"))
     watch.started -= 60  # as in a trial that has been running for a minute
     return find_thread("optuna-quota-metering")
 
@@ -124,7 +124,7 @@ def at_rest(seconds: float) -> None:
     from optuna_quota._metering import MeteringLoop
 
     loop = MeteringLoop()
-    loop.watch((0, 0)).close()
+    loop.monitor((0, 0)).close()
     thread = find_thread("optuna-quota-metering")
     time.sleep(0.3)
     used, woken = time.clock_gettime(cpu_clock(thread)), wakeups(thread)
@@ -141,7 +141,7 @@ def a_trial(n: int) -> None:
     opened, looked = [], []
     for i in range(n):
         begun = time.perf_counter()
-        watch = loop.watch((0, i))
+        watch = loop.monitor((0, i))
         middle = time.perf_counter()
         watch.sample()
         looked.append(time.perf_counter() - middle)

@@ -38,7 +38,7 @@ from optuna_quota._metering.loop import MeteringLoop
 from optuna_quota._metering.loop import replace_loop
 from optuna_quota._metering.meter import check_names
 from optuna_quota._metering.meter import Meter
-from optuna_quota._metering.tree import TreeReading
+from optuna_quota._metering.process_tree import TreeReading
 
 
 __all__ = [
@@ -176,7 +176,7 @@ class FakeMetering:
         self.tree = FakeProcessTree()
         self.trees: dict[int, FakeProcessTree] = {}
         self.loop = MeteringLoop(
-            clock=self.clock, open_tree=self._open, open_gauges=lambda watch: (), threaded=False
+            clock=self.clock, open_tree=self._open, open_meters=lambda watch: (), threaded=False
         )
 
     def advance(self, seconds: float) -> None:

@@ -20,7 +20,7 @@ from optuna_quota._metering import Key
 from optuna_quota._metering import key_of
 from optuna_quota._metering import Meter
 from optuna_quota._metering import metering_loop
-from optuna_quota._metering import Watch
+from optuna_quota._metering import TrialMonitor
 from optuna_quota._resources import Limits
 
 
@@ -46,7 +46,7 @@ def start_watch(
     meters: Sequence[Meter] = (),
     holder: FrozenTrial | None = None,
     here: bool = True,
-) -> Watch:
+) -> TrialMonitor:
     """Start the metering of a trial.
 
     Args:
@@ -62,13 +62,13 @@ def start_watch(
     """
     _register.let_go_of_what_is_over()
     key = key_of(study, trial)
-    watch = metering_loop().watch(key, limits=limits, left=left, meters=meters, here=here)
+    watch = metering_loop().monitor(key, limits=limits, left=left, meters=meters, here=here)
     watch.owner = owner
     _register.add(_Entry(study, watch, holder))
     return watch
 
 
-def find_watch(study: Study, trial: BaseTrial | FrozenTrial) -> Watch | None:
+def find_watch(study: Study, trial: BaseTrial | FrozenTrial) -> TrialMonitor | None:
     """Return the metering of a trial of this process that was not settled, None if there is none.
 
     It may be closed already when whoever ran the trial has let go of it.
@@ -80,7 +80,7 @@ def find_watch(study: Study, trial: BaseTrial | FrozenTrial) -> Watch | None:
 class _Entry:
     """A watch that someone has to close, and what tells that its trial is over."""
 
-    def __init__(self, study: Study, watch: Watch, holder: FrozenTrial | None) -> None:
+    def __init__(self, study: Study, watch: TrialMonitor, holder: FrozenTrial | None) -> None:
         self.watch = watch
         # The last one stays until another begins: it must not keep a study's connections open.
         self._storage = weakref.ref(_optuna.storage_of(study))
@@ -109,7 +109,7 @@ class _Register:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[Key, _Entry] = {}
-        self._ended: dict[Key, Watch] = {}
+        self._ended: dict[Key, TrialMonitor] = {}
 
     def add(self, entry: _Entry) -> None:
         with self._lock:
@@ -130,7 +130,7 @@ class _Register:
                     while len(self._ended) > _MOST_ENDED:
                         del self._ended[next(iter(self._ended))]
 
-    def take_ended(self, key: Key) -> Watch | None:
+    def take_ended(self, key: Key) -> TrialMonitor | None:
         with self._lock:
             return self._ended.pop(key, None)
 

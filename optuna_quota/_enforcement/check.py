@@ -26,7 +26,7 @@ from optuna_quota.exceptions import TrialRejected
 
 
 if TYPE_CHECKING:
-    from optuna_quota._metering import Watch
+    from optuna_quota._metering import TrialMonitor
 
 
 def check(trial: BaseTrial) -> None:
@@ -116,7 +116,7 @@ def _find_error_together(trial: BaseTrial) -> Exception | None:
     return own or told
 
 
-def record_breach(watch: Watch) -> Breach | None:
+def record_breach(watch: TrialMonitor) -> Breach | None:
     """Measure a trial now; when it is over a limit, put down that it is terminated for it."""
     if watch.breach is None:
         watch.sample()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
     from optuna.trial import FrozenTrial
 
-    from optuna_quota._metering import Watch
+    from optuna_quota._metering import TrialMonitor
 
 
 # What an unknown usage says: neither within the limit nor over it.
@@ -160,7 +160,7 @@ class TolerantConstraintsFunc:
 
 
 def tolerate_constraints_failure(
-    study: Study, trial: BaseTrial | FrozenTrial, watch: Watch
+    study: Study, trial: BaseTrial | FrozenTrial, watch: TrialMonitor
 ) -> None:
     """Let the constraints of a trial that is being stopped remain unknown."""
     if watch.owner == "sampler":

@@ -21,7 +21,7 @@ from optuna_quota._resources import Breach
 
 
 if TYPE_CHECKING:
-    from optuna_quota._metering import Watch
+    from optuna_quota._metering import TrialMonitor
 
 
 _logger = logging.getLogger("optuna.quota.interrupt")
@@ -39,14 +39,14 @@ class Interrupter:
         watch: The trial's metering.
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: TrialMonitor) -> None:
         self._watch = watch
         self._breach: Breach | None = None
         self._before: Any = None
         self._thread = threading.main_thread().ident
 
     @classmethod
-    def arm(cls, watch: Watch) -> Interrupter | None:
+    def arm(cls, watch: TrialMonitor) -> Interrupter | None:
         """Return one that is ready, None where trials can't be interrupted."""
         if not hasattr(signal, "SIGURG"):
             _logger.warning("This system has no signal to interrupt trials with.")

@@ -20,7 +20,7 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
 from optuna_quota._metering import Meter
-from optuna_quota._metering import Watch
+from optuna_quota._metering import TrialMonitor
 from optuna_quota._resources import Limits
 
 
@@ -48,7 +48,7 @@ class LimitingPruner(Protocol):
     interrupt: bool
     meters: tuple[Meter, ...]
 
-    def watch_trial(self, study: Study, trial: BaseTrial | FrozenTrial) -> Watch:
+    def watch_trial(self, study: Study, trial: BaseTrial | FrozenTrial) -> TrialMonitor:
         """Return the metering of a running trial."""
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
     from optuna.trial import FrozenTrial
 
-    from optuna_quota._metering import Watch
+    from optuna_quota._metering import TrialMonitor
 
 
 class QuotaPruner(BasePruner):
@@ -129,7 +129,7 @@ class QuotaPruner(BasePruner):
             self._notes.take(study, trial, watch, ends=pruned)
         return pruned
 
-    def watch_trial(self, study: Study, trial: BaseTrial | FrozenTrial) -> Watch:
+    def watch_trial(self, study: Study, trial: BaseTrial | FrozenTrial) -> TrialMonitor:
         """Return the metering of a running trial; it starts here when nobody else started it."""
         watch = metering_loop().find(key_of(study, trial))
         if watch is None:
@@ -223,13 +223,13 @@ class PrunerNotes:
     def __len__(self) -> int:
         return len(self._pages)
 
-    def adopt(self, watch: Watch) -> None:
+    def adopt(self, watch: TrialMonitor) -> None:
         """Take on a new trial, and forget those that are over."""
         with self._lock:
             self._pages = {k: page for k, page in self._pages.items() if not page.watch.closed}
             self._pages[watch.key] = _Page(watch)
 
-    def take(self, study: Study, trial: FrozenTrial, watch: Watch, *, ends: bool) -> None:
+    def take(self, study: Study, trial: FrozenTrial, watch: TrialMonitor, *, ends: bool) -> None:
         """Note what is known of a trial when that is due, or when it is told to end."""
         page = self._pages.get(watch.key)
         if page is None or watch.settled:
@@ -256,7 +256,7 @@ class PrunerNotes:
 class _Page:
     """What is known of the notes on one trial."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: TrialMonitor) -> None:
         self.watch = watch
         self._memory = 0.0
         self._next = 0.0

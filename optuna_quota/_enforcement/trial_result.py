@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     from optuna.trial import Trial
 
+    from optuna_quota._metering import TrialMonitor
     from optuna_quota._metering import Verdict
-    from optuna_quota._metering import Watch
 
 
 IGNORED_STOP = "The objective was told to stop but returned a value."
@@ -155,7 +155,7 @@ _OUTCOMES_OF: Mapping[TrialState, tuple[str, ...]] = {
 def record_result(
     study: Study,
     trial: FrozenTrial,
-    watch: Watch | None,
+    watch: TrialMonitor | None,
     state: TrialState,
     *,
     limits: Limits | None = None,
@@ -227,7 +227,7 @@ def read_row(study: Study, trial: Trial | FrozenTrial) -> FrozenTrial:
 
 
 def build_record(
-    watch: Watch | None,
+    watch: TrialMonitor | None,
     usage: Usage,
     state: TrialState,
     *,

@@ -15,7 +15,7 @@ from optuna_quota._metering.breach import AT_LIMIT
 from optuna_quota._metering.breach import Ceiling
 from optuna_quota._metering.breach import Ceilings
 from optuna_quota._metering.breach import find_refused_breach
-from optuna_quota._metering.gpu_source import DeviceShare
+from optuna_quota._metering.gpu_attribution import DeviceShare
 from optuna_quota._resources import Breach
 from optuna_quota._resources import format_amount
 

@@ -106,7 +106,7 @@ def limit_memory(memory: float, *, strict: bool) -> int | None:
         return None
     import resource
 
-    from optuna_quota._metering.proc_process import ProcProcess
+    from optuna_quota._metering.linux_process import LinuxProcess
 
     room = 0 if strict else room_for_untouched()
     data = data_size()
@@ -114,7 +114,7 @@ def limit_memory(memory: float, *, strict: bool) -> int | None:
         return None
     used = 0
     if strict:
-        with contextlib.closing(ProcProcess(os.getpid())) as process:
+        with contextlib.closing(LinuxProcess(os.getpid())) as process:
             used = process.share().proportional
         if not has_room(memory, used, os.cpu_count() or 1):
             return None

@@ -77,9 +77,9 @@ from optuna_quota._isolation.template_client import template_client
 from optuna_quota._metering import key_of
 from optuna_quota._metering import metering_loop
 from optuna_quota._metering import Verdict
-from optuna_quota._metering.gpu_devices import device_memory
-from optuna_quota._metering.gpu_source import DeviceShare
-from optuna_quota._metering.gpu_source import GpuUse
+from optuna_quota._metering.gpu_attribution import DeviceShare
+from optuna_quota._metering.gpu_attribution import GpuUse
+from optuna_quota._metering.visible_gpus import device_memory
 from optuna_quota._records import is_rejected
 from optuna_quota._resources import Breach
 from optuna_quota._resources import Limits
@@ -92,7 +92,7 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
     from optuna_quota._isolation.isolated import Isolated
-    from optuna_quota._metering import Watch
+    from optuna_quota._metering import TrialMonitor
 
 
 _logger = logging.getLogger("optuna.quota.isolated")
@@ -148,13 +148,13 @@ class TrialRun:
                 self._settle(value, error)
         return value
 
-    def _find_watch(self) -> tuple[Watch, bool]:
+    def _find_watch(self) -> tuple[TrialMonitor, bool]:
         """Return the trial's metering, and whether it is for us to settle."""
         loop = metering_loop()
         if self._study is None:
             key = (id(self._trial), self._trial.number)
             limits = self._isolated.limits or Limits()
-            return loop.watch(key, limits=limits, here=False), True
+            return loop.monitor(key, limits=limits, here=False), True
         key = key_of(self._study, self._trial)
         wrap_nesting_pruner(self._study)
         pruner = self._study.pruner
@@ -162,7 +162,7 @@ class TrialRun:
         watch = loop.find(key)
         if watch is None:
             meters = pruner_meters(pruner)
-            return loop.watch(key, limits=limits, meters=meters, here=False), True
+            return loop.monitor(key, limits=limits, meters=meters, here=False), True
         if self._isolated.limits is not None and watch.limits != self._isolated.limits:
             agreed_limits(self._isolated.limits, watch.limits or None)
             watch.limit(self._isolated.limits)
@@ -323,7 +323,7 @@ class TrialRun:
         self._watch.supervised = None if ready.supervisor is None else memory
         # It may have ended already: then there is nothing to meter, and its supervisor knows all.
         with contextlib.suppress(ProcessLookupError):
-            self._watch.retarget(ready.pid, ready.supervisor, self._outsiders)
+            self._watch.attach(ready.pid, ready.supervisor, self._outsiders)
         self._watch.on_breach(self._stop)
         strict = self._isolated.strict_memory
         elapsed, limit = self._watch.elapsed, ready.data_limit

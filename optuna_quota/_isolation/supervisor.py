@@ -33,12 +33,12 @@ from optuna_quota._isolation.rlimits import DataLimit
 from optuna_quota._isolation.stop import STOP_SIGNAL
 from optuna_quota._isolation.suspension import Suspension
 from optuna_quota._metering.breach import is_breach
-from optuna_quota._metering.pacing import ASSUMED_GROWTH
-from optuna_quota._metering.pacing import fastest_growth
-from optuna_quota._metering.pacing import LONGEST_WAIT
-from optuna_quota._metering.pacing import wait_for
-from optuna_quota._metering.proc_tree import ProcTree
-from optuna_quota._metering.running_clock import RunningClock
+from optuna_quota._metering.linux_process_tree import LinuxProcessTree
+from optuna_quota._metering.timing import ASSUMED_GROWTH
+from optuna_quota._metering.timing import fastest_growth
+from optuna_quota._metering.timing import LONGEST_INTERVAL
+from optuna_quota._metering.timing import RunningClock
+from optuna_quota._metering.timing import sampling_interval
 from optuna_quota._resources import Breach
 
 
@@ -145,7 +145,7 @@ class Supervisor:
         if self._deadline is not None and now >= self._deadline:
             self._kill(self._killer_then)
         self._watch_pause(now)
-        wait = LONGEST_WAIT
+        wait = LONGEST_INTERVAL
         if self._enforce is not None:
             wait = self._watch_memory(now)
         if self._deadline is not None:
@@ -215,7 +215,7 @@ class Supervisor:
         if is_told:
             memory = max(memory, self._gauge.at_most())
         # What is soon over is looked at often: a short trial's peak is seen too.
-        wait = min(LONGEST_WAIT, max(YOUNGEST_WAIT, (now - self._began) / 8))
+        wait = min(LONGEST_INTERVAL, max(YOUNGEST_WAIT, (now - self._began) / 8))
         if limit == math.inf:
             return wait
         if self._data_limit is not None and now >= self._data_due:
@@ -225,7 +225,7 @@ class Supervisor:
                 self._kill("breach")
             else:
                 self._find_breach(memory, limit, now)
-        wait = min(wait, wait_for(limit - memory, self._gauge.growth))
+        wait = min(wait, sampling_interval(limit - memory, self._gauge.growth))
         return wait if self._data_limit is None else min(wait, max(0.0, self._data_due - now))
 
     def _find_breach(self, memory: float, limit: float, now: float) -> None:
@@ -355,7 +355,7 @@ class _MemoryGauge:
         self._child = child
         self.outsiders = 0
         self._lends = lends
-        self._tree: ProcTree | None = None
+        self._tree: LinuxProcessTree | None = None
         self.unseen_peak = 0.0
         self._last: tuple[float, float] | None = None
         self._thorough_due = 0.0
@@ -368,8 +368,11 @@ class _MemoryGauge:
             limit: What a verdict hangs on.
         """
         if self._tree is None:
-            self._tree = ProcTree(
-                self._child, reaper=os.getpid(), lends=self._lends, outsiders=self.outsiders
+            self._tree = LinuxProcessTree(
+                self._child,
+                reaper=os.getpid(),
+                forked_from_study=self._lends,
+                outsiders=self.outsiders,
             )
             self._tree.reset_peak()
         # To look at each process costs more with each one.
@@ -379,7 +382,7 @@ class _MemoryGauge:
         memory = found.memory or 0.0
         if thorough:
             cost = time.thread_time() - start
-            self._thorough_due = now + min(LONGEST_WAIT, max(0.005, 20 * cost))
+            self._thorough_due = now + min(LONGEST_INTERVAL, max(0.005, 20 * cost))
         self.peak = max(self.peak, memory)
         self.unseen_peak = max(self.unseen_peak, found.peak or 0.0)
         if self._last is not None and now > self._last[0]:

@@ -199,7 +199,7 @@ class TemplateClient:
             with job_signals_blocked():
                 self._process = popen(command, self._errors, pass_fds=(theirs.fileno(),))
         # It and its forks are no part of a trial in this process.
-        metering_loop().left_out.add(self._process.pid)
+        metering_loop().excluded_pids.add(self._process.pid)
         self._sock = ours
         self._loaded, self._files, self._prepared = {}, {}, None
         return ours
@@ -262,7 +262,7 @@ class TemplateClient:
         for ended in [p for p in self._retired if p.poll() is not None]:
             with contextlib.suppress(ValueError):  # another thread was faster
                 self._retired.remove(ended)
-            metering_loop().left_out.discard(ended.pid)
+            metering_loop().excluded_pids.discard(ended.pid)
 
     def _complaint(self) -> str:
         """Return the last line that a template wrote to its standard error."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import os
 
 from optuna_quota._ledger.gpus import Gpu
-from optuna_quota._metering.gpu_devices import visible_gpus
 from optuna_quota._metering.nvml import GpuError
+from optuna_quota._metering.visible_gpus import visible_gpus
 from optuna_quota._metering.warn import warn_once
 
 

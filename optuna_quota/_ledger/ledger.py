@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-    from optuna_quota._metering import Watch
+    from optuna_quota._metering import TrialMonitor
 
 
 _logger = logging.getLogger("optuna.quota.ledger")
@@ -239,7 +239,7 @@ class Ledger:
         free, granted = self._accounts.read().free(self.quota), running.reservation.granted
         return {name: free[name] + granted.get(name, 0.0) for name in self.quota.held}
 
-    def keep(self, trial_id: int, watch: Watch) -> None:
+    def keep(self, trial_id: int, watch: TrialMonitor) -> None:
         """Ask for more by itself while a trial under metering runs, and renew its lease."""
         running = self._running.get(trial_id)
         if running is None:
@@ -250,7 +250,7 @@ class Ledger:
             watch.environment = {"CUDA_VISIBLE_DEVICES": running.reservation.gpu}
         watch.most = {n: a for n, a in self.quota.amounts().items() if n != "wall_time"}
         keeper = self._keeper
-        watch.on_shortage(lambda: keeper.call_for_more(trial_id))
+        watch.on_low_quota(lambda: keeper.call_for_more(trial_id))
         keeper.keep(trial_id)
 
     def promise(self, trial_id: int, bounds: Mapping[str, float]) -> None:

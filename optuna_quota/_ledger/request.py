@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from optuna_quota._ledger.protocol import Want
-from optuna_quota._metering import ask_at
+from optuna_quota._metering import extension_threshold
 from optuna_quota._resources import HELD_RESOURCES
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
@@ -156,7 +156,7 @@ def revised_promise(
     """
     smaller, larger = {}, {}
     for name in quota.held.keys() & granted.keys() & bounds.keys():
-        bound = max(bounds[name], used.get(name, 0.0) / ask_at(name))
+        bound = max(bounds[name], used.get(name, 0.0) / extension_threshold(name))
         bound = min(bound, quota.held[name], limits.amounts().get(name, bound))
         if bound < WORTH_GIVING_BACK * granted[name]:
             smaller[name] = bound

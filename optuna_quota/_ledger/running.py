@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from optuna_quota._ledger.protocol import DEVICE
 from optuna_quota._ledger.reservation import Reservation
-from optuna_quota._metering import ask_at
+from optuna_quota._metering import extension_threshold
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Usage
 
 
 if TYPE_CHECKING:
-    from optuna_quota._metering import Watch
+    from optuna_quota._metering import TrialMonitor
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Running:
     deadline: float | None = None
     thread: int | None = None
     asker: int | None = None
-    watch: Watch | None = None
+    watch: TrialMonitor | None = None
     start: float | None = None
 
     @property
@@ -69,4 +69,4 @@ class Running:
         if "cost" in granted:
             amounts["cost"] = quota.price({name: usage.get(name) for name in quota.prices})
         known = ((name, amount) for name, amount in amounts.items() if amount is not None)
-        return {n: amount for n, amount in known if amount >= ask_at(n) * granted[n]}
+        return {n: amount for n, amount in known if amount >= extension_threshold(n) * granted[n]}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from optuna_quota._metering.breach import extension_threshold
 from optuna_quota._metering.loop import metering_loop
 from optuna_quota._metering.loop import MeteringLoop
 from optuna_quota._metering.meter import check_names
 from optuna_quota._metering.meter import Meter
-from optuna_quota._metering.renewal import ask_at
-from optuna_quota._metering.watch import Key
-from optuna_quota._metering.watch import Verdict
-from optuna_quota._metering.watch import Watch
+from optuna_quota._metering.trial_monitor import Key
+from optuna_quota._metering.trial_monitor import TrialMonitor
+from optuna_quota._metering.trial_monitor import Verdict
 from optuna_quota._optuna import storage_of
 from optuna_quota._optuna import trial_id_of
 
@@ -27,8 +27,8 @@ __all__ = [
     "Meter",
     "MeteringLoop",
     "Verdict",
-    "Watch",
-    "ask_at",
+    "TrialMonitor",
+    "extension_threshold",
     "check_names",
     "key_of",
     "metering_loop",

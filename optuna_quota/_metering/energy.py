@@ -10,7 +10,7 @@ import logging
 import math
 from pathlib import Path
 
-from optuna_quota._metering.gauge import Amount
+from optuna_quota._metering.meter import MeterReading
 from optuna_quota._metering.warn import warn_once
 
 
@@ -77,7 +77,7 @@ def busy_seconds_of_host(stat: str, ticks: int) -> float:
     return busy / ticks
 
 
-class ProcessorEnergyGauge:
+class ProcessorEnergyMeter:
     """A trial's part in the energy of the host's processors, idle power included.
 
     The part is the trial's share of the CPU time that the host was busy, in the time between two
@@ -109,7 +109,7 @@ class ProcessorEnergyGauge:
         self._last: tuple[float, float, float] | None = None
         self._joules = 0.0
 
-    def read(self, pids: Sequence[int]) -> Mapping[str, Amount]:
+    def read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
         """Return the trial's joules so far."""
         try:
             now = (self._open_counters().joules(), self._host_busy(), self._cpu_time() or 0.0)
@@ -123,7 +123,7 @@ class ProcessorEnergyGauge:
             joules, busy, used = (b - a for a, b in zip(self._last, now, strict=True))
             self._joules += joules * min(1.0, used / busy) if busy > 0 else 0.0
         is_first, self._last = self._last is None, now
-        return {} if is_first else {"energy": Amount(self._joules, peak=False, is_own=True)}
+        return {} if is_first else {"energy": MeterReading(self._joules, peak=False, is_own=True)}
 
     def close(self) -> None:
         """Nothing is held."""

@@ -13,21 +13,22 @@ import math
 import os
 import threading
 
-from optuna_quota._metering.gauge import Gauge
-from optuna_quota._metering.gauge import MeterGauge
-from optuna_quota._metering.gauge import Probe
-from optuna_quota._metering.gauges import open_gauges
-from optuna_quota._metering.gpu_gauge import forget_gpus
+from optuna_quota._metering.energy import ProcessorEnergyMeter
+from optuna_quota._metering.gpu_meter import forget_gpus
+from optuna_quota._metering.gpu_meter import GpuMeter
+from optuna_quota._metering.meter import CustomMeter
 from optuna_quota._metering.meter import Meter
-from optuna_quota._metering.running_clock import Pulse
-from optuna_quota._metering.running_clock import RunningClock
-from optuna_quota._metering.target import Target
-from optuna_quota._metering.target import warn_of_sharing
-from optuna_quota._metering.tree import open_tree
-from optuna_quota._metering.tree import OpenTree
-from optuna_quota._metering.tree import Tree
-from optuna_quota._metering.watch import Key
-from optuna_quota._metering.watch import Watch
+from optuna_quota._metering.meter import ScheduledMeter
+from optuna_quota._metering.meter import TrialMeter
+from optuna_quota._metering.monitored_tree import MonitoredTree
+from optuna_quota._metering.monitored_tree import open_tree
+from optuna_quota._metering.monitored_tree import OpenTree
+from optuna_quota._metering.monitored_tree import warn_of_sharing
+from optuna_quota._metering.process_tree import ProcessTree
+from optuna_quota._metering.timing import PauseDetector
+from optuna_quota._metering.timing import RunningClock
+from optuna_quota._metering.trial_monitor import Key
+from optuna_quota._metering.trial_monitor import TrialMonitor
 from optuna_quota._resources import Breach
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Usage
@@ -40,7 +41,15 @@ _PATIENCE = 1.0
 # Seconds. Locks can't wait for ever longer; a wakeup an hour costs nothing.
 _LONGEST_SLEEP = 3600.0
 
-OpenGauges = Callable[[Watch], Sequence[Gauge]]
+
+def open_meters(watch: TrialMonitor) -> Sequence[TrialMeter]:
+    """Return the gauges of a trial: GPUs, and the processors' energy."""
+    asked = {*watch.limits.amounts(), *watch.left}
+    energy = ProcessorEnergyMeter(lambda: watch.usage().cpu_time, is_asked="energy" in asked)
+    return (GpuMeter(asked, watch.environment), energy)
+
+
+OpenMeters = Callable[[TrialMonitor], Sequence[TrialMeter]]
 
 
 class MeteringLoop:
@@ -54,13 +63,13 @@ class MeteringLoop:
             tests.
         open_tree: Opens the reader of the process tree under a pid, None for this process; for
             tests.
-        open_gauges: Opens what is measured of a trial beside its process tree; for tests.
+        open_meters: Opens what is measured of a trial beside its process tree; for tests.
         period: Seconds between looks at a process tree while there is headroom in plenty; for
             benchmarks.
         threaded: False leaves it to the caller to call :meth:`tick`; for tests.
 
     Attributes:
-        left_out: Children of this process that are no part of any trial, with what they start.
+        excluded_pids: Children of this process that belong to no trial, nor do theirs.
     """
 
     def __init__(
@@ -68,15 +77,15 @@ class MeteringLoop:
         *,
         clock: Callable[[], float] | None = None,
         open_tree: OpenTree = open_tree,
-        open_gauges: OpenGauges = open_gauges,
+        open_meters: OpenMeters = open_meters,
         period: float | None = None,
         threaded: bool = True,
     ) -> None:
         self._clock = RunningClock()
         self.now = clock or self._clock
-        self._pulse = Pulse(self._clock, lambda: bool(self._watches))
+        self._pulse = PauseDetector(self._clock, lambda: bool(self._watches))
         self._open_tree = open_tree
-        self._open_gauges = open_gauges
+        self._open_gauges = open_meters
         self._period = period
         self._threaded = threaded
         self._lock = threading.RLock()
@@ -86,15 +95,15 @@ class MeteringLoop:
         self._thread: threading.Thread | None = None
         self._stopped = False
         self._attention = -math.inf
-        self._watches: dict[Key, Watch] = {}
-        self._targets: list[Target] = []
-        self._probes: dict[Watch, list[Probe]] = {}
+        self._watches: dict[Key, TrialMonitor] = {}
+        self._targets: list[MonitoredTree] = []
+        self._probes: dict[TrialMonitor, list[ScheduledMeter]] = {}
         # Gauges of trials whose own process does not exist yet.
-        self._prepared: dict[Watch, Sequence[Gauge]] = {}
-        self._own_tree: Tree | None = None
-        self.left_out: set[int] = set()
+        self._prepared: dict[TrialMonitor, Sequence[TrialMeter]] = {}
+        self._own_tree: ProcessTree | None = None
+        self.excluded_pids: set[int] = set()
 
-    def watch(
+    def monitor(
         self,
         key: Key,
         *,
@@ -103,7 +112,7 @@ class MeteringLoop:
         meters: Sequence[Meter] = (),
         pid: int | None = None,
         here: bool = True,
-    ) -> Watch:
+    ) -> TrialMonitor:
         """Put a trial under metering; to be called from the thread that runs it.
 
         Args:
@@ -118,7 +127,7 @@ class MeteringLoop:
             ProcessLookupError: If there is no such process.
         """
         with self._lock:
-            watch = Watch(self, key, limits or Limits(), left or {}, meters, self.now())
+            watch = TrialMonitor(self, key, limits or Limits(), left or {}, meters, self.now())
             if pid is not None:
                 watch.isolate()
             if here:
@@ -137,7 +146,7 @@ class MeteringLoop:
         """Seconds of pauses of this process that its clock has left out."""
         return self._clock.skipped
 
-    def find(self, key: Key) -> Watch | None:
+    def find(self, key: Key) -> TrialMonitor | None:
         """Return the watch of a trial, None when it is not (or no longer) metered."""
         return self._watches.get(key)
 
@@ -204,7 +213,7 @@ class MeteringLoop:
 
     # What follows is called by watches.
 
-    def sample(self, watch: Watch, *, fully: bool = False) -> None:
+    def sample(self, watch: TrialMonitor, *, fully: bool = False) -> None:
         """Measure a trial now; gauges only when they are due, or ``fully``."""
         with self._lock:
             now = self.now()
@@ -213,13 +222,13 @@ class MeteringLoop:
         self._probe(due, patience=_PATIENCE if fully else 0.0)
         self._judge(watch)
 
-    def allow(self, watch: Watch, left: Mapping[str, float]) -> None:
+    def allow(self, watch: TrialMonitor, left: Mapping[str, float]) -> None:
         """Set what a trial may use of total quotas."""
         with self._lock:
             watch.replace_left(left, self.now())
             self._poke()
 
-    def detach(self, watch: Watch, waited: float = 0.0) -> None:
+    def detach(self, watch: TrialMonitor, waited: float = 0.0) -> None:
         """Take a trial out of this process, before its own exists."""
         with self._lock:
             self._leave(watch)
@@ -232,8 +241,8 @@ class MeteringLoop:
             if gauge.eager:
                 gauge.read(())  # what there is before the trial's process begins is not its own
 
-    def retarget(
-        self, watch: Watch, pid: int, reaper: int | None = None, outsiders: int = 0
+    def attach(
+        self, watch: TrialMonitor, pid: int, reaper: int | None = None, outsiders: int = 0
     ) -> None:
         """Move a trial to a process tree of its own."""
         with self._lock:
@@ -244,7 +253,7 @@ class MeteringLoop:
             self._join(watch, pid, tree)
             self._poke()
 
-    def on_breach(self, watch: Watch, callback: Callable[[Breach], None]) -> None:
+    def on_breach(self, watch: TrialMonitor, callback: Callable[[Breach], None]) -> None:
         """Keep a callback of a trial."""
         with self._lock:
             breach = watch.breach
@@ -253,7 +262,7 @@ class MeteringLoop:
         if breach is not None:
             _safely(callback, breach)
 
-    def finish(self, watch: Watch) -> None:
+    def finish(self, watch: TrialMonitor) -> None:
         """Judge a trial by what it used until now."""
         with self._lock:
             now = self.now()
@@ -261,14 +270,14 @@ class MeteringLoop:
             watch.judge(now)
             watch.stop_judging()
 
-    def add_usage(self, watch: Watch, usage: Usage) -> None:
+    def add_usage(self, watch: TrialMonitor, usage: Usage) -> None:
         """Merge figures into a trial's."""
         with self._lock:
             watch.merge(usage)
         if not watch.closed:
             self._judge(watch)
 
-    def close_watch(self, watch: Watch) -> None:
+    def close_watch(self, watch: TrialMonitor) -> None:
         """Measure a trial a last time and let it go."""
         with self._lock:
             if watch.closed:
@@ -289,19 +298,19 @@ class MeteringLoop:
             if self._watches.get(watch.key) is watch:
                 del self._watches[watch.key]
 
-    def _join(self, watch: Watch, pid: int | None, tree: Tree | None = None) -> None:
+    def _join(self, watch: TrialMonitor, pid: int | None, tree: ProcessTree | None = None) -> None:
         now = self.now()
         target = next((t for t in self._targets if t.pid == pid), None)
         if target is None:
-            target = Target(tree or self._tree_of(pid), pid, now, self._period)
+            target = MonitoredTree(tree or self._tree_of(pid), pid, now, self._period)
             self._targets.append(target)
         target.join(watch, now, self._others(target))
         target.schedule(now)
         own = self._prepared.pop(watch, None) or self._open_gauges(watch)
-        gauges = [*map(MeterGauge, watch.meters), *own]
-        self._probes[watch] = [Probe(watch, gauge, now) for gauge in gauges]
+        gauges = [*map(CustomMeter, watch.meters), *own]
+        self._probes[watch] = [ScheduledMeter(watch, gauge, now) for gauge in gauges]
 
-    def _tree_of(self, pid: int | None) -> Tree:
+    def _tree_of(self, pid: int | None) -> ProcessTree:
         if pid is not None:
             return self._open_tree(pid)
         # Kept from trial to trial: opening costs more than reading.
@@ -309,7 +318,7 @@ class MeteringLoop:
             self._own_tree = self._open_tree(None)
         return self._own_tree
 
-    def _leave(self, watch: Watch) -> None:
+    def _leave(self, watch: TrialMonitor) -> None:
         for probe in self._probes.pop(watch, ()):
             probe.close()
         target = self._target_of(watch)
@@ -321,23 +330,23 @@ class MeteringLoop:
             if target.tree is not self._own_tree:
                 target.tree.close()
 
-    def _target_of(self, watch: Watch) -> Target | None:
+    def _target_of(self, watch: TrialMonitor) -> MonitoredTree | None:
         return next((t for t in self._targets if watch in t.watches), None)
 
-    def _others(self, target: Target) -> Sequence[int]:
+    def _others(self, target: MonitoredTree) -> Sequence[int]:
         others = [t.pid for t in self._targets if t.pid is not None and t is not target]
-        return others if target.pid is not None else [*others, *self.left_out]
+        return others if target.pid is not None else [*others, *self.excluded_pids]
 
-    def _read(self, target: Target, now: float, *, thorough: bool = False) -> None:
+    def _read(self, target: MonitoredTree, now: float, *, thorough: bool = False) -> None:
         target.read(now, self._others(target), thorough=thorough)
         target.schedule(now)
 
-    def _read_target_of(self, watch: Watch, now: float) -> None:
+    def _read_target_of(self, watch: TrialMonitor, now: float) -> None:
         target = self._target_of(watch)
         if target is not None:
             self._read(target, now, thorough=True)
 
-    def _probe(self, probes: Iterable[Probe], *, patience: float = 0.0) -> None:
+    def _probe(self, probes: Iterable[ScheduledMeter], *, patience: float = 0.0) -> None:
         """Read gauges without the lock, then take in what they read."""
         for probe in probes:
             with self._lock:
@@ -350,14 +359,14 @@ class MeteringLoop:
                 if probe in self._probes.get(probe.watch, ()):
                     probe.take(amounts, sharers)
 
-    def _judge(self, watch: Watch) -> None:
+    def _judge(self, watch: TrialMonitor) -> None:
         with self._lock:
             watch.judge(self.now())
             if watch.breach is not None:
                 self._poke()
 
-    def _calm_down(self, watch: Watch, now: float) -> None:
-        """Watch a trial that is over its limit no more closely than others."""
+    def _calm_down(self, watch: TrialMonitor, now: float) -> None:
+        """TrialMonitor a trial that is over its limit no more closely than others."""
         target = self._target_of(watch)
         if target is not None:
             target.take_stock()

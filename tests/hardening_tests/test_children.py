@@ -59,7 +59,7 @@ def main():
     study = new_study()
     study.optimize(objective, n_trials=1)
     # A trial is under metering while the child is made, so that threads hold what they hold.
-    watch = metering_loop().watch((1, 1), limits=Limits(memory="1TiB"))
+    watch = metering_loop().monitor((1, 1), limits=Limits(memory="1TiB"))
     context = multiprocessing.get_context(how)
     process = context.Process(target=child, args=(study,) if how == "fork" else ())
     process.start()

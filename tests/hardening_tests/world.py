@@ -28,7 +28,7 @@ from optuna_quota._ledger.clock import SystemClock
 from optuna_quota._ledger.ledger import LEASE
 from optuna_quota._ledger.reservation import Worker
 from optuna_quota._metering.loop import replace_loop
-from optuna_quota._metering.threads import ThreadTime
+from optuna_quota._metering.monitored_tree import ThreadTime
 from optuna_quota._sampler import study_session
 from optuna_quota._storage_retry import retry
 from optuna_quota.testing import FakeMetering

@@ -8,7 +8,7 @@ from optuna_quota._isolation.gpu_shortage import find_gpu_breach
 from optuna_quota._isolation.gpu_shortage import name_bad_luck
 from optuna_quota._isolation.gpu_shortage import read_gpu_shortage
 from optuna_quota._isolation.shortage import find_shortage
-from optuna_quota._metering.gpu_source import DeviceShare
+from optuna_quota._metering.gpu_attribution import DeviceShare
 
 
 GIB = 2**30

@@ -237,8 +237,8 @@ def test_a_template_is_no_part_of_a_trial_in_its_studys_process() -> None:
         client.launch(None).close()
         assert client._process is not None
         template = client._process.pid
-        assert template in loop.left_out
-        watch = loop.watch((0, 0))
+        assert template in loop.excluded_pids
+        watch = loop.monitor((0, 0))
         target = loop._target_of(watch)
         assert target is not None and template not in target.pids
         watch.close()
@@ -246,7 +246,7 @@ def test_a_template_is_no_part_of_a_trial_in_its_studys_process() -> None:
         client.close()
         client.lost()
         client._errors.close()
-    assert template not in loop.left_out
+    assert template not in loop.excluded_pids
 
 
 def test_loggers_that_only_pass_on_are_not_touched() -> None:

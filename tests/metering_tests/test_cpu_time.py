@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from optuna_quota._metering.cpu_time import Times
-from optuna_quota._metering.cpu_time import TreeTime
+from optuna_quota._metering.process_tree import Times
+from optuna_quota._metering.process_tree import TreeTime
 
 
 def total_after(*samples: dict[str, Times]) -> float:

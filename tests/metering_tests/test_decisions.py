@@ -28,7 +28,7 @@ def test_the_fake_is_the_process_own_loop_while_it_lasts() -> None:
 
 def test_peaks_are_maxima_and_totals_are_growth(fake: FakeMetering) -> None:
     fake.tree.memory, fake.tree.cpu_time = 5 * GIB, 100.0
-    watch = fake.loop.watch(KEY)
+    watch = fake.loop.monitor(KEY)
     fake.tree.memory, fake.tree.cpu_time = 9 * GIB, 103.0
     fake.advance(1.0)
     fake.tree.memory, fake.tree.cpu_time = 2 * GIB, 104.0
@@ -41,7 +41,7 @@ def test_peaks_are_maxima_and_totals_are_growth(fake: FakeMetering) -> None:
 
 def test_a_peak_that_no_look_saw_is_recorded_and_no_breach(fake: FakeMetering) -> None:
     fake.tree.memory = GIB
-    watch = fake.loop.watch(KEY, limits=Limits(memory="3GiB"))
+    watch = fake.loop.monitor(KEY, limits=Limits(memory="3GiB"))
     fake.tree.peak = 4 * GIB
     usage = watch.close()
     assert usage.memory == 4 * GIB
@@ -50,7 +50,7 @@ def test_a_peak_that_no_look_saw_is_recorded_and_no_breach(fake: FakeMetering) -
 
 def test_unknown_stays_unknown(fake: FakeMetering) -> None:
     fake.tree.memory = fake.tree.cpu_time = None
-    watch = fake.loop.watch(KEY, limits=Limits(memory=1, cpu_time=1))
+    watch = fake.loop.monitor(KEY, limits=Limits(memory=1, cpu_time=1))
     fake.advance(5.0)
     usage = watch.close()
     assert (usage.memory, usage.cpu_time, watch.breach) == (None, None, None)
@@ -58,7 +58,7 @@ def test_unknown_stays_unknown(fake: FakeMetering) -> None:
 
 @pytest.mark.parametrize("limit", [0.05, 0.1, 3.25, 61.0])
 def test_a_limit_on_the_clock_fires_on_time(fake: FakeMetering, limit: float) -> None:
-    watch = fake.loop.watch(KEY, limits=Limits(wall_time=limit))
+    watch = fake.loop.monitor(KEY, limits=Limits(wall_time=limit))
     found: list[tuple[float, Breach]] = []
     watch.on_breach(lambda breach: found.append((fake.clock(), breach)))
     fake.advance(limit * 3)
@@ -70,7 +70,7 @@ def test_a_limit_on_the_clock_fires_on_time(fake: FakeMetering, limit: float) ->
 
 def test_growth_towards_the_limit_is_met_sooner_than_the_next_period(fake: FakeMetering) -> None:
     fake.tree.memory = 1e9
-    watch = fake.loop.watch(KEY, limits=Limits(memory=2e9))
+    watch = fake.loop.monitor(KEY, limits=Limits(memory=2e9))
     seen: list[float] = []
     while watch.breach is None:
         wait = fake.loop.tick()
@@ -88,7 +88,7 @@ def test_growth_towards_the_limit_is_met_sooner_than_the_next_period(fake: FakeM
 
 def test_far_from_the_limit_it_looks_seldom_and_at_rest_never(fake: FakeMetering) -> None:
     assert fake.loop.tick() is None
-    watch = fake.loop.watch(KEY, limits=Limits(memory=2**50))
+    watch = fake.loop.monitor(KEY, limits=Limits(memory=2**50))
     fake.loop.tick()
     wait = fake.loop.tick()
     assert wait is not None and wait > 0.09
@@ -97,7 +97,7 @@ def test_far_from_the_limit_it_looks_seldom_and_at_rest_never(fake: FakeMetering
 
 
 def test_deadlines_do_not_drift(fake: FakeMetering) -> None:
-    watch = fake.loop.watch(KEY)
+    watch = fake.loop.monitor(KEY)
     dues = []
     for _ in range(50):
         wait = fake.loop.tick()
@@ -109,7 +109,7 @@ def test_deadlines_do_not_drift(fake: FakeMetering) -> None:
 
 
 def test_a_limit_on_cores_needs_a_second_over_it(fake: FakeMetering) -> None:
-    watch = fake.loop.watch(KEY, limits=Limits(cpu_cores=2))
+    watch = fake.loop.monitor(KEY, limits=Limits(cpu_cores=2))
 
     def run(cores: float, seconds: float) -> None:
         for _ in range(round(seconds / 0.1)):
@@ -128,7 +128,7 @@ def test_a_limit_on_cores_needs_a_second_over_it(fake: FakeMetering) -> None:
 
 
 def test_what_is_left_of_a_quota_is_a_ceiling_that_can_be_raised(fake: FakeMetering) -> None:
-    watch = fake.loop.watch(KEY, left={"cpu_time": 5.0})
+    watch = fake.loop.monitor(KEY, left={"cpu_time": 5.0})
     fake.tree.cpu_time = 4.0
     fake.advance(1.0)
     watch.allow({"cpu_time": 10.0})
@@ -142,7 +142,7 @@ def test_what_is_left_of_a_quota_is_a_ceiling_that_can_be_raised(fake: FakeMeter
 
 
 def test_the_first_breach_stays(fake: FakeMetering) -> None:
-    watch = fake.loop.watch(KEY, limits=Limits(memory=GIB, wall_time=10))
+    watch = fake.loop.monitor(KEY, limits=Limits(memory=GIB, wall_time=10))
     fake.tree.memory = 2 * GIB
     fake.advance(1.0)
     first = watch.breach
@@ -153,7 +153,7 @@ def test_the_first_breach_stays(fake: FakeMetering) -> None:
 
 
 def test_a_sample_finds_the_breach_and_the_loop_calls_back(fake: FakeMetering) -> None:
-    watch = fake.loop.watch(KEY, limits=Limits(memory=GIB))
+    watch = fake.loop.monitor(KEY, limits=Limits(memory=GIB))
     calls: list[Breach] = []
     watch.on_breach(calls.append)
     fake.tree.memory = 2 * GIB
@@ -168,7 +168,7 @@ def test_a_callback_that_fails_does_not_end_the_loop(fake: FakeMetering) -> None
     def fail(breach: Breach) -> None:
         raise RuntimeError("mine")
 
-    watch = fake.loop.watch(KEY, limits=Limits(wall_time=1))
+    watch = fake.loop.monitor(KEY, limits=Limits(wall_time=1))
     calls: list[Breach] = []
     watch.on_breach(fail)
     watch.on_breach(calls.append)
@@ -179,7 +179,7 @@ def test_a_callback_that_fails_does_not_end_the_loop(fake: FakeMetering) -> None
 def test_shared_memory_of_workers_is_not_held_against_the_trial(fake: FakeMetering) -> None:
     fake.tree.pids = (1, 2, 3)
     fake.tree.memory, fake.tree.shared = GIB, 4.0 * GIB
-    watch = fake.loop.watch(KEY, limits=Limits(memory="2GiB"))
+    watch = fake.loop.monitor(KEY, limits=Limits(memory="2GiB"))
     fake.advance(3.0)
     assert watch.breach is None
     fake.tree.memory = 3 * GIB
@@ -192,8 +192,8 @@ def test_shared_memory_of_workers_is_not_held_against_the_trial(fake: FakeMeteri
 
 def test_trials_at_once_are_shared_for_good(fake: FakeMetering, warned: list[str]) -> None:
     fake.tree.memory = GIB
-    first = fake.loop.watch(KEY, limits=Limits(memory="2GiB"))
-    second = fake.loop.watch(OTHER, limits=Limits(memory="2GiB"))
+    first = fake.loop.monitor(KEY, limits=Limits(memory="2GiB"))
+    second = fake.loop.monitor(OTHER, limits=Limits(memory="2GiB"))
     fake.tree.memory = fake.tree.peak = 50 * GIB
     fake.advance(5.0)
     assert second.close().memory is None
@@ -206,9 +206,9 @@ def test_trials_at_once_are_shared_for_good(fake: FakeMetering, warned: list[str
 
 
 def test_cpu_time_of_trials_at_once_adds_up(fake: FakeMetering) -> None:
-    first = fake.loop.watch(KEY)
+    first = fake.loop.monitor(KEY)
     fake.tree.cpu_time = 3.0
-    second = fake.loop.watch(OTHER)
+    second = fake.loop.monitor(OTHER)
     fake.tree.cpu_time = 10.0
     fake.advance(1.0)
     a = first.close().cpu_time
@@ -221,19 +221,19 @@ def test_cpu_time_of_trials_at_once_adds_up(fake: FakeMetering) -> None:
 
 def test_a_trial_after_another_is_alone(fake: FakeMetering) -> None:
     fake.tree.memory = 3 * GIB
-    fake.loop.watch(KEY).close()
+    fake.loop.monitor(KEY).close()
     fake.tree.memory = GIB
-    watch = fake.loop.watch(OTHER)
+    watch = fake.loop.monitor(OTHER)
     assert watch.close().memory == GIB
     assert watch.isolation == "thread"
 
 
 def test_isolated_trials_at_once_are_each_alone(fake: FakeMetering, warned: list[str]) -> None:
     fake.tree.memory, fake.tree.cpu_time = 9 * GIB, 50.0
-    first = fake.loop.watch(KEY, limits=Limits(memory="2GiB"))
-    second = fake.loop.watch(OTHER, limits=Limits(memory="2GiB"))
-    first.retarget(101)
-    second.retarget(102)
+    first = fake.loop.monitor(KEY, limits=Limits(memory="2GiB"))
+    second = fake.loop.monitor(OTHER, limits=Limits(memory="2GiB"))
+    first.attach(101)
+    second.attach(102)
     fake.trees[101].memory, fake.trees[101].cpu_time = GIB, 7.0
     fake.trees[102].memory, fake.trees[102].cpu_time = 3 * GIB, 1.0
     fake.advance(5.0)
@@ -250,10 +250,10 @@ def test_a_breach_of_this_process_is_forgotten_when_the_trial_is_isolated(
     fake: FakeMetering,
 ) -> None:
     fake.tree.memory = 9 * GIB
-    watch = fake.loop.watch(KEY, limits=Limits(memory="2GiB"))
+    watch = fake.loop.monitor(KEY, limits=Limits(memory="2GiB"))
     fake.advance(0.01)
     assert watch.breach is not None
-    watch.retarget(101)
+    watch.attach(101)
     assert watch.breach is None
     assert watch.elapsed == pytest.approx(0.01)
 
@@ -262,18 +262,18 @@ def test_cpu_time_of_a_process_made_for_the_trial_counts_from_its_birth(
     fake: FakeMetering,
 ) -> None:
     for seconds, expected in ((0.5, 4.0), (900.0, 1.0)):
-        watch = fake.loop.watch(KEY)
+        watch = fake.loop.monitor(KEY)
         fake.advance(1.0)
         fake.trees[7] = FakeProcessTree(cpu_time=3.0, pids=[7])
         fake.trees[7].seconds = seconds
-        watch.retarget(7)
+        watch.attach(7)
         fake.trees[7].cpu_time = 4.0
         assert watch.close().cpu_time == expected
 
 
 def test_better_figures_are_merged(fake: FakeMetering) -> None:
     fake.tree.memory, fake.tree.cpu_time = 5.0, 0.0
-    watch = fake.loop.watch(KEY, limits=Limits(memory=7))
+    watch = fake.loop.monitor(KEY, limits=Limits(memory=7))
     fake.tree.cpu_time = 3.0
     watch.add_usage(Usage(memory=8.0, cpu_time=2.0, energy=4.0, custom={"io": 1.0}))
     usage = watch.close()
@@ -285,7 +285,7 @@ def test_better_figures_are_merged(fake: FakeMetering) -> None:
 
 
 def test_closing_twice_and_looking_after_it(fake: FakeMetering) -> None:
-    watch = fake.loop.watch(KEY, limits=Limits(wall_time=5))
+    watch = fake.loop.monitor(KEY, limits=Limits(wall_time=5))
     fake.advance(2.0)
     usage = watch.close()
     fake.advance(60.0)
@@ -296,7 +296,7 @@ def test_closing_twice_and_looking_after_it(fake: FakeMetering) -> None:
 
 def test_the_breach_says_what_the_pure_decision_says(fake: FakeMetering) -> None:
     limits = Limits(memory=GIB, cpu_time=2)
-    watch = fake.loop.watch(KEY, limits=limits)
+    watch = fake.loop.monitor(KEY, limits=limits)
     fake.tree.memory, fake.tree.cpu_time = 3 * GIB, 5.0
     watch.sample()
     amounts = watch.usage().amounts()

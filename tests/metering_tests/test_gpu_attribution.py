@@ -7,12 +7,12 @@ import os
 
 import pytest
 
-from optuna_quota._metering.gpu import is_alive
-from optuna_quota._metering.gpu_source import choose_source
-from optuna_quota._metering.gpu_source import DeviceReading
-from optuna_quota._metering.gpu_source import growth
-from optuna_quota._metering.gpu_source import has_hidden_use
-from optuna_quota._metering.gpu_source import is_stranger
+from optuna_quota._metering.gpu_attribution import choose_source
+from optuna_quota._metering.gpu_attribution import DeviceReading
+from optuna_quota._metering.gpu_attribution import growth
+from optuna_quota._metering.gpu_attribution import has_hidden_use
+from optuna_quota._metering.gpu_attribution import is_stranger
+from optuna_quota._metering.gpu_reader import is_alive
 from tests.metering_tests.conftest import FakeNvml
 
 
@@ -32,14 +32,14 @@ def device(i, used, mj=0, mig=0, total=80 * GB):
 
 class Trial:
     def __init__(self, number=0, gpu=None, **limits):
-        self.watch = loop.watch((1, number), limits=Limits(**limits), here=False)
+        self.watch = loop.monitor((1, number), limits=Limits(**limits), here=False)
         if gpu is not None:
             self.watch.environment = {"CUDA_VISIBLE_DEVICES": gpu}
         self.watch.detach()
         self.process = subprocess.Popen(["sleep", "60"])
         self.pid = self.process.pid
     def begin(self):
-        self.watch.retarget(self.pid)
+        self.watch.attach(self.pid)
         loop.tick()
         return self
     def look(self):
@@ -249,7 +249,7 @@ first = Trial(0, gpu="GPU-0").begin()
 say(device(0, 3 * GB) + device(1, 0))
 first.look()
 # As the sampler does: under metering in this process, until its own is started.
-watch = loop.watch((1, 1), limits=Limits(gpu_memory=9 * GB))
+watch = loop.monitor((1, 1), limits=Limits(gpu_memory=9 * GB))
 first.look()
 watch.environment = {"CUDA_VISIBLE_DEVICES": "GPU-1"}
 watch.detach()
@@ -267,7 +267,7 @@ first.end()
 def test_another_worker_on_the_gpu_is_known(run: Run) -> None:
     out = run(
         """
-code = "from optuna_quota._metering.gpu_gauge import gpu_reader; reader = gpu_reader()\\n"
+code = "from optuna_quota._metering.gpu_meter import gpu_reader; reader = gpu_reader()\\n"
 code += "reader.enter(1, frozenset(['GPU-0'])); print('there', flush=True); input()"
 say(device(0, 0) + device(1, 0))
 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -300,7 +300,7 @@ def state(used):
     say(device(0, 10 * GB + used) + f"ghost 0 4190000 {int(used)}\\n")
 say(device(0, 10 * GB))
 for peak in (5, 4):
-    watch = loop.watch((1, peak), limits=Limits(gpu_memory=9 * GB))
+    watch = loop.monitor((1, peak), limits=Limits(gpu_memory=9 * GB))
     state(peak * GB)
     time.sleep(0.1)
     loop.tick()
@@ -385,11 +385,11 @@ def test_a_trial_takes_nothing_over_from_the_one_before_it(run: Run) -> None:
         """
 state = lambda used: device(0, used) + f"process 0 {me} {int(used)}\\n"
 say(state(40 * GB))
-first = loop.watch((1, 1), limits=Limits(gpu_memory=50 * GB))
+first = loop.monitor((1, 1), limits=Limits(gpu_memory=50 * GB))
 loop.tick()
 first.close()
 say(state(GB))
-second = loop.watch((1, 2), limits=Limits(gpu_memory=20 * GB))
+second = loop.monitor((1, 2), limits=Limits(gpu_memory=20 * GB))
 loop.tick()
 print(second.breach, second.close().gpu_memory)
 """

@@ -11,10 +11,10 @@ import sys
 
 import pytest
 
-from optuna_quota._metering.gpu import GpuReader
-from optuna_quota._metering.gpu_devices import has_gpu_open
-from optuna_quota._metering.gpu_gauge import GpuGauge
+from optuna_quota._metering.gpu_meter import GpuMeter
+from optuna_quota._metering.gpu_reader import GpuReader
 from optuna_quota._metering.nvml import GpuSample
+from optuna_quota._metering.visible_gpus import has_gpu_open
 
 
 GB = 1_000_000_000.0
@@ -45,8 +45,8 @@ class Device:
 
 
 @contextlib.contextmanager
-def gauge_on(reader: GpuReader, is_open: bool | None = None) -> Iterator[GpuGauge]:
-    gauge = GpuGauge({"gpu_memory"}, open_reader=lambda: reader, has_gpu_open=lambda pids: is_open)
+def gauge_on(reader: GpuReader, is_open: bool | None = None) -> Iterator[GpuMeter]:
+    gauge = GpuMeter({"gpu_memory"}, open_reader=lambda: reader, has_gpu_open=lambda pids: is_open)
     gauge.read(())
     yield gauge
     gauge.close()
@@ -109,11 +109,11 @@ def test_the_files_that_a_process_has_open(
     assert has_gpu_open([os.getpid()]) in (None, True, False)
     gpu = tmp_path / "nvidia0"
     gpu.touch()
-    monkeypatch.setattr("optuna_quota._metering.gpu_devices._DRIVER_FILES", (str(gpu),))
-    monkeypatch.setattr("optuna_quota._metering.gpu_devices._GPU_FILES", (str(gpu),))
+    monkeypatch.setattr("optuna_quota._metering.visible_gpus._DRIVER_FILES", (str(gpu),))
+    monkeypatch.setattr("optuna_quota._metering.visible_gpus._GPU_FILES", (str(gpu),))
     with gpu.open() as file, subprocess.Popen(["sleep", "60"], stdin=file) as process:
         assert has_gpu_open([process.pid]) is True
         process.kill()
     assert has_gpu_open([process.pid]) is False
-    monkeypatch.setattr("optuna_quota._metering.gpu_devices._DRIVER_FILES", ())
+    monkeypatch.setattr("optuna_quota._metering.visible_gpus._DRIVER_FILES", ())
     assert has_gpu_open([os.getpid()]) is None

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from optuna_quota._metering.visible import GpuIdentity
-from optuna_quota._metering.visible import Visible
-from optuna_quota._metering.visible import visible_devices
+from optuna_quota._metering.visible_gpus import GpuIdentity
+from optuna_quota._metering.visible_gpus import Visible
+from optuna_quota._metering.visible_gpus import visible_devices
 from tests.metering_tests.conftest import FakeNvml
 
 
@@ -85,7 +85,7 @@ instance 0 1
 MIXED_STATE = f"device 0 GPU-a 0 {24 * GB} 0 0\ndevice 1 GPU-b 0 {80 * GB} 0 0\n"
 ASK = """
 from optuna_quota._ledger import gpus_here
-from optuna_quota._metering.gpu_devices import device_memory
+from optuna_quota._metering.visible_gpus import device_memory
 print(*(f"{gpu.uuid}={gpu.memory:.0f}" for gpu in gpus_here()), sep=",")
 print(device_memory(os.environ))
 """

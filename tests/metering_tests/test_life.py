@@ -17,7 +17,7 @@ from optuna_quota import QuotaSampler
 from optuna_quota._metering import check_names
 from optuna_quota._metering import metering_loop
 from optuna_quota._metering.energy import busy_seconds_of_host
-from optuna_quota._metering.energy import ProcessorEnergyGauge
+from optuna_quota._metering.energy import ProcessorEnergyMeter
 from optuna_quota._metering.energy import Rapl
 from optuna_quota.testing import check_meter
 from optuna_quota.testing import fake_metering
@@ -36,7 +36,7 @@ process = psutil.Process()
 
 def run(n):
     for i in range(n):
-        loop.watch((0, i), limits=Limits(memory="64GiB")).close()
+        loop.monitor((0, i), limits=Limits(memory="64GiB")).close()
 
 run(500)
 memory, descriptors = process.memory_info().rss, process.num_fds()
@@ -60,13 +60,13 @@ def test_a_forked_child_has_a_loop_of_its_own() -> None:
     code = """
 import os, sys
 from optuna_quota._metering import metering_loop
-watch = metering_loop().watch((1, 1))
+watch = metering_loop().monitor((1, 1))
 pid = os.fork()
 if pid == 0:
     old = watch.close()  # the parent's: let go of, without a hang
     mine = metering_loop()
     assert mine.find((1, 1)) is None
-    usage = mine.watch((1, 2)).close()
+    usage = mine.monitor((1, 2)).close()
     os._exit(0 if usage.memory else 3)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 assert metering_loop().find((1, 1)) is watch
@@ -83,7 +83,7 @@ def test_the_interpreter_ends_while_trials_are_metered() -> None:
 from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota._metering import metering_loop
-watch = metering_loop().watch((1, 1), limits=Limits(wall_time=3600))
+watch = metering_loop().monitor((1, 1), limits=Limits(wall_time=3600))
 print("end")
 """
     done = subprocess.run(
@@ -159,7 +159,7 @@ def test_processor_energy_by_share_of_busy_time(tmp_path: Path) -> None:
         (tmp_path / zone / "max_energy_range_uj").write_text("100000000")
     rapl = Rapl(tmp_path)
     busy, used = [0.0], [0.0]
-    gauge = ProcessorEnergyGauge(
+    gauge = ProcessorEnergyMeter(
         lambda: used[0], open_counters=lambda: rapl, host_busy=lambda: busy[0]
     )
     assert gauge.read([]) == {}
@@ -172,7 +172,7 @@ def test_processor_energy_by_share_of_busy_time(tmp_path: Path) -> None:
 
 
 def test_without_counters_there_is_no_energy(tmp_path: Path) -> None:
-    gauge = ProcessorEnergyGauge(lambda: 1.0, open_counters=lambda: Rapl(tmp_path))
+    gauge = ProcessorEnergyMeter(lambda: 1.0, open_counters=lambda: Rapl(tmp_path))
     assert gauge.read([]) == {}
     assert gauge.period == float("inf")
 

@@ -11,8 +11,8 @@ import pytest
 
 from optuna_quota import Limits
 from optuna_quota._metering import MeteringLoop
-from optuna_quota._metering.psutil_tree import PsutilTree
-from optuna_quota._metering.tree import open_tree
+from optuna_quota._metering.monitored_tree import open_tree
+from optuna_quota._metering.process_tree import PsutilProcessTree
 
 
 MIB = 2**20
@@ -20,7 +20,7 @@ MIB = 2**20
 
 @pytest.fixture(params=["proc", "psutil"])
 def loop(request):  # type: ignore[no-untyped-def]
-    made = MeteringLoop(open_tree=open_tree if request.param == "proc" else PsutilTree)
+    made = MeteringLoop(open_tree=open_tree if request.param == "proc" else PsutilProcessTree)
     yield made
     made.stop()
 
@@ -33,7 +33,7 @@ def wait_until(condition, seconds=20.0):  # type: ignore[no-untyped-def]
 
 
 def test_a_trial_in_process_is_measured(loop) -> None:  # type: ignore[no-untyped-def]
-    watch = loop.watch((1, 1))
+    watch = loop.monitor((1, 1))
     assert loop.find((1, 1)) is watch
     block = bytearray(80 * MIB)
     block[::4096] = b"x" * len(block[::4096])
@@ -52,7 +52,7 @@ def test_a_trial_in_process_is_measured(loop) -> None:  # type: ignore[no-untype
 def test_a_breach_is_found_by_the_loop_and_called_back_once(loop) -> None:  # type: ignore[no-untyped-def]
     seen = []
     called = threading.Event()
-    watch = loop.watch((1, 2), limits=Limits(wall_time=0.05))
+    watch = loop.monitor((1, 2), limits=Limits(wall_time=0.05))
     watch.on_breach(
         lambda breach: (seen.append((breach, threading.current_thread())), called.set())
     )
@@ -71,8 +71,8 @@ def test_a_child_is_metered_alone_after_retarget(loop) -> None:  # type: ignore[
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
-        watch = loop.watch((1, 3), limits=Limits(memory="50MiB"))
-        watch.retarget(child.pid)
+        watch = loop.monitor((1, 3), limits=Limits(memory="50MiB"))
+        watch.attach(child.pid)
         assert child.stdout is not None
         child.stdout.readline()
         wait_until(lambda: watch.breach is not None)
@@ -86,8 +86,8 @@ def test_a_child_is_metered_alone_after_retarget(loop) -> None:  # type: ignore[
 
 
 def test_trials_at_once_in_one_process_are_shared(loop) -> None:  # type: ignore[no-untyped-def]
-    first = loop.watch((1, 4), limits=Limits(memory=1))
-    second = loop.watch((1, 5), limits=Limits(memory=1))
+    first = loop.monitor((1, 4), limits=Limits(memory=1))
+    second = loop.monitor((1, 5), limits=Limits(memory=1))
     start = time.process_time()
     while time.process_time() < start + 0.1:
         pass

@@ -32,7 +32,7 @@ start = int(time.time() * 1e6)
 gpus = {gpu(0) + gpu(1)!r}
 mine = f"process 0 {{me}} 3000000000\\nprocess 1 {{me}} 1000000000\\n"
 say(gpus + mine)
-watch = loop.watch((1, 1))
+watch = loop.monitor((1, 1))
 loop.tick()
 later = gpus.replace(" 5000", " 65000")
 samples = f"sample 0 {{me}} {{start + 2000000}} 50\\nsample 0 {{me}} {{start + 4000000}} 100\\n"
@@ -66,7 +66,7 @@ def test_a_child_of_the_trial_counts(nvml: Nvml) -> None:
     import subprocess
     child = subprocess.Popen(["sleep", "60"])
     say({gpu()!r} + f"process 0 {{child.pid}} 500\\nprocess 0 {{os.getppid()}} 70000\\n")
-    watch = loop.watch((1, 1))
+    watch = loop.monitor((1, 1))
     usage = watch.close()
     child.kill(); child.wait()
     print(usage.gpu_memory)
@@ -77,7 +77,7 @@ def test_a_child_of_the_trial_counts(nvml: Nvml) -> None:
 def test_a_gpu_memory_limit_is_a_breach(nvml: Nvml) -> None:
     code = f"""
     say({gpu()!r} + f"process 0 {{me}} 3000000000\\n")
-    watch = loop.watch((1, 1), limits=Limits(gpu_memory="2GB"))
+    watch = loop.monitor((1, 1), limits=Limits(gpu_memory="2GB"))
     loop.tick()
     print(watch.breach.resource, watch.breach.observed)
     """
@@ -85,12 +85,12 @@ def test_a_gpu_memory_limit_is_a_breach(nvml: Nvml) -> None:
 
 
 def test_a_trial_that_is_not_on_the_gpu_has_no_figures_rather_than_zeros(nvml: Nvml) -> None:
-    out = nvml().run("watch = loop.watch((1, 1)); loop.tick(); show(watch.close())", gpu())
+    out = nvml().run("watch = loop.monitor((1, 1)); loop.tick(); show(watch.close())", gpu())
     assert figures_in(out) == ["None None None"]
     assert warnings_in(out) == []
 
 
-LIMITED = "loop.watch((1, 1), limits=Limits(gpu_memory=9e9, gpu_time=99))"
+LIMITED = "loop.monitor((1, 1), limits=Limits(gpu_memory=9e9, gpu_time=99))"
 ONCE = f"""
 for i in range(3):
     watch = {LIMITED}
@@ -193,7 +193,7 @@ def test_energy_is_shared_by_how_busy_each_kept_the_device(nvml: Nvml) -> None:
     start = int(time.time() * 1e6)
     both = f"process 0 {{me}} 1\\nprocess 0 {{other}} 1\\n"
     say({gpu(mj=0)!r} + both)
-    watch = loop.watch((1, 1))
+    watch = loop.monitor((1, 1))
     loop.tick()
     time.sleep(0.3)
     say({gpu(mj=100000)!r} + both + f"sample 0 {{me}} {{start + 1000000}} 25\\n"

@@ -13,23 +13,23 @@ import time
 
 import pytest
 
-from optuna_quota._metering import proc_tree
-from optuna_quota._metering.overlap import find_lent
-from optuna_quota._metering.overlap import Held
-from optuna_quota._metering.overlap import Overlap
-from optuna_quota._metering.overlap import Share
-from optuna_quota._metering.overlap import together
-from optuna_quota._metering.proc_tree import ProcTree
+from optuna_quota._metering import linux_process_tree
+from optuna_quota._metering.linux_process_tree import LinuxProcessTree
+from optuna_quota._metering.shared_pages import find_inherited
+from optuna_quota._metering.shared_pages import ProcessMemory
+from optuna_quota._metering.shared_pages import SharedPages
+from optuna_quota._metering.shared_pages import together
+from optuna_quota._metering.shared_pages import TreeMemory
 
 
 MIB = 2**20
 ROOT = Path(__file__).parents[2]
 
 
-def share(private: int, common: int = 0, holders: int = 1) -> Share:
+def share(private: int, common: int = 0, holders: int = 1) -> ProcessMemory:
     """Return the share of a process that has some pages in common with others."""
     part = common // holders
-    return Share(private + common, private + part, common=common, common_part=part)
+    return ProcessMemory(private + common, private + part, common=common, common_part=part)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,9 @@ def share(private: int, common: int = 0, holders: int = 1) -> Share:
         ([share(1), share(0, 60, 2), share(0, 60, 2), share(0, 60, 2), share(0, 60, 2)], 121),
     ],
 )
-def test_each_page_is_divided_among_its_holders(shares: list[Share], expected: int) -> None:
+def test_each_page_is_divided_among_its_holders(
+    shares: list[ProcessMemory], expected: int
+) -> None:
     assert together(shares) == expected
 
 
@@ -69,18 +71,20 @@ def test_each_page_is_divided_among_its_holders(shares: list[Share], expected: i
     ],
 )
 def test_what_was_there_before_is_told_from_what_is_the_trees(
-    tree: list[Share], lender: Share, expected: int
+    tree: list[ProcessMemory], lender: ProcessMemory, expected: int
 ) -> None:
-    assert find_lent(tree, tree[0], lender).part() == expected
+    assert find_inherited(tree, tree[0], lender).part() == expected
 
 
 def test_the_part_of_what_was_there_before_does_not_grow_when_others_end() -> None:
-    lent = find_lent([share(40, 600, 3)], share(40, 600, 3), share(2, 600, 3))
+    lent = find_inherited([share(40, 600, 3)], share(40, 600, 3), share(2, 600, 3))
     assert (lent.part(), lent.part(outsiders=5)) == (200, 100)
 
 
-def known(shares: dict[int, Share], *, faulted: int = 0, cost: float = 0.001) -> Overlap:
-    overlap = Overlap()
+def known(
+    shares: dict[int, ProcessMemory], *, faulted: int = 0, cost: float = 0.001
+) -> SharedPages:
+    overlap = SharedPages()
     overlap.take(shares, faulted=faulted, cost=cost, now=0.0)
     return overlap
 
@@ -90,35 +94,35 @@ SIZES = {1: 100, 2: 150}
 
 
 def is_due(
-    overlap: Overlap,
+    overlap: SharedPages,
     sizes: dict[int, int],
     now: float,
     faulted: int = 0,
     limit: float = math.inf,
     shareable: int = 0,
 ) -> bool:
-    return overlap.is_due(Held(sizes, shareable), limit, now, lambda: faulted)
+    return overlap.is_due(TreeMemory(sizes, shareable), limit, now, lambda: faulted)
 
 
 def test_what_grows_counts_at_once() -> None:
     overlap = known(PAIR)
-    assert overlap.memory(Held(SIZES)) == 150
-    assert overlap.memory(Held({1: 100, 2: 190})) == 190
-    assert overlap.memory(Held({1: 170, 2: 190})) == 260
+    assert overlap.memory(TreeMemory(SIZES)) == 150
+    assert overlap.memory(TreeMemory({1: 100, 2: 190})) == 190
+    assert overlap.memory(TreeMemory({1: 170, 2: 190})) == 260
 
 
 def test_a_newcomer_counts_by_what_it_grows_until_it_was_measured() -> None:
     overlap = known(PAIR)
-    assert overlap.memory(Held({**SIZES, 3: 150})) == 150
-    assert overlap.memory(Held({**SIZES, 3: 170})) == 170
-    assert overlap.memory(Held({**SIZES, 4: 80})) == 150
+    assert overlap.memory(TreeMemory({**SIZES, 3: 150})) == 150
+    assert overlap.memory(TreeMemory({**SIZES, 3: 170})) == 170
+    assert overlap.memory(TreeMemory({**SIZES, 4: 80})) == 150
     assert is_due(overlap, {**SIZES, 3: 150}, 0.011)
     assert not is_due(overlap, {**SIZES, 3: 150}, 0.009)
 
 
 def test_what_is_added_of_shared_memory_counts_when_it_was_measured() -> None:
     # Each reader of an array that exists once comes to hold all of it.
-    assert known(PAIR).memory(Held({1: 400, 2: 490}, shareable=600)) == 190
+    assert known(PAIR).memory(TreeMemory({1: 400, 2: 490}, shareable=600)) == 190
     assert is_due(known(PAIR), {1: 400, 2: 490}, 0.06, shareable=600)
     assert is_due(known(PAIR), {1: 400, 2: 490}, 0.0011, limit=500, shareable=600)
 
@@ -163,13 +167,15 @@ def test_a_verdict_that_is_certain_waits_for_no_measurement_that_takes_long() ->
 
 
 def test_what_was_never_measured_is_due_at_once() -> None:
-    assert is_due(Overlap(), SIZES, 0.0)
-    assert is_due(Overlap(), {1: 100}, 0.0)
+    assert is_due(SharedPages(), SIZES, 0.0)
+    assert is_due(SharedPages(), {1: 100}, 0.0)
 
 
 # Real processes.
 
-needs_proc = pytest.mark.skipif(not proc_tree.is_available(), reason="needs Linux's /proc")
+needs_proc = pytest.mark.skipif(
+    not linux_process_tree.is_available(), reason="needs Linux's /proc"
+)
 
 PRELUDE = """
 import os, signal, sys, time
@@ -223,13 +229,13 @@ def tell(child: subprocess.Popen[str]) -> None:
     child.stdin.flush()
 
 
-def memory(tree: ProcTree, limit: float = math.inf) -> float:
+def memory(tree: LinuxProcessTree, limit: float = math.inf) -> float:
     found = tree.read(thorough=True, ceiling=limit).memory
     assert found is not None
     return found
 
 
-def wait_for_memory(tree: ProcTree, least: float, limit: float = math.inf) -> float:
+def wait_for_memory(tree: LinuxProcessTree, least: float, limit: float = math.inf) -> float:
     deadline = time.monotonic() + 60
     while memory(tree, limit) < least:
         assert time.monotonic() < deadline, memory(tree, limit) / MIB
@@ -266,15 +272,15 @@ time.sleep(120)
 
 @needs_proc
 @pytest.mark.parametrize(
-    ("lends", "alone", "more"),
+    ("forked_from_study", "alone", "more"),
     # Five hold the block, then seven.
     [(False, 150 / 5, 150 * 3 / 7), (True, 0.0, 0.0)],
     ids=["template", "study"],
 )
-def test_pages_that_outsiders_hold_too(lends: bool, alone: float, more: float) -> None:
+def test_pages_that_outsiders_hold_too(forked_from_study: bool, alone: float, more: float) -> None:
     with script(FORKED) as child:
         supervisor, trial = sorted(int(line(child)) for _ in range(2))
-        tree = ProcTree(trial, reaper=supervisor, lends=lends)
+        tree = LinuxProcessTree(trial, reaper=supervisor, forked_from_study=forked_from_study)
         before = memory(tree)
         tell(child)
         assert [line(child) for _ in range(2)] == ["holds"] * 2
@@ -299,7 +305,7 @@ hear()
 """
     with script(code) as child:
         assert line(child) == "ready"
-        tree = ProcTree(child.pid)
+        tree = LinuxProcessTree(child.pid)
         found = memory(tree)
         assert len(tree.read(thorough=True).pids) == 4
         tree.close()
@@ -327,7 +333,7 @@ def test_pages_that_a_worker_writes_to_become_its_own(limit: float) -> None:
     # The plain sum stays as it was: neither process grows.
     with script(WRITER) as child:
         assert line(child) == "holds"
-        tree = ProcTree(child.pid)
+        tree = LinuxProcessTree(child.pid)
         before = memory(tree, limit)
         assert before < 150 * MIB
         tell(child)
@@ -341,7 +347,7 @@ def test_pages_that_a_worker_writes_to_become_its_own(limit: float) -> None:
 def test_a_glance_sees_that_pages_were_written_to() -> None:
     with script(WRITER) as child:
         assert line(child) == "holds"
-        tree = ProcTree(child.pid)
+        tree = LinuxProcessTree(child.pid)
         limit = 150.0 * MIB
         memory(tree, limit)
         tell(child)
@@ -365,7 +371,7 @@ for _ in range(6):
 hear()
 """
     with script(code) as child:
-        tree = ProcTree(child.pid)
+        tree = LinuxProcessTree(child.pid)
         seen = []
         for _ in range(6):
             tell(child)
@@ -411,7 +417,7 @@ def test_an_orphan_that_the_reaper_inherited_is_the_trials() -> None:
     with script(DAEMON) as child:
         pids = dict(line(child).split() for _ in range(2))
         trial, daemon = int(pids["trial"]), int(pids["daemon"])
-        tree, blind = ProcTree(trial, reaper=child.pid), ProcTree(trial)
+        tree, blind = LinuxProcessTree(trial, reaper=child.pid), LinuxProcessTree(trial)
         reading = tree.read(thorough=True)
         assert set(reading.pids) == {trial, daemon}
         assert reading.memory is not None and 160 * MIB < reading.memory < 230 * MIB
@@ -435,7 +441,7 @@ def test_a_reaper_that_is_not_there_leaves_nothing_open() -> None:
     ended.wait()
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ProcessLookupError):
-        ProcTree(os.getpid(), reaper=ended.pid)
+        LinuxProcessTree(os.getpid(), reaper=ended.pid)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -461,7 +467,7 @@ hear()
 """
     with script(code) as child:
         assert line(child) == "ready"
-        tree = ProcTree(child.pid)
+        tree = LinuxProcessTree(child.pid)
         before = memory(tree)
         tell(child)
         assert line(child) == "forked"
@@ -480,7 +486,7 @@ fork(lambda: (held.append(bytearray(b"x") * (100 * MIB)), say("holds")))
 hear()
 """
     with script(code) as child:
-        tree = ProcTree(child.pid)
+        tree = LinuxProcessTree(child.pid)
         memory(tree)
         tell(child)
         assert line(child) == "holds"

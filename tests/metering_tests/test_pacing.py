@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from optuna_quota._metering.pacing import next_due
-from optuna_quota._metering.pacing import wait_for
+from optuna_quota._metering.timing import next_due
+from optuna_quota._metering.timing import sampling_interval
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,9 @@ from optuna_quota._metering.pacing import wait_for
 def test_the_wait_is_the_time_that_the_headroom_lasts(
     headroom: float | None, growth: float, expected: float
 ) -> None:
-    assert wait_for(headroom, growth, longest=0.1, shortest=0.0005) == pytest.approx(expected)
+    assert sampling_interval(headroom, growth, longest=0.1, shortest=0.0005) == pytest.approx(
+        expected
+    )
 
 
 @pytest.mark.parametrize(

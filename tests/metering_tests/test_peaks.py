@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from optuna_quota._metering.peaks import Mark
-from optuna_quota._metering.peaks import read_huge_pages
-from optuna_quota._metering.peaks import unseen_peak
+from optuna_quota._metering.linux_process import MemorySnapshot
+from optuna_quota._metering.linux_process import read_huge_pages
+from optuna_quota._metering.linux_process import unseen_peak
 
 
 MIB = 2**20
-BEFORE = Mark(highest=100 * MIB, resident=100 * MIB, file=40 * MIB, faults=1000, huge=0)
+BEFORE = MemorySnapshot(highest=100 * MIB, resident=100 * MIB, file=40 * MIB, faults=1000, huge=0)
 
 
 def mark(
     highest: int, resident: int = 100, *, file: int = 40, faults: int = 1000, huge: int = 0
-) -> Mark:
-    return Mark(highest * MIB, resident * MIB, file * MIB, faults, huge * MIB)
+) -> MemorySnapshot:
+    return MemorySnapshot(highest * MIB, resident * MIB, file * MIB, faults, huge * MIB)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def mark(
         (mark(400, 110, file=50, faults=78_000), 350),
     ],
 )
-def test_what_a_high_water_mark_tells(now: Mark, expected: int | None) -> None:
+def test_what_a_high_water_mark_tells(now: MemorySnapshot, expected: int | None) -> None:
     assert unseen_peak(BEFORE, now) == (None if expected is None else expected * MIB)
 
 

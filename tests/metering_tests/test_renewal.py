@@ -8,8 +8,8 @@ import pytest
 
 from optuna_quota import Limits
 from optuna_quota._metering import MeteringLoop
-from optuna_quota._metering.renewal import PATIENCE
-from optuna_quota._metering.renewal import Renewal
+from optuna_quota._metering.breach import EXTENSION_TIMEOUT
+from optuna_quota._metering.breach import QuotaExtension
 from optuna_quota._resources import Breach
 
 
@@ -18,12 +18,12 @@ TEN = {"cpu_time": (10.0, True)}
 TWENTY = {"cpu_time": (20.0, True)}
 
 
-def asks(renewal: Renewal) -> bool:
+def asks(renewal: QuotaExtension) -> bool:
     return renewal.take_ask() is not None
 
 
 def test_it_asks_once_at_four_fifths_of_a_slice() -> None:
-    renewal = Renewal(lambda: None)
+    renewal = QuotaExtension(lambda: None)
     seen = []
     for used, now in ((7.9, 1.0), (8.0, 2.0), (9.0, 3.0)):
         renewal.review([], {"cpu_time": used}, TEN, now)
@@ -36,14 +36,14 @@ def test_it_asks_once_at_four_fifths_of_a_slice() -> None:
 
 
 def test_a_breach_waits_for_the_answer_but_not_for_ever() -> None:
-    renewal = Renewal(lambda: None)
+    renewal = QuotaExtension(lambda: None)
     assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 1.0) == []
     assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 1.1) == []
-    assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 1.0 + PATIENCE) == [OVER]
+    assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 1.0 + EXTENSION_TIMEOUT) == [OVER]
 
 
 def test_only_a_refusal_that_came_after_the_breach_ends_a_trial() -> None:
-    renewal = Renewal(lambda: None)
+    renewal = QuotaExtension(lambda: None)
     renewal.review([], {"cpu_time": 8.5}, TEN, 1.0)
     assert asks(renewal)
     renewal.answer(TEN, TEN, 1.0)
@@ -58,7 +58,7 @@ def test_only_a_refusal_that_came_after_the_breach_ends_a_trial() -> None:
 
 
 def test_what_was_not_asked_for_was_not_refused() -> None:
-    renewal = Renewal(lambda: None)
+    renewal = QuotaExtension(lambda: None)
     before = {**TEN, "memory": (10.0, True)}
     after = {**TWENTY, "memory": (10.0, True)}
     renewal.review([], {"cpu_time": 9.0, "memory": 1.0}, before, 1.0)
@@ -70,7 +70,7 @@ def test_what_was_not_asked_for_was_not_refused() -> None:
 
 
 def test_a_promise_that_was_given_back_can_be_asked_for_again() -> None:
-    renewal = Renewal(lambda: None)
+    renewal = QuotaExtension(lambda: None)
     renewal.answer({"memory": (20.0, True)}, {"memory": (10.0, True)}, 1.0)
     memory = Breach("memory", 10, 11, 1, quota=True)
     amounts = {"memory": 11.0}
@@ -79,7 +79,7 @@ def test_a_promise_that_was_given_back_can_be_asked_for_again() -> None:
 
 
 def test_a_trial_that_is_to_end_at_once_does() -> None:
-    renewal = Renewal(lambda: None)
+    renewal = QuotaExtension(lambda: None)
     renewal.answer({}, {"trial_time": (0.0, True)}, 1.0)
     over = Breach("trial_time", 0, 1, 1, quota=True)
     assert renewal.review([over], {}, {"trial_time": (0.0, True)}, 1.0) == [over]
@@ -93,14 +93,14 @@ def test_a_trial_that_is_to_end_at_once_does() -> None:
     ],
 )
 def test_of_a_limit_and_of_the_studys_clock_there_is_no_more(breach: Breach, quota: bool) -> None:
-    renewal = Renewal(lambda: None)
+    renewal = QuotaExtension(lambda: None)
     ceilings = {breach.resource: (10.0, quota)}
     assert renewal.review([breach], {breach.resource: 10.5}, ceilings, 1.0) == [breach]
     assert not asks(renewal)
 
 
 def test_a_breach_that_waits_hides_no_other() -> None:
-    renewal = Renewal(lambda: None)
+    renewal = QuotaExtension(lambda: None)
     memory = Breach("memory", 10, 11, 1)
     amounts = {"cpu_time": 10.5, "memory": 11}
     ceilings = {**TEN, "memory": (10.0, False)}
@@ -109,7 +109,7 @@ def test_a_breach_that_waits_hides_no_other() -> None:
 
 def test_the_loop_asks_in_time_and_ends_the_trial_where_no_more_is_given() -> None:
     loop = MeteringLoop()
-    watch = loop.watch((1, 1), limits=Limits(wall_time=100), left={"trial_time": 0.1})
+    watch = loop.monitor((1, 1), limits=Limits(wall_time=100), left={"trial_time": 0.1})
     slices = iter([0.2, 0.3, 0.3])
     given = []
     ended = threading.Event()
@@ -119,7 +119,7 @@ def test_the_loop_asks_in_time_and_ends_the_trial_where_no_more_is_given() -> No
         given.append((watch.elapsed, slice_))
         watch.allow({"trial_time": slice_})
 
-    watch.on_shortage(ask)
+    watch.on_low_quota(ask)
     watch.on_breach(lambda breach: ended.set())
     try:
         assert ended.wait(20)
@@ -135,7 +135,7 @@ def test_the_loop_asks_in_time_and_ends_the_trial_where_no_more_is_given() -> No
 
 def test_cost_is_reckoned_from_prices_while_it_runs() -> None:
     loop = MeteringLoop()
-    watch = loop.watch((1, 1), left={"cost": 0.05})
+    watch = loop.monitor((1, 1), left={"cost": 0.05})
     watch.prices = {"trial_time": 3600.0}
     ended = threading.Event()
     watch.on_breach(lambda breach: ended.set())

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from optuna_quota._metering.running_clock import count_turns
-from optuna_quota._metering.running_clock import RunningClock
+from optuna_quota._metering.timing import count_context_switches
+from optuna_quota._metering.timing import RunningClock
 
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
@@ -101,7 +101,9 @@ def test_turns_are_the_same_from_outside() -> None:
     def sleep() -> None:
         for _ in range(20):
             time.sleep(0.001)
-        found.extend([threading.get_native_id(), count_turns(threading.get_native_id())])
+        found.extend(
+            [threading.get_native_id(), count_context_switches(threading.get_native_id())]
+        )
         done.set()
         release.wait()
 
@@ -111,11 +113,11 @@ def test_turns_are_the_same_from_outside() -> None:
     time.sleep(0.1)
     number, own = found
     assert number is not None and own is not None and own >= 20
-    seen = count_turns(number)
+    seen = count_context_switches(number)
     release.set()
     thread.join()
     assert seen is not None and own <= seen <= own + 5
-    assert count_turns(2**22 + 1) is None
+    assert count_context_switches(2**22 + 1) is None
 
 
 BUSY = """
@@ -123,7 +125,7 @@ BUSY = """
     from optuna_quota._metering import metering_loop
 
     loop = metering_loop()
-    watch = loop.watch((1, 1))
+    watch = loop.monitor((1, 1))
     print("started", flush=True)
     if sys.argv[1] == "held":
         # Sleeps with the interpreter's lock held.

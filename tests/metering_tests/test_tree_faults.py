@@ -94,7 +94,7 @@ def test_what_was_used_during_a_fault_is_known_after_it(fake: FakeMetering) -> N
 @pytest.mark.parametrize("failing", METHODS)
 def test_the_tree_of_a_process_that_fails_in_one_method(fake: FakeMetering, failing: str) -> None:
     fake.trees[7] = FaultyTree(failing)
-    watch = metering_loop().watch((0, 0), limits=Limits(memory=1000, wall_time=60), pid=7)
+    watch = metering_loop().monitor((0, 0), limits=Limits(memory=1000, wall_time=60), pid=7)
     fake.trees[7].memory = 2000.0
     fake.advance(5)
     # This fake reads by a glance.

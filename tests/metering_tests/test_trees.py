@@ -17,21 +17,26 @@ from typing import Any
 
 import pytest
 
-from optuna_quota._metering import proc_process
-from optuna_quota._metering import proc_tree
-from optuna_quota._metering.births import Births
-from optuna_quota._metering.proc_process import ProcProcess
-from optuna_quota._metering.proc_tree import ProcTree
-from optuna_quota._metering.psutil_tree import PsutilTree
-from optuna_quota._metering.tree import open_tree
-from optuna_quota._metering.tree import Tree
+from optuna_quota._metering import linux_process
+from optuna_quota._metering import linux_process_tree
+from optuna_quota._metering import monitored_tree
+from optuna_quota._metering.linux_process import LinuxProcess
+from optuna_quota._metering.linux_process_tree import LinuxProcessTree
+from optuna_quota._metering.linux_process_tree import ProcessCreationProbe
+from optuna_quota._metering.monitored_tree import open_tree
+from optuna_quota._metering.process_tree import ProcessTree
+from optuna_quota._metering.process_tree import PsutilProcessTree
 
 
 MIB = 2**20
-pytestmark = pytest.mark.skipif(not proc_tree.is_available(), reason="needs Linux's /proc")
+pytestmark = pytest.mark.skipif(
+    not linux_process_tree.is_available(), reason="needs Linux's /proc"
+)
 
-OpenTree = Callable[["int | None"], Tree]
-BOTH = pytest.mark.parametrize("make", [ProcTree, PsutilTree], ids=["proc", "psutil"])
+OpenTree = Callable[["int | None"], ProcessTree]
+BOTH = pytest.mark.parametrize(
+    "make", [LinuxProcessTree, PsutilProcessTree], ids=["proc", "psutil"]
+)
 
 
 @contextlib.contextmanager
@@ -181,7 +186,7 @@ def test_cpu_time_includes_children_that_were_waited_for(make: OpenTree) -> None
 def test_cpu_time_of_a_root_is_finer_than_a_clock_tick() -> None:
     with script(HOLD.format(size=1)) as child:
         line(child)
-        tree = ProcTree(child.pid)
+        tree = LinuxProcessTree(child.pid)
         used = tree.read(thorough=True).cpu_time
         assert used is not None and used > 0
         assert used * 100 != round(used * 100)
@@ -200,10 +205,10 @@ input()
 """
     with script(code) as child:
         line(child)
-        tree = ProcTree(child.pid)
+        tree = LinuxProcessTree(child.pid)
         reading = tree.read(thorough=True)
         workers = [pid for pid in reading.pids if pid != child.pid]
-        plain = PsutilTree(child.pid).read(thorough=True).memory
+        plain = PsutilProcessTree(child.pid).read(thorough=True).memory
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
         tree.close()
@@ -215,7 +220,7 @@ input()
 def test_the_kernels_peak_is_exact_and_starts_anew() -> None:
     # What other tests left behind must not be freed in between, nor its pages used again.
     gc.collect()
-    tree = ProcTree()
+    tree = LinuxProcessTree()
     tree.reset_peak()
     start = tree.read(thorough=True).memory
     with mmap.mmap(-1, 90 * MIB) as block:
@@ -232,7 +237,7 @@ def test_the_kernels_peak_is_exact_and_starts_anew() -> None:
 def test_the_peak_of_a_process_from_before_is_not_taken() -> None:
     with script("b = bytearray(90 * 2**20); del b; print(1, flush=True); input()") as child:
         line(child)
-        tree = ProcTree(child.pid)
+        tree = LinuxProcessTree(child.pid)
         assert tree.read(thorough=True).peak is None
         tree.reset_peak()
         peak = tree.read(thorough=True).peak
@@ -281,8 +286,8 @@ def test_a_number_that_was_given_away_shows_no_stranger() -> None:
     if not os.access(last, os.W_OK):
         pytest.skip("only root may choose the next pid")
     first = subprocess.Popen(["sleep", "60"])
-    known = ProcProcess(first.pid)
-    tree = ProcTree(first.pid)
+    known = LinuxProcess(first.pid)
+    tree = LinuxProcessTree(first.pid)
     assert known.memory() > 0
     first.kill()
     first.wait()
@@ -305,7 +310,7 @@ def test_a_number_that_was_given_away_shows_no_stranger() -> None:
 
 
 def test_births_tell_when_something_was_created() -> None:
-    births = Births()
+    births = ProcessCreationProbe()
     if not births.is_reliable:
         pytest.skip("/proc/loadavg is an imitation here")
     assert births.seen()
@@ -315,23 +320,23 @@ def test_births_tell_when_something_was_created() -> None:
 
 
 def test_births_that_are_no_use_mean_a_walk_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    births = Births()
+    births = ProcessCreationProbe()
     births.is_reliable = False
     assert births.seen() and births.seen()
     births.close()
 
 
 def test_where_proc_lists_no_children_psutil_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proc_tree, "is_available", lambda: False)
-    assert isinstance(open_tree(None), PsutilTree)
+    monkeypatch.setattr(monitored_tree, "is_available", lambda: False)
+    assert isinstance(open_tree(None), PsutilProcessTree)
 
 
 def test_where_proc_can_not_be_read_psutil_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> ProcTree:
+    def refuse(*_: Any, **__: Any) -> LinuxProcessTree:
         raise PermissionError(13, "hidden")
 
-    monkeypatch.setattr(proc_tree, "ProcTree", refuse)
-    assert isinstance(open_tree(None), PsutilTree)
+    monkeypatch.setattr(monitored_tree, "LinuxProcessTree", refuse)
+    assert isinstance(open_tree(None), PsutilProcessTree)
 
 
 def test_descriptors_are_closed() -> None:
@@ -340,7 +345,7 @@ def test_descriptors_are_closed() -> None:
 
     before = count()
     for _ in range(20):
-        tree = ProcTree()
+        tree = LinuxProcessTree()
         tree.read(thorough=True)
         tree.close()
         tree.close()
@@ -349,7 +354,7 @@ def test_descriptors_are_closed() -> None:
 
 def test_a_killed_tree_is_read_while_it_dies() -> None:
     with script(FAMILY) as child:
-        tree = ProcTree(child.pid)
+        tree = LinuxProcessTree(child.pid)
         tell(child)
         pids = list(map(int, line(child).split()))
         tree.read(thorough=True)
@@ -364,18 +369,18 @@ def test_a_killed_tree_is_read_while_it_dies() -> None:
 
 def test_what_is_swapped_out_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     # No swap can be had here, so what the kernel would say of it is made up.
-    read = ProcProcess._read_status
+    read = LinuxProcess._read_status
 
-    def swapped(self: ProcProcess) -> bytes:
+    def swapped(self: LinuxProcess) -> bytes:
         lines = [line for line in read(self).splitlines() if not line.startswith(b"VmSwap")]
         return b"\n".join([*lines, b"VmSwap:\t  102400 kB", b""])
 
-    monkeypatch.setattr(proc_process, "has_swap", lambda: True)
+    monkeypatch.setattr(linux_process, "has_swap", lambda: True)
     with script(HOLD.format(size=20 * MIB)) as child:
         line(child)
-        plain = ProcProcess(child.pid)
+        plain = LinuxProcess(child.pid)
         without = plain.memory()
-        monkeypatch.setattr(ProcProcess, "_read_status", swapped)
+        monkeypatch.setattr(LinuxProcess, "_read_status", swapped)
         assert plain.memory() == without + 100 * MIB
         plain.close()
 
@@ -394,7 +399,7 @@ input()
 """
     with script(code) as child:
         line(child)
-        tree = ProcTree(child.pid)
+        tree = LinuxProcessTree(child.pid)
         memory = tree.read(thorough=True).memory
         tree.close()
     assert memory is not None and memory < 40 * MIB

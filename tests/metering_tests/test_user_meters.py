@@ -8,8 +8,8 @@ import pytest
 
 from optuna_quota import Limits
 from optuna_quota import Usage
-from optuna_quota._metering.gauge import Amount
 from optuna_quota._metering.loop import MeteringLoop
+from optuna_quota._metering.meter import MeterReading
 from optuna_quota.testing import FakeClock
 from optuna_quota.testing import FakeMeter
 from optuna_quota.testing import FakeMetering
@@ -23,7 +23,7 @@ OTHER = (1, 2)
 
 def test_a_meter_that_reads_a_peak(fake: FakeMetering) -> None:
     meter = FakeMeter("scratch", 3.0)
-    watch = fake.loop.watch(KEY, limits=Limits(custom={"scratch": 8}), meters=[meter])
+    watch = fake.loop.monitor(KEY, limits=Limits(custom={"scratch": 8}), meters=[meter])
     meter.value = 7.0
     fake.advance(0.2)
     meter.value = 2.0
@@ -36,14 +36,14 @@ def test_a_meter_that_reads_a_peak(fake: FakeMetering) -> None:
 
 def test_a_meter_that_reads_a_running_total(fake: FakeMetering) -> None:
     meter = FakeMeter("requests", 1000.0, peak=False)
-    watch = fake.loop.watch(KEY, meters=[meter])
+    watch = fake.loop.monitor(KEY, meters=[meter])
     meter.value = 1007.0
     assert watch.close().custom == {"requests": 7.0}
 
 
 def test_two_readings_are_needed_for_a_growth(fake: FakeMetering) -> None:
     meter = FakeMeter("requests", None, peak=False)
-    watch = fake.loop.watch(KEY, meters=[meter])
+    watch = fake.loop.monitor(KEY, meters=[meter])
     meter.value = 5.0
     assert watch.close().custom == {}
 
@@ -58,7 +58,7 @@ def test_a_faulty_meter_is_told_of_once_and_nothing_else_suffers(
 ) -> None:
     meter = FakeMeter("scratch", value)
     for key in (KEY, OTHER):
-        watch = fake.loop.watch(key, limits=Limits(memory=GIB), meters=[meter])
+        watch = fake.loop.monitor(key, limits=Limits(memory=GIB), meters=[meter])
         fake.tree.memory = 2 * GIB
         fake.advance(1.0)
         usage = watch.close()
@@ -72,7 +72,7 @@ def test_a_faulty_meter_is_told_of_once_and_nothing_else_suffers(
 def test_a_meter_says_how_often_it_is_read(fake: FakeMetering) -> None:
     slow, fast = FakeMeter("slow"), FakeMeter("fast")
     slow.period = 5.0  # type: ignore[attr-defined]  # an optional attribute of the protocol
-    fake.loop.watch(KEY, meters=[slow, fast])
+    fake.loop.monitor(KEY, meters=[slow, fast])
     fake.advance(9.9)
     assert slow.reads <= 3
     assert fast.reads > 90
@@ -89,8 +89,8 @@ def test_a_meter_that_hangs_does_not_hold_up_the_clock() -> None:
                 release.wait(20)
             return 1.0
 
-    loop = MeteringLoop(open_gauges=lambda watch: ())
-    watch = loop.watch(KEY, meters=[Stuck("stuck")])
+    loop = MeteringLoop(open_meters=lambda watch: ())
+    watch = loop.monitor(KEY, meters=[Stuck("stuck")])
     try:
         assert stuck.wait(20)
         assert watch.sample().wall_time is not None
@@ -104,15 +104,15 @@ def test_peaks_of_meters_are_unknown_and_totals_split_when_trials_share(
     fake: FakeMetering,
 ) -> None:
     size, total = FakeMeter("size", 5.0), FakeMeter("total", 0.0, peak=False)
-    first = fake.loop.watch(KEY, meters=[size, total])
-    second = fake.loop.watch(OTHER, meters=[size, total])
+    first = fake.loop.monitor(KEY, meters=[size, total])
+    second = fake.loop.monitor(OTHER, meters=[size, total])
     total.value = 8.0
     fake.advance(1.0)
     assert first.close().custom == {"total": 4.0}
     assert second.close().custom == {"total": 4.0}
 
 
-class LosingGauge:
+class LosingMeter:
     """Reads 5 until it is told that nothing can be told any more."""
 
     eager = True
@@ -121,20 +121,20 @@ class LosingGauge:
     def __init__(self) -> None:
         self.lost = False
 
-    def read(self, pids: object) -> dict[str, Amount]:
-        return {"gpu_memory": Amount(None if self.lost else 5.0, peak=True, lost=self.lost)}
+    def read(self, pids: object) -> dict[str, MeterReading]:
+        return {"gpu_memory": MeterReading(None if self.lost else 5.0, peak=True, lost=self.lost)}
 
     def close(self) -> None:
         pass
 
 
 def test_what_can_not_be_told_any_more_is_unknown_for_good() -> None:
-    gauge = LosingGauge()
+    gauge = LosingMeter()
     clock, tree = FakeClock(), FakeProcessTree()
     loop = MeteringLoop(
-        clock=clock, open_tree=lambda pid: tree, open_gauges=lambda w: [gauge], threaded=False
+        clock=clock, open_tree=lambda pid: tree, open_meters=lambda w: [gauge], threaded=False
     )
-    watch = loop.watch(KEY)
+    watch = loop.monitor(KEY)
     assert watch.usage().gpu_memory == 5.0
     for lost in (True, False):
         gauge.lost = lost

@@ -1,4 +1,9 @@
-"""What processes use of GPUs, from what the driver tells of each device."""
+"""Which GPUs the trials of other processes on this machine may use.
+
+A device's memory is one trial's only while no other trial has the device, of another worker too.
+The names of abstract sockets are seen by all processes of a machine or container, and are gone
+with theirs: no file is left behind.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,10 @@ from dataclasses import dataclass
 from dataclasses import field
 import logging
 import os
+from pathlib import Path
+import secrets
+import socket
+import sys
 import threading
 import time
 from typing import Protocol
@@ -16,10 +25,43 @@ from typing import TypeVar
 
 import psutil
 
-from optuna_quota._metering.gpu_presence import GpuPresence
-from optuna_quota._metering.gpu_source import DeviceReading
+from optuna_quota._metering.gpu_attribution import DeviceReading
 from optuna_quota._metering.nvml import GpuError
 from optuna_quota._metering.nvml import GpuSample
+
+
+_NAMES = Path("/proc/net/unix")
+_PREFIX = "optuna-quota/gpu/"
+
+
+class GpuRegistry:
+    """Tells other processes which GPUs the trials of this one may use; not for several threads."""
+
+    def __init__(self) -> None:
+        self._token = secrets.token_hex(8)
+        self._sockets: dict[str, socket.socket] = {}
+
+    def show(self, devices: Iterable[str]) -> None:
+        """Show that trials of this process may use these devices and no others."""
+        wanted = set(devices) if sys.platform.startswith("linux") else set()
+        for device in self._sockets.keys() - wanted:
+            self._sockets.pop(device).close()
+        for device in wanted - self._sockets.keys():
+            name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._sockets[device] = name
+            name.bind(f"\0{_PREFIX}{device}/{self._token}")
+
+    def others(self) -> set[str]:
+        """Return the devices that trials of other processes may use."""
+        if not sys.platform.startswith("linux"):
+            return set()
+        found = set()
+        for line in _NAMES.read_text(errors="replace").splitlines():
+            _, is_ours, name = line.partition(f" @{_PREFIX}")
+            device, _, token = name.rpartition("/")
+            if is_ours and token != self._token:
+                found.add(device)
+        return found
 
 
 _logger = logging.getLogger("optuna.quota.metering")
@@ -120,7 +162,7 @@ class GpuReader:
         now = clock()
         self._meters = [_DeviceMeter(device, now) for device in devices]
         self._tenants: dict[object, frozenset[str]] = {}
-        self._presence = GpuPresence()
+        self._presence = GpuRegistry()
         self.latest = GpuReading()
         self.cost = 0.0
         self.listed = False

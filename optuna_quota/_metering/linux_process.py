@@ -1,21 +1,89 @@
-"""One process by its open directory in Linux's /proc."""
+"""What the kernel's high-water mark tells of memory that was gone before anyone looked."""
 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 import os
 import time
 
-from optuna_quota._metering.overlap import Share
-from optuna_quota._metering.peaks import Mark
-from optuna_quota._metering.peaks import unseen_peak
+from optuna_quota._metering.shared_pages import ProcessMemory
+
+
+# The most bytes that a page fault brings in of anonymous memory in pages of 4 KiB. Files' pages
+# come 16 or more at a time, anonymous huge pages 512.
+_SMALL = 8 * 2**10
+_HUGE_PAGE = 2 * 2**20
+# Part of a growth that huge pages must account for, where it took few page faults.
+_MOSTLY = 0.5
+# Part of the memory by which the resident pages of files may have changed meanwhile.
+_STEADY = 0.1
+# Part of the high-water mark within which the present memory is the peak, seen as it is.
+_SEEN = 0.01
+
+
+@dataclass(frozen=True)
+class MemorySnapshot:
+    """What the kernel tells of a process at one moment.
+
+    Attributes:
+        highest: The most resident bytes so far (VmHWM), with pages of files.
+        resident: The resident bytes.
+        file: The resident bytes of files' pages.
+        faults: The page faults so far.
+        huge: The bytes of anonymous huge pages that this host has given out so far, to whomever.
+    """
+
+    highest: int
+    resident: int
+    file: int
+    faults: int
+    huge: int
+
+
+def unseen_peak(before: MemorySnapshot, now: MemorySnapshot) -> int | None:
+    """Return the memory without files' pages at a peak between two looks: pure.
+
+    The high-water mark counts pages of files as well, and what part of it they were is not kept.
+    So it is used only where they can hardly have come and gone: a file that is read through a
+    mapping and let go again takes few page faults, and no anonymous huge pages.
+
+    Args:
+        before: The look before.
+        now: This look.
+
+    Returns:
+        The bytes; None where no peak went unseen, or it can't be told.
+    """
+    if now.highest <= before.highest or now.highest - now.resident <= _SEEN * now.highest:
+        return None
+    peak = now.highest - max(before.file, now.file)
+    if abs(now.file - before.file) > _STEADY * peak:
+        return None
+    growth = now.highest - before.resident
+    small = growth <= _SMALL * (now.faults - before.faults)
+    huge = now.huge - before.huge >= _MOSTLY * growth
+    return peak if small or huge else None
+
+
+def read_huge_pages() -> int:
+    """Return the bytes of anonymous huge pages that this host has given out, 0 where unknown."""
+    try:
+        handle = os.open("/proc/vmstat", os.O_RDONLY)
+    except OSError:
+        return 0
+    try:
+        _, found, rest = os.read(handle, 1 << 16).partition(b"\nthp_fault_alloc ")
+    finally:
+        os.close(handle)
+    return int(rest.split(None, 1)[0]) * _HUGE_PAGE if found else 0
 
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
-class ProcProcess:
+class LinuxProcess:
     """One process by its open directory in /proc.
 
     A descriptor there stays bound to the process that it was opened for: when the number is
@@ -54,7 +122,7 @@ class ProcProcess:
         "statm",
     )
 
-    def __init__(self, pid: int, parent: ProcProcess | None = None) -> None:
+    def __init__(self, pid: int, parent: LinuxProcess | None = None) -> None:
         self.pid = pid
         self.parent = parent
         self.is_self = pid == os.getpid()
@@ -63,7 +131,7 @@ class ProcProcess:
         self._folder = self._stat = self._statm = self._status = -1
         self._shared, self.shareable, self._swapped = b"", 0, 0
         self._swaps = has_swap()
-        self._mark: Mark | None = None
+        self._mark: MemorySnapshot | None = None
         try:
             self._folder = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY)
             self._statm = self._open("statm")
@@ -93,7 +161,7 @@ class ProcProcess:
             self._shared = shared
         return (int(resident) - int(shared)) * _PAGE + self.shareable + self._swapped
 
-    def share(self) -> Share:
+    def share(self) -> ProcessMemory:
         """Return what it holds by the number of its holders; costs 0.1 to 1.4 ms.
 
         Nothing for a zombie; all as its own where it may not be asked (another user's).
@@ -108,9 +176,9 @@ class ProcProcess:
             rollup = _sizes(self._read("smaps_rollup"))
         except OSError:
             # Of a zombie as well; what is gone altogether has failed above.
-            return Share(held, held, shmem)
+            return ProcessMemory(held, held, shmem)
         if b"Pss_Anon" not in rollup:  # before Linux 5.4
-            return Share(held, min(held, rollup.get(b"Pss", held)), shmem)
+            return ProcessMemory(held, min(held, rollup.get(b"Pss", held)), shmem)
         # From the same read as what is divided: what is added in between is no sharing.
         held = rollup.get(b"Anonymous", 0) + shmem + rollup.get(b"Swap", 0)
         anonymous, divided = rollup[b"Pss_Anon"], rollup.get(b"Pss_Shmem", 0)
@@ -118,7 +186,7 @@ class ProcProcess:
         # there is at most twice what dividing has taken off.
         common = rollup.get(b"Shared_Dirty", 0) - min(shmem, 2 * max(0, shmem - divided))
         common = max(0, min(common, rollup.get(b"Anonymous", 0)))
-        return Share(
+        return ProcessMemory(
             held=held,
             proportional=anonymous + divided + rollup.get(b"SwapPss", 0),
             shareable=shmem,
@@ -142,7 +210,7 @@ class ProcProcess:
         status = self._read_status()
         if b"VmHWM:" not in status:
             return None
-        now = Mark(
+        now = MemorySnapshot(
             highest=_size(status, b"VmHWM:"),
             resident=_size(status, b"VmRSS:"),
             file=_size(status, b"RssFile:"),

@@ -13,24 +13,24 @@ import math
 import os
 
 from optuna_quota._metering import nvml
-from optuna_quota._metering.gauge import Amount
-from optuna_quota._metering.gpu import ANYONE
-from optuna_quota._metering.gpu import GPU_RESOURCES
-from optuna_quota._metering.gpu import GpuReader
-from optuna_quota._metering.gpu import GpuReading
-from optuna_quota._metering.gpu_devices import forget_visible
-from optuna_quota._metering.gpu_devices import has_gpu_open
-from optuna_quota._metering.gpu_devices import visible_gpus
-from optuna_quota._metering.gpu_source import choose_source
-from optuna_quota._metering.gpu_source import DeviceShare
-from optuna_quota._metering.gpu_source import GpuUse
-from optuna_quota._metering.gpu_source import growth
-from optuna_quota._metering.gpu_source import has_hidden_use
-from optuna_quota._metering.gpu_source import is_stranger
-from optuna_quota._metering.gpu_source import NOT_ON_A_GPU
-from optuna_quota._metering.gpu_source import NOTICEABLE
-from optuna_quota._metering.gpu_source import Source
+from optuna_quota._metering.gpu_attribution import choose_source
+from optuna_quota._metering.gpu_attribution import DeviceShare
+from optuna_quota._metering.gpu_attribution import GpuUse
+from optuna_quota._metering.gpu_attribution import growth
+from optuna_quota._metering.gpu_attribution import has_hidden_use
+from optuna_quota._metering.gpu_attribution import is_stranger
+from optuna_quota._metering.gpu_attribution import NOT_ON_A_GPU
+from optuna_quota._metering.gpu_attribution import NOTICEABLE
+from optuna_quota._metering.gpu_attribution import Source
+from optuna_quota._metering.gpu_reader import ANYONE
+from optuna_quota._metering.gpu_reader import GPU_RESOURCES
+from optuna_quota._metering.gpu_reader import GpuReader
+from optuna_quota._metering.gpu_reader import GpuReading
+from optuna_quota._metering.meter import MeterReading
 from optuna_quota._metering.nvml import GpuError
+from optuna_quota._metering.visible_gpus import forget_visible
+from optuna_quota._metering.visible_gpus import has_gpu_open
+from optuna_quota._metering.visible_gpus import visible_gpus
 from optuna_quota._metering.warn import warn_once
 from optuna_quota._resources import get_resource
 
@@ -47,7 +47,7 @@ _NOT_LISTED = (
 _TOGETHER = "the driver lists others on a GPU, and not this container's processes"
 
 
-class GpuGauge:
+class GpuMeter:
     """What one trial uses of GPUs: memory, busy time, energy.
 
     By process where the driver lists the trial's; else what the trial's devices hold beyond what
@@ -93,7 +93,7 @@ class GpuGauge:
         self._has_limit = "gpu_memory" in self._asked
         self.period = _PERIOD_WITH_LIMIT if self._has_limit else _PERIOD
 
-    def read(self, pids: Sequence[int]) -> Mapping[str, Amount]:
+    def read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
         """Return what the trial's processes hold and have used.
 
         Each reading is newer than the one before it: none is another trial's.
@@ -145,7 +145,7 @@ class GpuGauge:
 
     def _amounts(
         self, reader: GpuReader, reading: GpuReading, pids: Sequence[int]
-    ) -> Mapping[str, Amount]:
+    ) -> Mapping[str, MeterReading]:
         if self._source.reason is not None:
             return {}  # what can't be told of a part can't be told of the whole
         self._pids.update(pids)
@@ -168,7 +168,7 @@ class GpuGauge:
         self._say_what_is_refused(reading)
         return {}
 
-    def _give_up(self, source: Source, names: Sequence[str]) -> Mapping[str, Amount]:
+    def _give_up(self, source: Source, names: Sequence[str]) -> Mapping[str, MeterReading]:
         self._source, self.period = source, math.inf
         _say(GPU_RESOURCES, str(source.reason), unenforced=self._asked)
         return dict.fromkeys(names, _LOST)
@@ -237,7 +237,7 @@ class GpuGauge:
             return False
         return is_stranger(pid, self._start.memory, reader.is_alive)
 
-    def _by_process(self, reading: GpuReading) -> dict[str, Amount]:
+    def _by_process(self, reading: GpuReading) -> dict[str, MeterReading]:
         memory = sum(reading.memory.get(pid) or 0.0 for pid in self._pids)
         held = {
             home: sum(reading.devices[home].held.get(pid) or 0.0 for pid in self._pids)
@@ -245,7 +245,7 @@ class GpuGauge:
         }
         use = GpuUse("process", _shares(reading, held))
         found = {
-            "gpu_memory": Amount(memory, peak=True, gpu=use),
+            "gpu_memory": MeterReading(memory, peak=True, gpu=use),
             **self._totals(reading, self._pids),
         }
         for reason, names in _reasons(reading, self._pids).items():
@@ -253,7 +253,7 @@ class GpuGauge:
             found.update(dict.fromkeys(names, _LOST))
         return found
 
-    def _by_device(self, reader: GpuReader, reading: GpuReading) -> dict[str, Amount]:
+    def _by_device(self, reader: GpuReader, reading: GpuReading) -> dict[str, MeterReading]:
         message = (
             "GPU memory of trials is measured by what their devices hold beyond what they held"
         )
@@ -264,7 +264,7 @@ class GpuGauge:
         self._members |= {pid for pid in listed if not self._is_strangers(reader, pid)}
         reader.outside |= self._members
         use = GpuUse("device", _shares(reading, held))
-        found = {"gpu_memory": Amount(sum(held.values()), peak=True, gpu=use)}
+        found = {"gpu_memory": MeterReading(sum(held.values()), peak=True, gpu=use)}
         if self._members:
             found.update(self._totals(reading, self._members))
             for reason, names in _reasons(reading, self._members, GPU_RESOURCES[1:]).items():
@@ -277,7 +277,7 @@ class GpuGauge:
             return {**found, "gpu_time": _LOST, "energy": _LOST}
         return {**found, **self._device_totals(reading)}
 
-    def _device_totals(self, reading: GpuReading) -> dict[str, Amount]:
+    def _device_totals(self, reading: GpuReading) -> dict[str, MeterReading]:
         """Return what the trial's devices as a whole spent since its start."""
         found = {}
         for name, attribute in (("gpu_time", "busy"), ("energy", "joules")):
@@ -287,7 +287,7 @@ class GpuGauge:
                 self._say_beside([name], "the driver does not tell it")
                 found[name] = _LOST
             else:
-                found[name] = Amount(max(0.0, sum(now) - sum(before)), peak=False)
+                found[name] = MeterReading(max(0.0, sum(now) - sum(before)), peak=False)
         return found
 
     def _say_beside(self, names: Sequence[str], reason: str) -> None:
@@ -295,10 +295,13 @@ class GpuGauge:
         level = logging.WARNING if self._asked.intersection(names) else logging.INFO
         _say(names, reason, level=level, unenforced=self._asked)
 
-    def _totals(self, reading: GpuReading, pids: Iterable[int]) -> dict[str, Amount]:
+    def _totals(self, reading: GpuReading, pids: Iterable[int]) -> dict[str, MeterReading]:
         busy = _total(self._busy, pids, reading.busy, self._start.busy)
         joules = _total(self._joules, pids, reading.joules, self._start.joules)
-        return {"gpu_time": Amount(busy, peak=False), "energy": Amount(joules, peak=False)}
+        return {
+            "gpu_time": MeterReading(busy, peak=False),
+            "energy": MeterReading(joules, peak=False),
+        }
 
 
 def _reasons(
@@ -321,7 +324,7 @@ def _shares(reading: GpuReading, held: Mapping[str, float]) -> tuple[DeviceShare
     )
 
 
-_LOST = Amount(None, peak=True, lost=True)
+_LOST = MeterReading(None, peak=True, lost=True)
 
 
 def _total(

@@ -1,4 +1,4 @@
-"""One trial under metering: what it used so far, and its first breach."""
+"""Usage under construction."""
 
 from __future__ import annotations
 
@@ -11,24 +11,110 @@ from dataclasses import replace
 import math
 from typing import TYPE_CHECKING
 
-from optuna_quota._metering.amounts import Amounts
 from optuna_quota._metering.breach import Ceiling
+from optuna_quota._metering.breach import EXTENSION_THRESHOLD
 from optuna_quota._metering.breach import find_breaches
+from optuna_quota._metering.breach import QuotaExtension
 from optuna_quota._metering.breach import tightest_ceilings
-from optuna_quota._metering.gpu_source import GpuUse
-from optuna_quota._metering.renewal import ASK_AT
-from optuna_quota._metering.renewal import Renewal
-from optuna_quota._metering.timeline import Timeline
+from optuna_quota._metering.gpu_attribution import GpuUse
 from optuna_quota._resources import Breach
 from optuna_quota._resources import Isolation
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Outcome
 from optuna_quota._resources import Usage
+from optuna_quota._resources import USAGE_RESOURCES
 
 
 if TYPE_CHECKING:
     from optuna_quota._metering.loop import MeteringLoop
     from optuna_quota._metering.meter import Meter
+
+
+class UsageTotals:
+    """What one trial used so far, by resource; what was never told is unknown."""
+
+    __slots__ = ("_told", "_unknown", "_values")
+
+    def __init__(self) -> None:
+        self._values: dict[str, float] = {}
+        self._told: dict[str, float] = {}
+        self._unknown: set[str] = set()
+
+    def raise_to(self, resource: str, value: float) -> None:
+        """Take in a peak."""
+        known = self._values.get(resource)
+        if (known is None or value > known) and resource not in self._unknown:
+            self._values[resource] = value
+
+    def add(self, resource: str, amount: float) -> None:
+        """Add to a total."""
+        if resource not in self._unknown:
+            self._values[resource] = self._values.get(resource, 0.0) + amount
+
+    def forget(self, resource: str) -> None:
+        """Let an amount be unknown for good: what is read later tells only a part."""
+        self._unknown.add(resource)
+        self._values.pop(resource, None)
+
+    def know(self, resource: str, value: float) -> None:
+        """Take in a figure for the whole trial, from whoever knows; the largest counts."""
+        self._told[resource] = max(value, self._told.get(resource, 0.0))
+
+    def by_resource(self) -> dict[str, float]:
+        """Return what is known."""
+        known = dict(self._values)
+        for resource, value in self._told.items():
+            known[resource] = max(value, known.get(resource, 0.0))
+        return known
+
+    def usage(self, elapsed: float) -> Usage:
+        """Return it as a value, with the clock time."""
+        amounts = self.by_resource()
+        known = {n: v for n, v in amounts.items() if n in USAGE_RESOURCES}
+        known["wall_time"] = max(elapsed, known.get("wall_time", 0.0))
+        custom = {n: v for n, v in amounts.items() if n not in USAGE_RESOURCES}
+        return Usage(**known, custom=custom)
+
+
+MOST_POINTS = 60
+
+
+class Timeline:
+    """Keeps at most 60 points whatever the number of samples, and every bucket's maximum.
+
+    Time is cut into buckets of equal width, each represented by its highest sample. When there
+    are too many, neighbours are merged and the width doubles: a peak is never thinned away.
+
+    Args:
+        most: The most points to keep; even.
+        width: Seconds of the first buckets.
+    """
+
+    __slots__ = ("_most", "_points", "_width")
+
+    def __init__(self, most: int = MOST_POINTS, width: float = 0.05) -> None:
+        self._most = most
+        self._width = width
+        self._points: dict[int, tuple[float, float]] = {}
+
+    def add(self, seconds: float, value: float) -> None:
+        """Add a sample, in seconds since the start."""
+        bucket = int(seconds / self._width)
+        known = self._points.get(bucket)
+        if known is None or value > known[1]:
+            self._points[bucket] = (seconds, value)
+        while len(self._points) > self._most:
+            self._widen()
+
+    def _widen(self) -> None:
+        self._width *= 2
+        points, self._points = self._points, {}
+        for seconds, value in points.values():
+            self.add(seconds, value)
+
+    def points(self) -> tuple[tuple[float, float], ...]:
+        """Return pairs of seconds and value, in order."""
+        return tuple(sorted(self._points.values()))
 
 
 Key = tuple[int, int]
@@ -53,8 +139,8 @@ class Verdict:
     breach: Breach | None = None
 
 
-class Watch:
-    """One trial under metering, made by :meth:`MeteringLoop.watch`.
+class TrialMonitor:
+    """One trial under metering, made by :meth:`MeteringLoop.monitor`.
 
     Attributes:
         key: Which trial.
@@ -106,12 +192,12 @@ class Watch:
         self._paused_before = loop.paused
         self._finished = False
         self._ended: float | None = None
-        self._used = Amounts()
+        self._used = UsageTotals()
         self._unseen_peak: float | None = None
         self._callbacks: list[Callable[[Breach], None]] = []
         self._timeline = Timeline()
         self._cpu_marks: deque[tuple[float, float]] = deque()
-        self._renewal: Renewal | None = None
+        self._renewal: QuotaExtension | None = None
 
     @property
     def limits(self) -> Limits:
@@ -186,7 +272,7 @@ class Watch:
         self._loop.allow(self, left)
 
     def detach(self, waited: float = 0.0) -> None:
-        """From now on meter nothing but the clock, until :meth:`retarget`: the trial is isolated.
+        """From now on meter nothing but the clock, until :meth:`attach`: the trial is isolated.
 
         What was measured before belongs to this process and is forgotten.
 
@@ -195,7 +281,7 @@ class Watch:
         """
         self._loop.detach(self, waited)
 
-    def retarget(self, pid: int, reaper: int | None = None, outsiders: int = 0) -> None:
+    def attach(self, pid: int, reaper: int | None = None, outsiders: int = 0) -> None:
         """From now on meter only the process tree under ``pid``: the trial is isolated.
 
         What was measured before belongs to this process and is forgotten, but for the clock.
@@ -210,7 +296,7 @@ class Watch:
         Raises:
             ProcessLookupError: If there is no such process.
         """
-        self._loop.retarget(self, pid, reaper, outsiders)
+        self._loop.attach(self, pid, reaper, outsiders)
 
     def on_breach(self, callback: Callable[[Breach], None]) -> None:
         """Call back once at the first breach, from the loop's thread; at once if there was one.
@@ -220,7 +306,7 @@ class Watch:
         """
         self._loop.on_breach(self, callback)
 
-    def on_shortage(self, ask: Callable[[], None]) -> None:
+    def on_low_quota(self, ask: Callable[[], None]) -> None:
         """Call when what is left of a quota runs low; the answer is :meth:`allow`.
 
         A breach of what is left then waits until the answer has refused more of it, for no more
@@ -229,7 +315,7 @@ class Watch:
         Args:
             ask: Called from the loop's thread; should return at once.
         """
-        self._renewal = Renewal(ask)
+        self._renewal = QuotaExtension(ask)
 
     def finish(self) -> None:
         """Tell that the trial has its result: what it uses from now on breaches nothing."""
@@ -260,7 +346,9 @@ class Watch:
             return 0.0  # a rate or a price: as often as may be
         used = self._used.by_resource().get("cpu_time", 0.0)
         # More of a quota is asked for before it is used up.
-        return max(0.0, ceiling * (ASK_AT if self._renewal is not None else 1.0) - used)
+        return max(
+            0.0, ceiling * (EXTENSION_THRESHOLD if self._renewal is not None else 1.0) - used
+        )
 
     def deadline(self) -> float | None:
         """Return when the clock alone may breach, on the loop's clock; None for never."""
@@ -347,7 +435,7 @@ class Watch:
             self._used.know(name, value)
 
     def share(self) -> None:
-        """Mark that peaks can't be told apart from another trial's in the same process."""
+        """Note that peaks can't be told apart from another trial's in the same process."""
         if self.isolation != "thread":
             return
         self.isolation = "shared"
@@ -366,7 +454,7 @@ class Watch:
         """Forget what was measured of this process."""
         self.isolation = "process"
         self.gpu = None
-        self._used = Amounts()
+        self._used = UsageTotals()
         self._unseen_peak = None
         self._timeline = Timeline()
         self._cpu_marks.clear()

@@ -24,7 +24,7 @@ _AFFORDABLE = 0.001
 
 
 @dataclass(frozen=True)
-class Share:
+class ProcessMemory:
     """What one process holds of anonymous and shared memory, swapped out or not, in bytes.
 
     Attributes:
@@ -42,13 +42,13 @@ class Share:
     common_part: int = 0
 
 
-def together(shares: Collection[Share]) -> int:
+def together(shares: Collection[ProcessMemory]) -> int:
     """Return what processes hold together: the sum of their proportional parts."""
     return sum(share.proportional for share in shares)
 
 
 @dataclass(frozen=True)
-class Lent:
+class InheritedPages:
     """Pages that a tree's processes have from the process that they were forked from.
 
     Attributes:
@@ -71,7 +71,9 @@ class Lent:
         return self.size * self.members / max(1.0, holders)
 
 
-def find_lent(shares: Collection[Share], root: Share, lender: Share) -> Lent:
+def find_inherited(
+    shares: Collection[ProcessMemory], root: ProcessMemory, lender: ProcessMemory
+) -> InheritedPages:
     """Return what processes hold of the pages that were there before their tree: pure.
 
     The kernel tells how many hold a page, but not who. The supervisor was forked from the same
@@ -84,14 +86,14 @@ def find_lent(shares: Collection[Share], root: Share, lender: Share) -> Lent:
         lender: The supervisor's; not looked at while the root is alone.
     """
     if len(shares) == 1:
-        return Lent(root.common, 1, root.common / max(1, root.common_part))
+        return InheritedPages(root.common, 1, root.common / max(1, root.common_part))
     lent = min(root.common, lender.common)
     members = sum(share.common >= lent / 2 for share in shares) if lent else 0
-    return Lent(lent, members, lender.common / max(1, lender.common_part))
+    return InheritedPages(lent, members, lender.common / max(1, lender.common_part))
 
 
 @dataclass(frozen=True)
-class Held:
+class TreeMemory:
     """What the processes of a tree hold, each by itself, in bytes.
 
     Attributes:
@@ -108,7 +110,7 @@ class Held:
         return sum(self.sizes.values())
 
 
-class Overlap:
+class SharedPages:
     """What is known of the overlap of a tree's processes, from one measurement to the next.
 
     In between, the memory is told from the plain sum, which costs a microsecond a process where a
@@ -119,7 +121,7 @@ class Overlap:
 
     def __init__(self) -> None:
         self._bytes = 0
-        self._then = Held({})
+        self._then = TreeMemory({})
         self._faulted = 0
         self._newcomers: dict[int, int] = {}
         self._at = -math.inf
@@ -130,7 +132,7 @@ class Overlap:
         """What the plain sum counts too much, as last measured, in bytes."""
         return self._bytes
 
-    def memory(self, held: Held) -> int:
+    def memory(self, held: TreeMemory) -> int:
         """Return the memory of the tree in bytes: at least so much.
 
         Anonymous pages come to be shared by a fork alone, which makes a new process, so that what
@@ -141,7 +143,7 @@ class Overlap:
         """
         return max(0, self.at_most(held) - max(0, held.shareable - self._then.shareable))
 
-    def at_most(self, held: Held) -> int:
+    def at_most(self, held: TreeMemory) -> int:
         """Return the same in which all that is added of shared memory counts.
 
         Args:
@@ -151,11 +153,13 @@ class Overlap:
             self._greet(held.sizes)
         return held.total - self._bytes - sum(self._newcomers.values())
 
-    def has_newcomers(self, held: Held) -> bool:
+    def has_newcomers(self, held: TreeMemory) -> bool:
         """Return whether there are processes that came since, the first ones not counted."""
         return bool(self._then.sizes) and not held.sizes.keys() <= self._then.sizes.keys()
 
-    def is_due(self, held: Held, ceiling: float, now: float, faulted: Callable[[], int]) -> bool:
+    def is_due(
+        self, held: TreeMemory, ceiling: float, now: float, faulted: Callable[[], int]
+    ) -> bool:
         """Return whether it is time to measure again.
 
         Args:
@@ -188,12 +192,12 @@ class Overlap:
         has_changed = max(shared, then - total, unshared) > drift
         return age >= _CALM and (has_changed or late)
 
-    def _likely_cost(self, held: Held) -> float:
+    def _likely_cost(self, held: TreeMemory) -> float:
         return self._cost * max(1.0, held.total / max(1, self._then.total))
 
     def take(
         self,
-        shares: Mapping[int, Share],
+        shares: Mapping[int, ProcessMemory],
         *,
         faulted: int,
         cost: float,
@@ -211,7 +215,7 @@ class Overlap:
         """
         self._newcomers.clear()
         sizes = {pid: share.held for pid, share in shares.items()}
-        self._then = Held(sizes, sum(share.shareable for share in shares.values()))
+        self._then = TreeMemory(sizes, sum(share.shareable for share in shares.values()))
         # What was added while they were read one by one is no overlap.
         self._bytes = max(0, self._then.total - together(shares.values()) + lent)
         self._faulted = faulted

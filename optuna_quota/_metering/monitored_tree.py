@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import replace
+import logging
 import math
 import os
+import threading
+import time
 from typing import TypeVar
 
-from optuna_quota._metering.pacing import ASSUMED_GROWTH
-from optuna_quota._metering.pacing import fastest_growth
-from optuna_quota._metering.pacing import LONGEST_WAIT
-from optuna_quota._metering.pacing import LONGEST_WAIT_ALONE
-from optuna_quota._metering.pacing import next_due
-from optuna_quota._metering.pacing import wait_for
-from optuna_quota._metering.threads import apportion
-from optuna_quota._metering.threads import ThreadTime
-from optuna_quota._metering.tree import Tree
-from optuna_quota._metering.tree import TreeReading
+from optuna_quota._metering.linux_process_tree import is_available
+from optuna_quota._metering.linux_process_tree import LinuxProcessTree
+from optuna_quota._metering.process_tree import ProcessTree
+from optuna_quota._metering.process_tree import PsutilProcessTree
+from optuna_quota._metering.process_tree import TreeReading
+from optuna_quota._metering.timing import ASSUMED_GROWTH
+from optuna_quota._metering.timing import fastest_growth
+from optuna_quota._metering.timing import LONGEST_INTERVAL
+from optuna_quota._metering.timing import LONGEST_INTERVAL_ALONE
+from optuna_quota._metering.timing import next_due
+from optuna_quota._metering.timing import sampling_interval
+from optuna_quota._metering.trial_monitor import TrialMonitor
 from optuna_quota._metering.warn import warn_once
-from optuna_quota._metering.watch import Watch
 
+
+_logger = logging.getLogger("optuna.quota.metering")
 
 Answer = TypeVar("Answer")
 
@@ -33,7 +40,7 @@ _SURELY_SHARED = 10.0
 _MOST_SELDOM = 1.0
 
 
-class Target:
+class MonitoredTree:
     """A process tree and the trials that run in it: several for trials in threads.
 
     Args:
@@ -44,12 +51,12 @@ class Target:
     """
 
     def __init__(
-        self, tree: Tree, pid: int | None, now: float, period: float | None = None
+        self, tree: ProcessTree, pid: int | None, now: float, period: float | None = None
     ) -> None:
         self.tree = tree
         self.pid = pid
         self.due = now
-        self.watches: dict[Watch, ThreadTime] = {}
+        self.watches: dict[TrialMonitor, ThreadTime] = {}
         self._thorough_due = now
         self._reading: TreeReading | None = None
         self._read_at = now
@@ -58,7 +65,7 @@ class Target:
         self._ceiling = math.inf
         self._growth = ASSUMED_GROWTH
         self._fixed_period = period
-        self._period = LONGEST_WAIT if period is None else period
+        self._period = LONGEST_INTERVAL if period is None else period
         self._cores = max(1, os.cpu_count() or 1)
 
     @property
@@ -66,7 +73,7 @@ class Target:
         """The processes, as last seen."""
         return () if self._reading is None else self._reading.pids
 
-    def join(self, watch: Watch, now: float, without: Collection[int]) -> None:
+    def join(self, watch: TrialMonitor, now: float, without: Collection[int]) -> None:
         """Let a trial join; trials that run at once in one tree are shared from then on."""
         if self.watches:
             self.read(now, without, thorough=True)  # what was used so far is not the newcomer's
@@ -80,7 +87,7 @@ class Target:
             for thread in self.watches.values():
                 thread.growth()  # counts from now
 
-    def _begin(self, watch: Watch, now: float, without: Collection[int]) -> None:
+    def _begin(self, watch: TrialMonitor, now: float, without: Collection[int]) -> None:
         """Take the first reading of a trial that is alone in the tree."""
         self._ask(self.tree.reset_peak)
         self._growth = ASSUMED_GROWTH
@@ -161,7 +168,7 @@ class Target:
         ]
         self._ceiling = min(ceilings, default=math.inf)
         if self._fixed_period is None:
-            self._period = LONGEST_WAIT_ALONE if self._is_alone() else LONGEST_WAIT
+            self._period = LONGEST_INTERVAL_ALONE if self._is_alone() else LONGEST_INTERVAL
         self._calm = self._calm_up_to(self._memory)
 
     def _is_alone(self) -> bool:
@@ -218,11 +225,11 @@ class Target:
 
     def _schedule(self, now: float, memory: float | None) -> None:
         headroom = None if memory is None else self._ceiling - memory
-        wait = wait_for(headroom, self._growth, longest=self._period)
+        wait = sampling_interval(headroom, self._growth, longest=self._period)
         self.due = next_due(self.due, now, wait) if wait == self._period else now + wait
 
 
-def warn_of_sharing(watch: Watch) -> None:
+def warn_of_sharing(watch: TrialMonitor) -> None:
     """Say that a memory limit can't be enforced where there is one."""
     limited = any(watch.ceiling(name) is not None for name in ("memory", "gpu_memory"))
     if watch.isolation == "shared" and limited:
@@ -232,3 +239,71 @@ def warn_of_sharing(watch: Watch) -> None:
             "recorded, and no memory limit is enforced on them. `isolated(objective)` gives "
             "each trial a process of its own.",
         )
+
+
+class ThreadTime:
+    """CPU-seconds of the thread that made this object, 0 where the system has no such clock."""
+
+    def __init__(self) -> None:
+        self._clock: int | None = None
+        if hasattr(time, "pthread_getcpuclockid"):
+            # Asked for once, from the thread itself: asking for a thread that has ended would
+            # crash, while reading the clock of one merely fails.
+            self._clock = time.pthread_getcpuclockid(threading.get_ident())
+        self._last = self._now()
+
+    def growth(self) -> float:
+        """Return what was used since the last call, 0 once the thread has ended."""
+        now = self._now()
+        spent, self._last = max(0.0, now - self._last), now
+        return spent
+
+    def _now(self) -> float:
+        if self._clock is None:
+            return 0.0
+        try:
+            return time.clock_gettime(self._clock)
+        except OSError:
+            return 0.0
+
+
+def apportion(spent: float, weights: Sequence[float]) -> list[float]:
+    """Return the parts of a total by weight; even parts when all weights are 0.
+
+    Args:
+        spent: CPU-seconds of the whole process tree.
+        weights: CPU-seconds of each trial's own thread. What BLAS workers and other helpers used
+            goes to the trials in proportion to what their own threads did: the sum over trials
+            is exact, the parts are an estimate.
+    """
+    whole = sum(weights)
+    if whole <= 0:
+        return [spent / len(weights) for _ in weights]
+    return [spent * weight / whole for weight in weights]
+
+
+# From a pid, and the reaper's where there is one.
+OpenTree = Callable[..., ProcessTree]
+
+
+def open_tree(pid: int | None, reaper: int | None = None, outsiders: int = 0) -> ProcessTree:
+    """Return the cheapest true reader of the tree under a process.
+
+    Args:
+        pid: The root; None for this process.
+        reaper: A process that inherits the tree's orphans, and has no other children than these
+            and the root; None without one.
+        outsiders: How many processes outside of the tree hold, at least, what it was forked with.
+
+    Raises:
+        ProcessLookupError: If there is no such process.
+    """
+    if is_available():
+        try:
+            return LinuxProcessTree(pid, reaper, outsiders=outsiders)
+        except ProcessLookupError:
+            raise
+        except OSError as error:
+            _logger.info(f"Processes are measured through psutil: /proc can't be read ({error}).")
+
+    return PsutilProcessTree(pid)
