@@ -9,7 +9,6 @@ import contextlib
 from dataclasses import dataclass
 from dataclasses import replace
 import faulthandler
-import logging
 import os
 import pickle
 import signal
@@ -35,9 +34,9 @@ from optuna_quota._isolation.job_signals import restore_signals
 from optuna_quota._isolation.multiprocessing_child import begin_preparation
 from optuna_quota._isolation.multiprocessing_child import end_preparation
 from optuna_quota._isolation.multiprocessing_child import leave_shared_memory
-from optuna_quota._isolation.output import defer_to_handlers
-from optuna_quota._isolation.output import follow
-from optuna_quota._isolation.output import OutputRules
+from optuna_quota._isolation.output import apply_output_settings
+from optuna_quota._isolation.output import apply_to_new_modules
+from optuna_quota._isolation.output import OutputSettings
 from optuna_quota._isolation.pickling import inherited_descriptors
 from optuna_quota._isolation.pickling import load_objective
 from optuna_quota._isolation.pickling import receive_buffers
@@ -68,7 +67,7 @@ class Start:
 
     context: ProcessContext
     has_main: bool
-    output: OutputRules
+    output: OutputSettings
     trial: TrialFacts
     limits: Mapping[str, float]
     device_memory: float | None
@@ -149,12 +148,10 @@ class Inherited:
     Attributes:
         start: What others are sent.
         objective: The objective itself.
-        sounding: The loggers that do more than pass on what they are given.
     """
 
     start: Start
     objective: Any
-    sounding: Sequence[logging.Logger]
 
 
 _calls: Calls | None = None
@@ -196,10 +193,9 @@ def run_child(
         if inherited is None:
             begin_preparation()
             enter_context(start.context, has_main=start.has_main)
-            follow(start.output, _calls)
         else:
             os.environ.update(start.context.added)
-            follow(start.output, _calls, inherited.sounding)
+        apply_output_settings(start.output, _calls)
         rlimits.raise_oom_score()
         supervisor = None if notice is None else os.getppid()
         objective = None if inherited is None else inherited.objective
@@ -238,7 +234,7 @@ def _prepare_and_run(
         objective = load_objective(start.objective, buffers)
         # The objective alone keeps them.
         buffers.clear()
-        defer_to_handlers(start.output)
+        apply_to_new_modules(start.output)
     seed(start.context)
     trial = ChildTrial(_calls, start.trial)
     rlimits.reset_peak()

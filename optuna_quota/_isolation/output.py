@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
-import copy
 from dataclasses import dataclass
 import io
 import logging
@@ -67,6 +66,7 @@ def read_output_settings() -> OutputSettings:
             stream.flush()
             encodings[name] = (stream.encoding, stream.errors or "strict")
     root, *others = _all_loggers()
+    filters: Sequence[Any] = warnings.filters
     return OutputSettings(
         frozenset(forwarded),
         encodings,
@@ -75,7 +75,7 @@ def read_output_settings() -> OutputSettings:
         disabled=logging.Logger.manager.disable,
         filters=[
             (action, message, f"{kind.__module__}:{kind.__qualname__}", module, line)
-            for action, message, kind, module, line in warnings.filters
+            for action, message, kind, module, line in filters
         ],
     )
 
@@ -103,14 +103,7 @@ def apply_output_settings(settings: OutputSettings, calls: Calls) -> None:
     if settings.disabled != logging.Logger.manager.disable:
         logging.disable(settings.disabled)
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: Any = None,
-        line: str | None = None,
-    ) -> None:
+    def show(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
         calls.notify(warnings.WarningMessage(message, category, filename, lineno))
 
     warnings.showwarning = show
@@ -235,30 +228,30 @@ class ForwardingHandler(logging.Handler):
 
 def _portable(record: logging.LogRecord) -> logging.LogRecord:
     """Return a record that any process can read: text in place of arguments and tracebacks."""
-    sent = copy.copy(record)
-    sent.msg, sent.args = record.getMessage(), None
-    if record.exc_info:
-        sent.exc_text = record.exc_text or logging.Formatter().formatException(record.exc_info)
-        sent.exc_info = None
-    for name in set(vars(sent)) - _STANDARD_FIELDS:
-        value = getattr(sent, name)
-        if not isinstance(value, (str, int, float, bool, type(None))):
-            setattr(sent, name, repr(value))
-    setattr(sent, _HANDLED, _is_handled(logging.getLogger(record.name)))
-    return sent
+    text = record.exc_text
+    if record.exc_info and not text:
+        text = logging.Formatter().formatException(record.exc_info)
+    simple = (str, int, float, type(None))
+    fields: dict[str, Any] = {
+        name: value if isinstance(value, simple) else repr(value)
+        for name, value in vars(record).items()
+    }
+    fields.update(msg=record.getMessage(), args=None, exc_info=None, exc_text=text)
+    fields[_HANDLED] = _is_handled(logging.getLogger(record.name))
+    return logging.makeLogRecord(fields)
 
 
 def _is_handled(logger: logging.Logger | None) -> bool:
     """Return whether the trial itself has a handler for the records of a logger."""
+    own = (ForwardingHandler, logging.NullHandler)
     while logger is not None:
-        if any(not isinstance(h, (ForwardingHandler, logging.NullHandler)) for h in logger.handlers):
+        if any(not isinstance(handler, own) for handler in logger.handlers):
             return True
         logger = logger.parent if logger.propagate else None
     return False
 
 
 _HANDLED = "_quota_handled"
-_STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({})))
 
 
 def prepare_logging(*, reset: bool) -> None:
@@ -274,13 +267,9 @@ def prepare_logging(*, reset: bool) -> None:
     # Clears what all loggers have cached of their levels.
     root.setLevel(root.level)
     _to_reset = [
-        logger
-        for logger in _all_loggers()
-        if logger.handlers
-        or logger.filters
-        or logger.level
-        or logger.disabled
-        or not logger.propagate
+        x
+        for x in _all_loggers()
+        if x.handlers or x.filters or x.level or x.disabled or not x.propagate
     ]
     if reset:
         _reset_loggers()
