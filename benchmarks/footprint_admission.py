@@ -1,6 +1,6 @@
 """Admission at a limit, one trial after another, by models of tables of real trials.
 
-Used by ``footprint_footprint.py``, which says what the tables are.
+Used by ``footprint_models.py``, which says what the tables are.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 
 from optuna_quota import Footprint
 from optuna_quota import Usage
-from optuna_quota._footprint.predictive import Predictive
-from optuna_quota._footprint.rows import FootprintRow
+from optuna_quota._footprint.observations import Observation
+from optuna_quota._footprint.resource_model import Predictive
 
 
 # Over-limit points refused, at least, and fitting ones refused, at most, in percent.
@@ -27,7 +27,7 @@ ADMISSION = {"memory": (90.0, 3.0), "wall_time": (80.0, 8.0)}
 _REFUSED_ABOVE = 0.5
 
 
-def stopped(row: FootprintRow, resource: str, limit: float) -> FootprintRow:
+def stopped(row: Observation, resource: str, limit: float) -> Observation:
     """Return what is seen of a trial that is stopped at a limit."""
     amounts: dict[str, Any] = row.usage.amounts()
     # When a trial reaches its memory is not in the tables: half-way.
@@ -36,7 +36,7 @@ def stopped(row: FootprintRow, resource: str, limit: float) -> FootprintRow:
         amounts[name] *= share
     amounts[resource] = limit * 1.001
     held = {"wall_time", "cpu_time", resource}
-    return FootprintRow(row.params, row.distributions, Usage(**amounts), frozenset(held))
+    return Observation(row.params, row.distributions, Usage(**amounts), frozenset(held))
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def admission(path: Path, shuffle: int) -> list[Admitted]:
     return found
 
 
-Judge = Callable[[Sequence[FootprintRow], FootprintRow, str], Predictive]
+Judge = Callable[[Sequence[Observation], Observation, str], Predictive]
 
 
 class _Learned:
@@ -77,7 +77,7 @@ class _Learned:
         self._footprint: Footprint | None = None
         self._searched = self._fitted = 0
 
-    def __call__(self, rows: Sequence[FootprintRow], row: FootprintRow, name: str) -> Predictive:
+    def __call__(self, rows: Sequence[Observation], row: Observation, name: str) -> Predictive:
         n = len(rows)
         if n > self._fitted:
             refit = n >= min(self._searched * 1.2, self._searched + 10)
@@ -87,7 +87,7 @@ class _Learned:
         return self._footprint.expected([row.params])[name]
 
 
-def _least_squares(rows: Sequence[FootprintRow], row: FootprintRow, name: str) -> Predictive:
+def _least_squares(rows: Sequence[Observation], row: Observation, name: str) -> Predictive:
     return by_least_squares(rows, [row])[name]
 
 
@@ -95,7 +95,7 @@ def admit_in_turn(
     workload: Workload, resource: str, limit: float, judge: Judge
 ) -> tuple[int, int, int, int]:
     counts = np.zeros(4, dtype=int)
-    rows: list[FootprintRow] = []
+    rows: list[Observation] = []
     for row in workload.rows:
         over = (row.usage.get(resource) or 0.0) > limit
         if len(rows) >= 8:

@@ -2,7 +2,7 @@
 
     python benchmarks/footprint_constants.py --tables DIRECTORY [--shuffles N]
 
-For the tables see ``footprint_footprint.py``. Two choices. What noise is expected before any trial
+For the tables see ``footprint_models.py``. Two choices. What noise is expected before any trial
 told of it: the score is the mean pinball loss of the logarithm over five quantiles, beside that of
 the first candidate. How the spread is calibrated: the score is the squared distance of the 95%
 bounds' coverage from 95%, summed over resources and numbers of trials. Each line gives what the
@@ -28,22 +28,22 @@ from footprint_tables import Workload
 import numpy as np
 
 from optuna_quota import Footprint
-from optuna_quota._footprint import fitting
+from optuna_quota._footprint import fit
 from optuna_quota._footprint import resource_model
-from optuna_quota._footprint.chained_model import ChainedModel
-from optuna_quota._footprint.predictive import Predictive
+from optuna_quota._footprint.fit import ChainedModel
+from optuna_quota._footprint.resource_model import Predictive
 
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # Constant, the resource that it bears on, candidates.
 NOISES = (
-    ("_QUIET", "memory", (-2.5, -3.5, -4.5)),
-    ("_LOUD", "wall_time", (-2.5, -1.75, -1.0, -0.5)),
+    ("_PEAK_NOISE", "memory", (-2.5, -3.5, -4.5)),
+    ("_RATIO_NOISE", "wall_time", (-2.5, -1.75, -1.0, -0.5)),
 )
 CALIBRATIONS = {
-    "_OPTIMISM": (1.0, 1.05, 1.1, 1.17),
-    "_UNKNOWN": (4.0, 8.0, 12.0),
-    "_FLAT": (0.1, 0.2, 0.4),
+    "_LEAVE_ONE_OUT_BIAS": (1.0, 1.05, 1.1, 1.17),
+    "_FEW_TRIALS_WIDENING": (4.0, 8.0, 12.0),
+    "_COMMON_SHARE": (0.1, 0.2, 0.4),
 }
 
 
@@ -86,7 +86,7 @@ def choose_noise(workloads: Sequence[Workload], shuffles: int) -> None:
         losses: dict[float, dict[tuple[str, int], list[float]]] = {}
         for value in candidates:
             cells = losses.setdefault(value, {})
-            with constants(fitting, {constant: value}):
+            with constants(fit, {constant: value}):
                 for workload, n, footprint in fits(workloads, shuffles):
                     loss = pinball(
                         ahead(workload, n, footprint)[resource], workload.amounts(resource)[n:]
@@ -105,7 +105,7 @@ def choose_noise(workloads: Sequence[Workload], shuffles: int) -> None:
             for value in candidates
             for w in workloads
         }
-        shipped = getattr(fitting, constant)
+        shipped = getattr(fit, constant)
         print(f"\n## {constant} (shipped {shipped}), loss beside that of {candidates[0]}\n")
         for name, chosen in left_out(workloads, scores, candidates):
             print(

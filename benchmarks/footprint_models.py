@@ -4,7 +4,7 @@ Each file is one workload, one JSON object a line: `params`, `distributions`, `w
 `peak_rss_bytes`. The trials are shuffled; a model is fitted on the first n, each fit starting from
 the one before as in a study, and judged on the rest.
 
-    python benchmarks/footprint_footprint.py --tables DIRECTORY [--quick] [--only WORKLOAD]
+    python benchmarks/footprint_models.py --tables DIRECTORY [--quick] [--only WORKLOAD]
         [--parts bounds,admission,projections,costs] [--jobs N]
 
 A figure is taken over the workloads in each shuffle; shown are its median over the shuffles and
@@ -40,7 +40,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 
-from optuna_quota._footprint.learner import Learner
+from optuna_quota._footprint.online import Learner
 
 
 COVERAGE = (93.0, 97.0)

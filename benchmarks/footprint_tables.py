@@ -1,6 +1,6 @@
 """Tables of real trials, and how bounds and projections of models of them turn out.
 
-Used by ``footprint_footprint.py``, which says what the tables are.
+Used by ``footprint_models.py``, which says what the tables are.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from optuna_quota import project
 from optuna_quota import Strategy
 from optuna_quota import Usage
 from optuna_quota._footprint.features import Features
-from optuna_quota._footprint.predictive import Predictive
-from optuna_quota._footprint.rows import FootprintRow
-from optuna_quota._footprint.whereabouts import next_points
+from optuna_quota._footprint.future_points import draw_future_points
+from optuna_quota._footprint.observations import Observation
+from optuna_quota._footprint.resource_model import Predictive
 
 
 RESOURCES = ("memory", "cpu_time", "wall_time")
@@ -36,7 +36,7 @@ LEVEL = 0.95
 @dataclass(frozen=True)
 class Workload:
     name: str
-    rows: list[FootprintRow]
+    rows: list[Observation]
 
     def amounts(self, resource: str) -> np.ndarray:
         return np.array([row.usage.get(resource) for row in self.rows], dtype=float)
@@ -59,11 +59,11 @@ def read_workload(path: Path) -> Workload:
         usage = Usage(
             memory=trial["peak_rss_bytes"], wall_time=trial["wall_s"], cpu_time=trial["cpu_s"]
         )
-        rows.append(FootprintRow(trial["params"], space, usage))
+        rows.append(Observation(trial["params"], space, usage))
     return Workload(path.stem, rows)
 
 
-def by_mean(train: Sequence[FootprintRow], test: Sequence[FootprintRow]) -> dict[str, Predictive]:
+def by_mean(train: Sequence[Observation], test: Sequence[Observation]) -> dict[str, Predictive]:
     found = {}
     for name in RESOURCES:
         logs = np.log([row.usage.get(name) or 0.0 for row in train])
@@ -74,7 +74,7 @@ def by_mean(train: Sequence[FootprintRow], test: Sequence[FootprintRow]) -> dict
 
 
 def by_least_squares(
-    train: Sequence[FootprintRow], test: Sequence[FootprintRow]
+    train: Sequence[Observation], test: Sequence[Observation]
 ) -> dict[str, Predictive]:
     features = Features.of([row.distributions for row in train])
     columns, others = (
@@ -174,7 +174,7 @@ def _projected(
     found = []
     k, rows = labels["n"], workload.rows
     ahead = {
-        "points not known": next_points(rows[:k], 128, adaptive=False),
+        "points not known": draw_future_points(rows[:k], 128, adaptive=False),
         "points known": [row.params for row in rows[k:]],
     }
     for model, points in ahead.items():

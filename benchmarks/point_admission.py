@@ -49,9 +49,9 @@ from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaSampler
 from optuna_quota import Usage
-from optuna_quota._footprint import learner
-from optuna_quota._footprint.rows import footprint_row
-from optuna_quota._footprint.rows import FootprintRow
+from optuna_quota._footprint import online
+from optuna_quota._footprint.observations import Observation
+from optuna_quota._footprint.observations import read_observation
 from optuna_quota._sampler.candidates import replacement_for
 
 
@@ -149,9 +149,9 @@ class Objective:
         raise optuna.TrialPruned
 
 
-def work_alone(trial: optuna.trial.FrozenTrial) -> FootprintRow | None:
+def work_alone(trial: optuna.trial.FrozenTrial) -> Observation | None:
     """Return what a row tells of the work; this process's own time and memory cost a fit each."""
-    row = footprint_row(trial)
+    row = read_observation(trial)
     if row is None or row.usage.get("work") is None:
         return None
     return replace(row, usage=Usage(custom=row.usage.custom))
@@ -177,7 +177,7 @@ def run(task: tuple[str, str, str, int, float]) -> Outcome:
         import torch
 
         torch.set_num_threads(1)
-    learner.footprint_row = work_alone  # type: ignore[assignment]
+    online.read_observation = work_alone  # type: ignore[assignment]
     surface = SURFACES[name]()
     objective = Objective(surface, policy, sampler, budget * surface.limit)
 

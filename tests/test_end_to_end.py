@@ -71,9 +71,8 @@ def test_the_lines_of_the_readme(study: optuna.Study, strict: bool, tmp_path: Pa
     ran = table[table["outcome"].isin(["completed", "terminated"])]
     assert len(ran) >= 10
     assert ran["memory"].notna().all()
-    if strict:
-        # By default the meter judges and not the kernel: a short trial may be over before that.
-        assert (ran["memory"] < 320 * MIB).all()
+    # By default the meter judges and not the kernel: on a busy host it is some milliseconds late.
+    assert (ran["memory"] < (320 if strict else 380) * MIB).all()
     assert (ran["isolation"] == "process").all(), ran.to_string()
     completed = table[table["outcome"] == "completed"]
     # What the objective holds is seen: the peaks grow with what it was told to hold.

@@ -20,7 +20,7 @@ from optuna_quota._analysis.fronts import best_numbers
 from optuna_quota._analysis.fronts import is_feasible
 from optuna_quota._analysis.summary import summarize
 from optuna_quota._footprint.footprint import Footprint
-from optuna_quota._footprint.rows import footprint_row
+from optuna_quota._footprint.observations import read_observation
 from optuna_quota._utilization.data import study_data
 from optuna_quota._utilization.data import StudyData
 from optuna_quota._utilization.model import fit_models
@@ -101,7 +101,7 @@ class UtilizationReport:
     def footprint(self) -> Footprint:
         """What was learned of footprints, for ``QuotaSampler(footprint=…)`` of a next study."""
         trials = self.study.get_trials(deepcopy=False)
-        rows = [footprint_row(t) for t in trials if t.number in self._numbers]
+        rows = [read_observation(t) for t in trials if t.number in self._numbers]
         return Footprint.fit([row for row in rows if row is not None])
 
     @cached_property

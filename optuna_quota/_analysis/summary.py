@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 import math
 import textwrap
@@ -12,13 +14,15 @@ from typing import TYPE_CHECKING
 
 from optuna_quota._analysis.correlations import claims
 from optuna_quota._analysis.correlations import MIN_TRIALS
-from optuna_quota._footprint.vetoes import count_vetoes
+from optuna_quota._records import PROPOSED
+from optuna_quota._records import read_record
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import OUTCOMES
 
 
 if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
     import pandas as pd
 
     from optuna_quota._analysis.advice import Advice
@@ -52,9 +56,38 @@ def head(report: UtilizationReport) -> Iterator[str]:
         f"Study {report.study.study_name!r}: {counted(sum(counts.values()), 'trial')} finished: "
         f"{ended}."
     )
-    vetoes = count_vetoes(report.study.get_trials(deepcopy=False))
-    if vetoes.total:
-        yield from wrap(str(vetoes))
+    refused = refused_points(report.study.get_trials(deepcopy=False))
+    if refused:
+        yield from wrap(refused)
+
+
+def refused_points(trials: Iterable[FrozenTrial]) -> str:
+    """Say what became of the points refused before finished trials; empty when none was.
+
+    An audited point ran although it was refused. It counts only if its trial completed or breached
+    a limit: one that stopped for another reason says nothing of the refusal.
+    """
+    counts: Counter[str] = Counter()
+    for trial in trials:
+        note = trial.user_attrs.get(PROPOSED)
+        action = note.get("action") if isinstance(note, Mapping) else None
+        if not trial.state.is_finished() or not isinstance(action, str):
+            continue
+        if action == "audited":
+            record = read_record(trial)
+            if record.breach is None and record.outcome != "completed":
+                continue
+            counts["wrong"] += record.breach is None
+        counts[action] += 1
+    parts = [f"{counts[kind]} {kind}" for kind in ("redrawn", "moved", "rejected") if counts[kind]]
+    audited, wrong = counts["audited"], counts["wrong"]
+    if audited:
+        parts.append(
+            f"{audited} run all the same as an audit, {wrong} of which stayed within the limits "
+            f"({wrong / audited:.0%} false refusals)"
+        )
+    total = sum(counts[kind] for kind in ("redrawn", "moved", "rejected", "audited"))
+    return f"Points refused: {total} ({', '.join(parts)})." if total else ""
 
 
 def usage_lines(report: UtilizationReport) -> Iterator[str]:

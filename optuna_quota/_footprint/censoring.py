@@ -1,7 +1,7 @@
 """Terminated trials as lower bounds, by expectation propagation.
 
 A trial that was stopped at z used more than z. Its likelihood under a Gaussian observation is
-Φ((f - z) / σ). Expectation propagation (Minka, 2001; Rasmussen and Williams, section 3.6)
+Φ((f - z) / σ). BaseFootprint propagation (Minka, 2001; Rasmussen and Williams, section 3.6)
 replaces it by a Gaussian observation of f with a mean and a variance of its own, such that one
 far below what the others say carries next to no weight, and one far above pulls hard.
 """

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import math
 from typing import Any
+from typing import Protocol
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.chained_model import ChainedModel
 from optuna_quota._footprint.features import Features
-from optuna_quota._footprint.fitting import fit_models
-from optuna_quota._footprint.footprint_json import Contents
-from optuna_quota._footprint.footprint_json import dump
-from optuna_quota._footprint.footprint_json import load
-from optuna_quota._footprint.footprint_json import Point
-from optuna_quota._footprint.points import chosen
-from optuna_quota._footprint.predictive import Predictive
-from optuna_quota._footprint.rows import FootprintRow
+from optuna_quota._footprint.fit import ChainedModel
+from optuna_quota._footprint.fit import fit_models
+from optuna_quota._footprint.observations import chosen
+from optuna_quota._footprint.observations import Observation
+from optuna_quota._footprint.resource_model import Predictive
+from optuna_quota._footprint.serialization import Contents
+from optuna_quota._footprint.serialization import dump
+from optuna_quota._footprint.serialization import load
+from optuna_quota._footprint.serialization import Point
 from optuna_quota._records import Interval
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import Limits
@@ -26,6 +28,36 @@ from optuna_quota._resources import Limits
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+
+class BaseFootprint(Protocol):
+    """What a point is expected to use of each resource."""
+
+    @property
+    def points(self) -> Sequence[Mapping[str, Any]]:
+        """Points that the footprint knows of; a projection draws from them."""
+
+    def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
+        """Return lower, median and upper of each resource at a point, in SI base units."""
+
+    def breaches(
+        self, points: Sequence[Mapping[str, Any]], limits: Limits
+    ) -> dict[str, np.ndarray]:
+        """Return the probability of each breach at points, by resource, ``(n_points,)``."""
+
+    def draw(
+        self, points: Sequence[Mapping[str, Any]], count: int, seed: int
+    ) -> dict[str, np.ndarray]:
+        """Return joint draws of each resource at points, shape ``(count, n_points)``."""
+
+    def predict(self, params: Mapping[str, Any]) -> DataFrame:
+        """Return the intervals as a DataFrame indexed by resource."""
+        return interval_table(self.intervals(params))
+
+    def probability(self, params: Mapping[str, Any], limits: Limits) -> float:
+        """Return the probability that a point breaches any of the limits."""
+        breaches = self.breaches([params], limits)
+        return joint_breach({name: float(each[0]) for name, each in breaches.items()})
 
 
 class Footprint:
@@ -56,7 +88,7 @@ class Footprint:
     @classmethod
     def fit(
         cls,
-        rows: Sequence[FootprintRow],
+        rows: Sequence[Observation],
         *,
         confidence: float = 0.95,
         start: Footprint | None = None,
@@ -81,9 +113,14 @@ class Footprint:
         columns = features.encode([row.params for row in rows])
         alike = start is not None and start._features == features
         models = fit_models(columns, rows, start._models if start and alike else {}, refit)
-        held = {name for name, model in models.items() if getattr(model, "unsure_held", False)}
+        held = {
+            name
+            for name, model in models.items()
+            if getattr(model, "pruned_peaks_censored", False)
+        }
         points = tuple(
-            Point(row.params, row.usage, row.censored | (row.unsure & held)) for row in rows
+            Point(row.params, row.usage, row.censored | (row.maybe_censored & held))
+            for row in rows
         )
         return cls(Contents(features, points, models, confidence))
 
@@ -119,13 +156,22 @@ class Footprint:
         """Return what a point is expected to use.
 
         Args:
-            params: Value of each hyperparameter; one that is missing is taken as unknown.
+            params: Value of each hyperparameter; a missing one counts as unknown.
 
         Returns:
             A DataFrame indexed by resource with columns ``lower``, ``median`` and ``upper``, in SI
             base units.
         """
         return interval_table(self.intervals(params))
+
+    def probability(self, params: Mapping[str, Any], limits: Limits) -> float:
+        """Return the probability that a point breaches any of the limits.
+
+        Times rise and fall together, so the likeliest breach among them counts; memory is taken
+        as independent of them. A resource without any data is not expected to be breached.
+        """
+        breaches = self.breaches([params], limits)
+        return joint_breach({name: float(each[0]) for name, each in breaches.items()})
 
     def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
         """Return what :meth:`predict` returns, as plain values by resource."""
@@ -136,15 +182,6 @@ class Footprint:
             )
             found[name] = Interval(low, middle, high)
         return found
-
-    def probability(self, params: Mapping[str, Any], limits: Limits) -> float:
-        """Return the probability that a point breaches any of the limits.
-
-        Times rise and fall together, so the likeliest breach among them counts; memory is taken
-        as independent of them. A resource that no trial told of is not expected to be breached.
-        """
-        breaches = self.breaches([params], limits)
-        return joint_breach({name: float(each[0]) for name, each in breaches.items()})
 
     def breaches(
         self, points: Sequence[Mapping[str, Any]], limits: Limits
@@ -193,13 +230,10 @@ class Footprint:
 
 
 def joint_breach(breaches: Mapping[str, float]) -> float:
-    """Return the probability of any breach from those of each resource."""
+    """Return the probability of any breach at one point from those of each resource."""
     times = [p for name, p in breaches.items() if not get_resource(name).peak]
     peaks = [p for name, p in breaches.items() if get_resource(name).peak]
-    fits = 1 - max(times, default=0.0)
-    for probability in peaks:
-        fits *= 1 - probability
-    return 1 - fits
+    return 1 - math.prod((1 - p for p in peaks), start=1 - max(times, default=0.0))
 
 
 def interval_table(intervals: Mapping[str, Interval]) -> DataFrame:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
 from functools import cached_property
+from functools import lru_cache
 
 import numpy as np
 
@@ -17,25 +18,81 @@ from optuna_quota._footprint.gaussian_process import fit_hyperparameters
 from optuna_quota._footprint.gaussian_process import GaussianProcess
 from optuna_quota._footprint.gaussian_process import Hyperparameters
 from optuna_quota._footprint.gaussian_process import NOISE
-from optuna_quota._footprint.predictive import Predictive
+
+
+# Amounts are e^center; beyond this a float would overflow.
+_MAX_EXPONENT = 600.0
+
+
+@dataclass(frozen=True)
+class Predictive:
+    """``floor + exp(center + spread · T)`` at each point, T of Student's t distribution.
+
+    Attributes:
+        floor: What every trial uses, such as the memory of the bare process; SI base units. One
+            for all points, or one each.
+        center: Shape ``(n_points,)``.
+        spread: Shape ``(n_points,)``; 0 where the amount is certain.
+        df: Degrees of freedom.
+    """
+
+    floor: float | np.ndarray
+    center: np.ndarray
+    spread: np.ndarray
+    df: float
+
+    @classmethod
+    def certain(cls, amounts: np.ndarray) -> Predictive:
+        """Return a distribution without any spread."""
+        with np.errstate(divide="ignore"):
+            return cls(0.0, np.log(amounts), np.zeros(len(amounts)), np.inf)
+
+    def times(self, factor: np.ndarray) -> Predictive:
+        """Return the distribution of ``factor``, positive, times the amounts."""
+        return Predictive(self.floor * factor, self.center + np.log(factor), self.spread, self.df)
+
+    def quantile(self, probability: float) -> np.ndarray:
+        """Return the amounts undercut with a probability, nonnegative."""
+        away = self.spread * _t_quantile(probability, self.df) if probability != 0.5 else 0.0
+        logs = np.minimum(self.center + away, _MAX_EXPONENT)
+        return np.asarray(np.maximum(self.floor + np.exp(logs), 0.0))
+
+    def above(self, limit: float) -> np.ndarray:
+        """Return the probability of an amount over ``limit``."""
+        from scipy.special import stdtr
+
+        with np.errstate(divide="ignore"):
+            away = np.log(np.maximum(limit - self.floor, 0.0)) - self.center
+        safe = np.where(self.spread > 0, self.spread, 1.0)
+        uncertain = 1 - stdtr(self.df if np.isfinite(self.df) else 1e9, away / safe)
+        # A certain amount exactly at the limit fits: the tolerance is that of exp(log(x)).
+        return np.asarray(np.where(self.spread > 0, uncertain, away < -1e-9))
+
+
+@lru_cache(maxsize=256)
+def _t_quantile(probability: float, df: float) -> float:
+    from scipy.special import ndtri
+    from scipy.special import stdtrit
+
+    return float(stdtrit(df, probability) if np.isfinite(df) else ndtri(probability))
 
 
 # Candidate floors, as shares of the smallest amount seen.
 FLOORS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
 # A floor is worth a search of hyperparameters of its own where its log density without one comes
 # so close to the best.
-_CLOSE = 3.0
+_FLOOR_MARGIN = 3.0
 _TINY_SCALE = 0.02
 # Leaving one out is a little too sure: the hyperparameters have seen it. This, the share below and
 # the weight of what is not known were chosen with each of six workloads left out in turn
 # (benchmarks/footprint_constants.py).
-_OPTIMISM = 1.05
+_LEAVE_ONE_OUT_BIAS = 1.05
 # Share of the residuals' common size in the spread, beside the model's own deviation at the point.
-_FLAT = 0.2
+_COMMON_SHARE = 0.2
 # A common size that is smaller than the model's own by more than this is taken for luck.
-_LUCK = 0.8
+_MIN_RATIO = 0.8
 # The fewer trials, the less is known of the hyperparameters, for which the spread is wider.
-_UNKNOWN = 8.0
+_FEW_TRIALS_WIDENING = 8.0
 # Deviation of the logarithm assumed of a resource of which next to nothing is known, weighing as
 # much as two trials.
 _PRIOR_SCALE = 0.8
@@ -46,7 +103,7 @@ _FEWEST = 4
 # From ten trials on it hardly matters (2 to 20 give the same); after five, 2 would hold too seldom
 # and 6 make the interval twice as wide for the same median.
 _FARTHEST = 3.0
-_LARGEST = 300.0
+_MAX_DRAWN_EXPONENT = 300.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +118,7 @@ class ResourceModel:
         sites: Standardised observations, censored ones replaced.
         censored: True where a trial was stopped.
         hyperparameters: Of the Gaussian process.
-        unsure_held: Whether peaks of pruned trials count among the stopped ones.
+        pruned_peaks_censored: Whether peaks of pruned trials count among the stopped ones.
     """
 
     columns: np.ndarray
@@ -71,7 +128,7 @@ class ResourceModel:
     sites: Sites
     censored: np.ndarray
     hyperparameters: Hyperparameters
-    unsure_held: bool = False
+    pruned_peaks_censored: bool = False
     process: GaussianProcess = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -112,7 +169,9 @@ class ResourceModel:
         away = heavy * (away + generator.standard_normal((count, 1)) * common)
         away += own * generator.standard_normal((count, n))
         logs = self.location + self.scale * (mean + np.clip(away, -_FARTHEST, _FARTHEST))
-        return np.asarray(np.maximum(self.floor + np.exp(np.minimum(logs, _LARGEST)), 0.0))
+        return np.asarray(
+            np.maximum(self.floor + np.exp(np.minimum(logs, _MAX_DRAWN_EXPONENT)), 0.0)
+        )
 
     @property
     def known(self) -> int:
@@ -141,9 +200,11 @@ class ResourceModel:
         if n < 3:
             return 0.0, 1.0, (1 + 1 / n) ** 0.5
         flat = float(np.sqrt(np.mean(residual**2)))
-        ratio = max(float(np.sqrt(np.mean((residual / own) ** 2))), _LUCK)
-        widened = _OPTIMISM * ((1 + 1 / n) * (1 + _UNKNOWN / max(n, _FEW))) ** 0.5
-        return _FLAT * flat, (1 - _FLAT) * ratio, widened
+        ratio = max(float(np.sqrt(np.mean((residual / own) ** 2))), _MIN_RATIO)
+        widened = (
+            _LEAVE_ONE_OUT_BIAS * ((1 + 1 / n) * (1 + _FEW_TRIALS_WIDENING / max(n, _FEW))) ** 0.5
+        )
+        return _COMMON_SHARE * flat, (1 - _COMMON_SHARE) * ratio, widened
 
     def _leave_one_out(self) -> tuple[np.ndarray, np.ndarray]:
         residual, own = self.process.leave_one_out()
@@ -214,7 +275,7 @@ def fit_resource(
             return index in tried
         logs = np.log(amounts - candidates[index])
         screened = _with_logs(tried[best], columns, logs, censored, candidates[index])
-        return screened.score(amounts) > tried[best].score(amounts) - _CLOSE
+        return screened.score(amounts) > tried[best].score(amounts) - _FLOOR_MARGIN
 
     if start is None or len(start.columns) < _FEW:
         best = max(range(len(candidates)), key=score)

@@ -12,6 +12,7 @@ import faulthandler
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -25,6 +26,8 @@ from optuna_quota._isolation.child_trial import ChildTrial
 from optuna_quota._isolation.child_trial import MEASURE
 from optuna_quota._isolation.child_trial import TRIAL
 from optuna_quota._isolation.child_trial import TrialFacts
+from optuna_quota._isolation.control import BeginMonitoring
+from optuna_quota._isolation.control import ObjectiveBegins
 from optuna_quota._isolation.environment import enter_context
 from optuna_quota._isolation.environment import ProcessContext
 from optuna_quota._isolation.environment import seed
@@ -147,10 +150,12 @@ class Inherited:
 
     Attributes:
         start: What others are sent.
+        order: What their supervisor is sent.
         objective: The objective itself.
     """
 
     start: Start
+    order: BeginMonitoring
     objective: Any
 
 
@@ -161,7 +166,7 @@ _stop: PoliteStop | None = None
 def run_child(
     channel: Channel,
     *,
-    notice: int | None = None,
+    link: socket.socket | None = None,
     crash_file: int | None = None,
     inherited: Inherited | None = None,
     streams: bool = False,
@@ -170,14 +175,15 @@ def run_child(
 
     Args:
         channel: The connection to the study's process.
-        notice: Where the supervisor says why it stops the trial, before it sends SIGTERM.
+        link: The connection to the supervisor, which says why it stops the trial before it sends
+            a signal.
         crash_file: A descriptor for Python's traceback when the process dies of a signal.
         inherited: What the process has inherited; without it, the start message is received.
         streams: Whether standard output, standard error and other open files are sent before the
             start message.
     """
     global _calls, _stop
-    _stop = stop = PoliteStop(notice)
+    _stop = stop = PoliteStop(link)
     stop.install()
     _calls = Calls(channel, stop)
     own, grace_period = os.getpid(), 0.0
@@ -197,9 +203,8 @@ def run_child(
             os.environ.update(start.context.added)
         apply_output_settings(start.output, _calls)
         rlimits.raise_oom_score()
-        supervisor = None if notice is None else os.getppid()
         objective = None if inherited is None else inherited.objective
-        outcome = _prepare_and_run(start, objective, buffers, supervisor)
+        outcome = _prepare_and_run(start, objective, buffers, link)
     except EOFError:
         return 1
     except BaseException as error:  # noqa: BLE001 - a stop before the objective was called
@@ -225,7 +230,7 @@ def _take_streams(channel: Channel) -> None:
 
 
 def _prepare_and_run(
-    start: Start, objective: Any, buffers: list[memoryview], supervisor: int | None
+    start: Start, objective: Any, buffers: list[memoryview], link: socket.socket | None
 ) -> Any:
     assert _calls is not None
     set_gpu_caps(start.limits.get("gpu_memory"), start.device_memory)
@@ -240,7 +245,12 @@ def _prepare_and_run(
     rlimits.reset_peak()
     restore_signals()
     end_preparation()
-    _calls.notify(Ready(os.getpid(), supervisor, _limit(start)))
+    data_limit = _limit(start)
+    supervisor = None
+    if link is not None:
+        supervisor = os.getppid()
+        link.send(pickle.dumps(ObjectiveBegins(data_limit)))
+    _calls.notify(Ready(os.getpid(), supervisor, data_limit))
     return _run(objective, trial)
 
 

@@ -15,35 +15,39 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Mind:
+class BeginMonitoring:
     """The trial's process is in use from now on.
+
+    Sent before the objective begins, with all that the supervisor needs then: it starts to measure
+    and enforce at the trial's own word (:class:`ObjectiveBegins`), however busy the study's
+    interpreter is.
 
     Attributes:
         grace_period: Seconds between the polite stop and the kill.
-    """
-
-    grace_period: float
-
-
-@dataclass(frozen=True)
-class Enforce:
-    """The objective is about to run: begin to measure and enforce.
-
-    Attributes:
         memory: The limit in bytes, None without one.
         quota: Whether it is what is left of a quota.
         elapsed: Seconds since the trial's start.
-        data_limit: The ``RLIMIT_DATA`` that the trial's process has set.
-        strict_memory: Whether it refuses what would pass the limit.
+        strict_memory: Whether the kernel refuses what would pass the limit.
         outsiders: How many processes outside of the trial hold, at least, what it was forked with.
     """
 
+    grace_period: float
     memory: float | None
     quota: bool
     elapsed: float
-    data_limit: int | None
     strict_memory: bool = False
     outsiders: int = 0
+
+
+@dataclass(frozen=True)
+class ObjectiveBegins:
+    """The trial's process has loaded the objective and calls it now; sent to the supervisor.
+
+    Attributes:
+        data_limit: The ``RLIMIT_DATA`` that it has set itself.
+    """
+
+    data_limit: int | None
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,7 @@ from optuna_quota._isolation.child import Returned
 from optuna_quota._isolation.child import Start
 from optuna_quota._isolation.child import Unsendable
 from optuna_quota._isolation.child_trial import TrialFacts
-from optuna_quota._isolation.control import Enforce
-from optuna_quota._isolation.control import Mind
+from optuna_quota._isolation.control import BeginMonitoring
 from optuna_quota._isolation.crashes import find_crash_series
 from optuna_quota._isolation.crashes import note_crash
 from optuna_quota._isolation.crashes import value_of_crash
@@ -208,8 +207,8 @@ class TrialRun:
         self._watch.on_breach(self._stop_early)
         try:
             with contextlib.suppress(ConnectionError):
-                launched.control.send(Mind(self._isolated.grace_period))
                 if start is not None:
+                    launched.control.send(self._order())
                     launched.channel.send(start)
                 if payload is not None:
                     payload.send_buffers(launched.channel)
@@ -286,7 +285,7 @@ class TrialRun:
     def _launch_fork(self) -> Launched:
         # Made before the fork: after it, each page that is touched here is copied.
         start = self._start(None, PreparedMain(MainModule(), is_made=True))
-        inherited = Inherited(start, self._isolated.objective)
+        inherited = Inherited(start, self._order(), self._isolated.objective)
         prepare_logging(reset=False)
         return launch_fork(_delegated_cgroup(), inherited)
 
@@ -319,16 +318,24 @@ class TrialRun:
         # the slice of a quota.
         return self._watch.hard_ceilings
 
-    def _on_ready(self, ready: Ready) -> Enforce:
+    def _order(self) -> BeginMonitoring:
         memory, quota = self._ceilings().get("memory", (None, False))
+        return BeginMonitoring(
+            self._isolated.grace_period,
+            memory,
+            quota,
+            self._watch.elapsed,
+            self._isolated.strict_memory,
+            self._outsiders,
+        )
+
+    def _on_ready(self, ready: Ready) -> None:
+        memory, _ = self._ceilings().get("memory", (None, False))
         self._watch.supervised = None if ready.supervisor is None else memory
         # It may have ended already: then there is nothing to meter, and its supervisor knows all.
         with contextlib.suppress(ProcessLookupError):
             self._watch.attach(ready.pid, ready.supervisor, self._outsiders)
         self._watch.on_breach(self._stop)
-        strict = self._isolated.strict_memory
-        elapsed, limit = self._watch.elapsed, ready.data_limit
-        return Enforce(memory, quota, elapsed, limit, strict, self._outsiders)
 
     @property
     def _outsiders(self) -> int:
@@ -421,7 +428,7 @@ class TrialRun:
             self._watch.gpu = GpuUse("framework")
         usage = Usage(memory=ended.memory, cpu_time=ended.cpu_time, gpu_memory=gpu_memory)
         self._watch.add_usage(usage)
-        self._watch.take_unseen_peak(ended.unseen_memory)
+        self._watch.record_unseen_peak(ended.unseen_memory)
 
     def _measure(self) -> None:
         """Read what the trial holds at the moment when an allocation on a GPU was refused."""

@@ -23,7 +23,6 @@ from optuna_quota._isolation.child import Unsendable
 from optuna_quota._isolation.child_trial import CHECK
 from optuna_quota._isolation.child_trial import MEASURE
 from optuna_quota._isolation.control import Breached
-from optuna_quota._isolation.control import Enforce
 from optuna_quota._isolation.control import Interrupt
 from optuna_quota._isolation.control import Kill
 from optuna_quota._isolation.control import Leave
@@ -56,7 +55,7 @@ class Server:
     Args:
         launched: The connections.
         remote: What the child may call.
-        on_ready: Called when the objective is about to run; returns what is to be enforced.
+        on_ready: Called when the objective is about to run.
         on_report: Called after a report with the step.
         on_outcome: Called when the objective has ended; returns the seconds that its process may
             take to end from then on, None for any time.
@@ -75,7 +74,7 @@ class Server:
         launched: Launched,
         remote: RemoteObjects,
         *,
-        on_ready: Callable[[Ready], Enforce],
+        on_ready: Callable[[Ready], None],
         on_report: Callable[[int], None],
         on_outcome: Callable[[], float | None],
         ask_breach: Callable[[], Breach | None],
@@ -206,9 +205,7 @@ class Server:
                 _logger.exception(f"What {self._label} printed or logged could not be passed on.")
         elif isinstance(message, Ready):
             self.data_limit = message.data_limit
-            enforce = self._on_ready(message)
-            with self._sending, contextlib.suppress(OSError):
-                self._launched.control.send(enforce)
+            self._on_ready(message)
         elif isinstance(message, (Returned, Raised, Exited, Unsendable)):
             with self._sending:
                 self.outcome = message

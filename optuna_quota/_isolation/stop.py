@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 from typing import Any
@@ -23,22 +24,22 @@ STOP_SIGNAL: int = signal.SIGRTMAX - 5 if hasattr(signal, "SIGRTMAX") else signa
 class PoliteStop:
     """Raises :class:`~optuna_quota.LimitBreached` when the supervisor says so, by a signal.
 
-    The supervisor writes the breach into a pipe before it sends the signal. While a message is
+    The supervisor sends the breach before it sends the signal. While a message is
     being exchanged, the exception waits: an exchange that was cut off would leave the connection
     out of step. For that, exchange within ``with stop:``.
 
     Args:
-        notice: The pipe's descriptor, non-blocking; None where there is none, so that every
-            SIGTERM is taken for a stop.
+        link: The connection to the supervisor, non-blocking; None where there is none, so that
+            every SIGTERM is taken for a stop.
 
     Attributes:
         told: Whether the objective was told to stop.
     """
 
-    def __init__(self, notice: int | None) -> None:
+    def __init__(self, link: socket.socket | None) -> None:
         self.told = False
         self._over = False
-        self._notice = notice
+        self._link = link
         self._held = 0
         self._pending: Breach | KeyboardInterrupt | None = None
         self._signalled = False
@@ -47,7 +48,7 @@ class PoliteStop:
 
     def install(self) -> None:
         """Listen for the signal."""
-        self._numbers = [signal.SIGTERM if self._notice is None else STOP_SIGNAL]
+        self._numbers = [signal.SIGTERM if self._link is None else STOP_SIGNAL]
         signal.signal(self._numbers[0], self._on_signal)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._uninstall)
@@ -85,9 +86,9 @@ class PoliteStop:
     def _on_signal(self, signum: int, frame: Any) -> None:
         if os.getpid() != self._pid:
             return
-        if self._notice is not None:
+        if self._link is not None:
             try:
-                self._pending = pickle.loads(os.read(self._notice, 1 << 16))
+                self._pending = pickle.loads(self._link.recv(1 << 16))
             except (OSError, EOFError):
                 # Somebody else's, or the second of two that came as one.
                 return

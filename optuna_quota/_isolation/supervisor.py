@@ -14,17 +14,18 @@ import pickle
 import resource
 import select
 import signal
+import socket
 import time
 
 from optuna_quota._isolation import processes
 from optuna_quota._isolation.cgroup import CgroupLeaf
 from optuna_quota._isolation.channel import Channel
+from optuna_quota._isolation.control import BeginMonitoring
 from optuna_quota._isolation.control import Breached
-from optuna_quota._isolation.control import Enforce
 from optuna_quota._isolation.control import Interrupt
 from optuna_quota._isolation.control import Kill
 from optuna_quota._isolation.control import Leave
-from optuna_quota._isolation.control import Mind
+from optuna_quota._isolation.control import ObjectiveBegins
 from optuna_quota._isolation.control import Paused
 from optuna_quota._isolation.control import StopFor
 from optuna_quota._isolation.ending import Ended
@@ -67,12 +68,14 @@ class Supervisor:
     Args:
         control: The connection to the study's process.
         child: The trial's process, a child of this one.
-        notice: Where the trial reads why it is stopped.
+        link: The connection to the trial's process, which says when its objective begins and
+            reads why it is stopped.
         parent: A pidfd of the study's process.
         crash_file: Where the trial's process writes its traceback when it dies of a signal.
         leaf: The trial's control group, None without one.
-        lends: Whether this process was forked from the study's, and the trial in turn: what they
-            have of its memory is the study's.
+        order: What is to be enforced, where that is known before the first message. Then this
+            process was forked from the study's, and the trial in turn: what they have of its
+            memory is the study's.
     """
 
     def __init__(
@@ -80,23 +83,24 @@ class Supervisor:
         control: Channel,
         child: int,
         *,
-        notice: int,
+        link: socket.socket,
         parent: int,
         crash_file: int,
         leaf: CgroupLeaf | None,
-        lends: bool = False,
+        order: BeginMonitoring | None = None,
     ) -> None:
         self._control = control
         self._child = child
         self._child_handle = os.pidfd_open(child)
-        self._notice = notice
+        self._link: socket.socket = link
         self._parent = parent
         self._crash_file = crash_file
         self._leaf = leaf
-        self._patience: float | None = None
-        self._gauge = _MemoryGauge(child, lends=lends)
+        self._gauge = _MemoryGauge(child, lends=order is not None)
         self._oom_kills = 0
-        self._enforce: Enforce | None = None
+        self._order: BeginMonitoring | None = None
+        self._ordered_at = 0.0
+        self._has_begun = False
         # Deadlines and limits on time leave out pauses, of this process and of the study's.
         self._clock = RunningClock()
         self._suspension = Suspension(parent)
@@ -113,11 +117,14 @@ class Supervisor:
         self._pause_told = False
         self._killer: Killer | None = None
         self._exitcode: int | None = None
+        if order is not None:
+            self._begin_monitoring(order)
 
     def run(self) -> Ended:
         """Mind the trial to its end."""
         poll = select.poll()
-        for handle in (self._control.fileno(), self._child_handle, self._parent):
+        link = self._link.fileno()
+        for handle in (self._control.fileno(), self._child_handle, self._parent, link):
             poll.register(handle, select.POLLIN)
         while True:
             wait = self._tick()
@@ -126,6 +133,10 @@ class Supervisor:
             self._clock.wake_up()
             if self._control.fileno() in ready or self._control.pending():
                 self._obey()
+            # After the first order, which is always sent before the objective can begin.
+            if link in ready:
+                poll.unregister(link)
+                self._begin()
             if self._parent in ready:
                 self._kill("request")
             if self._child_handle in ready or self._exitcode is not None:
@@ -137,7 +148,7 @@ class Supervisor:
         self._exitcode = processes.reap().get(self._child, self._exitcode)
         if self._exitcode is not None:
             return 0.0
-        if self._patience is None:
+        if self._order is None:
             return None
         now = self._clock()
         if self._is_suspended(now):
@@ -146,7 +157,7 @@ class Supervisor:
             self._kill(self._killer_then)
         self._watch_pause(now)
         wait = LONGEST_INTERVAL
-        if self._enforce is not None:
+        if self._has_begun:
             wait = self._watch_memory(now)
         if self._deadline is not None:
             wait = min(wait, max(0.0, self._deadline - now))
@@ -171,12 +182,8 @@ class Supervisor:
             # The study's process is gone, or doesn't want to hear of the trial any more.
             self._kill("request")
             return
-        if isinstance(order, Mind):
-            self._patience = order.grace_period
-            processes.be_on_time()
-            self._oom_kills = processes.count_oom_kills()
-        elif isinstance(order, Enforce):
-            self._begin(order)
+        if isinstance(order, BeginMonitoring):
+            self._begin_monitoring(order)
         elif isinstance(order, StopFor):
             self._stop(order.breach, order.grace_period)
         elif isinstance(order, Interrupt):
@@ -187,15 +194,27 @@ class Supervisor:
         elif isinstance(order, Kill):
             self._kill("request")
 
-    def _begin(self, order: Enforce) -> None:
-        self._enforce = order
+    def _begin_monitoring(self, order: BeginMonitoring) -> None:
+        self._order, self._ordered_at = order, self._clock()
         self._gauge.outsiders = order.outsiders
+        processes.be_on_time()
+        self._oom_kills = processes.count_oom_kills()
+
+    def _begin(self) -> None:
+        """Measure and enforce from now on, if the objective begins now."""
+        try:
+            begins = pickle.loads(self._link.recv(1 << 16))
+        except (OSError, EOFError):
+            return  # the trial has ended without
+        assert isinstance(begins, ObjectiveBegins) and self._order is not None
+        order = self._order
+        self._has_begun = True
         self._began = self._clock()
         if order.memory is None:
             return
-        if order.data_limit is not None:
+        if begins.data_limit is not None:
             self._data_limit = DataLimit(
-                self._child, order.memory, order.data_limit, strict=order.strict_memory
+                self._child, order.memory, begins.data_limit, strict=order.strict_memory
             )
         if self._leaf is not None:
             # The kernel kills where a trial that is told to stop goes on to grow as well.
@@ -205,8 +224,8 @@ class Supervisor:
 
     def _watch_memory(self, now: float) -> float:
         """Measure; stop the trial when it is over; return how long to wait."""
-        assert self._enforce is not None
-        limit = math.inf if self._enforce.memory is None else self._enforce.memory
+        assert self._order is not None
+        limit = math.inf if self._order.memory is None else self._order.memory
         is_told = self._breach is not None and self._breach.resource == "memory"
         if self._breach is not None and is_told:
             limit = max(limit, self._breach.observed) + GRACE_MARGIN
@@ -229,16 +248,16 @@ class Supervisor:
         return wait if self._data_limit is None else min(wait, max(0.0, self._data_due - now))
 
     def _find_breach(self, memory: float, limit: float, now: float) -> None:
-        assert self._enforce is not None and self._patience is not None
-        elapsed = self._enforce.elapsed + now - self._began
-        breach = Breach("memory", limit, memory, elapsed, quota=self._enforce.quota)
+        assert self._order is not None
+        elapsed = self._order.elapsed + now - self._ordered_at
+        breach = Breach("memory", limit, memory, elapsed, quota=self._order.quota)
         if self._is_told:
             # It was told to stop for something else already and goes on to grow.
             self._kill("breach")
             return
         with contextlib.suppress(OSError):
             self._control.send(Breached(breach))
-        self._stop(breach, self._patience)
+        self._stop(breach, self._order.grace_period)
 
     def _stop(self, breach: Breach, grace_period: float) -> None:
         if not self._is_told:
@@ -256,7 +275,7 @@ class Supervisor:
         self._killer_then = killer
         self._deadline = self._clock() + grace_period
         with contextlib.suppress(OSError):
-            os.write(self._notice, pickle.dumps(why))
+            self._link.send(pickle.dumps(why))
         for number in (STOP_SIGNAL, signal.SIGCONT):
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._child_handle, number)
@@ -272,7 +291,8 @@ class Supervisor:
 
     def _watch_pause(self, now: float) -> None:
         """Kill a process that was stopped by a signal and stays so: it would hang the study."""
-        assert self._patience is not None
+        assert self._order is not None
+        patience = self._order.grace_period
         if processes.state_of(self._child) != "T":
             self._paused_at, self._pause_told = None, False
         elif self._paused_at is None:
@@ -281,8 +301,8 @@ class Supervisor:
         elif not self._pause_told and now > self._paused_at + 2 * _SUSPENSION_PERIOD:
             self._pause_told = True
             with contextlib.suppress(OSError):
-                self._control.send(Paused(self._patience))
-        elif now - self._paused_at >= self._patience:
+                self._control.send(Paused(patience))
+        elif now - self._paused_at >= patience:
             self._kill("stopped")
 
     def _finish(self) -> Ended:

@@ -17,6 +17,7 @@ from optuna_quota._isolation.cgroup import CgroupLeaf
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.child import Inherited
 from optuna_quota._isolation.child import run_child
+from optuna_quota._isolation.control import BeginMonitoring
 from optuna_quota._isolation.control import Started
 from optuna_quota._isolation.job_signals import hold_signals
 from optuna_quota._isolation.job_signals import ignore_job_signals
@@ -74,19 +75,21 @@ def _supervise(
     os.setsid()
     ignore_job_signals()
     processes.become_subreaper()
-    notice_read, notice_write = os.pipe()
-    os.set_blocking(notice_read, False)
+    # Keeps messages apart, of which a signal handler reads one without waiting.
+    link, child_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child_link.setblocking(False)
     crash_file = os.memfd_create("optuna-quota-crash")
     leaf = _make_leaf(cgroup)
     supervisor = os.getpid()
     child = fork()
     if child == 0:
         code = 1
+        link.close()
         try:
             _enter_child(supervisor, leaf)
             hold_signals()
             if inherited is None:
-                kept = (channel, notice_read, crash_file, parent)
+                kept = (channel, child_link.fileno(), crash_file, parent)
                 _close_all_but(*kept, *_opened_by_modules)
             else:
                 # To go through what is inherited would copy its pages.
@@ -94,27 +97,28 @@ def _supervise(
             become_child(f"Trial-{supervisor}", parent)
             code = run_child(
                 Channel(socket.socket(fileno=channel)),
-                notice=notice_read,
+                link=child_link,
                 crash_file=crash_file,
                 inherited=inherited,
                 streams=inherited is None,
             )
         finally:
             os._exit(code)
-    _close_all_but(control, parent, notice_write, crash_file)
+    child_link.close()
+    _close_all_but(control, parent, link.fileno(), crash_file)
     commands = Channel(socket.socket(fileno=control))
-    lends = inherited is not None
-    _mind(commands, child, notice_write, parent, crash_file, leaf, lends)
+    order = None if inherited is None else inherited.order
+    _mind(commands, child, link, parent, crash_file, leaf, order)
 
 
 def _mind(
     control: Channel,
     child: int,
-    notice: int,
+    link: socket.socket,
     parent: int,
     crash_file: int,
     leaf: CgroupLeaf | None,
-    lends: bool,
+    order: BeginMonitoring | None,
 ) -> NoReturn:
     gc.disable()
     with contextlib.suppress(OSError):
@@ -122,11 +126,11 @@ def _mind(
     supervisor = Supervisor(
         control,
         child,
-        notice=notice,
+        link=link,
         parent=parent,
         crash_file=crash_file,
         leaf=leaf,
-        lends=lends,
+        order=order,
     )
     ended = supervisor.run()
     with contextlib.suppress(OSError):

@@ -25,6 +25,7 @@ from optuna_quota._ledger.reservation import reservation_object
 from optuna_quota._ledger.tables import Tables
 from optuna_quota._records import RESERVATION
 from optuna_quota._records import TrialRecord
+from optuna_quota._records import write_attributes
 from optuna_quota._records import write_record
 from optuna_quota._storage_retry import retry
 
@@ -122,7 +123,7 @@ class Rows:
             if tables is not None and tables.is_alone:
                 # The storage's own connection would wait for this one.
                 raise UpdateFinishedTrialError(f"The trial with id {trial_id} has finished.")
-            retry(lambda: self._storage.set_trial_system_attr(trial_id, RESERVATION, value))
+            write_attributes(self._storage, trial_id, system={RESERVATION: value})
 
     def take(self, trial_id: int, reservation: Reservation) -> bool:
         """Return whether an enqueued trial is this worker's, and nobody else's already.
@@ -148,7 +149,7 @@ class Rows:
         """
         tables = self._tables
         self.write(trial_id, reservation)
-        retry(lambda: write_record(self._storage, trial_id, record))
+        write_record(self._storage, trial_id, record)
         if tables is None:
             retry(lambda: self._storage.set_trial_state_values(trial_id, TrialState.FAIL))
         # On SQLite, Optuna reads the state and writes it in two steps.

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import optuna
+from optuna.trial import create_trial
+from optuna.trial import TrialState
 
 from optuna_quota import analyze
+from optuna_quota._analysis.summary import refused_points
 from tests.analysis_tests.studies import power_law_study
 
 
@@ -46,3 +50,35 @@ def test_str_is_the_summary() -> None:
 
     assert str(report) == report.summary()
     assert "10 trials" in repr(report)
+
+
+BREACH = {"resource": "memory", "limit": 1e9, "observed": 2e9, "seconds": 1.0}
+
+
+def trial_with(action: Any, outcome: str, **attrs: Any) -> optuna.trial.FrozenTrial:
+    state = TrialState.COMPLETE if outcome == "completed" else TrialState.PRUNED
+    attrs = {f"quota:{name}": value for name, value in attrs.items()}
+    return create_trial(
+        state=state,
+        value=1.0,
+        user_attrs={"quota:proposed": action, "quota:outcome": outcome, **attrs},
+    )
+
+
+def test_audits_give_the_rate_of_false_refusals() -> None:
+    trials = [
+        trial_with({"action": "redrawn"}, "completed"),
+        trial_with({"action": "moved"}, "completed"),
+        trial_with({"action": "rejected"}, "rejected"),
+        trial_with({"action": "audited"}, "completed"),
+        *[trial_with({"action": "audited"}, "terminated", breach=BREACH) for _ in range(3)],
+        trial_with({"action": "audited"}, "pruned"),
+        trial_with({"action": 7}, "completed"),
+        trial_with("junk", "completed"),
+        create_trial(value=1.0),
+    ]
+    assert refused_points(trials) == (
+        "Points refused: 7 (1 redrawn, 1 moved, 1 rejected, 4 run all the same as an audit, 1 of "
+        "which stayed within the limits (25% false refusals))."
+    )
+    assert refused_points([]) == ""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from optuna_quota._footprint.completions import whole_points
+from optuna_quota._footprint.search_space import certain_completions
 
 
 FLAT = [{"lr": 0.1, "width": 8}, {"lr": 0.2, "width": 16}]
@@ -49,4 +49,4 @@ LAYERS = [
 def test_whole_points(
     known: Mapping[str, Any], past: list[Mapping[str, Any]], expected: list[Mapping[str, Any]]
 ) -> None:
-    assert whole_points(known, past) == expected
+    assert certain_completions(known, past) == expected

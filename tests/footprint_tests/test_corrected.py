@@ -13,9 +13,9 @@ from optuna_quota import Limits
 from optuna_quota import project
 from optuna_quota import Strategy
 from optuna_quota import Usage
-from optuna_quota._footprint.corrected import CorrectedFootprint
-from optuna_quota._footprint.corrected import Correction
-from optuna_quota._footprint.given import GivenFootprint
+from optuna_quota._footprint.user_given import CalibratedFootprint
+from optuna_quota._footprint.user_given import FootprintCalibrator
+from optuna_quota._footprint.user_given import UserFootprint
 from tests.footprint_tests.test_footprint import draw_rows
 from tests.footprint_tests.test_footprint import truth
 
@@ -34,8 +34,8 @@ def nonsense(params: Mapping[str, Any]) -> Usage:
     return Usage(memory=1e9 * jump, wall_time=jump)
 
 
-def corrected(function: Any) -> CorrectedFootprint:
-    return Correction(GivenFootprint(function)).after(Footprint.fit(ROWS), ROWS)
+def corrected(function: Any) -> CalibratedFootprint:
+    return FootprintCalibrator(UserFootprint(function)).calibrate(Footprint.fit(ROWS), ROWS)
 
 
 def test_a_statement_that_is_off_by_a_factor_is_put_right_everywhere() -> None:
@@ -47,7 +47,7 @@ def test_a_statement_that_is_off_by_a_factor_is_put_right_everywhere() -> None:
         assert found[name].lower < amount < found[name].upper
         assert found[name].upper < 1.5 * found[name].median
     limits = Limits(memory=(expected.memory or 0) / 2)
-    assert GivenFootprint(a_third).probability(LARGE, limits) == 0
+    assert UserFootprint(a_third).probability(LARGE, limits) == 0
     assert corrected(a_third).probability(LARGE, limits) > 0.9
 
 

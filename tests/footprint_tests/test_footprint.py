@@ -17,9 +17,9 @@ from optuna_quota import Footprint
 from optuna_quota import Limits
 from optuna_quota import Usage
 from optuna_quota._footprint import resource_model
-from optuna_quota._footprint.earlier import earlier_rows
+from optuna_quota._footprint.observations import Observation
+from optuna_quota._footprint.online import transferred_observations
 from optuna_quota._footprint.resource_model import ResourceModel
-from optuna_quota._footprint.rows import FootprintRow
 
 
 SPACE: dict[str, BaseDistribution] = {
@@ -36,7 +36,7 @@ def truth(params: dict[str, Any]) -> Usage:
 
 def draw_rows(
     n: int, seed: int = 0, limits: Limits | None = None, noise: float = 0.01
-) -> list[FootprintRow]:
+) -> list[Observation]:
     generator = np.random.default_rng(seed)
     rows = []
     for _ in range(n):
@@ -54,7 +54,7 @@ def draw_rows(
             if amounts[name] > value
         }
         rows.append(
-            FootprintRow(params, SPACE, Usage(**{**amounts, **over}), frozenset(over or ()))
+            Observation(params, SPACE, Usage(**{**amounts, **over}), frozenset(over or ()))
         )
     return rows
 
@@ -102,13 +102,13 @@ def test_terminated_trials_are_lower_bounds() -> None:
     large = {"width": 700, "depth": 6, "kind": "b"}
     heeded = Footprint.fit(rows).intervals(large)["memory"].median
     taken = Footprint.fit(
-        [FootprintRow(row.params, row.distributions, row.usage) for row in rows]
+        [Observation(row.params, row.distributions, row.usage) for row in rows]
     ).intervals(large)["memory"]
     assert heeded > 2 * taken.median
     assert Footprint.fit(rows).probability(large, limits) > 0.9
 
 
-def _prune(rows: list[FootprintRow], share: float) -> list[FootprintRow]:
+def _prune(rows: list[Observation], share: float) -> list[Observation]:
     """Every third trial pruned at a share of what it would have used above 200 MB."""
     pruned = []
     for number, row in enumerate(rows):
@@ -116,7 +116,10 @@ def _prune(rows: list[FootprintRow], share: float) -> list[FootprintRow]:
             memory = 2e8 + share * ((row.usage.memory or 0.0) - 2e8)
             usage = Usage(memory=memory, wall_time=0.3 * (row.usage.wall_time or 0.0))
             row = replace(
-                row, usage=usage, censored=frozenset({"wall_time"}), unsure=frozenset({"memory"})
+                row,
+                usage=usage,
+                censored=frozenset({"wall_time"}),
+                maybe_censored=frozenset({"memory"}),
             )
         pruned.append(row)
     return pruned
@@ -130,7 +133,7 @@ def test_peaks_of_pruned_trials_that_grow_with_the_steps_are_lower_bounds() -> N
         assert found.median == pytest.approx(row.usage.memory, rel=0.2)
     # Carried on while hyperparameters are kept, and to the next study.
     kept = Footprint.fit([*rows, *draw_rows(3, seed=2)], start=footprint, refit=False)
-    again = Footprint.fit(earlier_rows(Footprint.from_json(footprint.to_json())))
+    again = Footprint.fit(transferred_observations(Footprint.from_json(footprint.to_json())))
     large = {"width": 700, "depth": 6, "kind": "b"}
     for other in (kept, again):
         assert other.intervals(large)["memory"].median == pytest.approx(
@@ -146,49 +149,49 @@ def test_peaks_of_pruned_trials_that_were_reached_are_values() -> None:
 
 def test_peaks_of_pruned_trials_are_values_while_next_to_none_completed() -> None:
     rows = [
-        replace(row, censored=frozenset({"wall_time"}), unsure=frozenset({"memory"}))
+        replace(row, censored=frozenset({"wall_time"}), maybe_censored=frozenset({"memory"}))
         for row in draw_rows(12)
     ]
     footprint = Footprint.fit([*rows, *draw_rows(2, seed=1)])
     assert not any("memory" in point.censored for point in footprint.contents.points)
 
 
-def _constant(rows: list[FootprintRow]) -> list[FootprintRow]:
-    return [FootprintRow(r.params, r.distributions, Usage(memory=1e9)) for r in rows]
+def _constant(rows: list[Observation]) -> list[Observation]:
+    return [Observation(r.params, r.distributions, Usage(memory=1e9)) for r in rows]
 
 
-def _zero(rows: list[FootprintRow]) -> list[FootprintRow]:
-    return [FootprintRow(r.params, r.distributions, Usage(gpu_time=0.0)) for r in rows]
+def _zero(rows: list[Observation]) -> list[Observation]:
+    return [Observation(r.params, r.distributions, Usage(gpu_time=0.0)) for r in rows]
 
 
-def _collinear(rows: list[FootprintRow]) -> list[FootprintRow]:
+def _collinear(rows: list[Observation]) -> list[Observation]:
     space = {**SPACE, "twin": SPACE["width"]}
-    return [FootprintRow({**r.params, "twin": r.params["width"]}, space, r.usage) for r in rows]
+    return [Observation({**r.params, "twin": r.params["width"]}, space, r.usage) for r in rows]
 
 
-def _single_valued(rows: list[FootprintRow]) -> list[FootprintRow]:
+def _single_valued(rows: list[Observation]) -> list[Observation]:
     space = {**SPACE, "one": FloatDistribution(2.0, 2.0), "only": CategoricalDistribution(["x"])}
-    return [FootprintRow({**r.params, "one": 2.0, "only": "x"}, space, r.usage) for r in rows]
+    return [Observation({**r.params, "one": 2.0, "only": "x"}, space, r.usage) for r in rows]
 
 
-def _no_params(rows: list[FootprintRow]) -> list[FootprintRow]:
-    return [FootprintRow({}, {}, r.usage) for r in rows]
+def _no_params(rows: list[Observation]) -> list[Observation]:
+    return [Observation({}, {}, r.usage) for r in rows]
 
 
-def _same_point(rows: list[FootprintRow]) -> list[FootprintRow]:
-    return [FootprintRow(rows[0].params, SPACE, r.usage) for r in rows]
+def _same_point(rows: list[Observation]) -> list[Observation]:
+    return [Observation(rows[0].params, SPACE, r.usage) for r in rows]
 
 
-def _all_stopped(rows: list[FootprintRow]) -> list[FootprintRow]:
+def _all_stopped(rows: list[Observation]) -> list[Observation]:
     usage = Usage(memory=1e9, wall_time=3.0)
-    return [FootprintRow(r.params, SPACE, usage, frozenset({"memory", "wall_time"})) for r in rows]
+    return [Observation(r.params, SPACE, usage, frozenset({"memory", "wall_time"})) for r in rows]
 
 
-def _changed_space(rows: list[FootprintRow]) -> list[FootprintRow]:
+def _changed_space(rows: list[Observation]) -> list[Observation]:
     wider = {**SPACE, "width": IntDistribution(1, 4096), "depth": CategoricalDistribution(["x"])}
     half = len(rows) // 2
     return rows[:half] + [
-        FootprintRow({**r.params, "depth": "x"}, wider, r.usage) for r in rows[half:]
+        Observation({**r.params, "depth": "x"}, wider, r.usage) for r in rows[half:]
     ]
 
 
@@ -206,7 +209,7 @@ def _changed_space(rows: list[FootprintRow]) -> list[FootprintRow]:
         _changed_space,
     ],
 )
-def test_it_survives(change: Callable[[list[FootprintRow]], list[FootprintRow]], n: int) -> None:
+def test_it_survives(change: Callable[[list[Observation]], list[Observation]], n: int) -> None:
     footprint = Footprint.fit(change(draw_rows(n)))
     for params in (
         {"width": 100, "depth": 3, "kind": "a"},
@@ -240,7 +243,7 @@ def test_confidence_must_be_a_probability_above_a_half(confidence: float) -> Non
         Footprint.fit([], confidence=confidence)
 
 
-def _with_idle_parameters(rows: list[FootprintRow], seed: int) -> list[FootprintRow]:
+def _with_idle_parameters(rows: list[Observation], seed: int) -> list[Observation]:
     generator = np.random.default_rng([seed, 1])
     names = [f"idle_{i}" for i in range(3)]
     space = {**SPACE, **{name: FloatDistribution(0.0, 1.0) for name in names}}
@@ -324,7 +327,7 @@ def test_floors_that_are_far_off_cost_no_search(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(resource_model, "fit_hyperparameters", counted)
     few = Footprint.fit(rows, start=start).contents.models["memory"]
     n_few = len(searched)
-    monkeypatch.setattr(resource_model, "_CLOSE", np.inf)
+    monkeypatch.setattr(resource_model, "_FLOOR_MARGIN", np.inf)
     all_beside = Footprint.fit(rows, start=start).contents.models["memory"]
     assert isinstance(few, ResourceModel)
     assert isinstance(all_beside, ResourceModel)

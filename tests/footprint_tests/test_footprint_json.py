@@ -16,7 +16,7 @@ import pytest
 from optuna_quota import Footprint
 from optuna_quota import Limits
 from optuna_quota import Usage
-from optuna_quota._footprint.rows import FootprintRow
+from optuna_quota._footprint.observations import Observation
 from tests.footprint_tests.test_footprint import draw_rows
 
 
@@ -40,7 +40,7 @@ def test_a_copy_predicts_exactly_the_same(footprint: Footprint, copy: Any) -> No
 
 def test_a_chain_of_clock_time_on_cpu_time_survives() -> None:
     rows = [
-        FootprintRow(
+        Observation(
             row.params,
             row.distributions,
             Usage(wall_time=row.usage.wall_time, cpu_time=(row.usage.wall_time or 0) * 0.5),
@@ -56,7 +56,7 @@ def test_a_chain_of_clock_time_on_cpu_time_survives() -> None:
 def test_odd_choices_are_kept_as_text() -> None:
     choices = CategoricalDistribution([None, True, "x", 2, 0.5])
     rows = [
-        FootprintRow({"odd": choice, "y": 2.0}, {"odd": choices, "y": FloatDistribution(1, 4)}, u)
+        Observation({"odd": choice, "y": 2.0}, {"odd": choices, "y": FloatDistribution(1, 4)}, u)
         for choice in choices.choices
         for u in (Usage(memory=1e8), Usage(memory=1.1e8))
     ]
@@ -74,7 +74,7 @@ def test_a_choice_that_json_can_not_keep_is_told_apart_and_survives(
     choices = [*others, odd]
     rows = [
         # One distribution each, as a storage returns them.
-        FootprintRow({"norm": c}, {"norm": CategoricalDistribution(choices)}, Usage(memory=amount))
+        Observation({"norm": c}, {"norm": CategoricalDistribution(choices)}, Usage(memory=amount))
         for c in choices
         for amount in ([4.0e9, 4.1e9, 4.2e9] if c is odd else [1.0e9, 1.1e9, 1.2e9])
     ]

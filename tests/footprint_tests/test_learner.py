@@ -14,16 +14,16 @@ import pytest
 from optuna_quota import Footprint
 from optuna_quota import Limits
 from optuna_quota import Usage
-from optuna_quota._footprint.earlier import earlier_rows
-from optuna_quota._footprint.learner import Learner
-from optuna_quota._footprint.points import CAP
-from optuna_quota._footprint.points import chosen
-from optuna_quota._footprint.rows import footprint_row
-from optuna_quota._footprint.rows import FootprintRow
+from optuna_quota._footprint.observations import CAP
+from optuna_quota._footprint.observations import chosen
+from optuna_quota._footprint.observations import Observation
+from optuna_quota._footprint.observations import read_observation
+from optuna_quota._footprint.online import Learner
+from optuna_quota._footprint.online import transferred_observations
 from tests.footprint_tests.test_footprint import draw_rows
 
 
-def trial_of(row: FootprintRow, state: TrialState = TrialState.COMPLETE) -> FrozenTrial:
+def trial_of(row: Observation, state: TrialState = TrialState.COMPLETE) -> FrozenTrial:
     attrs = {f"quota:{name}": value for name, value in row.usage.amounts().items()}
     return create_trial(
         state=state,
@@ -41,10 +41,10 @@ def test_each_finished_trial_is_read_once() -> None:
     running = trial_of(rows[0], TrialState.RUNNING)
     assert learner.learn([]) is None
     first = learner.learn([*trials[:10], running])
-    assert learner.usable == 10
+    assert learner.n_observations == 10
     assert learner.learn([*trials[:10], running]) is first
     learner.learn([*trials[:11], *trials[11:]])
-    assert learner.usable == 30
+    assert learner.n_observations == 30
 
 
 def test_rows_read_before_another_threads_are_not_read_again() -> None:
@@ -56,7 +56,7 @@ def test_rows_read_before_another_threads_are_not_read_again() -> None:
     # A thread that looked earlier comes later, with fewer rows than were read since.
     learner.learn(ended[:2])
     learner.learn(ended)
-    assert learner.usable == 4
+    assert learner.n_observations == 4
 
 
 def test_it_comes_to_what_a_fit_from_nothing_says() -> None:
@@ -78,7 +78,7 @@ def test_an_earlier_study_starts_the_next_one_and_is_corrected_by_it() -> None:
     assert learner.learn([]) is earlier
     # The other machine takes three times as long.
     slower = [
-        FootprintRow(r.params, r.distributions, Usage(wall_time=3 * (r.usage.wall_time or 0)))
+        Observation(r.params, r.distributions, Usage(wall_time=3 * (r.usage.wall_time or 0)))
         for r in draw_rows(6, seed=7)
     ]
     learned = learner.learn([trial_of(row) for row in slower])
@@ -93,7 +93,7 @@ def test_an_earlier_study_starts_the_next_one_and_is_corrected_by_it() -> None:
 
 def test_rows_of_an_earlier_study_give_the_same_columns() -> None:
     earlier = Footprint.fit(draw_rows(12))
-    again = Footprint.fit(earlier_rows(earlier))
+    again = Footprint.fit(transferred_observations(earlier))
     params = draw_rows(1, seed=9)[0].params
     names = [part.name for part in again.contents.features.parts]
     assert names == ["depth", "kind", "quota:earlier", "width"]
@@ -122,11 +122,11 @@ def test_five_thousand_trials_are_no_burden() -> None:
     learner = Learner()
     footprint = learner.learn(trials)
     assert footprint is not None
-    assert learner.usable == 5_000
+    assert learner.n_observations == 5_000
     assert len(footprint.points) <= CAP
 
 
-def row_of(state: TrialState, attrs: dict[str, Any]) -> FootprintRow | None:
+def row_of(state: TrialState, attrs: dict[str, Any]) -> Observation | None:
     usage = {"quota:memory": 1e9, "quota:wall_time": 5.0, "quota:cpu_time": 4.0}
     trial = create_trial(
         state=state,
@@ -135,7 +135,7 @@ def row_of(state: TrialState, attrs: dict[str, Any]) -> FootprintRow | None:
         value=1.0 if state == TrialState.COMPLETE else None,
         user_attrs={**usage, **attrs},
     )
-    return footprint_row(trial)
+    return read_observation(trial)
 
 
 def breach(resource: str, limit: float, **more: Any) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def count_fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     fits: list[tuple[int, bool]] = []
     fit = Footprint.fit
 
-    def counted(rows: list[FootprintRow], **options: Any) -> Footprint:
+    def counted(rows: list[Observation], **options: Any) -> Footprint:
         fits.append((len(rows), options["refit"]))
         return fit(rows, **options)
 
@@ -274,7 +274,7 @@ def test_what_can_not_be_fitted_is_not_tried_again_with_every_trial(
 ) -> None:
     tries = []
 
-    def fails(rows: list[FootprintRow], **_: Any) -> Footprint:
+    def fails(rows: list[Observation], **_: Any) -> Footprint:
         tries.append(len(rows))
         raise np.linalg.LinAlgError("A covariance must be finite.")
 

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota._footprint.rows import footprint_row
+from optuna_quota._footprint.observations import read_observation
 
 
 def plain_trial(seconds: float, state: TrialState = TrialState.COMPLETE) -> FrozenTrial:
@@ -26,14 +26,14 @@ def plain_trial(seconds: float, state: TrialState = TrialState.COMPLETE) -> Froz
 
 
 def test_a_trial_of_plain_optuna_tells_its_time() -> None:
-    row = footprint_row(plain_trial(12.5))
+    row = read_observation(plain_trial(12.5))
     assert row is not None
     assert row.usage.amounts() == {"wall_time": 12.5}
     assert not row.censored
 
 
 def test_the_time_of_a_pruned_trial_of_plain_optuna_is_a_lower_bound() -> None:
-    row = footprint_row(plain_trial(3.0, TrialState.PRUNED))
+    row = read_observation(plain_trial(3.0, TrialState.PRUNED))
     assert row is not None
     assert row.censored == {"wall_time"}
 
@@ -42,4 +42,4 @@ def test_the_time_of_a_pruned_trial_of_plain_optuna_is_a_lower_bound() -> None:
     "trial", [plain_trial(0.0), plain_trial(5.0, TrialState.FAIL)], ids=["by hand", "failed"]
 )
 def test_a_row_written_by_hand_and_a_failed_one_tell_nothing(trial: FrozenTrial) -> None:
-    assert footprint_row(trial) is None
+    assert read_observation(trial) is None

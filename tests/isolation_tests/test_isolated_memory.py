@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import ctypes
+import functools
 import mmap
 import multiprocessing
 import os
@@ -355,6 +357,84 @@ def test_growth_is_stopped_soon_after_the_limit(kind: str) -> None:
     assert 256 * MIB < record.breach.observed < 300 * MIB
     assert record.reason is not None and "used, 256 MiB allowed" in record.reason
     assert record.usage.memory is not None and record.usage.memory < 330 * MIB
+
+
+# Unlike CDLL, it does not release the interpreter lock.
+hold_interpreter = ctypes.PyDLL(None).usleep
+
+
+class LoadsSlowly:
+    """Says that it is being loaded, and takes its time."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self) -> Any:
+        return _load_slowly, (self._file,)
+
+
+def _load_slowly(file: Path) -> LoadsSlowly:
+    file.touch()
+    time.sleep(0.3)
+    return LoadsSlowly(file)
+
+
+def _fill_600_mib(_: LoadsSlowly, trial: optuna.Trial) -> float:
+    held = []
+    for _ in range(150):
+        held.append(np.ones(4 * MIB // 8))
+        time.sleep(0.001)
+    return float(held[0][0])
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "fork"])
+def test_a_limit_is_enforced_while_the_study_is_busy(start_method: Any, tmp_path: Path) -> None:
+    file = tmp_path / "loading"
+
+    def hold_once_loading() -> None:
+        while not file.exists():
+            time.sleep(0.01)
+        hold_interpreter(1_500_000)
+
+    if start_method == "fork":
+        os.register_at_fork(
+            after_in_parent=lambda: file.exists() or file.touch() or hold_interpreter(1_500_000)
+        )
+    else:
+        threading.Thread(target=hold_once_loading).start()
+    objective = functools.partial(_fill_600_mib, LoadsSlowly(file))
+    trial = run_one(objective, Limits(memory="300MiB"), start_method=start_method)
+    record = read_record(trial)
+    assert record.outcome == "terminated" and record.breach is not None
+    assert record.breach.observed < 330 * MIB
+    assert 0 < record.breach.seconds < 60
+    assert record.usage.memory is not None and record.usage.memory < 340 * MIB
+
+
+def test_memory_that_is_free_again_before_the_objective_begins_is_not_its() -> None:
+    trial = run_one(functools.partial(_run_loaded, LoadsMuch()), Limits(memory="300MiB"))
+    record = read_record(trial)
+    assert (trial.state, record.reason) == (TrialState.COMPLETE, None)
+    assert record.usage.memory is not None and record.usage.memory < 250 * MIB
+
+
+class LoadsMuch:
+    """Needs 400 MiB for a moment when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return _load_much, ()
+
+
+def _load_much() -> LoadsMuch:
+    held = np.ones(400 * MIB // 8)
+    time.sleep(0.3)
+    del held
+    return LoadsMuch()
+
+
+def _run_loaded(loaded: LoadsMuch, trial: optuna.Trial) -> float:
+    time.sleep(0.1)
+    return 0.0
 
 
 def fill(size: int) -> float:

@@ -16,7 +16,7 @@ from optuna_quota import Quota
 from optuna_quota import Usage
 from optuna_quota import visualization
 from optuna_quota._footprint.footprint import Footprint
-from optuna_quota._footprint.rows import FootprintRow
+from optuna_quota._footprint.observations import Observation
 from optuna_quota._records import Interval
 from optuna_quota._records import read_record
 from optuna_quota._records import TrialRecord
@@ -51,7 +51,7 @@ def fitted(study: optuna.Study) -> Footprint:
         record = read_record(trial)
         if record.outcome != "rejected":
             over = frozenset({"memory"} if record.outcome == "terminated" else ())
-            rows.append(FootprintRow(trial.params, trial.distributions, record.usage, over))
+            rows.append(Observation(trial.params, trial.distributions, record.usage, over))
     return Footprint.fit(rows)
 
 

@@ -1,29 +1,24 @@
-"""A footprint that a user states as a function, corrected by what the study's trials showed.
-
-A formula knows what trials will cost in regions where none has been, and is often off by a factor:
-another machine, a library's own memory. So what is learned is ``log(used / stated)``, a footprint
-of its own; where a resource is foretold better without the statement, it is left out.
-"""
+"""Footprints that a user states: a constant usage, or a function of the point."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import replace
+import logging
 from typing import Any
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.chained_model import chain_density
-from optuna_quota._footprint.chained_model import ChainedModel
-from optuna_quota._footprint.chained_model import direct_density
+from optuna_quota._footprint.fit import chain_density
+from optuna_quota._footprint.fit import ChainedModel
+from optuna_quota._footprint.fit import direct_density
+from optuna_quota._footprint.footprint import BaseFootprint
 from optuna_quota._footprint.footprint import Footprint
-from optuna_quota._footprint.footprint import interval_table
-from optuna_quota._footprint.footprint import joint_breach
-from optuna_quota._footprint.given import GivenFootprint
-from optuna_quota._footprint.predictive import Predictive
-from optuna_quota._footprint.rows import FootprintRow
+from optuna_quota._footprint.observations import Observation
+from optuna_quota._footprint.resource_model import Predictive
 from optuna_quota._records import Interval
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Usage
@@ -31,28 +26,134 @@ from optuna_quota._resources import USAGE_RESOURCES
 
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from optuna_quota._footprint.fit import Model
 
-    from optuna_quota._footprint.fitting import Model
+
+_logger = logging.getLogger("optuna.quota.footprint")
+
+
+class UnknownFootprintError(KeyError):
+    """A function could not tell the usage of a point."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class UserFootprint(BaseFootprint):
+    """A footprint that is certain: the same usage always, or what a function says of a point.
+
+    Args:
+        usage: A :class:`~optuna_quota.Usage`, or a function from params to one.
+        lenient: Whether a function that fails as it does for a missing parameter has no answer,
+            said once in the log, instead of raising what it raises.
+    """
+
+    def __init__(
+        self, usage: Usage | Callable[[Mapping[str, Any]], Usage], *, lenient: bool = False
+    ) -> None:
+        self.usage = usage
+        self._lenient = lenient
+        self._told = False
+
+    @property
+    def points(self) -> Sequence[Mapping[str, Any]]:
+        """No point is known; a constant is the same at any."""
+        return ({},) if isinstance(self.usage, Usage) else ()
+
+    def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
+        """Return the same as plain values."""
+        return {name: Interval(v, v, v) for name, v in self._amounts(params).items()}
+
+    def breaches(
+        self, points: Sequence[Mapping[str, Any]], limits: Limits
+    ) -> dict[str, np.ndarray]:
+        """Return 1 at points whose usage is over a limit, else 0, by resource."""
+        amounts = [self._amounts(params) for params in points]
+        return {
+            name: np.array([float(each.get(name, 0.0) > limit) for each in amounts])
+            for name, limit in limits.amounts().items()
+        }
+
+    def draw(
+        self, points: Sequence[Mapping[str, Any]], count: int, seed: int
+    ) -> dict[str, np.ndarray]:
+        """Return the usage at points, the same in every draw; NaN where it is not known."""
+        amounts = [self._amounts(params) for params in points]
+        names = sorted({name for each in amounts for name in each})
+        return {
+            name: np.tile([each.get(name, np.nan) for each in amounts], (count, 1))
+            for name in names
+        }
+
+    def _amounts(self, params: Mapping[str, Any]) -> dict[str, float]:
+        usage = self.usage if isinstance(self.usage, Usage) else self._ask(self.usage, params)
+        if not isinstance(usage, Usage):
+            raise TypeError(f"`footprint` must return a Usage but returned {usage!r}.")
+        return usage.amounts()
+
+    def _ask(
+        self, function: Callable[[Mapping[str, Any]], Usage], params: Mapping[str, Any]
+    ) -> Usage:
+        if not self._lenient:
+            return function(dict(params))
+        try:
+            return function(dict(params))
+        except (AttributeError, LookupError, TypeError) as error:
+            # Whatever a function does with a parameter that is not there.
+            told, self._told = self._told, True
+            message = f"`footprint` failed for the point {dict(params)!r}: {error!r}."
+            if not told:
+                _logger.warning(
+                    f"{message} Points for which it fails run without being judged by it; "
+                    "further failures are not reported."
+                )
+            raise UnknownFootprintError(message) from error
+
+    def __repr__(self) -> str:
+        return f"<UserFootprint of {self.usage!r}>"
+
+
+def as_footprint(footprint: Any, *, lenient: bool = False) -> BaseFootprint:
+    """Return a footprint from whatever a user may give for one.
+
+    Args:
+        footprint: A :class:`~optuna_quota.Usage` (every trial costs this), a function
+            ``params -> Usage``, or a :class:`~optuna_quota.Footprint`.
+        lenient: See :class:`UserFootprint`.
+
+    Raises:
+        TypeError: If it is none of these.
+    """
+    if isinstance(footprint, (Footprint, UserFootprint)):
+        return footprint
+    if isinstance(footprint, Usage) or callable(footprint):
+        return UserFootprint(footprint, lenient=lenient)
+    if all(hasattr(footprint, name) for name in ("intervals", "probability", "draw", "points")):
+        found: BaseFootprint = footprint
+        return found
+    raise TypeError(
+        "`footprint` must be a Usage, a function from params to a Usage, or a Footprint "
+        f"but got {footprint!r}."
+    )
 
 
 # As log density: few trials tell the two apart badly, and a statement deserves some trust.
 _BENEFIT = 3.0
 
 
-class Correction:
+class FootprintCalibrator:
     """Corrects a stated footprint as a study goes on.
 
     Args:
         given: What the user stated.
     """
 
-    def __init__(self, given: GivenFootprint) -> None:
+    def __init__(self, given: UserFootprint) -> None:
         self._given = given
         self._learned: Footprint | None = None
         self._ratios: Footprint | None = None
 
-    def after(self, learned: Footprint, rows: Sequence[FootprintRow]) -> CorrectedFootprint:
+    def calibrate(self, learned: Footprint, rows: Sequence[Observation]) -> CalibratedFootprint:
         """Return the footprint after all trials; it is fitted anew when ``learned`` was.
 
         Args:
@@ -61,15 +162,15 @@ class Correction:
         """
         if self._ratios is None or learned is not self._learned:
             # Others may have ended before all that the function needs was drawn.
-            names = {frozenset(row.params) for row in rows if row.whole}
+            names = {frozenset(row.params) for row in rows if row.is_complete}
             whole = (row for row in rows if frozenset(row.params) in names)
             ratios = [found for row in whole if (found := _over(row, self._given)) is not None]
             self._ratios = Footprint.fit(ratios, confidence=learned.confidence, start=self._ratios)
             self._learned = learned
-        return CorrectedFootprint(self._given, self._ratios, learned)
+        return CalibratedFootprint(self._given, self._ratios, learned)
 
 
-class CorrectedFootprint:
+class CalibratedFootprint(BaseFootprint):
     """What a user states of a point, times what trials used more or less than was stated.
 
     Args:
@@ -78,7 +179,7 @@ class CorrectedFootprint:
         learned: What trials used, by itself.
     """
 
-    def __init__(self, given: GivenFootprint, ratios: Footprint, learned: Footprint) -> None:
+    def __init__(self, given: UserFootprint, ratios: Footprint, learned: Footprint) -> None:
         self._given, self._ratios, self._learned = given, ratios, learned
         self._times = _better(ratios, learned)
 
@@ -86,10 +187,6 @@ class CorrectedFootprint:
     def points(self) -> Sequence[Mapping[str, Any]]:
         """The points that trials ran at."""
         return self._learned.points
-
-    def predict(self, params: Mapping[str, Any]) -> DataFrame:
-        """Return lower, median and upper by resource."""
-        return interval_table(self.intervals(params))
 
     def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
         """Return the same as plain values."""
@@ -99,11 +196,6 @@ class CorrectedFootprint:
             quantiles = (expected.quantile(p) for p in (1 - high, 0.5, high))
             found[name] = Interval(*(float(each[0]) for each in quantiles))
         return found
-
-    def probability(self, params: Mapping[str, Any], limits: Limits) -> float:
-        """Return the probability of a breach."""
-        breaches = self.breaches([params], limits)
-        return joint_breach({name: float(each[0]) for name, each in breaches.items()})
 
     def breaches(
         self, points: Sequence[Mapping[str, Any]], limits: Limits
@@ -144,10 +236,10 @@ class CorrectedFootprint:
         }
 
     def __repr__(self) -> str:
-        return f"<CorrectedFootprint of {self._given!r}>"
+        return f"<CalibratedFootprint of {self._given!r}>"
 
 
-def _over(row: FootprintRow, given: GivenFootprint) -> FootprintRow | None:
+def _over(row: Observation, given: UserFootprint) -> Observation | None:
     """Return a row with its usage as a multiple of what was stated, None where nothing was."""
     try:
         stated = given.intervals(row.params)
@@ -166,7 +258,7 @@ def _over(row: FootprintRow, given: GivenFootprint) -> FootprintRow | None:
         row,
         usage=Usage(**known, custom=ratios),
         censored=row.censored & names,
-        unsure=row.unsure & names,
+        maybe_censored=row.maybe_censored & names,
         projected={},
     )
 

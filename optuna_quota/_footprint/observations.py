@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
 from typing import Any
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from optuna_quota._records import Interval
+from optuna_quota._records import is_lower_bound
+from optuna_quota._records import may_be_lower_bound
+from optuna_quota._records import outcome_of
 from optuna_quota._records import read_record
 from optuna_quota._records import TrialRecord
-from optuna_quota._resources import get_resource
 from optuna_quota._resources import Usage
 from optuna_quota._resources import USAGE_RESOURCES
 
@@ -23,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FootprintRow:
+class Observation:
     """One trial: its point and what was measured of it.
 
     Args:
@@ -31,20 +36,20 @@ class FootprintRow:
         distributions: Distribution of each.
         usage: What was measured.
         censored: Resources of which the trial would have used more, had it not been stopped.
-        unsure: Resources of which it may have: the peaks of a pruned trial. Each step of a
+        maybe_censored: Resources of which it may have: the peaks of a pruned trial. Each step of a
             training mostly repeats the one before, but where later steps take more data or a
             larger model, what was seen is a lower bound. The model's fit decides.
         projected: What was expected of it before it ran.
-        whole: Whether the trial completed, so that no parameter is missing.
+        is_complete: Whether the trial completed, so that no parameter is missing.
     """
 
     params: Mapping[str, Any]
     distributions: Mapping[str, BaseDistribution]
     usage: Usage
     censored: frozenset[str] = field(default=frozenset())
-    unsure: frozenset[str] = field(default=frozenset())
+    maybe_censored: frozenset[str] = field(default=frozenset())
     projected: Mapping[str, Interval] = field(default_factory=dict)
-    whole: bool = True
+    is_complete: bool = True
 
     @property
     def is_surprise(self) -> bool:
@@ -57,7 +62,7 @@ class FootprintRow:
         )
 
 
-def footprint_row(trial: FrozenTrial) -> FootprintRow | None:
+def read_observation(trial: FrozenTrial) -> Observation | None:
     """Return what a finished row teaches, None when it says nothing of usage."""
     if not trial.state.is_finished():
         return None
@@ -65,16 +70,15 @@ def footprint_row(trial: FrozenTrial) -> FootprintRow | None:
     usage = _with_clock_time(trial, record, _lower_bounds(record))
     if record.outcome == "rejected" or not usage.amounts():
         return None
-    censored = _censored(trial, record, usage)
-    pruned = trial.state.name == "PRUNED"
-    return FootprintRow(
+    end, names = (outcome_of(trial, record), record.censored_by), usage.amounts()
+    return Observation(
         params=trial.params,
         distributions=trial.distributions,
         usage=usage,
-        censored=censored,
-        unsure=frozenset(usage.amounts()) - censored if pruned else frozenset(),
+        censored=frozenset(name for name in names if is_lower_bound(name, *end)),
+        maybe_censored=frozenset(name for name in names if may_be_lower_bound(name, *end)),
         projected=record.footprint,
-        whole=trial.state.name == "COMPLETE",
+        is_complete=trial.state.name == "COMPLETE",
     )
 
 
@@ -105,16 +109,33 @@ def _lower_bounds(record: TrialRecord) -> Usage:
     return replace(usage, **raised)
 
 
-def _censored(trial: FrozenTrial, record: TrialRecord, usage: Usage) -> frozenset[str]:
-    names = usage.amounts()
-    totals = {name for name in names if not get_resource(name).peak}
-    if trial.state.name == "FAIL":
-        return frozenset(names)
-    if record.breach is not None:
-        # What a trial stopped for its memory would have needed of time is not known either; one
-        # stopped for its time has mostly seen its memory peak.
-        stopped_early = set(names) if get_resource(record.breach.resource).peak else totals
-        return frozenset(stopped_early | {record.breach.resource}) & frozenset(names)
-    if trial.state.name == "PRUNED":
-        return frozenset(totals)
-    return frozenset()
+# The cost of a fit grows with the cube of the points; beyond this many more bring little.
+CAP = 100
+_RECENT = 40
+
+
+def chosen(rows: Sequence[Observation], cap: int = CAP) -> list[int]:
+    """Return the indices of at most ``cap`` rows, oldest first.
+
+    The newest say where the study is now; the others are spread evenly over the amounts of each
+    resource, so that the cheapest and the dearest, stopped ones among them, are kept.
+    """
+    if len(rows) <= cap:
+        return list(range(len(rows)))
+    newest = min(_RECENT, cap // 2)
+    recent, older = range(len(rows) - newest, len(rows)), rows[: len(rows) - newest]
+    names = sorted({name for row in older for name in row.usage.amounts()})
+    kept = set(recent)
+    for name in names:
+        amounts = np.array([_amount(row, name) for row in older])
+        order = np.argsort(amounts, kind="stable")[: int(np.sum(np.isfinite(amounts)))]
+        share = (cap - newest) // len(names)
+        if len(order):
+            ranks = np.linspace(0, len(order) - 1, share).round().astype(int)
+            kept.update(order[ranks].tolist())
+    return sorted(kept)
+
+
+def _amount(row: Observation, name: str) -> float:
+    amount = row.usage.get(name)
+    return np.inf if amount is None else amount

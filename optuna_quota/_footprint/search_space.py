@@ -22,7 +22,7 @@ def latin_hypercube(n_points: int, n_columns: int, generator: np.random.Generato
     return np.asarray((strata + generator.random((n_points, n_columns))) / max(n_points, 1))
 
 
-def points_of(
+def points_from_unit_cube(
     space: Mapping[str, BaseDistribution], unit: np.ndarray
 ) -> Sequence[Mapping[str, Any]]:
     """Return points of a search space from points of the unit cube, one column a parameter."""
@@ -64,7 +64,7 @@ def _whole(distribution: Any, u: float) -> int:
     return int(low + step * min(int(u * n), n - 1))
 
 
-def narrowed(distribution: BaseDistribution, share: float, *, upper: bool) -> BaseDistribution:
+def narrow(distribution: BaseDistribution, share: float, *, upper: bool) -> BaseDistribution:
     """Return a distribution with ``share`` of its range kept, the upper end cut off or the lower.
 
     A categorical distribution and one of a single value are returned as they are.
@@ -83,7 +83,7 @@ def narrowed(distribution: BaseDistribution, share: float, *, upper: bool) -> Ba
     return smaller  # type: ignore[no-any-return]  # a copy is of the same class
 
 
-def place_of(distribution: BaseDistribution, value: Any) -> float:
+def position_of(distribution: BaseDistribution, value: Any) -> float:
     """Return the share of a distribution that lies below a value: :func:`value_at` undone."""
     from optuna.distributions import CategoricalDistribution
 
@@ -102,10 +102,95 @@ def place_of(distribution: BaseDistribution, value: Any) -> float:
     return float((value - found.low) / (found.high - found.low))
 
 
-def spread_over(distribution: BaseDistribution, count: int = 9) -> list[Any]:
+def spaced_values(distribution: BaseDistribution, count: int = 9) -> list[Any]:
     """Return some values from one end of a distribution to the other, or all its choices."""
     from optuna.distributions import CategoricalDistribution
 
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     return [value_at(distribution, i / (count - 1)) for i in range(count)]
+
+
+_MOST = 16
+
+
+def likely_completions(
+    known: Mapping[str, Any], past: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Return points that a half-drawn one may become, itself when nothing is missing.
+
+    A conditional parameter exists only beside certain choices, so that only earlier trials that
+    made the same choices tell what is still to be drawn.
+
+    Args:
+        known: Parameters drawn so far.
+        past: Points of earlier trials; the newest are asked first.
+    """
+    found: list[Mapping[str, Any]] = []
+    for params in reversed(past):
+        if not _agrees(known, params):
+            continue
+        missing = {name: value for name, value in params.items() if name not in known}
+        if not missing:
+            # One that made the same choices had no more parameters than these.
+            return [known] if not found else [*found, known]
+        found.append({**missing, **known})
+        if len(found) >= _MOST:
+            break
+    return found or [known]
+
+
+def certain_completions(
+    known: Mapping[str, Any], past: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Return whole points that a half-drawn one may become; none where that is unknown.
+
+    Stricter than :func:`likely_completions`: a point is whole when a completed trial had the same
+    parameters and made the same choices. A whole number counts as a choice where it always went
+    with the same parameters, such as a number of layers that have a width each.
+
+    Args:
+        known: Parameters drawn so far.
+        past: Points of trials that completed; the newest are asked first.
+    """
+    choices = _whole_number_choices(known, past)
+    found: list[Mapping[str, Any]] = []
+    for params in reversed(past):
+        if not known.keys() <= params.keys() or not _agrees(known, params):
+            continue
+        if any(known[name] != params[name] for name in choices):
+            continue
+        if len(params) == len(known):
+            return [*found, known]
+        found.append({**params, **known})
+        if len(found) >= _MOST:
+            break
+    return found
+
+
+def _whole_number_choices(
+    known: Mapping[str, Any], past: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Return the whole numbers that may decide which parameters there are.
+
+    That one does not is known once it had two values beside the same parameters.
+    """
+    values: dict[tuple[str, frozenset[str]], set[Any]] = {}
+    for params in past:
+        names = frozenset(params)
+        for name in known.keys() & names:
+            values.setdefault((name, names), set()).add(params[name])
+    free = {name for (name, _), seen in values.items() if len(seen) > 1}
+    return [
+        name
+        for name, value in known.items()
+        if isinstance(value, int) and not isinstance(value, bool) and name not in free
+    ]
+
+
+def _agrees(known: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
+    return all(
+        value == known[name]
+        for name, value in params.items()
+        if name in known and isinstance(value, (str, bool))
+    )

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.rows import FootprintRow
-from optuna_quota._footprint.spaces import latin_hypercube
-from optuna_quota._footprint.spaces import place_of
-from optuna_quota._footprint.spaces import value_at
+from optuna_quota._footprint.observations import Observation
+from optuna_quota._footprint.search_space import latin_hypercube
+from optuna_quota._footprint.search_space import position_of
+from optuna_quota._footprint.search_space import value_at
 
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ _AROUND = 0.1
 _SAMPLE = 128
 
 
-def next_points(
-    rows: Sequence[FootprintRow], count: int, *, adaptive: bool, seed: int = 0
+def draw_future_points(
+    rows: Sequence[Observation], count: int, *, adaptive: bool, seed: int = 0
 ) -> list[Mapping[str, Any]]:
     """Return points like those that a sampler will draw.
 
@@ -59,14 +59,14 @@ def next_points(
     return points
 
 
-def points_to_come(
-    rows: Sequence[FootprintRow], n_trials: int, *, adaptive: bool
+def simulate_future_points(
+    rows: Sequence[Observation], n_trials: int, *, adaptive: bool
 ) -> list[Mapping[str, Any]]:
     """Return a sample of the points of the next trials.
 
     Never as many as there are trials: those would be taken for the very points to come.
     """
-    return next_points(rows, _SAMPLE + (n_trials == _SAMPLE), adaptive=adaptive)
+    return draw_future_points(rows, _SAMPLE + (n_trials == _SAMPLE), adaptive=adaptive)
 
 
 class _Branches:
@@ -77,9 +77,7 @@ class _Branches:
         decided: Names of choices.
     """
 
-    def __init__(
-        self, rows: Sequence[FootprintRow], decided: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, rows: Sequence[Observation], decided: frozenset[str] = frozenset()) -> None:
         self._rows = rows
         self._decided = decided
         self._shapes = {frozenset(row.distributions) for row in rows}
@@ -89,11 +87,11 @@ class _Branches:
         """Return the choice on which most hangs, and the branch of each value that was seen."""
         if len(self._shapes) == 1:
             return None, {}
-        found: list[tuple[int, str, dict[str, list[FootprintRow]]]] = []
+        found: list[tuple[int, str, dict[str, list[Observation]]]] = []
         for name in sorted(frozenset.intersection(*self._shapes) - self._decided):
             if not _is_choice(self._rows[-1].distributions[name]):
                 continue
-            alike: dict[str, list[FootprintRow]] = {}
+            alike: dict[str, list[Observation]] = {}
             for row in self._rows:
                 alike.setdefault(repr(row.params[name]), []).append(row)
             shapes = {(v, frozenset(row.distributions)) for v in alike for row in alike[v]}
@@ -129,16 +127,16 @@ class _Branches:
         return point
 
 
-def _around(row: FootprintRow, generator: np.random.Generator) -> Mapping[str, Any]:
+def _around(row: Observation, generator: np.random.Generator) -> Mapping[str, Any]:
     """Return a point with the choices of a row and its numbers close by."""
     point = dict(row.params)
     for name, distribution in _numbers(row):
-        place = place_of(distribution, point[name]) + _AROUND * generator.standard_normal()
+        place = position_of(distribution, point[name]) + _AROUND * generator.standard_normal()
         point[name] = value_at(distribution, float(np.clip(place, 0.0, 1.0)))
     return point
 
 
-def _numbers(row: FootprintRow) -> Iterator[tuple[str, BaseDistribution]]:
+def _numbers(row: Observation) -> Iterator[tuple[str, BaseDistribution]]:
     for name, distribution in row.distributions.items():
         if not _is_choice(distribution) and not distribution.single():
             yield name, distribution

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from optuna_quota._footprint.censoring import Sites
-from optuna_quota._footprint.chained_model import ChainedModel
 from optuna_quota._footprint.features import CategoryFeature
 from optuna_quota._footprint.features import Feature
 from optuna_quota._footprint.features import Features
 from optuna_quota._footprint.features import NumericFeature
-from optuna_quota._footprint.fitting import Model
+from optuna_quota._footprint.fit import ChainedModel
+from optuna_quota._footprint.fit import Model
 from optuna_quota._footprint.gaussian_process import Hyperparameters
 from optuna_quota._footprint.resource_model import ResourceModel
 from optuna_quota._resources import Usage

@@ -1,24 +1,65 @@
-"""Learns a footprint from a study as it goes: each finished trial is read once."""
+"""What an earlier study teaches the next one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence
 import threading
+from typing import Any
 from typing import TYPE_CHECKING
 
-from optuna_quota._footprint.earlier import earlier_rows
+from optuna_quota._footprint.features import Feature
+from optuna_quota._footprint.features import NumericFeature
 from optuna_quota._footprint.footprint import Footprint
-from optuna_quota._footprint.points import CAP
-from optuna_quota._footprint.points import chosen
-from optuna_quota._footprint.rows import footprint_row
-from optuna_quota._footprint.rows import FootprintRow
+from optuna_quota._footprint.observations import CAP
+from optuna_quota._footprint.observations import chosen
+from optuna_quota._footprint.observations import Observation
+from optuna_quota._footprint.observations import read_observation
 from optuna_quota._records import ISOLATION
 
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
+
+
+# A column that is 1 for trials of the earlier study and 0, as what is missing, for all others: how
+# much faster or larger the other machine was is learned as the effect of one more parameter.
+_EARLIER = "quota:earlier"
+
+
+def transferred_observations(footprint: Footprint) -> list[Observation]:
+    """Return what a footprint was learned from, marked as of an earlier study."""
+    from optuna.distributions import FloatDistribution
+
+    contents = footprint.contents
+    space = {part.name: distribution_of(part) for part in contents.features.parts}
+    space[_EARLIER] = FloatDistribution(0.0, 1.0)
+    return [
+        Observation(
+            params={**point.params, _EARLIER: 1.0},
+            distributions=space,
+            usage=point.usage,
+            censored=point.censored,
+        )
+        for point in contents.points
+    ]
+
+
+def distribution_of(part: Feature) -> BaseDistribution:
+    """Return a distribution that gives the same columns."""
+    from optuna.distributions import CategoricalDistribution
+    from optuna.distributions import FloatDistribution
+    from optuna.distributions import IntDistribution
+
+    found: Any
+    if not isinstance(part, NumericFeature):
+        found = CategoricalDistribution(part.choices)
+    elif part.scale == "log1p":
+        found = IntDistribution(int(part.low), int(part.high))
+    else:
+        found = FloatDistribution(part.low, part.high, log=part.scale == "log")
+    return found  # type: ignore[no-any-return]  # one of Optuna's
 
 
 # The model takes in new trials when they come to this share of those that it knows, and searches
@@ -43,13 +84,13 @@ class Learner:
 
     Attributes:
         isolated: Whether the trial read last ran in a process of its own.
-        told: Number of this study's trials that were not stopped before they had told all.
+        n_uncensored: Number of this study's trials that were not stopped early.
     """
 
     def __init__(self, earlier: Footprint | None = None, *, confidence: float = 0.95) -> None:
         self._earlier = earlier
         self._confidence = confidence
-        self._rows: list[FootprintRow] = []
+        self._rows: list[Observation] = []
         self._next = 0
         self._open: list[int] = []
         self._footprint: Footprint | None = None
@@ -60,15 +101,15 @@ class Learner:
         self._lock = threading.Lock()
         self._space: dict[str, BaseDistribution] = {}
         self.isolated = False
-        self.told = 0
+        self.n_uncensored = 0
 
     @property
-    def usable(self) -> int:
+    def n_observations(self) -> int:
         """Number of this study's trials that told something."""
         return len(self._rows)
 
     @property
-    def rows(self) -> Sequence[FootprintRow]:
+    def observations(self) -> Sequence[Observation]:
         """What this study's trials told, oldest first."""
         return self._rows
 
@@ -99,10 +140,10 @@ class Learner:
                 self._open.append(index)
                 continue
             self.isolated = trials[index].user_attrs.get(ISOLATION) == "process"
-            row = footprint_row(trials[index])
+            row = read_observation(trials[index])
             if row is not None:
                 self._rows.append(row)
-                self.told += not row.censored
+                self.n_uncensored += not row.censored
                 self._space.update(row.distributions)
                 weight = _SURPRISE if row.is_surprise else 1.0
                 self._news += weight
@@ -118,8 +159,8 @@ class Learner:
         self._fitted, self._news = n, 0.0
         return Footprint.fit(rows, confidence=self._confidence, start=self._footprint, refit=due)
 
-    def _earlier_rows(self, room: int) -> list[FootprintRow]:
+    def _earlier_rows(self, room: int) -> list[Observation]:
         if self._earlier is None or room <= 0:
             return []
-        rows = earlier_rows(self._earlier)
+        rows = transferred_observations(self._earlier)
         return [rows[i] for i in chosen(rows, min(room, _EARLIER_POINTS))]

@@ -1,23 +1,82 @@
-"""One model a resource, from rows."""
+"""Clock time as CPU or GPU time by how fast that goes.
+
+Clock time is noisy where a machine is shared, CPU time hardly, and their ratio depends on far
+less. So ``log wall = log cpu + log(wall / cpu)``, each part a model of its own, learns from few
+trials what a model of clock time alone would need many for. A trial that was stopped bounds its
+CPU time, and still tells the ratio.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import dataclass
 from dataclasses import replace
 
 import numpy as np
 
-from optuna_quota._footprint.chained_model import chain_density
-from optuna_quota._footprint.chained_model import ChainedModel
-from optuna_quota._footprint.chained_model import direct_density
 from optuna_quota._footprint.gaussian_process import NOISE
+from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.resource_model import fit_resource
 from optuna_quota._footprint.resource_model import FLOORS
+from optuna_quota._footprint.resource_model import Predictive
 from optuna_quota._footprint.resource_model import refresh_resource
 from optuna_quota._footprint.resource_model import ResourceModel
-from optuna_quota._footprint.rows import FootprintRow
 from optuna_quota._resources import get_resource
+
+
+@dataclass(frozen=True)
+class ChainedModel:
+    """A resource as a base resource times a ratio.
+
+    Attributes:
+        on: The base resource.
+        base: The model of the base resource.
+        ratio: The model of amount over base amount.
+    """
+
+    on: str
+    base: ResourceModel
+    ratio: ResourceModel
+
+    def predict(self, columns: np.ndarray, base: Predictive | None = None) -> Predictive:
+        """Return what is expected at points, given what is of the base resource if known."""
+        base = self.base.predict(columns) if base is None else base
+        ratio = self.ratio.predict(columns)
+        median = np.maximum(base.quantile(0.5), 1e-300)
+        # To first order, a change of the part above the floor moves the logarithm by its share.
+        share = np.minimum(np.exp(base.center) / median, 1.0)
+        spread = np.hypot(share * base.spread, ratio.spread)
+        center = np.log(median) + ratio.center
+        return Predictive(0.0, center, spread, min(base.df, ratio.df))
+
+    def draw(self, columns: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+        """Return joint draws at points, shape ``(count, n_points)``."""
+        base = self.base.draw(columns, count, generator)
+        return np.asarray(base * self.ratio.draw(columns, count, generator))
+
+
+def chain_density(base: ResourceModel, ratio: ResourceModel, told: np.ndarray) -> float:
+    """Return the leave-one-out log density of the logarithms of chained amounts.
+
+    Args:
+        base: The model of the base resource, on the same points as ``ratio``.
+        ratio: The model of the ratio.
+        told: True for the points that count.
+    """
+    (r0, v0), (r1, v1) = base.log_leave_one_out(), ratio.log_leave_one_out()
+    return _density((r0 + r1)[told], (v0 + v1)[told])
+
+
+def direct_density(model: ResourceModel, told: np.ndarray) -> float:
+    """Return the same of a model that takes the resource by itself."""
+    residual, variance = model.log_leave_one_out()
+    return _density(residual[told], variance[told])
+
+
+def _density(residual: np.ndarray, variance: np.ndarray) -> float:
+    variance = np.maximum(variance, 1e-12)
+    return float(-0.5 * np.sum(residual**2 / variance + np.log(variance)))
 
 
 Model = ResourceModel | ChainedModel
@@ -33,15 +92,15 @@ _CHAIN_BONUS = -3.0
 # units of the resource's own: peaks repeat themselves, and how far clock time is from another time
 # is noise for the most part. Chosen with each of six workloads left out in turn
 # (benchmarks/footprint_constants.py); quieter still would be likelier, but bounds would not hold.
-_QUIET = -3.5
-_LOUD = -1.0
+_PEAK_NOISE = -3.5
+_RATIO_NOISE = -1.0
 # Clock time is too noisy to tell a floor from a short trial.
 _NO_FLOOR = (0.0,)
 
 
 def fit_models(
     columns: np.ndarray,
-    rows: Sequence[FootprintRow],
+    rows: Sequence[Observation],
     start: Mapping[str, Model],
     refit: bool,
 ) -> dict[str, Model]:
@@ -71,7 +130,7 @@ class _Column:
         columns: np.ndarray,
         amounts: np.ndarray,
         censored: np.ndarray,
-        unsure: np.ndarray,
+        maybe_censored: np.ndarray,
         *,
         noisy: bool,
         noise: float,
@@ -80,36 +139,42 @@ class _Column:
         self.columns = columns[self.known]
         self.amounts = amounts[self.known]
         self.censored = censored[self.known]
-        self.unsure = unsure[self.known]
+        self.maybe_censored = maybe_censored[self.known]
         self.noisy = noisy
         self.noise = noise
 
     @classmethod
-    def of(cls, name: str, columns: np.ndarray, rows: Sequence[FootprintRow]) -> _Column:
+    def of(cls, name: str, columns: np.ndarray, rows: Sequence[Observation]) -> _Column:
         amounts = [row.usage.get(name) for row in rows]
         plain = np.array([np.nan if amount is None else amount for amount in amounts])
         censored = np.array([name in row.censored for row in rows])
-        unsure = np.array([name in row.unsure for row in rows])
-        noise = _LOUD if name == NOISY else _QUIET if get_resource(name).peak else NOISE
-        return cls(columns, plain, censored, unsure, noisy=name == NOISY, noise=noise)
+        maybe = np.array([name in row.maybe_censored for row in rows])
+        noise = (
+            _RATIO_NOISE if name == NOISY else _PEAK_NOISE if get_resource(name).peak else NOISE
+        )
+        return cls(columns, plain, censored, maybe, noisy=name == NOISY, noise=noise)
 
     def fit(self, start: Model | None, refit: bool) -> ResourceModel:
-        """Return the model; whether what is unsure are values or bounds is decided at refits."""
+        """Return the model; a refit decides whether peaks of pruned trials are values."""
         earlier = start if isinstance(start, ResourceModel) else None
-        told = ~(self.censored | self.unsure)
-        if not self.unsure.any() or np.sum(told) < _FEWEST_TO_DECIDE:
+        told = ~(self.censored | self.maybe_censored)
+        if not self.maybe_censored.any() or np.sum(told) < _FEWEST_TO_DECIDE:
             return self._fit(self.censored, earlier, refit)
         if earlier is not None and not refit:
-            model = self._fit(self._held(earlier.unsure_held), earlier, refit)
-            return replace(model, unsure_held=earlier.unsure_held)
+            model = self._fit(self._held(earlier.pruned_peaks_censored), earlier, refit)
+            return replace(model, pruned_peaks_censored=earlier.pruned_peaks_censored)
         values = self._fit(self.censored, earlier, refit)
-        bounds = replace(self._fit(self._held(True), values, refit), unsure_held=True)
+        bounds = replace(self._fit(self._held(True), values, refit), pruned_peaks_censored=True)
         # Right is what foretells the others better: the trials that ran to their end.
         better = direct_density(bounds, told) > direct_density(values, told)
         return bounds if better else values
 
-    def _held(self, unsure_held: bool) -> np.ndarray:
-        return np.asarray(self.censored | self.unsure) if unsure_held else self.censored
+    def _held(self, pruned_peaks_censored: bool) -> np.ndarray:
+        return (
+            np.asarray(self.censored | self.maybe_censored)
+            if pruned_peaks_censored
+            else self.censored
+        )
 
     def _fit(
         self, censored: np.ndarray, earlier: ResourceModel | None, refit: bool
@@ -136,7 +201,7 @@ class _Column:
         # Both stopped at the same moment: the ratio is a value, not a bound.
         none = np.zeros(len(self.amounts), dtype=bool)
         return _Column(
-            self.columns, self.amounts / base.amounts, none, none, noisy=True, noise=_LOUD
+            self.columns, self.amounts / base.amounts, none, none, noisy=True, noise=_RATIO_NOISE
         )
 
 
