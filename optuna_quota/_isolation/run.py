@@ -427,7 +427,7 @@ class TrialRun:
             self._watch.gpu = GpuUse("framework")
         usage = Usage(memory=ended.memory, cpu_time=ended.cpu_time, gpu_memory=gpu_memory)
         self._watch.add_usage(usage)
-        self._watch.take_unseen_peak(ended.unseen_memory)
+        self._watch.record_unseen_peak(ended.unseen_memory)
 
     def _measure(self) -> None:
         """Read what the trial holds at the moment when an allocation on a GPU was refused."""
