@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
+import logging
 import threading
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,17 @@ from optuna_quota._resources import Quota
 from optuna_quota._resources import Usage
 from optuna_quota._storage_retry import reconnect_dead_connections
 from optuna_quota._storage_retry import repair_torn_lines
+from optuna_quota._units import format_seconds
 
 
 if TYPE_CHECKING:
     from optuna.study import Study
+
+
+_logger = logging.getLogger("optuna.quota.ledger")
+
+# Seconds by which the clocks of two hosts may differ without a warning.
+_CLOCK_TOLERANCE = 5.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,9 @@ class Accounts:
         reconnect_dead_connections(_optuna.storage_of(study))
         repair_torn_lines(_optuna.storage_of(study))
         self.rows = Rows(study)
-        self._book = Book(quota, read_amounts(_optuna.user_attrs_of(study).get(STUDY_LIMITS)))
+        bounds = read_amounts(_optuna.user_attrs_of(study).get(STUDY_LIMITS))
+        self._book = Book(quota, bounds, heartbeat=beat)
+        self._warned: set[str] = set()
         self._settled: dict[int, Usage] = {}
         self._lock = threading.Lock()
         self._last: Snapshot | None = None
@@ -87,13 +97,33 @@ class Accounts:
             self.rows.read_into(self._book)
             open_ids = {entry.trial_id for entry in self._book.open}
             self._settled = {k: v for k, v in self._settled.items() if k in open_ids}
+            now = self.clock.time()
+            self._warn_of_clocks(now)
             self._last = Snapshot(
-                self._book.used(self.clock.time(), this_worker()),
+                self._book.used(now, this_worker()),
                 self._book.reserved(this_worker().machine),
                 tuple(self._book.claims),
                 self._book.open,
             )
             return self._last
+
+    def _warn_of_clocks(self, now: float) -> None:
+        if self.quota.wall_time is None:
+            return
+        here = this_worker().machine
+        for entry in self._book.open:
+            held = entry.reservation
+            if held is None or held.worker is None or held.beat is None:
+                continue
+            host, machine, ahead = held.worker.host, held.worker.machine, held.beat - now
+            if machine == here or machine in self._warned or ahead < _CLOCK_TOLERANCE:
+                continue
+            self._warned.add(machine)
+            _logger.warning(
+                f"The clock of host {host} is {format_seconds(ahead)} ahead of this host's: "
+                "`wall_time` may count trials that run at the same time on both twice, for up to "
+                "that long. Synchronize the clocks."
+            )
 
     @property
     def last(self) -> Snapshot | None:
@@ -123,10 +153,8 @@ class Accounts:
         return self.rows.take(trial_id, self._own(trial_id, Reservation()))
 
     def _own(self, trial_id: int, reservation: Reservation) -> Reservation:
-        worker, now = this_worker(), self.clock.time()
-        with self._lock:
-            after = self._book.clocks.later_than(worker.machine, now)
-        return replace(reservation, trial_id=trial_id, worker=worker, beat=now, after=after)
+        beat = self.clock.time()
+        return replace(reservation, trial_id=trial_id, worker=this_worker(), beat=beat)
 
     def charge(self, trial_id: int, usage: Usage) -> None:
         """Take in what a trial used whose row is about to finish."""

@@ -17,7 +17,6 @@ from optuna_quota._ledger.protocol import Decision
 from optuna_quota._ledger.protocol import Want
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.worker import this_worker
-from optuna_quota._storage_retry import is_transient
 
 
 _FIRST_PAUSE = 0.002
@@ -72,41 +71,6 @@ def ask(
     if decision.action == "withdraw":
         accounts.write(trial_id, answered(asking, decision))
     return decision, seen
-
-
-def ask_at_once(
-    accounts: Accounts,
-    number: int,
-    wants: Mapping[str, Want],
-    write_grant: Callable[[Decision, Snapshot], bool],
-) -> Snapshot | None:
-    """Read, decide and write in one step, where the storage can keep all other writers out.
-
-    Nobody can have written between the reading and the grant, so there is no claim to make first.
-    Whoever claims by the protocol either did so before, and is seen, or reads the grant.
-
-    Args:
-        accounts: The study's accounts.
-        number: The trial's number.
-        wants: What it wants.
-        write_grant: Writes the grant into the row, and returns whether it did.
-
-    Returns:
-        The rows by which it was granted; None when the protocol is to be gone through.
-    """
-    try:
-        with accounts.rows.alone() as alone:
-            if not alone:
-                return None
-            seen = accounts.read()
-            decision = judge(accounts, number, Reservation(), wants, seen, queue=True)
-            granted = decision.action == "grant" and write_grant(decision, seen)
-    except Exception as fault:
-        if not is_transient(fault):
-            raise
-        # Nothing was granted that the row does not say: asking by the protocol finds out.
-        return None
-    return seen if granted else None
 
 
 def judge(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from dataclasses import field
 from typing import TYPE_CHECKING
 
-from optuna_quota._ledger.clocks import Clocks
 from optuna_quota._ledger.protocol import Claim
 from optuna_quota._ledger.protocol import is_held
 from optuna_quota._ledger.reservation import parse_reservation
@@ -26,6 +25,9 @@ from optuna_quota._resources import Usage
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+
+# Seconds between two writes of a worker that show that it is alive.
+HEARTBEAT = 30.0
 
 # What is summed over the rows of finished trials. `wall_time` is a union, not a sum.
 SUMMED = ("n_trials", "trial_time", "cpu_time", "gpu_time", "energy", "cost")
@@ -75,7 +77,6 @@ def read_entry(
     quota: Quota,
     *,
     study: str | None = None,
-    touched: bool | None = None,
 ) -> Entry:
     """Return what a row means to the ledger.
 
@@ -84,16 +85,12 @@ def read_entry(
         trial_id: Its id in the storage.
         quota: The quota; its prices turn usage into cost.
         study: What tells the study from others in reservations.
-        touched: Whether anything was written into the row; None to go by ``trial``.
     """
     written = trial.system_attrs.get(RESERVATION)
-    reservation = parse_reservation(written, trial_id)
-    if reservation is not None and reservation.study not in (None, study):
-        # Copied from another study, into a row that happens to have the same id.
-        reservation = None
+    reservation = parse_reservation(written, trial_id, study)
     if not trial.state.is_finished():
         state = trial.state.name.lower()
-        untouched = state == "running" and not (_touched(trial) if touched is None else touched)
+        untouched = state == "running" and not _touched(trial)
         return Entry(trial.number, trial_id, state, reservation=reservation, untouched=untouched)
     record = parse_record(trial.user_attrs)
     outcome = record.outcome or _outcome_of_state(trial.state.name)
@@ -177,20 +174,25 @@ class Book:
     Args:
         quota: The quota; its prices turn usage into cost.
         bounds: Limits on one trial, by resource: what a trial of unknown usage is charged.
+        heartbeat: Seconds between two heartbeats of a worker.
 
     Attributes:
         earlier: What rows come to that no ledger admitted, by resource, and how many they are:
             those that ran as ``n_trials``, the others as ``added``.
     """
 
-    def __init__(self, quota: Quota, bounds: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        quota: Quota,
+        bounds: Mapping[str, float] | None = None,
+        heartbeat: float = HEARTBEAT,
+    ) -> None:
         self.quota = quota
+        self._heartbeat = heartbeat
         self.bounds = bounds or {}
         self.open: tuple[Entry, ...] = ()
-        self.clocks = Clocks()
         self.earlier: Counter[str] = Counter()
         self._spans = WorkerSpans()
-        self._intervals: dict[Worker | None, list[tuple[float, float]]] = {}
         self.unknown: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
         self.by_worker: dict[str, Counter[str]] = {}
@@ -200,14 +202,6 @@ class Book:
 
     def fold(self, entries: Iterable[Entry], still_open: Sequence[Entry]) -> None:
         """Add rows that have finished, and replace those that have not."""
-        entries = list(entries)
-        held = [e.reservation for e in (*entries, *still_open) if e.reservation is not None]
-        news = [self.clocks.learn(reservation) for reservation in held]
-        if any(news):
-            self._spans = WorkerSpans()
-            for worker, intervals in self._intervals.items():
-                for interval in intervals:
-                    self._add_span(worker, interval)
         for entry in entries:
             self._add(entry)
         self.open = tuple(still_open)
@@ -229,12 +223,7 @@ class Book:
             self._largest[name] = max(amount, self._largest.get(name, 0.0))
         if entry.span is not None:
             who = None if entry.reservation is None else entry.reservation.worker
-            self._intervals.setdefault(who, []).append(entry.span)
-            self._add_span(who, entry.span)
-
-    def _add_span(self, worker: Worker | None, span: tuple[float, float]) -> None:
-        machine = "" if worker is None else worker.machine
-        self._spans.add(worker, *(self.clocks.moved(machine, at) for at in span))
+            self._spans.add(who, *entry.span)
 
     def used(self, now: float, here: Worker | None = None) -> dict[str, float]:
         """Return what was used by resource: rows of unknown usage count by their bound.
@@ -259,19 +248,20 @@ class Book:
             now: Seconds since the epoch.
             here: A worker that is about to start a trial.
         """
-        now = self.clocks.now(now)
         running: list[tuple[Worker | None, float, float]] = [
-            (
-                e.reservation.worker,
-                self.clocks.moved(e.claim.machine, e.reservation.began),
-                now,
-            )
+            (e.reservation.worker, e.reservation.began, self._until(e.reservation, now))
             for e in self.open
             if e.reservation is not None and e.reservation.began is not None
         ]
         if here is not None:
             running.append((here, now, now))
         return self._spans.with_running(running)
+
+    def _until(self, reservation: Reservation, now: float) -> float:
+        # By the worker's own clock, which may differ from the reader's: what has passed since its
+        # last heartbeat is between nothing and the time to the next one.
+        beat = reservation.beat
+        return now if beat is None else min(max(now, beat), beat + self._heartbeat)
 
     def _unknown(self, name: str) -> float:
         bound = self.bounds.get(name, self._largest.get(name, 0.0))

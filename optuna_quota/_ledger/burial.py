@@ -7,8 +7,6 @@ from dataclasses import replace
 import logging
 import os
 
-from optuna.exceptions import UpdateFinishedTrialError
-
 from optuna_quota._ledger.leases import Death
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.rows import Rows
@@ -34,13 +32,10 @@ def bury(rows: Rows, deaths: Sequence[Death], now: float) -> list[int]:
         charged = replace(held, asked={}, waits={}, charged=charges_of(death, now))
         host = held.worker.host if held.worker is not None else None
         record = TrialRecord(_last_known(held), "failed", death.reason, host=host)
-        try:
-            rows.fail(entry.trial_id, record, charged)
-        except UpdateFinishedTrialError:
-            # Another worker was faster, or this one came back and finished it.
-            continue
-        _logger.warning(f"Trial {entry.number} was ended: {death.reason}")
-        finished.append(entry.trial_id)
+        # Another worker may be faster, or this one comes back and finishes it.
+        if rows.fail(entry.trial_id, record, charged):
+            _logger.warning(f"Trial {entry.number} was failed: {death.reason}")
+            finished.append(entry.trial_id)
     return finished
 
 

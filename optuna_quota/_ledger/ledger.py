@@ -22,7 +22,6 @@ from optuna_quota import _optuna
 from optuna_quota._ledger.accounts import Accounts
 from optuna_quota._ledger.accounts import Snapshot
 from optuna_quota._ledger.admission import ask
-from optuna_quota._ledger.admission import ask_at_once
 from optuna_quota._ledger.admission import judge
 from optuna_quota._ledger.admission import pauses
 from optuna_quota._ledger.clock import Clock
@@ -190,10 +189,6 @@ class Ledger:
             need = footprint.get("gpu_memory", limits.gpu_memory)
             machine = this_worker().machine
             wants.update(want_of_gpu(self._gpus, seen.claims, machine, need))
-            if not waiting:
-                grant = self._reserve_at_once(trial, limits, wants, footprint)
-                if grant is not None:
-                    return grant
             # Who waits looks before it asks: a claim in vain would only disturb the others.
             decision = judge(self._accounts, number, held, wants, seen, queue=True)
             if not waiting or decision.action != "withdraw":
@@ -347,30 +342,6 @@ class Ledger:
         place = replace(place, beat=now)
         self._accounts.write(trial_id, place)
         return place
-
-    def _reserve_at_once(
-        self,
-        trial: FrozenTrial,
-        limits: Limits,
-        wants: Mapping[str, Want],
-        footprint: Mapping[str, float],
-    ) -> Grant | None:
-        """Return a grant that needed no claim, None when the protocol is to be gone through."""
-        trial_id, written = _optuna.trial_id_of(trial), Reservation()
-
-        def write_grant(decision: Decision, seen: Snapshot) -> bool:
-            nonlocal written
-            if beyond(self.quota, seen.used, footprint) is not None:
-                return False
-            written = self._write_grant(trial_id, decision)
-            return True
-
-        seen = ask_at_once(self._accounts, trial.number, wants, write_grant)
-        if seen is None:
-            return None
-        grant = self._begin(trial, limits, written)
-        self._undertaker.tend(seen)
-        return grant
 
     def _write_grant(self, trial_id: int, decision: Decision) -> Reservation:
         now, gpu = self._clock.time(), gpu_in(decision.granted)

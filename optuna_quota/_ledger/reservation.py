@@ -55,8 +55,6 @@ class Reservation:
         used: What it had used by then.
         charged: What it is charged for where no usage was measured: it ended without its worker.
         gpu: The GPU it was given.
-        after: Stamps of other machines, by machine, that were read before this was written
-            although its own clock has yet to reach them.
         study: What tells the study that it was written in from others; None where it does not.
     """
 
@@ -70,11 +68,10 @@ class Reservation:
     used: Mapping[str, float] = field(default_factory=dict)
     charged: Mapping[str, float] = field(default_factory=dict)
     gpu: str | None = None
-    after: Mapping[str, float] = field(default_factory=dict)
     study: str | None = None
 
 
-_AMOUNTS = ("granted", "asked", "waits", "used", "charged", "after")
+_AMOUNTS = ("granted", "asked", "waits", "used", "charged")
 _TIMES = ("began", "beat")
 
 
@@ -97,16 +94,19 @@ def reservation_object(reservation: Reservation) -> dict[str, Any]:
     return found
 
 
-def parse_reservation(value: Any, trial_id: int) -> Reservation | None:
-    """Return what a row says; whatever is malformed in it is left out.
+def parse_reservation(value: Any, trial_id: int, study: str | None = None) -> Reservation | None:
+    """Return a row's reservation without what is malformed; None if it was copied from elsewhere.
 
     Args:
         value: The attribute.
-        trial_id: The row's; what was copied from another row, as a retried trial's is, is void.
+        trial_id: The row's id: a retried trial has a copy of another row's attributes.
+        study: The study's stamp: a copied study may have rows with the same ids.
     """
     if not isinstance(value, Mapping) or value.get("trial") != trial_id:
         return None
-    gpu, study = value.get("gpu"), value.get("study")
+    gpu, stamp = value.get("gpu"), value.get("study")
+    if study is not None and stamp is not None and stamp != study:
+        return None
     return Reservation(
         trial_id,
         granted=_amounts(value.get("granted")),
@@ -118,8 +118,7 @@ def parse_reservation(value: Any, trial_id: int) -> Reservation | None:
         used=_amounts(value.get("used")),
         charged=_amounts(value.get("charged")),
         gpu=gpu if isinstance(gpu, str) else None,
-        after=_amounts(value.get("after")),
-        study=study if isinstance(study, str) else None,
+        study=stamp if isinstance(stamp, str) else None,
     )
 
 
