@@ -13,11 +13,11 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._ledger.book import Book
-from optuna_quota._ledger.book import read_entry
 from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
+from optuna_quota._ledger.totals import Book
+from optuna_quota._ledger.totals import read_entry
 from optuna_quota._records import RESERVATION
 from optuna_quota._records import TrialRecord
 from optuna_quota._records import write_record

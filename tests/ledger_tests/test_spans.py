@@ -12,12 +12,12 @@ import pytest
 
 from optuna_quota import Quota
 from optuna_quota._ledger import Ledger
-from optuna_quota._ledger.book import Book
-from optuna_quota._ledger.book import Entry
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
 from optuna_quota._ledger.reservation import Worker
-from optuna_quota._ledger.spans import Spans
+from optuna_quota._ledger.totals import Book
+from optuna_quota._ledger.totals import Entry
+from optuna_quota._ledger.totals import Spans
 from optuna_quota._optuna import storage_of
 from optuna_quota._optuna import trial_id_of
 from optuna_quota._records import RESERVATION

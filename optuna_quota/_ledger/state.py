@@ -1,25 +1,39 @@
-"""A book kept up to date with the storage, for all threads of a process."""
+"""The ledger's clock, which tests replace."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
 import logging
+import random
 import threading
+import time
+from typing import Protocol
 from typing import TYPE_CHECKING
+from weakref import WeakMethod
 
 from optuna_quota import _optuna
-from optuna_quota._ledger.book import Book
-from optuna_quota._ledger.book import Entry
-from optuna_quota._ledger.clock import Clock
+from optuna_quota._ledger.dead_workers import bury
+from optuna_quota._ledger.dead_workers import Death
+from optuna_quota._ledger.dead_workers import Leases
 from optuna_quota._ledger.gpus import capacities
 from optuna_quota._ledger.gpus import Gpu
+from optuna_quota._ledger.protocol import answered
 from optuna_quota._ledger.protocol import Claim
+from optuna_quota._ledger.protocol import claimed
+from optuna_quota._ledger.protocol import decide
+from optuna_quota._ledger.protocol import Decision
+from optuna_quota._ledger.protocol import Want
+from optuna_quota._ledger.reservation import is_alive
 from optuna_quota._ledger.reservation import Reservation
+from optuna_quota._ledger.reservation import this_worker
 from optuna_quota._ledger.rows import Rows
-from optuna_quota._ledger.worker import this_worker
+from optuna_quota._ledger.totals import Book
+from optuna_quota._ledger.totals import Entry
 from optuna_quota._records import read_amounts
 from optuna_quota._records import STUDY_LIMITS
 from optuna_quota._resources import Quota
@@ -31,6 +45,38 @@ from optuna_quota._units import format_seconds
 
 if TYPE_CHECKING:
     from optuna.study import Study
+
+
+class Clock(Protocol):
+    """Two clocks and a way to let time pass."""
+
+    def time(self) -> float:
+        """Return seconds since the epoch; it may jump and differ between machines."""
+        ...
+
+    def monotonic(self) -> float:
+        """Return seconds on a clock that never jumps and means something here only."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        ...
+
+
+class SystemClock:
+    """The machine's own clocks."""
+
+    def time(self) -> float:
+        """Return seconds since the epoch."""
+        return time.time()
+
+    def monotonic(self) -> float:
+        """Return seconds on a clock that never jumps."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        time.sleep(seconds)
 
 
 _logger = logging.getLogger("optuna.quota.ledger")
@@ -176,3 +222,120 @@ class Accounts:
         names = ("trial_time", "cpu_time", "gpu_time", "energy")
         amounts = {name: usage.get(name) for name in names}
         return {**{k: v or 0.0 for k, v in amounts.items()}, "cost": self.quota.price(amounts)}
+
+
+# Seconds between questions to a storage that has heartbeats: the answer costs a query.
+_ASK_EVERY = 5.0
+
+
+class Undertaker:
+    """Finds and ends the rows of workers that are gone, whenever rows are read.
+
+    Args:
+        accounts: The study's accounts.
+        lease: Seconds; see :class:`Leases`.
+        on_failed: Called with the id of each trial that was ended.
+    """
+
+    def __init__(self, accounts: Accounts, lease: float, on_failed: Callable[[int], None]) -> None:
+        self._accounts = accounts
+        # A method of whom this belongs to: nothing is to wait for the garbage collector.
+        self._on_failed = WeakMethod(on_failed)
+        self._leases = Leases(lease, is_alive)
+        self._lock = threading.Lock()
+        self._asked: float | None = None
+
+    def look(self) -> Snapshot:
+        """Read the rows, end those whose workers are gone, and return what is left."""
+        seen = self._accounts.read()
+        return self._accounts.read() if self.tend(seen) else seen
+
+    def tend(self, seen: Snapshot) -> bool:
+        """End rows whose workers are gone among those read; return whether there were any."""
+        now = self._accounts.clock.monotonic()
+        with self._lock:
+            deaths = self._leases.deaths(seen.open, now, self._stale(now))
+        if deaths:
+            self.bury(*deaths)
+        return bool(deaths)
+
+    def bury(self, *deaths: Death) -> None:
+        """End rows."""
+        on_failed = self._on_failed()
+        for trial_id in bury(self._accounts.rows, deaths, self._accounts.clock.time()):
+            if on_failed is not None:
+                on_failed(trial_id)
+
+    def _stale(self, now: float) -> list[int]:
+        if self._asked is not None and now - self._asked < _ASK_EVERY:
+            return []
+        self._asked = now
+        return self._accounts.rows.stale()
+
+
+_FIRST_PAUSE = 0.002
+_LONGEST_PAUSE = 0.25
+
+
+def pauses() -> Iterator[float]:
+    """Yield seconds to wait between looks, longer and longer, never in step with others."""
+    pause = _FIRST_PAUSE
+    while True:
+        yield pause * random.uniform(0.5, 1.0)
+        pause = min(_LONGEST_PAUSE, 1.5 * pause)
+
+
+def ask(
+    accounts: Accounts,
+    trial_id: int,
+    number: int,
+    held: Reservation,
+    wants: Mapping[str, Want],
+    look: Callable[[], Snapshot],
+    *,
+    queue: bool,
+) -> tuple[Decision, Snapshot]:
+    """Return what a trial is granted, and the rows by which that was decided.
+
+    A grant is left for the caller to write into the row.
+
+    Args:
+        accounts: The study's accounts.
+        trial_id: The trial.
+        number: Its number.
+        held: What its row says now; the row says so again after a withdrawal.
+        wants: What it wants.
+        look: Reads the rows and buries the dead, whose claims nobody would answer for.
+        queue: Whether it queues up behind those that wait.
+    """
+    if not wants:
+        return Decision("grant"), look()
+    asking = claimed(held, wants)
+    accounts.write(trial_id, asking)
+    written = accounts.clock.monotonic()
+    for pause in pauses():
+        seen = look()
+        decision = judge(accounts, number, asking, wants, seen, queue=queue)
+        if decision.action != "wait":
+            break
+        accounts.clock.sleep(pause)
+        if accounts.clock.monotonic() - written > accounts.beat:
+            accounts.write(trial_id, asking)
+            written = accounts.clock.monotonic()
+    if decision.action == "withdraw":
+        accounts.write(trial_id, answered(asking, decision))
+    return decision, seen
+
+
+def judge(
+    accounts: Accounts,
+    number: int,
+    held: Reservation,
+    wants: Mapping[str, Want],
+    seen: Snapshot,
+    *,
+    queue: bool,
+) -> Decision:
+    """Return what the protocol decides by what was seen; see :func:`ask`."""
+    me = Claim(number, this_worker().machine, held.granted, held.asked, held.waits)
+    return decide(me, wants, seen.claims, seen.used, accounts.ceilings, queue=queue)
