@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from optuna_quota import _records
 from optuna_quota._ledger.totals import LONGEST_GAP
 from optuna_quota._resources import get_resource
-from optuna_quota._table import ended_as
 from optuna_quota._table import measured_usage
 
 
@@ -85,7 +84,7 @@ def courses_of(study: Study) -> list[Course]:
     first = min((t.datetime_start for t in trials if t.datetime_start), default=None)
     for trial in trials:
         record = _records.read_record(trial)
-        outcome, amounts = ended_as(trial, record), measured_usage(trial, record)
+        outcome, amounts = _records.outcome_of(trial, record), measured_usage(trial, record)
         if record.breach and record.breach.resource in amounts:
             # One stopped on its way to the limit would have passed it.
             name, limit = record.breach.resource, record.breach.limit

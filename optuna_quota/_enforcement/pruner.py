@@ -23,7 +23,7 @@ from optuna_quota._enforcement.nesting import pruner_limits
 from optuna_quota._enforcement.nesting import pruner_meters
 from optuna_quota._enforcement.nesting import quota_pruners
 from optuna_quota._enforcement.trial_result import build_record
-from optuna_quota._enforcement.trial_result import write
+from optuna_quota._enforcement.trial_result import save_record
 from optuna_quota._metering import check_names
 from optuna_quota._metering import key_of
 from optuna_quota._metering import Meter
@@ -232,10 +232,10 @@ class PrunerNotes:
     def take(self, study: Study, trial: FrozenTrial, watch: TrialMonitor, *, ends: bool) -> None:
         """Note what is known of a trial when that is due, or when it is told to end."""
         page = self._pages.get(watch.key)
-        if page is None or watch.settled:
+        if page is None or watch.recorded:
             return
         if ends:
-            watch.settled = True
+            watch.recorded = True
             self._write(study, trial, page, TrialState.PRUNED)
         elif page.is_due():
             self._write(study, trial, page, None)
@@ -249,7 +249,7 @@ class PrunerNotes:
             record = TrialRecord(usage=usage, isolation=watch.isolation)
         else:
             record = build_record(watch, usage, state)
-        write(study, trial, record, {})
+        save_record(study, trial, record)
         page.noted(usage.memory, time.perf_counter() - started)
 
 

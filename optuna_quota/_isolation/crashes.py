@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from optuna_quota import _optuna
 from optuna_quota._records import CRASHED
 from optuna_quota._records import is_rejected
+from optuna_quota._records import write_attributes
 from optuna_quota._storage_retry import retry
 
 
@@ -75,7 +76,7 @@ def note_crash(study: Study, trial: Trial) -> None:
     """Write into a trial's row that its process crashed; a fault of the storage is logged."""
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
     try:
-        retry(lambda: storage.set_trial_system_attr(trial_id, CRASHED, trial.number))
+        write_attributes(storage, trial_id, system={CRASHED: trial.number})
     except Exception as fault:  # noqa: BLE001 - any backend's own; the study goes on
         _logger.info(f"The crash of trial {trial.number} could not be recorded: {fault!r}.")
 

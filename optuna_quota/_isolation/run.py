@@ -61,8 +61,8 @@ from optuna_quota._isolation.launch import Launched
 from optuna_quota._isolation.main_module import find_main_module
 from optuna_quota._isolation.main_module import MainModule
 from optuna_quota._isolation.multiprocessing_child import is_in_preparation
-from optuna_quota._isolation.output import output_rules
-from optuna_quota._isolation.output import sounding_loggers
+from optuna_quota._isolation.output import prepare_logging
+from optuna_quota._isolation.output import read_output_settings
 from optuna_quota._isolation.pickling import dump_objective
 from optuna_quota._isolation.pickling import NeedsFork
 from optuna_quota._isolation.pickling import Payload
@@ -285,7 +285,8 @@ class TrialRun:
     def _launch_fork(self) -> Launched:
         # Made before the fork: after it, each page that is touched here is copied.
         start = self._start(None, PreparedMain(MainModule(), is_made=True))
-        inherited = Inherited(start, self._order(), self._isolated.objective, sounding_loggers())
+        inherited = Inherited(start, self._order(), self._isolated.objective)
+        prepare_logging(reset=False)
         return launch_fork(_delegated_cgroup(), inherited)
 
     def _start(self, payload: Payload | None, main: PreparedMain) -> Start:
@@ -299,7 +300,7 @@ class TrialRun:
         return Start(
             context=read_context(self._watch.environment, main.module),
             has_main=main.is_made,
-            output=output_rules(),
+            output=read_output_settings(),
             trial=facts,
             limits={name: ceiling for name, (ceiling, _) in self._ceilings().items()},
             device_memory=self._device_memory() if "gpu_memory" in self._ceilings() else None,
@@ -427,7 +428,7 @@ class TrialRun:
             self._watch.gpu = GpuUse("framework")
         usage = Usage(memory=ended.memory, cpu_time=ended.cpu_time, gpu_memory=gpu_memory)
         self._watch.add_usage(usage)
-        self._watch.take_unseen_peak(ended.unseen_memory)
+        self._watch.record_unseen_peak(ended.unseen_memory)
 
     def _measure(self) -> None:
         """Read what the trial holds at the moment when an allocation on a GPU was refused."""

@@ -20,6 +20,7 @@ from optuna_quota._ledger.totals import Book
 from optuna_quota._ledger.totals import read_entry
 from optuna_quota._records import RESERVATION
 from optuna_quota._records import TrialRecord
+from optuna_quota._records import write_attributes
 from optuna_quota._records import write_record
 from optuna_quota._storage_retry import retry
 
@@ -82,7 +83,7 @@ class Rows:
                 found this one dead.
         """
         value = self._object(reservation)
-        retry(lambda: self._storage.set_trial_system_attr(trial_id, RESERVATION, value))
+        write_attributes(self._storage, trial_id, system={RESERVATION: value})
 
     def take(self, trial_id: int, reservation: Reservation) -> bool:
         """Return whether an enqueued trial is this worker's alone.
@@ -108,7 +109,7 @@ class Rows:
         storage = self._storage
         try:
             self.write(trial_id, reservation)
-            retry(lambda: write_record(storage, trial_id, record))
+            write_record(storage, trial_id, record)
             if not _optuna.has_row_locks(storage):
                 return retry(lambda: _optuna.fail_row_on_sqlite(storage, trial_id))
             retry(lambda: storage.set_trial_state_values(trial_id, TrialState.FAIL))

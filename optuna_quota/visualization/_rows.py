@@ -16,8 +16,6 @@ from optuna_quota._resources import format_amount
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import OUTCOMES
 from optuna_quota._resources import USAGE_RESOURCES
-from optuna_quota._table import ended_as
-from optuna_quota._table import is_censored
 
 
 if TYPE_CHECKING:
@@ -72,7 +70,9 @@ class Row:
 
     def censored(self, resource: str) -> bool:
         """Return whether the usage is a lower bound only, since the trial would have gone on."""
-        return resource in self.amounts and is_censored(resource, self.outcome)
+        return resource in self.amounts and _records.is_lower_bound(
+            resource, self.outcome, self.record.censored_by
+        )
 
 
 def rows_of(study: Study) -> list[Row]:
@@ -83,7 +83,9 @@ def rows_of(study: Study) -> list[Row]:
 
 def _row(trial: FrozenTrial) -> Row:
     record = _records.read_record(trial)
-    return Row(trial, record, ended_as(trial, record) or "failed", _amounts(trial, record))
+    return Row(
+        trial, record, _records.outcome_of(trial, record) or "failed", _amounts(trial, record)
+    )
 
 
 def _amounts(trial: FrozenTrial, record: TrialRecord) -> dict[str, float]:

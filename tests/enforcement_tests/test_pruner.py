@@ -195,7 +195,7 @@ def test_nothing_piles_up_over_many_trials() -> None:
     study = alone(pruner)
     study.optimize(asks_once, n_trials=10_000)
     assert len(pruner._notes) <= 1
-    assert len(metering_loop()._watches) <= 1
+    assert len(metering_loop()._monitors) <= 1
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
-"""The quota and the limits in force are kept with the study; workers that disagree are told."""
+"""The quota and limits in the study's attributes, and workers that disagree about them."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import optuna
 from optuna.samplers import RandomSampler
-import pytest
 
 from optuna_quota import Limits
 from optuna_quota import Quota
@@ -29,14 +28,7 @@ def run(study: optuna.Study, n_trials: int = 1) -> None:
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=n_trials)
 
 
-@pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    optuna.logging.enable_propagation()
-    caplog.set_level(logging.WARNING, logger="optuna.quota")
-    return caplog
-
-
-def test_they_are_plain_numbers_in_base_units(tmp_path: Path) -> None:
+def test_settings_are_stored_as_plain_numbers_in_base_units(tmp_path: Path) -> None:
     quota = Quota(wall_time="2h", memory="1GiB", cost=5, prices={"cpu_time": 0.5})
     study = worker(tmp_path, quota, Limits(memory="0.5GiB"))
     run(study)
@@ -45,22 +37,22 @@ def test_they_are_plain_numbers_in_base_units(tmp_path: Path) -> None:
     assert study.user_attrs["quota:prices"] == {"cpu_time": 0.5}
 
 
-def test_workers_that_agree_are_not_told_anything(
-    tmp_path: Path, told: pytest.LogCaptureFixture
+def test_workers_that_agree_are_not_warned(
+    tmp_path: Path, quota_warnings: Callable[[], list[str]]
 ) -> None:
     for _ in range(2):
         run(worker(tmp_path, Quota(n_trials=9), Limits(memory="1GiB")))
-    assert told.records == []
+    assert quota_warnings() == []
 
 
-def test_a_worker_that_differs_is_told_what_differs_and_goes_by_its_own(
-    tmp_path: Path, told: pytest.LogCaptureFixture
+def test_a_worker_that_disagrees_is_warned_and_enforces_its_own_quota(
+    tmp_path: Path, quota_warnings: Callable[[], list[str]]
 ) -> None:
     run(worker(tmp_path, Quota(n_trials=9), Limits(memory="1GiB")))
     second = worker(tmp_path, Quota(n_trials=3), Limits(memory="1GiB", wall_time="5s"))
     run(second, n_trials=9)
     assert len(second.trials) == 3
-    quota, limits, *_ = (record.getMessage() for record in told.records)
-    assert "n_trials 9 there, 3 here" in quota
-    assert "wall_time unset there, 5 s here" in limits
+    quota, limits, *_ = quota_warnings()
+    assert "n_trials 9 stored, 3 here" in quota
+    assert "wall_time unset stored, 5 s here" in limits
     assert second.user_attrs["quota:quota"] == {"n_trials": 9}

@@ -1,4 +1,4 @@
-"""Whatever is raised at whatever hook: no row stays RUNNING, no metering, no reservation."""
+"""No error at any hook leaves a row RUNNING, and no row keeps what it copied from another."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from typing import Any
 import optuna
 from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
+from optuna.trial import create_trial
 from optuna.trial import TrialState
 import pytest
 
+from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaSampler
 from optuna_quota import status
-from optuna_quota._metering import key_of
-from optuna_quota._metering import metering_loop
+from optuna_quota import TrialRejected
+from optuna_quota import Usage
+from optuna_quota._records import PREFIX
 from optuna_quota._records import read_record
+from optuna_quota._records import TIMELINE
+from tests.sampler_tests.assertions import assert_nothing_left
 
 
 HOOKS = [
@@ -114,21 +119,6 @@ def anything_raised() -> Iterator[None]:
         yield
 
 
-def assert_nothing_left(study: optuna.Study) -> None:
-    assert study.trials
-    for trial in study.trials:
-        if trial.state == TrialState.WAITING:
-            continue
-        assert trial.state.is_finished(), trial
-        assert metering_loop().find(key_of(study, trial)) is None
-        record = read_record(trial)
-        assert record.outcome is not None
-        if trial.state != TrialState.COMPLETE:
-            assert record.reason
-    reserved = status(study).table["reserved"]
-    assert (reserved == 0).all(), reserved
-
-
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
 @pytest.mark.parametrize("hook", HOOKS)
@@ -142,7 +132,7 @@ def test_no_row_stays_running(
     with anything_raised():
         way(study)
     assert_nothing_left(study)
-    # The study goes on as if nothing had been.
+    # The study goes on.
     before = len(study.trials)
     study.optimize(objective, n_trials=2)
     assert len(study.trials) > before
@@ -151,7 +141,7 @@ def test_no_row_stays_running(
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("hook", HOOKS)
-def test_what_the_base_sampler_raises_comes_out(hook: str, error: type[BaseException]) -> None:
+def test_errors_of_the_base_sampler_are_raised(hook: str, error: type[BaseException]) -> None:
     study = optuna.create_study(
         sampler=QuotaSampler(Faulty(hook, error, number=0), quota=Quota(n_trials=9))
     )
@@ -163,7 +153,7 @@ def test_what_the_base_sampler_raises_comes_out(hook: str, error: type[BaseExcep
     assert_nothing_left(study)
 
 
-def test_a_trial_that_never_began_is_charged_for_nothing() -> None:
+def test_a_trial_that_never_began_has_no_usage() -> None:
     sampler = QuotaSampler(
         Faulty("before_trial", ValueError, number=0), quota=Quota(n_trials=1, cpu_time="1h")
     )
@@ -174,7 +164,7 @@ def test_a_trial_that_never_began_is_charged_for_nothing() -> None:
     study.tell(study.ask(), 1.0)
 
 
-def test_objective_that_raises_is_recorded_with_what_it_raised() -> None:
+def test_an_error_of_the_objective_is_recorded() -> None:
     study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9)))
 
     def fails(trial: optuna.Trial) -> float:
@@ -194,3 +184,69 @@ def test_a_trial_told_by_its_number_is_recorded() -> None:
     record = read_record(study.trials[0])
     assert record.outcome == "completed"
     assert record.usage.memory is not None
+
+
+SPACE = {"x": FloatDistribution(0, 1)}
+COPIED = {
+    "quota:outcome": "failed",
+    "quota:reason": "Its worker died.",
+    "quota:memory": 7,
+    "quota:breach": {"resource": "memory", "limit": 1, "observed": 7, "seconds": 1.0},
+    "quota:my_meter": 3,
+    "other": "kept",
+}
+
+
+def study_with(**attributes: Any) -> optuna.Study:
+    sampler = QuotaSampler(RandomSampler(seed=0), quota=Quota(n_trials=9), **attributes)
+    return optuna.create_study(sampler=sampler)
+
+
+def test_attributes_copied_from_a_failed_trial_are_cleared() -> None:
+    study = study_with()
+    study.add_trial(
+        create_trial(
+            state=TrialState.WAITING,
+            user_attrs=COPIED,
+            system_attrs={"fixed_params": {"x": 0.5}, TIMELINE: [[0, 7]]},
+        )
+    )
+    trial = study.ask()
+    assert trial.suggest_float("x", 0, 1) == 0.5
+    assert {k: v for k, v in trial.user_attrs.items() if v is not None} == {"other": "kept"}
+    study.tell(trial, 1.0)
+    (row,) = study.trials
+    record = read_record(row)
+    assert (record.outcome, record.reason, record.breach) == ("completed", None, None)
+    assert not record.usage.custom and record.usage.memory != 7
+    assert not record.timeline
+
+
+def test_a_trial_that_has_begun_keeps_its_attributes() -> None:
+    study = study_with()
+    trial = study.ask()
+    trial.set_user_attr(f"{PREFIX}proposed", {"action": "moved"})
+    again = optuna.trial.Trial(study, trial._trial_id)
+    assert again.user_attrs[f"{PREFIX}proposed"] == {"action": "moved"}
+    study.tell(trial, 1.0)
+
+
+def test_an_enqueued_point_refused_inside_ask_leaves_no_row_running() -> None:
+    study = study_with(
+        limits=Limits(memory="1GiB"), footprint=lambda params: Usage(memory=4e9 * params["x"])
+    )
+    study.enqueue_trial({"x": 0.9})
+    with pytest.raises(TrialRejected, match="Memory"):
+        study.ask(SPACE)
+    (row,) = study.trials
+    assert row.state == TrialState.PRUNED
+    assert read_record(row).outcome == "rejected"
+    assert (status(study).table["reserved"] == 0).all()
+    # Later on it is the caller who has the trial, and ends it.
+    study.enqueue_trial({"x": 0.8})
+    trial = study.ask()
+    with pytest.raises(TrialRejected, match="Memory"):
+        trial.suggest_float("x", 0, 1)
+    assert study.trials[1].state == TrialState.RUNNING
+    study.tell(trial, state=TrialState.PRUNED)
+    assert read_record(study.trials[1]).outcome == "rejected"

@@ -1,4 +1,4 @@
-"""Trials that run where the sampler's process can't see them: only what is known is recorded."""
+"""Trials that run where the sampler's process can't measure them (``metering=False``)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def study_of(quota: Quota, limits: Limits | None = None) -> optuna.Study:
     )
 
 
-def test_nothing_of_this_process_is_taken_for_the_trials_own() -> None:
+def test_usage_of_this_process_is_not_recorded() -> None:
     study = study_of(Quota(trial_time="1h"))
     with fake_metering() as metering:
         metering.tree.memory = 5 * GIB
@@ -50,7 +50,7 @@ def test_nothing_of_this_process_is_taken_for_the_trials_own() -> None:
     assert status(study).table.loc["trial_time", "used"] == 180
 
 
-def test_trials_at_once_keep_their_own_clocks() -> None:
+def test_concurrent_trials_have_their_own_clocks() -> None:
     study = study_of(Quota(trial_time=100, wall_time=1000, n_trials=5))
     with fake_metering() as metering:
         first, second = study.ask(SPACE), study.ask(SPACE)
@@ -94,7 +94,7 @@ def test_a_trial_may_report_its_own_usage() -> None:
     assert status(study).table.loc["cpu_time", "used"] == 90
 
 
-def test_a_limit_on_time_holds_by_the_clock() -> None:
+def test_a_time_limit_holds() -> None:
     study = study_of(Quota(n_trials=5), Limits(wall_time=10))
     with fake_metering() as metering:
         trial = study.ask(SPACE)
@@ -106,7 +106,7 @@ def test_a_limit_on_time_holds_by_the_clock() -> None:
 
 
 @pytest.mark.parametrize("value", ["1e9", None, -5, [1], {"a": 1}, True, 10**400])
-def test_a_malformed_report_is_no_report(value: object) -> None:
+def test_a_malformed_report_is_ignored(value: object) -> None:
     study = study_of(Quota(n_trials=5), Limits(memory=GIB))
     trial = study.ask(SPACE)
     trial.set_user_attr("quota:memory", value)
@@ -124,7 +124,7 @@ def test_an_isolated_trial_is_measured_all_the_same() -> None:
     assert record.usage.memory is not None and record.usage.memory > 1e6
 
 
-def test_a_study_of_them_can_be_analyzed() -> None:
+def test_such_a_study_can_be_analyzed() -> None:
     study = study_of(Quota(n_trials=30))
     with fake_metering() as metering:
         for _ in range(20):

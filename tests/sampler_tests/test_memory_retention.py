@@ -1,4 +1,4 @@
-"""What an objective held is free once its trial is over, however it ended."""
+"""Memory of an objective is freed when its trial ends, and a long study does not grow."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("ending", ["completes", "prunes", "raises", "breaches"])
-def test_nothing_keeps_what_an_objective_held(ending: str, tmp_path: Path) -> None:
+def test_objects_of_an_objective_are_freed(ending: str, tmp_path: Path) -> None:
     held: list[weakref.ref[Model]] = []
 
     def objective(trial: optuna.Trial) -> float:
@@ -62,8 +62,8 @@ def test_nothing_keeps_what_an_objective_held(ending: str, tmp_path: Path) -> No
     assert [model() for model in held] == [None] * 3
 
 
-# Prints by how many bytes a process grows from the trial 2,000 to the trial 10,000. The bare study
-# writes into its rows what ours say: the rows are the results, and the storage's to keep.
+# Prints by how many bytes a process grows from trial 2,000 to trial 10,000. The bare study writes
+# the same attributes into its rows: these belong to the storage.
 GROWTH = """
 import gc
 import json
@@ -129,7 +129,7 @@ print(resident(8_000) - early)
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_ten_thousand_trials_keep_no_more_than_their_rows() -> None:
+def test_a_study_grows_by_its_rows_only() -> None:
     grown = {}
     for whose in ("bare", "ours"):
         done = subprocess.run(

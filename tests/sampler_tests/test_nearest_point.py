@@ -1,3 +1,5 @@
+"""The admitted point nearest to a refused one."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -12,7 +14,7 @@ import pytest
 
 from optuna_quota import Limits
 from optuna_quota._footprint.footprint import Interval
-from optuna_quota._sampler.admission import Gate
+from optuna_quota._sampler.admission import PointAdmission
 from optuna_quota._sampler.nearest_point import nearest_admitted
 
 
@@ -40,18 +42,14 @@ class Slope:
         return {"wall_time": Interval(0.5, 1.0, 2.0)}
 
 
-def gate(expected: Slope, threshold: float = 0.5) -> Gate:
-    return Gate(expected, LIMITS, [], SPACE, threshold)
-
-
 def nearest(
     point: Mapping[str, Any], expected: Slope, fixed: Mapping[str, Any] | None = None
 ) -> dict[str, Any] | None:
-    generator = np.random.default_rng(0)
-    return nearest_admitted(gate(expected), point, SPACE, fixed or {}, generator)
+    admission = PointAdmission(expected, LIMITS, [], SPACE, threshold=0.5)
+    return nearest_admitted(admission, point, SPACE, fixed or {}, np.random.default_rng(0))
 
 
-def test_a_point_that_stands_in_keeps_away_from_the_threshold() -> None:
+def test_a_replacement_keeps_a_margin_to_the_threshold() -> None:
     found = nearest({"x": 0.8, "y": 0.5, "kind": "plain"}, Slope())
     assert found is not None
     # At most half of the threshold, and close to that: what is further below is further away.
@@ -59,18 +57,18 @@ def test_a_point_that_stands_in_keeps_away_from_the_threshold() -> None:
     assert found["kind"] == "plain"
 
 
-def test_where_none_keeps_away_one_at_the_threshold_stands_in() -> None:
+def test_without_a_margin_a_point_at_the_threshold_is_taken() -> None:
     found = nearest({"x": 0.8, "y": 0.5, "kind": "plain"}, Slope(least=0.4))
     assert found is not None
     assert 0.4 < found["x"] <= 0.5
 
 
-def test_where_none_may_run_there_is_none() -> None:
+def test_no_point_is_returned_where_none_is_admitted() -> None:
     assert nearest({"x": 0.8, "y": 0.5, "kind": "plain"}, Slope(least=0.6)) is None
 
 
 @pytest.mark.parametrize("fixed", ["x", "kind"])
-def test_what_is_given_stays(fixed: str) -> None:
+def test_fixed_parameters_are_kept(fixed: str) -> None:
     point = {"x": 0.1, "y": 0.5, "kind": "huge"}
     found = nearest(point, Slope(), {fixed: point[fixed]})
     if fixed == "kind":

@@ -1,4 +1,4 @@
-"""A footprint that a user states as a function: asked for whole points, and ends no study."""
+"""A footprint that a user states as a function: called with complete points only."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fails_early(trial: optuna.Trial) -> float:
     return float(width * trial.suggest_int("depth", 1, 8))
 
 
-def is_whole(params: dict[str, Any]) -> bool:
+def is_complete(params: dict[str, Any]) -> bool:
     names = params.keys()
     if "n" in names:
         return names == {"n", *(f"u{i}" for i in range(params["n"]))}
@@ -67,13 +67,13 @@ def is_whole(params: dict[str, Any]) -> bool:
 )
 @pytest.mark.parametrize("objective", [flat, by_kind, by_layers, fails_early])
 @pytest.mark.parametrize("memory", [1.0, 2e12])
-def test_it_is_asked_for_whole_points_alone(
+def test_it_is_called_with_complete_points_only(
     base: Callable[[], BaseSampler], objective: Objective, memory: float
 ) -> None:
-    asked = []
+    points = []
 
     def footprint(params: dict[str, Any]) -> Usage:
-        asked.append(params)
+        points.append(params)
         # About half of the points are over the limit where any can be.
         return Usage(memory=memory * (sum(map(ord, repr(sorted(params.items())))) % 2) or 1)
 
@@ -81,8 +81,8 @@ def test_it_is_asked_for_whole_points_alone(
     study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=LIMITS))
     study.optimize(objective, n_trials=24, catch=ValueError)
     assert len(study.trials) == 24
-    assert asked
-    assert [params for params in asked if not is_whole(params)] == []
+    assert points
+    assert [params for params in points if not is_complete(params)] == []
 
 
 def estimate(width: int, depth: int) -> float:
@@ -100,7 +100,7 @@ FUNCTIONS: dict[str, Callable[[dict[str, Any]], Usage]] = {
 
 @pytest.mark.parametrize("how", FUNCTIONS)
 @pytest.mark.parametrize("objective", [flat, by_kind, by_layers, fails_early])
-def test_however_it_fails_it_ends_no_study(
+def test_its_errors_end_no_study(
     how: str, objective: Objective, caplog: pytest.LogCaptureFixture
 ) -> None:
     optuna.logging.enable_propagation()
@@ -115,7 +115,7 @@ def test_however_it_fails_it_ends_no_study(
         study.optimize(objective, n_trials=20, catch=ValueError)
     assert len(study.trials) == 20
     conditional = objective in (by_kind, by_layers)
-    # Two values by position are there at any point of layers.
+    # Any point of layers has two values by position.
     always = conditional and how != "by position"
     assert always <= caplog.text.count("`footprint` failed") <= conditional
 
@@ -138,11 +138,11 @@ def test_it_judges_as_soon_as_all_parameters_are_known(seed: int) -> None:
 
     space = {"width": IntDistribution(1, 64), "depth": IntDistribution(1, 8)}
     assert over(Strategy(n_trials=15, search_space=space)) == []
-    # Two trials tell that neither number decides whether there are other parameters.
+    # Two trials show that neither number decides whether there are other parameters.
     assert [number for number in over(None) if number >= 2] == []
 
 
-def test_a_wrong_answer_is_an_error() -> None:
+def test_a_result_of_another_type_raises() -> None:
     sampler = QuotaSampler(
         RandomSampler(seed=1),
         quota=Quota(n_trials=99),
@@ -154,7 +154,7 @@ def test_a_wrong_answer_is_an_error() -> None:
         study.optimize(flat, n_trials=15)
 
 
-def test_a_declared_space_without_all_that_it_needs_ends_no_study() -> None:
+def test_a_declared_space_without_all_its_parameters_ends_no_study() -> None:
     sampler = QuotaSampler(
         RandomSampler(seed=1),
         quota=Quota(n_trials=99, wall_time="9h"),
