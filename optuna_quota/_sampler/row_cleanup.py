@@ -18,7 +18,7 @@ from optuna_quota._enforcement.trial_result import save_record
 from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
-from optuna_quota._ledger.worker import this_worker
+from optuna_quota._ledger.reservation import this_worker
 from optuna_quota._records import is_rejected
 from optuna_quota._records import PREFIX
 from optuna_quota._records import RESERVATION
