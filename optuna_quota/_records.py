@@ -1,7 +1,35 @@
-"""The trial table's attributes: the only module that knows their keys.
+"""The attributes of trials and studies: every key, who writes it, and how it is read back.
 
-What is read here may have been written by anything that can reach the storage. A value of the
-wrong kind is unknown (None), never an error and never executed.
+A row is written through :func:`write_attributes` and :func:`write_record` alone.
+
+==========================  ======  ==============================================================
+key of a trial              kind    written by
+==========================  ======  ==============================================================
+``quota:<resource>``,       user    ``_enforcement.trial_result`` when the trial ends;
+``outcome``, ``reason``,            ``_enforcement.pruner`` meanwhile, for studies without
+``breach``, ``footprint``,          QuotaSampler; ``_ledger`` for a trial whose worker is gone;
+``isolation``, ``host``,            ``_sampler.row_cleanup`` for one whose objective never ran.
+``gpu_source``                      Users, for trials that run where this library can't see them
+``quota:timeline``          system  with them, for a trial with a breach
+``quota:constrained``       system  with them, beside Optuna's ``constraints``
+``quota:proposed``          user    ``_sampler.candidates``, when a point was replaced
+``quota:reservation``       system  ``_ledger``, before the trial starts and at each heartbeat
+``quota:crashed``           system  ``_isolation.outcome``
+==========================  ======  ==============================================================
+
+``_sampler.row_cleanup`` clears what Optuna's retry callback copied from a failed trial.
+
+==========================  ======  ==============================================================
+key of a study              kind    written by
+==========================  ======  ==============================================================
+``quota:quota``,            user    ``_sampler``, when the first trial starts
+``quota:limits``,
+``quota:prices``
+``quota:published``         system  ``dashboard``, at each publication
+==========================  ======  ==============================================================
+
+Anything that can reach the storage may have written what is read here. A malformed value is
+unknown (None): it raises no error and is never executed.
 """
 
 from __future__ import annotations
@@ -15,14 +43,18 @@ from typing import Any
 from typing import cast
 from typing import TYPE_CHECKING
 
+from optuna_quota import _optuna
 from optuna_quota._resources import Breach
+from optuna_quota._resources import get_resource
 from optuna_quota._resources import Isolation
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Outcome
 from optuna_quota._resources import OUTCOMES
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Usage
-from optuna_quota._resources import USAGE_RESOURCES
+from optuna_quota._resources import usage_from_amounts
+from optuna_quota._storage_retry import is_transient
+from optuna_quota._storage_retry import retry
 
 
 if TYPE_CHECKING:
@@ -41,22 +73,22 @@ TIMELINE = PREFIX + "timeline"
 PROPOSED = PREFIX + "proposed"
 GPU_SOURCE = PREFIX + "gpu_source"
 
-# A system attribute: bookkeeping of the workers, not a column for people.
+# Bookkeeping among workers.
 RESERVATION = PREFIX + "reservation"
-# A system attribute: the trial's own number where its process crashed. A row that was copied from
-# it, such as that of a retry, has another number.
+# The trial's own number where its process crashed: in a row copied from it, such as that of a
+# retry, the number is another trial's.
 CRASHED = PREFIX + "crashed"
-# A system attribute: the resources whose constraints end Optuna's list, in its order.
+# The resources whose constraints end Optuna's list, in its order.
 CONSTRAINED = PREFIX + "constrained"
 
 STUDY_QUOTA = PREFIX + "quota"
 STUDY_LIMITS = PREFIX + "limits"
 STUDY_PRICES = PREFIX + "prices"
-# A system attribute of the study: when and by whom it was last published to optuna-dashboard.
+# When and by whom the study was last published to optuna-dashboard.
 STUDY_PUBLISHED = PREFIX + "published"
 
 # Characters. MySQL takes 65,535 bytes of an attribute, and JSON needs twelve for some characters;
-# it would refuse all that is written together with a longer one.
+# a longer one would make it refuse everything that is written together with it.
 LONGEST_REASON = 4000
 
 _NOT_METERS = {
@@ -73,16 +105,21 @@ _NOT_METERS = {
         GPU_SOURCE,
     )
 }
-# Columns of the trial table that are no attributes of ours, and how families of them begin.
+# Columns of the trial table that are not attributes of ours, and how families of them begin.
 _COLUMNS = {"number", "state", "value", "censored_by"}
 _FAMILIES = ("values_", "params_", "footprint_", "breach_")
 _ISOLATIONS = ("process", "thread", "shared")
 _GPU_SOURCES = ("process", "device", "framework")
+_OUTCOME_OF_STATE: Mapping[str, Outcome] = {
+    "COMPLETE": "completed",
+    "PRUNED": "pruned",
+    "FAIL": "failed",
+}
 
 
 @dataclass(frozen=True)
 class Interval:
-    """What was projected for one resource of one trial, in SI base units."""
+    """The projected usage of one resource by one trial, in SI base units."""
 
     lower: float
     median: float
@@ -91,19 +128,18 @@ class Interval:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """What the trial table says of one trial beyond what Optuna keeps itself.
+    """The trial table's row of one trial, beyond what Optuna itself stores.
 
     Attributes:
         usage: What was measured.
         outcome: How it ended, None when this library did not see it end.
-        reason: One sentence for a person.
+        reason: One sentence that explains the outcome.
         breach: The limit it was over.
         footprint: What was projected before it ran, by resource.
-        isolation: Where it ran.
-        host: Where that was.
+        isolation: Whether it ran in its own process, in a thread, or shared one with others.
+        host: Name of the host it ran on.
         timeline: Pairs of seconds since the start and bytes of memory, thinned.
-        gpu_source: How its use of GPUs was told: by process, by what its devices held, or by the
-            framework's own counters.
+        gpu_source: Where GPU usage comes from: ``"process"``, ``"device"`` or ``"framework"``.
     """
 
     usage: Usage = field(default_factory=Usage)
@@ -116,6 +152,57 @@ class TrialRecord:
     timeline: tuple[tuple[float, float], ...] = ()
     gpu_source: str | None = None
 
+    @property
+    def censored_by(self) -> str | None:
+        """The resource whose limit ended the trial, None when no limit did."""
+        return self.breach.resource if self.breach and self.outcome == "terminated" else None
+
+
+def outcome_of(trial: FrozenTrial, record: TrialRecord) -> Outcome | None:
+    """Return how a trial ended, by Optuna's state where this library did not see it end."""
+    return record.outcome or _OUTCOME_OF_STATE.get(trial.state.name)
+
+
+def is_lower_bound(resource: str, outcome: str | None, censored_by: str | None = None) -> bool:
+    """Return whether a trial's usage of a resource is a lower bound (right-censored), not a value.
+
+    - The limit that ended a trial bounds its own resource from below, and every total: the trial
+      would have gone on.
+    - A trial terminated for a total, such as its time, counts as one that was pruned: its peaks
+      are values, as each step of a training mostly repeats the one before. Where they may not
+      be, :func:`may_be_lower_bound` says so, and the models decide.
+    - A trial terminated for a peak, such as its memory, was still growing: all are bounds.
+    - So they are for a failed trial, which may have ended at any point.
+    - A completed trial has values, even if it was over a limit when it completed.
+
+    Args:
+        resource: Name of the resource.
+        outcome: How the trial ended; None for one that has not.
+        censored_by: The resource whose limit ended it; see :attr:`TrialRecord.censored_by`.
+    """
+    if outcome not in ("pruned", "terminated", "failed"):
+        return False
+    if _stopped_at_full_size(outcome, censored_by):
+        return resource == censored_by or not get_resource(resource).peak
+    return True
+
+
+def may_be_lower_bound(resource: str, outcome: str | None, censored_by: str | None = None) -> bool:
+    """Return whether usage that counts as a value may be a lower bound after all.
+
+    That are the peaks of a trial that was pruned, or terminated for a total: where later steps
+    take more data or a larger model, they had not been reached. A fit over many trials can tell.
+    Arguments are those of :func:`is_lower_bound`.
+    """
+    stopped = _stopped_at_full_size(outcome, censored_by)
+    return stopped and not is_lower_bound(resource, outcome, censored_by)
+
+
+def _stopped_at_full_size(outcome: str | None, censored_by: str | None) -> bool:
+    if outcome == "terminated":
+        return censored_by is not None and not get_resource(censored_by).peak
+    return outcome == "pruned"
+
 
 def is_reserved(name: str) -> bool:
     """Return whether a name can't be that of a user's meter: its key or column is taken."""
@@ -123,12 +210,47 @@ def is_reserved(name: str) -> bool:
     return name in _NOT_METERS | _COLUMNS | taken or name.startswith(_FAMILIES)
 
 
+def write_attributes(
+    storage: BaseStorage,
+    trial_id: int,
+    *,
+    user: Mapping[str, Any] | None = None,
+    system: Mapping[str, Any] | None = None,
+) -> None:
+    """Write attributes into an unfinished row, retrying transient storage errors.
+
+    Raises:
+        optuna.exceptions.UpdateFinishedTrialError: If the row is finished.
+    """
+    retry(lambda: _optuna.write_attributes(storage, trial_id, user or {}, system or {}))
+
+
 def write_record(storage: BaseStorage, trial_id: int, record: TrialRecord) -> None:
-    """Write what is known of a trial into its row, which must not be finished yet."""
-    for key, value in record_attributes(record).items():
-        storage.set_trial_user_attr(trial_id, key, value)
-    for key, value in system_attributes(record).items():
-        storage.set_trial_system_attr(trial_id, key, value)
+    """Write a record into an unfinished row; errors are those of :func:`write_attributes`."""
+    user, system = record_attributes(record), system_attributes(record)
+    write_attributes(storage, trial_id, user=user, system=system)
+
+
+def write_one_by_one(
+    storage: BaseStorage, trial_id: int, *, user: Mapping[str, Any], system: Mapping[str, Any]
+) -> list[str]:
+    """Write each attribute by itself, outcome and reason first; return the keys that failed.
+
+    It stops at a transient error: the server is down, and each further attempt may take long.
+    """
+    keys = [*sorted(user, key=lambda key: key not in (OUTCOME, REASON)), *system]
+    failed: list[str] = []
+    for index, key in enumerate(keys):
+        try:
+            if key in user:
+                storage.set_trial_user_attr(trial_id, key, user[key])
+            else:
+                storage.set_trial_system_attr(trial_id, key, system[key])
+        except Exception as error:  # noqa: BLE001 - any backend's own; the others must be written
+            if is_transient(error):
+                return failed + keys[index:]
+            failed.append(key)
+    return failed
 
 
 def record_attributes(record: TrialRecord) -> dict[str, Any]:
@@ -158,16 +280,16 @@ def record_attributes(record: TrialRecord) -> dict[str, Any]:
 
 
 def system_attributes(record: TrialRecord) -> dict[str, Any]:
-    """Return what of a record is kept out of sight, as JSON values: the timeline.
+    """Return the system attributes of a record as JSON values: the timeline.
 
-    A dashboard makes a column of each user attribute; a list of points made rows of forty lines.
+    optuna-dashboard shows each user attribute as a column, where a list takes forty lines.
     """
     points = [[round(t, 3), plain_number(m)] for t, m in record.timeline]
     return {TIMELINE: points} if points else {}
 
 
 def read_record(trial: FrozenTrial) -> TrialRecord:
-    """Return what a row says; whatever is malformed in it is left out."""
+    """Return the record in a row, without what is malformed."""
     record = parse_record(trial.user_attrs)
     if record.timeline:
         return record
@@ -181,12 +303,12 @@ def read_constrained(trial: FrozenTrial) -> list[str]:
 
 
 def is_rejected(attributes: Mapping[str, Any]) -> bool:
-    """Return whether a row's user attributes say that its trial must not run."""
+    """Return whether a row's user attributes say that its trial was rejected."""
     return attributes.get(OUTCOME) == "rejected"
 
 
 def parse_record(attributes: Mapping[str, Any]) -> TrialRecord:
-    """Return what user attributes say; whatever is malformed in them is left out."""
+    """Return the record in user attributes, without what is malformed."""
     outcome = attributes.get(OUTCOME)
     isolation = attributes.get(ISOLATION)
     gpu_source = attributes.get(GPU_SOURCE)
@@ -211,7 +333,7 @@ def proposed_object(
     limit: float | None,
     median: float | None,
 ) -> dict[str, Any]:
-    """Return as an attribute which point was drawn first, why it was refused, and what became."""
+    """Return the ``quota:proposed`` attribute: the point drawn first and why it was refused."""
     figures = {"limit": limit, "median": median}
     return {
         "action": action,
@@ -228,14 +350,9 @@ def _plain_param(value: Any) -> Any:
     return plain_number(value) if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
-def quota_object(quota: Quota) -> dict[str, float]:
-    """Return a quota as the study's attribute: plain numbers by resource."""
-    return {name: plain_number(value) for name, value in quota.amounts().items()}
-
-
-def limits_object(limits: Limits) -> dict[str, float]:
-    """Return limits as the study's attribute: plain numbers by resource."""
-    return {name: plain_number(value) for name, value in limits.amounts().items()}
+def amounts_object(ceilings: Quota | Limits) -> dict[str, float]:
+    """Return a quota or limits as the study's attribute: plain numbers by resource."""
+    return {name: plain_number(value) for name, value in ceilings.amounts().items()}
 
 
 def read_amounts(value: Any) -> dict[str, float]:
@@ -247,7 +364,7 @@ def read_amounts(value: Any) -> dict[str, float]:
 
 
 def plain_number(value: float) -> int | float:
-    """Return a number that JSON keeps: numpy's scalars would fail on RDB and Journal."""
+    """Return a number that JSON can store: numpy scalars fail on RDB and Journal."""
     plain = float(value)
     return int(plain) if plain.is_integer() and abs(plain) < 2**53 else plain
 
@@ -281,8 +398,7 @@ def _read_usage(attributes: Mapping[str, Any]) -> Usage:
         amount = number(value)
         if name.isidentifier() and name not in _NOT_METERS and amount is not None:
             amounts[name] = amount
-    known = {name: amounts.pop(name) for name in USAGE_RESOURCES if name in amounts}
-    return Usage(**known, custom=amounts)
+    return usage_from_amounts(amounts)
 
 
 def _read_breach(value: Any) -> Breach | None:

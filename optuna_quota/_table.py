@@ -9,7 +9,6 @@ from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna_quota import _records
-from optuna_quota._resources import get_resource
 from optuna_quota._resources import USAGE_RESOURCES
 
 
@@ -18,13 +17,10 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     import pandas as pd
 
-    from optuna_quota._resources import Outcome
-
 
 _TEXTS = ("outcome", "reason", "isolation", "host", "gpu_source", "censored_by")
 _BREACH = ("breach_limit", "breach_observed", "breach_seconds")
 _ALWAYS_PROJECTED = ("memory", "wall_time", "cpu_time")
-_ENDED = {"COMPLETE": "completed", "PRUNED": "pruned", "FAIL": "failed"}
 
 
 def trial_table(study: Study) -> pd.DataFrame:
@@ -40,16 +36,18 @@ def trial_table(study: Study) -> pd.DataFrame:
     The columns are ``number``, ``state``, ``value`` (``values_0``, ``values_1``, … in a
     multi-objective study), ``params_*``, the usage (``memory`` and ``gpu_memory`` in bytes,
     ``wall_time``, ``cpu_time`` and ``gpu_time`` in seconds, ``energy`` in joules, and one for each
-    meter of the user's own), ``outcome``, ``reason``, ``isolation``, ``host``, ``gpu_source`` (how
-    GPU use was told: ``process``, ``device`` or ``framework``), ``censored_by``, ``breach_limit``,
-    ``breach_observed``, ``breach_seconds``, and for memory, wall time, CPU time and each other
-    resource that was projected ``footprint_memory`` (the median), ``footprint_memory_lower`` and
-    ``footprint_memory_upper``.
+    meter of the user's own), ``outcome``, ``reason``, ``isolation``, ``host``, ``gpu_source``
+    (where GPU usage comes from: ``process``, ``device`` or ``framework``), ``censored_by``,
+    ``breach_limit``, ``breach_observed``, ``breach_seconds``, and for memory, wall time, CPU time
+    and each other resource that was projected ``footprint_memory`` (the median),
+    ``footprint_memory_lower`` and ``footprint_memory_upper``.
 
-    A number that is unknown is NaN, a text None. ``censored_by`` is the resource whose breach
-    ended the trial: its usage is then a lower bound and never a value. A finished trial whose wall
-    time nobody measured (a study that ran without this library) has the one between Optuna's
-    ``datetime_start`` and ``datetime_complete``; its ``outcome`` stays None.
+    An unknown number is NaN, an unknown text None. ``censored_by`` is the resource whose breach
+    ended the trial: its usage is then a lower bound, and so are all totals (times, energy) and,
+    after a breach of a peak such as memory, all peaks. Totals of pruned trials and all usage of
+    failed ones are lower bounds too. A finished trial whose wall time was not measured (a study
+    that ran without this library) has the time between Optuna's ``datetime_start`` and
+    ``datetime_complete``; its ``outcome`` stays None.
 
     Args:
         study: Any Optuna study; none of its attributes has to be there.
@@ -75,7 +73,7 @@ def table_of(
         columns[name] = _floats(usage.get(name) for usage in usages)
     for name in _TEXTS[:-1]:
         columns[name] = _texts(getattr(r, name) for r in records)
-    columns["censored_by"] = _texts(_censored_by(r) for r in records)
+    columns["censored_by"] = _texts(r.censored_by for r in records)
     for name in _BREACH:
         field = name.removeprefix("breach_")
         columns[name] = _floats(getattr(r.breach, field, None) for r in records)
@@ -86,30 +84,8 @@ def table_of(
     return table
 
 
-def ended_as(trial: FrozenTrial, record: _records.TrialRecord) -> Outcome | None:
-    """Return how a trial ended, by Optuna's state where this library did not see it end."""
-    return record.outcome or _ENDED.get(trial.state.name)  # type: ignore[return-value]  # literals
-
-
-def is_censored(resource: str, outcome: str | None) -> bool:
-    """Return whether usage of a trial that ended so is a lower bound, not a value.
-
-    A trial that was terminated or failed would have gone on: all it used is a lower bound. One
-    that was pruned would have taken longer, but its peaks count as reached: each step of a
-    training mostly repeats the one before. Where a study shows that they were not, its models
-    take them as lower bounds.
-
-    Args:
-        resource: Name of the resource.
-        outcome: How the trial ended.
-    """
-    if outcome == "pruned":
-        return not get_resource(resource).peak
-    return outcome in ("terminated", "failed")
-
-
 def measured_usage(trial: FrozenTrial, record: _records.TrialRecord) -> dict[str, float]:
-    """Return what a trial used, by resource; its wall time by Optuna where nobody measured it."""
+    """Return what a trial used, by resource; wall time from Optuna's where it was not measured."""
     amounts = record.usage.amounts()
     if "wall_time" not in amounts and record.outcome != "rejected":
         seconds = _seconds_by_optuna(trial)
@@ -123,10 +99,6 @@ def _seconds_by_optuna(trial: FrozenTrial) -> float | None:
         return None
     seconds = (trial.datetime_complete - trial.datetime_start).total_seconds()
     return seconds if seconds >= 0 else None
-
-
-def _censored_by(record: _records.TrialRecord) -> str | None:
-    return record.breach.resource if record.breach and record.outcome == "terminated" else None
 
 
 def _value_columns(trials: Sequence[FrozenTrial], n_objectives: int) -> dict[str, Any]:

@@ -1,15 +1,17 @@
-"""Sizes, durations and energies: text in, SI base units out, and back for people.
+"""Sizes, durations and energies: parse text into SI base units, and format them as text.
 
-Everything inside the library is a ``float`` in SI base units (bytes, seconds, joules). Text with
-units exists only at the edge, and this module is that edge.
+Everything inside the library is a ``float`` in SI base units (bytes, seconds, joules).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping
+from dataclasses import dataclass
 import math
 from numbers import Real
 import re
+from typing import Any
 
 
 _BYTES = {
@@ -29,59 +31,48 @@ _BYTES = {
 _SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _JOULES = {"J": 1.0, "kJ": 1e3, "MJ": 1e6, "Wh": 3600.0, "kWh": 3.6e6, "MWh": 3.6e9}
 
-# Amounts from here on tell a person nothing but their order; so do NaN and infinity.
-_BEYOND = 1e15
-
 _QUANTITY = re.compile(
     r"\s*(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>[A-Za-zµ]*)"
 )
+# From here on, as for NaN and infinity, only the order of magnitude is shown.
+_HUGE = 1e15
 
 
 def parse_bytes(value: float | str, name: str) -> float:
-    """Return a size in bytes from a number of bytes or a string with its unit.
+    """Return a size in bytes from a number of bytes or a string such as ``"2GiB"``.
 
     Args:
-        value: Bytes, or text such as ``"2GiB"`` or ``"500MB"``.
-        name: What the value is for; it stands in the error.
+        value: Bytes, or one or more quantities with their units.
+        name: Name of the argument, for the error message.
 
     Raises:
         ValueError: If the text has no unit or an unknown one, or the value is not positive and
             finite.
         TypeError: If ``value`` is neither a number nor a string.
     """
-    return _parse(
-        value, name, _BYTES, "a size in bytes or a string with its unit ('2GiB', '500MB')"
-    )
+    rule = "a size in bytes or a string with its unit ('2GiB', '500MB')"
+    return _parse(value, name, _BYTES, rule)
 
 
 def parse_seconds(value: float | str, name: str) -> float:
-    """Return a duration in seconds from a number of seconds or text such as ``"1h30min"``.
+    """Return a duration in seconds from a number of seconds or a string such as ``"1h30min"``.
 
-    Args:
-        value: Seconds, or one or more quantities with their units.
-        name: What the value is for; it stands in the error.
-
-    Raises:
-        ValueError: If the text has no unit or an unknown one, or the value is not positive and
-            finite.
-        TypeError: If ``value`` is neither a number nor a string.
+    Arguments and errors are those of :func:`parse_bytes`.
     """
     rule = "a duration in seconds or a string with its unit ('90s', '5min', '1h30min')"
     return _parse(value, name, _SECONDS, rule)
 
 
 def parse_joules(value: float | str, name: str) -> float:
-    """Return an energy in joules from a number of joules or text such as ``"2kWh"``."""
+    """Return an energy in joules from a number of joules or a string such as ``"2kWh"``.
+
+    Arguments and errors are those of :func:`parse_bytes`.
+    """
     return _parse(value, name, _JOULES, "an energy in joules or a string with its unit ('2kWh')")
 
 
-def parse_number(value: float | str, name: str) -> float:
-    """Return a positive finite number that has no unit, such as a count of cores or a price.
-
-    Args:
-        value: The number. Text is refused here: the command line converts its own.
-        name: What the value is for; it stands in the error.
-    """
+def parse_number(value: float, name: str) -> float:
+    """Return a positive finite number without a unit, such as a count of cores or a price."""
     if isinstance(value, str):
         raise ValueError(f"`{name}` must be a positive number but got {value!r}.")
     return _positive(value, name, "a positive number")
@@ -89,28 +80,26 @@ def parse_number(value: float | str, name: str) -> float:
 
 def parse_count(value: int, name: str) -> int:
     """Return a positive whole number."""
+    rule = f"`{name}` must be a positive whole number but got {value!r}."
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a positive whole number but got {value!r}.")
+        raise TypeError(rule)
     if not math.isfinite(value) or value != int(value) or value < 1:
-        raise ValueError(f"`{name}` must be a positive whole number but got {value!r}.")
+        raise ValueError(rule)
     return int(value)
 
 
 def format_bytes(value: float) -> str:
-    """Return a size for a person, such as ``"1.5 GiB"``."""
-    for unit in ("PiB", "TiB", "GiB", "MiB", "KiB"):
-        if abs(value) >= _BYTES[unit]:
-            return f"{_short(value / _BYTES[unit])} {unit}"
-    return f"{_short(value)} B"
+    """Return a size such as ``"1.5 GiB"``."""
+    return _format(value, _BYTES, ("PiB", "TiB", "GiB", "MiB", "KiB", "B"))
 
 
 def format_seconds(value: float) -> str:
-    """Return a duration for a person, such as ``"1 h 30 min"`` or ``"2.5 s"``."""
+    """Return a duration such as ``"1 h 30 min"`` or ``"2.5 s"``."""
     if abs(value) < 1:
-        return f"{_short(value * 1e3)} ms"
+        return f"{format_number(value * 1e3)} ms"
     if abs(value) < 60:
-        return f"{_short(value)} s"
-    if not abs(value) < _BEYOND:
+        return f"{format_number(value)} s"
+    if not abs(value) < _HUGE:
         return f"{value:.3g} s"
     total = round(value)
     days, rest = divmod(abs(total), 86400)
@@ -123,16 +112,19 @@ def format_seconds(value: float) -> str:
 
 
 def format_joules(value: float) -> str:
-    """Return an energy for a person, such as ``"1.2 kWh"``."""
-    for unit in ("MWh", "kWh", "Wh"):
-        if abs(value) >= _JOULES[unit]:
-            return f"{_short(value / _JOULES[unit])} {unit}"
-    return f"{_short(value)} J"
+    """Return an energy such as ``"1.2 kWh"``."""
+    return _format(value, _JOULES, ("MWh", "kWh", "Wh", "J"))
 
 
 def format_number(value: float) -> str:
-    """Return a plain number for a person: at most four significant digits, no exponent."""
-    return _short(value)
+    """Return a number with all digits before the point and at least three significant ones."""
+    if not abs(value) < _HUGE:
+        return f"{value:.3g}"
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:.{min(digits, 12)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def compact_bytes(value: float) -> str | int | float:
@@ -150,6 +142,30 @@ def compact_joules(value: float) -> str | int | float:
     return _compact(value, _JOULES, ("kWh", "Wh", "kJ", "J"))
 
 
+@dataclass(frozen=True)
+class Unit:
+    """How amounts in one SI base unit are read and written.
+
+    Attributes:
+        symbol: The unit's symbol, empty for a plain number.
+        parse: Returns an amount from text or a number and the argument's name.
+        format: Returns an amount as text with its unit.
+        compact: Returns the shortest input that ``parse`` reads as exactly that amount.
+    """
+
+    symbol: str
+    parse: Callable[[Any, str], float]
+    format: Callable[[float], str]
+    compact: Callable[[float], str | int | float]
+
+
+BYTES = Unit("B", parse_bytes, format_bytes, compact_bytes)
+SECONDS = Unit("s", parse_seconds, format_seconds, compact_seconds)
+JOULES = Unit("J", parse_joules, format_joules, compact_joules)
+NUMBER = Unit("", parse_number, format_number, float)
+COUNT = Unit("", parse_count, format_number, int)
+
+
 def _parse(value: float | str, name: str, units: Mapping[str, float], rule: str) -> float:
     if isinstance(value, str):
         return _positive(_parse_text(value, name, units, rule), name, rule, value)
@@ -163,21 +179,17 @@ def _parse_text(text: str, name: str, units: Mapping[str, float], rule: str) -> 
         match = _QUANTITY.match(stripped, position)
         if match is None:
             raise ValueError(f"`{name}` must be {rule} but got {text!r}.")
-        unit = match["unit"]
-        if not unit:
-            raise ValueError(
-                f"`{name}` must be {rule} but got {text!r}: the number {match['number']} "
-                "has no unit."
-            )
+        number, unit = match["number"], match["unit"]
         if unit not in units:
-            known = ", ".join(units)
-            raise ValueError(
-                f"`{name}` must be {rule} but got {text!r}: unknown unit {unit!r}, "
-                f"known are {known}."
+            problem = (
+                f"unknown unit {unit!r}, known are {', '.join(units)}"
+                if unit
+                else f"the number {number} has no unit"
             )
-        total += float(match["number"]) * units[unit]
-        if float(match["number"]) < 0:
-            return float(match["number"])
+            raise ValueError(f"`{name}` must be {rule} but got {text!r}: {problem}.")
+        if float(number) < 0:
+            return float(number)
+        total += float(number) * units[unit]
         position = match.end()
     return total
 
@@ -192,14 +204,9 @@ def _positive(value: float, name: str, rule: str, given: object = None) -> float
     return number
 
 
-def _short(value: float) -> str:
-    if not abs(value) < _BEYOND:
-        return f"{value:.3g}"
-    if value == 0:
-        return "0"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    text = f"{value:.{min(digits, 12)}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+def _format(value: float, units: Mapping[str, float], order: tuple[str, ...]) -> str:
+    unit = next((unit for unit in order if abs(value) >= units[unit]), order[-1])
+    return f"{format_number(value / units[unit])} {unit}"
 
 
 def _compact(
@@ -208,5 +215,5 @@ def _compact(
     for unit in order:
         count = value / units[unit]
         if count >= 1 and round(count, 1) * units[unit] == value and count < 10**4:
-            return f"{_short(count) if count < 100 else f'{count:g}'}{unit}"
+            return f"{format_number(count) if count < 100 else f'{count:g}'}{unit}"
     return int(value) if value == int(value) else value

@@ -34,8 +34,8 @@ import math
 import os
 from typing import Any
 
+from optuna_quota._metering import replace_loop
 from optuna_quota._metering.loop import MeteringLoop
-from optuna_quota._metering.loop import replace_loop
 from optuna_quota._metering.meter import check_names
 from optuna_quota._metering.meter import Meter
 from optuna_quota._metering.process_tree import TreeReading

@@ -92,7 +92,7 @@ def test_the_nearest_strategy_keeps_most(quota: Quota, nearest: Strategy | None)
         assert project(nearest, EACH, quota=quota).fits
 
 
-def test_a_smaller_range_of_the_costliest_parameter_can_be_nearest() -> None:
+def test_the_nearest_strategy_may_have_a_smaller_range() -> None:
     space = {
         "rows": IntDistribution(1_000, 1_000_000, log=True),
         "rate": FloatDistribution(0.1, 1.0),
@@ -112,7 +112,7 @@ def test_a_trial_over_its_limit_counts_as_terminated_there() -> None:
     assert project(strategy, EACH, limits=limits).table.loc["wall_time", "upper"] == 600
 
 
-def test_what_was_used_counts_for_totals() -> None:
+def test_earlier_usage_counts_for_totals() -> None:
     used = {"wall_time": 100.0, "n_trials": 5}
     table = project(Strategy(10), EACH, quota=Quota(wall_time=1_000), used=used).table
     assert table.loc["wall_time", "median"] == 1_000
@@ -121,10 +121,10 @@ def test_what_was_used_counts_for_totals() -> None:
     assert table.loc["n_trials", "median"] == 15
 
 
-def test_a_quota_of_which_nothing_is_known_decides_nothing() -> None:
+def test_a_quota_on_an_unknown_usage_is_not_judged() -> None:
     projection = project(Strategy(10), EACH, quota=Quota(energy="1kWh"))
     assert projection.fits
-    assert "energy: nothing is known of it, quota 1 kWh" in str(projection)
+    assert "energy: unknown usage, quota 1 kWh" in str(projection)
 
 
 def test_the_same_seed_gives_the_same_projection_and_it_can_be_pickled() -> None:
@@ -151,13 +151,13 @@ def _uneven(params: dict[str, Any]) -> Usage:
     return Usage(wall_time=100.0 if params["i"] == 0 else 1.0)
 
 
-def test_points_as_many_as_trials_are_those_to_come_and_others_a_sample() -> None:
+def test_as_many_points_as_trials_run_once_each_and_others_are_sampled() -> None:
     known = project(Strategy(50), _uneven, points=[{"i": i} for i in range(50)])
     row = {r.resource: r for r in known.resources}["trial_time"]
     assert row.lower == row.median == row.upper == pytest.approx(149)
     sampled = project(Strategy(50), _uneven, points=[{"i": i} for i in range(100)])
     row = {r.resource: r for r in sampled.resources}["trial_time"]
-    # The dear point comes never, once or twice: without replacement it could not come twice.
+    # The expensive point comes never, once or twice: only with replacement can it come twice.
     assert row.lower == pytest.approx(50)
     assert row.upper > 240
 
@@ -173,14 +173,14 @@ def test_a_trial_stopped_at_a_limit_uses_that_share_of_all_its_totals() -> None:
     assert medians["memory"] == 1e9
 
 
-def test_a_cost_is_unknown_where_nothing_that_is_priced_is_known() -> None:
+def test_a_cost_is_unknown_without_a_known_priced_resource() -> None:
     quota = Quota(cost=1, prices={"gpu_time": 100})
     projection = project(Strategy(10), EACH, quota=quota)
     assert projection.table["probability"].isna()["cost"]
-    assert "cost: nothing is known of it, quota 1" in str(projection)
+    assert "cost: unknown usage, quota 1" in str(projection)
 
 
-def test_what_a_footprint_leaves_unknown_at_some_points_adds_nothing_there() -> None:
+def test_unknown_usage_at_some_points_adds_nothing() -> None:
     def footprint(params: Mapping[str, Any]) -> Usage:
         return Usage(wall_time=10.0, gpu_memory=1e9 if params["device"] == "gpu" else None)
 
@@ -192,7 +192,7 @@ def test_what_a_footprint_leaves_unknown_at_some_points_adds_nothing_there() -> 
 
 
 @pytest.mark.parametrize("n_jobs", [8, 16, 40, 100])
-def test_the_nearest_strategy_has_as_many_at_once_as_fit(n_jobs: int) -> None:
+def test_the_nearest_strategy_has_as_many_jobs_as_fit(n_jobs: int) -> None:
     each, quota = Usage(memory="1GiB", wall_time=10), Quota(memory="7GiB")
     strategy = Strategy(150, n_jobs=n_jobs)
     assert project(strategy, each, quota=quota).nearest == Strategy(150, n_jobs=7)

@@ -147,11 +147,46 @@ def test_any_amounts_of_a_study_are_read_without_an_error(value: Any) -> None:
 
 def test_quota_and_limits_are_plain_numbers_for_a_reader_without_the_code() -> None:
     quota = Quota(wall_time="2h", memory="12GiB", n_trials=10)
-    assert _records.quota_object(quota) == {
+    assert _records.amounts_object(quota) == {
         "n_trials": 10,
         "wall_time": 7200,
         "memory": 12 * 2**30,
     }
     limits = Limits(memory="1GiB", custom={"disk": 5})
-    assert _records.limits_object(limits) == {"memory": 2**30, "disk": 5}
-    assert Limits.from_amounts(_records.read_amounts(_records.limits_object(limits))) == limits
+    assert _records.amounts_object(limits) == {"memory": 2**30, "disk": 5}
+    assert Limits.from_amounts(_records.read_amounts(_records.amounts_object(limits))) == limits
+
+
+@pytest.mark.parametrize(
+    ("resource", "outcome", "censored_by", "expected"),
+    [
+        ("memory", "completed", None, "value"),
+        ("wall_time", "completed", None, "value"),
+        ("memory", "rejected", None, "value"),
+        ("memory", None, None, "value"),
+        ("memory", "pruned", None, "unsure"),
+        ("wall_time", "pruned", None, "bound"),
+        ("cpu_time", "pruned", None, "bound"),
+        ("memory", "terminated", "memory", "bound"),
+        ("wall_time", "terminated", "memory", "bound"),
+        ("gpu_memory", "terminated", "memory", "bound"),
+        ("wall_time", "terminated", "wall_time", "bound"),
+        ("energy", "terminated", "wall_time", "bound"),
+        ("memory", "terminated", "wall_time", "unsure"),
+        ("memory", "terminated", None, "bound"),
+        ("memory", "failed", None, "bound"),
+    ],
+)
+def test_what_is_a_lower_bound(
+    resource: str, outcome: str | None, censored_by: str | None, expected: str
+) -> None:
+    end = outcome, censored_by
+    assert _records.is_lower_bound(resource, *end) is (expected == "bound")
+    assert _records.may_be_lower_bound(resource, *end) is (expected == "unsure")
+
+
+def test_only_a_terminated_trial_is_censored_by_its_breach() -> None:
+    breach = Breach("memory", 1.0, 2.0, 3.0)
+    assert TrialRecord(outcome="terminated", breach=breach).censored_by == "memory"
+    assert TrialRecord(outcome="completed", breach=breach).censored_by is None
+    assert TrialRecord(outcome="terminated").censored_by is None

@@ -109,7 +109,7 @@ def test_cost_needs_prices_and_prices_a_cost() -> None:
         Quota(cost=5)
     with pytest.raises(ValueError, match="`cost` and `prices` must be given together"):
         Quota(prices={"cpu_time": 1})
-    with pytest.raises(ValueError, match="per hour of cpu_time, gpu_time, trial_time .*'memory'"):
+    with pytest.raises(ValueError, match="per hour of trial_time, cpu_time, gpu_time .*'memory'"):
         Quota(cost=5, prices={"memory": 1})
     with pytest.raises(ValueError, match=r"prices\['cpu_time'\].* -1"):
         Quota(cost=5, prices={"cpu_time": -1})

@@ -21,7 +21,6 @@ from optuna_quota._records import Interval
 from optuna_quota._records import record_attributes
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Breach
-from optuna_quota._table import is_censored
 
 
 SPACE = {"width": IntDistribution(1, 4096, log=True), "dropout": FloatDistribution(0.0, 1.0)}
@@ -205,21 +204,3 @@ def test_terabytes_and_large_integers_pass() -> None:
 
     assert table["memory"][0] == 2e12
     assert table["params_seed"][0] == 2**69
-
-
-@pytest.mark.parametrize(
-    ("resource", "outcome", "expected"),
-    [
-        ("memory", "completed", False),
-        ("wall_time", "completed", False),
-        ("memory", "pruned", False),
-        ("wall_time", "pruned", True),
-        ("cpu_time", "pruned", True),
-        ("memory", "terminated", True),
-        ("wall_time", "terminated", True),
-        ("memory", "failed", True),
-        ("memory", None, False),
-    ],
-)
-def test_what_is_a_lower_bound(resource: str, outcome: str, expected: bool) -> None:
-    assert is_censored(resource, outcome) is expected

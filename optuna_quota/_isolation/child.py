@@ -28,8 +28,8 @@ from optuna_quota._isolation.multiprocessing_child import begin_preparation
 from optuna_quota._isolation.multiprocessing_child import end_preparation
 from optuna_quota._isolation.multiprocessing_child import leave_shared_memory
 from optuna_quota._isolation.out_of_memory import find_failed_allocation
-from optuna_quota._isolation.output import defer_to_handlers
-from optuna_quota._isolation.output import follow
+from optuna_quota._isolation.output import apply_output_settings
+from optuna_quota._isolation.output import apply_to_new_modules
 from optuna_quota._isolation.pickling import inherited_descriptors
 from optuna_quota._isolation.pickling import load_objective
 from optuna_quota._isolation.pickling import receive_buffers
@@ -123,10 +123,9 @@ class _Child:
         if inherited is None:
             begin_preparation()
             enter_context(start.context, has_main=start.has_main)
-            follow(start.output, self.calls)
         else:
             os.environ.update(start.context.added)
-            follow(start.output, self.calls, inherited.loggers)
+        apply_output_settings(start.output, self.calls)
         memory_limits.raise_oom_score()
         set_gpu_caps(start.limits.get("gpu_memory"), start.device_memory)
         leave_shared_memory()
@@ -135,7 +134,7 @@ class _Child:
             objective = load_objective(start.objective, buffers)
             # From here on the objective alone holds them.
             buffers.clear()
-            defer_to_handlers(start.output)
+            apply_to_new_modules(start.output)
         seed(start.context)
         memory_limits.reset_peak()
         restore_signals()

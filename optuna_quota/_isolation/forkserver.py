@@ -29,7 +29,7 @@ from optuna_quota._isolation.launch import modules_may_open_files
 from optuna_quota._isolation.main_module import MainModule
 from optuna_quota._isolation.main_module import make_main_module
 from optuna_quota._isolation.multiprocessing_child import begin_preparation
-from optuna_quota._isolation.output import blank_logging
+from optuna_quota._isolation.output import prepare_logging
 from optuna_quota._isolation.signals import ignore_job_signals
 
 
@@ -221,7 +221,7 @@ def _count_threads() -> int:
 
 def prepare_to_fork() -> None:
     """Keep memory that no trial writes to shared with all of them."""
-    blank_logging()
+    prepare_logging(reset=True)
     gc.collect()
     gc.freeze()
 

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
-import logging
 from typing import Any
 from typing import Literal
 
 from optuna_quota._isolation.environment import ProcessContext
 from optuna_quota._isolation.out_of_memory import FailedAllocation
-from optuna_quota._isolation.output import OutputRules
+from optuna_quota._isolation.output import OutputSettings
 from optuna_quota._isolation.remote_errors import SentError
 from optuna_quota._isolation.rpc import TrialFacts
 from optuna_quota._resources import Breach
@@ -149,7 +148,7 @@ class StartTrial:
 
     context: ProcessContext
     has_main: bool
-    output: OutputRules
+    output: OutputSettings
     trial: TrialFacts
     limits: Mapping[str, float]
     device_memory: float | None
@@ -167,13 +166,11 @@ class InheritedObjective:
         start: The message to the trial's process.
         monitoring: The message to its supervisor.
         objective: The objective itself.
-        loggers: The loggers that do more than propagate their records.
     """
 
     start: StartTrial
     monitoring: BeginMonitoring
     objective: Any
-    loggers: Sequence[logging.Logger]
 
 
 # From the trial's process.

@@ -29,6 +29,7 @@ from optuna_quota._metering.gpu_attribution import GpuUse
 from optuna_quota._metering.visible_gpus import device_memory
 from optuna_quota._records import CRASHED
 from optuna_quota._records import is_rejected
+from optuna_quota._records import write_attributes
 from optuna_quota._resources import Breach
 from optuna_quota._resources import Usage
 from optuna_quota._storage_retry import retry
@@ -116,7 +117,7 @@ class OutcomeResolver:
         self._monitor.add_usage(
             Usage(memory=report.memory, cpu_time=report.cpu_time, gpu_memory=gpu_memory)
         )
-        self._monitor.take_unseen_peak(report.unseen_memory)
+        self._monitor.record_unseen_peak(report.unseen_memory)
 
     def crash(self, report: messages.ExitReport, reason: str) -> Any:
         """Return the value of a crashed trial if ``optimize`` is to go on, else raise."""
@@ -275,7 +276,7 @@ def record_crash(study: Study, trial: Trial) -> None:
     """Write into a trial's row that its process crashed; a storage error is logged."""
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
     try:
-        retry(lambda: storage.set_trial_system_attr(trial_id, CRASHED, trial.number))
+        write_attributes(storage, trial_id, system={CRASHED: trial.number})
     except Exception as error:  # noqa: BLE001 - any backend's own; the study goes on
         _logger.info(f"The crash of trial {trial.number} could not be recorded: {error!r}.")
 

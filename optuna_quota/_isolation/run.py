@@ -19,10 +19,10 @@ from optuna.trial import TrialState
 from optuna_quota import _optuna
 from optuna_quota._enforcement.check import raise_rejected
 from optuna_quota._enforcement.check import record_breach
-from optuna_quota._enforcement.forecast import Earlier
-from optuna_quota._enforcement.forecast import earlier_trials
+from optuna_quota._enforcement.forecast import completed_trials
+from optuna_quota._enforcement.forecast import CompletedTrials
 from optuna_quota._enforcement.forecast import forecast_breach
-from optuna_quota._enforcement.forecast import remember_profile
+from optuna_quota._enforcement.forecast import record_pace
 from optuna_quota._enforcement.nesting import pruner_limits
 from optuna_quota._enforcement.nesting import pruner_meters
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
@@ -44,8 +44,8 @@ from optuna_quota._isolation.memory_limits import own_cgroup
 from optuna_quota._isolation.multiprocessing_child import is_in_preparation
 from optuna_quota._isolation.outcome import OnCrash
 from optuna_quota._isolation.outcome import OutcomeResolver
-from optuna_quota._isolation.output import output_rules
-from optuna_quota._isolation.output import sounding_loggers
+from optuna_quota._isolation.output import prepare_logging
+from optuna_quota._isolation.output import read_output_settings
 from optuna_quota._isolation.pickling import dump_objective
 from optuna_quota._isolation.pickling import NeedsFork
 from optuna_quota._isolation.pickling import Payload
@@ -279,9 +279,8 @@ class TrialRun:
     def _launch_fork(self) -> TrialConnections:
         # Made before the fork: after it, each page that is touched here is copied.
         start = self._start_message(None, PreparedMain(MainModule(), is_made=True))
-        inherited = messages.InheritedObjective(
-            start, self._monitoring(), self._objective, sounding_loggers()
-        )
+        inherited = messages.InheritedObjective(start, self._monitoring(), self._objective)
+        prepare_logging(reset=False)
         return launch_fork(_delegated_cgroup(), inherited)
 
     def _start_message(self, payload: Payload | None, main: PreparedMain) -> messages.StartTrial:
@@ -293,7 +292,7 @@ class TrialRun:
         return messages.StartTrial(
             context=read_context(monitor.environment, main.module),
             has_main=main.is_made,
-            output=output_rules(),
+            output=read_output_settings(),
             trial=TrialFacts(
                 number=trial.number,
                 trial_id=None if study is None else _optuna.trial_id_of(trial),
@@ -399,18 +398,18 @@ class _StepForecast:
             monitor.hard_ceilings,
             elapsed,
             steps=self._steps,
-            earlier=self._earlier,
+            completed=self._completed,
             memory=monitor.timeline(),
         )
 
     def remember(self) -> None:
         """Keep the times of a completed trial for later ones."""
         if self._steps and self._study is not None:
-            remember_profile(self._study, self._steps)
+            record_pace(self._study, self._steps)
 
     @functools.cached_property
-    def _earlier(self) -> Earlier:
-        return Earlier() if self._study is None else earlier_trials(self._study)
+    def _completed(self) -> CompletedTrials:
+        return CompletedTrials() if self._study is None else completed_trials(self._study)
 
 
 def _agreed_limits(own: Limits | None, theirs: Limits | None) -> Limits:

@@ -8,6 +8,7 @@ import selectors
 import threading
 from typing import Any
 from typing import Protocol
+from warnings import WarningMessage
 
 from optuna_quota._isolation import messages
 from optuna_quota._isolation import rpc
@@ -17,7 +18,6 @@ from optuna_quota._isolation.out_of_memory import find_failed_allocation_in_text
 from optuna_quota._isolation.output import Printed
 from optuna_quota._isolation.output import replay
 from optuna_quota._isolation.output import SYNC
-from optuna_quota._isolation.output import Warned
 from optuna_quota._isolation.remote_errors import pack_error
 from optuna_quota._resources import Breach
 
@@ -180,8 +180,8 @@ class Server:
     def _handle(self, message: Any) -> None:
         if type(message) is tuple:
             self._serve_call(message)
-        elif isinstance(message, (Printed, Warned, logging.LogRecord)):
-            if isinstance(message, Warned) and self.failed_allocation is None:
+        elif isinstance(message, (Printed, WarningMessage, logging.LogRecord)):
+            if isinstance(message, WarningMessage) and self.failed_allocation is None:
                 self.failed_allocation = find_failed_allocation_in_text(str(message.message))
             try:
                 replay(message)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import threading
 from typing import TYPE_CHECKING
 
 from optuna_quota._metering.breach import extension_threshold
-from optuna_quota._metering.loop import metering_loop
+from optuna_quota._metering.gpu_meter import forget_gpus
 from optuna_quota._metering.loop import MeteringLoop
+from optuna_quota._metering.loop import TrialMonitor
 from optuna_quota._metering.meter import check_names
 from optuna_quota._metering.meter import Meter
-from optuna_quota._metering.trial_monitor import Key
-from optuna_quota._metering.trial_monitor import TrialMonitor
-from optuna_quota._metering.trial_monitor import Verdict
+from optuna_quota._metering.trial_state import Key
+from optuna_quota._metering.trial_state import Verdict
 from optuna_quota._optuna import storage_of
 from optuna_quota._optuna import trial_id_of
 
@@ -26,15 +29,51 @@ __all__ = [
     "Key",
     "Meter",
     "MeteringLoop",
-    "Verdict",
     "TrialMonitor",
-    "extension_threshold",
+    "Verdict",
     "check_names",
+    "extension_threshold",
     "key_of",
     "metering_loop",
+    "replace_loop",
 ]
 
 
 def key_of(study: Study, trial: BaseTrial | FrozenTrial) -> Key:
-    """Return what a trial is known by in this process: its storage and its id there."""
+    """Return what identifies a trial in this process: its storage and its id there."""
     return (id(storage_of(study)), trial_id_of(trial))
+
+
+_loop: MeteringLoop | None = None
+_loop_lock = threading.Lock()
+
+
+def metering_loop() -> MeteringLoop:
+    """Return the loop of this process."""
+    global _loop
+    with _loop_lock:
+        if _loop is None:
+            _loop = MeteringLoop()
+            atexit.register(_loop.stop)
+        return _loop
+
+
+def replace_loop(loop: MeteringLoop | None) -> MeteringLoop | None:
+    """Replace this process's loop, for tests; return the previous one."""
+    global _loop
+    with _loop_lock:
+        before, _loop = _loop, loop
+        return before
+
+
+def _after_fork_in_child() -> None:
+    global _loop, _loop_lock
+    _loop_lock = threading.Lock()
+    forget_gpus()
+    if _loop is not None:
+        _loop.reset_after_fork()
+        _loop = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

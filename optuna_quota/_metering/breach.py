@@ -1,4 +1,10 @@
-"""The one rule for what is a breach (pure): metering, stops, deaths and forecasts all ask here."""
+"""What is a breach, and when a breach waits because the trial may get more of a quota (pure).
+
+Metering, the supervisor of an isolated trial, the analysis of its exit and forecasts all use
+:func:`is_breach`. What a trial was granted of a quota is a promise: only a refusal that answers a
+request made while the trial was already over its share ends it, because others may have returned
+theirs since an earlier refusal. Until then its own limit and the whole quota bound it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,7 @@ import math
 from typing import NamedTuple
 
 from optuna_quota._resources import Breach
+from optuna_quota._resources import CLOCK_RESOURCES
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import HELD_RESOURCES
 
@@ -117,40 +124,40 @@ def _ratio(breach: Breach) -> float:
     return breach.observed / breach.limit if breach.limit > 0 else math.inf
 
 
-# Share of what is left of a quota at which more is requested, so that the answer comes in time.
+# Share of a granted amount at which more is requested, so that the answer comes in time.
 EXTENSION_THRESHOLD = 0.8
-# The same of what is held at one moment: a promise is no slice, and most trials come near it
-# without outgrowing it.
+# The same for memory and other resources held at one moment: most trials come near what they were
+# granted without outgrowing it.
 HELD_EXTENSION_THRESHOLD = 0.9
-# Seconds that a breach of a slice waits for an answer. On a busy machine, or while a database
-# server restarts, it comes late; where nobody answers at all, the trial must end.
+# Seconds that a breach waits for an answer. It comes late on a busy machine and while a database
+# server restarts; without any answer the trial must end.
 EXTENSION_TIMEOUT = 10.0
-# Seconds after which what was refused is asked for again: others may have given back theirs.
+# Seconds after which a refused request is repeated: others may have returned their share.
 RETRY_INTERVAL = 0.2
 
 
 def extension_threshold(resource: str) -> float:
-    """Return the share of what was granted at which more is asked for."""
+    """Return the share of what was granted at which more is requested."""
     return HELD_EXTENSION_THRESHOLD if resource in HELD_RESOURCES else EXTENSION_THRESHOLD
 
 
 class QuotaExtension:
-    """What a trial asked for of the study's quotas, and what was answered.
+    """The requests of one trial for more of the study's quotas, and the answers.
 
     Args:
-        ask: Asks for more; the answer is :meth:`answer`.
+        request: Requests more; the answer goes to :meth:`resolve`.
 
     Attributes:
-        needs: What the trial used of the resources that it asked for last, as it asked.
+        needs: The usage of the resources of which more was requested, at the time of the request.
     """
 
-    def __init__(self, ask: Callable[[], None]) -> None:
+    def __init__(self, request: Callable[[], None]) -> None:
         self.needs: Mapping[str, float] = {}
-        self._ask = ask
+        self._request = request
         self._is_due = False
-        self._asked: float | None = None
+        self._requested_at: float | None = None
         self._over: set[str] = set()
-        self._next = 0.0
+        self._not_before = 0.0
         self._refused: set[str] = set()
 
     def review(
@@ -160,72 +167,71 @@ class QuotaExtension:
         ceilings: Ceilings,
         now: float,
     ) -> list[Breach]:
-        """Return the breaches that do not wait for an answer; ask when a slice runs low.
+        """Return the breaches that don't wait for an answer; request more where it runs low.
 
         Args:
-            breaches: All that were found.
-            amounts: What the trial uses, by resource.
-            ceilings: What it may use, and whether for now, as its slice of a quota.
+            breaches: All breaches.
+            amounts: The usage by resource.
+            ceilings: The ceilings in force.
             now: The time in seconds.
         """
-        over = {b.resource for b in breaches if _can_grow(b.resource, b.quota)}
-        near = {
-            n
-            for n, s in _slices(ceilings).items()
-            if amounts.get(n, 0.0) >= extension_threshold(n) * s
+        over = {b.resource for b in breaches if _is_extensible(b.resource, b.quota)}
+        low = {
+            name
+            for name, granted in _granted(ceilings).items()
+            if amounts.get(name, 0.0) >= extension_threshold(name) * granted
         }
-        is_due = over - self._refused or (near and now >= self._next)
-        if is_due and self._asked is None:
-            self._asked, self._is_due, self._over = now, True, over
-            self.needs = {name: amounts.get(name, 0.0) for name in sorted(near | over)}
-        return [breach for breach in breaches if not self._holds_back(breach, now)]
+        is_due = over - self._refused or (low and now >= self._not_before)
+        if is_due and self._requested_at is None:
+            self._requested_at, self._is_due, self._over = now, True, over
+            self.needs = {name: amounts.get(name, 0.0) for name in sorted(low | over)}
+        return [breach for breach in breaches if not self._must_wait(breach, now)]
 
-    def _holds_back(self, breach: Breach, now: float) -> bool:
-        if not _can_grow(breach.resource, breach.quota) or breach.resource in self._refused:
+    def _must_wait(self, breach: Breach, now: float) -> bool:
+        if not _is_extensible(breach.resource, breach.quota) or breach.resource in self._refused:
             return False
-        return self._asked is None or now - self._asked < EXTENSION_TIMEOUT
+        return self._requested_at is None or now - self._requested_at < EXTENSION_TIMEOUT
 
-    def answer(self, before: Ceilings, after: Ceilings, now: float) -> None:
-        """Take in new slices: what the trial was over and did not grow was refused."""
-        old, new = _slices(before), _slices(after)
+    def resolve(self, before: Ceilings, after: Ceilings, now: float) -> None:
+        """Take new ceilings as the answer: what the trial was over and did not grow is refused."""
+        old, new = _granted(before), _granted(after)
         grown = {name for name, amount in new.items() if amount > old.get(name, 0.0)}
-        # Nothing at all is left for a trial that is to end at once.
+        # A trial that must end at once is left with nothing.
         self._refused = {name for name, amount in new.items() if amount <= 0}
         self._refused |= self._over - grown
         self._over = set()
-        self._asked = None
-        self._next = now if self.needs.keys() <= grown else now + RETRY_INTERVAL
+        self._requested_at = None
+        self._not_before = now if self.needs.keys() <= grown else now + RETRY_INTERVAL
 
-    def take_ask(self) -> Callable[[], None] | None:
-        """Return what asks for more, once each time that it is due."""
-        due, self._is_due = self._is_due, False
-        return self._ask if due else None
+    def take_request(self) -> Callable[[], None] | None:
+        """Return what requests more, once each time that it is due."""
+        is_due, self._is_due = self._is_due, False
+        return self._request if is_due else None
 
     def deadline(self, started: float, ceilings: Ceilings, now: float) -> float | None:
-        """Return when the clock alone calls for a review, None for never.
+        """Return when time alone calls for a review, None for never.
 
         Args:
             started: When the trial started.
-            ceilings: As for :meth:`review`.
+            ceilings: The ceilings in force.
             now: The time in seconds.
         """
-        marks = []
-        for name in ("wall_time", "trial_time"):
-            ceiling, quota = ceilings.get(name, (None, False))
-            if ceiling is not None:
-                marks.append(started + ceiling)
-                if _can_grow(name, quota):
-                    marks.append(started + EXTENSION_THRESHOLD * ceiling)
-        marks = [mark for mark in marks if mark > now]
-        if self._asked is not None:
-            marks.append(max(now, self._asked + EXTENSION_TIMEOUT))
-        return min(marks, default=None)
+        times = []
+        for name in ceilings.keys() & set(CLOCK_RESOURCES):
+            limit, quota = ceilings[name]
+            times.append(started + limit)
+            if _is_extensible(name, quota):
+                times.append(started + EXTENSION_THRESHOLD * limit)
+        times = [time for time in times if time > now]
+        if self._requested_at is not None:
+            times.append(max(now, self._requested_at + EXTENSION_TIMEOUT))
+        return min(times, default=None)
 
 
-def _can_grow(resource: str, quota: bool) -> bool:
-    # The study's clock runs for all its trials alike: nobody can give back any of it.
+def _is_extensible(resource: str, quota: bool) -> bool:
+    # All trials use the study's wall time at once: none can return any of it.
     return quota and resource != "wall_time"
 
 
-def _slices(ceilings: Ceilings) -> dict[str, float]:
-    return {n: ceiling for n, (ceiling, quota) in ceilings.items() if _can_grow(n, quota)}
+def _granted(ceilings: Ceilings) -> dict[str, float]:
+    return {n: limit for n, (limit, quota) in ceilings.items() if _is_extensible(n, quota)}

@@ -10,7 +10,7 @@ import logging
 import math
 from pathlib import Path
 
-from optuna_quota._metering.meter import MeterReading
+from optuna_quota._metering.trial_meters import MeterReading
 from optuna_quota._metering.warn import warn_once
 
 
@@ -86,7 +86,7 @@ class ProcessorEnergyMeter:
 
     Args:
         cpu_time: Tells the trial's CPU-seconds so far.
-        is_asked: Whether the trial has a ceiling on energy: what is missing is then a warning.
+        is_limited: Whether the trial has a ceiling on energy: what is missing is then a warning.
         open_counters: Opens the counters.
         host_busy: Tells the CPU-seconds that the host was busy.
     """
@@ -97,13 +97,13 @@ class ProcessorEnergyMeter:
         self,
         cpu_time: Callable[[], float | None],
         *,
-        is_asked: bool = False,
+        is_limited: bool = False,
         open_counters: Callable[[], Rapl] | None = None,
         host_busy: Callable[[], float] | None = None,
     ) -> None:
         self.period = _PERIOD
         self._cpu_time = cpu_time
-        self._is_asked = is_asked
+        self._is_limited = is_limited
         self._open_counters = open_counters or rapl
         self._host_busy = host_busy or _host_busy
         self._last: tuple[float, float, float] | None = None
@@ -115,7 +115,7 @@ class ProcessorEnergyMeter:
             now = (self._open_counters().joules(), self._host_busy(), self._cpu_time() or 0.0)
         except (OSError, ValueError) as error:
             self.period = math.inf
-            level = logging.WARNING if self._is_asked else logging.DEBUG
+            level = logging.WARNING if self._is_limited else logging.DEBUG
             message = f"The processors' energy is not measured: {error}."
             warn_once("processor energy", message, level=level)
             return {}

@@ -1,4 +1,4 @@
-"""How what a trial uses of GPUs can be told: pure, from what the driver tells of each device."""
+"""How a trial's use of GPUs can be measured, by process or by device (pure)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Literal
 
 GpuSource = Literal["process", "device", "framework"]
 
-# Bytes. A CUDA context alone takes more; less is what a driver's own bookkeeping moves.
+# Bytes. A CUDA context alone takes more; less is within what the driver's own bookkeeping moves.
 NOTICEABLE = 32 * 2**20
 
 
 @dataclass
 class DeviceReading:
-    """What the driver tells of one device at one moment.
+    """What the driver reports of one device at one moment; None is unknown.
 
     Attributes:
-        used: Bytes in use by anyone; None when it does not tell.
+        used: Bytes in use by any process.
         total: Bytes in all.
-        held: Bytes by process that it lists, by pid; None where it does not tell.
-        joules: Energy since the device was first read, by anyone; None when it does not tell.
-        busy: Busy GPU-seconds since then, of all processes; None when it does not tell.
-        lost: Why nothing can be told of it any more.
+        held: Bytes by pid of the processes that the driver lists.
+        joules: Energy since the device was first read, of all processes.
+        busy: Busy GPU-seconds since then, of all processes.
+        lost: Why nothing is known of the device any more.
     """
 
     used: float | None = None
@@ -37,7 +37,7 @@ class DeviceReading:
 
     @property
     def in_use(self) -> float | None:
-        """Bytes in use by anyone, by whatever tells; None when nothing does."""
+        """Bytes in use by any process, at least what the listed ones hold."""
         listed = [held for held in self.held.values() if held is not None]
         if self.used is None:
             return sum(listed) if listed else None
@@ -46,12 +46,12 @@ class DeviceReading:
 
 @dataclass(frozen=True)
 class DeviceShare:
-    """One device of a trial at one moment, in bytes.
+    """A trial's part of one device at one moment, in bytes.
 
     Attributes:
-        held: What the trial holds of it.
-        used: What anyone does.
-        total: Its memory.
+        held: What the trial holds.
+        used: What all processes hold.
+        total: The device's memory.
     """
 
     held: float
@@ -61,11 +61,11 @@ class DeviceShare:
 
 @dataclass(frozen=True)
 class GpuUse:
-    """How a trial's use of GPUs is told, and of which devices at the last reading.
+    """How a trial's use of GPUs was measured, and of which devices at the last reading.
 
     Attributes:
-        source: By process, by what its devices hold, or by the framework from inside.
-        devices: The devices that it holds something of.
+        source: By process, by what its devices hold, or by the framework's own counters.
+        devices: The devices that it uses.
     """
 
     source: GpuSource
@@ -74,11 +74,11 @@ class GpuUse:
 
 @dataclass(frozen=True)
 class Source:
-    """How a trial's use of GPUs is told.
+    """How a trial's use of GPUs can be measured.
 
     Attributes:
-        name: By process or by device; None when it is not on a GPU, or when it can't be told.
-        reason: Why it can't be told, as the end of a sentence.
+        name: By process or by device; None if it is on no GPU, or if it can't be measured.
+        reason: Why it can't be measured, as the end of a sentence.
         is_shared: Whether that is because of another trial.
     """
 
@@ -88,71 +88,64 @@ class Source:
 
 
 NOT_ON_A_GPU = Source()
-_BY_PROCESS = Source("process")
-_BY_DEVICE = Source("device")
 
 
 def choose_source(
     *,
     is_listed: bool,
-    is_told: bool,
-    list_is_ours: bool,
-    is_alone: bool,
+    has_bytes: bool,
+    lists_own_pids: bool,
+    is_exclusive: bool,
     has_grown: bool,
-    was_there: bool,
+    was_listed: bool,
     why_not_listed: str,
 ) -> Source:
-    """Return how a trial's use of GPUs can be told.
+    """Return how a trial's use of GPUs can be measured.
 
     Args:
         is_listed: Whether the driver lists a process of the trial.
-        is_told: Whether it tells what that one holds.
-        list_is_ours: Whether the driver has listed any process of this study by its number, so
+        has_bytes: Whether it reports what that process holds.
+        lists_own_pids: Whether the driver has listed any process of this study by its pid, so
             that one which is not listed is on no GPU.
-        is_alone: Whether no other trial of this study has the trial's devices.
+        is_exclusive: Whether no other trial uses the trial's devices.
         has_grown: Whether they hold noticeably more than before the trial.
-        was_there: Whether a process of the trial was listed before the trial already.
-        why_not_listed: Why the driver's list is of no use, where it is.
+        was_listed: Whether a process of the trial was listed before the trial already.
+        why_not_listed: Why the driver's list is of no use, if it is.
     """
-    if is_listed and is_told:
-        return _BY_PROCESS
-    if is_listed and was_there:
-        # What it held before is in what the device held before.
+    if is_listed and has_bytes:
+        return Source("process")
+    if is_listed and was_listed:
+        # What it held before is part of what the device held before.
         return Source(None, why_not_listed)
-    if not has_grown or (list_is_ours and not is_listed):
+    if not has_grown or (lists_own_pids and not is_listed):
         return NOT_ON_A_GPU
-    if not is_alone:
+    if not is_exclusive:
         return Source(None, f"{why_not_listed}, and trials share a GPU", is_shared=True)
-    return _BY_DEVICE
+    return Source("device")
 
 
-def is_stranger(pid: int, before: Mapping[int, object], is_alive: Callable[[int], bool]) -> bool:
-    """Return whether a listed process, none of the trial's by its number, is another's for sure.
+def is_foreign(pid: int, before: Mapping[int, object], is_alive: Callable[[int], bool]) -> bool:
+    """Return whether a listed process that has no pid of the trial surely belongs to others.
 
-    It is when it was listed before the trial began, or when it is one that this machine shows. Any
-    other may be the trial's own by the number that it has outside of its container.
+    It does if it was listed before the trial began, or if this machine shows a process of that
+    pid. Any other may be the trial's, by the pid that it has outside of its container.
     """
     return pid in before or is_alive(pid)
 
 
 def growth(
-    before: DeviceReading, now: DeviceReading, is_strangers: Callable[[int], bool]
+    before: DeviceReading, now: DeviceReading, is_foreign: Callable[[int], bool]
 ) -> float | None:
-    """Return what a device holds beyond what it held before, in bytes; None when unknown.
+    """Return what a device holds beyond what it held before, in bytes; None if unknown.
 
-    What is known of how strangers' use has changed meanwhile is not counted.
-
-    Args:
-        before: Before the trial.
-        now: Now.
-        is_strangers: Whether a listed process is another's for sure.
+    Known changes of foreign processes are not counted.
     """
     used_before, used_now = before.in_use, now.in_use
     if used_before is None or used_now is None:
         return None
     grown = used_now - used_before
     for pid in {*before.held, *now.held}:
-        if is_strangers(pid):
+        if is_foreign(pid):
             grown -= (now.held.get(pid) or 0.0) - (before.held.get(pid) or 0.0)
     return grown
 

@@ -1,9 +1,4 @@
-"""Which GPUs the trials of other processes on this machine may use.
-
-A device's memory is one trial's only while no other trial has the device, of another worker too.
-The names of abstract sockets are seen by all processes of a machine or container, and are gone
-with theirs: no file is left behind.
-"""
+"""What all processes use of the visible GPUs, and which GPUs the trials of others use."""
 
 from __future__ import annotations
 
@@ -20,7 +15,6 @@ import socket
 import sys
 import threading
 import time
-from typing import Protocol
 from typing import TypeVar
 
 import psutil
@@ -28,21 +22,38 @@ import psutil
 from optuna_quota._metering.gpu_attribution import DeviceReading
 from optuna_quota._metering.nvml import GpuError
 from optuna_quota._metering.nvml import GpuSample
+from optuna_quota._metering.nvml import NvmlDevice
 
+
+_logger = logging.getLogger("optuna.quota.metering")
+
+# Stands for every pid where the driver does not even list processes.
+ANY_PID = -1
 
 _NAMES = Path("/proc/net/unix")
 _PREFIX = "optuna-quota/gpu/"
 
+_INSTANCE = "it is not reported by process on a MIG instance"
+_NO_BYTES = "the driver does not report it by process"
+_CROWDED = "several processes share a GPU that does not report how busy each keeps it"
+
+Answer = TypeVar("Answer")
+
 
 class GpuRegistry:
-    """Tells other processes which GPUs the trials of this one may use; not for several threads."""
+    """Shares with other processes which GPUs the trials of this one use; not thread-safe.
+
+    A device's memory is one trial's only while no other trial has the device, those of other
+    workers included. All processes of a machine or container see the names of abstract sockets,
+    and these are gone with their process: no file is left behind.
+    """
 
     def __init__(self) -> None:
         self._token = secrets.token_hex(8)
         self._sockets: dict[str, socket.socket] = {}
 
-    def show(self, devices: Iterable[str]) -> None:
-        """Show that trials of this process may use these devices and no others."""
+    def publish(self, devices: Iterable[str]) -> None:
+        """Publish which devices trials of this process use; replaces what was published."""
         wanted = set(devices) if sys.platform.startswith("linux") else set()
         for device in self._sockets.keys() - wanted:
             self._sockets.pop(device).close()
@@ -51,8 +62,8 @@ class GpuRegistry:
             self._sockets[device] = name
             name.bind(f"\0{_PREFIX}{device}/{self._token}")
 
-    def others(self) -> set[str]:
-        """Return the devices that trials of other processes may use."""
+    def used_by_others(self) -> set[str]:
+        """Return the devices that trials of other processes use."""
         if not sys.platform.startswith("linux"):
             return set()
         found = set()
@@ -64,41 +75,17 @@ class GpuRegistry:
         return found
 
 
-_logger = logging.getLogger("optuna.quota.metering")
-
-GPU_RESOURCES = ("gpu_memory", "gpu_time", "energy")
-
-# Stands for every pid where the driver does not even list processes.
-ANYONE = -1
-
-Answer = TypeVar("Answer")
-
-
-class GpuDevice(Protocol):
-    """What is asked of a device, see :class:`~optuna_quota._metering.nvml.NvmlDevice`."""
-
-    is_instance: bool
-
-    @property
-    def identity(self) -> str: ...
-    def processes(self) -> dict[int, int | None]: ...
-    def memory(self) -> tuple[int, int]: ...
-    def samples(self, since: float) -> list[GpuSample]: ...
-    def utilization(self) -> float: ...
-    def joules(self) -> float: ...
-
-
 @dataclass
 class GpuReading:
     """What is known of all processes on all visible GPUs.
 
     Attributes:
-        memory: Bytes held at this moment, by pid; None where the driver does not tell.
+        memory: Bytes held at this moment, by pid; None where the driver does not report it.
         busy: Busy GPU-seconds so far, by pid.
         joules: Energy so far, by pid.
-        devices: What is known of each device as a whole, by its identity.
-        unknown: What can't be told and why, by pid and resource.
-        lost: Why nothing can be told any more, None while something can.
+        devices: The devices, by identity.
+        unknown: Why a resource is unknown, by pid and resource.
+        lost: Why nothing is known any more, None while something is.
         at: When it was read, in seconds since 1970.
     """
 
@@ -110,14 +97,13 @@ class GpuReading:
     lost: str | None = None
     at: float = float("-inf")
 
-
-_INSTANCE = "it is not told by process on a MIG instance"
-_NO_MEMORY = "the driver does not tell it by process"
-_CROWDED = "several processes share a GPU that does not tell how busy each keeps it"
+    def mark_unknown(self, pids: Iterable[int], resource: str, reason: str) -> None:
+        for pid in pids:
+            self.unknown.setdefault(pid, {})[resource] = reason
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether this machine, or container, has a process of this number, hidden or not."""
+    """Return whether this machine, or container, has a process of this pid, hidden or not."""
     if os.name != "posix":
         return psutil.pid_exists(pid)
     try:
@@ -130,28 +116,28 @@ def is_alive(pid: int) -> bool:
 
 
 class GpuReader:
-    """Adds up what processes use of the visible devices; safe to call from several threads.
+    """Reads what processes use of the visible devices; thread-safe.
 
     Busy time is the integral of the driver's utilization samples. Energy is a device's own
     counter: a process that has the device to itself is charged all of it, idle power included;
-    processes that share it are charged by how busy they kept it, evenly when none did; where the
-    driver does not tell how busy, it is unknown.
+    processes that share it are charged by how busy they kept it, evenly if none did; if the
+    driver does not report that, it is unknown.
 
     Args:
         devices: The visible devices.
         clock: Seconds since 1970, as the driver dates its samples.
-        is_alive: Whether there is a process of a number.
+        is_alive: Whether there is a process of a pid.
 
     Attributes:
-        latest: What was read last.
+        latest: The last reading.
         cost: Seconds that it took.
-        listed: Whether the driver has listed a trial's process by its number.
-        outside: Numbers outside of this container of processes that are this one's own.
+        lists_own_pids: Whether the driver has listed a trial's process by its pid.
+        outside_pids: Pids outside of this container of processes that are this process's own.
     """
 
     def __init__(
         self,
-        devices: Iterable[GpuDevice],
+        devices: Iterable[NvmlDevice],
         *,
         clock: Callable[[], float] = time.time,
         is_alive: Callable[[int], bool] = is_alive,
@@ -160,59 +146,59 @@ class GpuReader:
         self.is_alive = is_alive
         self._lock = threading.Lock()
         now = clock()
-        self._meters = [_DeviceMeter(device, now) for device in devices]
-        self._tenants: dict[object, frozenset[str]] = {}
-        self._presence = GpuRegistry()
+        self._devices = [_DeviceReader(device, now) for device in devices]
+        self._claims: dict[object, frozenset[str]] = {}
+        self._registry = GpuRegistry()
         self.latest = GpuReading()
         self.cost = 0.0
-        self.listed = False
-        self.outside: set[int] = set()
+        self.lists_own_pids = False
+        self.outside_pids: set[int] = set()
 
     @property
     def identities(self) -> frozenset[str]:
         """The devices."""
-        return frozenset(meter.device.identity for meter in self._meters)
+        return frozenset(reader.device.identity for reader in self._devices)
 
-    def enter(self, tenant: object, devices: frozenset[str]) -> None:
-        """Note that a trial may use these devices from now on."""
+    def claim(self, trial: object, devices: frozenset[str]) -> None:
+        """Record that a trial may use these devices from now on."""
         with self._lock:
-            if self._tenants.get(tenant) != devices:
-                self._tenants[tenant] = devices
-                self._show()
+            if self._claims.get(trial) != devices:
+                self._claims[trial] = devices
+                self._publish()
 
-    def leave(self, tenant: object) -> None:
-        """Note that a trial has ended."""
+    def release(self, trial: object) -> None:
+        """Record that a trial has ended."""
         with self._lock:
-            if self._tenants.pop(tenant, None) is not None:
-                self._show()
+            if self._claims.pop(trial, None) is not None:
+                self._publish()
 
-    def _show(self) -> None:
+    def _publish(self) -> None:
         try:
-            self._presence.show(frozenset().union(*self._tenants.values()))
+            self._registry.publish(frozenset().union(*self._claims.values()))
         except OSError as error:
-            _logger.debug(f"Other workers are not told which GPUs trials use: {error}.")
+            _logger.debug(f"Other workers can't see which GPUs trials use: {error}.")
 
-    def is_alone(self, tenant: object) -> bool:
-        """Return whether no other trial of this machine's workers may use a trial's devices."""
+    def is_exclusive(self, trial: object) -> bool:
+        """Return whether no other trial, of any worker on this machine, may use its devices."""
         with self._lock:
-            own = self._tenants.get(tenant, frozenset())
-            if any(own & its for other, its in self._tenants.items() if other is not tenant):
+            own = self._claims.get(trial, frozenset())
+            if any(own & its for other, its in self._claims.items() if other is not trial):
                 return False
         try:
-            return not own & self._presence.others()
+            return not own & self._registry.used_by_others()
         except OSError as error:
             _logger.debug(f"Which GPUs other workers' trials use is not known: {error}.")
             return True
 
-    def abandon(self) -> None:
+    def reset_after_fork(self) -> None:
         """Leave the devices to the parent, in the child after a fork."""
-        self._presence.show(())
+        self._registry.publish(())
 
     def read(self, max_age: float = 0.0, after: float = float("-inf")) -> GpuReading:
-        """Return what is known, asked anew if that is too old.
+        """Return the last reading, or a new one if that is too old.
 
         Args:
-            max_age: Seconds after which it is.
+            max_age: Its greatest age in seconds.
             after: The moment that it must have been read after.
         """
         with self._lock:
@@ -225,30 +211,27 @@ class GpuReader:
             return self.latest
 
     def _read(self, now: float) -> GpuReading:
-        # The dictionaries of a reading are its own: whoever holds an earlier one is not disturbed.
+        # Copies: other threads may still hold the earlier reading.
         busy, joules = dict(self.latest.busy), dict(self.latest.joules)
         reading = GpuReading(busy=busy, joules=joules, at=now)
         try:
-            for meter in self._meters:
-                meter.read(reading, now)
+            for device in self._devices:
+                device.read(reading, now)
         except GpuError as error:
             reading.lost = error.reason
         lost = [device.lost for device in reading.devices.values()]
         if all(lost):
             reading.lost = reading.lost or next(iter(lost), None)
-        self._drop_the_dead(reading)
-        return reading
-
-    def _drop_the_dead(self, reading: GpuReading) -> None:
         for amounts in (reading.busy, reading.joules):
             for pid in [p for p in amounts if p not in reading.memory and not self.is_alive(p)]:
                 del amounts[pid]
+        return reading
 
 
-class _DeviceMeter:
-    """Adds up what processes use of one device."""
+class _DeviceReader:
+    """Reads what processes use of one device."""
 
-    def __init__(self, device: GpuDevice, now: float) -> None:
+    def __init__(self, device: NvmlDevice, now: float) -> None:
         self.device = device
         self._sampled = now
         self._read_at = now
@@ -271,59 +254,49 @@ class _DeviceMeter:
             self._lost = found.lost = error.reason
 
     def _read(self, reading: GpuReading, found: DeviceReading, now: float) -> None:
-        # First: what it holds is then never ahead of whom it lists.
-        found.used, found.total = _ask(self.device.memory) or (None, None)
+        # Before the list: what is in use then never includes a process that is not listed yet.
+        found.used, found.total = _try(self.device.memory) or (None, None)
         try:
             listed = self.device.processes()
         except GpuError as error:
             if error.final:
                 raise
             for resource in ("gpu_memory", "energy"):
-                _mark(reading, ANYONE, resource, error.reason)
+                reading.mark_unknown([ANY_PID], resource, error.reason)
             listed = {}
         found.held = listed
         for pid, memory in listed.items():
             known = reading.memory.get(pid, 0.0)
-            whole = None if memory is None or known is None else known + memory
-            reading.memory[pid] = whole
+            reading.memory[pid] = None if memory is None or known is None else known + memory
             if memory is None:
-                reason = _INSTANCE if self.device.is_instance else _NO_MEMORY
-                _mark(reading, pid, "gpu_memory", reason)
-        busy = self._read_busy(reading, listed, now)
+                reason = _INSTANCE if self.device.is_instance else _NO_BYTES
+                reading.mark_unknown([pid], "gpu_memory", reason)
+        busy = self._read_busy(reading, listed)
         self._read_energy(reading, found, listed, busy)
         if not listed:
-            self._read_utilization(found, now)
+            # How busy the device is as a whole is all there is.
+            share = _try(self.device.utilization)
+            if share is not None:
+                self._busy += share * max(0.0, now - self._read_at)
+                found.busy = self._busy
         self._read_at = now
 
-    def _read_utilization(self, found: DeviceReading, now: float) -> None:
-        """Add up how busy the device is as a whole, where that is all that can be told."""
-        share = _ask(self.device.utilization)
-        if share is not None:
-            self._busy += share * max(0.0, now - self._read_at)
-            found.busy = self._busy
-
-    def _read_busy(
-        self, reading: GpuReading, listed: Iterable[int], now: float
-    ) -> dict[int, float] | None:
-        """Return the busy seconds by process since the last time, None when unknown."""
+    def _read_busy(self, reading: GpuReading, listed: Iterable[int]) -> dict[int, float] | None:
+        """Return the busy seconds by process since the last reading, None if unknown."""
         try:
-            samples = self._samples()
+            if self.device.is_instance:
+                raise GpuError(_INSTANCE)
+            samples = self.device.samples(self._sampled)
         except GpuError as error:
             if error.final:
                 raise
-            for pid in listed:
-                _mark(reading, pid, "gpu_time", error.reason)
+            reading.mark_unknown(listed, "gpu_time", error.reason)
             return None
         grown = busy_seconds(samples, self._sampled)
         self._sampled = max((s.seconds for s in samples), default=self._sampled)
         for pid in {*listed, *grown}:
             reading.busy[pid] = reading.busy.get(pid, 0.0) + grown.get(pid, 0.0)
         return grown
-
-    def _samples(self) -> list[GpuSample]:
-        if self.device.is_instance:
-            raise GpuError(_INSTANCE)
-        return self.device.samples(self._sampled)
 
     def _read_energy(
         self,
@@ -340,26 +313,21 @@ class _DeviceMeter:
             self._first_joules = joules if self._first_joules is None else self._first_joules
             found.joules = max(0.0, joules - self._first_joules)
             grown = 0.0 if before is None else max(0.0, joules - before)
-            for pid, share in shares(list(listed), busy).items():
+            for pid, share in energy_shares(list(listed), busy).items():
                 reading.joules[pid] = reading.joules.get(pid, 0.0) + grown * share
         except GpuError as error:
             if error.final:
                 raise
-            for pid in listed:
-                _mark(reading, pid, "energy", error.reason)
+            reading.mark_unknown(listed, "energy", error.reason)
 
 
-def _ask(question: Callable[[], Answer]) -> Answer | None:
+def _try(read: Callable[[], Answer]) -> Answer | None:
     try:
-        return question()
+        return read()
     except GpuError as error:
         if error.final:
             raise
         return None
-
-
-def _mark(reading: GpuReading, pid: int, resource: str, reason: str) -> None:
-    reading.unknown.setdefault(pid, {})[resource] = reason
 
 
 def busy_seconds(samples: Iterable[GpuSample], since: float) -> dict[int, float]:
@@ -376,11 +344,11 @@ def busy_seconds(samples: Iterable[GpuSample], since: float) -> dict[int, float]
     return busy
 
 
-def shares(listed: list[int], busy: Mapping[int, float] | None) -> dict[int, float]:
-    """Return the part of a device's energy that each process is charged; they add up to 1.
+def energy_shares(listed: list[int], busy: Mapping[int, float] | None) -> dict[int, float]:
+    """Return the share of a device's energy that each process is charged; they add up to 1.
 
     Raises:
-        GpuError: If there are several and it isn't known how busy each kept the device.
+        GpuError: If there are several and it is unknown how busy each kept the device.
     """
     if len(listed) <= 1:
         return dict.fromkeys(listed, 1.0)

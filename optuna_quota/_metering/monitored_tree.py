@@ -1,9 +1,10 @@
-"""A process tree under metering and the trials that run in it."""
+"""The process trees under metering, the trials that run in each, and when to read them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Collection
+from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import replace
 import logging
@@ -24,44 +25,68 @@ from optuna_quota._metering.timing import LONGEST_INTERVAL
 from optuna_quota._metering.timing import LONGEST_INTERVAL_ALONE
 from optuna_quota._metering.timing import next_due
 from optuna_quota._metering.timing import sampling_interval
-from optuna_quota._metering.trial_monitor import TrialMonitor
+from optuna_quota._metering.trial_state import TrialState
 from optuna_quota._metering.warn import warn_once
 
 
 _logger = logging.getLogger("optuna.quota.metering")
 
 Answer = TypeVar("Answer")
+# From a pid; and the reaper's and the number of outsiders, where there is a reaper.
+OpenTree = Callable[..., ProcessTree]
 
-# Seconds after which a trial will not be isolated any more: it is by then in its own process.
+# Seconds after which a trial in this process has surely not just begun, to be isolated later.
 _SURELY_SHARED = 10.0
+# Seconds between readings of CPU time and peaks in a long trial without a ceiling on CPU time.
+_LONGEST_THOROUGH_INTERVAL = 1.0
 
 
-# Seconds between looks at CPU time and peaks in a long trial without a ceiling on CPU time.
-_MOST_SELDOM = 1.0
+def open_tree(pid: int | None, reaper: int | None = None, outsiders: int = 0) -> ProcessTree:
+    """Return the reader of the tree under a process: by /proc, else by psutil.
+
+    Args:
+        pid: The root; None for this process.
+        reaper: A process that inherits the tree's orphans and has no other children than these
+            and the root; None without one.
+        outsiders: At least how many processes outside of the tree share the memory that it was
+            forked with.
+
+    Raises:
+        ProcessLookupError: If there is no such process.
+    """
+    if is_available():
+        try:
+            return LinuxProcessTree(pid, reaper, outsiders=outsiders)
+        except ProcessLookupError:
+            raise
+        except OSError as error:
+            _logger.info(f"Processes are measured through psutil: /proc can't be read ({error}).")
+    return PsutilProcessTree(pid)
 
 
 class MonitoredTree:
     """A process tree and the trials that run in it: several for trials in threads.
 
     Args:
-        tree: Reads the tree.
+        reader: Reads the tree.
         pid: Its root; None for this process.
         now: The time.
-        period: Seconds between looks while there is headroom in plenty; None for a fitting one.
+        period: Seconds between samples far from any limit; None to choose it.
     """
 
     def __init__(
-        self, tree: ProcessTree, pid: int | None, now: float, period: float | None = None
+        self, reader: ProcessTree, pid: int | None, now: float, period: float | None = None
     ) -> None:
-        self.tree = tree
+        self.reader = reader
         self.pid = pid
         self.due = now
-        self.watches: dict[TrialMonitor, ThreadTime] = {}
+        self.trials: dict[TrialState, ThreadTime] = {}
         self._thorough_due = now
         self._reading: TreeReading | None = None
         self._read_at = now
         self._memory: float | None = None
-        self._calm = -math.inf
+        # The memory up to which a glance has found nothing new, and no breach.
+        self._quiet_below = -math.inf
         self._ceiling = math.inf
         self._growth = ASSUMED_GROWTH
         self._fixed_period = period
@@ -70,49 +95,48 @@ class MonitoredTree:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """The processes, as last seen."""
+        """The processes at the last reading."""
         return () if self._reading is None else self._reading.pids
 
-    def join(self, watch: TrialMonitor, now: float, without: Collection[int]) -> None:
-        """Let a trial join; trials that run at once in one tree are shared from then on."""
-        if self.watches:
-            self.read(now, without, thorough=True)  # what was used so far is not the newcomer's
-        self.watches[watch] = ThreadTime()
-        self._calm = -math.inf
-        if len(self.watches) == 1:
-            self._begin(watch, now, without)
+    def add(self, trial: TrialState, now: float, without: Collection[int]) -> None:
+        """Add a trial; trials that run in one tree at once are shared from then on."""
+        if self.trials:
+            self.read(now, without, thorough=True)  # what was used so far is not the new trial's
+        self.trials[trial] = ThreadTime()
+        self._quiet_below = -math.inf
+        if len(self.trials) == 1:
+            self._begin(trial, now, without)
         else:
-            for each in self.watches:
-                each.share()
-            for thread in self.watches.values():
+            for each, thread in self.trials.items():
+                each.mark_shared()
                 thread.growth()  # counts from now
 
-    def _begin(self, watch: TrialMonitor, now: float, without: Collection[int]) -> None:
+    def _begin(self, trial: TrialState, now: float, without: Collection[int]) -> None:
         """Take the first reading of a trial that is alone in the tree."""
-        self._ask(self.tree.reset_peak)
+        self._try(self.reader.reset_peak)
         self._growth = ASSUMED_GROWTH
-        self.take_stock()
+        self.update_thresholds()
         reading = self._reading = self._measure(without, thorough=True)
         self._memory = reading.memory
         self._read_at = self.due = self._thorough_due = now
-        watch.take_memory(now, reading.memory, None)
+        trial.record_memory(now, reading.memory, None)
         if reading.cpu_time is not None:
-            # A process that was made for the trial counts from its birth, to a clock tick.
-            age = None if self.pid is None else self._ask(self.tree.age)
-            own = age is not None and age <= watch.elapsed + 0.02
-            watch.add("cpu_time", reading.cpu_time if own else 0.0)
-        self.take_stock()
+            # A process made for the trial counts from its creation, known to a clock tick.
+            age = None if self.pid is None else self._try(self.reader.age)
+            is_own = age is not None and age <= max(0.0, now - trial.started) + 0.02
+            trial.used.add("cpu_time", reading.cpu_time if is_own else 0.0)
+        self.update_thresholds()
 
-    def look(self, now: float, without: Collection[int]) -> bool:
-        """Measure as cheaply as will do; return whether there is anything new to judge.
+    def sample(self, now: float, without: Collection[int]) -> bool:
+        """Measure as cheaply as possible; return whether a breach has to be looked for.
 
-        Mostly a glance at the memory tells that it is no higher than it was before and that there
-        is headroom, so that nothing else needs to be done.
+        Mostly a glance at the memory shows that it is no higher than before and far from its
+        limit, so that nothing else has to be done.
         """
         if now < self._thorough_due:
-            memory = self._ask(self.tree.glance)
-            if memory is not None and memory <= self._calm:
-                self._learn_growth(memory, now)
+            memory = self._try(self.reader.glance)
+            if memory is not None and memory <= self._quiet_below:
+                self._update_growth(memory, now)
                 self._schedule(now, memory)
                 return False
         self.read(now, without)
@@ -120,119 +144,188 @@ class MonitoredTree:
         return True
 
     def read(self, now: float, without: Collection[int], *, thorough: bool = False) -> None:
-        """Measure, and hand to each trial what is its own."""
+        """Measure, and record each trial's part."""
         thorough = thorough or now >= self._thorough_due
         reading = self._measure(without, thorough=thorough)
-        before, self._reading = self._reading, self._known(reading)
-        self._learn_growth(reading.memory, now)
+        before, self._reading = self._reading, reading
+        if before is not None and reading.cpu_time is None:
+            # CPU time used during a fault is counted after it.
+            self._reading = replace(reading, cpu_time=before.cpu_time)
+        self._update_growth(reading.memory, now)
         if before is not None:
-            self._hand_out(before, reading, now)
+            self._record(before, reading, now)
         if thorough:
-            self._thorough_due = now + self._thorough_wait()
-        self.take_stock()
+            self._thorough_due = now + self._thorough_interval(now)
+        self.update_thresholds()
 
     def _measure(self, without: Collection[int], *, thorough: bool) -> TreeReading:
         ceiling = self._ceiling
-        found = self._ask(
-            lambda: self.tree.read(thorough=thorough, without=without, ceiling=ceiling)
+        found = self._try(
+            lambda: self.reader.read(thorough=thorough, without=without, ceiling=ceiling)
         )
         return TreeReading(None, None, None, self.pids) if found is None else found
 
-    def _known(self, reading: TreeReading) -> TreeReading:
-        """Return a reading with the CPU time as last known, so that none is lost by a fault."""
-        if reading.cpu_time is not None or self._reading is None:
-            return reading
-        return replace(reading, cpu_time=self._reading.cpu_time)
-
-    def _ask(self, read: Callable[[], Answer]) -> Answer | None:
-        """Return what the tree answers, None with one warning where it can't be read."""
+    def _try(self, read: Callable[[], Answer]) -> Answer | None:
+        """Return what the reader returns, None with one warning where it fails."""
         try:
             return read()
-        except OSError as fault:
+        except OSError as error:
             warn_once(
                 "trees",
                 "Memory and CPU time of trials are not known while their processes can't be "
-                f"looked at: {fault!r}.",
+                f"read: {error!r}.",
             )
             return None
 
-    def take_stock(self) -> None:
-        """Settle, until the next reading, what a glance is held against."""
+    def update_thresholds(self) -> None:
+        """Set the memory up to which a glance suffices, and the time between samples."""
         ceilings = [
             ceiling
-            for watch in self.watches
-            if watch.breach is None and watch.isolation != "shared"
-            if (ceiling := watch.ceiling("memory")) is not None
-            # Who looks at it twice is in the way of who has to be on time.
-            and ceiling != watch.supervised
+            for trial in self.trials
+            if trial.breach is None and trial.isolation != "shared"
+            if (ceiling := trial.ceiling("memory")) is not None
+            # A second close look would slow down the supervisor, which has to be on time.
+            and ceiling != trial.supervised
         ]
         self._ceiling = min(ceilings, default=math.inf)
+        reading, memory = self._reading, self._memory
         if self._fixed_period is None:
-            self._period = LONGEST_INTERVAL_ALONE if self._is_alone() else LONGEST_INTERVAL
-        self._calm = self._calm_up_to(self._memory)
-
-    def _is_alone(self) -> bool:
-        reading = self._reading
-        return reading is not None and len(reading.pids) == 1 and reading.peak is not None
-
-    def _calm_up_to(self, memory: float | None) -> float:
-        """Return the memory up to which there is nothing new to know, and no breach."""
+            is_alone = reading is not None and len(reading.pids) == 1 and reading.peak is not None
+            self._period = LONGEST_INTERVAL_ALONE if is_alone else LONGEST_INTERVAL
         if memory is None:
-            return -math.inf
-        if all(watch.isolation == "shared" for watch in self.watches):
-            return math.inf
-        return min(max(memory, self._calm), self._ceiling)
+            self._quiet_below = -math.inf
+        elif all(trial.isolation == "shared" for trial in self.trials):
+            self._quiet_below = math.inf
+        else:
+            self._quiet_below = min(max(memory, self._quiet_below), self._ceiling)
 
-    def _thorough_wait(self) -> float:
+    def _thorough_interval(self, now: float) -> float:
         """Return the seconds until CPU time and peaks must be read again.
 
-        Seldom in a long trial, as often as memory in a short one, and before a ceiling on CPU
+        Rarely in a long trial, as often as memory in a short one, and before a ceiling on CPU
         time can be reached even if all cores are busy.
         """
-        waits = [_MOST_SELDOM]
-        for watch in self.watches:
-            waits += [watch.elapsed / 5, watch.seconds_of_cpu_left() / self._cores]
-        return max(self._period, min(waits))
+        intervals = [_LONGEST_THOROUGH_INTERVAL]
+        for trial in self.trials:
+            elapsed = max(0.0, now - trial.started)
+            intervals += [elapsed / 5, trial.cpu_seconds_left() / self._cores]
+        return max(self._period, min(intervals))
 
-    def _learn_growth(self, memory: float | None, now: float) -> None:
+    def _update_growth(self, memory: float | None, now: float) -> None:
         before, seconds = self._memory, now - self._read_at
         if memory is not None and before is not None and seconds > 0 and memory > before:
             self._growth = fastest_growth(self._growth, (memory - before) / seconds, self._cores)
         self._memory, self._read_at = memory, now
 
-    def _hand_out(self, before: TreeReading, reading: TreeReading, now: float) -> None:
+    def _record(self, before: TreeReading, reading: TreeReading, now: float) -> None:
         if reading.cpu_time is not None and before.cpu_time is not None:
-            spent = max(0.0, reading.cpu_time - before.cpu_time)
+            spent = reading.cpu_time - before.cpu_time
             if spent > 0:
                 self._apportion(spent)
-        for watch in self.watches:
-            if watch.isolation != "shared":
-                watch.take_memory(now, reading.memory, reading.peak)
-            elif now - watch.started > _SURELY_SHARED:
-                warn_of_sharing(watch)
+        for trial in self.trials:
+            if trial.isolation != "shared":
+                trial.record_memory(now, reading.memory, reading.peak)
+            elif now - trial.started > _SURELY_SHARED:
+                warn_of_sharing(trial)
 
     def _apportion(self, spent: float) -> None:
-        if len(self.watches) == 1:
-            next(iter(self.watches)).add("cpu_time", spent)
+        if len(self.trials) == 1:
+            next(iter(self.trials)).used.add("cpu_time", spent)
             return
-        weights = [thread.growth() for thread in self.watches.values()]
-        for watch, share in zip(self.watches, apportion(spent, weights), strict=True):
-            watch.add("cpu_time", share)
+        weights = [thread.growth() for thread in self.trials.values()]
+        for trial, share in zip(self.trials, apportion(spent, weights), strict=True):
+            trial.used.add("cpu_time", share)
 
     def schedule(self, now: float) -> None:
-        """Set when to measure next: the sooner, the less headroom there is."""
+        """Set when to measure next: the sooner, the closer a limit is."""
         self._schedule(now, self._memory)
 
     def _schedule(self, now: float, memory: float | None) -> None:
         headroom = None if memory is None else self._ceiling - memory
-        wait = sampling_interval(headroom, self._growth, longest=self._period)
-        self.due = next_due(self.due, now, wait) if wait == self._period else now + wait
+        interval = sampling_interval(headroom, self._growth, longest=self._period)
+        is_regular = interval == self._period
+        self.due = next_due(self.due, now, interval) if is_regular else now + interval
 
 
-def warn_of_sharing(watch: TrialMonitor) -> None:
-    """Say that a memory limit can't be enforced where there is one."""
-    limited = any(watch.ceiling(name) is not None for name in ("memory", "gpu_memory"))
-    if watch.isolation == "shared" and limited:
+class MonitoredTrees:
+    """All process trees of a metering loop, which holds its lock meanwhile.
+
+    Args:
+        open_tree: Opens the reader of a tree.
+        period: Seconds between samples far from any limit; None to choose it.
+
+    Attributes:
+        excluded_pids: Children of this process that belong to no trial, nor do theirs.
+    """
+
+    def __init__(self, open_tree: OpenTree, period: float | None = None) -> None:
+        self.excluded_pids: set[int] = set()
+        self._open_tree = open_tree
+        self._period = period
+        self._trees: list[MonitoredTree] = []
+        # Kept from trial to trial: opening costs more than reading.
+        self._own: ProcessTree | None = None
+
+    def __iter__(self) -> Iterator[MonitoredTree]:
+        return iter(self._trees)
+
+    def of(self, trial: TrialState) -> MonitoredTree | None:
+        """Return the tree that a trial runs in, None without one."""
+        return next((tree for tree in self._trees if trial in tree.trials), None)
+
+    def excluded(self, tree: MonitoredTree) -> Sequence[int]:
+        """Return the roots of subtrees that don't belong to a tree."""
+        others = [t.pid for t in self._trees if t.pid is not None and t is not tree]
+        return others if tree.pid is not None else [*others, *self.excluded_pids]
+
+    def read(self, trial: TrialState, now: float) -> None:
+        """Read the tree of a trial thoroughly."""
+        tree = self.of(trial)
+        if tree is not None:
+            tree.read(now, self.excluded(tree), thorough=True)
+            tree.schedule(now)
+
+    def add(
+        self, trial: TrialState, pid: int | None, now: float, reader: ProcessTree | None = None
+    ) -> None:
+        """Let a trial run in the tree under a pid, None for this process."""
+        tree = next((t for t in self._trees if t.pid == pid), None)
+        if tree is None:
+            tree = MonitoredTree(reader or self._open(pid), pid, now, self._period)
+            self._trees.append(tree)
+        tree.add(trial, now, self.excluded(tree))
+        tree.schedule(now)
+
+    def _open(self, pid: int | None) -> ProcessTree:
+        if pid is not None:
+            return self._open_tree(pid)
+        if self._own is None:
+            self._own = self._open_tree(None)
+        return self._own
+
+    def remove(self, trial: TrialState) -> None:
+        """Remove a trial from its tree."""
+        tree = self.of(trial)
+        if tree is None:
+            return
+        del tree.trials[trial]
+        if not tree.trials:
+            self._trees.remove(tree)
+            if tree.reader is not self._own:
+                tree.reader.close()
+
+    def close(self) -> None:
+        """Close all readers."""
+        for reader in (*(tree.reader for tree in self._trees), self._own):
+            if reader is not None:
+                reader.close()
+        self._trees, self._own = [], None
+
+
+def warn_of_sharing(trial: TrialState) -> None:
+    """Warn, once, that a memory limit can't be enforced on trials in threads."""
+    is_limited = any(trial.ceiling(name) is not None for name in ("memory", "gpu_memory"))
+    if trial.isolation == "shared" and is_limited:
         warn_once(
             "shared",
             "Trials run at once in one process: their memory can't be told apart, is not "
@@ -247,8 +340,8 @@ class ThreadTime:
     def __init__(self) -> None:
         self._clock: int | None = None
         if hasattr(time, "pthread_getcpuclockid"):
-            # Asked for once, from the thread itself: asking for a thread that has ended would
-            # crash, while reading the clock of one merely fails.
+            # Once and by the thread itself: to ask for the clock of a thread that has ended would
+            # crash, while reading such a clock merely fails.
             self._clock = time.pthread_getcpuclockid(threading.get_ident())
         self._last = self._now()
 
@@ -268,42 +361,15 @@ class ThreadTime:
 
 
 def apportion(spent: float, weights: Sequence[float]) -> list[float]:
-    """Return the parts of a total by weight; even parts when all weights are 0.
+    """Split CPU-seconds of a process by weight, evenly if all weights are 0.
 
     Args:
         spent: CPU-seconds of the whole process tree.
-        weights: CPU-seconds of each trial's own thread. What BLAS workers and other helpers used
-            goes to the trials in proportion to what their own threads did: the sum over trials
-            is exact, the parts are an estimate.
+        weights: CPU-seconds of each trial's own thread. What BLAS workers and other helper
+            threads used is split in proportion: the sum over trials is exact, the parts are an
+            estimate.
     """
     whole = sum(weights)
     if whole <= 0:
         return [spent / len(weights) for _ in weights]
     return [spent * weight / whole for weight in weights]
-
-
-# From a pid, and the reaper's where there is one.
-OpenTree = Callable[..., ProcessTree]
-
-
-def open_tree(pid: int | None, reaper: int | None = None, outsiders: int = 0) -> ProcessTree:
-    """Return the cheapest true reader of the tree under a process.
-
-    Args:
-        pid: The root; None for this process.
-        reaper: A process that inherits the tree's orphans, and has no other children than these
-            and the root; None without one.
-        outsiders: How many processes outside of the tree hold, at least, what it was forked with.
-
-    Raises:
-        ProcessLookupError: If there is no such process.
-    """
-    if is_available():
-        try:
-            return LinuxProcessTree(pid, reaper, outsiders=outsiders)
-        except ProcessLookupError:
-            raise
-        except OSError as error:
-            _logger.info(f"Processes are measured through psutil: /proc can't be read ({error}).")
-
-    return PsutilProcessTree(pid)

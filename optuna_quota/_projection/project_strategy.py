@@ -1,7 +1,8 @@
-"""Will it fit? No study is run."""
+"""Projects a strategy without running it, and finds the nearest one that fits."""
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,11 +16,14 @@ from optuna_quota._projection.projection import ProjectedResource
 from optuna_quota._projection.projection import Projection
 from optuna_quota._projection.simulation import Plan
 from optuna_quota._projection.simulation import Simulation
-from optuna_quota._projection.simulation import SLACK
+from optuna_quota._projection.simulation import TOLERANCE
 from optuna_quota._projection.simulation import unit_points
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Strategy
+
+
+_BISECTIONS = 7
 
 
 def project(
@@ -35,10 +39,10 @@ def project(
 ) -> Projection:
     """Return what a strategy will use and whether that fits a quota; no study is run.
 
-    Trials are drawn from the search space as its distributions say, and without one from the
-    points that the footprint knows; each is given a usage drawn from the footprint, and they are
-    put one after another on ``strategy.n_jobs`` places. Resources that trials hold (memory) count
-    by the largest sum at one moment, all others by their totals.
+    Points are drawn from the search space as its distributions say, and without one from the
+    points of the footprint. The usage of each is drawn from the footprint, and the trials are
+    scheduled one after another on ``strategy.n_jobs`` workers. Resources that trials hold
+    (memory) count by the largest sum at one moment, all others by their totals.
 
     Example:
 
@@ -53,18 +57,18 @@ def project(
         strategy: What is about to run.
         footprint: A :class:`~optuna_quota.Usage`, a function ``params -> Usage``, or a
             :class:`~optuna_quota.Footprint`.
-        quota: What it must stay within.
+        quota: The quota on the whole study.
         limits: A trial over one of them counts as terminated there.
         used: What the study used so far, by resource, in SI base units.
-        points: Where the study is going, instead of the search space; as many as there are trials
-            are taken for the very points to come, others for a sample of them.
-        confidence: The probability that is enough.
-        seed: Of the random draws; the same gives the same projection.
+        points: Points to draw from instead of the search space. As many as there are trials run
+            once each; any other number is sampled with replacement.
+        confidence: The probability with which every quota has to hold.
+        seed: Of the random draws; the same seed gives the same projection.
 
     Raises:
         TypeError: If ``footprint`` is none of these.
-        ValueError: If there is no point to project: neither a search space nor a footprint that
-            knows points.
+        ValueError: If there is no point to project: neither a search space nor a footprint with
+            points.
     """
     expected = as_footprint(footprint)
     plan = Plan(strategy, expected, quota or Quota(), limits or Limits(), dict(used or {}))
@@ -73,28 +77,25 @@ def project(
     if projection.fits:
         return projection
     return replace(
-        projection, nearest=nearest_strategy(plan, simulation, points, confidence, seed)
+        projection, nearest=_nearest_strategy(plan, simulation, points, confidence, seed)
     )
 
 
 def project_end(
     strategy: Strategy, used: Mapping[str, float], quota: Quota, confidence: float
 ) -> Projection:
-    """Return the projection of a strategy of which nothing is left to run."""
+    """Return the projection of a strategy whose trials have all run."""
     amounts = quota.amounts()
     rows = []
     for name in dict.fromkeys([*used, *amounts]):
         final, ceiling = used.get(name, 0.0), amounts.get(name)
-        fits = None if ceiling is None else float(final <= ceiling * SLACK)
+        fits = None if ceiling is None else float(final <= ceiling * TOLERANCE)
         rows.append(ProjectedResource(name, final, final, final, final, ceiling, fits))
     probability = min((row.probability for row in rows if row.probability is not None), default=1)
     return Projection(strategy, tuple(rows), float(probability), confidence)
 
 
-_SEARCH_STEPS = 7
-
-
-def nearest_strategy(
+def _nearest_strategy(
     plan: Plan,
     simulation: Simulation,
     points: Sequence[Mapping[str, Any]] | None,
@@ -106,36 +107,31 @@ def nearest_strategy(
     unit = unit_points(asked, seed)
     options: list[tuple[float, Strategy]] = []
 
-    def longest(n_jobs: int) -> int:
+    def max_trials(n_jobs: int) -> int:
+        if n_jobs == asked.n_jobs:
+            return simulation.max_trials(confidence)
         slower = replace(plan, strategy=replace(asked, n_jobs=n_jobs))
-        changed = simulation if n_jobs == asked.n_jobs else slower.simulate(unit, points, seed)
-        return changed.longest(confidence)
+        return slower.simulate(unit, points, seed).max_trials(confidence)
 
-    too_many = asked.n_jobs
-    for n_jobs in _fewer_at_once(asked.n_jobs):
-        n_trials = longest(n_jobs)
-        # All trials with fewer at once lose nothing but time.
-        slowness = 0.02 * (1 - n_jobs / asked.n_jobs)
-        if n_trials >= 1:
-            kept = n_trials / asked.n_trials - slowness
-            options.append((kept, replace(asked, n_jobs=n_jobs, n_trials=n_trials)))
+    too_many = asked.n_jobs + 1
+    for n_jobs in _fewer_jobs(asked.n_jobs):
+        n_trials = max_trials(n_jobs)
         if n_trials >= asked.n_trials:
-            # The counts tried are spaced: the most that fit may lie between two of them.
-            enough = n_jobs
-            while too_many - enough > 1:
-                middle = (enough + too_many) // 2
-                if longest(middle) >= asked.n_trials:
-                    enough = middle
-                else:
-                    too_many = middle
-            return replace(asked, n_jobs=enough)
+            # The most that fit may lie between two of the counts tried.
+            counts = range(n_jobs, too_many)
+            n_fit = bisect(counts, False, lo=1, key=lambda n: max_trials(n) < asked.n_trials)
+            return replace(asked, n_jobs=counts[n_fit - 1])
+        if n_trials >= 1:
+            # Fewer at once cost some time, but lose no trial.
+            kept = n_trials / asked.n_trials - 0.02 * (1 - n_jobs / asked.n_jobs)
+            options.append((kept, replace(asked, n_jobs=n_jobs, n_trials=n_trials)))
         too_many = n_jobs
     if unit is not None and points is None:
         options += _smaller_range(plan, simulation, unit, confidence, seed)
     return max(options, key=lambda option: option[0])[1] if options else None
 
 
-def _fewer_at_once(n_jobs: int) -> list[int]:
+def _fewer_jobs(n_jobs: int) -> list[int]:
     """Return counts of jobs to try, all when few, else spaced."""
     if n_jobs <= 8:
         return list(range(n_jobs, 0, -1))
@@ -145,38 +141,40 @@ def _fewer_at_once(n_jobs: int) -> list[int]:
 def _smaller_range(
     plan: Plan, simulation: Simulation, unit: np.ndarray, confidence: float, seed: int
 ) -> list[tuple[float, Strategy]]:
-    """Return the strategy with the range of its costliest parameter cut to what fits, if any."""
-    found = _costliest(plan, simulation, unit)
+    """Return the strategy with the range of its costliest parameter reduced until it fits."""
+    found = _costliest_param(plan, simulation, unit)
     if found is None:
         return []
     name, upper = found
     space = dict(plan.strategy.search_space or {})
     low, high, best = 0.0, 1.0, None
-    for _ in range(_SEARCH_STEPS):
+    for _ in range(_BISECTIONS):
         share = (low + high) / 2
         smaller = {**space, name: narrow(space[name], share, upper=upper)}
         strategy = replace(plan.strategy, search_space=smaller)
         tried = replace(plan, strategy=strategy).simulate(unit, None, seed)
-        if float(tried.within()[:, -1].mean()) >= confidence:
+        if float(tried.fits_after()[:, -1].mean()) >= confidence:
             low, best = share, (share, strategy)
         else:
             high = share
     return [] if best is None else [best]
 
 
-def _costliest(plan: Plan, simulation: Simulation, unit: np.ndarray) -> tuple[str, bool] | None:
+def _costliest_param(
+    plan: Plan, simulation: Simulation, unit: np.ndarray
+) -> tuple[str, bool] | None:
     """Return the parameter that drives the scarcest resource, and whether its upper end does."""
-    resource = simulation.pressing()
+    resource = simulation.scarcest() or ""
     source = {"trial_time": "wall_time", "cost": "wall_time", "cpu_cores": "cpu_time"}
-    amounts = simulation.drawn.get(source.get(resource or "", resource or ""))
+    amounts = simulation.drawn.get(source.get(resource, resource))
     if amounts is None:
         return None
-    typical = np.median(amounts, axis=0)
+    medians = np.median(amounts, axis=0)
     effects = {}
     for column, (name, distribution) in enumerate((plan.strategy.search_space or {}).items()):
         if narrow(distribution, 0.5, upper=True) != distribution:
             above = unit[:, column] > 0.5
-            effects[name] = float(typical[above].mean() - typical[~above].mean())
+            effects[name] = float(medians[above].mean() - medians[~above].mean())
     if not effects or not any(effects.values()):
         return None
     name = max(effects, key=lambda each: abs(effects[each]))

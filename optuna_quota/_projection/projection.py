@@ -1,4 +1,4 @@
-"""What a projection says: a value, and its text for a person."""
+"""The result of a projection, and its text."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class ProjectedResource:
         resource: The resource.
         used: What the study used so far.
         lower: Undercut with probability ``1 - confidence`` at the end of the strategy.
-        median: Expected at the end.
+        median: Median at the end.
         upper: Exceeded with probability ``1 - confidence`` at the end.
-        quota: None when there is no quota on it.
-        probability: That it stays within its quota; None without a quota, or when nothing is
-            known of the resource.
+        quota: None without a quota.
+        probability: That it stays within its quota; None without a quota, or when the usage is
+            unknown.
     """
 
     resource: str
@@ -45,11 +45,11 @@ class ProjectedResource:
 
         known = not math.isnan(self.median)
         text = f"{get_resource(self.resource).title}: "
-        text += f"{amount(self.median)} projected" if known else "nothing is known of it"
+        text += f"{amount(self.median)} projected" if known else "unknown usage"
         if known and self.upper > self.lower:
             text += f" ({amount(self.lower)} to {amount(self.upper)})"
         if self.used:
-            text += f", {amount(self.used)} of it used"
+            text += f", {amount(self.used)} of it used so far"
         if self.quota is not None:
             text += f", quota {amount(self.quota)}"
         if self.probability is not None:
@@ -71,11 +71,11 @@ class Projection:
 
     Attributes:
         strategy: What was projected.
-        resources: What it will use, one row a resource.
-        probability: That every quota holds.
-        confidence: What the probability must reach.
-        nearest: The strategy that keeps most of this one and would fit; None when this one fits
-            and when no smaller one would.
+        resources: Projected usage, one row a resource.
+        probability: The probability that every quota holds.
+        confidence: The probability that is required.
+        nearest: The strategy that keeps most of this one and fits; None when this one fits, and
+            when no smaller one would.
     """
 
     strategy: Strategy
@@ -86,20 +86,20 @@ class Projection:
 
     @property
     def fits(self) -> bool:
-        """Whether the strategy is within the quota with the confidence asked for."""
+        """Whether every quota holds with the required confidence."""
         return self.probability >= self.confidence
 
     @property
     def table(self) -> DataFrame:
         """A DataFrame indexed by resource: used, lower, median, upper, quota, probability.
 
-        The interval is that of the whole: what was used so far and what is to come.
+        The interval covers the whole study, including what was used so far.
         """
         from pandas import DataFrame
         from pandas import Index
 
         columns = ["used", "lower", "median", "upper", "quota", "probability"]
-        rows = [[_number(getattr(r, name)) for name in columns] for r in self.resources]
+        rows = [[getattr(r, name) for name in columns] for r in self.resources]
         index = Index([r.resource for r in self.resources], name="resource", dtype="object")
         frame: DataFrame = DataFrame(rows, index=index, columns=columns, dtype=float)
         return frame
@@ -107,53 +107,53 @@ class Projection:
     @property
     def unfit(self) -> tuple[ProjectedResource, ...]:
         """The resources that do not fit, least probable first."""
-        rows = [r for r in self.resources if _fits_with(r) < self.confidence]
+        rows = [row for row in self.resources if _probability(row) < self.confidence]
         if rows or self.fits:
-            return tuple(sorted(rows, key=_fits_with))
-        # Each fits alone, not all together: the least probable one decided.
-        return (min(self.resources, key=_fits_with),)
+            return tuple(sorted(rows, key=_probability))
+        # Each fits alone, but not all together: the least probable one counts.
+        return (min(self.resources, key=_probability),)
 
     def __str__(self) -> str:
         verdict = "fits" if self.fits else "does not fit"
         lines = [
             f"A strategy of {describe_strategy(self.strategy)} {verdict} its quota: probability "
-            f"{format_probability(self.probability)}, {format_probability(self.confidence)} asked "
-            "for."
+            f"{format_probability(self.probability)}, {format_probability(self.confidence)} "
+            "required."
         ]
         lines += [f"  {row}" for row in (self.resources if self.fits else self.unfit)]
         if not self.fits:
-            near = self.nearest
-            lines.append(
-                "No smaller strategy would fit."
-                if near is None
-                else f"Nearest that would fit: {describe_difference(near, self.strategy)}."
-            )
+            lines.append(describe_nearest(self))
         return "\n".join(lines)
 
 
 def describe_strategy(strategy: Strategy) -> str:
-    """Return a strategy for a person."""
+    """Return the size of a strategy as text."""
     trials = "1 trial" if strategy.n_trials == 1 else f"{strategy.n_trials} trials"
-    return trials if strategy.n_jobs == 1 else f"{trials}, {strategy.n_jobs} at once,"
+    return trials if strategy.n_jobs == 1 else f"{trials} with {strategy.n_jobs} at once"
 
 
-def describe_difference(nearest: Strategy, asked: Strategy) -> str:
-    """Return for a person what is smaller in the nearest strategy."""
+def describe_nearest(projection: Projection) -> str:
+    """Return what the nearest strategy that fits has less of than the projected one."""
+    nearest, asked = projection.nearest, projection.strategy
+    if nearest is None:
+        return "No smaller strategy would fit."
     parts = []
     if nearest.n_trials != asked.n_trials:
         parts.append(f"{nearest.n_trials} trials instead of {asked.n_trials}")
     if nearest.n_jobs != asked.n_jobs:
         parts.append(f"{nearest.n_jobs} at once instead of {asked.n_jobs}")
-    for name, distribution in (nearest.search_space or {}).items():
-        before: Any = (asked.search_space or {}).get(name)
-        after: Any = distribution
-        if before is not None and before != after:
-            parts.append(f"{name} from {after.low:g} to {after.high:g}")
-    return ", ".join(parts)
+    before: dict[str, Any] = dict(asked.search_space or {})
+    after: dict[str, Any] = dict(nearest.search_space or {})
+    parts += [
+        f"{name} from {after[name].low:g} to {after[name].high:g}"
+        for name in after
+        if name in before and before[name] != after[name]
+    ]
+    return f"Nearest that would fit: {', '.join(parts)}."
 
 
 def format_probability(probability: float) -> str:
-    """Return a probability in percent, never rounded to a certainty that is none."""
+    """Return a probability in percent, never rounded to certainty."""
     if 0 < probability < 0.01:
         return "under 1%"
     if 0.99 < probability < 1:
@@ -161,9 +161,5 @@ def format_probability(probability: float) -> str:
     return f"{probability:.0%}"
 
 
-def _fits_with(row: ProjectedResource) -> float:
+def _probability(row: ProjectedResource) -> float:
     return 1.0 if row.probability is None else row.probability
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value

@@ -24,22 +24,22 @@ from optuna_quota._resources import TOTAL_RESOURCES
 
 
 _DRAWS = 400
-_POOL = 256
-# More trials than these are simulated as so many, and their totals scaled.
-_LONGEST = 4000
-_CELLS = 2_000_000
-# Sums of floats: 200 times 0.1 s must fit into 20 s.
-SLACK = 1 + 1e-9
+_POOL_SIZE = 256
+# Longer strategies are simulated with this many trials, and their totals scaled.
+_MAX_TRIALS = 4000
+_MAX_CELLS = 2_000_000
+# For sums of floats: 200 times 0.1 s must fit into 20 s.
+TOLERANCE = 1 + 1e-9
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be projected, before any draw.
+    """What to project.
 
     Attributes:
         strategy: What is about to run.
-        footprint: What a trial is expected to use.
-        quota: What it must stay within.
+        footprint: Expected usage of a trial.
+        quota: The quota on the whole study.
         limits: A trial over one of them counts as terminated there.
         used: What the study used so far, by resource, in SI base units.
     """
@@ -53,7 +53,7 @@ class Plan:
     def simulate(
         self, unit: np.ndarray | None, points: Sequence[Mapping[str, Any]] | None, seed: int
     ) -> Simulation:
-        """Return draws of the strategy, at these points or at those the unit points stand for."""
+        """Return draws of the strategy, at ``points`` or else at the unit points in its space."""
         space = self.strategy.search_space
         pool = points
         if pool is None:
@@ -65,34 +65,33 @@ class Plan:
                 "`strategy` must have a search_space when the footprint knows no points, "
                 f"but got {self.strategy!r}."
             )
-        length = min(self.strategy.n_trials, _LONGEST)
-        count = int(min(_DRAWS, max(_CELLS // length, 50)))
-        # What is unknown at a point adds nothing there, as it breaches nothing and has no price.
+        length = min(self.strategy.n_trials, _MAX_TRIALS)
+        count = int(min(_DRAWS, max(_MAX_CELLS // length, 50)))
+        # Unknown usage counts as none: it breaches nothing and has no price.
         drawn = {
             name: np.where(np.isnan(each), 0.0, each)
             for name, each in self.footprint.draw(pool, count, seed).items()
         }
-        known = points is not None and len(points) == self.strategy.n_trials
-        picks = _picks(count, length, len(pool), seed, known=known)
+        once_each = points is not None and len(points) == self.strategy.n_trials
+        picks = _draw_order(count, length, len(pool), seed, once_each=once_each)
         usage = {name: np.take_along_axis(each, picks, axis=1) for name, each in drawn.items()}
-        return Simulation(
-            self, drawn, _growth(self, _stopped(usage, self.limits), (count, length))
-        )
+        stopped = _terminate(usage, self.limits)
+        return Simulation(self, drawn, _cumulative_usage(self, stopped, (count, length)))
 
 
 def unit_points(strategy: Strategy, seed: int) -> np.ndarray | None:
-    """Return points of the unit cube, evenly spread, for a search space; None without one."""
+    """Return a Latin hypercube for the search space, shape ``(points, parameters)``."""
     if strategy.search_space is None:
         return None
     generator = np.random.default_rng([seed, 2])
-    return latin_hypercube(_POOL, len(strategy.search_space), generator)
+    return latin_hypercube(_POOL_SIZE, len(strategy.search_space), generator)
 
 
-def _stopped(usage: Mapping[str, np.ndarray], limits: Limits) -> dict[str, np.ndarray]:
+def _terminate(usage: Mapping[str, np.ndarray], limits: Limits) -> dict[str, np.ndarray]:
     """Return what trials use when each is terminated at the limit that it reaches first.
 
-    As in a replay, all totals grow evenly over a trial, so that they stop together; when it had
-    its peaks, and with them a breach of one, nobody knows.
+    As in a replay, all totals grow evenly over a trial, so that they stop together. When a trial
+    had its peaks is unknown, so a breach of one stops nothing else.
     """
     found = dict(usage)
     totals = [name for name in found if not get_resource(name).peak]
@@ -105,85 +104,76 @@ def _stopped(usage: Mapping[str, np.ndarray], limits: Limits) -> dict[str, np.nd
     return {name: each * share if name in totals else each for name, each in found.items()}
 
 
-def _picks(count: int, length: int, size: int, seed: int, *, known: bool) -> np.ndarray:
-    """Return which point of the pool each trial of each draw runs at.
+def _draw_order(count: int, length: int, size: int, seed: int, *, once_each: bool) -> np.ndarray:
+    """Return the index of the point that each trial runs at, shape ``(count, length)``.
 
-    Which points come is chance, and half of what a total may turn out to be, unless they are the
-    very ones to come, each once.
+    Which points come is random, and makes up half of the spread of a total, unless each of them
+    comes once.
     """
     generator = np.random.default_rng([seed, 3])
-    if not known or length != size:
-        # Drawn trial by trial, so that a strategy of fewer trials starts with the very same ones.
+    if not once_each or length != size:
+        # Trial by trial, so that a strategy of fewer trials starts with the very same points.
         return np.asarray(generator.integers(size, size=(length, count)).T)
     order = np.tile(np.arange(size), (count, 1))
     return np.asarray(generator.permuted(order, axis=1))
 
 
-def _growth(
+def _cumulative_usage(
     plan: Plan, usage: dict[str, np.ndarray], shape: tuple[int, int]
 ) -> dict[str, np.ndarray]:
-    """Return what the study has used after each trial, by resource; shape (draws, trials)."""
+    """Return what the study has used after each trial, by resource, shape (draws, trials)."""
     scale = plan.strategy.n_trials / shape[1]
     times = usage.get("wall_time")
-    grown = {"n_trials": np.tile(np.arange(1.0, shape[1] + 1) * scale, (shape[0], 1))}
+    cumulative = {"n_trials": np.tile(np.arange(1.0, shape[1] + 1) * scale, (shape[0], 1))}
     for name, amounts in usage.items():
         if not get_resource(name).peak and name != "wall_time":
-            grown[name] = np.cumsum(amounts, axis=1) * scale
+            cumulative[name] = np.cumsum(amounts, axis=1) * scale
     if times is not None:
-        grown["trial_time"] = np.cumsum(times, axis=1) * scale
+        cumulative["trial_time"] = np.cumsum(times, axis=1) * scale
         if "cpu_time" in usage:
             with np.errstate(divide="ignore", invalid="ignore"):
                 cores = usage["cpu_time"] / times
             usage = {**usage, "cpu_cores": np.where(times > 0, cores, 0.0)}
+    # Trials of unknown length take turns.
+    durations = np.ones(shape) if times is None else times
     held = {name: usage[name] for name in HELD_RESOURCES if name in usage}
-    finish, peaks = _schedule(times, held, shape, plan.strategy.n_jobs)
-    if finish is not None:
-        grown["wall_time"] = finish * scale
-    grown.update(peaks)
-    if plan.quota.cost is not None and any(name in grown for name in plan.quota.prices):
-        grown["cost"] = _cost(plan.quota, grown, shape)
+    ends, peaks = _schedule(durations, held, plan.strategy.n_jobs)
+    if times is not None:
+        cumulative["wall_time"] = ends * scale
+    cumulative.update(peaks)
+    prices = plan.quota.prices
+    if plan.quota.cost is not None and any(name in cumulative for name in prices):
+        cumulative["cost"] = np.zeros(shape)
+        for name, price in prices.items():
+            cumulative["cost"] += price / 3600 * cumulative.get(name, 0.0)
     for name, amount in plan.used.items():
-        if name in grown and name in TOTAL_RESOURCES:
-            grown[name] = grown[name] + amount
-    return grown
-
-
-def _cost(quota: Quota, grown: Mapping[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    cost = np.zeros(shape)
-    for name, price in quota.prices.items():
-        cost += price / 3600 * grown.get(name, np.zeros(shape))
-    return cost
+        if name in cumulative and name in TOTAL_RESOURCES:
+            cumulative[name] = cumulative[name] + amount
+    return cumulative
 
 
 def _schedule(
-    times: np.ndarray | None,
-    held: Mapping[str, np.ndarray],
-    shape: tuple[int, int],
-    n_jobs: int,
-) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
-    """Put the trials on ``n_jobs`` places, each where one becomes free first.
+    durations: np.ndarray, held: Mapping[str, np.ndarray], n_jobs: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Schedule the trials on ``n_jobs`` workers, each on the one that is free first.
 
     Returns:
         When all trials so far have ended, and the largest sum held at one moment so far.
     """
-    count, length = shape
-    places = min(n_jobs, length)
+    count, length = durations.shape
     rows = np.arange(count)
-    free = np.zeros((count, places))
-    holding = {name: np.zeros((count, places)) for name in held}
-    finish = np.zeros(shape)
-    peaks = {name: np.zeros(shape) for name in held}
+    free_at = np.zeros((count, min(n_jobs, length)))
+    holding = {name: np.zeros(free_at.shape) for name in held}
+    ends = np.zeros(durations.shape)
+    sums = {name: np.zeros(durations.shape) for name in held}
     for trial in range(length):
-        place = np.argmin(free, axis=1) if times is not None else np.full(count, trial % places)
-        if times is not None:
-            free[rows, place] += times[:, trial]
-            finish[:, trial] = free.max(axis=1)
+        worker = np.argmin(free_at, axis=1)
+        free_at[rows, worker] += durations[:, trial]
+        ends[:, trial] = free_at.max(axis=1)
         for name, amounts in held.items():
-            holding[name][rows, place] = amounts[:, trial]
-            together = holding[name].sum(axis=1)
-            before = peaks[name][:, trial - 1] if trial else 0.0
-            peaks[name][:, trial] = np.maximum(before, together)
-    return (finish if times is not None else None), peaks
+            holding[name][rows, worker] = amounts[:, trial]
+            sums[name][:, trial] = holding[name].sum(axis=1)
+    return ends, {name: np.maximum.accumulate(each, axis=1) for name, each in sums.items()}
 
 
 @dataclass(frozen=True)
@@ -191,51 +181,51 @@ class Simulation:
     """Draws of what a strategy uses.
 
     Attributes:
-        plan: What was projected.
+        plan: What is projected.
         drawn: Usage by resource at each point of the pool, shape ``(draws, points)``.
-        grown: What the study has used after each trial, shape ``(draws, trials)``.
+        cumulative: What the study has used after each trial, shape ``(draws, trials)``.
     """
 
     plan: Plan
     drawn: dict[str, np.ndarray]
-    grown: dict[str, np.ndarray]
+    cumulative: dict[str, np.ndarray]
 
     def projection(self, confidence: float) -> Projection:
-        """Return the verdict on the whole strategy."""
+        """Return the projection of the whole strategy."""
         amounts = self.plan.quota.amounts()
-        names = [*self.grown, *(name for name in amounts if name not in self.grown)]
+        names = [*self.cumulative, *(name for name in amounts if name not in self.cumulative)]
         rows = tuple(self._row(name, amounts.get(name), confidence) for name in names)
-        probability = float(self.within()[:, -1].mean())
+        probability = float(self.fits_after()[:, -1].mean())
         return Projection(self.plan.strategy, rows, probability, confidence)
 
     def _row(self, name: str, quota: float | None, confidence: float) -> ProjectedResource:
         used = self.plan.used.get(name, 0.0)
-        if name not in self.grown:
+        if name not in self.cumulative:
             return ProjectedResource(name, used, math.nan, math.nan, math.nan, quota, None)
-        final = self.grown[name][:, -1]
+        final = self.cumulative[name][:, -1]
         low, middle, high = np.quantile(final, [1 - confidence, 0.5, confidence])
-        fits = None if quota is None else float((final <= quota * SLACK).mean())
+        fits = None if quota is None else float((final <= quota * TOLERANCE).mean())
         return ProjectedResource(name, used, float(low), float(middle), float(high), quota, fits)
 
-    def within(self) -> np.ndarray:
-        """Return whether every quota holds after each trial of each draw."""
-        fits = np.ones(next(iter(self.grown.values())).shape, dtype=bool)
+    def fits_after(self) -> np.ndarray:
+        """Return whether every quota holds after each trial, shape ``(draws, trials)``."""
+        fits = np.ones(next(iter(self.cumulative.values())).shape, dtype=bool)
         for name, quota in self.plan.quota.amounts().items():
-            if name in self.grown:
-                fits &= self.grown[name] <= quota * SLACK
+            if name in self.cumulative:
+                fits &= self.cumulative[name] <= quota * TOLERANCE
         return fits
 
-    def longest(self, confidence: float) -> int:
-        """Return how many trials of the strategy would fit, 0 when not even one does."""
-        enough = self.within().mean(axis=0) >= confidence
+    def max_trials(self, confidence: float) -> int:
+        """Return how many trials of the strategy fit with a confidence."""
+        enough = self.fits_after().mean(axis=0) >= confidence
         n, asked = int(np.sum(np.cumprod(enough))), self.plan.strategy.n_trials
         return n if len(enough) == asked else math.floor(n * asked / len(enough))
 
-    def pressing(self) -> str | None:
-        """Return the resource with a quota that is furthest over it."""
+    def scarcest(self) -> str | None:
+        """Return the resource that is furthest over its quota, as a ratio of medians."""
         ratios = {
-            name: float(np.median(self.grown[name][:, -1])) / quota
+            name: float(np.median(self.cumulative[name][:, -1])) / quota
             for name, quota in self.plan.quota.amounts().items()
-            if name in self.grown and name != "n_trials"
+            if name in self.cumulative and name != "n_trials"
         }
         return max(ratios, key=ratios.__getitem__) if ratios else None

@@ -1,4 +1,4 @@
-"""Admit a point or refuse it, with the reason: pure."""
+"""Admits a point or refuses it, by the probability that it breaches a limit."""
 
 from __future__ import annotations
 
@@ -24,17 +24,41 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 
+def is_admitted(probability: float, threshold: float) -> bool:
+    """Return whether a point may run.
+
+    The probability of a breach decides and not the upper bound of the usage, which would refuse
+    half of the points that fit.
+
+    Args:
+        probability: That the point breaches any limit.
+        threshold: The highest probability that is accepted.
+    """
+    return probability <= threshold
+
+
+def is_audit_due(refusals: int, audits: int, share: float) -> bool:
+    """Return whether to run a refused point, so that a wrong refusal is found.
+
+    Args:
+        refusals: Points refused so far, this one included.
+        audits: How many of them were run.
+        share: The share of them that may run.
+    """
+    return audits + 0.5 < share * refusals
+
+
 @dataclass(frozen=True)
 class PointVerdict:
     """Whether a point may run.
 
     Attributes:
         admitted: Whether it may.
-        probability: That it breaches any limit.
-        reason: One sentence for a person; empty when it may run.
-        resource: The likeliest to be breached.
+        probability: The probability that it breaches any limit.
+        reason: One sentence; empty when the point is admitted.
+        resource: The resource that is most likely breached.
         limit: Its limit, in SI base units.
-        median: What is expected of it, in SI base units.
+        median: Its projected usage, in SI base units.
     """
 
     admitted: bool
@@ -45,65 +69,19 @@ class PointVerdict:
     median: float | None = None
 
 
-def admit_point(
-    breaches: Mapping[str, float],
-    medians: Mapping[str, float],
-    limits: Mapping[str, float],
-    threshold: float,
-) -> PointVerdict:
-    """Return whether a point may run.
-
-    The gate is the probability of a breach and not the upper bound: that would refuse half of
-    what fits.
-
-    Args:
-        breaches: Probability of a breach of each limit that something is known of.
-        medians: What is expected of these resources.
-        limits: The limits, in SI base units.
-        threshold: The probability of any breach above which a point is refused.
-    """
-    probability = joint_breach(breaches)
-    if probability <= threshold:
-        return PointVerdict(True, probability)
-    name = max(breaches, key=lambda each: breaches[each])
-    title = get_resource(name).title
-    reason = (
-        f"{title[0].upper()}{title[1:]} of about {format_amount(name, medians[name])} projected, "
-        f"limit {format_amount(name, limits[name])}: a breach has the probability "
-        f"{format_chance(probability)}."
-    )
-    return PointVerdict(False, probability, reason, name, limits[name], medians[name])
-
-
-def format_chance(probability: float) -> str:
-    """Return a probability in percent, never rounded to a certainty that is none."""
-    return "over 99%" if 0.995 <= probability < 1 else f"{probability:.0%}"
-
-
-def audit_is_due(vetoes: int, audits: int, share: float) -> bool:
-    """Return whether the veto at hand is to be tried, so that a wrong one is found.
-
-    Args:
-        vetoes: Points refused so far, this one included.
-        audits: Of these, how many were run all the same.
-        share: How many may be.
-    """
-    return audits + 0.5 < share * vetoes
-
-
 @dataclass(frozen=True)
-class Gate:
-    """What decides about the points of one trial.
+class PointAdmission:
+    """Decides which points one trial may run.
 
     Attributes:
-        expected: What a point is expected to use.
-        limits: The limits on the trial.
+        expected: Expected usage of a point.
+        limits: The limits of the trial.
         past: Points of earlier trials, oldest first.
-        space: Distribution of each parameter that any of them had.
+        space: Distribution of each parameter of these trials.
         threshold: The probability of a breach above which a point is refused.
-        whole: Points of trials that completed, where only whole points can be judged: a user's
-            function may need any parameter. None where any point can.
-        declared: All parameters, where the user said which they are.
+        complete: Points of completed trials, where only complete points can be judged because a
+            user's function may need any parameter; None where any point can.
+        declared: All parameters, where the user declared them.
     """
 
     expected: BaseFootprint
@@ -111,87 +89,104 @@ class Gate:
     past: Sequence[Mapping[str, Any]]
     space: Mapping[str, BaseDistribution]
     threshold: float
-    whole: Sequence[Mapping[str, Any]] | None = None
+    complete: Sequence[Mapping[str, Any]] | None = None
     declared: frozenset[str] | None = None
 
     def common_space(self) -> dict[str, BaseDistribution]:
-        """Return the parameters that all earlier trials had, in the order they were asked for."""
+        """Return the parameters that all earlier trials had, in the order of suggestion."""
         if not self.past:
             return {}
         names = set(self.past[-1]).intersection(*self.past)
         return {name: self.space[name] for name in self.past[-1] if name in names}
 
     def judge(self, known: Mapping[str, Any]) -> PointVerdict:
-        """Return whether a point may run, whatever its parameters not drawn yet will be.
+        """Return whether a point may run, whatever its missing parameters will be.
 
-        A half-drawn point is refused only when the cheapest it may become would be: a parameter
-        that is not known yet blocks nothing. Nor does a point that can't be judged: a user's
-        function is asked for whole points alone, and the first trials tell what is one.
+        A partial point is refused only if its cheapest completion would be. A point that can't be
+        judged is admitted: a user's function is called with complete points only, and the first
+        trials show which points are complete.
         """
-        points = self.may_become(known)
-        chances = self._chances_at(points)
-        if np.isnan(chances).any() or not len(chances):
+        points = self._completions(known)
+        probabilities = self._breach_probabilities(points)
+        if np.isnan(probabilities).any() or not len(probabilities):
             return PointVerdict(True)
-        cheapest = int(np.argmin(chances))
-        if chances[cheapest] <= self.threshold:
-            return PointVerdict(True, float(chances[cheapest]))
-        return self._verdict(self._cheapest(points[cheapest], known, float(chances[cheapest])))
+        best = int(np.argmin(probabilities))
+        point, probability = points[best], float(probabilities[best])
+        if not self.admits(probability):
+            point, probability = self._reduce_risk(point, known, probability)
+        if self.admits(probability):
+            return PointVerdict(True, probability)
+        return self._refusal(point, probability)
 
-    def may_become(self, known: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """Return points that can be judged and that a half-drawn one may become."""
-        if self.whole is None:
-            return likely_completions(known, self.past)
-        if self.declared is not None and self.declared <= known.keys():
-            return [known]
-        return certain_completions(known, self.whole)
+    def admits(self, probability: float) -> bool:
+        """Return whether a point with this probability of a breach may run."""
+        return is_admitted(probability, self.threshold)
 
-    def _verdict(self, point: Mapping[str, Any]) -> PointVerdict:
-        medians = {n: each.median for n, each in self.expected.intervals(point).items()}
-        single = {
-            name: float(each[0])
-            for name, each in self.expected.breaches([point], self.limits).items()
-            if name in medians
-        }
-        return admit_point(single, medians, self.limits.amounts(), self.threshold)
+    def breach_probabilities(self, points: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Return the probability of a breach at each point, NaN where it is unknown."""
+        if self.complete is None:
+            return _any_breach(self.expected.breaches(points, self.limits), len(points))
+        each = (self._breach_probabilities(self._completions(point)) for point in points)
+        return np.array([min(found) if len(found) else np.nan for found in each])
 
-    def _cheapest(
-        self, point: Mapping[str, Any], known: Mapping[str, Any], chance: float
-    ) -> Mapping[str, Any]:
-        """Return the point with each parameter not drawn yet where it breaches least likely.
-
-        One after the other: earlier trials may not have shown the value that would fit.
-        """
-        for name in point:
-            if name in known or name not in self.space or chance <= self.threshold:
-                continue
-            tried = [{**point, name: value} for value in spaced_values(self.space[name])]
-            # One that can't be judged is not known to be cheaper.
-            chances = np.nan_to_num(self.chances(tried), nan=1.0)
-            best = int(np.argmin(chances))
-            if chances[best] < chance:
-                point, chance = tried[best], float(chances[best])
-        return point
-
-    def chances(self, points: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """Return the probability of a breach at each of some points, NaN where it is unknown."""
-        if self.whole is None:
-            return _joint(self.expected.breaches(points, self.limits), len(points))
-        least = (self._chances_at(self.may_become(point)) for point in points)
-        return np.array([min(each) if len(each) else np.nan for each in least])
-
-    def _chances_at(self, points: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """Return the probability of a breach at each point, NaN where a function fails."""
+    def _breach_probabilities(self, points: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Return the same of complete points, and nothing where no limit's resource is known."""
         try:
             breaches = self.expected.breaches(points, self.limits) if points else {}
         except KeyError:
             return np.full(len(points), np.nan)
-        return _joint(breaches, len(points)) if breaches else np.zeros(0)
+        return _any_breach(breaches, len(points)) if breaches else np.zeros(0)
+
+    def _completions(self, known: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        if self.complete is None:
+            return likely_completions(known, self.past)
+        if self.declared is not None and self.declared <= known.keys():
+            return [known]
+        return certain_completions(known, self.complete)
+
+    def _reduce_risk(
+        self, point: Mapping[str, Any], known: Mapping[str, Any], probability: float
+    ) -> tuple[Mapping[str, Any], float]:
+        """Minimize the probability of a breach over the missing parameters, one by one.
+
+        Earlier trials may not have had the value that would fit.
+        """
+        for name in point:
+            if name in known or name not in self.space or self.admits(probability):
+                continue
+            tried = [{**point, name: value} for value in spaced_values(self.space[name])]
+            found = np.nan_to_num(self.breach_probabilities(tried), nan=1.0)
+            best = int(np.argmin(found))
+            if found[best] < probability:
+                point, probability = tried[best], float(found[best])
+        return point, probability
+
+    def _refusal(self, point: Mapping[str, Any], probability: float) -> PointVerdict:
+        medians = {name: each.median for name, each in self.expected.intervals(point).items()}
+        breaches = self.expected.breaches([point], self.limits)
+        known = [name for name in breaches if name in medians]
+        name = max(known, key=lambda each: float(breaches[each][0]))
+        limit = self.limits.amounts()[name]
+        reason = describe_refusal(name, medians[name], limit, probability)
+        return PointVerdict(False, probability, reason, name, limit, medians[name])
 
 
-def _joint(breaches: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+def describe_refusal(resource: str, median: float, limit: float, probability: float) -> str:
+    """Return the reason why a point was refused, in one sentence."""
+    title = get_resource(resource).title
+    # Not rounded to certainty.
+    shown = "over 99%" if 0.995 <= probability < 1 else f"{probability:.0%}"
+    return (
+        f"{title[0].upper()}{title[1:]} limit likely exceeded: "
+        f"{format_amount(resource, median)} projected, {format_amount(resource, limit)} allowed, "
+        f"probability {shown}."
+    )
+
+
+def _any_breach(breaches: Mapping[str, np.ndarray], n_points: int) -> np.ndarray:
     return np.array(
         [
             joint_breach({name: float(each[i]) for name, each in breaches.items()})
-            for i in range(count)
+            for i in range(n_points)
         ]
     )

@@ -1,7 +1,8 @@
-"""The options of QuotaSampler, and what is said of wrong ones."""
+"""Options of QuotaSampler and their validation."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 from typing import get_args
 from typing import Literal
@@ -10,16 +11,52 @@ from typing import Literal
 OnExhausted = Literal["stop", "raise"]
 OnCrowded = Literal["wait", "smaller"]
 OnProjected = Literal["continue", "stop", "raise"]
+OnVeto = Literal["auto", "redraw", "nearest", "skip"]
 
 
-def check_kinds(**given: tuple[Any, type]) -> None:
-    """Raise where an option is neither None nor of its kind.
+@dataclass(frozen=True)
+class AdmissionOptions:
+    """How points are admitted.
 
-    Args:
-        given: Value and kind by the option's name.
+    Attributes:
+        footprint: What the user stated; None to learn from the study alone.
+        confidence: One-sided, of the bounds.
+        breach_probability: The probability of a breach above which a point is refused.
+        on_veto: What replaces a refused point.
+        audits: Share of the refused points to run; None for 5% where trials are isolated.
+        declared: All parameters, where the user declared them.
 
     Raises:
-        TypeError: If one is of another kind.
+        ValueError: If one is out of its range.
+    """
+
+    footprint: Any = None
+    confidence: float = 0.95
+    breach_probability: float = 0.5
+    on_veto: OnVeto = "auto"
+    audits: float | None = None
+    declared: frozenset[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(on_veto=(self.on_veto, OnVeto))
+        if not 0.5 < self.confidence < 1:
+            raise ValueError(
+                f"`confidence` must be above 0.5 and below 1 but got {self.confidence!r}."
+            )
+        if not 0 < self.breach_probability <= 1:
+            raise ValueError(
+                "`breach_probability` must be above 0 and at most 1 but got "
+                f"{self.breach_probability!r}."
+            )
+        if self.audits is not None and not 0 <= self.audits <= 1:
+            raise ValueError(f"`audits` must be a share from 0 to 1 but got {self.audits!r}.")
+
+
+def check_types(**given: tuple[Any, type]) -> None:
+    """Raise TypeError for an option that is neither None nor of its type.
+
+    Args:
+        given: Value and type by the option's name.
     """
     for name, (value, kind) in given.items():
         if value is not None and not isinstance(value, kind):
@@ -27,30 +64,13 @@ def check_kinds(**given: tuple[Any, type]) -> None:
 
 
 def check_choices(**given: tuple[Any, Any]) -> None:
-    """Raise where an option is none of its choices.
+    """Raise ValueError for an option that is not among its choices.
 
     Args:
         given: Value and ``Literal`` by the option's name.
-
-    Raises:
-        ValueError: If one is something else.
     """
     for name, (value, literal) in given.items():
         choices = get_args(literal)
         if value not in choices:
             listed = ", ".join(map(repr, choices))
             raise ValueError(f"`{name}` must be one of {listed} but got {value!r}.")
-
-
-def check_shares(breach_probability: float, audits: float | None) -> None:
-    """Raise where a probability or a share is out of its range.
-
-    Raises:
-        ValueError: If one is.
-    """
-    if not 0 < breach_probability <= 1:
-        raise ValueError(
-            f"`breach_probability` must be above 0 and at most 1 but got {breach_probability!r}."
-        )
-    if audits is not None and not 0 <= audits <= 1:
-        raise ValueError(f"`audits` must be a share from 0 to 1 but got {audits!r}.")

@@ -17,17 +17,13 @@ from optuna.trial import TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.constraints import uniform_constraints
-from optuna_quota._enforcement.nesting import pruner_limits
-from optuna_quota._enforcement.nesting import pruner_meters
 from optuna_quota._enforcement.nesting import samplers_requiring_uniform_constraints
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
 from optuna_quota._enforcement.trial_result import read_row
 from optuna_quota._enforcement.trial_result import record_ignored_rejection
 from optuna_quota._footprint.user_given import as_footprint
-from optuna_quota._footprint.user_given import UnknownFootprintError
 from optuna_quota._ledger import LEASE
 from optuna_quota._ledger import Refusal
-from optuna_quota._ledger import status
 from optuna_quota._metering import check_names
 from optuna_quota._metering import key_of
 from optuna_quota._metering import Meter
@@ -36,26 +32,25 @@ from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Strategy
 from optuna_quota._resources import Usage
-from optuna_quota._sampler.candidates import OnVeto
-from optuna_quota._sampler.candidates import Proposals
-from optuna_quota._sampler.candidates import Rules
+from optuna_quota._sampler.candidates import CandidateFilter
+from optuna_quota._sampler.options import AdmissionOptions
 from optuna_quota._sampler.options import check_choices
-from optuna_quota._sampler.options import check_kinds
-from optuna_quota._sampler.options import check_shares
+from optuna_quota._sampler.options import check_types
 from optuna_quota._sampler.options import OnCrowded
 from optuna_quota._sampler.options import OnExhausted
 from optuna_quota._sampler.options import OnProjected
-from optuna_quota._sampler.row_cleanup import abandon
-from optuna_quota._sampler.row_cleanup import none_left_running
-from optuna_quota._sampler.row_cleanup import void_copies
-from optuna_quota._sampler.study_projection import has_totals
-from optuna_quota._sampler.study_projection import project_rest
+from optuna_quota._sampler.options import OnVeto
+from optuna_quota._sampler.row_cleanup import clear_copied_attributes
+from optuna_quota._sampler.row_cleanup import fail_unfinished_trial
+from optuna_quota._sampler.row_cleanup import finish_row
 from optuna_quota._sampler.study_projection import rejection
-from optuna_quota._sampler.study_projection import StudyAdmission
-from optuna_quota._sampler.study_session import asks_for_something
-from optuna_quota._sampler.study_session import Session
-from optuna_quota._sampler.study_session import Sessions
-from optuna_quota._sampler.study_settings import announce
+from optuna_quota._sampler.study_projection import StudyProjection
+from optuna_quota._sampler.study_session import objective_uses_trial
+from optuna_quota._sampler.study_session import StudySession
+from optuna_quota._sampler.study_session import StudySessions
+from optuna_quota._sampler.study_settings import limits_in_force
+from optuna_quota._sampler.study_settings import meters_in_force
+from optuna_quota._sampler.study_settings import store_study_settings
 from optuna_quota._units import parse_seconds
 
 
@@ -89,7 +84,7 @@ class QuotaSampler(BaseSampler):
         strategy: What is about to run, to project it.
         footprint: What a trial is expected to use: a :class:`Usage`, a function from parameters
             to one, or a fitted model. Without one it is learned from the study's own trials. A
-            function is asked for whole points only: those with all parameters of the
+            function is called with complete points only: those with all parameters of the
             ``strategy``'s search space, or of a trial that completed.
         confidence: Probability, one-sided, with which what is admitted has to fit.
         limits: Ceilings on each trial where no :class:`~optuna_quota.QuotaPruner` can be passed.
@@ -99,8 +94,8 @@ class QuotaSampler(BaseSampler):
             further ``ask`` outside of ``optimize`` raises in either case.
         on_crowded: What a trial does where others on its host hold much of what all may hold
             together (``memory``, ``gpu_memory``, ``cpu_cores``): ``"wait"`` until there is room
-            for it to start, or ``"smaller"``: once it may start, only a point that is projected
-            to fit into what is free then is drawn.
+            for it to start, or ``"smaller"``: once it may start, draw only a point that is
+            projected to fit into what is free then.
         one_gpu: Give each trial the GPU with the most room for its ``gpu_memory``, among those
             that this process may use. An isolated trial sees no other
             (``CUDA_VISIBLE_DEVICES``).
@@ -111,7 +106,7 @@ class QuotaSampler(BaseSampler):
             ``trial.set_user_attr("quota:memory", peak_bytes)`` before ``tell``. Isolated trials
             are measured all the same.
         lease: Seconds, or text with its unit, without a sign of life after which a worker on
-            another machine is taken for dead and its trial ended. Workers on the same machine
+            another machine is considered dead and its trial failed. Workers on the same machine
             are known by their processes.
         breach_probability: A point that breaches a limit with more than this probability is not
             run; 1 runs all. From eight trials on, or at once with a ``footprint``.
@@ -121,7 +116,7 @@ class QuotaSampler(BaseSampler):
             the nearest point for TPE, NSGA-II, NSGA-III and GP. Grids are always skipped.
         audits: Share of these points that is run all the same under the hard limit, so that a
             wrong veto is found; 5% by default where trials are isolated, else none.
-        on_projected: What is done once it is clear that the quota will not do for the
+        on_projected: What is done once the quota is likely to run out before the end of the
             ``strategy``, beside one warning: ``"continue"`` until it is used up, ``"stop"`` now,
             or ``"raise"`` :class:`~optuna_quota.StudyRejected`.
 
@@ -151,19 +146,18 @@ class QuotaSampler(BaseSampler):
         audits: float | None = None,
         on_projected: OnProjected = "continue",
     ) -> None:
-        check_kinds(base_sampler=(base_sampler, BaseSampler), strategy=(strategy, Strategy))
-        check_kinds(limits=(limits, Limits))
+        check_types(
+            base_sampler=(base_sampler, BaseSampler),
+            strategy=(strategy, Strategy),
+            limits=(limits, Limits),
+        )
         if not isinstance(quota, Quota):
             raise TypeError(f"`quota` must be a Quota but got {quota!r}.")
-        if not 0.5 < confidence < 1:
-            raise ValueError(f"`confidence` must be above 0.5 and below 1 but got {confidence!r}.")
         check_choices(
             on_exhausted=(on_exhausted, OnExhausted),
             on_crowded=(on_crowded, OnCrowded),
-            on_veto=(on_veto, OnVeto),
             on_projected=(on_projected, OnProjected),
         )
-        check_shares(breach_probability, audits)
         self.base_sampler = TPESampler() if base_sampler is None else base_sampler
         self.quota = quota
         self.strategy = strategy
@@ -177,30 +171,30 @@ class QuotaSampler(BaseSampler):
         self.metering = metering
         self.on_projected = on_projected
         self.lease = parse_seconds(lease, "lease")
-        self._stated = footprint
-        if callable(footprint):
-            self._stated = as_footprint(footprint, lenient=True)
         space = None if strategy is None else strategy.search_space
-        self._rules = Rules(
-            self._stated,
+        self._options = AdmissionOptions(
+            as_footprint(footprint, lenient=True) if callable(footprint) else footprint,
             confidence,
             breach_probability,
             on_veto,
             audits,
             frozenset(space) if space else None,
         )
+        self._projection = StudyProjection(
+            strategy, self._options.footprint, self.base_sampler, quota, confidence
+        )
         self._demanding = samplers_requiring_uniform_constraints(self.base_sampler)
-        self._sessions = Sessions()
+        self._sessions = StudySessions()
         self._lock = threading.Lock()
-        self._admission().decide(self.limits or Limits())
+        self._projection.admit(self.limits or Limits())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process; it is built anew where it is needed."""
+        """Leave out what belongs to this process."""
         return {k: v for k, v in vars(self).items() if k not in ("_sessions", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take on the state of another process, or of the original of a copy."""
-        vars(self).update(state, _sessions=Sessions(), _lock=threading.Lock())
+        """Restore a pickled or copied sampler."""
+        vars(self).update(state, _sessions=StudySessions(), _lock=threading.Lock())
 
     def __str__(self) -> str:
         return f"QuotaSampler({self.base_sampler})"
@@ -210,7 +204,7 @@ class QuotaSampler(BaseSampler):
         self.base_sampler.reseed_rng()
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Admit a trial and start its metering, or see to it that it does not run."""
+        """Admit a trial and start its metering, or keep it from running."""
         whole = _optuna.unwrap_study(study)
         asked = _optuna.in_ask()
         if metering_loop().find(key_of(whole, trial)) is not None and not asked:
@@ -219,30 +213,33 @@ class QuotaSampler(BaseSampler):
         try:
             while asked and self._is_taken(whole, trial):
                 trial = _optuna.take_another_row(whole)
-            void_copies(whole, trial)
+            clear_copied_attributes(whole, trial)
             self._admit(study, whole, trial)
         except BaseException as error:
-            abandon(whole, trial, error)
+            finish_row(whole, trial, error, admitted=False)
             raise
 
     def _is_taken(self, study: Study, trial: FrozenTrial) -> bool:
+        """Return whether another worker has taken an enqueued trial first."""
         if not _optuna.may_be_enqueued(trial):
             return False
-        return not self._session(study, limits_of(study, self)).ledger.take(trial)
+        session = self._session(study, limits_in_force(study, self.limits))
+        return not session.ledger.take(trial)
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
         wrap_nesting_pruner(whole)
-        limits = limits_of(whole, self)
+        limits = limits_in_force(whole, self.limits)
         session = self._session(whole, limits)
-        self._admit_study(session, whole, limits)
-        known = self.footprint.amounts() if isinstance(self.footprint, Usage) else {}
+        if not session.decided:
+            session.decided = self._projection.admit(limits, whole)
+        fixed = _optuna.fixed_params_of(trial)
         grant = session.ledger.reserve(
             trial,
             limits=limits,
-            footprint=known,
-            bounds=session.proposals.bounds(self.quota.held, _optuna.fixed_params_of(trial)),
+            footprint=self.footprint.amounts() if isinstance(self.footprint, Usage) else {},
+            bounds=session.candidates.footprint.bounds_before_start(self.quota.held, fixed),
             n_jobs=None if self.strategy is None else self.strategy.n_jobs,
-            is_over=lambda: _optuna.is_optimize_ending(whole) and asks_for_something(whole),
+            is_over=lambda: _optuna.is_optimize_ending(whole) and objective_uses_trial(whole),
         )
         if isinstance(grant, Refusal):
             session.refuse(whole, trial, grant)
@@ -251,35 +248,26 @@ class QuotaSampler(BaseSampler):
         ceilings = limits.tightened(self.quota.held)
         if self.on_crowded == "smaller":
             ceilings = ceilings.tightened(session.ledger.room(trial))
-        session.proposals.begin(whole, trial, ceilings, session.ledger.trials)
+        session.candidates.begin(whole, trial, ceilings, session.ledger.trials)
         # Last: what was learned and loaded until here is none of the trial's usage.
-        session.start(whole, trial, grant, limits, meters_of(whole, self))
-
-    def _admit_study(self, session: Session, study: Study, limits: Limits) -> None:
-        if session.decided or self.strategy is None or self.footprint is None:
-            return
-        used = {line.resource: line.used for line in status(study).lines}
-        session.decided = self._admission().decide(limits, study, used)
-
-    def _admission(self) -> StudyAdmission:
-        return StudyAdmission(self.quota, self.strategy, self._stated, self.confidence)
+        session.start(whole, trial, grant, limits, meters_in_force(whole, self.meters))
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """Infer as the base sampler does, with what is judged beside it."""
-        with none_left_running(study, trial):
+        """Infer as the base sampler does, with the parameters that are judged beside it."""
+        with fail_unfinished_trial(study, trial):
             space = self.base_sampler.infer_relative_search_space(study, trial)
-            return self._session_of(study).proposals.relative_space(study, trial, space)
+            return self._session_of(study).candidates.relative_space(trial, space)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Sample a point as the base sampler does, and replace it when it is not admitted."""
-        with none_left_running(study, trial):
+        with fail_unfinished_trial(study, trial):
             session = self._session_of(study)
-            seen = self._seen_by_base(study, len(search_space))
-            drawn = session.proposals.relative(seen, trial, search_space)
+            seen = self._with_equal_constraints(study, len(search_space))
+            drawn = session.candidates.sample_relative(seen, trial, search_space)
             session.promise(trial, drawn)
             return drawn
 
@@ -291,9 +279,11 @@ class QuotaSampler(BaseSampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         """Sample a parameter as the base sampler does, again when the point is not admitted."""
-        with none_left_running(study, trial):
+        with fail_unfinished_trial(study, trial):
             session = self._session_of(study)
-            value = session.proposals.independent(study, trial, param_name, param_distribution)
+            value = session.candidates.sample_independent(
+                study, trial, param_name, param_distribution
+            )
             session.promise(trial, {param_name: value})
             return value
 
@@ -314,14 +304,14 @@ class QuotaSampler(BaseSampler):
         try:
             self.base_sampler.after_trial(study, trial, state, values)
         except Exception as error:
-            # Plain Optuna would end the study, though the trial stopped before the objective had
-            # told what the constraints are computed from.
+            # Plain Optuna would end the study, though the trial stopped before the objective set
+            # what the constraints are computed from.
             if state == TrialState.COMPLETE or not _optuna.raised_by_constraints_func(error):
                 raise
             session.warn_of_constraints(trial, error)
         finally:
-            self._finish(session, whole, trial, state)
-        self._look_ahead(session, whole)
+            self._finish_trial(session, whole, trial, state)
+        self._check_quota(session, whole)
 
     def project(self, study: Study) -> Projection:
         """Return what a study will have used at the end of the strategy.
@@ -341,69 +331,44 @@ class QuotaSampler(BaseSampler):
         Raises:
             ValueError: If there is no strategy, or nothing is known of what a trial uses.
         """
-        if self.strategy is None:
-            raise ValueError("`strategy` must be given to QuotaSampler to project a study.")
-        limits = limits_of(study, self)
-        proposals = self._session(study, limits).proposals
-        return project_rest(
-            study,
-            self.strategy,
-            proposals.learner,
-            proposals.given,
-            self.base_sampler,
-            corrected=proposals.corrected,
-            quota=self.quota,
-            limits=limits,
-            confidence=self.confidence,
-        )
+        limits = limits_in_force(study, self.limits)
+        footprint = self._session(study, limits).candidates.footprint
+        return self._projection.project(study, footprint, limits)
 
-    def _look_ahead(self, session: Session, study: Study) -> None:
-        """Tell early when the quota will not do; the row at hand is settled already."""
-        if self.strategy is None or not has_totals(self.quota):
+    def _check_quota(self, session: StudySession, study: Study) -> None:
+        """Warn early when the quota is likely to run out; the trial is settled already."""
+        if self.strategy is None or not self.quota.totals.keys() - {"n_trials"}:
             return
-        session.proposals.learner.learn(session.ledger.trials)
-        if not session.warning.is_due(session.proposals.learner.n_observations):
-            return
-        try:
-            projection = self.project(study)
-        except UnknownFootprintError as fault:
-            # Told already.
-            _logger.debug(f"The rest of the strategy could not be projected: {fault}")
-            return
-        except (ArithmeticError, LookupError, ValueError) as fault:
-            # The study is worth more than its projection.
-            _logger.warning(f"The rest of the strategy could not be projected: {fault!r}.")
-            return
-        if not session.warning.judge(projection) or self.on_projected == "continue":
+        learner = session.candidates.footprint.learner
+        learner.learn(session.ledger.trials)
+        projection = session.warning.check(learner.n_observations, lambda: self.project(study))
+        if projection is None or self.on_projected == "continue":
             return
         if self.on_projected == "raise":
             raise rejection(projection)
         if _optuna.in_optimize_loop(study):
             study.stop()
 
-    def _finish(
-        self, session: Session, study: Study, trial: FrozenTrial, state: TrialState
+    def _finish_trial(
+        self, session: StudySession, study: Study, trial: FrozenTrial, state: TrialState
     ) -> None:
         """Settle a trial; its result is stored after this and must not be lost to any fault."""
         error, told = _optuna.objective_error(), _optuna.find_tell_call()
         try:
-            row = self._row(study, trial)
-            session.finish_trial(study, row, state, limits_of(study, self), error, told)
+            # The base sampler may have written into the row.
+            written = _optuna.may_write_constraints(self.base_sampler)
+            row = read_row(study, trial) if written else trial
+            limits = limits_in_force(study, self.limits)
+            session.finish_trial(study, row, state, limits, error, told)
             session.end_when_exhausted(study)
         except Exception as fault:  # noqa: BLE001 - any backend's own
             _logger.warning(f"Trial {trial.number} could not be settled: {fault!r}.")
 
-    def _row(self, study: Study, trial: FrozenTrial) -> FrozenTrial:
-        """Return the row as it is now when the base sampler may have written into it."""
-        if not _optuna.may_write_constraints(self.base_sampler):
-            return trial
-        return read_row(study, trial)
-
-    def _seen_by_base(self, study: Study, n_params: int) -> Study:
+    def _with_equal_constraints(self, study: Study, n_params: int) -> Study:
         """Return the study with equal constraints of all trials where the sampler demands them."""
         if not self._demanding:
             return study
-        limits = limits_of(_optuna.unwrap_study(study), self)
+        limits = limits_in_force(_optuna.unwrap_study(study), self.limits)
 
         def constrain(trials: Sequence[FrozenTrial]) -> Sequence[Mapping[str, float]]:
             found = uniform_constraints(trials, limits)
@@ -414,46 +379,22 @@ class QuotaSampler(BaseSampler):
 
         return cast("Study", _optuna.ConstrainedStudy(study, constrain))
 
-    def _session_of(self, study: Study) -> Session:
+    def _session_of(self, study: Study) -> StudySession:
         return self._session(_optuna.unwrap_study(study), self.limits or Limits())
 
-    def _session(self, study: Study, limits: Limits) -> Session:
+    def _session(self, study: Study, limits: Limits) -> StudySession:
         with self._lock:
             session = self._sessions.find(study)
             if session is None:
-                announce(study, self.quota, limits)
-                proposals = Proposals(self.base_sampler, self._rules)
-                stops = self.on_exhausted == "stop"
-                session = Session(
+                store_study_settings(study, self.quota, limits)
+                session = StudySession(
                     study,
                     self.quota,
-                    proposals,
+                    CandidateFilter(self.base_sampler, self._options),
                     lease=self.lease,
-                    stops=stops,
+                    stops=self.on_exhausted == "stop",
                     one_gpu=self.one_gpu,
                     metering=self.metering,
                 )
                 self._sessions.add(study, session)
         return session
-
-
-def limits_of(study: Study, sampler: QuotaSampler) -> Limits:
-    """Return the limits in force: the pruner's, or the sampler's own.
-
-    Raises:
-        ValueError: If both have some and they disagree.
-    """
-    theirs = pruner_limits(study.pruner)
-    if theirs is not None and sampler.limits is not None and theirs != sampler.limits:
-        raise ValueError(
-            "The limits of QuotaSampler and QuotaPruner must agree but got "
-            f"{sampler.limits!r} and {theirs!r}. Give them to the pruner alone."
-        )
-    return theirs or sampler.limits or Limits()
-
-
-def meters_of(study: Study, sampler: QuotaSampler) -> tuple[Meter, ...]:
-    """Return the user's meters: the sampler's, then those of the pruner it does not have."""
-    theirs = pruner_meters(study.pruner)
-    known = {meter.name for meter in sampler.meters}
-    return (*sampler.meters, *(meter for meter in theirs if meter.name not in known))

@@ -1,10 +1,11 @@
-"""The projection of a study that runs: what is used, and what the rest will use."""
+"""Will the study fit its quota? Asked before its first trial, and again while it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import dataclass
 from dataclasses import replace
 import logging
 from typing import Any
@@ -18,15 +19,20 @@ from optuna_quota import _optuna
 from optuna_quota._footprint.future_points import simulate_future_points
 from optuna_quota._footprint.observations import read_observation
 from optuna_quota._footprint.user_given import as_footprint
+from optuna_quota._footprint.user_given import UnknownFootprintError
 from optuna_quota._ledger import status
+from optuna_quota._projection import describe_nearest
 from optuna_quota._projection import project
 from optuna_quota._projection import project_end
 from optuna_quota._projection import Projection
+from optuna_quota._resources import format_amount
+from optuna_quota._resources import get_resource
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Strategy
-from optuna_quota._sampler.candidates import draws_from_a_list
-from optuna_quota._sampler.candidates import FEWEST
+from optuna_quota._sampler.candidates import enumerates_points
+from optuna_quota._sampler.study_footprint import MIN_TRIALS
+from optuna_quota._sampler.study_footprint import StudyFootprint
 from optuna_quota.exceptions import StudyRejected
 
 
@@ -36,200 +42,134 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-    from optuna_quota._footprint.footprint import BaseFootprint
-    from optuna_quota._footprint.footprint import Footprint
-    from optuna_quota._footprint.online import Learner
-
 
 _logger = logging.getLogger("optuna.quota.sampler")
 
-# It is looked at again when there are so many times more trials.
+# The running projection is computed again after this factor more trials.
 _GROWTH = 1.3
 
 
-def project_rest(
-    study: Study,
-    strategy: Strategy,
-    learner: Learner,
-    given: Any,
-    base_sampler: BaseSampler,
-    *,
-    corrected: Callable[[Footprint | None], BaseFootprint | None],
-    quota: Quota,
-    limits: Limits,
-    confidence: float,
-) -> Projection:
-    """Return what a study will have used at the end of its strategy.
+@dataclass(frozen=True)
+class StudyProjection:
+    """Projects the rest of a study's strategy.
 
-    Args:
-        study: The study.
-        strategy: All of it, what ran included.
-        learner: What its trials taught.
-        given: A footprint that the user stated, in force until eight trials told theirs.
-        base_sampler: Says whether the rest is drawn around the newest points.
-        corrected: Returns what the user stated as what was learned corrects it, None for neither.
-        quota: Its quota.
-        limits: Of each trial.
-        confidence: The probability that is enough.
-
-    Raises:
-        ValueError: If nothing is known of what a trial uses.
-    """
-    learned = learner.learn(study.get_trials(deepcopy=False), fresh=True)
-    trusted = learned is not None and (given is None or learner.n_observations >= FEWEST)
-    expected = corrected(learned) or (learned if trusted else given)
-    used = used_so_far(study, learner)
-    rest = strategy.n_trials - int(used.get("n_trials", 0))
-    if rest <= 0:
-        return project_end(strategy, used, quota, confidence)
-    if expected is None:
-        raise ValueError(
-            "A running projection must have a footprint or finished trials to go by, but "
-            f"{study.study_name!r} has none."
-        )
-    kind = _optuna.unwrap_partial_fixed(base_sampler)
-    adaptive = not draws_from_a_list(kind) and not isinstance(kind, (RandomSampler, QMCSampler))
-    rows = learner.observations
-    if given is not None and expected is not learned:
-        # A user's function may need any parameter; other trials may have ended before theirs.
-        rows = [row for row in rows if row.is_complete]
-    points = None
-    if rows and (strategy.search_space is None or adaptive):
-        points = simulate_future_points(rows, rest, adaptive=adaptive)
-    return project(
-        replace(strategy, n_trials=rest),
-        expected,
-        quota=quota,
-        limits=limits,
-        used=used,
-        points=points,
-        confidence=confidence,
-    )
-
-
-def used_so_far(study: Study, learner: Learner) -> dict[str, float]:
-    """Return what a study used, by resource: the ledger's figures, and sums where it has none."""
-    used: dict[str, float] = {"n_trials": 0.0}
-    for row in learner.observations:
-        used["n_trials"] += 1
-        for name in ("wall_time", "cpu_time", "gpu_time", "energy"):
-            amount = row.usage.get(name)
-            if amount is not None:
-                total = "trial_time" if name == "wall_time" else name
-                used[total] = used.get(total, 0.0) + amount
-    used.update({line.resource: line.used for line in status(study).lines})
-    return used
-
-
-class EarlyWarning:
-    """Tells once when it has become clear that the quota will not do."""
-
-    def __init__(self) -> None:
-        self._looked = 0
-        self._told = False
-
-    def is_due(self, usable: int) -> bool:
-        """Return whether to look, at a spacing that grows with the trials."""
-        if self._told or usable < FEWEST or usable < self._looked * _GROWTH:
-            return False
-        self._looked = usable
-        return True
-
-    def judge(self, projection: Projection) -> bool:
-        """Return whether the quota will not do, with the confidence asked for; say so once."""
-        if projection.probability > 1 - projection.confidence:
-            return False
-        self._told = True
-        _logger.warning(f"The quota will not do for the rest of the study. {projection}")
-        return True
-
-
-def has_totals(quota: Quota) -> Mapping[str, float]:
-    """Return the quotas that a study can outgrow."""
-    return {name: value for name, value in quota.totals.items() if name != "n_trials"}
-
-
-class StudyAdmission:
-    """Decides once whether a strategy fits a quota, as soon as enough is known.
-
-    Args:
+    Attributes:
+        strategy: All trials of the study, including those that ran; None without one.
+        stated: What the user stated of each trial; None to learn it from the trials alone.
+        base_sampler: Whether it is adaptive decides where the next points are.
         quota: The quota.
-        strategy: What is about to run; None decides nothing.
-        footprint: What each trial is expected to use; None decides nothing.
-        confidence: The probability with which it has to fit.
+        confidence: The probability with which the strategy has to fit.
     """
 
-    def __init__(
-        self, quota: Quota, strategy: Strategy | None, footprint: Any, confidence: float
-    ) -> None:
-        self._quota = quota
-        self._strategy = strategy
-        self._footprint = footprint
-        self._confidence = confidence
+    strategy: Strategy | None
+    stated: Any
+    base_sampler: BaseSampler
+    quota: Quota
+    confidence: float
 
-    def decide(
-        self, limits: Limits, study: Study | None = None, used: Mapping[str, float] | None = None
-    ) -> bool:
-        """Return whether enough was known to decide.
+    def admit(self, limits: Limits, study: Study | None = None) -> bool:
+        """Decide whether the rest of the strategy fits, as soon as enough is known.
 
         Args:
             limits: The limits on each trial.
-            study: The study, once there is one: its trials tell the search space.
-            used: What it used so far, by resource; the trials that ran are those of the strategy.
+            study: The study, once there is one: its trials show the search space.
+
+        Returns:
+            Whether enough was known to decide.
 
         Raises:
-            StudyRejected: If the rest of the strategy does not fit.
+            StudyRejected: If it does not fit.
         """
-        if self._strategy is None or self._footprint is None:
+        if self.strategy is None or self.stated is None:
             return True
-        rest = self._strategy.n_trials - int((used or {}).get("n_trials", 0))
-        if rest <= 0:
+        used = {} if study is None else _used(study)
+        rest = self._rest(used)
+        if rest is None:
             return True
-        strategy, points = replace(self._strategy, n_trials=rest), None
-        if strategy.search_space is None and study is not None:
+        points = None
+        if rest.search_space is None and study is not None:
             trials = study.get_trials(deepcopy=False)
             space = intersection_search_space(trials)
-            strategy = replace(strategy, search_space=space or None)
-            points = _points_beyond(space, trials, rest)
-        known = strategy.search_space or points or as_footprint(self._footprint).points
-        if not known:
-            # Nobody knows yet where the study will go.
+            rest = replace(rest, search_space=space or None)
+            points = _conditional_points(space, trials, rest.n_trials)
+        if not (rest.search_space or points or as_footprint(self.stated).points):
+            # The points to come are not known yet.
             return False
         try:
-            projection = project(
-                strategy,
-                self._footprint,
-                quota=self._quota,
-                limits=limits,
-                used=used,
-                points=points,
-                confidence=self._confidence,
-            )
+            projection = self._project(rest, self.stated, limits, used, points)
         except KeyError as missing:
-            # A function of a parameter that trials have not shown, or that hangs on others.
+            # A function of a parameter that no trial has had yet, or that is conditional.
             _logger.debug(f"The strategy is not projected yet: {missing}")
             return False
         if not projection.fits:
             raise rejection(projection)
         return True
 
+    def project(self, study: Study, footprint: StudyFootprint, limits: Limits) -> Projection:
+        """Return what a study will have used at the end of the strategy.
 
-def _points_beyond(
-    space: Mapping[str, BaseDistribution], trials: Sequence[FrozenTrial], n_trials: int
-) -> Sequence[Mapping[str, Any]] | None:
-    """Return points as they will be drawn where some parameters hang on others, else None."""
-    known = (
-        row for trial in trials if (row := read_observation(trial)) is not None and row.params
-    )
-    # Others may have ended before all that a user's function needs was drawn.
-    rows = [row for row in known if row.is_complete]
-    if all(row.distributions.keys() <= space.keys() for row in rows):
-        return None
-    return simulate_future_points(rows, n_trials, adaptive=False)
+        Args:
+            study: The study.
+            footprint: What its trials are expected to use. What the user stated holds until eight
+                trials have run.
+            limits: The limits on each trial.
+
+        Raises:
+            ValueError: If there is no strategy, or nothing is known of what a trial uses.
+        """
+        if self.strategy is None:
+            raise ValueError("`strategy` must be given to QuotaSampler to project a study.")
+        learner, stated = footprint.learner, footprint.given
+        learned = learner.learn(study.get_trials(deepcopy=False), fresh=True)
+        trusted = learned is not None and (stated is None or learner.n_observations >= MIN_TRIALS)
+        expected = footprint.corrected(learned) or (learned if trusted else stated)
+        used = _used(study)
+        rest = self._rest(used)
+        if rest is None:
+            return project_end(self.strategy, used, self.quota, self.confidence)
+        if expected is None:
+            raise ValueError(
+                "A running projection must have a footprint or finished trials to go by, but "
+                f"{study.study_name!r} has none."
+            )
+        rows = learner.observations
+        if stated is not None and expected is not learned:
+            # Others may have ended before a parameter that a user's function needs.
+            rows = [row for row in rows if row.is_complete]
+        kind = _optuna.unwrap_partial_fixed(self.base_sampler)
+        adaptive = not (enumerates_points(kind) or isinstance(kind, (RandomSampler, QMCSampler)))
+        points = None
+        if rows and (rest.search_space is None or adaptive):
+            points = simulate_future_points(rows, rest.n_trials, adaptive=adaptive)
+        return self._project(rest, expected, limits, used, points)
+
+    def _rest(self, used: Mapping[str, float]) -> Strategy | None:
+        """Return the strategy of the trials that are left, None without any."""
+        assert self.strategy is not None
+        n_trials = self.strategy.n_trials - int(used.get("n_trials", 0))
+        return replace(self.strategy, n_trials=n_trials) if n_trials > 0 else None
+
+    def _project(
+        self,
+        rest: Strategy,
+        footprint: Any,
+        limits: Limits,
+        used: Mapping[str, float],
+        points: Sequence[Mapping[str, Any]] | None,
+    ) -> Projection:
+        return project(
+            rest,
+            footprint,
+            quota=self.quota,
+            limits=limits,
+            used=used,
+            points=points,
+            confidence=self.confidence,
+        )
 
 
 def rejection(projection: Projection) -> StudyRejected:
-    """Return the error that says what does not fit."""
+    """Return the error of a study that does not fit."""
     worst = projection.unfit[0]
     return StudyRejected(
         str(projection),
@@ -238,3 +178,61 @@ def rejection(projection: Projection) -> StudyRejected:
         observed=worst.median,
         projection=projection,
     )
+
+
+def _used(study: Study) -> dict[str, float]:
+    return {line.resource: line.used for line in status(study).lines}
+
+
+def _conditional_points(
+    space: Mapping[str, BaseDistribution], trials: Sequence[FrozenTrial], n_trials: int
+) -> Sequence[Mapping[str, Any]] | None:
+    """Return points to come where trials had conditional parameters, else None."""
+    known = (
+        row for trial in trials if (row := read_observation(trial)) is not None and row.params
+    )
+    # Others may have ended before a parameter that a user's function needs.
+    rows = [row for row in known if row.is_complete]
+    if all(row.distributions.keys() <= space.keys() for row in rows):
+        return None
+    return simulate_future_points(rows, n_trials, adaptive=False)
+
+
+class QuotaWarning:
+    """Warns once when the quota of a study is likely to run out."""
+
+    def __init__(self) -> None:
+        self._n_trials = 0
+        self._warned = False
+
+    def check(self, n_trials: int, project: Callable[[], Projection]) -> Projection | None:
+        """Return the projection by which the quota is likely to run out, and warn.
+
+        Args:
+            n_trials: Number of measured trials; nothing is done until there are more by a factor.
+            project: Projects the study.
+        """
+        if self._warned or n_trials < max(MIN_TRIALS, self._n_trials * _GROWTH):
+            return None
+        self._n_trials = n_trials
+        try:
+            projection = project()
+        except (ArithmeticError, LookupError, ValueError) as fault:
+            # A user's function that fails was reported before.
+            level = logging.DEBUG if isinstance(fault, UnknownFootprintError) else logging.WARNING
+            _logger.log(level, f"The rest of the strategy could not be projected: {fault!r}.")
+            return None
+        if projection.probability > 1 - projection.confidence:
+            return None
+        self._warned = True
+        figures = "; ".join(
+            f"{format_amount(row.resource, row.median)} projected, "
+            f"{format_amount(row.resource, row.quota)} allowed "
+            f"({get_resource(row.resource).title})"
+            for row in projection.unfit
+        )
+        _logger.warning(
+            f"The quota is likely to run out before the study ends: {figures}. "
+            f"{describe_nearest(projection)}"
+        )
+        return projection

@@ -1,4 +1,4 @@
-"""One study as a sampler goes through it in this process: its trials from start to end."""
+"""A study in this process: its ledger, and its trials from their start to their end."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from weakref import WeakValueDictionary
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.active_trials import find_watch
-from optuna_quota._enforcement.active_trials import start_watch
+from optuna_quota._enforcement.active_trials import find_monitor
+from optuna_quota._enforcement.active_trials import start_monitor
 from optuna_quota._enforcement.constraints import constraints_warning
 from optuna_quota._enforcement.interrupt import Interrupter
 from optuna_quota._enforcement.nesting import quota_pruners
@@ -34,8 +34,8 @@ from optuna_quota._records import read_record
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Usage
-from optuna_quota._sampler.candidates import Proposals
-from optuna_quota._sampler.study_projection import EarlyWarning
+from optuna_quota._sampler.candidates import CandidateFilter
+from optuna_quota._sampler.study_projection import QuotaWarning
 from optuna_quota.exceptions import QuotaExhausted
 from optuna_quota.exceptions import TrialRejected
 
@@ -48,51 +48,51 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("optuna.quota.sampler")
 
 
-class Session:
+class StudySession:
     """One study in this process.
 
     Args:
         study: The study.
         quota: Its quota.
+        candidates: Filters its points.
+        lease: Seconds without a sign of life after which a worker on another machine is dead.
+        stops: Whether ``optimize`` ends without an error once a total quota is used up.
         one_gpu: Whether each trial is given one GPU of this machine.
         metering: Whether trials are measured in this process.
-        lease: Seconds after which a silent worker on another machine is taken for dead.
-        proposals: Admits its points.
-        stops: Whether ``optimize`` ends quietly once a total quota is used up.
 
     Attributes:
         ledger: What the study has used and reserved, across workers.
-        warning: Tells when the quota will not do.
-        decided: Whether it was decided that the study as a whole fits.
+        candidates: Filters its points.
+        warning: Warns when the quota is likely to run out.
+        decided: Whether the study as a whole was admitted.
     """
 
     def __init__(
         self,
         study: Study,
         quota: Quota,
-        proposals: Proposals,
+        candidates: CandidateFilter,
         *,
         lease: float,
         stops: bool,
-        one_gpu: bool = False,
-        metering: bool = True,
+        one_gpu: bool,
+        metering: bool,
     ) -> None:
         self.ledger = Ledger(study, quota, lease=lease, gpus=gpus_here() if one_gpu else ())
-        self.proposals = proposals
+        self.candidates = candidates
+        self.warning = QuotaWarning()
         self.decided = False
-        self.warning = EarlyWarning()
         self._quota = quota
         self._stops = stops
         self._metering = metering
         self._refused: set[int] = set()
         self._interrupters: dict[int, Interrupter] = {}
         self._lock = threading.Lock()
-        self._told = False
-        self._unanswered = False
-        self._litter = False
+        self._logged: set[str] = set()
+        self._has_garbage = False
 
     def is_refused(self, trial: FrozenTrial) -> bool:
-        """Return whether a trial was drawn when nothing could be admitted any more."""
+        """Return whether a trial was refused for the quota."""
         return _optuna.trial_id_of(trial) in self._refused
 
     def start(
@@ -104,9 +104,9 @@ class Session:
         meters: Sequence[Meter],
     ) -> None:
         """Start the metering of an admitted trial."""
-        self._tidy_up(limits)
+        self._collect_garbage(limits)
         trial_id = _optuna.trial_id_of(trial)
-        watch = start_watch(
+        watch = start_monitor(
             study,
             trial,
             "sampler",
@@ -123,26 +123,26 @@ class Session:
                 self._interrupters[trial_id] = interrupter
 
     def promise(self, trial: FrozenTrial, drawn: Mapping[str, Any]) -> None:
-        """Have a trial hold what its point needs of what is held at one moment.
+        """Reserve what a trial's point needs of the resources that trials hold together.
 
         Args:
             trial: The trial.
-            drawn: What was drawn of its point now.
+            drawn: The parameters that were drawn last.
         """
         if self._quota.held:
-            bounds = self.proposals.bounds_at(trial, drawn)
+            bounds = self.candidates.bounds_at(trial, drawn)
             if bounds:
                 self.ledger.promise(_optuna.trial_id_of(trial), bounds)
 
-    def _tidy_up(self, limits: Limits) -> None:
+    def _collect_garbage(self, limits: Limits) -> None:
         """Free what the last trial left behind, so that it does not count for the next one.
 
         An exception and the frames it passed through refer to each other: what a pruned or failed
         objective held lives on until cyclic garbage is collected.
         """
-        held = limits.memory is not None or self._quota.memory is not None
-        if held and self._litter:
-            self._litter = False
+        limited = limits.memory is not None or self._quota.memory is not None
+        if limited and self._has_garbage:
+            self._has_garbage = False
             gc.collect()
 
     def finish_trial(
@@ -154,31 +154,30 @@ class Session:
         error: BaseException | None = None,
         told: _optuna.TellCall | None = None,
     ) -> None:
-        """Close a trial's metering, write its record, and tell the ledger what it used."""
+        """Close a trial's metering, write its record, and book its usage in the ledger."""
         trial_id = _optuna.trial_id_of(trial)
         usage = Usage()
         try:
             interrupter = self._interrupters.pop(trial_id, None)
             if interrupter is not None:
                 interrupter.disarm()
-            watch = find_watch(study, trial)
+            watch = find_monitor(study, trial)
             if watch is not None and watch.isolation is None:
-                # Nobody here saw it run: what its row says of itself is all there is to know.
+                # It ran where this process can't see: its row may report its usage.
                 watch.add_usage(read_record(trial).usage)
-            here = watch is not None and watch.isolation in ("thread", "shared")
-            self._litter = self._litter or (here and state != TrialState.COMPLETE)
-            own = limits if watch is None else watch.limits
-            verdict = self.proposals.rejection(trial)
+            in_process = watch is not None and watch.isolation in ("thread", "shared")
+            self._has_garbage |= in_process and state != TrialState.COMPLETE
+            verdict = self.candidates.rejection(trial)
             if watch is not None and verdict is not None:
                 watch.verdict = Verdict("rejected", verdict.reason)
             completed = state == TrialState.COMPLETE
-            footprint, expected = self.proposals.finish(trial, completed=completed)
+            footprint, expected = self.candidates.finish(trial, completed=completed)
             usage = record_result(
                 study,
                 trial,
                 watch,
                 state,
-                limits=own,
+                limits=limits if watch is None else watch.limits,
                 footprint=footprint,
                 expected=expected,
                 error=error,
@@ -193,21 +192,22 @@ class Session:
             return
         refusal = self.ledger.exhausted()
         if refusal is not None:
-            self._tell_once(refusal.reason)
+            self._log_end(refusal.reason)
             study.stop()
 
     def refuse(self, study: Study, trial: FrozenTrial, refusal: Refusal) -> None:
-        """See to it that a trial does not run for which nothing is left.
+        """Keep a trial from running for which too little of the quota is left.
 
-        Inside ``optimize`` the trial is let go ahead to the first thing it asks for, which ends
-        it, and the study with it. Elsewhere, and for an objective that asks for nothing, raises.
+        Inside ``optimize`` the objective is called, and the first method of the trial that it
+        calls ends the trial, and the study with it. Elsewhere, and for an objective that calls
+        none, raises.
 
         Raises:
-            QuotaExhausted: If the trial can't be ended quietly.
+            QuotaExhausted: If the trial can't be ended inside the objective.
         """
         figures = {"resource": refusal.resource, "quota": refusal.quota, "observed": refusal.used}
         if not refusal.late and not (
-            self._stops and _optuna.in_optimize_loop(study) and asks_for_something(study)
+            self._stops and _optuna.in_optimize_loop(study) and objective_uses_trial(study)
         ):
             raise QuotaExhausted(refusal.reason, **figures)  # type: ignore[arg-type]
         self._refused.add(_optuna.trial_id_of(trial))
@@ -219,27 +219,28 @@ class Session:
         _optuna.raise_on_next_suggest(trial, raise_rejected)
         if refusal.late:
             return
-        self._tell_once(refusal.reason)
+        self._log_end(refusal.reason)
         study.stop()
 
     def warn_of_constraints(self, trial: FrozenTrial, error: Exception) -> None:
-        """Say once that the user's constraints of a trial that did not complete are unknown."""
+        """Warn once that the user's constraints of a trial that did not complete are unknown."""
+        self._warn_once("constraints", constraints_warning(trial.number, error))
+
+    def _log_end(self, reason: str) -> None:
+        self._warn_once("end", f"{reason} The study ends here: no further trial is started.")
+
+    def _warn_once(self, topic: str, message: str) -> None:
         with self._lock:
-            told, self._unanswered = self._unanswered, True
-        if not told:
-            _logger.warning(constraints_warning(trial.number, error))
-
-    def _tell_once(self, reason: str) -> None:
-        with self._lock:
-            told, self._told = self._told, True
-        if not told:
-            _logger.warning(f"{reason} The study ends here: no further trial is started.")
+            logged = topic in self._logged
+            self._logged.add(topic)
+        if not logged:
+            _logger.warning(message)
 
 
-def asks_for_something(study: Study) -> bool:
+def objective_uses_trial(study: Study) -> bool:
     """Return whether the objective would notice that it is refused, by the trials so far.
 
-    It does where it suggests parameters. One that is isolated looks before it starts.
+    It does where it suggests parameters. An isolated one checks before it starts.
     """
     trials = [
         trial
@@ -251,31 +252,34 @@ def asks_for_something(study: Study) -> bool:
     )
 
 
-class Sessions:
+class StudySessions:
     """Finds the session of a study, which all ``Study`` objects on one storage object share.
 
-    A service that loads its study again for each request makes a storage each time. A session
-    holds on to the storage, and so to its connections, but not to the study.
+    A service that loads its study for each request makes a storage each time. A session refers to
+    the storage, and so to its connections, but not to the study, and lives as long as any
+    ``Study`` object that it served.
     """
 
     def __init__(self) -> None:
-        self._by_study: WeakKeyDictionary[Study, Session] = WeakKeyDictionary()
-        self._by_place: WeakValueDictionary[tuple[int, int, int], Session] = WeakValueDictionary()
+        self._by_study: WeakKeyDictionary[Study, StudySession] = WeakKeyDictionary()
+        self._by_key: WeakValueDictionary[tuple[int, int, int], StudySession] = (
+            WeakValueDictionary()
+        )
 
-    def find(self, study: Study) -> Session | None:
-        """Return the session of a study, None where there is none in this process."""
-        session = self._by_place.get(_place(study))
+    def find(self, study: Study) -> StudySession | None:
+        """Return the session of a study, None where this process has none."""
+        session = self._by_key.get(_session_key(study))
         if session is not None and self._by_study.get(study) is not session:
             self.add(study, session)
         return session
 
-    def add(self, study: Study, session: Session) -> None:
+    def add(self, study: Study, session: StudySession) -> None:
         """Keep a session for as long as a ``Study`` object lives."""
         self._by_study[study] = session
-        self._by_place[_place(study)] = session
+        self._by_key[_session_key(study)] = session
         session.ledger.serve(study)
 
 
-def _place(study: Study) -> tuple[int, int, int]:
-    # A forked process keeps nothing of its parent's.
+def _session_key(study: Study) -> tuple[int, int, int]:
+    # With the process, as a forked one keeps no session of its parent.
     return os.getpid(), id(_optuna.storage_of(study)), _optuna.study_id_of(study)

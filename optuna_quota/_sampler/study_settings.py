@@ -1,4 +1,4 @@
-"""Keeps the quota and the limits in force with the study, for readers and other workers."""
+"""The quota, limits and meters in force for a study, and their record in its attributes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna_quota import _optuna
-from optuna_quota._records import limits_object
-from optuna_quota._records import quota_object
+from optuna_quota._enforcement.nesting import pruner_limits
+from optuna_quota._enforcement.nesting import pruner_meters
+from optuna_quota._metering import Meter
+from optuna_quota._records import amounts_object
 from optuna_quota._records import STUDY_LIMITS
 from optuna_quota._records import STUDY_PRICES
 from optuna_quota._records import STUDY_QUOTA
@@ -25,41 +27,60 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("optuna.quota.sampler")
 
 
-def announce(study: Study, quota: Quota, limits: Limits) -> None:
-    """Keep the quota and the limits in force with the study; tell a worker that disagrees.
+def limits_in_force(study: Study, own: Limits | None) -> Limits:
+    """Return the limits on each trial: the pruner's, else the sampler's own.
 
-    What stands there already stays: the worker that came first decides.
+    Raises:
+        ValueError: If they disagree.
+    """
+    theirs = pruner_limits(study.pruner)
+    if theirs is not None and own is not None and theirs != own:
+        raise ValueError(
+            "The limits of QuotaSampler and QuotaPruner must agree but got "
+            f"{own!r} and {theirs!r}. Give them to the pruner alone."
+        )
+    return theirs or own or Limits()
+
+
+def meters_in_force(study: Study, own: tuple[Meter, ...]) -> tuple[Meter, ...]:
+    """Return the user's meters: the sampler's own, then the pruner's with other names."""
+    names = {meter.name for meter in own}
+    return (*own, *(each for each in pruner_meters(study.pruner) if each.name not in names))
+
+
+def store_study_settings(study: Study, quota: Quota, limits: Limits) -> None:
+    """Write the quota and the limits into the study's attributes, unless they are there.
+
+    Warns a worker whose settings differ from those of the worker that came first.
     """
     storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
-    known = storage.get_study_user_attrs(study_id)
-    wanted: dict[str, Mapping[str, float]] = {
-        STUDY_QUOTA: quota_object(quota),
-        STUDY_LIMITS: limits_object(limits),
+    stored = storage.get_study_user_attrs(study_id)
+    settings: dict[str, Mapping[str, float]] = {
+        STUDY_QUOTA: amounts_object(quota),
+        STUDY_LIMITS: amounts_object(limits),
     }
     if quota.prices:
-        wanted[STUDY_PRICES] = dict(quota.prices)
-    for key, value in wanted.items():
-        if key not in known:
+        settings[STUDY_PRICES] = dict(quota.prices)
+    for key, value in settings.items():
+        if key not in stored:
             storage.set_study_user_attr(study_id, key, value)
-    # Read again: of two workers that found nothing, one has overwritten the other.
-    kept = storage.get_study_user_attrs(study_id)
-    for key, value in wanted.items():
-        if kept.get(key) != value:
+    # Read again: two workers that found nothing have both written.
+    stored = storage.get_study_user_attrs(study_id)
+    for key, value in settings.items():
+        if stored.get(key) != value:
             _logger.warning(
-                f"This worker's {key} differs from what the study {study.study_name!r} has: "
-                f"{'; '.join(differences(kept.get(key), value))}. The study keeps its own on "
-                "display; this worker goes by what it was given."
+                f"Workers of the study {study.study_name!r} disagree about {key!r}: "
+                f"{'; '.join(_differences(stored.get(key), value))}. The study displays the "
+                "stored values; this worker enforces its own."
             )
 
 
-def differences(theirs: Any, ours: Mapping[str, float]) -> list[str]:
-    """Return in words where two sets of amounts differ, by resource."""
-    other = theirs if isinstance(theirs, Mapping) else {}
-    names = sorted({*other, *ours})
+def _differences(stored: Any, own: Mapping[str, float]) -> list[str]:
+    other = stored if isinstance(stored, Mapping) else {}
     return [
-        f"{name} {_shown(name, other.get(name))} there, {_shown(name, ours.get(name))} here"
-        for name in names
-        if other.get(name) != ours.get(name)
+        f"{name} {_shown(name, other.get(name))} stored, {_shown(name, own.get(name))} here"
+        for name in sorted({*other, *own})
+        if other.get(name) != own.get(name)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,6 @@ import numpy as np
 
 from optuna_quota import _records
 from optuna_quota._resources import USAGE_RESOURCES
-from optuna_quota._table import ended_as
-from optuna_quota._table import is_censored
 from optuna_quota._table import table_of
 
 
@@ -61,7 +60,7 @@ class StudyData:
         parameters: Hyperparameters and chosen user attributes.
         ended: How each trial ended, by Optuna's state where this library did not see it.
         resources: The resources that at least one trial has a known usage of.
-        unreached: The resources whose peak a pruned trial has not reached, as the models found.
+        unreached: The resources whose peak a stopped trial has not reached, as the models found.
     """
 
     table: pd.DataFrame
@@ -84,13 +83,18 @@ class StudyData:
 
     def censored(self, resource: str) -> NDArray[np.bool_]:
         """Return where the amount is only a lower bound, shape ``(n_trials,)``."""
-        held = np.array([is_censored(resource, outcome) for outcome in self.ended], dtype=bool)
-        return held | self.pruned if resource in self.unreached else held
+        held = self._where(_records.is_lower_bound, resource)
+        return held | self.unsure(resource) if resource in self.unreached else held
 
-    @property
-    def pruned(self) -> NDArray[np.bool_]:
-        """Which trials were pruned, shape ``(n_trials,)``."""
-        return np.array([outcome == "pruned" for outcome in self.ended], dtype=bool)
+    def unsure(self, resource: str) -> NDArray[np.bool_]:
+        """Return where a peak may be a lower bound, shape ``(n_trials,)``: of stopped trials."""
+        return self._where(_records.may_be_lower_bound, resource)
+
+    def _where(
+        self, rule: Callable[[str, str | None, str | None], bool], resource: str
+    ) -> NDArray[np.bool_]:
+        ends = zip(self.ended, self.table["censored_by"], strict=True)
+        return np.array([rule(resource, outcome, by) for outcome, by in ends], dtype=bool)
 
     def ranked(self, resource: str) -> NDArray[np.bool_]:
         """Return which trials can be put in order by their usage, shape ``(n_trials,)``.
@@ -117,7 +121,7 @@ def study_data(study: Study, user_attrs: Sequence[str] = ()) -> StudyData:
     table = table_of(trials, records, len(study.directions))
     own = dict.fromkeys(name for r in records for name in r.usage.custom)
     meters = [*USAGE_RESOURCES, *(name for name in own if table[name].dtype == float)]
-    outcomes = [ended_as(t, r) for t, r in zip(trials, records, strict=True)]
+    outcomes = [_records.outcome_of(t, r) for t, r in zip(trials, records, strict=True)]
     return StudyData(
         table=table,
         parameters=_with_branches([*_parameters(trials), *_attributes(trials, user_attrs)]),

@@ -56,7 +56,7 @@ def _pruned(model: UtilizationModel) -> Iterator[str]:
     if model.n_pruned_held:
         title = get_resource(model.resource).title
         yield (
-            f"Of {model.n_pruned_held} pruned trials the {title} counts as a lower bound: it was "
+            f"Of {model.n_pruned_held} stopped trials the {title} counts as a lower bound: it was "
             "still to grow, as the trials that completed show."
         )
 

@@ -43,7 +43,7 @@ class UtilizationModel:
         numbers: Numbers of the trials it is fitted to, shape ``(n,)``.
         n_observed: How many of them were observed to their end.
         n_censored: How many count as lower bounds.
-        n_pruned_held: How many of these are peaks of trials that were pruned before they had them.
+        n_pruned_held: How many of these are peaks that a stopped trial had not reached.
         criterion: What was chosen by which criterion, in words.
     """
 
@@ -238,13 +238,13 @@ def fit_models(data: StudyData) -> tuple[dict[str, UtilizationModel], dict[str, 
 def fit_model(data: StudyData, resource: str) -> UtilizationModel | str:
     """Return the model of one resource, or a sentence that says why there is none.
 
-    The peak of a pruned trial is a value where each step of a training repeats the one before, and
-    a lower bound where later steps take more data or a larger model. Bounds they are where the
+    The peak of a stopped trial is a value where each step of a training repeats the one before,
+    and a lower bound where later steps take more data or a larger model. Bounds they are where the
     trials that completed are so much likelier under that model that BIC would grant as many
     parameters as it has.
     """
     as_value = _fit_model(data, resource)
-    if isinstance(as_value, str) or not get_resource(resource).peak or not data.pruned.any():
+    if isinstance(as_value, str) or not data.unsure(resource).any():
         return as_value
     held = replace(data, unreached=data.unreached | {resource})
     as_bound = _fit_model(held, resource)
@@ -277,5 +277,5 @@ def _fit_model(data: StudyData, resource: str) -> UtilizationModel | str:
         resource,
         selected,
         data.table["number"].to_numpy()[kept],
-        n_pruned_held=int(data.pruned[kept].sum()) if resource in data.unreached else 0,
+        n_pruned_held=int(data.unsure(resource)[kept].sum()) if resource in data.unreached else 0,
     )

@@ -1,7 +1,7 @@
-"""The command line ``optuna-quota``: what the library does, without writing Python.
+"""The command line ``optuna-quota``.
 
-Each subcommand is a module with ``add_parser`` and ``run``. Nothing here decides anything about
-quotas: a command reads its arguments, calls the function of the same name, and prints.
+Each subcommand is a module with ``add_parser`` and ``run``: it parses its arguments, calls the
+function of the same name, and prints.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads the arguments, runs the command, and turns every error into a sentence and a status."""
+"""Parses the arguments, runs the command, and turns errors into a sentence and an exit status."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ from optuna_quota.cli.output import harmless
 
 
 _COMMANDS = (project, report, replay, status, doctor)
-
 _EPILOG = """\
 exit status:
-  0  it fits, or there was nothing to judge
-  1  something went wrong; one sentence on stderr says what
-  2  the arguments can't be meant
+  0  it fits, or there was nothing to decide
+  1  an error, explained on stderr
+  2  invalid arguments
   3  a projection does not fit, or a quota is exceeded
 
 `optuna-quota COMMAND --help` explains each command with examples.
@@ -41,22 +40,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
     Args:
-        arguments: What follows the program's name; by default what was typed.
+        arguments: The arguments without the program's name; ``sys.argv`` by default.
     """
-    _never_fail_to_print()
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the terminal's encoding lacks becomes a question mark, not an error.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     options = build_parser().parse_args(arguments)
     if options.debug:
         return _run(options)
     try:
         return _run(options)
     except UsageError as error:
-        return _fail(options, error, USAGE)
+        return _print_error(options, error, USAGE)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        return _close_stdout()
-    except Exception as error:  # noqa: BLE001  # the edge: a person gets a sentence, not a traceback
-        return _fail(options, error, FAILED)
+        # The reader, such as `head`, closed the pipe; flushing at exit must not raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception as error:  # noqa: BLE001 - a sentence instead of a traceback
+        return _print_error(options, error, FAILED)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,21 +89,8 @@ def _run(options: argparse.Namespace) -> int:
     return status
 
 
-def _never_fail_to_print() -> None:
-    # A character that the terminal's encoding lacks becomes a question mark, not an error.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
-def _fail(options: argparse.Namespace, error: Exception, status: int) -> int:
+def _print_error(options: argparse.Namespace, error: Exception, status: int) -> int:
     text = " ".join(harmless(str(error)).split()) or type(error).__name__
     message = f"optuna-quota {options.command}: {text}"
     print("\n".join(textwrap.wrap(message, 99, break_long_words=False)), file=sys.stderr)
     return status
-
-
-def _close_stdout() -> int:
-    # The reader (such as `head`) went away; flushing at exit must not raise once more.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return OK

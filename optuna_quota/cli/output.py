@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 _STYLES = {"bold": "1", "dim": "2", "green": "32", "yellow": "33", "red": "31"}
-# What `styled` puts around words, and nothing else that begins alike.
+# The escape sequences that `styled` writes, and no others.
 _STYLE = re.compile(r"\x1b\[(?:0|[12]|3[123])(?:;(?:[12]|3[123]))*m")
 
 
 def write_line(text: str = "") -> None:
-    """Print text to standard output: of its signs of control, line ends and styles alone stay."""
+    """Print text to standard output without control characters, except line ends and styles."""
     if not has_colour(sys.stdout):
         print(harmless(text))
         return
@@ -38,13 +38,30 @@ def write_line(text: str = "") -> None:
 
 
 def harmless(text: str) -> str:
-    """Return text that can't steer a terminal: names in it are whatever a storage holds."""
+    """Replace characters that could control a terminal: names come from the storage."""
     return "".join(c if c.isprintable() or c in "\n\u2002" else " " for c in text)
 
 
 def write_json(value: Any) -> None:
-    """Print a value as JSON; what is no number (NaN, infinity) is null."""
-    print(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+    """Print a value as JSON; NaN and infinity are null."""
+    print(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """Convert a value to the types of JSON."""
+    if hasattr(value, "item"):  # a scalar of numpy's
+        value = value.item()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (str, bool, int)) or value is None:
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return int(value) if value.is_integer() and abs(value) < 2**53 else value
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    return value.isoformat(timespec="seconds") if isinstance(value, datetime) else str(value)
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -54,46 +71,22 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[str], None]]:
-    """Say on standard error what is being done, where that is a terminal; gone when it is done.
+def progress(text: str) -> Iterator[Callable[[str], None]]:
+    """Show what is being done on standard error, where that is a terminal, until it is done.
 
     Args:
-        what: What is being done first; the function given tells what is done next.
+        text: What is done first; the function that is yielded shows what is done next.
     """
 
-    def say(text: str) -> None:
+    def show(text: str) -> None:
         if sys.stderr.isatty():
-            print(f"\r\x1b[K{text} …", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
-    say(what)
+    show(f"{text} …")
     try:
-        yield say
+        yield lambda text: show(f"{text} …")
     finally:
-        if sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def plain(value: Any) -> Any:
-    """Return a value made of what JSON has."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (str, bool, int)) or value is None:
-        return value
-    if type(value).__name__ in ("bool_", "bool"):  # numpy's
-        return bool(value)
-    if isinstance(value, Sequence):
-        return [plain(item) for item in value]
-    if isinstance(value, datetime):
-        return value.isoformat(timespec="seconds")
-    if hasattr(value, "__float__"):
-        return _plain_number(float(value))
-    return str(value)
-
-
-def _plain_number(number: float) -> float | int | None:
-    if not math.isfinite(number):
-        return None
-    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+        show("")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 1) -> list[str]:
@@ -102,27 +95,25 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 
     Args:
         header: Names of the columns.
         rows: Cells.
-        texts: How many columns, from the left, are text; figures are set flush right.
+        texts: How many columns, from the left, are aligned left; figures are aligned right.
     """
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ("─" if encodes("─") else "-") * (sum(widths) + 2 * (len(widths) - 1))
-    first, *rest = (_row(row, widths, texts) for row in (header, *rows))
+    first, *rest = (
+        "  ".join(
+            cell.ljust(width) if i < texts else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *rows)
+    )
     return [styled(first, "bold"), styled(rule, "dim"), *rest]
 
 
-def _row(cells: Sequence[str], widths: Sequence[int], texts: int) -> str:
-    padded = (
-        cell.ljust(width) if i < texts else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join(padded).rstrip()
-
-
 def styled(text: str, *styles: str, stream: TextIO | None = None) -> str:
-    """Return the text in a style where the stream is a terminal that has colours.
+    """Return the text in a style where the stream is a terminal with colours.
 
     Args:
-        text: What to print.
+        text: The text.
         styles: Names among ``bold``, ``dim``, ``green``, ``yellow``, ``red``.
         stream: Where it is printed; standard output by default.
     """

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 from optuna_quota.cli.arguments import add_command
 from optuna_quota.cli.arguments import add_limit_argument
-from optuna_quota.cli.arguments import add_price_argument
-from optuna_quota.cli.arguments import add_quota_argument
+from optuna_quota.cli.arguments import add_quota_arguments
 from optuna_quota.cli.arguments import OK
 from optuna_quota.cli.arguments import OVER_QUOTA
-from optuna_quota.cli.arguments import read_limits
-from optuna_quota.cli.arguments import read_quota
+from optuna_quota.cli.arguments import parse_limits
+from optuna_quota.cli.arguments import parse_quota
 from optuna_quota.cli.arguments import UsageError
 from optuna_quota.cli.output import progress
 from optuna_quota.cli.output import records
@@ -36,8 +35,8 @@ optuna-quota replay --storage sqlite:///tuning.db --limit memory=2GiB --format j
     | jq .best_lives
 """
 _KEYS = {
-    "quota": "the quota replayed by resource, null without one",
-    "limits": "the limits replayed by resource, null without any",
+    "quota": "the replayed quota by resource, null without one",
+    "limits": "the replayed limits by resource, null without any",
     "ended_at": "seconds into the study at which the quota would have ended it, or null",
     "ended_by": "the resource that would have been used up, or null",
     "saved": "what would have been saved, by resource",
@@ -57,14 +56,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = add_command(
         commands,
         "replay",
-        "Tell what a quota and limits would have done to a study that has run "
+        "Show what a quota and limits would have done to a study that has run "
         "(exit status 3: the quota would have ended it early).",
         examples=_EXAMPLES,
         keys=_KEYS,
     )
     add_study_arguments(parser)
-    add_quota_argument(parser, "a ceiling on the whole study, may be repeated: ")
-    add_price_argument(parser)
+    add_quota_arguments(parser, "a ceiling on the whole study, may be repeated")
     add_limit_argument(parser)
     parser.set_defaults(run=run)
 
@@ -73,21 +71,20 @@ def run(options: argparse.Namespace) -> int:
     """Replay a study and print what would have been saved and lost."""
     from optuna_quota._analysis.replay import replay
 
-    quota, limits = read_quota(options.quota, options.price), read_limits(options.limit)
+    quota, limits = parse_quota(options), parse_limits(options)
     if not quota and not limits:
         raise UsageError("give at least one --quota or --limit to replay.")
     with progress("replaying the trials"):
         report = replay(load_study(options), quota=quota or None, limits=limits or None)
-        content = as_json(report) if options.format == "json" else report.summary()
-    if isinstance(content, str):
-        write_line(content)
+        summary = report.summary()
+    if options.format == "json":
+        write_json(_as_json(report))
     else:
-        write_json(content)
+        write_line(summary)
     return OK if report.ended_by is None else OVER_QUOTA
 
 
-def as_json(report: ReplayReport) -> dict[str, Any]:
-    """Return a replay by its documented keys, in SI base units."""
+def _as_json(report: ReplayReport) -> dict[str, Any]:
     return {
         "quota": report.quota and report.quota.amounts(),
         "limits": report.limits and report.limits.amounts(),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-import difflib
 from pathlib import Path
 from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna_quota.cli.arguments import add_command
 from optuna_quota.cli.arguments import OK
+from optuna_quota.cli.arguments import suggestion
 from optuna_quota.cli.arguments import UsageError
 from optuna_quota.cli.output import progress
 from optuna_quota.cli.output import records
@@ -23,30 +23,30 @@ from optuna_quota.cli.storages import load_study
 if TYPE_CHECKING:
     from optuna.study import Study
 
-    from optuna_quota._analysis.report import UtilizationReport
+    from optuna_quota._report import UtilizationReport
 
 
 _EXAMPLES = """\
 optuna-quota report --storage sqlite:///tuning.db
 optuna-quota report --storage sqlite:///tuning.db --html report.html
 
-# into optuna-dashboard, where the study is looked at
+# publish into optuna-dashboard
 optuna-quota report --storage sqlite:///tuning.db --study-name first --publish
 
-# what was learned, for the next study's projection on another machine
+# reuse what was learned in the next study's projection
 optuna-quota report --storage tuning.log --footprint learned.json
 optuna-quota project --n-trials 500 --footprint learned.json --quota wall_time=2h
 
-# what to ask the cluster for
+# what to request from the cluster
 optuna-quota report --storage tuning.log --format json | jq '.advice[].snippets'
 """
 _KEYS = {
     "study": "its name",
-    "n_trials": "how many finished",
+    "n_trials": "number of finished trials",
     "best": "number of the best trial, or those of the Pareto front",
     "quota": "the study's quota by resource",
     "limits": "its limits by resource",
-    "outcomes": "how many trials ended how",
+    "outcomes": "number of trials by outcome",
     "usage": "by resource: n, median, maximum, total",
     "correlations": "a list: param, resource, rho, lower, upper, p_value, p_adjusted, n, …",
     "models": "by resource: formula, kind, coefficients, diagnostics, n_observed, n_censored",
@@ -60,7 +60,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = add_command(
         commands,
         "report",
-        "Show which hyperparameters drive the use of resources, how surely, and what to change.",
+        "Show which hyperparameters drive resource usage, how certainly, and what to change.",
         examples=_EXAMPLES,
         keys=_KEYS,
     )
@@ -72,37 +72,36 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--footprint",
         metavar="FILE",
-        help="write what was learned of footprints, for `project --footprint` and "
-        "Footprint.from_json",
+        help="write the learned footprint, for `project --footprint` and Footprint.from_json",
     )
     parser.add_argument(
         "--user-attr",
         metavar="NAME",
         action="append",
         default=[],
-        help="use this trial user attribute beside the hyperparameters, may be repeated",
+        help="treat this trial user attribute like a hyperparameter, may be repeated",
     )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Analyze a study, print the report and put it where it was asked to go."""
-    from optuna_quota._analysis.report import analyze
+    """Analyze a study, print the report, and write it where the options say."""
+    from optuna_quota._report import analyze
 
-    with progress("reading the trials") as say:
+    with progress("reading the trials") as show:
         study = load_study(options)
-        _refuse_unknown(options.user_attr, study)
+        _check_user_attrs(options.user_attr, study)
         report = analyze(study, user_attrs=options.user_attr)
-        say("fitting models")
-        content = as_json(report) if options.format == "json" else report.summary()
+        show("fitting models")
+        content = _as_json(report) if options.format == "json" else report.summary()
         if options.html is not None:
-            say(f"writing {options.html}")
+            show(f"writing {options.html}")
             report.to_html(options.html)
         if options.footprint is not None:
-            say(f"writing {options.footprint}")
+            show(f"writing {options.footprint}")
             Path(options.footprint).write_text(report.footprint.to_json(), encoding="utf-8")
         if options.publish:
-            say("publishing into the dashboard")
+            show("publishing to optuna-dashboard")
             report.publish()
     if isinstance(content, str):
         write_line(content)
@@ -111,17 +110,25 @@ def run(options: argparse.Namespace) -> int:
     return OK
 
 
-def _refuse_unknown(attributes: Sequence[str], study: Study) -> None:
+def _check_user_attrs(names: Sequence[str], study: Study) -> None:
     known = {name for trial in study.get_trials(deepcopy=False) for name in trial.user_attrs}
-    for name in attributes:
+    for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            meant = f"; did you mean {close[0]}?" if close else "."
-            raise UsageError(f"--user-attr: no trial has {name!r}{meant}")
+            meant = suggestion(name, sorted(known))
+            hint = f"; did you mean {meant}?" if meant else "."
+            raise UsageError(f"--user-attr: no trial has {name!r}{hint}")
 
 
-def as_json(report: UtilizationReport) -> dict[str, Any]:
-    """Return a report by its documented keys, in SI base units."""
+def _as_json(report: UtilizationReport) -> dict[str, Any]:
+    usage = {}
+    for name in report.data.resources:
+        known = report.table[name].dropna()
+        usage[name] = {
+            "n": len(known),
+            "median": known.median(),
+            "maximum": known.max(),
+            "total": known.sum(),
+        }
     return {
         "study": report.study.study_name,
         "n_trials": len(report.table),
@@ -129,25 +136,15 @@ def as_json(report: UtilizationReport) -> dict[str, Any]:
         "quota": report.quota,
         "limits": report.limits,
         "outcomes": report.table["outcome"].value_counts().to_dict(),
-        "usage": {name: _spread(report, name) for name in report.data.resources},
+        "usage": usage,
         "correlations": records(report.correlations),
-        "models": {name: _model(model) for name, model in report.models.items()},
+        "models": {name: _model_as_json(model) for name, model in report.models.items()},
         "missing_models": report.missing_models,
         "advice": [vars(advice) for advice in report.advice],
     }
 
 
-def _spread(report: UtilizationReport, resource: str) -> dict[str, float]:
-    known = report.table[resource].dropna()
-    return {
-        "n": len(known),
-        "median": float(known.median()),
-        "maximum": float(known.max()),
-        "total": float(known.sum()),
-    }
-
-
-def _model(model: Any) -> dict[str, Any]:
+def _model_as_json(model: Any) -> dict[str, Any]:
     return {
         "kind": model.kind,
         "formula": model.formula,

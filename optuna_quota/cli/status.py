@@ -8,27 +8,23 @@ from typing import TYPE_CHECKING
 
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import Strategy
+from optuna_quota.cli import project as project_command
 from optuna_quota.cli.arguments import add_command
-from optuna_quota.cli.arguments import add_price_argument
-from optuna_quota.cli.arguments import add_quota_argument
+from optuna_quota.cli.arguments import add_quota_arguments
+from optuna_quota.cli.arguments import add_size_arguments
 from optuna_quota.cli.arguments import OK
 from optuna_quota.cli.arguments import OVER_QUOTA
-from optuna_quota.cli.arguments import read_count
-from optuna_quota.cli.arguments import read_quota
+from optuna_quota.cli.arguments import parse_quota
 from optuna_quota.cli.output import styled
 from optuna_quota.cli.output import write_json
 from optuna_quota.cli.output import write_line
 from optuna_quota.cli.storages import add_study_arguments
-from optuna_quota.cli.storages import learn_footprint
 from optuna_quota.cli.storages import load_study
 
 
 if TYPE_CHECKING:
-    from optuna.study import Study
-
     from optuna_quota._ledger import LedgerStatus
     from optuna_quota._projection import Projection
-    from optuna_quota._resources import Quota
 
 
 _EXAMPLES = """\
@@ -43,14 +39,14 @@ optuna-quota status --storage tuning.log --quota cpu_time=6h --format json
 """
 _KEYS = {
     "study": "its name",
-    "exceeded": "the resources of which more is used than the quota",
+    "exceeded": "the resources whose quota is exceeded",
     "resources": "a list: resource, used, reserved, left, quota, unknown (trials)",
-    "by_worker": "what finished trials used, by worker and resource",
+    "by_worker": "usage of finished trials, by worker and resource",
     "by_outcome": "the same by outcome",
-    "running": "how many trials run, by worker",
-    "waiting": "how many of those wait for others",
+    "running": "number of running trials, by worker",
+    "waiting": "how many of these wait for others",
     "end": "when the quota will be used up, a sentence",
-    "projection": "with --n-trials: what `project` prints",
+    "projection": "with --n-trials: the JSON of `project`",
 }
 
 
@@ -65,14 +61,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         keys=_KEYS,
     )
     add_study_arguments(parser)
-    add_quota_argument(parser, "compare with this instead of the study's own quota: ")
-    add_price_argument(parser)
-    parser.add_argument(
-        "--n-trials", metavar="N", type=read_count, help="project so many more trials"
-    )
-    parser.add_argument(
-        "--n-jobs", metavar="N", type=read_count, default=1, help="how many at once (default: 1)"
-    )
+    add_quota_arguments(parser, "compare with this instead of the study's own quota")
+    add_size_arguments(parser, "project this many more trials", required=False)
     parser.set_defaults(run=run)
 
 
@@ -80,61 +70,46 @@ def run(options: argparse.Namespace) -> int:
     """Read the ledger of a study and print it."""
     from optuna_quota._ledger import status
     from optuna_quota._ledger import stored_quota
+    from optuna_quota._projection import project
 
     study = load_study(options)
-    quota = read_quota(options.quota, options.price) or stored_quota(study.user_attrs)
+    quota = parse_quota(options) or stored_quota(study.user_attrs)
     found, projection = status(study, quota=quota), None
     if options.n_trials is not None:
-        projection = _project(study, quota, found, options)
+        projection = project(
+            Strategy(options.n_trials, n_jobs=options.n_jobs),
+            project_command.learn_footprint(study),
+            quota=quota,
+            used={line.resource: line.used for line in found.lines},
+        )
         found = status(study, quota=quota, projection=projection)
     if options.format == "json":
-        write_json(as_json(study.study_name, found, projection))
+        write_json(_as_json(study.study_name, found, projection))
     else:
         _write(study.study_name, found, projection)
     fits = projection is None or projection.fits
     return OK if fits and not found.exceeded else OVER_QUOTA
 
 
-def _project(
-    study: Study, quota: Quota, found: LedgerStatus, options: argparse.Namespace
-) -> Projection:
-    from optuna_quota._projection import project
-
-    return project(
-        Strategy(options.n_trials, n_jobs=options.n_jobs),
-        learn_footprint(study),
-        quota=quota,
-        used={line.resource: line.used for line in found.lines},
-    )
-
-
-def as_json(
-    name: str, found: LedgerStatus, projection: Projection | None = None
-) -> dict[str, Any]:
-    """Return a status by its documented keys, in SI base units."""
-    from optuna_quota.cli.project import as_json as projection_as_json
-
-    lines = ({**vars(line), "left": line.left} for line in found.lines)
+def _as_json(name: str, found: LedgerStatus, projection: Projection | None) -> dict[str, Any]:
     return {
         "study": name,
         "exceeded": found.exceeded,
-        "resources": list(lines),
+        "resources": [{**vars(line), "left": line.left} for line in found.lines],
         "by_worker": found.by_worker,
         "by_outcome": found.by_outcome,
         "running": found.running,
         "waiting": found.waiting,
         "end": found.end,
-        "projection": projection and projection_as_json(projection),
+        "projection": projection and project_command.as_json(projection),
     }
 
 
 def _write(name: str, found: LedgerStatus, projection: Projection | None) -> None:
     write_line(styled(f"Study {name!r}", "bold"))
-    write_line()
-    write_line(str(found))
+    write_line(f"\n{found}")
     if projection is not None and not projection.fits:
-        write_line()
-        write_line(str(projection))
+        write_line(f"\n{projection}")
     for resource in found.exceeded:
         title = get_resource(resource).title
         write_line(styled(f"The quota of {title} is exceeded.", "red"))

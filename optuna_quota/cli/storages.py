@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 from pathlib import Path
 import re
 from typing import TYPE_CHECKING
 
-from optuna_quota.cli.arguments import read_usage
+from optuna_quota.cli.arguments import suggestion
 from optuna_quota.cli.arguments import UsageError
 
 
@@ -17,60 +16,14 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.study import Study
 
-    from optuna_quota._footprint.footprint import Footprint
-    from optuna_quota._resources import Usage
-
-
-def read_footprint(typed: str) -> Usage | Footprint:
-    """Return the footprint that ``--footprint`` states.
-
-    Args:
-        typed: Such as ``"memory=2GiB,wall_time=90s"``, or the path of a file that
-            ``Footprint.to_json`` or ``report --footprint`` wrote.
-
-    Raises:
-        UsageError: If it is none.
-    """
-    if "=" in typed and not Path(typed).is_file():
-        return read_usage(typed)
-    from optuna_quota._footprint.footprint import Footprint
-
-    try:
-        return Footprint.from_json(Path(typed).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--footprint: {error}") from error
-
-
-def learn_footprint(study: Study, confidence: float = 0.95) -> Footprint:
-    """Return the footprint that a study's trials show.
-
-    Args:
-        study: The study.
-        confidence: One-sided, of the bounds.
-
-    Raises:
-        UsageError: If no trial says what it used.
-    """
-    from optuna_quota._footprint.footprint import Footprint
-    from optuna_quota._footprint.observations import read_observation
-
-    found = [read_observation(trial) for trial in study.get_trials(deepcopy=False)]
-    rows = [row for row in found if row is not None]
-    if not rows:
-        raise UsageError(
-            f"No trial of the study {study.study_name!r} says what it used; state what each uses "
-            "with `optuna-quota project --footprint`."
-        )
-    return Footprint.fit(rows, confidence=confidence)
-
 
 _SQLITE_FILE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
-_SQLITE_HEAD = b"SQLite format 3\0"
+_SQLITE_HEADER = b"SQLite format 3\0"
 _PASSWORD = re.compile(r"(//[^/@:]*:)[^@]*@")
 
 
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say which study, as Optuna's own command line has them."""
+    """Add ``--storage`` and ``--study-name``, as Optuna's own command line has them."""
     parser.add_argument(
         "--storage",
         metavar="URL",
@@ -83,40 +36,29 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_study(options: argparse.Namespace) -> Study:
-    """Return the study that the arguments name.
+    """Return the study that the arguments or the environment name.
 
     Raises:
         UsageError: If there is no such storage or study, or none is named and there are several.
     """
     import optuna
 
-    storage = open_storage(storage_url(options))
+    url = options.storage or os.environ.get("OPTUNA_STORAGE")
+    if not url:
+        raise UsageError("--storage is missing, and OPTUNA_STORAGE isn't set.")
+    storage = open_storage(str(url))
     names = optuna.study.get_all_study_names(storage)
     return optuna.load_study(study_name=_choose(names, options.study_name), storage=storage)
 
 
-def storage_url(options: argparse.Namespace) -> str:
-    """Return what ``--storage`` says, or else the environment.
-
-    Raises:
-        UsageError: If neither does.
-    """
-    url = options.storage or os.environ.get("OPTUNA_STORAGE")
-    if not url:
-        raise UsageError("--storage is missing, and OPTUNA_STORAGE isn't set.")
-    return str(url)
-
-
 def open_storage(url: str) -> BaseStorage:
-    """Return the storage that a text names, read as Optuna's own command line reads it.
-
-    Unlike there, a SQLite file that doesn't exist is not created: here one only looks.
+    """Return a storage, as Optuna's own command line does, but create no SQLite file.
 
     Args:
         url: A database URL, a Redis URL, or the path of a journal file.
 
     Raises:
-        UsageError: If it names nothing that is there.
+        UsageError: If there is no such storage.
     """
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalRedisBackend
@@ -133,7 +75,7 @@ def _open_file(path: str) -> BaseStorage:
     from optuna.storages.journal import JournalFileBackend
 
     with open(path, "rb") as file:
-        if file.read(len(_SQLITE_HEAD)) == _SQLITE_HEAD:
+        if file.read(len(_SQLITE_HEADER)) == _SQLITE_HEADER:
             raise UsageError(f"--storage: {path!r} is an SQLite file; give 'sqlite:///{path}'.")
     try:
         return JournalStorage(JournalFileBackend(path))
@@ -157,9 +99,9 @@ def _open_database(url: str) -> BaseStorage:
     except NoSuchModuleError as error:
         raise UsageError(f"--storage: {error}.") from error
     except ArgumentError as error:
-        shown = without_password(url)
         raise UsageError(
-            f"--storage: {shown!r} is neither a file that exists nor a database's URL."
+            f"--storage: {without_password(url)!r} is neither a file that exists nor a "
+            "database's URL."
         ) from error
     except DBAPIError as error:
         first = str(error.orig).strip().splitlines()[0]
@@ -167,7 +109,7 @@ def _open_database(url: str) -> BaseStorage:
 
 
 def without_password(url: str) -> str:
-    """Return a URL for a person to see."""
+    """Return a URL with its password hidden."""
     return _PASSWORD.sub(r"\1***@", url)
 
 
@@ -178,8 +120,8 @@ def _choose(names: list[str], asked: str | None) -> str:
         raise UsageError("The storage has no study.")
     listed = ", ".join(sorted(names)[:20]) + (" and others" if len(names) > 20 else "")
     if asked is not None:
-        close = difflib.get_close_matches(asked, names, 1)
-        meant = f" Did you mean {close[0]!r}?" if close else ""
+        close = suggestion(asked, names)
+        meant = f" Did you mean {close!r}?" if close else ""
         raise UsageError(f"The storage has no study {asked!r}. It has: {listed}.{meant}")
     if len(names) > 1:
         raise UsageError(f"The storage has several studies; give --study-name: {listed}.")

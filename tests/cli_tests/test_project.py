@@ -23,7 +23,7 @@ def test_what_fits_has_status_0(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_does_not_fit_has_status_3_and_a_way_out(capsys: pytest.CaptureFixture[str]) -> None:
     result = run_command(capsys, *STATED, "--n-jobs", "2", "--quota", "wall_time=2h,memory=8GiB")
     assert result.status == 3
-    assert "Does not fit: 200 trials, 2 at once;" in result.out
+    assert "Does not fit: 200 trials with 2 at once;" in result.out
     assert "Nearest that would fit: 160 trials instead of 200." in result.out
     assert max(map(len, result.out.splitlines())) <= 80
 
@@ -34,7 +34,7 @@ def test_a_quota_on_what_is_not_known_is_said_not_to_be_judged(
     result = run_command(capsys, *STATED, "--quota", "gpu_time=1h,wall_time=6h,cpu_time=1h")
     assert result.status == 0
     last = result.out.splitlines()[-1]
-    assert last == "Nothing is known of CPU time, GPU time: whether they fit is not judged."
+    assert last == "Unknown usage, not judged: CPU time, GPU time."
     known = run_command(capsys, *STATED, "--quota", "wall_time=6h")
     assert "known" not in known.out
 

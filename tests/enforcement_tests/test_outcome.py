@@ -45,12 +45,12 @@ COMPLETE, FAIL = TrialState.COMPLETE, TrialState.FAIL
         (
             {"state": COMPLETE, "verdict": STOPPED, "breach": BREACH},
             "completed",
-            "Too much memory. The objective was told to stop but returned a value.",
+            "Too much memory. The objective caught the stop and returned a value.",
         ),
         (
             {"state": COMPLETE, "verdict": REJECTED},
             "completed",
-            "It would not fit. The objective was told to stop but returned a value.",
+            "It would not fit. The objective caught the stop and returned a value.",
         ),
         ({"state": TrialState.PRUNED}, "pruned", "The objective pruned itself."),
         ({"state": TrialState.PRUNED, "verdict": PRUNED}, "pruned", PRUNED.reason),
@@ -183,7 +183,7 @@ def prune() -> None:
     raise optuna.TrialPruned
 
 
-TOLD = "The objective was told to stop but returned a value."
+TOLD = "The objective caught the stop and returned a value."
 
 
 @pytest.mark.parametrize(

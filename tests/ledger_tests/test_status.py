@@ -15,7 +15,7 @@ from optuna_quota._ledger import Ledger
 from optuna_quota._ledger import stored_quota
 from optuna_quota._ledger.status import LedgerLine
 from optuna_quota._ledger.status import LedgerStatus
-from optuna_quota._records import quota_object
+from optuna_quota._records import amounts_object
 from optuna_quota._records import STUDY_PRICES
 from optuna_quota._records import STUDY_QUOTA
 from tests.ledger_tests.test_ledger import begin
@@ -25,7 +25,7 @@ from tests.ledger_tests.test_ledger import reserve
 
 def study_with(quota: Quota) -> optuna.Study:
     study = optuna.create_study()
-    study.set_user_attr(STUDY_QUOTA, quota_object(quota))
+    study.set_user_attr(STUDY_QUOTA, amounts_object(quota))
     if quota.prices:
         study.set_user_attr(STUDY_PRICES, dict(quota.prices))
     return study

@@ -12,7 +12,7 @@ import pytest
 
 from optuna_quota import Quota
 from optuna_quota import status
-from optuna_quota._records import quota_object
+from optuna_quota._records import amounts_object
 from optuna_quota._records import STUDY_QUOTA
 from tests.ledger_tests.workers import go_through
 from tests.ledger_tests.workers import wait_for
@@ -46,7 +46,7 @@ def ran(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 def test_four_processes_run_exactly_what_the_quota_allows(address: Address) -> None:
     quota = Quota(n_trials=9, cpu_time=100)
     with study_in(address) as study:
-        study.set_user_attr(STUDY_QUOTA, quota_object(quota))
+        study.set_user_attr(STUDY_QUOTA, amounts_object(quota))
         arguments = (address, study.study_name, quota, {"cpu_time": 1.0}, 0.02)
         with working(4, go_through, *arguments) as processes:
             while any(process.is_alive() for process in processes):
@@ -63,7 +63,7 @@ def test_four_processes_run_exactly_what_the_quota_allows(address: Address) -> N
 def test_four_processes_use_up_a_total_and_never_more(tmp_path: Path) -> None:
     quota = Quota(cpu_time=10)
     with storage_at("journal-file", tmp_path) as address, study_in(address) as study:
-        study.set_user_attr(STUDY_QUOTA, quota_object(quota))
+        study.set_user_attr(STUDY_QUOTA, amounts_object(quota))
         arguments = (address, study.study_name, quota, {"cpu_time": 1.5}, 0.02)
         with working(4, go_through, *arguments) as processes:
             wait_for(processes)

@@ -44,8 +44,8 @@ def tune(objective, n_trials=1, n_jobs=1, one_gpu=False, **limits):
 
 @pytest.fixture
 def rows(nvml: Nvml) -> Callable[..., list[dict[str, Any]]]:
-    def run(code: str, **environment: str) -> list[dict[str, Any]]:
-        out = nvml().run(SCRIPT + code, **environment)
+    def run(code: str, *, has_driver: bool = True, **environment: str) -> list[dict[str, Any]]:
+        out = nvml().run_apart(SCRIPT + code, has_driver=has_driver, **environment)
         found = [line for line in out.splitlines() if line.startswith("{")]
         return [{k.removeprefix("quota:"): v for k, v in json.loads(x).items()} for x in found]
 
@@ -155,7 +155,7 @@ for run in (
     except OutOfMemoryError as error:
         print("raised")
 """
-    assert nvml().run(SCRIPT + OOM + code).split().count("raised") == 2
+    assert nvml().run_apart(SCRIPT + OOM + code).split().count("raised") == 2
 
 
 @pytest.mark.parametrize("fraction", [0.8, 0.1])
@@ -217,10 +217,10 @@ def objective(trial):
 
 def test_without_a_driver_the_frameworks_own_counters_tell(rows: Rows) -> None:
     code = FAKE_TORCH.format(peak=GB) + "tune(objective)\n"
-    (row,) = rows(code, LD_LIBRARY_PATH="")
+    (row,) = rows(code, has_driver=False)
     assert (row["gpu_memory"], row["gpu_source"]) == (3 * GB, "framework")
 
 
 def test_a_framework_that_used_no_gpu_tells_nothing(rows: Rows) -> None:
-    (row,) = rows(FAKE_TORCH.format(peak=0) + "tune(objective)\n", LD_LIBRARY_PATH="")
+    (row,) = rows(FAKE_TORCH.format(peak=0) + "tune(objective)\n", has_driver=False)
     assert "gpu_memory" not in row and "gpu_source" not in row

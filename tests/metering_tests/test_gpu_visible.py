@@ -127,5 +127,5 @@ def test_what_a_worker_may_hand_out_and_how_large_it_is(
 
 
 def test_a_worker_without_a_driver_says_that_it_hands_out_none(nvml: Nvml) -> None:
-    out = nvml().run(ASK, LD_LIBRARY_PATH="")
+    out = nvml().run(ASK, has_driver=False)
     assert "WARNING No trial is given a GPU of its own: no NVIDIA driver was found." in out

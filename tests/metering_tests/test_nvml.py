@@ -112,7 +112,7 @@ HEALTHY = "say(STATE.replace('{pid}', str(me)))\n"
         ("", "None None None", "no GPU"),
         (gpu() + "fail nvmlDeviceGetComputeRunningProcesses_v3 3\n", "None None None", "support"),
         (gpu() + "fail nvmlDeviceGetComputeRunningProcesses_v3 4\n", "None None None", "permit"),
-        (gpu() + "process 0 {pid} -1\n", "None", "does not tell it by process"),
+        (gpu() + "process 0 {pid} -1\n", "None", "does not report it by process"),
         (gpu() + OWN + "fail nvmlDeviceGetProcessUtilization 3\n", "3000000000.0 None", "time"),
         (gpu() + OWN + "fail nvmlDeviceGetTotalEnergyConsumption 3\n", "3000000000.0", "nergy"),
         (gpu(mig=1) + "process 0 {pid} -1\n", "None None None", "MIG"),
@@ -178,7 +178,7 @@ def test_no_driver_at_all_is_told_and_the_failure_kept(nvml: Nvml) -> None:
         + "from optuna_quota._metering.nvml import open_devices\n"
         + "print(open_devices.cache_info().misses)\n"
     )
-    out = nvml().run(code, LD_LIBRARY_PATH="")
+    out = nvml().run(code, has_driver=False)
     if "None None None" not in out:
         pytest.skip("this machine has an NVIDIA driver")
     assert figures_in(out) == ["None None None"] * 3 + ["False", "1"]

@@ -18,71 +18,71 @@ TEN = {"cpu_time": (10.0, True)}
 TWENTY = {"cpu_time": (20.0, True)}
 
 
-def asks(renewal: QuotaExtension) -> bool:
-    return renewal.take_ask() is not None
+def asks(extension: QuotaExtension) -> bool:
+    return extension.take_request() is not None
 
 
 def test_it_asks_once_at_four_fifths_of_a_slice() -> None:
-    renewal = QuotaExtension(lambda: None)
+    extension = QuotaExtension(lambda: None)
     seen = []
     for used, now in ((7.9, 1.0), (8.0, 2.0), (9.0, 3.0)):
-        renewal.review([], {"cpu_time": used}, TEN, now)
-        seen.append(asks(renewal))
-    renewal.answer(TEN, TWENTY, 3.0)
+        extension.review([], {"cpu_time": used}, TEN, now)
+        seen.append(asks(extension))
+    extension.resolve(TEN, TWENTY, 3.0)
     for used, now in ((9.0, 3.0), (16.0, 3.0)):
-        renewal.review([], {"cpu_time": used}, TWENTY, now)
-        seen.append(asks(renewal))
+        extension.review([], {"cpu_time": used}, TWENTY, now)
+        seen.append(asks(extension))
     assert seen == [False, True, False, False, True]
 
 
 def test_a_breach_waits_for_the_answer_but_not_for_ever() -> None:
-    renewal = QuotaExtension(lambda: None)
-    assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 1.0) == []
-    assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 1.1) == []
-    assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 1.0 + EXTENSION_TIMEOUT) == [OVER]
+    extension = QuotaExtension(lambda: None)
+    assert extension.review([OVER], {"cpu_time": 10.5}, TEN, 1.0) == []
+    assert extension.review([OVER], {"cpu_time": 10.5}, TEN, 1.1) == []
+    assert extension.review([OVER], {"cpu_time": 10.5}, TEN, 1.0 + EXTENSION_TIMEOUT) == [OVER]
 
 
 def test_only_a_refusal_that_came_after_the_breach_ends_a_trial() -> None:
-    renewal = QuotaExtension(lambda: None)
-    renewal.review([], {"cpu_time": 8.5}, TEN, 1.0)
-    assert asks(renewal)
-    renewal.answer(TEN, TEN, 1.0)
-    renewal.review([], {"cpu_time": 9.0}, TEN, 1.1)
-    assert not asks(renewal)
+    extension = QuotaExtension(lambda: None)
+    extension.review([], {"cpu_time": 8.5}, TEN, 1.0)
+    assert asks(extension)
+    extension.resolve(TEN, TEN, 1.0)
+    extension.review([], {"cpu_time": 9.0}, TEN, 1.1)
+    assert not asks(extension)
     # Others may have given back theirs since.
-    assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 1.15) == []
-    assert asks(renewal)
-    assert renewal.needs == {"cpu_time": 10.5}
-    renewal.answer(TEN, TEN, 1.2)
-    assert renewal.review([OVER], {"cpu_time": 10.5}, TEN, 1.2) == [OVER]
+    assert extension.review([OVER], {"cpu_time": 10.5}, TEN, 1.15) == []
+    assert asks(extension)
+    assert extension.needs == {"cpu_time": 10.5}
+    extension.resolve(TEN, TEN, 1.2)
+    assert extension.review([OVER], {"cpu_time": 10.5}, TEN, 1.2) == [OVER]
 
 
 def test_what_was_not_asked_for_was_not_refused() -> None:
-    renewal = QuotaExtension(lambda: None)
+    extension = QuotaExtension(lambda: None)
     before = {**TEN, "memory": (10.0, True)}
     after = {**TWENTY, "memory": (10.0, True)}
-    renewal.review([], {"cpu_time": 9.0, "memory": 1.0}, before, 1.0)
-    assert asks(renewal)
-    renewal.answer(before, after, 1.0)
+    extension.review([], {"cpu_time": 9.0, "memory": 1.0}, before, 1.0)
+    assert asks(extension)
+    extension.resolve(before, after, 1.0)
     memory = Breach("memory", 10, 11, 1, quota=True)
-    assert renewal.review([memory], {"cpu_time": 9.0, "memory": 11.0}, after, 1.0) == []
-    assert asks(renewal)
+    assert extension.review([memory], {"cpu_time": 9.0, "memory": 11.0}, after, 1.0) == []
+    assert asks(extension)
 
 
 def test_a_promise_that_was_given_back_can_be_asked_for_again() -> None:
-    renewal = QuotaExtension(lambda: None)
-    renewal.answer({"memory": (20.0, True)}, {"memory": (10.0, True)}, 1.0)
+    extension = QuotaExtension(lambda: None)
+    extension.resolve({"memory": (20.0, True)}, {"memory": (10.0, True)}, 1.0)
     memory = Breach("memory", 10, 11, 1, quota=True)
     amounts = {"memory": 11.0}
-    assert renewal.review([memory], amounts, {"memory": (10.0, True)}, 1.1) == []
-    assert asks(renewal)
+    assert extension.review([memory], amounts, {"memory": (10.0, True)}, 1.1) == []
+    assert asks(extension)
 
 
 def test_a_trial_that_is_to_end_at_once_does() -> None:
-    renewal = QuotaExtension(lambda: None)
-    renewal.answer({}, {"trial_time": (0.0, True)}, 1.0)
+    extension = QuotaExtension(lambda: None)
+    extension.resolve({}, {"trial_time": (0.0, True)}, 1.0)
     over = Breach("trial_time", 0, 1, 1, quota=True)
-    assert renewal.review([over], {}, {"trial_time": (0.0, True)}, 1.0) == [over]
+    assert extension.review([over], {}, {"trial_time": (0.0, True)}, 1.0) == [over]
 
 
 @pytest.mark.parametrize(
@@ -93,18 +93,18 @@ def test_a_trial_that_is_to_end_at_once_does() -> None:
     ],
 )
 def test_of_a_limit_and_of_the_studys_clock_there_is_no_more(breach: Breach, quota: bool) -> None:
-    renewal = QuotaExtension(lambda: None)
+    extension = QuotaExtension(lambda: None)
     ceilings = {breach.resource: (10.0, quota)}
-    assert renewal.review([breach], {breach.resource: 10.5}, ceilings, 1.0) == [breach]
-    assert not asks(renewal)
+    assert extension.review([breach], {breach.resource: 10.5}, ceilings, 1.0) == [breach]
+    assert not asks(extension)
 
 
 def test_a_breach_that_waits_hides_no_other() -> None:
-    renewal = QuotaExtension(lambda: None)
+    extension = QuotaExtension(lambda: None)
     memory = Breach("memory", 10, 11, 1)
     amounts = {"cpu_time": 10.5, "memory": 11}
     ceilings = {**TEN, "memory": (10.0, False)}
-    assert renewal.review([OVER, memory], amounts, ceilings, 1.0) == [memory]
+    assert extension.review([OVER, memory], amounts, ceilings, 1.0) == [memory]
 
 
 def test_the_loop_asks_in_time_and_ends_the_trial_where_no_more_is_given() -> None:

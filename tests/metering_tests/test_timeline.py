@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optuna_quota._metering.trial_monitor import Timeline
+from optuna_quota._metering.trial_state import Timeline
 
 
 SAMPLES = st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e12)), min_size=1, max_size=300).map(

@@ -9,7 +9,7 @@ import pytest
 from optuna_quota import Limits
 from optuna_quota import Usage
 from optuna_quota._metering.loop import MeteringLoop
-from optuna_quota._metering.meter import MeterReading
+from optuna_quota._metering.trial_meters import MeterReading
 from optuna_quota.testing import FakeClock
 from optuna_quota.testing import FakeMeter
 from optuna_quota.testing import FakeMetering

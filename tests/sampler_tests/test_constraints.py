@@ -1,4 +1,4 @@
-"""A limit is a constraint: the same list on every trial, beside those of others."""
+"""Limits as Optuna constraints, beside those of the user and of other samplers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def objective(trial: optuna.Trial) -> float:
     return x
 
 
-def test_each_limited_resource_in_the_order_of_its_name() -> None:
+def test_limit_constraints_are_sorted_by_resource() -> None:
     limits = Limits(wall_time=10, memory=100, custom={"disk": 4})
     amounts = {"memory": 150.0, "wall_time": 5.0, "cpu_time": 3.0}
     found = limit_constraints(limits, amounts)
@@ -60,11 +60,11 @@ def test_each_limited_resource_in_the_order_of_its_name() -> None:
         (Breach("memory", 20, 50, 1.0, quota=True), -0.5),
     ],
 )
-def test_what_it_was_stopped_for_counts(breach: Breach | None, expected: float) -> None:
+def test_the_breached_limit_counts(breach: Breach | None, expected: float) -> None:
     assert limit_constraints(Limits(memory=100), {"memory": 50.0}, breach) == {"memory": expected}
 
 
-def test_pruned_trials_show_theirs_and_completed_ones_within_their_limits_show_none() -> None:
+def test_pruned_trials_have_constraints_and_completed_ones_within_limits_have_none() -> None:
     study = study_with(RandomSampler(seed=0))
     study.optimize(objective, n_trials=4)
     completed = [t for t in study.trials if t.state == TrialState.COMPLETE]
@@ -75,13 +75,13 @@ def test_pruned_trials_show_theirs_and_completed_ones_within_their_limits_show_n
     assert -1 < wall_time < 0
 
 
-def test_without_limits_there_are_none() -> None:
+def test_without_limits_there_are_no_constraints() -> None:
     study = study_with(RandomSampler(seed=0), Limits())
     study.optimize(objective, n_trials=2)
     assert all("constraints" not in t.system_attrs for t in study.trials)
 
 
-def test_a_failed_trial_has_none() -> None:
+def test_a_failed_trial_has_no_constraints() -> None:
     study = study_with(RandomSampler(seed=0))
     study.optimize(lambda trial: float("nan"), n_trials=1)
     assert study.trials[0].state == TrialState.FAIL
@@ -90,7 +90,7 @@ def test_a_failed_trial_has_none() -> None:
 
 @pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")
 @pytest.mark.parametrize("sampler", [TPESampler, NSGAIISampler])
-def test_a_base_samplers_own_constraints_stay_in_front(sampler: Any, tmp_path: Path) -> None:
+def test_the_base_samplers_constraints_come_first(sampler: Any, tmp_path: Path) -> None:
     base = sampler(constraints_func=lambda trial: (trial.params["x"] - 0.5, -7.0), seed=0)
     study = study_with(base, storage=f"sqlite:///{tmp_path}/s.db")
     study.optimize(objective, n_trials=5)
@@ -102,7 +102,7 @@ def test_a_base_samplers_own_constraints_stay_in_front(sampler: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("key", ["latency", "0", "2"])
-def test_constraints_that_the_user_set_are_untouched(key: str) -> None:
+def test_the_users_constraints_are_untouched(key: str) -> None:
     study = study_with(TPESampler(n_startup_trials=2, seed=0))
 
     def constrained(trial: optuna.Trial) -> float:
@@ -136,7 +136,7 @@ BASES: list[Any] = [
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_samplers_live_with_breaches_failures_and_rejections(base: Any) -> None:
+def test_samplers_accept_breaches_failures_and_rejections(base: Any) -> None:
     study = study_with(base(), Limits(wall_time=0.05, memory="1TiB"))
 
     def breaches(trial: optuna.Trial) -> float:
@@ -171,7 +171,7 @@ def test_the_best_trial_is_one_within_its_limits() -> None:
     assert study.best_trial.params == {"slow": False}
 
 
-def told_late(trial: optuna.Trial) -> float:
+def sets_constraint_late(trial: optuna.Trial) -> float:
     x = trial.suggest_float("x", 0, 1)
     if trial.number % 3 == 1:
         raise optuna.TrialPruned
@@ -198,11 +198,11 @@ def not_a_number(trial: optuna.trial.FrozenTrial) -> Any:
 @pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")
 @pytest.mark.parametrize("function", [by_key, by_get, not_a_number])
 @pytest.mark.parametrize("sampler", [TPESampler, NSGAIISampler])
-def test_a_constraints_func_without_an_answer_ends_no_study(
+def test_a_constraints_func_that_fails_for_a_stopped_trial_ends_no_study(
     sampler: Any, function: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     study = study_with(sampler(constraints_func=function, seed=0), Limits(wall_time=0.05))
-    study.optimize(told_late, n_trials=6)
+    study.optimize(sets_constraint_late, n_trials=6)
     outcomes = [trial.user_attrs["quota:outcome"] for trial in study.trials]
     assert outcomes == ["completed", "pruned", "terminated"] * 2
     assert all(trial.user_attrs["quota:reason"] for trial in study.trials[1:3])
@@ -228,7 +228,7 @@ def sleeps(trial: optuna.Trial) -> float:
 @pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")
 @pytest.mark.parametrize("how", ["should_prune", "isolated"])
 @pytest.mark.parametrize("sampler", [TPESampler, NSGAIISampler])
-def test_without_quota_sampler_it_ends_no_study_either(
+def test_with_quota_pruner_alone_it_ends_no_study_either(
     sampler: Any, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     limits = Limits(wall_time=0.05 if how == "should_prune" else 0.7)
@@ -243,7 +243,7 @@ def test_without_quota_sampler_it_ends_no_study_either(
 
 
 @pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")
-def test_without_quota_sampler_other_failures_of_it_are_heard() -> None:
+def test_with_quota_pruner_alone_its_other_errors_are_raised() -> None:
     sampler = TPESampler(constraints_func=by_key, seed=0)
     study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=Limits(wall_time=0.05)))
     study.optimize(stops, n_trials=2)
@@ -252,7 +252,7 @@ def test_without_quota_sampler_other_failures_of_it_are_heard() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")
-def test_a_constraints_func_that_fails_for_a_completed_trial_is_heard() -> None:
+def test_a_constraints_func_that_fails_for_a_completed_trial_raises() -> None:
     study = study_with(TPESampler(constraints_func=lambda trial: trial.user_attrs["typo"]))
     with pytest.raises(KeyError, match="typo"):
         study.optimize(lambda trial: 0.0, n_trials=1)
@@ -324,9 +324,7 @@ WAYS: dict[str, list[tuple[Limits | None, bool]]] = {
         ),
     ],
 )
-def test_limits_that_change_in_mid_study_break_no_sampler(
-    base: Any, way: str, one_object: bool
-) -> None:
+def test_limits_may_change_during_a_study(base: Any, way: str, one_object: bool) -> None:
     study, sampler = optuna.create_study(), base()
     for limits, wrapped in WAYS[way]:
         sampler = sampler if one_object else base()
@@ -338,7 +336,7 @@ def test_limits_that_change_in_mid_study_break_no_sampler(
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 @pytest.mark.parametrize("objectives", [smooth, set_by_user])
-def test_gp_goes_on_with_rows_from_elsewhere(objectives: Any) -> None:
+def test_gp_accepts_rows_of_other_samplers(objectives: Any) -> None:
     study = optuna.create_study()
     for limits in (A, B, C):
         for constraints in ({}, {"constraints": [-1.0, 0.5]}, {"constraints:other": 0.25}):

@@ -19,7 +19,7 @@ from optuna_quota import QuotaSampler
 from optuna_quota._metering import key_of
 from optuna_quota._metering import metering_loop
 from optuna_quota._records import read_record
-from optuna_quota._sampler.candidates import Proposals
+from optuna_quota._sampler.candidates import CandidateFilter
 
 
 def objective(trial: optuna.Trial) -> float:
@@ -46,18 +46,18 @@ def test_each_trial_is_metered_and_recorded() -> None:
         assert metering_loop().find(key_of(study, trial)) is None
 
 
-def test_what_is_learned_and_loaded_before_a_trial_is_none_of_its_usage(
+def test_metering_starts_after_the_footprint_is_learned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    begin, metered = Proposals.begin, []
+    begin, metered = CandidateFilter.begin, []
 
-    def noted(
-        self: Proposals, study: optuna.Study, trial: optuna.trial.FrozenTrial, *rest: Any
+    def recorded(
+        self: CandidateFilter, study: optuna.Study, trial: optuna.trial.FrozenTrial, *rest: Any
     ) -> None:
         metered.append(metering_loop().find(key_of(study, trial)) is not None)
         begin(self, study, trial, *rest)
 
-    monkeypatch.setattr(Proposals, "begin", noted)
+    monkeypatch.setattr(CandidateFilter, "begin", recorded)
     study = study_of(Quota(n_trials=4))
     study.optimize(objective, n_trials=2)
     assert metered == [False, False]
@@ -100,7 +100,7 @@ def test_optimize_on_an_exhausted_study_runs_no_objective() -> None:
     assert read_record(study.trials[-1]).outcome == "rejected"
 
 
-def test_a_breach_is_terminated_and_a_constraint() -> None:
+def test_a_breached_trial_is_terminated_and_constrained() -> None:
     pruner = QuotaPruner(limits=Limits(memory=1, wall_time="1h"))
     study = study_of(Quota(wall_time="1h"), pruner)
 
@@ -131,7 +131,7 @@ def test_a_used_sampler_can_be_copied_and_pickled(remake) -> None:  # type: igno
     assert len(study.trials) == 5
 
 
-def test_limits_that_disagree_are_an_error_that_names_both() -> None:
+def test_limits_that_disagree_raise() -> None:
     sampler = QuotaSampler(quota=Quota(n_trials=5), limits=Limits(memory="1GiB"))
     pruner = QuotaPruner(limits=Limits(memory="2GiB"))
     study = optuna.create_study(sampler=sampler, pruner=pruner)
@@ -140,7 +140,7 @@ def test_limits_that_disagree_are_an_error_that_names_both() -> None:
     assert [t.state for t in study.trials] == [TrialState.FAIL]
 
 
-def test_what_a_breached_trial_held_does_not_count_for_the_next_one() -> None:
+def test_memory_of_a_breached_trial_does_not_count_for_the_next_one() -> None:
     held = 200_000_000
     at_rest = QuotaSampler(RandomSampler(seed=1), quota=Quota(n_trials=1))
     before = optuna.create_study(sampler=at_rest)

@@ -1,4 +1,4 @@
-"""How often a trial asks the storage for something, beside the bare sampler."""
+"""Storage calls of a trial, beyond those of the bare sampler."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def objective(trial: optuna.Trial) -> float:
 
 
 def counting(storage: BaseStorage, counts: Counter[str]) -> None:
-    """Let a storage count what it is asked for, and what its database or file is."""
+    """Count calls of a storage, and of its database or file."""
 
     def counted(owner: Any, name: str, key: str) -> None:
         before = getattr(owner, name)
@@ -70,7 +70,7 @@ def counting(storage: BaseStorage, counts: Counter[str]) -> None:
 
 
 def a_trial(kind: str, folder: Path, sampler: BaseSampler, *, loop: bool) -> dict[str, int]:
-    """Return what the storage does for one trial: medians, as a lease may be renewed meanwhile."""
+    """Return the calls for one trial: medians, as a lease may be renewed meanwhile."""
     counts: Counter[str] = Counter()
     sums: list[Counter[str]] = []
     with storage_at(kind, folder) as address, study_in(address) as study:
@@ -95,29 +95,29 @@ def added(kind: str, folder: Path, *, loop: bool) -> dict[str, int]:
     return {k: n - bare.get(k, 0) for k, n in ours.items() if n != bare.get(k, 0)}
 
 
-# One look at all rows, one write of what was granted and one of what was used. The claim that
-# comes before the grant is a write of its own where the storage has no lock for all its writers.
-# Under `optimize` one more look tells whether the quota is used up, by whomever.
-def looks(loop: bool) -> int:
+# One read of all rows, one write of the grant and one of the usage. The claim before the grant is
+# another write where the storage has no lock for all its writers. Under `optimize` one more read
+# shows whether the quota is used up by any worker.
+def n_reads(loop: bool) -> int:
     return 2 if loop else 1
 
 
 @pytest.mark.parametrize("loop", [False, True], ids=["ask and tell", "optimize"])
 def test_in_memory(loop: bool, tmp_path: Path) -> None:
     found = added("memory", tmp_path, loop=loop)
-    assert found == {"get_all_trials": looks(loop), "set_trial_system_attr": 2}
+    assert found == {"get_all_trials": n_reads(loop), "set_trial_system_attr": 2}
 
 
 @pytest.mark.parametrize("loop", [False, True], ids=["ask and tell", "optimize"])
 def test_in_a_journal(loop: bool, tmp_path: Path) -> None:
     found = added("journal-file", tmp_path, loop=loop)
-    assert found == {"appends": 3, "get_all_trials": looks(loop), "set_trial_system_attr": 2}
+    assert found == {"appends": 3, "get_all_trials": n_reads(loop), "set_trial_system_attr": 2}
 
 
 @pytest.mark.parametrize("loop", [False, True], ids=["ask and tell", "optimize"])
 def test_in_sqlite(loop: bool, tmp_path: Path) -> None:
     found = added("sqlite", tmp_path, loop=loop)
-    # The ledger looks by statements of its own, for the rows that changed.
+    # The ledger reads the changed rows by statements of its own.
     assert found.pop("SELECT") <= (20 if loop else 15)
     assert found.pop("commits") <= 3
     assert found == {"BEGIN": 1, "COMMIT": 1, "INSERT": 2, "get_all_trials": 1}

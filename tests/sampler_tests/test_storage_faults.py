@@ -1,4 +1,4 @@
-"""A fault of the storage while a trial is settled never loses its result."""
+"""Storage errors while a trial is settled do not lose its result."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_result_is_stored(method: str, caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.mark.parametrize("method", ["set_trial_user_attr", "set_trial_system_attr"])
-def test_a_trial_that_can_not_be_admitted_is_not_left_running(method: str) -> None:
+def test_a_trial_that_cannot_be_admitted_is_not_left_running(method: str) -> None:
     storage = Faulty(method)
     study = new_study(storage)
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
@@ -118,10 +118,7 @@ def test_a_trial_that_can_not_be_admitted_is_not_left_running(method: str) -> No
 
 
 class Refusing(InMemoryStorage):
-    """Refuses, while ``armed``, the writes of attributes that ``refuses`` chooses.
-
-    It is told how many there were before and the attribute's key.
-    """
+    """Refuses, while ``armed``, the writes for which ``refuses(n_before, key)`` is true."""
 
     def __init__(self, refuses: Callable[[int, str], bool]) -> None:
         super().__init__()
@@ -167,9 +164,7 @@ ENDS = [(None, "completed"), (ValueError("no"), "failed"), (optuna.TrialPruned("
 
 
 @pytest.mark.parametrize(("error", "outcome"), ENDS)
-def test_a_write_that_fails_once_costs_nothing_of_what_is_known(
-    error: Exception | None, outcome: str
-) -> None:
+def test_a_write_that_fails_once_loses_nothing(error: Exception | None, outcome: str) -> None:
     counting = Refusing(lambda count, key: False)
     whole = end_of_one_trial(counting, error)
     assert counting.writes > 5
@@ -184,23 +179,19 @@ def test_a_write_that_fails_once_costs_nothing_of_what_is_known(
 
 
 @pytest.mark.parametrize("key", ["constraints", "quota:memory", "quota:reason", "quota:outcome"])
-def test_one_attribute_that_is_refused_for_good_costs_no_other(
-    key: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_refused_attribute_loses_no_other(key: str, caplog: pytest.LogCaptureFixture) -> None:
     optuna.logging.enable_propagation()
     error = optuna.TrialPruned("no")
     whole = end_of_one_trial(Refusing(lambda count, key: False), error)
     with caplog.at_level(logging.WARNING, logger="optuna.quota"):
         row = end_of_one_trial(Refusing(lambda count, k: k == key), error)
     assert {*whole.user_attrs, *whole.system_attrs} - {*row.user_attrs, *row.system_attrs} == {key}
-    (told,) = [record.message for record in caplog.records if "be recorded" in record.message]
-    assert key in told
+    (message,) = [each for each in caplog.messages if "be recorded" in each]
+    assert key in message
 
 
 @pytest.mark.parametrize("key", ["quota:memory", "quota:outcome"])
-def test_a_database_that_refuses_one_attribute_still_takes_the_others(
-    key: str, tmp_path: Path
-) -> None:
+def test_a_database_that_refuses_one_attribute_takes_the_others(key: str, tmp_path: Path) -> None:
     storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'a.db'}")
     with storage.engine.begin() as connection:
         connection.exec_driver_sql(
@@ -238,7 +229,7 @@ def test_a_row_is_finished_at_the_second_attempt(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("failing", range(3))
-def test_a_trial_whose_claim_is_refused_is_charged_for_nothing(failing: int) -> None:
+def test_a_trial_whose_claim_is_refused_has_no_usage(failing: int) -> None:
     storage = Refusing(lambda count, key: count == failing)
     study = new_study(storage)
     study.set_user_attr("known", True)
@@ -275,7 +266,7 @@ class Writing(RandomSampler):
         study._storage.set_trial_user_attr(trial._trial_id, "end", True)
 
 
-def test_a_row_that_can_not_be_read_is_settled_all_the_same() -> None:
+def test_an_unreadable_row_is_settled() -> None:
     sampler = QuotaSampler(Writing(seed=0), quota=Quota(n_trials=9))
     study = optuna.create_study(storage=Unreadable(), sampler=sampler)
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
@@ -284,7 +275,7 @@ def test_a_row_that_can_not_be_read_is_settled_all_the_same() -> None:
     assert read_record(row).outcome == "completed"
 
 
-def test_the_result_of_an_isolated_trial_outlives_a_row_that_can_not_be_read() -> None:
+def test_the_result_of_an_isolated_trial_survives_an_unreadable_row() -> None:
     def objective(trial: Any) -> float:
         trial.set_user_attr("end", True)
         return 1.0
@@ -296,7 +287,7 @@ def test_the_result_of_an_isolated_trial_outlives_a_row_that_can_not_be_read() -
     assert read_record(row).outcome == "completed"
 
 
-def test_a_trial_does_not_fail_by_the_storage_of_another_study() -> None:
+def test_the_storage_of_another_study_fails_no_trial() -> None:
     storage, pruner = Unreadable(), QuotaPruner(limits=Limits(memory="1TiB"))
     old = optuna.create_study(storage=storage, pruner=pruner)
     trial = old.ask()
@@ -314,7 +305,7 @@ def test_a_trial_does_not_fail_by_the_storage_of_another_study() -> None:
     ("work", "state", "outcome"),
     [(10.0, TrialState.PRUNED, "terminated"), (1.0, TrialState.PRUNED, "pruned")],
 )
-def test_a_trial_that_is_told_twice_ended_as_it_was_told_first(
+def test_the_first_tell_of_the_same_state_decides_the_record(
     work: float, state: TrialState, outcome: str
 ) -> None:
     storage = Faulty("set_trial_state_values")
@@ -340,7 +331,7 @@ def test_a_trial_that_is_told_twice_ended_as_it_was_told_first(
     assert status(study).table.loc["n_trials", "used"] == 1
 
 
-def test_a_trial_that_is_told_otherwise_the_second_time_ended_like_that() -> None:
+def test_a_later_tell_of_another_state_decides_the_record() -> None:
     storage = Faulty("set_trial_state_values")
     study = optuna.create_study(storage=storage, sampler=QuotaSampler(quota=Quota(n_trials=9)))
     trial = study.ask()

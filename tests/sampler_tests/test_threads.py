@@ -1,4 +1,4 @@
-"""Trials in threads of one process: one sampler for all, memory that can't be told apart."""
+"""Trials in threads of one process: one sampler, and memory that can't be attributed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from optuna_quota import status
 from optuna_quota import Usage
 from optuna_quota._records import read_record
 from optuna_quota._records import RESERVATION
-from tests.sampler_tests.test_no_row_left_running import assert_nothing_left
+from tests.sampler_tests.assertions import assert_nothing_left
 
 
 def study_with(quota: Quota, limits: Limits) -> optuna.Study:
@@ -32,8 +32,8 @@ def study_with(quota: Quota, limits: Limits) -> optuna.Study:
     )
 
 
-def test_memory_that_cannot_be_told_apart_is_no_verdict() -> None:
-    # Room enough for one that begins alone: then it can be told whose the memory is.
+def test_memory_that_cannot_be_attributed_is_no_breach() -> None:
+    # Enough for the one that begins alone: until then its memory can be attributed.
     limit = psutil.Process().memory_info().rss + 100 * 2**20
     study = study_with(Quota(n_trials=2), Limits(memory=limit, wall_time="1h"))
     together = threading.Barrier(2, timeout=60)
@@ -59,7 +59,7 @@ def test_memory_that_cannot_be_told_apart_is_no_verdict() -> None:
         assert trial.constraints == {}
 
 
-def test_the_quota_holds_over_all_threads() -> None:
+def test_the_quota_holds_across_threads() -> None:
     study = study_with(Quota(trial_time=1.0), Limits())
 
     def objective(trial: optuna.Trial) -> float:
@@ -97,7 +97,7 @@ def test_hyperband_beside_the_sampler_in_threads() -> None:
     assert_nothing_left(study)
 
 
-def test_threads_that_ask_and_tell_one_study() -> None:
+def test_ask_and_tell_in_threads() -> None:
     study = study_with(Quota(n_trials=21), Limits(wall_time="1h"))
     raised: list[BaseException] = []
 
@@ -132,7 +132,7 @@ def read_waits(trial: FrozenTrial) -> bool:
     return bool(trial.system_attrs.get(RESERVATION, {}).get("waits"))
 
 
-def test_a_trial_that_waits_when_the_study_is_stopped_is_not_run() -> None:
+def test_a_trial_that_waits_when_the_study_stops_is_not_run() -> None:
     ran = []
 
     def objective(trial: optuna.Trial) -> float:

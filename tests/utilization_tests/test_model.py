@@ -183,7 +183,7 @@ def test_peaks_that_pruned_trials_had_not_reached_are_lower_bounds() -> None:
     model = report.models["memory"]
     assert model.n_pruned_held == model.n_censored == 20
     assert model.coefficients.loc["rows", "estimate"] == pytest.approx(2.0, abs=0.05)
-    assert any("20 pruned trials" in line for line in model.diagnostics)
+    assert any("20 stopped trials" in line for line in model.diagnostics)
     found = report.correlations.set_index(["param", "resource"]).loc[("rows", "memory")]
     assert found["n"] == 40
 

@@ -20,9 +20,8 @@ from optuna.trial import TrialState
 from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import Usage
+from optuna_quota._records import amounts_object
 from optuna_quota._records import Interval
-from optuna_quota._records import limits_object
-from optuna_quota._records import quota_object
 from optuna_quota._records import record_attributes
 from optuna_quota._records import STUDY_LIMITS
 from optuna_quota._records import STUDY_QUOTA
@@ -59,9 +58,9 @@ def empty_study(
 ) -> optuna.Study:
     study = optuna.create_study(storage=storage, study_name=name, directions=list(directions))
     if quota is not None:
-        study.set_user_attr(STUDY_QUOTA, quota_object(quota))
+        study.set_user_attr(STUDY_QUOTA, amounts_object(quota))
     if limits is not None:
-        study.set_user_attr(STUDY_LIMITS, limits_object(limits))
+        study.set_user_attr(STUDY_LIMITS, amounts_object(limits))
     return study
 
 

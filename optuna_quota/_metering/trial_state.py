@@ -1,0 +1,355 @@
+"""What a trial has used so far, its ceilings and its first breach: plain state."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+import math
+
+from optuna_quota._metering.breach import Ceiling
+from optuna_quota._metering.breach import EXTENSION_THRESHOLD
+from optuna_quota._metering.breach import find_breaches
+from optuna_quota._metering.breach import QuotaExtension
+from optuna_quota._metering.breach import tightest_ceilings
+from optuna_quota._metering.gpu_attribution import GpuUse
+from optuna_quota._metering.meter import Meter
+from optuna_quota._resources import Breach
+from optuna_quota._resources import CLOCK_RESOURCES
+from optuna_quota._resources import Isolation
+from optuna_quota._resources import Limits
+from optuna_quota._resources import Outcome
+from optuna_quota._resources import RESOURCES
+from optuna_quota._resources import Usage
+from optuna_quota._resources import USAGE_RESOURCES
+
+
+Key = tuple[int, int]
+
+# Seconds over which the rate of CPU cores is averaged.
+CORES_WINDOW = 1.0
+# Resources whose breach depends on how often CPU time is read.
+_NEED_CPU_TIME = {"cpu_time", "cpu_cores", "cost"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a trial ended, as decided by whatever ended it.
+
+    Attributes:
+        outcome: The outcome in the trial table.
+        reason: One sentence for a person.
+        breach: The breach, if that was why.
+    """
+
+    outcome: Outcome
+    reason: str
+    breach: Breach | None = None
+
+
+class UsageTotals:
+    """A trial's usage so far, by resource; a resource without a reading is unknown."""
+
+    __slots__ = ("_external", "_measured", "_unknown")
+
+    def __init__(self) -> None:
+        self._measured: dict[str, float] = {}
+        self._external: dict[str, float] = {}
+        self._unknown: set[str] = set()
+
+    def record_peak(self, resource: str, value: float) -> None:
+        known = self._measured.get(resource)
+        if (known is None or value > known) and resource not in self._unknown:
+            self._measured[resource] = value
+
+    def add(self, resource: str, amount: float) -> None:
+        if resource not in self._unknown:
+            self._measured[resource] = self._measured.get(resource, 0.0) + amount
+
+    def mark_unknown(self, resource: str) -> None:
+        """Discard a resource for good: later readings cover only a part of the trial."""
+        self._unknown.add(resource)
+        self._measured.pop(resource, None)
+
+    def record_external(self, usage: Usage) -> None:
+        """Record totals from another source, such as the trial's process; the maximum wins."""
+        for resource, value in usage.amounts().items():
+            self._external[resource] = max(value, self._external.get(resource, 0.0))
+
+    def by_resource(self) -> dict[str, float]:
+        known = dict(self._measured)
+        for resource, value in self._external.items():
+            known[resource] = max(value, known.get(resource, 0.0))
+        return known
+
+
+class Timeline:
+    """A trial's memory over time: a bounded number of points, each the maximum of its bucket.
+
+    Time is cut into buckets of equal width. When there are too many, the width doubles and
+    neighbours merge: a peak is never thinned away.
+
+    Args:
+        max_points: The most points to keep; even.
+        width: Seconds of the first buckets.
+    """
+
+    __slots__ = ("_max_points", "_points", "_width")
+
+    def __init__(self, max_points: int = 60, width: float = 0.05) -> None:
+        self._max_points = max_points
+        self._width = width
+        self._points: dict[int, tuple[float, float]] = {}
+
+    def add(self, seconds: float, value: float) -> None:
+        """Add a sample taken so many seconds after the start."""
+        bucket = int(seconds / self._width)
+        known = self._points.get(bucket)
+        if known is None or value > known[1]:
+            self._points[bucket] = (seconds, value)
+        while len(self._points) > self._max_points:
+            self._width *= 2
+            points, self._points = self._points, {}
+            for point in points.values():
+                self.add(*point)
+
+    def points(self) -> tuple[tuple[float, float], ...]:
+        """Return pairs of seconds and value, in order."""
+        return tuple(sorted(self._points.values()))
+
+
+class TrialState:
+    """The state of one trial under metering.
+
+    The metering loop holds its lock while it calls the methods.
+
+    Attributes:
+        key: The trial, see :func:`optuna_quota._metering.key_of`.
+        meters: The user's own meters.
+        started: When the trial started, in seconds on the loop's clock.
+        isolation: ``"thread"`` alone in this process, ``"shared"`` once another trial ran in this
+            process at the same time, ``"process"`` in a process tree of its own, None where this
+            process can't see it.
+        breach: The first breach; it stays.
+        verdict: How the trial ended, once that is decided.
+        owner: Which component writes the trial's record, ``"sampler"`` for the sampler.
+        recorded: Whether the trial's record was written.
+        closed: Whether metering has ended.
+        environment: Environment variables of the trial's own process, such as the GPU assigned
+            to it.
+        gpu: How its use of GPUs was measured; None when it used none or that is unknown.
+        most: The largest grant of each quota that it may ever get, by resource.
+        supervised: The memory limit that the trial's supervisor process enforces, in bytes.
+        prices: Price per hour by resource, where there is a quota on ``cost``.
+        used: What was measured.
+        timeline: Its memory over time.
+    """
+
+    def __init__(
+        self,
+        key: Key,
+        limits: Limits,
+        left: Mapping[str, float],
+        meters: Sequence[Meter],
+        started: float,
+    ) -> None:
+        self.key = key
+        self.meters = tuple(meters)
+        self.started = started
+        self.isolation: Isolation | None = "thread"
+        self.breach: Breach | None = None
+        self.verdict: Verdict | None = None
+        self.owner: str | None = None
+        self.recorded = False
+        self.closed = False
+        self.environment: Mapping[str, str] = {}
+        self.gpu: GpuUse | None = None
+        self.most: Mapping[str, float] = {}
+        self.supervised: float | None = None
+        self.prices: Mapping[str, float] = {}
+        self.used = UsageTotals()
+        self.extension: QuotaExtension | None = None
+        self._limits = limits
+        self._left = dict(left)
+        self._ceilings = tightest_ceilings(limits.amounts(), self._left)
+        self._is_finished = False
+        self._unseen_peak: float | None = None
+        self._callbacks: list[Callable[[Breach], None]] = []
+        self._timeline = Timeline()
+        self._cpu_samples: deque[tuple[float, float]] = deque()
+
+    @property
+    def limits(self) -> Limits:
+        """The trial's limits."""
+        return self._limits
+
+    @property
+    def left(self) -> Mapping[str, float]:
+        """What the trial may use of the study's total quotas, by resource."""
+        return dict(self._left)
+
+    @property
+    def ceilings(self) -> Mapping[str, Ceiling]:
+        """The ceilings in force, by resource."""
+        return dict(self._ceilings)
+
+    @property
+    def hard_ceilings(self) -> Mapping[str, Ceiling]:
+        """The ceilings that no further grant can raise, for limits that can be set only once."""
+        most = {**self._left, **{n: m for n, m in self.most.items() if n in self._left}}
+        return tightest_ceilings(self._limits.amounts(), most)
+
+    @property
+    def needs(self) -> Mapping[str, float]:
+        """The usage of the quotas of which more was requested, at the time of the request."""
+        return {} if self.extension is None else self.extension.needs
+
+    def timeline(self) -> tuple[tuple[float, float], ...]:
+        """Return pairs of seconds since the start and bytes of memory, at most 60."""
+        return self._timeline.points()
+
+    def usage_after(self, elapsed: float) -> Usage:
+        """Return the usage as last measured, with the wall time in seconds."""
+        amounts = self.used.by_resource()
+        if self._unseen_peak is not None and "memory" in amounts:
+            amounts["memory"] = max(amounts["memory"], self._unseen_peak)
+        amounts["wall_time"] = max(elapsed, amounts.get("wall_time", 0.0))
+        known = {n: v for n, v in amounts.items() if n in USAGE_RESOURCES}
+        custom = {n: v for n, v in amounts.items() if n not in USAGE_RESOURCES}
+        return Usage(**known, custom=custom)
+
+    def ceiling(self, resource: str) -> float | None:
+        """Return the ceiling on a resource, None without one."""
+        found = self._ceilings.get(resource)
+        return None if found is None else found.limit
+
+    def set_ceilings(self, limits: Limits, left: Mapping[str, float], now: float) -> None:
+        """Replace the limits and what is left of the quotas."""
+        before = self._ceilings
+        self._limits, self._left = limits, dict(left)
+        self._ceilings = tightest_ceilings(limits.amounts(), self._left)
+        if self.extension is not None:
+            self.extension.resolve(before, self._ceilings, now)
+
+    def cpu_seconds_left(self) -> float:
+        """Return the CPU-seconds until a ceiling needs attention; infinite without one."""
+        by_cpu_time = self._ceilings.keys() & _NEED_CPU_TIME
+        if self.breach is not None or not by_cpu_time:
+            return math.inf
+        if by_cpu_time != {"cpu_time"}:
+            return 0.0  # a rate or a price: read as often as possible
+        used = self.used.by_resource().get("cpu_time", 0.0)
+        # More of a quota is requested before it is used up.
+        threshold = EXTENSION_THRESHOLD if self.extension is not None else 1.0
+        return max(0.0, threshold * self._ceilings["cpu_time"].limit - used)
+
+    def deadline(self, now: float) -> float | None:
+        """Return when time alone may cause a breach, on the loop's clock; None for never."""
+        if self.breach is not None or self._is_finished:
+            return None
+        if self.extension is not None:
+            return self.extension.deadline(self.started, self._ceilings, now)
+        limits = (c.limit for name, c in self._ceilings.items() if name in CLOCK_RESOURCES)
+        return min((self.started + limit for limit in limits), default=None)
+
+    def record_memory(self, now: float, memory: float | None, unseen_peak: float | None) -> None:
+        """Record the memory now, and a peak between two samples."""
+        if memory is not None:
+            self.used.record_peak("memory", memory)
+            self._timeline.add(max(0.0, now - self.started), memory)
+        self.record_unseen_peak(unseen_peak)
+
+    def record_unseen_peak(self, peak: float | None) -> None:
+        """Record a peak of memory that the kernel reports and no sample saw.
+
+        It is no breach: a limit is judged by what is measured at that moment, and this memory was
+        free again by then.
+        """
+        if peak is not None:
+            self._unseen_peak = max(peak, self._unseen_peak or 0.0)
+
+    def mark_unknown(self, resource: str) -> None:
+        """Discard a resource for good."""
+        self.used.mark_unknown(resource)
+        if resource == "gpu_memory":
+            self.gpu = None
+
+    def check_breach(self, now: float) -> None:
+        """Look for a breach in the usage so far; the first one stays."""
+        if self.breach is not None or self._is_finished or not self._ceilings:
+            return
+        amounts = self.used.by_resource()
+        if "cpu_cores" in self._ceilings:
+            amounts.update(self._cpu_cores(now, amounts.get("cpu_time")))
+        elapsed = max(0.0, now - self.started)
+        for name in CLOCK_RESOURCES:
+            amounts.setdefault(name, elapsed)
+        if self.prices:
+            amounts["cost"] = sum(p * amounts.get(n, 0.0) / 3600 for n, p in self.prices.items())
+        found = find_breaches(amounts, self._ceilings, elapsed)
+        if self.extension is not None:
+            found = self.extension.review(found, amounts, self._ceilings, now)
+        self.breach = found[0] if found else None
+
+    def _cpu_cores(self, now: float, cpu_time: float | None) -> dict[str, float]:
+        """Return the rate of CPU time over the last second; nothing before it has passed."""
+        samples = self._cpu_samples
+        if cpu_time is not None and (not samples or cpu_time > samples[-1][1]):
+            samples.append((now, cpu_time))
+        while len(samples) > 1 and samples[-1][0] - samples[1][0] >= CORES_WINDOW:
+            samples.popleft()
+        if not samples or samples[-1][0] - samples[0][0] < CORES_WINDOW:
+            return {}
+        (then, before), (last, total) = samples[0], samples[-1]
+        return {"cpu_cores": (total - before) / (last - then)}
+
+    def mark_shared(self) -> None:
+        """Another trial runs in the same process: peaks can't be attributed any more."""
+        if self.isolation != "thread":
+            return
+        self.isolation = "shared"
+        self._timeline = Timeline()
+        self._unseen_peak = None
+        peaks = [name for name in USAGE_RESOURCES if RESOURCES[name].peak]
+        for name in (*peaks, *(meter.name for meter in self.meters if meter.peak)):
+            self.mark_unknown(name)
+
+    def isolate(self) -> None:
+        """Discard what was measured of this process: the trial gets a process of its own."""
+        self.isolation = "process"
+        self.gpu = None
+        self.used = UsageTotals()
+        self._unseen_peak = None
+        self._timeline = Timeline()
+        self._cpu_samples.clear()
+        if self.breach is not None and self.breach.resource not in CLOCK_RESOURCES:
+            self.breach = None
+
+    def postpone(self, seconds: float) -> None:
+        """Move the start; nothing but time was measured yet that could be a breach."""
+        self.started += seconds
+        if seconds:
+            self.breach = None
+
+    def add_callback(self, callback: Callable[[Breach], None]) -> None:
+        """Register a callback for the first breach."""
+        self._callbacks.append(callback)
+
+    def take_callbacks(self) -> list[Callable[[], None]]:
+        """Return the callbacks that are due, each once."""
+        if self.breach is None:
+            return []
+        due, self._callbacks = self._callbacks, []
+        return [partial(callback, self.breach) for callback in due]
+
+    def finish(self) -> None:
+        """From now on nothing is a breach: the trial has its result."""
+        self._is_finished = True
+
+    def end(self) -> None:
+        """Drop the callbacks."""
+        self._callbacks, self.extension = [], None
+        self.closed = True

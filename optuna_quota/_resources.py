@@ -1,0 +1,553 @@
+"""Computing resources, and the values about them: limits, quotas, strategies, usage, breaches.
+
+``RESOURCES`` is the one table of resources; everything else asks its columns. To add a resource,
+add a row, an argument of :class:`Limits`, :class:`Quota` or :class:`Usage`, and a meter.
+
+All values are frozen, validated once at construction, comparable, hashable, and can be pickled.
+Numbers are SI base units: bytes, seconds, joules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+import math
+from types import MappingProxyType
+from typing import Any
+from typing import Literal
+from typing import TYPE_CHECKING
+
+from optuna_quota import _units
+from optuna_quota._units import BYTES
+from optuna_quota._units import COUNT
+from optuna_quota._units import JOULES
+from optuna_quota._units import NUMBER
+from optuna_quota._units import SECONDS
+
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+
+Outcome = Literal["completed", "pruned", "terminated", "rejected", "failed"]
+OUTCOMES: tuple[Outcome, ...] = ("completed", "pruned", "terminated", "rejected", "failed")
+Isolation = Literal["process", "thread", "shared"]
+
+
+@dataclass(frozen=True)
+class Resource:
+    """One computing resource: a row of the table.
+
+    Attributes:
+        name: The name everywhere: argument, attribute key, column.
+        title: The name in messages.
+        unit: How amounts are parsed and formatted.
+        peak: True when a trial's usage is a maximum over time, False when it is a total.
+        meters: What measures it: ``"clock"``, ``"process"``, ``"gpu"``, ``"processor"`` (the
+            processor's own energy counters).
+        measured: Whether a trial's :class:`Usage` has it.
+        limited: Whether :class:`Limits` has it.
+        quota: How :class:`Quota` counts it: ``"total"`` over the study, or ``"held"`` by all
+            trials that run at one moment on one host.
+        charged_from: For a total that is the sum over trials of what they used: the name of that
+            usage.
+        priced: Whether it can have a price.
+    """
+
+    name: str
+    title: str
+    unit: _units.Unit = NUMBER
+    peak: bool = False
+    meters: tuple[str, ...] = ()
+    measured: bool = False
+    limited: bool = False
+    quota: Literal["total", "held"] | None = None
+    charged_from: str | None = None
+    priced: bool = False
+
+    def parse(self, value: Any, name: str) -> float:
+        """Return text or a number as an amount in SI base units."""
+        return self.unit.parse(value, name)
+
+    def format(self, value: float) -> str:
+        """Return an amount as text with its unit."""
+        return self.unit.format(value)
+
+    def compact(self, value: float) -> str | int | float:
+        """Return the shortest input that :meth:`parse` reads as exactly ``value``."""
+        return self.unit.compact(value)
+
+
+# fmt: off
+_TABLE = (
+    Resource("n_trials", "trials", COUNT, quota="total"),
+    Resource("memory", "memory", BYTES, peak=True, meters=("process",), measured=True,
+             limited=True, quota="held"),
+    Resource("wall_time", "wall time", SECONDS, meters=("clock",), measured=True,
+             limited=True, quota="total"),
+    Resource("trial_time", "trial time", SECONDS, meters=("clock",),
+             quota="total", charged_from="wall_time", priced=True),
+    Resource("cpu_time", "CPU time", SECONDS, meters=("process",), measured=True,
+             limited=True, quota="total", charged_from="cpu_time", priced=True),
+    Resource("cpu_cores", "CPU cores", NUMBER, peak=True, meters=("process",),
+             limited=True, quota="held"),
+    Resource("gpu_memory", "GPU memory", BYTES, peak=True, meters=("gpu",), measured=True,
+             limited=True, quota="held"),
+    Resource("gpu_time", "GPU time", SECONDS, meters=("gpu",), measured=True,
+             limited=True, quota="total", charged_from="gpu_time", priced=True),
+    Resource("energy", "energy", JOULES, meters=("gpu", "processor"), measured=True,
+             quota="total", charged_from="energy"),
+    Resource("cost", "cost", NUMBER, quota="total"),
+)
+# fmt: on
+RESOURCES: Mapping[str, Resource] = MappingProxyType({r.name: r for r in _TABLE})
+
+USAGE_RESOURCES = tuple(r.name for r in _TABLE if r.measured)
+LIMIT_RESOURCES = tuple(r.name for r in _TABLE if r.limited)
+TOTAL_RESOURCES = tuple(r.name for r in _TABLE if r.quota == "total")
+HELD_RESOURCES = tuple(r.name for r in _TABLE if r.quota == "held")
+PRICED_RESOURCES = tuple(r.name for r in _TABLE if r.priced)
+# Totals by resource, and the usage that each trial adds to them.
+CHARGED_RESOURCES: Mapping[str, str] = MappingProxyType(
+    {r.name: r.charged_from for r in _TABLE if r.charged_from}
+)
+# What one trial's own clock says, whether the ceiling is a limit or what is left of a quota.
+CLOCK_RESOURCES = tuple(r.name for r in _TABLE if "clock" in r.meters)
+GPU_RESOURCES = tuple(r.name for r in _TABLE if "gpu" in r.meters)
+
+
+def get_resource(name: str) -> Resource:
+    """Return a resource by name; one of a user's own meter is a plain number and a peak."""
+    return RESOURCES.get(name) or Resource(name, name.replace("_", " "), peak=True)
+
+
+def format_amount(resource: str, value: float | None) -> str:
+    """Return an amount of a resource as text, ``"unknown"`` for None."""
+    return "unknown" if value is None else get_resource(resource).format(value)
+
+
+class Amounts:
+    """Amounts by resource: the common part of limits and quotas."""
+
+    _fields: tuple[str, ...] = ()
+
+    def _set(self, **amounts: Any) -> None:
+        for name, value in amounts.items():
+            parsed = None if value is None else RESOURCES[name].parse(value, name)
+            object.__setattr__(self, name, parsed)
+
+    def amounts(self) -> dict[str, float]:
+        """Return what is set, by resource, in SI base units."""
+        values = ((name, getattr(self, name)) for name in self._fields)
+        return {name: value for name, value in values if value is not None}
+
+    def __bool__(self) -> bool:
+        return bool(self.amounts())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self._shown())})"
+
+    def _shown(self) -> Iterator[str]:
+        for name in self._fields:
+            value = getattr(self, name)
+            if value is not None:
+                yield f"{name}={RESOURCES[name].compact(value)!r}"
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Limits(Amounts):
+    """Ceilings on one trial; a trial over any of them is terminated.
+
+    Example:
+
+        .. code-block:: python
+
+            limits = Limits(memory="4GiB", wall_time="5min")
+
+    Args:
+        memory: Memory of the trial's whole process tree: bytes, or text with its unit. Anonymous,
+            shared (divided among its holders) and swapped out; not what was reserved and never
+            touched, nor clean pages of files.
+        wall_time: Clock time of the trial: seconds, or text with its unit.
+        cpu_time: CPU-seconds of the trial's whole process tree.
+        cpu_cores: Cores kept busy, averaged over about a second.
+        gpu_memory: GPU memory of the trial's processes summed over all visible GPUs.
+        gpu_time: Busy GPU-seconds of the trial's processes.
+        custom: Limits on what the user's own meters read, by the name of the meter.
+
+    Raises:
+        ValueError: If a value is not positive and finite, has no unit as text, or an unknown one.
+        TypeError: If a value is neither a number nor text.
+    """
+
+    memory: float | None
+    wall_time: float | None
+    cpu_time: float | None
+    cpu_cores: float | None
+    gpu_memory: float | None
+    gpu_time: float | None
+    custom: Mapping[str, float]
+
+    _fields = LIMIT_RESOURCES
+
+    def __init__(
+        self,
+        *,
+        memory: float | str | None = None,
+        wall_time: float | str | None = None,
+        cpu_time: float | str | None = None,
+        cpu_cores: float | None = None,
+        gpu_memory: float | str | None = None,
+        gpu_time: float | str | None = None,
+        custom: Mapping[str, float] | None = None,
+    ) -> None:
+        self._set(memory=memory, wall_time=wall_time, cpu_time=cpu_time, cpu_cores=cpu_cores)
+        self._set(gpu_memory=gpu_memory, gpu_time=gpu_time)
+        object.__setattr__(self, "custom", _custom_limits(custom or {}))
+
+    def amounts(self) -> dict[str, float]:
+        """Return what is set, by resource, in SI base units."""
+        return {**super().amounts(), **self.custom}
+
+    def tightened(self, left: Mapping[str, float]) -> Limits:
+        """Return these limits with each lowered to ``left`` where that is less.
+
+        Args:
+            left: What may still be used, by resource, in SI base units; must be positive.
+        """
+        merged = self.amounts()
+        for name, value in left.items():
+            merged[name] = min(merged.get(name, math.inf), value)
+        return Limits.from_amounts(merged)
+
+    @classmethod
+    def from_amounts(cls, amounts: Mapping[str, float]) -> Limits:
+        """Return limits from amounts by resource, as :meth:`amounts` gives them."""
+        known, custom = _split(amounts, cls._fields)
+        return cls(**known, custom=custom)
+
+    def _shown(self) -> Iterator[str]:
+        yield from super()._shown()
+        if self.custom:
+            yield f"custom={dict(self.custom)!r}"
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.amounts().items())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Limits.from_amounts, (self.amounts(),))
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Quota(Amounts):
+    """Ceilings on a whole study, across all its workers.
+
+    Example:
+
+        .. code-block:: python
+
+            quota = Quota(wall_time="2h", cpu_time="6h", memory="12GiB")
+
+    Args:
+        n_trials: Trials that ran, in total.
+        wall_time: Clock time from the first trial to the end of the last; pauses in which a worker
+            runs no trial for longer than 10 s don't count.
+        trial_time: Sum of the wall times of all trials.
+        cpu_time: CPU-seconds in total.
+        gpu_time: Busy GPU-seconds in total.
+        energy: Joules in total, or text such as ``"2kWh"``.
+        cost: Money in total, in the currency of ``prices``.
+        memory: What all trials running at one moment on one host may hold together. Each is
+            promised its part before it starts, and waits for that: its limit or, once that is
+            learned, the upper bound of its footprint; where there is neither, an even share by
+            ``Strategy.n_jobs``, else all of it. One that outgrows it is given what is free.
+        gpu_memory: Likewise, of GPU memory.
+        cpu_cores: Likewise, of CPU cores.
+        prices: Price per hour of ``cpu_time``, ``gpu_time`` and ``trial_time``; needed with
+            ``cost`` and without a meaning otherwise.
+
+    Raises:
+        ValueError: If a value is not positive and finite, has no unit as text, or an unknown one;
+            if ``cost`` and ``prices`` don't come together.
+        TypeError: If a value is neither a number nor text.
+    """
+
+    n_trials: int | None
+    wall_time: float | None
+    trial_time: float | None
+    cpu_time: float | None
+    gpu_time: float | None
+    energy: float | None
+    cost: float | None
+    memory: float | None
+    gpu_memory: float | None
+    cpu_cores: float | None
+    prices: Mapping[str, float]
+
+    _fields = TOTAL_RESOURCES + HELD_RESOURCES
+
+    def __init__(
+        self,
+        *,
+        n_trials: int | None = None,
+        wall_time: float | str | None = None,
+        trial_time: float | str | None = None,
+        cpu_time: float | str | None = None,
+        gpu_time: float | str | None = None,
+        energy: float | str | None = None,
+        cost: float | None = None,
+        memory: float | str | None = None,
+        gpu_memory: float | str | None = None,
+        cpu_cores: float | None = None,
+        prices: Mapping[str, float] | None = None,
+    ) -> None:
+        self._set(n_trials=n_trials, wall_time=wall_time, trial_time=trial_time)
+        self._set(cpu_time=cpu_time, gpu_time=gpu_time, energy=energy, cost=cost)
+        self._set(memory=memory, gpu_memory=gpu_memory, cpu_cores=cpu_cores)
+        object.__setattr__(self, "prices", _prices(prices or {}))
+        if (self.cost is None) != (not self.prices):
+            raise ValueError(
+                "`cost` and `prices` must be given together but got "
+                f"cost={cost!r}, prices={prices!r}."
+            )
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """What is set of the totals over the study, by resource."""
+        return {name: v for name, v in self.amounts().items() if name in TOTAL_RESOURCES}
+
+    @property
+    def held(self) -> dict[str, float]:
+        """What is set of the ceilings on what runs at one moment on one host, by resource."""
+        return {name: v for name, v in self.amounts().items() if name in HELD_RESOURCES}
+
+    def price(self, used: Mapping[str, float | None]) -> float:
+        """Return what usage costs: the sum over ``prices`` of price · seconds / 3600.
+
+        Args:
+            used: Seconds by resource; what is unknown or missing costs nothing.
+        """
+        return sum(price * (used.get(name) or 0.0) / 3600 for name, price in self.prices.items())
+
+    def _shown(self) -> Iterator[str]:
+        yield from super()._shown()
+        if self.prices:
+            yield f"prices={dict(self.prices)!r}"
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.amounts().items()), tuple(sorted(self.prices.items()))))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_build_quota, ({**self.amounts(), "prices": dict(self.prices) or None},))
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What a study is about to do.
+
+    Example:
+
+        .. code-block:: python
+
+            strategy = Strategy(n_trials=200, n_jobs=2)
+
+    Args:
+        n_trials: Trials to run.
+        n_jobs: Trials that run at once, over all workers.
+        search_space: Distribution of each hyperparameter. Without it, the points of the strategy
+            are those that the footprint or the finished trials know.
+
+    Raises:
+        ValueError: If a count is not a positive whole number.
+        TypeError: If a count is not a number or the search space not a mapping of distributions.
+    """
+
+    n_trials: int
+    n_jobs: int = field(default=1, kw_only=True)
+    search_space: Mapping[str, BaseDistribution] | None = field(
+        default=None, kw_only=True, hash=False
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n_trials", _units.parse_count(self.n_trials, "n_trials"))
+        object.__setattr__(self, "n_jobs", _units.parse_count(self.n_jobs, "n_jobs"))
+        if self.search_space is not None:
+            object.__setattr__(self, "search_space", _search_space(self.search_space))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one trial used; what is not known is None, never 0.
+
+    Example:
+
+        .. code-block:: python
+
+            footprint = Usage(memory=2 * 2**30, wall_time=90.0)
+
+    Args:
+        memory: Peak memory of the trial's whole process tree, in bytes: anonymous, shared (divided
+            among its holders) and swapped out, without pages of files.
+        wall_time: Seconds on the clock.
+        cpu_time: CPU-seconds.
+        gpu_memory: Peak GPU memory in bytes over all visible GPUs.
+        gpu_time: Busy GPU-seconds.
+        energy: Joules.
+        custom: What the user's own meters read, by the name of the meter.
+
+    Raises:
+        ValueError: If a value is negative or not finite, has no unit as text, or an unknown one.
+        TypeError: If a value is neither a number nor text.
+    """
+
+    memory: float | None = None
+    wall_time: float | None = None
+    cpu_time: float | None = None
+    gpu_memory: float | None = None
+    gpu_time: float | None = None
+    energy: float | None = None
+    custom: Mapping[str, float] = field(default_factory=dict, kw_only=True, hash=False)
+
+    def __post_init__(self) -> None:
+        for name in USAGE_RESOURCES:
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _nonnegative(value, name))
+        custom = {str(name): _nonnegative(v, name) for name, v in self.custom.items()}
+        object.__setattr__(self, "custom", custom)
+
+    def amounts(self) -> dict[str, float]:
+        """Return what is known, by resource, in SI base units."""
+        values = ((name, getattr(self, name)) for name in USAGE_RESOURCES)
+        known = {name: value for name, value in values if value is not None}
+        return {**known, **self.custom}
+
+    def get(self, resource: str) -> float | None:
+        """Return the amount of a resource, None when unknown."""
+        name = CHARGED_RESOURCES.get(resource, resource)
+        amount: float | None
+        amount = getattr(self, name) if name in USAGE_RESOURCES else self.custom.get(name)
+        return amount
+
+    def __repr__(self) -> str:
+        shown = (f"{k}={get_resource(k).compact(v)!r}" for k, v in self.amounts().items())
+        return f"Usage({', '.join(shown)})"
+
+
+@dataclass(frozen=True)
+class Breach:
+    """A limit that a trial was over.
+
+    Attributes:
+        resource: The resource.
+        limit: The limit in force, in SI base units.
+        observed: What was measured, or what was forecast when ``forecast`` is True.
+        seconds: Seconds from the start of the trial.
+        quota: True when the limit in force was what was left of a total quota of the study.
+        forecast: True when a predictive stop ended the trial before it was over the limit.
+        refused: True when the allocation that would have exceeded the limit was refused.
+    """
+
+    resource: str
+    limit: float
+    observed: float
+    seconds: float
+    quota: bool = False
+    forecast: bool = False
+    refused: bool = False
+
+    @property
+    def reason(self) -> str:
+        """One sentence that explains the breach."""
+        resource = get_resource(self.resource)
+        limit = resource.format(self.limit)
+        if self.resource == "wall_time" and not self.quota and not self.forecast:
+            return f"Time limit of {limit} exceeded."
+        title = f"{resource.title[0].upper()}{resource.title[1:]}"
+        what = f"{title} {'quota' if self.quota else 'limit'}"
+        room = f"{limit} {'left' if self.quota else 'allowed'}"
+        after = _units.format_seconds(self.seconds)
+        if self.forecast:
+            observed = resource.format(self.observed)
+            return f"{what} about to be exceeded after {after}: heading for {observed}, {room}."
+        verb = "asked for" if self.refused else "used"
+        return f"{what} exceeded after {after}: {self._observed_text()} {verb}, {room}."
+
+    def _observed_text(self) -> str:
+        """Return what was observed, with enough digits to show that a peak is over its limit."""
+        resource = get_resource(self.resource)
+        observed, limit = resource.format(self.observed), resource.format(self.limit)
+        if observed != limit or self.observed <= self.limit or not resource.peak:
+            return observed
+        number, *unit = limit.split(" ")
+        for digits in (1, 2):
+            closer = f"{float(number) * self.observed / self.limit:.{digits}f}"
+            if float(closer) > float(number):
+                return " ".join([closer, *unit])
+        return f"more than {limit}"
+
+
+def usage_from_amounts(amounts: Mapping[str, float]) -> Usage:
+    """Return usage from amounts by resource, as :meth:`Usage.amounts` gives them."""
+    known, custom = _split(amounts, USAGE_RESOURCES)
+    return Usage(**known, custom=custom)
+
+
+def _split(
+    amounts: Mapping[str, float], names: tuple[str, ...]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the amounts of the resources in ``names``, and those of the user's own meters."""
+    known = {name: value for name, value in amounts.items() if name in names}
+    return known, {name: value for name, value in amounts.items() if name not in names}
+
+
+def _custom_limits(custom: Mapping[str, float]) -> Mapping[str, float]:
+    for key in custom:
+        if key in RESOURCES or not key.isidentifier():
+            raise ValueError(
+                "`custom` must name meters of your own by identifiers other than "
+                f"{', '.join(RESOURCES)} but got {key!r}."
+            )
+    return {key: _units.parse_number(value, key) for key, value in custom.items()}
+
+
+def _prices(prices: Mapping[str, float]) -> Mapping[str, float]:
+    for name in prices:
+        if name not in PRICED_RESOURCES:
+            raise ValueError(
+                f"`prices` must be per hour of {', '.join(PRICED_RESOURCES)} but got {name!r}."
+            )
+    return {name: _nonnegative(value, f"prices[{name!r}]") for name, value in prices.items()}
+
+
+def _build_quota(arguments: dict[str, Any]) -> Quota:
+    return Quota(**arguments)
+
+
+def _search_space(space: Any) -> dict[str, BaseDistribution]:
+    from optuna.distributions import BaseDistribution
+
+    if not isinstance(space, Mapping):
+        raise TypeError(
+            f"`search_space` must be a mapping of names to distributions but got {space!r}."
+        )
+    for name, distribution in space.items():
+        if not isinstance(distribution, BaseDistribution):
+            raise TypeError(
+                f"`search_space[{name!r}]` must be an Optuna distribution "
+                f"but got {distribution!r}."
+            )
+    return dict(space)
+
+
+def _nonnegative(value: Any, name: str) -> float:
+    if isinstance(value, str):
+        return get_resource(name).parse(value, name)
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"`{name}` must be a number or a string with its unit but got {value!r}.")
+    number = float(value)
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"`{name}` must be nonnegative and finite but got {value!r}.")
+    return number

@@ -1,0 +1,200 @@
+"""What the trials of a study are expected to use: stated by the user, learned, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+import logging
+from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_quota._footprint.footprint import BaseFootprint
+from optuna_quota._footprint.footprint import Footprint
+from optuna_quota._footprint.online import Learner
+from optuna_quota._footprint.search_space import certain_completions
+from optuna_quota._footprint.search_space import likely_completions
+from optuna_quota._footprint.user_given import as_footprint
+from optuna_quota._footprint.user_given import FootprintCalibrator
+from optuna_quota._footprint.user_given import UserFootprint
+from optuna_quota._resources import Limits
+from optuna_quota._resources import Usage
+from optuna_quota._sampler.admission import PointAdmission
+from optuna_quota._sampler.options import AdmissionOptions
+
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+
+_logger = logging.getLogger("optuna.quota.sampler")
+
+# Trials with a measured usage, and uncensored ones among them, before the first point is refused.
+MIN_TRIALS = 8
+_MIN_UNCENSORED = 3
+_RECENT = 200
+# Points of recent trials whose largest upper bound a new trial's reservation covers.
+_RECENT_BOUNDS = 30
+# A learned bound is exceeded now and then: a reservation leaves room for that, in which a trial
+# can ask for more.
+_BOUND_MARGIN = 1.1
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a trial's usage when it starts.
+
+    Attributes:
+        expected: Expected usage of a point; None when nothing is known.
+        is_reliable: Whether reservations may rely on it.
+        admission: Decides which points may run; None when all may.
+    """
+
+    expected: BaseFootprint | None = None
+    is_reliable: bool = False
+    admission: PointAdmission | None = None
+
+
+class StudyFootprint:
+    """The footprint of one study's trials, as this process knows it.
+
+    Args:
+        options: What the user stated, and how points are admitted.
+
+    Attributes:
+        learner: Learns from the study's trials.
+        given: A usage or function that the user stated; None for neither.
+    """
+
+    def __init__(self, options: AdmissionOptions) -> None:
+        stated = options.footprint
+        self._earlier = stated if isinstance(stated, Footprint) else None
+        self.learner = Learner(self._earlier, confidence=options.confidence)
+        self.given = None if stated is None or self._earlier else as_footprint(stated)
+        self._options = options
+        self._calibrator = None
+        if isinstance(self.given, UserFootprint) and not isinstance(self.given.usage, Usage):
+            self._calibrator = FootprintCalibrator(self.given)
+        # What the newest trial started with, and its upper bounds over recent points.
+        self._reliable: BaseFootprint | None = self._earlier or self.given
+        self._recent_bounds: tuple[BaseFootprint, dict[str, float]] | None = None
+
+    def forecast(self, trials: Sequence[FrozenTrial], limits: Limits) -> Forecast:
+        """Return what is known after all trials of the study.
+
+        Args:
+            trials: By number.
+            limits: The limits of the trial that starts.
+        """
+        learned = self._learn(trials)
+        expected = self.corrected(learned) or self.given or learned
+        # A constant usage does not tell points apart: the study's own trials have to.
+        judge = learned if isinstance(self._options.footprint, Usage) else expected
+        reliable = bool(
+            self._calibrator or judge is self.given or self._earlier or self._has_enough()
+        )
+        self._reliable = expected if reliable else None
+        threshold = self._options.breach_probability
+        if judge is None or not reliable or not limits or threshold == 1:
+            return Forecast(expected, reliable)
+        admission = PointAdmission(
+            judge,
+            limits,
+            self._recent_points(),
+            self.learner.space,
+            threshold,
+            complete=None if self._calibrator is None else self._completed_points(),
+            declared=self._options.declared,
+        )
+        return Forecast(expected, reliable, admission)
+
+    def corrected(self, learned: Footprint | None) -> BaseFootprint | None:
+        """Return the stated function corrected by the study's trials, None while it is not."""
+        if self._calibrator is None or learned is None or not self._has_enough():
+            return None
+        try:
+            return self._calibrator.calibrate(learned, self.learner.observations)
+        except (ArithmeticError, ValueError, np.linalg.LinAlgError) as fault:
+            _logger.warning(f"The stated footprint could not be corrected: {fault!r}.")
+            return None
+
+    def is_complete(self, params: Mapping[str, Any]) -> bool:
+        """Return whether the stated footprint can be computed from these parameters."""
+        if self._calibrator is None:
+            return True
+        declared = self._options.declared
+        if declared is not None and declared <= params.keys():
+            return True
+        return certain_completions(params, self._completed_points())[-1:] == [params]
+
+    def bounds_before_start(
+        self, held: Mapping[str, float], fixed: Mapping[str, Any]
+    ) -> dict[str, float]:
+        """Return upper bounds of what a trial will hold whose point is not drawn yet.
+
+        Args:
+            held: What all trials may hold at one moment, by resource; no bound is higher.
+            fixed: The parameters that it was enqueued with.
+        """
+        expected = self._reliable
+        if expected is None or not held:
+            return {}
+        points = self._recent_points(_RECENT_BOUNDS)
+        if fixed and likely_completions(fixed, points) == [fixed]:
+            found = _upper_bounds(expected, [fixed])
+        elif self._recent_bounds is not None and self._recent_bounds[0] is expected:
+            found = self._recent_bounds[1]
+        else:
+            if not points and not isinstance(expected, UserFootprint):
+                points = list(expected.points[-_RECENT_BOUNDS:])
+            found = _upper_bounds(expected, points)
+            self._recent_bounds = expected, found
+        return {name: min(found[name], most) for name, most in held.items() if name in found}
+
+    def bounds_at(self, forecast: Forecast, point: Mapping[str, Any]) -> dict[str, float]:
+        """Return upper bounds of the usage at a point; empty while it is partial or unknown."""
+        if forecast.expected is None or not forecast.is_reliable:
+            return {}
+        past = self._recent_points()
+        if not point or (past and likely_completions(point, past) != [point]):
+            return {}
+        return _upper_bounds(forecast.expected, [point])
+
+    def _learn(self, trials: Sequence[FrozenTrial]) -> Footprint | None:
+        try:
+            return self.learner.learn(trials)
+        except (ArithmeticError, ValueError, TypeError, np.linalg.LinAlgError) as fault:
+            # The study goes on without a projection.
+            _logger.warning(f"The footprint could not be learned: {fault!r}.")
+            return None
+
+    def _has_enough(self) -> bool:
+        # While nearly all trials were stopped, nothing shows that others would not be.
+        return (
+            self.learner.n_observations >= MIN_TRIALS
+            and self.learner.n_uncensored >= _MIN_UNCENSORED
+        )
+
+    def _recent_points(self, count: int = _RECENT) -> list[Mapping[str, Any]]:
+        return [row.params for row in self.learner.observations[-count:]]
+
+    def _completed_points(self) -> list[Mapping[str, Any]]:
+        return [row.params for row in self.learner.observations[-_RECENT:] if row.is_complete]
+
+
+def _upper_bounds(
+    expected: BaseFootprint, points: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Return the largest upper bound over points, by resource."""
+    margin = 1.0 if isinstance(expected, UserFootprint) else _BOUND_MARGIN
+    found: dict[str, float] = {}
+    try:
+        for point in points:
+            for name, each in expected.intervals(point).items():
+                found[name] = max(found.get(name, 0.0), margin * each.upper)
+    except KeyError:
+        # A function of a parameter that the point does not have.
+        return {}
+    return found

@@ -1,0 +1,23 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import logging
+
+import optuna
+import pytest
+
+
+@pytest.fixture
+def quota_warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Returns a function that returns the warnings logged so far, and forgets them."""
+    optuna.logging.enable_propagation()
+    caplog.set_level(logging.WARNING, logger="optuna.quota")
+
+    def warnings() -> list[str]:
+        found = [r.getMessage() for r in caplog.records if r.name.startswith("optuna.quota")]
+        caplog.clear()
+        return found
+
+    return warnings

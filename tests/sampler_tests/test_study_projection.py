@@ -1,0 +1,334 @@
+"""A study that does not fit is rejected before it runs, and projected while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import pickle
+import time
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+from optuna.samplers import RandomSampler
+from optuna.samplers import TPESampler
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import Limits
+from optuna_quota import Quota
+from optuna_quota import QuotaPruner
+from optuna_quota import QuotaSampler
+from optuna_quota import Strategy
+from optuna_quota import StudyRejected
+from optuna_quota import Usage
+from optuna_quota._footprint.future_points import draw_future_points
+from optuna_quota._footprint.observations import Observation
+from optuna_quota._records import read_record
+from tests.sampler_tests.assertions import assert_nothing_left
+
+
+EACH = Usage(wall_time="1min", memory="1GiB")
+QUOTA = Quota(wall_time="10min", memory="3GiB")
+
+
+def never(trial: optuna.Trial) -> float:
+    raise AssertionError("the objective ran")
+
+
+def objective(trial: optuna.Trial) -> float:
+    return float(trial.suggest_int("n", 1, 10))
+
+
+def by_points(params: dict[str, Any]) -> Usage:
+    return Usage(wall_time=60.0 * params["n"])
+
+
+def test_the_constructor_rejects_a_study_that_does_not_fit() -> None:
+    with pytest.raises(StudyRejected) as caught:
+        QuotaSampler(quota=QUOTA, strategy=Strategy(n_trials=20), footprint=EACH)
+    error = caught.value
+    assert error.resource == "wall_time"
+    assert not error.projection.fits
+    assert "wall time" in str(error) and "Nearest that would fit" in str(error)
+    assert error.projection.nearest == Strategy(n_trials=10)
+    assert pickle.loads(pickle.dumps(error)).projection.nearest == Strategy(n_trials=10)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "footprint"),
+    [
+        (Strategy(n_trials=10), EACH),
+        (Strategy(n_trials=20, n_jobs=2), EACH),
+        (Strategy(n_trials=20), None),
+        (None, EACH),
+        (Strategy(n_trials=20), by_points),
+        (Strategy(n_trials=5, search_space={"n": IntDistribution(1, 2)}), by_points),
+    ],
+)
+def test_the_constructor_accepts_what_fits_or_is_unknown(
+    strategy: Strategy | None, footprint: Any
+) -> None:
+    QuotaSampler(quota=QUOTA, strategy=strategy, footprint=footprint)
+
+
+def test_a_function_over_a_search_space_is_rejected() -> None:
+    strategy = Strategy(n_trials=20, search_space={"n": IntDistribution(1, 10)})
+    with pytest.raises(StudyRejected):
+        QuotaSampler(quota=QUOTA, strategy=strategy, footprint=by_points)
+
+
+def test_the_samplers_own_limits_count() -> None:
+    # Terminated at one second each, 20 trials fit.
+    footprint = Usage(wall_time="1min")
+    limits = Limits(wall_time="1s")
+    QuotaSampler(quota=QUOTA, strategy=Strategy(n_trials=20), footprint=footprint, limits=limits)
+
+
+def resume(n_trials: int, footprint: Any = EACH, **kwargs: Any) -> Callable[[optuna.Study], None]:
+    def change(study: optuna.Study) -> None:
+        study.sampler = QuotaSampler(
+            RandomSampler(seed=0),
+            quota=QUOTA,
+            strategy=Strategy(n_trials=n_trials, **kwargs),
+            footprint=footprint,
+        )
+
+    return change
+
+
+def study_that_used(minutes: float, n_trials: int = 1) -> optuna.Study:
+    study = optuna.create_study()
+    for _ in range(n_trials):
+        study.add_trial(
+            optuna.trial.create_trial(
+                value=1.0,
+                params={"n": 2},
+                distributions={"n": IntDistribution(1, 10)},
+                user_attrs={"quota:wall_time": 60 * minutes / n_trials},
+            )
+        )
+    return study
+
+
+@pytest.mark.parametrize("how", ["optimize", "threads", "ask", "enqueued"])
+def test_a_resumed_study_is_rejected_with_what_it_used(how: str) -> None:
+    study = study_that_used(minutes=5)
+    resume(n_trials=8)(study)
+    if how == "enqueued":
+        study.enqueue_trial({"n": 1})
+    with pytest.raises(StudyRejected) as caught:
+        if how == "ask":
+            study.ask()
+        else:
+            study.optimize(never, n_trials=3, n_jobs=2 if how == "threads" else 1, catch=())
+    table = caught.value.projection.table
+    assert table.loc["wall_time", "used"] == pytest.approx(300, rel=0.01)
+    for trial in study.trials[1:]:
+        assert trial.state == TrialState.FAIL
+        record = read_record(trial)
+        assert record.outcome == "rejected"
+        assert record.reason == str(caught.value)
+    assert all(t.state.is_finished() for t in study.trials)
+
+
+def test_catch_does_not_hide_a_rejection() -> None:
+    study = study_that_used(minutes=5)
+    resume(n_trials=8)(study)
+    with pytest.raises(StudyRejected):
+        study.optimize(never, n_trials=3, catch=(Exception,))
+
+
+def test_a_resumed_study_that_still_fits_goes_on() -> None:
+    study = study_that_used(minutes=5)
+    resume(n_trials=5)(study)
+    study.optimize(objective, n_trials=2)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 3
+
+
+def test_the_search_space_is_inferred_from_the_trials() -> None:
+    sampler = QuotaSampler(
+        RandomSampler(seed=0), quota=QUOTA, strategy=Strategy(n_trials=20), footprint=by_points
+    )
+    study = optuna.create_study(sampler=sampler)
+    with pytest.raises(StudyRejected):
+        study.optimize(objective, n_trials=20)
+    assert len(study.trials) == 2
+    assert_nothing_left(study)
+
+
+def test_the_pruners_limits_count() -> None:
+    sampler = QuotaSampler(
+        RandomSampler(seed=0),
+        quota=QUOTA,
+        strategy=Strategy(n_trials=20),
+        footprint=by_points,
+        # All points run, also those that will be stopped at the limit.
+        breach_probability=1,
+    )
+    study = optuna.create_study(
+        sampler=sampler, pruner=QuotaPruner(limits=Limits(wall_time="20s"))
+    )
+    study.optimize(objective, n_trials=3)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 3
+
+
+def branching(trial: optuna.Trial) -> float:
+    if trial.suggest_categorical("kind", ["tree", "linear"]) == "tree":
+        trial.suggest_int("depth", 1, 10)
+    return 1.0
+
+
+def by_branches(params: dict[str, Any]) -> Usage:
+    return Usage(wall_time=60.0 * params["depth"] if params["kind"] == "tree" else 1.0)
+
+
+def always_deep(params: dict[str, Any]) -> Usage:
+    return Usage(wall_time=1e-3 * params["depth"])
+
+
+@pytest.mark.parametrize("footprint", [by_branches, always_deep])
+def test_a_function_of_conditional_parameters_stops_no_study(
+    footprint: Callable[[dict[str, Any]], Usage],
+) -> None:
+    quota = Quota(trial_time="10h")
+    sampler = QuotaSampler(
+        RandomSampler(seed=0), quota=quota, strategy=Strategy(n_trials=20), footprint=footprint
+    )
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(branching, n_trials=20)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 20
+
+
+def test_a_function_of_conditional_parameters_rejects_what_does_not_fit() -> None:
+    sampler = QuotaSampler(
+        RandomSampler(seed=0), quota=QUOTA, strategy=Strategy(n_trials=50), footprint=by_branches
+    )
+    study = optuna.create_study(sampler=sampler)
+    with pytest.raises(StudyRejected, match="wall time"):
+        study.optimize(branching, n_trials=50)
+    # As soon as both branches were seen.
+    assert {t.params.get("kind") for t in study.trials[:-1]} == {"tree", "linear"}
+    assert_nothing_left(study)
+
+
+def sleeping_objective(trial: optuna.Trial) -> float:
+    # What the trial takes is what is measured here.
+    time.sleep(0.02)
+    return trial.suggest_float("x", 0.5, 1)
+
+
+def study_of(n_trials: int, quota: Quota, **arguments: object) -> optuna.Study:
+    strategy = Strategy(n_trials)
+    sampler = QuotaSampler(RandomSampler(seed=0), quota=quota, strategy=strategy, **arguments)  # type: ignore[arg-type]
+    return optuna.create_study(sampler=sampler)
+
+
+def test_the_rest_is_added_to_what_was_used() -> None:
+    study = study_of(40, Quota(trial_time="1h"))
+    study.optimize(sleeping_objective, n_trials=10)
+    projection = study.sampler.project(study)  # type: ignore[attr-defined]
+    used = sum(t.user_attrs["quota:wall_time"] for t in study.trials)
+    cpu_time = sum(t.user_attrs["quota:cpu_time"] for t in study.trials)
+    # Without a quota on it, too.
+    assert projection.table.loc["cpu_time", "used"] == pytest.approx(cpu_time, rel=1e-6)
+    row = projection.table.loc["trial_time"]
+    assert row["used"] == pytest.approx(used, rel=1e-6)
+    assert projection.strategy.n_trials == 30
+    assert row["lower"] <= row["median"] <= row["upper"]
+    assert row["median"] > used + 30 * 0.015
+    # The probability depends on the machine's load.
+    assert 0 < row["probability"] <= 1
+
+
+def test_at_the_end_the_projection_is_what_was_used() -> None:
+    study = study_of(3, Quota(trial_time="1h", n_trials=3))
+    study.optimize(sleeping_objective, n_trials=3)
+    row = study.sampler.project(study).table.loc["trial_time"]  # type: ignore[attr-defined]
+    assert row["used"] == row["lower"] == row["median"] == row["upper"] > 0
+
+
+@pytest.mark.parametrize(("on_projected", "n_trials"), [("continue", 12), ("stop", 9)])
+def test_a_quota_that_will_run_out_is_reported_early(
+    on_projected: str, n_trials: int, quota_warnings: Callable[[], list[str]]
+) -> None:
+    study = study_of(100_000, Quota(trial_time="5min"), on_projected=on_projected)
+    study.optimize(sleeping_objective, n_trials=12)
+    assert len(study.trials) == n_trials
+    (warning,) = quota_warnings()
+    assert warning.startswith("The quota is likely to run out before the study ends: ")
+    assert " projected, 5 min allowed (trial time). Nearest that would fit: " in warning
+
+
+def test_a_quota_that_will_run_out_can_raise() -> None:
+    study = study_of(100_000, Quota(trial_time="5min"), on_projected="raise")
+    with pytest.raises(StudyRejected, match="trial time") as caught:
+        study.optimize(sleeping_objective, n_trials=12)
+    assert not caught.value.projection.fits
+    assert all(t.state.is_finished() for t in study.trials)
+    assert len(study.trials) == 9
+
+
+def test_a_stated_footprint_holds_until_trials_have_run() -> None:
+    study = study_of(10, Quota(trial_time="1h"), footprint=Usage(wall_time=60))
+    table = study.sampler.project(study).table  # type: ignore[attr-defined]
+    assert table.loc["trial_time", "median"] == 600
+
+
+def test_without_a_strategy_or_a_known_usage_it_raises() -> None:
+    study = study_of(10, Quota(trial_time="1h"))
+    with pytest.raises(ValueError, match="finished trials"):
+        study.sampler.project(study)  # type: ignore[attr-defined]
+    other = QuotaSampler(quota=Quota(trial_time="1h"))
+    with pytest.raises(ValueError, match="strategy"):
+        other.project(study)
+
+
+def test_an_unknown_on_projected_is_refused() -> None:
+    with pytest.raises(ValueError, match="on_projected"):
+        QuotaSampler(TPESampler(), quota=Quota(n_trials=1), on_projected="other")  # type: ignore[arg-type]
+
+
+def test_the_next_points_are_around_the_newest_ones_of_an_adaptive_sampler() -> None:
+    space: dict[str, BaseDistribution] = {
+        "x": FloatDistribution(1.0, 1000.0, log=True),
+        "n": IntDistribution(1, 100),
+        "kind": CategoricalDistribution(["a", "b"]),
+    }
+    old = [Observation({"x": 1.0, "n": 1, "kind": "a"}, space, Usage()) for _ in range(30)]
+    new = [Observation({"x": 900.0, "n": 90, "kind": "b"}, space, Usage()) for _ in range(20)]
+    staying = draw_future_points([*old, *new], 400, adaptive=True)
+    spread = draw_future_points([*old, *new], 400, adaptive=False)
+    assert sum(point["x"] > 300 for point in staying) > 250
+    assert 80 < sum(point["x"] > 100 for point in spread) < 200
+    assert {point["kind"] for point in spread} == {"a", "b"}
+    for point in (*staying, *spread):
+        assert 1 <= point["x"] <= 1000
+        assert isinstance(point["n"], int)
+        assert 1 <= point["n"] <= 100
+
+
+def test_choices_that_others_hang_on_are_drawn_as_a_sampler_does_and_not_as_they_happened() -> (
+    None
+):
+    kind = CategoricalDistribution(["tree", "net", "never"])
+    tree: dict[str, BaseDistribution] = {"kind": kind, "depth": IntDistribution(1, 8)}
+    net: dict[str, BaseDistribution] = {
+        "kind": kind,
+        "width": IntDistribution(8, 64),
+        "bias": CategoricalDistribution([True, False]),
+    }
+    rows = [Observation({"kind": "tree", "depth": 3}, tree, Usage())] * 18
+    rows += [Observation({"kind": "net", "width": 9, "bias": True}, net, Usage())] * 2
+    points = draw_future_points(rows, 600, adaptive=False)
+    trees = [point for point in points if point["kind"] == "tree"]
+    nets = [point for point in points if point["kind"] == "net"]
+    assert len(trees) + len(nets) == 600
+    # A third each, and of what no trial shows mostly what came most often.
+    assert 200 <= len(nets) <= 250
+    assert {frozenset(point) for point in trees} == {frozenset(tree)}
+    assert {frozenset(point) for point in nets} == {frozenset(net)}
+    assert {point["bias"] for point in nets} == {True, False}
+    assert len({point["width"] for point in nets}) > 30
