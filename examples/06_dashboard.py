@@ -3,7 +3,7 @@
 Memory, time and outcome of each trial are columns by themselves. A callback keeps the study's note
 (ledger, fitted models, terminated trials) and four small plots current while it runs; ``publish``
 does the same once more at the end. Terminated trials bear a note with the reason and, since an
-artifact store is given, a picture of their memory over time.
+artifact store is given, a plot of their memory over time.
 
 Run it with ``python examples/06_dashboard.py``; it takes about a minute on two cores, leaves
 ``dashboard.db``, the folder ``dashboard-artifacts`` and ``dashboard.html`` behind, and prints the

@@ -1,8 +1,8 @@
-"""A study's use of resources in optuna-dashboard, the place where the study is looked at.
+"""Publishes a study's resource usage to optuna-dashboard.
 
-Usage stands in the trial table by itself: it is kept as numeric attributes. What this package adds
-are a block in the study's note, notes on trials that were terminated or rejected, and four small
-plots. Publishing again replaces all of it and touches nothing that a person wrote.
+The trial table shows usage by itself, from numeric attributes. This package adds a block in the
+study's note, notes on terminated and rejected trials, and four small plots. Publishing again
+replaces all of it and keeps what a person wrote.
 
 Example:
 

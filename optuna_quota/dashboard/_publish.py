@@ -1,4 +1,4 @@
-"""Publishing a study's use of resources into optuna-dashboard."""
+"""Publishes a study's resource usage to optuna-dashboard, once or while it runs."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ import uuid
 
 from optuna_quota import _optuna
 from optuna_quota import _records
-from optuna_quota.dashboard._notes import merged
+from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._utilization.data import study_data
+from optuna_quota.dashboard._notes import replace_block
 from optuna_quota.dashboard._notes import study_note
 from optuna_quota.dashboard._notes import trial_note
-from optuna_quota.dashboard._storage import Dashboard
-from optuna_quota.visualization._burn_down import _burn_down_chart
+from optuna_quota.dashboard._storage import DashboardStorage
 from optuna_quota.visualization._burn_down import _get_burn_down_info
-from optuna_quota.visualization._chart import Chart
-from optuna_quota.visualization._chart import thinned
-from optuna_quota.visualization._charts import footprint_chart
-from optuna_quota.visualization._charts import Material
-from optuna_quota.visualization._charts import material_of
-from optuna_quota.visualization._charts import quality_charts
-from optuna_quota.visualization._charts import slice_chart
-from optuna_quota.visualization._draw import figure_of
-from optuna_quota.visualization._facts import facts_of
-from optuna_quota.visualization._rows import limits_of
-from optuna_quota.visualization._rows import measured
-from optuna_quota.visualization._rows import Row
-from optuna_quota.visualization._svg import svg_of
-from optuna_quota.visualization._timeline import _timeline_chart
+from optuna_quota.visualization._burn_down import burn_down_figure
+from optuna_quota.visualization._data import FinishedTrial
+from optuna_quota.visualization._data import limits_of
+from optuna_quota.visualization._data import measured_resources
+from optuna_quota.visualization._data import report_data
+from optuna_quota.visualization._data import ReportData
+from optuna_quota.visualization._figures import best_footprint_figure
+from optuna_quota.visualization._figures import quality_cost_figures
+from optuna_quota.visualization._figures import ranked_slice_figure
+from optuna_quota.visualization._figures import thin
+from optuna_quota.visualization._report_text import report_text
 from optuna_quota.visualization._timeline import timeline_info
+from optuna_quota.visualization._timeline import timeline_svg
 from optuna_quota.visualization._usage import _get_usage_info
-from optuna_quota.visualization._usage import _usage_chart
+from optuna_quota.visualization._usage import usage_figure
 from optuna_quota.visualization._waste import _get_waste_info
 from optuna_quota.visualization._waste import waste_figure
 
@@ -46,21 +45,25 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-PICTURE = "memory-over-time.svg"
-# All plots travel with each answer of the dashboard, so they are kept to tens of kB; notes on
-# trials are study attributes and slow it down at hundreds.
-_MARKS = 250
-_TRIAL_NOTES = 100
+IMAGE = "memory-over-time.svg"
+# Each response of the dashboard holds all plots, so they are kept to tens of kB; notes on trials
+# are study attributes, and hundreds of them slow it down.
+_MAX_POINTS = 250
+_MAX_TRIAL_NOTES = 100
 
 
-def publish(study: Study, report: Any = None, artifact_store: ArtifactStore | None = None) -> None:
-    """Show a study's use of resources in optuna-dashboard.
+def publish(
+    study: Study,
+    report: StudyAnalysis | None = None,
+    artifact_store: ArtifactStore | None = None,
+) -> None:
+    """Publish a study's resource usage to optuna-dashboard.
 
-    The study's note gets a block with the ledger, the fitted models, advice and the trials that
-    were terminated or rejected; those trials (the latest 100) get a note with the reason, a table
-    and, with an artifact store, a picture of their memory over time; the study's page gets four
-    small plots. Publishing again replaces all this. What a person wrote in a note, above or below
-    the block, stays as it is.
+    Adds a block with the ledger, the fitted models, advice and the terminated and rejected trials
+    to the study's note; a note with the reason, a table and, with an artifact store, a plot of
+    memory over time to these trials (the latest 100); and four small plots to the study's page.
+    Publishing again replaces all this. Text that a person wrote in a note, above or below the
+    block, is kept.
 
     Example:
 
@@ -80,99 +83,83 @@ def publish(study: Study, report: Any = None, artifact_store: ArtifactStore | No
         ImportError: If optuna-dashboard or plotly is not installed.
     """
     if report is None:
-        import optuna_quota
-
-        report = optuna_quota.analyze(study)
-    publish_material(material_of(study, report), report, artifact_store)
+        report = StudyAnalysis(study, study_data(study))
+    publish_data(report_data(study, report), artifact_store)
 
 
-def publish_material(
-    material: Material,
-    report: Any,
+def publish_data(
+    data: ReportData,
     artifact_store: ArtifactStore | None,
-    still_ours: Callable[[], bool] = lambda: True,
+    is_current: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Publish what was read of a study.
+    """Publish the data of a study.
 
     Args:
-        material: The study and its trials.
-        report: Its report, or None to leave out models and advice.
-        artifact_store: Where pictures go.
-        still_ours: Asked once all is made and before anything is written: another worker may
-            have begun to publish meanwhile.
+        data: The study, its trials and its analysis.
+        artifact_store: For images.
+        is_current: Called before anything is written: False if another worker has begun to
+            publish.
     """
-    facts = facts_of(material, report)
-    plots = _plots(material)
-    if not still_ours():
+    text = report_text(data)
+    plots = _plots(data)
+    if not is_current():
         return
-    dashboard = Dashboard(material.study)
+    dashboard = DashboardStorage(data.study)
     note = dashboard.note()
-    renewed = merged(note, study_note(facts, dashboard.trial_address))
+    renewed = replace_block(note, study_note(text, dashboard.trial_url))
     if renewed != note:
         dashboard.save_note(renewed)
     for name, figure in plots.items():
         dashboard.save_plot(name, figure)
-    ended = [row for row in material.rows if row.outcome in ("terminated", "rejected")]
-    for row in ended[-_TRIAL_NOTES:]:
-        _note_trial(dashboard, row, material.study, artifact_store)
+    ended = [trial for trial in data.trials if trial.outcome in ("terminated", "rejected")]
+    for trial in ended[-_MAX_TRIAL_NOTES:]:
+        _note_trial(dashboard, trial, data.study, artifact_store)
 
 
-def _note_trial(dashboard: Dashboard, row: Row, study: Study, store: ArtifactStore | None) -> None:
-    trial_id = _optuna.trial_id_of(row.trial)
+def _note_trial(
+    dashboard: DashboardStorage, trial: FinishedTrial, study: Study, store: ArtifactStore | None
+) -> None:
+    trial_id = _optuna.trial_id_of(trial.trial)
     limits = limits_of(study)
-    picture = dashboard.picture(trial_id, PICTURE)
-    if picture is None and store is not None and row.record.timeline:
-        svg = svg_of(_timeline_chart(timeline_info(row, limits.get("memory"))))
-        picture = dashboard.save_picture(store, trial_id, PICTURE, svg)
+    image = dashboard.image_url(trial_id, IMAGE)
+    if image is None and store is not None and trial.record.timeline:
+        svg = timeline_svg(timeline_info(trial, limits.get("memory")))
+        image = dashboard.save_image(store, trial_id, IMAGE, svg)
     note = dashboard.note(trial_id)
-    renewed = merged(note, trial_note(row, limits, picture))
+    renewed = replace_block(note, trial_note(trial, limits, image))
     if renewed != note:
         dashboard.save_note(renewed, trial_id)
 
 
-def _plots(material: Material) -> dict[str, go.Figure]:
-    # Fixed names, one for each place on the page: publishing again replaces.
-    resources = measured(material.rows)
+def _plots(data: ReportData) -> dict[str, go.Figure]:
+    resources = measured_resources(data.trials)
     main = resources[0] if resources else "memory"
-    places = {
-        "optuna_quota.usage": _usage_chart(_get_usage_info(material.study, main, material.rows)),
-        "optuna_quota.drivers": slice_chart(material, main, most=2),
-        "optuna_quota.quality": _quality(material, main),
+    quality = next((f for f in quality_cost_figures(data).values() if f.data), None)
+    budget = burn_down_figure(_get_burn_down_info(data.study, data.trials))
+    if not budget.data:
+        budget = waste_figure(_get_waste_info(data.study, data.trials))
+    # Fixed names, so that publishing again replaces them.
+    plots = {
+        "optuna_quota.usage": usage_figure(_get_usage_info(data.study, main, data.trials)),
+        "optuna_quota.drivers": ranked_slice_figure(data, main, max_panels=2),
+        "optuna_quota.quality": quality or best_footprint_figure(data, main),
+        "optuna_quota.budget": budget,
     }
-    plots = {name: _small(chart) for name, chart in places.items()}
-    plots["optuna_quota.budget"] = _budget(material)
-    return plots
-
-
-def _quality(material: Material, resource: str) -> Chart:
-    found = next((chart for chart in quality_charts(material).values() if chart), None)
-    return found if found is not None else footprint_chart(material, resource)
-
-
-def _budget(material: Material) -> go.Figure:
-    chart = _burn_down_chart(_get_burn_down_info(material.study, material.rows))
-    if chart:
-        return _small(chart)
-    return waste_figure(_get_waste_info(material.study, material.rows))
-
-
-def _small(chart: Chart) -> go.Figure:
-    return figure_of(thinned(chart, _MARKS))
+    return {name: thin(figure, _MAX_POINTS) for name, figure in plots.items()}
 
 
 _logger = logging.getLogger("optuna.quota.dashboard")
 
-# Publishing takes at most this share of the time.
+# The largest share of the time that publishing takes.
 _SHARE = 0.02
 
 
 class Publisher:
     """Keeps a study's page in optuna-dashboard current: give it to ``study.optimize``.
 
-    It publishes when a trial has ended and at least ``interval`` seconds have passed, and rests
-    fifty times as long as publishing took, so that it costs at most 2% of the time. Of many
-    workers that each have one, one publishes at a time. It never fails a study: what goes wrong
-    is logged as a warning.
+    Publishes when a trial has ended and at least ``interval`` seconds have passed, then pauses for
+    fifty times as long as publishing took, so that it takes at most 2% of the time. Of several
+    workers, one publishes at a time. Errors are logged as warnings and fail no study.
 
     Example:
 
@@ -182,11 +169,11 @@ class Publisher:
             from optuna_quota.dashboard import Publisher
 
             study.optimize(objective, n_trials=200, callbacks=[Publisher()])
-            analyze(study).publish()  # the last trials too
+            analyze(study).publish()  # with the last trials
 
     Args:
-        artifact_store: The store that the dashboard is started with, for pictures.
-        interval: Seconds between publications, at least.
+        artifact_store: The store that the dashboard is started with, for images.
+        interval: Minimum seconds between publications.
 
     Raises:
         ValueError: If ``interval`` is negative.
@@ -203,28 +190,28 @@ class Publisher:
         self._lock = Lock()
 
     def __call__(self, study: Study, trial: FrozenTrial) -> None:
-        """Publish if it is time to."""
+        """Publish if it is due."""
         if time.monotonic() < self._next or not self._lock.acquire(blocking=False):
             return
         try:
             self._publish(study)
-        except Exception:  # a picture must never cost a study its trials
-            _logger.warning("Publishing into optuna-dashboard failed.", exc_info=True)
+        except Exception:
+            _logger.warning("Publishing to optuna-dashboard failed.", exc_info=True)
             self._next = time.monotonic() + self._interval
         finally:
             self._lock.release()
 
     def _publish(self, study: Study) -> None:
-        begun = time.monotonic()
+        started = time.monotonic()
         claim = _Claim(study)
-        if claim.taken(self._interval):
-            self._next = begun + self._interval
+        if claim.is_taken(self._interval):
+            self._next = started + self._interval
             return
         claim.take()
-        report = _analyzed(study)
-        publish_material(material_of(study, report), report, self._artifact_store, claim.ours)
+        report = StudyAnalysis(study, study_data(study))
+        publish_data(report_data(study, report), self._artifact_store, claim.is_ours)
         ended = time.monotonic()
-        self._next = ended + max(self._interval, (ended - begun) / _SHARE)
+        self._next = ended + max(self._interval, (ended - started) / _SHARE)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None}
@@ -236,8 +223,8 @@ class Publisher:
 class _Claim:
     """Which worker publishes: the last to write its claim, if none did within the interval.
 
-    Two that read the storage in the same instant may both claim; each asks again, once all is made
-    and before it writes, whether the claim is still its own.
+    Two workers that read the storage at the same time may both write one, so each checks its claim
+    again before it publishes.
     """
 
     def __init__(self, study: Study) -> None:
@@ -245,7 +232,7 @@ class _Claim:
         self._study_id = _optuna.study_id_of(study)
         self._token = uuid.uuid4().hex
 
-    def taken(self, interval: float) -> bool:
+    def is_taken(self, interval: float) -> bool:
         at = self._read()[0]
         return 0 <= time.time() - at < interval
 
@@ -253,7 +240,7 @@ class _Claim:
         value: list[float | str] = [time.time(), self._token]
         self._storage.set_study_system_attr(self._study_id, _records.STUDY_PUBLISHED, value)
 
-    def ours(self) -> bool:
+    def is_ours(self) -> bool:
         return self._read()[1] == self._token
 
     def _read(self) -> tuple[float, str]:
@@ -262,9 +249,3 @@ class _Claim:
         if not isinstance(value, list) or len(value) != 2:
             return 0.0, ""
         return _records.number(value[0]) or 0.0, str(value[1])
-
-
-def _analyzed(study: Study) -> Any:
-    import optuna_quota
-
-    return optuna_quota.analyze(study)

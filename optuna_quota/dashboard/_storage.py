@@ -1,11 +1,11 @@
-"""The only part of the package that knows how optuna-dashboard keeps things.
+"""Reads and writes what optuna-dashboard keeps in a study.
 
-Notes, plots and the artifacts of finished trials are study system attributes. The public
-functions of optuna-dashboard write notes of studies and plots; a note on a finished trial has no
-public function (``save_note`` takes a running trial only), nor has an artifact of one
-(``upload_artifact`` writes into the trial, which can't be changed any more), so for these two the
-attributes are written as optuna-dashboard 0.21 reads them. ``tests/dashboard_tests`` fails when a
-later one reads them differently.
+Notes, plots and the artifacts of finished trials are study system attributes. optuna-dashboard has
+public functions for notes on studies and plots, but none for a note on a finished trial
+(``save_note`` takes a running trial only) or its artifact (``upload_artifact`` writes into the
+trial, which can't be changed any more). For these two the attributes are written as
+optuna-dashboard 0.21 reads them. ``tests/dashboard_tests`` fails when a later one reads them
+differently.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 _PLOT = "dashboard:plot_data:"
 
 
-class Dashboard:
-    """What optuna-dashboard keeps of one study, read once.
+class DashboardStorage:
+    """The notes, plots and artifacts of one study, read once.
 
     Args:
         study: The study.
@@ -46,19 +46,15 @@ class Dashboard:
         self._attributes: Mapping[str, Any] = self._storage.get_study_system_attrs(self._study_id)
 
     def note(self, trial_id: int | None = None) -> str:
-        """Return the note on the study, or on a trial; none where what is kept can't be read."""
+        """Return the note on the study or on a trial, empty if it is missing or malformed."""
         try:
             note = self._notes.get_note_from_system_attrs(self._attributes, trial_id)
         except (KeyError, TypeError, ValueError):
             return ""
         return str(note["body"])
 
-    def has_note(self, trial_id: int) -> bool:
-        """Return whether a trial has a note, which is cheaper than reading it."""
-        return self._notes.note_ver_key(trial_id) in self._attributes
-
     def save_note(self, body: str, trial_id: int | None = None) -> None:
-        """Write the note on the study, or on a trial, as the next version of it."""
+        """Write the next version of the note on the study or on a trial."""
         version = self._attributes.get(self._notes.note_ver_key(trial_id))
         before = version if isinstance(version, int) else 0
         self._notes.save_note_with_version(
@@ -66,34 +62,30 @@ class Dashboard:
         )
 
     def save_plot(self, name: str, figure: go.Figure) -> None:
-        """Write a plot in place of the one of that name, unless it is the same."""
+        """Write a plot, replacing the one of that name unless it is the same."""
         if figure.to_json() != self._plot(name):
             dashboard = import_dashboard()
             dashboard.save_plotly_graph_object(self._study, figure, graph_object_id=name)
-
-    def has_plot(self, name: str) -> bool:
-        """Return whether a plot of that name was written."""
-        return f"{_PLOT}{name}:0" in self._attributes
 
     def _plot(self, name: str) -> str:
         prefix = f"{_PLOT}{name}:"
         count = sum(key.startswith(prefix) for key in self._attributes)
         return "".join(str(self._attributes.get(f"{prefix}{i}", "")) for i in range(count))
 
-    def picture(self, trial_id: int, filename: str) -> str | None:
-        """Return the address of a trial's artifact of that name, None where there is none."""
+    def image_url(self, trial_id: int, filename: str) -> str | None:
+        """Return the URL of a trial's artifact of that name, None without one."""
         prefix = _artifact_prefix(trial_id)
         for key, value in self._attributes.items():
             if key.startswith(prefix):
                 meta, artifact_id = _artifact(value), key.removeprefix(prefix)
-                # Anything else in its address would be read as markup of the note.
+                # Other characters would be markup in the note.
                 plain = artifact_id.replace("-", "").isalnum() and artifact_id.isascii()
                 if meta is not None and meta.get("filename") == filename and plain:
-                    return self._address(trial_id, artifact_id)
+                    return self._artifact_url(trial_id, artifact_id)
         return None
 
-    def save_picture(self, store: ArtifactStore, trial_id: int, filename: str, svg: str) -> str:
-        """Upload an SVG picture as an artifact of a trial and return its address."""
+    def save_image(self, store: ArtifactStore, trial_id: int, filename: str, svg: str) -> str:
+        """Upload an SVG image as an artifact of a trial and return its URL."""
         artifact_id = str(uuid.uuid4())
         store.write(artifact_id, io.BytesIO(svg.encode()))
         meta = {
@@ -104,13 +96,13 @@ class Dashboard:
         }
         key = _artifact_prefix(trial_id) + artifact_id
         self._storage.set_study_system_attr(self._study_id, key, json.dumps(meta))
-        return self._address(trial_id, artifact_id)
+        return self._artifact_url(trial_id, artifact_id)
 
-    def trial_address(self, number: int) -> str:
-        """Return the address of a trial's page."""
+    def trial_url(self, number: int) -> str:
+        """Return the URL of a trial's page."""
         return f"/dashboard/studies/{self._study_id}/trials?numbers={number}"
 
-    def _address(self, trial_id: int, artifact_id: str) -> str:
+    def _artifact_url(self, trial_id: int, artifact_id: str) -> str:
         return f"/artifacts/{self._study_id}/{trial_id}/{artifact_id}"
 
 

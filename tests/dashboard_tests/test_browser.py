@@ -90,7 +90,7 @@ def test_the_studys_page_has_four_plots(driver: Any, address: str) -> None:
            return drawn.length < 4 ? null : drawn.map(p => p.layout.title.text);""",
     )
     assert len(titles) == 4
-    for start in ("Memory of each trial", "What is left of the quota", "Quality against time"):
+    for start in ("Memory of each trial", "Quota left", "Quality against time"):
         assert any(start in title for title in titles)
     assert not faults(driver)
 
@@ -109,20 +109,20 @@ def test_breached_trials_are_seen_as_infeasible(
     assert breached(study) and set(numbers) == set(breached(study))
 
 
-def test_the_note_has_our_block_below_the_persons_text(driver: Any, address: str) -> None:
+def test_the_note_has_the_block_below_the_persons_text(driver: Any, address: str) -> None:
     driver.get(f"{address}/note")
     text = wait_for(
         driver,
         "return document.body.innerText.includes('Ledger') ? document.body.innerText : null;",
     )
-    assert text.index(PERSON) < text.index("Use of resources") < text.index("Ledger")
+    assert text.index(PERSON) < text.index("Resource usage") < text.index("Ledger")
     assert "Terminated and rejected trials" in text
     assert "optuna_quota:" not in text and "[//]" not in text
     assert driver.execute_script("return window.hacked === undefined;")
     assert len(driver.find_elements("css selector", "table")) >= 2
 
 
-def test_a_terminated_trial_bears_its_reason_and_its_picture(
+def test_a_terminated_trial_shows_its_reason_and_image(
     driver: Any, address: str, study: optuna.Study
 ) -> None:
     number = breached(study)[0]

@@ -1,10 +1,15 @@
+"""Publishing a study, once and while it runs."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
 import json
+import logging
 import os
 from pathlib import Path
+import pickle
 import re
+import threading
 from typing import Any
 from xml.etree import ElementTree
 
@@ -22,11 +27,14 @@ from optuna_quota._optuna import storage_of
 from optuna_quota._optuna import study_id_of
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Breach
+from optuna_quota.dashboard import _publish
 from optuna_quota.dashboard import publish
-from optuna_quota.dashboard._notes import block_of
-from optuna_quota.dashboard._publish import PICTURE
-from optuna_quota.dashboard._publish import publish_material
-from optuna_quota.visualization._charts import material_of
+from optuna_quota.dashboard import Publisher
+from optuna_quota.dashboard._notes import END
+from optuna_quota.dashboard._publish import IMAGE
+from optuna_quota.dashboard._publish import publish_data
+from optuna_quota.visualization._data import report_data
+from tests.dashboard_tests.notes import block_of
 from tests.visualization_tests.studies import add_row
 from tests.visualization_tests.studies import empty_study
 from tests.visualization_tests.studies import made_study
@@ -63,8 +71,8 @@ def attributes(study: optuna.Study) -> dict[str, Any]:
 
 
 def publish_plain(study: optuna.Study, store: Any = None) -> None:
-    """Publish without analyzing, which takes seconds and is tried elsewhere."""
-    publish_material(material_of(study), None, store)
+    """Publish without analyzing, which takes seconds and is tested elsewhere."""
+    publish_data(report_data(study), store)
 
 
 def plots(study: optuna.Study) -> dict[str, Any]:
@@ -79,7 +87,7 @@ def plots(study: optuna.Study) -> dict[str, Any]:
     return {name: json.loads(text) for name, text in found.items()}
 
 
-def test_publishing_on_any_storage_and_again_replaces(storage: Any, tmp_path: Path) -> None:
+def test_publishing_again_replaces_on_any_storage(storage: Any, tmp_path: Path) -> None:
     study = made_study(30, storage=storage)
     store = FileSystemArtifactStore(str(tmp_path))
     save_note(study, PERSON)
@@ -97,7 +105,7 @@ def test_publishing_on_any_storage_and_again_replaces(storage: Any, tmp_path: Pa
     optuna.delete_study(study_name=study.study_name, storage=storage)
 
 
-def test_what_a_person_writes_afterwards_stays() -> None:
+def test_text_that_a_person_adds_later_is_kept() -> None:
     study = made_study(12)
     publish(study)
     note = get_note(study)
@@ -109,7 +117,7 @@ def test_what_a_person_writes_afterwards_stays() -> None:
     assert "13 trials finished" in renewed and "12 trials finished" not in renewed
 
 
-def test_a_trials_note_has_the_reason_a_table_and_the_picture(tmp_path: Path) -> None:
+def test_a_trials_note_has_its_reason_usage_and_image(tmp_path: Path) -> None:
     study = empty_study(limits=Limits(memory="1GiB", wall_time="1min"))
     breach = Breach("memory", GIB, 1.25 * GIB, 4.0)
     line = ((0.0, 0.1 * GIB), (2.0, 0.5 * GIB), (4.0, 1.25 * GIB))
@@ -125,14 +133,14 @@ def test_a_trials_note_has_the_reason_a_table_and_the_picture(tmp_path: Path) ->
     assert "dashboard:1:note_str:0" not in found
     (key,) = (k for k in found if k.startswith("dashboard:artifacts:0:"))
     meta = json.loads(found[key])
-    assert meta["filename"] == PICTURE and meta["mimetype"] == "image/svg+xml"
+    assert meta["filename"] == IMAGE and meta["mimetype"] == "image/svg+xml"
     assert f"/artifacts/0/0/{meta['artifact_id']}" in text
     svg = (tmp_path / meta["artifact_id"]).read_text()
     assert ElementTree.fromstring(svg).tag.endswith("svg")
     assert "limit 1 GiB" in svg and "script" not in svg
 
 
-def test_a_rejected_trials_note_has_what_was_projected() -> None:
+def test_a_rejected_trials_note_has_its_projection() -> None:
     study = made_study(60)
     publish_plain(study)
     number = next(t.number for t in study.trials if t.user_attrs["quota:outcome"] == "rejected")
@@ -176,10 +184,10 @@ def test_plots_stay_small_on_many_trials() -> None:
 
 
 @pytest.mark.parametrize("n_trials", [0, 1])
-def test_studies_with_next_to_nothing_are_published(n_trials: int) -> None:
+def test_studies_with_few_trials_are_published(n_trials: int) -> None:
     study = made_study(n_trials) if n_trials else empty_study()
     publish(study)
-    assert "Use of resources" in get_note(study)
+    assert "Resource usage" in get_note(study)
 
 
 def test_a_study_never_run_with_this_library_is_published() -> None:
@@ -189,7 +197,7 @@ def test_a_study_never_run_with_this_library_is_published() -> None:
     assert "5 trials finished: 5 completed" in get_note(study)
 
 
-def test_a_deleted_picture_is_made_again(tmp_path: Path) -> None:
+def test_a_deleted_image_is_uploaded_again(tmp_path: Path) -> None:
     study = made_study(25)
     store = FileSystemArtifactStore(str(tmp_path))
     publish_plain(study, store)
@@ -201,7 +209,7 @@ def test_a_deleted_picture_is_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["{", "[1]", "3", 7, None, {"body": 1}])
-def test_what_the_dashboard_keeps_may_be_corrupt(value: Any, tmp_path: Path) -> None:
+def test_corrupt_attributes_of_the_dashboard_are_replaced(value: Any, tmp_path: Path) -> None:
     study = made_study(25)
     store = FileSystemArtifactStore(str(tmp_path))
     publish_plain(study, store)
@@ -216,12 +224,106 @@ def test_what_the_dashboard_keeps_may_be_corrupt(value: Any, tmp_path: Path) -> 
     assert plots(study).keys() == {k.split(":")[2] for k in whole if "plot_data" in k}
 
 
-def test_an_address_of_a_picture_is_no_markup(tmp_path: Path) -> None:
+def test_an_image_url_is_no_markup(tmp_path: Path) -> None:
     study = made_study(25)
     publish_plain(study)
     trial = next(t for t in study.trials if t.user_attrs["quota:outcome"] == "terminated")
     evil = f"dashboard:artifacts:{trial._trial_id}:x) [click](https://evil.example"
-    meta = json.dumps({"artifact_id": "x", "filename": PICTURE})
+    meta = json.dumps({"artifact_id": "x", "filename": IMAGE})
     storage_of(study).set_study_system_attr(study_id_of(study), evil, meta)
     publish_plain(study, FileSystemArtifactStore(str(tmp_path)))
     assert "evil" not in str([v for k, v in attributes(study).items() if "note_str" in k])
+
+
+def objective(trial: optuna.Trial) -> float:
+    return trial.suggest_float("x", 0, 1) ** 2
+
+
+def count_versions(study: optuna.Study) -> int:
+    storage = study._storage
+    attributes = storage.get_study_system_attrs(study._study_id)
+    return int(attributes.get("dashboard:note_ver", 0))
+
+
+def test_the_note_is_current_while_the_study_runs() -> None:
+    study = optuna.create_study()
+    seen: list[str] = []
+    callbacks: list[Any] = [
+        Publisher(interval=0),
+        lambda study, trial: seen.append(get_note(study)),
+    ]
+    study.optimize(objective, n_trials=1, callbacks=callbacks)
+    assert "1 trial finished" in seen[0]
+
+
+def test_the_publisher_is_throttled() -> None:
+    study = optuna.create_study()
+    study.optimize(objective, n_trials=40, callbacks=[Publisher(interval=3600)])
+    assert count_versions(study) == 1
+    assert "1 trial finished" in get_note(study)
+
+
+def test_the_publisher_pauses_long_after_a_slow_publication(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(_publish.time, "monotonic", lambda: now[0])
+
+    def slow(*args: Any) -> None:
+        now[0] += 2.0
+
+    monkeypatch.setattr(_publish, "publish_data", slow)
+    study = made_study(3)
+    publisher = Publisher(interval=1)
+    now[0] = 10.0
+    publisher(study, study.trials[0])
+    assert publisher._next == pytest.approx(12.0 + 50 * 2.0)
+
+
+def test_one_of_many_workers_publishes(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    study = made_study(6, storage=url, name="s")
+    publishers = [Publisher(interval=3600) for _ in range(4)]
+    studies = [optuna.load_study(study_name="s", storage=url) for _ in publishers]
+    trial = study.trials[0]
+    barrier = threading.Barrier(len(publishers))
+
+    def work(publisher: Publisher, own: optuna.Study) -> None:
+        barrier.wait(60)
+        publisher(own, trial)
+
+    threads = [
+        threading.Thread(target=work, args=pair) for pair in zip(publishers, studies, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+    assert count_versions(study) == 1
+    assert get_note(study).count(END) == 1
+
+
+def test_an_error_of_publishing_is_logged_and_fails_no_trial(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(_publish, "publish_data", fail)
+    monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
+    study = optuna.create_study()
+    study.optimize(objective, n_trials=3, callbacks=[Publisher(interval=0)])
+    assert len(study.trials) == 3
+    assert "Publishing to optuna-dashboard failed" in caplog.text
+
+
+def test_a_publisher_can_be_pickled() -> None:
+    study = made_study(2)
+    again: Publisher = pickle.loads(pickle.dumps(Publisher(interval=0)))
+    again(study, study.trials[0])
+    assert "2 trials finished" in get_note(study)
+
+
+def test_a_negative_interval_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`interval` must be nonnegative but got -1"):
+        Publisher(interval=-1)

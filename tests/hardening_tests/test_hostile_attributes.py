@@ -168,7 +168,7 @@ def test_what_is_published_is_text(rows: Any, attributes: Any, system: Any) -> N
 
 @pytest.mark.parametrize("text", hostile.MARKUP)
 def test_escaped_text_is_one_line_without_signs_of_markup(text: str) -> None:
-    shown = _notes.escaped(text)
+    shown = _notes.escape(text)
     assert "\n" not in shown and "\x1b" not in shown
     assert not shown.replace("\\<", "").count("<")
 

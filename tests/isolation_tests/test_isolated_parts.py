@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 import pickle
@@ -22,7 +21,6 @@ from optuna_quota._isolation.gpu_caps import cap_torch
 from optuna_quota._isolation.gpu_caps import set_gpu_caps
 from optuna_quota._isolation.modules import can_preload
 from optuna_quota._isolation.modules import modules_to_preload
-from optuna_quota._isolation.output import sounding_loggers
 from optuna_quota._isolation.remote_errors import pack_error
 from optuna_quota._isolation.remote_errors import unpack_error
 from optuna_quota._metering import metering_loop
@@ -247,13 +245,3 @@ def test_a_template_is_no_part_of_a_trial_in_its_studys_process() -> None:
         client.lost()
         client._errors.close()
     assert template not in loop.excluded_pids
-
-
-def test_loggers_that_only_pass_on_are_not_touched() -> None:
-    quiet, loud = logging.getLogger("a_quiet_one"), logging.getLogger("a_loud_one")
-    loud.addHandler(logging.NullHandler())
-    try:
-        sounding = sounding_loggers()
-        assert loud in sounding and quiet not in sounding
-    finally:
-        loud.handlers.clear()

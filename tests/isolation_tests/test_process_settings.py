@@ -8,6 +8,7 @@ import decimal
 import gc
 import locale
 import os
+from pathlib import Path
 import pickle
 import socket
 import sys
@@ -21,15 +22,11 @@ from optuna_quota._isolation.environment import apply_settings
 from optuna_quota._isolation.environment import read_settings
 
 
-def at_once(name: str, act: Callable[[Any], None]) -> None:
-    act(sys.modules[name])
-
-
 @pytest.fixture
 def restored() -> Iterator[None]:
     before = read_settings()
     yield
-    apply_settings(before, at_once)
+    apply_settings(before)
     assert read_settings() == before
 
 
@@ -122,9 +119,9 @@ def check(make: Callable[[], Any], see: Callable[[], Any]) -> None:
     make()
     made, changed = see(), pickle.loads(pickle.dumps(read_settings()))
     assert made != before
-    apply_settings(settings, at_once)
+    apply_settings(settings)
     assert see() == before
-    apply_settings(changed, at_once)
+    apply_settings(changed)
     assert see() == made
 
 
@@ -143,7 +140,7 @@ def test_a_setting_of_a_library(name: str) -> None:
     try:
         check(lambda: make(library), lambda: see(library))
     finally:
-        apply_settings(before, at_once)
+        apply_settings(before)
 
 
 def test_options_of_pandas_that_are_not_the_default() -> None:
@@ -152,7 +149,7 @@ def test_options_of_pandas_that_are_not_the_default() -> None:
         found = pickle.loads(pickle.dumps(read_settings()))
     assert found["pandas options"].items() >= {("display.max_rows", 77), ("display.width", 99)}
     with pandas.option_context("display.max_rows", 60, "display.width", 80):
-        apply_settings(found, at_once)
+        apply_settings(found)
         assert pandas.get_option("display.max_rows") == 77
 
 
@@ -163,24 +160,26 @@ def test_functions_among_settings_are_left_out() -> None:
         assert _umask.__name__.encode() not in pickle.dumps(read_settings())
 
 
-def test_a_library_that_is_not_imported_is_told_once_it_is(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_setting_of_a_library_that_is_imported_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waiting: dict[str, Callable[[Any], None]] = {}
+    (tmp_path / "sklearn.py").write_text(
+        "found = {}\ndef get_config(): return found\ndef set_config(**v): found.update(v)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "sklearn", raising=False)
     assert "scikit-learn" not in read_settings()
-    apply_settings({"scikit-learn": {"a": 1}}, waiting.__setitem__)
-    told: list[dict[str, int]] = []
-    fake = types.SimpleNamespace(get_config=dict, set_config=lambda **v: told.append(v))
-    waiting["sklearn"](fake)
-    assert told == [{"a": 1}]
+    apply_settings({"scikit-learn": {"a": 1}})
+    import sklearn
+
+    assert sklearn.found == {"a": 1}
+    monkeypatch.delitem(sys.modules, "sklearn")
 
 
-def test_of_a_library_without_such_a_setting_the_others_are_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", types.ModuleType("sklearn"))
+def test_a_library_without_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("sklearn", "pandas._config.config", "numpy", "torch"):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
     found = read_settings()
     assert "scikit-learn" not in found and "umask" in found
-    for name in ("scikit-learn", "pandas options", "numpy errors", "torch dtype", "torch flags"):
-        apply_settings({name: 3}, lambda module, act: act(types.ModuleType(module)))
+    names = ("scikit-learn", "pandas options", "numpy errors", "torch dtype", "torch flags")
+    apply_settings(dict.fromkeys(names, 3))
