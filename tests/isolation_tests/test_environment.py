@@ -234,6 +234,7 @@ def test_a_setting_of_the_interpreter(name: str) -> None:
     check(*OWN[name])
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.parametrize("name", OF_LIBRARIES)
 def test_a_setting_of_a_library(name: str) -> None:
