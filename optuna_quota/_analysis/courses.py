@@ -12,7 +12,7 @@ from typing import Literal
 from typing import TYPE_CHECKING
 
 from optuna_quota import _records
-from optuna_quota._ledger.spans import LONGEST_GAP
+from optuna_quota._ledger.totals import LONGEST_GAP
 from optuna_quota._resources import get_resource
 from optuna_quota._table import measured_usage
 

@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple
 from typing import TYPE_CHECKING
 
-from optuna_quota._ledger.spans import WorkerSpans
+from optuna_quota._ledger.totals import WorkerSpans
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import TOTAL_RESOURCES
 from optuna_quota.visualization import _style

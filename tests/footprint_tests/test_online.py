@@ -14,10 +14,10 @@ import pytest
 from optuna_quota import Footprint
 from optuna_quota import Limits
 from optuna_quota import Usage
-from optuna_quota._footprint.observations import CAP
-from optuna_quota._footprint.observations import chosen
+from optuna_quota._footprint.observations import MAX_OBSERVATIONS
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.observations import read_observation
+from optuna_quota._footprint.observations import select_observations
 from optuna_quota._footprint.online import Learner
 from optuna_quota._footprint.online import transferred_observations
 from tests.footprint_tests.test_footprint import draw_rows
@@ -105,15 +105,16 @@ def test_rows_of_an_earlier_study_give_the_same_columns() -> None:
 @pytest.mark.parametrize("cap", [10, 40, 100])
 def test_of_many_rows_the_newest_and_the_extremes_are_kept(cap: int) -> None:
     rows = draw_rows(500)
-    kept = chosen(rows, cap)
+    numbers = {id(row): number for number, row in enumerate(rows)}
+    kept = [numbers[id(row)] for row in select_observations(rows, cap)]
     assert len(kept) <= cap
     assert kept == sorted(set(kept))
     assert set(range(500 - cap // 2 if cap < 80 else 460, 500)) <= set(kept)
     older = rows[: 500 - min(cap // 2, 40)]
-    dearest = max(range(len(older)), key=lambda i: older[i].usage.memory or 0)
-    cheapest = min(range(len(older)), key=lambda i: older[i].usage.memory or 0)
-    assert {dearest, cheapest} <= set(kept)
-    assert chosen(rows[:7], cap) == list(range(7))
+    largest = max(range(len(older)), key=lambda i: older[i].usage.memory or 0)
+    least = min(range(len(older)), key=lambda i: older[i].usage.memory or 0)
+    assert {largest, least} <= set(kept)
+    assert select_observations(rows[:7], cap) == rows[:7]
 
 
 def test_five_thousand_trials_are_no_burden() -> None:
@@ -123,7 +124,7 @@ def test_five_thousand_trials_are_no_burden() -> None:
     footprint = learner.learn(trials)
     assert footprint is not None
     assert learner.n_observations == 5_000
-    assert len(footprint.points) <= CAP
+    assert len(footprint.points) <= MAX_OBSERVATIONS
 
 
 def row_of(state: TrialState, attrs: dict[str, Any]) -> Observation | None:
