@@ -68,7 +68,7 @@ def limit_memory(memory: float) -> int | None:
     from optuna_quota._metering.linux_process import LinuxProcess
 
     with contextlib.closing(LinuxProcess(os.getpid())) as process:
-        used = process.share().proportional
+        used = process.proportional_memory().proportional
     if not has_room(memory, used, os.cpu_count() or 1):
         return None
     soft, (_, hard) = data_limit(data, used, memory), resource.getrlimit(resource.RLIMIT_DATA)
