@@ -215,8 +215,17 @@ def _threads_end_before_forks() -> bool:
     return _count_threads() == 1
 
 
+# jemalloc (pyarrow's) stops its thread around a fork; the child does without it.
+_FORK_SAFE_THREADS = {"jemalloc_bg_thd"}
+
+
 def _count_threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+    count = 0
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):
+            name = Path(f"/proc/self/task/{task}/comm").read_text().strip()
+            count += name not in _FORK_SAFE_THREADS
+    return count
 
 
 def prepare_to_fork() -> None:
