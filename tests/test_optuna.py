@@ -118,11 +118,11 @@ def test_optimize_is_ending_once_stopped_or_timed_out(n_jobs: int) -> None:
 
     def timed_out(trial: optuna.Trial) -> float:
         before = _optuna.is_optimize_ending(study)
-        time.sleep(2.1)
+        time.sleep(0.6)
         seen.append((before, _optuna.is_optimize_ending(study)))
         return 0.0
 
-    study.optimize(timed_out, n_trials=1, timeout=2.0, n_jobs=n_jobs)
+    study.optimize(timed_out, n_trials=1, timeout=0.5, n_jobs=n_jobs)
     assert seen == [(False, True), (False, True)]
 
 
