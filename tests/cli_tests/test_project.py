@@ -59,7 +59,7 @@ def test_json_keys_are_stable(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {row["resource"]: row for row in result.json["resources"]}
     assert rows["wall_time"]["median"] == 18000
     assert rows["memory"]["upper"] == 2**30  # a trial is ended at its limit
-    assert rows["gpu_time"]["median"] is None  # nothing is known of it
+    assert rows["gpu_time"]["median"] is None  # unknown
 
 
 def test_a_footprint_is_learned_from_an_earlier_study(
