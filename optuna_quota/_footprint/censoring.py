@@ -2,8 +2,8 @@
 
 A trial that was stopped at z used more than z. Its likelihood under a Gaussian observation is
 Φ((f - z) / σ). BaseFootprint propagation (Minka, 2001; Rasmussen and Williams, section 3.6)
-replaces it by a Gaussian observation of f with a mean and a variance of its own, such that one
-far below what the others say carries next to no weight, and one far above pulls hard.
+replaces it by a Gaussian observation of f with a mean and a variance of its own: a bound far below
+the prediction of the others has next to no weight, one far above has much.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from optuna_quota._footprint.gaussian_process import GaussianProcess
-from optuna_quota._footprint.gaussian_process import Hyperparameters
 
 
 _WIDEST = 1e4
@@ -22,14 +21,14 @@ _NARROWEST = 1e-6
 
 @dataclass(frozen=True)
 class Sites:
-    """What stands for each observation: its mean, and its variance beyond the common noise."""
+    """Gaussian observations in place of the real ones: means, and variances beyond the noise."""
 
     target: np.ndarray
     extra: np.ndarray
 
 
 def initial_sites(target: np.ndarray, censored: np.ndarray) -> Sites:
-    """Return sites that put each censored trial half a deviation over where it was stopped."""
+    """Return sites half a deviation above the bound of each censored trial."""
     return Sites(target + 0.5 * censored, 0.5 * censored)
 
 
@@ -37,20 +36,20 @@ def propagate(
     columns: np.ndarray,
     target: np.ndarray,
     censored: np.ndarray,
-    hyperparameters: Hyperparameters,
+    hyperparameters: np.ndarray,
     sites: Sites,
     *,
     rounds: int = 8,
 ) -> Sites:
-    """Return the sites after some rounds of expectation propagation, half a step each.
+    """Return the sites after expectation propagation with a damping of a half.
 
     Args:
         columns: Shape ``(n_points, n_columns)``.
         target: Standardised observations; where censored, the lower bound.
         censored: True where the observation is a lower bound.
         hyperparameters: Of the Gaussian process.
-        sites: Where to start from.
-        rounds: At most so many.
+        sites: To start from.
+        rounds: The most rounds.
     """
     if not censored.any():
         return Sites(target, np.zeros(len(target)))
@@ -72,7 +71,7 @@ def _refined(
     mean, variance = (part[censored] for part in process.posterior())
     old_precision = 1 / np.maximum(sites.extra[censored], _NARROWEST)
     old_shift = old_precision * sites.target[censored]
-    # The cavity: what all the others say of this point.
+    # The cavity: the prediction of all the others for this point.
     precision = np.maximum(1 / variance - old_precision, 1 / _WIDEST)
     cavity_mean = (mean / variance - old_shift) / precision
     cavity = 1 / precision

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 
-# Values outside the bounds seen (a search space that changed) are taken as they are up to here.
-_FARTHEST = 3.0
+# Values outside of the bounds (of a search space that changed) are clipped to this multiple.
+_MAX_SCALED = 3.0
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,29 @@ class NumericFeature:
         return int(self.high > self.low)
 
     def columns(self, value: Any) -> list[float]:
-        """Return the scaled value, 0 for what is no number."""
+        """Return the scaled value, 0 if it is not a finite number."""
         if not self.width:
             return []
-        number = _plain(value)
+        number = _finite(value)
         if number is None:
             return [0.0]
         low, high = self._transformed(self.low), self._transformed(self.high)
-        place = 2 * (self._transformed(number) - low) / (high - low) - 1
-        return [min(max(place, -_FARTHEST), _FARTHEST)]
+        scaled = 2 * (self._transformed(number) - low) / (high - low) - 1
+        return [min(max(scaled, -_MAX_SCALED), _MAX_SCALED)]
 
     def _transformed(self, value: float) -> float:
         if self.scale == "log":
             return math.log(max(value, self.low * 1e-3))
         return math.log1p(max(value, 0.0)) if self.scale == "log1p" else value
+
+    def distribution(self) -> BaseDistribution:
+        """Return a distribution of the same feature."""
+        from optuna.distributions import FloatDistribution
+        from optuna.distributions import IntDistribution
+
+        if self.scale == "log1p":
+            return IntDistribution(int(self.low), int(self.high))
+        return FloatDistribution(self.low, self.high, log=self.scale == "log")
 
 
 @dataclass(frozen=True)
@@ -77,11 +86,17 @@ class CategoryFeature:
         return {1: 0, 2: 1}.get(len(self.choices), len(self.choices))
 
     def columns(self, value: Any) -> list[float]:
-        """Return the columns, all 0 for a choice never seen."""
+        """Return the columns, all 0 for an unknown choice."""
         found = [_same(value, choice) for choice in self.choices]
         if not any(found):
             return [0.0] * self.width
         return [1.0 if hit else -1.0 for hit in found][: self.width]
+
+    def distribution(self) -> BaseDistribution:
+        """Return a distribution of the same feature."""
+        from optuna.distributions import CategoricalDistribution
+
+        return CategoricalDistribution(self.choices)
 
 
 Feature = NumericFeature | CategoryFeature
@@ -102,14 +117,13 @@ class Features:
         """Return the features that cover every distribution in any of the search spaces.
 
         Bounds and choices are joined, so that a search space may change in mid-study. Of a name
-        that was both a number and a category, the kind seen last counts.
+        that was both a number and a category, the newest kind counts.
         """
         seen: dict[str, dict[Any, BaseDistribution]] = {}
         for space in spaces:
             for name, distribution in space.items():
                 seen.setdefault(name, {})[id(distribution)] = distribution
-        parts = (_feature(name, list(seen[name].values())) for name in sorted(seen))
-        return cls(tuple(parts))
+        return cls(tuple(_feature(name, list(seen[name].values())) for name in sorted(seen)))
 
     @property
     def width(self) -> int:
@@ -129,42 +143,38 @@ class Features:
             columns[row] = values
         return columns
 
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Return a search space of the same features."""
+        return {part.name: part.distribution() for part in self.parts}
 
-def _feature(name: str, distributions: list[BaseDistribution]) -> Feature:
+
+def _feature(name: str, distributions: list[Any]) -> Feature:
     from optuna.distributions import CategoricalDistribution
+    from optuna.distributions import IntDistribution
 
-    last = distributions[-1]
-    kind = isinstance(last, CategoricalDistribution)
-    alike = [d for d in distributions if isinstance(d, CategoricalDistribution) == kind]
-    if not kind:
-        return _numeric(name, alike)
+    is_category = isinstance(distributions[-1], CategoricalDistribution)
+    alike = [d for d in distributions if isinstance(d, CategoricalDistribution) == is_category]
+    if not is_category:
+        low, high = min(float(d.low) for d in alike), max(float(d.high) for d in alike)
+        return _numeric(name, low, high, is_int=isinstance(alike[-1], IntDistribution))
     choices: list[Any] = []
-    for distribution in alike:
-        for choice in distribution.choices:  # type: ignore[attr-defined]  # alike are categorical
-            if not any(_same(choice, known) for known in choices):
-                choices.append(choice)
+    for choice in (choice for d in alike for choice in d.choices):
+        if not any(_same(choice, known) for known in choices):
+            choices.append(choice)
     # Sizes are often given as choices (batch size 16, 32, 64): their order is worth keeping.
-    if len(choices) > 2 and all(_plain(choice) is not None for choice in choices):
+    if len(choices) > 2 and all(_finite(choice) is not None for choice in choices):
         numbers = [float(choice) for choice in choices]
-        return _spanning(name, min(numbers), max(numbers), whole=False)
+        return _numeric(name, min(numbers), max(numbers), is_int=False)
     return CategoryFeature(name, tuple(choices))
 
 
-def _numeric(name: str, distributions: list[Any]) -> NumericFeature:
-    from optuna.distributions import IntDistribution
-
-    low = min(float(d.low) for d in distributions)
-    high = max(float(d.high) for d in distributions)
-    return _spanning(name, low, high, whole=isinstance(distributions[-1], IntDistribution))
-
-
-def _spanning(name: str, low: float, high: float, *, whole: bool) -> NumericFeature:
+def _numeric(name: str, low: float, high: float, *, is_int: bool) -> NumericFeature:
     if low > 0:
         return NumericFeature(name, low, high, "log")
-    return NumericFeature(name, low, high, "log1p" if whole and low == 0 else "linear")
+    return NumericFeature(name, low, high, "log1p" if is_int and low == 0 else "linear")
 
 
-def _plain(value: Any) -> float | None:
+def _finite(value: Any) -> float | None:
     if isinstance(value, (bool, np.bool_)) or not isinstance(
         value, (int, float, np.integer, np.floating)
     ):
@@ -177,8 +187,8 @@ def _plain(value: Any) -> float | None:
 
 
 def _same(value: Any, choice: Any) -> bool:
-    # True == 1 in Python, but they are two choices; of what JSON can't keep (inf and NaN, which
-    # does not equal itself, among it), its text is compared.
+    # True == 1 in Python, but they are two choices. JSON can't keep inf and NaN (which does not
+    # equal itself), so such choices are compared by their text.
     if not _is_scalar(choice) or not _is_scalar(value):
         return _as_text(value) == _as_text(choice)
     return isinstance(value, bool) == isinstance(choice, bool) and bool(value == choice)

@@ -1,9 +1,9 @@
-"""Clock time as CPU or GPU time by how fast that goes.
+"""Fits one model a resource; clock time may be chained to CPU or GPU time.
 
 Clock time is noisy where a machine is shared, CPU time hardly, and their ratio depends on far
 less. So ``log wall = log cpu + log(wall / cpu)``, each part a model of its own, learns from few
 trials what a model of clock time alone would need many for. A trial that was stopped bounds its
-CPU time, and still tells the ratio.
+CPU time from below, and its ratio is still a value.
 """
 
 from __future__ import annotations
@@ -25,6 +25,22 @@ from optuna_quota._footprint.resource_model import ResourceModel
 from optuna_quota._resources import get_resource
 
 
+_CHAINED = "wall_time"
+_BASES = ("cpu_time", "gpu_time")
+_MIN_TRIALS_TO_CHAIN = 6
+_MIN_TRIALS_TO_DECIDE = 4
+# Leave-one-out densities of few trials are noisy: prefer a chain unless it is clearly worse.
+_CHAIN_MARGIN = 3.0
+# The expected noise before any trial, as the logarithm of its variance in units of the resource's
+# own: peaks repeat themselves, and the ratio of clock time to another time is mostly noise. Chosen
+# with each of six workloads left out in turn (benchmarks/footprint_constants.py); less noise yet
+# would be likelier, but bounds would not hold.
+_PEAK_NOISE = -3.5
+_RATIO_NOISE = -1.0
+# Clock time is too noisy to tell a floor from a short trial.
+_NO_FLOOR = (0.0,)
+
+
 @dataclass(frozen=True)
 class ChainedModel:
     """A resource as a base resource times a ratio.
@@ -40,7 +56,7 @@ class ChainedModel:
     ratio: ResourceModel
 
     def predict(self, columns: np.ndarray, base: Predictive | None = None) -> Predictive:
-        """Return what is expected at points, given what is of the base resource if known."""
+        """Return the predictive distribution at points, given that of the base if known."""
         base = self.base.predict(columns) if base is None else base
         ratio = self.ratio.predict(columns)
         median = np.maximum(base.quantile(0.5), 1e-300)
@@ -56,74 +72,61 @@ class ChainedModel:
         return np.asarray(base * self.ratio.draw(columns, count, generator))
 
 
-def chain_density(base: ResourceModel, ratio: ResourceModel, told: np.ndarray) -> float:
-    """Return the leave-one-out log density of the logarithms of chained amounts.
+Model = ResourceModel | ChainedModel
+
+
+def leave_one_out_density(model: Model, counted: np.ndarray | None = None) -> float:
+    """Return the leave-one-out log density of the logarithms of a model's trials.
 
     Args:
-        base: The model of the base resource, on the same points as ``ratio``.
-        ratio: The model of the ratio.
-        told: True for the points that count.
+        model: Of one resource.
+        counted: True for the trials that count; by default those that are not lower bounds.
     """
-    (r0, v0), (r1, v1) = base.log_leave_one_out(), ratio.log_leave_one_out()
-    return _density((r0 + r1)[told], (v0 + v1)[told])
-
-
-def direct_density(model: ResourceModel, told: np.ndarray) -> float:
-    """Return the same of a model that takes the resource by itself."""
-    residual, variance = model.log_leave_one_out()
-    return _density(residual[told], variance[told])
-
-
-def _density(residual: np.ndarray, variance: np.ndarray) -> float:
-    variance = np.maximum(variance, 1e-12)
+    if isinstance(model, ChainedModel):
+        (r0, v0), (r1, v1) = model.base.log_leave_one_out(), model.ratio.log_leave_one_out()
+        residual, variance, censored = r0 + r1, v0 + v1, model.base.censored
+    else:
+        (residual, variance), censored = model.log_leave_one_out(), model.censored
+    counted = ~censored if counted is None else counted
+    residual, variance = residual[counted], np.maximum(variance[counted], 1e-12)
     return float(-0.5 * np.sum(residual**2 / variance + np.log(variance)))
 
 
-Model = ResourceModel | ChainedModel
-
-NOISY = "wall_time"
-# What clock time may be a multiple of.
-_BASES = ("cpu_time", "gpu_time")
-_FEWEST_TO_CHAIN = 6
-_FEWEST_TO_DECIDE = 4
-# Leave-one-out densities of few trials are noisy; a chain must be clearly worse to be passed over.
-_CHAIN_BONUS = -3.0
-# What is expected of the noise before any trial told of it, as the logarithm of its variance, in
-# units of the resource's own: peaks repeat themselves, and how far clock time is from another time
-# is noise for the most part. Chosen with each of six workloads left out in turn
-# (benchmarks/footprint_constants.py); quieter still would be likelier, but bounds would not hold.
-_PEAK_NOISE = -3.5
-_RATIO_NOISE = -1.0
-# Clock time is too noisy to tell a floor from a short trial.
-_NO_FLOOR = (0.0,)
-
-
-def fit_models(
+def fit_resource_models(
     columns: np.ndarray,
-    rows: Sequence[Observation],
+    observations: Sequence[Observation],
     start: Mapping[str, Model],
     refit: bool,
 ) -> dict[str, Model]:
-    """Return the model of each resource that any row knows.
+    """Return the model of each resource that was measured in any trial.
 
     Args:
-        columns: Shape ``(n_rows, n_columns)``.
-        rows: What was measured.
+        columns: Shape ``(n_trials, n_columns)``.
+        observations: One a trial.
         start: Models of fewer trials to start from, over the same columns.
-        refit: False to keep their hyperparameters where that can be.
+        refit: False to keep their hyperparameters where possible.
     """
-    names = sorted({name for row in rows for name in row.usage.amounts()})
-    data = {name: _Column.of(name, columns, rows) for name in names}
+    names = sorted({name for each in observations for name in each.usage.amounts()})
+    data = {name: _ResourceData.of(name, columns, observations) for name in names}
     models: dict[str, Model] = {
-        name: part.fit(start.get(name), refit) for name, part in data.items() if name != NOISY
+        name: part.fit(start.get(name), refit) for name, part in data.items() if name != _CHAINED
     }
-    if NOISY in data:
-        models[NOISY] = _fit_noisy(data, models, start.get(NOISY), refit)
+    if _CHAINED in data:
+        models[_CHAINED] = _fit_chained(data, models, start.get(_CHAINED), refit)
     return dict(sorted(models.items()))
 
 
-class _Column:
-    """What rows say of one resource."""
+class _ResourceData:
+    """The trials in which one resource was measured.
+
+    Args:
+        columns: Shape ``(n_trials, n_columns)``.
+        amounts: SI base units, shape ``(n_trials,)``; NaN where unknown.
+        censored: True where the amount is a lower bound.
+        maybe_censored: True where it may be one.
+        floors: Candidate floors, as shares of the smallest amount.
+        noise: Logarithm of the expected variance of the noise.
+    """
 
     def __init__(
         self,
@@ -132,7 +135,7 @@ class _Column:
         censored: np.ndarray,
         maybe_censored: np.ndarray,
         *,
-        noisy: bool,
+        floors: tuple[float, ...],
         noise: float,
     ) -> None:
         self.known = np.isfinite(amounts)
@@ -140,41 +143,45 @@ class _Column:
         self.amounts = amounts[self.known]
         self.censored = censored[self.known]
         self.maybe_censored = maybe_censored[self.known]
-        self.noisy = noisy
+        self.floors = floors
         self.noise = noise
 
     @classmethod
-    def of(cls, name: str, columns: np.ndarray, rows: Sequence[Observation]) -> _Column:
-        amounts = [row.usage.get(name) for row in rows]
-        plain = np.array([np.nan if amount is None else amount for amount in amounts])
-        censored = np.array([name in row.censored for row in rows])
-        maybe = np.array([name in row.maybe_censored for row in rows])
-        noise = (
-            _RATIO_NOISE if name == NOISY else _PEAK_NOISE if get_resource(name).peak else NOISE
+    def of(
+        cls, name: str, columns: np.ndarray, observations: Sequence[Observation]
+    ) -> _ResourceData:
+        amounts = [each.usage.get(name) for each in observations]
+        noise = NOISE
+        if name == _CHAINED:
+            noise = _RATIO_NOISE
+        elif get_resource(name).peak:
+            noise = _PEAK_NOISE
+        return cls(
+            columns,
+            np.array([np.nan if amount is None else amount for amount in amounts]),
+            np.array([name in each.censored for each in observations]),
+            np.array([name in each.maybe_censored for each in observations]),
+            floors=_NO_FLOOR if name == _CHAINED else FLOORS,
+            noise=noise,
         )
-        return cls(columns, plain, censored, maybe, noisy=name == NOISY, noise=noise)
 
     def fit(self, start: Model | None, refit: bool) -> ResourceModel:
-        """Return the model; a refit decides whether peaks of pruned trials are values."""
+        """Return the model; a refit decides whether peaks of stopped trials are values."""
         earlier = start if isinstance(start, ResourceModel) else None
-        told = ~(self.censored | self.maybe_censored)
-        if not self.maybe_censored.any() or np.sum(told) < _FEWEST_TO_DECIDE:
+        observed = ~(self.censored | self.maybe_censored)
+        if not self.maybe_censored.any() or np.sum(observed) < _MIN_TRIALS_TO_DECIDE:
             return self._fit(self.censored, earlier, refit)
+        all_censored = self.censored | self.maybe_censored
         if earlier is not None and not refit:
-            model = self._fit(self._held(earlier.pruned_peaks_censored), earlier, refit)
-            return replace(model, pruned_peaks_censored=earlier.pruned_peaks_censored)
+            held = earlier.stopped_peaks_censored
+            model = self._fit(all_censored if held else self.censored, earlier, refit)
+            return replace(model, stopped_peaks_censored=held)
         values = self._fit(self.censored, earlier, refit)
-        bounds = replace(self._fit(self._held(True), values, refit), pruned_peaks_censored=True)
-        # Right is what foretells the others better: the trials that ran to their end.
-        better = direct_density(bounds, told) > direct_density(values, told)
-        return bounds if better else values
-
-    def _held(self, pruned_peaks_censored: bool) -> np.ndarray:
-        return (
-            np.asarray(self.censored | self.maybe_censored)
-            if pruned_peaks_censored
-            else self.censored
-        )
+        bounds = self._fit(all_censored, values, refit)
+        # The better one predicts the trials that ran to their end better.
+        if leave_one_out_density(bounds, observed) > leave_one_out_density(values, observed):
+            return replace(bounds, stopped_peaks_censored=True)
+        return values
 
     def _fit(
         self, censored: np.ndarray, earlier: ResourceModel | None, refit: bool
@@ -188,47 +195,50 @@ class _Column:
             self.amounts,
             censored,
             start=earlier,
-            floors=_NO_FLOOR if self.noisy else FLOORS,
+            floors=self.floors,
             noise=self.noise,
         )
 
-    def over(self, base: _Column) -> _Column | None:
+    def over(self, base: _ResourceData) -> _ResourceData | None:
         """Return the ratio to a base, None unless both were measured of the same trials."""
         if not np.array_equal(self.known, base.known) or base.amounts.min() <= 0:
             return None
         if not np.array_equal(self.censored, base.censored) or self.amounts.min() <= 0:
             return None
-        # Both stopped at the same moment: the ratio is a value, not a bound.
+        # Both were stopped at the same moment: the ratio is a value, not a bound.
         none = np.zeros(len(self.amounts), dtype=bool)
-        return _Column(
-            self.columns, self.amounts / base.amounts, none, none, noisy=True, noise=_RATIO_NOISE
+        ratios = self.amounts / base.amounts
+        return _ResourceData(
+            self.columns, ratios, none, none, floors=_NO_FLOOR, noise=_RATIO_NOISE
         )
 
 
-def _fit_noisy(
-    data: Mapping[str, _Column], models: Mapping[str, Model], start: Model | None, refit: bool
+def _fit_chained(
+    data: Mapping[str, _ResourceData],
+    models: Mapping[str, Model],
+    start: Model | None,
+    refit: bool,
 ) -> Model:
-    """Return the likeliest of clock time by itself and as a multiple of another time."""
-    own = data[NOISY]
-    if isinstance(start, ChainedModel) and not refit:
-        for name in _BASES:
-            base, ratio = models.get(name), own.over(data[name]) if name in data else None
-            if ratio is not None and isinstance(base, ResourceModel) and start.on == name:
-                return ChainedModel(name, base, ratio.fit(start.ratio, refit))
+    """Return the likeliest model of clock time: by itself, or as a multiple of another time."""
+    own = data[_CHAINED]
+    ratios: dict[str, tuple[ResourceModel, _ResourceData]] = {}
+    for name in _BASES:
+        base, ratio = models.get(name), own.over(data[name]) if name in data else None
+        if ratio is not None and isinstance(base, ResourceModel):
+            ratios[name] = base, ratio
+    earlier = start.ratio if isinstance(start, ChainedModel) else None
+    if isinstance(start, ChainedModel) and not refit and start.on in ratios:
+        base, ratio = ratios[start.on]
+        return ChainedModel(start.on, base, ratio.fit(earlier, refit))
     direct = own.fit(start, refit)
     best: Model = direct
-    told = ~own.censored
-    if np.sum(told) < _FEWEST_TO_CHAIN or (start is not None and not refit):
+    observed = ~own.censored
+    if np.sum(observed) < _MIN_TRIALS_TO_CHAIN or (start is not None and not refit):
         return best
-    density = direct_density(direct, told) + _CHAIN_BONUS
-    for name in _BASES:
-        base = models.get(name)
-        ratio = own.over(data[name]) if name in data else None
-        if ratio is None or not isinstance(base, ResourceModel):
-            continue
-        earlier = start.ratio if isinstance(start, ChainedModel) else None
-        model = ratio.fit(earlier, refit)
-        found = chain_density(base, model, told)
+    density = leave_one_out_density(direct, observed) - _CHAIN_MARGIN
+    for name, (base, ratio) in ratios.items():
+        model = ChainedModel(name, base, ratio.fit(earlier, refit))
+        found = leave_one_out_density(model, observed)
         if found > density:
-            best, density = ChainedModel(name, base, model), found
+            best, density = model, found
     return best

@@ -1,9 +1,10 @@
-"""The public footprint: what a point is expected to use, learned from trials."""
+"""The public footprint: the expected usage of a point, learned from trials."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import dataclass
 import math
 from typing import Any
 from typing import Protocol
@@ -11,16 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from optuna_quota._footprint import serialization
 from optuna_quota._footprint.features import Features
 from optuna_quota._footprint.fit import ChainedModel
-from optuna_quota._footprint.fit import fit_models
-from optuna_quota._footprint.observations import chosen
+from optuna_quota._footprint.fit import fit_resource_models
+from optuna_quota._footprint.fit import Model
 from optuna_quota._footprint.observations import Observation
+from optuna_quota._footprint.observations import select_observations
 from optuna_quota._footprint.resource_model import Predictive
-from optuna_quota._footprint.serialization import Contents
-from optuna_quota._footprint.serialization import dump
-from optuna_quota._footprint.serialization import load
-from optuna_quota._footprint.serialization import Point
 from optuna_quota._records import Interval
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import Limits
@@ -31,11 +30,11 @@ if TYPE_CHECKING:
 
 
 class BaseFootprint(Protocol):
-    """What a point is expected to use of each resource."""
+    """The expected usage of each resource at a point."""
 
     @property
     def points(self) -> Sequence[Mapping[str, Any]]:
-        """Points that the footprint knows of; a projection draws from them."""
+        """Known points, which a projection without a search space draws from."""
 
     def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
         """Return lower, median and upper of each resource at a point, in SI base units."""
@@ -60,10 +59,27 @@ class BaseFootprint(Protocol):
         return joint_breach({name: float(each[0]) for name, each in breaches.items()})
 
 
-class Footprint:
-    """What a point is expected to use of each resource, learned from earlier trials.
+@dataclass(frozen=True)
+class Contents:
+    """The parts of a footprint.
 
-    Built by :meth:`fit`, by ``analyze(study).footprint`` or by :meth:`from_json`; give it to
+    Attributes:
+        features: The columns that the models see.
+        observations: The trials that the models are fitted to.
+        models: The model of each resource.
+        confidence: One-sided, of the bounds.
+    """
+
+    features: Features
+    observations: tuple[Observation, ...]
+    models: Mapping[str, Model]
+    confidence: float
+
+
+class Footprint:
+    """The expected usage of each resource at a point, learned from earlier trials.
+
+    Built by :meth:`fit`, by ``analyze(study).footprint`` or by :meth:`from_json`; pass it to
     :class:`~optuna_quota.QuotaSampler` or :func:`~optuna_quota.project`.
 
     Example:
@@ -80,8 +96,6 @@ class Footprint:
 
     def __init__(self, contents: Contents) -> None:
         self._contents = contents
-        self._features = contents.features
-        self._models = dict(contents.models)
         self.confidence = contents.confidence
         self._last: tuple[dict[str, Any], dict[str, Predictive]] | None = None
 
@@ -94,13 +108,13 @@ class Footprint:
         start: Footprint | None = None,
         refit: bool = True,
     ) -> Footprint:
-        """Return the footprint that trials show.
+        """Return a footprint fitted to trials.
 
         Args:
-            rows: What was measured, oldest first. Of many, about a hundred are chosen.
+            rows: One observation a trial, oldest first. Of many, about a hundred are selected.
             confidence: One-sided: ``upper`` is exceeded with probability ``1 - confidence``.
             start: A footprint of fewer of these trials, to start the numerical search from.
-            refit: False to keep the hyperparameters of ``start`` where that can be, which is much
+            refit: False to keep the hyperparameters of ``start`` where possible, which is much
                 cheaper.
 
         Raises:
@@ -108,48 +122,42 @@ class Footprint:
         """
         if not 0.5 < confidence < 1:
             raise ValueError(f"`confidence` must be above 0.5 and below 1 but got {confidence!r}.")
-        rows = [rows[i] for i in chosen(rows)]
+        rows = select_observations(rows)
         features = Features.of([row.distributions for row in rows])
         columns = features.encode([row.params for row in rows])
-        alike = start is not None and start._features == features
-        models = fit_models(columns, rows, start._models if start and alike else {}, refit)
-        held = {
-            name
-            for name, model in models.items()
-            if getattr(model, "pruned_peaks_censored", False)
-        }
-        points = tuple(
-            Point(row.params, row.usage, row.censored | (row.maybe_censored & held))
-            for row in rows
-        )
-        return cls(Contents(features, points, models, confidence))
+        known = start.contents if start is not None else None
+        models = known.models if known is not None and known.features == features else {}
+        models = fit_resource_models(columns, rows, models, refit)
+        return cls(Contents(features, tuple(rows), models, confidence))
 
     @classmethod
     def from_json(cls, text: str) -> Footprint:
-        """Return the footprint that :meth:`to_json` wrote; its predictions are the same.
+        """Return the footprint that :meth:`to_json` wrote, fitted anew to the same trials.
 
         Raises:
-            ValueError: If the text is no footprint, of another version, or damaged.
+            ValueError: If the text is no footprint, of an unknown version, or damaged.
         """
-        return cls(load(text))
+        rows, confidence = serialization.load(text)
+        return cls.fit(rows, confidence=confidence)
 
     def to_json(self) -> str:
-        """Return the footprint as versioned JSON text, without any code in it."""
-        return dump(self._contents)
+        """Return the trials that the footprint was fitted to as versioned JSON text."""
+        found = self._contents
+        return serialization.dump(found.features, found.observations, found.confidence)
 
     @property
     def resources(self) -> tuple[str, ...]:
-        """The resources that trials told of."""
-        return tuple(self._models)
+        """The resources that were measured in any trial."""
+        return tuple(self._contents.models)
 
     @property
     def points(self) -> tuple[Mapping[str, Any], ...]:
-        """The points that the footprint was learned from."""
-        return tuple(point.params for point in self._contents.points)
+        """The points that the footprint was fitted to."""
+        return tuple(each.params for each in self._contents.observations)
 
     @property
     def contents(self) -> Contents:
-        """What makes it up."""
+        """The parts of the footprint."""
         return self._contents
 
     def predict(self, params: Mapping[str, Any]) -> DataFrame:
@@ -175,13 +183,8 @@ class Footprint:
 
     def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
         """Return what :meth:`predict` returns, as plain values by resource."""
-        found = {}
-        for name, expected in self.expected([params]).items():
-            low, middle, high = (
-                float(expected.quantile(p)[0]) for p in (1 - self.confidence, 0.5, self.confidence)
-            )
-            found[name] = Interval(low, middle, high)
-        return found
+        expected = self.expected([params])
+        return {name: each.interval(self.confidence) for name, each in expected.items()}
 
     def breaches(
         self, points: Sequence[Mapping[str, Any]], limits: Limits
@@ -195,19 +198,19 @@ class Footprint:
         }
 
     def expected(self, points: Sequence[Mapping[str, Any]]) -> dict[str, Predictive]:
-        """Return the distribution of each resource at points."""
+        """Return the predictive distribution of each resource at points."""
         last = self._last
         if len(points) == 1 and last is not None and last[0] == points[0]:
             return last[1]
-        columns = self._features.encode(points)
+        columns, models = self._contents.features.encode(points), self._contents.models
         found: dict[str, Predictive] = {}
-        for name, model in self._models.items():
-            if isinstance(model, ChainedModel) and model.base is self._models.get(model.on):
+        for name, model in models.items():
+            if isinstance(model, ChainedModel) and model.base is models.get(model.on):
                 found[name] = model.predict(columns, found.get(model.on))
             else:
                 found[name] = model.predict(columns)
         if len(points) == 1:
-            # A point is judged before it runs, and told of when it has.
+            # The same point is asked for when it is admitted and when its row is written.
             self._last = (dict(points[0]), found)
         return found
 
@@ -216,17 +219,20 @@ class Footprint:
     ) -> dict[str, np.ndarray]:
         """Return joint draws of each resource at points, shape ``(count, n_points)``.
 
-        What the model doesn't know is drawn once for all points of a draw, so that sums keep it.
+        The models' uncertainty is drawn once for all points of a draw, so that sums keep it.
         """
-        columns = self._features.encode(points)
+        columns = self._contents.features.encode(points)
+        # Times share their random numbers, since they rise and fall together.
         return {
-            name: model.draw(columns, count, np.random.default_rng([seed, _stream(name)]))
-            for name, model in self._models.items()
+            name: model.draw(
+                columns, count, np.random.default_rng([seed, int(get_resource(name).peak)])
+            )
+            for name, model in self._contents.models.items()
         }
 
     def __repr__(self) -> str:
         names = ", ".join(self.resources) or "nothing yet"
-        return f"<Footprint of {names} from {len(self._contents.points)} points>"
+        return f"<Footprint of {names} from {len(self.points)} points>"
 
 
 def joint_breach(breaches: Mapping[str, float]) -> float:
@@ -248,8 +254,3 @@ def interval_table(intervals: Mapping[str, Interval]) -> DataFrame:
         dtype=float,
     )
     return frame
-
-
-def _stream(resource: str) -> int:
-    # Times share their random numbers, since they rise and fall together.
-    return int(get_resource(resource).peak)

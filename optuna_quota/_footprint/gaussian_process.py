@@ -5,16 +5,17 @@ Processes for Machine Learning, 2006, sections 2.2, 2.7, 4.2 and 5.4):
 
     k(x, x') = 4 + a·(x/l)·(x'/l)·m²/3 + b·Matérn5/2(x, x'; l) + (noise + extra)·[x is x']
 
-The linear term is what power laws of sizes become after the logarithm; the Matérn term is what
-departs from them. Both have the lengths l of the columns in common (m is what they are expected
-to be): what hardly matters has neither a power nor departures from it, and few trials are enough
-to see which columns those are. ``extra`` is a variance of each point's own, used for censored
-ones.
+The linear term is what power laws of sizes become after the logarithm; the Matérn term models
+departures from them. Both share the lengths l of the columns (m is their prior mean): a column
+that hardly matters has neither a power nor departures from it, and few trials are enough to see
+which columns those are. ``extra`` is an additional variance of each point, used for censored ones.
+
+Hyperparameters are an array of logarithms: linear variance, Matérn variance, noise variance, and
+the length of each column, shape ``(3 + n_columns,)``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 import math
 
 import numpy as np
@@ -24,31 +25,20 @@ _CONSTANT = 4.0
 _JITTER = 1e-8
 _SQRT5 = 5.0**0.5
 _LOG_BOUND = 9.0
-_WALL = 100.0
-# Logarithm of the variance of the noise, in units of the target's own, that is expected.
+_PENALTY = 100.0
+# Prior mean of the logarithm of the noise's variance, in units of the target's own.
 NOISE = -2.5
 
 
-@dataclass(frozen=True)
-class Hyperparameters:
-    """Logarithms: linear variance, Matérn variance, noise variance, and length of each column."""
-
-    values: np.ndarray
-
-    @classmethod
-    def prior(cls, n_columns: int, noise: float = NOISE) -> Hyperparameters:
-        """Return the mode of the prior, good enough for a handful of points."""
-        return cls(_prior_mean(n_columns, noise))
+def prior_mean(n_columns: int, noise: float = NOISE) -> np.ndarray:
+    """Return the mode of the prior of the hyperparameters, good enough for a handful of points."""
+    return np.concatenate([[0.0, -0.7, noise], np.full(n_columns, _prior_length(n_columns))])
 
 
 def _prior_length(n_columns: int) -> float:
     # Log-normal priors on the lengths that widen with the number of columns: Hvarfner et al.,
     # Vanilla Bayesian Optimization Performs Great in High Dimensions, 2024.
     return 0.9 + 0.25 * math.log(max(n_columns, 1))
-
-
-def _prior_mean(n_columns: int, noise: float) -> np.ndarray:
-    return np.concatenate([[0.0, -0.7, noise], np.full(n_columns, _prior_length(n_columns))])
 
 
 def _prior_precision(n_columns: int) -> np.ndarray:
@@ -62,17 +52,16 @@ class GaussianProcess:
     Args:
         columns: Points, shape ``(n_points, n_columns)``.
         target: Standardised observations, shape ``(n_points,)``.
-        hyperparameters: Of the kernel.
-        extra: Variance of each observation beyond the common noise; ``noisy`` False takes the
-            common noise away.
-        noisy: Whether the common noise applies to a point.
+        hyperparameters: Of the kernel, shape ``(3 + n_columns,)``.
+        extra: Additional variance of each observation.
+        noisy: True where the common noise applies.
     """
 
     def __init__(
         self,
         columns: np.ndarray,
         target: np.ndarray,
-        hyperparameters: Hyperparameters,
+        hyperparameters: np.ndarray,
         extra: np.ndarray | None = None,
         noisy: np.ndarray | None = None,
     ) -> None:
@@ -82,9 +71,9 @@ class GaussianProcess:
         n = len(target)
         self.extra = np.zeros(n) if extra is None else extra
         self.noisy = np.ones(n) if noisy is None else noisy.astype(float)
-        linear, matern = np.exp(hyperparameters.values[:2])
+        linear, matern = np.exp(hyperparameters[:2])
         self._variances = float(linear) * _linear_unit(columns.shape[1]), float(matern)
-        self._inverse_lengths = np.exp(-hyperparameters.values[3:])
+        self._inverse_lengths = np.exp(-hyperparameters[3:])
         self._scaled = columns * self._inverse_lengths
         self._scaled_squares = np.einsum("ij,ij->i", self._scaled, self._scaled)
         covariance = self._kernel(columns)
@@ -95,7 +84,7 @@ class GaussianProcess:
     @property
     def noise(self) -> float:
         """Variance of the noise."""
-        return float(np.exp(self.hyperparameters.values[2]))
+        return float(np.exp(self.hyperparameters[2]))
 
     def predict(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and variance of the noiseless function at points."""
@@ -151,47 +140,51 @@ def fit_hyperparameters(
     columns: np.ndarray,
     target: np.ndarray,
     *,
-    start: Hyperparameters | None = None,
+    start: np.ndarray | None = None,
     extra: np.ndarray | None = None,
     noisy: np.ndarray | None = None,
     noise: float = NOISE,
-    max_iterations: int = 40,
-) -> Hyperparameters:
+) -> np.ndarray:
     """Return the hyperparameters of largest posterior density, by BFGS from ``start``.
-
-    ``noise`` is the logarithm of the variance of the noise that is expected.
 
     L-BFGS-B calls LAPACK at each step, which wakes BLAS's threads for a few numbers: on two busy
     processors it took 74 ms of CPU for 20 points and 76 ms for 100, BFGS 4 and 18 ms (medians of
     30 fits each, to the same density).
+
+    Args:
+        columns: Shape ``(n_points, n_columns)``.
+        target: Standardised observations, shape ``(n_points,)``.
+        start: Hyperparameters to start from; by default the mode of the prior.
+        extra: See :class:`GaussianProcess`.
+        noisy: See :class:`GaussianProcess`.
+        noise: Prior mean of the logarithm of the noise's variance.
     """
     from scipy.optimize import minimize
 
     objective = _Objective(columns, target, extra, noisy, noise)
-    first = Hyperparameters.prior(columns.shape[1], noise) if start is None else start
+    first = prior_mean(columns.shape[1], noise) if start is None else start
     unit = objective.curvature() ** -0.5
 
     def inside(steps: np.ndarray) -> tuple[float, np.ndarray]:
-        # In units in which all curvatures are about 1; beyond the bounds it rises.
-        wanted = first.values + unit * steps
+        # Steps are in units of similar curvature. Beyond the bounds, a quadratic penalty.
+        wanted = first + unit * steps
         if float(np.abs(wanted).max()) <= _LOG_BOUND:
             density, gradient = objective(wanted)
             return density, unit * gradient
         values = np.clip(wanted, -_LOG_BOUND, _LOG_BOUND)
         beyond = wanted - values
         density, gradient = objective(values)
-        gradient = np.where(beyond == 0, gradient, _WALL * beyond)
-        return density + 0.5 * _WALL * float(beyond @ beyond), unit * gradient
+        gradient = np.where(beyond == 0, gradient, _PENALTY * beyond)
+        return density + 0.5 * _PENALTY * float(beyond @ beyond), unit * gradient
 
     found = minimize(
         inside,
         np.zeros(len(unit)),
         jac=True,
         method="BFGS",
-        options={"maxiter": max_iterations, "gtol": 0.02},
+        options={"maxiter": 40, "gtol": 0.02},
     )
-    values = np.clip(first.values + unit * found.x, -_LOG_BOUND, _LOG_BOUND)
-    return Hyperparameters(np.asarray(values, dtype=float))
+    return np.asarray(np.clip(first + unit * found.x, -_LOG_BOUND, _LOG_BOUND), dtype=float)
 
 
 class _Objective:
@@ -211,14 +204,14 @@ class _Objective:
         self._extra = np.zeros(n) if extra is None else extra
         self._noisy = np.ones(n) if noisy is None else noisy.astype(float)
         self._unit = _linear_unit(d)
-        self._mean, self._precision = _prior_mean(d, noise), _prior_precision(d)
+        self._mean, self._precision = prior_mean(d, noise), _prior_precision(d)
 
     def curvature(self) -> np.ndarray:
         """Return roughly the second derivative along each hyperparameter."""
-        told = np.zeros(len(self._precision))
-        # What n observations say of the logarithm of a variance; of the others they say little.
-        told[2] = len(self._target) / 4
-        return np.asarray(self._precision + told)
+        information = np.zeros(len(self._precision))
+        # Of n observations about the logarithm of a variance; about the others it is small.
+        information[2] = len(self._target) / 4
+        return np.asarray(self._precision + information)
 
     def __call__(self, values: np.ndarray) -> tuple[float, np.ndarray]:
         a, b, noise = np.exp(values[:3])
@@ -263,7 +256,7 @@ def _invert(covariance: np.ndarray) -> tuple[np.ndarray, float]:
         # Points that coincide make it singular in floating point.
         jitter = max(10 * jitter, 1e-7 * float(np.trace(covariance)) / len(covariance))
         factor, failed = dpotrf(covariance + jitter * np.eye(len(covariance)), lower=1, clean=1)
-    # Above the diagonal there are zeros, which it leaves alone.
+    # The zeros above the diagonal stay.
     root = dtrtri(factor, lower=1)[0]
     return _product(root.T, root), 2 * float(np.log(factor.diagonal()).sum())
 

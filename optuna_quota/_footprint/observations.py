@@ -1,4 +1,4 @@
-"""What a footprint model learns from one trial."""
+"""The trials that footprint models are fitted to: reading them, and selecting some of many."""
 
 from __future__ import annotations
 
@@ -27,33 +27,38 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
+# The cost of a fit grows with the cube of the points; beyond this many more bring little.
+MAX_OBSERVATIONS = 100
+_RECENT = 40
+
+
 @dataclass(frozen=True)
 class Observation:
-    """One trial: its point and what was measured of it.
+    """One trial: its point and its measured usage.
 
     Args:
         params: Value of each hyperparameter.
         distributions: Distribution of each.
         usage: What was measured.
-        censored: Resources of which the trial would have used more, had it not been stopped.
-        maybe_censored: Resources of which it may have: the peaks of a pruned trial. Each step of a
+        censored: Resources whose usage is a lower bound, because the trial was stopped.
+        maybe_censored: Resources whose usage may be one: peaks of a stopped trial. Each step of a
             training mostly repeats the one before, but where later steps take more data or a
-            larger model, what was seen is a lower bound. The model's fit decides.
-        projected: What was expected of it before it ran.
+            larger model, the peak is a lower bound. The model's fit decides.
+        projected: The footprint that was projected before it ran.
         is_complete: Whether the trial completed, so that no parameter is missing.
     """
 
     params: Mapping[str, Any]
     distributions: Mapping[str, BaseDistribution]
     usage: Usage
-    censored: frozenset[str] = field(default=frozenset())
-    maybe_censored: frozenset[str] = field(default=frozenset())
+    censored: frozenset[str] = frozenset()
+    maybe_censored: frozenset[str] = frozenset()
     projected: Mapping[str, Interval] = field(default_factory=dict)
     is_complete: bool = True
 
     @property
     def is_surprise(self) -> bool:
-        """Whether anything that was projected of the trial turned out wrong."""
+        """Whether the usage of any resource was outside of its projected interval."""
         known = ((name, self.usage.get(name), each) for name, each in self.projected.items())
         return any(
             amount is not None
@@ -63,14 +68,15 @@ class Observation:
 
 
 def read_observation(trial: FrozenTrial) -> Observation | None:
-    """Return what a finished row teaches, None when it says nothing of usage."""
+    """Return a finished trial as an observation, None if its usage is unknown."""
     if not trial.state.is_finished():
         return None
     record = read_record(trial)
-    usage = _with_clock_time(trial, record, _lower_bounds(record))
-    if record.outcome == "rejected" or not usage.amounts():
+    usage = _with_wall_time(trial, record, _at_least_limit(record))
+    names = usage.amounts()
+    if record.outcome == "rejected" or not names:
         return None
-    end, names = (outcome_of(trial, record), record.censored_by), usage.amounts()
+    end = outcome_of(trial, record), record.censored_by
     return Observation(
         params=trial.params,
         distributions=trial.distributions,
@@ -82,26 +88,26 @@ def read_observation(trial: FrozenTrial) -> Observation | None:
     )
 
 
-def _with_clock_time(trial: FrozenTrial, record: TrialRecord, usage: Usage) -> Usage:
-    """Return the usage with what Optuna itself says of the time, where nothing was metered.
+def _with_wall_time(trial: FrozenTrial, record: TrialRecord, usage: Usage) -> Usage:
+    """Return the usage of a trial of plain Optuna with the wall time between its datetimes.
 
-    So a study of plain Optuna can be projected too. A row that was written by hand
-    (``create_trial``) began and ended at one moment and says nothing.
+    A row made by hand (``create_trial``) starts and completes at one moment and has none.
     """
-    unmetered = record.outcome is None and usage.wall_time is None
     duration = trial.duration
-    if not unmetered or trial.state.name == "FAIL" or duration is None:
+    if record.outcome is not None or usage.wall_time is not None or duration is None:
         return usage
     seconds = duration.total_seconds()
-    return replace(usage, wall_time=seconds) if seconds > 0 else usage
+    if trial.state.name == "FAIL" or seconds <= 0:
+        return usage
+    return replace(usage, wall_time=seconds)
 
 
-def _lower_bounds(record: TrialRecord) -> Usage:
-    """Return the usage, raised to the limit where a trial was stopped on its way there."""
+def _at_least_limit(record: TrialRecord) -> Usage:
+    """Return the usage, raised to the limit of a trial that was stopped on its way there."""
     breach, usage = record.breach, record.usage
     if breach is None or breach.quota or breach.resource not in USAGE_RESOURCES:
         return usage
-    # Without a measurement (trials that shared a process) there is nothing to raise.
+    # Trials that shared a process have no measurement to raise.
     measured = usage.get(breach.resource)
     if measured is None or measured >= breach.limit:
         return usage
@@ -109,33 +115,25 @@ def _lower_bounds(record: TrialRecord) -> Usage:
     return replace(usage, **raised)
 
 
-# The cost of a fit grows with the cube of the points; beyond this many more bring little.
-CAP = 100
-_RECENT = 40
+def select_observations(
+    observations: Sequence[Observation], most: int = MAX_OBSERVATIONS
+) -> list[Observation]:
+    """Return at most ``most`` observations, oldest first.
 
-
-def chosen(rows: Sequence[Observation], cap: int = CAP) -> list[int]:
-    """Return the indices of at most ``cap`` rows, oldest first.
-
-    The newest say where the study is now; the others are spread evenly over the amounts of each
-    resource, so that the cheapest and the dearest, stopped ones among them, are kept.
+    The newest show where the study is now; the others are spread evenly over the amounts of each
+    resource, so that the least and the largest, those of stopped trials among them, are kept.
     """
-    if len(rows) <= cap:
-        return list(range(len(rows)))
-    newest = min(_RECENT, cap // 2)
-    recent, older = range(len(rows) - newest, len(rows)), rows[: len(rows) - newest]
-    names = sorted({name for row in older for name in row.usage.amounts()})
-    kept = set(recent)
+    if len(observations) <= most:
+        return list(observations)
+    n_newest = min(_RECENT, most // 2)
+    n_older = len(observations) - n_newest
+    older = observations[:n_older]
+    kept = set(range(n_older, len(observations)))
+    names = sorted({name for each in older for name in each.usage.amounts()})
     for name in names:
-        amounts = np.array([_amount(row, name) for row in older])
+        amounts = np.array([each.usage.get(name) for each in older], dtype=float)
         order = np.argsort(amounts, kind="stable")[: int(np.sum(np.isfinite(amounts)))]
-        share = (cap - newest) // len(names)
         if len(order):
-            ranks = np.linspace(0, len(order) - 1, share).round().astype(int)
-            kept.update(order[ranks].tolist())
-    return sorted(kept)
-
-
-def _amount(row: Observation, name: str) -> float:
-    amount = row.usage.get(name)
-    return np.inf if amount is None else amount
+            ranks = np.linspace(0, len(order) - 1, (most - n_newest) // len(names))
+            kept.update(order[ranks.round().astype(int)].tolist())
+    return [observations[i] for i in sorted(kept)]

@@ -1,20 +1,17 @@
-"""What an earlier study teaches the next one."""
+"""Learns the footprint of a running study, starting from an earlier study's if there is one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence
 import threading
-from typing import Any
 from typing import TYPE_CHECKING
 
-from optuna_quota._footprint.features import Feature
-from optuna_quota._footprint.features import NumericFeature
 from optuna_quota._footprint.footprint import Footprint
-from optuna_quota._footprint.observations import CAP
-from optuna_quota._footprint.observations import chosen
+from optuna_quota._footprint.observations import MAX_OBSERVATIONS
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.observations import read_observation
+from optuna_quota._footprint.observations import select_observations
 from optuna_quota._records import ISOLATION
 
 
@@ -23,81 +20,45 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
-# A column that is 1 for trials of the earlier study and 0, as what is missing, for all others: how
-# much faster or larger the other machine was is learned as the effect of one more parameter.
-_EARLIER = "quota:earlier"
-
-
-def transferred_observations(footprint: Footprint) -> list[Observation]:
-    """Return what a footprint was learned from, marked as of an earlier study."""
-    from optuna.distributions import FloatDistribution
-
-    contents = footprint.contents
-    space = {part.name: distribution_of(part) for part in contents.features.parts}
-    space[_EARLIER] = FloatDistribution(0.0, 1.0)
-    return [
-        Observation(
-            params={**point.params, _EARLIER: 1.0},
-            distributions=space,
-            usage=point.usage,
-            censored=point.censored,
-        )
-        for point in contents.points
-    ]
-
-
-def distribution_of(part: Feature) -> BaseDistribution:
-    """Return a distribution that gives the same columns."""
-    from optuna.distributions import CategoricalDistribution
-    from optuna.distributions import FloatDistribution
-    from optuna.distributions import IntDistribution
-
-    found: Any
-    if not isinstance(part, NumericFeature):
-        found = CategoricalDistribution(part.choices)
-    elif part.scale == "log1p":
-        found = IntDistribution(int(part.low), int(part.high))
-    else:
-        found = FloatDistribution(part.low, part.high, log=part.scale == "log")
-    return found  # type: ignore[no-any-return]  # one of Optuna's
-
-
-# The model takes in new trials when they come to this share of those that it knows, and searches
-# for its hyperparameters anew at this larger one: what is learned a trial costs the less the more
-# is known. While there are few, each one counts.
-_REFRESH = 0.1
-_SEARCH = 0.25
+# Refresh the model when the new trials come to this share of those in it, and search its
+# hyperparameters again at the larger share: so the cost a trial falls as the study grows. While
+# there are few trials, each one counts.
+_REFRESH_SHARE = 0.1
+_SEARCH_SHARE = 0.25
 _FEW = 8
-# A trial whose usage was not in the interval that was projected for it says more than others.
-_SURPRISE = 5.0
-# What an earlier study says enters beside this study's own trials, in a column that tells them
-# apart, and is crowded out by them.
-_EARLIER_POINTS = 60
+# A trial whose usage was outside of its projected interval counts as this many.
+_SURPRISE_WEIGHT = 5.0
+# The study's own trials take the place of an earlier study's.
+_MAX_TRANSFERRED = 60
+# A parameter that is 1 for trials of the earlier study and missing for all others: how much faster
+# or larger the other machine was is learned as the effect of one more parameter.
+_TRANSFERRED = "quota:earlier"
 
 
 class Learner:
-    """What the trials of one study, and maybe of an earlier one, teach of its footprint.
+    """Fits a footprint to the trials of one study as they finish, reading each once.
 
     Args:
-        earlier: A footprint to start from.
+        prior: The footprint of an earlier study, to start from.
         confidence: One-sided, of the bounds.
 
     Attributes:
-        isolated: Whether the trial read last ran in a process of its own.
-        n_uncensored: Number of this study's trials that were not stopped early.
+        isolated: Whether the newest trial ran in a process of its own.
+        n_uncensored: Number of this study's trials without any lower bound.
     """
 
-    def __init__(self, earlier: Footprint | None = None, *, confidence: float = 0.95) -> None:
-        self._earlier = earlier
+    def __init__(self, prior: Footprint | None = None, *, confidence: float = 0.95) -> None:
+        self._prior = prior
         self._confidence = confidence
-        self._rows: list[Observation] = []
-        self._next = 0
-        self._open: list[int] = []
+        self._observations: list[Observation] = []
+        self._n_read = 0
+        self._unfinished: list[int] = []
         self._footprint: Footprint | None = None
-        self._news = 0.0
-        self._news_since_search = 0.0
-        self._fitted = 0
-        self._searched = 0
+        # Weights of the trials since the last fit, and since the last search.
+        self._new_since_fit = 0.0
+        self._new_since_search = 0.0
+        self._n_fitted = 0
+        self._n_searched = 0
         self._lock = threading.Lock()
         self._space: dict[str, BaseDistribution] = {}
         self.isolated = False
@@ -105,13 +66,13 @@ class Learner:
 
     @property
     def n_observations(self) -> int:
-        """Number of this study's trials that told something."""
-        return len(self._rows)
+        """Number of this study's trials with known usage."""
+        return len(self._observations)
 
     @property
     def observations(self) -> Sequence[Observation]:
-        """What this study's trials told, oldest first."""
-        return self._rows
+        """This study's trials with known usage, oldest first."""
+        return self._observations
 
     @property
     def space(self) -> Mapping[str, BaseDistribution]:
@@ -123,44 +84,72 @@ class Learner:
 
         Args:
             trials: All trials of the study by number, as ``study.get_trials(deepcopy=False)``.
-            fresh: Whether the newest trials must be in it, though they tell nothing new.
+            fresh: Whether to fit the newest trials even if they are few.
         """
         with self._lock:
             self._read(trials)
-            if self._news > (0.0 if fresh else _REFRESH * self._fitted):
+            if self._new_since_fit > (0.0 if fresh else _REFRESH_SHARE * self._n_fitted):
                 self._footprint = self._fit()
-            return self._footprint or self._earlier
+            return self._footprint or self._prior
 
     def _read(self, trials: Sequence[FrozenTrial]) -> None:
-        waiting = [*self._open, *range(self._next, len(trials))]
-        self._next, self._open = max(self._next, len(trials)), []
-        for index in waiting:
-            # Another thread may have read the rows later and come here first.
+        unread = [*self._unfinished, *range(self._n_read, len(trials))]
+        self._n_read, self._unfinished = max(self._n_read, len(trials)), []
+        for index in unread:
+            # Another thread may have come here first with newer rows.
             if index >= len(trials) or not trials[index].state.is_finished():
-                self._open.append(index)
+                self._unfinished.append(index)
                 continue
             self.isolated = trials[index].user_attrs.get(ISOLATION) == "process"
-            row = read_observation(trials[index])
-            if row is not None:
-                self._rows.append(row)
-                self.n_uncensored += not row.censored
-                self._space.update(row.distributions)
-                weight = _SURPRISE if row.is_surprise else 1.0
-                self._news += weight
-                self._news_since_search += weight
+            found = read_observation(trials[index])
+            if found is not None:
+                self._observations.append(found)
+                self.n_uncensored += not found.censored
+                self._space.update(found.distributions)
+                weight = _SURPRISE_WEIGHT if found.is_surprise else 1.0
+                self._new_since_fit += weight
+                self._new_since_search += weight
 
     def _fit(self) -> Footprint:
-        own, n = [self._rows[i] for i in chosen(self._rows)], len(self._rows)
-        rows = [*self._earlier_rows(CAP - len(own)), *own]
-        due = n < _FEW or self._news_since_search > _SEARCH * self._searched
-        if due:
-            self._searched, self._news_since_search = n, 0.0
-        # Whatever comes of it: what can't be fitted is not tried again with every trial.
-        self._fitted, self._news = n, 0.0
-        return Footprint.fit(rows, confidence=self._confidence, start=self._footprint, refit=due)
+        own, n = select_observations(self._observations), len(self._observations)
+        rows = [*self._transferred(MAX_OBSERVATIONS - len(own)), *own]
+        search = n < _FEW or self._new_since_search > _SEARCH_SHARE * self._n_searched
+        if search:
+            self._n_searched, self._new_since_search = n, 0.0
+        # Before the fit, so that one that fails is not tried again with every trial.
+        self._n_fitted, self._new_since_fit = n, 0.0
+        return Footprint.fit(
+            rows, confidence=self._confidence, start=self._footprint, refit=search
+        )
 
-    def _earlier_rows(self, room: int) -> list[Observation]:
-        if self._earlier is None or room <= 0:
+    def _transferred(self, room: int) -> list[Observation]:
+        if self._prior is None or room <= 0:
             return []
-        rows = transferred_observations(self._earlier)
-        return [rows[i] for i in chosen(rows, min(room, _EARLIER_POINTS))]
+        return select_observations(
+            transferred_observations(self._prior), min(room, _MAX_TRANSFERRED)
+        )
+
+
+def transferred_observations(footprint: Footprint) -> list[Observation]:
+    """Return the trials of an earlier study's footprint, marked as such.
+
+    Whether peaks of its stopped trials are lower bounds stays as its models decided.
+    """
+    from optuna.distributions import FloatDistribution
+
+    contents = footprint.contents
+    space = {**contents.features.distributions(), _TRANSFERRED: FloatDistribution(0.0, 1.0)}
+    settled = {
+        name
+        for name, model in contents.models.items()
+        if getattr(model, "stopped_peaks_censored", False)
+    }
+    return [
+        Observation(
+            params={**each.params, _TRANSFERRED: 1.0},
+            distributions=space,
+            usage=each.usage,
+            censored=each.censored | (each.maybe_censored & settled),
+        )
+        for each in contents.observations
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
@@ -16,10 +15,38 @@ from optuna_quota._footprint.censoring import propagate
 from optuna_quota._footprint.censoring import Sites
 from optuna_quota._footprint.gaussian_process import fit_hyperparameters
 from optuna_quota._footprint.gaussian_process import GaussianProcess
-from optuna_quota._footprint.gaussian_process import Hyperparameters
 from optuna_quota._footprint.gaussian_process import NOISE
+from optuna_quota._footprint.gaussian_process import prior_mean
+from optuna_quota._records import Interval
 
 
+# Candidate floors, as shares of the smallest amount.
+FLOORS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
+# Search the hyperparameters of a floor if its log density with those of the best floor so far
+# comes this close to the best.
+_FLOOR_MARGIN = 3.0
+# Leave-one-out errors are a little small, as the hyperparameters were fitted to all trials. This
+# factor, the two below and _FEW_TRIALS_WIDENING were chosen with each of six workloads left out in
+# turn (benchmarks/footprint_constants.py).
+_LEAVE_ONE_OUT_BIAS = 1.05
+# Share of the residuals' overall size in the spread, beside the model's own deviation at a point.
+_COMMON_SHARE = 0.2
+# Least ratio of the residuals' size to the model's own deviations: a smaller one is chance.
+_MIN_RATIO = 0.8
+# The fewer trials, the less certain the hyperparameters, for which the spread is wider.
+_FEW_TRIALS_WIDENING = 8.0
+# Prior deviation of the logarithm of a resource, with the weight of two trials.
+_PRIOR_SCALE = 0.8
+_PRIOR_WEIGHT = 2.0
+_MIN_SCALE = 0.02
+# Below _FEW trials there is no floor, below _FEWEST no search of hyperparameters.
+_FEW = 8
+_FEWEST = 4
+# Draws are clipped to this many deviations of the target, so that none of them rules a sum. From
+# ten trials on it hardly matters (2 to 20 give the same); after five, 2 would hold too seldom and
+# 6 make the interval twice as wide for the same median.
+_MAX_DRAWN_DEVIATION = 3.0
+_MAX_DRAWN_EXPONENT = 300.0
 # Amounts are e^center; beyond this a float would overflow.
 _MAX_EXPONENT = 600.0
 
@@ -32,7 +59,7 @@ class Predictive:
         floor: What every trial uses, such as the memory of the bare process; SI base units. One
             for all points, or one each.
         center: Shape ``(n_points,)``.
-        spread: Shape ``(n_points,)``; 0 where the amount is certain.
+        spread: Positive, shape ``(n_points,)``.
         df: Degrees of freedom.
     """
 
@@ -41,21 +68,22 @@ class Predictive:
     spread: np.ndarray
     df: float
 
-    @classmethod
-    def certain(cls, amounts: np.ndarray) -> Predictive:
-        """Return a distribution without any spread."""
-        with np.errstate(divide="ignore"):
-            return cls(0.0, np.log(amounts), np.zeros(len(amounts)), np.inf)
-
     def times(self, factor: np.ndarray) -> Predictive:
-        """Return the distribution of ``factor``, positive, times the amounts."""
+        """Return the distribution of the amounts times ``factor``, which is positive."""
         return Predictive(self.floor * factor, self.center + np.log(factor), self.spread, self.df)
 
     def quantile(self, probability: float) -> np.ndarray:
-        """Return the amounts undercut with a probability, nonnegative."""
+        """Return the quantiles of the amounts, nonnegative, shape ``(n_points,)``."""
         away = self.spread * _t_quantile(probability, self.df) if probability != 0.5 else 0.0
         logs = np.minimum(self.center + away, _MAX_EXPONENT)
         return np.asarray(np.maximum(self.floor + np.exp(logs), 0.0))
+
+    def interval(self, confidence: float) -> Interval:
+        """Return lower, median and upper at the first point, each bound one-sided."""
+        lower, median, upper = (
+            float(self.quantile(p)[0]) for p in (1 - confidence, 0.5, confidence)
+        )
+        return Interval(lower, median, upper)
 
     def above(self, limit: float) -> np.ndarray:
         """Return the probability of an amount over ``limit``."""
@@ -63,47 +91,14 @@ class Predictive:
 
         with np.errstate(divide="ignore"):
             away = np.log(np.maximum(limit - self.floor, 0.0)) - self.center
-        safe = np.where(self.spread > 0, self.spread, 1.0)
-        uncertain = 1 - stdtr(self.df if np.isfinite(self.df) else 1e9, away / safe)
-        # A certain amount exactly at the limit fits: the tolerance is that of exp(log(x)).
-        return np.asarray(np.where(self.spread > 0, uncertain, away < -1e-9))
+        return np.asarray(1 - stdtr(self.df, away / self.spread))
 
 
 @lru_cache(maxsize=256)
 def _t_quantile(probability: float, df: float) -> float:
-    from scipy.special import ndtri
     from scipy.special import stdtrit
 
-    return float(stdtrit(df, probability) if np.isfinite(df) else ndtri(probability))
-
-
-# Candidate floors, as shares of the smallest amount seen.
-FLOORS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
-# A floor is worth a search of hyperparameters of its own where its log density without one comes
-# so close to the best.
-_FLOOR_MARGIN = 3.0
-_TINY_SCALE = 0.02
-# Leaving one out is a little too sure: the hyperparameters have seen it. This, the share below and
-# the weight of what is not known were chosen with each of six workloads left out in turn
-# (benchmarks/footprint_constants.py).
-_LEAVE_ONE_OUT_BIAS = 1.05
-# Share of the residuals' common size in the spread, beside the model's own deviation at the point.
-_COMMON_SHARE = 0.2
-# A common size that is smaller than the model's own by more than this is taken for luck.
-_MIN_RATIO = 0.8
-# The fewer trials, the less is known of the hyperparameters, for which the spread is wider.
-_FEW_TRIALS_WIDENING = 8.0
-# Deviation of the logarithm assumed of a resource of which next to nothing is known, weighing as
-# much as two trials.
-_PRIOR_SCALE = 0.8
-_PRIOR_WEIGHT = 2.0
-_FEW = 8
-_FEWEST = 4
-# A draw further off than this many deviations of the target says nothing that a sum should keep.
-# From ten trials on it hardly matters (2 to 20 give the same); after five, 2 would hold too seldom
-# and 6 make the interval twice as wide for the same median.
-_FARTHEST = 3.0
-_MAX_DRAWN_EXPONENT = 300.0
+    return float(stdtrit(df, probability))
 
 
 @dataclass(frozen=True)
@@ -113,12 +108,12 @@ class ResourceModel:
     Attributes:
         columns: Shape ``(n_points, n_columns)``.
         floor: What every trial uses, SI base units.
-        location: Mean of the logarithm, taken off before.
-        scale: Deviation of the logarithm, divided by before.
+        location: Mean of the logarithm; the process is fitted to what remains over ``scale``.
+        scale: Standard deviation of the logarithm.
         sites: Standardised observations, censored ones replaced.
-        censored: True where a trial was stopped.
+        censored: True where the amount is a lower bound.
         hyperparameters: Of the Gaussian process.
-        pruned_peaks_censored: Whether peaks of pruned trials count among the stopped ones.
+        stopped_peaks_censored: Whether peaks of stopped trials are taken as lower bounds.
     """
 
     columns: np.ndarray
@@ -127,8 +122,8 @@ class ResourceModel:
     scale: float
     sites: Sites
     censored: np.ndarray
-    hyperparameters: Hyperparameters
-    pruned_peaks_censored: bool = False
+    hyperparameters: np.ndarray
+    stopped_peaks_censored: bool = False
     process: GaussianProcess = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -142,7 +137,7 @@ class ResourceModel:
         object.__setattr__(self, "process", process)
 
     def predict(self, columns: np.ndarray) -> Predictive:
-        """Return what is expected at points."""
+        """Return the predictive distribution at points."""
         mean, variance = self.process.predict(columns)
         spread = self.spread(np.sqrt(variance + self.process.noise))
         return Predictive(
@@ -152,9 +147,9 @@ class ResourceModel:
     def draw(self, columns: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
         """Return joint draws of amounts at points, shape ``(count, n_points)``.
 
-        The noise is each point's own. What the process does not know is correlated as the process
-        is; by how much the spread is wider, because the hyperparameters are not known either, is
-        common to all points. Were it each point's own, it would raise every total.
+        The noise is independent at each point. The uncertainty of the process is correlated as
+        the process is, and the widening of the spread beyond it, for uncertain hyperparameters, is
+        common to all points. Independent at each point, it would raise every total.
         """
         mean, covariance = self.process.joint(columns)
         noise = self.process.noise
@@ -168,61 +163,52 @@ class ResourceModel:
         away = generator.standard_normal((count, n)) @ root.T
         away = heavy * (away + generator.standard_normal((count, 1)) * common)
         away += own * generator.standard_normal((count, n))
-        logs = self.location + self.scale * (mean + np.clip(away, -_FARTHEST, _FARTHEST))
+        logs = self.location + self.scale * (
+            mean + np.clip(away, -_MAX_DRAWN_DEVIATION, _MAX_DRAWN_DEVIATION)
+        )
         return np.asarray(
             np.maximum(self.floor + np.exp(np.minimum(logs, _MAX_DRAWN_EXPONENT)), 0.0)
         )
 
     @property
-    def known(self) -> int:
-        """Number of trials that were not stopped."""
-        return int(np.sum(~self.censored))
-
-    @property
     def df(self) -> float:
         """Degrees of freedom of the bounds."""
-        return float(max(self.known - 2, 2))
+        return float(max(int(np.sum(~self.censored)) - 2, 2))
 
     def spread(self, deviation: np.ndarray) -> np.ndarray:
         """Return calibrated deviations of new observations from the model's own.
 
-        The model's own deviation times how far off it was when one was left out, and a share of
-        how far off it was on average whatever it said itself.
+        They are a mean of the model's own deviation, scaled by its leave-one-out errors, and of
+        the overall size of these errors.
         """
-        flat, ratio, widened = self._calibration
-        return np.asarray((flat + ratio * deviation) * widened)
+        common, ratio, widening = self._calibration
+        return np.asarray((common + ratio * deviation) * widening)
 
     @cached_property
     def _calibration(self) -> tuple[float, float, float]:
-        """A part of the spread, the rest as a multiple of the deviation, a factor on both."""
-        residual, own = self._leave_one_out()
+        """The common part of the spread, the multiple of the deviation, and a factor on both."""
+        residual, own = (part[~self.censored] for part in self.process.leave_one_out())
         n = max(len(residual), 1)
         if n < 3:
             return 0.0, 1.0, (1 + 1 / n) ** 0.5
-        flat = float(np.sqrt(np.mean(residual**2)))
+        common = float(np.sqrt(np.mean(residual**2)))
         ratio = max(float(np.sqrt(np.mean((residual / own) ** 2))), _MIN_RATIO)
-        widened = (
-            _LEAVE_ONE_OUT_BIAS * ((1 + 1 / n) * (1 + _FEW_TRIALS_WIDENING / max(n, _FEW))) ** 0.5
-        )
-        return _COMMON_SHARE * flat, (1 - _COMMON_SHARE) * ratio, widened
-
-    def _leave_one_out(self) -> tuple[np.ndarray, np.ndarray]:
-        residual, own = self.process.leave_one_out()
-        return residual[~self.censored], own[~self.censored]
+        unknown = (1 + 1 / n) * (1 + _FEW_TRIALS_WIDENING / max(n, _FEW))
+        widening = _LEAVE_ONE_OUT_BIAS * unknown**0.5
+        return _COMMON_SHARE * common, (1 - _COMMON_SHARE) * ratio, widening
 
     def score(self, amounts: np.ndarray) -> float:
-        """Return the leave-one-out log density of amounts, of lower bounds their probability.
+        """Return the leave-one-out log density of the fitted amounts, in SI base units.
 
-        Args:
-            amounts: What the model was fitted on, SI base units.
+        Lower bounds count with the logarithm of their probability.
         """
         from scipy.special import log_ndtr
 
         logs = np.log(amounts - self.floor)
         residual, own = self.process.leave_one_out()
-        told, held = ~self.censored, self.censored
-        r, s = residual[told], own[told]
-        density = -0.5 * (r / s) ** 2 - np.log(s * self.scale) - logs[told]
+        seen, held = ~self.censored, self.censored
+        r, s = residual[seen], own[seen]
+        density = -0.5 * (r / s) ** 2 - np.log(s * self.scale) - logs[seen]
         mean = (self.sites.target - residual)[held]
         variance = own[held] ** 2 - self.sites.extra[held] + self.process.noise
         away = mean - (logs[held] - self.location) / self.scale
@@ -230,7 +216,7 @@ class ResourceModel:
         return float(np.sum(density) + np.sum(bounded))
 
     def log_leave_one_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return residual and variance of each point's log amount under all the others."""
+        """Return leave-one-out residual and variance of the logarithm of each amount."""
         residual, own = self.process.leave_one_out()
         above = np.exp(self.location + self.scale * self.sites.target)
         share = self.scale * above / np.maximum(above + self.floor, 1e-300)
@@ -253,15 +239,13 @@ def fit_resource(
         amounts: SI base units, shape ``(n_points,)``.
         censored: True where the amount is a lower bound.
         start: A model of fewer trials to start from.
-        floors: Candidates for what every trial uses, as shares of the smallest amount.
-        noise: Logarithm of the variance of the noise that is expected, standardised.
+        floors: Candidate floors, as shares of the smallest amount.
+        noise: Prior mean of the logarithm of the noise's variance, standardised.
     """
     candidates = _candidates(amounts, floors)
     tried: dict[int, ResourceModel] = {}
 
     def score(index: int) -> float:
-        if not 0 <= index < len(candidates):
-            return -np.inf
         if index not in tried:
             near = min(tried, key=lambda each: abs(each - index), default=None)
             first = start if near is None else tried[near]
@@ -270,7 +254,7 @@ def fit_resource(
             )
         return tried[index].score(amounts)
 
-    def promising(index: int, best: int) -> bool:
+    def is_promising(index: int, best: int) -> bool:
         if not 0 <= index < len(candidates) or index in tried:
             return index in tried
         logs = np.log(amounts - candidates[index])
@@ -278,35 +262,24 @@ def fit_resource(
         return screened.score(amounts) > tried[best].score(amounts) - _FLOOR_MARGIN
 
     if start is None or len(start.columns) < _FEW:
-        best = max(range(len(candidates)), key=score)
-    else:
-        best = _climb(score, promising, _nearest(candidates, start.floor))
-    return tried[best]
-
-
-def _nearest(candidates: list[float], floor: float) -> int:
-    return min(range(len(candidates)), key=lambda index: abs(candidates[index] - floor))
-
-
-def _climb(
-    score: Callable[[int], float], promising: Callable[[int, int], bool], index: int
-) -> int:
-    """Return where a score is largest, going by single promising steps from an index."""
-    score(index)
+        return tried[max(range(len(candidates)), key=score)]
+    # Climb from the earlier floor by single promising steps.
+    best = min(range(len(candidates)), key=lambda each: abs(candidates[each] - start.floor))
+    score(best)
     while True:
-        beside = [each for each in (index - 1, index + 1) if promising(each, index)]
-        best = max((index, *beside), key=score)
-        if best == index:
-            return index
-        index = best
+        beside = [each for each in (best - 1, best + 1) if is_promising(each, best)]
+        found = max((best, *beside), key=score)
+        if found == best:
+            return tried[best]
+        best = found
 
 
 def refresh_resource(
     columns: np.ndarray, amounts: np.ndarray, censored: np.ndarray, model: ResourceModel
 ) -> ResourceModel | None:
-    """Return a model with more trials and the same hyperparameters, None where it can't be.
+    """Return a model with more trials and the same hyperparameters.
 
-    It can't where a trial used less than the floor or the columns are others.
+    None if a trial used less than the floor, or if the columns are others.
     """
     if amounts.min() <= model.floor or columns.shape[1] != model.columns.shape[1]:
         return None
@@ -320,7 +293,7 @@ def _with_logs(
     censored: np.ndarray,
     floor: float,
 ) -> ResourceModel:
-    """Return a model of other logarithms with the same hyperparameters."""
+    """Return a model fitted to other logarithms with the same hyperparameters."""
     location, scale = _standard(logs)
     target = (logs - location) / scale
     sites = initial_sites(target, censored)
@@ -355,8 +328,8 @@ def _fit_with_floor(
     logs = np.log(amounts - floor)
     location, scale = _standard(logs)
     target = (logs - location) / scale
-    found = Hyperparameters.prior(columns.shape[1], noise)
-    if start is not None and start.hyperparameters.values.shape == found.values.shape:
+    found = prior_mean(columns.shape[1], noise)
+    if start is not None and start.hyperparameters.shape == found.shape:
         found = start.hyperparameters
     sites = initial_sites(target, censored)
     sites = propagate(columns, target, censored, found, sites)
@@ -384,4 +357,4 @@ def _standard(logs: np.ndarray) -> tuple[float, float]:
     squares = float(np.sum((logs - location) ** 2))
     if n < _FEW:
         squares, n = squares + _PRIOR_WEIGHT * _PRIOR_SCALE**2, n + int(_PRIOR_WEIGHT)
-    return location, max((squares / n) ** 0.5, _TINY_SCALE)
+    return location, max((squares / n) ** 0.5, _MIN_SCALE)

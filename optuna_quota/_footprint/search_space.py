@@ -1,4 +1,4 @@
-"""Points of a search space, drawn as its distributions say, and smaller ranges of it."""
+"""Points of a search space: values by quantile, smaller ranges, completions of partial points."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 
 def latin_hypercube(n_points: int, n_columns: int, generator: np.random.Generator) -> np.ndarray:
-    """Return points of the unit cube with each column's strata hit once."""
-    places = np.tile(np.arange(n_points), (n_columns, 1))
-    strata = generator.permuted(places, axis=1).T
+    """Return a Latin hypercube sample, shape ``(n_points, n_columns)``."""
+    strata = generator.permuted(np.tile(np.arange(n_points), (n_columns, 1)), axis=1).T
     return np.asarray((strata + generator.random((n_points, n_columns))) / max(n_points, 1))
 
 
@@ -34,7 +33,7 @@ def points_from_unit_cube(
 
 
 def value_at(distribution: BaseDistribution, u: float) -> Any:
-    """Return the value below which a share ``u`` of a distribution lies."""
+    """Return the quantile ``u`` of a distribution."""
     from optuna.distributions import CategoricalDistribution
     from optuna.distributions import FloatDistribution
     from optuna.distributions import IntDistribution
@@ -43,9 +42,9 @@ def value_at(distribution: BaseDistribution, u: float) -> Any:
         n = len(distribution.choices)
         return distribution.choices[min(int(u * n), n - 1)]
     if isinstance(distribution, IntDistribution):
-        return _whole(distribution, u)
+        return _integer_at(distribution, u)
     if not isinstance(distribution, FloatDistribution):
-        raise TypeError(f"Distribution {distribution!r} is not known.")
+        raise TypeError(f"`distribution` must be one of Optuna's but got {distribution!r}.")
     low, high = distribution.low, distribution.high
     if distribution.step is not None:
         n = round((high - low) / distribution.step) + 1
@@ -55,7 +54,7 @@ def value_at(distribution: BaseDistribution, u: float) -> Any:
     return low + u * (high - low)
 
 
-def _whole(distribution: Any, u: float) -> int:
+def _integer_at(distribution: Any, u: float) -> int:
     low, high, step = distribution.low, distribution.high, distribution.step
     if distribution.log:
         start, end = math.log(low - 0.5), math.log(high + 0.5)
@@ -65,9 +64,9 @@ def _whole(distribution: Any, u: float) -> int:
 
 
 def narrow(distribution: BaseDistribution, share: float, *, upper: bool) -> BaseDistribution:
-    """Return a distribution with ``share`` of its range kept, the upper end cut off or the lower.
+    """Return a distribution with ``share`` of its range, cut at the upper end or the lower.
 
-    A categorical distribution and one of a single value are returned as they are.
+    A categorical distribution and one of a single value are returned unchanged.
     """
     import copy
 
@@ -84,7 +83,7 @@ def narrow(distribution: BaseDistribution, share: float, *, upper: bool) -> Base
 
 
 def position_of(distribution: BaseDistribution, value: Any) -> float:
-    """Return the share of a distribution that lies below a value: :func:`value_at` undone."""
+    """Return the quantile at which a value lies, the inverse of :func:`value_at`."""
     from optuna.distributions import CategoricalDistribution
 
     found: Any = distribution
@@ -92,7 +91,7 @@ def position_of(distribution: BaseDistribution, value: Any) -> float:
         n = len(distribution.choices)
         return float((distribution.to_internal_repr(value) + 0.5) / n)
     if found.log:
-        # Half a step around whole numbers, as in `value_at`.
+        # Half a step around integers, as in `value_at`.
         half = 0.5 if isinstance(value, int) else 0.0
         low, high = math.log(found.low - half), math.log(found.high + half)
         return float((math.log(value) - low) / (high - low))
@@ -103,7 +102,7 @@ def position_of(distribution: BaseDistribution, value: Any) -> float:
 
 
 def spaced_values(distribution: BaseDistribution, count: int = 9) -> list[Any]:
-    """Return some values from one end of a distribution to the other, or all its choices."""
+    """Return evenly spaced values of a distribution, or all its choices."""
     from optuna.distributions import CategoricalDistribution
 
     if isinstance(distribution, CategoricalDistribution):
@@ -111,31 +110,31 @@ def spaced_values(distribution: BaseDistribution, count: int = 9) -> list[Any]:
     return [value_at(distribution, i / (count - 1)) for i in range(count)]
 
 
-_MOST = 16
+_MAX_COMPLETIONS = 16
 
 
 def likely_completions(
     known: Mapping[str, Any], past: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
-    """Return points that a half-drawn one may become, itself when nothing is missing.
+    """Return complete points that a partial one may become, itself if nothing is missing.
 
-    A conditional parameter exists only beside certain choices, so that only earlier trials that
-    made the same choices tell what is still to be drawn.
+    A conditional parameter exists only with certain choices, so the missing parameters are those
+    of earlier trials with the same choices.
 
     Args:
         known: Parameters drawn so far.
-        past: Points of earlier trials; the newest are asked first.
+        past: Points of earlier trials, oldest first; the newest are used first.
     """
     found: list[Mapping[str, Any]] = []
     for params in reversed(past):
-        if not _agrees(known, params):
+        if not _same_choices(known, params):
             continue
         missing = {name: value for name, value in params.items() if name not in known}
         if not missing:
-            # One that made the same choices had no more parameters than these.
+            # A trial with the same choices had no other parameters.
             return [known] if not found else [*found, known]
         found.append({**missing, **known})
-        if len(found) >= _MOST:
+        if len(found) >= _MAX_COMPLETIONS:
             break
     return found or [known]
 
@@ -143,37 +142,35 @@ def likely_completions(
 def certain_completions(
     known: Mapping[str, Any], past: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
-    """Return whole points that a half-drawn one may become; none where that is unknown.
+    """Return complete points that a partial one may become, none if that is uncertain.
 
-    Stricter than :func:`likely_completions`: a point is whole when a completed trial had the same
-    parameters and made the same choices. A whole number counts as a choice where it always went
-    with the same parameters, such as a number of layers that have a width each.
+    Stricter than :func:`likely_completions`: a point is complete if a completed trial had the same
+    parameters and choices. An integer counts as a choice if it always went with the same
+    parameters, such as a number of layers that have a width each.
 
     Args:
         known: Parameters drawn so far.
-        past: Points of trials that completed; the newest are asked first.
+        past: Points of completed trials, oldest first; the newest are used first.
     """
-    choices = _whole_number_choices(known, past)
+    choices = _integer_choices(known, past)
     found: list[Mapping[str, Any]] = []
     for params in reversed(past):
-        if not known.keys() <= params.keys() or not _agrees(known, params):
+        if not known.keys() <= params.keys() or not _same_choices(known, params):
             continue
         if any(known[name] != params[name] for name in choices):
             continue
         if len(params) == len(known):
             return [*found, known]
         found.append({**params, **known})
-        if len(found) >= _MOST:
+        if len(found) >= _MAX_COMPLETIONS:
             break
     return found
 
 
-def _whole_number_choices(
-    known: Mapping[str, Any], past: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    """Return the whole numbers that may decide which parameters there are.
+def _integer_choices(known: Mapping[str, Any], past: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the integers that may decide which parameters there are.
 
-    That one does not is known once it had two values beside the same parameters.
+    One that had two values with the same parameters does not.
     """
     values: dict[tuple[str, frozenset[str]], set[Any]] = {}
     for params in past:
@@ -188,7 +185,7 @@ def _whole_number_choices(
     ]
 
 
-def _agrees(known: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
+def _same_choices(known: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
     return all(
         value == known[name]
         for name, value in params.items()

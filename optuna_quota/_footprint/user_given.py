@@ -1,4 +1,9 @@
-"""Footprints that a user states: a constant usage, or a function of the point."""
+"""Footprints that a user states, as a constant or a function, and their calibration on trials.
+
+A formula knows the cost of regions where no trial has been, and is often off by a factor: another
+machine, a library's own memory. So ``log(used / stated)`` is learned as a footprint of its own;
+where a resource is predicted better without the formula, the formula is not used.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 import logging
 from typing import Any
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.fit import chain_density
-from optuna_quota._footprint.fit import ChainedModel
-from optuna_quota._footprint.fit import direct_density
+from optuna_quota._footprint.fit import leave_one_out_density
 from optuna_quota._footprint.footprint import BaseFootprint
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import Observation
@@ -22,30 +24,29 @@ from optuna_quota._footprint.resource_model import Predictive
 from optuna_quota._records import Interval
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Usage
-from optuna_quota._resources import USAGE_RESOURCES
-
-
-if TYPE_CHECKING:
-    from optuna_quota._footprint.fit import Model
+from optuna_quota._resources import usage_from_amounts
 
 
 _logger = logging.getLogger("optuna.quota.footprint")
+# As log density: few trials compare the two badly, and the user's formula has the benefit of the
+# doubt.
+_FORMULA_MARGIN = 3.0
 
 
 class UnknownFootprintError(KeyError):
-    """A function could not tell the usage of a point."""
+    """The user's function failed for a point."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class UserFootprint(BaseFootprint):
-    """A footprint that is certain: the same usage always, or what a function says of a point.
+    """A footprint without uncertainty: a constant, or a function of the point.
 
     Args:
         usage: A :class:`~optuna_quota.Usage`, or a function from params to one.
-        lenient: Whether a function that fails as it does for a missing parameter has no answer,
-            said once in the log, instead of raising what it raises.
+        lenient: Whether to raise :class:`UnknownFootprintError`, with one warning in the log,
+            if the function fails as it would for a missing parameter.
     """
 
     def __init__(
@@ -53,15 +54,15 @@ class UserFootprint(BaseFootprint):
     ) -> None:
         self.usage = usage
         self._lenient = lenient
-        self._told = False
+        self._warned = False
 
     @property
     def points(self) -> Sequence[Mapping[str, Any]]:
-        """No point is known; a constant is the same at any."""
+        """Any point will do for a constant; none is known for a function."""
         return ({},) if isinstance(self.usage, Usage) else ()
 
     def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
-        """Return the same as plain values."""
+        """Return the usage as lower, median and upper of each resource."""
         return {name: Interval(v, v, v) for name, v in self._amounts(params).items()}
 
     def breaches(
@@ -77,7 +78,7 @@ class UserFootprint(BaseFootprint):
     def draw(
         self, points: Sequence[Mapping[str, Any]], count: int, seed: int
     ) -> dict[str, np.ndarray]:
-        """Return the usage at points, the same in every draw; NaN where it is not known."""
+        """Return the usage at points, the same in every draw; NaN where unknown."""
         amounts = [self._amounts(params) for params in points]
         names = sorted({name for each in amounts for name in each})
         return {
@@ -86,23 +87,23 @@ class UserFootprint(BaseFootprint):
         }
 
     def _amounts(self, params: Mapping[str, Any]) -> dict[str, float]:
-        usage = self.usage if isinstance(self.usage, Usage) else self._ask(self.usage, params)
+        usage = self.usage if isinstance(self.usage, Usage) else self._call(self.usage, params)
         if not isinstance(usage, Usage):
             raise TypeError(f"`footprint` must return a Usage but returned {usage!r}.")
         return usage.amounts()
 
-    def _ask(
+    def _call(
         self, function: Callable[[Mapping[str, Any]], Usage], params: Mapping[str, Any]
     ) -> Usage:
-        if not self._lenient:
-            return function(dict(params))
         try:
             return function(dict(params))
         except (AttributeError, LookupError, TypeError) as error:
-            # Whatever a function does with a parameter that is not there.
-            told, self._told = self._told, True
+            # What a function does with a missing parameter.
+            if not self._lenient:
+                raise
+            warned, self._warned = self._warned, True
             message = f"`footprint` failed for the point {dict(params)!r}: {error!r}."
-            if not told:
+            if not warned:
                 _logger.warning(
                     f"{message} Points for which it fails run without being judged by it; "
                     "further failures are not reported."
@@ -114,7 +115,7 @@ class UserFootprint(BaseFootprint):
 
 
 def as_footprint(footprint: Any, *, lenient: bool = False) -> BaseFootprint:
-    """Return a footprint from whatever a user may give for one.
+    """Return the ``footprint`` argument of a user as a footprint.
 
     Args:
         footprint: A :class:`~optuna_quota.Usage` (every trial costs this), a function
@@ -137,144 +138,131 @@ def as_footprint(footprint: Any, *, lenient: bool = False) -> BaseFootprint:
     )
 
 
-# As log density: few trials tell the two apart badly, and a statement deserves some trust.
-_BENEFIT = 3.0
-
-
 class FootprintCalibrator:
-    """Corrects a stated footprint as a study goes on.
+    """Calibrates a user's footprint as a study goes on.
 
     Args:
-        given: What the user stated.
+        stated: The user's footprint.
     """
 
-    def __init__(self, given: UserFootprint) -> None:
-        self._given = given
+    def __init__(self, stated: UserFootprint) -> None:
+        self._stated = stated
         self._learned: Footprint | None = None
         self._ratios: Footprint | None = None
 
-    def calibrate(self, learned: Footprint, rows: Sequence[Observation]) -> CalibratedFootprint:
-        """Return the footprint after all trials; it is fitted anew when ``learned`` was.
+    def calibrate(
+        self, learned: Footprint, observations: Sequence[Observation]
+    ) -> CalibratedFootprint:
+        """Return the calibrated footprint; it is fitted again only if ``learned`` is another.
 
         Args:
-            learned: What the trials show without the statement.
-            rows: What was measured, oldest first.
+            learned: The footprint that was learned without the user's.
+            observations: The study's trials, oldest first.
         """
         if self._ratios is None or learned is not self._learned:
-            # Others may have ended before all that the function needs was drawn.
-            names = {frozenset(row.params) for row in rows if row.is_complete}
-            whole = (row for row in rows if frozenset(row.params) in names)
-            ratios = [found for row in whole if (found := _over(row, self._given)) is not None]
+            # Other trials may have ended before all parameters of the function were drawn.
+            complete = {frozenset(each.params) for each in observations if each.is_complete}
+            whole = (each for each in observations if frozenset(each.params) in complete)
+            ratios = [found for each in whole if (found := _ratio(each, self._stated)) is not None]
             self._ratios = Footprint.fit(ratios, confidence=learned.confidence, start=self._ratios)
             self._learned = learned
-        return CalibratedFootprint(self._given, self._ratios, learned)
+        return CalibratedFootprint(self._stated, self._ratios, learned)
 
 
 class CalibratedFootprint(BaseFootprint):
-    """What a user states of a point, times what trials used more or less than was stated.
+    """A user's footprint times the learned ratio of what trials used to it.
 
     Args:
-        given: What the user stated.
-        ratios: What trials used as a multiple of it.
-        learned: What trials used, by itself.
+        stated: The user's footprint.
+        ratios: The usage of trials as a multiple of it.
+        learned: The footprint that was learned without it.
     """
 
-    def __init__(self, given: UserFootprint, ratios: Footprint, learned: Footprint) -> None:
-        self._given, self._ratios, self._learned = given, ratios, learned
-        self._times = _better(ratios, learned)
+    def __init__(self, stated: UserFootprint, ratios: Footprint, learned: Footprint) -> None:
+        self._stated, self._ratios, self._learned = stated, ratios, learned
+        self._calibrated = _better_calibrated(ratios, learned)
 
     @property
     def points(self) -> Sequence[Mapping[str, Any]]:
-        """The points that trials ran at."""
+        """The points of the study's trials."""
         return self._learned.points
 
     def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
-        """Return the same as plain values."""
-        high = self._learned.confidence
-        found = self._given.intervals(params)
+        """Return lower, median and upper of each resource at a point."""
+        found = self._stated.intervals(params)
         for name, expected in self.expected([params]).items():
-            quantiles = (expected.quantile(p) for p in (1 - high, 0.5, high))
-            found[name] = Interval(*(float(each[0]) for each in quantiles))
+            found[name] = expected.interval(self._learned.confidence)
         return found
 
     def breaches(
         self, points: Sequence[Mapping[str, Any]], limits: Limits
     ) -> dict[str, np.ndarray]:
         """Return the probability of each breach at points, by resource."""
-        found = self._given.breaches(points, limits)
+        found = self._stated.breaches(points, limits)
         for name, expected in self.expected(points).items():
             if name in found:
                 found[name] = expected.above(limits.amounts()[name])
         return found
 
     def expected(self, points: Sequence[Mapping[str, Any]]) -> dict[str, Predictive]:
-        """Return the distribution of each resource that trials told of, at points."""
+        """Return the predictive distribution of each resource that was measured, at points."""
         learned, ratios = self._learned.expected(points), self._ratios.expected(points)
-        for name, stated in self._stated(points).items():
-            learned[name] = ratios[name].times(stated)
+        for name, amounts in self._stated_amounts(points).items():
+            learned[name] = ratios[name].times(amounts)
         return learned
 
     def draw(
         self, points: Sequence[Mapping[str, Any]], count: int, seed: int
     ) -> dict[str, np.ndarray]:
         """Return joint draws at points by resource, shape ``(count, n_points)``."""
-        found = self._given.draw(points, 1, seed)
-        found = {name: np.tile(each, (count, 1)) for name, each in found.items()}
+        found = self._stated.draw(points, count, seed)
         found.update(self._learned.draw(points, count, seed))
         ratios = self._ratios.draw(points, count, seed)
-        for name, stated in self._stated(points).items():
-            found[name] = ratios[name] * stated
+        for name, amounts in self._stated_amounts(points).items():
+            found[name] = ratios[name] * amounts
         return found
 
-    def _stated(self, points: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """Return what is stated of the resources that it helps to foretell, at all points."""
-        amounts = self._given.draw(points, 1, 0)
+    def _stated_amounts(self, points: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """Return the stated usage of calibrated resources at points, if all are positive."""
+        amounts = self._stated.draw(points, 1, 0)
         return {
             name: amounts[name][0]
-            for name in self._times
+            for name in self._calibrated
             if name in amounts and np.all(amounts[name][0] > 0)
         }
 
     def __repr__(self) -> str:
-        return f"<CalibratedFootprint of {self._given!r}>"
+        return f"<CalibratedFootprint of {self._stated!r}>"
 
 
-def _over(row: Observation, given: UserFootprint) -> Observation | None:
-    """Return a row with its usage as a multiple of what was stated, None where nothing was."""
+def _ratio(observation: Observation, stated: UserFootprint) -> Observation | None:
+    """Return an observation with its usage as a multiple of the stated one, None if unknown."""
     try:
-        stated = given.intervals(row.params)
+        amounts = stated.intervals(observation.params)
     except KeyError:
         return None
     ratios = {
-        name: amount / stated[name].median
-        for name, amount in row.usage.amounts().items()
-        if name in stated and stated[name].median > 0
+        name: amount / amounts[name].median
+        for name, amount in observation.usage.amounts().items()
+        if name in amounts and amounts[name].median > 0
     }
     if not ratios:
         return None
-    known = {name: ratios.pop(name) for name in USAGE_RESOURCES if name in ratios}
-    names = {*known, *ratios}
     return replace(
-        row,
-        usage=Usage(**known, custom=ratios),
-        censored=row.censored & names,
-        maybe_censored=row.maybe_censored & names,
+        observation,
+        usage=usage_from_amounts(ratios),
+        censored=observation.censored & ratios.keys(),
+        maybe_censored=observation.maybe_censored & ratios.keys(),
         projected={},
     )
 
 
-def _better(ratios: Footprint, learned: Footprint) -> frozenset[str]:
-    """Return the resources that are foretold at least as well with the statement."""
-    ours, theirs = ratios.contents.models, learned.contents.models
+def _better_calibrated(ratios: Footprint, learned: Footprint) -> frozenset[str]:
+    """Return the resources that are predicted at least as well with the user's footprint."""
+    with_it, without = ratios.contents.models, learned.contents.models
     return frozenset(
         name
-        for name, model in ours.items()
-        if name not in theirs or _density(model) >= _density(theirs[name]) - _BENEFIT
+        for name, model in with_it.items()
+        if name not in without
+        or leave_one_out_density(model) >= leave_one_out_density(without[name]) - _FORMULA_MARGIN
     )
-
-
-def _density(model: Model) -> float:
-    """Return the leave-one-out log density of a model's trials."""
-    if isinstance(model, ChainedModel):
-        return chain_density(model.base, model.ratio, ~model.base.censored)
-    return direct_density(model, ~model.censored)

@@ -9,7 +9,6 @@ import contextlib
 from dataclasses import dataclass
 from dataclasses import replace
 import faulthandler
-import logging
 import os
 import pickle
 import signal
@@ -38,9 +37,9 @@ from optuna_quota._isolation.job_signals import restore_signals
 from optuna_quota._isolation.multiprocessing_child import begin_preparation
 from optuna_quota._isolation.multiprocessing_child import end_preparation
 from optuna_quota._isolation.multiprocessing_child import leave_shared_memory
-from optuna_quota._isolation.output import defer_to_handlers
-from optuna_quota._isolation.output import follow
-from optuna_quota._isolation.output import OutputRules
+from optuna_quota._isolation.output import apply_output_settings
+from optuna_quota._isolation.output import apply_to_new_modules
+from optuna_quota._isolation.output import OutputSettings
 from optuna_quota._isolation.pickling import inherited_descriptors
 from optuna_quota._isolation.pickling import load_objective
 from optuna_quota._isolation.pickling import receive_buffers
@@ -71,7 +70,7 @@ class Start:
 
     context: ProcessContext
     has_main: bool
-    output: OutputRules
+    output: OutputSettings
     trial: TrialFacts
     limits: Mapping[str, float]
     device_memory: float | None
@@ -153,13 +152,11 @@ class Inherited:
         start: What others are sent.
         order: What their supervisor is sent.
         objective: The objective itself.
-        sounding: The loggers that do more than pass on what they are given.
     """
 
     start: Start
     order: BeginMonitoring
     objective: Any
-    sounding: Sequence[logging.Logger]
 
 
 _calls: Calls | None = None
@@ -202,10 +199,9 @@ def run_child(
         if inherited is None:
             begin_preparation()
             enter_context(start.context, has_main=start.has_main)
-            follow(start.output, _calls)
         else:
             os.environ.update(start.context.added)
-            follow(start.output, _calls, inherited.sounding)
+        apply_output_settings(start.output, _calls)
         rlimits.raise_oom_score()
         objective = None if inherited is None else inherited.objective
         outcome = _prepare_and_run(start, objective, buffers, link)
@@ -243,7 +239,7 @@ def _prepare_and_run(
         objective = load_objective(start.objective, buffers)
         # The objective alone keeps them.
         buffers.clear()
-        defer_to_handlers(start.output)
+        apply_to_new_modules(start.output)
     seed(start.context)
     trial = ChildTrial(_calls, start.trial)
     rlimits.reset_peak()

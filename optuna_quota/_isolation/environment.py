@@ -1,4 +1,9 @@
-"""What the objective finds around it: the same in its own process as in the study's."""
+"""Give a trial's process the environment and settings of the study's process.
+
+Each setting of the interpreter or of a library is read in the study's process and applied in the
+trial's where it differs, or as soon as the library is imported there. Settings of libraries that
+the study's process has not imported are left alone.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +12,16 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import contextlib
 from dataclasses import dataclass
-import decimal
 import functools
 import gc
-import locale
 import multiprocessing
+import operator
 import os
 import pickle
 import random
-import socket
 import sys
-import tempfile
 from typing import Any
+from typing import NamedTuple
 
 from optuna_quota._isolation.main_module import MainModule
 from optuna_quota._isolation.main_module import make_main_module
@@ -30,21 +33,21 @@ from optuna_quota._isolation.modules import user_modules
 
 @dataclass(frozen=True)
 class ProcessContext:
-    """Environment, folder, import path, arguments, main module, settings and random seeds.
+    """What a trial's process takes over from the study's process.
 
     Attributes:
         environ: The environment variables.
-        added: Those of them that the study's process does not have, or not so.
-        folder: The working directory, None where it is gone.
+        added: Those of them that the study's process lacks or has with another value.
+        folder: The working directory, None where it was removed.
         path: ``sys.path``.
         argv: ``sys.argv``.
         main: How to make the main module.
         settings: Settings of the interpreter and of libraries.
         module_state: What the script has set in the user's own modules.
-        seeds: A seed for each global generator, drawn from the study's process: a script that
-            seeds them gets the same trials again, and no two trials the same numbers.
+        seeds: A seed for each global generator, drawn from the study's generators: a script that
+            seeds them gets the same trials again, and each trial other numbers.
         start_method: That of :mod:`multiprocessing`, None where none was chosen.
-        authkey: What processes of :mod:`multiprocessing` prove by that they belong together.
+        authkey: The authentication key of :mod:`multiprocessing`.
     """
 
     environ: Mapping[str, str]
@@ -56,8 +59,8 @@ class ProcessContext:
     settings: Mapping[str, Any]
     module_state: Mapping[str, bytes]
     seeds: Mapping[str, int]
-    start_method: str | None = None
-    authkey: bytes = b""
+    start_method: str | None
+    authkey: bytes
 
 
 def read_context(environment: Mapping[str, str] | None, main: MainModule) -> ProcessContext:
@@ -86,59 +89,51 @@ def read_context(environment: Mapping[str, str] | None, main: MainModule) -> Pro
     )
 
 
-def enter_context(found: ProcessContext, *, has_main: bool) -> None:
-    """Make this process's context the same.
+def enter_context(context: ProcessContext, *, has_main: bool) -> None:
+    """Apply the study's context to this process.
 
     Args:
-        found: The context of the study's process.
+        context: The context of the study's process.
         has_main: Whether the main module was made already.
     """
-    for name in set(os.environ) - set(found.environ):
+    for name in set(os.environ) - set(context.environ):
         del os.environ[name]
-    for name, value in found.environ.items():
+    for name, value in context.environ.items():
         if os.environ.get(name) != value:
             os.environ[name] = value
-    if found.folder is not None:
+    if context.folder is not None:
         with contextlib.suppress(OSError):
-            os.chdir(found.folder)
-    sys.path[:] = found.path
-    sys.argv[:] = found.argv
-    if found.start_method is not None:
-        multiprocessing.set_start_method(found.start_method, force=True)
-    multiprocessing.current_process().authkey = found.authkey
+            os.chdir(context.folder)
+    sys.path[:] = context.path
+    sys.argv[:] = context.argv
+    if context.start_method is not None:
+        multiprocessing.set_start_method(context.start_method, force=True)
+    multiprocessing.current_process().authkey = context.authkey
     if not has_main:
-        make_main_module(found.main)
-    apply_settings(found.settings, after_import)
-    restore_module_state(found.module_state, after_import)
+        make_main_module(context.main)
+    apply_settings(context.settings)
+    restore_module_state(context.module_state)
 
 
-def seed(found: ProcessContext) -> None:
-    """Seed the global generators: a forked process would repeat its template's numbers.
-
-    Those of a library that only the objective imports begin all alike (torch), or by themselves
-    at a point of their own (numpy).
-    """
-    for name, value in found.seeds.items():
-        if name == "random":
-            random.seed(value)
-        elif name == "numpy":
-            after_import("numpy", functools.partial(_seed_numpy, value))
-        elif name == "torch":
-            after_import("torch", functools.partial(_seed_torch, value))
+def seed(context: ProcessContext) -> None:
+    """Seed the global generators: a forked process would repeat its template's numbers."""
+    for module, value in context.seeds.items():
+        after_import(module, functools.partial(_SEEDERS[module], value))
 
 
-def _seed_numpy(value: int, numpy: Any) -> None:
-    numpy.random.seed(value)
-
-
-def _seed_torch(value: int, torch: Any) -> None:
-    torch.manual_seed(value)
+_SEEDERS: Mapping[str, Callable[[int, Any], Any]] = {
+    "random": lambda value, random: random.seed(value),
+    "numpy": lambda value, numpy: numpy.random.seed(value),
+    "torch": lambda value, torch: torch.manual_seed(value),
+}
 
 
 def _draw_seeds() -> dict[str, int]:
     seeds = {"random": random.getrandbits(32)}
+    # Where only the objective imports numpy, that seeds itself.
     if "numpy" in sys.modules:
         seeds["numpy"] = int(sys.modules["numpy"].random.randint(0, 2**31 - 1))
+    # torch starts with the same seed in each process.
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "randint"):
         seeds["torch"] = int(torch.randint(0, 2**31 - 1, ()))
@@ -147,15 +142,8 @@ def _draw_seeds() -> dict[str, int]:
     return seeds
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One setting of a module.
-
-    Attributes:
-        module: The module that must be imported for it.
-        read: Returns its value as what can be pickled.
-        apply: Sets it.
-    """
+class Setting(NamedTuple):
+    """How to read a setting of a module, as a value that can be pickled, and how to apply it."""
 
     module: str
     read: Callable[[Any], Any]
@@ -163,27 +151,20 @@ class Setting:
 
 
 def read_settings() -> dict[str, Any]:
-    """Return the settings of this process by name; those of modules not imported are left out."""
+    """Return the settings of this process by name, as far as their modules are imported."""
     found = {}
     for name, setting in _SETTINGS.items():
         module = sys.modules.get(setting.module)
         if module is not None:
-            # A module that is half imported, or of a version that has no such setting.
+            # A module that is half imported, or of a version without this setting.
             with contextlib.suppress(AttributeError, ImportError, RuntimeError, ValueError):
                 found[name] = setting.read(module)
     return found
 
 
-def apply_settings(
-    found: Mapping[str, Any], after_import: Callable[[str, Callable[[Any], None]], None]
-) -> None:
-    """Apply settings, those of modules that are not imported yet once they are.
-
-    Args:
-        found: What :func:`read_settings` returned in the study's process.
-        after_import: Calls back with a module once it is imported.
-    """
-    for name, value in found.items():
+def apply_settings(settings: Mapping[str, Any]) -> None:
+    """Apply what :func:`read_settings` returned in the study's process."""
+    for name, value in settings.items():
         setting = _SETTINGS[name]
         after_import(setting.module, functools.partial(_apply, setting, value))
 
@@ -192,6 +173,12 @@ def _apply(setting: Setting, value: Any, module: Any) -> None:
     with contextlib.suppress(AttributeError, ImportError, RuntimeError, ValueError, OSError):
         if setting.read(module) != value:
             setting.apply(module, value)
+
+
+def _by_functions(module: str, getter: str, setter: str) -> Setting:
+    return Setting(
+        module, operator.methodcaller(getter), lambda found, value: getattr(found, setter)(value)
+    )
 
 
 def _set_garbage_collection(module: Any, values: tuple[bool, tuple[int, int, int]]) -> None:
@@ -205,10 +192,6 @@ def _read_umask(module: Any) -> int:
     with open("/proc/self/status", "rb") as file:
         text = file.read()
     return int(text.partition(b"\nUmask:")[2].split(None, 1)[0], 8)
-
-
-def _numpy_errors(numpy: Any) -> dict[str, str]:
-    return dict(numpy.geterr())
 
 
 def _numpy_printing(numpy: Any) -> dict[str, Any]:
@@ -249,23 +232,23 @@ def _set_pandas_options(config: Any, values: dict[str, Any]) -> None:
         config.set_option(key, value)
 
 
+_TORCH_FLAGS = (
+    "cudnn.benchmark",
+    "cudnn.deterministic",
+    "cudnn.enabled",
+    "cuda.matmul.allow_tf32",
+    "cudnn.allow_tf32",
+)
+
+
 def _torch_flags(torch: Any) -> dict[str, Any]:
-    backends = torch.backends
-    return {
-        "cudnn.benchmark": backends.cudnn.benchmark,
-        "cudnn.deterministic": backends.cudnn.deterministic,
-        "cudnn.enabled": backends.cudnn.enabled,
-        "cuda.matmul.allow_tf32": backends.cuda.matmul.allow_tf32,
-        "cudnn.allow_tf32": backends.cudnn.allow_tf32,
-    }
+    return {path: operator.attrgetter(path)(torch.backends) for path in _TORCH_FLAGS}
 
 
 def _set_torch_flags(torch: Any, values: dict[str, Any]) -> None:
     for path, value in values.items():
-        *owners, name = path.split(".")
-        owner = torch.backends
-        for part in owners:
-            owner = getattr(owner, part)
+        parent, _, name = path.rpartition(".")
+        owner = operator.attrgetter(parent)(torch.backends)
         if getattr(owner, name) != value:
             setattr(owner, name, value)
 
@@ -281,50 +264,34 @@ def _set_mlflow_runs(fluent: Any, runs: bytes) -> None:
     atexit.unregister(fluent._safe_end_run)
 
 
-def _set_locale(module: Any, value: str) -> None:
-    locale.setlocale(locale.LC_ALL, value)
-
-
-def _set_decimal(module: Any, context: tuple[Any, ...]) -> None:
-    decimal.setcontext(decimal.Context(*context))
-
-
-def _read_decimal(module: Any) -> tuple[Any, ...]:
+def _read_decimal(decimal: Any) -> tuple[Any, ...]:
     found = decimal.getcontext()
     return found.prec, found.rounding, found.Emin, found.Emax, found.capitals, found.clamp
 
 
 _SETTINGS: Mapping[str, Setting] = {
-    "recursion limit": Setting(
-        "sys", lambda m: sys.getrecursionlimit(), lambda m, v: sys.setrecursionlimit(v)
-    ),
-    "switch interval": Setting(
-        "sys", lambda m: sys.getswitchinterval(), lambda m, v: sys.setswitchinterval(v)
-    ),
+    "recursion limit": _by_functions("sys", "getrecursionlimit", "setrecursionlimit"),
+    "switch interval": _by_functions("sys", "getswitchinterval", "setswitchinterval"),
     "garbage collection": Setting(
-        "gc",
-        lambda m: (gc.isenabled(), gc.get_threshold()),
-        _set_garbage_collection,
+        "gc", lambda m: (m.isenabled(), m.get_threshold()), _set_garbage_collection
     ),
-    "umask": Setting("os", _read_umask, lambda m, v: os.umask(v)),
+    "umask": Setting("os", _read_umask, lambda m, v: m.umask(v)),
     "temporary folder": Setting(
-        "tempfile", lambda m: tempfile.tempdir, lambda m, v: setattr(tempfile, "tempdir", v)
+        "tempfile", lambda m: m.tempdir, lambda m, v: setattr(m, "tempdir", v)
     ),
-    "socket timeout": Setting(
-        "socket", lambda m: socket.getdefaulttimeout(), lambda m, v: socket.setdefaulttimeout(v)
+    "socket timeout": _by_functions("socket", "getdefaulttimeout", "setdefaulttimeout"),
+    "locale": Setting(
+        "locale", lambda m: m.setlocale(m.LC_ALL), lambda m, v: m.setlocale(m.LC_ALL, v)
     ),
-    "locale": Setting("locale", lambda m: locale.setlocale(locale.LC_ALL), _set_locale),
-    "decimal": Setting("decimal", _read_decimal, _set_decimal),
-    "numpy errors": Setting("numpy", _numpy_errors, lambda m, v: m.seterr(**v)),
+    "decimal": Setting("decimal", _read_decimal, lambda m, v: m.setcontext(m.Context(*v))),
+    "numpy errors": Setting("numpy", lambda m: dict(m.geterr()), lambda m, v: m.seterr(**v)),
     "numpy printing": Setting("numpy", _numpy_printing, lambda m, v: m.set_printoptions(**v)),
     "pandas options": Setting("pandas._config.config", _pandas_options, _set_pandas_options),
     "matplotlib": Setting("matplotlib", _rc_params, _set_rc_params),
     "scikit-learn": Setting("sklearn", lambda m: m.get_config(), lambda m, v: m.set_config(**v)),
-    "torch threads": Setting(
-        "torch", lambda m: m.get_num_threads(), lambda m, v: m.set_num_threads(v)
-    ),
-    "torch interop threads": Setting(
-        "torch", lambda m: m.get_num_interop_threads(), lambda m, v: m.set_num_interop_threads(v)
+    "torch threads": _by_functions("torch", "get_num_threads", "set_num_threads"),
+    "torch interop threads": _by_functions(
+        "torch", "get_num_interop_threads", "set_num_interop_threads"
     ),
     "torch dtype": Setting(
         "torch",
@@ -339,19 +306,13 @@ _SETTINGS: Mapping[str, Setting] = {
         ),
         lambda m, v: m.use_deterministic_algorithms(v[0], warn_only=v[1]),
     ),
-    "torch precision": Setting(
-        "torch",
-        lambda m: m.get_float32_matmul_precision(),
-        lambda m, v: m.set_float32_matmul_precision(v),
+    "torch precision": _by_functions(
+        "torch", "get_float32_matmul_precision", "set_float32_matmul_precision"
     ),
     "torch flags": Setting("torch", _torch_flags, _set_torch_flags),
-    "torch gradients": Setting(
-        "torch", lambda m: m.is_grad_enabled(), lambda m, v: m.set_grad_enabled(v)
-    ),
-    "torch sharing": Setting(
-        "torch.multiprocessing",
-        lambda m: m.get_sharing_strategy(),
-        lambda m, v: m.set_sharing_strategy(v),
+    "torch gradients": _by_functions("torch", "is_grad_enabled", "set_grad_enabled"),
+    "torch sharing": _by_functions(
+        "torch.multiprocessing", "get_sharing_strategy", "set_sharing_strategy"
     ),
     "mlflow runs": Setting("mlflow.tracking.fluent", _mlflow_runs, _set_mlflow_runs),
 }

@@ -1,10 +1,10 @@
-"""The script's main module, made anew in a trial's process without running the script again.
+"""Recreate the script's main module in a trial's process without running the script again.
 
-A pickle names a function or class of ``__main__`` and leaves it to the receiver to have the same.
-:mod:`multiprocessing` gives its children one by importing the script a second time, which needs an
+A pickle refers to functions and classes of ``__main__`` by name, and the receiver must have them.
+:mod:`multiprocessing` imports the script a second time for that, which needs an
 ``if __name__ == "__main__":`` guard. Here the statements to run are chosen from the syntax tree:
-where there is a guard, all but what it guards; where there is none, only imports and definitions,
-and constants that these need. What such a module lacks is sent by value.
+where there is a guard, all but the guarded ones; without a guard, only imports, definitions and
+constants. What such a module lacks is sent by value.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import types
 from typing import Any
 
 from optuna_quota._isolation.modules import is_installed
+from optuna_quota._isolation.modules import module_frames
 
 
 # The second is what multiprocessing's spawned workers call it.
@@ -38,11 +39,12 @@ class MainModule:
     """How to make the main module in a trial's process.
 
     Attributes:
-        file: The script, None where there is none, as in a notebook: all is then sent by value.
+        file: The script; None without one, as in a notebook: all is then sent by value.
         name: The module that runs by ``-m``, else None.
         package: Its package, for relative imports.
-        statements: The places of the top-level statements to run.
-        names: What these bind for good: functions and classes under these names are sent by name.
+        statements: The indices of the top-level statements to run.
+        names: The names that these bind and nothing rebinds: functions and classes with these
+            names are sent by name.
         modified: When the script was last changed, in nanoseconds.
     """
 
@@ -54,7 +56,7 @@ class MainModule:
     modified: int = 0
 
     def without_statements(self) -> MainModule:
-        """Return the module with nothing in it, for where its statements fail."""
+        """Return the module without content, for where its statements fail."""
         return MainModule(self.file, self.name, self.package)
 
 
@@ -96,11 +98,11 @@ def _choose(file: str, modified: int, whole: bool) -> tuple[frozenset[int], froz
     tree = _parse(file, modified)
     chosen = tree.body if whole else definitions(tree.body)
     places = frozenset(place for place, s in enumerate(tree.body) if s in chosen)
-    return places, frozenset(bound_for_good(tree, chosen))
+    return places, frozenset(bound_once(tree, chosen))
 
 
 def make_main_module(found: MainModule) -> None:
-    """Put the module in place in this process; the one there goes on under no name.
+    """Replace this process's main module.
 
     Raises:
         Exception: Whatever its statements raise.
@@ -120,20 +122,14 @@ def make_main_module(found: MainModule) -> None:
         exec(code, vars(main))
 
 
-# The template's own main module must live on: clearing it would clear the code that runs.
+# A main module that is no longer referred to would be cleared, and with it the code that runs.
 _former_mains: list[types.ModuleType | None] = []
 
 
 def running_line(main: types.ModuleType) -> int | None:
     """Return the line of the main module that is being run now, None when all of it has run."""
-    found = None
-    for frame in sys._current_frames().values():
-        at: types.FrameType | None = frame
-        while at is not None:
-            if at.f_code.co_name == "<module>" and at.f_globals is vars(main):
-                found = at.f_lineno
-            at = at.f_back
-    return found
+    lines = [frame.f_lineno for frame in module_frames() if frame.f_globals is vars(main)]
+    return lines[-1] if lines else None
 
 
 def _compile(found: MainModule) -> types.CodeType:
@@ -151,7 +147,7 @@ def _parse(file: str, modified: int) -> ast.Module:
 
 
 def _is_current(file: str, modified: int, namespace: dict[str, Any]) -> bool:
-    """Return whether the file still holds what runs here: it may have been edited since."""
+    """Return whether the file still holds the code that runs here, or was edited since."""
     on_disk = _functions_on_disk(file, modified)
     functions = [
         found
@@ -179,10 +175,10 @@ def _functions_on_disk(file: str, modified: int) -> dict[str, types.CodeType]:
 
 
 def definitions(body: Iterable[ast.stmt]) -> list[ast.stmt]:
-    """Return the imports and definitions among statements, and the constants between them.
+    """Return the imports, definitions and constants among statements.
 
-    A definition that needs something else at that moment, such as a decorator that was made by a
-    call, is left out.
+    A definition that needs another name at once, such as that of a decorator which a call has
+    made, is left out.
     """
     chosen: list[ast.stmt] = []
     known = set(dir(builtins)) | {"__name__", "__file__", "__doc__"}
@@ -195,6 +191,9 @@ def definitions(body: Iterable[ast.stmt]) -> list[ast.stmt]:
     return chosen
 
 
+_GUARDS = ("__name__ == '__main__'", "'__main__' == __name__")
+
+
 def is_guard(statement: ast.stmt) -> bool:
     """Return whether a statement is an ``if __name__ == "__main__":``."""
     if not isinstance(statement, ast.If):
@@ -202,20 +201,11 @@ def is_guard(statement: ast.stmt) -> bool:
     tests = [statement.test]
     if isinstance(statement.test, ast.BoolOp) and isinstance(statement.test.op, ast.And):
         tests = statement.test.values
-    return any(_compares_name(test) for test in tests)
-
-
-def _compares_name(test: ast.expr) -> bool:
-    if not (isinstance(test, ast.Compare) and len(test.ops) == 1):
-        return False
-    sides = (test.left, test.comparators[0])
-    names = {side.id for side in sides if isinstance(side, ast.Name)}
-    texts = {side.value for side in sides if isinstance(side, ast.Constant)}
-    return isinstance(test.ops[0], ast.Eq) and names == {"__name__"} and texts == {"__main__"}
+    return any(ast.unparse(test) in _GUARDS for test in tests)
 
 
 def _unguarded(statement: ast.stmt) -> list[ast.stmt]:
-    """Return a statement as an import would run it: of a guard, what stands under ``else``."""
+    """Return the statements that an import would run: of a guard, those under ``else``."""
     if is_guard(statement):
         assert isinstance(statement, ast.If)
         return statement.orelse
@@ -223,7 +213,7 @@ def _unguarded(statement: ast.stmt) -> list[ast.stmt]:
 
 
 def _is_definition(statement: ast.stmt) -> bool:
-    """Return whether running a statement once more does nothing but import, define or name."""
+    """Return whether a statement only imports, defines, or assigns a constant."""
     if isinstance(statement, (ast.Import, ast.ImportFrom, ast.ClassDef, ast.Pass)):
         return True
     if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -233,50 +223,30 @@ def _is_definition(statement: ast.stmt) -> bool:
     if isinstance(statement, (ast.Assign, ast.AnnAssign)):
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
         simple = all(isinstance(target, ast.Name) for target in targets)
-        return simple and (statement.value is None or _is_plain(statement.value))
+        return simple and (statement.value is None or _is_constant(statement.value))
     if isinstance(statement, ast.If):
         inside = [*statement.body, *statement.orelse]
-        return _is_plain(statement.test) and all(map(_is_definition, inside))
+        return _is_constant(statement.test) and all(map(_is_definition, inside))
     if isinstance(statement, ast.Try):
-        # What handles an import that fails runs here only if it did so in the study as well.
+        # Handlers of a failed import run here only if they did so in the study's process.
         inside = [*statement.body, *statement.orelse, *statement.finalbody]
         return all(map(_is_definition, inside))
     return False
 
 
-_PLAIN = (
-    ast.Constant,
-    ast.Name,
-    ast.Attribute,
-    ast.Subscript,
-    ast.Slice,
-    ast.Tuple,
-    ast.List,
-    ast.Dict,
-    ast.Set,
-    ast.BinOp,
-    ast.UnaryOp,
-    ast.BoolOp,
-    ast.Compare,
-    ast.IfExp,
-    ast.Lambda,
-    ast.JoinedStr,
-    ast.FormattedValue,
-    ast.operator,
-    ast.unaryop,
-    ast.boolop,
-    ast.cmpop,
-    ast.expr_context,
+_CALLING = (
+    *(ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr, ast.Starred),
+    *(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
 )
 
 
-def _is_plain(expression: ast.expr) -> bool:
-    """Return whether an expression calls nothing and waits for nothing."""
-    return all(isinstance(node, _PLAIN) for node in _evaluated(expression))
+def _is_constant(expression: ast.expr) -> bool:
+    """Return whether an expression calls and iterates over nothing, and binds no names."""
+    return not any(isinstance(node, _CALLING) for node in _evaluated(expression))
 
 
 def needed_names(statement: ast.stmt) -> set[str]:
-    """Return the names that a definition looks up at the moment when it is made."""
+    """Return the names that a definition looks up at once, not when it is called."""
     found: set[str] = set()
     bound_within: set[str] = set()
     for node in _evaluated(statement):
@@ -291,28 +261,18 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def _evaluated(root: ast.AST) -> Iterator[ast.AST]:
-    """Yield what is evaluated at once: all but the bodies of functions."""
-    todo = [root]
+    """Yield the nodes that are evaluated at once: all but the bodies of functions."""
+    todo: list[ast.AST] = [root]
     while todo:
         node = todo.pop()
         yield node
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            arguments = [a.annotation for a in _arguments(node.args) if a.annotation is not None]
-            todo += [*node.decorator_list, *_defaults(node.args), *arguments]
+            todo += [*node.decorator_list, node.args]
             todo += [node.returns] if node.returns is not None else []
         elif isinstance(node, ast.Lambda):
-            todo += _defaults(node.args)
+            todo.append(node.args)
         else:
             todo += ast.iter_child_nodes(node)
-
-
-def _arguments(arguments: ast.arguments) -> list[ast.arg]:
-    several = [a for a in (arguments.vararg, arguments.kwarg) if a is not None]
-    return [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, *several]
-
-
-def _defaults(arguments: ast.arguments) -> list[ast.expr]:
-    return [d for d in (*arguments.defaults, *arguments.kw_defaults) if d is not None]
 
 
 def bound_names(statement: ast.AST) -> set[str]:
@@ -349,8 +309,8 @@ def _root_name(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def bound_for_good(tree: ast.Module, chosen: Collection[ast.stmt]) -> set[str]:
-    """Return the names that one of the chosen statements binds, and nothing else ever does."""
+def bound_once(tree: ast.Module, chosen: Collection[ast.stmt]) -> set[str]:
+    """Return the names that one of the chosen statements binds and nothing else changes."""
     kept = {id(part) for s in chosen for part in _unguarded(s)}
     bindings: collections.Counter[str] = collections.Counter()
     changed: set[str] = set()

@@ -1,12 +1,10 @@
-"""What a script has changed in its own modules: configuration that its trials are to find.
+"""Carry over what a script has changed in its own modules, which trials import anew.
 
-Modules are imported anew in a trial's process. A script that has set ``config.SCALE = 10`` or
-``Config.epochs = 3`` means its trials as well.
+A script that sets ``config.SCALE = 10`` or ``Config.epochs = 3`` means its trials as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 import contextlib
@@ -17,14 +15,20 @@ import sys
 import types
 from typing import Any
 
-import cloudpickle
+from optuna_quota._isolation.modules import after_import
 
 
-# Objects of a larger pickle are data, which the module loads itself.
-_LARGEST = 1 << 14
-_MOST_ITEMS = 200
+# Objects with a larger pickle are data, which the module loads itself.
+_MAX_PICKLE = 1 << 14
+_MAX_ITEMS = 200
 
-ModuleState = Mapping[str, Mapping[str, Any]]
+
+class _Attributes(dict[str, Any]):
+    """Attributes of a class."""
+
+
+class _Pickled(bytes):
+    """The pickle of an object, to be loaded when its module is there."""
 
 
 def is_plain(value: Any, depth: int = 4) -> bool:
@@ -33,7 +37,7 @@ def is_plain(value: Any, depth: int = 4) -> bool:
         return True
     if depth == 0 or type(value) not in (list, tuple, set, frozenset, dict):
         return False
-    if len(value) > _MOST_ITEMS:
+    if len(value) > _MAX_ITEMS:
         return False
     parts = [*value, *value.values()] if type(value) is dict else value
     return all(is_plain(part, depth - 1) for part in parts)
@@ -54,104 +58,71 @@ def read_module_state(modules: Iterable[types.ModuleType]) -> dict[str, bytes]:
     Args:
         modules: A user's own modules, not those of libraries.
     """
-    return {
-        module.__name__: data
-        for module in modules
-        if (data := _dump({k: s for k, s in _states(module) if s is not None}))
-    }
+    found = {module.__name__: _read(module) for module in modules}
+    return {name: pickle.dumps(state) for name, state in found.items() if state}
 
 
-def _states(module: types.ModuleType) -> Iterable[tuple[str, Any]]:
+def _read(module: types.ModuleType) -> dict[str, Any]:
+    state: dict[str, Any] = {}
     for name, value in list(vars(module).items()):
         if name.startswith("__") or isinstance(value, (types.ModuleType, types.FunctionType)):
             continue
         if isinstance(value, type):
-            own = value.__module__ == module.__name__
-            yield name, (_Attributes(plain_attributes(value)) if own else None)
+            if value.__module__ == module.__name__:
+                state[name] = _Attributes(plain_attributes(value))
         elif is_plain(value):
-            yield name, value
-        else:
-            yield name, _Pickled.of(value)
+            state[name] = value
+        elif (data := _dump_small(value)) is not None:
+            state[name] = _Pickled(data)
+    return state
 
 
-class _Attributes(dict[str, Any]):
-    """Attributes of a class."""
+def _dump_small(value: Any) -> bytes | None:
+    """Return the pickle of a small object, None for others."""
+    # Finding out the size of models and arrays would take too long.
+    if not hasattr(value, "__dict__") or hasattr(value, "__array__"):
+        return None
+    if not is_plain(list(vars(value).values()), depth=5):
+        return None
+    try:
+        data = pickle.dumps(value)
+    except Exception:  # noqa: BLE001 - a user's __reduce__ may raise anything
+        return None
+    return data if len(data) <= _MAX_PICKLE else None
 
 
-class _Pickled:
-    """An object that is a pickle until its module is there."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-
-    @classmethod
-    def of(cls, value: Any) -> _Pickled | None:
-        """Return a small object's pickle, None where there is none or it is large."""
-        # Of others, such as models and arrays, even to find out the size would take long.
-        if not hasattr(value, "__dict__") or hasattr(value, "__array__"):
-            return None
-        if not is_plain(list(vars(value).values()), depth=5):
-            return None
-        try:
-            data = pickle.dumps(value)
-        except Exception:  # noqa: BLE001 - a user's __reduce__ may raise anything
-            return None
-        return cls(data) if len(data) <= _LARGEST else None
-
-
-def _dump(states: dict[str, Any]) -> bytes:
-    data: bytes = cloudpickle.dumps(states) if states else b""
-    return data
-
-
-def restore_module_state(
-    found: Mapping[str, bytes], after_import: Callable[[str, Callable[[Any], None]], None]
-) -> None:
-    """Set what differs, in modules that are imported now and in others once they are.
+def restore_module_state(states: Mapping[str, bytes]) -> None:
+    """Set what differs, in imported modules now and in others once they are imported.
 
     Args:
-        found: What :func:`read_module_state` returned in the study's process.
-        after_import: Calls back with a module once it is imported.
+        states: What :func:`read_module_state` returned in the study's process.
     """
-    for name, data in found.items():
+    for name, data in states.items():
         after_import(name, functools.partial(_restore, data))
 
 
 def _restore(data: bytes, module: types.ModuleType) -> None:
-    states: Mapping[str, Any] = pickle.loads(data)
-    for name, state in states.items():
+    for name, state in pickle.loads(data).items():
         value = vars(module).get(name)
         if isinstance(state, _Attributes):
             set_attributes(value, state)
         elif isinstance(state, _Pickled):
             with contextlib.suppress(Exception):  # its class may be gone from an edited module
-                _assign(module, name, pickle.loads(state.data))
-        elif not _same(value, state):
+                _assign(module, name, pickle.loads(state))
+        elif not _is_same(value, state):
             _assign(module, name, state)
 
 
-def set_attributes(owner: Any, attributes: Mapping[str, Any]) -> None:
-    """Set those attributes of an object that differ."""
-    for name, state in attributes.items():
-        if not _same(getattr(owner, name, None), state):
-            with contextlib.suppress(AttributeError, TypeError):  # read-only by now
-                setattr(owner, name, state)
-
-
 def _assign(module: types.ModuleType, name: str, state: Any) -> None:
-    """Let a global have a value, in place where others may hold it too."""
+    """Let a global have a value, in place where other names may refer to the same object."""
     value: Any = vars(module).get(name)
     if type(value) is type(state):
-        if isinstance(value, dict):
+        if isinstance(value, (dict, set)):
             value.clear()
             value.update(state)
             return
         if isinstance(value, list):
             value[:] = state
-            return
-        if isinstance(value, set):
-            value.clear()
-            value.update(state)
             return
         if hasattr(value, "__dict__") and not hasattr(value, "__slots__"):
             vars(value).clear()
@@ -160,8 +131,16 @@ def _assign(module: types.ModuleType, name: str, state: Any) -> None:
     setattr(module, name, state)
 
 
-def _same(value: Any, state: Any) -> bool:
-    return type(value) is type(state) and bool(value == state)
+def set_attributes(owner: Any, attributes: Mapping[str, Any]) -> None:
+    """Set those attributes of an object that differ."""
+    for name, value in attributes.items():
+        if not _is_same(getattr(owner, name, None), value):
+            with contextlib.suppress(AttributeError, TypeError):  # read-only by now
+                setattr(owner, name, value)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    return type(value) is type(other) and bool(value == other)
 
 
 def set_main_state(values: Mapping[str, Any], attributes: Mapping[str, Mapping[str, Any]]) -> None:

@@ -1,9 +1,10 @@
-"""Which modules a trial's process is to have loaded before its objective starts."""
+"""Modules of the study's process: which are the user's own, and which trials find loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import functools
@@ -18,7 +19,7 @@ import types
 from typing import Any
 
 
-# They start threads or touch the GPU when imported, or take badly to a fork afterwards: each trial
+# They start threads or use the GPU when imported, or can't be used after a fork: each trial
 # imports them itself.
 _NEVER = {
     "cudf",
@@ -38,7 +39,7 @@ _NEVER = {
     "__main__",
     "__mp_main__",
 }
-# They belong to whatever runs the user's code, or to this library.
+# They belong to what runs the user's code, or to this library.
 _HOSTS = {
     "IPython",
     "_pytest",
@@ -59,51 +60,26 @@ def modules_to_preload(*, everything: bool) -> list[str]:
     """Return the modules of this process that trials are to find loaded, in order.
 
     Args:
-        everything: Whether to take what was imported anywhere, or only the packages that the
+        everything: Whether to take all imported modules, or only those of packages that the
             user's own code names.
     """
-    packages = packages_in_user_code()
-    if everything:
-        loaded = {name.partition(".")[0] for name in list(sys.modules)}
-        packages |= loaded - _OF_MODELS
-    packages -= _HOSTS
-    return can_preload(name for name in list(sys.modules) if name.partition(".")[0] in packages)
-
-
-def packages_in_user_code() -> set[str]:
-    """Return the top-level packages that the script and its modules name, and these modules'."""
     own = user_modules()
-    main = sys.modules.get("__main__")
-    packages = {module.__name__.partition(".")[0] for module in own}
-    for module in own if main is None else [*own, main]:
-        packages |= packages_named_in(module)
-    return packages
-
-
-def packages_named_in(module: types.ModuleType) -> set[str]:
-    """Return the top-level packages that a module's globals come from."""
-    found = set()
-    for value in list(vars(module).values()):
-        name = (
-            value.__name__
-            if isinstance(value, types.ModuleType)
-            else getattr(value, "__module__", None)
-            if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType))
-            else type(value).__module__
-        )
-        if isinstance(name, str):
-            found.add(name.partition(".")[0])
-    return found
+    packages = {_package(module.__name__) for module in own}
+    for module in [*own, sys.modules.get("__main__")]:
+        packages |= _packages_of_globals(module)
+    if everything:
+        packages |= {_package(name) for name in list(sys.modules)} - _OF_MODELS
+    packages -= _HOSTS
+    return can_preload(name for name in list(sys.modules) if _package(name) in packages)
 
 
 def can_preload(names: Iterable[str]) -> list[str]:
     """Return those modules that can be imported before a fork."""
     found = []
     for name in names:
-        module = sys.modules.get(name)
-        spec = getattr(module, "__spec__", None)
+        spec = getattr(sys.modules.get(name), "__spec__", None)
         if (
-            name.partition(".")[0] not in _NEVER
+            _package(name) not in _NEVER
             and spec is not None
             and spec.name == name
             and not getattr(spec, "_initializing", False)
@@ -112,79 +88,50 @@ def can_preload(names: Iterable[str]) -> list[str]:
     return found
 
 
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _packages_of_globals(module: types.ModuleType | None) -> set[str]:
+    found, name = set(), None
+    for value in list(getattr(module, "__dict__", {}).values()):
+        if isinstance(value, types.ModuleType):
+            name = value.__name__
+        elif isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+            name = getattr(value, "__module__", None)
+        else:
+            name = type(value).__module__
+        if isinstance(name, str):
+            found.add(_package(name))
+    return found
+
+
 def user_modules() -> list[types.ModuleType]:
-    """Return the user's own modules of this process: those of files that were not installed."""
+    """Return the user's own modules: those of files that were not installed, but ``__main__``."""
     return list(_user_modules(loaded_modules()))
 
 
 def loaded_modules() -> tuple[int, str]:
-    """Return what changes when a module is imported: how many there are, and the newest."""
+    """Return a key that changes with each import: the number of modules, and the newest."""
     return len(sys.modules), next(reversed(sys.modules))
 
 
 @functools.lru_cache(maxsize=1)
 def _user_modules(loaded: tuple[int, str]) -> list[types.ModuleType]:
-    # There may be thousands, and this is asked for each trial.
-    folders = _installed_folders()
-    return [
-        module
-        for name, module in list(sys.modules.items())
-        if name not in _NEVER
-        and isinstance(module, types.ModuleType)
-        and (file := getattr(module, "__file__", None))
-        and not file.startswith(folders)
-        and name.partition(".")[0] not in _HOSTS
-    ]
+    # There may be thousands of modules, and this is called for each trial.
+    return [module for name, module in list(sys.modules.items()) if _is_users(name, module)]
+
+
+def _is_users(name: str, module: types.ModuleType | None) -> bool:
+    if name in _NEVER or _package(name) in _HOSTS or not isinstance(module, types.ModuleType):
+        return False
+    file = getattr(module, "__file__", None)
+    return file is not None and not is_installed(file)
 
 
 def is_installed(file: str) -> bool:
     """Return whether a file belongs to an installed package or a program of the environment."""
     return file.startswith(_installed_folders())
-
-
-def modules_being_imported() -> list[types.ModuleType]:
-    """Return the user's own modules, but for the main one, that are still being imported.
-
-    An import of one elsewhere would do again what it does here: run a study, if it does so now.
-    """
-    found = {}
-    for frame in list(sys._current_frames().values()):
-        at: types.FrameType | None = frame
-        while at is not None:
-            name = at.f_globals.get("__name__")
-            module = sys.modules.get(name) if isinstance(name, str) else None
-            if at.f_code.co_name == "<module>" and at.f_globals is getattr(
-                module, "__dict__", None
-            ):
-                found[name] = module
-            at = at.f_back
-    return [
-        module
-        for name, module in found.items()
-        if name not in _NEVER
-        and module is not None
-        and (file := getattr(module, "__file__", None))
-        and not is_installed(file)
-    ]
-
-
-def modification_times(names: Iterable[str]) -> dict[str, int]:
-    """Return when the files of the user's own among some modules were last changed."""
-    own = {module.__name__: module.__file__ for module in user_modules()}
-    found = {}
-    for name in names:
-        file = own.get(name)
-        if file is not None:
-            found[file] = modified(file)
-    return found
-
-
-def modified(file: str) -> int:
-    """Return when a file was last changed in nanoseconds, 0 when it is gone."""
-    try:
-        return os.stat(file).st_mtime_ns
-    except OSError:
-        return 0
 
 
 @functools.cache
@@ -200,6 +147,45 @@ def _installed_folders() -> tuple[str, ...]:
     return tuple(os.path.join(folder, "") for folder in folders if folder)
 
 
+def module_frames() -> Iterator[types.FrameType]:
+    """Yield the frames of all threads that execute the body of a module, innermost first."""
+    for frame in list(sys._current_frames().values()):
+        at: types.FrameType | None = frame
+        while at is not None:
+            if at.f_code.co_name == "<module>":
+                yield at
+            at = at.f_back
+
+
+def modules_being_imported() -> list[types.ModuleType]:
+    """Return the user's own modules that are still being imported, but ``__main__``.
+
+    Their import in another process would do again what it does here, such as running a study.
+    """
+    found: dict[str, types.ModuleType] = {}
+    for frame in module_frames():
+        name = str(frame.f_globals.get("__name__"))
+        module = sys.modules.get(name)
+        if getattr(module, "__dict__", None) is frame.f_globals and _is_users(name, module):
+            found[name] = sys.modules[name]
+    return list(found.values())
+
+
+def modification_times(names: Iterable[str]) -> dict[str, int]:
+    """Return when the files of those modules that are the user's own were last changed."""
+    own = {module.__name__: module.__file__ for module in user_modules()}
+    files = [file for name in names if (file := own.get(name)) is not None]
+    return {file: modified(file) for file in files}
+
+
+def modified(file: str) -> int:
+    """Return when a file was last changed in nanoseconds, 0 for a removed one."""
+    try:
+        return os.stat(file).st_mtime_ns
+    except OSError:
+        return 0
+
+
 def after_import(name: str, act: Callable[[types.ModuleType], None]) -> None:
     """Call back with a module once it is imported; at once if it is already."""
     if name in sys.modules:
@@ -209,33 +195,27 @@ def after_import(name: str, act: Callable[[types.ModuleType], None]) -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds one module as the others would, and acts after it has run."""
+    """Finds one module as other finders do, and acts after it was executed."""
 
     def __init__(self, name: str, act: Callable[[types.ModuleType], None]) -> None:
         self._name = name
         self._act = act
 
     def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None,
-        target: types.ModuleType | None = None,
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Return the others' spec with a loader that acts afterwards."""
         if fullname != self._name:
             return None
         with contextlib.suppress(ValueError):
             sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            self._wrap(spec.loader)
+            loader: Any = spec.loader
+            execute = loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                execute(module)
+                self._act(module)
+
+            loader.exec_module = exec_module
         return spec
-
-    def _wrap(self, loader: Any) -> None:
-        execute = loader.exec_module
-
-        def exec_module(module: types.ModuleType) -> None:
-            execute(module)
-            self._act(module)
-
-        loader.exec_module = exec_module

@@ -1,26 +1,27 @@
-"""What a trial prints, logs and warns of comes out in the study's process, as if it ran there."""
+"""Forward what a trial prints, logs and warns to the study's process, under the study's settings.
+
+:class:`logging.handlers.QueueHandler` does not serve: it appends a traceback to the message, where
+handlers of the study expect it in a field of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
-import copy
 from dataclasses import dataclass
 import io
 import logging
 import os
-import pickle
+import pkgutil
 import sys
 from typing import Any
 import warnings
 
-import cloudpickle
-
 from optuna_quota._isolation.calls import Calls
 
 
-# The name of a call that does nothing: its answer says that all before it was done.
+# The name of a call without effect: its answer says that all messages before it were handled.
 SYNC = "_sync"
 
 
@@ -33,28 +34,17 @@ class Printed:
 
 
 @dataclass(frozen=True)
-class Warned:
-    """A warning that the filters let through."""
-
-    message: Warning | str
-    category: type[Warning]
-    filename: str
-    lineno: int
-
-
-@dataclass(frozen=True)
-class OutputRules:
+class OutputSettings:
     """How the study's process prints, logs and warns.
 
     Attributes:
         forwarded: The standard streams that were replaced, as in a notebook or by a test runner;
             the others are written to directly.
         encodings: Encoding and error handler of those written to directly.
-        levels: Level and whether it is disabled, of each logger that has a say.
-        handled: The loggers that have handlers, but for the root.
+        levels: Level and whether it is disabled, of each logger where these are set.
+        handled: The loggers that have handlers, except for the root logger.
         disabled: The level up to which logging is off altogether.
-        filters: ``warnings.filters``, each pickled: the categories may be of modules that are
-            found only in the same surroundings.
+        filters: ``warnings.filters``, with the names of the categories in their places.
     """
 
     forwarded: frozenset[str]
@@ -62,11 +52,11 @@ class OutputRules:
     levels: Mapping[str, tuple[int, bool]]
     handled: Sequence[str]
     disabled: int
-    filters: Sequence[bytes]
+    filters: Sequence[tuple[str, Any, str, Any, int]]
 
 
-def output_rules() -> OutputRules:
-    """Return the rules of this process, and flush what it has printed so far."""
+def read_output_settings() -> OutputSettings:
+    """Return the settings of this process, and flush what it has printed so far."""
     forwarded, encodings = set(), {}
     for name in ("stdout", "stderr"):
         stream, original = getattr(sys, name), getattr(sys, f"__{name}__")
@@ -75,80 +65,68 @@ def output_rules() -> OutputRules:
         elif stream is not None:
             stream.flush()
             encodings[name] = (stream.encoding, stream.errors or "strict")
-    loggers: dict[str, Any] = {"": logging.getLogger()}
-    loggers.update(logging.Logger.manager.loggerDict)
-    levels = {
-        name: (logger.level, logger.disabled)
-        for name, logger in loggers.items()
-        if isinstance(logger, logging.Logger) and (logger.level or logger.disabled)
-    }
-    handled = [
-        name
-        for name, logger in loggers.items()
-        if isinstance(logger, logging.Logger) and logger.handlers and logger.parent is not None
-    ]
-    return OutputRules(
+    root, *others = _all_loggers()
+    filters: Sequence[Any] = warnings.filters
+    return OutputSettings(
         frozenset(forwarded),
         encodings,
-        levels,
-        handled,
-        logging.Logger.manager.disable,
-        [_pickle_filter(entry) for entry in warnings.filters],
+        levels={x.name: (x.level, x.disabled) for x in [root, *others] if x.level or x.disabled},
+        handled=[logger.name for logger in others if logger.handlers],
+        disabled=logging.Logger.manager.disable,
+        filters=[
+            (action, message, f"{kind.__module__}:{kind.__qualname__}", module, line)
+            for action, message, kind, module, line in filters
+        ],
     )
 
 
-def _pickle_filter(entry: tuple[Any, ...]) -> bytes:
-    if entry[2].__module__ != "__main__":
-        with contextlib.suppress(pickle.PicklingError, AttributeError):
-            return pickle.dumps(entry)
-    # The script is not run again, nor is the function that made a class: these go by value.
-    data: bytes = cloudpickle.dumps(entry)
-    return data
-
-
-def follow(
-    rules: OutputRules, calls: Calls, sounding: Sequence[logging.Logger] | None = None
-) -> None:
-    """Print, log and warn by the rules of the study's process.
-
-    Args:
-        rules: The rules.
-        calls: The way there.
-        sounding: In a fork of that process, what :func:`sounding_loggers` gave there.
-    """
+def apply_output_settings(settings: OutputSettings, calls: Calls) -> None:
+    """Print, log and warn in the study's process and by its settings, in the trial's process."""
     for name in ("stdout", "stderr"):
-        if name in rules.forwarded:
+        if name in settings.forwarded:
             setattr(sys, name, ForwardedStream(name, calls))
-        elif name in rules.encodings:
-            stream = _open_stream(name, *rules.encodings[name])
+        else:
+            stream = None
+            if name in settings.encodings:
+                stream = _open_stream(name, *settings.encodings[name])
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
-        else:
-            setattr(sys, name, None)
-            setattr(sys, f"__{name}__", None)
-    if sounding is None:
-        _follow_logging(rules, calls)
-    else:
-        # Their levels are in force already, and going through all loggers would copy their pages.
-        _silence(sounding)
-        logging.getLogger().addHandler(ForwardingHandler(calls))
-    defer_to_handlers(rules)
-    _follow_warnings(rules, calls)
-
-
-def defer_to_handlers(rules: OutputRules) -> None:
-    """Leave what a logger has handlers for in the study's process to those.
-
-    To be called again when modules were imported: what gives a logger its handlers there does so
-    here as well, and each record would come out twice. That a logger has some is still seen.
-
-    Args:
-        rules: The rules.
-    """
-    for name in rules.handled:
+    if _to_reset is None:
+        prepare_logging(reset=False)
+    _reset_loggers()
+    logging.getLogger().addHandler(ForwardingHandler(calls))
+    for name, (level, disabled) in settings.levels.items():
         logger = logging.getLogger(name)
+        # Not by `setLevel`, which goes through all loggers: nothing has been logged yet.
+        logger.level = level
+        logger.disabled = disabled
+    if settings.disabled != logging.Logger.manager.disable:
+        logging.disable(settings.disabled)
+
+    def show(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
+        calls.notify(warnings.WarningMessage(message, category, filename, lineno))
+
+    warnings.showwarning = show
+    apply_to_new_modules(settings)
+
+
+def apply_to_new_modules(settings: OutputSettings) -> None:
+    """Apply the settings that depend on modules, again after some were imported.
+
+    Code that gives a logger its handlers in the study's process does so in the trial's as well,
+    and each record would be handled twice: there, only the study's handlers are kept.
+    """
+    for name in settings.handled:
+        logger = logging.getLogger(name)
+        # Libraries look whether their logger has a handler.
         logger.handlers[:] = [logging.NullHandler()]
         logger.propagate = True
+    warnings.resetwarnings()
+    for action, message, kind, module, line in settings.filters:
+        # A warning of a category that can't be found here can't be issued here either.
+        with contextlib.suppress(Exception):
+            entry = (action, message, pkgutil.resolve_name(kind), module, line)
+            warnings.filters.append(entry)  # type: ignore[attr-defined]  # a list
 
 
 def _open_stream(name: str, encoding: str, errors: str) -> io.TextIOBase:
@@ -160,20 +138,20 @@ def _open_stream(name: str, encoding: str, errors: str) -> io.TextIOBase:
     return open(handle, "w", buffering=1, encoding=encoding, errors=errors, closefd=False)
 
 
-def replay(message: Any) -> None:
-    """Do in the study's process what the child could not: print, log or warn."""
+def replay(message: Printed | warnings.WarningMessage | logging.LogRecord) -> None:
+    """Print, warn or log in the study's process what the trial's process has sent."""
     if isinstance(message, Printed):
         stream = getattr(sys, message.stream)
         if stream is not None:
             stream.write(message.text)
             stream.flush()
-    elif isinstance(message, Warned):
+    elif isinstance(message, warnings.WarningMessage):
         warnings.showwarning(message.message, message.category, message.filename, message.lineno)
-    elif isinstance(message, logging.LogRecord):
+    else:
         logger = logging.getLogger(message.name)
-        heard = vars(message).pop(_HEARD, False)
-        # The handler of last resort is for what nobody has heard of.
-        if logger.isEnabledFor(message.levelno) and (logger.hasHandlers() or not heard):
+        handled = vars(message).pop(_HANDLED, False)
+        # The handler of last resort is for records without any handler.
+        if logger.isEnabledFor(message.levelno) and (logger.hasHandlers() or not handled):
             logger.handle(message)
 
 
@@ -182,8 +160,11 @@ class ForwardedStream(io.TextIOBase):
 
     Args:
         name: ``"stdout"`` or ``"stderr"``.
-        calls: The way there.
+        calls: The connection to the study's process.
     """
+
+    # That of the descriptor underneath.
+    encoding = "utf-8"
 
     def __init__(self, name: str, calls: Calls) -> None:
         self._name = name
@@ -191,13 +172,7 @@ class ForwardedStream(io.TextIOBase):
         self._pid = os.getpid()
         self._text = ""
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]  # read-only here
-        """The encoding that the descriptor underneath is written in."""
-        return "utf-8"
-
     def writable(self) -> bool:
-        """Return True."""
         return True
 
     def fileno(self) -> int:
@@ -205,14 +180,13 @@ class ForwardedStream(io.TextIOBase):
         return 1 if self._name == "stdout" else 2
 
     def write(self, text: str) -> int:
-        """Write, and send on what is complete to the last line's end."""
         self._text += text
         if "\n" in text or "\r" in text or len(self._text) > 8192:
             self._send()
         return len(text)
 
     def flush(self) -> None:
-        """Send on what was written, and wait until it is out.
+        """Send what was written, and wait until it is printed.
 
         What subprocesses write to the descriptor afterwards then comes afterwards.
         """
@@ -231,10 +205,10 @@ class ForwardedStream(io.TextIOBase):
 
 
 class ForwardingHandler(logging.Handler):
-    """Hands each record to the study's process, whose handlers deal with it.
+    """Sends records to the study's process, whose handlers receive them.
 
     Args:
-        calls: The way there.
+        calls: The connection to the study's process.
     """
 
     def __init__(self, calls: Calls) -> None:
@@ -243,7 +217,6 @@ class ForwardingHandler(logging.Handler):
         self._pid = os.getpid()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send a record."""
         try:
             if os.getpid() == self._pid:
                 self._calls.notify(_portable(record))
@@ -255,103 +228,68 @@ class ForwardingHandler(logging.Handler):
 
 def _portable(record: logging.LogRecord) -> logging.LogRecord:
     """Return a record that any process can read: text in place of arguments and tracebacks."""
-    sent = copy.copy(record)
-    sent.msg = record.getMessage()
-    sent.args = None
-    if record.exc_info:
-        sent.exc_text = record.exc_text or logging.Formatter().formatException(record.exc_info)
-        sent.exc_info = None
-    for name in set(vars(sent)) - _STANDARD:
-        value = getattr(sent, name)
-        if not isinstance(value, (str, int, float, bool, type(None))):
-            setattr(sent, name, repr(value))
-    setattr(sent, _HEARD, _is_heard(record.name))
-    return sent
+    text = record.exc_text
+    if record.exc_info and not text:
+        text = logging.Formatter().formatException(record.exc_info)
+    simple = (str, int, float, type(None))
+    fields: dict[str, Any] = {
+        name: value if isinstance(value, simple) else repr(value)
+        for name, value in vars(record).items()
+    }
+    fields.update(msg=record.getMessage(), args=None, exc_info=None, exc_text=text)
+    fields[_HANDLED] = _is_handled(logging.getLogger(record.name))
+    return logging.makeLogRecord(fields)
 
 
-def _is_heard(name: str) -> bool:
-    """Return whether the trial itself has a handler for what a logger is given."""
-    logger: logging.Logger | None = logging.getLogger(name)
+def _is_handled(logger: logging.Logger | None) -> bool:
+    """Return whether the trial itself has a handler for the records of a logger."""
+    own = (ForwardingHandler, logging.NullHandler)
     while logger is not None:
-        if any(not isinstance(h, _SILENT) for h in logger.handlers):
+        if any(not isinstance(handler, own) for handler in logger.handlers):
             return True
         logger = logger.parent if logger.propagate else None
     return False
 
 
-_HEARD = "_quota_heard"
-_SILENT = (ForwardingHandler, logging.NullHandler)
-_STANDARD = frozenset(vars(logging.makeLogRecord({})))
+_HANDLED = "_quota_handled"
 
 
-def blank_logging() -> None:
-    """Let every logger pass all its records up to the root, which has no handler.
+def prepare_logging(*, reset: bool) -> None:
+    """Find the loggers that trials are to reset, before trials are forked from this process.
 
-    Done once in the template: to go through all loggers in each trial would copy their pages.
+    To go through all loggers in each trial would copy the memory pages of all of them.
+
+    Args:
+        reset: Whether to reset them at once, in a process that logs nothing itself.
     """
-    global _is_blank
-    loggers = _all_loggers()
-    _silence(loggers)
-    for logger in loggers:
+    global _to_reset
+    root = logging.getLogger()
+    # Clears what all loggers have cached of their levels.
+    root.setLevel(root.level)
+    _to_reset = [
+        x
+        for x in _all_loggers()
+        if x.handlers or x.filters or x.level or x.disabled or not x.propagate
+    ]
+    if reset:
+        _reset_loggers()
+
+
+_to_reset: list[logging.Logger] | None = None
+
+
+def _reset_loggers() -> None:
+    """Let every logger pass all its records on to the root logger, which has no handler."""
+    global _to_reset
+    loggers, _to_reset = _to_reset or [], []
+    for logger in [logging.getLogger(), *loggers]:
+        logger.handlers.clear()
+        logger.filters.clear()
+        logger.propagate = True
         logger.disabled = False
         logger.level = logging.NOTSET
-    # What loggers remember of their levels is forgotten by this, once for all of them.
-    logging.getLogger().setLevel(logging.NOTSET)
-    _is_blank = True
-
-
-def sounding_loggers() -> list[logging.Logger]:
-    """Return the loggers that do more than pass on to the root what they are given."""
-    return [
-        logger
-        for logger in _all_loggers()
-        if logger.handlers or logger.filters or not logger.propagate
-    ]
 
 
 def _all_loggers() -> list[logging.Logger]:
     known = list(logging.Logger.manager.loggerDict.values())
     return [logging.getLogger(), *(x for x in known if isinstance(x, logging.Logger))]
-
-
-def _silence(loggers: Sequence[logging.Logger]) -> None:
-    for logger in loggers:
-        logger.handlers.clear()
-        logger.filters.clear()
-        logger.propagate = True
-
-
-_is_blank = False
-
-
-def _follow_logging(rules: OutputRules, calls: Calls) -> None:
-    if not _is_blank:
-        blank_logging()
-    logging.getLogger().addHandler(ForwardingHandler(calls))
-    for name, (level, disabled) in rules.levels.items():
-        logger = logging.getLogger(name or None)
-        # Not by setLevel, which goes through all loggers: nothing has been logged yet.
-        logger.level = level
-        logger.disabled = disabled
-    if rules.disabled != logging.Logger.manager.disable:
-        logging.disable(rules.disabled)
-
-
-def _follow_warnings(rules: OutputRules, calls: Calls) -> None:
-    warnings.resetwarnings()
-    for data in rules.filters:
-        # What can't be imported here is not raised here either.
-        with contextlib.suppress(ImportError, AttributeError):
-            warnings.filters.append(pickle.loads(data))  # type: ignore[attr-defined]  # a list
-
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: Any = None,
-        line: str | None = None,
-    ) -> None:
-        calls.notify(Warned(message, category, filename, lineno))
-
-    warnings.showwarning = show

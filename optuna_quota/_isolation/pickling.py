@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Iterable
-from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import contextvars
@@ -78,8 +77,7 @@ class Payload:
     @property
     def sizes(self) -> tuple[tuple[int, bool], ...]:
         """The bytes of each buffer, and whether it is read-only."""
-        views = [buffer.raw() for buffer in self.buffers]
-        return tuple((view.nbytes, view.readonly) for view in views)
+        return tuple((b.raw().nbytes, b.raw().readonly) for b in self.buffers)
 
     def send_buffers(self, channel: Channel) -> None:
         """Send the buffers, after the message with their sizes."""
@@ -140,11 +138,10 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
     Args:
         remote: The objects that stay in this process.
         main: The main module of the trial's process.
-        made_by_trial: Global variables that are taken from that module whatever their values.
+        made_by_trial: Names of globals that the trial takes from its own main module.
 
     Attributes:
-        failed: The global variable that could not be pickled although the trial's main module
-            makes one itself; None when it was another object.
+        failed: The name of a global that failed and that the trial's main module makes itself.
     """
 
     def __init__(
@@ -174,16 +171,14 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             self._dump_main_state()
             self._dump_parts(modules)
             self.dump(None)
-        except NeedsFork:
-            raise
-        except Exception:
-            self.failed = next(filter(self._can_be_left_out, sorted(self._main.names)), None)
+        except Exception as error:
+            if not isinstance(error, NeedsFork):
+                self.failed = next(filter(self._can_be_left_out, sorted(self._main.names)), None)
             raise
         finally:
             context.set_spawning_popen(None)
             self.clear_memo()
-        descriptors = tuple(self._spawning.descriptors)
-        return Payload(self._file.getvalue(), tuple(self._buffers), descriptors)
+        return Payload(self._file.getvalue(), self._buffers, self._spawning.descriptors)
 
     def reducer_override(self, value: Any) -> Any:
         if is_remote(value):
@@ -211,14 +206,14 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
 
     def _dump_main_state(self) -> None:
         """Dump the globals of what went by name, until nothing new does."""
-        sent, done = set(self._made_by_trial), set[int]()
+        sent, n_done = set(self._made_by_trial), 0
         while True:
-            new = [v for k, v in list(self._by_name.items()) if k not in done]
+            new = list(self._by_name.values())[n_done:]
             # Picklers within the trial, such as a pool's, look these up by name.
             values = {k: v for k, v in self._by_value.items() if k not in sent}
             if not new and not values:
                 return
-            done |= {id(value) for value in new}
+            n_done += len(new)
             sent |= values.keys()
             names = {name for value in new for name in global_names(value)} - sent
             for name in sorted(names & self._globals.keys()):
@@ -249,10 +244,8 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             return False
         try:
             type(self)(self._remote, self._main, ()).dump(value)
-        except NeedsFork:
-            return False
-        except Exception:  # noqa: BLE001 - a user's __reduce__ may raise anything
-            return True
+        except Exception as error:  # noqa: BLE001 - a user's __reduce__ may raise anything
+            return not isinstance(error, NeedsFork)
         return False
 
     def _is_made_by_definition(self, value: Any) -> bool:
@@ -285,10 +278,10 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
 
     def _take_buffer(self, buffer: pickle.PickleBuffer) -> bool:
         """Keep a large buffer out of the pickle; return whether to copy it in after all."""
-        if buffer.raw().nbytes < _MIN_BUFFER:
-            return True
-        self._buffers.append(buffer)
-        return False
+        is_large = buffer.raw().nbytes >= _MIN_BUFFER
+        if is_large:
+            self._buffers.append(buffer)
+        return not is_large
 
 
 def _pickle_by_value(modules: Iterable[types.ModuleType]) -> None:
@@ -317,17 +310,13 @@ _FUNCTIONS = (types.FunctionType, type(functools.cache(len)))
 
 
 class InheritedDescriptor:
-    """An open file on its way to a trial's process.
-
-    Args:
-        index: Its place in :attr:`Payload.descriptors`.
-    """
+    """An open file on its way to a trial's process, by its index in the payload."""
 
     def __init__(self, index: int) -> None:
         self._index = index
 
     def detach(self) -> int:
-        """Return the file's descriptor, which the caller closes."""
+        """Return the descriptor, which the caller closes."""
         return inherited_descriptors[self._index]
 
 
@@ -349,18 +338,18 @@ class _Spawning:
         return len(self.descriptors) - 1
 
 
-def _multiprocessing_reducers() -> Iterator[tuple[type, Callable[[Any], Any]]]:
-    """Yield what only multiprocessing pickles: connections, sockets, shared memory.
+def _multiprocessing_reducers() -> dict[type, Callable[[Any], Any]]:
+    """Return how multiprocessing alone pickles connections, sockets, shared memory.
 
     Not the tensors that torch adds there: one would be moved into shared memory, and the trial
     would write into the study's own.
     """
+    found = {}
     for kind, reduce in ForkingPickler._extra_reducers.items():  # type: ignore[attr-defined]
-        module = str(getattr(reduce, "__module__", ""))
-        if module.startswith("multiprocessing.") and (
-            module != "multiprocessing.reduction" or kind is socket.socket
-        ):
-            yield kind, reduce
+        package, _, module = str(getattr(reduce, "__module__", "")).partition(".")
+        if kind is socket.socket or (package == "multiprocessing" and module != "reduction"):
+            found[kind] = reduce
+    return found
 
 
 def global_of_main(name: str) -> Any:
@@ -398,9 +387,9 @@ def _reduce_tensor(value: Any) -> Any:
     if value.is_shared():
         reductions: Any = importlib.import_module("torch.multiprocessing.reductions")
         return getattr(reductions, reducers[kind])(value)
-    if not is_tensor or value.is_conj() or value.is_neg() or value.is_quantized:
+    if not is_tensor or not value.numel() or value.is_quantized:
         return None
-    if not value.numel():
+    if value.is_conj() or value.is_neg():
         return None
     flat = value.contiguous().reshape(-1).view(torch.uint8)
     return _make_tensor, (pickle.PickleBuffer(flat.numpy()), value.dtype, tuple(value.shape))
@@ -408,6 +397,5 @@ def _reduce_tensor(value: Any) -> Any:
 
 def _make_tensor(buffer: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
     torch: Any = importlib.import_module("torch")
-    view = memoryview(buffer)
-    writable = bytearray(view) if view.readonly else view
+    writable = bytearray(buffer) if memoryview(buffer).readonly else buffer
     return torch.frombuffer(writable, dtype=torch.uint8).view(dtype).reshape(shape)

@@ -1,15 +1,14 @@
-"""Where there are no supervisors (other systems than Linux): a new interpreter for each trial.
+"""Start and supervise a trial's process on systems other than Linux: psutil, in a thread.
 
-A thread of the study's process minds it. What that can't do as well: processes that left the
-trial's tree are found only if they were seen in it, the kernel's limits are not used, and on
-Windows the stop is a hard one.
+Each trial starts in a new interpreter. Compared with Linux, processes that left the trial's tree
+are found only if they were seen in it, the kernel's limits are not used, and on Windows there is
+no polite stop.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import select
 import signal
 import socket
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna_quota._isolation.channel import Channel
@@ -38,10 +36,8 @@ if TYPE_CHECKING:
     import psutil
 
 
-_PERIOD = 0.02
-# Seconds for a new interpreter to start and call back.
-_START_TIME = 60.0
-_TOKEN_SIZE = 32
+# Seconds between two looks at the trial's processes.
+_INTERVAL = 0.02
 
 
 def launch_portable() -> Launched:
@@ -50,63 +46,41 @@ def launch_portable() -> Launched:
     Raises:
         OSError: If it does not start.
     """
-    token = secrets.token_bytes(_TOKEN_SIZE)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(_START_TIME)
-        command = interpreter("portable", server.getsockname()[1])
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, start_new_session=os.name == "posix"
-        )
-        try:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        if os.name == "posix":
+            handle = theirs.fileno()
+            process = subprocess.Popen(
+                interpreter("portable", handle), pass_fds=[handle], start_new_session=True
+            )
+        else:
+            process = subprocess.Popen(interpreter("portable", None), stdin=subprocess.PIPE)
             assert process.stdin is not None
             with process.stdin:
-                process.stdin.write(token)
-            channel = _accept(server, token)
-        except OSError:
-            process.kill()
-            process.wait()
-            raise
-    control, obey = channel_pair()
-    minder = threading.Thread(target=_Minder(process, obey).run, daemon=True)
-    minder.start()
-    return Launched(channel, control)
+                process.stdin.write(theirs.share(process.pid))  # type: ignore[attr-defined]
+    control, commands = channel_pair()
+    threading.Thread(target=_Supervisor(process, commands).run, daemon=True).start()
+    return Launched(Channel(ours), control)
 
 
-def _accept(server: socket.socket, token: bytes) -> Channel:
-    """Return the connection of the process that knows the token, and of no other."""
-    while True:
-        sock, _ = server.accept()
-        sock.settimeout(_START_TIME)
-        if secrets.compare_digest(_receive(sock, len(token)), token):
-            sock.settimeout(None)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return Channel(sock)
-        sock.close()
-
-
-def _receive(sock: socket.socket, size: int) -> bytes:
-    data = b""
-    with contextlib.suppress(OSError):
-        while len(data) < size and (chunk := sock.recv(size - len(data))):
-            data += chunk
-    return data
-
-
-def main(port: int) -> None:
+def main(handle: int | None) -> None:
     """Run a trial's process.
 
     Args:
-        port: Where the study's process listens on this host.
+        handle: The descriptor of the connection; None where its description is read from standard
+            input (Windows).
     """
-    token = sys.stdin.buffer.read(_TOKEN_SIZE)
-    sock = socket.create_connection(("127.0.0.1", port))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.sendall(token)
+    if handle is None:
+        sock = socket.fromshare(sys.stdin.buffer.read())  # type: ignore[attr-defined]
+        # A message that is sent in two parts would wait for an acknowledgement in between.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    else:
+        sock = socket.socket(fileno=handle)
     os._exit(run_child(Channel(sock)))
 
 
-class _Minder:
-    """Does a supervisor's work as far as it goes through psutil, in a thread.
+class _Supervisor:
+    """Supervises a trial's process from a thread of the study's process.
 
     Args:
         process: The trial's process.
@@ -120,80 +94,80 @@ class _Minder:
         self._process = process
         self._root = psutil.Process(process.pid)
         self._control = control
-        self._seen: dict[int, psutil.Process] = {}
+        self._descendants: dict[int, psutil.Process] = {}
         self._deadline: float | None = None
         self._killer: Killer | None = None
         self._cpu_time = 0.0
-        self._memory = 0.0
 
     def run(self) -> None:
-        """Mind the process to its end."""
+        """Supervise the process until it has ended."""
         with contextlib.suppress(OSError):
             self._control.send(Started(self._process.pid))
         while self._process.poll() is None:
-            self._look()
-            ready, _, _ = select.select([self._control], [], [], _PERIOD)
+            self._find_descendants()
+            ready, _, _ = select.select([self._control], [], [], _INTERVAL)
             if ready or self._control.pending():
                 self._obey()
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._kill("breach")
+        leftovers = self._kill_descendants()
         ended = Ended(
             self._process.returncode,
             self._killer,
-            memory=self._memory or None,
             cpu_time=self._cpu_time,
-            leftovers=self._sweep(),
+            leftovers=leftovers if self._killer is None else (),
         )
         with contextlib.suppress(OSError):
             self._control.send(ended)
         self._control.close()
 
-    def _look(self) -> None:
+    def _find_descendants(self) -> None:
         with contextlib.suppress(self._psutil.Error):
             for child in self._root.children(recursive=True):
-                self._seen.setdefault(child.pid, child)
-        memory, cpu_time = 0.0, 0.0
-        for process in (self._root, *self._seen.values()):
+                self._descendants.setdefault(child.pid, child)
+        cpu_time = 0.0
+        for process in (self._root, *self._descendants.values()):
             with contextlib.suppress(self._psutil.Error):
-                memory += process.memory_info().rss
                 times = process.cpu_times()
                 cpu_time += times.user + times.system
-        self._memory = max(self._memory, memory)
         self._cpu_time = max(self._cpu_time, cpu_time)
 
     def _obey(self) -> None:
         try:
-            order = self._control.receive()
+            command = self._control.receive()
         except (EOFError, OSError):
-            order = Kill()
-        if isinstance(order, Kill):
+            command = Kill()
+        if isinstance(command, Kill):
             self._kill("request")
-        elif isinstance(order, Leave):
-            leave = time.monotonic() + order.seconds
+        elif isinstance(command, Leave):
+            leave = time.monotonic() + command.seconds
             self._deadline = leave if self._deadline is None else min(leave, self._deadline)
-        elif isinstance(order, (StopFor, Interrupt)) and self._deadline is None:
-            self._deadline = time.monotonic() + order.grace_period
-            if os.name == "posix" and order.grace_period > 0:
+        elif isinstance(command, (StopFor, Interrupt)) and self._deadline is None:
+            self._deadline = time.monotonic() + command.grace_period
+            if os.name == "posix" and command.grace_period > 0:
                 self._process.send_signal(signal.SIGCONT)
-                polite = signal.SIGINT if isinstance(order, Interrupt) else signal.SIGTERM
+                polite = signal.SIGINT if isinstance(command, Interrupt) else signal.SIGTERM
                 self._process.send_signal(polite)
             else:
                 self._kill("breach")
 
     def _kill(self, killer: Killer) -> None:
         self._killer = self._killer or killer
-        self._look()
+        self._find_descendants()
         self._process.kill()
 
-    def _sweep(self) -> tuple[str, ...]:
-        left = [p for p in self._seen.values() if _is_alive(p)]
+    def _kill_descendants(self) -> tuple[str, ...]:
+        """Kill all processes of the trial that are left, and return their names."""
+        left = [p for p in self._descendants.values() if self._is_alive(p)]
         for process in left:
             # psutil knows a process by its time of creation too: never another's.
             with contextlib.suppress(self._psutil.Error):
                 process.kill()
         self._psutil.wait_procs(left, timeout=5)
-        return tuple(str(p.pid) for p in left) if self._killer is None else ()
+        return tuple(str(p.pid) for p in left)
 
-
-def _is_alive(process: Any) -> bool:
-    return bool(process.is_running() and process.status() != "zombie")
+    def _is_alive(self, process: psutil.Process) -> bool:
+        try:
+            return process.is_running() and process.status() != self._psutil.STATUS_ZOMBIE
+        except self._psutil.NoSuchProcess:
+            return False

@@ -1,17 +1,17 @@
-"""Exceptions that cross a process boundary with their type, causes and traceback.
+"""Send exceptions to another process with their type, causes and traceback.
 
-Pickling alone drops the traceback and fails on many exceptions. Here each frame travels as file,
-line and function, and is rebuilt on the other side as a real traceback: it prints the source lines
-(those of a notebook's cells too, which only the study's process knows) as if the error had been
-raised there.
+Pickling alone drops the traceback and fails for many exceptions. The text that multiprocessing
+attaches as a cause hides the real one, and has no source lines of a notebook's cells, which only
+the study's process knows. So the position of each frame is sent, and rebuilt as a real traceback.
 """
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
+import itertools
 import pickle
 import sys
-from types import CodeType
 from types import FrameType
 from types import TracebackType
 from typing import Any
@@ -19,34 +19,32 @@ from typing import Any
 from optuna_quota._isolation.channel import dumps
 
 
-_OWN = __name__.rpartition(".")[0]
+_PACKAGE = __name__.rpartition(".")[0]
 
 
-@dataclass(frozen=True)
-class Frame:
-    """One line of a traceback."""
-
-    filename: str
-    function: str
-    line: int
-    module: str
+# First line, last line, first column and last column; columns are -1 where they are unknown.
+Position = tuple[int, int, int, int]
+# File, qualified name of the function, what was executed of it.
+Frame = tuple[str, str, Position]
 
 
 @dataclass(frozen=True)
 class SentError:
-    """An exception on its way.
+    """An exception in a form that can be sent.
 
     Attributes:
-        data: The exception, pickled in a form that was seen to load.
-        plain: The same by its nearest built-in class, for where its own is not found.
+        data: The exception's pickle, which loads at least where it was made; empty without one.
+        base: The nearest built-in class, for a process that can't load the pickle.
+        text: The exception in words, for the same case.
         frames: Its traceback, outermost first.
-        cause: What it was raised from.
-        context: What was being handled.
-        suppress_context: Whether the context is hidden.
+        cause: As ``__cause__``.
+        context: As ``__context__``; None where that is the cause.
+        suppress_context: As ``__suppress_context__``.
     """
 
     data: bytes
-    plain: bytes
+    base: type[BaseException]
+    text: str
     frames: tuple[Frame, ...]
     cause: SentError | None = None
     context: SentError | None = None
@@ -62,10 +60,11 @@ def pack_error(error: BaseException, _seen: frozenset[int] = frozenset()) -> Sen
     )
     return SentError(
         _dump(error),
-        dumps(_by_base(error)),
+        next(c for c in type(error).__mro__ if c.__module__ == "builtins"),
+        _describe(error),
         tuple(_frames(error.__traceback__)),
         cause,
-        None if cause is not None and error.__context__ is error.__cause__ else context,
+        None if error.__context__ is error.__cause__ else context,
         error.__suppress_context__,
     )
 
@@ -75,53 +74,44 @@ def unpack_error(sent: SentError) -> BaseException:
     try:
         error: BaseException = pickle.loads(sent.data)
     except Exception:  # noqa: BLE001 - its module may be found only where it was raised
-        error = pickle.loads(sent.plain)
+        error = _rebuild(sent.base, (sent.text,), {})
     error.__cause__ = None if sent.cause is None else unpack_error(sent.cause)
     error.__context__ = None if sent.context is None else unpack_error(sent.context)
     error.__suppress_context__ = sent.suppress_context
-    return error.with_traceback(_traceback(sent.frames))
+    traceback: TracebackType | None = None
+    for file, function, position in reversed(sent.frames):
+        stub, instruction = _stub_frame(file, function, position)
+        traceback = TracebackType(traceback, stub, instruction, position[0])
+    return error.with_traceback(traceback)
 
 
 def _dump(error: BaseException) -> bytes:
-    """Return the pickle of an exception, simplified as far as it must be to load again."""
-    for simplify in (_as_it_is, _by_state, _by_base):
+    for form in (error, _WithoutCall(error)):
         try:
-            data = dumps(simplify(error))
+            data = dumps(form)
             if isinstance(pickle.loads(data), BaseException):
                 return data
         except Exception:  # noqa: BLE001 - a user's __reduce__ or __init__ may raise anything
             continue
-    return dumps(RuntimeError(_describe(error)))
+    return b""
 
 
-def _as_it_is(error: BaseException) -> Any:
-    return error
+class _WithoutCall:
+    """Pickles as an exception whose `__init__` can't be called with its ``args``.
 
+    Arguments that can't be pickled are replaced by their `repr`, attributes are left out.
+    """
 
-class _Stripped:
-    """Pickles as an exception of a class with what of its state can be pickled."""
-
-    def __init__(self, kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]):
-        self._parts = (kind, args, state)
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_restore, self._parts)
+        args = tuple(a if _can_pickle(a) else repr(a) for a in self._error.args)
+        state = {k: v for k, v in vars(self._error).items() if _can_pickle(v)}
+        return _rebuild, (type(self._error), args, state)
 
 
-def _by_state(error: BaseException) -> Any:
-    """Keep the class but don't call it: its `__init__` may ask for other arguments."""
-    args = tuple(a if _can_pickle(a) else repr(a) for a in error.args)
-    state = {k: v for k, v in vars(error).items() if _can_pickle(v)}
-    return _Stripped(type(error), args, state)
-
-
-def _by_base(error: BaseException) -> Any:
-    """Keep the nearest base class that every process has."""
-    base = next(c for c in type(error).__mro__ if c.__module__ == "builtins")
-    return _Stripped(base, (_describe(error),), {})
-
-
-def _restore(
+def _rebuild(
     kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]
 ) -> BaseException:
     error = kind.__new__(kind, *args)
@@ -146,52 +136,44 @@ def _can_pickle(value: Any) -> bool:
 
 
 def _frames(traceback: TracebackType | None) -> list[Frame]:
-    frames = []
+    frames: list[Frame] = []
     while traceback is not None:
         code = traceback.tb_frame.f_code
-        module = traceback.tb_frame.f_globals.get("__name__", "")
-        name = getattr(code, "co_qualname", code.co_name)
-        frames.append(Frame(code.co_filename, name, traceback.tb_lineno, str(module)))
+        module = str(traceback.tb_frame.f_globals.get("__name__", ""))
+        # The frames above the objective are this package's, of no use to a user.
+        if frames or not module.startswith(_PACKAGE):
+            name = getattr(code, "co_qualname", code.co_name)
+            frames.append((code.co_filename, name, _position(traceback)))
         traceback = traceback.tb_next
-    # The frames above the objective are ours and tell a user nothing.
-    while frames and frames[0].module.startswith(_OWN):
-        frames.pop(0)
     return frames
 
 
-def _traceback(frames: tuple[Frame, ...]) -> TracebackType | None:
-    traceback: TracebackType | None = None
-    for frame in reversed(frames):
-        stub, instruction = _stub_frame(frame)
-        traceback = TracebackType(traceback, stub, instruction, frame.line)
-    return traceback
+def _position(traceback: TracebackType) -> Position:
+    line, index = traceback.tb_lineno, traceback.tb_lasti // 2
+    if sys.version_info >= (3, 11) and index >= 0:
+        positions = traceback.tb_frame.f_code.co_positions()
+        first, last, start, end = next(itertools.islice(positions, index, None))
+        if first == line and last is not None and start is not None and end is not None:
+            return first, last, start, end
+    return line, line, -1, -1
 
 
-def _stub_frame(frame: Frame) -> tuple[FrameType, int]:
-    """Return a frame that bears the name of another, and its instruction.
+def _stub_frame(file: str, function: str, position: Position) -> tuple[FrameType, int]:
+    """Return a frame that shows the position of another one, and its instruction.
 
-    Frames can only be made by running code, so a stub is run that raises on the same line.
+    Frames can only be made by running code, so a statement is run that raises at that position.
     """
-    code = compile("\n" * (frame.line - 1) + "raise LookupError", frame.filename, "exec")
-    code = code.replace(co_name=frame.function.rpartition(".")[2])
+    tree = ast.parse("raise LookupError")
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.stmt, ast.expr)):
+            node.lineno, node.end_lineno, node.col_offset, node.end_col_offset = position
+    code = compile(tree, file, "exec").replace(co_name=function.rpartition(".")[2])
     if sys.version_info >= (3, 11):
-        code = _without_columns(code, frame.line).replace(co_qualname=frame.function)
+        code = code.replace(co_qualname=function)
     try:
-        exec(code, {"__name__": frame.module, "__file__": frame.filename})
+        exec(code, {"__file__": file})
     except LookupError as error:
         traceback = error.__traceback__
         assert traceback is not None and traceback.tb_next is not None
         return traceback.tb_next.tb_frame, traceback.tb_next.tb_lasti
     raise AssertionError("The stub did not raise.")
-
-
-def _without_columns(code: CodeType, line: int) -> CodeType:
-    """Return code all of which is on one line, at no columns: a stub's are not the source's.
-
-    Each entry of the table says for up to 8 code units: no columns (kind 13), no change of line.
-    See Objects/locations.md of CPython.
-    """
-    units = len(code.co_code) // 2
-    lengths = [min(8, units - start) for start in range(0, units, 8)]
-    table = b"".join(bytes([0x80 | 13 << 3 | length - 1, 0]) for length in lengths)
-    return code.replace(co_firstlineno=line, co_linetable=table)

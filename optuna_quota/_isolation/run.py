@@ -22,10 +22,10 @@ from optuna_quota._enforcement.check import raise_breached
 from optuna_quota._enforcement.check import raise_rejected
 from optuna_quota._enforcement.check import record_breach
 from optuna_quota._enforcement.constraints import tolerate_constraints_failure
-from optuna_quota._enforcement.forecast import Earlier
-from optuna_quota._enforcement.forecast import earlier_trials
+from optuna_quota._enforcement.forecast import completed_trials
+from optuna_quota._enforcement.forecast import CompletedTrials
 from optuna_quota._enforcement.forecast import forecast_breach
-from optuna_quota._enforcement.forecast import remember_profile
+from optuna_quota._enforcement.forecast import record_pace
 from optuna_quota._enforcement.nesting import pruner_limits
 from optuna_quota._enforcement.nesting import pruner_meters
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
@@ -61,8 +61,8 @@ from optuna_quota._isolation.launch import Launched
 from optuna_quota._isolation.main_module import find_main_module
 from optuna_quota._isolation.main_module import MainModule
 from optuna_quota._isolation.multiprocessing_child import is_in_preparation
-from optuna_quota._isolation.output import output_rules
-from optuna_quota._isolation.output import sounding_loggers
+from optuna_quota._isolation.output import prepare_logging
+from optuna_quota._isolation.output import read_output_settings
 from optuna_quota._isolation.pickling import dump_objective
 from optuna_quota._isolation.pickling import NeedsFork
 from optuna_quota._isolation.pickling import Payload
@@ -285,7 +285,8 @@ class TrialRun:
     def _launch_fork(self) -> Launched:
         # Made before the fork: after it, each page that is touched here is copied.
         start = self._start(None, PreparedMain(MainModule(), is_made=True))
-        inherited = Inherited(start, self._order(), self._isolated.objective, sounding_loggers())
+        inherited = Inherited(start, self._order(), self._isolated.objective)
+        prepare_logging(reset=False)
         return launch_fork(_delegated_cgroup(), inherited)
 
     def _start(self, payload: Payload | None, main: PreparedMain) -> Start:
@@ -299,7 +300,7 @@ class TrialRun:
         return Start(
             context=read_context(self._watch.environment, main.module),
             has_main=main.is_made,
-            output=output_rules(),
+            output=read_output_settings(),
             trial=facts,
             limits={name: ceiling for name, (ceiling, _) in self._ceilings().items()},
             device_memory=self._device_memory() if "gpu_memory" in self._ceilings() else None,
@@ -374,15 +375,15 @@ class TrialRun:
             self._ceilings(),
             elapsed,
             steps=self._steps,
-            earlier=self._earlier_trials,
+            completed=self._completed_trials,
             memory=self._watch.timeline(),
         )
         if breach is not None:
             self._stop(breach)
 
     @functools.cached_property
-    def _earlier_trials(self) -> Earlier:
-        return Earlier() if self._study is None else earlier_trials(self._study)
+    def _completed_trials(self) -> CompletedTrials:
+        return CompletedTrials() if self._study is None else completed_trials(self._study)
 
     def _conclude(self, server: Server) -> Any:
         """Return or raise what came of the trial, and put down the verdict."""
@@ -393,7 +394,7 @@ class TrialRun:
             self._terminate(server.breach)
         if isinstance(outcome, Returned):
             if self._steps and self._study is not None:
-                remember_profile(self._study, self._steps)
+                record_pace(self._study, self._steps)
             shortage = server.shortage
             of_memory = shortage is not None and shortage.resource == "memory"
             if shortage is not None and of_memory and _has_nan(outcome.value):

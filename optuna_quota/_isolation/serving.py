@@ -8,6 +8,7 @@ import logging
 import selectors
 import threading
 from typing import Any
+from warnings import WarningMessage
 
 from optuna_quota._isolation.calls import Answer
 from optuna_quota._isolation.calls import Call
@@ -33,7 +34,6 @@ from optuna_quota._isolation.launch import Launched
 from optuna_quota._isolation.output import Printed
 from optuna_quota._isolation.output import replay
 from optuna_quota._isolation.output import SYNC
-from optuna_quota._isolation.output import Warned
 from optuna_quota._isolation.remote_errors import pack_error
 from optuna_quota._isolation.shortage import find_shortage_in_text
 from optuna_quota._isolation.shortage import Shortage
@@ -196,8 +196,8 @@ class Server:
     def _handle(self, message: Any) -> None:
         if type(message) is tuple:
             self._serve_call(message)
-        elif isinstance(message, (Printed, Warned, logging.LogRecord)):
-            if isinstance(message, Warned):
+        elif isinstance(message, (Printed, WarningMessage, logging.LogRecord)):
+            if isinstance(message, WarningMessage):
                 self.shortage = self.shortage or find_shortage_in_text(str(message.message))
             try:
                 replay(message)

@@ -26,7 +26,7 @@ from optuna_quota._isolation.job_signals import ignore_job_signals
 from optuna_quota._isolation.main_module import MainModule
 from optuna_quota._isolation.main_module import make_main_module
 from optuna_quota._isolation.multiprocessing_child import begin_preparation
-from optuna_quota._isolation.output import blank_logging
+from optuna_quota._isolation.output import prepare_logging
 from optuna_quota._isolation.trial_process import fork
 from optuna_quota._isolation.trial_process import fork_trial
 from optuna_quota._isolation.trial_process import Forked
@@ -219,7 +219,7 @@ def _threads_heed_forks() -> bool:
 
 def settle_down() -> None:
     """Get ready to be forked: what no trial touches stays shared with all of them."""
-    blank_logging()
+    prepare_logging(reset=True)
     gc.collect()
     gc.freeze()
 

@@ -353,7 +353,7 @@ def test_a_table_of_an_odd_study(make: Callable[[], optuna.Study]) -> None:
         (constant_parameters, "No model of memory: no hyperparameter varied."),
         (constant_usage, "No model of memory: every trial used the same."),
         (no_usage_at_all, "finished: 10 completed"),
-        (all_rejected, "No usage is known of any trial"),
+        (all_rejected, "No trial has a known usage"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -144,7 +144,7 @@ def test_peaks_of_pruned_trials_that_grow_with_the_steps_are_lower_bounds() -> N
 def test_peaks_of_pruned_trials_that_were_reached_are_values() -> None:
     rows = _prune(draw_rows(40), share=1.0)
     footprint = Footprint.fit(rows)
-    assert not any("memory" in point.censored for point in footprint.contents.points)
+    assert not any("memory" in point.censored for point in transferred_observations(footprint))
 
 
 def test_peaks_of_pruned_trials_are_values_while_next_to_none_completed() -> None:
@@ -153,7 +153,7 @@ def test_peaks_of_pruned_trials_are_values_while_next_to_none_completed() -> Non
         for row in draw_rows(12)
     ]
     footprint = Footprint.fit([*rows, *draw_rows(2, seed=1)])
-    assert not any("memory" in point.censored for point in footprint.contents.points)
+    assert not any("memory" in point.censored for point in transferred_observations(footprint))
 
 
 def _constant(rows: list[Observation]) -> list[Observation]:
@@ -283,7 +283,7 @@ def test_a_column_that_hardly_matters_has_a_small_slope_too() -> None:
     model = Footprint.fit(rows).contents.models["memory"]
     assert isinstance(model, ResourceModel)
     # Columns by name: depth, idle_0 to idle_2, kind, width.
-    lengths = model.hyperparameters.values[3:]
+    lengths = model.hyperparameters[3:]
     assert (lengths[1:4] > lengths[-1] + 0.5).all()
 
 

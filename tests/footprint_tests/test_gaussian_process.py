@@ -8,7 +8,7 @@ import pytest
 from optuna_quota._footprint.gaussian_process import _LOG_BOUND
 from optuna_quota._footprint.gaussian_process import _Objective
 from optuna_quota._footprint.gaussian_process import fit_hyperparameters
-from optuna_quota._footprint.gaussian_process import Hyperparameters
+from optuna_quota._footprint.gaussian_process import prior_mean
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -20,16 +20,16 @@ def test_hyperparameters_are_as_likely_as_those_of_another_search(seed: int) -> 
     columns = generator.uniform(-1, 1, (n, d))
     target = columns.sum(axis=1) + 0.3 * generator.standard_normal(n)
     target = (target - target.mean()) / target.std()
-    objective, start = _Objective(columns, target, None, None), Hyperparameters.prior(d).values
+    objective, start = _Objective(columns, target, None, None), prior_mean(d)
     found = fit_hyperparameters(columns, target)
     box = [(-_LOG_BOUND, _LOG_BOUND)] * len(start)
     other = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=box)
-    assert objective(found.values)[0] <= other.fun + 0.02
+    assert objective(found)[0] <= other.fun + 0.02
 
 
 def test_hyperparameters_stay_inside_of_their_bounds() -> None:
     columns = np.linspace(-1, 1, 12)[:, None]
-    outside = Hyperparameters(np.array([40.0, -40.0, 40.0, -40.0]))
+    outside = np.array([40.0, -40.0, 40.0, -40.0])
     found = fit_hyperparameters(columns, np.sin(3 * columns[:, 0]), start=outside)
-    assert np.isfinite(found.values).all()
-    assert (np.abs(found.values) <= _LOG_BOUND).all()
+    assert np.isfinite(found).all()
+    assert (np.abs(found) <= _LOG_BOUND).all()

@@ -10,8 +10,8 @@ import types
 import pytest
 
 from optuna_quota._isolation import main_module
-from optuna_quota._isolation.main_module import bound_for_good
 from optuna_quota._isolation.main_module import bound_names
+from optuna_quota._isolation.main_module import bound_once
 from optuna_quota._isolation.main_module import definitions
 from optuna_quota._isolation.main_module import find_main_module
 from optuna_quota._isolation.main_module import is_guard
@@ -234,9 +234,9 @@ def test_names_that_a_statement_binds(source: str, expected: set[str]) -> None:
         ("import os\nos.environ['X'] = load()", set()),
     ],
 )
-def test_names_that_are_bound_for_good(source: str, expected: set[str]) -> None:
+def test_names_that_are_bound_once(source: str, expected: set[str]) -> None:
     tree = ast.parse(source)
-    assert bound_for_good(tree, definitions(tree.body)) == expected
+    assert bound_once(tree, definitions(tree.body)) == expected
 
 
 @pytest.fixture

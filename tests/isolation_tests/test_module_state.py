@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
 import threading
 import types
 from typing import Any
@@ -68,14 +68,6 @@ def test_plain_attributes_of_classes_and_functions() -> None:
     assert plain_attributes(3) == {}
 
 
-def at_once(module: types.ModuleType) -> Callable[[str, Callable[[Any], None]], None]:
-    def act(name: str, done: Callable[[Any], None]) -> None:
-        assert name == module.__name__
-        done(module)
-
-    return act
-
-
 def make(**values: Any) -> types.ModuleType:
     module = types.ModuleType("config")
     vars(module).update(values)
@@ -86,7 +78,10 @@ def make(**values: Any) -> types.ModuleType:
 
 
 def carried(here: types.ModuleType, there: types.ModuleType) -> types.ModuleType:
-    restore_module_state(read_module_state([here]), at_once(there))
+    state = read_module_state([here])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "config", there)
+        restore_module_state(state)
     return there
 
 
