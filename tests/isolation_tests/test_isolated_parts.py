@@ -179,7 +179,7 @@ def test_a_template_is_no_part_of_a_trial_in_its_studys_process() -> None:
         template = client._process.pid
         assert template in loop.excluded_pids
         watch = loop.monitor((0, 0))
-        target = loop._target_of(watch)
+        target = loop.trees.of(watch)
         assert target is not None and template not in target.pids
         watch.close()
     finally:
