@@ -60,6 +60,7 @@ from optuna_quota._metering import Verdict
 from optuna_quota._metering.visible_gpus import device_memory
 from optuna_quota._records import is_rejected
 from optuna_quota._resources import Breach
+from optuna_quota._resources import CLOCK_RESOURCES
 from optuna_quota._resources import Limits
 
 
@@ -348,7 +349,7 @@ class TrialRun:
         """Let nothing be a breach from now on; return how long the process may take to end."""
         self._monitor.finish()
         ceilings = self._monitor.hard_ceilings
-        clocks = [ceilings[name][0] for name in ("wall_time", "trial_time") if name in ceilings]
+        clocks = [ceilings[name][0] for name in CLOCK_RESOURCES if name in ceilings]
         if not clocks:
             return None
         return max(0.0, min(clocks) - self._monitor.elapsed) + self._options.grace_period
@@ -362,7 +363,7 @@ class TrialRun:
         self._resolver.measure_gpus()
 
     def _stop_for_time(self, breach: Breach) -> None:
-        if breach.resource in ("wall_time", "trial_time"):
+        if breach.resource in CLOCK_RESOURCES:
             self._stop(breach)
 
     def _stop(self, breach: Breach) -> None:
