@@ -60,14 +60,15 @@ class StudyData:
         parameters: Hyperparameters and chosen user attributes.
         ended: How each trial ended, by Optuna's state where this library did not see it.
         resources: The resources that at least one trial has a known usage of.
-        unreached: The resources whose peak a stopped trial has not reached, as the models found.
+        censored_peaks: The resources for which peaks of stopped trials are lower bounds, as the
+            models found.
     """
 
     table: pd.DataFrame
     parameters: tuple[Parameter, ...]
     ended: NDArray[np.object_]
     resources: tuple[str, ...]
-    unreached: frozenset[str] = frozenset()
+    censored_peaks: frozenset[str] = frozenset()
 
     def amounts(self, resource: str) -> NDArray[np.float64]:
         """Return what each trial used, shape ``(n_trials,)``; NaN where unknown.
@@ -84,9 +85,9 @@ class StudyData:
     def censored(self, resource: str) -> NDArray[np.bool_]:
         """Return where the amount is only a lower bound, shape ``(n_trials,)``."""
         held = self._where(_records.is_lower_bound, resource)
-        return held | self.unsure(resource) if resource in self.unreached else held
+        return held | self.maybe_censored(resource) if resource in self.censored_peaks else held
 
-    def unsure(self, resource: str) -> NDArray[np.bool_]:
+    def maybe_censored(self, resource: str) -> NDArray[np.bool_]:
         """Return where a peak may be a lower bound, shape ``(n_trials,)``: of stopped trials."""
         return self._where(_records.may_be_lower_bound, resource)
 
