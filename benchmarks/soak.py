@@ -39,9 +39,9 @@ from optuna_quota import check
 from optuna_quota import Quota
 from optuna_quota import QuotaSampler
 from optuna_quota import status
-from optuna_quota._ledger.accounts import Accounts
-from optuna_quota._ledger.clock import SystemClock
-from optuna_quota._ledger.undertaker import Undertaker
+from optuna_quota._ledger.state import Accounts
+from optuna_quota._ledger.state import SystemClock
+from optuna_quota._ledger.state import Undertaker
 from tests.storages import Address
 from tests.storages import SHARED
 from tests.storages import storage_at

@@ -169,22 +169,6 @@ def engine_of(storage: BaseStorage) -> Any:
     return backend.engine if isinstance(backend, RDBStorage) else None
 
 
-def tables_of(storage: BaseStorage) -> tuple[Any, Any] | None:
-    """Return the SQLAlchemy engine under a storage and Optuna's models of its tables.
-
-    None where there are none, where someone has put a storage of his own around Optuna's, or
-    where the database is not one that Optuna names in its documentation.
-    """
-    if type(storage).__name__ not in ("_CachedStorage", "RDBStorage"):
-        return None
-    engine = engine_of(storage)
-    if engine is None or engine.dialect.name not in ("sqlite", "postgresql", "mysql", "mariadb"):
-        return None
-    from optuna.storages._rdb import models
-
-    return engine, models
-
-
 def wrap_journal_lock(
     storage: BaseStorage, wrap: Callable[[BaseJournalFileLock, str], BaseJournalFileLock]
 ) -> None:
@@ -316,6 +300,50 @@ def finish_row(storage: BaseStorage, trial_id: int, state: TrialState) -> None:
     """Finish a row unless it is finished already."""
     if not storage.get_trial(trial_id).state.is_finished():
         storage.set_trial_state_values(trial_id, state)
+
+
+def has_row_locks(storage: BaseStorage) -> bool:
+    """Return whether Optuna gives an enqueued trial to one worker, and lets one finish a row.
+
+    SQLite has no row locks.
+    """
+    engine = engine_of(storage)
+    return engine is None or engine.dialect.name != "sqlite"
+
+
+def swap_system_attr_on_sqlite(
+    storage: BaseStorage, trial_id: int, key: str, old: Any, new: Any
+) -> bool:
+    """Set a trial's system attribute if it is still ``old``, None for absent; return whether."""
+    from optuna.storages._rdb.models import TrialSystemAttributeModel
+    from sqlalchemy import update
+    from sqlalchemy.dialects.sqlite import insert
+
+    values = {"trial_id": trial_id, "key": key, "value_json": json.dumps(new)}
+    if old is None:
+        statement: Any = insert(TrialSystemAttributeModel).values(values).on_conflict_do_nothing()
+    else:
+        statement = update(TrialSystemAttributeModel).values(values)
+        statement = statement.filter_by(trial_id=trial_id, key=key, value_json=json.dumps(old))
+    return _has_changed_a_row(storage, statement)
+
+
+def fail_row_on_sqlite(storage: BaseStorage, trial_id: int) -> bool:
+    """Finish a row as failed if it has not finished; return whether it had not."""
+    from optuna.storages._rdb.models import TrialModel
+    from sqlalchemy import update
+
+    running = update(TrialModel).filter_by(trial_id=trial_id, state=TrialState.RUNNING)
+    statement = running.values(state=TrialState.FAIL, datetime_complete=datetime.now())
+    return _has_changed_a_row(storage, statement)
+
+
+def _has_changed_a_row(storage: Any, statement: Any) -> bool:
+    from optuna.storages._rdb.storage import _create_scoped_session
+
+    with _create_scoped_session(getattr(storage, "_backend", storage).scoped_session) as session:
+        result: Any = session.execute(statement, execution_options={"synchronize_session": False})
+        return bool(result.rowcount)
 
 
 def write_attributes(

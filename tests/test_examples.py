@@ -107,7 +107,7 @@ def test_dashboard(tmp_path: Path) -> None:
     assert out.startswith("optuna-dashboard sqlite:///dashboard.db --artifact-dir")
     assert "Study 'kernel-ridge': 5 trials finished" in out
     page = (tmp_path / "dashboard.html").read_text(encoding="utf-8")
-    assert "Resource use of" in page and "plotly.js" in page
+    assert "Resource usage of" in page and "plotly.js" in page
     study = optuna.load_study(
         study_name="kernel-ridge", storage=f"sqlite:///{tmp_path / 'dashboard.db'}"
     )

@@ -145,7 +145,7 @@ def _described(error: BaseException) -> str:
 def record_result(
     study: Study,
     trial: FrozenTrial,
-    watch: TrialMonitor | None,
+    monitor: TrialMonitor | None,
     state: TrialState,
     *,
     limits: Limits | None = None,
@@ -162,27 +162,27 @@ def record_result(
     Args:
         study: The study.
         trial: Its row as it is now; constraints in it that others wrote are kept.
-        watch: Its metering; None when it ran where this process can't see it.
+        monitor: Its metering; None when it ran where this process can't see it.
         state: The state that is about to be stored.
-        limits: The limits on the trial; those of ``watch`` by default.
+        limits: The limits on the trial; those of ``monitor`` by default.
         footprint: What was projected before it ran, as intervals by resource.
         expected: The usage that was projected for a trial that did not run, by resource.
         error: What the objective raised, where that is known.
         told: What ``tell`` was called with, where that is known.
     """
-    if watch is None:
+    if monitor is None:
         before = read_record(trial)
         if before.outcome is not None and before.outcome in _OUTCOMES_OF.get(state, ()):
             # `tell` again after its state could not be stored: the first call had the metering.
             return before
-    usage = Usage() if watch is None else watch.close()
-    record = build_record(watch, usage, state, error=error, told=told, footprint=footprint)
-    if watch is not None and watch.recorded:
+    usage = Usage() if monitor is None else monitor.close()
+    record = build_record(monitor, usage, state, error=error, told=told, footprint=footprint)
+    if monitor is not None and monitor.recorded:
         return record
-    if watch is not None:
-        watch.recorded = True
+    if monitor is not None:
+        monitor.recorded = True
     if limits is None:
-        limits = Limits() if watch is None else watch.limits
+        limits = Limits() if monitor is None else monitor.limits
     amounts: Mapping[str, float] = usage.amounts()
     if record.outcome == "rejected":
         # It did not run: samplers should learn from what it would have used.
@@ -217,7 +217,7 @@ def read_row(study: Study, trial: Trial | FrozenTrial) -> FrozenTrial:
 
 
 def build_record(
-    watch: TrialMonitor | None,
+    monitor: TrialMonitor | None,
     usage: Usage,
     state: TrialState,
     *,
@@ -226,7 +226,7 @@ def build_record(
     footprint: Mapping[str, Interval] | None = None,
 ) -> TrialRecord:
     """Return the record of a trial that ends in the given state; see :func:`record_result`."""
-    verdict, breach = (None, None) if watch is None else (watch.verdict, watch.breach)
+    verdict, breach = (None, None) if monitor is None else (monitor.verdict, monitor.breach)
     end = classify_end(state, verdict, breach, error, told)
     return TrialRecord(
         usage=usage,
@@ -234,10 +234,10 @@ def build_record(
         reason=end.reason,
         breach=end.breach,
         footprint=footprint or {},
-        isolation=None if watch is None else watch.isolation,
+        isolation=None if monitor is None else monitor.isolation,
         host=socket.gethostname(),
-        timeline=watch.timeline() if watch is not None and end.breach is not None else (),
-        gpu_source=None if watch is None or watch.gpu is None else watch.gpu.source,
+        timeline=monitor.timeline() if monitor is not None and end.breach is not None else (),
+        gpu_source=None if monitor is None or monitor.gpu is None else monitor.gpu.source,
     )
 
 

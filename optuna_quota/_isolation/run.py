@@ -22,10 +22,10 @@ from optuna_quota._enforcement.check import raise_breached
 from optuna_quota._enforcement.check import raise_rejected
 from optuna_quota._enforcement.check import record_breach
 from optuna_quota._enforcement.constraints import tolerate_constraints_failure
-from optuna_quota._enforcement.forecast import Earlier
-from optuna_quota._enforcement.forecast import earlier_trials
+from optuna_quota._enforcement.forecast import completed_trials
+from optuna_quota._enforcement.forecast import CompletedTrials
 from optuna_quota._enforcement.forecast import forecast_breach
-from optuna_quota._enforcement.forecast import remember_profile
+from optuna_quota._enforcement.forecast import record_pace
 from optuna_quota._enforcement.nesting import pruner_limits
 from optuna_quota._enforcement.nesting import pruner_meters
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
@@ -375,15 +375,15 @@ class TrialRun:
             self._ceilings(),
             elapsed,
             steps=self._steps,
-            earlier=self._earlier_trials,
+            completed=self._completed_trials,
             memory=self._watch.timeline(),
         )
         if breach is not None:
             self._stop(breach)
 
     @functools.cached_property
-    def _earlier_trials(self) -> Earlier:
-        return Earlier() if self._study is None else earlier_trials(self._study)
+    def _completed_trials(self) -> CompletedTrials:
+        return CompletedTrials() if self._study is None else completed_trials(self._study)
 
     def _conclude(self, server: Server) -> Any:
         """Return or raise what came of the trial, and put down the verdict."""
@@ -394,7 +394,7 @@ class TrialRun:
             self._terminate(server.breach)
         if isinstance(outcome, Returned):
             if self._steps and self._study is not None:
-                remember_profile(self._study, self._steps)
+                record_pace(self._study, self._steps)
             shortage = server.shortage
             of_memory = shortage is not None and shortage.resource == "memory"
             if shortage is not None and of_memory and _has_nan(outcome.value):

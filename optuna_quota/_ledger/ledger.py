@@ -19,40 +19,39 @@ from weakref import WeakSet
 from optuna.exceptions import UpdateFinishedTrialError
 
 from optuna_quota import _optuna
-from optuna_quota._ledger.accounts import Accounts
-from optuna_quota._ledger.accounts import Snapshot
-from optuna_quota._ledger.admission import ask
-from optuna_quota._ledger.admission import ask_at_once
-from optuna_quota._ledger.admission import judge
-from optuna_quota._ledger.admission import pauses
-from optuna_quota._ledger.clock import Clock
-from optuna_quota._ledger.clock import SystemClock
-from optuna_quota._ledger.earlier import describe_earlier
+from optuna_quota._ledger.dead_workers import Death
 from optuna_quota._ledger.gpus import Gpu
 from optuna_quota._ledger.gpus import gpu_in
 from optuna_quota._ledger.gpus import want_of_gpu
+from optuna_quota._ledger.grant import Asked
 from optuna_quota._ledger.grant import beyond
+from optuna_quota._ledger.grant import first_wants
 from optuna_quota._ledger.grant import Grant
 from optuna_quota._ledger.grant import hopeless
+from optuna_quota._ledger.grant import more_wants
+from optuna_quota._ledger.grant import PATIENCE
 from optuna_quota._ledger.grant import Refusal
+from optuna_quota._ledger.grant import revised_promise
+from optuna_quota._ledger.grant import standstill
 from optuna_quota._ledger.grant import too_late
-from optuna_quota._ledger.keeper import Keeper
-from optuna_quota._ledger.leases import Death
+from optuna_quota._ledger.heartbeat import Keeper
+from optuna_quota._ledger.heartbeat import Running
 from optuna_quota._ledger.protocol import answered
 from optuna_quota._ledger.protocol import Decision
 from optuna_quota._ledger.protocol import queued
 from optuna_quota._ledger.protocol import Shortage
 from optuna_quota._ledger.protocol import Want
-from optuna_quota._ledger.request import Asked
-from optuna_quota._ledger.request import first_wants
-from optuna_quota._ledger.request import more_wants
-from optuna_quota._ledger.request import revised_promise
 from optuna_quota._ledger.reservation import Reservation
-from optuna_quota._ledger.running import Running
-from optuna_quota._ledger.standstill import PATIENCE
-from optuna_quota._ledger.standstill import standstill
-from optuna_quota._ledger.undertaker import Undertaker
-from optuna_quota._ledger.worker import this_worker
+from optuna_quota._ledger.reservation import this_worker
+from optuna_quota._ledger.state import Accounts
+from optuna_quota._ledger.state import ask
+from optuna_quota._ledger.state import Clock
+from optuna_quota._ledger.state import judge
+from optuna_quota._ledger.state import pauses
+from optuna_quota._ledger.state import Snapshot
+from optuna_quota._ledger.state import SystemClock
+from optuna_quota._ledger.state import Undertaker
+from optuna_quota._ledger.totals import describe_earlier
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
@@ -190,10 +189,6 @@ class Ledger:
             need = footprint.get("gpu_memory", limits.gpu_memory)
             machine = this_worker().machine
             wants.update(want_of_gpu(self._gpus, seen.claims, machine, need))
-            if not waiting:
-                grant = self._reserve_at_once(trial, limits, wants, footprint)
-                if grant is not None:
-                    return grant
             # Who waits looks before it asks: a claim in vain would only disturb the others.
             decision = judge(self._accounts, number, held, wants, seen, queue=True)
             if not waiting or decision.action != "withdraw":
@@ -347,30 +342,6 @@ class Ledger:
         place = replace(place, beat=now)
         self._accounts.write(trial_id, place)
         return place
-
-    def _reserve_at_once(
-        self,
-        trial: FrozenTrial,
-        limits: Limits,
-        wants: Mapping[str, Want],
-        footprint: Mapping[str, float],
-    ) -> Grant | None:
-        """Return a grant that needed no claim, None when the protocol is to be gone through."""
-        trial_id, written = _optuna.trial_id_of(trial), Reservation()
-
-        def write_grant(decision: Decision, seen: Snapshot) -> bool:
-            nonlocal written
-            if beyond(self.quota, seen.used, footprint) is not None:
-                return False
-            written = self._write_grant(trial_id, decision)
-            return True
-
-        seen = ask_at_once(self._accounts, trial.number, wants, write_grant)
-        if seen is None:
-            return None
-        grant = self._begin(trial, limits, written)
-        self._undertaker.tend(seen)
-        return grant
 
     def _write_grant(self, trial_id: int, decision: Decision) -> Reservation:
         now, gpu = self._clock.time(), gpu_in(decision.granted)

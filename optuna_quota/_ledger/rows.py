@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence
-import contextlib
 from dataclasses import replace
-from datetime import datetime
 import logging
 from typing import Any
 from typing import TYPE_CHECKING
@@ -16,13 +13,11 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._ledger.book import Book
-from optuna_quota._ledger.book import Entry
-from optuna_quota._ledger.book import read_entry
 from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
-from optuna_quota._ledger.tables import Tables
+from optuna_quota._ledger.totals import Book
+from optuna_quota._ledger.totals import read_entry
 from optuna_quota._records import RESERVATION
 from optuna_quota._records import TrialRecord
 from optuna_quota._records import write_attributes
@@ -31,7 +26,6 @@ from optuna_quota._storage_retry import retry
 
 
 if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
@@ -39,9 +33,9 @@ _logger = logging.getLogger("optuna.quota.ledger")
 
 
 class Rows:
-    """A cursor over a study's rows: each finished one is read once.
+    """A cursor over a study's rows: each finished one is parsed once.
 
-    Not safe for threads; the ledger holds a lock around reading.
+    Not thread-safe; the ledger holds a lock while it reads.
     """
 
     def __init__(self, study: Study) -> None:
@@ -49,34 +43,18 @@ class Rows:
         self._study_id = _optuna.study_id_of(study)
         # Short, as it stands in every row.
         self._stamp = f"{zlib.crc32(study.study_name.encode(errors='replace')):08x}"
-        self._tables = _tables_of(self._storage, self._study_id)
         self._next = 0
         self._open: list[int] = []
-        self._last_id = -1
-        self._trials: Sequence[FrozenTrial] = ()
+        self._trials: Sequence[FrozenTrial] | None = None
 
     @property
     def trials(self) -> Sequence[FrozenTrial]:
-        """All rows by number: as they were last read, where they were read as a whole."""
-        if self._tables is None and self._trials:
-            return self._trials
-        return retry(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[bool]:
-        """Keep all other writers out while the block runs; yield whether that can be done."""
-        with contextlib.nullcontext(False) if self._tables is None else self._tables.alone() as it:
-            yield it
+        """All rows by number, as last read."""
+        return self._read() if self._trials is None else self._trials
 
     def read_into(self, book: Book) -> None:
         """Bring a book up to date with the storage."""
-        entries = self._read_storage(book) if self._tables is None else self._read_tables(book)
-        still_open = [entry for entry in entries if entry.state != "finished"]
-        book.fold([entry for entry in entries if entry.state == "finished"], still_open)
-
-    def _read_storage(self, book: Book) -> list[Entry]:
-        trials = retry(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
-        self._trials = trials
+        trials = self._read()
         # Rows are never deleted, so a row's place in the list is its number.
         numbers = (*self._open, *range(self._next, len(trials)))
         found = [trials[number] for number in numbers]
@@ -84,27 +62,14 @@ class Rows:
             read_entry(trial, _optuna.trial_id_of(trial), book.quota, study=self._stamp)
             for trial in found
         ]
+        still_open = [entry for entry in entries if entry.state != "finished"]
         self._next = max(self._next, len(trials))
-        self._open = [entry.number for entry in entries if entry.state != "finished"]
-        return entries
+        self._open = [entry.number for entry in still_open]
+        book.fold([entry for entry in entries if entry.state == "finished"], still_open)
 
-    def _read_tables(self, book: Book) -> list[Entry]:
-        assert self._tables is not None
-        tables = self._tables
-        rows = retry(lambda: tables.changed(self._last_id, self._open))
-        entries = [
-            read_entry(
-                row.trial,
-                _optuna.trial_id_of(row.trial),
-                book.quota,
-                study=self._stamp,
-                touched=row.touched,
-            )
-            for row in rows
-        ]
-        self._last_id = max([self._last_id, *(entry.trial_id for entry in entries)])
-        self._open = [entry.trial_id for entry in entries if entry.state != "finished"]
-        return entries
+    def _read(self) -> Sequence[FrozenTrial]:
+        self._trials = retry(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
+        return self._trials
 
     def stale(self) -> list[int]:
         """Return the ids of trials whose heartbeat the storage has missed."""
@@ -114,52 +79,43 @@ class Rows:
         """Write a trial's reservation into its row.
 
         Raises:
-            optuna.exceptions.UpdateFinishedTrialError: If the row is finished: someone took this
-                worker for dead.
+            optuna.exceptions.UpdateFinishedTrialError: If the row is finished: another worker
+                found this one dead.
         """
         value = self._object(reservation)
-        tables = self._tables
-        if tables is None or not retry(lambda: tables.write(trial_id, value)):
-            if tables is not None and tables.is_alone:
-                # The storage's own connection would wait for this one.
-                raise UpdateFinishedTrialError(f"The trial with id {trial_id} has finished.")
-            write_attributes(self._storage, trial_id, system={RESERVATION: value})
+        write_attributes(self._storage, trial_id, system={RESERVATION: value})
 
     def take(self, trial_id: int, reservation: Reservation) -> bool:
-        """Return whether an enqueued trial is this worker's, and nobody else's already.
+        """Return whether an enqueued trial is this worker's alone.
 
         Optuna relies on row locks to give it to one worker only, and SQLite has none.
         """
-        tables, value = self._tables, self._object(reservation)
-        if tables is None or retry(lambda: tables.write_first(trial_id, value)):
+        storage, value = self._storage, self._object(reservation)
+        if _optuna.has_row_locks(storage):
             return True
-        trial = retry(lambda: self._storage.get_trial(trial_id))
-        # What a retried trial copied from another one is void.
-        held = parse_reservation(trial.system_attrs.get(RESERVATION), trial_id)
-        return held is None and not trial.state.is_finished()
+        trial = retry(lambda: storage.get_trial(trial_id))
+        written = trial.system_attrs.get(RESERVATION)
+        # A retried trial has a copy of another one's reservation, which is parsed as None.
+        if trial.state.is_finished() or parse_reservation(written, trial_id, self._stamp):
+            return False
+        return retry(
+            lambda: _optuna.swap_system_attr_on_sqlite(
+                storage, trial_id, RESERVATION, written, value
+            )
+        )
+
+    def fail(self, trial_id: int, record: TrialRecord, reservation: Reservation) -> bool:
+        """Finish the row of a trial whose worker is gone; of several that try, one succeeds."""
+        storage = self._storage
+        try:
+            self.write(trial_id, reservation)
+            write_record(storage, trial_id, record)
+            if not _optuna.has_row_locks(storage):
+                return retry(lambda: _optuna.fail_row_on_sqlite(storage, trial_id))
+            retry(lambda: storage.set_trial_state_values(trial_id, TrialState.FAIL))
+        except UpdateFinishedTrialError:
+            return False
+        return True
 
     def _object(self, reservation: Reservation) -> dict[str, Any]:
         return reservation_object(replace(reservation, study=self._stamp))
-
-    def fail(self, trial_id: int, record: TrialRecord, reservation: Reservation) -> None:
-        """Finish the row of a trial whose worker is gone; of several that try, one succeeds.
-
-        Raises:
-            optuna.exceptions.UpdateFinishedTrialError: If someone else has done so.
-        """
-        tables = self._tables
-        self.write(trial_id, reservation)
-        write_record(self._storage, trial_id, record)
-        if tables is None:
-            retry(lambda: self._storage.set_trial_state_values(trial_id, TrialState.FAIL))
-        # On SQLite, Optuna reads the state and writes it in two steps.
-        elif not retry(lambda: tables.fail(trial_id, datetime.now())):
-            raise UpdateFinishedTrialError(f"The trial with id {trial_id} has finished.")
-
-
-def _tables_of(storage: BaseStorage, study_id: int) -> Tables | None:
-    try:
-        return Tables.of(storage, study_id)
-    except (AttributeError, ImportError, KeyError) as error:
-        _logger.debug(f"The tables are not those of the Optuna that is known: {error!r}.")
-        return None

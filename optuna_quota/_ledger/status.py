@@ -13,8 +13,8 @@ from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna_quota import _optuna
-from optuna_quota._ledger.book import Book
 from optuna_quota._ledger.rows import Rows
+from optuna_quota._ledger.totals import Book
 from optuna_quota._records import read_amounts
 from optuna_quota._records import STUDY_LIMITS
 from optuna_quota._records import STUDY_PRICES

@@ -13,12 +13,12 @@ from optuna.exceptions import TrialPruned
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.active_trials import find_watch
+from optuna_quota._enforcement.active_trials import find_monitor
 from optuna_quota._enforcement.trial_result import save_record
 from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
-from optuna_quota._ledger.worker import this_worker
+from optuna_quota._ledger.reservation import this_worker
 from optuna_quota._records import is_rejected
 from optuna_quota._records import PREFIX
 from optuna_quota._records import RESERVATION
@@ -68,7 +68,7 @@ def finish_row(study: Study, trial: FrozenTrial, error: BaseException, *, admitt
         error: What the hook raised; the caller raises it again.
         admitted: Whether the trial had been admitted, so that its usage counts.
     """
-    watch = find_watch(study, trial)
+    watch = find_monitor(study, trial)
     usage = None if watch is None else watch.close()
     outcome: Outcome = "rejected" if isinstance(error, _REJECTIONS) else "failed"
     reason = str(error) if outcome == "rejected" else f"The trial failed to start: {error!r}."

@@ -17,8 +17,8 @@ from weakref import WeakValueDictionary
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.active_trials import find_watch
-from optuna_quota._enforcement.active_trials import start_watch
+from optuna_quota._enforcement.active_trials import find_monitor
+from optuna_quota._enforcement.active_trials import start_monitor
 from optuna_quota._enforcement.constraints import constraints_warning
 from optuna_quota._enforcement.interrupt import Interrupter
 from optuna_quota._enforcement.nesting import quota_pruners
@@ -106,7 +106,7 @@ class StudySession:
         """Start the metering of an admitted trial."""
         self._collect_garbage(limits)
         trial_id = _optuna.trial_id_of(trial)
-        watch = start_watch(
+        watch = start_monitor(
             study,
             trial,
             "sampler",
@@ -161,7 +161,7 @@ class StudySession:
             interrupter = self._interrupters.pop(trial_id, None)
             if interrupter is not None:
                 interrupter.disarm()
-            watch = find_watch(study, trial)
+            watch = find_monitor(study, trial)
             if watch is not None and watch.isolation is None:
                 # It ran where this process can't see: its row may report its usage.
                 watch.add_usage(read_record(trial).usage)

@@ -260,29 +260,39 @@ def maximize(theta: Array, sample: Sample, *, has_floor: bool, steps: int = _MAX
 
     prior = _prior_precision(sample, has_floor)
 
-    def objective(theta: Array) -> tuple[float, Array]:
+    def at(theta: Array) -> tuple[float, Array, Array]:
+        """Return minus the log posterior, its gradient and its curvature."""
+        bounded = theta.copy()
+        bounded[-1] = max(theta[-1], _MIN_LOG_SIGMA)
         with np.errstate(all="ignore"):  # a step too far is taken back
-            here = derivatives(theta, sample, has_floor)
+            here = derivatives(bounded, sample, has_floor)
             value = 0.5 * (prior * theta**2).sum() - here.loglike_obs.sum()
-        if theta[-1] < _MIN_LOG_SIGMA or not math.isfinite(value):
-            return math.inf, np.zeros(len(theta))
-        return float(value), prior * theta - here.score_obs.sum(axis=0)
+            gradient = prior * theta - here.score_obs.sum(axis=0)
+        if theta[-1] <= _MIN_LOG_SIGMA:
+            gradient[-1] = min(gradient[-1], 0.0)
+        if not math.isfinite(value):
+            return math.inf, np.zeros(len(theta)), np.eye(len(theta))
+        return float(value), gradient, here.information + np.diag(prior)
+
+    def objective(theta: Array) -> tuple[float, Array]:
+        return at(theta)[:2]
 
     def curvature(theta: Array) -> Array:
-        return derivatives(theta, sample, has_floor).information + np.diag(prior)
+        return at(theta)[2]
 
+    options = {"maxiter": steps, "gtol": 1e-3}
     found = minimize(
-        objective,
-        theta,
-        jac=True,
-        hess=curvature,
-        method="trust-exact",
-        options={"maxiter": steps, "gtol": 1e-3},
+        objective, theta, jac=True, hess=curvature, method="trust-exact", options=options
     )
-    theta = found.x
+    theta = found.x.copy()
+    theta[-1] = max(theta[-1], _MIN_LOG_SIGMA)
+    _, gradient, hessian = at(theta)
+    # What a further step would add to the log-likelihood: a small gradient alone is too strict for
+    # a law that fits exactly.
+    gain = 0.5 * float(gradient @ np.linalg.pinv(hessian) @ gradient)
     gamma, beta = (float(theta[0]), theta[1:-1]) if has_floor else (-math.inf, theta[:-1])
     loglike = float(derivatives(theta, sample, has_floor).loglike_obs.sum())
-    return Fit(beta, gamma, float(theta[-1]), loglike, bool(found.success))
+    return Fit(beta, gamma, float(theta[-1]), loglike, abs(gain) < 1e-3)
 
 
 def _prior_precision(sample: Sample, has_floor: bool) -> Array:

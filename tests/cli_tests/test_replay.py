@@ -13,7 +13,7 @@ def test_what_would_have_been_saved_is_printed(
     result = run_command(capsys, "replay", "--storage", tuned, "--limit", "wall_time=1h")
     assert result.status == 0
     assert "0 trials would have been terminated" in result.out
-    assert "would have lived" in result.out
+    assert "would have completed" in result.out
 
 
 def test_a_quota_that_would_have_been_used_up_has_status_3(

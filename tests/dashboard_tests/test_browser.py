@@ -90,7 +90,7 @@ def test_the_studys_page_has_four_plots(driver: Any, address: str) -> None:
            return drawn.length < 4 ? null : drawn.map(p => p.layout.title.text);""",
     )
     assert len(titles) == 4
-    for start in ("Memory of each trial", "What is left of the quota", "Quality against time"):
+    for start in ("Memory of each trial", "Quota left", "Quality against time"):
         assert any(start in title for title in titles)
     assert not faults(driver)
 

@@ -32,8 +32,8 @@ from optuna_quota.dashboard import publish
 from optuna_quota.dashboard import Publisher
 from optuna_quota.dashboard._notes import END
 from optuna_quota.dashboard._publish import IMAGE
-from optuna_quota.dashboard._publish import publish_material
-from optuna_quota.visualization._charts import material_of
+from optuna_quota.dashboard._publish import publish_data
+from optuna_quota.visualization._data import report_data
 from tests.dashboard_tests.notes import block_of
 from tests.visualization_tests.studies import add_row
 from tests.visualization_tests.studies import empty_study
@@ -72,7 +72,7 @@ def attributes(study: optuna.Study) -> dict[str, Any]:
 
 def publish_plain(study: optuna.Study, store: Any = None) -> None:
     """Publish without analyzing, which takes seconds and is tested elsewhere."""
-    publish_material(material_of(study), None, store)
+    publish_data(report_data(study), store)
 
 
 def plots(study: optuna.Study) -> dict[str, Any]:
@@ -272,7 +272,7 @@ def test_the_publisher_pauses_long_after_a_slow_publication(
     def slow(*args: Any) -> None:
         now[0] += 2.0
 
-    monkeypatch.setattr(_publish, "publish_material", slow)
+    monkeypatch.setattr(_publish, "publish_data", slow)
     study = made_study(3)
     publisher = Publisher(interval=1)
     now[0] = 10.0
@@ -309,7 +309,7 @@ def test_an_error_of_publishing_is_logged_and_fails_no_trial(
     def fail(*args: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(_publish, "publish_material", fail)
+    monkeypatch.setattr(_publish, "publish_data", fail)
     monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
     study = optuna.create_study()
     study.optimize(objective, n_trials=3, callbacks=[Publisher(interval=0)])

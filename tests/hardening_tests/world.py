@@ -21,12 +21,12 @@ from optuna.storages.journal import BaseJournalBackend
 import pytest
 
 from optuna_quota._enforcement import active_trials
-from optuna_quota._ledger import keeper as keeper_module
+from optuna_quota._ledger import heartbeat as keeper_module
 from optuna_quota._ledger import ledger as ledger_module
-from optuna_quota._ledger import worker as worker_module
-from optuna_quota._ledger.clock import SystemClock
+from optuna_quota._ledger import reservation as worker_module
 from optuna_quota._ledger.ledger import LEASE
 from optuna_quota._ledger.reservation import Worker
+from optuna_quota._ledger.state import SystemClock
 from optuna_quota._metering import replace_loop
 from optuna_quota._metering.monitored_tree import ThreadTime
 from optuna_quota._sampler import study_session

@@ -19,13 +19,13 @@ from optuna_quota import status
 from optuna_quota import Usage
 from optuna_quota._ledger import Grant
 from optuna_quota._ledger import Ledger
-from optuna_quota._ledger.book import Entry
-from optuna_quota._ledger.leases import Leases
+from optuna_quota._ledger.dead_workers import Leases
+from optuna_quota._ledger.reservation import is_alive
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
+from optuna_quota._ledger.reservation import this_worker
 from optuna_quota._ledger.reservation import Worker
-from optuna_quota._ledger.worker import is_alive
-from optuna_quota._ledger.worker import this_worker
+from optuna_quota._ledger.totals import Entry
 from optuna_quota._optuna import stale_trial_ids
 from optuna_quota._optuna import storage_of
 from optuna_quota._optuna import study_id_of

@@ -16,7 +16,7 @@ from optuna_quota import Quota
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
 from optuna_quota import status
-from optuna_quota._ledger.earlier import describe_earlier
+from optuna_quota._ledger.totals import describe_earlier
 
 
 SPACE = {"x": FloatDistribution(0, 1)}

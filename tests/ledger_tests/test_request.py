@@ -8,11 +8,11 @@ import pytest
 
 from optuna_quota import Limits
 from optuna_quota import Quota
+from optuna_quota._ledger.grant import Asked
+from optuna_quota._ledger.grant import first_wants
+from optuna_quota._ledger.grant import more_wants
+from optuna_quota._ledger.grant import revised_promise
 from optuna_quota._ledger.protocol import Want
-from optuna_quota._ledger.request import Asked
-from optuna_quota._ledger.request import first_wants
-from optuna_quota._ledger.request import more_wants
-from optuna_quota._ledger.request import revised_promise
 
 
 GIB = 2.0**30

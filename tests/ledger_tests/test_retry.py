@@ -22,8 +22,8 @@ from optuna_quota import QuotaSampler
 from optuna_quota._ledger import Ledger
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
+from optuna_quota._ledger.reservation import this_worker
 from optuna_quota._ledger.reservation import Worker
-from optuna_quota._ledger.worker import this_worker
 from optuna_quota._optuna import storage_of
 from optuna_quota._optuna import trial_id_of
 from optuna_quota._records import RESERVATION

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import time
+
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+import optuna
 import pytest
 
 from optuna_quota import Quota
-from optuna_quota._ledger.book import Book
-from optuna_quota._ledger.book import Entry
-from optuna_quota._ledger.clocks import Clocks
+from optuna_quota._ledger import Ledger
 from optuna_quota._ledger.reservation import Reservation
+from optuna_quota._ledger.reservation import reservation_object
 from optuna_quota._ledger.reservation import Worker
-from optuna_quota._ledger.spans import Spans
+from optuna_quota._ledger.totals import Book
+from optuna_quota._ledger.totals import Entry
+from optuna_quota._ledger.totals import Spans
+from optuna_quota._optuna import storage_of
+from optuna_quota._optuna import trial_id_of
+from optuna_quota._records import RESERVATION
+from tests.ledger_tests.test_ledger import begin
+from tests.ledger_tests.test_ledger import reserve
 
 
 INTERVALS = st.lists(
@@ -59,10 +68,8 @@ def worker(machine: str) -> Worker:
     return Worker(machine, machine)
 
 
-def row(
-    number: int, machine: str, start: float, end: float, after: dict[str, float] | None = None
-) -> Entry:
-    held = Reservation(number, worker=worker(machine), began=start, beat=start, after=after or {})
+def row(number: int, machine: str, start: float, end: float) -> Entry:
+    held = Reservation(number, worker=worker(machine), began=start, beat=start)
     return Entry(
         number, number, "finished", "completed", held, {"trial_time": end - start}, (start, end)
     )
@@ -105,37 +112,25 @@ def test_trials_at_once_on_two_machines_count_once() -> None:
     assert book.used(0)["wall_time"] == 15
 
 
-def test_a_clock_that_rows_prove_wrong_is_moved_by_the_least_that_explains_them() -> None:
-    # Machine b's clock is an hour behind a's. Its worker began 5 s after a's did, and wrote that
-    # it had read a's stamp 100, which its own clock has yet to reach, at -3495 on its clock.
+@pytest.mark.parametrize("ahead", [-300.0, 300.0])
+def test_a_running_trial_is_timed_by_its_own_clock(ahead: float) -> None:
     book = Book(Quota())
-    book.fold([row(0, "a", 100 + 3600, 110 + 3600), row(1, "b", 105, 115, {"a": 3700.0})], [])
-    # Moved by the least: b began when a's stamp was written, 5 s before it truly did.
-    assert book.used(0)["wall_time"] == 10
-    # A later stamp, read at once, tells the offset exactly; rows that were added before move too.
-    book.fold([row(2, "b", 130, 131, {"a": 3730.0})], [])
-    assert book.used(0)["wall_time"] == 16
+    running = Reservation(1, worker=worker("b"), began=1000 + ahead, beat=1040 + ahead)
+    book.fold([], [Entry(1, 1, "running", reservation=running)])
+    assert 40 <= book.used(now=1050)["wall_time"] <= 70
 
 
-def test_clocks_are_believed_unless_rows_prove_them_wrong() -> None:
-    clocks = Clocks()
-    for entry in (row(0, "a", 100, 110), row(1, "b", 90, 110)):
-        assert entry.reservation is not None
-        assert not clocks.learn(entry.reservation)
-    assert clocks.shifts == {}
-    assert clocks.later_than("b", 95) == {"a": 100}
-    assert clocks.later_than("b", 105) == {}
-
-
-def test_proofs_carry_over_from_machine_to_machine() -> None:
-    clocks = Clocks()
-    chain = [
-        Reservation(worker=worker("b"), beat=10, after={"a": 110}),
-        Reservation(worker=worker("c"), beat=5, after={"b": 15}),
-    ]
-    assert [clocks.learn(reservation) for reservation in chain] == [True, True]
-    assert clocks.shifts == {"b": 100, "c": 110}
-    assert clocks.moved("c", 5) == 115
+def test_a_clock_that_is_ahead_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    study = optuna.create_study()
+    ledger = Ledger(study, Quota(wall_time="1h"))
+    for host, ahead in (("near", 2.0), ("far", 330.0)):
+        trial_id = trial_id_of(study.ask())
+        held = Reservation(trial_id, worker=worker(host), beat=time.time() + ahead)
+        storage_of(study).set_trial_system_attr(trial_id, RESERVATION, reservation_object(held))
+    for _ in range(2):
+        reserve(ledger, begin(study))
+    (message,) = [r.message for r in caplog.records if "clock" in r.message]
+    assert message.startswith("The clock of host far is 5 min 30 s ahead of this host's")
 
 
 def test_a_reader_whose_clock_is_behind_counts_up_to_what_it_has_read() -> None:

@@ -14,11 +14,11 @@ import pytest
 from optuna_quota import Quota
 from optuna_quota import QuotaSampler
 from optuna_quota import status
+from optuna_quota._ledger.reservation import process_start
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
+from optuna_quota._ledger.reservation import this_worker
 from optuna_quota._ledger.reservation import Worker
-from optuna_quota._ledger.worker import process_start
-from optuna_quota._ledger.worker import this_worker
 from optuna_quota._optuna import storage_of
 from optuna_quota._optuna import trial_id_of
 from optuna_quota._records import RESERVATION

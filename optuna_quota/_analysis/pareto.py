@@ -1,4 +1,4 @@
-"""The best trials of a study."""
+"""Best trials and Pareto fronts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-    Array = NDArray[np.float64]
-
 
 def best_numbers(study: Study, *, without: Collection[int] = ()) -> list[int]:
     """Return the number of the best completed trial, or those of the Pareto front.
 
-    Trials that violate a constraint or have a value that is not finite are passed over.
+    Trials that violate a constraint or have a value that is not finite are left out.
 
     Args:
         study: Any Optuna study.
-        without: Numbers of trials to leave out.
+        without: Numbers of further trials to leave out.
     """
     from optuna.trial import TrialState
 
@@ -32,8 +30,8 @@ def best_numbers(study: Study, *, without: Collection[int] = ()) -> list[int]:
     trials = [t for t in completed if t.number not in without and is_feasible(t)]
     if not trials:
         return []
-    losses = np.array([t.values for t in trials], dtype=float) * signs(study)
-    return [trials[i].number for i in front(losses)]
+    losses = np.array([t.values for t in trials], dtype=float) * loss_signs(study)
+    return [trials[i].number for i in pareto_front(losses)]
 
 
 def is_feasible(trial: FrozenTrial) -> bool:
@@ -42,24 +40,21 @@ def is_feasible(trial: FrozenTrial) -> bool:
     return finite and all(v <= 0 for v in trial.constraints.values())
 
 
-def signs(study: Study) -> Array:
+def loss_signs(study: Study) -> NDArray[np.float64]:
     """Return 1 for each objective to minimize and -1 for each to maximize."""
-    from optuna.study import StudyDirection
-
-    return np.array([-1.0 if d == StudyDirection.MAXIMIZE else 1.0 for d in study.directions])
+    return np.array([-1.0 if d.name == "MAXIMIZE" else 1.0 for d in study.directions])
 
 
-def front(losses: Array) -> list[int]:
-    """Return the rows that no other dominates; with one column, the first least alone.
+def pareto_front(losses: NDArray[np.float64]) -> list[int]:
+    """Return the rows that no other row dominates; of a single column, the first minimum.
 
     Args:
         losses: Less is better, shape ``(n, n_objectives)``.
     """
     if losses.shape[1] == 1:
         return [int(losses[:, 0].argmin())]
-    order = np.lexsort(losses.T[::-1])
     kept: list[int] = []
-    for i in order:
+    for i in np.lexsort(losses.T[::-1]):
         better = (losses[kept] <= losses[i]).all(axis=1) & (losses[kept] < losses[i]).any(axis=1)
         if not better.any():
             kept.append(int(i))

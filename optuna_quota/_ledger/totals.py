@@ -1,8 +1,11 @@
-"""The sum of all rows: each finished one is added once, those that run are looked at anew."""
+"""The clock time in which trials ran, without the longer pauses between them (pure)."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Hashable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -10,22 +13,118 @@ from dataclasses import dataclass
 from dataclasses import field
 from typing import TYPE_CHECKING
 
-from optuna_quota._ledger.clocks import Clocks
 from optuna_quota._ledger.protocol import Claim
 from optuna_quota._ledger.protocol import is_held
 from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import Worker
-from optuna_quota._ledger.spans import WorkerSpans
 from optuna_quota._records import parse_record
 from optuna_quota._records import RESERVATION
+from optuna_quota._resources import format_amount
+from optuna_quota._resources import get_resource
 from optuna_quota._resources import Quota
+from optuna_quota._resources import TOTAL_RESOURCES
 from optuna_quota._resources import Usage
 
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+
+Interval = tuple[float, float]
+
+# Seconds: where a worker runs no trial for longer than this, its clock stands still. What it does
+# between trials, such as to draw a point, takes less and counts.
+LONGEST_GAP = 10.0
+
+
+class Spans:
+    """A union of intervals that grows; an interval costs the logarithm of what is there.
+
+    Args:
+        intervals: The first ones.
+        gap: Intervals no further apart than this are one, with what is between them.
+    """
+
+    def __init__(self, intervals: Iterable[Interval] = (), gap: float = 0.0) -> None:
+        self._gap = gap
+        self._starts: list[float] = []
+        self._ends: list[float] = []
+        self.total = 0.0
+        for start, end in intervals:
+            self.add(start, end)
+
+    def add(self, start: float, end: float) -> None:
+        """Add an interval; one that ends before it starts is empty."""
+        if end <= start:
+            return
+        first, last = self._touched(start, end)
+        start, end = self._joined(start, end, first, last)
+        self.total += end - start - self._length(first, last)
+        self._starts[first:last] = [start]
+        self._ends[first:last] = [end]
+
+    def joined(self, start: float, end: float) -> Interval:
+        """Return an interval with those that it would become one with, without adding it."""
+        return self._joined(start, end, *self._touched(start, end))
+
+    def _joined(self, start: float, end: float, first: int, last: int) -> Interval:
+        if first >= last:
+            return start, end
+        return min(start, self._starts[first]), max(end, self._ends[last - 1])
+
+    def with_added(self, intervals: Iterable[Interval]) -> float:
+        """Return what the total would be with more intervals."""
+        more = Spans(intervals)
+        shared = sum(
+            self._overlap(start, end) for start, end in zip(more._starts, more._ends, strict=True)
+        )
+        return self.total + more.total - shared
+
+    def _touched(self, start: float, end: float) -> tuple[int, int]:
+        gap = self._gap
+        return bisect_left(self._ends, start - gap), bisect_right(self._starts, end + gap)
+
+    def _length(self, first: int, last: int) -> float:
+        pairs = zip(self._starts[first:last], self._ends[first:last], strict=True)
+        return sum(end - start for start, end in pairs)
+
+    def _overlap(self, start: float, end: float) -> float:
+        first, last = self._touched(start, end)
+        pairs = zip(self._starts[first:last], self._ends[first:last], strict=True)
+        return sum(max(0.0, min(end, e) - max(start, s)) for s, e in pairs)
+
+
+class WorkerSpans:
+    """The clock time of all workers: each from trial to trial, those at once counted once."""
+
+    def __init__(self) -> None:
+        self._own: dict[Hashable, Spans] = {}
+        self._all = Spans()
+
+    def add(self, worker: Hashable, start: float, end: float) -> None:
+        """Add a trial of a worker."""
+        own = self._own.setdefault(worker, Spans(gap=LONGEST_GAP))
+        own.add(start, end)
+        if end > start:
+            self._all.add(*own.joined(start, end))
+
+    @property
+    def total(self) -> float:
+        """The clock time of all trials that were added."""
+        return self._all.total
+
+    def with_running(self, running: Iterable[tuple[Hashable, float, float]]) -> float:
+        """Return the total with what workers do now, from a start until the given time."""
+        joined = []
+        for worker, start, now in running:
+            own = self._own.get(worker)
+            joined.append((start, now) if own is None else own.joined(start, now))
+        return self._all.with_added(joined)
+
+
+# Seconds between two writes of a worker that show that it is alive.
+HEARTBEAT = 30.0
 
 # What is summed over the rows of finished trials. `wall_time` is a union, not a sum.
 SUMMED = ("n_trials", "trial_time", "cpu_time", "gpu_time", "energy", "cost")
@@ -75,7 +174,6 @@ def read_entry(
     quota: Quota,
     *,
     study: str | None = None,
-    touched: bool | None = None,
 ) -> Entry:
     """Return what a row means to the ledger.
 
@@ -84,16 +182,12 @@ def read_entry(
         trial_id: Its id in the storage.
         quota: The quota; its prices turn usage into cost.
         study: What tells the study from others in reservations.
-        touched: Whether anything was written into the row; None to go by ``trial``.
     """
     written = trial.system_attrs.get(RESERVATION)
-    reservation = parse_reservation(written, trial_id)
-    if reservation is not None and reservation.study not in (None, study):
-        # Copied from another study, into a row that happens to have the same id.
-        reservation = None
+    reservation = parse_reservation(written, trial_id, study)
     if not trial.state.is_finished():
         state = trial.state.name.lower()
-        untouched = state == "running" and not (_touched(trial) if touched is None else touched)
+        untouched = state == "running" and not _touched(trial)
         return Entry(trial.number, trial_id, state, reservation=reservation, untouched=untouched)
     record = parse_record(trial.user_attrs)
     outcome = record.outcome or _outcome_of_state(trial.state.name)
@@ -177,20 +271,25 @@ class Book:
     Args:
         quota: The quota; its prices turn usage into cost.
         bounds: Limits on one trial, by resource: what a trial of unknown usage is charged.
+        heartbeat: Seconds between two heartbeats of a worker.
 
     Attributes:
         earlier: What rows come to that no ledger admitted, by resource, and how many they are:
             those that ran as ``n_trials``, the others as ``added``.
     """
 
-    def __init__(self, quota: Quota, bounds: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        quota: Quota,
+        bounds: Mapping[str, float] | None = None,
+        heartbeat: float = HEARTBEAT,
+    ) -> None:
         self.quota = quota
+        self._heartbeat = heartbeat
         self.bounds = bounds or {}
         self.open: tuple[Entry, ...] = ()
-        self.clocks = Clocks()
         self.earlier: Counter[str] = Counter()
         self._spans = WorkerSpans()
-        self._intervals: dict[Worker | None, list[tuple[float, float]]] = {}
         self.unknown: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
         self.by_worker: dict[str, Counter[str]] = {}
@@ -200,14 +299,6 @@ class Book:
 
     def fold(self, entries: Iterable[Entry], still_open: Sequence[Entry]) -> None:
         """Add rows that have finished, and replace those that have not."""
-        entries = list(entries)
-        held = [e.reservation for e in (*entries, *still_open) if e.reservation is not None]
-        news = [self.clocks.learn(reservation) for reservation in held]
-        if any(news):
-            self._spans = WorkerSpans()
-            for worker, intervals in self._intervals.items():
-                for interval in intervals:
-                    self._add_span(worker, interval)
         for entry in entries:
             self._add(entry)
         self.open = tuple(still_open)
@@ -229,12 +320,7 @@ class Book:
             self._largest[name] = max(amount, self._largest.get(name, 0.0))
         if entry.span is not None:
             who = None if entry.reservation is None else entry.reservation.worker
-            self._intervals.setdefault(who, []).append(entry.span)
-            self._add_span(who, entry.span)
-
-    def _add_span(self, worker: Worker | None, span: tuple[float, float]) -> None:
-        machine = "" if worker is None else worker.machine
-        self._spans.add(worker, *(self.clocks.moved(machine, at) for at in span))
+            self._spans.add(who, *entry.span)
 
     def used(self, now: float, here: Worker | None = None) -> dict[str, float]:
         """Return what was used by resource: rows of unknown usage count by their bound.
@@ -259,19 +345,20 @@ class Book:
             now: Seconds since the epoch.
             here: A worker that is about to start a trial.
         """
-        now = self.clocks.now(now)
         running: list[tuple[Worker | None, float, float]] = [
-            (
-                e.reservation.worker,
-                self.clocks.moved(e.claim.machine, e.reservation.began),
-                now,
-            )
+            (e.reservation.worker, e.reservation.began, self._until(e.reservation, now))
             for e in self.open
             if e.reservation is not None and e.reservation.began is not None
         ]
         if here is not None:
             running.append((here, now, now))
         return self._spans.with_running(running)
+
+    def _until(self, reservation: Reservation, now: float) -> float:
+        # By the worker's own clock, which may differ from the reader's: what has passed since its
+        # last heartbeat is between nothing and the time to the next one.
+        beat = reservation.beat
+        return now if beat is None else min(max(now, beat), beat + self._heartbeat)
 
     def _unknown(self, name: str) -> float:
         bound = self.bounds.get(name, self._largest.get(name, 0.0))
@@ -297,3 +384,24 @@ class Book:
     def claims(self) -> list[Claim]:
         """Running trials that hold, ask or wait, as the protocol sees them."""
         return [entry.claim for entry in self.open if entry.reservation is not None]
+
+
+def describe_earlier(earlier: Mapping[str, float]) -> str | None:
+    """Return a sentence on trials that ran before there was a quota, and on rows that were added.
+
+    Args:
+        earlier: What they come to; see :attr:`~optuna_quota._ledger.totals.Book.earlier`.
+    """
+    ran, added = int(earlier.get("n_trials", 0)), int(earlier.get("added", 0))
+    if not ran and not added:
+        return None
+    amounts = [
+        f"{format_amount(name, earlier[name])} of {get_resource(name).title}"
+        for name in TOTAL_RESOURCES
+        if name != "n_trials" and earlier.get(name)
+    ]
+    return (
+        f"Trials that this quota did not admit count with what their rows show ({ran} ran, "
+        f"{added} {'was' if added == 1 else 'were'} added): "
+        f"{', '.join(amounts) or 'no usage'}."
+    )
