@@ -67,11 +67,6 @@ class Column:
         }
         return shapes[self.form]
 
-    @property
-    def params(self) -> tuple[str, ...]:
-        """Names of the parameters in it."""
-        return (self.param,)
-
     def values(self, values: Values) -> Array:
         """Return the feature, shape ``(n,)``, from the values of all parameters."""
         x = values[self.param]
@@ -93,11 +88,6 @@ class Product:
     def term(self) -> str:
         """Name of the coefficient; it contains both parameters'."""
         return f"{self.one.term}:{self.other.term}"
-
-    @property
-    def params(self) -> tuple[str, ...]:
-        """Names of the parameters in it."""
-        return (*self.one.params, *self.other.params)
 
     def values(self, values: Values) -> Array:
         """Return the feature, shape ``(n,)``, from the values of all parameters."""

@@ -69,10 +69,7 @@ class UtilizationModel:
         n_observed: How many of them were observed to their end.
         n_censored: How many count as lower bounds.
         n_stopped_peaks: How many of these are peaks that a stopped trial had not reached.
-        criterion: How its terms were selected.
     """
-
-    criterion = "floor by BIC, interactions by extended BIC, all main effects"
 
     def __init__(
         self,
@@ -303,7 +300,7 @@ def _likelihood_results(fit: Fit, sample: Sample, names: list[str]) -> Any:
     covariance = robust_covariance(fit, sample)
     mle = LikelihoodModelResults(model, fit.theta, normalized_cov_params=covariance, scale=1.0)
     mle.mle_retvals = {"converged": fit.converged}
-    mle.mle_settings = {"optimizer": "trust-exact"}
+    mle.mle_settings = {"optimizer": "damped Newton"}
     results = GenericLikelihoodModelResults(model, mle)
     results.use_t = True
     results.df_resid_inference = model.df_resid
