@@ -322,7 +322,7 @@ def fit_utilization_models(
     models: dict[str, UtilizationModel] = {}
     missing: dict[str, str] = {}
     for resource in data.resources:
-        found = _fit_resource(data, resource)
+        found = fit_utilization_model(data, resource)
         if isinstance(found, str):
             missing[resource] = found
         else:
@@ -330,7 +330,7 @@ def fit_utilization_models(
     return models, missing
 
 
-def _fit_resource(data: StudyData, resource: str) -> UtilizationModel | str:
+def fit_utilization_model(data: StudyData, resource: str) -> UtilizationModel | str:
     """Return the model of one resource, or a sentence that says why there is none.
 
     The peak of a stopped trial is a value where each step of a training repeats the one before,
