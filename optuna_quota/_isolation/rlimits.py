@@ -115,7 +115,7 @@ def limit_memory(memory: float, *, strict: bool) -> int | None:
     used = 0
     if strict:
         with contextlib.closing(LinuxProcess(os.getpid())) as process:
-            used = process.share().proportional
+            used = process.proportional_memory().proportional
         if not has_room(memory, used, os.cpu_count() or 1):
             return None
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)

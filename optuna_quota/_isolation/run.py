@@ -81,6 +81,7 @@ from optuna_quota._metering.gpu_attribution import GpuUse
 from optuna_quota._metering.visible_gpus import device_memory
 from optuna_quota._records import is_rejected
 from optuna_quota._resources import Breach
+from optuna_quota._resources import CLOCK_RESOURCES
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Usage
 from optuna_quota.exceptions import LimitBreached
@@ -349,13 +350,13 @@ class TrialRun:
         """Let nothing be a breach from now on; return how long the process may take to end."""
         self._watch.finish()
         ceilings = self._ceilings()
-        clocks = [ceilings[name][0] for name in ("wall_time", "trial_time") if name in ceilings]
+        clocks = [ceilings[name][0] for name in CLOCK_RESOURCES if name in ceilings]
         if not clocks:
             return None
         return max(0.0, min(clocks) - self._watch.elapsed) + self._isolated.grace_period
 
     def _stop_early(self, breach: Breach) -> None:
-        if breach.resource in ("wall_time", "trial_time"):
+        if breach.resource in CLOCK_RESOURCES:
             self._stop(breach)
 
     def _stop(self, breach: Breach) -> None:

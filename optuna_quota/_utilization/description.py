@@ -118,11 +118,9 @@ def _short(b: float) -> str:
 def _amount(resource: str, value: float) -> str:
     """Return an amount as text, in scientific notation where it would be all zeros."""
     known = get_resource(resource)
-    if resource in ("memory", "gpu_memory"):
-        return known.format(value) if value >= 0.1 else f"{value:.2g} B"
-    if resource in ("wall_time", "cpu_time", "gpu_time"):
-        return known.format(value) if value >= 1e-5 else f"{value:.2g} s"
-    return known.format(value) if value >= 0.01 else f"{value:.2g}"
+    symbol = known.unit.symbol
+    least = {"B": 0.1, "s": 1e-5}.get(symbol, 0.01)
+    return known.format(value) if value >= least else f"{value:.2g} {symbol}".rstrip()
 
 
 def diagnose(

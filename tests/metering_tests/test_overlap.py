@@ -18,7 +18,6 @@ from optuna_quota._metering.linux_process_tree import LinuxProcessTree
 from optuna_quota._metering.shared_pages import find_inherited
 from optuna_quota._metering.shared_pages import ProcessMemory
 from optuna_quota._metering.shared_pages import SharedPages
-from optuna_quota._metering.shared_pages import together
 from optuna_quota._metering.shared_pages import TreeMemory
 
 
@@ -48,7 +47,8 @@ def share(private: int, common: int = 0, holders: int = 1) -> ProcessMemory:
 def test_each_page_is_divided_among_its_holders(
     shares: list[ProcessMemory], expected: int
 ) -> None:
-    assert together(shares) == expected
+    found = SharedPages().update(dict(enumerate(shares)), faulted=0, cost=0.001, now=0.0)
+    assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,9 @@ def test_the_part_of_what_was_there_before_does_not_grow_when_others_end() -> No
 def known(
     shares: dict[int, ProcessMemory], *, faulted: int = 0, cost: float = 0.001
 ) -> SharedPages:
-    overlap = SharedPages()
-    overlap.take(shares, faulted=faulted, cost=cost, now=0.0)
-    return overlap
+    pages = SharedPages()
+    pages.update(shares, faulted=faulted, cost=cost, now=0.0)
+    return pages
 
 
 PAIR = {1: share(0, 100, 2), 2: share(50, 100, 2)}
@@ -94,30 +94,30 @@ SIZES = {1: 100, 2: 150}
 
 
 def is_due(
-    overlap: SharedPages,
+    pages: SharedPages,
     sizes: dict[int, int],
     now: float,
     faulted: int = 0,
     limit: float = math.inf,
     shareable: int = 0,
 ) -> bool:
-    return overlap.is_due(TreeMemory(sizes, shareable), limit, now, lambda: faulted)
+    return pages.is_due(TreeMemory(sizes, shareable), limit, now, lambda: faulted)
 
 
 def test_what_grows_counts_at_once() -> None:
-    overlap = known(PAIR)
-    assert overlap.memory(TreeMemory(SIZES)) == 150
-    assert overlap.memory(TreeMemory({1: 100, 2: 190})) == 190
-    assert overlap.memory(TreeMemory({1: 170, 2: 190})) == 260
+    pages = known(PAIR)
+    assert pages.memory(TreeMemory(SIZES)) == 150
+    assert pages.memory(TreeMemory({1: 100, 2: 190})) == 190
+    assert pages.memory(TreeMemory({1: 170, 2: 190})) == 260
 
 
 def test_a_newcomer_counts_by_what_it_grows_until_it_was_measured() -> None:
-    overlap = known(PAIR)
-    assert overlap.memory(TreeMemory({**SIZES, 3: 150})) == 150
-    assert overlap.memory(TreeMemory({**SIZES, 3: 170})) == 170
-    assert overlap.memory(TreeMemory({**SIZES, 4: 80})) == 150
-    assert is_due(overlap, {**SIZES, 3: 150}, 0.011)
-    assert not is_due(overlap, {**SIZES, 3: 150}, 0.009)
+    pages = known(PAIR)
+    assert pages.memory(TreeMemory({**SIZES, 3: 150})) == 150
+    assert pages.memory(TreeMemory({**SIZES, 3: 170})) == 170
+    assert pages.memory(TreeMemory({**SIZES, 4: 80})) == 150
+    assert is_due(pages, {**SIZES, 3: 150}, 0.011)
+    assert not is_due(pages, {**SIZES, 3: 150}, 0.009)
 
 
 def test_what_is_added_of_shared_memory_counts_when_it_was_measured() -> None:
@@ -159,11 +159,11 @@ def test_more_shared_memory_is_measured_again() -> None:
 
 
 def test_a_verdict_that_is_certain_waits_for_no_measurement_that_takes_long() -> None:
-    overlap = known(PAIR, cost=0.002)
-    assert not is_due(overlap, {1: 100, 2: 190}, 0.1, limit=160)
-    assert is_due(overlap, {1: 100, 2: 190}, 0.1, limit=160, shareable=40)
+    pages = known(PAIR, cost=0.002)
+    assert not is_due(pages, {1: 100, 2: 190}, 0.1, limit=160)
+    assert is_due(pages, {1: 100, 2: 190}, 0.1, limit=160, shareable=40)
     assert is_due(known(PAIR, cost=0.0005), {1: 100, 2: 190}, 0.1, limit=160)
-    assert not is_due(overlap, {1: 100, 2: 190}, 0.1, limit=200)
+    assert not is_due(pages, {1: 100, 2: 190}, 0.1, limit=200)
 
 
 def test_what_was_never_measured_is_due_at_once() -> None:

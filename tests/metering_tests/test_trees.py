@@ -310,20 +310,20 @@ def test_a_number_that_was_given_away_shows_no_stranger() -> None:
 
 
 def test_births_tell_when_something_was_created() -> None:
-    births = ProcessCreationProbe()
-    if not births.is_reliable:
+    probe = ProcessCreationProbe()
+    if not probe.is_reliable:
         pytest.skip("/proc/loadavg is an imitation here")
-    assert births.seen()
+    assert probe.reset()
     subprocess.run(["true"], check=True)
-    assert births.seen()
-    births.close()
+    assert probe.reset()
+    probe.close()
 
 
 def test_births_that_are_no_use_mean_a_walk_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    births = ProcessCreationProbe()
-    births.is_reliable = False
-    assert births.seen() and births.seen()
-    births.close()
+    probe = ProcessCreationProbe()
+    probe.is_reliable = False
+    assert probe.reset() and probe.reset()
+    probe.close()
 
 
 def test_where_proc_lists_no_children_psutil_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
-"""Several workers of one study, step by step in one thread: fake clocks, meters and faults.
+"""Simulate several workers of one study in a single thread, with fake clocks, meters and faults.
 
-Each worker has what a process of its own would have: a sampler, a pruner, a metering loop, and a
-name by which the ledger finds out whether it lives. Nothing sleeps and no thread runs; where a
-worker would wait for another one, :class:`WouldWait` is raised.
+Each worker has what a process of its own would have: a sampler, a pruner, a metering loop, and an
+identity whose liveness the ledger checks. Nothing sleeps and no thread runs; where a worker would
+wait for another one, :class:`WouldWait` is raised.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from optuna.storages.journal import BaseJournalBackend
 import pytest
 
 from optuna_quota._enforcement import active_trials
-from optuna_quota._ledger import heartbeat as keeper_module
+from optuna_quota._ledger import heartbeat as heartbeat_module
 from optuna_quota._ledger import ledger as ledger_module
 from optuna_quota._ledger import reservation as worker_module
 from optuna_quota._ledger.ledger import LEASE
@@ -34,19 +34,19 @@ from optuna_quota._storage_retry import retry
 from optuna_quota.testing import FakeMetering
 
 
-KINDS = ("together", "apart", "journal")
+KINDS = ("memory", "unknown", "journal")
 EPOCH = 1_000_000_000.0
 
 
 class WouldWait(BaseException):
-    """A worker would have to wait for others, who have no turn meanwhile."""
+    """A worker would have to wait for others, which can't run meanwhile."""
 
 
-class Trap:
-    """Lets one write fail.
+class WriteFault:
+    """Makes one write fail.
 
     Attributes:
-        fired: Whether it did.
+        fired: Whether the write has failed.
     """
 
     def __init__(self) -> None:
@@ -55,11 +55,11 @@ class Trap:
         self._error: type[Exception] = ConnectionError
 
     def set(self, writes: int, error: type[Exception]) -> None:
-        """Let a write fail after so many others."""
+        """Make a write fail after this number of others."""
         self._writes_left, self._error = writes, error
 
     def disarm(self) -> None:
-        """Let no write fail."""
+        """Make no write fail."""
         self._writes_left = None
 
     def write(self) -> None:
@@ -72,54 +72,54 @@ class Trap:
             raise self._error("on purpose")
 
 
-class Apart(InMemoryStorage):
-    """A storage that this library does not know: it takes attributes one by one."""
+class UnknownStorage(InMemoryStorage):
+    """A storage of an unknown class, to which attributes are written one by one."""
 
-    trap: Trap
+    fault: WriteFault
 
     def _set_trial(self, trial_id: int, trial: optuna.trial.FrozenTrial) -> None:
-        self.trap.write()
+        self.fault.write()
         super()._set_trial(trial_id, trial)
 
 
-class Pages(BaseJournalBackend):
+class MemoryJournal(BaseJournalBackend):
     """A journal in memory."""
 
-    def __init__(self, trap: Trap) -> None:
-        self._trap = trap
+    def __init__(self, fault: WriteFault) -> None:
+        self._fault = fault
         self._logs: list[dict[str, Any]] = []
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         return list(self._logs[log_number_from:])
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        self._trap.write()
+        self._fault.write()
         self._logs += logs
 
 
-def storage_with(trap: Trap, kind: str) -> BaseStorage:
-    """Return a storage in memory, one of ``KINDS``, whose writes go through a trap."""
+def make_storage(fault: WriteFault, kind: str) -> BaseStorage:
+    """Return a storage in memory, one of ``KINDS``, with a fault."""
     if kind == "journal":
-        return JournalStorage(Pages(trap))
-    if kind == "apart":
-        apart = Apart()
-        apart.trap = trap
-        return apart
+        return JournalStorage(MemoryJournal(fault))
+    if kind == "unknown":
+        unknown = UnknownStorage()
+        unknown.fault = fault
+        return unknown
     storage = InMemoryStorage()
     set_trial = storage._set_trial
 
-    def trapped(trial_id: int, trial: optuna.trial.FrozenTrial) -> None:
-        trap.write()
+    def write_or_fail(trial_id: int, trial: optuna.trial.FrozenTrial) -> None:
+        fault.write()
         set_trial(trial_id, trial)
 
-    storage._set_trial = trapped  # type: ignore[method-assign]
+    storage._set_trial = write_or_fail  # type: ignore[method-assign]
     return storage
 
 
-class HandKeeper:
-    """Does at once what a keeper's thread does soon; beats when the world's time goes by."""
+class ManualHeartbeat:
+    """Extends at once what the heartbeat thread extends soon; beats as simulated time passes."""
 
-    made: list[HandKeeper]
+    made: list[ManualHeartbeat]
 
     def __init__(
         self, extend: Callable[[int], None], beat: Callable[[int], None], interval: float
@@ -136,51 +136,51 @@ class HandKeeper:
 
     def call_for_more(self, trial_id: int) -> None:
         if trial_id in self._kept:
-            keeper_module._call(self._extend, trial_id)
+            heartbeat_module._call(self._extend, trial_id)
 
     def beat(self) -> None:
         for trial_id in list(self._kept):
-            keeper_module._call(self._beat, trial_id)
+            heartbeat_module._call(self._beat, trial_id)
 
 
 class Process:
-    """What one worker has to itself.
+    """The state of one worker process.
 
     Attributes:
-        name: Who it is, to the ledger.
-        metering: Its meters.
-        study: The study as it has loaded it.
+        name: Its identity in the ledger.
+        metering: Its fake meters.
+        study: The study as loaded by this worker.
     """
 
     def __init__(self, name: Worker, now: float) -> None:
         self.name = name
         self.metering = FakeMetering()
         self.metering.clock.now = now
-        self.keepers: list[HandKeeper] = []
+        self.heartbeats: list[ManualHeartbeat] = []
         self.register = active_trials._Register()
         self.study: optuna.Study
 
 
-class World:
-    """Machines, their processes, and the time.
+class Simulation:
+    """Hosts, their worker processes, and the time.
 
     Attributes:
-        trap: Lets writes into the storage fail.
-        living: The processes.
+        fault: Makes writes to the storage fail.
+        processes: The processes.
         now: Seconds.
     """
 
     def __init__(self, kind: str) -> None:
-        self.trap = Trap()
-        self.storage = storage_with(self.trap, kind)
-        self.living: list[Process] = []
+        self.fault = WriteFault()
+        self.storage = make_storage(self.fault, kind)
+        self.processes: list[Process] = []
         self.now = 0.0
         self._pids = 100
         self._current = Worker("none", "none")
         self._patch = pytest.MonkeyPatch()
-        self._replace_what_is_real()
+        self._patch_clocks_and_processes()
 
-    def _replace_what_is_real(self) -> None:
+    def _patch_clocks_and_processes(self) -> None:
         def wait(clock: SystemClock, seconds: float) -> None:
             raise WouldWait
 
@@ -188,7 +188,7 @@ class World:
         set_attribute(SystemClock, "time", lambda clock: EPOCH + self.now)
         set_attribute(SystemClock, "monotonic", lambda clock: self.now)
         set_attribute(SystemClock, "sleep", wait)
-        set_attribute(ledger_module, "Keeper", HandKeeper)
+        set_attribute(ledger_module, "Keeper", ManualHeartbeat)
         set_attribute(worker_module, "_worker", lambda pid: self._current)
         set_attribute(worker_module, "process_start", self._started)
         # Trials at once in one process share its CPU time evenly.
@@ -197,29 +197,29 @@ class World:
         self._patch.setitem(retry.__kwdefaults__, "sleep", lambda seconds: None)
 
     def close(self) -> None:
-        """Give back what is real."""
+        """Restore what was replaced."""
         self._patch.undo()
 
     def start(self, machine: str) -> Process:
-        """Start a process."""
+        """Start a worker."""
         self._pids += 1
         name = Worker(machine, machine, "", self._pids, float(self._pids))
-        self.living.append(Process(name, self.now))
-        return self.living[-1]
+        self.processes.append(Process(name, self.now))
+        return self.processes[-1]
 
     def kill(self, process: Process) -> None:
-        """End a process at once."""
-        self.living.remove(process)
+        """Kill a worker."""
+        self.processes.remove(process)
 
     def _started(self, pid: int) -> float | None:
-        return float(pid) if any(p.name.pid == pid for p in self.living) else None
+        return float(pid) if any(p.name.pid == pid for p in self.processes) else None
 
     @contextlib.contextmanager
-    def acting(self, process: Process) -> Iterator[None]:
-        """Let all that is done in the block be done by one process."""
+    def acting_as(self, process: Process) -> Iterator[None]:
+        """Act as one of the workers."""
         loop, register = replace_loop(process.metering.loop), active_trials._register
         before, self._current = self._current, process.name
-        active_trials._register, HandKeeper.made = process.register, process.keepers
+        active_trials._register, ManualHeartbeat.made = process.register, process.heartbeats
         try:
             yield
         finally:
@@ -227,13 +227,13 @@ class World:
             self._current, active_trials._register = before, register
 
     def advance(self, seconds: float) -> None:
-        """Let time pass for all; whoever lives says so often enough."""
+        """Advance the time of all workers, with the heartbeats that are due."""
         end = self.now + seconds
         while self.now < end:
             step = min(end - self.now, LEASE / 4)
             self.now += step
-            for process in self.living:
-                with self.acting(process):
+            for process in self.processes:
+                with self.acting_as(process):
                     process.metering.advance(step)
-                    for keeper in process.keepers:
-                        keeper.beat()
+                    for heartbeat in process.heartbeats:
+                        heartbeat.beat()

@@ -1,4 +1,4 @@
-"""What studies are like, whose workers and trials are interleaved."""
+"""Hypothesis strategies for studies, and a trial that a worker runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import Usage
-from tests.hardening_tests.world import Process
+from tests.hardening_tests.simulation import Process
 
 
 GIB = 2**30
@@ -52,7 +52,7 @@ distributions = st.one_of(
     st.sampled_from([IntDistribution(0, 9, step=3), CategoricalDistribution([None, True, 2])]),
     st.just(CategoricalDistribution(["a", "b", "c"])),
 )
-# Each parameter, and whether it is suggested only where the first one is low.
+# Each parameter, and whether it is suggested only where the value of the first one is low.
 spaces = st.lists(st.tuples(distributions, st.booleans()), min_size=1, max_size=4)
 limits_given = st.builds(
     Limits,
@@ -69,8 +69,8 @@ quotas = st.builds(
 )
 
 
-def low(distribution: BaseDistribution, value: Any) -> bool:
-    """Return whether a value is in the lower half of what it may be."""
+def is_low(distribution: BaseDistribution, value: Any) -> bool:
+    """Return whether a value is in the lower half of its range."""
     if isinstance(distribution, CategoricalDistribution):
         return value == distribution.choices[0]
     assert isinstance(distribution, (FloatDistribution, IntDistribution))
@@ -78,7 +78,7 @@ def low(distribution: BaseDistribution, value: Any) -> bool:
 
 
 def value_at(distribution: BaseDistribution, place: float) -> Any:
-    """Return a value that is allowed, by its place from 0 to 1."""
+    """Return the value of a distribution at a position from 0 to 1."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[int(place * (len(distribution.choices) - 1))]
     assert isinstance(distribution, (FloatDistribution, IntDistribution))
@@ -86,27 +86,27 @@ def value_at(distribution: BaseDistribution, place: float) -> Any:
     return distribution.low + int(place * steps) * (distribution.step or 0)
 
 
-def hunger(params: Mapping[str, Any]) -> Usage:
-    """Return what a user believes that a trial will use."""
+def claimed_usage(params: Mapping[str, Any]) -> Usage:
+    """Return the footprint that a user declares."""
     share = 1.0 if params.get("p0") in ("b", 2, 1.0) else 0.3
     return Usage(memory=6 * GIB * share, cpu_time=15 * share, wall_time=30 * share)
 
 
 @dataclass(eq=False)
-class Open:
-    """A trial that somebody has.
+class OpenTrial:
+    """A running trial.
 
     Attributes:
-        process: Who asked for it.
-        trial: What that was given.
-        started: When.
-        told: Whether it was told that it is over a limit.
-        rejected: Whether it was told that it must not run.
-        asked: How many parameters were suggested.
-        reports: How many values were reported.
-        highest: The most memory that its process held since.
-        steady: Whether its process can tell its use from that of others.
-        retold: Whether telling its end has failed once.
+        process: The worker that asked for it.
+        trial: The trial as the worker has it.
+        started: Seconds of the simulation at its start.
+        told: Whether it was told of a breach.
+        rejected: Whether it was rejected.
+        asked: The number of suggested parameters.
+        reports: The number of reported values.
+        highest: The peak memory of its process since the start, in bytes.
+        steady: Whether its usage can be told from that of other trials of its process.
+        retold: Whether `tell` has failed once.
     """
 
     process: Process

@@ -1,4 +1,4 @@
-"""Settings of the interpreter and of libraries: each is read here and applied elsewhere."""
+"""Environment and settings of the study's process are those of its trials."""
 
 from __future__ import annotations
 
@@ -7,19 +7,121 @@ from collections.abc import Iterator
 import decimal
 import gc
 import locale
+import multiprocessing
 import os
 from pathlib import Path
 import pickle
+import random
 import socket
 import sys
 import tempfile
 import types
 from typing import Any
 
+import numpy as np
+import optuna
 import pytest
 
+from optuna_quota import isolated
 from optuna_quota._isolation.environment import apply_settings
 from optuna_quota._isolation.environment import read_settings
+from tests.isolation_tests.scripts import run_python
+
+
+def test_variables_folder_and_import_path_are_the_same(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_module.py").write_text("VALUE = 4.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OWN_VARIABLE", "here")
+
+    def objective(trial: optuna.Trial) -> float:
+        import own_module  # type: ignore[import-not-found]  # written above
+
+        assert os.environ["OWN_VARIABLE"] == "here"
+        assert os.path.samefile(os.getcwd(), str(tmp_path))
+        return float(own_module.VALUE)
+
+    study = optuna.create_study()
+    study.optimize(isolated(objective), n_trials=1)
+    assert study.best_value == 4.0
+
+
+def test_the_start_method_of_multiprocessing_is_the_same() -> None:
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        study = optuna.create_study()
+        study.optimize(
+            isolated(lambda trial: float(multiprocessing.get_start_method() == "spawn")),
+            n_trials=1,
+        )
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert study.best_value == 1.0
+
+
+def test_random_numbers_differ_by_trial_and_follow_the_seed() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        return float(np.random.random() + random.random())
+
+    def values() -> list[float | None]:
+        random.seed(3)
+        np.random.seed(3)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+        study.optimize(isolated(objective), n_trials=3)
+        return [t.value for t in study.trials]
+
+    first = values()
+    assert len(set(first)) == 3
+    assert values() == first
+
+
+OPENS_FILES = """
+import os
+import optuna
+from optuna_quota import isolated
+{imports}
+log = open("log.txt", "a", buffering=1)
+{shared}
+
+def objective(trial):
+    other = open("other.txt", "w")
+    log.write(f"trial {{trial.number}}\\n")
+    {count}
+    other.close()
+    return 1.0
+
+if __name__ == "__main__":
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study()
+    study.optimize(isolated(objective), n_trials=2)
+    print([t.state.name for t in study.trials], open("log.txt").read().split("\\n"){result})
+"""
+
+
+@pytest.mark.slow
+def test_files_that_a_script_opens_are_open_in_its_trials(tmp_path: Path) -> None:
+    script = OPENS_FILES.format(imports="", shared="", count="", result="")
+    (tmp_path / "tuning.py").write_text(script)
+    printed = run_python(tmp_path, "tuning.py")
+    assert printed == "['COMPLETE', 'COMPLETE'] ['trial 0', 'trial 1', '']\n"
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_tensors_that_a_script_shares_are_shared_with_its_trials(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    script = OPENS_FILES.format(
+        imports="import torch",
+        shared="tensor = torch.zeros(1).share_memory_()",
+        count="tensor[0] += 1",
+        result=", float(tensor[0])",
+    )
+    (tmp_path / "tuning.py").write_text(script)
+    printed = run_python(tmp_path, "tuning.py")
+    assert printed == "['COMPLETE', 'COMPLETE'] ['trial 0', 'trial 1', ''] 2.0\n"
 
 
 @pytest.fixture
@@ -54,6 +156,7 @@ OWN: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         lambda: (decimal.Decimal(2) / 3, decimal.getcontext().rounding),
     ),
 }
+
 
 OF_LIBRARIES: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
     "numpy errors": ("numpy", lambda m: m.seterr(divide="raise"), lambda m: m.geterr()),
@@ -131,6 +234,7 @@ def test_a_setting_of_the_interpreter(name: str) -> None:
     check(*OWN[name])
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.parametrize("name", OF_LIBRARIES)
 def test_a_setting_of_a_library(name: str) -> None:
