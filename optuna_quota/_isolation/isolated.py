@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from optuna_quota._isolation.launch import StartMethod
 from optuna_quota._isolation.outcome import OnCrash
-from optuna_quota._isolation.run import IsolationOptions
 from optuna_quota._isolation.run import TrialRun
+from optuna_quota._isolation.start import IsolationOptions
 from optuna_quota._resources import Limits
 
 

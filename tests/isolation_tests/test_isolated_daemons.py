@@ -125,7 +125,7 @@ def delegated_group(mount: Path) -> Path:
 
 def in_group(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let trials have their groups made in a folder."""
-    monkeypatch.setattr("optuna_quota._isolation.run._delegated_cgroup", lambda: folder)
+    monkeypatch.setattr("optuna_quota._isolation.start._delegated_cgroup", lambda: folder)
     fork_server_client().reset()  # the processes that it has ready are in no group
 
 
