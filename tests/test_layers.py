@@ -1,4 +1,4 @@
-"""Each module imports only what stands above it in the design."""
+"""Layers: a module imports only from those above it, and there are no import circles."""
 
 from __future__ import annotations
 
