@@ -29,9 +29,6 @@ from typing import Any
 
 import cloudpickle
 
-from optuna_quota._isolation.calls import is_remote
-from optuna_quota._isolation.calls import proxy_of
-from optuna_quota._isolation.calls import RemoteObjects
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.main_module import global_names
 from optuna_quota._isolation.main_module import MAIN_NAMES
@@ -40,6 +37,9 @@ from optuna_quota._isolation.module_state import plain_attributes
 from optuna_quota._isolation.module_state import set_main_state
 from optuna_quota._isolation.module_state import set_module_parts
 from optuna_quota._isolation.modules import modules_being_imported
+from optuna_quota._isolation.rpc import is_remote
+from optuna_quota._isolation.rpc import proxy_of
+from optuna_quota._isolation.rpc import RemoteObjects
 
 
 # Smaller buffers are copied into the pickle; a message of its own for each would cost more.

@@ -1,14 +1,10 @@
-"""What processes share: the arithmetic, when it is measured anew, and real forks that share."""
+"""What processes share: the arithmetic, when it is measured again, and real forks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-import contextlib
 import math
 import os
-from pathlib import Path
 import subprocess
-import sys
 import time
 
 import pytest
@@ -18,12 +14,13 @@ from optuna_quota._metering.linux_process_tree import LinuxProcessTree
 from optuna_quota._metering.shared_pages import find_inherited
 from optuna_quota._metering.shared_pages import ProcessMemory
 from optuna_quota._metering.shared_pages import SharedPages
-from optuna_quota._metering.shared_pages import together
 from optuna_quota._metering.shared_pages import TreeMemory
+from tests.metering_tests.scripts import line
+from tests.metering_tests.scripts import script
+from tests.metering_tests.scripts import tell
 
 
 MIB = 2**20
-ROOT = Path(__file__).parents[2]
 
 
 def share(private: int, common: int = 0, holders: int = 1) -> ProcessMemory:
@@ -48,7 +45,8 @@ def share(private: int, common: int = 0, holders: int = 1) -> ProcessMemory:
 def test_each_page_is_divided_among_its_holders(
     shares: list[ProcessMemory], expected: int
 ) -> None:
-    assert together(shares) == expected
+    found = SharedPages().update(dict(enumerate(shares)), faulted=0, cost=0.001, now=0.0)
+    assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -84,9 +82,9 @@ def test_the_part_of_what_was_there_before_does_not_grow_when_others_end() -> No
 def known(
     shares: dict[int, ProcessMemory], *, faulted: int = 0, cost: float = 0.001
 ) -> SharedPages:
-    overlap = SharedPages()
-    overlap.take(shares, faulted=faulted, cost=cost, now=0.0)
-    return overlap
+    pages = SharedPages()
+    pages.update(shares, faulted=faulted, cost=cost, now=0.0)
+    return pages
 
 
 PAIR = {1: share(0, 100, 2), 2: share(50, 100, 2)}
@@ -94,30 +92,30 @@ SIZES = {1: 100, 2: 150}
 
 
 def is_due(
-    overlap: SharedPages,
+    pages: SharedPages,
     sizes: dict[int, int],
     now: float,
     faulted: int = 0,
     limit: float = math.inf,
     shareable: int = 0,
 ) -> bool:
-    return overlap.is_due(TreeMemory(sizes, shareable), limit, now, lambda: faulted)
+    return pages.is_due(TreeMemory(sizes, shareable), limit, now, lambda: faulted)
 
 
 def test_what_grows_counts_at_once() -> None:
-    overlap = known(PAIR)
-    assert overlap.memory(TreeMemory(SIZES)) == 150
-    assert overlap.memory(TreeMemory({1: 100, 2: 190})) == 190
-    assert overlap.memory(TreeMemory({1: 170, 2: 190})) == 260
+    pages = known(PAIR)
+    assert pages.memory(TreeMemory(SIZES)) == 150
+    assert pages.memory(TreeMemory({1: 100, 2: 190})) == 190
+    assert pages.memory(TreeMemory({1: 170, 2: 190})) == 260
 
 
 def test_a_newcomer_counts_by_what_it_grows_until_it_was_measured() -> None:
-    overlap = known(PAIR)
-    assert overlap.memory(TreeMemory({**SIZES, 3: 150})) == 150
-    assert overlap.memory(TreeMemory({**SIZES, 3: 170})) == 170
-    assert overlap.memory(TreeMemory({**SIZES, 4: 80})) == 150
-    assert is_due(overlap, {**SIZES, 3: 150}, 0.011)
-    assert not is_due(overlap, {**SIZES, 3: 150}, 0.009)
+    pages = known(PAIR)
+    assert pages.memory(TreeMemory({**SIZES, 3: 150})) == 150
+    assert pages.memory(TreeMemory({**SIZES, 3: 170})) == 170
+    assert pages.memory(TreeMemory({**SIZES, 4: 80})) == 150
+    assert is_due(pages, {**SIZES, 3: 150}, 0.011)
+    assert not is_due(pages, {**SIZES, 3: 150}, 0.009)
 
 
 def test_what_is_added_of_shared_memory_counts_when_it_was_measured() -> None:
@@ -159,11 +157,11 @@ def test_more_shared_memory_is_measured_again() -> None:
 
 
 def test_a_verdict_that_is_certain_waits_for_no_measurement_that_takes_long() -> None:
-    overlap = known(PAIR, cost=0.002)
-    assert not is_due(overlap, {1: 100, 2: 190}, 0.1, limit=160)
-    assert is_due(overlap, {1: 100, 2: 190}, 0.1, limit=160, shareable=40)
+    pages = known(PAIR, cost=0.002)
+    assert not is_due(pages, {1: 100, 2: 190}, 0.1, limit=160)
+    assert is_due(pages, {1: 100, 2: 190}, 0.1, limit=160, shareable=40)
     assert is_due(known(PAIR, cost=0.0005), {1: 100, 2: 190}, 0.1, limit=160)
-    assert not is_due(overlap, {1: 100, 2: 190}, 0.1, limit=200)
+    assert not is_due(pages, {1: 100, 2: 190}, 0.1, limit=200)
 
 
 def test_what_was_never_measured_is_due_at_once() -> None:
@@ -171,62 +169,9 @@ def test_what_was_never_measured_is_due_at_once() -> None:
     assert is_due(SharedPages(), {1: 100}, 0.0)
 
 
-# Real processes.
-
 needs_proc = pytest.mark.skipif(
     not linux_process_tree.is_available(), reason="needs Linux's /proc"
 )
-
-PRELUDE = """
-import os, signal, sys, time
-MIB = 2**20
-
-def fork(act):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            act()
-            time.sleep(120)
-        finally:
-            os._exit(0)
-    return pid
-
-def say(*words):
-    os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # whole, beside the others'
-
-def hear():
-    return sys.stdin.readline()
-"""
-
-
-@contextlib.contextmanager
-def script(code: str) -> Iterator[subprocess.Popen[str]]:
-    """Run Python in a session of its own, which is ended as a whole."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    with child:
-        try:
-            yield child
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, 9)
-
-
-def line(child: subprocess.Popen[str]) -> str:
-    assert child.stdout is not None
-    return child.stdout.readline().strip()
-
-
-def tell(child: subprocess.Popen[str]) -> None:
-    assert child.stdin is not None
-    child.stdin.write("\n")
-    child.stdin.flush()
 
 
 def memory(tree: LinuxProcessTree, limit: float = math.inf) -> float:
@@ -245,7 +190,7 @@ def wait_for_memory(tree: LinuxProcessTree, least: float, limit: float = math.in
 
 # As a trial does that was forked by a supervisor, beside other forks of the same process.
 FORKED = """
-from optuna_quota._isolation.processes import become_subreaper
+from optuna_quota._isolation.linux import become_subreaper
 
 block = bytearray(150 * MIB)
 held = []
@@ -383,13 +328,13 @@ hear()
 
 # A daemon of the trial's: its parent has ended, and it has gone to whoever inherits orphans.
 DAEMON = """
-from optuna_quota._isolation.processes import become_subreaper
+from optuna_quota._isolation.linux import become_subreaper
 become_subreaper()
 
 def daemon():
     own = bytearray(b"x") * (60 * MIB)
     begun = time.process_time()
-    while time.process_time() < begun + 0.5:
+    while time.process_time() < begun + 0.2:
         pass
     say("daemon", os.getpid())
     time.sleep(120)
@@ -421,16 +366,14 @@ def test_an_orphan_that_the_reaper_inherited_is_the_trials() -> None:
         reading = tree.read(thorough=True)
         assert set(reading.pids) == {trial, daemon}
         assert reading.memory is not None and 160 * MIB < reading.memory < 230 * MIB
-        assert reading.cpu_time is not None and reading.cpu_time >= 0.5
+        assert reading.cpu_time is not None and reading.cpu_time >= 0.2
         assert blind.read(thorough=True).pids == (trial,)
         tell(child)
-        assert child.stdin is not None
-        child.stdin.write(f"{daemon}\n")
-        child.stdin.flush()
+        tell(child, str(daemon))
         assert line(child) == "waited"
         after = tree.read(thorough=True)
         assert after.pids == (trial,)
-        assert after.cpu_time is not None and 0.5 <= after.cpu_time < reading.cpu_time + 0.4
+        assert after.cpu_time is not None and 0.2 <= after.cpu_time < reading.cpu_time + 0.4
         tree.close()
         blind.close()
 
