@@ -1,4 +1,4 @@
-"""The memory of an isolated trial: what is recorded, what fits, and what is over a limit."""
+"""Memory of an isolated trial: what is recorded, what fits and what breaches a limit."""
 
 from __future__ import annotations
 
@@ -27,14 +27,12 @@ import pytest
 from optuna_quota import isolated
 from optuna_quota import Limits
 from optuna_quota import QuotaPruner
-from optuna_quota._isolation.launch import can_supervise
 from optuna_quota._records import read_record
+from tests.isolation_tests.trials import needs_supervisor
 from tests.isolation_tests.trials import run_one
 
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not can_supervise(), reason="needs Linux with pidfds"
-)
+pytestmark = needs_supervisor
 MIB = 2**20
 
 

@@ -1,4 +1,4 @@
-"""A crash ends its trial, not the study; when everything crashes, the study ends."""
+"""A crash fails its trial, not the study; a study in which all trials crash ends."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import isolated
+from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaSampler
 from optuna_quota import TrialCrashed
-from optuna_quota._isolation.launch import can_supervise
 from optuna_quota._isolation.outcome import CrashStatus
 from optuna_quota._isolation.outcome import describe_crash_series
 from optuna_quota._records import CRASHED
 from optuna_quota._records import read_record
+from tests.isolation_tests.trials import needs_supervisor
+from tests.isolation_tests.trials import run_one
 
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not can_supervise(), reason="needs Linux with pidfds"
-)
+pytestmark = needs_supervisor
 
 
 def be_killed() -> None:
@@ -240,3 +240,17 @@ def test_series(fates: str, words: str | None) -> None:
         if fate == "x"
     }
     assert found == {words} or (words is None and found == {None})
+
+
+def test_a_trial_that_never_began_has_used_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise OSError("No process today.")
+
+    monkeypatch.setattr(
+        "optuna_quota._isolation.forkserver_client.ForkServerClient.launch", refuse
+    )
+    trial = run_one(lambda trial: 1.0, Limits(wall_time="1h"))
+    record = read_record(trial)
+    assert record.outcome == "failed" and "No process today" in (record.reason or "")
+    # Neither this process's memory nor that of its template.
+    assert record.usage.memory is None and record.isolation == "process"

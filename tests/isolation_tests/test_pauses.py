@@ -1,4 +1,4 @@
-"""A study that is stopped and goes on loses no result, and the pause is no time of its trials."""
+"""A study that is stopped and continued loses no result, and its trials no time."""
 
 from __future__ import annotations
 
@@ -23,13 +23,11 @@ import pytest
 from optuna_quota import isolated
 from optuna_quota import Limits
 from optuna_quota import QuotaPruner
-from optuna_quota._isolation.launch import can_supervise
 from optuna_quota._records import read_record
+from tests.isolation_tests.trials import needs_supervisor
 
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not can_supervise(), reason="needs Linux with pidfds"
-)
+pytestmark = needs_supervisor
 
 SCRIPT = """
     import os, signal, sys, time

@@ -1,4 +1,4 @@
-"""Signals to all processes of a job reach the objective, and none that stands in between."""
+"""Signals to all processes of a job reach the objective, and no helper dies of them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,14 @@ from optuna_quota import isolated
 from optuna_quota import Quota
 from optuna_quota import QuotaSampler
 from optuna_quota._isolation.forkserver_client import fork_server_client
-from optuna_quota._isolation.launch import can_supervise
 from optuna_quota._isolation.launch import StartMethod
 from optuna_quota._isolation.launch import TrialConnections
 from optuna_quota._isolation.signals import STOP_SIGNAL
 from optuna_quota._records import read_record
+from tests.isolation_tests.trials import needs_supervisor
 
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not can_supervise(), reason="needs Linux with pidfds"
-)
+pytestmark = needs_supervisor
 
 METHODS: list[StartMethod] = ["forkserver", "spawn", "fork"]
 SENT = ["SIGUSR1", "SIGUSR2", "SIGHUP", "SIGTERM", "SIGALRM", "SIGCONT"]

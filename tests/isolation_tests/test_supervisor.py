@@ -1,4 +1,4 @@
-"""Every death of an isolated trial has a name, and leaves nothing behind."""
+"""How trials' processes end, and that none is left behind."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ import pytest
 from optuna_quota import isolated
 from optuna_quota import Limits
 from optuna_quota import TrialCrashed
-from optuna_quota._isolation.launch import can_supervise
+from optuna_quota._isolation.linux import is_exiting
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import escape
+from tests.isolation_tests.trials import needs_supervisor
 from tests.isolation_tests.trials import run_one
 
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not can_supervise(), reason="needs Linux with pidfds"
-)
+pytestmark = needs_supervisor
 
 
 def segfault(trial: optuna.Trial) -> float:
@@ -353,3 +352,17 @@ def test_nothing_leaks() -> None:
 def own_files() -> set[str]:
     """Return temporary files and shared memory of ours: others use these folders as well."""
     return {n for folder in ("/tmp", "/dev/shm") for n in os.listdir(folder) if "optuna" in n}
+
+
+def test_a_process_that_has_ended_by_itself_was_not_left_behind() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert not is_exiting(process.pid)
+    # Not waited for: it stays a zombie.
+    os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert is_exiting(process.pid)
+    process.communicate()
+    assert is_exiting(process.pid)
