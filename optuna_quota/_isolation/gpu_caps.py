@@ -27,8 +27,8 @@ def set_gpu_caps(gpu_memory: float | None, device_memory: float | None) -> None:
         return
     # By default TensorFlow takes a whole device, whatever the model needs.
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    # By default JAX takes three quarters of each device at once: the need of a trial would never be
-    # known, and its whole limit, with the driver's own part on top, would be a breach.
+    # By default JAX takes three quarters of each device at once: the need of a trial would stay
+    # unknown, and its whole limit, with the driver's own part on top, would be a breach.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if device_memory:
         fraction = math.floor(1e4 * min(1.0, gpu_memory / device_memory)) / 1e4
