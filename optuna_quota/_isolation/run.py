@@ -211,8 +211,8 @@ class TrialRun:
     def on_ready(self, ready: messages.Ready) -> None:
         """Meter the trial's process from now on."""
         ceiling = self._monitor.hard_ceilings.get("memory")
-        has_judge = ready.supervisor is not None and ceiling is not None
-        self._monitor.supervised = ceiling.limit if has_judge and ceiling is not None else None
+        if ready.supervisor is not None and ceiling is not None:
+            self._monitor.supervised = ceiling.limit
         # If it has ended already, its supervisor reports all that is to be known.
         with contextlib.suppress(ProcessLookupError):
             self._monitor.attach(ready.pid, ready.supervisor, self._options.outsiders)
