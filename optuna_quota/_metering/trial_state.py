@@ -183,7 +183,6 @@ class TrialState:
 
     @property
     def limits(self) -> Limits:
-        """The trial's limits."""
         return self._limits
 
     @property
@@ -222,7 +221,6 @@ class TrialState:
         return Usage(**known, custom=custom)
 
     def ceiling(self, resource: str) -> float | None:
-        """Return the ceiling on a resource, None without one."""
         found = self._ceilings.get(resource)
         return None if found is None else found.limit
 
@@ -335,7 +333,6 @@ class TrialState:
             self.breach = None
 
     def add_callback(self, callback: Callable[[Breach], None]) -> None:
-        """Register a callback for the first breach."""
         self._callbacks.append(callback)
 
     def take_callbacks(self) -> list[Callable[[], None]]:
