@@ -18,18 +18,12 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from optuna_quota._isolation import messages
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.channel import channel_pair
 from optuna_quota._isolation.child import run_child
-from optuna_quota._isolation.control import Interrupt
-from optuna_quota._isolation.control import Kill
-from optuna_quota._isolation.control import Leave
-from optuna_quota._isolation.control import Started
-from optuna_quota._isolation.control import StopFor
-from optuna_quota._isolation.ending import Ended
-from optuna_quota._isolation.ending import Killer
 from optuna_quota._isolation.launch import interpreter
-from optuna_quota._isolation.launch import Launched
+from optuna_quota._isolation.launch import TrialConnections
 
 
 if TYPE_CHECKING:
@@ -40,7 +34,7 @@ if TYPE_CHECKING:
 _INTERVAL = 0.02
 
 
-def launch_portable() -> Launched:
+def launch_portable() -> TrialConnections:
     """Start a trial's process.
 
     Raises:
@@ -60,7 +54,7 @@ def launch_portable() -> Launched:
                 process.stdin.write(theirs.share(process.pid))  # type: ignore[attr-defined]
     control, commands = channel_pair()
     threading.Thread(target=_Supervisor(process, commands).run, daemon=True).start()
-    return Launched(Channel(ours), control)
+    return TrialConnections(Channel(ours), control)
 
 
 def main(handle: int | None) -> None:
@@ -96,13 +90,13 @@ class _Supervisor:
         self._control = control
         self._descendants: dict[int, psutil.Process] = {}
         self._deadline: float | None = None
-        self._killer: Killer | None = None
+        self._killer: messages.Killer | None = None
         self._cpu_time = 0.0
 
     def run(self) -> None:
         """Supervise the process until it has ended."""
         with contextlib.suppress(OSError):
-            self._control.send(Started(self._process.pid))
+            self._control.send(messages.ProcessStarted())
         while self._process.poll() is None:
             self._find_descendants()
             ready, _, _ = select.select([self._control], [], [], _INTERVAL)
@@ -111,7 +105,7 @@ class _Supervisor:
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._kill("breach")
         leftovers = self._kill_descendants()
-        ended = Ended(
+        ended = messages.ExitReport(
             self._process.returncode,
             self._killer,
             cpu_time=self._cpu_time,
@@ -136,22 +130,29 @@ class _Supervisor:
         try:
             command = self._control.receive()
         except (EOFError, OSError):
-            command = Kill()
-        if isinstance(command, Kill):
+            command = messages.KillTrial()
+        if isinstance(command, messages.KillTrial):
             self._kill("request")
-        elif isinstance(command, Leave):
+        elif isinstance(command, messages.ExitWithin):
             leave = time.monotonic() + command.seconds
             self._deadline = leave if self._deadline is None else min(leave, self._deadline)
-        elif isinstance(command, (StopFor, Interrupt)) and self._deadline is None:
+        elif (
+            isinstance(command, (messages.StopTrial, messages.InterruptTrial))
+            and self._deadline is None
+        ):
             self._deadline = time.monotonic() + command.grace_period
             if os.name == "posix" and command.grace_period > 0:
                 self._process.send_signal(signal.SIGCONT)
-                polite = signal.SIGINT if isinstance(command, Interrupt) else signal.SIGTERM
+                polite = (
+                    signal.SIGINT
+                    if isinstance(command, messages.InterruptTrial)
+                    else signal.SIGTERM
+                )
                 self._process.send_signal(polite)
             else:
                 self._kill("breach")
 
-    def _kill(self, killer: Killer) -> None:
+    def _kill(self, killer: messages.Killer) -> None:
         self._killer = self._killer or killer
         self._find_descendants()
         self._process.kill()

@@ -145,7 +145,7 @@ class TrialState:
         supervised: The memory limit that the trial's supervisor process enforces, in bytes.
         prices: Price per hour by resource, where there is a quota on ``cost``.
         used: What was measured.
-        timeline: Its memory over time.
+        extension: Its requests for more of the quotas, where it makes any.
     """
 
     def __init__(

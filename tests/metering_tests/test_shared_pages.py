@@ -1,14 +1,10 @@
-"""What processes share: the arithmetic, when it is measured anew, and real forks that share."""
+"""What processes share: the arithmetic, when it is measured again, and real forks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-import contextlib
 import math
 import os
-from pathlib import Path
 import subprocess
-import sys
 import time
 
 import pytest
@@ -19,10 +15,12 @@ from optuna_quota._metering.shared_pages import find_inherited
 from optuna_quota._metering.shared_pages import ProcessMemory
 from optuna_quota._metering.shared_pages import SharedPages
 from optuna_quota._metering.shared_pages import TreeMemory
+from tests.metering_tests.scripts import line
+from tests.metering_tests.scripts import script
+from tests.metering_tests.scripts import tell
 
 
 MIB = 2**20
-ROOT = Path(__file__).parents[2]
 
 
 def share(private: int, common: int = 0, holders: int = 1) -> ProcessMemory:
@@ -171,62 +169,9 @@ def test_what_was_never_measured_is_due_at_once() -> None:
     assert is_due(SharedPages(), {1: 100}, 0.0)
 
 
-# Real processes.
-
 needs_proc = pytest.mark.skipif(
     not linux_process_tree.is_available(), reason="needs Linux's /proc"
 )
-
-PRELUDE = """
-import os, signal, sys, time
-MIB = 2**20
-
-def fork(act):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            act()
-            time.sleep(120)
-        finally:
-            os._exit(0)
-    return pid
-
-def say(*words):
-    os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # whole, beside the others'
-
-def hear():
-    return sys.stdin.readline()
-"""
-
-
-@contextlib.contextmanager
-def script(code: str) -> Iterator[subprocess.Popen[str]]:
-    """Run Python in a session of its own, which is ended as a whole."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    with child:
-        try:
-            yield child
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, 9)
-
-
-def line(child: subprocess.Popen[str]) -> str:
-    assert child.stdout is not None
-    return child.stdout.readline().strip()
-
-
-def tell(child: subprocess.Popen[str]) -> None:
-    assert child.stdin is not None
-    child.stdin.write("\n")
-    child.stdin.flush()
 
 
 def memory(tree: LinuxProcessTree, limit: float = math.inf) -> float:
@@ -245,7 +190,7 @@ def wait_for_memory(tree: LinuxProcessTree, least: float, limit: float = math.in
 
 # As a trial does that was forked by a supervisor, beside other forks of the same process.
 FORKED = """
-from optuna_quota._isolation.processes import become_subreaper
+from optuna_quota._isolation.linux import become_subreaper
 
 block = bytearray(150 * MIB)
 held = []
@@ -383,13 +328,13 @@ hear()
 
 # A daemon of the trial's: its parent has ended, and it has gone to whoever inherits orphans.
 DAEMON = """
-from optuna_quota._isolation.processes import become_subreaper
+from optuna_quota._isolation.linux import become_subreaper
 become_subreaper()
 
 def daemon():
     own = bytearray(b"x") * (60 * MIB)
     begun = time.process_time()
-    while time.process_time() < begun + 0.5:
+    while time.process_time() < begun + 0.2:
         pass
     say("daemon", os.getpid())
     time.sleep(120)
@@ -421,16 +366,14 @@ def test_an_orphan_that_the_reaper_inherited_is_the_trials() -> None:
         reading = tree.read(thorough=True)
         assert set(reading.pids) == {trial, daemon}
         assert reading.memory is not None and 160 * MIB < reading.memory < 230 * MIB
-        assert reading.cpu_time is not None and reading.cpu_time >= 0.5
+        assert reading.cpu_time is not None and reading.cpu_time >= 0.2
         assert blind.read(thorough=True).pids == (trial,)
         tell(child)
-        assert child.stdin is not None
-        child.stdin.write(f"{daemon}\n")
-        child.stdin.flush()
+        tell(child, str(daemon))
         assert line(child) == "waited"
         after = tree.read(thorough=True)
         assert after.pids == (trial,)
-        assert after.cpu_time is not None and 0.5 <= after.cpu_time < reading.cpu_time + 0.4
+        assert after.cpu_time is not None and 0.2 <= after.cpu_time < reading.cpu_time + 0.4
         tree.close()
         blind.close()
 

@@ -1,13 +1,12 @@
-"""Which terms a utilization model has: each must earn its place by a criterion.
+"""Selects the terms of a utilization model by information criteria.
 
-The floor stays where it lowers BIC (Schwarz, Annals of Statistics 6, 1978): its gain in
-log-likelihood must exceed ½ log n. An interaction must lower the extended BIC of Chen and Chen
-(Biometrika 95, 2008), ½ log n + log(number of candidates), which makes up for having searched: of
-many candidates one would pass BIC alone by chance. Its robust interval must leave out 0 too, for
-BIC takes the scatter to be even. A scatter that goes with the law alone must lower the extended
-BIC likewise. Main effects all stay, so that their intervals mean what they say; only where they
-are too many for the trials do the weakest give way. ``n`` is the number of trials that were
-observed to their end.
+A floor must lower BIC (Schwarz, Annals of Statistics 6, 1978): its gain in log-likelihood exceeds
+½ log n. An interaction must lower the extended BIC of Chen and Chen (Biometrika 95, 2008),
+½ log n + log(number of candidates), which corrects for the search: of many candidates one would
+pass BIC by chance. Its robust interval must exclude 0 too, because BIC assumes homoscedasticity. A
+scatter that goes with the law alone must lower the extended BIC likewise. All main effects stay,
+so that their intervals are valid; only if they are too many for the trials, the weakest are
+dropped. ``n`` is the number of trials that were observed to their end.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ import numpy as np
 from optuna_quota._utilization.design import Column
 from optuna_quota._utilization.design import Design
 from optuna_quota._utilization.design import Product
-from optuna_quota._utilization.fit import climb
+from optuna_quota._utilization.fit import derivatives
 from optuna_quota._utilization.fit import Fit
 from optuna_quota._utilization.fit import fit
+from optuna_quota._utilization.fit import maximize
 from optuna_quota._utilization.fit import robust_covariance
 from optuna_quota._utilization.fit import Sample
-from optuna_quota._utilization.fit import slopes
 
 
 if TYPE_CHECKING:
@@ -41,25 +40,30 @@ if TYPE_CHECKING:
 
 
 MIN_OBSERVED = 8
-# Trials that a coefficient needs, and those that an interaction needs.
 _TRIALS_PER_TERM = 2.5
 _TRIALS_PER_INTERACTION = 15
-_MOST_INTERACTIONS = 4
+_MAX_INTERACTIONS = 4
 _CANDIDATE_COLUMNS = 10
 
 
 @dataclass(frozen=True)
 class Selected:
-    """A design with its fit and what was chosen by which criterion."""
+    """The selected terms with the observations and their fit; ``notes`` say what was left out."""
 
     design: Design
     sample: Sample
     fit: Fit
     notes: tuple[str, ...]
 
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the log of the usage around the model, corrected for its terms."""
+        n = len(self.sample.y)
+        return self.fit.sigma * math.sqrt(n / max(n - len(self.fit.theta) + 1, 1))
+
 
 def select(design: Design, values: Values, y: Array, censored: NDArray[np.bool_]) -> Selected:
-    """Return the chosen terms with their fit.
+    """Return the selected terms with their fit.
 
     Args:
         design: All main effects.
@@ -78,7 +82,7 @@ def select(design: Design, values: Values, y: Array, censored: NDArray[np.bool_]
         if gain > 0.5 * math.log(observed) and _is_identified(floored, sample):
             best = floored
     chosen = Selected(design, sample, best, design.notes)
-    for _ in range(min(_MOST_INTERACTIONS, observed // _TRIALS_PER_INTERACTION)):
+    for _ in range(min(_MAX_INTERACTIONS, observed // _TRIALS_PER_INTERACTION)):
         larger = _with_interaction(chosen, values, observed)
         if larger is None:
             break
@@ -87,8 +91,8 @@ def select(design: Design, values: Values, y: Array, censored: NDArray[np.bool_]
 
 
 def _is_identified(fit: Fit, sample: Sample) -> bool:
-    """Whether the floor and the law can be told apart at all."""
-    jacobian = slopes(fit.theta, sample, fit.has_floor).jacobian
+    """Return whether the data determine both the floor and the law."""
+    jacobian = derivatives(fit.theta, sample, fit.has_floor).jacobian
     sizes = np.linalg.norm(jacobian, axis=0)
     if not np.isfinite(sizes).all() or (sizes == 0).any():
         return False
@@ -109,8 +113,8 @@ def _screened(
     kept = tuple(design.columns[int(i)] for i in best)
     left = [c.term for c in design.columns if c not in kept]
     note = (
-        f"{observed} trials are too few for {len(design.columns)} terms: the {len(left)} that go "
-        f"least with the usage are left out ({', '.join(left[:6])}{', …' * (len(left) > 6)})."
+        f"{observed} trials are too few for {len(design.columns)} terms: the {len(left)} least "
+        f"correlated with the usage are left out ({', '.join(left[:6])}{', …' * (len(left) > 6)})."
     )
     return replace(design, columns=kept, notes=(*design.notes, note))
 
@@ -133,8 +137,8 @@ def _with_interaction(chosen: Selected, values: Values, observed: int) -> Select
     product, column = candidates[best]
     sample = replace(chosen.sample, x=np.column_stack([chosen.sample.x, column]))
     start = np.insert(chosen.fit.theta, -1, 0.0)
-    held = replace(sample, scale=chosen.sample.under(chosen.fit).scale)
-    larger = climb(start, held, has_floor=chosen.fit.has_floor)
+    held = replace(sample, scale=chosen.sample.with_scale(chosen.fit).scale)
+    larger = maximize(start, held, has_floor=chosen.fit.has_floor)
     larger = replace(larger, epsilon=chosen.fit.epsilon)
     gain = larger.loglike - chosen.fit.loglike
     if not math.isfinite(gain) or gain <= needed:
@@ -142,14 +146,14 @@ def _with_interaction(chosen: Selected, values: Values, observed: int) -> Select
     if not _is_clear(larger, sample):
         return None
     note = (
-        f"{product.term} is in: it raises the log-likelihood by {gain:.1f}, the extended BIC asks "
-        f"for {needed:.1f}."
+        f"{product.term} is included: it raises the log-likelihood by {gain:.1f}, the extended "
+        f"BIC requires {needed:.1f}."
     )
     return Selected(chosen.design.with_column(product), sample, larger, (*chosen.notes, note))
 
 
 def _is_clear(fit: Fit, sample: Sample) -> bool:
-    """Whether the last term's robust interval leaves out 0."""
+    """Return whether the last term's robust interval excludes 0."""
     from scipy.special import stdtrit
 
     covariance = robust_covariance(fit, sample)
@@ -172,16 +176,18 @@ def _candidates(chosen: Selected, values: Values) -> list[tuple[Product, Array]]
     for product in products:
         column = product.values(values)
         left = column - basis @ (basis.T @ column)
-        # A level must be seen on both sides; a column that others make up is no candidate.
+        # Skip what the other columns determine, and levels with next to no trials.
         if np.linalg.norm(left) > 1e-4 * np.linalg.norm(column) and (column != 0).sum() >= 6:
             found.append((product, column))
     return found
 
 
 def _strongest(chosen: Selected, mains: Sequence[Column]) -> list[Column]:
-    """The main effects by the size of their z-value, so that candidates stay few."""
-    at_top = slopes(chosen.fit.theta, chosen.sample.under(chosen.fit), chosen.fit.has_floor)
-    variance = np.abs(np.diag(np.linalg.pinv(at_top.information)))[:-1]
+    """Return the main effects of largest z-value, so that candidates stay few."""
+    at_fit = derivatives(
+        chosen.fit.theta, chosen.sample.with_scale(chosen.fit), chosen.fit.has_floor
+    )
+    variance = np.abs(np.diag(np.linalg.pinv(at_fit.information)))[:-1]
     z = np.abs(chosen.fit.beta) / np.sqrt(variance[-len(chosen.fit.beta) :])
     terms = [c.term for c in chosen.design.columns]
     order = sorted(mains, key=lambda c: -float(z[1 + terms.index(c.term)]))
@@ -194,15 +200,17 @@ def _gains(chosen: Selected, columns: Sequence[Array]) -> Array:
 
     The column's score is divided by its information after the fitted terms are projected out.
     """
-    at_top = slopes(chosen.fit.theta, chosen.sample.under(chosen.fit), chosen.fit.has_floor)
-    share = at_top.jacobian[:, -chosen.sample.x.shape[1]]  # ∂m/∂constant: the power law's share
+    at_fit = derivatives(
+        chosen.fit.theta, chosen.sample.with_scale(chosen.fit), chosen.fit.has_floor
+    )
+    share = at_fit.jacobian[:, -chosen.sample.x.shape[1]]  # ∂m/∂constant: the power law's share
     added = np.column_stack(columns) * share[:, None]
-    slope = at_top.score_obs[:, -1 - chosen.sample.x.shape[1]]
+    slope = at_fit.score_obs[:, -1 - chosen.sample.x.shape[1]]
     by_mean = np.divide(slope, share, out=np.zeros_like(slope), where=share > 0)
-    weighted = at_top.jacobian * at_top.weight[:, None]
-    within = np.linalg.pinv(at_top.jacobian.T @ weighted)
+    weighted = at_fit.jacobian * at_fit.weight[:, None]
+    within = np.linalg.pinv(at_fit.jacobian.T @ weighted)
     across = weighted.T @ added
-    information = (added**2 * at_top.weight[:, None]).sum(axis=0)
+    information = (added**2 * at_fit.weight[:, None]).sum(axis=0)
     information = information - np.einsum("ij,ik,kj->j", across, within, across)
     score = by_mean @ added
     safe = np.where(information > 1e-9, information, np.inf)
