@@ -14,7 +14,7 @@ key of a trial              kind    written by
 ``quota:constrained``       system  with them, beside Optuna's ``constraints``
 ``quota:proposed``          user    ``_sampler.candidates``, when a point was replaced
 ``quota:reservation``       system  ``_ledger``, before the trial starts and at each heartbeat
-``quota:crashed``           system  ``_isolation.crashes``
+``quota:crashed``           system  ``_isolation.outcome``
 ==========================  ======  ==============================================================
 
 ``_sampler.row_cleanup`` clears what Optuna's retry callback copied from a failed trial.

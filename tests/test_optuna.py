@@ -1,4 +1,4 @@
-"""The private parts of Optuna that the package relies on are as it expects them."""
+"""The private parts of Optuna that the package uses work as `_optuna.py` expects."""
 
 from __future__ import annotations
 

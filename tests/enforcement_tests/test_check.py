@@ -1,4 +1,4 @@
-"""check: for objectives that can't ask a pruner."""
+"""`check`: multi-objective, ask-and-tell, distributed and wrapped trials."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_ask_and_tell(which: str) -> None:
         assert record.reason is not None and record.reason.startswith(str(caught.value)[:30])
 
 
-def test_nothing_is_checked_where_there_is_nothing_to_check() -> None:
+def test_trials_without_a_study_or_limits_are_not_checked() -> None:
     check(optuna.trial.FixedTrial({"x": 1}))
     check(optuna.create_study().ask())
     study = optuna.create_study(

@@ -16,8 +16,8 @@ from optuna_quota import isolated
 from optuna_quota import Limits
 from optuna_quota import QuotaPruner
 from optuna_quota import TrialCrashed
-from optuna_quota._isolation.template_client import template_client
-from optuna_quota._isolation.template_client import TemplateClient
+from optuna_quota._isolation.forkserver_client import fork_server_client
+from optuna_quota._isolation.forkserver_client import ForkServerClient
 from optuna_quota._records import read_record
 
 
@@ -45,16 +45,16 @@ def test_large_libraries_can_be_loaded_before_a_fork() -> None:
 
 
 @pytest.mark.slow
-def test_waiting_for_the_template_is_no_time_of_the_trial(
+def test_waiting_for_the_fork_server_is_no_time_of_the_trial(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Else a point would be taken to need more time than its limit, only since it came first.
     (tmp_path / "long_to_load.py").write_text("import time\ntime.sleep(4)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    template_client().want(["long_to_load"])
+    fork_server_client()._wanted.update(dict.fromkeys(["long_to_load"]))
     study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time=3)))
     study.optimize(isolated(quadratic), n_trials=1)
-    assert "long_to_load" in template_client()._loaded
+    assert "long_to_load" in fork_server_client()._loaded
     record = read_record(study.trials[0])
     assert record.outcome == "completed"
     assert record.usage.wall_time is not None
@@ -70,8 +70,8 @@ def test_modules_that_start_threads_are_left_to_the_trials(
         "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    client = template_client()
-    client.want(["starts_a_thread"])
+    client = fork_server_client()
+    client._wanted.update(dict.fromkeys(["starts_a_thread"]))
     try:
         study = optuna.create_study()
         study.optimize(isolated(quadratic), n_trials=2)
@@ -82,7 +82,7 @@ def test_modules_that_start_threads_are_left_to_the_trials(
 
 
 @pytest.mark.slow
-def test_a_package_full_of_threads_costs_one_template(
+def test_a_package_full_of_threads_costs_one_fork_server(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "full_of_threads"
@@ -95,9 +95,9 @@ def test_a_package_full_of_threads_costs_one_template(
             "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
         )
     monkeypatch.syspath_prepend(str(tmp_path))
-    client = TemplateClient()
-    client.want(["full_of_threads", "full_of_threads.quiet"])
-    client.want([f"full_of_threads.{name}" for name in "abcd"])
+    client = ForkServerClient()
+    client._wanted.update(dict.fromkeys(["full_of_threads", "full_of_threads.quiet"]))
+    client._wanted.update(dict.fromkeys([f"full_of_threads.{name}" for name in "abcd"]))
     try:
         client.launch(None).close()
         assert client._unsafe == {"full_of_threads.a"}
@@ -112,8 +112,10 @@ def test_a_package_full_of_threads_costs_one_template(
 def test_threads_that_end_before_a_fork_are_no_danger() -> None:
     # scipy alone brings no OpenBLAS, many of its modules do.
     pytest.importorskip("scipy.special._ufuncs")
-    client = TemplateClient()
-    client.want(["scipy", "scipy.special._ufuncs", "scipy.special._basic"])
+    client = ForkServerClient()
+    client._wanted.update(
+        dict.fromkeys(["scipy", "scipy.special._ufuncs", "scipy.special._basic"])
+    )
     try:
         client.launch(None).close()
         assert client._unsafe == set()
@@ -122,20 +124,20 @@ def test_threads_that_end_before_a_fork_are_no_danger() -> None:
         client._errors.close()
 
 
-def test_what_a_template_said_is_heard_when_it_ends_before_all_was_sent() -> None:
+def test_the_last_message_is_read_when_the_fork_server_has_ended() -> None:
 
-    from optuna_quota._isolation.template import Unsafe
-    from optuna_quota._isolation.template_client import _rest
+    from optuna_quota._isolation.forkserver import UnsafeModule
+    from optuna_quota._isolation.forkserver_client import _unread
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    theirs.send(pickle.dumps(Unsafe("starts_threads")))
+    theirs.send(pickle.dumps(UnsafeModule("starts_threads")))
     theirs.close()
     with ours, pytest.raises(OSError):
         try:
             ours.send(b"too late")
         finally:
-            assert pickle.loads(_rest(ours)) == Unsafe("starts_threads")
-            assert _rest(ours) == b""
+            assert pickle.loads(_unread(ours)) == UnsafeModule("starts_threads")
+            assert _unread(ours) == b""
 
 
 @pytest.mark.slow
@@ -144,7 +146,7 @@ def test_files_of_the_user_are_not_taken_for_modules(
 ) -> None:
     (tmp_path / "copy.py").write_text("raise RuntimeError('not a module')\n")
     monkeypatch.chdir(tmp_path)
-    client = TemplateClient()
+    client = ForkServerClient()
     try:
         client.launch(None).close()
     finally:
@@ -152,8 +154,8 @@ def test_files_of_the_user_are_not_taken_for_modules(
         client._errors.close()
 
 
-def test_a_template_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    from optuna_quota._isolation import template_client as module
+def test_the_reason_why_a_fork_server_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optuna_quota._isolation import forkserver_client as module
 
     command = [sys.executable, "-c", "raise SystemExit('no luck today')"]
     monkeypatch.setattr(module, "interpreter", lambda *_: command)

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from optuna_quota._isolation import rlimits
-from optuna_quota._isolation.cgroup import CgroupLeaf
-from optuna_quota._isolation.cgroup import find_delegated
+from optuna_quota._isolation import memory_limits
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.channel import channel_pair
 from optuna_quota._isolation.gpu_caps import cap_torch
 from optuna_quota._isolation.gpu_caps import set_gpu_caps
+from optuna_quota._isolation.memory_limits import Cgroup
+from optuna_quota._isolation.memory_limits import find_delegated
 from optuna_quota._metering import metering_loop
 
 
@@ -57,15 +57,15 @@ def test_a_message_that_was_cut_off_is_completed() -> None:
 
 def test_the_kernels_limit_needs_room_for_native_libraries() -> None:
     mib = 2**20
-    assert not rlimits.has_room(120 * mib, 100 * mib, 2)
-    assert not rlimits.has_room(100 * mib, 120 * mib, 2)
-    assert rlimits.has_room(256 * mib, 70 * mib, 2)
-    assert rlimits.has_room(2048 * mib, 300 * mib, 64)
+    assert not memory_limits.has_room(120 * mib, 100 * mib, 2)
+    assert not memory_limits.has_room(100 * mib, 120 * mib, 2)
+    assert memory_limits.has_room(256 * mib, 70 * mib, 2)
+    assert memory_limits.has_room(2048 * mib, 300 * mib, 64)
 
 
 def test_data_limit() -> None:
-    assert rlimits.data_limit(300, 100, 1000.7) == 1200
-    assert rlimits.data_limit(300, 2000, 1000) == 300
+    assert memory_limits.data_limit(300, 100, 1000.7) == 1200
+    assert memory_limits.data_limit(300, 2000, 1000) == 300
 
 
 class FakeCuda:
@@ -125,7 +125,7 @@ def test_a_group_without_the_memory_controller_is_none(tmp_path: Path) -> None:
 
 
 def test_a_leaf_is_limited_read_and_killed(tmp_path: Path) -> None:
-    leaf = CgroupLeaf(tmp_path)
+    leaf = Cgroup(tmp_path)
     (folder,) = tmp_path.iterdir()
     for name, text in {
         "memory.stat": "anon 600\nfile 9000\nkernel 300\nshmem 100\n",
@@ -152,7 +152,7 @@ def test_a_real_group_kills_all_that_is_in_it() -> None:
     if mount is None or not list(mount.glob("cgroup.procs")):
         pytest.skip("no control groups of version 2 may be made here")
     try:
-        leaf = CgroupLeaf(mount)
+        leaf = Cgroup(mount)
     except OSError as error:
         pytest.skip(f"no control group can be made here: {error}")
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -169,9 +169,9 @@ def test_a_real_group_kills_all_that_is_in_it() -> None:
 
 
 def test_a_template_is_no_part_of_a_trial_in_its_studys_process() -> None:
-    from optuna_quota._isolation.template_client import TemplateClient
+    from optuna_quota._isolation.forkserver_client import ForkServerClient
 
-    client = TemplateClient()
+    client = ForkServerClient()
     loop = metering_loop()
     try:
         client.launch(None).close()
@@ -184,6 +184,6 @@ def test_a_template_is_no_part_of_a_trial_in_its_studys_process() -> None:
         watch.close()
     finally:
         client.close()
-        client.lost()
+        client.reset()
         client._errors.close()
     assert template not in loop.excluded_pids

@@ -10,10 +10,10 @@ import optuna
 import pytest
 
 from optuna_quota import isolated
-from optuna_quota._isolation import template_client as clients
+from optuna_quota._isolation import forkserver_client as clients
+from optuna_quota._isolation.forkserver_client import fork_server_client
 from optuna_quota._isolation.modules import can_preload
 from optuna_quota._isolation.modules import modules_to_preload
-from optuna_quota._isolation.template_client import template_client
 
 
 def test_modules_that_can_be_loaded_before_a_fork() -> None:
@@ -43,7 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(clients, "modules_to_preload", modules_here)
     monkeypatch.setattr(clients, "_client", None)
     yield tmp_path
-    template_client().close()
+    fork_server_client().close()
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def wait_for_memory(tree: LinuxProcessTree, least: float, limit: float = math.in
 
 # As a trial does that was forked by a supervisor, beside other forks of the same process.
 FORKED = """
-from optuna_quota._isolation.processes import become_subreaper
+from optuna_quota._isolation.linux import become_subreaper
 
 block = bytearray(150 * MIB)
 held = []
@@ -328,7 +328,7 @@ hear()
 
 # A daemon of the trial: its parent has ended, and the subreaper has inherited it.
 DAEMON = """
-from optuna_quota._isolation.processes import become_subreaper
+from optuna_quota._isolation.linux import become_subreaper
 become_subreaper()
 
 def daemon():

@@ -1,4 +1,4 @@
-"""How a trial ended: what its row says is what happened."""
+"""The outcome and reason in a trial's row, for every way in which it can end."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def study_with(pruner: BasePruner | None = None) -> optuna.Study:
 )
 @pytest.mark.filterwarnings("ignore:The value:UserWarning")
 @pytest.mark.filterwarnings("ignore:The number of the values:UserWarning")
-def test_what_the_user_told(tell: Any, outcome: str, reason: str | None) -> None:
+def test_tell_by_the_user(tell: Any, outcome: str, reason: str | None) -> None:
     study = study_with()
     trial = study.ask()
     trial.suggest_float("x", 0, 1)
@@ -135,7 +135,7 @@ def test_what_the_user_told(tell: Any, outcome: str, reason: str | None) -> None
     assert (record.outcome, record.reason) == (outcome, reason)
 
 
-def test_what_was_told_inside_of_another_studys_objective() -> None:
+def test_tell_inside_another_studys_objective() -> None:
     outer, inner = study_with(), study_with()
 
     def objective(trial: optuna.Trial) -> float:
@@ -183,13 +183,13 @@ def prune() -> None:
     raise optuna.TrialPruned
 
 
-TOLD = "The objective caught the stop and returned a value."
+IGNORED = "The objective caught the stop and returned a value."
 
 
 @pytest.mark.parametrize(
     ("act", "state", "outcome", "ending"),
     [
-        (lambda: 1.0, COMPLETE, "completed", TOLD),
+        (lambda: 1.0, COMPLETE, "completed", IGNORED),
         (lambda: None, FAIL, "terminated", "The value None could not be cast to float."),
         (fail, FAIL, "terminated", "The objective raised RuntimeError: interrupted."),
         (prune, TrialState.PRUNED, "terminated", ""),
@@ -256,7 +256,7 @@ def test_an_objective_that_fails_when_it_is_pruned() -> None:
     )
 
 
-def test_an_objective_that_swallows_that_the_quota_is_used_up() -> None:
+def test_an_objective_that_swallows_the_rejection() -> None:
     study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=1)))
 
     def objective(trial: optuna.Trial) -> float:
@@ -271,4 +271,4 @@ def test_an_objective_that_swallows_that_the_quota_is_used_up() -> None:
     assert len(study.trials) == 2
     assert study.trials[-1].state == COMPLETE
     assert record.outcome == "rejected"
-    assert record.reason is not None and record.reason.endswith(TOLD)
+    assert record.reason is not None and record.reason.endswith(IGNORED)

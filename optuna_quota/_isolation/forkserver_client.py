@@ -1,10 +1,9 @@
-"""This process's template: started when first needed, renewed when it is gone."""
+"""The study's side of its fork server: start it when needed, keep it current, get trials of it."""
 
 from __future__ import annotations
 
 import atexit
 from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Sequence
 import contextlib
 from dataclasses import dataclass
@@ -19,30 +18,41 @@ import tempfile
 import threading
 from typing import TypeVar
 
-from optuna_quota._isolation.job_signals import job_signals_blocked
+from optuna_quota._isolation.channel import Channel
+from optuna_quota._isolation.forkserver import MainModuleMade
+from optuna_quota._isolation.forkserver import MakeMainModule
+from optuna_quota._isolation.forkserver import MESSAGE_SIZE
+from optuna_quota._isolation.forkserver import PreloadModules
+from optuna_quota._isolation.forkserver import SpawnRequest
+from optuna_quota._isolation.forkserver import UnsafeModule
 from optuna_quota._isolation.launch import interpreter
-from optuna_quota._isolation.launch import Launched
-from optuna_quota._isolation.launch import order_trial
 from optuna_quota._isolation.launch import popen
-from optuna_quota._isolation.launch import TemplateGone
+from optuna_quota._isolation.launch import send_streams
+from optuna_quota._isolation.launch import TrialConnections
 from optuna_quota._isolation.main_module import find_main_module
 from optuna_quota._isolation.main_module import MainModule
 from optuna_quota._isolation.modules import loaded_modules
 from optuna_quota._isolation.modules import modification_times
 from optuna_quota._isolation.modules import modified
 from optuna_quota._isolation.modules import modules_to_preload
-from optuna_quota._isolation.template import MadeMain
-from optuna_quota._isolation.template import MakeMain
-from optuna_quota._isolation.template import MESSAGE_SIZE
-from optuna_quota._isolation.template import Order
-from optuna_quota._isolation.template import Preload
-from optuna_quota._isolation.template import Unsafe
+from optuna_quota._isolation.signals import block_job_signals
 from optuna_quota._metering import metering_loop
 
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 _MAIN = "__main__"
+_ATTEMPTS = 3
+# Modules in one message, which has a size limit.
+_MODULES_PER_MESSAGE = 500
+
+
+class ForkServerExited(OSError):
+    """The fork server has exited; ``last_message`` is what it sent at the end, or nothing."""
+
+    def __init__(self, last_message: bytes) -> None:
+        super().__init__("The fork server has exited.")
+        self.last_message = last_message
 
 
 @dataclass(frozen=True)
@@ -51,18 +61,18 @@ class PreparedMain:
 
     Attributes:
         module: How it is made.
-        is_made: Whether a trial's process has it from its template; else the trial makes it.
+        is_made: Whether a trial's process has it from the fork server; else the trial makes it.
     """
 
     module: MainModule
     is_made: bool
 
 
-class TemplateClient:
-    """Starts trials from one template; for any thread.
+class ForkServerClient:
+    """Starts trials from one fork server; for any thread.
 
     Args:
-        once: Whether the template is for a single trial, as for the start method spawn.
+        once: Whether it is for a single trial, as for the start method spawn.
     """
 
     def __init__(self, *, once: bool = False) -> None:
@@ -70,6 +80,11 @@ class TemplateClient:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
+        # Processes that exit by themselves once they have served what was sent.
+        self._retired: list[subprocess.Popen[bytes]] = []
+        # Modules to load, in their order; those loaded, the times of their files, and the
+        # environment that they were loaded in.
         self._wanted: dict[str, None] = {}
         self._known_modules: tuple[int, str] | None = None
         self._loaded: dict[str, None] = {}
@@ -77,40 +92,31 @@ class TemplateClient:
         self._environ: dict[str, str] = {}
         self._main: MainModule | None = None
         self._prepared: PreparedMain | None = None
-        # What templates have found out: modules that no fork can follow, and others of the same
-        # packages that one can.
+        # Modules after which forks are unsafe, and others of the same packages that are safe.
         self._unsafe: set[str] = set()
         self._safe: set[str] = set()
-        self._retired: list[subprocess.Popen[bytes]] = []
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
 
-    def for_one_trial(self) -> TemplateClient:
-        """Return a client whose template starts a single trial and ends."""
-        client = TemplateClient(once=True)
+    def for_one_trial(self) -> ForkServerClient:
+        """Return a client whose fork server starts a single trial and exits."""
+        client = ForkServerClient(once=True)
         client._unsafe, client._safe = self._unsafe, self._safe
         client._retired = self._retired
         return client
 
-    def release(self) -> None:
-        """Let the template end without waiting for it."""
-        with self._lock:
-            self._discard()
-            self._errors.close()
-
     def prepare(self, preload: Sequence[str] = ()) -> PreparedMain:
-        """Load what a trial is to find loaded: the modules of this process, the main module.
+        """Load what trials are to find loaded: this process's modules, and its main module.
 
         Args:
             preload: Modules to load beside those that this process has imported.
 
         Raises:
-            OSError: If no template can be started.
+            OSError: If no fork server can be started.
         """
         with self._lock:
-            self._want(preload)
-            return self._insist(self._prepare)
+            self._update_wanted(preload)
+            return self._with_server(self._prepare)
 
-    def launch(self, cgroup: Path | None, descriptors: Sequence[int] = ()) -> Launched:
+    def launch(self, cgroup: Path | None, descriptors: Sequence[int] = ()) -> TrialConnections:
         """Start a trial's processes.
 
         Args:
@@ -118,32 +124,33 @@ class TemplateClient:
             descriptors: Open files for the trial.
 
         Raises:
-            OSError: If no template can be started.
+            OSError: If no fork server can be started.
         """
-        data = pickle.dumps(Order(cgroup, self._once))
+        request = pickle.dumps(SpawnRequest(cgroup, self._once))
 
-        def launch(sock: socket.socket) -> Launched:
+        def launch(sock: socket.socket) -> TrialConnections:
             self._prepare(sock)
-            return order_trial(sock, data, descriptors)
+            return request_trial(sock, request, descriptors)
 
         with self._lock:
-            launched = self._insist(launch)
+            connections = self._with_server(launch)
             if self._once:
                 self._discard()
-            return launched
+            return connections
 
-    def want(self, modules: Iterable[str]) -> None:
-        """Have the template load modules before the next trial."""
-        with self._lock:
-            self._wanted.update(dict.fromkeys(modules))
-
-    def lost(self) -> None:
-        """Tell that a trial was not started: the template may be gone, and say why."""
+    def reset(self) -> None:
+        """Use another fork server from now on; trials under way continue."""
         with self._lock:
             self._discard()
 
+    def release(self) -> None:
+        """Let the fork server exit without waiting for it."""
+        with self._lock:
+            self._discard()
+            self._errors.close()
+
     def close(self) -> None:
-        """Let the template end; trials under way go on."""
+        """Let the fork server exit and wait for it; trials under way continue."""
         with self._lock:
             self._discard()
             for process in self._retired:
@@ -151,7 +158,7 @@ class TemplateClient:
                     process.wait(timeout=5)
             self._errors.close()
 
-    def _want(self, preload: Sequence[str]) -> None:
+    def _update_wanted(self, preload: Sequence[str]) -> None:
         main = find_main_module()
         if main != self._main:
             # Another script's, or the same one edited: the former can't be unloaded.
@@ -166,23 +173,22 @@ class TemplateClient:
             self._wanted.update(dict.fromkeys(names))
         self._wanted.update(dict.fromkeys(preload))
 
-    def _insist(self, act: Callable[[socket.socket], Answer]) -> Answer:
-        """Do something with the template, with a new one where it ends meanwhile."""
+    def _with_server(self, act: Callable[[socket.socket], T]) -> T:
+        """Do something with the fork server, with a new one where it exits meanwhile."""
         faults = 0
         while True:
             sock = self._connect()
             try:
                 return act(sock)
             except OSError as error:
-                # Each module found unsafe costs a template; there may be many of them.
-                faults += not self._hear(getattr(error, "last_words", b"") or _rest(sock))
+                # Each unsafe module costs a fork server; there may be many of them.
+                last_message = getattr(error, "last_message", b"") or _unread(sock)
+                faults += not self._note_unsafe(last_message)
                 self._discard()
-                if faults == 3:
-                    raise OSError(
-                        f"The process that starts trials ended: {self._complaint()}"
-                    ) from error
+                if faults == _ATTEMPTS:
+                    raise OSError(self._describe_exit()) from error
             except BaseException:
-                # An interrupt (Ctrl-C): this order's answer must not be taken for another's.
+                # An interrupt (Ctrl-C): the answer must not be taken for a later request's.
                 self._discard()
                 raise
 
@@ -192,13 +198,13 @@ class TemplateClient:
         self._discard()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = interpreter("template", theirs.fileno())
+            command = interpreter("forkserver", theirs.fileno())
             self._errors.seek(0)
             self._errors.truncate()
             self._environ = dict(os.environ)
-            with job_signals_blocked():
+            with block_job_signals():
                 self._process = popen(command, self._errors, pass_fds=(theirs.fileno(),))
-        # It and its forks are no part of a trial in this process.
+        # Neither it nor its forks are part of a trial in this process.
         metering_loop().excluded_pids.add(self._process.pid)
         self._sock = ours
         self._loaded, self._files, self._prepared = {}, {}, None
@@ -208,7 +214,7 @@ class TemplateClient:
         return self._process is not None and self._process.poll() is None
 
     def _is_stale(self) -> bool:
-        """Return whether what the template has loaded is no longer what it would load."""
+        """Return whether it would load something else now than it has loaded."""
         if any(modified(file) != time for file, time in self._files.items()):
             return True
         # Libraries read their variables when they are imported.
@@ -217,38 +223,38 @@ class TemplateClient:
     def _prepare(self, sock: socket.socket) -> PreparedMain:
         self._preload(sock)
         if self._prepared is None:
-            self._prepared = self._make_main(sock)
+            self._prepared = self._make_main_module(sock)
         return self._prepared
 
     def _preload(self, sock: socket.socket) -> None:
         new = self._new_modules()
-        if not new:
-            return
         self._loaded.update(dict.fromkeys(new))
         self._files.update(modification_times(new))
-        for start in range(0, len(new), 500):
-            message = pickle.dumps(Preload(tuple(sys.path), new[start : start + 500]))
+        for start in range(0, len(new), _MODULES_PER_MESSAGE):
+            modules = new[start : start + _MODULES_PER_MESSAGE]
+            message = pickle.dumps(PreloadModules(tuple(sys.path), modules))
             if len(message) <= MESSAGE_SIZE:
                 sock.send(message)
 
     def _new_modules(self) -> list[str]:
         return [m for m in self._wanted if m not in self._loaded and not self._is_unsafe(m)]
 
-    def _make_main(self, sock: socket.socket) -> PreparedMain:
+    def _make_main_module(self, sock: socket.socket) -> PreparedMain:
         main = self._main or MainModule()
         if _MAIN in self._unsafe:
             return PreparedMain(main, is_made=False)
-        message = pickle.dumps(MakeMain(main))
+        message = pickle.dumps(MakeMainModule(main))
         if len(message) > MESSAGE_SIZE:
             main = main.without_statements()
-            message = pickle.dumps(MakeMain(main))
+            message = pickle.dumps(MakeMainModule(main))
         sock.send(message)
         answer = sock.recv(MESSAGE_SIZE)
         made = pickle.loads(answer) if answer else None
-        if not isinstance(made, MadeMain):
-            raise TemplateGone(answer)
-        whole = made.error is None
-        return PreparedMain(main if whole else main.without_statements(), is_made=True)
+        if not isinstance(made, MainModuleMade):
+            raise ForkServerExited(answer)
+        return PreparedMain(
+            main if made.with_statements else main.without_statements(), is_made=True
+        )
 
     def _discard(self) -> None:
         sock, self._sock = self._sock, None
@@ -257,26 +263,27 @@ class TemplateClient:
         if sock is not None:
             sock.close()
         if process is not None:
-            # It ends by itself once it has served what was sent; to wait would hold up a trial.
             self._retired.append(process)
         for ended in [p for p in self._retired if p.poll() is not None]:
             with contextlib.suppress(ValueError):  # another thread was faster
                 self._retired.remove(ended)
             metering_loop().excluded_pids.discard(ended.pid)
 
-    def _complaint(self) -> str:
-        """Return the last line that a template wrote to its standard error."""
+    def _describe_exit(self) -> str:
+        """Return how a fork server exited, with the last line of its standard error."""
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it exited without output."
+        if not lines:
+            return "The fork server exited without output."
+        return f"The fork server exited: {lines[-1]}"
 
-    def _hear(self, last_words: bytes) -> bool:
-        """Note what a template said at its end; return whether that was news."""
-        message = pickle.loads(last_words) if last_words else None
-        if not isinstance(message, Unsafe) or message.module in self._unsafe:
+    def _note_unsafe(self, last_message: bytes) -> bool:
+        """Note which module a fork server found unsafe; return whether that was news."""
+        message = pickle.loads(last_message) if last_message else None
+        if not isinstance(message, UnsafeModule) or message.module in self._unsafe:
             return False
-        # Those of its package that come later are not tried: each one unsafe costs a template,
-        # and the trial waits meanwhile.
+        # The later ones of its package are not tried: each unsafe one costs a fork server, and
+        # the trial waits meanwhile.
         earlier = itertools.takewhile(lambda name: name != message.module, self._wanted)
         self._safe.update([name for name in earlier if not self._is_unsafe(name)])
         self._unsafe.add(message.module)
@@ -288,38 +295,59 @@ class TemplateClient:
         return spoilt and module not in self._safe
 
 
-def _rest(sock: socket.socket) -> bytes:
-    """Return what a template said before it was gone: it may end before all was sent to it."""
+def request_trial(
+    sock: socket.socket, request: bytes, descriptors: Sequence[int] = ()
+) -> TrialConnections:
+    """Request a trial's processes from a fork server, and send the trial its open files.
+
+    Raises:
+        OSError: If the fork server is gone.
+    """
+    sock.send(request)
+    answer, handles, _, _ = socket.recv_fds(sock, 1 << 16, 2)
+    if len(handles) != 2:
+        raise ForkServerExited(answer)
+    channel, control = (Channel(socket.socket(fileno=handle)) for handle in handles)
+    try:
+        send_streams(channel, descriptors)
+    except OSError:
+        channel.close()
+        control.close()
+        raise
+    return TrialConnections(channel, control)
+
+
+def _unread(sock: socket.socket) -> bytes:
+    """Return what a fork server sent before it exited: it may exit before all was sent to it."""
     with contextlib.suppress(OSError):
         return sock.recv(MESSAGE_SIZE, socket.MSG_DONTWAIT)
     return b""
 
 
-_client: TemplateClient | None = None
+_client: ForkServerClient | None = None
 _client_lock = threading.Lock()
-# The parent's, in a fork: they are not this process's to end.
-_foreign: list[TemplateClient] = []
+# In a fork, those of its parent: they are referred to, so that they are not closed.
+_inherited: list[ForkServerClient] = []
 
 
-def template_client() -> TemplateClient:
-    """Return the client of this process's own template; a fork gets another."""
+def fork_server_client() -> ForkServerClient:
+    """Return the client of this process's own fork server; a fork of this process gets another."""
     global _client
     with _client_lock:
         if _client is None:
-            _client = TemplateClient()
+            _client = ForkServerClient()
             atexit.register(_client.close)
         return _client
 
 
-def _forget() -> None:
-    """Let go of the parent's template, in the child after a fork."""
+def _after_fork_in_child() -> None:
     global _client, _client_lock
     _client_lock = threading.Lock()
     if _client is not None:
-        _foreign.append(_client)
+        _inherited.append(_client)
         atexit.unregister(_client.close)
         _client = None
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_after_fork_in_child)

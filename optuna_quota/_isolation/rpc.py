@@ -1,13 +1,19 @@
-"""What the child asks of the study's process: calls with an answer, and notices without."""
+"""Remote calls: the trial, the study and its storage stay in the study's process.
+
+The objective gets proxies of them; each call is sent there and answered by the server.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+import datetime
 import itertools
 import os
 import threading
 from typing import Any
 from typing import NoReturn
+from typing import TYPE_CHECKING
 
 from optuna.storages import BaseStorage
 from optuna.study import Study
@@ -16,40 +22,51 @@ from optuna.trial import Trial
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.remote_errors import SentError
 from optuna_quota._isolation.remote_errors import unpack_error
-from optuna_quota._isolation.stop import PoliteStop
+from optuna_quota._isolation.signals import PoliteStop
+
+
+if TYPE_CHECKING:
+    from optuna_quota._resources import Breach
 
 
 @dataclass(frozen=True)
 class Handle:
-    """An object that stays in the study's process; the child has a proxy.
+    """Refers to an object of the study's process.
 
     Attributes:
-        index: Its place among the objects that the child knows.
-        kind: The class that the proxy passes for.
+        index: Its index in :class:`RemoteObjects`.
+        kind: The class that its proxy passes for.
     """
 
     index: int
     kind: type
 
 
-# A call: its id, the index of its target, the name, arguments (None to read an attribute), named
+# A call: its id, the index of its target, the name, arguments (None to read an attribute), keyword
 # arguments. The answer: the call's id, the value, the error. Plain tuples, because a pickled class
 # costs as much as the rest of a round trip.
 Call = tuple[int, int, str, "tuple[Any, ...] | None", "dict[str, Any]"]
 Answer = tuple[int, Any, "SentError | None"]
 
+# The index of the trial, which is the first of the remote objects.
+TRIAL = 0
+# Names of calls that are no methods: `optuna_quota.check` in a trial's process, and a measurement
+# of what the trial uses at this moment.
+CHECK = "_quota_check"
+MEASURE = "_quota_measure"
+
 
 @dataclass(frozen=True)
 class Method:
-    """Says in an answer that the attribute is a method of its object."""
+    """The answer to the reading of an attribute that is a method."""
 
 
-class Calls:
-    """The child's end: one call at a time, from any thread.
+class RpcClient:
+    """Sends calls from the trial's process, one at a time, from any thread.
 
     Args:
         channel: The connection.
-        stop: Keeps the polite stop back while a message is exchanged.
+        stop: Deferred while a message is exchanged.
     """
 
     def __init__(self, channel: Channel, stop: PoliteStop) -> None:
@@ -97,12 +114,9 @@ class Calls:
 
 
 class Proxy:
-    """Stands in the child for an object of the study's process, such as the study.
+    """Stands in the trial's process for an object of the study's, and passes for its class."""
 
-    It passes for an instance of that object's class; all it does is done over there.
-    """
-
-    def __init__(self, calls: Calls, handle: Handle) -> None:
+    def __init__(self, calls: RpcClient, handle: Handle) -> None:
         self.__dict__["_proxied"] = (calls, handle)
 
     @property  # type: ignore[misc]
@@ -132,17 +146,13 @@ class Proxy:
 
 
 class RemoteObjects:
-    """The objects of one trial that stay in the study's process and are called from the child.
-
-    Args:
-        trial: The trial, which is the first of them.
-    """
+    """The objects in the study's process that one trial may call, the trial first."""
 
     def __init__(self, trial: Any) -> None:
         self._objects: list[Any] = [trial]
 
     def handle(self, found: Any) -> Handle:
-        """Return the handle of an object, which stays."""
+        """Return the handle of an object, which is kept."""
         for index, known in enumerate(self._objects):
             if known is found:
                 return Handle(index, type(found))
@@ -159,10 +169,77 @@ def is_remote(value: Any) -> bool:
 
 
 def proxy_of(handle: Handle) -> Proxy:
-    """Return the proxy of an object that stayed behind; pickles of objectives refer to this."""
+    """Return the proxy of an object; pickles of objectives refer to this."""
     assert _calls is not None
     return Proxy(_calls, handle)
 
 
-# Those of this process, where it runs a trial.
-_calls: Calls | None = None
+# The client of this process, where it runs a trial.
+_calls: RpcClient | None = None
+
+
+@dataclass(frozen=True)
+class TrialFacts:
+    """The attributes of a trial that never change, so that they need no call."""
+
+    number: int
+    trial_id: int | None
+    datetime_start: datetime.datetime | None
+    study: Handle | None
+
+
+class RemoteTrial(Trial):
+    """An :class:`optuna.trial.Trial` whose methods run in the study's process."""
+
+    def __init__(self, calls: RpcClient, facts: TrialFacts) -> None:
+        # The base class's own is not called: it would ask the sampler a second time.
+        self._calls = calls
+        self._facts = facts
+        self._trial_id = facts.trial_id  # type: ignore[assignment]  # None for a FixedTrial
+        if facts.study is not None:
+            self.study = Proxy(calls, facts.study)  # type: ignore[assignment]  # passes for one
+
+    @property
+    def number(self) -> int:
+        """The trial's number."""
+        return self._facts.number
+
+    @property
+    def datetime_start(self) -> datetime.datetime | None:
+        """When the trial started."""
+        return self._facts.datetime_start
+
+    def _quota_check(self) -> Breach | None:
+        breach: Breach | None = self._calls.call(TRIAL, CHECK)
+        return breach
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_calls", "_facts"):
+            raise AttributeError(name)
+        return self._calls.read(TRIAL, name)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("A running trial can't be sent to another process.")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        self.__reduce__()
+
+
+def _method(name: str) -> Callable[..., Any]:
+    def forward(self: RemoteTrial, *args: Any, **kwargs: Any) -> Any:
+        return self._calls.call(TRIAL, name, *args, **kwargs)
+
+    forward.__name__ = name
+    forward.__doc__ = getattr(Trial, name).__doc__
+    return forward
+
+
+def _attribute(name: str) -> property:
+    return property(lambda self: self._calls.read(TRIAL, name))
+
+
+# Every public method and property of a trial, those of later versions of Optuna too.
+for _name in dir(Trial):
+    if not _name.startswith("_") and _name not in vars(RemoteTrial):
+        _is_method = callable(getattr(Trial, _name))
+        setattr(RemoteTrial, _name, _method(_name) if _is_method else _attribute(_name))
