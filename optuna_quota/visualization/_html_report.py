@@ -35,12 +35,11 @@ if TYPE_CHECKING:
 
 _WIDE = "usage_slice"
 _MAX_ENDED = 200
-# More markers would tell the eye nothing, and take megabytes.
+# More markers hide each other and add megabytes.
 _MAX_MARKERS = 1000
 _TITLE_HEIGHT = 44
 # Signs in JSON that could end a script element or a line of it.
 _SCRIPT_ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
-_NO_PLOTS = "Plots need plotly: pip install 'optuna-quota[plot]'."
 
 
 def to_html(
@@ -64,7 +63,7 @@ def to_html(
     plotted = interactive and find_spec("plotly") is not None
     parts = _plots(data) if plotted else _tables(data)
     if interactive and not plotted:
-        parts.append(element("p", _NO_PLOTS))
+        parts.append(element("p", _plotly.MISSING_PLOTLY))
     text = report_text(data)
     head = element(
         "head",
