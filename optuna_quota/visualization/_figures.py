@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -117,7 +118,7 @@ def quality_cost_figures(data: ReportData) -> dict[str, go.Figure]:
     for index, direction in enumerate(directions):
 
         def value(trial: FrozenTrial, index: int = index) -> float:
-            return float(trial.values[index])
+            return float(trial.values[index]) if trial.values else math.nan
 
         info = _get_quality_info(
             data.study,
@@ -131,8 +132,13 @@ def quality_cost_figures(data: ReportData) -> dict[str, go.Figure]:
     return made
 
 
-def thin(figure: go.Figure, max_markers: int, *, hover: bool = False) -> go.Figure:
-    """Return a figure with fewer markers, for where size matters.
+def thin(figure: go.Figure, max_markers: int) -> go.Figure:
+    """Return a figure with fewer markers and without hover texts; see :func:`thinned_json`."""
+    return _plotly.import_plotly().Figure(thinned_json(figure, max_markers))
+
+
+def thinned_json(figure: go.Figure, max_markers: int, *, hover: bool = False) -> dict[str, Any]:
+    """Return the JSON of a figure with fewer markers, for where size matters.
 
     Args:
         figure: Any figure of this package.
@@ -162,7 +168,7 @@ def thin(figure: go.Figure, max_markers: int, *, hover: bool = False) -> go.Figu
         title = spec["layout"]["title"]
         note = f" ({shown:,} of {total:,} markers shown)</span>"
         title["text"] = title["text"].replace("</span>", note)
-    return _plotly.import_plotly().Figure(spec)
+    return spec
 
 
 def _keep_markers(trace: dict[str, Any], keep: int) -> None:

@@ -22,7 +22,7 @@ from optuna_quota.visualization._correlations import format_cell
 from optuna_quota.visualization._data import report_data
 from optuna_quota.visualization._data import ReportData
 from optuna_quota.visualization._figures import figures_of
-from optuna_quota.visualization._figures import thin
+from optuna_quota.visualization._figures import thinned_json
 from optuna_quota.visualization._report_text import report_text
 from optuna_quota.visualization._report_text import ReportText
 from optuna_quota.visualization._waste import _get_waste_info
@@ -272,7 +272,7 @@ def _plots(data: ReportData) -> list[Safe]:
         return []
     places, specs = [], {}
     for name, figure in made.items():
-        spec = thin(figure, _MAX_MARKERS, hover=True).to_plotly_json()
+        spec = thinned_json(figure, _MAX_MARKERS, hover=True)
         # A caption wraps where a title in the plot would be cut.
         caption = Safe(spec["layout"].pop("title")["text"])
         spec["layout"]["margin"]["t"] -= _TITLE_HEIGHT
