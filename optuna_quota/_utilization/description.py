@@ -13,7 +13,7 @@ from optuna_quota._resources import get_resource
 from optuna_quota._utilization.design import Column
 from optuna_quota._utilization.design import Product
 from optuna_quota._utilization.fit import Derivatives
-from optuna_quota._utilization.fit import derivatives
+from optuna_quota._utilization.fit import derivatives_at
 from optuna_quota._utilization.fit import leverage
 from optuna_quota._utilization.selection import Selected
 
@@ -134,9 +134,8 @@ def diagnose(
         numbers: Numbers of the trials, shape ``(n,)``.
         n_stopped_peaks: Number of peaks of stopped trials that are taken as lower bounds.
     """
-    fit = selected.fit
-    sample = selected.sample.with_scale(fit)
-    at_fit = derivatives(fit.theta, sample, fit.has_floor)
+    fit, sample = selected.fit, selected.sample
+    at_fit = derivatives_at(fit, sample)
     scale = fit.scale(at_fit.jacobian)
     residuals = (sample.y - at_fit.mean) / scale
     seen = np.flatnonzero(~sample.censored)

@@ -189,6 +189,11 @@ def derivatives(
     return Derivatives(loglike, score, information, mean, jacobian, weight)
 
 
+def derivatives_at(fit: Fit, sample: Sample) -> Derivatives:
+    """Return the log-likelihood of a fit, with its scatter, and its derivatives."""
+    return derivatives(fit.theta, sample.with_scale(fit), fit.has_floor)
+
+
 def fit(sample: Sample, *, has_floor: bool) -> Fit:
     """Return the highest maximum of the likelihood that is found.
 

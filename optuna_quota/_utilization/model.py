@@ -30,6 +30,7 @@ from optuna_quota._utilization.design import Column
 from optuna_quota._utilization.design import Product
 from optuna_quota._utilization.design import values_of
 from optuna_quota._utilization.fit import derivatives
+from optuna_quota._utilization.fit import derivatives_at
 from optuna_quota._utilization.fit import Fit
 from optuna_quota._utilization.fit import mean_and_jacobian
 from optuna_quota._utilization.fit import robust_covariance
@@ -87,8 +88,7 @@ class UtilizationModel:
 
     def log_likelihood(self, numbers: NDArray[np.int64]) -> float:
         """Return the log-likelihood of the usage of the trials of these numbers."""
-        fit, sample = self._selected.fit, self._selected.sample
-        terms = derivatives(fit.theta, sample.with_scale(fit), fit.has_floor).loglike_obs
+        terms = derivatives_at(self._selected.fit, self._selected.sample).loglike_obs
         return float(terms[np.isin(self.numbers, numbers)].sum())
 
     @property

@@ -23,7 +23,9 @@ import numpy as np
 from optuna_quota._utilization.design import Column
 from optuna_quota._utilization.design import Design
 from optuna_quota._utilization.design import Product
+from optuna_quota._utilization.fit import Derivatives
 from optuna_quota._utilization.fit import derivatives
+from optuna_quota._utilization.fit import derivatives_at
 from optuna_quota._utilization.fit import Fit
 from optuna_quota._utilization.fit import fit
 from optuna_quota._utilization.fit import maximize
@@ -81,13 +83,13 @@ def select(design: Design, values: Values, y: Array, censored: NDArray[np.bool_]
         gain = floored.loglike - plain.loglike
         if gain > 0.5 * math.log(observed) and _is_identified(floored, sample):
             best = floored
-    chosen = Selected(design, sample, best, design.notes)
+    selected = Selected(design, sample, best, design.notes)
     for _ in range(min(_MAX_INTERACTIONS, observed // _TRIALS_PER_INTERACTION)):
-        larger = _with_interaction(chosen, values, observed)
+        larger = _with_interaction(selected, values, observed)
         if larger is None:
             break
-        chosen = larger
-    return chosen
+        selected = larger
+    return selected
 
 
 def _is_identified(fit: Fit, sample: Sample) -> bool:
@@ -107,8 +109,9 @@ def _screened(
         return design
     from scipy.stats import rankdata
 
-    ranks = rankdata(y)
-    strength = [_correlation(rankdata(c.values(values)), ranks) for c in design.columns]
+    ranks = [rankdata(y), *(rankdata(column.values(values)) for column in design.columns)]
+    with np.errstate(invalid="ignore", divide="ignore"):  # of a constant column
+        strength = np.nan_to_num(np.abs(np.atleast_2d(np.corrcoef(ranks))[0, 1:]))
     best = sorted(np.argsort(strength)[::-1][:most])
     kept = tuple(design.columns[int(i)] for i in best)
     left = [c.term for c in design.columns if c not in kept]
@@ -119,37 +122,31 @@ def _screened(
     return replace(design, columns=kept, notes=(*design.notes, note))
 
 
-def _correlation(x: Array, y: Array) -> float:
-    x, y = x - x.mean(), y - y.mean()
-    size = float(np.linalg.norm(x) * np.linalg.norm(y))
-    return abs(float(x @ y)) / size if size > 0 else 0.0
-
-
-def _with_interaction(chosen: Selected, values: Values, observed: int) -> Selected | None:
-    candidates = _candidates(chosen, values)
+def _with_interaction(selected: Selected, values: Values, observed: int) -> Selected | None:
+    """Return the terms with the most useful interaction added, None if none is needed."""
+    last, sample = selected.fit, selected.sample
+    at_fit = derivatives_at(last, sample)
+    candidates = _candidates(selected, at_fit, values)
     if not candidates:
         return None
-    gains = _gains(chosen, [values_ for _, values_ in candidates])
+    gains = _score_test(at_fit, sample.x.shape[1], [column for _, column in candidates])
     best = int(np.argmax(gains))
     needed = 0.5 * math.log(observed) + math.log(len(candidates))
     if gains[best] < 0.5 * needed:
         return None
     product, column = candidates[best]
-    sample = replace(chosen.sample, x=np.column_stack([chosen.sample.x, column]))
-    start = np.insert(chosen.fit.theta, -1, 0.0)
-    held = replace(sample, scale=chosen.sample.with_scale(chosen.fit).scale)
-    larger = maximize(start, held, has_floor=chosen.fit.has_floor)
-    larger = replace(larger, epsilon=chosen.fit.epsilon)
-    gain = larger.loglike - chosen.fit.loglike
-    if not math.isfinite(gain) or gain <= needed:
-        return None
-    if not _is_clear(larger, sample):
+    larger = replace(sample, x=np.column_stack([sample.x, column]))
+    scaled = replace(larger, scale=sample.with_scale(last).scale)
+    found = maximize(np.insert(last.theta, -1, 0.0), scaled, has_floor=last.has_floor)
+    found = replace(found, epsilon=last.epsilon)
+    gain = found.loglike - last.loglike
+    if not math.isfinite(gain) or gain <= needed or not _is_clear(found, larger):
         return None
     note = (
         f"{product.term} is included: it raises the log-likelihood by {gain:.1f}, the extended "
         f"BIC requires {needed:.1f}."
     )
-    return Selected(chosen.design.with_column(product), sample, larger, (*chosen.notes, note))
+    return Selected(selected.design.with_column(product), larger, found, (*selected.notes, note))
 
 
 def _is_clear(fit: Fit, sample: Sample) -> bool:
@@ -162,18 +159,22 @@ def _is_clear(fit: Fit, sample: Sample) -> bool:
     return abs(float(fit.theta[place])) > half * math.sqrt(covariance[place, place])
 
 
-def _candidates(chosen: Selected, values: Values) -> list[tuple[Product, Array]]:
-    mains = [c for c in chosen.design.columns if isinstance(c, Column)]
-    taken = {c.term for c in chosen.design.columns}
-    strongest = _strongest(chosen, mains)
-    products = [
-        Product(one, other)
-        for one, other in combinations(strongest, 2)
-        if one.param != other.param and f"{one.term}:{other.term}" not in taken
-    ]
+def _candidates(
+    selected: Selected, at_fit: Derivatives, values: Values
+) -> list[tuple[Product, Array]]:
+    """Return the interactions of the main effects of largest z-values, and their columns."""
+    columns, beta = selected.design.columns, selected.fit.beta
+    mains = [c for c in columns if isinstance(c, Column)]
+    variance = np.abs(np.diag(np.linalg.pinv(at_fit.information)))[:-1]
+    z = np.abs(beta) / np.sqrt(variance[-len(beta) :])
+    strongest = np.argsort(-z[1 : 1 + len(mains)], kind="stable")[:_CANDIDATE_COLUMNS]
+    taken = {c.term for c in columns}
+    basis, _ = np.linalg.qr(selected.sample.x)
     found = []
-    basis, _ = np.linalg.qr(chosen.sample.x)
-    for product in products:
+    for i, j in combinations(sorted(strongest), 2):
+        product = Product(mains[i], mains[j])
+        if mains[i].param == mains[j].param or product.term in taken:
+            continue
         column = product.values(values)
         left = column - basis @ (basis.T @ column)
         # Skip what the other columns determine, and levels with next to no trials.
@@ -182,30 +183,14 @@ def _candidates(chosen: Selected, values: Values) -> list[tuple[Product, Array]]
     return found
 
 
-def _strongest(chosen: Selected, mains: Sequence[Column]) -> list[Column]:
-    """Return the main effects of largest z-value, so that candidates stay few."""
-    at_fit = derivatives(
-        chosen.fit.theta, chosen.sample.with_scale(chosen.fit), chosen.fit.has_floor
-    )
-    variance = np.abs(np.diag(np.linalg.pinv(at_fit.information)))[:-1]
-    z = np.abs(chosen.fit.beta) / np.sqrt(variance[-len(chosen.fit.beta) :])
-    terms = [c.term for c in chosen.design.columns]
-    order = sorted(mains, key=lambda c: -float(z[1 + terms.index(c.term)]))
-    strongest = order[:_CANDIDATE_COLUMNS]
-    return [c for c in mains if c in strongest]
-
-
-def _gains(chosen: Selected, columns: Sequence[Array]) -> Array:
-    """Return what each column would add to the log-likelihood, by its score test.
+def _score_test(at_fit: Derivatives, n_terms: int, columns: Sequence[Array]) -> Array:
+    """Return the approximate gain in log-likelihood of each column, by its score test.
 
     The column's score is divided by its information after the fitted terms are projected out.
     """
-    at_fit = derivatives(
-        chosen.fit.theta, chosen.sample.with_scale(chosen.fit), chosen.fit.has_floor
-    )
-    share = at_fit.jacobian[:, -chosen.sample.x.shape[1]]  # ∂m/∂constant: the power law's share
+    share = at_fit.jacobian[:, -n_terms]  # ∂m/∂constant: the power law's share
     added = np.column_stack(columns) * share[:, None]
-    slope = at_fit.score_obs[:, -1 - chosen.sample.x.shape[1]]
+    slope = at_fit.score_obs[:, -1 - n_terms]
     by_mean = np.divide(slope, share, out=np.zeros_like(slope), where=share > 0)
     weighted = at_fit.jacobian * at_fit.weight[:, None]
     within = np.linalg.pinv(at_fit.jacobian.T @ weighted)
@@ -213,6 +198,5 @@ def _gains(chosen: Selected, columns: Sequence[Array]) -> Array:
     information = (added**2 * at_fit.weight[:, None]).sum(axis=0)
     information = information - np.einsum("ij,ik,kj->j", across, within, across)
     score = by_mean @ added
-    safe = np.where(information > 1e-9, information, np.inf)
-    gains: Array = 0.5 * score**2 / safe
+    gains: Array = 0.5 * score**2 / np.where(information > 1e-9, information, np.inf)
     return gains

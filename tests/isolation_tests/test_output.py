@@ -12,6 +12,7 @@ import optuna
 import pytest
 
 from optuna_quota import isolated
+from optuna_quota._isolation import output
 from tests.isolation_tests.scripts import run_python
 
 
@@ -90,6 +91,18 @@ def test_warnings_are_shown_and_filtered_as_in_the_study() -> None:
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="take care"):
             optuna.create_study().optimize(isolated(objective), n_trials=1)
+
+
+def test_loggers_without_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "_to_reset", None)
+    plain, handled = logging.getLogger("a_plain_one"), logging.getLogger("a_handled_one")
+    handled.addHandler(logging.NullHandler())
+    try:
+        output.prepare_logging(reset=False)
+        assert output._to_reset is not None
+        assert handled in output._to_reset and plain not in output._to_reset
+    finally:
+        handled.handlers.clear()
 
 
 LOGGING = """
