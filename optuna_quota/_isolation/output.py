@@ -130,7 +130,7 @@ def apply_to_new_modules(settings: OutputSettings) -> None:
 
 
 def _open_stream(name: str, encoding: str, errors: str) -> io.TextIOBase:
-    """Return a new stream: the template's own still takes its descriptor for a null device.
+    """Return a new stream: the fork server's takes its descriptor for a null device's.
 
     A killed process can't flush, so each line is written as it ends.
     """
