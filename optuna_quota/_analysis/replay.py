@@ -16,6 +16,7 @@ from optuna_quota._analysis.trial_traces import apply_limits
 from optuna_quota._analysis.trial_traces import apply_quota
 from optuna_quota._analysis.trial_traces import trial_traces
 from optuna_quota._analysis.trial_traces import TrialTrace
+from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import Limits
@@ -25,9 +26,6 @@ from optuna_quota._resources import Quota
 if TYPE_CHECKING:
     from optuna.study import Study
     import pandas as pd
-
-
-_TOTALS = ("trial_time", "cpu_time", "gpu_time", "energy")
 
 
 class ReplayReport:
@@ -84,7 +82,7 @@ class ReplayReport:
                 for name, dtype in columns.items()
             }
         ).rename(columns={"replayed": "fate"})
-        for name in _TOTALS:
+        for name in CHARGED_RESOURCES:
             pairs = zip(self._before, self._after, strict=True)
             saved = [_saved(before, after, name) for before, after in pairs]
             table[f"saved_{name}"] = pd.Series(saved, dtype="float64")
@@ -95,7 +93,7 @@ class ReplayReport:
     @cached_property
     def saved(self) -> dict[str, float]:
         """What would have been saved by resource, in SI base units, of known usage."""
-        totals = {name: self.table[f"saved_{name}"] for name in _TOTALS}
+        totals = {name: self.table[f"saved_{name}"] for name in CHARGED_RESOURCES}
         return {name: float(t.sum()) for name, t in totals.items() if t.notna().any()}
 
     @property

@@ -20,9 +20,9 @@ from optuna_quota._analysis.trial_traces import trial_traces
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import read_observation
 from optuna_quota._utilization.data import StudyData
-from optuna_quota._utilization.model import fit_models
+from optuna_quota._utilization.model import fit_utilization_models
 from optuna_quota._utilization.model import UtilizationModel
-from optuna_quota._utilization.model import with_peaks_settled
+from optuna_quota._utilization.model import with_censored_peaks
 
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class StudyAnalysis:
         ``p_value``, ``p_adjusted`` (Holm, over all tests of the study), ``n``, ``measure`` and
         ``branch`` (the choices under which a conditional parameter is active).
         """
-        return correlations(with_peaks_settled(self.data, self.models))
+        return correlations(with_censored_peaks(self.data, self.models))
 
     @property
     def models(self) -> dict[str, UtilizationModel]:
@@ -80,7 +80,7 @@ class StudyAnalysis:
 
     @cached_property
     def _fitted(self) -> tuple[dict[str, UtilizationModel], dict[str, str]]:
-        return fit_models(self.data)
+        return fit_utilization_models(self.data)
 
     @cached_property
     def footprint(self) -> Footprint:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from optuna_quota import _records
 from optuna_quota._ledger.totals import LONGEST_GAP
+from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._resources import get_resource
 from optuna_quota._table import measured_usage
 
@@ -65,7 +66,7 @@ class TrialTrace:
 
     def used(self, resource: str) -> float | None:
         """Return the usage of a resource, None when unknown; trial time is the wall time."""
-        return self.amounts.get("wall_time" if resource == "trial_time" else resource)
+        return self.amounts.get(CHARGED_RESOURCES.get(resource, resource))
 
     def terminated(self, seconds: float, by: str, scope: Literal["limit", "quota"]) -> TrialTrace:
         """Return the trace of the trial terminated after ``seconds``.

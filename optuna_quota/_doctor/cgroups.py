@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from optuna_quota._doctor.finding import Finding
-from optuna_quota._isolation.cgroup import find_delegated
-from optuna_quota._isolation.cgroup import own_cgroup
+from optuna_quota._isolation.memory_limits import find_delegated
+from optuna_quota._isolation.memory_limits import own_cgroup
 
 
 _BOOT = "Boot with systemd.unified_cgroup_hierarchy=1."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from dataclasses import replace
 import logging
 import socket
@@ -50,29 +49,14 @@ _OUTCOMES_OF: Mapping[TrialState, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class TrialEnd:
-    """How a trial ended.
-
-    Attributes:
-        outcome: The outcome.
-        reason: One sentence that explains it; None for a trial that completed within its limits.
-        breach: The limit it was over.
-    """
-
-    outcome: Outcome
-    reason: str | None
-    breach: Breach | None = None
-
-
 def classify_end(
     state: TrialState,
     verdict: Verdict | None = None,
     breach: Breach | None = None,
     error: BaseException | None = None,
     told: TellCall | None = None,
-) -> TrialEnd:
-    """Return how a trial ended.
+) -> TrialRecord:
+    """Return the outcome, reason and breach of a trial that ends.
 
     A trial that was stopped for a breach is ``terminated``, whatever its objective did next, with
     one exception: where it caught the stop and returned a value, Optuna has a completed trial.
@@ -92,16 +76,19 @@ def classify_end(
     if verdict is not None and verdict.breach is not None:
         breach = verdict.breach
     if state == TrialState.COMPLETE:
-        return TrialEnd("completed", _reason_of_completed(stop, breach), breach)
+        return TrialRecord(
+            outcome="completed", reason=_reason_of_completed(stop, breach), breach=breach
+        )
     end = _reason_of_unstopped(state, error, told)
     if stop is None:
-        return TrialEnd("pruned" if state == TrialState.PRUNED else "failed", end, breach)
+        ended: Outcome = "pruned" if state == TrialState.PRUNED else "failed"
+        return TrialRecord(outcome=ended, reason=end, breach=breach)
     outcome, reason = stop
     if state == TrialState.FAIL and outcome in ("terminated", "rejected", "pruned"):
         # The objective was stopped, and failed while it ended.
         reason = f"{reason} {end}"
         outcome = "failed" if outcome == "pruned" else outcome
-    return TrialEnd(outcome, reason, breach)
+    return TrialRecord(outcome=outcome, reason=reason, breach=breach)
 
 
 def _breach_in(error: LimitBreached) -> Breach | None:
@@ -228,11 +215,9 @@ def build_record(
     """Return the record of a trial that ends in the given state; see :func:`record_result`."""
     verdict, breach = (None, None) if monitor is None else (monitor.verdict, monitor.breach)
     end = classify_end(state, verdict, breach, error, told)
-    return TrialRecord(
+    return replace(
+        end,
         usage=usage,
-        outcome=end.outcome,
-        reason=end.reason,
-        breach=end.breach,
         footprint=footprint or {},
         isolation=None if monitor is None else monitor.isolation,
         host=socket.gethostname(),

@@ -16,7 +16,9 @@ from optuna_quota._ledger.reservation import Worker
 from optuna_quota._ledger.rows import Rows
 from optuna_quota._ledger.totals import Entry
 from optuna_quota._records import TrialRecord
+from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._resources import Usage
+from optuna_quota._resources import USAGE_RESOURCES
 from optuna_quota._units import format_seconds
 
 
@@ -124,8 +126,7 @@ def bury(rows: Rows, deaths: Sequence[Death], now: float) -> list[int]:
 
 
 def _last_known(held: Reservation) -> Usage:
-    names = ("memory", "wall_time", "cpu_time", "gpu_memory", "gpu_time", "energy")
-    return Usage(*(held.used.get(name) for name in names))
+    return Usage(*(held.used.get(name) for name in USAGE_RESOURCES))
 
 
 def charges_of(death: Death, now: float) -> dict[str, float]:
@@ -144,6 +145,6 @@ def charges_of(death: Death, now: float) -> dict[str, float]:
     if death.here and "cpu_time" in held.granted:
         most = held.used.get("cpu_time", 0.0) + (os.cpu_count() or 1) * (elapsed - before)
         charges["cpu_time"] = min(most, held.granted["cpu_time"])
-    for name in ("cpu_time", "gpu_time", "energy"):
+    for name in CHARGED_RESOURCES:
         charges.setdefault(name, held.granted.get(name, held.used.get(name, -1.0)))
     return {name: amount for name, amount in charges.items() if amount >= 0}

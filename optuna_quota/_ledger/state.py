@@ -36,6 +36,7 @@ from optuna_quota._ledger.totals import Book
 from optuna_quota._ledger.totals import Entry
 from optuna_quota._records import read_amounts
 from optuna_quota._records import STUDY_LIMITS
+from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Usage
 from optuna_quota._storage_retry import reconnect_dead_connections
@@ -219,8 +220,7 @@ class Accounts:
         return used
 
     def _amounts(self, usage: Usage) -> dict[str, float]:
-        names = ("trial_time", "cpu_time", "gpu_time", "energy")
-        amounts = {name: usage.get(name) for name in names}
+        amounts = {name: usage.get(name) for name in CHARGED_RESOURCES}
         return {**{k: v or 0.0 for k, v in amounts.items()}, "cost": self.quota.price(amounts)}
 
 

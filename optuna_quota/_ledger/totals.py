@@ -20,6 +20,7 @@ from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import Worker
 from optuna_quota._records import parse_record
 from optuna_quota._records import RESERVATION
+from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import Quota
@@ -127,7 +128,7 @@ class WorkerSpans:
 HEARTBEAT = 30.0
 
 # What is summed over the rows of finished trials. `wall_time` is a union, not a sum.
-SUMMED = ("n_trials", "trial_time", "cpu_time", "gpu_time", "energy", "cost")
+SUMMED = tuple(name for name in TOTAL_RESOURCES if name != "wall_time")
 
 
 @dataclass(frozen=True)
@@ -230,8 +231,7 @@ def _charges_shown(
     had there. One copied with its times from a study without a quota can't be told from one that
     ran here.
     """
-    names = ("trial_time", "cpu_time", "gpu_time", "energy")
-    charges = {name: usage.get(name) for name in names}
+    charges = {name: usage.get(name) for name in CHARGED_RESOURCES}
     seconds = 0.0 if trial.duration is None else max(0.0, trial.duration.total_seconds())
     if charges["trial_time"] is None and seconds > 0:
         charges["trial_time"] = seconds
@@ -245,7 +245,7 @@ def _charges(
     trial: FrozenTrial, held: Reservation, usage: Usage, quota: Quota
 ) -> dict[str, float | None]:
     charges: dict[str, float | None] = {"n_trials": 1.0}
-    for name in ("trial_time", "cpu_time", "gpu_time", "energy"):
+    for name in CHARGED_RESOURCES:
         known = [v for v in (usage.get(name), held.charged.get(name)) if v is not None]
         charges[name] = max(known) if known else held.granted.get(name)
     if charges["trial_time"] is None and trial.duration is not None:

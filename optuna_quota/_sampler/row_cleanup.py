@@ -97,9 +97,7 @@ def finish_row(study: Study, trial: FrozenTrial, error: BaseException, *, admitt
 def clear_copied_attributes(study: Study, trial: FrozenTrial) -> None:
     """Clear attributes copied from a failed trial by Optuna's retry callback.
 
-    Args:
-        study: The study.
-        trial: The trial that begins; the object that Optuna keeps of it is updated too.
+    The object that Optuna keeps of the trial is updated too.
     """
     trial_id = _optuna.trial_id_of(trial)
     if parse_reservation(trial.system_attrs.get(RESERVATION), trial_id) is not None:

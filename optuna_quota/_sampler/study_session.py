@@ -51,14 +51,8 @@ _logger = logging.getLogger("optuna.quota.sampler")
 class StudySession:
     """One study in this process.
 
-    Args:
-        study: The study.
-        quota: Its quota.
-        candidates: Filters its points.
-        lease: Seconds without a sign of life after which a worker on another machine is dead.
-        stops: Whether ``optimize`` ends without an error once a total quota is used up.
-        one_gpu: Whether each trial is given one GPU of this machine.
-        metering: Whether trials are measured in this process.
+    The options are those of :class:`~optuna_quota.QuotaSampler`; ``stops`` means that ``optimize``
+    ends without an error once a total quota is used up.
 
     Attributes:
         ledger: What the study has used and reserved, across workers.
@@ -123,12 +117,7 @@ class StudySession:
                 self._interrupters[trial_id] = interrupter
 
     def promise(self, trial: FrozenTrial, drawn: Mapping[str, Any]) -> None:
-        """Reserve what a trial's point needs of the resources that trials hold together.
-
-        Args:
-            trial: The trial.
-            drawn: The parameters that were drawn last.
-        """
+        """Reserve what a trial's point needs of the resources that trials hold together."""
         if self._quota.held:
             bounds = self.candidates.bounds_at(trial, drawn)
             if bounds:
@@ -152,7 +141,7 @@ class StudySession:
         state: TrialState,
         limits: Limits,
         error: BaseException | None = None,
-        told: _optuna.TellCall | None = None,
+        tell_call: _optuna.TellCall | None = None,
     ) -> None:
         """Close a trial's metering, write its record, and book its usage in the ledger."""
         trial_id = _optuna.trial_id_of(trial)
@@ -181,7 +170,7 @@ class StudySession:
                 footprint=footprint,
                 expected=expected,
                 error=error,
-                told=told,
+                told=tell_call,
             ).usage
         finally:
             self.ledger.charge(trial_id, usage)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from optuna_quota import _records
 from optuna_quota._ledger.totals import WorkerSpans
+from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import TOTAL_RESOURCES
 from optuna_quota.visualization import _plotly
@@ -129,7 +130,7 @@ def _spent(resource: str, trial: FinishedTrial, prices: Mapping[str, float]) -> 
     if resource == "cost":
         hours = ((price, _spent(name, trial, prices) / 3600) for name, price in prices.items())
         return sum(price * h for price, h in hours)
-    return trial.amounts.get("wall_time" if resource == "trial_time" else resource, 0.0)
+    return trial.amounts.get(CHARGED_RESOURCES.get(resource, resource), 0.0)
 
 
 def _clock_after(ran: Sequence[FinishedTrial]) -> list[float]:

@@ -67,15 +67,7 @@ class Unit(NamedTuple):
 _BYTES = (Unit("MiB", 2**20), Unit("GiB", 2**30), Unit("TiB", 2**40), Unit("PiB", 2**50))
 _SECONDS = (Unit("ms", 1e-3), Unit("s", 1), Unit("min", 60), Unit("h", 3600), Unit("d", 86400))
 _JOULES = (Unit("J", 1), Unit("Wh", 3600), Unit("kWh", 3.6e6), Unit("MWh", 3.6e9))
-_UNITS: Mapping[str, tuple[Unit, ...]] = {
-    "memory": _BYTES,
-    "gpu_memory": _BYTES,
-    "wall_time": _SECONDS,
-    "trial_time": _SECONDS,
-    "cpu_time": _SECONDS,
-    "gpu_time": _SECONDS,
-    "energy": _JOULES,
-}
+_UNITS: Mapping[str, tuple[Unit, ...]] = {"B": _BYTES, "s": _SECONDS, "J": _JOULES}
 
 
 def unit_for(resource: str, amounts: Iterable[float]) -> Unit:
@@ -86,7 +78,7 @@ def unit_for(resource: str, amounts: Iterable[float]) -> Unit:
         amounts: Amounts in SI base units; infinite ones are left out.
     """
     top = max((a for a in amounts if math.isfinite(a)), default=0.0)
-    units = _UNITS.get(resource, (Unit("", 1),))
+    units = _UNITS.get(get_resource(resource).unit.symbol, (Unit("", 1),))
     return next((unit for unit in reversed(units) if top >= 1.5 * unit.size), units[0])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from typing import NamedTuple
 from typing import TYPE_CHECKING
 
+from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import get_resource
 from optuna_quota.visualization import _plotly
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-_TOTALS = ("wall_time", "cpu_time", "gpu_time", "energy")
+_TOTALS = {usage: total for total, usage in CHARGED_RESOURCES.items()}
 
 
 class _WasteInfo(NamedTuple):
@@ -112,7 +113,7 @@ def _bars(info: _WasteInfo) -> list[dict[str, Any]]:
 
 def total_of(resource: str) -> str:
     """Return the resource that usage adds up to over trials: wall times to trial time."""
-    return "trial_time" if resource == "wall_time" else resource
+    return _TOTALS.get(resource, resource)
 
 
 def waste_finding(info: _WasteInfo) -> str:

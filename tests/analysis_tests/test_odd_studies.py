@@ -348,7 +348,7 @@ def test_trial_table_of_odd_studies(make: Callable[[], optuna.Study]) -> None:
     ("make", "sentence"),
     [
         (empty, "no trial has finished, nothing to analyze yet"),
-        (all_terminated, "No model of memory: 0 trials were observed to their end, it takes 8."),
+        (all_terminated, "No model of memory: 0 trials were observed to their end, 8 are needed."),
         (constant_parameters, "No model of memory: no hyperparameter varied."),
         (constant_usage, "No model of memory: every trial used the same."),
         (no_usage_at_all, "finished: 10 completed"),

@@ -87,6 +87,7 @@ def plots(study: optuna.Study) -> dict[str, Any]:
     return {name: json.loads(text) for name, text in found.items()}
 
 
+@pytest.mark.slow
 def test_publishing_again_replaces_on_any_storage(storage: Any, tmp_path: Path) -> None:
     study = made_study(30, storage=storage)
     store = FileSystemArtifactStore(str(tmp_path))
@@ -105,6 +106,7 @@ def test_publishing_again_replaces_on_any_storage(storage: Any, tmp_path: Path) 
     optuna.delete_study(study_name=study.study_name, storage=storage)
 
 
+@pytest.mark.slow
 def test_text_that_a_person_adds_later_is_kept() -> None:
     study = made_study(12)
     publish(study)
@@ -172,6 +174,7 @@ def test_hostile_attributes_do_not_become_markup() -> None:
         assert "<img" not in json.dumps(figure)
 
 
+@pytest.mark.slow
 def test_plots_stay_small_on_many_trials() -> None:
     study = made_study(2000)
     publish_plain(study)
@@ -280,6 +283,7 @@ def test_the_publisher_pauses_long_after_a_slow_publication(
     assert publisher._next == pytest.approx(12.0 + 50 * 2.0)
 
 
+@pytest.mark.slow
 def test_one_of_many_workers_publishes(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     study = made_study(6, storage=url, name="s")

@@ -1,4 +1,4 @@
-"""Forecasts: no trial that fits is stopped, one that surely does not is, well before its limit."""
+"""Forecasts stop no trial that fits, and one that does not fit well before its limit."""
 
 from __future__ import annotations
 
