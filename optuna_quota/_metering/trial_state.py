@@ -24,6 +24,7 @@ from optuna_quota._resources import Limits
 from optuna_quota._resources import Outcome
 from optuna_quota._resources import RESOURCES
 from optuna_quota._resources import Usage
+from optuna_quota._resources import usage_from_amounts
 from optuna_quota._resources import USAGE_RESOURCES
 
 
@@ -216,9 +217,7 @@ class TrialState:
         if self._unseen_peak is not None and "memory" in amounts:
             amounts["memory"] = max(amounts["memory"], self._unseen_peak)
         amounts["wall_time"] = max(elapsed, amounts.get("wall_time", 0.0))
-        known = {n: v for n, v in amounts.items() if n in USAGE_RESOURCES}
-        custom = {n: v for n, v in amounts.items() if n not in USAGE_RESOURCES}
-        return Usage(**known, custom=custom)
+        return usage_from_amounts(amounts)
 
     def ceiling(self, resource: str) -> float | None:
         found = self._ceilings.get(resource)
