@@ -67,7 +67,7 @@ def objective(trial):
     held = (2 + 3 * (trial.number % 2)) * GB
     state(held, f"ghost 0 4190000 {held}\\n")
     try:
-        time.sleep(0.5)
+        time.sleep(20 if held > 4 * GB else 1)
     finally:
         state(0)
     return 1.0
