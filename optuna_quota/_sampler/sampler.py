@@ -266,7 +266,7 @@ class QuotaSampler(BaseSampler):
         """Sample a point as the base sampler does, and replace it when it is not admitted."""
         with fail_unfinished_trial(study, trial):
             session = self._session(_optuna.unwrap_study(study))
-            seen = self._with_equal_constraints(study, len(search_space))
+            seen = self._with_uniform_constraints(study, len(search_space))
             drawn = session.candidates.sample_relative(seen, trial, search_space)
             session.promise(trial, drawn)
             return drawn
@@ -364,8 +364,8 @@ class QuotaSampler(BaseSampler):
         except Exception as fault:  # noqa: BLE001 - any backend's own
             _logger.warning(f"Trial {trial.number} could not be settled: {fault!r}.")
 
-    def _with_equal_constraints(self, study: Study, n_params: int) -> Study:
-        """Return the study with equal constraints of all trials where the sampler demands them."""
+    def _with_uniform_constraints(self, study: Study, n_params: int) -> Study:
+        """Return the study with uniform constraints of all trials where the sampler requires them."""
         if not self._demanding:
             return study
         limits = limits_in_force(_optuna.unwrap_study(study), self.limits)
