@@ -114,6 +114,7 @@ def test_in_a_journal(loop: bool, tmp_path: Path) -> None:
     assert found == {"appends": 3, "get_all_trials": n_reads(loop), "set_trial_system_attr": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", [False, True], ids=["ask and tell", "optimize"])
 def test_in_sqlite(loop: bool, tmp_path: Path) -> None:
     found = added("sqlite", tmp_path, loop=loop)
