@@ -224,7 +224,7 @@ class QuotaSampler(BaseSampler):
         if not _optuna.may_be_enqueued(trial):
             return False
         session = self._session(study, limits_in_force(study, self.limits))
-        return not session.ledger.take(trial)
+        return not session.ledger.take_enqueued(trial)
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
         wrap_nesting_pruner(whole)

@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple
 from typing import TYPE_CHECKING
 
-from optuna_quota._ledger.totals import WorkerSpans
+from optuna_quota._ledger.totals import WorkerTime
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import TOTAL_RESOURCES
 from optuna_quota.visualization import _style
@@ -127,7 +127,7 @@ def _spent(resource: str, row: Row, prices: Mapping[str, float]) -> float:
 
 def _clock(ran: Sequence[Row]) -> list[float]:
     # As the ledger does, but that rows tell of a worker only on which host it ran.
-    clock, used = WorkerSpans(), [0.0]
+    clock, used = WorkerTime(), [0.0]
     for row in ran:
         span = _span(row)
         if span is not None:

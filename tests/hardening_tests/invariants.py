@@ -24,7 +24,7 @@ from optuna_quota import QuotaSampler
 from optuna_quota import status
 from optuna_quota import trial_table
 from optuna_quota import Usage
-from optuna_quota._ledger.ledger import LEASE
+from optuna_quota._ledger.dead_workers import LEASE
 from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._optuna import trial_id_of

@@ -21,10 +21,10 @@ from optuna.storages.journal import BaseJournalBackend
 import pytest
 
 from optuna_quota._enforcement import active_trials
-from optuna_quota._ledger import heartbeat as keeper_module
+from optuna_quota._ledger import heartbeat as heartbeat_module
 from optuna_quota._ledger import ledger as ledger_module
-from optuna_quota._ledger import reservation as worker_module
-from optuna_quota._ledger.ledger import LEASE
+from optuna_quota._ledger import reservation as reservation_module
+from optuna_quota._ledger.dead_workers import LEASE
 from optuna_quota._ledger.reservation import Worker
 from optuna_quota._ledger.state import SystemClock
 from optuna_quota._metering import replace_loop
@@ -116,31 +116,31 @@ def storage_with(trap: Trap, kind: str) -> BaseStorage:
     return storage
 
 
-class HandKeeper:
-    """Does at once what a keeper's thread does soon; beats when the world's time goes by."""
+class ManualHeartbeat:
+    """Calls at once what the heartbeat's thread calls soon; beats as the world's time passes."""
 
-    made: list[HandKeeper]
+    made: list[ManualHeartbeat]
 
     def __init__(
         self, extend: Callable[[int], None], beat: Callable[[int], None], interval: float
     ) -> None:
         self._extend, self._beat = extend, beat
-        self._kept: dict[int, None] = {}
+        self._trials: dict[int, None] = {}
         self.made.append(self)
 
-    def keep(self, trial_id: int) -> None:
-        self._kept[trial_id] = None
+    def add(self, trial_id: int) -> None:
+        self._trials[trial_id] = None
 
-    def let_go(self, trial_id: int) -> None:
-        self._kept.pop(trial_id, None)
+    def remove(self, trial_id: int) -> None:
+        self._trials.pop(trial_id, None)
 
-    def call_for_more(self, trial_id: int) -> None:
-        if trial_id in self._kept:
-            keeper_module._call(self._extend, trial_id)
+    def request_extension(self, trial_id: int) -> None:
+        if trial_id in self._trials:
+            heartbeat_module._call(self._extend, trial_id)
 
     def beat(self) -> None:
-        for trial_id in list(self._kept):
-            keeper_module._call(self._beat, trial_id)
+        for trial_id in list(self._trials):
+            heartbeat_module._call(self._beat, trial_id)
 
 
 class Process:
@@ -156,7 +156,7 @@ class Process:
         self.name = name
         self.metering = FakeMetering()
         self.metering.clock.now = now
-        self.keepers: list[HandKeeper] = []
+        self.heartbeats: list[ManualHeartbeat] = []
         self.register = active_trials._Register()
         self.study: optuna.Study
 
@@ -188,9 +188,9 @@ class World:
         set_attribute(SystemClock, "time", lambda clock: EPOCH + self.now)
         set_attribute(SystemClock, "monotonic", lambda clock: self.now)
         set_attribute(SystemClock, "sleep", wait)
-        set_attribute(ledger_module, "Keeper", HandKeeper)
-        set_attribute(worker_module, "_worker", lambda pid: self._current)
-        set_attribute(worker_module, "process_start", self._started)
+        set_attribute(ledger_module, "Heartbeat", ManualHeartbeat)
+        set_attribute(reservation_module, "_worker", lambda pid: self._current)
+        set_attribute(reservation_module, "process_start", self._started)
         # Trials at once in one process share its CPU time evenly.
         set_attribute(ThreadTime, "growth", lambda thread: 1.0)
         set_attribute(study_session.gc, "collect", lambda: 0)
@@ -219,7 +219,7 @@ class World:
         """Let all that is done in the block be done by one process."""
         loop, register = replace_loop(process.metering.loop), active_trials._register
         before, self._current = self._current, process.name
-        active_trials._register, HandKeeper.made = process.register, process.keepers
+        active_trials._register, ManualHeartbeat.made = process.register, process.heartbeats
         try:
             yield
         finally:
@@ -235,5 +235,5 @@ class World:
             for process in self.living:
                 with self.acting(process):
                     process.metering.advance(step)
-                    for keeper in process.keepers:
-                        keeper.beat()
+                    for heartbeat in process.heartbeats:
+                        heartbeat.beat()
