@@ -1,15 +1,14 @@
-"""What QuotaSampler adds to a trial, beside the bare sampler, as the study grows.
+"""What QuotaSampler adds to the time of a trial, compared to the bare sampler.
 
     python benchmarks/ask_tell.py [--quick]
 
-Two studies grow side by side to 10, 100, 1,000 and, without --quick, 10,000 finished trials, one
-with the bare sampler, one with QuotaSampler around it and the rows that it writes. At each size
-trials of both are asked and told in turn. Added is the difference of the medians: admission,
-metering, the record of usage. It is shown beside what TPE needs to suggest two parameters at that
-size, on a study in memory. CPU is that of the calling thread: on a busy machine it says more than
-the clock, which on a disk mostly counts commits (a bare trial of two parameters makes four). Most
-trials are not the ones after which the footprint is fitted again; the mean of the added CPU is of
-all of them.
+Two studies grow to 10, 100, 1,000 and, without --quick, 10,000 finished trials, one with the bare
+sampler, one with QuotaSampler and the rows that it writes. At each size, trials of both are asked
+and told in turn. "added" is the difference of the medians: admission, metering and recording. For
+comparison, "TPE ask" is what TPE takes to suggest two parameters at that size, in memory. CPU is
+that of the calling thread: on a busy machine it is more precise than the clock, which on a disk
+mostly counts commits (a bare trial of two parameters makes four). The footprint is fitted again
+after some trials only; the mean of the added CPU includes these.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def storages(folder: Path) -> dict[str, Callable[[str], BaseStorage]]:
 
 
 def finished(number: int, *, quota: bool) -> FrozenTrial:
-    """A row as either sampler leaves it."""
+    """Return a row as either sampler leaves it."""
     x, y = (number * 0.61803) % 1, (number * 0.41421) % 1
     attributes = {
         "quota:memory": 10**8,

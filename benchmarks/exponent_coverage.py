@@ -18,7 +18,7 @@ from optuna_quota._utilization.data import Parameter
 from optuna_quota._utilization.design import build_design
 from optuna_quota._utilization.design import values_of
 from optuna_quota._utilization.model import UtilizationModel
-from optuna_quota._utilization.select import select
+from optuna_quota._utilization.selection import select
 
 
 TRUTH = {

@@ -1,6 +1,6 @@
 """Admission at a limit, one trial after another, by models of tables of real trials.
 
-Used by ``footprint_models.py``, which says what the tables are.
+Used by ``footprint_models.py``, which describes the tables.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _REFUSED_ABOVE = 0.5
 
 
 def stopped(row: Observation, resource: str, limit: float) -> Observation:
-    """Return what is seen of a trial that is stopped at a limit."""
+    """Return the observation of a trial that is stopped at a limit."""
     amounts: dict[str, Any] = row.usage.amounts()
     # When a trial reaches its memory is not in the tables: half-way.
     share = 0.5 if resource == "memory" else limit / amounts[resource]
@@ -109,7 +109,7 @@ def admit_in_turn(
 
 
 def in_hindsight(workload: Workload, resource: str, limit: float) -> tuple[int, int, int, int]:
-    """Return the counts of whoever has seen all other trials to their end, folds of ten."""
+    """Return the counts of a model fitted to all other trials, in ten folds."""
     rows, counts = workload.rows, np.zeros(4, dtype=int)
     for fold in range(10):
         test = rows[fold::10]

@@ -1,12 +1,12 @@
-"""What the constants of the footprint models would be, chosen with each workload left out in turn.
+"""The constants of the footprint models, chosen with each workload left out in turn.
 
     python benchmarks/footprint_constants.py --tables DIRECTORY [--shuffles N]
 
-For the tables see ``footprint_models.py``. Two choices. What noise is expected before any trial
-told of it: the score is the mean pinball loss of the logarithm over five quantiles, beside that of
-the first candidate. How the spread is calibrated: the score is the squared distance of the 95%
-bounds' coverage from 95%, summed over resources and numbers of trials. Each line gives what the
-other workloads choose and what the one left out has by it, beside what it has as shipped.
+For the tables see ``footprint_models.py``. Two choices: the prior mean of the noise, scored by the
+mean pinball loss of the logarithm over five quantiles relative to the first candidate's; and the
+calibration of the spread, scored by the squared distance of the 95% bounds' coverage from 95%,
+summed over resources and numbers of trials. Each line shows the choice of the other workloads, its
+score on the one left out, and the score of the shipped constants.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CALIBRATIONS = {
 
 @contextmanager
 def constants(module: ModuleType, values: Mapping[str, float]) -> Iterator[None]:
-    """Give constants of a module other values for a while."""
+    """Set constants of a module temporarily."""
     shipped = {name: getattr(module, name) for name in values}
     vars(module).update(values)
     try:
@@ -106,7 +106,7 @@ def choose_noise(workloads: Sequence[Workload], shuffles: int) -> None:
             for w in workloads
         }
         shipped = getattr(fit, constant)
-        print(f"\n## {constant} (shipped {shipped}), loss beside that of {candidates[0]}\n")
+        print(f"\n## {constant} (shipped {shipped}), loss relative to {candidates[0]}\n")
         for name, chosen in left_out(workloads, scores, candidates):
             print(
                 f"| {name} | {chosen} | {scores[chosen, name]:+.1%} | "
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--shuffles", type=int, default=6)
     arguments = parser.parse_args()
     workloads = [read_workload(path) for path in sorted(arguments.tables.glob("*.jsonl"))]
-    print("| left out | chosen by the others | what it has by it | as shipped |")
+    print("| left out | chosen by the others | score | as shipped |")
     choose_calibration(workloads, arguments.shuffles)
     choose_noise(workloads, arguments.shuffles)
 

@@ -1,4 +1,4 @@
-"""Footprint models on tables of real trials, each workload by itself: nothing is learned across.
+"""Footprint models on tables of real trials, fitted to each workload separately.
 
 Each file is one workload, one JSON object a line: `params`, `distributions`, `wall_s`, `cpu_s`,
 `peak_rss_bytes`. The trials are shuffled; a model is fitted on the first n, each fit starting from
@@ -48,7 +48,7 @@ SHARPNESS = {"memory": 1.10, "cpu_time": 1.9, "wall_time": 2.6}
 
 
 def costs() -> list[list[str]]:
-    """Return what learning costs a trial, beside what TPESampler's ask does."""
+    """Return the cost of learning a trial, and that of TPESampler's ask."""
     generator = np.random.default_rng(0)
     space: dict[str, BaseDistribution] = {
         "width": optuna.distributions.IntDistribution(8, 1024, log=True),

@@ -1,6 +1,6 @@
 """Tables of real trials, and how bounds and projections of models of them turn out.
 
-Used by ``footprint_models.py``, which says what the tables are.
+Used by ``footprint_models.py``, which describes the tables.
 """
 
 from __future__ import annotations
@@ -209,8 +209,8 @@ def _projected(
                 **labels,
             )
         )
-        # What is left to chance where the points are not known: whoever knew all costs, but not
-        # which of the points come, would say the mean of all times their number.
+        # The error that is left to chance if the points are not known: an oracle that knows all
+        # costs, but not which points come, predicts their mean times their number.
         drawn = generator.choice(workload.amounts(name), m).sum()
         certain = workload.amounts(name).mean() * m
         found.append(

@@ -1,7 +1,7 @@
-"""Whole studies with a limit that half of the space breaches: what is wasted, what is found.
+"""Budget wasted and values found by whole studies whose limit half of the space breaches.
 
-A trial that breaches is stopped at the limit and has cost that much of the budget; nothing is
-seen of what it would have used. All policies get the same budget and the same seeds.
+A trial that breaches is stopped at the limit and has used that much of the budget. All policies
+get the same budget and the same seeds.
 
     python benchmarks/point_admission.py [--quick] [--seeds N] [--first-seed N] [--jobs N]
         [--samplers random,tpe,nsga,gp] [--surfaces synthetic,forest] [--keep FILE]
@@ -9,10 +9,10 @@ seen of what it would have used. All policies get the same budget and the same s
 Surfaces: ``synthetic``, smooth, its best points at 90% of the limit; ``forest``, the log loss and
 the CPU seconds of scikit-learn's random forests on its handwritten digits, measured at 1,440
 points before the studies start. Policies: the bare sampler, with breaches as failed trials, as
-pruned ones, or as constraints in Optuna's own words; QuotaSampler with what it has learned; and
-QuotaSampler with an oracle that knows what a point would use. ``*`` marks what ``on_veto="auto"``
-takes. p is that of Wilcoxon's signed-rank test over the seeds against ``*``, two-sided; ``-``
-says that the policy of the line is worse (wastes more, has found less), ``+`` that it is better.
+pruned ones, or as Optuna constraints; QuotaSampler with what it has learned; and QuotaSampler with
+an oracle that knows the usage of each point. ``*`` marks the choice of ``on_veto="auto"``. p is
+that of Wilcoxon's signed-rank test over the seeds against ``*``, two-sided; ``-`` means that the
+policy of the line is worse (wastes more, finds less), ``+`` that it is better.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from optuna_quota._sampler.candidates import replacement_for
 
 
 BUDGET = 60
-_MOST_TRIALS = 3_000
+_MAX_TRIALS = 3_000
 
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
@@ -66,7 +66,7 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "gp": lambda seed: GPSampler(seed=seed),
 }
 ALL = ("failed", "pruned", "constraints", "redraw", "nearest", "oracle redraw", "oracle nearest")
-# Random heeds nothing, NSGA-II and GP neither failed nor pruned trials; GP repeats itself.
+# Random ignores results, NSGA-II and GP ignore failed and pruned trials; GP repeats itself.
 NEEDLESS = {
     "random": ("pruned", "constraints"),
     "tpe": (),
@@ -77,7 +77,7 @@ BARE = ("failed", "pruned", "constraints")
 
 
 class Meter:
-    """Reads what the objective says it has used."""
+    """Reads the usage that the objective reports."""
 
     name = "work"
     peak = False
@@ -89,7 +89,7 @@ class Meter:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one study.
+    """The result of one study.
 
     Attributes:
         waste: Share of the budget spent on breaches.
@@ -125,7 +125,7 @@ class Objective:
         while len(self.found) < 3 and self._spent + cost > self._marks[len(self.found)]:
             self.found.append(self._best)
         if len(self.found) == 3:
-            # What it would have cost is more than was left.
+            # It would have cost more than was left.
             trial.study.stop()
             raise optuna.TrialPruned
         self._spent += cost
@@ -150,7 +150,7 @@ class Objective:
 
 
 def work_alone(trial: optuna.trial.FrozenTrial) -> Observation | None:
-    """Return what a row tells of the work; this process's own time and memory cost a fit each."""
+    """Return the work of a row only, to save a fit for each of time and memory."""
     row = read_observation(trial)
     if row is None or row.usage.get("work") is None:
         return None
@@ -186,8 +186,8 @@ def run(task: tuple[str, str, str, int, float]) -> Outcome:
 
     base = SAMPLERS[sampler](seed)
     study = optuna.create_study(sampler=wrapped(base, policy, surface, objective.meter))
-    longest = MaxTrialsCallback(_MOST_TRIALS, states=None)
-    study.optimize(objective, catch=ValueError, callbacks=[reset, longest])
+    max_trials = MaxTrialsCallback(_MAX_TRIALS, states=None)
+    study.optimize(objective, catch=ValueError, callbacks=[reset, max_trials])
     share = objective.wasted / (budget * surface.limit)
     found = (*objective.found, *[objective._best] * (3 - len(objective.found)))
     return Outcome(name, sampler, policy, seed, share, objective.breaches, found)
@@ -223,7 +223,7 @@ def report(outcomes: Sequence[Outcome], name: str, sampler: str) -> Iterator[str
 
 
 def aims(outcomes: Sequence[Outcome], name: str, sampler: str) -> str:
-    """Return whether waste and values are what was aimed for."""
+    """Return whether waste and values meet the aims."""
     default = str(replacement_for(SAMPLERS[sampler](0), "auto"))
 
     def of(policy: str) -> list[Outcome]:
@@ -236,7 +236,7 @@ def aims(outcomes: Sequence[Outcome], name: str, sampler: str) -> str:
         return float(np.median(_column(of(policy), take)))
 
     if not all(of(policy) for policy in policies(sampler)):
-        return f"{name}, {sampler}: not every policy was run, so nothing is said of the aims"
+        return f"{name}, {sampler}: not every policy was run"
     rivals = [policy for policy in policies(sampler) if policy in BARE]
     least = min(rivals, key=lambda policy: median(policy, lambda o: o.waste))
     ratio = median(default, lambda o: o.waste) / median(least, lambda o: o.waste)
@@ -303,7 +303,7 @@ def main() -> None:
     parser.add_argument("--samplers", default="random,tpe,nsga,gp")
     parser.add_argument("--surfaces", default="synthetic,forest")
     parser.add_argument("--policies", default=",".join(ALL))
-    parser.add_argument("--keep", type=Path, help="a file to keep outcomes in and to go on from")
+    parser.add_argument("--keep", type=Path, help="a file to store outcomes in and resume from")
     arguments = parser.parse_args()
     names, samplers = arguments.surfaces.split(","), arguments.samplers.split(",")
     count = 3 if arguments.quick else arguments.seeds

@@ -22,11 +22,11 @@ class Surface:
     """An objective with a cost.
 
     Attributes:
-        suggest: Draws a point from a trial.
-        cost: What a point uses.
-        loss: Its value.
-        limit: On the cost.
-        worst: What a study has found before its first result.
+        suggest: Suggests a point.
+        cost: The cost of a point.
+        loss: The value of a point.
+        limit: The limit on the cost.
+        worst: The best value of a study before its first result.
     """
 
     suggest: Callable[[optuna.Trial], dict[str, Any]]
@@ -52,7 +52,7 @@ def synthetic() -> Surface:
         return float(100 + 1.2 * params["width"] ** 1.2 * params["depth"] * factor)
 
     def loss(params: Mapping[str, Any]) -> float:
-        # More work helps up to 90% of the limit; the rate and the kind matter by themselves.
+        # More work helps up to 90% of the limit; rate and kind have effects of their own.
         effort = np.log(cost(params) / (0.9 * limit))
         rate = np.log10(params["rate"]) + 2.0
         return float(0.5 * effort**2 + 0.3 * rate**2 + 0.1 * (params["kind"] == "a"))

@@ -36,8 +36,6 @@ from optuna_quota._version import __version__
 if TYPE_CHECKING:
     from optuna_quota._analysis.replay import replay
     from optuna_quota._analysis.replay import ReplayReport
-    from optuna_quota._analysis.report import analyze
-    from optuna_quota._analysis.report import UtilizationReport
     from optuna_quota._enforcement.check import check
     from optuna_quota._enforcement.pruner import QuotaPruner
     from optuna_quota._footprint.footprint import Footprint
@@ -47,6 +45,8 @@ if TYPE_CHECKING:
     from optuna_quota._metering import Meter
     from optuna_quota._projection import project
     from optuna_quota._projection import Projection
+    from optuna_quota._report import analyze
+    from optuna_quota._report import UtilizationReport
     from optuna_quota._resources import Limits
     from optuna_quota._resources import Quota
     from optuna_quota._resources import Strategy
@@ -81,8 +81,8 @@ _HOMES = {
     "TrialCrashed": "exceptions",
     "TrialRejected": "exceptions",
     "Usage": "_resources",
-    "UtilizationReport": "_analysis.report",
-    "analyze": "_analysis.report",
+    "UtilizationReport": "_report",
+    "analyze": "_report",
     "check": "_enforcement.check",
     "isolated": "_isolation.isolated",
     "project": "_projection",

@@ -23,8 +23,8 @@ from typing import Protocol
 from typing import TYPE_CHECKING
 
 from optuna_quota import _units
-from optuna_quota._isolation.cgroup import find_delegated
-from optuna_quota._isolation.cgroup import own_cgroup
+from optuna_quota._isolation.memory_limits import find_delegated
+from optuna_quota._isolation.memory_limits import own_cgroup
 from optuna_quota._metering.energy import Rapl
 from optuna_quota._metering.host import available_memory
 from optuna_quota._metering.host import cpu_count

@@ -1,7 +1,14 @@
-"""Storage faults: what is_transient is waited for, where doing it again is safe.
+"""Retry transient storage errors of idempotent calls, and survive restarts and full disks.
 
-Reading is safe to repeat, and so is writing an attribute or the state of one's own row: the second
-write finds what the first one left. Creating a row is not, and is left to Optuna.
+Reads are idempotent, and so are writes of an attribute or of the state of one's own row: the
+second write finds what the first one left. Creating a row is not, and is left to Optuna.
+
+Optuna keeps database connections and gives up on the first that is dead. Here each is pinged when
+it is taken from the pool, and reconnected with backoff while the server is down. A transaction
+that the restart interrupts still fails, since whether it was committed is unknown.
+
+A full disk tears a line of a journal file. Optuna would append the next line to its rest, after
+which the study is unreadable. Here the worker that holds the lock removes it.
 """
 
 from __future__ import annotations
@@ -35,8 +42,8 @@ TIMEOUT = 60.0
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 2.0
 
-# By name, so that no driver has to be there: a server that is down, restarts, is slow or locked.
-_PASSING = {
+# By name, so that no driver is imported: a server that is down, restarts, is slow or locked.
+_TRANSIENT = {
     "sqlalchemy.exc": {"OperationalError", "InterfaceError", "TimeoutError", "DisconnectionError"},
     "psycopg2": {"OperationalError", "InterfaceError"},
     "psycopg.errors": {"OperationalError"},
@@ -45,7 +52,11 @@ _PASSING = {
     "MySQLdb": {"OperationalError", "InterfaceError"},
     "redis.exceptions": {"ConnectionError", "TimeoutError", "BusyLoadingError", "ReadOnlyError"},
 }
-_PASSING_GRPC = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN", "ABORTED"}
+_TRANSIENT_GRPC = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN", "ABORTED"}
+
+_SERVERS = ("postgresql", "mysql", "mariadb")
+_BLOCK = 65_536
+_engines: WeakSet[Any] = WeakSet()
 
 
 def retry(
@@ -54,92 +65,96 @@ def retry(
     timeout: float = TIMEOUT,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Result:
-    """Return what ``call`` returns, calling again while the storage has a fault that is_transient.
+    """Return what ``call`` returns, calling again while it raises a transient error.
 
     Args:
-        call: Something that is safe to do twice.
-        timeout: Seconds after which the fault is raised.
-        sleep: Lets time pass; for tests.
+        call: An idempotent call.
+        timeout: Seconds after which the error is raised.
+        sleep: Waits for some seconds; for tests.
 
     Raises:
-        Exception: Whatever ``call`` raised, when it does not pass or not in time.
+        Exception: Whatever ``call`` raised, if it is not transient or the time is over.
     """
     deadline = time.monotonic() + timeout
     pause = _FIRST_PAUSE
     while True:
         try:
             return call()
-        except Exception as fault:
-            if not is_transient(fault) or time.monotonic() + pause > deadline:
+        except Exception as error:
+            if not is_transient(error) or time.monotonic() + pause > deadline:
                 raise
-            _logger.info(f"The storage has a fault, trying again in {pause:.2f} s: {fault!r}.")
+            _logger.info(f"Storage error, retrying in {pause:.2f} s: {error!r}.")
         # Workers that failed together should not come back together.
         sleep(pause * random.uniform(0.5, 1.0))
         pause = min(_LONGEST_PAUSE, 2 * pause)
 
 
-def is_transient(fault: BaseException) -> bool:
-    """Return whether a fault is one that is_transient by itself."""
-    if isinstance(fault, StorageInternalError):
-        # Optuna wraps every error of a database alike: the cause tells.
-        return fault.__cause__ is not None and is_transient(fault.__cause__)
-    if any(c.__name__ in _PASSING.get(c.__module__, ()) for c in type(fault).__mro__):
+def is_transient(error: BaseException) -> bool:
+    """Return whether the same call may succeed later."""
+    if isinstance(error, StorageInternalError):
+        # Optuna wraps every database error alike.
+        return error.__cause__ is not None and is_transient(error.__cause__)
+    if any(c.__name__ in _TRANSIENT.get(c.__module__, ()) for c in type(error).__mro__):
         return True
-    if any(c.__module__.split(".")[0] == "grpc" for c in type(fault).__mro__):
-        code = getattr(fault, "code", None)
-        return callable(code) and getattr(code(), "name", "") in _PASSING_GRPC
-    return isinstance(fault, ConnectionError)
-
-
-_BLOCK = 65_536
-_SERVERS = ("postgresql", "mysql", "mariadb")
-_watched: WeakSet[Any] = WeakSet()
+    if any(c.__module__.split(".")[0] == "grpc" for c in type(error).__mro__):
+        code = getattr(error, "code", None)
+        return callable(code) and getattr(code(), "name", "") in _TRANSIENT_GRPC
+    return isinstance(error, ConnectionError)
 
 
 def reconnect_dead_connections(storage: BaseStorage) -> None:
-    """Have a storage's connections to a database server tried and renewed; once each engine."""
+    """Ping a storage's pooled connections to a database server, and renew dead ones with backoff.
+
+    SQLAlchemy's ``pool_pre_ping`` renews one at once or fails: it does not wait for a server that
+    restarts.
+    """
     engine = _optuna.engine_of(storage)
-    if engine is None or engine.dialect.name not in _SERVERS or engine in _watched:
+    if engine is None or engine.dialect.name not in _SERVERS or engine in _engines:
         return
     from sqlalchemy import event
 
-    _watched.add(engine)
+    _engines.add(engine)
+    # What `create_engine(pool_pre_ping=True)` sets; the user has created the engine already.
+    engine.pool._pre_ping = True
     event.listen(engine, "do_connect", _connect)
-    event.listen(engine, "checkout", _checker(engine))
+
+
+def _connect(dialect: Any, record: Any, arguments: Any, options: Any) -> Any:
+    return retry(lambda: dialect.connect(*arguments, **options))
 
 
 def repair_torn_lines(storage: BaseStorage) -> None:
-    """Have a torn last line of a journal file taken away before another follows it."""
-    _optuna.wrap_journal_lock(storage, _mending)
+    """Remove a torn last line of a journal file before another one is appended."""
+
+    def wrap(lock: Any, path: str) -> Any:
+        return lock if isinstance(lock, _RepairingLock) else _RepairingLock(lock, path)
+
+    _optuna.wrap_journal_lock(storage, wrap)
 
 
-def _mending(lock: Any, path: str) -> Any:
-    return lock if isinstance(lock, _MendingLock) else _MendingLock(lock, path)
-
-
-class _MendingLock:
-    """A journal's lock under which the journal is mended first and last."""
+class _RepairingLock:
+    """A journal's lock that repairs the journal when it is acquired and released."""
 
     def __init__(self, lock: Any, path: str) -> None:
         self._lock = lock
         self._path = path
 
     def acquire(self) -> bool:
-        got: bool = self._lock.acquire()
-        self._mend()
-        return got
+        acquired: bool = self._lock.acquire()
+        self._repair()
+        return acquired
 
     def release(self) -> None:
-        self._mend()
+        self._repair()
         self._lock.release()
 
-    def _mend(self) -> None:
+    def _repair(self) -> None:
         try:
             with open(self._path, "rb+") as journal:
                 _cut_torn_line(journal)
         except OSError as error:
-            # Whatever keeps us from it keeps Optuna from writing, and that is told.
-            _logger.debug(f"The journal {self._path} could not be looked at: {error!r}.")
+            # Optuna fails to write for the same reason, and reports it.
+            _logger.debug(f"The journal {self._path} could not be checked: {error!r}.")
 
 
 def _cut_torn_line(journal: BinaryIO) -> None:
@@ -156,23 +171,4 @@ def _cut_torn_line(journal: BinaryIO) -> None:
         found = journal.read(end - begin).rfind(b"\n")
         whole = begin + found + 1 if found >= 0 else 0
     journal.truncate(whole)
-    _logger.warning(f"{size - whole} bytes of a line that could not be written were taken away.")
-
-
-def _connect(dialect: Any, record: Any, arguments: Any, options: Any) -> Any:
-    return retry(lambda: dialect.connect(*arguments, **options))
-
-
-def _checker(engine: Any) -> Any:
-    """Return what raises when a pooled connection is dead; the pool then makes a new one."""
-    from sqlalchemy.exc import DisconnectionError
-
-    dialect = engine.dialect
-
-    def check(connection: Any, record: Any, proxy: Any) -> None:
-        try:
-            dialect.do_ping(connection)
-        except dialect.loaded_dbapi.Error as fault:
-            raise DisconnectionError(f"The database closed the connection: {fault}") from fault
-
-    return check
+    _logger.warning(f"Removed an incomplete line of {size - whole} bytes from the journal.")

@@ -1,16 +1,16 @@
-"""Errors of the library.
+"""Exceptions of the library.
 
 ::
 
     QuotaError
     ├── StudyRejected      the projected study does not fit its quota
     ├── QuotaExhausted     a total quota of the study is used up
-    ├── TrialCrashed       an isolated trial died (also a RuntimeError)
+    ├── TrialCrashed       an isolated trial's process died (also a RuntimeError)
     ├── TrialRejected      a trial was not admitted (also optuna.TrialPruned)
     └── LimitBreached      a trial was over a limit (also optuna.TrialPruned)
 
-Catch :class:`QuotaError` for all, or one of them for itself. Each carries ``.resource`` and the
-figures that were compared, as keyword arguments and as attributes, and survives pickling.
+Each carries ``.resource`` and the figures that were compared, as keyword arguments and as
+attributes, and can be pickled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from optuna.exceptions import TrialPruned
 
 
 class QuotaError(Exception):
-    """Base of every error that this library raises on its own account.
+    """Base class of the library's exceptions.
 
     Example:
 
@@ -33,8 +33,8 @@ class QuotaError(Exception):
                 print(error.resource, error)
 
     Args:
-        message: One or more sentences for a person.
-        resource: The resource that decided, such as ``"memory"``; None when no single one did.
+        message: One or more sentences.
+        resource: The resource that decided, such as ``"memory"``; None if no single one did.
         quota: The quota compared, in SI base units.
         limit: The limit compared, in SI base units.
         observed: What was used or projected, in SI base units.
@@ -59,7 +59,7 @@ class QuotaError(Exception):
             setattr(self, name, figure)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # BaseException would call the class with `args` alone; the figures travel as state.
+        # BaseException would call the class with `args` alone; the figures are its state.
         return (type(self), self.args, self.__dict__)
 
 
@@ -100,8 +100,8 @@ class QuotaExhausted(QuotaError):
 class TrialCrashed(QuotaError, RuntimeError):
     """Raised when the process of an isolated trial died without a result.
 
-    ``optimize`` goes on with the next trial instead, unless ``isolated(..., on_crash="raise")``
-    was asked for, or the first three trials of the study or five in a row have all crashed.
+    Under ``optimize``, the trial fails and the next one starts instead, unless ``isolated`` has
+    ``on_crash="raise"``, or the first three trials of the study or five in a row have crashed.
 
     Example:
 
@@ -120,7 +120,7 @@ class TrialCrashed(QuotaError, RuntimeError):
 
 
 class TrialRejected(QuotaError, TrialPruned):
-    """Raised inside a trial that was not admitted; Optuna records it as pruned.
+    """Raised inside a trial that was rejected; Optuna records it as pruned.
 
     Example:
 

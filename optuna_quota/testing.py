@@ -1,4 +1,4 @@
-"""Stand-ins for clocks, process trees and meters: tests without sleeping or allocating.
+"""Fake clocks, process trees and meters, for tests without sleeping or allocating.
 
 Example:
 
@@ -52,7 +52,7 @@ __all__ = [
 
 
 class FakeClock:
-    """A clock that stands still until it is told to go on.
+    """A clock that only :meth:`advance` moves.
 
     Example:
 
@@ -63,7 +63,7 @@ class FakeClock:
             assert clock() == 60
 
     Args:
-        now: Seconds to start from.
+        now: Seconds at the start.
     """
 
     def __init__(self, now: float = 0.0) -> None:
@@ -73,13 +73,13 @@ class FakeClock:
         return self.now
 
     def advance(self, seconds: float) -> None:
-        """Let time pass.
+        """Move the clock forward.
 
         Args:
-            seconds: How much.
+            seconds: By how much.
 
         Raises:
-            ValueError: If it is negative: a clock of this kind never goes back.
+            ValueError: If it is negative.
         """
         if seconds < 0:
             raise ValueError(f"`seconds` must be nonnegative but got {seconds!r}.")
@@ -87,16 +87,16 @@ class FakeClock:
 
 
 class FakeProcessTree:
-    """A process tree whose figures a test sets.
+    """A process tree with figures that a test sets.
 
     Attributes:
         memory: Bytes that all its processes hold.
         cpu_time: CPU-seconds so far.
-        peak: The highest bytes that no look saw, None for what the kernel does not keep.
-        shared: Bytes that a hasty look counts too often, because processes share them.
+        peak: The highest bytes between readings, None if the kernel does not keep them.
+        shared: Bytes that a quick reading counts too often, because processes share them.
         pids: Its processes.
         seconds: Seconds since its root was created.
-        is_closed: Whether it was let go.
+        is_closed: Whether it was closed.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class FakeProcessTree:
     def read(
         self, *, thorough: bool, without: Collection[int] = (), ceiling: float = math.inf
     ) -> TreeReading:
-        """Return the figures that are set; over the ceiling, without what is counted too often."""
+        """Return the figures that are set; over the ceiling, without ``shared``."""
         pids = tuple(pid for pid in self.pids if pid not in without)
         hasty = self.glance()
         memory = hasty if hasty is None or hasty <= ceiling else self.memory
@@ -128,20 +128,20 @@ class FakeProcessTree:
         return self.seconds
 
     def reset_peak(self) -> None:
-        """Forget the peak."""
+        """Reset the peak."""
         self.peak = None
 
     def close(self) -> None:
-        """Remember that it was let go."""
+        """Set ``is_closed``."""
         self.is_closed = True
 
 
 class FakeMeter:
-    """A meter that reads what a test sets.
+    """A meter with a value that a test sets.
 
     Args:
         name: Its name.
-        value: What it reads; None for unknown, an exception to raise it.
+        value: What it reads: an amount, None for unknown, or an exception that it raises.
         peak: Whether a trial's usage is the maximum of what is read, not its growth.
     """
 
@@ -176,19 +176,19 @@ class FakeMetering:
         self.tree = FakeProcessTree()
         self.trees: dict[int, FakeProcessTree] = {}
         self.loop = MeteringLoop(
-            clock=self.clock, open_tree=self._open, open_meters=lambda watch: (), threaded=False
+            clock=self.clock, open_tree=self._open, open_meters=lambda monitor: (), threaded=False
         )
 
     def advance(self, seconds: float) -> None:
-        """Let time pass; whatever falls due in between is done at its time.
+        """Move the clock forward, and do what is due in between at its time.
 
         Args:
-            seconds: How much.
+            seconds: By how much.
         """
         end = self.clock.now + seconds
         wait = self.loop.tick()
         while wait is not None and self.clock.now + wait < end:
-            # Rounding may let a deadline look a hair ahead of the clock for ever.
+            # By rounding, a deadline may stay slightly ahead of the clock.
             self.clock.advance(max(wait, 1e-9))
             wait = self.loop.tick()
         self.clock.now = max(self.clock.now, end)
@@ -202,7 +202,7 @@ class FakeMetering:
 
 @contextmanager
 def fake_metering() -> Iterator[FakeMetering]:
-    """Let this process meter its trials with fakes for as long as the block lasts."""
+    """Measure this process's trials with fakes inside the block."""
     fake = FakeMetering()
     before = replace_loop(fake.loop)
     try:
@@ -212,7 +212,7 @@ def fake_metering() -> Iterator[FakeMetering]:
 
 
 def check_meter(meter: Meter, pids: Sequence[int] | None = None) -> None:
-    """Check that a meter of your own keeps to the protocol.
+    """Check that a meter of your own follows the protocol.
 
     Example:
 
@@ -223,10 +223,10 @@ def check_meter(meter: Meter, pids: Sequence[int] | None = None) -> None:
 
     Args:
         meter: The meter.
-        pids: Processes to read of; by default this one, and then none that exists.
+        pids: Processes to read; by default this one.
 
     Raises:
-        AssertionError: If it does not; the message says the rule and what was found.
+        AssertionError: If it does not; the message says the rule and what was read.
     """
     try:
         check_names([meter])

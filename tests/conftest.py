@@ -8,7 +8,7 @@ from hypothesis import HealthCheck
 from hypothesis import settings
 import pytest
 
-from optuna_quota._isolation import template_client
+from optuna_quota._isolation import forkserver_client
 
 
 # Test machines are shared and slow at times: a slow draw is no failure.
@@ -19,11 +19,11 @@ settings.load_profile("optuna_quota")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _small_template() -> Iterator[None]:
+def _small_fork_server() -> Iterator[None]:
     """Let isolated trials begin with little loaded, whatever this test run has imported.
 
     What a trial's memory and start are measured by would else depend on the tests that ran before.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(template_client, "modules_to_preload", lambda *, everything: [])
+        patch.setattr(forkserver_client, "modules_to_preload", lambda *, everything: [])
         yield

@@ -1,4 +1,4 @@
-"""The whole, as a user types it: reject, terminate, learn."""
+"""Whole studies as users write them: reject, terminate, learn."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_a_quota_of_trials_ends_optimize_quietly(caplog: pytest.LogCaptureFixtur
     assert "3" in next(iter(warned.values()))
 
 
-def test_a_reader_without_the_code_finds_plain_values(study: optuna.Study) -> None:
+def test_attributes_are_plain_json(study: optuna.Study) -> None:
     study.optimize(isolated(allocate), n_trials=3)
     for trial in study.trials:
         assert json.loads(json.dumps(trial.user_attrs)) == trial.user_attrs

@@ -1,4 +1,4 @@
-"""The error tree: catchable at three levels, carrying figures, surviving pickling."""
+"""The exceptions' hierarchy, attributes and pickling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL = [QuotaError, StudyRejected, QuotaExhausted, TrialCrashed, TrialRejected, L
 
 
 @pytest.mark.parametrize("cls", ALL)
-def test_each_is_one_of_the_family_and_survives_pickling(cls: type[QuotaError]) -> None:
+def test_hierarchy_and_pickling(cls: type[QuotaError]) -> None:
     error = cls("too much", resource="memory", limit=1.0, observed=2.0, quota=3.0)
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(again) is cls
@@ -29,14 +29,14 @@ def test_each_is_one_of_the_family_and_survives_pickling(cls: type[QuotaError]) 
         assert (again.resource, again.limit, again.observed, again.quota) == ("memory", 1, 2, 3)
 
 
-def test_figures_of_their_own() -> None:
+def test_further_attributes() -> None:
     crashed = pickle.loads(pickle.dumps(TrialCrashed("died", exitcode=-11)))
     assert crashed.exitcode == -11
     assert StudyRejected("no").projection is None
     assert LimitBreached("over", seconds=2.5).seconds == 2.5
 
 
-def test_optuna_knows_those_that_prune() -> None:
+def test_which_are_trial_pruned() -> None:
     assert issubclass(TrialRejected, optuna.TrialPruned)
     assert issubclass(LimitBreached, optuna.TrialPruned)
     assert issubclass(TrialCrashed, RuntimeError)

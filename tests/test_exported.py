@@ -1,4 +1,4 @@
-"""What `import optuna_quota` offers is what the design names, and it loads quickly."""
+"""Exported names resolve, and importing the package loads nothing heavy."""
 
 from __future__ import annotations
 

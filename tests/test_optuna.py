@@ -1,4 +1,4 @@
-"""The private parts of Optuna that the package relies on are as it expects them."""
+"""The private parts of Optuna that the package uses work as `_optuna.py` expects."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_ids_and_storage() -> None:
     assert storage.get_study_name_from_id(_optuna.study_id_of(study)) == study.study_name
 
 
-def test_what_optuna_remembers_of_a_row() -> None:
+def test_cached_row() -> None:
     study = optuna.create_study()
     trial = study.ask()
     trial.suggest_float("x", 0, 1)
@@ -60,7 +60,7 @@ def test_what_optuna_remembers_of_a_row() -> None:
     assert _optuna.cached_row(kept) is kept
 
 
-def test_stop_works_exactly_where_the_loop_is_seen() -> None:
+def test_in_optimize_loop() -> None:
     study = optuna.create_study()
     assert not _optuna.in_optimize_loop(study)
     seen = []
@@ -76,7 +76,7 @@ def test_stop_works_exactly_where_the_loop_is_seen() -> None:
         study.stop()
 
 
-def test_a_trial_of_optimize_is_known() -> None:
+def test_is_run_by_optimize() -> None:
     study = optuna.create_study()
     seen: list[tuple[bool, bool, bool]] = []
 
@@ -103,7 +103,7 @@ def test_a_trial_of_optimize_is_known() -> None:
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2])
-def test_a_study_is_over_once_it_is_stopped_or_its_timeout_has_passed(n_jobs: int) -> None:
+def test_optimize_is_ending_once_stopped_or_timed_out(n_jobs: int) -> None:
     study = optuna.create_study()
     assert not _optuna.is_optimize_ending(study)
     seen = []
@@ -118,11 +118,11 @@ def test_a_study_is_over_once_it_is_stopped_or_its_timeout_has_passed(n_jobs: in
 
     def timed_out(trial: optuna.Trial) -> float:
         before = _optuna.is_optimize_ending(study)
-        time.sleep(2.1)
+        time.sleep(0.6)
         seen.append((before, _optuna.is_optimize_ending(study)))
         return 0.0
 
-    study.optimize(timed_out, n_trials=1, timeout=2.0, n_jobs=n_jobs)
+    study.optimize(timed_out, n_trials=1, timeout=0.5, n_jobs=n_jobs)
     assert seen == [(False, True), (False, True)]
 
 
@@ -145,7 +145,7 @@ class Witness(RandomSampler):
         self.seen["after_trial"] = self.look(study)
 
 
-def test_the_whole_study_is_found_behind_a_bracket() -> None:
+def test_unwrap_study_finds_the_study_behind_a_bracket() -> None:
     sampler = Witness(lambda study: (type(study).__name__, _optuna.unwrap_study(study)))
     study = optuna.create_study(sampler=sampler, pruner=HyperbandPruner(max_resource=9))
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
@@ -156,7 +156,7 @@ def test_the_whole_study_is_found_behind_a_bracket() -> None:
     assert _optuna.unwrap_study(study) is study
 
 
-def test_ask_is_recognised_in_its_hooks() -> None:
+def test_in_ask() -> None:
     sampler = Witness(lambda study: _optuna.in_ask())
     study = optuna.create_study(sampler=sampler)
     study.tell(study.ask({"x": FloatDistribution(0, 1)}), 0.0)
@@ -170,7 +170,7 @@ def test_ask_is_recognised_in_its_hooks() -> None:
     assert sampler.seen["sample_independent"] is False
 
 
-def test_what_the_objective_raised_is_found_in_after_trial() -> None:
+def test_objective_error_in_after_trial() -> None:
     sampler = Witness(lambda study: _optuna.objective_error())
     study = optuna.create_study(sampler=sampler)
 
@@ -183,7 +183,7 @@ def test_what_the_objective_raised_is_found_in_after_trial() -> None:
     assert sampler.seen["after_trial"] is None
 
 
-def test_the_objective_is_told_from_optuna_at_work() -> None:
+def test_in_objective() -> None:
     seen: dict[str, bool] = {}
     sampler = Witness(lambda study: _optuna.in_objective(sys._getframe(1)))
 
@@ -199,7 +199,7 @@ def test_the_objective_is_told_from_optuna_at_work() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_attributes_are_written_together(kind: str, tmp_path: Path) -> None:
+def test_attributes_are_written_in_a_batch(kind: str, tmp_path: Path) -> None:
     study = optuna.create_study(storage=storage_at(kind, tmp_path))
     storage = _optuna.storage_of(study)
     trial_id = _optuna.trial_id_of(study.ask())
@@ -214,18 +214,18 @@ def test_attributes_are_written_together(kind: str, tmp_path: Path) -> None:
         _optuna.write_attributes(storage, trial_id, user, {})
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite", "journal"])
-def test_writing_together_uses_what_this_optuna_has(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+def test_batch_writers_fit_this_version_of_optuna(kind: str, tmp_path: Path) -> None:
     study = optuna.create_study(storage=storage_at(kind, tmp_path))
     storage = _optuna.storage_of(study)
-    together = _optuna._TOGETHER[type(storage).__name__]
-    together(storage, _optuna.trial_id_of(study.ask()), {"a": 1}, {"b": 2})
+    write_batch = _optuna._BATCH_WRITERS[type(storage).__name__]
+    write_batch(storage, _optuna.trial_id_of(study.ask()), {"a": 1}, {"b": 2})
     assert study.trials[0].user_attrs == {"a": 1}
     assert study.trials[0].system_attrs == {"b": 2}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_where_it_is_not_known_how_attributes_are_written_one_by_one(
+def test_without_a_batch_writer_attributes_are_written_one_by_one(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(*args: Any) -> None:
@@ -233,7 +233,7 @@ def test_where_it_is_not_known_how_attributes_are_written_one_by_one(
 
     study = optuna.create_study(storage=storage_at(kind, tmp_path))
     storage = _optuna.storage_of(study)
-    monkeypatch.setattr(_optuna, "_TOGETHER", {type(storage).__name__: gone})
+    monkeypatch.setattr(_optuna, "_BATCH_WRITERS", {type(storage).__name__: gone})
     _optuna.write_attributes(storage, _optuna.trial_id_of(study.ask()), {"a": 1, "b": 2}, {"c": 3})
     assert study.trials[0].user_attrs == {"a": 1, "b": 2}
     assert study.trials[0].system_attrs["c"] == 3
@@ -248,7 +248,7 @@ def test_a_row_is_finished_once() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")
-def test_who_may_write_constraints() -> None:
+def test_may_write_constraints() -> None:
     assert not _optuna.may_write_constraints(TPESampler())
     assert not _optuna.may_write_constraints(NSGAIISampler())
     assert not _optuna.may_write_constraints(RandomSampler())
@@ -283,7 +283,7 @@ class Poisoner(RandomSampler):
         lambda trial: trial.suggest_int("y", 0, 3),
     ],
 )
-def test_a_poisoned_trial_ends_at_whatever_it_suggests(
+def test_raise_on_next_suggest(
     kind: str, enqueued: bool, suggest: Callable[[optuna.Trial], Any], tmp_path: Path
 ) -> None:
     study = optuna.create_study(storage=storage_at(kind, tmp_path), sampler=Poisoner())
@@ -315,7 +315,7 @@ def test_enqueued_parameters_are_seen_and_parameters_can_be_written(
     assert _optuna.fixed_params_of(study.trials[1]) == {}
 
 
-def test_what_tpe_shares_of_a_running_trial_is_replaced() -> None:
+def test_share_relative_params() -> None:
     study = optuna.create_study(sampler=TPESampler(seed=0, multivariate=True, n_startup_trials=2))
     names = [f"a_parameter_with_a_long_name_{i}" for i in range(60)]
     space = {name: FloatDistribution(0, 1) for name in names}
@@ -337,13 +337,13 @@ def test_what_tpe_shares_of_a_running_trial_is_replaced() -> None:
         assert shared()[0] == replacement
 
 
-def test_cma_es_with_margin_keeps_its_own_point() -> None:
+def test_cma_es_with_margin_needs_the_drawn_point() -> None:
     assert _optuna.needs_drawn_point(CmaEsSampler(with_margin=True))
     assert not _optuna.needs_drawn_point(CmaEsSampler())
     assert not _optuna.needs_drawn_point(TPESampler())
 
 
-def test_what_is_fixed_and_what_is_left_open_are_told_apart() -> None:
+def test_partial_fixed_params_and_the_sampler_inside() -> None:
     inner = RandomSampler()
     middle = PartialFixedSampler({"x": 1, "y": 2}, inner)
     outer = PartialFixedSampler({"y": 3}, middle)

@@ -1,4 +1,4 @@
-"""Attributes written and read back; whatever is hostile in the storage is unknown, never run."""
+"""Attributes are written and read back; malformed ones are unknown and never executed."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_numbers_of_numpy_are_cast_for_the_storage(storage: Any) -> None:
     assert study.trials[0].user_attrs == {"quota:memory": 5, "quota:wall_time": 0.5}
 
 
-def test_nothing_known_writes_nothing() -> None:
+def test_an_empty_record_has_no_attributes() -> None:
     assert _records.record_attributes(TrialRecord()) == {}
     assert _records.parse_record({}) == TrialRecord()
 
@@ -145,7 +145,7 @@ def test_any_amounts_of_a_study_are_read_without_an_error(value: Any) -> None:
     assert all(amount > 0 for amount in _records.read_amounts(value).values())
 
 
-def test_quota_and_limits_are_plain_numbers_for_a_reader_without_the_code() -> None:
+def test_quota_and_limits_are_stored_as_plain_numbers() -> None:
     quota = Quota(wall_time="2h", memory="12GiB", n_trials=10)
     assert _records.amounts_object(quota) == {
         "n_trials": 10,
@@ -177,16 +177,9 @@ def test_quota_and_limits_are_plain_numbers_for_a_reader_without_the_code() -> N
         ("memory", "failed", None, "bound"),
     ],
 )
-def test_what_is_a_lower_bound(
+def test_lower_bounds(
     resource: str, outcome: str | None, censored_by: str | None, expected: str
 ) -> None:
     end = outcome, censored_by
     assert _records.is_lower_bound(resource, *end) is (expected == "bound")
     assert _records.may_be_lower_bound(resource, *end) is (expected == "unsure")
-
-
-def test_only_a_terminated_trial_is_censored_by_its_breach() -> None:
-    breach = Breach("memory", 1.0, 2.0, 3.0)
-    assert TrialRecord(outcome="terminated", breach=breach).censored_by == "memory"
-    assert TrialRecord(outcome="completed", breach=breach).censored_by is None
-    assert TrialRecord(outcome="terminated").censored_by is None

@@ -1,4 +1,4 @@
-"""Limits, Quota, Strategy and Usage: validated once, frozen, printed well, carried everywhere."""
+"""Limits, Quota, Strategy, Usage and Breach: validation, hashing, pickling, text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VALUES: list[Any] = [
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
-def test_values_are_carried_whole(value: Any) -> None:
+def test_copies_and_pickles_are_equal(value: Any) -> None:
     for again in (
         pickle.loads(pickle.dumps(value)),
         cloudpickle.loads(cloudpickle.dumps(value)),
@@ -53,7 +53,7 @@ def test_values_are_frozen_and_hashable(value: Any) -> None:
         value.memory = 1
 
 
-def test_units_are_read_once_and_shown_compactly() -> None:
+def test_units_are_parsed_and_shown_compactly() -> None:
     limits = Limits(memory="4GiB", wall_time="1h30min", gpu_memory=3e9)
     assert (limits.memory, limits.wall_time) == (4 * 2**30, 5400)
     assert repr(limits) == "Limits(memory='4GiB', wall_time='1.5h', gpu_memory='3GB')"
@@ -64,7 +64,7 @@ def test_units_are_read_once_and_shown_compactly() -> None:
 
 @pytest.mark.parametrize("name", LIMIT_RESOURCES)
 @pytest.mark.parametrize("value", [-1, 0, float("nan"), "12", "-3s", float("inf")])
-def test_a_bad_limit_names_itself_and_the_value(name: str, value: Any) -> None:
+def test_an_invalid_limit(name: str, value: Any) -> None:
     with pytest.raises(ValueError) as info:
         Limits(**{name: value})
     assert f"`{name}`" in str(info.value)
@@ -77,7 +77,7 @@ def test_an_unknown_resource_is_refused(cls: Any) -> None:
         cls(memroy="2GiB")
 
 
-def test_limits_of_meters_of_ones_own() -> None:
+def test_custom_limits() -> None:
     limits = Limits(custom={"disk": 5e9})
     assert limits.amounts() == {"disk": 5e9}
     assert limits == Limits.from_amounts(limits.amounts())
@@ -97,14 +97,14 @@ def test_tightened_limits_never_rise() -> None:
     assert limits == Limits(memory=100, wall_time=10)
 
 
-def test_a_quota_tells_totals_from_what_is_held_at_one_moment() -> None:
+def test_totals_and_held_resources_of_a_quota() -> None:
     quota = Quota(n_trials=5, cpu_time="1h", memory="2GiB", cpu_cores=4)
     assert quota.totals == {"n_trials": 5, "cpu_time": 3600}
     assert quota.held == {"memory": 2**31, "cpu_cores": 4}
     assert repr(quota) == "Quota(n_trials=5, cpu_time='1h', memory='2GiB', cpu_cores=4.0)"
 
 
-def test_cost_needs_prices_and_prices_a_cost() -> None:
+def test_cost_and_prices_need_each_other() -> None:
     with pytest.raises(ValueError, match="`cost` and `prices` must be given together"):
         Quota(cost=5)
     with pytest.raises(ValueError, match="`cost` and `prices` must be given together"):
@@ -141,7 +141,7 @@ def test_unknown_usage_is_none_and_never_zero() -> None:
     assert usage.get("disk") is None
 
 
-def test_usage_reads_units_as_a_footprint_is_typed() -> None:
+def test_usage_parses_units() -> None:
     usage = Usage(memory="2GiB", wall_time="90s", gpu_time="1min", energy="1kWh")
     assert usage == Usage(memory=2**31, wall_time=90, gpu_time=60, energy=3.6e6)
     assert (
@@ -150,12 +150,12 @@ def test_usage_reads_units_as_a_footprint_is_typed() -> None:
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "3"])
-def test_bad_usage_names_itself(value: Any) -> None:
+def test_invalid_usage(value: Any) -> None:
     with pytest.raises(ValueError, match="`memory`"):
         Usage(memory=value)
 
 
-def test_a_breach_reads_as_a_sentence() -> None:
+def test_the_reason_of_a_breach() -> None:
     breach = Breach("memory", 2 * 2**30, 2.5 * 2**30, 3.21)
     assert breach.reason == ("Memory limit exceeded after 3.21 s: 2.5 GiB used, 2 GiB allowed.")
     of_quota = Breach("cpu_time", 60, 61, 50, quota=True)
@@ -182,13 +182,13 @@ def test_a_breach_reads_as_a_sentence() -> None:
         ("scratch", 500.3 * 2**20, False, "Scratch limit exceeded"),
     ],
 )
-def test_a_breach_shows_that_the_limit_was_passed(
+def test_a_reason_has_enough_digits_to_show_the_excess(
     resource: str, observed: float, refused: bool, words: str
 ) -> None:
     assert words in Breach(resource, 500 * 2**20, observed, 1.0, refused=refused).reason
 
 
-def test_amounts_for_people() -> None:
+def test_format_amount() -> None:
     assert format_amount("memory", None) == "unknown"
     assert format_amount("energy", 3.6e6) == "1 kWh"
     assert format_amount("disk_writes", 12.0) == "12"
@@ -197,7 +197,7 @@ def test_amounts_for_people() -> None:
 @given(
     st.dictionaries(st.sampled_from(LIMIT_RESOURCES), st.floats(min_value=1e-6, max_value=1e15))
 )
-def test_any_limits_are_rebuilt_from_what_they_show(amounts: dict[str, float]) -> None:
+def test_limits_are_rebuilt_from_their_repr(amounts: dict[str, float]) -> None:
     limits = Limits(**amounts)  # type: ignore[arg-type]
     shown = eval(repr(limits), {"Limits": Limits})
     assert shown == limits

@@ -1,4 +1,4 @@
-"""The trial table says what the storage holds, and nothing that it does not."""
+"""The trial table: columns, types, and studies with unusual content."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_an_empty_study_has_the_columns_and_no_row() -> None:
     assert table["reason"].dtype == object
 
 
-def test_a_row_says_what_its_record_says() -> None:
+def test_a_row_has_the_values_of_its_record() -> None:
     breach = Breach("memory", 2.0**31, 2.5 * 2**30, 3.25)
     study = study_of(
         TrialRecord(
@@ -102,7 +102,7 @@ def test_only_a_terminated_trial_is_censored_by_its_breach() -> None:
     assert table["censored_by"].tolist() == ["wall_time", None, None]
 
 
-def test_a_foreign_study_has_the_wall_time_that_optuna_knows() -> None:
+def test_a_study_of_plain_optuna_has_its_wall_time() -> None:
     start = datetime.datetime(2026, 1, 1, 12)
     study = optuna.create_study()
     for seconds in (90.0, -5.0):

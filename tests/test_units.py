@@ -1,4 +1,4 @@
-"""Text with units in, SI base units out, and back."""
+"""Parsing and formatting of sizes, durations and energies."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_energies() -> None:
     ]
     + ["1GiB -2MiB", 0, -1, float("nan"), float("inf"), -float("inf")],
 )
-def test_a_bad_size_is_a_value_error_that_names_the_rule_and_the_value(value: str | float) -> None:
+def test_an_invalid_size(value: str | float) -> None:
     with pytest.raises(ValueError) as info:
         _units.parse_bytes(value, "memory")
     message = str(info.value)
@@ -82,7 +82,7 @@ def test_a_bad_size_is_a_value_error_that_names_the_rule_and_the_value(value: st
 
 
 @pytest.mark.parametrize("value", [True, None, [1], b"2GiB", 1j])
-def test_a_value_of_the_wrong_kind_is_a_type_error_that_names_it(value: object) -> None:
+def test_a_value_of_the_wrong_type(value: object) -> None:
     with pytest.raises(TypeError, match="`memory` must be") as info:
         _units.parse_bytes(value, "memory")  # type: ignore[arg-type]
     assert repr(value) in str(info.value)
@@ -99,13 +99,13 @@ def test_a_number_without_a_unit_in_text_says_so() -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), float("inf")])
-def test_a_bad_count(value: float) -> None:
+def test_an_invalid_count(value: float) -> None:
     with pytest.raises(ValueError, match="`n_trials` must be a positive whole number but got"):
         _units.parse_count(value, "n_trials")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", ["3", True, None])
-def test_a_count_of_the_wrong_kind(value: object) -> None:
+def test_a_count_of_the_wrong_type(value: object) -> None:
     with pytest.raises(TypeError, match="`n_trials` must be a positive whole number but got"):
         _units.parse_count(value, "n_trials")  # type: ignore[arg-type]
 
@@ -126,7 +126,7 @@ def test_a_plain_number_refuses_text() -> None:
         (3 * 2**50, "3 PiB"),
     ],
 )
-def test_sizes_for_people(value: float, expected: str) -> None:
+def test_format_bytes(value: float, expected: str) -> None:
     assert _units.format_bytes(value) == expected
 
 
@@ -145,11 +145,11 @@ def test_sizes_for_people(value: float, expected: str) -> None:
         (-61, "-1 min 1 s"),
     ],
 )
-def test_durations_for_people(value: float, expected: str) -> None:
+def test_format_seconds(value: float, expected: str) -> None:
     assert _units.format_seconds(value) == expected
 
 
-def test_energies_and_numbers_for_people() -> None:
+def test_format_joules_and_numbers() -> None:
     assert _units.format_joules(7.2e6) == "2 kWh"
     assert _units.format_joules(12) == "12 J"
     assert _units.format_number(1234.5) == "1234"  # banker's: half to even

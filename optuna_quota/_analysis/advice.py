@@ -1,23 +1,67 @@
-"""What to change, each with its figures and only where the data bear it out."""
+"""Advice on limits, parallelism and budget, given only where the data support it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+from functools import cached_property
+import math
+import sys
 from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_quota._analysis.pareto import pareto_front
+from optuna_quota._resources import format_amount
+from optuna_quota._resources import get_resource
+from optuna_quota._resources import HELD_RESOURCES
+from optuna_quota._resources import Limits
+from optuna_quota._resources import OUTCOMES
+
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    import pandas as pd
+
+    from optuna_quota._analysis.trial_traces import TrialTrace
+    from optuna_quota._utilization.data import StudyData
+
+
+# A trial counts as near the best within this share of the best value.
+TOLERANCE = 0.01
+# The maximum over fewer trials says little about the next one.
+_MIN_COMPLETED = 10
+# Suggested limits stand this far above the maximum.
+_MARGIN = 1.1
+_MIB = 2**20
+# Larger amounts are not rounded: the result could exceed the largest float.
+_LARGEST_ROUNDED = 1e30
+# Below this, CPU time over wall time is mostly rounding.
+_MIN_SECONDS = 0.1
+_MAX_JOBS = 256
+_DRAWS = 4000
+_MAX_CHANCE = 0.05
+# A cheaper trial is mentioned when it costs at most this share of the best one.
+_CHEAP = 0.8
+_REQUESTED = ("memory", "wall_time", "gpu_memory")
+_COSTS = ("cpu_time", "wall_time", "gpu_time", "memory")
+_MIN_TRIALS_OF_TENTH = 20
 
 
 @dataclass(frozen=True)
 class Advice:
-    """One thing to know or to change.
+    """One finding that a user can act on.
 
     Attributes:
-        topic: What it is about: ``requests``, ``search space``, ``n_jobs``, ``cheapest trial``,
-            ``budget`` or ``last tenth``.
-        text: A sentence or two for a person; ``str()`` of the advice.
+        topic: ``requests``, ``search space``, ``n_jobs``, ``cheapest trial``, ``budget`` or
+            ``last tenth``.
+        text: A sentence or two; ``str()`` of the advice.
         figures: The figures behind it, by name, in SI base units.
-        snippets: Lines to paste, by where: ``kubernetes``, ``sbatch``.
+        snippets: Lines to paste: ``kubernetes``, ``sbatch``.
     """
 
     topic: str
@@ -27,3 +71,337 @@ class Advice:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class StudyFacts:
+    """What advice is derived from.
+
+    Attributes:
+        data: The finished trials as arrays.
+        traces: The trials that ran, in the order of their starts.
+        quota: The study's quota by resource, in SI base units.
+        best: Number of the best trial, or those of the Pareto front.
+        feasible: Which trials violate no constraint and have finite values, shape ``(n_trials,)``.
+        sign: 1 where the first objective is minimized, -1 where it is maximized.
+    """
+
+    data: StudyData
+    traces: Sequence[TrialTrace]
+    quota: Mapping[str, float]
+    best: Sequence[int]
+    feasible: NDArray[np.bool_]
+    sign: float
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The trial table of the finished trials."""
+        return self.data.table
+
+    @cached_property
+    def completed(self) -> NDArray[np.bool_]:
+        """Which trials completed, shape ``(n_trials,)``."""
+        completed: NDArray[np.bool_] = np.asarray(self.data.ended == "completed", dtype=bool)
+        return completed
+
+    @cached_property
+    def values(self) -> NDArray[np.float64] | None:
+        """Objective values, shape ``(n_trials,)``; None with several objectives."""
+        return self.table["value"].to_numpy(dtype=float) if "value" in self.table else None
+
+    @cached_property
+    def near_best(self) -> NDArray[np.bool_]:
+        """Which trials are near the best, shape ``(n_trials,)``.
+
+        With one objective those that are feasible and have ``|value - best| <= 1% · |best|``,
+        with several the Pareto front.
+        """
+        near: NDArray[np.bool_] = np.isin(self.table["number"].to_numpy(), self.best)
+        if self.values is None or not near.any():
+            return near
+        best = self.values[near][0]
+        with np.errstate(invalid="ignore"):
+            within = np.abs(self.values - best) <= TOLERANCE * abs(best)
+        near |= within & self.completed & self.feasible
+        return near
+
+    def peaks(self, resource: str) -> NDArray[np.float64]:
+        """Return the known peaks of a resource over the completed trials, shape ``(n,)``."""
+        if resource == "cpu_cores":
+            seconds = self.table["wall_time"].to_numpy(dtype=float)
+            cpu_time = self.table["cpu_time"].to_numpy(dtype=float)
+            values = cpu_time / np.where(seconds >= _MIN_SECONDS, seconds, math.nan)
+        else:
+            values = self.data.amounts(resource)
+        known: NDArray[np.float64] = values[self.completed & np.isfinite(values)]
+        return known
+
+
+def advise(facts: StudyFacts) -> list[Advice]:
+    """Return all advice but that on the search space, the most useful first."""
+    found = (
+        _advise_requests(facts),
+        _advise_jobs(facts),
+        _advise_cheapest(facts),
+        _advise_budget(facts),
+        _advise_last_tenth(facts),
+    )
+    return [advice for advices in found for advice in advices]
+
+
+def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
+    """Suggest limits and cluster requests that hold every completed trial."""
+    known = {name: facts.table[name][facts.completed].dropna() for name in _REQUESTED}
+    maxima = {
+        name: float(values.max())
+        for name, values in known.items()
+        if len(values) >= _MIN_COMPLETED and values.max() > 0
+    }
+    if not maxima:
+        return
+    enough = {name: _rounded_up(name, _MARGIN * amount) for name, amount in maxima.items()}
+    limits = Limits.from_amounts(enough)
+    busy = facts.peaks("cpu_cores")
+    if len(busy) >= _MIN_COMPLETED:
+        # As many cores as 95% of the trials kept busy.
+        enough["cpu_cores"] = float(max(1, math.ceil(float(np.quantile(busy, 0.95)) - 0.05)))
+    n_completed = int(facts.completed.sum())
+    used = " and ".join(format_amount(name, amount) for name, amount in maxima.items())
+    text = (
+        f"{limits!r} would have held all {n_completed} completed trials with at least "
+        f"{_MARGIN - 1:.0%} to spare (at most {used} used)."
+    )
+    # A breach of the quota says nothing about what the trial itself needs.
+    breaches = [t.breach for t in facts.traces if t.breach and not t.breach.quota]
+    ended = sum(breach.resource in maxima for breach in breaches)
+    if ended:
+        those = "one that was" if ended == 1 else f"{ended} that were"
+        text += f" The {those} terminated may have needed more."
+    yield Advice(
+        "requests",
+        text,
+        {"n_completed": n_completed, "greatest": maxima, "enough": enough},
+        {"kubernetes": _kubernetes(enough), "sbatch": _sbatch(enough)},
+    )
+
+
+def _rounded_up(resource: str, amount: float) -> float:
+    if amount >= _LARGEST_ROUNDED:
+        return min(amount, sys.float_info.max)
+    if resource == "wall_time":
+        step = 60.0 if amount > 300 else 1.0
+        return math.ceil(amount / step) * step
+    return float(_whole_mebibytes(amount) * _MIB)
+
+
+def _whole_mebibytes(amount: float) -> int:
+    """Mebibytes, rounded up to about three digits."""
+    count = max(1, math.ceil(amount / _MIB))
+    step = int(10 ** max(0, len(str(count)) - 3))
+    return -(-count // step) * step
+
+
+def _kubernetes(enough: Mapping[str, float]) -> str:
+    lines = ["resources:", "  requests:"]
+    if "cpu_cores" in enough:
+        lines.append(f'    cpu: "{enough["cpu_cores"]:.0f}"')
+    if "memory" in enough:
+        lines.append(f"    memory: {_whole_mebibytes(enough['memory'])}Mi")
+    if "memory" in enough or "gpu_memory" in enough:
+        lines.append("  limits:")
+    if "memory" in enough:
+        lines.append(f"    memory: {_whole_mebibytes(enough['memory'])}Mi")
+    if "gpu_memory" in enough:
+        lines.append("    nvidia.com/gpu: 1")
+    return "\n".join(lines)
+
+
+def _sbatch(enough: Mapping[str, float]) -> str:
+    """Options of a job that runs one trial at a time; ``--time`` is that of one trial."""
+    options = []
+    if "memory" in enough:
+        options.append(f"--mem={_whole_mebibytes(enough['memory'])}M")
+    if "cpu_cores" in enough:
+        options.append(f"--cpus-per-task={enough['cpu_cores']:.0f}")
+    if "gpu_memory" in enough:
+        options.append("--gres=gpu:1")
+    if "wall_time" in enough:
+        minutes = max(1, math.ceil(enough["wall_time"] / 60))
+        options.append(f"--time={minutes // 60:02d}:{minutes % 60:02d}:00")
+    return f"#SBATCH {' '.join(options)}"
+
+
+def _advise_jobs(facts: StudyFacts) -> Iterator[Advice]:
+    """Say how many trials at once stay below each quota that they hold together."""
+    for resource in HELD_RESOURCES:
+        quota, peaks = facts.quota.get(resource), facts.peaks(resource)
+        if quota is None or len(peaks) < _MIN_COMPLETED or peaks.max() <= 0:
+            continue
+        sure = min(_MAX_JOBS, int(quota // peaks.max()))
+        likely, chance = _likely_jobs(peaks, quota)
+        yield Advice(
+            "n_jobs",
+            _jobs_text(resource, quota, float(peaks.max()), sure, likely, chance),
+            {
+                "resource": resource,
+                "quota": quota,
+                "greatest": float(peaks.max()),
+                "n_jobs_sure": sure,
+                "n_jobs": max(likely, sure),
+                "chance_over": chance if likely > sure else 0.0,
+            },
+        )
+
+
+def _likely_jobs(peaks: NDArray[np.float64], quota: float) -> tuple[int, float]:
+    """Return how many trials exceed the quota in at most 5% of draws, and in what share.
+
+    Trials are drawn with replacement, by a generator with a fixed seed: the same study gets the
+    same advice.
+    """
+    rng = np.random.default_rng(0)
+    together, jobs, chance = np.zeros(_DRAWS), 0, 0.0
+    while jobs < _MAX_JOBS:
+        together += rng.choice(peaks, _DRAWS)
+        over = float((together > quota).mean())
+        if over > _MAX_CHANCE:
+            break
+        jobs, chance = jobs + 1, over
+    return jobs, chance
+
+
+def _jobs_text(
+    resource: str, quota: float, maximum: float, sure: int, likely: int, chance: float
+) -> str:
+    shown = f"the {get_resource(resource).title} quota of {format_amount(resource, quota)}"
+    most = f"at most {format_amount(resource, maximum)} a trial"
+    over = f"n_jobs={likely} exceeds it {chance:.1%} of the time"
+    if max(sure, likely) == 0:
+        return f"Even a single trial may not fit {shown} ({most})."
+    if not sure:
+        return f"No number of jobs always fits {shown} ({most}); {over}."
+    text = f"n_jobs={sure} always fits {shown} ({most})"
+    return f"{text}; {over}." if likely > sure else f"{text}."
+
+
+def _advise_cheapest(facts: StudyFacts) -> Iterator[Advice]:
+    """Name the cheapest trial within 1% of the best, with the front of value and cost."""
+    if facts.values is None or not facts.best:
+        return
+    for resource in _COSTS:
+        advice = _cheapest(facts, resource, facts.values)
+        if advice is not None:
+            yield advice
+            return
+
+
+def _cheapest(facts: StudyFacts, resource: str, values: NDArray[np.float64]) -> Advice | None:
+    numbers = facts.table["number"].to_numpy()
+    costs = facts.table[resource].to_numpy(dtype=float)
+    done = facts.completed & np.isfinite(costs) & facts.feasible
+    best = int(np.flatnonzero(numbers == facts.best[0])[0])
+    if done.sum() < _MIN_COMPLETED or not done[best] or costs[best] <= 0:
+        return None
+    near = np.flatnonzero(facts.near_best & done)
+    cheapest = int(near[costs[near].argmin()])
+    if costs[cheapest] > _CHEAP * costs[best]:
+        return None
+    front = pareto_front(np.column_stack([values * facts.sign, costs])[done])
+    cost, cost_of_best = (format_amount(resource, float(costs[i])) for i in (cheapest, best))
+    text = (
+        f"Trial {numbers[cheapest]} is within {TOLERANCE:.0%} of the best "
+        f"({values[cheapest]:.6g} against {values[best]:.6g} of trial {numbers[best]}) at "
+        f"{costs[cheapest] / costs[best]:.0%} of its {get_resource(resource).title} "
+        f"({cost} against {cost_of_best})."
+    )
+    return Advice(
+        "cheapest trial",
+        text,
+        {
+            "number": int(numbers[cheapest]),
+            "best": int(numbers[best]),
+            "resource": resource,
+            "cost": float(costs[cheapest]),
+            "cost_of_best": float(costs[best]),
+            "front": [int(numbers[done][i]) for i in front],
+        },
+    )
+
+
+def _advise_budget(facts: StudyFacts) -> Iterator[Advice]:
+    """Say which share of the time went to trials of each outcome."""
+    for resource in ("cpu_time", "wall_time"):
+        amounts = facts.data.amounts(resource)
+        known = np.isfinite(amounts)
+        total = float(amounts[known].sum())
+        if known.sum() < max(2, 0.9 * len(known)) or not 0 < total < math.inf:
+            continue
+        spent = {o: float(amounts[known & (facts.data.ended == o)].sum()) for o in OUTCOMES}
+        shares = {outcome: amount / total for outcome, amount in spent.items()}
+        resource = "trial_time" if resource == "wall_time" else resource
+        first, *others = ((o, share) for o, share in shares.items() if share > 0)
+        text = f"{first[1]:.0%} of {get_resource(resource).title} went to {first[0]} trials"
+        text += "".join(f", {share:.0%} to {outcome} ones" for outcome, share in others)
+        yield Advice(
+            "budget", f"{text}.", {"resource": resource, "total": total, "shares": shares}
+        )
+        return
+
+
+def _advise_last_tenth(facts: StudyFacts) -> Iterator[Advice]:
+    """Say how far the last tenth of the budget improved the best value."""
+    resource, budget = _budget(facts)
+    traces = [t for t in facts.traces if t.used(resource) is not None]
+    traces.sort(key=lambda t: (t.end, t.number))
+    spent = np.cumsum([t.used(resource) or 0.0 for t in traces])
+    too_few = len(traces) < _MIN_TRIALS_OF_TENTH or spent[-1] < 0.9 * budget
+    if facts.values is None or too_few or not budget > 0:
+        return
+    losses = _best_losses(facts, facts.values, traces)
+    late = spent > 0.9 * min(budget, float(spent[-1]))
+    before, after = losses[~late], losses[-1]
+    if not len(before) or not math.isfinite(before[-1]) or not math.isfinite(after):
+        return
+    title = f"{get_resource(resource).title} {'quota' if resource in facts.quota else 'spent'}"
+    found_at = float(spent[int(np.argmax(losses == after))] / spent[-1])
+    best_before, best_after = facts.sign * float(before[-1]), facts.sign * float(after)
+    if after < before[-1]:
+        effect = f"improved the best value from {best_before:.6g} to {best_after:.6g}"
+    else:
+        effect = (
+            f"improved nothing: the best value was found after {max(found_at, 0.01):.0%} of it"
+        )
+    yield Advice(
+        "last tenth",
+        f"The last tenth of the {title} ({int(late.sum())} of {len(late)} trials) {effect}.",
+        {
+            "resource": resource,
+            "n_trials": int(late.sum()),
+            "best_before": best_before,
+            "best_after": best_after,
+            "best_found_at": found_at,
+        },
+    )
+
+
+def _budget(facts: StudyFacts) -> tuple[str, float]:
+    """Return the total quota that was used most, or else the trial time that was spent."""
+    used = {
+        name: float(np.nansum(facts.data.amounts(column))) / facts.quota[name]
+        for name, column in (("trial_time", "wall_time"), ("cpu_time", "cpu_time"))
+        if name in facts.quota
+    }
+    if used:
+        most = max(used, key=lambda name: used[name])
+        return most, facts.quota[most]
+    return "trial_time", float(np.nansum(facts.data.amounts("wall_time")))
+
+
+def _best_losses(
+    facts: StudyFacts, values: NDArray[np.float64], traces: Sequence[TrialTrace]
+) -> NDArray[np.float64]:
+    """Return the least loss after each trial; inf before the first one completed."""
+    done = facts.completed & facts.feasible
+    losses = dict(zip(facts.table["number"][done], values[done] * facts.sign, strict=True))
+    found = np.array([losses.get(trace.number, math.inf) for trace in traces])
+    return np.minimum.accumulate(found)

@@ -1,10 +1,10 @@
-"""Which hyperparameters go with which use: rank correlations and effect sizes.
+"""Rank correlations and effect sizes of hyperparameters and usage.
 
 Numbers have Spearman's ρ with the interval of Bonett and Wright (Psychometrika 65, 2000):
 ``tanh(atanh(ρ) ± z · sqrt((1 + ρ²/2) / (n − 3)))``. Categories have the Kruskal-Wallis test and
 its effect size ε² = H / (n − 1) (Tomczak and Tomczak, Trends in Sport Sciences 21, 2014), with
 the interval from inverting the noncentral χ² distribution of H. All p-values of a study are
-adjusted together by Holm's method, which bounds the chance of any false claim whatever their
+adjusted together by Holm's method, which bounds the probability of any false claim under any
 dependence.
 """
 
@@ -37,7 +37,7 @@ COLUMNS = (
     "measure",
     "branch",
 )
-# Nothing is claimed from fewer trials: at n = 8 only |rho| > 0.74 would pass a lone test at 5%.
+# Fewer trials are not tested: at n = 8 only |rho| > 0.74 passes a single test at 5%.
 MIN_TRIALS = 8
 _Z95 = 1.959963984540054
 
@@ -45,9 +45,9 @@ _Z95 = 1.959963984540054
 def correlations(data: StudyData) -> pd.DataFrame:
     """Return a row for every parameter and resource, the strongest of each resource first.
 
-    What too few trials say (under eight, or a parameter or usage that never varied) has NaN for
-    its figures and its ``n`` all the same. A conditional parameter is judged among the trials
-    that had it, which ``branch`` names.
+    Figures are NaN where fewer than eight trials are known or the parameter or usage never varied;
+    ``n`` is given all the same. A conditional parameter is tested among the trials that have it,
+    which ``branch`` names.
 
     Args:
         data: The study.
@@ -85,7 +85,7 @@ def _varies(values: NDArray[np.float64]) -> bool:
 
 
 def spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> dict[str, float]:
-    """Return ρ of two numbers with its interval and p-value; each must vary.
+    """Return ρ of two variables with its interval and p-value; each must vary.
 
     Args:
         x: Shape ``(n,)``.
@@ -96,8 +96,8 @@ def spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> dict[str, float]
 
     n = len(x)
     rho = float(np.clip(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1], -1, 1))
-    # A perfect order says only that no pair was swapped: half a swap of neighbours keeps the
-    # interval and the p-value finite. One swap lowers rho by 12 / (n (n² - 1)).
+    # At |rho| = 1 the interval and the p-value are degenerate, so take half a swap of neighbours
+    # off. One swap lowers rho by 12 / (n (n² - 1)).
     most = 1 - 6 / (n * (n * n - 1))
     near = float(np.clip(rho, -most, most))
     half = _Z95 * math.sqrt((1 + near**2 / 2) / (n - 3))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from collections.abc import Sequence
 from functools import cached_property
 import math
 from typing import TYPE_CHECKING
 
-from optuna_quota._analysis.courses import Course
-from optuna_quota._analysis.courses import courses_of
-from optuna_quota._analysis.courses import under_limits
-from optuna_quota._analysis.courses import under_quota
-from optuna_quota._analysis.fronts import best_numbers
+from optuna_quota._analysis.pareto import best_numbers
 from optuna_quota._analysis.summary import counted
 from optuna_quota._analysis.summary import wrap
+from optuna_quota._analysis.trial_traces import apply_limits
+from optuna_quota._analysis.trial_traces import apply_quota
+from optuna_quota._analysis.trial_traces import trial_traces
+from optuna_quota._analysis.trial_traces import TrialTrace
+from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import Limits
@@ -23,9 +26,6 @@ from optuna_quota._resources import Quota
 if TYPE_CHECKING:
     from optuna.study import Study
     import pandas as pd
-
-
-_TOTALS = ("trial_time", "cpu_time", "gpu_time", "energy")
 
 
 class ReplayReport:
@@ -41,10 +41,10 @@ class ReplayReport:
     Attributes:
         quota: The quota replayed, None without one.
         limits: The limits replayed, None without any.
-        ended_at: Seconds on the study's clock at which the quota would have ended it; None when
-            it would not have.
+        ended_at: Seconds into the study at which the quota would have ended it; None when it
+            would not have.
         ended_by: The resource that would have been used up, None likewise.
-        notes: What could not be replayed, in words.
+        notes: Sentences on what could not be replayed.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class ReplayReport:
         self._study = study
         self.quota = quota
         self.limits = limits
-        self._before = courses_of(study)
-        after = [under_limits(c, limits) if limits else c for c in self._before]
+        self._before = trial_traces(study)
+        after = [apply_limits(t, limits) if limits else t for t in self._before]
         end, self.ended_by = math.inf, None
         if quota:
-            after, end, self.ended_by = under_quota(after, quota)
+            after, end, self.ended_by = apply_quota(after, quota)
         self.ended_at = end if self.ended_by else None
         self._after = after
         self.notes = list(_notes(self._before, quota, limits))
@@ -66,35 +66,34 @@ class ReplayReport:
     def table(self) -> pd.DataFrame:
         """A row for each trial that ran.
 
-        The columns are ``number``, ``outcome`` (how it ended), ``fate`` (``kept``,
-        ``terminated`` or ``not run``), ``by`` (the resource that decides), ``scope`` (``limit``
-        or ``quota``), ``seconds`` (how long it would have run), ``saved_trial_time``,
-        ``saved_cpu_time``, ``saved_gpu_time``, ``saved_energy`` (NaN where the use is unknown),
+        The columns are ``number``, ``outcome`` (in the study), ``fate`` (in the replay: ``kept``,
+        ``terminated`` or ``not run``), ``by`` (the resource that decided it), ``scope``
+        (``limit`` or ``quota``), ``seconds`` (how long it would have run), ``saved_trial_time``,
+        ``saved_cpu_time``, ``saved_gpu_time``, ``saved_energy`` (NaN where the usage is unknown),
         and ``lost`` (whether it completed and would not have).
         """
         import pandas as pd
 
-        pairs = list(zip(self._before, self._after, strict=True))
-        columns = {
-            "number": pd.Series([c.number for c in self._after], dtype="int64"),
-            "outcome": pd.Series([c.outcome for c in self._after], dtype="object"),
-            "fate": pd.Series([c.fate for c in self._after], dtype="object"),
-            "by": pd.Series([c.by for c in self._after], dtype="object"),
-            "scope": pd.Series([c.scope for c in self._after], dtype="object"),
-            "seconds": pd.Series([c.seconds for c in self._after], dtype="float64"),
-        }
-        for name in _TOTALS:
+        columns = {"number": "int64", "outcome": "object", "replayed": "object", "by": "object"}
+        columns |= {"scope": "object", "seconds": "float64"}
+        table: pd.DataFrame = pd.DataFrame(
+            {
+                name: pd.Series([getattr(trace, name) for trace in self._after], dtype=dtype)
+                for name, dtype in columns.items()
+            }
+        ).rename(columns={"replayed": "fate"})
+        for name in CHARGED_RESOURCES:
+            pairs = zip(self._before, self._after, strict=True)
             saved = [_saved(before, after, name) for before, after in pairs]
-            columns[f"saved_{name}"] = pd.Series(saved, dtype="float64")
-        lost = [before.outcome == "completed" and after.fate != "kept" for before, after in pairs]
-        columns["lost"] = pd.Series(lost, dtype="bool")
-        table: pd.DataFrame = pd.DataFrame(columns)
+            table[f"saved_{name}"] = pd.Series(saved, dtype="float64")
+        # The outcome is that of the study, before the replay.
+        table["lost"] = (table["outcome"] == "completed") & (table["fate"] != "kept")
         return table
 
     @cached_property
     def saved(self) -> dict[str, float]:
-        """What would have been saved, by resource, in SI base units, as far as it is known."""
-        totals = {name: self.table[f"saved_{name}"] for name in _TOTALS}
+        """What would have been saved by resource, in SI base units, of known usage."""
+        totals = {name: self.table[f"saved_{name}"] for name in CHARGED_RESOURCES}
         return {name: float(t.sum()) for name, t in totals.items() if t.notna().any()}
 
     @property
@@ -105,12 +104,12 @@ class ReplayReport:
     @property
     def terminated(self) -> list[int]:
         """Numbers of the trials that would have been terminated."""
-        return [c.number for c in self._after if c.fate == "terminated"]
+        return [t.number for t in self._after if t.replayed == "terminated"]
 
     @property
     def not_run(self) -> list[int]:
-        """Numbers of the trials that the quota would have left no room for."""
-        return [c.number for c in self._after if c.fate == "not run"]
+        """Numbers of the trials that would not have started because the quota was used up."""
+        return [t.number for t in self._after if t.replayed == "not run"]
 
     @cached_property
     def best(self) -> list[int]:
@@ -120,13 +119,11 @@ class ReplayReport:
     @property
     def best_lives(self) -> bool | None:
         """Whether the best trial (all of the Pareto front) would have completed; None without."""
-        if not self.best:
-            return None
-        return not set(self.best) & set(self.lost)
+        return not set(self.best) & set(self.lost) if self.best else None
 
     @cached_property
     def best_left(self) -> list[int]:
-        """Number of the best among the trials that would have completed, or the front of those."""
+        """Number of the best trial that would have completed, or those of the Pareto front."""
         return best_numbers(self._study, without=set(self.lost))
 
     def summary(self) -> str:
@@ -141,7 +138,7 @@ class ReplayReport:
         return [
             f"Replay of study {name} ({counted(len(self._before), 'trial')}) under {rules}:",
             self._ended_text(),
-            self._fates_text(),
+            self._terminated_text(),
             self._saved_text(),
             self._best_text(),
             *self.notes,
@@ -158,12 +155,12 @@ class ReplayReport:
             f"{counted(len(self.not_run), 'trial')} would not have run."
         )
 
-    def _fates_text(self) -> str:
-        counts: dict[str, int] = {}
-        for course in self._after:
-            if course.fate == "terminated" and course.by:
-                by = f"{get_resource(course.by).title} ({course.scope})"
-                counts[by] = counts.get(by, 0) + 1
+    def _terminated_text(self) -> str:
+        counts = Counter(
+            f"{get_resource(t.by).title} ({t.scope})"
+            for t in self._after
+            if t.replayed == "terminated" and t.by
+        )
         causes = ", ".join(f"{count} by {by}" for by, count in counts.items())
         return (
             f"{counted(len(self.terminated), 'trial')} would have been terminated"
@@ -174,7 +171,7 @@ class ReplayReport:
     def _saved_text(self) -> str:
         parts = []
         for name, saved in self.saved.items():
-            total = sum(_used(c, name) or 0.0 for c in self._before)
+            total = sum(t.used(name) or 0.0 for t in self._before)
             if saved > 0:
                 share = f"{100 * saved / total:.0f}% of" if total else "of"
                 amounts = f"{format_amount(name, saved)} ({share} {format_amount(name, total)})"
@@ -185,12 +182,14 @@ class ReplayReport:
         if self.best_lives is None:
             return "No trial of the study completed, so there is no best trial to lose."
         if len(self.best) > 1:
-            front = len(set(self.best) - set(self.lost))
-            return f"Of the Pareto front's {len(self.best)} trials {front} would have lived."
+            kept = len(set(self.best) - set(self.lost))
+            return (
+                f"{kept} of the {len(self.best)} trials of the Pareto front would have completed."
+            )
         if self.best_lives:
-            return f"The best trial ({self.best[0]}) would have lived."
+            return f"The best trial ({self.best[0]}) would have completed."
         if not self.best_left:
-            return f"The best trial ({self.best[0]}) would have been lost, as all others."
+            return f"The best trial ({self.best[0]}) would have been lost, like all others."
         values = {t.number: t.values for t in self._study.get_trials(deepcopy=False)}
         was, left = (values[n][0] for n in (self.best[0], self.best_left[0]))
         return (
@@ -211,7 +210,7 @@ class ReplayReport:
 def replay(
     study: Study, *, quota: Quota | None = None, limits: Limits | None = None
 ) -> ReplayReport:
-    """Return what a quota and limits would have done to a study that has run.
+    """Compute what a quota and limits would have done to a finished study.
 
     Example:
 
@@ -221,10 +220,10 @@ def replay(
             print(report)
             report.best_lives, report.saved
 
-    A limit stops a trial when its memory timeline passed it, or for a total when even growth over
-    the trial reaches it; where neither is known, at the trial's end, so that what is saved is
-    never overstated. A study that ran without this library has its wall times alone. Points that
-    a sampler would have drawn instead can't be known and are not counted.
+    A memory limit stops a trial when its recorded timeline exceeds it; a limit on a total when
+    even growth over the trial reaches it; any other at the end of the trial, so that savings are
+    never overstated. A study that ran without this library has wall times only. Which other
+    points a sampler would have drawn is unknown and not counted.
 
     Args:
         study: Any Optuna study.
@@ -240,45 +239,37 @@ def replay(
     if limits is not None and not isinstance(limits, Limits):
         raise TypeError(f"`limits` must be Limits but got {limits!r}.")
     if not quota and not limits:
-        raise ValueError("`quota` or `limits` must be given and set something, to be replayed.")
+        raise ValueError("`quota` or `limits` must be given and not be empty.")
     return ReplayReport(study, quota=quota, limits=limits)
 
 
-def _used(course: Course, resource: str) -> float | None:
-    if resource == "trial_time":
-        return course.amounts.get("wall_time")
-    return course.amounts.get(resource)
-
-
-def _saved(before: Course, after: Course, resource: str) -> float:
-    used = _used(before, resource)
+def _saved(before: TrialTrace, after: TrialTrace, resource: str) -> float:
+    used = before.used(resource)
     if used is None:
         return math.nan
-    share = (
-        after.seconds / before.seconds if before.seconds > 0 else float(after.fate != "not run")
-    )
-    return used * (1 - share)
+    if before.seconds > 0:
+        return used * (1 - after.seconds / before.seconds)
+    return used if after.replayed == "not run" else 0.0
 
 
-def _notes(courses: Sequence[Course], quota: Quota | None, limits: Limits | None) -> list[str]:
-    notes = []
+def _notes(
+    traces: Sequence[TrialTrace], quota: Quota | None, limits: Limits | None
+) -> Iterator[str]:
+    if not traces:
+        return
     asked = {**(quota.amounts() if quota else {}), **(limits.amounts() if limits else {})}
     for resource in asked:
-        known = sum(_known(c, resource) for c in courses)
-        if courses and known < len(courses) and resource not in ("n_trials", "cost"):
-            who = "No trial has" if not known else f"{len(courses) - known} trials have no"
-            notes.append(
-                f"{who}{' a' if not known else ''} known {get_resource(resource).title}: "
-                "there it could not be replayed."
-            )
-    ended = [c for c in courses if c.outcome == "terminated"]
+        if resource in ("n_trials", "cost"):
+            continue
+        unknown = sum(t.used(resource) is None for t in traces)
+        title = get_resource(resource).title
+        if unknown == len(traces):
+            yield f"No trial has a known {title}: it could not be replayed."
+        elif unknown:
+            yield f"{counted(unknown, 'trial')} without a known {title} could not be replayed."
+    ended = sum(t.outcome == "terminated" for t in traces)
     if ended and limits:
-        notes.append(
-            f"{counted(len(ended), 'trial')} had been terminated already; how they would have "
-            "gone on under wider limits is unknown."
+        yield (
+            f"{counted(ended, 'trial')} had been terminated already; how they would have "
+            "continued under wider limits is unknown."
         )
-    return notes
-
-
-def _known(course: Course, resource: str) -> bool:
-    return _used(course, resource) is not None

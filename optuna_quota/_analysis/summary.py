@@ -26,37 +26,34 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from optuna_quota._analysis.advice import Advice
-    from optuna_quota._analysis.report import UtilizationReport
+    from optuna_quota._analysis.study_analysis import StudyAnalysis
     from optuna_quota._utilization.model import UtilizationModel
 
 
-WIDTH = 99
+_WIDTH = 99
 
 
-def summarize(report: UtilizationReport) -> str:
-    """Return the whole report as text."""
+def summarize(analysis: StudyAnalysis) -> str:
+    """Return the whole analysis as text."""
     blocks = [
-        head(report),
-        usage_lines(report),
-        correlation_lines(report.correlations),
-        model_lines(report),
-        advice_lines(report.advice),
+        _head(analysis),
+        _usage_lines(analysis),
+        _correlation_lines(analysis.correlations),
+        _model_lines(analysis),
+        _advice_lines(analysis.advice),
     ]
     return "\n\n".join("\n".join(lines) for lines in map(list, blocks) if lines)
 
 
-def head(report: UtilizationReport) -> Iterator[str]:
-    """Say which study this is and how its trials ended."""
-    counts = Counter(o for o in report.data.ended if o is not None)
+def _head(analysis: StudyAnalysis) -> Iterator[str]:
+    name = repr(analysis.study.study_name)
+    counts = Counter(o for o in analysis.data.ended if o is not None)
     if not counts:
-        yield f"Study {report.study.study_name!r}: no trial has finished, nothing to analyze yet."
+        yield f"Study {name}: no trial has finished, nothing to analyze yet."
         return
     ended = ", ".join(f"{counts[o]} {o}" for o in OUTCOMES if counts[o])
-    yield from wrap(
-        f"Study {report.study.study_name!r}: {counted(sum(counts.values()), 'trial')} finished: "
-        f"{ended}."
-    )
-    refused = refused_points(report.study.get_trials(deepcopy=False))
+    yield from wrap(f"Study {name}: {counted(counts.total(), 'trial')} finished: {ended}.")
+    refused = refused_points(analysis.study.get_trials(deepcopy=False))
     if refused:
         yield from wrap(refused)
 
@@ -90,32 +87,29 @@ def refused_points(trials: Iterable[FrozenTrial]) -> str:
     return f"Points refused: {total} ({', '.join(parts)})." if total else ""
 
 
-def usage_lines(report: UtilizationReport) -> Iterator[str]:
-    """Say what the trials used, one line a resource."""
-    if not report.data.resources:
-        if len(report.data.table):
-            yield from wrap("No usage is known of any trial, so there is nothing to explain.")
+def _usage_lines(analysis: StudyAnalysis) -> Iterator[str]:
+    if not analysis.data.resources:
+        if len(analysis.table):
+            yield from wrap("No trial has a known usage, so there is nothing to explain.")
         return
-    yield f"{'Usage':<14}{'median':>14}{'greatest':>14}{'in total':>14}   measured"
-    for name in report.data.resources:
-        amounts = report.data.amounts(name)
-        known = report.table[name].dropna()
+    yield f"{'Usage':<14}{'median':>14}{'maximum':>14}{'total':>14}   measured"
+    for name in analysis.data.resources:
+        known = analysis.table[name].dropna()
         total = "" if get_resource(name).peak else format_amount(name, float(known.sum()))
         yield (
             f"  {get_resource(name).title:<12}{format_amount(name, float(known.median())):>14}"
             f"{format_amount(name, float(known.max())):>14}{total:>14}"
-            f"   {len(known)} of {len(amounts)} trials"
+            f"   {len(known)} of {len(analysis.table)} trials"
         )
 
 
-def correlation_lines(table: pd.DataFrame) -> Iterator[str]:
-    """Say which hyperparameters go with which use, and how surely."""
+def _correlation_lines(table: pd.DataFrame) -> Iterator[str]:
     tested = int(table["p_value"].notna().sum())
     if not len(table):
         return
     if not tested:
         yield from wrap(
-            f"Correlations: none computed. They take {MIN_TRIALS} trials with a known usage in "
+            f"Correlations: none computed. They need {MIN_TRIALS} trials with a known usage in "
             "which both the hyperparameter and the usage vary."
         )
         return
@@ -127,25 +121,23 @@ def correlation_lines(table: pd.DataFrame) -> Iterator[str]:
     for row in found:
         yield from _correlation_line(row)
     if len(found) < tested:
-        yield f"  {tested - len(found)} of {tested} show no clear association (p >= 0.05)."
+        yield f"  {tested - len(found)} of {tested} are not significant (p >= 0.05)."
 
 
-def model_lines(report: UtilizationReport) -> Iterator[str]:
-    """Say each model as a formula, with its sharpest intervals and what to be wary of."""
-    if not report.models and not report.missing_models:
+def _model_lines(analysis: StudyAnalysis) -> Iterator[str]:
+    if not analysis.models and not analysis.missing_models:
         return
     yield "Models (a floor plus a power law; 95% intervals, HC3; early ends count as lower bounds)"
-    for model in report.models.values():
+    for model in analysis.models.values():
         yield from wrap(model.formula, first="  ", indent="      ")
         yield from wrap(_basis(model), first="    ", indent="    ")
         for warning in model.diagnostics:
             yield from wrap(warning, first="    ! ", indent="      ")
-    for reason in report.missing_models.values():
+    for reason in analysis.missing_models.values():
         yield from wrap(reason, first="  ", indent="    ")
 
 
-def advice_lines(advice: Sequence[Advice]) -> Iterator[str]:
-    """Say what to know or to change, with the lines to paste."""
+def _advice_lines(advice: Sequence[Advice]) -> Iterator[str]:
     if advice:
         yield "Advice"
     for one in advice:
@@ -173,15 +165,14 @@ def _correlation_line(row: dict[str, Any]) -> Iterator[str]:
     sign = "" if row["measure"] == "epsilon2" else "+"
     figures = (
         f"{row['rho']:{sign}.2f} [{row['lower']:{sign}.2f}, {row['upper']:{sign}.2f}]"
-        f"  {p_text(row['p_adjusted'])}  n = {row['n']}"
+        f"  {_p_text(row['p_adjusted'])}  n = {row['n']}"
     )
     branch = f"  within {row['branch']}" if row["branch"] else ""
     title, param = get_resource(row["resource"]).title, _cut(row["param"], 24)
-    yield _cut(f"  {title:<12} {param:<24} {figures}{branch}", WIDTH)
+    yield _cut(f"  {title:<12} {param:<24} {figures}{branch}", _WIDTH)
 
 
-def p_text(p_value: float) -> str:
-    """Return a p-value for a person."""
+def _p_text(p_value: float) -> str:
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
 
 
@@ -192,7 +183,7 @@ def counted(count: int, noun: str) -> str:
 
 def wrap(text: str, indent: str = "", first: str = "") -> list[str]:
     """Return text broken into lines that fit."""
-    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=indent)
+    return textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=indent)
 
 
 def _cut(text: str, width: int) -> str:

@@ -1,8 +1,8 @@
-"""Starts the metering of trials in this process, and ends that of trials that are over.
+"""The trials that this process monitors: start a monitor, find it, close those that are over.
 
-Nobody tells a pruner that a trial has ended, and a trial that was asked for may never be told. A
-watch that stays open is not only a leak: trials that seem to overlap can't have their memory told
-apart. So those that are over are let go of before another one starts.
+A pruner is not called when a trial ends, and a trial from ``ask`` may never get its ``tell``. A
+monitor that stays open would leak, and would make later trials seem to share their memory with it.
+So those of trials that are over are closed before another one starts.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("optuna.quota.enforcement")
 
-# Closed watches of trials that may still be told are kept, this many at most.
-_MOST_ENDED = 1000
+# Closed monitors that are kept for a late `tell`.
+_MOST_CLOSED = 1000
 
 
-def start_watch(
+def start_monitor(
     study: Study,
     trial: BaseTrial | FrozenTrial,
     owner: str,
@@ -47,99 +47,98 @@ def start_watch(
     holder: FrozenTrial | None = None,
     here: bool = True,
 ) -> TrialMonitor:
-    """Start the metering of a trial.
+    """Start monitoring a trial.
 
     Args:
         study: The study.
         trial: The trial.
-        owner: Who settles it: ``"sampler"`` or ``"pruner"``.
+        owner: Who records the result: ``"sampler"`` or ``"pruner"``.
         limits: Its limits.
         left: What is left for it of the study's total quotas, by resource.
         meters: The user's own meters.
         holder: An object that lives as long as the trial does in this process; without it, the
-            trial's row tells.
+            trial's row shows when it is over.
         here: False when the trial runs where this process can't see it.
     """
-    _register.let_go_of_what_is_over()
+    _register.close_finished()
     key = key_of(study, trial)
-    watch = metering_loop().monitor(key, limits=limits, left=left, meters=meters, here=here)
-    watch.owner = owner
-    _register.add(_Entry(study, watch, holder))
-    return watch
+    monitor = metering_loop().monitor(key, limits=limits, left=left, meters=meters, here=here)
+    monitor.owner = owner
+    _register.add(_Entry(study, monitor, holder))
+    return monitor
 
 
-def find_watch(study: Study, trial: BaseTrial | FrozenTrial) -> TrialMonitor | None:
-    """Return the metering of a trial of this process that was not settled, None if there is none.
-
-    It may be closed already when whoever ran the trial has let go of it.
-    """
+def find_monitor(study: Study, trial: BaseTrial | FrozenTrial) -> TrialMonitor | None:
+    """Return a trial's monitor if its result is not recorded yet; it may be closed already."""
     key = key_of(study, trial)
-    return metering_loop().find(key) or _register.take_ended(key)
+    return metering_loop().find(key) or _register.take_closed(key)
 
 
 class _Entry:
-    """A watch that someone has to close, and what tells that its trial is over."""
+    """A monitor, and how to tell that its trial is over."""
 
-    def __init__(self, study: Study, watch: TrialMonitor, holder: FrozenTrial | None) -> None:
-        self.watch = watch
-        # The last one stays until another begins: it must not keep a study's connections open.
+    def __init__(self, study: Study, monitor: TrialMonitor, holder: FrozenTrial | None) -> None:
+        self.monitor = monitor
+        # The last entry stays until another trial starts: it must not keep connections open.
         self._storage = weakref.ref(_optuna.storage_of(study))
-        # No callback: it would run inside of whatever lock its thread holds just then.
+        # No callback: it would run inside of any lock that its thread holds at that moment.
         self._holder = None if holder is None else weakref.ref(holder)
 
     def is_over(self) -> bool:
-        """Return whether the trial does not run in this process any more."""
+        """Return whether the trial no longer runs in this process."""
         if self._holder is not None:
             return self._holder() is None
         storage = self._storage()
         if storage is None:
             return True
+        trial_id = self.monitor.key[1]
         try:
-            return storage.get_trial(self.watch.key[1]).state.is_finished()
+            return storage.get_trial(trial_id).state.is_finished()
         except KeyError:
             return True
-        except Exception as fault:  # noqa: BLE001 - any backend's own; another trial's, maybe
-            _logger.debug(f"Whether trial {self.watch.key[1]} is over is unknown: {fault!r}.")
+        except Exception as error:  # noqa: BLE001 - any backend's own; must not end another trial
+            _logger.debug(f"Whether trial {trial_id} is over is unknown: {error!r}.")
             return False
 
 
 class _Register:
-    """The watches of this process."""
+    """The monitors of this process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[Key, _Entry] = {}
-        self._ended: dict[Key, TrialMonitor] = {}
+        self._closed: dict[Key, TrialMonitor] = {}
 
     def add(self, entry: _Entry) -> None:
         with self._lock:
-            self._open[entry.watch.key] = entry
+            self._open[entry.monitor.key] = entry
 
-    def let_go_of_what_is_over(self) -> None:
+    def close_finished(self) -> None:
         with self._lock:
             entries = list(self._open.values())
         for entry in entries:
-            if not entry.watch.closed and not entry.is_over():
+            monitor = entry.monitor
+            if not monitor.closed and not entry.is_over():
                 continue
-            to_be_told = not entry.watch.closed and entry.watch.owner == "sampler"
-            entry.watch.close()
+            may_be_told = not monitor.closed and monitor.owner == "sampler"
+            monitor.close()
             with self._lock:
-                self._open.pop(entry.watch.key, None)
-                if to_be_told:
-                    self._ended[entry.watch.key] = entry.watch
-                    while len(self._ended) > _MOST_ENDED:
-                        del self._ended[next(iter(self._ended))]
+                self._open.pop(monitor.key, None)
+                if may_be_told:
+                    self._closed[monitor.key] = monitor
+                    while len(self._closed) > _MOST_CLOSED:
+                        del self._closed[next(iter(self._closed))]
 
-    def take_ended(self, key: Key) -> TrialMonitor | None:
+    def take_closed(self, key: Key) -> TrialMonitor | None:
         with self._lock:
-            return self._ended.pop(key, None)
+            return self._closed.pop(key, None)
 
 
 _register = _Register()
 
 
 def _after_fork_in_child() -> None:
-    # What runs in the parent is not the child's to let go of; its lock may be held for ever.
+    # The trials are the parent's, and its lock may have been held at the fork.
     global _register
     _register = _Register()
 

@@ -1,4 +1,4 @@
-"""Is a running trial over a limit? For pruners, and for objectives that can't ask a pruner."""
+"""Check a running trial against its limits: for pruners, and for objectives that can't ask one."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def check(trial: BaseTrial) -> None:
 
     Args:
         trial: The running trial, or a wrapper of it. With ``TorchDistributedTrial``, each process
-            of the group must call this, and it raises in all of them or in none. For a trial that
-            does not run, such as ``FixedTrial``, nothing is checked.
+            of the group must call this, and it raises in all of them or in none. A trial that does
+            not belong to a study, such as ``FixedTrial``, is not checked.
 
     Raises:
         LimitBreached: If the trial is over a limit, or over what is left of a quota.
@@ -62,44 +62,44 @@ def check(trial: BaseTrial) -> None:
 
 def _find_error(trial: BaseTrial) -> Exception | None:
     """Return what to raise for a trial, None when it may go on."""
-    ask = getattr(type(trial), "_quota_check", None)
-    if ask is not None:
-        # The trial runs in a process of its own: the study's process knows.
-        found: Breach | None = ask(trial)
+    ask_study = getattr(type(trial), "_quota_check", None)
+    if ask_study is not None:
+        # The trial runs in its own process, and the study's process monitors it.
+        found: Breach | None = ask_study(trial)
         return None if found is None else breach_error(found)
-    running = _running_inside(trial)
-    if running is not trial:
-        return _find_error(running)
+    unwrapped = _unwrap(trial)
+    if unwrapped is not trial:
+        return _find_error(unwrapped)
     if _optuna.is_distributed(trial):
-        return _find_error_together(trial)
+        return _find_common_error(trial)
     study = getattr(trial, "study", None)
     if study is None:
         return None
     if is_rejected(trial.user_attrs):
         return _rejection_error(trial.user_attrs)
-    watch = metering_loop().find(key_of(study, trial))
-    if watch is None:
+    monitor = metering_loop().find(key_of(study, trial))
+    if monitor is None:
         pruners = quota_pruners(study.pruner)
-        watch = pruners[0].watch_trial(study, trial) if pruners else None
-    if watch is None or (breach := record_breach(watch)) is None:
+        monitor = pruners[0].watch_trial(study, trial) if pruners else None
+    if monitor is None or (breach := record_breach(monitor)) is None:
         return None
-    tolerate_constraints_failure(study, trial, watch)
+    tolerate_constraints_failure(study, trial, monitor)
     return breach_error(breach)
 
 
-def _running_inside(trial: BaseTrial) -> BaseTrial:
+def _unwrap(trial: BaseTrial) -> BaseTrial:
     """Return the running or distributed trial that a wrapper holds, else the trial itself."""
     if isinstance(trial, Trial):
         return trial
-    inside: list[Any] = find_nested(trial, BaseTrial)
-    running = (t for t in inside if isinstance(t, Trial) or _optuna.is_distributed(t))
+    nested: list[Any] = find_nested(trial, BaseTrial)
+    running = (t for t in nested if isinstance(t, Trial) or _optuna.is_distributed(t))
     return next(running, trial)
 
 
-def _find_error_together(trial: BaseTrial) -> Exception | None:
-    """Return the same for all processes of a distributed trial.
+def _find_common_error(trial: BaseTrial) -> Exception | None:
+    """Return the same error in all processes of a distributed trial.
 
-    Only that of rank 0 has the trial. The others wait for its answer, so it must give one.
+    Only that of rank 0 has the trial. The others wait for its answer, so it must send one.
     """
     own: Exception | None = None
 
@@ -107,22 +107,22 @@ def _find_error_together(trial: BaseTrial) -> Exception | None:
         nonlocal own
         try:
             own = next(map(_find_error, find_nested(trial, Trial)), None)
-        except Exception as fault:  # noqa: BLE001 - it is raised below, in all processes
-            own = fault
-        # Others can be told only what can be pickled.
+        except Exception as error:  # noqa: BLE001 - it is raised below, in all processes
+            own = error
+        # What is sent to the others must be picklable.
         return own if own is None or isinstance(own, QuotaError) else RuntimeError(repr(own))
 
-    told: Exception | None = _optuna.call_at_rank_0(trial, find)
-    return own or told
+    sent: Exception | None = _optuna.call_at_rank_0(trial, find)
+    return own or sent
 
 
-def record_breach(watch: TrialMonitor) -> Breach | None:
-    """Measure a trial now; when it is over a limit, put down that it is terminated for it."""
-    if watch.breach is None:
-        watch.sample()
-    if watch.breach is not None and watch.verdict is None:
-        watch.verdict = Verdict("terminated", watch.breach.reason, watch.breach)
-    return watch.breach
+def record_breach(monitor: TrialMonitor) -> Breach | None:
+    """Measure a trial now; if it is over a limit, record that it is terminated for it."""
+    if monitor.breach is None:
+        monitor.sample()
+    if monitor.breach is not None and monitor.verdict is None:
+        monitor.verdict = Verdict("terminated", monitor.breach.reason, monitor.breach)
+    return monitor.breach
 
 
 def breach_error(breach: Breach) -> LimitBreached:
@@ -137,12 +137,12 @@ def breach_error(breach: Breach) -> LimitBreached:
 
 
 def raise_breached(breach: Breach) -> NoReturn:
-    """Raise for a breach."""
+    """Raise the error for a breach."""
     raise breach_error(breach)
 
 
 def raise_rejected(attributes: Mapping[str, Any]) -> NoReturn:
-    """Raise for a row that says that it is rejected."""
+    """Raise the error for a rejected trial with these user attributes."""
     raise _rejection_error(attributes)
 
 

@@ -167,10 +167,10 @@ class TolerantConstraintsFunc:
 
 
 def tolerate_constraints_failure(
-    study: Study, trial: BaseTrial | FrozenTrial, watch: TrialMonitor
+    study: Study, trial: BaseTrial | FrozenTrial, monitor: TrialMonitor
 ) -> None:
     """Let ``constraints_func`` of the study's sampler fail for a trial that is being stopped."""
-    if watch.owner == "sampler":
+    if monitor.owner == "sampler":
         return
     samplers: list[Any] = find_nested(_optuna.unwrap_study(study).sampler, BaseSampler)
     for sampler in samplers:

@@ -1,8 +1,8 @@
-"""Interrupts a trial of the main thread that is over a limit and does not ask: best effort.
+"""Interrupt a trial of the main thread that is over a limit and does not check: best effort.
 
-A signal to the main thread ends sleeping, locking and reading within a millisecond; a running call
-into C it has to wait for. SIGURG is used: a process that does not handle it ignores it, so that a
-signal that comes too late does no harm.
+A signal to the main thread ends sleeping, locking and reading within a millisecond, but has to
+wait for a running call into C. SIGURG is used: a process that does not handle it ignores it, so
+that a signal that comes too late is harmless.
 """
 
 from __future__ import annotations
@@ -26,62 +26,59 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("optuna.quota.interrupt")
 
-# Seconds until the next attempt when the signal came while Optuna itself was at work.
-_PATIENCE = 0.005
+# Seconds until the next attempt when the signal came while Optuna's own code ran.
+_RETRY_AFTER = 0.005
 
 
 class Interrupter:
     """Raises :class:`~optuna_quota.LimitBreached` inside the objective at a breach.
 
-    Made in the main thread; elsewhere, and where the system has no such signal, it does nothing.
-
     Args:
-        watch: The trial's metering.
+        monitor: The trial's monitor.
     """
 
-    def __init__(self, watch: TrialMonitor) -> None:
-        self._watch = watch
+    def __init__(self, monitor: TrialMonitor) -> None:
+        self._monitor = monitor
         self._breach: Breach | None = None
         self._before: Any = None
         self._thread = threading.main_thread().ident
 
     @classmethod
-    def arm(cls, watch: TrialMonitor) -> Interrupter | None:
-        """Return one that is ready, None where trials can't be interrupted."""
+    def arm(cls, monitor: TrialMonitor) -> Interrupter | None:
+        """Return one that is active, None outside the main thread and without the signal."""
         if not hasattr(signal, "SIGURG"):
-            _logger.warning("This system has no signal to interrupt trials with.")
+            _logger.warning("Trials can't be interrupted on this system: it has no SIGURG.")
             return None
         if threading.current_thread() is not threading.main_thread():
             return None
-        interrupter = cls(watch)
+        interrupter = cls(monitor)
         interrupter._before = signal.signal(signal.SIGURG, interrupter._handle)
-        watch.on_breach(interrupter._send)
+        monitor.on_breach(interrupter._send)
         return interrupter
 
     def disarm(self) -> None:
-        """Give the signal back; from the main thread."""
+        """Restore the signal's handler, if this is the main thread."""
         if threading.current_thread() is threading.main_thread() and self._before is not None:
             signal.signal(signal.SIGURG, self._before)
             self._before = None
 
     def _send(self, breach: Breach) -> None:
         self._breach = breach
-        if not self._watch.closed and self._thread is not None:
+        if not self._monitor.closed and self._thread is not None:
             signal.pthread_kill(self._thread, signal.SIGURG)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        breach = self._breach
+        breach, monitor = self._breach, self._monitor
         if breach is None:
             if callable(self._before):
                 self._before(signum, frame)
             return
-        watch = self._watch
-        if watch.closed or watch.verdict is not None or watch.isolation == "process":
+        if monitor.closed or monitor.verdict is not None or monitor.isolation == "process":
             return
         if not _optuna.in_objective(frame):
-            timer = threading.Timer(_PATIENCE, self._send, (breach,))
+            timer = threading.Timer(_RETRY_AFTER, self._send, (breach,))
             timer.daemon = True
             timer.start()
             return
-        self._watch.verdict = Verdict("terminated", breach.reason, breach)
+        monitor.verdict = Verdict("terminated", breach.reason, breach)
         raise_breached(breach)

@@ -1,4 +1,4 @@
-"""Find quota pruners inside other pruners, with the limits that result, and kinds of samplers."""
+"""Find quota pruners nested in other pruners, the limits that result, and nested samplers."""
 
 from __future__ import annotations
 
@@ -32,35 +32,31 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Objects looked at, items of one container, and references from one to the next: pruners are
-# small, but may hold a data set beside others.
+# Bounds of the search, in objects, items of one container, and references from one object to the
+# next: pruners are small, but may hold a data set.
 _MOST_OBJECTS = 2000
 _MOST_ITEMS = 100
 _DEPTH = 6
-_DEMANDING = ("GPSampler", "BoTorchSampler")
+_REQUIRE_UNIFORM = ("GPSampler", "BoTorchSampler")
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 
 
 class LimitingPruner(Protocol):
-    """What is asked of a :class:`~optuna_quota.QuotaPruner`, wherever it stands."""
+    """The interface of a :class:`~optuna_quota.QuotaPruner`, without importing it."""
 
     limits: Limits
     interrupt: bool
     meters: tuple[Meter, ...]
 
     def watch_trial(self, study: Study, trial: BaseTrial | FrozenTrial) -> TrialMonitor:
-        """Return the metering of a running trial."""
+        """Return the monitor of a running trial."""
 
 
 def find_nested(root: object, kind: type[T]) -> list[T]:
-    """Return what an object is or holds of a kind: outer ones first.
+    """Return the instances of a class that an object is or holds, outer ones first.
 
-    Attributes, containers, and what callables refer to are searched; studies, storages and the
-    like are not, since what they hold is not the object's own.
-
-    Args:
-        root: Where to begin.
-        kind: The class to look for.
+    Attributes, containers and closures are searched; studies and storages are not, since what
+    they hold belongs to others.
     """
     found: list[T] = []
     known: dict[int, object] = {}
@@ -69,7 +65,7 @@ def find_nested(root: object, kind: type[T]) -> list[T]:
         each, depth = waiting.popleft()
         if id(each) in known:
             continue
-        # Kept alive meanwhile, so that no other object gets the same id.
+        # Kept alive, so that no other object gets the same id.
         known[id(each)] = each
         if issubclass(type(each), kind):
             found.append(cast("T", each))
@@ -85,16 +81,16 @@ def quota_pruners(pruner: object) -> list[LimitingPruner]:
 
 
 def pruner_limits(pruner: object) -> Limits | None:
-    """Return the limits that a study's pruner brings, None without a quota pruner.
+    """Return the limits of a study's pruner, None without a quota pruner.
 
-    Of several quota pruners, the tightest limit on each resource holds.
+    Of several quota pruners, the tightest limit on each resource applies.
     """
     found = [each.limits for each in quota_pruners(pruner)]
     return functools.reduce(lambda a, b: a.tightened(b.amounts()), found) if found else None
 
 
 def pruner_meters(pruner: object) -> tuple[Meter, ...]:
-    """Return the user's meters that a study's pruner brings, one of each name."""
+    """Return the user's meters of a study's pruner, one of each name."""
     meters: dict[str, Meter] = {}
     for each in quota_pruners(pruner):
         for meter in each.meters:
@@ -108,13 +104,14 @@ def requires_uniform_constraints(sampler: object) -> bool:
 
 
 def samplers_requiring_uniform_constraints(sampler: object) -> list[Any]:
-    """Return the samplers inside of one that raise unless all trials have the same constraints.
+    """Return the nested samplers that raise unless all completed trials have the same constraints.
 
-    What counts is completed trials. They are known by name: neither is imported where it is not
-    in use.
+    They are found by name, so that neither is imported where it is not used.
     """
     inside: list[object] = find_nested(sampler, BaseSampler)
-    return [each for each in inside if any(c.__name__ in _DEMANDING for c in type(each).__mro__)]
+    return [
+        each for each in inside if any(c.__name__ in _REQUIRE_UNIFORM for c in type(each).__mro__)
+    ]
 
 
 def _parts(each: object) -> Iterator[object]:
@@ -149,7 +146,7 @@ def _attributes(each: object) -> Iterator[object]:
         is_optunas and not issubclass(cls, (BasePruner, BaseSampler))
     ):
         return
-    # The object's own attributes, whatever its class makes of access to them.
+    # Not `vars`: the class may have its own `__getattribute__`.
     with contextlib.suppress(AttributeError):
         yield from list(object.__getattribute__(each, "__dict__").values())
     for base in cls.__mro__:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from dataclasses import replace
 import logging
 import socket
@@ -50,29 +49,14 @@ _OUTCOMES_OF: Mapping[TrialState, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class TrialEnd:
-    """How a trial ended.
-
-    Attributes:
-        outcome: The outcome.
-        reason: One sentence that explains it; None for a trial that completed within its limits.
-        breach: The limit it was over.
-    """
-
-    outcome: Outcome
-    reason: str | None
-    breach: Breach | None = None
-
-
 def classify_end(
     state: TrialState,
     verdict: Verdict | None = None,
     breach: Breach | None = None,
     error: BaseException | None = None,
     told: TellCall | None = None,
-) -> TrialEnd:
-    """Return how a trial ended.
+) -> TrialRecord:
+    """Return the outcome, reason and breach of a trial that ends.
 
     A trial that was stopped for a breach is ``terminated``, whatever its objective did next, with
     one exception: where it caught the stop and returned a value, Optuna has a completed trial.
@@ -92,16 +76,19 @@ def classify_end(
     if verdict is not None and verdict.breach is not None:
         breach = verdict.breach
     if state == TrialState.COMPLETE:
-        return TrialEnd("completed", _reason_of_completed(stop, breach), breach)
+        return TrialRecord(
+            outcome="completed", reason=_reason_of_completed(stop, breach), breach=breach
+        )
     end = _reason_of_unstopped(state, error, told)
     if stop is None:
-        return TrialEnd("pruned" if state == TrialState.PRUNED else "failed", end, breach)
+        ended: Outcome = "pruned" if state == TrialState.PRUNED else "failed"
+        return TrialRecord(outcome=ended, reason=end, breach=breach)
     outcome, reason = stop
     if state == TrialState.FAIL and outcome in ("terminated", "rejected", "pruned"):
         # The objective was stopped, and failed while it ended.
         reason = f"{reason} {end}"
         outcome = "failed" if outcome == "pruned" else outcome
-    return TrialEnd(outcome, reason, breach)
+    return TrialRecord(outcome=outcome, reason=reason, breach=breach)
 
 
 def _breach_in(error: LimitBreached) -> Breach | None:
@@ -145,7 +132,7 @@ def _described(error: BaseException) -> str:
 def record_result(
     study: Study,
     trial: FrozenTrial,
-    watch: TrialMonitor | None,
+    monitor: TrialMonitor | None,
     state: TrialState,
     *,
     limits: Limits | None = None,
@@ -162,27 +149,27 @@ def record_result(
     Args:
         study: The study.
         trial: Its row as it is now; constraints in it that others wrote are kept.
-        watch: Its metering; None when it ran where this process can't see it.
+        monitor: Its metering; None when it ran where this process can't see it.
         state: The state that is about to be stored.
-        limits: The limits on the trial; those of ``watch`` by default.
+        limits: The limits on the trial; those of ``monitor`` by default.
         footprint: What was projected before it ran, as intervals by resource.
         expected: The usage that was projected for a trial that did not run, by resource.
         error: What the objective raised, where that is known.
         told: What ``tell`` was called with, where that is known.
     """
-    if watch is None:
+    if monitor is None:
         before = read_record(trial)
         if before.outcome is not None and before.outcome in _OUTCOMES_OF.get(state, ()):
             # `tell` again after its state could not be stored: the first call had the metering.
             return before
-    usage = Usage() if watch is None else watch.close()
-    record = build_record(watch, usage, state, error=error, told=told, footprint=footprint)
-    if watch is not None and watch.recorded:
+    usage = Usage() if monitor is None else monitor.close()
+    record = build_record(monitor, usage, state, error=error, told=told, footprint=footprint)
+    if monitor is not None and monitor.recorded:
         return record
-    if watch is not None:
-        watch.recorded = True
+    if monitor is not None:
+        monitor.recorded = True
     if limits is None:
-        limits = Limits() if watch is None else watch.limits
+        limits = Limits() if monitor is None else monitor.limits
     amounts: Mapping[str, float] = usage.amounts()
     if record.outcome == "rejected":
         # It did not run: samplers should learn from what it would have used.
@@ -217,7 +204,7 @@ def read_row(study: Study, trial: Trial | FrozenTrial) -> FrozenTrial:
 
 
 def build_record(
-    watch: TrialMonitor | None,
+    monitor: TrialMonitor | None,
     usage: Usage,
     state: TrialState,
     *,
@@ -226,18 +213,16 @@ def build_record(
     footprint: Mapping[str, Interval] | None = None,
 ) -> TrialRecord:
     """Return the record of a trial that ends in the given state; see :func:`record_result`."""
-    verdict, breach = (None, None) if watch is None else (watch.verdict, watch.breach)
+    verdict, breach = (None, None) if monitor is None else (monitor.verdict, monitor.breach)
     end = classify_end(state, verdict, breach, error, told)
-    return TrialRecord(
+    return replace(
+        end,
         usage=usage,
-        outcome=end.outcome,
-        reason=end.reason,
-        breach=end.breach,
         footprint=footprint or {},
-        isolation=None if watch is None else watch.isolation,
+        isolation=None if monitor is None else monitor.isolation,
         host=socket.gethostname(),
-        timeline=watch.timeline() if watch is not None and end.breach is not None else (),
-        gpu_source=None if watch is None or watch.gpu is None else watch.gpu.source,
+        timeline=monitor.timeline() if monitor is not None and end.breach is not None else (),
+        gpu_source=None if monitor is None or monitor.gpu is None else monitor.gpu.source,
     )
 
 

@@ -13,11 +13,11 @@ from typing import Any
 _HEADER = struct.Struct("!Q")
 _CHUNK = 1 << 16
 # What one message of a socket can carry, see unix(7).
-_MOST_DESCRIPTORS = 253
+_MAX_DESCRIPTORS = 253
 
 
 def dumps(message: Any) -> bytes:
-    """Return a pickle; what the standard pickler refuses is tried by value."""
+    """Return a pickle, with what the standard pickler refuses by value."""
     try:
         return pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     except Exception:  # noqa: BLE001 - a user's __reduce__ may raise anything
@@ -28,10 +28,12 @@ def dumps(message: Any) -> bytes:
 
 
 class Channel:
-    """Sends and receives whole messages; what was read of a message survives an exception.
+    """Sends and receives whole messages.
 
     A signal handler may raise out of :meth:`receive` at any time. Bytes are kept in a buffer, so
-    that the stream stays in step and the next call goes on where this one was cut off.
+    that the next call continues where this one was cut off.
+
+    All methods that receive raise EOFError when the other side is gone, those that send OSError.
 
     Args:
         sock: A connected stream socket, blocking; owned from now on.
@@ -45,31 +47,13 @@ class Channel:
         """Return the descriptor, for polling."""
         return self._sock.fileno()
 
+    def close(self) -> None:
+        """Close the socket; idempotent."""
+        self._sock.close()
+
     def send(self, message: Any) -> None:
-        """Send one message.
-
-        Raises:
-            OSError: If the other side is gone.
-        """
-        self.send_bytes(dumps(message))
-
-    def send_descriptors(self, handles: Sequence[int]) -> None:
-        """Send open files, before any message."""
-        socket.send_fds(self._sock, [b"F"], handles)
-
-    def receive_descriptors(self) -> list[int]:
-        """Return the files that were sent, waiting for them.
-
-        Raises:
-            EOFError: If the other side is gone.
-        """
-        data, handles, _, _ = socket.recv_fds(self._sock, 1, _MOST_DESCRIPTORS)
-        if not data:
-            raise EOFError("The other process closed the connection.")
-        return handles
-
-    def send_bytes(self, data: bytes) -> None:
-        """Send one message that is a pickle already."""
+        """Send one message."""
+        data = dumps(message)
         header = _HEADER.pack(len(data))
         if len(data) < _CHUNK:
             self._sock.sendall(header + data)
@@ -77,28 +61,24 @@ class Channel:
             self._sock.sendall(header)
             self._sock.sendall(data)
 
-    def receive(self) -> Any:
-        """Return the next message, waiting for it.
+    def send_raw(self, data: memoryview) -> None:
+        """Send the bytes of a buffer as they are; the other side must know how many."""
+        self._sock.sendall(data)
 
-        Raises:
-            EOFError: If the other side is gone.
-        """
+    def send_descriptors(self, handles: Sequence[int]) -> None:
+        """Send open files, before any message."""
+        socket.send_fds(self._sock, [b"F"], handles)
+
+    def receive(self) -> Any:
+        """Return the next message, waiting for it."""
         while True:
             message = self._take()
             if message is not None:
                 return pickle.loads(message)
             self._read()
 
-    def send_raw(self, data: memoryview) -> None:
-        """Send the bytes of a buffer as they are; the other side must know how many."""
-        self._sock.sendall(data)
-
     def receive_raw(self, into: memoryview) -> None:
-        """Fill a buffer with bytes that were sent as they are.
-
-        Raises:
-            EOFError: If the other side is gone.
-        """
+        """Fill a buffer with bytes that were sent as they are."""
         size = min(len(self._buffer), len(into))
         into[:size] = memoryview(self._buffer)[:size]
         del self._buffer[:size]
@@ -108,9 +88,17 @@ class Channel:
                 raise EOFError("The other process closed the connection.")
             size += count
 
+    def receive_descriptors(self) -> list[int]:
+        """Return the files that were sent, waiting for them."""
+        data, handles, _, _ = socket.recv_fds(self._sock, 1, _MAX_DESCRIPTORS)
+        if not data:
+            raise EOFError("The other process closed the connection.")
+        return handles
+
     def pending(self) -> bool:
-        """Return whether a whole message is in the buffer: polling the socket won't show it."""
-        return self._size() is not None and len(self._buffer) >= (self._size() or 0)
+        """Return whether a whole message is in the buffer, which polling does not show."""
+        size = self._size()
+        return size is not None and len(self._buffer) >= size
 
     def drain(self) -> list[Any]:
         """Return the whole messages that have arrived, without waiting."""
@@ -124,10 +112,6 @@ class Channel:
             messages.append(pickle.loads(message))
         return messages
 
-    def close(self) -> None:
-        """Close the socket; idempotent."""
-        self._sock.close()
-
     def _size(self) -> int | None:
         if len(self._buffer) < _HEADER.size:
             return None
@@ -139,7 +123,7 @@ class Channel:
         if size is None or len(self._buffer) < size:
             return None
         if len(self._buffer) == size:
-            # The usual case, and the one of a large objective: no second copy but a short one.
+            # The usual case, and that of a large objective, of which there is no second copy.
             whole, self._buffer = self._buffer, bytearray()
             del whole[: _HEADER.size]
             return whole

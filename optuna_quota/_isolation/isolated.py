@@ -1,19 +1,19 @@
-"""isolated: each trial in a child process of its own, which can be ended at any instant."""
+"""``isolated``: run each trial of an objective in a child process that can be killed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence
 import functools
-import logging
 import math
 from typing import Any
 from typing import get_args
-from typing import Literal
 from typing import TYPE_CHECKING
 
-from optuna_quota._isolation.launch import START_METHODS
 from optuna_quota._isolation.launch import StartMethod
+from optuna_quota._isolation.outcome import OnCrash
+from optuna_quota._isolation.run import IsolationOptions
+from optuna_quota._isolation.run import TrialRun
 from optuna_quota._resources import Limits
 
 
@@ -21,41 +21,17 @@ if TYPE_CHECKING:
     from optuna.trial import BaseTrial
 
 
-_logger = logging.getLogger("optuna.quota.isolated")
-
-OnCrash = Literal["fail", "raise"]
-
-
 class Isolated:
-    """An objective each of whose trials runs in a process of its own; made by :func:`isolated`."""
+    """An objective whose trials run in processes of their own; made by :func:`isolated`."""
 
-    def __init__(
-        self,
-        objective: Callable[..., Any],
-        *,
-        grace_period: float,
-        start_method: StartMethod,
-        limits: Limits | None,
-        predictive_stop: bool,
-        on_crash: OnCrash,
-        strict_memory: bool,
-        preload: Sequence[str],
-    ) -> None:
+    def __init__(self, objective: Callable[..., Any], options: IsolationOptions) -> None:
         functools.update_wrapper(self, objective, updated=())
         self.objective = objective
-        self.grace_period = grace_period
-        self.start_method = start_method
-        self.limits = limits
-        self.predictive_stop = predictive_stop
-        self.on_crash = on_crash
-        self.strict_memory = strict_memory
-        self.preload = tuple(preload)
+        self.options = options
 
     def __call__(self, trial: BaseTrial) -> Any:
         """Run the objective on a trial in a process of its own; return what it returns."""
-        from optuna_quota._isolation.run import TrialRun
-
-        return TrialRun(self, trial).run()
+        return TrialRun(self.objective, self.options, trial).run()
 
     def __repr__(self) -> str:
         name = getattr(self.objective, "__qualname__", repr(self.objective))
@@ -145,23 +121,22 @@ def isolated(
         raise TypeError(f"`objective` must be callable but got {objective!r}.")
     if not math.isfinite(grace_period) or grace_period < 0:
         raise ValueError(f"`grace_period` must be nonnegative and finite but got {grace_period}.")
-    if start_method not in START_METHODS:
-        raise ValueError(
-            f"`start_method` must be one of {', '.join(START_METHODS)} but got {start_method!r}."
-        )
+    if start_method not in get_args(StartMethod):
+        methods = ", ".join(get_args(StartMethod))
+        raise ValueError(f"`start_method` must be one of {methods} but got {start_method!r}.")
     if limits is not None and not isinstance(limits, Limits):
         raise TypeError(f"`limits` must be Limits but got {limits!r}.")
     if on_crash not in get_args(OnCrash):
         raise ValueError(f"`on_crash` must be 'fail' or 'raise' but got {on_crash!r}.")
     if isinstance(preload, str) or not all(isinstance(name, str) for name in preload):
         raise TypeError(f"`preload` must be a sequence of module names but got {preload!r}.")
-    return Isolated(
-        objective,
+    options = IsolationOptions(
         grace_period=float(grace_period),
         start_method=start_method,
         limits=limits,
         predictive_stop=predictive_stop,
         on_crash=on_crash,
         strict_memory=strict_memory,
-        preload=preload,
+        preload=tuple(preload),
     )
+    return Isolated(objective, options)

@@ -19,39 +19,15 @@ import types
 from typing import Any
 
 
-# They start threads or use the GPU when imported, or can't be used after a fork: each trial
-# imports them itself.
-_NEVER = {
-    "cudf",
-    "cupy",
-    "cuml",
-    "grpc",
-    "horovod",
-    "jax",
-    "jaxlib",
-    "mpi4py",
-    "numba",
-    "pycuda",
-    "pynvml",
-    "pyspark",
-    "ray",
-    "tensorflow",
-    "__main__",
-    "__mp_main__",
-}
-# They belong to what runs the user's code, or to this library.
-_HOSTS = {
-    "IPython",
-    "_pytest",
-    "debugpy",
-    "hypothesis",
-    "ipykernel",
-    "ipywidgets",
-    "optuna_quota",
-    "pluggy",
-    "pydevd",
-    "pytest",
-}
+# Each trial imports these itself: they start threads when imported or can't be used after a fork,
+# or use the GPU.
+_THREADED = {"grpc", "horovod", "jax", "jaxlib", "mpi4py", "numba", "pyspark", "ray", "tensorflow"}
+_ON_GPU = {"cudf", "cuml", "cupy", "pycuda", "pynvml"}
+_NEVER = {*_THREADED, *_ON_GPU, "__main__", "__mp_main__"}
+# They run the user's code, or belong to this library.
+_NOTEBOOKS = {"IPython", "ipykernel", "ipywidgets"}
+_TEST_TOOLS = {"_pytest", "debugpy", "hypothesis", "pluggy", "pydevd", "pytest"}
+_HOSTS = {*_NOTEBOOKS, *_TEST_TOOLS, "optuna_quota"}
 # What this library and Optuna import for their models, unless the user's code names it.
 _OF_MODELS = {"cmaes", "pandas", "patsy", "scipy", "statsmodels"}
 

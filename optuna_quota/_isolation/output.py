@@ -18,7 +18,7 @@ import sys
 from typing import Any
 import warnings
 
-from optuna_quota._isolation.calls import Calls
+from optuna_quota._isolation.rpc import RpcClient
 
 
 # The name of a call without effect: its answer says that all messages before it were handled.
@@ -80,7 +80,7 @@ def read_output_settings() -> OutputSettings:
     )
 
 
-def apply_output_settings(settings: OutputSettings, calls: Calls) -> None:
+def apply_output_settings(settings: OutputSettings, calls: RpcClient) -> None:
     """Print, log and warn in the study's process and by its settings, in the trial's process."""
     for name in ("stdout", "stderr"):
         if name in settings.forwarded:
@@ -130,7 +130,7 @@ def apply_to_new_modules(settings: OutputSettings) -> None:
 
 
 def _open_stream(name: str, encoding: str, errors: str) -> io.TextIOBase:
-    """Return a new stream: the template's own still takes its descriptor for a null device.
+    """Return a new stream: the fork server's takes its descriptor for a null device's.
 
     A killed process can't flush, so each line is written as it ends.
     """
@@ -166,7 +166,7 @@ class ForwardedStream(io.TextIOBase):
     # That of the descriptor underneath.
     encoding = "utf-8"
 
-    def __init__(self, name: str, calls: Calls) -> None:
+    def __init__(self, name: str, calls: RpcClient) -> None:
         self._name = name
         self._calls = calls
         self._pid = os.getpid()
@@ -211,7 +211,7 @@ class ForwardingHandler(logging.Handler):
         calls: The connection to the study's process.
     """
 
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: RpcClient) -> None:
         super().__init__()
         self._calls = calls
         self._pid = os.getpid()

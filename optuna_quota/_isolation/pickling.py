@@ -29,9 +29,6 @@ from typing import Any
 
 import cloudpickle
 
-from optuna_quota._isolation.calls import is_remote
-from optuna_quota._isolation.calls import proxy_of
-from optuna_quota._isolation.calls import RemoteObjects
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.main_module import global_names
 from optuna_quota._isolation.main_module import MAIN_NAMES
@@ -40,6 +37,9 @@ from optuna_quota._isolation.module_state import plain_attributes
 from optuna_quota._isolation.module_state import set_main_state
 from optuna_quota._isolation.module_state import set_module_parts
 from optuna_quota._isolation.modules import modules_being_imported
+from optuna_quota._isolation.rpc import is_remote
+from optuna_quota._isolation.rpc import proxy_of
+from optuna_quota._isolation.rpc import RemoteObjects
 
 
 # Smaller buffers are copied into the pickle; a message of its own for each would cost more.
@@ -86,7 +86,7 @@ class Payload:
 
 
 def receive_buffers(channel: Channel, sizes: Iterable[tuple[int, bool]]) -> list[memoryview]:
-    """Receive what :meth:`Payload.send_buffers` sends."""
+    """Receive the buffers of a payload."""
     buffers = []
     for size, readonly in sizes:
         # Not on the heap: it goes back to the system when it is no longer used.
@@ -122,7 +122,6 @@ def dump_objective(objective: Any, remote: RemoteObjects, main: MainModule) -> P
             raise
         except Exception as error:
             if pickler.failed is not None:
-                # The trial's main module makes its own, such as a lock.
                 made_by_trial.add(pickler.failed)
                 continue
             raise TypeError(
@@ -141,7 +140,8 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         made_by_trial: Names of globals that the trial takes from its own main module.
 
     Attributes:
-        failed: The name of a global that failed and that the trial's main module makes itself.
+        failed: The name of a global that can't be pickled but that the trial's main module makes
+            itself, such as a lock.
     """
 
     def __init__(
@@ -250,12 +250,9 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
 
     def _is_made_by_definition(self, value: Any) -> bool:
         """Return whether the trial's main module has an equal global without its being sent."""
-        if isinstance(value, types.ModuleType):
-            return True
-        if getattr(value, "__module__", None) not in MAIN_NAMES:
-            # Imported from elsewhere.
-            return isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType))
-        return self._is_named(value)
+        if getattr(value, "__module__", None) in MAIN_NAMES:
+            return self._is_named(value)
+        return isinstance(value, (types.ModuleType, type, *_FUNCTIONS, types.BuiltinFunctionType))
 
     def _is_named(self, value: Any) -> bool:
         """Return whether the trial's main module has the same under the same name."""

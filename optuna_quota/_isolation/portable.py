@@ -18,29 +18,23 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from optuna_quota._isolation import messages
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.channel import channel_pair
 from optuna_quota._isolation.child import run_child
-from optuna_quota._isolation.control import Interrupt
-from optuna_quota._isolation.control import Kill
-from optuna_quota._isolation.control import Leave
-from optuna_quota._isolation.control import Started
-from optuna_quota._isolation.control import StopFor
-from optuna_quota._isolation.ending import Ended
-from optuna_quota._isolation.ending import Killer
 from optuna_quota._isolation.launch import interpreter
-from optuna_quota._isolation.launch import Launched
+from optuna_quota._isolation.launch import TrialConnections
 
 
 if TYPE_CHECKING:
     import psutil
 
 
-# Seconds between two looks at the trial's processes.
+# Seconds between two readings of the trial's processes.
 _INTERVAL = 0.02
 
 
-def launch_portable() -> Launched:
+def launch_portable() -> TrialConnections:
     """Start a trial's process.
 
     Raises:
@@ -54,13 +48,16 @@ def launch_portable() -> Launched:
                 interpreter("portable", handle), pass_fds=[handle], start_new_session=True
             )
         else:
+            for sock in (ours, theirs):
+                # A message sent in two parts would wait for an acknowledgement in between.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             process = subprocess.Popen(interpreter("portable", None), stdin=subprocess.PIPE)
             assert process.stdin is not None
             with process.stdin:
                 process.stdin.write(theirs.share(process.pid))  # type: ignore[attr-defined]
     control, commands = channel_pair()
     threading.Thread(target=_Supervisor(process, commands).run, daemon=True).start()
-    return Launched(Channel(ours), control)
+    return TrialConnections(Channel(ours), control)
 
 
 def main(handle: int | None) -> None:
@@ -72,8 +69,6 @@ def main(handle: int | None) -> None:
     """
     if handle is None:
         sock = socket.fromshare(sys.stdin.buffer.read())  # type: ignore[attr-defined]
-        # A message that is sent in two parts would wait for an acknowledgement in between.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     else:
         sock = socket.socket(fileno=handle)
     os._exit(run_child(Channel(sock)))
@@ -96,13 +91,13 @@ class _Supervisor:
         self._control = control
         self._descendants: dict[int, psutil.Process] = {}
         self._deadline: float | None = None
-        self._killer: Killer | None = None
+        self._killer: messages.Killer | None = None
         self._cpu_time = 0.0
 
     def run(self) -> None:
         """Supervise the process until it has ended."""
         with contextlib.suppress(OSError):
-            self._control.send(Started(self._process.pid))
+            self._control.send(messages.ProcessStarted())
         while self._process.poll() is None:
             self._find_descendants()
             ready, _, _ = select.select([self._control], [], [], _INTERVAL)
@@ -111,7 +106,7 @@ class _Supervisor:
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._kill("breach")
         leftovers = self._kill_descendants()
-        ended = Ended(
+        ended = messages.ExitReport(
             self._process.returncode,
             self._killer,
             cpu_time=self._cpu_time,
@@ -136,22 +131,29 @@ class _Supervisor:
         try:
             command = self._control.receive()
         except (EOFError, OSError):
-            command = Kill()
-        if isinstance(command, Kill):
+            command = messages.KillTrial()
+        if isinstance(command, messages.KillTrial):
             self._kill("request")
-        elif isinstance(command, Leave):
+        elif isinstance(command, messages.ExitWithin):
             leave = time.monotonic() + command.seconds
             self._deadline = leave if self._deadline is None else min(leave, self._deadline)
-        elif isinstance(command, (StopFor, Interrupt)) and self._deadline is None:
+        elif (
+            isinstance(command, (messages.StopTrial, messages.InterruptTrial))
+            and self._deadline is None
+        ):
             self._deadline = time.monotonic() + command.grace_period
             if os.name == "posix" and command.grace_period > 0:
                 self._process.send_signal(signal.SIGCONT)
-                polite = signal.SIGINT if isinstance(command, Interrupt) else signal.SIGTERM
+                polite = (
+                    signal.SIGINT
+                    if isinstance(command, messages.InterruptTrial)
+                    else signal.SIGTERM
+                )
                 self._process.send_signal(polite)
             else:
                 self._kill("breach")
 
-    def _kill(self, killer: Killer) -> None:
+    def _kill(self, killer: messages.Killer) -> None:
         self._killer = self._killer or killer
         self._find_descendants()
         self._process.kill()

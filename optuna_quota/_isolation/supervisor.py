@@ -1,8 +1,8 @@
-"""The supervisor of one trial: measures its memory, stops it, and leaves nothing behind.
+"""The supervisor of one trial: enforces its memory limit, stops it and kills all its processes.
 
-A process of its own, for three reasons. As a subreaper it inherits every orphan of the trial,
-whatever session or parent that gave itself. It never waits for the interpreter lock of a busy
-study. And it outlives the study's process by the instant that it takes to end the trial.
+It is a process of its own, for three reasons. As a subreaper it inherits every orphan among the
+trial's processes, whatever session or parent these have. It never waits for the interpreter lock
+of a busy study. And it outlives a killed study for as long as it takes to kill the trial.
 """
 
 from __future__ import annotations
@@ -17,22 +17,12 @@ import signal
 import socket
 import time
 
-from optuna_quota._isolation import processes
-from optuna_quota._isolation.cgroup import CgroupLeaf
+from optuna_quota._isolation import linux
+from optuna_quota._isolation import messages
 from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.control import BeginMonitoring
-from optuna_quota._isolation.control import Breached
-from optuna_quota._isolation.control import Interrupt
-from optuna_quota._isolation.control import Kill
-from optuna_quota._isolation.control import Leave
-from optuna_quota._isolation.control import ObjectiveBegins
-from optuna_quota._isolation.control import Paused
-from optuna_quota._isolation.control import StopFor
-from optuna_quota._isolation.ending import Ended
-from optuna_quota._isolation.ending import Killer
-from optuna_quota._isolation.rlimits import DataLimit
-from optuna_quota._isolation.stop import STOP_SIGNAL
-from optuna_quota._isolation.suspension import Suspension
+from optuna_quota._isolation.memory_limits import Cgroup
+from optuna_quota._isolation.memory_limits import DataLimit
+from optuna_quota._isolation.signals import STOP_SIGNAL
 from optuna_quota._metering.breach import is_breach
 from optuna_quota._metering.linux_process_tree import LinuxProcessTree
 from optuna_quota._metering.timing import ASSUMED_GROWTH
@@ -43,39 +33,39 @@ from optuna_quota._metering.timing import sampling_interval
 from optuna_quota._resources import Breach
 
 
-# What a trial that was told to stop for its memory may still grow by, in bytes: its handlers need
-# some, and one that goes on allocating is not to be waited for.
+# Bytes by which a trial may still grow once it was asked to stop for its memory: its handlers need
+# some, and one that goes on allocating gets no grace period.
 GRACE_MARGIN = 4 * 2**20
 
 # What the kernel itself takes for each byte that a trial holds: 8 bytes for a page of 4 KiB.
 PAGE_TABLES = 1 / 512
 
-# Seconds between the first looks at a trial.
-YOUNGEST_WAIT = 0.001
+# Seconds between the first measurements of a trial.
+FIRST_INTERVAL = 0.001
 
-# Seconds that processes get to end by themselves once the trial's own has: those that it has told
-# to, and those that remove shared memory and temporary files.
-LEAVING_TIME = 0.1
-CLEANING_TIME = 2.0
+# Seconds that processes get to end by themselves once the trial's own has ended, and those that
+# then remove shared memory and temporary files.
+EXIT_TIME = 0.1
+CLEANUP_TIME = 2.0
 
-# Seconds between looks at whether the study's process is stopped.
+# Seconds between checks whether the study's process is stopped.
 _SUSPENSION_PERIOD = 0.05
 
 
 class Supervisor:
-    """Minds one trial from its start until nothing of it is left.
+    """Supervises one trial from its start until none of its processes is left.
 
     Args:
         control: The connection to the study's process.
         child: The trial's process, a child of this one.
-        link: The connection to the trial's process, which says when its objective begins and
+        link: The connection to the trial's process, which says when its objective begins, and
             reads why it is stopped.
         parent: A pidfd of the study's process.
         crash_file: Where the trial's process writes its traceback when it dies of a signal.
-        leaf: The trial's control group, None without one.
-        order: What is to be enforced, where that is known before the first message. Then this
-            process was forked from the study's, and the trial in turn: what they have of its
-            memory is the study's.
+        cgroup: The trial's control group, None without one.
+        monitoring: What to enforce, where that is known before the first message. Then this
+            process was forked from the study's, and the trial in turn: the memory that they share
+            with it is the study's.
     """
 
     def __init__(
@@ -86,42 +76,41 @@ class Supervisor:
         link: socket.socket,
         parent: int,
         crash_file: int,
-        leaf: CgroupLeaf | None,
-        order: BeginMonitoring | None = None,
+        cgroup: Cgroup | None,
+        monitoring: messages.BeginMonitoring | None = None,
     ) -> None:
         self._control = control
         self._child = child
         self._child_handle = os.pidfd_open(child)
-        self._link: socket.socket = link
+        self._link = link
         self._parent = parent
         self._crash_file = crash_file
-        self._leaf = leaf
-        self._gauge = _MemoryGauge(child, lends=order is not None)
-        self._oom_kills = 0
-        self._order: BeginMonitoring | None = None
-        self._ordered_at = 0.0
-        self._has_begun = False
+        self._cgroup = cgroup
+        self._memory = _TreeMemory(child, forked_from_study=monitoring is not None)
+        self._monitoring: messages.BeginMonitoring | None = None
+        self._oom_kills_before = 0
         # Deadlines and limits on time leave out pauses, of this process and of the study's.
         self._clock = RunningClock()
-        self._suspension = Suspension(parent)
+        self._monitored_since = 0.0
+        self._ready_at: float | None = None
+        self._suspension = linux.StudySuspension(parent)
         self._suspension_due = 0.0
         self._suspended_at: float | None = None
-        self._began = self._clock()
         self._data_limit: DataLimit | None = None
-        self._data_due = 0.0
+        self._data_limit_due = 0.0
         self._breach: Breach | None = None
-        self._is_told = False
+        self._stop_requested = False
         self._deadline: float | None = None
-        self._killer_then: Killer = "request"
+        self._killer_at_deadline: messages.Killer = "request"
         self._paused_at: float | None = None
-        self._pause_told = False
-        self._killer: Killer | None = None
+        self._pause_reported = False
+        self._killer: messages.Killer | None = None
         self._exitcode: int | None = None
-        if order is not None:
-            self._begin_monitoring(order)
+        if monitoring is not None:
+            self._begin_monitoring(monitoring)
 
-    def run(self) -> Ended:
-        """Mind the trial to its end."""
+    def run(self) -> messages.ExitReport:
+        """Supervise the trial to its end."""
         poll = select.poll()
         link = self._link.fileno()
         for handle in (self._control.fileno(), self._child_handle, self._parent, link):
@@ -129,273 +118,264 @@ class Supervisor:
         while True:
             wait = self._tick()
             self._clock.fall_asleep(wait)
-            ready = {handle for handle, _ in _wait(poll, wait)}
+            ready = {handle for handle, _ in _poll(poll, wait)}
             self._clock.wake_up()
             if self._control.fileno() in ready or self._control.pending():
-                self._obey()
-            # After the first order, which is always sent before the objective can begin.
+                self._receive()
+            # After the first message, which is sent before the objective can begin.
             if link in ready:
                 poll.unregister(link)
-                self._begin()
+                self._begin_enforcing()
             if self._parent in ready:
                 self._kill("request")
             if self._child_handle in ready or self._exitcode is not None:
-                break
-        return self._finish()
+                return self._finish()
 
     def _tick(self) -> float | None:
-        """Do what is due; return the seconds until something is, None while it is not in use."""
-        self._exitcode = processes.reap().get(self._child, self._exitcode)
+        """Do what is due; return the seconds until something is, None for any time."""
+        self._exitcode = linux.reap().get(self._child, self._exitcode)
         if self._exitcode is not None:
             return 0.0
-        if self._order is None:
+        if self._monitoring is None:
             return None
         now = self._clock()
         if self._is_suspended(now):
             return _SUSPENSION_PERIOD
         if self._deadline is not None and now >= self._deadline:
-            self._kill(self._killer_then)
-        self._watch_pause(now)
-        wait = LONGEST_INTERVAL
-        if self._has_begun:
-            wait = self._watch_memory(now)
+            self._kill(self._killer_at_deadline)
+        self._check_paused(now)
+        wait = LONGEST_INTERVAL if self._ready_at is None else self._check_memory(now)
         if self._deadline is not None:
             wait = min(wait, max(0.0, self._deadline - now))
         return wait
 
-    def _is_suspended(self, now: float) -> bool:
-        """Return whether the trial is stopped because its study is; then no time passes."""
-        if self._suspended_at is not None:
-            self._clock.skip(now - self._suspended_at)
-        elif now < self._suspension_due:
-            return False
-        self._suspension.look()
-        now = self._clock()
-        self._suspended_at = now if self._suspension.is_on else None
-        self._suspension_due = now + _SUSPENSION_PERIOD
-        return self._suspension.is_on
-
-    def _obey(self) -> None:
+    def _receive(self) -> None:
         try:
-            order = self._control.receive()
+            message = self._control.receive()
         except (EOFError, OSError):
-            # The study's process is gone, or doesn't want to hear of the trial any more.
+            # The study's process is gone, or has given up this trial.
             self._kill("request")
             return
-        if isinstance(order, BeginMonitoring):
-            self._begin_monitoring(order)
-        elif isinstance(order, StopFor):
-            self._stop(order.breach, order.grace_period)
-        elif isinstance(order, Interrupt):
-            self._tell(KeyboardInterrupt(), order.grace_period, "request")
-        elif isinstance(order, Leave):
-            leave = self._clock() + order.seconds
-            self._deadline = leave if self._deadline is None else min(leave, self._deadline)
-        elif isinstance(order, Kill):
+        if isinstance(message, messages.BeginMonitoring):
+            self._begin_monitoring(message)
+        elif isinstance(message, messages.StopTrial):
+            self._stop(message.breach, message.grace_period)
+        elif isinstance(message, messages.InterruptTrial):
+            self._request_stop(KeyboardInterrupt(), message.grace_period, "request")
+        elif isinstance(message, messages.ExitWithin):
+            due = self._clock() + message.seconds
+            self._deadline = due if self._deadline is None else min(due, self._deadline)
+        elif isinstance(message, messages.KillTrial):
             self._kill("request")
 
-    def _begin_monitoring(self, order: BeginMonitoring) -> None:
-        self._order, self._ordered_at = order, self._clock()
-        self._gauge.outsiders = order.outsiders
-        processes.be_on_time()
-        self._oom_kills = processes.count_oom_kills()
+    # Memory.
 
-    def _begin(self) -> None:
-        """Measure and enforce from now on, if the objective begins now."""
+    def _begin_monitoring(self, monitoring: messages.BeginMonitoring) -> None:
+        self._monitoring, self._monitored_since = monitoring, self._clock()
+        self._memory.outsiders = monitoring.outsiders
+        linux.raise_priority()
+        self._oom_kills_before = linux.count_oom_kills()
+
+    def _begin_enforcing(self) -> None:
+        """Measure and enforce from now on: the objective begins."""
         try:
-            begins = pickle.loads(self._link.recv(1 << 16))
+            ready = pickle.loads(self._link.recv(1 << 16))
         except (OSError, EOFError):
-            return  # the trial has ended without
-        assert isinstance(begins, ObjectiveBegins) and self._order is not None
-        order = self._order
-        self._has_begun = True
-        self._began = self._clock()
-        if order.memory is None:
+            return  # the trial has ended before that
+        assert isinstance(ready, messages.Ready) and self._monitoring is not None
+        now = self._ready_at = self._clock()
+        limit = self._monitoring.memory
+        if limit is None:
             return
-        if begins.data_limit is not None:
-            self._data_limit = DataLimit(
-                self._child, order.memory, begins.data_limit, strict=order.strict_memory
-            )
-        if self._leaf is not None:
-            # The kernel kills where a trial that is told to stop goes on to grow as well.
-            room = order.memory - self._gauge.read(self._began) + GRACE_MARGIN
+        if ready.data_limit is not None:
+            self._data_limit = DataLimit(self._child, limit, ready.data_limit)
+        if self._cgroup is not None:
+            # The kernel kills a trial, too, that was asked to stop and continues to grow.
+            room = limit - self._memory.read(now) + GRACE_MARGIN
             with contextlib.suppress(OSError):
-                self._leaf.limit_memory(room + PAGE_TABLES * order.memory)
+                self._cgroup.limit_memory(room + PAGE_TABLES * limit)
 
-    def _watch_memory(self, now: float) -> float:
-        """Measure; stop the trial when it is over; return how long to wait."""
-        assert self._order is not None
-        limit = math.inf if self._order.memory is None else self._order.memory
-        is_told = self._breach is not None and self._breach.resource == "memory"
-        if self._breach is not None and is_told:
-            limit = max(limit, self._breach.observed) + GRACE_MARGIN
-        # Whether one that is over its limit goes on to grow needs no exact reading.
-        memory = self._gauge.read(now, math.inf if is_told else limit)
-        if is_told:
-            memory = max(memory, self._gauge.at_most())
-        # What is soon over is looked at often: a short trial's peak is seen too.
-        wait = min(LONGEST_INTERVAL, max(YOUNGEST_WAIT, (now - self._began) / 8))
-        if limit == math.inf:
+    def _check_memory(self, now: float) -> float:
+        """Measure; stop the trial for a breach; return the seconds until the next measurement."""
+        assert self._monitoring is not None and self._ready_at is not None
+        limit = self._monitoring.memory
+        # At first often, so that the peak of a short trial is seen.
+        wait = min(LONGEST_INTERVAL, max(FIRST_INTERVAL, (now - self._ready_at) / 8))
+        if limit is None:
+            self._memory.read(now)
             return wait
-        if self._data_limit is not None and now >= self._data_due:
-            self._data_due = now + self._data_limit.update(memory)
+        if self._breach is not None and self._breach.resource == "memory":
+            # Whether it continues to grow needs no exact reading.
+            limit = max(limit, self._breach.observed) + GRACE_MARGIN
+            memory = max(self._memory.read(now), self._memory.at_most())
+        else:
+            memory = self._memory.read(now, limit)
+        if self._data_limit is not None:
+            if now >= self._data_limit_due:
+                self._data_limit_due = now + self._data_limit.update(memory)
+            wait = min(wait, max(0.0, self._data_limit_due - now))
         if is_breach("memory", memory, limit):
-            if is_told:
-                self._kill("breach")
-            else:
-                self._find_breach(memory, limit, now)
-        wait = min(wait, sampling_interval(limit - memory, self._gauge.growth))
-        return wait if self._data_limit is None else min(wait, max(0.0, self._data_due - now))
+            self._handle_memory_breach(memory, limit, now)
+        return min(wait, sampling_interval(limit - memory, self._memory.growth))
 
-    def _find_breach(self, memory: float, limit: float, now: float) -> None:
-        assert self._order is not None
-        elapsed = self._order.elapsed + now - self._ordered_at
-        breach = Breach("memory", limit, memory, elapsed, quota=self._order.quota)
-        if self._is_told:
-            # It was told to stop for something else already and goes on to grow.
+    def _handle_memory_breach(self, memory: float, limit: float, now: float) -> None:
+        assert self._monitoring is not None
+        if self._stop_requested:
+            # It gets no grace period while it continues to grow.
             self._kill("breach")
             return
+        elapsed = self._monitoring.elapsed + now - self._monitored_since
+        breach = Breach("memory", limit, memory, elapsed, quota=self._monitoring.quota)
         with contextlib.suppress(OSError):
-            self._control.send(Breached(breach))
-        self._stop(breach, self._order.grace_period)
+            self._control.send(messages.BreachFound(breach))
+        self._stop(breach, self._monitoring.grace_period)
+
+    # Stop and kill.
 
     def _stop(self, breach: Breach, grace_period: float) -> None:
-        if not self._is_told:
+        if not self._stop_requested:
             self._breach = breach
-            self._tell(breach, grace_period, "breach")
+            self._request_stop(breach, grace_period, "breach")
 
-    def _tell(self, why: Breach | KeyboardInterrupt, grace_period: float, killer: Killer) -> None:
-        """Ask the trial to stop, once."""
-        if self._is_told:
+    def _request_stop(
+        self, reason: Breach | KeyboardInterrupt, grace_period: float, killer: messages.Killer
+    ) -> None:
+        """Ask the trial to stop, once, and kill it after the grace period."""
+        if self._stop_requested:
             return
-        self._is_told = True
+        self._stop_requested = True
         if grace_period <= 0:
             self._kill(killer)
             return
-        self._killer_then = killer
+        self._killer_at_deadline = killer
         self._deadline = self._clock() + grace_period
         with contextlib.suppress(OSError):
-            self._link.send(pickle.dumps(why))
+            self._link.send(pickle.dumps(reason))
         for number in (STOP_SIGNAL, signal.SIGCONT):
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._child_handle, number)
 
-    def _kill(self, killer: Killer) -> None:
-        """Kill the trial's own process now; what it started follows when it is gone."""
+    def _kill(self, killer: messages.Killer) -> None:
+        """Kill the trial's own process; those that it started are killed when it is gone."""
         self._killer = self._killer or killer
         self._deadline = None
-        if self._leaf is not None:
-            self._leaf.kill()
+        if self._cgroup is not None:
+            self._cgroup.kill()
         with contextlib.suppress(OSError):
             signal.pidfd_send_signal(self._child_handle, signal.SIGKILL)
 
-    def _watch_pause(self, now: float) -> None:
-        """Kill a process that was stopped by a signal and stays so: it would hang the study."""
-        assert self._order is not None
-        patience = self._order.grace_period
-        if processes.state_of(self._child) != "T":
-            self._paused_at, self._pause_told = None, False
+    # Pauses.
+
+    def _is_suspended(self, now: float) -> bool:
+        """Return whether the trial is stopped because its study is; that time does not count."""
+        if self._suspended_at is not None:
+            self._clock.skip(now - self._suspended_at)
+        elif now < self._suspension_due:
+            return False
+        is_on = self._suspension.update()
+        now = self._clock()
+        self._suspended_at = now if is_on else None
+        self._suspension_due = now + _SUSPENSION_PERIOD
+        return is_on
+
+    def _check_paused(self, now: float) -> None:
+        """Kill a process that a signal has stopped and that stays so: the study would hang."""
+        assert self._monitoring is not None
+        timeout = self._monitoring.grace_period
+        if linux.process_state(self._child) != "T":
+            self._paused_at, self._pause_reported = None, False
         elif self._paused_at is None:
-            # Whoever stops all processes, as a cluster that suspends a job, stops one by one.
+            # A cluster that suspends a job stops its processes one after another: the study's,
+            # perhaps, next.
             self._paused_at = now
-        elif not self._pause_told and now > self._paused_at + 2 * _SUSPENSION_PERIOD:
-            self._pause_told = True
+        elif not self._pause_reported and now > self._paused_at + 2 * _SUSPENSION_PERIOD:
+            self._pause_reported = True
             with contextlib.suppress(OSError):
-                self._control.send(Paused(patience))
-        elif now - self._paused_at >= patience:
+                self._control.send(messages.ProcessPaused(timeout))
+        elif now - self._paused_at >= timeout:
             self._kill("stopped")
 
-    def _finish(self) -> Ended:
+    # The end.
+
+    def _finish(self) -> messages.ExitReport:
         while self._exitcode is None:
-            self._exitcode = processes.reap().get(self._child)
-        leftovers = self._sweep()
+            self._exitcode = linux.reap().get(self._child)
+        leftovers = self._kill_leftovers()
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        leaf_oom_kills = self._close_leaf()
-        return Ended(
+        oom_kills = cgroup_oom_kills = 0
+        if self._exitcode == -signal.SIGKILL:  # reading the host's counters takes a while
+            oom_kills = linux.count_oom_kills() - self._oom_kills_before
+        if self._cgroup is not None:
+            cgroup_oom_kills = self._cgroup.oom_kills()
+            self._cgroup.remove()
+        os.lseek(self._crash_file, 0, os.SEEK_SET)
+        return messages.ExitReport(
             exitcode=self._exitcode,
             killer=self._killer,
-            memory=self._gauge.peak or None,
-            unseen_memory=self._gauge.unseen_peak or None,
+            memory=self._memory.peak or None,
+            unseen_memory=self._memory.unseen_peak or None,
             cpu_time=used.ru_utime + used.ru_stime,
             leftovers=leftovers,
-            oom_kills=self._count_oom_kills(),
-            leaf_oom_kills=leaf_oom_kills,
-            traceback=self._read_crash_file(),
+            oom_kills=oom_kills,
+            cgroup_oom_kills=cgroup_oom_kills,
+            traceback=os.read(self._crash_file, 1 << 16).decode(errors="replace"),
         )
 
-    def _count_oom_kills(self) -> int:
-        # To read all statistics of the host takes longer than the rest: for a victim only.
-        if self._exitcode != -signal.SIGKILL:
-            return 0
-        return processes.count_oom_kills() - self._oom_kills
-
-    def _close_leaf(self) -> int:
-        if self._leaf is None:
-            return 0
-        kills = self._leaf.oom_kills()
-        self._leaf.remove()
-        return kills
-
-    def _read_crash_file(self) -> str:
-        os.lseek(self._crash_file, 0, os.SEEK_SET)
-        return os.read(self._crash_file, 1 << 16).decode(errors="replace")
-
-    def _sweep(self) -> tuple[str, ...]:
-        """End all that is left of the trial; return the names of what it had to kill."""
+    def _kill_leftovers(self) -> tuple[str, ...]:
+        """Kill all processes that the trial has left; return descriptions of the live ones."""
         leftovers: dict[int, str] = {}
         start = time.monotonic()
-        patience = LEAVING_TIME if self._killer is None else 0.0
+        exit_time = EXIT_TIME if self._killer is None else 0.0
         while True:
-            processes.reap()
-            left = processes.descendants()
+            linux.reap()
+            left = linux.descendants()
             if not left:
                 return tuple(leftovers.values())
             age = time.monotonic() - start
-            cleaners = {pid for pid in left if processes.is_cleaner(pid)}
-            doomed = left if age > CLEANING_TIME else [p for p in left if p not in cleaners]
-            if age >= patience and doomed:
+            doomed = [p for p in left if age > CLEANUP_TIME or not linux.is_cleaner(p)]
+            if age >= exit_time:
                 if self._killer is None:
-                    alive = (pid for pid in doomed if not processes.has_ended(pid))
-                    leftovers.update({pid: processes.name_of(pid) for pid in alive})
-                processes.kill(doomed, left)
+                    alive = (pid for pid in doomed if not linux.is_exiting(pid))
+                    leftovers.update({pid: linux.describe_process(pid) for pid in alive})
+                linux.kill(doomed, left)
             time.sleep(0.0005)
 
 
-class _MemoryGauge:
-    """The memory of the trial's tree, and of the orphans that this process inherits.
+class _TreeMemory:
+    """The memory of the trial's process tree, with the orphans that this process inherits.
 
     Args:
         child: The trial's process, a child of this one.
-        lends: Whether the study's process lends it memory.
+        forked_from_study: Whether the memory that it shares with this process is the study's.
+
+    Attributes:
+        outsiders: How many processes outside of the tree hold what it was forked with.
+        peak: The highest memory measured, in bytes.
+        unseen_peak: A peak between two measurements by the kernel's own counters, in bytes.
+        growth: The fastest growth to expect, in bytes a second.
     """
 
-    def __init__(self, child: int, *, lends: bool) -> None:
-        self.peak = 0.0
+    def __init__(self, child: int, *, forked_from_study: bool) -> None:
+        self.outsiders = 0
+        self.peak = self.unseen_peak = 0.0
         self.growth = ASSUMED_GROWTH
         self._child = child
-        self.outsiders = 0
-        self._lends = lends
+        self._forked_from_study = forked_from_study
         self._tree: LinuxProcessTree | None = None
-        self.unseen_peak = 0.0
         self._last: tuple[float, float] | None = None
         self._thorough_due = 0.0
 
     def read(self, now: float, limit: float = math.inf) -> float:
-        """Return the memory now, in bytes.
-
-        Args:
-            now: The time.
-            limit: What a verdict hangs on.
-        """
+        """Return the memory now, in bytes, exact where it is near the limit."""
         if self._tree is None:
             self._tree = LinuxProcessTree(
                 self._child,
                 reaper=os.getpid(),
-                forked_from_study=self._lends,
+                forked_from_study=self._forked_from_study,
                 outsiders=self.outsiders,
             )
             self._tree.reset_peak()
-        # To look at each process costs more with each one.
+        # A look at each process costs more with each one.
         thorough = now >= self._thorough_due
         start = time.thread_time()
         found = self._tree.read(thorough=thorough, ceiling=limit)
@@ -412,13 +392,13 @@ class _MemoryGauge:
         return memory
 
     def at_most(self) -> float:
-        """Return the most that the trial can hold now, in bytes."""
+        """Return the most that the trial can hold now, in bytes, at less cost."""
         assert self._tree is not None
         return self._tree.at_most()
 
 
-def _wait(poll: select.poll, seconds: float | None) -> list[tuple[int, int]]:
-    """Poll for what is less than the millisecond that poll counts in, too."""
+def _poll(poll: select.poll, seconds: float | None) -> list[tuple[int, int]]:
+    """Poll, also for less than a millisecond, which is the unit of ``poll``."""
     if seconds is None:
         return poll.poll()
     if 0 < seconds < 0.001:

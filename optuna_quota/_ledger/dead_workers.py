@@ -17,6 +17,7 @@ from optuna_quota._ledger.rows import TrialRows
 from optuna_quota._ledger.totals import Entry
 from optuna_quota._ledger.totals import HEARTBEAT
 from optuna_quota._records import TrialRecord
+from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._resources import Usage
 from optuna_quota._resources import USAGE_RESOURCES
 from optuna_quota._units import format_seconds
@@ -146,7 +147,7 @@ def charge_orphan(orphan: OrphanedTrial, now: float) -> dict[str, float]:
     if orphan.here and "cpu_time" in held.granted:
         most = held.used.get("cpu_time", 0.0) + (os.cpu_count() or 1) * (elapsed - before)
         charges["cpu_time"] = min(most, held.granted["cpu_time"])
-    for name in ("cpu_time", "gpu_time", "energy"):
+    for name in CHARGED_RESOURCES:
         amount = held.granted.get(name, held.used.get(name))
         if amount is not None:
             charges.setdefault(name, amount)

@@ -36,6 +36,7 @@ from optuna_quota._ledger.totals import Entry
 from optuna_quota._ledger.totals import QuotaTotals
 from optuna_quota._records import read_amounts
 from optuna_quota._records import STUDY_LIMITS
+from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Usage
 from optuna_quota._storage_retry import reconnect_dead_connections
@@ -254,8 +255,7 @@ class LedgerState:
         for usage in charged:
             if usage is None:
                 continue
-            names = ("trial_time", "cpu_time", "gpu_time", "energy")
-            amounts = {name: usage.get(name) or 0.0 for name in names}
+            amounts = {name: usage.get(name) or 0.0 for name in CHARGED_RESOURCES}
             amounts["cost"] = self.quota.price(amounts)
             for name, amount in amounts.items():
                 used[name] = used.get(name, 0.0) + amount

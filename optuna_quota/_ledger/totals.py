@@ -20,6 +20,7 @@ from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import Worker
 from optuna_quota._records import parse_record
 from optuna_quota._records import RESERVATION
+from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import get_resource
 from optuna_quota._resources import Quota
@@ -39,8 +40,7 @@ HEARTBEAT = 30.0
 LONGEST_GAP = 10.0
 
 # Summed over finished trials; `wall_time` is a union of intervals, not a sum.
-_SUMMED = ("n_trials", "trial_time", "cpu_time", "gpu_time", "energy", "cost")
-_METERED = ("trial_time", "cpu_time", "gpu_time", "energy")
+_SUMMED = tuple(name for name in TOTAL_RESOURCES if name != "wall_time")
 
 
 class IntervalUnion:
@@ -220,7 +220,7 @@ def _charges_without_reservation(
     and a row copied from another study with a quota has that study's stamp. A row copied with its
     times from a study without a quota can't be told from one that ran here.
     """
-    charges = {name: usage.get(name) for name in _METERED}
+    charges = {name: usage.get(name) for name in CHARGED_RESOURCES}
     seconds = _seconds(trial) or 0.0
     if charges["trial_time"] is None and seconds > 0:
         charges["trial_time"] = seconds
@@ -234,7 +234,7 @@ def _charges(
     trial: FrozenTrial, held: Reservation, usage: Usage, quota: Quota
 ) -> dict[str, float | None]:
     charges: dict[str, float | None] = {"n_trials": 1.0}
-    for name in _METERED:
+    for name in CHARGED_RESOURCES:
         known = [v for v in (usage.get(name), held.charged.get(name)) if v is not None]
         charges[name] = max(known) if known else held.granted.get(name)
     if charges["trial_time"] is None:

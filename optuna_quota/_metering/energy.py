@@ -1,4 +1,4 @@
-"""Energy of the processor, by its own counters (RAPL), and a trial's part in it."""
+"""Energy of the processors by their own counters (RAPL), and a trial's share of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from optuna_quota._metering.warn import warn_once
 
 _POWERCAP = Path("/sys/class/powercap")
 _STAT = Path("/proc/stat")
-# Seconds. The counters wrap after minutes at the least.
+# Seconds. The counters wrap after minutes at the earliest.
 _PERIOD = 1.0
 
 
@@ -24,7 +24,7 @@ class Rapl:
     """The energy counters of a host's processors and memory.
 
     Args:
-        folder: Where Linux shows them.
+        folder: Where Linux has them.
 
     Raises:
         OSError: If there are none or they may not be read; since 2020 only root may.
@@ -39,7 +39,7 @@ class Rapl:
         self._joules = 0.0
 
     def joules(self) -> float:
-        """Return the joules since this object was made. Raises OSError when it can't be told."""
+        """Return the joules since this object was made; raises OSError if they can't be read."""
         now = self._read()
         for before, after, span in zip(self._last, now, self._ranges, strict=True):
             # The counters are in microjoules and start again at 0 after their range.
@@ -52,7 +52,7 @@ class Rapl:
 
 
 def _counts(zone: Path) -> bool:
-    """Return whether a zone adds to the others: packages hold cores, and not the memory."""
+    """Return whether a zone adds to the others: packages include cores, not memory."""
     try:
         name = (zone / "name").read_text().strip()
     except OSError:
@@ -78,17 +78,16 @@ def busy_seconds_of_host(stat: str, ticks: int) -> float:
 
 
 class ProcessorEnergyMeter:
-    """A trial's part in the energy of the host's processors, idle power included.
+    """A trial's share of the energy of the host's processors, idle power included.
 
-    The part is the trial's share of the CPU time that the host was busy, in the time between two
-    readings: a trial that does all the work is charged all the energy. Where the counters can't be
-    read there is no amount.
+    It is its share of the host's busy CPU time between two readings: a trial that does all the
+    work is charged all the energy. If the counters can't be read there is no amount.
 
     Args:
-        cpu_time: Tells the trial's CPU-seconds so far.
-        is_limited: Whether the trial has a ceiling on energy: what is missing is then a warning.
+        cpu_time: Returns the trial's CPU-seconds so far.
+        is_limited: Whether the trial has a ceiling on energy: missing counters are then a warning.
         open_counters: Opens the counters.
-        host_busy: Tells the CPU-seconds that the host was busy.
+        host_busy: Returns the CPU-seconds that the host was busy.
     """
 
     eager = False
@@ -126,7 +125,7 @@ class ProcessorEnergyMeter:
         return {} if is_first else {"energy": MeterReading(self._joules, peak=False, is_own=True)}
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing."""
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""What the kernel's high-water mark tells of memory that was gone before anyone looked."""
+"""One process by its open directory in Linux's /proc: memory, peaks, CPU time, children."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ import time
 from optuna_quota._metering.shared_pages import ProcessMemory
 
 
-# The most bytes that a page fault brings in of anonymous memory in pages of 4 KiB. Files' pages
-# come 16 or more at a time, anonymous huge pages 512.
-_SMALL = 8 * 2**10
+# The most bytes of anonymous memory that a page fault adds in pages of 4 KiB. Files' pages come 16
+# or more at a time, anonymous huge pages 512.
+_SMALL_FAULT = 8 * 2**10
 _HUGE_PAGE = 2 * 2**20
-# Part of a growth that huge pages must account for, where it took few page faults.
-_MOSTLY = 0.5
-# Part of the memory by which the resident pages of files may have changed meanwhile.
-_STEADY = 0.1
-# Part of the high-water mark within which the present memory is the peak, seen as it is.
-_SEEN = 0.01
+# Share of a growth with few page faults that huge pages must account for.
+_HUGE_SHARE = 0.5
+# Share of the memory by which the resident pages of files may have changed meanwhile.
+_MAX_FILE_CHANGE = 0.1
+# Share of the high-water mark within which the present memory is the peak itself.
+_AT_PEAK = 0.01
 
 
 @dataclass(frozen=True)
 class MemorySnapshot:
-    """What the kernel tells of a process at one moment.
+    """What the kernel reports of a process at one moment.
 
     Attributes:
-        highest: The most resident bytes so far (VmHWM), with pages of files.
+        highest: The high-water mark of resident bytes (VmHWM), with pages of files.
         resident: The resident bytes.
         file: The resident bytes of files' pages.
         faults: The page faults so far.
-        huge: The bytes of anonymous huge pages that this host has given out so far, to whomever.
+        huge: The bytes of anonymous huge pages that this host has allocated so far, for any
+            process.
     """
 
     highest: int
@@ -42,32 +43,28 @@ class MemorySnapshot:
 
 
 def unseen_peak(before: MemorySnapshot, now: MemorySnapshot) -> int | None:
-    """Return the memory without files' pages at a peak between two looks: pure.
+    """Return the memory, without files' pages, at a peak between two snapshots (pure).
 
-    The high-water mark counts pages of files as well, and what part of it they were is not kept.
-    So it is used only where they can hardly have come and gone: a file that is read through a
-    mapping and let go again takes few page faults, and no anonymous huge pages.
-
-    Args:
-        before: The look before.
-        now: This look.
+    The high-water mark counts pages of files as well, and the kernel does not keep how much of it
+    they were. So it is used only if they can hardly have come and gone: a file that is mapped,
+    read and unmapped takes few page faults, and no anonymous huge pages.
 
     Returns:
-        The bytes; None where no peak went unseen, or it can't be told.
+        The bytes; None without a peak, or if it is unknown.
     """
-    if now.highest <= before.highest or now.highest - now.resident <= _SEEN * now.highest:
+    if now.highest <= before.highest or now.highest - now.resident <= _AT_PEAK * now.highest:
         return None
     peak = now.highest - max(before.file, now.file)
-    if abs(now.file - before.file) > _STEADY * peak:
+    if abs(now.file - before.file) > _MAX_FILE_CHANGE * peak:
         return None
     growth = now.highest - before.resident
-    small = growth <= _SMALL * (now.faults - before.faults)
-    huge = now.huge - before.huge >= _MOSTLY * growth
+    small = growth <= _SMALL_FAULT * (now.faults - before.faults)
+    huge = now.huge - before.huge >= _HUGE_SHARE * growth
     return peak if small or huge else None
 
 
 def read_huge_pages() -> int:
-    """Return the bytes of anonymous huge pages that this host has given out, 0 where unknown."""
+    """Return the bytes of anonymous huge pages that this host has allocated, 0 if unknown."""
     try:
         handle = os.open("/proc/vmstat", os.O_RDONLY)
     except OSError:
@@ -79,25 +76,25 @@ def read_huge_pages() -> int:
     return int(rest.split(None, 1)[0]) * _HUGE_PAGE if found else 0
 
 
-_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
 class LinuxProcess:
     """One process by its open directory in /proc.
 
-    A descriptor there stays bound to the process that it was opened for: when the number is
-    reused, reading fails instead of showing a stranger.
+    A descriptor stays bound to the process that it was opened for: if the pid is reused, reading
+    fails instead of showing another process.
 
     Args:
-        pid: Its number.
+        pid: Its pid.
         parent: The process that it was found under, None for a root.
 
     Attributes:
         started: Seconds from the boot to its creation, to a clock tick (10 ms).
-        shareable: What of its memory, as last asked for, is shared memory, in bytes.
-        statm: The sizes that its memory was last told from, as the kernel writes them.
-        knows_peak: Whether the peak that the kernel keeps began no earlier than the metering.
+        shareable: The part of its memory, as last read, that is shared memory, in bytes.
+        statm: The sizes that its memory was last computed from, as the kernel writes them.
+        knows_peak: Whether the kernel's peak began no earlier than the metering.
 
     Raises:
         ProcessLookupError: If there is no such process (any more).
@@ -148,8 +145,8 @@ class LinuxProcess:
     def memory(self) -> int:
         """Return the anonymous, shared and swapped bytes; 0 for a zombie.
 
-        What is shared counts in full. statm gives the anonymous part (0.6 µs), but puts shared
-        memory together with files: it is looked up in status (3 µs) when that sum has changed.
+        Shared pages count in full. statm gives the anonymous part (0.6 µs), but adds shared memory
+        to files: status (3 µs) is read when that sum has changed.
 
         Raises:
             OSError: If it is gone.
@@ -157,14 +154,14 @@ class LinuxProcess:
         self.statm = os.pread(self._statm, 128, 0)
         _, resident, shared, _ = self.statm.split(b" ", 3)
         if self._swaps or shared != self._shared:
-            self._take_others(self._read_status())
+            self._update_shared(self._read_status())
             self._shared = shared
-        return (int(resident) - int(shared)) * _PAGE + self.shareable + self._swapped
+        return (int(resident) - int(shared)) * PAGE + self.shareable + self._swapped
 
-    def share(self) -> ProcessMemory:
-        """Return what it holds by the number of its holders; costs 0.1 to 1.4 ms.
+    def proportional_memory(self) -> ProcessMemory:
+        """Return its memory with each page divided by its holders; costs 0.1 to 1.4 ms.
 
-        Nothing for a zombie; all as its own where it may not be asked (another user's).
+        Nothing for a zombie; all as its own if it can't be read (another user's).
 
         Raises:
             OSError: If it is gone.
@@ -175,11 +172,11 @@ class LinuxProcess:
         try:
             rollup = _sizes(self._read("smaps_rollup"))
         except OSError:
-            # Of a zombie as well; what is gone altogether has failed above.
+            # For a zombie as well; reading status has failed for a process that is gone.
             return ProcessMemory(held, held, shmem)
         if b"Pss_Anon" not in rollup:  # before Linux 5.4
             return ProcessMemory(held, min(held, rollup.get(b"Pss", held)), shmem)
-        # From the same read as what is divided: what is added in between is no sharing.
+        # From the same read as what is divided: what is added in between is not shared.
         held = rollup.get(b"Anonymous", 0) + shmem + rollup.get(b"Swap", 0)
         anonymous, divided = rollup[b"Pss_Anon"], rollup.get(b"Pss_Shmem", 0)
         # Dirty pages with another holder are anonymous ones and shared memory; of the latter
@@ -194,15 +191,11 @@ class LinuxProcess:
             common_part=max(0, anonymous - (rollup.get(b"Anonymous", 0) - common)),
         )
 
-    def faulted(self) -> int:
-        """Return the bytes of all pages that it has ever faulted in; raises OSError when gone."""
-        return self.faults() * _PAGE
-
     def unseen_peak(self, huge: int) -> int | None:
-        """Return what the kernel tells of a peak since this was last asked, None for nothing.
+        """Return a peak since the last call, in bytes, None without one.
 
         Args:
-            huge: The bytes of huge pages given out on this host.
+            huge: The bytes of huge pages allocated on this host.
 
         Raises:
             OSError: If it is gone.
@@ -217,19 +210,24 @@ class LinuxProcess:
             faults=self.faults(),
             huge=huge,
         )
-        self._take_others(status)
+        self._update_shared(status)
         before, self._mark = self._mark, now
         return None if before is None else unseen_peak(before, now)
 
     def faults(self) -> int:
-        """Return the number of page faults so far; raises OSError when it is gone."""
+        """Return the page faults so far.
+
+        Raises:
+            OSError: If it is gone.
+        """
         fields = self._stat_fields()
         return int(fields[7]) + int(fields[9])
 
     def times(self) -> tuple[float, float]:
-        """Return the CPU-seconds of its own and of its children that were waited for.
+        """Return the CPU-seconds of its own and of its reaped children.
 
-        Raises OSError when it is gone.
+        Raises:
+            OSError: If it is gone.
         """
         if self.is_self:
             import resource
@@ -244,21 +242,25 @@ class LinuxProcess:
         return own, cutime + cstime
 
     def _exact_time(self) -> float:
-        """Return its CPU-seconds to the nanosecond, where /proc counts in ticks of 10 ms.
+        """Return its CPU-seconds to the nanosecond; /proc counts in ticks of 10 ms.
 
-        The clock's id is what clock_getcpuclockid(3) makes of a pid: ``~pid << 3 | 2``. It goes
-        by number, so it is asked only for a root, right after its descriptor proved it alive.
+        The clock's id is what clock_getcpuclockid(3) makes of a pid: ``~pid << 3 | 2``. A pid may
+        be reused, so only a root is asked, right after its descriptor proved it alive.
         """
         with contextlib.suppress(OSError):
             return time.clock_gettime(~self.pid << 3 | 2)
         return 0.0
 
     def parent_pid(self) -> int:
-        """Return the number of its parent; raises OSError when it is gone."""
+        """Return the pid of its parent.
+
+        Raises:
+            OSError: If it is gone.
+        """
         return int(self._stat_fields()[1])
 
     def children(self) -> set[int]:
-        """Return the pids of the children of all its threads, none when it is gone."""
+        """Return the pids of the children of all its threads, none if it is gone."""
         pids: set[int] = set()
         with contextlib.suppress(OSError):
             task = self._open("task")
@@ -271,10 +273,10 @@ class LinuxProcess:
         return pids
 
     def reset_peak(self) -> None:
-        """Let the peak start anew; needs no privilege on oneself and one's own children.
+        """Restart the peak; needs no privilege for this process and its children.
 
-        Writing 5 to clear_refs sets the high-water mark to the present memory, see proc(5).
-        Whoever else reads VmHWM or ru_maxrss of the process sees it reset as well.
+        Writing 5 to clear_refs sets the high-water mark to the present memory, see proc(5). Other
+        readers of the process's VmHWM or ru_maxrss see it reset as well.
         """
         self.knows_peak, self._mark = False, None
         with contextlib.suppress(OSError):
@@ -303,22 +305,21 @@ class LinuxProcess:
         finally:
             os.close(handle)
 
-    def _take_others(self, status: bytes) -> None:
+    def _update_shared(self, status: bytes) -> None:
         self.shareable = _size(status, b"RssShmem:")
         self._swapped = _size(status, b"VmSwap:")
 
     def _read_status(self) -> bytes:
-        """Return the text of status, which for a zombie is without the sizes of memory."""
+        """Return the text of status; for a zombie it lacks the sizes of memory."""
         return os.pread(self._status, 4096, 0)
 
     def _stat_fields(self) -> list[bytes]:
         """Return the fields of stat from the third on."""
-        # The name, in parentheses, may hold anything; what follows the last one is numbers.
+        # The name, in parentheses, may contain parentheses too; numbers follow the last one.
         return os.pread(self._stat, 1024, 0).rpartition(b")")[2].split()
 
 
 def has_swap() -> bool:
-    """Return whether memory may be swapped out on this host."""
     try:
         with open("/proc/swaps", "rb") as file:
             return len(file.read().splitlines()) > 1

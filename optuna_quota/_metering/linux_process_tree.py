@@ -1,4 +1,9 @@
-"""Tells at the price of one short read whether new processes may have appeared."""
+"""A process tree read from Linux's /proc, with descriptors that stay open.
+
+Reading ``statm`` costs 0.6 µs a process, a tenth of psutil's. A process that was once seen in the
+tree stays in it until it ends, so that one which left its session or lost its parent is still
+measured.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +15,14 @@ import os
 import time
 
 from optuna_quota._metering.linux_process import LinuxProcess
+from optuna_quota._metering.linux_process import PAGE
 from optuna_quota._metering.linux_process import read_huge_pages
-from optuna_quota._metering.process_tree import Times
+from optuna_quota._metering.process_tree import CpuTimes
+from optuna_quota._metering.process_tree import TreeCpuTime
 from optuna_quota._metering.process_tree import TreeReading
-from optuna_quota._metering.process_tree import TreeTime
 from optuna_quota._metering.shared_pages import find_inherited
 from optuna_quota._metering.shared_pages import ProcessMemory
 from optuna_quota._metering.shared_pages import SharedPages
-from optuna_quota._metering.shared_pages import together
 from optuna_quota._metering.shared_pages import TreeMemory
 from optuna_quota._metering.warn import warn_once
 
@@ -26,12 +31,12 @@ _LOADAVG = "/proc/loadavg"
 
 
 class ProcessCreationProbe:
-    """Says when a process tree must be walked again to find new members.
+    """Cheap check (0.5 µs) for newly created processes.
 
-    The last field of /proc/loadavg is the number given to the newest process or thread that this
-    one can see. While it stands still nothing was created, so no tree can have grown. That costs
-    0.5 µs where a walk costs 7 µs and more. In some containers the file is an imitation (lxcfs)
-    whose field says nothing: it is then known by its device, and every asking means a walk.
+    The last field of /proc/loadavg is the pid of the newest process or thread that this one can
+    see. While it does not change nothing was created, so no tree can have grown; walking a tree
+    costs 7 µs and more. In some containers lxcfs imitates the file with a useless field: the
+    file's device shows that, and the tree is then walked each time.
     """
 
     def __init__(self) -> None:
@@ -44,22 +49,22 @@ class ProcessCreationProbe:
             self._handle = os.open(_LOADAVG, os.O_RDONLY)
 
     def pending(self) -> bool:
-        """Return whether anything may have been created since the last walk, to be walked for."""
+        """Return whether a process may have been created since :meth:`reset`, and is due."""
         if not self.is_reliable or self._handle < 0:
             return True
         newest = os.pread(self._handle, 128, 0).rsplit(None, 1)[-1]
         return newest != self._newest and time.perf_counter() >= self._not_before
 
-    def seen(self) -> bool:
-        """Return what :meth:`pending` does, and take it as walked for."""
+    def reset(self) -> bool:
+        """Return what :meth:`pending` does, and start anew: the tree is about to be walked."""
         if not self.pending():
             return False
         if self._handle >= 0:
             self._newest = os.pread(self._handle, 128, 0).rsplit(None, 1)[-1]
         return True
 
-    def walked(self, seconds: float) -> None:
-        """Tell what the walk cost: on a busy host no more than a twentieth is spent walking."""
+    def record_walk(self, seconds: float) -> None:
+        """Record what a walk cost: on a busy host at most a twentieth of the time is spent."""
         self._not_before = time.perf_counter() + 20 * seconds
 
     def close(self) -> None:
@@ -77,7 +82,7 @@ def is_available() -> bool:
 
 
 def since_boot() -> float:
-    """Return the seconds since the boot, by the clock that /proc dates processes with."""
+    """Return the seconds since the boot, on the clock that /proc dates processes with."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -86,19 +91,20 @@ class LinuxProcessTree:
 
     Memory is the sum of the anonymous, shared and swapped memory of the processes, each page
     divided by the number of its holders: the sum of ``Pss_Anon``, ``Pss_Shmem`` and ``SwapPss``.
-    Clean pages of files are no part of it, nor is what was reserved and never touched. Pages that
-    the tree has from the template that it was forked from count by its part among the most holders
-    that there were; those that it has from the study itself, under ``start_method="fork"``, do not
-    count until it writes to them.
+    Clean pages of files don't count, nor memory that was reserved and never touched. Of pages
+    shared with the fork server that the tree was forked from, its part among the most holders
+    there ever were counts; pages shared with the study itself, under ``start_method="fork"``,
+    don't count until the tree writes to them.
 
     Args:
         pid: The root; None for this process.
-        reaper: A process that inherits the orphans of the tree and has no other children than
-            these and the root; None without one.
+        reaper: A process that inherits the tree's orphans and has no other children than these
+            and the root; None without one.
         forked_from_study: Whether the reaper, and the root in turn, were forked from the study's
             process, whose memory they share until they write to it; detected for a child of
             this process.
-        outsiders: How many processes outside of the tree hold, at least, what it was forked with.
+        outsiders: At least how many processes outside of the tree share the memory that it was
+            forked with.
 
     Raises:
         ProcessLookupError: If there is no such process.
@@ -117,14 +123,14 @@ class LinuxProcessTree:
         self._root = LinuxProcess(os.getpid() if pid is None else pid)
         self._reaper = None if reaper is None else self._open_reaper(reaper)
         forked_here = self._reaper is not None and self._reaper.parent_pid() == os.getpid()
-        self._lends = forked_from_study or forked_here
+        self._forked_from_study = forked_from_study or forked_here
         self._members: dict[int, LinuxProcess] = {self._root.pid: self._root}
         self._foreign: dict[int, LinuxProcess] = {}
-        self._births = ProcessCreationProbe()
-        self._time = TreeTime()
+        self._creation = ProcessCreationProbe()
+        self._time = TreeCpuTime()
         self._outsiders = float(outsiders)
         self._peak: int | None = None
-        self._overlap = SharedPages()
+        self._shared = SharedPages()
         self._ceiling = math.inf
 
     def _open_reaper(self, pid: int) -> LinuxProcess:
@@ -142,8 +148,8 @@ class LinuxProcessTree:
         self._disown(without)
         if thorough:
             self._read_times()
-        if (thorough or self._births.is_reliable) and self._births.seen():
-            grown = self._grow(without)
+        if (thorough or self._creation.is_reliable) and self._creation.reset():
+            grown = self._find_new(without)
             if thorough and grown:
                 self._read_times()
         memory = self._read_memory()
@@ -153,25 +159,25 @@ class LinuxProcessTree:
 
     def _read_memory(self) -> float:
         held = self._held()
-        if not self._is_overlap_due(held):
-            return self._overlap.memory(held)
-        before, has_news = self._overlap.memory(held), self._overlap.has_newcomers(held)
-        measured = self._measure_overlap(held)
-        # What has just come may be about to run another program: no verdict before it has stayed.
-        return max(before, min(measured, self._ceiling)) if has_news else measured
+        if not self._is_due(held):
+            return self._shared.memory(held)
+        before, has_new = self._shared.memory(held), self._shared.has_new_processes(held)
+        measured = self._measure(held)
+        # A new process may be about to run another program: no breach before it has stayed.
+        return max(before, min(measured, self._ceiling)) if has_new else measured
 
     def glance(self) -> float | None:
-        """Return the memory of the processes known so far, None when only a reading can tell."""
-        if not self._births.is_reliable or self._births.pending():
+        """Return the memory of the known processes, None if only a reading can tell."""
+        if not self._creation.is_reliable or self._creation.pending():
             return None
         held = self._held()
-        if len(held.sizes) < len(self._members) or self._is_overlap_due(held):
+        if len(held.sizes) < len(self._members) or self._is_due(held):
             return None
-        return self._overlap.memory(held)
+        return self._shared.memory(held)
 
     def at_most(self) -> float:
-        """Return the most that the processes known so far can hold, at the least possible cost."""
-        return self._overlap.at_most(self._held())
+        """Return an upper bound of the known processes' memory, at the least possible cost."""
+        return self._shared.at_most(self._held())
 
     def age(self) -> float:
         """Return the seconds since the root was created, to a clock tick."""
@@ -191,10 +197,10 @@ class LinuxProcessTree:
             self._reaper.close()
         self._members.clear()
         self._foreign.clear()
-        self._births.close()
+        self._creation.close()
 
-    def _grow(self, without: Collection[int]) -> bool:
-        """Take in new descendants, but for subtrees that belong to others; tell of any."""
+    def _find_new(self, without: Collection[int]) -> bool:
+        """Add new descendants, except subtrees of others; return whether there are any."""
         known = len(self._members)
         begun, moment = time.perf_counter(), since_boot()
         queue = [*self._members.values(), *self._reapers()]
@@ -210,7 +216,7 @@ class LinuxProcessTree:
                     child.knows_peak = child.started >= self._opened
                     self._members[pid] = child
                     queue.append(child)
-        self._births.walked(time.perf_counter() - begun)
+        self._creation.record_walk(time.perf_counter() - begun)
         return len(self._members) > known
 
     def _reapers(self) -> tuple[LinuxProcess, ...]:
@@ -225,8 +231,8 @@ class LinuxProcessTree:
                 self._foreign[pid] = self._members.pop(pid)
 
     def _read_times(self) -> None:
-        """Refresh the CPU times and let go of the dead."""
-        now: dict[object, Times] = {}
+        """Update the CPU times and drop the dead."""
+        now: dict[object, CpuTimes] = {}
         for processes, foreign in ((self._members, False), (self._foreign, True)):
             for pid, process in list(processes.items()):
                 try:
@@ -234,11 +240,11 @@ class LinuxProcessTree:
                 except OSError:
                     processes.pop(pid).close()
                 else:
-                    now[process] = Times(own, reaped, process.parent or self._reaper, foreign)
+                    now[process] = CpuTimes(own, reaped, process.parent or self._reaper, foreign)
         for reaper in self._reapers():
-            # What it uses itself is not the tree's; what its children had used is.
+            # Its own time is not the tree's, its children's is.
             with contextlib.suppress(OSError):
-                now[reaper] = Times(0.0, reaper.times()[1])
+                now[reaper] = CpuTimes(0.0, reaper.times()[1])
         self._time.update(now)
 
     def _held(self) -> TreeMemory:
@@ -247,50 +253,51 @@ class LinuxProcessTree:
             with contextlib.suppress(OSError):
                 size, parent = process.memory(), process.parent
                 if size and parent is not None and process.statm == parent.statm:
-                    # Made by vfork, as by `subprocess`: it runs in its parent's memory, which is
-                    # not twice there, until it calls exec.
+                    # Made by vfork, as by `subprocess`: it runs in its parent's memory, which
+                    # counts once, until it calls exec.
                     continue
                 sizes[pid] = size
                 shareable += process.shareable
         return TreeMemory(sizes, shareable)
 
-    def _is_overlap_due(self, held: TreeMemory) -> bool:
-        return self._overlap.is_due(held, self._ceiling, time.perf_counter(), self._faulted)
+    def _is_due(self, held: TreeMemory) -> bool:
+        return self._shared.is_due(held, self._ceiling, time.perf_counter(), self._faulted)
 
     def _faulted(self) -> int:
         total = 0
         for process in self._members.values():
             with contextlib.suppress(OSError):
-                total += process.faulted()
+                total += process.faults() * PAGE
         return total
 
-    def _measure_overlap(self, held: TreeMemory) -> float:
+    def _measure(self, held: TreeMemory) -> float:
         # In CPU time: on a busy host it takes longer without costing any more.
         begun, faulted = time.thread_time(), self._faulted()
-        shares = {}
+        memories = {}
         for pid in held.sizes:
             with contextlib.suppress(OSError):
-                shares[pid] = self._members[pid].share()
-        lent = self._measure_lent(shares)
+                memories[pid] = self._members[pid].proportional_memory()
+        inherited = self._measure_inherited(memories)
         cost, now = time.thread_time() - begun, time.perf_counter()
-        self._overlap.take(shares, faulted=faulted, cost=cost, now=now, lent=lent)
-        return max(0, together(shares.values()) - lent)
+        return self._shared.update(
+            memories, faulted=faulted, cost=cost, now=now, not_counted=inherited
+        )
 
-    def _measure_lent(self, shares: Mapping[int, ProcessMemory]) -> int:
-        """Return what is not to count of the memory that the tree was forked with."""
-        root = shares.get(self._root.pid)
+    def _measure_inherited(self, memories: Mapping[int, ProcessMemory]) -> int:
+        """Return the bytes that don't count of the memory that the tree was forked with."""
+        root = memories.get(self._root.pid)
         if self._reaper is None or root is None:
             return 0
         try:
-            lender = root if len(shares) == 1 else self._reaper.share()
+            supervisor = root if len(memories) == 1 else self._reaper.proportional_memory()
         except OSError:
             return 0
-        lent = find_inherited(shares.values(), root, lender)
-        if self._lends:
-            return round(lent.part())
-        # A trial is not to be over its limit because its neighbours have ended.
-        self._outsiders = max(self._outsiders, lent.holders - lent.members)
-        return round(max(0.0, lent.part() - lent.part(self._outsiders)))
+        pages = find_inherited(memories.values(), root, supervisor)
+        if self._forked_from_study:
+            return round(pages.part())
+        # A trial must not reach its limit because its neighbours have ended.
+        self._outsiders = max(self._outsiders, pages.holders - pages.members)
+        return round(max(0.0, pages.part() - pages.part(self._outsiders)))
 
     def _read_peaks(self) -> None:
         huge = read_huge_pages()
@@ -298,13 +305,13 @@ class LinuxProcessTree:
             if process.knows_peak:
                 with contextlib.suppress(OSError):
                     found = process.unseen_peak(huge)
-                    # Whether its sharing began since is not known: no more than it surely held.
-                    own = 0 if found is None else found - self._overlap.known
+                    # It may have begun to share pages since then: only what it surely held counts.
+                    own = 0 if found is None else found - self._shared.excess
                     self._peak = max(self._peak or 0, own)
 
 
 def _open_child(pid: int, parent: LinuxProcess, listed: float) -> LinuxProcess | None:
-    """Return a process that was listed, None when it is gone or its number is another's by now."""
+    """Return a process that was listed, None if it is gone or its pid was reused."""
     try:
         child = LinuxProcess(pid, parent)
     except (ProcessLookupError, PermissionError):
@@ -314,7 +321,7 @@ def _open_child(pid: int, parent: LinuxProcess, listed: float) -> LinuxProcess |
             "proc", f"A process of a trial can't be opened in /proc and is left out: {error}."
         )
         return None
-    # Dates are in ticks, rounded down: one created after the listing is not the one listed.
+    # Ticks are rounded down: a process created after the listing is not the one listed.
     if child.started > listed:
         child.close()
         return None

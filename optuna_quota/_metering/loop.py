@@ -67,7 +67,7 @@ class TrialMonitor(TrialState):
         return self._loop.paused - self._paused_before
 
     def usage(self) -> Usage:
-        """Return the usage so far as last measured."""
+        """Return the usage as last measured."""
         return self.usage_after(self.elapsed)
 
     def sample(self, *, fully: bool = False) -> Usage:
@@ -128,8 +128,7 @@ class TrialMonitor(TrialState):
         What was measured so far, except time, belongs to this process and is discarded.
 
         Args:
-            pid: The root; a child that its parent has not waited for yet, so that its number is
-                not reused.
+            pid: The root; a child that was not waited for yet, so that its pid is not reused.
             reaper: The process that inherits the tree's orphans, if it has no other children.
             outsiders: At least how many processes outside of the tree share the memory that it
                 was forked with.
@@ -193,9 +192,8 @@ class TrialMonitor(TrialState):
         """Measure a last time and end the metering; idempotent."""
         loop = self._loop
         with loop.lock:
-            is_open, ended = not self.closed, loop.now()
-            if is_open:
-                loop.trees.read(self, ended)
+            ended = loop.now()
+            loop.trees.read(self, ended)
             meters = loop.meters_of(self)
         loop.read_meters(meters, timeout=_METER_TIMEOUT)
         with loop.lock:
@@ -215,9 +213,6 @@ def open_meters(monitor: TrialState) -> Sequence[TrialMeter]:
         lambda: monitor.used.by_resource().get("cpu_time"), is_limited="energy" in limited
     )
     return (GpuMeter(limited, monitor.environment), energy)
-
-
-OpenMeters = Callable[[TrialState], Sequence[TrialMeter]]
 
 
 class MeteringLoop:
@@ -244,7 +239,7 @@ class MeteringLoop:
         *,
         clock: Callable[[], float] | None = None,
         open_tree: OpenTree = open_tree,
-        open_meters: OpenMeters = open_meters,
+        open_meters: Callable[[TrialState], Sequence[TrialMeter]] = open_meters,
         period: float | None = None,
         threaded: bool = True,
     ) -> None:
@@ -339,7 +334,7 @@ class MeteringLoop:
             for monitor in self._monitors.values():
                 monitor.check_breach(now)
                 if monitor.breach is not None:
-                    self._relax(monitor, now)
+                    self.trees.relax(monitor, now)
                     callbacks += monitor.take_callbacks()
                 elif monitor.extension and (request := monitor.extension.take_request()):
                     callbacks.append(request)
@@ -348,13 +343,6 @@ class MeteringLoop:
         with self.lock:
             self._others_due = min(self._others_due, self._next_due_of_others())
             return self._seconds_to_next()
-
-    def _relax(self, monitor: TrialMonitor, now: float) -> None:
-        """Sample a trial with a breach no more often than others."""
-        tree = self.trees.of(monitor)
-        if tree is not None:
-            tree.update_thresholds()
-            tree.schedule(now)
 
     def _seconds_to_next(self) -> float | None:
         due = self._others_due

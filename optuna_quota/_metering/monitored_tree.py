@@ -285,6 +285,13 @@ class MonitoredTrees:
             tree.read(now, self.excluded(tree), thorough=True)
             tree.schedule(now)
 
+    def relax(self, trial: TrialState, now: float) -> None:
+        """Sample a trial with a breach no more often than others."""
+        tree = self.of(trial)
+        if tree is not None:
+            tree.update_thresholds()
+            tree.schedule(now)
+
     def add(
         self, trial: TrialState, pid: int | None, now: float, reader: ProcessTree | None = None
     ) -> None:

@@ -1,7 +1,7 @@
-"""NVIDIA's management library: the only door to pynvml.
+"""NVIDIA's management library: the only module that uses pynvml.
 
-Everything that pynvml raises leaves here as :class:`GpuError`, which says in words what is the
-matter and whether it is for good.
+Everything that pynvml raises becomes a :class:`GpuError`, which has a reason in words and says
+whether it is permanent.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 
 
 class GpuError(Exception):
-    """Something that NVML does not tell.
+    """A query that NVML does not answer.
 
     Attributes:
-        reason: Why, for a person, as the end of a sentence.
-        final: True when nothing can be asked any more: of the device where it is ``lost``, else
-            of NVML.
-        nothing: True when the answer is that there is nothing to tell at this moment.
-        lost: True when it is this device alone that is lost.
+        reason: Why, as the end of a sentence.
+        final: Whether no more queries are possible: of the device if it is ``lost``, else of
+            NVML.
+        nothing: Whether there is just no data at this moment.
+        lost: Whether this device alone is lost.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class GpuError(Exception):
 
 @dataclass(frozen=True)
 class GpuSample:
-    """What a process kept a device busy with in one sampling period of the driver.
+    """How busy a process kept a device in one sampling period of the driver.
 
     Attributes:
         pid: The process.
@@ -51,7 +51,7 @@ class GpuSample:
     busy: float
 
 
-# Codes after which nothing more is to be had, see nvmlReturn_t in NVIDIA's nvml.h.
+# Codes after which no query succeeds, see nvmlReturn_t in NVIDIA's nvml.h.
 _FINAL = {
     "NVML_ERROR_UNINITIALIZED": "NVML was shut down",
     "NVML_ERROR_DRIVER_NOT_LOADED": "the NVIDIA driver is not loaded",
@@ -60,7 +60,7 @@ _FINAL = {
     "NVML_ERROR_UNKNOWN": "the NVIDIA driver failed",
     "NVML_ERROR_OPERATING_SYSTEM": "the NVIDIA driver was blocked by the operating system",
 }
-# Codes after which one device tells nothing more, and the others do.
+# Codes after which queries of one device fail, and those of others succeed.
 _LOST = {
     "NVML_ERROR_GPU_IS_LOST": "a GPU is lost to the driver",
     "NVML_ERROR_RESET_REQUIRED": "a GPU must be reset",
@@ -81,7 +81,7 @@ class NvmlDevice:
     Args:
         pynvml: The module.
         handle: NVML's handle.
-        index: Its number in NVML's order, the parent's for a MIG instance.
+        index: Its index in NVML's order, the parent's for a MIG instance.
         is_instance: Whether it is a MIG instance.
     """
 
@@ -96,7 +96,7 @@ class NvmlDevice:
 
     @functools.cached_property
     def identity(self) -> str:
-        """The UUID, or a number of its own where the driver does not tell it."""
+        """The UUID, or an index of its own if the driver does not report it."""
         try:
             return self.uuid()
         except GpuError:
@@ -104,26 +104,26 @@ class NvmlDevice:
 
     def name(self) -> str:
         """Return the model."""
-        return str(self._ask("nvmlDeviceGetName"))
+        return str(self._call("nvmlDeviceGetName"))
 
     def uuid(self) -> str:
         """Return the identifier that CUDA_VISIBLE_DEVICES takes."""
-        return str(self._ask("nvmlDeviceGetUUID"))
+        return str(self._call("nvmlDeviceGetUUID"))
 
     def processes(self) -> dict[int, int | None]:
-        """Return the bytes that each compute process holds, None where the driver hides them."""
-        found = self._ask("nvmlDeviceGetComputeRunningProcesses")
+        """Return the bytes that each compute process holds, None if the driver hides them."""
+        found = self._call("nvmlDeviceGetComputeRunningProcesses")
         return {int(p.pid): _amount(p.usedGpuMemory) for p in found}
 
     def memory(self) -> tuple[int, int]:
-        """Return the bytes in use by anyone, and in total."""
-        info = self._ask("nvmlDeviceGetMemoryInfo")
+        """Return the bytes in use by any process, and in total."""
+        info = self._call("nvmlDeviceGetMemoryInfo")
         return int(info.used), int(info.total)
 
     def samples(self, since: float) -> list[GpuSample]:
         """Return the utilization by process sampled since a moment, in seconds since 1970."""
         try:
-            found = self._ask("nvmlDeviceGetProcessUtilization", int(since * 1e6))
+            found = self._call("nvmlDeviceGetProcessUtilization", int(since * 1e6))
         except GpuError as error:
             if error.nothing:
                 return []
@@ -132,21 +132,21 @@ class NvmlDevice:
 
     def utilization(self) -> float:
         """Return the share of the driver's last sampling period in which a kernel ran, 0 to 1."""
-        return min(int(self._ask("nvmlDeviceGetUtilizationRates").gpu), 100) / 100
+        return min(int(self._call("nvmlDeviceGetUtilizationRates").gpu), 100) / 100
 
     def bus(self) -> tuple[int, int, int]:
-        """Return its place on the PCI bus, by which CUDA may count."""
-        place = self._ask("nvmlDeviceGetPciInfo")
+        """Return its domain, bus and device on the PCI bus."""
+        place = self._call("nvmlDeviceGetPciInfo")
         return int(place.domain), int(place.bus), int(place.device)
 
     def joules(self) -> float:
         """Return the energy that the device has used since the driver was loaded."""
-        return int(self._ask("nvmlDeviceGetTotalEnergyConsumption")) / 1e3
+        return int(self._call("nvmlDeviceGetTotalEnergyConsumption")) / 1e3
 
     def is_partitioned(self) -> bool:
-        """Return whether the device is cut into MIG instances."""
+        """Return whether the device is partitioned into MIG instances."""
         try:
-            current, _ = self._ask("nvmlDeviceGetMigMode")
+            current, _ = self._call("nvmlDeviceGetMigMode")
         except GpuError as error:
             if error.final:
                 raise
@@ -156,9 +156,9 @@ class NvmlDevice:
     def instances(self) -> list[NvmlDevice]:
         """Return the MIG instances."""
         found = []
-        for i in range(int(self._ask("nvmlDeviceGetMaxMigDeviceCount"))):
+        for i in range(int(self._call("nvmlDeviceGetMaxMigDeviceCount"))):
             try:
-                handle = self._ask("nvmlDeviceGetMigDeviceHandleByIndex", i)
+                handle = self._call("nvmlDeviceGetMigDeviceHandleByIndex", i)
             except GpuError as error:
                 if not error.nothing:
                     raise
@@ -166,17 +166,17 @@ class NvmlDevice:
                 found.append(NvmlDevice(self._pynvml, handle, self.index, is_instance=True))
         return found
 
-    def _ask(self, function: str, *arguments: Any) -> Any:
-        return _ask(self._pynvml, function, self._handle, *arguments)
+    def _call(self, function: str, *arguments: Any) -> Any:
+        return _call(self._pynvml, function, self._handle, *arguments)
 
 
 @functools.lru_cache(maxsize=1)
 def open_devices() -> tuple[Sequence[NvmlDevice], str | None]:
-    """Return all devices, none with the reason where NVML can't be used.
+    """Return all devices, or none and the reason if NVML can't be used.
 
-    Both the devices and the failure are kept: failing costs 0.2 ms with a library that is missing
-    and more with a driver that is broken. The failure is kept as text: an exception that is kept
-    keeps, by its traceback, what the frames that it passed through held, a user's model too.
+    A failure is cached as well, since it costs 0.2 ms with a missing library and more with a
+    broken driver; as text, because the traceback of a cached exception would keep alive what the
+    frames that it passed through held, a user's model too.
     """
     try:
         return _open_devices(), None
@@ -187,7 +187,7 @@ def open_devices() -> tuple[Sequence[NvmlDevice], str | None]:
 def _open_devices() -> list[NvmlDevice]:
     if sys.platform.startswith("linux"):
         try:
-            # Importing pynvml costs far more than finding out that it would be for nothing.
+            # Importing pynvml takes far longer than checking for a driver.
             ctypes.CDLL("libnvidia-ml.so.1")
         except OSError as error:
             raise GpuError("no NVIDIA driver was found", final=True) from error
@@ -195,8 +195,8 @@ def _open_devices() -> list[NvmlDevice]:
         import pynvml
     except ImportError as error:
         raise GpuError("the package nvidia-ml-py is not installed", final=True) from error
-    _ask(pynvml, "nvmlInitWithFlags", 0)
-    count = int(_ask(pynvml, "nvmlDeviceGetCount"))
+    _call(pynvml, "nvmlInitWithFlags", 0)
+    count = int(_call(pynvml, "nvmlDeviceGetCount"))
     if count == 0:
         raise GpuError("the NVIDIA driver found no GPU", final=True)
     devices = [device for i in range(count) if (device := _open_device(pynvml, i)) is not None]
@@ -207,7 +207,7 @@ def _open_devices() -> list[NvmlDevice]:
 
 def _open_device(pynvml: Any, index: int) -> NvmlDevice | None:
     try:
-        return NvmlDevice(pynvml, _ask(pynvml, "nvmlDeviceGetHandleByIndex", index), index)
+        return NvmlDevice(pynvml, _call(pynvml, "nvmlDeviceGetHandleByIndex", index), index)
     except GpuError as error:
         if error.lost:
             return None
@@ -215,15 +215,15 @@ def _open_device(pynvml: Any, index: int) -> NvmlDevice | None:
 
 
 def _by_bus(devices: list[NvmlDevice]) -> list[NvmlDevice]:
-    """Return devices in the order of their PCI bus; in NVML's, mostly the same, where untold."""
+    """Return devices in the order of their PCI bus; if unknown in NVML's, mostly the same."""
     try:
         return sorted(devices, key=NvmlDevice.bus)
     except GpuError:
         return devices
 
 
-def _ask(pynvml: Any, function: str, *arguments: Any) -> Any:
-    """Call a function of pynvml; whatever it raises comes out as a GpuError."""
+def _call(pynvml: Any, function: str, *arguments: Any) -> Any:
+    """Call a function of pynvml; everything that it raises becomes a GpuError."""
     try:
         return getattr(pynvml, function)(*arguments)
     except pynvml.NVMLError as error:
@@ -255,10 +255,10 @@ def _amount(value: Any) -> int | None:
 
 
 def driver_is_present() -> bool:
-    """Return whether this system has an NVIDIA driver's files, so that its absence is odd."""
+    """Return whether this system has an NVIDIA driver's files."""
     return any(map(os.path.exists, ("/dev/nvidiactl", "/proc/driver/nvidia/version")))
 
 
 def forget_devices() -> None:
-    """Let NVML be asked anew; after a fork, and for tests."""
+    """Discard the cached devices; after a fork, and for tests."""
     open_devices.cache_clear()

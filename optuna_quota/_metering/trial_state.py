@@ -24,6 +24,7 @@ from optuna_quota._resources import Limits
 from optuna_quota._resources import Outcome
 from optuna_quota._resources import RESOURCES
 from optuna_quota._resources import Usage
+from optuna_quota._resources import usage_from_amounts
 from optuna_quota._resources import USAGE_RESOURCES
 
 
@@ -145,7 +146,7 @@ class TrialState:
         supervised: The memory limit that the trial's supervisor process enforces, in bytes.
         prices: Price per hour by resource, where there is a quota on ``cost``.
         used: What was measured.
-        timeline: Its memory over time.
+        extension: Its requests for more of the quotas, where it makes any.
     """
 
     def __init__(
@@ -217,9 +218,7 @@ class TrialState:
         if self._unseen_peak is not None and "memory" in amounts:
             amounts["memory"] = max(amounts["memory"], self._unseen_peak)
         amounts["wall_time"] = max(elapsed, amounts.get("wall_time", 0.0))
-        known = {n: v for n, v in amounts.items() if n in USAGE_RESOURCES}
-        custom = {n: v for n, v in amounts.items() if n not in USAGE_RESOURCES}
-        return Usage(**known, custom=custom)
+        return usage_from_amounts(amounts)
 
     def ceiling(self, resource: str) -> float | None:
         """Return the ceiling on a resource, None without one."""

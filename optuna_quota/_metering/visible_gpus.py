@@ -1,4 +1,4 @@
-"""Which GPUs a process may use: pure, from CUDA's environment variables."""
+"""Which GPUs a process may use, by CUDA's environment variables; MIG instances count as GPUs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from optuna_quota._metering.nvml import NvmlDevice
 
 @dataclass(frozen=True)
 class GpuIdentity:
-    """What CUDA's variables may call a GPU.
+    """How CUDA's variables may name a GPU.
 
     Attributes:
-        uuid: Such as ``"GPU-5a1b..."``, empty when unknown.
-        model: Its name.
-        instances: The UUIDs of the MIG instances that it is cut into, ``"MIG-..."``, an empty one
-            where it is unknown; None when it is whole.
+        uuid: Such as ``"GPU-5a1b..."``, empty if unknown.
+        model: The name of its model.
+        instances: The UUIDs of its MIG instances, ``"MIG-..."``, empty if unknown; None if it is
+            not partitioned.
     """
 
     uuid: str
@@ -34,13 +34,12 @@ class GpuIdentity:
 
 @dataclass(frozen=True)
 class Visible:
-    """What CUDA shows to a process.
+    """The positions of the GPUs that CUDA shows to a process.
 
     Attributes:
-        parts: GPUs by position, each with the position of a MIG instance or None for the whole
-            GPU, which stands for all of its instances; all that may be meant where ``unresolved``.
-        unresolved: The entries of ``CUDA_VISIBLE_DEVICES`` when it can't be known which GPUs they
-            name.
+        parts: GPUs by position, each with the position of a MIG instance, or None for the whole
+            GPU with all of its instances; all possible ones if ``unresolved``.
+        unresolved: The entries of ``CUDA_VISIBLE_DEVICES`` if it is unknown which GPUs they name.
     """
 
     parts: tuple[tuple[int, int | None], ...]
@@ -48,11 +47,11 @@ class Visible:
 
 
 def visible_devices(gpus: Sequence[GpuIdentity], environment: Mapping[str, str]) -> Visible:
-    """Return the GPUs that CUDA shows under these environment variables.
+    """Return the GPUs that CUDA shows under these environment variables (pure).
 
-    As CUDA does, the list ends at the first entry that names nothing. By number, CUDA counts the
-    fastest GPU first unless ``CUDA_DEVICE_ORDER=PCI_BUS_ID``: where the models differ, only a list
-    that names all of them is known to mean these.
+    As in CUDA, the list ends at the first entry that names nothing. Unless
+    ``CUDA_DEVICE_ORDER=PCI_BUS_ID``, CUDA numbers the fastest GPU first: with different models,
+    numbers are ambiguous unless they name all GPUs.
 
     Args:
         gpus: All GPUs, in the order of their PCI bus.
@@ -69,7 +68,7 @@ def visible_devices(gpus: Sequence[GpuIdentity], environment: Mapping[str, str])
     entries: dict[str, None] = {}
     is_known = True
     for entry in (text.strip() for text in wanted.split(",")):
-        part = _named_by(entry, gpus)
+        part = _find(entry, gpus)
         if part is None and not _may_be_an_instance(entry, gpus):
             break
         entries[entry] = None
@@ -81,8 +80,8 @@ def visible_devices(gpus: Sequence[GpuIdentity], environment: Mapping[str, str])
     return Visible(everything, tuple(entries))
 
 
-def _named_by(entry: str, gpus: Sequence[GpuIdentity]) -> tuple[int, int | None] | None:
-    """Return what an entry names when GPUs are counted by their PCI bus, None for nothing."""
+def _find(entry: str, gpus: Sequence[GpuIdentity]) -> tuple[int, int | None] | None:
+    """Return what an entry names, by GPUs in the order of their PCI bus; None for nothing."""
     if _is_number(entry):
         return (int(entry), None) if int(entry) < len(gpus) else None
     found: list[tuple[int, int | None]] = []
@@ -111,12 +110,11 @@ _GPU_FILES = ("/dev/nvidia", "/dev/dxg")
 
 @dataclass(frozen=True)
 class VisibleGpus:
-    """What CUDA shows to a process.
+    """The GPUs that CUDA shows to a process.
 
     Attributes:
-        devices: The GPUs and MIG instances; all that may be meant where ``unresolved``.
-        unresolved: The entries of ``CUDA_VISIBLE_DEVICES`` when it can't be known which GPUs they
-            name.
+        devices: The GPUs and MIG instances; all possible ones if ``unresolved``.
+        unresolved: The entries of ``CUDA_VISIBLE_DEVICES`` if it is unknown which GPUs they name.
     """
 
     devices: tuple[NvmlDevice, ...]
@@ -136,7 +134,7 @@ def visible_gpus(environment: Mapping[str, str]) -> VisibleGpus:
 def device_memory(environment: Mapping[str, str]) -> float | None:
     """Return the memory of each GPU or MIG instance that CUDA shows, in bytes.
 
-    The smallest where they differ; None when unknown, also when it can't be known which are meant.
+    The smallest if they differ; None if unknown, or if it is unknown which are meant.
     """
     try:
         shown = visible_gpus(environment)
@@ -147,7 +145,7 @@ def device_memory(environment: Mapping[str, str]) -> float | None:
 
 
 def has_gpu_open(pids: Iterable[int]) -> bool | None:
-    """Return whether any of these processes has a GPU open; None when that can't be known."""
+    """Return whether any of these processes has a GPU open; None if unknown."""
     if not any(map(os.path.exists, _DRIVER_FILES)):
         return None
     try:
@@ -165,7 +163,7 @@ def _has_gpu_open(pid: int) -> bool:
 
 
 def forget_visible() -> None:
-    """Let the driver be asked anew."""
+    """Discard the cached GPUs."""
     _visible_gpus.cache_clear()
     _inventory.cache_clear()
 
@@ -191,7 +189,7 @@ def _visible_gpus(visible: str | None, order: str | None) -> VisibleGpus:
 
 @dataclass(frozen=True)
 class _Gpu:
-    """One GPU: what it is called, and what is measured of it."""
+    """One GPU: its names, and its devices: itself or its MIG instances."""
 
     names: GpuIdentity
     parts: Sequence[NvmlDevice]
@@ -202,26 +200,26 @@ def _inventory() -> Sequence[_Gpu]:
     devices, failure = nvml.open_devices()
     if failure is not None:
         raise GpuError(failure, final=True)
-    return [_look_at(device) for device in devices]
+    return [_inspect(device) for device in devices]
 
 
-def _look_at(device: NvmlDevice) -> _Gpu:
-    uuid, model = _ask(device.uuid, ""), _ask(device.name, "")
-    if not _ask(device.is_partitioned, False):
+def _inspect(device: NvmlDevice) -> _Gpu:
+    uuid, model = _get(device.uuid, ""), _get(device.name, "")
+    if not _get(device.is_partitioned, False):
         return _Gpu(GpuIdentity(uuid, model), [device])
-    instances = _ask(device.instances, None)
+    instances = _get(device.instances, None)
     if instances is None:
-        # They can't be reached: what the device itself tells is all there is.
+        # They can't be opened: what the device itself reports is all there is.
         device.is_instance = True
         return _Gpu(GpuIdentity(uuid, model, ("",)), [device])
-    uuids = [_ask(instance.uuid, "") for instance in instances]
+    uuids = [_get(instance.uuid, "") for instance in instances]
     return _Gpu(GpuIdentity(uuid, model, uuids), instances)
 
 
-def _ask(question: Callable[[], Answer], otherwise: Answer) -> Answer:
+def _get(read: Callable[[], Answer], default: Answer) -> Answer:
     try:
-        return question()
+        return read()
     except GpuError as error:
         if error.final and not error.lost:
             raise
-        return otherwise
+        return default

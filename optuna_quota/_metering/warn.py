@@ -1,4 +1,4 @@
-"""Says what is not measured, once a process."""
+"""Warnings about what is not measured, once a process."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import logging
 
 
 _logger = logging.getLogger("optuna.quota.metering")
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
 def warn_once(subject: str, message: str, *, level: int = logging.WARNING) -> None:
     """Log a message unless one on the same subject was logged before at this level or above.
 
     Args:
-        subject: What the message is about; later ones on it are left out.
-        message: One or more sentences for a person.
-        level: INFO where nobody asked for what is missing.
+        subject: What the message is about; later messages about it are dropped.
+        message: One or more sentences.
+        level: INFO if no limit or quota needs what is missing.
     """
     keys = {f"{at}:{subject}" for at in (logging.INFO, logging.WARNING) if at >= level}
-    if not keys & _said:
-        _said.add(f"{level}:{subject}")
+    if not keys & _logged:
+        _logged.add(f"{level}:{subject}")
         _logger.log(level, message)
 
 
 def forget_warnings() -> None:
     """Let every warning come once more; for tests."""
-    _said.clear()
+    _logged.clear()

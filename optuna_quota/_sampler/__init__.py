@@ -1,1 +1,1 @@
-"""QuotaSampler: admits trials, starts and settles their metering, around any sampler."""
+"""QuotaSampler: any sampler inside a quota."""

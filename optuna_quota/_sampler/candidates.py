@@ -106,12 +106,8 @@ class _Request:
 class CandidateFilter:
     """Filters the points of one study in this process.
 
-    Args:
-        base_sampler: Draws the points.
-        options: How they are admitted.
-
     Attributes:
-        footprint: What trials are expected to use.
+        footprint: What its trials are expected to use.
     """
 
     def __init__(self, base_sampler: BaseSampler, options: AdmissionOptions) -> None:
@@ -131,14 +127,7 @@ class CandidateFilter:
     def begin(
         self, study: Study, trial: FrozenTrial, limits: Limits, trials: Sequence[FrozenTrial]
     ) -> None:
-        """Start a trial; one that was enqueued with all its parameters is judged here.
-
-        Args:
-            study: The study.
-            trial: The trial.
-            limits: Its limits.
-            trials: All trials of the study by number.
-        """
+        """Start a trial; one that was enqueued with all its parameters is judged here."""
         forecast = self.footprint.forecast(trials, limits)
         enqueued = _optuna.fixed_params_of(trial)
         # A PartialFixedSampler may stand inside of ours or around it.
@@ -166,12 +155,7 @@ class CandidateFilter:
                 )
 
     def bounds_at(self, trial: FrozenTrial, drawn: Mapping[str, Any]) -> dict[str, float]:
-        """Return upper bounds of a trial's usage by its point, empty until it has one.
-
-        Args:
-            trial: The trial.
-            drawn: The parameters that were drawn last.
-        """
+        """Return upper bounds of a trial's usage at its point, empty until it is complete."""
         state = self._state(trial)
         point = {**state.drawn, **trial.params, **drawn, **state.fixed}
         return self.footprint.bounds_at(state.forecast, point)
@@ -257,12 +241,7 @@ class CandidateFilter:
     def finish(
         self, trial: FrozenTrial, *, completed: bool
     ) -> tuple[dict[str, Interval], dict[str, float]]:
-        """Forget a trial and return its projected usage, and the medians if it was rejected.
-
-        Args:
-            trial: Its row, with its parameters.
-            completed: Whether it completed, so that no parameter is missing.
-        """
+        """Forget a trial and return its projected usage, and the medians if it was rejected."""
         state = self._trials.pop(_optuna.trial_id_of(trial), None)
         if state is None or state.forecast.expected is None:
             return {}, {}

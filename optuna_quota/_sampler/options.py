@@ -53,22 +53,14 @@ class AdmissionOptions:
 
 
 def check_types(**given: tuple[Any, type]) -> None:
-    """Raise TypeError for an option that is neither None nor of its type.
-
-    Args:
-        given: Value and type by the option's name.
-    """
+    """Raise TypeError for an option that is neither None nor of its type."""
     for name, (value, kind) in given.items():
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"`{name}` must be a {kind.__name__} or None but got {value!r}.")
 
 
 def check_choices(**given: tuple[Any, Any]) -> None:
-    """Raise ValueError for an option that is not among its choices.
-
-    Args:
-        given: Value and ``Literal`` by the option's name.
-    """
+    """Raise ValueError for an option that is not among the choices of its ``Literal``."""
     for name, (value, literal) in given.items():
         choices = get_args(literal)
         if value not in choices:

@@ -13,7 +13,7 @@ from optuna.exceptions import TrialPruned
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.active_trials import find_watch
+from optuna_quota._enforcement.active_trials import find_monitor
 from optuna_quota._enforcement.trial_result import save_record
 from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
@@ -68,7 +68,7 @@ def finish_row(study: Study, trial: FrozenTrial, error: BaseException, *, admitt
         error: What the hook raised; the caller raises it again.
         admitted: Whether the trial had been admitted, so that its usage counts.
     """
-    watch = find_watch(study, trial)
+    watch = find_monitor(study, trial)
     usage = None if watch is None else watch.close()
     outcome: Outcome = "rejected" if isinstance(error, _REJECTIONS) else "failed"
     reason = str(error) if outcome == "rejected" else f"The trial failed to start: {error!r}."
@@ -97,9 +97,7 @@ def finish_row(study: Study, trial: FrozenTrial, error: BaseException, *, admitt
 def clear_copied_attributes(study: Study, trial: FrozenTrial) -> None:
     """Clear attributes copied from a failed trial by Optuna's retry callback.
 
-    Args:
-        study: The study.
-        trial: The trial that begins; the object that Optuna keeps of it is updated too.
+    The object that Optuna keeps of the trial is updated too.
     """
     trial_id = _optuna.trial_id_of(trial)
     if parse_reservation(trial.system_attrs.get(RESERVATION), trial_id) is not None:

@@ -104,7 +104,7 @@ class QuotaSampler(BaseSampler):
             the time from ``ask`` to ``tell`` is measured then, since all else would be this
             process's own, and other usage stays unknown unless the trial's row reports it:
             ``trial.set_user_attr("quota:memory", peak_bytes)`` before ``tell``. Isolated trials
-            are measured all the same.
+            are measured as well.
         lease: Seconds, or text with its unit, without a sign of life after which a worker on
             another machine is considered dead and its trial failed. Workers on the same machine
             are known by their processes.
@@ -114,7 +114,7 @@ class QuotaSampler(BaseSampler):
             ``"nearest"`` the nearest point that breaches with at most half of that probability,
             ``"skip"`` none, the trial ends as rejected; ``"auto"`` what suits the base sampler:
             the nearest point for TPE, NSGA-II, NSGA-III and GP. Grids are always skipped.
-        audits: Share of these points that is run all the same under the hard limit, so that a
+        audits: Share of these points that is run under the hard limit nevertheless, so that a
             wrong veto is found; 5% by default where trials are isolated, else none.
         on_projected: What is done once the quota is likely to run out before the end of the
             ``strategy``, beside one warning: ``"continue"`` until it is used up, ``"stop"`` now,
@@ -223,13 +223,12 @@ class QuotaSampler(BaseSampler):
         """Return whether another worker has taken an enqueued trial first."""
         if not _optuna.may_be_enqueued(trial):
             return False
-        session = self._session(study, limits_in_force(study, self.limits))
-        return not session.ledger.take_enqueued(trial)
+        return not self._session(study).ledger.take_enqueued(trial)
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
         wrap_nesting_pruner(whole)
+        session = self._session(whole)
         limits = limits_in_force(whole, self.limits)
-        session = self._session(whole, limits)
         if not session.decided:
             session.decided = self._projection.admit(limits, whole)
         fixed = _optuna.fixed_params_of(trial)
@@ -249,7 +248,7 @@ class QuotaSampler(BaseSampler):
         if self.on_crowded == "smaller":
             ceilings = ceilings.tightened(session.ledger.room(trial))
         session.candidates.begin(whole, trial, ceilings, session.ledger.trials)
-        # Last: what was learned and loaded until here is none of the trial's usage.
+        # Last, so that learning and imports do not count as the trial's usage.
         session.start(whole, trial, grant, limits, meters_in_force(whole, self.meters))
 
     def infer_relative_search_space(
@@ -258,14 +257,15 @@ class QuotaSampler(BaseSampler):
         """Infer as the base sampler does, with the parameters that are judged beside it."""
         with fail_unfinished_trial(study, trial):
             space = self.base_sampler.infer_relative_search_space(study, trial)
-            return self._session_of(study).candidates.relative_space(trial, space)
+            candidates = self._session(_optuna.unwrap_study(study)).candidates
+            return candidates.relative_space(trial, space)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Sample a point as the base sampler does, and replace it when it is not admitted."""
         with fail_unfinished_trial(study, trial):
-            session = self._session_of(study)
+            session = self._session(_optuna.unwrap_study(study))
             seen = self._with_equal_constraints(study, len(search_space))
             drawn = session.candidates.sample_relative(seen, trial, search_space)
             session.promise(trial, drawn)
@@ -280,7 +280,7 @@ class QuotaSampler(BaseSampler):
     ) -> Any:
         """Sample a parameter as the base sampler does, again when the point is not admitted."""
         with fail_unfinished_trial(study, trial):
-            session = self._session_of(study)
+            session = self._session(_optuna.unwrap_study(study))
             value = session.candidates.sample_independent(
                 study, trial, param_name, param_distribution
             )
@@ -296,7 +296,7 @@ class QuotaSampler(BaseSampler):
     ) -> None:
         """Settle a trial before its row is finished, and end the study with its quota."""
         whole = _optuna.unwrap_study(study)
-        session = self._session(whole, self.limits or Limits())
+        session = self._session(whole)
         if session.is_refused(trial):
             if state == TrialState.COMPLETE:
                 record_ignored_rejection(whole, trial)
@@ -331,8 +331,8 @@ class QuotaSampler(BaseSampler):
         Raises:
             ValueError: If there is no strategy, or nothing is known of what a trial uses.
         """
+        footprint = self._session(study).candidates.footprint
         limits = limits_in_force(study, self.limits)
-        footprint = self._session(study, limits).candidates.footprint
         return self._projection.project(study, footprint, limits)
 
     def _check_quota(self, session: StudySession, study: Study) -> None:
@@ -353,13 +353,13 @@ class QuotaSampler(BaseSampler):
         self, session: StudySession, study: Study, trial: FrozenTrial, state: TrialState
     ) -> None:
         """Settle a trial; its result is stored after this and must not be lost to any fault."""
-        error, told = _optuna.objective_error(), _optuna.find_tell_call()
+        error, tell_call = _optuna.objective_error(), _optuna.find_tell_call()
         try:
             # The base sampler may have written into the row.
             written = _optuna.may_write_constraints(self.base_sampler)
             row = read_row(study, trial) if written else trial
             limits = limits_in_force(study, self.limits)
-            session.finish_trial(study, row, state, limits, error, told)
+            session.finish_trial(study, row, state, limits, error, tell_call)
             session.end_when_exhausted(study)
         except Exception as fault:  # noqa: BLE001 - any backend's own
             _logger.warning(f"Trial {trial.number} could not be settled: {fault!r}.")
@@ -379,14 +379,11 @@ class QuotaSampler(BaseSampler):
 
         return cast("Study", _optuna.ConstrainedStudy(study, constrain))
 
-    def _session_of(self, study: Study) -> StudySession:
-        return self._session(_optuna.unwrap_study(study), self.limits or Limits())
-
-    def _session(self, study: Study, limits: Limits) -> StudySession:
+    def _session(self, study: Study) -> StudySession:
         with self._lock:
             session = self._sessions.find(study)
             if session is None:
-                store_study_settings(study, self.quota, limits)
+                store_study_settings(study, self.quota, limits_in_force(study, self.limits))
                 session = StudySession(
                     study,
                     self.quota,

@@ -60,9 +60,6 @@ class Forecast:
 class StudyFootprint:
     """The footprint of one study's trials, as this process knows it.
 
-    Args:
-        options: What the user stated, and how points are admitted.
-
     Attributes:
         learner: Learns from the study's trials.
         given: A usage or function that the user stated; None for neither.
@@ -82,15 +79,10 @@ class StudyFootprint:
         self._recent_bounds: tuple[BaseFootprint, dict[str, float]] | None = None
 
     def forecast(self, trials: Sequence[FrozenTrial], limits: Limits) -> Forecast:
-        """Return what is known after all trials of the study.
-
-        Args:
-            trials: By number.
-            limits: The limits of the trial that starts.
-        """
+        """Return what is known after all trials of the study, for one with these limits."""
         learned = self._learn(trials)
         expected = self.corrected(learned) or self.given or learned
-        # A constant usage does not tell points apart: the study's own trials have to.
+        # A constant usage is the same at all points: only trials show where a limit is breached.
         judge = learned if isinstance(self._options.footprint, Usage) else expected
         reliable = bool(
             self._calibrator or judge is self.given or self._earlier or self._has_enough()

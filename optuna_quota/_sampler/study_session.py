@@ -17,8 +17,8 @@ from weakref import WeakValueDictionary
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.active_trials import find_watch
-from optuna_quota._enforcement.active_trials import start_watch
+from optuna_quota._enforcement.active_trials import find_monitor
+from optuna_quota._enforcement.active_trials import start_monitor
 from optuna_quota._enforcement.constraints import constraints_warning
 from optuna_quota._enforcement.interrupt import Interrupter
 from optuna_quota._enforcement.nesting import quota_pruners
@@ -51,14 +51,8 @@ _logger = logging.getLogger("optuna.quota.sampler")
 class StudySession:
     """One study in this process.
 
-    Args:
-        study: The study.
-        quota: Its quota.
-        candidates: Filters its points.
-        lease: Seconds without a sign of life after which a worker on another machine is dead.
-        stops: Whether ``optimize`` ends without an error once a total quota is used up.
-        one_gpu: Whether each trial is given one GPU of this machine.
-        metering: Whether trials are measured in this process.
+    The options are those of :class:`~optuna_quota.QuotaSampler`; ``stops`` means that ``optimize``
+    ends without an error once a total quota is used up.
 
     Attributes:
         ledger: What the study has used and reserved, across workers.
@@ -106,7 +100,7 @@ class StudySession:
         """Start the metering of an admitted trial."""
         self._collect_garbage(limits)
         trial_id = _optuna.trial_id_of(trial)
-        watch = start_watch(
+        watch = start_monitor(
             study,
             trial,
             "sampler",
@@ -123,12 +117,7 @@ class StudySession:
                 self._interrupters[trial_id] = interrupter
 
     def promise(self, trial: FrozenTrial, drawn: Mapping[str, Any]) -> None:
-        """Reserve what a trial's point needs of the resources that trials hold together.
-
-        Args:
-            trial: The trial.
-            drawn: The parameters that were drawn last.
-        """
+        """Reserve what a trial's point needs of the resources that trials hold together."""
         if self._quota.held:
             bounds = self.candidates.bounds_at(trial, drawn)
             if bounds:
@@ -152,7 +141,7 @@ class StudySession:
         state: TrialState,
         limits: Limits,
         error: BaseException | None = None,
-        told: _optuna.TellCall | None = None,
+        tell_call: _optuna.TellCall | None = None,
     ) -> None:
         """Close a trial's metering, write its record, and book its usage in the ledger."""
         trial_id = _optuna.trial_id_of(trial)
@@ -161,7 +150,7 @@ class StudySession:
             interrupter = self._interrupters.pop(trial_id, None)
             if interrupter is not None:
                 interrupter.disarm()
-            watch = find_watch(study, trial)
+            watch = find_monitor(study, trial)
             if watch is not None and watch.isolation is None:
                 # It ran where this process can't see: its row may report its usage.
                 watch.add_usage(read_record(trial).usage)
@@ -181,7 +170,7 @@ class StudySession:
                 footprint=footprint,
                 expected=expected,
                 error=error,
-                told=told,
+                told=tell_call,
             ).usage
         finally:
             self.ledger.charge(trial_id, usage)

@@ -1,4 +1,4 @@
-"""What a study says about itself, as arrays that models and correlations are computed from."""
+"""The finished trials of a study as arrays, for models and correlations."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 import math
 from typing import Any
 from typing import TYPE_CHECKING
@@ -33,8 +34,8 @@ class Parameter:
         name: Its name.
         values: Shape ``(n_trials,)``: its value, or the code of its level; NaN where inactive.
         levels: The levels of a category in the order of their codes; empty for a number.
-        low: Least value that it can take, or that was seen.
-        high: Greatest likewise.
+        low: Least value in any trial; NaN for a category.
+        high: Greatest value in any trial; NaN for a category.
         branch: Under which choices it is active, such as ``"clf=svm"``; empty when always.
     """
 
@@ -57,23 +58,24 @@ class StudyData:
 
     Attributes:
         table: The trial table, one row a trial that finished.
-        parameters: Hyperparameters and chosen user attributes.
+        parameters: Hyperparameters and selected user attributes.
         ended: How each trial ended, by Optuna's state where this library did not see it.
-        resources: The resources that at least one trial has a known usage of.
-        unreached: The resources whose peak a stopped trial has not reached, as the models found.
+        resources: The resources whose usage is known of at least one trial.
+        censored_peaks: The resources for which peaks of stopped trials are lower bounds, as the
+            models found.
     """
 
     table: pd.DataFrame
     parameters: tuple[Parameter, ...]
     ended: NDArray[np.object_]
     resources: tuple[str, ...]
-    unreached: frozenset[str] = frozenset()
+    censored_peaks: frozenset[str] = frozenset()
 
     def amounts(self, resource: str) -> NDArray[np.float64]:
         """Return what each trial used, shape ``(n_trials,)``; NaN where unknown.
 
-        A trial that was stopped on its way to a limit, because the allocation that would have
-        passed it was refused or foreseen, counts with that limit: it is a lower bound too.
+        A trial that was stopped before it reached a limit, because the allocation that would have
+        exceeded it was refused or predicted, counts with the limit, which is a lower bound too.
         """
         measured = self.table[resource].to_numpy(dtype=float)
         limits = self.table["breach_limit"].to_numpy(dtype=float)
@@ -84,9 +86,9 @@ class StudyData:
     def censored(self, resource: str) -> NDArray[np.bool_]:
         """Return where the amount is only a lower bound, shape ``(n_trials,)``."""
         held = self._where(_records.is_lower_bound, resource)
-        return held | self.unsure(resource) if resource in self.unreached else held
+        return held | self.maybe_censored(resource) if resource in self.censored_peaks else held
 
-    def unsure(self, resource: str) -> NDArray[np.bool_]:
+    def maybe_censored(self, resource: str) -> NDArray[np.bool_]:
         """Return where a peak may be a lower bound, shape ``(n_trials,)``: of stopped trials."""
         return self._where(_records.may_be_lower_bound, resource)
 
@@ -97,10 +99,10 @@ class StudyData:
         return np.array([rule(resource, outcome, by) for outcome, by in ends], dtype=bool)
 
     def ranked(self, resource: str) -> NDArray[np.bool_]:
-        """Return which trials can be put in order by their usage, shape ``(n_trials,)``.
+        """Return which trials can be ranked by their usage, shape ``(n_trials,)``.
 
-        A trial that was terminated for this very resource used at least its limit, so it stands
-        above those that stayed below. One that ended early for any other reason has no place.
+        A trial terminated for this resource used at least its limit, so it ranks above those that
+        stayed below. One that ended early for another reason has no rank.
         """
         own = (self.table["censored_by"] == resource).to_numpy(dtype=bool)
         return np.isfinite(self.amounts(resource)) & (own | ~self.censored(resource))
@@ -135,7 +137,7 @@ def _parameters(trials: Sequence[FrozenTrial]) -> Iterable[Parameter]:
         values = [t.params.get(name) for t in trials]
         known = [name in t.params for t in trials]
         choices = [choice for d in space for choice in getattr(d, "choices", ())]
-        # An infinite choice has no place among numbers, and is set all the same.
+        # An infinite choice is no number to a model, but the parameter is set.
         if all(_is_number(c) and math.isfinite(c) for c in choices):
             yield _number(name, values, known)
         else:
@@ -143,7 +145,7 @@ def _parameters(trials: Sequence[FrozenTrial]) -> Iterable[Parameter]:
 
 
 def _spaces(trials: Sequence[FrozenTrial]) -> dict[str, list[BaseDistribution]]:
-    """Every distribution that a parameter was drawn from, by its name, each once."""
+    """Return the distinct distributions of each parameter."""
     spaces: dict[str, list[BaseDistribution]] = {}
     for trial in trials:
         for name, distribution in trial.distributions.items():
@@ -194,15 +196,12 @@ def _is_number(value: Any) -> bool:
 
 def _with_branches(parameters: Sequence[Parameter]) -> tuple[Parameter, ...]:
     return tuple(
-        p
-        if p.active.all()
-        else Parameter(p.name, p.values, p.levels, p.low, p.high, _branch(p, parameters))
-        for p in parameters
+        p if p.active.all() else replace(p, branch=_branch(p, parameters)) for p in parameters
     )
 
 
 def _branch(parameter: Parameter, others: Sequence[Parameter]) -> str:
-    """Name the choices under which a conditional parameter is active, as far as they show."""
+    """Name the choices under which a conditional parameter is active, if a category decides it."""
     for other in others:
         if other.name == parameter.name or not other.levels or not other.active.all():
             continue

@@ -1,10 +1,10 @@
-"""From hyperparameters to the features of a power law.
+"""The features of a power law, from hyperparameters.
 
 A positive number enters by its log, so that its coefficient is an exponent; a nonnegative one by
 ``log(1 + x)``; any other as it is, so that its coefficient is the log of a factor per unit. Each
 is centred on its mean, and 0 where a conditional parameter is inactive. A category has a column
-for each level but the most frequent, whose coefficient is the log of the ratio to that one. Where
-no category tells whether a conditional parameter is active, a column of its own does.
+for each level but the most frequent, with the log of the ratio to that one as its coefficient. If
+no category determines whether a conditional parameter is active, it gets a column of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 Form = Literal["power", "power1p", "linear", "level", "active"]
-# A level seen less often can't be told from its trials' noise.
+# A level in fewer trials can't be distinguished from noise.
 MIN_LEVEL = 3
 
 
@@ -57,7 +57,7 @@ class Column:
 
     @property
     def term(self) -> str:
-        """Name of the coefficient; it contains the parameter's."""
+        """Name of the coefficient; it contains the parameter's name."""
         shapes = {
             "power": self.param,
             "power1p": f"1 + {self.param}",
@@ -66,11 +66,6 @@ class Column:
             "active": f"{self.param}[set]",
         }
         return shapes[self.form]
-
-    @property
-    def params(self) -> tuple[str, ...]:
-        """Names of the parameters in it."""
-        return (self.param,)
 
     def values(self, values: Values) -> Array:
         """Return the feature, shape ``(n,)``, from the values of all parameters."""
@@ -94,11 +89,6 @@ class Product:
         """Name of the coefficient; it contains both parameters'."""
         return f"{self.one.term}:{self.other.term}"
 
-    @property
-    def params(self) -> tuple[str, ...]:
-        """Names of the parameters in it."""
-        return (*self.one.params, *self.other.params)
-
     def values(self, values: Values) -> Array:
         """Return the feature, shape ``(n,)``, from the values of all parameters."""
         return self.one.values(values) * self.other.values(values)
@@ -114,7 +104,7 @@ class Design:
         typical: A usual value of each parameter: the geometric mean, or the code of the most
             frequent level.
         ranges: Least and greatest value of each number.
-        notes: What was left out, and why, in words.
+        notes: What was left out, and why.
     """
 
     columns: tuple[Column | Product, ...]
@@ -151,7 +141,7 @@ class Design:
 
 
 def _unique(terms: Iterable[str]) -> list[str]:
-    """Return the terms behind the constant; one that bears a taken name is marked."""
+    """Return the terms after the constant; one whose name is taken is marked."""
     taken = ["constant", "floor", "log(floor)", "log(sigma)"]
     for term in terms:
         name = term or "(unnamed)"
@@ -240,7 +230,7 @@ def _active_columns(parameters: Iterable[Parameter], kept: NDArray[np.bool_]) ->
 def _independent(
     columns: Sequence[Column], values: Values, n: int
 ) -> tuple[list[Column], list[Column]]:
-    """Part the columns into those that add a direction to the ones before, and the rest."""
+    """Split the columns into those that are independent of the ones before, and the rest."""
     basis = np.ones((n, 1)) / math.sqrt(max(n, 1))
     kept: list[Column] = []
     dropped: list[Column] = []

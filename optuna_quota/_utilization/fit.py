@@ -4,15 +4,17 @@ The model of a usage ``u`` with features ``x``, shape ``(n_trials, n_terms)``, i
 
     ``log u = m + σ · g · e``,  ``m = log(exp(γ) + exp(x·β))``,  ``e`` standard normal
 
-or ``m = x·β`` without a floor. A floor often repeats to a thousandth while what comes on top
+or ``m = x·β`` without a floor. A floor often repeats to a thousandth while the law above it
 scatters: ``g² = ε² + (1 - ε²) · s²`` with the law's share ``s = exp(x·β - m)`` of the usage lets
-the scatter go with the law (ε near 0) or with the whole (ε = 1). It is held while θ is fitted and
-renewed until both stand still, as in iteratively reweighted least squares.
+the scatter go with the law (ε near 0) or with the whole (ε = 1). ``g`` is held while θ is fitted
+and renewed until both converge, as in iteratively reweighted least squares.
 
-A trial that was ended early contributes the probability of being above what it had used: on the
-log scale this is Tobit's model (Econometrica 26, 1958) for memory and the log-normal accelerated
-failure time model for time. The likelihood is climbed by Newton's method with Gauss and Newton's
-approximation of the curvature of ``m``, damped after Levenberg and Marquardt.
+A trial that was ended early contributes the probability of being above its usage: on the log scale
+this is Tobit's model (Econometrica 26, 1958) for memory and the log-normal accelerated failure
+time model for time. The likelihood is maximized by Newton's method with Gauss and Newton's
+approximation of the curvature of ``m``, damped after Levenberg and Marquardt. scipy's trust-region
+method (or statsmodels' ``fit``, which calls it) finds the same maxima at twice the time, and takes
+as many lines, because of the bound on σ.
 """
 
 from __future__ import annotations
@@ -33,21 +35,22 @@ if TYPE_CHECKING:
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _MAX_STEPS = 100
-# Where a law fits exactly σ would go to 0 and the likelihood to infinity.
-_LEAST_LOG_SIGMA = math.log(1e-6)
-# Shares of the least usage that the climb is started from: the surface may have two tops.
+# If a law fits exactly, σ would go to 0 and the likelihood to infinity.
+_MIN_LOG_SIGMA = math.log(1e-6)
+# Floors to start from, as shares of the least usage: the likelihood may have two maxima.
 _FLOOR_STARTS = (0.2, 0.7, 0.95, 0.995)
+_START_STEPS = 25
 _START_ROWS = 1000
-# Below a tenth the smallest trials, whose law is least of all a power, would decide the exponents.
+# Below a tenth, the smallest trials, which follow a power law least, would decide the exponents.
 _EPSILONS = (0.3, 0.1)
 _MAX_ROUNDS = 8
 _PRIOR_SPREAD = 4.0
-_MOST_LEVERAGE = 0.95
+_MAX_LEVERAGE = 0.95
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model is fitted to.
+    """The observations that a model is fitted to.
 
     Attributes:
         y: Log of the usage, shape ``(n,)``.
@@ -66,8 +69,8 @@ class Sample:
         step = -(-len(self.y) // most)
         return Sample(self.y[::step], self.x[::step], self.censored[::step])
 
-    def under(self, fit: Fit) -> Sample:
-        """Return the observations with the scatter that a fit gives them."""
+    def with_scale(self, fit: Fit) -> Sample:
+        """Return the observations with the scale of a fit."""
         _, jacobian = mean_and_jacobian(fit.theta, self.x, fit.has_floor)
         return replace(self, scale=fit.scale(jacobian))
 
@@ -81,8 +84,8 @@ class Fit:
         gamma: Log of the floor; minus infinity without one.
         log_sigma: Log of σ.
         loglike: Log-likelihood of ``y``.
-        converged: Whether the climb came to rest.
-        epsilon: ε, how much of the scatter the floor has.
+        converged: Whether the optimizer converged.
+        epsilon: ε, the scatter of the floor as a share of the law's.
     """
 
     beta: Array
@@ -118,7 +121,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Slopes:
+class Derivatives:
     """Derivatives of the log-likelihood at one θ.
 
     Attributes:
@@ -148,8 +151,12 @@ def mean_and_jacobian(theta: Array, x: Array, has_floor: bool) -> tuple[Array, A
     return mean, np.column_stack([1 - share, share[:, None] * x])
 
 
-def slopes(theta: Array, sample: Sample, has_floor: bool, *, exact: bool = False) -> Slopes:
+def derivatives(
+    theta: Array, sample: Sample, has_floor: bool, *, exact: bool = False
+) -> Derivatives:
     """Return the log-likelihood and its derivatives.
+
+    ``exact`` adds the curvature of ``m`` to the information.
 
     With ``z = (y - m) / σ``: an observed usage has ``l = -z²/2 - log σ - log(2π)/2``, a lower
     bound ``l = log Φ(-z)``, whose slope is the inverse Mills ratio ``λ = φ(z) / Φ(-z)``.
@@ -176,49 +183,54 @@ def slopes(theta: Array, sample: Sample, has_floor: bool, *, exact: bool = False
         floor_share = jacobian[:, 0]
         bent = np.column_stack([np.ones(len(z)), -sample.x])
         block = block - (bent.T * (by_mean * floor_share * (1 - floor_share))) @ bent
-    information = _bordered(block, cross @ jacobian, float(scale.sum()))
+    border = (cross @ jacobian)[:, None]
+    information = np.block([[block, border], [border.T, scale.sum()]])
     score = np.column_stack([by_mean[:, None] * jacobian, by_scale])
-    return Slopes(loglike, score, information, mean, jacobian, weight)
+    return Derivatives(loglike, score, information, mean, jacobian, weight)
+
+
+def derivatives_at(fit: Fit, sample: Sample) -> Derivatives:
+    """Return the log-likelihood of a fit, with its scatter, and its derivatives."""
+    return derivatives(fit.theta, sample.with_scale(fit), fit.has_floor)
 
 
 def fit(sample: Sample, *, has_floor: bool) -> Fit:
-    """Return the highest top of the likelihood that is found.
+    """Return the highest maximum of the likelihood that is found.
 
     Args:
         sample: The observations.
         has_floor: Whether the model has a floor.
     """
-    start = climb(_start(sample, -math.inf), sample, has_floor=False)
     if not has_floor:
-        return start
+        return maximize(_start(sample, -math.inf), sample, has_floor=False)
     some = sample.thinned(_START_ROWS)
     seen = sample.y[~sample.censored] if not sample.censored.all() else sample.y
     starts = [_start(some, float(seen.min()) + math.log(share)) for share in _FLOOR_STARTS]
-    tops = [climb(s, some, has_floor=True, steps=25) for s in starts]
-    best = max(tops, key=lambda top: top.loglike)
-    # How the scatter is shared shows in a thousand trials as well as in all.
-    uneven = max((_reweighted(best, some, e) for e in _EPSILONS), key=lambda top: top.loglike)
+    maxima = [maximize(s, some, has_floor=True, steps=_START_STEPS) for s in starts]
+    best = max(maxima, key=lambda each: each.loglike)
+    # A thousand trials show how the scatter is shared as well as all.
+    uneven = max((_reweighted(best, some, e) for e in _EPSILONS), key=lambda each: each.loglike)
     needed = 0.5 * math.log(max(2, len(some.y))) + math.log(len(_EPSILONS))  # extended BIC
     if uneven.loglike - best.loglike > needed:
         return _reweighted(uneven, sample, uneven.epsilon)
-    return climb(best.theta, sample, has_floor=True)
+    return maximize(best.theta, sample, has_floor=True)
 
 
 def _reweighted(start: Fit, sample: Sample, epsilon: float) -> Fit:
-    """Return the fit whose scatter follows from itself; loosely, as ε is only a rough figure."""
+    """Return the fit at which ``g`` and θ agree, loosely, as ε is a rough figure."""
     found = replace(start, epsilon=epsilon)
     for _ in range(_MAX_ROUNDS):
         last = found
-        top = climb(last.theta, sample.under(last), has_floor=True)
-        found = replace(top, epsilon=epsilon)
+        found = maximize(last.theta, sample.with_scale(last), has_floor=True)
+        found = replace(found, epsilon=epsilon)
         if np.abs(found.theta - last.theta).max() < 1e-4:
             break
     return found
 
 
-def leverage(at_top: Slopes) -> Array:
+def leverage(at_fit: Derivatives) -> Array:
     """Return the share of each observation in its own mean, shape ``(n,)``."""
-    weighted = at_top.jacobian * np.sqrt(np.maximum(at_top.weight, 0.0))[:, None]
+    weighted = at_fit.jacobian * np.sqrt(np.maximum(at_fit.weight, 0.0))[:, None]
     basis, _ = np.linalg.qr(weighted)
     share: Array = np.minimum((basis**2).sum(axis=1), 1.0)
     return share
@@ -229,17 +241,17 @@ def robust_covariance(fit: Fit, sample: Sample) -> Array:
 
     ``A⁻¹ Σ sᵢ sᵢ' / (1 − hᵢ)² A⁻¹`` with the scores ``s``, the information ``A`` and the leverage
     ``h``; for least squares that is HC3 itself (MacKinnon and White, Journal of Econometrics 29,
-    1985). Among lower bounds no variance is below that of the likelihood: few scores of bounds
-    tell little of the spread.
+    1985). With lower bounds, no variance is below that of the likelihood: the scores of few bounds
+    say little about the spread.
     """
-    sample = sample.under(fit)
+    sample = sample.with_scale(fit)
     prior = np.diag(_prior_precision(sample, fit.has_floor))
-    at_top = slopes(fit.theta, sample, fit.has_floor, exact=True)
-    if not sample.censored.any() or np.linalg.eigvalsh(at_top.information + prior)[0] <= 0:
-        at_top = slopes(fit.theta, sample, fit.has_floor)
-    n, p = at_top.score_obs.shape
-    bread = np.linalg.pinv(at_top.information + prior)
-    scores = at_top.score_obs / (1 - np.minimum(leverage(at_top), _MOST_LEVERAGE))[:, None]
+    at_fit = derivatives(fit.theta, sample, fit.has_floor, exact=True)
+    if not sample.censored.any() or np.linalg.eigvalsh(at_fit.information + prior)[0] <= 0:
+        at_fit = derivatives(fit.theta, sample, fit.has_floor)
+    n, p = at_fit.score_obs.shape
+    bread = np.linalg.pinv(at_fit.information + prior)
+    scores = at_fit.score_obs / (1 - np.minimum(leverage(at_fit), _MAX_LEVERAGE))[:, None]
     robust: Array = bread @ (scores.T @ scores + prior) @ bread
     if not sample.censored.any():
         return robust
@@ -248,16 +260,16 @@ def robust_covariance(fit: Fit, sample: Sample) -> Array:
     return robust * np.outer(grow, grow)
 
 
-def climb(theta: Array, sample: Sample, *, has_floor: bool, steps: int = _MAX_STEPS) -> Fit:
-    """Return the top that is reached from ``theta``."""
+def maximize(theta: Array, sample: Sample, *, has_floor: bool, steps: int = _MAX_STEPS) -> Fit:
+    """Return the maximum of the likelihood, with the prior, that is reached from ``theta``."""
     prior = _prior_precision(sample, has_floor)
-    damping, here = 1e-3, slopes(theta, sample, has_floor)
+    damping, here = 1e-3, derivatives(theta, sample, has_floor)
     height, converged = _height(theta, here, prior), False
     for _ in range(steps):
         further = theta + _step(theta, here, prior, damping)
-        further[-1] = max(further[-1], _LEAST_LOG_SIGMA)
+        further[-1] = max(further[-1], _MIN_LOG_SIGMA)
         with np.errstate(all="ignore"):  # a step too far is taken back below
-            there = slopes(further, sample, has_floor)
+            there = derivatives(further, sample, has_floor)
             gain = _height(further, there, prior) - height
         if not math.isfinite(gain) or gain < 0:
             damping *= 8
@@ -275,9 +287,10 @@ def climb(theta: Array, sample: Sample, *, has_floor: bool, steps: int = _MAX_ST
 def _prior_precision(sample: Sample, has_floor: bool) -> Array:
     """Return one over the prior variance of each of θ; 0 where there is no prior.
 
-    Where lower bounds hide all that rises above the floor, the likelihood grows with the exponents
-    without end. A normal prior then holds what a feature's standard deviation does to the log of
-    the law to 0 ± 4 (a factor of 50 either way); what data say anything about it does not move.
+    If lower bounds hide everything above the floor, the likelihood grows with the exponents
+    without limit. A normal prior then keeps the effect of one standard deviation of a feature on
+    the log of the law within 0 ± 4 (a factor of 50 either way); it does not move what the data
+    determine.
     """
     precision = np.zeros(sample.x.shape[1] + 1 + has_floor)
     if has_floor and sample.censored.any():
@@ -285,14 +298,14 @@ def _prior_precision(sample: Sample, has_floor: bool) -> Array:
     return precision
 
 
-def _height(theta: Array, here: Slopes, prior: Array) -> float:
+def _height(theta: Array, here: Derivatives, prior: Array) -> float:
     return float(here.loglike_obs.sum() - 0.5 * (prior * theta**2).sum())
 
 
-def _step(theta: Array, here: Slopes, prior: Array, damping: float) -> Array:
+def _step(theta: Array, here: Derivatives, prior: Array, damping: float) -> Array:
     gradient = here.score_obs.sum(axis=0) - prior * theta
     curvature = here.information + np.diag(prior)
-    # Away from a top the curvature along log σ can have the wrong sign; 2n is Fisher's.
+    # Far from a maximum the curvature along log σ can have the wrong sign.
     scale = np.abs(np.diag(curvature)) + 1e-12
     damped = curvature + damping * np.diag(scale)
     try:
@@ -301,13 +314,13 @@ def _step(theta: Array, here: Slopes, prior: Array, damping: float) -> Array:
         step = gradient / (scale * (1 + damping))
     if step @ gradient < 0:
         step = gradient / (scale * (1 + damping))
-    # A step of more than a few e-folds is outside of what the approximation describes.
+    # Beyond a few e-folds the approximation does not hold.
     limited: Array = step / max(1.0, float(np.abs(step).max()) / 5.0)
     return limited
 
 
 def _start(sample: Sample, gamma: float) -> Array:
-    """Least squares of ``log(u - floor)``, with lower bounds taken as values."""
+    """Return θ by least squares of ``log(u - floor)``, with lower bounds taken as values."""
     above = sample.y
     if math.isfinite(gamma):
         above = sample.y + np.log(np.maximum(-np.expm1(gamma - sample.y), 1e-3))
@@ -317,11 +330,3 @@ def _start(sample: Sample, gamma: float) -> Array:
     spread = float(np.sqrt(np.mean((sample.y - mean) ** 2)))
     theta[-1] = math.log(max(spread, 1e-6))
     return theta
-
-
-def _bordered(block: Array, border: Array, corner: float) -> Array:
-    whole = np.empty((len(border) + 1, len(border) + 1))
-    whole[:-1, :-1] = block
-    whole[-1, :-1] = whole[:-1, -1] = border
-    whole[-1, -1] = corner
-    return whole

@@ -1,4 +1,12 @@
-"""Utilization models: what drives a resource, as a formula with intervals."""
+"""Utilization models: how the hyperparameters drive a resource, as a formula with intervals.
+
+Without lower bounds, the statsmodels results are those of the Gauss-Newton regression (Davidson
+and MacKinnon, Estimation and Inference in Econometrics, ch. 6): least squares of
+``J θ̂ + residual`` on the Jacobian ``J``, weighted by the scatter, returns θ̂ itself, and with it
+HC3 errors (MacKinnon and White, Journal of Econometrics 29, 1985), leverage and influence. With
+lower bounds they are those of maximum likelihood with a sandwich of the same kind, see
+:func:`~optuna_quota._utilization.fit.robust_covariance`.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +22,22 @@ import numpy as np
 
 from optuna_quota._resources import get_resource
 from optuna_quota._utilization.data import StudyData
+from optuna_quota._utilization.description import bounded_exp
+from optuna_quota._utilization.description import diagnose
+from optuna_quota._utilization.description import formula_text
 from optuna_quota._utilization.design import build_design
+from optuna_quota._utilization.design import Column
+from optuna_quota._utilization.design import Product
 from optuna_quota._utilization.design import values_of
+from optuna_quota._utilization.fit import derivatives
+from optuna_quota._utilization.fit import derivatives_at
+from optuna_quota._utilization.fit import Fit
 from optuna_quota._utilization.fit import mean_and_jacobian
-from optuna_quota._utilization.fit import slopes
-from optuna_quota._utilization.select import MIN_OBSERVED
-from optuna_quota._utilization.select import select
-from optuna_quota._utilization.select import Selected
+from optuna_quota._utilization.fit import robust_covariance
+from optuna_quota._utilization.fit import Sample
+from optuna_quota._utilization.selection import MIN_OBSERVED
+from optuna_quota._utilization.selection import select
+from optuna_quota._utilization.selection import Selected
 
 
 if TYPE_CHECKING:
@@ -30,12 +47,21 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 
+_KINDS = {
+    "power": "exponent",
+    "power1p": "exponent",
+    "linear": "log factor",
+    "level": "log ratio",
+    "active": "log ratio",
+}
+
+
 class UtilizationModel:
     """A floor plus a power law for one resource, fitted to the trials of a study.
 
     ``log(usage) = log(floor + constant · x₁^β₁ · x₂^β₂ · …) + σ · e``. Trials that ended early
     count as lower bounds: for memory the model is Tobit's, for time the log-normal accelerated
-    failure time model. Any attribute that is not here is that of the statsmodels ``results``, so
+    failure time model. Any other attribute is that of the statsmodels ``results``, so
     ``model.params``, ``model.bse`` and ``model.rsquared`` work.
 
     Attributes:
@@ -43,8 +69,7 @@ class UtilizationModel:
         numbers: Numbers of the trials it is fitted to, shape ``(n,)``.
         n_observed: How many of them were observed to their end.
         n_censored: How many count as lower bounds.
-        n_pruned_held: How many of these are peaks that a stopped trial had not reached.
-        criterion: What was chosen by which criterion, in words.
+        n_stopped_peaks: How many of these are peaks that a stopped trial had not reached.
     """
 
     def __init__(
@@ -52,21 +77,19 @@ class UtilizationModel:
         resource: str,
         selected: Selected,
         numbers: NDArray[np.int64],
-        n_pruned_held: int = 0,
+        n_stopped_peaks: int = 0,
     ) -> None:
         self.resource = resource
         self.numbers = numbers
         self.n_censored = int(selected.sample.censored.sum())
         self.n_observed = len(numbers) - self.n_censored
-        self.criterion = "floor by BIC, interactions by extended BIC, all main effects"
-        self.n_pruned_held = n_pruned_held
+        self.n_stopped_peaks = n_stopped_peaks
         self._selected = selected
 
     def log_likelihood(self, numbers: NDArray[np.int64]) -> float:
         """Return the log-likelihood of the usage of the trials of these numbers."""
-        found = self._selected
-        terms = slopes(found.fit.theta, found.sample.under(found.fit), found.fit.has_floor)
-        return float(terms.loglike_obs[np.isin(self.numbers, numbers)].sum())
+        terms = derivatives_at(self._selected.fit, self._selected.sample).loglike_obs
+        return float(terms[np.isin(self.numbers, numbers)].sum())
 
     @property
     def kind(self) -> str:
@@ -80,10 +103,16 @@ class UtilizationModel:
     @cached_property
     def results(self) -> Any:
         """The statsmodels results; the parameters are on the log scale, errors are HC3."""
-        from optuna_quota._utilization.censored import results_of
+        fit, sample = self._selected.fit, self._selected.sample
+        names = [*(["log(floor)"] if fit.has_floor else []), *self._selected.design.terms]
+        if self.n_censored:
+            return _likelihood_results(fit, sample.with_scale(fit), [*names, "log(sigma)"])
+        return _regression_results(fit, sample.with_scale(fit), names)
 
-        chosen = self._selected
-        return results_of(chosen.fit, chosen.sample, chosen.design.terms)
+    @property
+    def selected(self) -> Selected:
+        """The selected terms, the observations and their fit."""
+        return self._selected
 
     @property
     def floor(self) -> float:
@@ -92,15 +121,14 @@ class UtilizationModel:
 
     @property
     def sigma(self) -> float:
-        """Standard deviation of the log of the usage around the model, unbiased by its terms."""
-        fit, n = self._selected.fit, len(self.numbers)
-        return fit.sigma * math.sqrt(n / max(n - len(fit.theta) + 1, 1))
+        """Standard deviation of the log of the usage around the model, corrected for its terms."""
+        return self._selected.sigma
 
     @property
     def df(self) -> int:
         """Degrees of freedom of the intervals: trials less parameters."""
-        fit = self._selected.fit
-        return max(1, len(self.numbers) - len(fit.theta) + (not self.n_censored))
+        n_parameters = len(self._selected.fit.theta)
+        return max(1, len(self.numbers) - n_parameters + (not self.n_censored))
 
     @cached_property
     def coefficients(self) -> pd.DataFrame:
@@ -110,43 +138,56 @@ class UtilizationModel:
         number, ``log ratio`` for a level against the most frequent one, ``log factor`` for what
         enters per unit, and ``amount`` (SI base units) for ``floor`` and ``constant``.
         """
-        from optuna_quota._utilization.report import coefficient_table
+        import pandas as pd
 
-        return coefficient_table(self)
+        design, offset = self._selected.design, int(self._selected.fit.has_floor)
+        figures = np.column_stack(
+            [self.results.params, self.results.conf_int(), self.results.pvalues]
+        )
+        rows: list[tuple[float, float, float, float, str]] = []
+        if offset:
+            amounts = map(bounded_exp, figures[0, :3])
+            rows.append((*amounts, math.nan, "amount"))  # type: ignore[arg-type]  # three of them
+        rows.append(self._constant())
+        for column, row in zip(design.columns, figures[offset + 1 :].tolist(), strict=False):
+            kind = _KINDS[column.form] if isinstance(column, Column) else "interaction"
+            rows.append((*row, kind))
+        table: pd.DataFrame = pd.DataFrame(
+            rows,
+            index=pd.Index([*(["floor"] if offset else []), *design.terms], name="term"),
+            columns=["estimate", "lower", "upper", "p_value", "kind"],
+        )
+        return table
+
+    def _constant(self) -> tuple[float, float, float, float, str]:
+        """Return the constant where every log and every level is 0; features are centred."""
+        from scipy.special import stdtrit
+
+        origin = np.array([1.0, *(_at_origin(c) for c in self._selected.design.columns)])
+        offset = int(self._selected.fit.has_floor)
+        place = slice(offset, offset + len(origin))
+        value = float(origin @ np.asarray(self.results.params)[place])
+        covariance = np.asarray(self.results.cov_params())[place, place]
+        half = float(stdtrit(self.df, 0.975)) * math.sqrt(abs(origin @ covariance @ origin))
+        lower, upper = bounded_exp(value - half), bounded_exp(value + half)
+        return bounded_exp(value), lower, upper, math.nan, "amount"
 
     @cached_property
     def formula(self) -> str:
-        """The model for a person, with the terms whose 95% interval leaves out no effect."""
-        from optuna_quota._utilization.report import formula_text
-
-        return formula_text(self)
+        """The model as text, with the terms whose 95% interval excludes no effect."""
+        params = np.asarray(self.results.params, dtype=float)
+        p_values = np.asarray(self.results.pvalues, dtype=float)
+        return formula_text(self.resource, self._selected, self.floor, params, p_values)
 
     @cached_property
     def diagnostics(self) -> list[str]:
-        """What to be wary of, in words; empty where nothing stands out."""
-        from optuna_quota._utilization.diagnose import diagnose
-
-        return diagnose(self)
+        """Warnings that a reader should act on; empty if there are none."""
+        return diagnose(self.resource, self._selected, self.numbers, self.n_stopped_peaks)
 
     @property
     def notes(self) -> list[str]:
-        """What was left out or added, and why, in words."""
+        """What was left out or added, and why."""
         return list(self._selected.notes)
-
-    @property
-    def selected(self) -> Selected:
-        """The chosen terms, the observations and their fit."""
-        return self._selected
-
-    @cached_property
-    def edge(self) -> tuple[float, float, float]:
-        """Intercept, slope and centre of the 95% quantile of the residuals by the mean.
-
-        See :func:`optuna_quota._utilization.diagnose.upper_edge`.
-        """
-        from optuna_quota._utilization.diagnose import upper_edge
-
-        return upper_edge(self)
 
     def predict(self, params: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         """Return what trials of these parameters would use, in SI base units.
@@ -155,8 +196,7 @@ class UtilizationModel:
             params: One mapping of names to values a trial.
 
         Returns:
-            Columns ``lower``, ``median`` and ``upper`` (each of ``lower`` and ``upper`` missed by
-            5%), and ``edge``, the 95% quantile by quantile regression.
+            Columns ``lower``, ``median`` and ``upper``, each bound missed by 5% of trials.
         """
         return self._predict(self._selected.design.encode(params), len(params))
 
@@ -165,18 +205,25 @@ class UtilizationModel:
 
         Args:
             param: Name of the parameter.
-            points: How many values, evenly spread on the scale on which it varied.
+            points: Number of values, evenly spaced on the scale on which it varied.
 
         Returns:
-            Columns ``param`` (its value or level), ``lower``, ``median``, ``upper`` and ``edge``.
+            Columns ``param`` (its value or level), ``lower``, ``median`` and ``upper``.
 
         Raises:
-            KeyError: If the model knows no such parameter.
+            KeyError: If the model has no such parameter.
         """
         design = self._selected.design
         if param not in design.typical:
             raise KeyError(f"{param!r} is none of {', '.join(design.typical)}.")
-        grid, shown = self._grid(param, points)
+        if param in design.levels:
+            shown: list[Any] = list(design.levels[param])
+            grid = np.arange(len(shown), dtype=float)
+        else:
+            low, high = design.ranges[param]
+            spread = np.geomspace if low > 0 and high / low > 5 else np.linspace
+            grid = spread(low, high, points)
+            shown = grid.tolist()
         values = {
             name: grid if name == param else np.full(len(grid), typical)
             for name, typical in design.typical.items()
@@ -185,49 +232,102 @@ class UtilizationModel:
         table.insert(0, "param", shown)
         return table
 
-    def _grid(self, param: str, points: int) -> tuple[Array, list[Any]]:
-        design = self._selected.design
-        if param in design.levels:
-            levels = design.levels[param]
-            return np.arange(len(levels), dtype=float), list(levels)
-        low, high = design.ranges[param]
-        spread = np.geomspace if low > 0 and high / low > 5 else np.linspace
-        grid = spread(low, high, points)
-        return grid, grid.tolist()
-
     def _predict(self, values: Mapping[str, Array], n: int) -> pd.DataFrame:
-        from optuna_quota._utilization.report import prediction_table
+        import pandas as pd
+        from scipy.special import stdtrit
 
         fit = self._selected.fit
         x = self._selected.design.matrix(values, n)
         mean, jacobian = mean_and_jacobian(fit.theta, x, fit.has_floor)
-        return prediction_table(self, mean, jacobian)
+        places = jacobian.shape[1]
+        covariance = np.asarray(self.results.cov_params())[:places, :places]
+        uncertain = np.maximum(np.einsum("ij,jk,ik->i", jacobian, covariance, jacobian), 0.0)
+        noise = self.sigma * fit.scale(jacobian)
+        half = float(stdtrit(self.df, 0.95)) * np.sqrt(noise**2 + uncertain)
+        logs = {"lower": mean - half, "median": mean, "upper": mean + half}
+        table: pd.DataFrame = pd.DataFrame(
+            {name: [bounded_exp(each) for each in each_log] for name, each_log in logs.items()}
+        )
+        return table
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or "_selected" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.results, name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The results of a censored fit hold functions, and are quickly made again.
+        return {name: value for name, value in vars(self).items() if name != "results"}
+
     def __repr__(self) -> str:
         return f"<UtilizationModel {self.formula} (n = {len(self.numbers)})>"
 
 
-def with_peaks_settled(data: StudyData, models: Mapping[str, UtilizationModel]) -> StudyData:
-    """Return a study's data with the peaks of pruned trials taken as its models took them."""
-    unreached = frozenset(name for name, model in models.items() if model.n_pruned_held)
-    return replace(data, unreached=unreached)
+def _at_origin(column: Column | Product) -> float:
+    if isinstance(column, Product):
+        return _at_origin(column.one) * _at_origin(column.other)
+    return -column.centre
 
 
-def fit_models(data: StudyData) -> tuple[dict[str, UtilizationModel], dict[str, str]]:
-    """Return a model for each resource that has enough trials, and why the others have none.
+def _regression_results(fit: Fit, sample: Sample, names: list[str]) -> Any:
+    import pandas as pd
+    import statsmodels.api as sm
 
-    Args:
-        data: The study.
-    """
+    at_fit = derivatives(fit.theta, sample, fit.has_floor)
+    response = at_fit.jacobian @ fit.theta[:-1] + (sample.y - at_fit.mean)
+    model = sm.WLS(
+        pd.Series(response, name="log(usage)"),
+        pd.DataFrame(at_fit.jacobian, columns=names),
+        weights=1 / fit.scale(at_fit.jacobian) ** 2,
+        hasconst=True,
+    )
+    return model.fit(cov_type="HC3", use_t=True)
+
+
+def _likelihood_results(fit: Fit, sample: Sample, names: list[str]) -> Any:
+    from statsmodels.base.model import GenericLikelihoodModel
+    from statsmodels.base.model import GenericLikelihoodModelResults
+    from statsmodels.base.model import LikelihoodModelResults
+
+    def log_likelihood(theta: Array) -> Array:
+        return derivatives(np.asarray(theta), sample, fit.has_floor).loglike_obs
+
+    model = GenericLikelihoodModel(
+        sample.y,
+        sample.x,
+        loglike=lambda theta: float(log_likelihood(theta).sum()),
+        extra_params_names=[*names[: int(fit.has_floor)], names[-1]],
+    )
+    model.loglikeobs = log_likelihood
+    model.data.xnames = names
+    model.k_constant = model.k_extra = 0
+    model.df_model, model.df_resid = len(names), len(sample.y) - len(names)
+    covariance = robust_covariance(fit, sample)
+    mle = LikelihoodModelResults(model, fit.theta, normalized_cov_params=covariance, scale=1.0)
+    mle.mle_retvals = {"converged": fit.converged}
+    mle.mle_settings = {"optimizer": "damped Newton"}
+    results = GenericLikelihoodModelResults(model, mle)
+    results.use_t = True
+    results.df_resid_inference = model.df_resid
+    results.cov_type = "HC3"
+    results.cov_kwds = {"description": "Sandwich of scores over one minus leverage, as HC3"}
+    return results
+
+
+def with_censored_peaks(data: StudyData, models: Mapping[str, UtilizationModel]) -> StudyData:
+    """Return a study's data with the peaks of stopped trials as its models take them."""
+    censored = frozenset(name for name, model in models.items() if model.n_stopped_peaks)
+    return replace(data, censored_peaks=censored)
+
+
+def fit_utilization_models(
+    data: StudyData,
+) -> tuple[dict[str, UtilizationModel], dict[str, str]]:
+    """Return a model for each resource that has enough trials, and why the others have none."""
     models: dict[str, UtilizationModel] = {}
     missing: dict[str, str] = {}
     for resource in data.resources:
-        found = fit_model(data, resource)
+        found = fit_utilization_model(data, resource)
         if isinstance(found, str):
             missing[resource] = found
         else:
@@ -235,22 +335,22 @@ def fit_models(data: StudyData) -> tuple[dict[str, UtilizationModel], dict[str, 
     return models, missing
 
 
-def fit_model(data: StudyData, resource: str) -> UtilizationModel | str:
+def fit_utilization_model(data: StudyData, resource: str) -> UtilizationModel | str:
     """Return the model of one resource, or a sentence that says why there is none.
 
     The peak of a stopped trial is a value where each step of a training repeats the one before,
-    and a lower bound where later steps take more data or a larger model. Bounds they are where the
-    trials that completed are so much likelier under that model that BIC would grant as many
+    and a lower bound where later steps take more data or a larger model. Peaks are lower bounds if
+    the completed trials are so much likelier under that model that BIC would grant as many
     parameters as it has.
     """
     as_value = _fit_model(data, resource)
-    if isinstance(as_value, str) or not data.unsure(resource).any():
+    if isinstance(as_value, str) or not data.maybe_censored(resource).any():
         return as_value
-    held = replace(data, unreached=data.unreached | {resource})
-    as_bound = _fit_model(held, resource)
+    bounded = replace(data, censored_peaks=data.censored_peaks | {resource})
+    as_bound = _fit_model(bounded, resource)
     if isinstance(as_bound, str):
         return as_value
-    completed = data.table["number"].to_numpy()[~held.censored(resource)]
+    completed = data.table["number"].to_numpy()[~bounded.censored(resource)]
     gain = as_bound.log_likelihood(completed) - as_value.log_likelihood(completed)
     price = 0.5 * len(as_bound.selected.fit.theta) * math.log(as_bound.n_observed)
     return as_bound if gain > price else as_value
@@ -263,7 +363,7 @@ def _fit_model(data: StudyData, resource: str) -> UtilizationModel | str:
     if observed.sum() < MIN_OBSERVED:
         return (
             f"No model of {title}: {int(observed.sum())} trials were observed to their end, "
-            f"it takes {MIN_OBSERVED}."
+            f"{MIN_OBSERVED} are needed."
         )
     if np.ptp(np.log(amounts[observed])) < 1e-9:
         return f"No model of {title}: every trial used the same."
@@ -273,9 +373,7 @@ def _fit_model(data: StudyData, resource: str) -> UtilizationModel | str:
     selected = select(
         design, values_of(data.parameters, kept), np.log(amounts[kept]), censored[kept]
     )
-    return UtilizationModel(
-        resource,
-        selected,
-        data.table["number"].to_numpy()[kept],
-        n_pruned_held=int(data.unsure(resource)[kept].sum()) if resource in data.unreached else 0,
-    )
+    n_stopped = int(data.maybe_censored(resource)[kept].sum())
+    numbers = data.table["number"].to_numpy()[kept]
+    as_bounds = resource in data.censored_peaks
+    return UtilizationModel(resource, selected, numbers, n_stopped if as_bounds else 0)

@@ -110,13 +110,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 
 
 
 def styled(text: str, *styles: str, stream: TextIO | None = None) -> str:
-    """Return the text in a style where the stream is a terminal with colours.
-
-    Args:
-        text: The text.
-        styles: Names among ``bold``, ``dim``, ``green``, ``yellow``, ``red``.
-        stream: Where it is printed; standard output by default.
-    """
+    """Return the text in a style where the stream (standard output) is a colour terminal."""
     if not has_colour(stream or sys.stdout):
         return text
     codes = ";".join(_STYLES[style] for style in styles)

@@ -23,7 +23,7 @@ from optuna_quota.cli.storages import load_study
 if TYPE_CHECKING:
     from optuna.study import Study
 
-    from optuna_quota._analysis.report import UtilizationReport
+    from optuna_quota._report import UtilizationReport
 
 
 _EXAMPLES = """\
@@ -86,7 +86,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Analyze a study, print the report, and write it where the options say."""
-    from optuna_quota._analysis.report import analyze
+    from optuna_quota._report import analyze
 
     with progress("reading the trials") as show:
         study = load_study(options)

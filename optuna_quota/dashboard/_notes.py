@@ -12,12 +12,11 @@ from collections.abc import Sequence
 import re
 
 from optuna_quota._resources import format_amount
-from optuna_quota.visualization._facts import EndedRow
-from optuna_quota.visualization._facts import Facts
-from optuna_quota.visualization._facts import LedgerRow
-from optuna_quota.visualization._rows import at_least
-from optuna_quota.visualization._rows import Row
-from optuna_quota.visualization._style import title_of
+from optuna_quota.visualization._data import FinishedTrial
+from optuna_quota.visualization._report_text import EndedRow
+from optuna_quota.visualization._report_text import LedgerRow
+from optuna_quota.visualization._report_text import ReportText
+from optuna_quota.visualization._theme import resource_title
 
 
 _MARKUP = re.compile(r"([\\`*_\[\]<>#|~!&$])")
@@ -103,39 +102,39 @@ _MAX_ENDED = 30
 _MAX_ADVICE = 6
 
 
-def study_note(facts: Facts, trial_url: Callable[[int], str]) -> str:
+def study_note(text: ReportText, trial_url: Callable[[int], str]) -> str:
     """Return the note on a study.
 
     Args:
-        facts: What is known of the study.
+        text: What is known of the study.
         trial_url: Returns the URL of a trial's page by its number.
     """
-    parts = ["### Resource usage", escape(" ".join(facts.headline))]
-    parts += _ledger(facts)
-    if facts.models:
-        rows = [[escape(model.title), code(model.formula)] for model in facts.models]
+    parts = ["### Resource usage", escape(" ".join(text.headline))]
+    parts += _ledger(text)
+    if text.models:
+        rows = [[escape(model.title), code(model.formula)] for model in text.models]
         parts += ["#### Fitted models", table(["resource", "fitted model"], rows)]
-    if facts.advice:
-        shown = facts.advice[:_MAX_ADVICE]
+    if text.advice:
+        shown = text.advice[:_MAX_ADVICE]
         items = (f"- {escape(item.text)}" for item in shown)
         parts += ["#### Advice", "\n".join(items)]
-    if facts.ended:
-        parts += _ended(facts.ended, trial_url)
+    if text.ended:
+        parts += _ended(text.ended, trial_url)
     return "\n\n".join(parts)
 
 
-def _ledger(facts: Facts) -> list[str]:
+def _ledger(text: ReportText) -> list[str]:
     parts = []
-    if facts.ledger:
+    if text.ledger:
         head = ["resource", "used", "reserved", "left", "quota", "of the quota"]
-        rows = [_ledger_cells(line) for line in facts.ledger]
+        rows = [_ledger_cells(line) for line in text.ledger]
         parts += ["#### Ledger", table(head, rows, right=(1, 2, 3, 4))]
     notes = []
-    if facts.limits:
-        limits = ", ".join(f"{title} {amount}" for title, amount in facts.limits)
+    if text.limits:
+        limits = ", ".join(f"{title} {amount}" for title, amount in text.limits)
         notes.append(f"Limits on a trial: {limits}.")
-    if facts.end:
-        notes.append(facts.end)
+    if text.end:
+        notes.append(text.end)
     return [*parts, escape(" ".join(notes))] if notes else parts
 
 
@@ -157,7 +156,7 @@ def _ended(ended: Sequence[EndedRow], trial_url: Callable[[int], str]) -> list[s
     return parts
 
 
-def trial_note(row: Row, limits: Mapping[str, float], image: str | None) -> str:
+def trial_note(row: FinishedTrial, limits: Mapping[str, float], image: str | None) -> str:
     """Return the note on a trial that was terminated or rejected.
 
     Args:
@@ -179,7 +178,7 @@ def trial_note(row: Row, limits: Mapping[str, float], image: str | None) -> str:
     return "\n\n".join(parts)
 
 
-def _usage_cells(row: Row, limits: Mapping[str, float]) -> list[list[str]]:
+def _usage_cells(row: FinishedTrial, limits: Mapping[str, float]) -> list[list[str]]:
     known = dict(limits)
     breach = row.record.breach
     if breach is not None:
@@ -189,15 +188,18 @@ def _usage_cells(row: Row, limits: Mapping[str, float]) -> list[list[str]]:
     ]
 
 
-def _usage_line(row: Row, name: str, amount: float, limit: float | None) -> list[str]:
+def _usage_line(row: FinishedTrial, name: str, amount: float, limit: float | None) -> list[str]:
     shown = "" if limit is None else format_amount(name, limit)
     share = "" if not limit else f"{100 * amount / limit:.0f}%"
-    used = f"{at_least(row, name)}{format_amount(name, amount)}"
-    return [escape(title_of(name)), used, shown, share]
+    used = row.format_usage(name)
+    return [escape(resource_title(name)), used, shown, share]
 
 
-def _projected_cells(row: Row) -> list[list[str]]:
+def _projected_cells(row: FinishedTrial) -> list[list[str]]:
     return [
-        [escape(title_of(name)), *(format_amount(name, v) for v in (i.median, i.lower, i.upper))]
+        [
+            escape(resource_title(name)),
+            *(format_amount(name, v) for v in (i.median, i.lower, i.upper)),
+        ]
         for name, i in row.record.footprint.items()
     ]

@@ -12,29 +12,28 @@ import uuid
 
 from optuna_quota import _optuna
 from optuna_quota import _records
+from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._utilization.data import study_data
 from optuna_quota.dashboard._notes import replace_block
 from optuna_quota.dashboard._notes import study_note
 from optuna_quota.dashboard._notes import trial_note
 from optuna_quota.dashboard._storage import DashboardStorage
-from optuna_quota.visualization._burn_down import _burn_down_chart
 from optuna_quota.visualization._burn_down import _get_burn_down_info
-from optuna_quota.visualization._chart import Chart
-from optuna_quota.visualization._chart import thinned
-from optuna_quota.visualization._charts import footprint_chart
-from optuna_quota.visualization._charts import Material
-from optuna_quota.visualization._charts import material_of
-from optuna_quota.visualization._charts import quality_charts
-from optuna_quota.visualization._charts import slice_chart
-from optuna_quota.visualization._draw import figure_of
-from optuna_quota.visualization._facts import facts_of
-from optuna_quota.visualization._rows import limits_of
-from optuna_quota.visualization._rows import measured
-from optuna_quota.visualization._rows import Row
-from optuna_quota.visualization._svg import svg_of
-from optuna_quota.visualization._timeline import _timeline_chart
+from optuna_quota.visualization._burn_down import burn_down_figure
+from optuna_quota.visualization._data import FinishedTrial
+from optuna_quota.visualization._data import limits_of
+from optuna_quota.visualization._data import measured_resources
+from optuna_quota.visualization._data import report_data
+from optuna_quota.visualization._data import ReportData
+from optuna_quota.visualization._figures import best_footprint_figure
+from optuna_quota.visualization._figures import quality_cost_figures
+from optuna_quota.visualization._figures import ranked_slice_figure
+from optuna_quota.visualization._figures import thin
+from optuna_quota.visualization._report_text import report_text
 from optuna_quota.visualization._timeline import timeline_info
+from optuna_quota.visualization._timeline import timeline_svg
 from optuna_quota.visualization._usage import _get_usage_info
-from optuna_quota.visualization._usage import _usage_chart
+from optuna_quota.visualization._usage import usage_figure
 from optuna_quota.visualization._waste import _get_waste_info
 from optuna_quota.visualization._waste import waste_figure
 
@@ -53,7 +52,11 @@ _MAX_POINTS = 250
 _MAX_TRIAL_NOTES = 100
 
 
-def publish(study: Study, report: Any = None, artifact_store: ArtifactStore | None = None) -> None:
+def publish(
+    study: Study,
+    report: StudyAnalysis | None = None,
+    artifact_store: ArtifactStore | None = None,
+) -> None:
     """Publish a study's resource usage to optuna-dashboard.
 
     Adds a block with the ledger, the fitted models, advice and the terminated and rejected trials
@@ -80,91 +83,69 @@ def publish(study: Study, report: Any = None, artifact_store: ArtifactStore | No
         ImportError: If optuna-dashboard or plotly is not installed.
     """
     if report is None:
-        report = _analyze(study)
-    publish_material(material_of(study, report), report, artifact_store)
+        report = StudyAnalysis(study, study_data(study))
+    publish_data(report_data(study, report), artifact_store)
 
 
-def publish_material(
-    material: Material,
-    report: Any,
+def publish_data(
+    data: ReportData,
     artifact_store: ArtifactStore | None,
     is_current: Callable[[], bool] = lambda: True,
 ) -> None:
     """Publish the data of a study.
 
     Args:
-        material: The study and its trials.
-        report: Its report, or None to leave out models and advice.
+        data: The study, its trials and its analysis.
         artifact_store: For images.
         is_current: Called before anything is written: False if another worker has begun to
             publish.
     """
-    facts = facts_of(material, report)
-    plots = _plots(material)
+    text = report_text(data)
+    plots = _plots(data)
     if not is_current():
         return
-    dashboard = DashboardStorage(material.study)
+    dashboard = DashboardStorage(data.study)
     note = dashboard.note()
-    renewed = replace_block(note, study_note(facts, dashboard.trial_url))
+    renewed = replace_block(note, study_note(text, dashboard.trial_url))
     if renewed != note:
         dashboard.save_note(renewed)
     for name, figure in plots.items():
         dashboard.save_plot(name, figure)
-    ended = [row for row in material.rows if row.outcome in ("terminated", "rejected")]
-    for row in ended[-_MAX_TRIAL_NOTES:]:
-        _note_trial(dashboard, row, material.study, artifact_store)
-
-
-def _analyze(study: Study) -> Any:
-    # Not at the top: it loads statsmodels.
-    import optuna_quota
-
-    return optuna_quota.analyze(study)
+    ended = [trial for trial in data.trials if trial.outcome in ("terminated", "rejected")]
+    for trial in ended[-_MAX_TRIAL_NOTES:]:
+        _note_trial(dashboard, trial, data.study, artifact_store)
 
 
 def _note_trial(
-    dashboard: DashboardStorage, row: Row, study: Study, store: ArtifactStore | None
+    dashboard: DashboardStorage, trial: FinishedTrial, study: Study, store: ArtifactStore | None
 ) -> None:
-    trial_id = _optuna.trial_id_of(row.trial)
+    trial_id = _optuna.trial_id_of(trial.trial)
     limits = limits_of(study)
     image = dashboard.image_url(trial_id, IMAGE)
-    if image is None and store is not None and row.record.timeline:
-        svg = svg_of(_timeline_chart(timeline_info(row, limits.get("memory"))))
+    if image is None and store is not None and trial.record.timeline:
+        svg = timeline_svg(timeline_info(trial, limits.get("memory")))
         image = dashboard.save_image(store, trial_id, IMAGE, svg)
     note = dashboard.note(trial_id)
-    renewed = replace_block(note, trial_note(row, limits, image))
+    renewed = replace_block(note, trial_note(trial, limits, image))
     if renewed != note:
         dashboard.save_note(renewed, trial_id)
 
 
-def _plots(material: Material) -> dict[str, go.Figure]:
-    resources = measured(material.rows)
+def _plots(data: ReportData) -> dict[str, go.Figure]:
+    resources = measured_resources(data.trials)
     main = resources[0] if resources else "memory"
+    quality = next((f for f in quality_cost_figures(data).values() if f.data), None)
+    budget = burn_down_figure(_get_burn_down_info(data.study, data.trials))
+    if not budget.data:
+        budget = waste_figure(_get_waste_info(data.study, data.trials))
     # Fixed names, so that publishing again replaces them.
-    charts = {
-        "optuna_quota.usage": _usage_chart(_get_usage_info(material.study, main, material.rows)),
-        "optuna_quota.drivers": slice_chart(material, main, most=2),
-        "optuna_quota.quality": _quality(material, main),
+    plots = {
+        "optuna_quota.usage": usage_figure(_get_usage_info(data.study, main, data.trials)),
+        "optuna_quota.drivers": ranked_slice_figure(data, main, max_panels=2),
+        "optuna_quota.quality": quality or best_footprint_figure(data, main),
+        "optuna_quota.budget": budget,
     }
-    plots = {name: _small(chart) for name, chart in charts.items()}
-    plots["optuna_quota.budget"] = _budget(material)
-    return plots
-
-
-def _quality(material: Material, resource: str) -> Chart:
-    found = next((chart for chart in quality_charts(material).values() if chart), None)
-    return found if found is not None else footprint_chart(material, resource)
-
-
-def _budget(material: Material) -> go.Figure:
-    chart = _burn_down_chart(_get_burn_down_info(material.study, material.rows))
-    if chart:
-        return _small(chart)
-    return waste_figure(_get_waste_info(material.study, material.rows))
-
-
-def _small(chart: Chart) -> go.Figure:
-    return figure_of(thinned(chart, _MAX_POINTS))
+    return {name: thin(figure, _MAX_POINTS) for name, figure in plots.items()}
 
 
 _logger = logging.getLogger("optuna.quota.dashboard")
@@ -227,8 +208,8 @@ class Publisher:
             self._next = started + self._interval
             return
         claim.take()
-        report = _analyze(study)
-        publish_material(material_of(study, report), report, self._artifact_store, claim.is_ours)
+        report = StudyAnalysis(study, study_data(study))
+        publish_data(report_data(study, report), self._artifact_store, claim.is_ours)
         ended = time.monotonic()
         self._next = ended + max(self._interval, (ended - started) / _SHARE)
 

@@ -1,20 +1,20 @@
-"""Pictures of a study's use of resources, in the manner of :mod:`optuna.visualization`.
+"""Plots of a study's resource usage, in the manner of :mod:`optuna.visualization`.
 
-Each function takes a study and returns a plotly figure; plotly is loaded when the first one is
-drawn (``pip install 'optuna-quota[plot]'``). Amounts are shown in units that a person reads,
-colours are those of Okabe and Ito, and each outcome has a symbol of its own.
+Each function takes a study and returns a plotly figure; plotly is imported with the first one
+(``pip install 'optuna-quota[plot]'``). Amounts have readable units, the colours suit the common
+kinds of colour blindness, and each outcome has its own symbol.
 """
 
 from optuna_quota.visualization._burn_down import plot_burn_down
-from optuna_quota.visualization._charts import figures
 from optuna_quota.visualization._correlations import plot_correlations
+from optuna_quota.visualization._figures import figures
 from optuna_quota.visualization._footprint import plot_footprint
-from optuna_quota.visualization._quality import plot_quality_cost
-from optuna_quota.visualization._report import notebook_html
-from optuna_quota.visualization._report import to_html
-from optuna_quota.visualization._slice import plot_usage_slice
+from optuna_quota.visualization._html_report import notebook_html
+from optuna_quota.visualization._html_report import to_html
+from optuna_quota.visualization._quality_cost import plot_quality_cost
 from optuna_quota.visualization._timeline import plot_timeline
 from optuna_quota.visualization._usage import plot_usage
+from optuna_quota.visualization._usage_slice import plot_usage_slice
 from optuna_quota.visualization._waste import plot_waste
 
 

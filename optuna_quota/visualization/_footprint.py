@@ -1,26 +1,19 @@
-"""What was projected for each trial against what it used."""
+"""The footprint projected for each trial against its usage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+import statistics
 from typing import NamedTuple
 from typing import TYPE_CHECKING
 
 from optuna_quota._records import Interval
 from optuna_quota._resources import format_amount
-from optuna_quota.visualization import _style
-from optuna_quota.visualization._chart import Axis
-from optuna_quota.visualization._chart import Chart
-from optuna_quota.visualization._chart import Line
-from optuna_quota.visualization._chart import Mark
-from optuna_quota.visualization._chart import Panel
-from optuna_quota.visualization._chart import Points
-from optuna_quota.visualization._draw import figure_of
-from optuna_quota.visualization._predict import predict
-from optuna_quota.visualization._rows import hover_of
-from optuna_quota.visualization._rows import Row
-from optuna_quota.visualization._rows import rows_of
-from optuna_quota.visualization._ticks import ends
+from optuna_quota.visualization import _plotly
+from optuna_quota.visualization import _theme
+from optuna_quota.visualization._data import finished_trials
+from optuna_quota.visualization._data import FinishedTrial
+from optuna_quota.visualization._data import predict_interval
 
 
 if TYPE_CHECKING:
@@ -31,7 +24,6 @@ if TYPE_CHECKING:
 
 
 class _Projected(NamedTuple):
-    number: int
     outcome: str
     used: float
     projected: Interval
@@ -46,7 +38,7 @@ class _FootprintInfo(NamedTuple):
 
     @property
     def held(self) -> tuple[int, int]:
-        """How many upper bounds held, of how many trials that were not terminated."""
+        """How many upper bounds held, and of how many trials with a known usage."""
         known = [t for t in self.trials if not t.censored]
         return sum(t.used <= t.projected.upper for t in known), len(known)
 
@@ -54,10 +46,10 @@ class _FootprintInfo(NamedTuple):
 def plot_footprint(
     study: Study, *, resource: str = "memory", footprint: Footprint | None = None
 ) -> go.Figure:
-    """Plot what was projected for each trial, with its interval, against what it used.
+    """Plot the footprint projected for each trial, with its interval, against its usage.
 
-    The projections are those recorded before each trial ran. With ``footprint``, they are what
-    that model says of the same points now: how well it fits, not how well it foresaw.
+    Projections are those recorded before each trial ran. With ``footprint``, they are that model's
+    for the same points: how well it fits, not how well it projected.
 
     Example:
 
@@ -69,92 +61,84 @@ def plot_footprint(
 
     Args:
         study: The study.
-        resource: What was projected.
+        resource: The resource projected.
         footprint: A fitted :class:`~optuna_quota.Footprint`.
 
     Raises:
         ImportError: If plotly is not installed.
     """
-    return figure_of(_footprint_chart(_get_footprint_info(study, resource, footprint)))
+    return footprint_figure(_get_footprint_info(study, resource, footprint))
 
 
 def _get_footprint_info(
     study: Study,
     resource: str,
     footprint: Footprint | None = None,
-    rows: Sequence[Row] | None = None,
+    trials: Sequence[FinishedTrial] | None = None,
 ) -> _FootprintInfo:
-    found = [r for r in (rows_of(study) if rows is None else rows) if r.outcome != "rejected"]
-    trials = []
-    for row in found:
+    projected = []
+    for trial in finished_trials(study) if trials is None else trials:
+        used = trial.amounts.get(resource)
+        if trial.outcome == "rejected" or used is None:
+            continue
         interval = (
-            row.record.footprint.get(resource)
+            trial.record.footprint.get(resource)
             if footprint is None
-            else predict(footprint, row.params, resource)
+            else predict_interval(footprint, trial.trial.params, resource)
         )
-        used = row.amounts.get(resource)
-        if interval is not None and used is not None:
-            trials.append(_projected(row, used, interval, resource))
-    return _FootprintInfo(resource, trials, footprint is None)
+        if interval is not None:
+            projected.append(_projected(trial, used, interval, resource))
+    return _FootprintInfo(resource, projected, footprint is None)
 
 
-def _projected(row: Row, used: float, interval: Interval, resource: str) -> _Projected:
-    said = (
-        f"projected {format_amount(resource, interval.median)} "
-        f"({format_amount(resource, interval.lower)} to "
-        f"{format_amount(resource, interval.upper)})"
+def _projected(trial: FinishedTrial, used: float, interval: Interval, resource: str) -> _Projected:
+    lower, median, upper = (
+        format_amount(resource, v) for v in (interval.lower, interval.median, interval.upper)
     )
-    hover = f"{hover_of(row, resource)}\n{said}"
-    return _Projected(row.number, row.outcome, used, interval, hover, row.censored(resource))
+    hover = trial.hover(resource, f"projected {median} ({lower} to {upper})")
+    return _Projected(trial.outcome, used, interval, hover, trial.is_censored(resource))
 
 
-def _footprint_chart(info: _FootprintInfo) -> Chart:
-    name = _style.title_of(info.resource)
+def footprint_figure(info: _FootprintInfo) -> go.Figure:
+    """Return the figure of :func:`plot_footprint`."""
+    name = _theme.resource_title(info.resource)
     verb = "Projected" if info.beforehand else "Fitted"
-    title = (
-        f"{verb} against measured {name[0].lower() if name[1].islower() else name[0]}{name[1:]}"
-    )
+    title = f"{verb} against measured {name if name[1].isupper() else name[0].lower() + name[1:]}"
     if not info.trials:
-        return Chart(title, f"No trial has both a projected and a measured {info.resource}.")
-    used = [t.used for t in info.trials]
-    medians = [t.projected.median for t in info.trials]
-    unit = _style.unit_for(info.resource, [*used, *medians])
-    log = _style.spreads([*used, *medians], 20)
-    low, high = _frame(info, log)
-    frame = (unit.of(low), unit.of(high))
-    diagonal = Line("as projected", _style.QUIET, frame, frame, dash="dot")
-    panel = Panel(
-        Axis(unit.axis("Measured"), log, (), *frame),
-        Axis(unit.axis(verb), log, (), *frame),
-        (diagonal, *_marks(info, unit, high)),
-    )
-    return Chart(title, _finding(info), (panel,))
-
-
-def _frame(info: _FootprintInfo, log: bool) -> tuple[float, float]:
-    # Wide first intervals must not press the rest into a corner: bars may leave the frame.
+        reason = f"No trial has both a projected and a measured {info.resource}."
+        return _plotly.empty_figure(title, reason)
+    # The upper bounds of the first trials are wide: bars may leave the frame.
     shown = [v for t in info.trials for v in (t.used, t.projected.median)]
-    low, high = ends(shown, log=log)
+    unit = _theme.unit_for(info.resource, shown)
+    log = _theme.use_log_scale(shown, 20)
+    low, high = _theme.axis_range(shown, log=log)
     if not log and min(shown) > 0.4 * max(shown):
         low = min(shown) - 0.1 * (max(shown) - min(shown) or min(shown))
-    return low, high
-
-
-def _marks(info: _FootprintInfo, unit: _style.Unit, most: float) -> tuple[Mark, ...]:
-    groups = {o: [t for t in info.trials if t.outcome == o] for o in _style.OUTCOME_COLORS}
-    return tuple(
-        Points(
-            f"{outcome} ({len(trials)})",
-            _style.OUTCOME_COLORS[outcome],
-            _style.OUTCOME_SYMBOLS[outcome],
-            [unit.of(t.used) for t in trials],
-            [unit.of(t.projected.median) for t in trials],
-            [t.hover for t in trials],
-            [unit.of(t.projected.lower) for t in trials],
-            [unit.of(min(t.projected.upper, 4 * most)) for t in trials],
-        )
-        for outcome, trials in groups.items()
-        if trials
+    frame = (unit.of(low), unit.of(high))
+    traces = [_plotly.line("as projected", _theme.MUTED, frame, frame, dash="dot")]
+    for outcome, style in _theme.OUTCOMES.items():
+        trials = [t for t in info.trials if t.outcome == outcome]
+        if trials:
+            uppers = [min(t.projected.upper, 4 * high) for t in trials]
+            traces.append(
+                _plotly.markers(
+                    f"{outcome} ({len(trials)})",
+                    style,
+                    [unit.of(t.used) for t in trials],
+                    [unit.of(t.projected.median) for t in trials],
+                    [t.hover for t in trials],
+                    [
+                        (unit.of(t.projected.lower), unit.of(upper))
+                        for t, upper in zip(trials, uppers, strict=True)
+                    ],
+                )
+            )
+    return _plotly.make_figure(
+        title,
+        _finding(info),
+        traces,
+        _plotly.axis(unit.axis_title("Measured"), frame, log=log),
+        _plotly.axis(unit.axis_title(verb), frame, log=log),
     )
 
 
@@ -162,10 +146,10 @@ def _finding(info: _FootprintInfo) -> str:
     held, known = info.held
     if not known:
         return "bars: lower to upper bound"
-    errors = sorted(
+    errors = [
         abs(t.projected.median - t.used) / t.used
         for t in info.trials
         if t.used > 0 and not t.censored
-    )
-    middle = f"median error {100 * errors[len(errors) // 2]:.1f}%; " if errors else ""
-    return f"{middle}{held} of {known} trials within the upper bound; bars: lower to upper"
+    ]
+    error = f"median error {100 * statistics.median_high(errors):.1f}%; " if errors else ""
+    return f"{error}{held} of {known} trials within the upper bound; bars: lower to upper"

@@ -1,45 +1,50 @@
-"""Memory over time of one trial, with its limit and breach."""
+"""Memory of one trial over time, with its limit and breach."""
 
 from __future__ import annotations
 
+import html
 from typing import NamedTuple
 from typing import TYPE_CHECKING
 
 from optuna_quota._resources import format_amount
-from optuna_quota.visualization import _style
-from optuna_quota.visualization._chart import Axis
-from optuna_quota.visualization._chart import Chart
-from optuna_quota.visualization._chart import Line
-from optuna_quota.visualization._chart import Mark
-from optuna_quota.visualization._chart import Panel
-from optuna_quota.visualization._chart import Points
-from optuna_quota.visualization._draw import figure_of
-from optuna_quota.visualization._rows import limits_of
-from optuna_quota.visualization._rows import Row
-from optuna_quota.visualization._rows import rows_of
-from optuna_quota.visualization._ticks import ends
-from optuna_quota.visualization._usage import limit_level
+from optuna_quota.visualization import _plotly
+from optuna_quota.visualization import _theme
+from optuna_quota.visualization._data import finished_trials
+from optuna_quota.visualization._data import FinishedTrial
+from optuna_quota.visualization._data import limits_of
 
 
 if TYPE_CHECKING:
     from optuna.study import Study
     import plotly.graph_objects as go
 
-    from optuna_quota._resources import Breach
+
+_MAX_SUBTITLE = 100
 
 
 class _TimelineInfo(NamedTuple):
+    """The memory of a trial.
+
+    Attributes:
+        number: The trial's number.
+        finding: How it ended.
+        seconds: Times since its start.
+        memory: Bytes at these times.
+        limit: The memory limit in bytes.
+        breach: Seconds and bytes of the breach; of another resource's breach, its time and the
+            memory then.
+    """
+
     number: int
-    outcome: str
+    finding: str
     seconds: list[float]
     memory: list[float]
     limit: float | None
-    breach: Breach | None
-    reason: str | None
+    breach: tuple[float, float] | None
 
 
 def plot_timeline(study: Study, number: int) -> go.Figure:
-    """Plot the memory of one trial over its time, with its limit and where it breached one.
+    """Plot the memory of one trial over time, with its limit and breach.
 
     Example:
 
@@ -54,95 +59,177 @@ def plot_timeline(study: Study, number: int) -> go.Figure:
         number: The trial's number.
 
     Raises:
-        ValueError: If the study has no finished trial of that number.
+        ValueError: If the study has no finished trial with that number.
         ImportError: If plotly is not installed.
     """
-    return figure_of(_timeline_chart(_get_timeline_info(study, number)))
+    return timeline_figure(_get_timeline_info(study, number))
 
 
 def _get_timeline_info(study: Study, number: int) -> _TimelineInfo:
-    row = next((row for row in rows_of(study) if row.number == number), None)
-    if row is None:
+    trial = next((t for t in finished_trials(study) if t.number == number), None)
+    if trial is None:
         raise ValueError(f"`number` must be that of a finished trial but got {number!r}.")
-    return timeline_info(row, limits_of(study).get("memory"))
+    return timeline_info(trial, limits_of(study).get("memory"))
 
 
-def timeline_info(row: Row, limit: float | None) -> _TimelineInfo:
-    """Return what is drawn of one trial; the limit it breached counts before the study's."""
-    breach = row.record.breach
-    if breach is not None and breach.resource == "memory":
-        limit = breach.limit
-    line = list(row.record.timeline)
-    # What was read once the processes were gone is not the trial's.
-    while line and line[-1][1] <= 0:
-        line.pop()
-    seconds = [t for t, _ in line]
-    memory = [m for _, m in line]
-    return _TimelineInfo(
-        row.number, row.outcome, seconds, memory, limit, breach, row.record.reason
-    )
+def timeline_info(trial: FinishedTrial, limit: float | None) -> _TimelineInfo:
+    """Return what is drawn of one trial.
+
+    Args:
+        trial: The trial.
+        limit: The study's memory limit, replaced by the limit that the trial breached.
+    """
+    timeline = list(trial.record.timeline)
+    # Readings of zero at the end were taken after the processes had ended.
+    while timeline and timeline[-1][1] <= 0:
+        timeline.pop()
+    record, place = trial.record, None
+    if record.breach is not None and timeline:
+        if record.breach.resource == "memory":
+            limit, place = record.breach.limit, (record.breach.seconds, record.breach.observed)
+        else:
+            at = record.breach.seconds
+            place = (at, min(timeline, key=lambda point: abs(point[0] - at))[1])
+    if place is not None and place[0] > timeline[-1][0]:
+        timeline.append(place)
+    finding = f"{trial.outcome}, peak {format_amount('memory', _maximum(timeline))}"
+    if record.reason and trial.outcome == "terminated":
+        reason = record.reason
+        finding = reason if len(reason) <= _MAX_SUBTITLE else f"{reason[: _MAX_SUBTITLE - 1]}…"
+    seconds, memory = [t for t, _ in timeline], [m for _, m in timeline]
+    return _TimelineInfo(trial.number, finding, seconds, memory, limit, place)
 
 
-def _timeline_chart(info: _TimelineInfo) -> Chart:
-    title = f"Memory of trial {info.number} over time"
-    if not info.memory:
-        return Chart(title, "This trial has no timeline recorded.")
-    levels = [info.limit] if info.limit is not None else []
-    observed = [*info.memory, *_observed(info)]
-    unit = _style.unit_for("memory", observed)
-    clock = _style.unit_for("wall_time", [*info.seconds, *_breach_time(info)])
-    low, high = ends(observed, levels=levels)
-    ending = 1.04 * max([*info.seconds, *_breach_time(info)]) or 1.0
-    panel = Panel(
-        Axis(clock.axis("Time since the start"), low=0.0, high=clock.of(ending)),
-        Axis(unit.axis("Memory"), low=unit.of(low), high=unit.of(high)),
-        _marks(info, unit, clock),
-        tuple(limit_level("memory", v, unit) for v in levels),
-    )
-    return Chart(title, _said(info), (panel,))
+def _maximum(timeline: list[tuple[float, float]]) -> float | None:
+    return max((memory for _, memory in timeline), default=None)
 
 
-def _observed(info: _TimelineInfo) -> list[float]:
-    if info.breach is None or info.breach.resource != "memory":
-        return []
-    return [info.breach.observed]
+class _Axes(NamedTuple):
+    memory: _theme.Unit
+    time: _theme.Unit
+    top: float
+    right: float
 
 
-def _breach_time(info: _TimelineInfo) -> list[float]:
-    return [info.breach.seconds] if info.breach is not None else []
-
-
-def _marks(info: _TimelineInfo, unit: _style.Unit, clock: _style.Unit) -> tuple[Mark, ...]:
+def _axes(info: _TimelineInfo) -> _Axes:
     seconds, memory = list(info.seconds), list(info.memory)
-    breached = _breach_place(info)
-    if breached is not None and breached[0] > seconds[-1]:
-        seconds.append(breached[0])
-        memory.append(breached[1])
-    line = Line(
-        "memory", _style.BLUE, [clock.of(t) for t in seconds], [unit.of(m) for m in memory]
+    if info.breach is not None:
+        seconds.append(info.breach[0])
+        memory.append(info.breach[1])
+    unit, clock = _theme.unit_for("memory", memory), _theme.unit_for("wall_time", seconds)
+    _, high = _theme.axis_range(memory, limit=info.limit)
+    return _Axes(unit, clock, unit.of(high), clock.of(1.04 * max(seconds) or 1.0))
+
+
+def _title(info: _TimelineInfo) -> str:
+    return f"Memory of trial {info.number} over time"
+
+
+def timeline_figure(info: _TimelineInfo) -> go.Figure:
+    """Return the figure of :func:`plot_timeline`."""
+    if not info.memory:
+        return _plotly.empty_figure(_title(info), "No timeline was recorded for this trial.")
+    axes = _axes(info)
+    x = [axes.time.of(t) for t in info.seconds]
+    traces = [_plotly.line("memory", _theme.BLUE, x, [axes.memory.of(m) for m in info.memory])]
+    if info.breach is not None:
+        seconds, memory = info.breach
+        hover = f"breach {format_amount('wall_time', seconds)} after the start"
+        place = [axes.time.of(seconds)], [axes.memory.of(memory)]
+        traces.append(_plotly.markers("breach", _theme.OUTCOMES["terminated"], *place, [hover]))
+    figure = _plotly.make_figure(
+        _title(info),
+        info.finding,
+        traces,
+        _plotly.axis(axes.time.axis_title("Time since the start"), (0.0, axes.right)),
+        _plotly.axis(axes.memory.axis_title("Memory"), (0.0, axes.top)),
     )
-    if breached is None:
-        return (line,)
-    x, y = breached
-    hover = f"breach {format_amount('wall_time', x)} after the start"
+    if info.limit is not None:
+        _plotly.add_limit(figure, "memory", info.limit, axes.memory, axes.top)
+    return figure
+
+
+_WIDTH, _HEIGHT = 640, 340
+_LEFT, _TOP, _RIGHT, _BOTTOM = 64, 60, 624, 294
+
+
+def timeline_svg(info: _TimelineInfo) -> str:
+    """Return the plot as an SVG image, which optuna-dashboard can show as a trial's artifact.
+
+    Plotly draws images in a browser only. All text is escaped and nothing is active.
+
+    Args:
+        info: A trial with a timeline.
+    """
+    axes = _axes(info)
+
+    def x(value: float) -> float:
+        return round(_LEFT + (_RIGHT - _LEFT) * value / axes.right, 1)
+
+    def y(value: float) -> float:
+        return round(_BOTTOM - (_BOTTOM - _TOP) * value / axes.top, 1)
+
+    parts = [
+        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#FFFFFF"/>',
+        _svg_text(16, 22, _title(info), size=14, weight="bold"),
+        _svg_text(16, 40, info.finding, color=_theme.MUTED),
+    ]
+    for tick in _theme.linear_ticks(0, axes.top):
+        parts.append(_svg_path(f"M{_LEFT} {y(tick)}H{_RIGHT}", _theme.GRID, 1))
+        parts.append(_svg_text(_LEFT - 6, y(tick) + 4, f"{tick:,.6g}", anchor="end"))
+    for tick in _theme.linear_ticks(0, axes.right):
+        parts.append(_svg_path(f"M{x(tick)} {_BOTTOM}v4", _theme.MUTED, 1))
+        parts.append(_svg_text(x(tick), _BOTTOM + 17, f"{tick:,.6g}", anchor="middle"))
+    titles = axes.time.axis_title("Time since the start"), axes.memory.axis_title("Memory")
+    middle, centre = (_LEFT + _RIGHT) / 2, (_TOP + _BOTTOM) / 2
+    parts += [
+        _svg_text(middle, _BOTTOM + 36, titles[0], color=_theme.MUTED, anchor="middle"),
+        f'<g transform="translate(18,{centre}) rotate(-90)">'
+        f"{_svg_text(0, 0, titles[1], color=_theme.MUTED, anchor='middle')}</g>",
+    ]
+    points = [
+        f"{x(axes.time.of(t))} {y(axes.memory.of(m))}"
+        for t, m in zip(info.seconds, info.memory, strict=True)
+    ]
+    parts.append(_svg_path(f"M{'L'.join(points)}", _theme.BLUE, 2))
+    if info.breach is not None:
+        place = x(axes.time.of(info.breach[0])), y(axes.memory.of(info.breach[1]))
+        triangle = f"M{place[0]} {place[1] - 5}l4.6 8.6h-9.2z"
+        parts.append(f'<path d="{triangle}" fill="{_theme.VERMILION}" stroke="#FFFFFF"/>')
+    if info.limit is not None:
+        label = f"limit {format_amount('memory', info.limit)}"
+        limit = axes.memory.of(info.limit)
+        if limit <= axes.top:
+            style = 'stroke-dasharray="6 4"'
+            path = f"M{_LEFT} {y(limit)}H{_RIGHT}"
+            parts.append(_svg_path(path, _theme.VERMILION, 1.5, style))
+        else:
+            label, limit = f"{label} ↑", axes.top
+        parts.append(_svg_text(_LEFT + 4, max(y(limit), _TOP) - 5, label, color=_theme.VERMILION))
     return (
-        line,
-        Points("breach", _style.VERMILION, "triangle-up", [clock.of(x)], [unit.of(y)], [hover]),
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+        f'width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{_title(info)}" '
+        f'font-family="{html.escape(_theme.FONT)}">{"".join(parts)}</svg>'
     )
 
 
-def _breach_place(info: _TimelineInfo) -> tuple[float, float] | None:
-    breach = info.breach
-    if breach is None:
-        return None
-    if breach.resource == "memory":
-        return breach.seconds, breach.observed
-    # The limit of another resource: mark when, on the memory line.
-    gaps = [abs(seconds - breach.seconds) for seconds in info.seconds]
-    return breach.seconds, info.memory[gaps.index(min(gaps))]
+def _svg_path(path: str, color: str, width: float, style: str = "") -> str:
+    return f'<path d="{path}" stroke="{color}" stroke-width="{width}" fill="none" {style}/>'
 
 
-def _said(info: _TimelineInfo) -> str:
-    if info.reason and info.outcome == "terminated":
-        return info.reason if len(info.reason) <= 110 else info.reason[:109] + "…"
-    return f"{info.outcome}, peak {format_amount('memory', max(info.memory))}"
+def _svg_text(
+    x: float,
+    y: float,
+    text: str,
+    *,
+    size: int = 11,
+    weight: str = "normal",
+    color: str = _theme.TEXT,
+    anchor: str = "start",
+) -> str:
+    # XML 1.0 does not allow control characters, not even escaped.
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return (
+        f'<text x="{x}" y="{y}" font-size="{size}" font-weight="{weight}" fill="{color}" '
+        f'text-anchor="{anchor}">{html.escape(printable, quote=False)}</text>'
+    )

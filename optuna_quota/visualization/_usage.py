@@ -1,25 +1,19 @@
-"""Use of each trial by outcome, with the limit."""
+"""Usage of each trial by outcome, with the limit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+import statistics
 from typing import NamedTuple
 from typing import TYPE_CHECKING
 
+from optuna_quota._records import Interval
 from optuna_quota._resources import format_amount
-from optuna_quota.visualization import _style
-from optuna_quota.visualization._chart import Axis
-from optuna_quota.visualization._chart import Chart
-from optuna_quota.visualization._chart import Level
-from optuna_quota.visualization._chart import Mark
-from optuna_quota.visualization._chart import Panel
-from optuna_quota.visualization._chart import Points
-from optuna_quota.visualization._draw import figure_of
-from optuna_quota.visualization._rows import hover_of
-from optuna_quota.visualization._rows import limits_of
-from optuna_quota.visualization._rows import Row
-from optuna_quota.visualization._rows import rows_of
-from optuna_quota.visualization._ticks import ends
+from optuna_quota.visualization import _plotly
+from optuna_quota.visualization import _theme
+from optuna_quota.visualization._data import finished_trials
+from optuna_quota.visualization._data import FinishedTrial
+from optuna_quota.visualization._data import limits_of
 
 
 if TYPE_CHECKING:
@@ -32,8 +26,7 @@ class _Use(NamedTuple):
     outcome: str
     amount: float
     hover: str
-    low: float | None = None
-    high: float | None = None
+    projected: Interval | None = None
 
 
 class _UsageInfo(NamedTuple):
@@ -44,10 +37,10 @@ class _UsageInfo(NamedTuple):
 
 
 def plot_usage(study: Study, *, resource: str = "memory") -> go.Figure:
-    """Plot what each trial used, by outcome, with the limit in force.
+    """Plot the usage of each trial by outcome, with the limit in force.
 
-    A terminated trial points up: its usage is a lower bound. A rejected one, which never ran,
-    stands at what was projected, with its interval.
+    Markers of terminated trials point up: their usage is a lower bound. A rejected trial, which
+    never ran, is shown at its projection, with the interval.
 
     Example:
 
@@ -59,94 +52,80 @@ def plot_usage(study: Study, *, resource: str = "memory") -> go.Figure:
 
     Args:
         study: The study.
-        resource: What to show: ``"memory"``, ``"wall_time"``, ``"cpu_time"``, ``"gpu_memory"``,
-            ``"gpu_time"``, ``"energy"`` or the name of a meter of one's own.
+        resource: ``"memory"``, ``"wall_time"``, ``"cpu_time"``, ``"gpu_memory"``, ``"gpu_time"``,
+            ``"energy"`` or the name of a custom meter.
 
     Raises:
         ImportError: If plotly is not installed.
     """
-    return figure_of(_usage_chart(_get_usage_info(study, resource)))
+    return usage_figure(_get_usage_info(study, resource))
 
 
-def _get_usage_info(study: Study, resource: str, rows: Sequence[Row] | None = None) -> _UsageInfo:
-    found = rows_of(study) if rows is None else rows
-    uses = [use for use in (_use(row, resource) for row in found) if use is not None]
+def _get_usage_info(
+    study: Study, resource: str, trials: Sequence[FinishedTrial] | None = None
+) -> _UsageInfo:
+    found = finished_trials(study) if trials is None else trials
+    uses = [use for use in (_use(trial, resource) for trial in found) if use is not None]
     return _UsageInfo(resource, uses, limits_of(study).get(resource), len(found))
 
 
-def _use(row: Row, resource: str) -> _Use | None:
-    if resource in row.amounts:
-        return _Use(row.number, row.outcome, row.amounts[resource], hover_of(row, resource))
-    projected = row.record.footprint.get(resource)
-    if row.outcome != "rejected" or projected is None:
+def _use(trial: FinishedTrial, resource: str) -> _Use | None:
+    if resource in trial.amounts:
+        amount = trial.amounts[resource]
+        return _Use(trial.number, trial.outcome, amount, trial.hover(resource))
+    projected = trial.record.footprint.get(resource)
+    if trial.outcome != "rejected" or projected is None:
         return None
-    hover = hover_of(row, resource).replace(
-        "not run", f"projected {format_amount(resource, projected.median)}", 1
-    )
-    return _Use(row.number, row.outcome, projected.median, hover, projected.lower, projected.upper)
+    hover = trial.hover(resource, f"projected {format_amount(resource, projected.median)}")
+    return _Use(trial.number, trial.outcome, projected.median, hover, projected)
 
 
-def _usage_chart(info: _UsageInfo) -> Chart:
-    title = f"{_style.title_of(info.resource)} of each trial"
+def usage_figure(info: _UsageInfo) -> go.Figure:
+    """Return the figure of :func:`plot_usage`."""
+    name = _theme.resource_title(info.resource)
+    title = f"{name} of each trial"
     if not info.uses:
-        return Chart(title, f"No finished trial has its {info.resource} recorded.")
-    levels = [info.limit] if info.limit is not None else []
+        return _plotly.empty_figure(title, f"No finished trial has a known {info.resource}.")
     amounts = [use.amount for use in info.uses]
-    unit = _style.unit_for(info.resource, amounts)
-    log = _style.spreads([*amounts, *(v for v in levels if v <= 3 * max(amounts))], 15)
-    low, high = ends(amounts, log=log, levels=levels)
-    axis = Axis(
-        unit.axis(_style.title_of(info.resource)), log=log, low=unit.of(low), high=unit.of(high)
+    unit = _theme.unit_for(info.resource, amounts)
+    near = [v for v in (info.limit,) if v is not None and v <= 3 * max(amounts)]
+    log = _theme.use_log_scale([*amounts, *near], 15)
+    low, high = map(unit.of, _theme.axis_range(amounts, log=log, limit=info.limit))
+    groups = {o: [use for use in info.uses if use.outcome == o] for o in _theme.OUTCOMES}
+    figure = _plotly.make_figure(
+        title,
+        _finding(info),
+        [_markers(outcome, uses, unit) for outcome, uses in groups.items() if uses],
+        _plotly.axis("Trial"),
+        _plotly.axis(unit.axis_title(name), (low, high), log=log),
     )
-    panel = Panel(
-        Axis("Trial"),
-        axis,
-        _marks(info, unit),
-        tuple(limit_level(info.resource, v, unit) for v in levels),
-    )
-    return Chart(title, _finding(info), (panel,))
+    if info.limit is not None:
+        _plotly.add_limit(figure, info.resource, info.limit, unit, high, log=log)
+    return figure
 
 
-def _marks(info: _UsageInfo, unit: _style.Unit) -> tuple[Mark, ...]:
-    return tuple(
-        _points(outcome, [use for use in info.uses if use.outcome == outcome], unit)
-        for outcome in _style.OUTCOME_COLORS
-        if any(use.outcome == outcome for use in info.uses)
-    )
-
-
-def _points(outcome: str, uses: list[_Use], unit: _style.Unit) -> Points:
-    ranged = outcome == "rejected"
-    return Points(
+def _markers(outcome: str, uses: Sequence[_Use], unit: _theme.Unit) -> dict[str, object]:
+    bounds = [use.projected or Interval(use.amount, use.amount, use.amount) for use in uses]
+    return _plotly.markers(
         f"{outcome} ({len(uses)})",
-        _style.OUTCOME_COLORS[outcome],
-        _style.OUTCOME_SYMBOLS[outcome],
+        _theme.OUTCOMES[outcome],
         [use.number for use in uses],
         [unit.of(use.amount) for use in uses],
         [use.hover for use in uses],
-        [unit.of(use.amount if use.low is None else use.low) for use in uses] if ranged else (),
-        [unit.of(use.amount if use.high is None else use.high) for use in uses] if ranged else (),
+        [(unit.of(b.lower), unit.of(b.upper)) for b in bounds] if outcome == "rejected" else (),
     )
 
 
-def limit_level(resource: str, limit: float, unit: _style.Unit) -> Level:
-    """Return the line of a limit, labelled with it."""
-    return Level(f"limit {format_amount(resource, limit)}", _style.VERMILION, unit.of(limit))
-
-
 def _finding(info: _UsageInfo) -> str:
-    ran = [use.amount for use in info.uses if use.outcome != "rejected"]
+    ran = [use.amount for use in info.uses if use.projected is None]
     parts = []
     if ran:
-        most = max(ran)
-        parts.append(
-            f"median {format_amount(info.resource, sorted(ran)[len(ran) // 2])}, "
-            f"most {format_amount(info.resource, most)}"
-        )
+        median = format_amount(info.resource, statistics.median_high(ran))
+        parts.append(f"median {median}, maximum {format_amount(info.resource, max(ran))}")
         if info.limit is not None:
             over = sum(amount > info.limit for amount in ran)
             parts.append(f"{over} of {len(ran)} over the limit")
     unknown = info.n_trials - len(info.uses)
     if unknown:
-        parts.append(f"{unknown} without a measurement")
+        parts.append(f"{unknown} not measured")
     return "; ".join(parts)

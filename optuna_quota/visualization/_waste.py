@@ -1,33 +1,33 @@
-"""What the study spent, by outcome."""
+"""Time and energy spent on trials of each outcome."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 from typing import TYPE_CHECKING
 
+from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import get_resource
-from optuna_quota._resources import OUTCOMES
-from optuna_quota.visualization import _style
-from optuna_quota.visualization._chart import Axis
-from optuna_quota.visualization._chart import Chart
-from optuna_quota.visualization._draw import axis_layout
-from optuna_quota.visualization._draw import base_layout
-from optuna_quota.visualization._draw import figure_of
-from optuna_quota.visualization._imports import import_plotly
-from optuna_quota.visualization._rows import Row
-from optuna_quota.visualization._rows import rows_of
+from optuna_quota.visualization import _plotly
+from optuna_quota.visualization import _theme
+from optuna_quota.visualization._data import by_outcome
+from optuna_quota.visualization._data import finished_trials
+from optuna_quota.visualization._data import FinishedTrial
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from optuna.study import Study
     import plotly.graph_objects as go
 
 
+_TOTALS = {usage: total for total, usage in CHARGED_RESOURCES.items()}
+
+
 class _WasteInfo(NamedTuple):
+    """Trials by outcome, and amounts spent by resource and outcome."""
+
     trials: dict[str, int]
     spent: dict[str, dict[str, float]]
 
@@ -38,9 +38,9 @@ class _WasteInfo(NamedTuple):
 
 
 def plot_waste(study: Study) -> go.Figure:
-    """Plot which share of the time and energy went to trials of each outcome.
+    """Plot which share of time and energy went to trials of each outcome.
 
-    What pruned, terminated and failed trials took bought no value: it is the waste.
+    Pruned, terminated and failed trials gave no value: what they took is the waste.
 
     Example:
 
@@ -59,88 +59,71 @@ def plot_waste(study: Study) -> go.Figure:
     return waste_figure(_get_waste_info(study))
 
 
-def _get_waste_info(study: Study, rows: Sequence[Row] | None = None) -> _WasteInfo:
-    found = rows_of(study) if rows is None else rows
-    trials: dict[str, int] = {o: sum(row.outcome == o for row in found) for o in OUTCOMES}
-    spent: dict[str, dict[str, float]] = {}
-    for resource in _totals(found):
-        spent[resource] = {
-            o: sum(row.amounts.get(resource, 0.0) for row in found if row.outcome == o)
-            for o in OUTCOMES
-        }
-    return _WasteInfo(trials, {name: s for name, s in spent.items() if sum(s.values()) > 0})
-
-
-def _totals(rows: Sequence[Row]) -> list[str]:
-    known = {name for row in rows for name in row.amounts}
-    usual = ("wall_time", "cpu_time", "gpu_time", "energy")
-    return [name for name in usual if name in known and not get_resource(name).peak]
+def _get_waste_info(study: Study, trials: Sequence[FinishedTrial] | None = None) -> _WasteInfo:
+    groups = by_outcome(finished_trials(study) if trials is None else trials)
+    spent = {
+        name: {o: sum(t.amounts.get(name, 0.0) for t in group) for o, group in groups.items()}
+        for name in _TOTALS
+    }
+    counts = {outcome: len(group) for outcome, group in groups.items()}
+    return _WasteInfo(counts, {name: s for name, s in spent.items() if sum(s.values()) > 0})
 
 
 def waste_figure(info: _WasteInfo) -> go.Figure:
-    """Return the figure: one bar for each resource and one for the number of trials."""
+    """Return the figure of :func:`plot_waste`: a bar for the trials and one for each resource."""
     title = "Where the budget went"
     if not info.spent:
-        return figure_of(Chart(title, "No finished trial has its use of time recorded."))
-    go = import_plotly()
-    layout = base_layout(title, waste_finding(info))
-    layout.update(barmode="stack", bargap=0.35)
-    layout["legend"]["traceorder"] = "normal"
-    layout["xaxis"] = {**axis_layout(Axis("Share (%)", low=0, high=100)), "dtick": 20}
-    layout["yaxis"] = {**axis_layout(Axis("")), "autorange": "reversed", "ticks": ""}
-    return go.Figure({"data": _bars(info), "layout": layout})
+        return _plotly.empty_figure(title, "No finished trial has a known time.")
+    x = {**_plotly.axis("Share (%)", (0, 100)), "dtick": 20}
+    y = {**_plotly.axis(""), "autorange": "reversed", "ticks": ""}
+    figure = _plotly.make_figure(title, waste_finding(info), _bars(info), x, y)
+    figure.update_layout(barmode="stack", bargap=0.35, legend_traceorder="normal")
+    return figure
 
 
 def _bars(info: _WasteInfo) -> list[dict[str, Any]]:
-    names = ["Trials", *(label(resource) for resource in info.spent)]
+    names = ["Trials", *(_theme.resource_title(total_of(r)) for r in info.spent)]
     count = sum(info.trials.values())
     bars = []
-    for outcome in OUTCOMES:
-        if not info.trials[outcome]:
-            continue
-        shares = [info.trials[outcome] / count] + [info.share(r, outcome) for r in info.spent]
-        amounts = [f"{info.trials[outcome]:,} of {count:,} trials"] + [
-            format_amount(r, s[outcome]) for r, s in info.spent.items()
-        ]
-        bars.append(_bar(outcome, names, [100 * s for s in shares], amounts))
+    for outcome, trials in info.trials.items():
+        shares = [trials / count, *(info.share(r, outcome) for r in info.spent)]
+        amounts = [format_amount(r, s[outcome]) for r, s in info.spent.items()]
+        bars.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": outcome,
+                "y": names,
+                "x": [_theme.significant(100 * s, 4) for s in shares],
+                "width": 0.6,
+                "marker": {
+                    "color": _theme.OUTCOMES[outcome].color,
+                    "line": {"width": 1, "color": "#FFFFFF"},
+                },
+                "text": [f"{100 * s:.0f}%" if s >= 0.05 else "" for s in shares],
+                "textposition": "inside",
+                "insidetextanchor": "middle",
+                "textangle": 0,
+                "customdata": [f"{trials:,} of {count:,} trials", *amounts],
+                "hovertemplate": f"{outcome}: %{{x:.1f}}%, %{{customdata}}<extra></extra>",
+            }
+        )
     return bars
 
 
-def _bar(
-    outcome: str, names: list[str], shares: list[float], amounts: list[str]
-) -> dict[str, Any]:
-    return {
-        "type": "bar",
-        "orientation": "h",
-        "name": outcome,
-        "y": names,
-        "x": [_style.significant(s, 4) for s in shares],
-        "width": 0.6,
-        "marker": {"color": _style.OUTCOME_COLORS[outcome], "line": {"width": 1, "color": "#FFF"}},
-        "text": [f"{s:.0f}%" if s >= 5 else "" for s in shares],
-        "textposition": "inside",
-        "insidetextanchor": "middle",
-        "textangle": 0,
-        "customdata": amounts,
-        "hovertemplate": f"{outcome}: %{{x:.1f}}%, %{{customdata}}<extra></extra>",
-    }
-
-
-def label(resource: str) -> str:
-    """Return what a total over the trials is called: wall times add up to trial time."""
-    return "Trial time" if resource == "wall_time" else _style.title_of(resource)
+def total_of(resource: str) -> str:
+    """Return the resource that usage adds up to over trials: wall times to trial time."""
+    return _TOTALS.get(resource, resource)
 
 
 def waste_finding(info: _WasteInfo) -> str:
-    """Return in a sentence what went to trials that gave no value, by trial time."""
+    """Return in a sentence what trials without a value took of the trial time."""
     resource = next(iter(info.spent))
     parts = [
-        f"{100 * info.share(resource, o):.0f}% on {o}"
-        for o in ("terminated", "pruned", "failed")
-        if info.spent[resource][o] > 0
+        f"{100 * info.share(resource, outcome):.0f}% on {outcome}"
+        for outcome in ("terminated", "pruned", "preempted", "failed")
+        if info.share(resource, outcome) > 0
     ]
     total = format_amount(resource, sum(info.spent[resource].values()))
-    what = label(resource).lower()
-    return f"{total} of {what}" + (
-        f": {', '.join(parts)} trials" if parts else ", none of it wasted"
-    )
+    waste = f": {', '.join(parts)} trials" if parts else ", none of it wasted"
+    return f"{total} of {get_resource(total_of(resource)).title}{waste}"

@@ -244,12 +244,12 @@ def test_shares_of_the_budget_by_outcome() -> None:
     assert advice.figures["shares"]["completed"] == pytest.approx(0.6)
     assert sum(advice.figures["shares"].values()) == pytest.approx(1.0)
     assert str(advice) == (
-        "Of 1 min 40 s of trial time, 60% to completed, 30% to terminated, 10% to failed trials."
+        "60% of trial time went to completed trials, 30% to terminated ones, 10% to failed ones."
     )
 
 
 @pytest.mark.parametrize(
-    ("late_gain", "word"), [(0.0, "bought nothing"), (0.5, "brought the best")]
+    ("late_gain", "word"), [(0.0, "improved nothing"), (0.5, "improved the best")]
 )
 def test_what_the_last_tenth_bought(late_gain: float, word: str) -> None:
     space = {"x": FloatDistribution(0, 1)}
@@ -316,7 +316,7 @@ def test_a_trial_that_violates_a_constraint_is_neither_the_cheapest_nor_the_best
 
     assert analyze(study).best == [0]
     assert not advice_on(study, "cheapest trial")
-    assert "bought nothing" in str(one(study, "last tenth"))
+    assert "improved nothing" in str(one(study, "last tenth"))
 
 
 def test_a_large_bound_is_said_exactly() -> None:

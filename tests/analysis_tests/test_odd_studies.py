@@ -349,11 +349,11 @@ def test_a_table_of_an_odd_study(make: Callable[[], optuna.Study]) -> None:
     ("make", "sentence"),
     [
         (empty, "no trial has finished, nothing to analyze yet"),
-        (all_terminated, "No model of memory: 0 trials were observed to their end, it takes 8."),
+        (all_terminated, "No model of memory: 0 trials were observed to their end, 8 are needed."),
         (constant_parameters, "No model of memory: no hyperparameter varied."),
         (constant_usage, "No model of memory: every trial used the same."),
         (no_usage_at_all, "finished: 10 completed"),
-        (all_rejected, "No usage is known of any trial"),
+        (all_rejected, "No trial has a known usage"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -194,7 +194,7 @@ def test_a_front_of_several_objectives() -> None:
     report = replay(study, limits=Limits(memory="4GB"))
 
     assert report.best == [0, 1] and report.best_lives is False
-    assert "Of the Pareto front's 2 trials 1 would have lived." in report.summary()
+    assert "1 of the 2 trials of the Pareto front would have completed." in report.summary()
 
 
 @pytest.mark.parametrize("n", [0, 1])

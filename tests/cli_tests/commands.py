@@ -1,4 +1,4 @@
-"""Runs commands the way a person does: in a process of their own, or in this one for speed."""
+"""Runs commands in a process of their own, or in this one for speed."""
 
 from __future__ import annotations
 

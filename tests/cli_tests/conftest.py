@@ -1,4 +1,4 @@
-"""Studies that ran for real, in storages that a command can open."""
+"""Studies that ran, in storages that a command can open."""
 
 from __future__ import annotations
 

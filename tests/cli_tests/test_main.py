@@ -1,4 +1,4 @@
-"""The frame: help, versions, errors, exit statuses."""
+"""Help, version, errors and exit statuses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def test_help_names_every_command_and_status() -> None:
 
 
 @pytest.mark.parametrize("name", command_names())
-def test_help_of_a_command_suffices(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_explains_its_options_with_examples(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = run_command(capsys, name, "--help")
     assert result.status == 0
     assert f"optuna-quota {name}" in result.out.split("examples:")[1]
@@ -71,7 +73,7 @@ def test_help_explains_every_json_key(
 
 
 @pytest.mark.parametrize("arguments", [(), ("nonsense",), ("doctor", "--nonsense")])
-def test_what_cannot_be_meant_has_status_2(
+def test_invalid_arguments_have_status_2(
     arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run_command(capsys, *arguments)
@@ -102,7 +104,7 @@ def test_an_error_is_one_sentence_without_a_traceback(
         main(["--debug", "doctor"])
 
 
-def test_an_interrupt_has_the_shells_status(
+def test_an_interrupt_has_status_130(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(options: object) -> int:
@@ -112,7 +114,8 @@ def test_an_interrupt_has_the_shells_status(
     assert run_command(capsys, "doctor").status == 130
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+@pytest.mark.slow
+def test_a_closed_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m optuna_quota doctor --format json | head -c 1"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, check=False

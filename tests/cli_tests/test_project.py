@@ -1,4 +1,4 @@
-"""``optuna-quota project``, on stated footprints and on ones learned from a real study."""
+"""``optuna-quota project`` with stated and learned footprints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def test_what_fits_has_status_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Nearest" not in result.out
 
 
-def test_what_does_not_fit_has_status_3_and_a_way_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_has_status_3_and_a_nearest_strategy(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     result = run_command(capsys, *STATED, "--n-jobs", "2", "--quota", "wall_time=2h,memory=8GiB")
     assert result.status == 3
     assert "Does not fit: 200 trials with 2 at once;" in result.out
@@ -28,7 +30,7 @@ def test_what_does_not_fit_has_status_3_and_a_way_out(capsys: pytest.CaptureFixt
     assert max(map(len, result.out.splitlines())) <= 80
 
 
-def test_a_quota_on_what_is_not_known_is_said_not_to_be_judged(
+def test_a_quota_on_an_unknown_usage_is_reported(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     result = run_command(capsys, *STATED, "--quota", "gpu_time=1h,wall_time=6h,cpu_time=1h")
@@ -59,7 +61,7 @@ def test_json_keys_are_stable(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {row["resource"]: row for row in result.json["resources"]}
     assert rows["wall_time"]["median"] == 18000
     assert rows["memory"]["upper"] == 2**30  # a trial is ended at its limit
-    assert rows["gpu_time"]["median"] is None  # nothing is known of it
+    assert rows["gpu_time"]["median"] is None  # unknown
 
 
 def test_a_footprint_is_learned_from_an_earlier_study(
@@ -75,7 +77,8 @@ def test_a_footprint_is_learned_from_an_earlier_study(
     assert rows["memory"]["median"] > 2**20
 
 
-def test_a_footprint_travels_as_a_file(
+@pytest.mark.slow
+def test_a_footprint_is_read_from_a_file(
     tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "learned.json"
@@ -98,7 +101,7 @@ def test_a_file_that_is_no_footprint_is_a_usage_error(
     assert result.err.startswith("optuna-quota project: --footprint: ")
 
 
-def test_a_study_without_usage_says_what_to_do(
+def test_a_study_without_usage_is_a_usage_error(
     several: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run_command(
@@ -129,7 +132,8 @@ def test_usage_errors(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[
     assert "Traceback" not in result.err
 
 
-def test_a_continuous_integration_job_can_gate_on_it() -> None:
+@pytest.mark.slow
+def test_it_can_gate_a_ci_job() -> None:
     result = run_process(*STATED, "--quota", "wall_time=2h", "--format", "json")
     assert result.status == 3
     assert result.json["nearest"]["n_trials"] == 80

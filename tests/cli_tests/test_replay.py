@@ -1,4 +1,4 @@
-"""``optuna-quota replay`` on a study that ran for real."""
+"""``optuna-quota replay`` on a study that ran."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import pytest
 from tests.cli_tests.commands import run_command
 
 
-def test_what_would_have_been_saved_is_printed(
-    tuned: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_summary_is_printed(tuned: str, capsys: pytest.CaptureFixture[str]) -> None:
     result = run_command(capsys, "replay", "--storage", tuned, "--limit", "wall_time=1h")
     assert result.status == 0
     assert "0 trials would have been terminated" in result.out
-    assert "would have lived" in result.out
+    assert "would have completed" in result.out
 
 
 def test_a_quota_that_would_have_been_used_up_has_status_3(
@@ -38,7 +36,7 @@ def test_json_keys_are_stable(tuned: str, capsys: pytest.CaptureFixture[str]) ->
     assert isinstance(result.json["trials"][0]["lost"], bool)
 
 
-def test_something_has_to_be_replayed(tuned: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quota_or_limit_is_required(tuned: str, capsys: pytest.CaptureFixture[str]) -> None:
     result = run_command(capsys, "replay", "--storage", tuned)
     assert result.status == 2
     assert "--quota or --limit" in result.err

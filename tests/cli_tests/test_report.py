@@ -1,4 +1,4 @@
-"""``optuna-quota report`` on a study that ran for real."""
+"""``optuna-quota report`` on a study that ran."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def test_json_keys_are_stable(tuned: str, capsys: pytest.CaptureFixture[str]) ->
         assert set(advice) == {"topic", "text", "figures", "snippets"}
 
 
-def test_it_is_written_as_a_page_and_published(
+@pytest.mark.slow
+def test_it_is_written_as_html_and_published(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("optuna_dashboard")
@@ -73,7 +74,7 @@ def test_an_attribute_that_no_trial_has_is_refused(
     assert run_command(capsys, "report", "--storage", tuned, "--user-attr", "quota:host").err == ""
 
 
-def test_a_page_that_cannot_be_written_is_one_sentence(
+def test_a_file_that_cannot_be_written_is_an_error_of_one_sentence(
     tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run_command(
@@ -84,6 +85,7 @@ def test_a_page_that_cannot_be_written_is_one_sentence(
     assert "Traceback" not in result.err
 
 
+@pytest.mark.slow
 def test_progress_is_shown_on_a_terminal_and_wiped(tuned: str) -> None:
     leader, follower = pty.openpty()
     done = subprocess.run(

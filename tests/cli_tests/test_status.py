@@ -1,4 +1,4 @@
-"""``optuna-quota status`` on studies that ran for real."""
+"""``optuna-quota status`` on studies that ran."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def test_a_study_that_ran_without_the_library_has_a_status(
     assert result.json["resources"][0]["used"] == 0
 
 
-def test_a_terminal_without_box_characters_gets_all_the_same(tuned: str) -> None:
+@pytest.mark.slow
+def test_an_ascii_terminal_gets_a_table_too(tuned: str) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     result = run_process("status", "--storage", tuned, env=environment)
     assert result.status == 0

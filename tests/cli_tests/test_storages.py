@@ -1,4 +1,4 @@
-"""Which study is meant."""
+"""The storage and the study that the arguments name."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_the_studies_are_listed(several: Path, name: str | None, says: str) -> N
     assert "first, second" in str(caught.value)
 
 
-def test_looking_creates_nothing(tmp_path: Path) -> None:
+def test_no_sqlite_file_is_created(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"there is no file .*typo\.db"):
         open_storage(f"sqlite:///{tmp_path}/typo.db")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_storage_says_so(tmp_path: Path) -> None:
+def test_an_empty_storage(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/empty.db"
     optuna.storages.RDBStorage(url)
     with pytest.raises(UsageError, match="has no study"):
@@ -65,14 +65,14 @@ def test_an_empty_storage_says_so(tmp_path: Path) -> None:
         ("", "OPTUNA_STORAGE isn't set"),
     ],
 )
-def test_what_is_no_storage(url: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_storage(url: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPTUNA_STORAGE", raising=False)
     with pytest.raises(UsageError) as caught:
         load_study(options(url))
     assert says in str(caught.value)
 
 
-def test_a_sqlite_file_is_told_its_url(tuned: str) -> None:
+def test_a_sqlite_file_needs_a_url(tuned: str) -> None:
     path = tuned.removeprefix("sqlite:///")
     with pytest.raises(UsageError) as caught:
         open_storage(path)
@@ -82,7 +82,7 @@ def test_a_sqlite_file_is_told_its_url(tuned: str) -> None:
 @pytest.mark.parametrize(
     "content", [b"number,state\n0,1\n", b'{"kind": "x"}\n', b"3\n", b"\xfb\n"]
 )
-def test_a_file_that_is_no_journal_is_told_so(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_journal(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "trials.csv"
     path.write_bytes(content)
     with pytest.raises(UsageError, match=r"trials\.csv' can't be read as a journal file: "):

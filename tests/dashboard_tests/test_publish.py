@@ -32,8 +32,8 @@ from optuna_quota.dashboard import publish
 from optuna_quota.dashboard import Publisher
 from optuna_quota.dashboard._notes import END
 from optuna_quota.dashboard._publish import IMAGE
-from optuna_quota.dashboard._publish import publish_material
-from optuna_quota.visualization._charts import material_of
+from optuna_quota.dashboard._publish import publish_data
+from optuna_quota.visualization._data import report_data
 from tests.dashboard_tests.notes import block_of
 from tests.visualization_tests.studies import add_row
 from tests.visualization_tests.studies import empty_study
@@ -72,7 +72,7 @@ def attributes(study: optuna.Study) -> dict[str, Any]:
 
 def publish_plain(study: optuna.Study, store: Any = None) -> None:
     """Publish without analyzing, which takes seconds and is tested elsewhere."""
-    publish_material(material_of(study), None, store)
+    publish_data(report_data(study), store)
 
 
 def plots(study: optuna.Study) -> dict[str, Any]:
@@ -87,6 +87,7 @@ def plots(study: optuna.Study) -> dict[str, Any]:
     return {name: json.loads(text) for name, text in found.items()}
 
 
+@pytest.mark.slow
 def test_publishing_again_replaces_on_any_storage(storage: Any, tmp_path: Path) -> None:
     study = made_study(30, storage=storage)
     store = FileSystemArtifactStore(str(tmp_path))
@@ -105,6 +106,7 @@ def test_publishing_again_replaces_on_any_storage(storage: Any, tmp_path: Path) 
     optuna.delete_study(study_name=study.study_name, storage=storage)
 
 
+@pytest.mark.slow
 def test_text_that_a_person_adds_later_is_kept() -> None:
     study = made_study(12)
     publish(study)
@@ -172,6 +174,7 @@ def test_hostile_attributes_do_not_become_markup() -> None:
         assert "<img" not in json.dumps(figure)
 
 
+@pytest.mark.slow
 def test_plots_stay_small_on_many_trials() -> None:
     study = made_study(2000)
     publish_plain(study)
@@ -272,7 +275,7 @@ def test_the_publisher_pauses_long_after_a_slow_publication(
     def slow(*args: Any) -> None:
         now[0] += 2.0
 
-    monkeypatch.setattr(_publish, "publish_material", slow)
+    monkeypatch.setattr(_publish, "publish_data", slow)
     study = made_study(3)
     publisher = Publisher(interval=1)
     now[0] = 10.0
@@ -280,6 +283,7 @@ def test_the_publisher_pauses_long_after_a_slow_publication(
     assert publisher._next == pytest.approx(12.0 + 50 * 2.0)
 
 
+@pytest.mark.slow
 def test_one_of_many_workers_publishes(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     study = made_study(6, storage=url, name="s")
@@ -309,7 +313,7 @@ def test_an_error_of_publishing_is_logged_and_fails_no_trial(
     def fail(*args: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(_publish, "publish_material", fail)
+    monkeypatch.setattr(_publish, "publish_data", fail)
     monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
     study = optuna.create_study()
     study.optimize(objective, n_trials=3, callbacks=[Publisher(interval=0)])

@@ -1,4 +1,4 @@
-"""Forecasts: no trial that fits is stopped, one that surely does not is, well before its limit."""
+"""Forecasts stop no trial that fits, and one that does not fit well before its limit."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
-from optuna_quota._enforcement.forecast import Earlier
-from optuna_quota._enforcement.forecast import earlier_trials
+from optuna_quota._enforcement.forecast import completed_trials
+from optuna_quota._enforcement.forecast import CompletedTrials
 from optuna_quota._enforcement.forecast import forecast_breach
-from optuna_quota._enforcement.forecast import Profile
+from optuna_quota._enforcement.forecast import PaceProfile
 from optuna_quota._records import read_record
 
 
@@ -48,7 +48,7 @@ def test_forecast_of_time(
     steps: list[tuple[int, float]], last_step: int | None, stopped: bool
 ) -> None:
     elapsed = steps[-1][1]
-    breach = forecast_breach(WALL, elapsed, steps=steps, earlier=Earlier(last_step))
+    breach = forecast_breach(WALL, elapsed, steps=steps, completed=CompletedTrials(last_step))
     assert (breach is not None) is stopped
     if breach is not None:
         assert breach.forecast and breach.observed > breach.limit > elapsed
@@ -62,10 +62,18 @@ def test_forecast_of_memory() -> None:
     steps = pace(*[1.0] * 40)
     rising = [(float(t), 15.0 * t) for t in range(40)]
     level = [(float(t), min(15.0 * t, 300.0)) for t in range(40)]
-    breach = forecast_breach(MEMORY, 40.0, steps=steps, earlier=Earlier(99), memory=rising)
+    breach = forecast_breach(
+        MEMORY, 40.0, steps=steps, completed=CompletedTrials(99), memory=rising
+    )
     assert breach is not None and breach.resource == "memory" and breach.forecast
-    assert forecast_breach(MEMORY, 40.0, steps=steps, earlier=Earlier(99), memory=level) is None
-    assert forecast_breach(MEMORY, 40.0, steps=steps, earlier=Earlier(45), memory=rising) is None
+    assert (
+        forecast_breach(MEMORY, 40.0, steps=steps, completed=CompletedTrials(99), memory=level)
+        is None
+    )
+    assert (
+        forecast_breach(MEMORY, 40.0, steps=steps, completed=CompletedTrials(45), memory=rising)
+        is None
+    )
     # Without a known end only a trial that is almost there is stopped.
     assert forecast_breach(MEMORY, 40.0, memory=rising) is None
     near = [(float(t), 23.0 * t) for t in range(40)]
@@ -73,22 +81,22 @@ def test_forecast_of_memory() -> None:
 
 
 def stopped_at(
-    durations: Sequence[float], limit: float, earlier: Earlier, names: str = "wall_time"
+    durations: Sequence[float], limit: float, earlier: CompletedTrials, names: str = "wall_time"
 ) -> float | None:
     """Return the seconds after which a trial is stopped that reports once a step."""
     steps = pace(*durations)
     for i, (_, elapsed) in enumerate(steps):
         ceilings = {names: (limit, False)}
-        if forecast_breach(ceilings, elapsed, steps=steps[: i + 1], earlier=earlier):
+        if forecast_breach(ceilings, elapsed, steps=steps[: i + 1], completed=earlier):
             return elapsed
     return None
 
 
-def after(*trials: Sequence[float], known: bool = True) -> Earlier:
+def after(*trials: Sequence[float], known: bool = True) -> CompletedTrials:
     """Return what is known after trials of these steps, with or without the steps themselves."""
-    profiles = tuple(Profile(pace(*durations)) for durations in trials)
+    profiles = tuple(PaceProfile(pace(*durations)) for durations in trials)
     longest = max(sum(durations) for durations in trials)
-    return Earlier(len(trials[0]) - 1, longest, None, profiles if known else ())
+    return CompletedTrials(len(trials[0]) - 1, longest, None, profiles if known else ())
 
 
 def jittered(durations: Sequence[float], seed: int, size: float = 0.2) -> list[float]:
@@ -139,7 +147,7 @@ EARLIER = {
     ],
 )
 def test_no_trial_that_fits_is_stopped(
-    fits: list[float], before: Callable[[list[float]], Earlier]
+    fits: list[float], before: Callable[[list[float]], CompletedTrials]
 ) -> None:
     earlier = EARLIER[before](fits)  # type: ignore[index]
     for seed in range(20):
@@ -148,7 +156,7 @@ def test_no_trial_that_fits_is_stopped(
         assert stopped_at(durations, 3.0, earlier) is None, seed
 
 
-def test_a_warm_up_longer_than_before_is_waited_out() -> None:
+def test_a_warm_up_longer_than_before_is_tolerated() -> None:
     earlier = after(WARM_UP, WARM_UP, WARM_UP)
     assert all(stopped_at(jittered(LONG_WARM_UP, s), 3.0, earlier) is None for s in range(30))
 
@@ -173,25 +181,25 @@ def test_a_trial_that_does_not_fit_is_stopped_before_its_limit(
         assert at is not None and at <= at_most * 3.0, seed
 
 
-def test_speed_up_is_by_how_much_the_rest_was_faster() -> None:
-    fast, warmed_up = Profile(pace(*FAST)), Profile(pace(*WARM_UP))
+def test_speed_up() -> None:
+    fast, warmed_up = PaceProfile(pace(*FAST)), PaceProfile(pace(*WARM_UP))
     assert fast.speed_up(5) == pytest.approx(1.0)
     assert warmed_up.speed_up(5) == pytest.approx(5.0)
     assert warmed_up.speed_up(18) == pytest.approx(5.0)
     assert warmed_up.speed_up(38) < 2.0
     assert warmed_up.speed_up(1000) == 1.0
-    assert Profile(pace(*COOLS_DOWN)).speed_up(5) == pytest.approx(1.0)
-    assert Profile([(0, 1.0)]).speed_up(5) == Profile([]).speed_up(5) == 1.0
-    assert Profile(pace(*[0.1] * 5, *[0.0] * 5)).speed_up(0) >= 1.0
+    assert PaceProfile(pace(*COOLS_DOWN)).speed_up(5) == pytest.approx(1.0)
+    assert PaceProfile([(0, 1.0)]).speed_up(5) == PaceProfile([]).speed_up(5) == 1.0
+    assert PaceProfile(pace(*[0.1] * 5, *[0.0] * 5)).speed_up(0) >= 1.0
 
 
 def of_memory(course: Callable[[float], float], until: int = 100, usual: float | None = None):  # type: ignore[no-untyped-def]
     """Return the memory at which a trial of 100 s is stopped, with a limit of 1,000."""
-    earlier = Earlier(99, None, usual)
+    earlier = CompletedTrials(99, None, usual)
     for now in range(20, until):
         memory = [(float(t), course(float(t))) for t in range(now + 1)]
         if forecast_breach(
-            MEMORY, now, steps=pace(*[1.0] * (now + 1)), earlier=earlier, memory=memory
+            MEMORY, now, steps=pace(*[1.0] * (now + 1)), completed=earlier, memory=memory
         ):
             return memory[-1][1]
     return None
@@ -226,12 +234,12 @@ def test_a_leak_is_stopped_before_the_limit(slope: float, at_most: float) -> Non
     assert found is not None and found <= at_most
 
 
-def test_up_to_what_completed_trials_held_growth_is_no_sign() -> None:
+def test_growth_up_to_the_peak_of_completed_trials_is_ignored() -> None:
     found = of_memory(lambda t: 20.0 * t, usual=700)
     assert found is not None and found > 700
 
 
-def test_what_completed_trials_tell() -> None:
+def test_completed_trials() -> None:
     study = optuna.create_study()
 
     def objective(trial: optuna.Trial) -> float:
@@ -241,9 +249,9 @@ def test_what_completed_trials_tell() -> None:
         return 0.0
 
     study.optimize(objective, n_trials=2)
-    assert earlier_trials(study) == Earlier()
+    assert completed_trials(study) == CompletedTrials()
     study.optimize(objective, n_trials=1)
-    assert earlier_trials(study) == Earlier(last_step=4, longest=10)
+    assert completed_trials(study) == CompletedTrials(last_step=4, longest=10)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A QuotaPruner inside other pruners: found wherever it stands, and never overruled."""
+"""A QuotaPruner nested in other pruners is found, and its breaches are not overruled."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_it_is_found(way: str) -> None:
     assert pruner_limits(Held(WAYS[way](pruner))) == LIMITS
 
 
-def test_nothing_is_found_where_none_is() -> None:
+def test_nothing_else_is_found() -> None:
     other = optuna.create_study(pruner=QuotaPruner(limits=LIMITS))
     # The pruner of another study is none of this one's.
     for pruner in (MedianPruner(), HyperbandPruner(), Held([other, QuotaPruner, optuna])):
@@ -99,7 +99,7 @@ def test_nothing_is_found_where_none_is() -> None:
         assert pruner_meters(pruner) == ()
 
 
-def test_of_several_the_tightest_limits_hold() -> None:
+def test_the_tightest_limits_apply() -> None:
     first = QuotaPruner(limits=Limits(memory=100, wall_time=5))
     second = QuotaPruner(first, limits=Limits(memory=50, cpu_time=7))
     assert pruner_limits(Held([second])) == Limits(memory=50, cpu_time=7, wall_time=5)
@@ -128,7 +128,7 @@ OUTSIDE: dict[str, Callable[[BasePruner], BasePruner]] = {
 
 @pytest.mark.parametrize("inside", ["alone", "around Median", "around Hyperband"])
 @pytest.mark.parametrize("outside", OUTSIDE)
-def test_a_breach_ends_the_trial_whatever_the_outer_pruner_says(outside: str, inside: str) -> None:
+def test_a_breach_overrules_the_outer_pruner(outside: str, inside: str) -> None:
     base = {"alone": None, "around Median": MedianPruner(), "around Hyperband": HyperbandPruner()}
     pruner = OUTSIDE[outside](QuotaPruner(base[inside], limits=LIMITS))
     sampler = QuotaSampler(RandomSampler(seed=0), quota=Quota(n_trials=9))
@@ -143,7 +143,7 @@ def test_a_breach_ends_the_trial_whatever_the_outer_pruner_says(outside: str, in
 
 
 @pytest.mark.parametrize("outside", ["any", "all", "never"])
-def test_without_the_sampler_it_holds_once_it_was_asked(outside: str) -> None:
+def test_without_the_sampler_limits_apply_from_the_first_call(outside: str) -> None:
     study = optuna.create_study(pruner=OUTSIDE[outside](QuotaPruner(limits=LIMITS)))
     study.optimize(runs_on, n_trials=2)
     for trial in study.trials:
@@ -168,7 +168,7 @@ def test_isolated_trials_have_its_limits(outside: str, with_sampler: bool) -> No
 
 
 @pytest.mark.parametrize("with_sampler", [True, False])
-def test_check_heeds_its_limits(with_sampler: bool) -> None:
+def test_check_applies_its_limits(with_sampler: bool) -> None:
     sampler = QuotaSampler(quota=Quota(n_trials=9)) if with_sampler else None
     pruner = PatientPruner(QuotaPruner(limits=Limits(wall_time=1e-6)), patience=3)
     study = optuna.create_study(sampler=sampler, pruner=pruner, directions=["minimize"] * 2)
@@ -210,14 +210,14 @@ def test_without_a_breach_the_outer_pruner_decides(with_sampler: bool) -> None:
     assert {state for state, _ in found} == {TrialState.PRUNED, TrialState.COMPLETE}
 
 
-def test_what_the_outer_pruner_overruled_is_no_verdict() -> None:
+def test_an_overruled_decision_is_not_recorded() -> None:
     pruner = Held(QuotaPruner(Always(), limits=LIMITS), lambda answers: False)
     study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9)), pruner=pruner)
     study.optimize(runs_on, n_trials=1)
     assert read_record(study.trials[0]).outcome == "terminated"
 
 
-def test_the_outer_pruners_attributes_stay_within_reach() -> None:
+def test_attributes_of_the_outer_pruner_are_readable() -> None:
     study = optuna.create_study(pruner=PatientPruner(QuotaPruner(limits=ROOM), patience=3))
     wrap_nesting_pruner(study)
     outside = study.pruner

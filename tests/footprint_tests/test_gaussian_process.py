@@ -1,4 +1,4 @@
-"""The numerical search for hyperparameters."""
+"""The search for hyperparameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from optuna_quota._footprint.gaussian_process import prior_mean
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_hyperparameters_are_as_likely_as_those_of_another_search(seed: int) -> None:
+def test_hyperparameters_are_as_likely_as_those_of_l_bfgs_b(seed: int) -> None:
     from scipy.optimize import minimize
 
     generator = np.random.default_rng(seed)
@@ -27,7 +27,7 @@ def test_hyperparameters_are_as_likely_as_those_of_another_search(seed: int) -> 
     assert objective(found)[0] <= other.fun + 0.02
 
 
-def test_hyperparameters_stay_inside_of_their_bounds() -> None:
+def test_hyperparameters_stay_within_their_bounds() -> None:
     columns = np.linspace(-1, 1, 12)[:, None]
     outside = np.array([40.0, -40.0, 40.0, -40.0])
     found = fit_hyperparameters(columns, np.sin(3 * columns[:, 0]), start=outside)

@@ -1,11 +1,10 @@
-"""Learning from a study as it goes."""
+"""Learning the footprint of a running study."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from optuna.distributions import IntDistribution
 from optuna.trial import create_trial
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
@@ -16,11 +15,10 @@ from optuna_quota import Limits
 from optuna_quota import Usage
 from optuna_quota._footprint.observations import MAX_OBSERVATIONS
 from optuna_quota._footprint.observations import Observation
-from optuna_quota._footprint.observations import read_observation
-from optuna_quota._footprint.observations import select_observations
 from optuna_quota._footprint.online import Learner
 from optuna_quota._footprint.online import transferred_observations
 from tests.footprint_tests.test_footprint import draw_rows
+from tests.footprint_tests.test_observations import breach
 
 
 def trial_of(row: Observation, state: TrialState = TrialState.COMPLETE) -> FrozenTrial:
@@ -47,7 +45,7 @@ def test_each_finished_trial_is_read_once() -> None:
     assert learner.n_observations == 30
 
 
-def test_rows_read_before_another_threads_are_not_read_again() -> None:
+def test_a_thread_with_older_rows_reads_none_twice() -> None:
     rows = draw_rows(4, seed=1)
     ended = [trial_of(row) for row in rows]
     running = trial_of(rows[3], TrialState.RUNNING)
@@ -59,7 +57,7 @@ def test_rows_read_before_another_threads_are_not_read_again() -> None:
     assert learner.n_observations == 4
 
 
-def test_it_comes_to_what_a_fit_from_nothing_says() -> None:
+def test_learning_step_by_step_equals_a_fit_from_scratch() -> None:
     rows = draw_rows(40)
     learner, trials = Learner(), [trial_of(row) for row in rows]
     for n in range(1, 41):
@@ -71,7 +69,7 @@ def test_it_comes_to_what_a_fit_from_nothing_says() -> None:
         assert one == pytest.approx(two, rel=0.1)
 
 
-def test_an_earlier_study_starts_the_next_one_and_is_corrected_by_it() -> None:
+def test_an_earlier_study_is_the_prior_of_the_next_one() -> None:
     earlier = Footprint.fit(draw_rows(40))
     learner = Learner(earlier)
     params = {"width": 500, "depth": 4, "kind": "b"}
@@ -91,7 +89,7 @@ def test_an_earlier_study_starts_the_next_one_and_is_corrected_by_it() -> None:
     assert again.intervals(params) == learned.intervals(params)
 
 
-def test_rows_of_an_earlier_study_give_the_same_columns() -> None:
+def test_transferred_observations_have_the_same_columns() -> None:
     earlier = Footprint.fit(draw_rows(12))
     again = Footprint.fit(transferred_observations(earlier))
     params = draw_rows(1, seed=9)[0].params
@@ -102,22 +100,8 @@ def test_rows_of_an_earlier_study_give_the_same_columns() -> None:
     assert np.allclose(np.delete(two, 2), one)
 
 
-@pytest.mark.parametrize("cap", [10, 40, 100])
-def test_of_many_rows_the_newest_and_the_extremes_are_kept(cap: int) -> None:
-    rows = draw_rows(500)
-    numbers = {id(row): number for number, row in enumerate(rows)}
-    kept = [numbers[id(row)] for row in select_observations(rows, cap)]
-    assert len(kept) <= cap
-    assert kept == sorted(set(kept))
-    assert set(range(500 - cap // 2 if cap < 80 else 460, 500)) <= set(kept)
-    older = rows[: 500 - min(cap // 2, 40)]
-    largest = max(range(len(older)), key=lambda i: older[i].usage.memory or 0)
-    least = min(range(len(older)), key=lambda i: older[i].usage.memory or 0)
-    assert {largest, least} <= set(kept)
-    assert select_observations(rows[:7], cap) == rows[:7]
-
-
-def test_five_thousand_trials_are_no_burden() -> None:
+@pytest.mark.slow
+def test_five_thousand_trials_are_thinned() -> None:
     rows = draw_rows(200)
     trials = [trial_of(row) for row in rows] * 25
     learner = Learner()
@@ -127,67 +111,7 @@ def test_five_thousand_trials_are_no_burden() -> None:
     assert len(footprint.points) <= MAX_OBSERVATIONS
 
 
-def row_of(state: TrialState, attrs: dict[str, Any]) -> Observation | None:
-    usage = {"quota:memory": 1e9, "quota:wall_time": 5.0, "quota:cpu_time": 4.0}
-    trial = create_trial(
-        state=state,
-        params={"x": 1},
-        distributions={"x": IntDistribution(0, 3)},
-        value=1.0 if state == TrialState.COMPLETE else None,
-        user_attrs={**usage, **attrs},
-    )
-    return read_observation(trial)
-
-
-def breach(resource: str, limit: float, **more: Any) -> dict[str, Any]:
-    found = {"resource": resource, "limit": limit, "observed": limit, "seconds": 5.0, **more}
-    return {"quota:outcome": "terminated", "quota:breach": found}
-
-
-TIMES = frozenset({"wall_time", "cpu_time"})
-
-
-@pytest.mark.parametrize(
-    ("state", "attrs", "censored"),
-    [
-        (TrialState.COMPLETE, {}, frozenset()),
-        (TrialState.PRUNED, {"quota:outcome": "pruned"}, TIMES),
-        (TrialState.PRUNED, breach("memory", 9e8), TIMES | {"memory"}),
-        (TrialState.PRUNED, breach("wall_time", 5.0), TIMES),
-        (TrialState.FAIL, {"quota:outcome": "failed"}, TIMES | {"memory"}),
-    ],
-)
-def test_what_was_stopped_is_a_lower_bound(
-    state: TrialState, attrs: dict[str, Any], censored: frozenset[str]
-) -> None:
-    row = row_of(state, attrs)
-    assert row is not None
-    assert row.censored == censored
-
-
-def test_a_trial_stopped_on_its_way_to_a_limit_would_have_reached_it() -> None:
-    row = row_of(TrialState.PRUNED, breach("memory", 3e9, forecast=True))
-    assert row is not None
-    assert row.usage.memory == 3e9
-    assert row.usage.wall_time == 5.0
-
-
-@pytest.mark.parametrize(
-    ("state", "attrs"),
-    [
-        (TrialState.RUNNING, {}),
-        (TrialState.PRUNED, {"quota:outcome": "rejected"}),
-        (
-            TrialState.COMPLETE,
-            {"quota:memory": None, "quota:wall_time": "x", "quota:cpu_time": -1},
-        ),
-    ],
-)
-def test_some_rows_teach_nothing(state: TrialState, attrs: dict[str, Any]) -> None:
-    assert row_of(state, attrs) is None
-
-
-def test_a_limit_learned_in_the_study_is_known_to_its_footprint() -> None:
+def test_terminated_trials_raise_the_probability_of_a_breach() -> None:
     rows = draw_rows(40, limits=Limits(memory="400MB"))
     trials = []
     for row in rows:
@@ -214,7 +138,7 @@ def count_fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     return fits
 
 
-def test_the_more_trials_are_known_the_fewer_are_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fits_become_rarer_as_the_study_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     fits = count_fits(monkeypatch)
     learner, trials = Learner(), [trial_of(row) for row in draw_rows(100)]
     for n in range(1, 101):
@@ -226,7 +150,7 @@ def test_the_more_trials_are_known_the_fewer_are_fitted(monkeypatch: pytest.Monk
     assert counts[-1] > 90
 
 
-def test_the_newest_trials_are_in_what_is_asked_for_fresh(
+def test_a_fresh_footprint_includes_the_newest_trials(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fits = count_fits(monkeypatch)
@@ -247,7 +171,7 @@ def expecting(trial: FrozenTrial, upper: float, lower: float = 0.0) -> FrozenTri
 
 
 @pytest.mark.parametrize(("factor", "fits_again"), [(2.0, False), (0.5, True)])
-def test_a_trial_that_used_more_than_projected_is_learned_from_at_once(
+def test_usage_above_the_projection_causes_a_fit_at_once(
     monkeypatch: pytest.MonkeyPatch, factor: float, fits_again: bool
 ) -> None:
     fits = count_fits(monkeypatch)
@@ -259,18 +183,7 @@ def test_a_trial_that_used_more_than_projected_is_learned_from_at_once(
     assert (len(fits) == 2) is fits_again
 
 
-def test_a_bound_below_what_was_projected_is_no_surprise() -> None:
-    attrs = breach("memory", 9e8)
-    footprint = {"quota:footprint": {"memory": {"lower": 2e9, "median": 3e9, "upper": 4e9}}}
-    stopped = row_of(TrialState.PRUNED, {**attrs, **footprint})
-    done = row_of(TrialState.COMPLETE, {"quota:outcome": "completed", **footprint})
-    assert stopped is not None
-    assert done is not None
-    assert not stopped.is_surprise
-    assert done.is_surprise
-
-
-def test_what_can_not_be_fitted_is_not_tried_again_with_every_trial(
+def test_a_failing_fit_is_not_retried_with_every_trial(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tries = []

@@ -1,4 +1,4 @@
-"""Which points are whole, as far as earlier trials tell."""
+"""Completions of partial points."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LAYERS = [
         ({"n": 3, "u0": 9}, LAYERS[:1], []),
     ],
 )
-def test_whole_points(
+def test_certain_completions(
     known: Mapping[str, Any], past: list[Mapping[str, Any]], expected: list[Mapping[str, Any]]
 ) -> None:
     assert certain_completions(known, past) == expected

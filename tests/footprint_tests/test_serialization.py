@@ -55,7 +55,7 @@ def test_an_unknown_version_says_what_to_do(footprint: Footprint) -> None:
         Footprint.from_json(json.dumps(document))
 
 
-def test_a_chain_of_clock_time_on_cpu_time_survives() -> None:
+def test_a_chained_model_is_kept() -> None:
     rows = [
         Observation(
             row.params,
@@ -70,7 +70,7 @@ def test_a_chain_of_clock_time_on_cpu_time_survives() -> None:
     assert copied.predict(rows[0].params).equals(footprint.predict(rows[0].params))
 
 
-def test_odd_choices_are_kept_as_text() -> None:
+def test_choices_of_mixed_types_are_kept() -> None:
     choices = CategoricalDistribution([None, True, "x", 2, 0.5])
     rows = [
         Observation({"odd": choice, "y": 2.0}, {"odd": choices, "y": FloatDistribution(1, 4)}, u)
@@ -85,9 +85,7 @@ def test_odd_choices_are_kept_as_text() -> None:
 
 @pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("others", [[1.0], [1.0, 5.0]], ids=repr)
-def test_a_choice_that_json_can_not_keep_is_told_apart_and_survives(
-    odd: float, others: list[float]
-) -> None:
+def test_choices_that_json_lacks_are_kept_as_text(odd: float, others: list[float]) -> None:
     choices = [*others, odd]
     rows = [
         # One distribution each, as a storage returns them.
@@ -143,7 +141,7 @@ def _set(path: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
         _set(["points", 0, "params", "width"], math.inf),
     ],
 )
-def test_what_is_damaged_or_hostile_is_refused(
+def test_damaged_files_are_refused(
     footprint: Footprint, change: Callable[[dict[str, Any]], None]
 ) -> None:
     document = json.loads(footprint.to_json())
@@ -157,6 +155,6 @@ def test_what_is_damaged_or_hostile_is_refused(
     ["", "{", "[]", "null", '"x"', '{"format": NaN}', "[" * 100_000, b"{}", None, 7],
     ids=lambda text: repr(text)[:20],
 )
-def test_what_is_no_footprint_is_refused(text: Any) -> None:
+def test_other_texts_are_refused(text: Any) -> None:
     with pytest.raises(ValueError, match="footprint must"):
         Footprint.from_json(text)

@@ -1,4 +1,4 @@
-"""A stated footprint that the study's own trials correct."""
+"""Calibration of a user's footprint on the study's trials."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def corrected(function: Any) -> CalibratedFootprint:
     return FootprintCalibrator(UserFootprint(function)).calibrate(Footprint.fit(ROWS), ROWS)
 
 
-def test_a_statement_that_is_off_by_a_factor_is_put_right_everywhere() -> None:
+def test_a_constant_factor_is_calibrated_everywhere() -> None:
     expected = truth(LARGE)
     found = corrected(a_third).intervals(LARGE)
     for name in ("memory", "wall_time"):
@@ -51,14 +51,14 @@ def test_a_statement_that_is_off_by_a_factor_is_put_right_everywhere() -> None:
     assert corrected(a_third).probability(LARGE, limits) > 0.9
 
 
-def test_a_statement_that_tells_nothing_does_no_harm() -> None:
+def test_a_useless_formula_is_not_used() -> None:
     learned = Footprint.fit(ROWS)
     found = corrected(nonsense)
     for row in draw_rows(10, seed=4):
         assert found.intervals(row.params) == learned.intervals(row.params)
 
 
-def test_draws_follow_what_is_expected_and_feed_a_projection() -> None:
+def test_draws_agree_with_the_intervals_and_feed_a_projection() -> None:
     found = corrected(a_third)
     drawn = found.draw([LARGE], 400, 0)
     assert np.median(drawn["wall_time"]) == pytest.approx(truth(LARGE).wall_time, rel=0.2)
@@ -68,7 +68,7 @@ def test_draws_follow_what_is_expected_and_feed_a_projection() -> None:
     assert rows["trial_time"].median == pytest.approx(total, rel=0.2)
 
 
-def test_resources_that_only_one_side_knows_are_kept() -> None:
+def test_resources_known_to_one_side_are_kept() -> None:
     def with_energy(params: Mapping[str, Any]) -> Usage:
         return Usage(energy=7.0)
 
@@ -77,6 +77,6 @@ def test_resources_that_only_one_side_knows_are_kept() -> None:
     assert found.intervals(LARGE)["memory"] == Footprint.fit(ROWS).intervals(LARGE)["memory"]
 
 
-def test_a_function_that_needs_more_than_was_drawn_says_so() -> None:
+def test_a_function_of_a_missing_parameter_raises() -> None:
     with pytest.raises(KeyError):
         corrected(a_third).breaches([{"depth": 2}], Limits(memory=1e9))

@@ -1,4 +1,4 @@
-"""Studies into whose storage somebody wrote what they liked."""
+"""Hypothesis strategies for hostile JSON in the attributes of a study and its trials."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from optuna_quota import _records
 
 
-# Each runs, loads or breaks out of something where it is not escaped.
+# Each one runs, loads or breaks out of its context where it is not escaped.
 MARKUP = (
     "<script>alert(1)</script>",
     "</script><img src=x onerror=alert(1)>",
@@ -31,7 +31,7 @@ TEXT_NUMBERS = ("NaN", "Infinity", "-inf", "1e999", "0x10", "4GiB", "")
 
 
 def nested(depth: int) -> Any:
-    """Return lists in lists."""
+    """Return lists nested to a depth."""
     value: Any = 1
     for _ in range(depth):
         value = [value]
@@ -80,7 +80,7 @@ STUDY_SYSTEM_KEYS = (_records.STUDY_PUBLISHED,)
 
 
 def row(number: int, hostile: Mapping[str, Any], system: Mapping[str, Any]) -> Any:
-    """Return a finished trial with some usage and with whatever else is given."""
+    """Return a finished trial with some usage and the given attributes."""
     state = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)[number % 3 if number else 0]
     x = (number % 7) / 7 + 0.01
     plain = {

@@ -1,4 +1,4 @@
-"""One study of several workers, and what holds of it after every step."""
+"""A stateful test's study with several workers, and the invariants after each step."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._optuna import trial_id_of
 from optuna_quota._records import read_record
 from optuna_quota._records import RESERVATION
-from tests.hardening_tests.studies import ENDS
-from tests.hardening_tests.studies import FAULTS
-from tests.hardening_tests.studies import GIB
-from tests.hardening_tests.studies import hunger
-from tests.hardening_tests.studies import limits_given
-from tests.hardening_tests.studies import Open
-from tests.hardening_tests.studies import quotas
-from tests.hardening_tests.studies import SAMPLERS
-from tests.hardening_tests.studies import spaces
-from tests.hardening_tests.world import KINDS
-from tests.hardening_tests.world import Process
-from tests.hardening_tests.world import World
-from tests.hardening_tests.world import WouldWait
+from tests.hardening_tests.simulation import KINDS
+from tests.hardening_tests.simulation import Process
+from tests.hardening_tests.simulation import Simulation
+from tests.hardening_tests.simulation import WouldWait
+from tests.hardening_tests.strategies import claimed_usage
+from tests.hardening_tests.strategies import ENDS
+from tests.hardening_tests.strategies import FAULTS
+from tests.hardening_tests.strategies import GIB
+from tests.hardening_tests.strategies import limits_given
+from tests.hardening_tests.strategies import OpenTrial
+from tests.hardening_tests.strategies import quotas
+from tests.hardening_tests.strategies import SAMPLERS
+from tests.hardening_tests.strategies import spaces
 
 
-class Kept(RuleBasedStateMachine):
-    """One study, three workers on two machines; what they do is up to a subclass."""
+class StudyInvariants(RuleBasedStateMachine):
+    """One study, three workers on two hosts; a subclass says what they do."""
 
     @initialize(
         kind=st.sampled_from(KINDS),
@@ -54,7 +54,7 @@ class Kept(RuleBasedStateMachine):
         space=spaces,
         quota=quotas,
         limits=limits_given,
-        footprint=st.sampled_from([None, None, hunger, Usage(memory=2 * GIB, cpu_time=9)]),
+        footprint=st.sampled_from([None, None, claimed_usage, Usage(memory=2 * GIB, cpu_time=9)]),
         on_veto=st.sampled_from(["auto", "redraw", "nearest", "skip"]),
         seed=st.integers(0, 99),
     )
@@ -69,28 +69,28 @@ class Kept(RuleBasedStateMachine):
         on_veto: Any,
         seed: int,
     ) -> None:
-        self.world = World(kind)
+        self.simulation = Simulation(kind)
         self.space, self.quota, self.limits = space, quota, limits
         self.make_sampler, self.seed = SAMPLERS[sampler], seed
         self.footprint, self.on_veto = footprint, on_veto
-        self.open: list[Open] = []
-        # Rows that nobody will finish while their process lives, as Optuna has it.
+        self.open: list[OpenTrial] = []
+        # Running trials whose handle is lost: Optuna ends them only with their process.
         self.lost: set[int] = set()
-        optuna.create_study(storage=self.world.storage, study_name="it")
+        optuna.create_study(storage=self.simulation.storage, study_name="it")
         for machine in ("here", "here", "there"):
             self.start(machine)
 
     def teardown(self) -> None:
-        if not hasattr(self, "world"):
+        if not hasattr(self, "simulation"):
             return
         try:
             self.end()
         finally:
-            self.world.close()
+            self.simulation.close()
 
     def start(self, machine: str) -> Process:
         """Start a worker."""
-        process = self.world.start(machine)
+        process = self.simulation.start(machine)
         self.seed += 1
         base: BaseSampler = self.make_sampler(self.seed)
         sampler = QuotaSampler(
@@ -101,7 +101,7 @@ class Kept(RuleBasedStateMachine):
         )
         process.study = optuna.load_study(
             study_name="it",
-            storage=self.world.storage,
+            storage=self.simulation.storage,
             sampler=sampler,
             pruner=QuotaPruner(limits=self.limits),
         )
@@ -109,25 +109,25 @@ class Kept(RuleBasedStateMachine):
 
     @contextlib.contextmanager
     def faults_allowed(self) -> Iterator[None]:
-        """Let only the fault come out that a trap has raised."""
-        self.world.trap.fired = False
+        """Allow an exception only if it is the injected fault."""
+        self.simulation.fault.fired = False
         try:
             yield
         except FAULTS as error:
-            assert self.world.trap.fired and "on purpose" in str(error)
+            assert self.simulation.fault.fired and "on purpose" in str(error)
 
     def rows(self) -> list[FrozenTrial]:
         """Return all rows."""
-        return self.living[0].study.get_trials(deepcopy=False)
+        return self.processes[0].study.get_trials(deepcopy=False)
 
     @property
-    def living(self) -> list[Process]:
-        """All workers."""
-        return self.world.living
+    def processes(self) -> list[Process]:
+        """All live workers."""
+        return self.simulation.processes
 
     @invariant()
-    def rows_are_whole(self) -> None:
-        if not hasattr(self, "world"):
+    def rows_are_complete(self) -> None:
+        if not hasattr(self, "simulation"):
             return
         held = {each.trial.number for each in self.open}
         for row in self.rows():
@@ -140,9 +140,9 @@ class Kept(RuleBasedStateMachine):
 
     @invariant()
     def the_quota_holds(self) -> None:
-        if not hasattr(self, "world"):
+        if not hasattr(self, "simulation"):
             return
-        found = status(self.living[0].study, quota=self.quota)
+        found = status(self.processes[0].study, quota=self.quota)
         rows, beyond = self.rows(), {"cpu_time": 0.0, "trial_time": 0.0}
         holding: dict[str, float] = {}
         for row in rows:
@@ -162,24 +162,24 @@ class Kept(RuleBasedStateMachine):
             assert all(amount <= self.quota.memory for amount in holding.values())
 
     def end(self) -> None:
-        """Kill all workers; another one then ends what they left, and starts a trial if it can."""
-        self.world.trap.disarm()
-        for process in list(self.living):
-            self.world.kill(process)
+        """Kill all workers; another one then fails their trials, and starts one if it can."""
+        self.simulation.fault.disarm()
+        for process in list(self.processes):
+            self.simulation.kill(process)
         self.open = []
         last = self.start("here")
         mine = []
         for attempt in range(3):
-            with self.world.acting(last):
+            with self.simulation.acting_as(last):
                 try:
                     mine += [] if mine else [last.study.ask().number]
                 except QuotaExhausted as error:
                     assert str(error)
                 except WouldWait:
-                    # The dead of another machine are given a lease.
-                    assert attempt < 2, "nobody lives whom it could wait for"
-                last.study.sampler._session(last.study, self.limits).ledger._undertaker.look()
-            self.world.advance(11 * LEASE)
+                    # Dead workers of another host keep their lease for a while.
+                    assert attempt < 2, "waits although no other worker is alive"
+                last.study.sampler._session(last.study).ledger._state.refresh()
+            self.simulation.advance(11 * LEASE)
         assert str(status(last.study))
         assert len(trial_table(last.study)) == len(self.rows())
         left = [row for row in self.rows() if row.state == TrialState.RUNNING]

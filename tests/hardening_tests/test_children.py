@@ -1,4 +1,4 @@
-"""A process that has used the library, then forks or spawns: its children use it too."""
+"""Child processes of a process that has used the library can use it as well."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def new_study():
 
 
 def child(known=None):
-    # The parent's study goes on in a fork; a spawned process has one of its own only.
+    # A fork continues the parent's study; a spawned process has only its own.
     for study in filter(None, (known, new_study())):
         before = len(study.trials)
         study.optimize(objective, n_trials=2)
@@ -58,7 +58,7 @@ def main():
     how = sys.argv[1]
     study = new_study()
     study.optimize(objective, n_trials=1)
-    # A trial is under metering while the child is made, so that threads hold what they hold.
+    # A trial is metered while the child starts, so that threads may hold their locks.
     watch = metering_loop().monitor((1, 1), limits=Limits(memory="1TiB"))
     context = multiprocessing.get_context(how)
     process = context.Process(target=child, args=(study,) if how == "fork" else ())
@@ -70,7 +70,7 @@ def main():
         raise SystemExit("the child hung")
     assert process.exitcode == 0, process.exitcode
     assert watch.close().memory
-    # What the child did is none of the parent's.
+    # The child's trials are not in the parent's study.
     study.optimize(objective, n_trials=1)
     assert status(study).table.loc["n_trials", "used"] == 2
     print("done")
@@ -81,9 +81,10 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("how", ["fork", "spawn"])
-def test_a_child_of_a_process_with_trials(how: str, tmp_path: Path) -> None:
+def test_child_of_a_process_with_trials(how: str, tmp_path: Path) -> None:
     if how == "fork" and not hasattr(os, "fork"):
         pytest.skip("needs fork")
     script = tmp_path / "script.py"

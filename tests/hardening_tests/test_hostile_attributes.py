@@ -1,7 +1,6 @@
-"""Whatever stands in the storage: nothing runs, nothing crashes, and no ceiling is lifted.
+"""Hostile attributes in the storage run nothing, crash nothing and lift no limit.
 
-Each attribute that this library reads is replaced by hostile JSON, and every way in which it is
-read is gone through from end to end.
+Each attribute that this library reads is replaced by hostile JSON, and read in all ways.
 """
 
 from __future__ import annotations
@@ -74,6 +73,7 @@ def study_of(
     return study
 
 
+@pytest.mark.slow
 @fuzz(30)
 @given(hostile_rows, hostile.study_attributes)
 def test_tables_ledger_and_replay(rows: Any, attributes: Any) -> None:
@@ -85,9 +85,10 @@ def test_tables_ledger_and_replay(rows: Any, attributes: Any) -> None:
     assert str(report)
 
 
+@pytest.mark.slow
 @fuzz(3)
 @given(hostile_rows, hostile.study_attributes)
-def test_neither_sampler_nor_pruner_is_misled(rows: Any, attributes: Any) -> None:
+def test_sampler_and_pruner_keep_the_limits(rows: Any, attributes: Any) -> None:
     study = study_of(rows, attributes)
     study.sampler = QuotaSampler(
         optuna.samplers.TPESampler(n_startup_trials=1, seed=0), quota=Quota(n_trials=ROWS + 2)
@@ -113,7 +114,7 @@ def test_neither_sampler_nor_pruner_is_misled(rows: Any, attributes: Any) -> Non
 
 
 class Elements(HTMLParser):
-    """Which elements and attributes a page has."""
+    """The elements, event handlers and links of a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,9 +136,10 @@ def markup_of(study: optuna.Study, folder: Path) -> Elements:
     return elements
 
 
+@pytest.mark.slow
 @fuzz(3)
 @given(hostile_rows, hostile.study_attributes, hostile.study_system_attributes)
-def test_a_report_holds_no_markup_of_others(rows: Any, attributes: Any, system: Any) -> None:
+def test_a_report_has_no_markup_of_attributes(rows: Any, attributes: Any, system: Any) -> None:
     plain = study_of([], {})
     study = study_of(rows, attributes, system)
     with tempfile.TemporaryDirectory() as folder:
@@ -148,9 +150,10 @@ def test_a_report_holds_no_markup_of_others(rows: Any, attributes: Any, system: 
     assert ("script" in found.tags) <= ("script" in harmless.tags)
 
 
+@pytest.mark.slow
 @fuzz(4)
 @given(hostile_rows, hostile.study_attributes, hostile.study_system_attributes)
-def test_what_is_published_is_text(rows: Any, attributes: Any, system: Any) -> None:
+def test_published_notes_have_no_markup(rows: Any, attributes: Any, system: Any) -> None:
     study = study_of(rows, attributes, system)
     analyze(study).publish()
     notes = [
@@ -161,7 +164,7 @@ def test_what_is_published_is_text(rows: Any, attributes: Any, system: Any) -> N
     assert notes
     for note in notes:
         for line in note.splitlines():
-            # What is in code spans is shown as it is.
+            # Text in code spans is not rendered.
             bare = "".join(line.split("`")[::2])
             assert "<script" not in bare and "](javascript" not in bare
 
@@ -182,6 +185,7 @@ COMMANDS = (
 )
 
 
+@pytest.mark.slow
 @fuzz(2)
 @given(hostile_rows, hostile.study_attributes)
 def test_the_command_line_prints_no_escape_and_no_traceback(rows: Any, attributes: Any) -> None:
@@ -199,13 +203,13 @@ def test_the_command_line_prints_no_escape_and_no_traceback(rows: Any, attribute
 
 @fuzz(60)
 @given(hostile.values)
-def test_a_footprint_from_hostile_json_is_refused_in_words(value: Any) -> None:
+def test_a_footprint_from_hostile_json_is_a_value_error(value: Any) -> None:
     for text in (json.dumps(value), str(value)):
         with contextlib.suppress(ValueError):  # the documented one; nothing else
             Footprint.from_json(text)
 
 
-def test_a_study_whose_every_row_lies_can_still_be_projected() -> None:
+def test_a_study_with_wrong_usage_in_all_rows_can_be_projected() -> None:
     rows = [({"quota:memory": 10**400, "quota:footprint": hostile.nested(60)}, {})] * 6
     study = study_of(rows, {})
     footprint = analyze(study).footprint
@@ -213,11 +217,11 @@ def test_a_study_whose_every_row_lies_can_still_be_projected() -> None:
     assert str(project(Strategy(5), Usage(wall_time=1), quota=Quota(trial_time="1h")))
 
 
-def test_a_completed_row_that_says_it_was_rejected_is_charged_all_the_same() -> None:
+def test_a_completed_row_marked_as_rejected_is_charged() -> None:
     rows = [hostile.row(i, {OUTCOME: "rejected"}, {}) for i in range(ROWS)]
     for row in rows:
         if row.datetime_start is not None:
-            # A row that took no time did not run here: it was added.
+            # A row without duration counts as added, not as run.
             row.datetime_start -= timedelta(seconds=1)
     study = optuna.create_study()
     study.add_trials(rows)

@@ -1,6 +1,6 @@
-"""Whatever order workers, trials and faults come in: ledger and rows stay as they should be.
+"""Ledger and trial table stay consistent in any order of workers, trials and faults.
 
-Hypothesis chooses what a study is like and which step whose worker takes next.
+Hypothesis chooses the study and the next step of a worker.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition
 from hypothesis.stateful import rule
+from hypothesis.stateful import run_state_machine_as_test
 import optuna
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
@@ -23,55 +24,55 @@ from optuna_quota import QuotaExhausted
 from optuna_quota import TrialRejected
 from optuna_quota._optuna import trial_id_of
 from optuna_quota._records import read_record
-from tests.hardening_tests.invariants import Kept
-from tests.hardening_tests.studies import FAULTS
-from tests.hardening_tests.studies import GIB
-from tests.hardening_tests.studies import low
-from tests.hardening_tests.studies import Open
-from tests.hardening_tests.studies import unit
-from tests.hardening_tests.studies import value_at
-from tests.hardening_tests.world import Process
-from tests.hardening_tests.world import WouldWait
+from tests.hardening_tests.invariants import StudyInvariants
+from tests.hardening_tests.simulation import Process
+from tests.hardening_tests.simulation import WouldWait
+from tests.hardening_tests.strategies import FAULTS
+from tests.hardening_tests.strategies import GIB
+from tests.hardening_tests.strategies import is_low
+from tests.hardening_tests.strategies import OpenTrial
+from tests.hardening_tests.strategies import unit
+from tests.hardening_tests.strategies import value_at
 
 
-# Hundreds of steps in one test: on a machine that does much else it may take minutes.
+# Hundreds of steps in one test may take minutes on a busy machine.
 pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("quiet")]
 
 
-class Interleavings(Kept):
-    """What workers do, and whoever watches them."""
+class Interleavings(StudyInvariants):
+    """The steps of workers."""
 
     @rule(who=st.integers(0, 2), at_once=st.booleans())
     def ask(self, who: int, at_once: bool) -> None:
-        process = self.living[who]
+        process = self.processes[who]
         space = {"p0": self.space[0][0]} if at_once else {}
         before = {row.number for row in self.rows() if row.state == TrialState.RUNNING}
         trial = None
-        with self.world.acting(process), self.faults_allowed():
+        with self.simulation.acting_as(process), self.faults_allowed():
             try:
                 trial = process.study.ask(space)
             except QuotaExhausted as error:
                 assert error.resource is not None and str(error)
             except WouldWait:
-                assert self.open or self.lost, "nobody holds what it waits for"
+                assert self.open or self.lost, "waits although no trial is running"
             except TrialRejected as error:
                 assert at_once and str(error)
         if trial is not None:
-            self.open.append(Open(process, trial, self.world.now, asked=len(space)))
-            self.look_at_memory(process)
-        elif at_once and self.world.trap.fired:
-            # Optuna writes the parameters where no hook is told that it could not.
+            self.open.append(OpenTrial(process, trial, self.simulation.now, asked=len(space)))
+            self.note_memory(process)
+        elif at_once and self.simulation.fault.fired:
+            # Optuna writes the parameters where no hook sees the failure.
             running = {row.number for row in self.rows() if row.state == TrialState.RUNNING}
             self.lost |= running - before
 
-    def look_at_memory(self, process: Process) -> None:
-        """Bring to mind what a process holds and how many trials it runs."""
+    def note_memory(self, process: Process) -> None:
+        """Note the memory of a process, and whether it runs a single trial."""
         mine = [each for each in self.open if each.process is process]
         for each in mine:
             each.steady = each.steady and len(mine) == 1 and not self.lost
             each.highest = max(each.highest, process.metering.tree.memory or 0.0)
 
-    def one(self, which: int) -> Open:
+    def one(self, which: int) -> OpenTrial:
         """Return one of the open trials."""
         return self.open[which % len(self.open)]
 
@@ -79,34 +80,34 @@ class Interleavings(Kept):
     @rule(which=st.integers(0, 9), count=st.integers(1, 4))
     def suggest(self, which: int, count: int) -> None:
         held = self.one(which)
-        with self.world.acting(held.process), self.faults_allowed():
+        with self.simulation.acting_as(held.process), self.faults_allowed():
             try:
                 self.suggest_some(held, count)
             except TrialRejected as error:
                 assert str(error)
                 held.rejected = True
 
-    def suggest_some(self, held: Open, count: int) -> None:
+    def suggest_some(self, held: OpenTrial, count: int) -> None:
         for index in range(held.asked, min(held.asked + count, len(self.space))):
             distribution, conditional = self.space[index]
             skipped = conditional and index > 0
             if skipped:
-                skipped = not low(self.space[0][0], held.trial.params["p0"])
+                skipped = not is_low(self.space[0][0], held.trial.params["p0"])
             if not skipped:
                 held.trial._suggest(f"p{index}", distribution)
             held.asked = index + 1
 
     @rule(who=st.integers(0, 2), cpu=st.sampled_from([0.0, 3.0, 11.0]), memory=st.integers(1, 7))
     def use(self, who: int, cpu: float, memory: int) -> None:
-        process = self.living[who]
+        process = self.processes[who]
         process.metering.tree.cpu_time = (process.metering.tree.cpu_time or 0.0) + cpu
         process.metering.tree.memory = memory * 0.9 * GIB
-        self.look_at_memory(process)
+        self.note_memory(process)
 
     @rule(seconds=st.sampled_from([0.5, 7.0, 45.0, 200.0]))
     def pass_time(self, seconds: float) -> None:
         with self.faults_allowed():
-            self.world.advance(seconds)
+            self.simulation.advance(seconds)
 
     @precondition(lambda self: self.open)
     @rule(which=st.integers(0, 9), by_pruner=st.booleans())
@@ -114,9 +115,9 @@ class Interleavings(Kept):
         held = self.one(which)
         over = held.steady and (
             self.is_over(self.limits.memory, held.process.metering.tree.memory)
-            or self.is_over(self.limits.wall_time, self.world.now - held.started)
+            or self.is_over(self.limits.wall_time, self.simulation.now - held.started)
         )
-        with self.world.acting(held.process), self.faults_allowed():
+        with self.simulation.acting_as(held.process), self.faults_allowed():
             try:
                 if by_pruner:
                     held.trial.report(0.5, held.reports)
@@ -135,8 +136,8 @@ class Interleavings(Kept):
     def is_over(self, limit: float | None, amount: float | None) -> bool:
         return limit is not None and amount is not None and amount > limit
 
-    def judge(self, held: Open, error: LimitBreached) -> None:
-        """Hold a breach against what was used."""
+    def judge(self, held: OpenTrial, error: LimitBreached) -> None:
+        """Compare a breach with what was used."""
         assert error.resource is not None and error.limit is not None
         assert error.observed is not None and error.observed >= error.limit
         if error.resource == "memory" and held.steady:
@@ -151,13 +152,13 @@ class Interleavings(Kept):
         held = self.one(which)
         if held.rejected and state == TrialState.COMPLETE:
             state = TrialState.PRUNED
-        with self.world.acting(held.process), self.faults_allowed():
+        with self.simulation.acting_as(held.process), self.faults_allowed():
             values = 0.25 if state == TrialState.COMPLETE else None
             held.process.study.tell(held.trial, values, state=state)
         row = self.row_of(held)
         if not row.state.is_finished():
             # Optuna's own write failed; it can be told again.
-            assert self.world.trap.fired
+            assert self.simulation.fault.fired
             held.retold = True
             return
         self.open.remove(held)
@@ -172,14 +173,14 @@ class Interleavings(Kept):
         if record.outcome == "completed":
             assert (record.reason is None) == (record.breach is None)
 
-    def row_of(self, held: Open) -> FrozenTrial:
-        return self.world.storage.get_trial(trial_id_of(held.trial))
+    def row_of(self, held: OpenTrial) -> FrozenTrial:
+        return self.simulation.storage.get_trial(trial_id_of(held.trial))
 
     @precondition(lambda self: self.open)
     @rule(which=st.integers(0, 9), who=st.integers(0, 2))
     def tell_from_elsewhere(self, which: int, who: int) -> None:
-        held, process = self.one(which), self.living[who]
-        with self.world.acting(process), self.faults_allowed():
+        held, process = self.one(which), self.processes[who]
+        with self.simulation.acting_as(process), self.faults_allowed():
             process.study.tell(held.trial.number, 0.75)
         if self.row_of(held).state.is_finished():
             self.open.remove(held)
@@ -193,26 +194,26 @@ class Interleavings(Kept):
 
     @rule(who=st.integers(0, 2))
     def die(self, who: int) -> None:
-        process = self.living[who]
+        process = self.processes[who]
         machine = process.name.machine
         self.lost |= {each.trial.number for each in self.open if each.process is process}
         self.open = [each for each in self.open if each.process is not process]
-        self.world.kill(process)
+        self.simulation.kill(process)
         # In its place, so that the others keep theirs.
         self.start(machine)
-        self.living.insert(who, self.living.pop())
+        self.processes.insert(who, self.processes.pop())
 
     @rule(places=st.lists(unit, min_size=1, max_size=4))
     def enqueue(self, places: list[float]) -> None:
         pairs = zip(self.space, places, strict=False)
         params = {f"p{i}": value_at(each[0], place) for i, (each, place) in enumerate(pairs)}
         with self.faults_allowed():
-            self.living[0].study.enqueue_trial(params)
+            self.processes[0].study.enqueue_trial(params)
 
     @precondition(lambda self: any(row.state == TrialState.FAIL for row in self.rows()))
     @rule(which=st.integers(0, 9))
     def retry(self, which: int) -> None:
-        """Do as Optuna's own callback for stale trials does."""
+        """Enqueue a failed trial again, as Optuna's RetryFailedTrialCallback does."""
         failed = [row for row in self.rows() if row.state == TrialState.FAIL]
         row = failed[which % len(failed)]
         again = optuna.trial.create_trial(
@@ -223,11 +224,11 @@ class Interleavings(Kept):
             system_attrs={**row.system_attrs, "fixed_params": row.params},
         )
         with self.faults_allowed():
-            self.living[0].study.add_trial(again)
+            self.processes[0].study.add_trial(again)
 
     @rule(writes=st.integers(0, 25), error=st.sampled_from(FAULTS))
-    def set_trap(self, writes: int, error: type[Exception]) -> None:
-        self.world.trap.set(writes, error)
+    def fail_a_write(self, writes: int, error: type[Exception]) -> None:
+        self.simulation.fault.set(writes, error)
 
     @rule(
         who=st.integers(0, 2),
@@ -236,13 +237,13 @@ class Interleavings(Kept):
         memory=st.integers(1, 7),
     )
     def optimize(self, who: int, trials: int, end: str, memory: int) -> None:
-        process = self.living[who]
+        process = self.processes[who]
 
         def objective(trial: optuna.Trial) -> float:
-            self.suggest_some(Open(process, trial, 0.0), len(self.space))
+            self.suggest_some(OpenTrial(process, trial, 0.0), len(self.space))
             process.metering.tree.memory = memory * 0.9 * GIB
             process.metering.tree.cpu_time = (process.metering.tree.cpu_time or 0.0) + 2.5
-            self.look_at_memory(process)
+            self.note_memory(process)
             process.metering.advance(0.0)
             check(trial)
             if end == "prune":
@@ -254,7 +255,7 @@ class Interleavings(Kept):
         before = {row.number for row in self.rows() if row.state == TrialState.RUNNING}
         for each in self.open:
             each.steady = each.steady and each.process is not process
-        with self.world.acting(process), self.faults_allowed():
+        with self.simulation.acting_as(process), self.faults_allowed():
             try:
                 process.study.optimize(objective, n_trials=trials, catch=(ValueError,))
             except QuotaExhausted:
@@ -263,17 +264,27 @@ class Interleavings(Kept):
                 assert self.open or self.lost
             except AssertionError as error:
                 # Optuna asserts that the row it could not finish is finished.
-                assert self.world.trap.fired and "Should not reach" in str(error)
-        if self.world.trap.fired:
+                assert self.simulation.fault.fired and "Should not reach" in str(error)
+        if self.simulation.fault.fired:
             running = {row.number for row in self.rows() if row.state == TrialState.RUNNING}
             self.lost |= running - before
 
 
-TestInterleavings = Interleavings.TestCase
-TestInterleavings.settings = settings(
-    max_examples=20,
-    stateful_step_count=25,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-)
+def test_a_few_interleavings() -> None:
+    run_state_machine_as_test(Interleavings, settings=interleavings(3))
+
+
+@pytest.mark.slow
+def test_many_interleavings() -> None:
+    run_state_machine_as_test(Interleavings, settings=interleavings(30))
+
+
+def interleavings(examples: int) -> settings:
+    """Return settings under which every run tries the same."""
+    return settings(
+        max_examples=examples,
+        stateful_step_count=25,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+    )

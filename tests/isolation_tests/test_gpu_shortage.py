@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from optuna_quota._isolation.gpu_shortage import find_gpu_breach
-from optuna_quota._isolation.gpu_shortage import name_bad_luck
-from optuna_quota._isolation.gpu_shortage import read_gpu_shortage
-from optuna_quota._isolation.shortage import find_shortage
+from optuna_quota._isolation.out_of_memory import describe_full_gpu
+from optuna_quota._isolation.out_of_memory import find_failed_allocation
+from optuna_quota._isolation.out_of_memory import find_gpu_breach
+from optuna_quota._isolation.out_of_memory import read_gpu_memory_state
 from optuna_quota._metering.gpu_attribution import DeviceShare
 
 
@@ -64,10 +64,10 @@ def test_the_limit_the_own_gpu_or_others(
     limit: float | None,
     breached: float | None,
 ) -> None:
-    shortage = find_shortage(error)
+    shortage = find_failed_allocation(error)
     assert shortage is not None
     held = None if peak is None else peak * GIB
-    known = read_gpu_shortage(shortage, held, devices, 80.0 * GIB)
+    known = read_gpu_memory_state(shortage, held, devices, 80.0 * GIB)
     ceilings = {} if limit is None else {"gpu_memory": (float(limit * GIB), False)}
     breach = find_gpu_breach(known, ceilings, 3.0)
     assert (breach and breach.limit) == (breached and breached * GIB)
@@ -76,10 +76,10 @@ def test_the_limit_the_own_gpu_or_others(
 
 def test_bad_luck_has_the_figures() -> None:
     error = OutOfMemoryError(FULL)
-    shortage = find_shortage(error)
+    shortage = find_failed_allocation(error)
     assert shortage is not None
-    known = read_gpu_shortage(shortage, None, [], None)
-    assert str(name_bad_luck(known, error)).startswith(
+    known = read_gpu_memory_state(shortage, None, [], None)
+    assert str(describe_full_gpu(known, error)).startswith(
         "The GPU was full, 78.6 GiB of it taken by other processes: the trial held 1.4 GiB and "
         "asked for 20 MiB more. OutOfMemoryError: CUDA out of memory."
     )
@@ -88,18 +88,18 @@ def test_bad_luck_has_the_figures() -> None:
 def test_the_error_is_found_behind_others() -> None:
     outer = ValueError("Training failed.")
     outer.__cause__ = OutOfMemoryError(CAPPED)
-    shortage = find_shortage(outer)
+    shortage = find_failed_allocation(outer)
     assert shortage is not None
-    known = read_gpu_shortage(shortage, None, [], None)
+    known = read_gpu_memory_state(shortage, None, [], None)
     breach = find_gpu_breach(known, {"gpu_memory": (4.0 * GIB, True)}, 1.0)
     assert breach is not None and breach.quota
 
 
 def test_what_is_not_known_to_be_bad_luck_is_the_objectives_own_error() -> None:
     error = RuntimeError("CUDA out of memory.")
-    shortage = find_shortage(error)
+    shortage = find_failed_allocation(error)
     assert shortage is not None
-    assert name_bad_luck(read_gpu_shortage(shortage, None, [], None), error) is None
+    assert describe_full_gpu(read_gpu_memory_state(shortage, None, [], None), error) is None
 
 
 @pytest.mark.parametrize(
@@ -114,5 +114,5 @@ def test_what_is_not_known_to_be_bad_luck_is_the_objectives_own_error() -> None:
     ],
 )
 def test_errors_that_are_a_gpus(error: Exception) -> None:
-    shortage = find_shortage(error)
+    shortage = find_failed_allocation(error)
     assert shortage is not None and shortage.resource == "gpu_memory"

@@ -22,7 +22,7 @@ from optuna_quota import Quota
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
 from optuna_quota._isolation.launch import can_supervise
-from optuna_quota._isolation.rlimits import DataLimit
+from optuna_quota._isolation.memory_limits import DataLimit
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import run_one
 
@@ -161,12 +161,12 @@ def test_what_stays_untouched_is_looked_at_in_haste_until_it_is_given_back() -> 
             before = memory + 2**20
             _, hard = resource.prlimit(pid, resource.RLIMIT_DATA)
             resource.prlimit(pid, resource.RLIMIT_DATA, (before, hard))
-            limit = DataLimit(pid, memory, before, strict=True)
+            limit = DataLimit(pid, memory, before)
             process.stdin.write("\n")
             process.stdin.flush()
             assert process.stdout.readline() == "mapped\n"
             waits = [limit.update(10 * 2**20) for _ in range(DataLimit.WINDOW)]
-            assert waits == [DataLimit.HASTE] * (DataLimit.WINDOW - 1) + [DataLimit.PERIOD]
+            assert waits == [DataLimit.FAST_PERIOD] * (DataLimit.WINDOW - 1) + [DataLimit.PERIOD]
             after, _ = resource.prlimit(pid, resource.RLIMIT_DATA)
             assert 270 * 2**20 < after - before < 310 * 2**20
         finally:

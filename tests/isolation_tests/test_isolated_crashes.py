@@ -18,9 +18,9 @@ from optuna_quota import isolated
 from optuna_quota import Quota
 from optuna_quota import QuotaSampler
 from optuna_quota import TrialCrashed
-from optuna_quota._isolation.crashes import describe_series
-from optuna_quota._isolation.crashes import Fate
 from optuna_quota._isolation.launch import can_supervise
+from optuna_quota._isolation.outcome import CrashStatus
+from optuna_quota._isolation.outcome import describe_crash_series
 from optuna_quota._records import CRASHED
 from optuna_quota._records import read_record
 
@@ -233,9 +233,9 @@ def test_a_copy_of_a_crashed_row_has_not_crashed() -> None:
     ],
 )
 def test_series(fates: str, words: str | None) -> None:
-    names: dict[str, Fate] = {"x": "crashed", ".": "ended", "-": "running"}
+    names: dict[str, CrashStatus] = {"x": "crashed", ".": "ended", "-": "running"}
     found = {
-        describe_series([names[fate] for fate in fates], index)
+        describe_crash_series([names[fate] for fate in fates], index)
         for index, fate in enumerate(fates)
         if fate == "x"
     }

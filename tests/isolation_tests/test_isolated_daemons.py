@@ -17,11 +17,11 @@ import psutil
 import pytest
 
 from optuna_quota import Limits
-from optuna_quota._isolation.cgroup import find_delegated
-from optuna_quota._isolation.cgroup import own_cgroup
+from optuna_quota._isolation.forkserver_client import fork_server_client
 from optuna_quota._isolation.launch import can_supervise
-from optuna_quota._isolation.processes import has_ended
-from optuna_quota._isolation.template_client import template_client
+from optuna_quota._isolation.linux import is_exiting
+from optuna_quota._isolation.memory_limits import find_delegated
+from optuna_quota._isolation.memory_limits import own_cgroup
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import escape
 from tests.isolation_tests.trials import run_one
@@ -93,7 +93,9 @@ def test_a_trial_that_never_began_has_used_no_memory(monkeypatch: pytest.MonkeyP
     def refuse(*_: Any) -> Any:
         raise OSError("No process today.")
 
-    monkeypatch.setattr("optuna_quota._isolation.template_client.TemplateClient.launch", refuse)
+    monkeypatch.setattr(
+        "optuna_quota._isolation.forkserver_client.ForkServerClient.launch", refuse
+    )
     trial = run_one(lambda trial: 1.0, Limits(wall_time="1h"))
     record = read_record(trial)
     assert record.outcome == "failed" and "No process today" in (record.reason or "")
@@ -124,7 +126,7 @@ def delegated_group(mount: Path) -> Path:
 def in_group(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let trials have their groups made in a folder."""
     monkeypatch.setattr("optuna_quota._isolation.run._delegated_cgroup", lambda: folder)
-    template_client().lost()  # the processes that it has ready are in no group
+    fork_server_client().reset()  # the processes that it has ready are in no group
 
 
 @pytest.mark.parametrize("start_method", ["forkserver", "fork"])
@@ -152,7 +154,7 @@ def test_a_real_control_group_holds_the_trial_and_ends_with_it(
     pids = [int(name) for name in os.listdir(folder)]
     assert len(pids) == 3 and not [pid for pid in pids if psutil.pid_exists(pid)]
     assert not (mount / group.lstrip("/")).exists()
-    template_client().lost()
+    fork_server_client().reset()
 
 
 def test_a_real_control_group_limits_what_no_other_limit_sees(
@@ -171,18 +173,18 @@ def test_a_real_control_group_limits_what_no_other_limit_sees(
     record = read_record(trial)
     assert record.outcome == "terminated"
     assert record.breach is not None and record.breach.resource == "memory"
-    template_client().lost()
+    fork_server_client().reset()
 
 
 def test_a_process_that_has_ended_by_itself_was_not_left_behind() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert not has_ended(process.pid)
+    assert not is_exiting(process.pid)
     # Not waited for: it stays a zombie.
     os.kill(process.pid, signal.SIGKILL)
     deadline = time.monotonic() + 10
     while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    assert has_ended(process.pid)
+    assert is_exiting(process.pid)
     process.communicate()
-    assert has_ended(process.pid)
+    assert is_exiting(process.pid)

@@ -7,64 +7,21 @@ from pathlib import Path
 import pickle
 import signal
 import socket
-import traceback
 from typing import Any
 
 import pytest
 
-from optuna_quota._isolation import rlimits
-from optuna_quota._isolation.cgroup import CgroupLeaf
-from optuna_quota._isolation.cgroup import find_delegated
+from optuna_quota._isolation import memory_limits
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.channel import channel_pair
 from optuna_quota._isolation.gpu_caps import cap_torch
 from optuna_quota._isolation.gpu_caps import set_gpu_caps
-from optuna_quota._isolation.modules import can_preload
-from optuna_quota._isolation.modules import modules_to_preload
-from optuna_quota._isolation.remote_errors import pack_error
-from optuna_quota._isolation.remote_errors import unpack_error
+from optuna_quota._isolation.memory_limits import Cgroup
+from optuna_quota._isolation.memory_limits import find_delegated
 from optuna_quota._metering import metering_loop
-from tests.isolation_tests.trials import caught
-from tests.isolation_tests.trials import raises
 
 
 GIB = 2**30
-
-
-class NeedsTwo(Exception):
-    def __init__(self, first: int, second: int) -> None:
-        super().__init__(f"{first} and {second}")
-        self.first = first
-        self.handle = socket
-
-
-class Refuses(Exception):
-    def __reduce__(self) -> Any:
-        raise RuntimeError("no")
-
-
-def test_errors_keep_type_state_cause_and_lines() -> None:
-    def inner() -> None:
-        raise NeedsTwo(1, 2)
-
-    def outer() -> None:
-        try:
-            inner()
-        except NeedsTwo as error:
-            raise KeyError("outer") from error
-
-    sent = pickle.loads(pickle.dumps(pack_error(caught(outer))))
-    error = unpack_error(sent)
-    assert isinstance(error, KeyError) and isinstance(error.__cause__, NeedsTwo)
-    assert error.__cause__.first == 1 and str(error.__cause__) == "1 and 2"
-    text = "".join(traceback.format_exception(error))
-    assert "raise NeedsTwo(1, 2)" in text and 'raise KeyError("outer") from error' in text
-    assert "in inner" in text and "direct cause" in text
-
-
-def test_errors_that_refuse_to_be_pickled_keep_their_class() -> None:
-    error = unpack_error(pack_error(caught(raises(Refuses("why")))))
-    assert isinstance(error, Refuses) and error.args == ("why",)
 
 
 def test_a_channel_keeps_in_step_with_messages_of_any_size() -> None:
@@ -98,32 +55,17 @@ def test_a_message_that_was_cut_off_is_completed() -> None:
     whole.close()
 
 
-def test_modules_that_can_be_loaded_before_a_fork() -> None:
-    import json
-
-    names = ["numpy", json.__name__, "__main__", "jax", "no_such_module", __name__]
-    assert can_preload(names) == ["numpy", "json", __name__]
-
-
-def test_modules_that_trials_find_loaded() -> None:
-    named = modules_to_preload(everything=False)
-    # This module's imports, with the module itself, but not what only runs the tests.
-    assert {"optuna", __name__} <= set(named)
-    assert not {"pytest", "_pytest.python", "optuna_quota"} & set(named)
-    assert set(named) <= set(modules_to_preload(everything=True))
-
-
 def test_the_kernels_limit_needs_room_for_native_libraries() -> None:
     mib = 2**20
-    assert not rlimits.has_room(120 * mib, 100 * mib, 2)
-    assert not rlimits.has_room(100 * mib, 120 * mib, 2)
-    assert rlimits.has_room(256 * mib, 70 * mib, 2)
-    assert rlimits.has_room(2048 * mib, 300 * mib, 64)
+    assert not memory_limits.has_room(120 * mib, 100 * mib, 2)
+    assert not memory_limits.has_room(100 * mib, 120 * mib, 2)
+    assert memory_limits.has_room(256 * mib, 70 * mib, 2)
+    assert memory_limits.has_room(2048 * mib, 300 * mib, 64)
 
 
 def test_data_limit() -> None:
-    assert rlimits.data_limit(300, 100, 1000.7) == 1200
-    assert rlimits.data_limit(300, 2000, 1000) == 300
+    assert memory_limits.data_limit(300, 100, 1000.7) == 1200
+    assert memory_limits.data_limit(300, 2000, 1000) == 300
 
 
 class FakeCuda:
@@ -183,7 +125,7 @@ def test_a_group_without_the_memory_controller_is_none(tmp_path: Path) -> None:
 
 
 def test_a_leaf_is_limited_read_and_killed(tmp_path: Path) -> None:
-    leaf = CgroupLeaf(tmp_path)
+    leaf = Cgroup(tmp_path)
     (folder,) = tmp_path.iterdir()
     for name, text in {
         "memory.stat": "anon 600\nfile 9000\nkernel 300\nshmem 100\n",
@@ -210,7 +152,7 @@ def test_a_real_group_kills_all_that_is_in_it() -> None:
     if mount is None or not list(mount.glob("cgroup.procs")):
         pytest.skip("no control groups of version 2 may be made here")
     try:
-        leaf = CgroupLeaf(mount)
+        leaf = Cgroup(mount)
     except OSError as error:
         pytest.skip(f"no control group can be made here: {error}")
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -227,9 +169,9 @@ def test_a_real_group_kills_all_that_is_in_it() -> None:
 
 
 def test_a_template_is_no_part_of_a_trial_in_its_studys_process() -> None:
-    from optuna_quota._isolation.template_client import TemplateClient
+    from optuna_quota._isolation.forkserver_client import ForkServerClient
 
-    client = TemplateClient()
+    client = ForkServerClient()
     loop = metering_loop()
     try:
         client.launch(None).close()
@@ -237,11 +179,11 @@ def test_a_template_is_no_part_of_a_trial_in_its_studys_process() -> None:
         template = client._process.pid
         assert template in loop.excluded_pids
         watch = loop.monitor((0, 0))
-        target = loop._target_of(watch)
+        target = loop.trees.of(watch)
         assert target is not None and template not in target.pids
         watch.close()
     finally:
         client.close()
-        client.lost()
+        client.reset()
         client._errors.close()
     assert template not in loop.excluded_pids

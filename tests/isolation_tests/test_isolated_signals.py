@@ -22,11 +22,11 @@ import pytest
 from optuna_quota import isolated
 from optuna_quota import Quota
 from optuna_quota import QuotaSampler
+from optuna_quota._isolation.forkserver_client import fork_server_client
 from optuna_quota._isolation.launch import can_supervise
-from optuna_quota._isolation.launch import Launched
 from optuna_quota._isolation.launch import StartMethod
-from optuna_quota._isolation.stop import STOP_SIGNAL
-from optuna_quota._isolation.template_client import template_client
+from optuna_quota._isolation.launch import TrialConnections
+from optuna_quota._isolation.signals import STOP_SIGNAL
 from optuna_quota._records import read_record
 
 
@@ -108,7 +108,7 @@ def test_what_waits_for_the_next_trial_survives_a_signal() -> None:
 
     study = optuna.create_study()
     study.optimize(isolated(objective), n_trials=1)
-    template = template_client()._process
+    template = fork_server_client()._process
     assert template is not None
     helpers: list[psutil.Process] = []
     while len(helpers) < 2:  # the supervisor and the process that wait
@@ -335,19 +335,19 @@ def test_an_interrupt_of_all_processes_is_heard_once(tmp_path: Path) -> None:
 def test_an_interrupt_while_a_trial_is_started_harms_no_later_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from optuna_quota._isolation import template_client as module
+    from optuna_quota._isolation import forkserver_client as module
 
     study = optuna.create_study()
-    order = module.order_trial
+    order = module.request_trial
 
-    def interrupted(sock: socket.socket, data: bytes, descriptors: Any = ()) -> Launched:
+    def interrupted(sock: socket.socket, data: bytes, descriptors: Any = ()) -> TrialConnections:
         sock.send(data)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "order_trial", interrupted)
+    monkeypatch.setattr(module, "request_trial", interrupted)
     with pytest.raises(KeyboardInterrupt):
         study.optimize(isolated(lambda trial: 1.0), n_trials=1)
-    monkeypatch.setattr(module, "order_trial", order)
+    monkeypatch.setattr(module, "request_trial", order)
     study.optimize(isolated(lambda trial: 2.0), n_trials=2)
     assert [trial.value for trial in study.trials] == [None, 2.0, 2.0]
     record = read_record(study.trials[0])

@@ -8,12 +8,12 @@ import subprocess
 import numpy as np
 import pytest
 
-from optuna_quota._isolation.ending import Ended
-from optuna_quota._isolation.ending import find_breach_in_death
-from optuna_quota._isolation.ending import find_breach_in_shortage
-from optuna_quota._isolation.ending import name_death
-from optuna_quota._isolation.shortage import find_shortage
-from optuna_quota._isolation.shortage import Shortage
+from optuna_quota._isolation.exit_cause import describe_exit
+from optuna_quota._isolation.exit_cause import find_breach_at_exit
+from optuna_quota._isolation.messages import ExitReport
+from optuna_quota._isolation.out_of_memory import FailedAllocation
+from optuna_quota._isolation.out_of_memory import find_failed_allocation
+from optuna_quota._isolation.out_of_memory import find_memory_breach
 from tests.isolation_tests.trials import caught
 from tests.isolation_tests.trials import raises
 
@@ -34,41 +34,41 @@ def named(name: str, module: str, base: type[Exception] = RuntimeError) -> type[
                 "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: "
                 "you tried to allocate 8000000000 bytes. Error code 12"
             ),
-            Shortage("memory", 8e9),
+            FailedAllocation("memory", 8e9),
         ),
         (
             named("OutOfMemoryError", "torch")("CUDA out of memory. Tried to allocate 2.50 GiB."),
-            Shortage("gpu_memory", 2.5 * GIB),
+            FailedAllocation("gpu_memory", 2.5 * GIB),
         ),
         (
             named("XlaRuntimeError", "jaxlib.xla_extension")(
                 "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1073741824 bytes."
             ),
-            Shortage("gpu_memory", GIB),
+            FailedAllocation("gpu_memory", GIB),
         ),
         (
             named("ResourceExhaustedError", "tensorflow.python.framework.errors_impl")(
                 "OOM when allocating tensor on device:GPU:0"
             ),
-            Shortage("gpu_memory"),
+            FailedAllocation("gpu_memory"),
         ),
-        (named("XGBoostError", "xgboost.core")("std::bad_alloc"), Shortage("memory")),
-        (OSError(12, "Cannot allocate memory"), Shortage("memory")),
+        (named("XGBoostError", "xgboost.core")("std::bad_alloc"), FailedAllocation("memory")),
+        (OSError(12, "Cannot allocate memory"), FailedAllocation("memory")),
         (RuntimeError("shapes don't match"), None),
         (ValueError("nothing of the kind"), None),
         (MemoryError("made up"), None),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_shortages(error: BaseException, expected: Shortage | None) -> None:
-    assert find_shortage(caught(raises(error))) == expected
+def test_shortages(error: BaseException, expected: FailedAllocation | None) -> None:
+    assert find_failed_allocation(caught(raises(error))) == expected
 
 
 def test_a_failed_allocation_is_told_from_a_raised_memory_error() -> None:
     array = caught(lambda: np.ones(2**55, dtype=np.uint8))
-    assert find_shortage(array) == Shortage("memory", 2.0**55)
+    assert find_failed_allocation(array) == FailedAllocation("memory", 2.0**55)
     plain = caught(lambda: bytearray(2**60))
-    assert find_shortage(plain) == Shortage("memory")
+    assert find_failed_allocation(plain) == FailedAllocation("memory")
 
     def wrap() -> None:
         try:
@@ -76,7 +76,7 @@ def test_a_failed_allocation_is_told_from_a_raised_memory_error() -> None:
         except MemoryError as error:
             raise ValueError("could not load") from error
 
-    assert find_shortage(caught(wrap)) == Shortage("memory")
+    assert find_failed_allocation(caught(wrap)) == FailedAllocation("memory")
 
 
 REFUSED = """
@@ -134,16 +134,16 @@ def failed_script(stderr: str | bytes) -> subprocess.CalledProcessError:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (RuntimeError(REFUSED), Shortage("memory", 900.0 * MIB)),
-        (ValueError(FITS), Shortage("memory", 900.0 * MIB)),
-        (MemoryError(LOADER), Shortage("memory")),
-        (RuntimeError(LOADER), Shortage("memory")),
-        (failed_script(REFUSED), Shortage("memory", 900.0 * MIB)),
-        (failed_script(OF_BYTES.encode()), Shortage("memory")),
-        (failed_script("terminate called: what():  std::bad_alloc"), Shortage("memory")),
-        (failed_script("bash: fork: Cannot allocate memory"), Shortage("memory")),
-        (failed_script(GPU), Shortage("gpu_memory", 2.0 * GIB)),
-        (ValueError(f"train.py failed:\n{OF_BYTES}"), Shortage("memory")),
+        (RuntimeError(REFUSED), FailedAllocation("memory", 900.0 * MIB)),
+        (ValueError(FITS), FailedAllocation("memory", 900.0 * MIB)),
+        (MemoryError(LOADER), FailedAllocation("memory")),
+        (RuntimeError(LOADER), FailedAllocation("memory")),
+        (failed_script(REFUSED), FailedAllocation("memory", 900.0 * MIB)),
+        (failed_script(OF_BYTES.encode()), FailedAllocation("memory")),
+        (failed_script("terminate called: what():  std::bad_alloc"), FailedAllocation("memory")),
+        (failed_script("bash: fork: Cannot allocate memory"), FailedAllocation("memory")),
+        (failed_script(GPU), FailedAllocation("gpu_memory", 2.0 * GIB)),
+        (ValueError(f"train.py failed:\n{OF_BYTES}"), FailedAllocation("memory")),
         (RuntimeError(RAISED), None),
         (failed_script(RAISED), None),
         (failed_script(WITHOUT_SOURCE), None),
@@ -152,8 +152,10 @@ def failed_script(stderr: str | bytes) -> subprocess.CalledProcessError:
         (subprocess.CalledProcessError(1, ["python"]), None),
     ],
 )
-def test_shortages_in_other_processes(error: BaseException, expected: Shortage | None) -> None:
-    assert find_shortage(caught(raises(error))) == expected
+def test_shortages_in_other_processes(
+    error: BaseException, expected: FailedAllocation | None
+) -> None:
+    assert find_failed_allocation(caught(raises(error))) == expected
 
 
 LIMITS = {"memory": (1.0 * GIB, False), "cpu_time": (10.0, True)}
@@ -162,19 +164,19 @@ LIMITS = {"memory": (1.0 * GIB, False), "cpu_time": (10.0, True)}
 @pytest.mark.parametrize(
     ("shortage", "used", "enforced", "breached"),
     [
-        (Shortage("memory"), 0.1 * GIB, True, True),
-        (Shortage("memory"), 0.1 * GIB, False, False),
-        (Shortage("memory"), 0.99 * GIB, False, True),
-        (Shortage("memory", 2.0 * GIB), 0.1 * GIB, True, True),
-        (Shortage("memory", 0.1 * GIB), 0.1 * GIB, True, True),
-        (Shortage("memory", 0.1 * GIB), 0.1 * GIB, False, False),
-        (Shortage("gpu_memory", GIB), GIB, True, False),
+        (FailedAllocation("memory"), 0.1 * GIB, True, True),
+        (FailedAllocation("memory"), 0.1 * GIB, False, False),
+        (FailedAllocation("memory"), 0.99 * GIB, False, True),
+        (FailedAllocation("memory", 2.0 * GIB), 0.1 * GIB, True, True),
+        (FailedAllocation("memory", 0.1 * GIB), 0.1 * GIB, True, True),
+        (FailedAllocation("memory", 0.1 * GIB), 0.1 * GIB, False, False),
+        (FailedAllocation("gpu_memory", GIB), GIB, True, False),
     ],
 )
 def test_a_shortage_at_the_limit_is_a_breach(
-    shortage: Shortage, used: float, enforced: bool, breached: bool
+    shortage: FailedAllocation, used: float, enforced: bool, breached: bool
 ) -> None:
-    breach = find_breach_in_shortage(shortage, used, LIMITS, 3.0, enforced=enforced)
+    breach = find_memory_breach(shortage, used, LIMITS, 3.0, enforced=enforced)
     assert (breach is not None) is breached
     if breach is not None:
         assert breach.observed > breach.limit == GIB
@@ -183,39 +185,41 @@ def test_a_shortage_at_the_limit_is_a_breach(
 @pytest.mark.parametrize(
     ("ended", "words"),
     [
-        (Ended(-signal.SIGSEGV), "segmentation fault"),
-        (Ended(-signal.SIGKILL), "from outside"),
-        (Ended(-signal.SIGKILL, oom_kills=1, memory=GIB), "out-of-memory killer"),
-        (Ended(-signal.SIGKILL, "stopped"), "SIGSTOP"),
-        (Ended(-signal.SIGKILL, "request"), "interrupted"),
-        (Ended(0), "before it gave a result"),
-        (Ended(7), "exit code 7"),
-        (Ended(None), "unknown way"),
-        (Ended(-200), "signal 200"),
+        (ExitReport(-signal.SIGSEGV), "segmentation fault"),
+        (ExitReport(-signal.SIGKILL), "from outside"),
+        (ExitReport(-signal.SIGKILL, oom_kills=1, memory=GIB), "out-of-memory killer"),
+        (ExitReport(-signal.SIGKILL, "stopped"), "SIGSTOP"),
+        (ExitReport(-signal.SIGKILL, "request"), "interrupted"),
+        (ExitReport(0), "before it gave a result"),
+        (ExitReport(7), "exit code 7"),
+        (ExitReport(None), "unknown way"),
+        (ExitReport(-200), "signal 200"),
     ],
 )
-def test_every_death_has_a_name(ended: Ended, words: str) -> None:
-    assert words in name_death(ended)
-    assert name_death(ended).endswith(".")
+def test_every_death_has_a_name(ended: ExitReport, words: str) -> None:
+    assert words in describe_exit(ended)
+    assert describe_exit(ended).endswith(".")
 
 
 @pytest.mark.parametrize(
     ("ended", "strict", "resource"),
     [
-        (Ended(-signal.SIGABRT, memory=0.97 * GIB), True, "memory"),
+        (ExitReport(-signal.SIGABRT, memory=0.97 * GIB), True, "memory"),
         # Nothing is refused where memory is measured.
-        (Ended(-signal.SIGABRT, memory=0.97 * GIB), False, None),
-        (Ended(-signal.SIGKILL, memory=0.97 * GIB, oom_kills=1), True, None),
-        (Ended(-signal.SIGABRT, memory=1.01 * GIB), False, "memory"),
-        (Ended(-signal.SIGKILL, memory=0.5 * GIB, leaf_oom_kills=1), False, "memory"),
-        (Ended(-signal.SIGKILL, memory=0.5 * GIB, oom_kills=1), False, None),
-        (Ended(-signal.SIGXCPU, cpu_time=9.9), False, "cpu_time"),
-        (Ended(1, cpu_time=9.9), False, None),
-        (Ended(1), False, None),
+        (ExitReport(-signal.SIGABRT, memory=0.97 * GIB), False, None),
+        (ExitReport(-signal.SIGKILL, memory=0.97 * GIB, oom_kills=1), True, None),
+        (ExitReport(-signal.SIGABRT, memory=1.01 * GIB), False, "memory"),
+        (ExitReport(-signal.SIGKILL, memory=0.5 * GIB, cgroup_oom_kills=1), False, "memory"),
+        (ExitReport(-signal.SIGKILL, memory=0.5 * GIB, oom_kills=1), False, None),
+        (ExitReport(-signal.SIGXCPU, cpu_time=9.9), False, "cpu_time"),
+        (ExitReport(1, cpu_time=9.9), False, None),
+        (ExitReport(1), False, None),
     ],
 )
-def test_a_death_at_a_limit_is_a_breach(ended: Ended, strict: bool, resource: str | None) -> None:
-    breach = find_breach_in_death(ended, LIMITS, 5.0, strict_memory=strict)
+def test_a_death_at_a_limit_is_a_breach(
+    ended: ExitReport, strict: bool, resource: str | None
+) -> None:
+    breach = find_breach_at_exit(ended, LIMITS, 5.0, strict_memory=strict)
     assert (None if breach is None else breach.resource) == resource
     if breach is not None:
         assert breach.observed > breach.limit

@@ -1,15 +1,21 @@
-"""Which use is a breach: a table of cases."""
+"""What is a breach, and when one waits for more of a quota."""
 
 from __future__ import annotations
+
+import threading
 
 import pytest
 
 from optuna_quota import Limits
+from optuna_quota._metering import MeteringLoop
 from optuna_quota._metering.breach import AT_LIMIT
 from optuna_quota._metering.breach import Ceiling
+from optuna_quota._metering.breach import EXTENSION_TIMEOUT
 from optuna_quota._metering.breach import find_breaches
 from optuna_quota._metering.breach import find_refused_breach
+from optuna_quota._metering.breach import QuotaExtension
 from optuna_quota._metering.breach import tightest_ceilings
+from optuna_quota._resources import Breach
 
 
 GIB = 2**30
@@ -63,3 +69,137 @@ def test_what_is_refused_near_a_limit_is_a_breach(
         assert breach.observed == pytest.approx(max(101, wanted))
         assert breach.refused
     assert find_refused_breach("memory", wanted, {}, 2.0, share=share) is None
+
+
+OVER = Breach("cpu_time", 10, 10.5, 11, quota=True)
+TEN = {"cpu_time": (10.0, True)}
+TWENTY = {"cpu_time": (20.0, True)}
+
+
+def asks(extension: QuotaExtension) -> bool:
+    return extension.take_request() is not None
+
+
+def test_it_asks_once_at_four_fifths_of_a_slice() -> None:
+    extension = QuotaExtension(lambda: None)
+    seen = []
+    for used, now in ((7.9, 1.0), (8.0, 2.0), (9.0, 3.0)):
+        extension.review([], {"cpu_time": used}, TEN, now)
+        seen.append(asks(extension))
+    extension.resolve(TEN, TWENTY, 3.0)
+    for used, now in ((9.0, 3.0), (16.0, 3.0)):
+        extension.review([], {"cpu_time": used}, TWENTY, now)
+        seen.append(asks(extension))
+    assert seen == [False, True, False, False, True]
+
+
+def test_a_breach_waits_for_the_answer_but_not_for_ever() -> None:
+    extension = QuotaExtension(lambda: None)
+    assert extension.review([OVER], {"cpu_time": 10.5}, TEN, 1.0) == []
+    assert extension.review([OVER], {"cpu_time": 10.5}, TEN, 1.1) == []
+    assert extension.review([OVER], {"cpu_time": 10.5}, TEN, 1.0 + EXTENSION_TIMEOUT) == [OVER]
+
+
+def test_only_a_refusal_that_came_after_the_breach_ends_a_trial() -> None:
+    extension = QuotaExtension(lambda: None)
+    extension.review([], {"cpu_time": 8.5}, TEN, 1.0)
+    assert asks(extension)
+    extension.resolve(TEN, TEN, 1.0)
+    extension.review([], {"cpu_time": 9.0}, TEN, 1.1)
+    assert not asks(extension)
+    # Others may have given back theirs since.
+    assert extension.review([OVER], {"cpu_time": 10.5}, TEN, 1.15) == []
+    assert asks(extension)
+    assert extension.needs == {"cpu_time": 10.5}
+    extension.resolve(TEN, TEN, 1.2)
+    assert extension.review([OVER], {"cpu_time": 10.5}, TEN, 1.2) == [OVER]
+
+
+def test_what_was_not_asked_for_was_not_refused() -> None:
+    extension = QuotaExtension(lambda: None)
+    before = {**TEN, "memory": (10.0, True)}
+    after = {**TWENTY, "memory": (10.0, True)}
+    extension.review([], {"cpu_time": 9.0, "memory": 1.0}, before, 1.0)
+    assert asks(extension)
+    extension.resolve(before, after, 1.0)
+    memory = Breach("memory", 10, 11, 1, quota=True)
+    assert extension.review([memory], {"cpu_time": 9.0, "memory": 11.0}, after, 1.0) == []
+    assert asks(extension)
+
+
+def test_a_promise_that_was_given_back_can_be_asked_for_again() -> None:
+    extension = QuotaExtension(lambda: None)
+    extension.resolve({"memory": (20.0, True)}, {"memory": (10.0, True)}, 1.0)
+    memory = Breach("memory", 10, 11, 1, quota=True)
+    amounts = {"memory": 11.0}
+    assert extension.review([memory], amounts, {"memory": (10.0, True)}, 1.1) == []
+    assert asks(extension)
+
+
+def test_a_trial_that_is_to_end_at_once_does() -> None:
+    extension = QuotaExtension(lambda: None)
+    extension.resolve({}, {"trial_time": (0.0, True)}, 1.0)
+    over = Breach("trial_time", 0, 1, 1, quota=True)
+    assert extension.review([over], {}, {"trial_time": (0.0, True)}, 1.0) == [over]
+
+
+@pytest.mark.parametrize(
+    ("breach", "quota"),
+    [
+        (Breach("cpu_time", 10, 10.5, 11), False),
+        (Breach("wall_time", 10, 10.5, 11, quota=True), True),
+    ],
+)
+def test_of_a_limit_and_of_the_studys_clock_there_is_no_more(breach: Breach, quota: bool) -> None:
+    extension = QuotaExtension(lambda: None)
+    ceilings = {breach.resource: (10.0, quota)}
+    assert extension.review([breach], {breach.resource: 10.5}, ceilings, 1.0) == [breach]
+    assert not asks(extension)
+
+
+def test_a_breach_that_waits_hides_no_other() -> None:
+    extension = QuotaExtension(lambda: None)
+    memory = Breach("memory", 10, 11, 1)
+    amounts = {"cpu_time": 10.5, "memory": 11}
+    ceilings = {**TEN, "memory": (10.0, False)}
+    assert extension.review([OVER, memory], amounts, ceilings, 1.0) == [memory]
+
+
+def test_the_loop_asks_in_time_and_ends_the_trial_where_no_more_is_given() -> None:
+    loop = MeteringLoop()
+    watch = loop.monitor((1, 1), limits=Limits(wall_time=100), left={"trial_time": 0.1})
+    slices = iter([0.2, 0.3, 0.3])
+    given = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        slice_ = next(slices, 0.3)
+        given.append((watch.elapsed, slice_))
+        watch.allow({"trial_time": slice_})
+
+    watch.on_low_quota(ask)
+    watch.on_breach(lambda breach: ended.set())
+    try:
+        assert ended.wait(20)
+        assert watch.breach is not None and watch.breach.quota
+        assert watch.breach.resource == "trial_time" and watch.breach.limit == 0.3
+        assert watch.breach.observed >= 0.3
+        assert [slice_ for _, slice_ in given][:3] == [0.2, 0.3, 0.3]
+        assert all(at >= 0.08 for at, _ in given)
+    finally:
+        watch.close()
+        loop.stop()
+
+
+def test_cost_is_reckoned_from_prices_while_it_runs() -> None:
+    loop = MeteringLoop()
+    watch = loop.monitor((1, 1), left={"cost": 0.05})
+    watch.prices = {"trial_time": 3600.0}
+    ended = threading.Event()
+    watch.on_breach(lambda breach: ended.set())
+    try:
+        assert ended.wait(20)
+        assert watch.breach is not None and watch.breach.resource == "cost"
+    finally:
+        watch.close()
+        loop.stop()

@@ -265,6 +265,7 @@ first.end()
     assert warnings(out) == []
 
 
+@pytest.mark.slow
 def test_another_worker_on_the_gpu_is_known(run: Run) -> None:
     out = run(
         """
@@ -439,6 +440,7 @@ for trial in trials:
     assert "lost" in warning
 
 
+@pytest.mark.slow
 def test_a_limit_without_a_driver_says_that_it_is_not_enforced(nvml: Nvml) -> None:
     code = """
     import optuna

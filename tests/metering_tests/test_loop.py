@@ -1,99 +1,388 @@
-"""The real loop on real processes."""
+"""The metering loop on fake clocks and process trees, some of which can't be read."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import threading
-import time
+from typing import Any
 
+import optuna
 import pytest
 
 from optuna_quota import Limits
-from optuna_quota._metering import MeteringLoop
-from optuna_quota._metering.monitored_tree import open_tree
-from optuna_quota._metering.process_tree import PsutilProcessTree
+from optuna_quota import Quota
+from optuna_quota import QuotaPruner
+from optuna_quota import QuotaSampler
+from optuna_quota import Usage
+from optuna_quota._metering import metering_loop
+from optuna_quota._records import read_record
+from optuna_quota._resources import Breach
+from optuna_quota.testing import fake_metering
+from optuna_quota.testing import FakeMetering
+from optuna_quota.testing import FakeProcessTree
 
 
-MIB = 2**20
+GIB = 2**30
+KEY = (1, 1)
+OTHER = (1, 2)
 
 
-@pytest.fixture(params=["proc", "psutil"])
-def loop(request):  # type: ignore[no-untyped-def]
-    made = MeteringLoop(open_tree=open_tree if request.param == "proc" else PsutilProcessTree)
-    yield made
-    made.stop()
+def test_the_fake_is_the_process_own_loop_while_it_lasts() -> None:
+    before = metering_loop()
+    with fake_metering() as metering:
+        assert metering_loop() is metering.loop
+    assert metering_loop() is before
 
 
-def wait_until(condition, seconds=20.0):  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.005)
-
-
-def test_a_trial_in_process_is_measured(loop) -> None:  # type: ignore[no-untyped-def]
-    watch = loop.monitor((1, 1))
-    assert loop.find((1, 1)) is watch
-    block = bytearray(80 * MIB)
-    block[::4096] = b"x" * len(block[::4096])
-    while time.process_time() == 0 or watch.sample().cpu_time == 0:
-        sum(range(10000))
-    del block
+def test_peaks_are_maxima_and_totals_are_growth(fake: FakeMetering) -> None:
+    fake.tree.memory, fake.tree.cpu_time = 5 * GIB, 100.0
+    watch = fake.loop.monitor(KEY)
+    fake.tree.memory, fake.tree.cpu_time = 9 * GIB, 103.0
+    fake.advance(1.0)
+    fake.tree.memory, fake.tree.cpu_time = 2 * GIB, 104.0
+    fake.advance(1.0)
     usage = watch.close()
-    assert usage.memory is not None and usage.memory > 80 * MIB
-    assert usage.cpu_time is not None and usage.cpu_time > 0
-    assert usage.wall_time == pytest.approx(watch.elapsed)
-    assert watch.isolation == "thread"
-    assert loop.find((1, 1)) is None
-    assert watch.close() == usage
+    assert usage == Usage(memory=9 * GIB, wall_time=2.0, cpu_time=4.0)
+    assert max(m for _, m in watch.timeline()) == 9 * GIB
+    assert watch.timeline()[0] == (0.0, 5 * GIB)
 
 
-def test_a_breach_is_found_by_the_loop_and_called_back_once(loop) -> None:  # type: ignore[no-untyped-def]
-    seen = []
-    called = threading.Event()
-    watch = loop.monitor((1, 2), limits=Limits(wall_time=0.05))
-    watch.on_breach(
-        lambda breach: (seen.append((breach, threading.current_thread())), called.set())
-    )
-    assert called.wait(20)
-    assert watch.breach is not None and watch.breach.resource == "wall_time"
-    again = []
-    watch.on_breach(again.append)
-    assert again == [watch.breach]
+def test_a_peak_that_no_look_saw_is_recorded_and_no_breach(fake: FakeMetering) -> None:
+    fake.tree.memory = GIB
+    watch = fake.loop.monitor(KEY, limits=Limits(memory="3GiB"))
+    fake.tree.peak = 4 * GIB
+    usage = watch.close()
+    assert usage.memory == 4 * GIB
+    assert watch.breach is None
+
+
+def test_unknown_stays_unknown(fake: FakeMetering) -> None:
+    fake.tree.memory = fake.tree.cpu_time = None
+    watch = fake.loop.monitor(KEY, limits=Limits(memory=1, cpu_time=1))
+    fake.advance(5.0)
+    usage = watch.close()
+    assert (usage.memory, usage.cpu_time, watch.breach) == (None, None, None)
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.1, 3.25, 61.0])
+def test_a_limit_on_the_clock_fires_on_time(fake: FakeMetering, limit: float) -> None:
+    watch = fake.loop.monitor(KEY, limits=Limits(wall_time=limit))
+    found: list[tuple[float, Breach]] = []
+    watch.on_breach(lambda breach: found.append((fake.clock(), breach)))
+    fake.advance(limit * 3)
+    [(when, breach)] = found
+    assert when == pytest.approx(limit)
+    assert breach.resource == "wall_time"
+    assert breach.seconds == pytest.approx(limit)
+
+
+def test_growth_towards_the_limit_is_met_sooner_than_the_next_period(fake: FakeMetering) -> None:
+    fake.tree.memory = 1e9
+    watch = fake.loop.monitor(KEY, limits=Limits(memory=2e9))
+    seen: list[float] = []
+    while watch.breach is None:
+        wait = fake.loop.tick()
+        assert wait is not None
+        fake.clock.advance(max(wait, 1e-9))
+        fake.tree.memory += 4e9 * max(wait, 1e-9)  # as fast as memory can be touched
+        seen.append(wait)
+        assert len(seen) < 10_000
+    assert seen[0] == pytest.approx(0.1)
+    assert min(seen) == pytest.approx(0.0005)
+    # The last wait is the shortest: half a millisecond is 2 MB at 4 GB/s.
+    assert watch.breach.observed - 2e9 <= 2e6 + 1.0
+    assert len(seen) < 40
+
+
+def test_far_from_the_limit_it_looks_seldom_and_at_rest_never(fake: FakeMetering) -> None:
+    assert fake.loop.tick() is None
+    watch = fake.loop.monitor(KEY, limits=Limits(memory=2**50))
+    fake.loop.tick()
+    wait = fake.loop.tick()
+    assert wait is not None and wait > 0.09
     watch.close()
-    assert len(seen) == 1
-    assert seen[0][1].name == "optuna-quota-metering"
+    assert fake.loop.tick() is None
 
 
-def test_a_child_is_metered_alone_after_retarget(loop) -> None:  # type: ignore[no-untyped-def]
-    code = "b = bytearray(60 * 2**20); print(1, flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as child:
-        watch = loop.monitor((1, 3), limits=Limits(memory="50MiB"))
-        watch.attach(child.pid)
-        assert child.stdout is not None
-        child.stdout.readline()
-        wait_until(lambda: watch.breach is not None)
-        assert watch.isolation == "process"
-        assert watch.breach.resource == "memory"
-        watch.sample()
-        child.kill()
+def test_deadlines_do_not_drift(fake: FakeMetering) -> None:
+    watch = fake.loop.monitor(KEY)
+    dues = []
+    for _ in range(50):
+        wait = fake.loop.tick()
+        assert wait is not None
+        fake.clock.advance(wait + 0.013)  # every wakeup is late
+        dues.append(fake.clock() - 0.013)
+    assert all(min(due % 0.05, -due % 0.05) < 1e-6 for due in dues)
+    watch.close()
+
+
+def test_a_limit_on_cores_needs_a_second_over_it(fake: FakeMetering) -> None:
+    watch = fake.loop.monitor(KEY, limits=Limits(cpu_cores=2))
+
+    def run(cores: float, seconds: float) -> None:
+        for _ in range(round(seconds / 0.1)):
+            assert fake.tree.cpu_time is not None
+            fake.tree.cpu_time += cores * 0.1
+            fake.advance(0.1)
+
+    run(2.0, 3.0)
+    run(1.0, 2.0)
+    run(4.0, 0.3)  # a burst
+    run(1.0, 1.0)
+    assert watch.breach is None
+    run(3.0, 1.5)
+    assert watch.breach is not None and watch.breach.resource == "cpu_cores"
+    assert 2.1 < watch.breach.observed <= 3.0
+
+
+def test_what_is_left_of_a_quota_is_a_ceiling_that_can_be_raised(fake: FakeMetering) -> None:
+    watch = fake.loop.monitor(KEY, left={"cpu_time": 5.0})
+    fake.tree.cpu_time = 4.0
+    fake.advance(1.0)
+    watch.allow({"cpu_time": 10.0})
+    fake.tree.cpu_time = 8.0
+    fake.advance(1.0)
+    assert watch.breach is None
+    watch.allow({"cpu_time": 7.0})
+    fake.advance(0.1)
+    assert watch.breach is not None and watch.breach.quota and watch.breach.limit == 7.0
+    assert watch.left == {"cpu_time": 7.0}
+
+
+def test_the_first_breach_stays(fake: FakeMetering) -> None:
+    watch = fake.loop.monitor(KEY, limits=Limits(memory=GIB, wall_time=10))
+    fake.tree.memory = 2 * GIB
+    fake.advance(1.0)
+    first = watch.breach
+    fake.tree.memory = 9 * GIB
+    fake.advance(100.0)
+    assert watch.breach is first
+    assert watch.close().memory == 9 * GIB
+
+
+def test_a_sample_finds_the_breach_and_the_loop_calls_back(fake: FakeMetering) -> None:
+    watch = fake.loop.monitor(KEY, limits=Limits(memory=GIB))
+    calls: list[Breach] = []
+    watch.on_breach(calls.append)
+    fake.tree.memory = 2 * GIB
+    assert watch.sample().memory == 2 * GIB
+    assert watch.breach is not None and calls == []
+    fake.loop.tick()
+    fake.loop.tick()
+    assert calls == [watch.breach]
+
+
+def test_a_callback_that_fails_does_not_end_the_loop(fake: FakeMetering) -> None:
+    def fail(breach: Breach) -> None:
+        raise RuntimeError("mine")
+
+    watch = fake.loop.monitor(KEY, limits=Limits(wall_time=1))
+    calls: list[Breach] = []
+    watch.on_breach(fail)
+    watch.on_breach(calls.append)
+    fake.advance(2.0)
+    assert len(calls) == 1
+
+
+def test_shared_memory_of_workers_is_not_held_against_the_trial(fake: FakeMetering) -> None:
+    fake.tree.pids = (1, 2, 3)
+    fake.tree.memory, fake.tree.shared = GIB, 4.0 * GIB
+    watch = fake.loop.monitor(KEY, limits=Limits(memory="2GiB"))
+    fake.advance(3.0)
+    assert watch.breach is None
+    fake.tree.memory = 3 * GIB
+    fake.advance(1.0)
+    assert watch.breach is not None and watch.breach.observed == 3 * GIB
+
+
+# Trials at once in one process.
+
+
+def test_trials_at_once_are_shared_for_good(fake: FakeMetering, warned: list[str]) -> None:
+    fake.tree.memory = GIB
+    first = fake.loop.monitor(KEY, limits=Limits(memory="2GiB"))
+    second = fake.loop.monitor(OTHER, limits=Limits(memory="2GiB"))
+    fake.tree.memory = fake.tree.peak = 50 * GIB
+    fake.advance(5.0)
+    assert second.close().memory is None
+    fake.advance(5.0)
+    usage = first.close()
+    assert (first.isolation, second.isolation) == ("shared", "shared")
+    assert usage.memory is None and first.breach is None and second.breach is None
+    assert first.timeline() == ()
+    assert len([text for text in warned if "can't be told apart" in text]) == 1
+
+
+def test_cpu_time_of_trials_at_once_adds_up(fake: FakeMetering) -> None:
+    first = fake.loop.monitor(KEY)
+    fake.tree.cpu_time = 3.0
+    second = fake.loop.monitor(OTHER)
+    fake.tree.cpu_time = 10.0
+    fake.advance(1.0)
+    a = first.close().cpu_time
+    fake.tree.cpu_time = 14.0
+    b = second.close().cpu_time
+    assert a is not None and b is not None
+    assert a >= 3.0 and b >= 4.0
+    assert a + b == pytest.approx(14.0)
+
+
+def test_a_trial_after_another_is_alone(fake: FakeMetering) -> None:
+    fake.tree.memory = 3 * GIB
+    fake.loop.monitor(KEY).close()
+    fake.tree.memory = GIB
+    watch = fake.loop.monitor(OTHER)
+    assert watch.close().memory == GIB
+    assert watch.isolation == "thread"
+
+
+def test_isolated_trials_at_once_are_each_alone(fake: FakeMetering, warned: list[str]) -> None:
+    fake.tree.memory, fake.tree.cpu_time = 9 * GIB, 50.0
+    first = fake.loop.monitor(KEY, limits=Limits(memory="2GiB"))
+    second = fake.loop.monitor(OTHER, limits=Limits(memory="2GiB"))
+    first.attach(101)
+    second.attach(102)
+    fake.trees[101].memory, fake.trees[101].cpu_time = GIB, 7.0
+    fake.trees[102].memory, fake.trees[102].cpu_time = 3 * GIB, 1.0
+    fake.advance(5.0)
+    assert first.breach is None and first.close().memory == GIB
+    assert second.breach is not None and second.breach.resource == "memory"
+    assert first.usage().cpu_time == 7.0
+    assert (first.isolation, second.isolation) == ("process", "process")
+    second.close()
+    assert fake.trees[101].is_closed and fake.trees[102].is_closed
+    assert not warned
+
+
+def test_a_breach_of_this_process_is_forgotten_when_the_trial_is_isolated(
+    fake: FakeMetering,
+) -> None:
+    fake.tree.memory = 9 * GIB
+    watch = fake.loop.monitor(KEY, limits=Limits(memory="2GiB"))
+    fake.advance(0.01)
+    assert watch.breach is not None
+    watch.attach(101)
+    assert watch.breach is None
+    assert watch.elapsed == pytest.approx(0.01)
+
+
+def test_cpu_time_of_a_process_made_for_the_trial_counts_from_its_birth(
+    fake: FakeMetering,
+) -> None:
+    for seconds, expected in ((0.5, 4.0), (900.0, 1.0)):
+        watch = fake.loop.monitor(KEY)
+        fake.advance(1.0)
+        fake.trees[7] = FakeProcessTree(cpu_time=3.0, pids=[7])
+        fake.trees[7].seconds = seconds
+        watch.attach(7)
+        fake.trees[7].cpu_time = 4.0
+        assert watch.close().cpu_time == expected
+
+
+def test_better_figures_are_merged(fake: FakeMetering) -> None:
+    fake.tree.memory, fake.tree.cpu_time = 5.0, 0.0
+    watch = fake.loop.monitor(KEY, limits=Limits(memory=7))
+    fake.tree.cpu_time = 3.0
+    watch.add_usage(Usage(memory=8.0, cpu_time=2.0, energy=4.0, custom={"io": 1.0}))
     usage = watch.close()
-    assert 60 * MIB < usage.memory < 90 * MIB
-    assert watch.timeline()
+    assert (usage.memory, usage.cpu_time, usage.energy) == (8.0, 3.0, 4.0)
+    assert usage.custom == {"io": 1.0}
+    assert watch.breach is not None and watch.breach.observed == 8.0
+    watch.add_usage(Usage(memory=9.0))
+    assert watch.usage().memory == 9.0
 
 
-def test_trials_at_once_in_one_process_are_shared(loop) -> None:  # type: ignore[no-untyped-def]
-    first = loop.monitor((1, 4), limits=Limits(memory=1))
-    second = loop.monitor((1, 5), limits=Limits(memory=1))
-    start = time.process_time()
-    while time.process_time() < start + 0.1:
-        pass
-    second_usage = second.close()
-    first_usage = first.close()
-    assert first.isolation == second.isolation == "shared"
-    assert first_usage.memory is None and second_usage.memory is None
-    assert second.breach is None
-    assert first_usage.cpu_time + second_usage.cpu_time >= 0.09
+def test_closing_twice_and_looking_after_it(fake: FakeMetering) -> None:
+    watch = fake.loop.monitor(KEY, limits=Limits(wall_time=5))
+    fake.advance(2.0)
+    usage = watch.close()
+    fake.advance(60.0)
+    assert watch.close() == usage == watch.sample() == watch.usage()
+    assert watch.elapsed == 2.0 and watch.breach is None and watch.closed
+    assert fake.loop.find(KEY) is None
+
+
+METHODS = ("read", "glance", "age", "reset_peak")
+
+
+class FaultyTree(FakeProcessTree):
+    """Fails in some of its methods."""
+
+    def __init__(self, *failing: str) -> None:
+        super().__init__(memory=100.0)
+        self.failing = set(failing)
+
+    def _check(self, method: str) -> None:
+        if method in self.failing:
+            raise OSError(5, "on purpose")
+
+    def read(self, **arguments: Any) -> Any:
+        self._check("read")
+        return super().read(**arguments)
+
+    def glance(self) -> float | None:
+        self._check("glance")
+        return super().glance()
+
+    def age(self) -> float:
+        self._check("age")
+        return super().age()
+
+    def reset_peak(self) -> None:
+        self._check("reset_peak")
+        super().reset_peak()
+
+
+def new_study() -> optuna.Study:
+    return optuna.create_study(
+        sampler=QuotaSampler(quota=Quota(n_trials=9, trial_time="1h")),
+        pruner=QuotaPruner(limits=Limits(memory=1000, wall_time=60)),
+    )
+
+
+def test_a_study_goes_on_with_what_is_known(fake: FakeMetering, warned: list[str]) -> None:
+    fake.tree = FaultyTree(*METHODS)
+    study = new_study()
+    for _ in range(2):
+        trial = study.ask()
+        fake.advance(5)
+        assert not trial.should_prune()
+        study.tell(trial, 1.0)
+    # Time is read from no tree.
+    trial = study.ask()
+    fake.advance(61)
+    assert trial.should_prune()
+    study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    usages = [read_record(row).usage for row in study.trials]
+    assert [usage.wall_time for usage in usages] == [5, 5, 61]
+    assert all(usage.memory is None and usage.cpu_time is None for usage in usages)
+    (told,) = warned
+    assert "not known" in told and "on purpose" in told
+
+
+def test_what_was_used_during_a_fault_is_known_after_it(fake: FakeMetering) -> None:
+    tree = fake.tree = FaultyTree()
+    study = new_study()
+    trial = study.ask()
+    tree.cpu_time, tree.failing = 3.0, set(METHODS)
+    fake.advance(5)
+    assert not trial.should_prune()
+    tree.cpu_time, tree.memory, tree.failing = 7.0, 2000.0, set()
+    fake.advance(5)
+    assert trial.should_prune()
+    study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    record = read_record(study.trials[0])
+    assert (record.usage.cpu_time, record.usage.memory) == (7, 2000)
+    assert record.outcome == "terminated"
+
+
+@pytest.mark.parametrize("failing", METHODS)
+def test_the_tree_of_a_process_that_fails_in_one_method(fake: FakeMetering, failing: str) -> None:
+    fake.trees[7] = FaultyTree(failing)
+    watch = metering_loop().monitor((0, 0), limits=Limits(memory=1000, wall_time=60), pid=7)
+    fake.trees[7].memory = 2000.0
+    fake.advance(5)
+    # This fake reads by a glance.
+    assert (watch.breach is None) is (failing in ("read", "glance"))
+    # It still has its clock.
+    fake.advance(56)
+    assert watch.breach is not None
+    watch.close()

@@ -51,9 +51,7 @@ def describe(name: str) -> list[str]:
     lines = [
         f"class {name}{parameters(constructor_of(value))}" + (f" is {bases}" if bases else "")
     ]
-    for member in sorted(vars(value)):
-        if member.startswith("_"):
-            continue
+    for member in members_of(value):
         found = inspect.getattr_static(value, member)
         function = getattr(found, "__func__", found)
         shown = parameters(function) if inspect.isfunction(function) else ""
@@ -61,6 +59,14 @@ def describe(name: str) -> list[str]:
     annotated = inspect.get_annotations(value)
     fields = [f for f in annotated if not f.startswith("_") and f not in vars(value)]
     return lines + [f"    {field}" for field in sorted(fields)]
+
+
+def members_of(value: type) -> list[str]:
+    """Public members, those of private base classes included."""
+    bases = [b for b in value.__mro__[1:] if b.__module__.startswith("optuna_quota.")]
+    private = [base for base in bases if base.__name__ not in NAMES]
+    found = {member for owner in (value, *private) for member in vars(owner)}
+    return sorted(member for member in found if not member.startswith("_"))
 
 
 def api() -> str:
@@ -98,12 +104,12 @@ def test_what_a_public_function_raises_is_told(name: str) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_public_member_has_a_docstring(name: str) -> None:
     value = getattr(optuna_quota, name)
-    for member in vars(value):
+    for member in members_of(value):
         found = inspect.getattr_static(value, member)
         function = getattr(
             found, "__func__", getattr(found, "fget", getattr(found, "func", found))
         )
-        if not member.startswith("_") and inspect.isfunction(function):
+        if inspect.isfunction(function):
             assert inspect.getdoc(getattr(value, member)), f"{name}.{member}"
 
 

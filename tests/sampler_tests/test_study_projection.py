@@ -189,7 +189,9 @@ def always_deep(params: dict[str, Any]) -> Usage:
     return Usage(wall_time=1e-3 * params["depth"])
 
 
-@pytest.mark.parametrize("footprint", [by_branches, always_deep])
+@pytest.mark.parametrize(
+    "footprint", [pytest.param(by_branches, marks=pytest.mark.slow), always_deep]
+)
 def test_a_function_of_conditional_parameters_stops_no_study(
     footprint: Callable[[dict[str, Any]], Usage],
 ) -> None:

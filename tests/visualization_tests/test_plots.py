@@ -5,6 +5,7 @@ from datetime import timedelta
 import json
 import re
 from typing import Any
+from xml.etree import ElementTree
 
 import optuna
 from optuna.distributions import CategoricalDistribution
@@ -21,12 +22,19 @@ from optuna_quota._records import Interval
 from optuna_quota._records import read_record
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Breach
+from optuna_quota._resources import OUTCOMES
+from optuna_quota.visualization import _theme
 from optuna_quota.visualization._burn_down import _get_burn_down_info
+from optuna_quota.visualization._data import finished_trials
+from optuna_quota.visualization._data import limits_of
+from optuna_quota.visualization._figures import thin
 from optuna_quota.visualization._footprint import _get_footprint_info
-from optuna_quota.visualization._quality import _get_quality_info
-from optuna_quota.visualization._slice import _get_slice_info
+from optuna_quota.visualization._quality_cost import _get_quality_info
 from optuna_quota.visualization._timeline import _get_timeline_info
+from optuna_quota.visualization._timeline import timeline_info
+from optuna_quota.visualization._timeline import timeline_svg
 from optuna_quota.visualization._usage import _get_usage_info
+from optuna_quota.visualization._usage_slice import _get_slice_info
 from optuna_quota.visualization._waste import _get_waste_info
 from tests.visualization_tests.studies import add_row
 from tests.visualization_tests.studies import BEGIN
@@ -111,7 +119,9 @@ def test_usage_of_a_rejected_trial_is_what_was_projected() -> None:
     projected = {"memory": Interval(2 * GIB, 3 * GIB, 5 * GIB)}
     add_row(study, TrialRecord(outcome="rejected", reason="too big", footprint=projected))
     (use,) = _get_usage_info(study, "memory").uses
-    assert (use.low, use.amount, use.high) == pytest.approx((2 * GIB, 3 * GIB, 5 * GIB), rel=1e-4)
+    assert use.projected is not None
+    bounds = (use.projected.lower, use.amount, use.projected.upper)
+    assert bounds == pytest.approx((2 * GIB, 3 * GIB, 5 * GIB), rel=1e-4)
     assert "projected 3 GiB" in use.hover
 
 
@@ -178,9 +188,9 @@ def test_the_slice_shows_the_model_and_its_band() -> None:
     footprint = fitted(study)
     info = _get_slice_info(study, "memory", ["width", "optimizer"], footprint)
     width, optimizer = info.slices
-    medians = [interval.median for _, interval in width.expected]
+    medians = [interval.median for _, interval in width.predicted]
     assert width.log and medians[-1] > 2 * medians[0]
-    assert [x for x, _ in optimizer.expected] == ["sgd", "adam", "lbfgs"]
+    assert [x for x, _ in optimizer.predicted] == ["sgd", "adam", "lbfgs"]
     figure = visualization.plot_usage_slice(
         study, params=["width", "optimizer"], footprint=footprint
     )
@@ -262,6 +272,41 @@ def test_the_timeline_leaves_out_what_was_read_after_the_end() -> None:
     info = _get_timeline_info(study, 0)
     assert (info.seconds, info.memory) == ([0.5, 1.0], [1e8, 2e8])
     assert visualization.plot_timeline(study, 0).layout.xaxis.range[0] == 0
+
+
+@pytest.mark.parametrize("reason", [None, "</text><script>&\u2028\x07"])
+def test_the_svg_timeline_is_well_formed(reason: str | None) -> None:
+    study = empty_study(limits=Limits(memory="1GiB", wall_time=1))
+    for breach in (Breach("memory", GIB, 2 * GIB, 1.5), Breach("wall_time", 1.0, 1.1, 1.1)):
+        for name in ("1GiB", "64GiB"):
+            study.set_user_attr("quota:limits", {"memory": Limits(memory=name).memory})
+            line = ((0.0, 1e8), (1.0, 2e8))
+            record = TrialRecord(
+                Usage(memory=2e8), "terminated", reason or breach.reason, breach, timeline=line
+            )
+            add_row(study, record)
+            trial = finished_trials(study)[-1]
+            svg = timeline_svg(timeline_info(trial, limits_of(study)["memory"]))
+            root = ElementTree.fromstring(svg)
+            assert root.tag == "{http://www.w3.org/2000/svg}svg"
+            assert not root.findall(".//{*}script") and "nan" not in svg
+            texts = [text.text or "" for text in root.iter("{http://www.w3.org/2000/svg}text")]
+            limit = "1 GiB" if breach.resource == "memory" or name == "1GiB" else "64 GiB"
+            assert any(f"limit {limit}" in text for text in texts)
+
+
+def test_thinned_figures_keep_rare_outcomes() -> None:
+    figure = visualization.plot_usage(made_study(300))
+    thinned = thin(figure, 60)
+    assert [trace.name for trace in thinned.data] == [trace.name for trace in figure.data]
+    assert sum(len(trace.x) for trace in thinned.data) <= 90
+    assert all(trace.text is None for trace in thinned.data)
+    assert "markers shown" in thinned.layout.title.text
+    assert len(figure.data[0].x) > 100, "the figure itself stays whole"
+
+
+def test_every_outcome_has_a_style() -> None:
+    assert set(OUTCOMES) <= set(_theme.OUTCOMES)
 
 
 def test_waste_adds_up_to_all_that_was_spent() -> None:

@@ -1,0 +1,61 @@
+"""Best trials and Pareto fronts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+
+def best_numbers(study: Study, *, without: Collection[int] = ()) -> list[int]:
+    """Return the number of the best completed trial, or those of the Pareto front.
+
+    Trials that violate a constraint or have a value that is not finite are left out.
+
+    Args:
+        study: Any Optuna study.
+        without: Numbers of further trials to leave out.
+    """
+    from optuna.trial import TrialState
+
+    completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    trials = [t for t in completed if t.number not in without and is_feasible(t)]
+    if not trials:
+        return []
+    losses = np.array([t.values for t in trials], dtype=float) * loss_signs(study)
+    return [trials[i].number for i in pareto_front(losses)]
+
+
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Return whether a trial violates no constraint and all its values are finite."""
+    finite = all(math.isfinite(v) for v in trial.values or ())
+    return finite and all(v <= 0 for v in trial.constraints.values())
+
+
+def loss_signs(study: Study) -> NDArray[np.float64]:
+    """Return 1 for each objective to minimize and -1 for each to maximize."""
+    return np.array([-1.0 if d.name == "MAXIMIZE" else 1.0 for d in study.directions])
+
+
+def pareto_front(losses: NDArray[np.float64]) -> list[int]:
+    """Return the rows that no other row dominates; of a single column, the first minimum.
+
+    Args:
+        losses: Less is better, shape ``(n, n_objectives)``.
+    """
+    if losses.shape[1] == 1:
+        return [int(losses[:, 0].argmin())]
+    kept: list[int] = []
+    for i in np.lexsort(losses.T[::-1]):
+        better = (losses[kept] <= losses[i]).all(axis=1) & (losses[kept] < losses[i]).any(axis=1)
+        if not better.any():
+            kept.append(int(i))
+    return sorted(kept)

@@ -1,0 +1,117 @@
+"""The analysis of a study, each part computed on first use."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_quota import _records
+from optuna_quota._analysis.advice import Advice
+from optuna_quota._analysis.advice import advise
+from optuna_quota._analysis.advice import StudyFacts
+from optuna_quota._analysis.correlations import correlations
+from optuna_quota._analysis.pareto import best_numbers
+from optuna_quota._analysis.pareto import is_feasible
+from optuna_quota._analysis.pareto import loss_signs
+from optuna_quota._analysis.search_space_advice import advise_search_space
+from optuna_quota._analysis.trial_traces import trial_traces
+from optuna_quota._footprint.footprint import Footprint
+from optuna_quota._footprint.observations import read_observation
+from optuna_quota._utilization.data import StudyData
+from optuna_quota._utilization.model import fit_utilization_models
+from optuna_quota._utilization.model import UtilizationModel
+from optuna_quota._utilization.model import with_censored_peaks
+
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from optuna.study import Study
+    import pandas as pd
+
+
+class StudyAnalysis:
+    """Correlations, models and advice of a study; :class:`UtilizationReport` shows them.
+
+    Args:
+        study: The study.
+        data: Its finished trials as arrays.
+    """
+
+    def __init__(self, study: Study, data: StudyData) -> None:
+        self.study = study
+        self.data = data
+        attributes = study.user_attrs
+        self.quota = _records.read_amounts(attributes.get(_records.STUDY_QUOTA))
+        self.limits = _records.read_amounts(attributes.get(_records.STUDY_LIMITS))
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The trial table of the finished trials, as :func:`trial_table` returns it."""
+        return self.data.table
+
+    @cached_property
+    def correlations(self) -> pd.DataFrame:
+        """A row for each parameter and resource, the strongest of each resource first.
+
+        The columns are ``param``, ``resource``, ``rho`` (Spearman's, or for a category the effect
+        size ε² of Kruskal and Wallis, see ``measure``), ``lower`` and ``upper`` (95%),
+        ``p_value``, ``p_adjusted`` (Holm, over all tests of the study), ``n``, ``measure`` and
+        ``branch`` (the choices under which a conditional parameter is active).
+        """
+        return correlations(with_censored_peaks(self.data, self.models))
+
+    @property
+    def models(self) -> dict[str, UtilizationModel]:
+        """The fitted models by resource, each a floor plus a power law.
+
+        Each has ``.coefficients`` (DataFrame indexed by term: ``estimate, lower, upper, p_value,
+        kind``), ``.formula``, ``.diagnostics`` (warnings), ``.predict(params)``, ``.curve(param)``
+        and ``.results``, the statsmodels results, whose attributes the model has too. A resource
+        without a model is in :attr:`missing_models`.
+        """
+        return self._fitted[0]
+
+    @property
+    def missing_models(self) -> dict[str, str]:
+        """Why a resource has no model, by resource."""
+        return self._fitted[1]
+
+    @cached_property
+    def _fitted(self) -> tuple[dict[str, UtilizationModel], dict[str, str]]:
+        return fit_utilization_models(self.data)
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        """The footprint model, for ``QuotaSampler(footprint=…)`` of another study."""
+        numbers = {int(number) for number in self.table["number"]}
+        trials = (t for t in self.study.get_trials(deepcopy=False) if t.number in numbers)
+        rows = (read_observation(trial) for trial in trials)
+        return Footprint.fit([row for row in rows if row is not None])
+
+    @cached_property
+    def best(self) -> list[int]:
+        """Number of the best completed trial, or those of the Pareto front."""
+        return best_numbers(self.study)
+
+    @cached_property
+    def feasible(self) -> NDArray[np.bool_]:
+        """Which trials violate no constraint and have finite values, shape ``(n_trials,)``."""
+        trials = self.study.get_trials(deepcopy=False)
+        numbers = [t.number for t in trials if t.values and is_feasible(t)]
+        found: NDArray[np.bool_] = np.isin(self.table["number"].to_numpy(), numbers)
+        return found
+
+    @cached_property
+    def advice(self) -> list[Advice]:
+        """What to change, with the figures behind it; only what the data support."""
+        facts = StudyFacts(
+            self.data,
+            trial_traces(self.study),
+            self.quota,
+            self.best,
+            self.feasible,
+            float(loss_signs(self.study)[0]),
+        )
+        return [*advise_search_space(facts), *advise(facts)]

@@ -1,0 +1,268 @@
+"""Linux processes: system calls that Python has no function for, and this process's tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_TIMERSLACK = 29
+_PR_SET_CHILD_SUBREAPER = 36
+_PF_EXITING = 0x4
+
+# Helpers that remove shared memory, semaphores and temporary files once their user is gone: they
+# end by themselves then, and what they would remove leaks if they are killed.
+_CLEANERS = (b"resource_tracker", b"torch_shm_manager")
+
+# Loaded once, in the fork server: to load it in each trial would take a third of a millisecond.
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def can_supervise() -> bool:
+    """Return whether this system has what a supervisor needs: Linux with pidfds and /proc."""
+    if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+
+
+# System calls on this process.
+
+
+def _prctl(option: int, value: int) -> None:
+    assert _libc is not None
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def become_subreaper() -> None:
+    """Inherit all orphans among this process's descendants; raises OSError if refused."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed when the parent of this pid dies, at once if it has died already."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def raise_priority() -> None:
+    """Let this process run as soon as it wakes up, as far as that is permitted.
+
+    It sleeps nearly all of the time. By default its timers are 50 µs late, and a busy host runs it
+    some milliseconds late, in which a trial takes many MiB. Its forks do not inherit this.
+    """
+    with contextlib.suppress(OSError):
+        _prctl(_PR_SET_TIMERSLACK, 1)
+    try:
+        policy = os.SCHED_RR | os.SCHED_RESET_ON_FORK
+        os.sched_setscheduler(0, policy, os.sched_param(os.sched_get_priority_min(policy)))
+    except (OSError, AttributeError):
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, -10)
+
+
+class _SignalStack(ctypes.Structure):
+    _fields_ = (
+        ("pointer", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("size", ctypes.c_size_t),
+    )
+
+
+_SIGNAL_STACK_SIZE = 1 << 18
+_signal_stack: ctypes.Array[ctypes.c_char] | None = None
+
+
+def enlarge_signal_stack() -> None:
+    """Give this thread's signal handlers room for many signals at once.
+
+    The stack that :mod:`faulthandler` sets up holds the frame of one signal and 8 KiB. Python's
+    handlers run on it too, and with the registers of AVX-512 or AMX a frame takes 4 to 11 KiB:
+    signals that arrive together would end the process by SIGSEGV.
+    """
+    global _signal_stack
+    assert _libc is not None
+    _signal_stack = ctypes.create_string_buffer(_SIGNAL_STACK_SIZE)
+    stack = _SignalStack(ctypes.addressof(_signal_stack), 0, _SIGNAL_STACK_SIZE)
+    if _libc.sigaltstack(ctypes.byref(stack), None) != 0:
+        _signal_stack = None
+
+
+def uses_cuda() -> bool:
+    """Return whether this process has a CUDA context; NVML alone opens none."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{name}").startswith("/dev/nvidia-uvm"):
+                    return True
+    return False
+
+
+# The tree of this process.
+
+
+def children(pid: int | str = "self") -> list[int]:
+    """Return the pids of a process's children, of all its threads."""
+    pids: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/children") as file:
+                pids += map(int, file.read().split())
+    return pids
+
+
+def descendants() -> list[int]:
+    """Return the pids of all descendants of this process."""
+    found: list[int] = []
+    queue = children()
+    while queue:
+        pid = queue.pop()
+        found.append(pid)
+        queue += children(pid)
+    return found
+
+
+def reap() -> dict[int, int]:
+    """Wait for all children that have ended; return their exit codes, negative for signals."""
+    codes = {}
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            codes[pid] = os.waitstatus_to_exitcode(status)
+    return codes
+
+
+def kill(pids: Iterable[int], among: Iterable[int]) -> None:
+    """Send SIGKILL to processes of the tree; see :func:`send`."""
+    send(signal.SIGKILL, pids, among)
+
+
+def send(number: int, pids: Iterable[int], among: Iterable[int]) -> None:
+    """Send a signal to processes whose parent is this process or one of the tree.
+
+    A pid may belong to another process since it was read. A pidfd is bound to one process, whose
+    parent is checked then: no process outside of the tree is ever signalled.
+
+    Args:
+        number: The signal.
+        pids: The processes.
+        among: The pids of the tree.
+    """
+    tree = {os.getpid(), *among}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            handle = os.pidfd_open(pid)
+            try:
+                fields = _stat_fields(pid)
+                if fields and int(fields[1]) in tree:
+                    signal.pidfd_send_signal(handle, number)
+            finally:
+                os.close(handle)
+
+
+def _stat_fields(pid: int) -> list[bytes]:
+    """Return the fields of /proc/[pid]/stat from the state on, none when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()
+    except OSError:
+        return []
+
+
+def process_state(pid: int) -> str:
+    """Return the letter of a process's state, "" when it is gone."""
+    fields = _stat_fields(pid)
+    return fields[0].decode() if fields else ""
+
+
+def is_exiting(pid: int) -> bool:
+    """Return whether a process has begun to exit, or is gone."""
+    fields = _stat_fields(pid)
+    return not fields or bool(int(fields[6]) & _PF_EXITING)
+
+
+def _command(pid: int) -> bytes:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def describe_process(pid: int) -> str:
+    """Return a process's shortened command line and its pid, for a message."""
+    words = _command(pid).replace(b"\0", b" ").decode(errors="replace").strip()
+    return f"{words[:80] or 'a process'} (pid {pid})"
+
+
+def is_cleaner(pid: int) -> bool:
+    """Return whether a process cleans up after others and then ends by itself."""
+    return any(name in _command(pid) for name in _CLEANERS)
+
+
+def count_oom_kills() -> int:
+    """Return how many processes the kernel's out-of-memory killer has killed on this host."""
+    with contextlib.suppress(OSError, ValueError):
+        handle = os.open("/proc/vmstat", os.O_RDONLY)
+        try:
+            _, found, rest = os.read(handle, 1 << 16).partition(b"\noom_kill ")
+        finally:
+            os.close(handle)
+        return int(rest.split(None, 1)[0]) if found else 0
+    return 0
+
+
+class StudySuspension:
+    """Stops a trial while its study is stopped, by Ctrl-Z or SIGSTOP; runs in the supervisor.
+
+    A trial's processes are in sessions of their own, so that what a terminal sends to its
+    foreground process group does not reach them.
+
+    Args:
+        study: A pidfd of the study's process.
+    """
+
+    def __init__(self, study: int) -> None:
+        self._study = _pid_of(study)
+        self._stopped: list[int] = []
+
+    def update(self) -> bool:
+        """Stop or continue the tree as the study's process is; return whether it is stopped."""
+        if self._study is not None and process_state(self._study) == "T":
+            # Parents first, which start no further child then. Processes that were stopped before
+            # stay out, as they are not to be continued.
+            while running := [pid for pid in descendants() if self._is_running(pid)]:
+                send(signal.SIGSTOP, running, descendants())
+                self._stopped += running
+            return True
+        if self._stopped:
+            # Children first: parents that wait for stopped ones, as shells do, see no change.
+            send(signal.SIGCONT, reversed(self._stopped), descendants())
+            self._stopped.clear()
+        return False
+
+    def _is_running(self, pid: int) -> bool:
+        return pid not in self._stopped and process_state(pid) not in ("", *"TtZX")
+
+
+def _pid_of(handle: int) -> int | None:
+    """Return the pid that a pidfd is bound to, None when that process is gone."""
+    try:
+        with open(f"/proc/self/fdinfo/{handle}", "rb") as file:
+            pid = next(int(line.split()[1]) for line in file if line.startswith(b"Pid:"))
+    except (OSError, StopIteration):
+        return None
+    return pid if pid > 0 else None

@@ -1,0 +1,240 @@
+"""The messages between the study's process, a trial's supervisor and the trial's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
+from typing import Literal
+
+from optuna_quota._isolation.environment import ProcessContext
+from optuna_quota._isolation.out_of_memory import FailedAllocation
+from optuna_quota._isolation.output import OutputSettings
+from optuna_quota._isolation.remote_errors import SentError
+from optuna_quota._isolation.rpc import TrialFacts
+from optuna_quota._resources import Breach
+
+
+# From the study's process to the supervisor.
+
+
+@dataclass(frozen=True)
+class BeginMonitoring:
+    """The trial's process is in use from now on; always the first message.
+
+    It has all that the supervisor needs to enforce the memory limit from the trial's
+    :class:`Ready` on, however busy the study's interpreter is then.
+
+    Attributes:
+        grace_period: Seconds between the polite stop and the kill.
+        memory: The limit in bytes, None without one.
+        quota: Whether it is what is left of a quota.
+        elapsed: Seconds since the trial's start.
+        outsiders: How many processes outside of the trial hold, at least, what it was forked with.
+    """
+
+    grace_period: float
+    memory: float | None
+    quota: bool
+    elapsed: float
+    outsiders: int = 0
+
+
+@dataclass(frozen=True)
+class StopTrial:
+    """Stop the trial politely for a breach, then kill it after the grace period in seconds."""
+
+    breach: Breach
+    grace_period: float
+
+
+@dataclass(frozen=True)
+class InterruptTrial:
+    """Raise KeyboardInterrupt in the trial, then kill it after the grace period in seconds."""
+
+    grace_period: float
+
+
+@dataclass(frozen=True)
+class ExitWithin:
+    """The result has arrived: kill what is left of the trial after so many seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class KillTrial:
+    """Kill the trial now."""
+
+
+# From the supervisor to the study's process.
+
+
+@dataclass(frozen=True)
+class ProcessStarted:
+    """The trial's process exists."""
+
+
+@dataclass(frozen=True)
+class BreachFound:
+    """The supervisor has found a breach and is stopping the trial."""
+
+    breach: Breach
+
+
+@dataclass(frozen=True)
+class ProcessPaused:
+    """A signal has stopped the trial's process; it is killed if it stays stopped.
+
+    Attributes:
+        timeout: Seconds until then.
+    """
+
+    timeout: float
+
+
+Killer = Literal["breach", "request", "stopped"]
+
+
+@dataclass(frozen=True)
+class ExitReport:
+    """How the trial's process ended; sent when no process of the trial is left.
+
+    Attributes:
+        exitcode: The exit code of the trial's process, negative for a signal; None if unknown.
+        killer: Why the supervisor killed it: a breach, a request of the study's process, or that
+            a signal had stopped it for too long; None when it ended by itself.
+        memory: The highest memory of the tree that was measured, in bytes.
+        unseen_memory: A peak between two measurements, by the kernel's own counters, in bytes.
+        cpu_time: CPU-seconds of all processes of the trial.
+        leftovers: Descriptions of the processes that it left behind.
+        oom_kills: Kills by the kernel's out-of-memory killer on this host meanwhile.
+        cgroup_oom_kills: Such kills in the trial's own control group.
+        traceback: The Python traceback of a process that died of a signal.
+    """
+
+    exitcode: int | None
+    killer: Killer | None = None
+    memory: float | None = None
+    unseen_memory: float | None = None
+    cpu_time: float | None = None
+    leftovers: tuple[str, ...] = ()
+    oom_kills: int = 0
+    cgroup_oom_kills: int = 0
+    traceback: str = ""
+
+
+# From the study's process to the trial's own.
+
+
+@dataclass(frozen=True)
+class StartTrial:
+    """All that a trial's process needs to begin.
+
+    Attributes:
+        context: The environment of the objective.
+        has_main: Whether the process has the study's main module already.
+        output: How it prints, logs and warns.
+        trial: What of the trial never changes.
+        limits: The ceilings in force by resource, in SI base units.
+        device_memory: The memory of the smallest visible GPU, in bytes.
+        grace_period: Seconds from the polite stop to the kill.
+        objective: The pickled objective; None when the process inherited it.
+        buffers: The bytes of each buffer that follows, and whether it is read-only.
+        strict_memory: Whether the kernel refuses what would pass the memory limit.
+    """
+
+    context: ProcessContext
+    has_main: bool
+    output: OutputSettings
+    trial: TrialFacts
+    limits: Mapping[str, float]
+    device_memory: float | None
+    grace_period: float
+    objective: bytes | None
+    buffers: Sequence[tuple[int, bool]] = ()
+    strict_memory: bool = False
+
+
+@dataclass(frozen=True)
+class InheritedObjective:
+    """What a process forked from the study's own has without being sent it.
+
+    Attributes:
+        start: The message to the trial's process.
+        monitoring: The message to its supervisor.
+        objective: The objective itself.
+    """
+
+    start: StartTrial
+    monitoring: BeginMonitoring
+    objective: Any
+
+
+# From the trial's process.
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The objective is about to be called; for the supervisor and the study's process.
+
+    Attributes:
+        pid: The trial's process.
+        supervisor: Its parent, which inherits all orphans among its descendants; None where it is
+            the study's process.
+        data_limit: The ``RLIMIT_DATA`` that makes allocations fail, None without.
+    """
+
+    pid: int
+    supervisor: int | None = None
+    data_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the call of the objective ended.
+
+    Attributes:
+        stop_requested: Whether the objective had been asked to stop by then.
+        gpu_memory: The peak of GPU memory by the frameworks' own counters, in bytes.
+    """
+
+    stop_requested: bool = field(default=False, kw_only=True)
+    gpu_memory: float | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Returned(Outcome):
+    """The objective returned a value."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Raised(Outcome):
+    """The objective raised an error, which may come of a failed allocation."""
+
+    error: SentError
+    failed_allocation: FailedAllocation | None = None
+
+
+@dataclass(frozen=True)
+class Exited(Outcome):
+    """The objective called ``sys.exit`` with this code."""
+
+    code: int
+
+
+@dataclass(frozen=True)
+class Unsendable(Outcome):
+    """The objective returned a value that can't be pickled.
+
+    Attributes:
+        kind: The name of its type.
+        reason: The error.
+    """
+
+    kind: str
+    reason: str

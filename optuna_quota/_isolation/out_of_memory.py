@@ -1,0 +1,360 @@
+"""Failed allocations: recognize one behind an error, and find whether a limit was the reason.
+
+A trial at its limit, or one that filled its GPU by itself, has breached a limit. One that found
+the GPU full of other processes' memory has failed, and nothing is to be learned from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+import dis
+import math
+import re
+from types import TracebackType
+from typing import Any
+from typing import Literal
+
+from optuna_quota._metering.breach import AT_LIMIT
+from optuna_quota._metering.breach import Ceiling
+from optuna_quota._metering.breach import Ceilings
+from optuna_quota._metering.breach import find_refused_breach
+from optuna_quota._metering.gpu_attribution import DeviceShare
+from optuna_quota._resources import Breach
+from optuna_quota._resources import format_amount
+
+
+@dataclass(frozen=True)
+class FailedAllocation:
+    """An allocation that failed.
+
+    Attributes:
+        resource: The kind of memory.
+        requested: The bytes requested, None when the error does not say.
+        text: The message of the error.
+    """
+
+    resource: Literal["memory", "gpu_memory"]
+    requested: float | None = None
+    text: str = field(default="", compare=False)
+
+
+# Module and name of the class, what the message must contain, the kind of memory. The classes
+# belong to libraries that are not imported for this.
+_CLASSES = (
+    ("torch", "OutOfMemoryError", "", "gpu_memory"),
+    ("cupy", "OutOfMemoryError", "", "gpu_memory"),
+    ("rmm", "RMMError", "out_of_memory", "gpu_memory"),
+    ("tensorflow", "ResourceExhaustedError", "gpu", "gpu_memory"),
+    ("tensorflow", "ResourceExhaustedError", "", "memory"),
+    ("jax", "XlaRuntimeError", "resource_exhausted", "gpu_memory"),
+    ("jax", "JaxRuntimeError", "resource_exhausted", "gpu_memory"),
+    ("", "", "cuda out of memory", "gpu_memory"),
+    ("", "", "cuda error: out of memory", "gpu_memory"),
+    ("", "", "cuda_error_out_of_memory", "gpu_memory"),
+    ("", "", "cudaerrormemoryallocation", "gpu_memory"),
+    ("", "", "cublas_status_alloc_failed", "gpu_memory"),
+    ("", "RuntimeError", "can't allocate memory", "memory"),
+    ("", "RuntimeError", "not enough memory", "memory"),
+    ("", "RuntimeError", "unable to allocate", "memory"),
+    ("", "", "std::bad_alloc", "memory"),
+    ("", "OSError", "cannot allocate memory", "memory"),
+    ("", "XGBoostError", "bad_alloc", "memory"),
+)
+_UNITS = {"": 1, "b": 1, "bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_REQUESTED = re.compile(
+    r"(?:tried to allocate|trying to allocate|unable to allocate|failed to allocate)"
+    r"\s+([\d.]+)\s*([kmgt]ib|bytes)?"
+)
+
+
+# What other programs write to their standard error when they are refused memory.
+_OTHER_MESSAGES = ("std::bad_alloc", "cannot allocate memory", "can't allocate memory")
+_MAX_OUTPUT = 1 << 18
+
+
+def find_failed_allocation(error: BaseException) -> FailedAllocation | None:
+    """Return the failed allocation behind an exception, None for any other.
+
+    Looks through the exception's causes, and through the tracebacks and error output that it
+    quotes: of a worker of a pool or DataLoader, of a failed subprocess, of the failed fits of a
+    search. A ``MemoryError`` that Python code raised by itself is none.
+    """
+    for link in _chain(error):
+        found = _match(link)
+        if found is not None:
+            return found
+    return None
+
+
+def find_failed_allocation_in_text(text: str) -> FailedAllocation | None:
+    """Return the failed allocation at the end of a traceback in a text, None without one."""
+    for name, message, source in _raised_in(text[-_MAX_OUTPUT:]):
+        found = _match_named(name, {name.rpartition(".")[2]}, message)
+        if found is not None:
+            return found
+        if name.endswith("MemoryError") and _is_refusal(message, source):
+            return FailedAllocation("memory", _requested(message.lower()))
+    return None
+
+
+def _is_refusal(message: str, source: str) -> bool:
+    """Return whether a MemoryError in a text came of an allocation."""
+    if source:
+        return not source.startswith("raise")
+    # Python itself gives no message, numpy the size; any other one is of user code.
+    return not message or message.startswith("Unable to allocate")
+
+
+def _raised_in(text: str) -> Iterator[tuple[str, str, str]]:
+    """Yield class, message and innermost source line of each exception with a traceback."""
+    indent, source = -1, ""
+    for line in text.splitlines():
+        stripped = line.strip()
+        depth = len(line) - len(line.lstrip())
+        if stripped.endswith("Traceback (most recent call last):"):
+            indent, source = depth, ""
+        elif indent < 0 or not stripped:
+            continue
+        elif stripped.startswith('File "'):
+            source = ""
+        elif depth > indent:
+            source = source or stripped
+        else:
+            name, _, message = stripped.partition(": ")
+            yield name.rstrip(":"), message, source
+            indent = -1
+
+
+def _quoted(error: BaseException) -> Iterator[str]:
+    """Yield the output of other processes that an exception quotes beside its message."""
+    for attribute in ("stderr", "stdout"):
+        output = getattr(error, attribute, None)
+        if isinstance(output, bytes):
+            output = output.decode(errors="replace")
+        if isinstance(output, str):
+            yield output[-_MAX_OUTPUT:]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _match(error: BaseException) -> FailedAllocation | None:
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - a user's __str__ may raise anything
+        message = ""
+    names = {c.__name__ for c in type(error).__mro__}
+    found = _match_named(f"{type(error).__module__}.", names, message)
+    if isinstance(error, MemoryError) and (found is None or found.resource == "memory"):
+        # Last: libraries raise it for a GPU's memory as well.
+        found = None
+        if not _was_raised_by_python(error.__traceback__):
+            return FailedAllocation("memory", _array_size(error) or _requested(message.lower()))
+    found = found or find_failed_allocation_in_text(message)
+    if found is not None:
+        return found
+    for output in _quoted(error):
+        found = find_failed_allocation_in_text(output)
+        if found is None and any(words in output.lower() for words in _OTHER_MESSAGES):
+            found = FailedAllocation("memory")
+        if found is not None:
+            return found
+    return None
+
+
+def _match_named(path: str, names: Collection[str], message: str) -> FailedAllocation | None:
+    root, lower = path.partition(".")[0].removesuffix("lib"), message.lower()
+    for module, name, words, resource in _CLASSES:
+        fits = (not module or module == root) and (not name or name in names)
+        if fits and words in lower:
+            return FailedAllocation(resource, _requested(lower), message)  # type: ignore[arg-type]
+    return None
+
+
+def _array_size(error: MemoryError) -> float | None:
+    """Return the bytes of the array that numpy could not allocate."""
+    shape: Any = getattr(error, "shape", None)
+    size = getattr(getattr(error, "dtype", None), "itemsize", None)
+    if shape is None or size is None:
+        return None
+    return float(size) * math.prod(float(n) for n in shape)
+
+
+def _requested(text: str) -> float | None:
+    found = _REQUESTED.search(text)
+    return None if found is None else float(found[1]) * _UNITS[found[2] or ""]
+
+
+def _was_raised_by_python(traceback: TracebackType | None) -> bool:
+    """Return whether the innermost frame stands at a ``raise`` statement."""
+    if traceback is None:
+        return True
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    code = traceback.tb_frame.f_code.co_code
+    position = traceback.tb_lasti
+    if not 0 <= position < len(code):
+        return False
+    return dis.opname[code[position]] == "RAISE_VARARGS"
+
+
+def find_memory_breach(
+    failed: FailedAllocation,
+    used: float | None,
+    ceilings: Ceilings,
+    elapsed: float,
+    *,
+    enforced: bool,
+) -> Breach | None:
+    """Return the limit that an allocation of memory failed at, None if it failed otherwise.
+
+    Args:
+        failed: The allocation.
+        used: The peak of the trial's memory, in bytes.
+        ceilings: The ceilings in force.
+        elapsed: Seconds since the start of the trial.
+        enforced: Whether the kernel refuses what would pass the limit, touched or not.
+    """
+    wanted = (used or 0.0) + (failed.requested or 0.0)
+    share = 0.0 if enforced else AT_LIMIT
+    return find_refused_breach(failed.resource, wanted, ceilings, elapsed, share=share)
+
+
+# Characters of an error's message that a reason repeats.
+_MAX_TEXT = 300
+
+_GPU_SIZE = r"([\d.]+) ([KMGT]i)B"
+# PyTorch: "Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 80.00 GiB of which 4.00 MiB
+# is free. [...] Including non-PyTorch memory, this process has 1.40 GiB memory in use."
+_CAPACITY = re.compile(rf"total capacity of {_GPU_SIZE}")
+_FREE = re.compile(rf"of which {_GPU_SIZE} is free")
+_HELD = re.compile(rf"this process has {_GPU_SIZE} memory in use")
+# CuPy: "Out of memory allocating 8,000 bytes (allocated so far: 512 bytes, limit set to: 4,096
+# bytes)."
+_OWN_LIMIT = re.compile(
+    r"allocating ([\d,]+) bytes \(allocated so far: ([\d,]+) bytes, limit set to: ([\d,]+) bytes"
+)
+
+
+@dataclass(frozen=True)
+class GpuMemoryState:
+    """GPU memory at the moment when an allocation failed, in bytes; None where unknown.
+
+    Attributes:
+        requested: The size of the allocation.
+        held: What the trial held on all of its GPUs.
+        held_there: What it held on the GPU in question.
+        capacity: The memory of that GPU.
+        free: What was free of it.
+        is_capped: Whether the framework refused it by its own cap, though the GPU had room.
+    """
+
+    requested: float | None = None
+    held: float | None = None
+    held_there: float | None = None
+    capacity: float | None = None
+    free: float | None = None
+    is_capped: bool = False
+
+    @property
+    def others(self) -> float | None:
+        """What other processes held of the GPU in question."""
+        if self.capacity is None or self.free is None or self.held_there is None:
+            return None
+        return max(0.0, self.capacity - self.free - self.held_there)
+
+
+def read_gpu_memory_state(
+    failed: FailedAllocation,
+    peak: float | None,
+    devices: Sequence[DeviceShare],
+    device_memory: float | None,
+) -> GpuMemoryState:
+    """Return what the error's message says, and the driver where the message does not.
+
+    Args:
+        failed: The allocation.
+        peak: The peak of the trial's GPU memory, in bytes.
+        devices: The trial's GPUs at the moment of the error, none when unknown.
+        device_memory: The memory of each of its GPUs, in bytes.
+    """
+    text = failed.text
+    capacity, free, held_by_text = (_size(pattern, text) for pattern in (_CAPACITY, _FREE, _HELD))
+    requested, is_capped = failed.requested, False
+    if requested is not None and free is not None:
+        is_capped = requested <= free
+    cap = _OWN_LIMIT.search(text)
+    if cap is not None:
+        requested, allocated, most = (float(figure.replace(",", "")) for figure in cap.groups())
+        is_capped = allocated + requested > most
+    held = held_there = peak
+    if devices:
+        fullest = min(devices, key=lambda device: device.total - device.used)
+        held, held_there = sum(device.held for device in devices), fullest.held
+        capacity = capacity or fullest.total
+        free = fullest.total - fullest.used if free is None else free
+    return GpuMemoryState(
+        requested,
+        _larger(held, held_by_text),
+        _larger(held_there, held_by_text),
+        capacity or device_memory,
+        free,
+        is_capped,
+    )
+
+
+def find_gpu_breach(state: GpuMemoryState, ceilings: Ceilings, elapsed: float) -> Breach | None:
+    """Return the limit that an allocation failed at, which may be the GPU's size; None for none.
+
+    Args:
+        state: The GPU memory then.
+        ceilings: The ceilings in force.
+        elapsed: Seconds since the start of the trial.
+    """
+    requested, share = state.requested or 0.0, 0.0 if state.is_capped else AT_LIMIT
+    wanted = (state.held or 0.0) + requested
+    breach = find_refused_breach("gpu_memory", wanted, ceilings, elapsed, share=share)
+    if breach is not None or state.capacity is None or state.is_capped:
+        return breach
+    wanted = (state.held_there or 0.0) + requested
+    size = {"gpu_memory": Ceiling(state.capacity)}
+    return find_refused_breach("gpu_memory", wanted, size, elapsed)
+
+
+def describe_full_gpu(state: GpuMemoryState, error: BaseException) -> str | None:
+    """Return the reason of a trial that found its GPU full; None when that is not certain.
+
+    Args:
+        state: The GPU memory then, where :func:`find_gpu_breach` found no breach.
+        error: What the objective raised.
+    """
+    if state.capacity is None or state.is_capped:
+        return None
+    asked = "" if state.requested is None else f" and asked for {_bytes(state.requested)} more"
+    held = "an unknown part" if state.held_there is None else _bytes(state.held_there)
+    others = "" if not state.others else f", {_bytes(state.others)} of it taken by other processes"
+    text = " ".join(str(error).split())[:_MAX_TEXT].removesuffix(".")
+    found = f"The GPU was full{others}: the trial held {held}{asked}."
+    return f"{found} {type(error).__name__}: {text}." if text else found
+
+
+def _bytes(amount: float) -> str:
+    return format_amount("gpu_memory", amount)
+
+
+def _size(pattern: re.Pattern[str], text: str) -> float | None:
+    found = pattern.search(text)
+    return None if found is None else float(found[1]) * _UNITS[f"{found[2].lower()}b"]
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    return max((figure for figure in (one, other) if figure is not None), default=None)

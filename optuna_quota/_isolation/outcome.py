@@ -1,0 +1,328 @@
+"""What comes of an isolated trial: its value, an error, a breach or a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import logging
+import math
+import os
+from typing import Any
+from typing import Literal
+from typing import NoReturn
+from typing import TYPE_CHECKING
+
+from optuna import TrialPruned
+from optuna.trial import Trial
+from optuna.trial import TrialState
+
+from optuna_quota import _optuna
+from optuna_quota._enforcement.check import raise_breached
+from optuna_quota._enforcement.constraints import tolerate_constraints_failure
+from optuna_quota._isolation import exit_cause
+from optuna_quota._isolation import messages
+from optuna_quota._isolation import out_of_memory
+from optuna_quota._isolation.remote_errors import unpack_error
+from optuna_quota._isolation.server import Server
+from optuna_quota._metering import Verdict
+from optuna_quota._metering.gpu_attribution import DeviceShare
+from optuna_quota._metering.gpu_attribution import GpuUse
+from optuna_quota._metering.visible_gpus import device_memory
+from optuna_quota._records import CRASHED
+from optuna_quota._records import is_rejected
+from optuna_quota._records import write_attributes
+from optuna_quota._resources import Breach
+from optuna_quota._resources import Usage
+from optuna_quota._storage_retry import retry
+from optuna_quota.exceptions import LimitBreached
+from optuna_quota.exceptions import TrialCrashed
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import BaseTrial
+    from optuna.trial import FrozenTrial
+
+    from optuna_quota._metering import TrialMonitor
+
+
+_logger = logging.getLogger("optuna.quota.isolated")
+
+OnCrash = Literal["fail", "raise"]
+CrashStatus = Literal["crashed", "ended", "running"]
+
+# The study ends when so many trials, its first ones or any in a row, have all crashed.
+FIRST_CRASHES = 3
+CRASHES_IN_A_ROW = 5
+
+
+class OutcomeResolver:
+    """Returns the value of a trial or raises what ended it, and sets the trial's verdict.
+
+    Args:
+        trial: The trial.
+        study: Its study, None for a fixed trial.
+        monitor: Its metering.
+        on_crash: What ``optimize`` does when its process dies.
+        strict_memory: Whether the kernel refuses what would pass the memory limit.
+    """
+
+    def __init__(
+        self,
+        trial: BaseTrial,
+        study: Study | None,
+        monitor: TrialMonitor,
+        *,
+        on_crash: OnCrash,
+        strict_memory: bool,
+    ) -> None:
+        self._trial = trial
+        self._study = study
+        self._monitor = monitor
+        self._on_crash = on_crash
+        self._strict_memory = strict_memory
+        self._gpu_devices: Sequence[DeviceShare] = ()
+
+    def measure_gpus(self) -> None:
+        """Measure what the trial holds when an allocation on a GPU has failed."""
+        self._monitor.sample(fully=True)
+        self._gpu_devices = () if self._monitor.gpu is None else self._monitor.gpu.devices
+
+    def resolve(self, server: Server) -> Any:
+        """Return or raise the outcome of a trial whose process has ended."""
+        report, outcome = server.exit, server.outcome
+        assert report is not None
+        self.add_usage(report, None if outcome is None else outcome.gpu_memory)
+        if server.breach is not None:
+            self._terminate(server.breach)
+        if isinstance(outcome, messages.Returned):
+            return self._return(outcome.value, report, server)
+        if isinstance(outcome, messages.Raised):
+            return self._raise(outcome, report, server)
+        if isinstance(outcome, messages.Unsendable):
+            reason = (
+                f"The objective returned a value of type {outcome.kind} that can't be sent from "
+                f"the trial's process: {outcome.reason}"
+            )
+        elif isinstance(outcome, messages.Exited):
+            reason = f"The objective ended its process by sys.exit({outcome.code})."
+        else:
+            self._terminate_at_limit(report)
+            reason = exit_cause.describe_exit(report)
+        return self.crash(report, reason)
+
+    def add_usage(self, report: messages.ExitReport, gpu_memory: float | None = None) -> None:
+        """Record the supervisor's figures; the larger ones count."""
+        if gpu_memory is not None and self._monitor.gpu is None:
+            self._monitor.gpu = GpuUse("framework")
+        self._monitor.add_usage(
+            Usage(memory=report.memory, cpu_time=report.cpu_time, gpu_memory=gpu_memory)
+        )
+        self._monitor.record_unseen_peak(report.unseen_memory)
+
+    def crash(self, report: messages.ExitReport, reason: str) -> Any:
+        """Return the value of a crashed trial if ``optimize`` is to go on, else raise."""
+        self._monitor.verdict = Verdict("failed", reason)
+        if report.traceback:
+            _logger.error(f"Trial {self._trial.number}: {reason}\n{report.traceback}")
+        error = TrialCrashed(reason, exitcode=report.exitcode, traceback=report.traceback)
+        study, trial = self._study, self._trial
+        if study is None or not isinstance(trial, Trial):
+            raise error
+        record_crash(study, trial)
+        if not _optuna.is_run_by_optimize(trial):
+            raise error
+        series = find_crash_series(study, trial.number)
+        if series is not None:
+            error.args = (
+                f"{series}, so the study ends. The last one, trial {trial.number}: {reason} Call "
+                "the objective without `isolated` on `study.ask()` to see why; "
+                "`optimize(..., catch=(TrialCrashed,))` goes on all the same.",
+            )
+        elif self._on_crash == "fail":
+            return crash_value(reason, len(study.directions))
+        raise error
+
+    def _return(self, value: Any, report: messages.ExitReport, server: Server) -> Any:
+        failed = server.failed_allocation
+        if failed is not None and failed.resource == "memory" and _has_nan(value):
+            # A search records a fit that failed as NaN, with a warning.
+            breach = self._find_memory_breach(failed, report, server)
+            if breach is not None:
+                self._terminate(breach)
+        if report.leftovers:
+            _logger.warning(
+                f"Trial {self._trial.number} left processes behind, which were killed: "
+                f"{', '.join(report.leftovers)}."
+            )
+        return value
+
+    def _raise(self, outcome: messages.Raised, report: messages.ExitReport, server: Server) -> Any:
+        """Raise what the objective raised, or for the limit that caused it."""
+        error, failed = unpack_error(outcome.error), outcome.failed_allocation
+        if report.cgroup_oom_kills:
+            # A worker was killed in the trial's control group; any error may come of that.
+            self._terminate_at_limit(report, cause=error)
+        breach = None
+        if failed is not None and failed.resource == "gpu_memory":
+            return self._end_for_gpu(failed, error)
+        if failed is not None:
+            breach = self._find_memory_breach(failed, report, server)
+        if breach is None and isinstance(error, LimitBreached):
+            used, elapsed = self._monitor.usage().cpu_time, self._monitor.elapsed
+            breach = exit_cause.find_cpu_time_breach(
+                error, used, self._monitor.hard_ceilings, elapsed
+            )
+        if breach is not None:
+            self._terminate(breach, cause=error)
+        raise error
+
+    def _find_memory_breach(
+        self, failed: out_of_memory.FailedAllocation, report: messages.ExitReport, server: Server
+    ) -> Breach | None:
+        is_limited = server.ready is not None and server.ready.data_limit is not None
+        return out_of_memory.find_memory_breach(
+            failed,
+            report.memory,
+            self._monitor.hard_ceilings,
+            self._monitor.elapsed,
+            enforced=is_limited,
+        )
+
+    def _terminate_at_limit(
+        self, report: messages.ExitReport, cause: BaseException | None = None
+    ) -> None:
+        """Terminate the trial if its process died at one of its limits."""
+        breach = exit_cause.find_breach_at_exit(
+            report,
+            self._monitor.hard_ceilings,
+            self._monitor.elapsed,
+            strict_memory=self._strict_memory,
+        )
+        if breach is not None:
+            self._terminate(breach, cause=cause)
+
+    def _end_for_gpu(self, failed: out_of_memory.FailedAllocation, error: BaseException) -> Any:
+        """End a trial that got no GPU memory; ``optimize`` goes on when others had taken it."""
+        state = out_of_memory.read_gpu_memory_state(
+            failed,
+            self._monitor.usage().gpu_memory,
+            self._gpu_devices,
+            device_memory({**os.environ, **self._monitor.environment}),
+        )
+        breach = out_of_memory.find_gpu_breach(
+            state, self._monitor.hard_ceilings, self._monitor.elapsed
+        )
+        if breach is not None:
+            self._terminate(breach, cause=error)
+        reason = out_of_memory.describe_full_gpu(state, error)
+        if reason is None or isinstance(error, TrialPruned):
+            raise error
+        self._monitor.verdict = Verdict("failed", reason)
+        trial, study = self._trial, self._study
+        by_optimize = isinstance(trial, Trial) and _optuna.is_run_by_optimize(trial)
+        if study is None or not by_optimize or self._on_crash == "raise":
+            raise error
+        return crash_value(reason, len(study.directions))
+
+    def _terminate(self, breach: Breach, cause: BaseException | None = None) -> NoReturn:
+        self._monitor.breach = self._monitor.breach or breach
+        if self._study is not None:
+            tolerate_constraints_failure(self._study, self._trial, self._monitor)
+        self._monitor.verdict = Verdict("terminated", breach.reason, breach)
+        if cause is None:
+            raise_breached(breach)
+        try:
+            raise_breached(breach)
+        except Exception as error:
+            raise error from cause
+
+
+def _has_nan(value: Any) -> bool:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(v, float) and math.isnan(v) for v in values)
+
+
+class CrashValue(float):
+    """The value of a trial that has none: ``optimize`` fails the trial and goes on.
+
+    To raise would end ``optimize``, since only its caller can say what it catches. A number, so
+    that what users put around an objective, such as a minus sign, works. Optuna's log shows the
+    reason: "The value nan (the trial's process …) is not acceptable."
+
+    Args:
+        reason: The reason, one sentence.
+    """
+
+    def __new__(cls, reason: str) -> CrashValue:
+        """Return a NaN."""
+        return super().__new__(cls, math.nan)
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __format__(self, spec: str) -> str:
+        if spec:
+            return super().__format__(spec)
+        return f"nan ({self.reason[:1].lower()}{self.reason[1:].removesuffix('.')})"
+
+
+def crash_value(reason: str, n_values: int) -> Any:
+    """Return the value or values of a crashed trial of a study with so many directions."""
+    value = CrashValue(reason)
+    return value if n_values == 1 else (value, *[math.nan] * (n_values - 1))
+
+
+def record_crash(study: Study, trial: Trial) -> None:
+    """Write into a trial's row that its process crashed; a storage error is logged."""
+    storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+    try:
+        write_attributes(storage, trial_id, system={CRASHED: trial.number})
+    except Exception as error:  # noqa: BLE001 - any backend's own; the study goes on
+        _logger.info(f"The crash of trial {trial.number} could not be recorded: {error!r}.")
+
+
+def find_crash_series(study: Study, number: int) -> str | None:
+    """Return which trials have all crashed, the one of this number among them; None if too few.
+
+    Crashes are counted over the rows of the study, not in this process: a job array runs one trial
+    in each process, and a resumed study continues the count.
+    """
+    try:
+        trials = retry(lambda: study.get_trials(deepcopy=False))
+    except Exception as error:  # noqa: BLE001 - any backend's own; the study goes on
+        _logger.info(f"Crashed trials could not be counted: {error!r}.")
+        return None
+    begun = [t for t in trials if t.state != TrialState.WAITING and not is_rejected(t.user_attrs)]
+    statuses: list[CrashStatus] = [
+        "crashed" if t.number == number else _crash_status(t) for t in begun
+    ]
+    return describe_crash_series(statuses, [t.number for t in begun].index(number))
+
+
+def _crash_status(trial: FrozenTrial) -> CrashStatus:
+    unfinished = trial.state in (TrialState.RUNNING, TrialState.FAIL)
+    # A retried trial has the system attributes of the one that crashed, with its number.
+    if unfinished and trial.system_attrs.get(CRASHED) == trial.number:
+        return "crashed"
+    return "ended" if trial.state.is_finished() else "running"
+
+
+def describe_crash_series(statuses: Sequence[CrashStatus], index: int) -> str | None:
+    """Return which trials have all crashed, None if these are too few.
+
+    Args:
+        statuses: Those of the trials that have begun, in their order.
+        index: The trial that has just crashed.
+    """
+    in_a_row = 1
+    for side in (reversed(statuses[:index]), statuses[index + 1 :]):
+        for status in side:
+            if status != "crashed":
+                break
+            in_a_row += 1
+    if in_a_row >= CRASHES_IN_A_ROW:
+        return f"{in_a_row} trials in a row have crashed"
+    first = statuses[:FIRST_CRASHES]
+    if len(first) == FIRST_CRASHES and set(first) == {"crashed"} and "ended" not in statuses:
+        return f"The first {statuses.count('crashed')} trials of the study have crashed"
+    return None

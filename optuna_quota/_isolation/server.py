@@ -1,0 +1,243 @@
+"""The study's side of a running trial: answers its calls until its process has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import selectors
+import threading
+from typing import Any
+from typing import Protocol
+from warnings import WarningMessage
+
+from optuna_quota._isolation import messages
+from optuna_quota._isolation import rpc
+from optuna_quota._isolation.launch import TrialConnections
+from optuna_quota._isolation.out_of_memory import FailedAllocation
+from optuna_quota._isolation.out_of_memory import find_failed_allocation_in_text
+from optuna_quota._isolation.output import Printed
+from optuna_quota._isolation.output import replay
+from optuna_quota._isolation.output import SYNC
+from optuna_quota._isolation.remote_errors import pack_error
+from optuna_quota._resources import Breach
+
+
+_logger = logging.getLogger("optuna.quota.isolated")
+
+
+class NotStarted(OSError):
+    """The trial's processes were gone before they began."""
+
+
+class TrialEvents(Protocol):
+    """What a server calls while it serves a trial."""
+
+    def on_ready(self, ready: messages.Ready) -> None:
+        """Handle that the objective is about to be called."""
+
+    def on_report(self, step: int) -> None:
+        """Handle an intermediate value at this step."""
+
+    def on_outcome(self) -> float | None:
+        """Handle the end of the objective; return seconds its process has to end, None for any."""
+
+    def find_breach(self) -> Breach | None:
+        """Answer ``optuna_quota.check``."""
+
+    def measure(self) -> None:
+        """Measure what the trial uses at this moment."""
+
+
+class Server:
+    """Serves one trial's process from the thread that runs the trial.
+
+    Args:
+        connections: The connections to the trial and its supervisor.
+        remote: The objects that the trial may call.
+        events: What to call meanwhile.
+        label: The trial's name in the log.
+
+    Attributes:
+        ready: The message that the objective is about to be called, None before.
+        outcome: How the call of the objective ended, None while it runs.
+        exit: How the trial's process ended, None while it runs.
+        failed_allocation: One that the objective warned of, None without.
+    """
+
+    def __init__(
+        self,
+        connections: TrialConnections,
+        remote: rpc.RemoteObjects,
+        events: TrialEvents,
+        *,
+        label: str,
+    ) -> None:
+        self.ready: messages.Ready | None = None
+        self.outcome: messages.Outcome | None = None
+        self.exit: messages.ExitReport | None = None
+        self.failed_allocation: FailedAllocation | None = None
+        self._channel = connections.channel
+        self._control = connections.control
+        self._remote = remote
+        self._events = events
+        self._label = label
+        self._sending = threading.Lock()
+        self._started = False
+        self._breach: Breach | None = None
+
+    @property
+    def breach(self) -> Breach | None:
+        """What the trial was stopped for, None when it was not.
+
+        An objective that ended before it was asked to stop keeps its outcome, however late that
+        is read here.
+        """
+        ended_first = self.outcome is not None and not self.outcome.stop_requested
+        return None if ended_first else self._breach
+
+    def stop(self, breach: Breach, grace_period: float) -> None:
+        """Stop the trial for a breach; from any thread, once."""
+        with self._sending:
+            if self._breach is None and self.exit is None:
+                self._breach = breach
+                with contextlib.suppress(OSError):
+                    self._control.send(messages.StopTrial(breach, grace_period))
+
+    def interrupt(self, grace_period: float) -> None:
+        """Raise KeyboardInterrupt in the trial; then serve on."""
+        self._command(messages.InterruptTrial(grace_period))
+
+    def kill(self) -> None:
+        """Kill the trial and wait until no process of it is left."""
+        if self.exit is not None:
+            return
+        self._command(messages.KillTrial())
+        with contextlib.suppress(EOFError, OSError):
+            while self.exit is None:
+                self._handle_supervisor(self._control.receive())
+
+    def serve(self) -> None:
+        """Serve until the trial's process has ended.
+
+        Raises:
+            NotStarted: If it never began.
+        """
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._control, selectors.EVENT_READ)
+            selector.register(self._channel, selectors.EVENT_READ)
+            is_open = True
+            while self.exit is None:
+                for key, _ in selector.select():
+                    if key.fileobj is self._control:
+                        self._serve_supervisor()
+                    elif is_open and not self._serve_trial():
+                        is_open = False
+                        selector.unregister(self._channel)
+        for message in self._channel.drain():
+            self._handle(message)
+
+    def _command(self, message: object) -> None:
+        with self._sending, contextlib.suppress(OSError):
+            self._control.send(message)
+
+    def _serve_supervisor(self) -> None:
+        try:
+            self._handle_supervisor(self._control.receive())
+            while self._control.pending():
+                self._handle_supervisor(self._control.receive())
+        except (EOFError, OSError) as error:
+            if self.exit is not None:
+                return
+            if not self._started:
+                raise NotStarted("The trial's processes did not start.") from error
+            # The supervisor was killed; the kernel has killed the trial along with it.
+            self.exit = messages.ExitReport(exitcode=None)
+
+    def _handle_supervisor(self, message: Any) -> None:
+        if isinstance(message, messages.ProcessStarted):
+            self._started = True
+        elif isinstance(message, messages.BreachFound):
+            with self._sending:
+                self._breach = self._breach or message.breach
+        elif isinstance(message, messages.ProcessPaused):
+            _logger.warning(
+                f"{self._label}'s process was stopped by a signal (SIGSTOP); it will be killed "
+                f"unless it continues within {message.timeout:g} s."
+            )
+        elif isinstance(message, messages.ExitReport):
+            self.exit = message
+
+    def _serve_trial(self) -> bool:
+        """Handle what has arrived; return whether more may come."""
+        try:
+            self._handle(self._channel.receive())
+            while self._channel.pending():
+                self._handle(self._channel.receive())
+        except (EOFError, ConnectionError):
+            return False
+        return True
+
+    def _handle(self, message: Any) -> None:
+        if type(message) is tuple:
+            self._serve_call(message)
+        elif isinstance(message, (Printed, WarningMessage, logging.LogRecord)):
+            if isinstance(message, WarningMessage) and self.failed_allocation is None:
+                self.failed_allocation = find_failed_allocation_in_text(str(message.message))
+            try:
+                replay(message)
+            except Exception:
+                _logger.exception(f"Output of {self._label} could not be forwarded.")
+        elif isinstance(message, messages.Ready):
+            self.ready = message
+            self._events.on_ready(message)
+        elif isinstance(message, messages.Outcome):
+            with self._sending:
+                self.outcome = message
+            seconds = self._events.on_outcome()
+            if seconds is not None:
+                self._command(messages.ExitWithin(seconds))
+
+    def _serve_call(self, call: rpc.Call) -> None:
+        try:
+            answer = self._answer(call)
+        except BaseException as error:
+            # An interrupt (Ctrl-C), which the objective, waiting for the answer, gets as well.
+            with contextlib.suppress(OSError):
+                self._send_answer((call[0], None, pack_error(error)))
+            raise
+        with contextlib.suppress(ConnectionError):
+            self._send_answer(answer)
+        _, target, name, args, kwargs = call
+        if name == "report" and target == 0 and answer[2] is None and args is not None:
+            self._events.on_report(int(args[1] if args[1:] else kwargs["step"]))
+
+    def _answer(self, call: rpc.Call) -> rpc.Answer:
+        number, index, name, args, kwargs = call
+        try:
+            if name == SYNC:
+                return number, None, None
+            if name == rpc.CHECK:
+                return number, self._events.find_breach(), None
+            if name == rpc.MEASURE:
+                self._events.measure()
+                return number, None, None
+            target = self._remote[index]
+            if name == "__setattr__":
+                setattr(target, *(args or ()))
+                return number, None, None
+            value = getattr(target, name)
+            if args is not None:
+                value = value(*args, **kwargs)
+            elif callable(value) and not isinstance(value, type):
+                value = rpc.Method()
+        except Exception as error:  # noqa: BLE001 - the objective's to handle
+            return number, None, pack_error(error)
+        return number, self._remote.handle(value) if rpc.is_remote(value) else value, None
+
+    def _send_answer(self, answer: rpc.Answer) -> None:
+        try:
+            self._channel.send(answer)
+        except ConnectionError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the value can't be pickled
+            self._channel.send((answer[0], None, pack_error(error)))

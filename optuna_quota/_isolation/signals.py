@@ -1,0 +1,219 @@
+"""Signals of an isolated trial: the polite stop, and those that are sent to a whole job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from optuna_quota._resources import Breach
+
+
+# A real-time signal has no meaning of its own: SIGTERM, SIGINT and SIGUSR1 keep theirs, and a
+# handler that a library installs for them does not interfere.
+STOP_SIGNAL: int = signal.SIGRTMAX - 5 if hasattr(signal, "SIGRTMAX") else signal.SIGTERM
+
+
+class PoliteStop:
+    """Raises :class:`~optuna_quota.LimitBreached` in the objective when the supervisor asks to.
+
+    The supervisor sends the breach before it sends the signal. Within ``with stop:`` the exception
+    waits until the end of the block: a message that was cut off would leave a connection out of
+    step.
+
+    Args:
+        link: The connection to the supervisor, non-blocking; None where there is none: every
+            SIGTERM then is a stop.
+
+    Attributes:
+        requested: Whether the objective was asked to stop.
+    """
+
+    def __init__(self, link: socket.socket | None) -> None:
+        self.requested = False
+        self._over = False
+        self._link = link
+        self._held = 0
+        self._reason: Breach | KeyboardInterrupt | None = None
+        self._deferred = False
+        self._pid = os.getpid()
+        self._main = threading.main_thread().ident
+
+    def install(self) -> None:
+        """Listen for the signal."""
+        self._numbers = [signal.SIGTERM if self._link is None else STOP_SIGNAL]
+        signal.signal(self._numbers[0], self._on_signal)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._uninstall)
+
+    def listen_for_cpu_time(self) -> None:
+        """Listen for the kernel's signal that the CPU time is used up, where it limits that."""
+        if hasattr(signal, "SIGXCPU"):
+            self._numbers.append(signal.SIGXCPU)
+            signal.signal(signal.SIGXCPU, self._on_cpu_time)
+
+    def end(self) -> None:
+        """Raise nothing from now on: the objective has ended."""
+        self._over = True
+
+    def __enter__(self) -> None:
+        """Defer the exception within the block."""
+        if threading.get_ident() == self._main:
+            self._held += 1
+
+    def __exit__(self, *_: object) -> None:
+        """Raise what was deferred."""
+        if threading.get_ident() != self._main:
+            return
+        self._held -= 1
+        if self._deferred and not self._held:
+            self._deferred = False
+            self._raise()
+
+    def _uninstall(self) -> None:
+        """Restore the default handlers in a process that the objective forks."""
+        for number in self._numbers:
+            if signal.getsignal(number) in (self._on_signal, self._on_cpu_time):
+                signal.signal(number, signal.SIG_DFL)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        if os.getpid() != self._pid:
+            return
+        if self._link is not None:
+            try:
+                self._reason = pickle.loads(self._link.recv(1 << 16))
+            except (OSError, EOFError):
+                # Not from the supervisor, or the second of two that came as one.
+                return
+        self._stop()
+
+    def _on_cpu_time(self, signum: int, frame: Any) -> None:
+        # The kernel kills at its hard limit if this is ignored.
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._over:
+            return
+        self.requested = True
+        if self._held:
+            self._deferred = True
+        else:
+            self._raise()
+
+    def _raise(self) -> None:
+        from optuna_quota.exceptions import LimitBreached
+
+        reason = self._reason
+        if isinstance(reason, KeyboardInterrupt):
+            # A signal to the whole job may have raised it already, and the trial cleans up.
+            if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                raise reason
+            return
+        if reason is None:
+            # The kernel gives no figures; the study's process adds them.
+            raise LimitBreached("The trial used up its CPU time.", resource="cpu_time")
+        raise LimitBreached(
+            reason.reason,
+            resource=reason.resource,
+            limit=reason.limit,
+            observed=reason.observed,
+            seconds=reason.seconds,
+        )
+
+
+# A workload manager (``sbatch --signal``, ``scancel``) signals each process of a job step. The
+# processes between the study and the objective ignore that. The trial's own process gets the
+# dispositions of an ordinary child of multiprocessing when its objective begins; until then, while
+# it waits or imports, such a signal has no effect.
+
+# What a process does to itself, what can't be ignored, and what its runtime or its parent needs.
+_NOT_FOR_JOBS = {
+    "SIGABRT",
+    "SIGBUS",
+    "SIGCHLD",
+    "SIGCONT",
+    "SIGFPE",
+    "SIGILL",
+    "SIGKILL",
+    "SIGPIPE",
+    "SIGRTMAX",
+    "SIGRTMIN",
+    "SIGSEGV",
+    "SIGSTOP",
+    "SIGSYS",
+    "SIGTRAP",
+}
+
+JOB_SIGNALS = tuple(number for number in signal.Signals if number.name not in _NOT_FOR_JOBS)
+
+# What the objective is to find, by signal, in a process that ignores signals for now.
+_dispositions: dict[int, Any] = {}
+
+
+@contextlib.contextmanager
+def block_job_signals() -> Iterator[None]:
+    """Block these signals in a process that is started within the block.
+
+    They would otherwise run this process's handlers there, or kill it, before it ignores them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore_job_signals() -> None:
+    """Ignore these signals from now on, in a helper process and its forks."""
+    for number in JOB_SIGNALS:
+        _dispositions.setdefault(number, _disposition_of_child(number))
+        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGCHLD, signal.SIGCONT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def handle_job_signals() -> None:
+    """Let these signals have no effect until :func:`restore_signals`; in a fork of a helper.
+
+    By a handler and not by ignoring them: what a script's imports set until then can be told from
+    it, and stays.
+    """
+    for number, disposition in _dispositions.items():
+        if disposition != signal.SIG_IGN:
+            signal.signal(number, _pass)
+
+
+def restore_signals() -> None:
+    """Set the dispositions of an ordinary child, but for those that were set meanwhile."""
+    for number, disposition in _dispositions.items():
+        if signal.getsignal(number) is _pass:
+            signal.signal(number, disposition)
+    _dispositions.clear()
+
+
+def _disposition_of_child(number: int) -> Any:
+    """Return the disposition of a child process, given this process's.
+
+    An ignored signal stays ignored, such as SIGHUP under nohup. Handlers are the parent's own.
+    """
+    handler = signal.getsignal(number)
+    if handler == signal.SIG_IGN:
+        return handler
+    if number == signal.SIGINT and callable(handler):
+        return signal.default_int_handler
+    return signal.SIG_DFL
+
+
+def _pass(signum: int, frame: Any) -> None:
+    """Do nothing."""

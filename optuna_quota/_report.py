@@ -1,0 +1,117 @@
+"""The report that :func:`analyze` returns: an analysis with its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import os
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._analysis.summary import summarize
+from optuna_quota._utilization.data import study_data
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+
+class UtilizationReport(StudyAnalysis):
+    """What drove resource usage in a study, as of the call of :func:`analyze`.
+
+    Each part is computed on first use and kept.
+
+    Example:
+
+        .. code-block:: python
+
+            report = analyze(study)
+            print(report.summary())
+            report.to_html("report.html")
+
+    Attributes:
+        study: The study.
+        data: Its finished trials as arrays.
+        quota: The study's quota by resource, in SI base units, from its attributes.
+        limits: Its limits likewise.
+    """
+
+    def figures(self) -> dict[str, Any]:
+        """Return plotly figures by name; see :mod:`optuna_quota.visualization`.
+
+        Raises:
+            ImportError: If plotly is not installed.
+        """
+        from optuna_quota import visualization
+
+        return visualization.figures(self)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as one self-contained HTML file.
+
+        Without plotly, the file has tables but no figures.
+
+        Args:
+            path: The file; an existing one is replaced.
+        """
+        from optuna_quota import visualization
+
+        visualization.to_html(self, path)
+
+    def publish(self, **options: Any) -> None:
+        """Write notes and plots into the study for optuna-dashboard, replacing earlier ones.
+
+        Args:
+            options: Those of :func:`optuna_quota.dashboard.publish`.
+
+        Raises:
+            ImportError: If optuna-dashboard or plotly is not installed.
+        """
+        from optuna_quota import dashboard
+
+        dashboard.publish(self.study, self, **options)
+
+    def _repr_html_(self) -> str:
+        from optuna_quota import visualization
+
+        return visualization.notebook_html(self)
+
+    def summary(self) -> str:
+        """Return the report as text for a terminal."""
+        return summarize(self)
+
+    def __repr__(self) -> str:
+        return f"<UtilizationReport of {self.study.study_name!r}, {len(self.table)} trials>"
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+def analyze(study: Study, *, user_attrs: Sequence[str] = ()) -> UtilizationReport:
+    """Analyze what drove resource usage in a study.
+
+    Example:
+
+        .. code-block:: python
+
+            report = analyze(study)
+            print(report.summary())
+            report.models["memory"].coefficients
+
+    Args:
+        study: Any Optuna study. One that ran without this library has wall times only.
+        user_attrs: Names of trial user attributes to analyze beside the hyperparameters, such as
+            the number of rows of the data.
+
+    Raises:
+        TypeError: If ``study`` is not an Optuna study or ``user_attrs`` is not a sequence of
+            names.
+        ValueError: If a user attribute has the name of a hyperparameter.
+    """
+    from optuna.study import Study as OptunaStudy
+
+    if not isinstance(study, OptunaStudy):
+        raise TypeError(f"`study` must be an Optuna study but got {study!r}.")
+    if isinstance(user_attrs, str) or not all(isinstance(name, str) for name in user_attrs):
+        raise TypeError(f"`user_attrs` must be a sequence of names but got {user_attrs!r}.")
+    return UtilizationReport(study, study_data(study, user_attrs))

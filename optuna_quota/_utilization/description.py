@@ -1,0 +1,224 @@
+"""A fitted utilization model in words: its formula, and warnings that a reader should act on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from optuna_quota._resources import format_amount
+from optuna_quota._resources import get_resource
+from optuna_quota._utilization.design import Column
+from optuna_quota._utilization.design import Product
+from optuna_quota._utilization.fit import Derivatives
+from optuna_quota._utilization.fit import derivatives_at
+from optuna_quota._utilization.fit import leverage
+from optuna_quota._utilization.selection import Selected
+
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+
+# The test for curvature takes at most this many trials, evenly spread over the study.
+_MAX_TESTED = 2000
+_MIN_TESTED = 20
+_SIGNIFICANCE = 0.01
+_MAX_VIF = 10.0
+_MAX_LOG = 700.0
+
+
+def bounded_exp(value: float) -> float:
+    """Return e to a power, at most e^700: a float would overflow beyond."""
+    return math.exp(min(float(value), _MAX_LOG))
+
+
+def formula_text(
+    resource: str, selected: Selected, floor: float, params: Array, p_values: Array
+) -> str:
+    """Return a model as a formula of the terms whose 95% interval excludes no effect.
+
+    Args:
+        resource: Name of the resource.
+        selected: The terms and their fit.
+        floor: SI base units; 0 without one.
+        params: Log of the floor if there is one, then the coefficients.
+        p_values: Of the same.
+    """
+    offset = int(selected.fit.has_floor)
+    level, *slopes = params[offset:]
+    terms = zip(selected.design.columns, slopes, p_values[offset + 1 :], strict=False)
+    columns = [(column, float(b)) for column, b, p_value in terms if p_value < 0.05]
+    mains = [(c, b) for c, b in columns if isinstance(c, Column)]
+    constant = bounded_exp(level - sum(c.centre * b for c, b in mains))
+    shown = [(c, b) for c, b in columns if not _is_curved(c)]
+    power = " · ".join([_amount(resource, constant), *(_factor(c, b) for c, b in shown)])
+    parts = [format_amount(resource, floor)] if floor else []
+    text = f"{resource} = {' + '.join([*parts, power])}"
+    if not columns:
+        return f"{text} (no hyperparameter moves it clearly)"
+    hidden = len(columns) - len(shown)
+    return f"{text} (and {hidden} interaction{'s' * (hidden > 1)} of numbers)" if hidden else text
+
+
+def _is_curved(column: Column | Product) -> bool:
+    """Return whether it multiplies two numbers, which a formula can't show well."""
+    return isinstance(column, Product) and all(
+        c.form not in ("level", "active") for c in (column.one, column.other)
+    )
+
+
+def _factor(column: Column | Product, b: float) -> str:
+    if isinstance(column, Product):
+        return "".join(_product(column.one, column.other, b))
+    if column.form == "power":
+        return f"{column.param}^{_short(b)}"
+    if column.form == "power1p":
+        return f"(1 + {column.param})^{_short(b)}"
+    if column.form == "linear":
+        return f"exp({_short(b)} · {column.param})"
+    return f"{_ratio(b)}{_condition(column)}"
+
+
+def _product(one: Column, other: Column, b: float) -> Iterator[str]:
+    conditions = [c for c in (one, other) if c.form in ("level", "active")]
+    numbers = [c for c in (one, other) if c not in conditions]
+    if not numbers:
+        yield _ratio(b)
+    else:
+        yield f"{_relative(numbers[0])}^{_short(b)}"
+    yield from map(_condition, conditions)
+
+
+def _relative(column: Column) -> str:
+    if column.form == "power":
+        return f"({column.param}/{math.exp(column.centre):.3g})"
+    if column.form == "power1p":
+        return f"((1 + {column.param})/{math.exp(column.centre):.3g})"
+    return f"(e^({column.param} − {column.centre:.3g}))"
+
+
+def _condition(column: Column) -> str:
+    shown = f"{column.param}={column.level}" if column.form == "level" else f"{column.param} set"
+    return f"[{shown}]"
+
+
+def _ratio(b: float) -> str:
+    return f"{bounded_exp(b):.2g}" if bounded_exp(b) < 99.5 else f"{bounded_exp(b):.0f}"
+
+
+def _short(b: float) -> str:
+    return f"{b:.1f}" if abs(b) >= 1 else f"{b:.2f}"
+
+
+def _amount(resource: str, value: float) -> str:
+    """Return an amount as text, in scientific notation where it would be all zeros."""
+    known = get_resource(resource)
+    symbol = known.unit.symbol
+    least = {"B": 0.1, "s": 1e-5}.get(symbol, 0.01)
+    return known.format(value) if value >= least else f"{value:.2g} {symbol}".rstrip()
+
+
+def diagnose(
+    resource: str, selected: Selected, numbers: NDArray[np.int64], n_stopped_peaks: int
+) -> list[str]:
+    """Return warnings about a fit, the most serious first.
+
+    Args:
+        resource: Name of the resource.
+        selected: The terms and their fit.
+        numbers: Numbers of the trials, shape ``(n,)``.
+        n_stopped_peaks: Number of peaks of stopped trials that are taken as lower bounds.
+    """
+    fit, sample = selected.fit, selected.sample
+    at_fit = derivatives_at(fit, sample)
+    scale = fit.scale(at_fit.jacobian)
+    residuals = (sample.y - at_fit.mean) / scale
+    seen = np.flatnonzero(~sample.censored)
+    seen = seen[:: -(-len(seen) // _MAX_TESTED)]
+    found = [
+        *_censoring(sample.censored),
+        *_influence(selected, at_fit, residuals, numbers),
+        *_collinearity(selected),
+    ]
+    enough = len(seen) >= max(_MIN_TESTED, 2 * len(fit.theta))
+    if enough and np.ptp(residuals[seen]) > 1e-9:
+        jacobian = at_fit.jacobian[seen] / scale[seen, None]
+        found += _curvature(jacobian, at_fit.mean[seen], residuals[seen])
+    if not fit.converged:
+        found.append("The fit did not converge: treat the estimates as rough.")
+    if n_stopped_peaks:
+        found.append(
+            f"The {get_resource(resource).title} of {n_stopped_peaks} stopped trials counts as a "
+            "lower bound: the completed trials show that it was still growing."
+        )
+    return [*found, *selected.design.notes]
+
+
+def _censoring(censored: NDArray[np.bool_]) -> Iterator[str]:
+    if 2 * censored.sum() > len(censored):
+        yield (
+            f"{censored.sum()} of {len(censored)} trials ended early and are lower bounds: the "
+            "estimates rely on the power law and on normal residuals where nothing was observed. "
+            "Let some of the largest trials run to their end."
+        )
+
+
+def _influence(
+    selected: Selected, at_fit: Derivatives, residuals: Array, numbers: NDArray[np.int64]
+) -> Iterator[str]:
+    """Cook's distance, ``z² h / (p (1 - h)²)``, above 1 (Cook and Weisberg, 1982)."""
+    h, k = leverage(at_fit), at_fit.jacobian.shape[1]
+    z = np.where(selected.sample.censored, 0.0, residuals / selected.sigma)
+    distance = z**2 * h / (k * np.maximum(1 - h, 1e-3) ** 2)
+    worst = np.argsort(distance)[::-1][:3]
+    found = [str(numbers[i]) for i in worst if distance[i] > 1]
+    if found:
+        yield (
+            f"Trial{'s' * (len(found) > 1)} {', '.join(found)} alone "
+            f"move{'s' * (len(found) == 1)} the estimates (Cook's distance above 1): check what "
+            "else happened there."
+        )
+
+
+def _collinearity(selected: Selected) -> Iterator[str]:
+    """Variance inflation: the diagonal of the inverse of the correlations."""
+    columns, x = selected.design.columns, selected.sample.x[:, 1:]
+    mains = [i for i, c in enumerate(columns) if isinstance(c, Column) and c.form != "active"]
+    if len(mains) < 2:
+        return
+    related = np.corrcoef(x[:, mains].T)
+    inflation = np.diag(np.linalg.pinv(related))
+    for i in np.argsort(inflation)[::-1][:2]:
+        if inflation[i] > _MAX_VIF:
+            others = np.abs(related[i]).copy()
+            others[i] = 0.0
+            one, other = (columns[mains[int(j)]].term for j in (i, others.argmax()))
+            yield (
+                f"{one} varied together with {other} (variance inflation {inflation[i]:.0f}): "
+                "their coefficients can hardly be told apart. Vary them independently."
+            )
+
+
+def _curvature(jacobian: Array, mean: Array, residuals: Array) -> Iterator[str]:
+    """Ramsey's RESET with the squared mean (Journal of the Royal Statistical Society B 31)."""
+    import statsmodels.api as sm
+
+    squared = (mean - mean.mean()) ** 2
+    basis, _ = np.linalg.qr(jacobian)
+    left = squared - basis @ (basis.T @ squared)
+    if not np.linalg.norm(left) > 1e-6 * np.linalg.norm(squared):
+        return
+    exog = np.column_stack([jacobian, left / np.linalg.norm(left)])
+    results = sm.OLS(residuals, exog).fit(cov_type="HC3", use_t=True)
+    p_value = float(results.pvalues[-1])
+    if p_value < _SIGNIFICANCE:
+        side = "more" if results.params[-1] > 0 else "less"
+        yield (
+            f"The power law bends (RESET p = {p_value:.2g}): the smallest and largest trials use "
+            f"{side} than the model says; do not extrapolate."
+        )

@@ -1,0 +1,163 @@
+"""The finished trials of a study as plots and reports show them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+import math
+from typing import Any
+from typing import NamedTuple
+from typing import TYPE_CHECKING
+
+from optuna_quota import _records
+from optuna_quota._resources import format_amount
+from optuna_quota._resources import get_resource
+from optuna_quota._resources import USAGE_RESOURCES
+from optuna_quota._table import measured_usage
+from optuna_quota.visualization import _theme
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+    import pandas as pd
+
+    from optuna_quota._analysis.study_analysis import StudyAnalysis
+    from optuna_quota._footprint.footprint import Footprint
+    from optuna_quota._records import Interval
+    from optuna_quota._records import TrialRecord
+
+
+_MAX_PARAMS = 8
+_MAX_REASON = 160
+
+
+@dataclass(frozen=True)
+class FinishedTrial:
+    """One finished trial.
+
+    Attributes:
+        trial: Optuna's trial.
+        record: What this library recorded of it.
+        outcome: How it ended.
+        amounts: Usage by resource in SI base units. Of a breached peak at least what was observed:
+            where the system refused memory over the limit, the peak measured is below it.
+    """
+
+    trial: FrozenTrial
+    record: TrialRecord
+    outcome: str
+    amounts: Mapping[str, float]
+
+    @property
+    def number(self) -> int:
+        """The trial's number."""
+        return self.trial.number
+
+    def is_censored(self, resource: str) -> bool:
+        """Return whether the usage is only a lower bound, since the trial was stopped."""
+        record = self.record
+        return resource in self.amounts and _records.is_lower_bound(
+            resource, self.outcome, record.censored_by
+        )
+
+    def format_usage(self, resource: str) -> str:
+        """Return the usage for a person, such as "≥ 1 GiB" where it is a lower bound."""
+        if resource not in self.amounts:
+            return "not run"
+        sign = "≥ " if self.is_censored(resource) else ""
+        return f"{sign}{format_amount(resource, self.amounts[resource])}"
+
+    def hover(self, resource: str, *more: str, params: Sequence[str] | None = None) -> str:
+        """Return the lines shown when the mouse points at the trial.
+
+        Args:
+            resource: The usage to show.
+            more: Further lines.
+            params: Names of the hyperparameters to show, at most eight of all unless given.
+        """
+        names = list(self.trial.params)[:_MAX_PARAMS] if params is None else params
+        lines = [f"trial {self.number}, {self.outcome}", self.format_usage(resource), *more]
+        lines += [f"{name} = {_format_param(self.trial.params[name])}" for name in names]
+        if self.record.reason and self.outcome in ("terminated", "rejected", "failed"):
+            lines.append(self.record.reason[:_MAX_REASON])
+        return "\n".join(lines)
+
+
+def _format_param(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)[:60]
+
+
+def finished_trials(study: Study) -> list[FinishedTrial]:
+    """Return the finished trials of a study, in the order of their numbers."""
+    trials = study.get_trials(deepcopy=False)
+    return [_finished_trial(trial) for trial in trials if trial.state.is_finished()]
+
+
+def _finished_trial(trial: FrozenTrial) -> FinishedTrial:
+    record = _records.read_record(trial)
+    amounts = measured_usage(trial, record)
+    breach = record.breach
+    if breach is not None and get_resource(breach.resource).peak and not breach.forecast:
+        amounts[breach.resource] = max(amounts.get(breach.resource, 0.0), breach.observed)
+    outcome = _records.outcome_of(trial, record) or "failed"
+    return FinishedTrial(trial, record, outcome, amounts)
+
+
+def limits_of(study: Study) -> dict[str, float]:
+    """Return the limits in force, by resource, in SI base units."""
+    return _records.read_amounts(study.user_attrs.get(_records.STUDY_LIMITS))
+
+
+def measured_resources(trials: Sequence[FinishedTrial]) -> list[str]:
+    """Return the resources with a positive usage of any trial, those of own meters last."""
+    found = {name for trial in trials for name, value in trial.amounts.items() if value > 0}
+    known = [name for name in USAGE_RESOURCES if name in found]
+    return known + sorted(found.difference(known))
+
+
+def by_outcome(trials: Sequence[FinishedTrial]) -> dict[str, list[FinishedTrial]]:
+    """Return the trials by outcome, in the order of the outcomes, without empty groups."""
+    groups = {o: [t for t in trials if t.outcome == o] for o in _theme.OUTCOMES}
+    return {outcome: group for outcome, group in groups.items() if group}
+
+
+def predict_interval(
+    footprint: Footprint, params: Mapping[str, Any], resource: str
+) -> Interval | None:
+    """Return a model's prediction for a point, None where it is unknown or not finite."""
+    interval = footprint.intervals(params).get(resource)
+    if interval is None:
+        return None
+    bounds = (interval.lower, interval.median, interval.upper)
+    return interval if all(map(math.isfinite, bounds)) else None
+
+
+class ReportData(NamedTuple):
+    """What all plots and texts of one study share, read once.
+
+    Attributes:
+        study: The study.
+        trials: Its finished trials.
+        analysis: Its analysis; without one there are no models, correlations and advice.
+    """
+
+    study: Study
+    trials: Sequence[FinishedTrial]
+    analysis: StudyAnalysis | None = None
+
+    @property
+    def footprint(self) -> Footprint | None:
+        """The fitted footprint model."""
+        return None if self.analysis is None else self.analysis.footprint
+
+    @property
+    def correlations(self) -> pd.DataFrame | None:
+        """The correlations, as :attr:`UtilizationReport.correlations`."""
+        return None if self.analysis is None else self.analysis.correlations
+
+
+def report_data(study: Study, analysis: StudyAnalysis | None = None) -> ReportData:
+    """Read what the plots and texts of a study need."""
+    return ReportData(study, finished_trials(study), analysis)

@@ -1,0 +1,174 @@
+"""All figures of a study, those with nothing to show left out."""
+
+from __future__ import annotations
+
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna_quota.visualization import _plotly
+from optuna_quota.visualization._burn_down import _get_burn_down_info
+from optuna_quota.visualization._burn_down import burn_down_figure
+from optuna_quota.visualization._correlations import _get_correlations_info
+from optuna_quota.visualization._correlations import correlations_figure
+from optuna_quota.visualization._data import limits_of
+from optuna_quota.visualization._data import measured_resources
+from optuna_quota.visualization._data import report_data
+from optuna_quota.visualization._data import ReportData
+from optuna_quota.visualization._footprint import _get_footprint_info
+from optuna_quota.visualization._footprint import footprint_figure
+from optuna_quota.visualization._quality_cost import _get_quality_info
+from optuna_quota.visualization._quality_cost import quality_cost_figure
+from optuna_quota.visualization._timeline import timeline_figure
+from optuna_quota.visualization._timeline import timeline_info
+from optuna_quota.visualization._usage import _get_usage_info
+from optuna_quota.visualization._usage import usage_figure
+from optuna_quota.visualization._usage_slice import _get_slice_info
+from optuna_quota.visualization._usage_slice import usage_slice_figure
+from optuna_quota.visualization._usage_slice import varied_params
+from optuna_quota.visualization._waste import _get_waste_info
+from optuna_quota.visualization._waste import waste_figure
+
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+    import plotly.graph_objects as go
+
+    from optuna_quota._analysis.study_analysis import StudyAnalysis
+
+
+_MAX_PANELS = 4
+_MAX_TIMELINES = 2
+
+
+def figures(report: StudyAnalysis) -> dict[str, go.Figure]:
+    """Return all plots of a report as plotly figures by name, in reading order.
+
+    Names are those of the functions without ``plot_``, with the resource: ``usage_memory``,
+    ``burn_down``, ``waste``, ``correlations``, ``usage_slice_memory``, ``footprint_memory``,
+    ``quality_cost``, ``timeline_17`` and the like. Plots that the study has no data for are left
+    out.
+
+    Example:
+
+        .. code-block:: python
+
+            report = analyze(study)
+            report.figures()["usage_memory"].show()
+
+    Args:
+        report: A :class:`~optuna_quota.UtilizationReport`.
+
+    Raises:
+        ImportError: If plotly is not installed.
+    """
+    return figures_of(report_data(report.study, report))
+
+
+def figures_of(data: ReportData) -> dict[str, go.Figure]:
+    """Return all plots of a study as plotly figures by name."""
+    study, trials = data.study, data.trials
+    resources = measured_resources(trials)
+    made = {f"usage_{r}": usage_figure(_get_usage_info(study, r, trials)) for r in resources}
+    made["burn_down"] = burn_down_figure(_get_burn_down_info(study, trials))
+    made["waste"] = waste_figure(_get_waste_info(study, trials))
+    if data.correlations is not None:
+        made["correlations"] = correlations_figure(_get_correlations_info(data.correlations))
+    for resource in resources:
+        made[f"usage_slice_{resource}"] = ranked_slice_figure(data, resource)
+    for resource in resources:
+        made[f"footprint_{resource}"] = best_footprint_figure(data, resource)
+    made.update(quality_cost_figures(data))
+    limit = limits_of(study).get("memory")
+    ended = [t for t in trials if t.outcome == "terminated" and t.record.timeline]
+    for trial in ended[-_MAX_TIMELINES:]:
+        made[f"timeline_{trial.number}"] = timeline_figure(timeline_info(trial, limit))
+    return {name: figure for name, figure in made.items() if figure.data}
+
+
+def ranked_slice_figure(
+    data: ReportData, resource: str, max_panels: int = _MAX_PANELS
+) -> go.Figure:
+    """Return slices along the hyperparameters that the resource correlates with most."""
+    used = [t for t in data.trials if resource in t.amounts and t.outcome != "rejected"]
+    names = varied_params(used)
+    if data.correlations is not None:
+        rows = data.correlations[data.correlations["resource"] == resource]
+        ranked = [name for name in rows["param"] if name in names]
+        names = [*ranked, *(name for name in names if name not in ranked)]
+    info = _get_slice_info(data.study, resource, names[:max_panels], data.footprint, data.trials)
+    return usage_slice_figure(info)
+
+
+def best_footprint_figure(data: ReportData, resource: str) -> go.Figure:
+    """Return the recorded projections against usage, or the fitted ones where there are none."""
+    info = _get_footprint_info(data.study, resource, None, data.trials)
+    if not info.trials and data.footprint is not None:
+        info = _get_footprint_info(data.study, resource, data.footprint, data.trials)
+    return footprint_figure(info)
+
+
+def quality_cost_figures(data: ReportData) -> dict[str, go.Figure]:
+    """Return quality against time by name, one figure for each objective."""
+    directions = data.study.directions
+    if len(directions) == 1:
+        info = _get_quality_info(data.study, "wall_time", trials=data.trials)
+        return {"quality_cost": quality_cost_figure(info)}
+    made = {}
+    for index, direction in enumerate(directions):
+
+        def value(trial: FrozenTrial, index: int = index) -> float:
+            return float(trial.values[index])
+
+        info = _get_quality_info(
+            data.study,
+            "wall_time",
+            value,
+            f"Objective {index}",
+            direction.name == "MAXIMIZE",
+            data.trials,
+        )
+        made[f"quality_cost_{index}"] = quality_cost_figure(info)
+    return made
+
+
+def thin(figure: go.Figure, max_markers: int) -> go.Figure:
+    """Return a figure with fewer markers and no hover texts, for where size matters.
+
+    Args:
+        figure: Any figure of this package.
+        max_markers: Markers over all traces of a pair of axes; each trace keeps an even share, so
+            that a rare outcome stays visible.
+    """
+    spec: dict[str, Any] = figure.to_plotly_json()
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for trace in spec["data"]:
+        if trace.get("mode") == "markers":
+            panels.setdefault(trace.get("xaxis", "x"), []).append(trace)
+    total = shown = 0
+    for traces in panels.values():
+        count = sum(len(trace["x"]) for trace in traces)
+        least = max(1, max_markers // (4 * len(traces)))
+        for trace in traces:
+            n = len(trace["x"])
+            _keep_markers(trace, max(least, int(n * min(1.0, max_markers / count))))
+        _plotly.size_markers(traces)
+        total = max(total, count)
+        shown = max(shown, sum(len(trace["x"]) for trace in traces))
+    if shown < total:
+        title = spec["layout"]["title"]
+        note = f" ({shown:,} of {total:,} markers shown)</span>"
+        title["text"] = title["text"].replace("</span>", note)
+    return _plotly.import_plotly().Figure(spec)
+
+
+def _keep_markers(trace: dict[str, Any], keep: int) -> None:
+    n = len(trace["x"])
+    kept = [round(i * (n - 1) / max(1, keep - 1)) for i in range(keep)] if n > keep else range(n)
+    errors = trace.get("error_y", {})
+    for owner, names in ((trace, ("x", "y")), (errors, ("array", "arrayminus"))):
+        for name in names:
+            if name in owner:
+                owner[name] = [owner[name][i] for i in kept]
+    trace["type"] = "scatter"
+    trace.pop("text", None)
+    trace.pop("hovertemplate", None)

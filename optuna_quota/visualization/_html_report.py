@@ -1,0 +1,309 @@
+"""The HTML report, one self-contained file, and its short form for notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import html
+from importlib import resources
+from importlib.util import find_spec
+import json
+import os
+from pathlib import Path
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna_quota._resources import format_amount
+from optuna_quota._version import __version__
+from optuna_quota.visualization import _plotly
+from optuna_quota.visualization import _theme
+from optuna_quota.visualization._correlations import _get_correlations_info
+from optuna_quota.visualization._correlations import cell_shade
+from optuna_quota.visualization._correlations import format_cell
+from optuna_quota.visualization._data import report_data
+from optuna_quota.visualization._data import ReportData
+from optuna_quota.visualization._figures import figures_of
+from optuna_quota.visualization._report_text import report_text
+from optuna_quota.visualization._report_text import ReportText
+from optuna_quota.visualization._waste import _get_waste_info
+from optuna_quota.visualization._waste import total_of
+
+
+if TYPE_CHECKING:
+    from optuna_quota._analysis.study_analysis import StudyAnalysis
+
+
+_WIDE = "usage_slice"
+_MAX_ENDED = 200
+_TITLE_HEIGHT = 44
+# Signs in JSON that could end a script element or a line of it.
+_SCRIPT_ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
+_NO_PLOTS = "Plots need plotly: pip install 'optuna-quota[plot]'."
+
+
+def to_html(
+    report: StudyAnalysis, path: str | os.PathLike[str], *, interactive: bool = True
+) -> None:
+    """Write a report as one HTML file that needs neither a network nor other files.
+
+    Example:
+
+        .. code-block:: python
+
+            analyze(study).to_html("report.html")
+
+    Args:
+        report: A :class:`~optuna_quota.UtilizationReport`.
+        path: The file; an existing one is replaced.
+        interactive: Whether to include the plots, for which plotly.js goes into the file (5 MB).
+            Without them, and without plotly, the file has tables and no script (20 kB).
+    """
+    data = report_data(report.study, report)
+    plotted = interactive and find_spec("plotly") is not None
+    parts = _plots(data) if plotted else _tables(data)
+    if interactive and not plotted:
+        parts.append(element("p", _NO_PLOTS))
+    text = report_text(data)
+    head = element(
+        "head",
+        Safe('<meta charset="utf-8"><meta name="viewport" content="width=device-width">'),
+        element("title", f"Resource usage of {text.name}"),
+        element("style", Safe(_style_sheet())),
+    )
+    body = element("body", element("main", *_sections(text, parts), class_="oq"))
+    page = f'<!DOCTYPE html><html lang="en">{head}{body}</html>\n'
+    # A name may hold half of a surrogate pair, which UTF-8 can't encode.
+    Path(path).write_text(page, encoding="utf-8", errors="replace")
+
+
+def notebook_html(report: StudyAnalysis) -> str:
+    """Return the report for a notebook: texts and tables without a script."""
+    data = report_data(report.study, report)
+    plots = element("p", "Plots: ", element("code", "report.figures()"), ".")
+    sections = _sections(report_text(data), [*_tables(data), plots])
+    return element("div", element("style", Safe(_style_sheet())), *sections, class_="oq")
+
+
+class Safe(str):
+    """Text that is HTML already; any other text is escaped when it is put into an element."""
+
+    __slots__ = ()
+
+
+def element(tag: str, *children: str, **attributes: str) -> Safe:
+    """Return an element; the underscore at the end of ``class_`` and the like is dropped.
+
+    Args:
+        tag: Name of the element.
+        children: Its contents; text that is not :class:`Safe` is escaped.
+        attributes: Its attributes; values are escaped.
+    """
+    shown = "".join(
+        f' {name.strip("_").replace("_", "-")}="{html.escape(value)}"'
+        for name, value in attributes.items()
+    )
+    inner = "".join(c if isinstance(c, Safe) else html.escape(c) for c in children)
+    return Safe(f"<{tag}{shown}>{inner}</{tag}>")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int]) -> Safe:
+    """Return a table.
+
+    Args:
+        head: Titles of the columns.
+        rows: Cells by row.
+        right: Columns aligned to the right.
+    """
+
+    def cells(tag: str, row: Sequence[str]) -> Safe:
+        made = (element(tag, c, class_="n" if i in right else "t") for i, c in enumerate(row))
+        return element("tr", *made)
+
+    inner = (
+        element("thead", cells("th", head)),
+        element("tbody", *(cells("td", row) for row in rows)),
+    )
+    return element("div", element("table", *inner), class_="wide")
+
+
+def _style_sheet() -> str:
+    return resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
+
+
+def _sections(text: ReportText, parts: Sequence[Safe]) -> list[Safe]:
+    tiles = [element("div", element("b", t), element("span", what)) for t, what in text.tiles]
+    return [
+        element("h1", "Resource usage of ", element("em", text.name)),
+        element("p", " ".join(text.headline), class_="lead"),
+        element("div", *tiles, class_="tiles"),
+        *_ledger(text),
+        *_advice(text),
+        *_models(text),
+        *parts,
+        *_ended(text),
+        element("footer", f"optuna_quota {__version__}"),
+    ]
+
+
+def _ledger(text: ReportText) -> list[Safe]:
+    parts = [element("h2", "Ledger")]
+    if text.ledger:
+        rows = [
+            [line.title, line.used, line.reserved, line.left, line.quota, _share(line.share)]
+            for line in text.ledger
+        ]
+        head = ["", "used", "reserved", "left", "quota", "of the quota"]
+        parts.append(table(head, rows, right=(1, 2, 3, 4)))
+    else:
+        parts.append(element("p", "No quota is set and no usage is known."))
+    if text.limits:
+        limits = ", ".join(f"{title} {amount}" for title, amount in text.limits)
+        parts.append(element("p", f"Limits on a trial: {limits}."))
+    if text.end:
+        parts.append(element("p", text.end))
+    return parts
+
+
+def _share(share: float | None) -> Safe:
+    if share is None:
+        return Safe("–")
+    width = f"width:{min(100.0, 100 * share):.1f}%"
+    bar = element("span", element("i", style=width, class_="over" if share > 1 else "in"))
+    return element("span", bar, f" {100 * share:.0f}%", class_="share")
+
+
+def _advice(text: ReportText) -> list[Safe]:
+    if not text.advice:
+        return []
+    items = [
+        element("li", item.text, *(element("pre", lines) for lines in item.snippets.values()))
+        for item in text.advice
+    ]
+    return [element("h2", "What to change"), element("ul", *items, class_="advice")]
+
+
+def _models(text: ReportText) -> list[Safe]:
+    if not text.models:
+        return []
+    parts = [element("h2", "What drives usage: fitted models")]
+    for model in text.models:
+        parts.append(element("p", element("b", model.title), class_="model"))
+        parts.append(element("pre", model.formula))
+        if model.warnings:
+            parts.append(element("ul", *(element("li", w) for w in model.warnings)))
+    return parts
+
+
+def _ended(text: ReportText) -> list[Safe]:
+    if not text.ended:
+        return []
+    rows = [
+        [str(row.number), row.outcome, row.reason, row.used] for row in text.ended[:_MAX_ENDED]
+    ]
+    parts = [
+        element("h2", "Terminated and rejected trials"),
+        table(["trial", "outcome", "reason", "used"], rows, right=(0,)),
+    ]
+    if len(text.ended) > _MAX_ENDED:
+        parts.append(element("p", f"… and {len(text.ended) - _MAX_ENDED:,} earlier ones."))
+    return parts
+
+
+def _tables(data: ReportData) -> list[Safe]:
+    """Return what the plots of waste and correlations show, as tables."""
+    parts: list[Safe] = []
+    waste = _get_waste_info(data.study, data.trials)
+    if waste.spent:
+        head = ["", "Trials", *(_theme.resource_title(total_of(r)) for r in waste.spent)]
+        rows = [
+            [
+                outcome,
+                f"{count:,}",
+                *(
+                    f"{format_amount(r, spent[outcome])} ({100 * waste.share(r, outcome):.0f}%)"
+                    if spent[outcome]
+                    else "–"
+                    for r, spent in waste.spent.items()
+                ),
+            ]
+            for outcome, count in waste.trials.items()
+        ]
+        parts.append(element("h2", "Where the budget went"))
+        parts.append(table(head, rows, right=range(1, len(head))))
+    if data.correlations is not None:
+        parts += _correlations_table(data.correlations)
+    return parts
+
+
+def _correlations_table(correlations: Any) -> list[Safe]:
+    info = _get_correlations_info(correlations)
+    if not info.cells:
+        return []
+    legend = (
+        "Spearman's correlation, an effect size (epsilon²) for categories. A star marks what is "
+        "significant after the correction for multiple tests."
+    )
+    rows: list[list[str]] = []
+    for param in info.params:
+        rows.append([param])
+        for resource in info.resources:
+            cell = info.cells.get((param, resource))
+            if cell is None:
+                rows[-1].append("")
+                continue
+            shade = cell_shade(cell)
+            color = _theme.VERMILION if shade > 0 else _theme.BLUE
+            style = f"background:{_plotly.translucent(color, 0.8 * min(1.0, abs(shade)))}"
+            text = format_cell(cell)
+            shown = element("b", text) if cell.is_significant else text
+            rows[-1].append(element("span", shown, style=style, class_="cell"))
+    head = ["", *map(_theme.resource_title, info.resources)]
+    return [
+        element("h2", "What drives usage: rank correlations"),
+        element("p", legend),
+        table(head, rows, right=range(1, len(head))),
+    ]
+
+
+def _plots(data: ReportData) -> list[Safe]:
+    made = figures_of(data)
+    if not made:
+        return []
+    places, specs = [], {}
+    for name, figure in made.items():
+        spec = figure.to_plotly_json()
+        # A caption wraps where a title in the plot would be cut.
+        caption = Safe(spec["layout"].pop("title")["text"])
+        spec["layout"]["margin"]["t"] -= _TITLE_HEIGHT
+        specs[f"oq-{name}"] = spec
+        places.append(
+            element(
+                "figure",
+                element("figcaption", caption),
+                element("div", id_=f"oq-{name}", class_="plot"),
+                class_="wide" if name.startswith(_WIDE) else "half",
+            )
+        )
+    # plotly's encoder writes null for NaN, for which JSON has no word.
+    encoder = _plotly.import_plotly("plotly.utils").PlotlyJSONEncoder
+    encoded = json.dumps(specs, cls=encoder, separators=(",", ":")).translate(_SCRIPT_ESCAPES)
+    library = _plotly.import_plotly("plotly.offline").get_plotlyjs()
+    return [
+        element("h2", "Plots"),
+        element("div", *places, class_="grid"),
+        element("script", Safe(library)),
+        element("script", Safe(f"const figures = {encoded};\n{_SCRIPT}")),
+    ]
+
+
+_SCRIPT = """
+const config = {responsive: true, displaylogo: false, displayModeBar: "hover",
+  modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
+for (const [id, figure] of Object.entries(figures)) {
+  const place = document.getElementById(id);
+  if (figure.layout.height) place.style.height = figure.layout.height + "px";
+  Plotly.newPlot(place, figure.data, figure.layout, config);
+}
+const fit = () => Object.keys(figures).forEach(id => Plotly.Plots.resize(id));
+window.addEventListener("beforeprint", fit);
+window.addEventListener("afterprint", fit);
+"""

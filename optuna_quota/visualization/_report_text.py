@@ -1,0 +1,179 @@
+"""The texts and tables of a report, apart from their markup in HTML or Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+import math
+from typing import NamedTuple
+from typing import TYPE_CHECKING
+
+from optuna_quota._ledger import status
+from optuna_quota._resources import format_amount
+from optuna_quota._resources import get_resource
+from optuna_quota.visualization import _theme
+from optuna_quota.visualization._data import by_outcome
+from optuna_quota.visualization._data import FinishedTrial
+from optuna_quota.visualization._data import limits_of
+from optuna_quota.visualization._data import ReportData
+from optuna_quota.visualization._waste import _get_waste_info
+from optuna_quota.visualization._waste import total_of
+from optuna_quota.visualization._waste import waste_finding
+
+
+if TYPE_CHECKING:
+    from optuna_quota._ledger.status import LedgerLine
+
+
+class LedgerRow(NamedTuple):
+    """One resource of the ledger, formatted; ``share`` is used and reserved over the quota."""
+
+    title: str
+    used: str
+    reserved: str
+    left: str
+    quota: str
+    share: float | None
+
+
+class ModelRow(NamedTuple):
+    """One fitted model: its resource, formula and warnings."""
+
+    title: str
+    formula: str
+    warnings: Sequence[str]
+
+
+class AdviceRow(NamedTuple):
+    """One piece of advice, with lines to paste by format."""
+
+    text: str
+    snippets: Mapping[str, str]
+
+
+class EndedRow(NamedTuple):
+    """One trial that was terminated or rejected, formatted."""
+
+    number: int
+    outcome: str
+    reason: str
+    used: str
+
+
+@dataclass(frozen=True)
+class ReportText:
+    """The texts of a report.
+
+    Attributes:
+        name: The study's name.
+        headline: Short sentences, the most important first.
+        tiles: Pairs of a figure and its meaning.
+        ledger: The ledger by resource.
+        limits: Limits on a trial: pairs of resource and amount.
+        end: When the quota will be used up, None where that is unknown.
+        models: The fitted models.
+        advice: What to change.
+        ended: Trials that were terminated or rejected, the latest first.
+    """
+
+    name: str
+    headline: Sequence[str]
+    tiles: Sequence[tuple[str, str]]
+    ledger: Sequence[LedgerRow]
+    limits: Sequence[tuple[str, str]]
+    end: str | None
+    models: Sequence[ModelRow]
+    advice: Sequence[AdviceRow]
+    ended: Sequence[EndedRow]
+
+
+def report_text(data: ReportData) -> ReportText:
+    """Return the texts of a study's report."""
+    ledger, analysis = status(data.study), data.analysis
+    ended = [t for t in data.trials if t.outcome in ("terminated", "rejected")]
+    models = {} if analysis is None else analysis.models
+    return ReportText(
+        name=data.study.study_name,
+        headline=_headline(data),
+        tiles=_tiles(data),
+        ledger=[_ledger_row(line) for line in ledger.lines],
+        limits=[
+            (get_resource(name).title, format_amount(name, v))
+            for name, v in limits_of(data.study).items()
+        ],
+        end=ledger.end,
+        models=[
+            ModelRow(_theme.resource_title(name), model.formula, model.diagnostics)
+            for name, model in models.items()
+        ],
+        advice=[AdviceRow(a.text, a.snippets) for a in (analysis.advice if analysis else ())],
+        ended=[_ended_row(trial) for trial in reversed(ended)],
+    )
+
+
+def _headline(data: ReportData) -> list[str]:
+    if not data.trials:
+        return ["No trial has finished yet."]
+    counts = {o: len(group) for o, group in by_outcome(data.trials).items()}
+    total = f"{len(data.trials):,} trial{'s' if len(data.trials) != 1 else ''}"
+    ended = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.items())
+    sentences = [f"{total} finished: {ended}."]
+    best = _best(data)
+    if best is not None:
+        value = best.trial.values[0]
+        sentences.append(f"The best value, {value:.5g}, is that of trial {best.number}.")
+    waste = _get_waste_info(data.study, data.trials)
+    if waste.spent:
+        sentences.append(f"They took {waste_finding(waste)}.")
+    return sentences
+
+
+def _best(data: ReportData) -> FinishedTrial | None:
+    """Return the best completed trial of a study with one objective."""
+    if len(data.study.directions) != 1:
+        return None
+    done = [
+        trial
+        for trial in data.trials
+        if trial.outcome == "completed"
+        and trial.trial.values
+        and math.isfinite(trial.trial.values[0])
+    ]
+    sign = -1.0 if data.study.directions[0].name == "MAXIMIZE" else 1.0
+    return min(done, key=lambda t: (sign * t.trial.values[0], t.number), default=None)
+
+
+def _tiles(data: ReportData) -> list[tuple[str, str]]:
+    tiles = [(f"{len(data.trials):,}", "trials finished")]
+    best = _best(data)
+    if best is not None:
+        tiles.append((f"{best.trial.values[0]:.4g}", f"best value, trial {best.number}"))
+    memory = [trial.amounts["memory"] for trial in data.trials if "memory" in trial.amounts]
+    if memory:
+        tiles.append((format_amount("memory", max(memory)), "maximum memory of a trial"))
+    waste = _get_waste_info(data.study, data.trials)
+    if waste.spent:
+        resource, spent = next(iter(waste.spent.items()))
+        total = format_amount(resource, sum(spent.values()))
+        share = f"{100 * waste.share(resource, 'terminated'):.0f}%"
+        tiles += [(total, get_resource(total_of(resource)).title)]
+        tiles += [(share, "of it on terminated trials")]
+    return tiles
+
+
+def _ledger_row(line: LedgerLine) -> LedgerRow:
+    shown = (line.used, line.reserved, line.left, line.quota)
+    used, reserved, left, quota = (format_amount(line.resource, v) if v else "–" for v in shown)
+    share = (line.used + line.reserved) / line.quota if line.quota else None
+    return LedgerRow(_theme.resource_title(line.resource), used, reserved, left, quota, share)
+
+
+def _ended_row(trial: FinishedTrial) -> EndedRow:
+    used = [
+        f"{_theme.resource_title(name)} {trial.format_usage(name)}"
+        for name in ("memory", "wall_time", "gpu_memory")
+        if name in trial.amounts
+    ]
+    reason = trial.record.reason or "No reason was recorded."
+    return EndedRow(trial.number, trial.outcome, reason, ", ".join(used))

@@ -1,0 +1,75 @@
+"""Run scripts with studies in an interpreter of their own, for tests of what their trials find."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+from typing import Any
+
+
+METHODS = ("forkserver", "fork", "spawn")
+
+# The scripts of `run_script` import all of this.
+HELPERS = """\
+import json, os, sys, time
+import optuna
+from optuna_quota import isolated, Limits
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+METHODS = ("forkserver", "fork", "spawn")
+
+def values(objective, n_trials=1, methods=METHODS, **options):
+    found = {}
+    for method in methods:
+        study = optuna.create_study()
+        study.optimize(isolated(objective, start_method=method, **options), n_trials=n_trials)
+        found[method] = [t.value for t in study.trials]
+    return found
+
+def say(**found):
+    with open("found.json", "w") as file:
+        json.dump(found, file)
+"""
+
+
+def run_python(folder: Path, *arguments: str, code: int = 0) -> str:
+    """Run Python in a folder and return what it prints; its errors are in ``errors.txt``.
+
+    Files take its output: a pipe would wait for processes that it leaves behind.
+    """
+    root = str(Path(__file__).parents[2])
+    output, errors = folder / "output.txt", folder / "errors.txt"
+    with output.open("w") as stdout, errors.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{folder}"},
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            cwd=folder,
+            start_new_session=True,
+        )
+        try:
+            assert process.wait(100) == code, errors.read_text()
+        finally:
+            # Processes that it leaves behind, such as managers, are in its group.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return output.read_text()
+
+
+def run_script(folder: Path, source: str, *arguments: str) -> Any:
+    """Run a script that uses ``HELPERS``, or other arguments of Python; return what it says."""
+    (folder / "helpers.py").write_text(HELPERS)
+    (folder / "script.py").write_text(f"from helpers import *\n{source}")
+    run_python(folder, *(arguments or ["script.py"]))
+    return json.loads((folder / "found.json").read_text())
+
+
+def always(*values: float | None) -> dict[str, list[float | None]]:
+    """Return the same values for each start method."""
+    return {method: list(values) for method in METHODS}

@@ -1,0 +1,165 @@
+"""The process that trials are forked from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+import pickle
+import socket
+import sys
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import isolated
+from optuna_quota import Limits
+from optuna_quota import QuotaPruner
+from optuna_quota import TrialCrashed
+from optuna_quota._isolation.forkserver_client import fork_server_client
+from optuna_quota._isolation.forkserver_client import ForkServerClient
+from optuna_quota._records import read_record
+
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def quadratic(trial: optuna.Trial) -> float:
+    return trial.suggest_float("x", -1, 1) ** 2
+
+
+@pytest.mark.slow
+def test_large_libraries_can_be_loaded_before_a_fork() -> None:
+    pytest.importorskip("sklearn.linear_model")
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.set_user_attr("loaded", "sklearn.linear_model" in sys.modules)
+        from sklearn.linear_model import LinearRegression
+
+        return float(LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0]).coef_[0])
+
+    study = optuna.create_study()
+    study.optimize(isolated(objective, preload=["sklearn.linear_model"]), n_trials=2)
+    assert [round(t.value or 0.0, 6) for t in study.trials] == [1.0, 1.0]
+    assert all(t.user_attrs["loaded"] for t in study.trials)
+
+
+@pytest.mark.slow
+def test_waiting_for_the_fork_server_is_no_time_of_the_trial(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Else a point would be taken to need more time than its limit, only since it came first.
+    (tmp_path / "long_to_load.py").write_text("import time\ntime.sleep(4)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    fork_server_client()._wanted.update(dict.fromkeys(["long_to_load"]))
+    study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time=3)))
+    study.optimize(isolated(quadratic), n_trials=1)
+    assert "long_to_load" in fork_server_client()._loaded
+    record = read_record(study.trials[0])
+    assert record.outcome == "completed"
+    assert record.usage.wall_time is not None
+    assert record.usage.wall_time < 3
+
+
+@pytest.mark.slow
+def test_modules_that_start_threads_are_left_to_the_trials(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "starts_a_thread.py").write_text(
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    client = fork_server_client()
+    client._wanted.update(dict.fromkeys(["starts_a_thread"]))
+    try:
+        study = optuna.create_study()
+        study.optimize(isolated(quadratic), n_trials=2)
+        assert len(study.trials) == 2
+        assert "starts_a_thread" in client._unsafe
+    finally:
+        client._wanted.pop("starts_a_thread")
+
+
+@pytest.mark.slow
+def test_a_package_full_of_threads_costs_one_fork_server(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "full_of_threads"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "quiet.py").write_text("")
+    for name in "abcd":
+        (package / f"{name}.py").write_text(
+            "import threading, time\n"
+            "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    client = ForkServerClient()
+    client._wanted.update(dict.fromkeys(["full_of_threads", "full_of_threads.quiet"]))
+    client._wanted.update(dict.fromkeys([f"full_of_threads.{name}" for name in "abcd"]))
+    try:
+        client.launch(None).close()
+        assert client._unsafe == {"full_of_threads.a"}
+        assert {"full_of_threads", "full_of_threads.quiet"} <= client._loaded.keys()
+        assert "full_of_threads.b" not in client._loaded
+    finally:
+        client.close()
+        client._errors.close()
+
+
+@pytest.mark.slow
+def test_threads_that_end_before_a_fork_are_no_danger() -> None:
+    # scipy alone brings no OpenBLAS, many of its modules do.
+    pytest.importorskip("scipy.special._ufuncs")
+    client = ForkServerClient()
+    client._wanted.update(
+        dict.fromkeys(["scipy", "scipy.special._ufuncs", "scipy.special._basic"])
+    )
+    try:
+        client.launch(None).close()
+        assert client._unsafe == set()
+    finally:
+        client.close()
+        client._errors.close()
+
+
+def test_the_last_message_is_read_when_the_fork_server_has_ended() -> None:
+
+    from optuna_quota._isolation.forkserver import UnsafeModule
+    from optuna_quota._isolation.forkserver_client import _unread
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.send(pickle.dumps(UnsafeModule("starts_threads")))
+    theirs.close()
+    with ours, pytest.raises(OSError):
+        try:
+            ours.send(b"too late")
+        finally:
+            assert pickle.loads(_unread(ours)) == UnsafeModule("starts_threads")
+            assert _unread(ours) == b""
+
+
+@pytest.mark.slow
+def test_files_of_the_user_are_not_taken_for_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "copy.py").write_text("raise RuntimeError('not a module')\n")
+    monkeypatch.chdir(tmp_path)
+    client = ForkServerClient()
+    try:
+        client.launch(None).close()
+    finally:
+        client.close()
+        client._errors.close()
+
+
+def test_the_reason_why_a_fork_server_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optuna_quota._isolation import forkserver_client as module
+
+    command = [sys.executable, "-c", "raise SystemExit('no luck today')"]
+    monkeypatch.setattr(module, "interpreter", lambda *_: command)
+    study = optuna.create_study()
+    with pytest.raises(TrialCrashed, match="no luck today"):
+        study.optimize(isolated(quadratic, start_method="spawn", on_crash="raise"), n_trials=1)
+    assert study.trials[0].state == TrialState.FAIL

@@ -1,0 +1,129 @@
+"""Scripts, notebooks and modules whose main module trials have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.isolation_tests.scripts import always
+from tests.isolation_tests.scripts import HELPERS
+from tests.isolation_tests.scripts import run_python
+from tests.isolation_tests.scripts import run_script
+
+
+SCRIPT = """
+import dataclasses
+import multiprocessing
+import pickle
+import optuna
+from optuna_quota import isolated
+
+print("the script runs")
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+@dataclasses.dataclass
+class Config:
+    width: int
+
+def double(x):
+    return 2 * x
+
+def objective(trial):
+    config = Config(trial.suggest_int("width", 3, 3))
+    again = pickle.loads(pickle.dumps(config))
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return float(pool.map(double, [again.width])[0])
+
+study = optuna.create_study()
+study.optimize(isolated(objective), n_trials=2)
+print([t.value for t in study.trials])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_a_notebook(tmp_path: Path) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    root = str(Path(__file__).parents[2])
+    cells = [
+        f"import sys; sys.path.insert(0, {root!r})",
+        "import optuna\nfrom optuna_quota import isolated\n"
+        "optuna.logging.set_verbosity(optuna.logging.WARNING)\nfactor = 2",
+        "def objective(trial):\n    print('in a cell', flush=True)\n    return factor * 2.0",
+        "study = optuna.create_study()\nstudy.optimize(isolated(objective), n_trials=1)",
+        "print(study.best_value)",
+        "def fails(trial):\n    return 1 / 0\n\nstudy.optimize(isolated(fails), n_trials=1)",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    client = nbclient.NotebookClient(notebook, timeout=100, kernel_name="python3")
+    with pytest.raises(nbclient.exceptions.CellExecutionError) as caught:
+        client.execute()
+    outputs = [o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", [])]
+    assert "in a cell\n" in outputs and "4.0\n" in outputs
+    # The line of the cell, which only the kernel knows.
+    assert "return 1 / 0" in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_module_that_runs_a_study_when_it_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "tuning.py").write_text(SCRIPT)
+    printed = run_python(tmp_path, "-c", "import tuning")
+    assert printed == "the script runs\n[6.0, 6.0]\n"
+
+
+@pytest.mark.slow
+def test_a_study_that_an_imported_module_runs_again_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tuning.py").write_text(SCRIPT)
+    again = "from tuning import isolated, objective, optuna; study = optuna.create_study(); "
+    again += "study.optimize(isolated(objective), n_trials=1, catch=(RuntimeError,)); "
+    again += "print(study.trials[0].state.name)"
+    assert run_python(tmp_path, "-c", again).splitlines()[-1] == "FAIL"
+
+
+GLOBALS = """
+import threading
+LOCK = threading.Lock()
+SCALE = 1.0
+
+def helper():
+    return SCALE * ARGS["scale"] + len(DATA) + objective.offset
+
+def objective(trial):
+    with LOCK:
+        return helper()
+
+if __name__ == "__main__":
+    ARGS, SCALE, DATA = {"scale": 7.0}, 2.0, [1, 2, 3]
+    objective.offset = 100
+    say(found=values(objective))
+"""
+
+
+@pytest.mark.slow
+def test_globals_that_are_set_under_a_guard(tmp_path: Path) -> None:
+    assert run_script(tmp_path, GLOBALS)["found"] == always(117.0)
+
+
+@pytest.mark.slow
+def test_a_spawned_worker_that_imports_the_study_again_says_so(tmp_path: Path) -> None:
+    source = """
+import multiprocessing as mp
+
+def objective(trial):
+    return 1.0
+
+optuna.create_study().optimize(isolated(objective), n_trials=1)
+open("runs.txt", "a").write("x")
+process = mp.get_context("spawn").Process(target=print)
+process.start()
+process.join()
+sys.exit(process.exitcode)
+"""
+    (tmp_path / "script.py").write_text(f"{HELPERS}{source}")
+    run_python(tmp_path, "script.py", code=1)
+    errors = (tmp_path / "errors.txt").read_text()
+    assert "RuntimeError" in errors and "__main__" in errors
+    assert (tmp_path / "runs.txt").read_text() == "x"

@@ -1,0 +1,214 @@
+"""A trial's process is like one that multiprocessing itself has started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.isolation_tests.scripts import run_python
+from tests.isolation_tests.scripts import run_script
+
+
+CHILD = """
+import importlib.util, multiprocessing as mp, random, signal, uuid
+import own_config, own_tool
+own_config.SCALE = 10
+own_config.TABLE["a"] = 2
+own_config.Settings.depth = 4
+
+def objective(trial):
+    assert os.path.isdir(own_tool.FOLDER.name), "removed by an earlier trial"
+    assert own_config.seen() == (10, 2, 4)
+    import numpy, tempfile
+    for name, value in {
+        "random": random.random(),
+        "numpy": float(numpy.random.rand()),
+        "generator": float(numpy.random.default_rng().random()),
+        "uuid": str(uuid.uuid4()),
+        "file": os.path.basename(tempfile.mktemp()),
+        "process": mp.current_process().name,
+    }.items():
+        trial.set_user_attr(name, value)
+    if TORCH:
+        import torch
+        trial.set_user_attr("torch", float(torch.nn.Linear(1, 1).weight))
+    parent = mp.parent_process()
+    assert parent is not None and parent.is_alive() and not mp.current_process().daemon
+    assert mp.current_process().name != "MainProcess"
+    assert bytes(mp.current_process().authkey) == KEY
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    return 1.0
+
+if __name__ == "__main__":
+    KEY = bytes(mp.current_process().authkey)
+    same = []
+    for method in METHODS:
+        # To import it takes seconds.
+        TORCH = method == "forkserver" and importlib.util.find_spec("torch") is not None
+        study = optuna.create_study()
+        study.optimize(isolated(objective, start_method=method), n_trials=2)
+        for name in study.trials[0].user_attrs:
+            if not name.startswith("quota:"):
+                if len({t.user_attrs.get(name) for t in study.trials}) != 2:
+                    same.append((method, name))
+    say(same=same, exits=open("exits.txt").read() if os.path.exists("exits.txt") else "")
+"""
+
+
+@pytest.mark.slow
+def test_a_trial_is_an_ordinary_child(tmp_path: Path) -> None:
+    (tmp_path / "own_config.py").write_text(
+        "SCALE = 1\nTABLE = {'a': 1}\nclass Settings:\n    depth = 1\n"
+        "def seen(): return SCALE, TABLE['a'], Settings.depth\n"
+    )
+    (tmp_path / "own_tool.py").write_text(
+        "import atexit, os, tempfile\nFOLDER = tempfile.TemporaryDirectory()\n"
+        "atexit.register(lambda: open('exits.txt', 'a').write('x'))\n"
+    )
+    found = run_script(tmp_path, CHILD)
+    assert found["same"] == []
+    # Handlers that a module registers are run by the study's process alone, at its own end.
+    assert found["exits"] == "" and (tmp_path / "exits.txt").read_text() == "x"
+
+
+LEFT_OPEN = """
+import multiprocessing as mp, subprocess, threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+KEPT = []
+
+def objective(trial):
+    kind = trial.number
+    if kind == 0:
+        KEPT.append(ProcessPoolExecutor(1))
+        KEPT[-1].submit(time.sleep, 600)
+    elif kind == 1:
+        KEPT.append(ThreadPoolExecutor(1))
+        KEPT[-1].submit(time.sleep, 600)
+    elif kind == 2:
+        KEPT.append(mp.Pool(1))
+        KEPT[-1].apply_async(time.sleep, (600,))
+    elif kind == 3:
+        threading.Thread(target=time.sleep, args=(600,)).start()
+    elif kind == 4:
+        mp.Process(target=time.sleep, args=(600,)).start()
+    else:
+        subprocess.Popen(["sleep", "600"])
+    return float(kind)
+
+if __name__ == "__main__":
+    start = time.monotonic()
+    found = values(objective, n_trials=6, methods=[sys.argv[1]], grace_period=1.0,
+                   limits=Limits(wall_time=5))
+    say(found=found[sys.argv[1]], took=time.monotonic() - start)
+    os._exit(0)
+"""
+
+
+# A spawned trial ends as one of the forkserver does.
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["forkserver", "fork"])
+def test_pools_threads_and_processes_that_are_left_open(tmp_path: Path, method: str) -> None:
+    found = run_script(tmp_path, LEFT_OPEN, "script.py", method)
+    assert found["found"] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert found["took"] < 30
+
+
+WORKERS = """
+import multiprocessing as mp
+from concurrent.futures import ProcessPoolExecutor
+
+SHIFT = 1.0
+
+class Result:
+    def __init__(self, value):
+        self.value = value
+
+def objective(trial):
+    return Result(SHIFT).value
+
+def work(methods):
+    return values(objective, methods=methods)
+
+if __name__ == "__main__":
+    found = {}
+    for context, count in {"fork": 2, "spawn": 1, "forkserver": 1}.items():
+        with ProcessPoolExecutor(1, mp_context=mp.get_context(context)) as executor:
+            found[context] = executor.submit(work, METHODS[:count]).result()
+    try:
+        import joblib
+    except ImportError:
+        pass
+    else:
+        # Two tasks, as joblib runs a single one in this process.
+        calls = (joblib.delayed(work)(METHODS[:1]) for _ in range(2))
+        found["loky"] = joblib.Parallel(n_jobs=2)(calls)[0]
+    say(found=found)
+"""
+
+
+@pytest.mark.slow
+def test_a_study_in_a_worker_of_a_pool(tmp_path: Path) -> None:
+    found = run_script(tmp_path, WORKERS)["found"]
+    assert set(found) >= {"fork", "spawn", "forkserver"}
+    assert all(value == [1.0] for worker in found.values() for value in worker.values())
+
+
+MANY_POOLS = """
+import multiprocessing as mp
+
+def work(x):
+    return 2 * x
+
+def objective(trial):
+    with mp.Pool(2) as pool:
+        return float(sum(pool.map(work, range(4))))
+
+found = values(objective, n_trials=20, methods=["forkserver"])
+say(found=found["forkserver"])
+"""
+
+
+@pytest.mark.slow
+def test_many_trials_with_a_pool_in_each(tmp_path: Path) -> None:
+    assert run_script(tmp_path, MANY_POOLS)["found"] == [12.0] * 20
+
+
+FORKING = """
+import atexit
+import multiprocessing
+import os
+import tempfile
+import time
+import optuna
+from optuna_quota import isolated
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+pid = os.getpid()
+folder = tempfile.TemporaryDirectory()
+helper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+helper.start()
+atexit.register(lambda: print("ends in the study's process:", os.getpid() == pid))
+
+def objective(trial):
+    own = tempfile.TemporaryDirectory()
+    trial.set_user_attr("own", own.name)
+    globals()["kept"] = own
+    return float(os.path.exists(folder.name))
+
+study = optuna.create_study()
+study.optimize(isolated(objective, start_method="fork"), n_trials=2)
+print([t.value for t in study.trials], helper.is_alive())
+print([os.path.exists(t.user_attrs["own"]) for t in study.trials])
+"""
+
+
+@pytest.mark.slow
+def test_exit_handlers_of_the_study_do_not_run_in_its_forks(tmp_path: Path) -> None:
+    assert run_python(tmp_path, "-c", FORKING).splitlines() == [
+        "[1.0, 1.0] True",
+        "[False, False]",
+        "ends in the study's process: True",
+    ]

@@ -1,0 +1,200 @@
+"""What trials print, log and warn appears in the study's process."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+import sys
+import warnings
+
+import optuna
+import pytest
+
+from optuna_quota import isolated
+from optuna_quota._isolation import output
+from tests.isolation_tests.scripts import run_python
+
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def test_output_arrives_as_if_printed_by_the_study(capsys: pytest.CaptureFixture[str]) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        print("to out", trial.number)  # noqa: T201
+        print("to err", file=sys.stderr)  # noqa: T201
+        sys.stdout.write("no newline")
+        return 0.0
+
+    optuna.create_study().optimize(isolated(objective), n_trials=1)
+    captured = capsys.readouterr()
+    assert captured.out == "to out 0\nno newline"
+    assert captured.err == "to err\n"
+
+
+def test_output_of_children_goes_to_the_descriptors(capfd: pytest.CaptureFixture[str]) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        print("from the trial", flush=True)  # noqa: T201
+        os.system("echo from a shell")
+        return 0.0
+
+    optuna.create_study().optimize(isolated(objective), n_trials=1)
+    # The two come by different ways, as `sys.stdout` is not the descriptor under pytest.
+    lines = capfd.readouterr().out.splitlines()
+    assert sorted(lines) == ["from a shell", "from the trial"]
+
+
+def test_a_closed_stream_is_not_written_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        print("lost")  # noqa: T201
+        trial.set_user_attr("none", sys.stdout is None)
+        return float(os.fstat(1).st_rdev == os.stat(os.devnull).st_rdev)
+
+    study = optuna.create_study()
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "__stdout__", None)
+    study.optimize(isolated(objective), n_trials=1)
+    assert study.best_value == 1.0
+    assert study.best_trial.user_attrs["none"]
+
+
+def test_records_reach_the_handlers_of_the_study(caplog: pytest.LogCaptureFixture) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        logger = logging.getLogger("mine.model")
+        logger.debug("not asked for")
+        logger.info("step %d", 3)
+        try:
+            raise ValueError("inner")
+        except ValueError:
+            logger.exception("caught")
+        return 0.0
+
+    with caplog.at_level(logging.INFO, logger="mine"):
+        optuna.create_study().optimize(isolated(objective), n_trials=1)
+    assert [r.getMessage() for r in caplog.records if r.name == "mine.model"] == [
+        "step 3",
+        "caught",
+    ]
+    assert "ValueError: inner" in caplog.text
+
+
+def test_warnings_are_shown_and_filtered_as_in_the_study() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        warnings.warn("take care", UserWarning, stacklevel=1)
+        return 0.0
+
+    with pytest.warns(UserWarning, match="take care"):
+        optuna.create_study().optimize(isolated(objective), n_trials=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="take care"):
+            optuna.create_study().optimize(isolated(objective), n_trials=1)
+
+
+def test_loggers_without_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "_to_reset", None)
+    plain, handled = logging.getLogger("a_plain_one"), logging.getLogger("a_handled_one")
+    handled.addHandler(logging.NullHandler())
+    try:
+        output.prepare_logging(reset=False)
+        assert output._to_reset is not None
+        assert handled in output._to_reset and plain not in output._to_reset
+    finally:
+        handled.handlers.clear()
+
+
+LOGGING = """
+import logging
+import sys
+import optuna
+from optuna_quota import isolated
+import own_module
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+logging.lastResort = logging.StreamHandler(sys.stdout)
+
+def find_logger(name):
+    logger = logging.getLogger(name)
+    if not logger.handlers:
+        logger.addHandler(own_module.handler("function"))
+    return logger
+
+find_logger("known")
+
+def objective(trial):
+    own_module.logger.warning("one")
+    find_logger("known").warning("two")
+    find_logger("unknown").warning("three")
+    logging.getLogger("unheard").warning("four")
+    return 0.0
+
+optuna.create_study().optimize(isolated(objective), n_trials=1)
+"""
+
+
+LOGGING_MODULE = """
+import logging
+import sys
+
+def handler(name):
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter(f"{name}: %(message)s"))
+    return handler
+
+logger = logging.getLogger("own")
+logger.addHandler(handler("module"))
+"""
+
+
+@pytest.mark.slow
+def test_handlers_that_trials_set_up_again_do_not_repeat_records(tmp_path: Path) -> None:
+    (tmp_path / "own_module.py").write_text(LOGGING_MODULE)
+    lines = run_python(tmp_path, "-c", LOGGING).splitlines()
+    assert sorted(lines) == ["four", "function: three", "function: two", "module: one"]
+
+
+FILTERING = """
+import sys
+import types
+import warnings
+import optuna
+from optuna_quota import isolated
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+made = types.ModuleType("made")
+made.Gone = type("Gone", (UserWarning,), {"__module__": "made"})
+sys.modules["made"] = made
+
+class Mine(UserWarning):
+    pass
+
+def local():
+    class Local(UserWarning):
+        pass
+    return Local
+
+def objective(trial):
+    warnings.warn("take care", Mine)
+    return 1.0
+
+study = optuna.create_study()
+# No trial can find these two; nothing comes of that.
+warnings.simplefilter("ignore", local())
+warnings.simplefilter("ignore", made.Gone)
+warnings.simplefilter("ignore", Mine)
+study.optimize(isolated(objective), n_trials=1)
+warnings.simplefilter("error", Mine)
+study.optimize(isolated(objective), n_trials=1, catch=Mine)
+print([t.state.name for t in study.trials])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["file", "-c"])
+def test_filters_for_warning_classes_of_the_script(tmp_path: Path, way: str) -> None:
+    (tmp_path / "script.py").write_text(FILTERING)
+    arguments = ["script.py"] if way == "file" else ["-c", FILTERING]
+    assert run_python(tmp_path, *arguments) == "['COMPLETE', 'FAIL']\n"
+    assert "take care" not in (tmp_path / "errors.txt").read_text().partition("[W ")[0]

@@ -1,0 +1,46 @@
+"""Trials on systems other than Linux."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import optuna
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import isolated
+from optuna_quota import Limits
+from optuna_quota import QuotaPruner
+from optuna_quota import TrialCrashed
+from optuna_quota._isolation import run
+from optuna_quota._records import read_record
+
+
+@pytest.mark.slow
+def test_trials_without_a_linux_supervisor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "can_supervise", lambda: False)
+
+    def objective(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        trial.report(x, 0)
+        print("here")  # noqa: T201
+        if trial.number == 1:
+            os._exit(3)
+        if trial.number == 2:
+            time.sleep(60)
+        return x
+
+    study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time="15s")))
+    study.optimize(isolated(objective), n_trials=2, catch=(TrialCrashed,))
+    study.pruner = QuotaPruner(limits=Limits(wall_time="2s"))
+    study.optimize(isolated(objective, grace_period=1.0), n_trials=1)
+    states = [t.state for t in study.trials]
+    assert states == [TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED]
+    usage = read_record(study.trials[0]).usage
+    assert usage.memory is not None and usage.memory > 5e6 and usage.cpu_time is not None
+    assert "exit code 3" in (read_record(study.trials[1]).reason or "")
+    assert read_record(study.trials[2]).outcome == "terminated"
+    assert capsys.readouterr().out.startswith("here\nhere\n")

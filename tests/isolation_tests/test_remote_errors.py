@@ -1,0 +1,50 @@
+"""Exceptions of a trial in the study's process."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import traceback
+from typing import Any
+
+from optuna_quota._isolation.remote_errors import pack_error
+from optuna_quota._isolation.remote_errors import unpack_error
+from tests.isolation_tests.trials import caught
+from tests.isolation_tests.trials import raises
+
+
+class NeedsTwo(Exception):
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(f"{first} and {second}")
+        self.first = first
+        self.handle = socket
+
+
+class Refuses(Exception):
+    def __reduce__(self) -> Any:
+        raise RuntimeError("no")
+
+
+def test_type_state_cause_and_traceback_are_kept() -> None:
+    def inner() -> None:
+        raise NeedsTwo(1, 2)
+
+    def outer() -> None:
+        try:
+            inner()
+        except NeedsTwo as error:
+            raise KeyError("outer") from error
+
+    original = caught(outer)
+    error = unpack_error(pickle.loads(pickle.dumps(pack_error(original))))
+    assert isinstance(error, KeyError) and isinstance(error.__cause__, NeedsTwo)
+    assert error.__cause__.first == 1 and str(error.__cause__) == "1 and 2"
+    text = traceback.format_exception(error)
+    # With the source lines and, from Python 3.11 on, the marks under them.
+    assert text == traceback.format_exception(original)
+    assert any("raise NeedsTwo(1, 2)" in part for part in text)
+
+
+def test_an_exception_that_refuses_to_be_pickled_keeps_its_class() -> None:
+    error = unpack_error(pack_error(caught(raises(Refuses("why")))))
+    assert isinstance(error, Refuses) and error.args == ("why",)

@@ -1,0 +1,85 @@
+"""Formulas and warnings of utilization models."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import optuna
+from optuna.distributions import FloatDistribution
+import pytest
+
+from optuna_quota import Usage
+from tests.analysis_tests.studies import finished
+from tests.analysis_tests.studies import power_law_study
+from tests.analysis_tests.studies import study_of
+from tests.utilization_tests.test_model import model_of
+
+
+def test_a_formula_has_the_floor_and_the_significant_exponents() -> None:
+    memory = model_of(power_law_study(100)).formula
+    time = model_of(power_law_study(100), "wall_time").formula
+
+    assert memory.startswith("memory = 2") and " MiB + " in memory and "rows^2.0" in memory
+    assert "lr" not in memory
+    assert "rows^1.0" in time and "width^0.5" in time and "optimizer=" in time
+
+
+def test_a_formula_without_any_effect_says_so() -> None:
+    study = power_law_study(50, memory=lambda _: 5e8, seed=2)
+
+    model = model_of(study)
+
+    assert "no hyperparameter moves it clearly" in model.formula or "p" in model.formula
+    assert (model.coefficients["p_value"].dropna() > 0.001).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("twins", "determine it"),
+        ("together", "can hardly be told apart"),
+        ("outlier", "Cook's distance"),
+        ("bend", "bends"),
+        ("cut", "ended early"),
+    ],
+)
+def test_diagnostics_warn(change: str, expected: str) -> None:
+    model = model_of(flawed_study(change))
+
+    assert any(expected in warning for warning in model.diagnostics), model.diagnostics
+
+
+@pytest.mark.slow
+def test_a_correct_model_has_no_warnings() -> None:
+    found = [model_of(power_law_study(80, seed=s), "cpu_time").diagnostics for s in range(10)]
+
+    assert sum(map(len, found)) <= 2, found
+
+
+def flawed_study(change: str) -> optuna.Study:
+    rng = np.random.default_rng(8)
+    space = {name: FloatDistribution(1.0, 1000.0, log=True) for name in ("rows", "other")}
+    trials = []
+    for i in range(80):
+        rows = float(np.exp(rng.uniform(0, math.log(1000))))
+        other = float(np.exp(rng.uniform(0, math.log(1000))))
+        noise = 0.1 * rng.standard_normal()
+        memory, factor = rows, 1.0
+        if change == "twins":
+            other = rows
+        elif change == "together":
+            other = min(1000.0, max(1.0, rows * float(np.exp(0.05 * rng.standard_normal()))))
+        elif change == "outlier":
+            rows = memory = 5.0 + i / 40 if i else 1000.0
+            factor = 1.0 if i else 1e-3
+        elif change == "bend":
+            memory = float(np.exp(0.3 * math.log(rows) ** 2))
+        usage = Usage(memory=1e6 * memory * factor * math.exp(noise))
+        params = {"rows": rows, "other": other}
+        if change == "cut" and i % 3:
+            early = {"quota:memory": usage.memory, "quota:outcome": "terminated"}
+            trials.append(finished(params, usage, space, user_attrs=early))
+        else:
+            trials.append(finished(params, usage, space))
+    return study_of(*trials)

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+import re
+from typing import Any
+
+import optuna
+from optuna.distributions import FloatDistribution
+import pytest
+
+from optuna_quota import analyze
+from optuna_quota import Limits
+from optuna_quota import Usage
+from optuna_quota import visualization
+from optuna_quota._records import TrialRecord
+from optuna_quota._resources import Breach
+from optuna_quota.visualization import _html_report
+from optuna_quota.visualization import _plotly
+from tests.browser import chromium
+from tests.browser import faults
+from tests.browser import wait_for
+from tests.visualization_tests.studies import add_row
+from tests.visualization_tests.studies import empty_study
+from tests.visualization_tests.studies import made_study
+
+
+GIB = 2**30
+HOSTILE = "</script><img src=x onerror='window.hacked=1'>&\u2028\x07"
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [v or "" for k, v in attrs if k in ("src", "href") or k.startswith("on")]
+
+
+def tags_of(page: str) -> Tags:
+    parser = Tags()
+    parser.feed(page)
+    return parser
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    return analyze(made_study(40, name="a study"))
+
+
+def hostile_study() -> optuna.Study:
+    name = f"p {HOSTILE}"
+    space = {name: FloatDistribution(0.1, 1)}
+    study = empty_study(name=f"s {HOSTILE}", limits=Limits(memory="1GiB"))
+    breach = Breach("memory", GIB, 2 * GIB, 1.0)
+    for n in range(25):
+        usage = Usage(memory=GIB * (0.1 + n / 40), wall_time=1 + n)
+        add_row(study, TrialRecord(usage, "completed"), params={name: 0.1 + n / 40}, space=space)
+    line = ((0.0, 1e8), (1.0, 2e9))
+    usage = Usage(memory=2 * GIB)
+    record = TrialRecord(usage, "terminated", HOSTILE, breach, host=HOSTILE, timeline=line)
+    add_row(study, record, params={name: 1.0}, space=space)
+    return study
+
+
+def test_figures_are_named_and_in_the_order_to_read_them(report: Any) -> None:
+    figures = visualization.figures(report)
+    assert list(figures)[:3] == ["usage_memory", "usage_wall_time", "usage_cpu_time"]
+    expected = {"burn_down", "waste", "correlations", "usage_slice_memory", "footprint_memory"}
+    assert expected | {"quality_cost"} <= set(figures)
+    assert any(name.startswith("timeline_") for name in figures)
+    assert report.figures().keys() == figures.keys()
+
+
+def test_the_file_needs_nothing_beside_it(report: Any, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    visualization.to_html(report, path)
+    page = path.read_text(encoding="utf-8")
+    assert page.count("plotly.js v") <= 2 and 4e6 < len(page) < 7e6
+    assert not tags_of(re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)).addresses
+    for heading in ("Ledger", "fitted models", "Terminated and rejected trials"):
+        assert heading in page
+
+
+def test_a_file_without_plots_has_tables_and_no_script(report: Any, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    visualization.to_html(report, path, interactive=False)
+    page = path.read_text(encoding="utf-8")
+    found = tags_of(page)
+    assert "script" not in found.tags and not found.addresses
+    assert "Where the budget went" in page and "rank correlations" in page
+    assert len(page) < 50_000
+
+
+def test_without_plotly_the_file_has_tables_and_names_the_extra(
+    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_html_report, "find_spec", lambda name: None)
+    path = tmp_path / "report.html"
+    report.to_html(path)
+    page = path.read_text(encoding="utf-8")
+    assert "optuna-quota[plot]" in page and "Where the budget went" in page
+    assert "script" not in tags_of(page).tags
+
+
+def test_a_notebook_shows_texts_and_tables_without_script(report: Any) -> None:
+    page = report._repr_html_()
+    found = tags_of(page)
+    assert "script" not in found.tags and "table" in found.tags
+    assert "report.figures()" in page and len(page) < 50_000
+
+
+@pytest.mark.parametrize("n_trials", [0, 1])
+def test_studies_with_next_to_nothing_have_a_report(n_trials: int, tmp_path: Path) -> None:
+    study = made_study(n_trials) if n_trials else empty_study()
+    path = tmp_path / "report.html"
+    analyze(study).to_html(path)
+    assert "Resource usage of" in path.read_text(encoding="utf-8")
+    assert "Ledger" in analyze(study)._repr_html_()
+
+
+def test_nothing_in_a_study_becomes_markup(tmp_path: Path) -> None:
+    report = analyze(hostile_study())
+    path = tmp_path / "report.html"
+    for interactive in (True, False):
+        visualization.to_html(report, path, interactive=interactive)
+        found = tags_of(path.read_text(encoding="utf-8"))
+        assert "img" not in found.tags and not found.addresses
+        assert found.tags.count("script") == (2 if interactive else 0)
+
+
+def test_without_plotly_a_plot_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(_plotly.importlib, "import_module", missing)
+    with pytest.raises(ImportError, match=r"optuna-quota\[plot\]"):
+        visualization.plot_usage(made_study(3))
+
+
+@pytest.mark.browser
+def test_a_browser_draws_the_report_without_network_or_fault(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    report = analyze(hostile_study())
+    visualization.to_html(report, path)
+    with chromium() as driver:
+        driver.get(path.as_uri())
+        drawn = wait_for(
+            driver,
+            """const plots = [...document.querySelectorAll(".plot")];
+               return plots.every(p => p.querySelector(".main-svg")) ? plots.length : null;""",
+        )
+        assert drawn == len(visualization.figures(report))
+        script = "return performance.getEntriesByType('resource').map(e => e.name);"
+        assert driver.execute_script(script) == []
+        assert driver.execute_script("return window.hacked === undefined;")
+        width = "return document.documentElement.scrollWidth - window.innerWidth;"
+        assert driver.execute_script(width) <= 0
+        assert not faults(driver)
