@@ -1,4 +1,4 @@
-"""Amounts whose sums are beyond all numbers are printed, not raised."""
+"""Amounts whose sums exceed the largest float are shown without errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rows() -> list[optuna.trial.FrozenTrial]:
     ]
 
 
-# Models of such amounts say nothing, and numpy says that.
+# Models of such amounts are meaningless, and numpy warns.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(
     "quota",
@@ -45,7 +45,7 @@ def rows() -> list[optuna.trial.FrozenTrial]:
     ],
     ids=["held", "totals", "cost"],
 )
-def test_whatever_is_shown_of_them_is_shown(quota: Quota) -> None:
+def test_huge_amounts_are_shown(quota: Quota) -> None:
     limits = Limits(wall_time=HUGE, cpu_time=HUGE, memory=HUGE)
     sampler = QuotaSampler(
         optuna.samplers.RandomSampler(), quota=quota, strategy=Strategy(30, n_jobs=2)
