@@ -184,7 +184,6 @@ class TrialState:
 
     @property
     def limits(self) -> Limits:
-        """The trial's limits."""
         return self._limits
 
     @property
@@ -221,7 +220,6 @@ class TrialState:
         return usage_from_amounts(amounts)
 
     def ceiling(self, resource: str) -> float | None:
-        """Return the ceiling on a resource, None without one."""
         found = self._ceilings.get(resource)
         return None if found is None else found.limit
 
@@ -334,7 +332,6 @@ class TrialState:
             self.breach = None
 
     def add_callback(self, callback: Callable[[Breach], None]) -> None:
-        """Register a callback for the first breach."""
         self._callbacks.append(callback)
 
     def take_callbacks(self) -> list[Callable[[], None]]:

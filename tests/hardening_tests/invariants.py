@@ -178,7 +178,7 @@ class StudyInvariants(RuleBasedStateMachine):
                 except WouldWait:
                     # Dead workers of another host keep their lease for a while.
                     assert attempt < 2, "waits although no other worker is alive"
-                last.study.sampler._session(last.study, self.limits).ledger._undertaker.look()
+                last.study.sampler._session(last.study).ledger._undertaker.look()
             self.simulation.advance(11 * LEASE)
         assert str(status(last.study))
         assert len(trial_table(last.study)) == len(self.rows())

@@ -142,6 +142,9 @@ def objective(trial):
     again.buf[1] += 1
     again.close()
     if trial.number == 1:
+        # A thread sends the item.
+        QUEUE.close()
+        QUEUE.join_thread()
         own = shared_memory.SharedMemory(create=True, size=1000)
         pathlib.Path("own.txt").write_text(own.name)
         os.kill(os.getpid(), 9)

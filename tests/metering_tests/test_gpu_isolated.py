@@ -57,7 +57,7 @@ def rows(nvml: Nvml) -> Callable[..., list[dict[str, Any]]]:
 Rows = Callable[..., list[dict[str, Any]]]
 
 
-def test_in_a_container_a_limit_holds_and_the_row_says_how_it_was_told(rows: Rows) -> None:
+def test_in_a_container_a_limit_holds_and_the_row_has_the_source(rows: Rows) -> None:
     found = rows(
         """
 def state(held, *mine):
@@ -81,7 +81,7 @@ tune(objective, n_trials=3, gpu_memory=4 * GB)
     assert {row["gpu_source"] for row in found} == {"device"}
 
 
-def test_an_isolated_trial_is_told_by_process_and_takes_nothing_over(rows: Rows) -> None:
+def test_an_isolated_trial_is_measured_by_process(rows: Rows) -> None:
     found = rows(
         """
 def objective(trial):
@@ -115,7 +115,7 @@ say(device(0, 0))
 """
 
 
-def test_a_gpu_that_others_filled_fails_the_trial_and_teaches_nothing(rows: Rows) -> None:
+def test_a_gpu_filled_by_others_fails_the_trial_without_a_breach(rows: Rows) -> None:
     found = rows(OOM + "tune(objective, n_trials=14, gpu_memory=10 * GB)")
     assert [row["outcome"] for row in found] == ["failed"] * 5 + ["completed"] * 9
     assert {row["state"] for row in found[:5]} == {"FAIL"}
@@ -161,7 +161,7 @@ for run in (
 
 
 @pytest.mark.parametrize("fraction", [0.8, 0.1])
-def test_caps_are_of_the_instance_that_the_trial_sees(rows: Rows, fraction: float) -> None:
+def test_caps_are_relative_to_the_visible_instance(rows: Rows, fraction: float) -> None:
     instance = "MIG-small" if fraction == 0.8 else "MIG-large"
     (row,) = rows(
         """
@@ -178,7 +178,7 @@ tune(objective, gpu_memory=4 * GB)
     assert row["fraction"] == fraction
 
 
-def test_each_trial_on_the_gpu_that_it_was_given_in_a_container(rows: Rows) -> None:
+def test_trials_with_a_gpu_each_in_a_container(rows: Rows) -> None:
     found = rows(
         """
 STATE = os.environ["FAKE_NVML"]
@@ -217,12 +217,12 @@ def objective(trial):
 """
 
 
-def test_without_a_driver_the_frameworks_own_counters_tell(rows: Rows) -> None:
+def test_without_a_driver_the_frameworks_own_counters_are_used(rows: Rows) -> None:
     code = FAKE_TORCH.format(peak=GB) + "tune(objective)\n"
     (row,) = rows(code, has_driver=False)
     assert (row["gpu_memory"], row["gpu_source"]) == (3 * GB, "framework")
 
 
-def test_a_framework_that_used_no_gpu_tells_nothing(rows: Rows) -> None:
+def test_a_framework_without_gpu_use_records_nothing(rows: Rows) -> None:
     (row,) = rows(FAKE_TORCH.format(peak=0) + "tune(objective)\n", has_driver=False)
     assert "gpu_memory" not in row and "gpu_source" not in row
