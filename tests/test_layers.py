@@ -114,13 +114,8 @@ def circles() -> list[list[str]]:
     return sorted(sorted(group) for group in groups)
 
 
-# Folders in which there are circles: to be empty.
-CIRCULAR = {"_isolation"}
-
-
 def test_no_modules_import_each_other() -> None:
-    found = [group for group in circles() if not {m.split(".")[1] for m in group} <= CIRCULAR]
-    assert found == []
+    assert circles() == []
 
 
 def test_some_packages_are_imported_in_one_place() -> None:
