@@ -1,9 +1,8 @@
-"""Time of `analyze` on studies of 100, 1,000 and 20,000 trials, all of the report computed.
+"""Time of `analyze` with its whole summary on studies of 100, 1,000 and 20,000 trials.
 
-A fifth of the trials was terminated, six hyperparameters, three resources. Beside it stand what
-one would write by hand: `scipy.stats.spearmanr` for each pair and a log-log OLS with HC3 for each
-resource, which knows no floor, no lower bounds, no interactions and no advice; and the time that
-reading the study takes alone.
+The studies have six hyperparameters and three resources, and a fifth of the trials was terminated.
+Compared are a script by hand (`scipy.stats.spearmanr` for each pair and a log-log OLS with HC3 for
+each resource, without floors, lower bounds, interactions and advice), and reading the study.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ SPACE = {
 
 
 def study_of(n: int) -> optuna.Study:
-    """Return a study whose use of resources follows a formula."""
+    """Return a study whose usage follows a formula."""
     rng = np.random.default_rng(n)
     study = optuna.create_study()
     trials = [trial_of(rng) for _ in range(n)]
@@ -69,7 +68,7 @@ def trial_of(rng: np.random.Generator) -> optuna.trial.FrozenTrial:
 
 
 def whole_report(study: optuna.Study) -> None:
-    """Compute all of a report but its footprint, which is the online model's."""
+    """Compute all of a report but its footprint, which is the online model."""
     report = analyze(study)
     report.summary()
 
@@ -103,7 +102,7 @@ def main() -> None:
         case(study_of(60))  # imports
     print(
         f"{'trials':>7}  {'':<24}{'clock, s':>10}{'CPU, s':>9}{'CPU a trial, ms':>17}"
-        f"{'CPU to by hand':>16}"
+        f"{'CPU / by hand':>16}"
     )
     for n in sizes:
         study = study_of(n)
@@ -117,7 +116,7 @@ def main() -> None:
 
 
 def medians_of(case, study: optuna.Study, repetitions: int) -> tuple[float, float]:
-    """Return the median seconds on the clock and of CPU."""
+    """Return the median clock time and CPU time in seconds."""
     clock, cpu = zip(*(seconds_of(case, study) for _ in range(repetitions)), strict=True)
     return statistics.median(clock), statistics.median(cpu)
 

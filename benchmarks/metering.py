@@ -21,7 +21,7 @@ import time
 
 
 PERIODS = (0.01, 0.05, 0.1)
-AS_SHIPPED = 0.0  # this library's own pace, beside the others at 100 ms
+AS_SHIPPED = 0.0  # this library's own intervals, beside the others at 100 ms
 WAYS = ("this library", "psutil tree", "nvitop")
 
 
@@ -30,8 +30,8 @@ def start_this_library(period: float) -> threading.Thread:
     from optuna_quota._metering import MeteringLoop
 
     loop = MeteringLoop(period=period or None)
-    watch = loop.monitor((0, 0), limits=Limits(memory="64GiB", wall_time="1h"))
-    watch.started -= 60  # as in a trial that has been running for a minute
+    monitor = loop.monitor((0, 0), limits=Limits(memory="64GiB", wall_time="1h"))
+    monitor.started -= 60  # as in a trial that has been running for a minute
     return find_thread("optuna-quota-metering")
 
 
@@ -120,7 +120,7 @@ def child(way: str, period: float, load: str, workers: int, seconds: float) -> N
 
 
 def at_rest(seconds: float) -> None:
-    """The loop between trials: a watch was open, none is now."""
+    """The loop between trials."""
     from optuna_quota._metering import MeteringLoop
 
     loop = MeteringLoop()
@@ -134,22 +134,22 @@ def at_rest(seconds: float) -> None:
 
 
 def a_trial(n: int) -> None:
-    """What opening and closing a watch costs a trial, and one look at it."""
+    """What starting and ending the metering of a trial costs, and one sample."""
     from optuna_quota._metering import MeteringLoop
 
     loop = MeteringLoop()
-    opened, looked = [], []
+    metered, sampled = [], []
     for i in range(n):
         begun = time.perf_counter()
-        watch = loop.monitor((0, i))
+        monitor = loop.monitor((0, i))
         middle = time.perf_counter()
-        watch.sample()
-        looked.append(time.perf_counter() - middle)
-        watch.close()
-        opened.append(time.perf_counter() - begun - looked[-1])
+        monitor.sample()
+        sampled.append(time.perf_counter() - middle)
+        monitor.close()
+        metered.append(time.perf_counter() - begun - sampled[-1])
     print(
-        f"A trial: {statistics.median(opened) * 1e6:.0f} µs to open and close, "
-        f"{statistics.median(looked) * 1e6:.0f} µs a look (medians of {n})."
+        f"A trial: {statistics.median(metered) * 1e6:.0f} µs to start and end, "
+        f"{statistics.median(sampled) * 1e6:.0f} µs a sample (medians of {n})."
     )
 
 
@@ -179,8 +179,8 @@ def table(seconds: float, repeats: int) -> None:
                         for _ in range(repeats)
                     ]
                     shares.append(statistics.median(runs))
-                pace = f"{period * 1e3:.0f} ms" if period else "as shipped / 100 ms"
-                name = f"{load}, {workers} workers, {pace}"
+                interval = f"{period * 1e3:.0f} ms" if period else "as shipped / 100 ms"
+                name = f"{load}, {workers} workers, {interval}"
                 figures = (f"{share * 100:13.3f}%" for share in shares)
                 print(f"{name:42}", *figures, f"1/{shares[1] / shares[0]:.0f}", flush=True)
 

@@ -89,7 +89,7 @@ STUDY_PUBLISHED = PREFIX + "published"
 
 # Characters. MySQL takes 65,535 bytes of an attribute, and JSON needs twelve for some characters;
 # a longer one would make it refuse everything that is written together with it.
-LONGEST_REASON = 4000
+MAX_REASON_LENGTH = 4000
 
 _NOT_METERS = {
     key.removeprefix(PREFIX)
@@ -259,8 +259,8 @@ def record_attributes(record: TrialRecord) -> dict[str, Any]:
         PREFIX + name: plain_number(value) for name, value in record.usage.amounts().items()
     }
     reason = record.reason
-    if reason is not None and len(reason) > LONGEST_REASON:
-        reason = f"{reason[:LONGEST_REASON]}…"
+    if reason is not None and len(reason) > MAX_REASON_LENGTH:
+        reason = f"{reason[:MAX_REASON_LENGTH]}…"
     texts = {
         OUTCOME: record.outcome,
         REASON: reason,

@@ -86,19 +86,17 @@ def table_of(
 
 def measured_usage(trial: FrozenTrial, record: _records.TrialRecord) -> dict[str, float]:
     """Return what a trial used, by resource; wall time from Optuna's where it was not measured."""
-    amounts = record.usage.amounts()
-    if "wall_time" not in amounts and record.outcome != "rejected":
-        seconds = _seconds_by_optuna(trial)
-        if seconds is not None:
-            amounts["wall_time"] = seconds
+    amounts, duration = record.usage.amounts(), trial.duration
+    ran = trial.state.is_finished() and record.outcome != "rejected"
+    # A clock that was set back in between measures nothing.
+    if (
+        "wall_time" not in amounts
+        and ran
+        and duration is not None
+        and duration.total_seconds() >= 0
+    ):
+        amounts["wall_time"] = duration.total_seconds()
     return amounts
-
-
-def _seconds_by_optuna(trial: FrozenTrial) -> float | None:
-    if not trial.state.is_finished() or not trial.datetime_start or not trial.datetime_complete:
-        return None
-    seconds = (trial.datetime_complete - trial.datetime_start).total_seconds()
-    return seconds if seconds >= 0 else None
 
 
 def _value_columns(trials: Sequence[FrozenTrial], n_objectives: int) -> dict[str, Any]:

@@ -176,7 +176,7 @@ class FakeMetering:
         self.tree = FakeProcessTree()
         self.trees: dict[int, FakeProcessTree] = {}
         self.loop = MeteringLoop(
-            clock=self.clock, open_tree=self._open, open_meters=lambda watch: (), threaded=False
+            clock=self.clock, open_tree=self._open, open_meters=lambda monitor: (), threaded=False
         )
 
     def advance(self, seconds: float) -> None:

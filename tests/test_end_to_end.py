@@ -60,6 +60,7 @@ def study(tmp_path: Path) -> optuna.Study:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "measured"])
 def test_the_lines_of_the_readme(study: optuna.Study, strict: bool, tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_a_quota_of_trials_ends_optimize_quietly(caplog: pytest.LogCaptureFixtur
     finally:
         optuna.logging.disable_propagation()
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 3
-    # A record may reach the fixture by two handlers; it is one record for all that.
+    # A record may reach the fixture by two handlers.
     warned = {id(r): r.getMessage() for r in caplog.records if "quota" in r.getMessage()}
     assert len(warned) == 1, warned
     assert "3" in next(iter(warned.values()))

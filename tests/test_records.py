@@ -133,7 +133,7 @@ KEYS = [
 ]
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from(["quota:" + k for k in KEYS]), json_values))
 def test_any_attributes_are_read_without_an_error(attributes: dict[str, Any]) -> None:
     record = _records.parse_record(attributes)

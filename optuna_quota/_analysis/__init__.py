@@ -1,1 +1,1 @@
-"""What a finished or running study says about its use of resources."""
+"""Analysis of a study: correlations, advice, a summary, and replays under other limits."""

@@ -1,1 +1,1 @@
-"""Stopping what is over a limit: in process, in a child process, by a pruner."""
+"""Enforce limits: check, prune or interrupt a trial, and record how it ended."""

@@ -1,1 +1,1 @@
-"""Models of what a trial uses, learned while the study runs."""
+"""Footprints: the expected usage of a point, stated by the user or learned from trials."""

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 
+_MAX_COMPLETIONS = 16
+
+
 def latin_hypercube(n_points: int, n_columns: int, generator: np.random.Generator) -> np.ndarray:
     """Return a Latin hypercube sample, shape ``(n_points, n_columns)``."""
     strata = generator.permuted(np.tile(np.arange(n_points), (n_columns, 1)), axis=1).T
@@ -110,9 +113,6 @@ def spaced_values(distribution: BaseDistribution, count: int = 9) -> list[Any]:
     return [value_at(distribution, i / (count - 1)) for i in range(count)]
 
 
-_MAX_COMPLETIONS = 16
-
-
 def likely_completions(
     known: Mapping[str, Any], past: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
@@ -132,7 +132,7 @@ def likely_completions(
         missing = {name: value for name, value in params.items() if name not in known}
         if not missing:
             # A trial with the same choices had no other parameters.
-            return [known] if not found else [*found, known]
+            return [*found, known]
         found.append({**missing, **known})
         if len(found) >= _MAX_COMPLETIONS:
             break

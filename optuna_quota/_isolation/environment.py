@@ -116,7 +116,7 @@ def enter_context(context: ProcessContext, *, has_main: bool) -> None:
 
 
 def seed(context: ProcessContext) -> None:
-    """Seed the global generators: a forked process would repeat its template's numbers."""
+    """Seed the global generators: a forked process would repeat its parent's numbers."""
     for module, value in context.seeds.items():
         after_import(module, functools.partial(_SEEDERS[module], value))
 

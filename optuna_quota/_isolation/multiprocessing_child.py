@@ -60,7 +60,7 @@ def _detach_resource_tracker() -> None:
     """Let this process start its own resource tracker, which removes what it leaves behind."""
     tracker: Any = resource_tracker._resource_tracker
     if tracker._fd is not None:
-        with contextlib.suppress(OSError):  # closed with all that the template has open
+        with contextlib.suppress(OSError):  # closed with other files of the fork server
             os.close(tracker._fd)
         tracker._fd = tracker._pid = None
 
@@ -90,7 +90,7 @@ _is_in_preparation = False
 
 
 def begin_preparation() -> None:
-    """Note that this process, a trial's or a template, prepares for an objective."""
+    """Note that this process, a trial's or a fork server, prepares for an objective."""
     global _is_in_preparation
     _is_in_preparation = True
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import psutil
 
 
-# Seconds between two looks at the trial's processes.
+# Seconds between two readings of the trial's processes.
 _INTERVAL = 0.02
 
 
@@ -48,6 +48,9 @@ def launch_portable() -> TrialConnections:
                 interpreter("portable", handle), pass_fds=[handle], start_new_session=True
             )
         else:
+            for sock in (ours, theirs):
+                # A message sent in two parts would wait for an acknowledgement in between.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             process = subprocess.Popen(interpreter("portable", None), stdin=subprocess.PIPE)
             assert process.stdin is not None
             with process.stdin:
@@ -66,8 +69,6 @@ def main(handle: int | None) -> None:
     """
     if handle is None:
         sock = socket.fromshare(sys.stdin.buffer.read())  # type: ignore[attr-defined]
-        # A message that is sent in two parts would wait for an acknowledgement in between.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     else:
         sock = socket.socket(fileno=handle)
     os._exit(run_child(Channel(sock)))

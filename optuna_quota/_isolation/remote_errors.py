@@ -8,6 +8,7 @@ the study's process knows. So the position of each frame is sent, and rebuilt as
 from __future__ import annotations
 
 import ast
+import contextlib
 from dataclasses import dataclass
 import itertools
 import pickle
@@ -71,10 +72,7 @@ def pack_error(error: BaseException, _seen: frozenset[int] = frozenset()) -> Sen
 
 def unpack_error(sent: SentError) -> BaseException:
     """Return the exception as it was raised, with a traceback that shows where."""
-    try:
-        error: BaseException = pickle.loads(sent.data)
-    except Exception:  # noqa: BLE001 - its module may be found only where it was raised
-        error = _rebuild(sent.base, (sent.text,), {})
+    error = _load(sent)
     error.__cause__ = None if sent.cause is None else unpack_error(sent.cause)
     error.__context__ = None if sent.context is None else unpack_error(sent.context)
     error.__suppress_context__ = sent.suppress_context
@@ -83,6 +81,15 @@ def unpack_error(sent: SentError) -> BaseException:
         stub, instruction = _stub_frame(file, function, position)
         traceback = TracebackType(traceback, stub, instruction, position[0])
     return error.with_traceback(traceback)
+
+
+def _load(sent: SentError) -> BaseException:
+    with contextlib.suppress(Exception):  # its module may be found only where it was raised
+        error: BaseException = pickle.loads(sent.data)
+        return error
+    with contextlib.suppress(TypeError):  # a group can't be made without its members
+        return _rebuild(sent.base, (sent.text,), {})
+    return RuntimeError(sent.text)
 
 
 def _dump(error: BaseException) -> bytes:
@@ -149,7 +156,8 @@ def _frames(traceback: TracebackType | None) -> list[Frame]:
 
 
 def _position(traceback: TracebackType) -> Position:
-    line, index = traceback.tb_lineno, traceback.tb_lasti // 2
+    # Generated code may have no lines.
+    line, index = traceback.tb_lineno or 1, traceback.tb_lasti // 2
     if sys.version_info >= (3, 11) and index >= 0:
         positions = traceback.tb_frame.f_code.co_positions()
         first, last, start, end = next(itertools.islice(positions, index, None))

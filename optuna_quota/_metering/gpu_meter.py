@@ -120,7 +120,6 @@ class GpuMeter:
         return readings
 
     def close(self) -> None:
-        """Release the devices."""
         self._is_closed = True
         if self._reader is not None:
             self._reader.release(self)

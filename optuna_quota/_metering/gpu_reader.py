@@ -156,7 +156,6 @@ class GpuReader:
 
     @property
     def identities(self) -> frozenset[str]:
-        """The devices."""
         return frozenset(reader.device.identity for reader in self._devices)
 
     def claim(self, trial: object, devices: frozenset[str]) -> None:

@@ -15,15 +15,12 @@ from pathlib import Path
 import psutil
 
 
+# Where /proc and /sys are; tests pass another folder.
 _ROOT = Path("/")
 
 
 def host_memory_limit(root: Path = _ROOT) -> float:
-    """Return the bytes of memory that the processes here may hold together.
-
-    Args:
-        root: Where /proc and /sys are; for tests.
-    """
+    """Return the bytes of memory that the processes here may hold together."""
     limits = (_number(limit) for limit, _, _ in _memory_cgroups(root))
     total = float(psutil.virtual_memory().total)
     return min([total, *(limit for limit in limits if limit is not None)])
@@ -33,9 +30,6 @@ def available_memory(root: Path = _ROOT) -> float:
     """Return the bytes of memory available here without swapping or being killed.
 
     Of what a cgroup holds, the inactive part of the page cache is freed on demand.
-
-    Args:
-        root: Where /proc and /sys are; for tests.
     """
     available = [float(psutil.virtual_memory().available)]
     for limit, current, stat in _memory_cgroups(root):
@@ -50,9 +44,6 @@ def cpu_count(root: Path = _ROOT) -> float:
 
     The least of the processors this process may run on and the quotas of its cgroup and its
     ancestors.
-
-    Args:
-        root: Where /proc and /sys are; for tests.
     """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))

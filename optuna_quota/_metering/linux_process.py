@@ -83,8 +83,8 @@ _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 class LinuxProcess:
     """One process by its open directory in /proc.
 
-    A descriptor stays bound to the process that it was opened for: if the pid is reused, reading
-    fails instead of showing another process.
+    A descriptor stays bound to the process that it was opened for: once it is gone, reading raises
+    OSError, also if the pid is reused.
 
     Args:
         pid: Its pid.
@@ -147,9 +147,6 @@ class LinuxProcess:
 
         Shared pages count in full. statm gives the anonymous part (0.6 µs), but adds shared memory
         to files: status (3 µs) is read when that sum has changed.
-
-        Raises:
-            OSError: If it is gone.
         """
         self.statm = os.pread(self._statm, 128, 0)
         _, resident, shared, _ = self.statm.split(b" ", 3)
@@ -162,9 +159,6 @@ class LinuxProcess:
         """Return its memory with each page divided by its holders; costs 0.1 to 1.4 ms.
 
         Nothing for a zombie; all as its own if it can't be read (another user's).
-
-        Raises:
-            OSError: If it is gone.
         """
         status = self._read_status()
         shmem = _size(status, b"RssShmem:")
@@ -196,9 +190,6 @@ class LinuxProcess:
 
         Args:
             huge: The bytes of huge pages allocated on this host.
-
-        Raises:
-            OSError: If it is gone.
         """
         status = self._read_status()
         if b"VmHWM:" not in status:
@@ -215,20 +206,11 @@ class LinuxProcess:
         return None if before is None else unseen_peak(before, now)
 
     def faults(self) -> int:
-        """Return the page faults so far.
-
-        Raises:
-            OSError: If it is gone.
-        """
         fields = self._stat_fields()
         return int(fields[7]) + int(fields[9])
 
     def times(self) -> tuple[float, float]:
-        """Return the CPU-seconds of its own and of its reaped children.
-
-        Raises:
-            OSError: If it is gone.
-        """
+        """Return the CPU-seconds of its own and of its reaped children."""
         if self.is_self:
             import resource
 
@@ -252,11 +234,6 @@ class LinuxProcess:
         return 0.0
 
     def parent_pid(self) -> int:
-        """Return the pid of its parent.
-
-        Raises:
-            OSError: If it is gone.
-        """
         return int(self._stat_fields()[1])
 
     def children(self) -> set[int]:
@@ -288,7 +265,6 @@ class LinuxProcess:
                 os.close(handle)
 
     def close(self) -> None:
-        """Close the descriptors; idempotent."""
         handles = (self._folder, self._stat, self._statm, self._status)
         self._folder = self._stat = self._statm = self._status = -1
         for handle in handles:
@@ -328,7 +304,6 @@ def has_swap() -> bool:
 
 
 def _size(text: bytes, name: bytes) -> int:
-    """Return the bytes of one line such as ``VmRSS:  123 kB``, 0 without it."""
     at = text.find(name)
     if at < 0:
         return 0

@@ -68,7 +68,6 @@ class ProcessCreationProbe:
         self._not_before = time.perf_counter() + 20 * seconds
 
     def close(self) -> None:
-        """Close the descriptor; idempotent."""
         handle, self._handle = self._handle, -1
         if handle >= 0:
             os.close(handle)
@@ -143,7 +142,6 @@ class LinuxProcessTree:
     def read(
         self, *, thorough: bool, without: Collection[int] = (), ceiling: float = math.inf
     ) -> TreeReading:
-        """Return what the tree holds and has used."""
         self._ceiling = ceiling
         self._disown(without)
         if thorough:
@@ -184,13 +182,11 @@ class LinuxProcessTree:
         return since_boot() - self._root.started
 
     def reset_peak(self) -> None:
-        """Forget the peaks so far."""
         self._peak = None
         for process in self._members.values():
             process.reset_peak()
 
     def close(self) -> None:
-        """Close all descriptors."""
         for process in (*self._members.values(), *self._foreign.values()):
             process.close()
         if self._reaper is not None:

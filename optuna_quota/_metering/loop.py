@@ -57,7 +57,6 @@ class TrialMonitor(TrialState):
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start, until it was closed."""
         now = self._loop.now() if self._ended is None else self._ended
         return max(0.0, now - self.started)
 
@@ -365,7 +364,6 @@ class MeteringLoop:
             self._wakeup.release()
 
     def meters_of(self, monitor: TrialMonitor) -> Sequence[ScheduledMeter]:
-        """Return the meters of a trial."""
         return tuple(self._meters.get(monitor, ()))
 
     def read_meters(self, meters: Iterable[ScheduledMeter], *, timeout: float = 0.0) -> None:

@@ -95,7 +95,6 @@ class MonitoredTree:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """The processes at the last reading."""
         return () if self._reading is None else self._reading.pids
 
     def add(self, trial: TrialState, now: float, without: Collection[int]) -> None:
@@ -311,7 +310,6 @@ class MonitoredTrees:
         return self._own
 
     def remove(self, trial: TrialState) -> None:
-        """Remove a trial from its tree."""
         tree = self.of(trial)
         if tree is None:
             return
@@ -322,7 +320,6 @@ class MonitoredTrees:
                 tree.reader.close()
 
     def close(self) -> None:
-        """Close all readers."""
         for reader in (*(tree.reader for tree in self._trees), self._own):
             if reader is not None:
                 reader.close()

@@ -103,7 +103,6 @@ class NvmlDevice:
             return f"{self.index}/{id(self)}" if self.is_instance else str(self.index)
 
     def name(self) -> str:
-        """Return the model."""
         return str(self._call("nvmlDeviceGetName"))
 
     def uuid(self) -> str:
@@ -144,7 +143,6 @@ class NvmlDevice:
         return int(self._call("nvmlDeviceGetTotalEnergyConsumption")) / 1e3
 
     def is_partitioned(self) -> bool:
-        """Return whether the device is partitioned into MIG instances."""
         try:
             current, _ = self._call("nvmlDeviceGetMigMode")
         except GpuError as error:
@@ -154,7 +152,6 @@ class NvmlDevice:
         return bool(current)
 
     def instances(self) -> list[NvmlDevice]:
-        """Return the MIG instances."""
         found = []
         for i in range(int(self._call("nvmlDeviceGetMaxMigDeviceCount"))):
             try:
@@ -255,7 +252,6 @@ def _amount(value: Any) -> int | None:
 
 
 def driver_is_present() -> bool:
-    """Return whether this system has an NVIDIA driver's files."""
     return any(map(os.path.exists, ("/dev/nvidiactl", "/proc/driver/nvidia/version")))
 
 

@@ -171,7 +171,6 @@ class PsutilProcessTree:
     def read(
         self, *, thorough: bool, without: Collection[int] = (), ceiling: float = math.inf
     ) -> TreeReading:
-        """Read what the tree holds and has used."""
         if thorough:
             self._find_processes(without)
             self._read_times()
@@ -185,14 +184,12 @@ class PsutilProcessTree:
         return None
 
     def age(self) -> float:
-        """Return the seconds since the root was created."""
         return float(time.time() - self._root.create_time())
 
     def reset_peak(self) -> None:
         """Do nothing: there is no peak to reset."""
 
     def close(self) -> None:
-        """Forget the processes."""
         self._parents.clear()
         self._foreign.clear()
 

@@ -148,5 +148,4 @@ class ScheduledMeter:
                 self.monitor.used.record_peak(name, reading.value)
 
     def schedule(self, now: float) -> None:
-        """Set when to read next."""
         self.due = next_due(self.due, now, self._meter.period)

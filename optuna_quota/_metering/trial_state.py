@@ -24,6 +24,7 @@ from optuna_quota._resources import Limits
 from optuna_quota._resources import Outcome
 from optuna_quota._resources import RESOURCES
 from optuna_quota._resources import Usage
+from optuna_quota._resources import usage_from_amounts
 from optuna_quota._resources import USAGE_RESOURCES
 
 
@@ -183,7 +184,6 @@ class TrialState:
 
     @property
     def limits(self) -> Limits:
-        """The trial's limits."""
         return self._limits
 
     @property
@@ -217,12 +217,9 @@ class TrialState:
         if self._unseen_peak is not None and "memory" in amounts:
             amounts["memory"] = max(amounts["memory"], self._unseen_peak)
         amounts["wall_time"] = max(elapsed, amounts.get("wall_time", 0.0))
-        known = {n: v for n, v in amounts.items() if n in USAGE_RESOURCES}
-        custom = {n: v for n, v in amounts.items() if n not in USAGE_RESOURCES}
-        return Usage(**known, custom=custom)
+        return usage_from_amounts(amounts)
 
     def ceiling(self, resource: str) -> float | None:
-        """Return the ceiling on a resource, None without one."""
         found = self._ceilings.get(resource)
         return None if found is None else found.limit
 
@@ -335,7 +332,6 @@ class TrialState:
             self.breach = None
 
     def add_callback(self, callback: Callable[[Breach], None]) -> None:
-        """Register a callback for the first breach."""
         self._callbacks.append(callback)
 
     def take_callbacks(self) -> list[Callable[[], None]]:

@@ -68,8 +68,8 @@ def finish_row(study: Study, trial: FrozenTrial, error: BaseException, *, admitt
         error: What the hook raised; the caller raises it again.
         admitted: Whether the trial had been admitted, so that its usage counts.
     """
-    watch = find_monitor(study, trial)
-    usage = None if watch is None else watch.close()
+    monitor = find_monitor(study, trial)
+    usage = None if monitor is None else monitor.close()
     outcome: Outcome = "rejected" if isinstance(error, _REJECTIONS) else "failed"
     reason = str(error) if outcome == "rejected" else f"The trial failed to start: {error!r}."
     record = TrialRecord(outcome=outcome, reason=reason, host=socket.gethostname())
@@ -78,7 +78,7 @@ def finish_row(study: Study, trial: FrozenTrial, error: BaseException, *, admitt
     state = TrialState.PRUNED if isinstance(error, TrialPruned) else TrialState.FAIL
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
     system = {}
-    if watch is None and not admitted:
+    if monitor is None and not admitted:
         system[RESERVATION] = reservation_object(Reservation(trial_id, worker=this_worker()))
     # Attributes first: a finished row can't be changed.
     if not is_rejected(trial.user_attrs):

@@ -183,7 +183,7 @@ class QuotaSampler(BaseSampler):
         self._projection = StudyProjection(
             strategy, self._options.footprint, self.base_sampler, quota, confidence
         )
-        self._demanding = samplers_requiring_uniform_constraints(self.base_sampler)
+        self._requiring_uniform = samplers_requiring_uniform_constraints(self.base_sampler)
         self._sessions = StudySessions()
         self._lock = threading.Lock()
         self._projection.admit(self.limits or Limits())
@@ -223,7 +223,7 @@ class QuotaSampler(BaseSampler):
         """Return whether another worker has taken an enqueued trial first."""
         if not _optuna.may_be_enqueued(trial):
             return False
-        return not self._session(study).ledger.take(trial)
+        return not self._session(study).ledger.take_enqueued(trial)
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
         wrap_nesting_pruner(whole)
@@ -249,7 +249,7 @@ class QuotaSampler(BaseSampler):
             ceilings = ceilings.tightened(session.ledger.room(trial))
         session.candidates.begin(whole, trial, ceilings, session.ledger.trials)
         # Last, so that learning and imports do not count as the trial's usage.
-        session.start(whole, trial, grant, limits, meters_in_force(whole, self.meters))
+        session.start_trial(whole, trial, grant, limits, meters_in_force(whole, self.meters))
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -266,7 +266,7 @@ class QuotaSampler(BaseSampler):
         """Sample a point as the base sampler does, and replace it when it is not admitted."""
         with fail_unfinished_trial(study, trial):
             session = self._session(_optuna.unwrap_study(study))
-            seen = self._with_equal_constraints(study, len(search_space))
+            seen = self._with_uniform_constraints(study, len(search_space))
             drawn = session.candidates.sample_relative(seen, trial, search_space)
             session.promise(trial, drawn)
             return drawn
@@ -364,16 +364,16 @@ class QuotaSampler(BaseSampler):
         except Exception as fault:  # noqa: BLE001 - any backend's own
             _logger.warning(f"Trial {trial.number} could not be settled: {fault!r}.")
 
-    def _with_equal_constraints(self, study: Study, n_params: int) -> Study:
-        """Return the study with equal constraints of all trials where the sampler demands them."""
-        if not self._demanding:
+    def _with_uniform_constraints(self, study: Study, n_params: int) -> Study:
+        """Return the study with uniform constraints where the sampler requires them."""
+        if not self._requiring_uniform:
             return study
         limits = limits_in_force(_optuna.unwrap_study(study), self.limits)
 
         def constrain(trials: Sequence[FrozenTrial]) -> Sequence[Mapping[str, float]]:
             found = uniform_constraints(trials, limits)
             n_constraints = len(found[0]) if found else 0
-            for sampler in self._demanding:
+            for sampler in self._requiring_uniform:
                 _optuna.forget_constraint_models(sampler, n_constraints, n_params)
             return found
 

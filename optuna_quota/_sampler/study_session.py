@@ -89,7 +89,7 @@ class StudySession:
         """Return whether a trial was refused for the quota."""
         return _optuna.trial_id_of(trial) in self._refused
 
-    def start(
+    def start_trial(
         self,
         study: Study,
         trial: FrozenTrial,
@@ -100,7 +100,7 @@ class StudySession:
         """Start the metering of an admitted trial."""
         self._collect_garbage(limits)
         trial_id = _optuna.trial_id_of(trial)
-        watch = start_monitor(
+        monitor = start_monitor(
             study,
             trial,
             "sampler",
@@ -110,9 +110,9 @@ class StudySession:
             holder=trial,
             here=self._metering,
         )
-        self.ledger.keep(trial_id, watch)
+        self.ledger.attach_monitor(trial_id, monitor)
         if any(pruner.interrupt for pruner in quota_pruners(study.pruner)):
-            interrupter = Interrupter.arm(watch)
+            interrupter = Interrupter.arm(monitor)
             if interrupter is not None:
                 self._interrupters[trial_id] = interrupter
 
@@ -121,7 +121,7 @@ class StudySession:
         if self._quota.held:
             bounds = self.candidates.bounds_at(trial, drawn)
             if bounds:
-                self.ledger.promise(_optuna.trial_id_of(trial), bounds)
+                self.ledger.revise_promise(_optuna.trial_id_of(trial), bounds)
 
     def _collect_garbage(self, limits: Limits) -> None:
         """Free what the last trial left behind, so that it does not count for the next one.
@@ -150,23 +150,23 @@ class StudySession:
             interrupter = self._interrupters.pop(trial_id, None)
             if interrupter is not None:
                 interrupter.disarm()
-            watch = find_monitor(study, trial)
-            if watch is not None and watch.isolation is None:
+            monitor = find_monitor(study, trial)
+            if monitor is not None and monitor.isolation is None:
                 # It ran where this process can't see: its row may report its usage.
-                watch.add_usage(read_record(trial).usage)
-            in_process = watch is not None and watch.isolation in ("thread", "shared")
+                monitor.add_usage(read_record(trial).usage)
+            in_process = monitor is not None and monitor.isolation in ("thread", "shared")
             self._has_garbage |= in_process and state != TrialState.COMPLETE
             verdict = self.candidates.rejection(trial)
-            if watch is not None and verdict is not None:
-                watch.verdict = Verdict("rejected", verdict.reason)
+            if monitor is not None and verdict is not None:
+                monitor.verdict = Verdict("rejected", verdict.reason)
             completed = state == TrialState.COMPLETE
             footprint, expected = self.candidates.finish(trial, completed=completed)
             usage = record_result(
                 study,
                 trial,
-                watch,
+                monitor,
                 state,
-                limits=limits if watch is None else watch.limits,
+                limits=limits if monitor is None else monitor.limits,
                 footprint=footprint,
                 expected=expected,
                 error=error,
@@ -266,7 +266,7 @@ class StudySessions:
         """Keep a session for as long as a ``Study`` object lives."""
         self._by_study[study] = session
         self._by_key[_session_key(study)] = session
-        session.ledger.serve(study)
+        session.ledger.add_study(study)
 
 
 def _session_key(study: Study) -> tuple[int, int, int]:

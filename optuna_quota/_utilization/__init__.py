@@ -1,1 +1,1 @@
-"""Utilization models: the correlation of hyperparameters to what trials used."""
+"""Utilization models: how hyperparameters drive the usage of a finished study's trials."""

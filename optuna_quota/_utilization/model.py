@@ -255,6 +255,10 @@ class UtilizationModel:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.results, name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The results of a censored fit hold functions, and are quickly made again.
+        return {name: value for name, value in vars(self).items() if name != "results"}
+
     def __repr__(self) -> str:
         return f"<UtilizationModel {self.formula} (n = {len(self.numbers)})>"
 
@@ -288,12 +292,13 @@ def _likelihood_results(fit: Fit, sample: Sample, names: list[str]) -> Any:
     def log_likelihood(theta: Array) -> Array:
         return derivatives(np.asarray(theta), sample, fit.has_floor).loglike_obs
 
-    extra = [*names[: int(fit.has_floor)], names[-1]]
     model = GenericLikelihoodModel(
-        sample.y, sample.x, loglike=log_likelihood, extra_params_names=extra
+        sample.y,
+        sample.x,
+        loglike=lambda theta: float(log_likelihood(theta).sum()),
+        extra_params_names=[*names[: int(fit.has_floor)], names[-1]],
     )
     model.loglikeobs = log_likelihood
-    model.loglike = lambda theta: float(log_likelihood(theta).sum())
     model.data.xnames = names
     model.k_constant = model.k_extra = 0
     model.df_model, model.df_resid = len(names), len(sample.y) - len(names)

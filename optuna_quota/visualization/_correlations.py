@@ -125,7 +125,8 @@ def cell_shade(cell: _Cell) -> float:
 def format_cell(cell: _Cell) -> str:
     """Return a cell's figure, with a star where it is significant."""
     sign = "" if cell.measure == "epsilon2" else "+"
-    figure = f"{cell.rho:{sign}.2f}".replace("-", "−")
+    rho = round(cell.rho, 2) + 0.0  # without a negative zero
+    figure = f"{rho:{sign}.2f}".replace("-", "−")
     return f"{figure}*" if cell.is_significant else figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -117,7 +118,7 @@ def quality_cost_figures(data: ReportData) -> dict[str, go.Figure]:
     for index, direction in enumerate(directions):
 
         def value(trial: FrozenTrial, index: int = index) -> float:
-            return float(trial.values[index])
+            return float(trial.values[index]) if trial.values else math.nan
 
         info = _get_quality_info(
             data.study,
@@ -132,25 +133,34 @@ def quality_cost_figures(data: ReportData) -> dict[str, go.Figure]:
 
 
 def thin(figure: go.Figure, max_markers: int) -> go.Figure:
-    """Return a figure with fewer markers and no hover texts, for where size matters.
+    """Return a figure with fewer markers and without hover texts; see :func:`thinned_json`."""
+    return _plotly.import_plotly().Figure(thinned_json(figure, max_markers))
+
+
+def thinned_json(figure: go.Figure, max_markers: int, *, hover: bool = False) -> dict[str, Any]:
+    """Return the JSON of a figure with fewer markers, for where size matters.
 
     Args:
         figure: Any figure of this package.
         max_markers: Markers over all traces of a pair of axes; each trace keeps an even share, so
             that a rare outcome stays visible.
+        hover: Whether to keep the texts shown when the mouse points at a marker.
     """
     spec: dict[str, Any] = figure.to_plotly_json()
     panels: dict[str, list[dict[str, Any]]] = {}
     for trace in spec["data"]:
         if trace.get("mode") == "markers":
             panels.setdefault(trace.get("xaxis", "x"), []).append(trace)
+            if not hover:
+                trace.pop("text", None)
+                trace.pop("hovertemplate", None)
     total = shown = 0
     for traces in panels.values():
         count = sum(len(trace["x"]) for trace in traces)
         least = max(1, max_markers // (4 * len(traces)))
         for trace in traces:
-            n = len(trace["x"])
-            _keep_markers(trace, max(least, int(n * min(1.0, max_markers / count))))
+            share = int(len(trace["x"]) * min(1.0, max_markers / count))
+            _keep_markers(trace, max(least, share))
         _plotly.size_markers(traces)
         total = max(total, count)
         shown = max(shown, sum(len(trace["x"]) for trace in traces))
@@ -158,17 +168,17 @@ def thin(figure: go.Figure, max_markers: int) -> go.Figure:
         title = spec["layout"]["title"]
         note = f" ({shown:,} of {total:,} markers shown)</span>"
         title["text"] = title["text"].replace("</span>", note)
-    return _plotly.import_plotly().Figure(spec)
+    return spec
 
 
 def _keep_markers(trace: dict[str, Any], keep: int) -> None:
     n = len(trace["x"])
-    kept = [round(i * (n - 1) / max(1, keep - 1)) for i in range(keep)] if n > keep else range(n)
-    errors = trace.get("error_y", {})
-    for owner, names in ((trace, ("x", "y")), (errors, ("array", "arrayminus"))):
+    if n <= keep:
+        return
+    kept = [round(i * (n - 1) / max(1, keep - 1)) for i in range(keep)]
+    owners = ((trace, ("x", "y", "text")), (trace.get("error_y", {}), ("array", "arrayminus")))
+    for owner, names in owners:
         for name in names:
             if name in owner:
                 owner[name] = [owner[name][i] for i in kept]
     trace["type"] = "scatter"
-    trace.pop("text", None)
-    trace.pop("hovertemplate", None)

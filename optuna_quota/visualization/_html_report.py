@@ -22,6 +22,7 @@ from optuna_quota.visualization._correlations import format_cell
 from optuna_quota.visualization._data import report_data
 from optuna_quota.visualization._data import ReportData
 from optuna_quota.visualization._figures import figures_of
+from optuna_quota.visualization._figures import thinned_json
 from optuna_quota.visualization._report_text import report_text
 from optuna_quota.visualization._report_text import ReportText
 from optuna_quota.visualization._waste import _get_waste_info
@@ -34,10 +35,11 @@ if TYPE_CHECKING:
 
 _WIDE = "usage_slice"
 _MAX_ENDED = 200
+# More markers hide each other and add megabytes.
+_MAX_MARKERS = 1000
 _TITLE_HEIGHT = 44
 # Signs in JSON that could end a script element or a line of it.
 _SCRIPT_ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
-_NO_PLOTS = "Plots need plotly: pip install 'optuna-quota[plot]'."
 
 
 def to_html(
@@ -61,7 +63,7 @@ def to_html(
     plotted = interactive and find_spec("plotly") is not None
     parts = _plots(data) if plotted else _tables(data)
     if interactive and not plotted:
-        parts.append(element("p", _NO_PLOTS))
+        parts.append(element("p", _plotly.MISSING_PLOTLY))
     text = report_text(data)
     head = element(
         "head",
@@ -270,7 +272,7 @@ def _plots(data: ReportData) -> list[Safe]:
         return []
     places, specs = [], {}
     for name, figure in made.items():
-        spec = figure.to_plotly_json()
+        spec = thinned_json(figure, _MAX_MARKERS, hover=True)
         # A caption wraps where a title in the plot would be cut.
         caption = Safe(spec["layout"].pop("title")["text"])
         spec["layout"]["margin"]["t"] -= _TITLE_HEIGHT

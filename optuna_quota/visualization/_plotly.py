@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+MISSING_PLOTLY = "Plots need plotly, which is not installed: pip install 'optuna-quota[plot]'."
+
+
 def import_plotly(module: str = "plotly.graph_objects") -> ModuleType:
     """Import a module of plotly, which is optional.
 
@@ -28,9 +31,7 @@ def import_plotly(module: str = "plotly.graph_objects") -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(
-            "Plots need plotly, which is not installed: pip install 'optuna-quota[plot]'."
-        ) from error
+        raise ImportError(MISSING_PLOTLY) from error
 
 
 def escape(text: str) -> str:

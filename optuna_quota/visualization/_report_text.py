@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 import math
@@ -23,6 +22,7 @@ from optuna_quota.visualization._waste import waste_finding
 
 
 if TYPE_CHECKING:
+    from optuna_quota._analysis.advice import Advice
     from optuna_quota._ledger.status import LedgerLine
 
 
@@ -43,13 +43,6 @@ class ModelRow(NamedTuple):
     title: str
     formula: str
     warnings: Sequence[str]
-
-
-class AdviceRow(NamedTuple):
-    """One piece of advice, with lines to paste by format."""
-
-    text: str
-    snippets: Mapping[str, str]
 
 
 class EndedRow(NamedTuple):
@@ -84,7 +77,7 @@ class ReportText:
     limits: Sequence[tuple[str, str]]
     end: str | None
     models: Sequence[ModelRow]
-    advice: Sequence[AdviceRow]
+    advice: Sequence[Advice]
     ended: Sequence[EndedRow]
 
 
@@ -107,7 +100,7 @@ def report_text(data: ReportData) -> ReportText:
             ModelRow(_theme.resource_title(name), model.formula, model.diagnostics)
             for name, model in models.items()
         ],
-        advice=[AdviceRow(a.text, a.snippets) for a in (analysis.advice if analysis else ())],
+        advice=[] if analysis is None else analysis.advice,
         ended=[_ended_row(trial) for trial in reversed(ended)],
     )
 

@@ -1,4 +1,4 @@
-"""Studies whose use of resources is known, because it was made by formula."""
+"""Studies whose usage follows a formula."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from optuna.trial import create_trial
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 
+from optuna_quota import analyze
 from optuna_quota import Usage
+from optuna_quota._analysis.advice import Advice
 from optuna_quota._records import record_attributes
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Breach
@@ -73,7 +75,7 @@ def terminated(
     *,
     quota: bool = False,
 ) -> FrozenTrial:
-    """A trial that was stopped for a breach, with what it had used until then."""
+    """A trial that was terminated for a breach, with its usage until then."""
     observed, seconds = usage.get(resource) or limit, usage.wall_time or 1.0
     breach = Breach(resource, limit, observed, seconds, quota=quota)
     record = TrialRecord(outcome="terminated", usage=usage, breach=breach, reason=breach.reason)
@@ -110,7 +112,7 @@ def power_law_study(
         seed: Of the random numbers.
         floor: In bytes.
         noise: Standard deviation of the log of the usage.
-        limit: On memory, in bytes; who is over it was terminated there.
+        limit: On memory, in bytes; trials over it are terminated there.
         space: Distributions to draw from.
         memory: Bytes of a point without noise, instead of the power law.
     """
@@ -130,3 +132,12 @@ def power_law_study(
             usage = Usage(memory=amount, wall_time=seconds, cpu_time=seconds)
             trials.append(finished(params, usage, space))
     return study_of(*trials)
+
+
+def advice_on(study: optuna.Study, topic: str) -> list[Advice]:
+    return [advice for advice in analyze(study).advice if advice.topic == topic]
+
+
+def only_advice(study: optuna.Study, topic: str) -> Advice:
+    (advice,) = advice_on(study, topic)
+    return advice

@@ -1,4 +1,4 @@
-"""What limits and quotas would have done to a study is reckoned from what it used."""
+"""A replay computes what limits and quotas would have done to a study."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def dated(start: float, seconds: float, value: float = 1.0, **attrs: Any) -> Any
     return row
 
 
-def test_a_memory_limit_terminates_who_is_over_it() -> None:
+def test_a_memory_limit_terminates_trials_over_it() -> None:
     study = study_of(
         trial(3.0, memory=1e9, wall_time=10.0),
         trial(1.0, memory=5e9, wall_time=20.0),
@@ -54,14 +54,14 @@ def test_a_memory_limit_terminates_who_is_over_it() -> None:
     assert "trial 2 (2)" in text and "1 by memory (limit)" in text
 
 
-def test_without_a_timeline_nothing_is_claimed_to_be_saved_by_a_memory_limit() -> None:
+def test_a_memory_limit_saves_nothing_without_a_timeline() -> None:
     report = replay(study_of(trial(memory=5e9, wall_time=20.0)), limits=Limits(memory="4GB"))
 
     assert report.saved["trial_time"] == 0.0
     assert "Nothing would have been saved" in report.summary()
 
 
-def test_a_timeline_tells_when_a_limit_would_have_been_passed() -> None:
+def test_a_timeline_gives_the_time_of_the_breach() -> None:
     row = trial(memory=5e9, wall_time=20.0, cpu_time=40.0)
     row.set_user_attr("quota:timeline", [[0.0, 1e9], [5.0, 4.5e9], [20.0, 5e9]])
 
@@ -71,7 +71,7 @@ def test_a_timeline_tells_when_a_limit_would_have_been_passed() -> None:
     assert report.saved == {"trial_time": 15.0, "cpu_time": 30.0}
 
 
-def test_time_limits_stop_at_the_time() -> None:
+def test_time_limits_terminate_at_the_limit() -> None:
     study = study_of(trial(wall_time=100.0, cpu_time=200.0), trial(wall_time=10.0, cpu_time=10.0))
 
     by_wall = replay(study, limits=Limits(wall_time=25.0))
@@ -117,7 +117,7 @@ def test_a_total_quota_ends_the_study(
     assert report.ended_at == (None if end is None else pytest.approx(end * MINUTE))
 
 
-def test_limits_leave_more_of_the_quota_to_the_others() -> None:
+def test_limits_leave_more_of_the_quota_to_other_trials() -> None:
     study = study_of(trial(wall_time=100.0), trial(wall_time=10.0), trial(wall_time=10.0))
     quota = Quota(trial_time=60.0)
 
@@ -131,7 +131,7 @@ def test_limits_leave_more_of_the_quota_to_the_others() -> None:
     assert with_limit.ended_by is None
 
 
-def test_a_held_quota_stops_who_is_over_it_alone() -> None:
+def test_a_held_quota_terminates_trials_that_exceed_it_alone() -> None:
     study = study_of(trial(memory=5e9, wall_time=1.0), trial(memory=1e9, wall_time=1.0))
 
     report = replay(study, quota=Quota(memory="4GB"))
@@ -140,7 +140,7 @@ def test_a_held_quota_stops_who_is_over_it_alone() -> None:
     assert report.table["scope"].tolist() == ["quota", None]
 
 
-def test_pauses_do_not_count_and_what_ran_together_counts_once() -> None:
+def test_clock_time_excludes_pauses_and_counts_parallel_trials_once() -> None:
     study = study_of(dated(0, 60), dated(0, 60), dated(1000, 60), dated(2000, 60))
 
     report = replay(study, quota=Quota(wall_time=150.0))
@@ -150,7 +150,7 @@ def test_pauses_do_not_count_and_what_ran_together_counts_once() -> None:
     assert report.table["seconds"].tolist()[-1] == pytest.approx(30.0)
 
 
-def test_any_old_study_has_its_times() -> None:
+def test_a_study_run_without_this_library_has_times() -> None:
     study = optuna.create_study()
     study.optimize(lambda t: t.suggest_float("x", 0, 1), n_trials=5)
 
@@ -175,7 +175,7 @@ def test_terminated_and_rejected_trials_of_the_study() -> None:
     assert report.lost == []
 
 
-def test_a_trial_whose_allocation_was_refused_would_pass_a_lower_limit_too() -> None:
+def test_a_refused_allocation_exceeds_lower_limits_too() -> None:
     study = study_of(
         terminated({"x": 1.0}, Usage(memory=4e7, wall_time=5.0), "memory", 2e9, SPACE),
         trial(memory=1e9, wall_time=5.0),
@@ -185,7 +185,7 @@ def test_a_trial_whose_allocation_was_refused_would_pass_a_lower_limit_too() -> 
     assert replay(study, limits=Limits(memory="4GB")).terminated == []
 
 
-def test_a_front_of_several_objectives() -> None:
+def test_several_objectives_have_a_pareto_front() -> None:
     study = optuna.create_study(directions=["minimize", "maximize"])
     for values, memory in (([1.0, 1.0], 1e9), ([2.0, 3.0], 5e9), ([3.0, 0.0], 1e9)):
         attrs = {"quota:memory": memory, "quota:wall_time": 1.0}
@@ -217,7 +217,7 @@ def test_a_study_in_which_all_failed() -> None:
     assert report.best_lives is None and "no best trial" in report.summary()
 
 
-def test_a_trial_that_takes_no_time_uses_its_share_at_once() -> None:
+def test_a_trial_without_duration_uses_its_share_at_once() -> None:
     study = study_of(*(trial(wall_time=0.0, cpu_time=1.0) for _ in range(3)))
 
     report = replay(study, quota=Quota(cpu_time=1.5))
@@ -227,25 +227,25 @@ def test_a_trial_that_takes_no_time_uses_its_share_at_once() -> None:
 
 
 @pytest.mark.parametrize("arguments", [{}, {"limits": Limits()}, {"quota": Quota()}])
-def test_there_must_be_something_to_replay(arguments: dict[str, Any]) -> None:
+def test_a_quota_or_limits_must_be_given(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be given"):
         replay(optuna.create_study(), **arguments)
 
 
-def test_limits_and_quota_are_not_mixed_up() -> None:
+def test_arguments_must_have_the_right_type() -> None:
     with pytest.raises(TypeError, match="`quota` must be a Quota"):
         replay(optuna.create_study(), quota=Limits(memory="1GB"))  # type: ignore[arg-type]  # point
 
 
-def test_a_quota_of_trials_lets_as_many_run_as_it_says() -> None:
-    # MySQL keeps whole seconds: those that start together bear one date.
+def test_a_quota_of_trials_counts_trials_of_equal_start() -> None:
+    # MySQL keeps whole seconds, so that trials may have the same start.
     rows = [dated(10 * (i // 4), 10, value=float(i)) for i in range(8)]
     report = replay(study_of(*rows), quota=Quota(n_trials=2))
     assert report.not_run == [2, 3, 4, 5, 6, 7]
     assert report.best_lives and report.ended_by == "n_trials"
 
 
-def test_clock_time_that_just_uses_up_its_quota_is_not_over_it() -> None:
+def test_a_quota_used_up_exactly_is_not_exceeded() -> None:
     study = study_of(*(trial(wall_time=0.1) for _ in range(3)))
     report = replay(study, quota=Quota(wall_time=0.3))
     assert report.ended_by is None

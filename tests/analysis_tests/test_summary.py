@@ -1,4 +1,4 @@
-"""The summary is read on a terminal."""
+"""The summary suits a terminal."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import optuna
 from optuna.trial import create_trial
 from optuna.trial import TrialState
+import pytest
 
 from optuna_quota import analyze
 from optuna_quota._analysis.summary import refused_points
 from tests.analysis_tests.studies import power_law_study
 
 
-def test_it_names_what_drives_what_and_how_trials_ended() -> None:
+def test_the_summary_has_outcomes_and_correlations() -> None:
     text = analyze(power_law_study(80, limit=2e9)).summary()
 
     assert "80 trials finished" in text and "terminated" in text
@@ -23,6 +24,7 @@ def test_it_names_what_drives_what_and_how_trials_ended() -> None:
     assert "p < 0.001" in line and "n = 80" in line
 
 
+@pytest.mark.slow
 def test_every_line_fits_a_terminal() -> None:
     long = optuna.create_study(study_name="study-" + "x" * 300)
     long.add_trials(power_law_study(30).trials)
@@ -31,7 +33,7 @@ def test_every_line_fits_a_terminal() -> None:
         assert max(map(len, report.summary().splitlines())) <= 100
 
 
-def test_a_wide_scatter_is_given_without_an_exponent() -> None:
+def test_a_wide_scatter_is_formatted_without_an_exponent() -> None:
     text = " ".join(analyze(power_law_study(60, noise=0.8)).summary().split())
 
     shown = re.findall(r"scatter (\S+)%\.", text)
@@ -39,17 +41,10 @@ def test_a_wide_scatter_is_given_without_an_exponent() -> None:
     assert all(figure.replace(".", "", 1).isdigit() for figure in shown)
 
 
-def test_an_empty_study_is_said_to_be_empty() -> None:
+def test_an_empty_study() -> None:
     text = analyze(optuna.create_study(study_name="new")).summary()
 
     assert text == "Study 'new': no trial has finished, nothing to analyze yet."
-
-
-def test_str_is_the_summary() -> None:
-    report = analyze(power_law_study(10))
-
-    assert str(report) == report.summary()
-    assert "10 trials" in repr(report)
 
 
 BREACH = {"resource": "memory", "limit": 1e9, "observed": 2e9, "seconds": 1.0}

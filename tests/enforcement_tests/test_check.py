@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+import os
 import socket
 import time
 from typing import Any
@@ -80,15 +81,14 @@ def test_trials_without_a_study_or_limits_are_not_checked() -> None:
     check(study.ask())
 
 
-def in_two_processes(rank: int, port: int, how: str, told: Any) -> None:
-    import os
-
+def in_two_processes(rank: int, port: int, results: Any) -> None:
     import torch.distributed as dist
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
-        told.put((rank, *DISTRIBUTED[how](rank)))
+        for name, scenario in DISTRIBUTED.items():
+            results.put((name, rank, *scenario(rank)))
     finally:
         dist.destroy_process_group()
 
@@ -101,9 +101,9 @@ def checks_distributed(trial: optuna.Trial | None) -> tuple[str, float | None]:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         distributed = TorchDistributedTrial(trial)
     try:
-        for _ in range(100):
+        for _ in range(50):
             check(distributed)
-            time.sleep(0.02)
+            time.sleep(0.01)
     except Exception as error:  # noqa: BLE001 - which one is what is asked for
         return type(error).__name__, getattr(error, "limit", None)
     return "completed", None
@@ -149,28 +149,29 @@ DISTRIBUTED: dict[str, Callable[[int], tuple[str, float | None]]] = {
     find_spec("torch") is None or find_spec("optuna_integration") is None,
     reason="torch or optuna-integration is not installed",
 )
-@pytest.mark.parametrize(
-    ("how", "expected"),
-    [
-        ("over a limit", [(0, "LimitBreached", 0.3), (1, "LimitBreached", 0.3)]),
-        ("within its limits", [(0, "completed", None), (1, "completed", None)]),
-        ("without limits", [(0, "completed", None), (1, "completed", None)]),
-        ("fails at rank 0", [(0, "KeyError", None), (1, "RuntimeError", None)]),
-    ],
-)
-def test_all_processes_of_a_distributed_trial_agree(how: str, expected: Any) -> None:
+def test_all_processes_of_a_distributed_trial_agree() -> None:
     import torch.multiprocessing as mp
 
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    told = mp.get_context("spawn").Queue()
-    mp.spawn(in_two_processes, args=(port, how, told), nprocs=2)
-    assert sorted(told.get(timeout=10) for _ in range(2)) == expected
+    results = mp.get_context("spawn").Queue()
+    mp.spawn(in_two_processes, args=(port, results), nprocs=2)
+    found = {results.get(timeout=10) for _ in range(2 * len(DISTRIBUTED))}
+    assert found == {
+        ("over a limit", 0, "LimitBreached", 0.3),
+        ("over a limit", 1, "LimitBreached", 0.3),
+        ("within its limits", 0, "completed", None),
+        ("within its limits", 1, "completed", None),
+        ("without limits", 0, "completed", None),
+        ("without limits", 1, "completed", None),
+        ("fails at rank 0", 0, "KeyError", None),
+        ("fails at rank 0", 1, "RuntimeError", None),
+    }
 
 
 class Wrapper(optuna.trial.BaseTrial):
-    """Hands on what it is asked to the trial inside, and nothing that it does not know."""
+    """A wrapper with none of the trial's own methods."""
 
     def __init__(self, inner: Any) -> None:
         self.cached = optuna.trial.create_trial(value=1.0)
@@ -186,7 +187,7 @@ class Wrapper(optuna.trial.BaseTrial):
 
 
 class Delegate:
-    """Passes for the trial inside."""
+    """A wrapper with all of the trial's attributes."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner

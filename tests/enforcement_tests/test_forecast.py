@@ -267,8 +267,8 @@ def test_isolated_trials_that_warm_up_complete() -> None:
         sampler=QuotaSampler(quota=Quota(n_trials=50)),
         pruner=QuotaPruner(limits=Limits(wall_time="3s")),
     )
-    study.optimize(isolated(objective, predictive_stop=True), n_trials=7)
-    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 7
+    study.optimize(isolated(objective, predictive_stop=True), n_trials=5)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 5
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from optuna_quota._records import read_record
 
 
 LIMITS = Limits(wall_time=0.2)
-ROOM = Limits(memory="1TiB", wall_time="1h")
+ROOM = Limits(wall_time="1h")
 
 
 class Held(BasePruner):
@@ -202,7 +202,7 @@ def test_without_a_breach_the_outer_pruner_decides(with_sampler: bool) -> None:
         base = RandomSampler(seed=3)
         sampler = QuotaSampler(base, quota=Quota(n_trials=99)) if with_sampler else base
         study = optuna.create_study(sampler=sampler, pruner=pruner)
-        study.optimize(worse, n_trials=25)
+        study.optimize(worse, n_trials=15)
         return [(t.state, len(t.intermediate_values)) for t in study.trials]
 
     found = states(PatientPruner(QuotaPruner(Always(), limits=ROOM), patience=2))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from optuna_quota._footprint.search_space import certain_completions
+from optuna_quota._footprint.search_space import likely_completions
 
 
 FLAT = [{"lr": 0.1, "width": 8}, {"lr": 0.2, "width": 16}]
@@ -50,3 +51,35 @@ def test_certain_completions(
     known: Mapping[str, Any], past: list[Mapping[str, Any]], expected: list[Mapping[str, Any]]
 ) -> None:
     assert certain_completions(known, past) == expected
+
+
+PAST: list[dict[str, Any]] = [
+    {"kind": "forest", "trees": 10},
+    {"kind": "net", "layers": 2, "width": 64},
+    {"kind": "net", "layers": 5, "width": 8},
+]
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({"kind": "forest"}, [{"kind": "forest", "trees": 10}]),
+        ({"kind": "forest", "trees": 3}, [{"kind": "forest", "trees": 3}]),
+        (
+            {"kind": "net", "layers": 3},
+            [
+                {"kind": "net", "layers": 3, "width": 8},
+                {"kind": "net", "layers": 3, "width": 64},
+            ],
+        ),
+        ({"kind": "never seen"}, [{"kind": "never seen"}]),
+    ],
+)
+def test_a_partial_point_is_completed_as_in_earlier_trials(
+    known: dict[str, Any], expected: list[dict[str, Any]]
+) -> None:
+    assert likely_completions(known, PAST) == expected
+
+
+def test_without_earlier_trials_a_point_is_complete() -> None:
+    assert likely_completions({"x": 1}, []) == [{"x": 1}]

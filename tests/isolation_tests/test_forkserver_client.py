@@ -46,7 +46,7 @@ def test_large_libraries_can_be_loaded_before_a_fork() -> None:
 
 
 @pytest.mark.slow
-def test_waiting_for_the_template_is_no_time_of_the_trial(
+def test_waiting_for_the_fork_server_is_no_time_of_the_trial(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Else a point would be taken to need more time than its limit, only since it came first.
@@ -83,7 +83,7 @@ def test_modules_that_start_threads_are_left_to_the_trials(
 
 
 @pytest.mark.slow
-def test_a_package_full_of_threads_costs_one_template(
+def test_a_package_full_of_threads_costs_one_fork_server(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "full_of_threads"
@@ -125,7 +125,7 @@ def test_threads_that_end_before_a_fork_are_no_danger() -> None:
         client._errors.close()
 
 
-def test_what_a_template_said_is_heard_when_it_ends_before_all_was_sent() -> None:
+def test_the_last_message_is_read_when_the_fork_server_has_ended() -> None:
 
     from optuna_quota._isolation.forkserver import UnsafeModule
     from optuna_quota._isolation.forkserver_client import _unread
@@ -155,7 +155,7 @@ def test_files_of_the_user_are_not_taken_for_modules(
         client._errors.close()
 
 
-def test_a_template_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_why_a_fork_server_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
     from optuna_quota._isolation import forkserver_client as module
 
     command = [sys.executable, "-c", "raise SystemExit('no luck today')"]

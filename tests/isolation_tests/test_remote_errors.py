@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pickle
 import socket
+import sys
 import traceback
 from typing import Any
+
+import pytest
 
 from optuna_quota._isolation.remote_errors import pack_error
 from optuna_quota._isolation.remote_errors import unpack_error
@@ -48,3 +51,10 @@ def test_type_state_cause_and_traceback_are_kept() -> None:
 def test_an_exception_that_refuses_to_be_pickled_keeps_its_class() -> None:
     error = unpack_error(pack_error(caught(raises(Refuses("why")))))
     assert isinstance(error, Refuses) and error.args == ("why",)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="there are no exception groups")
+def test_a_group_of_exceptions_that_refuse_to_be_pickled_is_text() -> None:
+    group: Any = ExceptionGroup("two", [Refuses("a"), Refuses("b")])  # type: ignore[name-defined, unused-ignore]  # noqa: F821
+    error = unpack_error(pack_error(group))
+    assert isinstance(error, RuntimeError) and "two" in str(error)

@@ -22,14 +22,14 @@ from optuna_quota._records import read_record
 @pytest.mark.slow
 def test_a_predictive_stop_comes_before_the_limit() -> None:
     def objective(trial: optuna.Trial) -> float:
-        pace = trial.suggest_categorical("pace", [0.001, 0.3])
+        pace = trial.suggest_categorical("pace", [0.001, 0.1])
         for step in range(100):
             time.sleep(pace)
             trial.report(0.0, step)
         return 0.0
 
-    study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time="15s")))
-    for pace in (0.001, 0.001, 0.001, 0.3):
+    study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time="5s")))
+    for pace in (0.001, 0.001, 0.001, 0.1):
         study.enqueue_trial({"pace": pace})
     study.optimize(isolated(objective, predictive_stop=True), n_trials=4)
     slow = study.trials[-1]
@@ -37,7 +37,7 @@ def test_a_predictive_stop_comes_before_the_limit() -> None:
     assert [t.state for t in study.trials[:3]] == [TrialState.COMPLETE] * 3
     assert slow.state == TrialState.PRUNED
     assert record.breach is not None and record.breach.forecast
-    assert record.breach.observed > 15 > (record.usage.wall_time or 0)
+    assert record.breach.observed > 5 > (record.usage.wall_time or 0)
 
 
 @pytest.mark.slow

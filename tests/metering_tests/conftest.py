@@ -1,4 +1,4 @@
-"""A fake loop and what it warns of; a fake NVIDIA driver, and scripts that run beside it."""
+"""A fake loop and its warnings; a fake NVIDIA driver, and scripts that run on it."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def asks(extension: QuotaExtension) -> bool:
     return extension.take_request() is not None
 
 
-def test_it_asks_once_at_four_fifths_of_a_slice() -> None:
+def test_it_requests_once_at_the_threshold() -> None:
     extension = QuotaExtension(lambda: None)
     seen = []
     for used, now in ((7.9, 1.0), (8.0, 2.0), (9.0, 3.0)):
@@ -93,7 +93,7 @@ def test_it_asks_once_at_four_fifths_of_a_slice() -> None:
     assert seen == [False, True, False, False, True]
 
 
-def test_a_breach_waits_for_the_answer_but_not_for_ever() -> None:
+def test_a_breach_waits_for_the_answer_but_not_forever() -> None:
     extension = QuotaExtension(lambda: None)
     assert extension.review([OVER], {"cpu_time": 10.5}, TEN, 1.0) == []
     assert extension.review([OVER], {"cpu_time": 10.5}, TEN, 1.1) == []
@@ -115,7 +115,7 @@ def test_only_a_refusal_that_came_after_the_breach_ends_a_trial() -> None:
     assert extension.review([OVER], {"cpu_time": 10.5}, TEN, 1.2) == [OVER]
 
 
-def test_what_was_not_asked_for_was_not_refused() -> None:
+def test_only_requested_resources_are_refused() -> None:
     extension = QuotaExtension(lambda: None)
     before = {**TEN, "memory": (10.0, True)}
     after = {**TWENTY, "memory": (10.0, True)}
@@ -127,7 +127,7 @@ def test_what_was_not_asked_for_was_not_refused() -> None:
     assert asks(extension)
 
 
-def test_a_promise_that_was_given_back_can_be_asked_for_again() -> None:
+def test_a_returned_grant_can_be_requested_again() -> None:
     extension = QuotaExtension(lambda: None)
     extension.resolve({"memory": (20.0, True)}, {"memory": (10.0, True)}, 1.0)
     memory = Breach("memory", 10, 11, 1, quota=True)
@@ -136,7 +136,7 @@ def test_a_promise_that_was_given_back_can_be_asked_for_again() -> None:
     assert asks(extension)
 
 
-def test_a_trial_that_is_to_end_at_once_does() -> None:
+def test_a_trial_left_with_nothing_ends_at_once() -> None:
     extension = QuotaExtension(lambda: None)
     extension.resolve({}, {"trial_time": (0.0, True)}, 1.0)
     over = Breach("trial_time", 0, 1, 1, quota=True)
@@ -150,7 +150,7 @@ def test_a_trial_that_is_to_end_at_once_does() -> None:
         (Breach("wall_time", 10, 10.5, 11, quota=True), True),
     ],
 )
-def test_of_a_limit_and_of_the_studys_clock_there_is_no_more(breach: Breach, quota: bool) -> None:
+def test_limits_and_the_studys_wall_time_are_not_extensible(breach: Breach, quota: bool) -> None:
     extension = QuotaExtension(lambda: None)
     ceilings = {breach.resource: (10.0, quota)}
     assert extension.review([breach], {breach.resource: 10.5}, ceilings, 1.0) == [breach]
@@ -165,41 +165,41 @@ def test_a_breach_that_waits_hides_no_other() -> None:
     assert extension.review([OVER, memory], amounts, ceilings, 1.0) == [memory]
 
 
-def test_the_loop_asks_in_time_and_ends_the_trial_where_no_more_is_given() -> None:
+def test_the_loop_requests_in_time_and_ends_a_refused_trial() -> None:
     loop = MeteringLoop()
-    watch = loop.monitor((1, 1), limits=Limits(wall_time=100), left={"trial_time": 0.1})
+    monitor = loop.monitor((1, 1), limits=Limits(wall_time=100), left={"trial_time": 0.1})
     slices = iter([0.2, 0.3, 0.3])
     given = []
     ended = threading.Event()
 
     def ask() -> None:
         slice_ = next(slices, 0.3)
-        given.append((watch.elapsed, slice_))
-        watch.allow({"trial_time": slice_})
+        given.append((monitor.elapsed, slice_))
+        monitor.allow({"trial_time": slice_})
 
-    watch.on_low_quota(ask)
-    watch.on_breach(lambda breach: ended.set())
+    monitor.on_low_quota(ask)
+    monitor.on_breach(lambda breach: ended.set())
     try:
         assert ended.wait(20)
-        assert watch.breach is not None and watch.breach.quota
-        assert watch.breach.resource == "trial_time" and watch.breach.limit == 0.3
-        assert watch.breach.observed >= 0.3
+        assert monitor.breach is not None and monitor.breach.quota
+        assert monitor.breach.resource == "trial_time" and monitor.breach.limit == 0.3
+        assert monitor.breach.observed >= 0.3
         assert [slice_ for _, slice_ in given][:3] == [0.2, 0.3, 0.3]
         assert all(at >= 0.08 for at, _ in given)
     finally:
-        watch.close()
+        monitor.close()
         loop.stop()
 
 
-def test_cost_is_reckoned_from_prices_while_it_runs() -> None:
+def test_cost_is_computed_from_prices_while_a_trial_runs() -> None:
     loop = MeteringLoop()
-    watch = loop.monitor((1, 1), left={"cost": 0.05})
-    watch.prices = {"trial_time": 3600.0}
+    monitor = loop.monitor((1, 1), left={"cost": 0.05})
+    monitor.prices = {"trial_time": 3600.0}
     ended = threading.Event()
-    watch.on_breach(lambda breach: ended.set())
+    monitor.on_breach(lambda breach: ended.set())
     try:
         assert ended.wait(20)
-        assert watch.breach is not None and watch.breach.resource == "cost"
+        assert monitor.breach is not None and monitor.breach.resource == "cost"
     finally:
-        watch.close()
+        monitor.close()
         loop.stop()

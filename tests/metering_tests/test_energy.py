@@ -20,22 +20,22 @@ def test_processor_energy_by_share_of_busy_time(tmp_path: Path) -> None:
         (tmp_path / zone / "max_energy_range_uj").write_text("100000000")
     rapl = Rapl(tmp_path)
     busy, used = [0.0], [0.0]
-    gauge = ProcessorEnergyMeter(
+    meter = ProcessorEnergyMeter(
         lambda: used[0], open_counters=lambda: rapl, host_busy=lambda: busy[0]
     )
-    assert gauge.read([]) == {}
+    assert meter.read([]) == {}
     busy[0], used[0] = 8.0, 2.0
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("41000000")  # 40 J, a quarter is ours
-    assert gauge.read([])["energy"].value == pytest.approx(10.0)
+    assert meter.read([])["energy"].value == pytest.approx(10.0)
     busy[0], used[0] = 9.0, 3.0
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("1000000")  # wrapped: 60 J, all ours
-    assert gauge.read([])["energy"].value == pytest.approx(70.0)
+    assert meter.read([])["energy"].value == pytest.approx(70.0)
 
 
 def test_without_counters_there_is_no_energy(tmp_path: Path) -> None:
-    gauge = ProcessorEnergyMeter(lambda: 1.0, open_counters=lambda: Rapl(tmp_path))
-    assert gauge.read([]) == {}
-    assert gauge.period == float("inf")
+    meter = ProcessorEnergyMeter(lambda: 1.0, open_counters=lambda: Rapl(tmp_path))
+    assert meter.read([]) == {}
+    assert meter.period == float("inf")
 
 
 def test_busy_seconds_of_the_host_leave_out_idle_and_waiting() -> None:

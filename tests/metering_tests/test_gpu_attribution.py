@@ -1,4 +1,4 @@
-"""Whose GPU memory it is: by process, else by device; on a fake driver as people meet them."""
+"""Which GPU memory is a trial's: by process, else by device; on a fake driver."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.metering_tests.conftest import FakeNvml
 Nvml = Callable[..., FakeNvml]
 
 GB = 1_000_000_000
-# A number that no process of this machine has: dead, hidden, or of another PID namespace.
+# A pid that no process of this machine has: dead, hidden, or of another PID namespace.
 HOST_PID = 4190000
 
 # A trial in a process of its own that begins and ends when the script says so.
@@ -32,24 +32,24 @@ def device(i, used, mj=0, mig=0, total=80 * GB):
 
 class Trial:
     def __init__(self, number=0, gpu=None, **limits):
-        self.watch = loop.monitor((1, number), limits=Limits(**limits), here=False)
+        self.monitor = loop.monitor((1, number), limits=Limits(**limits), here=False)
         if gpu is not None:
-            self.watch.environment = {"CUDA_VISIBLE_DEVICES": gpu}
-        self.watch.detach()
+            self.monitor.environment = {"CUDA_VISIBLE_DEVICES": gpu}
+        self.monitor.detach()
         self.process = subprocess.Popen(["sleep", "60"])
         self.pid = self.process.pid
     def begin(self):
-        self.watch.attach(self.pid)
+        self.monitor.attach(self.pid)
         loop.tick()
         return self
     def look(self):
         time.sleep(0.13)  # another trial's reading is good for 0.125 s
-        return self.watch.sample(fully=True)
+        return self.monitor.sample(fully=True)
     def end(self):
         self.process.kill()
         self.process.wait()
-        usage = self.watch.close()
-        gpu = self.watch.gpu
+        usage = self.monitor.close()
+        gpu = self.monitor.gpu
         print(gpu and gpu.source, usage.gpu_memory, usage.gpu_time, usage.energy)
         return usage
 """
@@ -75,7 +75,7 @@ Run = Callable[..., str]
 
 
 @pytest.mark.parametrize(
-    "stranger",
+    "foreign",
     [
         f"process 0 {HOST_PID} 1000\n",
         f"ghost 0 {HOST_PID} 1000000000\n",
@@ -83,15 +83,15 @@ Run = Callable[..., str]
         "process 0 1 1000000000\n",
     ],
 )
-def test_a_stranger_is_no_reason_to_stop_measuring(run: Run, stranger: str) -> None:
+def test_foreign_processes_are_no_reason_to_stop_measuring(run: Run, foreign: str) -> None:
     out = run(
         f"""
-say(device(0, GB) + {stranger!r})
+say(device(0, GB) + {foreign!r})
 trial = Trial(gpu_memory=2 * GB)
 trial.begin()
-say(device(0, 4 * GB) + {stranger!r} + f"process 0 {{trial.pid}} {{3 * GB}}\\n")
+say(device(0, 4 * GB) + {foreign!r} + f"process 0 {{trial.pid}} {{3 * GB}}\\n")
 trial.look()
-print(trial.watch.breach.resource, trial.watch.breach.observed)
+print(trial.monitor.breach.resource, trial.monitor.breach.observed)
 say(device(0, GB))
 trial.end()
 """
@@ -109,15 +109,13 @@ trial.end()
         f"device(0, 60 * GB) + 'ghost 0 {HOST_PID} -1\\n'",
     ],
 )
-def test_a_trial_that_is_on_no_gpu_has_no_figures_whoever_else_is_on_it(
-    run: Run, state: str
-) -> None:
+def test_a_trial_on_no_gpu_has_no_figures_despite_foreign_processes(run: Run, state: str) -> None:
     out = run(f"say({state})\ntrial = Trial(gpu_memory=GB).begin()\ntrial.look()\ntrial.end()\n")
     assert lines(out) == ["None None None None"]
     assert warnings(out) == []
 
 
-def test_strangers_that_come_and_go_are_not_the_trial(run: Run) -> None:
+def test_foreign_processes_that_come_and_go_are_not_counted(run: Run) -> None:
     out = run(
         f"""
 shown = subprocess.Popen(["sleep", "60"])
@@ -136,17 +134,17 @@ shown.kill()
     assert warnings(out) == []
 
 
-def test_in_a_container_what_the_devices_hold_beyond_what_they_held_before(run: Run) -> None:
+def test_in_a_container_the_growth_of_the_devices_is_measured(run: Run) -> None:
     out = run(
         f"""
-stranger = "ghost 0 77777777 9000000000\\n"
-say(device(0, 10 * GB, mj=1000) + stranger)
+foreign = "ghost 0 77777777 9000000000\\n"
+say(device(0, 10 * GB, mj=1000) + foreign)
 trial = Trial(gpu_memory=20 * GB).begin()
 stamp = int(time.time() * 1e6)
 mine = f"ghost 0 {HOST_PID} -1\\nsample 0 {HOST_PID} {{stamp + 1000000}} 50\\n"
-say(device(0, 25 * GB, mj=61000) + stranger + mine)
+say(device(0, 25 * GB, mj=61000) + foreign + mine)
 trial.look()
-say(device(0, 12 * GB, mj=61000) + stranger + mine)
+say(device(0, 12 * GB, mj=61000) + foreign + mine)
 trial.look()
 trial.end()
 """
@@ -185,18 +183,18 @@ say(device(0, 50 * GB))
 trial = Trial(gpu_memory=2 * GB).begin()
 say(device(0, 53 * GB) + "ghost 0 {HOST_PID} {3 * GB}\\n")
 trial.look()
-print(trial.watch.breach.resource, trial.watch.breach.observed)
+print(trial.monitor.breach.resource, trial.monitor.breach.observed)
 trial.end()
 """
     )
     assert lines(out)[0] == "gpu_memory 3000000000.0"
 
 
-def test_strangers_changes_are_deducted_where_they_are_listed(run: Run) -> None:
+def test_known_changes_of_foreign_processes_are_deducted(run: Run) -> None:
     out = run(
         f"""
-def state(used, stranger, mine=""):
-    say(device(0, used * GB) + f"ghost 0 77777777 {{stranger * GB}}\\n" + mine)
+def state(used, foreign, mine=""):
+    say(device(0, used * GB) + f"ghost 0 77777777 {{foreign * GB}}\\n" + mine)
 state(10, 10)
 trial = Trial().begin()
 state(27, 25, "ghost 0 {HOST_PID} -1\\n")
@@ -207,7 +205,7 @@ trial.end()
     assert lines(out)[0].startswith("device 2000000000.0 ")
 
 
-def test_what_strangers_give_back_hides_nothing_of_what_follows(run: Run) -> None:
+def test_memory_that_others_release_hides_no_later_growth(run: Run) -> None:
     out = run(
         """
 say(device(0, 30 * GB))
@@ -232,7 +230,7 @@ for trial in trials:
     trial.look()
     trial.look()
 for trial in trials:
-    print(trial.watch.breach)
+    print(trial.monitor.breach)
     trial.end()
 """
     )
@@ -242,7 +240,7 @@ for trial in trials:
     assert "limit on GPU memory" in warning
 
 
-def test_a_trial_that_is_on_its_way_elsewhere_disturbs_no_other(run: Run) -> None:
+def test_a_trial_about_to_get_another_gpu_disturbs_no_other(run: Run) -> None:
     out = run(
         """
 say(device(0, 0) + device(1, 0))
@@ -250,12 +248,12 @@ first = Trial(0, gpu="GPU-0").begin()
 say(device(0, 3 * GB) + device(1, 0))
 first.look()
 # As the sampler does: under metering in this process, until its own is started.
-watch = loop.monitor((1, 1), limits=Limits(gpu_memory=9 * GB))
+monitor = loop.monitor((1, 1), limits=Limits(gpu_memory=9 * GB))
 first.look()
-watch.environment = {"CUDA_VISIBLE_DEVICES": "GPU-1"}
-watch.detach()
+monitor.environment = {"CUDA_VISIBLE_DEVICES": "GPU-1"}
+monitor.detach()
 first.look()
-watch.close()
+monitor.close()
 say(device(0, 5 * GB) + device(1, 0))
 first.look()
 first.end()
@@ -266,7 +264,7 @@ first.end()
 
 
 @pytest.mark.slow
-def test_another_worker_on_the_gpu_is_known(run: Run) -> None:
+def test_another_worker_on_the_gpu_is_noticed(run: Run) -> None:
     out = run(
         """
 code = "from optuna_quota._metering.gpu_meter import gpu_reader; reader = gpu_reader()\\n"
@@ -295,20 +293,20 @@ alone.end()
     assert "share a GPU" in warning
 
 
-def test_in_process_trials_of_a_container_are_told_by_device(run: Run) -> None:
+def test_in_process_trials_of_a_container_are_measured_by_device(run: Run) -> None:
     out = run(
         """
 def state(used):
     say(device(0, 10 * GB + used) + f"ghost 0 4190000 {int(used)}\\n")
 say(device(0, 10 * GB))
 for peak in (5, 4):
-    watch = loop.monitor((1, peak), limits=Limits(gpu_memory=9 * GB))
+    monitor = loop.monitor((1, peak), limits=Limits(gpu_memory=9 * GB))
     state(peak * GB)
     time.sleep(0.1)
     loop.tick()
     state(GB)
     time.sleep(0.1)
-    print(watch.close().gpu_memory, watch.gpu.source)
+    print(monitor.close().gpu_memory, monitor.gpu.source)
 """
     )
     # The second begins with the 1 GB that the first had left.
@@ -316,7 +314,7 @@ for peak in (5, 4):
     assert warnings(out) == []
 
 
-def test_trials_that_are_given_a_gpu_each_are_told_apart(run: Run) -> None:
+def test_trials_with_a_gpu_each_are_told_apart(run: Run) -> None:
     out = run(
         """
 say(device(0, 1 * GB) + device(1, 2 * GB))
@@ -382,7 +380,7 @@ trial.end()
     assert "not measured by process: the driver does not permit it" in warning
 
 
-def test_a_trial_takes_nothing_over_from_the_one_before_it(run: Run) -> None:
+def test_a_trial_inherits_no_memory_of_the_previous_one(run: Run) -> None:
     out = run(
         """
 state = lambda used: device(0, used) + f"process 0 {me} {int(used)}\\n"
@@ -414,7 +412,7 @@ trial.end()
     assert lines(out)[1] == "process 1000000000.0 0.0 10.0"
 
 
-def test_a_device_that_falls_off_the_bus_takes_no_other_along(run: Run) -> None:
+def test_other_devices_are_read_after_one_is_lost(run: Run) -> None:
     out = run(
         """
 gpus = device(0, 0) + device(1, 0)
@@ -487,7 +485,7 @@ def test_the_choice_of_the_source(case: str) -> None:
     assert (source.name, source.reason) == (name, reason)
 
 
-def test_growth_is_without_what_strangers_take() -> None:
+def test_growth_excludes_foreign_processes() -> None:
     before = DeviceReading(used=10.0, total=100.0, held={1: 6.0, 2: None})
     now = DeviceReading(used=30.0, total=100.0, held={1: 8.0, 2: None, 3: 11.0})
     assert growth(before, now, lambda pid: pid == 1) == 18.0
@@ -514,13 +512,13 @@ def test_another_users_process_is_alive_though_proc_may_hide_it(
     assert not is_alive(2)
 
 
-def test_strangers_are_those_from_before_and_those_that_can_be_seen() -> None:
+def test_foreign_are_earlier_and_visible_processes() -> None:
     assert is_foreign(5, {5: None}, lambda pid: False)
     assert is_foreign(6, {5: None}, lambda pid: True)
     assert not is_foreign(6, {5: None}, lambda pid: False)
 
 
-def test_hidden_use_is_what_nobody_listed_holds() -> None:
+def test_hidden_use_is_held_by_processes_that_are_not_listed() -> None:
     assert has_hidden_use(DeviceReading(used=60e9, total=80e9))
     assert not has_hidden_use(DeviceReading(used=60e9, total=80e9, held={1: 59e9}))
     assert not has_hidden_use(DeviceReading())

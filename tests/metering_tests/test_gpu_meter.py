@@ -1,4 +1,4 @@
-"""The gauge of one trial's GPU use, on devices made up in Python: no driver, no compiler."""
+"""The meter of one trial's GPU use, on fake devices in Python: no driver, no compiler."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Device:
 
 
 @contextlib.contextmanager
-def gauge_on(reader: GpuReader, is_open: bool | None = None) -> Iterator[GpuMeter]:
-    gauge = GpuMeter({"gpu_memory"}, open_reader=lambda: reader, has_gpu_open=lambda pids: is_open)
-    gauge.read(())
-    yield gauge
-    gauge.close()
+def meter_on(reader: GpuReader, is_open: bool | None = None) -> Iterator[GpuMeter]:
+    meter = GpuMeter({"gpu_memory"}, open_reader=lambda: reader, has_gpu_open=lambda pids: is_open)
+    meter.read(())
+    yield meter
+    meter.close()
 
 
 def reader_of(device: Device) -> GpuReader:
@@ -57,17 +57,17 @@ def reader_of(device: Device) -> GpuReader:
 
 
 @pytest.mark.parametrize(("is_open", "memory"), [(None, 3 * GB), (True, 3 * GB), (False, None)])
-def test_a_trial_with_no_gpu_open_is_not_charged_what_others_take(
+def test_a_trial_with_no_gpu_open_is_not_charged_for_others(
     is_open: bool | None, memory: float | None
 ) -> None:
     device = Device()
-    with gauge_on(reader_of(device), is_open) as gauge:
+    with meter_on(reader_of(device), is_open) as meter:
         device.used = 3 * GB
-        found = gauge.read([1]).get("gpu_memory")
+        found = meter.read([1]).get("gpu_memory")
     assert (found and found.value) == memory
 
 
-def test_who_has_just_ended_is_no_part_of_the_trial() -> None:
+def test_a_process_that_has_just_ended_is_not_counted() -> None:
     # Listed when the driver is asked, gone when it is asked whether there is such a process.
     class Passing(Device):
         def processes(self) -> dict[int, int | None]:
@@ -75,16 +75,16 @@ def test_who_has_just_ended_is_no_part_of_the_trial() -> None:
             return held
 
     device = Passing()
-    with gauge_on(reader_of(device)) as gauge:
+    with meter_on(reader_of(device)) as meter:
         device.used, device.held = 3 * GB, {99: int(3 * GB)}
-        assert gauge.read([1]) == {}
+        assert meter.read([1]) == {}
 
 
-def test_a_closed_gauge_leaves_the_devices_to_others() -> None:
+def test_a_closed_meter_releases_the_devices() -> None:
     device = Device()
     reader = reader_of(device)
-    with gauge_on(reader) as second:
-        with gauge_on(reader) as first:
+    with meter_on(reader) as second:
+        with meter_on(reader) as first:
             device.used = 3 * GB
             assert "gpu_memory" not in second.read([1])
         assert second.read([1])["gpu_memory"].value == 3 * GB
@@ -94,12 +94,12 @@ def test_a_closed_gauge_leaves_the_devices_to_others() -> None:
         assert second.read([1])["gpu_memory"].value == 5 * GB
 
 
-def test_a_reading_is_never_one_that_the_gauge_had_before() -> None:
+def test_each_reading_is_new() -> None:
     device = Device()
-    with gauge_on(reader_of(device)) as gauge:
+    with meter_on(reader_of(device)) as meter:
         for used in (1, 2, 3):
             device.used = used * GB
-            assert gauge.read([1])["gpu_memory"].value == used * GB
+            assert meter.read([1])["gpu_memory"].value == used * GB
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has the files")

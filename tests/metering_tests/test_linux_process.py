@@ -1,4 +1,4 @@
-"""Which high-water marks tell of memory, and which may be files that were mapped meanwhile."""
+"""Which high-water marks are peaks of memory, and which may be files that were mapped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def mark(
         (mark(400, 110, file=50, faults=78_000), 350),
     ],
 )
-def test_what_a_high_water_mark_tells(now: MemorySnapshot, expected: int | None) -> None:
+def test_peaks_by_the_high_water_mark(now: MemorySnapshot, expected: int | None) -> None:
     assert unseen_peak(BEFORE, now) == (None if expected is None else expected * MIB)
 
 

@@ -196,7 +196,7 @@ hear()
     assert reading.memory is not None and 120 * MIB < reading.memory < 200 * MIB
 
 
-def test_the_kernels_peak_is_exact_and_starts_anew() -> None:
+def test_the_kernels_peak_is_exact_and_can_be_reset() -> None:
     # What other tests left behind must not be freed in between, nor its pages used again.
     gc.collect()
     tree = LinuxProcessTree()
@@ -260,7 +260,7 @@ def test_a_root_that_has_ended(make: OpenTree) -> None:
     tree.close()
 
 
-def test_a_number_that_was_given_away_shows_no_stranger() -> None:
+def test_a_reused_pid_shows_no_other_process() -> None:
     last = Path("/proc/sys/kernel/ns_last_pid")
     if not os.access(last, os.W_OK):
         pytest.skip("only root may choose the next pid")
@@ -347,7 +347,7 @@ def test_a_killed_tree_is_read_while_it_dies() -> None:
         tree.close()
 
 
-def test_what_is_swapped_out_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swapped_out_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     # No swap can be had here, so what the kernel would say of it is made up.
     read = LinuxProcess._read_status
 

@@ -34,39 +34,39 @@ def test_the_fake_is_the_process_own_loop_while_it_lasts() -> None:
 
 def test_peaks_are_maxima_and_totals_are_growth(fake: FakeMetering) -> None:
     fake.tree.memory, fake.tree.cpu_time = 5 * GIB, 100.0
-    watch = fake.loop.monitor(KEY)
+    monitor = fake.loop.monitor(KEY)
     fake.tree.memory, fake.tree.cpu_time = 9 * GIB, 103.0
     fake.advance(1.0)
     fake.tree.memory, fake.tree.cpu_time = 2 * GIB, 104.0
     fake.advance(1.0)
-    usage = watch.close()
+    usage = monitor.close()
     assert usage == Usage(memory=9 * GIB, wall_time=2.0, cpu_time=4.0)
-    assert max(m for _, m in watch.timeline()) == 9 * GIB
-    assert watch.timeline()[0] == (0.0, 5 * GIB)
+    assert max(m for _, m in monitor.timeline()) == 9 * GIB
+    assert monitor.timeline()[0] == (0.0, 5 * GIB)
 
 
-def test_a_peak_that_no_look_saw_is_recorded_and_no_breach(fake: FakeMetering) -> None:
+def test_a_peak_between_samples_is_recorded_and_no_breach(fake: FakeMetering) -> None:
     fake.tree.memory = GIB
-    watch = fake.loop.monitor(KEY, limits=Limits(memory="3GiB"))
+    monitor = fake.loop.monitor(KEY, limits=Limits(memory="3GiB"))
     fake.tree.peak = 4 * GIB
-    usage = watch.close()
+    usage = monitor.close()
     assert usage.memory == 4 * GIB
-    assert watch.breach is None
+    assert monitor.breach is None
 
 
 def test_unknown_stays_unknown(fake: FakeMetering) -> None:
     fake.tree.memory = fake.tree.cpu_time = None
-    watch = fake.loop.monitor(KEY, limits=Limits(memory=1, cpu_time=1))
+    monitor = fake.loop.monitor(KEY, limits=Limits(memory=1, cpu_time=1))
     fake.advance(5.0)
-    usage = watch.close()
-    assert (usage.memory, usage.cpu_time, watch.breach) == (None, None, None)
+    usage = monitor.close()
+    assert (usage.memory, usage.cpu_time, monitor.breach) == (None, None, None)
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.1, 3.25, 61.0])
 def test_a_limit_on_the_clock_fires_on_time(fake: FakeMetering, limit: float) -> None:
-    watch = fake.loop.monitor(KEY, limits=Limits(wall_time=limit))
+    monitor = fake.loop.monitor(KEY, limits=Limits(wall_time=limit))
     found: list[tuple[float, Breach]] = []
-    watch.on_breach(lambda breach: found.append((fake.clock(), breach)))
+    monitor.on_breach(lambda breach: found.append((fake.clock(), breach)))
     fake.advance(limit * 3)
     [(when, breach)] = found
     assert when == pytest.approx(limit)
@@ -74,11 +74,11 @@ def test_a_limit_on_the_clock_fires_on_time(fake: FakeMetering, limit: float) ->
     assert breach.seconds == pytest.approx(limit)
 
 
-def test_growth_towards_the_limit_is_met_sooner_than_the_next_period(fake: FakeMetering) -> None:
+def test_a_nearby_limit_shortens_the_sampling_interval(fake: FakeMetering) -> None:
     fake.tree.memory = 1e9
-    watch = fake.loop.monitor(KEY, limits=Limits(memory=2e9))
+    monitor = fake.loop.monitor(KEY, limits=Limits(memory=2e9))
     seen: list[float] = []
-    while watch.breach is None:
+    while monitor.breach is None:
         wait = fake.loop.tick()
         assert wait is not None
         fake.clock.advance(max(wait, 1e-9))
@@ -88,22 +88,22 @@ def test_growth_towards_the_limit_is_met_sooner_than_the_next_period(fake: FakeM
     assert seen[0] == pytest.approx(0.1)
     assert min(seen) == pytest.approx(0.0005)
     # The last wait is the shortest: half a millisecond is 2 MB at 4 GB/s.
-    assert watch.breach.observed - 2e9 <= 2e6 + 1.0
+    assert monitor.breach.observed - 2e9 <= 2e6 + 1.0
     assert len(seen) < 40
 
 
-def test_far_from_the_limit_it_looks_seldom_and_at_rest_never(fake: FakeMetering) -> None:
+def test_far_from_the_limit_it_samples_rarely_and_idle_never(fake: FakeMetering) -> None:
     assert fake.loop.tick() is None
-    watch = fake.loop.monitor(KEY, limits=Limits(memory=2**50))
+    monitor = fake.loop.monitor(KEY, limits=Limits(memory=2**50))
     fake.loop.tick()
     wait = fake.loop.tick()
     assert wait is not None and wait > 0.09
-    watch.close()
+    monitor.close()
     assert fake.loop.tick() is None
 
 
 def test_deadlines_do_not_drift(fake: FakeMetering) -> None:
-    watch = fake.loop.monitor(KEY)
+    monitor = fake.loop.monitor(KEY)
     dues = []
     for _ in range(50):
         wait = fake.loop.tick()
@@ -111,11 +111,11 @@ def test_deadlines_do_not_drift(fake: FakeMetering) -> None:
         fake.clock.advance(wait + 0.013)  # every wakeup is late
         dues.append(fake.clock() - 0.013)
     assert all(min(due % 0.05, -due % 0.05) < 1e-6 for due in dues)
-    watch.close()
+    monitor.close()
 
 
 def test_a_limit_on_cores_needs_a_second_over_it(fake: FakeMetering) -> None:
-    watch = fake.loop.monitor(KEY, limits=Limits(cpu_cores=2))
+    monitor = fake.loop.monitor(KEY, limits=Limits(cpu_cores=2))
 
     def run(cores: float, seconds: float) -> None:
         for _ in range(round(seconds / 0.1)):
@@ -127,70 +127,70 @@ def test_a_limit_on_cores_needs_a_second_over_it(fake: FakeMetering) -> None:
     run(1.0, 2.0)
     run(4.0, 0.3)  # a burst
     run(1.0, 1.0)
-    assert watch.breach is None
+    assert monitor.breach is None
     run(3.0, 1.5)
-    assert watch.breach is not None and watch.breach.resource == "cpu_cores"
-    assert 2.1 < watch.breach.observed <= 3.0
+    assert monitor.breach is not None and monitor.breach.resource == "cpu_cores"
+    assert 2.1 < monitor.breach.observed <= 3.0
 
 
-def test_what_is_left_of_a_quota_is_a_ceiling_that_can_be_raised(fake: FakeMetering) -> None:
-    watch = fake.loop.monitor(KEY, left={"cpu_time": 5.0})
+def test_what_is_left_of_a_quota_can_be_raised(fake: FakeMetering) -> None:
+    monitor = fake.loop.monitor(KEY, left={"cpu_time": 5.0})
     fake.tree.cpu_time = 4.0
     fake.advance(1.0)
-    watch.allow({"cpu_time": 10.0})
+    monitor.allow({"cpu_time": 10.0})
     fake.tree.cpu_time = 8.0
     fake.advance(1.0)
-    assert watch.breach is None
-    watch.allow({"cpu_time": 7.0})
+    assert monitor.breach is None
+    monitor.allow({"cpu_time": 7.0})
     fake.advance(0.1)
-    assert watch.breach is not None and watch.breach.quota and watch.breach.limit == 7.0
-    assert watch.left == {"cpu_time": 7.0}
+    assert monitor.breach is not None and monitor.breach.quota and monitor.breach.limit == 7.0
+    assert monitor.left == {"cpu_time": 7.0}
 
 
 def test_the_first_breach_stays(fake: FakeMetering) -> None:
-    watch = fake.loop.monitor(KEY, limits=Limits(memory=GIB, wall_time=10))
+    monitor = fake.loop.monitor(KEY, limits=Limits(memory=GIB, wall_time=10))
     fake.tree.memory = 2 * GIB
     fake.advance(1.0)
-    first = watch.breach
+    first = monitor.breach
     fake.tree.memory = 9 * GIB
     fake.advance(100.0)
-    assert watch.breach is first
-    assert watch.close().memory == 9 * GIB
+    assert monitor.breach is first
+    assert monitor.close().memory == 9 * GIB
 
 
 def test_a_sample_finds_the_breach_and_the_loop_calls_back(fake: FakeMetering) -> None:
-    watch = fake.loop.monitor(KEY, limits=Limits(memory=GIB))
+    monitor = fake.loop.monitor(KEY, limits=Limits(memory=GIB))
     calls: list[Breach] = []
-    watch.on_breach(calls.append)
+    monitor.on_breach(calls.append)
     fake.tree.memory = 2 * GIB
-    assert watch.sample().memory == 2 * GIB
-    assert watch.breach is not None and calls == []
+    assert monitor.sample().memory == 2 * GIB
+    assert monitor.breach is not None and calls == []
     fake.loop.tick()
     fake.loop.tick()
-    assert calls == [watch.breach]
+    assert calls == [monitor.breach]
 
 
 def test_a_callback_that_fails_does_not_end_the_loop(fake: FakeMetering) -> None:
     def fail(breach: Breach) -> None:
         raise RuntimeError("mine")
 
-    watch = fake.loop.monitor(KEY, limits=Limits(wall_time=1))
+    monitor = fake.loop.monitor(KEY, limits=Limits(wall_time=1))
     calls: list[Breach] = []
-    watch.on_breach(fail)
-    watch.on_breach(calls.append)
+    monitor.on_breach(fail)
+    monitor.on_breach(calls.append)
     fake.advance(2.0)
     assert len(calls) == 1
 
 
-def test_shared_memory_of_workers_is_not_held_against_the_trial(fake: FakeMetering) -> None:
+def test_shared_memory_of_workers_counts_once(fake: FakeMetering) -> None:
     fake.tree.pids = (1, 2, 3)
     fake.tree.memory, fake.tree.shared = GIB, 4.0 * GIB
-    watch = fake.loop.monitor(KEY, limits=Limits(memory="2GiB"))
+    monitor = fake.loop.monitor(KEY, limits=Limits(memory="2GiB"))
     fake.advance(3.0)
-    assert watch.breach is None
+    assert monitor.breach is None
     fake.tree.memory = 3 * GIB
     fake.advance(1.0)
-    assert watch.breach is not None and watch.breach.observed == 3 * GIB
+    assert monitor.breach is not None and monitor.breach.observed == 3 * GIB
 
 
 # Trials at once in one process.
@@ -229,9 +229,9 @@ def test_a_trial_after_another_is_alone(fake: FakeMetering) -> None:
     fake.tree.memory = 3 * GIB
     fake.loop.monitor(KEY).close()
     fake.tree.memory = GIB
-    watch = fake.loop.monitor(OTHER)
-    assert watch.close().memory == GIB
-    assert watch.isolation == "thread"
+    monitor = fake.loop.monitor(OTHER)
+    assert monitor.close().memory == GIB
+    assert monitor.isolation == "thread"
 
 
 def test_isolated_trials_at_once_are_each_alone(fake: FakeMetering, warned: list[str]) -> None:
@@ -256,47 +256,47 @@ def test_a_breach_of_this_process_is_forgotten_when_the_trial_is_isolated(
     fake: FakeMetering,
 ) -> None:
     fake.tree.memory = 9 * GIB
-    watch = fake.loop.monitor(KEY, limits=Limits(memory="2GiB"))
+    monitor = fake.loop.monitor(KEY, limits=Limits(memory="2GiB"))
     fake.advance(0.01)
-    assert watch.breach is not None
-    watch.attach(101)
-    assert watch.breach is None
-    assert watch.elapsed == pytest.approx(0.01)
+    assert monitor.breach is not None
+    monitor.attach(101)
+    assert monitor.breach is None
+    assert monitor.elapsed == pytest.approx(0.01)
 
 
 def test_cpu_time_of_a_process_made_for_the_trial_counts_from_its_birth(
     fake: FakeMetering,
 ) -> None:
     for seconds, expected in ((0.5, 4.0), (900.0, 1.0)):
-        watch = fake.loop.monitor(KEY)
+        monitor = fake.loop.monitor(KEY)
         fake.advance(1.0)
         fake.trees[7] = FakeProcessTree(cpu_time=3.0, pids=[7])
         fake.trees[7].seconds = seconds
-        watch.attach(7)
+        monitor.attach(7)
         fake.trees[7].cpu_time = 4.0
-        assert watch.close().cpu_time == expected
+        assert monitor.close().cpu_time == expected
 
 
-def test_better_figures_are_merged(fake: FakeMetering) -> None:
+def test_totals_from_another_source_are_merged(fake: FakeMetering) -> None:
     fake.tree.memory, fake.tree.cpu_time = 5.0, 0.0
-    watch = fake.loop.monitor(KEY, limits=Limits(memory=7))
+    monitor = fake.loop.monitor(KEY, limits=Limits(memory=7))
     fake.tree.cpu_time = 3.0
-    watch.add_usage(Usage(memory=8.0, cpu_time=2.0, energy=4.0, custom={"io": 1.0}))
-    usage = watch.close()
+    monitor.add_usage(Usage(memory=8.0, cpu_time=2.0, energy=4.0, custom={"io": 1.0}))
+    usage = monitor.close()
     assert (usage.memory, usage.cpu_time, usage.energy) == (8.0, 3.0, 4.0)
     assert usage.custom == {"io": 1.0}
-    assert watch.breach is not None and watch.breach.observed == 8.0
-    watch.add_usage(Usage(memory=9.0))
-    assert watch.usage().memory == 9.0
+    assert monitor.breach is not None and monitor.breach.observed == 8.0
+    monitor.add_usage(Usage(memory=9.0))
+    assert monitor.usage().memory == 9.0
 
 
-def test_closing_twice_and_looking_after_it(fake: FakeMetering) -> None:
-    watch = fake.loop.monitor(KEY, limits=Limits(wall_time=5))
+def test_close_is_idempotent(fake: FakeMetering) -> None:
+    monitor = fake.loop.monitor(KEY, limits=Limits(wall_time=5))
     fake.advance(2.0)
-    usage = watch.close()
+    usage = monitor.close()
     fake.advance(60.0)
-    assert watch.close() == usage == watch.sample() == watch.usage()
-    assert watch.elapsed == 2.0 and watch.breach is None and watch.closed
+    assert monitor.close() == usage == monitor.sample() == monitor.usage()
+    assert monitor.elapsed == 2.0 and monitor.breach is None and monitor.closed
     assert fake.loop.find(KEY) is None
 
 
@@ -338,7 +338,7 @@ def new_study() -> optuna.Study:
     )
 
 
-def test_a_study_goes_on_with_what_is_known(fake: FakeMetering, warned: list[str]) -> None:
+def test_a_study_goes_on_without_process_figures(fake: FakeMetering, warned: list[str]) -> None:
     fake.tree = FaultyTree(*METHODS)
     study = new_study()
     for _ in range(2):
@@ -354,11 +354,11 @@ def test_a_study_goes_on_with_what_is_known(fake: FakeMetering, warned: list[str
     usages = [read_record(row).usage for row in study.trials]
     assert [usage.wall_time for usage in usages] == [5, 5, 61]
     assert all(usage.memory is None and usage.cpu_time is None for usage in usages)
-    (told,) = warned
-    assert "not known" in told and "on purpose" in told
+    (message,) = warned
+    assert "not known" in message and "on purpose" in message
 
 
-def test_what_was_used_during_a_fault_is_known_after_it(fake: FakeMetering) -> None:
+def test_cpu_time_used_during_a_fault_is_counted_after_it(fake: FakeMetering) -> None:
     tree = fake.tree = FaultyTree()
     study = new_study()
     trial = study.ask()
@@ -375,14 +375,14 @@ def test_what_was_used_during_a_fault_is_known_after_it(fake: FakeMetering) -> N
 
 
 @pytest.mark.parametrize("failing", METHODS)
-def test_the_tree_of_a_process_that_fails_in_one_method(fake: FakeMetering, failing: str) -> None:
+def test_a_tree_that_fails_in_one_method(fake: FakeMetering, failing: str) -> None:
     fake.trees[7] = FaultyTree(failing)
-    watch = metering_loop().monitor((0, 0), limits=Limits(memory=1000, wall_time=60), pid=7)
+    monitor = metering_loop().monitor((0, 0), limits=Limits(memory=1000, wall_time=60), pid=7)
     fake.trees[7].memory = 2000.0
     fake.advance(5)
     # This fake reads by a glance.
-    assert (watch.breach is None) is (failing in ("read", "glance"))
+    assert (monitor.breach is None) is (failing in ("read", "glance"))
     # It still has its clock.
     fake.advance(56)
-    assert watch.breach is not None
-    watch.close()
+    assert monitor.breach is not None
+    monitor.close()

@@ -34,35 +34,35 @@ def wait_until(condition, seconds=20.0):  # type: ignore[no-untyped-def]
 
 
 def test_a_trial_in_process_is_measured(loop) -> None:  # type: ignore[no-untyped-def]
-    watch = loop.monitor((1, 1))
-    assert loop.find((1, 1)) is watch
+    monitor = loop.monitor((1, 1))
+    assert loop.find((1, 1)) is monitor
     block = bytearray(80 * MIB)
     block[::4096] = b"x" * len(block[::4096])
-    while time.process_time() == 0 or watch.sample().cpu_time == 0:
+    while time.process_time() == 0 or monitor.sample().cpu_time == 0:
         sum(range(10000))
     del block
-    usage = watch.close()
+    usage = monitor.close()
     assert usage.memory is not None and usage.memory > 80 * MIB
     assert usage.cpu_time is not None and usage.cpu_time > 0
-    assert usage.wall_time == pytest.approx(watch.elapsed)
-    assert watch.isolation == "thread"
+    assert usage.wall_time == pytest.approx(monitor.elapsed)
+    assert monitor.isolation == "thread"
     assert loop.find((1, 1)) is None
-    assert watch.close() == usage
+    assert monitor.close() == usage
 
 
 def test_a_breach_is_found_by_the_loop_and_called_back_once(loop) -> None:  # type: ignore[no-untyped-def]
     seen = []
     called = threading.Event()
-    watch = loop.monitor((1, 2), limits=Limits(wall_time=0.05))
-    watch.on_breach(
+    monitor = loop.monitor((1, 2), limits=Limits(wall_time=0.05))
+    monitor.on_breach(
         lambda breach: (seen.append((breach, threading.current_thread())), called.set())
     )
     assert called.wait(20)
-    assert watch.breach is not None and watch.breach.resource == "wall_time"
+    assert monitor.breach is not None and monitor.breach.resource == "wall_time"
     again = []
-    watch.on_breach(again.append)
-    assert again == [watch.breach]
-    watch.close()
+    monitor.on_breach(again.append)
+    assert again == [monitor.breach]
+    monitor.close()
     assert len(seen) == 1
     assert seen[0][1].name == "optuna-quota-metering"
 
@@ -72,18 +72,18 @@ def test_a_child_is_metered_alone_once_attached(loop) -> None:  # type: ignore[n
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
-        watch = loop.monitor((1, 3), limits=Limits(memory="50MiB"))
-        watch.attach(child.pid)
+        monitor = loop.monitor((1, 3), limits=Limits(memory="50MiB"))
+        monitor.attach(child.pid)
         assert child.stdout is not None
         child.stdout.readline()
-        wait_until(lambda: watch.breach is not None)
-        assert watch.isolation == "process"
-        assert watch.breach.resource == "memory"
-        watch.sample()
+        wait_until(lambda: monitor.breach is not None)
+        assert monitor.isolation == "process"
+        assert monitor.breach.resource == "memory"
+        monitor.sample()
         child.kill()
-    usage = watch.close()
+    usage = monitor.close()
     assert 60 * MIB < usage.memory < 90 * MIB
-    assert watch.timeline()
+    assert monitor.timeline()
 
 
 def test_trials_at_once_in_one_process_are_shared(loop) -> None:  # type: ignore[no-untyped-def]
@@ -138,17 +138,17 @@ def test_a_forked_child_has_a_loop_of_its_own() -> None:
     code = """
 import os, sys
 from optuna_quota._metering import metering_loop
-watch = metering_loop().monitor((1, 1))
+monitor = metering_loop().monitor((1, 1))
 pid = os.fork()
 if pid == 0:
-    old = watch.close()  # the parent's: let go of, without a hang
+    old = monitor.close()  # the parent's: dropped, without a hang
     mine = metering_loop()
     assert mine.find((1, 1)) is None
     usage = mine.monitor((1, 2)).close()
     os._exit(0 if usage.memory else 3)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-assert metering_loop().find((1, 1)) is watch
-assert watch.close().memory
+assert metering_loop().find((1, 1)) is monitor
+assert monitor.close().memory
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
@@ -162,7 +162,7 @@ def test_the_interpreter_ends_while_trials_are_metered() -> None:
 from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota._metering import metering_loop
-watch = metering_loop().monitor((1, 1), limits=Limits(wall_time=3600))
+monitor = metering_loop().monitor((1, 1), limits=Limits(wall_time=3600))
 print("end")
 """
     done = subprocess.run(

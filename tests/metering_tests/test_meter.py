@@ -59,13 +59,13 @@ class Unnamed:
         ([FakeMeter("a"), FakeMeter("a")], ValueError),
     ],
 )
-def test_meters_that_can_not_be_used(meters: list[FakeMeter], error: type[Exception]) -> None:
+def test_invalid_meters(meters: list[FakeMeter], error: type[Exception]) -> None:
     with pytest.raises(error, match=r"must|name"):
         check_names(meters)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), True, "text"])
-def test_check_meter_finds_what_is_wrong(value: float) -> None:
+def test_check_meter_finds_faults(value: float) -> None:
     with pytest.raises(AssertionError):
         check_meter(FakeMeter("mine", value))
     check_meter(FakeMeter("mine", 3.0))

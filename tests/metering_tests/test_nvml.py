@@ -1,4 +1,4 @@
-"""GPU figures through the real pynvml and a fake driver, healthy and ailing."""
+"""GPU figures through the real pynvml and a fake driver, healthy and faulty."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ start = int(time.time() * 1e6)
 gpus = {gpu(0) + gpu(1)!r}
 mine = f"process 0 {{me}} 3000000000\\nprocess 1 {{me}} 1000000000\\n"
 say(gpus + mine)
-watch = loop.monitor((1, 1))
+monitor = loop.monitor((1, 1))
 loop.tick()
 later = gpus.replace(" 5000", " 65000")
 samples = f"sample 0 {{me}} {{start + 2000000}} 50\\nsample 0 {{me}} {{start + 4000000}} 100\\n"
 time.sleep(0.3)
 say(later + mine + samples)
-usage = watch.close()
+usage = monitor.close()
 """
 
 
@@ -66,8 +66,8 @@ def test_a_child_of_the_trial_counts(nvml: Nvml) -> None:
     import subprocess
     child = subprocess.Popen(["sleep", "60"])
     say({gpu()!r} + f"process 0 {{child.pid}} 500\\nprocess 0 {{os.getppid()}} 70000\\n")
-    watch = loop.monitor((1, 1))
-    usage = watch.close()
+    monitor = loop.monitor((1, 1))
+    usage = monitor.close()
     child.kill(); child.wait()
     print(usage.gpu_memory)
     """
@@ -77,15 +77,15 @@ def test_a_child_of_the_trial_counts(nvml: Nvml) -> None:
 def test_a_gpu_memory_limit_is_a_breach(nvml: Nvml) -> None:
     code = f"""
     say({gpu()!r} + f"process 0 {{me}} 3000000000\\n")
-    watch = loop.monitor((1, 1), limits=Limits(gpu_memory="2GB"))
+    monitor = loop.monitor((1, 1), limits=Limits(gpu_memory="2GB"))
     loop.tick()
-    print(watch.breach.resource, watch.breach.observed)
+    print(monitor.breach.resource, monitor.breach.observed)
     """
     assert figures_in(nvml().run(code)) == ["gpu_memory 3000000000.0"]
 
 
 def test_a_trial_that_is_not_on_the_gpu_has_no_figures_rather_than_zeros(nvml: Nvml) -> None:
-    out = nvml().run("watch = loop.monitor((1, 1)); loop.tick(); show(watch.close())", gpu())
+    out = nvml().run("monitor = loop.monitor((1, 1)); loop.tick(); show(monitor.close())", gpu())
     assert figures_in(out) == ["None None None"]
     assert warnings_in(out) == []
 
@@ -93,11 +93,11 @@ def test_a_trial_that_is_not_on_the_gpu_has_no_figures_rather_than_zeros(nvml: N
 LIMITED = "loop.monitor((1, 1), limits=Limits(gpu_memory=9e9, gpu_time=99))"
 ONCE = f"""
 for i in range(3):
-    watch = {LIMITED}
+    monitor = {LIMITED}
     loop.tick()
     time.sleep(0.06)
     loop.tick()
-    show(watch.close())
+    show(monitor.close())
 """
 OWN = "process 0 {pid} 3000000000\n"
 HEALTHY = "say(STATE.replace('{pid}', str(me)))\n"
@@ -119,12 +119,12 @@ HEALTHY = "say(STATE.replace('{pid}', str(me)))\n"
         (gpu(mig=1) + "instance 0 0\nprocess 100 {pid} 77\n", "77.0 None None", "MIG"),
     ],
 )
-def test_what_ails_is_none_with_one_warning(
+def test_a_faulty_driver_means_none_and_one_warning(
     nvml: Nvml, state: str | None, figures: str, warning: str
 ) -> None:
     code = f"STATE = {state!r}\n"
     code += "os.unlink(os.environ['FAKE_NVML'])\n" if state is None else HEALTHY
-    # Without the instances' function, as an old driver, a MIG device is what it tells itself.
+    # Without the instances' function, as an old driver, a MIG device is read as a whole.
     flags = ("-DWITHOUT_INSTANCES",) if state and "instance" not in state else ()
     out = nvml(*flags).run(code + ONCE)
     assert len(figures_in(out)) == 3
@@ -134,19 +134,19 @@ def test_what_ails_is_none_with_one_warning(
     assert "not measured" in warnings_in(out)[0]
 
 
-def test_a_driver_that_dies_in_the_middle_leaves_no_figure(nvml: Nvml) -> None:
+def test_a_driver_that_fails_during_a_trial_leaves_no_figure(nvml: Nvml) -> None:
     code = f"""
     say({gpu()!r} + f"process 0 {{me}} 3000000000\\n")
-    watch = {LIMITED}
+    monitor = {LIMITED}
     loop.tick()
-    before = watch.usage()
+    before = monitor.usage()
     say("fail nvmlDeviceGetComputeRunningProcesses_v3 15\\n" + {gpu()!r})
     deadline = time.monotonic() + 20
-    while watch.usage().gpu_memory is not None and time.monotonic() < deadline:
+    while monitor.usage().gpu_memory is not None and time.monotonic() < deadline:
         time.sleep(0.02)
         loop.tick()
     show(before)
-    show(watch.close())
+    show(monitor.close())
     next = {LIMITED}
     loop.tick()
     show(next.close())
@@ -170,7 +170,7 @@ def test_cuda_shows_nothing(nvml: Nvml) -> None:
     assert figures_in(out) == ["None None None"]
 
 
-def test_no_driver_at_all_is_told_and_the_failure_kept(nvml: Nvml) -> None:
+def test_no_driver_is_one_warning_and_cached(nvml: Nvml) -> None:
     code = (
         "import sys\n"
         + ONCE
@@ -193,11 +193,11 @@ def test_energy_is_shared_by_how_busy_each_kept_the_device(nvml: Nvml) -> None:
     start = int(time.time() * 1e6)
     both = f"process 0 {{me}} 1\\nprocess 0 {{other}} 1\\n"
     say({gpu(mj=0)!r} + both)
-    watch = loop.monitor((1, 1))
+    monitor = loop.monitor((1, 1))
     loop.tick()
     time.sleep(0.3)
     say({gpu(mj=100000)!r} + both + f"sample 0 {{me}} {{start + 1000000}} 25\\n"
         + f"sample 0 {{other}} {{start + 1000000}} 75\\n")
-    print(watch.close().energy)
+    print(monitor.close().energy)
     """
     assert float(figures_in(nvml().run(code))[0]) == pytest.approx(25.0)

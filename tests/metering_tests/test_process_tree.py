@@ -1,4 +1,4 @@
-"""CPU time of trees whose members come and go: each case a story in samples."""
+"""CPU time of process trees whose members come and go."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_child_that_came_and_went_between_samples_is_counted() -> None:
     assert total_after({"root": CpuTimes(1.0)}, {"root": CpuTimes(1.0, reaped=3.0)}) == 4.0
 
 
-def test_a_child_that_nobody_waited_for_keeps_what_it_had() -> None:
+def test_a_child_that_was_not_waited_for_keeps_what_it_had() -> None:
     assert (
         total_after(
             {"root": CpuTimes(1.0), "child": CpuTimes(2.0, parent="root")},
@@ -56,7 +56,7 @@ def test_an_orphan_that_lives_on_is_counted_and_so_is_its_dead_parent() -> None:
             "orphan": CpuTimes(2.0, parent="child"),
         },
         {"root": CpuTimes(1.0, reaped=1.0), "orphan": CpuTimes(3.0, parent="child")},
-        {"root": CpuTimes(1.0, reaped=1.0)},  # it ended under init, which tells the tree nothing
+        {"root": CpuTimes(1.0, reaped=1.0)},  # it ended under init: its time is not inherited
     ) == pytest.approx(5.0)
 
 

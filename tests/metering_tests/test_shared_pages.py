@@ -68,13 +68,13 @@ def test_each_page_is_divided_among_its_holders(
         ([share(40, 600, 3), share(7)], share(2), 0),
     ],
 )
-def test_what_was_there_before_is_told_from_what_is_the_trees(
+def test_inherited_pages_are_distinguished_from_the_trees_own(
     tree: list[ProcessMemory], lender: ProcessMemory, expected: int
 ) -> None:
     assert find_inherited(tree, tree[0], lender).part() == expected
 
 
-def test_the_part_of_what_was_there_before_does_not_grow_when_others_end() -> None:
+def test_the_part_of_inherited_pages_does_not_grow_when_others_end() -> None:
     lent = find_inherited([share(40, 600, 3)], share(40, 600, 3), share(2, 600, 3))
     assert (lent.part(), lent.part(outsiders=5)) == (200, 100)
 
@@ -102,14 +102,14 @@ def is_due(
     return pages.is_due(TreeMemory(sizes, shareable), limit, now, lambda: faulted)
 
 
-def test_what_grows_counts_at_once() -> None:
+def test_growth_counts_at_once() -> None:
     pages = known(PAIR)
     assert pages.memory(TreeMemory(SIZES)) == 150
     assert pages.memory(TreeMemory({1: 100, 2: 190})) == 190
     assert pages.memory(TreeMemory({1: 170, 2: 190})) == 260
 
 
-def test_a_newcomer_counts_by_what_it_grows_until_it_was_measured() -> None:
+def test_a_new_process_counts_by_its_growth_until_it_is_measured() -> None:
     pages = known(PAIR)
     assert pages.memory(TreeMemory({**SIZES, 3: 150})) == 150
     assert pages.memory(TreeMemory({**SIZES, 3: 170})) == 170
@@ -118,7 +118,7 @@ def test_a_newcomer_counts_by_what_it_grows_until_it_was_measured() -> None:
     assert not is_due(pages, {**SIZES, 3: 150}, 0.009)
 
 
-def test_what_is_added_of_shared_memory_counts_when_it_was_measured() -> None:
+def test_added_shared_memory_counts_once_it_is_measured() -> None:
     # Each reader of an array that exists once comes to hold all of it.
     assert known(PAIR).memory(TreeMemory({1: 400, 2: 490}, shareable=600)) == 190
     assert is_due(known(PAIR), {1: 400, 2: 490}, 0.06, shareable=600)
@@ -129,7 +129,7 @@ def test_what_is_added_of_shared_memory_counts_when_it_was_measured() -> None:
     ("sizes", "faulted", "limit", "now", "expected"),
     [
         (SIZES, 0, math.inf, 3600.0, False),
-        # More anonymous memory is nobody else's.
+        # More anonymous memory is not shared.
         ({1: 100, 2: 190}, 40, math.inf, 0.06, False),
         ({1: 100, 2: 151}, 1, math.inf, 0.06, False),
         ({1: 100, 2: 151}, 1, math.inf, 1.1, True),
@@ -156,7 +156,7 @@ def test_more_shared_memory_is_measured_again() -> None:
     assert not is_due(known(PAIR), {1: 100, 2: 190}, 0.04, shareable=40)
 
 
-def test_a_verdict_that_is_certain_waits_for_no_measurement_that_takes_long() -> None:
+def test_a_certain_verdict_waits_for_no_long_measurement() -> None:
     pages = known(PAIR, cost=0.002)
     assert not is_due(pages, {1: 100, 2: 190}, 0.1, limit=160)
     assert is_due(pages, {1: 100, 2: 190}, 0.1, limit=160, shareable=40)
@@ -164,7 +164,7 @@ def test_a_verdict_that_is_certain_waits_for_no_measurement_that_takes_long() ->
     assert not is_due(pages, {1: 100, 2: 190}, 0.1, limit=200)
 
 
-def test_what_was_never_measured_is_due_at_once() -> None:
+def test_the_first_measurement_is_due_at_once() -> None:
     assert is_due(SharedPages(), SIZES, 0.0)
     assert is_due(SharedPages(), {1: 100}, 0.0)
 
@@ -237,7 +237,7 @@ def test_pages_that_outsiders_hold_too(forked_from_study: bool, alone: float, mo
 
 
 @needs_proc
-def test_a_worker_that_nobody_waited_for_hides_nothing() -> None:
+def test_a_zombie_worker_hides_nothing() -> None:
     code = """
 block = bytearray(150 * MIB)
 gone = fork(lambda: os._exit(0))
@@ -306,7 +306,7 @@ def test_a_glance_sees_that_pages_were_written_to() -> None:
 
 
 @needs_proc
-def test_workers_that_appear_one_by_one_never_count_for_more_than_they_add() -> None:
+def test_new_workers_count_only_by_what_they_add() -> None:
     code = """
 block = bytearray(100 * MIB)
 for _ in range(6):
@@ -326,7 +326,7 @@ hear()
     assert max(seen) < 190 * MIB
 
 
-# A daemon of the trial's: its parent has ended, and it has gone to whoever inherits orphans.
+# A daemon of the trial: its parent has ended, and the subreaper has inherited it.
 DAEMON = """
 from optuna_quota._isolation.linux import become_subreaper
 become_subreaper()
@@ -421,7 +421,7 @@ hear()
 
 
 @needs_proc
-def test_no_verdict_hangs_on_a_process_that_has_just_come() -> None:
+def test_a_new_process_is_no_breach_at_once() -> None:
     code = """
 hear()
 held = []

@@ -32,7 +32,7 @@ from optuna_quota._metering.timing import sampling_interval
         (2e8, 0.0, 0.1),
     ],
 )
-def test_the_wait_is_the_time_that_the_headroom_lasts(
+def test_the_interval_is_the_time_that_the_headroom_lasts(
     headroom: float | None, growth: float, expected: float
 ) -> None:
     assert sampling_interval(headroom, growth, longest=0.1, shortest=0.0005) == pytest.approx(
@@ -166,7 +166,7 @@ BUSY = """
     from optuna_quota._metering import metering_loop
 
     loop = metering_loop()
-    watch = loop.monitor((1, 1))
+    monitor = loop.monitor((1, 1))
     print("started", flush=True)
     if sys.argv[1] == "held":
         # Sleeps with the interpreter's lock held.
@@ -175,7 +175,7 @@ BUSY = """
         until = time.monotonic() + 1.5
         while time.monotonic() < until:
             pass
-    print(watch.elapsed)
+    print(monitor.elapsed)
 """
 
 

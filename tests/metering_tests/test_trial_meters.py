@@ -1,4 +1,4 @@
-"""Users' own meters, on a fake loop."""
+"""Users' own meters and lost resources, on a fake loop."""
 
 from __future__ import annotations
 
@@ -23,53 +23,53 @@ OTHER = (1, 2)
 
 def test_a_meter_that_reads_a_peak(fake: FakeMetering) -> None:
     meter = FakeMeter("scratch", 3.0)
-    watch = fake.loop.monitor(KEY, limits=Limits(custom={"scratch": 8}), meters=[meter])
+    monitor = fake.loop.monitor(KEY, limits=Limits(custom={"scratch": 8}), meters=[meter])
     meter.value = 7.0
     fake.advance(0.2)
     meter.value = 2.0
     fake.advance(0.2)
-    assert watch.usage().custom == {"scratch": 7.0} and watch.breach is None
+    assert monitor.usage().custom == {"scratch": 7.0} and monitor.breach is None
     meter.value = 9.0
     fake.advance(0.2)
-    assert watch.breach is not None and watch.breach.resource == "scratch"
+    assert monitor.breach is not None and monitor.breach.resource == "scratch"
 
 
 def test_a_meter_that_reads_a_running_total(fake: FakeMetering) -> None:
     meter = FakeMeter("requests", 1000.0, peak=False)
-    watch = fake.loop.monitor(KEY, meters=[meter])
+    monitor = fake.loop.monitor(KEY, meters=[meter])
     meter.value = 1007.0
-    assert watch.close().custom == {"requests": 7.0}
+    assert monitor.close().custom == {"requests": 7.0}
 
 
 def test_two_readings_are_needed_for_a_growth(fake: FakeMetering) -> None:
     meter = FakeMeter("requests", None, peak=False)
-    watch = fake.loop.monitor(KEY, meters=[meter])
+    monitor = fake.loop.monitor(KEY, meters=[meter])
     meter.value = 5.0
-    assert watch.close().custom == {}
+    assert monitor.close().custom == {}
 
 
 @pytest.mark.parametrize(
     "value", [RuntimeError("broken"), KeyError("x"), float("nan"), -1.0, "a string"]
 )
-def test_a_faulty_meter_is_told_of_once_and_nothing_else_suffers(
+def test_a_faulty_meter_is_one_warning_and_nothing_else_suffers(
     fake: FakeMetering,
     warned: list[str],
     value: float | Exception,
 ) -> None:
     meter = FakeMeter("scratch", value)
     for key in (KEY, OTHER):
-        watch = fake.loop.monitor(key, limits=Limits(memory=GIB), meters=[meter])
+        monitor = fake.loop.monitor(key, limits=Limits(memory=GIB), meters=[meter])
         fake.tree.memory = 2 * GIB
         fake.advance(1.0)
-        usage = watch.close()
+        usage = monitor.close()
         assert usage.custom == {} and usage.memory == 2 * GIB
-        assert watch.breach is not None
+        assert monitor.breach is not None
     assert meter.reads > 4
     [message] = warned
     assert "scratch is not measured" in message
 
 
-def test_a_meter_says_how_often_it_is_read(fake: FakeMetering) -> None:
+def test_a_meter_may_set_its_period(fake: FakeMetering) -> None:
     slow, fast = FakeMeter("slow"), FakeMeter("fast")
     slow.period = 5.0  # type: ignore[attr-defined]  # an optional attribute of the protocol
     fake.loop.monitor(KEY, meters=[slow, fast])
@@ -89,14 +89,14 @@ def test_a_meter_that_hangs_does_not_hold_up_the_clock() -> None:
                 release.wait(20)
             return 1.0
 
-    loop = MeteringLoop(open_meters=lambda watch: ())
-    watch = loop.monitor(KEY, meters=[Stuck("stuck")])
+    loop = MeteringLoop(open_meters=lambda monitor: ())
+    monitor = loop.monitor(KEY, meters=[Stuck("stuck")])
     try:
         assert stuck.wait(20)
-        assert watch.sample().wall_time is not None
+        assert monitor.sample().wall_time is not None
     finally:
         release.set()
-        watch.close()
+        monitor.close()
         loop.stop()
 
 
@@ -113,7 +113,7 @@ def test_peaks_of_meters_are_unknown_and_totals_split_when_trials_share(
 
 
 class LosingMeter:
-    """Reads 5 until it is told that nothing can be told any more."""
+    """Reads 5 until the resource is lost."""
 
     eager = True
     period = 0.1
@@ -128,18 +128,18 @@ class LosingMeter:
         pass
 
 
-def test_what_can_not_be_told_any_more_is_unknown_for_good() -> None:
-    gauge = LosingMeter()
+def test_a_lost_resource_is_unknown_for_good() -> None:
+    meter = LosingMeter()
     clock, tree = FakeClock(), FakeProcessTree()
     loop = MeteringLoop(
-        clock=clock, open_tree=lambda pid: tree, open_meters=lambda w: [gauge], threaded=False
+        clock=clock, open_tree=lambda pid: tree, open_meters=lambda w: [meter], threaded=False
     )
-    watch = loop.monitor(KEY)
-    assert watch.usage().gpu_memory == 5.0
+    monitor = loop.monitor(KEY)
+    assert monitor.usage().gpu_memory == 5.0
     for lost in (True, False):
-        gauge.lost = lost
+        meter.lost = lost
         clock.advance(1.0)
         loop.tick()
-        assert watch.usage().gpu_memory is None
-    watch.add_usage(Usage(gpu_memory=7.0))
-    assert watch.close().gpu_memory == 7.0
+        assert monitor.usage().gpu_memory is None
+    monitor.add_usage(Usage(gpu_memory=7.0))
+    assert monitor.close().gpu_memory == 7.0

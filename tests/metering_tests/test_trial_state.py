@@ -1,4 +1,4 @@
-"""A long trial in few points, peaks kept."""
+"""The timeline of a trial's memory: few points, peaks kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAMPLES = st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e12)), min_size=1,
 
 
 @given(SAMPLES)
-def test_few_points_in_order_each_one_measured_the_peak_among_them(samples) -> None:  # type: ignore[no-untyped-def]
+def test_the_timeline_is_bounded_ordered_and_keeps_the_peak(samples) -> None:  # type: ignore[no-untyped-def]
     timeline = Timeline()
     for seconds, value in samples:
         timeline.add(seconds, value)

@@ -48,7 +48,7 @@ BOTH: tuple[Part, ...] = ((0, None), (1, None))
         (MIG, "1", ((1, None),)),
     ],
 )
-def test_what_is_known_to_be_meant(
+def test_resolved_devices(
     gpus: list[GpuIdentity], wanted: str | None, parts: tuple[Part, ...]
 ) -> None:
     environment = {} if wanted is None else {"CUDA_VISIBLE_DEVICES": wanted}
@@ -61,14 +61,14 @@ def test_what_is_known_to_be_meant(
     ("gpus", "wanted", "entries"),
     [(MIXED, "0", ("0",)), (MIXED, "1", ("1",)), (OLD_MIG, "MIG-GPU-aa1/1/0", None)],
 )
-def test_what_can_not_be_known_is_handed_out_as_it_is(
+def test_ambiguous_entries_stay_unresolved(
     gpus: list[GpuIdentity], wanted: str, entries: tuple[str, ...] | None
 ) -> None:
     found = visible_devices(gpus, {"CUDA_VISIBLE_DEVICES": wanted})
     assert found == Visible(BOTH, entries or (wanted,))
 
 
-def test_by_the_bus_numbers_are_known_where_models_differ() -> None:
+def test_numbers_in_bus_order_are_resolved_with_different_models() -> None:
     environment = {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     assert visible_devices(MIXED, environment) == Visible(((1, None),))
 
@@ -114,7 +114,7 @@ print(device_memory(os.environ))
         (MIXED_STATE + "lost 0\n", {}, f"GPU-b={80 * GB}", 80.0 * GB),
     ],
 )
-def test_what_a_worker_may_hand_out_and_how_large_it_is(
+def test_assignable_gpus_and_their_memory(
     nvml: Nvml, state: str, environment: dict[str, str], gpus: str, memory: float | None
 ) -> None:
     mixed = {"FAKE_NVML_MIXED": "1"} if state.startswith(MIXED_STATE) else {}
@@ -126,6 +126,6 @@ def test_what_a_worker_may_hand_out_and_how_large_it_is(
     assert all("CUDA_DEVICE_ORDER=PCI_BUS_ID" in line for line in warned)
 
 
-def test_a_worker_without_a_driver_says_that_it_hands_out_none(nvml: Nvml) -> None:
+def test_a_worker_without_a_driver_assigns_no_gpu(nvml: Nvml) -> None:
     out = nvml().run(ASK, has_driver=False)
     assert "WARNING No trial is given a GPU of its own: no NVIDIA driver was found." in out

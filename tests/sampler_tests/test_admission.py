@@ -12,7 +12,6 @@ import pytest
 
 from optuna_quota import Limits
 from optuna_quota._footprint.footprint import joint_breach
-from optuna_quota._footprint.search_space import likely_completions
 from optuna_quota._records import Interval
 from optuna_quota._sampler.admission import is_admitted
 from optuna_quota._sampler.admission import is_audit_due
@@ -101,35 +100,3 @@ def test_audits_are_a_bounded_share(share: float, n_refusals: int, n_audits: int
         done += is_audit_due(refusals, done, share)
         assert done <= share * refusals + 0.5
     assert done == n_audits
-
-
-PAST: list[dict[str, Any]] = [
-    {"kind": "forest", "trees": 10},
-    {"kind": "net", "layers": 2, "width": 64},
-    {"kind": "net", "layers": 5, "width": 8},
-]
-
-
-@pytest.mark.parametrize(
-    ("known", "expected"),
-    [
-        ({"kind": "forest"}, [{"kind": "forest", "trees": 10}]),
-        ({"kind": "forest", "trees": 3}, [{"kind": "forest", "trees": 3}]),
-        (
-            {"kind": "net", "layers": 3},
-            [
-                {"kind": "net", "layers": 3, "width": 8},
-                {"kind": "net", "layers": 3, "width": 64},
-            ],
-        ),
-        ({"kind": "never seen"}, [{"kind": "never seen"}]),
-    ],
-)
-def test_a_partial_point_is_completed_as_in_earlier_trials(
-    known: dict[str, Any], expected: list[dict[str, Any]]
-) -> None:
-    assert likely_completions(known, PAST) == expected
-
-
-def test_without_earlier_trials_a_point_is_complete() -> None:
-    assert likely_completions({"x": 1}, []) == [{"x": 1}]

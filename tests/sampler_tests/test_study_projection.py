@@ -8,9 +8,6 @@ import time
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 from optuna.samplers import RandomSampler
 from optuna.samplers import TPESampler
@@ -24,8 +21,6 @@ from optuna_quota import QuotaSampler
 from optuna_quota import Strategy
 from optuna_quota import StudyRejected
 from optuna_quota import Usage
-from optuna_quota._footprint.future_points import draw_future_points
-from optuna_quota._footprint.observations import Observation
 from optuna_quota._records import read_record
 from tests.sampler_tests.assertions import assert_nothing_left
 
@@ -189,7 +184,9 @@ def always_deep(params: dict[str, Any]) -> Usage:
     return Usage(wall_time=1e-3 * params["depth"])
 
 
-@pytest.mark.parametrize("footprint", [by_branches, always_deep])
+@pytest.mark.parametrize(
+    "footprint", [pytest.param(by_branches, marks=pytest.mark.slow), always_deep]
+)
 def test_a_function_of_conditional_parameters_stops_no_study(
     footprint: Callable[[dict[str, Any]], Usage],
 ) -> None:
@@ -289,46 +286,3 @@ def test_without_a_strategy_or_a_known_usage_it_raises() -> None:
 def test_an_unknown_on_projected_is_refused() -> None:
     with pytest.raises(ValueError, match="on_projected"):
         QuotaSampler(TPESampler(), quota=Quota(n_trials=1), on_projected="other")  # type: ignore[arg-type]
-
-
-def test_the_next_points_are_around_the_newest_ones_of_an_adaptive_sampler() -> None:
-    space: dict[str, BaseDistribution] = {
-        "x": FloatDistribution(1.0, 1000.0, log=True),
-        "n": IntDistribution(1, 100),
-        "kind": CategoricalDistribution(["a", "b"]),
-    }
-    old = [Observation({"x": 1.0, "n": 1, "kind": "a"}, space, Usage()) for _ in range(30)]
-    new = [Observation({"x": 900.0, "n": 90, "kind": "b"}, space, Usage()) for _ in range(20)]
-    staying = draw_future_points([*old, *new], 400, adaptive=True)
-    spread = draw_future_points([*old, *new], 400, adaptive=False)
-    assert sum(point["x"] > 300 for point in staying) > 250
-    assert 80 < sum(point["x"] > 100 for point in spread) < 200
-    assert {point["kind"] for point in spread} == {"a", "b"}
-    for point in (*staying, *spread):
-        assert 1 <= point["x"] <= 1000
-        assert isinstance(point["n"], int)
-        assert 1 <= point["n"] <= 100
-
-
-def test_choices_that_others_hang_on_are_drawn_as_a_sampler_does_and_not_as_they_happened() -> (
-    None
-):
-    kind = CategoricalDistribution(["tree", "net", "never"])
-    tree: dict[str, BaseDistribution] = {"kind": kind, "depth": IntDistribution(1, 8)}
-    net: dict[str, BaseDistribution] = {
-        "kind": kind,
-        "width": IntDistribution(8, 64),
-        "bias": CategoricalDistribution([True, False]),
-    }
-    rows = [Observation({"kind": "tree", "depth": 3}, tree, Usage())] * 18
-    rows += [Observation({"kind": "net", "width": 9, "bias": True}, net, Usage())] * 2
-    points = draw_future_points(rows, 600, adaptive=False)
-    trees = [point for point in points if point["kind"] == "tree"]
-    nets = [point for point in points if point["kind"] == "net"]
-    assert len(trees) + len(nets) == 600
-    # A third each, and of what no trial shows mostly what came most often.
-    assert 200 <= len(nets) <= 250
-    assert {frozenset(point) for point in trees} == {frozenset(tree)}
-    assert {frozenset(point) for point in nets} == {frozenset(net)}
-    assert {point["bias"] for point in nets} == {True, False}
-    assert len({point["width"] for point in nets}) > 30

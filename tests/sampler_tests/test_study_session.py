@@ -122,6 +122,7 @@ def test_a_cost_quota_holds() -> None:
     assert_nothing_left(study)
 
 
+@pytest.mark.slow
 def test_another_worker_may_use_the_rest(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/s.db"
     first, second = new_study(Quota(n_trials=4), url), new_study(Quota(n_trials=4), url)
@@ -239,6 +240,7 @@ def test_a_trial_that_never_ran_has_no_constraints() -> None:
     assert study.trials[-1].constraints == {}
 
 
+@pytest.mark.slow
 def test_an_isolated_objective_that_does_not_use_the_trial_ends_without_an_error() -> None:
     study = new_study(Quota(n_trials=2))
     objective = isolated(lambda trial: 0.0)
@@ -263,6 +265,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Address]
         yield address
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
 def test_loading_a_study_repeatedly_leaves_nothing_open(address: Address) -> None:
     sampler = QuotaSampler(
@@ -270,7 +273,7 @@ def test_loading_a_study_repeatedly_leaves_nothing_open(address: Address) -> Non
     )
     name = f"loaded-{os.getpid()}"
     counts = []
-    for _ in range(8):
+    for _ in range(6):
         study = optuna.create_study(
             study_name=name, storage=address.open(), load_if_exists=True, sampler=sampler
         )
@@ -295,6 +298,7 @@ def test_the_thread_of_a_deleted_study_ends() -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_isolated_trials_keep_no_storage_alive() -> None:
     sampler = QuotaSampler(optuna.samplers.RandomSampler(), quota=Quota(cpu_time="1h"))
     gone = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,17 @@ def test_statsmodels_results_are_available() -> None:
     assert 0.9 < whole.rsquared <= 1
     with pytest.raises(AttributeError):
         whole.nothing_of_the_kind  # noqa: B018  # the access is the point
+
+
+@pytest.mark.parametrize("limit", [None, 2e9])
+def test_a_model_can_be_pickled(limit: float | None) -> None:
+    model = model_of(power_law_study(30, limit=limit))
+
+    assert model.coefficients is not None
+    copied = pickle.loads(pickle.dumps(model))
+
+    assert copied.coefficients.equals(model.coefficients)
+    assert copied.formula == model.formula
 
 
 @pytest.mark.slow

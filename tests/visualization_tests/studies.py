@@ -1,4 +1,4 @@
-"""Studies with rows as this library writes them, made without running anything."""
+"""Studies with trials as this library records them, made without running any."""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
+"""Plots of studies of all kinds, and the data behind them."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 import json
 import re
 from typing import Any
@@ -63,6 +66,12 @@ def fitted(study: optuna.Study) -> Footprint:
     return Footprint.fit(rows)
 
 
+@cache
+def study_of_size(n_trials: int) -> optuna.Study:
+    """Return a study to be read only."""
+    return made_study(n_trials) if n_trials else empty_study()
+
+
 def axis_titles(figure: Any) -> set[str]:
     layout = figure.to_plotly_json()["layout"]
     return {v["title"]["text"] for k, v in layout.items() if "axis" in k and "title" in v}
@@ -70,8 +79,8 @@ def axis_titles(figure: Any) -> set[str]:
 
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda p: p.__name__)
 @pytest.mark.parametrize("n_trials", [0, 1, 20, 300])
-def test_every_plot_draws_studies_of_any_size(plot: Callable[..., Any], n_trials: int) -> None:
-    figure = plot(made_study(n_trials) if n_trials else empty_study())
+def test_studies_of_any_size(plot: Callable[..., Any], n_trials: int) -> None:
+    figure = plot(study_of_size(n_trials))
     json.loads(figure.to_json())
     assert figure.layout.title.text
     if not n_trials:
@@ -80,15 +89,13 @@ def test_every_plot_draws_studies_of_any_size(plot: Callable[..., Any], n_trials
 
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda p: p.__name__)
 @pytest.mark.parametrize("n_trials", [20, 300])
-def test_the_line_below_a_title_fits_where_two_plots_share_a_row(
-    plot: Callable[..., Any], n_trials: int
-) -> None:
-    _, line = plot(made_study(n_trials)).layout.title.text.split("<br>")
+def test_subtitles_fit_half_of_a_page(plot: Callable[..., Any], n_trials: int) -> None:
+    _, line = plot(study_of_size(n_trials)).layout.title.text.split("<br>")
     assert len(re.sub("<[^>]*>", "", line)) <= 84
 
 
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda p: p.__name__)
-def test_a_study_never_run_with_this_library_is_drawn_from_its_times(
+def test_a_study_run_without_this_library_has_times(
     plot: Callable[..., Any],
 ) -> None:
     study = optuna.create_study()
@@ -98,14 +105,14 @@ def test_a_study_never_run_with_this_library_is_drawn_from_its_times(
 
 
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda p: p.__name__)
-def test_a_study_whose_trials_all_failed_says_so(plot: Callable[..., Any]) -> None:
+def test_a_study_whose_trials_all_failed(plot: Callable[..., Any]) -> None:
     study = empty_study()
     for _ in range(4):
         add_row(study, TrialRecord(outcome="failed", reason="ValueError"))
     assert plot(study).layout.title.text
 
 
-def test_usage_tells_outcomes_apart_by_colour_and_by_symbol() -> None:
+def test_usage_has_a_colour_and_a_symbol_for_each_outcome() -> None:
     figure = visualization.plot_usage(made_study(80))
     names = {trace.name.split()[0] for trace in figure.data}
     assert names == {"completed", "pruned", "terminated", "rejected", "failed"}
@@ -114,7 +121,7 @@ def test_usage_tells_outcomes_apart_by_colour_and_by_symbol() -> None:
     assert any(a.text == "limit 1 GiB" for a in figure.layout.annotations)
 
 
-def test_usage_of_a_rejected_trial_is_what_was_projected() -> None:
+def test_usage_of_a_rejected_trial_is_its_projection() -> None:
     study = empty_study(limits=Limits(memory="1GiB"))
     projected = {"memory": Interval(2 * GIB, 3 * GIB, 5 * GIB)}
     add_row(study, TrialRecord(outcome="rejected", reason="too big", footprint=projected))
@@ -128,7 +135,7 @@ def test_usage_of_a_rejected_trial_is_what_was_projected() -> None:
 @pytest.mark.parametrize(
     ("memory", "unit"), [(20 * 2**20, "MiB"), (2 * GIB, "GiB"), (2 * 2**40, "TiB")]
 )
-def test_axes_have_units_that_a_person_reads(memory: float, unit: str) -> None:
+def test_axes_have_readable_units(memory: float, unit: str) -> None:
     study = empty_study()
     add_row(study, TrialRecord(Usage(memory=memory, wall_time=7200), "completed"))
     assert f"Memory ({unit})" in axis_titles(visualization.plot_usage(study))
@@ -145,7 +152,7 @@ def test_a_limit_far_above_does_not_flatten_the_trials() -> None:
     assert figure.layout.annotations[0].text == "limit 64 GiB ↑"
 
 
-def test_burn_down_counts_the_clock_once_and_the_rest_by_trial() -> None:
+def test_burn_down_counts_parallel_clock_time_once() -> None:
     study = empty_study(quota=Quota(wall_time=100, cpu_time=100, n_trials=10))
     # Two at once for 10 s, a pause, then one inside another.
     for start, seconds in [(0, 10), (0, 10), (50, 20), (55, 5)]:
@@ -159,7 +166,7 @@ def test_burn_down_counts_the_clock_once_and_the_rest_by_trial() -> None:
     assert curves["n_trials"].left == pytest.approx([1, 0.9, 0.8, 0.7, 0.6])
 
 
-def test_burn_down_projects_with_a_band_that_widens() -> None:
+def test_burn_down_projections_have_a_band() -> None:
     info = _get_burn_down_info(made_study(40))
     ahead = next(c for c in info.curves if c.resource == "cpu_time").ahead
     assert ahead[0].trials == 0 and ahead[0].lower == ahead[0].upper
@@ -173,7 +180,7 @@ def test_burn_down_needs_a_few_trials_to_project() -> None:
     assert all(not curve.ahead for curve in info.curves)
 
 
-def test_footprint_counts_the_bounds_that_held_without_terminated_trials() -> None:
+def test_footprint_counts_bounds_that_held_over_trials_with_known_usage() -> None:
     study = empty_study()
     for used, upper, outcome in [(1, 2, "completed"), (3, 2, "completed"), (9, 2, "terminated")]:
         record = TrialRecord(
@@ -214,7 +221,7 @@ def test_the_slice_wraps_many_parameters_into_rows() -> None:
     assert layout.yaxis.domain[0] > layout.yaxis5.domain[1] > layout.yaxis9.domain[1]
 
 
-def test_the_front_holds_no_trial_that_a_cheaper_one_equals() -> None:
+def test_the_front_has_no_trial_that_a_cheaper_one_equals() -> None:
     study = empty_study(directions=("maximize",))
     for seconds, value in [(1, 0.5), (2, 0.5), (3, 0.9), (4, 0.8), (3, 0.9), (5, 0.95)]:
         add_row(study, TrialRecord(Usage(wall_time=seconds), "completed"), values=(value,))
@@ -257,7 +264,7 @@ def test_the_timeline_ends_at_the_breach() -> None:
         visualization.plot_timeline(study, 9)
 
 
-def test_a_breached_peak_counts_with_what_it_reached_for() -> None:
+def test_a_breached_peak_is_at_least_what_was_observed() -> None:
     study = empty_study(limits=Limits(memory="1GiB"))
     breach = Breach("memory", GIB, 1.2 * GIB, 3.5)
     add_row(study, TrialRecord(Usage(memory=0.8 * GIB), "terminated", breach.reason, breach))
@@ -265,7 +272,7 @@ def test_a_breached_peak_counts_with_what_it_reached_for() -> None:
     assert use.amount == 1.2 * GIB
 
 
-def test_the_timeline_leaves_out_what_was_read_after_the_end() -> None:
+def test_the_timeline_leaves_out_readings_after_the_end() -> None:
     study = empty_study()
     line = ((0.5, 1e8), (1.0, 2e8), (1.1, 0.0))
     add_row(study, TrialRecord(Usage(memory=2e8), "completed", timeline=line))
@@ -296,7 +303,7 @@ def test_the_svg_timeline_is_well_formed(reason: str | None) -> None:
 
 
 def test_thinned_figures_keep_rare_outcomes() -> None:
-    figure = visualization.plot_usage(made_study(300))
+    figure = visualization.plot_usage(study_of_size(300))
     thinned = thin(figure, 60)
     assert [trace.name for trace in thinned.data] == [trace.name for trace in figure.data]
     assert sum(len(trace.x) for trace in thinned.data) <= 90
@@ -319,7 +326,7 @@ def test_waste_adds_up_to_all_that_was_spent() -> None:
     assert sum(info.trials.values()) == 60
 
 
-def test_names_cannot_bring_markup_into_a_figure() -> None:
+def test_names_are_escaped() -> None:
     name = "<a href='https://example.org'>x</a>"
     choice = "<b>bold</b>"
     space = {name: FloatDistribution(0, 1), "c": CategoricalDistribution([choice, "y"])}
