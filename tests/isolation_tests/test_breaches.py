@@ -157,6 +157,7 @@ def test_a_stopped_process_does_not_hang_the_study() -> None:
     assert "SIGSTOP" in (read_record(trial).reason or "")
 
 
+@pytest.mark.slow
 def test_cpu_time() -> None:
     def objective(trial: optuna.Trial) -> float:
         while True:
@@ -232,6 +233,7 @@ def grow() -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("act", "limits"),
     [(burn, Limits(cpu_time="1s")), (grow, Limits(memory="250MiB"))],

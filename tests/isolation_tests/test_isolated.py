@@ -40,6 +40,7 @@ class Scaled:
         return self.factor * quadratic(trial)
 
 
+@pytest.mark.slow
 def test_any_callable_runs_in_another_process() -> None:
     offset = 3.0
     objectives: list[Callable[..., Any]] = [

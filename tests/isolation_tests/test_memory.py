@@ -231,6 +231,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, "450MiB"], ids=["no limit", "limit"])
 @pytest.mark.parametrize("objective", HOLDERS, ids=lambda value: value.__name__)
 def test_memory_is_recorded_as_the_kernel_divides_it(
@@ -260,6 +261,7 @@ def test_memory_is_recorded_as_the_kernel_divides_it(
     assert abs(record.usage.memory - witness.peak) <= 0.1 * witness.peak + 20 * MIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, "450MiB"], ids=["no limit", "limit"])
 def test_what_is_freed_between_two_looks_is_recorded(limit: str | None) -> None:
     def objective(trial: optuna.Trial) -> float:
@@ -307,6 +309,7 @@ def test_what_the_study_holds_is_not_its_forked_trials() -> None:
     assert 50 * MIB <= record.usage.memory < 80 * MIB
 
 
+@pytest.mark.slow
 def test_what_a_forked_trial_writes_to_is_its_own() -> None:
     block = np.ones(300 * MIB // 8)
 
@@ -385,6 +388,7 @@ def _fill_600_mib(_: LoadsSlowly, trial: optuna.Trial) -> float:
     return float(held[0][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start_method", ["forkserver", "fork"])
 def test_a_limit_is_enforced_while_the_study_is_busy(start_method: Any, tmp_path: Path) -> None:
     file = tmp_path / "loading"
@@ -409,6 +413,7 @@ def test_a_limit_is_enforced_while_the_study_is_busy(start_method: Any, tmp_path
     assert record.usage.memory is not None and record.usage.memory < 340 * MIB
 
 
+@pytest.mark.slow
 def test_memory_that_is_free_again_before_the_objective_begins_is_not_its() -> None:
     trial = run_one(functools.partial(_run_loaded, LoadsMuch()), Limits(memory="300MiB"))
     record = read_record(trial)
@@ -526,12 +531,12 @@ def in_some_fits(size: int) -> float:
 WORKERS = [
     fill,
     in_a_pool,
-    in_an_executor,
-    in_joblib,
-    in_a_data_loader,
-    in_a_checked_script,
+    pytest.param(in_an_executor, marks=pytest.mark.slow),
+    pytest.param(in_joblib, marks=pytest.mark.slow),
+    pytest.param(in_a_data_loader, marks=pytest.mark.slow),
+    pytest.param(in_a_checked_script, marks=pytest.mark.slow),
     in_a_script,
-    in_some_fits,
+    pytest.param(in_some_fits, marks=pytest.mark.slow),
 ]
 
 

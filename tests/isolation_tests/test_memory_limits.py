@@ -139,6 +139,7 @@ def in_group(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fork_server_client().reset()  # the processes that it has ready are in no group
 
 
+@pytest.mark.slow
 @needs_supervisor
 @needs_supervisor
 @pytest.mark.parametrize("start_method", ["forkserver", "fork"])
@@ -189,6 +190,7 @@ def test_a_real_control_group_limits_what_no_other_limit_sees(
     fork_server_client().reset()
 
 
+@pytest.mark.slow
 @needs_supervisor
 def test_untouched_memory_is_given_back() -> None:
     def objective(trial: optuna.Trial) -> float:

@@ -56,6 +56,7 @@ def states_of(study: optuna.Study) -> str:
     return "".join(trial.state.name[0] for trial in study.trials)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["plain", "quota"])
 @pytest.mark.parametrize(
     ("how", "words"),
@@ -114,6 +115,7 @@ def test_a_crash_of_a_study_with_two_objectives() -> None:
     assert "exit code 3" in (read_record(study.trials[1]).reason or "")
 
 
+@pytest.mark.slow
 def test_crashes_in_threads() -> None:
     study = optuna.create_study()
     study.optimize(isolated(crash_at(2, 5)), n_trials=8, n_jobs=3)
@@ -175,6 +177,7 @@ def test_a_study_ends_when_its_first_trials_have_all_crashed(sampler: str) -> No
     assert reason == "The trial's process ended by itself with exit code 3."
 
 
+@pytest.mark.slow
 def test_a_study_ends_when_trials_in_a_row_have_crashed() -> None:
     study = optuna.create_study()
     crashing = isolated(crash_at(2, 3, 4, 5, 7, 8, 9, 10, 11, 12))
@@ -183,6 +186,7 @@ def test_a_study_ends_when_trials_in_a_row_have_crashed() -> None:
     assert states_of(study) == "CCFFFFCFFFFF"
 
 
+@pytest.mark.slow
 def test_crashes_are_counted_over_the_rows_of_the_study(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     for number in range(2):
@@ -196,6 +200,7 @@ def test_crashes_are_counted_over_the_rows_of_the_study(tmp_path: Path) -> None:
     assert states_of(study) == "FFFCFC"
 
 
+@pytest.mark.slow
 def test_who_catches_crashes_is_not_stopped() -> None:
     study = optuna.create_study()
     study.optimize(isolated(crash_at(*range(4))), n_trials=4, catch=(TrialCrashed,))

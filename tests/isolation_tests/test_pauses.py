@@ -27,7 +27,7 @@ from optuna_quota._records import read_record
 from tests.isolation_tests.trials import needs_supervisor
 
 
-pytestmark = needs_supervisor
+pytestmark = [needs_supervisor, pytest.mark.slow]
 
 SCRIPT = """
     import os, signal, sys, time

@@ -53,6 +53,7 @@ def signal_all(number: int, *more: int) -> None:
             os.kill(pid, number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_objective_alone_hears_what_is_sent_to_all(
     tmp_path: Path, method: StartMethod
@@ -194,6 +195,7 @@ DISPOSITIONS = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_objective_finds_the_dispositions_of_an_ordinary_child(
     tmp_path: Path, method: StartMethod
@@ -256,7 +258,7 @@ INTERRUPTED = """
             time.sleep(60)
         except KeyboardInterrupt:
             Path(folder, "saving").touch()
-            time.sleep(0.5 if case != "slow" else 60)
+            time.sleep(0.2 if case != "slow" else 60)
             trial.set_user_attr("checkpoint", "here")
             Path(folder, "saved").touch()
             if case == "swallows":
@@ -275,6 +277,7 @@ INTERRUPTED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", ["plain", "quota", "calling", "swallows", "slow", "hurried", "none"]
 )
@@ -312,6 +315,7 @@ def test_an_interrupt_gives_the_trial_its_grace_period(tmp_path: Path, case: str
     assert ("Another Ctrl-C kills it" in errors) == (case != "none")
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_all_processes_is_heard_once(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(INTERRUPTED))

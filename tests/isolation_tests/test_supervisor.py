@@ -106,6 +106,7 @@ def test_a_segfault_shows_where_python_was(caplog: pytest.LogCaptureFixture) -> 
     assert "in segfault" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["return", "breach", "crash"])
 def test_nothing_that_a_trial_starts_survives_it(
     tmp_path: Path, end: str, caplog: pytest.LogCaptureFixture
@@ -241,6 +242,7 @@ SLEEPER = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGHUP"])
 def test_a_dead_parent_takes_its_trials_along(tmp_path: Path, name: str) -> None:
     process = run_script(tmp_path, SLEEPER)
@@ -251,6 +253,7 @@ def test_a_dead_parent_takes_its_trials_along(tmp_path: Path, name: str) -> None
     assert not wait_until_gone([*pids, *family])
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_the_trial_and_the_row(tmp_path: Path) -> None:
     process = run_script(tmp_path, SLEEPER)
     pids = [int(pid) for pid in wait_for_file(tmp_path / "pids", process).split()]
@@ -280,6 +283,7 @@ def test_a_killed_supervisor_takes_its_trial_along() -> None:
     assert not wait_until_gone([trial.user_attrs["pid"], trial.user_attrs["orphan"]])
 
 
+@pytest.mark.slow
 def test_an_exit_handler_that_hangs_meets_the_limit() -> None:
     def objective(trial: optuna.Trial) -> float:
         atexit.register(time.sleep, 600)
@@ -326,6 +330,7 @@ def test_a_fork_of_the_trial_does_not_speak_for_it(objective: Callable[..., Any]
     assert run_one(objective).value == 1.0
 
 
+@pytest.mark.slow
 def test_nothing_leaks() -> None:
     def objective(trial: optuna.Trial) -> float:
         if trial.number % 5 == 4:
