@@ -169,7 +169,7 @@ def test_cpu_time() -> None:
     assert record.breach is not None and record.breach.resource == "cpu_time"
 
 
-def test_a_stop_of_the_kernels_is_not_booked_as_the_objectives_own() -> None:
+def test_a_stop_by_the_kernel_is_a_breach() -> None:
     def objective(trial: optuna.Trial) -> float:
         import os
         import signal
@@ -185,7 +185,7 @@ def test_a_stop_of_the_kernels_is_not_booked_as_the_objectives_own() -> None:
     assert str(record.reason).startswith("CPU time limit exceeded")
 
 
-def test_swallowing_the_stop_does_not_help() -> None:
+def test_an_objective_that_ignores_the_stop_is_killed() -> None:
     def objective(trial: optuna.Trial) -> float:
         while True:
             with contextlib.suppress(BaseException):
@@ -195,7 +195,7 @@ def test_swallowing_the_stop_does_not_help() -> None:
     assert read_record(trial).outcome == "terminated"
 
 
-def test_swallowing_the_stop_and_returning_is_a_breach_all_the_same() -> None:
+def test_returning_after_the_stop_is_a_breach() -> None:
     def objective(trial: optuna.Trial) -> float:
         try:
             time.sleep(60)

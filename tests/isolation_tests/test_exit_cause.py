@@ -32,7 +32,7 @@ LIMITS = {"memory": (1.0 * GIB, False), "cpu_time": (10.0, True)}
         (ExitReport(-200), "signal 200"),
     ],
 )
-def test_every_death_has_a_name(ended: ExitReport, words: str) -> None:
+def test_every_exit_is_described(ended: ExitReport, words: str) -> None:
     assert words in describe_exit(ended)
     assert describe_exit(ended).endswith(".")
 
@@ -52,7 +52,7 @@ def test_every_death_has_a_name(ended: ExitReport, words: str) -> None:
         (ExitReport(1), False, None),
     ],
 )
-def test_a_death_at_a_limit_is_a_breach(
+def test_an_exit_at_a_limit_is_a_breach(
     ended: ExitReport, strict: bool, resource: str | None
 ) -> None:
     breach = find_breach_at_exit(ended, LIMITS, 5.0, strict_memory=strict)

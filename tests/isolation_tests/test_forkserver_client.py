@@ -166,7 +166,7 @@ def test_the_reason_why_a_fork_server_cannot_start(monkeypatch: pytest.MonkeyPat
     assert study.trials[0].state == TrialState.FAIL
 
 
-def test_a_template_is_no_part_of_a_trial_in_its_studys_process() -> None:
+def test_a_fork_server_is_no_part_of_a_trial_in_process() -> None:
     from optuna_quota._isolation.forkserver_client import ForkServerClient
 
     client = ForkServerClient()
@@ -174,14 +174,14 @@ def test_a_template_is_no_part_of_a_trial_in_its_studys_process() -> None:
     try:
         client.launch(None).close()
         assert client._process is not None
-        template = client._process.pid
-        assert template in loop.excluded_pids
+        server = client._process.pid
+        assert server in loop.excluded_pids
         watch = loop.monitor((0, 0))
         target = loop.trees.of(watch)
-        assert target is not None and template not in target.pids
+        assert target is not None and server not in target.pids
         watch.close()
     finally:
         client.close()
         client.reset()
         client._errors.close()
-    assert template not in loop.excluded_pids
+    assert server not in loop.excluded_pids

@@ -257,13 +257,13 @@ def test_memory_is_recorded_as_the_kernel_divides_it(
     record = read_record(trial)
     assert (trial.state, record.reason) == (TrialState.COMPLETE, None)
     assert witness.peak and record.usage.memory is not None
-    # What the template of this test run holds, some 150 MiB, has 3 to 7 holders.
+    # What the fork server of this test run holds, some 150 MiB, has 3 to 7 holders.
     assert abs(record.usage.memory - witness.peak) <= 0.1 * witness.peak + 20 * MIB
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, "450MiB"], ids=["no limit", "limit"])
-def test_what_is_freed_between_two_looks_is_recorded(limit: str | None) -> None:
+def test_memory_freed_between_measurements_is_recorded(limit: str | None) -> None:
     def objective(trial: optuna.Trial) -> float:
         time.sleep(0.7)  # looks are seldom by now
         block = mmap.mmap(-1, 300 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -275,7 +275,7 @@ def test_what_is_freed_between_two_looks_is_recorded(limit: str | None) -> None:
 
     record = read_record(run_one(objective, None if limit is None else Limits(memory=limit)))
     assert record.outcome == "completed" and record.usage.memory is not None
-    # With what all hold that were forked from the template.
+    # With what all hold that were forked from the fork server.
     assert 300 * MIB <= record.usage.memory < 400 * MIB
 
 
@@ -294,7 +294,7 @@ def test_a_file_that_is_read_within_a_short_trial_is_no_memory(
         assert record.usage.memory is not None and record.usage.memory < 60 * MIB
 
 
-def test_what_the_study_holds_is_not_its_forked_trials() -> None:
+def test_memory_of_the_study_does_not_count_for_a_fork() -> None:
     block = np.ones(300 * MIB // 8)
 
     def objective(trial: optuna.Trial) -> float:
@@ -310,7 +310,7 @@ def test_what_the_study_holds_is_not_its_forked_trials() -> None:
 
 
 @pytest.mark.slow
-def test_what_a_forked_trial_writes_to_is_its_own() -> None:
+def test_pages_that_a_fork_writes_to_count() -> None:
     block = np.ones(300 * MIB // 8)
 
     def objective(trial: optuna.Trial) -> float:
@@ -414,7 +414,7 @@ def test_a_limit_is_enforced_while_the_study_is_busy(start_method: Any, tmp_path
 
 
 @pytest.mark.slow
-def test_memory_that_is_free_again_before_the_objective_begins_is_not_its() -> None:
+def test_memory_freed_before_the_objective_begins_does_not_count() -> None:
     trial = run_one(functools.partial(_run_loaded, LoadsMuch()), Limits(memory="300MiB"))
     record = read_record(trial)
     assert (trial.state, record.reason) == (TrialState.COMPLETE, None)
@@ -553,7 +553,7 @@ def needs(act: Any) -> None:
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("strict", [False, True], ids=["measured", "strict"])
 @pytest.mark.parametrize("act", WORKERS, ids=lambda value: value.__name__)
-def test_too_much_memory_is_a_breach_wherever_it_is_wanted(act: Any, strict: bool) -> None:
+def test_too_much_memory_is_a_breach_in_any_process(act: Any, strict: bool) -> None:
     needs(act)
     trial = run_one(
         lambda trial: act(900 * MIB),
@@ -571,7 +571,7 @@ def test_too_much_memory_is_a_breach_wherever_it_is_wanted(act: Any, strict: boo
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("act", WORKERS, ids=lambda value: value.__name__)
-def test_what_fits_completes_wherever_it_is(act: Any) -> None:
+def test_memory_within_the_limit_completes(act: Any) -> None:
     needs(act)
     trial = run_one(lambda trial: act(80 * MIB), Limits(memory="400MiB"))
     assert (trial.state, read_record(trial).reason) == (TrialState.COMPLETE, None)

@@ -192,7 +192,7 @@ def test_a_real_control_group_limits_what_no_other_limit_sees(
 
 @pytest.mark.slow
 @needs_supervisor
-def test_untouched_memory_is_given_back() -> None:
+def test_untouched_memory_soon_does_not_count() -> None:
     def objective(trial: optuna.Trial) -> float:
         import numpy as np
 
@@ -206,7 +206,7 @@ def test_untouched_memory_is_given_back() -> None:
 
 
 @needs_supervisor
-def test_what_stays_untouched_is_looked_at_in_haste_until_it_is_given_back() -> None:
+def test_the_data_limit_follows_untouched_memory() -> None:
     import resource
 
     arguments = [sys.executable, "-c", MAPPING]
@@ -234,7 +234,7 @@ def test_what_stays_untouched_is_looked_at_in_haste_until_it_is_given_back() -> 
 @pytest.mark.parametrize(
     ("limits", "most"), [(Limits(wall_time=100), 1000), (Limits(cpu_time=50), 50)]
 )
-def test_the_kernel_leaves_room_for_all_that_may_be_granted(limits: Limits, most: float) -> None:
+def test_the_cpu_time_limit_allows_for_later_grants(limits: Limits, most: float) -> None:
     def objective(trial: optuna.Trial) -> float:
         import resource
 
@@ -248,7 +248,7 @@ def test_the_kernel_leaves_room_for_all_that_may_be_granted(limits: Limits, most
 
 @needs_supervisor
 @pytest.mark.parametrize("limits", [Limits(memory=1e30), Limits(cpu_time=1e30)])
-def test_limits_beyond_what_the_kernel_counts_are_none(limits: Limits) -> None:
+def test_huge_limits_are_accepted(limits: Limits) -> None:
     assert run_one(lambda trial: 1.0, limits, grace_period=1e30).value == 1.0
 
 

@@ -81,7 +81,7 @@ def test_the_limit_the_own_gpu_or_others(
     assert breach is None or breach.observed > breach.limit
 
 
-def test_bad_luck_has_the_figures() -> None:
+def test_a_full_gpu_is_described() -> None:
     error = OutOfMemoryError(FULL)
     shortage = find_failed_allocation(error)
     assert shortage is not None
@@ -102,7 +102,7 @@ def test_the_error_is_found_behind_others() -> None:
     assert breach is not None and breach.quota
 
 
-def test_what_is_not_known_to_be_bad_luck_is_the_objectives_own_error() -> None:
+def test_an_unknown_cause_is_an_error_of_the_objective() -> None:
     error = RuntimeError("CUDA out of memory.")
     shortage = find_failed_allocation(error)
     assert shortage is not None
@@ -163,7 +163,7 @@ def named(name: str, module: str, base: type[Exception] = RuntimeError) -> type[
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_shortages(error: BaseException, expected: FailedAllocation | None) -> None:
+def test_failed_allocations(error: BaseException, expected: FailedAllocation | None) -> None:
     assert find_failed_allocation(caught(raises(error))) == expected
 
 
@@ -267,7 +267,7 @@ def failed_script(stderr: str | bytes) -> subprocess.CalledProcessError:
         (subprocess.CalledProcessError(1, ["python"]), None),
     ],
 )
-def test_shortages_in_other_processes(
+def test_failed_allocations_in_other_processes(
     error: BaseException, expected: FailedAllocation | None
 ) -> None:
     assert find_failed_allocation(caught(raises(error))) == expected
@@ -285,7 +285,7 @@ def test_shortages_in_other_processes(
         (FailedAllocation("gpu_memory", GIB), GIB, True, False),
     ],
 )
-def test_a_shortage_at_the_limit_is_a_breach(
+def test_a_failed_allocation_at_the_limit_is_a_breach(
     shortage: FailedAllocation, used: float, enforced: bool, breached: bool
 ) -> None:
     breach = find_memory_breach(

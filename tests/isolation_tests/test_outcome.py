@@ -122,7 +122,7 @@ def test_crashes_in_threads() -> None:
     assert states_of(study) == "CCFCCFCC"
 
 
-def test_what_is_put_around_the_objective_may_reckon_with_its_value() -> None:
+def test_a_wrapper_may_compute_with_the_value_of_a_crash() -> None:
     inner = isolated(crash_at(1))
     study = optuna.create_study()
     study.optimize(lambda trial: -inner(trial), n_trials=3)
@@ -139,7 +139,7 @@ def test_on_crash_may_raise() -> None:
     assert states_of(study) == "CFCFC"
 
 
-def test_who_asked_for_a_trial_is_told_of_its_crash() -> None:
+def test_a_crash_outside_of_optimize_raises() -> None:
     study = optuna.create_study()
     with pytest.raises(TrialCrashed, match="exit code 3"):
         isolated(crash_at(0))(study.ask())
@@ -154,7 +154,7 @@ def test_who_asked_for_a_trial_is_told_of_its_crash() -> None:
     assert study.trials[1].value == 1.0
 
 
-def test_what_the_objective_raises_goes_through() -> None:
+def test_errors_of_the_objective_are_raised() -> None:
     def objective(trial: optuna.Trial) -> float:
         raise ZeroDivisionError("mine")
 
@@ -201,13 +201,13 @@ def test_crashes_are_counted_over_the_rows_of_the_study(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_who_catches_crashes_is_not_stopped() -> None:
+def test_a_study_that_catches_crashes_continues() -> None:
     study = optuna.create_study()
     study.optimize(isolated(crash_at(*range(4))), n_trials=4, catch=(TrialCrashed,))
     assert states_of(study) == "FFFF"
 
 
-def test_a_copy_of_a_crashed_row_has_not_crashed() -> None:
+def test_a_retried_trial_does_not_count_as_crashed() -> None:
     study = optuna.create_study()
     study.optimize(isolated(crash_at(0, 1)), n_trials=2)
     crashed = study.trials[0]
@@ -221,7 +221,7 @@ def test_a_copy_of_a_crashed_row_has_not_crashed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fates", "words"),
+    ("statuses", "words"),
     [
         ("x", None),
         ("xx", None),
@@ -237,12 +237,12 @@ def test_a_copy_of_a_crashed_row_has_not_crashed() -> None:
         (".xx-xxx", None),
     ],
 )
-def test_series(fates: str, words: str | None) -> None:
+def test_crash_series(statuses: str, words: str | None) -> None:
     names: dict[str, CrashStatus] = {"x": "crashed", ".": "ended", "-": "running"}
     found = {
-        describe_crash_series([names[fate] for fate in fates], index)
-        for index, fate in enumerate(fates)
-        if fate == "x"
+        describe_crash_series([names[status] for status in statuses], index)
+        for index, status in enumerate(statuses)
+        if status == "x"
     }
     assert found == {words} or (words is None and found == {None})
 
@@ -257,5 +257,5 @@ def test_a_trial_that_never_began_has_used_no_memory(monkeypatch: pytest.MonkeyP
     trial = run_one(lambda trial: 1.0, Limits(wall_time="1h"))
     record = read_record(trial)
     assert record.outcome == "failed" and "No process today" in (record.reason or "")
-    # Neither this process's memory nor that of its template.
+    # Neither this process's memory nor that of its fork server.
     assert record.usage.memory is None and record.isolation == "process"

@@ -129,7 +129,7 @@ WORKING = """
         ("here quota", "all"),
     ],
 )
-def test_a_pause_is_no_time_of_the_trial(
+def test_a_pause_does_not_count_as_trial_time(
     start: Callable[[str, str, float], Script], where: str, whom: str
 ) -> None:
     script = start(WORKING, where, 3.0)
@@ -163,7 +163,7 @@ def test_a_pause_is_no_time_of_the_trial(
     assert 0.7 < record.usage.wall_time < 3.0
 
 
-def test_a_pause_is_no_time_of_the_quota(start: Callable[[str, str, float], Script]) -> None:
+def test_a_pause_does_not_count_for_the_quota(start: Callable[[str, str, float], Script]) -> None:
     body = """
         from optuna_quota._ledger import status
 
@@ -184,7 +184,7 @@ def test_a_pause_is_no_time_of_the_quota(start: Callable[[str, str, float], Scri
     assert 0.9 < script.end().user_attrs["used"] < 3.0
 
 
-def test_a_result_that_comes_while_the_study_is_stopped_is_kept(
+def test_a_result_sent_while_the_study_is_stopped_is_kept(
     start: Callable[[str, str, float], Script],
 ) -> None:
     body = """
@@ -202,7 +202,7 @@ def test_a_result_that_comes_while_the_study_is_stopped_is_kept(
     assert (read_record(trial).usage.wall_time or 9) < 2.0
 
 
-def test_a_pause_is_no_time_of_the_grace_period(
+def test_a_pause_does_not_count_as_grace_period(
     start: Callable[[str, str, float], Script],
 ) -> None:
     body = """
@@ -226,7 +226,7 @@ def test_a_pause_is_no_time_of_the_grace_period(
     assert read_record(trial).outcome == "terminated"
 
 
-def test_all_that_a_trial_started_is_stopped_and_goes_on(
+def test_processes_of_a_trial_are_stopped_and_continued(
     start: Callable[[str, str, float], Script],
 ) -> None:
     body = """
@@ -256,7 +256,7 @@ def test_all_that_a_trial_started_is_stopped_and_goes_on(
     assert script.end().state == TrialState.COMPLETE
 
 
-def test_a_stopped_study_that_is_killed_takes_its_trial_along(
+def test_a_trial_ends_with_its_stopped_study(
     start: Callable[[str, str, float], Script],
 ) -> None:
     script = start(WORKING, "process", 30.0)
@@ -269,7 +269,7 @@ def test_a_stopped_study_that_is_killed_takes_its_trial_along(
     assert not alive
 
 
-def test_a_result_that_waits_to_be_read_is_none_of_a_limit() -> None:
+def test_a_result_read_late_is_no_breach() -> None:
     class Slow(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             time.sleep(1.5)

@@ -55,9 +55,7 @@ def signal_all(number: int, *more: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_the_objective_alone_hears_what_is_sent_to_all(
-    tmp_path: Path, method: StartMethod
-) -> None:
+def test_only_the_objective_gets_signals_to_the_job(tmp_path: Path, method: StartMethod) -> None:
     folder = str(tmp_path)
 
     def objective(trial: optuna.Trial) -> float:
@@ -101,22 +99,22 @@ def number_of(name: str) -> int:
     return int(getattr(signal, name))
 
 
-def test_what_waits_for_the_next_trial_survives_a_signal() -> None:
+def test_helper_processes_survive_a_signal() -> None:
     def objective(trial: optuna.Trial) -> float:
         return 1.0
 
     study = optuna.create_study()
     study.optimize(isolated(objective), n_trials=1)
-    template = fork_server_client()._process
-    assert template is not None
+    server = fork_server_client()._process
+    assert server is not None
     helpers: list[psutil.Process] = []
     while len(helpers) < 2:  # the supervisor and the process that wait
-        helpers = psutil.Process(template.pid).children(recursive=True)
+        helpers = psutil.Process(server.pid).children(recursive=True)
     for name in (*SENT, "SIGINT", "SIGQUIT", "SIGTSTP"):
-        for helper in [psutil.Process(template.pid), *helpers[-2:]]:
+        for helper in [psutil.Process(server.pid), *helpers[-2:]]:
             helper.send_signal(number_of(name))
     time.sleep(0.1)
-    assert template.poll() is None
+    assert server.poll() is None
     assert psutil.STATUS_ZOMBIE not in {helper.status() for helper in helpers[-2:]}
     study.optimize(isolated(objective), n_trials=1)
     assert [trial.value for trial in study.trials] == [1.0, 1.0]
@@ -316,7 +314,7 @@ def test_an_interrupt_gives_the_trial_its_grace_period(tmp_path: Path, case: str
 
 
 @pytest.mark.slow
-def test_an_interrupt_of_all_processes_is_heard_once(tmp_path: Path) -> None:
+def test_an_interrupt_of_all_processes_is_raised_once(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(INTERRUPTED))
     process = subprocess.Popen(
