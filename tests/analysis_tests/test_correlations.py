@@ -168,6 +168,7 @@ def test_a_terminated_trial_is_ranked_by_the_breached_resource_only() -> None:
     assert row(table, "x", "wall_time")["n"] == 10, "its time only depends on when it was stopped"
 
 
+@pytest.mark.slow
 def test_a_trial_with_a_refused_allocation_is_ranked_at_the_limit() -> None:
     trials = [finished({"x": float(i)}, Usage(memory=1e6 * i), ONE) for i in range(1, 11)]
     trials += [

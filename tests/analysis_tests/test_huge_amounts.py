@@ -15,7 +15,11 @@ from optuna_quota import replay
 from optuna_quota import status
 from optuna_quota import Strategy
 from optuna_quota import trial_table
+from optuna_quota.visualization import plot_burn_down
 
+
+# Models of such amounts are meaningless, and numpy warns.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 HUGE = 1e308
 NAMES = ("wall_time", "cpu_time", "memory", "gpu_memory", "gpu_time", "energy")
@@ -34,18 +38,7 @@ def rows() -> list[optuna.trial.FrozenTrial]:
     ]
 
 
-# Models of such amounts are meaningless, and numpy warns.
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize(
-    "quota",
-    [
-        Quota(wall_time=HUGE, memory=HUGE),
-        Quota(trial_time=HUGE, cpu_time=HUGE, gpu_time=HUGE, energy=HUGE),
-        Quota(cost=HUGE, prices={"cpu_time": HUGE}),
-    ],
-    ids=["held", "totals", "cost"],
-)
-def test_huge_amounts_are_shown(quota: Quota) -> None:
+def run_study(quota: Quota) -> optuna.Study:
     limits = Limits(wall_time=HUGE, cpu_time=HUGE, memory=HUGE)
     sampler = QuotaSampler(
         optuna.samplers.RandomSampler(), quota=quota, strategy=Strategy(30, n_jobs=2)
@@ -53,10 +46,29 @@ def test_huge_amounts_are_shown(quota: Quota) -> None:
     study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=limits))
     study.add_trials(rows())
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+    return study
+
+
+QUOTAS = [
+    Quota(wall_time=HUGE, memory=HUGE),
+    Quota(trial_time=HUGE, cpu_time=HUGE, gpu_time=HUGE, energy=HUGE),
+    Quota(cost=HUGE, prices={"cpu_time": HUGE}),
+]
+
+
+@pytest.mark.parametrize("quota", QUOTAS, ids=["held", "totals", "cost"])
+def test_huge_amounts_are_shown(quota: Quota) -> None:
+    study = run_study(quota)
     assert str(status(study))
     assert len(trial_table(study)) == len(study.trials) >= 13
-    report = analyze(study)
-    assert report.summary() and report.figures()
-    assert [str(advice) for advice in report.advice]
+    assert [str(advice) for advice in analyze(study).advice]
+    assert plot_burn_down(study).layout.title.text
+    limits = Limits(wall_time=HUGE, cpu_time=HUGE, memory=HUGE)
     assert str(replay(study, quota=quota, limits=limits))
-    assert str(sampler.project(study))
+    assert isinstance(study.sampler, QuotaSampler)
+    assert str(study.sampler.project(study))
+
+
+def test_huge_amounts_are_analyzed_and_plotted() -> None:
+    report = analyze(run_study(QUOTAS[0]))
+    assert report.summary() and report.figures()

@@ -307,7 +307,16 @@ ODD: list[Callable[[], optuna.Study]] = [
 ]
 
 
-@pytest.mark.parametrize("make", ODD, ids=lambda make: make.__name__)
+SLOW = [changing_space, copies, gigabytes_and_terabytes, perfect_fit, tiny_usage]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, marks=[pytest.mark.slow] if make in SLOW else [], id=make.__name__)
+        for make in ODD
+    ],
+)
 def test_analyze_odd_studies(make: Callable[[], optuna.Study]) -> None:
     study = make()
     report = analyze(study)

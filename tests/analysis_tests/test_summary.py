@@ -8,6 +8,7 @@ from typing import Any
 import optuna
 from optuna.trial import create_trial
 from optuna.trial import TrialState
+import pytest
 
 from optuna_quota import analyze
 from optuna_quota._analysis.summary import refused_points
@@ -23,6 +24,7 @@ def test_the_summary_has_outcomes_and_correlations() -> None:
     assert "p < 0.001" in line and "n = 80" in line
 
 
+@pytest.mark.slow
 def test_every_line_fits_a_terminal() -> None:
     long = optuna.create_study(study_name="study-" + "x" * 300)
     long.add_trials(power_law_study(30).trials)

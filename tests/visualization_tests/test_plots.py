@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 import json
 import re
 from typing import Any
@@ -65,6 +66,12 @@ def fitted(study: optuna.Study) -> Footprint:
     return Footprint.fit(rows)
 
 
+@cache
+def study_of_size(n_trials: int) -> optuna.Study:
+    """Return a study to be read only."""
+    return made_study(n_trials) if n_trials else empty_study()
+
+
 def axis_titles(figure: Any) -> set[str]:
     layout = figure.to_plotly_json()["layout"]
     return {v["title"]["text"] for k, v in layout.items() if "axis" in k and "title" in v}
@@ -73,7 +80,7 @@ def axis_titles(figure: Any) -> set[str]:
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda p: p.__name__)
 @pytest.mark.parametrize("n_trials", [0, 1, 20, 300])
 def test_studies_of_any_size(plot: Callable[..., Any], n_trials: int) -> None:
-    figure = plot(made_study(n_trials) if n_trials else empty_study())
+    figure = plot(study_of_size(n_trials))
     json.loads(figure.to_json())
     assert figure.layout.title.text
     if not n_trials:
@@ -83,7 +90,7 @@ def test_studies_of_any_size(plot: Callable[..., Any], n_trials: int) -> None:
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda p: p.__name__)
 @pytest.mark.parametrize("n_trials", [20, 300])
 def test_subtitles_fit_half_of_a_page(plot: Callable[..., Any], n_trials: int) -> None:
-    _, line = plot(made_study(n_trials)).layout.title.text.split("<br>")
+    _, line = plot(study_of_size(n_trials)).layout.title.text.split("<br>")
     assert len(re.sub("<[^>]*>", "", line)) <= 84
 
 
@@ -296,7 +303,7 @@ def test_the_svg_timeline_is_well_formed(reason: str | None) -> None:
 
 
 def test_thinned_figures_keep_rare_outcomes() -> None:
-    figure = visualization.plot_usage(made_study(300))
+    figure = visualization.plot_usage(study_of_size(300))
     thinned = thin(figure, 60)
     assert [trace.name for trace in thinned.data] == [trace.name for trace in figure.data]
     assert sum(len(trace.x) for trace in thinned.data) <= 90
