@@ -67,7 +67,9 @@ def test_the_objective_runs_elsewhere() -> None:
     assert len(pids) == 2 and os.getpid() not in pids
 
 
-@pytest.mark.parametrize("start_method", ["forkserver", "spawn", "fork"])
+@pytest.mark.parametrize(
+    "start_method", ["forkserver", pytest.param("spawn", marks=pytest.mark.slow), "fork"]
+)
 def test_each_start_method(start_method: Any) -> None:
     study = optuna.create_study()
     study.optimize(isolated(quadratic, start_method=start_method), n_trials=2)
@@ -226,6 +228,7 @@ def test_threads_run_one_trial_each() -> None:
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sqlite", "journal"])
 def test_storages(tmp_path: Any, backend: str) -> None:
     if backend == "sqlite":

@@ -279,6 +279,7 @@ def test_memory_freed_between_measurements_is_recorded(limit: str | None) -> Non
     assert 300 * MIB <= record.usage.memory < 400 * MIB
 
 
+@pytest.mark.slow
 def test_a_file_that_is_read_within_a_short_trial_is_no_memory(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +295,7 @@ def test_a_file_that_is_read_within_a_short_trial_is_no_memory(
         assert record.usage.memory is not None and record.usage.memory < 60 * MIB
 
 
+@pytest.mark.slow
 def test_memory_of_the_study_does_not_count_for_a_fork() -> None:
     block = np.ones(300 * MIB // 8)
 
@@ -535,7 +537,7 @@ WORKERS = [
     pytest.param(in_joblib, marks=pytest.mark.slow),
     pytest.param(in_a_data_loader, marks=pytest.mark.slow),
     pytest.param(in_a_checked_script, marks=pytest.mark.slow),
-    in_a_script,
+    pytest.param(in_a_script, marks=pytest.mark.slow),
     pytest.param(in_some_fits, marks=pytest.mark.slow),
 ]
 
@@ -623,6 +625,7 @@ def test_strict_memory_refuses_what_is_reserved_too() -> None:
     assert strict.breach.refused and "asked for" in (strict.reason or "")
 
 
+@pytest.mark.slow
 def test_a_crash_near_the_limit_is_a_crash() -> None:
     def objective(trial: optuna.Trial) -> float:
         held = np.ones(400 * MIB // 8)

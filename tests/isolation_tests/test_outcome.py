@@ -122,6 +122,7 @@ def test_crashes_in_threads() -> None:
     assert states_of(study) == "CCFCCFCC"
 
 
+@pytest.mark.slow
 def test_a_wrapper_may_compute_with_the_value_of_a_crash() -> None:
     inner = isolated(crash_at(1))
     study = optuna.create_study()
@@ -129,6 +130,7 @@ def test_a_wrapper_may_compute_with_the_value_of_a_crash() -> None:
     assert states_of(study) == "CFC"
 
 
+@pytest.mark.slow
 def test_on_crash_may_raise() -> None:
     study = optuna.create_study()
     with pytest.raises(TrialCrashed, match="exit code 3") as caught:
@@ -165,6 +167,7 @@ def test_errors_of_the_objective_are_raised() -> None:
     assert CRASHED not in study.trials[0].system_attrs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["plain", "quota"])
 def test_a_study_ends_when_its_first_trials_have_all_crashed(sampler: str) -> None:
     quota = QuotaSampler(quota=Quota(n_trials=9)) if sampler == "quota" else None

@@ -332,6 +332,7 @@ def test_an_interrupt_of_all_processes_is_raised_once(tmp_path: Path) -> None:
     assert (tmp_path / "saved").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_a_trial_is_started_harms_no_later_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
