@@ -18,7 +18,7 @@ def describe_exit(report: ExitReport) -> str:
     """Return one sentence on how a process ended without a result."""
     code = report.exitcode
     if report.killer == "stopped":
-        return "The trial's process was stopped (SIGSTOP) and did not go on, so it was killed."
+        return "The trial's process was stopped by SIGSTOP and not continued, so it was killed."
     if report.killer == "request":
         return "The trial's process was killed because the study was interrupted."
     if code is None:

@@ -76,7 +76,7 @@ def launch_fork(cgroup: Path | None, inherited: InheritedObjective) -> TrialConn
     if linux.uses_cuda():
         raise RuntimeError(
             "`start_method` must not be 'fork' once this process uses CUDA, which a forked "
-            "process can't go on with; use 'forkserver'."
+            "process can't use; choose 'forkserver'."
         )
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):

@@ -120,7 +120,7 @@ class OutcomeResolver:
         self._monitor.record_unseen_peak(report.unseen_memory)
 
     def crash(self, report: messages.ExitReport, reason: str) -> Any:
-        """Return the value of a crashed trial if ``optimize`` is to go on, else raise."""
+        """Return the value of a crashed trial if ``optimize`` is to continue, else raise."""
         self._monitor.verdict = Verdict("failed", reason)
         if report.traceback:
             _logger.error(f"Trial {self._trial.number}: {reason}\n{report.traceback}")
@@ -136,7 +136,7 @@ class OutcomeResolver:
             error.args = (
                 f"{series}, so the study ends. The last one, trial {trial.number}: {reason} Call "
                 "the objective without `isolated` on `study.ask()` to see why; "
-                "`optimize(..., catch=(TrialCrashed,))` goes on all the same.",
+                "`optimize(..., catch=(TrialCrashed,))` continues all the same.",
             )
         elif self._on_crash == "fail":
             return crash_value(reason, len(study.directions))
@@ -202,7 +202,7 @@ class OutcomeResolver:
             self._terminate(breach, cause=cause)
 
     def _end_for_gpu(self, failed: out_of_memory.FailedAllocation, error: BaseException) -> Any:
-        """End a trial that got no GPU memory; ``optimize`` goes on when others had taken it."""
+        """End a trial that got no GPU memory; ``optimize`` continues when others had taken it."""
         state = out_of_memory.read_gpu_memory_state(
             failed,
             self._monitor.usage().gpu_memory,
@@ -243,7 +243,7 @@ def _has_nan(value: Any) -> bool:
 
 
 class CrashValue(float):
-    """The value of a trial that has none: ``optimize`` fails the trial and goes on.
+    """The value of a trial that has none: ``optimize`` fails the trial and continues.
 
     To raise would end ``optimize``, since only its caller can say what it catches. A number, so
     that what users put around an objective, such as a minus sign, works. Optuna's log shows the
@@ -277,7 +277,7 @@ def record_crash(study: Study, trial: Trial) -> None:
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
     try:
         write_attributes(storage, trial_id, system={CRASHED: trial.number})
-    except Exception as error:  # noqa: BLE001 - any backend's own; the study goes on
+    except Exception as error:  # noqa: BLE001 - any backend's own; the study continues
         _logger.info(f"The crash of trial {trial.number} could not be recorded: {error!r}.")
 
 
@@ -289,7 +289,7 @@ def find_crash_series(study: Study, number: int) -> str | None:
     """
     try:
         trials = retry(lambda: study.get_trials(deepcopy=False))
-    except Exception as error:  # noqa: BLE001 - any backend's own; the study goes on
+    except Exception as error:  # noqa: BLE001 - any backend's own; the study continues
         _logger.info(f"Crashed trials could not be counted: {error!r}.")
         return None
     begun = [t for t in trials if t.state != TrialState.WAITING and not is_rejected(t.user_attrs)]

@@ -186,8 +186,8 @@ def ignore_job_signals() -> None:
 def handle_job_signals() -> None:
     """Let these signals have no effect until :func:`restore_signals`; in a fork of a helper.
 
-    By a handler and not by ignoring them: what a script's imports set until then can be told from
-    it, and stays.
+    By a handler and not by ignoring them: dispositions that a script's imports set meanwhile are
+    recognized and stay.
     """
     for number, disposition in _dispositions.items():
         if disposition != signal.SIG_IGN:

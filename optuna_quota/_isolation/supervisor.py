@@ -34,7 +34,7 @@ from optuna_quota._resources import Breach
 
 
 # Bytes by which a trial may still grow once it was asked to stop for its memory: its handlers need
-# some, and one that goes on allocating gets no grace period.
+# some, and one that continues to allocate gets no grace period.
 GRACE_MARGIN = 4 * 2**20
 
 # What the kernel itself takes for each byte that a trial holds: 8 bytes for a page of 4 KiB.
