@@ -39,9 +39,8 @@ from optuna_quota import check
 from optuna_quota import Quota
 from optuna_quota import QuotaSampler
 from optuna_quota import status
-from optuna_quota._ledger.state import Accounts
+from optuna_quota._ledger.state import LedgerState
 from optuna_quota._ledger.state import SystemClock
-from optuna_quota._ledger.state import Undertaker
 from tests.storages import Address
 from tests.storages import SHARED
 from tests.storages import storage_at
@@ -236,25 +235,23 @@ def patience(seconds: float, tally: Tally) -> float:
     return 5 * seconds + tally.killed * LOCK_GRACE + PATIENCE
 
 
-class Called:
-    """Takes note of the trials that were ended, which nobody runs again here."""
+class FailedTrials:
+    """The ids of orphaned trials that were failed; none of them is retried here."""
 
     def __init__(self) -> None:
-        self.trials: list[int] = []
+        self.ids: list[int] = []
 
-    def note(self, trial_id: int) -> None:
-        self.trials.append(trial_id)
+    def add(self, trial_id: int) -> None:
+        self.ids.append(trial_id)
 
 
-def bury_all(address: Address, name: str, quota: Quota) -> None:
-    """Let a last worker end what the killed ones left: rows that name nobody take ten leases."""
+def fail_orphaned_trials(address: Address, name: str, quota: Quota) -> None:
+    """Let a last worker fail what the killed ones left; untouched rows take ten leases."""
     study = optuna.load_study(study_name=name, storage=address.open())
-    called = Called()
-    undertaker = Undertaker(
-        Accounts(study, quota, SystemClock(), beat=1.0), lease=0.2, on_failed=called.note
-    )
+    failed = FailedTrials()
+    state = LedgerState(study, quota, SystemClock(), lease=0.2, on_failed=failed.add)
     deadline = time.monotonic() + LOCK_GRACE + PATIENCE
-    while undertaker.look().open and time.monotonic() < deadline:
+    while state.refresh().open and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
@@ -323,7 +320,7 @@ def main() -> None:
         address, server = found
         name = optuna.create_study(storage=address.open(), study_name="soak").study_name
         tally = soak(address, name, quota, server, options)
-        bury_all(address, name, quota)
+        fail_orphaned_trials(address, name, quota)
         if not report(address, name, quota, tally):
             sys.exit(1)
 

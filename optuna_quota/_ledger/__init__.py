@@ -1,10 +1,10 @@
 """What a study has used and reserved, across all its workers, derived from trial rows alone."""
 
+from optuna_quota._ledger.dead_workers import LEASE
 from optuna_quota._ledger.gpus import Gpu
 from optuna_quota._ledger.gpus import gpus_here
 from optuna_quota._ledger.grant import Grant
 from optuna_quota._ledger.grant import Refusal
-from optuna_quota._ledger.ledger import LEASE
 from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._ledger.status import LedgerStatus
 from optuna_quota._ledger.status import status

@@ -1,4 +1,4 @@
-"""Which rows belong to workers that are gone (pure; the caller observes)."""
+"""Finds running trials whose worker is dead, and finishes their rows as failed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import os
 
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import Worker
-from optuna_quota._ledger.rows import Rows
+from optuna_quota._ledger.rows import TrialRows
 from optuna_quota._ledger.totals import Entry
+from optuna_quota._ledger.totals import HEARTBEAT
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._resources import Usage
@@ -22,15 +23,24 @@ from optuna_quota._resources import USAGE_RESOURCES
 from optuna_quota._units import format_seconds
 
 
+_logger = logging.getLogger("optuna.quota.ledger")
+
+HEARTBEATS_PER_LEASE = 4
+# Seconds without a heartbeat after which a worker on another machine counts as dead.
+LEASE = HEARTBEATS_PER_LEASE * HEARTBEAT
+# A worker that no ledger knows may be slow to write into a row that it created.
+_LEASES_OF_UNTOUCHED = 10
+
+
 @dataclass(frozen=True)
-class Death:
-    """A row whose worker is gone.
+class OrphanedTrial:
+    """A running trial whose worker is dead.
 
     Attributes:
         entry: The row.
-        reason: One sentence for a person.
-        silent: Seconds for which nothing was heard of the worker.
-        here: Whether it ran on this machine, whose clock is then its own.
+        reason: A sentence for the trial table.
+        silent: Seconds since the last sign of life.
+        here: Whether it ran on this machine, so that its clock is this one's.
     """
 
     entry: Entry
@@ -40,111 +50,105 @@ class Death:
 
 
 class Leases:
-    """Watches rows change, on this process's own steady clock: others' clocks may differ.
+    """Watches rows change, on this process's monotonic clock as others' clocks may differ.
 
-    A worker on this machine is judged by its process. Any other has died when its row has not
-    changed for a whole lease while this process was looking; so has whoever asks for a whole
-    lease, as asking takes moments. A row that was made and never touched since names no worker;
-    it gets ten leases, as a worker that no ledger knows may be slow to begin.
+    A worker on this machine is judged by its process. Any other is dead when its row has not
+    changed for a whole lease while this process was looking. So is one that asks for a whole
+    lease, as asking takes moments, and the creator of a row that was untouched for ten leases.
 
     Args:
         lease: Seconds.
-        alive: Whether a worker lives, None when that can't be known from here.
+        is_alive: Whether a worker is alive; None if that can't be known from here.
     """
 
-    blank_leases = 10
-
-    def __init__(self, lease: float, alive: Callable[[Worker], bool | None]) -> None:
+    def __init__(self, lease: float, is_alive: Callable[[Worker], bool | None]) -> None:
         self.lease = lease
-        self._alive = alive
+        self._is_alive = is_alive
         self._seen: dict[int, tuple[object, float]] = {}
 
-    def deaths(
+    def find_orphaned(
         self, entries: Iterable[Entry], now: float, stale: Collection[int] = ()
-    ) -> list[Death]:
-        """Return the rows whose workers are gone.
+    ) -> list[OrphanedTrial]:
+        """Return the running trials whose worker is dead.
 
         Args:
             entries: All rows that have not finished.
-            now: Seconds on a steady clock.
-            stale: Ids of trials whose heartbeat the storage has missed.
+            now: Seconds on a monotonic clock.
+            stale: Ids of trials whose heartbeat is overdue by the storage.
         """
         running = [e for e in entries if e.state == "running"]
         self._seen = {e.number: self._look(e, now) for e in running}
         found = [self._judge(e, now - self._seen[e.number][1], stale) for e in running]
-        return [death for death in found if death is not None]
+        return [orphan for orphan in found if orphan is not None]
 
     def _look(self, entry: Entry, now: float) -> tuple[object, float]:
         sign: object = entry.reservation or entry.untouched
         before = self._seen.get(entry.number)
         return before if before is not None and before[0] == sign else (sign, now)
 
-    def _judge(self, entry: Entry, silent: float, stale: Collection[int]) -> Death | None:
+    def _judge(self, entry: Entry, silent: float, stale: Collection[int]) -> OrphanedTrial | None:
         held = entry.reservation
         if held is None or held.worker is None:
-            return self._judge_blank(entry, silent)
-        alive = self._alive(held.worker)
+            if not entry.untouched or silent <= _LEASES_OF_UNTOUCHED * self.lease:
+                return None
+            text = f"It never started: its row was empty for {format_seconds(silent)}."
+            return OrphanedTrial(entry, text, silent)
+        alive = self._is_alive(held.worker)
         if alive is False:
-            return Death(entry, f"Its worker {held.worker.label} died.", silent, here=True)
+            return OrphanedTrial(entry, f"Its worker {held.worker.label} died.", silent, here=True)
         overdue = silent > self.lease and (alive is None or bool(held.asked))
         if overdue or (alive is None and entry.trial_id in stale):
-            waited = format_seconds(max(silent, 1.0))
-            text = f"Its worker {held.worker.label} was not heard of for {waited} or more."
-            return Death(entry, text, silent, here=alive is True)
+            text = (
+                f"Its worker {held.worker.label} sent no heartbeat for "
+                f"{format_seconds(max(silent, 1.0))}."
+            )
+            return OrphanedTrial(entry, text, silent, here=alive is True)
         return None
 
-    def _judge_blank(self, entry: Entry, silent: float) -> Death | None:
-        if not entry.untouched or silent <= self.blank_leases * self.lease:
-            return None
-        waited = format_seconds(silent)
-        return Death(entry, f"It never began: its row was empty for {waited}.", silent)
 
-
-_logger = logging.getLogger("optuna.quota.ledger")
-
-
-def bury(rows: Rows, deaths: Sequence[Death], now: float) -> list[int]:
-    """Finish the rows of workers that are gone; return the ids of those that this call finished.
+def fail_orphaned_trials(
+    rows: TrialRows, orphans: Sequence[OrphanedTrial], now: float
+) -> list[int]:
+    """Finish rows of dead workers; return the ids of those that this call finished.
 
     Args:
         rows: The study's rows.
-        deaths: Which, and why.
+        orphans: The orphaned trials.
         now: Seconds since the epoch on this machine's clock.
     """
     finished = []
-    for death in deaths:
-        entry = death.entry
+    for orphan in orphans:
+        entry = orphan.entry
         held = entry.reservation or Reservation(trial_id=entry.trial_id)
-        charged = replace(held, asked={}, waits={}, charged=charges_of(death, now))
+        charged = replace(held, asked={}, queued_for={}, charged=charge_orphan(orphan, now))
         host = held.worker.host if held.worker is not None else None
-        record = TrialRecord(_last_known(held), "failed", death.reason, host=host)
-        # Another worker may be faster, or this one comes back and finishes it.
+        usage = Usage(*(held.used.get(name) for name in USAGE_RESOURCES))
+        record = TrialRecord(usage, "failed", orphan.reason, host=host)
+        # Another worker may be faster, or this one may come back and finish it.
         if rows.fail(entry.trial_id, record, charged):
-            _logger.warning(f"Trial {entry.number} was failed: {death.reason}")
+            _logger.warning(f"Trial {entry.number} was marked as failed. {orphan.reason}")
             finished.append(entry.trial_id)
     return finished
 
 
-def _last_known(held: Reservation) -> Usage:
-    return Usage(*(held.used.get(name) for name in USAGE_RESOURCES))
+def charge_orphan(orphan: OrphanedTrial, now: float) -> dict[str, float]:
+    """Return the most that an orphaned trial can have used, by resource.
 
-
-def charges_of(death: Death, now: float) -> dict[str, float]:
-    """Return the most that a trial can have used whose worker is gone, by resource.
-
-    It was metered and ended at what it was granted, so it is charged no more than that. Time
-    bounds it further: until now where its worker's clock is this machine's, else from the last
-    that was heard of it for as long as nothing was.
+    It was metered and stopped at what it was granted, so it is charged no more than that. Time
+    bounds it further: until now if it ran on this machine, else from its last heartbeat for as
+    long as it was silent.
     """
-    held = death.entry.reservation
+    held = orphan.entry.reservation
     if held is None or held.began is None:
         return {}
     before = held.used.get("wall_time", 0.0)
-    elapsed = max(before, now - held.began) if death.here else before + death.silent
+    elapsed = max(before, now - held.began) if orphan.here else before + orphan.silent
     charges = {"trial_time": min(elapsed, held.granted.get("trial_time", elapsed))}
-    if death.here and "cpu_time" in held.granted:
+    if orphan.here and "cpu_time" in held.granted:
         most = held.used.get("cpu_time", 0.0) + (os.cpu_count() or 1) * (elapsed - before)
         charges["cpu_time"] = min(most, held.granted["cpu_time"])
     for name in CHARGED_RESOURCES:
-        charges.setdefault(name, held.granted.get(name, held.used.get(name, -1.0)))
-    return {name: amount for name, amount in charges.items() if amount >= 0}
+        amount = held.granted.get(name, held.used.get(name))
+        if amount is not None:
+            charges.setdefault(name, amount)
+    return charges

@@ -1,7 +1,7 @@
-"""Which GPU a trial is given: the one with the most room (pure).
+"""This machine's GPUs, and which of them a trial is given: the one with the most room.
 
-What a trial may hold on one GPU is a resource of its own, held at one moment on one machine, so
-that the protocol settles between workers who gets which.
+The memory of each GPU is a resource of its own, held at one moment on one machine, so that the
+protocol settles between workers which trial gets it.
 """
 
 from __future__ import annotations
@@ -14,39 +14,14 @@ import os
 
 from optuna_quota._ledger.protocol import Claim
 from optuna_quota._ledger.protocol import DEVICE
-from optuna_quota._ledger.protocol import Want
+from optuna_quota._ledger.protocol import ResourceRequest
 from optuna_quota._metering.nvml import GpuError
 from optuna_quota._metering.visible_gpus import visible_gpus
 from optuna_quota._metering.warn import warn_once
 
 
-def gpus_here() -> Sequence[Gpu]:
-    """Return the GPUs that CUDA shows to this process, by the names that CUDA understands.
-
-    None where NVML can't be asked, with a warning: each trial then sees all of them.
-    """
-    try:
-        shown = visible_gpus(os.environ)
-        totals = [float(device.memory()[1]) for device in shown.devices]
-        uuids = [device.uuid() for device in shown.devices]
-    except GpuError as error:
-        warn_once("gpu: one a trial", f"No trial is given a GPU of its own: {error.reason}.")
-        return ()
-    if not shown.unresolved:
-        return [Gpu(uuid, total) for uuid, total in zip(uuids, totals, strict=True)]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    warn_once(
-        "gpu: unresolved",
-        f"It can't be known which GPUs CUDA_VISIBLE_DEVICES={visible} names, since the models "
-        "differ and CUDA counts the fastest first. Trials are given these numbers as they are, "
-        "and the memory of the smallest GPU is assumed. Set CUDA_DEVICE_ORDER=PCI_BUS_ID, or name "
-        "GPUs by UUID.",
-    )
-    return [Gpu(entry, min(totals)) for entry in shown.unresolved]
-
-
-# What a trial of unknown needs takes of a GPU, at least.
-_LEAST_SHARE = 1 / 8
+# The smallest share of a GPU's memory with which a trial of unknown needs starts.
+_MIN_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -63,25 +38,20 @@ class Gpu:
 
     @property
     def resource(self) -> str:
-        """What the memory of this very GPU is called among resources."""
+        """The name of this GPU's memory as a resource."""
         return DEVICE + self.uuid
 
 
-def capacities(gpus: Iterable[Gpu]) -> dict[str, float]:
-    """Return what may be held on each GPU, by its resource."""
-    return {gpu.resource: gpu.memory for gpu in gpus}
-
-
-def want_of_gpu(
+def request_gpu(
     gpus: Sequence[Gpu], claims: Iterable[Claim], machine: str, need: float | None
-) -> dict[str, Want]:
-    """Return the want of the GPU with the most room; nothing where there is none.
+) -> dict[str, ResourceRequest]:
+    """Return the request for the GPU with the most room; empty without GPUs.
 
     Args:
         gpus: The machine's GPUs.
         claims: The running trials.
         machine: This machine.
-        need: Bytes that the trial needs, None when unknown.
+        need: Bytes that the trial needs; None if unknown.
     """
     if not gpus:
         return {}
@@ -89,13 +59,13 @@ def want_of_gpu(
     room = {gpu: gpu.memory - _held(gpu, here) for gpu in gpus}
     best = max(gpus, key=lambda gpu: room[gpu])
     if need is not None:
-        return {best.resource: Want(need, need)}
-    least = _LEAST_SHARE * best.memory
-    return {best.resource: Want(least, max(least, room[best] / 2))}
+        return {best.resource: ResourceRequest(need, need)}
+    least = _MIN_SHARE * best.memory
+    return {best.resource: ResourceRequest(least, max(least, room[best] / 2))}
 
 
-def gpu_in(granted: Mapping[str, float]) -> str | None:
-    """Return the UUID of the GPU that a grant names."""
+def find_gpu(granted: Mapping[str, float]) -> str | None:
+    """Return the UUID of the GPU in a grant."""
     names = (name.removeprefix(DEVICE) for name in granted if name.startswith(DEVICE))
     return next(names, None)
 
@@ -105,3 +75,27 @@ def _held(gpu: Gpu, claims: Iterable[Claim]) -> float:
         max(claim.granted.get(gpu.resource, 0.0), claim.asked.get(gpu.resource, 0.0))
         for claim in claims
     )
+
+
+def gpus_here() -> Sequence[Gpu]:
+    """Return the GPUs that CUDA shows to this process, by the names that CUDA accepts.
+
+    Returns none, with a warning, if NVML is not available: each trial then sees all GPUs.
+    """
+    try:
+        shown = visible_gpus(os.environ)
+        totals = [float(device.memory()[1]) for device in shown.devices]
+        uuids = [device.uuid() for device in shown.devices]
+    except GpuError as error:
+        warn_once("gpu: one a trial", f"Trials are not assigned to single GPUs: {error.reason}.")
+        return ()
+    if not shown.unresolved:
+        return [Gpu(uuid, total) for uuid, total in zip(uuids, totals, strict=True)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    warn_once(
+        "gpu: unresolved",
+        f"CUDA_VISIBLE_DEVICES={visible} is ambiguous: the GPUs differ, and CUDA numbers the "
+        "fastest first. Trials get these numbers unchanged, and the memory of the smallest GPU "
+        "is assumed. Set CUDA_DEVICE_ORDER=PCI_BUS_ID, or use UUIDs.",
+    )
+    return [Gpu(entry, min(totals)) for entry in shown.unresolved]

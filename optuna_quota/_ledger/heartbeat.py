@@ -1,4 +1,4 @@
-"""One trial of this process that runs under the ledger."""
+"""This process's running trials, and the thread that extends and renews their reservations."""
 
 from __future__ import annotations
 
@@ -24,38 +24,45 @@ if TYPE_CHECKING:
     from optuna_quota._metering import TrialMonitor
 
 
+_logger = logging.getLogger("optuna.quota.ledger")
+
+# Seconds that the thread outlives the last trial: starting one for each costs more than a trial's
+# whole admission.
+_LINGER = 2.0
+
+
 @dataclass
-class Running:
-    """One trial of this process that runs under the ledger.
+class RunningTrial:
+    """One trial of this process that was granted its start.
 
     Attributes:
         trial_id: Its id in the storage.
         number: Its number.
         reservation: What its row says.
         limits: Its limits.
-        deadline: Seconds from its start to the end of the study's clock time.
-        thread: The thread whose ``optimize`` runs it; None when it was asked for by hand.
-        asker: The thread that asked for it by hand; None under ``optimize``.
-        watch: Its metering.
-        start: When it began, pauses of this process counted.
+        thread: The thread that asked for it.
+        in_optimize: Whether ``optimize`` runs it in that thread.
+        deadline: Seconds from its start until the study's clock time is used up.
+        monitor: Its metering; None before that starts.
+        start: When it started, seconds since the epoch.
     """
 
     trial_id: int
     number: int
     reservation: Reservation
     limits: Limits
+    thread: int
+    in_optimize: bool
     deadline: float | None = None
-    thread: int | None = None
-    asker: int | None = None
-    watch: TrialMonitor | None = None
+    monitor: TrialMonitor | None = None
     start: float | None = None
 
     @property
     def began(self) -> float | None:
-        """When it would have begun, had this process not been stopped since then."""
-        if self.start is None or self.watch is None:
+        """The start, later by the time for which this process was suspended since."""
+        if self.start is None or self.monitor is None:
             return self.start
-        return self.start + self.watch.paused
+        return self.start + self.monitor.paused
 
     @property
     def left(self) -> Mapping[str, float]:
@@ -66,103 +73,98 @@ class Running:
             left["wall_time"] = self.deadline
         return left
 
-    def low(self, usage: Usage | None, quota: Quota) -> dict[str, float]:
-        """Return what it used of the resources that run low; of all, 0, if that is unknown."""
+    def find_low(self, usage: Usage | None, quota: Quota) -> dict[str, float]:
+        """Return its usage of the resources that run low; 0 of each if the usage is unknown."""
         granted = self.reservation.granted
         if usage is None:
             return dict.fromkeys(sorted(self.left.keys() & granted.keys()), 0.0)
         amounts = {name: usage.get(name) for name in granted}
         if "cost" in granted:
             amounts["cost"] = quota.price({name: usage.get(name) for name in quota.prices})
-        known = ((name, amount) for name, amount in amounts.items() if amount is not None)
-        return {n: amount for n, amount in known if amount >= extension_threshold(n) * granted[n]}
+        return {
+            name: amount
+            for name, amount in amounts.items()
+            if amount is not None and amount >= extension_threshold(name) * granted[name]
+        }
 
 
-_logger = logging.getLogger("optuna.quota.ledger")
+class Heartbeat:
+    """A daemon thread that calls what is due for each running trial; it ends after the last.
 
-# Seconds that the thread outlives the last trial: starting one for each costs more than a trial's
-# whole admission.
-_LINGER = 2.0
-
-
-class Keeper:
-    """Calls for each kept trial what is due, from one daemon thread that ends with the last one.
-
-    It does not hold on to whom it calls, and ends with it.
+    It holds weak references to the methods' owner, and ends with it.
 
     Args:
-        extend: Asks for more for a trial that runs low; a method.
-        beat: Shows that a trial's worker lives; a method of the same object.
-        interval: Seconds between beats.
+        extend: A method that requests more for a trial that runs low.
+        beat: A method of the same object that shows that a trial's worker is alive.
+        interval: Seconds between heartbeats.
     """
 
     def __init__(
         self, extend: Callable[[int], None], beat: Callable[[int], None], interval: float
     ) -> None:
         self._extend, self._beat = WeakMethod(extend), WeakMethod(beat)
-        # Whoever it calls for may be freed by any thread, at any moment.
-        finalize(extend.__self__, self._let_go_of_all).atexit = False  # type: ignore[attr-defined]
+        # The owner may be freed by any thread, at any moment.
+        finalize(extend.__self__, self._close).atexit = False  # type: ignore[attr-defined]
         self._interval = interval
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._beats: dict[int, float] = {}
-        self._short: dict[int, None] = {}
-        self._is_over = False
+        self._due: dict[int, float] = {}
+        self._low: dict[int, None] = {}
+        self._is_closed = False
 
-    def keep(self, trial_id: int) -> None:
-        """Begin to care for a trial."""
+    def add(self, trial_id: int) -> None:
+        """Start the heartbeat of a trial."""
         with self._wake:
-            self._beats[trial_id] = time.monotonic() + self._interval
+            self._due[trial_id] = time.monotonic() + self._interval
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(
                     target=self._run, name="optuna-quota-ledger", daemon=True
                 )
                 self._thread.start()
-            elif len(self._beats) == 1:
+            elif len(self._due) == 1:
                 self._wake.notify()
 
-    def let_go(self, trial_id: int) -> None:
-        """Care no longer for a trial."""
+    def remove(self, trial_id: int) -> None:
+        """Stop the heartbeat of a trial."""
         with self._wake:
-            self._beats.pop(trial_id, None)
-            self._short.pop(trial_id, None)
+            self._due.pop(trial_id, None)
+            self._low.pop(trial_id, None)
 
-    def _let_go_of_all(self) -> None:
+    def _close(self) -> None:
         with self._wake:
-            self._beats.clear()
-            self._short.clear()
-            self._is_over = True
+            self._due.clear()
+            self._low.clear()
+            self._is_closed = True
             self._wake.notify()
 
-    def call_for_more(self, trial_id: int) -> None:
-        """Have more asked for, soon; returns at once."""
+    def request_extension(self, trial_id: int) -> None:
+        """Have ``extend`` called for a trial soon; returns at once."""
         with self._wake:
-            if trial_id in self._beats:
-                self._short[trial_id] = None
+            if trial_id in self._due:
+                self._low[trial_id] = None
                 self._wake.notify()
 
     def _run(self) -> None:
         while True:
             with self._wake:
-                if not self._beats and not self._wake.wait_for(self._has_to_do, _LINGER):
+                if not self._due and not self._wake.wait_for(
+                    lambda: bool(self._due) or self._is_closed, _LINGER
+                ):
                     self._thread = None
                     return
-                if not self._short and self._beats:
-                    self._wake.wait(max(0.0, min(self._beats.values()) - time.monotonic()))
-                if self._is_over:
+                if not self._low and self._due:
+                    self._wake.wait(max(0.0, min(self._due.values()) - time.monotonic()))
+                if self._is_closed:
                     self._thread = None
                     return
-                short, self._short = list(self._short), {}
+                low, self._low = list(self._low), {}
                 now = time.monotonic()
-                due = [k for k, at in self._beats.items() if at <= now]
-                self._beats.update(dict.fromkeys(due, now + self._interval))
-            for trial_id in short:
+                due = [trial_id for trial_id, at in self._due.items() if at <= now]
+                self._due.update(dict.fromkeys(due, now + self._interval))
+            for trial_id in low:
                 _call(self._extend(), trial_id)
             for trial_id in due:
                 _call(self._beat(), trial_id)
-
-    def _has_to_do(self) -> bool:
-        return bool(self._beats) or self._is_over
 
 
 def _call(action: Callable[[int], None] | None, trial_id: int) -> None:
@@ -170,7 +172,7 @@ def _call(action: Callable[[int], None] | None, trial_id: int) -> None:
         return
     try:
         action(trial_id)
-    except Exception as fault:  # noqa: BLE001 - any backend's own; other trials go on
+    except Exception as fault:  # noqa: BLE001 - any storage's own; other trials go on
         _logger.warning(
-            f"The reservation of the trial with id {trial_id} could not be renewed: {fault!r}."
+            f"Could not renew the reservation of the trial with id {trial_id}: {fault!r}."
         )

@@ -1,4 +1,4 @@
-"""The ledger of one study as one process keeps it."""
+"""The ledger of one study in one process: admits trials, and follows them while they run."""
 
 from __future__ import annotations
 
@@ -19,40 +19,36 @@ from weakref import WeakSet
 from optuna.exceptions import UpdateFinishedTrialError
 
 from optuna_quota import _optuna
-from optuna_quota._ledger.dead_workers import Death
+from optuna_quota._ledger.dead_workers import LEASE
+from optuna_quota._ledger.dead_workers import OrphanedTrial
+from optuna_quota._ledger.gpus import find_gpu
 from optuna_quota._ledger.gpus import Gpu
-from optuna_quota._ledger.gpus import gpu_in
-from optuna_quota._ledger.gpus import want_of_gpu
-from optuna_quota._ledger.grant import Asked
-from optuna_quota._ledger.grant import beyond
-from optuna_quota._ledger.grant import first_wants
+from optuna_quota._ledger.gpus import request_gpu
+from optuna_quota._ledger.grant import deadlock_warning
+from optuna_quota._ledger.grant import describe_serial
+from optuna_quota._ledger.grant import extension_requests
 from optuna_quota._ledger.grant import Grant
-from optuna_quota._ledger.grant import hopeless
-from optuna_quota._ledger.grant import more_wants
-from optuna_quota._ledger.grant import PATIENCE
+from optuna_quota._ledger.grant import initial_requests
 from optuna_quota._ledger.grant import Refusal
-from optuna_quota._ledger.grant import revised_promise
-from optuna_quota._ledger.grant import standstill
-from optuna_quota._ledger.grant import too_late
-from optuna_quota._ledger.heartbeat import Keeper
-from optuna_quota._ledger.heartbeat import Running
-from optuna_quota._ledger.protocol import answered
+from optuna_quota._ledger.grant import refuse_exhausted
+from optuna_quota._ledger.grant import refuse_never_fitting
+from optuna_quota._ledger.grant import refuse_study_ended
+from optuna_quota._ledger.grant import RequestedBy
+from optuna_quota._ledger.grant import revise_promise
+from optuna_quota._ledger.heartbeat import Heartbeat
+from optuna_quota._ledger.heartbeat import RunningTrial
 from optuna_quota._ledger.protocol import Decision
-from optuna_quota._ledger.protocol import queued
+from optuna_quota._ledger.protocol import ResourceRequest
 from optuna_quota._ledger.protocol import Shortage
-from optuna_quota._ledger.protocol import Want
+from optuna_quota._ledger.protocol import with_decision
+from optuna_quota._ledger.protocol import with_queue_place
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import this_worker
-from optuna_quota._ledger.state import Accounts
-from optuna_quota._ledger.state import ask
 from optuna_quota._ledger.state import Clock
-from optuna_quota._ledger.state import judge
+from optuna_quota._ledger.state import LedgerState
 from optuna_quota._ledger.state import pauses
-from optuna_quota._ledger.state import Snapshot
 from optuna_quota._ledger.state import SystemClock
-from optuna_quota._ledger.state import Undertaker
-from optuna_quota._ledger.totals import describe_earlier
-from optuna_quota._resources import get_resource
+from optuna_quota._ledger.totals import describe_unadmitted
 from optuna_quota._resources import Limits
 from optuna_quota._resources import Quota
 from optuna_quota._resources import Usage
@@ -67,22 +63,21 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("optuna.quota.ledger")
 
-# Seconds without a sign of life after which a worker on another machine is taken for dead.
-LEASE = 120.0
-_BEATS_PER_LEASE = 4
+# Seconds of waiting after which a thread that may wait for itself is warned.
+_DEADLOCK_WARNING_AFTER = 10.0
 
 
 class Ledger:
     """Admits trials to a study's quota, together with all other workers of the study.
 
-    Everything is derived from trial rows; this object only remembers what it has read.
+    Everything is derived from trial rows; this object only caches what it has read.
 
     Args:
         study: The study.
         quota: Its quota.
-        clock: The clocks to go by.
-        lease: Seconds without a sign of life after which a worker on another machine is taken
-            for dead and its trial ended.
+        clock: The clocks to use.
+        lease: Seconds without a heartbeat after which a worker on another machine counts as dead
+            and its trial is failed.
         gpus: This machine's GPUs, to give each trial the one with the most room.
     """
 
@@ -97,14 +92,14 @@ class Ledger:
     ) -> None:
         self.quota = quota
         self._gpus = tuple(gpus)
-        # A study's connections are to be closed when its user lets go of it.
+        # A study's connections are to be closed when its user drops it.
         self._studies: WeakSet[Study] = WeakSet((study,))
         self._clock = clock or SystemClock()
         self._lease = lease
         self._open(study)
 
-    def serve(self, study: Study) -> None:
-        """Get to know another object for the same study."""
+    def add_study(self, study: Study) -> None:
+        """Add another object of the same study."""
         self._studies.add(study)
 
     def _in_optimize_loop(self) -> bool:
@@ -112,36 +107,36 @@ class Ledger:
 
     def _open(self, study: Study) -> None:
         self._pid = os.getpid()
-        beat = self._lease / _BEATS_PER_LEASE
-        self._accounts = Accounts(study, self.quota, self._clock, beat, self._gpus)
-        self._undertaker = Undertaker(self._accounts, self._lease, self._call_back)
-        self._keeper = Keeper(self._renew, self._beat, beat)
-        self._running: dict[int, Running] = {}
-        self._told_of_earlier = self._told_of_unknown = False
+        self._state = LedgerState(
+            study, self.quota, self._clock, self._lease, self._call_stale_callback, self._gpus
+        )
+        self._heartbeat = Heartbeat(self._renew, self._beat, self._state.heartbeat)
+        self._running: dict[int, RunningTrial] = {}
+        self._logged: set[str] = set()
         # One thread at a time changes what this process's running trials hold.
         self._changing = threading.RLock()
 
-    def _open_in_child(self) -> None:
+    def _reopen_after_fork(self) -> None:
         if self._pid != os.getpid():
-            # The locks and threads of a parent are of no use in its child.
+            # The parent's locks and threads are of no use in its child.
             self._open(next(iter(self._studies)))
 
-    def _call_back(self, trial_id: int) -> None:
-        """Have a trial tried again, where the user asked Optuna for it."""
+    def _call_stale_callback(self, trial_id: int) -> None:
+        """Call the storage's callback for trials of dead workers, which may retry them."""
         study = next(iter(self._studies), None)
         if study is None:
             return
         try:
             _optuna.call_stale_trial_callback(study, trial_id)
-        except Exception as fault:  # noqa: BLE001 - the user's own; this trial has no part in it
+        except Exception as fault:  # noqa: BLE001 - the user's; another trial must not fail for it
             _logger.warning(
                 f"The storage's callback for the trial with id {trial_id} failed: {fault!r}."
             )
 
-    def take(self, trial: FrozenTrial) -> bool:
-        """Return whether an enqueued trial is this worker's, and nobody else's already."""
-        self._open_in_child()
-        return self._accounts.take(_optuna.trial_id_of(trial))
+    def take_enqueued(self, trial: FrozenTrial) -> bool:
+        """Return whether an enqueued trial is this worker's alone."""
+        self._reopen_after_fork()
+        return self._state.take_enqueued(_optuna.trial_id_of(trial))
 
     def reserve(
         self,
@@ -153,304 +148,268 @@ class Ledger:
         n_jobs: int | None = None,
         is_over: Callable[[], bool] = lambda: False,
     ) -> Grant | Refusal:
-        """Admit a trial or refuse it; waits while others hold what it needs for now.
+        """Admit a trial or refuse it; wait while others hold what it needs.
 
         Args:
             trial: The trial, whose row must be running.
             limits: Its limits.
-            footprint: Upper bounds of what it will use, by resource, where the user stated them.
+            footprint: Upper bounds of its usage, by resource, where the user stated them.
             bounds: Upper bounds of what it will hold at one moment, where they were learned.
-            n_jobs: Trials that run at once, where known.
-            is_over: Returns whether a trial that waits need not run any more.
+            n_jobs: Number of trials that run at once, if known.
+            is_over: Returns whether a waiting trial need not run any more.
         """
-        self._open_in_child()
-        self._bury_left_behind()
+        self._reopen_after_fork()
+        self._fail_left_behind()
         trial_id, number = _optuna.trial_id_of(trial), trial.number
-        held, seen, waiting = Reservation(), self._accounts.last, False
-        since, told = self._clock.monotonic(), False
+        held, seen, is_waiting = Reservation(), self._state.last, False
+        warn_at = self._clock.monotonic() + _DEADLOCK_WARNING_AFTER
         short: Shortage | None = None
         for pause in pauses():
             if short is not None and is_over():
-                self._accounts.write(trial_id, Reservation())
-                return too_late(short)
-            seen = self._undertaker.look() if seen is None or waiting else seen
-            self._tell_of_earlier()
-            beside = _beside(seen, number)
-            wants = first_wants(
+                self._state.write(trial_id, Reservation())
+                return refuse_study_ended(short)
+            seen = self._state.refresh() if seen is None or is_waiting else seen
+            self._log_once("unadmitted", describe_unadmitted(self._state.unadmitted))
+            requests = initial_requests(
                 self.quota,
                 limits,
                 footprint,
                 seen.free(self.quota),
-                beside,
+                seen.count_beside(number),
                 bounds=bounds,
                 n_jobs=n_jobs,
-                asked=self._asked(),
+                requested_by=self._requested_by(),
             )
             need = footprint.get("gpu_memory", limits.gpu_memory)
-            machine = this_worker().machine
-            wants.update(want_of_gpu(self._gpus, seen.claims, machine, need))
-            # Who waits looks before it asks: a claim in vain would only disturb the others.
-            decision = judge(self._accounts, number, held, wants, seen, queue=True)
-            if not waiting or decision.action != "withdraw":
-                decision, seen = ask(
-                    self._accounts,
-                    trial_id,
-                    number,
-                    held,
-                    wants,
-                    self._undertaker.look,
-                    queue=True,
-                )
-            refusal = beyond(self.quota, seen.used, footprint)
+            requests.update(request_gpu(self._gpus, seen.claims, this_worker().machine, need))
+            # A waiting trial checks before it asks: a claim in vain would only disturb the others.
+            decision = self._state.judge(number, held, requests, seen, queue=True)
+            if not is_waiting or decision.action != "withdraw":
+                decision, seen = self._state.ask(trial_id, number, held, requests, queue=True)
+            refusal = refuse_exhausted(self.quota, seen.used, footprint)
             if refusal is None and decision.action == "grant":
-                return self._begin(trial, limits, self._write_grant(trial_id, decision))
+                return self._begin(trial, limits, decision)
             if refusal is None and decision.shortage is not None:
-                refusal = hopeless(decision.shortage)
+                refusal = refuse_never_fitting(decision.shortage)
             if refusal is not None:
-                self._accounts.write(trial_id, Reservation())
+                self._state.write(trial_id, Reservation())
                 return refusal
-            held = self._queue_up(trial_id, held, wants)
-            waiting, short = True, decision.shortage
-            self._tell_of_unknown(short)
-            if not told and self._clock.monotonic() - since >= PATIENCE:
-                told = self._tell_of_standstill(number, decision, seen)
+            held = self._queue(trial_id, held, requests)
+            is_waiting, short = True, decision.shortage
+            serial = describe_serial(short, self.quota)
+            if serial is not None:
+                self._log_once("serial", serial)
+            if self._clock.monotonic() >= warn_at:
+                own = self._asked_by_this_thread()
+                warning = deadlock_warning(number, short, seen.claims, own)
+                if warning is not None:
+                    _logger.warning(warning)
+                    warn_at = math.inf
             self._clock.sleep(pause)
         raise AssertionError("The pauses never end.")
 
     @property
     def trials(self) -> Sequence[FrozenTrial]:
-        """All rows of the study as they were last read, by number."""
-        return self._accounts.rows.trials
+        """All rows of the study by number, as last read."""
+        return self._state.rows.trials
 
     def room(self, trial: FrozenTrial) -> dict[str, float]:
-        """Return what a running trial may hold while the others on its host hold what they do.
+        """Return what a running trial may hold besides what others on its host hold now.
 
         Args:
-            trial: One that was granted its start.
+            trial: A trial that was granted its start.
         """
         running = self._running.get(_optuna.trial_id_of(trial))
         if running is None:
             return {}
-        free, granted = self._accounts.read().free(self.quota), running.reservation.granted
+        free, granted = self._state.read().free(self.quota), running.reservation.granted
         return {name: free[name] + granted.get(name, 0.0) for name in self.quota.held}
 
-    def keep(self, trial_id: int, watch: TrialMonitor) -> None:
-        """Ask for more by itself while a trial under metering runs, and renew its lease."""
+    def attach_monitor(self, trial_id: int, monitor: TrialMonitor) -> None:
+        """Extend and renew a trial's reservation by its metering while it runs."""
         running = self._running.get(trial_id)
         if running is None:
             return
-        running.watch = watch
-        watch.prices = self.quota.prices if self.quota.cost is not None else {}
+        running.monitor = monitor
+        monitor.prices = self.quota.prices if self.quota.cost is not None else {}
         if running.reservation.gpu is not None:
-            watch.environment = {"CUDA_VISIBLE_DEVICES": running.reservation.gpu}
-        watch.most = {n: a for n, a in self.quota.amounts().items() if n != "wall_time"}
-        keeper = self._keeper
-        watch.on_low_quota(lambda: keeper.call_for_more(trial_id))
-        keeper.keep(trial_id)
+            monitor.environment = {"CUDA_VISIBLE_DEVICES": running.reservation.gpu}
+        monitor.most = {n: a for n, a in self.quota.amounts().items() if n != "wall_time"}
+        heartbeat = self._heartbeat
+        monitor.on_low_quota(lambda: heartbeat.request_extension(trial_id))
+        heartbeat.add(trial_id)
 
-    def promise(self, trial_id: int, bounds: Mapping[str, float]) -> None:
-        """Give back what a running trial will not hold by its point, or ask for what it lacks.
+    def revise_promise(self, trial_id: int, bounds: Mapping[str, float]) -> None:
+        """Release what a running trial will not hold by its point, or request what it lacks.
 
         Args:
             trial_id: The trial.
             bounds: Upper bounds of what it will hold at one moment, by resource.
         """
-        with self._watched(trial_id) as running:
-            if running is None or running.watch is None:
+        with self._monitored(trial_id) as running:
+            if running is None or running.monitor is None:
                 return
-            held, used = running.reservation, running.watch.usage().amounts()
-            smaller, larger = revised_promise(
+            held, used = running.reservation, running.monitor.usage().amounts()
+            smaller, larger = revise_promise(
                 self.quota, running.limits, held.granted, bounds, used
             )
             if smaller:
                 self._change(running, replace(held, granted={**held.granted, **smaller}))
             self._extend(running, larger)
             if smaller or larger:
-                running.watch.allow(running.left)
+                running.monitor.allow(running.left)
 
     def extend(self, trial_id: int, usage: Usage | None = None) -> Mapping[str, float]:
-        """Return what a running trial may use in all, having asked for more where it runs low.
+        """Request more of what runs low for a running trial; return what it may use in all.
 
         Args:
             trial_id: The trial.
-            usage: What it has used; without it, it asks for more of everything.
+            usage: Its usage; without it, more of everything is requested.
         """
         with self._changing:
             running = self._running.get(trial_id)
             if running is None:
                 return {}
-            return self._extend(running, running.low(usage, self.quota))
+            return self._extend(running, running.find_low(usage, self.quota))
 
     def charge(self, trial_id: int, usage: Usage) -> None:
-        """Stop keeping a trial's reservation: its row says what it used and is about to finish."""
-        self._keeper.let_go(trial_id)
+        """Stop following a trial whose row has its usage and is about to finish."""
+        self._heartbeat.remove(trial_id)
         with self._changing:
             if self._running.pop(trial_id, None) is not None:
-                self._accounts.charge(trial_id, usage)
+                self._state.charge(trial_id, usage)
 
     def exhausted(self) -> Refusal | None:
-        """Return why nothing more can be admitted, None while something can."""
-        seen = self._accounts.read()
+        """Return why nothing more can be admitted; None if something can."""
+        seen = self._state.read()
         granted = {
             name: sum(claim.granted.get(name, 0.0) for claim in seen.claims)
             for name in self.quota.totals
         }
-        return beyond(self.quota, self._accounts.with_settled(seen), {}, granted)
+        return refuse_exhausted(self.quota, self._state.used_with_charged(seen), {}, granted)
 
-    def _tell_of_earlier(self) -> None:
-        told, self._told_of_earlier = self._told_of_earlier, True
-        text = None if told else describe_earlier(self._accounts.earlier)
-        if text is not None:
-            _logger.info(text)
+    def _log_once(self, name: str, text: str | None) -> None:
+        if name not in self._logged:
+            self._logged.add(name)
+            if text is not None:
+                _logger.info(text)
 
-    def _tell_of_unknown(self, short: Shortage | None) -> None:
-        if short is None or short.wanted < self.quota.held.get(short.resource, math.inf):
-            return
-        told, self._told_of_unknown = self._told_of_unknown, True
-        if not told:
-            title = get_resource(short.resource).title
-            _logger.info(
-                f"As far as is known, a trial may need all {title} of the quota, so that trials "
-                f"run one at a time. `Limits({short.resource}=…)` or `Strategy(n_jobs=…)` change "
-                "that."
-            )
-
-    def _asked(self) -> Asked:
+    def _requested_by(self) -> RequestedBy:
         if self._in_optimize_loop():
-            return "by optimize"
-        return "in a batch" if self._asked_for_here() else "by hand"
+            return "optimize"
+        return "ask in a batch" if self._asked_by_this_thread() else "ask"
 
-    def _asked_for_here(self) -> list[int]:
-        """Return the trials that run and that this thread asked for by hand."""
+    def _asked_by_this_thread(self) -> list[int]:
+        """Return the numbers of running trials that this thread got from ``ask``."""
         here = threading.get_ident()
         with self._changing:
-            return [r.number for r in self._running.values() if r.asker == here]
+            running = list(self._running.values())
+        return [r.number for r in running if r.thread == here and not r.in_optimize]
 
-    def _tell_of_standstill(self, number: int, decision: Decision, seen: Snapshot) -> bool:
-        warning = standstill(number, decision.shortage, seen.claims, self._asked_for_here())
-        if warning is not None:
-            _logger.warning(warning)
-        return warning is not None
-
-    def _queue_up(
-        self, trial_id: int, held: Reservation, wants: Mapping[str, Want]
+    def _queue(
+        self, trial_id: int, held: Reservation, requests: Mapping[str, ResourceRequest]
     ) -> Reservation:
-        now, place = self._clock.time(), queued(held, wants)
-        due = held.beat is None or now - held.beat > self._accounts.beat
-        if place.waits == held.waits and not due:
+        now, place = self._clock.time(), with_queue_place(held, requests)
+        is_due = held.beat is None or now - held.beat > self._state.heartbeat
+        if place.queued_for == held.queued_for and not is_due:
             return held
         place = replace(place, beat=now)
-        self._accounts.write(trial_id, place)
+        self._state.write(trial_id, place)
         return place
 
-    def _write_grant(self, trial_id: int, decision: Decision) -> Reservation:
-        now, gpu = self._clock.time(), gpu_in(decision.granted)
-        held = replace(answered(Reservation(), decision), began=now, beat=now, gpu=gpu)
-        self._accounts.write(trial_id, held)
-        return held
-
-    def _begin(self, trial: FrozenTrial, limits: Limits, held: Reservation) -> Grant:
+    def _begin(self, trial: FrozenTrial, limits: Limits, decision: Decision) -> Grant:
         trial_id, now = _optuna.trial_id_of(trial), self._clock.time()
-        running = Running(trial_id, trial.number, held, limits, start=held.began)
+        held = with_decision(Reservation(began=now, beat=now), decision)
+        held = replace(held, gpu=find_gpu(decision.granted))
+        self._state.write(trial_id, held)
+        thread, in_optimize = threading.get_ident(), self._in_optimize_loop()
+        running = RunningTrial(
+            trial_id, trial.number, held, limits, thread, in_optimize, start=now
+        )
         if self.quota.wall_time is not None:
-            running.deadline = max(0.0, self.quota.wall_time - self._accounts.wall_time(now))
-        if self._in_optimize_loop():
-            running.thread = threading.get_ident()
-        else:
-            running.asker = threading.get_ident()
+            running.deadline = max(0.0, self.quota.wall_time - self._state.wall_time(now))
         self._running[trial_id] = running
         return Grant(running.left, gpu=held.gpu)
 
-    def _extend(self, running: Running, needs: Mapping[str, float]) -> Mapping[str, float]:
+    def _extend(self, running: RunningTrial, needs: Mapping[str, float]) -> Mapping[str, float]:
+        # One by one: what is short of one resource must not keep the trial from another.
         for name, amount in needs.items():
-            self._extend_one(running, name, amount)
+            seen, held, number = self._state.refresh(), running.reservation, running.number
+            requests = extension_requests(
+                self.quota,
+                running.limits,
+                held.granted,
+                {name: amount},
+                seen.free(self.quota),
+                seen.count_beside(number),
+            )
+            decision = self._state.judge(number, held, requests, seen, queue=False)
+            if requests and decision.action != "withdraw":
+                decision, _ = self._state.ask(
+                    running.trial_id, number, held, requests, queue=False
+                )
+                if decision.action == "grant":
+                    self._change(running, with_decision(held, decision))
         return running.left
 
-    def _extend_one(self, running: Running, name: str, need: float) -> None:
-        seen, held = self._undertaker.look(), running.reservation
-        wants = more_wants(
-            self.quota,
-            running.limits,
-            held.granted,
-            {name: need},
-            seen.free(self.quota),
-            _beside(seen, running.number),
-        )
-        number = running.number
-        decision = judge(self._accounts, number, held, wants, seen, queue=False)
-        if wants and decision.action != "withdraw":
-            decision, _ = ask(
-                self._accounts,
-                running.trial_id,
-                number,
-                held,
-                wants,
-                self._undertaker.look,
-                queue=False,
-            )
-            if decision.action == "grant":
-                self._change(running, answered(held, decision))
-
-    def _change(self, running: Running, held: Reservation) -> None:
+    def _change(self, running: RunningTrial, held: Reservation) -> None:
         running.reservation = replace(held, began=running.began, beat=self._clock.time())
-        self._accounts.write(running.trial_id, running.reservation)
+        self._state.write(running.trial_id, running.reservation)
 
     def _renew(self, trial_id: int) -> None:
-        with self._watched(trial_id) as running:
-            if running is None or running.watch is None:
+        with self._monitored(trial_id) as running:
+            if running is None or running.monitor is None:
                 return
-            watch, usage = running.watch, running.watch.usage()
-            needs = {n: max(amount, usage.get(n) or 0.0) for n, amount in watch.needs.items()}
+            monitor, usage = running.monitor, running.monitor.usage()
+            needs = {n: max(amount, usage.get(n) or 0.0) for n, amount in monitor.needs.items()}
             try:
                 self._extend(running, needs)
             finally:
-                # Where the storage fails, the trial goes by what it has.
-                watch.allow(running.left)
+                # If the storage fails, the trial goes on with what it has.
+                monitor.allow(running.left)
 
     def _beat(self, trial_id: int) -> None:
-        with self._watched(trial_id) as running:
-            if running is not None and running.watch is not None:
-                used = running.watch.usage().amounts()
+        with self._monitored(trial_id) as running:
+            if running is not None and running.monitor is not None:
+                used = running.monitor.usage().amounts()
                 self._change(running, replace(running.reservation, used=used))
 
     @contextmanager
-    def _watched(self, trial_id: int) -> Iterator[Running | None]:
-        """Hold on to a trial that still runs; end it when its row was finished by others."""
+    def _monitored(self, trial_id: int) -> Iterator[RunningTrial | None]:
+        """Lock a trial that still runs; stop it if another worker has finished its row."""
         with self._changing:
             running = self._running.get(trial_id)
-            watch = None if running is None else running.watch
-            if running is None or watch is None or watch.closed:
-                self._keeper.let_go(trial_id)
+            monitor = None if running is None else running.monitor
+            if running is None or monitor is None or monitor.closed:
+                self._heartbeat.remove(trial_id)
                 self._running.pop(trial_id, None)
                 yield None
                 return
             try:
                 yield running
             except UpdateFinishedTrialError:
-                self._keeper.let_go(trial_id)
-                if not watch.closed:
+                self._heartbeat.remove(trial_id)
+                if not monitor.closed:
                     _logger.warning(
                         f"Trial {running.number} is stopped: another worker took this one for "
-                        "dead and finished its row."
+                        "dead and marked the trial as failed."
                     )
-                    watch.allow({"trial_time": 0.0})
+                    monitor.allow({"trial_time": 0.0})
 
-    def _bury_left_behind(self) -> None:
-        """End trials that this thread's ``optimize`` has left behind, as on a storage's fault."""
+    def _fail_left_behind(self) -> None:
+        """Fail trials that this thread's ``optimize`` left unfinished, as on a storage error."""
         if not self._in_optimize_loop():
             return
         here = threading.get_ident()
         with self._changing:
-            left_behind = [r for r in self._running.values() if r.thread == here]
+            left_behind = [r for r in self._running.values() if r.thread == here and r.in_optimize]
         for running in left_behind:
-            usage = Usage() if running.watch is None else running.watch.close()
+            usage = Usage() if running.monitor is None else running.monitor.close()
             self.charge(running.trial_id, usage)
-            for entry in self._undertaker.look().open:
+            for entry in self._state.refresh().open:
                 if entry.trial_id == running.trial_id and entry.reservation is not None:
                     used = replace(entry.reservation, used=usage.amounts())
                     text = "Its worker went on without finishing it."
-                    self._undertaker.bury(Death(replace(entry, reservation=used), text, 0.0))
-
-
-def _beside(seen: Snapshot, number: int) -> int:
-    return sum(1 for claim in seen.claims if claim.number != number)
+                    self._state.fail_orphaned(
+                        OrphanedTrial(replace(entry, reservation=used), text, 0.0)
+                    )

@@ -1,18 +1,18 @@
-"""How workers that share nothing but trial rows never admit more than a quota.
+"""The protocol by which workers that share only trial rows never admit more than a quota.
 
-A trial **asks**: it writes what it wants into its own row, reads all rows, and decides by what it
-sees. Whoever of two wrote later sees the other's claim, so at least one of them counts both. Where
-both do, the trial with the higher number gives way and the lower one waits for that:
+A trial **asks**: it writes a claim into its own row, reads all rows, and decides by what it sees.
+The later writer of two sees the other's claim, so at least one of them counts both. If both do,
+the trial with the higher number gives way and the lower one waits for that:
 
-* What is used, what others were granted and all that others ask for leaves room: **grant**.
-* It leaves room but for what higher numbers ask for: **wait** and read again; they give way, or
+* There is room beside what is used, granted and claimed by others: **grant**.
+* There is room except for claims of higher numbers: **wait** and read again. They give way, or
   they had not seen this claim and were granted.
 * Else **withdraw**, and perhaps keep a place in the queue, which higher numbers respect.
 
-A wait is only ever for a higher number, and a trial asks for everything at once and holds nothing
-while it waits in the queue, so there is no cycle to wait in. Of all that ask the lowest number
-never gives way to another claim, so someone is admitted wherever there is room. This module is
-pure: ``tests/ledger_tests/test_protocol.py`` searches all interleavings of it.
+A trial only ever waits for a higher number. It asks for everything at once and holds nothing while
+it is in the queue, so there is no deadlock. The lowest number of all that ask never gives way to
+another claim, so a trial is admitted whenever there is room. The module does no I/O, so that
+``tests/ledger_tests/test_protocol.py`` can search all interleavings of it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from optuna_quota._resources import HELD_RESOURCES
 # Sums of floats differ in their last bits by their order.
 _TOLERANCE = 1e-9
 
-# Memory of one GPU is a resource by this prefix and its UUID.
+# The memory of one GPU is a resource named by this prefix and the GPU's UUID.
 DEVICE = "gpu:"
 
 Action = Literal["grant", "wait", "withdraw"]
@@ -43,23 +43,23 @@ class Claim:
     """One running trial as the protocol sees it; amounts by resource.
 
     Attributes:
-        number: The trial's number: the lower goes first.
+        number: The trial's number; the lower goes first.
         machine: Where it runs; what is held counts by machine.
-        granted: What it holds for sure.
-        asked: The whole of what it would hold instead, while that is being settled.
-        waits: What its place in the queue is for.
+        granted: What it holds.
+        asked: What it would hold in all if its claim is granted.
+        queued_for: What it waits for in the queue.
     """
 
     number: int
     machine: str = ""
     granted: Mapping[str, float] = field(default_factory=dict)
     asked: Mapping[str, float] = field(default_factory=dict)
-    waits: Mapping[str, float] = field(default_factory=dict)
+    queued_for: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Want:
-    """How much of one resource a trial wants: any grant from ``least`` to ``most`` will do."""
+class ResourceRequest:
+    """How much of one resource a trial requests: it accepts any grant from least to most."""
 
     least: float
     most: float
@@ -67,11 +67,11 @@ class Want:
 
 @dataclass(frozen=True)
 class Shortage:
-    """Why a trial was not granted what it wants.
+    """Why a trial was not granted what it requests.
 
     Attributes:
         resource: The resource that is short.
-        wanted: The least that would have done.
+        wanted: The least that it would have accepted.
         used: What finished trials used of it.
         reserved: What others hold, ask for or keep a place for.
         quota: The quota.
@@ -88,7 +88,7 @@ class Shortage:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a trial does next, with what it was granted or what is short."""
+    """What a trial does next, with its grant or the shortage."""
 
     action: Action
     granted: Mapping[str, float] = field(default_factory=dict)
@@ -96,101 +96,87 @@ class Decision:
 
 
 def is_held(resource: str) -> bool:
-    """Return whether a resource is held at one moment on one machine, and not used up."""
+    """Return whether a resource is held at one moment on one machine, not used up."""
     return resource in HELD_RESOURCES or resource.startswith(DEVICE)
 
 
 Row = TypeVar("Row", Claim, Reservation)
 
 
-def claimed(row: Row, wants: Mapping[str, Want]) -> Row:
-    """Return a row as it reads while it asks."""
-    return replace(row, asked={**row.granted, **{name: w.most for name, w in wants.items()}})
+def with_claim(row: Row, requests: Mapping[str, ResourceRequest]) -> Row:
+    """Return a row with a claim for requests."""
+    most = {name: request.most for name, request in requests.items()}
+    return replace(row, asked={**row.granted, **most})
 
 
-def answered(row: Row, decision: Decision) -> Row:
-    """Return a row that asked as it reads after a decision other than to wait."""
+def with_decision(row: Row, decision: Decision) -> Row:
+    """Return a row after a decision other than to wait."""
     if decision.action == "withdraw":
         return replace(row, asked={})
-    return replace(row, granted={**row.granted, **decision.granted}, asked={}, waits={})
+    return replace(row, granted={**row.granted, **decision.granted}, asked={}, queued_for={})
 
 
-def queued(row: Row, wants: Mapping[str, Want]) -> Row:
-    """Return a row as it reads while it waits for others to give back what they hold."""
-    return replace(row, waits={name: want.least for name, want in wants.items()})
+def with_queue_place(row: Row, requests: Mapping[str, ResourceRequest]) -> Row:
+    """Return a row with a place in the queue until others release what they hold."""
+    return replace(row, queued_for={name: request.least for name, request in requests.items()})
 
 
 def decide(
     me: Claim,
-    wants: Mapping[str, Want],
+    requests: Mapping[str, ResourceRequest],
     claims: Iterable[Claim],
     used: Mapping[str, float],
     quota: Mapping[str, float],
     *,
     queue: bool = True,
 ) -> Decision:
-    """Return what a trial does by what it read after it had written its claim.
+    """Return what a trial does, by the rows that it read after it had written its claim.
 
     Args:
         me: The trial; it may be among ``claims``.
-        wants: What it wants by resource, the whole and not what it wants in addition; it wrote
-            ``most`` into its row.
+        requests: What it requests by resource, in all and not in addition; it claimed ``most``.
         claims: All running trials.
-        used: What finished trials used, by resource.
-        quota: The quota by resource; resources without one are granted as wanted.
-        queue: Whether places in the queue of lower numbers are respected; a trial that runs
-            already goes before those that wait.
+        used: Usage of finished trials, by resource.
+        quota: The quota by resource; resources without one are granted as requested.
+        queue: Whether to respect queue places of lower numbers; a trial that already runs goes
+            before those that wait.
     """
     others = [claim for claim in claims if claim.number != me.number]
     granted: dict[str, float] = {}
     waiting: Shortage | None = None
-    for resource, want in wants.items():
+    for resource, request in requests.items():
         if resource not in quota:
-            granted[resource] = want.most
+            granted[resource] = request.most
             continue
-        seen = _Seen.of(resource, me, others, used, queue=queue)
-        left = quota[resource] - seen.firm - seen.lower
-        slack = _TOLERANCE * quota[resource]
-        spent = used.get(resource, 0.0)
-        held = seen.firm - spent
-        shortage = Shortage(
-            resource, want.least, spent, held + seen.lower, quota[resource], granted=held
-        )
-        if want.least > left + slack:
+        held, lower, higher = _reserved_by_others(resource, me, others, queue=queue)
+        spent, total = used.get(resource, 0.0), quota[resource]
+        left = total - spent - held - lower
+        slack = _TOLERANCE * total
+        shortage = Shortage(resource, request.least, spent, held + lower, total, granted=held)
+        if request.least > left + slack:
             return Decision("withdraw", shortage=shortage)
-        if want.least > left - seen.higher + slack:
+        if request.least > left - higher + slack:
             waiting = shortage
-        granted[resource] = min(want.most, max(want.least, left - seen.higher))
+        granted[resource] = min(request.most, max(request.least, left - higher))
     if waiting is not None:
         return Decision("wait", shortage=waiting)
     return Decision("grant", granted)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    firm: float
-    lower: float
-    higher: float
-
-    @classmethod
-    def of(
-        cls,
-        resource: str,
-        me: Claim,
-        others: Iterable[Claim],
-        used: Mapping[str, float],
-        *,
-        queue: bool,
-    ) -> _Seen:
-        firm, lower, higher = used.get(resource, 0.0), 0.0, 0.0
-        for other in others:
-            if is_held(resource) and other.machine != me.machine:
-                continue
-            held = other.granted.get(resource, 0.0)
-            firm += held
-            if other.number > me.number:
-                higher += max(0.0, other.asked.get(resource, 0.0) - held)
-                continue
-            place = other.waits.get(resource, 0.0) if queue else 0.0
-            lower += max(0.0, other.asked.get(resource, 0.0) - held, place - held)
-        return cls(firm, lower, higher)
+def _reserved_by_others(
+    resource: str, me: Claim, others: Iterable[Claim], *, queue: bool
+) -> tuple[float, float, float]:
+    """Return what others hold, and what lower and higher numbers ask for beyond that."""
+    held = lower = higher = 0.0
+    for other in others:
+        if is_held(resource) and other.machine != me.machine:
+            continue
+        granted = other.granted.get(resource, 0.0)
+        held += granted
+        asked = max(0.0, other.asked.get(resource, 0.0) - granted)
+        if other.number > me.number:
+            higher += asked
+        else:
+            place = other.queued_for.get(resource, 0.0) if queue else 0.0
+            lower += max(asked, place - granted)
+    return held, lower, higher

@@ -1,4 +1,4 @@
-"""What a trial's own row says of its place in the ledger.
+"""What a trial's row says of its place in the ledger, and which process runs it.
 
 Each worker writes the rows of its own trials only, the whole reservation in one attribute, so that
 any storage changes it at once or not at all.
@@ -24,8 +24,32 @@ from optuna_quota._records import plain_number
 _DEAD = frozenset("ZXx")
 
 
+@dataclass(frozen=True)
+class Worker:
+    """A process that runs trials, with what identifies it.
+
+    Attributes:
+        host: Name of the machine, for display.
+        machine: Identifier of one boot of one machine.
+        space: The PID namespace in which ``pid`` is valid.
+        pid: The process id.
+        started: When the process started, as its machine counts; a reused pid has another.
+    """
+
+    host: str
+    machine: str
+    space: str = ""
+    pid: int = 0
+    started: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """The worker's name for display: host and pid."""
+        return f"{self.host}:{self.pid}"
+
+
 def this_worker() -> Worker:
-    """Return this process; after a fork the child is another."""
+    """Return this process."""
     return _worker(os.getpid())
 
 
@@ -35,12 +59,12 @@ def _worker(pid: int) -> Worker:
 
 
 def process_start(pid: int) -> float | None:
-    """Return when a process started, None when there is none or it is dead but not reaped.
+    """Return when a process started; None if it is dead, reaped or not.
 
-    In kernel ticks since the boot on Linux: they don't move when the clock is set.
+    On Linux in kernel ticks since the boot, which don't change when the clock is set.
 
     Raises:
-        PermissionError: If that can't be known.
+        PermissionError: If the process can't be inspected.
     """
     if sys.platform.startswith("linux"):
         return _start_on_linux(pid)
@@ -54,7 +78,7 @@ def process_start(pid: int) -> float | None:
     except psutil.NoSuchProcess:
         return None
     except psutil.AccessDenied as error:
-        raise PermissionError(f"Process {pid} can't be looked at.") from error
+        raise PermissionError(f"Process {pid} can't be inspected.") from error
 
 
 def _start_on_linux(pid: int) -> float | None:
@@ -62,13 +86,13 @@ def _start_on_linux(pid: int) -> float | None:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The name of the program, in parentheses, may hold anything; what follows starts at field 3.
+    # The program's name, in parentheses, may have any character; what follows starts at field 3.
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] in _DEAD else float(fields[19])
 
 
 def is_alive(worker: Worker) -> bool | None:
-    """Return whether a worker lives, None when that can't be known from here."""
+    """Return whether a worker is alive; None if that can't be known from this process."""
     here = this_worker()
     if worker == here:
         return True
@@ -83,7 +107,7 @@ def is_alive(worker: Worker) -> bool | None:
 
 @lru_cache(maxsize=1)
 def _machine() -> str:
-    # Another boot is another machine: nothing that ran before it runs now.
+    # Another boot is another machine: no process survives it.
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -100,51 +124,27 @@ def _space() -> str:
 
 
 @dataclass(frozen=True)
-class Worker:
-    """The process that runs a trial, told apart from every other one.
-
-    Attributes:
-        host: The name of the machine, for people.
-        machine: What tells one machine, and one boot of it, from every other.
-        space: The process-id namespace: a pid means something only inside the same one.
-        pid: The process id.
-        started: When the process started, as its machine counts; a reused pid has another.
-    """
-
-    host: str
-    machine: str
-    space: str = ""
-    pid: int = 0
-    started: float = 0.0
-
-    @property
-    def label(self) -> str:
-        """The worker in a word, for people."""
-        return f"{self.host}:{self.pid}"
-
-
-@dataclass(frozen=True)
 class Reservation:
     """What a running trial holds, asks for or waits for; amounts in SI base units by resource.
 
     Attributes:
-        trial_id: The trial it was written for: attributes get copied into other rows.
+        trial_id: The trial that it was written for: attributes get copied into other rows.
         granted: What it may use or hold, settled with all other workers.
-        asked: What it would have instead, while that is being settled; empty otherwise.
-        waits: The place it keeps in the queue while it waits; empty otherwise.
-        worker: Who runs it.
-        began: When it was granted, seconds since the epoch on its machine's clock.
+        asked: What it claims instead while that is being settled, else empty.
+        queued_for: Its place in the queue while it waits, else empty.
+        worker: The process that runs it.
+        began: When it was granted, in seconds since the epoch on its machine's clock.
         beat: When its worker last wrote, on the same clock.
-        used: What it had used by then.
-        charged: What it is charged for where no usage was measured: it ended without its worker.
-        gpu: The GPU it was given.
-        study: What tells the study that it was written in from others; None where it does not.
+        used: Its usage at that time.
+        charged: What an orphaned trial is charged for, as its usage was not measured.
+        gpu: UUID of the GPU that it was given.
+        study: The stamp of the study that it was written in.
     """
 
     trial_id: int = -1
     granted: Mapping[str, float] = field(default_factory=dict)
     asked: Mapping[str, float] = field(default_factory=dict)
-    waits: Mapping[str, float] = field(default_factory=dict)
+    queued_for: Mapping[str, float] = field(default_factory=dict)
     worker: Worker | None = None
     began: float | None = None
     beat: float | None = None
@@ -154,18 +154,24 @@ class Reservation:
     study: str | None = None
 
 
-_AMOUNTS = ("granted", "asked", "waits", "used", "charged")
-_TIMES = ("began", "beat")
+# Keys of the attribute, by field.
+_AMOUNTS = {
+    "granted": "granted",
+    "asked": "asked",
+    "queued_for": "waits",
+    "used": "used",
+    "charged": "charged",
+}
 
 
 def reservation_object(reservation: Reservation) -> dict[str, Any]:
-    """Return a reservation as a JSON object; what is empty or unknown is left out."""
+    """Return a reservation as a JSON object, without what is empty or unknown."""
     found: dict[str, Any] = {"trial": reservation.trial_id}
-    for name in _AMOUNTS:
+    for name, key in _AMOUNTS.items():
         amounts = getattr(reservation, name)
         if amounts:
-            found[name] = {key: plain_number(value) for key, value in amounts.items()}
-    for name in _TIMES:
+            found[key] = {resource: plain_number(value) for resource, value in amounts.items()}
+    for name in ("began", "beat"):
         if getattr(reservation, name) is not None:
             found[name] = round(getattr(reservation, name), 3)
     if reservation.study is not None:
@@ -192,14 +198,10 @@ def parse_reservation(value: Any, trial_id: int, study: str | None = None) -> Re
         return None
     return Reservation(
         trial_id,
-        granted=_amounts(value.get("granted")),
-        asked=_amounts(value.get("asked")),
-        waits=_amounts(value.get("waits")),
+        **{name: _amounts(value.get(key)) for name, key in _AMOUNTS.items()},
         worker=_parse_worker(value.get("worker")),
         began=number(value.get("began")),
         beat=number(value.get("beat")),
-        used=_amounts(value.get("used")),
-        charged=_amounts(value.get("charged")),
         gpu=gpu if isinstance(gpu, str) else None,
         study=stamp if isinstance(stamp, str) else None,
     )

@@ -1,10 +1,9 @@
-"""The ledger's access to storage: rows in, attributes out."""
+"""Reads the rows of a study's trials, and writes reservations into them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-import logging
 from typing import Any
 from typing import TYPE_CHECKING
 import zlib
@@ -16,7 +15,7 @@ from optuna_quota import _optuna
 from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
-from optuna_quota._ledger.totals import Book
+from optuna_quota._ledger.totals import QuotaTotals
 from optuna_quota._ledger.totals import read_entry
 from optuna_quota._records import RESERVATION
 from optuna_quota._records import TrialRecord
@@ -29,10 +28,8 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-_logger = logging.getLogger("optuna.quota.ledger")
 
-
-class Rows:
+class TrialRows:
     """A cursor over a study's rows: each finished one is parsed once.
 
     Not thread-safe; the ledger holds a lock while it reads.
@@ -41,7 +38,7 @@ class Rows:
     def __init__(self, study: Study) -> None:
         self._storage = _optuna.storage_of(study)
         self._study_id = _optuna.study_id_of(study)
-        # Short, as it stands in every row.
+        # Short, as every row has it.
         self._stamp = f"{zlib.crc32(study.study_name.encode(errors='replace')):08x}"
         self._next = 0
         self._open: list[int] = []
@@ -52,40 +49,39 @@ class Rows:
         """All rows by number, as last read."""
         return self._read() if self._trials is None else self._trials
 
-    def read_into(self, book: Book) -> None:
-        """Bring a book up to date with the storage."""
+    def read_into(self, totals: QuotaTotals) -> None:
+        """Bring totals up to date with the storage."""
         trials = self._read()
         # Rows are never deleted, so a row's place in the list is its number.
         numbers = (*self._open, *range(self._next, len(trials)))
         found = [trials[number] for number in numbers]
         entries = [
-            read_entry(trial, _optuna.trial_id_of(trial), book.quota, study=self._stamp)
+            read_entry(trial, _optuna.trial_id_of(trial), totals.quota, study=self._stamp)
             for trial in found
         ]
         still_open = [entry for entry in entries if entry.state != "finished"]
         self._next = max(self._next, len(trials))
         self._open = [entry.number for entry in still_open]
-        book.fold([entry for entry in entries if entry.state == "finished"], still_open)
+        totals.update([entry for entry in entries if entry.state == "finished"], still_open)
 
     def _read(self) -> Sequence[FrozenTrial]:
         self._trials = retry(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
         return self._trials
 
-    def stale(self) -> list[int]:
-        """Return the ids of trials whose heartbeat the storage has missed."""
+    def stale_trial_ids(self) -> list[int]:
+        """Return the ids of trials whose heartbeat is overdue by the storage."""
         return retry(lambda: _optuna.stale_trial_ids(self._storage, self._study_id))
 
     def write(self, trial_id: int, reservation: Reservation) -> None:
         """Write a trial's reservation into its row.
 
         Raises:
-            optuna.exceptions.UpdateFinishedTrialError: If the row is finished: another worker
-                found this one dead.
+            optuna.exceptions.UpdateFinishedTrialError: If another worker found this one dead and
+                finished the row.
         """
-        value = self._object(reservation)
-        write_attributes(self._storage, trial_id, system={RESERVATION: value})
+        write_attributes(self._storage, trial_id, system={RESERVATION: self._object(reservation)})
 
-    def take(self, trial_id: int, reservation: Reservation) -> bool:
+    def take_enqueued(self, trial_id: int, reservation: Reservation) -> bool:
         """Return whether an enqueued trial is this worker's alone.
 
         Optuna relies on row locks to give it to one worker only, and SQLite has none.
@@ -105,7 +101,7 @@ class Rows:
         )
 
     def fail(self, trial_id: int, record: TrialRecord, reservation: Reservation) -> bool:
-        """Finish the row of a trial whose worker is gone; of several that try, one succeeds."""
+        """Finish an orphaned trial's row; of several workers that try, one gets True."""
         storage = self._storage
         try:
             self.write(trial_id, reservation)

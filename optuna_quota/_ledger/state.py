@@ -1,4 +1,4 @@
-"""The ledger's clock, which tests replace."""
+"""The state of a study's ledger in one process: rows as last read, shared by its threads."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from typing import TYPE_CHECKING
 from weakref import WeakMethod
 
 from optuna_quota import _optuna
-from optuna_quota._ledger.dead_workers import bury
-from optuna_quota._ledger.dead_workers import Death
+from optuna_quota._ledger.dead_workers import fail_orphaned_trials
+from optuna_quota._ledger.dead_workers import HEARTBEATS_PER_LEASE
 from optuna_quota._ledger.dead_workers import Leases
-from optuna_quota._ledger.gpus import capacities
+from optuna_quota._ledger.dead_workers import OrphanedTrial
 from optuna_quota._ledger.gpus import Gpu
-from optuna_quota._ledger.protocol import answered
 from optuna_quota._ledger.protocol import Claim
-from optuna_quota._ledger.protocol import claimed
 from optuna_quota._ledger.protocol import decide
 from optuna_quota._ledger.protocol import Decision
-from optuna_quota._ledger.protocol import Want
+from optuna_quota._ledger.protocol import ResourceRequest
+from optuna_quota._ledger.protocol import with_claim
+from optuna_quota._ledger.protocol import with_decision
 from optuna_quota._ledger.reservation import is_alive
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import this_worker
-from optuna_quota._ledger.rows import Rows
-from optuna_quota._ledger.totals import Book
+from optuna_quota._ledger.rows import TrialRows
 from optuna_quota._ledger.totals import Entry
+from optuna_quota._ledger.totals import QuotaTotals
 from optuna_quota._records import read_amounts
 from optuna_quota._records import STUDY_LIMITS
 from optuna_quota._resources import CHARGED_RESOURCES
@@ -48,42 +48,46 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
 
+_logger = logging.getLogger("optuna.quota.ledger")
+
+# Seconds by which the clocks of two hosts may differ without a warning.
+_CLOCK_TOLERANCE = 5.0
+# Seconds between two queries for the storage's own heartbeats.
+_STALE_INTERVAL = 5.0
+_FIRST_PAUSE = 0.002
+_LONGEST_PAUSE = 0.25
+
+
 class Clock(Protocol):
-    """Two clocks and a way to let time pass."""
+    """The clocks that the ledger uses; tests replace them."""
 
     def time(self) -> float:
-        """Return seconds since the epoch; it may jump and differ between machines."""
+        """Return seconds since the epoch; may jump, and differ between machines."""
         ...
 
     def monotonic(self) -> float:
-        """Return seconds on a clock that never jumps and means something here only."""
+        """Return seconds that never jump, from an arbitrary start."""
         ...
 
     def sleep(self, seconds: float) -> None:
-        """Let time pass."""
+        """Wait."""
         ...
 
 
 class SystemClock:
-    """The machine's own clocks."""
+    """The machine's clocks."""
 
     def time(self) -> float:
         """Return seconds since the epoch."""
         return time.time()
 
     def monotonic(self) -> float:
-        """Return seconds on a clock that never jumps."""
+        """Return seconds that never jump."""
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        """Let time pass."""
+        """Wait."""
         time.sleep(seconds)
-
-
-_logger = logging.getLogger("optuna.quota.ledger")
-
-# Seconds by which the clocks of two hosts may differ without a warning.
-_CLOCK_TOLERANCE = 5.0
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,8 @@ class Snapshot:
     """All rows at one moment.
 
     Attributes:
-        used: What finished trials used, by resource; ``wall_time`` counts those that run, too.
-        reserved: What running trials hold or ask for; on this machine where it is per host.
+        used: Usage of finished trials, by resource; ``wall_time`` includes running ones.
+        reserved: What running trials hold or ask for; on this machine if it is per host.
         claims: The running trials as the protocol sees them.
         open: All rows that have not finished.
     """
@@ -109,233 +113,211 @@ class Snapshot:
             for name, total in quota.amounts().items()
         }
 
+    def count_beside(self, number: int) -> int:
+        """Return the number of running trials other than one."""
+        return sum(1 for claim in self.claims if claim.number != number)
 
-class Accounts:
+
+class LedgerState:
     """Reads the rows of a study and writes the reservations of this process's trials.
 
     Args:
         study: The study.
         quota: Its quota.
-        clock: The clocks to go by.
-        beat: Seconds between signs of life of whoever waits or runs.
-        gpus: This machine's GPUs, where each trial is given one of them.
+        clock: The clocks to use.
+        lease: Seconds without a heartbeat after which a worker on another machine is dead.
+        on_failed: A bound method, called with the id of each orphaned trial that was failed.
+        gpus: This machine's GPUs, if each trial is given one of them.
     """
 
     def __init__(
-        self, study: Study, quota: Quota, clock: Clock, beat: float, gpus: Sequence[Gpu] = ()
+        self,
+        study: Study,
+        quota: Quota,
+        clock: Clock,
+        lease: float,
+        on_failed: Callable[[int], None],
+        gpus: Sequence[Gpu] = (),
     ) -> None:
         self.quota = quota
-        self.ceilings = {**quota.amounts(), **capacities(gpus)}
-        self.beat = beat
+        self.ceilings = {**quota.amounts(), **{gpu.resource: gpu.memory for gpu in gpus}}
         self.clock = clock
+        self.heartbeat = lease / HEARTBEATS_PER_LEASE
         reconnect_dead_connections(_optuna.storage_of(study))
         repair_torn_lines(_optuna.storage_of(study))
-        self.rows = Rows(study)
+        self.rows = TrialRows(study)
         bounds = read_amounts(_optuna.user_attrs_of(study).get(STUDY_LIMITS))
-        self._book = Book(quota, bounds, heartbeat=beat)
-        self._warned: set[str] = set()
-        self._settled: dict[int, Usage] = {}
+        self._totals = QuotaTotals(quota, bounds, heartbeat=self.heartbeat)
+        self._charged: dict[int, Usage] = {}
         self._lock = threading.Lock()
-        self._last: Snapshot | None = None
+        self.last: Snapshot | None = None
+        # A reference to its owner would keep both until the next garbage collection.
+        self._on_failed = WeakMethod(on_failed)
+        self._leases = Leases(lease, is_alive)
+        self._stale_read: float | None = None
+        self._warned_of: set[str] = set()
 
     def read(self) -> Snapshot:
         """Read what has changed and return all rows at this moment."""
         with self._lock:
-            self.rows.read_into(self._book)
-            open_ids = {entry.trial_id for entry in self._book.open}
-            self._settled = {k: v for k, v in self._settled.items() if k in open_ids}
-            now = self.clock.time()
-            self._warn_of_clocks(now)
-            self._last = Snapshot(
-                self._book.used(now, this_worker()),
-                self._book.reserved(this_worker().machine),
-                tuple(self._book.claims),
-                self._book.open,
+            self.rows.read_into(self._totals)
+            open_ids = {entry.trial_id for entry in self._totals.open}
+            self._charged = {k: v for k, v in self._charged.items() if k in open_ids}
+            now, here = self.clock.time(), this_worker()
+            self._warn_of_clocks(now, here.machine)
+            self.last = Snapshot(
+                self._totals.used(now, here),
+                self._totals.reserved(here.machine),
+                tuple(self._totals.claims),
+                self._totals.open,
             )
-            return self._last
+            return self.last
 
-    def _warn_of_clocks(self, now: float) -> None:
+    def _warn_of_clocks(self, now: float, here: str) -> None:
         if self.quota.wall_time is None:
             return
-        here = this_worker().machine
-        for entry in self._book.open:
+        for entry in self._totals.open:
             held = entry.reservation
             if held is None or held.worker is None or held.beat is None:
                 continue
-            host, machine, ahead = held.worker.host, held.worker.machine, held.beat - now
-            if machine == here or machine in self._warned or ahead < _CLOCK_TOLERANCE:
+            worker, ahead = held.worker, held.beat - now
+            known = worker.machine == here or worker.machine in self._warned_of
+            if known or ahead < _CLOCK_TOLERANCE:
                 continue
-            self._warned.add(machine)
+            self._warned_of.add(worker.machine)
             _logger.warning(
-                f"The clock of host {host} is {format_seconds(ahead)} ahead of this host's: "
-                "`wall_time` may count trials that run at the same time on both twice, for up to "
-                "that long. Synchronize the clocks."
+                f"The clock of host {worker.host} is {format_seconds(ahead)} ahead of this "
+                "host's: `wall_time` may count trials that run at the same time on both twice, "
+                "for up to that long. Synchronize the clocks."
             )
 
-    @property
-    def last(self) -> Snapshot | None:
-        """All rows as they were last read."""
-        return self._last
+    def refresh(self) -> Snapshot:
+        """Read the rows, fail those of dead workers, and return what is left."""
+        seen = self.read()
+        now = self.clock.monotonic()
+        with self._lock:
+            orphans = self._leases.find_orphaned(seen.open, now, self._stale_trial_ids(now))
+        if not orphans:
+            return seen
+        self.fail_orphaned(*orphans)
+        return self.read()
+
+    def _stale_trial_ids(self, now: float) -> list[int]:
+        if self._stale_read is not None and now - self._stale_read < _STALE_INTERVAL:
+            return []
+        self._stale_read = now
+        return self.rows.stale_trial_ids()
+
+    def fail_orphaned(self, *orphans: OrphanedTrial) -> None:
+        """Finish the rows of orphaned trials."""
+        on_failed = self._on_failed()
+        for trial_id in fail_orphaned_trials(self.rows, orphans, self.clock.time()):
+            if on_failed is not None:
+                on_failed(trial_id)
 
     def wall_time(self, now: float) -> float:
         """Return the study's clock time by the rows as last read, as a trial starts here."""
         with self._lock:
-            return self._book.wall_time(now, this_worker())
+            return self._totals.wall_time(now, this_worker())
 
     @property
-    def earlier(self) -> Mapping[str, float]:
-        """What rows come to that no ledger admitted; see :attr:`Book.earlier`."""
-        return self._book.earlier
+    def unadmitted(self) -> Mapping[str, float]:
+        """Usage of trials that no ledger admitted; see :attr:`QuotaTotals.unadmitted`."""
+        return self._totals.unadmitted
 
     def write(self, trial_id: int, reservation: Reservation) -> None:
         """Write the reservation of one of this process's trials.
 
         Raises:
-            optuna.exceptions.UpdateFinishedTrialError: If someone took this worker for dead.
+            optuna.exceptions.UpdateFinishedTrialError: If another worker found this one dead and
+                finished the row.
         """
-        self.rows.write(trial_id, self._own(trial_id, reservation))
+        self.rows.write(trial_id, self._signed(trial_id, reservation))
 
-    def take(self, trial_id: int) -> bool:
-        """Return whether an enqueued trial is this worker's, and nobody else's already."""
-        return self.rows.take(trial_id, self._own(trial_id, Reservation()))
+    def take_enqueued(self, trial_id: int) -> bool:
+        """Return whether an enqueued trial is this worker's alone."""
+        return self.rows.take_enqueued(trial_id, self._signed(trial_id, Reservation()))
 
-    def _own(self, trial_id: int, reservation: Reservation) -> Reservation:
+    def _signed(self, trial_id: int, reservation: Reservation) -> Reservation:
         beat = self.clock.time()
         return replace(reservation, trial_id=trial_id, worker=this_worker(), beat=beat)
 
     def charge(self, trial_id: int, usage: Usage) -> None:
-        """Take in what a trial used whose row is about to finish."""
+        """Record the usage of a trial whose row is about to finish."""
         with self._lock:
-            self._settled[trial_id] = usage
+            self._charged[trial_id] = usage
 
-    def with_settled(self, snapshot: Snapshot) -> dict[str, float]:
-        """Return what is used by resource, with what was settled in rows still open."""
+    def used_with_charged(self, snapshot: Snapshot) -> dict[str, float]:
+        """Return the usage by resource, with charged trials whose row has not finished yet."""
         used = dict(snapshot.used)
         with self._lock:
-            settled = [self._settled.get(entry.trial_id) for entry in snapshot.open]
-        for usage in settled:
-            if usage is not None:
-                for name, amount in self._amounts(usage).items():
-                    used[name] = used.get(name, 0.0) + amount
+            charged = [self._charged.get(entry.trial_id) for entry in snapshot.open]
+        for usage in charged:
+            if usage is None:
+                continue
+            amounts = {name: usage.get(name) or 0.0 for name in CHARGED_RESOURCES}
+            amounts["cost"] = self.quota.price(amounts)
+            for name, amount in amounts.items():
+                used[name] = used.get(name, 0.0) + amount
         return used
 
-    def _amounts(self, usage: Usage) -> dict[str, float]:
-        amounts = {name: usage.get(name) for name in CHARGED_RESOURCES}
-        return {**{k: v or 0.0 for k, v in amounts.items()}, "cost": self.quota.price(amounts)}
+    def judge(
+        self,
+        number: int,
+        held: Reservation,
+        requests: Mapping[str, ResourceRequest],
+        seen: Snapshot,
+        *,
+        queue: bool,
+    ) -> Decision:
+        """Return the protocol's decision by a snapshot; arguments as for :meth:`ask`."""
+        machine = this_worker().machine
+        me = Claim(number, machine, held.granted, held.asked, held.queued_for)
+        return decide(me, requests, seen.claims, seen.used, self.ceilings, queue=queue)
 
+    def ask(
+        self,
+        trial_id: int,
+        number: int,
+        held: Reservation,
+        requests: Mapping[str, ResourceRequest],
+        *,
+        queue: bool,
+    ) -> tuple[Decision, Snapshot]:
+        """Write a claim, read all rows and decide; return the decision and the rows read.
 
-# Seconds between questions to a storage that has heartbeats: the answer costs a query.
-_ASK_EVERY = 5.0
+        A grant is left for the caller to write into the row.
 
-
-class Undertaker:
-    """Finds and ends the rows of workers that are gone, whenever rows are read.
-
-    Args:
-        accounts: The study's accounts.
-        lease: Seconds; see :class:`Leases`.
-        on_failed: Called with the id of each trial that was ended.
-    """
-
-    def __init__(self, accounts: Accounts, lease: float, on_failed: Callable[[int], None]) -> None:
-        self._accounts = accounts
-        # A method of whom this belongs to: nothing is to wait for the garbage collector.
-        self._on_failed = WeakMethod(on_failed)
-        self._leases = Leases(lease, is_alive)
-        self._lock = threading.Lock()
-        self._asked: float | None = None
-
-    def look(self) -> Snapshot:
-        """Read the rows, end those whose workers are gone, and return what is left."""
-        seen = self._accounts.read()
-        return self._accounts.read() if self.tend(seen) else seen
-
-    def tend(self, seen: Snapshot) -> bool:
-        """End rows whose workers are gone among those read; return whether there were any."""
-        now = self._accounts.clock.monotonic()
-        with self._lock:
-            deaths = self._leases.deaths(seen.open, now, self._stale(now))
-        if deaths:
-            self.bury(*deaths)
-        return bool(deaths)
-
-    def bury(self, *deaths: Death) -> None:
-        """End rows."""
-        on_failed = self._on_failed()
-        for trial_id in bury(self._accounts.rows, deaths, self._accounts.clock.time()):
-            if on_failed is not None:
-                on_failed(trial_id)
-
-    def _stale(self, now: float) -> list[int]:
-        if self._asked is not None and now - self._asked < _ASK_EVERY:
-            return []
-        self._asked = now
-        return self._accounts.rows.stale()
-
-
-_FIRST_PAUSE = 0.002
-_LONGEST_PAUSE = 0.25
+        Args:
+            trial_id: The trial.
+            number: Its number.
+            held: What its row says now, and again after a withdrawal.
+            requests: What it requests, by resource.
+            queue: Whether it queues behind trials that wait.
+        """
+        if not requests:
+            return Decision("grant"), self.refresh()
+        asking = with_claim(held, requests)
+        self.write(trial_id, asking)
+        written = self.clock.monotonic()
+        for pause in pauses():
+            # Claims of dead workers would never be withdrawn.
+            seen = self.refresh()
+            decision = self.judge(number, asking, requests, seen, queue=queue)
+            if decision.action != "wait":
+                break
+            self.clock.sleep(pause)
+            if self.clock.monotonic() - written > self.heartbeat:
+                self.write(trial_id, asking)
+                written = self.clock.monotonic()
+        if decision.action == "withdraw":
+            self.write(trial_id, with_decision(asking, decision))
+        return decision, seen
 
 
 def pauses() -> Iterator[float]:
-    """Yield seconds to wait between looks, longer and longer, never in step with others."""
+    """Yield seconds to wait between reads: longer and longer, never in step with others."""
     pause = _FIRST_PAUSE
     while True:
         yield pause * random.uniform(0.5, 1.0)
         pause = min(_LONGEST_PAUSE, 1.5 * pause)
-
-
-def ask(
-    accounts: Accounts,
-    trial_id: int,
-    number: int,
-    held: Reservation,
-    wants: Mapping[str, Want],
-    look: Callable[[], Snapshot],
-    *,
-    queue: bool,
-) -> tuple[Decision, Snapshot]:
-    """Return what a trial is granted, and the rows by which that was decided.
-
-    A grant is left for the caller to write into the row.
-
-    Args:
-        accounts: The study's accounts.
-        trial_id: The trial.
-        number: Its number.
-        held: What its row says now; the row says so again after a withdrawal.
-        wants: What it wants.
-        look: Reads the rows and buries the dead, whose claims nobody would answer for.
-        queue: Whether it queues up behind those that wait.
-    """
-    if not wants:
-        return Decision("grant"), look()
-    asking = claimed(held, wants)
-    accounts.write(trial_id, asking)
-    written = accounts.clock.monotonic()
-    for pause in pauses():
-        seen = look()
-        decision = judge(accounts, number, asking, wants, seen, queue=queue)
-        if decision.action != "wait":
-            break
-        accounts.clock.sleep(pause)
-        if accounts.clock.monotonic() - written > accounts.beat:
-            accounts.write(trial_id, asking)
-            written = accounts.clock.monotonic()
-    if decision.action == "withdraw":
-        accounts.write(trial_id, answered(asking, decision))
-    return decision, seen
-
-
-def judge(
-    accounts: Accounts,
-    number: int,
-    held: Reservation,
-    wants: Mapping[str, Want],
-    seen: Snapshot,
-    *,
-    queue: bool,
-) -> Decision:
-    """Return what the protocol decides by what was seen; see :func:`ask`."""
-    me = Claim(number, this_worker().machine, held.granted, held.asked, held.waits)
-    return decide(me, wants, seen.claims, seen.used, accounts.ceilings, queue=queue)

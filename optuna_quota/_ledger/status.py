@@ -1,4 +1,4 @@
-"""The ledger for people: what a study has used, reserved and left."""
+"""``status``: what a study has used, reserved and left of its quota."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 from typing import TYPE_CHECKING
 
 from optuna_quota import _optuna
-from optuna_quota._ledger.rows import Rows
-from optuna_quota._ledger.totals import Book
+from optuna_quota._ledger.rows import TrialRows
+from optuna_quota._ledger.totals import QuotaTotals
 from optuna_quota._records import read_amounts
 from optuna_quota._records import STUDY_LIMITS
 from optuna_quota._records import STUDY_PRICES
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LedgerLine:
-    """What is known of one resource; amounts in SI base units.
+    """One resource; amounts in SI base units.
 
     Attributes:
         resource: The resource.
-        used: What finished trials used; 0 of what is only held at one moment.
-        reserved: What running trials hold or ask for; on the fullest host where it is per host.
-        quota: The quota, None where there is none.
-        unknown: Finished trials whose usage nobody knows; each counts with its limit, or else
-            with the largest usage known.
+        used: Usage of finished trials; 0 for what is held at one moment.
+        reserved: What running trials hold or ask for; on the fullest host if it is per host.
+        quota: The quota; None without one.
+        unknown: Number of finished trials of unknown usage; each counts with its limit, or else
+            with the largest known usage.
     """
 
     resource: str
@@ -54,12 +54,12 @@ class LedgerLine:
 
     @property
     def left(self) -> float | None:
-        """What is neither used nor reserved, None without a quota."""
+        """What is neither used nor reserved; None without a quota."""
         return None if self.quota is None else max(0.0, self.quota - self.used - self.reserved)
 
     @property
     def exceeded(self) -> bool:
-        """Whether more is used than the quota, or more held of what is held at one moment."""
+        """Whether more than the quota is used, or held at this moment."""
         taken = self.reserved if self.resource in HELD_RESOURCES else self.used
         # Sums of floats: ten times 0.1 s are within 1 s.
         return self.quota is not None and taken > self.quota * (1 + 1e-9)
@@ -67,7 +67,7 @@ class LedgerLine:
 
 @dataclass(frozen=True)
 class LedgerStatus:
-    """What a study has used, reserved and left; ``print`` it.
+    """What a study has used, reserved and left of its quota; ``print`` shows tables.
 
     Example:
 
@@ -78,12 +78,12 @@ class LedgerStatus:
             found.table.loc["cpu_time", "left"]
 
     Attributes:
-        lines: One for each resource that has a quota or a known usage.
-        by_worker: What each worker's finished trials used, by worker and resource.
+        lines: One for each resource with a quota or known usage.
+        by_worker: Usage of each worker's finished trials, by worker and resource.
         by_outcome: The same by outcome.
-        running: How many trials run, by worker.
-        waiting: How many of those wait for others to give back what they hold.
-        end: When and why the study's quota will be used up, None when that can't be told.
+        running: Number of running trials, by worker.
+        waiting: How many of those wait for others to release what they hold.
+        end: When and why the quota will be used up; None if unknown.
     """
 
     lines: Sequence[LedgerLine]
@@ -114,7 +114,7 @@ class LedgerStatus:
 
     @property
     def exceeded(self) -> tuple[str, ...]:
-        """The resources of which more is used, or held at this moment, than their quota."""
+        """The resources of which more than the quota is used, or held at this moment."""
         return tuple(line.resource for line in self.lines if line.exceeded)
 
     @property
@@ -172,18 +172,20 @@ class LedgerStatus:
         for line in self.lines:
             if line.unknown:
                 title = get_resource(line.resource).title
+                trials = "1 trial" if line.unknown == 1 else f"{line.unknown} trials"
                 yield (
-                    f"The {title} of {line.unknown} trials is unknown; each counts with its limit "
-                    "or the largest usage known."
+                    f"{title[:1].upper()}{title[1:]} of {trials} is unknown: counted with the "
+                    "limit, or else with the largest known usage."
                 )
         if self.waiting:
-            yield f"{self.waiting} of the running trials wait for what others hold."
+            wait = "trial waits" if self.waiting == 1 else "trials wait"
+            yield f"{self.waiting} running {wait} for what others hold."
         if self.end is not None:
             yield self.end
 
 
 def status(study: Study, *, quota: Quota | None = None, projection: Any = None) -> LedgerStatus:
-    """Return what a study has used, reserved and left of its quota, over all its workers.
+    """Return what a study has used, reserved and left of its quota, over all workers.
 
     Example:
 
@@ -193,19 +195,21 @@ def status(study: Study, *, quota: Quota | None = None, projection: Any = None) 
             status(study).table.loc["cpu_time", "left"]
 
     Args:
-        study: The study; no code of its workers is needed.
-        quota: What to compare with, instead of the quota in the study's attributes.
-        projection: A :class:`~optuna_quota.Projection` of the study, which then tells its end;
-            without one, the pace so far does.
+        study: The study; its workers' code is not needed.
+        quota: The quota to compare with; by default the one in the study's attributes.
+        projection: A :class:`~optuna_quota.Projection` of the study, to estimate when it ends;
+            by default its pace so far.
     """
     attributes = _optuna.user_attrs_of(study)
-    book = Book(quota or stored_quota(attributes), read_amounts(attributes.get(STUDY_LIMITS)))
-    Rows(study).read_into(book)
-    return status_of(book, time.time(), projection)
+    totals = QuotaTotals(
+        quota or stored_quota(attributes), read_amounts(attributes.get(STUDY_LIMITS))
+    )
+    TrialRows(study).read_into(totals)
+    return status_of(totals, time.time(), projection)
 
 
 def stored_quota(attributes: Mapping[str, Any]) -> Quota:
-    """Return the quota in a study's attributes, without what is malformed there."""
+    """Return the quota in a study's attributes, without malformed entries."""
     known = (*TOTAL_RESOURCES, *HELD_RESOURCES)
     amounts: dict[str, Any] = {
         name: value
@@ -222,32 +226,26 @@ def stored_quota(attributes: Mapping[str, Any]) -> Quota:
     return Quota(**amounts, prices=prices or None)
 
 
-def status_of(book: Book, now: float, projection: Any = None) -> LedgerStatus:
-    """Return the status of a book.
-
-    Args:
-        book: What all rows come to.
-        now: Seconds since the epoch.
-        projection: As for :func:`status`.
-    """
-    lines = tuple(_lines(book, now))
+def status_of(totals: QuotaTotals, now: float, projection: Any = None) -> LedgerStatus:
+    """Return the status at a time in seconds since the epoch."""
+    lines = tuple(_lines(totals, now))
     running: dict[str, int] = {}
-    for entry in book.open:
+    for entry in totals.open:
         if entry.state == "running":
             running[entry.worker] = running.get(entry.worker, 0) + 1
-    waiting = sum(1 for claim in book.claims if claim.waits and not claim.granted)
+    waiting = sum(1 for claim in totals.claims if claim.queued_for and not claim.granted)
     return LedgerStatus(
         lines,
-        {name: dict(amounts) for name, amounts in book.by_worker.items()},
-        {name: dict(amounts) for name, amounts in book.by_outcome.items()},
+        {name: dict(amounts) for name, amounts in totals.by_worker.items()},
+        {name: dict(amounts) for name, amounts in totals.by_outcome.items()},
         running,
         waiting,
         _projected_end(projection) if projection is not None else _end_at_this_pace(lines),
     )
 
 
-def _lines(book: Book, now: float) -> Iterator[LedgerLine]:
-    quota, used, reserved = book.quota.amounts(), book.used(now), book.reserved()
+def _lines(totals: QuotaTotals, now: float) -> Iterator[LedgerLine]:
+    quota, used, reserved = totals.quota.amounts(), totals.used(now), totals.reserved()
     for name in TOTAL_RESOURCES:
         if name in quota or used.get(name) or name == "n_trials":
             yield LedgerLine(
@@ -255,12 +253,12 @@ def _lines(book: Book, now: float) -> Iterator[LedgerLine]:
                 used.get(name, 0.0),
                 reserved.get(name, 0.0),
                 quota.get(name),
-                book.unknown[name] if name in quota else 0,
+                totals.unknown[name] if name in quota else 0,
             )
-    machines = {claim.machine for claim in book.claims}
+    machines = {claim.machine for claim in totals.claims}
     for name in HELD_RESOURCES:
         if name in quota:
-            fullest = max((book.reserved(m).get(name, 0.0) for m in machines), default=0.0)
+            fullest = max((totals.reserved(m).get(name, 0.0) for m in machines), default=0.0)
             yield LedgerLine(name, 0.0, fullest, quota[name])
 
 
@@ -279,7 +277,7 @@ def _end_at_this_pace(lines: Sequence[LedgerLine]) -> str | None:
     if first <= 0:
         return f"The quota of {title} is used up."
     when = format_seconds(first)
-    return f"At the pace so far the quota of {title} is used up after another {when} of running."
+    return f"At the current pace, the quota of {title} will be used up in {when} of running time."
 
 
 def _projected_end(projection: Any) -> str | None:
@@ -290,7 +288,7 @@ def _projected_end(projection: Any) -> str | None:
     used = float(row["used"]) if math.isfinite(float(row["used"])) else 0.0
     median, upper = (max(0.0, float(row[name]) - used) for name in ("median", "upper"))
     return (
-        f"Projected end: after another {format_seconds(median)} of running, "
+        f"Projected end: in {format_seconds(median)} of running time, "
         f"at most {format_seconds(upper)}."
     )
 

@@ -1,4 +1,4 @@
-"""The clock time in which trials ran, without the longer pauses between them (pure)."""
+"""What a study's trials have used and reserved, summed over their rows without I/O."""
 
 from __future__ import annotations
 
@@ -32,22 +32,26 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
-Interval = tuple[float, float]
+# Seconds between two heartbeats of a worker.
+HEARTBEAT = 30.0
 
-# Seconds: where a worker runs no trial for longer than this, its clock stands still. What it does
-# between trials, such as to draw a point, takes less and counts.
+# Seconds: a longer pause between two trials of a worker is not clock time of the study. What a
+# worker does between trials, such as drawing a point, takes less and counts.
 LONGEST_GAP = 10.0
 
+# Summed over finished trials; `wall_time` is a union of intervals, not a sum.
+_SUMMED = tuple(name for name in TOTAL_RESOURCES if name != "wall_time")
 
-class Spans:
-    """A union of intervals that grows; an interval costs the logarithm of what is there.
+
+class IntervalUnion:
+    """A growing union of intervals; adding one costs the logarithm of their number.
 
     Args:
-        intervals: The first ones.
-        gap: Intervals no further apart than this are one, with what is between them.
+        intervals: The first intervals.
+        gap: Intervals at most this far apart are joined, with the gap between them.
     """
 
-    def __init__(self, intervals: Iterable[Interval] = (), gap: float = 0.0) -> None:
+    def __init__(self, intervals: Iterable[tuple[float, float]] = (), gap: float = 0.0) -> None:
         self._gap = gap
         self._starts: list[float] = []
         self._ends: list[float] = []
@@ -65,18 +69,18 @@ class Spans:
         self._starts[first:last] = [start]
         self._ends[first:last] = [end]
 
-    def joined(self, start: float, end: float) -> Interval:
-        """Return an interval with those that it would become one with, without adding it."""
+    def joined(self, start: float, end: float) -> tuple[float, float]:
+        """Return what an interval would become once added, without adding it."""
         return self._joined(start, end, *self._touched(start, end))
 
-    def _joined(self, start: float, end: float, first: int, last: int) -> Interval:
+    def _joined(self, start: float, end: float, first: int, last: int) -> tuple[float, float]:
         if first >= last:
             return start, end
         return min(start, self._starts[first]), max(end, self._ends[last - 1])
 
-    def with_added(self, intervals: Iterable[Interval]) -> float:
-        """Return what the total would be with more intervals."""
-        more = Spans(intervals)
+    def with_added(self, intervals: Iterable[tuple[float, float]]) -> float:
+        """Return the total with more intervals, without adding them."""
+        more = IntervalUnion(intervals)
         shared = sum(
             self._overlap(start, end) for start, end in zip(more._starts, more._ends, strict=True)
         )
@@ -96,39 +100,32 @@ class Spans:
         return sum(max(0.0, min(end, e) - max(start, s)) for s, e in pairs)
 
 
-class WorkerSpans:
-    """The clock time of all workers: each from trial to trial, those at once counted once."""
+class WorkerTime:
+    """Clock time in which any worker ran trials; what overlaps is counted once."""
 
     def __init__(self) -> None:
-        self._own: dict[Hashable, Spans] = {}
-        self._all = Spans()
+        self._by_worker: dict[Hashable, IntervalUnion] = {}
+        self._all = IntervalUnion()
 
     def add(self, worker: Hashable, start: float, end: float) -> None:
-        """Add a trial of a worker."""
-        own = self._own.setdefault(worker, Spans(gap=LONGEST_GAP))
+        """Add a finished trial of a worker."""
+        own = self._by_worker.setdefault(worker, IntervalUnion(gap=LONGEST_GAP))
         own.add(start, end)
         if end > start:
             self._all.add(*own.joined(start, end))
 
     @property
     def total(self) -> float:
-        """The clock time of all trials that were added."""
+        """Seconds over all trials that were added."""
         return self._all.total
 
     def with_running(self, running: Iterable[tuple[Hashable, float, float]]) -> float:
-        """Return the total with what workers do now, from a start until the given time."""
+        """Return the total with running trials: worker, start and present time of each."""
         joined = []
         for worker, start, now in running:
-            own = self._own.get(worker)
+            own = self._by_worker.get(worker)
             joined.append((start, now) if own is None else own.joined(start, now))
         return self._all.with_added(joined)
-
-
-# Seconds between two writes of a worker that show that it is alive.
-HEARTBEAT = 30.0
-
-# What is summed over the rows of finished trials. `wall_time` is a union, not a sum.
-SUMMED = tuple(name for name in TOTAL_RESOURCES if name != "wall_time")
 
 
 @dataclass(frozen=True)
@@ -139,11 +136,11 @@ class Entry:
         number: The trial's number.
         trial_id: Its id in the storage.
         state: ``"running"``, ``"waiting"`` or ``"finished"``.
-        outcome: How it ended, empty before it has.
-        reservation: What it holds, None when no ledger ever saw it.
-        charges: What it used by resource; None where nobody knows.
+        outcome: How it ended; empty while it has not.
+        reservation: Its reservation; None if no ledger admitted it.
+        charges: What it used by resource; None where unknown.
         span: When it ran, from start to end, on its machine's clock.
-        untouched: True when nothing was written into the row since it was made.
+        untouched: Whether nothing was written into the row since it was created.
     """
 
     number: int
@@ -157,24 +154,20 @@ class Entry:
 
     @property
     def worker(self) -> str:
-        """Who ran it, for people."""
-        known = self.reservation is not None and self.reservation.worker is not None
-        return self.reservation.worker.label if known else "unknown"  # type: ignore[union-attr]
+        """The name of the worker that ran it, for display."""
+        known = None if self.reservation is None else self.reservation.worker
+        return "unknown" if known is None else known.label
 
     @property
     def claim(self) -> Claim:
         """The row as the protocol sees it."""
         held = self.reservation or Reservation()
         machine = held.worker.machine if held.worker is not None else ""
-        return Claim(self.number, machine, held.granted, held.asked, held.waits)
+        return Claim(self.number, machine, held.granted, held.asked, held.queued_for)
 
 
 def read_entry(
-    trial: FrozenTrial,
-    trial_id: int,
-    quota: Quota,
-    *,
-    study: str | None = None,
+    trial: FrozenTrial, trial_id: int, quota: Quota, *, study: str | None = None
 ) -> Entry:
     """Return what a row means to the ledger.
 
@@ -182,19 +175,23 @@ def read_entry(
         trial: The row.
         trial_id: Its id in the storage.
         quota: The quota; its prices turn usage into cost.
-        study: What tells the study from others in reservations.
+        study: The study's stamp in reservations.
     """
     written = trial.system_attrs.get(RESERVATION)
     reservation = parse_reservation(written, trial_id, study)
     if not trial.state.is_finished():
         state = trial.state.name.lower()
-        untouched = state == "running" and not _touched(trial)
+        touched = (
+            trial.params or trial.user_attrs or trial.system_attrs or trial.intermediate_values
+        )
+        untouched = state == "running" and not touched
         return Entry(trial.number, trial_id, state, reservation=reservation, untouched=untouched)
     record = parse_record(trial.user_attrs)
-    outcome = record.outcome or _outcome_of_state(trial.state.name)
+    by_state = {"COMPLETE": "completed", "PRUNED": "pruned"}.get(trial.state.name, "failed")
+    outcome = record.outcome or by_state
     never_ran = reservation is not None and reservation.began is None
     if trial.state.name == "COMPLETE":
-        # It has a value, so it ran, whatever else stands in its row.
+        # It has a value, so it ran, whatever its attributes say.
         outcome, never_ran = ("completed" if outcome == "rejected" else outcome), False
     if outcome == "rejected" or never_ran:
         return Entry(trial.number, trial_id, "finished", outcome, reservation)
@@ -202,37 +199,29 @@ def read_entry(
         ran_here = written is None or (
             isinstance(written, Mapping) and study is not None and written.get("study") == study
         )
-        charges = _charges_shown(trial, record.usage, quota, ran_here=ran_here)
+        charges = _charges_without_reservation(trial, record.usage, quota, ran_here=ran_here)
     else:
         charges = _charges(trial, reservation, record.usage, quota)
     span = _span(trial, reservation, charges.get("trial_time"))
     return Entry(trial.number, trial_id, "finished", outcome, reservation, charges, span)
 
 
-def _touched(trial: FrozenTrial) -> bool:
-    return bool(
-        trial.params or trial.user_attrs or trial.system_attrs or trial.intermediate_values
-    )
+def _seconds(trial: FrozenTrial) -> float | None:
+    return None if trial.duration is None else max(0.0, trial.duration.total_seconds())
 
 
-def _outcome_of_state(state: str) -> str:
-    return {"COMPLETE": "completed", "PRUNED": "pruned"}.get(state, "failed")
-
-
-def _charges_shown(
+def _charges_without_reservation(
     trial: FrozenTrial, usage: Usage, quota: Quota, *, ran_here: bool
 ) -> dict[str, float | None]:
-    """Return what a row shows that no ledger admitted: it ran before there was a quota, or was
-    added with its result.
+    """Return what a row shows that ran before there was a quota, or was added with its result.
 
-    What it does not show is not charged: nothing bounded it. It counts among the trials of the
-    study if it ran here: ``create_trial`` gives a row that was added one time for its start and
-    its end, and one that was copied from another study with a quota keeps the reservation that it
-    had there. One copied with its times from a study without a quota can't be told from one that
-    ran here.
+    Usage that the row does not show is not charged, as no limit bounded it. The trial counts
+    among the study's if it ran here: ``create_trial`` gives an added row the same start and end,
+    and a row copied from another study with a quota has that study's stamp. A row copied with its
+    times from a study without a quota can't be told from one that ran here.
     """
     charges = {name: usage.get(name) for name in CHARGED_RESOURCES}
-    seconds = 0.0 if trial.duration is None else max(0.0, trial.duration.total_seconds())
+    seconds = _seconds(trial) or 0.0
     if charges["trial_time"] is None and seconds > 0:
         charges["trial_time"] = seconds
     if seconds > 0 and ran_here:
@@ -248,8 +237,8 @@ def _charges(
     for name in CHARGED_RESOURCES:
         known = [v for v in (usage.get(name), held.charged.get(name)) if v is not None]
         charges[name] = max(known) if known else held.granted.get(name)
-    if charges["trial_time"] is None and trial.duration is not None:
-        charges["trial_time"] = max(0.0, trial.duration.total_seconds())
+    if charges["trial_time"] is None:
+        charges["trial_time"] = _seconds(trial)
     if quota.prices:
         unknown = any(charges.get(name) is None for name in quota.prices)
         charges["cost"] = held.granted.get("cost") if unknown else quota.price(charges)
@@ -265,17 +254,21 @@ def _span(
     return None if began is None or seconds is None else (began, began + seconds)
 
 
-class Book:
-    """What all rows of a study come to.
+class QuotaTotals:
+    """Sums over all rows of a study: finished ones are added once, the others replaced.
 
     Args:
         quota: The quota; its prices turn usage into cost.
-        bounds: Limits on one trial, by resource: what a trial of unknown usage is charged.
+        bounds: Limits of one trial, by resource: charged to a trial of unknown usage.
         heartbeat: Seconds between two heartbeats of a worker.
 
     Attributes:
-        earlier: What rows come to that no ledger admitted, by resource, and how many they are:
-            those that ran as ``n_trials``, the others as ``added``.
+        open: Rows that have not finished.
+        unadmitted: Usage of trials that no ledger admitted, by resource; those that ran in the
+            study as ``n_trials``, the others as ``added``.
+        unknown: Number of finished trials of unknown usage, by resource.
+        by_worker: Usage of each worker's finished trials, by resource.
+        by_outcome: The same by outcome.
     """
 
     def __init__(
@@ -285,65 +278,62 @@ class Book:
         heartbeat: float = HEARTBEAT,
     ) -> None:
         self.quota = quota
-        self._heartbeat = heartbeat
         self.bounds = bounds or {}
         self.open: tuple[Entry, ...] = ()
-        self.earlier: Counter[str] = Counter()
-        self._spans = WorkerSpans()
+        self.unadmitted: Counter[str] = Counter()
         self.unknown: Counter[str] = Counter()
-        self.outcomes: Counter[str] = Counter()
         self.by_worker: dict[str, Counter[str]] = {}
         self.by_outcome: dict[str, Counter[str]] = {}
+        self._heartbeat = heartbeat
+        self._time = WorkerTime()
         self._known: Counter[str] = Counter()
         self._largest: dict[str, float] = {}
 
-    def fold(self, entries: Iterable[Entry], still_open: Sequence[Entry]) -> None:
+    def update(self, finished: Iterable[Entry], still_open: Sequence[Entry]) -> None:
         """Add rows that have finished, and replace those that have not."""
-        for entry in entries:
+        for entry in finished:
             self._add(entry)
         self.open = tuple(still_open)
 
     def _add(self, entry: Entry) -> None:
-        self.outcomes[entry.outcome] += 1
         if entry.reservation is None and entry.outcome != "rejected":
-            self.earlier.update(entry.charges)
-            self.earlier["added"] += "n_trials" not in entry.charges
-        worker = self.by_worker.setdefault(entry.worker, Counter())
-        outcome = self.by_outcome.setdefault(entry.outcome, Counter())
+            self.unadmitted.update(entry.charges)
+            self.unadmitted["added"] += "n_trials" not in entry.charges
+        by_worker = self.by_worker.setdefault(entry.worker, Counter())
+        by_outcome = self.by_outcome.setdefault(entry.outcome, Counter())
         for name, amount in entry.charges.items():
             if amount is None:
                 self.unknown[name] += 1
                 continue
-            self._known[name] += amount  # type: ignore[assignment]  # a Counter holds floats too
-            worker[name] += amount  # type: ignore[assignment]  # as above
-            outcome[name] += amount  # type: ignore[assignment]  # as above
+            for counter in (self._known, by_worker, by_outcome):
+                counter[name] += amount  # type: ignore[assignment]  # a Counter holds floats too
             self._largest[name] = max(amount, self._largest.get(name, 0.0))
         if entry.span is not None:
-            who = None if entry.reservation is None else entry.reservation.worker
-            self._spans.add(who, *entry.span)
+            worker = None if entry.reservation is None else entry.reservation.worker
+            self._time.add(worker, *entry.span)
 
     def used(self, now: float, here: Worker | None = None) -> dict[str, float]:
-        """Return what was used by resource: rows of unknown usage count by their bound.
+        """Return the usage by resource.
 
-        The bound is the limit where one is set, else the largest usage known.
+        A trial of unknown usage counts with its limit, or else with the largest known usage.
 
         Args:
             now: Seconds since the epoch.
             here: A worker that is about to start a trial.
         """
-        used = {name: self._known[name] + self._unknown(name) for name in SUMMED}
+        used = {
+            name: self._known[name]
+            + self.unknown[name] * self.bounds.get(name, self._largest.get(name, 0.0))
+            for name in _SUMMED
+        }
         used["wall_time"] = self.wall_time(now, here)
         return used
 
     def wall_time(self, now: float, here: Worker | None = None) -> float:
-        """Return the clock time of the study's workers, until now of those that run a trial.
+        """Return the study's clock time in seconds, up to now for running trials.
 
-        From a worker's first trial to the end of its last; pauses longer than
-        :data:`LONGEST_GAP` don't count.
-
-        Args:
-            now: Seconds since the epoch.
-            here: A worker that is about to start a trial.
+        From a worker's first trial to the end of its last, without pauses longer than
+        :data:`LONGEST_GAP`; arguments as for :meth:`used`.
         """
         running: list[tuple[Worker | None, float, float]] = [
             (e.reservation.worker, e.reservation.began, self._until(e.reservation, now))
@@ -352,23 +342,19 @@ class Book:
         ]
         if here is not None:
             running.append((here, now, now))
-        return self._spans.with_running(running)
+        return self._time.with_running(running)
 
     def _until(self, reservation: Reservation, now: float) -> float:
-        # By the worker's own clock, which may differ from the reader's: what has passed since its
-        # last heartbeat is between nothing and the time to the next one.
+        # On its worker's own clock, which may differ from the reader's: since its last heartbeat,
+        # no more than the time to the next one has passed.
         beat = reservation.beat
         return now if beat is None else min(max(now, beat), beat + self._heartbeat)
-
-    def _unknown(self, name: str) -> float:
-        bound = self.bounds.get(name, self._largest.get(name, 0.0))
-        return self.unknown[name] * bound
 
     def reserved(self, machine: str | None = None) -> dict[str, float]:
         """Return what running trials hold or ask for, by resource.
 
         Args:
-            machine: Count what is held at one moment on this machine only.
+            machine: Count what is held at one moment on this machine only; None for all.
         """
         reserved: dict[str, float] = {}
         for entry in self.open:
@@ -386,22 +372,21 @@ class Book:
         return [entry.claim for entry in self.open if entry.reservation is not None]
 
 
-def describe_earlier(earlier: Mapping[str, float]) -> str | None:
-    """Return a sentence on trials that ran before there was a quota, and on rows that were added.
+def describe_unadmitted(usage: Mapping[str, float]) -> str | None:
+    """Return a log line on trials that no ledger admitted; None without any.
 
     Args:
-        earlier: What they come to; see :attr:`~optuna_quota._ledger.totals.Book.earlier`.
+        usage: See :attr:`QuotaTotals.unadmitted`.
     """
-    ran, added = int(earlier.get("n_trials", 0)), int(earlier.get("added", 0))
+    ran, added = int(usage.get("n_trials", 0)), int(usage.get("added", 0))
     if not ran and not added:
         return None
     amounts = [
-        f"{format_amount(name, earlier[name])} of {get_resource(name).title}"
+        f"{format_amount(name, usage[name])} of {get_resource(name).title}"
         for name in TOTAL_RESOURCES
-        if name != "n_trials" and earlier.get(name)
+        if name != "n_trials" and usage.get(name)
     ]
     return (
-        f"Trials that this quota did not admit count with what their rows show ({ran} ran, "
-        f"{added} {'was' if added == 1 else 'were'} added): "
-        f"{', '.join(amounts) or 'no usage'}."
+        f"The quota includes trials from before it was set ({ran} ran, {added} "
+        f"{'was' if added == 1 else 'were'} added): {', '.join(amounts) or 'no recorded usage'}."
     )

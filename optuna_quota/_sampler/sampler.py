@@ -223,7 +223,7 @@ class QuotaSampler(BaseSampler):
         """Return whether another worker has taken an enqueued trial first."""
         if not _optuna.may_be_enqueued(trial):
             return False
-        return not self._session(study).ledger.take(trial)
+        return not self._session(study).ledger.take_enqueued(trial)
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
         wrap_nesting_pruner(whole)

@@ -110,7 +110,7 @@ class StudySession:
             holder=trial,
             here=self._metering,
         )
-        self.ledger.keep(trial_id, monitor)
+        self.ledger.attach_monitor(trial_id, monitor)
         if any(pruner.interrupt for pruner in quota_pruners(study.pruner)):
             interrupter = Interrupter.arm(monitor)
             if interrupter is not None:
@@ -121,7 +121,7 @@ class StudySession:
         if self._quota.held:
             bounds = self.candidates.bounds_at(trial, drawn)
             if bounds:
-                self.ledger.promise(_optuna.trial_id_of(trial), bounds)
+                self.ledger.revise_promise(_optuna.trial_id_of(trial), bounds)
 
     def _collect_garbage(self, limits: Limits) -> None:
         """Free what the last trial left behind, so that it does not count for the next one.
@@ -266,7 +266,7 @@ class StudySessions:
         """Keep a session for as long as a ``Study`` object lives."""
         self._by_study[study] = session
         self._by_key[_session_key(study)] = session
-        session.ledger.serve(study)
+        session.ledger.add_study(study)
 
 
 def _session_key(study: Study) -> tuple[int, int, int]:

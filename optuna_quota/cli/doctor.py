@@ -28,12 +28,12 @@ _EXAMPLES = """\
 optuna-quota doctor
 optuna-quota doctor --format json | jq '.findings[] | select(.state != "ok")'
 optuna-quota doctor --storage postgresql+psycopg2://me@db/tuning
-optuna-quota doctor --strict      # exit status 1 unless all is ok
+optuna-quota doctor --strict      # exit status 1 unless all checks are ok
 """
 _KEYS = {
     "host": "its name",
     "platform": "system, release and machine",
-    "counts": "how many findings are ok, degraded, missing",
+    "counts": "number of findings that are ok, degraded, missing",
     "findings": "a list: area, check, state, found, degrades, fix",
 }
 _TITLES = {
@@ -56,13 +56,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = add_command(
         commands,
         "doctor",
-        "Tell what this host can enforce and measure, what degrades and how to fix it.",
+        "Show what this host can enforce and measure, what is limited and how to fix it.",
         examples=_EXAMPLES,
         keys=_KEYS,
     )
-    parser.add_argument("--storage", metavar="URL", help="look at this storage, too")
+    parser.add_argument("--storage", metavar="URL", help="check this storage, too")
     parser.add_argument(
-        "--strict", action="store_true", help="exit with status 1 unless everything is ok"
+        "--strict", action="store_true", help="exit with status 1 unless all checks are ok"
     )
     parser.set_defaults(run=run)
 
@@ -99,7 +99,7 @@ def _counts(findings: Sequence[Finding]) -> dict[str, int]:
 
 
 def lines(findings: Sequence[Finding], width: int) -> list[str]:
-    """Return the findings for a terminal so many columns wide."""
+    """Return the lines that show the findings, at most ``width`` columns wide."""
     out = [styled(f"{platform.node()}", "bold") + f"  {platform.system()} {platform.release()}"]
     for area, title in _TITLES.items():
         members = [finding for finding in findings if finding.area == area]

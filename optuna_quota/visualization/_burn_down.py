@@ -11,7 +11,7 @@ from typing import NamedTuple
 from typing import TYPE_CHECKING
 
 from optuna_quota import _records
-from optuna_quota._ledger.totals import WorkerSpans
+from optuna_quota._ledger.totals import WorkerTime
 from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._resources import format_amount
 from optuna_quota._resources import TOTAL_RESOURCES
@@ -136,7 +136,7 @@ def _spent(resource: str, trial: FinishedTrial, prices: Mapping[str, float]) -> 
 def _clock_after(ran: Sequence[FinishedTrial]) -> list[float]:
     # As in the ledger, except that of a worker only its host is known. A trial may be closed long
     # after it ended, so its measured time counts.
-    clock, used = WorkerSpans(), [0.0]
+    clock, used = WorkerTime(), [0.0]
     for trial in ran:
         started, seconds = trial.trial.datetime_start, trial.amounts.get("wall_time", 0.0)
         if started is not None and seconds > 0:

@@ -24,7 +24,7 @@ from optuna_quota import QuotaSampler
 from optuna_quota import status
 from optuna_quota import trial_table
 from optuna_quota import Usage
-from optuna_quota._ledger.ledger import LEASE
+from optuna_quota._ledger.dead_workers import LEASE
 from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._optuna import trial_id_of
@@ -178,7 +178,7 @@ class StudyInvariants(RuleBasedStateMachine):
                 except WouldWait:
                     # Dead workers of another host keep their lease for a while.
                     assert attempt < 2, "waits although no other worker is alive"
-                last.study.sampler._session(last.study).ledger._undertaker.look()
+                last.study.sampler._session(last.study).ledger._state.refresh()
             self.simulation.advance(11 * LEASE)
         assert str(status(last.study))
         assert len(trial_table(last.study)) == len(self.rows())

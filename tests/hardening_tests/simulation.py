@@ -23,8 +23,8 @@ import pytest
 from optuna_quota._enforcement import active_trials
 from optuna_quota._ledger import heartbeat as heartbeat_module
 from optuna_quota._ledger import ledger as ledger_module
-from optuna_quota._ledger import reservation as worker_module
-from optuna_quota._ledger.ledger import LEASE
+from optuna_quota._ledger import reservation as reservation_module
+from optuna_quota._ledger.dead_workers import LEASE
 from optuna_quota._ledger.reservation import Worker
 from optuna_quota._ledger.state import SystemClock
 from optuna_quota._metering import replace_loop
@@ -125,21 +125,21 @@ class ManualHeartbeat:
         self, extend: Callable[[int], None], beat: Callable[[int], None], interval: float
     ) -> None:
         self._extend, self._beat = extend, beat
-        self._kept: dict[int, None] = {}
+        self._trials: dict[int, None] = {}
         self.made.append(self)
 
-    def keep(self, trial_id: int) -> None:
-        self._kept[trial_id] = None
+    def add(self, trial_id: int) -> None:
+        self._trials[trial_id] = None
 
-    def let_go(self, trial_id: int) -> None:
-        self._kept.pop(trial_id, None)
+    def remove(self, trial_id: int) -> None:
+        self._trials.pop(trial_id, None)
 
-    def call_for_more(self, trial_id: int) -> None:
-        if trial_id in self._kept:
+    def request_extension(self, trial_id: int) -> None:
+        if trial_id in self._trials:
             heartbeat_module._call(self._extend, trial_id)
 
     def beat(self) -> None:
-        for trial_id in list(self._kept):
+        for trial_id in list(self._trials):
             heartbeat_module._call(self._beat, trial_id)
 
 
@@ -188,9 +188,9 @@ class Simulation:
         set_attribute(SystemClock, "time", lambda clock: EPOCH + self.now)
         set_attribute(SystemClock, "monotonic", lambda clock: self.now)
         set_attribute(SystemClock, "sleep", wait)
-        set_attribute(ledger_module, "Keeper", ManualHeartbeat)
-        set_attribute(worker_module, "_worker", lambda pid: self._current)
-        set_attribute(worker_module, "process_start", self._started)
+        set_attribute(ledger_module, "Heartbeat", ManualHeartbeat)
+        set_attribute(reservation_module, "_worker", lambda pid: self._current)
+        set_attribute(reservation_module, "process_start", self._started)
         # Trials at once in one process share its CPU time evenly.
         set_attribute(ThreadTime, "growth", lambda thread: 1.0)
         set_attribute(study_session.gc, "collect", lambda: 0)

@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace
 
-from optuna_quota._ledger.grant import hopeless
-from optuna_quota._ledger.protocol import answered
+from optuna_quota._ledger.grant import refuse_never_fitting
 from optuna_quota._ledger.protocol import Claim
-from optuna_quota._ledger.protocol import claimed
 from optuna_quota._ledger.protocol import decide
 from optuna_quota._ledger.protocol import Decision
-from optuna_quota._ledger.protocol import queued
-from optuna_quota._ledger.protocol import Want
+from optuna_quota._ledger.protocol import ResourceRequest
+from optuna_quota._ledger.protocol import with_claim
+from optuna_quota._ledger.protocol import with_decision
+from optuna_quota._ledger.protocol import with_queue_place
 from optuna_quota._resources import HELD_RESOURCES
 
 
@@ -37,7 +37,7 @@ class Worker:
     crashed: bool = False
     granted: Amounts = ()
     asked: Amounts = ()
-    waits: Amounts = ()
+    queued_for: Amounts = ()
     decision: str = ""
     grants: Amounts = ()
     extended: bool = False
@@ -58,16 +58,18 @@ class Model:
     of the same study are those who reach it in another way, as through a gRPC proxy.
     """
 
-    wants: tuple[Mapping[str, Want], ...]
+    wants: tuple[Mapping[str, ResourceRequest], ...]
     quota: Mapping[str, float]
-    more: tuple[Mapping[str, Want], ...] = ()
+    more: tuple[Mapping[str, ResourceRequest], ...] = ()
     at_once: frozenset[int] = frozenset()
 
     def start(self) -> State:
         return tuple(Worker() for _ in self.wants), ()
 
     def claim(self, number: int, worker: Worker) -> Claim:
-        return Claim(number, "here", dict(worker.granted), dict(worker.asked), dict(worker.waits))
+        return Claim(
+            number, "here", dict(worker.granted), dict(worker.asked), dict(worker.queued_for)
+        )
 
     def claims(self, state: State) -> list[Claim]:
         return [self.claim(i, w) for i, w in enumerate(state[0]) if w.phase not in ENDS]
@@ -77,7 +79,7 @@ class Model:
             if worker.phase in ENDS:
                 continue
             if worker.crashed:
-                yield "bury", self._end(state, i, "buried")
+                yield "fail", self._end(state, i, "buried")
                 continue
             yield from self._moves(state, i, worker)
             yield "crash", self._put(state, i, replace(worker, crashed=True))
@@ -91,11 +93,14 @@ class Model:
         if phase == "ask" and queue and i in self.at_once:
             decision = self._decide(state, row, wants, queue=True)
             if decision.action == "grant":
-                after = self._row(worker, answered(row, decision), "run")
+                after = self._row(worker, with_decision(row, decision), "run")
                 yield "grant at once", self._put(state, i, after)
                 return
         if phase == "ask":
-            yield "ask", self._put(state, i, self._row(worker, claimed(row, wants), kind + "read"))
+            yield (
+                "ask",
+                self._put(state, i, self._row(worker, with_claim(row, wants), kind + "read")),
+            )
         elif phase == "read":
             decision = self._decide(state, row, wants, queue=queue)
             if decision.action == "wait":
@@ -125,12 +130,12 @@ class Model:
         decision = Decision(worker.decision, dict(worker.grants))  # type: ignore[arg-type]
         granted = decision.action == "grant"
         phase = "run" if granted or kind else "queue"
-        after = self._row(worker, answered(row, decision), phase)
+        after = self._row(worker, with_decision(row, decision), phase)
         after = replace(after, decision="", grants=())
         if phase == "queue":
             # The ledger writes its place in the queue in a step of its own.
             after = replace(after, phase="look")
-            if not worker.waits:
+            if not worker.queued_for:
                 yield "withdraw", self._put(state, i, replace(after, phase="place"))
                 return
         yield "grant" if granted else "withdraw", self._put(state, i, after)
@@ -141,7 +146,7 @@ class Model:
         decision = self._decide(state, row, self.wants[i], queue=True)
         if decision.action == "withdraw":
             assert decision.shortage is not None
-            if hopeless(decision.shortage) is not None:
+            if refuse_never_fitting(decision.shortage) is not None:
                 yield "refuse", self._end(state, i, "refused")
             return
         yield "look", self._put(state, i, replace(worker, phase="ask"))
@@ -149,7 +154,7 @@ class Model:
     def place(self, state: State) -> Iterator[tuple[str, State]]:
         for i, worker in enumerate(state[0]):
             if worker.phase == "place" and not worker.crashed:
-                row = queued(self.claim(i, worker), self.wants[i])
+                row = with_queue_place(self.claim(i, worker), self.wants[i])
                 yield "place", self._put(state, i, self._row(worker, row, "look"))
 
     def successors(self, state: State) -> Iterator[tuple[str, State]]:
@@ -157,7 +162,7 @@ class Model:
         yield from self.place(state)
 
     def _decide(
-        self, state: State, row: Claim, wants: Mapping[str, Want], *, queue: bool
+        self, state: State, row: Claim, wants: Mapping[str, ResourceRequest], *, queue: bool
     ) -> Decision:
         return decide(row, wants, self.claims(state), dict(state[1]), self.quota, queue=queue)
 
@@ -167,7 +172,7 @@ class Model:
             phase=phase,
             granted=freeze(row.granted),
             asked=freeze(row.asked),
-            waits=freeze(row.waits),
+            queued_for=freeze(row.queued_for),
         )
 
     def _put(self, state: State, i: int, worker: Worker) -> State:

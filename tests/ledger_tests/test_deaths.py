@@ -114,7 +114,7 @@ def test_a_worker_elsewhere_is_given_a_lease(caplog: pytest.LogCaptureFixture) -
         assert isinstance(reserve(ledger, begin(study), {"cpu_time": 1.0}), Grant)
     row = storage_of(study).get_trial(dead)
     assert row.state == TrialState.FAIL
-    assert "far:7 was not heard of for 1 min 1 s" in row.user_attrs["quota:reason"]
+    assert "far:7 sent no heartbeat for 1 min 1 s" in row.user_attrs["quota:reason"]
     assert row.user_attrs["quota:cpu_time"] == 3
     # What was last known is a lower bound: what it was granted is charged.
     assert status(study, quota=Quota(cpu_time=20)).table.loc["cpu_time", "used"] == 9
@@ -174,7 +174,7 @@ def test_a_row_that_nobody_ever_touched_ends_too() -> None:
     clock.now += 601
     ledger.reserve(begin(study), limits=Limits(), footprint={})
     assert study.trials[0].state == TrialState.FAIL
-    assert "never began" in study.trials[0].user_attrs["quota:reason"]
+    assert "never started" in study.trials[0].user_attrs["quota:reason"]
     assert study.trials[1].state == TrialState.RUNNING
     assert status(study, quota=Quota(n_trials=1)).table.loc["n_trials", "used"] == 0
 
@@ -236,9 +236,9 @@ def test_a_zombie_is_dead() -> None:
 def test_a_heartbeat_missed_by_the_storage_ends_a_lease_early() -> None:
     leases = Leases(60, lambda worker: None)
     entry = Entry(0, 5, "running", reservation=Reservation(5, worker=ELSEWHERE))
-    assert not leases.deaths([entry], 0.0)
-    (death,) = leases.deaths([entry], 1.0, stale=[5])
-    assert "far:7 was not heard of" in death.reason
+    assert not leases.find_orphaned([entry], 0.0)
+    (orphan,) = leases.find_orphaned([entry], 1.0, stale=[5])
+    assert "far:7 sent no heartbeat" in orphan.reason
 
 
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage")
@@ -257,4 +257,4 @@ def test_the_storages_own_heartbeat_is_asked(tmp_path: Path) -> None:
     assert isinstance(reserve(ledger, begin(study), {"cpu_time": 1.0}), Grant)
     row = storage_of(study).get_trial(dead)
     assert row.state == TrialState.FAIL
-    assert "was not heard of" in row.user_attrs["quota:reason"]
+    assert "sent no heartbeat" in row.user_attrs["quota:reason"]

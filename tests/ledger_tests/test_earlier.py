@@ -16,7 +16,7 @@ from optuna_quota import Quota
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
 from optuna_quota import status
-from optuna_quota._ledger.totals import describe_earlier
+from optuna_quota._ledger.totals import describe_unadmitted
 
 
 SPACE = {"x": FloatDistribution(0, 1)}
@@ -126,7 +126,7 @@ def test_trials_from_before_the_quota_count_and_the_log_says_so(
     caplog.set_level(logging.INFO, logger="optuna.quota")
     study.optimize(objective, n_trials=10)
     assert len(study.trials) == 6
-    told = [r.message for r in caplog.records if "did not admit" in r.message]
+    told = [r.message for r in caplog.records if "from before it was set" in r.message]
     assert len(told) == 1 and "(3 ran, 1 was added)" in told[0]
     assert "ms of trial time." in told[0]
     used = status(study).table["used"]
@@ -140,15 +140,15 @@ def test_trials_from_before_the_quota_count_and_the_log_says_so(
         ({}, None),
         (
             {"n_trials": 3, "trial_time": 1e308, "cpu_time": float("inf")},
-            "Trials that this quota did not admit count with what their rows show (3 ran, 0 were "
-            "added): 1e+308 s of trial time, inf s of CPU time.",
+            "The quota includes trials from before it was set (3 ran, 0 were added): 1e+308 s of "
+            "trial time, inf s of CPU time.",
         ),
         (
             {"added": 50},
-            "Trials that this quota did not admit count with what their rows show (0 ran, 50 were "
-            "added): no usage.",
+            "The quota includes trials from before it was set (0 ran, 50 were added): no recorded "
+            "usage.",
         ),
     ],
 )
 def test_the_sentence(earlier: dict[str, float], text: str | None) -> None:
-    assert describe_earlier(earlier) == text
+    assert describe_unadmitted(earlier) == text

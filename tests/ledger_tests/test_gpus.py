@@ -16,9 +16,9 @@ from optuna_quota._ledger import Gpu
 from optuna_quota._ledger import Grant
 from optuna_quota._ledger import Ledger
 from optuna_quota._ledger import Refusal
-from optuna_quota._ledger.gpus import want_of_gpu
+from optuna_quota._ledger.gpus import request_gpu
 from optuna_quota._ledger.protocol import Claim
-from optuna_quota._ledger.protocol import Want
+from optuna_quota._ledger.protocol import ResourceRequest
 from tests.ledger_tests.test_ledger import begin
 from tests.ledger_tests.test_ledger import finish
 from tests.ledger_tests.test_ledger import reserve
@@ -30,18 +30,18 @@ GPUS = (Gpu("GPU-a", 24.0), Gpu("GPU-b", 16.0))
 @pytest.mark.parametrize(
     ("claims", "need", "expected"),
     [
-        ([], 8.0, {"gpu:GPU-a": Want(8, 8)}),
-        ([Claim(0, "here", {"gpu:GPU-a": 12})], 8.0, {"gpu:GPU-b": Want(8, 8)}),
-        ([Claim(0, "here", asked={"gpu:GPU-a": 12})], 8.0, {"gpu:GPU-b": Want(8, 8)}),
-        ([Claim(0, "there", {"gpu:GPU-a": 12})], 8.0, {"gpu:GPU-a": Want(8, 8)}),
-        ([], None, {"gpu:GPU-a": Want(3, 12)}),
+        ([], 8.0, {"gpu:GPU-a": ResourceRequest(8, 8)}),
+        ([Claim(0, "here", {"gpu:GPU-a": 12})], 8.0, {"gpu:GPU-b": ResourceRequest(8, 8)}),
+        ([Claim(0, "here", asked={"gpu:GPU-a": 12})], 8.0, {"gpu:GPU-b": ResourceRequest(8, 8)}),
+        ([Claim(0, "there", {"gpu:GPU-a": 12})], 8.0, {"gpu:GPU-a": ResourceRequest(8, 8)}),
+        ([], None, {"gpu:GPU-a": ResourceRequest(3, 12)}),
     ],
 )
 def test_the_gpu_with_the_most_room(
-    claims: list[Claim], need: float | None, expected: dict[str, Want]
+    claims: list[Claim], need: float | None, expected: dict[str, ResourceRequest]
 ) -> None:
-    assert want_of_gpu(GPUS, claims, "here", need) == expected
-    assert want_of_gpu((), claims, "here", need) == {}
+    assert request_gpu(GPUS, claims, "here", need) == expected
+    assert request_gpu((), claims, "here", need) == {}
 
 
 def test_trials_spread_over_the_gpus_and_wait_for_none() -> None:

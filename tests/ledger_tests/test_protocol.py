@@ -11,7 +11,7 @@ import pytest
 from optuna_quota._ledger.protocol import Claim
 from optuna_quota._ledger.protocol import decide
 from optuna_quota._ledger.protocol import Decision
-from optuna_quota._ledger.protocol import Want
+from optuna_quota._ledger.protocol import ResourceRequest
 from tests.ledger_tests import model as model_module
 from tests.ledger_tests.model import cyclic
 from tests.ledger_tests.model import ENDS
@@ -21,8 +21,8 @@ from tests.ledger_tests.model import Model
 from tests.ledger_tests.model import State
 
 
-def one(resource: str, least: float, most: float | None = None) -> Mapping[str, Want]:
-    return {resource: Want(least, most or least)}
+def one(resource: str, least: float, most: float | None = None) -> Mapping[str, ResourceRequest]:
+    return {resource: ResourceRequest(least, most or least)}
 
 
 MODELS = {
@@ -45,9 +45,9 @@ MODELS = {
     ),
     "two resources at once": Model(
         (
-            {"memory": Want(6, 6), "n_trials": Want(1, 1)},
-            {"memory": Want(6, 6), "n_trials": Want(1, 1)},
-            {"memory": Want(4, 4), "n_trials": Want(1, 1)},
+            {"memory": ResourceRequest(6, 6), "n_trials": ResourceRequest(1, 1)},
+            {"memory": ResourceRequest(6, 6), "n_trials": ResourceRequest(1, 1)},
+            {"memory": ResourceRequest(4, 4), "n_trials": ResourceRequest(1, 1)},
         ),
         {"memory": 10, "n_trials": 2},
     ),
@@ -116,7 +116,7 @@ def test_the_search_finds_what_is_wrong_with_a_protocol_that_sums_only_what_is_g
 ) -> None:
     def careless(
         me: Claim,
-        wants: Mapping[str, Want],
+        wants: Mapping[str, ResourceRequest],
         claims: list[Claim],
         used: Mapping[str, float],
         quota: Mapping[str, float],
@@ -136,7 +136,7 @@ def test_the_search_finds_what_is_wrong_with_a_protocol_in_which_nobody_gives_wa
 ) -> None:
     def stubborn(
         me: Claim,
-        wants: Mapping[str, Want],
+        wants: Mapping[str, ResourceRequest],
         claims: list[Claim],
         used: Mapping[str, float],
         quota: Mapping[str, float],
@@ -151,7 +151,7 @@ def test_the_search_finds_what_is_wrong_with_a_protocol_in_which_nobody_gives_wa
 
     monkeypatch.setattr(model_module, "decide", stubborn)
     graph = explore(MODELS["a count that one of three fits into"])
-    stuck = [s for s, steps in graph.items() if {n for n, _ in steps} <= {"crash", "bury"}]
+    stuck = [s for s, steps in graph.items() if {n for n, _ in steps} <= {"crash", "fail"}]
     assert any(any(w.phase == "read" for w in workers) for workers, _ in stuck)
 
 
@@ -165,14 +165,14 @@ def test_the_search_finds_what_is_wrong_with_a_protocol_in_which_nobody_gives_wa
         ([Claim(0, asked={"cpu_time": 9})], "withdraw", None),
         ([Claim(2, asked={"cpu_time": 9})], "wait", None),
         ([Claim(2, granted={"cpu_time": 9})], "withdraw", None),
-        ([Claim(0, waits={"cpu_time": 9})], "withdraw", None),
-        ([Claim(2, waits={"cpu_time": 9})], "grant", 6),
+        ([Claim(0, queued_for={"cpu_time": 9})], "withdraw", None),
+        ([Claim(2, queued_for={"cpu_time": 9})], "grant", 6),
     ],
 )
 def test_a_decision_by_what_others_hold_ask_and_wait_for(
     claims: list[Claim], action: str, granted: float | None
 ) -> None:
-    found = decide(Claim(1), {"cpu_time": Want(2, 6)}, claims, {}, {"cpu_time": 10})
+    found = decide(Claim(1), {"cpu_time": ResourceRequest(2, 6)}, claims, {}, {"cpu_time": 10})
     assert found.action == action
     assert found.granted.get("cpu_time") == granted
     assert (found.shortage is None) == (action == "grant")
@@ -180,13 +180,13 @@ def test_a_decision_by_what_others_hold_ask_and_wait_for(
 
 def test_what_is_held_counts_by_machine() -> None:
     others = [Claim(0, "there", granted={"memory": 9})]
-    wants = {"memory": Want(5, 5)}
+    wants = {"memory": ResourceRequest(5, 5)}
     assert decide(Claim(1, "here"), wants, others, {}, {"memory": 10}).action == "grant"
     assert decide(Claim(1, "there"), wants, others, {}, {"memory": 10}).action == "withdraw"
 
 
 def test_who_runs_already_goes_before_those_that_wait() -> None:
-    waiting = [Claim(0, waits={"cpu_time": 9})]
-    me, wants = Claim(1, granted={"cpu_time": 2}), {"cpu_time": Want(3, 5)}
+    waiting = [Claim(0, queued_for={"cpu_time": 9})]
+    me, wants = Claim(1, granted={"cpu_time": 2}), {"cpu_time": ResourceRequest(3, 5)}
     assert decide(me, wants, waiting, {}, {"cpu_time": 10}, queue=False).action == "grant"
     assert decide(me, wants, waiting, {}, {"cpu_time": 10}).action == "withdraw"

@@ -15,9 +15,9 @@ from optuna_quota._ledger import Ledger
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
 from optuna_quota._ledger.reservation import Worker
-from optuna_quota._ledger.totals import Book
 from optuna_quota._ledger.totals import Entry
-from optuna_quota._ledger.totals import Spans
+from optuna_quota._ledger.totals import IntervalUnion
+from optuna_quota._ledger.totals import QuotaTotals
 from optuna_quota._optuna import storage_of
 from optuna_quota._optuna import trial_id_of
 from optuna_quota._records import RESERVATION
@@ -47,7 +47,7 @@ INTERVALS = st.lists(
 def test_overlaps_count_once_and_pauses_not_at_all(
     intervals: list[tuple[float, float]], total: float
 ) -> None:
-    assert Spans(intervals).total == total
+    assert IntervalUnion(intervals).total == total
 
 
 @given(INTERVALS, INTERVALS)
@@ -58,7 +58,7 @@ def test_a_union_is_what_it_is_by_counting_seconds(
     def seconds(intervals: list[tuple[int, int]]) -> int:
         return len({second for start, end in intervals for second in range(start, end)})
 
-    spans = Spans(first)
+    spans = IntervalUnion(first)
     assert spans.total == seconds(first)
     assert spans.with_added(more) == seconds([*first, *more])
     assert spans.total == seconds(first)
@@ -88,36 +88,36 @@ def row(number: int, machine: str, start: float, end: float) -> Entry:
 def test_the_time_between_trials_of_one_worker_counts_and_a_pause_does_not(
     starts: list[tuple[str, float, float]], seconds: float
 ) -> None:
-    book = Book(Quota())
+    totals = QuotaTotals(Quota())
     for number, (machine, start, end) in enumerate(starts):
-        book.fold([row(number, machine, start, end)], [])
-    assert book.used(0)["wall_time"] == pytest.approx(seconds)
+        totals.update([row(number, machine, start, end)], [])
+    assert totals.used(0)["wall_time"] == pytest.approx(seconds)
 
 
 def test_the_time_before_a_trial_that_starts_now_counts_too() -> None:
-    book = Book(Quota())
-    book.fold([row(0, "a", 100, 105)], [])
-    assert book.used(112)["wall_time"] == 5
-    assert book.used(112, worker("a"))["wall_time"] == 12
-    assert book.used(116, worker("a"))["wall_time"] == 5
-    assert book.used(112, worker("b"))["wall_time"] == 5
+    totals = QuotaTotals(Quota())
+    totals.update([row(0, "a", 100, 105)], [])
+    assert totals.used(112)["wall_time"] == 5
+    assert totals.used(112, worker("a"))["wall_time"] == 12
+    assert totals.used(116, worker("a"))["wall_time"] == 5
+    assert totals.used(112, worker("b"))["wall_time"] == 5
     running = Reservation(1, worker=worker("a"), began=112, beat=112)
-    book.fold([], [Entry(1, 1, "running", reservation=running)])
-    assert book.used(113)["wall_time"] == 13
+    totals.update([], [Entry(1, 1, "running", reservation=running)])
+    assert totals.used(113)["wall_time"] == 13
 
 
 def test_trials_at_once_on_two_machines_count_once() -> None:
-    book = Book(Quota())
-    book.fold([row(0, "a", 100, 110), row(1, "b", 105, 115)], [])
-    assert book.used(0)["wall_time"] == 15
+    totals = QuotaTotals(Quota())
+    totals.update([row(0, "a", 100, 110), row(1, "b", 105, 115)], [])
+    assert totals.used(0)["wall_time"] == 15
 
 
 @pytest.mark.parametrize("ahead", [-300.0, 300.0])
 def test_a_running_trial_is_timed_by_its_own_clock(ahead: float) -> None:
-    book = Book(Quota())
+    totals = QuotaTotals(Quota())
     running = Reservation(1, worker=worker("b"), began=1000 + ahead, beat=1040 + ahead)
-    book.fold([], [Entry(1, 1, "running", reservation=running)])
-    assert 40 <= book.used(now=1050)["wall_time"] <= 70
+    totals.update([], [Entry(1, 1, "running", reservation=running)])
+    assert 40 <= totals.used(now=1050)["wall_time"] <= 70
 
 
 def test_a_clock_that_is_ahead_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -134,8 +134,8 @@ def test_a_clock_that_is_ahead_is_warned_of_once(caplog: pytest.LogCaptureFixtur
 
 
 def test_a_reader_whose_clock_is_behind_counts_up_to_what_it_has_read() -> None:
-    book = Book(Quota())
+    totals = QuotaTotals(Quota())
     running = Reservation(1, worker=worker("a"), began=100, beat=130)
-    book.fold([], [Entry(1, 1, "running", reservation=running)])
-    assert book.used(now=50)["wall_time"] == 30
-    assert book.used(now=140)["wall_time"] == 40
+    totals.update([], [Entry(1, 1, "running", reservation=running)])
+    assert totals.used(now=50)["wall_time"] == 30
+    assert totals.used(now=140)["wall_time"] == 40

@@ -1,0 +1,547 @@
+"""What this host can enforce and measure; what is limited, what that means and how to fix it.
+
+Only what changes what a user does is checked. Facts are read (``_read_…``, ``_try_…``) apart from
+what they mean (``check_…``), so that the latter can be tested for hosts that are not at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from importlib import metadata
+import os
+from pathlib import Path
+import platform
+import subprocess
+import sys
+import time
+from typing import Any
+from typing import Literal
+from typing import Protocol
+from typing import TYPE_CHECKING
+
+from optuna_quota import _units
+from optuna_quota._isolation.memory_limits import find_delegated
+from optuna_quota._isolation.memory_limits import own_cgroup
+from optuna_quota._metering.energy import Rapl
+from optuna_quota._metering.host import available_memory
+from optuna_quota._metering.host import cpu_count
+from optuna_quota._metering.host import host_memory_limit
+from optuna_quota._metering.nvml import GpuError
+from optuna_quota._metering.nvml import open_devices
+from optuna_quota._version import __version__
+
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+
+State = Literal["ok", "degraded", "missing"]
+Area = Literal["stopping", "measuring", "host", "software", "storage"]
+
+# Docker's default is 64 MiB, too little for one batch of a DataLoader's workers.
+_ENOUGH_SHARED_MEMORY = 2**30
+_SLOW_STORAGE = 0.05
+_OPTIONAL = {
+    "optuna-dashboard": "`publish` can't put notes and plots into the dashboard.",
+    "plotly": "Reports have tables but no figures.",
+}
+# Lowering a limit can't always be undone, so it is tried in a process of its own.
+_TRY_MEMORY_LIMIT = """
+import mmap, resource
+budget = 64 * 2**20
+resource.setrlimit(resource.RLIMIT_DATA, (budget, budget))
+try:
+    mmap.mmap(-1, 4 * budget, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+except OSError:
+    print("enforced")
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check.
+
+    Attributes:
+        area: The part it belongs to.
+        check: What was checked.
+        state: ``ok``, ``degraded`` (works with less) or ``missing``.
+        found: What was found, in one sentence.
+        degrades: What that means; empty if it means nothing bad.
+        fix: What to do about it; empty if there is nothing to do.
+    """
+
+    area: Area
+    check: str
+    state: State
+    found: str
+    degrades: str = ""
+    fix: str = ""
+
+
+def examine_host() -> list[Finding]:
+    """Return the findings on this host, area by area; takes some tens of milliseconds."""
+    return [
+        check_platform(sys.platform),
+        check_memory_limit(_try_memory_limit()),
+        check_cgroup(*_read_cgroup()),
+        check_oom_killer(_try_writing("/proc/self/oom_score_adj")),
+        check_peak_memory(_try_writing("/proc/self/clear_refs", "5")),
+        check_rapl(try_rapl()),
+        *check_gpus(*_read_gpus()),
+        *check_capacity(_read_capacity()),
+        *check_versions({name: _version(name) for name in ("optuna", *_OPTIONAL)}),
+    ]
+
+
+def check_platform(name: str) -> Finding:
+    """Check the operating system; takes ``sys.platform``."""
+    if name == "linux":
+        return Finding("stopping", "platform", "ok", "Linux: every kind of limit is supported.")
+    return Finding(
+        "stopping",
+        "platform",
+        "degraded",
+        f"{platform.system()}: the kernel enforces no memory limit.",
+        "Limits are enforced by sampling, and processes that a trial detaches may outlive it.",
+        "Run on Linux.",
+    )
+
+
+def check_memory_limit(refused: str | None) -> Finding:
+    """Check the kernel's memory limit; takes why it does not work, None if it does."""
+    if refused is None:
+        found = "RLIMIT_DATA is enforced: it backs the memory limit of an isolated trial."
+        return Finding("stopping", "kernel memory limit", "ok", found)
+    return Finding(
+        "stopping",
+        "kernel memory limit",
+        "missing",
+        f"RLIMIT_DATA is not enforced: {refused}.",
+        "Memory limits are enforced by sampling alone; a fast allocation overshoots by some MB.",
+        "Run on Linux 4.7 or newer, without gVisor.",
+    )
+
+
+def _try_memory_limit() -> str | None:
+    command = [sys.executable, "-I", "-S", "-c", _TRY_MEMORY_LIMIT]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"could not be tried, {error}"
+    if done.stdout.strip() == "enforced":
+        return None
+    # The last line of a traceback names the error.
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else "private memory beyond it is granted"
+
+
+def check_cgroup(
+    own: Path | None, delegated: Path | None, refused: str | None, files: Sequence[str]
+) -> Finding:
+    """Check whether each trial can have a control group, with an exact memory limit.
+
+    Args:
+        own: Folder of this process's group of version 2; None without one.
+        delegated: Folder of the nearest group in which groups may be made; None without one.
+        refused: Why no group could be made there; None if one was made.
+        files: What the kernel offers in a group made there.
+    """
+    degrades = "RLIMIT_DATA does not count shared memory, and counts each process for itself."
+    fix = "Start with `systemd-run --user --scope -p Delegate=yes COMMAND`."
+    state: State = "degraded"
+    if own is None:
+        found = "This process is in no control group of version 2."
+        fix = "Boot with systemd.unified_cgroup_hierarchy=1."
+    elif delegated is None:
+        found = f"No group above {own} is delegated with the memory controller."
+    elif refused is not None:
+        found = f"No group can be made in {delegated}: {refused}."
+    else:
+        found = f"Each trial gets its own group in {delegated}."
+        lacking = [name for name in ("memory.max", "cgroup.kill") if name not in files]
+        degrades = f"This kernel offers no {' and no '.join(lacking)} there." if lacking else ""
+        fix = "Run on Linux 5.19 or newer." if lacking else ""
+        state = "degraded" if lacking else "ok"
+    return Finding("stopping", "control group", state, found, degrades, fix)
+
+
+def _read_cgroup() -> tuple[Path | None, Path | None, str | None, Sequence[str]]:
+    own = own_cgroup()
+    delegated = find_delegated(own)
+    if delegated is None:
+        return own, None, None, ()
+    files, refused = try_cgroup(delegated)
+    return own, delegated, refused, files
+
+
+def try_cgroup(parent: Path) -> tuple[Sequence[str], str | None]:
+    """Make a group and remove it; return its files, and why it could not be made."""
+    group = parent / f"optuna-quota-doctor-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        return (), f"{error.strerror or error}"
+    try:
+        return sorted(entry.name for entry in group.iterdir()), None
+    finally:
+        group.rmdir()
+
+
+def check_oom_killer(refused: str | None) -> Finding:
+    """Check whom the kernel kills when the host is out of memory; takes why it can't be set."""
+    if refused is None:
+        found = "When the host runs out of memory, the kernel kills the trial, not the worker."
+        return Finding("stopping", "out-of-memory killer", "ok", found)
+    return Finding(
+        "stopping",
+        "out-of-memory killer",
+        "degraded",
+        f"A trial's oom_score_adj can't be raised: {refused}.",
+        "When the host runs out of memory, the kernel may kill the worker instead of the trial.",
+        "Mount /proc writable in the container.",
+    )
+
+
+def check_peak_memory(refused: str | None) -> Finding:
+    """Check the kernel's peak of memory; takes why it can't be reset, None if it can."""
+    if refused is None:
+        found = "The kernel keeps the exact peak of each process."
+        return Finding("measuring", "peak memory", "ok", found)
+    return Finding(
+        "measuring",
+        "peak memory",
+        "degraded",
+        f"The kernel's peak can't be reset: {refused}.",
+        "Without `isolated`, a peak between two samples may be missed.",
+        "Use `isolated`, or mount /proc writable in the container.",
+    )
+
+
+def _try_writing(path: str, text: str | None = None) -> str | None:
+    """Write into a file of the kernel, by default what it says; return why that failed."""
+    try:
+        text = Path(path).read_text(encoding="ascii") if text is None else text
+        Path(path).write_text(text, encoding="ascii")
+    except OSError as error:
+        return f"{error.strerror or error}"
+    return None
+
+
+def try_rapl(folder: Path | None = None) -> OSError | None:
+    """Return why the energy counters can't be read, None if they can; takes their folder."""
+    try:
+        Rapl() if folder is None else Rapl(folder)
+    except OSError as error:
+        return error
+    return None
+
+
+def check_rapl(refused: OSError | None) -> Finding:
+    """Check the energy counters of the processors; takes why they can't be read."""
+    if refused is None:
+        return Finding("measuring", "CPU energy", "ok", "RAPL counters can be read.")
+    may_not = isinstance(refused, PermissionError)
+    return Finding(
+        "measuring",
+        "CPU energy",
+        "degraded" if may_not else "missing",
+        "RAPL counters exist, but this user may not read them."
+        if may_not
+        else "No RAPL counters (a virtual machine, or no Intel or AMD processor).",
+        "`energy` covers GPUs only, or is unknown.",
+        "As root: chmod o+r /sys/class/powercap/*rapl:*/energy_uj" if may_not else "",
+    )
+
+
+class Device(Protocol):
+    """The methods of a GPU that are used here."""
+
+    index: int
+
+    def name(self) -> str: ...
+    def memory(self) -> tuple[int, int]: ...
+    def processes(self) -> dict[int, int | None]: ...
+    def samples(self, since: float) -> Sequence[Any]: ...
+    def joules(self) -> float: ...
+    def is_partitioned(self) -> bool: ...
+    def instances(self) -> Sequence[Any]: ...
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """What NVML says of one GPU.
+
+    Attributes:
+        index: Its number in NVML's order.
+        name: The model.
+        memory: Bytes in all; None if unknown.
+        instances: Number of its MIG instances; 0 without MIG.
+        refused: Why something can't be read, by what it is needed for.
+    """
+
+    index: int
+    name: str
+    memory: float | None = None
+    instances: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def _read_gpus() -> tuple[list[GpuFacts], str | None]:
+    devices, reason = open_devices()
+    return [read_gpu(device) for device in devices], reason
+
+
+def read_gpu(device: Device) -> GpuFacts:
+    """Ask a GPU once for each thing that metering will ask."""
+    refused: dict[str, str] = {}
+
+    def ask(what: str, question: Callable[[], Any], otherwise: Any) -> Any:
+        try:
+            return question()
+        except GpuError as error:
+            refused[what] = error.reason
+            return otherwise
+
+    processes = ask("gpu_memory of a trial", device.processes, {})
+    if any(held is None for held in processes.values()):
+        refused["gpu_memory of a trial"] = "the driver hides the memory of each process"
+    ask("gpu_time", lambda: device.samples(time.time() - 1), [])
+    ask("energy", device.joules, 0.0)
+    is_partitioned = ask("MIG", device.is_partitioned, False)
+    memory = ask("gpu_memory", device.memory, None)
+    return GpuFacts(
+        device.index,
+        ask("name", device.name, "unknown model"),
+        None if memory is None else float(memory[1]),
+        len(ask("MIG", device.instances, [])) if is_partitioned else 0,
+        refused,
+    )
+
+
+def check_gpus(gpus: Sequence[GpuFacts], reason: str | None) -> list[Finding]:
+    """Check what can be measured on each GPU.
+
+    Args:
+        gpus: The GPUs that NVML shows.
+        reason: Why there are none; None if NVML answered.
+    """
+    if gpus:
+        return [_check_gpu(gpu) for gpu in gpus]
+    return [
+        Finding(
+            "measuring",
+            "GPUs",
+            "missing",
+            f"NVML shows none: {reason or 'it counts none'}.",
+            "`gpu_memory` and `gpu_time` are unknown.",
+            "Install NVIDIA's driver; start a container with `--gpus all`.",
+        )
+    ]
+
+
+def _check_gpu(gpu: GpuFacts) -> Finding:
+    memory = "memory unknown" if gpu.memory is None else _units.format_bytes(gpu.memory)
+    mig = f", {gpu.instances} MIG instances" if gpu.instances else ""
+    found = f"{gpu.name}, {memory}{mig}."
+    if not gpu.refused:
+        return Finding("measuring", f"GPU {gpu.index}", "ok", found)
+    lacking = "; ".join(f"no {what}: {why}" for what, why in gpu.refused.items())
+    return Finding(
+        "measuring",
+        f"GPU {gpu.index}",
+        "degraded",
+        found,
+        f"{lacking[0].upper()}{lacking[1:]}.",
+        "Update the driver; start a container with `--pid host` to see its processes.",
+    )
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What there is of each resource, in bytes and cores; None if unknown.
+
+    Attributes:
+        memory: The host's memory.
+        memory_limit: What processes here may hold together.
+        available: What is available now.
+        cores: The host's processors.
+        usable_cores: What processes here may keep busy together.
+        swap: Swap space.
+        shared: Size of /dev/shm.
+        is_overcommit_strict: Whether the kernel grants no more memory than there is.
+    """
+
+    memory: float
+    memory_limit: float
+    available: float
+    cores: float
+    usable_cores: float
+    swap: float
+    shared: float | None = None
+    is_overcommit_strict: bool = False
+
+
+def _read_capacity() -> Capacity:
+    import psutil
+
+    try:
+        found = os.statvfs("/dev/shm")
+        shared: float | None = float(found.f_blocks * found.f_frsize)
+    except (AttributeError, OSError):
+        shared = None
+    try:
+        overcommit = Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii")
+    except OSError:
+        overcommit = ""
+    return Capacity(
+        memory=float(psutil.virtual_memory().total),
+        memory_limit=host_memory_limit(),
+        available=available_memory(),
+        cores=float(os.cpu_count() or 1),
+        usable_cores=cpu_count(),
+        swap=float(psutil.swap_memory().total),
+        shared=shared,
+        is_overcommit_strict=overcommit.strip() == "2",
+    )
+
+
+def check_capacity(facts: Capacity) -> list[Finding]:
+    """Check memory and cores, and what makes limits on them misleading."""
+    there, available, memory = (
+        _units.format_bytes(n) for n in (facts.memory_limit, facts.available, facts.memory)
+    )
+    by = f", the container's limit (the host has {memory})"
+    is_limited = facts.memory_limit < facts.memory
+    found = f"{there}{by if is_limited else ''}; {available} available now."
+    usable, cores = (_units.format_number(n) for n in (facts.usable_cores, facts.cores))
+    of = f" of {cores}, limited by affinity or the container"
+    of_all = of if facts.usable_cores < facts.cores else ""
+    findings = [
+        Finding("host", "memory", "ok", found),
+        Finding("host", "CPU cores", "ok", f"{usable} usable{of_all}."),
+    ]
+    if facts.swap:
+        findings.append(
+            Finding(
+                "host",
+                "swap",
+                "degraded",
+                f"{_units.format_bytes(facts.swap)} of swap.",
+                "Swapped-out memory counts, but a trial slows down long before its limit.",
+                "`swapoff -a`, or memory.swap.max=0 in the control group.",
+            )
+        )
+    if facts.shared is not None and facts.shared < _ENOUGH_SHARED_MEMORY:
+        findings.append(
+            Finding(
+                "host",
+                "shared memory",
+                "degraded",
+                f"/dev/shm has {_units.format_bytes(facts.shared)}.",
+                "Workers of a DataLoader die of a bus error when it is full.",
+                "Start the container with `--shm-size=8g`.",
+            )
+        )
+    if facts.is_overcommit_strict:
+        findings.append(
+            Finding(
+                "host",
+                "overcommit",
+                "degraded",
+                "The kernel grants no more memory than there is (vm.overcommit_memory is 2).",
+                "An allocation may fail below the trial's limit.",
+                "`sysctl vm.overcommit_memory=0`",
+            )
+        )
+    return findings
+
+
+def check_versions(versions: dict[str, str | None]) -> list[Finding]:
+    """Check optional packages; takes versions by package, None if it is not installed."""
+    findings = [
+        Finding("software", "Python", "ok", platform.python_version()),
+        Finding("software", "optuna-quota", "ok", __version__),
+    ]
+    for name, version in versions.items():
+        if version is not None:
+            findings.append(Finding("software", name, "ok", version))
+        else:
+            degrades, fix = _OPTIONAL.get(name, ""), f"pip install {name}"
+            finding = Finding("software", name, "degraded", "Not installed.", degrades, fix)
+            findings.append(finding)
+    return findings
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class StorageFacts:
+    """What was seen of a storage.
+
+    Attributes:
+        kind: Its class, and the database behind it.
+        n_studies: Number of its studies.
+        seconds: How long it took to list them.
+        has_heartbeat: Whether it supports heartbeats of workers.
+        is_one_host: Whether only workers on one host can share it.
+    """
+
+    kind: str
+    n_studies: int
+    seconds: float
+    has_heartbeat: bool
+    is_one_host: bool
+
+
+def examine_storage(storage: BaseStorage) -> list[Finding]:
+    """Return the findings on a storage that many workers share; its errors are not caught."""
+    storage.get_all_studies()  # includes the connection
+    start = time.perf_counter()
+    n_studies = len(storage.get_all_studies())
+    seconds = time.perf_counter() - start
+    database = getattr(getattr(storage, "engine", None), "name", "")
+    kind = type(storage).__name__ + (f" on {database}" if database else "")
+    has_heartbeat = hasattr(storage, "record_heartbeat")
+    facts = StorageFacts(kind, n_studies, seconds, has_heartbeat, database == "sqlite")
+    return check_storage(facts)
+
+
+def check_storage(facts: StorageFacts) -> list[Finding]:
+    """Check the speed of a storage, who can share it, and how dead workers are noticed."""
+    studies = "1 study" if facts.n_studies == 1 else f"{facts.n_studies} studies"
+    found = f"{facts.kind}, {studies}, listed in {_units.format_seconds(facts.seconds)}."
+    speed = Finding("storage", "speed", "ok", found)
+    if facts.seconds > _SLOW_STORAGE:
+        degrades = "Each trial queries it several times."
+        fix = "Run the workers closer to it."
+        speed = Finding("storage", "speed", "degraded", found, degrades, fix)
+    workers = Finding("storage", "workers", "ok", "Workers on many hosts can share it.")
+    if facts.is_one_host:
+        workers = Finding(
+            "storage",
+            "workers",
+            "degraded",
+            "SQLite: only workers on this host can share it.",
+            "Its locks are not reliable on network file systems.",
+            "For workers on many hosts use PostgreSQL, MySQL, Redis, or Optuna's gRPC proxy.",
+        )
+    found = "Set RDBStorage(heartbeat_interval=60) to notice dead workers on other hosts sooner."
+    dead_workers = Finding("storage", "dead workers", "ok", found)
+    if not facts.has_heartbeat:
+        dead_workers = Finding(
+            "storage",
+            "dead workers",
+            "degraded",
+            "It supports no heartbeat.",
+            "Reservations of a dead worker on another host are released after 2 minutes.",
+            "Use a database (RDBStorage) with heartbeat_interval.",
+        )
+    return [speed, workers, dead_workers]
