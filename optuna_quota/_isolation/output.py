@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 from dataclasses import dataclass
+import importlib
 import io
 import logging
+import operator
 import os
-import pkgutil
 import sys
 from typing import Any
 import warnings
@@ -125,7 +126,9 @@ def apply_to_new_modules(settings: OutputSettings) -> None:
     for action, message, kind, module, line in settings.filters:
         # A warning of a category that can't be found here can't be issued here either.
         with contextlib.suppress(Exception):
-            entry = (action, message, pkgutil.resolve_name(kind), module, line)
+            owner, _, path = kind.partition(":")
+            category = operator.attrgetter(path)(importlib.import_module(owner))
+            entry = (action, message, category, module, line)
             warnings.filters.append(entry)  # type: ignore[attr-defined]  # a list
 
 
@@ -186,9 +189,9 @@ class ForwardedStream(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Send what was written, and wait until it is printed.
+        """Send the text that was written, and wait until it is printed.
 
-        What subprocesses write to the descriptor afterwards then comes afterwards.
+        Output that subprocesses write to the descriptor afterwards then appears after it.
         """
         if self._text:
             self._send()
