@@ -22,6 +22,7 @@ from typing import cast
 from typing import NoReturn
 from typing import TYPE_CHECKING
 
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import HyperbandPruner
 from optuna.samplers import BaseSampler
 from optuna.samplers import PartialFixedSampler
@@ -410,14 +411,23 @@ def _write_in_one_append(
     )
     with storage._thread_lock:
         worker = storage._replay_result.worker_id
-        storage._backend.append_logs(
-            [
-                {"op_code": op, "worker_id": worker, "trial_id": trial_id, name: {key: value}}
-                for op, name, attributes in operations
-                for key, value in attributes.items()
-            ]
-        )
-        storage._sync_with_backend()
+        logs = [
+            {"op_code": op, "worker_id": worker, "trial_id": trial_id, name: {key: value}}
+            for op, name, attributes in operations
+            for key, value in attributes.items()
+        ]
+        storage._backend.append_logs(logs)
+        # For a finished or deleted row, reading each of these lines raises, and ends the reading
+        # there: a line that is left would raise in a later call for another trial.
+        refused: Exception | None = None
+        for _ in range(len(logs) + 1):
+            try:
+                storage._sync_with_backend()
+                break
+            except (KeyError, UpdateFinishedTrialError) as error:
+                refused = error
+        if refused is not None:
+            raise refused
 
 
 _BATCH_WRITERS: dict[str, Callable[[Any, int, Mapping[str, Any], Mapping[str, Any]], None]] = {

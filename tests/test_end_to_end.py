@@ -203,6 +203,7 @@ def test_a_quota_of_trials_ends_optimize_quietly(caplog: pytest.LogCaptureFixtur
     assert "3" in next(iter(warned.values()))
 
 
+@pytest.mark.slow
 def test_attributes_are_plain_json(study: optuna.Study) -> None:
     study.optimize(isolated(allocate), n_trials=3)
     for trial in study.trials:

@@ -24,6 +24,7 @@ from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaPruner
 from optuna_quota import QuotaSampler
+from optuna_quota import Usage
 from optuna_quota._metering import key_of
 from optuna_quota._metering import metering_loop
 from optuna_quota._records import read_record
@@ -56,7 +57,9 @@ def alone(pruner: BasePruner) -> optuna.Study:
 
 
 def beside(pruner: BasePruner) -> optuna.Study:
-    sampler = QuotaSampler(RandomSampler(seed=3), quota=Quota(n_trials=1000))
+    sampler = QuotaSampler(
+        RandomSampler(seed=3), quota=Quota(n_trials=1000), footprint=Usage(wall_time=1)
+    )
     return optuna.create_study(study_name="by which brackets go", sampler=sampler, pruner=pruner)
 
 

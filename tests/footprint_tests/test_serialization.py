@@ -55,6 +55,13 @@ def test_an_unknown_version_says_what_to_do(footprint: Footprint) -> None:
         Footprint.from_json(json.dumps(document))
 
 
+def test_too_many_columns_are_not_written() -> None:
+    space = {"x": CategoricalDistribution([str(i) for i in range(501)])}
+    footprint = Footprint.fit([Observation({"x": "0"}, space, Usage(memory=1e9))])
+    with pytest.raises(ValueError, match="at most 500 columns"):
+        footprint.to_json()
+
+
 def test_a_chained_model_is_kept() -> None:
     rows = [
         Observation(
@@ -126,6 +133,8 @@ def _set(path: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
         _set(["features", 0, "low"], -1),
         _set(["features", 0, "scale"], "__import__('os')"),
         _set(["features", 1, "choices"], []),
+        _set(["features", 1, "choices"], [str(i) for i in range(501)]),
+        _set(["points", 0, "usage"], {f"meter_{i}": 1.0 for i in range(51)}),
         _set(["features", 1, "choices"], [[1], {}]),
         _set(["features", 1, "name"], "depth"),
         _set(["points"], {}),
