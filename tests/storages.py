@@ -48,7 +48,7 @@ class Address:
         kind: One of ``KINDS``.
         place: A path, URL or port.
         prefix: Of its keys, where a server holds several.
-        lock_grace: Seconds after which a journal's lock is taken from whoever holds it; Optuna's
+        lock_grace: Seconds after which a journal's lock is taken from its holder; Optuna's
             own default.
     """
 
@@ -82,7 +82,7 @@ def missing(kind: str) -> str | None:
 
 @contextmanager
 def storage_at(kind: str, folder: Path) -> Iterator[Address]:
-    """Yield the address of a storage of a kind; whatever serves it ends with the block."""
+    """Yield the address of a new storage; its server ends with the block."""
     unique = uuid.uuid4().hex[:8]
     if kind == "sqlite":
         yield Address(kind, f"sqlite:///{folder}/{unique}.db")

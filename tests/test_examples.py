@@ -115,7 +115,7 @@ def test_dashboard(tmp_path: Path) -> None:
     study = optuna.load_study(
         study_name="kernel-ridge", storage=f"sqlite:///{tmp_path / 'dashboard.db'}"
     )
-    assert "Use of resources" in get_note(study)
+    assert "Resource usage" in get_note(study)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.py")), ids=lambda p: p.name)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import given
-from hypothesis import settings
 from hypothesis import strategies as st
 import numpy as np
 import optuna
@@ -133,7 +132,6 @@ KEYS = [
 ]
 
 
-@settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from(["quota:" + k for k in KEYS]), json_values))
 def test_any_attributes_are_read_without_an_error(attributes: dict[str, Any]) -> None:
     record = _records.parse_record(attributes)

@@ -33,7 +33,7 @@ from optuna_quota._isolation.modules import user_modules
 
 @dataclass(frozen=True)
 class ProcessContext:
-    """What a trial's process takes over from the study's process.
+    """The context of the study's process that a trial's process takes over.
 
     Attributes:
         environ: The environment variables.
@@ -43,7 +43,7 @@ class ProcessContext:
         argv: ``sys.argv``.
         main: How to make the main module.
         settings: Settings of the interpreter and of libraries.
-        module_state: What the script has set in the user's own modules.
+        module_state: Changes that the script has made to the user's own modules.
         seeds: A seed for each global generator, drawn from the study's generators: a script that
             seeds them gets the same trials again, and each trial other numbers.
         start_method: That of :mod:`multiprocessing`, None where none was chosen.

@@ -1,7 +1,7 @@
-"""The GPU frameworks' own caps on memory, set in the trial's process before they are used.
+"""Caps on GPU memory that the frameworks enforce themselves, in the trial's process.
 
-NVML shows what a process holds, not what it is about to take. A framework that knows its share
-fails its own allocation instead, with an error that is recognised as a breach.
+NVML shows what a process holds, not what it is about to allocate. A framework with a cap fails its
+own allocation, and the error is recognized as a breach.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from optuna_quota._isolation.modules import after_import
 
 
 def set_gpu_caps(gpu_memory: float | None, device_memory: float | None) -> None:
-    """Cap the frameworks to a trial's GPU memory; without a limit, do nothing.
+    """Cap the frameworks at a trial's limit on GPU memory; without one, do nothing.
 
     Args:
         gpu_memory: The trial's limit, in bytes.
@@ -25,10 +25,10 @@ def set_gpu_caps(gpu_memory: float | None, device_memory: float | None) -> None:
     """
     if gpu_memory is None:
         return
-    # TensorFlow takes a whole device otherwise, whatever the model needs.
+    # By default TensorFlow takes a whole device, whatever the model needs.
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    # JAX takes three quarters of each device at once otherwise: what a trial needs would never be
-    # known, and all of its limit with the driver's own part on top would be over it.
+    # By default JAX takes three quarters of each device at once: the need of a trial would stay
+    # unknown, and its whole limit, with the driver's own part on top, would be a breach.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if device_memory:
         fraction = math.floor(1e4 * min(1.0, gpu_memory / device_memory)) / 1e4
@@ -38,7 +38,7 @@ def set_gpu_caps(gpu_memory: float | None, device_memory: float | None) -> None:
 
 
 def cap_torch(cuda: Any, gpu_memory: float) -> None:
-    """Cap torch's allocator on each device, at the moment when CUDA is first used.
+    """Cap torch's allocator on each device, as soon as CUDA is used.
 
     Args:
         cuda: The module ``torch.cuda``.
@@ -50,8 +50,8 @@ def cap_torch(cuda: Any, gpu_memory: float) -> None:
             total = cuda.get_device_properties(device).total_memory
             cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / total), device)
 
-    # Torch's queue of what is due at initialisation: to initialise CUDA here would take GPU
-    # memory from trials that never use it.
+    # Torch's queue of calls at initialization: to initialize CUDA here would take GPU memory for
+    # trials that never use it.
     lazily = getattr(cuda, "_lazy_call", None)
     if lazily is not None:
         lazily(cap)
@@ -60,15 +60,12 @@ def cap_torch(cuda: Any, gpu_memory: float) -> None:
 
 
 def framework_gpu_memory() -> float | None:
-    """Return the peak of GPU memory by the frameworks' own counters, in bytes; None for none.
-
-    A framework that has not been imported, or has not used a GPU, is not started for it.
-    """
+    """Return the peak of GPU memory by the counters of frameworks in use, in bytes."""
     found = []
     for name, count in (("torch", _torch_peak), ("jax", _jax_peak), ("cupy", _cupy_total)):
         module = sys.modules.get(name)
         if module is not None:
-            # Whatever it raises, this is beside the trial's own result.
+            # Whatever it raises, the trial's own result counts.
             with contextlib.suppress(Exception):
                 found.append(float(count(module)))
     return sum(found) or None
@@ -90,5 +87,5 @@ def _jax_peak(jax: Any) -> float:
 
 
 def _cupy_total(cupy: Any) -> float:
-    # Its pool gives nothing back by itself: what it has is its peak.
+    # Its pool frees nothing by itself: its size is its peak.
     return float(cupy.get_default_memory_pool().total_bytes())

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from optuna_quota._isolation.launch import StartMethod
 from optuna_quota._isolation.outcome import OnCrash
-from optuna_quota._isolation.run import IsolationOptions
 from optuna_quota._isolation.run import TrialRun
+from optuna_quota._isolation.start import IsolationOptions
 from optuna_quota._resources import Limits
 
 
@@ -49,15 +49,15 @@ def isolated(
     strict_memory: bool = False,
     preload: Sequence[str] = (),
 ) -> Isolated:
-    """Return the same objective, each trial in a child process that can be killed.
+    """Run each trial of an objective in a child process that can be killed.
 
-    The trial that the objective gets does all that it does otherwise, and what the objective
-    returns, raises, prints and logs arrives as if it had run in this process. A trial over a limit
-    is told to stop by :class:`~optuna_quota.LimitBreached`, raised in its main thread, so that it
-    can save a checkpoint; when the grace period is over, it is killed with all that it started. A
-    trial that dies ends its row, and the study goes on. After Ctrl-C, too, a trial has its grace
+    The trial that the objective gets works as usual, and what the objective returns, raises,
+    prints and logs arrives as if it had run in this process. In a trial over a limit,
+    :class:`~optuna_quota.LimitBreached` is raised in the main thread, so that it can save a
+    checkpoint; after the grace period it is killed, with all processes that it started. A trial
+    whose process dies fails, and the study continues. After Ctrl-C, too, a trial has its grace
     period; a second Ctrl-C kills it. While this process is stopped (Ctrl-Z, SIGSTOP), so are its
-    trials, and their time stands still.
+    trials, and that time does not count.
 
     Example:
 
@@ -68,34 +68,34 @@ def isolated(
             )
             study.optimize(isolated(objective), n_trials=100)
 
-    The script needs no ``if __name__ == "__main__":``, and is not run again without one: a trial's
-    process runs its imports and definitions, and gets by value the global variables that the
-    objective uses. With one, all that stands outside of it runs once more, as under
-    :mod:`multiprocessing`. Settings that the script has made in its modules, in numpy, torch and
-    other libraries hold in its trials. What a trial changes stays in its process.
+    The script needs no ``if __name__ == "__main__":`` guard: a trial's process runs its imports
+    and definitions only, and gets the global variables that the objective uses by value. With a
+    guard, all code outside of it runs again, as under :mod:`multiprocessing`. Settings that the
+    script has made in its modules, in numpy, torch and other libraries hold in its trials. What a
+    trial changes stays in its process.
 
     A trial starts with the modules loaded that this process has imported. Its random generators
-    (``random``, numpy, torch) start differently in each trial, and alike in each run of a script
-    that seeds them. What it leaves open at its end, such as a thread or a pool, is ended with it.
+    (``random``, numpy, torch) are seeded differently for each trial, and reproducibly in a script
+    that seeds them. Threads, pools and processes that it leaves open end with it.
 
     Args:
         objective: A function, lambda, closure, bound method or any callable that takes a trial.
-        grace_period: Seconds between the polite stop and the kill. Also how long exit handlers get
-            once the objective has ended (1 to 5 s), and how long a process that was stopped by
-            SIGSTOP is waited for. A trial over its memory limit that goes on growing is not waited
-            for. 0 kills at once.
-        start_method: ``"forkserver"`` forks each trial from a template that has loaded the modules
-            (some milliseconds), ``"spawn"`` starts an interpreter for each (some hundred),
-            ``"fork"`` forks this process, so that nothing need be pickled; that is refused once
-            this process uses CUDA, and not safe beside threads that hold locks. Locks and queues
-            of :mod:`multiprocessing` can be handed in as to a ``Process`` of that method; an
+        grace_period: Seconds between the polite stop and the kill. Also the time for exit handlers
+            once the objective has ended (1 to 5 s), and for a process that was stopped by SIGSTOP
+            to be continued. A trial over its memory limit that continues to grow gets none. 0
+            kills at once.
+        start_method: ``"forkserver"`` forks each trial from a server process that has loaded the
+            modules (some milliseconds), ``"spawn"`` starts an interpreter for each (some hundred),
+            ``"fork"`` forks this process, so that nothing needs to be pickled; it is refused once
+            this process uses CUDA, and is unsafe beside threads that hold locks. Locks and queues
+            of :mod:`multiprocessing` can be passed in as to a ``Process`` of that method; an
             objective that refers to one of its fork context is forked in any case.
-        limits: Ceilings on each trial, for where no :class:`~optuna_quota.QuotaPruner` can be
+        limits: Limits on each trial, for where no :class:`~optuna_quota.QuotaPruner` can be
             passed; otherwise those of the study's pruner are in force.
         predictive_stop: Whether to stop a trial as soon as the growth of its memory, or its pace
-            against the time limit, is sure to breach: see ``Breach.forecast``.
+            against the time limit, is certain to breach: see ``Breach.forecast``.
         on_crash: What ``optimize`` does when a trial's process dies of a signal, exits, or returns
-            what can't be sent: ``"fail"`` records the trial as failed and goes on with the next
+            a value that can't be pickled: ``"fail"`` fails the trial and continues with the next
             one, ``"raise"`` raises :class:`~optuna_quota.TrialCrashed`. When the first three
             trials of a study, or five in a row, have crashed, it is raised in either case.
         strict_memory: Whether the kernel refuses an allocation that would pass the memory limit.
@@ -103,7 +103,7 @@ def isolated(
             well (``np.zeros``, the stacks of threads). By default the memory in use is measured,
             and a trial is stopped once it passes the limit.
         preload: Names of modules to import before the first trial starts, in addition to those
-            that this process has imported, so that not each trial has to.
+            that this process has imported.
 
     Returns:
         A callable for ``study.optimize``, or to be called with a trial from ``study.ask``.

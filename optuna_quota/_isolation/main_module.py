@@ -4,7 +4,7 @@ A pickle refers to functions and classes of ``__main__`` by name, and the receiv
 :mod:`multiprocessing` imports the script a second time for that, which needs an
 ``if __name__ == "__main__":`` guard. Here the statements to run are chosen from the syntax tree:
 where there is a guard, all but the guarded ones; without a guard, only imports, definitions and
-constants. What such a module lacks is sent by value.
+constants. Other globals are sent by value.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _is_current(file: str, modified: int, namespace: dict[str, Any]) -> bool:
     functions = [
         found
         for value in list(namespace.values())
-        # A decorator's wrapper passes for what it wraps.
+        # Compare the function that a decorator has wrapped.
         if isinstance(value, types.FunctionType)
         and isinstance(found := inspect.unwrap(value), types.FunctionType)
     ]

@@ -28,7 +28,7 @@ _NEVER = {*_THREADED, *_ON_GPU, "__main__", "__mp_main__"}
 _NOTEBOOKS = {"IPython", "ipykernel", "ipywidgets"}
 _TEST_TOOLS = {"_pytest", "debugpy", "hypothesis", "pluggy", "pydevd", "pytest"}
 _HOSTS = {*_NOTEBOOKS, *_TEST_TOOLS, "optuna_quota"}
-# What this library and Optuna import for their models, unless the user's code names it.
+# Imported by this library and Optuna for their models; left out unless the user's code names them.
 _OF_MODELS = {"cmaes", "pandas", "patsy", "scipy", "statsmodels"}
 
 

@@ -22,8 +22,8 @@ import weakref
 def become_child(name: str, parent: int) -> None:
     """Make this process a child of the study's process, as far as multiprocessing can see.
 
-    What its parent has registered to be done at exit or after a fork is left to the parent or done
-    now: pools, queues and temporary folders of the study's process stay its own.
+    Exit handlers of its parent are left to the parent, and callbacks for a fork run now: pools,
+    queues and temporary folders of the study's process stay its own.
 
     Args:
         name: The name of the process.

@@ -189,9 +189,9 @@ class ForwardedStream(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Send what was written, and wait until it is printed.
+        """Send the text that was written, and wait until it is printed.
 
-        What subprocesses write to the descriptor afterwards then comes afterwards.
+        Output that subprocesses write to the descriptor afterwards then appears after it.
         """
         if self._text:
             self._send()

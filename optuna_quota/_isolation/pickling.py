@@ -226,7 +226,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
                 self.dump((set_main_state, values, attributes))
 
     def _dump_parts(self, modules: Iterable[types.ModuleType]) -> None:
-        """Dump what was sent by value of modules that are being imported."""
+        """Dump the functions and classes that were sent by value of modules being imported."""
         for module in modules:
             parts = {
                 name: value

@@ -25,7 +25,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 # First line, last line, first column and last column; columns are -1 where they are unknown.
 Position = tuple[int, int, int, int]
-# File, qualified name of the function, what was executed of it.
+# File, qualified name of the function, and the position in the file.
 Frame = tuple[str, str, Position]
 
 

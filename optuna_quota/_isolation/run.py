@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import contextlib
-from dataclasses import dataclass
 import functools
 import logging
-import os
-from pathlib import Path
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -16,7 +13,6 @@ from optuna import TrialPruned
 from optuna.trial import Trial
 from optuna.trial import TrialState
 
-from optuna_quota import _optuna
 from optuna_quota._enforcement.check import raise_rejected
 from optuna_quota._enforcement.check import record_breach
 from optuna_quota._enforcement.forecast import completed_trials
@@ -28,36 +24,19 @@ from optuna_quota._enforcement.nesting import pruner_meters
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
 from optuna_quota._enforcement.trial_result import read_row
 from optuna_quota._enforcement.trial_result import record_result
-from optuna_quota._isolation import linux
 from optuna_quota._isolation import messages
-from optuna_quota._isolation.environment import read_context
 from optuna_quota._isolation.forkserver_client import fork_server_client
-from optuna_quota._isolation.forkserver_client import PreparedMain
-from optuna_quota._isolation.launch import can_supervise
-from optuna_quota._isolation.launch import launch_fork
-from optuna_quota._isolation.launch import StartMethod
-from optuna_quota._isolation.launch import TrialConnections
-from optuna_quota._isolation.main_module import find_main_module
-from optuna_quota._isolation.main_module import MainModule
-from optuna_quota._isolation.memory_limits import find_delegated
-from optuna_quota._isolation.memory_limits import own_cgroup
 from optuna_quota._isolation.multiprocessing_child import is_in_preparation
-from optuna_quota._isolation.outcome import OnCrash
 from optuna_quota._isolation.outcome import OutcomeResolver
-from optuna_quota._isolation.output import prepare_logging
-from optuna_quota._isolation.output import read_output_settings
-from optuna_quota._isolation.pickling import dump_objective
-from optuna_quota._isolation.pickling import NeedsFork
-from optuna_quota._isolation.pickling import Payload
-from optuna_quota._isolation.portable import launch_portable
 from optuna_quota._isolation.rpc import RemoteObjects
-from optuna_quota._isolation.rpc import TrialFacts
 from optuna_quota._isolation.server import NotStarted
 from optuna_quota._isolation.server import Server
+from optuna_quota._isolation.start import CannotStart
+from optuna_quota._isolation.start import IsolationOptions
+from optuna_quota._isolation.start import TrialStarter
 from optuna_quota._metering import key_of
 from optuna_quota._metering import metering_loop
 from optuna_quota._metering import Verdict
-from optuna_quota._metering.visible_gpus import device_memory
 from optuna_quota._records import is_rejected
 from optuna_quota._resources import Breach
 from optuna_quota._resources import CLOCK_RESOURCES
@@ -74,19 +53,6 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("optuna.quota.isolated")
 
 _ATTEMPTS = 3
-
-
-@dataclass(frozen=True)
-class IsolationOptions:
-    """The options of :func:`~optuna_quota.isolated`."""
-
-    grace_period: float
-    start_method: StartMethod
-    limits: Limits | None
-    predictive_stop: bool
-    on_crash: OnCrash
-    strict_memory: bool
-    preload: tuple[str, ...]
 
 
 class TrialRun:
@@ -173,7 +139,7 @@ class TrialRun:
                 fork_server_client().reset()
                 if attempt == _ATTEMPTS - 1:
                     return self._resolver.crash(messages.ExitReport(exitcode=None), str(error))
-            except _CannotStart as error:
+            except CannotStart as error:
                 return self._resolver.crash(messages.ExitReport(exitcode=None), str(error))
         assert server is not None
         value = self._resolver.resolve(server)
@@ -182,19 +148,15 @@ class TrialRun:
         return value
 
     def _start_and_serve(self) -> Server:
-        connections, start, payload = self._launch()
+        started = TrialStarter(
+            self._objective, self._options, self._trial, self._monitor, self._remote
+        ).start()
         label = f"Trial {self._trial.number}"
-        self._server = server = Server(connections, self._remote, self, label=label)
+        self._server = server = Server(started.connections, self._remote, self, label=label)
         # Until the objective begins, only time counts.
         self._monitor.on_breach(self._stop_for_time)
         try:
-            if start is not None and payload is not None:
-                with contextlib.suppress(ConnectionError):
-                    connections.control.send(self._monitoring())
-                    connections.channel.send(start)
-                    payload.send_buffers(connections.channel)
-            # While the trial runs, it alone holds what was sent to it.
-            del start, payload
+            started.send()
             server.serve()
         except KeyboardInterrupt:
             self._interrupt(server)
@@ -203,7 +165,7 @@ class TrialRun:
             server.kill()
             raise
         finally:
-            connections.close()
+            started.connections.close()
         return server
 
     def _interrupt(self, server: Server) -> None:
@@ -244,98 +206,16 @@ class TrialRun:
         row = read_row(self._study, self._trial)
         record_result(self._study, row, self._monitor, state, error=reported)
 
-    # Start of the processes.
-
-    def _launch(self) -> tuple[TrialConnections, messages.StartTrial | None, Payload | None]:
-        """Start the processes; return what is to be sent, None where they inherited it."""
-        method = self._options.start_method
-        if not can_supervise():
-            main = PreparedMain(find_main_module().without_statements(), is_made=False)
-            payload = dump_objective(self._objective, self._remote, main.module)
-            return launch_portable(), self._start_message(payload, main), payload
-        if method == "fork":
-            return self._launch_fork(), None, None
-        client = fork_server_client()
-        if method == "spawn":
-            client = client.for_one_trial()
-        before = self._monitor.elapsed
-        try:
-            main = client.prepare(self._options.preload)
-            payload = dump_objective(self._objective, self._remote, main.module)
-            connections = client.launch(_delegated_cgroup(), payload.descriptors)
-        except NeedsFork:
-            # As multiprocessing itself would by default, where such a lock is made.
-            if linux.uses_cuda():
-                raise
-            return self._launch_fork(), None, None
-        except OSError as error:
-            raise _CannotStart(f"The trial's process could not be started: {error}") from error
-        finally:
-            if method == "spawn":
-                client.release()
-        # What the fork server loads first serves all trials: it is no time of this one.
-        self._monitor.detach(waited=self._monitor.elapsed - before)
-        return connections, self._start_message(payload, main), payload
-
-    def _launch_fork(self) -> TrialConnections:
-        # Made before the fork: after it, each page that is touched here is copied.
-        start = self._start_message(None, PreparedMain(MainModule(), is_made=True))
-        inherited = messages.InheritedObjective(start, self._monitoring(), self._objective)
-        prepare_logging(reset=False)
-        return launch_fork(_delegated_cgroup(), inherited)
-
-    def _start_message(self, payload: Payload | None, main: PreparedMain) -> messages.StartTrial:
-        trial, study, monitor = self._trial, self._study, self._monitor
-        # What can be set only once goes by the most that could be granted of a quota; the
-        # metering loop enforces what is granted so far.
-        limits = {name: ceiling.limit for name, ceiling in monitor.hard_ceilings.items()}
-        gpus = {**os.environ, **monitor.environment}
-        return messages.StartTrial(
-            context=read_context(monitor.environment, main.module),
-            has_main=main.is_made,
-            output=read_output_settings(),
-            trial=TrialFacts(
-                number=trial.number,
-                trial_id=None if study is None else _optuna.trial_id_of(trial),
-                datetime_start=trial.datetime_start,
-                study=None if study is None else self._remote.handle(study),
-            ),
-            limits=limits,
-            device_memory=device_memory(gpus) if "gpu_memory" in limits else None,
-            grace_period=self._options.grace_period,
-            objective=None if payload is None else payload.pickles,
-            buffers=() if payload is None else payload.sizes,
-            strict_memory=self._options.strict_memory,
-        )
-
-    def _monitoring(self) -> messages.BeginMonitoring:
-        ceiling = self._monitor.hard_ceilings.get("memory")
-        return messages.BeginMonitoring(
-            grace_period=self._options.grace_period,
-            memory=None if ceiling is None else ceiling.limit,
-            quota=ceiling is not None and ceiling.quota,
-            elapsed=self._monitor.elapsed,
-            outsiders=self._outsiders,
-        )
-
-    @property
-    def _outsiders(self) -> int:
-        """How many processes beside the trial hold what it was forked with.
-
-        The fork server, the trial's supervisor, and the two that wait for the next trial.
-        """
-        return 4 if self._options.start_method == "forkserver" else 0
-
     # Called by the server while the trial runs.
 
     def on_ready(self, ready: messages.Ready) -> None:
         """Meter the trial's process from now on."""
         ceiling = self._monitor.hard_ceilings.get("memory")
-        has_judge = ready.supervisor is not None and ceiling is not None
-        self._monitor.supervised = ceiling.limit if has_judge and ceiling is not None else None
+        if ready.supervisor is not None and ceiling is not None:
+            self._monitor.supervised = ceiling.limit
         # If it has ended already, its supervisor reports all that is to be known.
         with contextlib.suppress(ProcessLookupError):
-            self._monitor.attach(ready.pid, ready.supervisor, self._outsiders)
+            self._monitor.attach(ready.pid, ready.supervisor, self._options.outsiders)
         self._monitor.on_breach(self._stop)
 
     def on_report(self, step: int) -> None:
@@ -369,10 +249,6 @@ class TrialRun:
     def _stop(self, breach: Breach) -> None:
         assert self._server is not None
         self._server.stop(breach, self._options.grace_period)
-
-
-class _CannotStart(Exception):
-    """The fork server can't be started; that was retried already."""
 
 
 class _StepForecast:
@@ -435,8 +311,3 @@ def _stored_state(value: Any, error: BaseException | None, n_values: int) -> Tri
     except (TypeError, ValueError):
         return TrialState.FAIL
     return TrialState.COMPLETE if all(valid) and len(valid) == n_values else TrialState.FAIL
-
-
-@functools.cache
-def _delegated_cgroup() -> Path | None:
-    return find_delegated(own_cgroup())

@@ -256,7 +256,7 @@ class Supervisor:
                 signal.pidfd_send_signal(self._child_handle, number)
 
     def _kill(self, killer: messages.Killer) -> None:
-        """Kill the trial's own process; those that it started are killed when it is gone."""
+        """Kill the trial's own process; what it started is killed when it is gone."""
         self._killer = self._killer or killer
         self._deadline = None
         if self._cgroup is not None:
@@ -285,8 +285,7 @@ class Supervisor:
         if linux.process_state(self._child) != "T":
             self._paused_at, self._pause_reported = None, False
         elif self._paused_at is None:
-            # A cluster that suspends a job stops its processes one after another: the study's,
-            # perhaps, next.
+            # A cluster that suspends a job stops its processes one after another.
             self._paused_at = now
         elif not self._pause_reported and now > self._paused_at + 2 * _SUSPENSION_PERIOD:
             self._pause_reported = True
@@ -347,18 +346,12 @@ class _TreeMemory:
     Args:
         child: The trial's process, a child of this one.
         forked_from_study: Whether the memory that it shares with this process is the study's.
-
-    Attributes:
-        outsiders: How many processes outside of the tree hold what it was forked with.
-        peak: The highest memory measured, in bytes.
-        unseen_peak: A peak between two measurements by the kernel's own counters, in bytes.
-        growth: The fastest growth to expect, in bytes a second.
     """
 
     def __init__(self, child: int, *, forked_from_study: bool) -> None:
         self.outsiders = 0
         self.peak = self.unseen_peak = 0.0
-        self.growth = ASSUMED_GROWTH
+        self.growth = ASSUMED_GROWTH  # the fastest to expect, in bytes a second
         self._child = child
         self._forked_from_study = forked_from_study
         self._tree: LinuxProcessTree | None = None
@@ -393,8 +386,7 @@ class _TreeMemory:
 
     def at_most(self) -> float:
         """Return the most that the trial can hold now, in bytes, at less cost."""
-        assert self._tree is not None
-        return self._tree.at_most()
+        return 0.0 if self._tree is None else self._tree.at_most()
 
 
 def _poll(poll: select.poll, seconds: float | None) -> list[tuple[int, int]]:

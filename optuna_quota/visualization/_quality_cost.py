@@ -88,7 +88,7 @@ def _get_quality_info(
         cost = trial.amounts.get(resource)
         if trial.outcome != "completed" or cost is None:
             continue
-        value = float(target(trial.trial)) if target else first_value(trial.trial)
+        value = float(target(trial.trial)) if target else _first_value(trial.trial)
         if math.isfinite(value):
             hover = trial.hover(resource, f"value {value:.6g}")
             priced.append(_Priced(trial.number, cost, value, hover))
@@ -96,7 +96,7 @@ def _get_quality_info(
     return _QualityInfo(resource, target_name, upward, priced, _front(priced, upward))
 
 
-def first_value(trial: FrozenTrial) -> float:
+def _first_value(trial: FrozenTrial) -> float:
     """Return the first objective value, NaN where there is none."""
     return trial.values[0] if trial.values else math.nan
 

@@ -223,7 +223,7 @@ def test_memory_that_stays_within_the_limit_stops_nothing(
     course: Callable[[float], float],
 ) -> None:
     assert max(course(float(t)) for t in range(100)) < 950
-    # A cache that fills up is told from a leak by trials that completed with one.
+    # A cache that fills up is distinguished from a leak by trials that completed with one.
     usual = 850 if course(50.0) == 840 else None
     assert of_memory(course, usual=usual) is None
 

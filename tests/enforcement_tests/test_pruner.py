@@ -98,7 +98,7 @@ def test_without_a_breach_it_prunes_as_the_base_pruner(
     make: Callable[[BasePruner], optuna.Study], base: Callable[[], BasePruner]
 ) -> None:
     def states(study: optuna.Study) -> list[tuple[TrialState, int]]:
-        study.optimize(curve, n_trials=25)
+        study.optimize(curve, n_trials=15)
         return [(t.state, len(t.intermediate_values)) for t in study.trials]
 
     wrapped, bare = make(QuotaPruner(base(), limits=ROOM)), make(base())

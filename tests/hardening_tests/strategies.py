@@ -100,22 +100,22 @@ class OpenTrial:
         process: The worker that asked for it.
         trial: The trial as the worker has it.
         started: Seconds of the simulation at its start.
-        told: Whether it was told of a breach.
+        breached: Whether it was stopped for a breach.
         rejected: Whether it was rejected.
         asked: The number of suggested parameters.
         reports: The number of reported values.
         highest: The peak memory of its process since the start, in bytes.
         steady: Whether its usage can be told from that of other trials of its process.
-        retold: Whether `tell` has failed once.
+        tell_failed: Whether `tell` has failed once.
     """
 
     process: Process
     trial: optuna.Trial
     started: float
-    told: bool = False
+    breached: bool = False
     rejected: bool = False
     asked: int = 0
     reports: int = 0
     highest: float = 0.0
     steady: bool = True
-    retold: bool = False
+    tell_failed: bool = False

@@ -122,14 +122,14 @@ class Interleavings(StudyInvariants):
                 if by_pruner:
                     held.trial.report(0.5, held.reports)
                     held.reports += 1
-                    told = held.trial.should_prune()
-                    held.told = held.told or (told and not held.rejected)
+                    pruned = held.trial.should_prune()
+                    held.breached = held.breached or (pruned and not held.rejected)
                 else:
                     check(held.trial)
-                assert not over or held.told or held.rejected
+                assert not over or held.breached or held.rejected
             except LimitBreached as error:
                 self.judge(held, error)
-                held.told = True
+                held.breached = True
             except TrialRejected:
                 assert held.rejected
 
@@ -157,18 +157,18 @@ class Interleavings(StudyInvariants):
             held.process.study.tell(held.trial, values, state=state)
         row = self.row_of(held)
         if not row.state.is_finished():
-            # Optuna's own write failed; it can be told again.
+            # Optuna's own write failed; `tell` can be called again.
             assert self.simulation.fault.fired
-            held.retold = True
+            held.tell_failed = True
             return
         self.open.remove(held)
         assert row.state == state
         record = read_record(row)
         if held.rejected:
             assert record.outcome == "rejected"
-        elif held.told and state != TrialState.COMPLETE:
+        elif held.breached and state != TrialState.COMPLETE:
             assert record.outcome == "terminated" and record.breach is not None
-        elif held.told:
+        elif held.breached:
             assert record.breach is not None and record.reason
         if record.outcome == "completed":
             assert (record.reason is None) == (record.breach is None)

@@ -1,4 +1,4 @@
-"""The process that trials are forked from."""
+"""The fork server: what it loads, and how it is replaced."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from optuna_quota import QuotaPruner
 from optuna_quota import TrialCrashed
 from optuna_quota._isolation.forkserver_client import fork_server_client
 from optuna_quota._isolation.forkserver_client import ForkServerClient
+from optuna_quota._metering import metering_loop
 from optuna_quota._records import read_record
 
 
@@ -163,3 +164,24 @@ def test_the_reason_why_a_fork_server_cannot_start(monkeypatch: pytest.MonkeyPat
     with pytest.raises(TrialCrashed, match="no luck today"):
         study.optimize(isolated(quadratic, start_method="spawn", on_crash="raise"), n_trials=1)
     assert study.trials[0].state == TrialState.FAIL
+
+
+def test_a_fork_server_is_no_part_of_a_trial_in_process() -> None:
+    from optuna_quota._isolation.forkserver_client import ForkServerClient
+
+    client = ForkServerClient()
+    loop = metering_loop()
+    try:
+        client.launch(None).close()
+        assert client._process is not None
+        server = client._process.pid
+        assert server in loop.excluded_pids
+        watch = loop.monitor((0, 0))
+        target = loop.trees.of(watch)
+        assert target is not None and server not in target.pids
+        watch.close()
+    finally:
+        client.close()
+        client.reset()
+        client._errors.close()
+    assert server not in loop.excluded_pids

@@ -40,6 +40,7 @@ class Scaled:
         return self.factor * quadratic(trial)
 
 
+@pytest.mark.slow
 def test_any_callable_runs_in_another_process() -> None:
     offset = 3.0
     objectives: list[Callable[..., Any]] = [
@@ -219,7 +220,7 @@ def test_several_objectives_and_ask_and_tell() -> None:
         study.optimize(isolated(lambda trial: trial.report(1.0, 0)), n_trials=1)
 
 
-def test_threads_of_the_parent_each_mind_one_child() -> None:
+def test_threads_run_one_trial_each() -> None:
     study = optuna.create_study()
     study.optimize(isolated(quadratic), n_trials=8, n_jobs=3)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 8
@@ -243,7 +244,7 @@ def test_storages(tmp_path: Any, backend: str) -> None:
     assert all(t.intermediate_values == {0: 1.0} for t in study.trials)
 
 
-def test_a_fixed_trial_is_good_enough() -> None:
+def test_a_fixed_trial() -> None:
     trial = optuna.trial.FixedTrial({"x": 0.5})
     assert isolated(quadratic)(trial) == 0.25
 

@@ -1,4 +1,4 @@
-"""What of a script's main module a trial makes anew, chosen from its syntax tree."""
+"""Statements of a script that a trial's main module runs, chosen from the syntax tree."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from optuna_quota._isolation.main_module import running_line
         ("True", False),
     ],
 )
-def test_which_statement_is_a_guard(test: str, expected: bool) -> None:
+def test_is_guard(test: str, expected: bool) -> None:
     (statement,) = ast.parse(f"if {test}:\n    pass").body
     assert is_guard(statement) is expected
 
@@ -157,7 +157,7 @@ CHOSEN = {
 
 
 @pytest.mark.parametrize("case", CHOSEN)
-def test_definitions_are_run_and_nothing_else(case: str) -> None:
+def test_definitions(case: str) -> None:
     lines = [line[8:] for line in CHOSEN[case].strip("\n").splitlines()]
     chosen = definitions(ast.parse("\n".join(lines)).body)
     found = {
@@ -166,7 +166,7 @@ def test_definitions_are_run_and_nothing_else(case: str) -> None:
     assert [lines[n - 1] for n in sorted(found)] == [x for x in lines if x.endswith("#+")]
 
 
-def test_names_of_a_star_import_are_known() -> None:
+def test_names_of_a_star_import() -> None:
     chosen = definitions(ast.parse("from enum import *\nclass A(Enum): X = auto").body)
     assert len(chosen) == 2
 
@@ -185,7 +185,7 @@ def test_names_of_a_star_import_are_known() -> None:
         ("if x: import a\nelse: a = y", {"x", "y"}),
     ],
 )
-def test_names_that_a_definition_looks_up_at_once(source: str, expected: set[str]) -> None:
+def test_needed_names(source: str, expected: set[str]) -> None:
     (statement,) = ast.parse(source).body
     assert needed_names(statement) == expected
 
@@ -211,7 +211,7 @@ def test_names_that_a_definition_looks_up_at_once(source: str, expected: set[str
         ("f(a)", set()),
     ],
 )
-def test_names_that_a_statement_binds(source: str, expected: set[str]) -> None:
+def test_bound_names(source: str, expected: set[str]) -> None:
     (statement,) = ast.parse(source).body
     assert bound_names(statement) == expected
 
@@ -234,7 +234,7 @@ def test_names_that_a_statement_binds(source: str, expected: set[str]) -> None:
         ("import os\nos.environ['X'] = load()", set()),
     ],
 )
-def test_names_that_are_bound_once(source: str, expected: set[str]) -> None:
+def test_bound_once(source: str, expected: set[str]) -> None:
     tree = ast.parse(source)
     assert bound_once(tree, definitions(tree.body)) == expected
 
@@ -278,7 +278,7 @@ ORDER.append("after")
 """
 
 
-def test_a_guarded_script_is_made_whole_as_an_import_would(main: Path) -> None:
+def test_a_guarded_script_is_made_as_an_import_would(main: Path) -> None:
     found = run_script(main, GUARDED).found
     assert found.names == {"f", "helper"} | {"ORDER"}
     again = made(found)
@@ -287,34 +287,34 @@ def test_a_guarded_script_is_made_whole_as_an_import_would(main: Path) -> None:
     assert sys.modules["__mp_main__"] is sys.modules["__main__"]
 
 
-def test_of_several_statements_on_a_line_each_is_judged_by_itself(main: Path) -> None:
+def test_several_statements_on_a_line(main: Path) -> None:
     found = run_script(main, "import os; DATA = list(); SIZE = 2; found = find()\n").found
     assert found.names == {"os", "SIZE"}
     assert made(found).keys() >= {"os", "SIZE"} and "DATA" not in made(found)
 
 
-def test_a_script_that_starts_its_study_outside_its_guard_is_not_run_again(main: Path) -> None:
+def test_a_study_outside_of_the_guard_is_not_run_again(main: Path) -> None:
     source = "def f(): return 3\nRUNS = list()\nfound = find()\nif __name__ == '__main__': pass\n"
     found = run_script(main, source).found
     assert found.names == {"f"}
     assert "RUNS" not in made(found)
 
 
-def test_an_unguarded_script_has_its_definitions_only(main: Path) -> None:
+def test_an_unguarded_script_has_definitions_only(main: Path) -> None:
     source = "import os\nSIZE = 2\ndef f(): return os.sep * SIZE\nDATA = list()\nfound = find()\n"
     found = run_script(main, source).found
     assert found.names == {"os", "SIZE", "f"}
     assert made(found).keys() >= {"os", "SIZE", "f"} and "DATA" not in made(found)
 
 
-def test_after_the_script_has_run_only_a_guard_says_whether_it_can_be_imported(main: Path) -> None:
+def test_a_script_that_has_run_to_its_end(main: Path) -> None:
     whole = run_script(main, "DATA = list()\nif __name__ == '__main__': pass\n")
     assert running_line(whole) is None and "DATA" in made(find_main_module())
     run_script(main, "DATA = list()\n")
     assert "DATA" not in made(find_main_module())
 
 
-def test_a_worker_of_multiprocessing_has_imported_its_script_already(main: Path) -> None:
+def test_a_worker_of_multiprocessing(main: Path) -> None:
     found = run_script(main, "DATA = list()\ndef f(): pass\nfound = find()\n", "__mp_main__").found
     assert found.names == {"DATA", "f", "found"}
 
@@ -324,7 +324,7 @@ def test_a_worker_of_multiprocessing_has_imported_its_script_already(main: Path)
     ["def f(): return 4\nfound = find()\n", "def f(: oops\n", None],
     ids=["changed", "broken", "gone"],
 )
-def test_of_a_file_that_was_edited_since_nothing_is_taken(main: Path, edited: str | None) -> None:
+def test_a_file_that_was_edited_since_is_not_used(main: Path, edited: str | None) -> None:
     run_script(main, "def f(): return 3\nfound = find()\n")
     main.unlink()
     if edited is not None:
@@ -332,7 +332,7 @@ def test_of_a_file_that_was_edited_since_nothing_is_taken(main: Path, edited: st
     assert find_main_module() == MainModule(str(main))
 
 
-def test_an_edit_of_something_else_does_not_matter(main: Path) -> None:
+def test_an_edit_outside_of_functions_does_not_matter(main: Path) -> None:
     run_script(main, "def f(): return 3\nfound = find()\n")
     main.write_text("def f(): return 3\nfound = find()\n\n# A remark.\n")
     assert find_main_module().names == {"f"}
@@ -348,7 +348,7 @@ def test_an_edit_of_a_decorated_function_is_noticed(main: Path) -> None:
     assert find_main_module() == MainModule(str(main))
 
 
-def test_decorated_and_repeated_functions_do_not_pass_for_edited(main: Path) -> None:
+def test_decorated_and_repeated_functions_do_not_look_edited(main: Path) -> None:
     source = (
         "import functools\ndef g(): return 1\ndef g(): return 2\n"
         "def wrap(f): return functools.wraps(f)(lambda: f())\n"
@@ -358,7 +358,7 @@ def test_decorated_and_repeated_functions_do_not_pass_for_edited(main: Path) -> 
 
 
 @pytest.mark.parametrize("attribute", ["file", "ipython", "installed"])
-def test_where_there_is_no_script_all_goes_by_value(main: Path, attribute: str) -> None:
+def test_without_a_script_all_goes_by_value(main: Path, attribute: str) -> None:
     module = run_script(main, "def f(): pass\n")
     if attribute == "file":
         module.__file__ = None
@@ -370,7 +370,7 @@ def test_where_there_is_no_script_all_goes_by_value(main: Path, attribute: str) 
     assert not found.statements and not found.names
 
 
-def test_what_a_module_raises_is_raised(main: Path) -> None:
+def test_an_exception_of_the_module_is_raised(main: Path) -> None:
     found = run_script(main, "x = 1\nif __name__ == '__main__':\n    found = find()\n").found
     main.write_text("raise KeyError('x')\nif __name__ == '__main__':\n    found = find()\n")
     main_module._parse.cache_clear()

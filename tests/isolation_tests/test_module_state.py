@@ -1,4 +1,4 @@
-"""What a script has set in its own modules is set in the trial's process."""
+"""Changes that a script has made to its own modules are made in the trial's process."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Settings:
         (list(range(201)), False),
     ],
 )
-def test_what_is_plain(value: Any, expected: bool) -> None:
+def test_is_plain(value: Any, expected: bool) -> None:
     assert is_plain(value) is expected
 
 
@@ -131,7 +131,7 @@ def test_attributes_of_classes_are_set() -> None:
     [threading.Lock(), open, np.zeros(10), Settings(data=[0] * 10_000), Settings(lock=open), int],
     ids=["lock", "function", "array", "large", "refers to code", "class of another"],
 )
-def test_what_the_module_makes_itself_is_left_to_it(value: Any) -> None:
+def test_other_values_are_left_to_the_module(value: Any) -> None:
     assert carried(make(X=value), make(X="its own")).X == "its own"
 
 
@@ -139,7 +139,7 @@ def test_large_data_is_not_looked_through(monkeypatch: pytest.MonkeyPatch) -> No
     assert read_module_state([make(X=list(range(10**6)), Y=np.zeros(10**6))]) == {}
 
 
-def test_what_can_not_be_set_any_more_is_left() -> None:
+def test_read_only_attributes_are_left() -> None:
     class Fixed:
         @property
         def epochs(self) -> int:

@@ -1,4 +1,4 @@
-"""What trials print, log and warn appears in the study's process."""
+"""Output, log records and warnings of trials appear in the study's process."""
 
 from __future__ import annotations
 

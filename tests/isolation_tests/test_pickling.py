@@ -1,4 +1,4 @@
-"""What scripts send to their trials: classes, functions, data, queues and locks."""
+"""Classes, functions, data, queues and locks that scripts send to their trials."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from optuna_quota import isolated
 from optuna_quota import Limits
 from optuna_quota import QuotaPruner
 from optuna_quota import TrialCrashed
-from optuna_quota._isolation import run
+from optuna_quota._isolation import start
 from optuna_quota._records import read_record
 
 
@@ -21,7 +21,7 @@ from optuna_quota._records import read_record
 def test_trials_without_a_linux_supervisor(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "can_supervise", lambda: False)
+    monkeypatch.setattr(start, "can_supervise", lambda: False)
 
     def objective(trial: optuna.Trial) -> float:
         x = trial.suggest_float("x", 0, 1)

@@ -9,10 +9,18 @@ import time
 from typing import Any
 
 import optuna
+import pytest
 
 from optuna_quota import isolated
 from optuna_quota import Limits
 from optuna_quota import QuotaPruner
+from optuna_quota._isolation.launch import can_supervise
+
+
+MIB = 2**20
+GIB = 2**30
+
+needs_supervisor = pytest.mark.skipif(not can_supervise(), reason="needs Linux with pidfds")
 
 
 def run_one(

@@ -1,4 +1,4 @@
-"""The memory of an isolated trial: what is recorded, what fits, and what is over a limit."""
+"""Memory of an isolated trial: what is recorded, what fits and what breaches a limit."""
 
 from __future__ import annotations
 
@@ -27,14 +27,12 @@ import pytest
 from optuna_quota import isolated
 from optuna_quota import Limits
 from optuna_quota import QuotaPruner
-from optuna_quota._isolation.launch import can_supervise
 from optuna_quota._records import read_record
+from tests.isolation_tests.trials import needs_supervisor
 from tests.isolation_tests.trials import run_one
 
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not can_supervise(), reason="needs Linux with pidfds"
-)
+pytestmark = needs_supervisor
 MIB = 2**20
 
 
@@ -233,6 +231,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, "450MiB"], ids=["no limit", "limit"])
 @pytest.mark.parametrize("objective", HOLDERS, ids=lambda value: value.__name__)
 def test_memory_is_recorded_as_the_kernel_divides_it(
@@ -258,12 +257,13 @@ def test_memory_is_recorded_as_the_kernel_divides_it(
     record = read_record(trial)
     assert (trial.state, record.reason) == (TrialState.COMPLETE, None)
     assert witness.peak and record.usage.memory is not None
-    # What the template of this test run holds, some 150 MiB, has 3 to 7 holders.
+    # What the fork server of this test run holds, some 150 MiB, has 3 to 7 holders.
     assert abs(record.usage.memory - witness.peak) <= 0.1 * witness.peak + 20 * MIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [None, "450MiB"], ids=["no limit", "limit"])
-def test_what_is_freed_between_two_looks_is_recorded(limit: str | None) -> None:
+def test_memory_freed_between_measurements_is_recorded(limit: str | None) -> None:
     def objective(trial: optuna.Trial) -> float:
         time.sleep(0.7)  # looks are seldom by now
         block = mmap.mmap(-1, 300 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -275,7 +275,7 @@ def test_what_is_freed_between_two_looks_is_recorded(limit: str | None) -> None:
 
     record = read_record(run_one(objective, None if limit is None else Limits(memory=limit)))
     assert record.outcome == "completed" and record.usage.memory is not None
-    # With what all hold that were forked from the template.
+    # With what all hold that were forked from the fork server.
     assert 300 * MIB <= record.usage.memory < 400 * MIB
 
 
@@ -294,7 +294,7 @@ def test_a_file_that_is_read_within_a_short_trial_is_no_memory(
         assert record.usage.memory is not None and record.usage.memory < 60 * MIB
 
 
-def test_what_the_study_holds_is_not_its_forked_trials() -> None:
+def test_memory_of_the_study_does_not_count_for_a_fork() -> None:
     block = np.ones(300 * MIB // 8)
 
     def objective(trial: optuna.Trial) -> float:
@@ -309,7 +309,8 @@ def test_what_the_study_holds_is_not_its_forked_trials() -> None:
     assert 50 * MIB <= record.usage.memory < 80 * MIB
 
 
-def test_what_a_forked_trial_writes_to_is_its_own() -> None:
+@pytest.mark.slow
+def test_pages_that_a_fork_writes_to_count() -> None:
     block = np.ones(300 * MIB // 8)
 
     def objective(trial: optuna.Trial) -> float:
@@ -387,6 +388,7 @@ def _fill_600_mib(_: LoadsSlowly, trial: optuna.Trial) -> float:
     return float(held[0][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start_method", ["forkserver", "fork"])
 def test_a_limit_is_enforced_while_the_study_is_busy(start_method: Any, tmp_path: Path) -> None:
     file = tmp_path / "loading"
@@ -411,7 +413,8 @@ def test_a_limit_is_enforced_while_the_study_is_busy(start_method: Any, tmp_path
     assert record.usage.memory is not None and record.usage.memory < 340 * MIB
 
 
-def test_memory_that_is_free_again_before_the_objective_begins_is_not_its() -> None:
+@pytest.mark.slow
+def test_memory_freed_before_the_objective_begins_does_not_count() -> None:
     trial = run_one(functools.partial(_run_loaded, LoadsMuch()), Limits(memory="300MiB"))
     record = read_record(trial)
     assert (trial.state, record.reason) == (TrialState.COMPLETE, None)
@@ -528,12 +531,12 @@ def in_some_fits(size: int) -> float:
 WORKERS = [
     fill,
     in_a_pool,
-    in_an_executor,
-    in_joblib,
-    in_a_data_loader,
-    in_a_checked_script,
+    pytest.param(in_an_executor, marks=pytest.mark.slow),
+    pytest.param(in_joblib, marks=pytest.mark.slow),
+    pytest.param(in_a_data_loader, marks=pytest.mark.slow),
+    pytest.param(in_a_checked_script, marks=pytest.mark.slow),
     in_a_script,
-    in_some_fits,
+    pytest.param(in_some_fits, marks=pytest.mark.slow),
 ]
 
 
@@ -550,7 +553,7 @@ def needs(act: Any) -> None:
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("strict", [False, True], ids=["measured", "strict"])
 @pytest.mark.parametrize("act", WORKERS, ids=lambda value: value.__name__)
-def test_too_much_memory_is_a_breach_wherever_it_is_wanted(act: Any, strict: bool) -> None:
+def test_too_much_memory_is_a_breach_in_any_process(act: Any, strict: bool) -> None:
     needs(act)
     trial = run_one(
         lambda trial: act(900 * MIB),
@@ -568,7 +571,7 @@ def test_too_much_memory_is_a_breach_wherever_it_is_wanted(act: Any, strict: boo
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("act", WORKERS, ids=lambda value: value.__name__)
-def test_what_fits_completes_wherever_it_is(act: Any) -> None:
+def test_memory_within_the_limit_completes(act: Any) -> None:
     needs(act)
     trial = run_one(lambda trial: act(80 * MIB), Limits(memory="400MiB"))
     assert (trial.state, read_record(trial).reason) == (TrialState.COMPLETE, None)

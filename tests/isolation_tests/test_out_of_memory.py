@@ -1,25 +1,128 @@
-"""How an isolated trial ended, and how it will: decisions that need no process."""
+"""Failed allocations of memory and of GPU memory, and the limits behind them."""
 
 from __future__ import annotations
 
-import signal
 import subprocess
 
 import numpy as np
 import pytest
 
-from optuna_quota._isolation.exit_cause import describe_exit
-from optuna_quota._isolation.exit_cause import find_breach_at_exit
-from optuna_quota._isolation.messages import ExitReport
+from optuna_quota._isolation.out_of_memory import describe_full_gpu
 from optuna_quota._isolation.out_of_memory import FailedAllocation
 from optuna_quota._isolation.out_of_memory import find_failed_allocation
+from optuna_quota._isolation.out_of_memory import find_gpu_breach
 from optuna_quota._isolation.out_of_memory import find_memory_breach
+from optuna_quota._isolation.out_of_memory import read_gpu_memory_state
+from optuna_quota._metering.gpu_attribution import DeviceShare
 from tests.isolation_tests.trials import caught
+from tests.isolation_tests.trials import GIB
+from tests.isolation_tests.trials import MIB
 from tests.isolation_tests.trials import raises
 
 
-MIB = 2**20
-GIB = 2**30
+OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {"__module__": "torch"})
+CupyError = type("OutOfMemoryError", (MemoryError,), {"__module__": "cupy.cuda.memory"})
+JaxError = type("XlaRuntimeError", (RuntimeError,), {"__module__": "jaxlib.xla_extension"})
+
+TORCH = "CUDA out of memory. Tried to allocate {asked}. GPU 0 has a total capacity of {size} of "
+TORCH += "which {free} is free. Including non-PyTorch memory, this process has {held} memory in "
+TORCH += "use."
+FULL = TORCH.format(asked="20.00 MiB", size="80.00 GiB", free="4.00 MiB", held="1.40 GiB")
+CAPPED = TORCH.format(asked="512.00 MiB", size="80.00 GiB", free="70.00 GiB", held="3.70 GiB")
+OWN = TORCH.format(asked="2.00 GiB", size="8.00 GiB", free="0.50 GiB", held="7.40 GiB")
+JAX = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 20971520 bytes."
+CUPY = "Out of memory allocating {asked:,} bytes (allocated so far: {held:,} bytes, limit set to: "
+CUPY += "{limit:,} bytes)."
+
+HERE = DeviceShare(held=1.5 * GIB, used=79.9 * GIB, total=80.0 * GIB)
+EMPTY = DeviceShare(held=0.0, used=0.0, total=80.0 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("error", "peak", "devices", "limit", "breached"),
+    [
+        (OutOfMemoryError(FULL), 1.5, [HERE], 4, None),
+        (OutOfMemoryError(FULL), None, [], 4, None),
+        (OutOfMemoryError(FULL), None, [], None, None),
+        # What it held once is no matter at the moment of the error.
+        (OutOfMemoryError(FULL), 3.9, [HERE], 4, None),
+        (OutOfMemoryError(CAPPED), None, [], 4, 4),
+        (OutOfMemoryError(CAPPED), 3.7, [], None, None),
+        (OutOfMemoryError(OWN), None, [], None, 8),
+        (OutOfMemoryError(OWN), None, [], 40, 8),
+        (JaxError(JAX), 3.9, [], 4, 4),
+        (JaxError(JAX), 1.4, [HERE], 4, None),
+        # The trial holds half of each of two GPUs, others the rest of one.
+        (
+            JaxError(JAX),
+            12.0,
+            [DeviceShare(12.0 * GIB, 24.0 * GIB, 24.0 * GIB)] * 2,
+            None,
+            None,
+        ),
+        (CupyError(CUPY.format(asked=GIB, held=3 * GIB + 1, limit=4 * GIB)), None, [EMPTY], 4, 4),
+        (CupyError(CUPY.format(asked=GIB, held=GIB, limit=4 * GIB)), 1.2, [HERE], 4, None),
+    ],
+)
+def test_the_limit_the_own_gpu_or_others(
+    error: Exception,
+    peak: float | None,
+    devices: list[DeviceShare],
+    limit: float | None,
+    breached: float | None,
+) -> None:
+    shortage = find_failed_allocation(error)
+    assert shortage is not None
+    held = None if peak is None else peak * GIB
+    known = read_gpu_memory_state(shortage, held, devices, 80.0 * GIB)
+    ceilings = {} if limit is None else {"gpu_memory": (float(limit * GIB), False)}
+    breach = find_gpu_breach(known, ceilings, 3.0)
+    assert (breach and breach.limit) == (breached and breached * GIB)
+    assert breach is None or breach.observed > breach.limit
+
+
+def test_a_full_gpu_is_described() -> None:
+    error = OutOfMemoryError(FULL)
+    shortage = find_failed_allocation(error)
+    assert shortage is not None
+    known = read_gpu_memory_state(shortage, None, [], None)
+    assert str(describe_full_gpu(known, error)).startswith(
+        "The GPU was full, 78.6 GiB of it taken by other processes: the trial held 1.4 GiB and "
+        "asked for 20 MiB more. OutOfMemoryError: CUDA out of memory."
+    )
+
+
+def test_the_error_is_found_behind_others() -> None:
+    outer = ValueError("Training failed.")
+    outer.__cause__ = OutOfMemoryError(CAPPED)
+    shortage = find_failed_allocation(outer)
+    assert shortage is not None
+    known = read_gpu_memory_state(shortage, None, [], None)
+    breach = find_gpu_breach(known, {"gpu_memory": (4.0 * GIB, True)}, 1.0)
+    assert breach is not None and breach.quota
+
+
+def test_an_unknown_cause_is_an_error_of_the_objective() -> None:
+    error = RuntimeError("CUDA out of memory.")
+    shortage = find_failed_allocation(error)
+    assert shortage is not None
+    assert describe_full_gpu(read_gpu_memory_state(shortage, None, [], None), error) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: out of memory"),
+        MemoryError(
+            "std::bad_alloc: out_of_memory: CUDA error (failed to allocate 8000 bytes) at: "
+            "cuda_memory_resource.hpp: cudaErrorMemoryAllocation out of memory"
+        ),
+        CupyError("Out of memory allocating 8,000 bytes (allocated so far: 0 bytes)."),
+    ],
+)
+def test_errors_that_are_a_gpus(error: Exception) -> None:
+    shortage = find_failed_allocation(error)
+    assert shortage is not None and shortage.resource == "gpu_memory"
 
 
 def named(name: str, module: str, base: type[Exception] = RuntimeError) -> type[Exception]:
@@ -60,7 +163,7 @@ def named(name: str, module: str, base: type[Exception] = RuntimeError) -> type[
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_shortages(error: BaseException, expected: FailedAllocation | None) -> None:
+def test_failed_allocations(error: BaseException, expected: FailedAllocation | None) -> None:
     assert find_failed_allocation(caught(raises(error))) == expected
 
 
@@ -89,26 +192,36 @@ Traceback (most recent call last):
            ^^^^^^^^^^^^^^^^^^^^
 numpy._core._exceptions._ArrayMemoryError: Unable to allocate 900. MiB for an array
 """
+
+
 OF_BYTES = """Traceback (most recent call last):
   File "train.py", line 3, in <module>
     data = bytearray(2**31)
 MemoryError
 """
+
+
 RAISED = """Traceback (most recent call last):
   File "train.py", line 3, in <module>
     raise MemoryError("the table is full")
 MemoryError: the table is full
 """
+
+
 WITHOUT_SOURCE = """Traceback (most recent call last):
   File "<string>", line 1, in <module>
 MemoryError: the table is full
 """
+
+
 LOADER = """Caught MemoryError in DataLoader worker process 0.
 Original Traceback (most recent call last):
   File "loader.py", line 3, in fetch
     data = bytearray(2**31)
 MemoryError
 """
+
+
 FITS = (
     """
 All the 5 fits failed.
@@ -118,6 +231,8 @@ Below are more details about the failures:
 """
     + REFUSED
 )
+
+
 GPU = """Traceback (most recent call last):
   File "train.py", line 3, in <module>
     model.cuda()
@@ -152,13 +267,10 @@ def failed_script(stderr: str | bytes) -> subprocess.CalledProcessError:
         (subprocess.CalledProcessError(1, ["python"]), None),
     ],
 )
-def test_shortages_in_other_processes(
+def test_failed_allocations_in_other_processes(
     error: BaseException, expected: FailedAllocation | None
 ) -> None:
     assert find_failed_allocation(caught(raises(error))) == expected
-
-
-LIMITS = {"memory": (1.0 * GIB, False), "cpu_time": (10.0, True)}
 
 
 @pytest.mark.parametrize(
@@ -173,53 +285,12 @@ LIMITS = {"memory": (1.0 * GIB, False), "cpu_time": (10.0, True)}
         (FailedAllocation("gpu_memory", GIB), GIB, True, False),
     ],
 )
-def test_a_shortage_at_the_limit_is_a_breach(
+def test_a_failed_allocation_at_the_limit_is_a_breach(
     shortage: FailedAllocation, used: float, enforced: bool, breached: bool
 ) -> None:
-    breach = find_memory_breach(shortage, used, LIMITS, 3.0, enforced=enforced)
+    breach = find_memory_breach(
+        shortage, used, {"memory": (1.0 * GIB, False)}, 3.0, enforced=enforced
+    )
     assert (breach is not None) is breached
     if breach is not None:
         assert breach.observed > breach.limit == GIB
-
-
-@pytest.mark.parametrize(
-    ("ended", "words"),
-    [
-        (ExitReport(-signal.SIGSEGV), "segmentation fault"),
-        (ExitReport(-signal.SIGKILL), "from outside"),
-        (ExitReport(-signal.SIGKILL, oom_kills=1, memory=GIB), "out-of-memory killer"),
-        (ExitReport(-signal.SIGKILL, "stopped"), "SIGSTOP"),
-        (ExitReport(-signal.SIGKILL, "request"), "interrupted"),
-        (ExitReport(0), "before it gave a result"),
-        (ExitReport(7), "exit code 7"),
-        (ExitReport(None), "unknown way"),
-        (ExitReport(-200), "signal 200"),
-    ],
-)
-def test_every_death_has_a_name(ended: ExitReport, words: str) -> None:
-    assert words in describe_exit(ended)
-    assert describe_exit(ended).endswith(".")
-
-
-@pytest.mark.parametrize(
-    ("ended", "strict", "resource"),
-    [
-        (ExitReport(-signal.SIGABRT, memory=0.97 * GIB), True, "memory"),
-        # Nothing is refused where memory is measured.
-        (ExitReport(-signal.SIGABRT, memory=0.97 * GIB), False, None),
-        (ExitReport(-signal.SIGKILL, memory=0.97 * GIB, oom_kills=1), True, None),
-        (ExitReport(-signal.SIGABRT, memory=1.01 * GIB), False, "memory"),
-        (ExitReport(-signal.SIGKILL, memory=0.5 * GIB, cgroup_oom_kills=1), False, "memory"),
-        (ExitReport(-signal.SIGKILL, memory=0.5 * GIB, oom_kills=1), False, None),
-        (ExitReport(-signal.SIGXCPU, cpu_time=9.9), False, "cpu_time"),
-        (ExitReport(1, cpu_time=9.9), False, None),
-        (ExitReport(1), False, None),
-    ],
-)
-def test_a_death_at_a_limit_is_a_breach(
-    ended: ExitReport, strict: bool, resource: str | None
-) -> None:
-    breach = find_breach_at_exit(ended, LIMITS, 5.0, strict_memory=strict)
-    assert (None if breach is None else breach.resource) == resource
-    if breach is not None:
-        assert breach.observed > breach.limit

@@ -1,4 +1,4 @@
-"""A crash ends its trial, not the study; when everything crashes, the study ends."""
+"""A crash fails its trial, not the study; a study in which all trials crash ends."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import isolated
+from optuna_quota import Limits
 from optuna_quota import Quota
 from optuna_quota import QuotaSampler
 from optuna_quota import TrialCrashed
-from optuna_quota._isolation.launch import can_supervise
 from optuna_quota._isolation.outcome import CrashStatus
 from optuna_quota._isolation.outcome import describe_crash_series
 from optuna_quota._records import CRASHED
 from optuna_quota._records import read_record
+from tests.isolation_tests.trials import needs_supervisor
+from tests.isolation_tests.trials import run_one
 
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not can_supervise(), reason="needs Linux with pidfds"
-)
+pytestmark = needs_supervisor
 
 
 def be_killed() -> None:
@@ -56,6 +56,7 @@ def states_of(study: optuna.Study) -> str:
     return "".join(trial.state.name[0] for trial in study.trials)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["plain", "quota"])
 @pytest.mark.parametrize(
     ("how", "words"),
@@ -114,13 +115,14 @@ def test_a_crash_of_a_study_with_two_objectives() -> None:
     assert "exit code 3" in (read_record(study.trials[1]).reason or "")
 
 
+@pytest.mark.slow
 def test_crashes_in_threads() -> None:
     study = optuna.create_study()
     study.optimize(isolated(crash_at(2, 5)), n_trials=8, n_jobs=3)
     assert states_of(study) == "CCFCCFCC"
 
 
-def test_what_is_put_around_the_objective_may_reckon_with_its_value() -> None:
+def test_a_wrapper_may_compute_with_the_value_of_a_crash() -> None:
     inner = isolated(crash_at(1))
     study = optuna.create_study()
     study.optimize(lambda trial: -inner(trial), n_trials=3)
@@ -137,7 +139,7 @@ def test_on_crash_may_raise() -> None:
     assert states_of(study) == "CFCFC"
 
 
-def test_who_asked_for_a_trial_is_told_of_its_crash() -> None:
+def test_a_crash_outside_of_optimize_raises() -> None:
     study = optuna.create_study()
     with pytest.raises(TrialCrashed, match="exit code 3"):
         isolated(crash_at(0))(study.ask())
@@ -152,7 +154,7 @@ def test_who_asked_for_a_trial_is_told_of_its_crash() -> None:
     assert study.trials[1].value == 1.0
 
 
-def test_what_the_objective_raises_goes_through() -> None:
+def test_errors_of_the_objective_are_raised() -> None:
     def objective(trial: optuna.Trial) -> float:
         raise ZeroDivisionError("mine")
 
@@ -175,6 +177,7 @@ def test_a_study_ends_when_its_first_trials_have_all_crashed(sampler: str) -> No
     assert reason == "The trial's process ended by itself with exit code 3."
 
 
+@pytest.mark.slow
 def test_a_study_ends_when_trials_in_a_row_have_crashed() -> None:
     study = optuna.create_study()
     crashing = isolated(crash_at(2, 3, 4, 5, 7, 8, 9, 10, 11, 12))
@@ -183,6 +186,7 @@ def test_a_study_ends_when_trials_in_a_row_have_crashed() -> None:
     assert states_of(study) == "CCFFFFCFFFFF"
 
 
+@pytest.mark.slow
 def test_crashes_are_counted_over_the_rows_of_the_study(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     for number in range(2):
@@ -196,13 +200,14 @@ def test_crashes_are_counted_over_the_rows_of_the_study(tmp_path: Path) -> None:
     assert states_of(study) == "FFFCFC"
 
 
-def test_who_catches_crashes_is_not_stopped() -> None:
+@pytest.mark.slow
+def test_a_study_that_catches_crashes_continues() -> None:
     study = optuna.create_study()
     study.optimize(isolated(crash_at(*range(4))), n_trials=4, catch=(TrialCrashed,))
     assert states_of(study) == "FFFF"
 
 
-def test_a_copy_of_a_crashed_row_has_not_crashed() -> None:
+def test_a_retried_trial_does_not_count_as_crashed() -> None:
     study = optuna.create_study()
     study.optimize(isolated(crash_at(0, 1)), n_trials=2)
     crashed = study.trials[0]
@@ -216,7 +221,7 @@ def test_a_copy_of_a_crashed_row_has_not_crashed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fates", "words"),
+    ("statuses", "words"),
     [
         ("x", None),
         ("xx", None),
@@ -232,11 +237,25 @@ def test_a_copy_of_a_crashed_row_has_not_crashed() -> None:
         (".xx-xxx", None),
     ],
 )
-def test_series(fates: str, words: str | None) -> None:
+def test_crash_series(statuses: str, words: str | None) -> None:
     names: dict[str, CrashStatus] = {"x": "crashed", ".": "ended", "-": "running"}
     found = {
-        describe_crash_series([names[fate] for fate in fates], index)
-        for index, fate in enumerate(fates)
-        if fate == "x"
+        describe_crash_series([names[status] for status in statuses], index)
+        for index, status in enumerate(statuses)
+        if status == "x"
     }
     assert found == {words} or (words is None and found == {None})
+
+
+def test_a_trial_that_never_began_has_used_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise OSError("No process today.")
+
+    monkeypatch.setattr(
+        "optuna_quota._isolation.forkserver_client.ForkServerClient.launch", refuse
+    )
+    trial = run_one(lambda trial: 1.0, Limits(wall_time="1h"))
+    record = read_record(trial)
+    assert record.outcome == "failed" and "No process today" in (record.reason or "")
+    # Neither this process's memory nor that of its fork server.
+    assert record.usage.memory is None and record.isolation == "process"

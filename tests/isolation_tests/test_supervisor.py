@@ -1,4 +1,4 @@
-"""Every death of an isolated trial has a name, and leaves nothing behind."""
+"""How trials' processes end, and that none is left behind."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ import pytest
 from optuna_quota import isolated
 from optuna_quota import Limits
 from optuna_quota import TrialCrashed
-from optuna_quota._isolation.launch import can_supervise
+from optuna_quota._isolation.linux import is_exiting
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import escape
+from tests.isolation_tests.trials import needs_supervisor
 from tests.isolation_tests.trials import run_one
 
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not can_supervise(), reason="needs Linux with pidfds"
-)
+pytestmark = needs_supervisor
 
 
 def segfault(trial: optuna.Trial) -> float:
@@ -107,6 +106,7 @@ def test_a_segfault_shows_where_python_was(caplog: pytest.LogCaptureFixture) -> 
     assert "in segfault" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["return", "breach", "crash"])
 def test_nothing_that_a_trial_starts_survives_it(
     tmp_path: Path, end: str, caplog: pytest.LogCaptureFixture
@@ -242,8 +242,9 @@ SLEEPER = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGHUP"])
-def test_a_dead_parent_takes_its_trials_along(tmp_path: Path, name: str) -> None:
+def test_trials_end_with_their_study(tmp_path: Path, name: str) -> None:
     process = run_script(tmp_path, SLEEPER)
     pids = [int(pid) for pid in wait_for_file(tmp_path / "pids", process).split()]
     family = [p.pid for p in psutil.Process(process.pid).children(recursive=True)]
@@ -252,6 +253,7 @@ def test_a_dead_parent_takes_its_trials_along(tmp_path: Path, name: str) -> None
     assert not wait_until_gone([*pids, *family])
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_the_trial_and_the_row(tmp_path: Path) -> None:
     process = run_script(tmp_path, SLEEPER)
     pids = [int(pid) for pid in wait_for_file(tmp_path / "pids", process).split()]
@@ -263,7 +265,7 @@ def test_an_interrupt_ends_the_trial_and_the_row(tmp_path: Path) -> None:
     assert [t.state for t in study.trials] == [TrialState.FAIL]
 
 
-def test_a_killed_supervisor_takes_its_trial_along() -> None:
+def test_a_trial_ends_with_its_supervisor() -> None:
     def objective(trial: optuna.Trial) -> float:
         trial.set_user_attr("pid", os.getpid())
         orphan = os.fork()
@@ -281,12 +283,13 @@ def test_a_killed_supervisor_takes_its_trial_along() -> None:
     assert not wait_until_gone([trial.user_attrs["pid"], trial.user_attrs["orphan"]])
 
 
+@pytest.mark.slow
 def test_an_exit_handler_that_hangs_meets_the_limit() -> None:
     def objective(trial: optuna.Trial) -> float:
         atexit.register(time.sleep, 600)
         return 3.0
 
-    run_one(lambda trial: 0.0)  # a template is there
+    run_one(lambda trial: 0.0)  # starts the fork server
     started = time.monotonic()
     trial = run_one(objective, Limits(wall_time=3.0), grace_period=0.1)
     assert time.monotonic() - started < 300
@@ -323,10 +326,11 @@ def leave_by_error(trial: optuna.Trial) -> float:
 
 
 @pytest.mark.parametrize("objective", [leave_by_exit, leave_by_error])
-def test_a_fork_of_the_trial_does_not_speak_for_it(objective: Callable[..., Any]) -> None:
+def test_a_fork_of_the_trial_sends_no_outcome(objective: Callable[..., Any]) -> None:
     assert run_one(objective).value == 1.0
 
 
+@pytest.mark.slow
 def test_nothing_leaks() -> None:
     def objective(trial: optuna.Trial) -> float:
         if trial.number % 5 == 4:
@@ -343,7 +347,7 @@ def test_nothing_leaks() -> None:
     # The metering holds what was last seen of a trial's processes until it looks again.
     assert len(os.listdir("/proc/self/fd")) < handles + 60
     assert own_files() <= files
-    # The last trial's supervisor may be at its end, the template's next processes on their way.
+    # The last trial's supervisor may be at its end, the fork server's next processes on their way.
     deadline = time.monotonic() + 30
     while len(psutil.Process().children(recursive=True)) > children:
         assert time.monotonic() < deadline
@@ -353,3 +357,17 @@ def test_nothing_leaks() -> None:
 def own_files() -> set[str]:
     """Return temporary files and shared memory of ours: others use these folders as well."""
     return {n for folder in ("/tmp", "/dev/shm") for n in os.listdir(folder) if "optuna" in n}
+
+
+def test_a_process_that_ends_by_itself_is_no_leftover() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert not is_exiting(process.pid)
+    # Not waited for: it stays a zombie.
+    os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert is_exiting(process.pid)
+    process.communicate()
+    assert is_exiting(process.pid)

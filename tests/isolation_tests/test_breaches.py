@@ -1,4 +1,4 @@
-"""An isolated trial over a limit is ended, whatever it does at that moment."""
+"""A trial over a limit is stopped, whatever it does."""
 
 from __future__ import annotations
 
@@ -18,18 +18,13 @@ import pytest
 
 from optuna_quota import isolated
 from optuna_quota import Limits
-from optuna_quota import Quota
 from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota._isolation.launch import can_supervise
-from optuna_quota._isolation.memory_limits import DataLimit
 from optuna_quota._records import read_record
+from tests.isolation_tests.trials import needs_supervisor
 from tests.isolation_tests.trials import run_one
 
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not can_supervise(), reason="needs Linux with pidfds"
-)
+pytestmark = needs_supervisor
 
 
 def allocate_bytes(trial: optuna.Trial) -> float:
@@ -126,53 +121,6 @@ def test_a_memory_error_of_its_own_is_the_objectives_error() -> None:
     assert study.trials[0].state == TrialState.FAIL
 
 
-def test_untouched_memory_is_given_back() -> None:
-    def objective(trial: optuna.Trial) -> float:
-        import numpy as np
-
-        sparse = np.empty(300 * 2**20, dtype=np.uint8)
-        time.sleep(1.5)
-        filled = np.ones(240 * 2**20, dtype=np.uint8)
-        return float(len(sparse) + len(filled))
-
-    trial = run_one(objective, Limits(memory="512MiB"))
-    assert trial.state == TrialState.COMPLETE
-
-
-MAPPING = """
-import mmap, sys
-sys.stdin.readline()
-sparse = mmap.mmap(-1, 300 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-print("mapped", flush=True)
-sys.stdin.readline()
-"""
-
-
-def test_what_stays_untouched_is_looked_at_in_haste_until_it_is_given_back() -> None:
-    import resource
-
-    arguments = [sys.executable, "-c", MAPPING]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(arguments, stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdin is not None and process.stdout is not None
-        pid = process.pid
-        try:
-            memory = 400 * 2**20
-            before = memory + 2**20
-            _, hard = resource.prlimit(pid, resource.RLIMIT_DATA)
-            resource.prlimit(pid, resource.RLIMIT_DATA, (before, hard))
-            limit = DataLimit(pid, memory, before)
-            process.stdin.write("\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "mapped\n"
-            waits = [limit.update(10 * 2**20) for _ in range(DataLimit.WINDOW)]
-            assert waits == [DataLimit.FAST_PERIOD] * (DataLimit.WINDOW - 1) + [DataLimit.PERIOD]
-            after, _ = resource.prlimit(pid, resource.RLIMIT_DATA)
-            assert 270 * 2**20 < after - before < 310 * 2**20
-        finally:
-            process.kill()
-
-
 def test_a_hung_native_call_is_killed_after_the_grace_period() -> None:
     def objective(trial: optuna.Trial) -> float:
         # Holds the interpreter lock and never looks for signals.
@@ -209,6 +157,7 @@ def test_a_stopped_process_does_not_hang_the_study() -> None:
     assert "SIGSTOP" in (read_record(trial).reason or "")
 
 
+@pytest.mark.slow
 def test_cpu_time() -> None:
     def objective(trial: optuna.Trial) -> float:
         while True:
@@ -220,22 +169,7 @@ def test_cpu_time() -> None:
     assert record.breach is not None and record.breach.resource == "cpu_time"
 
 
-@pytest.mark.parametrize(
-    ("limits", "most"), [(Limits(wall_time=100), 1000), (Limits(cpu_time=50), 50)]
-)
-def test_the_kernel_leaves_room_for_all_that_may_be_granted(limits: Limits, most: float) -> None:
-    def objective(trial: optuna.Trial) -> float:
-        import resource
-
-        return float(resource.getrlimit(resource.RLIMIT_CPU)[0])
-
-    sampler = QuotaSampler(optuna.samplers.RandomSampler(), quota=Quota(cpu_time=1000))
-    study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=limits))
-    study.optimize(isolated(objective), n_trials=1)
-    assert most <= study.trials[0].values[0] <= most + 10
-
-
-def test_a_stop_of_the_kernels_is_not_booked_as_the_objectives_own() -> None:
+def test_a_stop_by_the_kernel_is_a_breach() -> None:
     def objective(trial: optuna.Trial) -> float:
         import os
         import signal
@@ -251,7 +185,7 @@ def test_a_stop_of_the_kernels_is_not_booked_as_the_objectives_own() -> None:
     assert str(record.reason).startswith("CPU time limit exceeded")
 
 
-def test_swallowing_the_stop_does_not_help() -> None:
+def test_an_objective_that_ignores_the_stop_is_killed() -> None:
     def objective(trial: optuna.Trial) -> float:
         while True:
             with contextlib.suppress(BaseException):
@@ -261,7 +195,7 @@ def test_swallowing_the_stop_does_not_help() -> None:
     assert read_record(trial).outcome == "terminated"
 
 
-def test_swallowing_the_stop_and_returning_is_a_breach_all_the_same() -> None:
+def test_returning_after_the_stop_is_a_breach() -> None:
     def objective(trial: optuna.Trial) -> float:
         try:
             time.sleep(60)
@@ -275,6 +209,59 @@ def test_swallowing_the_stop_and_returning_is_a_breach_all_the_same() -> None:
     assert read_record(trial).outcome == "terminated"
 
 
-@pytest.mark.parametrize("limits", [Limits(memory=1e30), Limits(cpu_time=1e30)])
-def test_limits_beyond_what_the_kernel_counts_are_none(limits: Limits) -> None:
-    assert run_one(lambda trial: 1.0, limits, grace_period=1e30).value == 1.0
+def daemonize(act: Callable[[], Any]) -> None:
+    """Start a process that has lost its parent and left the session."""
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        if os.fork() == 0:
+            act()
+            time.sleep(120)
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def burn() -> None:
+    while True:
+        pass
+
+
+def grow() -> None:
+    held = []
+    while True:
+        held.append(b"x" * 2**20)
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("act", "limits"),
+    [(burn, Limits(cpu_time="1s")), (grow, Limits(memory="250MiB"))],
+    ids=["cpu_time", "memory"],
+)
+def test_what_a_daemon_of_the_trial_uses_counts_while_it_runs(
+    act: Callable[[], Any], limits: Limits
+) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        daemonize(act)
+        time.sleep(100)
+        return 1.0
+
+    trial = run_one(objective, limits, grace_period=0.2)
+    record = read_record(trial)
+    (resource,) = limits.amounts()
+    assert record.breach is not None and record.breach.resource == resource
+    assert record.usage.wall_time is not None and record.usage.wall_time < 80
+
+
+def test_what_a_daemon_shares_with_the_trial_counts_once() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        block = bytearray(b"x") * (200 * 2**20)
+        daemonize(lambda: time.sleep(120))
+        time.sleep(0.5)
+        return float(len(block))
+
+    trial = run_one(objective, Limits(memory="400MiB"))
+    record = read_record(trial)
+    assert record.outcome == "completed"
+    assert record.usage.memory is not None and record.usage.memory < 350 * 2**20

@@ -1,4 +1,4 @@
-"""Signals to all processes of a job reach the objective, and none that stands in between."""
+"""Signals to all processes of a job reach the objective, and no helper dies of them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,14 @@ from optuna_quota import isolated
 from optuna_quota import Quota
 from optuna_quota import QuotaSampler
 from optuna_quota._isolation.forkserver_client import fork_server_client
-from optuna_quota._isolation.launch import can_supervise
 from optuna_quota._isolation.launch import StartMethod
 from optuna_quota._isolation.launch import TrialConnections
 from optuna_quota._isolation.signals import STOP_SIGNAL
 from optuna_quota._records import read_record
+from tests.isolation_tests.trials import needs_supervisor
 
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not can_supervise(), reason="needs Linux with pidfds"
-)
+pytestmark = needs_supervisor
 
 METHODS: list[StartMethod] = ["forkserver", "spawn", "fork"]
 SENT = ["SIGUSR1", "SIGUSR2", "SIGHUP", "SIGTERM", "SIGALRM", "SIGCONT"]
@@ -55,10 +53,9 @@ def signal_all(number: int, *more: int) -> None:
             os.kill(pid, number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_the_objective_alone_hears_what_is_sent_to_all(
-    tmp_path: Path, method: StartMethod
-) -> None:
+def test_only_the_objective_gets_signals_to_the_job(tmp_path: Path, method: StartMethod) -> None:
     folder = str(tmp_path)
 
     def objective(trial: optuna.Trial) -> float:
@@ -102,22 +99,22 @@ def number_of(name: str) -> int:
     return int(getattr(signal, name))
 
 
-def test_what_waits_for_the_next_trial_survives_a_signal() -> None:
+def test_helper_processes_survive_a_signal() -> None:
     def objective(trial: optuna.Trial) -> float:
         return 1.0
 
     study = optuna.create_study()
     study.optimize(isolated(objective), n_trials=1)
-    template = fork_server_client()._process
-    assert template is not None
+    server = fork_server_client()._process
+    assert server is not None
     helpers: list[psutil.Process] = []
     while len(helpers) < 2:  # the supervisor and the process that wait
-        helpers = psutil.Process(template.pid).children(recursive=True)
+        helpers = psutil.Process(server.pid).children(recursive=True)
     for name in (*SENT, "SIGINT", "SIGQUIT", "SIGTSTP"):
-        for helper in [psutil.Process(template.pid), *helpers[-2:]]:
+        for helper in [psutil.Process(server.pid), *helpers[-2:]]:
             helper.send_signal(number_of(name))
     time.sleep(0.1)
-    assert template.poll() is None
+    assert server.poll() is None
     assert psutil.STATUS_ZOMBIE not in {helper.status() for helper in helpers[-2:]}
     study.optimize(isolated(objective), n_trials=1)
     assert [trial.value for trial in study.trials] == [1.0, 1.0]
@@ -196,6 +193,7 @@ DISPOSITIONS = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_objective_finds_the_dispositions_of_an_ordinary_child(
     tmp_path: Path, method: StartMethod
@@ -258,7 +256,7 @@ INTERRUPTED = """
             time.sleep(60)
         except KeyboardInterrupt:
             Path(folder, "saving").touch()
-            time.sleep(0.5 if case != "slow" else 60)
+            time.sleep(0.2 if case != "slow" else 60)
             trial.set_user_attr("checkpoint", "here")
             Path(folder, "saved").touch()
             if case == "swallows":
@@ -277,6 +275,7 @@ INTERRUPTED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", ["plain", "quota", "calling", "swallows", "slow", "hurried", "none"]
 )
@@ -314,7 +313,8 @@ def test_an_interrupt_gives_the_trial_its_grace_period(tmp_path: Path, case: str
     assert ("Another Ctrl-C kills it" in errors) == (case != "none")
 
 
-def test_an_interrupt_of_all_processes_is_heard_once(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_an_interrupt_of_all_processes_is_raised_once(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(INTERRUPTED))
     process = subprocess.Popen(

@@ -1,0 +1,207 @@
+"""Start a trial's processes by its start method, with all that they need to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import contextlib
+from dataclasses import dataclass
+import functools
+import os
+from pathlib import Path
+from typing import Any
+from typing import TYPE_CHECKING
+
+from optuna.trial import Trial
+
+from optuna_quota import _optuna
+from optuna_quota._isolation import linux
+from optuna_quota._isolation import messages
+from optuna_quota._isolation.environment import read_context
+from optuna_quota._isolation.forkserver_client import fork_server_client
+from optuna_quota._isolation.forkserver_client import PreparedMain
+from optuna_quota._isolation.launch import can_supervise
+from optuna_quota._isolation.launch import launch_fork
+from optuna_quota._isolation.launch import StartMethod
+from optuna_quota._isolation.launch import TrialConnections
+from optuna_quota._isolation.main_module import find_main_module
+from optuna_quota._isolation.main_module import MainModule
+from optuna_quota._isolation.memory_limits import find_delegated
+from optuna_quota._isolation.memory_limits import own_cgroup
+from optuna_quota._isolation.outcome import OnCrash
+from optuna_quota._isolation.output import prepare_logging
+from optuna_quota._isolation.output import read_output_settings
+from optuna_quota._isolation.pickling import dump_objective
+from optuna_quota._isolation.pickling import NeedsFork
+from optuna_quota._isolation.pickling import Payload
+from optuna_quota._isolation.portable import launch_portable
+from optuna_quota._isolation.rpc import RemoteObjects
+from optuna_quota._isolation.rpc import TrialFacts
+from optuna_quota._metering.visible_gpus import device_memory
+from optuna_quota._resources import Limits
+
+
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
+
+    from optuna_quota._metering import TrialMonitor
+
+
+@dataclass(frozen=True)
+class IsolationOptions:
+    """The options of :func:`~optuna_quota.isolated`."""
+
+    grace_period: float
+    start_method: StartMethod
+    limits: Limits | None
+    predictive_stop: bool
+    on_crash: OnCrash
+    strict_memory: bool
+    preload: tuple[str, ...]
+
+    @property
+    def outsiders(self) -> int:
+        """How many processes beside the trial share the memory that it was forked with.
+
+        The fork server, the trial's supervisor, and the two that wait for the next trial.
+        """
+        return 4 if self.start_method == "forkserver" else 0
+
+
+class CannotStart(Exception):
+    """The fork server can't be started; that was retried already."""
+
+
+class StartedTrial:
+    """A trial's processes, which wait for their first messages or have inherited them.
+
+    Args:
+        connections: The connections to them.
+        to_send: The messages and what follows them; nothing where they were inherited.
+
+    Attributes:
+        connections: As above.
+    """
+
+    def __init__(
+        self,
+        connections: TrialConnections,
+        *to_send: tuple[messages.BeginMonitoring, messages.StartTrial, Payload],
+    ) -> None:
+        self.connections = connections
+        self._to_send = to_send
+
+    def send(self) -> None:
+        """Send the messages; while the trial runs, it alone holds what was sent to it."""
+        to_send, self._to_send = self._to_send, ()
+        with contextlib.suppress(ConnectionError):
+            for monitoring, start, payload in to_send:
+                self.connections.control.send(monitoring)
+                self.connections.channel.send(start)
+                payload.send_buffers(self.connections.channel)
+
+
+@dataclass(frozen=True)
+class TrialStarter:
+    """Starts the processes of one trial.
+
+    Attributes:
+        objective: The objective.
+        options: How to run it.
+        trial: The trial.
+        monitor: Its metering.
+        remote: What the trial may call.
+    """
+
+    objective: Callable[..., Any]
+    options: IsolationOptions
+    trial: BaseTrial
+    monitor: TrialMonitor
+    remote: RemoteObjects
+
+    def start(self) -> StartedTrial:
+        """Start the processes.
+
+        Raises:
+            CannotStart: If that fails.
+        """
+        method = self.options.start_method
+        if not can_supervise():
+            main = PreparedMain(find_main_module().without_statements(), is_made=False)
+            payload = dump_objective(self.objective, self.remote, main.module)
+            return self._with_messages(launch_portable(), payload, main)
+        if method == "fork":
+            return self._fork()
+        client = fork_server_client()
+        if method == "spawn":
+            client = client.for_one_trial()
+        before = self.monitor.elapsed
+        try:
+            main = client.prepare(self.options.preload)
+            payload = dump_objective(self.objective, self.remote, main.module)
+            connections = client.launch(_delegated_cgroup(), payload.descriptors)
+        except NeedsFork:
+            # As multiprocessing itself would by default, where such a lock is made.
+            if linux.uses_cuda():
+                raise
+            return self._fork()
+        except OSError as error:
+            raise CannotStart(f"The trial's process could not be started: {error}") from error
+        finally:
+            if method == "spawn":
+                client.release()
+        # What the fork server loads first serves all trials: it is no time of this one.
+        self.monitor.detach(waited=self.monitor.elapsed - before)
+        return self._with_messages(connections, payload, main)
+
+    def _fork(self) -> StartedTrial:
+        # Made before the fork: after it, each page that is touched here is copied.
+        start = self._start_message(None, PreparedMain(MainModule(), is_made=True))
+        inherited = messages.InheritedObjective(start, self._monitoring(), self.objective)
+        prepare_logging(reset=False)
+        return StartedTrial(launch_fork(_delegated_cgroup(), inherited))
+
+    def _with_messages(
+        self, connections: TrialConnections, payload: Payload, main: PreparedMain
+    ) -> StartedTrial:
+        start = self._start_message(payload, main)
+        return StartedTrial(connections, (self._monitoring(), start, payload))
+
+    def _start_message(self, payload: Payload | None, main: PreparedMain) -> messages.StartTrial:
+        trial, monitor = self.trial, self.monitor
+        study = trial.study if isinstance(trial, Trial) else None
+        # What can be set only once goes by the most that could be granted of a quota; the
+        # metering loop enforces what is granted so far.
+        limits = {name: ceiling.limit for name, ceiling in monitor.hard_ceilings.items()}
+        environment = {**os.environ, **monitor.environment}
+        return messages.StartTrial(
+            context=read_context(monitor.environment, main.module),
+            has_main=main.is_made,
+            output=read_output_settings(),
+            trial=TrialFacts(
+                number=trial.number,
+                trial_id=None if study is None else _optuna.trial_id_of(trial),
+                datetime_start=trial.datetime_start,
+                study=None if study is None else self.remote.handle(study),
+            ),
+            limits=limits,
+            device_memory=device_memory(environment) if "gpu_memory" in limits else None,
+            grace_period=self.options.grace_period,
+            objective=None if payload is None else payload.pickles,
+            buffers=() if payload is None else payload.sizes,
+            strict_memory=self.options.strict_memory,
+        )
+
+    def _monitoring(self) -> messages.BeginMonitoring:
+        ceiling = self.monitor.hard_ceilings.get("memory")
+        return messages.BeginMonitoring(
+            grace_period=self.options.grace_period,
+            memory=None if ceiling is None else ceiling.limit,
+            quota=ceiling is not None and ceiling.quota,
+            elapsed=self.monitor.elapsed,
+            outsiders=self.options.outsiders,
+        )
+
+
+@functools.cache
+def _delegated_cgroup() -> Path | None:
+    return find_delegated(own_cgroup())
