@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import warnings
+from weakref import WeakSet
 
 import optuna
 
@@ -235,21 +236,10 @@ def patience(seconds: float, tally: Tally) -> float:
     return 5 * seconds + tally.killed * LOCK_GRACE + PATIENCE
 
 
-class FailedTrials:
-    """The ids of orphaned trials that were failed; none of them is retried here."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-
-    def add(self, trial_id: int) -> None:
-        self.ids.append(trial_id)
-
-
 def fail_orphaned_trials(address: Address, name: str, quota: Quota) -> None:
     """Let a last worker fail what the killed ones left; untouched rows take ten leases."""
     study = optuna.load_study(study_name=name, storage=address.open())
-    failed = FailedTrials()
-    state = LedgerState(study, quota, SystemClock(), lease=0.2, on_failed=failed.add)
+    state = LedgerState(study, quota, SystemClock(), lease=0.2, studies=WeakSet((study,)))
     deadline = time.monotonic() + LOCK_GRACE + PATIENCE
     while state.refresh().open and time.monotonic() < deadline:
         time.sleep(0.1)

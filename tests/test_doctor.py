@@ -234,6 +234,7 @@ def test_gpus_of_a_driver(nvml: Callable[..., FakeNvml]) -> None:
     assert "the NVIDIA driver found no GPU" in nvml().run(LIST_GPUS, "")
 
 
+@pytest.mark.slow
 def test_storages(tmp_path: Path) -> None:
     database = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/tuning.db")
     journal = optuna.storages.JournalStorage(

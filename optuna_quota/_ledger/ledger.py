@@ -92,7 +92,6 @@ class Ledger:
     ) -> None:
         self.quota = quota
         self._gpus = tuple(gpus)
-        # A study's connections are to be closed when its user drops it.
         self._studies: WeakSet[Study] = WeakSet((study,))
         self._clock = clock or SystemClock()
         self._lease = lease
@@ -102,13 +101,10 @@ class Ledger:
         """Add another object of the same study."""
         self._studies.add(study)
 
-    def _in_optimize_loop(self) -> bool:
-        return any(_optuna.in_optimize_loop(study) for study in tuple(self._studies))
-
     def _open(self, study: Study) -> None:
         self._pid = os.getpid()
         self._state = LedgerState(
-            study, self.quota, self._clock, self._lease, self._call_stale_callback, self._gpus
+            study, self.quota, self._clock, self._lease, self._studies, self._gpus
         )
         self._heartbeat = Heartbeat(self._renew, self._beat, self._state.heartbeat)
         self._running: dict[int, RunningTrial] = {}
@@ -120,18 +116,6 @@ class Ledger:
         if self._pid != os.getpid():
             # The parent's locks and threads are of no use in its child.
             self._open(next(iter(self._studies)))
-
-    def _call_stale_callback(self, trial_id: int) -> None:
-        """Call the storage's callback for trials of dead workers, which may retry them."""
-        study = next(iter(self._studies), None)
-        if study is None:
-            return
-        try:
-            _optuna.call_stale_trial_callback(study, trial_id)
-        except Exception as fault:  # noqa: BLE001 - the user's; another trial must not fail for it
-            _logger.warning(
-                f"The storage's callback for the trial with id {trial_id} failed: {fault!r}."
-            )
 
     def take_enqueued(self, trial: FrozenTrial) -> bool:
         """Return whether an enqueued trial is this worker's alone."""
@@ -196,9 +180,7 @@ class Ledger:
                 return refusal
             held = self._queue(trial_id, held, requests)
             is_waiting, short = True, decision.shortage
-            serial = describe_serial(short, self.quota)
-            if serial is not None:
-                self._log_once("serial", serial)
+            self._log_once("serial", describe_serial(short, self.quota))
             if self._clock.monotonic() >= warn_at:
                 own = self._asked_by_this_thread()
                 warning = deadlock_warning(number, short, seen.claims, own)
@@ -289,10 +271,12 @@ class Ledger:
         return refuse_exhausted(self.quota, self._state.used_with_charged(seen), {}, granted)
 
     def _log_once(self, name: str, text: str | None) -> None:
-        if name not in self._logged:
+        if text is not None and name not in self._logged:
             self._logged.add(name)
-            if text is not None:
-                _logger.info(text)
+            _logger.info(text)
+
+    def _in_optimize_loop(self) -> bool:
+        return any(_optuna.in_optimize_loop(study) for study in tuple(self._studies))
 
     def _requested_by(self) -> RequestedBy:
         if self._in_optimize_loop():
@@ -301,10 +285,12 @@ class Ledger:
 
     def _asked_by_this_thread(self) -> list[int]:
         """Return the numbers of running trials that this thread got from ``ask``."""
+        return [r.number for r in self._of_this_thread() if not r.in_optimize]
+
+    def _of_this_thread(self) -> list[RunningTrial]:
         here = threading.get_ident()
         with self._changing:
-            running = list(self._running.values())
-        return [r.number for r in running if r.thread == here and not r.in_optimize]
+            return [r for r in self._running.values() if r.thread == here]
 
     def _queue(
         self, trial_id: int, held: Reservation, requests: Mapping[str, ResourceRequest]
@@ -408,8 +394,7 @@ class Ledger:
             self.charge(running.trial_id, usage)
             for entry in self._state.refresh().open:
                 if entry.trial_id == running.trial_id and entry.reservation is not None:
-                    used = replace(entry.reservation, used=usage.amounts())
+                    held = replace(entry.reservation, used=usage.amounts())
+                    entry = replace(entry, reservation=held)
                     text = "Its worker went on without finishing it."
-                    self._state.fail_orphaned(
-                        OrphanedTrial(replace(entry, reservation=used), text, 0.0)
-                    )
+                    self._state.fail_orphaned(OrphanedTrial(entry, text, 0.0))

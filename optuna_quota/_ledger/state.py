@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import threading
 import time
 from typing import Protocol
 from typing import TYPE_CHECKING
-from weakref import WeakMethod
+from weakref import WeakSet
 
 from optuna_quota import _optuna
 from optuna_quota._ledger.dead_workers import fail_orphaned_trials
@@ -126,7 +125,8 @@ class LedgerState:
         quota: Its quota.
         clock: The clocks to use.
         lease: Seconds without a heartbeat after which a worker on another machine is dead.
-        on_failed: A bound method, called with the id of each orphaned trial that was failed.
+        studies: Objects of the study, for the storage's callback for trials of dead workers. Held
+            weakly: a study's connections are to be closed when its user drops it.
         gpus: This machine's GPUs, if each trial is given one of them.
     """
 
@@ -136,7 +136,7 @@ class LedgerState:
         quota: Quota,
         clock: Clock,
         lease: float,
-        on_failed: Callable[[int], None],
+        studies: WeakSet[Study],
         gpus: Sequence[Gpu] = (),
     ) -> None:
         self.quota = quota
@@ -151,8 +151,7 @@ class LedgerState:
         self._charged: dict[int, Usage] = {}
         self._lock = threading.Lock()
         self.last: Snapshot | None = None
-        # A reference to its owner would keep both until the next garbage collection.
-        self._on_failed = WeakMethod(on_failed)
+        self._studies = studies
         self._leases = Leases(lease, is_alive)
         self._stale_read: float | None = None
         self._warned_of: set[str] = set()
@@ -209,11 +208,15 @@ class LedgerState:
         return self.rows.stale_trial_ids()
 
     def fail_orphaned(self, *orphans: OrphanedTrial) -> None:
-        """Finish the rows of orphaned trials."""
-        on_failed = self._on_failed()
+        """Finish the rows of orphaned trials, and call the storage's callback, which may retry."""
         for trial_id in fail_orphaned_trials(self.rows, orphans, self.clock.time()):
-            if on_failed is not None:
-                on_failed(trial_id)
+            try:
+                for study in tuple(self._studies)[:1]:
+                    _optuna.call_stale_trial_callback(study, trial_id)
+            except Exception as fault:  # noqa: BLE001 - the user's; other trials must go on
+                _logger.warning(
+                    f"The storage's callback for the trial with id {trial_id} failed: {fault!r}."
+                )
 
     def wall_time(self, now: float) -> float:
         """Return the study's clock time by the rows as last read, as a trial starts here."""

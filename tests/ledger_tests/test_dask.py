@@ -17,6 +17,7 @@ def objective(trial: optuna.Trial) -> float:
     return trial.suggest_float("x", 0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.filterwarnings("ignore")
 def test_dask_workers_share_a_quota() -> None:

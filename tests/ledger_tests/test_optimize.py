@@ -42,9 +42,14 @@ def tune(address: Address, name: str, quota: Quota, n_jobs: int) -> None:
     study.optimize(long_now_and_then, n_jobs=n_jobs)
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "journal-file"])
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "quota", [Quota(trial_time=4), Quota(cost=4, prices={"trial_time": 3600})], ids=str
+    ("kind", "quota"),
+    [
+        ("sqlite", Quota(trial_time=4)),
+        ("journal-file", Quota(cost=4, prices={"trial_time": 3600})),
+    ],
+    ids=["sqlite, trial time", "journal, cost"],
 )
 def test_a_total_ends_a_trial_that_would_run_on_and_then_the_study(
     kind: str, quota: Quota, tmp_path: Path
@@ -79,6 +84,7 @@ def tune_quickly(address: Address, name: str, quota: Quota) -> None:
     study.optimize(quick, n_jobs=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "enqueued"), [("sqlite", []), ("journal-file", [0.5, 0.25])])
 def test_a_count_over_processes_and_threads_is_exact(
     kind: str, enqueued: list[float], tmp_path: Path

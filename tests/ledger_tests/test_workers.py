@@ -43,6 +43,7 @@ def ran(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return [t for t in study.trials if t.state == TrialState.COMPLETE]
 
 
+@pytest.mark.slow
 def test_four_processes_run_exactly_what_the_quota_allows(address: Address) -> None:
     quota = Quota(n_trials=9, cpu_time=100)
     with study_in(address) as study:
@@ -60,6 +61,7 @@ def test_four_processes_run_exactly_what_the_quota_allows(address: Address) -> N
         assert status(study).table.loc["cpu_time", "used"] == 9
 
 
+@pytest.mark.slow
 def test_four_processes_use_up_a_total_and_never_more(tmp_path: Path) -> None:
     quota = Quota(cpu_time=10)
     with storage_at("journal-file", tmp_path) as address, study_in(address) as study:

@@ -130,10 +130,10 @@ NEEDS_TORCH = pytest.mark.skipif(
         TPESampler(seed=1),
         pytest.param(TPESampler(seed=1, multivariate=False), marks=pytest.mark.slow),
         pytest.param(TPESampler(seed=1, multivariate=True, group=True), marks=pytest.mark.slow),
-        CmaEsSampler(seed=1),
+        pytest.param(CmaEsSampler(seed=1), marks=pytest.mark.slow),
         CmaEsSampler(seed=1, with_margin=True),
-        NSGAIISampler(seed=1, population_size=10),
-        QMCSampler(seed=1),
+        pytest.param(NSGAIISampler(seed=1, population_size=10), marks=pytest.mark.slow),
+        pytest.param(QMCSampler(seed=1), marks=pytest.mark.slow),
         pytest.param(
             GPSampler(seed=1), marks=[pytest.mark.slow, pytest.mark.integration, NEEDS_TORCH]
         ),
@@ -244,6 +244,7 @@ def test_conditional_parameters_are_judged_as_they_are_drawn() -> None:
     assert kinds["none"] and kinds["b"]
 
 
+@pytest.mark.slow
 def test_audits_run_refused_points() -> None:
     study = run_study(RandomSampler(seed=1), 20, audits=1.0)
     assert set(actions(study)) == {"audited"}
@@ -305,6 +306,7 @@ def test_options_out_of_range_are_refused(arguments: dict[str, Any]) -> None:
         QuotaSampler(quota=Quota(n_trials=1), **arguments)
 
 
+@pytest.mark.slow
 def test_tpe_shares_the_point_that_runs() -> None:
     study = run_study(TPESampler(seed=1), 18, on_veto="nearest")
     assert actions(study)["moved"] > 0
@@ -379,6 +381,7 @@ def test_partially_fixed_parameters_are_kept_and_judged(
     assert all(work_of(t.params) <= 110 for t in ran)
 
 
+@pytest.mark.slow
 def test_a_partially_fixed_grid_is_not_left() -> None:
     base = PartialFixedSampler({"y": 10}, GridSampler(GRID, seed=1))
     study = run_study(base, 60, footprint=exact)

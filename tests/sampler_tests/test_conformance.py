@@ -60,14 +60,12 @@ def around(*names: str) -> list[object]:
         limits = Limits(memory="1TiB", wall_time="1h")
         return lambda: QuotaSampler(base(), quota=quota, limits=limits)
 
-    marks = {
-        name: [pytest.mark.integration, pytest.mark.slow, needs_torch]
-        for name in BASES
-        if "GP" in name
-    }
-    return [
-        pytest.param(wrapped(BASES[name]), id=name, marks=marks.get(name, ())) for name in names
-    ]
+    def marks(name: str) -> list[pytest.MarkDecorator]:
+        if "GP" in name:
+            return [pytest.mark.integration, pytest.mark.slow, needs_torch]
+        return [] if name == "Random" else [pytest.mark.slow]
+
+    return [pytest.param(wrapped(BASES[name]), id=name, marks=marks(name)) for name in names]
 
 
 class TestBasic(BasicSamplerTestCase):
@@ -116,6 +114,7 @@ def test_an_exhaustive_sampler_visits_each_point_once_and_ends(base: MakeSampler
     assert {t.state for t in study.trials} == {TrialState.COMPLETE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in BASES if "GP" not in name])
 def test_the_same_points_as_the_bare_sampler(name: str) -> None:
     def points(sampler: BaseSampler) -> list[dict[str, object]]:

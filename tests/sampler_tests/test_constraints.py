@@ -88,6 +88,7 @@ def test_a_failed_trial_has_no_constraints() -> None:
     assert study.trials[0].constraints == {}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")
 @pytest.mark.parametrize("sampler", [TPESampler, NSGAIISampler])
 def test_the_base_samplers_constraints_come_first(sampler: Any, tmp_path: Path) -> None:
@@ -135,6 +136,7 @@ BASES: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 def test_samplers_accept_breaches_failures_and_rejections(base: Any) -> None:
     study = study_with(base(), Limits(wall_time=0.05, memory="1TiB"))
@@ -226,12 +228,13 @@ def sleeps(trial: optuna.Trial) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")
-@pytest.mark.parametrize("how", ["should_prune", "isolated"])
+@pytest.mark.parametrize("how", ["should_prune", pytest.param("isolated", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sampler", [TPESampler, NSGAIISampler])
 def test_with_quota_pruner_alone_it_ends_no_study_either(
     sampler: Any, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    limits = Limits(wall_time=0.05 if how == "should_prune" else 0.7)
+    # Isolated, long enough for a trial that starts on a busy machine.
+    limits = Limits(wall_time=0.05 if how == "should_prune" else 2)
     study = optuna.create_study(
         sampler=sampler(constraints_func=by_key, seed=0), pruner=QuotaPruner(limits=limits)
     )
@@ -301,6 +304,7 @@ WAYS: dict[str, list[tuple[Limits | None, bool]]] = {
 }
 
 
+@pytest.mark.slow
 # GPSampler's own arithmetic where all trials are far over a limit.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("one_object", [True, False])

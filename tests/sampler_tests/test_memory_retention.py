@@ -34,6 +34,7 @@ def _quiet() -> Iterator[None]:
     optuna.logging.set_verbosity(verbosity)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["completes", "prunes", "raises", "breaches"])
 def test_objects_of_an_objective_are_freed(ending: str, tmp_path: Path) -> None:
     held: list[weakref.ref[Model]] = []

@@ -109,7 +109,13 @@ def by_fixed_distributions(study: optuna.Study) -> None:
         study.tell(trial, trial.params["x"])
 
 
-WAYS = [by_optimize, by_threads, by_enqueued, by_ask_and_tell, by_fixed_distributions]
+WAYS = [
+    by_optimize,
+    pytest.param(by_threads, marks=pytest.mark.slow),
+    pytest.param(by_enqueued, marks=pytest.mark.slow),
+    by_ask_and_tell,
+    by_fixed_distributions,
+]
 
 
 @contextlib.contextmanager

@@ -107,8 +107,8 @@ FUNCTIONS: dict[str, Callable[[dict[str, Any]], Usage]] = {
     [
         *((by_kind, how) for how in FUNCTIONS),
         (by_layers, "by key"),
-        (by_layers, "by position"),
-        (flat, "by keywords"),
+        pytest.param(by_layers, "by position", marks=pytest.mark.slow),
+        pytest.param(flat, "by keywords", marks=pytest.mark.slow),
         pytest.param(fails_early, "by keywords", marks=pytest.mark.slow),
     ],
 )

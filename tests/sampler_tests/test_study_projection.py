@@ -259,6 +259,7 @@ def test_a_quota_that_will_run_out_is_reported_early(
     assert " projected, 5 min allowed (trial time). Nearest that would fit: " in warning
 
 
+@pytest.mark.slow
 def test_a_quota_that_will_run_out_can_raise() -> None:
     study = study_of(100_000, Quota(trial_time="5min"), on_projected="raise")
     with pytest.raises(StudyRejected, match="trial time") as caught:

@@ -292,7 +292,7 @@ def test_the_thread_of_a_deleted_study_ends() -> None:
     study.ask()  # never finished
     del study
     gc.collect()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(thread.name == "optuna-quota-ledger" for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -12,6 +12,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 import psutil
+import pytest
 
 from optuna_quota import Limits
 from optuna_quota import Quota
@@ -32,6 +33,7 @@ def study_with(quota: Quota, limits: Limits) -> optuna.Study:
     )
 
 
+@pytest.mark.slow
 def test_memory_that_cannot_be_attributed_is_no_breach() -> None:
     # Enough for the one that begins alone: until then its memory can be attributed.
     limit = psutil.Process().memory_info().rss + 100 * 2**20
@@ -77,6 +79,7 @@ def test_the_quota_holds_across_threads() -> None:
     assert_nothing_left(study)
 
 
+@pytest.mark.slow
 def test_hyperband_beside_the_sampler_in_threads() -> None:
     study = optuna.create_study(
         sampler=QuotaSampler(RandomSampler(seed=0), quota=Quota(n_trials=12)),

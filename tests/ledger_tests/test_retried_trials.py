@@ -93,6 +93,7 @@ def names_in(url: str) -> list[str]:
     return optuna.get_all_study_names(url)
 
 
+@pytest.mark.slow
 def test_the_trial_of_a_dead_worker_runs_again_with_the_same_parameters(url: str) -> None:
     storage = open_storage(url, retry(max_retry=1), heartbeat_interval=60)
     study = study_on(url, storage)
@@ -108,6 +109,7 @@ def test_the_trial_of_a_dead_worker_runs_again_with_the_same_parameters(url: str
     assert len([row for row in rows if row.state == TrialState.COMPLETE]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heartbeat", [None, 60])
 def test_it_is_called_as_optuna_would_call_it(tmp_path: Path, heartbeat: int | None) -> None:
     called = []
@@ -125,6 +127,7 @@ def test_it_is_called_as_optuna_would_call_it(tmp_path: Path, heartbeat: int | N
     assert called == expected
 
 
+@pytest.mark.slow
 def test_a_callback_that_fails_ends_no_study(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -140,6 +143,7 @@ def test_a_callback_that_fails_ends_no_study(
     assert "no mail today" in caplog.text
 
 
+@pytest.mark.slow
 def test_of_several_workers_one_calls(url: str) -> None:
     called: list[int] = []
     failures: list[BaseException] = []

@@ -183,6 +183,7 @@ def test_a_limit_over_the_quota_is_no_reason_to_refuse() -> None:
     assert isinstance(answer, Grant) and answer.left["memory"] <= 10
 
 
+@pytest.mark.slow
 def test_an_isolated_trial_may_grow_to_all_that_is_free() -> None:
     def objective(trial: optuna.Trial) -> float:
         blocks = []
@@ -201,6 +202,7 @@ def test_an_isolated_trial_may_grow_to_all_that_is_free() -> None:
     assert trial.user_attrs["quota:memory"] > 250 * MIB
 
 
+@pytest.mark.slow
 def test_an_isolated_trial_is_ended_at_the_quota() -> None:
     def objective(trial: optuna.Trial) -> float:
         blocks = []
@@ -228,6 +230,7 @@ def hold_for_a_while(trial: optuna.Trial) -> float:
     return float(len(block))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limits", "n_jobs"),
     [

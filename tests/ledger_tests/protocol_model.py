@@ -1,9 +1,8 @@
-"""An explicit-state model of workers that go through the protocol of the ledger.
+"""An explicit-state model of workers that follow the ledger's protocol.
 
-Every step of a worker is one access to the storage: it writes its row, or reads all rows at once
-and decides by them. Any worker may stop for ever after any step; any other may find out and end
-its row. What is decided, and what is written, comes from the functions that the ledger itself
-calls; the model adds the order of steps and nothing else.
+Every step of a worker is one access to the storage: it writes its row, or reads all rows and
+decides by them. Any worker may crash after any step; any other may notice and fail its row. What
+is decided and written comes from the ledger's own functions; the model adds the order of steps.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Amounts = tuple[tuple[str, float], ...]
 
 # Where a worker stands: "ask" writes its claim next, "read" reads, "write" writes the decision,
 # "look" reads from the queue, "run" has been granted and may finish or extend.
-ENDS = ("finished", "refused", "buried")
+ENDS = ("finished", "refused", "failed")
 
 
 @dataclass(frozen=True)
@@ -52,16 +51,11 @@ def freeze(amounts: Mapping[str, float]) -> Amounts:
 
 @dataclass(frozen=True)
 class Model:
-    """Workers with the wants of one each, a quota, and whether they extend while they run.
-
-    Those in ``at_once`` may read, decide and write a grant in one step, as on SQLite; the others
-    of the same study are those who reach it in another way, as through a gRPC proxy.
-    """
+    """Workers with one trial each, a quota, and what the trials request while they run."""
 
     wants: tuple[Mapping[str, ResourceRequest], ...]
     quota: Mapping[str, float]
     more: tuple[Mapping[str, ResourceRequest], ...] = ()
-    at_once: frozenset[int] = frozenset()
 
     def start(self) -> State:
         return tuple(Worker() for _ in self.wants), ()
@@ -79,7 +73,7 @@ class Model:
             if worker.phase in ENDS:
                 continue
             if worker.crashed:
-                yield "fail", self._end(state, i, "buried")
+                yield "fail", self._end(state, i, "failed")
                 continue
             yield from self._moves(state, i, worker)
             yield "crash", self._put(state, i, replace(worker, crashed=True))
@@ -90,12 +84,6 @@ class Model:
         kind = "" if queue else "more "
         phase = worker.phase.removeprefix("more ")
         row = self.claim(i, worker)
-        if phase == "ask" and queue and i in self.at_once:
-            decision = self._decide(state, row, wants, queue=True)
-            if decision.action == "grant":
-                after = self._row(worker, with_decision(row, decision), "run")
-                yield "grant at once", self._put(state, i, after)
-                return
         if phase == "ask":
             yield (
                 "ask",

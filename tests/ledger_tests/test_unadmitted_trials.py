@@ -87,6 +87,7 @@ def test_rows_of_another_study_with_a_quota_are_charged_what_they_used(same_ids:
     assert found == pytest.approx(shown)
 
 
+@pytest.mark.slow
 def test_a_study_that_was_copied_as_a_whole_goes_on_where_it_was(tmp_path: Path) -> None:
     source = study_of(Quota(n_trials=5), Limits(cpu_time=5))
     source.optimize(x_of, n_trials=3)
