@@ -401,9 +401,9 @@ def test_a_limit_is_enforced_while_the_study_is_busy(start_method: Any, tmp_path
         hold_interpreter(1_500_000)
 
     if start_method == "fork":
-        os.register_at_fork(
-            after_in_parent=lambda: file.exists() or file.touch() or hold_interpreter(1_500_000)
-        )
+        # The hook stays registered: it holds the interpreter at the first fork only.
+        holds = [1_500_000]
+        os.register_at_fork(after_in_parent=lambda: hold_interpreter(holds.pop() if holds else 0))
     else:
         threading.Thread(target=hold_once_loading).start()
     objective = functools.partial(_fill_600_mib, LoadsSlowly(file))
