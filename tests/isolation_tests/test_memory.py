@@ -401,9 +401,14 @@ def test_a_limit_is_enforced_while_the_study_is_busy(start_method: Any, tmp_path
         hold_interpreter(1_500_000)
 
     if start_method == "fork":
-        # The hook stays registered: it holds the interpreter at the first fork only.
-        holds = [1_500_000]
-        os.register_at_fork(after_in_parent=lambda: hold_interpreter(holds.pop() if holds else 0))
+        study, holds = os.getpid(), [1_500_000]
+
+        def hold_once() -> None:
+            # The hook stays registered, and is run in the supervisor as well.
+            if os.getpid() == study and holds:
+                hold_interpreter(holds.pop())
+
+        os.register_at_fork(after_in_parent=hold_once)
     else:
         threading.Thread(target=hold_once_loading).start()
     objective = functools.partial(_fill_600_mib, LoadsSlowly(file))
