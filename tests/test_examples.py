@@ -33,6 +33,7 @@ def run(example: str, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_quickstart(tmp_path: Path) -> None:
     out = run("01_quickstart.py", tmp_path, "--n-trials", "16")
     found = re.search(r"(\d+) trials: (.*)", out)
@@ -50,6 +51,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert "features" in (tmp_path / "quickstart.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_isolated_trials(tmp_path: Path) -> None:
     out = run("02_isolated_trials.py", tmp_path)
@@ -60,6 +62,7 @@ def test_isolated_trials(tmp_path: Path) -> None:
     assert out.count("completed") >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["sqlite", "postgresql"])
 def test_many_workers(storage: str, tmp_path: Path) -> None:
     arguments = []
@@ -78,6 +81,7 @@ def test_many_workers(storage: str, tmp_path: Path) -> None:
     assert int(completed[1]) == 60 or float(spent[1]) >= 15
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_project_before_running(tmp_path: Path) -> None:
     out = run("04_project_before_running.py", tmp_path)
@@ -86,6 +90,7 @@ def test_project_before_running(tmp_path: Path) -> None:
     assert "Nearest that would fit" in out
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_analysis_and_replay(tmp_path: Path) -> None:
     out = run("05_analysis_and_replay.py", tmp_path)
@@ -99,12 +104,14 @@ def test_gpus_or_why_not(tmp_path: Path) -> None:
     assert run("07_gpus.py", tmp_path).strip()
 
 
+@pytest.mark.slow
 def test_a_meter_of_ones_own(tmp_path: Path) -> None:
     out = run("08_a_meter_of_your_own.py", tmp_path)
     assert out.count("trial ") == 10
     assert "20000000 allowed" in out
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_dashboard(tmp_path: Path) -> None:
     out = run("06_dashboard.py", tmp_path, "--n-trials", "5")

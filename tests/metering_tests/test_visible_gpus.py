@@ -128,4 +128,4 @@ def test_assignable_gpus_and_their_memory(
 
 def test_a_worker_without_a_driver_assigns_no_gpu(nvml: Nvml) -> None:
     out = nvml().run(ASK, has_driver=False)
-    assert "WARNING No trial is given a GPU of its own: no NVIDIA driver was found." in out
+    assert "WARNING Trials are not assigned to single GPUs: no NVIDIA driver was found." in out

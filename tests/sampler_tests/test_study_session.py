@@ -286,6 +286,7 @@ def test_loading_a_study_repeatedly_leaves_nothing_open(address: Address) -> Non
     assert counts[-1] <= counts[1] + 2
 
 
+@pytest.mark.slow
 def test_the_thread_of_a_deleted_study_ends() -> None:
     sampler = QuotaSampler(optuna.samplers.RandomSampler(), quota=Quota(cpu_time="1h"))
     study = optuna.create_study(sampler=sampler)
