@@ -190,7 +190,7 @@ def is_lower_bound(resource: str, outcome: str | None, censored_by: str | None =
 def may_be_lower_bound(resource: str, outcome: str | None, censored_by: str | None = None) -> bool:
     """Return whether usage that counts as a value may be a lower bound after all.
 
-    That are the peaks of a trial that was pruned, or terminated for a total: where later steps
+    These are the peaks of a trial that was pruned, or terminated for a total: where later steps
     take more data or a larger model, they had not been reached. A fit over many trials can tell.
     Arguments are those of :func:`is_lower_bound`.
     """

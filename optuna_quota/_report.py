@@ -1,4 +1,4 @@
-"""The report that :func:`analyze` returns: an analysis with its outputs."""
+"""``analyze``, and the report that it returns: summary, figures, HTML, dashboard."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Computing resources, and the values about them: limits, quotas, strategies, usage, breaches.
 
-``RESOURCES`` is the one table of resources; everything else asks its columns. To add a resource,
+``RESOURCES`` is the one table of resources; everything else reads it. To add a resource,
 add a row, an argument of :class:`Limits`, :class:`Quota` or :class:`Usage`, and a meter.
 
 All values are frozen, validated once at construction, comparable, hashable, and can be pickled.
@@ -263,8 +263,8 @@ class Quota(Amounts):
             promised its part before it starts, and waits for that: its limit or, once that is
             learned, the upper bound of its footprint; where there is neither, an even share by
             ``Strategy.n_jobs``, else all of it. One that outgrows it is given what is free.
-        gpu_memory: Likewise, of GPU memory.
-        cpu_cores: Likewise, of CPU cores.
+        gpu_memory: The same for GPU memory.
+        cpu_cores: The same for CPU cores.
         prices: Price per hour of ``cpu_time``, ``gpu_time`` and ``trial_time``; needed with
             ``cost`` and without a meaning otherwise.
 

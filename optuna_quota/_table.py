@@ -50,7 +50,7 @@ def trial_table(study: Study) -> pd.DataFrame:
     ``datetime_complete``; its ``outcome`` stays None.
 
     Args:
-        study: Any Optuna study; none of its attributes has to be there.
+        study: Any Optuna study; needs no attributes of this library.
     """
     trials = study.get_trials(deepcopy=False)
     return table_of(trials, [_records.read_record(t) for t in trials], len(study.directions))

@@ -80,7 +80,7 @@ def refused_points(trials: Iterable[FrozenTrial]) -> str:
     audited, wrong = counts["audited"], counts["wrong"]
     if audited:
         parts.append(
-            f"{audited} run all the same as an audit, {wrong} of which stayed within the limits "
+            f"{audited} run anyway as an audit, {wrong} of which stayed within the limits "
             f"({wrong / audited:.0%} false refusals)"
         )
     total = sum(counts[kind] for kind in ("redrawn", "moved", "rejected", "audited"))

@@ -203,7 +203,7 @@ def wrap_nesting_pruner(study: Study) -> None:
     """Wrap a study's pruner in a QuotaPruner if it holds one.
 
     The outer pruner may overrule the nested one, or not call it: ``PatientPruner`` waits for the
-    values to get worse. A breach must end the trial all the same.
+    values to get worse. A breach must still end the trial.
     """
     pruner = study.pruner
     nested = [] if isinstance(pruner, QuotaPruner) else find_nested(pruner, QuotaPruner)

@@ -54,7 +54,7 @@ def classify_end(
     verdict: Verdict | None = None,
     breach: Breach | None = None,
     error: BaseException | None = None,
-    told: TellCall | None = None,
+    tell_call: TellCall | None = None,
 ) -> TrialRecord:
     """Return the outcome, reason and breach of a trial that ends.
 
@@ -66,7 +66,7 @@ def classify_end(
         verdict: Why it was stopped, None if it was not.
         breach: The breach that was measured; a trial may end before anything could act on it.
         error: What the objective raised, where that is known.
-        told: What ``tell`` was called with, where that is known.
+        tell_call: What ``tell`` was called with, where that is known.
     """
     stop = None if verdict is None else (verdict.outcome, verdict.reason)
     if verdict is None and isinstance(error, LimitBreached):
@@ -79,7 +79,7 @@ def classify_end(
         return TrialRecord(
             outcome="completed", reason=_reason_of_completed(stop, breach), breach=breach
         )
-    end = _reason_of_unstopped(state, error, told)
+    end = _reason_of_unstopped(state, error, tell_call)
     if stop is None:
         ended: Outcome = "pruned" if state == TrialState.PRUNED else "failed"
         return TrialRecord(outcome=ended, reason=end, breach=breach)
@@ -108,10 +108,10 @@ def _reason_of_completed(stop: tuple[Outcome, str] | None, breach: Breach | None
 
 
 def _reason_of_unstopped(
-    state: TrialState, error: BaseException | None, told: TellCall | None
+    state: TrialState, error: BaseException | None, tell_call: TellCall | None
 ) -> str:
-    by_user = told is not None and told.by_user
-    if by_user and told is not None and told.state == state:
+    by_user = tell_call is not None and tell_call.by_user
+    if by_user and tell_call is not None and tell_call.state == state:
         return f"Ended by study.tell(state={state.name})."
     if state == TrialState.PRUNED:
         pruned = "The objective pruned itself"
@@ -119,7 +119,11 @@ def _reason_of_unstopped(
     if error is not None:
         return f"The objective raised {_described(error)}."
     who = "study.tell was given" if by_user else "The objective returned"
-    problem = "" if told is None or told.problem is None else f": {told.problem.rstrip('.')}"
+    problem = (
+        ""
+        if tell_call is None or tell_call.problem is None
+        else f": {tell_call.problem.rstrip('.')}"
+    )
     return f"{who} no valid value{problem}."
 
 
@@ -139,7 +143,7 @@ def record_result(
     footprint: Mapping[str, Interval] | None = None,
     expected: Mapping[str, float] | None = None,
     error: BaseException | None = None,
-    told: TellCall | None = None,
+    tell_call: TellCall | None = None,
 ) -> TrialRecord:
     """Close a trial's metering and write its record and constraints into its row.
 
@@ -155,7 +159,7 @@ def record_result(
         footprint: What was projected before it ran, as intervals by resource.
         expected: The usage that was projected for a trial that did not run, by resource.
         error: What the objective raised, where that is known.
-        told: What ``tell`` was called with, where that is known.
+        tell_call: What ``tell`` was called with, where that is known.
     """
     if monitor is None:
         before = read_record(trial)
@@ -163,7 +167,9 @@ def record_result(
             # `tell` again after its state could not be stored: the first call had the metering.
             return before
     usage = Usage() if monitor is None else monitor.close()
-    record = build_record(monitor, usage, state, error=error, told=told, footprint=footprint)
+    record = build_record(
+        monitor, usage, state, error=error, tell_call=tell_call, footprint=footprint
+    )
     if monitor is not None and monitor.recorded:
         return record
     if monitor is not None:
@@ -209,12 +215,12 @@ def build_record(
     state: TrialState,
     *,
     error: BaseException | None = None,
-    told: TellCall | None = None,
+    tell_call: TellCall | None = None,
     footprint: Mapping[str, Interval] | None = None,
 ) -> TrialRecord:
     """Return the record of a trial that ends in the given state; see :func:`record_result`."""
     verdict, breach = (None, None) if monitor is None else (monitor.verdict, monitor.breach)
-    end = classify_end(state, verdict, breach, error, told)
+    end = classify_end(state, verdict, breach, error, tell_call)
     return replace(
         end,
         usage=usage,
@@ -270,6 +276,6 @@ def record_rejection(study: Study, trial: FrozenTrial, reason: str) -> TrialReco
 
 
 def record_ignored_rejection(study: Study, trial: FrozenTrial) -> None:
-    """Add to the reason of a rejected trial that its objective returned a value all the same."""
+    """Add to the reason of a rejected trial that its objective still returned a value."""
     reason = f"{read_record(trial).reason or 'The trial was rejected.'} {IGNORED_STOP}"
     save_record(study, trial, TrialRecord(outcome="rejected", reason=reason))

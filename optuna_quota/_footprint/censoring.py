@@ -1,7 +1,7 @@
-"""Terminated trials as lower bounds, by expectation propagation.
+"""Fits observations of which some are lower bounds, by expectation propagation.
 
 A trial that was stopped at z used more than z. Its likelihood under a Gaussian observation is
-Φ((f - z) / σ). BaseFootprint propagation (Minka, 2001; Rasmussen and Williams, section 3.6)
+Φ((f - z) / σ). Expectation propagation (Minka, 2001; Rasmussen and Williams, section 3.6)
 replaces it by a Gaussian observation of f with a mean and a variance of its own: a bound far below
 the prediction of the others has next to no weight, one far above has much.
 """
@@ -49,7 +49,7 @@ def propagate(
         censored: True where the observation is a lower bound.
         hyperparameters: Of the Gaussian process.
         sites: To start from.
-        rounds: The most rounds.
+        rounds: Maximum number of rounds.
     """
     if not censored.any():
         return Sites(target, np.zeros(len(target)))

@@ -1,4 +1,4 @@
-"""Fits one model a resource; clock time may be chained to CPU or GPU time.
+"""Fits a model for each resource; wall time may be CPU or GPU time multiplied by a ratio.
 
 Clock time is noisy where a machine is shared, CPU time hardly, and their ratio depends on far
 less. So ``log wall = log cpu + log(wall / cpu)``, each part a model of its own, learns from few

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # Refresh the model when the new trials come to this share of those in it, and search its
-# hyperparameters again at the larger share: so the cost a trial falls as the study grows. While
+# hyperparameters again at the larger share: so the cost per trial falls as the study grows. While
 # there are few trials, each one counts.
 _REFRESH_SHARE = 0.1
 _SEARCH_SHARE = 0.25

@@ -161,7 +161,7 @@ class _Child:
             return messages.Exited(_exit_code(error))
         except BaseException as error:  # noqa: BLE001 - the study's to handle
             self._stop.end()
-            # First of all: what follows needs some memory itself.
+            # First, since the next steps need memory.
             memory_limits.lift_memory_limit()
             failed = find_failed_allocation(error)
             if failed is not None and failed.resource == "gpu_memory":
@@ -205,7 +205,7 @@ def _exit_fork(outcome: messages.Outcome) -> int:
 def _run_exit_handlers(grace_period: float) -> None:
     """Let pools, executors and temporary folders clean up, for a limited time.
 
-    The result is with the study already. What the objective has left open may wait without end: a
+    The study already has the result. What the objective has left open may wait without end: a
     thread for an item, a process for its parent. The kernel's timer ends that.
     """
     shortest, longest = _EXIT_TIMES

@@ -200,7 +200,7 @@ def _numpy_printing(numpy: Any) -> dict[str, Any]:
 
 
 def _rc_params(matplotlib: Any) -> dict[str, Any]:
-    # Not by item: to look at the backend would choose one.
+    # Not by item: reading the backend selects one.
     return {k: v for k, v in dict.items(matplotlib.rcParams) if isinstance(v, _PLAIN)}
 
 

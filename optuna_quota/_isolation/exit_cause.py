@@ -1,4 +1,4 @@
-"""Why a trial's process ended: in words, and as a breach where it ended at a limit (pure)."""
+"""Explains how a trial's process ended, and whether it ended at a limit. No I/O."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def find_breach_at_exit(
     if found:
         return found[0]
     # Native code that is refused memory ends the process where Python would raise; how much it
-    # requested is unknown. SIGKILL is no end of that kind: it comes from outside.
+    # requested is unknown. SIGKILL is not such an end: it comes from outside.
     may_be_refused = strict_memory and report.exitcode != -signal.SIGKILL
     if report.memory is not None and (report.cgroup_oom_kills or may_be_refused):
         share = 0.0 if report.cgroup_oom_kills else AT_LIMIT

@@ -1,4 +1,4 @@
-"""The fork server: a fresh interpreter with modules loaded, of which trials' processes are forks.
+"""The fork server: a fresh interpreter that loads modules and forks the trials' processes.
 
 The standard library's fork server needs a ``__main__`` guard, can't tell which modules are safe to
 fork after, and leaves its orphans. This one is started by executing Python anew, so that it has
@@ -107,7 +107,7 @@ class ForkServer:
             poll.register(handle, select.POLLIN)
         while True:
             ready = {handle for handle, _ in poll.poll(IDLE_TIME * 1000)}
-            # First of all the request, whose sender waits.
+            # Requests first: the sender is waiting.
             is_open = self._sock.fileno() not in ready or self._serve_request()
             self._reap()
             # Supervisors continue without the fork server; their orphans are killed before.

@@ -1,4 +1,4 @@
-"""Caps on GPU memory that the frameworks enforce themselves, in the trial's process.
+"""Sets the frameworks' own GPU memory caps in a trial's process, and reads their peak counters.
 
 NVML shows what a process holds, not what it is about to allocate. A framework with a cap fails its
 own allocation, and the error is recognized as a breach.

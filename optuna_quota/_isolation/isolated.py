@@ -87,7 +87,7 @@ def isolated(
         start_method: ``"forkserver"`` forks each trial from a server process that has loaded the
             modules (some milliseconds), ``"spawn"`` starts an interpreter for each (some hundred),
             ``"fork"`` forks this process, so that nothing needs to be pickled; it is refused once
-            this process uses CUDA, and is unsafe beside threads that hold locks. Locks and queues
+            this process uses CUDA, and is unsafe with threads that hold locks. Locks and queues
             of :mod:`multiprocessing` can be passed in as to a ``Process`` of that method; an
             objective that refers to one of its fork context is forked in any case.
         limits: Limits on each trial, for where no :class:`~optuna_quota.QuotaPruner` can be
@@ -111,8 +111,8 @@ def isolated(
     Raises:
         ValueError: If ``grace_period`` is negative or not finite, or ``start_method`` or
             ``on_crash`` is unknown.
-        TypeError: If the objective can't be called, the limits are none, or ``preload`` is no
-            sequence of module names.
+        TypeError: If the objective can't be called, ``limits`` is not a Limits, or ``preload``
+            is not a sequence of module names.
         LimitBreached: By the call, when the trial was over a limit.
         TrialCrashed: By the call, when the trial's process died; within ``optimize`` as
             ``on_crash`` says.

@@ -159,7 +159,7 @@ def send_streams(channel: Channel, descriptors: Sequence[int] = ()) -> None:
 def _stream(number: int, stack: contextlib.ExitStack) -> int:
     """Return a standard stream's descriptor, that of a null device where it is closed."""
     try:
-        # Where it was closed from the start, its number is another file's by now.
+        # Where it was closed from the start, another file may have its number.
         if (sys.__stdout__, sys.__stderr__)[number - 1] is None:
             raise OSError
         os.fstat(number)
@@ -169,7 +169,7 @@ def _stream(number: int, stack: contextlib.ExitStack) -> int:
     return number
 
 
-# The side of the process that forks, and its forks.
+# In the forking process and its children.
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def fork_trial(
                     trial_channel.fileno(), supervisor_control.fileno(), parent, cgroup, inherited
                 )
             finally:
-                # Never back into the code that this process is a copy of.
+                # Never return into the parent's code.
                 os._exit(1)
     return ForkedTrial(pid, channel, control)
 

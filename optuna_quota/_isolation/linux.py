@@ -1,4 +1,4 @@
-"""Linux processes: system calls that Python has no function for, and this process's tree."""
+"""System calls that Python lacks, and signals to this process's descendants."""
 
 from __future__ import annotations
 

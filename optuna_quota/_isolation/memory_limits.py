@@ -92,8 +92,8 @@ class DataLimit:
     """Keeps a child's RLIMIT_DATA at what its memory may still grow by.
 
     Memory that is mapped and stays untouched for a while (stacks of threads, arenas, a sparse
-    array) is no use of the limit, so the same amount is added. Not at once: an array that is just
-    being filled is untouched for a moment.
+    array) does not count toward the limit, so the same amount is added. Not at once: an array that
+    is just being filled is untouched for a moment.
 
     Args:
         pid: A child of this process.

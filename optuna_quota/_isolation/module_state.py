@@ -1,4 +1,4 @@
-"""Carry over what a script has changed in its own modules, which trials import anew.
+"""Carry over what a script has changed in its own modules, which trials import again.
 
 A script that sets ``config.SCALE = 10`` or ``Config.epochs = 3`` means its trials as well.
 """

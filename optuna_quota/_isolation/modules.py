@@ -1,4 +1,4 @@
-"""Modules of the study's process: which are the user's own, and which trials find loaded."""
+"""Finds the user's own modules, and those to load before trials are forked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes of an isolated trial: its value, an error, a breach or a crash."""
+"""Turns the end of a trial's process into a value, an error, a breach or a crash."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class OutcomeResolver:
             error.args = (
                 f"{series}, so the study ends. The last one, trial {trial.number}: {reason} Call "
                 "the objective without `isolated` on `study.ask()` to see why; "
-                "`optimize(..., catch=(TrialCrashed,))` continues all the same.",
+                "`optimize(..., catch=(TrialCrashed,))` continues anyway.",
             )
         elif self._on_crash == "fail":
             return crash_value(reason, len(study.directions))

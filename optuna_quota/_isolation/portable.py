@@ -1,4 +1,4 @@
-"""Start and supervise a trial's process on systems other than Linux: psutil, in a thread.
+"""Start and supervise a trial's process where no supervisor process is possible.
 
 Each trial starts in a new interpreter. Compared with Linux, processes that left the trial's tree
 are found only if they were seen in it, the kernel's limits are not used, and on Windows there is

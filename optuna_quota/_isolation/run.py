@@ -226,7 +226,7 @@ class TrialRun:
                 self._stop(breach)
 
     def on_outcome(self) -> float | None:
-        """Let nothing be a breach from now on; return how long the process may take to end."""
+        """Stop checking for breaches; return how long the process may take to end."""
         self._monitor.finish()
         ceilings = self._monitor.hard_ceilings
         clocks = [ceilings[name][0] for name in CLOCK_RESOURCES if name in ceilings]

@@ -149,7 +149,7 @@ class TrialStarter:
         finally:
             if method == "spawn":
                 client.release()
-        # What the fork server loads first serves all trials: it is no time of this one.
+        # What the fork server loads first serves all trials, so this one is not charged for it.
         self.monitor.detach(waited=self.monitor.elapsed - before)
         return self._with_messages(connections, payload, main)
 
@@ -169,7 +169,7 @@ class TrialStarter:
     def _start_message(self, payload: Payload | None, main: PreparedMain) -> messages.StartTrial:
         trial, monitor = self.trial, self.monitor
         study = trial.study if isinstance(trial, Trial) else None
-        # What can be set only once goes by the most that could be granted of a quota; the
+        # Limits that can be set only once use the largest possible grant of a quota; the
         # metering loop enforces what is granted so far.
         limits = {name: ceiling.limit for name, ceiling in monitor.hard_ceilings.items()}
         environment = {**os.environ, **monitor.environment}

@@ -1,4 +1,4 @@
-"""What a study has used and reserved, across all its workers, derived from trial rows alone."""
+"""The ledger: shares a study's quota among its workers through trial rows alone."""
 
 from optuna_quota._ledger.dead_workers import LEASE
 from optuna_quota._ledger.gpus import Gpu

@@ -1,4 +1,4 @@
-"""What a trial requests of a quota, and what the ledger answers: without I/O.
+"""Computes how much of a quota a trial requests, and when it is refused. No I/O.
 
 With a known footprint, a trial requests its upper bound, all or nothing. Of a total of which only
 a limit is known, or nothing, a fixed reservation would either starve the others or not bound the

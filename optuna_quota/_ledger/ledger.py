@@ -140,7 +140,7 @@ class Ledger:
             footprint: Upper bounds of its usage, by resource, where the user stated them.
             bounds: Upper bounds of what it will hold at one moment, where they were learned.
             n_jobs: Number of trials that run at once, if known.
-            is_over: Returns whether a waiting trial need not run any more.
+            is_over: Returns whether a waiting trial no longer needs to run.
         """
         self._reopen_after_fork()
         self._fail_left_behind()
@@ -166,7 +166,8 @@ class Ledger:
             )
             need = footprint.get("gpu_memory", limits.gpu_memory)
             requests.update(request_gpu(self._gpus, seen.claims, this_worker().machine, need))
-            # A waiting trial checks before it asks: a claim in vain would only disturb the others.
+            # A waiting trial checks before it asks: a claim that can't be granted would only
+            # disturb the others.
             decision = self._state.judge(number, held, requests, seen, queue=True)
             if not is_waiting or decision.action != "withdraw":
                 decision, seen = self._state.ask(trial_id, number, held, requests, queue=True)

@@ -4,7 +4,7 @@ A trial **asks**: it writes a claim into its own row, reads all rows, and decide
 The later writer of two sees the other's claim, so at least one of them counts both. If both do,
 the trial with the higher number gives way and the lower one waits for that:
 
-* There is room beside what is used, granted and claimed by others: **grant**.
+* There is room in addition to what is used, granted and claimed by others: **grant**.
 * There is room except for claims of higher numbers: **wait** and read again. They give way, or
   they had not seen this claim and were granted.
 * Else **withdraw**, and perhaps keep a place in the queue, which higher numbers respect.

@@ -1,4 +1,4 @@
-"""What a trial's row says of its place in the ledger, and which process runs it.
+"""The reservation in a trial's row, the worker that wrote it, and whether that one is alive.
 
 Each worker writes the rows of its own trials only, the whole reservation in one attribute, so that
 any storage changes it at once or not at all.

@@ -1,4 +1,4 @@
-"""The state of a study's ledger in one process: rows as last read, shared by its threads."""
+"""Reads rows, writes claims and decides by the protocol, for all threads of a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is a breach, and when a breach waits because the trial may get more of a quota (pure).
+"""Decides whether usage breaches a limit, and whether a breach waits for a larger grant. No I/O.
 
 Metering, the supervisor of an isolated trial, the analysis of its exit and forecasts all use
 :func:`is_breach`. What a trial was granted of a quota is a promise: only a refusal that answers a
@@ -106,8 +106,8 @@ def find_refused_breach(
         wanted: What it held and asked for, as far as that is known.
         ceilings: The ceilings in force.
         elapsed: Seconds since the start of the trial.
-        share: The share of the limit from which the limit is taken for the reason; 0 where it
-            surely is.
+        share: The share of the limit from which the limit is taken for the reason; 0 where
+            that is certain.
         refused: Whether the reason says "asked for" instead of "used".
     """
     if resource not in ceilings:

@@ -1,4 +1,4 @@
-"""How a trial's use of GPUs can be measured, by process or by device (pure)."""
+"""Chooses whether a trial's GPU usage is measured by process or by device. No I/O."""
 
 from __future__ import annotations
 

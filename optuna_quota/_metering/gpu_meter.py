@@ -335,7 +335,7 @@ def _warn(
     unenforced: Collection[str] = (),
     how: str = "",
 ) -> None:
-    """Warn once that resources are not measured, and which limits are not enforced therefore."""
+    """Warn once that resources are not measured, and which limits are therefore not enforced."""
     what = _titles(resources)
     verb = "is" if len(resources) == 1 else "are"
     message = f"{what[0].upper()}{what[1:]} {verb} not measured{how}: {reason}."

@@ -1,4 +1,4 @@
-"""The metering loop: one thread a process measures all of its trials."""
+"""The metering loop: one thread for each process measures all of its trials."""
 
 from __future__ import annotations
 

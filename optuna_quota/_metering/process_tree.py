@@ -1,4 +1,4 @@
-"""What is read of a process tree, its CPU time as members come and go, and the psutil reader."""
+"""The interface of process tree readers, CPU time over changing members, a psutil reader."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class TreeCpuTime:
                 amounts = foreign if times.foreign else vanished
                 amounts[ancestor] = amounts.get(ancestor, 0.0) + times.used
             elif now[process].foreign and not times.foreign:
-                # What it used before it became another trial's was counted: that stays.
+                # What it used before it became another trial's was counted, and remains so.
                 self._unaccounted += times.used
         for ancestor in {**vanished, **foreign}:
             inherited = self._inherited(ancestor, now)

@@ -1,4 +1,4 @@
-"""What the processes of a tree share: how much memory it is, and when to measure it again."""
+"""Estimates the memory that a tree's processes share, and when to measure it again."""
 
 from __future__ import annotations
 

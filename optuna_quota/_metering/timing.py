@@ -192,7 +192,7 @@ class PauseDetector:
 
     def _run(self) -> None:
         while True:
-            # The flag before the question, for `start` in another thread in between.
+            # Clear the flag before checking, for `start` in another thread in between.
             self._is_idle = True
             self._is_idle = not self._is_needed()
             interval = None if self._is_idle else _PERIOD

@@ -1,4 +1,4 @@
-"""What is measured of a trial beside its process tree: GPUs, energy, the user's own meters."""
+"""The meters of a trial besides its process tree: protocol, schedule, users' meters."""
 
 from __future__ import annotations
 

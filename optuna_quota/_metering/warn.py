@@ -1,4 +1,4 @@
-"""Warnings about what is not measured, once a process."""
+"""Logs each warning about metering once in a process."""
 
 from __future__ import annotations
 

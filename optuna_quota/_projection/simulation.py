@@ -1,4 +1,4 @@
-"""Draws of what a strategy uses, trial by trial, and when each would end."""
+"""Simulates a strategy: draws each trial's usage and schedules trials on workers."""
 
 from __future__ import annotations
 

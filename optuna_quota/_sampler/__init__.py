@@ -1,1 +1,1 @@
-"""QuotaSampler: any sampler inside a quota."""
+"""QuotaSampler: wraps a sampler and admits studies, trials and points within a quota."""

@@ -116,7 +116,7 @@ class CandidateFilter:
         kind = _optuna.unwrap_partial_fixed(base_sampler)
         self._replacement = replacement_for(kind, options.on_veto)
         self._keeps_point = _optuna.needs_drawn_point(kind)
-        # BruteForceSampler takes a point that breaks off for a leaf of its tree.
+        # BruteForceSampler treats an incomplete point as a leaf of its tree.
         self._needs_complete_points = isinstance(kind, BruteForceSampler)
         self._trials: dict[int, _TrialState] = {}
         self._lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""Leaves no row RUNNING after an error, and clears what a retried row copied from a failed one."""
+"""Finishes rows whose sampler hook raised, and clears attributes copied by a retry."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def finish_row(study: Study, trial: FrozenTrial, error: BaseException, *, admitt
     # Attributes first: a finished row can't be changed.
     if not is_rejected(trial.user_attrs):
         save_record(study, trial, record, system)
-    # Twice, whatever the first fault: a row left RUNNING would keep its reservation.
+    # Try twice, for any error: a row left RUNNING would keep its reservation.
     for is_last in (False, True):
         try:
             retry(lambda: _optuna.finish_row(storage, trial_id, state))

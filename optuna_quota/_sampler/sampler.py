@@ -1,4 +1,4 @@
-"""QuotaSampler: any sampler, inside a quota."""
+"""QuotaSampler: wraps a sampler and admits studies, trials and points within a quota."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class QuotaSampler(BaseSampler):
         audits: Share of these points that is run under the hard limit nevertheless, so that a
             wrong veto is found; 5% by default where trials are isolated, else none.
         on_projected: What is done once the quota is likely to run out before the end of the
-            ``strategy``, beside one warning: ``"continue"`` until it is used up, ``"stop"`` now,
+            ``strategy``, besides one warning: ``"continue"`` until it is used up, ``"stop"`` now,
             or ``"raise"`` :class:`~optuna_quota.StudyRejected`.
 
     Raises:
@@ -254,7 +254,7 @@ class QuotaSampler(BaseSampler):
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """Infer as the base sampler does, with the parameters that are judged beside it."""
+        """Infer as the base sampler does, with the parameters that are judged with it."""
         with fail_unfinished_trial(study, trial):
             space = self.base_sampler.infer_relative_search_space(study, trial)
             candidates = self._session(_optuna.unwrap_study(study)).candidates
@@ -352,7 +352,7 @@ class QuotaSampler(BaseSampler):
     def _finish_trial(
         self, session: StudySession, study: Study, trial: FrozenTrial, state: TrialState
     ) -> None:
-        """Settle a trial; its result is stored after this and must not be lost to any fault."""
+        """Settle a trial; its result is stored after this and no error may lose it."""
         error, tell_call = _optuna.objective_error(), _optuna.find_tell_call()
         try:
             # The base sampler may have written into the row.

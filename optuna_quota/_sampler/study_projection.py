@@ -1,4 +1,4 @@
-"""Will the study fit its quota? Asked before its first trial, and again while it runs."""
+"""Projects a study against its quota: rejects it before it starts, warns while it runs."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class StudyProjection:
             return project_end(self.strategy, used, self.quota, self.confidence)
         if expected is None:
             raise ValueError(
-                "A running projection must have a footprint or finished trials to go by, but "
+                "A running projection needs a footprint or finished trials, but "
                 f"{study.study_name!r} has none."
             )
         rows = learner.observations

@@ -1,4 +1,4 @@
-"""A study in this process: its ledger, and its trials from their start to their end."""
+"""One study in one process: starts, finishes and refuses its trials."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ class StudySession:
                 footprint=footprint,
                 expected=expected,
                 error=error,
-                told=tell_call,
+                tell_call=tell_call,
             ).usage
         finally:
             self.ledger.charge(trial_id, usage)

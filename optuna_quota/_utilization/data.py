@@ -116,7 +116,7 @@ def study_data(study: Study, user_attrs: Sequence[str] = ()) -> StudyData:
         user_attrs: Names of trial user attributes to treat as parameters.
 
     Raises:
-        ValueError: If a user attribute bears the name of a hyperparameter.
+        ValueError: If a user attribute has the name of a hyperparameter.
     """
     trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
     records = [_records.read_record(trial) for trial in trials]

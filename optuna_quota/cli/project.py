@@ -1,4 +1,4 @@
-"""``optuna-quota project``: will it fit? No study is run."""
+"""``optuna-quota project``: projects a strategy against a quota without running it."""
 
 from __future__ import annotations
 

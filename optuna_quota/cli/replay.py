@@ -30,7 +30,7 @@ _EXAMPLES = """\
 optuna-quota replay --storage sqlite:///tuning.db --limit memory=2GiB --limit wall_time=5min
 optuna-quota replay --storage tuning.log --study-name first --quota cost=10 --price cpu_time=0.05
 
-# would the best trial have lived?
+# would the best trial have completed?
 optuna-quota replay --storage sqlite:///tuning.db --limit memory=2GiB --format json \\
     | jq .best_lives
 """

@@ -73,7 +73,7 @@ def test_audits_give_the_rate_of_false_refusals() -> None:
         create_trial(value=1.0),
     ]
     assert refused_points(trials) == (
-        "Points refused: 7 (1 redrawn, 1 moved, 1 rejected, 4 run all the same as an audit, 1 of "
+        "Points refused: 7 (1 redrawn, 1 moved, 1 rejected, 4 run anyway as an audit, 1 of "
         "which stayed within the limits (25% false refusals))."
     )
     assert refused_points([]) == ""
