@@ -56,28 +56,31 @@ COMPLETE, FAIL = TrialState.COMPLETE, TrialState.FAIL
         ({"state": TrialState.PRUNED, "verdict": PRUNED}, "pruned", PRUNED.reason),
         ({"state": TrialState.PRUNED, "verdict": STOPPED}, "terminated", STOPPED.reason),
         (
-            {"state": TrialState.PRUNED, "told": TellCall(True, TrialState.PRUNED)},
+            {"state": TrialState.PRUNED, "tell_call": TellCall(True, TrialState.PRUNED)},
             "pruned",
             "Ended by study.tell(state=PRUNED).",
         ),
         (
-            {"state": FAIL, "told": TellCall(True, FAIL)},
+            {"state": FAIL, "tell_call": TellCall(True, FAIL)},
             "failed",
             "Ended by study.tell(state=FAIL).",
         ),
         (
-            {"state": FAIL, "told": TellCall(True, None, "nan")},
+            {"state": FAIL, "tell_call": TellCall(True, None, "nan")},
             "failed",
             "study.tell was given no valid value: nan.",
         ),
         (
-            {"state": FAIL, "told": TellCall(False, None, "The value nan is not acceptable.")},
+            {
+                "state": FAIL,
+                "tell_call": TellCall(False, None, "The value nan is not acceptable."),
+            },
             "failed",
             "The objective returned no valid value: The value nan is not acceptable.",
         ),
         ({"state": FAIL}, "failed", "The objective returned no valid value."),
         (
-            {"state": FAIL, "error": ValueError("x"), "told": TellCall(False, FAIL)},
+            {"state": FAIL, "error": ValueError("x"), "tell_call": TellCall(False, FAIL)},
             "failed",
             "The objective raised ValueError: x.",
         ),
@@ -92,7 +95,7 @@ COMPLETE, FAIL = TrialState.COMPLETE, TrialState.FAIL
             "MedianPruner pruned it at step 3. The objective raised ValueError: x.",
         ),
         (
-            {"state": FAIL, "verdict": STOPPED, "told": TellCall(True, FAIL)},
+            {"state": FAIL, "verdict": STOPPED, "tell_call": TellCall(True, FAIL)},
             "terminated",
             "Too much memory. Ended by study.tell(state=FAIL).",
         ),
