@@ -43,7 +43,7 @@ class GpuSample:
     Attributes:
         pid: The process.
         seconds: When the period ended, in seconds since 1970.
-        busy: ProcessMemory of the period in which a kernel of the process ran, 0 to 1.
+        busy: Share of the period in which a kernel of the process ran, 0 to 1.
     """
 
     pid: int
