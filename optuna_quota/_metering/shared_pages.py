@@ -146,8 +146,8 @@ class SharedPages:
 
     @property
     def excess(self) -> int:
-        """What the plain sum counts too much, as last measured, in bytes."""
-        return self._excess
+        """What the plain sum may count too much, as last measured, in bytes."""
+        return self._excess + self._doubt
 
     def memory(self, held: TreeMemory) -> int:
         """Return a lower bound of the tree's memory in bytes.
