@@ -45,7 +45,10 @@ def launch_portable() -> TrialConnections:
         if os.name == "posix":
             handle = theirs.fileno()
             process = subprocess.Popen(
-                interpreter("portable", handle), pass_fds=[handle], start_new_session=True
+                interpreter("portable", handle),
+                stdin=subprocess.DEVNULL,
+                pass_fds=[handle],
+                start_new_session=True,
             )
         else:
             for sock in (ours, theirs):

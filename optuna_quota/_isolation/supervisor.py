@@ -182,7 +182,12 @@ class Supervisor:
             ready = pickle.loads(self._link.recv(1 << 16))
         except (OSError, EOFError):
             return  # the trial has ended before that
-        assert isinstance(ready, messages.Ready) and self._monitoring is not None
+        assert isinstance(ready, messages.Ready)
+        if self._monitoring is None:
+            # It was sent before, but came just after the poll had looked for it.
+            self._receive()
+        if self._monitoring is None:
+            return  # the study's process is gone
         now = self._ready_at = self._clock()
         limit = self._monitoring.memory
         if limit is None:

@@ -116,7 +116,7 @@ def find_refused_breach(
     if wanted < share * limit:
         return None
     # What was refused is not known more closely than that it was over the limit.
-    observed = max(wanted, limit * (1 + 1e-6) + 1)
+    observed = wanted if is_breach(resource, wanted, limit) else limit * (1 + 1e-6) + 1
     return Breach(resource, limit, observed, elapsed, quota=quota, refused=refused)
 
 

@@ -183,6 +183,7 @@ class LinuxProcess:
             shareable=shmem,
             common=common,
             common_part=max(0, anonymous - (rollup.get(b"Anonymous", 0) - common)),
+            shareable_part=divided,
         )
 
     def unseen_peak(self, huge: int) -> int | None:

@@ -20,6 +20,7 @@ from optuna_quota._metering.linux_process import read_huge_pages
 from optuna_quota._metering.process_tree import CpuTimes
 from optuna_quota._metering.process_tree import TreeCpuTime
 from optuna_quota._metering.process_tree import TreeReading
+from optuna_quota._metering.shared_pages import find_doubt
 from optuna_quota._metering.shared_pages import find_inherited
 from optuna_quota._metering.shared_pages import ProcessMemory
 from optuna_quota._metering.shared_pages import SharedPages
@@ -269,14 +270,26 @@ class LinuxProcessTree:
     def _measure(self, held: TreeMemory) -> float:
         # In CPU time: on a busy host it takes longer without costing any more.
         begun, faulted = time.thread_time(), self._faulted()
+        shareable = {pid: self._members[pid].shareable for pid in held.sizes}
         memories = {}
         for pid in held.sizes:
             with contextlib.suppress(OSError):
                 memories[pid] = self._members[pid].proportional_memory()
         inherited = self._measure_inherited(memories)
+        moved, ended = 0, []
+        for pid in memories if len(memories) > 1 else ():
+            try:
+                size = self._members[pid].memory()
+            except OSError:
+                size = 0
+            if size:
+                moved += abs(self._members[pid].shareable - shareable[pid])
+            elif memories[pid].held:
+                ended.append(pid)
+        doubt = find_doubt(memories, moved, ended)
         cost, now = time.thread_time() - begun, time.perf_counter()
         return self._shared.update(
-            memories, faulted=faulted, cost=cost, now=now, not_counted=inherited
+            memories, faulted=faulted, cost=cost, now=now, not_counted=inherited, doubt=doubt
         )
 
     def _measure_inherited(self, memories: Mapping[int, ProcessMemory]) -> int:

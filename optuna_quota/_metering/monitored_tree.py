@@ -112,6 +112,8 @@ class MonitoredTree:
 
     def _begin(self, trial: TrialState, now: float, without: Collection[int]) -> None:
         """Take the first reading of a trial that is alone in the tree."""
+        # Before the measurement, which takes its time on a busy host.
+        age = None if self.pid is None else self._try(self.reader.age)
         self._try(self.reader.reset_peak)
         self._growth = ASSUMED_GROWTH
         self.update_thresholds()
@@ -121,7 +123,6 @@ class MonitoredTree:
         trial.record_memory(now, reading.memory, None)
         if reading.cpu_time is not None:
             # A process made for the trial counts from its creation, known to a clock tick.
-            age = None if self.pid is None else self._try(self.reader.age)
             is_own = age is not None and age <= max(0.0, now - trial.started) + 0.02
             trial.used.add("cpu_time", reading.cpu_time if is_own else 0.0)
         self.update_thresholds()

@@ -33,6 +33,7 @@ class ProcessMemory:
         shareable: The part that is shared memory.
         common: Its anonymous pages that others hold too, after a fork.
         common_part: The same, each page divided by the number of its holders.
+        shareable_part: The shared memory, each page divided by the number of its holders.
     """
 
     held: int
@@ -40,6 +41,7 @@ class ProcessMemory:
     shareable: int = 0
     common: int = 0
     common_part: int = 0
+    shareable_part: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,25 @@ def find_inherited(
     return InheritedPages(size, members, supervisor.common / max(1, supervisor.common_part))
 
 
+def find_doubt(memories: Mapping[int, ProcessMemory], moved: int, ended: Collection[int]) -> int:
+    """Return the bytes that may count twice, because processes are read one by one (pure).
+
+    If a process maps shared memory meanwhile, those that were read before count it in larger parts
+    than those that are read after: by at most half of it too much. A process that has ended since
+    it was read left its parts to the others.
+
+    Args:
+        memories: The memory of each process.
+        moved: The bytes of shared memory that were mapped or unmapped meanwhile.
+        ended: The processes that have ended since they were read.
+    """
+    shared = sum(memory.shareable_part for memory in memories.values())
+    # Together they hold as much as any one of them.
+    surely = max((memory.shareable for memory in memories.values()), default=0)
+    left = sum(memories[pid].proportional for pid in ended if pid in memories)
+    return min(moved // 2, max(0, shared - surely)) + left
+
+
 @dataclass(frozen=True)
 class TreeMemory:
     """What the processes of a tree hold, each by itself, in bytes.
@@ -116,6 +137,7 @@ class SharedPages:
 
     def __init__(self) -> None:
         self._excess = 0
+        self._doubt = 0
         self._measured = TreeMemory({})
         self._faulted = 0
         self._new: dict[int, int] = {}
@@ -124,8 +146,8 @@ class SharedPages:
 
     @property
     def excess(self) -> int:
-        """What the plain sum counts too much, as last measured, in bytes."""
-        return self._excess
+        """What the plain sum may count too much, as last measured, in bytes."""
+        return self._excess + self._doubt
 
     def memory(self, held: TreeMemory) -> int:
         """Return a lower bound of the tree's memory in bytes.
@@ -133,7 +155,8 @@ class SharedPages:
         Only a fork makes anonymous pages shared, and it makes a new process, so growth of them
         counts at once. What was added of shared memory, others may hold already.
         """
-        return max(0, self.at_most(held) - max(0, held.shareable - self._measured.shareable))
+        added = max(0, held.shareable - self._measured.shareable)
+        return max(0, self.at_most(held) - self._doubt - added)
 
     def at_most(self, held: TreeMemory) -> int:
         """Return an upper bound of the tree's memory: all added shared memory counts."""
@@ -177,7 +200,8 @@ class SharedPages:
         shared = abs(held.shareable - self._measured.shareable)
         has_changed = max(shared, then - total, unshared) > _CHANGED * then
         is_late = moved > 0 and now - self._at >= _LATEST and self._excess > _NEGLIGIBLE * total
-        return age >= _FAR and (has_changed or is_late)
+        is_doubtful = self._doubt > _NEGLIGIBLE * total
+        return age >= _FAR and (has_changed or is_late or is_doubtful)
 
     def _likely_cost(self, held: TreeMemory) -> float:
         return self._cost * max(1.0, held.total / max(1, self._measured.total))
@@ -190,8 +214,9 @@ class SharedPages:
         cost: float,
         now: float,
         not_counted: int = 0,
+        doubt: int = 0,
     ) -> float:
-        """Record a measurement; return the tree's memory in bytes.
+        """Record a measurement; return a lower bound of the tree's memory in bytes.
 
         Args:
             memories: The memory of each living process.
@@ -199,6 +224,7 @@ class SharedPages:
             cost: The CPU-seconds that it took.
             now: The time in seconds.
             not_counted: The bytes of their sum that don't count.
+            doubt: The bytes of their sum that may count twice.
         """
         self._new.clear()
         sizes = {pid: memory.held for pid, memory in memories.items()}
@@ -206,10 +232,11 @@ class SharedPages:
         proportional = sum(memory.proportional for memory in memories.values()) - not_counted
         # What was added while they were read one by one is not shared.
         self._excess = max(0, self._measured.total - proportional)
+        self._doubt = doubt
         self._faulted = faulted
         self._cost = cost
         self._at = now
-        return max(0, proportional)
+        return max(0, proportional - doubt)
 
     def _register_new(self, sizes: Mapping[int, int]) -> None:
         """Register new processes: a fork begins with pages that were counted before."""

@@ -71,6 +71,11 @@ def test_what_is_refused_near_a_limit_is_a_breach(
     assert find_refused_breach("memory", wanted, {}, 2.0, share=share) is None
 
 
+def test_an_amount_over_its_limit_is_the_one_observed() -> None:
+    breach = find_refused_breach("cpu_time", 3.2, {"cpu_time": Ceiling(3)}, 4.0, refused=False)
+    assert breach is not None and breach.observed == 3.2
+
+
 OVER = Breach("cpu_time", 10, 10.5, 11, quota=True)
 TEN = {"cpu_time": (10.0, True)}
 TWENTY = {"cpu_time": (20.0, True)}

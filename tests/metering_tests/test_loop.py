@@ -374,6 +374,22 @@ def test_cpu_time_used_during_a_fault_is_counted_after_it(fake: FakeMetering) ->
     assert record.outcome == "terminated"
 
 
+class SlowTree(FakeProcessTree):
+    """Grows older while it is read, as on a busy host."""
+
+    def read(self, **arguments: Any) -> Any:
+        self.seconds += 0.5
+        return super().read(**arguments)
+
+
+def test_cpu_time_from_before_a_slow_first_reading_is_counted(fake: FakeMetering) -> None:
+    tree = fake.trees[7] = SlowTree(cpu_time=0.2)
+    monitor = metering_loop().monitor((0, 0), pid=7)
+    tree.cpu_time = 0.5
+    fake.advance(5)
+    assert monitor.close().cpu_time == 0.5
+
+
 @pytest.mark.parametrize("failing", METHODS)
 def test_a_tree_that_fails_in_one_method(fake: FakeMetering, failing: str) -> None:
     fake.trees[7] = FaultyTree(failing)

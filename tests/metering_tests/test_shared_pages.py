@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import time
 
 import pytest
 
 from optuna_quota._metering import linux_process_tree
+from optuna_quota._metering.linux_process import LinuxProcess
 from optuna_quota._metering.linux_process_tree import LinuxProcessTree
+from optuna_quota._metering.shared_pages import find_doubt
 from optuna_quota._metering.shared_pages import find_inherited
 from optuna_quota._metering.shared_pages import ProcessMemory
 from optuna_quota._metering.shared_pages import SharedPages
@@ -154,6 +157,36 @@ def test_when_it_is_measured_again(
 def test_more_shared_memory_is_measured_again() -> None:
     assert is_due(known(PAIR), {1: 100, 2: 190}, 0.06, shareable=40)
     assert not is_due(known(PAIR), {1: 100, 2: 190}, 0.04, shareable=40)
+
+
+@pytest.mark.parametrize(
+    ("moved", "ended", "expected"),
+    [
+        (0, [], 0),
+        (40, [], 20),
+        # All of them hold 100: they can't count for more than their sum beyond that.
+        (90, [], 33),
+        (0, [3], 43),
+        (0, [9], 0),
+    ],
+)
+def test_what_may_count_twice(moved: int, ended: list[int], expected: int) -> None:
+    # The first two were read while they alone held it, the last one after it had mapped it too.
+    halves = [ProcessMemory(110, 60, shareable=100, shareable_part=50) for _ in range(2)]
+    third = ProcessMemory(110, 43, shareable=100, shareable_part=33)
+    assert find_doubt({1: halves[0], 2: halves[1], 3: third}, moved, ended) == expected
+
+
+def test_what_may_count_twice_is_no_memory_until_it_is_measured_again() -> None:
+    pages = SharedPages()
+    assert pages.update(PAIR, faulted=0, cost=0.001, now=0.0, doubt=30) == 120
+    held = TreeMemory(SIZES)
+    assert (pages.memory(held), pages.at_most(held), pages.excess) == (120, 150, 130)
+    assert not is_due(pages, SIZES, 0.04)
+    assert is_due(pages, SIZES, 0.06)
+    assert is_due(pages, SIZES, 0.0011, limit=140)
+    pages.update(PAIR, faulted=0, cost=0.001, now=0.06)
+    assert pages.memory(held) == 150
 
 
 def test_a_certain_verdict_waits_for_no_long_measurement() -> None:
@@ -436,3 +469,55 @@ hear()
         assert memory(tree, 50.0 * MIB) <= 50 * MIB
         assert wait_for_memory(tree, 100 * MIB, 50.0 * MIB) < 140 * MIB
         tree.close()
+
+
+@needs_proc
+def test_memory_that_is_mapped_during_a_measurement_counts_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code = """
+import mmap
+block = mmap.mmap(-1, 100 * MIB)
+block.write(bytes(100 * MIB))
+
+def read():
+    return sum(block[i] for i in range(0, len(block), 4096))
+
+def read_later():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    say("waits", os.getpid())
+    signal.sigwait({signal.SIGUSR1})
+    read()
+    say("has read")
+
+fork(lambda: (read(), say("has read")))
+hear()
+fork(read_later)
+hear()
+"""
+    with script(code) as child:
+        assert line(child) == "has read"
+        tree = LinuxProcessTree(child.pid)
+        memory(tree)
+        tell(child)
+        late = int(line(child).removeprefix("waits "))
+        expected = wait_for_memory(tree, 100 * MIB)
+        assert late in tree.read(thorough=True).pids
+        measure = LinuxProcess.proportional_memory
+        mapped = []
+
+        def measure_slowly(process: LinuxProcess) -> ProcessMemory:
+            if process.pid == late and not mapped:
+                os.kill(late, signal.SIGUSR1)
+                mapped.append(line(child))
+            return measure(process)
+
+        monkeypatch.setattr(LinuxProcess, "proportional_memory", measure_slowly)
+        limit, seen = expected + 15 * MIB, []
+        while len(seen) < 5 or not mapped:
+            time.sleep(0.02)
+            seen.append(memory(tree, limit))
+        tree.close()
+    assert mapped == ["has read"]
+    assert max(seen) < expected + 10 * MIB
+    assert seen[-1] > expected - 10 * MIB
