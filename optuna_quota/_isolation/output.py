@@ -108,6 +108,8 @@ def apply_output_settings(settings: OutputSettings, calls: RpcClient) -> None:
         calls.notify(warnings.WarningMessage(message, category, filename, lineno))
 
     warnings.showwarning = show
+    warnings.resetwarnings()
+    _from_study.clear()
     apply_to_new_modules(settings)
 
 
@@ -122,14 +124,18 @@ def apply_to_new_modules(settings: OutputSettings) -> None:
         # Libraries look whether their logger has a handler.
         logger.handlers[:] = [logging.NullHandler()]
         logger.propagate = True
-    warnings.resetwarnings()
+    found = []
     for action, message, kind, module, line in settings.filters:
         # A warning of a category that can't be found here can't be issued here either.
         with contextlib.suppress(Exception):
             owner, _, path = kind.partition(":")
             category = operator.attrgetter(path)(importlib.import_module(owner))
-            entry = (action, message, category, module, line)
-            warnings.filters.append(entry)  # type: ignore[attr-defined]  # a list
+            found.append((action, message, category, module, line))
+    # Filters of modules that only the trial has imported were set last, so they come first.
+    own = [entry for entry in warnings.filters if entry not in _from_study]
+    _from_study[:] = found
+    warnings.resetwarnings()
+    warnings.filters.extend([*own, *found])  # type: ignore[attr-defined]  # a list
 
 
 def _open_stream(name: str, encoding: str, errors: str) -> io.TextIOBase:
@@ -279,6 +285,7 @@ def prepare_logging(*, reset: bool) -> None:
 
 
 _to_reset: list[logging.Logger] | None = None
+_from_study: list[tuple[Any, ...]] = []
 
 
 def _reset_loggers() -> None:

@@ -198,3 +198,35 @@ def test_filters_for_warning_classes_of_the_script(tmp_path: Path, way: str) -> 
     arguments = ["script.py"] if way == "file" else ["-c", FILTERING]
     assert run_python(tmp_path, *arguments) == "['COMPLETE', 'FAIL']\n"
     assert "take care" not in (tmp_path / "errors.txt").read_text().partition("[W ")[0]
+
+
+LATE = """
+import importlib, warnings
+import optuna
+from optuna_quota import isolated
+
+class Late:
+    def __reduce__(self):
+        return importlib.import_module, ("late",)
+
+late = Late()
+
+def objective(trial):
+    assert late.__name__ == "late"
+    warnings.warn("take care")
+    return 1.0
+
+warnings.simplefilter("error")
+study = optuna.create_study()
+study.optimize(isolated(objective), n_trials=1)
+print([t.state.name for t in study.trials])
+"""
+
+
+@pytest.mark.slow
+def test_filters_of_a_module_that_only_the_trial_imports_hold(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(
+        "import warnings\nwarnings.filterwarnings('ignore', message='take care')\n"
+    )
+    (tmp_path / "script.py").write_text(LATE)
+    assert run_python(tmp_path, "script.py") == "['COMPLETE']\n"
