@@ -133,7 +133,7 @@ def _feature(value: Any) -> Feature:
     low = _number(found.get("low"), f"{name}.low")
     high = _number(found.get("high"), f"{name}.high")
     scale = found.get("scale")
-    if scale not in _LOWEST or not _LOWEST[scale] <= low <= high:
+    if not isinstance(scale, str) or scale not in _LOWEST or not _LOWEST[scale] <= low <= high:
         raise ValueError(f"The range of {name!r} must suit its scale but got {_short(found)}.")
     return NumericFeature(name, low, high, scale)
 

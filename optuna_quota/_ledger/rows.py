@@ -65,8 +65,13 @@ class TrialRows:
         totals.update([entry for entry in entries if entry.state == "finished"], still_open)
 
     def _read(self) -> Sequence[FrozenTrial]:
-        self._trials = retry(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
-        return self._trials
+        trials = retry(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
+        if trials and trials[-1].number != len(trials) - 1:
+            # Between reading a database and returning its rows, Optuna's cache may get one that
+            # another thread creates, but not those that other processes created before it.
+            trials = [trial for index, trial in enumerate(trials) if trial.number == index]
+        self._trials = trials
+        return trials
 
     def stale_trial_ids(self) -> list[int]:
         """Return the ids of trials whose heartbeat is overdue by the storage."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from optuna_quota._ledger.protocol import Claim
 from optuna_quota._ledger.protocol import is_held
+from optuna_quota._ledger.reservation import is_alive
 from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import Worker
@@ -345,10 +346,15 @@ class QuotaTotals:
         return self._time.with_running(running)
 
     def _until(self, reservation: Reservation, now: float) -> float:
+        worker, beat = reservation.worker, reservation.beat
+        if beat is None:
+            return now
+        if worker is not None and is_alive(worker):
+            # On this machine's clock; another worker's lease may be longer than the reader's.
+            return max(now, beat)
         # On its worker's own clock, which may differ from the reader's: since its last heartbeat,
         # no more than the time to the next one has passed.
-        beat = reservation.beat
-        return now if beat is None else min(max(now, beat), beat + self._heartbeat)
+        return min(max(now, beat), beat + self._heartbeat)
 
     def reserved(self, machine: str | None = None) -> dict[str, float]:
         """Return what running trials hold or ask for, by resource.

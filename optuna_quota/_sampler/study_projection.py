@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
 import logging
+import math
 from typing import Any
 from typing import TYPE_CHECKING
 
@@ -225,11 +226,13 @@ class QuotaWarning:
         if projection.probability > 1 - projection.confidence:
             return None
         self._warned = True
+        # Others don't fit with the required confidence, but most likely.
+        over = [row for row in projection.unfit if row.median > (row.quota or math.inf)]
         figures = "; ".join(
             f"{format_amount(row.resource, row.median)} projected, "
             f"{format_amount(row.resource, row.quota)} allowed "
             f"({get_resource(row.resource).title})"
-            for row in projection.unfit
+            for row in over or projection.unfit
         )
         _logger.warning(
             f"The quota is likely to run out before the study ends: {figures}. "

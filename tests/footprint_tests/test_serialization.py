@@ -132,6 +132,7 @@ def _set(path: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
         _set(["features", 0, "name"], 7),
         _set(["features", 0, "low"], -1),
         _set(["features", 0, "scale"], "__import__('os')"),
+        _set(["features", 0, "scale"], ["log"]),
         _set(["features", 1, "choices"], []),
         _set(["features", 1, "choices"], [str(i) for i in range(501)]),
         _set(["points", 0, "usage"], {f"meter_{i}": 1.0 for i in range(51)}),

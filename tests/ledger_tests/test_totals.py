@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 import time
 
 from hypothesis import given
@@ -14,6 +15,7 @@ from optuna_quota import Quota
 from optuna_quota._ledger import Ledger
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._ledger.reservation import reservation_object
+from optuna_quota._ledger.reservation import this_worker
 from optuna_quota._ledger.reservation import Worker
 from optuna_quota._ledger.totals import Entry
 from optuna_quota._ledger.totals import IntervalUnion
@@ -139,3 +141,13 @@ def test_a_reader_whose_clock_is_behind_counts_up_to_what_it_has_read() -> None:
     totals.update([], [Entry(1, 1, "running", reservation=running)])
     assert totals.used(now=50)["wall_time"] == 30
     assert totals.used(now=140)["wall_time"] == 40
+
+
+def test_a_live_worker_of_this_machine_counts_up_to_now_whatever_its_lease() -> None:
+    totals, here = QuotaTotals(Quota()), this_worker()
+    running = Reservation(1, worker=here, began=1000, beat=1000)
+    totals.update([], [Entry(1, 1, "running", reservation=running)])
+    assert totals.used(now=1600)["wall_time"] == 600
+    dead = replace(running, worker=replace(here, started=here.started + 1))
+    totals.update([], [Entry(1, 1, "running", reservation=dead)])
+    assert totals.used(now=1600)["wall_time"] == 30

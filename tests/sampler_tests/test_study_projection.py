@@ -21,7 +21,10 @@ from optuna_quota import QuotaSampler
 from optuna_quota import Strategy
 from optuna_quota import StudyRejected
 from optuna_quota import Usage
+from optuna_quota._projection import ProjectedResource
+from optuna_quota._projection import Projection
 from optuna_quota._records import read_record
+from optuna_quota._sampler.study_projection import QuotaWarning
 from tests.sampler_tests.assertions import assert_nothing_left
 
 
@@ -257,6 +260,20 @@ def test_a_quota_that_will_run_out_is_reported_early(
     (warning,) = quota_warnings()
     assert warning.startswith("The quota is likely to run out before the study ends: ")
     assert " projected, 5 min allowed (trial time). Nearest that would fit: " in warning
+
+
+def test_the_warning_names_only_resources_projected_over_their_quota(
+    quota_warnings: Callable[[], list[str]],
+) -> None:
+    # Memory fits with a probability of 90%, which is less than the required confidence.
+    rows = (
+        ProjectedResource("trial_time", 600, 7000, 7800, 8600, 7200, 0.03),
+        ProjectedResource("memory", 0, 2**29, 2**30, 3 * 2**30, 2 * 2**30, 0.9),
+    )
+    projection = Projection(Strategy(100), rows, 0.03)
+    assert QuotaWarning().check(8, lambda: projection) is projection
+    (warning,) = quota_warnings()
+    assert "2 h 10 min projected, 2 h allowed (trial time). No smaller" in warning
 
 
 @pytest.mark.slow
