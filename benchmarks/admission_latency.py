@@ -21,24 +21,16 @@ import time
 import warnings
 
 import optuna
-from optuna.trial import create_trial
-from optuna.trial import TrialState
+from optuna.trial import create_trial, TrialState
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import Usage
+from optuna_quota import Limits, Quota, Usage
 from optuna_quota._ledger import Ledger
-from optuna_quota._optuna import storage_of
-from optuna_quota._optuna import study_id_of
-from optuna_quota._optuna import trial_id_of
+from optuna_quota._optuna import storage_of, study_id_of, trial_id_of
 from optuna_quota._records import read_record
-from tests.storages import KINDS
-from tests.storages import missing
-from tests.storages import storage_at
-from tests.storages import study_in
+from tests.storages import KINDS, missing, storage_at, study_in
 
 
 QUOTA = Quota(n_trials=10**9, cpu_time=1e12, wall_time="10000d", memory="1024GiB")

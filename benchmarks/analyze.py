@@ -13,14 +13,10 @@ import time
 
 import numpy as np
 import optuna
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
-from optuna.distributions import IntDistribution
-from optuna.trial import create_trial
-from optuna.trial import TrialState
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import create_trial, TrialState
 
-from optuna_quota import analyze
-from optuna_quota import trial_table
+from optuna_quota import analyze, trial_table
 
 
 SPACE = {

@@ -24,24 +24,15 @@ import warnings
 
 import optuna
 from optuna.distributions import FloatDistribution
-from optuna.samplers import BaseSampler
-from optuna.samplers import RandomSampler
-from optuna.samplers import TPESampler
-from optuna.storages import BaseStorage
-from optuna.storages import InMemoryStorage
-from optuna.storages import JournalStorage
-from optuna.storages import RDBStorage
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import create_trial
-from optuna.trial import FrozenTrial
+from optuna.trial import create_trial, FrozenTrial
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler
 
 
 SPACE = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}

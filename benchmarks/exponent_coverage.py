@@ -15,8 +15,7 @@ import time
 import numpy as np
 
 from optuna_quota._utilization.data import Parameter
-from optuna_quota._utilization.design import build_design
-from optuna_quota._utilization.design import values_of
+from optuna_quota._utilization.design import build_design, values_of
 from optuna_quota._utilization.model import UtilizationModel
 from optuna_quota._utilization.selection import select
 

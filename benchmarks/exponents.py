@@ -20,10 +20,7 @@ import optuna
 from optuna.distributions import json_to_distribution
 from optuna.trial import create_trial
 
-from optuna_quota import analyze
-from optuna_quota import isolated
-from optuna_quota import Quota
-from optuna_quota import QuotaSampler
+from optuna_quota import analyze, isolated, Quota, QuotaSampler
 
 
 # workload, resource, parameter, exponent by theory, why

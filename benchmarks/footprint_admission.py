@@ -5,19 +5,15 @@ Used by ``footprint_models.py``, which describes the tables.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from footprint_tables import by_least_squares
-from footprint_tables import read_workload
-from footprint_tables import Workload
+from footprint_tables import by_least_squares, read_workload, Workload
 import numpy as np
 
-from optuna_quota import Footprint
-from optuna_quota import Usage
+from optuna_quota import Footprint, Usage
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.resource_model import Predictive
 

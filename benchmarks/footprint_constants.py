@@ -12,24 +12,18 @@ score on the one left out, and the score of the shipped constants.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 import itertools
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from footprint_tables import read_workload
-from footprint_tables import RESOURCES
-from footprint_tables import SIZES
-from footprint_tables import Workload
+from footprint_tables import read_workload, RESOURCES, SIZES, Workload
 import numpy as np
 
 from optuna_quota import Footprint
-from optuna_quota._footprint import fit
-from optuna_quota._footprint import resource_model
+from optuna_quota._footprint import fit, resource_model
 from optuna_quota._footprint.fit import ChainedModel
 from optuna_quota._footprint.resource_model import Predictive
 

@@ -15,8 +15,7 @@ columns, no admission at all, TPESampler's own ask. At the end stands which aim 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 import functools
 import itertools
@@ -25,17 +24,17 @@ from pathlib import Path
 import time
 from typing import Any
 
-from footprint_admission import ADMISSION
-from footprint_admission import admission
-from footprint_admission import Admitted
-from footprint_tables import Bounded
-from footprint_tables import bounds_and_projections
-from footprint_tables import LEVEL
-from footprint_tables import MODELS
-from footprint_tables import PROJECTED
-from footprint_tables import Projected
-from footprint_tables import RESOURCES
-from footprint_tables import SIZES
+from footprint_admission import ADMISSION, admission, Admitted
+from footprint_tables import (
+    Bounded,
+    bounds_and_projections,
+    LEVEL,
+    MODELS,
+    PROJECTED,
+    Projected,
+    RESOURCES,
+    SIZES,
+)
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution

@@ -5,8 +5,7 @@ Used by ``footprint_models.py``, which describes the tables.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import functools
 import json
@@ -14,13 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from optuna.distributions import BaseDistribution
-from optuna.distributions import json_to_distribution
+from optuna.distributions import BaseDistribution, json_to_distribution
 
-from optuna_quota import Footprint
-from optuna_quota import project
-from optuna_quota import Strategy
-from optuna_quota import Usage
+from optuna_quota import Footprint, project, Strategy, Usage
 from optuna_quota._footprint.features import Features
 from optuna_quota._footprint.future_points import draw_future_points
 from optuna_quota._footprint.observations import Observation

@@ -40,8 +40,7 @@ import optuna
 import psutil
 from verdicts import busy_processes
 
-from optuna_quota import isolated
-from optuna_quota import Limits
+from optuna_quota import isolated, Limits
 
 
 MIB = 2**20
@@ -151,8 +150,7 @@ def by_isolated(path: str, kind: str) -> None:
 
 
 def by_pynisher(path: str, kind: str) -> None:
-    from pynisher import limit
-    from pynisher import PynisherException
+    from pynisher import limit, PynisherException
 
     limited = limit(allocate, memory=LIMIT, context="forkserver")
     with contextlib.suppress(PynisherException, MemoryError, OSError):

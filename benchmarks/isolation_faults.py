@@ -25,10 +25,7 @@ import numpy as np
 import optuna
 import psutil
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import QuotaPruner
-from optuna_quota import trial_table
+from optuna_quota import isolated, Limits, QuotaPruner, trial_table
 
 
 MIB = 2**20

@@ -29,21 +29,11 @@ from optuna.trial import TrialState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import Usage
-from optuna_quota._ledger import Grant
-from optuna_quota._ledger import Ledger
-from optuna_quota._optuna import storage_of
-from optuna_quota._optuna import trial_id_of
-from optuna_quota._records import read_record
-from optuna_quota._records import TrialRecord
-from optuna_quota._records import write_record
-from tests.storages import Address
-from tests.storages import missing
-from tests.storages import SHARED
-from tests.storages import storage_at
-from tests.storages import study_in
+from optuna_quota import Limits, Quota, Usage
+from optuna_quota._ledger import Grant, Ledger
+from optuna_quota._optuna import storage_of, trial_id_of
+from optuna_quota._records import read_record, TrialRecord, write_record
+from tests.storages import Address, missing, SHARED, storage_at, study_in
 
 
 # Seconds of one trial, at most.

@@ -27,8 +27,7 @@ beside that of the trials, each per trial.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import contextlib
 import ctypes
 import itertools
@@ -47,25 +46,12 @@ import warnings
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import TrialState
-from peers_trials import MIB
-from peers_trials import Observer
-from peers_trials import own_memory
-from peers_trials import PROBLEMS
-from peers_trials import send
-from peers_trials import suggest
-from peers_trials import Target
-from peers_trials import Task
+from peers_trials import MIB, Observer, own_memory, PROBLEMS, send, suggest, Target, Task
 import psutil
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
+from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler
 
 
 BUDGET = 60
@@ -159,14 +145,9 @@ def run_tpe(told: str) -> Callable[[Task, Target, Observer, int], None]:
 
 
 def run_smac(task: Task, target: Target, observer: Observer, seed: int) -> None:
-    from ConfigSpace import Categorical
-    from ConfigSpace import ConfigurationSpace
-    from ConfigSpace import Float
-    from ConfigSpace import Integer
+    from ConfigSpace import Categorical, ConfigurationSpace, Float, Integer
     import pynisher
-    from smac import Callback
-    from smac import HyperparameterOptimizationFacade
-    from smac import Scenario
+    from smac import Callback, HyperparameterOptimizationFacade, Scenario
     from smac.runhistory.enumerations import StatusType
 
     def parameter(name: str, d: BaseDistribution) -> Any:

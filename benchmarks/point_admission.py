@@ -18,13 +18,9 @@ policy of the line is worse (wastes more, finds less), ``+`` that it is better.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 import itertools
 import json
 import multiprocessing
@@ -34,24 +30,13 @@ import warnings
 
 import numpy as np
 import optuna
-from optuna.samplers import BaseSampler
-from optuna.samplers import GPSampler
-from optuna.samplers import NSGAIISampler
-from optuna.samplers import RandomSampler
-from optuna.samplers import TPESampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.study import MaxTrialsCallback
-from surfaces import measure_forests
-from surfaces import Surface
-from surfaces import SURFACES
+from surfaces import measure_forests, Surface, SURFACES
 
-from optuna_quota import LimitBreached
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaSampler
-from optuna_quota import Usage
+from optuna_quota import LimitBreached, Limits, Quota, QuotaSampler, Usage
 from optuna_quota._footprint import online
-from optuna_quota._footprint.observations import Observation
-from optuna_quota._footprint.observations import read_observation
+from optuna_quota._footprint.observations import Observation, read_observation
 from optuna_quota._sampler.candidates import replacement_for
 
 

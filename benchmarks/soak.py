@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import replace
+from dataclasses import dataclass, replace
 import json
 import multiprocessing
 from multiprocessing.process import BaseProcess
@@ -36,15 +35,9 @@ import optuna
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from optuna_quota import check
-from optuna_quota import Quota
-from optuna_quota import QuotaSampler
-from optuna_quota import status
-from optuna_quota._ledger.state import LedgerState
-from optuna_quota._ledger.state import SystemClock
-from tests.storages import Address
-from tests.storages import SHARED
-from tests.storages import storage_at
+from optuna_quota import check, Quota, QuotaSampler, status
+from optuna_quota._ledger.state import LedgerState, SystemClock
+from tests.storages import Address, SHARED, storage_at
 
 
 OWN = "own-postgresql"

@@ -28,13 +28,10 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import ctypes
-from dataclasses import asdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 import json
 import math
 import multiprocessing
@@ -50,10 +47,7 @@ import time
 from typing import Any
 
 import psutil
-from verdicts_objectives import MIB
-from verdicts_objectives import Objective
-from verdicts_objectives import OBJECTIVES
-from verdicts_objectives import Task
+from verdicts_objectives import MIB, Objective, OBJECTIVES, Task
 
 
 RIGHT = {1.3: "completed", 0.7: "terminated"}
@@ -100,8 +94,7 @@ def by_ours(objective: Objective, task: Task, limit: int) -> Verdict:
     # Not among the imports above: the other tools' trials are not to hold it.
     import optuna
 
-    from optuna_quota import isolated
-    from optuna_quota import Limits
+    from optuna_quota import isolated, Limits
 
     objective.load()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -258,8 +258,7 @@ def executor(prepared: None) -> float:
 
 @objective("joblib, loky", "joblib")
 def joblib_loky(prepared: None) -> float:
-    from joblib import delayed
-    from joblib import Parallel
+    from joblib import delayed, Parallel
 
     calls = (delayed(_regress)(120 * ROWS_A_MIB, i) for i in range(2))
     return float(np.mean(Parallel(n_jobs=2)(calls)))
@@ -267,8 +266,7 @@ def joblib_loky(prepared: None) -> float:
 
 @objective("joblib, threading", "joblib")
 def joblib_threading(prepared: None) -> float:
-    from joblib import delayed
-    from joblib import Parallel
+    from joblib import delayed, Parallel
 
     calls = (delayed(_regress)(75 * ROWS_A_MIB, i) for i in range(4))
     return float(np.mean(Parallel(n_jobs=4, backend="threading")(calls)))
@@ -378,8 +376,7 @@ def training_script(prepared: Path) -> float:
 @objective("torch, DataLoader(num_workers=2)", "torch", "torch.utils.data", "torch._dynamo")
 def torch_loader(prepared: None) -> float:
     import torch
-    from torch.utils.data import DataLoader
-    from torch.utils.data import TensorDataset
+    from torch.utils.data import DataLoader, TensorDataset
 
     torch.manual_seed(0)
     x = torch.randn(50_000, 1024)

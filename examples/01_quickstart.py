@@ -23,13 +23,7 @@ from sklearn.kernel_approximation import RBFSampler
 from sklearn.linear_model import SGDClassifier
 from sklearn.model_selection import train_test_split
 
-from optuna_quota import analyze
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import trial_table
+from optuna_quota import analyze, isolated, Limits, Quota, QuotaPruner, QuotaSampler, trial_table
 
 
 EPOCHS = 2

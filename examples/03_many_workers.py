@@ -18,12 +18,7 @@ import tempfile
 import numpy as np
 import optuna
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import status
-from optuna_quota import trial_table
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, status, trial_table
 
 
 QUOTA = Quota(cpu_time="20s", n_trials=60)

@@ -16,15 +16,17 @@ from sklearn.datasets import load_digits
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.model_selection import cross_val_score
 
-from optuna_quota import analyze
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import project
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import Strategy
-from optuna_quota import StudyRejected
+from optuna_quota import (
+    analyze,
+    isolated,
+    Limits,
+    project,
+    Quota,
+    QuotaPruner,
+    QuotaSampler,
+    Strategy,
+    StudyRejected,
+)
 
 
 SPACE = {

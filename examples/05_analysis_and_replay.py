@@ -15,13 +15,7 @@ import numpy as np
 import optuna
 from sklearn.kernel_ridge import KernelRidge
 
-from optuna_quota import analyze
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import replay
+from optuna_quota import analyze, isolated, Limits, Quota, QuotaPruner, QuotaSampler, replay
 
 
 def objective(trial: optuna.Trial) -> float:

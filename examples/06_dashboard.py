@@ -21,12 +21,7 @@ from optuna.artifacts import FileSystemArtifactStore
 from sklearn.datasets import make_friedman1
 from sklearn.kernel_ridge import KernelRidge
 
-from optuna_quota import analyze
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
+from optuna_quota import analyze, isolated, Limits, Quota, QuotaPruner, QuotaSampler
 from optuna_quota.dashboard import Publisher
 
 

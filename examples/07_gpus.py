@@ -11,12 +11,7 @@ from __future__ import annotations
 
 import optuna
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import trial_table
+from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, trial_table
 
 
 def objective(trial: optuna.Trial) -> float:

@@ -18,12 +18,7 @@ import time
 import numpy as np
 import optuna
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import trial_table
+from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, trial_table
 
 
 class ScratchSpace:

@@ -27,38 +27,32 @@ value, to **terminate** to stop because of a **breach**, usage over a limit.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from optuna_quota._version import __version__
 
 
 if TYPE_CHECKING:
-    from optuna_quota._analysis.replay import replay
-    from optuna_quota._analysis.replay import ReplayReport
+    from optuna_quota._analysis.replay import replay, ReplayReport
     from optuna_quota._enforcement.check import check
     from optuna_quota._enforcement.pruner import QuotaPruner
     from optuna_quota._footprint.footprint import Footprint
     from optuna_quota._isolation.isolated import isolated
-    from optuna_quota._ledger.status import LedgerStatus
-    from optuna_quota._ledger.status import status
+    from optuna_quota._ledger.status import LedgerStatus, status
     from optuna_quota._metering import Meter
-    from optuna_quota._projection import project
-    from optuna_quota._projection import Projection
-    from optuna_quota._report import analyze
-    from optuna_quota._report import UtilizationReport
-    from optuna_quota._resources import Limits
-    from optuna_quota._resources import Quota
-    from optuna_quota._resources import Strategy
-    from optuna_quota._resources import Usage
+    from optuna_quota._projection import project, Projection
+    from optuna_quota._report import analyze, UtilizationReport
+    from optuna_quota._resources import Limits, Quota, Strategy, Usage
     from optuna_quota._sampler.sampler import QuotaSampler
     from optuna_quota._table import trial_table
-    from optuna_quota.exceptions import LimitBreached
-    from optuna_quota.exceptions import QuotaError
-    from optuna_quota.exceptions import QuotaExhausted
-    from optuna_quota.exceptions import StudyRejected
-    from optuna_quota.exceptions import TrialCrashed
-    from optuna_quota.exceptions import TrialRejected
+    from optuna_quota.exceptions import (
+        LimitBreached,
+        QuotaError,
+        QuotaExhausted,
+        StudyRejected,
+        TrialCrashed,
+        TrialRejected,
+    )
 
 
 # Where each public name lives. Modules are imported when a name is first asked for, so that

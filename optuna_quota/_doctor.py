@@ -6,10 +6,8 @@ what they mean (``check_…``), so that the latter can be tested for hosts that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 import os
 from pathlib import Path
@@ -17,20 +15,13 @@ import platform
 import subprocess
 import sys
 import time
-from typing import Any
-from typing import Literal
-from typing import Protocol
-from typing import TYPE_CHECKING
+from typing import Any, Literal, Protocol, TYPE_CHECKING
 
 from optuna_quota import _units
-from optuna_quota._isolation.memory_limits import find_delegated
-from optuna_quota._isolation.memory_limits import own_cgroup
+from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
 from optuna_quota._metering.energy import Rapl
-from optuna_quota._metering.host import available_memory
-from optuna_quota._metering.host import cpu_count
-from optuna_quota._metering.host import host_memory_limit
-from optuna_quota._metering.nvml import GpuError
-from optuna_quota._metering.nvml import open_devices
+from optuna_quota._metering.host import available_memory, cpu_count, host_memory_limit
+from optuna_quota._metering.nvml import GpuError, open_devices
 from optuna_quota._version import __version__
 
 

@@ -6,9 +6,7 @@ any of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import copy
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,18 +15,13 @@ import json
 import logging
 import sys
 from types import FrameType
-from typing import Any
-from typing import cast
-from typing import NoReturn
-from typing import TYPE_CHECKING
+from typing import Any, cast, NoReturn, TYPE_CHECKING
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import HyperbandPruner
-from optuna.samplers import BaseSampler
-from optuna.samplers import PartialFixedSampler
+from optuna.samplers import BaseSampler, PartialFixedSampler
 from optuna.storages import RDBStorage
-from optuna.storages._heartbeat import BaseHeartbeat
-from optuna.storages._heartbeat import is_heartbeat_enabled
+from optuna.storages._heartbeat import BaseHeartbeat, is_heartbeat_enabled
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import TrialState
@@ -39,9 +32,7 @@ if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.storages import BaseStorage
     from optuna.storages.journal._file import BaseJournalFileLock
-    from optuna.trial import BaseTrial
-    from optuna.trial import FrozenTrial
-    from optuna.trial import Trial
+    from optuna.trial import BaseTrial, FrozenTrial, Trial
 
 
 _logger = logging.getLogger("optuna.quota.optuna")

@@ -35,26 +35,23 @@ unknown (None): it raises no error and is never executed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 import math
-from typing import Any
-from typing import cast
-from typing import TYPE_CHECKING
+from typing import Any, cast, TYPE_CHECKING
 
 from optuna_quota import _optuna
-from optuna_quota._resources import Breach
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import Isolation
-from optuna_quota._resources import Limits
-from optuna_quota._resources import Outcome
-from optuna_quota._resources import OUTCOMES
-from optuna_quota._resources import Quota
-from optuna_quota._resources import Usage
-from optuna_quota._resources import usage_from_amounts
-from optuna_quota._storage_retry import is_transient
-from optuna_quota._storage_retry import retry
+from optuna_quota._resources import (
+    Breach,
+    get_resource,
+    Isolation,
+    Limits,
+    Outcome,
+    OUTCOMES,
+    Quota,
+    Usage,
+    usage_from_amounts,
+)
+from optuna_quota._storage_retry import is_transient, retry
 
 
 if TYPE_CHECKING:

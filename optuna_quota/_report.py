@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import os
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._analysis.summary import summarize

@@ -9,22 +9,14 @@ Numbers are SI base units: bytes, seconds, joules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 import math
 from types import MappingProxyType
-from typing import Any
-from typing import Literal
-from typing import TYPE_CHECKING
+from typing import Any, Literal, TYPE_CHECKING
 
 from optuna_quota import _units
-from optuna_quota._units import BYTES
-from optuna_quota._units import COUNT
-from optuna_quota._units import JOULES
-from optuna_quota._units import NUMBER
-from optuna_quota._units import SECONDS
+from optuna_quota._units import BYTES, COUNT, JOULES, NUMBER, SECONDS
 
 
 if TYPE_CHECKING:

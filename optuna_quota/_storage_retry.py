@@ -18,10 +18,7 @@ import logging
 import os
 import random
 import time
-from typing import Any
-from typing import BinaryIO
-from typing import TYPE_CHECKING
-from typing import TypeVar
+from typing import Any, BinaryIO, TYPE_CHECKING, TypeVar
 from weakref import WeakSet
 
 from optuna.exceptions import StorageInternalError

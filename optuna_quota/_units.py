@@ -5,8 +5,7 @@ Everything inside the library is a ``float`` in SI base units (bytes, seconds, j
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 import math
 from numbers import Real

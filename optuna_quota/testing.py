@@ -26,9 +26,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 import math
 import os
@@ -36,8 +34,7 @@ from typing import Any
 
 from optuna_quota._metering import replace_loop
 from optuna_quota._metering.loop import MeteringLoop
-from optuna_quota._metering.meter import check_names
-from optuna_quota._metering.meter import Meter
+from optuna_quota._metering.meter import check_names, Meter
 from optuna_quota._metering.process_tree import TreeReading
 
 

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 import shutil
 from threading import Thread
 from typing import Any
-from wsgiref.simple_server import make_server
-from wsgiref.simple_server import WSGIRequestHandler
+from wsgiref.simple_server import make_server, WSGIRequestHandler
 
 import pytest
 

@@ -16,13 +16,8 @@ import sys
 import uuid
 
 import optuna
-from optuna.storages import BaseStorage
-from optuna.storages import GrpcStorageProxy
-from optuna.storages import JournalStorage
-from optuna.storages import RDBStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal import JournalFileSymlinkLock
-from optuna.storages.journal import JournalRedisBackend
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock, JournalRedisBackend
 
 
 ALONE = "memory"

@@ -11,28 +11,28 @@ import optuna
 import pytest
 
 from optuna_quota import _doctor
-from optuna_quota._doctor import Capacity
-from optuna_quota._doctor import check_capacity
-from optuna_quota._doctor import check_cgroup
-from optuna_quota._doctor import check_gpus
-from optuna_quota._doctor import check_memory_limit
-from optuna_quota._doctor import check_oom_killer
-from optuna_quota._doctor import check_peak_memory
-from optuna_quota._doctor import check_platform
-from optuna_quota._doctor import check_rapl
-from optuna_quota._doctor import check_storage
-from optuna_quota._doctor import check_versions
-from optuna_quota._doctor import examine_host
-from optuna_quota._doctor import examine_storage
-from optuna_quota._doctor import Finding
-from optuna_quota._doctor import read_gpu
-from optuna_quota._doctor import StorageFacts
-from optuna_quota._doctor import try_cgroup
-from optuna_quota._doctor import try_rapl
+from optuna_quota._doctor import (
+    Capacity,
+    check_capacity,
+    check_cgroup,
+    check_gpus,
+    check_memory_limit,
+    check_oom_killer,
+    check_peak_memory,
+    check_platform,
+    check_rapl,
+    check_storage,
+    check_versions,
+    examine_host,
+    examine_storage,
+    Finding,
+    read_gpu,
+    StorageFacts,
+    try_cgroup,
+    try_rapl,
+)
 from optuna_quota._metering.nvml import GpuError
-from tests.metering_tests.conftest import build_nvml
-from tests.metering_tests.conftest import FakeNvml
-from tests.metering_tests.conftest import nvml
+from tests.metering_tests.conftest import build_nvml, FakeNvml, nvml
 
 
 __all__ = ["build_nvml", "nvml"]

@@ -10,29 +10,30 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import FloatDistribution
-from optuna.distributions import IntDistribution
+from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.pruners import MedianPruner
 from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 import pandas as pd
 import pytest
 
-from optuna_quota import analyze
-from optuna_quota import Footprint
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import project
-from optuna_quota import Projection
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import replay
-from optuna_quota import status
-from optuna_quota import Strategy
-from optuna_quota import StudyRejected
-from optuna_quota import trial_table
-from optuna_quota import Usage
+from optuna_quota import (
+    analyze,
+    Footprint,
+    isolated,
+    Limits,
+    project,
+    Projection,
+    Quota,
+    QuotaPruner,
+    QuotaSampler,
+    replay,
+    status,
+    Strategy,
+    StudyRejected,
+    trial_table,
+    Usage,
+)
 
 
 MIB = 2**20

@@ -8,12 +8,14 @@ import pickle
 import optuna
 import pytest
 
-from optuna_quota import LimitBreached
-from optuna_quota import QuotaError
-from optuna_quota import QuotaExhausted
-from optuna_quota import StudyRejected
-from optuna_quota import TrialCrashed
-from optuna_quota import TrialRejected
+from optuna_quota import (
+    LimitBreached,
+    QuotaError,
+    QuotaExhausted,
+    StudyRejected,
+    TrialCrashed,
+    TrialRejected,
+)
 
 
 ALL = [QuotaError, StudyRejected, QuotaExhausted, TrialCrashed, TrialRejected, LimitBreached]

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import json
 import sys
 import threading
 import time
-from typing import Any
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import optuna
 from optuna.distributions import FloatDistribution
 from optuna.pruners import HyperbandPruner
-from optuna.samplers import CmaEsSampler
-from optuna.samplers import NSGAIISampler
-from optuna.samplers import PartialFixedSampler
-from optuna.samplers import RandomSampler
-from optuna.samplers import TPESampler
-from optuna.storages import BaseStorage
-from optuna.storages import InMemoryStorage
-from optuna.storages import JournalStorage
-from optuna.storages import RDBStorage
+from optuna.samplers import (
+    CmaEsSampler,
+    NSGAIISampler,
+    PartialFixedSampler,
+    RandomSampler,
+    TPESampler,
+)
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 import pytest

@@ -7,16 +7,10 @@ from dataclasses import replace
 import pickle
 from typing import Any
 
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
-from optuna.distributions import IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import project
-from optuna_quota import Quota
-from optuna_quota import Strategy
-from optuna_quota import Usage
+from optuna_quota import Limits, project, Quota, Strategy, Usage
 
 
 EACH = Usage(memory=2e9, wall_time=90.0, cpu_time=180.0)

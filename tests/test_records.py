@@ -6,20 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 import numpy as np
 import optuna
 import pytest
 
-from optuna_quota import _records
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import Usage
-from optuna_quota._optuna import storage_of
-from optuna_quota._optuna import trial_id_of
-from optuna_quota._records import Interval
-from optuna_quota._records import TrialRecord
+from optuna_quota import _records, Limits, Quota, Usage
+from optuna_quota._optuna import storage_of, trial_id_of
+from optuna_quota._records import Interval, TrialRecord
 from optuna_quota._resources import Breach
 
 

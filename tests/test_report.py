@@ -5,12 +5,8 @@ from __future__ import annotations
 from optuna.distributions import FloatDistribution
 import pytest
 
-from optuna_quota import analyze
-from optuna_quota import Usage
-from tests.analysis_tests.studies import finished
-from tests.analysis_tests.studies import power_law_study
-from tests.analysis_tests.studies import SPACE
-from tests.analysis_tests.studies import study_of
+from optuna_quota import analyze, Usage
+from tests.analysis_tests.studies import finished, power_law_study, SPACE, study_of
 
 
 def test_str_is_the_summary() -> None:

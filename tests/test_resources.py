@@ -8,19 +8,13 @@ import pickle
 from typing import Any
 
 import cloudpickle
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 import numpy as np
 from optuna.distributions import FloatDistribution
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import Strategy
-from optuna_quota import Usage
-from optuna_quota._resources import Breach
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import LIMIT_RESOURCES
+from optuna_quota import Limits, Quota, Strategy, Usage
+from optuna_quota._resources import Breach, format_amount, LIMIT_RESOURCES
 
 
 VALUES: list[Any] = [

@@ -12,9 +12,7 @@ import pytest
 import sqlalchemy
 
 from optuna_quota._optuna import engine_of
-from optuna_quota._storage_retry import is_transient
-from optuna_quota._storage_retry import reconnect_dead_connections
-from optuna_quota._storage_retry import retry
+from optuna_quota._storage_retry import is_transient, reconnect_dead_connections, retry
 from tests.storages import VARIABLES
 
 

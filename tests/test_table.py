@@ -8,18 +8,12 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
-from optuna.distributions import IntDistribution
-from optuna.trial import create_trial
-from optuna.trial import TrialState
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import create_trial, TrialState
 import pytest
 
-from optuna_quota import trial_table
-from optuna_quota import Usage
-from optuna_quota._records import Interval
-from optuna_quota._records import record_attributes
-from optuna_quota._records import TrialRecord
+from optuna_quota import trial_table, Usage
+from optuna_quota._records import Interval, record_attributes, TrialRecord
 from optuna_quota._resources import Breach
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 import optuna
 
-from optuna_quota import check
-from optuna_quota import LimitBreached
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaExhausted
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import trial_table
+from optuna_quota import (
+    check,
+    LimitBreached,
+    Limits,
+    Quota,
+    QuotaExhausted,
+    QuotaPruner,
+    QuotaSampler,
+    trial_table,
+)
 
 
 if __name__ == "__main__":

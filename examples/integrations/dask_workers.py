@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from distributed import Client
-from distributed import LocalCluster
-from distributed import wait
+from distributed import Client, LocalCluster, wait
 import optuna
 from optuna_integration import DaskStorage
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import trial_table
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, trial_table
 
 
 def objective(trial: optuna.Trial) -> float:

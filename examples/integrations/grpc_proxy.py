@@ -9,11 +9,7 @@ import tempfile
 
 import optuna
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import trial_table
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, trial_table
 
 
 def serve(url: str, port: int) -> None:

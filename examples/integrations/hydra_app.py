@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hydra
-from omegaconf import DictConfig
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 import optuna
 
 from optuna_quota import trial_table

@@ -12,12 +12,7 @@ from optuna_integration import LightGBMPruningCallback
 from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import trial_table
+from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, trial_table
 
 
 def objective(trial: optuna.Trial) -> float:

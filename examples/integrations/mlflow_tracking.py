@@ -9,10 +9,7 @@ import mlflow
 import optuna
 from optuna_integration import MLflowCallback
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler
 
 
 def objective(trial: optuna.Trial) -> float:

@@ -15,14 +15,10 @@ from typing import Any
 import optuna
 import ray
 from ray import tune
-from ray.tune.search import ConcurrencyLimiter
-from ray.tune.search import Searcher
+from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from optuna_quota import Quota
-from optuna_quota import QuotaExhausted
-from optuna_quota import QuotaSampler
-from optuna_quota import trial_table
+from optuna_quota import Quota, QuotaExhausted, QuotaSampler, trial_table
 
 
 class QuotaSearch(OptunaSearch):

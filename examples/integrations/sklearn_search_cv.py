@@ -7,17 +7,12 @@ quota of the study holds all the same.
 from __future__ import annotations
 
 import optuna
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna_integration import OptunaSearchCV
 from sklearn.datasets import load_iris
 from sklearn.svm import SVC
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import trial_table
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, trial_table
 
 
 if __name__ == "__main__":

@@ -11,16 +11,9 @@ from typing import Any
 
 import optuna
 import torch
-from transformers import BertConfig
-from transformers import BertForSequenceClassification
-from transformers import Trainer
-from transformers import TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import trial_table
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, trial_table
 
 
 class Sentences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):

@@ -8,12 +8,7 @@ from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 import xgboost as xgb
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import trial_table
+from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, trial_table
 
 
 def objective(trial: optuna.Trial) -> float:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 import math
 import sys
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
 from optuna_quota._analysis.pareto import pareto_front
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import HELD_RESOURCES
-from optuna_quota._resources import Limits
-from optuna_quota._resources import OUTCOMES
+from optuna_quota._resources import format_amount, get_resource, HELD_RESOURCES, Limits, OUTCOMES
 
 
 if TYPE_CHECKING:

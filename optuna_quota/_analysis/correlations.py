@@ -11,13 +11,11 @@ dependence.
 from __future__ import annotations
 
 import math
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._utilization.data import Parameter
-from optuna_quota._utilization.data import StudyData
+from optuna_quota._utilization.data import Parameter, StudyData
 
 
 if TYPE_CHECKING:
@@ -91,8 +89,7 @@ def spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> dict[str, float]
         x: Shape ``(n,)``.
         y: Shape ``(n,)``.
     """
-    from scipy import special
-    from scipy import stats
+    from scipy import special, stats
 
     n = len(x)
     rho = float(np.clip(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1], -1, 1))
@@ -111,8 +108,7 @@ def spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> dict[str, float]
 
 
 def _epsilon_squared(codes: NDArray[np.float64], y: NDArray[np.float64]) -> dict[str, float]:
-    from scipy import special
-    from scipy import stats
+    from scipy import special, stats
 
     n, groups = len(y), [y[codes == code] for code in np.unique(codes)]
     h, df = float(stats.kruskal(*groups).statistic), len(groups) - 1
@@ -128,8 +124,7 @@ def _epsilon_squared(codes: NDArray[np.float64], y: NDArray[np.float64]) -> dict
 
 def _noncentrality(h: float, df: int, quantile: float) -> float:
     """Return λ such that a noncentral χ²(df, λ) is at most ``h`` with probability ``quantile``."""
-    from scipy import optimize
-    from scipy import special
+    from scipy import optimize, special
 
     def excess(noncentrality: float) -> float:
         return float(special.chndtr(h, df, noncentrality)) - quantile

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 import math
 from typing import TYPE_CHECKING
 
 from optuna_quota._analysis.pareto import best_numbers
-from optuna_quota._analysis.summary import counted
-from optuna_quota._analysis.summary import wrap
-from optuna_quota._analysis.trial_traces import apply_limits
-from optuna_quota._analysis.trial_traces import apply_quota
-from optuna_quota._analysis.trial_traces import trial_traces
-from optuna_quota._analysis.trial_traces import TrialTrace
-from optuna_quota._resources import CHARGED_RESOURCES
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import Limits
-from optuna_quota._resources import Quota
+from optuna_quota._analysis.summary import counted, wrap
+from optuna_quota._analysis.trial_traces import apply_limits, apply_quota, trial_traces, TrialTrace
+from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource, Limits, Quota
 
 
 if TYPE_CHECKING:

@@ -9,17 +9,14 @@ test, times the number of rules tried (Bonferroni), must be below 5%.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._analysis.advice import Advice
-from optuna_quota._analysis.advice import StudyFacts
-from optuna_quota._analysis.advice import TOLERANCE
+from optuna_quota._analysis.advice import Advice, StudyFacts, TOLERANCE
 from optuna_quota._resources import get_resource
 from optuna_quota._utilization.data import Parameter
 

@@ -8,21 +8,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from optuna_quota import _records
-from optuna_quota._analysis.advice import Advice
-from optuna_quota._analysis.advice import advise
-from optuna_quota._analysis.advice import StudyFacts
+from optuna_quota._analysis.advice import Advice, advise, StudyFacts
 from optuna_quota._analysis.correlations import correlations
-from optuna_quota._analysis.pareto import best_numbers
-from optuna_quota._analysis.pareto import is_feasible
-from optuna_quota._analysis.pareto import loss_signs
+from optuna_quota._analysis.pareto import best_numbers, is_feasible, loss_signs
 from optuna_quota._analysis.search_space_advice import advise_search_space
 from optuna_quota._analysis.trial_traces import trial_traces
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import read_observation
 from optuna_quota._utilization.data import StudyData
-from optuna_quota._utilization.model import fit_utilization_models
-from optuna_quota._utilization.model import UtilizationModel
-from optuna_quota._utilization.model import with_censored_peaks
+from optuna_quota._utilization.model import (
+    fit_utilization_models,
+    UtilizationModel,
+    with_censored_peaks,
+)
 
 
 if TYPE_CHECKING:

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import math
 import textwrap
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
-from optuna_quota._analysis.correlations import claims
-from optuna_quota._analysis.correlations import MIN_TRIALS
-from optuna_quota._records import PROPOSED
-from optuna_quota._records import read_record
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import OUTCOMES
+from optuna_quota._analysis.correlations import claims, MIN_TRIALS
+from optuna_quota._records import PROPOSED, read_record
+from optuna_quota._resources import format_amount, get_resource, OUTCOMES
 
 
 if TYPE_CHECKING:

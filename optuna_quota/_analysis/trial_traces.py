@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 import math
-from typing import Literal
-from typing import TYPE_CHECKING
+from typing import Literal, TYPE_CHECKING
 
 from optuna_quota import _records
 from optuna_quota._ledger.totals import LONGEST_GAP
-from optuna_quota._resources import CHARGED_RESOURCES
-from optuna_quota._resources import get_resource
+from optuna_quota._resources import CHARGED_RESOURCES, get_resource
 from optuna_quota._table import measured_usage
 
 
@@ -21,9 +17,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-    from optuna_quota._resources import Breach
-    from optuna_quota._resources import Limits
-    from optuna_quota._resources import Quota
+    from optuna_quota._resources import Breach, Limits, Quota
 
 
 ReplayOutcome = Literal["kept", "terminated", "not run"]

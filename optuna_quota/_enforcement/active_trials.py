@@ -7,8 +7,7 @@ So those of trials that are over are closed before another one starts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import logging
 import os
 import threading
@@ -16,18 +15,13 @@ from typing import TYPE_CHECKING
 import weakref
 
 from optuna_quota import _optuna
-from optuna_quota._metering import Key
-from optuna_quota._metering import key_of
-from optuna_quota._metering import Meter
-from optuna_quota._metering import metering_loop
-from optuna_quota._metering import TrialMonitor
+from optuna_quota._metering import Key, key_of, Meter, metering_loop, TrialMonitor
 from optuna_quota._resources import Limits
 
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import BaseTrial
-    from optuna.trial import FrozenTrial
+    from optuna.trial import BaseTrial, FrozenTrial
 
 
 _logger = logging.getLogger("optuna.quota.enforcement")

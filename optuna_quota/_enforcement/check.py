@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-from typing import NoReturn
-from typing import TYPE_CHECKING
+from typing import Any, NoReturn, TYPE_CHECKING
 
-from optuna.trial import BaseTrial
-from optuna.trial import Trial
+from optuna.trial import BaseTrial, Trial
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.constraints import tolerate_constraints_failure
-from optuna_quota._enforcement.nesting import find_nested
-from optuna_quota._enforcement.nesting import quota_pruners
-from optuna_quota._metering import key_of
-from optuna_quota._metering import metering_loop
-from optuna_quota._metering import Verdict
-from optuna_quota._records import is_rejected
-from optuna_quota._records import parse_record
+from optuna_quota._enforcement.nesting import find_nested, quota_pruners
+from optuna_quota._metering import key_of, metering_loop, Verdict
+from optuna_quota._records import is_rejected, parse_record
 from optuna_quota._resources import Breach
-from optuna_quota.exceptions import LimitBreached
-from optuna_quota.exceptions import QuotaError
-from optuna_quota.exceptions import TrialRejected
+from optuna_quota.exceptions import LimitBreached, QuotaError, TrialRejected
 
 
 if TYPE_CHECKING:

@@ -9,32 +9,23 @@ and a sampler that demands the same of all gets a view of the trials with the li
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import logging
 import math
 import statistics
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from optuna.samplers import BaseSampler
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.nesting import find_nested
-from optuna_quota._records import CONSTRAINED
-from optuna_quota._records import PREFIX
-from optuna_quota._records import read_constrained
-from optuna_quota._records import read_record
-from optuna_quota._resources import Breach
-from optuna_quota._resources import Limits
+from optuna_quota._records import CONSTRAINED, PREFIX, read_constrained, read_record
+from optuna_quota._resources import Breach, Limits
 
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import BaseTrial
-    from optuna.trial import FrozenTrial
+    from optuna.trial import BaseTrial, FrozenTrial
 
     from optuna_quota._metering import TrialMonitor
 

@@ -12,8 +12,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from itertools import pairwise
+from itertools import accumulate, pairwise
 import math
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -21,11 +20,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from optuna.trial import TrialState
 
-from optuna_quota._metering.breach import Ceilings
-from optuna_quota._metering.breach import find_breaches
+from optuna_quota._metering.breach import Ceilings, find_breaches
 from optuna_quota._records import read_record
-from optuna_quota._resources import Breach
-from optuna_quota._resources import CLOCK_RESOURCES
+from optuna_quota._resources import Breach, CLOCK_RESOURCES
 
 
 if TYPE_CHECKING:

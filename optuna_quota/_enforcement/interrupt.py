@@ -11,8 +11,7 @@ import logging
 import signal
 import threading
 from types import FrameType
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.check import raise_breached

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import contextlib
 import functools
 import itertools
 import types
-from typing import Any
-from typing import cast
-from typing import Protocol
-from typing import TYPE_CHECKING
-from typing import TypeVar
+from typing import Any, cast, Protocol, TYPE_CHECKING, TypeVar
 
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
-from optuna_quota._metering import Meter
-from optuna_quota._metering import TrialMonitor
+from optuna_quota._metering import Meter, TrialMonitor
 from optuna_quota._resources import Limits
 
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import BaseTrial
-    from optuna.trial import FrozenTrial
+    from optuna.trial import BaseTrial, FrozenTrial
 
 
 T = TypeVar("T")

@@ -6,38 +6,31 @@ from collections.abc import Sequence
 import datetime
 import inspect
 import time
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from optuna.pruners import BasePruner
-from optuna.pruners import HyperbandPruner
+from optuna.pruners import BasePruner, HyperbandPruner
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import start_monitor
 from optuna_quota._enforcement.check import record_breach
 from optuna_quota._enforcement.constraints import tolerate_constraints_failure
-from optuna_quota._enforcement.nesting import find_nested
-from optuna_quota._enforcement.nesting import pruner_limits
-from optuna_quota._enforcement.nesting import pruner_meters
-from optuna_quota._enforcement.nesting import quota_pruners
-from optuna_quota._enforcement.trial_result import build_record
-from optuna_quota._enforcement.trial_result import save_record
-from optuna_quota._metering import check_names
-from optuna_quota._metering import key_of
-from optuna_quota._metering import Meter
-from optuna_quota._metering import metering_loop
-from optuna_quota._metering import Verdict
-from optuna_quota._records import is_rejected
-from optuna_quota._records import TrialRecord
+from optuna_quota._enforcement.nesting import (
+    find_nested,
+    pruner_limits,
+    pruner_meters,
+    quota_pruners,
+)
+from optuna_quota._enforcement.trial_result import build_record, save_record
+from optuna_quota._metering import check_names, key_of, Meter, metering_loop, Verdict
+from optuna_quota._records import is_rejected, TrialRecord
 from optuna_quota._resources import Limits
 
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import BaseTrial
-    from optuna.trial import FrozenTrial
+    from optuna.trial import BaseTrial, FrozenTrial
 
     from optuna_quota._metering import TrialMonitor
 

@@ -6,37 +6,26 @@ from collections.abc import Mapping
 from dataclasses import replace
 import logging
 import socket
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from optuna_quota import _optuna
-from optuna_quota import _records
-from optuna_quota._enforcement.constraints import constraint_attributes
-from optuna_quota._enforcement.constraints import limit_constraints
+from optuna_quota import _optuna, _records
+from optuna_quota._enforcement.constraints import constraint_attributes, limit_constraints
 from optuna_quota._enforcement.nesting import requires_uniform_constraints
 from optuna_quota._optuna import TellCall
-from optuna_quota._records import Interval
-from optuna_quota._records import read_record
-from optuna_quota._records import TrialRecord
-from optuna_quota._resources import Breach
-from optuna_quota._resources import Limits
-from optuna_quota._resources import Outcome
-from optuna_quota._resources import RESOURCES
-from optuna_quota._resources import Usage
+from optuna_quota._records import Interval, read_record, TrialRecord
+from optuna_quota._resources import Breach, Limits, Outcome, RESOURCES, Usage
 from optuna_quota._storage_retry import retry
 from optuna_quota.exceptions import LimitBreached
 
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import FrozenTrial
-    from optuna.trial import Trial
+    from optuna.trial import FrozenTrial, Trial
 
-    from optuna_quota._metering import TrialMonitor
-    from optuna_quota._metering import Verdict
+    from optuna_quota._metering import TrialMonitor, Verdict
 
 
 _logger = logging.getLogger("optuna.quota.enforcement")

@@ -7,12 +7,10 @@ a trial doesn't have (a conditional one) is 0, the middle, in all its columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import math
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
@@ -65,8 +63,7 @@ class NumericFeature:
 
     def distribution(self) -> BaseDistribution:
         """Return a distribution of the same feature."""
-        from optuna.distributions import FloatDistribution
-        from optuna.distributions import IntDistribution
+        from optuna.distributions import FloatDistribution, IntDistribution
 
         if self.scale == "log1p":
             return IntDistribution(int(self.low), int(self.high))
@@ -149,8 +146,7 @@ class Features:
 
 
 def _feature(name: str, distributions: list[Any]) -> Feature:
-    from optuna.distributions import CategoricalDistribution
-    from optuna.distributions import IntDistribution
+    from optuna.distributions import CategoricalDistribution, IntDistribution
 
     is_category = isinstance(distributions[-1], CategoricalDistribution)
     alike = [d for d in distributions if isinstance(d, CategoricalDistribution) == is_category]

@@ -8,20 +8,20 @@ CPU time from below, and its ratio is still a value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from optuna_quota._footprint.gaussian_process import NOISE
 from optuna_quota._footprint.observations import Observation
-from optuna_quota._footprint.resource_model import fit_resource
-from optuna_quota._footprint.resource_model import FLOORS
-from optuna_quota._footprint.resource_model import Predictive
-from optuna_quota._footprint.resource_model import refresh_resource
-from optuna_quota._footprint.resource_model import ResourceModel
+from optuna_quota._footprint.resource_model import (
+    fit_resource,
+    FLOORS,
+    Predictive,
+    refresh_resource,
+    ResourceModel,
+)
 from optuna_quota._resources import get_resource
 
 

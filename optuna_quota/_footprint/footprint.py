@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import math
-from typing import Any
-from typing import Protocol
-from typing import TYPE_CHECKING
+from typing import Any, Protocol, TYPE_CHECKING
 
 import numpy as np
 
 from optuna_quota._footprint import serialization
 from optuna_quota._footprint.features import Features
-from optuna_quota._footprint.fit import ChainedModel
-from optuna_quota._footprint.fit import fit_resource_models
-from optuna_quota._footprint.fit import Model
-from optuna_quota._footprint.observations import Observation
-from optuna_quota._footprint.observations import select_observations
+from optuna_quota._footprint.fit import ChainedModel, fit_resource_models, Model
+from optuna_quota._footprint.observations import Observation, select_observations
 from optuna_quota._footprint.resource_model import Predictive
 from optuna_quota._records import Interval
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import Limits
+from optuna_quota._resources import get_resource, Limits
 
 
 if TYPE_CHECKING:
@@ -244,8 +237,7 @@ def joint_breach(breaches: Mapping[str, float]) -> float:
 
 def interval_table(intervals: Mapping[str, Interval]) -> DataFrame:
     """Return intervals as a DataFrame indexed by resource."""
-    from pandas import DataFrame
-    from pandas import Index
+    from pandas import DataFrame, Index
 
     frame: DataFrame = DataFrame(
         [(i.lower, i.median, i.upper) for i in intervals.values()],

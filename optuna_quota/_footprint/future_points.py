@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from typing import Any
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
 from optuna_quota._footprint.observations import Observation
-from optuna_quota._footprint.search_space import latin_hypercube
-from optuna_quota._footprint.search_space import position_of
-from optuna_quota._footprint.search_space import value_at
+from optuna_quota._footprint.search_space import latin_hypercube, position_of, value_at
 
 
 if TYPE_CHECKING:

@@ -245,8 +245,7 @@ class _Objective:
 
 def _invert(covariance: np.ndarray) -> tuple[np.ndarray, float]:
     """Return the inverse of a covariance and the logarithm of its determinant."""
-    from scipy.linalg.lapack import dpotrf
-    from scipy.linalg.lapack import dtrtri
+    from scipy.linalg.lapack import dpotrf, dtrtri
 
     jitter = 0.0
     factor, failed = dpotrf(covariance, lower=1, clean=1)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
-from typing import Any
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._records import Interval
-from optuna_quota._records import is_lower_bound
-from optuna_quota._records import may_be_lower_bound
-from optuna_quota._records import outcome_of
-from optuna_quota._records import read_record
-from optuna_quota._records import TrialRecord
-from optuna_quota._resources import Usage
-from optuna_quota._resources import USAGE_RESOURCES
+from optuna_quota._records import (
+    Interval,
+    is_lower_bound,
+    may_be_lower_bound,
+    outcome_of,
+    read_record,
+    TrialRecord,
+)
+from optuna_quota._resources import Usage, USAGE_RESOURCES
 
 
 if TYPE_CHECKING:

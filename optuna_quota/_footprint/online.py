@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import threading
 from typing import TYPE_CHECKING
 
 from optuna_quota._footprint.footprint import Footprint
-from optuna_quota._footprint.observations import MAX_OBSERVATIONS
-from optuna_quota._footprint.observations import Observation
-from optuna_quota._footprint.observations import read_observation
-from optuna_quota._footprint.observations import select_observations
+from optuna_quota._footprint.observations import (
+    MAX_OBSERVATIONS,
+    Observation,
+    read_observation,
+    select_observations,
+)
 from optuna_quota._records import ISOLATION
 
 

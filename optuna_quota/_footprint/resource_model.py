@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
-from functools import cached_property
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 
-from optuna_quota._footprint.censoring import initial_sites
-from optuna_quota._footprint.censoring import propagate
-from optuna_quota._footprint.censoring import Sites
-from optuna_quota._footprint.gaussian_process import fit_hyperparameters
-from optuna_quota._footprint.gaussian_process import GaussianProcess
-from optuna_quota._footprint.gaussian_process import NOISE
-from optuna_quota._footprint.gaussian_process import prior_mean
+from optuna_quota._footprint.censoring import initial_sites, propagate, Sites
+from optuna_quota._footprint.gaussian_process import (
+    fit_hyperparameters,
+    GaussianProcess,
+    NOISE,
+    prior_mean,
+)
 from optuna_quota._records import Interval
 
 

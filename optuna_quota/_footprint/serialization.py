@@ -8,18 +8,14 @@ the most columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import json
 import math
 from typing import Any
 
 import numpy as np
 
-from optuna_quota._footprint.features import CategoryFeature
-from optuna_quota._footprint.features import Feature
-from optuna_quota._footprint.features import Features
-from optuna_quota._footprint.features import NumericFeature
+from optuna_quota._footprint.features import CategoryFeature, Feature, Features, NumericFeature
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._resources import usage_from_amounts
 

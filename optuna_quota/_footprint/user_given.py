@@ -7,9 +7,7 @@ where a resource is predicted better without the formula, the formula is not use
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 import logging
 from typing import Any
@@ -17,14 +15,11 @@ from typing import Any
 import numpy as np
 
 from optuna_quota._footprint.fit import leave_one_out_density
-from optuna_quota._footprint.footprint import BaseFootprint
-from optuna_quota._footprint.footprint import Footprint
+from optuna_quota._footprint.footprint import BaseFootprint, Footprint
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.resource_model import Predictive
 from optuna_quota._records import Interval
-from optuna_quota._resources import Limits
-from optuna_quota._resources import Usage
-from optuna_quota._resources import usage_from_amounts
+from optuna_quota._resources import Limits, Usage, usage_from_amounts
 
 
 _logger = logging.getLogger("optuna.quota.footprint")

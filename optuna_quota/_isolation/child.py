@@ -15,32 +15,21 @@ import threading
 import traceback
 from typing import Any
 
-from optuna_quota._isolation import linux
-from optuna_quota._isolation import memory_limits
-from optuna_quota._isolation import messages
-from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.channel import dumps
-from optuna_quota._isolation.environment import enter_context
-from optuna_quota._isolation.environment import seed
-from optuna_quota._isolation.gpu_caps import framework_gpu_memory
-from optuna_quota._isolation.gpu_caps import set_gpu_caps
-from optuna_quota._isolation.multiprocessing_child import begin_preparation
-from optuna_quota._isolation.multiprocessing_child import end_preparation
-from optuna_quota._isolation.multiprocessing_child import leave_shared_memory
+from optuna_quota._isolation import linux, memory_limits, messages
+from optuna_quota._isolation.channel import Channel, dumps
+from optuna_quota._isolation.environment import enter_context, seed
+from optuna_quota._isolation.gpu_caps import framework_gpu_memory, set_gpu_caps
+from optuna_quota._isolation.multiprocessing_child import (
+    begin_preparation,
+    end_preparation,
+    leave_shared_memory,
+)
 from optuna_quota._isolation.out_of_memory import find_failed_allocation
-from optuna_quota._isolation.output import apply_output_settings
-from optuna_quota._isolation.output import apply_to_new_modules
-from optuna_quota._isolation.pickling import inherited_descriptors
-from optuna_quota._isolation.pickling import load_objective
-from optuna_quota._isolation.pickling import receive_buffers
-from optuna_quota._isolation.remote_errors import pack_error
-from optuna_quota._isolation.remote_errors import unpack_error
-from optuna_quota._isolation.rpc import MEASURE
-from optuna_quota._isolation.rpc import RemoteTrial
-from optuna_quota._isolation.rpc import RpcClient
-from optuna_quota._isolation.rpc import TRIAL
-from optuna_quota._isolation.signals import PoliteStop
-from optuna_quota._isolation.signals import restore_signals
+from optuna_quota._isolation.output import apply_output_settings, apply_to_new_modules
+from optuna_quota._isolation.pickling import inherited_descriptors, load_objective, receive_buffers
+from optuna_quota._isolation.remote_errors import pack_error, unpack_error
+from optuna_quota._isolation.rpc import MEASURE, RemoteTrial, RpcClient, TRIAL
+from optuna_quota._isolation.signals import PoliteStop, restore_signals
 
 
 # Seconds that idle threads of executors get to end; one that waits for something else never does.

@@ -8,8 +8,7 @@ the study's process has not imported are left alone.
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 from dataclasses import dataclass
 import functools
@@ -20,15 +19,11 @@ import os
 import pickle
 import random
 import sys
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from optuna_quota._isolation.main_module import MainModule
-from optuna_quota._isolation.main_module import make_main_module
-from optuna_quota._isolation.module_state import read_module_state
-from optuna_quota._isolation.module_state import restore_module_state
-from optuna_quota._isolation.modules import after_import
-from optuna_quota._isolation.modules import user_modules
+from optuna_quota._isolation.main_module import MainModule, make_main_module
+from optuna_quota._isolation.module_state import read_module_state, restore_module_state
+from optuna_quota._isolation.modules import after_import, user_modules
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,8 @@ from __future__ import annotations
 import signal
 
 from optuna_quota._isolation.messages import ExitReport
-from optuna_quota._metering.breach import AT_LIMIT
-from optuna_quota._metering.breach import Ceilings
-from optuna_quota._metering.breach import find_breaches
-from optuna_quota._metering.breach import find_refused_breach
-from optuna_quota._resources import Breach
-from optuna_quota._resources import format_amount
+from optuna_quota._metering.breach import AT_LIMIT, Ceilings, find_breaches, find_refused_breach
+from optuna_quota._resources import Breach, format_amount
 from optuna_quota.exceptions import LimitBreached
 
 

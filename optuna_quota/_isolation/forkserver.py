@@ -22,12 +22,8 @@ import sys
 import traceback
 
 from optuna_quota._isolation import linux
-from optuna_quota._isolation.launch import fork
-from optuna_quota._isolation.launch import fork_trial
-from optuna_quota._isolation.launch import ForkedTrial
-from optuna_quota._isolation.launch import modules_may_open_files
-from optuna_quota._isolation.main_module import MainModule
-from optuna_quota._isolation.main_module import make_main_module
+from optuna_quota._isolation.launch import fork, fork_trial, ForkedTrial, modules_may_open_files
+from optuna_quota._isolation.main_module import MainModule, make_main_module
 from optuna_quota._isolation.multiprocessing_child import begin_preparation
 from optuna_quota._isolation.output import prepare_logging
 from optuna_quota._isolation.signals import ignore_job_signals

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import contextlib
 from dataclasses import dataclass
 import itertools
@@ -19,22 +18,22 @@ import threading
 from typing import TypeVar
 
 from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.forkserver import MainModuleMade
-from optuna_quota._isolation.forkserver import MakeMainModule
-from optuna_quota._isolation.forkserver import MESSAGE_SIZE
-from optuna_quota._isolation.forkserver import PreloadModules
-from optuna_quota._isolation.forkserver import SpawnRequest
-from optuna_quota._isolation.forkserver import UnsafeModule
-from optuna_quota._isolation.launch import interpreter
-from optuna_quota._isolation.launch import popen
-from optuna_quota._isolation.launch import send_streams
-from optuna_quota._isolation.launch import TrialConnections
-from optuna_quota._isolation.main_module import find_main_module
-from optuna_quota._isolation.main_module import MainModule
-from optuna_quota._isolation.modules import loaded_modules
-from optuna_quota._isolation.modules import modification_times
-from optuna_quota._isolation.modules import modified
-from optuna_quota._isolation.modules import modules_to_preload
+from optuna_quota._isolation.forkserver import (
+    MainModuleMade,
+    MakeMainModule,
+    MESSAGE_SIZE,
+    PreloadModules,
+    SpawnRequest,
+    UnsafeModule,
+)
+from optuna_quota._isolation.launch import interpreter, popen, send_streams, TrialConnections
+from optuna_quota._isolation.main_module import find_main_module, MainModule
+from optuna_quota._isolation.modules import (
+    loaded_modules,
+    modification_times,
+    modified,
+    modules_to_preload,
+)
 from optuna_quota._isolation.signals import block_job_signals
 from optuna_quota._metering import metering_loop
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import math
-from typing import Any
-from typing import get_args
-from typing import TYPE_CHECKING
+from typing import Any, get_args, TYPE_CHECKING
 
 from optuna_quota._isolation.launch import StartMethod
 from optuna_quota._isolation.outcome import OnCrash

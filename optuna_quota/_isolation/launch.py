@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import ctypes
 from dataclasses import dataclass
@@ -14,22 +13,20 @@ from pathlib import Path
 import socket
 import subprocess
 import sys
-from typing import Any
-from typing import IO
-from typing import Literal
-from typing import NoReturn
+from typing import Any, IO, Literal, NoReturn
 import warnings
 
 from optuna_quota._isolation import linux
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.child import run_child
 from optuna_quota._isolation.memory_limits import Cgroup
-from optuna_quota._isolation.messages import InheritedObjective
-from optuna_quota._isolation.messages import ProcessStarted
+from optuna_quota._isolation.messages import InheritedObjective, ProcessStarted
 from optuna_quota._isolation.multiprocessing_child import become_child
-from optuna_quota._isolation.signals import block_job_signals
-from optuna_quota._isolation.signals import handle_job_signals
-from optuna_quota._isolation.signals import ignore_job_signals
+from optuna_quota._isolation.signals import (
+    block_job_signals,
+    handle_job_signals,
+    ignore_job_signals,
+)
 from optuna_quota._isolation.supervisor import Supervisor
 
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 import ast
 import builtins
 import collections
-from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 import contextlib
 from dataclasses import dataclass
 import functools
@@ -26,8 +24,7 @@ import tokenize
 import types
 from typing import Any
 
-from optuna_quota._isolation.modules import is_installed
-from optuna_quota._isolation.modules import module_frames
+from optuna_quota._isolation.modules import is_installed, module_frames
 
 
 # The second is what multiprocessing's spawned workers call it.

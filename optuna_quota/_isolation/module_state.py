@@ -5,8 +5,7 @@ A script that sets ``config.SCALE = 10`` or ``Config.epochs = 3`` means its tria
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import contextlib
 import functools
 import operator

@@ -11,9 +11,7 @@ from collections.abc import Callable
 import contextlib
 import functools
 import itertools
-from multiprocessing import process
-from multiprocessing import resource_tracker
-from multiprocessing import util
+from multiprocessing import process, resource_tracker, util
 import os
 from typing import Any
 import weakref

@@ -6,25 +6,17 @@ the GPU full of other processes' memory has failed, and nothing is to be learned
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from collections.abc import Iterator
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 import dis
 import math
 import re
 from types import TracebackType
-from typing import Any
-from typing import Literal
+from typing import Any, Literal
 
-from optuna_quota._metering.breach import AT_LIMIT
-from optuna_quota._metering.breach import Ceiling
-from optuna_quota._metering.breach import Ceilings
-from optuna_quota._metering.breach import find_refused_breach
+from optuna_quota._metering.breach import AT_LIMIT, Ceiling, Ceilings, find_refused_breach
 from optuna_quota._metering.gpu_attribution import DeviceShare
-from optuna_quota._resources import Breach
-from optuna_quota._resources import format_amount
+from optuna_quota._resources import Breach, format_amount
 
 
 @dataclass(frozen=True)

@@ -6,41 +6,29 @@ from collections.abc import Sequence
 import logging
 import math
 import os
-from typing import Any
-from typing import Literal
-from typing import NoReturn
-from typing import TYPE_CHECKING
+from typing import Any, Literal, NoReturn, TYPE_CHECKING
 
 from optuna import TrialPruned
-from optuna.trial import Trial
-from optuna.trial import TrialState
+from optuna.trial import Trial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.check import raise_breached
 from optuna_quota._enforcement.constraints import tolerate_constraints_failure
-from optuna_quota._isolation import exit_cause
-from optuna_quota._isolation import messages
-from optuna_quota._isolation import out_of_memory
+from optuna_quota._isolation import exit_cause, messages, out_of_memory
 from optuna_quota._isolation.remote_errors import unpack_error
 from optuna_quota._isolation.server import Server
 from optuna_quota._metering import Verdict
-from optuna_quota._metering.gpu_attribution import DeviceShare
-from optuna_quota._metering.gpu_attribution import GpuUse
+from optuna_quota._metering.gpu_attribution import DeviceShare, GpuUse
 from optuna_quota._metering.visible_gpus import device_memory
-from optuna_quota._records import CRASHED
-from optuna_quota._records import is_rejected
-from optuna_quota._records import write_attributes
-from optuna_quota._resources import Breach
-from optuna_quota._resources import Usage
+from optuna_quota._records import CRASHED, is_rejected, write_attributes
+from optuna_quota._resources import Breach, Usage
 from optuna_quota._storage_retry import retry
-from optuna_quota.exceptions import LimitBreached
-from optuna_quota.exceptions import TrialCrashed
+from optuna_quota.exceptions import LimitBreached, TrialCrashed
 
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import BaseTrial
-    from optuna.trial import FrozenTrial
+    from optuna.trial import BaseTrial, FrozenTrial
 
     from optuna_quota._metering import TrialMonitor
 

@@ -6,8 +6,7 @@ handlers of the study expect it in a field of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
 from dataclasses import dataclass
 import importlib

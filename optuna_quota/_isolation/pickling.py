@@ -7,10 +7,7 @@ the study's process and is replaced by a proxy. Large arrays are not copied into
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 import contextlib
 import contextvars
 from dataclasses import dataclass
@@ -30,16 +27,10 @@ from typing import Any
 import cloudpickle
 
 from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.main_module import global_names
-from optuna_quota._isolation.main_module import MAIN_NAMES
-from optuna_quota._isolation.main_module import MainModule
-from optuna_quota._isolation.module_state import plain_attributes
-from optuna_quota._isolation.module_state import set_main_state
-from optuna_quota._isolation.module_state import set_module_parts
+from optuna_quota._isolation.main_module import global_names, MAIN_NAMES, MainModule
+from optuna_quota._isolation.module_state import plain_attributes, set_main_state, set_module_parts
 from optuna_quota._isolation.modules import modules_being_imported
-from optuna_quota._isolation.rpc import is_remote
-from optuna_quota._isolation.rpc import proxy_of
-from optuna_quota._isolation.rpc import RemoteObjects
+from optuna_quota._isolation.rpc import is_remote, proxy_of, RemoteObjects
 
 
 # Smaller buffers are copied into the pickle; a message of its own for each would cost more.

@@ -19,11 +19,9 @@ import time
 from typing import TYPE_CHECKING
 
 from optuna_quota._isolation import messages
-from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.channel import channel_pair
+from optuna_quota._isolation.channel import Channel, channel_pair
 from optuna_quota._isolation.child import run_child
-from optuna_quota._isolation.launch import interpreter
-from optuna_quota._isolation.launch import TrialConnections
+from optuna_quota._isolation.launch import interpreter, TrialConnections
 
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import itertools
 import pickle
 import sys
-from types import FrameType
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from optuna_quota._isolation.channel import dumps

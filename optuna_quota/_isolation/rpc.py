@@ -11,17 +11,14 @@ import datetime
 import itertools
 import os
 import threading
-from typing import Any
-from typing import NoReturn
-from typing import TYPE_CHECKING
+from typing import Any, NoReturn, TYPE_CHECKING
 
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import Trial
 
 from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.remote_errors import SentError
-from optuna_quota._isolation.remote_errors import unpack_error
+from optuna_quota._isolation.remote_errors import SentError, unpack_error
 from optuna_quota._isolation.signals import PoliteStop
 
 

@@ -6,41 +6,31 @@ from collections.abc import Callable
 import contextlib
 import functools
 import logging
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from optuna import TrialPruned
-from optuna.trial import Trial
-from optuna.trial import TrialState
+from optuna.trial import Trial, TrialState
 
-from optuna_quota._enforcement.check import raise_rejected
-from optuna_quota._enforcement.check import record_breach
-from optuna_quota._enforcement.forecast import completed_trials
-from optuna_quota._enforcement.forecast import CompletedTrials
-from optuna_quota._enforcement.forecast import forecast_breach
-from optuna_quota._enforcement.forecast import record_pace
-from optuna_quota._enforcement.nesting import pruner_limits
-from optuna_quota._enforcement.nesting import pruner_meters
+from optuna_quota._enforcement.check import raise_rejected, record_breach
+from optuna_quota._enforcement.forecast import (
+    completed_trials,
+    CompletedTrials,
+    forecast_breach,
+    record_pace,
+)
+from optuna_quota._enforcement.nesting import pruner_limits, pruner_meters
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
-from optuna_quota._enforcement.trial_result import read_row
-from optuna_quota._enforcement.trial_result import record_result
+from optuna_quota._enforcement.trial_result import read_row, record_result
 from optuna_quota._isolation import messages
 from optuna_quota._isolation.forkserver_client import fork_server_client
 from optuna_quota._isolation.multiprocessing_child import is_in_preparation
 from optuna_quota._isolation.outcome import OutcomeResolver
 from optuna_quota._isolation.rpc import RemoteObjects
-from optuna_quota._isolation.server import NotStarted
-from optuna_quota._isolation.server import Server
-from optuna_quota._isolation.start import CannotStart
-from optuna_quota._isolation.start import IsolationOptions
-from optuna_quota._isolation.start import TrialStarter
-from optuna_quota._metering import key_of
-from optuna_quota._metering import metering_loop
-from optuna_quota._metering import Verdict
+from optuna_quota._isolation.server import NotStarted, Server
+from optuna_quota._isolation.start import CannotStart, IsolationOptions, TrialStarter
+from optuna_quota._metering import key_of, metering_loop, Verdict
 from optuna_quota._records import is_rejected
-from optuna_quota._resources import Breach
-from optuna_quota._resources import CLOCK_RESOURCES
-from optuna_quota._resources import Limits
+from optuna_quota._resources import Breach, CLOCK_RESOURCES, Limits
 
 
 if TYPE_CHECKING:

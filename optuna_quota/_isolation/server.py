@@ -6,18 +6,13 @@ import contextlib
 import logging
 import selectors
 import threading
-from typing import Any
-from typing import Protocol
+from typing import Any, Protocol
 from warnings import WarningMessage
 
-from optuna_quota._isolation import messages
-from optuna_quota._isolation import rpc
+from optuna_quota._isolation import messages, rpc
 from optuna_quota._isolation.launch import TrialConnections
-from optuna_quota._isolation.out_of_memory import FailedAllocation
-from optuna_quota._isolation.out_of_memory import find_failed_allocation_in_text
-from optuna_quota._isolation.output import Printed
-from optuna_quota._isolation.output import replay
-from optuna_quota._isolation.output import SYNC
+from optuna_quota._isolation.out_of_memory import FailedAllocation, find_failed_allocation_in_text
+from optuna_quota._isolation.output import Printed, replay, SYNC
 from optuna_quota._isolation.remote_errors import pack_error
 from optuna_quota._resources import Breach
 

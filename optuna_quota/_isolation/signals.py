@@ -10,8 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 
 if TYPE_CHECKING:

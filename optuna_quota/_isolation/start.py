@@ -8,34 +8,27 @@ from dataclasses import dataclass
 import functools
 import os
 from pathlib import Path
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from optuna.trial import Trial
 
 from optuna_quota import _optuna
-from optuna_quota._isolation import linux
-from optuna_quota._isolation import messages
+from optuna_quota._isolation import linux, messages
 from optuna_quota._isolation.environment import read_context
-from optuna_quota._isolation.forkserver_client import fork_server_client
-from optuna_quota._isolation.forkserver_client import PreparedMain
-from optuna_quota._isolation.launch import can_supervise
-from optuna_quota._isolation.launch import launch_fork
-from optuna_quota._isolation.launch import StartMethod
-from optuna_quota._isolation.launch import TrialConnections
-from optuna_quota._isolation.main_module import find_main_module
-from optuna_quota._isolation.main_module import MainModule
-from optuna_quota._isolation.memory_limits import find_delegated
-from optuna_quota._isolation.memory_limits import own_cgroup
+from optuna_quota._isolation.forkserver_client import fork_server_client, PreparedMain
+from optuna_quota._isolation.launch import (
+    can_supervise,
+    launch_fork,
+    StartMethod,
+    TrialConnections,
+)
+from optuna_quota._isolation.main_module import find_main_module, MainModule
+from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
 from optuna_quota._isolation.outcome import OnCrash
-from optuna_quota._isolation.output import prepare_logging
-from optuna_quota._isolation.output import read_output_settings
-from optuna_quota._isolation.pickling import dump_objective
-from optuna_quota._isolation.pickling import NeedsFork
-from optuna_quota._isolation.pickling import Payload
+from optuna_quota._isolation.output import prepare_logging, read_output_settings
+from optuna_quota._isolation.pickling import dump_objective, NeedsFork, Payload
 from optuna_quota._isolation.portable import launch_portable
-from optuna_quota._isolation.rpc import RemoteObjects
-from optuna_quota._isolation.rpc import TrialFacts
+from optuna_quota._isolation.rpc import RemoteObjects, TrialFacts
 from optuna_quota._metering.visible_gpus import device_memory
 from optuna_quota._resources import Limits
 

@@ -17,19 +17,19 @@ import signal
 import socket
 import time
 
-from optuna_quota._isolation import linux
-from optuna_quota._isolation import messages
+from optuna_quota._isolation import linux, messages
 from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.memory_limits import Cgroup
-from optuna_quota._isolation.memory_limits import DataLimit
+from optuna_quota._isolation.memory_limits import Cgroup, DataLimit
 from optuna_quota._isolation.signals import STOP_SIGNAL
 from optuna_quota._metering.breach import is_breach
 from optuna_quota._metering.linux_process_tree import LinuxProcessTree
-from optuna_quota._metering.timing import ASSUMED_GROWTH
-from optuna_quota._metering.timing import fastest_growth
-from optuna_quota._metering.timing import LONGEST_INTERVAL
-from optuna_quota._metering.timing import RunningClock
-from optuna_quota._metering.timing import sampling_interval
+from optuna_quota._metering.timing import (
+    ASSUMED_GROWTH,
+    fastest_growth,
+    LONGEST_INTERVAL,
+    RunningClock,
+    sampling_interval,
+)
 from optuna_quota._resources import Breach
 
 

@@ -1,14 +1,10 @@
 """The ledger: shares a study's quota among its workers through trial rows alone."""
 
 from optuna_quota._ledger.dead_workers import LEASE
-from optuna_quota._ledger.gpus import Gpu
-from optuna_quota._ledger.gpus import gpus_here
-from optuna_quota._ledger.grant import Grant
-from optuna_quota._ledger.grant import Refusal
+from optuna_quota._ledger.gpus import Gpu, gpus_here
+from optuna_quota._ledger.grant import Grant, Refusal
 from optuna_quota._ledger.ledger import Ledger
-from optuna_quota._ledger.status import LedgerStatus
-from optuna_quota._ledger.status import status
-from optuna_quota._ledger.status import stored_quota
+from optuna_quota._ledger.status import LedgerStatus, status, stored_quota
 
 
 __all__ = [

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 import logging
 import os
 
-from optuna_quota._ledger.reservation import Reservation
-from optuna_quota._ledger.reservation import Worker
+from optuna_quota._ledger.reservation import Reservation, Worker
 from optuna_quota._ledger.rows import TrialRows
-from optuna_quota._ledger.totals import Entry
-from optuna_quota._ledger.totals import HEARTBEAT
+from optuna_quota._ledger.totals import Entry, HEARTBEAT
 from optuna_quota._records import TrialRecord
-from optuna_quota._resources import CHARGED_RESOURCES
-from optuna_quota._resources import Usage
-from optuna_quota._resources import USAGE_RESOURCES
+from optuna_quota._resources import CHARGED_RESOURCES, Usage, USAGE_RESOURCES
 from optuna_quota._units import format_seconds
 
 

@@ -6,15 +6,11 @@ protocol settles between workers which trial gets it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 import os
 
-from optuna_quota._ledger.protocol import Claim
-from optuna_quota._ledger.protocol import DEVICE
-from optuna_quota._ledger.protocol import ResourceRequest
+from optuna_quota._ledger.protocol import Claim, DEVICE, ResourceRequest
 from optuna_quota._metering.nvml import GpuError
 from optuna_quota._metering.visible_gpus import visible_gpus
 from optuna_quota._metering.warn import warn_once

@@ -13,28 +13,22 @@ known, the trial is alone with the quota until its footprint is learned.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 import math
 from types import MappingProxyType
 from typing import Literal
 
-from optuna_quota._ledger.protocol import Claim
-from optuna_quota._ledger.protocol import DEVICE
-from optuna_quota._ledger.protocol import is_held
-from optuna_quota._ledger.protocol import ResourceRequest
-from optuna_quota._ledger.protocol import Shortage
+from optuna_quota._ledger.protocol import Claim, DEVICE, is_held, ResourceRequest, Shortage
 from optuna_quota._metering import extension_threshold
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import HELD_RESOURCES
-from optuna_quota._resources import Limits
-from optuna_quota._resources import Quota
-from optuna_quota._resources import RESOURCES
+from optuna_quota._resources import (
+    format_amount,
+    get_resource,
+    HELD_RESOURCES,
+    Limits,
+    Quota,
+    RESOURCES,
+)
 
 
 RequestedBy = Literal["optimize", "ask", "ask in a batch"]

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 import logging
 import threading
 import time
 from typing import TYPE_CHECKING
-from weakref import finalize
-from weakref import WeakMethod
+from weakref import finalize, WeakMethod
 
 from optuna_quota._ledger.protocol import DEVICE
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._metering import extension_threshold
-from optuna_quota._resources import Limits
-from optuna_quota._resources import Quota
-from optuna_quota._resources import Usage
+from optuna_quota._resources import Limits, Quota, Usage
 
 
 if TYPE_CHECKING:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 import logging
@@ -19,39 +16,33 @@ from weakref import WeakSet
 from optuna.exceptions import UpdateFinishedTrialError
 
 from optuna_quota import _optuna
-from optuna_quota._ledger.dead_workers import LEASE
-from optuna_quota._ledger.dead_workers import OrphanedTrial
-from optuna_quota._ledger.gpus import find_gpu
-from optuna_quota._ledger.gpus import Gpu
-from optuna_quota._ledger.gpus import request_gpu
-from optuna_quota._ledger.grant import deadlock_warning
-from optuna_quota._ledger.grant import describe_serial
-from optuna_quota._ledger.grant import extension_requests
-from optuna_quota._ledger.grant import Grant
-from optuna_quota._ledger.grant import initial_requests
-from optuna_quota._ledger.grant import Refusal
-from optuna_quota._ledger.grant import refuse_exhausted
-from optuna_quota._ledger.grant import refuse_never_fitting
-from optuna_quota._ledger.grant import refuse_study_ended
-from optuna_quota._ledger.grant import RequestedBy
-from optuna_quota._ledger.grant import revise_promise
-from optuna_quota._ledger.heartbeat import Heartbeat
-from optuna_quota._ledger.heartbeat import RunningTrial
-from optuna_quota._ledger.protocol import Decision
-from optuna_quota._ledger.protocol import ResourceRequest
-from optuna_quota._ledger.protocol import Shortage
-from optuna_quota._ledger.protocol import with_decision
-from optuna_quota._ledger.protocol import with_queue_place
-from optuna_quota._ledger.reservation import Reservation
-from optuna_quota._ledger.reservation import this_worker
-from optuna_quota._ledger.state import Clock
-from optuna_quota._ledger.state import LedgerState
-from optuna_quota._ledger.state import pauses
-from optuna_quota._ledger.state import SystemClock
+from optuna_quota._ledger.dead_workers import LEASE, OrphanedTrial
+from optuna_quota._ledger.gpus import find_gpu, Gpu, request_gpu
+from optuna_quota._ledger.grant import (
+    deadlock_warning,
+    describe_serial,
+    extension_requests,
+    Grant,
+    initial_requests,
+    Refusal,
+    refuse_exhausted,
+    refuse_never_fitting,
+    refuse_study_ended,
+    RequestedBy,
+    revise_promise,
+)
+from optuna_quota._ledger.heartbeat import Heartbeat, RunningTrial
+from optuna_quota._ledger.protocol import (
+    Decision,
+    ResourceRequest,
+    Shortage,
+    with_decision,
+    with_queue_place,
+)
+from optuna_quota._ledger.reservation import Reservation, this_worker
+from optuna_quota._ledger.state import Clock, LedgerState, pauses, SystemClock
 from optuna_quota._ledger.totals import describe_unadmitted
-from optuna_quota._resources import Limits
-from optuna_quota._resources import Quota
-from optuna_quota._resources import Usage
+from optuna_quota._resources import Limits, Quota, Usage
 
 
 if TYPE_CHECKING:

@@ -17,13 +17,9 @@ another claim, so a trial is admitted whenever there is room. The module does no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
-from typing import Literal
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
 
 from optuna_quota._ledger.reservation import Reservation
 from optuna_quota._resources import HELD_RESOURCES

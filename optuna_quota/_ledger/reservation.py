@@ -7,8 +7,7 @@ any storage changes it at once or not at all.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import lru_cache
 import math
 import os
@@ -17,8 +16,7 @@ import platform
 import sys
 from typing import Any
 
-from optuna_quota._records import number
-from optuna_quota._records import plain_number
+from optuna_quota._records import number, plain_number
 
 
 _DEAD = frozenset("ZXx")

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 import zlib
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._ledger.reservation import parse_reservation
-from optuna_quota._ledger.reservation import Reservation
-from optuna_quota._ledger.reservation import reservation_object
-from optuna_quota._ledger.totals import QuotaTotals
-from optuna_quota._ledger.totals import read_entry
-from optuna_quota._records import RESERVATION
-from optuna_quota._records import TrialRecord
-from optuna_quota._records import write_attributes
-from optuna_quota._records import write_record
+from optuna_quota._ledger.reservation import parse_reservation, Reservation, reservation_object
+from optuna_quota._ledger.totals import QuotaTotals, read_entry
+from optuna_quota._records import RESERVATION, TrialRecord, write_attributes, write_record
 from optuna_quota._storage_retry import retry
 
 

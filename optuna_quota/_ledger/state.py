@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 import logging
 import random
 import threading
 import time
-from typing import Protocol
-from typing import TYPE_CHECKING
+from typing import Protocol, TYPE_CHECKING
 from weakref import WeakSet
 
 from optuna_quota import _optuna
-from optuna_quota._ledger.dead_workers import fail_orphaned_trials
-from optuna_quota._ledger.dead_workers import HEARTBEATS_PER_LEASE
-from optuna_quota._ledger.dead_workers import Leases
-from optuna_quota._ledger.dead_workers import OrphanedTrial
+from optuna_quota._ledger.dead_workers import (
+    fail_orphaned_trials,
+    HEARTBEATS_PER_LEASE,
+    Leases,
+    OrphanedTrial,
+)
 from optuna_quota._ledger.gpus import Gpu
-from optuna_quota._ledger.protocol import Claim
-from optuna_quota._ledger.protocol import decide
-from optuna_quota._ledger.protocol import Decision
-from optuna_quota._ledger.protocol import ResourceRequest
-from optuna_quota._ledger.protocol import with_claim
-from optuna_quota._ledger.protocol import with_decision
-from optuna_quota._ledger.reservation import is_alive
-from optuna_quota._ledger.reservation import Reservation
-from optuna_quota._ledger.reservation import this_worker
+from optuna_quota._ledger.protocol import (
+    Claim,
+    decide,
+    Decision,
+    ResourceRequest,
+    with_claim,
+    with_decision,
+)
+from optuna_quota._ledger.reservation import is_alive, Reservation, this_worker
 from optuna_quota._ledger.rows import TrialRows
-from optuna_quota._ledger.totals import Entry
-from optuna_quota._ledger.totals import QuotaTotals
-from optuna_quota._records import read_amounts
-from optuna_quota._records import STUDY_LIMITS
-from optuna_quota._resources import CHARGED_RESOURCES
-from optuna_quota._resources import Quota
-from optuna_quota._resources import Usage
-from optuna_quota._storage_retry import reconnect_dead_connections
-from optuna_quota._storage_retry import repair_torn_lines
+from optuna_quota._ledger.totals import Entry, QuotaTotals
+from optuna_quota._records import read_amounts, STUDY_LIMITS
+from optuna_quota._resources import CHARGED_RESOURCES, Quota, Usage
+from optuna_quota._storage_retry import reconnect_dead_connections, repair_torn_lines
 from optuna_quota._units import format_seconds
 
 

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 import math
 import time
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from optuna_quota import _optuna
 from optuna_quota._ledger.rows import TrialRows
 from optuna_quota._ledger.totals import QuotaTotals
-from optuna_quota._records import read_amounts
-from optuna_quota._records import STUDY_LIMITS
-from optuna_quota._records import STUDY_PRICES
-from optuna_quota._records import STUDY_QUOTA
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import HELD_RESOURCES
-from optuna_quota._resources import PRICED_RESOURCES
-from optuna_quota._resources import Quota
-from optuna_quota._resources import TOTAL_RESOURCES
+from optuna_quota._records import read_amounts, STUDY_LIMITS, STUDY_PRICES, STUDY_QUOTA
+from optuna_quota._resources import (
+    format_amount,
+    get_resource,
+    HELD_RESOURCES,
+    PRICED_RESOURCES,
+    Quota,
+    TOTAL_RESOURCES,
+)
 from optuna_quota._units import format_seconds
 
 

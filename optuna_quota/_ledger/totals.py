@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Hashable
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from optuna_quota._ledger.protocol import Claim
-from optuna_quota._ledger.protocol import is_held
-from optuna_quota._ledger.reservation import is_alive
-from optuna_quota._ledger.reservation import parse_reservation
-from optuna_quota._ledger.reservation import Reservation
-from optuna_quota._ledger.reservation import Worker
-from optuna_quota._records import parse_record
-from optuna_quota._records import RESERVATION
-from optuna_quota._resources import CHARGED_RESOURCES
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import Quota
-from optuna_quota._resources import TOTAL_RESOURCES
-from optuna_quota._resources import Usage
+from optuna_quota._ledger.protocol import Claim, is_held
+from optuna_quota._ledger.reservation import is_alive, parse_reservation, Reservation, Worker
+from optuna_quota._records import parse_record, RESERVATION
+from optuna_quota._resources import (
+    CHARGED_RESOURCES,
+    format_amount,
+    get_resource,
+    Quota,
+    TOTAL_RESOURCES,
+    Usage,
+)
 
 
 if TYPE_CHECKING:

@@ -9,20 +9,15 @@ from typing import TYPE_CHECKING
 
 from optuna_quota._metering.breach import extension_threshold
 from optuna_quota._metering.gpu_meter import forget_gpus
-from optuna_quota._metering.loop import MeteringLoop
-from optuna_quota._metering.loop import TrialMonitor
-from optuna_quota._metering.meter import check_names
-from optuna_quota._metering.meter import Meter
-from optuna_quota._metering.trial_state import Key
-from optuna_quota._metering.trial_state import Verdict
-from optuna_quota._optuna import storage_of
-from optuna_quota._optuna import trial_id_of
+from optuna_quota._metering.loop import MeteringLoop, TrialMonitor
+from optuna_quota._metering.meter import check_names, Meter
+from optuna_quota._metering.trial_state import Key, Verdict
+from optuna_quota._optuna import storage_of, trial_id_of
 
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import BaseTrial
-    from optuna.trial import FrozenTrial
+    from optuna.trial import BaseTrial, FrozenTrial
 
 
 __all__ = [

@@ -8,16 +8,11 @@ theirs since an earlier refusal. Until then its own limit and the whole quota bo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import math
 from typing import NamedTuple
 
-from optuna_quota._resources import Breach
-from optuna_quota._resources import CLOCK_RESOURCES
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import HELD_RESOURCES
+from optuna_quota._resources import Breach, CLOCK_RESOURCES, get_resource, HELD_RESOURCES
 
 
 # The rate of two busy threads reads as 1.98 to 2.03 cores, blurred by the scheduler's clock ticks

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import functools
 import logging
 import math
 import os
 
 from optuna_quota._metering import nvml
-from optuna_quota._metering.gpu_attribution import choose_source
-from optuna_quota._metering.gpu_attribution import DeviceShare
-from optuna_quota._metering.gpu_attribution import GpuUse
-from optuna_quota._metering.gpu_attribution import growth
-from optuna_quota._metering.gpu_attribution import has_hidden_use
-from optuna_quota._metering.gpu_attribution import is_foreign
-from optuna_quota._metering.gpu_attribution import NOT_ON_A_GPU
-from optuna_quota._metering.gpu_attribution import NOTICEABLE
-from optuna_quota._metering.gpu_attribution import Source
-from optuna_quota._metering.gpu_reader import ANY_PID
-from optuna_quota._metering.gpu_reader import GpuReader
-from optuna_quota._metering.gpu_reader import GpuReading
+from optuna_quota._metering.gpu_attribution import (
+    choose_source,
+    DeviceShare,
+    GpuUse,
+    growth,
+    has_hidden_use,
+    is_foreign,
+    NOT_ON_A_GPU,
+    NOTICEABLE,
+    Source,
+)
+from optuna_quota._metering.gpu_reader import ANY_PID, GpuReader, GpuReading
 from optuna_quota._metering.nvml import GpuError
 from optuna_quota._metering.trial_meters import MeterReading
-from optuna_quota._metering.visible_gpus import forget_visible
-from optuna_quota._metering.visible_gpus import has_gpu_open
-from optuna_quota._metering.visible_gpus import visible_gpus
+from optuna_quota._metering.visible_gpus import forget_visible, has_gpu_open, visible_gpus
 from optuna_quota._metering.warn import warn_once
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import GPU_RESOURCES
+from optuna_quota._resources import get_resource, GPU_RESOURCES
 
 
 # Seconds. A query takes 0.1 to several ms a device; the driver's own samples are 1/6 to 1 s apart.

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 import logging
 import os
 from pathlib import Path
@@ -20,9 +17,7 @@ from typing import TypeVar
 import psutil
 
 from optuna_quota._metering.gpu_attribution import DeviceReading
-from optuna_quota._metering.nvml import GpuError
-from optuna_quota._metering.nvml import GpuSample
-from optuna_quota._metering.nvml import NvmlDevice
+from optuna_quota._metering.nvml import GpuError, GpuSample, NvmlDevice
 
 
 _logger = logging.getLogger("optuna.quota.metering")

@@ -7,24 +7,21 @@ measured.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import contextlib
 import math
 import os
 import time
 
-from optuna_quota._metering.linux_process import LinuxProcess
-from optuna_quota._metering.linux_process import PAGE
-from optuna_quota._metering.linux_process import read_huge_pages
-from optuna_quota._metering.process_tree import CpuTimes
-from optuna_quota._metering.process_tree import TreeCpuTime
-from optuna_quota._metering.process_tree import TreeReading
-from optuna_quota._metering.shared_pages import find_doubt
-from optuna_quota._metering.shared_pages import find_inherited
-from optuna_quota._metering.shared_pages import ProcessMemory
-from optuna_quota._metering.shared_pages import SharedPages
-from optuna_quota._metering.shared_pages import TreeMemory
+from optuna_quota._metering.linux_process import LinuxProcess, PAGE, read_huge_pages
+from optuna_quota._metering.process_tree import CpuTimes, TreeCpuTime, TreeReading
+from optuna_quota._metering.shared_pages import (
+    find_doubt,
+    find_inherited,
+    ProcessMemory,
+    SharedPages,
+    TreeMemory,
+)
 from optuna_quota._metering.warn import warn_once
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import contextlib
 from functools import partial
 import logging
@@ -16,21 +13,17 @@ from optuna_quota._metering.breach import QuotaExtension
 from optuna_quota._metering.energy import ProcessorEnergyMeter
 from optuna_quota._metering.gpu_meter import GpuMeter
 from optuna_quota._metering.meter import Meter
-from optuna_quota._metering.monitored_tree import MonitoredTrees
-from optuna_quota._metering.monitored_tree import open_tree
-from optuna_quota._metering.monitored_tree import OpenTree
-from optuna_quota._metering.monitored_tree import warn_of_sharing
+from optuna_quota._metering.monitored_tree import (
+    MonitoredTrees,
+    open_tree,
+    OpenTree,
+    warn_of_sharing,
+)
 from optuna_quota._metering.process_tree import ProcessTree
-from optuna_quota._metering.timing import PauseDetector
-from optuna_quota._metering.timing import RunningClock
-from optuna_quota._metering.trial_meters import CustomMeter
-from optuna_quota._metering.trial_meters import ScheduledMeter
-from optuna_quota._metering.trial_meters import TrialMeter
-from optuna_quota._metering.trial_state import Key
-from optuna_quota._metering.trial_state import TrialState
-from optuna_quota._resources import Breach
-from optuna_quota._resources import Limits
-from optuna_quota._resources import Usage
+from optuna_quota._metering.timing import PauseDetector, RunningClock
+from optuna_quota._metering.trial_meters import CustomMeter, ScheduledMeter, TrialMeter
+from optuna_quota._metering.trial_state import Key, TrialState
+from optuna_quota._resources import Breach, Limits, Usage
 
 
 _logger = logging.getLogger("optuna.quota.metering")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 import logging
 import math
@@ -14,17 +11,16 @@ import threading
 import time
 from typing import TypeVar
 
-from optuna_quota._metering.linux_process_tree import is_available
-from optuna_quota._metering.linux_process_tree import LinuxProcessTree
-from optuna_quota._metering.process_tree import ProcessTree
-from optuna_quota._metering.process_tree import PsutilProcessTree
-from optuna_quota._metering.process_tree import TreeReading
-from optuna_quota._metering.timing import ASSUMED_GROWTH
-from optuna_quota._metering.timing import fastest_growth
-from optuna_quota._metering.timing import LONGEST_INTERVAL
-from optuna_quota._metering.timing import LONGEST_INTERVAL_ALONE
-from optuna_quota._metering.timing import next_due
-from optuna_quota._metering.timing import sampling_interval
+from optuna_quota._metering.linux_process_tree import is_available, LinuxProcessTree
+from optuna_quota._metering.process_tree import ProcessTree, PsutilProcessTree, TreeReading
+from optuna_quota._metering.timing import (
+    ASSUMED_GROWTH,
+    fastest_growth,
+    LONGEST_INTERVAL,
+    LONGEST_INTERVAL_ALONE,
+    next_due,
+    sampling_interval,
+)
 from optuna_quota._metering.trial_state import TrialState
 from optuna_quota._metering.warn import warn_once
 

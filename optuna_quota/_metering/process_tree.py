@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from collections.abc import Hashable
-from collections.abc import Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 import math
 import os
 import time
-from typing import Any
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import math
 import threading
@@ -11,8 +10,7 @@ from typing import Protocol
 
 from optuna_quota._metering.gpu_attribution import GpuUse
 from optuna_quota._metering.meter import Meter
-from optuna_quota._metering.timing import LONGEST_INTERVAL
-from optuna_quota._metering.timing import next_due
+from optuna_quota._metering.timing import LONGEST_INTERVAL, next_due
 from optuna_quota._metering.trial_state import TrialState
 from optuna_quota._metering.warn import warn_once
 

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 import math
 
-from optuna_quota._metering.breach import Ceiling
-from optuna_quota._metering.breach import EXTENSION_THRESHOLD
-from optuna_quota._metering.breach import find_breaches
-from optuna_quota._metering.breach import QuotaExtension
-from optuna_quota._metering.breach import tightest_ceilings
+from optuna_quota._metering.breach import (
+    Ceiling,
+    EXTENSION_THRESHOLD,
+    find_breaches,
+    QuotaExtension,
+    tightest_ceilings,
+)
 from optuna_quota._metering.gpu_attribution import GpuUse
 from optuna_quota._metering.meter import Meter
-from optuna_quota._resources import Breach
-from optuna_quota._resources import CLOCK_RESOURCES
-from optuna_quota._resources import Isolation
-from optuna_quota._resources import Limits
-from optuna_quota._resources import Outcome
-from optuna_quota._resources import RESOURCES
-from optuna_quota._resources import Usage
-from optuna_quota._resources import usage_from_amounts
-from optuna_quota._resources import USAGE_RESOURCES
+from optuna_quota._resources import (
+    Breach,
+    CLOCK_RESOURCES,
+    Isolation,
+    Limits,
+    Outcome,
+    RESOURCES,
+    Usage,
+    usage_from_amounts,
+    USAGE_RESOURCES,
+)
 
 
 Key = tuple[int, int]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 import functools
 import os
 from typing import TypeVar
 
 from optuna_quota._metering import nvml
-from optuna_quota._metering.nvml import GpuError
-from optuna_quota._metering.nvml import NvmlDevice
+from optuna_quota._metering.nvml import GpuError, NvmlDevice
 
 
 @dataclass(frozen=True)

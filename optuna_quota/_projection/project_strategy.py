@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +11,9 @@ import numpy as np
 
 from optuna_quota._footprint.search_space import narrow
 from optuna_quota._footprint.user_given import as_footprint
-from optuna_quota._projection.projection import ProjectedResource
-from optuna_quota._projection.projection import Projection
-from optuna_quota._projection.simulation import Plan
-from optuna_quota._projection.simulation import Simulation
-from optuna_quota._projection.simulation import TOLERANCE
-from optuna_quota._projection.simulation import unit_points
-from optuna_quota._resources import Limits
-from optuna_quota._resources import Quota
-from optuna_quota._resources import Strategy
+from optuna_quota._projection.projection import ProjectedResource, Projection
+from optuna_quota._projection.simulation import Plan, Simulation, TOLERANCE, unit_points
+from optuna_quota._resources import Limits, Quota, Strategy
 
 
 _BISECTIONS = 7

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 import math
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import Strategy
+from optuna_quota._resources import format_amount, get_resource, Strategy
 
 
 if TYPE_CHECKING:
@@ -95,8 +92,7 @@ class Projection:
 
         The interval covers the whole study, including what was used so far.
         """
-        from pandas import DataFrame
-        from pandas import Index
+        from pandas import DataFrame, Index
 
         columns = ["used", "lower", "median", "upper", "quota", "probability"]
         rows = [[getattr(r, name) for name in columns] for r in self.resources]

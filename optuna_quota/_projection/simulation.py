@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import math
 from typing import Any
@@ -11,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from optuna_quota._footprint.footprint import BaseFootprint
-from optuna_quota._footprint.search_space import latin_hypercube
-from optuna_quota._footprint.search_space import points_from_unit_cube
-from optuna_quota._projection.projection import ProjectedResource
-from optuna_quota._projection.projection import Projection
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import HELD_RESOURCES
-from optuna_quota._resources import Limits
-from optuna_quota._resources import Quota
-from optuna_quota._resources import Strategy
-from optuna_quota._resources import TOTAL_RESOURCES
+from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
+from optuna_quota._projection.projection import ProjectedResource, Projection
+from optuna_quota._resources import (
+    get_resource,
+    HELD_RESOURCES,
+    Limits,
+    Quota,
+    Strategy,
+    TOTAL_RESOURCES,
+)
 
 
 _DRAWS = 400

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.footprint import BaseFootprint
-from optuna_quota._footprint.footprint import joint_breach
-from optuna_quota._footprint.search_space import certain_completions
-from optuna_quota._footprint.search_space import likely_completions
-from optuna_quota._footprint.search_space import spaced_values
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import Limits
+from optuna_quota._footprint.footprint import BaseFootprint, joint_breach
+from optuna_quota._footprint.search_space import (
+    certain_completions,
+    likely_completions,
+    spaced_values,
+)
+from optuna_quota._resources import format_amount, get_resource, Limits
 
 
 if TYPE_CHECKING:

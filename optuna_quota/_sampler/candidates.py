@@ -10,42 +10,32 @@ BruteForceSampler enumerate points, and count one as visited when its trial ends
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 import logging
 import threading
-from typing import Any
-from typing import NoReturn
-from typing import TYPE_CHECKING
+from typing import Any, NoReturn, TYPE_CHECKING
 
 import numpy as np
-from optuna.samplers import BruteForceSampler
-from optuna.samplers import GPSampler
-from optuna.samplers import GridSampler
-from optuna.samplers import NSGAIIISampler
-from optuna.samplers import NSGAIISampler
-from optuna.samplers import TPESampler
+from optuna.samplers import (
+    BruteForceSampler,
+    GPSampler,
+    GridSampler,
+    NSGAIIISampler,
+    NSGAIISampler,
+    TPESampler,
+)
 
 from optuna_quota import _optuna
 from optuna_quota._footprint.search_space import likely_completions
-from optuna_quota._records import Interval
-from optuna_quota._records import PROPOSED
-from optuna_quota._records import proposed_object
-from optuna_quota._records import write_attributes
+from optuna_quota._records import Interval, PROPOSED, proposed_object, write_attributes
 from optuna_quota._resources import Limits
-from optuna_quota._sampler.admission import is_audit_due
-from optuna_quota._sampler.admission import PointAdmission
-from optuna_quota._sampler.admission import PointVerdict
+from optuna_quota._sampler.admission import is_audit_due, PointAdmission, PointVerdict
 from optuna_quota._sampler.nearest_point import nearest_admitted
-from optuna_quota._sampler.options import AdmissionOptions
-from optuna_quota._sampler.options import OnVeto
+from optuna_quota._sampler.options import AdmissionOptions, OnVeto
 from optuna_quota._sampler.row_cleanup import fail_unfinished_trial
-from optuna_quota._sampler.study_footprint import Forecast
-from optuna_quota._sampler.study_footprint import StudyFootprint
+from optuna_quota._sampler.study_footprint import Forecast, StudyFootprint
 from optuna_quota.exceptions import TrialRejected
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.search_space import position_of
-from optuna_quota._footprint.search_space import value_at
-from optuna_quota._sampler.admission import is_admitted
-from optuna_quota._sampler.admission import PointAdmission
+from optuna_quota._footprint.search_space import position_of, value_at
+from optuna_quota._sampler.admission import is_admitted, PointAdmission
 
 
 if TYPE_CHECKING:

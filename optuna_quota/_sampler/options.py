@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-from typing import get_args
-from typing import Literal
+from typing import Any, get_args, Literal
 
 
 OnExhausted = Literal["stop", "raise"]

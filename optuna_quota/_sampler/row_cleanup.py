@@ -6,8 +6,7 @@ from collections.abc import Iterator
 import contextlib
 import logging
 import socket
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from optuna.exceptions import TrialPruned
 from optuna.trial import TrialState
@@ -15,22 +14,23 @@ from optuna.trial import TrialState
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import find_monitor
 from optuna_quota._enforcement.trial_result import save_record
-from optuna_quota._ledger.reservation import parse_reservation
-from optuna_quota._ledger.reservation import Reservation
-from optuna_quota._ledger.reservation import reservation_object
-from optuna_quota._ledger.reservation import this_worker
-from optuna_quota._records import is_rejected
-from optuna_quota._records import PREFIX
-from optuna_quota._records import RESERVATION
-from optuna_quota._records import TIMELINE
-from optuna_quota._records import TrialRecord
-from optuna_quota._records import write_attributes
+from optuna_quota._ledger.reservation import (
+    parse_reservation,
+    Reservation,
+    reservation_object,
+    this_worker,
+)
+from optuna_quota._records import (
+    is_rejected,
+    PREFIX,
+    RESERVATION,
+    TIMELINE,
+    TrialRecord,
+    write_attributes,
+)
 from optuna_quota._resources import Outcome
-from optuna_quota._storage_retry import is_transient
-from optuna_quota._storage_retry import retry
-from optuna_quota.exceptions import QuotaExhausted
-from optuna_quota.exceptions import StudyRejected
-from optuna_quota.exceptions import TrialRejected
+from optuna_quota._storage_retry import is_transient, retry
+from optuna_quota.exceptions import QuotaExhausted, StudyRejected, TrialRejected
 
 
 if TYPE_CHECKING:

@@ -2,55 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import logging
 import threading
-from typing import Any
-from typing import cast
-from typing import TYPE_CHECKING
+from typing import Any, cast, TYPE_CHECKING
 
-from optuna.samplers import BaseSampler
-from optuna.samplers import TPESampler
+from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.constraints import uniform_constraints
 from optuna_quota._enforcement.nesting import samplers_requiring_uniform_constraints
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
-from optuna_quota._enforcement.trial_result import read_row
-from optuna_quota._enforcement.trial_result import record_ignored_rejection
+from optuna_quota._enforcement.trial_result import read_row, record_ignored_rejection
 from optuna_quota._footprint.user_given import as_footprint
-from optuna_quota._ledger import LEASE
-from optuna_quota._ledger import Refusal
-from optuna_quota._metering import check_names
-from optuna_quota._metering import key_of
-from optuna_quota._metering import Meter
-from optuna_quota._metering import metering_loop
-from optuna_quota._resources import Limits
-from optuna_quota._resources import Quota
-from optuna_quota._resources import Strategy
-from optuna_quota._resources import Usage
+from optuna_quota._ledger import LEASE, Refusal
+from optuna_quota._metering import check_names, key_of, Meter, metering_loop
+from optuna_quota._resources import Limits, Quota, Strategy, Usage
 from optuna_quota._sampler.candidates import CandidateFilter
-from optuna_quota._sampler.options import AdmissionOptions
-from optuna_quota._sampler.options import check_choices
-from optuna_quota._sampler.options import check_types
-from optuna_quota._sampler.options import OnCrowded
-from optuna_quota._sampler.options import OnExhausted
-from optuna_quota._sampler.options import OnProjected
-from optuna_quota._sampler.options import OnVeto
-from optuna_quota._sampler.row_cleanup import clear_copied_attributes
-from optuna_quota._sampler.row_cleanup import fail_unfinished_trial
-from optuna_quota._sampler.row_cleanup import finish_row
-from optuna_quota._sampler.study_projection import rejection
-from optuna_quota._sampler.study_projection import StudyProjection
-from optuna_quota._sampler.study_session import objective_uses_trial
-from optuna_quota._sampler.study_session import StudySession
-from optuna_quota._sampler.study_session import StudySessions
-from optuna_quota._sampler.study_settings import limits_in_force
-from optuna_quota._sampler.study_settings import meters_in_force
-from optuna_quota._sampler.study_settings import store_study_settings
+from optuna_quota._sampler.options import (
+    AdmissionOptions,
+    check_choices,
+    check_types,
+    OnCrowded,
+    OnExhausted,
+    OnProjected,
+    OnVeto,
+)
+from optuna_quota._sampler.row_cleanup import (
+    clear_copied_attributes,
+    fail_unfinished_trial,
+    finish_row,
+)
+from optuna_quota._sampler.study_projection import rejection, StudyProjection
+from optuna_quota._sampler.study_session import objective_uses_trial, StudySession, StudySessions
+from optuna_quota._sampler.study_settings import (
+    limits_in_force,
+    meters_in_force,
+    store_study_settings,
+)
 from optuna_quota._units import parse_seconds
 
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import logging
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.footprint import BaseFootprint
-from optuna_quota._footprint.footprint import Footprint
+from optuna_quota._footprint.footprint import BaseFootprint, Footprint
 from optuna_quota._footprint.online import Learner
-from optuna_quota._footprint.search_space import certain_completions
-from optuna_quota._footprint.search_space import likely_completions
-from optuna_quota._footprint.user_given import as_footprint
-from optuna_quota._footprint.user_given import FootprintCalibrator
-from optuna_quota._footprint.user_given import UserFootprint
-from optuna_quota._resources import Limits
-from optuna_quota._resources import Usage
+from optuna_quota._footprint.search_space import certain_completions, likely_completions
+from optuna_quota._footprint.user_given import as_footprint, FootprintCalibrator, UserFootprint
+from optuna_quota._resources import Limits, Usage
 from optuna_quota._sampler.admission import PointAdmission
 from optuna_quota._sampler.options import AdmissionOptions
 

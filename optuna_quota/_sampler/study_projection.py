@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 import logging
 import math
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
-from optuna.samplers import QMCSampler
-from optuna.samplers import RandomSampler
+from optuna.samplers import QMCSampler, RandomSampler
 from optuna.search_space import intersection_search_space
 
 from optuna_quota import _optuna
 from optuna_quota._footprint.future_points import simulate_future_points
 from optuna_quota._footprint.observations import read_observation
-from optuna_quota._footprint.user_given import as_footprint
-from optuna_quota._footprint.user_given import UnknownFootprintError
+from optuna_quota._footprint.user_given import as_footprint, UnknownFootprintError
 from optuna_quota._ledger import status
-from optuna_quota._projection import describe_nearest
-from optuna_quota._projection import project
-from optuna_quota._projection import project_end
-from optuna_quota._projection import Projection
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import Limits
-from optuna_quota._resources import Quota
-from optuna_quota._resources import Strategy
+from optuna_quota._projection import describe_nearest, project, project_end, Projection
+from optuna_quota._resources import format_amount, get_resource, Limits, Quota, Strategy
 from optuna_quota._sampler.candidates import enumerates_points
-from optuna_quota._sampler.study_footprint import MIN_TRIALS
-from optuna_quota._sampler.study_footprint import StudyFootprint
+from optuna_quota._sampler.study_footprint import MIN_TRIALS, StudyFootprint
 from optuna_quota.exceptions import StudyRejected
 
 

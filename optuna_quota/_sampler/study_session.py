@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import gc
 import logging
 import os
 import threading
-from typing import Any
-from typing import NoReturn
-from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
-from weakref import WeakValueDictionary
+from typing import Any, NoReturn, TYPE_CHECKING
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.active_trials import find_monitor
-from optuna_quota._enforcement.active_trials import start_monitor
+from optuna_quota._enforcement.active_trials import find_monitor, start_monitor
 from optuna_quota._enforcement.constraints import constraints_warning
 from optuna_quota._enforcement.interrupt import Interrupter
 from optuna_quota._enforcement.nesting import quota_pruners
-from optuna_quota._enforcement.trial_result import record_rejection
-from optuna_quota._enforcement.trial_result import record_result
-from optuna_quota._ledger import gpus_here
-from optuna_quota._ledger import Grant
-from optuna_quota._ledger import Ledger
-from optuna_quota._ledger import Refusal
-from optuna_quota._metering import Meter
-from optuna_quota._metering import Verdict
+from optuna_quota._enforcement.trial_result import record_rejection, record_result
+from optuna_quota._ledger import gpus_here, Grant, Ledger, Refusal
+from optuna_quota._metering import Meter, Verdict
 from optuna_quota._records import read_record
-from optuna_quota._resources import Limits
-from optuna_quota._resources import Quota
-from optuna_quota._resources import Usage
+from optuna_quota._resources import Limits, Quota, Usage
 from optuna_quota._sampler.candidates import CandidateFilter
 from optuna_quota._sampler.study_projection import QuotaWarning
-from optuna_quota.exceptions import QuotaExhausted
-from optuna_quota.exceptions import TrialRejected
+from optuna_quota.exceptions import QuotaExhausted, TrialRejected
 
 
 if TYPE_CHECKING:

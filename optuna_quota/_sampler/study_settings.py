@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import logging
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.nesting import pruner_limits
-from optuna_quota._enforcement.nesting import pruner_meters
+from optuna_quota._enforcement.nesting import pruner_limits, pruner_meters
 from optuna_quota._metering import Meter
-from optuna_quota._records import amounts_object
-from optuna_quota._records import STUDY_LIMITS
-from optuna_quota._records import STUDY_PRICES
-from optuna_quota._records import STUDY_QUOTA
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import Limits
-from optuna_quota._resources import Quota
+from optuna_quota._records import amounts_object, STUDY_LIMITS, STUDY_PRICES, STUDY_QUOTA
+from optuna_quota._resources import format_amount, Limits, Quota
 
 
 if TYPE_CHECKING:

@@ -8,13 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import get_resource
-from optuna_quota._utilization.design import Column
-from optuna_quota._utilization.design import Product
-from optuna_quota._utilization.fit import Derivatives
-from optuna_quota._utilization.fit import derivatives_at
-from optuna_quota._utilization.fit import leverage
+from optuna_quota._resources import format_amount, get_resource
+from optuna_quota._utilization.design import Column, Product
+from optuna_quota._utilization.fit import Derivatives, derivatives_at, leverage
 from optuna_quota._utilization.selection import Selected
 
 

@@ -19,8 +19,7 @@ as many lines, because of the bound on σ.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from dataclasses import replace
+from dataclasses import dataclass, replace
 import math
 from typing import TYPE_CHECKING
 

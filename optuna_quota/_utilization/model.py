@@ -10,34 +10,27 @@ lower bounds they are those of maximum likelihood with a sandwich of the same ki
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 import math
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
 from optuna_quota._resources import get_resource
 from optuna_quota._utilization.data import StudyData
-from optuna_quota._utilization.description import bounded_exp
-from optuna_quota._utilization.description import diagnose
-from optuna_quota._utilization.description import formula_text
-from optuna_quota._utilization.design import build_design
-from optuna_quota._utilization.design import Column
-from optuna_quota._utilization.design import Product
-from optuna_quota._utilization.design import values_of
-from optuna_quota._utilization.fit import derivatives
-from optuna_quota._utilization.fit import derivatives_at
-from optuna_quota._utilization.fit import Fit
-from optuna_quota._utilization.fit import mean_and_jacobian
-from optuna_quota._utilization.fit import robust_covariance
-from optuna_quota._utilization.fit import Sample
-from optuna_quota._utilization.selection import MIN_OBSERVED
-from optuna_quota._utilization.selection import select
-from optuna_quota._utilization.selection import Selected
+from optuna_quota._utilization.description import bounded_exp, diagnose, formula_text
+from optuna_quota._utilization.design import build_design, Column, Product, values_of
+from optuna_quota._utilization.fit import (
+    derivatives,
+    derivatives_at,
+    Fit,
+    mean_and_jacobian,
+    robust_covariance,
+    Sample,
+)
+from optuna_quota._utilization.selection import MIN_OBSERVED, select, Selected
 
 
 if TYPE_CHECKING:
@@ -285,9 +278,11 @@ def _regression_results(fit: Fit, sample: Sample, names: list[str]) -> Any:
 
 
 def _likelihood_results(fit: Fit, sample: Sample, names: list[str]) -> Any:
-    from statsmodels.base.model import GenericLikelihoodModel
-    from statsmodels.base.model import GenericLikelihoodModelResults
-    from statsmodels.base.model import LikelihoodModelResults
+    from statsmodels.base.model import (
+        GenericLikelihoodModel,
+        GenericLikelihoodModelResults,
+        LikelihoodModelResults,
+    )
 
     def log_likelihood(theta: Array) -> Array:
         return derivatives(np.asarray(theta), sample, fit.has_floor).loglike_obs

@@ -12,25 +12,24 @@ dropped. ``n`` is the number of trials that were observed to their end.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._utilization.design import Column
-from optuna_quota._utilization.design import Design
-from optuna_quota._utilization.design import Product
-from optuna_quota._utilization.fit import Derivatives
-from optuna_quota._utilization.fit import derivatives
-from optuna_quota._utilization.fit import derivatives_at
-from optuna_quota._utilization.fit import Fit
-from optuna_quota._utilization.fit import fit
-from optuna_quota._utilization.fit import maximize
-from optuna_quota._utilization.fit import robust_covariance
-from optuna_quota._utilization.fit import Sample
+from optuna_quota._utilization.design import Column, Design, Product
+from optuna_quota._utilization.fit import (
+    Derivatives,
+    derivatives,
+    derivatives_at,
+    Fit,
+    fit,
+    maximize,
+    robust_covariance,
+    Sample,
+)
 
 
 if TYPE_CHECKING:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import difflib
 from pathlib import Path
 import textwrap
-from typing import Any
-from typing import TYPE_CHECKING
-from typing import TypeVar
+from typing import Any, TYPE_CHECKING, TypeVar
 
-from optuna_quota._resources import HELD_RESOURCES
-from optuna_quota._resources import LIMIT_RESOURCES
-from optuna_quota._resources import Limits
-from optuna_quota._resources import PRICED_RESOURCES
-from optuna_quota._resources import Quota
-from optuna_quota._resources import RESOURCES
-from optuna_quota._resources import TOTAL_RESOURCES
-from optuna_quota._resources import Usage
-from optuna_quota._resources import USAGE_RESOURCES
+from optuna_quota._resources import (
+    HELD_RESOURCES,
+    LIMIT_RESOURCES,
+    Limits,
+    PRICED_RESOURCES,
+    Quota,
+    RESOURCES,
+    TOTAL_RESOURCES,
+    Usage,
+    USAGE_RESOURCES,
+)
 
 
 if TYPE_CHECKING:

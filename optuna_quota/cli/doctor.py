@@ -10,13 +10,8 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING
 
-from optuna_quota.cli.arguments import add_command
-from optuna_quota.cli.arguments import FAILED
-from optuna_quota.cli.arguments import OK
-from optuna_quota.cli.output import encodes
-from optuna_quota.cli.output import styled
-from optuna_quota.cli.output import write_json
-from optuna_quota.cli.output import write_line
+from optuna_quota.cli.arguments import add_command, FAILED, OK
+from optuna_quota.cli.output import encodes, styled, write_json, write_line
 from optuna_quota.cli.storages import open_storage
 
 
@@ -69,8 +64,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Examine the host and print what was found."""
-    from optuna_quota._doctor import examine_host
-    from optuna_quota._doctor import examine_storage
+    from optuna_quota._doctor import examine_host, examine_storage
 
     findings = examine_host()
     if options.storage:

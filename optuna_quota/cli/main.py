@@ -11,16 +11,8 @@ import textwrap
 import warnings
 
 from optuna_quota._version import __version__
-from optuna_quota.cli import doctor
-from optuna_quota.cli import project
-from optuna_quota.cli import replay
-from optuna_quota.cli import report
-from optuna_quota.cli import status
-from optuna_quota.cli.arguments import FAILED
-from optuna_quota.cli.arguments import INTERRUPTED
-from optuna_quota.cli.arguments import OK
-from optuna_quota.cli.arguments import USAGE
-from optuna_quota.cli.arguments import UsageError
+from optuna_quota.cli import doctor, project, replay, report, status
+from optuna_quota.cli.arguments import FAILED, INTERRUPTED, OK, USAGE, UsageError
 from optuna_quota.cli.output import harmless
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 import json
@@ -13,9 +10,7 @@ import math
 import os
 import re
 import sys
-from typing import Any
-from typing import TextIO
-from typing import TYPE_CHECKING
+from typing import Any, TextIO, TYPE_CHECKING
 
 
 if TYPE_CHECKING:

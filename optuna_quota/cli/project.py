@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import Strategy
-from optuna_quota.cli.arguments import add_command
-from optuna_quota.cli.arguments import add_limit_argument
-from optuna_quota.cli.arguments import add_quota_arguments
-from optuna_quota.cli.arguments import add_size_arguments
-from optuna_quota.cli.arguments import OK
-from optuna_quota.cli.arguments import OVER_QUOTA
-from optuna_quota.cli.arguments import parse_footprint
-from optuna_quota.cli.arguments import parse_limits
-from optuna_quota.cli.arguments import parse_quota
-from optuna_quota.cli.arguments import UsageError
-from optuna_quota.cli.output import styled
-from optuna_quota.cli.output import table
-from optuna_quota.cli.output import write_json
-from optuna_quota.cli.output import write_line
-from optuna_quota.cli.storages import add_study_arguments
-from optuna_quota.cli.storages import load_study
+from optuna_quota._resources import format_amount, get_resource, Strategy
+from optuna_quota.cli.arguments import (
+    add_command,
+    add_limit_argument,
+    add_quota_arguments,
+    add_size_arguments,
+    OK,
+    OVER_QUOTA,
+    parse_footprint,
+    parse_limits,
+    parse_quota,
+    UsageError,
+)
+from optuna_quota.cli.output import styled, table, write_json, write_line
+from optuna_quota.cli.storages import add_study_arguments, load_study
 
 
 if TYPE_CHECKING:
     from optuna.study import Study
 
     from optuna_quota._footprint.footprint import Footprint
-    from optuna_quota._projection import ProjectedResource
-    from optuna_quota._projection import Projection
+    from optuna_quota._projection import ProjectedResource, Projection
 
 
 _EXAMPLES = """\
@@ -158,9 +152,7 @@ def as_json(projection: Projection) -> dict[str, Any]:
 
 
 def _lines(projection: Projection) -> Iterator[str]:
-    from optuna_quota._projection import describe_nearest
-    from optuna_quota._projection import describe_strategy
-    from optuna_quota._projection import format_probability
+    from optuna_quota._projection import describe_nearest, describe_strategy, format_probability
 
     verdict = styled("Fits", "green") if projection.fits else styled("Does not fit", "red")
     yield (

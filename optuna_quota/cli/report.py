@@ -5,19 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
-from optuna_quota.cli.arguments import add_command
-from optuna_quota.cli.arguments import OK
-from optuna_quota.cli.arguments import suggestion
-from optuna_quota.cli.arguments import UsageError
-from optuna_quota.cli.output import progress
-from optuna_quota.cli.output import records
-from optuna_quota.cli.output import write_json
-from optuna_quota.cli.output import write_line
-from optuna_quota.cli.storages import add_study_arguments
-from optuna_quota.cli.storages import load_study
+from optuna_quota.cli.arguments import add_command, OK, suggestion, UsageError
+from optuna_quota.cli.output import progress, records, write_json, write_line
+from optuna_quota.cli.storages import add_study_arguments, load_study
 
 
 if TYPE_CHECKING:

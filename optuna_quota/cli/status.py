@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import Strategy
+from optuna_quota._resources import get_resource, Strategy
 from optuna_quota.cli import project as project_command
-from optuna_quota.cli.arguments import add_command
-from optuna_quota.cli.arguments import add_quota_arguments
-from optuna_quota.cli.arguments import add_size_arguments
-from optuna_quota.cli.arguments import OK
-from optuna_quota.cli.arguments import OVER_QUOTA
-from optuna_quota.cli.arguments import parse_quota
-from optuna_quota.cli.output import styled
-from optuna_quota.cli.output import write_json
-from optuna_quota.cli.output import write_line
-from optuna_quota.cli.storages import add_study_arguments
-from optuna_quota.cli.storages import load_study
+from optuna_quota.cli.arguments import (
+    add_command,
+    add_quota_arguments,
+    add_size_arguments,
+    OK,
+    OVER_QUOTA,
+    parse_quota,
+)
+from optuna_quota.cli.output import styled, write_json, write_line
+from optuna_quota.cli.storages import add_study_arguments, load_study
 
 
 if TYPE_CHECKING:
@@ -68,8 +65,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Read the ledger of a study and print it."""
-    from optuna_quota._ledger import status
-    from optuna_quota._ledger import stored_quota
+    from optuna_quota._ledger import status, stored_quota
     from optuna_quota._projection import project
 
     study = load_study(options)

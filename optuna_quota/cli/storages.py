@@ -8,8 +8,7 @@ from pathlib import Path
 import re
 from typing import TYPE_CHECKING
 
-from optuna_quota.cli.arguments import suggestion
-from optuna_quota.cli.arguments import UsageError
+from optuna_quota.cli.arguments import suggestion, UsageError
 
 
 if TYPE_CHECKING:
@@ -87,9 +86,7 @@ def _open_file(path: str) -> BaseStorage:
 
 def _open_database(url: str) -> BaseStorage:
     from optuna.storages import RDBStorage
-    from sqlalchemy.exc import ArgumentError
-    from sqlalchemy.exc import DBAPIError
-    from sqlalchemy.exc import NoSuchModuleError
+    from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
     sqlite = _SQLITE_FILE.fullmatch(url)
     if sqlite and sqlite["path"] != ":memory:" and not Path(sqlite["path"]).is_file():

@@ -15,8 +15,7 @@ Example:
         analyze(study).publish()
 """
 
-from optuna_quota.dashboard._publish import publish
-from optuna_quota.dashboard._publish import Publisher
+from optuna_quota.dashboard._publish import publish, Publisher
 
 
 __all__ = ["Publisher", "publish"]

@@ -6,16 +6,12 @@ not show; optuna-dashboard shows HTML comments as text. All text from the storag
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import re
 
 from optuna_quota._resources import format_amount
 from optuna_quota.visualization._data import FinishedTrial
-from optuna_quota.visualization._report_text import EndedRow
-from optuna_quota.visualization._report_text import LedgerRow
-from optuna_quota.visualization._report_text import ReportText
+from optuna_quota.visualization._report_text import EndedRow, LedgerRow, ReportText
 from optuna_quota.visualization._theme import resource_title
 
 

@@ -6,36 +6,32 @@ from collections.abc import Callable
 import logging
 from threading import Lock
 import time
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 import uuid
 
-from optuna_quota import _optuna
-from optuna_quota import _records
+from optuna_quota import _optuna, _records
 from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._utilization.data import study_data
-from optuna_quota.dashboard._notes import replace_block
-from optuna_quota.dashboard._notes import study_note
-from optuna_quota.dashboard._notes import trial_note
+from optuna_quota.dashboard._notes import replace_block, study_note, trial_note
 from optuna_quota.dashboard._storage import DashboardStorage
-from optuna_quota.visualization._burn_down import _get_burn_down_info
-from optuna_quota.visualization._burn_down import burn_down_figure
-from optuna_quota.visualization._data import FinishedTrial
-from optuna_quota.visualization._data import limits_of
-from optuna_quota.visualization._data import measured_resources
-from optuna_quota.visualization._data import report_data
-from optuna_quota.visualization._data import ReportData
-from optuna_quota.visualization._figures import best_footprint_figure
-from optuna_quota.visualization._figures import quality_cost_figures
-from optuna_quota.visualization._figures import ranked_slice_figure
-from optuna_quota.visualization._figures import thin
+from optuna_quota.visualization._burn_down import _get_burn_down_info, burn_down_figure
+from optuna_quota.visualization._data import (
+    FinishedTrial,
+    limits_of,
+    measured_resources,
+    report_data,
+    ReportData,
+)
+from optuna_quota.visualization._figures import (
+    best_footprint_figure,
+    quality_cost_figures,
+    ranked_slice_figure,
+    thin,
+)
 from optuna_quota.visualization._report_text import report_text
-from optuna_quota.visualization._timeline import timeline_info
-from optuna_quota.visualization._timeline import timeline_svg
-from optuna_quota.visualization._usage import _get_usage_info
-from optuna_quota.visualization._usage import usage_figure
-from optuna_quota.visualization._waste import _get_waste_info
-from optuna_quota.visualization._waste import waste_figure
+from optuna_quota.visualization._timeline import timeline_info, timeline_svg
+from optuna_quota.visualization._usage import _get_usage_info, usage_figure
+from optuna_quota.visualization._waste import _get_waste_info, waste_figure
 
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ import importlib
 import io
 import json
 from types import ModuleType
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 import uuid
 
 from optuna_quota import _optuna

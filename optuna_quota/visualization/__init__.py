@@ -9,8 +9,7 @@ from optuna_quota.visualization._burn_down import plot_burn_down
 from optuna_quota.visualization._correlations import plot_correlations
 from optuna_quota.visualization._figures import figures
 from optuna_quota.visualization._footprint import plot_footprint
-from optuna_quota.visualization._html_report import notebook_html
-from optuna_quota.visualization._html_report import to_html
+from optuna_quota.visualization._html_report import notebook_html, to_html
 from optuna_quota.visualization._quality_cost import plot_quality_cost
 from optuna_quota.visualization._timeline import plot_timeline
 from optuna_quota.visualization._usage import plot_usage

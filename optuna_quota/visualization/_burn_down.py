@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 import math
-from typing import Any
-from typing import NamedTuple
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from optuna_quota import _records
 from optuna_quota._ledger.totals import WorkerTime
-from optuna_quota._resources import CHARGED_RESOURCES
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import TOTAL_RESOURCES
-from optuna_quota.visualization import _plotly
-from optuna_quota.visualization import _theme
-from optuna_quota.visualization._data import finished_trials
-from optuna_quota.visualization._data import FinishedTrial
+from optuna_quota._resources import CHARGED_RESOURCES, format_amount, TOTAL_RESOURCES
+from optuna_quota.visualization import _plotly, _theme
+from optuna_quota.visualization._data import finished_trials, FinishedTrial
 
 
 if TYPE_CHECKING:

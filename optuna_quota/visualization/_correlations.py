@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 
 from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._utilization.data import study_data
-from optuna_quota.visualization import _plotly
-from optuna_quota.visualization import _theme
+from optuna_quota.visualization import _plotly, _theme
 
 
 if TYPE_CHECKING:

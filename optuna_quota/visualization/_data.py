@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import math
-from typing import Any
-from typing import NamedTuple
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from optuna_quota import _records
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import get_resource
-from optuna_quota._resources import USAGE_RESOURCES
+from optuna_quota._resources import format_amount, get_resource, USAGE_RESOURCES
 from optuna_quota._table import measured_usage
 from optuna_quota.visualization import _theme
 
@@ -25,8 +20,7 @@ if TYPE_CHECKING:
 
     from optuna_quota._analysis.study_analysis import StudyAnalysis
     from optuna_quota._footprint.footprint import Footprint
-    from optuna_quota._records import Interval
-    from optuna_quota._records import TrialRecord
+    from optuna_quota._records import Interval, TrialRecord
 
 
 _MAX_PARAMS = 8

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from optuna_quota.visualization import _plotly
-from optuna_quota.visualization._burn_down import _get_burn_down_info
-from optuna_quota.visualization._burn_down import burn_down_figure
-from optuna_quota.visualization._correlations import _get_correlations_info
-from optuna_quota.visualization._correlations import correlations_figure
-from optuna_quota.visualization._data import limits_of
-from optuna_quota.visualization._data import measured_resources
-from optuna_quota.visualization._data import report_data
-from optuna_quota.visualization._data import ReportData
-from optuna_quota.visualization._footprint import _get_footprint_info
-from optuna_quota.visualization._footprint import footprint_figure
-from optuna_quota.visualization._quality_cost import _get_quality_info
-from optuna_quota.visualization._quality_cost import quality_cost_figure
-from optuna_quota.visualization._timeline import timeline_figure
-from optuna_quota.visualization._timeline import timeline_info
-from optuna_quota.visualization._usage import _get_usage_info
-from optuna_quota.visualization._usage import usage_figure
-from optuna_quota.visualization._usage_slice import _get_slice_info
-from optuna_quota.visualization._usage_slice import usage_slice_figure
-from optuna_quota.visualization._usage_slice import varied_params
-from optuna_quota.visualization._waste import _get_waste_info
-from optuna_quota.visualization._waste import waste_figure
+from optuna_quota.visualization._burn_down import _get_burn_down_info, burn_down_figure
+from optuna_quota.visualization._correlations import _get_correlations_info, correlations_figure
+from optuna_quota.visualization._data import limits_of, measured_resources, report_data, ReportData
+from optuna_quota.visualization._footprint import _get_footprint_info, footprint_figure
+from optuna_quota.visualization._quality_cost import _get_quality_info, quality_cost_figure
+from optuna_quota.visualization._timeline import timeline_figure, timeline_info
+from optuna_quota.visualization._usage import _get_usage_info, usage_figure
+from optuna_quota.visualization._usage_slice import (
+    _get_slice_info,
+    usage_slice_figure,
+    varied_params,
+)
+from optuna_quota.visualization._waste import _get_waste_info, waste_figure
 
 
 if TYPE_CHECKING:

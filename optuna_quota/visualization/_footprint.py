@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import statistics
-from typing import NamedTuple
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 
 from optuna_quota._records import Interval
 from optuna_quota._resources import format_amount
-from optuna_quota.visualization import _plotly
-from optuna_quota.visualization import _theme
-from optuna_quota.visualization._data import finished_trials
-from optuna_quota.visualization._data import FinishedTrial
-from optuna_quota.visualization._data import predict_interval
+from optuna_quota.visualization import _plotly, _theme
+from optuna_quota.visualization._data import finished_trials, FinishedTrial, predict_interval
 
 
 if TYPE_CHECKING:

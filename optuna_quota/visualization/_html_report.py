@@ -9,24 +9,20 @@ from importlib.util import find_spec
 import json
 import os
 from pathlib import Path
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from optuna_quota._resources import format_amount
 from optuna_quota._version import __version__
-from optuna_quota.visualization import _plotly
-from optuna_quota.visualization import _theme
-from optuna_quota.visualization._correlations import _get_correlations_info
-from optuna_quota.visualization._correlations import cell_shade
-from optuna_quota.visualization._correlations import format_cell
-from optuna_quota.visualization._data import report_data
-from optuna_quota.visualization._data import ReportData
-from optuna_quota.visualization._figures import figures_of
-from optuna_quota.visualization._figures import thinned_json
-from optuna_quota.visualization._report_text import report_text
-from optuna_quota.visualization._report_text import ReportText
-from optuna_quota.visualization._waste import _get_waste_info
-from optuna_quota.visualization._waste import total_of
+from optuna_quota.visualization import _plotly, _theme
+from optuna_quota.visualization._correlations import (
+    _get_correlations_info,
+    cell_shade,
+    format_cell,
+)
+from optuna_quota.visualization._data import report_data, ReportData
+from optuna_quota.visualization._figures import figures_of, thinned_json
+from optuna_quota.visualization._report_text import report_text, ReportText
+from optuna_quota.visualization._waste import _get_waste_info, total_of
 
 
 if TYPE_CHECKING:

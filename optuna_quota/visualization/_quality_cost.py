@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import math
-from typing import NamedTuple
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 
 from optuna_quota._resources import format_amount
-from optuna_quota.visualization import _plotly
-from optuna_quota.visualization import _theme
-from optuna_quota.visualization._data import finished_trials
-from optuna_quota.visualization._data import FinishedTrial
+from optuna_quota.visualization import _plotly, _theme
+from optuna_quota.visualization._data import finished_trials, FinishedTrial
 
 
 if TYPE_CHECKING:

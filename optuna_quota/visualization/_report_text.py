@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 import math
-from typing import NamedTuple
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 
 from optuna_quota._ledger import status
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import get_resource
+from optuna_quota._resources import format_amount, get_resource
 from optuna_quota.visualization import _theme
-from optuna_quota.visualization._data import by_outcome
-from optuna_quota.visualization._data import FinishedTrial
-from optuna_quota.visualization._data import limits_of
-from optuna_quota.visualization._data import ReportData
-from optuna_quota.visualization._waste import _get_waste_info
-from optuna_quota.visualization._waste import total_of
-from optuna_quota.visualization._waste import waste_finding
+from optuna_quota.visualization._data import by_outcome, FinishedTrial, limits_of, ReportData
+from optuna_quota.visualization._waste import _get_waste_info, total_of, waste_finding
 
 
 if TYPE_CHECKING:

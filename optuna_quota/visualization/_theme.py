@@ -6,9 +6,7 @@ common kinds of colour blindness can tell apart. Each outcome has a symbol of it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import math
 import sys
 from typing import NamedTuple

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import html
-from typing import NamedTuple
-from typing import TYPE_CHECKING
+from typing import NamedTuple, TYPE_CHECKING
 
 from optuna_quota._resources import format_amount
-from optuna_quota.visualization import _plotly
-from optuna_quota.visualization import _theme
-from optuna_quota.visualization._data import finished_trials
-from optuna_quota.visualization._data import FinishedTrial
-from optuna_quota.visualization._data import limits_of
+from optuna_quota.visualization import _plotly, _theme
+from optuna_quota.visualization._data import finished_trials, FinishedTrial, limits_of
 
 
 if TYPE_CHECKING:

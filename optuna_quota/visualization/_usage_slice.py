@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import math
-from typing import Any
-from typing import NamedTuple
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import numpy as np
 
 from optuna_quota._records import Interval
-from optuna_quota.visualization import _plotly
-from optuna_quota.visualization import _theme
-from optuna_quota.visualization._data import finished_trials
-from optuna_quota.visualization._data import FinishedTrial
-from optuna_quota.visualization._data import limits_of
-from optuna_quota.visualization._data import predict_interval
+from optuna_quota.visualization import _plotly, _theme
+from optuna_quota.visualization._data import (
+    finished_trials,
+    FinishedTrial,
+    limits_of,
+    predict_interval,
+)
 
 
 if TYPE_CHECKING:

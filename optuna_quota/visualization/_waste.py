@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-from typing import NamedTuple
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
-from optuna_quota._resources import CHARGED_RESOURCES
-from optuna_quota._resources import format_amount
-from optuna_quota._resources import get_resource
-from optuna_quota.visualization import _plotly
-from optuna_quota.visualization import _theme
-from optuna_quota.visualization._data import by_outcome
-from optuna_quota.visualization._data import finished_trials
-from optuna_quota.visualization._data import FinishedTrial
+from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource
+from optuna_quota.visualization import _plotly, _theme
+from optuna_quota.visualization._data import by_outcome, finished_trials, FinishedTrial
 
 
 if TYPE_CHECKING:

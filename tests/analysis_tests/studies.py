@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
-from optuna.distributions import IntDistribution
-from optuna.trial import create_trial
-from optuna.trial import FrozenTrial
-from optuna.trial import TrialState
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import create_trial, FrozenTrial, TrialState
 
-from optuna_quota import analyze
-from optuna_quota import Usage
+from optuna_quota import analyze, Usage
 from optuna_quota._analysis.advice import Advice
-from optuna_quota._records import record_attributes
-from optuna_quota._records import TrialRecord
+from optuna_quota._records import record_attributes, TrialRecord
 from optuna_quota._resources import Breach
 
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
-from optuna.distributions import FloatDistribution
-from optuna.distributions import IntDistribution
+from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 import pytest
 import yaml
 
-from optuna_quota import analyze
-from optuna_quota import Usage
-from tests.analysis_tests.studies import advice_on
-from tests.analysis_tests.studies import finished
-from tests.analysis_tests.studies import only_advice
-from tests.analysis_tests.studies import power_law_study
-from tests.analysis_tests.studies import study_of
-from tests.analysis_tests.studies import terminated
+from optuna_quota import analyze, Usage
+from tests.analysis_tests.studies import (
+    advice_on,
+    finished,
+    only_advice,
+    power_law_study,
+    study_of,
+    terminated,
+)
 
 
 def test_requests_hold_every_completed_trial() -> None:

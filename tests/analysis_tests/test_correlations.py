@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import optuna
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
-from optuna.distributions import IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 import pandas as pd
 import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from optuna_quota import analyze
-from optuna_quota import Usage
+from optuna_quota import analyze, Usage
 from optuna_quota._analysis.correlations import spearman
-from tests.analysis_tests.studies import finished
-from tests.analysis_tests.studies import power_law_study
-from tests.analysis_tests.studies import study_of
-from tests.analysis_tests.studies import terminated
+from tests.analysis_tests.studies import finished, power_law_study, study_of, terminated
 
 
 COLUMNS = ["param", "resource", "rho", "lower", "upper", "p_value", "p_adjusted", "n"]

@@ -6,15 +6,17 @@ import optuna
 from optuna.distributions import FloatDistribution
 import pytest
 
-from optuna_quota import analyze
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import replay
-from optuna_quota import status
-from optuna_quota import Strategy
-from optuna_quota import trial_table
+from optuna_quota import (
+    analyze,
+    Limits,
+    Quota,
+    QuotaPruner,
+    QuotaSampler,
+    replay,
+    status,
+    Strategy,
+    trial_table,
+)
 from optuna_quota.visualization import plot_burn_down
 
 

@@ -9,23 +9,12 @@ import warnings
 
 import numpy as np
 import optuna
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
-from optuna.distributions import IntDistribution
-from optuna.trial import create_trial
-from optuna.trial import TrialState
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import create_trial, TrialState
 import pytest
 
-from optuna_quota import analyze
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import replay
-from optuna_quota import trial_table
-from optuna_quota import Usage
-from tests.analysis_tests.studies import finished
-from tests.analysis_tests.studies import power_law_study
-from tests.analysis_tests.studies import study_of
-from tests.analysis_tests.studies import terminated
+from optuna_quota import analyze, Limits, Quota, replay, trial_table, Usage
+from tests.analysis_tests.studies import finished, power_law_study, study_of, terminated
 
 
 ONE = {"x": FloatDistribution(0.0, 1.0)}

@@ -8,17 +8,11 @@ from typing import Any
 
 import optuna
 from optuna.distributions import FloatDistribution
-from optuna.trial import create_trial
-from optuna.trial import TrialState
+from optuna.trial import create_trial, TrialState
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import replay
-from optuna_quota import Usage
-from tests.analysis_tests.studies import finished
-from tests.analysis_tests.studies import study_of
-from tests.analysis_tests.studies import terminated
+from optuna_quota import Limits, Quota, replay, Usage
+from tests.analysis_tests.studies import finished, study_of, terminated
 
 
 SPACE = {"x": FloatDistribution(0.0, 100.0)}

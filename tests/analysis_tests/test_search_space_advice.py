@@ -6,19 +6,18 @@ import math
 
 import numpy as np
 import optuna
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
-from optuna.distributions import IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import create_trial
 
-from optuna_quota import analyze
-from optuna_quota import Usage
-from tests.analysis_tests.studies import advice_on
-from tests.analysis_tests.studies import draw
-from tests.analysis_tests.studies import finished
-from tests.analysis_tests.studies import only_advice
-from tests.analysis_tests.studies import study_of
-from tests.analysis_tests.studies import terminated
+from optuna_quota import analyze, Usage
+from tests.analysis_tests.studies import (
+    advice_on,
+    draw,
+    finished,
+    only_advice,
+    study_of,
+    terminated,
+)
 
 
 SPACE = {

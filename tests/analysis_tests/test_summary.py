@@ -6,8 +6,7 @@ import re
 from typing import Any
 
 import optuna
-from optuna.trial import create_trial
-from optuna.trial import TrialState
+from optuna.trial import create_trial, TrialState
 import pytest
 
 from optuna_quota import analyze

@@ -8,10 +8,7 @@ import time
 import optuna
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler
 
 
 def objective(trial: optuna.Trial) -> float:

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import Usage
-from optuna_quota.cli.arguments import parse_footprint
-from optuna_quota.cli.arguments import parse_limits
-from optuna_quota.cli.arguments import parse_quota
-from optuna_quota.cli.arguments import UsageError
+from optuna_quota import Limits, Quota, Usage
+from optuna_quota.cli.arguments import parse_footprint, parse_limits, parse_quota, UsageError
 
 
 def quota(texts: Sequence[str], prices: Sequence[str] = ()) -> Quota:

@@ -10,10 +10,8 @@ import re
 import pytest
 
 from optuna_quota._doctor import Finding
-from optuna_quota.cli import doctor
-from optuna_quota.cli import output
-from tests.cli_tests.commands import run_command
-from tests.cli_tests.commands import run_process
+from optuna_quota.cli import doctor, output
+from tests.cli_tests.commands import run_command, run_process
 
 
 FINE = Finding("stopping", "kernel memory limit", "ok", "It is enforced.")

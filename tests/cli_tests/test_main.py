@@ -11,11 +11,8 @@ import pytest
 from optuna_quota import __version__
 from optuna_quota.cli import doctor
 from optuna_quota.cli.arguments import UsageError
-from optuna_quota.cli.main import build_parser
-from optuna_quota.cli.main import main
-from tests.cli_tests.commands import ROOT
-from tests.cli_tests.commands import run_command
-from tests.cli_tests.commands import run_process
+from optuna_quota.cli.main import build_parser, main
+from tests.cli_tests.commands import ROOT, run_command, run_process
 
 
 def command_names() -> list[str]:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_tests.commands import run_command
-from tests.cli_tests.commands import run_process
+from tests.cli_tests.commands import run_command, run_process
 
 
 STATED = ("project", "--n-trials", "200", "--footprint", "memory=2GiB,wall_time=90s")

@@ -11,8 +11,7 @@ import sys
 import optuna
 import pytest
 
-from tests.cli_tests.commands import ROOT
-from tests.cli_tests.commands import run_command
+from tests.cli_tests.commands import ROOT, run_command
 from tests.cli_tests.conftest import run_study
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli_tests.commands import run_command
-from tests.cli_tests.commands import run_process
+from tests.cli_tests.commands import run_command, run_process
 
 
 def test_the_ledger_is_printed(tuned: str, capsys: pytest.CaptureFixture[str]) -> None:

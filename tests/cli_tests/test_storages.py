@@ -10,9 +10,7 @@ import optuna
 import pytest
 
 from optuna_quota.cli.arguments import UsageError
-from optuna_quota.cli.storages import load_study
-from optuna_quota.cli.storages import open_storage
-from optuna_quota.cli.storages import without_password
+from optuna_quota.cli.storages import load_study, open_storage, without_password
 
 
 def options(storage: object, name: str | None = None) -> argparse.Namespace:

@@ -12,17 +12,9 @@ import optuna_dashboard
 from optuna_dashboard import save_note
 import pytest
 
-from optuna_quota import analyze
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
+from optuna_quota import analyze, isolated, Limits, Quota, QuotaPruner, QuotaSampler
 from optuna_quota._records import PREFIX
-from tests.browser import chromium
-from tests.browser import faults
-from tests.browser import served
-from tests.browser import wait_for
+from tests.browser import chromium, faults, served, wait_for
 
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 import pytest
 
-from optuna_quota.dashboard._notes import bar
-from optuna_quota.dashboard._notes import BEGIN
-from optuna_quota.dashboard._notes import code
-from optuna_quota.dashboard._notes import END
-from optuna_quota.dashboard._notes import escape
-from optuna_quota.dashboard._notes import replace_block
-from optuna_quota.dashboard._notes import table
+from optuna_quota.dashboard._notes import bar, BEGIN, code, END, escape, replace_block, table
 from tests.dashboard_tests.notes import block_of
 
 

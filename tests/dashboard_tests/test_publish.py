@@ -16,28 +16,19 @@ from xml.etree import ElementTree
 import optuna
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.distributions import FloatDistribution
-from optuna_dashboard import get_note
-from optuna_dashboard import save_note
+from optuna_dashboard import get_note, save_note
 import pytest
 
-from optuna_quota import analyze
-from optuna_quota import Limits
-from optuna_quota import Usage
-from optuna_quota._optuna import storage_of
-from optuna_quota._optuna import study_id_of
+from optuna_quota import analyze, Limits, Usage
+from optuna_quota._optuna import storage_of, study_id_of
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Breach
-from optuna_quota.dashboard import _publish
-from optuna_quota.dashboard import publish
-from optuna_quota.dashboard import Publisher
+from optuna_quota.dashboard import _publish, publish, Publisher
 from optuna_quota.dashboard._notes import END
-from optuna_quota.dashboard._publish import IMAGE
-from optuna_quota.dashboard._publish import publish_data
+from optuna_quota.dashboard._publish import IMAGE, publish_data
 from optuna_quota.visualization._data import report_data
 from tests.dashboard_tests.notes import block_of
-from tests.visualization_tests.studies import add_row
-from tests.visualization_tests.studies import empty_study
-from tests.visualization_tests.studies import made_study
+from tests.visualization_tests.studies import add_row, empty_study, made_study
 
 
 GIB = 2**30

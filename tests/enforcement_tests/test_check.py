@@ -15,13 +15,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import check
-from optuna_quota import isolated
-from optuna_quota import LimitBreached
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
+from optuna_quota import check, isolated, LimitBreached, Limits, Quota, QuotaPruner, QuotaSampler
 from optuna_quota._records import read_record
 
 

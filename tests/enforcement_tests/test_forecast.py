@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import math
 import random
 import time
@@ -12,15 +11,13 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota._enforcement.forecast import completed_trials
-from optuna_quota._enforcement.forecast import CompletedTrials
-from optuna_quota._enforcement.forecast import forecast_breach
-from optuna_quota._enforcement.forecast import PaceProfile
+from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler
+from optuna_quota._enforcement.forecast import (
+    completed_trials,
+    CompletedTrials,
+    forecast_breach,
+    PaceProfile,
+)
 from optuna_quota._records import read_record
 
 

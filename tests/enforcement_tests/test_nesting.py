@@ -9,24 +9,13 @@ import time
 from typing import Any
 
 import optuna
-from optuna.pruners import BasePruner
-from optuna.pruners import HyperbandPruner
-from optuna.pruners import MedianPruner
-from optuna.pruners import NopPruner
-from optuna.pruners import PatientPruner
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, PatientPruner
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import check
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota._enforcement.nesting import find_nested
-from optuna_quota._enforcement.nesting import pruner_limits
-from optuna_quota._enforcement.nesting import pruner_meters
+from optuna_quota import check, isolated, Limits, Quota, QuotaPruner, QuotaSampler
+from optuna_quota._enforcement.nesting import find_nested, pruner_limits, pruner_meters
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
 from optuna_quota._records import read_record
 

@@ -10,23 +10,20 @@ import pickle
 import time
 
 import optuna
-from optuna.pruners import BasePruner
-from optuna.pruners import HyperbandPruner
-from optuna.pruners import MedianPruner
-from optuna.pruners import NopPruner
-from optuna.pruners import PatientPruner
-from optuna.pruners import SuccessiveHalvingPruner
+from optuna.pruners import (
+    BasePruner,
+    HyperbandPruner,
+    MedianPruner,
+    NopPruner,
+    PatientPruner,
+    SuccessiveHalvingPruner,
+)
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import Usage
-from optuna_quota._metering import key_of
-from optuna_quota._metering import metering_loop
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, Usage
+from optuna_quota._metering import key_of, metering_loop
 from optuna_quota._records import read_record
 
 

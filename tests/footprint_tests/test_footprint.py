@@ -7,15 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from optuna.distributions import BaseDistribution
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
-from optuna.distributions import IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 import pytest
 
-from optuna_quota import Footprint
-from optuna_quota import Limits
-from optuna_quota import Usage
+from optuna_quota import Footprint, Limits, Usage
 from optuna_quota._footprint import resource_model
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.online import transferred_observations

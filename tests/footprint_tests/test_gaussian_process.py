@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optuna_quota._footprint.gaussian_process import _LOG_BOUND
-from optuna_quota._footprint.gaussian_process import _Objective
-from optuna_quota._footprint.gaussian_process import fit_hyperparameters
-from optuna_quota._footprint.gaussian_process import prior_mean
+from optuna_quota._footprint.gaussian_process import (
+    _LOG_BOUND,
+    _Objective,
+    fit_hyperparameters,
+    prior_mean,
+)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -6,16 +6,11 @@ from datetime import timedelta
 from typing import Any
 
 import optuna
-from optuna.distributions import FloatDistribution
-from optuna.distributions import IntDistribution
-from optuna.trial import create_trial
-from optuna.trial import FrozenTrial
-from optuna.trial import TrialState
+from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.trial import create_trial, FrozenTrial, TrialState
 import pytest
 
-from optuna_quota._footprint.observations import Observation
-from optuna_quota._footprint.observations import read_observation
-from optuna_quota._footprint.observations import select_observations
+from optuna_quota._footprint.observations import Observation, read_observation, select_observations
 from tests.footprint_tests.test_footprint import draw_rows
 
 

@@ -5,18 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from optuna.trial import create_trial
-from optuna.trial import FrozenTrial
-from optuna.trial import TrialState
+from optuna.trial import create_trial, FrozenTrial, TrialState
 import pytest
 
-from optuna_quota import Footprint
-from optuna_quota import Limits
-from optuna_quota import Usage
-from optuna_quota._footprint.observations import MAX_OBSERVATIONS
-from optuna_quota._footprint.observations import Observation
-from optuna_quota._footprint.online import Learner
-from optuna_quota._footprint.online import transferred_observations
+from optuna_quota import Footprint, Limits, Usage
+from optuna_quota._footprint.observations import MAX_OBSERVATIONS, Observation
+from optuna_quota._footprint.online import Learner, transferred_observations
 from tests.footprint_tests.test_footprint import draw_rows
 from tests.footprint_tests.test_observations import breach
 

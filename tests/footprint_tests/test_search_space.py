@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from optuna_quota._footprint.search_space import certain_completions
-from optuna_quota._footprint.search_space import likely_completions
+from optuna_quota._footprint.search_space import certain_completions, likely_completions
 
 
 FLAT = [{"lr": 0.1, "width": 8}, {"lr": 0.2, "width": 16}]

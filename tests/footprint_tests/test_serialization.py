@@ -9,13 +9,10 @@ import pickle
 from typing import Any
 
 import numpy as np
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 import pytest
 
-from optuna_quota import Footprint
-from optuna_quota import Limits
-from optuna_quota import Usage
+from optuna_quota import Footprint, Limits, Usage
 from optuna_quota._footprint.fit import ChainedModel
 from optuna_quota._footprint.observations import Observation
 from tests.footprint_tests.test_footprint import draw_rows

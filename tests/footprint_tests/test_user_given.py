@@ -8,16 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optuna_quota import Footprint
-from optuna_quota import Limits
-from optuna_quota import project
-from optuna_quota import Strategy
-from optuna_quota import Usage
-from optuna_quota._footprint.user_given import CalibratedFootprint
-from optuna_quota._footprint.user_given import FootprintCalibrator
-from optuna_quota._footprint.user_given import UserFootprint
-from tests.footprint_tests.test_footprint import draw_rows
-from tests.footprint_tests.test_footprint import truth
+from optuna_quota import Footprint, Limits, project, Strategy, Usage
+from optuna_quota._footprint.user_given import (
+    CalibratedFootprint,
+    FootprintCalibrator,
+    UserFootprint,
+)
+from tests.footprint_tests.test_footprint import draw_rows, truth
 
 
 ROWS = draw_rows(12, seed=3, noise=0.05)

@@ -7,42 +7,38 @@ import contextlib
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize
-from hypothesis.stateful import invariant
-from hypothesis.stateful import RuleBasedStateMachine
+from hypothesis.stateful import initialize, invariant, RuleBasedStateMachine
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaExhausted
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import status
-from optuna_quota import trial_table
-from optuna_quota import Usage
+from optuna_quota import (
+    Limits,
+    Quota,
+    QuotaExhausted,
+    QuotaPruner,
+    QuotaSampler,
+    status,
+    trial_table,
+    Usage,
+)
 from optuna_quota._ledger.dead_workers import LEASE
-from optuna_quota._ledger.reservation import parse_reservation
-from optuna_quota._ledger.reservation import Reservation
+from optuna_quota._ledger.reservation import parse_reservation, Reservation
 from optuna_quota._optuna import trial_id_of
-from optuna_quota._records import read_record
-from optuna_quota._records import RESERVATION
-from tests.hardening_tests.simulation import KINDS
-from tests.hardening_tests.simulation import Process
-from tests.hardening_tests.simulation import Simulation
-from tests.hardening_tests.simulation import WouldWait
-from tests.hardening_tests.strategies import claimed_usage
-from tests.hardening_tests.strategies import ENDS
-from tests.hardening_tests.strategies import FAULTS
-from tests.hardening_tests.strategies import GIB
-from tests.hardening_tests.strategies import limits_given
-from tests.hardening_tests.strategies import OpenTrial
-from tests.hardening_tests.strategies import quotas
-from tests.hardening_tests.strategies import SAMPLERS
-from tests.hardening_tests.strategies import spaces
+from optuna_quota._records import read_record, RESERVATION
+from tests.hardening_tests.simulation import KINDS, Process, Simulation, WouldWait
+from tests.hardening_tests.strategies import (
+    claimed_usage,
+    ENDS,
+    FAULTS,
+    GIB,
+    limits_given,
+    OpenTrial,
+    quotas,
+    SAMPLERS,
+    spaces,
+)
 
 
 class StudyInvariants(RuleBasedStateMachine):

@@ -7,23 +7,21 @@ wait for another one, :class:`WouldWait` is raised.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage
-from optuna.storages import InMemoryStorage
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 import pytest
 
 from optuna_quota._enforcement import active_trials
-from optuna_quota._ledger import heartbeat as heartbeat_module
-from optuna_quota._ledger import ledger as ledger_module
-from optuna_quota._ledger import reservation as reservation_module
+from optuna_quota._ledger import (
+    heartbeat as heartbeat_module,
+    ledger as ledger_module,
+    reservation as reservation_module,
+)
 from optuna_quota._ledger.dead_workers import LEASE
 from optuna_quota._ledger.reservation import Worker
 from optuna_quota._ledger.state import SystemClock

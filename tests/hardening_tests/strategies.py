@@ -9,20 +9,16 @@ from typing import Any
 
 from hypothesis import strategies as st
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
-from optuna.distributions import IntDistribution
-from optuna.samplers import CmaEsSampler
-from optuna.samplers import NSGAIISampler
-from optuna.samplers import QMCSampler
-from optuna.samplers import RandomSampler
-from optuna.samplers import TPESampler
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.samplers import CmaEsSampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import Usage
+from optuna_quota import Limits, Quota, Usage
 from tests.hardening_tests.simulation import Process
 
 

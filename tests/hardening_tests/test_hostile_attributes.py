@@ -15,27 +15,26 @@ from pathlib import Path
 import tempfile
 from typing import Any
 
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 import optuna
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import analyze
-from optuna_quota import Footprint
-from optuna_quota import Limits
-from optuna_quota import project
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import replay
-from optuna_quota import status
-from optuna_quota import Strategy
-from optuna_quota import trial_table
-from optuna_quota import Usage
-from optuna_quota._optuna import storage_of
-from optuna_quota._optuna import study_id_of
+from optuna_quota import (
+    analyze,
+    Footprint,
+    Limits,
+    project,
+    Quota,
+    QuotaPruner,
+    QuotaSampler,
+    replay,
+    status,
+    Strategy,
+    trial_table,
+    Usage,
+)
+from optuna_quota._optuna import storage_of, study_id_of
 from optuna_quota._records import OUTCOME
 from optuna_quota.cli import main
 from optuna_quota.dashboard import _notes

@@ -7,11 +7,8 @@ import io
 from pathlib import Path
 
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
-from optuna.trial import create_trial
-from optuna.trial import TrialState
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import create_trial, TrialState
 import pytest
 
 from optuna_quota import analyze

@@ -7,32 +7,18 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import Phase
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import precondition
-from hypothesis.stateful import rule
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis import Phase, settings, strategies as st
+from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 import optuna
-from optuna.trial import FrozenTrial
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 import pytest
 
-from optuna_quota import check
-from optuna_quota import LimitBreached
-from optuna_quota import QuotaExhausted
-from optuna_quota import TrialRejected
+from optuna_quota import check, LimitBreached, QuotaExhausted, TrialRejected
 from optuna_quota._optuna import trial_id_of
 from optuna_quota._records import read_record
 from tests.hardening_tests.invariants import StudyInvariants
-from tests.hardening_tests.simulation import Process
-from tests.hardening_tests.simulation import WouldWait
-from tests.hardening_tests.strategies import FAULTS
-from tests.hardening_tests.strategies import GIB
-from tests.hardening_tests.strategies import is_low
-from tests.hardening_tests.strategies import OpenTrial
-from tests.hardening_tests.strategies import unit
-from tests.hardening_tests.strategies import value_at
+from tests.hardening_tests.simulation import Process, WouldWait
+from tests.hardening_tests.strategies import FAULTS, GIB, is_low, OpenTrial, unit, value_at
 
 
 # Hundreds of steps in one test may take minutes on a busy machine.

@@ -8,12 +8,7 @@ import optuna
 import psutil
 import pytest
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import trial_table
+from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, trial_table
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
@@ -32,8 +27,7 @@ def hold(_: int) -> None:
 def objective(trial: optuna.Trial) -> float:
     """Load data with as many workers as asked for."""
     import torch
-    from torch.utils.data import DataLoader
-    from torch.utils.data import TensorDataset
+    from torch.utils.data import DataLoader, TensorDataset
 
     workers = trial.suggest_int("workers", 0, 2)
     data = TensorDataset(torch.ones(64, 1))

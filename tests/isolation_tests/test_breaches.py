@@ -16,12 +16,9 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import QuotaPruner
+from optuna_quota import isolated, Limits, QuotaPruner
 from optuna_quota._records import read_record
-from tests.isolation_tests.trials import needs_supervisor
-from tests.isolation_tests.trials import run_one
+from tests.isolation_tests.trials import needs_supervisor, run_one
 
 
 pytestmark = needs_supervisor

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.channel import channel_pair
+from optuna_quota._isolation.channel import Channel, channel_pair
 
 
 def test_a_channel_keeps_in_step_with_messages_of_any_size() -> None:

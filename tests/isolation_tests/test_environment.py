@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import decimal
 import gc
 import locale
@@ -23,8 +22,7 @@ import optuna
 import pytest
 
 from optuna_quota import isolated
-from optuna_quota._isolation.environment import apply_settings
-from optuna_quota._isolation.environment import read_settings
+from optuna_quota._isolation.environment import apply_settings, read_settings
 from tests.isolation_tests.scripts import run_python
 
 

@@ -6,8 +6,7 @@ import signal
 
 import pytest
 
-from optuna_quota._isolation.exit_cause import describe_exit
-from optuna_quota._isolation.exit_cause import find_breach_at_exit
+from optuna_quota._isolation.exit_cause import describe_exit, find_breach_at_exit
 from optuna_quota._isolation.messages import ExitReport
 
 

@@ -12,12 +12,8 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import QuotaPruner
-from optuna_quota import TrialCrashed
-from optuna_quota._isolation.forkserver_client import fork_server_client
-from optuna_quota._isolation.forkserver_client import ForkServerClient
+from optuna_quota import isolated, Limits, QuotaPruner, TrialCrashed
+from optuna_quota._isolation.forkserver_client import fork_server_client, ForkServerClient
 from optuna_quota._metering import metering_loop
 from optuna_quota._records import read_record
 

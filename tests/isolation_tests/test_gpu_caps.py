@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from optuna_quota._isolation.gpu_caps import cap_torch
-from optuna_quota._isolation.gpu_caps import set_gpu_caps
+from optuna_quota._isolation.gpu_caps import cap_torch, set_gpu_caps
 from tests.isolation_tests.trials import GIB
 
 

@@ -13,12 +13,7 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import check
-from optuna_quota import isolated
-from optuna_quota import LimitBreached
-from optuna_quota import Limits
-from optuna_quota import QuotaPruner
-from optuna_quota import TrialCrashed
+from optuna_quota import check, isolated, LimitBreached, Limits, QuotaPruner, TrialCrashed
 from optuna_quota._records import read_record
 
 

@@ -10,15 +10,17 @@ import types
 import pytest
 
 from optuna_quota._isolation import main_module
-from optuna_quota._isolation.main_module import bound_names
-from optuna_quota._isolation.main_module import bound_once
-from optuna_quota._isolation.main_module import definitions
-from optuna_quota._isolation.main_module import find_main_module
-from optuna_quota._isolation.main_module import is_guard
-from optuna_quota._isolation.main_module import MainModule
-from optuna_quota._isolation.main_module import make_main_module
-from optuna_quota._isolation.main_module import needed_names
-from optuna_quota._isolation.main_module import running_line
+from optuna_quota._isolation.main_module import (
+    bound_names,
+    bound_once,
+    definitions,
+    find_main_module,
+    is_guard,
+    MainModule,
+    make_main_module,
+    needed_names,
+    running_line,
+)
 
 
 @pytest.mark.parametrize(

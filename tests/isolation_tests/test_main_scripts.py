@@ -6,10 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.isolation_tests.scripts import always
-from tests.isolation_tests.scripts import HELPERS
-from tests.isolation_tests.scripts import run_python
-from tests.isolation_tests.scripts import run_script
+from tests.isolation_tests.scripts import always, HELPERS, run_python, run_script
 
 
 SCRIPT = """

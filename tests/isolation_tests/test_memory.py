@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import ctypes
 import functools
@@ -24,12 +23,9 @@ from optuna.trial import TrialState
 import psutil
 import pytest
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import QuotaPruner
+from optuna_quota import isolated, Limits, QuotaPruner
 from optuna_quota._records import read_record
-from tests.isolation_tests.trials import needs_supervisor
-from tests.isolation_tests.trials import run_one
+from tests.isolation_tests.trials import needs_supervisor, run_one
 
 
 pytestmark = needs_supervisor
@@ -464,8 +460,7 @@ def in_an_executor(size: int) -> float:
 
 
 def in_joblib(size: int) -> float:
-    from joblib import delayed
-    from joblib import Parallel
+    from joblib import delayed, Parallel
 
     return float(sum(Parallel(n_jobs=2)(delayed(fill)(size) for _ in range(2))))
 

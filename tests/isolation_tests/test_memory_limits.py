@@ -16,21 +16,12 @@ from optuna.trial import TrialState
 import psutil
 import pytest
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
+from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler
 from optuna_quota._isolation import memory_limits
 from optuna_quota._isolation.forkserver_client import fork_server_client
-from optuna_quota._isolation.memory_limits import Cgroup
-from optuna_quota._isolation.memory_limits import DataLimit
-from optuna_quota._isolation.memory_limits import find_delegated
-from optuna_quota._isolation.memory_limits import own_cgroup
+from optuna_quota._isolation.memory_limits import Cgroup, DataLimit, find_delegated, own_cgroup
 from optuna_quota._records import read_record
-from tests.isolation_tests.trials import escape
-from tests.isolation_tests.trials import needs_supervisor
-from tests.isolation_tests.trials import run_one
+from tests.isolation_tests.trials import escape, needs_supervisor, run_one
 
 
 GIB = 2**30

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optuna_quota._isolation.module_state import is_plain
-from optuna_quota._isolation.module_state import plain_attributes
-from optuna_quota._isolation.module_state import read_module_state
-from optuna_quota._isolation.module_state import restore_module_state
-from optuna_quota._isolation.module_state import set_attributes
+from optuna_quota._isolation.module_state import (
+    is_plain,
+    plain_attributes,
+    read_module_state,
+    restore_module_state,
+    set_attributes,
+)
 
 
 class Number(int):

@@ -12,8 +12,7 @@ import pytest
 from optuna_quota import isolated
 from optuna_quota._isolation import forkserver_client as clients
 from optuna_quota._isolation.forkserver_client import fork_server_client
-from optuna_quota._isolation.modules import can_preload
-from optuna_quota._isolation.modules import modules_to_preload
+from optuna_quota._isolation.modules import can_preload, modules_to_preload
 
 
 def test_modules_that_can_be_loaded_before_a_fork() -> None:

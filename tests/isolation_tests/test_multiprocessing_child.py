@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.isolation_tests.scripts import run_python
-from tests.isolation_tests.scripts import run_script
+from tests.isolation_tests.scripts import run_python, run_script
 
 
 CHILD = """

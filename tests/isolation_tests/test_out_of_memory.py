@@ -7,17 +7,16 @@ import subprocess
 import numpy as np
 import pytest
 
-from optuna_quota._isolation.out_of_memory import describe_full_gpu
-from optuna_quota._isolation.out_of_memory import FailedAllocation
-from optuna_quota._isolation.out_of_memory import find_failed_allocation
-from optuna_quota._isolation.out_of_memory import find_gpu_breach
-from optuna_quota._isolation.out_of_memory import find_memory_breach
-from optuna_quota._isolation.out_of_memory import read_gpu_memory_state
+from optuna_quota._isolation.out_of_memory import (
+    describe_full_gpu,
+    FailedAllocation,
+    find_failed_allocation,
+    find_gpu_breach,
+    find_memory_breach,
+    read_gpu_memory_state,
+)
 from optuna_quota._metering.gpu_attribution import DeviceShare
-from tests.isolation_tests.trials import caught
-from tests.isolation_tests.trials import GIB
-from tests.isolation_tests.trials import MIB
-from tests.isolation_tests.trials import raises
+from tests.isolation_tests.trials import caught, GIB, MIB, raises
 
 
 OutOfMemoryError = type("OutOfMemoryError", (RuntimeError,), {"__module__": "torch"})

@@ -14,17 +14,10 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaSampler
-from optuna_quota import TrialCrashed
-from optuna_quota._isolation.outcome import CrashStatus
-from optuna_quota._isolation.outcome import describe_crash_series
-from optuna_quota._records import CRASHED
-from optuna_quota._records import read_record
-from tests.isolation_tests.trials import needs_supervisor
-from tests.isolation_tests.trials import run_one
+from optuna_quota import isolated, Limits, Quota, QuotaSampler, TrialCrashed
+from optuna_quota._isolation.outcome import CrashStatus, describe_crash_series
+from optuna_quota._records import CRASHED, read_record
+from tests.isolation_tests.trials import needs_supervisor, run_one
 
 
 pytestmark = needs_supervisor

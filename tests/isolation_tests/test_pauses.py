@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import logging
 import os
@@ -15,14 +14,11 @@ import textwrap
 import time
 
 import optuna
-from optuna.trial import FrozenTrial
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 import psutil
 import pytest
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import QuotaPruner
+from optuna_quota import isolated, Limits, QuotaPruner
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import needs_supervisor
 

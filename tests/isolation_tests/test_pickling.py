@@ -8,9 +8,7 @@ import textwrap
 
 import pytest
 
-from tests.isolation_tests.scripts import always
-from tests.isolation_tests.scripts import METHODS
-from tests.isolation_tests.scripts import run_script
+from tests.isolation_tests.scripts import always, METHODS, run_script
 
 
 CLASSES = """

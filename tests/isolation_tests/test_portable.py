@@ -9,10 +9,7 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import QuotaPruner
-from optuna_quota import TrialCrashed
+from optuna_quota import isolated, Limits, QuotaPruner, TrialCrashed
 from optuna_quota._isolation import start
 from optuna_quota._records import read_record
 

@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 
-from optuna_quota._isolation.remote_errors import pack_error
-from optuna_quota._isolation.remote_errors import unpack_error
-from tests.isolation_tests.trials import caught
-from tests.isolation_tests.trials import raises
+from optuna_quota._isolation.remote_errors import pack_error, unpack_error
+from tests.isolation_tests.trials import caught, raises
 
 
 class NeedsTwo(Exception):

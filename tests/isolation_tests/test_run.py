@@ -10,12 +10,7 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import TrialCrashed
+from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, TrialCrashed
 from optuna_quota._records import read_record
 
 

@@ -19,12 +19,9 @@ from optuna.trial import TrialState
 import psutil
 import pytest
 
-from optuna_quota import isolated
-from optuna_quota import Quota
-from optuna_quota import QuotaSampler
+from optuna_quota import isolated, Quota, QuotaSampler
 from optuna_quota._isolation.forkserver_client import fork_server_client
-from optuna_quota._isolation.launch import StartMethod
-from optuna_quota._isolation.launch import TrialConnections
+from optuna_quota._isolation.launch import StartMethod, TrialConnections
 from optuna_quota._isolation.signals import STOP_SIGNAL
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import needs_supervisor

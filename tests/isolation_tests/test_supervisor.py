@@ -20,14 +20,10 @@ from optuna.trial import TrialState
 import psutil
 import pytest
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import TrialCrashed
+from optuna_quota import isolated, Limits, TrialCrashed
 from optuna_quota._isolation.linux import is_exiting
 from optuna_quota._records import read_record
-from tests.isolation_tests.trials import escape
-from tests.isolation_tests.trials import needs_supervisor
-from tests.isolation_tests.trials import run_one
+from tests.isolation_tests.trials import escape, needs_supervisor, run_one
 
 
 pytestmark = needs_supervisor

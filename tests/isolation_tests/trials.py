@@ -11,9 +11,7 @@ from typing import Any
 import optuna
 import pytest
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import QuotaPruner
+from optuna_quota import isolated, Limits, QuotaPruner
 from optuna_quota._isolation.launch import can_supervise
 
 

@@ -7,19 +7,19 @@ is decided and written comes from the ledger's own functions; the model adds the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from optuna_quota._ledger.grant import refuse_never_fitting
-from optuna_quota._ledger.protocol import Claim
-from optuna_quota._ledger.protocol import decide
-from optuna_quota._ledger.protocol import Decision
-from optuna_quota._ledger.protocol import ResourceRequest
-from optuna_quota._ledger.protocol import with_claim
-from optuna_quota._ledger.protocol import with_decision
-from optuna_quota._ledger.protocol import with_queue_place
+from optuna_quota._ledger.protocol import (
+    Claim,
+    decide,
+    Decision,
+    ResourceRequest,
+    with_claim,
+    with_decision,
+    with_queue_place,
+)
 from optuna_quota._resources import HELD_RESOURCES
 
 

@@ -7,9 +7,7 @@ import time
 import optuna
 import pytest
 
-from optuna_quota import Quota
-from optuna_quota import QuotaSampler
-from optuna_quota import status
+from optuna_quota import Quota, QuotaSampler, status
 
 
 def objective(trial: optuna.Trial) -> float:

@@ -15,32 +15,22 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import status
-from optuna_quota import Usage
-from optuna_quota._ledger import Grant
-from optuna_quota._ledger import Ledger
+from optuna_quota import Limits, Quota, status, Usage
+from optuna_quota._ledger import Grant, Ledger
 from optuna_quota._ledger.dead_workers import Leases
-from optuna_quota._ledger.reservation import is_alive
-from optuna_quota._ledger.reservation import Reservation
-from optuna_quota._ledger.reservation import reservation_object
-from optuna_quota._ledger.reservation import this_worker
-from optuna_quota._ledger.reservation import Worker
+from optuna_quota._ledger.reservation import (
+    is_alive,
+    Reservation,
+    reservation_object,
+    this_worker,
+    Worker,
+)
 from optuna_quota._ledger.totals import Entry
-from optuna_quota._optuna import stale_trial_ids
-from optuna_quota._optuna import storage_of
-from optuna_quota._optuna import study_id_of
-from optuna_quota._optuna import trial_id_of
+from optuna_quota._optuna import stale_trial_ids, storage_of, study_id_of, trial_id_of
 from optuna_quota._records import RESERVATION
-from tests.ledger_tests.test_ledger import begin
-from tests.ledger_tests.test_ledger import finish
-from tests.ledger_tests.test_ledger import reserve
-from tests.ledger_tests.workers import load
-from tests.ledger_tests.workers import start
-from tests.storages import Address
-from tests.storages import storage_at
-from tests.storages import study_in
+from tests.ledger_tests.test_ledger import begin, finish, reserve
+from tests.ledger_tests.workers import load, start
+from tests.storages import Address, storage_at, study_in
 
 
 ELSEWHERE = Worker("far", "another machine", "", 7, 1.0)

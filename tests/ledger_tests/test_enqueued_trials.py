@@ -11,16 +11,15 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import Quota
-from optuna_quota import QuotaSampler
-from optuna_quota import status
-from optuna_quota._ledger.reservation import process_start
-from optuna_quota._ledger.reservation import Reservation
-from optuna_quota._ledger.reservation import reservation_object
-from optuna_quota._ledger.reservation import this_worker
-from optuna_quota._ledger.reservation import Worker
-from optuna_quota._optuna import storage_of
-from optuna_quota._optuna import trial_id_of
+from optuna_quota import Quota, QuotaSampler, status
+from optuna_quota._ledger.reservation import (
+    process_start,
+    Reservation,
+    reservation_object,
+    this_worker,
+    Worker,
+)
+from optuna_quota._optuna import storage_of, trial_id_of
 from optuna_quota._records import RESERVATION
 
 

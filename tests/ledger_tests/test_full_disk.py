@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import os
 from pathlib import Path
 import pickle
@@ -11,19 +10,15 @@ import subprocess
 import sys
 
 import optuna
-from optuna.storages import BaseStorage
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import Quota
-from optuna_quota import QuotaSampler
-from optuna_quota import status
+from optuna_quota import Quota, QuotaSampler, status
 from optuna_quota._storage_retry import repair_torn_lines
 from tests.ledger_tests.workers import start
-from tests.storages import Address
-from tests.storages import study_in
+from tests.storages import Address, study_in
 
 
 QUOTA = Quota(n_trials=14, trial_time="1h")

@@ -7,21 +7,11 @@ from collections import Counter
 import optuna
 import pytest
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaSampler
-from optuna_quota import Usage
-from optuna_quota._ledger import Gpu
-from optuna_quota._ledger import Grant
-from optuna_quota._ledger import Ledger
-from optuna_quota._ledger import Refusal
+from optuna_quota import isolated, Limits, Quota, QuotaSampler, Usage
+from optuna_quota._ledger import Gpu, Grant, Ledger, Refusal
 from optuna_quota._ledger.gpus import request_gpu
-from optuna_quota._ledger.protocol import Claim
-from optuna_quota._ledger.protocol import ResourceRequest
-from tests.ledger_tests.test_ledger import begin
-from tests.ledger_tests.test_ledger import finish
-from tests.ledger_tests.test_ledger import reserve
+from optuna_quota._ledger.protocol import Claim, ResourceRequest
+from tests.ledger_tests.test_ledger import begin, finish, reserve
 
 
 GPUS = (Gpu("GPU-a", 24.0), Gpu("GPU-b", 16.0))

@@ -6,12 +6,13 @@ from typing import get_args
 
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota._ledger.grant import extension_requests
-from optuna_quota._ledger.grant import initial_requests
-from optuna_quota._ledger.grant import RequestedBy
-from optuna_quota._ledger.grant import revise_promise
+from optuna_quota import Limits, Quota
+from optuna_quota._ledger.grant import (
+    extension_requests,
+    initial_requests,
+    RequestedBy,
+    revise_promise,
+)
 from optuna_quota._ledger.protocol import ResourceRequest
 
 

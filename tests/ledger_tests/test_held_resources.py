@@ -13,20 +13,10 @@ import optuna
 from optuna.distributions import FloatDistribution
 import pytest
 
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import Strategy
-from optuna_quota import Usage
-from optuna_quota._ledger import Grant
-from optuna_quota._ledger import Ledger
-from optuna_quota._ledger import Refusal
+from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, Strategy, Usage
+from optuna_quota._ledger import Grant, Ledger, Refusal
 from optuna_quota._optuna import trial_id_of
-from tests.ledger_tests.test_ledger import begin
-from tests.ledger_tests.test_ledger import finish
-from tests.ledger_tests.test_ledger import reserve
+from tests.ledger_tests.test_ledger import begin, finish, reserve
 
 
 MIB = 2**20

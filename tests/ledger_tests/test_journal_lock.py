@@ -6,22 +6,17 @@ from collections.abc import Sequence
 import os
 from pathlib import Path
 import time
-from typing import Any
-from typing import Literal
+from typing import Any, Literal
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal import JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import Quota
-from optuna_quota import QuotaSampler
-from optuna_quota import status
+from optuna_quota import Quota, QuotaSampler, status
 from tests.ledger_tests.workers import start
-from tests.storages import Address
-from tests.storages import study_in
+from tests.storages import Address, study_in
 
 
 Moment = Literal["before its write", "after its write"]

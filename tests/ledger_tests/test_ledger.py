@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import optuna
-from optuna.trial import FrozenTrial
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import Usage
-from optuna_quota._ledger import Grant
-from optuna_quota._ledger import Ledger
-from optuna_quota._ledger import Refusal
-from optuna_quota._optuna import storage_of
-from optuna_quota._optuna import trial_id_of
-from optuna_quota._records import TrialRecord
-from optuna_quota._records import write_record
+from optuna_quota import Limits, Quota, Usage
+from optuna_quota._ledger import Grant, Ledger, Refusal
+from optuna_quota._optuna import storage_of, trial_id_of
+from optuna_quota._records import TrialRecord, write_record
 
 
 def begin(study: optuna.Study) -> FrozenTrial:

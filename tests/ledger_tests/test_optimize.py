@@ -9,17 +9,9 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import check
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import status
-from tests.ledger_tests.workers import wait_for
-from tests.ledger_tests.workers import working
-from tests.storages import Address
-from tests.storages import storage_at
-from tests.storages import study_in
+from optuna_quota import check, Limits, Quota, QuotaPruner, QuotaSampler, status
+from tests.ledger_tests.workers import wait_for, working
+from tests.storages import Address, storage_at, study_in
 
 
 def long_now_and_then(trial: optuna.Trial) -> float:

@@ -7,17 +7,9 @@ from functools import cache
 
 import pytest
 
-from optuna_quota._ledger.protocol import Claim
-from optuna_quota._ledger.protocol import decide
-from optuna_quota._ledger.protocol import Decision
-from optuna_quota._ledger.protocol import ResourceRequest
+from optuna_quota._ledger.protocol import Claim, decide, Decision, ResourceRequest
 from tests.ledger_tests import protocol_model
-from tests.ledger_tests.protocol_model import cyclic
-from tests.ledger_tests.protocol_model import ENDS
-from tests.ledger_tests.protocol_model import explore
-from tests.ledger_tests.protocol_model import Graph
-from tests.ledger_tests.protocol_model import Model
-from tests.ledger_tests.protocol_model import State
+from tests.ledger_tests.protocol_model import cyclic, ENDS, explore, Graph, Model, State
 
 
 def one(resource: str, least: float, most: float | None = None) -> Mapping[str, ResourceRequest]:

@@ -11,24 +11,16 @@ from typing import Any
 import warnings
 
 import optuna
-from optuna.storages import RDBStorage
-from optuna.storages import RetryFailedTrialCallback
+from optuna.storages import RDBStorage, RetryFailedTrialCallback
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaSampler
+from optuna_quota import Limits, Quota, QuotaSampler
 from optuna_quota._ledger import Ledger
-from optuna_quota._ledger.reservation import Reservation
-from optuna_quota._ledger.reservation import reservation_object
-from optuna_quota._ledger.reservation import this_worker
-from optuna_quota._ledger.reservation import Worker
-from optuna_quota._optuna import storage_of
-from optuna_quota._optuna import trial_id_of
+from optuna_quota._ledger.reservation import Reservation, reservation_object, this_worker, Worker
+from optuna_quota._optuna import storage_of, trial_id_of
 from optuna_quota._records import RESERVATION
-from tests.storages import missing
-from tests.storages import storage_at
+from tests.storages import missing, storage_at
 
 
 DATABASES = ("sqlite", "postgresql", "mysql")

@@ -8,11 +8,8 @@ import optuna
 from optuna.storages import get_storage
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota._ledger import Grant
-from optuna_quota._ledger import Ledger
-from optuna_quota._ledger import Refusal
+from optuna_quota import Limits, Quota
+from optuna_quota._ledger import Grant, Ledger, Refusal
 
 
 @pytest.mark.slow

@@ -8,19 +8,11 @@ import optuna
 import pandas as pd
 import pytest
 
-from optuna_quota import Quota
-from optuna_quota import status
-from optuna_quota import Usage
-from optuna_quota._ledger import Ledger
-from optuna_quota._ledger import stored_quota
-from optuna_quota._ledger.status import LedgerLine
-from optuna_quota._ledger.status import LedgerStatus
-from optuna_quota._records import amounts_object
-from optuna_quota._records import STUDY_PRICES
-from optuna_quota._records import STUDY_QUOTA
-from tests.ledger_tests.test_ledger import begin
-from tests.ledger_tests.test_ledger import finish
-from tests.ledger_tests.test_ledger import reserve
+from optuna_quota import Quota, status, Usage
+from optuna_quota._ledger import Ledger, stored_quota
+from optuna_quota._ledger.status import LedgerLine, LedgerStatus
+from optuna_quota._records import amounts_object, STUDY_PRICES, STUDY_QUOTA
+from tests.ledger_tests.test_ledger import begin, finish, reserve
 
 
 def study_with(quota: Quota) -> optuna.Study:

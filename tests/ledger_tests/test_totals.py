@@ -5,26 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 import time
 
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 import optuna
 import pytest
 
 from optuna_quota import Quota
 from optuna_quota._ledger import Ledger
-from optuna_quota._ledger.reservation import Reservation
-from optuna_quota._ledger.reservation import reservation_object
-from optuna_quota._ledger.reservation import this_worker
-from optuna_quota._ledger.reservation import Worker
-from optuna_quota._ledger.totals import Entry
-from optuna_quota._ledger.totals import IntervalUnion
-from optuna_quota._ledger.totals import QuotaTotals
-from optuna_quota._optuna import storage_of
-from optuna_quota._optuna import trial_id_of
+from optuna_quota._ledger.reservation import Reservation, reservation_object, this_worker, Worker
+from optuna_quota._ledger.totals import Entry, IntervalUnion, QuotaTotals
+from optuna_quota._optuna import storage_of, trial_id_of
 from optuna_quota._records import RESERVATION
-from tests.ledger_tests.test_ledger import begin
-from tests.ledger_tests.test_ledger import reserve
+from tests.ledger_tests.test_ledger import begin, reserve
 
 
 INTERVALS = st.lists(

@@ -11,11 +11,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import status
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, status
 from optuna_quota._ledger.totals import describe_unadmitted
 
 

@@ -10,19 +10,10 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import Quota
-from optuna_quota import status
-from optuna_quota._records import amounts_object
-from optuna_quota._records import STUDY_QUOTA
-from tests.ledger_tests.workers import go_through
-from tests.ledger_tests.workers import wait_for
-from tests.ledger_tests.workers import working
-from tests.storages import Address
-from tests.storages import missing
-from tests.storages import SHARED
-from tests.storages import storage_at
-from tests.storages import study_in
-from tests.storages import VARIABLES
+from optuna_quota import Quota, status
+from optuna_quota._records import amounts_object, STUDY_QUOTA
+from tests.ledger_tests.workers import go_through, wait_for, working
+from tests.storages import Address, missing, SHARED, storage_at, study_in, VARIABLES
 
 
 @pytest.fixture(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 import multiprocessing
 from multiprocessing.process import BaseProcess
@@ -14,15 +13,10 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import Usage
-from optuna_quota._ledger import Ledger
-from optuna_quota._ledger import Refusal
-from optuna_quota._optuna import storage_of
-from optuna_quota._optuna import trial_id_of
-from optuna_quota._records import TrialRecord
-from optuna_quota._records import write_record
+from optuna_quota import Limits, Quota, Usage
+from optuna_quota._ledger import Ledger, Refusal
+from optuna_quota._optuna import storage_of, trial_id_of
+from optuna_quota._records import TrialRecord, write_record
 from tests.storages import Address
 
 

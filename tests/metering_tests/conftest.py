@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 import functools
 import json
@@ -19,8 +18,7 @@ import textwrap
 import pytest
 
 from optuna_quota._metering.warn import forget_warnings
-from optuna_quota.testing import fake_metering
-from optuna_quota.testing import FakeMetering
+from optuna_quota.testing import fake_metering, FakeMetering
 
 
 HERE = Path(__file__).parent

@@ -8,13 +8,15 @@ import pytest
 
 from optuna_quota import Limits
 from optuna_quota._metering import MeteringLoop
-from optuna_quota._metering.breach import AT_LIMIT
-from optuna_quota._metering.breach import Ceiling
-from optuna_quota._metering.breach import EXTENSION_TIMEOUT
-from optuna_quota._metering.breach import find_breaches
-from optuna_quota._metering.breach import find_refused_breach
-from optuna_quota._metering.breach import QuotaExtension
-from optuna_quota._metering.breach import tightest_ceilings
+from optuna_quota._metering.breach import (
+    AT_LIMIT,
+    Ceiling,
+    EXTENSION_TIMEOUT,
+    find_breaches,
+    find_refused_breach,
+    QuotaExtension,
+    tightest_ceilings,
+)
 from optuna_quota._resources import Breach
 
 

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from optuna_quota._metering.energy import busy_seconds_of_host
-from optuna_quota._metering.energy import ProcessorEnergyMeter
-from optuna_quota._metering.energy import Rapl
+from optuna_quota._metering.energy import busy_seconds_of_host, ProcessorEnergyMeter, Rapl
 
 
 def test_processor_energy_by_share_of_busy_time(tmp_path: Path) -> None:

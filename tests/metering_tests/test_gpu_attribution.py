@@ -7,11 +7,13 @@ import os
 
 import pytest
 
-from optuna_quota._metering.gpu_attribution import choose_source
-from optuna_quota._metering.gpu_attribution import DeviceReading
-from optuna_quota._metering.gpu_attribution import growth
-from optuna_quota._metering.gpu_attribution import has_hidden_use
-from optuna_quota._metering.gpu_attribution import is_foreign
+from optuna_quota._metering.gpu_attribution import (
+    choose_source,
+    DeviceReading,
+    growth,
+    has_hidden_use,
+    is_foreign,
+)
 from optuna_quota._metering.gpu_reader import is_alive
 from tests.metering_tests.conftest import FakeNvml
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.metering_tests.conftest import FakeNvml
-from tests.metering_tests.conftest import ROOT
+from tests.metering_tests.conftest import FakeNvml, ROOT
 
 
 Nvml = Callable[..., FakeNvml]

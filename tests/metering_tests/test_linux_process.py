@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from optuna_quota._metering.linux_process import MemorySnapshot
-from optuna_quota._metering.linux_process import read_huge_pages
-from optuna_quota._metering.linux_process import unseen_peak
+from optuna_quota._metering.linux_process import MemorySnapshot, read_huge_pages, unseen_peak
 
 
 MIB = 2**20

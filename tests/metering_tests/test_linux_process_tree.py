@@ -12,18 +12,12 @@ from typing import Any
 
 import pytest
 
-from optuna_quota._metering import linux_process
-from optuna_quota._metering import linux_process_tree
-from optuna_quota._metering import monitored_tree
+from optuna_quota._metering import linux_process, linux_process_tree, monitored_tree
 from optuna_quota._metering.linux_process import LinuxProcess
-from optuna_quota._metering.linux_process_tree import LinuxProcessTree
-from optuna_quota._metering.linux_process_tree import ProcessCreationProbe
+from optuna_quota._metering.linux_process_tree import LinuxProcessTree, ProcessCreationProbe
 from optuna_quota._metering.monitored_tree import open_tree
-from optuna_quota._metering.process_tree import ProcessTree
-from optuna_quota._metering.process_tree import PsutilProcessTree
-from tests.metering_tests.scripts import line
-from tests.metering_tests.scripts import script
-from tests.metering_tests.scripts import tell
+from optuna_quota._metering.process_tree import ProcessTree, PsutilProcessTree
+from tests.metering_tests.scripts import line, script, tell
 
 
 MIB = 2**20

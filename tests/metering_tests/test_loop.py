@@ -7,17 +7,11 @@ from typing import Any
 import optuna
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import Usage
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, Usage
 from optuna_quota._metering import metering_loop
 from optuna_quota._records import read_record
 from optuna_quota._resources import Breach
-from optuna_quota.testing import fake_metering
-from optuna_quota.testing import FakeMetering
-from optuna_quota.testing import FakeProcessTree
+from optuna_quota.testing import fake_metering, FakeMetering, FakeProcessTree
 
 
 GIB = 2**30

@@ -5,14 +5,9 @@ from __future__ import annotations
 import optuna
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler
 from optuna_quota._metering import check_names
-from optuna_quota.testing import check_meter
-from optuna_quota.testing import fake_metering
-from optuna_quota.testing import FakeMeter
+from optuna_quota.testing import check_meter, fake_metering, FakeMeter
 
 
 def test_a_users_meter_end_to_end() -> None:

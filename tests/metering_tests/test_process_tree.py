@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from optuna_quota._metering.process_tree import CpuTimes
-from optuna_quota._metering.process_tree import TreeCpuTime
+from optuna_quota._metering.process_tree import CpuTimes, TreeCpuTime
 
 
 def total_after(*samples: dict[str, CpuTimes]) -> float:

@@ -13,14 +13,14 @@ import pytest
 from optuna_quota._metering import linux_process_tree
 from optuna_quota._metering.linux_process import LinuxProcess
 from optuna_quota._metering.linux_process_tree import LinuxProcessTree
-from optuna_quota._metering.shared_pages import find_doubt
-from optuna_quota._metering.shared_pages import find_inherited
-from optuna_quota._metering.shared_pages import ProcessMemory
-from optuna_quota._metering.shared_pages import SharedPages
-from optuna_quota._metering.shared_pages import TreeMemory
-from tests.metering_tests.scripts import line
-from tests.metering_tests.scripts import script
-from tests.metering_tests.scripts import tell
+from optuna_quota._metering.shared_pages import (
+    find_doubt,
+    find_inherited,
+    ProcessMemory,
+    SharedPages,
+    TreeMemory,
+)
+from tests.metering_tests.scripts import line, script, tell
 
 
 MIB = 2**20

@@ -13,10 +13,12 @@ import time
 
 import pytest
 
-from optuna_quota._metering.timing import count_context_switches
-from optuna_quota._metering.timing import next_due
-from optuna_quota._metering.timing import RunningClock
-from optuna_quota._metering.timing import sampling_interval
+from optuna_quota._metering.timing import (
+    count_context_switches,
+    next_due,
+    RunningClock,
+    sampling_interval,
+)
 
 
 @pytest.mark.parametrize(

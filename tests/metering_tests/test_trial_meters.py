@@ -6,14 +6,10 @@ import threading
 
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Usage
+from optuna_quota import Limits, Usage
 from optuna_quota._metering.loop import MeteringLoop
 from optuna_quota._metering.trial_meters import MeterReading
-from optuna_quota.testing import FakeClock
-from optuna_quota.testing import FakeMeter
-from optuna_quota.testing import FakeMetering
-from optuna_quota.testing import FakeProcessTree
+from optuna_quota.testing import FakeClock, FakeMeter, FakeMetering, FakeProcessTree
 
 
 GIB = 2**30

@@ -6,9 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from optuna_quota._metering.visible_gpus import GpuIdentity
-from optuna_quota._metering.visible_gpus import Visible
-from optuna_quota._metering.visible_gpus import visible_devices
+from optuna_quota._metering.visible_gpus import GpuIdentity, Visible, visible_devices
 from tests.metering_tests.conftest import FakeNvml
 
 

@@ -6,14 +6,16 @@ import sys
 
 import optuna
 
-from optuna_quota import analyze
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import Strategy
-from optuna_quota import trial_table
+from optuna_quota import (
+    analyze,
+    isolated,
+    Limits,
+    Quota,
+    QuotaPruner,
+    QuotaSampler,
+    Strategy,
+    trial_table,
+)
 
 
 def objective(trial: optuna.Trial) -> float:

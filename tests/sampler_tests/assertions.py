@@ -6,8 +6,7 @@ import optuna
 from optuna.trial import TrialState
 
 from optuna_quota import status
-from optuna_quota._metering import key_of
-from optuna_quota._metering import metering_loop
+from optuna_quota._metering import key_of, metering_loop
 from optuna_quota._records import read_record
 
 

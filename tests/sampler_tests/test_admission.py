@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,7 @@ import pytest
 from optuna_quota import Limits
 from optuna_quota._footprint.footprint import joint_breach
 from optuna_quota._records import Interval
-from optuna_quota._sampler.admission import is_admitted
-from optuna_quota._sampler.admission import is_audit_due
-from optuna_quota._sampler.admission import PointAdmission
+from optuna_quota._sampler.admission import is_admitted, is_audit_due, PointAdmission
 
 
 LIMITS = Limits(memory="2GiB", wall_time=60, cpu_time=90)

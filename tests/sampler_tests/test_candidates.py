@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 import json
 from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler
-from optuna.samplers import BruteForceSampler
-from optuna.samplers import CmaEsSampler
-from optuna.samplers import GPSampler
-from optuna.samplers import GridSampler
-from optuna.samplers import NSGAIIISampler
-from optuna.samplers import NSGAIISampler
-from optuna.samplers import PartialFixedSampler
-from optuna.samplers import QMCSampler
-from optuna.samplers import RandomSampler
-from optuna.samplers import TPESampler
+from optuna.samplers import (
+    BaseSampler,
+    BruteForceSampler,
+    CmaEsSampler,
+    GPSampler,
+    GridSampler,
+    NSGAIIISampler,
+    NSGAIISampler,
+    PartialFixedSampler,
+    QMCSampler,
+    RandomSampler,
+    TPESampler,
+)
 from optuna.trial import FrozenTrial
 import pytest
 
-from optuna_quota import Footprint
-from optuna_quota import LimitBreached
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import Usage
+from optuna_quota import Footprint, LimitBreached, Limits, Quota, QuotaPruner, QuotaSampler, Usage
 from optuna_quota._footprint.observations import read_observation
-from optuna_quota._sampler.candidates import OnVeto
-from optuna_quota._sampler.candidates import replacement_for
+from optuna_quota._sampler.candidates import OnVeto, replacement_for
 
 
 @pytest.fixture(autouse=True)

@@ -6,26 +6,28 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import optuna
-from optuna.samplers import BaseSampler
-from optuna.samplers import BruteForceSampler
-from optuna.samplers import CmaEsSampler
-from optuna.samplers import GPSampler
-from optuna.samplers import GridSampler
-from optuna.samplers import NSGAIIISampler
-from optuna.samplers import NSGAIISampler
-from optuna.samplers import QMCSampler
-from optuna.samplers import RandomSampler
-from optuna.samplers import TPESampler
-from optuna.testing.pytest_samplers import BasicSamplerTestCase
-from optuna.testing.pytest_samplers import MultiObjectiveSamplerTestCase
-from optuna.testing.pytest_samplers import RelativeSamplerTestCase
-from optuna.testing.pytest_samplers import SingleOnlySamplerTestCase
+from optuna.samplers import (
+    BaseSampler,
+    BruteForceSampler,
+    CmaEsSampler,
+    GPSampler,
+    GridSampler,
+    NSGAIIISampler,
+    NSGAIISampler,
+    QMCSampler,
+    RandomSampler,
+    TPESampler,
+)
+from optuna.testing.pytest_samplers import (
+    BasicSamplerTestCase,
+    MultiObjectiveSamplerTestCase,
+    RelativeSamplerTestCase,
+    SingleOnlySamplerTestCase,
+)
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaSampler
+from optuna_quota import Limits, Quota, QuotaSampler
 
 
 MakeSampler = Callable[[], BaseSampler]

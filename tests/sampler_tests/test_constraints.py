@@ -8,23 +8,19 @@ import time
 from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler
-from optuna.samplers import CmaEsSampler
-from optuna.samplers import GPSampler
-from optuna.samplers import NSGAIISampler
-from optuna.samplers import RandomSampler
-from optuna.samplers import TPESampler
+from optuna.samplers import (
+    BaseSampler,
+    CmaEsSampler,
+    GPSampler,
+    NSGAIISampler,
+    RandomSampler,
+    TPESampler,
+)
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import check
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota._enforcement.constraints import limit_constraints
-from optuna_quota._enforcement.constraints import uniform_constraints
+from optuna_quota import check, isolated, Limits, Quota, QuotaPruner, QuotaSampler
+from optuna_quota._enforcement.constraints import limit_constraints, uniform_constraints
 from optuna_quota._resources import Breach
 
 

@@ -7,15 +7,17 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import analyze
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaExhausted
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import status
-from optuna_quota import trial_table
+from optuna_quota import (
+    analyze,
+    isolated,
+    Limits,
+    Quota,
+    QuotaExhausted,
+    QuotaPruner,
+    QuotaSampler,
+    status,
+    trial_table,
+)
 from optuna_quota._records import read_record
 from optuna_quota.testing import fake_metering
 

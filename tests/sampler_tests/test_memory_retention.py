@@ -12,10 +12,7 @@ import weakref
 import optuna
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler
 
 
 class Model:

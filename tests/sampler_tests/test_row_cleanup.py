@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 from typing import Any
 
 import optuna
 from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
-from optuna.trial import create_trial
-from optuna.trial import TrialState
+from optuna.trial import create_trial, TrialState
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaSampler
-from optuna_quota import status
-from optuna_quota import TrialRejected
-from optuna_quota import Usage
-from optuna_quota._records import PREFIX
-from optuna_quota._records import read_record
-from optuna_quota._records import TIMELINE
+from optuna_quota import Limits, Quota, QuotaSampler, status, TrialRejected, Usage
+from optuna_quota._records import PREFIX, read_record, TIMELINE
 from tests.sampler_tests.assertions import assert_nothing_left
 
 

@@ -11,13 +11,8 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaExhausted
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota._metering import key_of
-from optuna_quota._metering import metering_loop
+from optuna_quota import Limits, Quota, QuotaExhausted, QuotaPruner, QuotaSampler
+from optuna_quota._metering import key_of, metering_loop
 from optuna_quota._records import read_record
 from optuna_quota._sampler.candidates import CandidateFilter
 

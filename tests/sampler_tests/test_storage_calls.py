@@ -9,19 +9,13 @@ from statistics import median_low
 from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler
-from optuna.samplers import RandomSampler
+from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import BaseStorage
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota._optuna import engine_of
-from optuna_quota._optuna import storage_of
-from tests.storages import storage_at
-from tests.storages import study_in
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler
+from optuna_quota._optuna import engine_of, storage_of
+from tests.storages import storage_at, study_in
 
 
 QUOTA = Quota(n_trials=1000, cpu_time="10h", wall_time="10h")

@@ -14,17 +14,18 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import check
-from optuna_quota import isolated
-from optuna_quota import LimitBreached
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaExhausted
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import status
-from optuna_quota._metering import key_of
-from optuna_quota._metering import metering_loop
+from optuna_quota import (
+    check,
+    isolated,
+    LimitBreached,
+    Limits,
+    Quota,
+    QuotaExhausted,
+    QuotaPruner,
+    QuotaSampler,
+    status,
+)
+from optuna_quota._metering import key_of, metering_loop
 from optuna_quota._records import read_record
 from optuna_quota.testing import FakeMeter
 

@@ -7,18 +7,11 @@ from typing import Any
 
 import optuna
 from optuna.distributions import IntDistribution
-from optuna.samplers import BaseSampler
-from optuna.samplers import RandomSampler
-from optuna.samplers import TPESampler
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import Strategy
-from optuna_quota import Usage
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, Strategy, Usage
 
 
 LIMITS = Limits(memory="1TiB")

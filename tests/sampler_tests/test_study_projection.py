@@ -9,20 +9,12 @@ from typing import Any
 
 import optuna
 from optuna.distributions import IntDistribution
-from optuna.samplers import RandomSampler
-from optuna.samplers import TPESampler
+from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import Strategy
-from optuna_quota import StudyRejected
-from optuna_quota import Usage
-from optuna_quota._projection import ProjectedResource
-from optuna_quota._projection import Projection
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, Strategy, StudyRejected, Usage
+from optuna_quota._projection import ProjectedResource, Projection
 from optuna_quota._records import read_record
 from optuna_quota._sampler.study_projection import QuotaWarning
 from tests.sampler_tests.assertions import assert_nothing_left

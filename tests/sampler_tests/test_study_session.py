@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import gc
 import os
 from pathlib import Path
@@ -17,22 +16,21 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import check
-from optuna_quota import isolated
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaExhausted
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import status
-from optuna_quota import TrialRejected
+from optuna_quota import (
+    check,
+    isolated,
+    Limits,
+    Quota,
+    QuotaExhausted,
+    QuotaPruner,
+    QuotaSampler,
+    status,
+    TrialRejected,
+)
 from optuna_quota._optuna import storage_of
 from optuna_quota._records import read_record
 from tests.sampler_tests.assertions import assert_nothing_left
-from tests.storages import Address
-from tests.storages import KINDS
-from tests.storages import missing
-from tests.storages import storage_at
+from tests.storages import Address, KINDS, missing, storage_at
 
 
 def objective(trial: optuna.Trial) -> float:

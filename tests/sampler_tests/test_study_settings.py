@@ -8,10 +8,7 @@ from pathlib import Path
 import optuna
 from optuna.samplers import RandomSampler
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler
 
 
 def worker(path: Path, quota: Quota, limits: Limits) -> optuna.Study:

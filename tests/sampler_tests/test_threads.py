@@ -9,20 +9,12 @@ import numpy as np
 import optuna
 from optuna.pruners import HyperbandPruner
 from optuna.samplers import RandomSampler
-from optuna.trial import FrozenTrial
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 import psutil
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import QuotaExhausted
-from optuna_quota import QuotaPruner
-from optuna_quota import QuotaSampler
-from optuna_quota import status
-from optuna_quota import Usage
-from optuna_quota._records import read_record
-from optuna_quota._records import RESERVATION
+from optuna_quota import Limits, Quota, QuotaExhausted, QuotaPruner, QuotaSampler, status, Usage
+from optuna_quota._records import read_record, RESERVATION
 from tests.sampler_tests.assertions import assert_nothing_left
 
 

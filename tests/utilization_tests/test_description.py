@@ -10,9 +10,7 @@ from optuna.distributions import FloatDistribution
 import pytest
 
 from optuna_quota import Usage
-from tests.analysis_tests.studies import finished
-from tests.analysis_tests.studies import power_law_study
-from tests.analysis_tests.studies import study_of
+from tests.analysis_tests.studies import finished, power_law_study, study_of
 from tests.utilization_tests.test_model import model_of
 
 

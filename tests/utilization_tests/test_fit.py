@@ -7,11 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from optuna_quota._utilization.fit import derivatives
-from optuna_quota._utilization.fit import fit
-from optuna_quota._utilization.fit import maximize
-from optuna_quota._utilization.fit import robust_covariance
-from optuna_quota._utilization.fit import Sample
+from optuna_quota._utilization.fit import derivatives, fit, maximize, robust_covariance, Sample
 
 
 def sample_of(n: int = 40, cut: float = 0.3, seed: int = 0) -> Sample:

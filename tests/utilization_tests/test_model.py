@@ -9,24 +9,15 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
-from optuna.distributions import IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import analyze
-from optuna_quota import Usage
-from optuna_quota._records import record_attributes
-from optuna_quota._records import TrialRecord
+from optuna_quota import analyze, Usage
+from optuna_quota._records import record_attributes, TrialRecord
 from optuna_quota._utilization.data import study_data
-from optuna_quota._utilization.model import fit_utilization_model
-from optuna_quota._utilization.model import UtilizationModel
-from tests.analysis_tests.studies import draw
-from tests.analysis_tests.studies import finished
-from tests.analysis_tests.studies import power_law_study
-from tests.analysis_tests.studies import SPACE
-from tests.analysis_tests.studies import study_of
+from optuna_quota._utilization.model import fit_utilization_model, UtilizationModel
+from tests.analysis_tests.studies import draw, finished, power_law_study, SPACE, study_of
 
 
 def model_of(study: optuna.Study, resource: str = "memory") -> UtilizationModel:

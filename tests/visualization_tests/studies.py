@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
-from datetime import timedelta
+from datetime import datetime, timedelta
 import math
 import random
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
-from optuna.distributions import IntDistribution
-from optuna.trial import FrozenTrial
-from optuna.trial import TrialState
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import FrozenTrial, TrialState
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import Usage
-from optuna_quota._records import amounts_object
-from optuna_quota._records import Interval
-from optuna_quota._records import record_attributes
-from optuna_quota._records import STUDY_LIMITS
-from optuna_quota._records import STUDY_QUOTA
-from optuna_quota._records import system_attributes
-from optuna_quota._records import TrialRecord
+from optuna_quota import Limits, Quota, Usage
+from optuna_quota._records import (
+    amounts_object,
+    Interval,
+    record_attributes,
+    STUDY_LIMITS,
+    STUDY_QUOTA,
+    system_attributes,
+    TrialRecord,
+)
 from optuna_quota._resources import Breach
 
 

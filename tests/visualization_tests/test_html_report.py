@@ -11,20 +11,12 @@ import optuna
 from optuna.distributions import FloatDistribution
 import pytest
 
-from optuna_quota import analyze
-from optuna_quota import Limits
-from optuna_quota import Usage
-from optuna_quota import visualization
+from optuna_quota import analyze, Limits, Usage, visualization
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Breach
-from optuna_quota.visualization import _html_report
-from optuna_quota.visualization import _plotly
-from tests.browser import chromium
-from tests.browser import faults
-from tests.browser import wait_for
-from tests.visualization_tests.studies import add_row
-from tests.visualization_tests.studies import empty_study
-from tests.visualization_tests.studies import made_study
+from optuna_quota.visualization import _html_report, _plotly
+from tests.browser import chromium, faults, wait_for
+from tests.visualization_tests.studies import add_row, empty_study, made_study
 
 
 GIB = 2**30

@@ -11,38 +11,25 @@ from typing import Any
 from xml.etree import ElementTree
 
 import optuna
-from optuna.distributions import CategoricalDistribution
-from optuna.distributions import FloatDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 import pytest
 
-from optuna_quota import Limits
-from optuna_quota import Quota
-from optuna_quota import Usage
-from optuna_quota import visualization
+from optuna_quota import Limits, Quota, Usage, visualization
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import Observation
-from optuna_quota._records import Interval
-from optuna_quota._records import read_record
-from optuna_quota._records import TrialRecord
-from optuna_quota._resources import Breach
-from optuna_quota._resources import OUTCOMES
+from optuna_quota._records import Interval, read_record, TrialRecord
+from optuna_quota._resources import Breach, OUTCOMES
 from optuna_quota.visualization import _theme
 from optuna_quota.visualization._burn_down import _get_burn_down_info
-from optuna_quota.visualization._data import finished_trials
-from optuna_quota.visualization._data import limits_of
+from optuna_quota.visualization._data import finished_trials, limits_of
 from optuna_quota.visualization._figures import thin
 from optuna_quota.visualization._footprint import _get_footprint_info
 from optuna_quota.visualization._quality_cost import _get_quality_info
-from optuna_quota.visualization._timeline import _get_timeline_info
-from optuna_quota.visualization._timeline import timeline_info
-from optuna_quota.visualization._timeline import timeline_svg
+from optuna_quota.visualization._timeline import _get_timeline_info, timeline_info, timeline_svg
 from optuna_quota.visualization._usage import _get_usage_info
 from optuna_quota.visualization._usage_slice import _get_slice_info
 from optuna_quota.visualization._waste import _get_waste_info
-from tests.visualization_tests.studies import add_row
-from tests.visualization_tests.studies import BEGIN
-from tests.visualization_tests.studies import empty_study
-from tests.visualization_tests.studies import made_study
+from tests.visualization_tests.studies import add_row, BEGIN, empty_study, made_study
 
 
 GIB = 2**30
