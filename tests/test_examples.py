@@ -35,14 +35,15 @@ def run(example: str, folder: Path, *arguments: str) -> str:
 
 @pytest.mark.slow
 def test_quickstart(tmp_path: Path) -> None:
-    out = run("01_quickstart.py", tmp_path, "--n-trials", "16")
+    out = run("01_quickstart.py", tmp_path, "--n-trials", "24")
     found = re.search(r"(\d+) trials: (.*)", out)
     assert found is not None
-    assert int(found[1]) <= 16
+    assert int(found[1]) <= 24
     assert "completed" in found[2]
-    assert out.count("Memory limit exceeded after") >= 1
     assert "Best accuracy" in out
-    assert re.search(r"Plain Optuna would have run \d+ trials to more than 200 MiB", out)
+    over = re.search(r"Plain Optuna would have run (\d+) trials to more than 200 MiB", out)
+    assert over is not None
+    assert int(over[1]) >= 1
     peak = re.search(r"no trial held more than (\d+) MiB", out)
     assert peak is not None
     assert int(peak[1]) < 300
