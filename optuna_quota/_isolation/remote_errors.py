@@ -24,8 +24,8 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 # First line, last line, first column and last column; columns are -1 where they are unknown.
 Position = tuple[int, int, int, int]
-# File, qualified name of the function, and the position in the file.
-Frame = tuple[str, str, Position]
+# File, qualified name of the function, its module, and the position in the file.
+Frame = tuple[str, str, str, Position]
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,10 @@ def unpack_error(sent: SentError) -> BaseException:
     error.__context__ = None if sent.context is None else unpack_error(sent.context)
     error.__suppress_context__ = sent.suppress_context
     traceback: TracebackType | None = None
-    for file, function, position in reversed(sent.frames):
-        stub, instruction = _stub_frame(file, function, position)
-        traceback = TracebackType(traceback, stub, instruction, position[0])
+    for frame in reversed(sent.frames):
+        stub, instruction = _stub_frame(frame)
+        line, *_ = frame[-1]
+        traceback = TracebackType(traceback, stub, instruction, line)
     return error.with_traceback(traceback)
 
 
@@ -149,7 +150,7 @@ def _frames(traceback: TracebackType | None) -> list[Frame]:
         # The frames above the objective are this package's, of no use to a user.
         if frames or not module.startswith(_PACKAGE):
             name = getattr(code, "co_qualname", code.co_name)
-            frames.append((code.co_filename, name, _position(traceback)))
+            frames.append((code.co_filename, name, module, _position(traceback)))
         traceback = traceback.tb_next
     return frames
 
@@ -165,11 +166,12 @@ def _position(traceback: TracebackType) -> Position:
     return line, line, -1, -1
 
 
-def _stub_frame(file: str, function: str, position: Position) -> tuple[FrameType, int]:
+def _stub_frame(frame: Frame) -> tuple[FrameType, int]:
     """Return a frame that shows the position of another one, and its instruction.
 
     Frames can only be made by running code, so a statement is run that raises at that position.
     """
+    file, function, module, position = frame
     tree = ast.parse("raise LookupError")
     for node in ast.walk(tree):
         if isinstance(node, (ast.stmt, ast.expr)):
@@ -178,7 +180,7 @@ def _stub_frame(file: str, function: str, position: Position) -> tuple[FrameType
     if sys.version_info >= (3, 11):
         code = code.replace(co_qualname=function)
     try:
-        exec(code, {"__file__": file})
+        exec(code, {"__name__": module, "__file__": file})
     except LookupError as error:
         traceback = error.__traceback__
         assert traceback is not None and traceback.tb_next is not None

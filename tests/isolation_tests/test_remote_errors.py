@@ -44,6 +44,8 @@ def test_type_state_cause_and_traceback_are_kept() -> None:
     # With the source lines and, from Python 3.11 on, the marks under them.
     assert text == traceback.format_exception(original)
     assert any("raise NeedsTwo(1, 2)" in part for part in text)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    assert [frame.f_globals["__name__"] for frame in frames] == [caught.__module__, __name__]
 
 
 def test_an_exception_that_refuses_to_be_pickled_keeps_its_class() -> None:
