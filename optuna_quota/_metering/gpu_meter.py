@@ -125,9 +125,9 @@ class GpuMeter:
                 shown = visible_gpus({**os.environ, **self._environment}).devices
                 self._devices &= {device.identity for device in shown}
         except GpuError as error:
-            is_odd = self._limited or nvml.driver_is_present()
-            level = logging.WARNING if is_odd else logging.INFO
-            _warn(GPU_RESOURCES[:2], error.reason, level=level, unenforced=self._limited)
+            # A machine without a GPU is nothing to report unless a GPU was asked for.
+            if self._limited or nvml.driver_is_present():
+                _warn(GPU_RESOURCES[:2], error.reason, unenforced=self._limited)
         return self._reader
 
     def _measure(
