@@ -157,3 +157,8 @@ def test_a_browser_draws_the_report_offline_without_errors(tmp_path: Path) -> No
         width = "return document.documentElement.scrollWidth - window.innerWidth;"
         assert driver.execute_script(width) <= 0
         assert not faults(driver)
+        # On a narrow screen a table scrolls, instead of breaking within words.
+        driver.set_window_size(500, 2400)
+        assert driver.execute_script(width) <= 0
+        height = "return document.querySelector('tbody td').clientHeight;"  # "Trials"
+        assert 0 < driver.execute_script(height) < 40
