@@ -104,14 +104,14 @@ def check_platform(name: str) -> Finding:
 def check_memory_limit(refused: str | None) -> Finding:
     """Check the kernel's memory limit; takes why it does not work, None if it does."""
     if refused is None:
-        found = "RLIMIT_DATA is enforced: it backs the memory limit of an isolated trial."
+        found = "RLIMIT_DATA is enforced, as `strict_memory=True` needs."
         return Finding("stopping", "kernel memory limit", "ok", found)
     return Finding(
         "stopping",
         "kernel memory limit",
         "missing",
         f"RLIMIT_DATA is not enforced: {refused}.",
-        "Memory limits are enforced by sampling alone; a fast allocation overshoots by some MB.",
+        "`strict_memory=True` refuses no allocation: memory limits hold by sampling alone.",
         "Run on Linux 4.7 or newer, without gVisor.",
     )
 
@@ -140,7 +140,9 @@ def check_cgroup(
         refused: Why no group could be made there; None if one was made.
         files: What the kernel offers in a group made there.
     """
-    degrades = "RLIMIT_DATA does not count shared memory, and counts each process for itself."
+    degrades = (
+        "`strict_memory=True` does not count shared memory, and counts each process by itself."
+    )
     fix = "Start with `systemd-run --user --scope -p Delegate=yes COMMAND`."
     state: State = "degraded"
     if own is None:
