@@ -85,6 +85,19 @@ def test_a_limit_that_can_not_be_set_is_reported(monkeypatch: pytest.MonkeyPatch
     assert _doctor._try_memory_limit() == "private memory beyond it is granted"
 
 
+@linux
+def test_a_hard_limit_that_is_too_low_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = tmp_path / "python"
+    limited.write_text(f'#!/bin/sh\nulimit -d 32768\nexec {sys.executable} "$@"\n')
+    limited.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(limited))
+    refused = _doctor._try_memory_limit()
+    assert refused == f"the hard limit is already down to {2**25} bytes"
+    assert check_memory_limit(refused).state != "ok"
+
+
 OWN, PARENT = Path("/sys/fs/cgroup/me/app"), Path("/sys/fs/cgroup/me")
 
 
