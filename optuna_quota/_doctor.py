@@ -43,6 +43,9 @@ _OPTIONAL = {
 _TRY_MEMORY_LIMIT = """
 import mmap, resource
 budget = 64 * 2**20
+hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+if 0 <= hard < budget:  # a trial keeps within it, even where the kernel would raise it
+    raise SystemExit(f"the hard limit is already down to {hard} bytes")
 resource.setrlimit(resource.RLIMIT_DATA, (budget, budget))
 try:
     mmap.mmap(-1, 4 * budget, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

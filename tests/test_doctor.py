@@ -44,11 +44,20 @@ def states(findings: list[Finding]) -> dict[str, str]:
     return {finding.check: finding.state for finding in findings}
 
 
-@pytest.mark.parametrize("check", [check_memory_limit, check_oom_killer, check_peak_memory])
-def test_a_refusal_of_the_kernel_is_explained(check: Callable[[str | None], Finding]) -> None:
+@pytest.mark.parametrize(
+    ("check", "state"),
+    [
+        (check_memory_limit, "missing"),
+        (check_oom_killer, "degraded"),
+        (check_peak_memory, "degraded"),
+    ],
+)
+def test_a_refusal_of_the_kernel_is_explained(
+    check: Callable[[str | None], Finding], state: str
+) -> None:
     assert check(None).state == "ok"
     finding = check("Operation not permitted")
-    assert finding.state != "ok" and "Operation not permitted" in finding.found
+    assert finding.state == state and "Operation not permitted" in finding.found
     assert finding.degrades and finding.fix
 
 
@@ -83,6 +92,19 @@ def test_a_limit_that_can_not_be_set_is_reported(monkeypatch: pytest.MonkeyPatch
     assert _doctor._try_memory_limit() == "ValueError: not allowed"
     monkeypatch.setattr(_doctor, "_TRY_MEMORY_LIMIT", "")
     assert _doctor._try_memory_limit() == "private memory beyond it is granted"
+
+
+@linux
+def test_a_hard_limit_that_is_too_low_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = tmp_path / "python"
+    limited.write_text(f'#!/bin/sh\nulimit -d 32768\nexec {sys.executable} "$@"\n')
+    limited.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(limited))
+    refused = _doctor._try_memory_limit()
+    assert refused == f"the hard limit is already down to {2**25} bytes"
+    assert check_memory_limit(refused).state != "ok"
 
 
 OWN, PARENT = Path("/sys/fs/cgroup/me/app"), Path("/sys/fs/cgroup/me")

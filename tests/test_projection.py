@@ -28,7 +28,7 @@ EACH = Usage(memory=2e9, wall_time=90.0, cpu_time=180.0)
         (Strategy(200, n_jobs=2), "memory", 4e9),
         (Strategy(200, n_jobs=2), "cpu_cores", 4),
         (Strategy(1, n_jobs=8), "memory", 2e9),
-        (Strategy(8_000), "wall_time", 720_000),
+        (Strategy(20_000), "wall_time", 1_800_000),
     ],
 )
 def test_a_constant_footprint_adds_up_exactly(

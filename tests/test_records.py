@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 import numpy as np
 import optuna
 import pytest
@@ -126,6 +126,8 @@ KEYS = [
 ]
 
 
+@pytest.mark.slow
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(["quota:" + k for k in KEYS]), json_values))
 def test_any_attributes_are_read_without_an_error(attributes: dict[str, Any]) -> None:
     record = _records.parse_record(attributes)

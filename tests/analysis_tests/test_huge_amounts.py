@@ -71,6 +71,11 @@ def test_huge_amounts_are_shown(quota: Quota) -> None:
     assert str(study.sampler.project(study))
 
 
-def test_huge_amounts_are_analyzed_and_plotted() -> None:
-    report = analyze(run_study(QUOTAS[0]))
+@pytest.mark.parametrize(
+    "quota",
+    [QUOTAS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in QUOTAS[1:])],
+    ids=["held", "totals", "cost"],
+)
+def test_huge_amounts_are_analyzed_and_plotted(quota: Quota) -> None:
+    report = analyze(run_study(quota))
     assert report.summary() and report.figures()

@@ -22,7 +22,7 @@ from optuna_quota import isolated, Limits
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 METHODS = ("forkserver", "fork", "spawn")
 
-def values(objective, n_trials=1, methods=METHODS, **options):
+def values(objective, n_trials=2, methods=METHODS, **options):
     found = {}
     for method in methods:
         study = optuna.create_study()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.isolation_tests.scripts import run_python, run_script
+from tests.isolation_tests.scripts import METHODS, run_python, run_script
 
 
 CHILD = """
@@ -106,9 +106,8 @@ if __name__ == "__main__":
 """
 
 
-# A spawned trial ends as one of the forkserver does.
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["forkserver", "fork"])
+@pytest.mark.parametrize("method", METHODS)
 def test_pools_threads_and_processes_that_are_left_open(tmp_path: Path, method: str) -> None:
     found = run_script(tmp_path, LEFT_OPEN, "script.py", method)
     assert found["found"] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
@@ -128,22 +127,20 @@ class Result:
 def objective(trial):
     return Result(SHIFT).value
 
-def work(methods):
-    return values(objective, methods=methods)
+def work(method):
+    return values(objective, methods=[method])[method]
 
 if __name__ == "__main__":
     found = {}
-    for context, count in {"fork": 2, "spawn": 1, "forkserver": 1}.items():
+    for context in METHODS:
         with ProcessPoolExecutor(1, mp_context=mp.get_context(context)) as executor:
-            found[context] = executor.submit(work, METHODS[:count]).result()
+            found[context] = list(executor.map(work, METHODS))
     try:
         import joblib
     except ImportError:
         pass
     else:
-        # Two tasks, as joblib runs a single one in this process.
-        calls = (joblib.delayed(work)(METHODS[:1]) for _ in range(2))
-        found["loky"] = joblib.Parallel(n_jobs=2)(calls)[0]
+        found["loky"] = joblib.Parallel(n_jobs=2)(joblib.delayed(work)(m) for m in METHODS)
     say(found=found)
 """
 
@@ -152,7 +149,7 @@ if __name__ == "__main__":
 def test_a_study_in_a_worker_of_a_pool(tmp_path: Path) -> None:
     found = run_script(tmp_path, WORKERS)["found"]
     assert set(found) >= {"fork", "spawn", "forkserver"}
-    assert all(value == [1.0] for worker in found.values() for value in worker.values())
+    assert all(value == [[1.0, 1.0]] * 3 for value in found.values())
 
 
 MANY_POOLS = """
@@ -165,14 +162,14 @@ def objective(trial):
     with mp.Pool(2) as pool:
         return float(sum(pool.map(work, range(4))))
 
-found = values(objective, n_trials=20, methods=["forkserver"])
+found = values(objective, n_trials=100, methods=["forkserver"])
 say(found=found["forkserver"])
 """
 
 
 @pytest.mark.slow
 def test_many_trials_with_a_pool_in_each(tmp_path: Path) -> None:
-    assert run_script(tmp_path, MANY_POOLS)["found"] == [12.0] * 20
+    assert run_script(tmp_path, MANY_POOLS)["found"] == [12.0] * 100
 
 
 FORKING = """

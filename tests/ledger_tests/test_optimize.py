@@ -35,13 +35,9 @@ def tune(address: Address, name: str, quota: Quota, n_jobs: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sqlite", "journal-file"])
 @pytest.mark.parametrize(
-    ("kind", "quota"),
-    [
-        ("sqlite", Quota(trial_time=4)),
-        ("journal-file", Quota(cost=4, prices={"trial_time": 3600})),
-    ],
-    ids=["sqlite, trial time", "journal, cost"],
+    "quota", [Quota(trial_time=4), Quota(cost=4, prices={"trial_time": 3600})], ids=str
 )
 def test_a_total_ends_a_trial_that_would_run_on_and_then_the_study(
     kind: str, quota: Quota, tmp_path: Path

@@ -9,6 +9,7 @@ import pytest
 
 from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, Usage
 from optuna_quota._metering import metering_loop
+from optuna_quota._metering.breach import find_breaches, tightest_ceilings
 from optuna_quota._records import read_record
 from optuna_quota._resources import Breach
 from optuna_quota.testing import fake_metering, FakeMetering, FakeProcessTree
@@ -150,6 +151,17 @@ def test_the_first_breach_stays(fake: FakeMetering) -> None:
     fake.advance(100.0)
     assert monitor.breach is first
     assert monitor.close().memory == 9 * GIB
+
+
+def test_of_several_breaches_the_furthest_over_its_limit_is_taken(fake: FakeMetering) -> None:
+    limits = Limits(memory=GIB, cpu_time=2)
+    monitor = fake.loop.monitor(KEY, limits=limits)
+    fake.tree.memory, fake.tree.cpu_time = 3 * GIB, 5.0
+    monitor.sample()
+    amounts, ceilings = monitor.usage().amounts(), tightest_ceilings(limits.amounts(), {})
+    furthest, other = find_breaches(amounts, ceilings, monitor.elapsed)
+    assert (furthest.resource, other.resource) == ("memory", "cpu_time")
+    assert monitor.breach == furthest
 
 
 def test_a_sample_finds_the_breach_and_the_loop_calls_back(fake: FakeMetering) -> None:

@@ -135,13 +135,11 @@ NEEDS_TORCH = pytest.mark.skipif(
     ids=lambda base: type(base).__name__,
 )
 def test_few_breaches_after_the_first_trials(base: BaseSampler) -> None:
-    # A GPSampler, which takes half a second to suggest a point, starts with ten random ones.
-    n_trials = 14 if isinstance(base, GPSampler) else 20
-    study = run_study(base, n_trials)
+    study = run_study(base, 20)
     assert len([n for n in breaches(study) if n >= 11]) <= 1
     assert sum(actions(study).values()) > 0
     outcomes = Counter(t.user_attrs["quota:outcome"] for t in study.trials)
-    assert outcomes["completed"] + outcomes["terminated"] + outcomes["rejected"] == n_trials
+    assert outcomes["completed"] + outcomes["terminated"] + outcomes["rejected"] == 20
     assert outcomes["rejected"] <= 2
     for trial in study.trials[8:]:
         footprint = trial.user_attrs["quota:footprint"]["work"]

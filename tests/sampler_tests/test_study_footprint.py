@@ -56,13 +56,11 @@ def is_complete(params: dict[str, Any]) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("base", "memory"),
-    [
-        (lambda: RandomSampler(seed=1), 1.0),
-        (lambda: TPESampler(n_startup_trials=4, seed=1), 2e12),
-    ],
-    ids=["nothing refused", "half refused"],
+    "base",
+    [lambda: RandomSampler(seed=1), lambda: TPESampler(n_startup_trials=4, seed=1)],
+    ids=["Random", "TPE"],
 )
+@pytest.mark.parametrize("memory", [1.0, 2e12], ids=["nothing refused", "half refused"])
 @pytest.mark.parametrize("objective", [flat, by_kind, by_layers, fails_early])
 def test_it_is_called_with_complete_points_only(
     base: Callable[[], BaseSampler], memory: float, objective: Objective
@@ -76,8 +74,8 @@ def test_it_is_called_with_complete_points_only(
 
     sampler = QuotaSampler(base(), quota=Quota(n_trials=99, cpu_time="9h"), footprint=footprint)
     study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=LIMITS))
-    study.optimize(objective, n_trials=18, catch=ValueError)
-    assert len(study.trials) == 18
+    study.optimize(objective, n_trials=24, catch=ValueError)
+    assert len(study.trials) == 24
     assert points
     assert [params for params in points if not is_complete(params)] == []
 
@@ -96,15 +94,13 @@ FUNCTIONS: dict[str, Callable[[dict[str, Any]], Usage]] = {
 
 
 @pytest.mark.parametrize(
-    ("objective", "how"),
+    "objective",
     [
-        *((by_kind, how) for how in FUNCTIONS),
-        (by_layers, "by key"),
-        pytest.param(by_layers, "by position", marks=pytest.mark.slow),
-        pytest.param(flat, "by keywords", marks=pytest.mark.slow),
-        pytest.param(fails_early, "by keywords", marks=pytest.mark.slow),
+        by_kind,
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (flat, by_layers, fails_early)),
     ],
 )
+@pytest.mark.parametrize("how", FUNCTIONS)
 def test_its_errors_end_no_study(
     objective: Objective, how: str, quota_warnings: Callable[[], list[str]]
 ) -> None:
@@ -115,8 +111,8 @@ def test_its_errors_end_no_study(
         footprint=FUNCTIONS[how],
     )
     study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=LIMITS))
-    study.optimize(objective, n_trials=14, catch=ValueError)
-    assert len(study.trials) == 14
+    study.optimize(objective, n_trials=20, catch=ValueError)
+    assert len(study.trials) == 20
     conditional = objective in (by_kind, by_layers)
     # Any point of layers has two values by position.
     always = conditional and how != "by position"
@@ -124,7 +120,7 @@ def test_its_errors_end_no_study(
     assert always <= n_warnings <= conditional
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(5))
 def test_it_judges_as_soon_as_all_parameters_are_known(seed: int) -> None:
     def over(strategy: Strategy | None) -> list[int]:
         sampler = QuotaSampler(

@@ -271,7 +271,7 @@ def test_loading_a_study_repeatedly_leaves_nothing_open(address: Address) -> Non
     )
     name = f"loaded-{os.getpid()}"
     counts = []
-    for _ in range(6):
+    for _ in range(8):
         study = optuna.create_study(
             study_name=name, storage=address.open(), load_if_exists=True, sampler=sampler
         )
@@ -288,11 +288,14 @@ def test_loading_a_study_repeatedly_leaves_nothing_open(address: Address) -> Non
 def test_the_thread_of_a_deleted_study_ends() -> None:
     sampler = QuotaSampler(optuna.samplers.RandomSampler(), quota=Quota(cpu_time="1h"))
     study = optuna.create_study(sampler=sampler)
+    before = set(threading.enumerate())
     study.ask()  # never finished
+    started = set(threading.enumerate()) - before
+    (own,) = (thread for thread in started if thread.name == "optuna-quota-ledger")
     del study
     gc.collect()
-    deadline = time.monotonic() + 60
-    while any(thread.name == "optuna-quota-ledger" for thread in threading.enumerate()):
+    deadline = time.monotonic() + 10
+    while own.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
