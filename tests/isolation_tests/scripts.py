@@ -36,6 +36,11 @@ def say(**found):
 """
 
 
+def _heed_interrupts() -> None:
+    """Undo what a shell does to what it starts in the background: ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run_python(folder: Path, *arguments: str, code: int = 0) -> str:
     """Run Python in a folder and return what it prints; its errors are in ``errors.txt``.
 
@@ -52,6 +57,7 @@ def run_python(folder: Path, *arguments: str, code: int = 0) -> str:
             stderr=stderr,
             cwd=folder,
             start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )
         try:
             assert process.wait(100) == code, errors.read_text()
