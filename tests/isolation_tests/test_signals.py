@@ -98,23 +98,30 @@ def number_of(name: str) -> int:
 
 def test_helper_processes_survive_a_signal() -> None:
     def objective(trial: optuna.Trial) -> float:
+        trial.set_user_attr("pids", [os.getpid(), os.getppid()])
         return 1.0
 
     study = optuna.create_study()
     study.optimize(isolated(objective), n_trials=1)
     server = fork_server_client()._process
     assert server is not None
-    helpers: list[psutil.Process] = []
-    while len(helpers) < 2:  # the supervisor and the process that wait
-        helpers = psutil.Process(server.pid).children(recursive=True)
+    # The next trial's process and its supervisor; those of the first one may still be ending.
+    ended = study.trials[0].user_attrs["pids"]
+    waiting: list[psutil.Process] = []
+    while len(waiting) < 2:
+        children = psutil.Process(server.pid).children(recursive=True)
+        waiting = [child for child in children if child.pid not in ended]
+    helpers = [psutil.Process(server.pid), *waiting]
     for name in (*SENT, "SIGINT", "SIGQUIT", "SIGTSTP"):
-        for helper in [psutil.Process(server.pid), *helpers[-2:]]:
+        for helper in helpers:
             helper.send_signal(number_of(name))
     time.sleep(0.1)
     assert server.poll() is None
-    assert psutil.STATUS_ZOMBIE not in {helper.status() for helper in helpers[-2:]}
+    for helper in helpers:
+        assert helper.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED)
     study.optimize(isolated(objective), n_trials=1)
     assert [trial.value for trial in study.trials] == [1.0, 1.0]
+    assert set(study.trials[1].user_attrs["pids"]) == {process.pid for process in waiting}
 
 
 class SlowToArrive:
