@@ -185,7 +185,7 @@ class Grant:
     Attributes:
         left: What it may use for now, by resource, from its start; ``extend`` may raise it.
             ``wall_time`` is the seconds until the study's clock time is used up.
-        gpu: UUID of the GPU that it was given; None if it sees all.
+        gpu: UUIDs of the GPUs that it was given, separated by commas; None if it sees all.
     """
 
     left: Mapping[str, float] = field(default_factory=dict)
