@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+import html
 import math
 import time
 from typing import Any, TYPE_CHECKING
@@ -134,6 +135,9 @@ class LedgerStatus:
                 parts.append(_text_table(self._group_rows(title, groups)))
         notes = list(self._notes())
         return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def _used_resources(self, groups: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:
         known = {name for amounts in groups.values() for name in amounts}
