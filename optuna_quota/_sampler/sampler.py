@@ -42,7 +42,7 @@ from optuna_quota._sampler.study_settings import (
     meters_in_force,
     store_study_settings,
 )
-from optuna_quota._units import parse_seconds
+from optuna_quota._units import Duration, parse_seconds
 
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class QuotaSampler(BaseSampler):
         gpus_per_trial: int | None = None,
         one_gpu: bool = False,
         metering: bool = True,
-        lease: float | str = LEASE,
+        lease: Duration = LEASE,
         breach_probability: float = 0.5,
         on_veto: OnVeto = "auto",
         audits: float | None = None,
