@@ -1,6 +1,6 @@
 """A training script as an objective, whatever it is written in.
 
-``09_train.py`` does not import Optuna: it takes arguments and prints its accuracy as lines of JSON.
+``09_train.py`` imports no Optuna: it takes arguments and prints its accuracy as lines of JSON.
 Each trial runs it in a process of its own, under the study's limits; trials that lag behind the
 others are pruned. What the script prints is passed on with the trial's number; at the end come a
 table of the trials and the best arguments.
