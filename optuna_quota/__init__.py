@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from optuna_quota._enforcement.pruner import QuotaPruner
     from optuna_quota._footprint.footprint import Footprint
     from optuna_quota._isolation.isolated import isolated
+    from optuna_quota._isolation.script import script
     from optuna_quota._ledger.status import LedgerStatus, status
     from optuna_quota._metering import Meter
     from optuna_quota._projection import project, Projection
@@ -81,6 +82,7 @@ _HOMES = {
     "isolated": "_isolation.isolated",
     "project": "_projection",
     "replay": "_analysis.replay",
+    "script": "_isolation.script",
     "status": "_ledger.status",
     "trial_table": "_table",
 }
@@ -110,6 +112,7 @@ __all__ = [
     "isolated",
     "project",
     "replay",
+    "script",
     "status",
     "trial_table",
 ]

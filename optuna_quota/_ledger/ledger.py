@@ -17,7 +17,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 
 from optuna_quota import _optuna
 from optuna_quota._ledger.dead_workers import LEASE, OrphanedTrial
-from optuna_quota._ledger.gpus import find_gpu, Gpu, request_gpu
+from optuna_quota._ledger.gpus import find_gpus, Gpu, memory_in_use, request_gpus
 from optuna_quota._ledger.grant import (
     deadlock_warning,
     describe_resumed,
@@ -70,7 +70,8 @@ class Ledger:
         clock: The clocks to use.
         lease: Seconds without a heartbeat after which a worker on another machine counts as dead
             and its trial is failed.
-        gpus: This machine's GPUs, to give each trial the one with the most room.
+        gpus: This machine's GPUs, to give each trial those with the most room.
+        gpus_per_trial: How many of them each trial gets.
     """
 
     def __init__(
@@ -81,8 +82,10 @@ class Ledger:
         clock: Clock | None = None,
         lease: float = LEASE,
         gpus: Sequence[Gpu] = (),
+        gpus_per_trial: int = 1,
     ) -> None:
         self.quota = quota
+        self._gpus_per_trial = gpus_per_trial
         self._gpus = tuple(gpus)
         self._studies: WeakSet[Study] = WeakSet((study,))
         self._clock = clock or SystemClock()
@@ -170,7 +173,16 @@ class Ledger:
                 requested_by=self._requested_by(),
             )
             need = footprint.get("gpu_memory", limits.gpu_memory)
-            requests.update(request_gpu(self._gpus, seen.claims, this_worker().machine, need))
+            requests.update(
+                request_gpus(
+                    self._gpus,
+                    seen.claims,
+                    this_worker().machine,
+                    need,
+                    count=self._gpus_per_trial,
+                    in_use=memory_in_use(self._gpus),
+                )
+            )
             # A waiting trial checks before it asks: a claim that can't be granted would only
             # disturb the others.
             decision = self._state.judge(number, held, requests, seen, queue=True)
@@ -312,7 +324,7 @@ class Ledger:
     def _begin(self, trial: FrozenTrial, limits: Limits, decision: Decision) -> Grant:
         trial_id, now = _optuna.trial_id_of(trial), self._clock.time()
         held = with_decision(Reservation(began=now, beat=now), decision)
-        held = replace(held, gpu=find_gpu(decision.granted))
+        held = replace(held, gpu=find_gpus(decision.granted))
         self._state.write(trial_id, held)
         thread, in_optimize = threading.get_ident(), self._in_optimize_loop()
         running = RunningTrial(

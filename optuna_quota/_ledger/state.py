@@ -120,7 +120,7 @@ class LedgerState:
         lease: Seconds without a heartbeat after which a worker on another machine is dead.
         studies: Objects of the study, for the storage's callback for trials of dead workers. Held
             weakly: a study's connections are to be closed when its user drops it.
-        gpus: This machine's GPUs, if each trial is given one of them.
+        gpus: This machine's GPUs, if each trial is given some of them.
     """
 
     def __init__(

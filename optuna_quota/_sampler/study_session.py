@@ -18,7 +18,7 @@ from optuna_quota._enforcement.constraints import constraints_warning
 from optuna_quota._enforcement.interrupt import Interrupter
 from optuna_quota._enforcement.nesting import quota_pruners
 from optuna_quota._enforcement.trial_result import record_rejection, record_result
-from optuna_quota._ledger import gpus_here, Grant, Ledger, Refusal
+from optuna_quota._ledger import check_gpus_per_trial, gpus_here, Grant, Ledger, Refusal
 from optuna_quota._metering import Meter, Verdict
 from optuna_quota._records import read_record
 from optuna_quota._resources import Limits, Quota, Usage
@@ -57,10 +57,13 @@ class StudySession:
         *,
         lease: float,
         stops: bool,
-        one_gpu: bool,
+        gpus_per_trial: int | None,
         metering: bool,
     ) -> None:
-        self.ledger = Ledger(study, quota, lease=lease, gpus=gpus_here() if one_gpu else ())
+        gpus = () if gpus_per_trial is None else gpus_here()
+        count = gpus_per_trial or 1
+        check_gpus_per_trial(gpus, count)
+        self.ledger = Ledger(study, quota, lease=lease, gpus=gpus, gpus_per_trial=count)
         self.candidates = candidates
         self.warning = QuotaWarning()
         self.decided: bool | None = None
