@@ -81,10 +81,10 @@ def drive(specification: str) -> None:
     given = json.loads(specification)
     folders = [Path(name) for name in given["folders"]]
     objective = OBJECTIVES[given["objective"]]
-    prepared = objective.prepare(Path(given["shared"]))
     run = TOOLS[given["tool"]](objective, given["limit"])
     for folder in folders:
-        task = Task(objective.name, prepared, folder / "pid")
+        # Anew for each: a trial that is killed puts nothing back.
+        task = Task(objective.name, objective.prepare(Path(given["shared"])), folder / "pid")
         try:
             verdict = run(task)
         except Exception as error:  # noqa: BLE001 - whatever a tool raises is its verdict

@@ -106,12 +106,12 @@ def _regress(rows: int, seed: int = 0, seconds: float = 0.6) -> float:
     rng = np.random.default_rng(seed)
     x = rng.random((rows, 64))
     deadline = time.monotonic() + seconds
-    loss = 0.0
-    while time.monotonic() < deadline:
+    while True:
         target = x[:, 0] + 0.1 * rng.standard_normal(rows)
         weights = np.linalg.solve(x.T @ x, x.T @ target)
         loss = float(np.mean((x @ weights - target) ** 2))
-    return loss
+        if time.monotonic() >= deadline:
+            return loss
 
 
 ROWS_A_MIB = MIB // 512
@@ -349,8 +349,10 @@ import sys, time
 import numpy as np
 rows, deadline = int(sys.argv[1]), time.monotonic() + 1.0
 x = np.random.default_rng(0).random((rows, 64))
-while time.monotonic() < deadline:
+while True:
     weights = np.linalg.solve(x.T @ x, x.T @ x[:, 0])
+    if time.monotonic() >= deadline:
+        break
 print(float(np.mean((x @ weights - x[:, 0]) ** 2)))
 """
 
