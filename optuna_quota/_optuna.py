@@ -107,6 +107,20 @@ def is_run_by_optimize(trial: Trial) -> bool:
     )
 
 
+def n_jobs_of_optimize() -> int:
+    """Return the ``n_jobs`` of the ``optimize`` that runs in this thread, 1 without one.
+
+    Its threads belong to an executor of that many workers, which only their frames refer to.
+    """
+    frame = _find_frame("_optimize_sequential", "optuna.study._optimize")
+    item = None if frame is None else frame.f_back
+    worker = None if item is None else item.f_back
+    if worker is None or worker.f_globals.get("__name__") != "concurrent.futures.thread":
+        return 1
+    executor = worker.f_locals.get("executor_reference", lambda: None)()
+    return int(getattr(executor, "_max_workers", 1))
+
+
 def is_optimize_ending(study: Study) -> bool:
     """Return whether ``optimize`` starts no further trial in this thread.
 

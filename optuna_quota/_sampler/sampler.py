@@ -11,6 +11,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
+from optuna_quota._enforcement.active_trials import resolve_cores
 from optuna_quota._enforcement.constraints import uniform_constraints
 from optuna_quota._enforcement.nesting import samplers_requiring_uniform_constraints
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
@@ -221,7 +222,8 @@ class QuotaSampler(BaseSampler):
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
         wrap_nesting_pruner(whole)
         session = self._session(whole)
-        limits = limits_in_force(whole, self.limits)
+        n_jobs = None if self.strategy is None else self.strategy.n_jobs
+        limits = resolve_cores(limits_in_force(whole, self.limits), n_jobs)
         if not session.decided:
             session.decided = self._projection.admit(limits, whole)
         fixed = _optuna.fixed_params_of(trial)
@@ -230,7 +232,7 @@ class QuotaSampler(BaseSampler):
             limits=limits,
             footprint=self.footprint.amounts() if isinstance(self.footprint, Usage) else {},
             bounds=session.candidates.footprint.bounds_before_start(self.quota.held, fixed),
-            n_jobs=None if self.strategy is None else self.strategy.n_jobs,
+            n_jobs=n_jobs,
             is_over=lambda: _optuna.is_optimize_ending(whole) and objective_uses_trial(whole),
         )
         if isinstance(grant, Refusal):
