@@ -35,6 +35,7 @@ from optuna_quota._version import __version__
 if TYPE_CHECKING:
     from optuna_quota._analysis.replay import replay, ReplayReport
     from optuna_quota._enforcement.check import check
+    from optuna_quota._enforcement.preemptible import preemptible
     from optuna_quota._enforcement.pruner import QuotaPruner
     from optuna_quota._footprint.footprint import Footprint
     from optuna_quota._isolation.isolated import isolated
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         QuotaExhausted,
         StudyRejected,
         TrialCrashed,
+        TrialPreempted,
         TrialRejected,
     )
 
@@ -73,12 +75,14 @@ _HOMES = {
     "Strategy": "_resources",
     "StudyRejected": "exceptions",
     "TrialCrashed": "exceptions",
+    "TrialPreempted": "exceptions",
     "TrialRejected": "exceptions",
     "Usage": "_resources",
     "UtilizationReport": "_report",
     "analyze": "_report",
     "check": "_enforcement.check",
     "isolated": "_isolation.isolated",
+    "preemptible": "_enforcement.preemptible",
     "project": "_projection",
     "replay": "_analysis.replay",
     "status": "_ledger.status",
@@ -101,6 +105,7 @@ __all__ = [
     "Strategy",
     "StudyRejected",
     "TrialCrashed",
+    "TrialPreempted",
     "TrialRejected",
     "Usage",
     "UtilizationReport",
@@ -108,6 +113,7 @@ __all__ = [
     "analyze",
     "check",
     "isolated",
+    "preemptible",
     "project",
     "replay",
     "status",
