@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from optuna_quota._enforcement.pruner import QuotaPruner
     from optuna_quota._footprint.footprint import Footprint
     from optuna_quota._isolation.isolated import isolated
+    from optuna_quota._isolation.script import script
     from optuna_quota._ledger.status import LedgerStatus, status
     from optuna_quota._metering import Meter
     from optuna_quota._projection import project, Projection
@@ -85,6 +86,7 @@ _HOMES = {
     "preemptible": "_enforcement.preemptible",
     "project": "_projection",
     "replay": "_analysis.replay",
+    "script": "_isolation.script",
     "status": "_ledger.status",
     "trial_table": "_table",
 }
@@ -116,6 +118,7 @@ __all__ = [
     "preemptible",
     "project",
     "replay",
+    "script",
     "status",
     "trial_table",
 ]

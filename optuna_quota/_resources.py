@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 import math
 from types import MappingProxyType
 from typing import Any, get_args, Literal, TYPE_CHECKING
 
 from optuna_quota import _units
-from optuna_quota._units import BYTES, COUNT, JOULES, NUMBER, SECONDS
+from optuna_quota._units import BYTES, COUNT, Duration, JOULES, NUMBER, SECONDS
 
 
 if TYPE_CHECKING:
@@ -162,7 +163,8 @@ class Limits(Amounts):
         memory: Memory of the trial's whole process tree: bytes, or text with its unit. Anonymous,
             shared (divided among its holders) and swapped out; not what was reserved and never
             touched, nor clean pages of files.
-        wall_time: Clock time of the trial: seconds, or text with its unit.
+        wall_time: Clock time of the trial: seconds, text with its unit (``"1h30min"``,
+            ``"01:30:00"``) or a timedelta.
         cpu_time: CPU-seconds of the trial's whole process tree.
         cpu_cores: Cores kept busy, averaged over about a second.
         gpu_memory: GPU memory of the trial's processes summed over all visible GPUs.
@@ -171,7 +173,7 @@ class Limits(Amounts):
 
     Raises:
         ValueError: If a value is not positive and finite, has no unit as text, or an unknown one.
-        TypeError: If a value is neither a number nor text.
+        TypeError: If a value is neither a number nor text, nor for a time a timedelta.
     """
 
     memory: float | None
@@ -188,11 +190,11 @@ class Limits(Amounts):
         self,
         *,
         memory: float | str | None = None,
-        wall_time: float | str | None = None,
-        cpu_time: float | str | None = None,
+        wall_time: Duration | None = None,
+        cpu_time: Duration | None = None,
         cpu_cores: float | None = None,
         gpu_memory: float | str | None = None,
-        gpu_time: float | str | None = None,
+        gpu_time: Duration | None = None,
         custom: Mapping[str, float] | None = None,
     ) -> None:
         self._set(memory=memory, wall_time=wall_time, cpu_time=cpu_time, cpu_cores=cpu_cores)
@@ -263,7 +265,7 @@ class Quota(Amounts):
     Raises:
         ValueError: If a value is not positive and finite, has no unit as text, or an unknown one;
             if ``cost`` and ``prices`` don't come together.
-        TypeError: If a value is neither a number nor text.
+        TypeError: If a value is neither a number nor text, nor for a time a timedelta.
     """
 
     n_trials: int | None
@@ -284,10 +286,10 @@ class Quota(Amounts):
         self,
         *,
         n_trials: int | None = None,
-        wall_time: float | str | None = None,
-        trial_time: float | str | None = None,
-        cpu_time: float | str | None = None,
-        gpu_time: float | str | None = None,
+        wall_time: Duration | None = None,
+        trial_time: Duration | None = None,
+        cpu_time: Duration | None = None,
+        gpu_time: Duration | None = None,
         energy: float | str | None = None,
         cost: float | None = None,
         memory: float | str | None = None,
@@ -391,7 +393,7 @@ class Usage:
 
     Raises:
         ValueError: If a value is negative or not finite, has no unit as text, or an unknown one.
-        TypeError: If a value is neither a number nor text.
+        TypeError: If a value is neither a number nor text, nor for a time a timedelta.
     """
 
     memory: float | None = None
@@ -537,6 +539,8 @@ def _search_space(space: Any) -> dict[str, BaseDistribution]:
 def _nonnegative(value: Any, name: str) -> float:
     if isinstance(value, str):
         return get_resource(name).parse(value, name)
+    if isinstance(value, timedelta) and get_resource(name).unit is SECONDS:
+        value = value.total_seconds()
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"`{name}` must be a number or a string with its unit but got {value!r}.")
     number = float(value)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import weakref
 
 from optuna_quota import _optuna
+from optuna_quota._enforcement.gpu_cache import release_gpu_cache
 from optuna_quota._metering import Key, key_of, Meter, metering_loop, TrialMonitor
 from optuna_quota._resources import Limits
 
@@ -55,6 +56,8 @@ def start_monitor(
         here: False when the trial runs where this process can't see it.
     """
     _register.close_finished()
+    if here and "gpu_memory" in {**limits.amounts(), **(left or {})}:
+        release_gpu_cache()
     key = key_of(study, trial)
     monitor = metering_loop().monitor(key, limits=limits, left=left, meters=meters, here=here)
     monitor.owner = owner

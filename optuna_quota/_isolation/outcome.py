@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ from optuna_quota._enforcement.constraints import tolerate_constraints_failure
 from optuna_quota._enforcement.preemption import end_as_preempted
 from optuna_quota._isolation import exit_cause, messages, out_of_memory
 from optuna_quota._isolation.remote_errors import unpack_error
+from optuna_quota._isolation.script_process import ScriptFailed
 from optuna_quota._isolation.server import Server
 from optuna_quota._metering import Verdict
 from optuna_quota._metering.gpu_attribution import DeviceShare, GpuUse
@@ -42,6 +44,8 @@ CrashStatus = Literal["crashed", "ended", "running"]
 # The study ends when so many trials, its first ones or any in a row, have all crashed.
 FIRST_CRASHES = 3
 CRASHES_IN_A_ROW = 5
+
+_HINT = "Call the objective without `isolated` on `study.ask()` to see why; "
 
 
 class OutcomeResolver:
@@ -136,7 +140,7 @@ class OutcomeResolver:
         )
         self._monitor.record_unseen_peak(report.unseen_memory)
 
-    def crash(self, report: messages.ExitReport, reason: str) -> Any:
+    def crash(self, report: messages.ExitReport, reason: str, hint: str = _HINT) -> Any:
         """Return the value of a crashed trial if ``optimize`` is to continue, else raise."""
         self._monitor.verdict = Verdict("failed", reason)
         if report.traceback:
@@ -151,8 +155,7 @@ class OutcomeResolver:
         series = find_crash_series(study, trial.number)
         if series is not None:
             error.args = (
-                f"{series}, so the study ends. The last one, trial {trial.number}: {reason} Call "
-                "the objective without `isolated` on `study.ask()` to see why; "
+                f"{series}, so the study ends. The last one, trial {trial.number}: {reason} {hint}"
                 "`optimize(..., catch=(TrialCrashed,))` continues anyway.",
             )
         elif self._on_crash == "fail":
@@ -181,7 +184,7 @@ class OutcomeResolver:
             self._terminate_at_limit(report, cause=error)
         breach = None
         if failed is not None and failed.resource == "gpu_memory":
-            return self._end_for_gpu(failed, error)
+            return self._end_for_gpu(failed, error, report)
         if failed is not None:
             breach = self._find_memory_breach(failed, report, server)
         if breach is None and isinstance(error, LimitBreached):
@@ -191,7 +194,13 @@ class OutcomeResolver:
             )
         if breach is not None:
             self._terminate(breach, cause=error)
-        raise error
+        return self._fail(error, report)
+
+    def _fail(self, error: BaseException, report: messages.ExitReport) -> Any:
+        """Raise what the objective raised; a script that has failed is a crash."""
+        if not isinstance(error, ScriptFailed):
+            raise error
+        return self.crash(replace(report, exitcode=error.exitcode), str(error), hint="")
 
     def _find_memory_breach(
         self, failed: out_of_memory.FailedAllocation, report: messages.ExitReport, server: Server
@@ -218,7 +227,12 @@ class OutcomeResolver:
         if breach is not None:
             self._terminate(breach, cause=cause)
 
-    def _end_for_gpu(self, failed: out_of_memory.FailedAllocation, error: BaseException) -> Any:
+    def _end_for_gpu(
+        self,
+        failed: out_of_memory.FailedAllocation,
+        error: BaseException,
+        report: messages.ExitReport,
+    ) -> Any:
         """End a trial that got no GPU memory; ``optimize`` continues when others had taken it."""
         state = out_of_memory.read_gpu_memory_state(
             failed,
@@ -233,7 +247,7 @@ class OutcomeResolver:
             self._terminate(breach, cause=error)
         reason = out_of_memory.describe_full_gpu(state, error)
         if reason is None or isinstance(error, TrialPruned):
-            raise error
+            return self._fail(error, report)
         self._monitor.verdict = Verdict("failed", reason)
         trial, study = self._trial, self._study
         by_optimize = isinstance(trial, Trial) and _optuna.is_run_by_optimize(trial)

@@ -51,15 +51,18 @@ class TrialRun:
     """Runs one trial in a process of its own.
 
     Args:
-        objective: The objective.
+        bind: Returns the objective for a trial; called in this process.
         options: How to run it.
         trial: The trial.
     """
 
     def __init__(
-        self, objective: Callable[..., Any], options: IsolationOptions, trial: BaseTrial
+        self,
+        bind: Callable[[BaseTrial], Callable[..., Any]],
+        options: IsolationOptions,
+        trial: BaseTrial,
     ) -> None:
-        self._objective = objective
+        self._bind = bind
         self._options = options
         self._trial = trial
         self._study = trial.study if isinstance(trial, Trial) else None
@@ -123,10 +126,11 @@ class TrialRun:
         return monitor, monitor.owner != "sampler"
 
     def _run(self) -> Any:
+        objective = self._bind(self._trial)
         server = None
         for attempt in range(_ATTEMPTS):
             try:
-                server = self._start_and_serve()
+                server = self._start_and_serve(objective)
                 break
             except NotStarted as error:
                 # The fork server had ended, or the processes that it had ready were killed.
@@ -144,9 +148,9 @@ class TrialRun:
             self._forecast.remember()
         return value
 
-    def _start_and_serve(self) -> Server:
+    def _start_and_serve(self, objective: Callable[..., Any]) -> Server:
         started = TrialStarter(
-            self._objective, self._options, self._trial, self._monitor, self._remote
+            objective, self._options, self._trial, self._monitor, self._remote
         ).start()
         label = f"Trial {self._trial.number}"
         self._server = server = Server(started.connections, self._remote, self, label=label)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 import functools
 import os
 from pathlib import Path
@@ -297,6 +298,8 @@ def test_limits_that_disagree_are_an_error() -> None:
     [
         ({"grace_period": -1}, ValueError),
         ({"grace_period": float("nan")}, ValueError),
+        ({"grace_period": "5"}, ValueError),
+        ({"grace_period": None}, TypeError),
         ({"start_method": "threads"}, ValueError),
         ({"limits": {"memory": 1}}, TypeError),
     ],
@@ -306,6 +309,11 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception]) -> N
         isolated(quadratic, **arguments)
     with pytest.raises(TypeError):
         isolated(5)  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_a_grace_period_has_a_unit_or_is_a_timedelta() -> None:
+    assert isolated(quadratic, grace_period="1m").options.grace_period == 60
+    assert isolated(quadratic, grace_period=timedelta(seconds=2)).options.grace_period == 2
 
 
 def test_an_objective_that_cannot_be_pickled_says_so() -> None:
