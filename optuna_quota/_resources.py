@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 import math
 from types import MappingProxyType
-from typing import Any, Literal, TYPE_CHECKING
+from typing import Any, get_args, Literal, TYPE_CHECKING
 
 from optuna_quota import _units
 from optuna_quota._units import BYTES, COUNT, Duration, JOULES, NUMBER, SECONDS
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 
-Outcome = Literal["completed", "pruned", "terminated", "rejected", "failed"]
-OUTCOMES: tuple[Outcome, ...] = ("completed", "pruned", "terminated", "rejected", "failed")
+Outcome = Literal["completed", "pruned", "terminated", "rejected", "preempted", "failed"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Isolation = Literal["process", "thread", "shared"]
 
 

@@ -129,7 +129,7 @@ class _Child:
             apply_to_new_modules(start.output)
         seed(start.context)
         memory_limits.reset_peak()
-        restore_signals()
+        restore_signals(start.worker_signals)
         end_preparation()
         return objective
 

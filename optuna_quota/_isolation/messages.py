@@ -56,6 +56,14 @@ class InterruptTrial:
 
 
 @dataclass(frozen=True)
+class PreemptTrial:
+    """Raise TrialPreempted in the trial, then kill it after the grace period in seconds."""
+
+    reason: str
+    grace_period: float
+
+
+@dataclass(frozen=True)
 class ExitWithin:
     """The result has arrived: kill what is left of the trial after so many seconds."""
 
@@ -143,6 +151,7 @@ class StartTrial:
         objective: The pickled objective; None when the process inherited it.
         buffers: The bytes of each buffer that follows, and whether it is read-only.
         strict_memory: Whether the kernel refuses what would pass the memory limit.
+        worker_signals: Signals to the whole job that the study's process handles for it.
     """
 
     context: ProcessContext
@@ -156,6 +165,7 @@ class StartTrial:
     objective: bytes | None
     buffers: Sequence[tuple[int, bool]] = ()
     strict_memory: bool = False
+    worker_signals: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, TYPE_CHECKING
 from optuna.trial import Trial
 
 from optuna_quota import _optuna
+from optuna_quota._enforcement.preemption import preemption_of
 from optuna_quota._isolation import linux, messages
 from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import read_context
@@ -186,7 +187,12 @@ class TrialStarter:
             objective=None if payload is None else payload.pickles,
             buffers=() if payload is None else payload.sizes,
             strict_memory=self.options.strict_memory,
+            worker_signals=self._worker_signals(),
         )
+
+    def _worker_signals(self) -> tuple[int, ...]:
+        study = self.trial.study if isinstance(self.trial, Trial) else None
+        return () if study is None else preemption_of(study).signals
 
     def _monitoring(self) -> messages.BeginMonitoring:
         ceiling = self.monitor.hard_ceilings.get("memory")

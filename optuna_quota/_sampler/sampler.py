@@ -41,7 +41,6 @@ from optuna_quota._sampler.study_session import objective_uses_trial, StudySessi
 from optuna_quota._sampler.study_settings import (
     limits_in_force,
     meters_in_force,
-    store_study_settings,
 )
 from optuna_quota._units import Duration, parse_seconds
 
@@ -222,10 +221,17 @@ class QuotaSampler(BaseSampler):
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
         wrap_nesting_pruner(whole)
         session = self._session(whole)
+        limits = limits_in_force(whole, self.limits)
+        if session.decided is None:
+            session.ledger.describe_past()
+        session.share_settings(whole, limits)
         n_jobs = None if self.strategy is None else self.strategy.n_jobs
-        limits = resolve_cores(limits_in_force(whole, self.limits), n_jobs)
+        limits = resolve_cores(limits, n_jobs)
         if not session.decided:
-            session.decided = self._projection.admit(limits, whole)
+            resumed = session.candidates.footprint if session.decided is None else None
+            session.decided = self._projection.admit(limits, whole, resumed)
+            if resumed is not None:
+                self._check_quota(session, whole)
         fixed = _optuna.fixed_params_of(trial)
         grant = session.ledger.reserve(
             trial,
@@ -378,7 +384,6 @@ class QuotaSampler(BaseSampler):
         with self._lock:
             session = self._sessions.find(study)
             if session is None:
-                store_study_settings(study, self.quota, limits_in_force(study, self.limits))
                 session = StudySession(
                     study,
                     self.quota,
