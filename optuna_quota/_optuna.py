@@ -25,8 +25,8 @@ from optuna.samplers import BaseSampler, PartialFixedSampler
 from optuna.storages import RDBStorage
 from optuna.storages._heartbeat import BaseHeartbeat, is_heartbeat_enabled
 from optuna.storages.journal import JournalFileBackend
-from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.study import _optimize, _tell, Study, study as _study
+from optuna.trial import create_trial, FrozenTrial, TrialState
 
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ _BY_KEY = hasattr(FrozenTrial, "constraints")
 _UNIFORM = ("GPSampler", "BoTorchSampler")
 _UNIFORM_IN_4 = ("NSGAIISampler", "NSGAIIISampler")
 _FIXED_PARAMS = "fixed_params"
+# Where Optuna's callback for retries has the number of the first attempt.
+_FIRST_TRIAL = "failed_trial"
 _TPE_PARAMS = "tpe:relative_params"
 _TPE_CHUNK = 2045
 # SQLAlchemy's dialects with an upsert.
@@ -114,6 +116,20 @@ def is_run_by_optimize(trial: Trial) -> bool:
         and running._trial_id == trial._trial_id
         and running.study._storage is trial.study._storage
     )
+
+
+def n_jobs_of_optimize() -> int:
+    """Return the ``n_jobs`` of the ``optimize`` that runs in this thread, 1 without one.
+
+    Its threads belong to an executor of that many workers, which only their frames refer to.
+    """
+    frame = _find_frame("_optimize_sequential", "optuna.study._optimize")
+    item = None if frame is None else frame.f_back
+    worker = None if item is None else item.f_back
+    if worker is None or worker.f_globals.get("__name__") != "concurrent.futures.thread":
+        return 1
+    executor = worker.f_locals.get("executor_reference", lambda: None)()
+    return int(getattr(executor, "_max_workers", 1))
 
 
 def is_optimize_ending(study: Study) -> bool:
@@ -228,6 +244,9 @@ def find_tell_call() -> TellCall | None:
     caller = None if frame is None else frame.f_back
     if frame is None or caller is None:
         return None
+    while caller.f_globals.get("__name__", "").startswith("optuna_quota.") and caller.f_back:
+        # See `replace_tell`.
+        caller = caller.f_back
     by_user = caller.f_globals.get("__name__") != "optuna.study._optimize"
     # In `frame`, Optuna has replaced the state by the one that follows from the values.
     state = caller.f_locals.get("state")
@@ -236,6 +255,67 @@ def find_tell_call() -> TellCall | None:
         value = frame.f_locals.get("value_or_values")
         problem = frame.f_locals.get("values_conversion_failure_message") or repr(value)
     return TellCall(by_user, state if isinstance(state, TrialState) else None, problem)
+
+
+# What `tell` returns inside of Optuna: the state, the values and a warning.
+TellResult = tuple[TrialState, "list[float] | None", "str | None"]
+# Called with Optuna's own `tell`, the value and the state.
+TellReplacement = Callable[
+    [Callable[[Any, "TrialState | None"], TellResult], Any, "TrialState | None"], TellResult
+]
+_replacements: dict[tuple[int, int], TellReplacement] = {}
+_original_tell = _tell._tell_with_warning
+
+
+def replace_tell(study: Study, trial_id: int, replacement: TellReplacement) -> None:
+    """End a running trial by a function, in the place of ``tell``.
+
+    What ``optimize`` stores follows from what the objective returned or raised: wrong for a trial
+    that is to run again, and an error for one whose row was finished from outside.
+    """
+    _replacements[id(study._storage), trial_id] = replacement
+    for module in (_optimize, _study):
+        module._tell_with_warning = _tell_or_replacement  # type: ignore[attr-defined]
+
+
+def _tell_or_replacement(
+    study: Study, trial: Any, value_or_values: Any = None, state: Any = None, **options: Any
+) -> TellResult:
+    def tell(value: Any, state: TrialState | None) -> TellResult:
+        return _original_tell(study, trial, value, state, **options)
+
+    storage = study._storage
+    trial_id = getattr(trial, "_trial_id", None)
+    if _replacements and isinstance(trial, int):
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, trial)
+    replacement = _replacements.pop((id(storage), trial_id), None)  # type: ignore[arg-type]
+    if replacement is None:
+        return tell(value_or_values, state)
+    return replacement(tell, value_or_values, state)
+
+
+def enqueue_retry(study: Study, trial: FrozenTrial, user_attrs: Mapping[str, Any]) -> None:
+    """Enqueue the parameters of a trial again, as a retry of Optuna's own callbacks does."""
+    system_attrs = {
+        _FIXED_PARAMS: {**fixed_params_of(trial), **trial.params},
+        _FIRST_TRIAL: first_attempt(trial),
+    }
+    study.add_trial(
+        create_trial(
+            state=TrialState.WAITING, user_attrs=dict(user_attrs), system_attrs=system_attrs
+        )
+    )
+
+
+def first_attempt(trial: FrozenTrial) -> int:
+    """Return the number of the trial that this one repeats, its own where it is the first."""
+    number = trial.system_attrs.get(_FIRST_TRIAL)
+    return number if isinstance(number, int) else trial.number
+
+
+def stop_optimize(study: Study) -> None:
+    """Let ``optimize`` start no further trial; from any thread, unlike ``study.stop()``."""
+    study._stop_flag = True
 
 
 def replace_constraints_func(sampler: BaseSampler, replace: Callable[[Any], Any]) -> list[Any]:
@@ -272,7 +352,9 @@ def in_objective(frame: FrameType | None) -> bool:
         module = str(frame.f_globals.get("__name__", ""))
         if module == "optuna.study._optimize":
             return frame.f_code.co_name == "_run_trial" and depth > 0
-        if module.split(".")[0] in {"optuna", "optuna_quota", "sqlalchemy"}:
+        package = module.split(".")[0]
+        wraps_objective = depth > 0 and frame.f_code.co_name == "run_preemptible"
+        if package in {"optuna", "optuna_quota", "sqlalchemy"} and not wraps_objective:
             return False
         frame, depth = frame.f_back, depth + 1
     return False

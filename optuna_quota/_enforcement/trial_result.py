@@ -34,7 +34,7 @@ IGNORED_STOP = "The objective caught the stop and returned a value."
 _OUTCOMES_OF: Mapping[TrialState, tuple[str, ...]] = {
     TrialState.COMPLETE: ("completed",),
     TrialState.PRUNED: ("pruned", "terminated", "rejected"),
-    TrialState.FAIL: ("failed", "rejected"),
+    TrialState.FAIL: ("failed", "preempted", "rejected"),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
@@ -14,9 +14,9 @@ from optuna_quota._records import (
     may_be_lower_bound,
     outcome_of,
     read_record,
-    TrialRecord,
 )
-from optuna_quota._resources import Usage, USAGE_RESOURCES
+from optuna_quota._resources import Usage, usage_from_amounts
+from optuna_quota._table import usage_at_least
 
 
 if TYPE_CHECKING:
@@ -69,47 +69,22 @@ def read_observation(trial: FrozenTrial) -> Observation | None:
     if not trial.state.is_finished():
         return None
     record = read_record(trial)
-    usage = _with_wall_time(trial, record, _at_least_limit(record))
-    names = usage.amounts()
-    if record.outcome == "rejected" or not names:
-        return None
+    amounts = usage_at_least(trial, record)
     end = outcome_of(trial, record), record.censored_by
+    if end[0] == "failed" and record.usage.wall_time is None:
+        # Optuna dates the end of a trial whose worker died when that was noticed.
+        amounts.pop("wall_time", None)
+    if record.outcome == "rejected" or not amounts:
+        return None
     return Observation(
         params=trial.params,
         distributions=trial.distributions,
-        usage=usage,
-        censored=frozenset(name for name in names if is_lower_bound(name, *end)),
-        maybe_censored=frozenset(name for name in names if may_be_lower_bound(name, *end)),
+        usage=usage_from_amounts(amounts),
+        censored=frozenset(name for name in amounts if is_lower_bound(name, *end)),
+        maybe_censored=frozenset(name for name in amounts if may_be_lower_bound(name, *end)),
         projected=record.footprint,
         is_complete=trial.state.name == "COMPLETE",
     )
-
-
-def _with_wall_time(trial: FrozenTrial, record: TrialRecord, usage: Usage) -> Usage:
-    """Return the usage of a trial of plain Optuna with the wall time between its datetimes.
-
-    A row made by hand (``create_trial``) starts and completes at one moment and has none.
-    """
-    duration = trial.duration
-    if record.outcome is not None or usage.wall_time is not None or duration is None:
-        return usage
-    seconds = duration.total_seconds()
-    if trial.state.name == "FAIL" or seconds <= 0:
-        return usage
-    return replace(usage, wall_time=seconds)
-
-
-def _at_least_limit(record: TrialRecord) -> Usage:
-    """Return the usage, raised to the limit of a trial that was stopped on its way there."""
-    breach, usage = record.breach, record.usage
-    if breach is None or breach.quota or breach.resource not in USAGE_RESOURCES:
-        return usage
-    # Trials that shared a process have no measurement to raise.
-    measured = usage.get(breach.resource)
-    if measured is None or measured >= breach.limit:
-        return usage
-    raised: dict[str, Any] = {breach.resource: breach.limit}
-    return replace(usage, **raised)
 
 
 def select_observations(

@@ -12,6 +12,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
+from optuna_quota._enforcement.active_trials import resolve_cores
 from optuna_quota._enforcement.constraints import uniform_constraints
 from optuna_quota._enforcement.nesting import find_nested
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
@@ -25,6 +26,7 @@ from optuna_quota._sampler.options import (
     AdmissionOptions,
     check_choices,
     check_types,
+    checked_gpus_per_trial,
     OnCrowded,
     OnExhausted,
     OnProjected,
@@ -40,7 +42,6 @@ from optuna_quota._sampler.study_session import objective_uses_trial, StudySessi
 from optuna_quota._sampler.study_settings import (
     limits_in_force,
     meters_in_force,
-    store_study_settings,
 )
 from optuna_quota._units import Duration, parse_seconds
 
@@ -87,9 +88,10 @@ class QuotaSampler(BaseSampler):
             together (``memory``, ``gpu_memory``, ``cpu_cores``): ``"wait"`` until there is room
             for it to start, or ``"smaller"``: once it may start, draw only a point that is
             projected to fit into what is free then.
-        one_gpu: Give each trial the GPU with the most room for its ``gpu_memory``, among those
-            that this process may use. An isolated trial sees no other
-            (``CUDA_VISIBLE_DEVICES``).
+        gpus_per_trial: Give each trial so many GPUs, those with the most room for its
+            ``gpu_memory`` (an even part on each) among those that this process may use. An
+            isolated trial sees no other (``CUDA_VISIBLE_DEVICES``). None lets it see all.
+        one_gpu: The same as ``gpus_per_trial=1``.
         metering: False where trials run in processes that this one neither starts nor sees, as
             under Ray Tune, or in an ask-and-tell loop that hands them to other machines. Only
             the time from ``ask`` to ``tell`` is measured then, since all else would be this
@@ -129,6 +131,7 @@ class QuotaSampler(BaseSampler):
         meters: Sequence[Meter] = (),
         on_exhausted: OnExhausted = "stop",
         on_crowded: OnCrowded = "wait",
+        gpus_per_trial: int | None = None,
         one_gpu: bool = False,
         metering: bool = True,
         lease: Duration = LEASE,
@@ -158,7 +161,7 @@ class QuotaSampler(BaseSampler):
         self.meters = check_names(meters)
         self.on_exhausted = on_exhausted
         self.on_crowded = on_crowded
-        self.one_gpu = one_gpu
+        self.gpus_per_trial = checked_gpus_per_trial(gpus_per_trial, one_gpu)
         self.metering = metering
         self.on_projected = on_projected
         self.lease = parse_seconds(lease, "lease")
@@ -221,15 +224,23 @@ class QuotaSampler(BaseSampler):
         wrap_nesting_pruner(whole)
         session = self._session(whole)
         limits = limits_in_force(whole, self.limits)
+        if session.decided is None:
+            session.ledger.describe_past()
+        session.share_settings(whole, limits)
+        n_jobs = None if self.strategy is None else self.strategy.n_jobs
+        limits = resolve_cores(limits, n_jobs)
         if not session.decided:
-            session.decided = self._projection.admit(limits, whole)
+            resumed = session.candidates.footprint if session.decided is None else None
+            session.decided = self._projection.admit(limits, whole, resumed)
+            if resumed is not None:
+                self._check_quota(session, whole)
         fixed = _optuna.fixed_params_of(trial)
         grant = session.ledger.reserve(
             trial,
             limits=limits,
             footprint=self.footprint.amounts() if isinstance(self.footprint, Usage) else {},
             bounds=session.candidates.footprint.bounds_before_start(self.quota.held, fixed),
-            n_jobs=None if self.strategy is None else self.strategy.n_jobs,
+            n_jobs=n_jobs,
             is_over=lambda: _optuna.is_optimize_ending(whole) and objective_uses_trial(whole),
         )
         if isinstance(grant, Refusal):
@@ -386,14 +397,13 @@ class QuotaSampler(BaseSampler):
         with self._lock:
             session = self._sessions.find(study)
             if session is None:
-                store_study_settings(study, self.quota, limits_in_force(study, self.limits))
                 session = StudySession(
                     study,
                     self.quota,
                     CandidateFilter(self.base_sampler, self._options),
                     lease=self.lease,
                     stops=self.on_exhausted == "stop",
-                    one_gpu=self.one_gpu,
+                    gpus_per_trial=self.gpus_per_trial,
                     metering=self.metering,
                 )
                 self._sessions.add(study, session)
