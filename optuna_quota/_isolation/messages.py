@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import ProcessContext
 from optuna_quota._isolation.out_of_memory import FailedAllocation
 from optuna_quota._isolation.output import OutputSettings
@@ -146,6 +147,7 @@ class StartTrial:
         trial: What of the trial never changes.
         limits: The ceilings in force by resource, in SI base units.
         device_memory: The memory of the smallest visible GPU, in bytes.
+        cores: The cores that it is confined to, None for all.
         grace_period: Seconds from the polite stop to the kill.
         objective: The pickled objective; None when the process inherited it.
         buffers: The bytes of each buffer that follows, and whether it is read-only.
@@ -159,6 +161,7 @@ class StartTrial:
     trial: TrialFacts
     limits: Mapping[str, float]
     device_memory: float | None
+    cores: Cores | None
     grace_period: float
     objective: bytes | None
     buffers: Sequence[tuple[int, bool]] = ()

@@ -12,6 +12,7 @@ from optuna import TrialPruned
 from optuna.trial import Trial, TrialState
 
 from optuna_quota import _optuna
+from optuna_quota._enforcement.active_trials import resolve_cores
 from optuna_quota._enforcement.check import raise_rejected, record_breach
 from optuna_quota._enforcement.forecast import (
     completed_trials,
@@ -24,6 +25,7 @@ from optuna_quota._enforcement.preemption import Preemption, preemption_of
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
 from optuna_quota._enforcement.trial_result import read_row, record_result
 from optuna_quota._isolation import messages
+from optuna_quota._isolation.cores import core_pool, Cores
 from optuna_quota._isolation.forkserver_client import fork_server_client
 from optuna_quota._isolation.multiprocessing_child import is_in_preparation
 from optuna_quota._isolation.outcome import OutcomeResolver
@@ -32,7 +34,7 @@ from optuna_quota._isolation.server import NotStarted, Server
 from optuna_quota._isolation.start import CannotStart, IsolationOptions, TrialStarter
 from optuna_quota._metering import key_of, metering_loop, Verdict
 from optuna_quota._records import is_rejected
-from optuna_quota._resources import Breach, CLOCK_RESOURCES, Limits
+from optuna_quota._resources import Breach, CLOCK_RESOURCES, Limits, with_cores
 from optuna_quota.exceptions import LimitBreached, TrialPreempted
 
 
@@ -99,7 +101,9 @@ class TrialRun:
             _optuna.tolerate_finished_row(self._study, self._trial_id)
         value, error = None, None
         try:
-            value = self._run()
+            with core_pool.claim(self._monitor.limits.amounts().get("cpu_cores")) as cores:
+                self._monitor.confine()
+                value = self._run(cores)
         except BaseException as raised:
             error = raised
             if isinstance(raised, KeyboardInterrupt) and self._monitor.verdict is None:
@@ -116,26 +120,28 @@ class TrialRun:
         own = self._options.limits
         if self._study is None:
             key = (id(self._trial), self._trial.number)
-            return loop.monitor(key, limits=own or Limits(), here=False), True
+            limits = resolve_cores(own or Limits())
+            return loop.monitor(key, limits=limits, here=False), True
         key = key_of(self._study, self._trial)
         wrap_nesting_pruner(self._study)
         pruner = self._study.pruner
-        limits = _agreed_limits(own, pruner_limits(pruner))
+        limits = resolve_cores(_agreed_limits(own, pruner_limits(pruner)))
         monitor = loop.find(key)
         if monitor is None:
             meters = pruner_meters(pruner)
             return loop.monitor(key, limits=limits, meters=meters, here=False), True
+        own = None if own is None else with_cores(own, monitor.limits.cpu_cores)
         if own is not None and monitor.limits != own:
             _agreed_limits(own, monitor.limits or None)
             monitor.limit(own)
         return monitor, monitor.owner != "sampler"
 
-    def _run(self) -> Any:
+    def _run(self, cores: Cores | None) -> Any:
         objective = self._bind(self._trial)
         server = None
         for attempt in range(_ATTEMPTS):
             try:
-                server = self._start_and_serve(objective)
+                server = self._start_and_serve(objective, cores)
                 break
             except NotStarted as error:
                 # The fork server had ended, or the processes that it had ready were killed.
@@ -155,9 +161,9 @@ class TrialRun:
             self._forecast.remember()
         return value
 
-    def _start_and_serve(self, objective: Callable[..., Any]) -> Server:
+    def _start_and_serve(self, objective: Callable[..., Any], cores: Cores | None) -> Server:
         started = TrialStarter(
-            objective, self._options, self._trial, self._monitor, self._remote
+            objective, self._options, self._trial, self._monitor, self._remote, cores
         ).start()
         label = f"Trial {self._trial.number}"
         self._server = server = Server(started.connections, self._remote, self, label=label)

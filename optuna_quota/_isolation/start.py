@@ -15,6 +15,7 @@ from optuna.trial import Trial
 from optuna_quota import _optuna
 from optuna_quota._enforcement.preemption import preemption_of
 from optuna_quota._isolation import linux, messages
+from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import read_context
 from optuna_quota._isolation.forkserver_client import fork_server_client, PreparedMain
 from optuna_quota._isolation.launch import (
@@ -104,6 +105,7 @@ class TrialStarter:
         trial: The trial.
         monitor: Its metering.
         remote: What the trial may call.
+        cores: The cores that it is confined to, None for all.
     """
 
     objective: Callable[..., Any]
@@ -111,6 +113,7 @@ class TrialStarter:
     trial: BaseTrial
     monitor: TrialMonitor
     remote: RemoteObjects
+    cores: Cores | None
 
     def start(self) -> StartedTrial:
         """Start the processes.
@@ -179,6 +182,7 @@ class TrialStarter:
             ),
             limits=limits,
             device_memory=device_memory(environment) if "gpu_memory" in limits else None,
+            cores=self.cores,
             grace_period=self.options.grace_period,
             objective=None if payload is None else payload.pickles,
             buffers=() if payload is None else payload.sizes,
