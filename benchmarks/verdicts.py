@@ -544,7 +544,7 @@ def main() -> None:
         help="beside busy processes or not",
     )
     parser.add_argument(
-        "--time-limit", type=float, default=60.0, help="seconds until it is a hang"
+        "--time-limit", type=float, default=180.0, help="seconds until it is a hang"
     )
     parser.add_argument("--keep", type=Path, help="a file of what was found, to go on from")
     parser.add_argument("--needs-only", action="store_true", help="only what the objectives need")
