@@ -64,7 +64,6 @@ class TrialRun:
         self._options = options
         self._trial = trial
         self._study = trial.study if isinstance(trial, Trial) else None
-        self._remote = RemoteObjects(trial)
         self._forecast = _StepForecast(self._study) if options.predictive_stop else None
         self._server: Server | None = None
 
@@ -126,7 +125,8 @@ class TrialRun:
         server = None
         for attempt in range(_ATTEMPTS):
             try:
-                server = self._start_and_serve(objective)
+                with contextlib.closing(RemoteObjects(self._trial)) as remote:
+                    server = self._start_and_serve(objective, remote)
                 break
             except NotStarted as error:
                 # The fork server had ended, or the processes that it had ready were killed.
@@ -141,12 +141,12 @@ class TrialRun:
             self._forecast.remember()
         return value
 
-    def _start_and_serve(self, objective: Callable[..., Any]) -> Server:
+    def _start_and_serve(self, objective: Callable[..., Any], remote: RemoteObjects) -> Server:
         started = TrialStarter(
-            objective, self._options, self._trial, self._monitor, self._remote
+            objective, self._options, self._trial, self._monitor, remote
         ).start()
         label = f"Trial {self._trial.number}"
-        self._server = server = Server(started.connections, self._remote, self, label=label)
+        self._server = server = Server(started.connections, remote, self, label=label)
         # Until the objective begins, only time counts.
         self._monitor.on_breach(self._stop_for_time)
         try:
@@ -160,6 +160,7 @@ class TrialRun:
             raise
         finally:
             started.connections.close()
+            server.close()
         return server
 
     def _interrupt(self, server: Server) -> None:
