@@ -10,6 +10,8 @@ key of a trial              kind    written by
 ``breach``, ``footprint``,          QuotaSampler; ``_ledger`` for a trial whose worker is gone;
 ``isolation``, ``host``,            ``_sampler.row_cleanup`` for one whose objective never ran.
 ``gpu_source``                      Users, for trials that run where this library can't see them
+``quota:retry_of``,         user    ``_enforcement.preemption``, when a preempted trial is enqueued
+``quota:checkpoint``                again; when a trial starts
 ``quota:timeline``          system  with them, for a trial with a breach
 ``quota:constrained``       system  with them, beside Optuna's ``constraints``
 ``quota:proposed``          user    ``_sampler.candidates``, when a point was replaced
@@ -69,6 +71,9 @@ HOST = PREFIX + "host"
 TIMELINE = PREFIX + "timeline"
 PROPOSED = PREFIX + "proposed"
 GPU_SOURCE = PREFIX + "gpu_source"
+# The number of the preempted trial that this one repeats, and the folder that both share.
+RETRY_OF = PREFIX + "retry_of"
+CHECKPOINT = PREFIX + "checkpoint"
 
 # Bookkeeping among workers.
 RESERVATION = PREFIX + "reservation"
@@ -100,6 +105,8 @@ _NOT_METERS = {
         TIMELINE,
         PROPOSED,
         GPU_SOURCE,
+        RETRY_OF,
+        CHECKPOINT,
     )
 }
 # Columns of the trial table that are not attributes of ours, and how families of them begin.
@@ -169,7 +176,7 @@ def is_lower_bound(resource: str, outcome: str | None, censored_by: str | None =
       are values, as each step of a training mostly repeats the one before. Where they may not
       be, :func:`may_be_lower_bound` says so, and the models decide.
     - A trial terminated for a peak, such as its memory, was still growing: all are bounds.
-    - So they are for a failed trial, which may have ended at any point.
+    - So they are for a failed or preempted trial, which may have ended at any point.
     - A completed trial has values, even if it was over a limit when it completed.
 
     Args:
@@ -177,7 +184,7 @@ def is_lower_bound(resource: str, outcome: str | None, censored_by: str | None =
         outcome: How the trial ended; None for one that has not.
         censored_by: The resource whose limit ended it; see :attr:`TrialRecord.censored_by`.
     """
-    if outcome not in ("pruned", "terminated", "failed"):
+    if outcome not in ("pruned", "terminated", "preempted", "failed"):
         return False
     if _stopped_at_full_size(outcome, censored_by):
         return resource == censored_by or not get_resource(resource).peak

@@ -15,6 +15,7 @@ from optuna.trial import Trial, TrialState
 from optuna_quota import _optuna
 from optuna_quota._enforcement.check import raise_breached
 from optuna_quota._enforcement.constraints import tolerate_constraints_failure
+from optuna_quota._enforcement.preemption import end_as_preempted
 from optuna_quota._isolation import exit_cause, messages, out_of_memory
 from optuna_quota._isolation.remote_errors import unpack_error
 from optuna_quota._isolation.script_process import ScriptFailed
@@ -25,7 +26,7 @@ from optuna_quota._metering.visible_gpus import device_memory
 from optuna_quota._records import CRASHED, is_rejected, write_attributes
 from optuna_quota._resources import Breach, Usage
 from optuna_quota._storage_retry import retry
-from optuna_quota.exceptions import LimitBreached, TrialCrashed
+from optuna_quota.exceptions import LimitBreached, TrialCrashed, TrialPreempted
 
 
 if TYPE_CHECKING:
@@ -101,6 +102,46 @@ class OutcomeResolver:
             self._terminate_at_limit(report)
             reason = exit_cause.describe_exit(report)
         return self.crash(report, reason)
+
+    def has_ended_early(self, server: Server) -> bool:
+        """Return whether a trial that was to be preempted ended without a result of its own.
+
+        What it raised may come of the signal, which may have ended processes of its.
+        """
+        outcome, verdict = server.outcome, self._monitor.verdict
+        if server.breach is not None or isinstance(outcome, messages.Returned):
+            return False
+        was_asked = outcome is None or outcome.stop_requested
+        if was_asked or (verdict is not None and verdict.outcome == "preempted"):
+            return True
+        if not isinstance(outcome, messages.Raised):
+            return True
+        return not isinstance(unpack_error(outcome.error), TrialPruned)
+
+    def preempt(self, server: Server, reason: str, grace_period: float) -> Any:
+        """Return the value of a preempted trial if ``optimize`` runs it, else raise."""
+        report, outcome, study = server.exit, server.outcome, self._study
+        assert report is not None and study is not None
+        self.add_usage(report, None if outcome is None else outcome.gpu_memory)
+        if outcome is None and report.killer is not None:
+            reason += f" The trial was killed, at most {grace_period:g} s after it had to stop."
+        self._monitor.verdict = Verdict("preempted", reason)
+        end_as_preempted(study, _optuna.trial_id_of(self._trial), reason)
+        if isinstance(self._trial, Trial) and _optuna.is_run_by_optimize(self._trial):
+            return crash_value(reason, len(study.directions))
+        raise TrialPreempted(reason)
+
+    def abandon(self, server: Server, reason: str) -> Any:
+        """Return the value of a trial whose row something else has finished, or raise."""
+        assert server.exit is not None and self._study is not None
+        self.add_usage(server.exit)
+        self._monitor.verdict = Verdict("failed", reason)
+        self._monitor.close()
+        if isinstance(server.outcome, messages.Returned):
+            return server.outcome.value
+        if isinstance(self._trial, Trial) and _optuna.is_run_by_optimize(self._trial):
+            return crash_value(reason, len(self._study.directions))
+        raise LimitBreached(reason)
 
     def add_usage(self, report: messages.ExitReport, gpu_memory: float | None = None) -> None:
         """Record the supervisor's figures; the larger ones count."""

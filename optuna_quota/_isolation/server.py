@@ -7,6 +7,7 @@ import logging
 import selectors
 import socket
 import threading
+import time
 from typing import Any, Protocol
 from warnings import WarningMessage
 
@@ -17,9 +18,13 @@ from optuna_quota._isolation.out_of_memory import FailedAllocation, find_failed_
 from optuna_quota._isolation.output import Printed, replay, SYNC
 from optuna_quota._isolation.remote_errors import pack_error
 from optuna_quota._resources import Breach
+from optuna_quota.exceptions import LimitBreached
 
 
 _logger = logging.getLogger("optuna.quota.isolated")
+
+# Seconds between two looks at the trial's row.
+_ROW_INTERVAL = 2.0
 
 
 class NotStarted(OSError):
@@ -43,6 +48,9 @@ class TrialEvents(Protocol):
 
     def measure(self) -> None:
         """Measure what the trial uses at this moment."""
+
+    def check_row(self) -> None:
+        """Look whether something else has finished the trial's row."""
 
 
 class Server:
@@ -104,6 +112,14 @@ class Server:
                 with contextlib.suppress(OSError):
                     self._control.send(messages.StopTrial(breach, grace_period))
 
+    def end(self, error: LimitBreached, grace_period: float) -> None:
+        """Stop the trial for another reason than a breach; from any thread."""
+        self._command(messages.EndTrial(error, grace_period))
+
+    def kill_soon(self) -> None:
+        """Kill the trial, which ends :meth:`serve`; from any thread."""
+        self._command(messages.KillTrial())
+
     def interrupt(self, grace_period: float) -> None:
         """Raise KeyboardInterrupt in the trial; then serve on."""
         self._command(messages.InterruptTrial(grace_period))
@@ -123,8 +139,12 @@ class Server:
         Raises:
             NotStarted: If it never began.
         """
+        due = time.monotonic() + _ROW_INTERVAL
         while self.exit is None:
-            for key, _ in self._selector.select():
+            if time.monotonic() >= due:
+                self._events.check_row()
+                due = time.monotonic() + _ROW_INTERVAL
+            for key, _ in self._selector.select(max(0.0, due - time.monotonic())):
                 self._serve_ready(key.fileobj)
         for channel in self._channels:
             for message in channel.drain():

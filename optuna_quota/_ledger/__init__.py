@@ -4,6 +4,7 @@ from optuna_quota._ledger.dead_workers import LEASE
 from optuna_quota._ledger.gpus import check_gpus_per_trial, Gpu, gpus_here
 from optuna_quota._ledger.grant import Grant, Refusal
 from optuna_quota._ledger.ledger import Ledger
+from optuna_quota._ledger.other_workers import others_run
 from optuna_quota._ledger.status import LedgerStatus, status, stored_quota
 
 
@@ -15,6 +16,7 @@ __all__ = [
     "Grant",
     "Ledger",
     "LedgerStatus",
+    "others_run",
     "Refusal",
     "status",
     "stored_quota",

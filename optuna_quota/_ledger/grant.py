@@ -313,6 +313,20 @@ def describe_serial(short: Shortage | None, quota: Quota) -> str | None:
     )
 
 
+def describe_resumed(quota: Quota, used: Mapping[str, float]) -> str | None:
+    """Return a log line on what a resumed study's trials have used, None before the first."""
+    n_trials = int(used.get("n_trials", 0))
+    parts = [
+        f"{format_amount(name, used.get(name, 0.0))} of {format_amount(name, total)} "
+        f"({get_resource(name).title})"
+        for name, total in quota.totals.items()
+    ]
+    if not n_trials or not parts:
+        return None
+    trials = "1 earlier trial has" if n_trials == 1 else f"{n_trials} earlier trials have"
+    return f"Resumed: {trials} used {', '.join(parts)} of the quota."
+
+
 def deadlock_warning(
     number: int, shortage: Shortage | None, claims: Iterable[Claim], own: Collection[int]
 ) -> str | None:

@@ -20,6 +20,7 @@ from optuna_quota._ledger.dead_workers import LEASE, OrphanedTrial
 from optuna_quota._ledger.gpus import find_gpus, Gpu, memory_in_use, request_gpus
 from optuna_quota._ledger.grant import (
     deadlock_warning,
+    describe_resumed,
     describe_serial,
     extension_requests,
     Grant,
@@ -95,6 +96,11 @@ class Ledger:
         """Add another object of the same study."""
         self._studies.add(study)
 
+    def set_bounds(self, limits: Limits) -> None:
+        """Charge trials of unknown usage with other limits, which are the study's now."""
+        self._reopen_after_fork()
+        self._state.set_bounds(limits)
+
     def _open(self, study: Study) -> None:
         self._pid = os.getpid()
         self._state = LedgerState(
@@ -110,6 +116,14 @@ class Ledger:
         if self._pid != os.getpid():
             # The parent's locks and threads are of no use in its child.
             self._open(next(iter(self._studies)))
+
+    def describe_past(self) -> None:
+        """Log once what trials count that ran before this worker came, if any."""
+        self._reopen_after_fork()
+        seen = self._state.read()
+        self._log_once("unadmitted", describe_unadmitted(self._state.unadmitted))
+        if not seen.claims:
+            self._log_once("resumed", describe_resumed(self.quota, seen.used))
 
     def take_enqueued(self, trial: FrozenTrial) -> bool:
         """Return whether an enqueued trial is this worker's alone."""
@@ -381,8 +395,8 @@ class Ledger:
                 self._heartbeat.remove(trial_id)
                 if not monitor.closed:
                     _logger.warning(
-                        f"Trial {running.number} is stopped: another worker took this one for "
-                        "dead and marked the trial as failed."
+                        f"Trial {running.number} is stopped. Its row was finished from outside, "
+                        "maybe by another worker that took this one for dead."
                     )
                     monitor.allow({"trial_time": 0.0})
 

@@ -24,6 +24,7 @@ from optuna_quota._records import read_record
 from optuna_quota._resources import Limits, Quota, Usage
 from optuna_quota._sampler.candidates import CandidateFilter
 from optuna_quota._sampler.study_projection import QuotaWarning
+from optuna_quota._sampler.study_settings import store_study_settings
 from optuna_quota.exceptions import QuotaExhausted, TrialRejected
 
 
@@ -45,7 +46,7 @@ class StudySession:
         ledger: What the study has used and reserved, across workers.
         candidates: Filters its points.
         warning: Warns when the quota is likely to run out.
-        decided: Whether the study as a whole was admitted.
+        decided: Whether the study as a whole was admitted; None before the first trial here.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class StudySession:
         self.ledger = Ledger(study, quota, lease=lease, gpus=gpus, gpus_per_trial=count)
         self.candidates = candidates
         self.warning = QuotaWarning()
-        self.decided = False
+        self.decided: bool | None = None
         self._quota = quota
         self._stops = stops
         self._metering = metering
@@ -73,7 +74,24 @@ class StudySession:
         self._interrupters: dict[int, Interrupter] = {}
         self._lock = threading.Lock()
         self._logged: set[str] = set()
+        self._sharing = threading.Lock()
         self._has_garbage = False
+        # The limits that are the study's and this worker's alike; None while they differ.
+        self._shared_limits: Limits | None = None
+
+    def share_settings(self, study: Study, limits: Limits) -> None:
+        """Make the quota and these limits the study's, as soon as no other worker runs."""
+        with self._sharing:
+            if self._shared_limits == limits:
+                return
+            shared = store_study_settings(
+                study, self._quota, limits, warn="settings" not in self._logged
+            )
+            self._shared_limits = limits if shared else None
+            if not shared:
+                self._logged.add("settings")
+        if shared:
+            self.ledger.set_bounds(limits)
 
     def is_refused(self, trial: FrozenTrial) -> bool:
         """Return whether a trial was refused for the quota."""
@@ -101,6 +119,7 @@ class StudySession:
             here=self._metering,
         )
         self.ledger.attach_monitor(trial_id, monitor)
+        _optuna.tolerate_finished_row(study, trial_id)
         if any(pruner.interrupt for pruner in quota_pruners(study.pruner)):
             interrupter = Interrupter.arm(monitor)
             if interrupter is not None:
