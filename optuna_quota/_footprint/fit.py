@@ -3,7 +3,7 @@
 Clock time is noisy where a machine is shared, CPU time hardly, and their ratio depends on far
 less. So ``log wall = log cpu + log(wall / cpu)``, each part a model of its own, learns from few
 trials what a model of clock time alone would need many for. A trial that was stopped bounds its
-CPU time from below, and its ratio is still a value.
+CPU time from below, and its ratio is still a value; that holds where a time ended it.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class _ResourceData:
         columns: Shape ``(n_trials, n_columns)``.
         amounts: SI base units, shape ``(n_trials,)``; NaN where unknown.
         censored: True where the amount is a lower bound.
-        maybe_censored: True where it may be one.
+        maybe_censored: True where it is a peak that a stopped trial may not have reached.
         floors: Candidate floors, as shares of the smallest amount.
         noise: Logarithm of the expected variance of the noise.
     """
@@ -170,30 +170,40 @@ class _ResourceData:
         earlier = start if isinstance(start, ResourceModel) else None
         observed = ~(self.censored | self.maybe_censored)
         if not self.maybe_censored.any() or np.sum(observed) < _MIN_TRIALS_TO_DECIDE:
-            return self._fit(self.censored, earlier, refit)
-        all_censored = self.censored | self.maybe_censored
+            return self._fit(earlier, refit)
+        reached = self._reached()
         if earlier is not None and not refit:
-            held = earlier.stopped_peaks_censored
-            model = self._fit(all_censored if held else self.censored, earlier, refit)
-            return replace(model, stopped_peaks_censored=held)
-        values = self._fit(self.censored, earlier, refit)
-        bounds = self._fit(all_censored, values, refit)
+            held = earlier.without_stopped_peaks
+            model = (reached if held else self)._fit(earlier, refit)
+            return replace(model, without_stopped_peaks=held)
+        with_them = self._fit(earlier, refit)
+        without = reached._fit(with_them, refit)
         # The better one predicts the trials that ran to their end better.
-        if leave_one_out_density(bounds, observed) > leave_one_out_density(values, observed):
-            return replace(bounds, stopped_peaks_censored=True)
-        return values
+        if leave_one_out_density(without) > leave_one_out_density(with_them, observed):
+            return replace(without, without_stopped_peaks=True)
+        return with_them
 
-    def _fit(
-        self, censored: np.ndarray, earlier: ResourceModel | None, refit: bool
-    ) -> ResourceModel:
+    def _reached(self) -> _ResourceData:
+        """Return the trials without the peaks that a stopped trial may not have reached."""
+        amounts = np.where(self.maybe_censored, np.nan, self.amounts)
+        return _ResourceData(
+            self.columns,
+            amounts,
+            self.censored,
+            self.maybe_censored,
+            floors=self.floors,
+            noise=self.noise,
+        )
+
+    def _fit(self, earlier: ResourceModel | None, refit: bool) -> ResourceModel:
         if earlier is not None and not refit:
-            fresh = refresh_resource(self.columns, self.amounts, censored, earlier)
+            fresh = refresh_resource(self.columns, self.amounts, self.censored, earlier)
             if fresh is not None:
                 return fresh
         return fit_resource(
             self.columns,
             self.amounts,
-            censored,
+            self.censored,
             start=earlier,
             floors=self.floors,
             noise=self.noise,

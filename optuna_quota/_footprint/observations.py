@@ -9,14 +9,13 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 
 from optuna_quota._records import (
+    evidence,
     Interval,
-    is_lower_bound,
-    may_be_lower_bound,
     outcome_of,
     read_record,
     TrialRecord,
 )
-from optuna_quota._resources import Usage, USAGE_RESOURCES
+from optuna_quota._resources import Usage, usage_from_amounts, USAGE_RESOURCES
 
 
 if TYPE_CHECKING:
@@ -37,10 +36,10 @@ class Observation:
         params: Value of each hyperparameter.
         distributions: Distribution of each.
         usage: What was measured.
-        censored: Resources whose usage is a lower bound, because the trial was stopped.
-        maybe_censored: Resources whose usage may be one: peaks of a stopped trial. Each step of a
-            training mostly repeats the one before, but where later steps take more data or a
-            larger model, the peak is a lower bound. The model's fit decides.
+        censored: Resources whose usage is a lower bound, because their limit stopped the trial.
+        maybe_censored: Resources whose peak a stopped trial may not have reached. Each step of a
+            training mostly repeats the one before, but later steps may take more data or a larger
+            model. The model's fit decides.
         projected: The footprint that was projected before it ran.
         is_complete: Whether the trial completed, so that no parameter is missing.
     """
@@ -70,16 +69,17 @@ def read_observation(trial: FrozenTrial) -> Observation | None:
         return None
     record = read_record(trial)
     usage = _with_wall_time(trial, record, _at_least_limit(record))
-    names = usage.amounts()
-    if record.outcome == "rejected" or not names:
-        return None
     end = outcome_of(trial, record), record.censored_by
+    says = {name: evidence(name, *end) for name in usage.amounts()}
+    known = {name: usage.amounts()[name] for name, what in says.items() if what != "partial"}
+    if record.outcome == "rejected" or not known:
+        return None
     return Observation(
         params=trial.params,
         distributions=trial.distributions,
-        usage=usage,
-        censored=frozenset(name for name in names if is_lower_bound(name, *end)),
-        maybe_censored=frozenset(name for name in names if may_be_lower_bound(name, *end)),
+        usage=usage_from_amounts(known),
+        censored=frozenset(name for name in known if says[name] == "lower bound"),
+        maybe_censored=frozenset(name for name in known if says[name] == "partial peak"),
         projected=record.footprint,
         is_complete=trial.state.name == "COMPLETE",
     )

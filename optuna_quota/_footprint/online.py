@@ -14,6 +14,7 @@ from optuna_quota._footprint.observations import (
     select_observations,
 )
 from optuna_quota._records import ISOLATION
+from optuna_quota._resources import usage_from_amounts
 
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Learner:
 
     Attributes:
         isolated: Whether the newest trial ran in a process of its own.
-        n_uncensored: Number of this study's trials without any lower bound.
+        n_uncensored: Number of this study's trials that completed without any lower bound.
     """
 
     def __init__(self, prior: Footprint | None = None, *, confidence: float = 0.95) -> None:
@@ -105,7 +106,7 @@ class Learner:
             found = read_observation(trials[index])
             if found is not None:
                 self._observations.append(found)
-                self.n_uncensored += not found.censored
+                self.n_uncensored += found.is_complete and not found.censored
                 self._space.update(found.distributions)
                 weight = _SURPRISE_WEIGHT if found.is_surprise else 1.0
                 self._new_since_fit += weight
@@ -134,23 +135,29 @@ class Learner:
 def transferred_observations(footprint: Footprint) -> list[Observation]:
     """Return the trials of an earlier study's footprint, marked as such.
 
-    Whether peaks of its stopped trials are lower bounds stays as its models decided.
+    Whether peaks of its stopped trials are left out stays as its models decided.
     """
     from optuna.distributions import FloatDistribution
 
     contents = footprint.contents
     space = {**contents.features.distributions(), _TRANSFERRED: FloatDistribution(0.0, 1.0)}
-    settled = {
+    left_out = {
         name
         for name, model in contents.models.items()
-        if getattr(model, "stopped_peaks_censored", False)
+        if getattr(model, "without_stopped_peaks", False)
     }
     return [
         Observation(
             params={**each.params, _TRANSFERRED: 1.0},
             distributions=space,
-            usage=each.usage,
-            censored=each.censored | (each.maybe_censored & settled),
+            usage=usage_from_amounts(
+                {
+                    name: amount
+                    for name, amount in each.usage.amounts().items()
+                    if name not in each.maybe_censored & left_out
+                }
+            ),
+            censored=each.censored,
         )
         for each in contents.observations
     ]

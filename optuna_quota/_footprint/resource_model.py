@@ -110,7 +110,7 @@ class ResourceModel:
         sites: Standardised observations, censored ones replaced.
         censored: True where the amount is a lower bound.
         hyperparameters: Of the Gaussian process.
-        stopped_peaks_censored: Whether peaks of stopped trials are taken as lower bounds.
+        without_stopped_peaks: Whether peaks of stopped trials are left out.
     """
 
     columns: np.ndarray
@@ -120,7 +120,7 @@ class ResourceModel:
     sites: Sites
     censored: np.ndarray
     hyperparameters: np.ndarray
-    stopped_peaks_censored: bool = False
+    without_stopped_peaks: bool = False
     process: GaussianProcess = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -128,7 +128,7 @@ def diagnose(
         resource: Name of the resource.
         selected: The terms and their fit.
         numbers: Numbers of the trials, shape ``(n,)``.
-        n_stopped_peaks: Number of peaks of stopped trials that are taken as lower bounds.
+        n_stopped_peaks: Number of trials left out, as they were stopped before their peak.
     """
     fit, sample = selected.fit, selected.sample
     at_fit = derivatives_at(fit, sample)
@@ -149,8 +149,8 @@ def diagnose(
         found.append("The fit did not converge: treat the estimates as rough.")
     if n_stopped_peaks:
         found.append(
-            f"The {get_resource(resource).title} of {n_stopped_peaks} stopped trials counts as a "
-            "lower bound: the completed trials show that it was still growing."
+            f"The {get_resource(resource).title} of {n_stopped_peaks} stopped trials is left out: "
+            "the completed trials show that it was still growing."
         )
     return [*found, *selected.design.notes]
 

@@ -248,7 +248,8 @@ def robust_covariance(fit: Fit, sample: Sample) -> Array:
     at_fit = derivatives(fit.theta, sample, fit.has_floor, exact=True)
     if not sample.censored.any() or np.linalg.eigvalsh(at_fit.information + prior)[0] <= 0:
         at_fit = derivatives(fit.theta, sample, fit.has_floor)
-    n, p = at_fit.score_obs.shape
+    # A lower bound says little of the spread: the trials observed to their end count.
+    n, p = int((~sample.censored).sum()), at_fit.score_obs.shape[1]
     bread = np.linalg.pinv(at_fit.information + prior)
     scores = at_fit.score_obs / (1 - np.minimum(leverage(at_fit), _MAX_LEVERAGE))[:, None]
     robust: Array = bread @ (scores.T @ scores + prior) @ bread
