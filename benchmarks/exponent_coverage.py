@@ -8,8 +8,9 @@ completed trials alone, and with the lower bounds taken for values.
 
 Then trials that something else ended at a share of their course: wall time under a memory limit
 (ended late, at 80 to 100% of it, or anywhere) and of pruned trials; memory that grows with the run
-under a limit on wall time. Their usage taken for unknown, as the library does, stands beside the
-same taken for lower bounds. The last column is the median prediction at a large point over the
+under a limit on wall time. The library leaves them out of the formula and has the footprint model
+the share; beside it stands that they are left out of both, or taken for lower bounds. The last
+column is the median prediction at a large point over the
 truth, of the formula and of the footprint, and how often the footprint's 95% bound holds there.
 """
 
@@ -114,14 +115,15 @@ def simulate_stopped(rng, case, n, noise):
     return parameters, wall + over * np.log(rng.uniform(earliest, 1.0, n)), over
 
 
-def footprint_of(resource, parameters, y, stopped, kept):
+def footprint_of(resource, parameters, y, stopped, way):
     """Return the median and the upper bound at a large point of a footprint of the trials."""
-    rows = []
-    for i in np.flatnonzero(kept):
+    rows, held = [], frozenset({resource})
+    for i in np.flatnonzero(~stopped if way == "left out" else np.ones(len(y), dtype=bool)):
         point = {p.name: p.values[i] for p in parameters[:3]}
         point["optimizer"] = parameters[3].levels[int(parameters[3].values[i])]
-        held = frozenset({resource}) if stopped[i] else frozenset()
-        rows.append(Observation(point, SPACE, Usage(**{resource: np.exp(y[i])}), held))
+        kind = {"as the library": "partial", "lower bounds": "censored"}.get(way, "censored")
+        kinds = {kind: held} if stopped[i] else {}
+        rows.append(Observation(point, SPACE, Usage(**{resource: np.exp(y[i])}), **kinds))
     found = Footprint.fit(rows).intervals(LARGE)[resource]
     return found.median, found.upper
 
@@ -131,17 +133,18 @@ def compare_stopped(case, n, tables, noise) -> None:
     b = TRUTH[resource]
     power = LARGE["rows"] ** b["rows"] * LARGE["width"] ** b["width"] * 1.5
     truth = 300e6 + 0.8 * power if resource == "memory" else 0.5 + 1e-5 * power
-    found = {"unknown": [], "lower bounds": []}
+    found = {"as the library": [], "left out": [], "lower bounds": []}
     rng = np.random.default_rng(20261124)
     for _ in range(tables):
         parameters, y, stopped = simulate_stopped(rng, case, n, noise)
         nothing, everything = np.zeros(n, dtype=bool), np.ones(n, dtype=bool)
         amount = truth * np.exp(noise * rng.standard_normal())
-        ways = {"unknown": (nothing, ~stopped), "lower bounds": (stopped, everything)}
-        for name, (cut, kept) in ways.items():
+        for name in found:
+            bounds = name == "lower bounds"
+            cut, kept = (stopped, everything) if bounds else (nothing, ~stopped)
             model = fitted(resource, parameters, y, cut, kept)
             held = [each[0] for each in covers(model.coefficients, b).values()]
-            median, upper = footprint_of(resource, parameters, y, cut, kept)
+            median, upper = footprint_of(resource, parameters, y, stopped, name)
             at_large = _formula_at_large(model) / truth, median / truth, amount <= upper
             found[name].append((np.mean(held), *at_large))
     for name, each in found.items():

@@ -33,13 +33,13 @@ def stopped(row: Observation, resource: str, limit: float) -> Observation:
         amounts[name] *= share
     amounts[resource] = limit * 1.001
     says = {name: evidence(name, "terminated", resource) for name in amounts}
-    known = {name: amount for name, amount in amounts.items() if says[name] != "partial"}
     return Observation(
         row.params,
         row.distributions,
-        Usage(**known),
-        censored=frozenset(name for name in known if says[name] == "lower bound"),
-        maybe_censored=frozenset(name for name in known if says[name] == "partial peak"),
+        Usage(**amounts),
+        censored=frozenset(name for name in amounts if says[name] == "lower bound"),
+        partial=frozenset(name for name in amounts if says[name] == "partial"),
+        maybe_censored=frozenset(name for name in amounts if says[name] == "partial peak"),
     )
 
 

@@ -20,8 +20,9 @@ call exec or end between two reads of a tree are counted twice for an instant. T
 tools are watched in the same way; the last columns are what this library recorded, relative to
 that.
 
-Each run is a process of its own, with its own session, so a hang ends with it. pynisher limits the
-address space: it is given the limit and what an empty trial has mapped beyond what it holds.
+The repeats of a limit run one after another in one process, as the trials of one study do; it has
+its own session, so a hang ends with it and the rest go on in another. pynisher limits the address
+space: it is given the limit and what an empty trial has mapped beyond what it holds.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ POLL = 0.1
 CALIBRATIONS = 3
 
 
-# The process of a run: one trial, under one tool.
+# The process of a run: trials one after another, under one tool.
 
 
 @dataclass(frozen=True)
@@ -76,21 +77,28 @@ class Verdict:
 
 
 def drive(specification: str) -> None:
-    """Run one trial, as the specification says, and write the verdict to a file."""
+    """Run trials, as the specification says, and write each verdict to its trial's folder."""
     given = json.loads(specification)
-    folder = Path(given["folder"])
+    folders = [Path(name) for name in given["folders"]]
     objective = OBJECTIVES[given["objective"]]
-    task = Task(objective.name, objective.prepare(Path(given["shared"])), folder / "pid")
-    try:
-        verdict = TOOLS[given["tool"]](objective, task, given["limit"])
-    except Exception as error:  # noqa: BLE001 - whatever a tool raises is its verdict
-        verdict = Verdict("failed", f"{type(error).__name__}: {error}")
-    partial = folder / "verdict.new"
-    partial.write_text(json.dumps(asdict(verdict)))
-    partial.rename(folder / "verdict")
+    prepared = objective.prepare(Path(given["shared"]))
+    run = TOOLS[given["tool"]](objective, given["limit"])
+    for folder in folders:
+        task = Task(objective.name, prepared, folder / "pid")
+        try:
+            verdict = run(task)
+        except Exception as error:  # noqa: BLE001 - whatever a tool raises is its verdict
+            verdict = Verdict("failed", f"{type(error).__name__}: {error}")
+        partial = folder / "verdict.new"
+        partial.write_text(json.dumps(asdict(verdict)))
+        partial.rename(folder / "verdict")
 
 
-def by_ours(objective: Objective, task: Task, limit: int) -> Verdict:
+# Runs one trial under a tool.
+Runner = Callable[[Task], Verdict]
+
+
+def by_ours(objective: Objective, limit: int) -> Runner:
     # Not among the imports above: the other tools' trials are not to hold it.
     import optuna
 
@@ -99,26 +107,35 @@ def by_ours(objective: Objective, task: Task, limit: int) -> Verdict:
     objective.load()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study()
-    study.optimize(isolated(lambda trial: task(), limits=Limits(memory=limit)), n_trials=1)
-    said = study.trials[0].user_attrs
-    kind, reason = said.get("quota:outcome", "nothing"), said.get("quota:reason", "")
-    if kind == "terminated" and said.get("quota:breach", {}).get("resource") != "memory":
-        kind = "failed"
-    if kind not in RIGHT.values():
-        kind, reason = "failed", f"{kind}: {reason}"
-    return Verdict(kind, reason, said.get("quota:memory"))
+
+    def run(task: Task) -> Verdict:
+        limited = isolated(lambda trial: task(), limits=Limits(memory=limit))
+        study.optimize(limited, n_trials=1)
+        said = study.trials[-1].user_attrs
+        kind, reason = said.get("quota:outcome", "nothing"), said.get("quota:reason", "")
+        if kind == "terminated" and said.get("quota:breach", {}).get("resource") != "memory":
+            kind = "failed"
+        if kind not in RIGHT.values():
+            kind, reason = "failed", f"{kind}: {reason}"
+        return Verdict(kind, reason, said.get("quota:memory"))
+
+    return run
 
 
-def by_pynisher(objective: Objective, task: Task, limit: int) -> Verdict:
+def by_pynisher(objective: Objective, limit: int) -> Runner:
     import pynisher
 
-    context = _forkserver(objective)
-    room = pynisher.limit(_mapped, context=context.get_start_method())()
-    limited = pynisher.limit(task, memory=limit + room, context=context.get_start_method())
-    try:
-        return _completed(limited())
-    except MemoryError as error:
-        return Verdict("terminated", str(error))
+    method = _forkserver(objective).get_start_method()
+    room = pynisher.limit(_mapped, context=method)()
+
+    def run(task: Task) -> Verdict:
+        limited = pynisher.limit(task, memory=limit + room, context=method)
+        try:
+            return _completed(limited())
+        except MemoryError as error:
+            return Verdict("terminated", str(error))
+
+    return run
 
 
 def _mapped() -> int:
@@ -127,26 +144,30 @@ def _mapped() -> int:
     return int(seen.vms - (seen.rss - seen.shared))
 
 
-def by_poller(objective: Objective, task: Task, limit: int | None) -> Verdict:
-    """Run the task in a child, killed over the limit; without one, for calibration."""
+def by_poller(objective: Objective, limit: int | None) -> Runner:
+    """Run tasks in children, each killed over the limit; without one, for calibration."""
     context = _forkserver(objective)
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, task))
-    process.start()
-    sender.close()
-    try:
-        while not receiver.poll(POLL):
-            if limit is not None and _resident(process.pid) > limit:
-                return Verdict("terminated", "killed")
-        return receiver.recv()
-    except EOFError:
-        process.join()
-        return Verdict("failed", f"exit code {process.exitcode}")
-    finally:
-        for each in [*_descendants(process.pid), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-        process.join()
+
+    def run(task: Task) -> Verdict:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_send, args=(sender, task))
+        process.start()
+        sender.close()
+        try:
+            while not receiver.poll(POLL):
+                if limit is not None and _resident(process.pid) > limit:
+                    return Verdict("terminated", "killed")
+            return receiver.recv()
+        except EOFError:
+            process.join()
+            return Verdict("failed", f"exit code {process.exitcode}")
+        finally:
+            for each in [*_descendants(process.pid), process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
+            process.join()
+
+    return run
 
 
 def _resident(pid: int | None) -> int:
@@ -184,7 +205,7 @@ def _forkserver(objective: Objective) -> Any:
     return context
 
 
-TOOLS: dict[str, Callable[[Objective, Task, Any], Verdict]] = {
+TOOLS: dict[str, Callable[[Objective, Any], Runner]] = {
     "ours": by_ours,
     "poller": by_poller,
     "pynisher": by_pynisher,
@@ -307,20 +328,67 @@ class Table:
     def needs(self, objective: str, repeats: int) -> float:
         """Return the bytes that an objective needs at its peak."""
         cases = [Case(objective, "poller", "alone", math.inf, i) for i in range(repeats)]
+        self.run(cases, None)
         peaks = []
         for case in cases:
-            found = self.run(case, None)
+            found = self.found[case]
             if found.verdict.kind != "completed":
                 raise RuntimeError(f"{objective} fails without a limit: {found.verdict.reason}")
             peaks.append(found.peak)
         return statistics.median(peaks)
 
-    def run(self, case: Case, limit: int | None) -> Found:
-        """Return what a case gave, from the file where it is there."""
-        if case in self.found:
-            return self.found[case]
-        with busy_processes(LOADS[case.load]) as others:
-            found = self._run(case, limit, others)
+    def run(self, cases: Sequence[Case], limit: int | None) -> None:
+        """Run those cases of one objective, tool and limit that are not found yet."""
+        while missing := [case for case in cases if case not in self.found]:
+            with busy_processes(LOADS[missing[0].load]) as others:
+                self._run(missing, limit, others)
+
+    def _run(self, cases: Sequence[Case], limit: int | None, others: set[int]) -> None:
+        """Run cases in one process, as far as it comes."""
+        with tempfile.TemporaryDirectory() as name:
+            folders = [Path(name, str(case.repeat)) for case in cases]
+            for folder in folders:
+                folder.mkdir()
+            specification = {
+                "objective": cases[0].objective,
+                "tool": cases[0].tool,
+                "limit": limit,
+                "folders": [str(folder) for folder in folders],
+                "shared": str(self._shared),
+            }
+            with Path(name, "log").open("wb") as log:
+                process = subprocess.Popen(
+                    [sys.executable, __file__, "--drive", json.dumps(specification)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            try:
+                for case, folder in zip(cases, folders, strict=True):
+                    found = self._watch(process, folder)
+                    self._add(case, found)
+                    if not (folder / "verdict").exists():
+                        break
+            finally:
+                kill_children(others)
+                process.wait()
+
+    def _watch(self, process: subprocess.Popen[bytes], folder: Path) -> Found:
+        observer = Observer(folder / "pid")
+        start = time.monotonic()
+        while (
+            not (folder / "verdict").exists()
+            and process.poll() is None
+            and time.monotonic() - start < self._time_limit
+        ):
+            observer.look()
+            time.sleep(PERIOD)
+        seconds = time.monotonic() - start
+        verdict = _verdict(folder, process.poll())
+        return Found(verdict, observer.first or 0, observer.peak, seconds)
+
+    def _add(self, case: Case, found: Found) -> None:
         self.found[case] = found
         if self._keep is not None:
             with self._keep.open("a") as file:
@@ -331,48 +399,15 @@ class Table:
             file=sys.stderr,
             flush=True,
         )
-        return found
-
-    def _run(self, case: Case, limit: int | None, others: set[int]) -> Found:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            specification = {
-                "objective": case.objective,
-                "tool": case.tool,
-                "limit": limit,
-                "folder": name,
-                "shared": str(self._shared),
-            }
-            observer = Observer(folder / "pid")
-            start = time.monotonic()
-            with (folder / "log").open("wb") as log:
-                process = subprocess.Popen(
-                    [sys.executable, __file__, "--drive", json.dumps(specification)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-            try:
-                while process.poll() is None and time.monotonic() - start < self._time_limit:
-                    observer.look()
-                    time.sleep(PERIOD)
-                seconds = time.monotonic() - start
-                code = process.poll()
-            finally:
-                kill_children(others)
-                process.wait()
-            verdict = _verdict(folder, code)
-        return Found(verdict, observer.first or 0, observer.peak, seconds)
 
 
 def _verdict(folder: Path, code: int | None) -> Verdict:
+    if (folder / "verdict").exists():
+        return Verdict(**json.loads((folder / "verdict").read_text()))
     if code is None:
         return Verdict("hung")
-    if not (folder / "verdict").exists():
-        said = (folder / "log").read_text(errors="replace").strip().splitlines()
-        return Verdict("failed", f"exit code {code}: {' '.join(said[-1:])}")
-    return Verdict(**json.loads((folder / "verdict").read_text()))
+    said = (folder.parent / "log").read_text(errors="replace").strip().splitlines()
+    return Verdict("failed", f"exit code {code}: {' '.join(said[-1:])}")
 
 
 @contextlib.contextmanager
@@ -536,11 +571,10 @@ def main() -> None:
             if arguments.needs_only:
                 continue
             for load in loads:
-                for repeat in range(repeats):
-                    for factor in RIGHT:
-                        for tool in tools:
-                            case = Case(name, tool, load, factor, repeat)
-                            table.run(case, int(factor * needs[name]))
+                for factor in RIGHT:
+                    for tool in tools:
+                        cases = [Case(name, tool, load, factor, i) for i in range(repeats)]
+                        table.run(cases, int(factor * needs[name]))
     if not arguments.needs_only:
         for load in loads:
             print_table(table, load, tools, needs)

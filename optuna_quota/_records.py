@@ -10,6 +10,8 @@ key of a trial              kind    written by
 ``breach``, ``footprint``,          QuotaSampler; ``_ledger`` for a trial whose worker is gone;
 ``isolation``, ``host``,            ``_sampler.row_cleanup`` for one whose objective never ran.
 ``gpu_source``                      Users, for trials that run where this library can't see them
+``quota:retry_of``,         user    ``_enforcement.preemption``, when a preempted trial is enqueued
+``quota:checkpoint``                again; when a trial starts
 ``quota:timeline``          system  with them, for a trial with a breach
 ``quota:constrained``       system  with them, beside Optuna's ``constraints``
 ``quota:proposed``          user    ``_sampler.candidates``, when a point was replaced
@@ -69,6 +71,9 @@ HOST = PREFIX + "host"
 TIMELINE = PREFIX + "timeline"
 PROPOSED = PREFIX + "proposed"
 GPU_SOURCE = PREFIX + "gpu_source"
+# The number of the preempted trial that this one repeats, and the folder that both share.
+RETRY_OF = PREFIX + "retry_of"
+CHECKPOINT = PREFIX + "checkpoint"
 
 # Bookkeeping among workers.
 RESERVATION = PREFIX + "reservation"
@@ -100,6 +105,8 @@ _NOT_METERS = {
         TIMELINE,
         PROPOSED,
         GPU_SOURCE,
+        RETRY_OF,
+        CHECKPOINT,
     )
 }
 # Columns of the trial table that are not attributes of ours, and how families of them begin.
@@ -169,24 +176,24 @@ def evidence(resource: str, outcome: str | None, censored_by: str | None = None)
       the trial, and where that is a total, for the other totals, which had grown with it.
     - ``"partial"``: what it had used when something else ended it, at an unknown share of its
       course. That depends on the same noise as what it would have used, so as a lower bound it
-      drags a fit upwards: to 7 to 20 times the truth at a large point where it is left out with
-      0.8 (``benchmarks/exponent_coverage.py``). It counts as unknown. So for all else of a trial
-      terminated for a peak, totals of a pruned trial, and a failed one.
+      drags a fit upwards, to several times the truth. Formulas leave it out, the footprint models
+      the share (``benchmarks/exponent_coverage.py``). So for all else of a trial terminated for a
+      peak, totals of a pruned trial, and a failed or preempted one.
     - ``"partial peak"``: a peak of a trial that was pruned, or terminated for a total. A value
-      where each step of a training repeats the one before, partial where later steps take more
-      data or a larger model; a fit over many trials can tell.
+      where each step of a training repeats the one before, not where later steps take more data
+      or a larger model; a fit over many trials can tell.
 
     Args:
         resource: Name of the resource.
         outcome: How the trial ended; None for one that has not.
         censored_by: The resource whose limit ended it; see :attr:`TrialRecord.censored_by`.
     """
-    if outcome not in ("pruned", "terminated", "failed"):
+    if outcome not in ("pruned", "terminated", "preempted", "failed"):
         return "value"
     if outcome == "terminated" and resource == censored_by:
         return "lower bound"
     by_total = censored_by is not None and not get_resource(censored_by).peak
-    if outcome == "failed" or (outcome == "terminated" and not by_total):
+    if outcome in ("failed", "preempted") or (outcome == "terminated" and not by_total):
         return "partial"
     if get_resource(resource).peak:
         return "partial peak"

@@ -42,10 +42,10 @@ def trial_table(study: Study) -> pd.DataFrame:
 
     An unknown number is NaN, an unknown text None. ``censored_by`` is the resource whose breach
     ended the trial: its usage is then a lower bound, and where it is a total (a time, energy), all
-    totals are. Other usage of a trial that was stopped is what it had used by then; models take
-    it as unknown, but peaks of pruned trials as values where they fit. A finished trial whose
-    wall time was not measured (a study that ran without this library) has the time between
-    Optuna's ``datetime_start`` and ``datetime_complete``; its ``outcome`` stays None.
+    totals are. Other usage of a trial that was stopped is what it had used by then: a part
+    of unknown size, but for peaks of pruned trials, which are mostly reached early. A finished
+    trial whose wall time was not measured (a study that ran without this library) has the time
+    between Optuna's ``datetime_start`` and ``datetime_complete``; its ``outcome`` stays None.
 
     Args:
         study: Any Optuna study; needs no attributes of this library.
@@ -84,17 +84,32 @@ def table_of(
 
 def measured_usage(trial: FrozenTrial, record: _records.TrialRecord) -> dict[str, float]:
     """Return what a trial used, by resource; wall time from Optuna's where it was not measured."""
-    amounts, duration = record.usage.amounts(), trial.duration
-    ran = trial.state.is_finished() and record.outcome != "rejected"
-    # A clock that was set back in between measures nothing.
-    if (
-        "wall_time" not in amounts
-        and ran
-        and duration is not None
-        and duration.total_seconds() >= 0
-    ):
-        amounts["wall_time"] = duration.total_seconds()
+    amounts, seconds = record.usage.amounts(), optuna_duration(trial)
+    if seconds is not None and record.outcome != "rejected":
+        amounts.setdefault("wall_time", seconds)
     return amounts
+
+
+def usage_at_least(trial: FrozenTrial, record: _records.TrialRecord) -> dict[str, float]:
+    """Return what a trial used, raised to the limit if it was stopped on its way there.
+
+    Without its limit, a trial that was stopped by a forecast, or was refused what it asked for,
+    would have used at least that much. What was not measured is not raised.
+    """
+    amounts, breach = measured_usage(trial, record), record.breach
+    if breach is not None and breach.resource in amounts:
+        amounts[breach.resource] = max(amounts[breach.resource], breach.limit)
+    return amounts
+
+
+def optuna_duration(trial: FrozenTrial) -> float | None:
+    """Return the seconds between Optuna's datetimes, None where they measure nothing.
+
+    A row made by hand (``create_trial``) starts and completes at one moment, and a clock may have
+    been set back in between.
+    """
+    seconds = 0.0 if trial.duration is None else trial.duration.total_seconds()
+    return seconds if seconds > 0 else None
 
 
 def _value_columns(trials: Sequence[FrozenTrial], n_objectives: int) -> dict[str, Any]:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 import math
 from numbers import Real
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
+
+Duration: TypeAlias = "float | str | timedelta"
 
 _BYTES = {
     "B": 1,
@@ -28,17 +31,32 @@ _BYTES = {
     "PiB": 2**50,
 }
 _SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+# What people write as well; "G" is "GB" and not "GiB": where the other was meant, that errs on
+# the side that holds.
+_SHORT_BYTES = {f"{prefix}{i}": _BYTES[f"{prefix}{i}B"] for prefix in "KMGTP" for i in ("", "i")}
+_LONG_SECONDS = {
+    word: _SECONDS[unit]
+    for unit, words in {
+        "s": ("sec", "secs", "second", "seconds"),
+        "min": ("m", "mins", "minute", "minutes"),
+        "h": ("hr", "hrs", "hour", "hours"),
+        "d": ("day", "days"),
+    }.items()
+    for word in words
+}
 _JOULES = {"J": 1.0, "kJ": 1e3, "MJ": 1e6, "Wh": 3600.0, "kWh": 3.6e6, "MWh": 3.6e9}
 
 _QUANTITY = re.compile(
     r"\s*(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>[A-Za-zµ]*)"
 )
+# As clocks and batch systems show it: hours may pass 24, days may stand before them.
+_CLOCK = re.compile(r"\s*(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d(?:\.\d*)?)\s*", re.ASCII)
 # From here on, as for NaN and infinity, only the order of magnitude is shown.
 _HUGE = 1e15
 
 
 def parse_bytes(value: float | str, name: str) -> float:
-    """Return a size in bytes from a number of bytes or a string such as ``"2GiB"``.
+    """Return a size in bytes from a number of bytes or a string such as ``"2GiB"`` or ``"2G"``.
 
     Args:
         value: Bytes, or one or more quantities with their units.
@@ -50,16 +68,47 @@ def parse_bytes(value: float | str, name: str) -> float:
         TypeError: If ``value`` is neither a number nor a string.
     """
     rule = "a size in bytes or a string with its unit ('2GiB', '500MB')"
-    return _parse(value, name, _BYTES, rule)
+    return _parse(value, name, _BYTES, rule, _SHORT_BYTES)
 
 
-def parse_seconds(value: float | str, name: str) -> float:
-    """Return a duration in seconds from a number of seconds or a string such as ``"1h30min"``.
+def parse_seconds(value: Duration, name: str) -> float:
+    """Return a duration in seconds.
 
-    Arguments and errors are those of :func:`parse_bytes`.
+    Args:
+        value: Seconds, a timedelta, quantities with their units as text (``"1h30min"``,
+            ``"2 hours"``), or hours, minutes and seconds (``"01:30:00"``).
+        name: Name of the argument, for the error message.
+
+    Raises:
+        ValueError: If the text has no unit or an unknown one, or the value is not positive and
+            finite.
+        TypeError: If ``value`` is neither a number nor a string nor a timedelta.
     """
-    rule = "a duration in seconds or a string with its unit ('90s', '5min', '1h30min')"
-    return _parse(value, name, _SECONDS, rule)
+    rule = "a duration in seconds or a string with its unit ('90s', '1h30min', '01:30:00')"
+    if isinstance(value, timedelta):
+        return _positive(value.total_seconds(), name, rule, value)
+    if isinstance(value, str) and (clock := _CLOCK.fullmatch(value)):
+        days, hours, minutes, seconds = (float(part or 0) for part in clock.groups())
+        total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+        return _positive(total, name, rule, value)
+    return _parse(value, name, _SECONDS, rule, _LONG_SECONDS)
+
+
+def parse_grace_period(value: Duration) -> float:
+    """Return ``grace_period`` in seconds; unlike other durations it may be 0.
+
+    Raises:
+        ValueError: If it is negative or not finite, or text that is no duration.
+        TypeError: If it is neither a number nor a string nor a timedelta.
+    """
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, str):
+        return parse_seconds(seconds, "grace_period")
+    if isinstance(seconds, bool) or not isinstance(seconds, Real):
+        raise TypeError(f"`grace_period` must be a number of seconds or text but got {value!r}.")
+    if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError(f"`grace_period` must be nonnegative and finite but got {value}.")
+    return float(seconds)
 
 
 def parse_joules(value: float | str, name: str) -> float:
@@ -165,13 +214,23 @@ NUMBER = Unit("", parse_number, format_number, float)
 COUNT = Unit("", parse_count, format_number, int)
 
 
-def _parse(value: float | str, name: str, units: Mapping[str, float], rule: str) -> float:
+def _parse(
+    value: float | str,
+    name: str,
+    units: Mapping[str, float],
+    rule: str,
+    aliases: Mapping[str, float] | None = None,
+) -> float:
     if isinstance(value, str):
-        return _positive(_parse_text(value, name, units, rule), name, rule, value)
+        number = _parse_text(value, name, units, rule, aliases or {})
+        return _positive(number, name, rule, value)
     return _positive(value, name, rule)
 
 
-def _parse_text(text: str, name: str, units: Mapping[str, float], rule: str) -> float:
+def _parse_text(
+    text: str, name: str, units: Mapping[str, float], rule: str, aliases: Mapping[str, float]
+) -> float:
+    factors = {**units, **aliases}
     position, total = 0, 0.0
     stripped = text.strip()
     while position < len(stripped) or not stripped:
@@ -179,7 +238,7 @@ def _parse_text(text: str, name: str, units: Mapping[str, float], rule: str) -> 
         if match is None:
             raise ValueError(f"`{name}` must be {rule} but got {text!r}.")
         number, unit = match["number"], match["unit"]
-        if unit not in units:
+        if unit not in factors:
             problem = (
                 f"unknown unit {unit!r}, known are {', '.join(units)}"
                 if unit
@@ -188,7 +247,7 @@ def _parse_text(text: str, name: str, units: Mapping[str, float], rule: str) -> 
             raise ValueError(f"`{name}` must be {rule} but got {text!r}: {problem}.")
         if float(number) < 0:
             return float(number)
-        total += float(number) * units[unit]
+        total += float(number) * factors[unit]
         position = match.end()
     return total
 

@@ -204,3 +204,8 @@ def test_the_nearest_of_uncertain_strategies_fits_when_projected_itself(seed: in
     assert near.n_trials < 200 and near.search_space == strategy.search_space
     assert projected(near).fits
     assert not projected(replace(near, n_trials=near.n_trials + 1)).fits
+
+
+def test_a_notebook_shows_the_text() -> None:
+    shown = project(Strategy(2), Usage(memory="1GiB"), quota=Quota(memory="2GiB"))
+    assert shown._repr_html_() == f"<pre>{shown}</pre>"

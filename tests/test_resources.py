@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import FrozenInstanceError
+from datetime import timedelta
 import pickle
 from typing import Any
 
@@ -133,6 +134,15 @@ def test_unknown_usage_is_none_and_never_zero() -> None:
     assert usage.amounts() == {"memory": 5, "wall_time": 0}
     assert usage.get("trial_time") == 0
     assert usage.get("disk") is None
+
+
+def test_times_are_timedeltas_too() -> None:
+    hour = timedelta(hours=1)
+    assert Limits(wall_time=hour, cpu_time=hour) == Limits(wall_time="1h", cpu_time="01:00:00")
+    assert Quota(trial_time=hour, gpu_time=hour) == Quota(trial_time="1 hour", gpu_time="60m")
+    assert Usage(wall_time=hour).wall_time == 3600  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`memory` must be"):
+        Usage(memory=hour)  # type: ignore[arg-type]
 
 
 def test_usage_parses_units() -> None:

@@ -12,9 +12,13 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import create_trial, TrialState
 import pytest
 
-from optuna_quota import trial_table, Usage
+from optuna_quota import Quota, trial_table, Usage
+from optuna_quota._analysis.trial_traces import trial_traces
+from optuna_quota._footprint.observations import read_observation
+from optuna_quota._ledger.totals import read_entry
 from optuna_quota._records import Interval, record_attributes, TrialRecord
 from optuna_quota._resources import Breach
+from optuna_quota.visualization._data import finished_trials
 
 
 SPACE = {"width": IntDistribution(1, 4096, log=True), "dropout": FloatDistribution(0.0, 1.0)}
@@ -111,6 +115,31 @@ def test_a_study_of_plain_optuna_has_its_wall_time() -> None:
     assert math.isnan(table["wall_time"][1]), "a clock set back measures nothing"
     assert table["outcome"].tolist() == [None, None]
     assert table["memory"].isna().all()
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(90.0, 90.0), (0.0, None), (-5.0, None)])
+def test_all_agree_on_the_wall_time_of_a_trial_of_plain_optuna(
+    seconds: float, expected: float | None
+) -> None:
+    study = study_of(TrialRecord())
+    trial = study.trials[0]
+    assert trial.datetime_start is not None
+    trial.datetime_complete = trial.datetime_start + datetime.timedelta(seconds=seconds)
+    study = optuna.create_study()
+    study.add_trial(trial)
+    (trial,) = study.trials
+
+    (in_table,) = trial_table(study)["wall_time"].replace({math.nan: None})
+    observation = read_observation(trial)
+    found = {
+        "table": in_table,
+        "replay": trial_traces(study)[0].amounts.get("wall_time"),
+        "plots": finished_trials(study)[0].amounts.get("wall_time"),
+        "footprint": observation and observation.usage.wall_time,
+        "ledger": read_entry(trial, 0, Quota(trial_time=1)).charges.get("trial_time"),
+    }
+
+    assert found == dict.fromkeys(found, expected)
 
 
 def test_a_rejected_trial_took_no_time() -> None:

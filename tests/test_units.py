@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from hypothesis import given, strategies as st
 import numpy as np
 import pytest
@@ -19,6 +21,9 @@ from optuna_quota import _units
         ("1e3kB", 1e6),
         ("7B", 7),
         (" 3TB ", 3e12),
+        ("4G", 4e9),
+        ("4Gi", 4 * 2**30),
+        ("512 M", 512e6),
         (4096, 4096),
         (np.float32(8), 8),
         (np.int64(9), 9),
@@ -41,9 +46,16 @@ def test_sizes(text: str | float, expected: float) -> None:
         ("250ms", 0.25),
         ("1.5h", 5400),
         (12.5, 12.5),
+        ("1h30m", 5400),
+        ("2 hours", 7200),
+        ("1 day 2 hrs", 93600),
+        ("01:30:00", 5400),
+        ("100:00:00.5", 360000.5),
+        ("1-12:00:00", 129600),
+        (timedelta(hours=1, milliseconds=500), 3600.5),
     ],
 )
-def test_durations(text: str | float, expected: float) -> None:
+def test_durations(text: str | float | timedelta, expected: float) -> None:
     assert _units.parse_seconds(text, "wall_time") == expected
 
 
@@ -88,8 +100,37 @@ def test_a_value_of_the_wrong_type(value: object) -> None:
 
 
 def test_an_unknown_unit_is_named_beside_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown unit 'm', known are ms, s, min, h, d\."):
-        _units.parse_seconds("5m", "wall_time")
+    with pytest.raises(ValueError, match=r"unknown unit 'M', known are ms, s, min, h, d\."):
+        _units.parse_seconds("5M", "wall_time")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["90", "1:30", "01:60:00", "00:00:00", "-01:30:00", "1:30:00h", "2 hours 30"]
+    + [timedelta(0), timedelta(seconds=-1)],
+)
+def test_an_invalid_duration(value: str | timedelta) -> None:
+    with pytest.raises(ValueError, match="a duration in seconds or a string") as info:
+        _units.parse_seconds(value, "wall_time")
+    assert repr(value) in str(info.value)
+
+
+def test_a_timedelta_is_no_size() -> None:
+    with pytest.raises(TypeError, match="`memory` must be a size"):
+        _units.parse_bytes(timedelta(seconds=1), "memory")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0, 0), (2.5, 2.5), ("30s", 30), (timedelta(minutes=1), 60)]
+)
+def test_grace_periods(value: str | float | timedelta, expected: float) -> None:
+    assert _units.parse_grace_period(value) == expected
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), "5", timedelta(seconds=-1)])
+def test_an_invalid_grace_period(value: str | float | timedelta) -> None:
+    with pytest.raises(ValueError, match="`grace_period` must be"):
+        _units.parse_grace_period(value)
 
 
 def test_a_number_without_a_unit_in_text_says_so() -> None:

@@ -9,8 +9,9 @@ from typing import Literal, TYPE_CHECKING
 
 from optuna_quota import _records
 from optuna_quota._ledger.totals import LONGEST_GAP
+from optuna_quota._metering.breach import is_breach, quota_bound
 from optuna_quota._resources import CHARGED_RESOURCES, get_resource
-from optuna_quota._table import measured_usage
+from optuna_quota._table import usage_at_least
 
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 
 ReplayOutcome = Literal["kept", "terminated", "not run"]
-# Measured times and sums of them differ in their last digits.
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,9 @@ def trial_traces(study: Study) -> list[TrialTrace]:
     traces, dates_fit = [], True
     for trial in trials:
         record = _records.read_record(trial)
-        outcome, amounts = _records.outcome_of(trial, record), measured_usage(trial, record)
+        outcome, amounts = _records.outcome_of(trial, record), usage_at_least(trial, record)
         if outcome == "rejected":
             continue
-        if record.breach and record.breach.resource in amounts:
-            # A trial stopped before it reached the limit would have passed it.
-            name, limit = record.breach.resource, record.breach.limit
-            amounts[name] = max(amounts[name], limit)
         start = math.nan
         if trial.datetime_start and first:
             start = (trial.datetime_start - first).total_seconds()
@@ -127,7 +122,7 @@ def apply_limits(trace: TrialTrace, limits: Limits) -> TrialTrace:
     stops = {
         resource: _seconds_to(trace, resource, limit)
         for resource, limit in limits.amounts().items()
-        if trace.amounts.get(resource, 0.0) > limit
+        if is_breach(resource, trace.amounts.get(resource, 0.0), limit)
     }
     if not stops:
         return trace
@@ -138,7 +133,9 @@ def apply_limits(trace: TrialTrace, limits: Limits) -> TrialTrace:
 def _seconds_to(trace: TrialTrace, resource: str, limit: float) -> float:
     """When a trial reaches a limit: by its timeline, by even growth, or else at its end."""
     if resource == "memory" and trace.timeline:
-        over = (seconds for seconds, memory in trace.timeline if memory > limit)
+        over = (
+            seconds for seconds, memory in trace.timeline if is_breach(resource, memory, limit)
+        )
         return min(next(over, trace.seconds), trace.seconds)
     if get_resource(resource).peak:
         return trace.seconds
@@ -172,7 +169,7 @@ def apply_quota(
 
 def _under_held(trace: TrialTrace, held: Mapping[str, float]) -> TrialTrace:
     for resource, ceiling in held.items():
-        if trace.amounts.get(resource, 0.0) > ceiling:
+        if is_breach(resource, trace.amounts.get(resource, 0.0), ceiling):
             return trace.terminated(_seconds_to(trace, resource, ceiling), resource, "quota")
     return trace
 
@@ -206,7 +203,7 @@ def _clock_used_up(traces: Sequence[TrialTrace], total: float) -> float:
     for trace in traces:
         begin = until if trace.start - until <= LONGEST_GAP else trace.start
         if trace.end > begin:
-            if used + trace.end - begin > total * (1 + _ROUNDING):
+            if used + trace.end - begin > quota_bound(total):
                 return begin + total - used
             used, until = used + trace.end - begin, trace.end
     return math.inf
@@ -224,9 +221,9 @@ def _sum_used_up(amounts: Sequence[tuple[TrialTrace, float]], total: float) -> f
     used = rate = clock = 0.0
     for second, change, jump in sorted(changes):
         grown = used + rate * (second - clock)
-        if grown > total * (1 + _ROUNDING) and rate > 0:
+        if grown > quota_bound(total) and rate > 0:
             return clock + (total - used) / rate
         used, clock, rate = grown + jump, second, rate + change
-        if used > total * (1 + _ROUNDING):
+        if used > quota_bound(total):
             return second
     return math.inf

@@ -3,7 +3,7 @@
 Clock time is noisy where a machine is shared, CPU time hardly, and their ratio depends on far
 less. So ``log wall = log cpu + log(wall / cpu)``, each part a model of its own, learns from few
 trials what a model of clock time alone would need many for. A trial that was stopped bounds its
-CPU time from below, and its ratio is still a value; that holds where a time ended it.
+CPU time from below, and its ratio is still a value.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ class _ResourceData:
         columns: Shape ``(n_trials, n_columns)``.
         amounts: SI base units, shape ``(n_trials,)``; NaN where unknown.
         censored: True where the amount is a lower bound.
+        partial: True where it was used at an unknown share of the trial's course.
         maybe_censored: True where it is a peak that a stopped trial may not have reached.
         floors: Candidate floors, as shares of the smallest amount.
         noise: Logarithm of the expected variance of the noise.
@@ -133,6 +134,7 @@ class _ResourceData:
         columns: np.ndarray,
         amounts: np.ndarray,
         censored: np.ndarray,
+        partial: np.ndarray,
         maybe_censored: np.ndarray,
         *,
         floors: tuple[float, ...],
@@ -142,6 +144,7 @@ class _ResourceData:
         self.columns = columns[self.known]
         self.amounts = amounts[self.known]
         self.censored = censored[self.known]
+        self.partial = partial[self.known]
         self.maybe_censored = maybe_censored[self.known]
         self.floors = floors
         self.noise = noise
@@ -159,7 +162,8 @@ class _ResourceData:
         return cls(
             columns,
             np.array([np.nan if amount is None else amount for amount in amounts]),
-            np.array([name in each.censored for each in observations]),
+            np.array([name in each.censored | each.partial for each in observations]),
+            np.array([name in each.partial for each in observations]),
             np.array([name in each.maybe_censored for each in observations]),
             floors=_NO_FLOOR if name == _CHAINED else FLOORS,
             noise=noise,
@@ -171,25 +175,25 @@ class _ResourceData:
         observed = ~(self.censored | self.maybe_censored)
         if not self.maybe_censored.any() or np.sum(observed) < _MIN_TRIALS_TO_DECIDE:
             return self._fit(earlier, refit)
-        reached = self._reached()
+        bounds = self._with_bounded_peaks()
         if earlier is not None and not refit:
-            held = earlier.without_stopped_peaks
-            model = (reached if held else self)._fit(earlier, refit)
-            return replace(model, without_stopped_peaks=held)
-        with_them = self._fit(earlier, refit)
-        without = reached._fit(with_them, refit)
+            held = earlier.stopped_peaks_censored
+            model = (bounds if held else self)._fit(earlier, refit)
+            return replace(model, stopped_peaks_censored=held)
+        values = self._fit(earlier, refit)
+        bounded = bounds._fit(values, refit)
         # The better one predicts the trials that ran to their end better.
-        if leave_one_out_density(without) > leave_one_out_density(with_them, observed):
-            return replace(without, without_stopped_peaks=True)
-        return with_them
+        if leave_one_out_density(bounded, observed) > leave_one_out_density(values, observed):
+            return replace(bounded, stopped_peaks_censored=True)
+        return values
 
-    def _reached(self) -> _ResourceData:
-        """Return the trials without the peaks that a stopped trial may not have reached."""
-        amounts = np.where(self.maybe_censored, np.nan, self.amounts)
+    def _with_bounded_peaks(self) -> _ResourceData:
+        """Return the trials with the peaks of stopped trials as lower bounds."""
         return _ResourceData(
             self.columns,
-            amounts,
-            self.censored,
+            self.amounts,
+            self.censored | self.maybe_censored,
+            self.partial,
             self.maybe_censored,
             floors=self.floors,
             noise=self.noise,
@@ -197,13 +201,16 @@ class _ResourceData:
 
     def _fit(self, earlier: ResourceModel | None, refit: bool) -> ResourceModel:
         if earlier is not None and not refit:
-            fresh = refresh_resource(self.columns, self.amounts, self.censored, earlier)
+            fresh = refresh_resource(
+                self.columns, self.amounts, self.censored, self.partial, earlier
+            )
             if fresh is not None:
                 return fresh
         return fit_resource(
             self.columns,
             self.amounts,
             self.censored,
+            self.partial,
             start=earlier,
             floors=self.floors,
             noise=self.noise,
@@ -219,7 +226,7 @@ class _ResourceData:
         none = np.zeros(len(self.amounts), dtype=bool)
         ratios = self.amounts / base.amounts
         return _ResourceData(
-            self.columns, ratios, none, none, floors=_NO_FLOOR, noise=_RATIO_NOISE
+            self.columns, ratios, none, none, none, floors=_NO_FLOOR, noise=_RATIO_NOISE
         )
 
 

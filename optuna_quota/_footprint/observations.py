@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
@@ -13,9 +13,9 @@ from optuna_quota._records import (
     Interval,
     outcome_of,
     read_record,
-    TrialRecord,
 )
-from optuna_quota._resources import Usage, usage_from_amounts, USAGE_RESOURCES
+from optuna_quota._resources import Usage, usage_from_amounts
+from optuna_quota._table import usage_at_least
 
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ class Observation:
         distributions: Distribution of each.
         usage: What was measured.
         censored: Resources whose usage is a lower bound, because their limit stopped the trial.
-        maybe_censored: Resources whose peak a stopped trial may not have reached. Each step of a
+        partial: Resources whose usage is that at an unknown share of the trial's course, because
+            something else stopped it.
+        maybe_censored: Resources whose usage may be one: peaks of a stopped trial. Each step of a
             training mostly repeats the one before, but later steps may take more data or a larger
             model. The model's fit decides.
         projected: The footprint that was projected before it ran.
@@ -49,6 +51,7 @@ class Observation:
     usage: Usage
     censored: frozenset[str] = frozenset()
     maybe_censored: frozenset[str] = frozenset()
+    partial: frozenset[str] = frozenset()
     projected: Mapping[str, Interval] = field(default_factory=dict)
     is_complete: bool = True
 
@@ -58,7 +61,10 @@ class Observation:
         known = ((name, self.usage.get(name), each) for name, each in self.projected.items())
         return any(
             amount is not None
-            and (amount > each.upper or (amount < each.lower and name not in self.censored))
+            and (
+                amount > each.upper
+                or (amount < each.lower and name not in self.censored | self.partial)
+            )
             for name, amount, each in known
         )
 
@@ -68,48 +74,24 @@ def read_observation(trial: FrozenTrial) -> Observation | None:
     if not trial.state.is_finished():
         return None
     record = read_record(trial)
-    usage = _with_wall_time(trial, record, _at_least_limit(record))
     end = outcome_of(trial, record), record.censored_by
-    says = {name: evidence(name, *end) for name in usage.amounts()}
-    known = {name: usage.amounts()[name] for name, what in says.items() if what != "partial"}
-    if record.outcome == "rejected" or not known:
+    amounts = usage_at_least(trial, record)
+    says = {name: evidence(name, *end) for name in amounts}
+    if end[0] == "failed" and record.usage.wall_time is None:
+        # Optuna dates the end of a trial whose worker died when that was noticed.
+        amounts.pop("wall_time", None)
+    if record.outcome == "rejected" or not amounts:
         return None
     return Observation(
         params=trial.params,
         distributions=trial.distributions,
-        usage=usage_from_amounts(known),
-        censored=frozenset(name for name in known if says[name] == "lower bound"),
-        maybe_censored=frozenset(name for name in known if says[name] == "partial peak"),
+        usage=usage_from_amounts(amounts),
+        censored=frozenset(name for name in amounts if says[name] == "lower bound"),
+        partial=frozenset(name for name in amounts if says[name] == "partial"),
+        maybe_censored=frozenset(name for name in amounts if says[name] == "partial peak"),
         projected=record.footprint,
         is_complete=trial.state.name == "COMPLETE",
     )
-
-
-def _with_wall_time(trial: FrozenTrial, record: TrialRecord, usage: Usage) -> Usage:
-    """Return the usage of a trial of plain Optuna with the wall time between its datetimes.
-
-    A row made by hand (``create_trial``) starts and completes at one moment and has none.
-    """
-    duration = trial.duration
-    if record.outcome is not None or usage.wall_time is not None or duration is None:
-        return usage
-    seconds = duration.total_seconds()
-    if trial.state.name == "FAIL" or seconds <= 0:
-        return usage
-    return replace(usage, wall_time=seconds)
-
-
-def _at_least_limit(record: TrialRecord) -> Usage:
-    """Return the usage, raised to the limit of a trial that was stopped on its way there."""
-    breach, usage = record.breach, record.usage
-    if breach is None or breach.quota or breach.resource not in USAGE_RESOURCES:
-        return usage
-    # Trials that shared a process have no measurement to raise.
-    measured = usage.get(breach.resource)
-    if measured is None or measured >= breach.limit:
-        return usage
-    raised: dict[str, Any] = {breach.resource: breach.limit}
-    return replace(usage, **raised)
 
 
 def select_observations(

@@ -14,7 +14,6 @@ from optuna_quota._footprint.observations import (
     select_observations,
 )
 from optuna_quota._records import ISOLATION
-from optuna_quota._resources import usage_from_amounts
 
 
 if TYPE_CHECKING:
@@ -135,29 +134,24 @@ class Learner:
 def transferred_observations(footprint: Footprint) -> list[Observation]:
     """Return the trials of an earlier study's footprint, marked as such.
 
-    Whether peaks of its stopped trials are left out stays as its models decided.
+    Whether peaks of its stopped trials are lower bounds stays as its models decided.
     """
     from optuna.distributions import FloatDistribution
 
     contents = footprint.contents
     space = {**contents.features.distributions(), _TRANSFERRED: FloatDistribution(0.0, 1.0)}
-    left_out = {
+    settled = {
         name
         for name, model in contents.models.items()
-        if getattr(model, "without_stopped_peaks", False)
+        if getattr(model, "stopped_peaks_censored", False)
     }
     return [
         Observation(
             params={**each.params, _TRANSFERRED: 1.0},
             distributions=space,
-            usage=usage_from_amounts(
-                {
-                    name: amount
-                    for name, amount in each.usage.amounts().items()
-                    if name not in each.maybe_censored & left_out
-                }
-            ),
-            censored=each.censored,
+            usage=each.usage,
+            censored=each.censored | (each.maybe_censored & settled),
+            partial=each.partial,
         )
         for each in contents.observations
     ]

@@ -18,6 +18,7 @@ from optuna_quota._footprint.fit import leave_one_out_density
 from optuna_quota._footprint.footprint import BaseFootprint, Footprint
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.resource_model import Predictive
+from optuna_quota._metering.breach import is_breach
 from optuna_quota._records import Interval
 from optuna_quota._resources import Limits, Usage, usage_from_amounts
 
@@ -63,10 +64,12 @@ class UserFootprint(BaseFootprint):
     def breaches(
         self, points: Sequence[Mapping[str, Any]], limits: Limits
     ) -> dict[str, np.ndarray]:
-        """Return 1 at points whose usage is over a limit, else 0, by resource."""
+        """Return 1 at points whose usage breaches a limit, else 0, by resource."""
         amounts = [self._amounts(params) for params in points]
         return {
-            name: np.array([float(each.get(name, 0.0) > limit) for each in amounts])
+            name: np.array(
+                [float(is_breach(name, each.get(name, 0.0), limit)) for each in amounts]
+            )
             for name, limit in limits.amounts().items()
         }
 
@@ -248,6 +251,7 @@ def _ratio(observation: Observation, stated: UserFootprint) -> Observation | Non
         usage=usage_from_amounts(ratios),
         censored=observation.censored & ratios.keys(),
         maybe_censored=observation.maybe_censored & ratios.keys(),
+        partial=observation.partial & ratios.keys(),
         projected={},
     )
 

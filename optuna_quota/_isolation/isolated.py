@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import functools
-import math
 from typing import Any, get_args, TYPE_CHECKING
 
 from optuna_quota._isolation.launch import StartMethod
@@ -12,6 +11,7 @@ from optuna_quota._isolation.outcome import OnCrash
 from optuna_quota._isolation.run import TrialRun
 from optuna_quota._isolation.start import IsolationOptions
 from optuna_quota._resources import Limits
+from optuna_quota._units import Duration, parse_grace_period
 
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Isolated:
 
     def __call__(self, trial: BaseTrial) -> Any:
         """Run the objective on a trial in a process of its own; return what it returns."""
-        return TrialRun(self.objective, self.options, trial).run()
+        return TrialRun(lambda _: self.objective, self.options, trial).run()
 
     def __repr__(self) -> str:
         name = getattr(self.objective, "__qualname__", repr(self.objective))
@@ -38,7 +38,7 @@ class Isolated:
 def isolated(
     objective: Callable[..., Any],
     *,
-    grace_period: float = 5.0,
+    grace_period: Duration = 5.0,
     start_method: StartMethod = "forkserver",
     limits: Limits | None = None,
     predictive_stop: bool = False,
@@ -77,10 +77,10 @@ def isolated(
 
     Args:
         objective: A function, lambda, closure, bound method or any callable that takes a trial.
-        grace_period: Seconds between the polite stop and the kill. Also the time for exit handlers
-            once the objective has ended (1 to 5 s), and for a process that was stopped by SIGSTOP
-            to be continued. A trial over its memory limit that continues to grow gets none. 0
-            kills at once.
+        grace_period: Seconds between the polite stop and the kill, or a duration such as "1min".
+            Also the time for exit handlers once the objective has ended (1 to 5 s), and for a
+            process that was stopped by SIGSTOP to be continued. A trial over its memory limit that
+            continues to grow gets none. 0 kills at once.
         start_method: ``"forkserver"`` forks each trial from a server process that has loaded the
             modules (some milliseconds), ``"spawn"`` starts an interpreter for each (some hundred),
             ``"fork"`` forks this process, so that nothing needs to be pickled; it is refused once
@@ -116,8 +116,6 @@ def isolated(
     """
     if not callable(objective):
         raise TypeError(f"`objective` must be callable but got {objective!r}.")
-    if not math.isfinite(grace_period) or grace_period < 0:
-        raise ValueError(f"`grace_period` must be nonnegative and finite but got {grace_period}.")
     if start_method not in get_args(StartMethod):
         methods = ", ".join(get_args(StartMethod))
         raise ValueError(f"`start_method` must be one of {methods} but got {start_method!r}.")
@@ -128,7 +126,7 @@ def isolated(
     if isinstance(preload, str) or not all(isinstance(name, str) for name in preload):
         raise TypeError(f"`preload` must be a sequence of module names but got {preload!r}.")
     options = IsolationOptions(
-        grace_period=float(grace_period),
+        grace_period=parse_grace_period(grace_period),
         start_method=start_method,
         limits=limits,
         predictive_stop=predictive_stop,

@@ -98,6 +98,14 @@ class Server:
                 with contextlib.suppress(OSError):
                     self._control.send(messages.StopTrial(breach, grace_period))
 
+    def preempt(self, reason: str, grace_period: float) -> None:
+        """Stop the trial, which is to run again later; from any thread."""
+        self._command(messages.PreemptTrial(reason, grace_period))
+
+    def kill_soon(self) -> None:
+        """Kill the trial, which ends :meth:`serve`; from any thread."""
+        self._command(messages.KillTrial())
+
     def interrupt(self, grace_period: float) -> None:
         """Raise KeyboardInterrupt in the trial; then serve on."""
         self._command(messages.InterruptTrial(grace_period))

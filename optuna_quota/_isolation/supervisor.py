@@ -162,6 +162,8 @@ class Supervisor:
             self._stop(message.breach, message.grace_period)
         elif isinstance(message, messages.InterruptTrial):
             self._request_stop(KeyboardInterrupt(), message.grace_period, "request")
+        elif isinstance(message, messages.PreemptTrial):
+            self._request_stop(message.reason, message.grace_period, "request")
         elif isinstance(message, messages.ExitWithin):
             due = self._clock() + message.seconds
             self._deadline = due if self._deadline is None else min(due, self._deadline)
@@ -243,7 +245,10 @@ class Supervisor:
             self._request_stop(breach, grace_period, "breach")
 
     def _request_stop(
-        self, reason: Breach | KeyboardInterrupt, grace_period: float, killer: messages.Killer
+        self,
+        reason: Breach | KeyboardInterrupt | str,
+        grace_period: float,
+        killer: messages.Killer,
     ) -> None:
         """Ask the trial to stop, once, and kill it after the grace period."""
         if self._stop_requested:

@@ -21,6 +21,7 @@ from typing import Literal
 
 from optuna_quota._ledger.protocol import Claim, DEVICE, is_held, ResourceRequest, Shortage
 from optuna_quota._metering import extension_threshold
+from optuna_quota._metering.breach import quota_bound
 from optuna_quota._resources import (
     format_amount,
     get_resource,
@@ -39,8 +40,6 @@ _MIN_SHARE = 1e-3
 _MIN_HELD_SHARE = 1 / 8
 # What is held is released once the point is known, if it needs less than this part of it.
 _RELEASE_BELOW = 0.9
-# Sums of floats differ in their last bits by their order.
-_ROUNDING = 1 + 1e-9
 
 
 def _upper_bounds(amounts: Mapping[str, float], quota: Quota) -> dict[str, float]:
@@ -185,7 +184,7 @@ class Grant:
     Attributes:
         left: What it may use for now, by resource, from its start; ``extend`` may raise it.
             ``wall_time`` is the seconds until the study's clock time is used up.
-        gpu: UUID of the GPU that it was given; None if it sees all.
+        gpu: UUIDs of the GPUs that it was given, separated by commas; None if it sees all.
     """
 
     left: Mapping[str, float] = field(default_factory=dict)
@@ -232,11 +231,11 @@ def _refuse(shortage: Shortage, *, final: bool) -> Refusal:
 def refuse_never_fitting(short: Shortage) -> Refusal | None:
     """Return a refusal if waiting for others can't help, None if it may."""
     if is_held(short.resource):
-        over = short.wanted > short.quota * _ROUNDING
+        over = short.wanted > quota_bound(short.quota)
         return _refuse(short, final=False) if over else None
     # A granted trial will count; everything else that is reserved may be released.
     spent = short.used + (short.granted if short.resource == "n_trials" else 0.0)
-    over = spent + short.wanted > short.quota * _ROUNDING
+    over = spent + short.wanted > quota_bound(short.quota)
     return _refuse(short, final=True) if over else None
 
 
@@ -269,7 +268,7 @@ def refuse_exhausted(
             least = footprint.get(name, least)
         held = (granted or {}).get(name, 0.0)
         spent = used.get(name, 0.0) + (held if name == "n_trials" else 0.0)
-        if spent + least > total * _ROUNDING:
+        if spent + least > quota_bound(total):
             return _refuse(Shortage(name, least, used.get(name, 0.0), held, total), final=True)
     return None
 
@@ -295,7 +294,7 @@ def _sentence(short: Shortage) -> str:
         )
     reserved = f", {text(short.reserved)} reserved" if short.reserved > 0 else ""
     spent = f"{text(short.used)} used{reserved}"
-    if short.used + short.wanted > short.quota * _ROUNDING:
+    if short.used + short.wanted > quota_bound(short.quota):
         return f"The quota of {text(short.quota)} of {title} is used up: {spent}."
     return (
         f"The quota of {text(short.quota)} of {title} has no room for another "
@@ -312,6 +311,20 @@ def describe_serial(short: Shortage | None, quota: Quota) -> str | None:
         f"A trial may need the whole {title} quota, so trials run one at a time. "
         f"Set `Limits({short.resource}=…)` or `Strategy(n_jobs=…)` to run more at once."
     )
+
+
+def describe_resumed(quota: Quota, used: Mapping[str, float]) -> str | None:
+    """Return a log line on what a resumed study's trials have used, None before the first."""
+    n_trials = int(used.get("n_trials", 0))
+    parts = [
+        f"{format_amount(name, used.get(name, 0.0))} of {format_amount(name, total)} "
+        f"({get_resource(name).title})"
+        for name, total in quota.totals.items()
+    ]
+    if not n_trials or not parts:
+        return None
+    trials = "1 earlier trial has" if n_trials == 1 else f"{n_trials} earlier trials have"
+    return f"Resumed: {trials} used {', '.join(parts)} of the quota."
 
 
 def deadlock_warning(

@@ -22,11 +22,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from optuna_quota._ledger.reservation import Reservation
+from optuna_quota._metering.breach import quota_bound
 from optuna_quota._resources import HELD_RESOURCES
 
-
-# Sums of floats differ in their last bits by their order.
-_TOLERANCE = 1e-9
 
 # The memory of one GPU is a resource named by this prefix and the GPU's UUID.
 DEVICE = "gpu:"
@@ -147,7 +145,7 @@ def decide(
         held, lower, higher = _reserved_by_others(resource, me, others, queue=queue)
         spent, total = used.get(resource, 0.0), quota[resource]
         left = total - spent - held - lower
-        slack = _TOLERANCE * total
+        slack = quota_bound(total) - total
         shortage = Shortage(resource, request.least, spent, held + lower, total, granted=held)
         if request.least > left + slack:
             return Decision("withdraw", shortage=shortage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+import html
 import math
 import time
 from typing import Any, TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import Any, TYPE_CHECKING
 from optuna_quota import _optuna
 from optuna_quota._ledger.rows import TrialRows
 from optuna_quota._ledger.totals import QuotaTotals
+from optuna_quota._metering.breach import quota_bound
 from optuna_quota._records import read_amounts, STUDY_LIMITS, STUDY_PRICES, STUDY_QUOTA
 from optuna_quota._resources import (
     format_amount,
@@ -56,8 +58,7 @@ class LedgerLine:
     def exceeded(self) -> bool:
         """Whether more than the quota is used, or held at this moment."""
         taken = self.reserved if self.resource in HELD_RESOURCES else self.used
-        # Sums of floats: ten times 0.1 s are within 1 s.
-        return self.quota is not None and taken > self.quota * (1 + 1e-9)
+        return self.quota is not None and taken > quota_bound(self.quota)
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,9 @@ class LedgerStatus:
                 parts.append(_text_table(self._group_rows(title, groups)))
         notes = list(self._notes())
         return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def _used_resources(self, groups: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:
         known = {name for amounts in groups.values() for name in amounts}

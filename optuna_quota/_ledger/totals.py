@@ -19,6 +19,7 @@ from optuna_quota._resources import (
     TOTAL_RESOURCES,
     Usage,
 )
+from optuna_quota._table import optuna_duration
 
 
 if TYPE_CHECKING:
@@ -199,10 +200,6 @@ def read_entry(
     return Entry(trial.number, trial_id, "finished", outcome, reservation, charges, span)
 
 
-def _seconds(trial: FrozenTrial) -> float | None:
-    return None if trial.duration is None else max(0.0, trial.duration.total_seconds())
-
-
 def _charges_without_reservation(
     trial: FrozenTrial, usage: Usage, quota: Quota, *, ran_here: bool
 ) -> dict[str, float | None]:
@@ -214,10 +211,10 @@ def _charges_without_reservation(
     times from a study without a quota can't be told from one that ran here.
     """
     charges = {name: usage.get(name) for name in CHARGED_RESOURCES}
-    seconds = _seconds(trial) or 0.0
-    if charges["trial_time"] is None and seconds > 0:
+    seconds = optuna_duration(trial)
+    if charges["trial_time"] is None:
         charges["trial_time"] = seconds
-    if seconds > 0 and ran_here:
+    if seconds is not None and ran_here:
         charges["n_trials"] = 1.0
     known = {name: amount for name, amount in charges.items() if amount is not None}
     return {**known, "cost": quota.price(known)} if quota.prices else dict(known)
@@ -231,7 +228,7 @@ def _charges(
         known = [v for v in (usage.get(name), held.charged.get(name)) if v is not None]
         charges[name] = max(known) if known else held.granted.get(name)
     if charges["trial_time"] is None:
-        charges["trial_time"] = _seconds(trial)
+        charges["trial_time"] = optuna_duration(trial)
     if quota.prices:
         unknown = any(charges.get(name) is None for name in quota.prices)
         charges["cost"] = held.granted.get("cost") if unknown else quota.price(charges)
@@ -279,6 +276,7 @@ class QuotaTotals:
         self.by_outcome: dict[str, Counter[str]] = {}
         self._heartbeat = heartbeat
         self._time = WorkerTime()
+        self._unadmitted_time = IntervalUnion(gap=LONGEST_GAP)
         self._known: Counter[str] = Counter()
         self._largest: dict[str, float] = {}
 
@@ -292,6 +290,9 @@ class QuotaTotals:
         if entry.reservation is None and entry.outcome != "rejected":
             self.unadmitted.update(entry.charges)
             self.unadmitted["added"] += "n_trials" not in entry.charges
+            if entry.span is not None:
+                self._unadmitted_time.add(*entry.span)
+                self.unadmitted["wall_time"] = self._unadmitted_time.total  # type: ignore[assignment]
         by_worker = self.by_worker.setdefault(entry.worker, Counter())
         by_outcome = self.by_outcome.setdefault(entry.outcome, Counter())
         for name, amount in entry.charges.items():

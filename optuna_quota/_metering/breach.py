@@ -1,9 +1,12 @@
 """Decides whether usage breaches a limit, and whether a breach waits for a larger grant. No I/O.
 
-Metering, the supervisor of an isolated trial, the analysis of its exit and forecasts all use
-:func:`is_breach`. What a trial was granted of a quota is a promise: only a refusal that answers a
-request made while the trial was already over its share ends it, because others may have returned
-theirs since an earlier refusal. Until then its own limit and the whole quota bound it.
+All that judges one trial uses :func:`is_breach`: metering, the supervisor of an isolated trial,
+the analysis of its exit, forecasts, footprints given by the user and replays. All that judges sums
+over trials uses :func:`quota_bound`.
+
+What a trial was granted of a quota is a promise: only a refusal that answers a request made while
+the trial was already over its share ends it, because others may have returned theirs since an
+earlier refusal. Until then its own limit and the whole quota bound it.
 """
 
 from __future__ import annotations
@@ -59,6 +62,14 @@ def is_breach(resource: str, amount: float, limit: float) -> bool:
     if resource == "cpu_cores":
         return amount > limit * CORES_SLACK
     return amount > limit if get_resource(resource).peak else amount >= limit
+
+
+def quota_bound(quota: float) -> float:
+    """Return what sums over trials may come to without exceeding a quota.
+
+    They may equal it, and sums of floats differ in their last digits: 200 times 0.1 s fit in 20 s.
+    """
+    return quota * (1 + 1e-9)
 
 
 def find_breaches(

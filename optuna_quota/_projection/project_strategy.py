@@ -11,8 +11,9 @@ import numpy as np
 
 from optuna_quota._footprint.search_space import narrow
 from optuna_quota._footprint.user_given import as_footprint
+from optuna_quota._metering.breach import quota_bound
 from optuna_quota._projection.projection import ProjectedResource, Projection
-from optuna_quota._projection.simulation import Plan, Simulation, TOLERANCE, unit_points
+from optuna_quota._projection.simulation import Plan, Simulation, unit_points
 from optuna_quota._resources import Limits, Quota, Strategy
 
 
@@ -82,7 +83,7 @@ def project_end(
     rows = []
     for name in dict.fromkeys([*used, *amounts]):
         final, ceiling = used.get(name, 0.0), amounts.get(name)
-        fits = None if ceiling is None else float(final <= ceiling * TOLERANCE)
+        fits = None if ceiling is None else float(final <= quota_bound(ceiling))
         rows.append(ProjectedResource(name, final, final, final, final, ceiling, fits))
     probability = min((row.probability for row in rows if row.probability is not None), default=1)
     return Projection(strategy, tuple(rows), float(probability), confidence)

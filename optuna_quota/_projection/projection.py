@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+import html
 import math
 from typing import Any, TYPE_CHECKING
 
@@ -120,6 +121,9 @@ class Projection:
         if not self.fits:
             lines.append(describe_nearest(self))
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def describe_strategy(strategy: Strategy) -> str:

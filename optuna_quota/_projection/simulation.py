@@ -11,6 +11,7 @@ import numpy as np
 
 from optuna_quota._footprint.footprint import BaseFootprint
 from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
+from optuna_quota._metering.breach import quota_bound
 from optuna_quota._projection.projection import ProjectedResource, Projection
 from optuna_quota._resources import (
     get_resource,
@@ -27,8 +28,6 @@ _POOL_SIZE = 256
 # Longer strategies are simulated with this many trials, and their totals scaled.
 _MAX_TRIALS = 4000
 _MAX_CELLS = 2_000_000
-# For sums of floats: 200 times 0.1 s must fit into 20 s.
-TOLERANCE = 1 + 1e-9
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ class Simulation:
             return ProjectedResource(name, used, math.nan, math.nan, math.nan, quota, None)
         final = self.cumulative[name][:, -1]
         low, middle, high = np.quantile(final, [1 - confidence, 0.5, confidence])
-        fits = None if quota is None else float((final <= quota * TOLERANCE).mean())
+        fits = None if quota is None else float((final <= quota_bound(quota)).mean())
         return ProjectedResource(name, used, float(low), float(middle), float(high), quota, fits)
 
     def fits_after(self) -> np.ndarray:
@@ -211,7 +210,7 @@ class Simulation:
         fits = np.ones(next(iter(self.cumulative.values())).shape, dtype=bool)
         for name, quota in self.plan.quota.amounts().items():
             if name in self.cumulative:
-                fits &= self.cumulative[name] <= quota * TOLERANCE
+                fits &= self.cumulative[name] <= quota_bound(quota)
         return fits
 
     def max_trials(self, confidence: float) -> int:

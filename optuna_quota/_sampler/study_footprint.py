@@ -105,6 +105,10 @@ class StudyFootprint:
             _logger.warning(f"The stated footprint could not be corrected: {fault!r}.")
             return None
 
+    def has_learned(self, trials: Sequence[FrozenTrial]) -> bool:
+        """Return whether all trials of the study together show what the next ones will use."""
+        return self._learn(trials) is not None and self._has_enough()
+
     def is_complete(self, params: Mapping[str, Any]) -> bool:
         """Return whether the stated footprint can be computed from these parameters."""
         if self._calibrator is None:

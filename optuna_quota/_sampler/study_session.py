@@ -18,12 +18,13 @@ from optuna_quota._enforcement.constraints import constraints_warning
 from optuna_quota._enforcement.interrupt import Interrupter
 from optuna_quota._enforcement.nesting import quota_pruners
 from optuna_quota._enforcement.trial_result import record_rejection, record_result
-from optuna_quota._ledger import gpus_here, Grant, Ledger, Refusal
+from optuna_quota._ledger import check_gpus_per_trial, gpus_here, Grant, Ledger, Refusal
 from optuna_quota._metering import Meter, Verdict
 from optuna_quota._records import read_record
 from optuna_quota._resources import Limits, Quota, Usage
 from optuna_quota._sampler.candidates import CandidateFilter
 from optuna_quota._sampler.study_projection import QuotaWarning
+from optuna_quota._sampler.study_settings import store_study_settings
 from optuna_quota.exceptions import QuotaExhausted, TrialRejected
 
 
@@ -45,7 +46,7 @@ class StudySession:
         ledger: What the study has used and reserved, across workers.
         candidates: Filters its points.
         warning: Warns when the quota is likely to run out.
-        decided: Whether the study as a whole was admitted.
+        decided: Whether the study as a whole was admitted; None before the first trial here.
     """
 
     def __init__(
@@ -56,13 +57,16 @@ class StudySession:
         *,
         lease: float,
         stops: bool,
-        one_gpu: bool,
+        gpus_per_trial: int | None,
         metering: bool,
     ) -> None:
-        self.ledger = Ledger(study, quota, lease=lease, gpus=gpus_here() if one_gpu else ())
+        gpus = () if gpus_per_trial is None else gpus_here()
+        count = gpus_per_trial or 1
+        check_gpus_per_trial(gpus, count)
+        self.ledger = Ledger(study, quota, lease=lease, gpus=gpus, gpus_per_trial=count)
         self.candidates = candidates
         self.warning = QuotaWarning()
-        self.decided = False
+        self.decided: bool | None = None
         self._quota = quota
         self._stops = stops
         self._metering = metering
@@ -70,7 +74,24 @@ class StudySession:
         self._interrupters: dict[int, Interrupter] = {}
         self._lock = threading.Lock()
         self._logged: set[str] = set()
+        self._sharing = threading.Lock()
         self._has_garbage = False
+        # The limits that are the study's and this worker's alike; None while they differ.
+        self._shared_limits: Limits | None = None
+
+    def share_settings(self, study: Study, limits: Limits) -> None:
+        """Make the quota and these limits the study's, as soon as no other worker runs."""
+        with self._sharing:
+            if self._shared_limits == limits:
+                return
+            shared = store_study_settings(
+                study, self._quota, limits, warn="settings" not in self._logged
+            )
+            self._shared_limits = limits if shared else None
+            if not shared:
+                self._logged.add("settings")
+        if shared:
+            self.ledger.set_bounds(limits)
 
     def is_refused(self, trial: FrozenTrial) -> bool:
         """Return whether a trial was refused for the quota."""

@@ -10,7 +10,12 @@ import numpy as np
 
 from optuna_quota._resources import format_amount, get_resource
 from optuna_quota._utilization.design import Column, Product
-from optuna_quota._utilization.fit import Derivatives, derivatives_at, leverage
+from optuna_quota._utilization.fit import (
+    Derivatives,
+    derivatives_at,
+    leverage,
+    without_numeric_warnings,
+)
 from optuna_quota._utilization.selection import Selected
 
 
@@ -210,7 +215,8 @@ def _curvature(jacobian: Array, mean: Array, residuals: Array) -> Iterator[str]:
     if not np.linalg.norm(left) > 1e-6 * np.linalg.norm(squared):
         return
     exog = np.column_stack([jacobian, left / np.linalg.norm(left)])
-    results = sm.OLS(residuals, exog).fit(cov_type="HC3", use_t=True)
+    with without_numeric_warnings():
+        results = sm.OLS(residuals, exog).fit(cov_type="HC3", use_t=True)
     p_value = float(results.pvalues[-1])
     if p_value < _SIGNIFICANCE:
         side = "more" if results.params[-1] > 0 else "less"

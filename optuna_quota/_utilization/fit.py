@@ -19,9 +19,12 @@ as many lines, because of the bound on σ.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 import math
 from typing import TYPE_CHECKING
+import warnings
 
 import numpy as np
 
@@ -138,6 +141,17 @@ class Derivatives:
     mean: Array
     jacobian: Array
     weight: Array
+
+
+@contextmanager
+def without_numeric_warnings() -> Iterator[None]:
+    """Keep statsmodels' and numpy's warnings from the user, who can't act on them.
+
+    What they are about, such as terms that can hardly be told apart, is said by the diagnostics.
+    """
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def mean_and_jacobian(theta: Array, x: Array, has_floor: bool) -> tuple[Array, Array]:

@@ -29,6 +29,7 @@ from optuna_quota._utilization.fit import (
     mean_and_jacobian,
     robust_covariance,
     Sample,
+    without_numeric_warnings,
 )
 from optuna_quota._utilization.selection import MIN_OBSERVED, select, Selected
 
@@ -301,7 +302,8 @@ def _regression_results(fit: Fit, sample: Sample, names: list[str]) -> Any:
         weights=1 / fit.scale(at_fit.jacobian) ** 2,
         hasconst=True,
     )
-    return model.fit(cov_type="HC3", use_t=True)
+    with without_numeric_warnings():
+        return model.fit(cov_type="HC3", use_t=True)
 
 
 def _likelihood_results(fit: Fit, sample: Sample, names: list[str]) -> Any:

@@ -12,7 +12,7 @@ import warnings
 
 from optuna_quota._version import __version__
 from optuna_quota.cli import doctor, project, replay, report, status
-from optuna_quota.cli.arguments import FAILED, INTERRUPTED, OK, USAGE, UsageError
+from optuna_quota.cli.arguments import FAILED, INTERRUPTED, OK, suggestion, USAGE, UsageError
 from optuna_quota.cli.output import harmless
 
 
@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A character that the terminal's encoding lacks becomes a question mark, not an error.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    _check_command(parser, sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(arguments)
     if options.debug:
         return _run(options)
     try:
@@ -70,6 +72,16 @@ def build_parser() -> argparse.ArgumentParser:
     for command in _COMMANDS:
         command.add_parser(commands)
     return parser
+
+
+def _check_command(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Exit with the command that was probably meant if an unknown one is given."""
+    names = [command.__name__.rpartition(".")[2] for command in _COMMANDS]
+    given = next((each for each in arguments if not each.startswith("-")), None)
+    if given is not None and given not in names:
+        meant = suggestion(given.lower(), names)
+        hint = f"did you mean {meant}?" if meant else f"valid commands are {', '.join(names)}."
+        parser.error(f"unknown command {given!r}; {hint}")
 
 
 def _run(options: argparse.Namespace) -> int:

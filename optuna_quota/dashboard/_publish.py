@@ -18,7 +18,7 @@ from optuna_quota.visualization._burn_down import _get_burn_down_info, burn_down
 from optuna_quota.visualization._data import (
     FinishedTrial,
     limits_of,
-    measured_resources,
+    main_resource,
     report_data,
     ReportData,
 )
@@ -128,8 +128,7 @@ def _note_trial(
 
 
 def _plots(data: ReportData) -> dict[str, go.Figure]:
-    resources = measured_resources(data.trials)
-    main = resources[0] if resources else "memory"
+    main = main_resource(data.trials)
     quality = next((f for f in quality_cost_figures(data).values() if f.data), None)
     budget = burn_down_figure(_get_burn_down_info(data.study, data.trials))
     if not budget.data:

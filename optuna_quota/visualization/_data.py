@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import math
@@ -107,6 +108,13 @@ def measured_resources(trials: Sequence[FinishedTrial]) -> list[str]:
     found = {name for trial in trials for name, value in trial.amounts.items() if value > 0}
     known = [name for name in USAGE_RESOURCES if name in found]
     return known + sorted(found.difference(known))
+
+
+def main_resource(trials: Sequence[FinishedTrial]) -> str:
+    """Return the measured resource that ended most trials, or else the first one."""
+    measured = measured_resources(trials) or ["memory"]
+    breaches = Counter(trial.record.breach.resource for trial in trials if trial.record.breach)
+    return max(measured, key=lambda name: breaches[name])
 
 
 def by_outcome(trials: Sequence[FinishedTrial]) -> dict[str, list[FinishedTrial]]:

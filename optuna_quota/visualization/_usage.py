@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import statistics
 from typing import NamedTuple, TYPE_CHECKING
 
+from optuna_quota._metering.breach import is_breach
 from optuna_quota._records import Interval
 from optuna_quota._resources import format_amount
 from optuna_quota.visualization import _plotly, _theme
@@ -119,7 +120,7 @@ def _finding(info: _UsageInfo) -> str:
         median = format_amount(info.resource, statistics.median_high(ran))
         parts.append(f"median {median}, maximum {format_amount(info.resource, max(ran))}")
         if info.limit is not None:
-            over = sum(amount > info.limit for amount in ran)
+            over = sum(is_breach(info.resource, amount, info.limit) for amount in ran)
             parts.append(f"{over} of {len(ran)} over the limit")
     unknown = info.n_trials - len(info.uses)
     if unknown:

@@ -48,6 +48,14 @@ def test_a_memory_limit_terminates_trials_over_it() -> None:
     assert "trial 2 (2)" in text and "1 by memory (limit)" in text
 
 
+def test_a_peak_may_equal_its_limit_and_a_total_that_reaches_it_is_used_up() -> None:
+    study = study_of(trial(memory=4e9, wall_time=20.0), trial(memory=1e9, wall_time=19.0))
+
+    assert replay(study, limits=Limits(memory=4e9)).terminated == []
+    assert replay(study, quota=Quota(memory=4e9)).terminated == []
+    assert replay(study, limits=Limits(wall_time=20)).terminated == [0]
+
+
 def test_a_memory_limit_saves_nothing_without_a_timeline() -> None:
     report = replay(study_of(trial(memory=5e9, wall_time=20.0)), limits=Limits(memory="4GB"))
 

@@ -32,6 +32,11 @@ def limits(*texts: str) -> Limits:
             lambda: quota(["cost=10"], ["cpu_time=0.05"]),
             Quota(cost=10, prices={"cpu_time": 0.05}),
         ),
+        (lambda: quota(["memory=4G", "wall_time=01:30:00"]), Quota(memory=4e9, wall_time=5400)),
+        (
+            lambda: limits("wall_time=2 hours", "cpu_time=1h30m"),
+            Limits(wall_time=7200, cpu_time=5400),
+        ),
         (lambda: quota([]), Quota()),
         (
             lambda: limits("memory=2GiB", "cpu_cores=1.5"),

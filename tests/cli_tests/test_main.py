@@ -69,6 +69,20 @@ def test_help_explains_every_json_key(
     assert keys and set(keys) == set(printed)
 
 
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("reprot", "unknown command 'reprot'; did you mean report?"),
+        ("Status", "unknown command 'Status'; did you mean status?"),
+        ("nonsense", "valid commands are project, report, replay, status, doctor."),
+    ],
+)
+def test_an_unknown_command_is_answered_with_the_one_meant(
+    given: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hint in run_command(capsys, "--debug", given).err
+
+
 @pytest.mark.parametrize("arguments", [(), ("nonsense",), ("doctor", "--nonsense")])
 def test_invalid_arguments_have_status_2(
     arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]

@@ -177,6 +177,19 @@ def test_plots_stay_small_on_many_trials() -> None:
     assert len(notes) == 100
 
 
+@pytest.mark.parametrize("ended_by", ["memory", "wall_time"])
+def test_plots_are_of_the_resource_that_ended_most_trials(ended_by: str) -> None:
+    study = empty_study(limits=Limits(memory="1GiB", wall_time="10s"))
+    other = {"memory": "wall_time", "wall_time": "memory"}[ended_by]
+    for resource in [ended_by, other, ended_by]:
+        breach = Breach(resource, 10.0, 11.0, 5.0)
+        usage = Usage(memory=2**29, wall_time=8.0)
+        add_row(study, TrialRecord(usage=usage, outcome="terminated", breach=breach))
+    publish_plain(study)
+    titles = plots(study)["optuna_quota.usage"]["layout"]["title"]["text"]
+    assert ("Memory" if ended_by == "memory" else "Wall time") in titles
+
+
 @pytest.mark.parametrize("n_trials", [0, 1])
 def test_studies_with_few_trials_are_published(n_trials: int) -> None:
     study = made_study(n_trials) if n_trials else empty_study()

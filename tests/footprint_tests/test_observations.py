@@ -33,8 +33,10 @@ def test_a_trial_of_plain_optuna_has_its_wall_time() -> None:
     assert not row.censored
 
 
-def test_the_time_of_a_pruned_trial_of_plain_optuna_is_no_observation() -> None:
-    assert read_observation(plain_trial(3.0, TrialState.PRUNED)) is None
+def test_the_time_of_a_pruned_trial_of_plain_optuna_is_partial() -> None:
+    row = read_observation(plain_trial(3.0, TrialState.PRUNED))
+    assert row is not None
+    assert row.partial == {"wall_time"} and not row.censored
 
 
 @pytest.mark.parametrize(
@@ -61,37 +63,32 @@ def breach(resource: str, limit: float, **more: Any) -> dict[str, Any]:
     return {"quota:outcome": "terminated", "quota:breach": found}
 
 
+TIMES = frozenset({"wall_time", "cpu_time"})
+
+
 @pytest.mark.parametrize(
-    ("state", "attrs", "known", "censored"),
+    ("state", "attrs", "censored", "partial"),
     [
-        (TrialState.COMPLETE, {}, {"memory", "wall_time", "cpu_time"}, set()),
-        (TrialState.PRUNED, {"quota:outcome": "pruned"}, {"memory"}, set()),
-        (TrialState.PRUNED, breach("memory", 9e8), {"memory"}, {"memory"}),
-        (
-            TrialState.PRUNED,
-            breach("wall_time", 5.0),
-            {"memory", "wall_time", "cpu_time"},
-            {"wall_time", "cpu_time"},
-        ),
+        (TrialState.COMPLETE, {}, frozenset(), frozenset()),
+        (TrialState.PRUNED, {"quota:outcome": "pruned"}, frozenset(), TIMES),
+        (TrialState.PRUNED, breach("memory", 9e8), {"memory"}, TIMES),
+        (TrialState.PRUNED, breach("wall_time", 5.0), TIMES, frozenset()),
+        (TrialState.FAIL, {"quota:outcome": "failed"}, frozenset(), TIMES | {"memory"}),
     ],
 )
-def test_usage_of_a_stopped_trial_is_a_lower_bound_or_unknown(
-    state: TrialState, attrs: dict[str, Any], known: set[str], censored: set[str]
+def test_usage_of_a_stopped_trial_is_a_lower_bound_or_partial(
+    state: TrialState, attrs: dict[str, Any], censored: frozenset[str], partial: frozenset[str]
 ) -> None:
     row = row_of(state, attrs)
     assert row is not None
-    assert row.usage.amounts().keys() == known
-    assert row.censored == censored
-
-
-def test_a_failed_trial_is_no_observation() -> None:
-    assert row_of(TrialState.FAIL, {"quota:outcome": "failed"}) is None
+    assert (row.censored, row.partial) == (censored, partial)
 
 
 def test_a_predicted_breach_counts_as_the_limit() -> None:
     row = row_of(TrialState.PRUNED, breach("memory", 3e9, forecast=True))
     assert row is not None
     assert row.usage.memory == 3e9
+    assert row.usage.wall_time == 5.0
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,16 @@ def corrected(function: Any) -> CalibratedFootprint:
     return FootprintCalibrator(UserFootprint(function)).calibrate(Footprint.fit(ROWS), ROWS)
 
 
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [(Limits(memory=4e9), 0), (Limits(memory=4e9 - 1), 1), (Limits(wall_time=20), 1)],
+)
+def test_a_peak_may_equal_its_limit_and_a_total_that_reaches_it_is_used_up(
+    limits: Limits, expected: float
+) -> None:
+    assert UserFootprint(Usage(memory=4e9, wall_time=20)).probability({}, limits) == expected
+
+
 def test_a_constant_factor_is_calibrated_everywhere() -> None:
     expected = truth(LARGE)
     found = corrected(a_third).intervals(LARGE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 import functools
 import os
 from pathlib import Path
@@ -80,8 +81,9 @@ def test_a_trial_does_all_that_a_trial_does() -> None:
         assert trial.params["x"] == x and set(trial.distributions) == {"x", "n", "c"}
         trial.set_user_attr("note", {"a": [1, 2]})
         assert trial.user_attrs["note"] == {"a": [1, 2]}
-        trial.set_constraint("room", -1.0)
-        assert trial.constraints == {"room": -1.0}
+        if hasattr(optuna.Trial, "set_constraint"):  # Optuna 4 has none.
+            trial.set_constraint("room", -1.0)
+            assert trial.constraints == {"room": -1.0}
         for step in range(3):
             trial.report(x + step, step)
             assert not trial.should_prune()
@@ -100,7 +102,8 @@ def test_a_trial_does_all_that_a_trial_does() -> None:
     assert trial.intermediate_values.keys() == {0, 1, 2}
     assert trial.user_attrs["note"] == {"a": [1, 2]}
     assert trial.system_attrs["ours:key"] == 5
-    assert trial.constraints == {"room": -1.0}
+    if hasattr(optuna.Trial, "set_constraint"):
+        assert trial.constraints == {"room": -1.0}
     assert study.user_attrs["seen"] is True
 
 
@@ -297,6 +300,8 @@ def test_limits_that_disagree_are_an_error() -> None:
     [
         ({"grace_period": -1}, ValueError),
         ({"grace_period": float("nan")}, ValueError),
+        ({"grace_period": "5"}, ValueError),
+        ({"grace_period": None}, TypeError),
         ({"start_method": "threads"}, ValueError),
         ({"limits": {"memory": 1}}, TypeError),
     ],
@@ -306,6 +311,11 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception]) -> N
         isolated(quadratic, **arguments)
     with pytest.raises(TypeError):
         isolated(5)  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_a_grace_period_has_a_unit_or_is_a_timedelta() -> None:
+    assert isolated(quadratic, grace_period="1m").options.grace_period == 60
+    assert isolated(quadratic, grace_period=timedelta(seconds=2)).options.grace_period == 2
 
 
 def test_an_objective_that_cannot_be_pickled_says_so() -> None:

@@ -123,3 +123,10 @@ def test_unknown_usage_is_said_and_counts_with_the_limit() -> None:
 
 def test_waiting_trials_are_counted() -> None:
     assert "wait" in str(LedgerStatus((LedgerLine("n_trials", 0, 0, None),), waiting=2))
+
+
+def test_a_notebook_shows_the_tables_as_text() -> None:
+    study = optuna.create_study()
+    study.set_user_attr("quota:quota", {"n_trials": 5})
+    found = status(study)
+    assert found._repr_html_() == f"<pre>{found}</pre>"

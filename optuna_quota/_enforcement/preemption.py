@@ -1,0 +1,192 @@
+"""Preemption: trials that have to end now are stored as failed and enqueued again.
+
+It is requested for a study when its worker gets a signal, and for a trial when a deadline is near.
+In process, a trial learns of it in ``should_prune`` or ``check``; an isolated one is stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import contextlib
+import functools
+import logging
+import os
+import socket
+import threading
+from typing import Any, TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from optuna.trial import TrialState
+
+from optuna_quota import _optuna
+from optuna_quota._enforcement.trial_result import read_row, save_record
+from optuna_quota._metering import key_of, metering_loop, Verdict
+from optuna_quota._optuna import TellResult
+from optuna_quota._records import PREFIX, RETRY_OF, TrialRecord
+from optuna_quota._storage_retry import is_transient, retry
+from optuna_quota.exceptions import TrialPreempted
+
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.study import Study
+    from optuna.trial import BaseTrial, FrozenTrial
+
+
+_logger = logging.getLogger("optuna.quota.preemption")
+
+
+class Preemption:
+    """What ends the running trials of one study in this process.
+
+    Attributes:
+        reason: Why all of them have to end, one sentence; None while they need not.
+        requeue: Whether they are enqueued again.
+        signals: The signals that ask for it, which may reach the processes of the trials too.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.requeue = True
+        self.signals: tuple[int, ...] = ()
+        self._reasons: dict[int, str] = {}
+        self._stops: dict[int, Callable[[str], None]] = {}
+        self._kills: dict[int, Callable[[], None]] = {}
+        self._lock = threading.Lock()
+
+    def reason_of(self, trial_id: int) -> str | None:
+        """Return why a trial has to end, None while it need not."""
+        return self.reason or self._reasons.get(trial_id)
+
+    def request(self, reason: str, trial_id: int | None = None) -> None:
+        """Stop a trial politely, or all trials; not to be called from a signal handler."""
+        with self._lock:
+            if trial_id is None:
+                self.reason = self.reason or reason
+                stops = list(self._stops.values())
+            else:
+                self._reasons.setdefault(trial_id, reason)
+                stops = [stop for number, stop in self._stops.items() if number == trial_id]
+        for stop in stops:
+            stop(reason)
+
+    def kill(self) -> None:
+        """Kill the isolated trials that have not ended yet."""
+        with self._lock:
+            kills = list(self._kills.values())
+        for kill in kills:
+            kill()
+
+    @contextlib.contextmanager
+    def handled_by(
+        self, trial_id: int, stop: Callable[[str], None], kill: Callable[[], None]
+    ) -> Iterator[None]:
+        """Call these, from any thread, to stop a trial within the block and to kill it."""
+        with self._lock:
+            self._stops[trial_id], self._kills[trial_id] = stop, kill
+        reason = self.reason_of(trial_id)
+        if reason is not None:
+            stop(reason)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._stops.pop(trial_id, None)
+                self._kills.pop(trial_id, None)
+
+    def forget(self, trial_id: int) -> None:
+        """Drop what was requested for a trial that has ended."""
+        self._reasons.pop(trial_id, None)
+
+
+_preemptions: WeakKeyDictionary[BaseStorage, dict[int, Preemption]] = WeakKeyDictionary()
+
+
+def preemption_of(study: Study) -> Preemption:
+    """Return what ends the trials of a study in this process."""
+    studies = _preemptions.setdefault(_optuna.storage_of(study), {})
+    return studies.setdefault(_optuna.study_id_of(study), Preemption())
+
+
+if hasattr(os, "register_at_fork"):
+    # The trials are the parent's, and its locks may have been held at the fork.
+    os.register_at_fork(after_in_child=_preemptions.clear)
+
+
+def find_preemption(study: Study, trial: BaseTrial | FrozenTrial) -> TrialPreempted | None:
+    """Return the error that ends a running trial which has to run again, None for any other.
+
+    The trial is stored as failed and enqueued again when its objective has raised.
+    """
+    study = _optuna.unwrap_study(study)
+    trial_id = _optuna.trial_id_of(trial)
+    reason = preemption_of(study).reason_of(trial_id)
+    if reason is None:
+        return None
+    monitor = metering_loop().find(key_of(study, trial))
+    if monitor is None or monitor.breach is None:
+        end_as_preempted(study, trial_id, reason)
+        if monitor is not None and monitor.verdict is None:
+            monitor.verdict = Verdict("preempted", reason)
+    return TrialPreempted(reason)
+
+
+def end_as_preempted(study: Study, trial_id: int, reason: str) -> None:
+    """Have a trial stored as failed and enqueued again when it is told, unless it has a value."""
+    _optuna.replace_tell(
+        study, trial_id, functools.partial(_tell_preempted, study, trial_id, reason)
+    )
+
+
+def _tell_preempted(
+    study: Study,
+    trial_id: int,
+    reason: str,
+    tell: Callable[[Any, TrialState | None], TellResult],
+    value: Any,
+    state: TrialState | None,
+) -> TellResult:
+    """End a preempted trial in the place of ``tell``; ``optimize`` goes on to its end."""
+    preemption, storage = preemption_of(study), _optuna.storage_of(study)
+    preemption.forget(trial_id)
+    row = retry(lambda: storage.get_trial(trial_id))
+    if row.state.is_finished():
+        # Whatever finished it has enqueued it, if it is to run again.
+        return TrialState.PRUNED, None, None
+    if state is not None:
+        record = TrialRecord(outcome="preempted", reason=reason, host=socket.gethostname())
+        save_record(study, row, record)
+        value, state = None, TrialState.FAIL
+    try:
+        result = tell(value, state)
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        # Its usage is in the row already.
+        retry(lambda: _optuna.finish_row(storage, trial_id, TrialState.FAIL))
+        result = TrialState.FAIL, None, reason
+    if result[0] != TrialState.FAIL:
+        return result
+    if preemption.requeue:
+        _enqueue_again(study, read_row(study, row))
+    if state is None or isinstance(_optuna.objective_error(), KeyboardInterrupt):
+        return result
+    # For a failed trial, `optimize` would raise what its objective raised.
+    return TrialState.PRUNED, None, None
+
+
+def _enqueue_again(study: Study, row: FrozenTrial) -> None:
+    """Enqueue a preempted trial again, once; one without parameters would be any trial."""
+    if not (row.params or _optuna.fixed_params_of(row)):
+        return
+    kept = {k: v for k, v in row.user_attrs.items() if not k.startswith(PREFIX)}
+    kept[RETRY_OF] = row.number
+
+    def enqueue() -> None:
+        # The attempt before may have been stored although its answer was lost.
+        trials = study.get_trials(deepcopy=False)
+        if not any(trial.user_attrs.get(RETRY_OF) == row.number for trial in trials):
+            _optuna.enqueue_retry(study, row, kept)
+
+    retry(enqueue)
+    _logger.info(f"Trial {row.number} was preempted and is enqueued again.")
