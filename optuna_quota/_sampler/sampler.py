@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import logging
 import threading
-from typing import Any, cast, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import TrialState
@@ -13,7 +14,7 @@ from optuna.trial import TrialState
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import resolve_cores
 from optuna_quota._enforcement.constraints import uniform_constraints
-from optuna_quota._enforcement.nesting import samplers_requiring_uniform_constraints
+from optuna_quota._enforcement.nesting import find_nested
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
 from optuna_quota._enforcement.trial_result import read_row, record_ignored_rejection
 from optuna_quota._footprint.user_given import as_footprint
@@ -176,7 +177,8 @@ class QuotaSampler(BaseSampler):
         self._projection = StudyProjection(
             strategy, self._options.footprint, self.base_sampler, quota, confidence
         )
-        self._requiring_uniform = samplers_requiring_uniform_constraints(self.base_sampler)
+        self._nested: list[Any] = find_nested(self.base_sampler, BaseSampler)
+        self._demanding = [s for s in self._nested if _optuna.demands_uniform_constraints(s)]
         self._sessions = StudySessions()
         self._lock = threading.Lock()
         self._projection.admit(self.limits or Limits())
@@ -267,8 +269,8 @@ class QuotaSampler(BaseSampler):
         """Sample a point as the base sampler does, and replace it when it is not admitted."""
         with fail_unfinished_trial(study, trial):
             session = self._session(_optuna.unwrap_study(study))
-            seen = self._with_uniform_constraints(study, len(search_space))
-            drawn = session.candidates.sample_relative(seen, trial, search_space)
+            with self._learning_constraints(study, len(search_space)) as seen:
+                drawn = session.candidates.sample_relative(seen, trial, search_space)
             session.promise(trial, drawn)
             return drawn
 
@@ -282,9 +284,10 @@ class QuotaSampler(BaseSampler):
         """Sample a parameter as the base sampler does, again when the point is not admitted."""
         with fail_unfinished_trial(study, trial):
             session = self._session(_optuna.unwrap_study(study))
-            value = session.candidates.sample_independent(
-                study, trial, param_name, param_distribution
-            )
+            with self._learning_constraints(study) as seen:
+                value = session.candidates.sample_independent(
+                    seen, trial, param_name, param_distribution
+                )
             session.promise(trial, {param_name: value})
             return value
 
@@ -365,20 +368,30 @@ class QuotaSampler(BaseSampler):
         except Exception as fault:  # noqa: BLE001 - any backend's own
             _logger.warning(f"Trial {trial.number} could not be settled: {fault!r}.")
 
-    def _with_uniform_constraints(self, study: Study, n_params: int) -> Study:
-        """Return the study with uniform constraints where the sampler requires them."""
-        if not self._requiring_uniform:
-            return study
-        limits = limits_in_force(_optuna.unwrap_study(study), self.limits)
+    def _learning_constraints(
+        self, study: Study, n_params: int = 0
+    ) -> contextlib.AbstractContextManager[Study]:
+        """Return the study as the base sampler is to see it: with the constraints it needs.
+
+        Args:
+            study: The study, or a view of it.
+            n_params: Size of the relative search space; 0 to sample one parameter.
+        """
+
+        def limits() -> Limits:
+            return limits_in_force(_optuna.unwrap_study(study), self.limits)
 
         def constrain(trials: Sequence[FrozenTrial]) -> Sequence[Mapping[str, float]]:
-            found = uniform_constraints(trials, limits)
+            found = uniform_constraints(trials, limits())
             n_constraints = len(found[0]) if found else 0
-            for sampler in self._requiring_uniform:
+            for sampler in self._demanding:
                 _optuna.forget_constraint_models(sampler, n_constraints, n_params)
             return found
 
-        return cast("Study", _optuna.ConstrainedStudy(study, constrain))
+        uniform = constrain if self._demanding and n_params else None
+        return _optuna.learn_constraints(
+            study, self._nested, uniform, limited=lambda: bool(limits())
+        )
 
     def _session(self, study: Study) -> StudySession:
         with self._lock:
