@@ -264,16 +264,30 @@ TellReplacement = Callable[
     [Callable[[Any, "TrialState | None"], TellResult], Any, "TrialState | None"], TellResult
 ]
 _replacements: dict[tuple[int, int], TellReplacement] = {}
+_tolerant: set[tuple[int, int]] = set()
 _original_tell = _tell._tell_with_warning
 
 
 def replace_tell(study: Study, trial_id: int, replacement: TellReplacement) -> None:
     """End a running trial by a function, in the place of ``tell``.
 
-    What ``optimize`` stores follows from what the objective returned or raised: wrong for a trial
-    that is to run again, and an error for one whose row was finished from outside.
+    What ``optimize`` stores follows from what the objective returned or raised, which is wrong for
+    a trial that is to run again.
     """
     _replacements[id(study._storage), trial_id] = replacement
+    _install_tell()
+
+
+def tolerate_finished_row(study: Study, trial_id: int) -> None:
+    """Let ``optimize`` go on after a trial whose row was finished or deleted from outside.
+
+    Otherwise it ends with "Cannot tell a FAIL trial".
+    """
+    _tolerant.add((id(study._storage), trial_id))
+    _install_tell()
+
+
+def _install_tell() -> None:
     for module in (_optimize, _study):
         module._tell_with_warning = _tell_or_replacement  # type: ignore[attr-defined]
 
@@ -288,10 +302,32 @@ def _tell_or_replacement(
     trial_id = getattr(trial, "_trial_id", None)
     if _replacements and isinstance(trial, int):
         trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, trial)
-    replacement = _replacements.pop((id(storage), trial_id), None)  # type: ignore[arg-type]
-    if replacement is None:
-        return tell(value_or_values, state)
-    return replacement(tell, value_or_values, state)
+    key: Any = (id(storage), trial_id)
+    replacement = _replacements.pop(key, None)
+    is_tolerant = key in _tolerant
+    _tolerant.discard(key)
+    try:
+        if replacement is None:
+            return tell(value_or_values, state)
+        return replacement(tell, value_or_values, state)
+    except (KeyError, ValueError, UpdateFinishedTrialError):
+        in_optimize = _find_frame("_run_trial", "optuna.study._optimize") is not None
+        end = describe_end(study, key[1]) if is_tolerant and in_optimize else None
+        if end is None:
+            raise
+        if state is None or isinstance(objective_error(), KeyboardInterrupt):
+            return TrialState.FAIL, None, end
+        # For a failed trial, `optimize` would raise what its objective raised.
+        return TrialState.PRUNED, None, None
+
+
+def describe_end(study: Study, trial_id: int) -> str | None:
+    """Return how a row has ended, one sentence; None while it is running."""
+    try:
+        state = study._storage.get_trial(trial_id).state
+    except KeyError:
+        return "Its row was deleted."
+    return f"Its row was marked as {state.name} from outside." if state.is_finished() else None
 
 
 def enqueue_retry(study: Study, trial: FrozenTrial, user_attrs: Mapping[str, Any]) -> None:

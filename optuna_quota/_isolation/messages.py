@@ -13,6 +13,7 @@ from optuna_quota._isolation.output import OutputSettings
 from optuna_quota._isolation.remote_errors import SentError
 from optuna_quota._isolation.rpc import TrialFacts
 from optuna_quota._resources import Breach
+from optuna_quota.exceptions import LimitBreached
 
 
 # From the study's process to the supervisor.
@@ -56,10 +57,10 @@ class InterruptTrial:
 
 
 @dataclass(frozen=True)
-class PreemptTrial:
-    """Raise TrialPreempted in the trial, then kill it after the grace period in seconds."""
+class EndTrial:
+    """Raise an error in the trial, then kill it after the grace period in seconds."""
 
-    reason: str
+    error: LimitBreached
     grace_period: float
 
 

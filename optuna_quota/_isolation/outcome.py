@@ -131,6 +131,18 @@ class OutcomeResolver:
             return crash_value(reason, len(study.directions))
         raise TrialPreempted(reason)
 
+    def abandon(self, server: Server, reason: str) -> Any:
+        """Return the value of a trial whose row something else has finished, or raise."""
+        assert server.exit is not None and self._study is not None
+        self.add_usage(server.exit)
+        self._monitor.verdict = Verdict("failed", reason)
+        self._monitor.close()
+        if isinstance(server.outcome, messages.Returned):
+            return server.outcome.value
+        if isinstance(self._trial, Trial) and _optuna.is_run_by_optimize(self._trial):
+            return crash_value(reason, len(self._study.directions))
+        raise LimitBreached(reason)
+
     def add_usage(self, report: messages.ExitReport, gpu_memory: float | None = None) -> None:
         """Record the supervisor's figures; the larger ones count."""
         if gpu_memory is not None and self._monitor.gpu is None:

@@ -35,6 +35,7 @@ from optuna_quota._isolation.start import CannotStart, IsolationOptions, TrialSt
 from optuna_quota._metering import key_of, metering_loop, Verdict
 from optuna_quota._records import is_rejected
 from optuna_quota._resources import Breach, CLOCK_RESOURCES, Limits, with_cores
+from optuna_quota.exceptions import LimitBreached, TrialPreempted
 
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class TrialRun:
         self._remote = RemoteObjects(trial)
         self._forecast = _StepForecast(self._study) if options.predictive_stop else None
         self._server: Server | None = None
+        # How something else has ended the trial's row.
+        self._ended_outside: str | None = None
 
     def run(self) -> Any:
         """Return what the objective returns or raise what it raises."""
@@ -94,6 +97,8 @@ class TrialRun:
         )
         # The time to start the trial counts; the memory of this process does not.
         self._monitor.detach()
+        if self._study is not None:
+            _optuna.tolerate_finished_row(self._study, self._trial_id)
         value, error = None, None
         try:
             with core_pool.claim(self._monitor.limits.amounts().get("cpu_cores")) as cores:
@@ -146,6 +151,8 @@ class TrialRun:
             except CannotStart as error:
                 return self._resolver.crash(messages.ExitReport(exitcode=None), str(error))
         assert server is not None
+        if self._ended_outside is not None:
+            return self._resolver.abandon(server, self._ended_outside)
         reason = self._preemption.reason_of(self._trial_id)
         if reason is not None and self._resolver.has_ended_early(server):
             return self._resolver.preempt(server, reason, self._options.grace_period)
@@ -205,7 +212,7 @@ class TrialRun:
         self._monitor.verdict = Verdict("failed", reason)
 
     def _record(self, value: Any, error: BaseException | None) -> None:
-        if self._study is None:
+        if self._study is None or self._ended_outside is not None:
             self._monitor.close()
             return
         state = _stored_state(value, error, len(self._study.directions))
@@ -250,13 +257,27 @@ class TrialRun:
         """Measure what the trial uses at this moment."""
         self._resolver.measure_gpus()
 
+    def check_row(self) -> None:
+        """Stop the trial if something else has finished its row, such as optuna-dashboard."""
+        if self._study is None or self._server is None or self._ended_outside is not None:
+            return
+        try:
+            end = _optuna.describe_end(self._study, self._trial_id)
+        except Exception as error:  # noqa: BLE001 - any backend's own; the trial goes on
+            _logger.debug(f"The row of trial {self._trial.number} could not be read: {error!r}.")
+            return
+        if end is not None:
+            self._ended_outside = end
+            _logger.warning(f"Trial {self._trial.number} is stopped. {end}")
+            self._server.end(LimitBreached(end), self._options.grace_period)
+
     def _stop_for_time(self, breach: Breach) -> None:
         if breach.resource in CLOCK_RESOURCES:
             self._stop(breach)
 
     def _preempt(self, reason: str) -> None:
         assert self._server is not None
-        self._server.preempt(reason, self._options.grace_period)
+        self._server.end(TrialPreempted(reason), self._options.grace_period)
 
     def _stop(self, breach: Breach) -> None:
         assert self._server is not None

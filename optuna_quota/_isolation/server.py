@@ -6,6 +6,7 @@ import contextlib
 import logging
 import selectors
 import threading
+import time
 from typing import Any, Protocol
 from warnings import WarningMessage
 
@@ -15,9 +16,13 @@ from optuna_quota._isolation.out_of_memory import FailedAllocation, find_failed_
 from optuna_quota._isolation.output import Printed, replay, SYNC
 from optuna_quota._isolation.remote_errors import pack_error
 from optuna_quota._resources import Breach
+from optuna_quota.exceptions import LimitBreached
 
 
 _logger = logging.getLogger("optuna.quota.isolated")
+
+# Seconds between two looks at the trial's row.
+_ROW_INTERVAL = 2.0
 
 
 class NotStarted(OSError):
@@ -41,6 +46,9 @@ class TrialEvents(Protocol):
 
     def measure(self) -> None:
         """Measure what the trial uses at this moment."""
+
+    def check_row(self) -> None:
+        """Look whether something else has finished the trial's row."""
 
 
 class Server:
@@ -98,9 +106,9 @@ class Server:
                 with contextlib.suppress(OSError):
                     self._control.send(messages.StopTrial(breach, grace_period))
 
-    def preempt(self, reason: str, grace_period: float) -> None:
-        """Stop the trial, which is to run again later; from any thread."""
-        self._command(messages.PreemptTrial(reason, grace_period))
+    def end(self, error: LimitBreached, grace_period: float) -> None:
+        """Stop the trial for another reason than a breach; from any thread."""
+        self._command(messages.EndTrial(error, grace_period))
 
     def kill_soon(self) -> None:
         """Kill the trial, which ends :meth:`serve`; from any thread."""
@@ -128,9 +136,12 @@ class Server:
         with selectors.DefaultSelector() as selector:
             selector.register(self._control, selectors.EVENT_READ)
             selector.register(self._channel, selectors.EVENT_READ)
-            is_open = True
+            is_open, due = True, time.monotonic() + _ROW_INTERVAL
             while self.exit is None:
-                for key, _ in selector.select():
+                if time.monotonic() >= due:
+                    self._events.check_row()
+                    due = time.monotonic() + _ROW_INTERVAL
+                for key, _ in selector.select(max(0.0, due - time.monotonic())):
                     if key.fileobj is self._control:
                         self._serve_supervisor()
                     elif is_open and not self._serve_trial():

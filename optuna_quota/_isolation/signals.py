@@ -15,6 +15,7 @@ from typing import Any, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from optuna_quota._resources import Breach
+    from optuna_quota.exceptions import LimitBreached
 
 
 # A real-time signal has no meaning of its own: SIGTERM, SIGINT and SIGUSR1 keep theirs, and a
@@ -42,7 +43,7 @@ class PoliteStop:
         self._over = False
         self._link = link
         self._held = 0
-        self._reason: Breach | KeyboardInterrupt | str | None = None
+        self._reason: Breach | KeyboardInterrupt | LimitBreached | None = None
         self._deferred = False
         self._pid = os.getpid()
         self._main = threading.main_thread().ident
@@ -109,7 +110,7 @@ class PoliteStop:
             self._raise()
 
     def _raise(self) -> None:
-        from optuna_quota.exceptions import LimitBreached, TrialPreempted
+        from optuna_quota.exceptions import LimitBreached
 
         reason = self._reason
         if isinstance(reason, KeyboardInterrupt):
@@ -117,8 +118,8 @@ class PoliteStop:
             if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
                 raise reason
             return
-        if isinstance(reason, str):
-            raise TrialPreempted(reason)
+        if isinstance(reason, LimitBreached):
+            raise reason
         if reason is None:
             # The kernel gives no figures; the study's process adds them.
             raise LimitBreached("The trial used up its CPU time.", resource="cpu_time")

@@ -31,6 +31,7 @@ from optuna_quota._metering.timing import (
     sampling_interval,
 )
 from optuna_quota._resources import Breach
+from optuna_quota.exceptions import LimitBreached
 
 
 # Bytes by which a trial may still grow once it was asked to stop for its memory: its handlers need
@@ -162,8 +163,8 @@ class Supervisor:
             self._stop(message.breach, message.grace_period)
         elif isinstance(message, messages.InterruptTrial):
             self._request_stop(KeyboardInterrupt(), message.grace_period, "request")
-        elif isinstance(message, messages.PreemptTrial):
-            self._request_stop(message.reason, message.grace_period, "request")
+        elif isinstance(message, messages.EndTrial):
+            self._request_stop(message.error, message.grace_period, "request")
         elif isinstance(message, messages.ExitWithin):
             due = self._clock() + message.seconds
             self._deadline = due if self._deadline is None else min(due, self._deadline)
@@ -246,7 +247,7 @@ class Supervisor:
 
     def _request_stop(
         self,
-        reason: Breach | KeyboardInterrupt | str,
+        reason: Breach | KeyboardInterrupt | LimitBreached,
         grace_period: float,
         killer: messages.Killer,
     ) -> None:

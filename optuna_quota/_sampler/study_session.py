@@ -119,6 +119,7 @@ class StudySession:
             here=self._metering,
         )
         self.ledger.attach_monitor(trial_id, monitor)
+        _optuna.tolerate_finished_row(study, trial_id)
         if any(pruner.interrupt for pruner in quota_pruners(study.pruner)):
             interrupter = Interrupter.arm(monitor)
             if interrupter is not None:
