@@ -71,7 +71,6 @@ class TrialRun:
         self._study = trial.study if isinstance(trial, Trial) else None
         self._preemption = Preemption() if self._study is None else preemption_of(self._study)
         self._trial_id = -1 if self._study is None else _optuna.trial_id_of(trial)
-        self._remote = RemoteObjects(trial)
         self._forecast = _StepForecast(self._study) if options.predictive_stop else None
         self._server: Server | None = None
         # Why it is to run again later, and how something else has ended its row.
@@ -142,7 +141,8 @@ class TrialRun:
         server = None
         for attempt in range(_ATTEMPTS):
             try:
-                server = self._start_and_serve(objective, cores)
+                with contextlib.closing(RemoteObjects(self._trial)) as remote:
+                    server = self._start_and_serve(objective, remote, cores)
                 break
             except NotStarted as error:
                 # The fork server had ended, or the processes that it had ready were killed.
@@ -162,12 +162,14 @@ class TrialRun:
             self._forecast.remember()
         return value
 
-    def _start_and_serve(self, objective: Callable[..., Any], cores: Cores | None) -> Server:
+    def _start_and_serve(
+        self, objective: Callable[..., Any], remote: RemoteObjects, cores: Cores | None
+    ) -> Server:
         started = TrialStarter(
-            objective, self._options, self._trial, self._monitor, self._remote, cores
+            objective, self._options, self._trial, self._monitor, remote, cores
         ).start()
         label = f"Trial {self._trial.number}"
-        self._server = server = Server(started.connections, self._remote, self, label=label)
+        self._server = server = Server(started.connections, remote, self, label=label)
         # Until the objective begins, only time counts.
         self._monitor.on_breach(self._stop_for_time)
         try:
@@ -184,6 +186,7 @@ class TrialRun:
             raise
         finally:
             started.connections.close()
+            server.close()
         return server
 
     def _interrupt(self, server: Server) -> None:
