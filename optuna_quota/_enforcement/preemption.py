@@ -213,15 +213,21 @@ def _tell_preempted(
     if result[0] != TrialState.FAIL:
         return result
     if preemption.requeue:
-        _enqueue_again(study, read_row(study, row))
+        enqueue_again(study, read_row(study, row), "was preempted")
     if state is None or isinstance(_optuna.objective_error(), KeyboardInterrupt):
         return result
     # For a failed trial, `optimize` would raise what its objective raised.
     return TrialState.PRUNED, None, None
 
 
-def _enqueue_again(study: Study, row: FrozenTrial) -> None:
-    """Enqueue a preempted trial again, once; one without parameters would be any trial."""
+def enqueue_again(study: Study, row: FrozenTrial, why: str) -> None:
+    """Enqueue a trial again, once; one without parameters would be any trial.
+
+    Args:
+        study: The study.
+        row: The trial.
+        why: What happened to it, for the log.
+    """
     if not (row.params or _optuna.fixed_params_of(row)):
         return
     kept = {k: v for k, v in row.user_attrs.items() if not k.startswith(PREFIX)}
@@ -234,4 +240,4 @@ def _enqueue_again(study: Study, row: FrozenTrial) -> None:
             _optuna.enqueue_retry(study, row, kept)
 
     retry(enqueue)
-    _logger.info(f"Trial {row.number} was preempted and is enqueued again.")
+    _logger.info(f"Trial {row.number} {why} and is enqueued again.")
