@@ -35,9 +35,11 @@ from optuna_quota._version import __version__
 if TYPE_CHECKING:
     from optuna_quota._analysis.replay import replay, ReplayReport
     from optuna_quota._enforcement.check import check
+    from optuna_quota._enforcement.preemptible import preemptible
     from optuna_quota._enforcement.pruner import QuotaPruner
     from optuna_quota._footprint.footprint import Footprint
     from optuna_quota._isolation.isolated import isolated
+    from optuna_quota._isolation.script import script
     from optuna_quota._ledger.status import LedgerStatus, status
     from optuna_quota._metering import Meter
     from optuna_quota._projection import project, Projection
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
         QuotaExhausted,
         StudyRejected,
         TrialCrashed,
+        TrialPreempted,
         TrialRejected,
     )
 
@@ -73,14 +76,17 @@ _HOMES = {
     "Strategy": "_resources",
     "StudyRejected": "exceptions",
     "TrialCrashed": "exceptions",
+    "TrialPreempted": "exceptions",
     "TrialRejected": "exceptions",
     "Usage": "_resources",
     "UtilizationReport": "_report",
     "analyze": "_report",
     "check": "_enforcement.check",
     "isolated": "_isolation.isolated",
+    "preemptible": "_enforcement.preemptible",
     "project": "_projection",
     "replay": "_analysis.replay",
+    "script": "_isolation.script",
     "status": "_ledger.status",
     "trial_table": "_table",
 }
@@ -101,6 +107,7 @@ __all__ = [
     "Strategy",
     "StudyRejected",
     "TrialCrashed",
+    "TrialPreempted",
     "TrialRejected",
     "Usage",
     "UtilizationReport",
@@ -108,8 +115,10 @@ __all__ = [
     "analyze",
     "check",
     "isolated",
+    "preemptible",
     "project",
     "replay",
+    "script",
     "status",
     "trial_table",
 ]

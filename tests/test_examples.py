@@ -113,6 +113,15 @@ def test_a_meter_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_scripts(tmp_path: Path) -> None:
+    out = run("09_scripts.py", tmp_path)
+    assert set(re.findall(r"^\[trial (\d)\] {\"step\": 0,", out, re.M)) == set("012345")
+    assert out.count("completed") >= 2
+    assert out.count("completed") + out.count("pruned") == 6
+    assert re.search(r"^Best: 0\.\d+ with {'width': \d+, 'rate': ", out, re.M)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_dashboard(tmp_path: Path) -> None:
     out = run("06_dashboard.py", tmp_path, "--n-trials", "5")

@@ -19,7 +19,7 @@ from optuna_quota._utilization.data import StudyData
 from optuna_quota._utilization.model import (
     fit_utilization_models,
     UtilizationModel,
-    with_censored_peaks,
+    with_partial_peaks,
 )
 
 
@@ -58,7 +58,7 @@ class StudyAnalysis:
         ``p_value``, ``p_adjusted`` (Holm, over all tests of the study), ``n``, ``measure`` and
         ``branch`` (the choices under which a conditional parameter is active).
         """
-        return correlations(with_censored_peaks(self.data, self.models))
+        return correlations(with_partial_peaks(self.data, self.models))
 
     @property
     def models(self) -> dict[str, UtilizationModel]:

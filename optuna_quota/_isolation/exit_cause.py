@@ -27,10 +27,7 @@ def describe_exit(report: ExitReport) -> str:
 
 
 def _describe_signal(number: int, report: ExitReport) -> str:
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = f"signal {number}"
+    name = _signal_name(number)
     if name == "SIGKILL" and (report.oom_kills or report.cgroup_oom_kills):
         used = format_amount("memory", report.memory)
         return (
@@ -43,6 +40,27 @@ def _describe_signal(number: int, report: ExitReport) -> str:
     if not meaning:
         return f"The trial's process was ended by {name}."
     return f"The trial's process crashed: {meaning} ({name})."
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def describe_script_exit(code: int, *, oom_kills: int) -> str:
+    """Return one sentence on how a script failed.
+
+    Args:
+        code: Its exit status, negative for a signal.
+        oom_kills: Kills by the kernel's out-of-memory killer on this host meanwhile.
+    """
+    if code > 0:
+        return f"The script ended with exit status {code}."
+    by_kernel = -code == signal.SIGKILL and oom_kills > 0
+    cause = ", probably by the kernel's out-of-memory killer" if by_kernel else ""
+    return f"The script was killed by {_signal_name(-code)}{cause}."
 
 
 def find_breach_at_exit(

@@ -7,12 +7,16 @@ own allocation, and the error is recognized as a breach.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import sys
 from typing import Any
 
 from optuna_quota._isolation.modules import after_import
+
+
+_logger = logging.getLogger("optuna.quota.isolated")
 
 
 def set_gpu_caps(gpu_memory: float | None, device_memory: float | None) -> None:
@@ -32,9 +36,21 @@ def set_gpu_caps(gpu_memory: float | None, device_memory: float | None) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if device_memory:
         fraction = math.floor(1e4 * min(1.0, gpu_memory / device_memory)) / 1e4
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{fraction:.4f}")
-    os.environ.setdefault("CUPY_GPU_MEMORY_LIMIT", str(int(gpu_memory)))
+        _set_at_most("XLA_PYTHON_CLIENT_MEM_FRACTION", fraction, f"{fraction:.4f}")
+    # A share of the device, which CuPy takes too ("50%"), is no smaller for sure.
+    _set_at_most("CUPY_GPU_MEMORY_LIMIT", gpu_memory, str(int(gpu_memory)))
     after_import("torch.cuda", lambda module: cap_torch(module, gpu_memory))
+    after_import("tensorflow", lambda module: cap_tensorflow(module, gpu_memory))
+
+
+def _set_at_most(name: str, most: float, text: str) -> None:
+    """Set an environment variable, unless it has a smaller number already."""
+    try:
+        if float(os.environ[name]) <= most:
+            return
+    except (KeyError, ValueError):
+        pass
+    os.environ[name] = text
 
 
 def cap_torch(cuda: Any, gpu_memory: float) -> None:
@@ -59,10 +75,42 @@ def cap_torch(cuda: Any, gpu_memory: float) -> None:
         cap()
 
 
+def cap_tensorflow(tensorflow: Any, gpu_memory: float) -> None:
+    """Cap TensorFlow's allocator on each device; to list the devices takes no GPU memory.
+
+    Args:
+        tensorflow: The module.
+        gpu_memory: The trial's limit, in bytes.
+    """
+    config = tensorflow.config
+    try:
+        for device in config.list_physical_devices("GPU"):
+            cap = config.LogicalDeviceConfiguration(memory_limit=gpu_memory / 2**20)
+            config.set_logical_device_configuration(device, [cap])
+    except (AttributeError, RuntimeError, ValueError) as error:
+        # A version without it, or one that has started already: the meter judges alone.
+        _logger.info(f"TensorFlow got no cap on its GPU memory: {error}")
+        return
+    set_growth = config.experimental.set_memory_growth
+
+    def set_memory_growth(device: Any, enable: bool) -> None:
+        # On a device with a cap it raises an error; TF_FORCE_GPU_ALLOW_GROWTH does the same.
+        if not config.get_logical_device_configuration(device):
+            set_growth(device, enable)
+
+    config.experimental.set_memory_growth = set_memory_growth
+
+
 def framework_gpu_memory() -> float | None:
     """Return the peak of GPU memory by the counters of frameworks in use, in bytes."""
     found = []
-    for name, count in (("torch", _torch_peak), ("jax", _jax_peak), ("cupy", _cupy_total)):
+    counters = {
+        "torch": _torch_peak,
+        "jax": _jax_peak,
+        "tensorflow": _tensorflow_peak,
+        "cupy": _cupy_total,
+    }
+    for name, count in counters.items():
         module = sys.modules.get(name)
         if module is not None:
             # Whatever it raises, the trial's own result counts.
@@ -84,6 +132,16 @@ def _jax_peak(jax: Any) -> float:
         return 0.0
     counters = [d.memory_stats() for d in jax.local_devices() if d.platform in ("gpu", "cuda")]
     return float(sum((stats or {}).get("peak_bytes_in_use", 0) for stats in counters))
+
+
+def _tensorflow_peak(tensorflow: Any) -> float:
+    # To ask for the devices would start the runtime.
+    context = sys.modules["tensorflow.python.eager.context"]._context
+    if context is None or not context._initialized:
+        return 0.0
+    config = tensorflow.config
+    names = [f"GPU:{i}" for i in range(len(config.list_logical_devices("GPU")))]
+    return float(sum(config.experimental.get_memory_info(name)["peak"] for name in names))
 
 
 def _cupy_total(cupy: Any) -> float:

@@ -28,7 +28,7 @@ class Isolated:
 
     def __call__(self, trial: BaseTrial) -> Any:
         """Run the objective on a trial in a process of its own; return what it returns."""
-        return TrialRun(self.objective, self.options, trial).run()
+        return TrialRun(lambda _: self.objective, self.options, trial).run()
 
     def __repr__(self) -> str:
         name = getattr(self.objective, "__qualname__", repr(self.objective))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 import logging
 import math
 import os
@@ -14,16 +15,19 @@ from optuna.trial import Trial, TrialState
 from optuna_quota import _optuna
 from optuna_quota._enforcement.check import raise_breached
 from optuna_quota._enforcement.constraints import tolerate_constraints_failure
+from optuna_quota._enforcement.preemption import end_as_preempted, enqueue_again
+from optuna_quota._enforcement.trial_result import read_row
 from optuna_quota._isolation import exit_cause, messages, out_of_memory
 from optuna_quota._isolation.remote_errors import unpack_error
+from optuna_quota._isolation.script_process import ScriptFailed
 from optuna_quota._isolation.server import Server
 from optuna_quota._metering import Verdict
 from optuna_quota._metering.gpu_attribution import DeviceShare, GpuUse
-from optuna_quota._metering.visible_gpus import device_memory
+from optuna_quota._metering.visible_gpus import device_memory, free_memory
 from optuna_quota._records import CRASHED, is_rejected, write_attributes
 from optuna_quota._resources import Breach, Usage
 from optuna_quota._storage_retry import retry
-from optuna_quota.exceptions import LimitBreached, TrialCrashed
+from optuna_quota.exceptions import LimitBreached, TrialCrashed, TrialPreempted
 
 
 if TYPE_CHECKING:
@@ -38,9 +42,14 @@ _logger = logging.getLogger("optuna.quota.isolated")
 OnCrash = Literal["fail", "raise"]
 CrashStatus = Literal["crashed", "ended", "running"]
 
+# How often a trial that found its GPU full is tried again.
+_MAX_GPU_RETRIES = 3
+
 # The study ends when so many trials, its first ones or any in a row, have all crashed.
 FIRST_CRASHES = 3
 CRASHES_IN_A_ROW = 5
+
+_HINT = "Call the objective without `isolated` on `study.ask()` to see why; "
 
 
 class OutcomeResolver:
@@ -98,6 +107,46 @@ class OutcomeResolver:
             reason = exit_cause.describe_exit(report)
         return self.crash(report, reason)
 
+    def has_ended_early(self, server: Server) -> bool:
+        """Return whether a trial that was to be preempted ended without a result of its own.
+
+        What it raised may come of the signal, which may have ended processes of its.
+        """
+        outcome, verdict = server.outcome, self._monitor.verdict
+        if server.breach is not None or isinstance(outcome, messages.Returned):
+            return False
+        was_asked = outcome is None or outcome.stop_requested
+        if was_asked or (verdict is not None and verdict.outcome == "preempted"):
+            return True
+        if not isinstance(outcome, messages.Raised):
+            return True
+        return not isinstance(unpack_error(outcome.error), TrialPruned)
+
+    def preempt(self, server: Server, reason: str, grace_period: float) -> Any:
+        """Return the value of a preempted trial if ``optimize`` runs it, else raise."""
+        report, outcome, study = server.exit, server.outcome, self._study
+        assert report is not None and study is not None
+        self.add_usage(report, None if outcome is None else outcome.gpu_memory)
+        if outcome is None and report.killer is not None:
+            reason += f" The trial was killed, at most {grace_period:g} s after it had to stop."
+        self._monitor.verdict = Verdict("preempted", reason)
+        end_as_preempted(study, _optuna.trial_id_of(self._trial), reason)
+        if isinstance(self._trial, Trial) and _optuna.is_run_by_optimize(self._trial):
+            return crash_value(reason, len(study.directions))
+        raise TrialPreempted(reason)
+
+    def abandon(self, server: Server, reason: str) -> Any:
+        """Return the value of a trial whose row something else has finished, or raise."""
+        assert server.exit is not None and self._study is not None
+        self.add_usage(server.exit)
+        self._monitor.verdict = Verdict("failed", reason)
+        self._monitor.close()
+        if isinstance(server.outcome, messages.Returned):
+            return server.outcome.value
+        if isinstance(self._trial, Trial) and _optuna.is_run_by_optimize(self._trial):
+            return crash_value(reason, len(self._study.directions))
+        raise LimitBreached(reason)
+
     def add_usage(self, report: messages.ExitReport, gpu_memory: float | None = None) -> None:
         """Record the supervisor's figures; the larger ones count."""
         if gpu_memory is not None and self._monitor.gpu is None:
@@ -107,7 +156,7 @@ class OutcomeResolver:
         )
         self._monitor.record_unseen_peak(report.unseen_memory)
 
-    def crash(self, report: messages.ExitReport, reason: str) -> Any:
+    def crash(self, report: messages.ExitReport, reason: str, hint: str = _HINT) -> Any:
         """Return the value of a crashed trial if ``optimize`` is to continue, else raise."""
         self._monitor.verdict = Verdict("failed", reason)
         if report.traceback:
@@ -122,8 +171,7 @@ class OutcomeResolver:
         series = find_crash_series(study, trial.number)
         if series is not None:
             error.args = (
-                f"{series}, so the study ends. The last one, trial {trial.number}: {reason} Call "
-                "the objective without `isolated` on `study.ask()` to see why; "
+                f"{series}, so the study ends. The last one, trial {trial.number}: {reason} {hint}"
                 "`optimize(..., catch=(TrialCrashed,))` continues anyway.",
             )
         elif self._on_crash == "fail":
@@ -152,7 +200,7 @@ class OutcomeResolver:
             self._terminate_at_limit(report, cause=error)
         breach = None
         if failed is not None and failed.resource == "gpu_memory":
-            return self._end_for_gpu(failed, error)
+            return self._end_for_gpu(failed, error, report)
         if failed is not None:
             breach = self._find_memory_breach(failed, report, server)
         if breach is None and isinstance(error, LimitBreached):
@@ -162,7 +210,13 @@ class OutcomeResolver:
             )
         if breach is not None:
             self._terminate(breach, cause=error)
-        raise error
+        return self._fail(error, report)
+
+    def _fail(self, error: BaseException, report: messages.ExitReport) -> Any:
+        """Raise what the objective raised; a script that has failed is a crash."""
+        if not isinstance(error, ScriptFailed):
+            raise error
+        return self.crash(replace(report, exitcode=error.exitcode), str(error), hint="")
 
     def _find_memory_breach(
         self, failed: out_of_memory.FailedAllocation, report: messages.ExitReport, server: Server
@@ -189,7 +243,12 @@ class OutcomeResolver:
         if breach is not None:
             self._terminate(breach, cause=cause)
 
-    def _end_for_gpu(self, failed: out_of_memory.FailedAllocation, error: BaseException) -> Any:
+    def _end_for_gpu(
+        self,
+        failed: out_of_memory.FailedAllocation,
+        error: BaseException,
+        report: messages.ExitReport,
+    ) -> Any:
         """End a trial that got no GPU memory; ``optimize`` continues when others had taken it."""
         state = out_of_memory.read_gpu_memory_state(
             failed,
@@ -204,13 +263,32 @@ class OutcomeResolver:
             self._terminate(breach, cause=error)
         reason = out_of_memory.describe_full_gpu(state, error)
         if reason is None or isinstance(error, TrialPruned):
-            raise error
+            return self._fail(error, report)
         self._monitor.verdict = Verdict("failed", reason)
         trial, study = self._trial, self._study
-        by_optimize = isinstance(trial, Trial) and _optuna.is_run_by_optimize(trial)
-        if study is None or not by_optimize or self._on_crash == "raise":
+        if study is None or not isinstance(trial, Trial) or self._on_crash == "raise":
             raise error
+        if not _optuna.is_run_by_optimize(trial):
+            raise error
+        self._try_again_elsewhere(study, trial, state)
         return crash_value(reason, len(study.directions))
+
+    def _try_again_elsewhere(
+        self, study: Study, trial: Trial, state: out_of_memory.GpuMemoryState
+    ) -> None:
+        """Enqueue a trial again that found its assigned GPU full, if others have room."""
+        assigned = self._monitor.environment.get("CUDA_VISIBLE_DEVICES")
+        if assigned is None:
+            return
+        need = (state.held_there or 0.0) + (state.requested or 0.0)
+        with_room = [free for free in free_memory(os.environ) if free >= need]
+        row = read_row(study, trial)
+        attempts = sum(
+            _optuna.first_attempt(each) == _optuna.first_attempt(row)
+            for each in study.get_trials(deepcopy=False)
+        )
+        if len(with_room) >= len(assigned.split(",")) and attempts <= _MAX_GPU_RETRIES:
+            enqueue_again(study, row, "found its GPU full of others' memory")
 
     def _terminate(self, breach: Breach, cause: BaseException | None = None) -> NoReturn:
         self._monitor.breach = self._monitor.breach or breach

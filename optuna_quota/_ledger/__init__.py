@@ -1,19 +1,22 @@
 """The ledger: shares a study's quota among its workers through trial rows alone."""
 
 from optuna_quota._ledger.dead_workers import LEASE
-from optuna_quota._ledger.gpus import Gpu, gpus_here
+from optuna_quota._ledger.gpus import check_gpus_per_trial, Gpu, gpus_here
 from optuna_quota._ledger.grant import Grant, Refusal
 from optuna_quota._ledger.ledger import Ledger
+from optuna_quota._ledger.other_workers import others_run
 from optuna_quota._ledger.status import LedgerStatus, status, stored_quota
 
 
 __all__ = [
     "LEASE",
     "Gpu",
+    "check_gpus_per_trial",
     "gpus_here",
     "Grant",
     "Ledger",
     "LedgerStatus",
+    "others_run",
     "Refusal",
     "status",
     "stored_quota",

@@ -1,14 +1,17 @@
-"""This machine's GPUs, and which of them a trial is given: the one with the most room.
+"""This machine's GPUs, and which of them a trial is given: those with the most room.
 
 The memory of each GPU is a resource of its own, held at one moment on one machine, so that the
-protocol settles between workers which trial gets it.
+protocol settles between workers which trial gets it. What processes outside of the study hold is
+read when a trial starts; nothing waits for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+import contextlib
 from dataclasses import dataclass
 import os
+from types import MappingProxyType
 
 from optuna_quota._ledger.protocol import Claim, DEVICE, ResourceRequest
 from optuna_quota._metering.nvml import GpuError
@@ -38,32 +41,50 @@ class Gpu:
         return DEVICE + self.uuid
 
 
-def request_gpu(
-    gpus: Sequence[Gpu], claims: Iterable[Claim], machine: str, need: float | None
+def request_gpus(
+    gpus: Sequence[Gpu],
+    claims: Iterable[Claim],
+    machine: str,
+    need: float | None,
+    *,
+    count: int = 1,
+    in_use: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, ResourceRequest]:
-    """Return the request for the GPU with the most room; empty without GPUs.
+    """Return the request for the GPUs with the most room; empty without GPUs.
 
     Args:
         gpus: The machine's GPUs.
         claims: The running trials.
         machine: This machine.
-        need: Bytes that the trial needs; None if unknown.
+        need: Bytes that the trial needs, evenly on its GPUs; None if unknown.
+        count: How many GPUs the trial gets.
+        in_use: Bytes that all processes hold now, by UUID, where known.
     """
-    if not gpus:
-        return {}
     here = [claim for claim in claims if claim.machine == machine]
-    room = {gpu: gpu.memory - _held(gpu, here) for gpu in gpus}
-    best = max(gpus, key=lambda gpu: room[gpu])
-    if need is not None:
-        return {best.resource: ResourceRequest(need, need)}
-    least = _MIN_SHARE * best.memory
-    return {best.resource: ResourceRequest(least, max(least, room[best] / 2))}
+    each = None if need is None else need / count
+    room, usable = {}, {}
+    for gpu in gpus:
+        held = _held(gpu, here)
+        # What trials were granted they may not hold yet: the rest is of processes outside.
+        outside = max(0.0, in_use.get(gpu.uuid, 0.0) - held)
+        usable[gpu] = gpu.memory - outside
+        room[gpu] = usable[gpu] - held
+    # One that is full of others' memory comes last: no trial of this study will free it.
+    order = sorted(
+        gpus, key=lambda gpu: (each is None or usable[gpu] >= each, room[gpu]), reverse=True
+    )
+    requests = {}
+    for gpu in order[:count]:
+        least = _MIN_SHARE * gpu.memory if each is None else each
+        most = max(least, room[gpu] / 2) if each is None else each
+        requests[gpu.resource] = ResourceRequest(least, most)
+    return requests
 
 
-def find_gpu(granted: Mapping[str, float]) -> str | None:
-    """Return the UUID of the GPU in a grant."""
-    names = (name.removeprefix(DEVICE) for name in granted if name.startswith(DEVICE))
-    return next(names, None)
+def find_gpus(granted: Mapping[str, float]) -> str | None:
+    """Return the UUIDs of the GPUs in a grant as ``CUDA_VISIBLE_DEVICES`` takes them."""
+    names = [name.removeprefix(DEVICE) for name in granted if name.startswith(DEVICE)]
+    return ",".join(names) or None
 
 
 def _held(gpu: Gpu, claims: Iterable[Claim]) -> float:
@@ -71,6 +92,35 @@ def _held(gpu: Gpu, claims: Iterable[Claim]) -> float:
         max(claim.granted.get(gpu.resource, 0.0), claim.asked.get(gpu.resource, 0.0))
         for claim in claims
     )
+
+
+def check_gpus_per_trial(gpus: Sequence[Gpu], count: int) -> None:
+    """Raise a ValueError if no trial can have so many of these GPUs."""
+    if not gpus or count == 1:
+        return
+    whole = [gpu for gpu in gpus if not gpu.uuid.startswith("MIG-")]
+    if len(whole) < count:
+        instances = "" if len(whole) == len(gpus) else "; a process can use one MIG instance only"
+        plural = "" if len(whole) == 1 else "s"
+        raise ValueError(
+            f"`gpus_per_trial` must be at most the {len(whole)} GPU{plural} that this worker may "
+            f"use but got {count}{instances}."
+        )
+
+
+def memory_in_use(gpus: Sequence[Gpu]) -> dict[str, float]:
+    """Return the bytes that all processes hold of these GPUs now, by UUID, where known."""
+    if not gpus:
+        return {}
+    known = {gpu.uuid for gpu in gpus}
+    found = {}
+    with contextlib.suppress(GpuError):
+        for device in visible_gpus(os.environ).devices:
+            # One that is lost is left out; the others have an answer.
+            with contextlib.suppress(GpuError):
+                if device.identity in known:
+                    found[device.identity] = float(device.memory()[0])
+    return found
 
 
 def gpus_here() -> Sequence[Gpu]:

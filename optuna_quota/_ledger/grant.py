@@ -184,7 +184,7 @@ class Grant:
     Attributes:
         left: What it may use for now, by resource, from its start; ``extend`` may raise it.
             ``wall_time`` is the seconds until the study's clock time is used up.
-        gpu: UUID of the GPU that it was given; None if it sees all.
+        gpu: UUIDs of the GPUs that it was given, separated by commas; None if it sees all.
     """
 
     left: Mapping[str, float] = field(default_factory=dict)
@@ -311,6 +311,20 @@ def describe_serial(short: Shortage | None, quota: Quota) -> str | None:
         f"A trial may need the whole {title} quota, so trials run one at a time. "
         f"Set `Limits({short.resource}=…)` or `Strategy(n_jobs=…)` to run more at once."
     )
+
+
+def describe_resumed(quota: Quota, used: Mapping[str, float]) -> str | None:
+    """Return a log line on what a resumed study's trials have used, None before the first."""
+    n_trials = int(used.get("n_trials", 0))
+    parts = [
+        f"{format_amount(name, used.get(name, 0.0))} of {format_amount(name, total)} "
+        f"({get_resource(name).title})"
+        for name, total in quota.totals.items()
+    ]
+    if not n_trials or not parts:
+        return None
+    trials = "1 earlier trial has" if n_trials == 1 else f"{n_trials} earlier trials have"
+    return f"Resumed: {trials} used {', '.join(parts)} of the quota."
 
 
 def deadlock_warning(

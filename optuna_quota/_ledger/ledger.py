@@ -17,9 +17,10 @@ from optuna.exceptions import UpdateFinishedTrialError
 
 from optuna_quota import _optuna
 from optuna_quota._ledger.dead_workers import LEASE, OrphanedTrial
-from optuna_quota._ledger.gpus import find_gpu, Gpu, request_gpu
+from optuna_quota._ledger.gpus import find_gpus, Gpu, memory_in_use, request_gpus
 from optuna_quota._ledger.grant import (
     deadlock_warning,
+    describe_resumed,
     describe_serial,
     extension_requests,
     Grant,
@@ -69,7 +70,8 @@ class Ledger:
         clock: The clocks to use.
         lease: Seconds without a heartbeat after which a worker on another machine counts as dead
             and its trial is failed.
-        gpus: This machine's GPUs, to give each trial the one with the most room.
+        gpus: This machine's GPUs, to give each trial those with the most room.
+        gpus_per_trial: How many of them each trial gets.
     """
 
     def __init__(
@@ -80,8 +82,10 @@ class Ledger:
         clock: Clock | None = None,
         lease: float = LEASE,
         gpus: Sequence[Gpu] = (),
+        gpus_per_trial: int = 1,
     ) -> None:
         self.quota = quota
+        self._gpus_per_trial = gpus_per_trial
         self._gpus = tuple(gpus)
         self._studies: WeakSet[Study] = WeakSet((study,))
         self._clock = clock or SystemClock()
@@ -91,6 +95,11 @@ class Ledger:
     def add_study(self, study: Study) -> None:
         """Add another object of the same study."""
         self._studies.add(study)
+
+    def set_bounds(self, limits: Limits) -> None:
+        """Charge trials of unknown usage with other limits, which are the study's now."""
+        self._reopen_after_fork()
+        self._state.set_bounds(limits)
 
     def _open(self, study: Study) -> None:
         self._pid = os.getpid()
@@ -107,6 +116,14 @@ class Ledger:
         if self._pid != os.getpid():
             # The parent's locks and threads are of no use in its child.
             self._open(next(iter(self._studies)))
+
+    def describe_past(self) -> None:
+        """Log once what trials count that ran before this worker came, if any."""
+        self._reopen_after_fork()
+        seen = self._state.read()
+        self._log_once("unadmitted", describe_unadmitted(self._state.unadmitted))
+        if not seen.claims:
+            self._log_once("resumed", describe_resumed(self.quota, seen.used))
 
     def take_enqueued(self, trial: FrozenTrial) -> bool:
         """Return whether an enqueued trial is this worker's alone."""
@@ -156,7 +173,16 @@ class Ledger:
                 requested_by=self._requested_by(),
             )
             need = footprint.get("gpu_memory", limits.gpu_memory)
-            requests.update(request_gpu(self._gpus, seen.claims, this_worker().machine, need))
+            requests.update(
+                request_gpus(
+                    self._gpus,
+                    seen.claims,
+                    this_worker().machine,
+                    need,
+                    count=self._gpus_per_trial,
+                    in_use=memory_in_use(self._gpus),
+                )
+            )
             # A waiting trial checks before it asks: a claim that can't be granted would only
             # disturb the others.
             decision = self._state.judge(number, held, requests, seen, queue=True)
@@ -298,7 +324,7 @@ class Ledger:
     def _begin(self, trial: FrozenTrial, limits: Limits, decision: Decision) -> Grant:
         trial_id, now = _optuna.trial_id_of(trial), self._clock.time()
         held = with_decision(Reservation(began=now, beat=now), decision)
-        held = replace(held, gpu=find_gpu(decision.granted))
+        held = replace(held, gpu=find_gpus(decision.granted))
         self._state.write(trial_id, held)
         thread, in_optimize = threading.get_ident(), self._in_optimize_loop()
         running = RunningTrial(
@@ -369,8 +395,8 @@ class Ledger:
                 self._heartbeat.remove(trial_id)
                 if not monitor.closed:
                     _logger.warning(
-                        f"Trial {running.number} is stopped: another worker took this one for "
-                        "dead and marked the trial as failed."
+                        f"Trial {running.number} is stopped. Its row was finished from outside, "
+                        "maybe by another worker that took this one for dead."
                     )
                     monitor.allow({"trial_time": 0.0})
 

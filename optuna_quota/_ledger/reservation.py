@@ -135,7 +135,7 @@ class Reservation:
         beat: When its worker last wrote, on the same clock.
         used: Its usage at that time.
         charged: What an orphaned trial is charged for, as its usage was not measured.
-        gpu: UUID of the GPU that it was given.
+        gpu: UUIDs of the GPUs that it was given, separated by commas.
         study: The stamp of the study that it was written in.
     """
 

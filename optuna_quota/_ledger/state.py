@@ -31,7 +31,7 @@ from optuna_quota._ledger.reservation import is_alive, Reservation, this_worker
 from optuna_quota._ledger.rows import TrialRows
 from optuna_quota._ledger.totals import Entry, QuotaTotals
 from optuna_quota._records import read_amounts, STUDY_LIMITS
-from optuna_quota._resources import CHARGED_RESOURCES, Quota, Usage
+from optuna_quota._resources import CHARGED_RESOURCES, Limits, Quota, Usage
 from optuna_quota._storage_retry import reconnect_dead_connections, repair_torn_lines
 from optuna_quota._units import format_seconds
 
@@ -120,7 +120,7 @@ class LedgerState:
         lease: Seconds without a heartbeat after which a worker on another machine is dead.
         studies: Objects of the study, for the storage's callback for trials of dead workers. Held
             weakly: a study's connections are to be closed when its user drops it.
-        gpus: This machine's GPUs, if each trial is given one of them.
+        gpus: This machine's GPUs, if each trial is given some of them.
     """
 
     def __init__(
@@ -202,7 +202,9 @@ class LedgerState:
 
     def fail_orphaned(self, *orphans: OrphanedTrial) -> None:
         """Finish the rows of orphaned trials, and call the storage's callback, which may retry."""
-        for trial_id in fail_orphaned_trials(self.rows, orphans, self.clock.time()):
+        for trial_id in fail_orphaned_trials(
+            self.rows, orphans, self.clock.time(), lease=self._leases.lease
+        ):
             try:
                 for study in tuple(self._studies)[:1]:
                     _optuna.call_stale_trial_callback(study, trial_id)
@@ -215,6 +217,11 @@ class LedgerState:
         """Return the study's clock time by the rows as last read, as a trial starts here."""
         with self._lock:
             return self._totals.wall_time(now, this_worker())
+
+    def set_bounds(self, limits: Limits) -> None:
+        """Charge trials of unknown usage with the limits that are the study's now."""
+        with self._lock:
+            self._totals.bounds = limits.amounts()
 
     @property
     def unadmitted(self) -> Mapping[str, float]:

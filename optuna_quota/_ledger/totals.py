@@ -276,6 +276,7 @@ class QuotaTotals:
         self.by_outcome: dict[str, Counter[str]] = {}
         self._heartbeat = heartbeat
         self._time = WorkerTime()
+        self._unadmitted_time = IntervalUnion(gap=LONGEST_GAP)
         self._known: Counter[str] = Counter()
         self._largest: dict[str, float] = {}
 
@@ -289,6 +290,9 @@ class QuotaTotals:
         if entry.reservation is None and entry.outcome != "rejected":
             self.unadmitted.update(entry.charges)
             self.unadmitted["added"] += "n_trials" not in entry.charges
+            if entry.span is not None:
+                self._unadmitted_time.add(*entry.span)
+                self.unadmitted["wall_time"] = self._unadmitted_time.total  # type: ignore[assignment]
         by_worker = self.by_worker.setdefault(entry.worker, Counter())
         by_outcome = self.by_outcome.setdefault(entry.outcome, Counter())
         for name, amount in entry.charges.items():

@@ -50,6 +50,23 @@ class AdmissionOptions:
             raise ValueError(f"`audits` must be a share from 0 to 1 but got {self.audits!r}.")
 
 
+def checked_gpus_per_trial(gpus_per_trial: int | None, one_gpu: bool) -> int | None:
+    """Return how many GPUs each trial gets, None if it sees all; ``one_gpu`` stands for 1."""
+    if gpus_per_trial is None:
+        return 1 if one_gpu else None
+    if isinstance(gpus_per_trial, bool) or not isinstance(gpus_per_trial, int):
+        raise TypeError(
+            f"`gpus_per_trial` must be a whole number or None but got {gpus_per_trial!r}."
+        )
+    if gpus_per_trial < 1:
+        raise ValueError(f"`gpus_per_trial` must be at least 1 but got {gpus_per_trial}.")
+    if one_gpu and gpus_per_trial != 1:
+        raise ValueError(
+            f"`one_gpu=True` means `gpus_per_trial=1` but got gpus_per_trial={gpus_per_trial}."
+        )
+    return gpus_per_trial
+
+
 def check_types(**given: tuple[Any, type]) -> None:
     """Raise TypeError for an option that is neither None nor of its type."""
     for name, (value, kind) in given.items():

@@ -54,12 +54,19 @@ class StudyProjection:
     quota: Quota
     confidence: float
 
-    def admit(self, limits: Limits, study: Study | None = None) -> bool:
+    def admit(
+        self,
+        limits: Limits,
+        study: Study | None = None,
+        footprint: StudyFootprint | None = None,
+    ) -> bool:
         """Decide whether the rest of the strategy fits, as soon as enough is known.
 
         Args:
             limits: The limits on each trial.
             study: The study, once there is one: its trials show the search space.
+            footprint: What the trials of a study that is resumed are expected to use: once there
+                are enough, they know more than the user stated.
 
         Returns:
             Whether enough was known to decide.
@@ -73,9 +80,11 @@ class StudyProjection:
         rest = self._rest(used)
         if rest is None:
             return True
+        trials = [] if study is None else study.get_trials(deepcopy=False)
+        if study is not None and footprint is not None and footprint.has_learned(trials):
+            return self._admitted(self.project(study, footprint, limits))
         points = None
         if rest.search_space is None and study is not None:
-            trials = study.get_trials(deepcopy=False)
             space = intersection_search_space(trials)
             rest = replace(rest, search_space=space or None)
             points = _conditional_points(space, trials, rest.n_trials)
@@ -83,11 +92,13 @@ class StudyProjection:
             # The points to come are not known yet.
             return False
         try:
-            projection = self._project(rest, self.stated, limits, used, points)
+            return self._admitted(self._project(rest, self.stated, limits, used, points))
         except KeyError as missing:
             # A function of a parameter that no trial has had yet, or that is conditional.
             _logger.debug(f"The strategy is not projected yet: {missing}")
             return False
+
+    def _admitted(self, projection: Projection) -> bool:
         if not projection.fits:
             raise rejection(projection)
         return True

@@ -7,6 +7,8 @@ import gc
 import logging
 import os
 import threading
+import time
+from types import MappingProxyType
 from typing import Any, NoReturn, TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -17,13 +19,16 @@ from optuna_quota._enforcement.active_trials import find_monitor, start_monitor
 from optuna_quota._enforcement.constraints import constraints_warning
 from optuna_quota._enforcement.interrupt import Interrupter
 from optuna_quota._enforcement.nesting import quota_pruners
+from optuna_quota._enforcement.preemption import preemption_of
 from optuna_quota._enforcement.trial_result import record_rejection, record_result
-from optuna_quota._ledger import gpus_here, Grant, Ledger, Refusal
+from optuna_quota._ledger import check_gpus_per_trial, gpus_here, Grant, Ledger, Refusal
 from optuna_quota._metering import Meter, Verdict
 from optuna_quota._records import read_record
 from optuna_quota._resources import Limits, Quota, Usage
 from optuna_quota._sampler.candidates import CandidateFilter
+from optuna_quota._sampler.deadline import refuse_late
 from optuna_quota._sampler.study_projection import QuotaWarning
+from optuna_quota._sampler.study_settings import store_study_settings
 from optuna_quota.exceptions import QuotaExhausted, TrialRejected
 
 
@@ -45,7 +50,7 @@ class StudySession:
         ledger: What the study has used and reserved, across workers.
         candidates: Filters its points.
         warning: Warns when the quota is likely to run out.
-        decided: Whether the study as a whole was admitted.
+        decided: Whether the study as a whole was admitted; None before the first trial here.
     """
 
     def __init__(
@@ -56,13 +61,19 @@ class StudySession:
         *,
         lease: float,
         stops: bool,
-        one_gpu: bool,
+        gpus_per_trial: int | None,
         metering: bool,
+        deadline: float | None = None,
     ) -> None:
-        self.ledger = Ledger(study, quota, lease=lease, gpus=gpus_here() if one_gpu else ())
+        gpus = () if gpus_per_trial is None else gpus_here()
+        count = gpus_per_trial or 1
+        check_gpus_per_trial(gpus, count)
+        self.ledger = Ledger(study, quota, lease=lease, gpus=gpus, gpus_per_trial=count)
         self.candidates = candidates
         self.warning = QuotaWarning()
-        self.decided = False
+        self.decided: bool | None = None
+        self._preemption = preemption_of(study)
+        self._preemption.set_deadline(deadline)
         self._quota = quota
         self._stops = stops
         self._metering = metering
@@ -70,7 +81,24 @@ class StudySession:
         self._interrupters: dict[int, Interrupter] = {}
         self._lock = threading.Lock()
         self._logged: set[str] = set()
+        self._sharing = threading.Lock()
         self._has_garbage = False
+        # The limits that are the study's and this worker's alike; None while they differ.
+        self._shared_limits: Limits | None = None
+
+    def share_settings(self, study: Study, limits: Limits) -> None:
+        """Make the quota and these limits the study's, as soon as no other worker runs."""
+        with self._sharing:
+            if self._shared_limits == limits:
+                return
+            shared = store_study_settings(
+                study, self._quota, limits, warn="settings" not in self._logged
+            )
+            self._shared_limits = limits if shared else None
+            if not shared:
+                self._logged.add("settings")
+        if shared:
+            self.ledger.set_bounds(limits)
 
     def is_refused(self, trial: FrozenTrial) -> bool:
         """Return whether a trial was refused for the quota."""
@@ -98,6 +126,7 @@ class StudySession:
             here=self._metering,
         )
         self.ledger.attach_monitor(trial_id, monitor)
+        _optuna.tolerate_finished_row(study, trial_id)
         if any(pruner.interrupt for pruner in quota_pruners(study.pruner)):
             interrupter = Interrupter.arm(monitor)
             if interrupter is not None:
@@ -166,10 +195,26 @@ class StudySession:
         """End ``optimize`` when a total quota is used up."""
         if not self._stops or not _optuna.in_optimize_loop(study):
             return
-        refusal = self.ledger.exhausted()
+        refusal = self.ledger.exhausted() or self.refuse_late()
         if refusal is not None:
             self._log_end(refusal.reason)
             study.stop()
+
+    def refuse_late(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
+        """Return why no trial starts before the deadline; None if one may.
+
+        Args:
+            fixed: The parameters that it was enqueued with.
+        """
+        deadline = self._preemption.deadline
+        if deadline is None:
+            return None
+        likely = self.candidates.footprint.likely_seconds(self.ledger.trials, fixed)
+        return refuse_late(deadline, time.time(), likely, self._preemption.margin)
+
+    def is_ending(self, study: Study) -> bool:
+        """Return whether a trial that waits need not start any more."""
+        return _optuna.is_optimize_ending(study) or self._preemption.is_late
 
     def refuse(self, study: Study, trial: FrozenTrial, refusal: Refusal) -> None:
         """Keep a trial from running for which too little of the quota is left.

@@ -8,9 +8,10 @@ from typing import Any, TYPE_CHECKING
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.nesting import pruner_limits, pruner_meters
+from optuna_quota._ledger import others_run
 from optuna_quota._metering import Meter
 from optuna_quota._records import amounts_object, STUDY_LIMITS, STUDY_PRICES, STUDY_QUOTA
-from optuna_quota._resources import format_amount, Limits, Quota
+from optuna_quota._resources import format_amount, get_resource, Limits, Quota
 
 
 if TYPE_CHECKING:
@@ -41,43 +42,60 @@ def meters_in_force(study: Study, own: tuple[Meter, ...]) -> tuple[Meter, ...]:
     return (*own, *(each for each in pruner_meters(study.pruner) if each.name not in names))
 
 
-def store_study_settings(study: Study, quota: Quota, limits: Limits) -> None:
-    """Write the quota and the limits into the study's attributes, unless they are there.
+def store_study_settings(study: Study, quota: Quota, limits: Limits, *, warn: bool = True) -> bool:
+    """Make a worker's quota and limits the study's, unless another worker runs with others.
 
-    Warns a worker whose settings differ from those of the worker that came first.
+    Args:
+        study: The study.
+        quota: The worker's quota.
+        limits: Its limits on each trial.
+        warn: Whether to warn if they can't become the study's.
+
+    Returns:
+        Whether they are the study's now.
     """
     storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
     stored = storage.get_study_user_attrs(study_id)
-    settings: dict[str, Mapping[str, float]] = {
+    own: dict[str, Mapping[str, float]] = {
         STUDY_QUOTA: amounts_object(quota),
         STUDY_LIMITS: amounts_object(limits),
     }
-    if quota.prices:
-        settings[STUDY_PRICES] = dict(quota.prices)
-    for key, value in settings.items():
-        if key not in stored:
-            storage.set_study_user_attr(study_id, key, value)
-    # Read again: two workers that found nothing have both written.
-    stored = storage.get_study_user_attrs(study_id)
-    for key, value in settings.items():
-        if stored.get(key) != value:
+    if quota.prices or stored.get(STUDY_PRICES):
+        own[STUDY_PRICES] = dict(quota.prices)
+    differing = [key for key in own if stored.get(key) != own[key]]
+    changes = [_change(key, stored[key], own[key]) for key in differing if key in stored]
+    if changes and others_run(study):
+        if warn:
             _logger.warning(
-                f"Workers of the study {study.study_name!r} disagree about {key!r}: "
-                f"{'; '.join(_differences(stored.get(key), value))}. The study displays the "
-                "stored values; this worker enforces its own."
+                f"Other workers of the study {study.study_name!r} run with another quota or other "
+                f"limits. {'. '.join(changes)}, but for this worker's trials only: the study's "
+                "change once no other worker runs. Give all workers the same."
             )
+        return False
+    for key in differing:
+        storage.set_study_user_attr(study_id, key, own[key])
+    if changes:
+        _logger.info(f"{'. '.join(changes)}.")
+    # Two workers that start at the same moment have both written.
+    stored = storage.get_study_user_attrs(study_id) if differing else own
+    return all(stored.get(key) == own[key] for key in own)
 
 
-def _differences(stored: Any, own: Mapping[str, float]) -> list[str]:
+def _change(key: str, stored: Any, own: Mapping[str, float]) -> str:
+    """Return what differs, such as ``"Quota changed from 2 h to 4 h (wall time)"``."""
     other = stored if isinstance(stored, Mapping) else {}
-    return [
-        f"{name} {_shown(name, other.get(name))} stored, {_shown(name, own.get(name))} here"
-        for name in sorted({*other, *own})
-        if other.get(name) != own.get(name)
+    names = [n for n in dict.fromkeys([*other, *own]) if other.get(n) != own.get(n)]
+    parts = [
+        f"from {_shown(key, n, other.get(n))} to {_shown(key, n, own.get(n))} "
+        f"({get_resource(str(n)).title})"
+        for n in names
     ]
+    title = {STUDY_QUOTA: "Quota", STUDY_LIMITS: "Limits"}.get(key, "Prices")
+    return f"{title} changed {', '.join(parts) or 'from what could not be read'}"
 
 
-def _shown(name: str, value: Any) -> str:
+def _shown(key: str, name: Any, value: Any) -> str:
     if value is None:
-        return "unset"
-    return format_amount(name, value) if isinstance(value, (int, float)) else repr(value)
+        return "none"
+    is_amount = key != STUDY_PRICES and isinstance(value, (int, float))
+    return format_amount(str(name), value) if is_amount else str(value)

@@ -10,7 +10,12 @@ import numpy as np
 
 from optuna_quota._resources import format_amount, get_resource
 from optuna_quota._utilization.design import Column, Product
-from optuna_quota._utilization.fit import Derivatives, derivatives_at, leverage
+from optuna_quota._utilization.fit import (
+    Derivatives,
+    derivatives_at,
+    leverage,
+    without_numeric_warnings,
+)
 from optuna_quota._utilization.selection import Selected
 
 
@@ -128,7 +133,7 @@ def diagnose(
         resource: Name of the resource.
         selected: The terms and their fit.
         numbers: Numbers of the trials, shape ``(n,)``.
-        n_stopped_peaks: Number of peaks of stopped trials that are taken as lower bounds.
+        n_stopped_peaks: Number of trials left out, as they were stopped before their peak.
     """
     fit, sample = selected.fit, selected.sample
     at_fit = derivatives_at(fit, sample)
@@ -149,8 +154,8 @@ def diagnose(
         found.append("The fit did not converge: treat the estimates as rough.")
     if n_stopped_peaks:
         found.append(
-            f"The {get_resource(resource).title} of {n_stopped_peaks} stopped trials counts as a "
-            "lower bound: the completed trials show that it was still growing."
+            f"The {get_resource(resource).title} of {n_stopped_peaks} stopped trials is left out: "
+            "the completed trials show that it was still growing."
         )
     return [*found, *selected.design.notes]
 
@@ -210,7 +215,8 @@ def _curvature(jacobian: Array, mean: Array, residuals: Array) -> Iterator[str]:
     if not np.linalg.norm(left) > 1e-6 * np.linalg.norm(squared):
         return
     exog = np.column_stack([jacobian, left / np.linalg.norm(left)])
-    results = sm.OLS(residuals, exog).fit(cov_type="HC3", use_t=True)
+    with without_numeric_warnings():
+        results = sm.OLS(residuals, exog).fit(cov_type="HC3", use_t=True)
     p_value = float(results.pvalues[-1])
     if p_value < _SIGNIFICANCE:
         side = "more" if results.params[-1] > 0 else "less"

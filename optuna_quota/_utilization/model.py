@@ -29,6 +29,7 @@ from optuna_quota._utilization.fit import (
     mean_and_jacobian,
     robust_covariance,
     Sample,
+    without_numeric_warnings,
 )
 from optuna_quota._utilization.selection import MIN_OBSERVED, select, Selected
 
@@ -62,7 +63,7 @@ class UtilizationModel:
         numbers: Numbers of the trials it is fitted to, shape ``(n,)``.
         n_observed: How many of them were observed to their end.
         n_censored: How many count as lower bounds.
-        n_stopped_peaks: How many of these are peaks that a stopped trial had not reached.
+        n_stopped_peaks: How many trials are left out, as they were stopped before their peak.
     """
 
     def __init__(
@@ -119,9 +120,9 @@ class UtilizationModel:
 
     @property
     def df(self) -> int:
-        """Degrees of freedom of the intervals: trials less parameters."""
+        """Degrees of freedom of the intervals: trials observed to their end less parameters."""
         n_parameters = len(self._selected.fit.theta)
-        return max(1, len(self.numbers) - n_parameters + (not self.n_censored))
+        return max(1, self.n_observed - n_parameters + (not self.n_censored))
 
     @cached_property
     def coefficients(self) -> pd.DataFrame:
@@ -142,7 +143,8 @@ class UtilizationModel:
             amounts = map(bounded_exp, figures[0, :3])
             rows.append((*amounts, math.nan, "amount"))  # type: ignore[arg-type]  # three of them
         rows.append(self._constant())
-        for column, row in zip(design.columns, figures[offset + 1 :].tolist(), strict=False):
+        terms = self._with_possible_floor(figures[offset + 1 :])
+        for column, row in zip(design.columns, terms.tolist(), strict=False):
             kind = _KINDS[column.form] if isinstance(column, Column) else "interaction"
             rows.append((*row, kind))
         table: pd.DataFrame = pd.DataFrame(
@@ -151,6 +153,32 @@ class UtilizationModel:
             columns=["estimate", "lower", "upper", "p_value", "kind"],
         )
         return table
+
+    def _with_possible_floor(self, figures: Array) -> Array:
+        """Return estimate, interval and p-value of the terms, widened by a floor that may exist.
+
+        Each interval is joined with that of the fit with the floor, and of its two p-values the
+        larger counts, so that a claim holds with and without it.
+        """
+        from scipy.special import stdtr, stdtrit
+
+        floored, sample = self._selected.floored, self._selected.sample
+        if floored is None:
+            return figures
+        k = len(floored.beta)
+        sample = replace(sample, x=sample.x[:, :k])
+        places = slice(2, k + 1)
+        errors = np.sqrt(np.diag(robust_covariance(floored, sample))[places])
+        df = max(1, self.n_observed - len(floored.theta))
+        beta = floored.theta[places]
+        half = float(stdtrit(df, 0.975)) * errors
+        joined: Array = figures.copy()
+        mains = slice(0, k - 1)
+        joined[mains, 1] = np.minimum(figures[mains, 1], beta - half)
+        joined[mains, 2] = np.maximum(figures[mains, 2], beta + half)
+        p_values = 2 * stdtr(df, -np.abs(beta) / np.maximum(errors, 1e-300))
+        joined[mains, 3] = np.maximum(figures[mains, 3], p_values)
+        return joined
 
     def _constant(self) -> tuple[float, float, float, float, str]:
         """Return the constant where every log and every level is 0; features are centred."""
@@ -274,7 +302,8 @@ def _regression_results(fit: Fit, sample: Sample, names: list[str]) -> Any:
         weights=1 / fit.scale(at_fit.jacobian) ** 2,
         hasconst=True,
     )
-    return model.fit(cov_type="HC3", use_t=True)
+    with without_numeric_warnings():
+        return model.fit(cov_type="HC3", use_t=True)
 
 
 def _likelihood_results(fit: Fit, sample: Sample, names: list[str]) -> Any:
@@ -303,16 +332,17 @@ def _likelihood_results(fit: Fit, sample: Sample, names: list[str]) -> Any:
     mle.mle_settings = {"optimizer": "damped Newton"}
     results = GenericLikelihoodModelResults(model, mle)
     results.use_t = True
-    results.df_resid_inference = model.df_resid
+    # A lower bound says little of the spread.
+    results.df_resid_inference = max(1, int((~sample.censored).sum()) - len(names))
     results.cov_type = "HC3"
     results.cov_kwds = {"description": "Sandwich of scores over one minus leverage, as HC3"}
     return results
 
 
-def with_censored_peaks(data: StudyData, models: Mapping[str, UtilizationModel]) -> StudyData:
+def with_partial_peaks(data: StudyData, models: Mapping[str, UtilizationModel]) -> StudyData:
     """Return a study's data with the peaks of stopped trials as its models take them."""
-    censored = frozenset(name for name, model in models.items() if model.n_stopped_peaks)
-    return replace(data, censored_peaks=censored)
+    partial = frozenset(name for name, model in models.items() if model.n_stopped_peaks)
+    return replace(data, partial_peaks=partial)
 
 
 def fit_utilization_models(
@@ -334,26 +364,27 @@ def fit_utilization_model(data: StudyData, resource: str) -> UtilizationModel | 
     """Return the model of one resource, or a sentence that says why there is none.
 
     The peak of a stopped trial is a value where each step of a training repeats the one before,
-    and a lower bound where later steps take more data or a larger model. Peaks are lower bounds if
-    the completed trials are so much likelier under that model that BIC would grant as many
-    parameters as it has.
+    and unknown where later steps take more data or a larger model. It is taken as unknown if the
+    completed trials are so much likelier under that model that BIC would grant as many parameters
+    as it has.
     """
     as_value = _fit_model(data, resource)
-    if isinstance(as_value, str) or not data.maybe_censored(resource).any():
+    if isinstance(as_value, str) or not data.stopped_peaks(resource).any():
         return as_value
-    bounded = replace(data, censored_peaks=data.censored_peaks | {resource})
-    as_bound = _fit_model(bounded, resource)
-    if isinstance(as_bound, str):
+    without = replace(data, partial_peaks=data.partial_peaks | {resource})
+    as_unknown = _fit_model(without, resource)
+    if isinstance(as_unknown, str):
         return as_value
-    completed = data.table["number"].to_numpy()[~bounded.censored(resource)]
-    gain = as_bound.log_likelihood(completed) - as_value.log_likelihood(completed)
-    price = 0.5 * len(as_bound.selected.fit.theta) * math.log(as_bound.n_observed)
-    return as_bound if gain > price else as_value
+    gain = as_unknown.log_likelihood(as_unknown.numbers) - as_value.log_likelihood(
+        as_unknown.numbers
+    )
+    price = 0.5 * len(as_unknown.selected.fit.theta) * math.log(as_unknown.n_observed)
+    return as_unknown if gain > price else as_value
 
 
 def _fit_model(data: StudyData, resource: str) -> UtilizationModel | str:
     amounts, censored = data.amounts(resource), data.censored(resource)
-    kept = np.isfinite(amounts) & (amounts > 0)
+    kept = data.informative(resource) & (amounts > 0)
     observed, title = kept & ~censored, get_resource(resource).title
     if observed.sum() < MIN_OBSERVED:
         return (
@@ -368,7 +399,6 @@ def _fit_model(data: StudyData, resource: str) -> UtilizationModel | str:
     selected = select(
         design, values_of(data.parameters, kept), np.log(amounts[kept]), censored[kept]
     )
-    n_stopped = int(data.maybe_censored(resource)[kept].sum())
     numbers = data.table["number"].to_numpy()[kept]
-    as_bounds = resource in data.censored_peaks
-    return UtilizationModel(resource, selected, numbers, n_stopped if as_bounds else 0)
+    left_out = int(data.stopped_peaks(resource).sum()) if resource in data.partial_peaks else 0
+    return UtilizationModel(resource, selected, numbers, left_out)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import optuna
 import pytest
 
 from optuna_quota import isolated, Limits, Quota, QuotaSampler, Usage
-from optuna_quota._ledger import Gpu, Grant, Ledger, Refusal
-from optuna_quota._ledger.gpus import request_gpu
+from optuna_quota._ledger import check_gpus_per_trial, Gpu, Grant, Ledger, Refusal
+from optuna_quota._ledger.gpus import request_gpus
 from optuna_quota._ledger.protocol import Claim, ResourceRequest
 from tests.ledger_tests.test_ledger import begin, finish, reserve
 
@@ -30,8 +31,66 @@ GPUS = (Gpu("GPU-a", 24.0), Gpu("GPU-b", 16.0))
 def test_the_gpu_with_the_most_room(
     claims: list[Claim], need: float | None, expected: dict[str, ResourceRequest]
 ) -> None:
-    assert request_gpu(GPUS, claims, "here", need) == expected
-    assert request_gpu((), claims, "here", need) == {}
+    assert request_gpus(GPUS, claims, "here", need) == expected
+    assert request_gpus((), claims, "here", need) == {}
+
+
+FOUR = tuple(Gpu(f"GPU-{name}", 24.0) for name in "abcd")
+
+
+@pytest.mark.parametrize(
+    ("held", "in_use", "count", "expected"),
+    [
+        ({}, {}, 2, {"gpu:GPU-a": 10, "gpu:GPU-b": 10}),
+        ({"gpu:GPU-a": 12, "gpu:GPU-b": 20}, {}, 2, {"gpu:GPU-c": 10, "gpu:GPU-d": 10}),
+        # Of what is in use, the part that trials were granted is theirs.
+        ({"gpu:GPU-a": 12}, {"GPU-a": 9.0}, 4, dict.fromkeys(map("gpu:GPU-{}".format, "abcd"), 5)),
+        ({}, {"GPU-a": 20.0, "GPU-b": 3.0}, 2, {"gpu:GPU-c": 10, "gpu:GPU-d": 10}),
+        # Room that trials will free is better than what others hold.
+        (
+            {"gpu:GPU-b": 23, "gpu:GPU-c": 23, "gpu:GPU-d": 23},
+            {"GPU-a": 20.0},
+            1,
+            {"gpu:GPU-b": 20},
+        ),
+    ],
+)
+def test_several_gpus_a_trial_and_the_memory_of_others(
+    held: dict[str, float], in_use: dict[str, float], count: int, expected: dict[str, float]
+) -> None:
+    claims = [Claim(0, "here", held)]
+    found = request_gpus(FOUR, claims, "here", 20.0, count=count, in_use=in_use)
+    assert found == {name: ResourceRequest(each, each) for name, each in expected.items()}
+
+
+def test_more_gpus_than_there_are_is_an_error() -> None:
+    check_gpus_per_trial(FOUR, 4)
+    check_gpus_per_trial((), 4)  # without a driver each trial sees what there is
+    with pytest.raises(ValueError, match="must be at most the 4 GPUs .* but got 5"):
+        check_gpus_per_trial(FOUR, 5)
+    instances = [Gpu("MIG-a", 5.0), Gpu("MIG-b", 5.0), FOUR[0]]
+    with pytest.raises(ValueError, match="1 GPU .* but got 2; a process can use one MIG"):
+        check_gpus_per_trial(instances, 2)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "all"])
+def test_gpus_per_trial_is_a_positive_whole_number(value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="`gpus_per_trial` must be"):
+        QuotaSampler(quota=Quota(n_trials=5), gpus_per_trial=value)
+
+
+def test_one_gpu_is_one_gpu_per_trial() -> None:
+    assert QuotaSampler(quota=Quota(n_trials=5), one_gpu=True).gpus_per_trial == 1
+    assert QuotaSampler(quota=Quota(n_trials=5)).gpus_per_trial is None
+    with pytest.raises(ValueError, match="means `gpus_per_trial=1`"):
+        QuotaSampler(quota=Quota(n_trials=5), one_gpu=True, gpus_per_trial=2)
+
+
+def test_trials_wait_until_all_of_their_gpus_have_room() -> None:
+    study = optuna.create_study()
+    ledger = Ledger(study, Quota(n_trials=100), gpus=FOUR, gpus_per_trial=2)
+    answers = [reserve(ledger, begin(study), {"gpu_memory": 48.0}) for _ in range(2)]
+    assert [a.gpu for a in answers if isinstance(a, Grant)] == ["GPU-a,GPU-b", "GPU-c,GPU-d"]
 
 
 def test_trials_spread_over_the_gpus_and_wait_for_none() -> None:
@@ -72,7 +131,8 @@ def test_an_isolated_trial_sees_the_gpu_that_it_was_given(
         return 0.0
 
     monkeypatch.setattr("optuna_quota._sampler.study_session.gpus_here", lambda: GPUS)
-    sampler = QuotaSampler(optuna.samplers.RandomSampler(), quota=Quota(n_trials=5), one_gpu=True)
-    study = optuna.create_study(sampler=sampler)
-    study.optimize(isolated(objective), n_trials=1)
-    assert study.trials[0].user_attrs["seen"] == "GPU-a"
+    for options, seen in [({"one_gpu": True}, "GPU-a"), ({"gpus_per_trial": 2}, "GPU-a,GPU-b")]:
+        sampler = QuotaSampler(optuna.samplers.RandomSampler(), quota=Quota(n_trials=5), **options)
+        study = optuna.create_study(sampler=sampler)
+        study.optimize(isolated(objective), n_trials=1)
+        assert study.trials[0].user_attrs["seen"] == seen

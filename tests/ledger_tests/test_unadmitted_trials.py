@@ -126,6 +126,11 @@ def test_trials_from_before_the_quota_count_and_the_log_says_so(
     told = [r.message for r in caplog.records if "from before it was set" in r.message]
     assert len(told) == 1 and "(3 ran, 1 was added)" in told[0]
     assert "ms of trial time." in told[0]
+    assert "s of wall time" in told[0]
+    ours = [r.getMessage() for r in caplog.records if r.name.startswith("optuna.quota")]
+    first, second, *_ = dict.fromkeys(ours)
+    assert first == told[0]
+    assert second.startswith("Resumed: 3 earlier trials have used 3 of 5 (trials), ")
     used = status(study).table["used"]
     assert used["n_trials"] == 5
     assert used["trial_time"] >= 0.25 and used["cpu_time"] < 5

@@ -30,9 +30,11 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 def device(i, used, mj=0, mig=0, total=80 * GB):
     return f"device {i} GPU-{i} {mig} {int(total)} {int(used)} {int(mj)}\\n"
 
-def tune(objective, n_trials=1, n_jobs=1, one_gpu=False, seed=1, **limits):
+def tune(objective, n_trials=1, n_jobs=1, gpus_per_trial=None, seed=1, **limits):
     sampler = QuotaSampler(
-        optuna.samplers.RandomSampler(seed=seed), quota=Quota(n_trials=99), one_gpu=one_gpu
+        optuna.samplers.RandomSampler(seed=seed),
+        quota=Quota(n_trials=99),
+        gpus_per_trial=gpus_per_trial,
     )
     study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=Limits(**limits)))
     study.optimize(isolated(objective), n_trials=n_trials, n_jobs=n_jobs)
@@ -217,7 +219,7 @@ def objective(trial):
     return 1.0
 
 say(device(0, 0) + device(1, 0))
-tune(objective, n_trials=2, n_jobs=2, one_gpu=True, gpu_memory=60 * GB)
+tune(objective, n_trials=2, n_jobs=2, gpus_per_trial=1, gpu_memory=60 * GB)
 """
     )
     held = {row["mine"]: row["gpu_memory"] for row in found}
@@ -246,3 +248,63 @@ def test_without_a_driver_the_frameworks_own_counters_are_used(rows: Rows) -> No
 def test_a_framework_without_gpu_use_records_nothing(rows: Rows) -> None:
     (row,) = rows(FAKE_TORCH.format(peak=0) + "tune(objective)\n", has_driver=False)
     assert "gpu_memory" not in row and "gpu_source" not in row
+
+
+def test_trials_with_two_gpus_each_are_measured_on_both(rows: Rows) -> None:
+    found = rows(
+        """
+STATE = os.environ["FAKE_NVML"]
+PAIRS = ("GPU-3,GPU-1", "GPU-2,GPU-0")
+HELD = {"GPU-3": 3, "GPU-1": 1, "GPU-2": 7, "GPU-0": 5}
+
+def objective(trial):
+    mine = os.environ["CUDA_VISIBLE_DEVICES"]
+    trial.set_user_attr("mine", mine)
+    with open(STATE + ".flag" + mine, "w"):
+        pass
+    while not all(os.path.exists(STATE + ".flag" + pair) for pair in PAIRS):
+        time.sleep(0.01)
+    say("".join(device(int(name[4:]), held * GB) for name, held in HELD.items()))
+    time.sleep(0.5)
+    return 1.0
+
+say("".join(device(i, 0) for i in range(4)))
+tune(objective, n_trials=2, n_jobs=2, gpus_per_trial=2, gpu_memory=90 * GB)
+""",
+        CUDA_VISIBLE_DEVICES="3,1,2,0",
+    )
+    held = {row["mine"]: (row["gpu_memory"], row["gpu_source"]) for row in found}
+    assert held == {"GPU-3,GPU-1": (4 * GB, "device"), "GPU-2,GPU-0": (12 * GB, "device")}
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_trial_that_found_its_gpu_full_is_tried_again_where_there_is_room(
+    rows: Rows, has_room: bool
+) -> None:
+    elsewhere = 0 if has_room else 79.5
+    found = rows(
+        OOM.replace("say(device(0, 0))", "")
+        + f"""
+def objective(trial):
+    x = trial.suggest_float("x", 0, 1)
+    gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+    trial.set_user_attr("gpu", gpu)
+    if gpu == "GPU-0" or {elsewhere}:
+        # A colleague's job has just started there.
+        mine = f"process {{gpu[4:]}} {{os.getpid()}} {{GB}}\\n"
+        say(device(0, 79 * GB) + device(1, {elsewhere} * GB) + mine)
+        raise OutOfMemoryError(TEXT.format("74.51 GiB"))
+    return x
+
+say(device(0, 0) + device(1, 0))
+tune(objective, n_trials=2, gpus_per_trial=1, gpu_memory=10 * GB)
+""",
+    )
+    first, second = found
+    assert (first["outcome"], first["gpu"]) == ("failed", "GPU-0")
+    assert first["reason"].startswith("The GPU was full")
+    if has_room:
+        assert (second["outcome"], second["gpu"]) == ("completed", "GPU-1")
+        assert (second["retry_of"], second["x"]) == (0, first["x"])
+    else:
+        assert "retry_of" not in second

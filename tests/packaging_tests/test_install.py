@@ -80,6 +80,12 @@ def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
     assert wanted <= set(names)
 
 
+def test_both_can_be_uploaded(built: Path) -> None:
+    pytest.importorskip("twine")
+    found = run(sys.executable, "-m", "twine", "check", "--strict", *built.iterdir())
+    assert found.count("PASSED") == 2
+
+
 def test_the_sdist_holds_what_the_tests_need(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

@@ -16,6 +16,7 @@ import pytest
 from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, Strategy, StudyRejected, Usage
 from optuna_quota._projection import ProjectedResource, Projection
 from optuna_quota._records import read_record
+from optuna_quota._sampler.options import OnProjected
 from optuna_quota._sampler.study_projection import QuotaWarning
 from tests.sampler_tests.assertions import assert_nothing_left
 
@@ -136,6 +137,39 @@ def test_a_resumed_study_that_still_fits_goes_on() -> None:
     resume(n_trials=5)(study)
     study.optimize(objective, n_trials=2)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 3
+
+
+def test_a_resumed_study_is_judged_by_its_trials_once_they_are_enough() -> None:
+    # Six seconds each, where two minutes were stated, of which five would have fit.
+    study = study_that_used(minutes=1, n_trials=10)
+    resume(n_trials=15, footprint=by_points)(study)
+    study.optimize(objective, n_trials=1)
+    assert study.trials[-1].state == TrialState.COMPLETE
+    study = study_that_used(minutes=5, n_trials=10)
+    resume(n_trials=40, footprint=lambda _: Usage(wall_time=1.0))(study)
+    with pytest.raises(StudyRejected, match="of it used so far"):
+        study.optimize(never, n_trials=1)
+
+
+@pytest.mark.parametrize("on_projected", ["continue", "raise"])
+def test_a_resumed_study_that_learns_is_judged_at_once(
+    on_projected: OnProjected, quota_warnings: Callable[[], list[str]]
+) -> None:
+    study = study_that_used(minutes=5, n_trials=10)
+    study.sampler = QuotaSampler(
+        RandomSampler(seed=0),
+        quota=QUOTA,
+        strategy=Strategy(n_trials=100),
+        on_projected=on_projected,
+    )
+    if on_projected == "raise":
+        with pytest.raises(StudyRejected):
+            study.optimize(never, n_trials=1)
+        assert study.trials[-1].user_attrs["quota:outcome"] == "rejected"
+    else:
+        trial = study.ask()
+        assert "The quota is likely to run out before the study ends" in quota_warnings()[0]
+        study.tell(trial, 1.0)
 
 
 def test_the_search_space_is_inferred_from_the_trials() -> None:

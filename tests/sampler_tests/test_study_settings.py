@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+import logging
 from pathlib import Path
+import subprocess
+import sys
+import time
 
 import optuna
 from optuna.samplers import RandomSampler
+import pytest
 
-from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, status
+from optuna_quota._ledger.reservation import (
+    process_start,
+    Reservation,
+    reservation_object,
+    this_worker,
+)
+from optuna_quota._records import RESERVATION
+from optuna_quota.cli import main
 
 
 def worker(path: Path, quota: Quota, limits: Limits) -> optuna.Study:
@@ -42,14 +56,80 @@ def test_workers_that_agree_are_not_warned(
     assert quota_warnings() == []
 
 
-def test_a_worker_that_disagrees_is_warned_and_enforces_its_own_quota(
-    tmp_path: Path, quota_warnings: Callable[[], list[str]]
+def test_a_worker_that_comes_alone_changes_the_studys(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(worker(tmp_path, Quota(n_trials=9), Limits(memory="1GiB")))
-    second = worker(tmp_path, Quota(n_trials=3), Limits(memory="1GiB", wall_time="5s"))
+    run(worker(tmp_path, Quota(n_trials=1, wall_time="2h"), Limits(memory="1GiB")))
+    quota, limits = Quota(n_trials=3, wall_time="4h"), Limits(memory="2GiB", wall_time="5s")
+    second = worker(tmp_path, quota, limits)
+    optuna.logging.enable_propagation()
+    caplog.set_level(logging.INFO, logger="optuna.quota")
     run(second, n_trials=9)
     assert len(second.trials) == 3
-    quota, limits, *_ = quota_warnings()
-    assert "n_trials 9 stored, 3 here" in quota
-    assert "wall_time unset stored, 5 s here" in limits
+    changes = {r.getMessage() for r in caplog.records if "changed" in r.getMessage()}
+    assert changes == {
+        "Quota changed from 1 to 3 (trials), from 2 h to 4 h (wall time). "
+        "Limits changed from 1 GiB to 2 GiB (memory), from none to 5 s (wall time)."
+    }
+    assert second.user_attrs["quota:quota"] == {"n_trials": 3, "wall_time": 14400}
+    assert second.user_attrs["quota:limits"] == {"memory": 2**31, "wall_time": 5}
+    assert status(second).table.loc["n_trials", "quota"] == 3
+    capsys.readouterr()
+    url = f"sqlite:///{tmp_path}/s.db"
+    main(["status", "--storage", url, "--study-name", "shared", "--format", "json"])
+    assert "14400" in capsys.readouterr().out
+
+
+def test_limits_that_change_between_trials_are_the_studys_too() -> None:
+    study = optuna.create_study(
+        sampler=QuotaSampler(RandomSampler(), quota=Quota(n_trials=9)),
+        pruner=QuotaPruner(limits=Limits(memory="1GiB")),
+    )
+    run(study)
+    study.pruner = QuotaPruner(limits=Limits(memory="2GiB"))
+    run(study)
+    assert study.user_attrs["quota:limits"] == {"memory": 2**31}
+
+
+@pytest.fixture
+def other_process() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield process
+    process.communicate()
+
+
+def test_a_worker_that_disagrees_is_warned_and_enforces_its_own_quota(
+    tmp_path: Path,
+    quota_warnings: Callable[[], list[str]],
+    other_process: subprocess.Popen[bytes],
+) -> None:
+    run(worker(tmp_path, Quota(n_trials=9), Limits(memory="1GiB")))
+    second = worker(tmp_path, Quota(n_trials=5), Limits(memory="1GiB", wall_time="5s"))
+    running = second._storage.create_new_trial(second._study_id)
+    started = process_start(other_process.pid)
+    assert started is not None
+    other = replace(this_worker(), pid=other_process.pid, started=started)
+    held = Reservation(running, granted={"n_trials": 1}, worker=other, began=time.time())
+    second._storage.set_trial_system_attr(running, RESERVATION, reservation_object(held))
+
+    run(second, n_trials=2)
     assert second.user_attrs["quota:quota"] == {"n_trials": 9}
+    [warning] = quota_warnings()
+    assert "Quota changed from 9 to 5 (trials)" in warning
+    assert "Limits changed from none to 5 s (wall time)" in warning
+
+    other_process.communicate()
+    run(second, n_trials=9)
+    assert second.user_attrs["quota:quota"] == {"n_trials": 5}
+    # The trial of the process that ended counts.
+    assert len(second.trials) == 5
+    assert not any("changed" in each for each in quota_warnings())
+
+
+def test_a_result_is_stored_where_the_limits_disagree() -> None:
+    study = optuna.create_study(sampler=RandomSampler())
+    trial = study.ask()
+    study.sampler = QuotaSampler(quota=Quota(n_trials=9), limits=Limits(memory="1GiB"))
+    study.pruner = QuotaPruner(limits=Limits(memory="2GiB"))
+    study.tell(trial, 1.0)
+    assert study.best_value == 1

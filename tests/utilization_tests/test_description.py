@@ -10,7 +10,7 @@ from optuna.distributions import FloatDistribution
 import pytest
 
 from optuna_quota import Usage
-from tests.analysis_tests.studies import finished, power_law_study, study_of
+from tests.analysis_tests.studies import finished, power_law_study, study_of, terminated
 from tests.utilization_tests.test_model import model_of
 
 
@@ -76,8 +76,7 @@ def flawed_study(change: str) -> optuna.Study:
         usage = Usage(memory=1e6 * memory * factor * math.exp(noise))
         params = {"rows": rows, "other": other}
         if change == "cut" and i % 3:
-            early = {"quota:memory": usage.memory, "quota:outcome": "terminated"}
-            trials.append(finished(params, usage, space, user_attrs=early))
+            trials.append(terminated(params, usage, "memory", usage.memory or 0.0, space))
         else:
             trials.append(finished(params, usage, space))
     return study_of(*trials)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 import math
 import pickle
 from typing import Any
@@ -17,7 +18,14 @@ from optuna_quota import analyze, Usage
 from optuna_quota._records import record_attributes, TrialRecord
 from optuna_quota._utilization.data import study_data
 from optuna_quota._utilization.model import fit_utilization_model, UtilizationModel
-from tests.analysis_tests.studies import draw, finished, power_law_study, SPACE, study_of
+from tests.analysis_tests.studies import (
+    draw,
+    finished,
+    power_law_study,
+    SPACE,
+    study_of,
+    terminated,
+)
 
 
 def model_of(study: optuna.Study, resource: str = "memory") -> UtilizationModel:
@@ -57,13 +65,50 @@ def test_terminated_trials_do_not_bias_the_exponent() -> None:
     assert rows["lower"] < 2.0 < rows["upper"]
 
 
-def test_times_of_trials_ended_early_are_survival_data() -> None:
+def test_times_of_trials_ended_by_a_time_are_survival_data() -> None:
+    trials = []
+    for trial in power_law_study(80, seed=4).trials:
+        seconds = trial.user_attrs["quota:wall_time"]
+        usage = Usage(wall_time=min(seconds, 30.0), cpu_time=min(seconds, 30.0))
+        if seconds > 30.0:
+            trials.append(terminated(trial.params, usage, "wall_time", 30.0))
+        else:
+            trials.append(finished(trial.params, usage))
+
+    for resource in ("wall_time", "cpu_time"):
+        model = model_of(study_of(*trials), resource)
+        assert "failure time" in model.kind and model.n_censored > 20
+        rows = model.coefficients.loc["rows"]
+        assert rows["lower"] < 1.0 < rows["upper"]
+
+
+def test_times_of_trials_ended_by_their_memory_are_left_out() -> None:
     study = power_law_study(80, limit=5e8, seed=4)
 
-    model = model_of(study, "wall_time")
+    report = analyze(study)
+    model = report.models["wall_time"]
 
-    assert "failure time" in model.kind and model.n_censored > 20
-    assert model.coefficients.loc["rows", "lower"] < 1.0 < model.coefficients.loc["rows", "upper"]
+    n_completed = int((report.table["outcome"] == "completed").sum())
+    assert (model.n_observed, model.n_censored) == (n_completed, 0)
+    rows = model.coefficients.loc["rows"]
+    assert rows["lower"] < 1.0 < rows["upper"]
+    pairs = report.correlations.set_index(["param", "resource"])
+    assert pairs.loc[("rows", "wall_time"), "n"] == n_completed
+
+
+def test_a_floor_that_may_exist_widens_the_intervals() -> None:
+    # The largest trials are missing, so that the others hardly show the floor below the law.
+    trials = power_law_study(40, floor=1e6, noise=0.3, seed=2).trials
+    small = sorted(trials, key=lambda t: t.params["rows"])[:20]
+
+    model = model_of(study_of(*small))
+
+    assert model.floor == 0 and model.selected.floored is not None
+    joined = model.coefficients.loc["rows"]
+    without = replace(model.selected, floored=None)
+    plain = UtilizationModel("memory", without, model.numbers).coefficients.loc["rows"]
+    assert plain["upper"] < 2.0 and joined["lower"] <= plain["lower"]
+    assert joined["lower"] < 2.0 < joined["upper"]
 
 
 def pruning_study(share: float, n: int = 60) -> optuna.Study:
@@ -82,11 +127,11 @@ def pruning_study(share: float, n: int = 60) -> optuna.Study:
     return study_of(*trials)
 
 
-def test_peaks_that_pruned_trials_had_not_reached_are_lower_bounds() -> None:
+def test_peaks_that_pruned_trials_had_not_reached_are_left_out() -> None:
     report = analyze(pruning_study(share=0.25))
 
     model = report.models["memory"]
-    assert model.n_stopped_peaks == model.n_censored == 20
+    assert (model.n_stopped_peaks, model.n_observed, model.n_censored) == (20, 40, 0)
     assert model.coefficients.loc["rows", "estimate"] == pytest.approx(2.0, abs=0.05)
     assert any("20 stopped trials" in line for line in model.diagnostics)
     found = report.correlations.set_index(["param", "resource"]).loc[("rows", "memory")]
