@@ -73,7 +73,8 @@ class TrialRun:
         self._trial_id = -1 if self._study is None else _optuna.trial_id_of(trial)
         self._forecast = _StepForecast(self._study) if options.predictive_stop else None
         self._server: Server | None = None
-        # How something else has ended the trial's row.
+        # Why it is to run again later, and how something else has ended its row.
+        self._stopped_for: str | None = None
         self._ended_outside: str | None = None
 
     def run(self) -> Any:
@@ -153,7 +154,7 @@ class TrialRun:
         assert server is not None
         if self._ended_outside is not None:
             return self._resolver.abandon(server, self._ended_outside)
-        reason = self._preemption.reason_of(self._trial_id)
+        reason = self._stopped_for or self._preemption.reason
         if reason is not None and self._resolver.has_ended_early(server):
             return self._resolver.preempt(server, reason, self._options.grace_period)
         value = self._resolver.resolve(server)
@@ -172,7 +173,9 @@ class TrialRun:
         # Until the objective begins, only time counts.
         self._monitor.on_breach(self._stop_for_time)
         try:
-            with self._preemption.handled_by(self._trial_id, self._preempt, server.kill_soon):
+            with self._preemption.handled_by(
+                self._trial_id, self._preempt, server.kill_soon, self._options.grace_period
+            ):
                 started.send()
                 server.serve()
         except KeyboardInterrupt:
@@ -280,7 +283,9 @@ class TrialRun:
 
     def _preempt(self, reason: str) -> None:
         assert self._server is not None
-        self._server.end(TrialPreempted(reason), self._options.grace_period)
+        self._stopped_for = self._stopped_for or reason
+        grace_period = self._preemption.grace(self._options.grace_period)
+        self._server.end(TrialPreempted(reason), grace_period)
 
     def _stop(self, breach: Breach) -> None:
         assert self._server is not None
