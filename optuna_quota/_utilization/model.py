@@ -10,7 +10,7 @@ lower bounds they are those of maximum likelihood with a sandwich of the same ki
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 import math
@@ -26,11 +26,11 @@ from optuna_quota._utilization.fit import (
     derivatives,
     derivatives_at,
     Fit,
-    mean_and_jacobian,
     robust_covariance,
     Sample,
     without_numeric_warnings,
 )
+from optuna_quota._utilization.multiple_tests import holm
 from optuna_quota._utilization.selection import MIN_OBSERVED, select, Selected
 
 
@@ -79,6 +79,7 @@ class UtilizationModel:
         self.n_observed = len(numbers) - self.n_censored
         self.n_stopped_peaks = n_stopped_peaks
         self._selected = selected
+        self._p_adjusted: Array | None = None
 
     def log_likelihood(self, numbers: NDArray[np.int64]) -> float:
         """Return the log-likelihood of the usage of the trials of these numbers."""
@@ -128,10 +129,18 @@ class UtilizationModel:
     def coefficients(self) -> pd.DataFrame:
         """The coefficients by term, with 95% intervals.
 
-        The columns are ``estimate, lower, upper, p_value, kind``. ``kind`` is ``exponent`` for a
+        The columns are ``estimate, lower, upper, p_value, kind, p_adjusted``. ``p_adjusted`` is
+        Holm's over the terms of all models of the study. ``kind`` is ``exponent`` for a
         number, ``log ratio`` for a level against the most frequent one, ``log factor`` for what
         enters per unit, and ``amount`` (SI base units) for ``floor`` and ``constant``.
         """
+        table: pd.DataFrame = self._coefficients.copy()
+        p_values = table["p_value"].to_numpy(dtype=float)
+        table["p_adjusted"] = holm(p_values) if self._p_adjusted is None else self._p_adjusted
+        return table
+
+    @cached_property
+    def _coefficients(self) -> pd.DataFrame:
         import pandas as pd
 
         design, offset = self._selected.design, int(self._selected.fit.has_floor)
@@ -195,9 +204,9 @@ class UtilizationModel:
 
     @cached_property
     def formula(self) -> str:
-        """The model as text, with the terms whose 95% interval excludes no effect."""
+        """The model as text, with the terms that are clear: ``p_adjusted`` below 5%."""
         params = np.asarray(self.results.params, dtype=float)
-        p_values = np.asarray(self.results.pvalues, dtype=float)
+        p_values = self.coefficients["p_adjusted"].to_numpy(dtype=float)
         return formula_text(self.resource, self._selected, self.floor, params, p_values)
 
     @cached_property
@@ -209,67 +218,6 @@ class UtilizationModel:
     def notes(self) -> list[str]:
         """What was left out or added, and why."""
         return list(self._selected.notes)
-
-    def predict(self, params: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-        """Return what trials of these parameters would use, in SI base units.
-
-        Args:
-            params: One mapping of names to values a trial.
-
-        Returns:
-            Columns ``lower``, ``median`` and ``upper``, each bound missed by 5% of trials.
-        """
-        return self._predict(self._selected.design.encode(params), len(params))
-
-    def curve(self, param: str, points: int = 50) -> pd.DataFrame:
-        """Return the model along one parameter, the others at their typical values.
-
-        Args:
-            param: Name of the parameter.
-            points: Number of values, evenly spaced on the scale on which it varied.
-
-        Returns:
-            Columns ``param`` (its value or level), ``lower``, ``median`` and ``upper``.
-
-        Raises:
-            KeyError: If the model has no such parameter.
-        """
-        design = self._selected.design
-        if param not in design.typical:
-            raise KeyError(f"{param!r} is none of {', '.join(design.typical)}.")
-        if param in design.levels:
-            shown: list[Any] = list(design.levels[param])
-            grid = np.arange(len(shown), dtype=float)
-        else:
-            low, high = design.ranges[param]
-            spread = np.geomspace if low > 0 and high / low > 5 else np.linspace
-            grid = spread(low, high, points)
-            shown = grid.tolist()
-        values = {
-            name: grid if name == param else np.full(len(grid), typical)
-            for name, typical in design.typical.items()
-        }
-        table = self._predict(values, len(grid))
-        table.insert(0, "param", shown)
-        return table
-
-    def _predict(self, values: Mapping[str, Array], n: int) -> pd.DataFrame:
-        import pandas as pd
-        from scipy.special import stdtrit
-
-        fit = self._selected.fit
-        x = self._selected.design.matrix(values, n)
-        mean, jacobian = mean_and_jacobian(fit.theta, x, fit.has_floor)
-        places = jacobian.shape[1]
-        covariance = np.asarray(self.results.cov_params())[:places, :places]
-        uncertain = np.maximum(np.einsum("ij,jk,ik->i", jacobian, covariance, jacobian), 0.0)
-        noise = self.sigma * fit.scale(jacobian)
-        half = float(stdtrit(self.df, 0.95)) * np.sqrt(noise**2 + uncertain)
-        logs = {"lower": mean - half, "median": mean, "upper": mean + half}
-        table: pd.DataFrame = pd.DataFrame(
-            {name: [bounded_exp(each) for each in each_log] for name, each_log in logs.items()}
-        )
-        return table
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or "_selected" not in self.__dict__:
@@ -357,7 +305,18 @@ def fit_utilization_models(
             missing[resource] = found
         else:
             models[resource] = found
+    _adjust_together(models.values())
     return models, missing
+
+
+def _adjust_together(models: Collection[UtilizationModel]) -> None:
+    """Adjust the p-values of the terms of all models of a study together."""
+    if not models:
+        return
+    tables = [model._coefficients["p_value"].to_numpy(dtype=float) for model in models]
+    ends = np.cumsum([len(table) for table in tables])[:-1]
+    for model, adjusted in zip(models, np.split(holm(np.concatenate(tables)), ends), strict=True):
+        model._p_adjusted = adjusted
 
 
 def fit_utilization_model(data: StudyData, resource: str) -> UtilizationModel | str:

@@ -145,7 +145,7 @@ def _with_interaction(selected: Selected, values: Values, observed: int) -> Sele
     found = maximize(np.insert(last.theta, -1, 0.0), scaled, has_floor=last.has_floor)
     found = replace(found, epsilon=last.epsilon)
     gain = found.loglike - last.loglike
-    if not math.isfinite(gain) or gain <= needed or not _is_clear(found, larger):
+    if not math.isfinite(gain) or gain <= needed or not _is_clear(found, larger, len(candidates)):
         return None
     note = (
         f"{product.term} is included: it raises the log-likelihood by {gain:.1f}, the extended "
@@ -155,14 +155,14 @@ def _with_interaction(selected: Selected, values: Values, observed: int) -> Sele
     return replace(selected, design=design, sample=larger, fit=found, notes=notes)
 
 
-def _is_clear(fit: Fit, sample: Sample) -> bool:
-    """Return whether the last term's robust interval excludes 0."""
+def _is_clear(fit: Fit, sample: Sample, n_candidates: int) -> bool:
+    """Return whether the last term's robust interval excludes 0, by Bonferroni's correction."""
     from scipy.special import stdtrit
 
     covariance = robust_covariance(fit, sample)
     place = len(fit.theta) - 2
     df = max(1, int((~sample.censored).sum()) - len(fit.theta))
-    half = float(stdtrit(df, 0.975))
+    half = float(stdtrit(df, 1 - 0.025 / n_candidates))
     return abs(float(fit.theta[place])) > half * math.sqrt(covariance[place, place])
 
 

@@ -187,30 +187,28 @@ def test_an_interaction_is_included_only_if_there_is_one() -> None:
     assert sum(":" in t for m in without for t in m.coefficients.index) <= 2
 
 
-def test_predicted_bounds_have_their_coverage() -> None:
-    model = model_of(power_law_study(200, noise=0.1))
-    rng = np.random.default_rng(9)
-    params = [draw(SPACE, rng) for _ in range(500)]
-    truth = np.array(
-        [(300e6 + 50.0 * p["rows"] ** 2) * np.exp(0.1 * rng.standard_normal()) for p in params]
-    )
-
-    table = model.predict(params)
-
-    assert 0.90 < (truth <= table["upper"]).mean() < 0.99
-    assert 0.90 < (truth >= table["lower"]).mean() < 0.99
-    assert (table["lower"] < table["median"]).all() and (table["median"] < table["upper"]).all()
-
-
-def test_a_curve_runs_along_one_parameter() -> None:
-    model = model_of(power_law_study(60), "wall_time")
-
-    numbers, levels = model.curve("rows", points=20), model.curve("optimizer")
-
-    assert len(numbers) == 20 and numbers["median"].is_monotonic_increasing
-    assert set(levels["param"]) == {"sgd", "adam"}
-    with pytest.raises(KeyError, match="nothing"):
-        model.curve("nothing")
+def test_terms_are_adjusted_for_all_terms_of_the_study() -> None:
+    found = 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        space = {f"p{i}": FloatDistribution(1.0, 100.0, log=True) for i in range(8)}
+        noise = [
+            finished(
+                draw(space, rng),
+                Usage(memory=1e9 * rng.lognormal(0, 0.1), cpu_time=rng.lognormal(0, 0.3)),
+                space,
+            )
+            for _ in range(40)
+        ]
+        models = analyze(study_of(*noise)).models
+        tables = [model.coefficients for model in models.values()]
+        assert all((t["p_adjusted"] >= t["p_value"]).sum() == 8 for t in tables)
+        clear = [m for m in models.values() if (m.coefficients["p_adjusted"] < 0.05).any()]
+        assert all(
+            ("no single term is clear" in m.formula) == (m not in clear) for m in models.values()
+        )
+        found += bool(clear)
+    assert found <= 2
 
 
 def test_conditional_parameters_have_exponents() -> None:
@@ -292,7 +290,7 @@ def test_of_too_many_parameters_the_strongest_are_kept() -> None:
     assert any("too few" in warning for warning in model.diagnostics)
 
 
-def test_a_choice_of_none_is_predicted_as_a_level_of_its_own() -> None:
+def test_a_choice_of_none_is_a_level_of_its_own() -> None:
     space = {"weight": CategoricalDistribution([None, "", "balanced"])}
     amounts = {None: 4e9, "": 2e9, "balanced": 1e9}
     rng = np.random.default_rng(0)
@@ -306,10 +304,9 @@ def test_a_choice_of_none_is_predicted_as_a_level_of_its_own() -> None:
         )
     )
 
-    predicted = model.predict([{"weight": choice} for choice in amounts])
-
-    assert predicted["median"].to_numpy() == pytest.approx(list(amounts.values()), rel=0.03)
-    assert model.predict([{}])["median"][0] == predicted["median"][2]
+    estimates = model.coefficients["estimate"]
+    assert estimates["weight[None]"] == pytest.approx(math.log(4), abs=0.03)
+    assert estimates["weight[]"] == pytest.approx(math.log(2), abs=0.03)
 
 
 def test_an_infinite_choice_is_a_level_not_a_missing_value() -> None:
