@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 import contextlib
+from datetime import datetime
 import functools
 import logging
 import os
 import socket
 import threading
+import time
 from typing import Any, TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -35,6 +37,11 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("optuna.quota.preemption")
 
+# Before a deadline, a trial in this process is stopped so many seconds ahead, or this share of
+# the time that there was, if that is less: it is only asked to stop, and when is not known.
+_MARGIN = 5.0
+_SHARE = 0.1
+
 
 class Preemption:
     """What ends the running trials of one study in this process.
@@ -43,30 +50,60 @@ class Preemption:
         reason: Why all of them have to end, one sentence; None while they need not.
         requeue: Whether they are enqueued again.
         signals: The signals that ask for it, which may reach the processes of the trials too.
+        deadline: When all have to be done, in seconds since the epoch; None for any time.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self.requeue = True
         self.signals: tuple[int, ...] = ()
-        self._reasons: dict[int, str] = {}
+        self.deadline: float | None = None
+        self._until_deadline = 0.0
+        self._longest_grace: float | None = None
         self._stops: dict[int, Callable[[str], None]] = {}
         self._kills: dict[int, Callable[[], None]] = {}
         self._lock = threading.Lock()
 
-    def reason_of(self, trial_id: int) -> str | None:
-        """Return why a trial has to end, None while it need not."""
-        return self.reason or self._reasons.get(trial_id)
+    def set_deadline(self, deadline: float | None) -> None:
+        """Stop running trials in time before a deadline, in seconds since the epoch."""
+        self.deadline = deadline
+        self._until_deadline = max(0.0, (deadline or 0.0) - time.time())
 
-    def request(self, reason: str, trial_id: int | None = None) -> None:
-        """Stop a trial politely, or all trials; not to be called from a signal handler."""
+    @property
+    def margin(self) -> float:
+        """Seconds before the deadline from which on no trial runs undisturbed."""
+        if self._longest_grace is None:
+            return min(_MARGIN, _SHARE * self._until_deadline)
+        return self._margin(self._longest_grace)
+
+    def _margin(self, grace_period: float) -> float:
+        return min(grace_period, self._until_deadline / 2)
+
+    def grace(self, grace_period: float) -> float:
+        """Return the grace period of a trial that is stopped now: it ends with the deadline."""
+        if self.deadline is None:
+            return grace_period
+        return min(grace_period, max(0.0, self.deadline - time.time()))
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the deadline is so near that running trials are stopped."""
+        return self.deadline is not None and time.time() >= self.deadline - self.margin
+
+    def find_reason(self) -> str | None:
+        """Return why running trials have to end, None while they need not."""
+        return self.reason or (self._deadline_reason() if self.is_late else None)
+
+    def _deadline_reason(self) -> str:
+        assert self.deadline is not None
+        at = datetime.fromtimestamp(self.deadline)
+        return f"The worker has to end by its deadline ({at:%Y-%m-%d %H:%M:%S})."
+
+    def request(self, reason: str) -> None:
+        """Stop all trials politely; not to be called from a signal handler."""
         with self._lock:
-            if trial_id is None:
-                self.reason = self.reason or reason
-                stops = list(self._stops.values())
-            else:
-                self._reasons.setdefault(trial_id, reason)
-                stops = [stop for number, stop in self._stops.items() if number == trial_id]
+            self.reason = self.reason or reason
+            stops = list(self._stops.values())
         for stop in stops:
             stop(reason)
 
@@ -79,24 +116,33 @@ class Preemption:
 
     @contextlib.contextmanager
     def handled_by(
-        self, trial_id: int, stop: Callable[[str], None], kill: Callable[[], None]
+        self,
+        trial_id: int,
+        stop: Callable[[str], None],
+        kill: Callable[[], None],
+        grace_period: float,
     ) -> Iterator[None]:
         """Call these, from any thread, to stop a trial within the block and to kill it."""
         with self._lock:
             self._stops[trial_id], self._kills[trial_id] = stop, kill
-        reason = self.reason_of(trial_id)
+            self._longest_grace = max(grace_period, self._longest_grace or 0.0)
+        timer = None
+        reason = self.find_reason()
         if reason is not None:
             stop(reason)
+        elif self.deadline is not None:
+            seconds = self.deadline - self._margin(grace_period) - time.time()
+            timer = threading.Timer(max(0.0, seconds), stop, [self._deadline_reason()])
+            timer.daemon = True
+            timer.start()
         try:
             yield
         finally:
+            if timer is not None:
+                timer.cancel()
             with self._lock:
                 self._stops.pop(trial_id, None)
                 self._kills.pop(trial_id, None)
-
-    def forget(self, trial_id: int) -> None:
-        """Drop what was requested for a trial that has ended."""
-        self._reasons.pop(trial_id, None)
 
 
 _preemptions: WeakKeyDictionary[BaseStorage, dict[int, Preemption]] = WeakKeyDictionary()
@@ -120,7 +166,7 @@ def find_preemption(study: Study, trial: BaseTrial | FrozenTrial) -> TrialPreemp
     """
     study = _optuna.unwrap_study(study)
     trial_id = _optuna.trial_id_of(trial)
-    reason = preemption_of(study).reason_of(trial_id)
+    reason = preemption_of(study).find_reason()
     if reason is None:
         return None
     monitor = metering_loop().find(key_of(study, trial))
@@ -148,7 +194,6 @@ def _tell_preempted(
 ) -> TellResult:
     """End a preempted trial in the place of ``tell``; ``optimize`` goes on to its end."""
     preemption, storage = preemption_of(study), _optuna.storage_of(study)
-    preemption.forget(trial_id)
     row = retry(lambda: storage.get_trial(trial_id))
     if row.state.is_finished():
         # Whatever finished it has enqueued it, if it is to run again.
@@ -168,15 +213,21 @@ def _tell_preempted(
     if result[0] != TrialState.FAIL:
         return result
     if preemption.requeue:
-        _enqueue_again(study, read_row(study, row))
+        enqueue_again(study, read_row(study, row), "was preempted")
     if state is None or isinstance(_optuna.objective_error(), KeyboardInterrupt):
         return result
     # For a failed trial, `optimize` would raise what its objective raised.
     return TrialState.PRUNED, None, None
 
 
-def _enqueue_again(study: Study, row: FrozenTrial) -> None:
-    """Enqueue a preempted trial again, once; one without parameters would be any trial."""
+def enqueue_again(study: Study, row: FrozenTrial, why: str) -> None:
+    """Enqueue a trial again, once; one without parameters would be any trial.
+
+    Args:
+        study: The study.
+        row: The trial.
+        why: What happened to it, for the log.
+    """
     if not (row.params or _optuna.fixed_params_of(row)):
         return
     kept = {k: v for k, v in row.user_attrs.items() if not k.startswith(PREFIX)}
@@ -189,4 +240,4 @@ def _enqueue_again(study: Study, row: FrozenTrial) -> None:
             _optuna.enqueue_retry(study, row, kept)
 
     retry(enqueue)
-    _logger.info(f"Trial {row.number} was preempted and is enqueued again.")
+    _logger.info(f"Trial {row.number} {why} and is enqueued again.")

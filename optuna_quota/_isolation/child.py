@@ -67,6 +67,7 @@ def run_child(
             _receive_streams(channel)
         start = channel.receive() if inherited is None else inherited.start
         child.grace_period = start.grace_period
+        child.calls.use(start.trial.address)
         buffers = receive_buffers(channel, start.buffers)
         if crash_file is not None:
             faulthandler.enable(crash_file)
@@ -99,7 +100,7 @@ class _Child:
     """
 
     def __init__(self, channel: Channel, stop: PoliteStop) -> None:
-        self.calls = RpcClient(channel, stop)
+        self.calls = RpcClient(channel=channel, stop=stop)
         self.grace_period = 0.0
         self._stop = stop
 

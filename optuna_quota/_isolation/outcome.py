@@ -15,14 +15,15 @@ from optuna.trial import Trial, TrialState
 from optuna_quota import _optuna
 from optuna_quota._enforcement.check import raise_breached
 from optuna_quota._enforcement.constraints import tolerate_constraints_failure
-from optuna_quota._enforcement.preemption import end_as_preempted
+from optuna_quota._enforcement.preemption import end_as_preempted, enqueue_again
+from optuna_quota._enforcement.trial_result import read_row
 from optuna_quota._isolation import exit_cause, messages, out_of_memory
 from optuna_quota._isolation.remote_errors import unpack_error
 from optuna_quota._isolation.script_process import ScriptFailed
 from optuna_quota._isolation.server import Server
 from optuna_quota._metering import Verdict
 from optuna_quota._metering.gpu_attribution import DeviceShare, GpuUse
-from optuna_quota._metering.visible_gpus import device_memory
+from optuna_quota._metering.visible_gpus import device_memory, free_memory
 from optuna_quota._records import CRASHED, is_rejected, write_attributes
 from optuna_quota._resources import Breach, Usage
 from optuna_quota._storage_retry import retry
@@ -40,6 +41,9 @@ _logger = logging.getLogger("optuna.quota.isolated")
 
 OnCrash = Literal["fail", "raise"]
 CrashStatus = Literal["crashed", "ended", "running"]
+
+# How often a trial that found its GPU full is tried again.
+_MAX_GPU_RETRIES = 3
 
 # The study ends when so many trials, its first ones or any in a row, have all crashed.
 FIRST_CRASHES = 3
@@ -262,10 +266,29 @@ class OutcomeResolver:
             return self._fail(error, report)
         self._monitor.verdict = Verdict("failed", reason)
         trial, study = self._trial, self._study
-        by_optimize = isinstance(trial, Trial) and _optuna.is_run_by_optimize(trial)
-        if study is None or not by_optimize or self._on_crash == "raise":
+        if study is None or not isinstance(trial, Trial) or self._on_crash == "raise":
             raise error
+        if not _optuna.is_run_by_optimize(trial):
+            raise error
+        self._try_again_elsewhere(study, trial, state)
         return crash_value(reason, len(study.directions))
+
+    def _try_again_elsewhere(
+        self, study: Study, trial: Trial, state: out_of_memory.GpuMemoryState
+    ) -> None:
+        """Enqueue a trial again that found its assigned GPU full, if others have room."""
+        assigned = self._monitor.environment.get("CUDA_VISIBLE_DEVICES")
+        if assigned is None:
+            return
+        need = (state.held_there or 0.0) + (state.requested or 0.0)
+        with_room = [free for free in free_memory(os.environ) if free >= need]
+        row = read_row(study, trial)
+        attempts = sum(
+            _optuna.first_attempt(each) == _optuna.first_attempt(row)
+            for each in study.get_trials(deepcopy=False)
+        )
+        if len(with_room) >= len(assigned.split(",")) and attempts <= _MAX_GPU_RETRIES:
+            enqueue_again(study, row, "found its GPU full of others' memory")
 
     def _terminate(self, breach: Breach, cause: BaseException | None = None) -> NoReturn:
         self._monitor.breach = self._monitor.breach or breach

@@ -71,10 +71,10 @@ class TrialRun:
         self._study = trial.study if isinstance(trial, Trial) else None
         self._preemption = Preemption() if self._study is None else preemption_of(self._study)
         self._trial_id = -1 if self._study is None else _optuna.trial_id_of(trial)
-        self._remote = RemoteObjects(trial)
         self._forecast = _StepForecast(self._study) if options.predictive_stop else None
         self._server: Server | None = None
-        # How something else has ended the trial's row.
+        # Why it is to run again later, and how something else has ended its row.
+        self._stopped_for: str | None = None
         self._ended_outside: str | None = None
 
     def run(self) -> Any:
@@ -141,7 +141,8 @@ class TrialRun:
         server = None
         for attempt in range(_ATTEMPTS):
             try:
-                server = self._start_and_serve(objective, cores)
+                with contextlib.closing(RemoteObjects(self._trial)) as remote:
+                    server = self._start_and_serve(objective, remote, cores)
                 break
             except NotStarted as error:
                 # The fork server had ended, or the processes that it had ready were killed.
@@ -153,7 +154,7 @@ class TrialRun:
         assert server is not None
         if self._ended_outside is not None:
             return self._resolver.abandon(server, self._ended_outside)
-        reason = self._preemption.reason_of(self._trial_id)
+        reason = self._stopped_for or self._preemption.reason
         if reason is not None and self._resolver.has_ended_early(server):
             return self._resolver.preempt(server, reason, self._options.grace_period)
         value = self._resolver.resolve(server)
@@ -161,16 +162,20 @@ class TrialRun:
             self._forecast.remember()
         return value
 
-    def _start_and_serve(self, objective: Callable[..., Any], cores: Cores | None) -> Server:
+    def _start_and_serve(
+        self, objective: Callable[..., Any], remote: RemoteObjects, cores: Cores | None
+    ) -> Server:
         started = TrialStarter(
-            objective, self._options, self._trial, self._monitor, self._remote, cores
+            objective, self._options, self._trial, self._monitor, remote, cores
         ).start()
         label = f"Trial {self._trial.number}"
-        self._server = server = Server(started.connections, self._remote, self, label=label)
+        self._server = server = Server(started.connections, remote, self, label=label)
         # Until the objective begins, only time counts.
         self._monitor.on_breach(self._stop_for_time)
         try:
-            with self._preemption.handled_by(self._trial_id, self._preempt, server.kill_soon):
+            with self._preemption.handled_by(
+                self._trial_id, self._preempt, server.kill_soon, self._options.grace_period
+            ):
                 started.send()
                 server.serve()
         except KeyboardInterrupt:
@@ -181,6 +186,7 @@ class TrialRun:
             raise
         finally:
             started.connections.close()
+            server.close()
         return server
 
     def _interrupt(self, server: Server) -> None:
@@ -277,7 +283,9 @@ class TrialRun:
 
     def _preempt(self, reason: str) -> None:
         assert self._server is not None
-        self._server.end(TrialPreempted(reason), self._options.grace_period)
+        self._stopped_for = self._stopped_for or reason
+        grace_period = self._preemption.grace(self._options.grace_period)
+        self._server.end(TrialPreempted(reason), grace_period)
 
     def _stop(self, breach: Breach) -> None:
         assert self._server is not None

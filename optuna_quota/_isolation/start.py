@@ -175,6 +175,7 @@ class TrialStarter:
             has_main=main.is_made,
             output=read_output_settings(),
             trial=TrialFacts(
+                address=self.remote.listener.address,
                 number=trial.number,
                 trial_id=None if study is None else _optuna.trial_id_of(trial),
                 datetime_start=trial.datetime_start,

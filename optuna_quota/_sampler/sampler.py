@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import logging
 import threading
+import time
 from typing import Any, TYPE_CHECKING
 
 from optuna.samplers import BaseSampler, TPESampler
@@ -14,14 +15,15 @@ from optuna.trial import TrialState
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import resolve_cores
 from optuna_quota._enforcement.constraints import uniform_constraints
-from optuna_quota._enforcement.nesting import find_nested
-from optuna_quota._enforcement.pruner import wrap_nesting_pruner
+from optuna_quota._enforcement.nesting import find_nested, quota_pruners
+from optuna_quota._enforcement.pruner import QuotaPruner, wrap_nesting_pruner
 from optuna_quota._enforcement.trial_result import read_row, record_ignored_rejection
 from optuna_quota._footprint.user_given import as_footprint
 from optuna_quota._ledger import LEASE, Refusal
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop
 from optuna_quota._resources import Limits, Quota, Strategy, Usage
 from optuna_quota._sampler.candidates import CandidateFilter
+from optuna_quota._sampler.deadline import DeadlineOption, parse_deadline
 from optuna_quota._sampler.options import (
     AdmissionOptions,
     check_choices,
@@ -79,6 +81,11 @@ class QuotaSampler(BaseSampler):
             function is called with complete points only: those with all parameters of the
             ``strategy``'s search space, or of a trial that completed.
         confidence: Probability, one-sided, with which what is admitted has to fit.
+        deadline: When this worker has to be done: a duration from now on (seconds or text with its
+            unit), a datetime, or ``"slurm"`` for the end of the SLURM job that it runs in. No
+            trial starts that would most likely not be done by then, and ``optimize`` ends as on
+            its ``timeout``. Running ones are stopped in time, an isolated one its grace period
+            ahead, and enqueued again: see :func:`~optuna_quota.preemptible`.
         limits: Ceilings on each trial where no :class:`~optuna_quota.QuotaPruner` can be passed.
         meters: Meters of your own, where no QuotaPruner can be passed.
         on_exhausted: What ``optimize`` does once a total quota is used up: ``"stop"`` ends it as
@@ -127,6 +134,7 @@ class QuotaSampler(BaseSampler):
         strategy: Strategy | None = None,
         footprint: Usage | Callable[[dict[str, Any]], Usage] | Any = None,
         confidence: float = 0.95,
+        deadline: DeadlineOption | None = None,
         limits: Limits | None = None,
         meters: Sequence[Meter] = (),
         on_exhausted: OnExhausted = "stop",
@@ -157,6 +165,8 @@ class QuotaSampler(BaseSampler):
         self.strategy = strategy
         self.footprint = footprint
         self.confidence = confidence
+        self.deadline = deadline
+        self._deadline = None if deadline is None else parse_deadline(deadline, time.time())
         self.limits = limits
         self.meters = check_names(meters)
         self.on_exhausted = on_exhausted
@@ -222,6 +232,9 @@ class QuotaSampler(BaseSampler):
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
         wrap_nesting_pruner(whole)
+        if self._deadline is not None and not quota_pruners(whole.pruner):
+            # Its `should_prune` is what stops trials in process.
+            whole.pruner = QuotaPruner(whole.pruner, limits=Limits())
         session = self._session(whole)
         limits = limits_in_force(whole, self.limits)
         if session.decided is None:
@@ -235,13 +248,14 @@ class QuotaSampler(BaseSampler):
             if resumed is not None:
                 self._check_quota(session, whole)
         fixed = _optuna.fixed_params_of(trial)
-        grant = session.ledger.reserve(
+        late = session.refuse_late(fixed)
+        grant = late or session.ledger.reserve(
             trial,
             limits=limits,
             footprint=self.footprint.amounts() if isinstance(self.footprint, Usage) else {},
             bounds=session.candidates.footprint.bounds_before_start(self.quota.held, fixed),
             n_jobs=n_jobs,
-            is_over=lambda: _optuna.is_optimize_ending(whole) and objective_uses_trial(whole),
+            is_over=lambda: session.is_ending(whole) and objective_uses_trial(whole),
         )
         if isinstance(grant, Refusal):
             session.refuse(whole, trial, grant)
@@ -405,6 +419,7 @@ class QuotaSampler(BaseSampler):
                     stops=self.on_exhausted == "stop",
                     gpus_per_trial=self.gpus_per_trial,
                     metering=self.metering,
+                    deadline=self._deadline,
                 )
                 self._sessions.add(study, session)
         return session

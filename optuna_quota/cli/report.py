@@ -132,7 +132,10 @@ def _as_json(report: UtilizationReport) -> dict[str, Any]:
         "outcomes": report.table["outcome"].value_counts().to_dict(),
         "usage": usage,
         "correlations": records(report.correlations),
-        "models": {name: _model_as_json(model) for name, model in report.models.items()},
+        "models": {
+            name: {**_model_as_json(model), "formula": report.formulas[name]}
+            for name, model in report.models.items()
+        },
         "missing_models": report.missing_models,
         "advice": [vars(advice) for advice in report.advice],
     }
