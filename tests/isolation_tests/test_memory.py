@@ -80,9 +80,17 @@ def pss(pid: int) -> int:
 
 
 def show() -> float:
-    """Let everybody look."""
+    """Let everybody look, also a supervisor that gets little of a busy machine."""
+    before = wakeups(os.getppid())
     time.sleep(0.4)
+    while wakeups(os.getppid()) < before + 4:
+        time.sleep(0.01)
     return 0.0
+
+
+def wakeups(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("voluntary_ctxt_switches:")[2].split()[0])
 
 
 def hold_shared_memory(trial: optuna.Trial) -> float:
