@@ -137,7 +137,7 @@ class StudyAnalysis:
             self.feasible,
             float(loss_signs(self.study)[0]),
         )
-        return [*advise_search_space(facts), *advise(facts)]
+        return [*advise_search_space(facts, self.footprint), *advise(facts)]
 
 
 def _no_law(resource: str, error: PredictionError) -> str:

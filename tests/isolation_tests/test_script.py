@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import os
 from pathlib import Path
+import signal
 import sys
 from typing import Any
 
@@ -12,7 +14,15 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, script, TrialCrashed
+from optuna_quota import (
+    Limits,
+    preemptible,
+    Quota,
+    QuotaPruner,
+    QuotaSampler,
+    script,
+    TrialCrashed,
+)
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import MIB, needs_supervisor
 
@@ -182,6 +192,25 @@ echo '{{"step": 0, "value": 1}}'
 {ENDLESS}"""
     with pytest.raises(KeyboardInterrupt):
         run_one(shell(source), base=Interrupting(), grace_period=60)
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_preempted_script_may_save_its_work_and_runs_again(tmp_path: Path) -> None:
+    class Preempting(BasePruner):
+        def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return False
+
+    source = f"""\
+trap 'echo saved > {tmp_path}/saved; exit' TERM
+echo '{{"step": 0, "value": 1}}'
+{ENDLESS}"""
+    study = optuna.create_study(pruner=Preempting())
+    with preemptible(study, signals=[signal.SIGUSR1]):
+        study.optimize(script(shell(source), suggest_x, grace_period=60), n_trials=3)
+    first, again = study.trials
+    assert (first.state, read_record(first).outcome) == (TrialState.FAIL, "preempted")
+    assert again.state == TrialState.WAITING
     assert (tmp_path / "saved").exists()
 
 
