@@ -230,7 +230,7 @@ def test_the_reason_of_a_failure() -> None:
     reason = reason_of(shell(f"""echo '{{"value": 1}}'; {numbers}; exit 3"""))
     assert reason.startswith("The script ended with exit status 3. The end of its standard error:")
     assert reason.endswith("\n".join(f"error {i}" for i in range(3, 13)))
-    assert reason_of(shell("kill -SEGV $$")) == "The script was killed by SIGSEGV."
+    assert reason_of(shell("kill -USR1 $$")) == "The script was killed by SIGUSR1."
     assert reason_of(shell("""echo '{"step": 1, "value": 1}'""")).startswith(
         "The script printed no value."
     )
