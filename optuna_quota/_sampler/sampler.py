@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("optuna.quota.sampler")
 
+# Draws of a point while other workers take what was left for it.
+_MOST_DRAWS = 4
+
 
 class QuotaSampler(BaseSampler):
     """Samples as another sampler does, inside a quota.
@@ -235,6 +238,7 @@ class QuotaSampler(BaseSampler):
             limits=limits,
             footprint=self.footprint.amounts() if isinstance(self.footprint, Usage) else {},
             bounds=session.candidates.footprint.bounds_before_start(self.quota.held, fixed),
+            needs=session.needs,
             n_jobs=None if self.strategy is None else self.strategy.n_jobs,
             is_over=lambda: _optuna.is_optimize_ending(whole) and objective_uses_trial(whole),
         )
@@ -245,7 +249,8 @@ class QuotaSampler(BaseSampler):
         ceilings = limits.tightened(self.quota.held)
         if self.on_crowded == "smaller":
             ceilings = ceilings.tightened(session.ledger.room(trial))
-        session.candidates.begin(whole, trial, ceilings, session.ledger.trials)
+        left = session.left(trial)
+        session.candidates.begin(whole, trial, ceilings, session.ledger.trials, left)
         # Last, so that learning and imports do not count as the trial's usage.
         session.start_trial(whole, trial, grant, limits, meters_in_force(whole, self.meters))
 
@@ -265,8 +270,12 @@ class QuotaSampler(BaseSampler):
         with fail_unfinished_trial(study, trial):
             session = self._session(_optuna.unwrap_study(study))
             seen = self._with_uniform_constraints(study, len(search_space))
-            drawn = session.candidates.sample_relative(seen, trial, search_space)
-            session.promise(trial, drawn)
+            for _ in range(_MOST_DRAWS):
+                drawn = session.candidates.sample_relative(seen, trial, search_space)
+                if session.promise(trial, drawn):
+                    break
+                # Another worker was first.
+                session.candidates.set_left(trial, session.left(trial))
             return drawn
 
     def sample_independent(
