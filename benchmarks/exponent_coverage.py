@@ -5,6 +5,13 @@ time is ``0.5 s + b · rows^1.2 · width^0.6 · 1.5 [adam]``, times log-normal n
 does nothing. A share of the trials is ended early, at a limit or by a pruner, and counts as lower
 bounds. Beside the fitted model stand two baselines on the same tables: the same model on the
 completed trials alone, and with the lower bounds taken for values.
+
+Then trials that something else ended at a share of their course: wall time under a memory limit
+(ended late, at 80 to 100% of it, or anywhere) and of pruned trials; memory that grows with the run
+under a limit on wall time. The library leaves them out of the formula and has the footprint model
+the share; beside it stands that they are left out of both, or taken for lower bounds. The last
+column is the median prediction at a large point over the
+truth, of the formula and of the footprint, and how often the footprint's 95% bound holds there.
 """
 
 from __future__ import annotations
@@ -13,9 +20,13 @@ import argparse
 import time
 
 import numpy as np
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 
+from optuna_quota import Footprint, Usage
+from optuna_quota._footprint.observations import Observation
 from optuna_quota._utilization.data import Parameter
 from optuna_quota._utilization.design import build_design, values_of
+from optuna_quota._utilization.fit import mean_and_jacobian
 from optuna_quota._utilization.model import UtilizationModel
 from optuna_quota._utilization.selection import select
 
@@ -54,10 +65,10 @@ def simulate(rng, resource, n, share, noise):
 
 
 def fitted(resource, parameters, y, censored, kept):
-    """Return the coefficients of a model fitted to the trials ``kept``."""
+    """Return a model fitted to the trials ``kept``."""
     design = build_design(parameters, kept)
     selected = select(design, values_of(parameters, kept), y[kept], censored[kept])
-    return UtilizationModel(resource, selected, np.flatnonzero(kept)).coefficients
+    return UtilizationModel(resource, selected, np.flatnonzero(kept))
 
 
 def covers(coefficients, truth):
@@ -73,6 +84,82 @@ def covers(coefficients, truth):
         held = row["lower"] <= sign * value <= row["upper"]
         found[term.replace("sgd", "adam")] = (held, sign * row["estimate"] - value)
     return found
+
+
+STOPPED = {
+    "wall time, memory limit, late": ("wall_time", 0.8),
+    "wall time, memory limit, anywhere": ("wall_time", 0.02),
+    "wall time, pruned anywhere": ("wall_time", 0.02),
+    "memory, wall time limit": ("memory", None),
+}
+LARGE = {"rows": 9000.0, "width": 450.0, "lr": 1e-3, "optimizer": "adam"}
+SPACE = {
+    "rows": FloatDistribution(200, 10_000, log=True),
+    "width": FloatDistribution(16, 512, log=True),
+    "lr": FloatDistribution(1e-5, 1e-1, log=True),
+    "optimizer": CategoricalDistribution(["sgd", "adam"]),
+}
+
+
+def simulate_stopped(rng, case, n, noise):
+    """Return parameters, log usage and which half of the trials something else stopped."""
+    parameters, wall, _ = simulate(rng, "wall_time", n, 0.0, noise)
+    rows, width, _, adam = (p.values for p in parameters)
+    memory = np.log(300e6 + 0.8 * rows**2.0 * width**1.1 * 1.5**adam)
+    memory += 0.5 * noise * rng.standard_normal(n)
+    resource, earliest = STOPPED[case]
+    if resource == "memory":
+        limit = np.median(wall)
+        return parameters, memory + np.minimum(limit - wall, 0.0), wall > limit
+    over = memory > np.median(memory) if "limit" in case else rng.permutation(n) < n // 2
+    return parameters, wall + over * np.log(rng.uniform(earliest, 1.0, n)), over
+
+
+def footprint_of(resource, parameters, y, stopped, way):
+    """Return the median and the upper bound at a large point of a footprint of the trials."""
+    rows, held = [], frozenset({resource})
+    for i in np.flatnonzero(~stopped if way == "left out" else np.ones(len(y), dtype=bool)):
+        point = {p.name: p.values[i] for p in parameters[:3]}
+        point["optimizer"] = parameters[3].levels[int(parameters[3].values[i])]
+        kind = {"as the library": "partial", "lower bounds": "censored"}.get(way, "censored")
+        kinds = {kind: held} if stopped[i] else {}
+        rows.append(Observation(point, SPACE, Usage(**{resource: np.exp(y[i])}), **kinds))
+    found = Footprint.fit(rows).intervals(LARGE)[resource]
+    return found.median, found.upper
+
+
+def compare_stopped(case, n, tables, noise) -> None:
+    resource, _ = STOPPED[case]
+    b = TRUTH[resource]
+    power = LARGE["rows"] ** b["rows"] * LARGE["width"] ** b["width"] * 1.5
+    truth = 300e6 + 0.8 * power if resource == "memory" else 0.5 + 1e-5 * power
+    found = {"as the library": [], "left out": [], "lower bounds": []}
+    rng = np.random.default_rng(20261124)
+    for _ in range(tables):
+        parameters, y, stopped = simulate_stopped(rng, case, n, noise)
+        nothing, everything = np.zeros(n, dtype=bool), np.ones(n, dtype=bool)
+        amount = truth * np.exp(noise * rng.standard_normal())
+        for name in found:
+            bounds = name == "lower bounds"
+            cut, kept = (stopped, everything) if bounds else (nothing, ~stopped)
+            model = fitted(resource, parameters, y, cut, kept)
+            held = [each[0] for each in covers(model.coefficients, b).values()]
+            median, upper = footprint_of(resource, parameters, y, stopped, name)
+            at_large = _formula_at_large(model) / truth, median / truth, amount <= upper
+            found[name].append((np.mean(held), *at_large))
+    for name, each in found.items():
+        covered, formula, footprint, holds = np.array(each, dtype=float).T
+        print(
+            f"{case:<34}{n:>5}  {name:<14}{100 * covered.mean():>8.0f}"
+            f"{np.median(formula):>12.2f}{np.median(footprint):>12.2f}{100 * holds.mean():>10.0f}",
+            flush=True,
+        )
+
+
+def _formula_at_large(model):
+    design, fit = model.selected.design, model.selected.fit
+    mean, _ = mean_and_jacobian(fit.theta, design.matrix(design.encode([LARGE]), 1), fit.has_floor)
+    return float(np.exp(min(mean[0], 100.0)))
 
 
 def main() -> None:
@@ -94,6 +181,13 @@ def main() -> None:
         for n in arguments.trials:
             for share in (0.0, 0.2, 0.5):
                 compare(resource, n, share, tables, arguments.noise)
+    print(
+        f"\n{'half of the trials stopped':<34}{'n':>5}  {'their usage':<14}{'covered':>8}"
+        f"{'formula':>12}{'footprint':>12}{'holds':>10}"
+    )
+    for case in STOPPED:
+        for n in arguments.trials:
+            compare_stopped(case, n, tables, 3 * arguments.noise)
 
 
 def compare(resource, n, share, tables, noise) -> None:
@@ -109,9 +203,8 @@ def compare(resource, n, share, tables, noise) -> None:
             cases["bounds as values"] = (nothing, everything)
         for name, (cut, kept) in cases.items():
             start = time.process_time()
-            methods[name].append(
-                covers(fitted(resource, parameters, y, cut, kept), TRUTH[resource])
-            )
+            model = fitted(resource, parameters, y, cut, kept)
+            methods[name].append(covers(model.coefficients, TRUTH[resource]))
             spent[name] += time.process_time() - start
     for name, found in methods.items():
         if found:

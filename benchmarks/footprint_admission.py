@@ -16,6 +16,7 @@ import numpy as np
 from optuna_quota import Footprint, Usage
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.resource_model import Predictive
+from optuna_quota._records import evidence
 
 
 # Over-limit points refused, at least, and fitting ones refused, at most, in percent.
@@ -24,15 +25,22 @@ _REFUSED_ABOVE = 0.5
 
 
 def stopped(row: Observation, resource: str, limit: float) -> Observation:
-    """Return the observation of a trial that is stopped at a limit."""
+    """Return the observation of a trial that is stopped at a limit, as the library reads it."""
     amounts: dict[str, Any] = row.usage.amounts()
     # When a trial reaches its memory is not in the tables: half-way.
     share = 0.5 if resource == "memory" else limit / amounts[resource]
     for name in ("wall_time", "cpu_time"):
         amounts[name] *= share
     amounts[resource] = limit * 1.001
-    held = {"wall_time", "cpu_time", resource}
-    return Observation(row.params, row.distributions, Usage(**amounts), frozenset(held))
+    says = {name: evidence(name, "terminated", resource) for name in amounts}
+    return Observation(
+        row.params,
+        row.distributions,
+        Usage(**amounts),
+        censored=frozenset(name for name in amounts if says[name] == "lower bound"),
+        partial=frozenset(name for name in amounts if says[name] == "partial"),
+        maybe_censored=frozenset(name for name in amounts if says[name] == "partial peak"),
+    )
 
 
 @dataclass(frozen=True)

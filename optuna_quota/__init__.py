@@ -35,6 +35,7 @@ from optuna_quota._version import __version__
 if TYPE_CHECKING:
     from optuna_quota._analysis.replay import replay, ReplayReport
     from optuna_quota._enforcement.check import check
+    from optuna_quota._enforcement.preemptible import preemptible
     from optuna_quota._enforcement.pruner import QuotaPruner
     from optuna_quota._footprint.footprint import Footprint
     from optuna_quota._isolation.isolated import isolated
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
         QuotaExhausted,
         StudyRejected,
         TrialCrashed,
+        TrialPreempted,
         TrialRejected,
     )
 
@@ -74,12 +76,14 @@ _HOMES = {
     "Strategy": "_resources",
     "StudyRejected": "exceptions",
     "TrialCrashed": "exceptions",
+    "TrialPreempted": "exceptions",
     "TrialRejected": "exceptions",
     "Usage": "_resources",
     "UtilizationReport": "_report",
     "analyze": "_report",
     "check": "_enforcement.check",
     "isolated": "_isolation.isolated",
+    "preemptible": "_enforcement.preemptible",
     "project": "_projection",
     "replay": "_analysis.replay",
     "script": "_isolation.script",
@@ -103,6 +107,7 @@ __all__ = [
     "Strategy",
     "StudyRejected",
     "TrialCrashed",
+    "TrialPreempted",
     "TrialRejected",
     "Usage",
     "UtilizationReport",
@@ -110,6 +115,7 @@ __all__ = [
     "analyze",
     "check",
     "isolated",
+    "preemptible",
     "project",
     "replay",
     "script",

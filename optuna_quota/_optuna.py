@@ -6,7 +6,8 @@ any of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import copy
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,6 +15,7 @@ from importlib import import_module
 import json
 import logging
 import sys
+import threading
 from types import FrameType
 from typing import Any, cast, NoReturn, TYPE_CHECKING
 
@@ -23,8 +25,8 @@ from optuna.samplers import BaseSampler, PartialFixedSampler
 from optuna.storages import RDBStorage
 from optuna.storages._heartbeat import BaseHeartbeat, is_heartbeat_enabled
 from optuna.storages.journal import JournalFileBackend
-from optuna.study import Study
-from optuna.trial import TrialState
+from optuna.study import _optimize, _tell, Study, study as _study
+from optuna.trial import create_trial, FrozenTrial, TrialState
 
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.storages import BaseStorage
     from optuna.storages.journal._file import BaseJournalFileLock
-    from optuna.trial import BaseTrial, FrozenTrial, Trial
+    from optuna.trial import BaseTrial, Trial
 
 
 _logger = logging.getLogger("optuna.quota.optuna")
@@ -40,7 +42,16 @@ _logger = logging.getLogger("optuna.quota.optuna")
 # The system attribute of the list of constraints; optuna-dashboard does not read the newer
 # `constraints:<key>`.
 CONSTRAINTS = "constraints"
+# Optuna 5 has constraints by key in each trial, and its samplers read them. In Optuna 4 they are a
+# list that is read only by samplers with a `constraints_func`, and a trial without the list is
+# infeasible as soon as another one has it.
+_BY_KEY = hasattr(FrozenTrial, "constraints")
+# Samplers that raise unless all completed trials have as many constraints; in Optuna 4 NSGA too.
+_UNIFORM = ("GPSampler", "BoTorchSampler")
+_UNIFORM_IN_4 = ("NSGAIISampler", "NSGAIIISampler")
 _FIXED_PARAMS = "fixed_params"
+# Where Optuna's callback for retries has the number of the first attempt.
+_FIRST_TRIAL = "failed_trial"
 _TPE_PARAMS = "tpe:relative_params"
 _TPE_CHUNK = 2045
 # SQLAlchemy's dialects with an upsert.
@@ -105,6 +116,20 @@ def is_run_by_optimize(trial: Trial) -> bool:
         and running._trial_id == trial._trial_id
         and running.study._storage is trial.study._storage
     )
+
+
+def n_jobs_of_optimize() -> int:
+    """Return the ``n_jobs`` of the ``optimize`` that runs in this thread, 1 without one.
+
+    Its threads belong to an executor of that many workers, which only their frames refer to.
+    """
+    frame = _find_frame("_optimize_sequential", "optuna.study._optimize")
+    item = None if frame is None else frame.f_back
+    worker = None if item is None else item.f_back
+    if worker is None or worker.f_globals.get("__name__") != "concurrent.futures.thread":
+        return 1
+    executor = worker.f_locals.get("executor_reference", lambda: None)()
+    return int(getattr(executor, "_max_workers", 1))
 
 
 def is_optimize_ending(study: Study) -> bool:
@@ -219,6 +244,9 @@ def find_tell_call() -> TellCall | None:
     caller = None if frame is None else frame.f_back
     if frame is None or caller is None:
         return None
+    while caller.f_globals.get("__name__", "").startswith("optuna_quota.") and caller.f_back:
+        # See `replace_tell`.
+        caller = caller.f_back
     by_user = caller.f_globals.get("__name__") != "optuna.study._optimize"
     # In `frame`, Optuna has replaced the state by the one that follows from the values.
     state = caller.f_locals.get("state")
@@ -229,6 +257,103 @@ def find_tell_call() -> TellCall | None:
     return TellCall(by_user, state if isinstance(state, TrialState) else None, problem)
 
 
+# What `tell` returns inside of Optuna: the state, the values and a warning.
+TellResult = tuple[TrialState, "list[float] | None", "str | None"]
+# Called with Optuna's own `tell`, the value and the state.
+TellReplacement = Callable[
+    [Callable[[Any, "TrialState | None"], TellResult], Any, "TrialState | None"], TellResult
+]
+_replacements: dict[tuple[int, int], TellReplacement] = {}
+_tolerant: set[tuple[int, int]] = set()
+_original_tell = _tell._tell_with_warning
+
+
+def replace_tell(study: Study, trial_id: int, replacement: TellReplacement) -> None:
+    """End a running trial by a function, in the place of ``tell``.
+
+    What ``optimize`` stores follows from what the objective returned or raised, which is wrong for
+    a trial that is to run again.
+    """
+    _replacements[id(study._storage), trial_id] = replacement
+    _install_tell()
+
+
+def tolerate_finished_row(study: Study, trial_id: int) -> None:
+    """Let ``optimize`` go on after a trial whose row was finished or deleted from outside.
+
+    Otherwise it ends with "Cannot tell a FAIL trial".
+    """
+    _tolerant.add((id(study._storage), trial_id))
+    _install_tell()
+
+
+def _install_tell() -> None:
+    for module in (_optimize, _study):
+        module._tell_with_warning = _tell_or_replacement  # type: ignore[attr-defined]
+
+
+def _tell_or_replacement(
+    study: Study, trial: Any, value_or_values: Any = None, state: Any = None, **options: Any
+) -> TellResult:
+    def tell(value: Any, state: TrialState | None) -> TellResult:
+        return _original_tell(study, trial, value, state, **options)
+
+    storage = study._storage
+    trial_id = getattr(trial, "_trial_id", None)
+    if _replacements and isinstance(trial, int):
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, trial)
+    key: Any = (id(storage), trial_id)
+    replacement = _replacements.pop(key, None)
+    is_tolerant = key in _tolerant
+    _tolerant.discard(key)
+    try:
+        if replacement is None:
+            return tell(value_or_values, state)
+        return replacement(tell, value_or_values, state)
+    except (KeyError, ValueError, UpdateFinishedTrialError):
+        in_optimize = _find_frame("_run_trial", "optuna.study._optimize") is not None
+        end = describe_end(study, key[1]) if is_tolerant and in_optimize else None
+        if end is None:
+            raise
+        if state is None or isinstance(objective_error(), KeyboardInterrupt):
+            return TrialState.FAIL, None, end
+        # For a failed trial, `optimize` would raise what its objective raised.
+        return TrialState.PRUNED, None, None
+
+
+def describe_end(study: Study, trial_id: int) -> str | None:
+    """Return how a row has ended, one sentence; None while it is running."""
+    try:
+        state = study._storage.get_trial(trial_id).state
+    except KeyError:
+        return "Its row was deleted."
+    return f"Its row was marked as {state.name} from outside." if state.is_finished() else None
+
+
+def enqueue_retry(study: Study, trial: FrozenTrial, user_attrs: Mapping[str, Any]) -> None:
+    """Enqueue the parameters of a trial again, as a retry of Optuna's own callbacks does."""
+    system_attrs = {
+        _FIXED_PARAMS: {**fixed_params_of(trial), **trial.params},
+        _FIRST_TRIAL: first_attempt(trial),
+    }
+    study.add_trial(
+        create_trial(
+            state=TrialState.WAITING, user_attrs=dict(user_attrs), system_attrs=system_attrs
+        )
+    )
+
+
+def first_attempt(trial: FrozenTrial) -> int:
+    """Return the number of the trial that this one repeats, its own where it is the first."""
+    number = trial.system_attrs.get(_FIRST_TRIAL)
+    return number if isinstance(number, int) else trial.number
+
+
+def stop_optimize(study: Study) -> None:
+    """Let ``optimize`` start no further trial; from any thread, unlike ``study.stop()``."""
+    study._stop_flag = True
+
+
 def replace_constraints_func(sampler: BaseSampler, replace: Callable[[Any], Any]) -> list[Any]:
     """Replace a sampler's ``constraints_func`` if it has one; return the new ones.
 
@@ -237,7 +362,7 @@ def replace_constraints_func(sampler: BaseSampler, replace: Callable[[Any], Any]
     found = []
     for holder in (sampler, getattr(sampler, "_after_trial_strategy", None)):
         function = getattr(holder, "_constraints_func", None)
-        if function is not None:
+        if function is not None and function is not _recorded:
             holder._constraints_func = replace(function)  # type: ignore[union-attr]
             found.append(holder._constraints_func)  # type: ignore[union-attr]
     return found
@@ -263,7 +388,9 @@ def in_objective(frame: FrameType | None) -> bool:
         module = str(frame.f_globals.get("__name__", ""))
         if module == "optuna.study._optimize":
             return frame.f_code.co_name == "_run_trial" and depth > 0
-        if module.split(".")[0] in {"optuna", "optuna_quota", "sqlalchemy"}:
+        package = module.split(".")[0]
+        wraps_objective = depth > 0 and frame.f_code.co_name == "run_preemptible"
+        if package in {"optuna", "optuna_quota", "sqlalchemy"} and not wraps_objective:
             return False
         frame, depth = frame.f_back, depth + 1
     return False
@@ -435,6 +562,94 @@ def may_write_constraints(sampler: BaseSampler) -> bool:
     return getattr(sampler, "_constraints_func", sampler) is not None
 
 
+def demands_uniform_constraints(sampler: BaseSampler) -> bool:
+    """Return whether a sampler raises unless all completed trials have as many constraints.
+
+    It is found by name, so that it is not imported where it is not used.
+    """
+    names = _UNIFORM if _BY_KEY else _UNIFORM + _UNIFORM_IN_4
+    return any(each.__name__ in names for each in type(sampler).__mro__)
+
+
+def reads_constraints(sampler: BaseSampler) -> bool:
+    """Return whether a sampler that can learn from the constraints in the rows does."""
+    function = getattr(sampler, "_constraints_func", None)
+    return _BY_KEY or (function is not None and function is not _recorded)
+
+
+def feasible_attributes(existing: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the system attributes by which a completed trial counts as feasible.
+
+    Args:
+        existing: Those that its row has.
+    """
+    return {} if _BY_KEY or CONSTRAINTS in existing else {CONSTRAINTS: []}
+
+
+@contextlib.contextmanager
+def learn_constraints(
+    study: Study,
+    samplers: Sequence[BaseSampler],
+    constrain: Callable[[Sequence[FrozenTrial]], Sequence[Mapping[str, float]]] | None,
+    *,
+    limited: Callable[[], bool],
+) -> Iterator[Study]:
+    """Return a view of a study from which samplers learn the constraints of its trials.
+
+    Args:
+        study: The study, or a view of it.
+        samplers: The samplers that will be called with it.
+        constrain: As for :class:`ConstrainedStudy`; None for the constraints in the rows.
+        limited: Returns whether trials have limits now: without, samplers of Optuna 4 are not to
+            know of constraints.
+    """
+    if _BY_KEY:
+        yield cast("Study", ConstrainedStudy(study, constrain)) if constrain else study
+    elif limited():
+        with _reading_rows(samplers):
+            yield cast("Study", ConstrainedStudy(study, constrain))
+    else:
+        yield study
+
+
+_readers: dict[int, int] = {}
+_readers_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _reading_rows(samplers: Sequence[BaseSampler]) -> Iterator[None]:
+    """Have samplers of Optuna 4 read the constraints in the rows, in all threads meanwhile.
+
+    Outside of this they are as the user made them, for studies without limits.
+    """
+    with _readers_lock:
+        for sampler in samplers:
+            _readers[id(sampler)] = _readers.get(id(sampler), 0) + 1
+            _replace_everywhere(sampler, None, _recorded)
+    try:
+        yield
+    finally:
+        with _readers_lock:
+            for sampler in samplers:
+                _readers[id(sampler)] -= 1
+                if not _readers[id(sampler)]:
+                    del _readers[id(sampler)]
+                    _replace_everywhere(sampler, _recorded, None)
+
+
+def _replace_everywhere(sampler: BaseSampler, old: Any, new: Any) -> None:
+    """Replace the ``constraints_func`` of a sampler of Optuna's; NSGA has it in its parts too."""
+    if any(each.__module__.startswith("optuna.samplers.") for each in type(sampler).__mro__[:-2]):
+        for holder in (sampler, *vars(sampler).values()):
+            if hasattr(holder, "_constraints_func") and holder._constraints_func is old:
+                holder._constraints_func = new
+
+
+def _recorded(trial: FrozenTrial) -> tuple[float, ...]:
+    """Return the constraints in a trial's row, as a ``constraints_func``."""
+    return tuple(trial.system_attrs.get(CONSTRAINTS) or ())
+
+
 class ConstrainedStudy:
     """A view of a study whose completed trials have other constraints than in their rows.
 
@@ -442,16 +657,21 @@ class ConstrainedStudy:
 
     Args:
         study: The study, or a view of it.
-        constrain: Returns the constraints of each of the given completed trials.
+        constrain: Returns the constraints of each of the given completed trials; None for those
+            in their rows.
     """
 
     def __init__(
         self,
         study: Study,
-        constrain: Callable[[Sequence[FrozenTrial]], Sequence[Mapping[str, float]]],
+        constrain: Callable[[Sequence[FrozenTrial]], Sequence[Mapping[str, float]]] | None,
     ) -> None:
         self._study = study
         self._constrain = constrain
+        self._storage: Any = study._storage
+        if not _BY_KEY:
+            # GPSampler of Optuna 4 reads constraints from the storage.
+            self._storage = _ConstrainedStorage(study._storage)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
@@ -469,12 +689,38 @@ class ConstrainedStudy:
         return self._constrained(self._study._get_trials(*args, **kwargs))
 
     def _constrained(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
-        completed = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-        changed = {
-            trial.number: _with_constraints(trial, constraints)
-            for trial, constraints in zip(completed, self._constrain(completed), strict=True)
-        }
-        return [changed.get(trial.number, trial) for trial in trials]
+        changed: dict[int, FrozenTrial] = {}
+        if self._constrain is not None:
+            completed = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+            changed = {
+                trial.number: _with_constraints(trial, constraints)
+                for trial, constraints in zip(completed, self._constrain(completed), strict=True)
+            }
+        seen = [changed.get(trial.number, trial) for trial in trials]
+        return seen if _BY_KEY else [self._listed(trial) for trial in seen]
+
+    def _listed(self, trial: FrozenTrial) -> FrozenTrial:
+        """Return a trial with a list of constraints, as Optuna 4 demands, empty if it has none."""
+        if CONSTRAINTS not in trial.system_attrs:
+            trial = copy.copy(trial)
+            trial.system_attrs = {**trial.system_attrs, CONSTRAINTS: []}
+        self._storage.known[trial._trial_id] = trial.system_attrs
+        return trial
+
+
+class _ConstrainedStorage:
+    """A view of a storage with the trials' system attributes that a sampler has been shown."""
+
+    def __init__(self, storage: BaseStorage) -> None:
+        self._of_all = storage
+        self.known: dict[int, dict[str, Any]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of_all, name)
+
+    def get_trial_system_attrs(self, trial_id: int) -> dict[str, Any]:
+        """Return the system attributes of a trial."""
+        return self.known.get(trial_id) or self._of_all.get_trial_system_attrs(trial_id)
 
 
 def _with_constraints(trial: FrozenTrial, constraints: Mapping[str, float]) -> FrozenTrial:
@@ -491,12 +737,17 @@ def _with_constraints(trial: FrozenTrial, constraints: Mapping[str, float]) -> F
 
 
 def constraints_of(trial: FrozenTrial) -> dict[str, float]:
-    """Return a trial's constraints by key; Optuna 4 has a list without keys."""
-    found: dict[str, float] | None = getattr(trial, "constraints", None)
-    if found is not None:
+    """Return a trial's constraints by key; those of a list have their index as key."""
+    if _BY_KEY:
+        found: dict[str, float] = trial.constraints
         return found
-    listed = trial.system_attrs.get(CONSTRAINTS) or ()
-    return {str(index): value for index, value in enumerate(listed)}
+    prefix = f"{CONSTRAINTS}:"
+    listed = enumerate(trial.system_attrs.get(CONSTRAINTS) or ())
+    return {str(index): value for index, value in listed} | {
+        key.removeprefix(prefix): value
+        for key, value in trial.system_attrs.items()
+        if key.startswith(prefix)
+    }
 
 
 def forget_constraint_models(sampler: BaseSampler, n_constraints: int, n_params: int) -> None:

@@ -10,6 +10,8 @@ key of a trial              kind    written by
 ``breach``, ``footprint``,          QuotaSampler; ``_ledger`` for a trial whose worker is gone;
 ``isolation``, ``host``,            ``_sampler.row_cleanup`` for one whose objective never ran.
 ``gpu_source``                      Users, for trials that run where this library can't see them
+``quota:retry_of``,         user    ``_enforcement.preemption``, when a preempted trial is enqueued
+``quota:checkpoint``                again; when a trial starts
 ``quota:timeline``          system  with them, for a trial with a breach
 ``quota:constrained``       system  with them, beside Optuna's ``constraints``
 ``quota:proposed``          user    ``_sampler.candidates``, when a point was replaced
@@ -37,7 +39,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 import math
-from typing import Any, cast, TYPE_CHECKING
+from typing import Any, cast, Literal, TYPE_CHECKING
 
 from optuna_quota import _optuna
 from optuna_quota._resources import (
@@ -69,6 +71,9 @@ HOST = PREFIX + "host"
 TIMELINE = PREFIX + "timeline"
 PROPOSED = PREFIX + "proposed"
 GPU_SOURCE = PREFIX + "gpu_source"
+# The number of the preempted trial that this one repeats, and the folder that both share.
+RETRY_OF = PREFIX + "retry_of"
+CHECKPOINT = PREFIX + "checkpoint"
 
 # Bookkeeping among workers.
 RESERVATION = PREFIX + "reservation"
@@ -100,6 +105,8 @@ _NOT_METERS = {
         TIMELINE,
         PROPOSED,
         GPU_SOURCE,
+        RETRY_OF,
+        CHECKPOINT,
     )
 }
 # Columns of the trial table that are not attributes of ours, and how families of them begin.
@@ -107,6 +114,7 @@ _COLUMNS = {"number", "state", "value", "censored_by"}
 _FAMILIES = ("values_", "params_", "footprint_", "breach_")
 _ISOLATIONS = ("process", "thread", "shared")
 _GPU_SOURCES = ("process", "device", "framework")
+Evidence = Literal["value", "lower bound", "partial", "partial peak"]
 _OUTCOME_OF_STATE: Mapping[str, Outcome] = {
     "COMPLETE": "completed",
     "PRUNED": "pruned",
@@ -160,45 +168,36 @@ def outcome_of(trial: FrozenTrial, record: TrialRecord) -> Outcome | None:
     return record.outcome or _OUTCOME_OF_STATE.get(trial.state.name)
 
 
-def is_lower_bound(resource: str, outcome: str | None, censored_by: str | None = None) -> bool:
-    """Return whether a trial's usage of a resource is a lower bound (right-censored), not a value.
+def evidence(resource: str, outcome: str | None, censored_by: str | None = None) -> Evidence:
+    """Return what a trial's usage of a resource says about what its point uses.
 
-    - The limit that ended a trial bounds its own resource from below, and every total: the trial
-      would have gone on.
-    - A trial terminated for a total, such as its time, counts as one that was pruned: its peaks
-      are values, as each step of a training mostly repeats the one before. Where they may not
-      be, :func:`may_be_lower_bound` says so, and the models decide.
-    - A trial terminated for a peak, such as its memory, was still growing: all are bounds.
-    - So they are for a failed trial, which may have ended at any point.
-    - A completed trial has values, even if it was over a limit when it completed.
+    - ``"value"``: what it uses. So for a completed trial, even one over a limit.
+    - ``"lower bound"``: at least so much (right-censored). So for the resource whose limit ended
+      the trial, and where that is a total, for the other totals, which had grown with it.
+    - ``"partial"``: what it had used when something else ended it, at an unknown share of its
+      course. That depends on the same noise as what it would have used, so as a lower bound it
+      drags a fit upwards, to several times the truth. Formulas leave it out, the footprint models
+      the share (``benchmarks/exponent_coverage.py``). So for all else of a trial terminated for a
+      peak, totals of a pruned trial, and a failed or preempted one.
+    - ``"partial peak"``: a peak of a trial that was pruned, or terminated for a total. A value
+      where each step of a training repeats the one before, not where later steps take more data
+      or a larger model; a fit over many trials can tell.
 
     Args:
         resource: Name of the resource.
         outcome: How the trial ended; None for one that has not.
         censored_by: The resource whose limit ended it; see :attr:`TrialRecord.censored_by`.
     """
-    if outcome not in ("pruned", "terminated", "failed"):
-        return False
-    if _stopped_at_full_size(outcome, censored_by):
-        return resource == censored_by or not get_resource(resource).peak
-    return True
-
-
-def may_be_lower_bound(resource: str, outcome: str | None, censored_by: str | None = None) -> bool:
-    """Return whether usage that counts as a value may be a lower bound after all.
-
-    These are the peaks of a trial that was pruned, or terminated for a total: where later steps
-    take more data or a larger model, they had not been reached. A fit over many trials can tell.
-    Arguments are those of :func:`is_lower_bound`.
-    """
-    stopped = _stopped_at_full_size(outcome, censored_by)
-    return stopped and not is_lower_bound(resource, outcome, censored_by)
-
-
-def _stopped_at_full_size(outcome: str | None, censored_by: str | None) -> bool:
-    if outcome == "terminated":
-        return censored_by is not None and not get_resource(censored_by).peak
-    return outcome == "pruned"
+    if outcome not in ("pruned", "terminated", "preempted", "failed"):
+        return "value"
+    if outcome == "terminated" and resource == censored_by:
+        return "lower bound"
+    by_total = censored_by is not None and not get_resource(censored_by).peak
+    if outcome in ("failed", "preempted") or (outcome == "terminated" and not by_total):
+        return "partial"
+    if get_resource(resource).peak:
+        return "partial peak"
+    return "lower bound" if outcome == "terminated" else "partial"
 
 
 def is_reserved(name: str) -> bool:

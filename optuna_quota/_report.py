@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import logging
 import os
 from typing import Any, TYPE_CHECKING
 
@@ -13,6 +14,9 @@ from optuna_quota._utilization.data import study_data
 
 if TYPE_CHECKING:
     from optuna.study import Study
+
+
+_logger = logging.getLogger("optuna.quota.dashboard")
 
 
 class UtilizationReport(StudyAnalysis):
@@ -60,15 +64,18 @@ class UtilizationReport(StudyAnalysis):
     def publish(self, **options: Any) -> None:
         """Write notes and plots into the study for optuna-dashboard, replacing earlier ones.
 
+        Without plotly, the notes alone are written; without optuna-dashboard, nothing. A warning
+        in the log says what to install.
+
         Args:
             options: Those of :func:`optuna_quota.dashboard.publish`.
-
-        Raises:
-            ImportError: If optuna-dashboard or plotly is not installed.
         """
         from optuna_quota import dashboard
 
-        dashboard.publish(self.study, self, **options)
+        try:
+            dashboard.publish(self.study, self, **options)
+        except ImportError as error:
+            _logger.warning(f"Nothing was published. {error}")
 
     def _repr_html_(self) -> str:
         from optuna_quota import visualization

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 import math
 from types import MappingProxyType
-from typing import Any, Literal, TYPE_CHECKING
+from typing import Any, get_args, Literal, TYPE_CHECKING
 
 from optuna_quota import _units
 from optuna_quota._units import BYTES, COUNT, Duration, JOULES, NUMBER, SECONDS
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 
-Outcome = Literal["completed", "pruned", "terminated", "rejected", "failed"]
-OUTCOMES: tuple[Outcome, ...] = ("completed", "pruned", "terminated", "rejected", "failed")
+Outcome = Literal["completed", "pruned", "terminated", "rejected", "preempted", "failed"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Isolation = Literal["process", "thread", "shared"]
 
 
@@ -145,7 +145,9 @@ class Amounts:
     def _shown(self) -> Iterator[str]:
         for name in self._fields:
             value = getattr(self, name)
-            if value is not None:
+            if isinstance(value, str):
+                yield f"{name}={value!r}"
+            elif value is not None:
                 yield f"{name}={RESOURCES[name].compact(value)!r}"
 
 
@@ -166,7 +168,10 @@ class Limits(Amounts):
         wall_time: Clock time of the trial: seconds, text with its unit (``"1h30min"``,
             ``"01:30:00"``) or a timedelta.
         cpu_time: CPU-seconds of the trial's whole process tree.
-        cpu_cores: Cores kept busy, averaged over about a second.
+        cpu_cores: Cores kept busy. An isolated trial is confined to them: it runs on as many
+            processors, the thread pools of libraries are as large, and there is no breach. In
+            process it is a ceiling on the average over about a second. ``"auto"`` is what the
+            worker may use divided by the ``n_jobs`` of the strategy or of ``optimize``.
         gpu_memory: GPU memory of the trial's processes summed over all visible GPUs.
         gpu_time: Busy GPU-seconds of the trial's processes.
         custom: Limits on what the user's own meters read, by the name of the meter.
@@ -179,7 +184,7 @@ class Limits(Amounts):
     memory: float | None
     wall_time: float | None
     cpu_time: float | None
-    cpu_cores: float | None
+    cpu_cores: float | Literal["auto"] | None
     gpu_memory: float | None
     gpu_time: float | None
     custom: Mapping[str, float]
@@ -192,18 +197,28 @@ class Limits(Amounts):
         memory: float | str | None = None,
         wall_time: Duration | None = None,
         cpu_time: Duration | None = None,
-        cpu_cores: float | None = None,
+        cpu_cores: float | Literal["auto"] | None = None,
         gpu_memory: float | str | None = None,
         gpu_time: Duration | None = None,
         custom: Mapping[str, float] | None = None,
     ) -> None:
-        self._set(memory=memory, wall_time=wall_time, cpu_time=cpu_time, cpu_cores=cpu_cores)
+        self._set(memory=memory, wall_time=wall_time, cpu_time=cpu_time)
         self._set(gpu_memory=gpu_memory, gpu_time=gpu_time)
+        if cpu_cores == "auto":
+            object.__setattr__(self, "cpu_cores", cpu_cores)
+        else:
+            self._set(cpu_cores=cpu_cores)
         object.__setattr__(self, "custom", _custom_limits(custom or {}))
 
     def amounts(self) -> dict[str, float]:
-        """Return what is set, by resource, in SI base units."""
-        return {**super().amounts(), **self.custom}
+        """Return what is set, by resource, in SI base units; ``"auto"`` is no amount yet."""
+        amounts = {**super().amounts(), **self.custom}
+        if self.cpu_cores == "auto":
+            del amounts["cpu_cores"]
+        return amounts
+
+    def __bool__(self) -> bool:
+        return self.cpu_cores is not None or super().__bool__()
 
     def tightened(self, left: Mapping[str, float]) -> Limits:
         """Return these limits with each lowered to ``left`` where that is less.
@@ -214,13 +229,12 @@ class Limits(Amounts):
         merged = self.amounts()
         for name, value in left.items():
             merged[name] = min(merged.get(name, math.inf), value)
-        return Limits.from_amounts(merged)
+        return _build_limits(merged, merged.get("cpu_cores", self.cpu_cores))
 
     @classmethod
     def from_amounts(cls, amounts: Mapping[str, float]) -> Limits:
         """Return limits from amounts by resource, as :meth:`amounts` gives them."""
-        known, custom = _split(amounts, cls._fields)
-        return cls(**known, custom=custom)
+        return _build_limits(amounts, amounts.get("cpu_cores"))
 
     def _shown(self) -> Iterator[str]:
         yield from super()._shown()
@@ -231,7 +245,21 @@ class Limits(Amounts):
         return hash(tuple(sorted(self.amounts().items())))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Limits.from_amounts, (self.amounts(),))
+        return (_build_limits, (self.amounts(), self.cpu_cores))
+
+
+def with_cores(limits: Limits, cpu_cores: float | Literal["auto"] | None) -> Limits:
+    """Return limits with another one on cores in place of ``"auto"``."""
+    if limits.cpu_cores != "auto" or cpu_cores is None:
+        return limits
+    return _build_limits(limits.amounts(), cpu_cores)
+
+
+def _build_limits(
+    amounts: Mapping[str, float], cpu_cores: float | Literal["auto"] | None
+) -> Limits:
+    known, custom = _split(amounts, LIMIT_RESOURCES)
+    return Limits(**{**known, "cpu_cores": cpu_cores}, custom=custom)
 
 
 @dataclass(frozen=True, init=False, repr=False)

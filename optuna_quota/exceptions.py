@@ -8,6 +8,7 @@
     ├── TrialCrashed       an isolated trial's process died (also a RuntimeError)
     ├── TrialRejected      a trial was not admitted (also optuna.TrialPruned)
     └── LimitBreached      a trial was over a limit (also optuna.TrialPruned)
+        └── TrialPreempted a trial has to end now and runs again later
 
 Each carries ``.resource`` and the figures that were compared, as keyword arguments and as
 attributes, and can be pickled.
@@ -153,3 +154,21 @@ class LimitBreached(QuotaError, TrialPruned):
     """
 
     seconds: float | None = None
+
+
+class TrialPreempted(LimitBreached):
+    """Raised inside a trial that has to end now and is to run again later.
+
+    It is over no limit. As a LimitBreached, it reaches what saves a checkpoint when that is
+    raised. Optuna records the trial as failed.
+
+    Example:
+
+        .. code-block:: python
+
+            try:
+                check(trial)
+            except TrialPreempted:
+                save_checkpoint(trial.user_attrs["quota:checkpoint"])
+                raise
+    """

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, settings
 import pytest
 
 from optuna_quota._isolation import forkserver_client
+from tests.storages import without_fsync
 
 
 # Test machines are shared and slow at times: a slow draw is no failure.
@@ -15,6 +16,12 @@ settings.register_profile(
     "optuna_quota", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("optuna_quota")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fast_writes() -> Iterator[None]:
+    with without_fsync():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

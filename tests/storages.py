@@ -11,13 +11,17 @@ from dataclasses import dataclass
 import os
 from pathlib import Path
 import socket
+import sqlite3
 import subprocess
 import sys
+from typing import Any
 import uuid
 
 import optuna
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock, JournalRedisBackend
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 
 ALONE = "memory"
@@ -33,6 +37,23 @@ import sys
 from optuna.storages import run_grpc_proxy_server, RDBStorage
 run_grpc_proxy_server(RDBStorage(sys.argv[1]), host="127.0.0.1", port=int(sys.argv[2]))
 """
+
+
+def _relax(connection: Any, _: object) -> None:
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous=OFF")
+
+
+@contextmanager
+def without_fsync() -> Iterator[None]:
+    """Let this process not wait until the disk has what it writes: no test cuts the power."""
+    before, os.fsync = os.fsync, lambda _: None
+    event.listen(Engine, "connect", _relax)
+    try:
+        yield
+    finally:
+        os.fsync = before
+        event.remove(Engine, "connect", _relax)
 
 
 @dataclass(frozen=True)

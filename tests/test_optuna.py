@@ -14,6 +14,7 @@ from optuna.distributions import FloatDistribution
 from optuna.pruners import HyperbandPruner
 from optuna.samplers import (
     CmaEsSampler,
+    NSGAIIISampler,
     NSGAIISampler,
     PartialFixedSampler,
     RandomSampler,
@@ -205,7 +206,7 @@ def test_attributes_are_written_in_a_batch(storage: BaseStorage) -> None:
     study.tell(0, 1.0)
     (trial,) = optuna.load_study(study_name=study.study_name, storage=storage).trials
     assert trial.user_attrs == user
-    assert trial.constraints == {"0": -1.0, "1": 2.0}
+    assert _optuna.constraints_of(trial) == {"0": -1.0, "1": 2.0}
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
         _optuna.write_attributes(storage, trial_id, user, {"constraints": [0.0]})
     # Nothing of that is left to be raised by the next call.
@@ -257,6 +258,66 @@ def test_may_write_constraints() -> None:
         return (0.0,)
 
     assert _optuna.may_write_constraints(TPESampler(constraints_func=constrained))
+
+
+def learned_values(sampler: Any) -> list[float]:
+    """Return what a sampler draws for x where 0 is best and less than a half is infeasible."""
+    space = {"x": FloatDistribution(0, 1)}
+    study = optuna.create_study(sampler=RandomSampler())
+    # Of one generation, for NSGA.
+    key = sampler._get_generation_key() if hasattr(sampler, "_get_generation_key") else "unused"
+    for x in range(1, 41):
+        row = optuna.trial.create_trial(
+            params={"x": x / 40},
+            distributions=space,  # type: ignore[arg-type]
+            value=x / 40,
+            # Those within their limits have no constraints.
+            system_attrs={key: 0, "constraints": [0.5]} if x < 20 else {key: 0},
+        )
+        study.add_trial(row)
+
+    def constrain(trials: Any) -> Any:
+        return [{"c": 0.5 - trial.params["x"]} for trial in trials]
+
+    demanding = _optuna.demands_uniform_constraints(sampler)
+    found = []
+    for _ in range(20):
+        trial = study.ask()
+        with _optuna.learn_constraints(
+            study, [sampler], constrain if demanding else None, limited=lambda: True
+        ) as seen:
+            frozen = study.trials[-1]
+            drawn = sampler.sample_relative(seen, frozen, space)
+            x = drawn.get("x") or sampler.sample_independent(seen, frozen, "x", space["x"])
+        found.append(x)
+        study.tell(trial, state=TrialState.FAIL)
+    return found
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        pytest.param(TPESampler(seed=0), id="TPE"),
+        pytest.param(NSGAIISampler(population_size=20, mutation_prob=0.0, seed=0), id="NSGA-II"),
+        pytest.param(NSGAIIISampler(population_size=20, mutation_prob=0.0, seed=0), id="NSGA-III"),
+    ],
+)
+def test_samplers_learn_constraints_in_all_versions(sampler: Any) -> None:
+    parts = [each for each in vars(sampler).values() if hasattr(each, "_constraints_func")]
+    found = learned_values(sampler)
+    assert sum(x >= 0.45 for x in found) >= 15
+    assert [each._constraints_func for each in (sampler, *parts)] == [None] * (1 + len(parts))
+
+
+def test_a_completed_trial_beside_constrained_ones_is_feasible_in_all_versions() -> None:
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    storage = _optuna.storage_of(study)
+    for constrained in (True, False):
+        trial = study.ask()
+        attributes = {"constraints": [1.0]} if constrained else _optuna.feasible_attributes({})
+        _optuna.write_attributes(storage, _optuna.trial_id_of(trial), {}, attributes)
+        study.tell(trial, [1.0, 1.0])
+    assert [trial.number for trial in study.best_trials] == [1]
 
 
 class RaisingSampler(RandomSampler):
@@ -312,7 +373,9 @@ def test_enqueued_parameters_are_seen_and_parameters_can_be_written(
 
 
 def test_share_relative_params() -> None:
-    study = optuna.create_study(sampler=TPESampler(seed=0, multivariate=True, n_startup_trials=2))
+    study = optuna.create_study(
+        sampler=TPESampler(seed=0, multivariate=True, constant_liar=True, n_startup_trials=2)
+    )
     names = [f"a_parameter_with_a_long_name_{i}" for i in range(60)]
     space = {name: FloatDistribution(0, 1) for name in names}
     for _ in range(3):

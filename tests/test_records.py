@@ -158,22 +158,20 @@ def test_quota_and_limits_are_stored_as_plain_numbers() -> None:
         ("wall_time", "completed", None, "value"),
         ("memory", "rejected", None, "value"),
         ("memory", None, None, "value"),
-        ("memory", "pruned", None, "unsure"),
-        ("wall_time", "pruned", None, "bound"),
-        ("cpu_time", "pruned", None, "bound"),
-        ("memory", "terminated", "memory", "bound"),
-        ("wall_time", "terminated", "memory", "bound"),
-        ("gpu_memory", "terminated", "memory", "bound"),
-        ("wall_time", "terminated", "wall_time", "bound"),
-        ("energy", "terminated", "wall_time", "bound"),
-        ("memory", "terminated", "wall_time", "unsure"),
-        ("memory", "terminated", None, "bound"),
-        ("memory", "failed", None, "bound"),
+        ("memory", "pruned", None, "partial peak"),
+        ("wall_time", "pruned", None, "partial"),
+        ("cpu_time", "pruned", None, "partial"),
+        ("memory", "terminated", "memory", "lower bound"),
+        ("wall_time", "terminated", "memory", "partial"),
+        ("gpu_memory", "terminated", "memory", "partial"),
+        ("wall_time", "terminated", "wall_time", "lower bound"),
+        ("energy", "terminated", "wall_time", "lower bound"),
+        ("memory", "terminated", "wall_time", "partial peak"),
+        ("memory", "terminated", None, "partial"),
+        ("memory", "failed", None, "partial"),
     ],
 )
-def test_lower_bounds(
+def test_what_usage_says_of_a_point(
     resource: str, outcome: str | None, censored_by: str | None, expected: str
 ) -> None:
-    end = outcome, censored_by
-    assert _records.is_lower_bound(resource, *end) is (expected == "bound")
-    assert _records.may_be_lower_bound(resource, *end) is (expected == "unsure")
+    assert _records.evidence(resource, outcome, censored_by) == expected

@@ -1,4 +1,8 @@
-"""Ask-and-tell: the loop is the user's own, and ``check`` stands where a trial may be stopped."""
+"""Ask-and-tell: the loop is the user's own, and ``check`` stands where a trial may be stopped.
+
+``suggest_*`` raises TrialRejected for a point that would most likely not fit, ``check`` raises
+LimitBreached for a trial that is over a limit. Both end the trial as pruned.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from optuna_quota import (
     QuotaPruner,
     QuotaSampler,
     trial_table,
+    TrialRejected,
 )
 
 
@@ -29,13 +34,13 @@ if __name__ == "__main__":
         except QuotaExhausted as error:
             print(f"Ended: {error}")
             break
-        rows = trial.suggest_int("rows", 100, 20_000, log=True)
         try:
+            rows = trial.suggest_int("rows", 100, 20_000, log=True)
             kernel = np.ones((rows, 500))
             check(trial)
             inner = kernel @ kernel.T if rows < 9000 else np.ones((9000, 9000))
             check(trial)
-        except LimitBreached as error:
+        except (TrialRejected, LimitBreached) as error:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             print(f"Trial {trial.number}: {error}")
             continue

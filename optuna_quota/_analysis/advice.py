@@ -161,7 +161,7 @@ def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
     used = " and ".join(format_amount(name, amount) for name, amount in maxima.items())
     text = (
         f"{limits!r} would have held all {n_completed} completed trials with at least "
-        f"{_MARGIN - 1:.0%} to spare (at most {used} used)."
+        f"{_MARGIN - 1:.0%} to spare (at most {used} used). {_holds(n_completed, len(maxima))}"
     )
     # A breach of the quota says nothing about what the trial itself needs.
     breaches = [t.breach for t in facts.traces if t.breach and not t.breach.quota]
@@ -172,9 +172,35 @@ def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
     yield Advice(
         "requests",
         text,
-        {"n_completed": n_completed, "greatest": maxima, "enough": enough},
-        {"kubernetes": _kubernetes(enough), "sbatch": _sbatch(enough)},
+        {
+            "n_completed": n_completed,
+            "greatest": maxima,
+            "enough": enough,
+            "share_held": _share_held(n_completed, len(maxima)),
+        },
+        {
+            kind: f"{snippet}\n# {_holds(n_completed, len(maxima))}"
+            for kind, snippet in (
+                ("kubernetes", _kubernetes(enough)),
+                ("sbatch", _sbatch(enough)),
+            )
+        },
     )
+
+
+def _share_held(n: int, n_resources: int) -> float:
+    """Return which share of further trials stays below the maxima of n trials, at least.
+
+    With confidence 95% and no assumption about the distribution (Wilks, Annals of Mathematical
+    Statistics 12, 1941), by Bonferroni's correction for several resources. The margin above the
+    maxima comes on top.
+    """
+    return float((0.05 / n_resources) ** (1 / n))
+
+
+def _holds(n: int, n_resources: int) -> str:
+    share = math.floor(100 * _share_held(n, n_resources))
+    return f"Holds at least {share}% of fresh trials of this kind (95% confidence)."
 
 
 def _rounded_up(resource: str, amount: float) -> float:
@@ -357,11 +383,18 @@ def _advise_last_tenth(facts: StudyFacts) -> Iterator[Advice]:
     title = f"{get_resource(resource).title} {'quota' if resource in facts.quota else 'spent'}"
     found_at = float(spent[int(np.argmax(losses == after))] / spent[-1])
     best_before, best_after = facts.sign * float(before[-1]), facts.sign * float(after)
+    # The best of trials in random order is among the last k of n with probability k / n.
+    ended = np.isfinite(losses) & np.isin([t.number for t in traces], _valued_numbers(facts))
+    chance = float((late & ended).sum() / max(ended.sum(), 1))
     if after < before[-1]:
-        effect = f"improved the best value from {best_before:.6g} to {best_after:.6g}"
+        effect = (
+            f"improved the best value from {best_before:.6g} to {best_after:.6g}, which it would "
+            f"in {chance:.0%} of random orders of these trials"
+        )
     else:
         effect = (
-            f"improved nothing: the best value was found after {max(found_at, 0.01):.0%} of it"
+            f"improved nothing, as in {1 - chance:.0%} of random orders of these trials: the best "
+            f"value was found after {max(found_at, 0.01):.0%} of it"
         )
     yield Advice(
         "last tenth",
@@ -372,8 +405,14 @@ def _advise_last_tenth(facts: StudyFacts) -> Iterator[Advice]:
             "best_before": best_before,
             "best_after": best_after,
             "best_found_at": found_at,
+            "chance_of_improving": chance,
         },
     )
+
+
+def _valued_numbers(facts: StudyFacts) -> NDArray[np.int64]:
+    numbers: NDArray[np.int64] = facts.table["number"].to_numpy()
+    return numbers[facts.completed & facts.feasible]
 
 
 def _budget(facts: StudyFacts) -> tuple[str, float]:

@@ -16,6 +16,7 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 
 from optuna_quota._utilization.data import Parameter, StudyData
+from optuna_quota._utilization.multiple_tests import holm
 
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def correlations(data: StudyData) -> pd.DataFrame:
 
     rows = [_row(data, p, r) for r in data.resources for p in data.parameters]
     table: pd.DataFrame = pd.DataFrame(rows, columns=list(COLUMNS))
-    table["p_adjusted"] = _holm(table["p_value"].to_numpy(dtype=float))
+    table["p_adjusted"] = holm(table["p_value"].to_numpy(dtype=float))
     order = table["rho"].abs().fillna(-1.0)
     place = table["resource"].map({name: i for i, name in enumerate(data.resources)})
     index = np.lexsort((-order.to_numpy(dtype=float), place.to_numpy(dtype=float)))
@@ -133,16 +134,6 @@ def _noncentrality(h: float, df: int, quantile: float) -> float:
         return 0.0
     high = h + 10 * math.sqrt(h + df) + 10
     return float(optimize.brentq(excess, 0.0, high, xtol=1e-6 * high))
-
-
-def _holm(p_values: NDArray[np.float64]) -> NDArray[np.float64]:
-    adjusted = np.full(len(p_values), math.nan)
-    known = np.isfinite(p_values)
-    if known.any():
-        from statsmodels.stats.multitest import multipletests
-
-        adjusted[known] = multipletests(p_values[known], method="holm")[1]
-    return adjusted
 
 
 def claims(table: pd.DataFrame, level: float = 0.05) -> list[dict[str, Any]]:

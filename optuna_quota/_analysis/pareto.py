@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from optuna_quota import _optuna
+
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,7 +39,7 @@ def best_numbers(study: Study, *, without: Collection[int] = ()) -> list[int]:
 def is_feasible(trial: FrozenTrial) -> bool:
     """Return whether a trial violates no constraint and all its values are finite."""
     finite = all(math.isfinite(v) for v in trial.values or ())
-    return finite and all(v <= 0 for v in trial.constraints.values())
+    return finite and all(v <= 0 for v in _optuna.constraints_of(trial).values())
 
 
 def loss_signs(study: Study) -> NDArray[np.float64]:

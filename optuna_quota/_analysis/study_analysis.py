@@ -11,15 +11,17 @@ from optuna_quota import _records
 from optuna_quota._analysis.advice import Advice, advise, StudyFacts
 from optuna_quota._analysis.correlations import correlations
 from optuna_quota._analysis.pareto import best_numbers, is_feasible, loss_signs
+from optuna_quota._analysis.prediction_error import prediction_errors, PredictionError
 from optuna_quota._analysis.search_space_advice import advise_search_space
 from optuna_quota._analysis.trial_traces import trial_traces
 from optuna_quota._footprint.footprint import Footprint
-from optuna_quota._footprint.observations import read_observation
+from optuna_quota._footprint.observations import Observation, read_observation
+from optuna_quota._resources import get_resource
 from optuna_quota._utilization.data import StudyData
 from optuna_quota._utilization.model import (
     fit_utilization_models,
     UtilizationModel,
-    with_censored_peaks,
+    with_partial_peaks,
 )
 
 
@@ -58,16 +60,16 @@ class StudyAnalysis:
         ``p_value``, ``p_adjusted`` (Holm, over all tests of the study), ``n``, ``measure`` and
         ``branch`` (the choices under which a conditional parameter is active).
         """
-        return correlations(with_censored_peaks(self.data, self.models))
+        return correlations(with_partial_peaks(self.data, self.models))
 
     @property
     def models(self) -> dict[str, UtilizationModel]:
         """The fitted models by resource, each a floor plus a power law.
 
         Each has ``.coefficients`` (DataFrame indexed by term: ``estimate, lower, upper, p_value,
-        kind``), ``.formula``, ``.diagnostics`` (warnings), ``.predict(params)``, ``.curve(param)``
-        and ``.results``, the statsmodels results, whose attributes the model has too. A resource
-        without a model is in :attr:`missing_models`.
+        kind, p_adjusted``), ``.formula``, ``.diagnostics`` (warnings) and ``.results``, the
+        statsmodels results, whose attributes the model has too. They explain; to predict, use
+        :attr:`footprint`. A resource without a model is in :attr:`missing_models`.
         """
         return self._fitted[0]
 
@@ -83,10 +85,33 @@ class StudyAnalysis:
     @cached_property
     def footprint(self) -> Footprint:
         """The footprint model, for ``QuotaSampler(footprint=…)`` of another study."""
+        return Footprint.fit(list(self._observations.values()))
+
+    @cached_property
+    def _observations(self) -> dict[int, Observation]:
         numbers = {int(number) for number in self.table["number"]}
-        trials = (t for t in self.study.get_trials(deepcopy=False) if t.number in numbers)
-        rows = (read_observation(trial) for trial in trials)
-        return Footprint.fit([row for row in rows if row is not None])
+        trials = [t for t in self.study.get_trials(deepcopy=False) if t.number in numbers]
+        rows = {trial.number: read_observation(trial) for trial in trials}
+        return {number: row for number, row in rows.items() if row is not None}
+
+    @cached_property
+    def prediction_errors(self) -> dict[str, PredictionError]:
+        """How closely formula and footprint predict trials left out of them, by resource."""
+        return prediction_errors(self.models, self.footprint, self._observations)
+
+    @property
+    def formulas(self) -> dict[str, str]:
+        """The formula of each resource, or that a power law is not what it follows."""
+        wrong = {name for name, error in self.prediction_errors.items() if error.is_wrong}
+        return {
+            name: _no_law(name, self.prediction_errors[name]) if name in wrong else model.formula
+            for name, model in self.models.items()
+        }
+
+    def model_warnings(self, resource: str) -> list[str]:
+        """Return the warnings about a formula; none about one that is not shown."""
+        error = self.prediction_errors.get(resource)
+        return [] if error is not None and error.is_wrong else self.models[resource].diagnostics
 
     @cached_property
     def best(self) -> list[int]:
@@ -113,3 +138,11 @@ class StudyAnalysis:
             float(loss_signs(self.study)[0]),
         )
         return [*advise_search_space(facts), *advise(facts)]
+
+
+def _no_law(resource: str, error: PredictionError) -> str:
+    return (
+        f"{resource} follows no floor plus power law: at trials left out of them, the formula "
+        f"errs by {error.formula:.1%} of the {get_resource(resource).title}, the footprint by "
+        f"{error.footprint:.1%}. Use `report.footprint.predict(params)`."
+    )

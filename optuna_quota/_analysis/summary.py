@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 _WIDTH = 99
+# A share of fewer audits says nothing.
+_MIN_AUDITED = 4
 
 
 def summarize(analysis: StudyAnalysis) -> str:
@@ -31,8 +33,8 @@ def summarize(analysis: StudyAnalysis) -> str:
         _head(analysis),
         _usage_lines(analysis),
         _correlation_lines(analysis.correlations),
-        _model_lines(analysis),
         _advice_lines(analysis.advice),
+        _model_lines(analysis),
     ]
     return "\n\n".join("\n".join(lines) for lines in map(list, blocks) if lines)
 
@@ -71,9 +73,9 @@ def refused_points(trials: Iterable[FrozenTrial]) -> str:
     parts = [f"{counts[kind]} {kind}" for kind in ("redrawn", "moved", "rejected") if counts[kind]]
     audited, wrong = counts["audited"], counts["wrong"]
     if audited:
+        share = f" ({wrong / audited:.0%} false refusals)" if audited >= _MIN_AUDITED else ""
         parts.append(
-            f"{audited} run anyway as an audit, {wrong} of which stayed within the limits "
-            f"({wrong / audited:.0%} false refusals)"
+            f"{audited} run anyway as an audit, {wrong} of which stayed within the limits{share}"
         )
     total = sum(counts[kind] for kind in ("redrawn", "moved", "rejected", "audited"))
     return f"Points refused: {total} ({', '.join(parts)})." if total else ""
@@ -119,11 +121,21 @@ def _correlation_lines(table: pd.DataFrame) -> Iterator[str]:
 def _model_lines(analysis: StudyAnalysis) -> Iterator[str]:
     if not analysis.models and not analysis.missing_models:
         return
-    yield "Models (a floor plus a power law; 95% intervals, HC3; early ends count as lower bounds)"
-    for model in analysis.models.values():
-        yield from wrap(model.formula, first="  ", indent="      ")
-        yield from wrap(_basis(model), first="    ", indent="    ")
-        for warning in model.diagnostics:
+    yield "Formulas (a floor plus a power law; terms with p < 0.05 after Holm's correction, 95%"
+    yield "intervals). To predict a number, use report.footprint.predict(params)."
+    for name, model in analysis.models.items():
+        yield from wrap(analysis.formulas[name], first="  ", indent="      ")
+        error = analysis.prediction_errors.get(name)
+        if error is not None and error.is_wrong:
+            continue
+        basis = _basis(model)
+        if error is not None:
+            basis += (
+                f" At trials left out it errs by {error.formula:.1%}, the footprint by "
+                f"{error.footprint:.1%}."
+            )
+        yield from wrap(basis, first="    ", indent="    ")
+        for warning in analysis.model_warnings(name):
             yield from wrap(warning, first="    ! ", indent="      ")
     for reason in analysis.missing_models.values():
         yield from wrap(reason, first="  ", indent="    ")
@@ -140,7 +152,7 @@ def _advice_lines(advice: Sequence[Advice]) -> Iterator[str]:
 
 def _basis(model: UtilizationModel) -> str:
     table = model.coefficients
-    clear = table[(table["p_value"] < 0.05) & (table["kind"] == "exponent")]
+    clear = table[(table["p_adjusted"] < 0.05) & (table["kind"] == "exponent")]
     exponents = [
         f"{term} {row['estimate']:.2f} [{row['lower']:.2f}, {row['upper']:.2f}]"
         for term, row in clear.iterrows()

@@ -17,7 +17,8 @@ import weakref
 from optuna_quota import _optuna
 from optuna_quota._enforcement.gpu_cache import release_gpu_cache
 from optuna_quota._metering import Key, key_of, Meter, metering_loop, TrialMonitor
-from optuna_quota._resources import Limits
+from optuna_quota._metering.host import cpu_count
+from optuna_quota._resources import Limits, with_cores
 
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def start_monitor(
             trial's row shows when it is over.
         here: False when the trial runs where this process can't see it.
     """
+    limits = resolve_cores(limits)
     _register.close_finished()
     if here and "gpu_memory" in {**limits.amounts(), **(left or {})}:
         release_gpu_cache()
@@ -63,6 +65,18 @@ def start_monitor(
     monitor.owner = owner
     _register.add(_Entry(study, monitor, holder))
     return monitor
+
+
+def resolve_cores(limits: Limits, n_jobs: int | None = None) -> Limits:
+    """Return limits with a number in place of ``cpu_cores="auto"``.
+
+    Args:
+        limits: The limits.
+        n_jobs: The trials that run at once, where that was stated.
+    """
+    if limits.cpu_cores != "auto":
+        return limits
+    return with_cores(limits, cpu_count() / max(n_jobs or 1, _optuna.n_jobs_of_optimize()))
 
 
 def find_monitor(study: Study, trial: BaseTrial | FrozenTrial) -> TrialMonitor | None:

@@ -10,6 +10,7 @@ from optuna.trial import BaseTrial, Trial
 from optuna_quota import _optuna
 from optuna_quota._enforcement.constraints import tolerate_constraints_failure
 from optuna_quota._enforcement.nesting import find_nested, quota_pruners
+from optuna_quota._enforcement.preemption import find_preemption
 from optuna_quota._metering import key_of, metering_loop, Verdict
 from optuna_quota._records import is_rejected, parse_record
 from optuna_quota._resources import Breach
@@ -44,6 +45,7 @@ def check(trial: BaseTrial) -> None:
 
     Raises:
         LimitBreached: If the trial is over a limit, or over what is left of a quota.
+        TrialPreempted: If it has to end now, and runs again later.
         TrialRejected: If the trial was rejected.
     """
     error = _find_error(trial)
@@ -72,8 +74,9 @@ def _find_error(trial: BaseTrial) -> Exception | None:
     if monitor is None:
         pruners = quota_pruners(study.pruner)
         monitor = pruners[0].watch_trial(study, trial) if pruners else None
-    if monitor is None or (breach := record_breach(monitor)) is None:
-        return None
+    breach = None if monitor is None else record_breach(monitor)
+    if monitor is None or breach is None:
+        return find_preemption(study, trial)
     tolerate_constraints_failure(study, trial, monitor)
     return breach_error(breach)
 

@@ -13,6 +13,7 @@ from typing import Any, cast, Protocol, TYPE_CHECKING, TypeVar
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
+from optuna_quota import _optuna
 from optuna_quota._metering import Meter, TrialMonitor
 from optuna_quota._resources import Limits
 
@@ -29,7 +30,6 @@ T = TypeVar("T")
 _MOST_OBJECTS = 2000
 _MOST_ITEMS = 100
 _DEPTH = 6
-_REQUIRE_UNIFORM = ("GPSampler", "BoTorchSampler")
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 
 
@@ -92,18 +92,11 @@ def pruner_meters(pruner: object) -> tuple[Meter, ...]:
 
 def requires_uniform_constraints(sampler: object) -> bool:
     """Return whether a study's sampler raises unless all trials have the same constraints."""
-    return bool(samplers_requiring_uniform_constraints(getattr(sampler, "base_sampler", sampler)))
-
-
-def samplers_requiring_uniform_constraints(sampler: object) -> list[Any]:
-    """Return the nested samplers that raise unless all completed trials have the same constraints.
-
-    They are found by name, so that neither is imported where it is not used.
-    """
-    inside: list[object] = find_nested(sampler, BaseSampler)
-    return [
-        each for each in inside if any(c.__name__ in _REQUIRE_UNIFORM for c in type(each).__mro__)
-    ]
+    inside: list[Any] = find_nested(getattr(sampler, "base_sampler", sampler), BaseSampler)
+    return any(
+        _optuna.demands_uniform_constraints(each) and _optuna.reads_constraints(each)
+        for each in inside
+    )
 
 
 def _parts(each: object) -> Iterator[object]:

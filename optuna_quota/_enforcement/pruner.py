@@ -22,6 +22,7 @@ from optuna_quota._enforcement.nesting import (
     pruner_meters,
     quota_pruners,
 )
+from optuna_quota._enforcement.preemption import find_preemption
 from optuna_quota._enforcement.trial_result import build_record, save_record
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop, Verdict
 from optuna_quota._records import is_rejected, TrialRecord
@@ -155,7 +156,8 @@ class QuotaPruner(BasePruner):
         breached = record_breach(monitor) is not None
         if breached:
             tolerate_constraints_failure(study, trial, monitor)
-        pruned = breached or self._prune_by_base(study, trial)
+        stopped = breached or find_preemption(whole, trial) is not None
+        pruned = stopped or self._prune_by_base(study, trial)
         if pruned and monitor.verdict is None and not self._is_nested_in(whole.pruner):
             monitor.verdict = self._verdict_of_base(trial)
         if monitor.owner == _OWNER:

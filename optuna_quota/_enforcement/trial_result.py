@@ -34,7 +34,7 @@ IGNORED_STOP = "The objective caught the stop and returned a value."
 _OUTCOMES_OF: Mapping[TrialState, tuple[str, ...]] = {
     TrialState.COMPLETE: ("completed",),
     TrialState.PRUNED: ("pruned", "terminated", "rejected"),
-    TrialState.FAIL: ("failed", "rejected"),
+    TrialState.FAIL: ("failed", "preempted", "rejected"),
 }
 
 
@@ -171,7 +171,11 @@ def record_result(
         record, amounts = replace(record, usage=Usage()), expected or {}
     own = limit_constraints(limits, amounts, record.breach)
     shown = _shows_constraints(study, state, own)
-    system = constraint_attributes(trial.system_attrs, own) if shown else {}
+    system: Mapping[str, Any] = {}
+    if shown:
+        system = constraint_attributes(trial.system_attrs, own)
+    elif own and state == TrialState.COMPLETE:
+        system = _optuna.feasible_attributes(trial.system_attrs)
     save_record(study, trial, record, system)
     return record
 

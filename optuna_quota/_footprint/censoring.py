@@ -1,9 +1,16 @@
 """Fits observations of which some are lower bounds, by expectation propagation.
 
 A trial that was stopped at z used more than z. Its likelihood under a Gaussian observation is
-Φ((f - z) / σ). Expectation propagation (Minka, 2001; Rasmussen and Williams, section 3.6)
-replaces it by a Gaussian observation of f with a mean and a variance of its own: a bound far below
-the prediction of the others has next to no weight, one far above has much.
+Φ((f - z) / σ). One that something else stopped at a share s of its course used z = f + e + log s:
+with s uniform, -log s is exponential, and the likelihood is that of a stochastic frontier (Meeusen
+and van den Broeck, International Economic Review 18, 1977),
+
+    r · exp(-r (f - z) + r² σ² / 2) · Φ((f - z) / σ - r σ)
+
+with r the scale of the logarithm, as z is standardised, and r = 0 for a plain bound. Expectation
+propagation (Minka, 2001; Rasmussen and Williams, section 3.6) replaces it by a Gaussian
+observation of f with a mean and a variance of its own: a bound far below the prediction of the
+others has next to no weight, one far above has much.
 """
 
 from __future__ import annotations
@@ -36,6 +43,7 @@ def propagate(
     columns: np.ndarray,
     target: np.ndarray,
     censored: np.ndarray,
+    rate: np.ndarray,
     hyperparameters: np.ndarray,
     sites: Sites,
     *,
@@ -47,6 +55,7 @@ def propagate(
         columns: Shape ``(n_points, n_columns)``.
         target: Standardised observations; where censored, the lower bound.
         censored: True where the observation is a lower bound.
+        rate: ``r`` of each, 0 where the trial's own limit stopped it.
         hyperparameters: Of the Gaussian process.
         sites: To start from.
         rounds: Maximum number of rounds.
@@ -55,7 +64,7 @@ def propagate(
         return Sites(target, np.zeros(len(target)))
     for _ in range(rounds):
         process = GaussianProcess(columns, sites.target, hyperparameters, sites.extra, ~censored)
-        fresh = _refined(process, target, censored, sites)
+        fresh = _refined(process, target, censored, rate, sites)
         moved = float(np.max(np.abs(fresh.target - sites.target)[censored], initial=0.0))
         sites = fresh
         if moved < 1e-3:
@@ -64,10 +73,15 @@ def propagate(
 
 
 def _refined(
-    process: GaussianProcess, bound: np.ndarray, censored: np.ndarray, sites: Sites
+    process: GaussianProcess,
+    bound: np.ndarray,
+    censored: np.ndarray,
+    rate: np.ndarray,
+    sites: Sites,
 ) -> Sites:
     from scipy.special import log_ndtr
 
+    rate = rate[censored]
     mean, variance = (part[censored] for part in process.posterior())
     old_precision = 1 / np.maximum(sites.extra[censored], _NARROWEST)
     old_shift = old_precision * sites.target[censored]
@@ -76,9 +90,9 @@ def _refined(
     cavity_mean = (mean / variance - old_shift) / precision
     cavity = 1 / precision
     total = cavity + process.noise
-    w = (cavity_mean - bound[censored]) / np.sqrt(total)
+    w = (cavity_mean - bound[censored]) / np.sqrt(total) - rate * np.sqrt(total)
     ratio = np.exp(-0.5 * w * w - 0.5 * np.log(2 * np.pi) - log_ndtr(w))
-    tilted_mean = cavity_mean + cavity * ratio / np.sqrt(total)
+    tilted_mean = cavity_mean + cavity * (ratio / np.sqrt(total) - rate)
     tilted = cavity - cavity**2 * ratio * (w + ratio) / total
     new_precision = np.clip(1 / tilted - precision, 1 / _WIDEST, 1 / _NARROWEST)
     new_shift = tilted_mean * (precision + new_precision) - cavity_mean * precision

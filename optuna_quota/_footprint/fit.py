@@ -123,7 +123,8 @@ class _ResourceData:
         columns: Shape ``(n_trials, n_columns)``.
         amounts: SI base units, shape ``(n_trials,)``; NaN where unknown.
         censored: True where the amount is a lower bound.
-        maybe_censored: True where it may be one.
+        partial: True where it was used at an unknown share of the trial's course.
+        maybe_censored: True where it is a peak that a stopped trial may not have reached.
         floors: Candidate floors, as shares of the smallest amount.
         noise: Logarithm of the expected variance of the noise.
     """
@@ -133,6 +134,7 @@ class _ResourceData:
         columns: np.ndarray,
         amounts: np.ndarray,
         censored: np.ndarray,
+        partial: np.ndarray,
         maybe_censored: np.ndarray,
         *,
         floors: tuple[float, ...],
@@ -142,6 +144,7 @@ class _ResourceData:
         self.columns = columns[self.known]
         self.amounts = amounts[self.known]
         self.censored = censored[self.known]
+        self.partial = partial[self.known]
         self.maybe_censored = maybe_censored[self.known]
         self.floors = floors
         self.noise = noise
@@ -159,7 +162,8 @@ class _ResourceData:
         return cls(
             columns,
             np.array([np.nan if amount is None else amount for amount in amounts]),
-            np.array([name in each.censored for each in observations]),
+            np.array([name in each.censored | each.partial for each in observations]),
+            np.array([name in each.partial for each in observations]),
             np.array([name in each.maybe_censored for each in observations]),
             floors=_NO_FLOOR if name == _CHAINED else FLOORS,
             noise=noise,
@@ -170,30 +174,43 @@ class _ResourceData:
         earlier = start if isinstance(start, ResourceModel) else None
         observed = ~(self.censored | self.maybe_censored)
         if not self.maybe_censored.any() or np.sum(observed) < _MIN_TRIALS_TO_DECIDE:
-            return self._fit(self.censored, earlier, refit)
-        all_censored = self.censored | self.maybe_censored
+            return self._fit(earlier, refit)
+        bounds = self._with_bounded_peaks()
         if earlier is not None and not refit:
             held = earlier.stopped_peaks_censored
-            model = self._fit(all_censored if held else self.censored, earlier, refit)
+            model = (bounds if held else self)._fit(earlier, refit)
             return replace(model, stopped_peaks_censored=held)
-        values = self._fit(self.censored, earlier, refit)
-        bounds = self._fit(all_censored, values, refit)
+        values = self._fit(earlier, refit)
+        bounded = bounds._fit(values, refit)
         # The better one predicts the trials that ran to their end better.
-        if leave_one_out_density(bounds, observed) > leave_one_out_density(values, observed):
-            return replace(bounds, stopped_peaks_censored=True)
+        if leave_one_out_density(bounded, observed) > leave_one_out_density(values, observed):
+            return replace(bounded, stopped_peaks_censored=True)
         return values
 
-    def _fit(
-        self, censored: np.ndarray, earlier: ResourceModel | None, refit: bool
-    ) -> ResourceModel:
+    def _with_bounded_peaks(self) -> _ResourceData:
+        """Return the trials with the peaks of stopped trials as lower bounds."""
+        return _ResourceData(
+            self.columns,
+            self.amounts,
+            self.censored | self.maybe_censored,
+            self.partial,
+            self.maybe_censored,
+            floors=self.floors,
+            noise=self.noise,
+        )
+
+    def _fit(self, earlier: ResourceModel | None, refit: bool) -> ResourceModel:
         if earlier is not None and not refit:
-            fresh = refresh_resource(self.columns, self.amounts, censored, earlier)
+            fresh = refresh_resource(
+                self.columns, self.amounts, self.censored, self.partial, earlier
+            )
             if fresh is not None:
                 return fresh
         return fit_resource(
             self.columns,
             self.amounts,
-            censored,
+            self.censored,
+            self.partial,
             start=earlier,
             floors=self.floors,
             noise=self.noise,
@@ -209,7 +226,7 @@ class _ResourceData:
         none = np.zeros(len(self.amounts), dtype=bool)
         ratios = self.amounts / base.amounts
         return _ResourceData(
-            self.columns, ratios, none, none, floors=_NO_FLOOR, noise=_RATIO_NOISE
+            self.columns, ratios, none, none, none, floors=_NO_FLOOR, noise=_RATIO_NOISE
         )
 
 

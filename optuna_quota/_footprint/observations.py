@@ -9,9 +9,8 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 
 from optuna_quota._records import (
+    evidence,
     Interval,
-    is_lower_bound,
-    may_be_lower_bound,
     outcome_of,
     read_record,
 )
@@ -37,10 +36,12 @@ class Observation:
         params: Value of each hyperparameter.
         distributions: Distribution of each.
         usage: What was measured.
-        censored: Resources whose usage is a lower bound, because the trial was stopped.
+        censored: Resources whose usage is a lower bound, because their limit stopped the trial.
+        partial: Resources whose usage is that at an unknown share of the trial's course, because
+            something else stopped it.
         maybe_censored: Resources whose usage may be one: peaks of a stopped trial. Each step of a
-            training mostly repeats the one before, but where later steps take more data or a
-            larger model, the peak is a lower bound. The model's fit decides.
+            training mostly repeats the one before, but later steps may take more data or a larger
+            model. The model's fit decides.
         projected: The footprint that was projected before it ran.
         is_complete: Whether the trial completed, so that no parameter is missing.
     """
@@ -50,6 +51,7 @@ class Observation:
     usage: Usage
     censored: frozenset[str] = frozenset()
     maybe_censored: frozenset[str] = frozenset()
+    partial: frozenset[str] = frozenset()
     projected: Mapping[str, Interval] = field(default_factory=dict)
     is_complete: bool = True
 
@@ -59,7 +61,10 @@ class Observation:
         known = ((name, self.usage.get(name), each) for name, each in self.projected.items())
         return any(
             amount is not None
-            and (amount > each.upper or (amount < each.lower and name not in self.censored))
+            and (
+                amount > each.upper
+                or (amount < each.lower and name not in self.censored | self.partial)
+            )
             for name, amount, each in known
         )
 
@@ -69,8 +74,9 @@ def read_observation(trial: FrozenTrial) -> Observation | None:
     if not trial.state.is_finished():
         return None
     record = read_record(trial)
-    amounts = usage_at_least(trial, record)
     end = outcome_of(trial, record), record.censored_by
+    amounts = usage_at_least(trial, record)
+    says = {name: evidence(name, *end) for name in amounts}
     if end[0] == "failed" and record.usage.wall_time is None:
         # Optuna dates the end of a trial whose worker died when that was noticed.
         amounts.pop("wall_time", None)
@@ -80,8 +86,9 @@ def read_observation(trial: FrozenTrial) -> Observation | None:
         params=trial.params,
         distributions=trial.distributions,
         usage=usage_from_amounts(amounts),
-        censored=frozenset(name for name in amounts if is_lower_bound(name, *end)),
-        maybe_censored=frozenset(name for name in amounts if may_be_lower_bound(name, *end)),
+        censored=frozenset(name for name in amounts if says[name] == "lower bound"),
+        partial=frozenset(name for name in amounts if says[name] == "partial"),
+        maybe_censored=frozenset(name for name in amounts if says[name] == "partial peak"),
         projected=record.footprint,
         is_complete=trial.state.name == "COMPLETE",
     )

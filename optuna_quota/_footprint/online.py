@@ -45,7 +45,7 @@ class Learner:
 
     Attributes:
         isolated: Whether the newest trial ran in a process of its own.
-        n_uncensored: Number of this study's trials without any lower bound.
+        n_uncensored: Number of this study's trials that completed without any lower bound.
     """
 
     def __init__(self, prior: Footprint | None = None, *, confidence: float = 0.95) -> None:
@@ -105,7 +105,7 @@ class Learner:
             found = read_observation(trials[index])
             if found is not None:
                 self._observations.append(found)
-                self.n_uncensored += not found.censored
+                self.n_uncensored += found.is_complete and not found.censored
                 self._space.update(found.distributions)
                 weight = _SURPRISE_WEIGHT if found.is_surprise else 1.0
                 self._new_since_fit += weight
@@ -151,6 +151,7 @@ def transferred_observations(footprint: Footprint) -> list[Observation]:
             distributions=space,
             usage=each.usage,
             censored=each.censored | (each.maybe_censored & settled),
+            partial=each.partial,
         )
         for each in contents.observations
     ]

@@ -109,6 +109,7 @@ class ResourceModel:
         scale: Standard deviation of the logarithm.
         sites: Standardised observations, censored ones replaced.
         censored: True where the amount is a lower bound.
+        partial: True where it was used at an unknown share of the trial's course.
         hyperparameters: Of the Gaussian process.
         stopped_peaks_censored: Whether peaks of stopped trials are taken as lower bounds.
     """
@@ -119,6 +120,7 @@ class ResourceModel:
     scale: float
     sites: Sites
     censored: np.ndarray
+    partial: np.ndarray
     hyperparameters: np.ndarray
     stopped_peaks_censored: bool = False
     process: GaussianProcess = field(init=False, repr=False)
@@ -209,8 +211,12 @@ class ResourceModel:
         mean = (self.sites.target - residual)[held]
         variance = own[held] ** 2 - self.sites.extra[held] + self.process.noise
         away = mean - (logs[held] - self.location) / self.scale
-        bounded = log_ndtr(away / np.sqrt(np.maximum(variance, 1e-12)))
-        return float(np.sum(density) + np.sum(bounded))
+        spread = np.sqrt(np.maximum(variance, 1e-12))
+        rate = self.scale * self.partial[held]
+        bounded = log_ndtr(away / spread - rate * spread)
+        # In units of the amount, as the others; see `censoring.py`.
+        shares = np.where(rate, -rate * away + 0.5 * (rate * spread) ** 2 - logs[held], 0.0)
+        return float(np.sum(density) + np.sum(bounded) + np.sum(shares))
 
     def log_leave_one_out(self) -> tuple[np.ndarray, np.ndarray]:
         """Return leave-one-out residual and variance of the logarithm of each amount."""
@@ -224,6 +230,7 @@ def fit_resource(
     columns: np.ndarray,
     amounts: np.ndarray,
     censored: np.ndarray,
+    partial: np.ndarray,
     *,
     start: ResourceModel | None = None,
     floors: tuple[float, ...] = FLOORS,
@@ -235,6 +242,8 @@ def fit_resource(
         columns: Shape ``(n_points, n_columns)``.
         amounts: SI base units, shape ``(n_points,)``.
         censored: True where the amount is a lower bound.
+        partial: True where something else stopped the trial, at an unknown share of its course;
+            these are lower bounds too.
         start: A model of fewer trials to start from.
         floors: Candidate floors, as shares of the smallest amount.
         noise: Prior mean of the logarithm of the noise's variance, standardised.
@@ -247,7 +256,7 @@ def fit_resource(
             near = min(tried, key=lambda each: abs(each - index), default=None)
             first = start if near is None else tried[near]
             tried[index] = _fit_with_floor(
-                columns, amounts, censored, candidates[index], first, noise=noise
+                columns, amounts, censored, partial, candidates[index], first, noise=noise
             )
         return tried[index].score(amounts)
 
@@ -255,7 +264,7 @@ def fit_resource(
         if not 0 <= index < len(candidates) or index in tried:
             return index in tried
         logs = np.log(amounts - candidates[index])
-        screened = _with_logs(tried[best], columns, logs, censored, candidates[index])
+        screened = _with_logs(tried[best], columns, logs, censored, partial, candidates[index])
         return screened.score(amounts) > tried[best].score(amounts) - _FLOOR_MARGIN
 
     if start is None or len(start.columns) < _FEW:
@@ -272,7 +281,11 @@ def fit_resource(
 
 
 def refresh_resource(
-    columns: np.ndarray, amounts: np.ndarray, censored: np.ndarray, model: ResourceModel
+    columns: np.ndarray,
+    amounts: np.ndarray,
+    censored: np.ndarray,
+    partial: np.ndarray,
+    model: ResourceModel,
 ) -> ResourceModel | None:
     """Return a model with more trials and the same hyperparameters.
 
@@ -280,7 +293,8 @@ def refresh_resource(
     """
     if amounts.min() <= model.floor or columns.shape[1] != model.columns.shape[1]:
         return None
-    return _with_logs(model, columns, np.log(amounts - model.floor), censored, model.floor)
+    logs = np.log(amounts - model.floor)
+    return _with_logs(model, columns, logs, censored, partial, model.floor)
 
 
 def _with_logs(
@@ -288,13 +302,15 @@ def _with_logs(
     columns: np.ndarray,
     logs: np.ndarray,
     censored: np.ndarray,
+    partial: np.ndarray,
     floor: float,
 ) -> ResourceModel:
     """Return a model fitted to other logarithms with the same hyperparameters."""
     location, scale = _standard(logs)
     target = (logs - location) / scale
     sites = initial_sites(target, censored)
-    sites = propagate(columns, target, censored, model.hyperparameters, sites)
+    rate = scale * partial
+    sites = propagate(columns, target, censored, rate, model.hyperparameters, sites)
     return replace(
         model,
         columns=columns,
@@ -303,6 +319,7 @@ def _with_logs(
         scale=scale,
         sites=sites,
         censored=censored,
+        partial=partial,
     )
 
 
@@ -317,6 +334,7 @@ def _fit_with_floor(
     columns: np.ndarray,
     amounts: np.ndarray,
     censored: np.ndarray,
+    partial: np.ndarray,
     floor: float,
     start: ResourceModel | None,
     *,
@@ -329,13 +347,14 @@ def _fit_with_floor(
     if start is not None and start.hyperparameters.shape == found.shape:
         found = start.hyperparameters
     sites = initial_sites(target, censored)
-    sites = propagate(columns, target, censored, found, sites)
+    rate = scale * partial
+    sites = propagate(columns, target, censored, rate, found, sites)
     for _ in range(0 if len(amounts) < _FEWEST else 2 if censored.any() else 1):
         found = fit_hyperparameters(
             columns, sites.target, start=found, extra=sites.extra, noisy=~censored, noise=noise
         )
-        sites = propagate(columns, target, censored, found, sites)
-    return ResourceModel(columns, floor, location, scale, sites, censored, found)
+        sites = propagate(columns, target, censored, rate, found, sites)
+    return ResourceModel(columns, floor, location, scale, sites, censored, partial, found)
 
 
 def _square_root(covariance: np.ndarray) -> np.ndarray:

@@ -51,6 +51,7 @@ def dump(features: Features, observations: Sequence[Observation], confidence: fl
                 "usage": each.usage.amounts(),
                 "censored": sorted(each.censored),
                 "maybe_censored": sorted(each.maybe_censored),
+                "partial": sorted(each.partial),
             }
             for each in observations
         ],
@@ -150,6 +151,7 @@ def _observation(value: Any, space: Mapping[str, Any]) -> Observation:
         usage=usage_from_amounts(amounts),
         censored=_resources(found, "censored"),
         maybe_censored=_resources({"maybe_censored": [], **found}, "maybe_censored"),
+        partial=_resources({"partial": [], **found}, "partial"),
     )
 
 

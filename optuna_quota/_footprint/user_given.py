@@ -280,6 +280,7 @@ def _ratio(observation: Observation, stated: UserFootprint) -> Observation | Non
         usage=usage_from_amounts(ratios),
         censored=observation.censored & ratios.keys(),
         maybe_censored=observation.maybe_censored & ratios.keys(),
+        partial=observation.partial & ratios.keys(),
         projected={},
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from optuna_quota._isolation import linux, memory_limits, messages
 from optuna_quota._isolation.channel import Channel, dumps
+from optuna_quota._isolation.cores import confine
 from optuna_quota._isolation.environment import enter_context, seed
 from optuna_quota._isolation.gpu_caps import framework_gpu_memory, set_gpu_caps
 from optuna_quota._isolation.multiprocessing_child import (
@@ -66,6 +67,7 @@ def run_child(
             _receive_streams(channel)
         start = channel.receive() if inherited is None else inherited.start
         child.grace_period = start.grace_period
+        child.calls.use(start.trial.address)
         buffers = receive_buffers(channel, start.buffers)
         if crash_file is not None:
             faulthandler.enable(crash_file)
@@ -98,7 +100,7 @@ class _Child:
     """
 
     def __init__(self, channel: Channel, stop: PoliteStop) -> None:
-        self.calls = RpcClient(channel, stop)
+        self.calls = RpcClient(channel=channel, stop=stop)
         self.grace_period = 0.0
         self._stop = stop
 
@@ -116,6 +118,8 @@ class _Child:
             os.environ.update(start.context.added)
         apply_output_settings(start.output, self.calls)
         memory_limits.raise_oom_score()
+        if start.cores is not None:
+            confine(start.cores)
         set_gpu_caps(start.limits.get("gpu_memory"), start.device_memory)
         leave_shared_memory()
         objective = None if inherited is None else inherited.objective
@@ -126,7 +130,7 @@ class _Child:
             apply_to_new_modules(start.output)
         seed(start.context)
         memory_limits.reset_peak()
-        restore_signals()
+        restore_signals(start.worker_signals)
         end_preparation()
         return objective
 

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import ProcessContext
 from optuna_quota._isolation.out_of_memory import FailedAllocation
 from optuna_quota._isolation.output import OutputSettings
 from optuna_quota._isolation.remote_errors import SentError
 from optuna_quota._isolation.rpc import TrialFacts
 from optuna_quota._resources import Breach
+from optuna_quota.exceptions import LimitBreached
 
 
 # From the study's process to the supervisor.
@@ -51,6 +53,14 @@ class StopTrial:
 class InterruptTrial:
     """Raise KeyboardInterrupt in the trial, then kill it after the grace period in seconds."""
 
+    grace_period: float
+
+
+@dataclass(frozen=True)
+class EndTrial:
+    """Raise an error in the trial, then kill it after the grace period in seconds."""
+
+    error: LimitBreached
     grace_period: float
 
 
@@ -137,10 +147,12 @@ class StartTrial:
         trial: What of the trial never changes.
         limits: The ceilings in force by resource, in SI base units.
         device_memory: The memory of the smallest visible GPU, in bytes.
+        cores: The cores that it is confined to, None for all.
         grace_period: Seconds from the polite stop to the kill.
         objective: The pickled objective; None when the process inherited it.
         buffers: The bytes of each buffer that follows, and whether it is read-only.
         strict_memory: Whether the kernel refuses what would pass the memory limit.
+        worker_signals: Signals to the whole job that the study's process handles for it.
     """
 
     context: ProcessContext
@@ -149,10 +161,12 @@ class StartTrial:
     trial: TrialFacts
     limits: Mapping[str, float]
     device_memory: float | None
+    cores: Cores | None
     grace_period: float
     objective: bytes | None
     buffers: Sequence[tuple[int, bool]] = ()
     strict_memory: bool = False
+    worker_signals: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

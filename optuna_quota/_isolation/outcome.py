@@ -15,17 +15,19 @@ from optuna.trial import Trial, TrialState
 from optuna_quota import _optuna
 from optuna_quota._enforcement.check import raise_breached
 from optuna_quota._enforcement.constraints import tolerate_constraints_failure
+from optuna_quota._enforcement.preemption import end_as_preempted, enqueue_again
+from optuna_quota._enforcement.trial_result import read_row
 from optuna_quota._isolation import exit_cause, messages, out_of_memory
 from optuna_quota._isolation.remote_errors import unpack_error
 from optuna_quota._isolation.script_process import ScriptFailed
 from optuna_quota._isolation.server import Server
 from optuna_quota._metering import Verdict
 from optuna_quota._metering.gpu_attribution import DeviceShare, GpuUse
-from optuna_quota._metering.visible_gpus import device_memory
+from optuna_quota._metering.visible_gpus import device_memory, free_memory
 from optuna_quota._records import CRASHED, is_rejected, write_attributes
 from optuna_quota._resources import Breach, Usage
 from optuna_quota._storage_retry import retry
-from optuna_quota.exceptions import LimitBreached, TrialCrashed
+from optuna_quota.exceptions import LimitBreached, TrialCrashed, TrialPreempted
 
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ _logger = logging.getLogger("optuna.quota.isolated")
 
 OnCrash = Literal["fail", "raise"]
 CrashStatus = Literal["crashed", "ended", "running"]
+
+# How often a trial that found its GPU full is tried again.
+_MAX_GPU_RETRIES = 3
 
 # The study ends when so many trials, its first ones or any in a row, have all crashed.
 FIRST_CRASHES = 3
@@ -101,6 +106,46 @@ class OutcomeResolver:
             self._terminate_at_limit(report)
             reason = exit_cause.describe_exit(report)
         return self.crash(report, reason)
+
+    def has_ended_early(self, server: Server) -> bool:
+        """Return whether a trial that was to be preempted ended without a result of its own.
+
+        What it raised may come of the signal, which may have ended processes of its.
+        """
+        outcome, verdict = server.outcome, self._monitor.verdict
+        if server.breach is not None or isinstance(outcome, messages.Returned):
+            return False
+        was_asked = outcome is None or outcome.stop_requested
+        if was_asked or (verdict is not None and verdict.outcome == "preempted"):
+            return True
+        if not isinstance(outcome, messages.Raised):
+            return True
+        return not isinstance(unpack_error(outcome.error), TrialPruned)
+
+    def preempt(self, server: Server, reason: str, grace_period: float) -> Any:
+        """Return the value of a preempted trial if ``optimize`` runs it, else raise."""
+        report, outcome, study = server.exit, server.outcome, self._study
+        assert report is not None and study is not None
+        self.add_usage(report, None if outcome is None else outcome.gpu_memory)
+        if outcome is None and report.killer is not None:
+            reason += f" The trial was killed, at most {grace_period:g} s after it had to stop."
+        self._monitor.verdict = Verdict("preempted", reason)
+        end_as_preempted(study, _optuna.trial_id_of(self._trial), reason)
+        if isinstance(self._trial, Trial) and _optuna.is_run_by_optimize(self._trial):
+            return crash_value(reason, len(study.directions))
+        raise TrialPreempted(reason)
+
+    def abandon(self, server: Server, reason: str) -> Any:
+        """Return the value of a trial whose row something else has finished, or raise."""
+        assert server.exit is not None and self._study is not None
+        self.add_usage(server.exit)
+        self._monitor.verdict = Verdict("failed", reason)
+        self._monitor.close()
+        if isinstance(server.outcome, messages.Returned):
+            return server.outcome.value
+        if isinstance(self._trial, Trial) and _optuna.is_run_by_optimize(self._trial):
+            return crash_value(reason, len(self._study.directions))
+        raise LimitBreached(reason)
 
     def add_usage(self, report: messages.ExitReport, gpu_memory: float | None = None) -> None:
         """Record the supervisor's figures; the larger ones count."""
@@ -221,10 +266,29 @@ class OutcomeResolver:
             return self._fail(error, report)
         self._monitor.verdict = Verdict("failed", reason)
         trial, study = self._trial, self._study
-        by_optimize = isinstance(trial, Trial) and _optuna.is_run_by_optimize(trial)
-        if study is None or not by_optimize or self._on_crash == "raise":
+        if study is None or not isinstance(trial, Trial) or self._on_crash == "raise":
             raise error
+        if not _optuna.is_run_by_optimize(trial):
+            raise error
+        self._try_again_elsewhere(study, trial, state)
         return crash_value(reason, len(study.directions))
+
+    def _try_again_elsewhere(
+        self, study: Study, trial: Trial, state: out_of_memory.GpuMemoryState
+    ) -> None:
+        """Enqueue a trial again that found its assigned GPU full, if others have room."""
+        assigned = self._monitor.environment.get("CUDA_VISIBLE_DEVICES")
+        if assigned is None:
+            return
+        need = (state.held_there or 0.0) + (state.requested or 0.0)
+        with_room = [free for free in free_memory(os.environ) if free >= need]
+        row = read_row(study, trial)
+        attempts = sum(
+            _optuna.first_attempt(each) == _optuna.first_attempt(row)
+            for each in study.get_trials(deepcopy=False)
+        )
+        if len(with_room) >= len(assigned.split(",")) and attempts <= _MAX_GPU_RETRIES:
+            enqueue_again(study, row, "found its GPU full of others' memory")
 
     def _terminate(self, breach: Breach, cause: BaseException | None = None) -> NoReturn:
         self._monitor.breach = self._monitor.breach or breach

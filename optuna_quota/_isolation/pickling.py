@@ -30,7 +30,7 @@ from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.main_module import global_names, MAIN_NAMES, MainModule
 from optuna_quota._isolation.module_state import plain_attributes, set_main_state, set_module_parts
 from optuna_quota._isolation.modules import modules_being_imported
-from optuna_quota._isolation.rpc import is_remote, proxy_of, RemoteObjects
+from optuna_quota._isolation.rpc import is_remote, proxy_at, RemoteObjects
 
 
 # Smaller buffers are copied into the pickle; a message of its own for each would cost more.
@@ -173,7 +173,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
 
     def reducer_override(self, value: Any) -> Any:
         if is_remote(value):
-            return proxy_of, (self._remote.handle(value),)
+            return proxy_at, (self._remote.listener.address, self._remote.handle(value))
         if id(value) in self._by_trial:
             return global_of_main, (self._by_trial[id(value)],)
         if getattr(value, "_is_fork_ctx", False) is True and isinstance(value, SemLock):

@@ -139,7 +139,7 @@ class _Supervisor:
             leave = time.monotonic() + command.seconds
             self._deadline = leave if self._deadline is None else min(leave, self._deadline)
         elif (
-            isinstance(command, (messages.StopTrial, messages.InterruptTrial))
+            isinstance(command, (messages.StopTrial, messages.InterruptTrial, messages.EndTrial))
             and self._deadline is None
         ):
             self._deadline = time.monotonic() + command.grace_period

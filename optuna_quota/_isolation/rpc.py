@@ -1,25 +1,28 @@
 """Remote calls: the trial, the study and its storage stay in the study's process.
 
-The objective gets proxies of them; each call is sent there and answered by the server.
+The objective gets proxies of them; each call is sent there and answered by the server. A proxy
+can be handed to other processes of the trial, which connect to the server on their first call. One
+that comes back to the study's process is the object itself there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 from dataclasses import dataclass
 import datetime
 import itertools
 import os
 import threading
-from typing import Any, NoReturn, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import Trial
 
 from optuna_quota._isolation.channel import Channel
+from optuna_quota._isolation.listener import Address, connect, Listener
 from optuna_quota._isolation.remote_errors import SentError, unpack_error
-from optuna_quota._isolation.signals import PoliteStop
 
 
 if TYPE_CHECKING:
@@ -59,32 +62,62 @@ class Method:
 
 
 class RpcClient:
-    """Sends calls from the trial's process, one at a time, from any thread.
+    """Sends calls from one of the trial's processes, one at a time, from any thread.
 
     Args:
-        channel: The connection.
-        stop: Deferred while a message is exchanged.
+        address: Where to connect.
+        channel: A connection to begin with, that of the trial's own process.
+        stop: A context in which the polite stop waits until a message is exchanged.
     """
 
-    def __init__(self, channel: Channel, stop: PoliteStop) -> None:
-        self._channel = channel
-        self._stop = stop
+    def __init__(
+        self,
+        address: Address | None = None,
+        channel: Channel | None = None,
+        stop: contextlib.AbstractContextManager[Any] | None = None,
+    ) -> None:
+        self._stop = stop or contextlib.nullcontext()
         self._ids = itertools.count()
-        global _calls
-        _calls = self
-        self._renew_locks()
+        # One for each depth: a signal handler may call within a call of its thread, and what it
+        # sends and receives must not mix with that.
+        self._channels = [] if channel is None else [channel]
+        self._depth = 0
+        self._lock = threading.RLock()
+        if address is not None:
+            self.use(address)
         if hasattr(os, "register_at_fork"):
-            # A thread may hold them at a fork in the objective; the fork has no such thread.
-            os.register_at_fork(after_in_child=self._renew_locks)
+            os.register_at_fork(after_in_child=self._disconnect)
 
-    def _renew_locks(self) -> None:
-        self._calling = threading.RLock()
-        self._sending = threading.RLock()
+    def use(self, address: Address) -> None:
+        """Connect there from now on, and be this process's client for it."""
+        self.address = address
+        _clients[address] = self
+
+    def _disconnect(self) -> None:
+        """Leave the connections to the process that this one was forked from."""
+        # Another thread may have held it, which this process lacks.
+        self._lock = threading.RLock()
+        self._depth = 0
+        for channel in self._channels:
+            channel.close()
+        self._channels = []
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[Channel]:
+        with self._stop, self._lock:
+            depth = self._depth
+            if depth == len(self._channels):
+                self._channels.append(connect(self.address))
+            self._depth = depth + 1
+            try:
+                yield self._channels[depth]
+            finally:
+                self._depth = depth
 
     def notify(self, message: Any) -> None:
         """Send a message that has no answer."""
-        with self._stop, self._sending:
-            self._channel.send(message)
+        with self._connection() as channel:
+            channel.send(message)
 
     def call(self, target: int, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of an object in the study's process and return what it returns."""
@@ -98,16 +131,23 @@ class RpcClient:
         return value
 
     def _ask(self, call: Call) -> Any:
-        with self._stop, self._calling:
-            with self._sending:
-                self._channel.send(call)
-            number, value, error = self._channel.receive()
+        with self._connection() as channel:
+            channel.send(call)
+            number, value, error = channel.receive()
             # An exception of a user's own signal handler may have cut off an earlier call.
             while number != call[0]:
-                number, value, error = self._channel.receive()
+                number, value, error = channel.receive()
         if error is not None:
             raise unpack_error(error)
         return Proxy(self, value) if isinstance(value, Handle) else value
+
+
+# The clients of this process by address. One trial's, unless trials are nested.
+_clients: dict[Address, RpcClient] = {}
+
+
+def _client(address: Address) -> RpcClient:
+    return _clients.get(address) or RpcClient(address)
 
 
 class Proxy:
@@ -135,18 +175,33 @@ class Proxy:
         handle = self.__dict__["_proxied"][1]
         return f"<{handle.kind.__name__} in the study's process>"
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(f"{self!r} can't be sent to another process.")
+    def __reduce__(self) -> tuple[Any, ...]:
+        calls, handle = self.__dict__["_proxied"]
+        return proxy_at, (calls.address, handle)
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        self.__reduce__()
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return self.__reduce__()
 
 
 class RemoteObjects:
-    """The objects in the study's process that one trial may call, the trial first."""
+    """The objects in the study's process that one trial may call, the trial first.
+
+    Args:
+        trial: The trial.
+
+    Attributes:
+        listener: Where the trial's processes connect.
+    """
 
     def __init__(self, trial: Any) -> None:
         self._objects: list[Any] = [trial]
+        self.listener = Listener()
+        _served[self.listener.address] = (os.getpid(), self)
+
+    def close(self) -> None:
+        """Serve no more: the trial has ended."""
+        _served.pop(self.listener.address, None)
+        self.listener.close()
 
     def handle(self, found: Any) -> Handle:
         """Return the handle of an object, which is kept."""
@@ -165,20 +220,32 @@ def is_remote(value: Any) -> bool:
     return isinstance(value, (Study, BaseStorage, Trial))
 
 
-def proxy_of(handle: Handle) -> Proxy:
-    """Return the proxy of an object; pickles of objectives refer to this."""
-    assert _calls is not None
-    return Proxy(_calls, handle)
+# What this process serves by address, and its pid: a fork has it from its parent.
+_served: dict[Address, tuple[int, RemoteObjects]] = {}
 
 
-# The client of this process, where it runs a trial.
-_calls: RpcClient | None = None
+def _served_here(address: Address) -> RemoteObjects | None:
+    pid, objects = _served.get(address, (None, None))
+    return objects if pid == os.getpid() else None
+
+
+def proxy_at(address: Address, handle: Handle) -> Any:
+    """Return the proxy of an object, or the object itself in its own process."""
+    objects = _served_here(address)
+    return Proxy(_client(address), handle) if objects is None else objects[handle.index]
+
+
+def trial_at(facts: TrialFacts) -> Any:
+    """Return the remote trial, or the trial itself in its own process."""
+    objects = _served_here(facts.address)
+    return RemoteTrial(_client(facts.address), facts) if objects is None else objects[TRIAL]
 
 
 @dataclass(frozen=True)
 class TrialFacts:
-    """The attributes of a trial that never change, so that they need no call."""
+    """Where a trial is served, and its attributes that never change: they need no call."""
 
+    address: Address
     number: int
     trial_id: int | None
     datetime_start: datetime.datetime | None
@@ -215,11 +282,11 @@ class RemoteTrial(Trial):
             raise AttributeError(name)
         return self._calls.read(TRIAL, name)
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("A running trial can't be sent to another process.")
+    def __reduce__(self) -> tuple[Any, ...]:
+        return trial_at, (self._facts,)
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        self.__reduce__()
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return self.__reduce__()
 
 
 def _method(name: str) -> Callable[..., Any]:

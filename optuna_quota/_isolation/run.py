@@ -11,6 +11,8 @@ from typing import Any, TYPE_CHECKING
 from optuna import TrialPruned
 from optuna.trial import Trial, TrialState
 
+from optuna_quota import _optuna
+from optuna_quota._enforcement.active_trials import resolve_cores
 from optuna_quota._enforcement.check import raise_rejected, record_breach
 from optuna_quota._enforcement.forecast import (
     completed_trials,
@@ -19,9 +21,11 @@ from optuna_quota._enforcement.forecast import (
     record_pace,
 )
 from optuna_quota._enforcement.nesting import pruner_limits, pruner_meters
+from optuna_quota._enforcement.preemption import Preemption, preemption_of
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
 from optuna_quota._enforcement.trial_result import read_row, record_result
 from optuna_quota._isolation import messages
+from optuna_quota._isolation.cores import core_pool, Cores
 from optuna_quota._isolation.forkserver_client import fork_server_client
 from optuna_quota._isolation.multiprocessing_child import is_in_preparation
 from optuna_quota._isolation.outcome import OutcomeResolver
@@ -30,7 +34,8 @@ from optuna_quota._isolation.server import NotStarted, Server
 from optuna_quota._isolation.start import CannotStart, IsolationOptions, TrialStarter
 from optuna_quota._metering import key_of, metering_loop, Verdict
 from optuna_quota._records import is_rejected
-from optuna_quota._resources import Breach, CLOCK_RESOURCES, Limits
+from optuna_quota._resources import Breach, CLOCK_RESOURCES, Limits, with_cores
+from optuna_quota.exceptions import LimitBreached, TrialPreempted
 
 
 if TYPE_CHECKING:
@@ -64,9 +69,13 @@ class TrialRun:
         self._options = options
         self._trial = trial
         self._study = trial.study if isinstance(trial, Trial) else None
-        self._remote = RemoteObjects(trial)
+        self._preemption = Preemption() if self._study is None else preemption_of(self._study)
+        self._trial_id = -1 if self._study is None else _optuna.trial_id_of(trial)
         self._forecast = _StepForecast(self._study) if options.predictive_stop else None
         self._server: Server | None = None
+        # Why it is to run again later, and how something else has ended its row.
+        self._stopped_for: str | None = None
+        self._ended_outside: str | None = None
 
     def run(self) -> Any:
         """Return what the objective returns or raise what it raises."""
@@ -88,9 +97,13 @@ class TrialRun:
         )
         # The time to start the trial counts; the memory of this process does not.
         self._monitor.detach()
+        if self._study is not None:
+            _optuna.tolerate_finished_row(self._study, self._trial_id)
         value, error = None, None
         try:
-            value = self._run()
+            with core_pool.claim(self._monitor.limits.amounts().get("cpu_cores")) as cores:
+                self._monitor.confine()
+                value = self._run(cores)
         except BaseException as raised:
             error = raised
             if isinstance(raised, KeyboardInterrupt) and self._monitor.verdict is None:
@@ -107,26 +120,29 @@ class TrialRun:
         own = self._options.limits
         if self._study is None:
             key = (id(self._trial), self._trial.number)
-            return loop.monitor(key, limits=own or Limits(), here=False), True
+            limits = resolve_cores(own or Limits())
+            return loop.monitor(key, limits=limits, here=False), True
         key = key_of(self._study, self._trial)
         wrap_nesting_pruner(self._study)
         pruner = self._study.pruner
-        limits = _agreed_limits(own, pruner_limits(pruner))
+        limits = resolve_cores(_agreed_limits(own, pruner_limits(pruner)))
         monitor = loop.find(key)
         if monitor is None:
             meters = pruner_meters(pruner)
             return loop.monitor(key, limits=limits, meters=meters, here=False), True
+        own = None if own is None else with_cores(own, monitor.limits.cpu_cores)
         if own is not None and monitor.limits != own:
             _agreed_limits(own, monitor.limits or None)
             monitor.limit(own)
         return monitor, monitor.owner != "sampler"
 
-    def _run(self) -> Any:
+    def _run(self, cores: Cores | None) -> Any:
         objective = self._bind(self._trial)
         server = None
         for attempt in range(_ATTEMPTS):
             try:
-                server = self._start_and_serve(objective)
+                with contextlib.closing(RemoteObjects(self._trial)) as remote:
+                    server = self._start_and_serve(objective, remote, cores)
                 break
             except NotStarted as error:
                 # The fork server had ended, or the processes that it had ready were killed.
@@ -136,22 +152,32 @@ class TrialRun:
             except CannotStart as error:
                 return self._resolver.crash(messages.ExitReport(exitcode=None), str(error))
         assert server is not None
+        if self._ended_outside is not None:
+            return self._resolver.abandon(server, self._ended_outside)
+        reason = self._stopped_for or self._preemption.reason
+        if reason is not None and self._resolver.has_ended_early(server):
+            return self._resolver.preempt(server, reason, self._options.grace_period)
         value = self._resolver.resolve(server)
         if self._forecast is not None and isinstance(server.outcome, messages.Returned):
             self._forecast.remember()
         return value
 
-    def _start_and_serve(self, objective: Callable[..., Any]) -> Server:
+    def _start_and_serve(
+        self, objective: Callable[..., Any], remote: RemoteObjects, cores: Cores | None
+    ) -> Server:
         started = TrialStarter(
-            objective, self._options, self._trial, self._monitor, self._remote
+            objective, self._options, self._trial, self._monitor, remote, cores
         ).start()
         label = f"Trial {self._trial.number}"
-        self._server = server = Server(started.connections, self._remote, self, label=label)
+        self._server = server = Server(started.connections, remote, self, label=label)
         # Until the objective begins, only time counts.
         self._monitor.on_breach(self._stop_for_time)
         try:
-            started.send()
-            server.serve()
+            with self._preemption.handled_by(
+                self._trial_id, self._preempt, server.kill_soon, self._options.grace_period
+            ):
+                started.send()
+                server.serve()
         except KeyboardInterrupt:
             self._interrupt(server)
             raise
@@ -160,6 +186,7 @@ class TrialRun:
             raise
         finally:
             started.connections.close()
+            server.close()
         return server
 
     def _interrupt(self, server: Server) -> None:
@@ -191,7 +218,7 @@ class TrialRun:
         self._monitor.verdict = Verdict("failed", reason)
 
     def _record(self, value: Any, error: BaseException | None) -> None:
-        if self._study is None:
+        if self._study is None or self._ended_outside is not None:
             self._monitor.close()
             return
         state = _stored_state(value, error, len(self._study.directions))
@@ -236,9 +263,29 @@ class TrialRun:
         """Measure what the trial uses at this moment."""
         self._resolver.measure_gpus()
 
+    def check_row(self) -> None:
+        """Stop the trial if something else has finished its row, such as optuna-dashboard."""
+        if self._study is None or self._server is None or self._ended_outside is not None:
+            return
+        try:
+            end = _optuna.describe_end(self._study, self._trial_id)
+        except Exception as error:  # noqa: BLE001 - any backend's own; the trial goes on
+            _logger.debug(f"The row of trial {self._trial.number} could not be read: {error!r}.")
+            return
+        if end is not None:
+            self._ended_outside = end
+            _logger.warning(f"Trial {self._trial.number} is stopped. {end}")
+            self._server.end(LimitBreached(end), self._options.grace_period)
+
     def _stop_for_time(self, breach: Breach) -> None:
         if breach.resource in CLOCK_RESOURCES:
             self._stop(breach)
+
+    def _preempt(self, reason: str) -> None:
+        assert self._server is not None
+        self._stopped_for = self._stopped_for or reason
+        grace_period = self._preemption.grace(self._options.grace_period)
+        self._server.end(TrialPreempted(reason), grace_period)
 
     def _stop(self, breach: Breach) -> None:
         assert self._server is not None

@@ -5,19 +5,26 @@ from __future__ import annotations
 import contextlib
 import logging
 import selectors
+import socket
 import threading
+import time
 from typing import Any, Protocol
 from warnings import WarningMessage
 
 from optuna_quota._isolation import messages, rpc
+from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.launch import TrialConnections
 from optuna_quota._isolation.out_of_memory import FailedAllocation, find_failed_allocation_in_text
 from optuna_quota._isolation.output import Printed, replay, SYNC
 from optuna_quota._isolation.remote_errors import pack_error
 from optuna_quota._resources import Breach
+from optuna_quota.exceptions import LimitBreached
 
 
 _logger = logging.getLogger("optuna.quota.isolated")
+
+# Seconds between two looks at the trial's row.
+_ROW_INTERVAL = 2.0
 
 
 class NotStarted(OSError):
@@ -41,6 +48,9 @@ class TrialEvents(Protocol):
 
     def measure(self) -> None:
         """Measure what the trial uses at this moment."""
+
+    def check_row(self) -> None:
+        """Look whether something else has finished the trial's row."""
 
 
 class Server:
@@ -71,8 +81,12 @@ class Server:
         self.outcome: messages.Outcome | None = None
         self.exit: messages.ExitReport | None = None
         self.failed_allocation: FailedAllocation | None = None
-        self._channel = connections.channel
         self._control = connections.control
+        # Of the trial's own process, then of those that it starts.
+        self._channels = [connections.channel]
+        self._selector = selectors.DefaultSelector()
+        for source in (self._control, connections.channel, remote.listener):
+            self._selector.register(source, selectors.EVENT_READ)
         self._remote = remote
         self._events = events
         self._label = label
@@ -98,6 +112,14 @@ class Server:
                 with contextlib.suppress(OSError):
                     self._control.send(messages.StopTrial(breach, grace_period))
 
+    def end(self, error: LimitBreached, grace_period: float) -> None:
+        """Stop the trial for another reason than a breach; from any thread."""
+        self._command(messages.EndTrial(error, grace_period))
+
+    def kill_soon(self) -> None:
+        """Kill the trial, which ends :meth:`serve`; from any thread."""
+        self._command(messages.KillTrial())
+
     def interrupt(self, grace_period: float) -> None:
         """Raise KeyboardInterrupt in the trial; then serve on."""
         self._command(messages.InterruptTrial(grace_period))
@@ -117,19 +139,45 @@ class Server:
         Raises:
             NotStarted: If it never began.
         """
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._control, selectors.EVENT_READ)
-            selector.register(self._channel, selectors.EVENT_READ)
-            is_open = True
-            while self.exit is None:
-                for key, _ in selector.select():
-                    if key.fileobj is self._control:
-                        self._serve_supervisor()
-                    elif is_open and not self._serve_trial():
-                        is_open = False
-                        selector.unregister(self._channel)
-        for message in self._channel.drain():
-            self._handle(message)
+        due = time.monotonic() + _ROW_INTERVAL
+        while self.exit is None:
+            if time.monotonic() >= due:
+                self._events.check_row()
+                due = time.monotonic() + _ROW_INTERVAL
+            for key, _ in self._selector.select(max(0.0, due - time.monotonic())):
+                self._serve_ready(key.fileobj)
+        for channel in self._channels:
+            for message in channel.drain():
+                self._handle(message, channel)
+
+    def close(self) -> None:
+        """Close what :meth:`serve` has opened: no process of the trial is left."""
+        for key in self._selector.get_map().values():
+            if isinstance(key.fileobj, socket.socket):
+                key.fileobj.close()
+        self._selector.close()
+        for channel in self._channels[1:]:
+            channel.close()
+
+    def _serve_ready(self, source: Any) -> None:
+        if source is self._control:
+            self._serve_supervisor()
+        elif source is self._remote.listener:
+            new = self._remote.listener.accept()
+            if new is not None:
+                self._selector.register(new, selectors.EVENT_READ)
+        elif isinstance(source, Channel):
+            if not self._serve_process(source):
+                self._selector.unregister(source)
+                if source is not self._channels[0]:
+                    self._channels.remove(source)
+                    source.close()
+        else:
+            self._selector.unregister(source)
+            admitted = self._remote.listener.admit(source)
+            if admitted is not None:
+                self._channels.append(admitted)
+                self._selector.register(admitted, selectors.EVENT_READ)
 
     def _command(self, message: object) -> None:
         with self._sending, contextlib.suppress(OSError):
@@ -162,19 +210,19 @@ class Server:
         elif isinstance(message, messages.ExitReport):
             self.exit = message
 
-    def _serve_trial(self) -> bool:
-        """Handle what has arrived; return whether more may come."""
+    def _serve_process(self, channel: Channel) -> bool:
+        """Handle what a process of the trial has sent; return whether more may come."""
         try:
-            self._handle(self._channel.receive())
-            while self._channel.pending():
-                self._handle(self._channel.receive())
+            self._handle(channel.receive(), channel)
+            while channel.pending():
+                self._handle(channel.receive(), channel)
         except (EOFError, ConnectionError):
             return False
         return True
 
-    def _handle(self, message: Any) -> None:
+    def _handle(self, message: Any, channel: Channel) -> None:
         if type(message) is tuple:
-            self._serve_call(message)
+            self._serve_call(message, channel)
         elif isinstance(message, (Printed, WarningMessage, logging.LogRecord)):
             if isinstance(message, WarningMessage) and self.failed_allocation is None:
                 self.failed_allocation = find_failed_allocation_in_text(str(message.message))
@@ -192,16 +240,16 @@ class Server:
             if seconds is not None:
                 self._command(messages.ExitWithin(seconds))
 
-    def _serve_call(self, call: rpc.Call) -> None:
+    def _serve_call(self, call: rpc.Call, channel: Channel) -> None:
         try:
             answer = self._answer(call)
         except BaseException as error:
             # An interrupt (Ctrl-C), which the objective, waiting for the answer, gets as well.
             with contextlib.suppress(OSError):
-                self._send_answer((call[0], None, pack_error(error)))
+                _send_answer((call[0], None, pack_error(error)), channel)
             raise
         with contextlib.suppress(ConnectionError):
-            self._send_answer(answer)
+            _send_answer(answer, channel)
         _, target, name, args, kwargs = call
         if name == "report" and target == 0 and answer[2] is None and args is not None:
             self._events.on_report(int(args[1] if args[1:] else kwargs["step"]))
@@ -229,10 +277,11 @@ class Server:
             return number, None, pack_error(error)
         return number, self._remote.handle(value) if rpc.is_remote(value) else value, None
 
-    def _send_answer(self, answer: rpc.Answer) -> None:
-        try:
-            self._channel.send(answer)
-        except ConnectionError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the value can't be pickled
-            self._channel.send((answer[0], None, pack_error(error)))
+
+def _send_answer(answer: rpc.Answer, channel: Channel) -> None:
+    try:
+        channel.send(answer)
+    except ConnectionError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the value can't be pickled
+        channel.send((answer[0], None, pack_error(error)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 import contextlib
 import os
 import pickle
@@ -15,6 +15,7 @@ from typing import Any, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from optuna_quota._resources import Breach
+    from optuna_quota.exceptions import LimitBreached
 
 
 # A real-time signal has no meaning of its own: SIGTERM, SIGINT and SIGUSR1 keep theirs, and a
@@ -42,7 +43,7 @@ class PoliteStop:
         self._over = False
         self._link = link
         self._held = 0
-        self._reason: Breach | KeyboardInterrupt | None = None
+        self._reason: Breach | KeyboardInterrupt | LimitBreached | None = None
         self._deferred = False
         self._pid = os.getpid()
         self._main = threading.main_thread().ident
@@ -117,6 +118,8 @@ class PoliteStop:
             if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
                 raise reason
             return
+        if isinstance(reason, LimitBreached):
+            raise reason
         if reason is None:
             # The kernel gives no figures; the study's process adds them.
             raise LimitBreached("The trial used up its CPU time.", resource="cpu_time")
@@ -193,12 +196,26 @@ def handle_job_signals() -> None:
             signal.signal(number, _pass)
 
 
-def restore_signals() -> None:
-    """Set the dispositions of an ordinary child, but for those that were set meanwhile."""
+def restore_signals(kept: Collection[int] = ()) -> None:
+    """Set the dispositions of an ordinary child, but for those that were set meanwhile.
+
+    Args:
+        kept: Signals that continue to have no effect: the study's process stops the trial for
+            them. What the objective forks, such as a pool, has to end on them.
+    """
     for number, disposition in _dispositions.items():
-        if signal.getsignal(number) is _pass:
+        if signal.getsignal(number) is _pass and number not in kept:
             signal.signal(number, disposition)
+    dispositions = dict(_dispositions)
     _dispositions.clear()
+
+    def restore_rest() -> None:
+        for number in kept:
+            if signal.getsignal(number) is _pass:
+                signal.signal(number, dispositions[number])
+
+    if kept and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=restore_rest)
 
 
 def _disposition_of_child(number: int) -> Any:

@@ -13,7 +13,9 @@ from typing import Any, TYPE_CHECKING
 from optuna.trial import Trial
 
 from optuna_quota import _optuna
+from optuna_quota._enforcement.preemption import preemption_of
 from optuna_quota._isolation import linux, messages
+from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import read_context
 from optuna_quota._isolation.forkserver_client import fork_server_client, PreparedMain
 from optuna_quota._isolation.launch import (
@@ -103,6 +105,7 @@ class TrialStarter:
         trial: The trial.
         monitor: Its metering.
         remote: What the trial may call.
+        cores: The cores that it is confined to, None for all.
     """
 
     objective: Callable[..., Any]
@@ -110,6 +113,7 @@ class TrialStarter:
     trial: BaseTrial
     monitor: TrialMonitor
     remote: RemoteObjects
+    cores: Cores | None
 
     def start(self) -> StartedTrial:
         """Start the processes.
@@ -171,6 +175,7 @@ class TrialStarter:
             has_main=main.is_made,
             output=read_output_settings(),
             trial=TrialFacts(
+                address=self.remote.listener.address,
                 number=trial.number,
                 trial_id=None if study is None else _optuna.trial_id_of(trial),
                 datetime_start=trial.datetime_start,
@@ -178,11 +183,17 @@ class TrialStarter:
             ),
             limits=limits,
             device_memory=device_memory(environment) if "gpu_memory" in limits else None,
+            cores=self.cores,
             grace_period=self.options.grace_period,
             objective=None if payload is None else payload.pickles,
             buffers=() if payload is None else payload.sizes,
             strict_memory=self.options.strict_memory,
+            worker_signals=self._worker_signals(),
         )
+
+    def _worker_signals(self) -> tuple[int, ...]:
+        study = self.trial.study if isinstance(self.trial, Trial) else None
+        return () if study is None else preemption_of(study).signals
 
     def _monitoring(self) -> messages.BeginMonitoring:
         ceiling = self.monitor.hard_ceilings.get("memory")

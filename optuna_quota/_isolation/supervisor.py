@@ -31,6 +31,7 @@ from optuna_quota._metering.timing import (
     sampling_interval,
 )
 from optuna_quota._resources import Breach
+from optuna_quota.exceptions import LimitBreached
 
 
 # Bytes by which a trial may still grow once it was asked to stop for its memory: its handlers need
@@ -162,6 +163,8 @@ class Supervisor:
             self._stop(message.breach, message.grace_period)
         elif isinstance(message, messages.InterruptTrial):
             self._request_stop(KeyboardInterrupt(), message.grace_period, "request")
+        elif isinstance(message, messages.EndTrial):
+            self._request_stop(message.error, message.grace_period, "request")
         elif isinstance(message, messages.ExitWithin):
             due = self._clock() + message.seconds
             self._deadline = due if self._deadline is None else min(due, self._deadline)
@@ -243,7 +246,10 @@ class Supervisor:
             self._request_stop(breach, grace_period, "breach")
 
     def _request_stop(
-        self, reason: Breach | KeyboardInterrupt, grace_period: float, killer: messages.Killer
+        self,
+        reason: Breach | KeyboardInterrupt | LimitBreached,
+        grace_period: float,
+        killer: messages.Killer,
     ) -> None:
         """Ask the trial to stop, once, and kill it after the grace period."""
         if self._stop_requested:

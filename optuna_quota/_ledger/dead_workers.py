@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 import logging
 import os
+from typing import TYPE_CHECKING
 
 from optuna_quota._ledger.reservation import Reservation, Worker
 from optuna_quota._ledger.rows import TrialRows
 from optuna_quota._ledger.totals import Entry, HEARTBEAT
-from optuna_quota._records import TrialRecord
+from optuna_quota._records import parse_record, TrialRecord
 from optuna_quota._resources import CHARGED_RESOURCES, Usage, USAGE_RESOURCES
 from optuna_quota._units import format_seconds
+
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 
 _logger = logging.getLogger("optuna.quota.ledger")
@@ -99,7 +104,7 @@ class Leases:
 
 
 def fail_orphaned_trials(
-    rows: TrialRows, orphans: Sequence[OrphanedTrial], now: float
+    rows: TrialRows, orphans: Sequence[OrphanedTrial], now: float, *, lease: float
 ) -> list[int]:
     """Finish rows of dead workers; return the ids of those that this call finished.
 
@@ -107,12 +112,14 @@ def fail_orphaned_trials(
         rows: The study's rows.
         orphans: The orphaned trials.
         now: Seconds since the epoch on this machine's clock.
+        lease: Seconds without a heartbeat after which a worker elsewhere counts as dead.
     """
-    finished = []
+    finished, rates = [], usage_rates(rows.trials)
     for orphan in orphans:
         entry = orphan.entry
         held = entry.reservation or Reservation(trial_id=entry.trial_id)
-        charged = replace(held, asked={}, queued_for={}, charged=charge_orphan(orphan, now))
+        charges = charge_orphan(orphan, now, rates, lease=lease)
+        charged = replace(held, asked={}, queued_for={}, charged=charges)
         host = held.worker.host if held.worker is not None else None
         usage = Usage(*(held.used.get(name) for name in USAGE_RESOURCES))
         record = TrialRecord(usage, "failed", orphan.reason, host=host)
@@ -123,24 +130,52 @@ def fail_orphaned_trials(
     return finished
 
 
-def charge_orphan(orphan: OrphanedTrial, now: float) -> dict[str, float]:
-    """Return the most that an orphaned trial can have used, by resource.
+def charge_orphan(
+    orphan: OrphanedTrial, now: float, rates: Mapping[str, float], *, lease: float = LEASE
+) -> dict[str, float]:
+    """Return what an orphaned trial is charged, by resource.
 
-    It was metered and stopped at what it was granted, so it is charged no more than that. Time
-    bounds it further: until now if it ran on this machine, else from its last heartbeat for as
-    long as it was silent.
+    That is what its last heartbeat showed and, for the time from then until it was known to be
+    dead, the highest rate of any trial; the cores of this machine are a bound, and so is what it
+    was granted. On this machine, too, a live worker would have shown itself within a lease.
+
+    Args:
+        orphan: The trial.
+        now: Seconds since the epoch on this machine's clock.
+        rates: Usage of each second, by resource, see :func:`usage_rates`.
+        lease: Seconds.
     """
     held = orphan.entry.reservation
     if held is None or held.began is None:
         return {}
-    before = held.used.get("wall_time", 0.0)
-    elapsed = max(before, now - held.began) if orphan.here else before + orphan.silent
+    before, unseen = held.used.get("wall_time", 0.0), orphan.silent
+    if orphan.here:
+        last_sign = max(held.began + before, held.beat or held.began)
+        unseen = max(0.0, min(now, last_sign + lease) - held.began - before)
+        cores = float(os.cpu_count() or 1)
+        rates = {**rates, "cpu_time": min(cores, rates.get("cpu_time", cores))}
+    elapsed = before + unseen
     charges = {"trial_time": min(elapsed, held.granted.get("trial_time", elapsed))}
-    if orphan.here and "cpu_time" in held.granted:
-        most = held.used.get("cpu_time", 0.0) + (os.cpu_count() or 1) * (elapsed - before)
-        charges["cpu_time"] = min(most, held.granted["cpu_time"])
     for name in CHARGED_RESOURCES:
-        amount = held.granted.get(name, held.used.get(name))
+        granted, used = held.granted.get(name), held.used.get(name)
+        most = None
+        if unseen == 0:
+            most = used
+        elif name in rates:
+            most = (used or 0.0) + rates[name] * unseen
+        amount = used if granted is None else min(granted, granted if most is None else most)
         if amount is not None:
             charges.setdefault(name, amount)
     return charges
+
+
+def usage_rates(trials: Iterable[FrozenTrial]) -> dict[str, float]:
+    """Return the highest usage of a finished trial in each second of its time, by resource."""
+    rates: dict[str, float] = {}
+    for trial in trials:
+        usage = parse_record(trial.user_attrs).usage if trial.state.is_finished() else Usage()
+        for name, measured in CHARGED_RESOURCES.items():
+            amount = usage.get(measured)
+            if usage.wall_time and amount is not None and measured != "wall_time":
+                rates[name] = max(amount / usage.wall_time, rates.get(name, 0.0))
+    return rates

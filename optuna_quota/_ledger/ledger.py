@@ -441,8 +441,8 @@ class Ledger:
                 self._heartbeat.remove(trial_id)
                 if not monitor.closed:
                     _logger.warning(
-                        f"Trial {running.number} is stopped: another worker took this one for "
-                        "dead and marked the trial as failed."
+                        f"Trial {running.number} is stopped. Its row was finished from outside, "
+                        "maybe by another worker that took this one for dead."
                     )
                     monitor.allow({"trial_time": 0.0})
 

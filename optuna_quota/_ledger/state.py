@@ -202,7 +202,9 @@ class LedgerState:
 
     def fail_orphaned(self, *orphans: OrphanedTrial) -> None:
         """Finish the rows of orphaned trials, and call the storage's callback, which may retry."""
-        for trial_id in fail_orphaned_trials(self.rows, orphans, self.clock.time()):
+        for trial_id in fail_orphaned_trials(
+            self.rows, orphans, self.clock.time(), lease=self._leases.lease
+        ):
             try:
                 for study in tuple(self._studies)[:1]:
                     _optuna.call_stale_trial_callback(study, trial_id)

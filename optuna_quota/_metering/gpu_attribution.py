@@ -24,6 +24,7 @@ class DeviceReading:
         joules: Energy since the device was first read, of all processes.
         busy: Busy GPU-seconds since then, of all processes.
         lost: Why nothing is known of the device any more.
+        unknown: Why a total is not reported, neither by process nor of the device, by resource.
     """
 
     used: float | None = None
@@ -32,6 +33,7 @@ class DeviceReading:
     joules: float | None = None
     busy: float | None = None
     lost: str | None = None
+    unknown: dict[str, str] = field(default_factory=dict)
 
     @property
     def in_use(self) -> float | None:

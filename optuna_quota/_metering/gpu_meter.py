@@ -97,6 +97,7 @@ class GpuMeter:
                 self.period = math.inf
                 return {}
             self._start = reading = reader.read()
+            self._warn_of_unenforced(reading)
             self._runs_here = bool(pids)
             if not self._runs_here:
                 reader.claim(self, self._devices)
@@ -130,6 +131,14 @@ class GpuMeter:
                 _warn(GPU_RESOURCES[:2], error.reason, unenforced=self._limited)
         return self._reader
 
+    def _warn_of_unenforced(self, reading: GpuReading) -> None:
+        """Warn before the trial begins of limits on what none of its devices reports."""
+        devices = [reading.devices[name] for name in self._devices if name in reading.devices]
+        for name in sorted(self._limited):
+            reasons = [device.unknown.get(name) for device in devices]
+            if reasons and reasons[0] is not None and None not in reasons:
+                _warn([name], reasons[0], unenforced=self._limited)
+
     def _measure(
         self, reader: GpuReader, reading: GpuReading, pids: Sequence[int]
     ) -> Mapping[str, MeterReading]:
@@ -151,7 +160,7 @@ class GpuMeter:
         if source.name == "device":
             return self._by_device(reader, reading)
         if source.name == "process":
-            return self._by_process(reading)
+            return self._by_process(reader, reading)
         for reason, names in _reasons(reading, [ANY_PID]).items():
             _warn(names, reason, how=" by process")
         return {}
@@ -223,7 +232,7 @@ class GpuMeter:
             return False
         return is_foreign(pid, self._start.memory, reader.is_alive)
 
-    def _by_process(self, reading: GpuReading) -> dict[str, MeterReading]:
+    def _by_process(self, reader: GpuReader, reading: GpuReading) -> dict[str, MeterReading]:
         memory = sum(reading.memory.get(pid) or 0.0 for pid in self._pids)
         held = {
             identity: sum(reading.devices[identity].held.get(pid) or 0.0 for pid in self._pids)
@@ -235,9 +244,22 @@ class GpuMeter:
             **self._totals(reading, self._pids),
         }
         for reason, names in _reasons(reading, self._pids).items():
-            _warn(names, reason, unenforced=self._limited)
-            found.update(dict.fromkeys(names, _LOST))
+            if self._is_alone(reader, reading):
+                # What its devices spent as a whole is the trial's.
+                totals = self._device_totals(reading, self._listed_on)
+                found.update({name: totals[name] for name in names if name in totals})
+                names = [name for name in names if name not in totals]
+            if names:
+                _warn(names, reason, unenforced=self._limited)
+                found.update(dict.fromkeys(names, _LOST))
         return found
+
+    def _is_alone(self, reader: GpuReader, reading: GpuReading) -> bool:
+        """Return whether no other process uses the devices that list the trial's."""
+        found = [r.devices[d] for r in (self._start, reading) for d in self._listed_on]
+        is_listed_alone = all(device.held.keys() <= self._pids for device in found)
+        is_hidden = any(has_hidden_use(self._start.devices[d]) for d in self._listed_on)
+        return is_listed_alone and not is_hidden and reader.is_exclusive(self)
 
     def _by_device(self, reader: GpuReader, reading: GpuReading) -> dict[str, MeterReading]:
         message = "GPU memory of trials is measured as the growth of what their devices hold"
@@ -259,18 +281,21 @@ class GpuMeter:
         if listed or hidden:
             self._warn_of_totals(totals, _SHARED)
             return {**found, **dict.fromkeys(totals, _LOST)}
-        return {**found, **self._device_totals(reading)}
+        known = self._device_totals(reading, self._devices)
+        unknown = [name for name in totals if name not in known]
+        if unknown:
+            self._warn_of_totals(unknown, "the driver does not report it")
+        return {**found, **known, **dict.fromkeys(unknown, _LOST)}
 
-    def _device_totals(self, reading: GpuReading) -> dict[str, MeterReading]:
-        """Return what the trial's devices as a whole spent since its start."""
+    def _device_totals(
+        self, reading: GpuReading, devices: Collection[str]
+    ) -> dict[str, MeterReading]:
+        """Return what devices as a whole spent since the trial's start, as far as known."""
         found = {}
         for name, attribute in (("gpu_time", "busy"), ("energy", "joules")):
-            before = [getattr(self._start.devices[d], attribute) for d in self._devices]
-            now = [getattr(reading.devices[d], attribute) for d in self._devices]
-            if None in before or None in now:
-                self._warn_of_totals([name], "the driver does not report it")
-                found[name] = _LOST
-            else:
+            before = [getattr(self._start.devices[d], attribute) for d in devices]
+            now = [getattr(reading.devices[d], attribute) for d in devices]
+            if None not in before and None not in now:
                 found[name] = MeterReading(max(0.0, sum(now) - sum(before)), peak=False)
         return found
 

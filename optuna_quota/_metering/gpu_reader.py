@@ -265,17 +265,20 @@ class _DeviceReader:
             if memory is None:
                 reason = _INSTANCE if self.device.is_instance else _NO_BYTES
                 reading.mark_unknown([pid], "gpu_memory", reason)
-        busy = self._read_busy(reading, listed)
+        busy = self._read_busy(reading, found, listed)
         self._read_energy(reading, found, listed, busy)
-        if not listed:
+        if not listed or busy is None:
             # How busy the device is as a whole is all there is.
             share = _try(self.device.utilization)
             if share is not None:
                 self._busy += share * max(0.0, now - self._read_at)
                 found.busy = self._busy
+                found.unknown.pop("gpu_time", None)
         self._read_at = now
 
-    def _read_busy(self, reading: GpuReading, listed: Iterable[int]) -> dict[int, float] | None:
+    def _read_busy(
+        self, reading: GpuReading, found: DeviceReading, listed: Iterable[int]
+    ) -> dict[int, float] | None:
         """Return the busy seconds by process since the last reading, None if unknown."""
         try:
             if self.device.is_instance:
@@ -285,6 +288,7 @@ class _DeviceReader:
             if error.final:
                 raise
             reading.mark_unknown(listed, "gpu_time", error.reason)
+            found.unknown["gpu_time"] = error.reason
             return None
         grown = busy_seconds(samples, self._sampled)
         self._sampled = max((s.seconds for s in samples), default=self._sampled)
@@ -313,6 +317,8 @@ class _DeviceReader:
             if error.final:
                 raise
             reading.mark_unknown(listed, "energy", error.reason)
+            if found.joules is None:
+                found.unknown["energy"] = error.reason
 
 
 def _try(read: Callable[[], Answer]) -> Answer | None:

@@ -177,7 +177,8 @@ class TrialState:
         self.extension: QuotaExtension | None = None
         self._limits = limits
         self._left = dict(left)
-        self._ceilings = tightest_ceilings(limits.amounts(), self._left)
+        self._is_confined = False
+        self._set_tightest()
         self._is_finished = False
         self._unseen_peak: float | None = None
         self._callbacks: list[Callable[[Breach], None]] = []
@@ -229,7 +230,7 @@ class TrialState:
         """Replace the limits and what is left of the quotas."""
         before = self._ceilings
         self._limits, self._left = limits, dict(left)
-        self._ceilings = tightest_ceilings(limits.amounts(), self._left)
+        self._set_tightest()
         if self.extension is not None:
             self.extension.resolve(before, self._ceilings, now)
 
@@ -315,6 +316,16 @@ class TrialState:
         peaks = [name for name in USAGE_RESOURCES if RESOURCES[name].peak]
         for name in (*peaks, *(meter.name for meter in self.meters if meter.peak)):
             self.mark_unknown(name)
+
+    def confine(self) -> None:
+        """A limit on cores confines the trial's process from now on: it is no ceiling any more."""
+        self._is_confined = "cpu_cores" in self._limits.amounts()
+        self._set_tightest()
+
+    def _set_tightest(self) -> None:
+        self._ceilings = tightest_ceilings(self._limits.amounts(), self._left)
+        if self._is_confined:
+            self._ceilings.pop("cpu_cores", None)
 
     def isolate(self) -> None:
         """Discard what was measured of this process: the trial gets a process of its own."""

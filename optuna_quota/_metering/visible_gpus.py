@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
 from dataclasses import dataclass
 import functools
 import os
@@ -138,6 +139,18 @@ def device_memory(environment: Mapping[str, str]) -> float | None:
     except GpuError:
         return None
     return None if shown.unresolved and len(totals) > 1 else min(totals)
+
+
+def free_memory(environment: Mapping[str, str]) -> list[float]:
+    """Return the bytes that are free on each GPU or MIG instance that CUDA shows, where known."""
+    found = []
+    with contextlib.suppress(GpuError):
+        for device in visible_gpus(environment).devices:
+            # One that is lost is left out; the others have an answer.
+            with contextlib.suppress(GpuError):
+                used, total = device.memory()
+                found.append(float(total - used))
+    return found
 
 
 def has_gpu_open(pids: Iterable[int]) -> bool | None:

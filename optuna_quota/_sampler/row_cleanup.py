@@ -21,9 +21,11 @@ from optuna_quota._ledger.reservation import (
     this_worker,
 )
 from optuna_quota._records import (
+    CHECKPOINT,
     is_rejected,
     PREFIX,
     RESERVATION,
+    RETRY_OF,
     TIMELINE,
     TrialRecord,
     write_attributes,
@@ -103,7 +105,11 @@ def clear_copied_attributes(study: Study, trial: FrozenTrial) -> None:
     if parse_reservation(trial.system_attrs.get(RESERVATION), trial_id) is not None:
         # It began before: its row describes itself.
         return
-    copied: dict[str, Any] = {key: None for key in trial.user_attrs if key.startswith(PREFIX)}
+    copied: dict[str, Any] = {
+        key: None
+        for key in trial.user_attrs
+        if key.startswith(PREFIX) and key not in (RETRY_OF, CHECKPOINT)
+    }
     system: dict[str, Any] = {TIMELINE: None} if TIMELINE in trial.system_attrs else {}
     if copied or system:
         storage = _optuna.storage_of(study)

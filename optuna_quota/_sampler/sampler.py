@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import logging
 import threading
-from typing import Any, cast, TYPE_CHECKING
+import time
+from typing import Any, TYPE_CHECKING
 
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
+from optuna_quota._enforcement.active_trials import resolve_cores
 from optuna_quota._enforcement.constraints import uniform_constraints
-from optuna_quota._enforcement.nesting import samplers_requiring_uniform_constraints
+from optuna_quota._enforcement.nesting import find_nested
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
 from optuna_quota._enforcement.trial_result import read_row, record_ignored_rejection
 from optuna_quota._footprint.user_given import as_footprint
@@ -20,6 +23,7 @@ from optuna_quota._ledger import LEASE, Refusal
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop
 from optuna_quota._resources import Limits, Quota, Strategy, Usage
 from optuna_quota._sampler.candidates import CandidateFilter
+from optuna_quota._sampler.deadline import DeadlineOption, parse_deadline
 from optuna_quota._sampler.options import (
     AdmissionOptions,
     check_choices,
@@ -80,6 +84,11 @@ class QuotaSampler(BaseSampler):
             function is called with complete points only: those with all parameters of the
             ``strategy``'s search space, or of a trial that completed.
         confidence: Probability, one-sided, with which what is admitted has to fit.
+        deadline: When this worker has to be done: a duration from now on (seconds or text with its
+            unit), a datetime, or ``"slurm"`` for the end of the SLURM job that it runs in. No
+            trial starts that would most likely not be done by then, and ``optimize`` ends as on
+            its ``timeout``. Running ones are stopped in time, an isolated one its grace period
+            ahead, and enqueued again: see :func:`~optuna_quota.preemptible`.
         limits: Ceilings on each trial where no :class:`~optuna_quota.QuotaPruner` can be passed.
         meters: Meters of your own, where no QuotaPruner can be passed.
         on_exhausted: What ``optimize`` does once a total quota is used up: ``"stop"`` ends it as
@@ -128,6 +137,7 @@ class QuotaSampler(BaseSampler):
         strategy: Strategy | None = None,
         footprint: Usage | Callable[[dict[str, Any]], Usage] | Any = None,
         confidence: float = 0.95,
+        deadline: DeadlineOption | None = None,
         limits: Limits | None = None,
         meters: Sequence[Meter] = (),
         on_exhausted: OnExhausted = "stop",
@@ -158,6 +168,8 @@ class QuotaSampler(BaseSampler):
         self.strategy = strategy
         self.footprint = footprint
         self.confidence = confidence
+        self.deadline = deadline
+        self._deadline = None if deadline is None else parse_deadline(deadline, time.time())
         self.limits = limits
         self.meters = check_names(meters)
         self.on_exhausted = on_exhausted
@@ -178,7 +190,8 @@ class QuotaSampler(BaseSampler):
         self._projection = StudyProjection(
             strategy, self._options.footprint, self.base_sampler, quota, confidence
         )
-        self._requiring_uniform = samplers_requiring_uniform_constraints(self.base_sampler)
+        self._nested: list[Any] = find_nested(self.base_sampler, BaseSampler)
+        self._demanding = [s for s in self._nested if _optuna.demands_uniform_constraints(s)]
         self._sessions = StudySessions()
         self._lock = threading.Lock()
         self._projection.admit(self.limits or Limits())
@@ -227,20 +240,23 @@ class QuotaSampler(BaseSampler):
         if session.decided is None:
             session.ledger.describe_past()
         session.share_settings(whole, limits)
+        n_jobs = None if self.strategy is None else self.strategy.n_jobs
+        limits = resolve_cores(limits, n_jobs)
         if not session.decided:
             resumed = session.candidates.footprint if session.decided is None else None
             session.decided = self._projection.admit(limits, whole, resumed)
             if resumed is not None:
                 self._check_quota(session, whole)
         fixed = _optuna.fixed_params_of(trial)
-        grant = session.ledger.reserve(
+        late = session.refuse_late(fixed)
+        grant = late or session.ledger.reserve(
             trial,
             limits=limits,
             footprint=self.footprint.amounts() if isinstance(self.footprint, Usage) else {},
             bounds=session.candidates.footprint.bounds_before_start(self.quota.held, fixed),
             needs=session.needs,
-            n_jobs=None if self.strategy is None else self.strategy.n_jobs,
-            is_over=lambda: _optuna.is_optimize_ending(whole) and objective_uses_trial(whole),
+            n_jobs=n_jobs,
+            is_over=lambda: session.is_ending(whole) and objective_uses_trial(whole),
         )
         if isinstance(grant, Refusal):
             session.refuse(whole, trial, grant)
@@ -269,9 +285,9 @@ class QuotaSampler(BaseSampler):
         """Sample a point as the base sampler does, and replace it when it is not admitted."""
         with fail_unfinished_trial(study, trial):
             session = self._session(_optuna.unwrap_study(study))
-            seen = self._with_uniform_constraints(study, len(search_space))
             for _ in range(_MOST_DRAWS):
-                drawn = session.candidates.sample_relative(seen, trial, search_space)
+                with self._learning_constraints(study, len(search_space)) as seen:
+                    drawn = session.candidates.sample_relative(seen, trial, search_space)
                 if session.promise(trial, drawn):
                     break
                 # Another worker was first.
@@ -288,9 +304,10 @@ class QuotaSampler(BaseSampler):
         """Sample a parameter as the base sampler does, again when the point is not admitted."""
         with fail_unfinished_trial(study, trial):
             session = self._session(_optuna.unwrap_study(study))
-            value = session.candidates.sample_independent(
-                study, trial, param_name, param_distribution
-            )
+            with self._learning_constraints(study) as seen:
+                value = session.candidates.sample_independent(
+                    seen, trial, param_name, param_distribution
+                )
             session.promise(trial, {param_name: value})
             return value
 
@@ -371,20 +388,30 @@ class QuotaSampler(BaseSampler):
         except Exception as fault:  # noqa: BLE001 - any backend's own
             _logger.warning(f"Trial {trial.number} could not be settled: {fault!r}.")
 
-    def _with_uniform_constraints(self, study: Study, n_params: int) -> Study:
-        """Return the study with uniform constraints where the sampler requires them."""
-        if not self._requiring_uniform:
-            return study
-        limits = limits_in_force(_optuna.unwrap_study(study), self.limits)
+    def _learning_constraints(
+        self, study: Study, n_params: int = 0
+    ) -> contextlib.AbstractContextManager[Study]:
+        """Return the study as the base sampler is to see it: with the constraints it needs.
+
+        Args:
+            study: The study, or a view of it.
+            n_params: Size of the relative search space; 0 to sample one parameter.
+        """
+
+        def limits() -> Limits:
+            return limits_in_force(_optuna.unwrap_study(study), self.limits)
 
         def constrain(trials: Sequence[FrozenTrial]) -> Sequence[Mapping[str, float]]:
-            found = uniform_constraints(trials, limits)
+            found = uniform_constraints(trials, limits())
             n_constraints = len(found[0]) if found else 0
-            for sampler in self._requiring_uniform:
+            for sampler in self._demanding:
                 _optuna.forget_constraint_models(sampler, n_constraints, n_params)
             return found
 
-        return cast("Study", _optuna.ConstrainedStudy(study, constrain))
+        uniform = constrain if self._demanding and n_params else None
+        return _optuna.learn_constraints(
+            study, self._nested, uniform, limited=lambda: bool(limits())
+        )
 
     def _session(self, study: Study) -> StudySession:
         with self._lock:
@@ -398,6 +425,7 @@ class QuotaSampler(BaseSampler):
                     stops=self.on_exhausted == "stop",
                     gpus_per_trial=self.gpus_per_trial,
                     metering=self.metering,
+                    deadline=self._deadline,
                 )
                 self._sessions.add(study, session)
         return session

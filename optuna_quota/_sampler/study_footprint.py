@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import contextlib
 from dataclasses import dataclass, replace
 import logging
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
+from optuna.trial import TrialState
 
 from optuna_quota._footprint.footprint import BaseFootprint, Footprint
 from optuna_quota._footprint.online import Learner
@@ -213,6 +215,30 @@ class StudyFootprint:
             return {}
         margins, found = self.margins(), forecast.expected.intervals(point)
         return {name: margins.need(name, each.median) for name, each in found.items()}
+
+    def likely_seconds(
+        self, trials: Sequence[FrozenTrial], fixed: Mapping[str, Any]
+    ) -> float | None:
+        """Return the median of the seconds that a trial takes, None while nothing is known.
+
+        Args:
+            trials: All trials of the study, for where nothing is projected.
+            fixed: The parameters that the trial was enqueued with.
+        """
+        expected, points = self._reliable, self._recent_points(_RECENT_BOUNDS)
+        if fixed and likely_completions(fixed, points) == [fixed]:
+            points = [fixed]
+        elif not points:
+            points = list(getattr(expected, "points", ({},)))[-_RECENT_BOUNDS:]
+        found: list[float] = []
+        if expected is not None:
+            with contextlib.suppress(KeyError):  # a function of a parameter that it lacks
+                intervals = [expected.intervals(point) for point in points]
+                found = [each["wall_time"].median for each in intervals if "wall_time" in each]
+        if not found:
+            completed = [t.duration for t in trials if t.state == TrialState.COMPLETE]
+            found = [duration.total_seconds() for duration in completed if duration is not None]
+        return float(np.median(found)) if found else None
 
     def bounds_at(self, forecast: Forecast, point: Mapping[str, Any]) -> dict[str, float]:
         """Return upper bounds of the usage at a point; empty while it is partial or unknown."""

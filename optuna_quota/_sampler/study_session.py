@@ -7,6 +7,8 @@ import gc
 import logging
 import os
 import threading
+import time
+from types import MappingProxyType
 from typing import Any, NoReturn, TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -17,6 +19,7 @@ from optuna_quota._enforcement.active_trials import find_monitor, start_monitor
 from optuna_quota._enforcement.constraints import constraints_warning
 from optuna_quota._enforcement.interrupt import Interrupter
 from optuna_quota._enforcement.nesting import quota_pruners
+from optuna_quota._enforcement.preemption import preemption_of
 from optuna_quota._enforcement.trial_result import record_rejection, record_result
 from optuna_quota._ledger import (
     check_gpus_per_trial,
@@ -30,6 +33,7 @@ from optuna_quota._metering import Meter, Verdict
 from optuna_quota._records import read_record
 from optuna_quota._resources import Limits, Quota, Usage
 from optuna_quota._sampler.candidates import CandidateFilter
+from optuna_quota._sampler.deadline import refuse_late
 from optuna_quota._sampler.study_projection import QuotaWarning
 from optuna_quota._sampler.study_settings import store_study_settings
 from optuna_quota.exceptions import QuotaExhausted, TrialRejected
@@ -66,6 +70,7 @@ class StudySession:
         stops: bool,
         gpus_per_trial: int | None,
         metering: bool,
+        deadline: float | None = None,
     ) -> None:
         gpus = () if gpus_per_trial is None else gpus_here()
         count = gpus_per_trial or 1
@@ -74,6 +79,8 @@ class StudySession:
         self.candidates = candidates
         self.warning = QuotaWarning()
         self.decided: bool | None = None
+        self._preemption = preemption_of(study)
+        self._preemption.set_deadline(deadline)
         self._quota = quota
         self._stops = stops
         self._metering = metering
@@ -126,6 +133,7 @@ class StudySession:
             here=self._metering,
         )
         self.ledger.attach_monitor(trial_id, monitor)
+        _optuna.tolerate_finished_row(study, trial_id)
         if any(pruner.interrupt for pruner in quota_pruners(study.pruner)):
             interrupter = Interrupter.arm(monitor)
             if interrupter is not None:
@@ -220,10 +228,26 @@ class StudySession:
         """End ``optimize`` when a total quota is used up."""
         if not self._stops or not _optuna.in_optimize_loop(study):
             return
-        refusal = self.ledger.exhausted(self.needs)
+        refusal = self.ledger.exhausted(self.needs) or self.refuse_late()
         if refusal is not None:
             self._log_end(refusal.reason)
             study.stop()
+
+    def refuse_late(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
+        """Return why no trial starts before the deadline; None if one may.
+
+        Args:
+            fixed: The parameters that it was enqueued with.
+        """
+        deadline = self._preemption.deadline
+        if deadline is None:
+            return None
+        likely = self.candidates.footprint.likely_seconds(self.ledger.trials, fixed)
+        return refuse_late(deadline, time.time(), likely, self._preemption.margin)
+
+    def is_ending(self, study: Study) -> bool:
+        """Return whether a trial that waits need not start any more."""
+        return _optuna.is_optimize_ending(study) or self._preemption.is_late
 
     def refuse(self, study: Study, trial: FrozenTrial, refusal: Refusal) -> None:
         """Keep a trial from running for which too little of the quota is left.

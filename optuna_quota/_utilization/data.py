@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 import math
 from typing import Any, TYPE_CHECKING
@@ -57,15 +57,15 @@ class StudyData:
         parameters: Hyperparameters and selected user attributes.
         ended: How each trial ended, by Optuna's state where this library did not see it.
         resources: The resources whose usage is known of at least one trial.
-        censored_peaks: The resources for which peaks of stopped trials are lower bounds, as the
-            models found.
+        partial_peaks: The resources whose peaks stopped trials had not reached, as the models
+            found.
     """
 
     table: pd.DataFrame
     parameters: tuple[Parameter, ...]
     ended: NDArray[np.object_]
     resources: tuple[str, ...]
-    censored_peaks: frozenset[str] = frozenset()
+    partial_peaks: frozenset[str] = frozenset()
 
     def amounts(self, resource: str) -> NDArray[np.float64]:
         """Return what each trial used, shape ``(n_trials,)``; NaN where unknown.
@@ -81,18 +81,25 @@ class StudyData:
 
     def censored(self, resource: str) -> NDArray[np.bool_]:
         """Return where the amount is only a lower bound, shape ``(n_trials,)``."""
-        held = self._where(_records.is_lower_bound, resource)
-        return held | self.maybe_censored(resource) if resource in self.censored_peaks else held
+        found: NDArray[np.bool_] = self._evidence(resource) == "lower bound"
+        return found
 
-    def maybe_censored(self, resource: str) -> NDArray[np.bool_]:
-        """Return where a peak may be a lower bound, shape ``(n_trials,)``: of stopped trials."""
-        return self._where(_records.may_be_lower_bound, resource)
+    def stopped_peaks(self, resource: str) -> NDArray[np.bool_]:
+        """Return where the amount is a peak of a stopped trial, shape ``(n_trials,)``."""
+        found: NDArray[np.bool_] = self._evidence(resource) == "partial peak"
+        return found
 
-    def _where(
-        self, rule: Callable[[str, str | None, str | None], bool], resource: str
-    ) -> NDArray[np.bool_]:
+    def informative(self, resource: str) -> NDArray[np.bool_]:
+        """Return where the amount is known and says what a point uses, shape ``(n_trials,)``."""
+        found = self._evidence(resource) != "partial"
+        if resource in self.partial_peaks:
+            found &= ~self.stopped_peaks(resource)
+        known: NDArray[np.bool_] = found & np.isfinite(self.amounts(resource))
+        return known
+
+    def _evidence(self, resource: str) -> NDArray[np.object_]:
         ends = zip(self.ended, self.table["censored_by"], strict=True)
-        return np.array([rule(resource, outcome, by) for outcome, by in ends], dtype=bool)
+        return np.array([_records.evidence(resource, *end) for end in ends], dtype=object)
 
     def ranked(self, resource: str) -> NDArray[np.bool_]:
         """Return which trials can be ranked by their usage, shape ``(n_trials,)``.
@@ -101,7 +108,7 @@ class StudyData:
         stayed below. One that ended early for another reason has no rank.
         """
         own = (self.table["censored_by"] == resource).to_numpy(dtype=bool)
-        return np.isfinite(self.amounts(resource)) & (own | ~self.censored(resource))
+        return self.informative(resource) & (own | ~self.censored(resource))
 
 
 def study_data(study: Study, user_attrs: Sequence[str] = ()) -> StudyData:

@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._resources import format_amount, get_resource
+from optuna_quota._resources import get_resource
 from optuna_quota._utilization.design import Column, Product
-from optuna_quota._utilization.fit import Derivatives, derivatives_at, leverage
+from optuna_quota._utilization.fit import (
+    Derivatives,
+    derivatives_at,
+    leverage,
+    without_numeric_warnings,
+)
 from optuna_quota._utilization.selection import Selected
 
 
@@ -26,6 +31,8 @@ _MIN_TESTED = 20
 _SIGNIFICANCE = 0.01
 _MAX_VIF = 10.0
 _MAX_LOG = 700.0
+# By unit: below it an amount would be shown as zeros.
+_LEAST = {"B": 0.1, "s": 1e-5}
 
 
 def bounded_exp(value: float) -> float:
@@ -36,66 +43,71 @@ def bounded_exp(value: float) -> float:
 def formula_text(
     resource: str, selected: Selected, floor: float, params: Array, p_values: Array
 ) -> str:
-    """Return a model as a formula of the terms whose 95% interval excludes no effect.
+    """Return a model as a formula of its clear terms, such that it can be computed.
+
+    A constant too small for its unit is given at the middle of the parameters instead, which the
+    factors are then relative to.
 
     Args:
         resource: Name of the resource.
         selected: The terms and their fit.
         floor: SI base units; 0 without one.
         params: Log of the floor if there is one, then the coefficients.
-        p_values: Of the same.
+        p_values: Adjusted for all tests, of the same.
     """
     offset = int(selected.fit.has_floor)
     level, *slopes = params[offset:]
     terms = zip(selected.design.columns, slopes, p_values[offset + 1 :], strict=False)
     columns = [(column, float(b)) for column, b, p_value in terms if p_value < 0.05]
-    mains = [(c, b) for c, b in columns if isinstance(c, Column)]
+    # The exponents are rounded, so the constant is that which holds with them at the middle.
+    mains = [(c, _rounded(c, b)) for c, b in columns if isinstance(c, Column)]
     constant = bounded_exp(level - sum(c.centre * b for c, b in mains))
-    shown = [(c, b) for c, b in columns if not _is_curved(c)]
-    power = " · ".join([_amount(resource, constant), *(_factor(c, b) for c, b in shown)])
-    parts = [format_amount(resource, floor)] if floor else []
+    relative = constant < _LEAST.get(get_resource(resource).unit.symbol, 0.01)
+    shown = _amount(resource, bounded_exp(level) if relative else constant)
+    power = " · ".join([shown, *(_factor(c, b, relative=relative) for c, b in columns)])
+    parts = [_amount(resource, floor)] if floor else []
     text = f"{resource} = {' + '.join([*parts, power])}"
-    if not columns:
-        return f"{text} (no hyperparameter moves it clearly)"
-    hidden = len(columns) - len(shown)
-    return f"{text} (and {hidden} interaction{'s' * (hidden > 1)} of numbers)" if hidden else text
+    return text if columns else f"{text} (no single term is clear)"
 
 
-def _is_curved(column: Column | Product) -> bool:
-    """Return whether it multiplies two numbers, which a formula can't show well."""
-    return isinstance(column, Product) and all(
-        c.form not in ("level", "active") for c in (column.one, column.other)
-    )
+def _rounded(column: Column, b: float) -> float:
+    return float(_short(b)) if column.form in ("power", "power1p") else float(f"{b:.3g}")
 
 
-def _factor(column: Column | Product, b: float) -> str:
+def _factor(column: Column | Product, b: float, *, relative: bool) -> str:
     if isinstance(column, Product):
-        return "".join(_product(column.one, column.other, b))
-    if column.form == "power":
-        return f"{column.param}^{_short(b)}"
-    if column.form == "power1p":
-        return f"(1 + {column.param})^{_short(b)}"
+        return _product(column.one, column.other, b)
+    if column.form in ("level", "active"):
+        return f"{_ratio(b)}{_condition(column)}"
     if column.form == "linear":
-        return f"exp({_short(b)} · {column.param})"
-    return f"{_ratio(b)}{_condition(column)}"
+        return f"exp({b:.3g} · {_deviation(column) if relative else column.param})"
+    name = column.param if column.form == "power" else f"(1 + {column.param})"
+    return f"{f'({_relative(column)})' if relative else name}^{_short(b)}"
 
 
-def _product(one: Column, other: Column, b: float) -> Iterator[str]:
+def _product(one: Column, other: Column, b: float) -> str:
     conditions = [c for c in (one, other) if c.form in ("level", "active")]
     numbers = [c for c in (one, other) if c not in conditions]
+    where = "".join(map(_condition, conditions))
     if not numbers:
-        yield _ratio(b)
-    else:
-        yield f"{_relative(numbers[0])}^{_short(b)}"
-    yield from map(_condition, conditions)
+        return f"{_ratio(b)}{where}"
+    if len(numbers) == 2:
+        return f"exp({b:.3g} · {_deviation(one)} · {_deviation(other)})"
+    if numbers[0].form == "linear":
+        return f"exp({b:.3g} · {_deviation(numbers[0])}){where}"
+    return f"({_relative(numbers[0])})^{_short(b)}{where}"
 
 
 def _relative(column: Column) -> str:
-    if column.form == "power":
-        return f"({column.param}/{math.exp(column.centre):.3g})"
-    if column.form == "power1p":
-        return f"((1 + {column.param})/{math.exp(column.centre):.3g})"
-    return f"(e^({column.param} − {column.centre:.3g}))"
+    """Return a number over its middle, at which its factor is 1."""
+    name = column.param if column.form == "power" else f"(1 + {column.param})"
+    return f"{name}/{math.exp(column.centre):.3g}"
+
+
+def _deviation(column: Column) -> str:
+    if column.form == "linear":
+        return f"({column.param} − {column.centre:.3g})"
+    return f"ln({_relative(column)})"
 
 
 def _condition(column: Column) -> str:
@@ -115,7 +127,7 @@ def _amount(resource: str, value: float) -> str:
     """Return an amount as text, in scientific notation where it would be all zeros."""
     known = get_resource(resource)
     symbol = known.unit.symbol
-    least = {"B": 0.1, "s": 1e-5}.get(symbol, 0.01)
+    least = _LEAST.get(symbol, 0.01)
     return known.format(value) if value >= least else f"{value:.2g} {symbol}".rstrip()
 
 
@@ -128,7 +140,7 @@ def diagnose(
         resource: Name of the resource.
         selected: The terms and their fit.
         numbers: Numbers of the trials, shape ``(n,)``.
-        n_stopped_peaks: Number of peaks of stopped trials that are taken as lower bounds.
+        n_stopped_peaks: Number of trials left out, as they were stopped before their peak.
     """
     fit, sample = selected.fit, selected.sample
     at_fit = derivatives_at(fit, sample)
@@ -149,8 +161,8 @@ def diagnose(
         found.append("The fit did not converge: treat the estimates as rough.")
     if n_stopped_peaks:
         found.append(
-            f"The {get_resource(resource).title} of {n_stopped_peaks} stopped trials counts as a "
-            "lower bound: the completed trials show that it was still growing."
+            f"The {get_resource(resource).title} of {n_stopped_peaks} stopped trials is left out: "
+            "the completed trials show that it was still growing."
         )
     return [*found, *selected.design.notes]
 
@@ -210,7 +222,8 @@ def _curvature(jacobian: Array, mean: Array, residuals: Array) -> Iterator[str]:
     if not np.linalg.norm(left) > 1e-6 * np.linalg.norm(squared):
         return
     exog = np.column_stack([jacobian, left / np.linalg.norm(left)])
-    results = sm.OLS(residuals, exog).fit(cov_type="HC3", use_t=True)
+    with without_numeric_warnings():
+        results = sm.OLS(residuals, exog).fit(cov_type="HC3", use_t=True)
     p_value = float(results.pvalues[-1])
     if p_value < _SIGNIFICANCE:
         side = "more" if results.params[-1] > 0 else "less"

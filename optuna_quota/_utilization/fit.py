@@ -19,9 +19,12 @@ as many lines, because of the bound on σ.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 import math
 from typing import TYPE_CHECKING
+import warnings
 
 import numpy as np
 
@@ -140,6 +143,17 @@ class Derivatives:
     weight: Array
 
 
+@contextmanager
+def without_numeric_warnings() -> Iterator[None]:
+    """Keep statsmodels' and numpy's warnings from the user, who can't act on them.
+
+    What they are about, such as terms that can hardly be told apart, is said by the diagnostics.
+    """
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        yield
+
+
 def mean_and_jacobian(theta: Array, x: Array, has_floor: bool) -> tuple[Array, Array]:
     """Return ``m`` and ∂m/∂(γ, β); ``theta`` ends in log σ."""
     if not has_floor:
@@ -248,7 +262,8 @@ def robust_covariance(fit: Fit, sample: Sample) -> Array:
     at_fit = derivatives(fit.theta, sample, fit.has_floor, exact=True)
     if not sample.censored.any() or np.linalg.eigvalsh(at_fit.information + prior)[0] <= 0:
         at_fit = derivatives(fit.theta, sample, fit.has_floor)
-    n, p = at_fit.score_obs.shape
+    # A lower bound says little of the spread: the trials observed to their end count.
+    n, p = int((~sample.censored).sum()), at_fit.score_obs.shape[1]
     bread = np.linalg.pinv(at_fit.information + prior)
     scores = at_fit.score_obs / (1 - np.minimum(leverage(at_fit), _MAX_LEVERAGE))[:, None]
     robust: Array = bread @ (scores.T @ scores + prior) @ bread

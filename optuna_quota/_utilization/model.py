@@ -10,7 +10,7 @@ lower bounds they are those of maximum likelihood with a sandwich of the same ki
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 import math
@@ -26,10 +26,11 @@ from optuna_quota._utilization.fit import (
     derivatives,
     derivatives_at,
     Fit,
-    mean_and_jacobian,
     robust_covariance,
     Sample,
+    without_numeric_warnings,
 )
+from optuna_quota._utilization.multiple_tests import holm
 from optuna_quota._utilization.selection import MIN_OBSERVED, select, Selected
 
 
@@ -62,7 +63,7 @@ class UtilizationModel:
         numbers: Numbers of the trials it is fitted to, shape ``(n,)``.
         n_observed: How many of them were observed to their end.
         n_censored: How many count as lower bounds.
-        n_stopped_peaks: How many of these are peaks that a stopped trial had not reached.
+        n_stopped_peaks: How many trials are left out, as they were stopped before their peak.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class UtilizationModel:
         self.n_observed = len(numbers) - self.n_censored
         self.n_stopped_peaks = n_stopped_peaks
         self._selected = selected
+        self._p_adjusted: Array | None = None
 
     def log_likelihood(self, numbers: NDArray[np.int64]) -> float:
         """Return the log-likelihood of the usage of the trials of these numbers."""
@@ -119,18 +121,26 @@ class UtilizationModel:
 
     @property
     def df(self) -> int:
-        """Degrees of freedom of the intervals: trials less parameters."""
+        """Degrees of freedom of the intervals: trials observed to their end less parameters."""
         n_parameters = len(self._selected.fit.theta)
-        return max(1, len(self.numbers) - n_parameters + (not self.n_censored))
+        return max(1, self.n_observed - n_parameters + (not self.n_censored))
 
     @cached_property
     def coefficients(self) -> pd.DataFrame:
         """The coefficients by term, with 95% intervals.
 
-        The columns are ``estimate, lower, upper, p_value, kind``. ``kind`` is ``exponent`` for a
+        The columns are ``estimate, lower, upper, p_value, kind, p_adjusted``. ``p_adjusted`` is
+        Holm's over the terms of all models of the study. ``kind`` is ``exponent`` for a
         number, ``log ratio`` for a level against the most frequent one, ``log factor`` for what
         enters per unit, and ``amount`` (SI base units) for ``floor`` and ``constant``.
         """
+        table: pd.DataFrame = self._coefficients.copy()
+        p_values = table["p_value"].to_numpy(dtype=float)
+        table["p_adjusted"] = holm(p_values) if self._p_adjusted is None else self._p_adjusted
+        return table
+
+    @cached_property
+    def _coefficients(self) -> pd.DataFrame:
         import pandas as pd
 
         design, offset = self._selected.design, int(self._selected.fit.has_floor)
@@ -142,7 +152,8 @@ class UtilizationModel:
             amounts = map(bounded_exp, figures[0, :3])
             rows.append((*amounts, math.nan, "amount"))  # type: ignore[arg-type]  # three of them
         rows.append(self._constant())
-        for column, row in zip(design.columns, figures[offset + 1 :].tolist(), strict=False):
+        terms = self._with_possible_floor(figures[offset + 1 :])
+        for column, row in zip(design.columns, terms.tolist(), strict=False):
             kind = _KINDS[column.form] if isinstance(column, Column) else "interaction"
             rows.append((*row, kind))
         table: pd.DataFrame = pd.DataFrame(
@@ -151,6 +162,32 @@ class UtilizationModel:
             columns=["estimate", "lower", "upper", "p_value", "kind"],
         )
         return table
+
+    def _with_possible_floor(self, figures: Array) -> Array:
+        """Return estimate, interval and p-value of the terms, widened by a floor that may exist.
+
+        Each interval is joined with that of the fit with the floor, and of its two p-values the
+        larger counts, so that a claim holds with and without it.
+        """
+        from scipy.special import stdtr, stdtrit
+
+        floored, sample = self._selected.floored, self._selected.sample
+        if floored is None:
+            return figures
+        k = len(floored.beta)
+        sample = replace(sample, x=sample.x[:, :k])
+        places = slice(2, k + 1)
+        errors = np.sqrt(np.diag(robust_covariance(floored, sample))[places])
+        df = max(1, self.n_observed - len(floored.theta))
+        beta = floored.theta[places]
+        half = float(stdtrit(df, 0.975)) * errors
+        joined: Array = figures.copy()
+        mains = slice(0, k - 1)
+        joined[mains, 1] = np.minimum(figures[mains, 1], beta - half)
+        joined[mains, 2] = np.maximum(figures[mains, 2], beta + half)
+        p_values = 2 * stdtr(df, -np.abs(beta) / np.maximum(errors, 1e-300))
+        joined[mains, 3] = np.maximum(figures[mains, 3], p_values)
+        return joined
 
     def _constant(self) -> tuple[float, float, float, float, str]:
         """Return the constant where every log and every level is 0; features are centred."""
@@ -167,9 +204,9 @@ class UtilizationModel:
 
     @cached_property
     def formula(self) -> str:
-        """The model as text, with the terms whose 95% interval excludes no effect."""
+        """The model as text, with the terms that are clear: ``p_adjusted`` below 5%."""
         params = np.asarray(self.results.params, dtype=float)
-        p_values = np.asarray(self.results.pvalues, dtype=float)
+        p_values = self.coefficients["p_adjusted"].to_numpy(dtype=float)
         return formula_text(self.resource, self._selected, self.floor, params, p_values)
 
     @cached_property
@@ -181,67 +218,6 @@ class UtilizationModel:
     def notes(self) -> list[str]:
         """What was left out or added, and why."""
         return list(self._selected.notes)
-
-    def predict(self, params: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-        """Return what trials of these parameters would use, in SI base units.
-
-        Args:
-            params: One mapping of names to values a trial.
-
-        Returns:
-            Columns ``lower``, ``median`` and ``upper``, each bound missed by 5% of trials.
-        """
-        return self._predict(self._selected.design.encode(params), len(params))
-
-    def curve(self, param: str, points: int = 50) -> pd.DataFrame:
-        """Return the model along one parameter, the others at their typical values.
-
-        Args:
-            param: Name of the parameter.
-            points: Number of values, evenly spaced on the scale on which it varied.
-
-        Returns:
-            Columns ``param`` (its value or level), ``lower``, ``median`` and ``upper``.
-
-        Raises:
-            KeyError: If the model has no such parameter.
-        """
-        design = self._selected.design
-        if param not in design.typical:
-            raise KeyError(f"{param!r} is none of {', '.join(design.typical)}.")
-        if param in design.levels:
-            shown: list[Any] = list(design.levels[param])
-            grid = np.arange(len(shown), dtype=float)
-        else:
-            low, high = design.ranges[param]
-            spread = np.geomspace if low > 0 and high / low > 5 else np.linspace
-            grid = spread(low, high, points)
-            shown = grid.tolist()
-        values = {
-            name: grid if name == param else np.full(len(grid), typical)
-            for name, typical in design.typical.items()
-        }
-        table = self._predict(values, len(grid))
-        table.insert(0, "param", shown)
-        return table
-
-    def _predict(self, values: Mapping[str, Array], n: int) -> pd.DataFrame:
-        import pandas as pd
-        from scipy.special import stdtrit
-
-        fit = self._selected.fit
-        x = self._selected.design.matrix(values, n)
-        mean, jacobian = mean_and_jacobian(fit.theta, x, fit.has_floor)
-        places = jacobian.shape[1]
-        covariance = np.asarray(self.results.cov_params())[:places, :places]
-        uncertain = np.maximum(np.einsum("ij,jk,ik->i", jacobian, covariance, jacobian), 0.0)
-        noise = self.sigma * fit.scale(jacobian)
-        half = float(stdtrit(self.df, 0.95)) * np.sqrt(noise**2 + uncertain)
-        logs = {"lower": mean - half, "median": mean, "upper": mean + half}
-        table: pd.DataFrame = pd.DataFrame(
-            {name: [bounded_exp(each) for each in each_log] for name, each_log in logs.items()}
-        )
-        return table
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or "_selected" not in self.__dict__:
@@ -274,7 +250,8 @@ def _regression_results(fit: Fit, sample: Sample, names: list[str]) -> Any:
         weights=1 / fit.scale(at_fit.jacobian) ** 2,
         hasconst=True,
     )
-    return model.fit(cov_type="HC3", use_t=True)
+    with without_numeric_warnings():
+        return model.fit(cov_type="HC3", use_t=True)
 
 
 def _likelihood_results(fit: Fit, sample: Sample, names: list[str]) -> Any:
@@ -303,16 +280,17 @@ def _likelihood_results(fit: Fit, sample: Sample, names: list[str]) -> Any:
     mle.mle_settings = {"optimizer": "damped Newton"}
     results = GenericLikelihoodModelResults(model, mle)
     results.use_t = True
-    results.df_resid_inference = model.df_resid
+    # A lower bound says little of the spread.
+    results.df_resid_inference = max(1, int((~sample.censored).sum()) - len(names))
     results.cov_type = "HC3"
     results.cov_kwds = {"description": "Sandwich of scores over one minus leverage, as HC3"}
     return results
 
 
-def with_censored_peaks(data: StudyData, models: Mapping[str, UtilizationModel]) -> StudyData:
+def with_partial_peaks(data: StudyData, models: Mapping[str, UtilizationModel]) -> StudyData:
     """Return a study's data with the peaks of stopped trials as its models take them."""
-    censored = frozenset(name for name, model in models.items() if model.n_stopped_peaks)
-    return replace(data, censored_peaks=censored)
+    partial = frozenset(name for name, model in models.items() if model.n_stopped_peaks)
+    return replace(data, partial_peaks=partial)
 
 
 def fit_utilization_models(
@@ -327,33 +305,45 @@ def fit_utilization_models(
             missing[resource] = found
         else:
             models[resource] = found
+    _adjust_together(models.values())
     return models, missing
+
+
+def _adjust_together(models: Collection[UtilizationModel]) -> None:
+    """Adjust the p-values of the terms of all models of a study together."""
+    if not models:
+        return
+    tables = [model._coefficients["p_value"].to_numpy(dtype=float) for model in models]
+    ends = np.cumsum([len(table) for table in tables])[:-1]
+    for model, adjusted in zip(models, np.split(holm(np.concatenate(tables)), ends), strict=True):
+        model._p_adjusted = adjusted
 
 
 def fit_utilization_model(data: StudyData, resource: str) -> UtilizationModel | str:
     """Return the model of one resource, or a sentence that says why there is none.
 
     The peak of a stopped trial is a value where each step of a training repeats the one before,
-    and a lower bound where later steps take more data or a larger model. Peaks are lower bounds if
-    the completed trials are so much likelier under that model that BIC would grant as many
-    parameters as it has.
+    and unknown where later steps take more data or a larger model. It is taken as unknown if the
+    completed trials are so much likelier under that model that BIC would grant as many parameters
+    as it has.
     """
     as_value = _fit_model(data, resource)
-    if isinstance(as_value, str) or not data.maybe_censored(resource).any():
+    if isinstance(as_value, str) or not data.stopped_peaks(resource).any():
         return as_value
-    bounded = replace(data, censored_peaks=data.censored_peaks | {resource})
-    as_bound = _fit_model(bounded, resource)
-    if isinstance(as_bound, str):
+    without = replace(data, partial_peaks=data.partial_peaks | {resource})
+    as_unknown = _fit_model(without, resource)
+    if isinstance(as_unknown, str):
         return as_value
-    completed = data.table["number"].to_numpy()[~bounded.censored(resource)]
-    gain = as_bound.log_likelihood(completed) - as_value.log_likelihood(completed)
-    price = 0.5 * len(as_bound.selected.fit.theta) * math.log(as_bound.n_observed)
-    return as_bound if gain > price else as_value
+    gain = as_unknown.log_likelihood(as_unknown.numbers) - as_value.log_likelihood(
+        as_unknown.numbers
+    )
+    price = 0.5 * len(as_unknown.selected.fit.theta) * math.log(as_unknown.n_observed)
+    return as_unknown if gain > price else as_value
 
 
 def _fit_model(data: StudyData, resource: str) -> UtilizationModel | str:
     amounts, censored = data.amounts(resource), data.censored(resource)
-    kept = np.isfinite(amounts) & (amounts > 0)
+    kept = data.informative(resource) & (amounts > 0)
     observed, title = kept & ~censored, get_resource(resource).title
     if observed.sum() < MIN_OBSERVED:
         return (
@@ -368,7 +358,6 @@ def _fit_model(data: StudyData, resource: str) -> UtilizationModel | str:
     selected = select(
         design, values_of(data.parameters, kept), np.log(amounts[kept]), censored[kept]
     )
-    n_stopped = int(data.maybe_censored(resource)[kept].sum())
     numbers = data.table["number"].to_numpy()[kept]
-    as_bounds = resource in data.censored_peaks
-    return UtilizationModel(resource, selected, numbers, n_stopped if as_bounds else 0)
+    left_out = int(data.stopped_peaks(resource).sum()) if resource in data.partial_peaks else 0
+    return UtilizationModel(resource, selected, numbers, left_out)

@@ -49,17 +49,22 @@ _CANDIDATE_COLUMNS = 10
 
 @dataclass(frozen=True)
 class Selected:
-    """The selected terms with the observations and their fit; ``notes`` say what was left out."""
+    """The selected terms with the observations and their fit; ``notes`` say what was left out.
+
+    ``floored`` is the fit of the main effects with a floor that the trials neither require nor
+    exclude: where the largest trials are missing, the exponents above it may be much larger.
+    """
 
     design: Design
     sample: Sample
     fit: Fit
     notes: tuple[str, ...]
+    floored: Fit | None = None
 
     @property
     def sigma(self) -> float:
         """Standard deviation of the log of the usage around the model, corrected for its terms."""
-        n = len(self.sample.y)
+        n = int((~self.sample.censored).sum())
         return self.fit.sigma * math.sqrt(n / max(n - len(self.fit.theta) + 1, 1))
 
 
@@ -76,13 +81,14 @@ def select(design: Design, values: Values, y: Array, censored: NDArray[np.bool_]
     design = _screened(design, values, y, censored, observed)
     sample = Sample(y, design.matrix(values, len(y)), censored)
     plain = fit(sample, has_floor=False)
-    best = plain
+    best, possible = plain, None
     if len(design.columns):
         floored = fit(sample, has_floor=True)
         gain = floored.loglike - plain.loglike
-        if gain > 0.5 * math.log(observed) and _is_identified(floored, sample):
-            best = floored
-    selected = Selected(design, sample, best, design.notes)
+        if gain > 0 and _is_identified(floored, sample):
+            enough = gain > 0.5 * math.log(observed)
+            best, possible = (floored, None) if enough else (plain, floored)
+    selected = Selected(design, sample, best, design.notes, possible)
     for _ in range(min(_MAX_INTERACTIONS, observed // _TRIALS_PER_INTERACTION)):
         larger = _with_interaction(selected, values, observed)
         if larger is None:
@@ -139,22 +145,24 @@ def _with_interaction(selected: Selected, values: Values, observed: int) -> Sele
     found = maximize(np.insert(last.theta, -1, 0.0), scaled, has_floor=last.has_floor)
     found = replace(found, epsilon=last.epsilon)
     gain = found.loglike - last.loglike
-    if not math.isfinite(gain) or gain <= needed or not _is_clear(found, larger):
+    if not math.isfinite(gain) or gain <= needed or not _is_clear(found, larger, len(candidates)):
         return None
     note = (
         f"{product.term} is included: it raises the log-likelihood by {gain:.1f}, the extended "
         f"BIC requires {needed:.1f}."
     )
-    return Selected(selected.design.with_column(product), larger, found, (*selected.notes, note))
+    design, notes = selected.design.with_column(product), (*selected.notes, note)
+    return replace(selected, design=design, sample=larger, fit=found, notes=notes)
 
 
-def _is_clear(fit: Fit, sample: Sample) -> bool:
-    """Return whether the last term's robust interval excludes 0."""
+def _is_clear(fit: Fit, sample: Sample, n_candidates: int) -> bool:
+    """Return whether the last term's robust interval excludes 0, by Bonferroni's correction."""
     from scipy.special import stdtrit
 
     covariance = robust_covariance(fit, sample)
     place = len(fit.theta) - 2
-    half = float(stdtrit(len(sample.y) - len(fit.theta), 0.975))
+    df = max(1, int((~sample.censored).sum()) - len(fit.theta))
+    half = float(stdtrit(df, 1 - 0.025 / n_candidates))
     return abs(float(fit.theta[place])) > half * math.sqrt(covariance[place, place])
 
 

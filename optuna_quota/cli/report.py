@@ -79,6 +79,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(options: argparse.Namespace) -> int:
     """Analyze a study, print the report, and write it where the options say."""
     from optuna_quota._report import analyze
+    from optuna_quota.dashboard import publish
 
     with progress("reading the trials") as show:
         study = load_study(options)
@@ -92,13 +93,14 @@ def run(options: argparse.Namespace) -> int:
         if options.footprint is not None:
             show(f"writing {options.footprint}")
             Path(options.footprint).write_text(report.footprint.to_json(), encoding="utf-8")
-        if options.publish:
-            show("publishing to optuna-dashboard")
-            report.publish()
     if isinstance(content, str):
         write_line(content)
     else:
         write_json(content)
+    if options.publish:
+        # Last, as it fails where optuna-dashboard is missing.
+        with progress("publishing to optuna-dashboard"):
+            publish(study, report)
     return OK
 
 
@@ -130,7 +132,10 @@ def _as_json(report: UtilizationReport) -> dict[str, Any]:
         "outcomes": report.table["outcome"].value_counts().to_dict(),
         "usage": usage,
         "correlations": records(report.correlations),
-        "models": {name: _model_as_json(model) for name, model in report.models.items()},
+        "models": {
+            name: {**_model_as_json(model), "formula": report.formulas[name]}
+            for name, model in report.models.items()
+        },
         "missing_models": report.missing_models,
         "advice": [vars(advice) for advice in report.advice],
     }

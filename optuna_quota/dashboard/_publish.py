@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 import logging
+import math
 from threading import Lock
 import time
 from typing import Any, TYPE_CHECKING
@@ -28,6 +30,7 @@ from optuna_quota.visualization._figures import (
     ranked_slice_figure,
     thin,
 )
+from optuna_quota.visualization._plotly import MISSING_PLOTLY
 from optuna_quota.visualization._report_text import report_text
 from optuna_quota.visualization._timeline import timeline_info, timeline_svg
 from optuna_quota.visualization._usage import _get_usage_info, usage_figure
@@ -76,7 +79,8 @@ def publish(
         artifact_store: The store that the dashboard is started with (``--artifact-dir``).
 
     Raises:
-        ImportError: If optuna-dashboard or plotly is not installed.
+        ImportError: If optuna-dashboard is not installed. Without plotly the notes are written,
+            and a warning in the log says what to install for the plots.
     """
     if report is None:
         report = StudyAnalysis(study, study_data(study))
@@ -97,7 +101,11 @@ def publish_data(
             publish.
     """
     text = report_text(data)
-    plots = _plots(data)
+    plots = {}
+    if find_spec("plotly") is None:
+        _logger.warning(f"Published without plots. {MISSING_PLOTLY}")
+    else:
+        plots = _plots(data)
     if not is_current():
         return
     dashboard = DashboardStorage(data.study)
@@ -190,6 +198,9 @@ class Publisher:
             return
         try:
             self._publish(study)
+        except ImportError as error:
+            _logger.warning(str(error))
+            self._next = math.inf
         except Exception:
             _logger.warning("Publishing to optuna-dashboard failed.", exc_info=True)
             self._next = time.monotonic() + self._interval

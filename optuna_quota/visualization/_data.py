@@ -51,11 +51,9 @@ class FinishedTrial:
         return self.trial.number
 
     def is_censored(self, resource: str) -> bool:
-        """Return whether the usage is only a lower bound, since the trial was stopped."""
-        record = self.record
-        return resource in self.amounts and _records.is_lower_bound(
-            resource, self.outcome, record.censored_by
-        )
+        """Return whether the trial would have used more, since it was stopped."""
+        found = _records.evidence(resource, self.outcome, self.record.censored_by)
+        return resource in self.amounts and found in ("lower bound", "partial")
 
     def format_usage(self, resource: str) -> str:
         """Return the usage for a person, such as "≥ 1 GiB" where it is a lower bound."""

@@ -78,7 +78,7 @@ def report_text(data: ReportData) -> ReportText:
     """Return the texts of a study's report."""
     ledger, analysis = status(data.study), data.analysis
     ended = [t for t in data.trials if t.outcome in ("terminated", "rejected")]
-    models = {} if analysis is None else analysis.models
+    formulas = {} if analysis is None else analysis.formulas
     return ReportText(
         name=data.study.study_name,
         headline=_headline(data),
@@ -90,8 +90,9 @@ def report_text(data: ReportData) -> ReportText:
         ],
         end=ledger.end,
         models=[
-            ModelRow(_theme.resource_title(name), model.formula, model.diagnostics)
-            for name, model in models.items()
+            ModelRow(_theme.resource_title(name), formula, analysis.model_warnings(name))
+            for name, formula in formulas.items()
+            if analysis is not None
         ],
         advice=[] if analysis is None else analysis.advice,
         ended=[_ended_row(trial) for trial in reversed(ended)],

@@ -56,6 +56,17 @@ def test_it_is_written_as_html_and_published(
     assert any("note" in key for key in attributes)
 
 
+def test_without_optuna_dashboard_the_report_is_printed_all_the_same(
+    tuned: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("optuna_dashboard", "optuna_dashboard._note"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = run_command(capsys, "report", "--storage", tuned, "--publish")
+    assert result.status == 1
+    assert "trials finished" in result.out
+    assert "pip install 'optuna-quota[dashboard]'" in " ".join(result.err.split())
+
+
 def test_a_study_without_trials_has_a_report(
     several: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

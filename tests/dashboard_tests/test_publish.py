@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 import pickle
 import re
+import sys
 import threading
 from typing import Any
 from xml.etree import ElementTree
@@ -32,6 +33,42 @@ from tests.visualization_tests.studies import add_row, empty_study, made_study
 
 
 GIB = 2**30
+
+
+def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """Make a package look as if it were not installed."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(_publish, "find_spec", lambda name: None if name == package else True)
+
+
+def test_without_plotly_the_notes_are_published(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = made_study(3)
+    without(monkeypatch, "plotly")
+    analyze(study).publish()
+    assert END in get_note(study)
+    assert not any("plot_data" in key for key in attributes(study))
+    assert "Published without plots" in caplog.text and "optuna-quota[plot]" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["publish", "Publisher"])
+def test_without_optuna_dashboard_the_log_says_what_to_install(
+    how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = made_study(3)
+    without(monkeypatch, "optuna_dashboard")
+    if how == "publish":
+        analyze(study).publish()
+    else:
+        publisher = Publisher(interval=0)
+        for _ in range(2):
+            publisher(study, study.trials[0])
+    assert caplog.text.count("pip install 'optuna-quota[dashboard]'") == 1
+
+
 PERSON = "# Mine\n\nMy own thoughts."
 
 

@@ -178,6 +178,8 @@ class Wrapper(optuna.trial.BaseTrial):
     suggest_uniform = suggest_loguniform = suggest_discrete_uniform = _suggest
     report = set_user_attr = set_system_attr = set_constraint = should_prune = _suggest
     number = params = distributions = user_attrs = constraints = datetime_start = None
+    # Optuna 4 has it.
+    system_attrs = None
 
 
 class Delegate:

@@ -108,6 +108,27 @@ def test_terminated_trials_are_lower_bounds() -> None:
     assert Footprint.fit(rows).probability(large, limits) > 0.9
 
 
+def test_times_of_trials_stopped_for_their_memory_do_not_raise_the_expected_time() -> None:
+    rng = np.random.default_rng(0)
+    errors: dict[str, list[float]] = {"partial": [], "censored": []}
+    rows = draw_rows(40, seed=3)
+    large = np.median([row.usage.memory or 0.0 for row in rows])
+    noisy = [(row.usage.wall_time or 0.0) * rng.lognormal(0, 0.4) for row in rows]
+    for kind, found in errors.items():
+        seen = []
+        for row, seconds in zip(rows, noisy, strict=True):
+            over = (row.usage.memory or 0.0) > large
+            usage = Usage(wall_time=seconds * (rng.uniform(0.3, 1.0) if over else 1.0))
+            what: Any = {kind: frozenset({"wall_time"})} if over else {}
+            seen.append(Observation(row.params, row.distributions, usage, **what))
+        footprint = Footprint.fit(seen)
+        for row in draw_rows(20, seed=4):
+            median = footprint.intervals(row.params)["wall_time"].median
+            found.append(float(np.log(median / (row.usage.wall_time or 1.0))))
+    assert abs(np.median(errors["partial"])) < 0.25
+    assert np.median(errors["partial"]) < np.median(errors["censored"])
+
+
 def _prune(rows: list[Observation], share: float) -> list[Observation]:
     """Every third trial pruned at a share of what it would have used above 200 MB."""
     pruned = []

@@ -33,10 +33,10 @@ def test_a_trial_of_plain_optuna_has_its_wall_time() -> None:
     assert not row.censored
 
 
-def test_the_time_of_a_pruned_trial_of_plain_optuna_is_a_lower_bound() -> None:
+def test_the_time_of_a_pruned_trial_of_plain_optuna_is_partial() -> None:
     row = read_observation(plain_trial(3.0, TrialState.PRUNED))
     assert row is not None
-    assert row.censored == {"wall_time"}
+    assert row.partial == {"wall_time"} and not row.censored
 
 
 @pytest.mark.parametrize(
@@ -67,21 +67,21 @@ TIMES = frozenset({"wall_time", "cpu_time"})
 
 
 @pytest.mark.parametrize(
-    ("state", "attrs", "censored"),
+    ("state", "attrs", "censored", "partial"),
     [
-        (TrialState.COMPLETE, {}, frozenset()),
-        (TrialState.PRUNED, {"quota:outcome": "pruned"}, TIMES),
-        (TrialState.PRUNED, breach("memory", 9e8), TIMES | {"memory"}),
-        (TrialState.PRUNED, breach("wall_time", 5.0), TIMES),
-        (TrialState.FAIL, {"quota:outcome": "failed"}, TIMES | {"memory"}),
+        (TrialState.COMPLETE, {}, frozenset(), frozenset()),
+        (TrialState.PRUNED, {"quota:outcome": "pruned"}, frozenset(), TIMES),
+        (TrialState.PRUNED, breach("memory", 9e8), {"memory"}, TIMES),
+        (TrialState.PRUNED, breach("wall_time", 5.0), TIMES, frozenset()),
+        (TrialState.FAIL, {"quota:outcome": "failed"}, frozenset(), TIMES | {"memory"}),
     ],
 )
-def test_usage_of_a_stopped_trial_is_a_lower_bound(
-    state: TrialState, attrs: dict[str, Any], censored: frozenset[str]
+def test_usage_of_a_stopped_trial_is_a_lower_bound_or_partial(
+    state: TrialState, attrs: dict[str, Any], censored: frozenset[str], partial: frozenset[str]
 ) -> None:
     row = row_of(state, attrs)
     assert row is not None
-    assert row.censored == censored
+    assert (row.censored, row.partial) == (censored, partial)
 
 
 def test_a_predicted_breach_counts_as_the_limit() -> None:

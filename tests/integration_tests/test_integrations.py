@@ -71,6 +71,8 @@ def measured(out: str) -> list[float]:
         ("pytorch_dataloader", ("torch",), 3),
         ("lightning_pruning", ("lightning", "optuna_integration"), 4),
         ("transformers_search", ("transformers", "torch", "accelerate"), 3),
+        ("torch_distributed", ("torch", "optuna_integration"), 2),
+        ("torchrun_script", ("torch",), 2),
     ],
 )
 def test_a_training_library(
@@ -118,6 +120,23 @@ def test_mlflow_gets_usage_as_tags(tmp_path: Path) -> None:
 def test_hydra_writes_the_study_by_target(tmp_path: Path) -> None:
     out = run("hydra_app", tmp_path, "hydra")
     assert outcomes(out) == ["completed"] * 5
+
+
+def test_a_hydra_application_as_a_script(tmp_path: Path) -> None:
+    out = run("hydra_script", tmp_path, "hydra")
+    assert outcomes(out) == ["completed"] * 3
+    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {
+        "trial-0",
+        "trial-1",
+        "trial-2",
+    }
+
+
+def test_a_shell_script(tmp_path: Path) -> None:
+    out = run("shell_script", tmp_path)
+    assert len(outcomes(out)) == 6
+    assert set(outcomes(out)) <= {"completed", "pruned"}
+    assert re.search(r'^\[trial 0\] {"step": 3, "value": ', out, re.M)
 
 
 def test_workers_behind_the_grpc_proxy_share_one_quota(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 import pickle
 import socket
@@ -13,7 +14,8 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import isolated, Limits, QuotaPruner, TrialCrashed
-from optuna_quota._isolation.forkserver_client import fork_server_client, ForkServerClient
+from optuna_quota._isolation import forkserver_client
+from optuna_quota._isolation.forkserver_client import ForkServerClient
 from optuna_quota._metering import metering_loop
 from optuna_quota._records import read_record
 
@@ -21,11 +23,21 @@ from optuna_quota._records import read_record
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServerClient]:
+    """The fork server of one test: what it loads would slow down all that others start."""
+    found = ForkServerClient()
+    monkeypatch.setattr(forkserver_client, "_client", found)
+    yield found
+    found.close()
+
+
 def quadratic(trial: optuna.Trial) -> float:
     return trial.suggest_float("x", -1, 1) ** 2
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("client")
 def test_large_libraries_can_be_loaded_before_a_fork() -> None:
     pytest.importorskip("sklearn.linear_model")
 
@@ -43,15 +55,15 @@ def test_large_libraries_can_be_loaded_before_a_fork() -> None:
 
 @pytest.mark.slow
 def test_waiting_for_the_fork_server_is_no_time_of_the_trial(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
 ) -> None:
     # Else a point would be taken to need more time than its limit, only since it came first.
     (tmp_path / "long_to_load.py").write_text("import time\ntime.sleep(4)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    fork_server_client()._wanted.update(dict.fromkeys(["long_to_load"]))
+    client._wanted.update(dict.fromkeys(["long_to_load"]))
     study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time=3)))
     study.optimize(isolated(quadratic), n_trials=1)
-    assert "long_to_load" in fork_server_client()._loaded
+    assert "long_to_load" in client._loaded
     record = read_record(study.trials[0])
     assert record.outcome == "completed"
     assert record.usage.wall_time is not None
@@ -60,27 +72,23 @@ def test_waiting_for_the_fork_server_is_no_time_of_the_trial(
 
 @pytest.mark.slow
 def test_modules_that_start_threads_are_left_to_the_trials(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
 ) -> None:
     (tmp_path / "starts_a_thread.py").write_text(
         "import threading, time\n"
         "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    client = fork_server_client()
     client._wanted.update(dict.fromkeys(["starts_a_thread"]))
-    try:
-        study = optuna.create_study()
-        study.optimize(isolated(quadratic), n_trials=2)
-        assert len(study.trials) == 2
-        assert "starts_a_thread" in client._unsafe
-    finally:
-        client._wanted.pop("starts_a_thread")
+    study = optuna.create_study()
+    study.optimize(isolated(quadratic), n_trials=2)
+    assert len(study.trials) == 2
+    assert "starts_a_thread" in client._unsafe
 
 
 @pytest.mark.slow
 def test_a_package_full_of_threads_costs_one_fork_server(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
 ) -> None:
     package = tmp_path / "full_of_threads"
     package.mkdir()
@@ -92,33 +100,23 @@ def test_a_package_full_of_threads_costs_one_fork_server(
             "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
         )
     monkeypatch.syspath_prepend(str(tmp_path))
-    client = ForkServerClient()
     client._wanted.update(dict.fromkeys(["full_of_threads", "full_of_threads.quiet"]))
     client._wanted.update(dict.fromkeys([f"full_of_threads.{name}" for name in "abcd"]))
-    try:
-        client.launch(None).close()
-        assert client._unsafe == {"full_of_threads.a"}
-        assert {"full_of_threads", "full_of_threads.quiet"} <= client._loaded.keys()
-        assert "full_of_threads.b" not in client._loaded
-    finally:
-        client.close()
-        client._errors.close()
+    client.launch(None).close()
+    assert client._unsafe == {"full_of_threads.a"}
+    assert {"full_of_threads", "full_of_threads.quiet"} <= client._loaded.keys()
+    assert "full_of_threads.b" not in client._loaded
 
 
 @pytest.mark.slow
-def test_threads_that_end_before_a_fork_are_no_danger() -> None:
+def test_threads_that_end_before_a_fork_are_no_danger(client: ForkServerClient) -> None:
     # scipy alone brings no OpenBLAS, many of its modules do.
     pytest.importorskip("scipy.special._ufuncs")
-    client = ForkServerClient()
     client._wanted.update(
         dict.fromkeys(["scipy", "scipy.special._ufuncs", "scipy.special._basic"])
     )
-    try:
-        client.launch(None).close()
-        assert client._unsafe == set()
-    finally:
-        client.close()
-        client._errors.close()
+    client.launch(None).close()
+    assert client._unsafe == set()
 
 
 def test_the_last_message_is_read_when_the_fork_server_has_ended() -> None:
@@ -139,16 +137,11 @@ def test_the_last_message_is_read_when_the_fork_server_has_ended() -> None:
 
 @pytest.mark.slow
 def test_files_of_the_user_are_not_taken_for_modules(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
 ) -> None:
     (tmp_path / "copy.py").write_text("raise RuntimeError('not a module')\n")
     monkeypatch.chdir(tmp_path)
-    client = ForkServerClient()
-    try:
-        client.launch(None).close()
-    finally:
-        client.close()
-        client._errors.close()
+    client.launch(None).close()
 
 
 def test_the_reason_why_a_fork_server_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:

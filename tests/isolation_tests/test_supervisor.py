@@ -217,8 +217,9 @@ SLEEPER = """
     import optuna
     from optuna_quota import isolated
 
-    # A shell's background job, as this suite may be one, is started deaf to it.
+    # A shell's background job, as this suite may be one, is started deaf to these.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     folder = sys.argv[1]
 

@@ -17,7 +17,12 @@ import pytest
 
 from optuna_quota import Limits, Quota, status, Usage
 from optuna_quota._ledger import Grant, Ledger
-from optuna_quota._ledger.dead_workers import Leases
+from optuna_quota._ledger.dead_workers import (
+    charge_orphan,
+    Leases,
+    OrphanedTrial,
+    usage_rates,
+)
 from optuna_quota._ledger.reservation import (
     is_alive,
     Reservation,
@@ -113,6 +118,53 @@ def test_a_worker_elsewhere_is_given_a_lease(caplog: pytest.LogCaptureFixture) -
     assert row.user_attrs["quota:cpu_time"] == 3
     # What was last known is a lower bound: what it was granted is charged.
     assert status(study, quota=Quota(cpu_time=20)).table.loc["cpu_time", "used"] == 9
+
+
+def orphaned(here: bool, silent: float = 0.0, **details: object) -> OrphanedTrial:
+    held = Reservation(5, worker=ELSEWHERE, **details)  # type: ignore[arg-type]
+    return OrphanedTrial(Entry(0, 5, "running", reservation=held), "It died.", silent, here)
+
+
+def test_a_dead_workers_trial_is_charged_what_was_seen_and_the_time_after_it() -> None:
+    granted, seen = {"cpu_time": 900.0, "gpu_time": 900.0}, {"wall_time": 30.0, "cpu_time": 40.0}
+    dead = orphaned(True, granted=granted, began=100.0, beat=130.0, used=seen)
+    rates = {"cpu_time": 1.0, "gpu_time": 0.5}
+    charged = charge_orphan(dead, 140.0, rates)
+    assert charged == {"trial_time": 40.0, "cpu_time": 50.0, "gpu_time": 5.0}
+    # No more than it was granted; and all of that while no trial shows what it may have been.
+    assert charge_orphan(dead, 140.0, {"gpu_time": 1e3})["gpu_time"] == 900
+    assert charge_orphan(dead, 140.0, {})["gpu_time"] == 900
+    # From elsewhere the end is known by its silence alone.
+    far = orphaned(False, silent=60.0, granted=granted, began=100.0, beat=130.0, used=seen)
+    assert charge_orphan(far, 9e9, rates)["cpu_time"] == 100
+    # One that went on without finishing its row has measured it.
+    measured = orphaned(False, granted=granted, began=100.0, used={**seen, "gpu_time": 2.0})
+    assert charge_orphan(measured, 140.0, rates) == {
+        "trial_time": 30.0,
+        "cpu_time": 40.0,
+        "gpu_time": 2.0,
+    }
+
+
+def test_a_worker_that_died_long_ago_is_charged_no_longer_than_its_lease() -> None:
+    """Here its death is noticed when the study is resumed, which may be days later."""
+    seen = {"wall_time": 30.0}
+    dead = orphaned(True, granted={}, began=100.0, beat=130.0, used=seen)
+    assert charge_orphan(dead, 90_000.0, {}, lease=60.0) == {"trial_time": 90.0}
+    never_beat = orphaned(True, granted={}, began=100.0)
+    assert charge_orphan(never_beat, 90_000.0, {}, lease=60.0) == {"trial_time": 60.0}
+
+
+def test_rates_are_those_of_the_study_s_trials() -> None:
+    study = optuna.create_study()
+    for cpu_time, wall_time, state in ((3.0, 2.0, "COMPLETE"), (1.0, 2.0, "PRUNED")):
+        usage = {"quota:cpu_time": cpu_time, "quota:wall_time": wall_time}
+        value = 1.0 if state == "COMPLETE" else None
+        study.add_trial(
+            optuna.trial.create_trial(state=TrialState[state], value=value, user_attrs=usage)
+        )
+    study.ask()
+    assert usage_rates(study.trials) == {"cpu_time": 1.5}
 
 
 def test_a_sign_of_life_renews_a_lease() -> None:

@@ -163,19 +163,66 @@ def test_in_a_container_that_shows_nothing_time_and_energy_are_the_devices(run: 
     out = run(
         """
 say(device(0, 0, mj=5000) + "busy 0 0\\n")
+earliest = time.monotonic()
 trial = Trial(gpu_memory=20 * GB).begin()
 say(device(0, 2 * GB, mj=65000) + "busy 0 50\\n")
 begun = time.monotonic()
 for _ in range(3):
     trial.look()
+last = time.monotonic()
 trial.end()
-print(time.monotonic() - begun)
+print(last - begun, time.monotonic() - earliest)
 """
     )
     source, memory, seconds, joules = lines(out)[0].split()
     assert (source, float(memory), float(joules)) == ("device", 2e9, 60.0)
-    assert 0.4 * float(lines(out)[1]) < float(seconds) < 0.6 * float(lines(out)[1])
+    least, most = map(float, lines(out)[1].split())
+    assert 0.4 * least < float(seconds) < 0.6 * most
     assert warnings(out) == []
+
+
+@pytest.mark.parametrize("beside", ["", f"ghost 0 {HOST_PID} 500000000\n"])
+def test_totals_not_reported_by_process_are_the_devices_if_the_trial_is_alone(
+    run: Run, beside: str
+) -> None:
+    out = run(
+        f"""
+NO_SAMPLES = "fail nvmlDeviceGetProcessUtilization 3\\n"
+say(device(0, 0, mj=5000) + NO_SAMPLES + "busy 0 0\\n" + {beside!r})
+trial = Trial().begin()
+mine = f"process 0 {{trial.pid}} {{2 * GB}}\\n"
+say(device(0, 2 * GB, mj=65000) + NO_SAMPLES + "busy 0 50\\n" + mine + {beside!r})
+for _ in range(3):
+    trial.look()
+trial.end()
+"""
+    )
+    source, memory, seconds, joules = lines(out)[0].split()
+    assert (source, float(memory)) == ("process", 2e9)
+    if beside:
+        assert (seconds, joules) == ("None", "None")
+        assert len(warnings(out)) == 2
+    else:
+        assert float(seconds) > 0.1
+        assert float(joules) == 60.0
+        assert warnings(out) == []
+
+
+def test_a_limit_that_no_gpu_lets_be_enforced_says_so_before_the_trial(run: Run) -> None:
+    out = run(
+        """
+say(device(0, 0) + "fail nvmlDeviceGetProcessUtilization 3\\n")
+trial = Trial(gpu_time=60, gpu_memory=GB)
+print("begins")
+trial.begin().end()
+"""
+    )
+    assert out.splitlines()[0] == (
+        "WARNING GPU time is not measured: the GPU does not support it. "
+        "The limit on GPU time can't be enforced here."
+    )
+    assert out.splitlines()[1] == "begins"
+    assert len(warnings(out)) == 1
 
 
 def test_by_device_a_limit_is_a_breach(run: Run) -> None:

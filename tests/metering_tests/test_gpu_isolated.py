@@ -275,3 +275,36 @@ tune(objective, n_trials=2, n_jobs=2, gpus_per_trial=2, gpu_memory=90 * GB)
     )
     held = {row["mine"]: (row["gpu_memory"], row["gpu_source"]) for row in found}
     assert held == {"GPU-3,GPU-1": (4 * GB, "device"), "GPU-2,GPU-0": (12 * GB, "device")}
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_trial_that_found_its_gpu_full_is_tried_again_where_there_is_room(
+    rows: Rows, has_room: bool
+) -> None:
+    elsewhere = 0 if has_room else 79.5
+    found = rows(
+        OOM.replace("say(device(0, 0))", "")
+        + f"""
+def objective(trial):
+    x = trial.suggest_float("x", 0, 1)
+    gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+    trial.set_user_attr("gpu", gpu)
+    if gpu == "GPU-0" or {elsewhere}:
+        # A colleague's job has just started there.
+        mine = f"process {{gpu[4:]}} {{os.getpid()}} {{GB}}\\n"
+        say(device(0, 79 * GB) + device(1, {elsewhere} * GB) + mine)
+        raise OutOfMemoryError(TEXT.format("74.51 GiB"))
+    return x
+
+say(device(0, 0) + device(1, 0))
+tune(objective, n_trials=2, gpus_per_trial=1, gpu_memory=10 * GB)
+""",
+    )
+    first, second = found
+    assert (first["outcome"], first["gpu"]) == ("failed", "GPU-0")
+    assert first["reason"].startswith("The GPU was full")
+    if has_room:
+        assert (second["outcome"], second["gpu"]) == ("completed", "GPU-1")
+        assert (second["retry_of"], second["x"]) == (0, first["x"])
+    else:
+        assert "retry_of" not in second

@@ -313,7 +313,7 @@ def test_tpe_shares_the_point_that_runs() -> None:
 
 
 def test_a_rejected_row_has_all_parameters_of_its_point() -> None:
-    study = run_study(TPESampler(seed=1), 16, on_veto="skip")
+    study = run_study(TPESampler(seed=1, multivariate=True), 16, on_veto="skip")
     assert actions(study)["rejected"] > 0
     for trial in study.trials:
         assert set(trial.params) == {"x", "y", "kind"}

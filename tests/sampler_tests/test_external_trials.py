@@ -8,6 +8,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import (
+    _optuna,
     analyze,
     isolated,
     Limits,
@@ -91,7 +92,7 @@ def test_a_trial_may_report_its_own_usage() -> None:
     assert read_record(small).breach is None
     breach = read_record(large).breach
     assert breach is not None and breach.resource == "memory" and breach.observed == 2 * GIB
-    memory, wall_time = large.constraints.values()
+    memory, wall_time = _optuna.constraints_of(large).values()
     assert memory > 0 > wall_time
     assert status(study).table.loc["cpu_time", "used"] == 90
 

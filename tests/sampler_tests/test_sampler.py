@@ -11,7 +11,7 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import Limits, Quota, QuotaExhausted, QuotaPruner, QuotaSampler
+from optuna_quota import _optuna, Limits, Quota, QuotaExhausted, QuotaPruner, QuotaSampler
 from optuna_quota._metering import key_of, metering_loop
 from optuna_quota._records import read_record
 from optuna_quota._sampler.candidates import CandidateFilter
@@ -111,7 +111,7 @@ def test_a_breached_trial_is_terminated_and_constrained() -> None:
         assert record.outcome == "terminated"
         assert record.breach is not None and record.breach.resource == "memory"
         assert record.reason is not None and record.reason.startswith("Memory limit exceeded")
-        memory, wall_time = trial.constraints.values()
+        memory, wall_time = _optuna.constraints_of(trial).values()
         assert memory > 0 > wall_time
     assert study.user_attrs["quota:limits"] == {"memory": 1, "wall_time": 3600}
     assert study.user_attrs["quota:quota"] == {"wall_time": 3600}

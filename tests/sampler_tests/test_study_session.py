@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import (
+    _optuna,
     check,
     isolated,
     Limits,
@@ -92,7 +93,7 @@ def test_a_total_ends_the_study_without_overrun(
     for trial in terminated:
         breach = read_record(trial).breach
         assert breach is not None and breach.quota and breach.resource == resource
-        assert trial.constraints == {}
+        assert _optuna.constraints_of(trial) == {}
     assert len(quota_warnings()) == 1
 
 
@@ -108,7 +109,7 @@ def test_limits_are_constraints_where_a_quota_runs_out() -> None:
     record = read_record(study.trials[0])
     assert record.outcome == "terminated"
     assert record.breach is not None and record.breach.quota
-    (constraint,) = study.trials[0].constraints.values()
+    (constraint,) = _optuna.constraints_of(study.trials[0]).values()
     assert -1 < constraint < 0
 
 
@@ -235,7 +236,7 @@ def test_a_trial_that_never_ran_has_no_constraints() -> None:
     study.optimize(objective, n_trials=1)
     study.optimize(objective, n_trials=1)
     assert len(study.trials) == 2
-    assert study.trials[-1].constraints == {}
+    assert _optuna.constraints_of(study.trials[-1]) == {}
 
 
 @pytest.mark.slow

@@ -1,0 +1,249 @@
+"""``preemptible``: a worker that may get a signal to end saves its trials for another one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import functools
+import inspect
+import logging
+import os
+from pathlib import Path
+import queue
+import re
+import shutil
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any, TYPE_CHECKING
+
+from optuna.trial import TrialState
+
+from optuna_quota import _optuna
+from optuna_quota._enforcement.nesting import quota_pruners
+from optuna_quota._enforcement.preemption import find_preemption, Preemption, preemption_of
+from optuna_quota._enforcement.pruner import QuotaPruner
+from optuna_quota._records import CHECKPOINT, write_attributes
+from optuna_quota._resources import Limits
+from optuna_quota._storage_retry import reconnect_dead_connections, repair_torn_lines
+from optuna_quota.exceptions import TrialPreempted
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, Trial
+
+
+_logger = logging.getLogger("optuna.quota.preemption")
+
+# What workload managers send before they kill; Windows has no SIGUSR1.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+# Seconds within which signals count as one: a job's may reach a process by several ways.
+_ONE_SIGNAL = 0.1
+# Seconds between two requests to `optimize` to end: it forgets one that comes as it begins.
+_REPEAT = 0.02
+
+
+@contextlib.contextmanager
+def preemptible(
+    study: Study,
+    signals: Sequence[int] = SIGNALS,
+    requeue: bool = True,
+    *,
+    checkpoints: str | os.PathLike[str] | None = None,
+) -> Iterator[None]:
+    """Let a worker end early on a signal without losing its trials.
+
+    On one of the signals no further trial starts, and running ones are asked to stop:
+    :class:`~optuna_quota.TrialPreempted`, a ``LimitBreached``, is raised in isolated trials, which
+    then have their grace period, and ``should_prune`` and ``check`` stop the others. They end as
+    failed with the outcome ``preempted`` and are enqueued again with the same parameters, and
+    ``optimize`` returns. A trial that still returns a value is completed. A second signal kills
+    what still runs.
+
+    Signals that a workload manager sends to all processes of a job have no effect on the processes
+    of isolated trials.
+
+    Example:
+
+        .. code-block:: python
+
+            with preemptible(study, checkpoints="checkpoints"):
+                study.optimize(isolated(objective), n_trials=100)
+
+    Args:
+        study: The study.
+        signals: Numbers of the signals.
+        requeue: Whether preempted trials are enqueued again.
+        checkpoints: A folder, on storage that all workers share. Each trial gets a folder in it,
+            the same as the trial that it repeats: ``trial.user_attrs["quota:checkpoint"]``. It is
+            deleted when the trial completes or is pruned.
+
+    Raises:
+        RuntimeError: If this is not the main thread, the only one that gets signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError(
+            "`preemptible` must be used in the main thread, as Python handles signals there, but "
+            f"this is thread {threading.current_thread().name!r}."
+        )
+    storage = _optuna.storage_of(study)
+    reconnect_dead_connections(storage)
+    repair_torn_lines(storage)
+    preemption, pruner = preemption_of(study), study.pruner
+    before = preemption.requeue, preemption.signals
+    if not quota_pruners(pruner):
+        # Its `should_prune` is what stops trials in process.
+        study.pruner = QuotaPruner(pruner, limits=Limits())
+    folders = None if checkpoints is None else _Checkpoints(study, Path(checkpoints))
+    preemption.requeue, preemption.signals = requeue, (*preemption.signals, *signals)
+    study.optimize = _Optimize(study, folders)  # type: ignore[method-assign]
+    handlers = {}
+    try:
+        with _Watcher(study, preemption) as watcher:
+            for number in signals:
+                handlers[number] = signal.signal(number, watcher.on_signal)
+            yield
+    finally:
+        for number, handler in handlers.items():
+            # None stands for a handler that was not set from Python.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        del study.optimize
+        if study.pruner is not pruner and not quota_pruners(pruner):
+            study.pruner = pruner
+        preemption.requeue, preemption.signals = before
+        preemption.reason = None
+
+
+class _Watcher:
+    """Acts on signals, in a thread: their handlers must take no lock.
+
+    Args:
+        study: The study.
+        preemption: Ends its trials.
+    """
+
+    def __init__(self, study: Study, preemption: Preemption) -> None:
+        self._study = study
+        self._preemption = preemption
+        self._signalled: float | None = None
+        self._commands: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._thread = threading.Thread(
+            target=self._run, name="optuna-quota-preemption", daemon=True
+        )
+
+    def __enter__(self) -> _Watcher:
+        """Start the thread."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the thread."""
+        self._commands.put("end")
+        self._thread.join()
+
+    def on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """Handle a signal in the main thread."""
+        now = time.monotonic()
+        if self._signalled is None:
+            self._signalled = now
+            name = signal.Signals(signum).name
+            self._preemption.reason = f"The worker received {name} and ends."
+            _optuna.stop_optimize(self._study)
+            self._commands.put("stop")
+        elif now - self._signalled > _ONE_SIGNAL:
+            self._commands.put("kill")
+            if _optuna.in_objective(frame):
+                # Nothing else ends a trial in this process that does not check.
+                raise TrialPreempted(self._preemption.reason or "")
+
+    def _run(self) -> None:
+        wait = None
+        while True:
+            with contextlib.suppress(queue.Empty):
+                command = self._commands.get(timeout=wait)
+                if command == "end":
+                    return
+                if command == "kill":
+                    _logger.warning("A second signal: running trials are killed.")
+                    self._preemption.kill()
+                elif self._preemption.reason is not None:
+                    wait = _REPEAT
+                    _logger.warning(
+                        f"{self._preemption.reason} No further trial is started, and running ones "
+                        "are asked to stop. A second signal kills them."
+                    )
+                    self._preemption.request(self._preemption.reason)
+            _optuna.stop_optimize(self._study)
+
+
+class _Optimize:
+    """``study.optimize`` within the block.
+
+    Args:
+        study: The study.
+        folders: The trials' folders for checkpoints.
+    """
+
+    def __init__(self, study: Study, folders: _Checkpoints | None) -> None:
+        self._study = study
+        self._folders = folders
+
+    def __call__(self, func: Callable[[Trial], Any], *args: Any, **kwargs: Any) -> None:
+        """Optimize as the study's class does; do nothing once the worker is to end."""
+        study, folders = self._study, self._folders
+        if preemption_of(study).reason is not None:
+            return
+
+        @functools.wraps(func, updated=())
+        def run_preemptible(trial: Trial) -> Any:
+            error = find_preemption(study, trial)
+            if error is not None:
+                _optuna.stop_optimize(study)
+                raise error
+            if folders is not None:
+                folders.provide(trial)
+            try:
+                return func(trial)
+            except TrialPreempted:
+                find_preemption(study, trial)
+                raise
+
+        optimize = type(study).optimize
+        bound = inspect.signature(optimize).bind(study, run_preemptible, *args, **kwargs)
+        if folders is not None:
+            callbacks = bound.arguments.get("callbacks") or ()
+            bound.arguments["callbacks"] = [folders.clear, *callbacks]
+        optimize(*bound.args, **bound.kwargs)
+
+
+class _Checkpoints:
+    """The folders in which trials keep checkpoints.
+
+    Args:
+        study: The study.
+        base: The folder of all of them.
+    """
+
+    def __init__(self, study: Study, base: Path) -> None:
+        self._base = base.absolute() / re.sub(r"[^\w.-]", "_", study.study_name).strip(".")
+
+    def provide(self, trial: Trial) -> None:
+        """Make a trial's folder, and write its path into the row."""
+        row = _optuna.cached_row(trial)
+        folder = self._folder(row)
+        folder.mkdir(parents=True, exist_ok=True)
+        storage, trial_id = _optuna.storage_of(trial.study), _optuna.trial_id_of(trial)
+        write_attributes(storage, trial_id, user={CHECKPOINT: str(folder)})
+        # Optuna does not read the row again.
+        row.user_attrs = {**row.user_attrs, CHECKPOINT: str(folder)}
+
+    def clear(self, study: Study, trial: FrozenTrial) -> None:
+        """Delete the folder of a trial that does not run again; a callback of ``optimize``."""
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+            # By its number and not as the row says, which others may have written.
+            shutil.rmtree(self._folder(trial), ignore_errors=True)
+
+    def _folder(self, trial: FrozenTrial) -> Path:
+        return self._base / f"trial-{_optuna.first_attempt(trial)}"

@@ -1,0 +1,243 @@
+"""Preemption: trials that have to end now are stored as failed and enqueued again.
+
+It is requested for a study when its worker gets a signal, and for a trial when a deadline is near.
+In process, a trial learns of it in ``should_prune`` or ``check``; an isolated one is stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import contextlib
+from datetime import datetime
+import functools
+import logging
+import os
+import socket
+import threading
+import time
+from typing import Any, TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from optuna.trial import TrialState
+
+from optuna_quota import _optuna
+from optuna_quota._enforcement.trial_result import read_row, save_record
+from optuna_quota._metering import key_of, metering_loop, Verdict
+from optuna_quota._optuna import TellResult
+from optuna_quota._records import PREFIX, RETRY_OF, TrialRecord
+from optuna_quota._storage_retry import is_transient, retry
+from optuna_quota.exceptions import TrialPreempted
+
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.study import Study
+    from optuna.trial import BaseTrial, FrozenTrial
+
+
+_logger = logging.getLogger("optuna.quota.preemption")
+
+# Before a deadline, a trial in this process is stopped so many seconds ahead, or this share of
+# the time that there was, if that is less: it is only asked to stop, and when is not known.
+_MARGIN = 5.0
+_SHARE = 0.1
+
+
+class Preemption:
+    """What ends the running trials of one study in this process.
+
+    Attributes:
+        reason: Why all of them have to end, one sentence; None while they need not.
+        requeue: Whether they are enqueued again.
+        signals: The signals that ask for it, which may reach the processes of the trials too.
+        deadline: When all have to be done, in seconds since the epoch; None for any time.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.requeue = True
+        self.signals: tuple[int, ...] = ()
+        self.deadline: float | None = None
+        self._until_deadline = 0.0
+        self._longest_grace: float | None = None
+        self._stops: dict[int, Callable[[str], None]] = {}
+        self._kills: dict[int, Callable[[], None]] = {}
+        self._lock = threading.Lock()
+
+    def set_deadline(self, deadline: float | None) -> None:
+        """Stop running trials in time before a deadline, in seconds since the epoch."""
+        self.deadline = deadline
+        self._until_deadline = max(0.0, (deadline or 0.0) - time.time())
+
+    @property
+    def margin(self) -> float:
+        """Seconds before the deadline from which on no trial runs undisturbed."""
+        if self._longest_grace is None:
+            return min(_MARGIN, _SHARE * self._until_deadline)
+        return self._margin(self._longest_grace)
+
+    def _margin(self, grace_period: float) -> float:
+        return min(grace_period, self._until_deadline / 2)
+
+    def grace(self, grace_period: float) -> float:
+        """Return the grace period of a trial that is stopped now: it ends with the deadline."""
+        if self.deadline is None:
+            return grace_period
+        return min(grace_period, max(0.0, self.deadline - time.time()))
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the deadline is so near that running trials are stopped."""
+        return self.deadline is not None and time.time() >= self.deadline - self.margin
+
+    def find_reason(self) -> str | None:
+        """Return why running trials have to end, None while they need not."""
+        return self.reason or (self._deadline_reason() if self.is_late else None)
+
+    def _deadline_reason(self) -> str:
+        assert self.deadline is not None
+        at = datetime.fromtimestamp(self.deadline)
+        return f"The worker has to end by its deadline ({at:%Y-%m-%d %H:%M:%S})."
+
+    def request(self, reason: str) -> None:
+        """Stop all trials politely; not to be called from a signal handler."""
+        with self._lock:
+            self.reason = self.reason or reason
+            stops = list(self._stops.values())
+        for stop in stops:
+            stop(reason)
+
+    def kill(self) -> None:
+        """Kill the isolated trials that have not ended yet."""
+        with self._lock:
+            kills = list(self._kills.values())
+        for kill in kills:
+            kill()
+
+    @contextlib.contextmanager
+    def handled_by(
+        self,
+        trial_id: int,
+        stop: Callable[[str], None],
+        kill: Callable[[], None],
+        grace_period: float,
+    ) -> Iterator[None]:
+        """Call these, from any thread, to stop a trial within the block and to kill it."""
+        with self._lock:
+            self._stops[trial_id], self._kills[trial_id] = stop, kill
+            self._longest_grace = max(grace_period, self._longest_grace or 0.0)
+        timer = None
+        reason = self.find_reason()
+        if reason is not None:
+            stop(reason)
+        elif self.deadline is not None:
+            seconds = self.deadline - self._margin(grace_period) - time.time()
+            timer = threading.Timer(max(0.0, seconds), stop, [self._deadline_reason()])
+            timer.daemon = True
+            timer.start()
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+            with self._lock:
+                self._stops.pop(trial_id, None)
+                self._kills.pop(trial_id, None)
+
+
+_preemptions: WeakKeyDictionary[BaseStorage, dict[int, Preemption]] = WeakKeyDictionary()
+
+
+def preemption_of(study: Study) -> Preemption:
+    """Return what ends the trials of a study in this process."""
+    studies = _preemptions.setdefault(_optuna.storage_of(study), {})
+    return studies.setdefault(_optuna.study_id_of(study), Preemption())
+
+
+if hasattr(os, "register_at_fork"):
+    # The trials are the parent's, and its locks may have been held at the fork.
+    os.register_at_fork(after_in_child=_preemptions.clear)
+
+
+def find_preemption(study: Study, trial: BaseTrial | FrozenTrial) -> TrialPreempted | None:
+    """Return the error that ends a running trial which has to run again, None for any other.
+
+    The trial is stored as failed and enqueued again when its objective has raised.
+    """
+    study = _optuna.unwrap_study(study)
+    trial_id = _optuna.trial_id_of(trial)
+    reason = preemption_of(study).find_reason()
+    if reason is None:
+        return None
+    monitor = metering_loop().find(key_of(study, trial))
+    if monitor is None or monitor.breach is None:
+        end_as_preempted(study, trial_id, reason)
+        if monitor is not None and monitor.verdict is None:
+            monitor.verdict = Verdict("preempted", reason)
+    return TrialPreempted(reason)
+
+
+def end_as_preempted(study: Study, trial_id: int, reason: str) -> None:
+    """Have a trial stored as failed and enqueued again when it is told, unless it has a value."""
+    _optuna.replace_tell(
+        study, trial_id, functools.partial(_tell_preempted, study, trial_id, reason)
+    )
+
+
+def _tell_preempted(
+    study: Study,
+    trial_id: int,
+    reason: str,
+    tell: Callable[[Any, TrialState | None], TellResult],
+    value: Any,
+    state: TrialState | None,
+) -> TellResult:
+    """End a preempted trial in the place of ``tell``; ``optimize`` goes on to its end."""
+    preemption, storage = preemption_of(study), _optuna.storage_of(study)
+    row = retry(lambda: storage.get_trial(trial_id))
+    if row.state.is_finished():
+        # Whatever finished it has enqueued it, if it is to run again.
+        return TrialState.PRUNED, None, None
+    if state is not None:
+        record = TrialRecord(outcome="preempted", reason=reason, host=socket.gethostname())
+        save_record(study, row, record)
+        value, state = None, TrialState.FAIL
+    try:
+        result = tell(value, state)
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        # Its usage is in the row already.
+        retry(lambda: _optuna.finish_row(storage, trial_id, TrialState.FAIL))
+        result = TrialState.FAIL, None, reason
+    if result[0] != TrialState.FAIL:
+        return result
+    if preemption.requeue:
+        enqueue_again(study, read_row(study, row), "was preempted")
+    if state is None or isinstance(_optuna.objective_error(), KeyboardInterrupt):
+        return result
+    # For a failed trial, `optimize` would raise what its objective raised.
+    return TrialState.PRUNED, None, None
+
+
+def enqueue_again(study: Study, row: FrozenTrial, why: str) -> None:
+    """Enqueue a trial again, once; one without parameters would be any trial.
+
+    Args:
+        study: The study.
+        row: The trial.
+        why: What happened to it, for the log.
+    """
+    if not (row.params or _optuna.fixed_params_of(row)):
+        return
+    kept = {k: v for k, v in row.user_attrs.items() if not k.startswith(PREFIX)}
+    kept[RETRY_OF] = row.number
+
+    def enqueue() -> None:
+        # The attempt before may have been stored although its answer was lost.
+        trials = study.get_trials(deepcopy=False)
+        if not any(trial.user_attrs.get(RETRY_OF) == row.number for trial in trials):
+            _optuna.enqueue_retry(study, row, kept)
+
+    retry(enqueue)
+    _logger.info(f"Trial {row.number} {why} and is enqueued again.")

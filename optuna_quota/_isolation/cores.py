@@ -1,0 +1,204 @@
+"""Confines isolated trials to cores of their own: processors, and threads of libraries.
+
+Libraries that start a thread for each core of the machine, in each of several trials, make all of
+these slower. So a trial with a limit on cores gets as many processors, other ones than the trials
+beside it where there are enough, and its thread pools are as large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+import contextlib
+from dataclasses import dataclass
+import importlib
+import importlib.util
+import logging
+import math
+import os
+import socket
+import sys
+import threading
+from typing import Any
+
+from optuna_quota._isolation.modules import after_import
+
+
+_logger = logging.getLogger("optuna.quota.isolated")
+
+# What libraries read when they are loaded. A process that the trial starts inherits them.
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "NUMEXPR_MAX_THREADS",
+    "NUMBA_NUM_THREADS",
+    "POLARS_MAX_THREADS",
+    "RAYON_NUM_THREADS",
+    "TF_NUM_INTRAOP_THREADS",
+    "TF_NUM_INTEROP_THREADS",
+    "LOKY_MAX_CPU_COUNT",
+    "PYTHON_CPU_COUNT",
+)
+
+# Names of abstract sockets, which all processes of a machine or container see, and which are gone
+# with their process: the processors that trials of this worker have.
+_PREFIX = "\0optuna-quota/cpu/"
+
+
+@dataclass(frozen=True)
+class Cores:
+    """The cores of one trial.
+
+    Attributes:
+        cpus: Numbers of the processors; empty where the system can't bind a process to some.
+        threads: The threads of each pool.
+    """
+
+    cpus: tuple[int, ...]
+    threads: int
+
+
+def choose_cores(
+    limit: float, allowed: Collection[int], trials: Mapping[int, int], taken: Collection[int] = ()
+) -> Cores:
+    """Return the cores of a trial: those that the fewest other trials have (pure).
+
+    Args:
+        limit: The cores that the trial may keep busy; a part of one counts as a whole processor.
+        allowed: The processors that the worker may use, empty if unknown.
+        trials: How many of this worker's trials have each processor.
+        taken: The processors that trials of other workers have.
+    """
+    order = sorted(allowed, key=lambda cpu: (trials.get(cpu, 0) + (cpu in taken), cpu))
+    cpus = tuple(sorted(order[: math.ceil(limit)]))
+    threads = max(1, math.floor(limit))
+    return Cores(cpus, min(threads, len(cpus)) if cpus else threads)
+
+
+class CorePool:
+    """The processors that this worker may use, and how many of its trials have each."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._trials: dict[int, int] = {}
+        self._names: dict[int, socket.socket] = {}
+
+    @contextlib.contextmanager
+    def claim(self, limit: float | None) -> Iterator[Cores | None]:
+        """Give cores to a trial while it runs; None without a limit.
+
+        Args:
+            limit: The cores that it may keep busy.
+        """
+        if limit is None:
+            yield None
+            return
+        with self._lock:
+            cores = self._take(limit)
+        try:
+            yield cores
+        finally:
+            with self._lock:
+                for cpu in cores.cpus:
+                    self._trials[cpu] -= 1
+                    if not self._trials[cpu] and cpu in self._names:
+                        self._names.pop(cpu).close()
+
+    def _take(self, limit: float) -> Cores:
+        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+        taken: set[int] = set()
+        while True:
+            cores = choose_cores(limit, allowed, self._trials, taken)
+            # To be the first with a name is to have the processor, whatever others do meanwhile.
+            new = {cpu for cpu in cores.cpus if cpu not in self._names and cpu not in taken}
+            refused = {cpu for cpu in new if not self._publish(cpu)}
+            if not refused:
+                break
+            for cpu in new - refused:
+                self._names.pop(cpu).close()
+            taken |= refused
+        for cpu in cores.cpus:
+            self._trials[cpu] = self._trials.get(cpu, 0) + 1
+        return cores
+
+    def _publish(self, cpu: int) -> bool:
+        """Return whether no other worker's trial has a processor, and let others see this one."""
+        if not sys.platform.startswith("linux"):
+            return True
+        name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            name.bind(f"{_PREFIX}{cpu}")
+        except OSError:
+            name.close()
+            return False
+        self._names[cpu] = name
+        return True
+
+    def reset_after_fork(self) -> None:
+        """Leave the processors to the parent, in the child after a fork."""
+        for name in self._names.values():
+            name.close()
+        self._lock, self._trials, self._names = threading.Lock(), {}, {}
+
+
+core_pool = CorePool()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: core_pool.reset_after_fork())
+
+
+def confine(cores: Cores) -> None:
+    """Confine this process, its threads and the processes that it will start.
+
+    Args:
+        cores: The cores of the trial.
+    """
+    if cores.cpus:
+        try:
+            # Each thread has an affinity of its own, and hands it on.
+            for thread in os.listdir("/proc/self/task"):
+                os.sched_setaffinity(int(thread), cores.cpus)
+        except OSError as error:
+            _logger.info(f"The trial can't be bound to processors {cores.cpus}: {error}")
+    for name in _THREAD_VARIABLES:
+        if _number(os.environ.get(name)) > cores.threads:
+            os.environ[name] = str(cores.threads)
+    _limit_loaded_pools(cores.threads)
+    after_import("torch", lambda torch: _limit_torch(torch, cores.threads))
+    after_import("numexpr", lambda numexpr: _limit_numexpr(numexpr, cores.threads))
+
+
+def _number(text: str | None) -> float:
+    """Return the threads that a variable allows; of a list by nesting level, the outermost."""
+    try:
+        number = int((text or "").split(",")[0])
+    except ValueError:
+        return math.inf
+    return number if number > 0 else math.inf
+
+
+def _limit_loaded_pools(threads: int) -> None:
+    """Limit the pools of BLAS and OpenMP libraries that were loaded before the trial."""
+    if importlib.util.find_spec("threadpoolctl") is None:
+        return
+    pools: Any = importlib.import_module("threadpoolctl")
+    for library in pools.ThreadpoolController().lib_controllers:
+        if library.num_threads is None or library.num_threads > threads:
+            library.set_num_threads(threads)
+
+
+def _limit_torch(torch: Any, threads: int) -> None:
+    if torch.get_num_threads() > threads:
+        torch.set_num_threads(threads)
+    if torch.get_num_interop_threads() > threads:
+        # Only before the first parallel work of the process.
+        with contextlib.suppress(RuntimeError):
+            torch.set_num_interop_threads(threads)
+
+
+def _limit_numexpr(numexpr: Any, threads: int) -> None:
+    if numexpr.nthreads > threads:
+        numexpr.set_num_threads(threads)

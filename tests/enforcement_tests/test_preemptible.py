@@ -1,0 +1,245 @@
+"""A worker that gets a signal saves its trials, whose objectives check for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import os
+from pathlib import Path
+import signal
+import threading
+import time
+
+import optuna
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import (
+    check,
+    LimitBreached,
+    Limits,
+    preemptible,
+    Quota,
+    QuotaPruner,
+    QuotaSampler,
+    TrialPreempted,
+)
+from optuna_quota._records import read_record
+
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs POSIX signals")
+
+
+def send(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("It took longer than a minute.")
+
+
+def objective_that_prunes(trial: optuna.Trial) -> float:
+    x = trial.suggest_float("x", 0, 1)
+    if trial.number == 1:
+        send()
+    trial.report(x, 0)
+    if trial.should_prune():
+        raise optuna.TrialPruned
+    return x
+
+
+def objective_that_checks(trial: optuna.Trial) -> float:
+    x = trial.suggest_float("x", 0, 1)
+    if trial.number == 1:
+        send(signal.SIGUSR1)
+    check(trial)
+    return x
+
+
+def make_study(kind: str) -> optuna.Study:
+    sampler = optuna.samplers.RandomSampler(seed=1)
+    if kind == "plain":
+        return optuna.create_study(sampler=sampler)
+    return optuna.create_study(
+        sampler=QuotaSampler(sampler, quota=Quota(n_trials=9)),
+        pruner=QuotaPruner(limits=Limits(wall_time="1h")),
+    )
+
+
+@pytest.mark.parametrize("kind", ["plain", "quota"])
+@pytest.mark.parametrize("objective", [objective_that_prunes, objective_that_checks])
+def test_a_preempted_trial_runs_again(
+    kind: str, objective: Callable[[optuna.Trial], float]
+) -> None:
+    study = make_study(kind)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    pruner = study.pruner
+    with preemptible(study):
+        study.optimize(objective, n_trials=5)
+        study.optimize(objective, n_trials=5)  # starts nothing
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+    assert study.pruner is pruner
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "WAITING"]
+    ended, retry = study.trials[1:]
+    assert read_record(ended).outcome == "preempted"
+    assert "SIG" in (read_record(ended).reason or "")
+    assert retry.user_attrs["quota:retry_of"] == 1
+    study.optimize(objective, n_trials=2)
+    assert [t.state.name for t in study.trials[2:]] == ["COMPLETE", "COMPLETE"]
+    assert study.trials[2].params == ended.params
+    assert study.trials[2].user_attrs["quota:retry_of"] == 1
+
+
+def test_all_trials_of_several_threads_end() -> None:
+    running = threading.Barrier(3, timeout=60)
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        running.wait()
+        if trial.number == 0:
+            send()
+        until(trial.should_prune)
+        raise optuna.TrialPruned
+
+    study = optuna.create_study()
+    with preemptible(study):
+        study.optimize(objective, n_trials=9, n_jobs=3)
+    states = [trial.state for trial in study.trials]
+    assert states == [TrialState.FAIL] * 3 + [TrialState.WAITING] * 3
+    again = [trial.user_attrs["quota:retry_of"] for trial in study.trials[3:]]
+    assert sorted(again) == [0, 1, 2]
+
+
+def test_without_requeue() -> None:
+    study = make_study("quota")
+    with preemptible(study, requeue=False):
+        study.optimize(objective_that_prunes, n_trials=5)
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL"]
+
+
+def test_a_trial_that_returns_a_value_is_completed() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        send()
+        return trial.suggest_float("x", 0, 1)
+
+    study = make_study("quota")
+    with preemptible(study):
+        study.optimize(objective, n_trials=5)
+    assert [t.state.name for t in study.trials] == ["COMPLETE"]
+
+
+def test_the_base_pruner_still_prunes() -> None:
+    study = optuna.create_study(pruner=optuna.pruners.ThresholdPruner(upper=0.5))
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.report(1.0, 0)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+        return 1.0
+
+    with preemptible(study):
+        study.optimize(objective, n_trials=1)
+    assert study.trials[0].state == TrialState.PRUNED
+
+
+def test_a_second_signal_ends_a_trial_that_does_not_check() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        send()
+        time.sleep(0.2)  # two signals at once count as one
+        send()
+        raise AssertionError("It went on.")
+
+    study = make_study("quota")
+    with preemptible(study):
+        study.optimize(objective, n_trials=5)
+    assert [t.state.name for t in study.trials] == ["FAIL", "WAITING"]
+    assert read_record(study.trials[0]).outcome == "preempted"
+
+
+def test_no_trial_starts_after_a_signal_before_optimize() -> None:
+    study = make_study("plain")
+    with preemptible(study):
+        send()
+        study.optimize(objective_that_checks, n_trials=5)
+    assert study.trials == []
+    study.optimize(objective_that_checks, n_trials=1)
+    assert len(study.trials) == 1
+
+
+def test_ask_and_tell() -> None:
+    study = make_study("plain")
+    with preemptible(study):
+        trial = study.ask()
+        trial.suggest_float("x", 0, 1)
+        send()
+        until(lambda: isinstance(_raised_by(trial), TrialPreempted))
+        study.tell(trial, state=TrialState.PRUNED)
+    assert [t.state.name for t in study.trials] == ["FAIL", "WAITING"]
+
+
+def _raised_by(trial: optuna.Trial) -> BaseException | None:
+    try:
+        check(trial)
+    except LimitBreached as error:
+        return error
+    return None
+
+
+def test_a_trial_that_was_finished_from_outside_is_not_enqueued() -> None:
+    study = make_study("plain")
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        send()
+        check(trial)
+        return 0.0
+
+    with preemptible(study):
+        study.optimize(objective, n_trials=5)
+    assert [t.state.name for t in study.trials] == ["FAIL"]
+
+
+def test_checkpoints_are_shared_with_retries_and_deleted_at_the_end(tmp_path: Path) -> None:
+    study = optuna.create_study(study_name="a study: 1/2")
+    seen = []
+
+    def objective(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        folder = Path(trial.user_attrs["quota:checkpoint"])
+        seen.append((folder, [path.name for path in folder.iterdir()]))
+        (folder / str(trial.number)).touch()
+        if trial.number < 2:
+            send()
+        check(trial)
+        return x
+
+    for _ in range(3):
+        with preemptible(study, checkpoints=tmp_path):
+            study.optimize(objective, n_trials=1)
+    assert [t.state.name for t in study.trials] == ["FAIL", "FAIL", "COMPLETE"]
+    folder = seen[0][0]
+    assert [entry[0] for entry in seen] == [folder] * 3
+    assert [sorted(names) for _, names in seen] == [[], ["0"], ["0", "1"]]
+    assert tmp_path in folder.parents
+    assert not folder.exists()
+
+
+def test_handlers_are_refused_outside_of_the_main_thread() -> None:
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            with preemptible(make_study("plain")):
+                pass
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert "main thread" in str(errors[0])

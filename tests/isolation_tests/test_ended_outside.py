@@ -1,0 +1,92 @@
+"""An isolated trial whose row something else has finished is stopped, and the study goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+import threading
+import time
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import isolated, LimitBreached, Quota, QuotaSampler
+
+
+def until(condition: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("It took longer than a minute.")
+
+
+def wait_for_the_end(trial: optuna.Trial) -> float:
+    trial.suggest_float("x", 0, 1)
+    folder = Path(trial.study.user_attrs["folder"])
+    if trial.number == 0:
+        (folder / "begun").touch()
+        try:
+            time.sleep(600)
+        except LimitBreached as error:
+            (folder / "stopped").write_text(str(error))
+            raise
+    return 1.0
+
+
+def act_when_begun(folder: Path, act: Callable[[], Any]) -> threading.Thread:
+    def run() -> None:
+        until((folder / "begun").exists)
+        act()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "quota"])
+def test_a_trial_that_is_failed_from_outside(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    sampler = QuotaSampler(quota=Quota(n_trials=9)) if kind == "quota" else None
+    study = optuna.create_study(study_name="s", storage=storage, sampler=sampler)
+    study.set_user_attr("folder", str(tmp_path))
+    operator = optuna.load_study(study_name="s", storage=storage)
+    optuna.logging.enable_propagation()
+    thread = act_when_begun(tmp_path, lambda: operator.tell(0, state=TrialState.FAIL))
+    study.optimize(isolated(wait_for_the_end, grace_period=60), n_trials=2)
+    thread.join()
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert "from outside" in (tmp_path / "stopped").read_text()
+    assert "Trial 0 is stopped. Its row was marked as FAIL from outside." in caplog.text
+    assert "could not record" not in caplog.text
+
+
+@pytest.mark.slow
+def test_a_trial_of_a_study_that_is_deleted(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    study = optuna.create_study(study_name="s", storage=storage)
+    study.set_user_attr("folder", str(tmp_path))
+    thread = act_when_begun(tmp_path, lambda: optuna.delete_study(study_name="s", storage=storage))
+    with pytest.raises(KeyError):
+        study.optimize(isolated(wait_for_the_end, grace_period=60), n_trials=2)
+    thread.join()
+    assert "deleted" in (tmp_path / "stopped").read_text()
+
+
+def test_a_trial_in_process_that_was_failed_from_outside() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        if trial.number == 0:
+            trial.study.tell(trial.number, state=TrialState.FAIL)
+        return x
+
+    study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9)))
+    study.optimize(objective, n_trials=2)
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    with pytest.raises(ValueError, match="Cannot tell"):
+        study.tell(0, 1.0)

@@ -1,0 +1,197 @@
+"""A trial is used by the processes that its objective starts, and within signal handlers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+import contextlib
+import multiprocessing
+import os
+from pathlib import Path
+import pickle
+import signal
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import check, isolated, LimitBreached, Limits, QuotaPruner
+from optuna_quota._isolation.rpc import Proxy, RemoteObjects, RemoteTrial, RpcClient, TrialFacts
+from optuna_quota._records import read_record
+from tests.isolation_tests.trials import MIB
+
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+METHODS = ["fork", pytest.param("spawn", marks=pytest.mark.slow), "forkserver"]
+POSIX = pytest.mark.skipif(os.name != "posix", reason="needs fork and signals")
+
+
+def optimize(objective: Callable[..., Any], **options: Any) -> optuna.trial.FrozenTrial:
+    study = optuna.create_study(**options)
+    study.optimize(isolated(objective), n_trials=1)
+    return study.trials[0]
+
+
+def work_as_rank(trial: optuna.Trial, rank: int) -> None:
+    """What ranks do; each call is answered, whatever the others ask meanwhile."""
+    x = trial.suggest_float("x", 0, 1)
+    trial.set_user_attr(f"x of {rank}", x)
+    for step in range(10):
+        name = f"{rank}-{step}"
+        n = trial.suggest_int(name, 0, 1000)
+        assert trial.params[name] == n
+        trial.report(n, 100 * rank + step)
+        assert not trial.should_prune()
+        trial.set_user_attr(name, n)
+    check(trial)
+    assert trial.study.study_name == trial.user_attrs["name"]
+
+
+def run_ranks(trial: optuna.Trial, method: Any) -> float:
+    context = multiprocessing.get_context(method)
+    trial.set_user_attr("name", trial.study.study_name)
+    ranks = [context.Process(target=work_as_rank, args=(trial, rank)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    work_as_rank(trial, 2)
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    return trial.suggest_float("x", 0, 1)
+
+
+@POSIX
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_share_the_trial(method: str) -> None:
+    trial = optimize(lambda trial: run_ranks(trial, method), pruner=optuna.pruners.NopPruner())
+    assert trial.value == trial.params["x"]
+    for rank in range(3):
+        assert trial.user_attrs[f"x of {rank}"] == trial.value
+        for step in range(10):
+            n = trial.params[f"{rank}-{step}"]
+            assert trial.user_attrs[f"{rank}-{step}"] == n
+            assert trial.intermediate_values[100 * rank + step] == n
+
+
+def square(trial: optuna.Trial, name: str) -> float:
+    return trial.suggest_float(name, 0, 1) ** 2
+
+
+@POSIX
+def test_workers_of_a_pool_get_the_trial_with_each_task() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        names = [f"x{i}" for i in range(8)]
+        context = multiprocessing.get_context("forkserver")
+        with ProcessPoolExecutor(2, mp_context=context) as pool:
+            return sum(pool.map(square, 8 * [trial], names))
+
+    trial = optimize(objective)
+    assert trial.value == pytest.approx(sum(x**2 for x in trial.params.values()))
+    assert len(trial.params) == 8
+
+
+@POSIX
+def test_a_forked_process_has_its_own_connection() -> None:
+    """Else the answers to both would be mixed up."""
+
+    def objective(trial: optuna.Trial) -> float:
+        pid = os.fork()
+        for _ in range(200):
+            trial.set_user_attr(str(pid == 0), True)
+            assert trial.suggest_int(f"n {pid == 0}", 0, 9) == trial.params[f"n {pid == 0}"]
+        if pid == 0:
+            os._exit(0)
+        return float(os.waitpid(pid, 0)[1])
+
+    trial = optimize(objective)
+    assert trial.value == 0
+    assert set(trial.params) == {"n True", "n False"}
+
+
+def prune_in_rank(trial: optuna.Trial, results: Any) -> None:
+    trial.report(1, 0)
+    results.put(trial.should_prune())
+
+
+@POSIX
+def test_a_rank_learns_that_the_trial_is_to_be_pruned() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        context = multiprocessing.get_context("fork")
+        results = context.SimpleQueue()
+        rank = context.Process(target=prune_in_rank, args=(trial, results))
+        rank.start()
+        if results.get():
+            raise optuna.TrialPruned
+        return 0.0
+
+    threshold = optuna.pruners.ThresholdPruner(upper=0.5)
+    trial = optimize(objective, pruner=QuotaPruner(threshold, limits=Limits(memory="1GiB")))
+    assert trial.state == TrialState.PRUNED
+    assert trial.intermediate_values == {0: 1}
+
+
+def fill_memory(trial: optuna.Trial, folder: str) -> None:
+    held = b"x" * (200 * MIB)
+    try:
+        while True:
+            check(trial)
+    except LimitBreached as error:
+        Path(folder, "breach").write_text(f"{error.resource} {len(held)}")
+
+
+@POSIX
+def test_a_rank_that_takes_too_much_memory_ends_the_trial(tmp_path: Path) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        if trial.number == 1:
+            return 0.0
+        context = multiprocessing.get_context("forkserver")
+        rank = context.Process(target=fill_memory, args=(trial, str(tmp_path)))
+        rank.start()
+        rank.join()
+        return 1.0
+
+    study = optuna.create_study(pruner=QuotaPruner(limits=Limits(memory=150 * MIB)))
+    study.optimize(isolated(objective, grace_period=0), n_trials=2)
+    record = read_record(study.trials[0])
+    assert record.breach is not None and record.breach.resource == "memory"
+    assert [t.state for t in study.trials] == [TrialState.PRUNED, TrialState.COMPLETE]
+
+
+def test_what_comes_back_to_its_own_process_is_itself() -> None:
+    """``study.tell(trial, …)`` and the like get the trial, and make no call to themselves."""
+    trial = optuna.create_study().ask()
+    with contextlib.closing(RemoteObjects(trial)) as remote:
+        address, calls = remote.listener.address, RpcClient(remote.listener.address)
+        facts = TrialFacts(address, trial.number, None, None, None)
+        proxy = Proxy(calls, remote.handle(trial.study))
+        assert pickle.loads(pickle.dumps(RemoteTrial(calls, facts))) is trial
+        assert pickle.loads(pickle.dumps(proxy)) is trial.study
+    assert type(pickle.loads(pickle.dumps(proxy))) is Proxy
+
+
+@POSIX
+def test_a_signal_handler_may_call_the_trial_within_a_call() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        calls = 0
+
+        def handle(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            trial.set_user_attr("handler", calls)
+            assert trial.user_attrs["handler"] == calls
+            signal.setitimer(signal.ITIMER_REAL, 0.001)
+
+        signal.signal(signal.SIGALRM, handle)
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+        n = 0
+        while calls < 100:
+            n += 1
+            trial.set_user_attr("objective", n)
+            assert trial.user_attrs["objective"] == n
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return float(calls)
+
+    trial = optimize(objective)
+    assert trial.value is not None and trial.value >= 100

@@ -1,0 +1,198 @@
+"""No trial starts that would most likely not be done by the deadline; running ones are stopped."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+import os
+from pathlib import Path
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+import pytest
+
+from optuna_quota import check, isolated, Quota, QuotaExhausted, QuotaSampler, Usage
+from optuna_quota._enforcement.preemption import Preemption, preemption_of
+from optuna_quota._records import read_record
+from optuna_quota._sampler.deadline import parse_deadline, refuse_late
+from tests.isolation_tests.trials import needs_supervisor
+
+
+NOW = 1_800_000_000.0
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [(90, 90.0), ("2h", 7200.0), (timedelta(minutes=1), 60.0)]
+)
+def test_a_deadline_from_now_on(value: Any, seconds: float) -> None:
+    assert parse_deadline(value, NOW) == NOW + seconds
+
+
+def test_a_datetime() -> None:
+    at = datetime.fromtimestamp(NOW) + timedelta(hours=1)
+    assert parse_deadline(at, NOW) == NOW + 3600
+    assert parse_deadline(at.astimezone(timezone.utc), NOW) == NOW + 3600
+    with pytest.raises(ValueError, match="in the future"):
+        parse_deadline(at, NOW + 7200)
+
+
+@pytest.mark.parametrize("value", ["soon", 0, -1, "90"])
+def test_what_is_no_deadline(value: Any) -> None:
+    with pytest.raises(ValueError, match="deadline"):
+        QuotaSampler(quota=Quota(n_trials=9), deadline=value)
+
+
+@pytest.mark.parametrize(
+    ("left", "likely", "starts"),
+    [(100, None, True), (100, 90, True), (100, 91, False), (10, None, False), (-1, 1, False)],
+)
+def test_whether_a_trial_starts(left: float, likely: float | None, starts: bool) -> None:
+    refusal = refuse_late(NOW + left, NOW, likely, margin=10.0)
+    assert (refusal is None) == starts
+    if likely == 91 and refusal is not None:
+        assert "1 min 40 s are left" in refusal.reason
+        assert "1 min 31 s" in refusal.reason
+
+
+def fake_slurm(folder: Path, **commands: str) -> dict[str, str]:
+    for name, text in commands.items():
+        path = folder / name
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+
+
+def test_the_end_of_a_slurm_job(tmp_path: Path) -> None:
+    end = datetime.fromtimestamp(NOW)
+    told = f"echo {end:%Y-%m-%dT%H:%M:%S}"
+    environment = {"SLURM_JOB_END_TIME": str(int(NOW))}
+    assert parse_deadline("slurm", 0.0, environment) == NOW
+    assert parse_deadline("slurm", 0.0, fake_slurm(tmp_path, squeue=told)) == NOW
+    shown = f"echo 'StartTime=2001-01-01T00:00:00 EndTime={end:%Y-%m-%dT%H:%M:%S} Deadline=N/A'"
+    both = fake_slurm(tmp_path, squeue="exit 1", scontrol=shown)
+    assert parse_deadline("slurm", 0.0, both) == NOW
+
+
+def test_no_end_of_a_slurm_job(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs a SLURM job"):
+        parse_deadline("slurm", NOW, {})
+    endless = fake_slurm(tmp_path, squeue="echo N/A", scontrol="echo EndTime=Unknown")
+    with pytest.raises(ValueError, match="SLURM job 17, but squeue said 'N/A'"):
+        parse_deadline("slurm", NOW, endless)
+
+
+def completed(hours: float) -> optuna.trial.FrozenTrial:
+    trial = optuna.trial.create_trial(
+        state=TrialState.COMPLETE,
+        value=1.0,
+        params={"x": 0.5},
+        distributions={"x": optuna.distributions.FloatDistribution(0, 1)},
+    )
+    end = datetime.now()
+    trial.datetime_start, trial.datetime_complete = end - timedelta(hours=hours), end
+    return trial
+
+
+@pytest.mark.parametrize(("hours", "starts"), [(0.5, True), (2.0, False)])
+@pytest.mark.parametrize("known_from", ["footprint", "trials"])
+def test_a_trial_that_would_not_be_done_does_not_start(
+    hours: float, starts: bool, known_from: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    footprint = Usage(wall_time=3600 * hours) if known_from == "footprint" else None
+    sampler = QuotaSampler(quota=Quota(n_trials=9), deadline="1h", footprint=footprint)
+    study = optuna.create_study(sampler=sampler)
+    if known_from == "trials":
+        study.add_trials([completed(hours)] * 3)
+    before = len(study.trials)
+    optuna.logging.enable_propagation()
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+    done = [t for t in study.trials[before:] if t.state == TrialState.COMPLETE]
+    assert len(done) == (3 if starts else 0)
+    lines = [line for line in caplog.messages if "The study ends here" in line]
+    assert len(lines) == (0 if starts else 1)
+    if not starts:
+        assert "are left until the deadline" in lines[0]
+        with pytest.raises(QuotaExhausted, match="deadline"):
+            study.ask()
+
+
+def test_a_trial_in_process_is_stopped_and_the_study_ends() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        if trial.number == 1:
+            preemption_of(study).set_deadline(time.time())
+        check(trial)
+        return x
+
+    sampler = QuotaSampler(quota=Quota(n_trials=9), deadline="1h")
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(objective, n_trials=5)
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "WAITING"]
+    record = read_record(study.trials[1])
+    assert record.outcome == "preempted"
+    assert "deadline" in (record.reason or "")
+
+
+def test_an_isolated_trial_is_stopped_ahead_by_its_grace_period() -> None:
+    preemption, stopped = Preemption(), threading.Event()
+    preemption.set_deadline(time.time() + 3600)
+    with preemption.handled_by(0, lambda reason: stopped.set(), stopped.set, 1.0):
+        assert not stopped.is_set()
+        assert preemption.margin == 1.0
+    assert preemption.grace(10_000.0) <= 3600
+    preemption.set_deadline(time.time() + 1)
+    with preemption.handled_by(0, lambda reason: stopped.set(), stopped.set, 0.9):
+        assert stopped.wait(timeout=60)
+
+
+SCRIPT = """
+    import sys, time
+    import optuna
+    from optuna_quota import LimitBreached, Quota, QuotaSampler, isolated
+
+    def objective(trial):
+        trial.suggest_float("x", 0, 1)
+        time.sleep(600)
+
+    study = optuna.create_study(
+        storage=sys.argv[1], study_name="s",
+        sampler=QuotaSampler(quota=Quota(n_trials=9), deadline="slurm"),
+    )
+    study.enqueue_trial({"x": 0.5})
+    study.optimize(isolated(objective, grace_period=600))
+    sys.exit(3)
+"""
+
+
+@pytest.mark.slow
+@needs_supervisor
+def test_a_slurm_job(tmp_path: Path) -> None:
+    """Its only trial takes longer than the job: it is stopped, and enqueued for the next job."""
+    script, storage = tmp_path / "tune.py", f"sqlite:///{tmp_path / 'study.db'}"
+    script.write_text(textwrap.dedent(SCRIPT))
+    squeue = "date -d '+10 seconds' +%Y-%m-%dT%H:%M:%S"
+    environment = {**os.environ, **fake_slurm(tmp_path, squeue=squeue)}
+    ended = subprocess.run(
+        [sys.executable, str(script), storage],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        timeout=110,
+        check=False,
+    )
+    assert ended.returncode == 3
+    study = optuna.load_study(study_name="s", storage=storage)
+    assert [t.state.name for t in study.trials] == ["FAIL", "WAITING"]
+    assert read_record(study.trials[0]).outcome == "preempted"
+    assert study.trials[1].user_attrs["quota:retry_of"] == 0
+
+
+def test_an_isolated_trial_without_a_deadline_is_not_disturbed() -> None:
+    study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9), deadline="1h"))
+    study.optimize(isolated(lambda trial: trial.suggest_float("x", 0, 1)), n_trials=1)
+    assert study.trials[0].state == TrialState.COMPLETE
