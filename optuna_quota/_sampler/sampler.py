@@ -81,8 +81,8 @@ class QuotaSampler(BaseSampler):
         strategy: What is about to run, to project it.
         footprint: What a trial is expected to use: a :class:`Usage`, a function from parameters
             to one, or a fitted model. Without one it is learned from the study's own trials. A
-            function is called once for each point, and with complete points only: those with all parameters of the
-            ``strategy``'s search space, or of a trial that completed.
+            function is called once for each point, and with complete points only: those with
+            all parameters of the ``strategy``'s search space, or of a trial that completed.
         confidence: Probability, one-sided, with which what is admitted has to fit.
         deadline: When this worker has to be done: a duration from now on (seconds or text with its
             unit), a datetime, or ``"slurm"`` for the end of the SLURM job that it runs in. No
