@@ -310,7 +310,10 @@ def _tell_or_replacement(
         if replacement is None:
             return tell(value_or_values, state)
         return replacement(tell, value_or_values, state)
-    except (KeyError, ValueError, UpdateFinishedTrialError):
+    except (KeyError, ValueError, UpdateFinishedTrialError) as error:
+        if raised_by_constraints_func(error):
+            # The row was finished here, in spite of it.
+            raise
         in_optimize = _find_frame("_run_trial", "optuna.study._optimize") is not None
         end = describe_end(study, key[1]) if is_tolerant and in_optimize else None
         if end is None:

@@ -209,3 +209,11 @@ def test_the_nearest_of_uncertain_strategies_fits_when_projected_itself(seed: in
 def test_a_notebook_shows_the_text() -> None:
     shown = project(Strategy(2), Usage(memory="1GiB"), quota=Quota(memory="2GiB"))
     assert shown._repr_html_() == f"<pre>{shown}</pre>"
+
+
+def test_a_projection_without_any_known_usage_claims_nothing() -> None:
+    projection = project(Strategy(10), Usage(wall_time=1.0), quota=Quota(memory="1GiB"))
+
+    assert "as far as known: probability unknown" in str(projection)
+    some = project(Strategy(10), Usage(wall_time=1.0), quota=Quota(memory="1GiB", wall_time=100))
+    assert "as far as known: probability" in str(some) and "unknown usage" in str(some)

@@ -10,6 +10,7 @@ import numpy as np
 from optuna_quota import _records
 from optuna_quota._analysis.advice import Advice, advise, StudyFacts
 from optuna_quota._analysis.correlations import correlations
+from optuna_quota._analysis.cost_drivers import cost_drivers, Driver
 from optuna_quota._analysis.pareto import best_numbers, is_feasible, loss_signs
 from optuna_quota._analysis.prediction_error import prediction_errors, PredictionError
 from optuna_quota._analysis.search_space_advice import advise_search_space
@@ -18,6 +19,7 @@ from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import Observation, read_observation
 from optuna_quota._resources import get_resource
 from optuna_quota._utilization.data import StudyData
+from optuna_quota._utilization.fit import without_numeric_warnings
 from optuna_quota._utilization.model import (
     fit_utilization_models,
     UtilizationModel,
@@ -95,6 +97,15 @@ class StudyAnalysis:
         return {number: row for number, row in rows.items() if row is not None}
 
     @cached_property
+    def drivers(self) -> dict[str, tuple[Driver, ...]]:
+        """Which hyperparameters drive each resource, the largest share of its variance first."""
+        if not self._observations:
+            return {}
+        best = self._observations.get(self.best[0]) if len(self.best) == 1 else None
+        with without_numeric_warnings():
+            return cost_drivers(self.footprint, best.params if best else None)
+
+    @cached_property
     def prediction_errors(self) -> dict[str, PredictionError]:
         """How closely formula and footprint predict trials left out of them, by resource."""
         return prediction_errors(self.models, self.footprint, self._observations)
@@ -137,7 +148,7 @@ class StudyAnalysis:
             self.feasible,
             float(loss_signs(self.study)[0]),
         )
-        return [*advise_search_space(facts), *advise(facts)]
+        return [*advise_search_space(facts, self.footprint), *advise(facts)]
 
 
 def _no_law(resource: str, error: PredictionError) -> str:

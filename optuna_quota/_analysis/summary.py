@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _WIDTH = 99
 # A share of fewer audits says nothing.
 _MIN_AUDITED = 4
+# A parameter is named where its share of a resource's variance is most likely above this.
+_MIN_SHARE = 0.02
 
 
 def summarize(analysis: StudyAnalysis) -> str:
@@ -33,6 +35,7 @@ def summarize(analysis: StudyAnalysis) -> str:
         _head(analysis),
         _usage_lines(analysis),
         _correlation_lines(analysis.correlations),
+        _driver_lines(analysis),
         _advice_lines(analysis.advice),
         _model_lines(analysis),
     ]
@@ -95,6 +98,35 @@ def _usage_lines(analysis: StudyAnalysis) -> Iterator[str]:
             f"{format_amount(name, float(known.max())):>14}{total:>14}"
             f"   {len(known)} of {len(analysis.table)} trials"
         )
+
+
+def _driver_lines(analysis: StudyAnalysis) -> Iterator[str]:
+    """Name the parameters whose share of the variance is clear, and what doubling them costs."""
+    lines = []
+    for resource, drivers in analysis.drivers.items():
+        clear = [d for d in drivers if d.share[0] >= _MIN_SHARE]
+        if not clear:
+            continue
+        title = get_resource(resource).title
+        shares = ", ".join(
+            f"{d.param} {d.share[1]:.0%} [{d.share[0]:.0%}, {d.share[2]:.0%}]" for d in clear
+        )
+        lines += wrap(f"{title}: {shares}.", first="  ", indent="    ")
+        for d in clear:
+            if d.factor is not None and not d.factor[0] <= 1 <= d.factor[2]:
+                lower, factor, upper = d.factor
+                lines += wrap(
+                    f"At the best trial, doubling {d.param} costs {factor:.2g} times the {title} "
+                    f"[{lower:.2g}, {upper:.2g}].",
+                    first="    ",
+                    indent="      ",
+                )
+    if lines:
+        yield from wrap(
+            "What drives cost (share of the variance of the logarithm over the range searched, "
+            "90% interval, by the footprint)"
+        )
+        yield from lines
 
 
 def _correlation_lines(table: pd.DataFrame) -> Iterator[str]:

@@ -109,7 +109,7 @@ def preemptible(
         for number, handler in handlers.items():
             # None stands for a handler that was not set from Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        del study.optimize
+        vars(study).pop("optimize", None)
         if study.pruner is not pruner and not quota_pruners(pruner):
             study.pruner = pruner
         preemption.requeue, preemption.signals = before

@@ -223,7 +223,9 @@ class ResourceModel:
         residual, own = self.process.leave_one_out()
         above = np.exp(self.location + self.scale * self.sites.target)
         share = self.scale * above / np.maximum(above + self.floor, 1e-300)
-        return residual * share, (own * share) ** 2
+        # Where all is zero, the share of a negative floor is without meaning.
+        with np.errstate(over="ignore"):
+            return residual * share, (own * share) ** 2
 
 
 def fit_resource(

@@ -10,6 +10,7 @@ import os
 from typing import TypeVar
 
 from optuna_quota._metering import nvml
+from optuna_quota._metering.cuda_order import cuda_order, forget_cuda_order
 from optuna_quota._metering.nvml import GpuError, NvmlDevice
 
 
@@ -43,7 +44,9 @@ class Visible:
     unresolved: tuple[str, ...] = ()
 
 
-def visible_devices(gpus: Sequence[GpuIdentity], environment: Mapping[str, str]) -> Visible:
+def visible_devices(
+    gpus: Sequence[GpuIdentity], environment: Mapping[str, str], order: Sequence[str] = ()
+) -> Visible:
     """Return the GPUs that CUDA shows under these environment variables (pure).
 
     As in CUDA, the list ends at the first entry that names nothing. Unless
@@ -53,19 +56,27 @@ def visible_devices(gpus: Sequence[GpuIdentity], environment: Mapping[str, str])
     Args:
         gpus: All GPUs, in the order of their PCI bus.
         environment: Such as ``os.environ``.
+        order: The UUIDs of all GPUs by CUDA's numbers, where known.
     """
     wanted = environment.get("CUDA_VISIBLE_DEVICES")
     everything = tuple((i, None) for i in range(len(gpus)))
     if wanted is None:
         return Visible(everything)
+    if sorted(order) == sorted(gpu.uuid for gpu in gpus):
+        places = {gpu.uuid: i for i, gpu in enumerate(gpus)}
+        numbers = [places[uuid] for uuid in order]
+    else:
+        numbers, order = list(range(len(gpus))), ()
     is_ordered = (
-        environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({g.model for g in gpus}) <= 1
+        bool(order)
+        or environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+        or len({g.model for g in gpus}) <= 1
     )
     parts: dict[tuple[int, int | None], None] = {}
     entries: dict[str, None] = {}
     is_known = True
     for entry in (text.strip() for text in wanted.split(",")):
-        part = _find(entry, gpus)
+        part = _find(entry, gpus, numbers)
         if part is None and not _may_be_an_instance(entry, gpus):
             break
         entries[entry] = None
@@ -77,10 +88,12 @@ def visible_devices(gpus: Sequence[GpuIdentity], environment: Mapping[str, str])
     return Visible(everything, tuple(entries))
 
 
-def _find(entry: str, gpus: Sequence[GpuIdentity]) -> tuple[int, int | None] | None:
+def _find(
+    entry: str, gpus: Sequence[GpuIdentity], numbers: Sequence[int]
+) -> tuple[int, int | None] | None:
     """Return what an entry names, by GPUs in the order of their PCI bus; None for nothing."""
     if _is_number(entry):
-        return (int(entry), None) if int(entry) < len(gpus) else None
+        return (numbers[int(entry)], None) if int(entry) < len(gpus) else None
     found: list[tuple[int, int | None]] = []
     for i, gpu in enumerate(gpus):
         if entry and gpu.uuid.startswith(entry):
@@ -175,15 +188,18 @@ def forget_visible() -> None:
     """Discard the cached GPUs."""
     _visible_gpus.cache_clear()
     _inventory.cache_clear()
+    forget_cuda_order()
 
 
 @functools.lru_cache(maxsize=64)
 def _visible_gpus(visible: str | None, order: str | None) -> VisibleGpus:
     found = {"CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": order}
     gpus = _inventory()
-    shown = visible_devices(
-        [gpu.names for gpu in gpus], {k: v for k, v in found.items() if v is not None}
-    )
+    environment = {k: v for k, v in found.items() if v is not None}
+    names = [gpu.names for gpu in gpus]
+    shown = visible_devices(names, environment)
+    if any(map(_is_number, shown.unresolved)):
+        shown = visible_devices(names, environment, cuda_order(environment))
     devices: dict[str, NvmlDevice] = {}
     for position, part in shown.parts:
         whole = gpus[position].parts

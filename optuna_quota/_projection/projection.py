@@ -110,12 +110,22 @@ class Projection:
         # Each fits alone, but not all together: the least probable one counts.
         return (min(self.resources, key=_probability),)
 
+    @property
+    def not_judged(self) -> tuple[ProjectedResource, ...]:
+        """The resources with a quota whose usage is unknown."""
+        return tuple(r for r in self.resources if r.quota and r.probability is None)
+
+    def verdict(self, fits: str, unfit: str) -> str:
+        """Return the word for whether it fits; not more than is known."""
+        if not self.fits or not self.not_judged:
+            return fits if self.fits else unfit
+        return f"{fits} as far as known"
+
     def __str__(self) -> str:
-        verdict = "fits" if self.fits else "does not fit"
+        verdict = self.verdict("fits its quota", "does not fit its quota")
         lines = [
-            f"A strategy of {describe_strategy(self.strategy)} {verdict} its quota: probability "
-            f"{format_probability(self.probability)}, {format_probability(self.confidence)} "
-            "required."
+            f"A strategy of {describe_strategy(self.strategy)} {verdict}: probability "
+            f"{describe_probability(self)}, {format_probability(self.confidence)} required."
         ]
         lines += [f"  {row}" for row in (self.resources if self.fits else self.unfit)]
         if not self.fits:
@@ -150,6 +160,14 @@ def describe_nearest(projection: Projection) -> str:
         if name in before and before[name] != after[name]
     ]
     return f"Nearest that would fit: {', '.join(parts)}."
+
+
+def describe_probability(projection: Projection) -> str:
+    """Return the probability that it fits, "unknown" where no quota could be judged."""
+    judged = [r for r in projection.resources if r.probability is not None]
+    if projection.not_judged and not judged:
+        return "unknown"
+    return format_probability(projection.probability)
 
 
 def format_probability(probability: float) -> str:

@@ -15,8 +15,8 @@ from optuna.trial import TrialState
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import resolve_cores
 from optuna_quota._enforcement.constraints import uniform_constraints
-from optuna_quota._enforcement.nesting import find_nested
-from optuna_quota._enforcement.pruner import wrap_nesting_pruner
+from optuna_quota._enforcement.nesting import find_nested, quota_pruners
+from optuna_quota._enforcement.pruner import QuotaPruner, wrap_nesting_pruner
 from optuna_quota._enforcement.trial_result import read_row, record_ignored_rejection
 from optuna_quota._footprint.user_given import as_footprint
 from optuna_quota._ledger import LEASE, Refusal
@@ -235,6 +235,9 @@ class QuotaSampler(BaseSampler):
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
         wrap_nesting_pruner(whole)
+        if self._deadline is not None and not quota_pruners(whole.pruner):
+            # Its `should_prune` is what stops trials in process.
+            whole.pruner = QuotaPruner(whole.pruner, limits=Limits())
         session = self._session(whole)
         limits = limits_in_force(whole, self.limits)
         if session.decided is None:

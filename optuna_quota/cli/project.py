@@ -153,19 +153,20 @@ def as_json(projection: Projection) -> dict[str, Any]:
 
 def _lines(projection: Projection) -> Iterator[str]:
     from optuna_quota._projection import describe_nearest, describe_strategy, format_probability
+    from optuna_quota._projection.projection import describe_probability
 
-    verdict = styled("Fits", "green") if projection.fits else styled("Does not fit", "red")
+    text = projection.verdict("Fits", "Does not fit")
+    verdict = styled(text, "green" if projection.fits else "red")
     yield (
         f"{verdict}: {describe_strategy(projection.strategy)}; probability "
-        f"{format_probability(projection.probability)}, "
+        f"{describe_probability(projection)}, "
         f"{format_probability(projection.confidence)} required."
     )
     yield ""
     header = ("resource", "at least", "median", "at most", "quota", "probability")
     yield from table(header, [_cells(resource) for resource in projection.resources])
-    unknown = [row for row in projection.resources if row.quota and row.probability is None]
-    if unknown:
-        titles = ", ".join(get_resource(row.resource).title for row in unknown)
+    if projection.not_judged:
+        titles = ", ".join(get_resource(row.resource).title for row in projection.not_judged)
         yield f"\nUnknown usage, not judged: {titles}."
     if not projection.fits:
         yield f"\n{describe_nearest(projection)}"

@@ -73,7 +73,12 @@ class FinishedTrial:
         names = list(self.trial.params)[:_MAX_PARAMS] if params is None else params
         lines = [f"trial {self.number}, {self.outcome}", self.format_usage(resource), *more]
         lines += [f"{name} = {_format_param(self.trial.params[name])}" for name in names]
-        if self.record.reason and self.outcome in ("terminated", "rejected", "failed"):
+        if self.record.reason and self.outcome in (
+            "terminated",
+            "rejected",
+            "preempted",
+            "failed",
+        ):
             lines.append(self.record.reason[:_MAX_REASON])
         return "\n".join(lines)
 

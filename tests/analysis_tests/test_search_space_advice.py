@@ -66,6 +66,8 @@ def test_a_rule_with_a_condition() -> None:
         in str(advice)
     )
     assert "no trial within 1% of the best" in str(advice)
+    assert figures["held_out_share_removed"] >= 0.5 and figures["held_out_precision"] >= 0.7
+    assert figures["best_points_lost"] <= 0.1
 
 
 def test_a_rule_without_a_condition_where_none_is_needed() -> None:
@@ -136,3 +138,23 @@ def test_studies_with_several_objectives_have_rules() -> None:
     topics = {advice.topic for advice in analyze(study).advice}
 
     assert "search space" in topics and "cheapest trial" not in topics
+
+
+def test_a_rule_that_costs_the_best_points_that_fit_is_not_given() -> None:
+    space = {name: FloatDistribution(1.0, 100.0, log=True) for name in ("rows", "width")}
+    rng = np.random.default_rng(1)
+    best_at_limit, elsewhere = [], []
+    for _ in range(120):
+        params = draw(space, rng)
+        size = params["rows"] * params["width"]
+        if size > 1000:
+            trial = terminated(params, Usage(memory=LIMIT), "memory", LIMIT, space)
+            best_at_limit.append(trial)
+            elsewhere.append(trial)
+            continue
+        usage = Usage(memory=1e6 * size)
+        best_at_limit.append(finished(params, usage, space, value=-math.log(size)))
+        elsewhere.append(finished(params, usage, space, value=math.log(params["rows"])))
+
+    assert advice_on(study_of(*best_at_limit), "search space") == []
+    assert advice_on(study_of(*elsewhere), "search space") != []

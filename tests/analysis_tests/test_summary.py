@@ -76,3 +76,13 @@ def test_audits_give_the_rate_of_false_refusals() -> None:
         "which stayed within the limits (25% false refusals))."
     )
     assert refused_points([]) == ""
+
+
+def test_the_summary_says_what_drives_cost() -> None:
+    report = analyze(power_law_study(40))
+
+    first = report.drivers["memory"][0]
+    assert first.param == "rows" and first.share[0] > 0.8
+    assert report.drivers["wall_time"][0].param == "rows"
+    text = report.summary()
+    assert "What drives cost" in text and "rows" in text.split("What drives cost")[1]

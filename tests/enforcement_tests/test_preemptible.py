@@ -8,6 +8,7 @@ from pathlib import Path
 import signal
 import threading
 import time
+from typing import Any
 
 import optuna
 from optuna.trial import TrialState
@@ -243,3 +244,61 @@ def test_handlers_are_refused_outside_of_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert "main thread" in str(errors[0])
+
+
+class Flaky:
+    """Calls a storage's method after failing a few times, or fails once after the call."""
+
+    def __init__(self, method: Callable[..., Any], failures: int, *, lost_answer: bool) -> None:
+        self.method = method
+        self.failures = failures
+        self.lost_answer = lost_answer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.method(*args, **kwargs) if self.lost_answer or not self.failures else None
+        if self.failures:
+            self.failures -= 1
+            raise ConnectionError("The server restarts.")
+        return result
+
+
+@pytest.mark.parametrize("kind", ["plain", "quota"])
+@pytest.mark.parametrize("lost_answer", [False, True])
+@pytest.mark.parametrize("method", ["set_trial_state_values", "create_new_trial"])
+def test_a_storage_that_is_away_for_a_while(
+    kind: str, method: str, lost_answer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make_study(kind)
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        storage = study._storage
+        flaky = Flaky(getattr(storage, method), 1 if lost_answer else 3, lost_answer=lost_answer)
+        monkeypatch.setattr(storage, method, flaky)
+        send()
+        check(trial)
+        return 0.0
+
+    with preemptible(study):
+        study.optimize(objective, n_trials=5)
+    assert [t.state.name for t in study.trials] == ["FAIL", "WAITING"]
+    assert study.trials[1].user_attrs["quota:retry_of"] == 0
+    assert read_record(study.trials[0]).outcome == "preempted"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning", "ignore:Heartbeat")
+def test_the_storage_s_heartbeat_does_not_retry_it_again(tmp_path: Path) -> None:
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{tmp_path / 'study.db'}", heartbeat_interval=1, grace_period=1
+    )
+    retry = getattr(optuna.storages, "RetryHeartbeatStaleTrialCallback", None)
+    retry = retry or optuna.storages.RetryFailedTrialCallback
+    for name in ("heartbeat_stale_trial_callback", "failed_trial_callback"):
+        setattr(storage, name, retry())
+    study = optuna.create_study(storage=storage)
+    with preemptible(study):
+        study.optimize(objective_that_checks, n_trials=5)
+    time.sleep(2.5)
+    optuna.storages.fail_stale_trials(study)
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "WAITING"]

@@ -73,6 +73,7 @@ def measured(out: str) -> list[float]:
         ("transformers_search", ("transformers", "torch", "accelerate"), 3),
         ("torch_distributed", ("torch", "optuna_integration"), 2),
         ("torchrun_script", ("torch",), 2),
+        ("lightning_ddp", ("lightning",), 2),
     ],
 )
 def test_a_training_library(

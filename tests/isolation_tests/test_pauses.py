@@ -115,42 +115,73 @@ WORKING = """
 """
 
 
-@pytest.mark.parametrize(
-    ("where", "whom"),
-    [
-        ("process", "group"),
-        ("process quota", "study"),
-        ("process quota", "all"),
-        ("here", "study"),
-        ("here quota", "all"),
-    ],
-)
+class Pause:
+    """A study and its trial, stopped as soon as the trial runs."""
+
+    def __init__(self, folder: Path, where: str, whom: str) -> None:
+        self.script = Script(folder, WORKING, where, 3.0)
+        self._whom = whom
+        self._stopped: list[psutil.Process] = []
+
+    def begin(self) -> None:
+        self.trial = psutil.Process(self.script.wait_for("started"))
+        study = psutil.Process(self.script.process.pid)
+        everything = self._whom == "all"
+        self._stopped = [study, *study.children(recursive=True)] if everything else [study]
+        self._send(signal.SIGSTOP)
+        self._since = time.monotonic()
+
+    def _send(self, number: int) -> None:
+        if self._whom == "group":
+            os.killpg(self.script.process.pid, number)
+            return
+        for process in self._stopped if number == signal.SIGSTOP else reversed(self._stopped):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def state_after(self, seconds: float) -> str:
+        """Return the state of the trial's process once the pause has lasted so long."""
+        time.sleep(max(0.0, self._since + seconds - time.monotonic()))
+        return self.trial.status()
+
+    def end(self) -> FrozenTrial:
+        self._send(signal.SIGCONT)
+        return self.script.end()
+
+
+CASES = [
+    ("process", "group"),
+    ("process quota", "study"),
+    ("process quota", "all"),
+    ("here", "study"),
+    ("here quota", "all"),
+]
+
+
+@pytest.fixture(scope="module")
+def pauses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Pause]]:
+    """Yield all cases: while they are paused, they can wait together."""
+    found: dict[tuple[str, str], Pause] = {}
+    try:
+        for where, whom in CASES:
+            found[where, whom] = Pause(tmp_path_factory.mktemp("paused"), where, whom)
+            found[where, whom].begin()
+        yield found
+    finally:
+        for pause in found.values():
+            with contextlib.suppress(ProcessLookupError):
+                pause._send(signal.SIGCONT)
+            pause.script.process.kill()
+            pause.script.process.communicate()
+
+
+@pytest.mark.parametrize("case", CASES, ids=" stops ".join)
 def test_a_pause_does_not_count_as_trial_time(
-    start: Callable[[str, str, float], Script], where: str, whom: str
+    pauses: dict[tuple[str, str], Pause], case: tuple[str, str]
 ) -> None:
-    script = start(WORKING, where, 3.0)
-    trial_pid = script.wait_for("started")
-    study = psutil.Process(script.process.pid)
-    everything = [study, *study.children(recursive=True)]
-    if whom == "all":
-        for process in everything:
-            process.send_signal(signal.SIGSTOP)
-    elif whom == "group":
-        os.killpg(study.pid, signal.SIGSTOP)
-    else:
-        study.send_signal(signal.SIGSTOP)
-    time.sleep(0.3)
-    states = [psutil.Process(trial_pid).status()]
-    time.sleep(3.0)
-    states.append(psutil.Process(trial_pid).status())
-    if whom == "all":
-        for process in reversed(everything):
-            process.send_signal(signal.SIGCONT)
-    elif whom == "group":
-        os.killpg(study.pid, signal.SIGCONT)
-    else:
-        study.send_signal(signal.SIGCONT)
-    trial = script.end()
+    pause = pauses[case]
+    states = [pause.state_after(0.3), pause.state_after(3.3)]
+    trial = pause.end()
     record = read_record(trial)
     assert states == [psutil.STATUS_STOPPED] * 2
     assert trial.state == TrialState.COMPLETE, record.reason

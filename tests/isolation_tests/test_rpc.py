@@ -24,7 +24,10 @@ from tests.isolation_tests.trials import MIB
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-METHODS = ["fork", pytest.param("spawn", marks=pytest.mark.slow), "forkserver"]
+METHODS = [
+    "fork",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("spawn", "forkserver")),
+]
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs fork and signals")
 
 
@@ -80,6 +83,7 @@ def square(trial: optuna.Trial, name: str) -> float:
 
 
 @POSIX
+@pytest.mark.slow
 def test_workers_of_a_pool_get_the_trial_with_each_task() -> None:
     def objective(trial: optuna.Trial) -> float:
         names = [f"x{i}" for i in range(8)]
@@ -142,6 +146,7 @@ def fill_memory(trial: optuna.Trial, folder: str) -> None:
 
 
 @POSIX
+@pytest.mark.slow
 def test_a_rank_that_takes_too_much_memory_ends_the_trial(tmp_path: Path) -> None:
     def objective(trial: optuna.Trial) -> float:
         if trial.number == 1:

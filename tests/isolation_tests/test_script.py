@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import os
 from pathlib import Path
+import signal
 import sys
 from typing import Any
 
@@ -12,7 +14,15 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, script, TrialCrashed
+from optuna_quota import (
+    Limits,
+    preemptible,
+    Quota,
+    QuotaPruner,
+    QuotaSampler,
+    script,
+    TrialCrashed,
+)
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import MIB, needs_supervisor
 
@@ -185,6 +195,25 @@ echo '{{"step": 0, "value": 1}}'
     assert (tmp_path / "saved").exists()
 
 
+def test_a_preempted_script_may_save_its_work_and_runs_again(tmp_path: Path) -> None:
+    class Preempting(BasePruner):
+        def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return False
+
+    source = f"""\
+trap 'echo saved > {tmp_path}/saved; exit' TERM
+echo '{{"step": 0, "value": 1}}'
+{ENDLESS}"""
+    study = optuna.create_study(pruner=Preempting())
+    with preemptible(study, signals=[signal.SIGUSR1]):
+        study.optimize(script(shell(source), suggest_x, grace_period=60), n_trials=3)
+    first, again = study.trials
+    assert (first.state, read_record(first).outcome) == (TrialState.FAIL, "preempted")
+    assert again.state == TrialState.WAITING
+    assert (tmp_path / "saved").exists()
+
+
 # Failures.
 
 
@@ -201,7 +230,7 @@ def test_the_reason_of_a_failure() -> None:
     reason = reason_of(shell(f"""echo '{{"value": 1}}'; {numbers}; exit 3"""))
     assert reason.startswith("The script ended with exit status 3. The end of its standard error:")
     assert reason.endswith("\n".join(f"error {i}" for i in range(3, 13)))
-    assert reason_of(shell("kill -SEGV $$")) == "The script was killed by SIGSEGV."
+    assert reason_of(shell("kill -USR1 $$")) == "The script was killed by SIGUSR1."
     assert reason_of(shell("""echo '{"step": 1, "value": 1}'""")).startswith(
         "The script printed no value."
     )

@@ -186,6 +186,7 @@ def build_nvml(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             subprocess.run(
                 [compiler, *kind, *flags, "-o", str(folder / LIBRARY), source], check=True
             )
+            (folder / "libcuda.so.1").symlink_to(folder / LIBRARY)
             built[flags] = folder
         return built[flags]
 

@@ -10,7 +10,8 @@
  *   instance DEVICE INDEX             (its processes are those of device 100 + INDEX)
  *   fail FUNCTION CODE                (nvmlReturn_t)
  * The file is read again at every call, so that a test can let the driver die in the middle. With
- * FAKE_NVML_MIXED in the environment each device is another model.
+ * FAKE_NVML_MIXED in the environment each device is another model. Built with WITH_CUDA, it is CUDA's
+ * driver too, which numbers the devices in the reverse order.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -198,3 +199,26 @@ int nvmlDeviceGetTotalEnergyConsumption(void *handle, u64 *millijoules) {
     CHECK_DEVICE();
     return device(number(handle), NULL, NULL, NULL, NULL, millijoules) ? OK : NOT_SUPPORTED;
 }
+
+#ifdef WITH_CUDA
+int cuInit(unsigned flags) { (void)flags; return OK; }
+int cuDeviceGetCount(int *count) { return nvmlDeviceGetCount_v2((unsigned *)count); }
+int cuDeviceGet(int *handle, int index) {
+    int count;
+    cuDeviceGetCount(&count);
+    *handle = count - 1 - index;
+    return OK;
+}
+int cuDeviceGetUuid(unsigned char *uuid, int handle) {
+    char text[96];
+    if (!device(handle, text, NULL, NULL, NULL, NULL)) return NOT_FOUND;
+    char *from = text + strlen("GPU-");
+    for (int i = 0; i < 16; ++i, from += 2) {
+        unsigned byte;
+        if (*from == '-') ++from;
+        sscanf(from, "%2x", &byte);
+        uuid[i] = (unsigned char)byte;
+    }
+    return OK;
+}
+#endif

@@ -71,6 +71,28 @@ def test_numbers_in_bus_order_are_resolved_with_different_models() -> None:
     assert visible_devices(MIXED, environment) == Visible(((1, None),))
 
 
+@pytest.mark.parametrize(
+    ("wanted", "order", "parts"),
+    [
+        ("0", ["GPU-bb1", "GPU-aa1"], ((1, None),)),
+        ("1,0", ["GPU-bb1", "GPU-aa1"], BOTH),
+        ("1", ["GPU-bb1", "GPU-aa1"], ((0, None),)),
+        ("1", ["GPU-aa1", "GPU-bb1"], ((1, None),)),
+    ],
+)
+def test_numbers_with_different_models_are_cudas_own(
+    wanted: str, order: list[str], parts: tuple[Part, ...]
+) -> None:
+    found = visible_devices(MIXED, {"CUDA_VISIBLE_DEVICES": wanted}, order)
+    assert found.unresolved == ()
+    assert set(found.parts) == set(parts)
+
+
+def test_an_order_of_other_gpus_is_of_no_use() -> None:
+    found = visible_devices(MIXED, {"CUDA_VISIBLE_DEVICES": "1"}, ["GPU-cc1", "GPU-aa1"])
+    assert found.unresolved == ("1",)
+
+
 GB = 1_000_000_000
 MIG_STATE = f"""
 device 0 GPU-a 1 {40 * GB} 0 0
@@ -127,3 +149,11 @@ def test_assignable_gpus_and_their_memory(
 def test_a_worker_without_a_driver_assigns_no_gpu(nvml: Nvml) -> None:
     out = nvml().run(ASK, has_driver=False)
     assert "WARNING Trials are not assigned to single GPUs: no NVIDIA driver was found." in out
+
+
+def test_cuda_is_asked_for_its_order_of_different_models(nvml: Nvml) -> None:
+    # CUDA's order is the reverse of the bus's in the fake.
+    uuids = ["GPU-" + "-".join(letter * n for n in (8, 4, 4, 4, 12)) for letter in "ab"]
+    state = "".join(f"device {i} {uuid} 0 {(i + 1) * GB} 0 0\n" for i, uuid in enumerate(uuids))
+    out = nvml("-DWITH_CUDA").run(ASK, state, FAKE_NVML_MIXED="1", CUDA_VISIBLE_DEVICES="0")
+    assert out.splitlines() == [f"{uuids[1]}={2 * GB}", str(2.0 * GB)]

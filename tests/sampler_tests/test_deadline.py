@@ -121,11 +121,14 @@ def test_a_trial_that_would_not_be_done_does_not_start(
             study.ask()
 
 
-def test_a_trial_in_process_is_stopped_and_the_study_ends() -> None:
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_trial_in_process_is_stopped_and_the_study_ends(asks: bool) -> None:
     def objective(trial: optuna.Trial) -> float:
         x = trial.suggest_float("x", 0, 1)
         if trial.number == 1:
             preemption_of(study).set_deadline(time.time())
+        if asks and trial.should_prune():
+            raise optuna.TrialPruned
         check(trial)
         return x
 

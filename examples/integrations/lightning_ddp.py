@@ -1,0 +1,94 @@
+"""Lightning with two ranks (DDP, on the CPU) inside an isolated trial, on any storage.
+
+Lightning hands the callback, and with it the trial, to its ranks. Rank 0 reports, and all stop
+together. The strategy must be ``ddp_spawn`` or ``ddp_fork``: ``ddp`` would run the whole script,
+with its study, once more for each rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+import lightning
+import optuna
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, trial_table
+
+
+class Pruning(lightning.Callback):
+    """Reports the validation loss, and stops all ranks when the trial is to be pruned."""
+
+    def __init__(self, trial: optuna.Trial) -> None:
+        self.trial = trial
+
+    def on_validation_end(self, trainer: lightning.Trainer, _: lightning.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        stop = False
+        if trainer.is_global_zero:
+            self.trial.report(float(trainer.callback_metrics["val_loss"]), trainer.current_epoch)
+            stop = self.trial.should_prune()
+        trainer.should_stop = trainer.strategy.broadcast(stop)
+
+
+class Regression(lightning.LightningModule):
+    """A small network that logs its validation loss."""
+
+    def __init__(self, width: int, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(8, width), torch.nn.ReLU(), torch.nn.Linear(width, 1)
+        )
+
+    def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(self.layers(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[torch.Tensor], _: int) -> None:
+        loss = torch.nn.functional.mse_loss(self.layers(batch[0]), batch[1])
+        self.log("val_loss", loss, sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.rate)
+
+
+def objective(trial: optuna.Trial) -> float:
+    """Return the validation loss after two epochs."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    x = torch.randn(256, 8)
+    loader = DataLoader(TensorDataset(x, x.sum(dim=1, keepdim=True)), batch_size=64)
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_fork",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Pruning(trial)],
+    )
+    width = trial.suggest_int("width", 8, 512, log=True)
+    model = Regression(width, trial.suggest_float("rate", 1e-4, 1e-1, log=True))
+    trainer.fit(model, loader, loader)
+    if trial.should_prune():
+        raise optuna.TrialPruned
+    return float(trainer.callback_metrics["val_loss"])
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    study = optuna.create_study(
+        sampler=QuotaSampler(optuna.samplers.TPESampler(seed=0), quota=Quota(cpu_time="5min")),
+        pruner=QuotaPruner(optuna.pruners.MedianPruner(), limits=Limits(memory="4GiB")),
+    )
+    study.optimize(isolated(objective), n_trials=2)
+    for trial in study.trials:
+        print(f"trial {trial.number}: {sorted(trial.intermediate_values)}")
+    print(trial_table(study)[["number", "value", "memory", "cpu_time", "outcome"]])

@@ -1,0 +1,137 @@
+"""Which hyperparameters drive a resource, by the footprint.
+
+The share of a parameter is its main effect in a functional analysis of variance of the logarithm
+of the usage over the range searched (Sobol, Mathematics and Computers in Simulation 55, 2001):
+``Var(E[f | x]) / Var(f)``, estimated by ε² of bins over a Latin hypercube. Intervals are those of
+draws of the whole function from the footprint's process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TYPE_CHECKING
+
+import numpy as np
+
+from optuna_quota._footprint.fit import ChainedModel
+from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
+
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from optuna_quota._footprint.fit import Model
+    from optuna_quota._footprint.footprint import Footprint
+    from optuna_quota._footprint.resource_model import ResourceModel
+
+    Array = NDArray[np.float64]
+
+
+_MIN_TRIALS = 10
+_POINTS = 400
+_DRAWS = 60
+_BINS = 8
+_QUANTILES = (0.05, 0.5, 0.95)
+
+
+@dataclass(frozen=True)
+class Driver:
+    """One hyperparameter and one resource, each figure as lower, median and upper (90%).
+
+    Attributes:
+        param: Name of the hyperparameter.
+        share: Of the variance of the logarithm of the usage.
+        factor: By which the usage grows where the parameter is doubled at the best trial; None
+            for a category, where that is out of the range, or where no best trial is known.
+    """
+
+    param: str
+    share: tuple[float, float, float]
+    factor: tuple[float, float, float] | None
+
+
+def cost_drivers(
+    footprint: Footprint, best: Mapping[str, Any] | None
+) -> dict[str, tuple[Driver, ...]]:
+    """Return the drivers of each resource with enough trials, the largest share first.
+
+    Nothing is returned where parameters are conditional: they have no common range.
+    """
+    contents = footprint.contents
+    names = [part.name for part in contents.features.parts if part.width]
+    rows = contents.observations
+    if not names or any(name not in row.params for name in names for row in rows):
+        return {}
+    space = contents.features.distributions()
+    unit = latin_hypercube(_POINTS, len(space), np.random.default_rng(0))
+    points = points_from_unit_cube(space, unit)
+    doubled = {name: _doubled(name, space[name], best) for name in names}
+    more = [each for each in doubled.values() if each is not None]
+    columns = contents.features.encode([*points, *([best] if best else []), *more])
+    place = {name: i for i, name in enumerate(n for n in names if doubled[n] is not None)}
+    found = {}
+    for resource, model in contents.models.items():
+        if sum(row.usage.get(resource) is not None for row in rows) < _MIN_TRIALS:
+            continue
+        logs = _log_draws(model, columns)
+        drivers = []
+        for name in names:
+            values = unit[:, list(space).index(name)]
+            share = _quantiles([_main_effect(values, f) for f in logs[:, :_POINTS]])
+            factor = None
+            if name in place:
+                change = logs[:, _POINTS + 1 + place[name]] - logs[:, _POINTS]
+                factor = _quantiles(np.exp(np.clip(change, -50, 50)))
+            drivers.append(Driver(name, share, factor))
+        found[resource] = tuple(sorted(drivers, key=lambda d: -d.share[1]))
+    return found
+
+
+def _quantiles(values: Sequence[float] | Array) -> tuple[float, float, float]:
+    lower, median, upper = np.quantile(values, _QUANTILES).tolist()
+    return lower, median, upper
+
+
+def _doubled(name: str, space: Any, best: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    value: Any = (best or {}).get(name)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if best is None or not number or not hasattr(space, "high"):
+        return None
+    return {**best, name: 2 * value} if 0.0 < value <= space.high / 2 else None
+
+
+def _main_effect(values: Array, f: Array) -> float:
+    """Return ε² of bins of one coordinate, which is 0 on average without an effect."""
+    total = float(((f - f.mean()) ** 2).sum())
+    if not total > 1e-12:
+        return 0.0
+    bins = np.minimum((values * _BINS).astype(int), _BINS - 1)
+    counts = np.bincount(bins, minlength=_BINS)
+    means = np.bincount(bins, f, minlength=_BINS) / np.maximum(counts, 1)
+    between = float((counts * (means - f.mean()) ** 2).sum())
+    within = (total - between) / (len(f) - _BINS)
+    return min(max((between - (_BINS - 1) * within) / total, 0.0), 1.0)
+
+
+def _log_draws(model: Model, columns: Array) -> Array:
+    """Return draws of the logarithm of the usage without noise, ``(n_draws, n_points)``."""
+    if isinstance(model, ChainedModel):
+        base, ratio = (_draws(part, columns, seed) for seed, part in _parts(model))
+        return base + ratio
+    return _draws(model, columns, 0)
+
+
+def _parts(model: ChainedModel) -> Sequence[tuple[int, ResourceModel]]:
+    return ((0, model.base), (1, model.ratio))
+
+
+def _draws(model: ResourceModel, columns: Array, seed: int) -> Array:
+    mean, covariance = model.process.joint(columns)
+    values, vectors = np.linalg.eigh(covariance)
+    root = vectors * np.sqrt(np.maximum(values, 0.0))
+    normal = np.random.default_rng(seed).standard_normal((_DRAWS, len(mean)))
+    logs = model.location + model.scale * (mean + normal @ root.T)
+    amounts = model.floor + np.exp(np.minimum(logs, 300.0))
+    drawn: Array = np.log(np.maximum(amounts, 1e-300))
+    return drawn
