@@ -125,7 +125,8 @@ class QuotaSampler(BaseSampler):
 
     Raises:
         TypeError: If ``base_sampler`` is no sampler or ``quota`` no :class:`Quota`.
-        ValueError: If a probability or share is out of its range or an option unknown.
+        ValueError: If a probability or share is out of its range, an option unknown or
+            ``base_sampler`` a QuotaSampler.
         StudyRejected: If strategy, footprint and quota alone decide that the study does not fit.
     """
 
@@ -156,6 +157,11 @@ class QuotaSampler(BaseSampler):
             strategy=(strategy, Strategy),
             limits=(limits, Limits),
         )
+        if isinstance(base_sampler, QuotaSampler):
+            raise ValueError(
+                f"`base_sampler` must be no QuotaSampler but got {base_sampler}: a trial would be "
+                "counted twice. Give one QuotaSampler the whole quota."
+            )
         if not isinstance(quota, Quota):
             raise TypeError(f"`quota` must be a Quota but got {quota!r}.")
         check_choices(
