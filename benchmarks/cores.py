@@ -54,7 +54,7 @@ def train_torch(trial: optuna.Trial) -> float:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return float(loss)
+    return loss.item()
 
 
 WORKLOADS = {"LightGBM": (train_lightgbm, "lightgbm"), "torch": (train_torch, "torch")}
@@ -88,7 +88,10 @@ def main() -> None:
                 found[way].append(trials_a_minute(name, limits, n_trials))
         for way, rates in found.items():
             spread = f"{min(rates):.1f} to {max(rates):.1f}"
-            print(f"{name:10} {way:20} {statistics.median(rates):6.1f} trials a minute ({spread})")
+            print(
+                f"{name:10} {way:20} {statistics.median(rates):6.1f} trials a minute ({spread})",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
