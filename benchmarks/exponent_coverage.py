@@ -121,7 +121,8 @@ def footprint_of(resource, parameters, y, stopped, way):
     for i in np.flatnonzero(~stopped if way == "left out" else np.ones(len(y), dtype=bool)):
         point = {p.name: p.values[i] for p in parameters[:3]}
         point["optimizer"] = parameters[3].levels[int(parameters[3].values[i])]
-        kind = {"as the library": "partial", "lower bounds": "censored"}.get(way, "censored")
+        library = "maybe_censored" if resource == "memory" else "partial"
+        kind = library if way == "as the library" else "censored"
         kinds = {kind: held} if stopped[i] else {}
         rows.append(Observation(point, SPACE, Usage(**{resource: np.exp(y[i])}), **kinds))
     found = Footprint.fit(rows).intervals(LARGE)[resource]

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 import logging
+import math
 from typing import Any
 
 import numpy as np
 
+from optuna_quota._footprint.asked_once import AskedOnce
 from optuna_quota._footprint.fit import leave_one_out_density
 from optuna_quota._footprint.footprint import BaseFootprint, Footprint
 from optuna_quota._footprint.observations import Observation
@@ -27,6 +29,8 @@ _logger = logging.getLogger("optuna.quota.footprint")
 # As log density: few trials compare the two badly, and the user's formula has the benefit of the
 # doubt.
 _FORMULA_MARGIN = 3.0
+# A call of a user's function, as long as none was timed.
+_UNKNOWN_SECONDS = 0.01
 
 
 class UnknownFootprintError(KeyError):
@@ -37,7 +41,7 @@ class UnknownFootprintError(KeyError):
 
 
 class UserFootprint(BaseFootprint):
-    """A footprint without uncertainty: a constant, or a function of the point.
+    """A footprint without uncertainty: a constant, or a function, asked once for each point.
 
     Args:
         usage: A :class:`~optuna_quota.Usage`, or a function from params to one.
@@ -49,6 +53,7 @@ class UserFootprint(BaseFootprint):
         self, usage: Usage | Callable[[Mapping[str, Any]], Usage], *, lenient: bool = False
     ) -> None:
         self.usage = usage
+        self._function = None if isinstance(usage, Usage) else AskedOnce(usage)
         self._lenient = lenient
         self._warned = False
 
@@ -85,16 +90,29 @@ class UserFootprint(BaseFootprint):
         }
 
     def _amounts(self, params: Mapping[str, Any]) -> dict[str, float]:
-        usage = self.usage if isinstance(self.usage, Usage) else self._call(self.usage, params)
+        usage = self.usage if self._function is None else self._call(self._function, params)
         if not isinstance(usage, Usage):
             raise TypeError(f"`footprint` must return a Usage but returned {usage!r}.")
         return usage.amounts()
 
-    def _call(
-        self, function: Callable[[Mapping[str, Any]], Usage], params: Mapping[str, Any]
-    ) -> Usage:
+    def count_within(self, seconds: float, points: Sequence[Mapping[str, Any]] = ()) -> float:
+        """Return the number of points whose usage can be computed in a time.
+
+        Args:
+            seconds: The time.
+            points: The first of these are computed if nothing shows yet how long that takes.
+        """
+        if self._function is None:
+            return math.inf
+        for params in points:
+            if self._function.seconds is not None:
+                break
+            self._amounts(params)
+        return seconds / (self._function.seconds or _UNKNOWN_SECONDS)
+
+    def _call(self, function: AskedOnce, params: Mapping[str, Any]) -> Any:
         try:
-            return function(dict(params))
+            return function(params)
         except (AttributeError, LookupError, TypeError) as error:
             # What a function does with a missing parameter.
             if not self._lenient:
@@ -110,6 +128,17 @@ class UserFootprint(BaseFootprint):
 
     def __repr__(self) -> str:
         return f"<UserFootprint of {self.usage!r}>"
+
+
+def count_within(
+    footprint: BaseFootprint, seconds: float, points: Sequence[Mapping[str, Any]] = ()
+) -> float:
+    """Return the number of points whose usage a footprint can compute in a time.
+
+    Infinite for all but functions of a user; arguments as of :meth:`UserFootprint.count_within`.
+    """
+    stated = footprint.stated if isinstance(footprint, CalibratedFootprint) else footprint
+    return stated.count_within(seconds, points) if isinstance(stated, UserFootprint) else math.inf
 
 
 def as_footprint(footprint: Any, *, lenient: bool = False) -> BaseFootprint:
@@ -177,7 +206,7 @@ class CalibratedFootprint(BaseFootprint):
     """
 
     def __init__(self, stated: UserFootprint, ratios: Footprint, learned: Footprint) -> None:
-        self._stated, self._ratios, self._learned = stated, ratios, learned
+        self.stated, self._ratios, self._learned = stated, ratios, learned
         self._calibrated = _better_calibrated(ratios, learned)
 
     @property
@@ -187,7 +216,7 @@ class CalibratedFootprint(BaseFootprint):
 
     def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
         """Return lower, median and upper of each resource at a point."""
-        found = self._stated.intervals(params)
+        found = self.stated.intervals(params)
         for name, expected in self.expected([params]).items():
             found[name] = expected.interval(self._learned.confidence)
         return found
@@ -196,7 +225,7 @@ class CalibratedFootprint(BaseFootprint):
         self, points: Sequence[Mapping[str, Any]], limits: Limits
     ) -> dict[str, np.ndarray]:
         """Return the probability of each breach at points, by resource."""
-        found = self._stated.breaches(points, limits)
+        found = self.stated.breaches(points, limits)
         for name, expected in self.expected(points).items():
             if name in found:
                 found[name] = expected.above(limits.amounts()[name])
@@ -213,7 +242,7 @@ class CalibratedFootprint(BaseFootprint):
         self, points: Sequence[Mapping[str, Any]], count: int, seed: int
     ) -> dict[str, np.ndarray]:
         """Return joint draws at points by resource, shape ``(count, n_points)``."""
-        found = self._stated.draw(points, count, seed)
+        found = self.stated.draw(points, count, seed)
         found.update(self._learned.draw(points, count, seed))
         ratios = self._ratios.draw(points, count, seed)
         for name, amounts in self._stated_amounts(points).items():
@@ -222,7 +251,7 @@ class CalibratedFootprint(BaseFootprint):
 
     def _stated_amounts(self, points: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """Return the stated usage of calibrated resources at points, if all are positive."""
-        amounts = self._stated.draw(points, 1, 0)
+        amounts = self.stated.draw(points, 1, 0)
         return {
             name: amounts[name][0]
             for name in self._calibrated
@@ -230,7 +259,7 @@ class CalibratedFootprint(BaseFootprint):
         }
 
     def __repr__(self) -> str:
-        return f"<CalibratedFootprint of {self._stated!r}>"
+        return f"<CalibratedFootprint of {self.stated!r}>"
 
 
 def _ratio(observation: Observation, stated: UserFootprint) -> Observation | None:

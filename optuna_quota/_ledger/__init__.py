@@ -6,6 +6,7 @@ from optuna_quota._ledger.grant import Grant, Refusal
 from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._ledger.other_workers import others_run
 from optuna_quota._ledger.status import LedgerStatus, status, stored_quota
+from optuna_quota._ledger.total_needs import left_for_trial
 
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Grant",
     "Ledger",
     "LedgerStatus",
+    "left_for_trial",
     "others_run",
     "Refusal",
     "status",

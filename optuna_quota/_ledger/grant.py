@@ -39,10 +39,10 @@ _MIN_SHARE = 1e-3
 # The smallest share of what is held at one moment with which a trial of unknown needs starts.
 _MIN_HELD_SHARE = 1 / 8
 # What is held is released once the point is known, if it needs less than this part of it.
-_RELEASE_BELOW = 0.9
+RELEASE_BELOW = 0.9
 
 
-def _upper_bounds(amounts: Mapping[str, float], quota: Quota) -> dict[str, float]:
+def upper_bounds(amounts: Mapping[str, float], quota: Quota) -> dict[str, float]:
     """Add the time and the cost of a trial to bounds of its usage."""
     bounds = dict(amounts)
     if "wall_time" in amounts:
@@ -60,6 +60,7 @@ def initial_requests(
     running: int,
     *,
     bounds: Mapping[str, float] = MappingProxyType({}),
+    needs: Mapping[str, float] = MappingProxyType({}),
     n_jobs: int | None = None,
     requested_by: RequestedBy = "optimize",
 ) -> dict[str, ResourceRequest]:
@@ -72,14 +73,15 @@ def initial_requests(
         free: What is neither used nor reserved, by resource, as last read.
         running: Number of other running trials, as last read.
         bounds: Upper bounds of what it will hold at one moment, where they were learned.
+        needs: The least that any point is expected to use, where that is known.
         n_jobs: Number of trials that run at once, if known: without a limit or a bound, each is
             promised an even share of what may be held at one moment.
         requested_by: A thread that calls ``ask`` may do so several times before any ``tell``.
             A trial of unknown needs then takes a part of what is free only. In a batch, where
             waiting for the others could be a deadlock, less than the bound is enough.
     """
-    ceilings = _upper_bounds(limits.amounts(), quota)
-    expected = _upper_bounds(footprint, quota)
+    ceilings = upper_bounds(limits.amounts(), quota)
+    expected, least_needs = upper_bounds(footprint, quota), upper_bounds(needs, quota)
     requests: dict[str, ResourceRequest] = {}
     for resource, total in quota.amounts().items():
         if resource == "n_trials":
@@ -102,8 +104,10 @@ def initial_requests(
             else:
                 requests[resource] = ResourceRequest(bound, bound)
         else:
-            ceiling = min(total, ceilings.get(resource, total))
-            least = min(ceiling, _MIN_SHARE * total)
+            most = ceilings.get(resource, math.inf)
+            need = min(most, least_needs.get(resource, 0.0))
+            least = max(min(most, _MIN_SHARE * total), need)
+            ceiling = max(least, min(total, most))
             requests[resource] = ResourceRequest(
                 least, _slice(free.get(resource, total), running, least, ceiling)
             )
@@ -117,6 +121,8 @@ def extension_requests(
     needs: Mapping[str, float],
     free: Mapping[str, float],
     running: int,
+    *,
+    exactly: bool = False,
 ) -> dict[str, ResourceRequest]:
     """Return what a running trial requests when what it was granted runs low.
 
@@ -124,21 +130,22 @@ def extension_requests(
         quota: The study's quota.
         limits: The trial's limits.
         granted: What it was granted, by resource.
-        needs: Its usage of the resources that run low: the least it accepts of what is held.
+        needs: Its usage of the resources that run low: the least it accepts in all.
         free: What is neither used nor reserved, by resource, as last read.
         running: Number of other running trials, as last read.
+        exactly: Whether it requests no more than that.
     """
-    ceilings = _upper_bounds(limits.amounts(), quota)
+    ceilings = upper_bounds(limits.amounts(), quota)
     totals = quota.amounts()
     requests: dict[str, ResourceRequest] = {}
     for resource in needs.keys() & granted.keys() & totals.keys():
         total, held = totals[resource], granted[resource]
         room = min(total, max(held, ceilings.get(resource, total))) - held
-        least = min(room, _MIN_SHARE * total)
-        if resource in HELD_RESOURCES:
-            least = min(room, max(least, needs[resource] - held))
+        least = min(room, max(_MIN_SHARE * total, needs[resource] - held))
+        if exactly:
+            least = more = min(room, needs[resource] - held)
         if least > 0:
-            more = _slice(free.get(resource, 0.0), running, least, room)
+            more = least if exactly else _slice(free.get(resource, 0.0), running, least, room)
             requests[resource] = ResourceRequest(held + least, held + more)
     return requests
 
@@ -166,7 +173,7 @@ def revise_promise(
     for name in quota.held.keys() & granted.keys() & bounds.keys():
         bound = max(bounds[name], used.get(name, 0.0) / extension_threshold(name))
         bound = min(bound, quota.held[name], limits.amounts().get(name, bound))
-        if bound < _RELEASE_BELOW * granted[name]:
+        if bound < RELEASE_BELOW * granted[name]:
             smaller[name] = bound
         elif bound > granted[name]:
             larger[name] = bound
@@ -252,6 +259,7 @@ def refuse_exhausted(
     used: Mapping[str, float],
     footprint: Mapping[str, float],
     granted: Mapping[str, float] | None = None,
+    needs: Mapping[str, float] = MappingProxyType({}),
 ) -> Refusal | None:
     """Return a refusal if too little of a total is left for any trial, else None.
 
@@ -261,11 +269,14 @@ def refuse_exhausted(
         footprint: Upper bounds of a trial's usage, if known; only its clock time counts here,
             which overlapping trials share, so that it can't be reserved.
         granted: What running trials were granted, by resource.
+        needs: The least that any point is expected to use, where that is known.
     """
+    least_needs = upper_bounds(needs, quota)
     for name, total in quota.totals.items():
         least = 1.0 if name == "n_trials" else _MIN_SHARE * total
+        least = max(least, least_needs.get(name, 0.0))
         if name == "wall_time":
-            least = footprint.get(name, least)
+            least = max(least, footprint.get(name, 0.0))
         held = (granted or {}).get(name, 0.0)
         spent = used.get(name, 0.0) + (held if name == "n_trials" else 0.0)
         if spent + least > quota_bound(total):
@@ -294,11 +305,12 @@ def _sentence(short: Shortage) -> str:
         )
     reserved = f", {text(short.reserved)} reserved" if short.reserved > 0 else ""
     spent = f"{text(short.used)} used{reserved}"
-    if short.used + short.wanted > quota_bound(short.quota):
+    left, crumbs = short.quota - short.used, 1.01 * _MIN_SHARE * short.quota
+    if left < crumbs or left < short.wanted <= crumbs:
         return f"The quota of {text(short.quota)} of {title} is used up: {spent}."
     return (
         f"The quota of {text(short.quota)} of {title} has no room for another "
-        f"{text(short.wanted)}: {spent}."
+        f"{text(short.wanted)}: {text(short.used)} used, {text(max(0.0, left))} left."
     )
 
 

@@ -42,6 +42,7 @@ from optuna_quota._ledger.protocol import (
 )
 from optuna_quota._ledger.reservation import Reservation, this_worker
 from optuna_quota._ledger.state import Clock, LedgerState, pauses, SystemClock
+from optuna_quota._ledger.total_needs import left_for_trial, Needs, no_needs, revise_totals
 from optuna_quota._ledger.totals import describe_unadmitted
 from optuna_quota._resources import Limits, Quota, Usage
 
@@ -137,6 +138,7 @@ class Ledger:
         limits: Limits,
         footprint: Mapping[str, float],
         bounds: Mapping[str, float] = MappingProxyType({}),
+        needs: Needs = no_needs,
         n_jobs: int | None = None,
         is_over: Callable[[], bool] = lambda: False,
     ) -> Grant | Refusal:
@@ -147,6 +149,8 @@ class Ledger:
             limits: Its limits.
             footprint: Upper bounds of its usage, by resource, where the user stated them.
             bounds: Upper bounds of what it will hold at one moment, where they were learned.
+            needs: Returns the least that any point is expected to use, by resource, from what is
+                left of totals and the number of other running trials.
             n_jobs: Number of trials that run at once, if known.
             is_over: Returns whether a waiting trial no longer needs to run.
         """
@@ -162,13 +166,16 @@ class Ledger:
                 return refuse_study_ended(short)
             seen = self._state.refresh() if seen is None or is_waiting else seen
             self._log_once("unadmitted", describe_unadmitted(self._state.unadmitted))
+            free, beside = seen.free(self.quota), seen.count_beside(number)
+            least = needs(free, beside)
             requests = initial_requests(
                 self.quota,
                 limits,
                 footprint,
-                seen.free(self.quota),
-                seen.count_beside(number),
+                free,
+                beside,
                 bounds=bounds,
+                needs=least,
                 n_jobs=n_jobs,
                 requested_by=self._requested_by(),
             )
@@ -188,7 +195,8 @@ class Ledger:
             decision = self._state.judge(number, held, requests, seen, queue=True)
             if not is_waiting or decision.action != "withdraw":
                 decision, seen = self._state.ask(trial_id, number, held, requests, queue=True)
-            refusal = refuse_exhausted(self.quota, seen.used, footprint)
+                least = needs(seen.free(self.quota), seen.count_beside(number))
+            refusal = refuse_exhausted(self.quota, seen.used, footprint, needs=least)
             if refusal is None and decision.action == "grant":
                 return self._begin(trial, limits, decision)
             if refusal is None and decision.shortage is not None:
@@ -239,25 +247,54 @@ class Ledger:
         monitor.on_low_quota(lambda: heartbeat.request_extension(trial_id))
         heartbeat.add(trial_id)
 
-    def revise_promise(self, trial_id: int, bounds: Mapping[str, float]) -> None:
-        """Release what a running trial will not hold by its point, or request what it lacks.
+    def left(self, trial: FrozenTrial) -> tuple[dict[str, float], int]:
+        """Return what a running trial may use in all before a total is exceeded, by resource.
+
+        And the number of other running trials.
+        """
+        running = self._running.get(_optuna.trial_id_of(trial))
+        if running is None:
+            return {}, 0
+        # It has just read the rows, to reserve its part.
+        seen = self._state.last or self._state.read()
+        left = left_for_trial(self.quota, running.reservation.granted, seen.free(self.quota))
+        if running.deadline is not None:
+            left["wall_time"] = min(running.deadline, left.get("wall_time", math.inf))
+        return left, seen.count_beside(trial.number)
+
+    def revise_promise(
+        self,
+        trial_id: int,
+        bounds: Mapping[str, float],
+        expected: Mapping[str, float] = MappingProxyType({}),
+    ) -> bool:
+        """Release what a running trial will not need at its point, or request what it lacks.
 
         Args:
             trial_id: The trial.
             bounds: Upper bounds of what it will hold at one moment, by resource.
+            expected: What it is expected to use of totals, by resource.
+
+        Returns:
+            Whether it was granted all that it is expected to use of totals.
         """
         with self._monitored(trial_id) as running:
             if running is None or running.monitor is None:
-                return
+                return True
             held, used = running.reservation, running.monitor.usage().amounts()
             smaller, larger = revise_promise(
                 self.quota, running.limits, held.granted, bounds, used
             )
+            less, more = revise_totals(self.quota, running.limits, held.granted, expected)
+            smaller.update(less)
             if smaller:
                 self._change(running, replace(held, granted={**held.granted, **smaller}))
             self._extend(running, larger)
-            if smaller or larger:
+            self._extend(running, more, exactly=True)
+            if smaller or larger or more:
                 running.monitor.allow(running.left)
+            granted = running.reservation.granted
+            return all(granted[name] >= need for name, need in more.items())
 
     def extend(self, trial_id: int, usage: Usage | None = None) -> Mapping[str, float]:
         """Request more of what runs low for a running trial; return what it may use in all.
@@ -279,14 +316,20 @@ class Ledger:
             if self._running.pop(trial_id, None) is not None:
                 self._state.charge(trial_id, usage)
 
-    def exhausted(self) -> Refusal | None:
-        """Return why nothing more can be admitted; None if something can."""
+    def exhausted(self, needs: Needs = no_needs) -> Refusal | None:
+        """Return why nothing more can be admitted; None if something can.
+
+        Args:
+            needs: As for :meth:`reserve`.
+        """
         seen = self._state.read()
         granted = {
             name: sum(claim.granted.get(name, 0.0) for claim in seen.claims)
             for name in self.quota.totals
         }
-        return refuse_exhausted(self.quota, self._state.used_with_charged(seen), {}, granted)
+        used = self._state.used_with_charged(seen)
+        least = needs(seen.free(self.quota), len(seen.claims))
+        return refuse_exhausted(self.quota, used, {}, granted, least)
 
     def _log_once(self, name: str, text: str | None) -> None:
         if text is not None and name not in self._logged:
@@ -335,7 +378,9 @@ class Ledger:
         self._running[trial_id] = running
         return Grant(running.left, gpu=held.gpu)
 
-    def _extend(self, running: RunningTrial, needs: Mapping[str, float]) -> Mapping[str, float]:
+    def _extend(
+        self, running: RunningTrial, needs: Mapping[str, float], *, exactly: bool = False
+    ) -> Mapping[str, float]:
         # One by one: what is short of one resource must not keep the trial from another.
         for name, amount in needs.items():
             seen, held, number = self._state.refresh(), running.reservation, running.number
@@ -346,6 +391,7 @@ class Ledger:
                 {name: amount},
                 seen.free(self.quota),
                 seen.count_beside(number),
+                exactly=exactly,
             )
             decision = self._state.judge(number, held, requests, seen, queue=False)
             if requests and decision.action != "withdraw":

@@ -161,7 +161,8 @@ def _costliest_param(
     resource = simulation.scarcest() or ""
     source = {"trial_time": "wall_time", "cost": "wall_time", "cpu_cores": "cpu_time"}
     amounts = simulation.drawn.get(source.get(resource, resource))
-    if amounts is None:
+    if amounts is None or amounts.shape[1] < len(unit):
+        # Slow to compute: there is no time for other ranges.
         return None
     medians = np.median(amounts, axis=0)
     effects = {}

@@ -11,6 +11,7 @@ import numpy as np
 
 from optuna_quota._footprint.footprint import BaseFootprint
 from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
+from optuna_quota._footprint.user_given import count_within
 from optuna_quota._metering.breach import quota_bound
 from optuna_quota._projection.projection import ProjectedResource, Projection
 from optuna_quota._resources import (
@@ -25,6 +26,9 @@ from optuna_quota._resources import (
 
 _DRAWS = 400
 _POOL_SIZE = 256
+# Of a pool whose usage takes longer to compute, so many points are drawn from, but at least these.
+_SECONDS = 2.0
+_MIN_POINTS = 16
 # Longer strategies are simulated with this many trials, and their totals scaled.
 _MAX_TRIALS = 4000
 _MAX_CELLS = 2_000_000
@@ -63,6 +67,9 @@ class Plan:
                 "`strategy` must have a search_space when the footprint knows no points, "
                 f"but got {self.strategy!r}."
             )
+        affordable = count_within(self.footprint, _SECONDS, pool)
+        # The pool is in random order.
+        pool = pool if affordable >= len(pool) else pool[: max(_MIN_POINTS, int(affordable))]
         length = min(self.strategy.n_trials, _MAX_TRIALS)
         count = int(min(_DRAWS, max(_MAX_CELLS // length, 50)))
         # Unknown usage counts as none: it breaches nothing and has no price.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
@@ -56,6 +56,7 @@ class PointVerdict:
         resource: The resource that is most likely breached.
         limit: Its limit, in SI base units.
         median: Its projected usage, in SI base units.
+        by_quota: Whether the limit is what is left of the study's quota.
     """
 
     admitted: bool
@@ -64,6 +65,7 @@ class PointVerdict:
     resource: str | None = None
     limit: float | None = None
     median: float | None = None
+    by_quota: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class PointAdmission:
         complete: Points of completed trials, where only complete points can be judged because a
             user's function may need any parameter; None where any point can.
         declared: All parameters, where the user declared them.
+        left: What is left of the study's totals, where that is less than the limits.
     """
 
     expected: BaseFootprint
@@ -88,6 +91,7 @@ class PointAdmission:
     threshold: float
     complete: Sequence[Mapping[str, Any]] | None = None
     declared: frozenset[str] | None = None
+    left: Mapping[str, float] = field(default_factory=dict)
 
     def common_space(self) -> dict[str, BaseDistribution]:
         """Return the parameters that all earlier trials had, in the order of suggestion."""
@@ -164,19 +168,23 @@ class PointAdmission:
         known = [name for name in breaches if name in medians]
         name = max(known, key=lambda each: float(breaches[each][0]))
         limit = self.limits.amounts()[name]
-        reason = describe_refusal(name, medians[name], limit, probability)
-        return PointVerdict(False, probability, reason, name, limit, medians[name])
+        by_quota = self.left.get(name) == limit
+        reason = describe_refusal(name, medians[name], limit, probability, by_quota=by_quota)
+        return PointVerdict(False, probability, reason, name, limit, medians[name], by_quota)
 
 
-def describe_refusal(resource: str, median: float, limit: float, probability: float) -> str:
+def describe_refusal(
+    resource: str, median: float, limit: float, probability: float, *, by_quota: bool = False
+) -> str:
     """Return the reason why a point was refused, in one sentence."""
     title = get_resource(resource).title
     # Not rounded to certainty.
     shown = "over 99%" if 0.995 <= probability < 1 else f"{probability:.0%}"
+    what, allowed = ("quota", "left") if by_quota else ("limit", "allowed")
     return (
-        f"{title[0].upper()}{title[1:]} limit likely exceeded: "
-        f"{format_amount(resource, median)} projected, {format_amount(resource, limit)} allowed, "
-        f"probability {shown}."
+        f"{title[0].upper()}{title[1:]} {what} likely exceeded: "
+        f"{format_amount(resource, median)} projected, {format_amount(resource, limit)} "
+        f"{allowed}, probability {shown}."
     )
 
 

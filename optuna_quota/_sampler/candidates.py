@@ -15,6 +15,7 @@ import contextlib
 from dataclasses import dataclass, field, replace
 import logging
 import threading
+from types import MappingProxyType
 from typing import Any, NoReturn, TYPE_CHECKING
 
 import numpy as np
@@ -35,7 +36,7 @@ from optuna_quota._sampler.admission import is_audit_due, PointAdmission, PointV
 from optuna_quota._sampler.nearest_point import nearest_admitted
 from optuna_quota._sampler.options import AdmissionOptions, OnVeto
 from optuna_quota._sampler.row_cleanup import fail_unfinished_trial
-from optuna_quota._sampler.study_footprint import Forecast, StudyFootprint
+from optuna_quota._sampler.study_footprint import Forecast, StudyFootprint, within_left
 from optuna_quota.exceptions import TrialRejected
 
 
@@ -115,10 +116,23 @@ class CandidateFilter:
         self._generator = np.random.default_rng(0)
 
     def begin(
-        self, study: Study, trial: FrozenTrial, limits: Limits, trials: Sequence[FrozenTrial]
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        limits: Limits,
+        trials: Sequence[FrozenTrial],
+        left: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """Start a trial; one that was enqueued with all its parameters is judged here."""
-        forecast = self.footprint.forecast(trials, limits)
+        """Start a trial; one that was enqueued with all its parameters is judged here.
+
+        Args:
+            study: The study.
+            trial: The trial.
+            limits: What it may use at most.
+            trials: All trials of the study.
+            left: What is left for it of the study's totals, where its end is near.
+        """
+        forecast = within_left(self.footprint.forecast(trials, limits.tightened(left)), left)
         enqueued = _optuna.fixed_params_of(trial)
         # A PartialFixedSampler may stand inside of ours or around it.
         fixed = {
@@ -144,11 +158,25 @@ class CandidateFilter:
                     trial, lambda: self._reject_enqueued(request, fixed, verdict)
                 )
 
-    def bounds_at(self, trial: FrozenTrial, drawn: Mapping[str, Any]) -> dict[str, float]:
-        """Return upper bounds of a trial's usage at its point, empty until it is complete."""
+    def bounds_at(
+        self, trial: FrozenTrial, drawn: Mapping[str, Any]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Return upper bounds of a trial's usage at its point, and what to reserve of totals.
+
+        Both are empty until its point is complete, the latter also while much is left.
+        """
         state = self._state(trial)
         point = {**state.drawn, **trial.params, **drawn, **state.fixed}
-        return self.footprint.bounds_at(state.forecast, point)
+        bounds = self.footprint.bounds_at(state.forecast, point)
+        admission = state.forecast.admission
+        if admission is None or not admission.left:
+            return bounds, {}
+        return bounds, self.footprint.needs_at(state.forecast, point)
+
+    def set_left(self, trial: FrozenTrial, left: Mapping[str, float]) -> None:
+        """Judge the point of a trial anew by what is left of the study's totals."""
+        state = self._state(trial)
+        state.forecast, state.drawn = within_left(state.forecast, left), {}
 
     def relative_space(
         self, trial: FrozenTrial, space: dict[str, BaseDistribution]
@@ -296,6 +324,8 @@ class CandidateFilter:
 
     def _audit(self, request: _Request, point: Mapping[str, Any], verdict: PointVerdict) -> bool:
         """Count a refusal, and return whether the point is run to check it."""
+        if verdict.by_quota:
+            return False
         share = self._audits
         if share is None:
             share = _AUDIT_SHARE if self.footprint.learner.isolated else 0.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import itertools
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
 from optuna_quota._footprint.search_space import position_of, value_at
+from optuna_quota._footprint.user_given import count_within
 from optuna_quota._sampler.admission import is_admitted, PointAdmission
 
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 _RADII = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
 _POINTS_PER_RADIUS = 48
 _LINE_STEPS = 16
+# For a search with a user's function that is slow: fewer points are tried then.
+_SECONDS = 2.0
 # Share of the threshold that a replacement should stay under.
 _MARGIN = 0.5
 
@@ -45,10 +49,11 @@ def nearest_admitted(
     free = {n: d for n, d in space.items() if n in point and n not in fixed and not d.single()}
     if not free:
         return None
-    search = _Search(admission, point, free, fixed)
+    affordable = count_within(admission.expected, _SECONDS)
+    search = _Search(admission, point, free, fixed, affordable)
     at_threshold = None
-    for radius in _RADII:
-        places = search.around(radius, generator)
+    around = (search.around(radius, generator) for radius in _RADII)
+    for places in itertools.chain(around, search.past()):
         probabilities = search.breach_probabilities(places)
         target = search.closest(places, probabilities, _MARGIN)
         if target is not None:
@@ -73,19 +78,31 @@ class _Search:
         point: Mapping[str, Any],
         free: Mapping[str, BaseDistribution],
         fixed: Mapping[str, Any],
+        affordable: float,
     ) -> None:
         from optuna.distributions import CategoricalDistribution
 
         self._admission, self._point, self._free, self._fixed = admission, point, free, fixed
-        self._start = np.array([position_of(each, point[name]) for name, each in free.items()])
+        self._start = self._place_of(point)
         self._categorical = np.array(
             [isinstance(each, CategoricalDistribution) for each in free.values()]
         )
 
+        self._n_around = int(min(_POINTS_PER_RADIUS, max(2, affordable / len(_RADII))))
+        self._n_steps = int(min(_LINE_STEPS, max(4, affordable / 3)))
+
+    def past(self) -> Iterator[np.ndarray]:
+        """Yield the places of earlier trials, whose usage is known, if there are any."""
+        points = [each for each in self._admission.past if self._free.keys() <= each.keys()]
+        if points:
+            # They may have had other ranges.
+            places = np.array([self._place_of(each) for each in points])
+            yield np.clip(places, 0.0, 1.0 - 1e-9)
+
     def around(self, radius: float, generator: np.random.Generator) -> np.ndarray:
         """Return random places; a category changes or stays."""
         start, categorical = self._start, self._categorical
-        shape = (_POINTS_PER_RADIUS, len(start))
+        shape = (self._n_around, len(start))
         places = np.clip(start + radius * generator.standard_normal(shape), 0.0, 1.0 - 1e-9)
         # Each place keeps some parameters: often a single one causes the breach.
         kept = generator.random(shape) < 0.5
@@ -96,7 +113,7 @@ class _Search:
 
     def line_to(self, place: np.ndarray) -> np.ndarray:
         """Return places from the start to another, which is the last, with its categories."""
-        steps = np.arange(1, _LINE_STEPS)[:, None] / _LINE_STEPS
+        steps = np.arange(1, self._n_steps)[:, None] / self._n_steps
         between = self._start + steps * (place - self._start)
         return np.vstack([np.where(self._categorical, place, between), place])
 
@@ -118,6 +135,9 @@ class _Search:
     def admitted_point(self, place: np.ndarray) -> dict[str, Any] | None:
         point = self._at(place)
         return point if self._admission.judge({**point, **self._fixed}).admitted else None
+
+    def _place_of(self, point: Mapping[str, Any]) -> np.ndarray:
+        return np.array([position_of(each, point[name]) for name, each in self._free.items()])
 
     def _at(self, place: np.ndarray) -> dict[str, Any]:
         moved = dict(self._point)

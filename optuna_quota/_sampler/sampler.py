@@ -58,6 +58,9 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("optuna.quota.sampler")
 
+# Draws of a point while other workers take what was left for it.
+_MOST_DRAWS = 4
+
 
 class QuotaSampler(BaseSampler):
     """Samples as another sampler does, inside a quota.
@@ -78,8 +81,8 @@ class QuotaSampler(BaseSampler):
         strategy: What is about to run, to project it.
         footprint: What a trial is expected to use: a :class:`Usage`, a function from parameters
             to one, or a fitted model. Without one it is learned from the study's own trials. A
-            function is called with complete points only: those with all parameters of the
-            ``strategy``'s search space, or of a trial that completed.
+            function is called once for each point, and with complete points only: those with
+            all parameters of the ``strategy``'s search space, or of a trial that completed.
         confidence: Probability, one-sided, with which what is admitted has to fit.
         deadline: When this worker has to be done: a duration from now on (seconds or text with its
             unit), a datetime, or ``"slurm"`` for the end of the SLURM job that it runs in. No
@@ -122,7 +125,8 @@ class QuotaSampler(BaseSampler):
 
     Raises:
         TypeError: If ``base_sampler`` is no sampler or ``quota`` no :class:`Quota`.
-        ValueError: If a probability or share is out of its range or an option unknown.
+        ValueError: If a probability or share is out of its range, an option unknown or
+            ``base_sampler`` a QuotaSampler.
         StudyRejected: If strategy, footprint and quota alone decide that the study does not fit.
     """
 
@@ -153,6 +157,11 @@ class QuotaSampler(BaseSampler):
             strategy=(strategy, Strategy),
             limits=(limits, Limits),
         )
+        if isinstance(base_sampler, QuotaSampler):
+            raise ValueError(
+                f"`base_sampler` must be no QuotaSampler but got {base_sampler}: a trial would be "
+                "counted twice. Give one QuotaSampler the whole quota."
+            )
         if not isinstance(quota, Quota):
             raise TypeError(f"`quota` must be a Quota but got {quota!r}.")
         check_choices(
@@ -254,6 +263,7 @@ class QuotaSampler(BaseSampler):
             limits=limits,
             footprint=self.footprint.amounts() if isinstance(self.footprint, Usage) else {},
             bounds=session.candidates.footprint.bounds_before_start(self.quota.held, fixed),
+            needs=session.needs,
             n_jobs=n_jobs,
             is_over=lambda: session.is_ending(whole) and objective_uses_trial(whole),
         )
@@ -264,7 +274,8 @@ class QuotaSampler(BaseSampler):
         ceilings = limits.tightened(self.quota.held)
         if self.on_crowded == "smaller":
             ceilings = ceilings.tightened(session.ledger.room(trial))
-        session.candidates.begin(whole, trial, ceilings, session.ledger.trials)
+        left = session.left(trial)
+        session.candidates.begin(whole, trial, ceilings, session.ledger.trials, left)
         # Last, so that learning and imports do not count as the trial's usage.
         session.start_trial(whole, trial, grant, limits, meters_in_force(whole, self.meters))
 
@@ -283,9 +294,13 @@ class QuotaSampler(BaseSampler):
         """Sample a point as the base sampler does, and replace it when it is not admitted."""
         with fail_unfinished_trial(study, trial):
             session = self._session(_optuna.unwrap_study(study))
-            with self._learning_constraints(study, len(search_space)) as seen:
-                drawn = session.candidates.sample_relative(seen, trial, search_space)
-            session.promise(trial, drawn)
+            for _ in range(_MOST_DRAWS):
+                with self._learning_constraints(study, len(search_space)) as seen:
+                    drawn = session.candidates.sample_relative(seen, trial, search_space)
+                if session.promise(trial, drawn):
+                    break
+                # Another worker was first.
+                session.candidates.set_left(trial, session.left(trial))
             return drawn
 
     def sample_independent(

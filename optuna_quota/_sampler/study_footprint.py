@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import logging
 from typing import Any, TYPE_CHECKING
 
@@ -13,11 +13,22 @@ from optuna.trial import TrialState
 
 from optuna_quota._footprint.footprint import BaseFootprint, Footprint
 from optuna_quota._footprint.online import Learner
-from optuna_quota._footprint.search_space import certain_completions, likely_completions
-from optuna_quota._footprint.user_given import as_footprint, FootprintCalibrator, UserFootprint
+from optuna_quota._footprint.search_space import (
+    certain_completions,
+    latin_hypercube,
+    likely_completions,
+    points_from_unit_cube,
+)
+from optuna_quota._footprint.user_given import (
+    as_footprint,
+    count_within,
+    FootprintCalibrator,
+    UserFootprint,
+)
 from optuna_quota._resources import Limits, Usage
 from optuna_quota._sampler.admission import PointAdmission
 from optuna_quota._sampler.options import AdmissionOptions
+from optuna_quota._sampler.quota_end import Margins, margins_of, medians
 
 
 if TYPE_CHECKING:
@@ -35,6 +46,13 @@ _RECENT_BOUNDS = 30
 # A learned bound is exceeded now and then: a reservation leaves room for that, in which a trial
 # can ask for more.
 _BOUND_MARGIN = 1.1
+# The end of a quota is near when less is left for each running trial than this many of the
+# largest: from then on, points are judged by what is left of the totals.
+_NEAR = 4.0
+# Points all over the space beside those of trials, to find the one that needs least, and the time
+# for it where a user's function is slow.
+_N_OTHER = 64
+_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,15 @@ class Forecast:
     expected: BaseFootprint | None = None
     is_reliable: bool = False
     admission: PointAdmission | None = None
+
+
+def within_left(forecast: Forecast, left: Mapping[str, float]) -> Forecast:
+    """Return a forecast whose points are judged by what is left of the study's totals too."""
+    admission = forecast.admission
+    if admission is None or not left:
+        return forecast
+    limits = admission.limits.tightened(left)
+    return replace(forecast, admission=replace(admission, limits=limits, left=left))
 
 
 class StudyFootprint:
@@ -75,7 +102,7 @@ class StudyFootprint:
 
     def forecast(self, trials: Sequence[FrozenTrial], limits: Limits) -> Forecast:
         """Return what is known after all trials of the study, for one with these limits."""
-        learned = self._learn(trials)
+        learned = self.learn(trials)
         expected = self.corrected(learned) or self.given or learned
         # A constant usage is the same at all points: only trials show where a limit is breached.
         judge = learned if isinstance(self._options.footprint, Usage) else expected
@@ -109,7 +136,7 @@ class StudyFootprint:
 
     def has_learned(self, trials: Sequence[FrozenTrial]) -> bool:
         """Return whether all trials of the study together show what the next ones will use."""
-        return self._learn(trials) is not None and self._has_enough()
+        return self.learn(trials) is not None and self._has_enough()
 
     def is_complete(self, params: Mapping[str, Any]) -> bool:
         """Return whether the stated footprint can be computed from these parameters."""
@@ -144,6 +171,51 @@ class StudyFootprint:
             self._recent_bounds = expected, found
         return {name: min(found[name], most) for name, most in held.items() if name in found}
 
+    def least_needs(self, left: Mapping[str, float], n_beside: int) -> dict[str, float]:
+        """Return the least that any point needs; empty while much is left.
+
+        Args:
+            left: What is left of totals, by the resource that trials use.
+            n_beside: Number of other running trials.
+        """
+        expected, points = self._reliable, self._recent_points()
+        if expected is None or not points or not left:
+            return {}
+        try:
+            recent = medians(expected, points[-_RECENT_BOUNDS:])
+            most = {name: float(np.max(each)) for name, each in recent.items()}
+            if all(most.get(n, 0.0) * _NEAR * (n_beside + 1) < left[n] for n in left):
+                return {}
+            n_others = int(min(_N_OTHER, count_within(expected, _SECONDS)))
+            found = medians(expected, [*points, *self._other_points(points)[:n_others]])
+            margins = self.margins()
+        except KeyError:
+            # A function of a parameter that a point does not have.
+            return {}
+        return {n: margins.need(n, float(np.min(found[n]))) for n in left if n in found}
+
+    def margins(self) -> Margins:
+        """Return what points need beyond their medians."""
+        if self._reliable is None:
+            return Margins()
+        complete = [row for row in self.learner.observations if row.is_complete]
+        return margins_of(self._reliable, complete)
+
+    def _other_points(self, points: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Return points all over the search space where its parameters are known."""
+        space = {name: self.learner.space[name] for name in points[-1]}
+        if any(point.keys() != space.keys() for point in points):
+            return []
+        unit = latin_hypercube(_N_OTHER, len(space), np.random.default_rng(0))
+        return points_from_unit_cube(space, unit)
+
+    def needs_at(self, forecast: Forecast, point: Mapping[str, Any]) -> dict[str, float]:
+        """Return what to reserve of totals at a point; empty while it is partial or unknown."""
+        if not self.bounds_at(forecast, point) or forecast.expected is None:
+            return {}
+        margins, found = self.margins(), forecast.expected.intervals(point)
+        return {name: margins.need(name, each.median) for name, each in found.items()}
+
     def likely_seconds(
         self, trials: Sequence[FrozenTrial], fixed: Mapping[str, Any]
     ) -> float | None:
@@ -177,7 +249,8 @@ class StudyFootprint:
             return {}
         return _upper_bounds(forecast.expected, [point])
 
-    def _learn(self, trials: Sequence[FrozenTrial]) -> Footprint | None:
+    def learn(self, trials: Sequence[FrozenTrial]) -> Footprint | None:
+        """Return what is learned after all trials of the study, None while nothing is."""
         try:
             return self.learner.learn(trials)
         except (ArithmeticError, ValueError, TypeError, np.linalg.LinAlgError) as fault:

@@ -21,7 +21,14 @@ from optuna_quota._enforcement.interrupt import Interrupter
 from optuna_quota._enforcement.nesting import quota_pruners
 from optuna_quota._enforcement.preemption import preemption_of
 from optuna_quota._enforcement.trial_result import record_rejection, record_result
-from optuna_quota._ledger import check_gpus_per_trial, gpus_here, Grant, Ledger, Refusal
+from optuna_quota._ledger import (
+    check_gpus_per_trial,
+    gpus_here,
+    Grant,
+    Ledger,
+    left_for_trial,
+    Refusal,
+)
 from optuna_quota._metering import Meter, Verdict
 from optuna_quota._records import read_record
 from optuna_quota._resources import Limits, Quota, Usage
@@ -132,12 +139,38 @@ class StudySession:
             if interrupter is not None:
                 self._interrupters[trial_id] = interrupter
 
-    def promise(self, trial: FrozenTrial, drawn: Mapping[str, Any]) -> None:
-        """Reserve what a trial's point needs of the resources that trials hold together."""
-        if self._quota.held:
-            bounds = self.candidates.bounds_at(trial, drawn)
-            if bounds:
-                self.ledger.revise_promise(_optuna.trial_id_of(trial), bounds)
+    def needs(self, free: Mapping[str, float], n_beside: int) -> Mapping[str, float]:
+        """Return the least that any point needs of totals, empty while much is left of them.
+
+        Args:
+            free: What is neither used nor reserved, by resource.
+            n_beside: Number of other running trials.
+        """
+        left = left_for_trial(self._quota, dict.fromkeys(free, 0.0), free)
+        return self._least_needs(left, n_beside)
+
+    def left(self, trial: FrozenTrial) -> Mapping[str, float]:
+        """Return what is left of totals for a trial's point, empty while much is."""
+        left, n_beside = self.ledger.left(trial)
+        if not self._least_needs(left, n_beside):
+            return {}
+        return self.candidates.footprint.margins().within(left)
+
+    def _least_needs(self, left: Mapping[str, float], n_beside: int) -> Mapping[str, float]:
+        footprint = self.candidates.footprint
+        if left:
+            # The trial before this one may have ended since.
+            footprint.learn(self.ledger.trials)
+        return footprint.least_needs(left, n_beside)
+
+    def promise(self, trial: FrozenTrial, drawn: Mapping[str, Any]) -> bool:
+        """Reserve what a trial's point needs; return whether what is left of totals is enough."""
+        if not self._quota:
+            return True
+        bounds, expected = self.candidates.bounds_at(trial, drawn)
+        if not expected and not (self._quota.held and bounds):
+            return True
+        return self.ledger.revise_promise(_optuna.trial_id_of(trial), bounds, expected)
 
     def _collect_garbage(self, limits: Limits) -> None:
         """Free what the last trial left behind, so that it does not count for the next one.
@@ -195,7 +228,7 @@ class StudySession:
         """End ``optimize`` when a total quota is used up."""
         if not self._stops or not _optuna.in_optimize_loop(study):
             return
-        refusal = self.ledger.exhausted() or self.refuse_late()
+        refusal = self.ledger.exhausted(self.needs) or self.refuse_late()
         if refusal is not None:
             self._log_end(refusal.reason)
             study.stop()

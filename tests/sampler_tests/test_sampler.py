@@ -126,6 +126,11 @@ def test_a_used_sampler_can_be_copied_and_pickled(remake) -> None:  # type: igno
     assert len(study.trials) == 5
 
 
+def test_a_quota_sampler_in_another_is_an_error() -> None:
+    with pytest.raises(ValueError, match="must be no QuotaSampler but got QuotaSampler"):
+        QuotaSampler(QuotaSampler(quota=Quota(n_trials=5)), quota=Quota(n_trials=9))
+
+
 def test_limits_that_disagree_raise() -> None:
     sampler = QuotaSampler(quota=Quota(n_trials=5), limits=Limits(memory="1GiB"))
     pruner = QuotaPruner(limits=Limits(memory="2GiB"))
