@@ -93,27 +93,40 @@ def preemptible(
     repair_torn_lines(storage)
     preemption, pruner = preemption_of(study), study.pruner
     before = preemption.requeue, preemption.signals
+    outer = vars(study).get("optimize")
     if not quota_pruners(pruner):
         # Its `should_prune` is what stops trials in process.
         study.pruner = QuotaPruner(pruner, limits=Limits())
     folders = None if checkpoints is None else _Checkpoints(study, Path(checkpoints))
     preemption.requeue, preemption.signals = requeue, (*preemption.signals, *signals)
     study.optimize = _Optimize(study, folders)  # type: ignore[method-assign]
-    handlers = {}
     try:
-        with _Watcher(study, preemption) as watcher:
-            for number in signals:
-                handlers[number] = signal.signal(number, watcher.on_signal)
+        with _Watcher(study, preemption) as watcher, _handled(signals, watcher.on_signal):
             yield
     finally:
-        for number, handler in handlers.items():
-            # None stands for a handler that was not set from Python.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         vars(study).pop("optimize", None)
+        if outer is not None:
+            study.optimize = outer  # type: ignore[method-assign]
         if study.pruner is not pruner and not quota_pruners(pruner):
             study.pruner = pruner
         preemption.requeue, preemption.signals = before
-        preemption.reason = None
+        if not isinstance(outer, _Optimize):
+            # Within another block, a signal ends that one too.
+            preemption.reason = None
+
+
+@contextlib.contextmanager
+def _handled(signals: Sequence[int], handler: Callable[..., None]) -> Iterator[None]:
+    """Handle signals within the block."""
+    before = {}
+    try:
+        for number in signals:
+            before[number] = signal.signal(number, handler)
+        yield
+    finally:
+        for number, previous in before.items():
+            # None stands for a handler that was not set from Python.
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
 
 class _Watcher:
@@ -148,8 +161,7 @@ class _Watcher:
         now = time.monotonic()
         if self._signalled is None:
             self._signalled = now
-            name = signal.Signals(signum).name
-            self._preemption.reason = f"The worker received {name} and ends."
+            self._preemption.reason = f"The worker received {_name_of(signum)} and ends."
             _optuna.stop_optimize(self._study)
             self._commands.put("stop")
         elif now - self._signalled > _ONE_SIGNAL:
@@ -176,6 +188,13 @@ class _Watcher:
                     )
                     self._preemption.request(self._preemption.reason)
             _optuna.stop_optimize(self._study)
+
+
+def _name_of(signum: int) -> str:
+    try:
+        return signal.Signals(signum).name
+    except ValueError:
+        return f"signal {signum}"  # most real-time signals have no name
 
 
 class _Optimize:

@@ -171,6 +171,41 @@ def test_no_trial_starts_after_a_signal_before_optimize() -> None:
     assert len(study.trials) == 1
 
 
+def test_a_block_within_another(tmp_path: Path) -> None:
+    study = make_study("plain")
+
+    def objective(trial: optuna.Trial) -> float:
+        assert "quota:checkpoint" in trial.user_attrs
+        return trial.suggest_float("x", 0, 1)
+
+    with preemptible(study, checkpoints=tmp_path):
+        with preemptible(study):
+            study.optimize(objective_that_checks, n_trials=1)
+        study.optimize(objective, n_trials=1)
+        with preemptible(study):
+            send()
+        study.optimize(objective, n_trials=1)  # starts nothing
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE"]
+    study.optimize(objective_that_prunes, n_trials=1)
+    assert len(study.trials) == 3
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGRTMIN"), reason="needs real-time signals")
+def test_a_signal_without_a_name() -> None:
+    number = signal.SIGRTMIN + 3
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        send(number)
+        check(trial)
+        return 0.0
+
+    study = make_study("plain")
+    with preemptible(study, signals=[number]):
+        study.optimize(objective, n_trials=5)
+    assert f"signal {number}" in (read_record(study.trials[0]).reason or "")
+
+
 def test_ask_and_tell() -> None:
     study = make_study("plain")
     with preemptible(study):
