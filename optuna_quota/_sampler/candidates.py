@@ -287,9 +287,9 @@ class CandidateFilter:
 
     def _can_reject(self, request: _Request, point: Mapping[str, Any]) -> bool:
         """Return whether a row may end with no more parameters than these."""
-        if not self._needs_complete_points:
+        past, declared = request.admission.past, request.admission.declared
+        if not self._needs_complete_points or (declared and declared <= point.keys()):
             return True
-        past = request.admission.past
         return bool(past) and likely_completions(point, past) == [point]
 
     def _draw(self, request: _Request, space: dict[str, BaseDistribution]) -> dict[str, Any]:
