@@ -99,6 +99,7 @@ class CandidateFilter:
 
     Attributes:
         footprint: What its trials are expected to use.
+        enumerates: Whether the base sampler walks a fixed list of points.
     """
 
     def __init__(self, base_sampler: BaseSampler, options: AdmissionOptions) -> None:
@@ -106,6 +107,7 @@ class CandidateFilter:
         self._base, self._audits = base_sampler, options.audits
         kind = _optuna.unwrap_partial_fixed(base_sampler)
         self._replacement = replacement_for(kind, options.on_veto)
+        self.enumerates = enumerates_points(kind)
         self._keeps_point = _optuna.needs_drawn_point(kind)
         # BruteForceSampler treats an incomplete point as a leaf of its tree.
         self._needs_complete_points = isinstance(kind, BruteForceSampler)

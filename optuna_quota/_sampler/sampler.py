@@ -257,8 +257,8 @@ class QuotaSampler(BaseSampler):
             if resumed is not None:
                 self._check_quota(session, whole)
         fixed = _optuna.fixed_params_of(trial)
-        late = session.refuse_late(fixed)
-        grant = late or session.ledger.reserve(
+        refusal = session.refuse_late(fixed) or session.refuse_unfit(fixed)
+        grant = refusal or session.ledger.reserve(
             trial,
             limits=limits,
             footprint=self.footprint.amounts() if isinstance(self.footprint, Usage) else {},
