@@ -159,7 +159,7 @@ class StudyFootprint:
         expected = self._reliable
         if expected is None or not held:
             return {}
-        points = self._recent_points(_RECENT_BOUNDS)
+        points = self._known_points(_RECENT_BOUNDS)
         if fixed and likely_completions(fixed, points) == [fixed]:
             found = _upper_bounds(expected, [fixed])
         elif self._recent_bounds is not None and self._recent_bounds[0] is expected:
@@ -178,7 +178,7 @@ class StudyFootprint:
             left: What is left of totals, by the resource that trials use.
             n_beside: Number of other running trials.
         """
-        expected, points = self._reliable, self._recent_points()
+        expected, points = self._reliable, self._known_points()
         if expected is None or not points or not left:
             return {}
         try:
@@ -225,7 +225,7 @@ class StudyFootprint:
             trials: All trials of the study, for where nothing is projected.
             fixed: The parameters that the trial was enqueued with.
         """
-        expected, points = self._reliable, self._recent_points(_RECENT_BOUNDS)
+        expected, points = self._reliable, self._known_points(_RECENT_BOUNDS)
         if fixed and likely_completions(fixed, points) == [fixed]:
             points = [fixed]
         elif not points:
@@ -245,7 +245,7 @@ class StudyFootprint:
         if forecast.expected is None or not forecast.is_reliable:
             return {}
         past = self._recent_points()
-        if not point or (past and likely_completions(point, past) != [point]):
+        if not point or not self.is_complete(point) or (past and likely_completions(point, past) != [point]):
             return {}
         return _upper_bounds(forecast.expected, [point])
 
@@ -267,6 +267,11 @@ class StudyFootprint:
 
     def _recent_points(self, count: int = _RECENT) -> list[Mapping[str, Any]]:
         return [row.params for row in self.learner.observations[-count:]]
+
+    def _known_points(self, count: int = _RECENT) -> list[Mapping[str, Any]]:
+        """Return recent points at which the footprint is known: a user's function needs all."""
+        points = self._recent_points if self._calibrator is None else self._completed_points
+        return points()[-count:]
 
     def _completed_points(self) -> list[Mapping[str, Any]]:
         return [row.params for row in self.learner.observations[-_RECENT:] if row.is_complete]
