@@ -170,10 +170,14 @@ class CandidateFilter:
         state = self._state(trial)
         point = {**state.drawn, **trial.params, **drawn, **state.fixed}
         bounds = self.footprint.bounds_at(state.forecast, point)
-        admission = state.forecast.admission
-        if admission is None or not admission.left:
+        if not bounds or not self.is_near_end(trial):
             return bounds, {}
         return bounds, self.footprint.needs_at(state.forecast, point)
+
+    def is_near_end(self, trial: FrozenTrial) -> bool:
+        """Return whether a trial's point is judged by what is left of the study's totals."""
+        admission = self._state(trial).forecast.admission
+        return admission is not None and bool(admission.left)
 
     def set_left(self, trial: FrozenTrial, left: Mapping[str, float]) -> None:
         """Judge the point of a trial anew by what is left of the study's totals."""

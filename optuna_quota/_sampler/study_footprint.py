@@ -210,8 +210,8 @@ class StudyFootprint:
         return points_from_unit_cube(space, unit)
 
     def needs_at(self, forecast: Forecast, point: Mapping[str, Any]) -> dict[str, float]:
-        """Return what to reserve of totals at a point; empty while it is partial or unknown."""
-        if not self.bounds_at(forecast, point) or forecast.expected is None:
+        """Return what to reserve of totals at a complete point; see :meth:`bounds_at`."""
+        if forecast.expected is None:
             return {}
         margins, found = self.margins(), forecast.expected.intervals(point)
         return {name: margins.need(name, each.median) for name, each in found.items()}
@@ -245,7 +245,9 @@ class StudyFootprint:
         if forecast.expected is None or not forecast.is_reliable:
             return {}
         past = self._recent_points()
-        if not point or not self.is_complete(point) or (past and likely_completions(point, past) != [point]):
+        if not point or (past and likely_completions(point, past) != [point]):
+            return {}
+        if not self.is_complete(point):
             return {}
         return _upper_bounds(forecast.expected, [point])
 

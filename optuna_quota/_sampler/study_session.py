@@ -171,10 +171,10 @@ class StudySession:
 
     def promise(self, trial: FrozenTrial, drawn: Mapping[str, Any]) -> bool:
         """Reserve what a trial's point needs; return whether what is left of totals is enough."""
-        if not self._quota:
+        if not self._quota.held and not self.candidates.is_near_end(trial):
             return True
         bounds, expected = self.candidates.bounds_at(trial, drawn)
-        if not expected and not (self._quota.held and bounds):
+        if not bounds:
             return True
         return self.ledger.revise_promise(_optuna.trial_id_of(trial), bounds, expected)
 
@@ -235,9 +235,7 @@ class StudySession:
         """End ``optimize`` when a total quota is used up."""
         if not self._stops or not _optuna.in_optimize_loop(study):
             return
-        refusal = (
-            self.ledger.exhausted(self.needs) or self.refuse_late() or self.refuse_unfit()
-        )
+        refusal = self.ledger.exhausted(self.needs) or self.refuse_late() or self.refuse_unfit()
         if refusal is not None:
             self._log_end(refusal.reason)
             study.stop()

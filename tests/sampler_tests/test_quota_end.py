@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import Quota, QuotaExhausted, QuotaSampler, status, TrialRejected, Usage
+from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.user_given import UserFootprint
 from optuna_quota._records import read_record
 from optuna_quota._sampler.quota_end import Margins, margins_of
@@ -101,3 +102,9 @@ def test_the_margins_are_what_trials_used_beyond_the_footprint() -> None:
     assert margins.within({"cpu_time": 7.0}) == {"cpu_time": 3}
     assert margins.within({"cpu_time": 0.5})["cpu_time"] > 0
     assert margins_of(UserFootprint(cores_of), []) == Margins()
+    stated = UserFootprint(cores_of, lenient=True)
+    rows = [
+        Observation(params, {}, Usage(cpu_time=5.0)) for params in ({"size": 2.0}, {"other": 1.0})
+    ]
+    # The function fails for the last one.
+    assert margins_of(stated, rows) == Margins(extras={"cpu_time": 3.0})
