@@ -2,7 +2,7 @@
 
 Each table is a study whose memory is ``300 MB + a · rows^2 · width^1.1 · 1.5 [adam]`` or whose
 time is ``0.5 s + b · rows^1.2 · width^0.6 · 1.5 [adam]``, times log-normal noise; one parameter
-does nothing. A share of the trials is ended early, at a limit or by a pruner, and counts as lower
+does nothing. A share of the trials is ended at a limit on the resource itself, and counts as lower
 bounds. Beside the fitted model stand two baselines on the same tables: the same model on the
 completed trials alone, and with the lower bounds taken for values.
 
@@ -10,8 +10,8 @@ Then trials that something else ended at a share of their course: wall time unde
 (ended late, at 80 to 100% of it, or anywhere) and of pruned trials; memory that grows with the run
 under a limit on wall time. The library leaves them out of the formula and has the footprint model
 the share; beside it stands that they are left out of both, or taken for lower bounds. The last
-column is the median prediction at a large point over the
-truth, of the formula and of the footprint, and how often the footprint's 95% bound holds there.
+columns are the median prediction at a large point over the truth, of the formula and of the
+footprint, and how often the footprint's 95% bound holds there.
 """
 
 from __future__ import annotations
@@ -48,13 +48,10 @@ def simulate(rng, resource, n, share, noise):
     mean = 300e6 + 0.8 * power if resource == "memory" else 0.5 + 1e-5 * power
     y = np.log(mean) + noise * rng.standard_normal(n)
     censored = np.zeros(n, dtype=bool)
-    if resource == "memory" and share:  # a limit that this share of the trials would be over
+    if share:  # a limit that this share of the trials would be over
         limit = np.quantile(y, 1 - share)
         censored = y > limit
         y = np.minimum(y, limit)
-    elif share:  # a pruner stops this share of the trials, at any point of their course
-        censored = rng.permutation(n) < round(share * n)
-        y = np.where(censored, y + np.log(rng.uniform(0.1, 1.0, n)), y)
     parameters = (
         Parameter("rows", rows, low=200, high=10_000),
         Parameter("width", width, low=16, high=512),
