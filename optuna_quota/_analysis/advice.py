@@ -158,10 +158,11 @@ def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
         # As many cores as 95% of the trials kept busy.
         enough["cpu_cores"] = float(max(1, math.ceil(float(np.quantile(busy, 0.95)) - 0.05)))
     n_completed = int(facts.completed.sum())
+    n_known = int(facts.table[list(maxima)][facts.completed].notna().all(axis=1).sum())
     used = " and ".join(format_amount(name, amount) for name, amount in maxima.items())
     text = (
         f"{limits!r} would have held all {n_completed} completed trials with at least "
-        f"{_MARGIN - 1:.0%} to spare (at most {used} used). {_holds(n_completed, len(maxima))}"
+        f"{_MARGIN - 1:.0%} to spare (at most {used} used). {_holds(n_known, len(maxima))}"
     )
     # A breach of the quota says nothing about what the trial itself needs.
     breaches = [t.breach for t in facts.traces if t.breach and not t.breach.quota]
@@ -176,10 +177,10 @@ def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
             "n_completed": n_completed,
             "greatest": maxima,
             "enough": enough,
-            "share_held": _share_held(n_completed, len(maxima)),
+            "share_held": _share_held(n_known, len(maxima)),
         },
         {
-            kind: f"{snippet}\n# {_holds(n_completed, len(maxima))}"
+            kind: f"{snippet}\n# {_holds(n_known, len(maxima))}"
             for kind, snippet in (
                 ("kubernetes", _kubernetes(enough)),
                 ("sbatch", _sbatch(enough)),
@@ -189,13 +190,15 @@ def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
 
 
 def _share_held(n: int, n_resources: int) -> float:
-    """Return which share of further trials stays below the maxima of n trials, at least.
+    """Return which share of further trials stays below all maxima of n trials, at least.
 
     With confidence 95% and no assumption about the distribution (Wilks, Annals of Mathematical
-    Statistics 12, 1941), by Bonferroni's correction for several resources. The margin above the
-    maxima comes on top.
+    Statistics 12, 1941; for several resources together Tukey, ibid. 18, 1947: each removes one
+    block of n + 1 that are equally likely). The margin above the maxima comes on top.
     """
-    return float((0.05 / n_resources) ** (1 / n))
+    from scipy.special import betaincinv
+
+    return float(betaincinv(n - n_resources + 1, n_resources, 0.05)) if n >= n_resources else 0.0
 
 
 def _holds(n: int, n_resources: int) -> str:

@@ -2,8 +2,9 @@
 
 The share of a parameter is its main effect in a functional analysis of variance of the logarithm
 of the usage over the range searched (Sobol, Mathematics and Computers in Simulation 55, 2001):
-``Var(E[f | x]) / Var(f)``, estimated by ε² of bins over a Latin hypercube. Intervals are those of
-draws of the whole function from the footprint's process.
+``Var(E[f | x]) / (Var(f) + noise)``, estimated by ε² of the choices, or of bins, over a Latin
+hypercube. Without the noise, the only parameter of a study would have all of the variance even if
+it did nothing. Intervals are those of draws of the whole function from the footprint's process.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ _MIN_TRIALS = 10
 _POINTS = 400
 _DRAWS = 60
 _BINS = 8
+# Of a parameter with more values, neighbouring ones are one group.
+_MAX_CHOICES = 40
 _QUANTILES = (0.05, 0.5, 0.95)
 
 
@@ -41,7 +44,7 @@ class Driver:
 
     Attributes:
         param: Name of the hyperparameter.
-        share: Of the variance of the logarithm of the usage.
+        share: Of the variance of the logarithm of the usage, noise included.
         factor: By which the usage grows where the parameter is doubled at the best trial; None
             for a category, where that is out of the range, or where no best trial is known.
     """
@@ -72,13 +75,15 @@ def cost_drivers(
     place = {name: i for i, name in enumerate(n for n in names if doubled[n] is not None)}
     found = {}
     for resource, model in contents.models.items():
-        if sum(row.usage.get(resource) is not None for row in rows) < _MIN_TRIALS:
+        part = model.base if isinstance(model, ChainedModel) else model
+        if (~part.censored).sum() < _MIN_TRIALS:
             continue
-        logs = _log_draws(model, columns)
+        logs, noise = _log_draws(model, columns)
         drivers = []
         for name in names:
-            values = unit[:, list(space).index(name)]
-            share = _quantiles([_main_effect(values, f) for f in logs[:, :_POINTS]])
+            groups = _groups([point[name] for point in points], unit[:, list(space).index(name)])
+            effects = zip(logs[:, :_POINTS], noise, strict=True)
+            share = _quantiles([_main_effect(groups, f, variance) for f, variance in effects])
             factor = None
             if name in place:
                 change = logs[:, _POINTS + 1 + place[name]] - logs[:, _POINTS]
@@ -101,24 +106,36 @@ def _doubled(name: str, space: Any, best: Mapping[str, Any] | None) -> dict[str,
     return {**best, name: 2 * value} if 0.0 < value <= space.high / 2 else None
 
 
-def _main_effect(values: Array, f: Array) -> float:
-    """Return ε² of bins of one coordinate, which is 0 on average without an effect."""
+def _groups(values: Sequence[Any], unit: Array) -> NDArray[np.int64]:
+    """Return a group of each point: its choice, or its bin where there are many values."""
+    texts = [repr(value) for value in values]  # a choice may not be hashable
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    if len(place) <= _MAX_CHOICES:
+        return np.array([place[text] for text in texts])
+    return np.minimum((unit * _BINS).astype(int), _BINS - 1)
+
+
+def _main_effect(groups: NDArray[np.int64], f: Array, noise: float) -> float:
+    """Return ε² of groups, with noise added to the variance; it is 0 on average without effect."""
     total = float(((f - f.mean()) ** 2).sum())
     if not total > 1e-12:
         return 0.0
-    bins = np.minimum((values * _BINS).astype(int), _BINS - 1)
-    counts = np.bincount(bins, minlength=_BINS)
-    means = np.bincount(bins, f, minlength=_BINS) / np.maximum(counts, 1)
+    counts = np.bincount(groups)
+    means = np.bincount(groups, f) / np.maximum(counts, 1)
     between = float((counts * (means - f.mean()) ** 2).sum())
-    within = (total - between) / (len(f) - _BINS)
-    return min(max((between - (_BINS - 1) * within) / total, 0.0), 1.0)
+    within = (total - between) / (len(f) - len(counts))
+    effect = between - (len(counts) - 1) * within
+    return min(max(effect / (total + len(f) * noise), 0.0), 1.0)
 
 
-def _log_draws(model: Model, columns: Array) -> Array:
-    """Return draws of the logarithm of the usage without noise, ``(n_draws, n_points)``."""
+def _log_draws(model: Model, columns: Array) -> tuple[Array, Array]:
+    """Return draws of the logarithm of the usage, and the variance of the noise on it.
+
+    The draws are without noise, of shape ``(n_draws, n_points)``; the noise is that of each draw.
+    """
     if isinstance(model, ChainedModel):
-        base, ratio = (_draws(part, columns, seed) for seed, part in _parts(model))
-        return base + ratio
+        (base, its), (ratio, own) = (_draws(part, columns, seed) for seed, part in _parts(model))
+        return base + ratio, its + own
     return _draws(model, columns, 0)
 
 
@@ -126,12 +143,15 @@ def _parts(model: ChainedModel) -> Sequence[tuple[int, ResourceModel]]:
     return ((0, model.base), (1, model.ratio))
 
 
-def _draws(model: ResourceModel, columns: Array, seed: int) -> Array:
+def _draws(model: ResourceModel, columns: Array, seed: int) -> tuple[Array, Array]:
     mean, covariance = model.process.joint(columns)
     values, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(np.maximum(values, 0.0))
     normal = np.random.default_rng(seed).standard_normal((_DRAWS, len(mean)))
     logs = model.location + model.scale * (mean + normal @ root.T)
-    amounts = model.floor + np.exp(np.minimum(logs, 300.0))
-    drawn: Array = np.log(np.maximum(amounts, 1e-300))
-    return drawn
+    power = np.exp(np.minimum(logs, 300.0))
+    amounts = np.maximum(model.floor + power, 1e-300)
+    # What is above the floor scatters: its share of the usage is the slope of the logarithm.
+    share = np.minimum(power / amounts, 1.0)[:, :_POINTS]
+    noise = model.scale**2 * model.process.noise * (share**2).mean(axis=1)
+    return np.log(amounts), noise

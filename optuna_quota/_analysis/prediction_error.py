@@ -68,10 +68,10 @@ def prediction_errors(
     for resource, model in models.items():
         with without_numeric_warnings():
             ours, theirs = _formula_errors(model), _footprint_errors(footprint, resource, numbers)
-        common = sorted(ours.keys() & theirs.keys())
-        if len(common) >= _MIN_TRIALS:
-            pairs = np.abs([[ours[i], theirs[i]] for i in common])
-            found[resource] = _compared(pairs)
+            common = sorted(ours.keys() & theirs.keys())
+            if len(common) >= _MIN_TRIALS:
+                pairs = np.abs([[ours[i], theirs[i]] for i in common])
+                found[resource] = _compared(pairs)
     return found
 
 

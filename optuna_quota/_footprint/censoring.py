@@ -2,15 +2,15 @@
 
 A trial that was stopped at z used more than z. Its likelihood under a Gaussian observation is
 Φ((f - z) / σ). One that something else stopped at a share s of its course used z = f + e + log s:
-with s uniform, -log s is exponential, and the likelihood is that of a stochastic frontier (Meeusen
-and van den Broeck, International Economic Review 18, 1977),
+-log s is taken as exponential (of rate 1 where s is uniform), and the likelihood is that of a
+stochastic frontier (Meeusen and van den Broeck, International Economic Review 18, 1977),
 
     r · exp(-r (f - z) + r² σ² / 2) · Φ((f - z) / σ - r σ)
 
-with r the scale of the logarithm, as z is standardised, and r = 0 for a plain bound. Expectation
-propagation (Minka, 2001; Rasmussen and Williams, section 3.6) replaces it by a Gaussian
-observation of f with a mean and a variance of its own: a bound far below the prediction of the
-others has next to no weight, one far above has much.
+with r the rate times the scale of the logarithm, as z is standardised, and r = 0 for a plain
+bound. Expectation propagation (Minka, 2001; Rasmussen and Williams, section 3.6) replaces it by a
+Gaussian observation of f with a mean and a variance of its own: a bound far below the prediction
+of the others has next to no weight, one far above has much.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ class Footprint:
             footprint.probability({"layers": 4, "width": 512}, Limits(memory="2GiB"))
 
     Each resource is a Gaussian process over the logarithms of the hyperparameters, see
-    ``_footprint/resource_model.py``; terminated trials enter as lower bounds.
+    ``_footprint/resource_model.py``; trials ended by their limits enter as lower bounds, those
+    that something else stopped as a part of unknown size.
     """
 
     def __init__(self, contents: Contents) -> None:

@@ -212,10 +212,12 @@ class ResourceModel:
         variance = own[held] ** 2 - self.sites.extra[held] + self.process.noise
         away = mean - (logs[held] - self.location) / self.scale
         spread = np.sqrt(np.maximum(variance, 1e-12))
-        rate = self.scale * self.partial[held]
-        bounded = log_ndtr(away / spread - rate * spread)
+        rate = _rates(logs, self.censored, self.partial)[held]
+        r = self.scale * rate
+        bounded = log_ndtr(away / spread - r * spread)
         # In units of the amount, as the others; see `censoring.py`.
-        shares = np.where(rate, -rate * away + 0.5 * (rate * spread) ** 2 - logs[held], 0.0)
+        own_part = np.log(np.maximum(rate, 1e-300)) - logs[held]
+        shares = np.where(rate > 0, own_part - r * away + 0.5 * (r * spread) ** 2, 0.0)
         return float(np.sum(density) + np.sum(bounded) + np.sum(shares))
 
     def log_leave_one_out(self) -> tuple[np.ndarray, np.ndarray]:
@@ -311,7 +313,7 @@ def _with_logs(
     location, scale = _standard(logs)
     target = (logs - location) / scale
     sites = initial_sites(target, censored)
-    rate = scale * partial
+    rate = scale * _rates(logs, censored, partial)
     sites = propagate(columns, target, censored, rate, model.hyperparameters, sites)
     return replace(
         model,
@@ -349,7 +351,7 @@ def _fit_with_floor(
     if start is not None and start.hyperparameters.shape == found.shape:
         found = start.hyperparameters
     sites = initial_sites(target, censored)
-    rate = scale * partial
+    rate = scale * _rates(logs, censored, partial)
     sites = propagate(columns, target, censored, rate, found, sites)
     for _ in range(0 if len(amounts) < _FEWEST else 2 if censored.any() else 1):
         found = fit_hyperparameters(
@@ -357,6 +359,19 @@ def _fit_with_floor(
         )
         sites = propagate(columns, target, censored, rate, found, sites)
     return ResourceModel(columns, floor, location, scale, sites, censored, partial, found)
+
+
+def _rates(logs: np.ndarray, censored: np.ndarray, partial: np.ndarray) -> np.ndarray:
+    """Return the rate of the logarithm of each trial's share of its course, 0 for other trials.
+
+    It is 1 where shares are uniform. Where trials end early, such as in their first second, they
+    would be so unlikely then that the fit would rather take all completed trials for noise: the
+    rate is one over the mean logarithm, as far as the others tell.
+    """
+    if not partial.any() or censored.all():
+        return partial.astype(float)
+    short = float(logs[~censored].mean() - logs[partial].mean())
+    return partial / max(short, 1.0)
 
 
 def _square_root(covariance: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ scatters: ``g² = ε² + (1 - ε²) · s²`` with the law's share ``s = exp(x·�
 the scatter go with the law (ε near 0) or with the whole (ε = 1). ``g`` is held while θ is fitted
 and renewed until both converge, as in iteratively reweighted least squares.
 
-A trial that was ended early contributes the probability of being above its usage: on the log scale
+A trial that its limit ended contributes the probability of being above its usage: on the log scale
 this is Tobit's model (Econometrica 26, 1958) for memory and the log-normal accelerated failure
 time model for time. The likelihood is maximized by Newton's method with Gauss and Newton's
 approximation of the curvature of ``m``, damped after Levenberg and Marquardt. scipy's trust-region

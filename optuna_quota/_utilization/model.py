@@ -53,10 +53,11 @@ _KINDS = {
 class UtilizationModel:
     """A floor plus a power law for one resource, fitted to the trials of a study.
 
-    ``log(usage) = log(floor + constant · x₁^β₁ · x₂^β₂ · …) + σ · e``. Trials that ended early
-    count as lower bounds: for memory the model is Tobit's, for time the log-normal accelerated
-    failure time model. Any other attribute is that of the statsmodels ``results``, so
-    ``model.params``, ``model.bse`` and ``model.rsquared`` work.
+    ``log(usage) = log(floor + constant · x₁^β₁ · x₂^β₂ · …) + σ · e``. Trials that were ended by
+    a limit on the resource count as lower bounds: for memory the model is Tobit's, for time the
+    log-normal accelerated failure time model. Trials that something else stopped are left out.
+    Any other attribute is that of the statsmodels ``results``, so ``model.params``, ``model.bse``
+    and ``model.rsquared`` work.
 
     Attributes:
         resource: Name of the resource.

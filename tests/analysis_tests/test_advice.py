@@ -36,6 +36,18 @@ def test_requests_hold_every_completed_trial() -> None:
     assert "all 40 completed trials" in str(advice)
 
 
+def test_the_share_that_is_held_counts_the_resources_together() -> None:
+    study = power_law_study(40)
+    held = only_advice(study, "requests").figures["share_held"]
+    rng = np.random.default_rng(0)
+
+    # Of 40 trials of two independent uniform resources: what stays below both maxima.
+    shares = rng.uniform(size=(20_000, 40, 2)).max(axis=1).prod(axis=1)
+
+    assert held == pytest.approx(np.quantile(shares, 0.05), abs=0.01)
+    assert held <= np.quantile(shares, 0.05) + 0.002
+
+
 def test_gpus_are_requested_where_they_were_used() -> None:
     trials = [
         finished(

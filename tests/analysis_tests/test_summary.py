@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import create_trial, TrialState
 import pytest
 
-from optuna_quota import analyze
+from optuna_quota import analyze, Usage
 from optuna_quota._analysis.summary import refused_points
-from tests.analysis_tests.studies import power_law_study
+from tests.analysis_tests.studies import draw, finished, power_law_study, study_of
 
 
 def test_the_summary_has_outcomes_and_correlations() -> None:
@@ -86,3 +88,42 @@ def test_the_summary_says_what_drives_cost() -> None:
     assert report.drivers["wall_time"][0].param == "rows"
     text = report.summary()
     assert "What drives cost" in text and "rows" in text.split("What drives cost")[1]
+
+
+def test_a_choice_that_decides_all_has_all_of_the_variance() -> None:
+    space = {
+        "kind": CategoricalDistribution([f"k{i}" for i in range(12)]),
+        "other": FloatDistribution(1.0, 100.0, log=True),
+    }
+    rng = np.random.default_rng(0)
+    trials = []
+    for _ in range(120):
+        params = draw(space, rng)
+        even = int(params["kind"][1:]) % 2
+        trials.append(finished(params, Usage(memory=1e9 * (1 + even)), space))
+
+    first, second = analyze(study_of(*trials)).drivers["memory"]
+
+    assert first.param == "kind" and first.share[0] > 0.9 and second.share[2] < 0.05
+
+
+def test_the_only_parameter_drives_nothing_where_usage_is_noise() -> None:
+    space = {"p": FloatDistribution(1.0, 100.0, log=True)}
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        trials = [
+            finished(draw(space, rng), Usage(memory=1e9 * rng.lognormal(0, 0.05)), space)
+            for _ in range(30)
+        ]
+        report = analyze(study_of(*trials))
+
+        assert report.drivers["memory"][0].share[1] < 0.2
+        assert "What drives cost" not in report.summary()
+
+
+def test_the_summary_says_how_many_trials_a_formula_leaves_out() -> None:
+    report = analyze(power_law_study(80, limit=5e8, seed=4))
+
+    n = int((report.table["outcome"] == "terminated").sum())
+    text = " ".join(report.summary().split())
+    assert f"0 lower bounds, {n} left out as something else stopped them" in text

@@ -129,6 +129,27 @@ def test_times_of_trials_stopped_for_their_memory_do_not_raise_the_expected_time
     assert np.median(errors["partial"]) < np.median(errors["censored"])
 
 
+@pytest.mark.parametrize("share", [0.001, 0.03])
+def test_trials_stopped_early_in_their_course_do_not_hide_what_the_others_used(
+    share: float,
+) -> None:
+    rng = np.random.default_rng(0)
+    seen = []
+    for i, row in enumerate(draw_rows(60, seed=3)):
+        seconds = 1e-3 * row.params["width"] ** 1.5 * rng.lognormal(0, 0.2)
+        usage = Usage(cpu_time=seconds * (share if i % 4 else 1.0))
+        partial = frozenset({"cpu_time"} if i % 4 else ())
+        seen.append(Observation(row.params, SPACE, usage, partial=partial))
+
+    footprint = Footprint.fit(seen)
+
+    for row in draw_rows(20, seed=4):
+        truth = 1e-3 * row.params["width"] ** 1.5
+        found = footprint.intervals(row.params)["cpu_time"]
+        assert 0.5 < found.median / truth < 2
+        assert found.upper / found.lower < 10
+
+
 def _prune(rows: list[Observation], share: float) -> list[Observation]:
     """Every third trial pruned at a share of what it would have used above 200 MB."""
     pruned = []
