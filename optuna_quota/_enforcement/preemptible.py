@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
+import hashlib
 import inspect
 import logging
 import os
@@ -246,12 +247,15 @@ class _Checkpoints:
     """
 
     def __init__(self, study: Study, base: Path) -> None:
-        self._base = base.absolute() / re.sub(r"[^\w.-]", "_", study.study_name).strip(".")
+        self._base = base.absolute() / _folder_name(study.study_name)
 
     def provide(self, trial: Trial) -> None:
         """Make a trial's folder, and write its path into the row."""
         row = _optuna.cached_row(trial)
         folder = self._folder(row)
+        if _optuna.first_attempt(row) == row.number:
+            # A deleted study of this name may have left one, of other parameters.
+            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         storage, trial_id = _optuna.storage_of(trial.study), _optuna.trial_id_of(trial)
         write_attributes(storage, trial_id, user={CHECKPOINT: str(folder)})
@@ -266,3 +270,11 @@ class _Checkpoints:
 
     def _folder(self, trial: FrozenTrial) -> Path:
         return self._base / f"trial-{_optuna.first_attempt(trial)}"
+
+
+def _folder_name(study_name: str) -> str:
+    """Return a name for a study's folder, another one for each study."""
+    name = re.sub(r"[^\w.-]", "_", study_name).strip(".")
+    if name == study_name:
+        return name
+    return f"{name}-{hashlib.sha256(study_name.encode()).hexdigest()[:8]}"

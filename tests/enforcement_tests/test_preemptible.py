@@ -265,6 +265,28 @@ def test_checkpoints_are_shared_with_retries_and_deleted_at_the_end(tmp_path: Pa
     assert not folder.exists()
 
 
+def test_checkpoints_of_another_study_are_not_found(tmp_path: Path) -> None:
+    found: list[Path] = []
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        folder = Path(trial.user_attrs["quota:checkpoint"])
+        found.extend(folder.iterdir())
+        (folder / "checkpoint").touch()
+        send()
+        check(trial)
+        return 0.0
+
+    # The first name again, as after an earlier study was deleted.
+    for name in ("a_b", "a/b", "a:b", "a_b"):
+        study = optuna.create_study(study_name=name)
+        with preemptible(study, checkpoints=tmp_path):
+            study.optimize(objective, n_trials=1)
+        assert study.trials[0].state == TrialState.FAIL
+    assert found == []
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_handlers_are_refused_outside_of_the_main_thread() -> None:
     errors: list[Exception] = []
 
