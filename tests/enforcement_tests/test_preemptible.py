@@ -343,6 +343,25 @@ def test_a_storage_that_is_away_for_a_while(
     assert read_record(study.trials[0]).outcome == "preempted"
 
 
+def test_a_value_that_is_stored_although_the_answer_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study = make_study("plain")
+
+    def objective(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        method = study._storage.set_trial_state_values
+        flaky = Flaky(method, 1, lost_answer=True)
+        monkeypatch.setattr(study._storage, "set_trial_state_values", flaky)
+        send()
+        assert trial.should_prune()
+        return x
+
+    with preemptible(study):
+        study.optimize(objective, n_trials=5)
+    assert [t.state.name for t in study.trials] == ["COMPLETE"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning", "ignore:Heartbeat")
 def test_the_storage_s_heartbeat_does_not_retry_it_again(tmp_path: Path) -> None:
