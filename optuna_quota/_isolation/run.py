@@ -130,7 +130,7 @@ class TrialRun:
         if monitor is None:
             meters = pruner_meters(pruner)
             return loop.monitor(key, limits=limits, meters=meters, here=False), True
-        own = None if own is None else with_cores(own, monitor.limits.cpu_cores)
+        own = None if own is None else resolve_cores(with_cores(own, monitor.limits.cpu_cores))
         if own is not None and monitor.limits != own:
             _agreed_limits(own, monitor.limits)
             monitor.limit(own)
