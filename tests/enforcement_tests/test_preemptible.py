@@ -266,7 +266,7 @@ def test_checkpoints_are_shared_with_retries_and_deleted_at_the_end(tmp_path: Pa
 
 
 def test_checkpoints_of_another_study_are_not_found(tmp_path: Path) -> None:
-    found = []
+    found: list[Path] = []
 
     def objective(trial: optuna.Trial) -> float:
         trial.suggest_float("x", 0, 1)
