@@ -83,8 +83,13 @@ def in_two_processes(rank: int, port: int, results: Any) -> None:
     try:
         for name, scenario in DISTRIBUTED.items():
             results.put((name, rank, *scenario(rank)))
+        dist.barrier()
     finally:
         dist.destroy_process_group()
+    results.close()
+    results.join_thread()
+    # Torch's own threads sometimes abort an interpreter that exits.
+    os._exit(0)
 
 
 def checks_distributed(trial: optuna.Trial | None) -> tuple[str, float | None]:
