@@ -282,13 +282,16 @@ class OutcomeResolver:
             return
         need = (state.held_there or 0.0) + (state.requested or 0.0)
         with_room = [free for free in free_memory(os.environ) if free >= need]
+        if len(with_room) < len(assigned.split(",")):
+            return
         row = read_row(study, trial)
-        attempts = sum(
-            _optuna.first_attempt(each) == _optuna.first_attempt(row)
-            for each in study.get_trials(deepcopy=False)
-        )
-        if len(with_room) >= len(assigned.split(",")) and attempts <= _MAX_GPU_RETRIES:
-            enqueue_again(study, row, "found its GPU full of others' memory")
+        try:
+            trials = retry(lambda: study.get_trials(deepcopy=False))
+            first = _optuna.first_attempt(row)
+            if sum(_optuna.first_attempt(each) == first for each in trials) <= _MAX_GPU_RETRIES:
+                enqueue_again(study, row, "found its GPU full of others' memory")
+        except Exception as error:  # noqa: BLE001 - any backend's own; the study continues
+            _logger.info(f"Trial {trial.number} could not be enqueued again: {error!r}.")
 
     def _terminate(self, breach: Breach, cause: BaseException | None = None) -> NoReturn:
         self._monitor.breach = self._monitor.breach or breach

@@ -9,13 +9,16 @@ from pathlib import Path
 import signal
 import sys
 from typing import Any
+from unittest.mock import Mock
 
 import optuna
 from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import isolated, Limits, Quota, QuotaSampler, TrialCrashed
-from optuna_quota._isolation.outcome import CrashStatus, describe_crash_series
+from optuna_quota._isolation import outcome
+from optuna_quota._isolation.out_of_memory import GpuMemoryState
+from optuna_quota._isolation.outcome import CrashStatus, describe_crash_series, OutcomeResolver
 from optuna_quota._records import CRASHED, read_record
 from tests.isolation_tests.trials import needs_supervisor, run_one
 
@@ -255,3 +258,19 @@ def test_a_trial_that_never_began_has_used_no_memory(monkeypatch: pytest.MonkeyP
     assert record.outcome == "failed" and "No process today" in (record.reason or "")
     # Neither this process's memory nor that of its fork server.
     assert record.usage.memory is None and record.isolation == "process"
+
+
+def test_a_storage_error_when_a_trial_is_to_run_again_ends_no_study(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(**_: Any) -> None:
+        raise RuntimeError("The storage is full.")
+
+    study = optuna.create_study()
+    trial = study.ask()
+    monitor = Mock(environment={"CUDA_VISIBLE_DEVICES": "GPU-0"})
+    resolver = OutcomeResolver(trial, study, monitor, on_crash="fail", strict_memory=False)
+    monkeypatch.setattr(outcome, "free_memory", lambda _: [1e9])
+    monkeypatch.setattr(study, "get_trials", fail)
+    resolver._try_again_elsewhere(study, trial, GpuMemoryState(requested=1e8))
+    assert len(study._storage.get_all_trials(study._study_id)) == 1
