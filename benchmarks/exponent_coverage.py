@@ -7,11 +7,12 @@ bounds. Beside the fitted model stand two baselines on the same tables: the same
 completed trials alone, and with the lower bounds taken for values.
 
 Then trials that something else ended at a share of their course: wall time under a memory limit
-(ended late, at 80 to 100% of it, or anywhere) and of pruned trials; memory that grows with the run
-under a limit on wall time. The library leaves them out of the formula and has the footprint model
-the share; beside it stands that they are left out of both, or taken for lower bounds. The last
-columns are the median prediction at a large point over the truth, of the formula and of the
-footprint, and how often the footprint's 95% bound holds there.
+(ended late, at 80 to 100% of it, or anywhere) and of trials pruned anywhere or early (before 2% of
+it); memory that grows with the run under a limit on wall time. The library leaves them out of the
+formula and has the footprint model the share; beside it stands that they are left out of both, or
+taken for lower bounds. The last columns are the median prediction over the truth, of the formula
+at a large point and of the footprint in mid-range and at the large point, and how often the
+footprint's 95% bound holds there.
 """
 
 from __future__ import annotations
@@ -84,11 +85,13 @@ def covers(coefficients, truth):
 
 
 STOPPED = {
-    "wall time, memory limit, late": ("wall_time", 0.8),
-    "wall time, memory limit, anywhere": ("wall_time", 0.02),
-    "wall time, pruned anywhere": ("wall_time", 0.02),
-    "memory, wall time limit": ("memory", None),
+    "wall time, memory limit, late": ("wall_time", 0.8, 1.0),
+    "wall time, memory limit, anywhere": ("wall_time", 0.02, 1.0),
+    "wall time, pruned anywhere": ("wall_time", 0.02, 1.0),
+    "wall time, pruned early": ("wall_time", 0.002, 0.02),
+    "memory, wall time limit": ("memory", None, None),
 }
+MIDDLE = {"rows": 1400.0, "width": 90.0, "lr": 1e-3, "optimizer": "adam"}
 LARGE = {"rows": 9000.0, "width": 450.0, "lr": 1e-3, "optimizer": "adam"}
 SPACE = {
     "rows": FloatDistribution(200, 10_000, log=True),
@@ -104,16 +107,16 @@ def simulate_stopped(rng, case, n, noise):
     rows, width, _, adam = (p.values for p in parameters)
     memory = np.log(300e6 + 0.8 * rows**2.0 * width**1.1 * 1.5**adam)
     memory += 0.5 * noise * rng.standard_normal(n)
-    resource, earliest = STOPPED[case]
+    resource, earliest, latest = STOPPED[case]
     if resource == "memory":
         limit = np.median(wall)
         return parameters, memory + np.minimum(limit - wall, 0.0), wall > limit
     over = memory > np.median(memory) if "limit" in case else rng.permutation(n) < n // 2
-    return parameters, wall + over * np.log(rng.uniform(earliest, 1.0, n)), over
+    return parameters, wall + over * np.log(rng.uniform(earliest, latest, n)), over
 
 
 def footprint_of(resource, parameters, y, stopped, way):
-    """Return the median and the upper bound at a large point of a footprint of the trials."""
+    """Return intervals in mid-range and at a large point of a footprint of the trials."""
     rows, held = [], frozenset({resource})
     for i in np.flatnonzero(~stopped if way == "left out" else np.ones(len(y), dtype=bool)):
         point = {p.name: p.values[i] for p in parameters[:3]}
@@ -122,15 +125,13 @@ def footprint_of(resource, parameters, y, stopped, way):
         kind = library if way == "as the library" else "censored"
         kinds = {kind: held} if stopped[i] else {}
         rows.append(Observation(point, SPACE, Usage(**{resource: np.exp(y[i])}), **kinds))
-    found = Footprint.fit(rows).intervals(LARGE)[resource]
-    return found.median, found.upper
+    footprint = Footprint.fit(rows)
+    return [footprint.intervals(point)[resource] for point in (MIDDLE, LARGE)]
 
 
 def compare_stopped(case, n, tables, noise) -> None:
-    resource, _ = STOPPED[case]
-    b = TRUTH[resource]
-    power = LARGE["rows"] ** b["rows"] * LARGE["width"] ** b["width"] * 1.5
-    truth = 300e6 + 0.8 * power if resource == "memory" else 0.5 + 1e-5 * power
+    resource, b = STOPPED[case][0], TRUTH[STOPPED[case][0]]
+    middle, truth = (_truth(resource, point) for point in (MIDDLE, LARGE))
     found = {"as the library": [], "left out": [], "lower bounds": []}
     rng = np.random.default_rng(20261124)
     for _ in range(tables):
@@ -142,21 +143,30 @@ def compare_stopped(case, n, tables, noise) -> None:
             cut, kept = (stopped, everything) if bounds else (nothing, ~stopped)
             model = fitted(resource, parameters, y, cut, kept)
             held = [each[0] for each in covers(model.coefficients, b).values()]
-            median, upper = footprint_of(resource, parameters, y, stopped, name)
-            at_large = _formula_at_large(model) / truth, median / truth, amount <= upper
-            found[name].append((np.mean(held), *at_large))
+            near, far = footprint_of(resource, parameters, y, stopped, name)
+            ratios = _formula_at_large(model) / truth, near.median / middle, far.median / truth
+            found[name].append((np.mean(held), *ratios, amount <= far.upper))
     for name, each in found.items():
-        covered, formula, footprint, holds = np.array(each, dtype=float).T
+        covered, *ratios, holds = np.array(each, dtype=float).T
         print(
             f"{case:<34}{n:>5}  {name:<14}{100 * covered.mean():>8.0f}"
-            f"{np.median(formula):>12.2f}{np.median(footprint):>12.2f}{100 * holds.mean():>10.0f}",
+            + "".join(f"{np.median(ratio):>12.2f}" for ratio in ratios)
+            + f"{100 * holds.mean():>10.0f}",
             flush=True,
         )
 
 
+def _truth(resource, point):
+    b = TRUTH[resource]
+    power = point["rows"] ** b["rows"] * point["width"] ** b["width"] * 1.5
+    return 300e6 + 0.8 * power if resource == "memory" else 0.5 + 1e-5 * power
+
+
 def _formula_at_large(model):
     design, fit = model.selected.design, model.selected.fit
-    mean, _ = mean_and_jacobian(fit.theta, design.matrix(design.encode([LARGE]), 1), fit.has_floor)
+    values = {name: np.array([LARGE[name]]) for name in ("rows", "width", "lr")}
+    x = design.matrix({**values, "optimizer": np.array([1.0])}, 1)
+    mean, _ = mean_and_jacobian(fit.theta, x, fit.has_floor)
     return float(np.exp(min(mean[0], 100.0)))
 
 
@@ -181,7 +191,7 @@ def main() -> None:
                 compare(resource, n, share, tables, arguments.noise)
     print(
         f"\n{'half of the trials stopped':<34}{'n':>5}  {'their usage':<14}{'covered':>8}"
-        f"{'formula':>12}{'footprint':>12}{'holds':>10}"
+        f"{'formula':>12}{'mid-range':>12}{'footprint':>12}{'holds':>10}"
     )
     for case in STOPPED:
         for n in arguments.trials:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 import math
-from typing import Any, Literal, TYPE_CHECKING
+from typing import Literal, TYPE_CHECKING
 
 import numpy as np
 
@@ -94,17 +94,10 @@ class Design:
 
     Attributes:
         columns: Without the constant.
-        levels: Levels of each category in the order of their codes, by parameter.
-        typical: A usual value of each parameter: the geometric mean, or the code of the most
-            frequent level.
-        ranges: Least and greatest value of each number.
         notes: What was left out, and why.
     """
 
     columns: tuple[Column | Product, ...]
-    levels: Mapping[str, tuple[str, ...]]
-    typical: Mapping[str, float]
-    ranges: Mapping[str, tuple[float, float]]
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -119,19 +112,6 @@ class Design:
     def with_column(self, column: Column | Product) -> Design:
         """Return the design with one more column."""
         return replace(self, columns=(*self.columns, column))
-
-    def encode(self, params: Sequence[Mapping[str, Any]]) -> Values:
-        """Return the values of parameter sets as arrays; what is missing or unknown is NaN."""
-        return {name: self._codes(name, params) for name in self.typical}
-
-    def _codes(self, name: str, params: Sequence[Mapping[str, Any]]) -> Array:
-        if name in self.levels:
-            code = {level: float(i) for i, level in enumerate(self.levels[name])}
-            # None is a choice like any other; only a name that is not there is missing.
-            known = (code.get(str(p[name]), math.nan) if name in p else math.nan for p in params)
-            return np.array(list(known), dtype=float)
-        values = (p.get(name) for p in params)
-        return np.array([math.nan if v is None else float(v) for v in values], dtype=float)
 
 
 def _unique(terms: Iterable[str]) -> list[str]:
@@ -173,13 +153,7 @@ def build_design(parameters: Sequence[Parameter], kept: NDArray[np.bool_]) -> De
     notes.extend(
         f"{c.term} is left out: other terms determine it." for c in dependent if c.form != "active"
     )
-    return Design(
-        tuple(independent),
-        {p.name: p.levels for p in parameters if p.levels},
-        {p.name: _typical(p, kept) for p in parameters},
-        {p.name: (p.low, p.high) for p in parameters if not p.levels},
-        tuple(notes),
-    )
+    return Design(tuple(independent), tuple(notes))
 
 
 def values_of(parameters: Iterable[Parameter], kept: NDArray[np.bool_]) -> Values:
@@ -240,14 +214,3 @@ def _independent(
         else:
             dropped.append(column)
     return kept, dropped
-
-
-def _typical(parameter: Parameter, kept: NDArray[np.bool_]) -> float:
-    x = parameter.values[kept]
-    x = x[np.isfinite(x)]
-    if len(x) == 0:
-        return math.nan
-    if parameter.levels:
-        found, counts = np.unique(x, return_counts=True)
-        return float(found[counts.argmax()])
-    return float(np.exp(np.log(x).mean())) if x.min() > 0 else float(np.median(x))
