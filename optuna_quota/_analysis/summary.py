@@ -8,6 +8,8 @@ import math
 import textwrap
 from typing import Any, TYPE_CHECKING
 
+import numpy as np
+
 from optuna_quota._analysis.correlations import claims, MIN_TRIALS
 from optuna_quota._records import PROPOSED, read_record
 from optuna_quota._resources import format_amount, get_resource, OUTCOMES
@@ -160,7 +162,9 @@ def _model_lines(analysis: StudyAnalysis) -> Iterator[str]:
         error = analysis.prediction_errors.get(name)
         if error is not None and error.is_wrong:
             continue
-        basis = _basis(model)
+        data = analysis.data
+        partial = int((np.isfinite(data.amounts(name)) & ~data.informative(name)).sum())
+        basis = _basis(model, partial)
         if error is not None:
             basis += (
                 f" At trials left out it errs by {error.formula:.1%}, the footprint by "
@@ -182,7 +186,7 @@ def _advice_lines(advice: Sequence[Advice]) -> Iterator[str]:
             yield from (f"      {line}" for line in snippet.splitlines())
 
 
-def _basis(model: UtilizationModel) -> str:
+def _basis(model: UtilizationModel, n_partial: int) -> str:
     table = model.coefficients
     clear = table[(table["p_adjusted"] < 0.05) & (table["kind"] == "exponent")]
     exponents = [
@@ -191,6 +195,8 @@ def _basis(model: UtilizationModel) -> str:
     ]
     bounds = "bound" if model.n_censored == 1 else "bounds"
     counts = f"{model.n_observed} trials, {model.n_censored} lower {bounds}"
+    if n_partial:
+        counts += f", {n_partial} left out as something else stopped them"
     shown = f"exponents {', '.join(exponents)}; " if exponents else ""
     percent = 100 * math.expm1(min(model.sigma, 20))
     scatter = f"{percent:.2g}" if percent < 99.5 else f"{percent:.0f}"

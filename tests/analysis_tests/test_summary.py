@@ -119,3 +119,11 @@ def test_the_only_parameter_drives_nothing_where_usage_is_noise() -> None:
 
         assert report.drivers["memory"][0].share[1] < 0.2
         assert "What drives cost" not in report.summary()
+
+
+def test_the_summary_says_how_many_trials_a_formula_leaves_out() -> None:
+    report = analyze(power_law_study(80, limit=5e8, seed=4))
+
+    n = int((report.table["outcome"] == "terminated").sum())
+    text = " ".join(report.summary().split())
+    assert f"0 lower bounds, {n} left out as something else stopped them" in text
