@@ -203,7 +203,7 @@ def _share_held(n: int, n_resources: int) -> float:
 
 def _holds(n: int, n_resources: int) -> str:
     share = math.floor(100 * _share_held(n, n_resources))
-    return f"Holds at least {share}% of fresh trials of this kind (95% confidence)."
+    return f"Holds at least {share}% of fresh trials like those that completed (95% confidence)."
 
 
 def _rounded_up(resource: str, amount: float) -> float:

@@ -2,9 +2,10 @@
 
 The share of a parameter is its main effect in a functional analysis of variance of the logarithm
 of the usage over the range searched (Sobol, Mathematics and Computers in Simulation 55, 2001):
-``Var(E[f | x]) / (Var(f) + noise)``, estimated by ε² of the choices, or of bins, over a Latin
-hypercube. Without the noise, the only parameter of a study would have all of the variance even if
-it did nothing. Intervals are those of draws of the whole function from the footprint's process.
+``Var(E[f | x]) / (Var(f) + noise)``, estimated by ε² of the choices, or of bins, of all parameters
+together over a Latin hypercube. Without the noise, the only parameter of a study would have all of
+the variance even if it did nothing. Intervals are those of draws of the whole function from the
+footprint's process.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _DRAWS = 60
 _BINS = 8
 # Of a parameter with more values, neighbouring ones are one group.
 _MAX_CHOICES = 40
+_MAX_GROUPS = 200
 _QUANTILES = (0.05, 0.5, 0.95)
 
 
@@ -73,6 +75,11 @@ def cost_drivers(
     more = [each for each in doubled.values() if each is not None]
     columns = contents.features.encode([*points, *([best] if best else []), *more])
     place = {name: i for i, name in enumerate(n for n in names if doubled[n] is not None)}
+    most = max(2, _MAX_GROUPS // len(names))
+    groups = [
+        _groups([point[name] for point in points], unit[:, list(space).index(name)], most)
+        for name in names
+    ]
     found = {}
     for resource, model in contents.models.items():
         part = model.base if isinstance(model, ChainedModel) else model
@@ -80,11 +87,8 @@ def cost_drivers(
             continue
         logs, noise = _log_draws(model, columns)
         drivers = []
-        for name in names:
-            groups = _groups([point[name] for point in points], unit[:, list(space).index(name)])
-            effects = zip(logs[:, :_POINTS], noise, strict=True)
-            share = _quantiles([_main_effect(groups, f, variance) for f, variance in effects])
-            factor = None
+        for name, shares in zip(names, _shares(groups, logs[:, :_POINTS], noise), strict=True):
+            share, factor = _quantiles(shares), None
             if name in place:
                 change = logs[:, _POINTS + 1 + place[name]] - logs[:, _POINTS]
                 factor = _quantiles(np.exp(np.clip(change, -50, 50)))
@@ -106,26 +110,41 @@ def _doubled(name: str, space: Any, best: Mapping[str, Any] | None) -> dict[str,
     return {**best, name: 2 * value} if 0.0 < value <= space.high / 2 else None
 
 
-def _groups(values: Sequence[Any], unit: Array) -> NDArray[np.int64]:
+def _groups(values: Sequence[Any], unit: Array, most: int) -> NDArray[np.int64]:
     """Return a group of each point: its choice, or its bin where there are many values."""
     texts = [repr(value) for value in values]  # a choice may not be hashable
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    if len(place) <= _MAX_CHOICES:
+    if len(place) <= min(most, _MAX_CHOICES):
         return np.array([place[text] for text in texts])
-    return np.minimum((unit * _BINS).astype(int), _BINS - 1)
+    bins = min(most, _BINS)
+    return np.minimum((unit * bins).astype(int), bins - 1)
 
 
-def _main_effect(groups: NDArray[np.int64], f: Array, noise: float) -> float:
-    """Return ε² of groups, with noise added to the variance; it is 0 on average without effect."""
-    total = float(((f - f.mean()) ** 2).sum())
-    if not total > 1e-12:
-        return 0.0
-    counts = np.bincount(groups)
-    means = np.bincount(groups, f) / np.maximum(counts, 1)
-    between = float((counts * (means - f.mean()) ** 2).sum())
-    within = (total - between) / (len(f) - len(counts))
-    effect = between - (len(counts) - 1) * within
-    return min(max(effect / (total + len(f) * noise), 0.0), 1.0)
+def _shares(groups: Sequence[NDArray[np.int64]], f: Array, noise: Array) -> list[Array]:
+    """Return ε² of the groups of each parameter, 0 on average without effect, in each draw.
+
+    The effects are fitted together, and their chance covariance among these points is left out of
+    the total: one at a time, each would have a part of the others'.
+
+    Args:
+        groups: The group of each point, by parameter.
+        f: Draws of the function, shape ``(n_draws, n_points)``.
+        noise: Added to the variance of each draw.
+    """
+    f = f - f.mean(axis=1, keepdims=True)
+    hot = [np.eye(group.max() + 1)[group] for group in groups]
+    hot = [each - each.mean(axis=0) for each in hot]
+    n, sizes = f.shape[1], [each.shape[1] for each in hot]
+    fitted = np.split(np.linalg.lstsq(np.hstack(hot), f.T, rcond=None)[0], np.cumsum(sizes)[:-1])
+    parts = [each @ effects for each, effects in zip(hot, fitted, strict=True)]
+    squares = [(part**2).sum(axis=0) for part in parts]
+    left = ((f.T - sum(parts)) ** 2).sum(axis=0)
+    within = left / (n - 1 - sum(sizes) + len(sizes))
+    total = np.maximum(sum(squares) + left + n * noise, 1e-12)
+    return [
+        np.clip((square - (k - 1) * within) / total, 0.0, 1.0)
+        for square, k in zip(squares, sizes, strict=True)
+    ]
 
 
 def _log_draws(model: Model, columns: Array) -> tuple[Array, Array]:

@@ -38,7 +38,9 @@ def test_requests_hold_every_completed_trial() -> None:
 
 def test_the_share_that_is_held_counts_the_resources_together() -> None:
     study = power_law_study(40)
-    held = only_advice(study, "requests").figures["share_held"]
+    advice = only_advice(study, "requests")
+    assert "of fresh trials like those that completed" in str(advice)
+    held = advice.figures["share_held"]
     rng = np.random.default_rng(0)
 
     # Of 40 trials of two independent uniform resources: what stays below both maxima.
