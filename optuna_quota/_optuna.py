@@ -281,10 +281,11 @@ def replace_tell(study: Study, trial_id: int, replacement: TellReplacement) -> N
 def tolerate_finished_row(study: Study, trial_id: int) -> None:
     """Let ``optimize`` go on after a trial whose row was finished or deleted from outside.
 
-    Otherwise it ends with "Cannot tell a FAIL trial".
+    Otherwise it ends with "Cannot tell a FAIL trial". Other callers of ``tell`` get the error.
     """
-    _tolerant.add((id(study._storage), trial_id))
-    _install_tell()
+    if in_optimize_loop(unwrap_study(study)):
+        _tolerant.add((id(study._storage), trial_id))
+        _install_tell()
 
 
 def _install_tell() -> None:
@@ -301,11 +302,16 @@ def _tell_or_replacement(
     storage = study._storage
     trial_id = getattr(trial, "_trial_id", None)
     if _replacements and isinstance(trial, int):
-        trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, trial)
+        # Optuna has a message of its own for a number that does not exist.
+        with contextlib.suppress(KeyError):
+            trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, trial)
     key: Any = (id(storage), trial_id)
     replacement = _replacements.pop(key, None)
-    is_tolerant = key in _tolerant
-    _tolerant.discard(key)
+    # An objective may call `tell` as well, before `optimize` does.
+    by_optimize = sys._getframe(1).f_globals.get("__name__") == "optuna.study._optimize"
+    is_tolerant = by_optimize and key in _tolerant
+    if by_optimize:
+        _tolerant.discard(key)
     try:
         if replacement is None:
             return tell(value_or_values, state)
@@ -314,8 +320,7 @@ def _tell_or_replacement(
         if raised_by_constraints_func(error):
             # The row was finished here, in spite of it.
             raise
-        in_optimize = _find_frame("_run_trial", "optuna.study._optimize") is not None
-        end = describe_end(study, key[1]) if is_tolerant and in_optimize else None
+        end = describe_end(study, key[1]) if is_tolerant else None
         if end is None:
             raise
         if state is None or isinstance(objective_error(), KeyboardInterrupt):

@@ -117,8 +117,8 @@ def _groups(values: Sequence[Any], unit: Array, most: int) -> NDArray[np.int64]:
     if len(place) <= min(most, _MAX_CHOICES):
         return np.array([place[text] for text in texts])
     bins = min(most, _BINS)
-    found: NDArray[np.int64] = np.minimum((unit * bins).astype(np.int64), bins - 1)
-    return found
+    binned: NDArray[np.int64] = np.minimum((unit * bins).astype(np.int64), bins - 1)
+    return binned
 
 
 def _shares(groups: Sequence[NDArray[np.int64]], f: Array, noise: Array) -> list[Array]:

@@ -40,6 +40,6 @@ def release_gpu_cache() -> None:
     if held > _NOTICEABLE:
         _logger.warning(
             f"This process holds {format_amount('gpu_memory', held)} of GPU memory in tensors as "
-            "a trial starts, which counts as the trial's. With `isolated(objective)` each trial "
-            "has a process of its own."
+            "a trial starts. Delete them, or use `isolated(objective)`: they count for each trial "
+            "that runs in this process."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
+import hashlib
 import inspect
 import logging
 import os
@@ -93,27 +94,40 @@ def preemptible(
     repair_torn_lines(storage)
     preemption, pruner = preemption_of(study), study.pruner
     before = preemption.requeue, preemption.signals
+    outer = vars(study).get("optimize")
     if not quota_pruners(pruner):
         # Its `should_prune` is what stops trials in process.
         study.pruner = QuotaPruner(pruner, limits=Limits())
     folders = None if checkpoints is None else _Checkpoints(study, Path(checkpoints))
     preemption.requeue, preemption.signals = requeue, (*preemption.signals, *signals)
     study.optimize = _Optimize(study, folders)  # type: ignore[method-assign]
-    handlers = {}
     try:
-        with _Watcher(study, preemption) as watcher:
-            for number in signals:
-                handlers[number] = signal.signal(number, watcher.on_signal)
+        with _Watcher(study, preemption) as watcher, _handled(signals, watcher.on_signal):
             yield
     finally:
-        for number, handler in handlers.items():
-            # None stands for a handler that was not set from Python.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         vars(study).pop("optimize", None)
+        if outer is not None:
+            study.optimize = outer  # type: ignore[method-assign]
         if study.pruner is not pruner and not quota_pruners(pruner):
             study.pruner = pruner
         preemption.requeue, preemption.signals = before
-        preemption.reason = None
+        if not isinstance(outer, _Optimize):
+            # Within another block, a signal ends that one too.
+            preemption.reason = None
+
+
+@contextlib.contextmanager
+def _handled(signals: Sequence[int], handler: Callable[..., None]) -> Iterator[None]:
+    """Handle signals within the block."""
+    before = {}
+    try:
+        for number in signals:
+            before[number] = signal.signal(number, handler)
+        yield
+    finally:
+        for number, previous in before.items():
+            # None stands for a handler that was not set from Python.
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
 
 class _Watcher:
@@ -148,8 +162,7 @@ class _Watcher:
         now = time.monotonic()
         if self._signalled is None:
             self._signalled = now
-            name = signal.Signals(signum).name
-            self._preemption.reason = f"The worker received {name} and ends."
+            self._preemption.reason = f"The worker received {_name_of(signum)} and ends."
             _optuna.stop_optimize(self._study)
             self._commands.put("stop")
         elif now - self._signalled > _ONE_SIGNAL:
@@ -176,6 +189,13 @@ class _Watcher:
                     )
                     self._preemption.request(self._preemption.reason)
             _optuna.stop_optimize(self._study)
+
+
+def _name_of(signum: int) -> str:
+    try:
+        return signal.Signals(signum).name
+    except ValueError:
+        return f"signal {signum}"  # most real-time signals have no name
 
 
 class _Optimize:
@@ -227,12 +247,15 @@ class _Checkpoints:
     """
 
     def __init__(self, study: Study, base: Path) -> None:
-        self._base = base.absolute() / re.sub(r"[^\w.-]", "_", study.study_name).strip(".")
+        self._base = base.absolute() / _folder_name(study.study_name)
 
     def provide(self, trial: Trial) -> None:
         """Make a trial's folder, and write its path into the row."""
         row = _optuna.cached_row(trial)
         folder = self._folder(row)
+        if _optuna.first_attempt(row) == row.number:
+            # A deleted study of this name may have left one, of other parameters.
+            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         storage, trial_id = _optuna.storage_of(trial.study), _optuna.trial_id_of(trial)
         write_attributes(storage, trial_id, user={CHECKPOINT: str(folder)})
@@ -247,3 +270,11 @@ class _Checkpoints:
 
     def _folder(self, trial: FrozenTrial) -> Path:
         return self._base / f"trial-{_optuna.first_attempt(trial)}"
+
+
+def _folder_name(study_name: str) -> str:
+    """Return a name for a study's folder, another one for each study."""
+    name = re.sub(r"[^\w.-]", "_", study_name).strip(".")
+    if name == study_name:
+        return name
+    return f"{name}-{hashlib.sha256(study_name.encode()).hexdigest()[:8]}"

@@ -209,7 +209,9 @@ def _tell_preempted(
             raise
         # Its usage is in the row already.
         retry(lambda: _optuna.finish_row(storage, trial_id, TrialState.FAIL))
-        result = TrialState.FAIL, None, reason
+        # It may have been stored with its value although the answer was lost.
+        end = retry(lambda: storage.get_trial(trial_id))
+        result = end.state, end.values, reason
     if result[0] != TrialState.FAIL:
         return result
     if preemption.requeue:

@@ -130,9 +130,9 @@ class TrialRun:
         if monitor is None:
             meters = pruner_meters(pruner)
             return loop.monitor(key, limits=limits, meters=meters, here=False), True
-        own = None if own is None else with_cores(own, monitor.limits.cpu_cores)
+        own = None if own is None else resolve_cores(with_cores(own, monitor.limits.cpu_cores))
         if own is not None and monitor.limits != own:
-            _agreed_limits(own, monitor.limits or None)
+            _agreed_limits(own, monitor.limits)
             monitor.limit(own)
         return monitor, monitor.owner != "sampler"
 
@@ -332,7 +332,8 @@ class _StepForecast:
 
 def _agreed_limits(own: Limits | None, theirs: Limits | None) -> Limits:
     """Return the limits of ``isolated`` or of the study; raise ValueError if they disagree."""
-    if own is not None and theirs is not None and own != theirs:
+    # A QuotaPruner may be there for something else, such as a worker that can be preempted.
+    if own is not None and theirs and own != theirs:
         raise ValueError(
             f"The limits of isolated and of the study must agree but got {own!r} and {theirs!r}. "
             "Give them to QuotaPruner alone."

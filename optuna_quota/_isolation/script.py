@@ -13,6 +13,7 @@ from optuna_quota._isolation.run import TrialRun
 from optuna_quota._isolation.script_command import CommandTemplate
 from optuna_quota._isolation.script_process import RunScript
 from optuna_quota._isolation.start import IsolationOptions
+from optuna_quota._units import Duration
 
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def script(
     *,
     cwd: str | os.PathLike[str] | None = None,
     env: Mapping[str, str] | None = None,
-    grace_period: float = 5.0,
+    grace_period: Duration = 5.0,
     on_crash: OnCrash = "fail",
 ) -> Script:
     """Use a training script as an objective, in any language.
@@ -96,7 +97,8 @@ def script(
         cwd: The working directory of the script; that of this process by default.
         env: Environment variables beside those of this process. ``PYTHONUNBUFFERED`` is set to 1
             if it is not set, so that values arrive as they are printed.
-        grace_period: Seconds between SIGTERM and the kill; 0 kills at once.
+        grace_period: Seconds between SIGTERM and the kill, or a duration such as "1min"; 0 kills
+            at once.
         on_crash: What ``optimize`` does when the script fails, by its exit status, by a signal or
             because it prints no value: ``"fail"`` fails the trial and continues, ``"raise"``
             raises :class:`~optuna_quota.TrialCrashed`. When the first three trials of a study, or

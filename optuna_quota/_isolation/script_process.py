@@ -41,10 +41,12 @@ _CHUNK = 1 << 16
 _LAST_READS = 16
 # Seconds between two looks at the script's process, where nothing wakes this one.
 _INTERVAL = 0.05
-# Of standard error: lines for the reason of a failure, and those searched for a failed allocation.
+# Of standard error: lines for the reason of a failure, and those searched for a failed allocation,
+# and how much of each.
 _LAST_LINES = 10
-_KEPT_LINES = 1000
 _LONGEST_LINE = 500
+_KEPT_LINES = 1000
+_KEPT_LENGTH = 4096
 
 
 class ScriptFailed(Exception):
@@ -255,7 +257,7 @@ class _Script:
         if lines:
             _write(getattr(sys, name), "".join(f"{self._prefix}{line}\n" for line in lines))
         if name == "stderr":
-            self._errors += lines
+            self._errors += (line[:_KEPT_LENGTH] for line in lines)
             return []
         return lines
 

@@ -23,8 +23,10 @@ from optuna_quota.exceptions import LimitBreached
 
 _logger = logging.getLogger("optuna.quota.isolated")
 
-# Seconds between two looks at the trial's row.
+# Seconds between two looks at the trial's row, at least. Calls wait meanwhile, so that they take a
+# small share of the time also where the storage is slow or down.
 _ROW_INTERVAL = 2.0
+_ROW_SHARE = 0.05
 
 
 class NotStarted(OSError):
@@ -141,11 +143,14 @@ class Server:
         """
         due = time.monotonic() + _ROW_INTERVAL
         while self.exit is None:
-            if time.monotonic() >= due:
+            begun = time.monotonic()
+            if begun >= due:
                 self._events.check_row()
-                due = time.monotonic() + _ROW_INTERVAL
+                now = time.monotonic()
+                due = now + max(_ROW_INTERVAL, (now - begun) / _ROW_SHARE)
             for key, _ in self._selector.select(max(0.0, due - time.monotonic())):
                 self._serve_ready(key.fileobj)
+        self._admit_the_last()
         for channel in self._channels:
             for message in channel.drain():
                 self._handle(message, channel)
@@ -158,6 +163,14 @@ class Server:
         self._selector.close()
         for channel in self._channels[1:]:
             channel.close()
+
+    def _admit_the_last(self) -> None:
+        """Admit the connections of processes that have ended since they connected."""
+        while (new := self._remote.listener.accept()) is not None:
+            self._selector.register(new, selectors.EVENT_READ)
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.fileobj, socket.socket):
+                self._serve_ready(key.fileobj)
 
     def _serve_ready(self, source: Any) -> None:
         if source is self._control:

@@ -285,7 +285,7 @@ class Ledger:
             smaller, larger = revise_promise(
                 self.quota, running.limits, held.granted, bounds, used
             )
-            less, more = revise_totals(self.quota, running.limits, held.granted, expected)
+            less, more = revise_totals(self.quota, running.limits, held.granted, expected, used)
             smaller.update(less)
             if smaller:
                 self._change(running, replace(held, granted={**held.granted, **smaller}))

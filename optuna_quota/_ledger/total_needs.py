@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import math
+from types import MappingProxyType
 
 from optuna_quota._ledger.grant import RELEASE_BELOW, upper_bounds
+from optuna_quota._metering import extension_threshold
 from optuna_quota._resources import CHARGED_RESOURCES, LIMIT_RESOURCES, Limits, Quota
 
 
@@ -20,7 +22,11 @@ def no_needs(free: Mapping[str, float], n_beside: int) -> Mapping[str, float]:
 
 
 def revise_totals(
-    quota: Quota, limits: Limits, granted: Mapping[str, float], expected: Mapping[str, float]
+    quota: Quota,
+    limits: Limits,
+    granted: Mapping[str, float],
+    expected: Mapping[str, float],
+    used: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return what a trial releases of its slices of totals, and lacks, once its point is known.
 
@@ -29,11 +35,14 @@ def revise_totals(
         limits: The trial's limits.
         granted: What it was granted before.
         expected: What it is expected to use at its point, by resource.
+        used: What it has used so far: it may suggest its last parameter late.
     """
     smaller, larger = {}, {}
+    spent = upper_bounds(used, quota)
     needs, most = upper_bounds(expected, quota), upper_bounds(limits.amounts(), quota)
     for name in quota.totals.keys() & granted.keys() & needs.keys():
-        need = min(needs[name], most.get(name, math.inf))
+        need = max(needs[name], spent.get(name, 0.0) / extension_threshold(name))
+        need = min(need, most.get(name, math.inf))
         if 0 < need < RELEASE_BELOW * granted[name]:
             smaller[name] = need
         elif need > granted[name]:

@@ -99,6 +99,7 @@ class CandidateFilter:
 
     Attributes:
         footprint: What its trials are expected to use.
+        enumerates: Whether the base sampler walks a fixed list of points.
     """
 
     def __init__(self, base_sampler: BaseSampler, options: AdmissionOptions) -> None:
@@ -106,6 +107,7 @@ class CandidateFilter:
         self._base, self._audits = base_sampler, options.audits
         kind = _optuna.unwrap_partial_fixed(base_sampler)
         self._replacement = replacement_for(kind, options.on_veto)
+        self.enumerates = enumerates_points(kind)
         self._keeps_point = _optuna.needs_drawn_point(kind)
         # BruteForceSampler treats an incomplete point as a leaf of its tree.
         self._needs_complete_points = isinstance(kind, BruteForceSampler)
@@ -168,10 +170,14 @@ class CandidateFilter:
         state = self._state(trial)
         point = {**state.drawn, **trial.params, **drawn, **state.fixed}
         bounds = self.footprint.bounds_at(state.forecast, point)
-        admission = state.forecast.admission
-        if admission is None or not admission.left:
+        if not bounds or not self.is_near_end(trial):
             return bounds, {}
         return bounds, self.footprint.needs_at(state.forecast, point)
+
+    def is_near_end(self, trial: FrozenTrial) -> bool:
+        """Return whether a trial's point is judged by what is left of the study's totals."""
+        admission = self._state(trial).forecast.admission
+        return admission is not None and bool(admission.left)
 
     def set_left(self, trial: FrozenTrial, left: Mapping[str, float]) -> None:
         """Judge the point of a trial anew by what is left of the study's totals."""
@@ -287,9 +293,9 @@ class CandidateFilter:
 
     def _can_reject(self, request: _Request, point: Mapping[str, Any]) -> bool:
         """Return whether a row may end with no more parameters than these."""
-        if not self._needs_complete_points:
+        past, declared = request.admission.past, request.admission.declared
+        if not self._needs_complete_points or (declared and declared <= point.keys()):
             return True
-        past = request.admission.past
         return bool(past) and likely_completions(point, past) == [point]
 
     def _draw(self, request: _Request, space: dict[str, BaseDistribution]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +52,10 @@ def margins_of(expected: BaseFootprint, rows: Sequence[Observation]) -> Margins:
         expected: The footprint.
         rows: Trials of the study that completed, oldest first.
     """
-    recent = [(row.usage.amounts(), expected.intervals(row.params)) for row in rows[-_N_RECENT:]]
+    recent = []
+    for row in rows[-_N_RECENT:]:
+        with contextlib.suppress(KeyError):  # a function that fails for this point
+            recent.append((row.usage.amounts(), expected.intervals(row.params)))
     if isinstance(expected, UserFootprint):
         extras: dict[str, float] = {}
         for used, stated in recent:

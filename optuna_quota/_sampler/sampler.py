@@ -257,8 +257,8 @@ class QuotaSampler(BaseSampler):
             if resumed is not None:
                 self._check_quota(session, whole)
         fixed = _optuna.fixed_params_of(trial)
-        late = session.refuse_late(fixed)
-        grant = late or session.ledger.reserve(
+        refusal = session.refuse_late(fixed) or session.refuse_unfit(fixed)
+        grant = refusal or session.ledger.reserve(
             trial,
             limits=limits,
             footprint=self.footprint.amounts() if isinstance(self.footprint, Usage) else {},
@@ -372,9 +372,10 @@ class QuotaSampler(BaseSampler):
         """Warn early when the quota is likely to run out; the trial is settled already."""
         if self.strategy is None or not self.quota.totals.keys() - {"n_trials"}:
             return
-        learner = session.candidates.footprint.learner
-        learner.learn(session.ledger.trials)
-        projection = session.warning.check(learner.n_observations, lambda: self.project(study))
+        footprint = session.candidates.footprint
+        footprint.learn(session.ledger.trials)
+        n_trials = footprint.learner.n_observations
+        projection = session.warning.check(n_trials, lambda: self.project(study))
         if projection is None or self.on_projected == "continue":
             return
         if self.on_projected == "raise":

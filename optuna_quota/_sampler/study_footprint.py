@@ -159,7 +159,7 @@ class StudyFootprint:
         expected = self._reliable
         if expected is None or not held:
             return {}
-        points = self._recent_points(_RECENT_BOUNDS)
+        points = self._known_points(_RECENT_BOUNDS)
         if fixed and likely_completions(fixed, points) == [fixed]:
             found = _upper_bounds(expected, [fixed])
         elif self._recent_bounds is not None and self._recent_bounds[0] is expected:
@@ -178,7 +178,7 @@ class StudyFootprint:
             left: What is left of totals, by the resource that trials use.
             n_beside: Number of other running trials.
         """
-        expected, points = self._reliable, self._recent_points()
+        expected, points = self._reliable, self._known_points()
         if expected is None or not points or not left:
             return {}
         try:
@@ -210,8 +210,8 @@ class StudyFootprint:
         return points_from_unit_cube(space, unit)
 
     def needs_at(self, forecast: Forecast, point: Mapping[str, Any]) -> dict[str, float]:
-        """Return what to reserve of totals at a point; empty while it is partial or unknown."""
-        if not self.bounds_at(forecast, point) or forecast.expected is None:
+        """Return what to reserve of totals at a complete point; see :meth:`bounds_at`."""
+        if forecast.expected is None:
             return {}
         margins, found = self.margins(), forecast.expected.intervals(point)
         return {name: margins.need(name, each.median) for name, each in found.items()}
@@ -225,7 +225,7 @@ class StudyFootprint:
             trials: All trials of the study, for where nothing is projected.
             fixed: The parameters that the trial was enqueued with.
         """
-        expected, points = self._reliable, self._recent_points(_RECENT_BOUNDS)
+        expected, points = self._reliable, self._known_points(_RECENT_BOUNDS)
         if fixed and likely_completions(fixed, points) == [fixed]:
             points = [fixed]
         elif not points:
@@ -247,6 +247,8 @@ class StudyFootprint:
         past = self._recent_points()
         if not point or (past and likely_completions(point, past) != [point]):
             return {}
+        if not self.is_complete(point):
+            return {}
         return _upper_bounds(forecast.expected, [point])
 
     def learn(self, trials: Sequence[FrozenTrial]) -> Footprint | None:
@@ -267,6 +269,11 @@ class StudyFootprint:
 
     def _recent_points(self, count: int = _RECENT) -> list[Mapping[str, Any]]:
         return [row.params for row in self.learner.observations[-count:]]
+
+    def _known_points(self, count: int = _RECENT) -> list[Mapping[str, Any]]:
+        """Return recent points at which the footprint is known: a user's function needs all."""
+        points = self._recent_points if self._calibrator is None else self._completed_points
+        return points()[-count:]
 
     def _completed_points(self) -> list[Mapping[str, Any]]:
         return [row.params for row in self.learner.observations[-_RECENT:] if row.is_complete]

@@ -32,6 +32,7 @@ from optuna_quota._ledger import (
 from optuna_quota._metering import Meter, Verdict
 from optuna_quota._records import read_record
 from optuna_quota._resources import Limits, Quota, Usage
+from optuna_quota._sampler.admission import PointVerdict
 from optuna_quota._sampler.candidates import CandidateFilter
 from optuna_quota._sampler.deadline import refuse_late
 from optuna_quota._sampler.study_projection import QuotaWarning
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 
 
 _logger = logging.getLogger("optuna.quota.sampler")
+
+# Trials in a row whose points were rejected by what is left of the quota, before the study ends.
+_MOST_UNFIT = 20
 
 
 class StudySession:
@@ -85,6 +89,8 @@ class StudySession:
         self._stops = stops
         self._metering = metering
         self._refused: set[int] = set()
+        # Rejections by what is left of the quota since the last trial that ran.
+        self._unfit: list[PointVerdict] = []
         self._interrupters: dict[int, Interrupter] = {}
         self._lock = threading.Lock()
         self._logged: set[str] = set()
@@ -165,10 +171,10 @@ class StudySession:
 
     def promise(self, trial: FrozenTrial, drawn: Mapping[str, Any]) -> bool:
         """Reserve what a trial's point needs; return whether what is left of totals is enough."""
-        if not self._quota:
+        if not self._quota.held and not self.candidates.is_near_end(trial):
             return True
         bounds, expected = self.candidates.bounds_at(trial, drawn)
-        if not expected and not (self._quota.held and bounds):
+        if not bounds:
             return True
         return self.ledger.revise_promise(_optuna.trial_id_of(trial), bounds, expected)
 
@@ -208,6 +214,7 @@ class StudySession:
             verdict = self.candidates.rejection(trial)
             if monitor is not None and verdict is not None:
                 monitor.verdict = Verdict("rejected", verdict.reason)
+            self._note_verdict(trial, verdict)
             completed = state == TrialState.COMPLETE
             footprint, expected = self.candidates.finish(trial, completed=completed)
             usage = record_result(
@@ -228,7 +235,7 @@ class StudySession:
         """End ``optimize`` when a total quota is used up."""
         if not self._stops or not _optuna.in_optimize_loop(study):
             return
-        refusal = self.ledger.exhausted(self.needs) or self.refuse_late()
+        refusal = self.ledger.exhausted(self.needs) or self.refuse_late() or self.refuse_unfit()
         if refusal is not None:
             self._log_end(refusal.reason)
             study.stop()
@@ -244,6 +251,27 @@ class StudySession:
             return None
         likely = self.candidates.footprint.likely_seconds(self.ledger.trials, fixed)
         return refuse_late(deadline, time.time(), likely, self._preemption.margin)
+
+    def _note_verdict(self, trial: FrozenTrial, verdict: PointVerdict | None) -> None:
+        if verdict is None:
+            self._unfit = []
+        elif verdict.by_quota and not _optuna.fixed_params_of(trial):
+            self._unfit = [*self._unfit, verdict]
+
+    def refuse_unfit(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
+        """Return why no trial starts after points that don't fit what is left; None if one may.
+
+        Args:
+            fixed: The parameters that it was enqueued with.
+        """
+        unfit = self._unfit
+        # Enumerating samplers end by themselves, and a smaller point may come later.
+        if len(unfit) < _MOST_UNFIT or fixed or self.candidates.enumerates:
+            return None
+        last = unfit[-1]
+        reason = f"The last {len(unfit)} points did not fit what is left. {last.reason}"
+        median, left = last.median or 0.0, last.limit or 0.0
+        return Refusal(last.resource or "", reason, median, median, 0.0, left, final=True)
 
     def is_ending(self, study: Study) -> bool:
         """Return whether a trial that waits need not start any more."""

@@ -171,6 +171,41 @@ def test_no_trial_starts_after_a_signal_before_optimize() -> None:
     assert len(study.trials) == 1
 
 
+def test_a_block_within_another(tmp_path: Path) -> None:
+    study = make_study("plain")
+
+    def objective(trial: optuna.Trial) -> float:
+        assert "quota:checkpoint" in trial.user_attrs
+        return trial.suggest_float("x", 0, 1)
+
+    with preemptible(study, checkpoints=tmp_path):
+        with preemptible(study):
+            study.optimize(objective_that_checks, n_trials=1)
+        study.optimize(objective, n_trials=1)
+        with preemptible(study):
+            send()
+        study.optimize(objective, n_trials=1)  # starts nothing
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE"]
+    study.optimize(objective_that_prunes, n_trials=1)
+    assert len(study.trials) == 3
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGRTMIN"), reason="needs real-time signals")
+def test_a_signal_without_a_name() -> None:
+    number = signal.SIGRTMIN + 3
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        send(number)
+        check(trial)
+        return 0.0
+
+    study = make_study("plain")
+    with preemptible(study, signals=[number]):
+        study.optimize(objective, n_trials=5)
+    assert f"signal {number}" in (read_record(study.trials[0]).reason or "")
+
+
 def test_ask_and_tell() -> None:
     study = make_study("plain")
     with preemptible(study):
@@ -230,6 +265,28 @@ def test_checkpoints_are_shared_with_retries_and_deleted_at_the_end(tmp_path: Pa
     assert not folder.exists()
 
 
+def test_checkpoints_of_another_study_are_not_found(tmp_path: Path) -> None:
+    found: list[Path] = []
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        folder = Path(trial.user_attrs["quota:checkpoint"])
+        found.extend(folder.iterdir())
+        (folder / "checkpoint").touch()
+        send()
+        check(trial)
+        return 0.0
+
+    # The first name again, as after an earlier study was deleted.
+    for name in ("a_b", "a/b", "a:b", "a_b"):
+        study = optuna.create_study(study_name=name)
+        with preemptible(study, checkpoints=tmp_path):
+            study.optimize(objective, n_trials=1)
+        assert study.trials[0].state == TrialState.FAIL
+    assert found == []
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_handlers_are_refused_outside_of_the_main_thread() -> None:
     errors: list[Exception] = []
 
@@ -284,6 +341,25 @@ def test_a_storage_that_is_away_for_a_while(
     assert [t.state.name for t in study.trials] == ["FAIL", "WAITING"]
     assert study.trials[1].user_attrs["quota:retry_of"] == 0
     assert read_record(study.trials[0]).outcome == "preempted"
+
+
+def test_a_value_that_is_stored_although_the_answer_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study = make_study("plain")
+
+    def objective(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        method = study._storage.set_trial_state_values
+        flaky = Flaky(method, 1, lost_answer=True)
+        monkeypatch.setattr(study._storage, "set_trial_state_values", flaky)
+        send()
+        assert trial.should_prune()
+        return x
+
+    with preemptible(study):
+        study.optimize(objective, n_trials=5)
+    assert [t.state.name for t in study.trials] == ["COMPLETE"]
 
 
 @pytest.mark.slow

@@ -179,6 +179,17 @@ def test_auto_is_the_workers_cores_divided_by_the_jobs(has_strategy: bool) -> No
     assert len({*one, *other}) == min(len(one) * 2, len(os.sched_getaffinity(0)))
 
 
+@on_linux
+def test_auto_in_the_limits_of_isolated_under_a_sampler() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        return float(len(os.sched_getaffinity(0)))
+
+    sampler = QuotaSampler(optuna.samplers.RandomSampler(), quota=Quota(n_trials=9))
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(isolated(objective, limits=Limits(cpu_cores="auto")), n_trials=2, n_jobs=2)
+    assert [t.value for t in study.trials] == 2 * [-(-cpu_count() // 2)]
+
+
 def test_limits_with_auto_can_be_copied_compared_and_shown() -> None:
     limits = Limits(memory="1GiB", cpu_cores="auto")
     assert pickle.loads(pickle.dumps(limits)) == limits != Limits(memory="1GiB")

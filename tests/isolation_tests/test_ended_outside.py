@@ -12,7 +12,7 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import isolated, LimitBreached, Quota, QuotaSampler
+from optuna_quota import _optuna, isolated, LimitBreached, Quota, QuotaSampler
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -78,11 +78,12 @@ def test_a_trial_of_a_study_that_is_deleted(tmp_path: Path) -> None:
     assert "deleted" in (tmp_path / "stopped").read_text()
 
 
-def test_a_trial_in_process_that_was_failed_from_outside() -> None:
+@pytest.mark.parametrize("by_number", [True, False])
+def test_a_trial_in_process_that_was_failed_from_outside(by_number: bool) -> None:
     def objective(trial: optuna.Trial) -> float:
         x = trial.suggest_float("x", 0, 1)
         if trial.number == 0:
-            trial.study.tell(trial.number, state=TrialState.FAIL)
+            trial.study.tell(trial.number if by_number else trial, state=TrialState.FAIL)
         return x
 
     study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9)))
@@ -90,3 +91,12 @@ def test_a_trial_in_process_that_was_failed_from_outside() -> None:
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
     with pytest.raises(ValueError, match="Cannot tell"):
         study.tell(0, 1.0)
+
+
+def test_no_trace_of_a_trial_is_kept() -> None:
+    before = set(_optuna._tolerant)
+    study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9)))
+    for _ in range(2):
+        study.tell(study.ask().number, 1.0)
+    study.optimize(lambda trial: 1.0, n_trials=2)
+    assert _optuna._tolerant == before

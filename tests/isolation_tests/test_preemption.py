@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 import psutil
 import pytest
 
-from optuna_quota import isolated, LimitBreached, preemptible, Quota, QuotaSampler
+from optuna_quota import isolated, LimitBreached, Limits, preemptible, Quota, QuotaSampler
 from optuna_quota._isolation.launch import StartMethod
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import needs_supervisor
@@ -108,6 +108,13 @@ def test_a_value_that_is_returned_in_the_grace_period_counts() -> None:
     study.set_user_attr("worker", os.getpid())
     with preemptible(study):
         study.optimize(isolated(objective), n_trials=5)
+    assert [t.value for t in study.trials] == [1.0]
+
+
+def test_limits_of_isolated_stay() -> None:
+    study = make_study("plain")
+    with preemptible(study):
+        study.optimize(isolated(lambda trial: 1.0, limits=Limits(memory="2GiB")), n_trials=1)
     assert [t.value for t in study.trials] == [1.0]
 
 

@@ -22,7 +22,7 @@ from optuna_quota._records import read_record
 from tests.isolation_tests.trials import MIB
 
 
-optuna.logging.set_verbosity(optuna.logging.ERROR)
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 METHODS = [
     "fork",

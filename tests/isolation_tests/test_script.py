@@ -27,7 +27,7 @@ from optuna_quota._records import read_record
 from tests.isolation_tests.trials import MIB, needs_supervisor
 
 
-optuna.logging.set_verbosity(optuna.logging.ERROR)
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 TRAIN = """\
 for step in 0 1 2; do

@@ -56,6 +56,13 @@ def test_a_slice_becomes_what_the_point_needs() -> None:
     assert request.least == request.most == 2
 
 
+def test_what_a_trial_has_used_is_not_released() -> None:
+    quota, granted = Quota(trial_time=10, cpu_time=10), {"trial_time": 9.0, "cpu_time": 9.0}
+    expected, used = {"wall_time": 1.0, "cpu_time": 1.0}, {"wall_time": 4.0, "cpu_time": 8.0}
+    smaller, larger = revise_totals(quota, Limits(), granted, expected, used)
+    assert smaller == {"trial_time": 5.0} and larger == {"cpu_time": 10.0}
+
+
 def test_a_trial_starts_with_the_least_that_any_point_needs() -> None:
     quota = Quota(trial_time=10)
     needs = {"wall_time": 2.0}

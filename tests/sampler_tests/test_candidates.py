@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 import optuna
+from optuna.distributions import CategoricalDistribution
 from optuna.samplers import (
     BaseSampler,
     BruteForceSampler,
@@ -22,10 +23,19 @@ from optuna.samplers import (
     RandomSampler,
     TPESampler,
 )
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 import pytest
 
-from optuna_quota import Footprint, LimitBreached, Limits, Quota, QuotaPruner, QuotaSampler, Usage
+from optuna_quota import (
+    Footprint,
+    LimitBreached,
+    Limits,
+    Quota,
+    QuotaPruner,
+    QuotaSampler,
+    Strategy,
+    Usage,
+)
 from optuna_quota._footprint.observations import read_observation
 from optuna_quota._sampler.candidates import OnVeto, replacement_for
 
@@ -146,8 +156,7 @@ def test_few_breaches_after_the_first_trials(base: BaseSampler) -> None:
         assert footprint["lower"] <= footprint["median"] <= footprint["upper"]
 
 
-@pytest.mark.parametrize("base", [GridSampler(GRID, seed=1), BruteForceSampler(seed=1)])
-def test_enumerating_samplers_skip_refused_points_and_end(base: BaseSampler) -> None:
+def enumerate_points(base: BaseSampler, **arguments: Any) -> optuna.Study:
     meter = Work()
 
     def objective(trial: optuna.Trial) -> float:
@@ -164,18 +173,36 @@ def test_enumerating_samplers_skip_refused_points_and_end(base: BaseSampler) -> 
         limits=Limits(custom={"work": LIMIT}),
         meters=[meter],
         footprint=lambda params: Usage(custom={"work": work_of(params)}),
+        **arguments,
     )
     study = optuna.create_study(sampler=sampler)
     study.optimize(objective, callbacks=[lambda *_: setattr(meter, "now", 0.0)])
     assert len(study.trials) == 24
-    # Of a tree, the first trial has to tell which parameters there are.
-    over = breaches(study)
-    assert over in ([], [0])
-    fitting = [t for t in study.trials if t.user_attrs["quota:outcome"] == "completed"]
-    rejected = [t for t in study.trials if t.user_attrs["quota:outcome"] == "rejected"]
-    assert len(fitting) == 15
-    assert len(rejected) == 9 - len(over)
-    assert all(t.user_attrs["quota:proposed"]["action"] == "rejected" for t in rejected)
+    outcomes = Counter(t.user_attrs["quota:outcome"] for t in study.trials)
+    assert outcomes["completed"] == 15
+    assert outcomes["rejected"] == 9 - outcomes["terminated"]
+    assert actions(study) == {"rejected": outcomes["rejected"]}
+    return study
+
+
+@pytest.mark.parametrize("base", [GridSampler(GRID, seed=1), BruteForceSampler(seed=3)])
+def test_enumerating_samplers_skip_refused_points_and_end(base: BaseSampler) -> None:
+    space = {name: CategoricalDistribution(choices) for name, choices in GRID.items()}
+    assert breaches(enumerate_points(base, strategy=Strategy(24, search_space=space))) == []
+
+
+@pytest.mark.parametrize(
+    "base",
+    [GridSampler(GRID, seed=1), *(BruteForceSampler(seed=seed) for seed in (1, 3, 4))],
+)
+def test_a_point_is_not_refused_while_it_may_have_more_parameters(base: BaseSampler) -> None:
+    study = enumerate_points(base)
+    for number in breaches(study):
+        trials = [t for t in study.trials[:number] if t.state == TrialState.COMPLETE]
+        known = {name: {t.params[name] for t in trials} for name in ("x", "y")}
+        # An integer may decide which parameters there are until two had the same ones.
+        params = study.trials[number].params
+        assert any(len(v) < 2 and params[name] not in v for name, v in known.items())
 
 
 def test_the_refused_point_is_recorded_in_the_row() -> None:

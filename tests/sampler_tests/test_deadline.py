@@ -178,7 +178,7 @@ def test_a_slurm_job(tmp_path: Path) -> None:
     """Its only trial takes longer than the job: it is stopped, and enqueued for the next job."""
     script, storage = tmp_path / "tune.py", f"sqlite:///{tmp_path / 'study.db'}"
     script.write_text(textwrap.dedent(SCRIPT))
-    squeue = "date -d '+10 seconds' +%Y-%m-%dT%H:%M:%S"
+    squeue = "date -d '+20 seconds' +%Y-%m-%dT%H:%M:%S"
     environment = {**os.environ, **fake_slurm(tmp_path, squeue=squeue)}
     ended = subprocess.run(
         [sys.executable, str(script), storage],
