@@ -366,12 +366,13 @@ def _rates(logs: np.ndarray, censored: np.ndarray, partial: np.ndarray) -> np.nd
 
     It is 1 where shares are uniform. Where trials end early, such as in their first second, they
     would be so unlikely then that the fit would rather take all completed trials for noise: the
-    rate is one over the mean logarithm, as far as the others tell.
+    rate is one over the mean logarithm, as far as the others tell. Where they are many, they weigh
+    no more together than the others do.
     """
     if not partial.any() or censored.all():
         return partial.astype(float)
     short = float(logs[~censored].mean() - logs[partial].mean())
-    return partial / max(short, 1.0)
+    return partial * min(1.0, float((~censored).sum() / partial.sum())) / max(short, 1.0)
 
 
 def _square_root(covariance: np.ndarray) -> np.ndarray:

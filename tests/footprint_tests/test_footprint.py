@@ -129,16 +129,16 @@ def test_times_of_trials_stopped_for_their_memory_do_not_raise_the_expected_time
     assert np.median(errors["partial"]) < np.median(errors["censored"])
 
 
-@pytest.mark.parametrize("share", [0.001, 0.03])
+@pytest.mark.parametrize(("share", "every"), [(0.001, 4), (0.03, 4), (0.02, 8)])
 def test_trials_stopped_early_in_their_course_do_not_hide_what_the_others_used(
-    share: float,
+    share: float, every: int
 ) -> None:
     rng = np.random.default_rng(0)
     seen = []
-    for i, row in enumerate(draw_rows(60, seed=3)):
+    for i, row in enumerate(draw_rows(15 * every, seed=3)):
         seconds = 1e-3 * row.params["width"] ** 1.5 * rng.lognormal(0, 0.2)
-        usage = Usage(cpu_time=seconds * (share if i % 4 else 1.0))
-        partial = frozenset({"cpu_time"} if i % 4 else ())
+        usage = Usage(cpu_time=seconds * (share if i % every else 1.0))
+        partial = frozenset({"cpu_time"} if i % every else ())
         seen.append(Observation(row.params, SPACE, usage, partial=partial))
 
     footprint = Footprint.fit(seen)
@@ -148,6 +148,25 @@ def test_trials_stopped_early_in_their_course_do_not_hide_what_the_others_used(
         found = footprint.intervals(row.params)["cpu_time"]
         assert 0.5 < found.median / truth < 2
         assert found.upper / found.lower < 10
+
+
+def test_many_trials_stopped_early_do_not_outweigh_few_completed_ones() -> None:
+    space: dict[str, BaseDistribution] = {"size": FloatDistribution(100.0, 1e4, log=True)}
+    rng, medians, spreads = np.random.default_rng(0), [], []
+    for _ in range(3):
+        seen = []
+        for i in range(44):
+            params = {"size": float(np.exp(rng.uniform(np.log(100), np.log(1e4))))}
+            seconds = 0.06 * params["size"] * rng.lognormal(0, 0.15)
+            usage = Usage(cpu_time=seconds * (0.02 * rng.uniform(0.5, 1) if i >= 4 else 1.0))
+            partial = frozenset({"cpu_time"} if i >= 4 else ())
+            seen.append(Observation(params, space, usage, partial=partial))
+        found = Footprint.fit(seen).intervals({"size": 1000.0})["cpu_time"]
+        medians.append(found.median / 60.0)
+        spreads.append(found.upper / found.lower)
+
+    assert min(medians) > 0.5 and max(medians) < 2
+    assert np.median(spreads) < 200
 
 
 def _prune(rows: list[Observation], share: float) -> list[Observation]:
