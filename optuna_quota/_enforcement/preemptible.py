@@ -119,15 +119,35 @@ def preemptible(
 @contextlib.contextmanager
 def _handled(signals: Sequence[int], handler: Callable[..., None]) -> Iterator[None]:
     """Handle signals within the block."""
-    before = {}
+    before: dict[int, Any] = {}
+    _before.append(before)
     try:
         for number in signals:
             before[number] = signal.signal(number, handler)
         yield
     finally:
-        for number, previous in before.items():
-            # None stands for a handler that was not set from Python.
-            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        _restore(before)
+        _before.remove(before)
+
+
+# The handlers from before each block under way, outer ones first.
+_before: list[dict[int, Any]] = []
+
+
+def _restore(before: dict[int, Any]) -> None:
+    for number, handler in before.items():
+        # None stands for a handler that was not set from Python.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _leave_to_parent() -> None:
+    """Let what an objective has forked, such as a pool's worker, end on signals."""
+    while _before:
+        _restore(_before.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class _Watcher:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import multiprocessing
 import os
 from pathlib import Path
 import signal
@@ -204,6 +205,27 @@ def test_a_signal_without_a_name() -> None:
     with preemptible(study, signals=[number]):
         study.optimize(objective, n_trials=5)
     assert f"signal {number}" in (read_record(study.trials[0]).reason or "")
+
+
+def test_a_process_that_an_objective_forks_ends_on_the_signal() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        context = multiprocessing.get_context("fork")
+        begun = context.Event()
+        child = context.Process(target=lambda: (begun.set(), time.sleep(600)))
+        child.start()
+        try:
+            assert begun.wait(60)
+            child.terminate()
+            child.join(60)
+            return float(child.exitcode or 0)
+        finally:
+            child.kill()
+            child.join()
+
+    study = make_study("plain")
+    with preemptible(study), preemptible(study):
+        study.optimize(objective, n_trials=1)
+    assert study.trials[0].value == -signal.SIGTERM
 
 
 def test_ask_and_tell() -> None:
