@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import signal
 
 from hypothesis import HealthCheck, settings
 import pytest
@@ -16,6 +17,10 @@ settings.register_profile(
     "optuna_quota", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("optuna_quota")
+
+# A shell starts jobs in the background with SIGINT ignored, which the tests' scripts would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
