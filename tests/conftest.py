@@ -18,7 +18,7 @@ settings.register_profile(
 )
 settings.load_profile("optuna_quota")
 
-# A shell starts jobs in the background with SIGINT ignored, which the tests' scripts would inherit.
+# A shell starts background jobs with SIGINT ignored, which the scripts of tests would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
