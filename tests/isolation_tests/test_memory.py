@@ -320,8 +320,8 @@ def test_pages_that_a_fork_writes_to_count() -> None:
     block = np.ones(300 * MIB // 8)
 
     def objective(trial: optuna.Trial) -> float:
-        for start in range(0, len(block), MIB):
-            block[start : start + MIB] = 2
+        for start in range(0, len(block), MIB // 4):  # 2 MiB
+            block[start : start + MIB // 4] = 2
             time.sleep(0.01)
         time.sleep(60)
         return 0.0
