@@ -266,11 +266,13 @@ def robust_covariance(fit: Fit, sample: Sample) -> Array:
     n, p = int((~sample.censored).sum()), at_fit.score_obs.shape[1]
     bread = np.linalg.pinv(at_fit.information + prior)
     scores = at_fit.score_obs / (1 - np.minimum(leverage(at_fit), _MAX_LEVERAGE))[:, None]
-    robust: Array = bread @ (scores.T @ scores + prior) @ bread
+    # As a sum of squares, so that rounding makes no variance negative.
+    half = np.vstack([scores, np.sqrt(prior)]) @ bread
+    robust: Array = half.T @ half
     if not sample.censored.any():
         return robust
     by_likelihood = np.abs(np.diag(bread)) * n / max(n - p, 1)
-    grow = np.sqrt(np.maximum(1.0, by_likelihood / np.diag(robust)))
+    grow = np.sqrt(np.maximum(1.0, by_likelihood / np.maximum(np.diag(robust), 1e-300)))
     return robust * np.outer(grow, grow)
 
 

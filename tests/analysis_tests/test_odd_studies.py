@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import math
+import random
 from typing import Any
 import warnings
 
@@ -14,7 +15,10 @@ from optuna.trial import create_trial, TrialState
 import pytest
 
 from optuna_quota import analyze, Limits, Quota, replay, trial_table, Usage
+from optuna_quota._records import TrialRecord
+from optuna_quota._resources import Breach
 from tests.analysis_tests.studies import finished, power_law_study, study_of, terminated
+from tests.visualization_tests.studies import add_row, empty_study, MIB
 
 
 ONE = {"x": FloatDistribution(0.0, 1.0)}
@@ -355,3 +359,25 @@ def test_trial_table_of_odd_studies(make: Callable[[], optuna.Study]) -> None:
 )
 def test_the_summary_says_what_is_missing(make: Callable[[], optuna.Study], sentence: str) -> None:
     assert sentence in " ".join(analyze(make()).summary().split())
+
+
+def test_a_nearly_perfect_fit_has_no_negative_variance() -> None:
+    # Rounding made one negative here, and its square root warned.
+    space = {"megabytes": IntDistribution(1, 400), "kind": CategoricalDistribution(["a", "b"])}
+    study, rng = empty_study(limits=Limits(memory="300MiB")), random.Random(28)
+    for _ in range(22):
+        megabytes = rng.randint(1, 400)
+        params = {"megabytes": megabytes, "kind": rng.choice("ab")}
+        held = (12 + megabytes) * MIB + rng.randint(0, 200000)
+        if megabytes > 285:
+            breach = Breach("memory", 300.0 * MIB, 301.0 * MIB, 0.3)
+            usage = Usage(memory=301 * MIB, wall_time=0.3, cpu_time=0.1)
+            record = TrialRecord(usage=usage, outcome="terminated", breach=breach)
+        else:
+            wall, cpu = 0.3 + rng.random() * 0.1, 0.1 + megabytes * 0.0005
+            usage = Usage(memory=held, wall_time=wall, cpu_time=cpu)
+            record = TrialRecord(usage=usage, outcome="completed")
+        add_row(study, record, params=params, space=space)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "megabytes" in analyze(study).models["memory"].formula
