@@ -182,6 +182,13 @@ def engine_of(storage: BaseStorage) -> Any:
     return backend.engine if isinstance(backend, RDBStorage) else None
 
 
+def stores_microseconds(storage: BaseStorage) -> bool:
+    """Return whether datetimes are known to be stored exactly; MySQL rounds them to seconds."""
+    engine = engine_of(storage)
+    is_proxy = any(each.__name__ == "GrpcStorageProxy" for each in type(storage).__mro__)
+    return engine.dialect.name != "mysql" if engine is not None else not is_proxy
+
+
 def wrap_journal_lock(
     storage: BaseStorage, wrap: Callable[[BaseJournalFileLock, str], BaseJournalFileLock]
 ) -> None:
@@ -327,6 +334,13 @@ def _tell_or_replacement(
             return TrialState.FAIL, None, end
         # For a failed trial, `optimize` would raise what its objective raised.
         return TrialState.PRUNED, None, None
+    except Exception as error:
+        if by_optimize:
+            result = f"value {value_or_values!r}" if state is None else f"state {state.name}"
+            _logger.error(
+                f"Trial {trial.number} ended with the {result}, which may be lost: {error!r}."
+            )
+        raise
 
 
 def describe_end(study: Study, trial_id: int) -> str | None:

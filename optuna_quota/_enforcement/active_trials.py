@@ -19,6 +19,7 @@ from optuna_quota._enforcement.gpu_cache import release_gpu_cache
 from optuna_quota._metering import Key, key_of, Meter, metering_loop, TrialMonitor
 from optuna_quota._metering.host import cpu_count
 from optuna_quota._resources import Limits, with_cores
+from optuna_quota._storage_retry import survive_outages
 
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def start_monitor(
         here: False when the trial runs where this process can't see it.
     """
     limits = resolve_cores(limits)
+    survive_outages(_optuna.storage_of(study))
     _register.close_finished()
     if here and "gpu_memory" in {**limits.amounts(), **(left or {})}:
         release_gpu_cache()

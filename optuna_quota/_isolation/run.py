@@ -35,6 +35,7 @@ from optuna_quota._isolation.start import CannotStart, IsolationOptions, TrialSt
 from optuna_quota._metering import key_of, metering_loop, Verdict
 from optuna_quota._records import is_rejected
 from optuna_quota._resources import Breach, CLOCK_RESOURCES, Limits, with_cores
+from optuna_quota._storage_retry import survive_outages, without_retries
 from optuna_quota.exceptions import LimitBreached, TrialPreempted
 
 
@@ -98,6 +99,7 @@ class TrialRun:
         # The time to start the trial counts; the memory of this process does not.
         self._monitor.detach()
         if self._study is not None:
+            survive_outages(_optuna.storage_of(self._study))
             _optuna.tolerate_finished_row(self._study, self._trial_id)
         value, error = None, None
         try:
@@ -268,7 +270,8 @@ class TrialRun:
         if self._study is None or self._server is None or self._ended_outside is not None:
             return
         try:
-            end = _optuna.describe_end(self._study, self._trial_id)
+            with without_retries():
+                end = _optuna.describe_end(self._study, self._trial_id)
         except Exception as error:  # noqa: BLE001 - any backend's own; the trial goes on
             _logger.debug(f"The row of trial {self._trial.number} could not be read: {error!r}.")
             return
