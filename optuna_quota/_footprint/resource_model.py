@@ -109,7 +109,7 @@ class ResourceModel:
         scale: Standard deviation of the logarithm.
         sites: Standardised observations, censored ones replaced.
         censored: True where the amount is a lower bound.
-        partial: True where it was used at an unknown share of the trial's course.
+        partial: True where it was used at an unknown share of the trial's run.
         hyperparameters: Of the Gaussian process.
         stopped_peaks_censored: Whether peaks of stopped trials are taken as lower bounds.
     """
@@ -246,7 +246,7 @@ def fit_resource(
         columns: Shape ``(n_points, n_columns)``.
         amounts: SI base units, shape ``(n_points,)``.
         censored: True where the amount is a lower bound.
-        partial: True where something else stopped the trial, at an unknown share of its course;
+        partial: True where something else stopped the trial, at an unknown share of its run;
             these are lower bounds too.
         start: A model of fewer trials to start from.
         floors: Candidate floors, as shares of the smallest amount.
@@ -362,7 +362,7 @@ def _fit_with_floor(
 
 
 def _rates(logs: np.ndarray, censored: np.ndarray, partial: np.ndarray) -> np.ndarray:
-    """Return the rate of the logarithm of each trial's share of its course, 0 for other trials.
+    """Return the rate of the logarithm of each trial's share of its run, 0 for other trials.
 
     It is 1 where shares are uniform. Where trials end early, such as in their first second, they
     would be so unlikely then that the fit would rather take all completed trials for noise: the
