@@ -23,7 +23,7 @@ import numpy as np
 from optuna_quota._footprint.gaussian_process import GaussianProcess
 
 
-# Candidate rates of the share of its course at which a trial was stopped: anywhere, at a median of
+# Candidate rates of the share of its run at which a trial was stopped: anywhere, at a median of
 # 79%, of 93%. The one of the best leave-one-out density is taken.
 LATENESS = (1.0, 3.0, 10.0)
 _WIDEST = 1e4
@@ -46,7 +46,7 @@ def initial_sites(target: np.ndarray, censored: np.ndarray) -> Sites:
 def course_rates(
     logs: np.ndarray, censored: np.ndarray, partial: np.ndarray, lateness: float
 ) -> np.ndarray:
-    """Return the rate of the logarithm of each trial's share of its course, 0 for other trials.
+    """Return the rate of the logarithm of each trial's share of its run, 0 for other trials.
 
     It is ``lateness``, where 1 stands for uniform shares. Where trials end early, such as in their
     first second, they would be so unlikely then that the fit would rather take all completed

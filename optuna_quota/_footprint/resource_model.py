@@ -115,9 +115,9 @@ class ResourceModel:
         scale: Standard deviation of the logarithm.
         sites: Standardised observations, censored ones replaced.
         censored: True where the amount is a lower bound.
-        partial: True where it was used at an unknown share of the trial's course.
+        partial: True where it was used at an unknown share of the trial's run.
         hyperparameters: Of the Gaussian process.
-        lateness: How late in their course the partial ones were stopped; 1 is anywhere.
+        lateness: How late in their run the partial ones were stopped; 1 is anywhere.
         stopped_peaks_censored: Whether peaks of stopped trials are taken as lower bounds.
     """
 
@@ -254,7 +254,7 @@ def fit_resource(
         columns: Shape ``(n_points, n_columns)``.
         amounts: SI base units, shape ``(n_points,)``.
         censored: True where the amount is a lower bound.
-        partial: True where something else stopped the trial, at an unknown share of its course;
+        partial: True where something else stopped the trial, at an unknown share of its run;
             these are lower bounds too.
         start: A model of fewer trials to start from.
         floors: Candidate floors, as shares of the smallest amount.
