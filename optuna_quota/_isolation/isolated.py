@@ -11,7 +11,7 @@ from optuna_quota._isolation.outcome import OnCrash
 from optuna_quota._isolation.run import TrialRun
 from optuna_quota._isolation.start import IsolationOptions
 from optuna_quota._resources import Limits
-from optuna_quota._units import Duration, parse_grace_period
+from optuna_quota._units import Duration, parse_seconds
 
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def isolated(
     if isinstance(preload, str) or not all(isinstance(name, str) for name in preload):
         raise TypeError(f"`preload` must be a sequence of module names but got {preload!r}.")
     options = IsolationOptions(
-        grace_period=parse_grace_period(grace_period),
+        grace_period=parse_seconds(grace_period, "grace_period", zero=True),
         start_method=start_method,
         limits=limits,
         predictive_stop=predictive_stop,

@@ -19,7 +19,7 @@ from optuna_quota import check, isolated, LimitBreached, Limits, Quota, QuotaPru
 from optuna_quota._records import read_record
 
 
-NONE = Limits(memory=1)
+NONE = Limits(memory="1B")
 STUDIES = {
     "pruner": lambda **kw: optuna.create_study(pruner=QuotaPruner(limits=NONE), **kw),
     "sampler": lambda **kw: optuna.create_study(

@@ -29,7 +29,7 @@ from optuna_quota._records import read_record
 
 # Without memory: QuotaSampler would collect garbage after each pruned trial, 0.3 s under pytest.
 ROOM = Limits(wall_time="1h", cpu_time="1h")
-NONE = Limits(memory=1)
+NONE = Limits(memory="1B")
 
 
 def curve(trial: optuna.Trial) -> float:

@@ -92,7 +92,7 @@ def test_sampler_and_pruner_keep_the_limits(rows: Any, attributes: Any) -> None:
     study.sampler = QuotaSampler(
         optuna.samplers.TPESampler(n_startup_trials=1, seed=0), quota=Quota(n_trials=ROWS + 2)
     )
-    study.pruner = QuotaPruner(limits=Limits(memory=1, wall_time="1h"))
+    study.pruner = QuotaPruner(limits=Limits(memory="1B", wall_time="1h"))
     ran = []
 
     def objective(trial: optuna.Trial) -> float:

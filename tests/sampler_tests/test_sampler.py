@@ -96,7 +96,7 @@ def test_optimize_on_an_exhausted_study_runs_no_objective() -> None:
 
 
 def test_a_breached_trial_is_terminated_and_constrained() -> None:
-    pruner = QuotaPruner(limits=Limits(memory=1, wall_time="1h"))
+    pruner = QuotaPruner(limits=Limits(memory="1B", wall_time="1h"))
     study = study_of(Quota(wall_time="1h"), pruner)
 
     def asks(trial: optuna.Trial) -> float:
