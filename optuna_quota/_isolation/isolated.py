@@ -116,6 +116,8 @@ def isolated(
     """
     if not callable(objective):
         raise TypeError(f"`objective` must be callable but got {objective!r}.")
+    if isinstance(getattr(objective, "options", None), IsolationOptions):
+        raise TypeError(f"`objective` is isolated already: {objective!r}.")
     if start_method not in get_args(StartMethod):
         methods = ", ".join(get_args(StartMethod))
         raise ValueError(f"`start_method` must be one of {methods} but got {start_method!r}.")
