@@ -38,6 +38,8 @@ _BINS = 8
 _MAX_CHOICES = 40
 _MAX_GROUPS = 200
 _QUANTILES = (0.05, 0.5, 0.95)
+# A parameter is named where its share of a resource's variance is most likely above this.
+_MIN_SHARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,17 @@ class Driver:
     param: str
     share: tuple[float, float, float]
     factor: tuple[float, float, float] | None
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the share is most likely more than nothing."""
+        return self.share[0] >= _MIN_SHARE
+
+    @property
+    def doubling(self) -> tuple[float, float, float] | None:
+        """The factor, None where it may as well be 1."""
+        clear = self.factor is not None and not self.factor[0] <= 1 <= self.factor[2]
+        return self.factor if clear else None
 
 
 def cost_drivers(

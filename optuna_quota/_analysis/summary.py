@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 _WIDTH = 99
 # A share of fewer audits says nothing.
 _MIN_AUDITED = 4
-# A parameter is named where its share of a resource's variance is most likely above this.
-_MIN_SHARE = 0.02
 
 
 def summarize(analysis: StudyAnalysis) -> str:
@@ -106,7 +104,7 @@ def _driver_lines(analysis: StudyAnalysis) -> Iterator[str]:
     """Name the parameters whose share of the variance is clear, and what doubling them costs."""
     lines = []
     for resource, drivers in analysis.drivers.items():
-        clear = [d for d in drivers if d.share[0] >= _MIN_SHARE]
+        clear = [d for d in drivers if d.is_clear]
         if not clear:
             continue
         title = get_resource(resource).title
@@ -115,8 +113,8 @@ def _driver_lines(analysis: StudyAnalysis) -> Iterator[str]:
         )
         lines += wrap(f"{title}: {shares}.", first="  ", indent="    ")
         for d in clear:
-            if d.factor is not None and not d.factor[0] <= 1 <= d.factor[2]:
-                lower, factor, upper = d.factor
+            if d.doubling is not None:
+                lower, factor, upper = d.doubling
                 lines += wrap(
                     f"At the best trial, doubling {d.param} costs {factor:.2g} times the {title} "
                     f"[{lower:.2g}, {upper:.2g}].",

@@ -59,6 +59,9 @@ def formula_text(
     level, *slopes = params[offset:]
     terms = zip(selected.design.columns, slopes, p_values[offset + 1 :], strict=False)
     columns = [(column, float(b)) for column, b, p_value in terms if p_value < 0.05]
+    if not columns:
+        total = _amount(resource, floor + bounded_exp(level))
+        return f"{resource} = {total} (no single term is clear)"
     # The exponents are rounded, so the constant is that which holds with them at the middle.
     mains = [(c, _rounded(c, b)) for c, b in columns if isinstance(c, Column)]
     constant = bounded_exp(level - sum(c.centre * b for c, b in mains))
@@ -66,8 +69,7 @@ def formula_text(
     shown = _amount(resource, bounded_exp(level) if relative else constant)
     power = " · ".join([shown, *(_factor(c, b, relative=relative) for c, b in columns)])
     parts = [_amount(resource, floor)] if floor else []
-    text = f"{resource} = {' + '.join([*parts, power])}"
-    return text if columns else f"{text} (no single term is clear)"
+    return f"{resource} = {' + '.join([*parts, power])}"
 
 
 def _rounded(column: Column, b: float) -> float:
