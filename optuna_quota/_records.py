@@ -180,7 +180,7 @@ def evidence(resource: str, outcome: str | None, censored_by: str | None = None)
     - ``"lower bound"``: at least so much (right-censored). So for the resource whose limit ended
       the trial, and where that is a total, for the other totals, which had grown with it.
     - ``"partial"``: what it had used when something else ended it, at an unknown share of its
-      course. That depends on the same noise as what it would have used, so as a lower bound it
+      run. That depends on the same noise as what it would have used, so as a lower bound it
       drags a fit upwards, to several times the truth. Formulas leave it out, the footprint models
       the share (``benchmarks/exponent_coverage.py``). So for all else of a trial terminated for a
       peak, totals of a pruned trial, and a failed or preempted one.

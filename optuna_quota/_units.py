@@ -11,6 +11,7 @@ from datetime import timedelta
 import math
 from numbers import Real
 import re
+import signal
 from typing import Any, TypeAlias
 
 
@@ -250,6 +251,14 @@ def _parse_text(
         total += float(number) * factors[unit]
         position = match.end()
     return total
+
+
+def format_signal(number: int) -> str:
+    """Return the name of a signal, as ``SIGTERM``; most real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _positive(value: float, name: str, rule: str, given: object = None) -> float:

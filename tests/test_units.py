@@ -219,3 +219,8 @@ def test_any_text_is_a_positive_size_or_a_value_error(text: str) -> None:
         assert _units.parse_bytes(text, "memory") > 0
     except ValueError as error:
         assert "`memory`" in str(error)
+
+
+def test_signals_have_a_name() -> None:
+    assert _units.format_signal(15) == "SIGTERM"
+    assert _units.format_signal(1000) == "signal 1000"

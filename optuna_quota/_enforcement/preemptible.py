@@ -28,6 +28,7 @@ from optuna_quota._enforcement.pruner import QuotaPruner
 from optuna_quota._records import CHECKPOINT, write_attributes
 from optuna_quota._resources import Limits
 from optuna_quota._storage_retry import reconnect_dead_connections, repair_torn_lines
+from optuna_quota._units import format_signal
 from optuna_quota.exceptions import TrialPreempted
 
 
@@ -182,7 +183,7 @@ class _Watcher:
         now = time.monotonic()
         if self._signalled is None:
             self._signalled = now
-            self._preemption.reason = f"The worker received {_name_of(signum)} and ends."
+            self._preemption.reason = f"The worker received {format_signal(signum)} and ends."
             _optuna.stop_optimize(self._study)
             self._commands.put("stop")
         elif now - self._signalled > _ONE_SIGNAL:
@@ -209,13 +210,6 @@ class _Watcher:
                     )
                     self._preemption.request(self._preemption.reason)
             _optuna.stop_optimize(self._study)
-
-
-def _name_of(signum: int) -> str:
-    try:
-        return signal.Signals(signum).name
-    except ValueError:
-        return f"signal {signum}"  # most real-time signals have no name
 
 
 class _Optimize:

@@ -135,7 +135,7 @@ class OutcomeResolver:
             return crash_value(reason, len(study.directions))
         raise TrialPreempted(reason)
 
-    def abandon(self, server: Server, reason: str) -> Any:
+    def end_finished_outside(self, server: Server, reason: str) -> Any:
         """Return the value of a trial whose row something else has finished, or raise."""
         assert server.exit is not None and self._study is not None
         self.add_usage(server.exit)

@@ -153,7 +153,7 @@ class TrialRun:
                 return self._resolver.crash(messages.ExitReport(exitcode=None), str(error))
         assert server is not None
         if self._ended_outside is not None:
-            return self._resolver.abandon(server, self._ended_outside)
+            return self._resolver.end_finished_outside(server, self._ended_outside)
         reason = self._stopped_for or self._preemption.reason
         if reason is not None and self._resolver.has_ended_early(server):
             return self._resolver.preempt(server, reason, self._options.grace_period)

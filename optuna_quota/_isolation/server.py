@@ -17,6 +17,7 @@ from optuna_quota._isolation.launch import TrialConnections
 from optuna_quota._isolation.out_of_memory import FailedAllocation, find_failed_allocation_in_text
 from optuna_quota._isolation.output import Printed, replay, SYNC
 from optuna_quota._isolation.remote_errors import pack_error
+from optuna_quota._isolation.signals import Interrupts
 from optuna_quota._resources import Breach
 from optuna_quota.exceptions import LimitBreached
 
@@ -95,6 +96,7 @@ class Server:
         self._sending = threading.Lock()
         self._started = False
         self._breach: Breach | None = None
+        self._interrupts = Interrupts()
 
     @property
     def breach(self) -> Breach | None:
@@ -140,15 +142,23 @@ class Server:
 
         Raises:
             NotStarted: If it never began.
+            KeyboardInterrupt: After Ctrl-C.
         """
+        self._interrupts = Interrupts()
+        with self._interrupts:
+            self._serve()
+
+    def _serve(self) -> None:
         due = time.monotonic() + _ROW_INTERVAL
         while self.exit is None:
-            begun = time.monotonic()
-            if begun >= due:
-                self._events.check_row()
-                now = time.monotonic()
-                due = now + max(_ROW_INTERVAL, (now - begun) / _ROW_SHARE)
-            for key, _ in self._selector.select(max(0.0, due - time.monotonic())):
+            with self._interrupts.allowed():
+                begun = time.monotonic()
+                if begun >= due:
+                    self._events.check_row()
+                    now = time.monotonic()
+                    due = now + max(_ROW_INTERVAL, (now - begun) / _ROW_SHARE)
+                ready = self._selector.select(max(0.0, due - time.monotonic()))
+            for key, _ in ready:
                 self._serve_ready(key.fileobj)
         self._admit_the_last()
         for channel in self._channels:
@@ -255,7 +265,8 @@ class Server:
 
     def _serve_call(self, call: rpc.Call, channel: Channel) -> None:
         try:
-            answer = self._answer(call)
+            with self._interrupts.allowed():
+                answer = self._answer(call)
         except BaseException as error:
             # An interrupt (Ctrl-C), which the objective, waiting for the answer, gets as well.
             with contextlib.suppress(OSError):

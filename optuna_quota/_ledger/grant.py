@@ -305,8 +305,8 @@ def _sentence(short: Shortage) -> str:
         )
     reserved = f", {text(short.reserved)} reserved" if short.reserved > 0 else ""
     spent = f"{text(short.used)} used{reserved}"
-    left, crumbs = short.quota - short.used, 1.01 * _MIN_SHARE * short.quota
-    if left < crumbs or left < short.wanted <= crumbs:
+    left, negligible = short.quota - short.used, 1.01 * _MIN_SHARE * short.quota
+    if left < negligible or left < short.wanted <= negligible:
         return f"The quota of {text(short.quota)} of {title} is used up: {spent}."
     return (
         f"The quota of {text(short.quota)} of {title} has no room for another "

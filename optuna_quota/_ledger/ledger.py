@@ -356,7 +356,7 @@ class Ledger:
     def _queue(
         self, trial_id: int, held: Reservation, requests: Mapping[str, ResourceRequest]
     ) -> Reservation:
-        now, place = self._clock.time(), with_queue_place(held, requests)
+        now, place = self._state.now(), with_queue_place(held, requests)
         is_due = held.beat is None or now - held.beat > self._state.heartbeat
         if place.queued_for == held.queued_for and not is_due:
             return held
@@ -365,16 +365,16 @@ class Ledger:
         return place
 
     def _begin(self, trial: FrozenTrial, limits: Limits, decision: Decision) -> Grant:
-        trial_id, now = _optuna.trial_id_of(trial), self._clock.time()
-        held = with_decision(Reservation(began=now, beat=now), decision)
+        trial_id, start = _optuna.trial_id_of(trial), self._clock.monotonic()
+        held = with_decision(Reservation(began=self._state.now(start)), decision)
         held = replace(held, gpu=find_gpus(decision.granted))
         self._state.write(trial_id, held)
         thread, in_optimize = threading.get_ident(), self._in_optimize_loop()
         running = RunningTrial(
-            trial_id, trial.number, held, limits, thread, in_optimize, start=now
+            trial_id, trial.number, held, limits, thread, in_optimize, start=start
         )
         if self.quota.wall_time is not None:
-            running.deadline = max(0.0, self.quota.wall_time - self._state.wall_time(now))
+            running.deadline = max(0.0, self.quota.wall_time - self._state.wall_time())
         self._running[trial_id] = running
         return Grant(running.left, gpu=held.gpu)
 
@@ -403,7 +403,7 @@ class Ledger:
         return running.left
 
     def _change(self, running: RunningTrial, held: Reservation) -> None:
-        running.reservation = replace(held, began=running.began, beat=self._clock.time())
+        running.reservation = replace(held, began=self._state.now(running.began))
         self._state.write(running.trial_id, running.reservation)
 
     def _renew(self, trial_id: int) -> None:
@@ -421,6 +421,9 @@ class Ledger:
     def _beat(self, trial_id: int) -> None:
         with self._monitored(trial_id) as running:
             if running is not None and running.monitor is not None:
+                if self.quota.wall_time is not None:
+                    # To follow the clock of a worker that came while this trial ran.
+                    self._state.read()
                 used = running.monitor.usage().amounts()
                 self._change(running, replace(running.reservation, used=used))
 

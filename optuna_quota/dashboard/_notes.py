@@ -115,16 +115,17 @@ def study_note(text: ReportText, trial_url: Callable[[int], str]) -> str:
     parts = ["### Resource usage", escape(" ".join(text.headline))]
     parts += _ledger(text)
     if text.drivers:
-        head = ["resource", "hyperparameter", "share", "doubled"]
-        rows = [[d.title, code(d.param), d.interval, d.doubling] for d in text.drivers]
+        head = ["resource", "hyperparameter", "share", "changed"]
+        rows = [[d.title, code(d.param), d.interval, d.change] for d in text.drivers]
         parts += ["#### What drives usage", table(head, rows, right=(2, 3)), DRIVERS]
     if text.models:
         rows = [[escape(model.title), code(model.formula)] for model in text.models]
         parts += ["#### Fitted models", table(["resource", "fitted model"], rows)]
-    if text.advice:
-        shown = text.advice[:_MAX_ADVICE]
-        items = (f"- {escape(item.text)}" for item in shown)
-        parts += ["#### Advice", "\n".join(items)]
+    advice = [item.text for item in text.advice[:_MAX_ADVICE]]
+    if text.cheaper is not None:
+        advice.insert(0, text.cheaper)
+    if advice:
+        parts += ["#### What to change", "\n".join(f"- {escape(item)}" for item in advice)]
     if text.ended:
         parts += _ended(text.ended, trial_url)
     return "\n\n".join(parts)

@@ -127,20 +127,19 @@ def _bar(share: float, text: str) -> Safe:
 
 
 def _advice(text: ReportText) -> list[Safe]:
-    if not text.advice:
-        return []
-    items = [
+    items = [] if text.cheaper is None else [element("li", text.cheaper)]
+    items += [
         element("li", item.text, *(element("pre", lines) for lines in item.snippets.values()))
         for item in text.advice
     ]
-    return [element("h2", "What to change"), element("ul", *items, class_="advice")]
+    return [element("h2", "What to change"), element("ul", *items)] if items else []
 
 
 def _models(text: ReportText) -> list[Safe]:
     parts = []
     if text.drivers:
-        head = ["", "parameter", "share", "doubled"]
-        rows = [[d.title, d.param, _bar(d.share, d.interval), d.doubling] for d in text.drivers]
+        head = ["", "parameter", "share", "changed"]
+        rows = [[d.title, d.param, _bar(d.share, d.interval), d.change] for d in text.drivers]
         parts = [element("h2", "What drives usage"), element("p", DRIVERS)]
         parts.append(table(head, rows, name="wide resources"))
     if text.models:

@@ -24,9 +24,9 @@ LEDGER = ("used", "reserved", "left", "quota")
 # Outcomes of trials that are listed with their reasons.
 ENDED = ("terminated", "rejected", "preempted", "failed")
 DRIVERS = (
-    "Share of the variance of the logarithm of the usage over the range searched, and the factor "
-    "by which it grows where the hyperparameter is doubled at the best trial; 90% intervals, by "
-    "the footprint."
+    "Share of the variance of the logarithm of the usage over the range searched (the rest is "
+    "noise and interactions), and what becomes of the usage where the hyperparameter alone is "
+    "doubled or halved at the best trial; 90% intervals, by the footprint."
 )
 
 
@@ -44,7 +44,7 @@ class DriverRow(NamedTuple):
     param: str
     share: float
     interval: str
-    doubling: str
+    change: str
 
 
 class ModelRow(NamedTuple):
@@ -78,7 +78,8 @@ class ReportText:
         end: When the quota will be used up, None where that is unknown.
         drivers: What drives each resource, where that is clear.
         models: The fitted models.
-        advice: What to change.
+        cheaper: Bounds that would halve the cost, a sentence; None where none would.
+        advice: What else to change.
         ended: Trials that were terminated or rejected, or that failed, the latest first.
     """
 
@@ -91,6 +92,7 @@ class ReportText:
     end: str | None
     drivers: Sequence[DriverRow]
     models: Sequence[ModelRow]
+    cheaper: str | None
     advice: Sequence[Advice]
     ended: Sequence[EndedRow]
 
@@ -119,6 +121,7 @@ def report_text(data: ReportData) -> ReportText:
             for name, formula in formulas.items()
             if analysis is not None
         ],
+        cheaper=str(analysis.cheaper_space) if analysis and analysis.cheaper_space else None,
         advice=[] if analysis is None else analysis.advice,
         ended=[_ended_row(trial) for trial in reversed(data.trials) if trial.outcome in ENDED],
     )
@@ -184,11 +187,12 @@ def _ledger_row(line: LedgerLine, columns: Sequence[str]) -> LedgerRow:
 def _driver_row(resource: str, driver: Driver) -> DriverRow:
     lower, share, upper = driver.share
     interval = f"{100 * share:.0f}% ({100 * lower:.0f} to {100 * upper:.0f}%)"
-    doubling = ""
-    if driver.doubling is not None:
-        lower, factor, upper = driver.doubling
-        doubling = f"× {factor:.2g} ({lower:.2g} to {upper:.2g})"
-    return DriverRow(_theme.resource_title(resource), driver.param, share, interval, doubling)
+    change = ""
+    if driver.clear_factor is not None:
+        lower, factor, upper = driver.clear_factor
+        change = "doubled" if driver.change > 1 else "halved"
+        change += f": × {factor:.2f} ({lower:.2f} to {upper:.2f})"
+    return DriverRow(_theme.resource_title(resource), driver.param, share, interval, change)
 
 
 def _ended_row(trial: FinishedTrial) -> EndedRow:

@@ -17,6 +17,7 @@ from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, Str
 from optuna_quota._ledger import Grant, Ledger, Refusal
 from optuna_quota._optuna import trial_id_of
 from tests.ledger_tests.test_ledger import begin, finish, reserve
+from tests.waiting import until
 
 
 MIB = 2**20
@@ -60,13 +61,6 @@ def test_threads_together_hold_no_more_than_the_quota(memory: str, at_once: int)
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 12
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.005)
-
-
 def test_who_waits_longest_goes_first_though_smaller_ones_would_fit() -> None:
     study = optuna.create_study()
     quota = Quota(memory=10)
@@ -85,9 +79,9 @@ def test_who_waits_longest_goes_first_though_smaller_ones_would_fit() -> None:
         return thread
 
     first = wait_for(large, 8)
-    wait_until(lambda: "waits" in str(study.trials[1].system_attrs))
+    until(lambda: "waits" in str(study.trials[1].system_attrs))
     second = wait_for(small, 3)
-    wait_until(lambda: "waits" in str(study.trials[2].system_attrs))
+    until(lambda: "waits" in str(study.trials[2].system_attrs))
     assert admitted == []
     finish(study, ledger, holder, Usage(memory=6))
     first.join(30)
@@ -325,7 +319,7 @@ def test_the_queue_is_served_on_a_database(tmp_path: Path) -> None:
     answers: list[object] = []
     thread = threading.Thread(target=lambda: answers.append(reserve(ledger, second)), daemon=True)
     thread.start()
-    wait_until(lambda: "waits" in str(study.trials[1].system_attrs))
+    until(lambda: "waits" in str(study.trials[1].system_attrs))
     finish(study, ledger, first, Usage(cpu_time=1))
     thread.join(30)
     assert len(answers) == 1 and isinstance(answers[0], Grant)

@@ -79,7 +79,7 @@ def test_the_file_is_self_contained(report: Any, tmp_path: Path) -> None:
     for heading in ("Ledger", "What drives usage", "Fitted models", "Terminated, rejected and"):
         assert heading in page
     # What drives memory; no column of the ledger is all dashes.
-    assert re.search(r"Memory</td><td[^>]*>width</td>.*?\d% \(\d+ to \d+%\).*?× \d", page)
+    assert re.search(r"Memory</td><td[^>]*>width</td>.*?\d% \(\d+ to \d+%\).*?doubled: × \d", page)
     assert ">left</th>" in page and "reserved" not in page.partition("<script>")[0]
 
 
