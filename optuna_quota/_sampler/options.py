@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args, Literal
 
+from optuna_quota._resources import CLOCK_RESOURCES, Quota
 
+
+Metering = Literal[True, False, "reported"]
 OnExhausted = Literal["stop", "raise"]
 OnCrowded = Literal["wait", "smaller"]
 OnProjected = Literal["continue", "stop", "raise"]
@@ -65,6 +68,20 @@ def checked_gpus_per_trial(gpus_per_trial: int | None, one_gpu: bool) -> int | N
             f"`one_gpu=True` means `gpus_per_trial=1` but got gpus_per_trial={gpus_per_trial}."
         )
     return gpus_per_trial
+
+
+def check_measurable(quota: Quota) -> None:
+    """Raise ValueError for a quota on more than numbers and times, where no trial is measured."""
+    measured = {"n_trials", *CLOCK_RESOURCES}
+    if quota.prices.keys() <= measured:
+        measured.add("cost")
+    unknown = [name for name in quota.amounts() if name not in measured]
+    if unknown:
+        raise ValueError(
+            "`quota` must be of n_trials, wall_time or trial_time with `metering=False`, which "
+            f"measures nothing else, but got {quota!r}. Where each trial's row reports its "
+            f'{unknown[0]} as "quota:{unknown[0]}" before `tell`, pass `metering="reported"`.'
+        )
 
 
 def check_types(**given: tuple[Any, type]) -> None:

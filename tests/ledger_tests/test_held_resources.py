@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import logging
 from pathlib import Path
 import threading
@@ -91,6 +91,18 @@ def test_who_waits_longest_goes_first_though_smaller_ones_would_fit() -> None:
     assert admitted == [1, 2]
 
 
+@pytest.fixture
+def another_thread() -> Iterator[None]:
+    """Keep a thread running that might call `tell`."""
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    yield
+    end.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("another_thread")
 def test_a_trial_that_waits_until_its_study_has_ended_is_refused_and_holds_nothing() -> None:
     study = optuna.create_study()
     ledger = Ledger(study, Quota(memory=10))
@@ -128,6 +140,7 @@ class Hourglass:
             self.call()
 
 
+@pytest.mark.usefixtures("another_thread")
 @pytest.mark.parametrize("by_another_thread", [False, True])
 def test_a_wait_for_what_the_same_thread_asked_for_is_told(
     by_another_thread: bool, caplog: pytest.LogCaptureFixture
