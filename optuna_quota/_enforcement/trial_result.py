@@ -223,9 +223,16 @@ def build_record(
         footprint=footprint or {},
         isolation=None if monitor is None else monitor.isolation,
         host=socket.gethostname(),
-        timeline=monitor.timeline() if monitor is not None and end.breach is not None else (),
         gpu_source=None if monitor is None or monitor.gpu is None else monitor.gpu.source,
+        **_timelines(monitor, end.breach),
     )
+
+
+def _timelines(monitor: TrialMonitor | None, breach: Breach | None) -> dict[str, Any]:
+    if monitor is None or breach is None:
+        return {}
+    other = () if breach.resource == "memory" else monitor.timeline(breach.resource)
+    return {"timeline": monitor.timeline(), "breach_timeline": other}
 
 
 def save_record(

@@ -40,6 +40,16 @@ def test_peaks_are_maxima_and_totals_are_growth(fake: FakeMetering) -> None:
     assert monitor.timeline()[0] == (0.0, 5 * GIB)
 
 
+def test_what_has_a_ceiling_has_a_timeline(fake: FakeMetering) -> None:
+    monitor = fake.loop.monitor(KEY, limits=Limits(cpu_time=3))
+    for _ in range(2):
+        fake.tree.cpu_time += 1.0
+        fake.advance(1.0)
+    assert [value for _, value in monitor.timeline("cpu_time")][-1:] == [2.0]
+    assert monitor.timeline("gpu_memory") == ()
+    monitor.close()
+
+
 def test_a_peak_between_samples_is_recorded_and_no_breach(fake: FakeMetering) -> None:
     fake.tree.memory = GIB
     monitor = fake.loop.monitor(KEY, limits=Limits(memory="3GiB"))
