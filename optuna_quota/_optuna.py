@@ -553,7 +553,7 @@ def write_attributes(
     60 instead of 6 in a journal file.
     """
     write_batch = _BATCH_WRITERS.get(type(storage).__name__)
-    if write_batch is not None and len(user) + len(system) > 1:
+    if write_batch is not None:
         try:
             write_batch(storage, trial_id, user, system)
             return

@@ -59,7 +59,6 @@ _TRANSIENT = {
 }
 _TRANSIENT_GRPC = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN", "ABORTED"}
 
-_SERVERS = ("postgresql", "mysql", "mariadb")
 _BLOCK = 65_536
 # Seconds after which a row that was created may have been created twice, and within which a worker
 # writes its claim into a row.
@@ -148,12 +147,10 @@ def survive_outages(storage: BaseStorage) -> None:
     """Have all calls of a storage object wait for a server that is away, for up to a minute."""
     if isinstance(storage, _Retrying) or type(storage) is InMemoryStorage:
         return
-    engine = _optuna.engine_of(storage)
-    if engine is not None and engine.dialect.name in _SERVERS:
-        # What `create_engine(pool_pre_ping=True)` sets; the user has created the engine already.
-        engine.pool._pre_ping = True
     repair_torn_lines(storage)
-    storage.__class__ = _retrying(type(storage))
+    # The same object, as others have it too, with other methods.
+    remote: Any = storage
+    remote.__class__ = _retrying(type(storage))
 
 
 class _Retrying:

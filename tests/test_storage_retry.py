@@ -15,7 +15,6 @@ import pytest
 import sqlalchemy
 
 from optuna_quota import _optuna, _storage_retry, Limits, Quota, QuotaPruner, QuotaSampler, status
-from optuna_quota._optuna import engine_of
 from optuna_quota._storage_retry import is_transient, retry, survive_outages
 from tests.storages import VARIABLES
 
@@ -117,15 +116,6 @@ def test_connections_that_the_server_closed_are_renewed(kind: str) -> None:
     finally:
         optuna.delete_study(study_name=study.study_name, storage=storage)
         storage.engine.dispose()
-
-
-def test_files_and_memory_have_no_connections_to_renew(tmp_path: Path) -> None:
-    survive_outages(optuna.storages.InMemoryStorage())
-    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/one.db")
-    survive_outages(storage)
-    assert not storage.engine.pool._pre_ping
-    assert engine_of(storage) is storage.engine
-    assert engine_of(optuna.storages.InMemoryStorage()) is None
 
 
 class Server:
