@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from optuna_quota import _optuna, _records
 from optuna_quota._enforcement.constraints import constraint_attributes, limit_constraints
 from optuna_quota._enforcement.nesting import requires_uniform_constraints
+from optuna_quota._enforcement.study_warnings import report_end
 from optuna_quota._optuna import TellCall
 from optuna_quota._records import Interval, read_record, TrialRecord
 from optuna_quota._resources import Breach, Limits, Outcome, RESOURCES, Usage
@@ -177,6 +178,8 @@ def record_result(
     elif own and state == TrialState.COMPLETE:
         system = _optuna.feasible_attributes(trial.system_attrs)
     save_record(study, trial, record, system)
+    if monitor is not None:
+        report_end(study, trial.number, monitor, record, error)
     return record
 
 

@@ -20,6 +20,7 @@ from optuna_quota._resources import (
     HELD_RESOURCES,
     PRICED_RESOURCES,
     Quota,
+    quota_from_amounts,
     TOTAL_RESOURCES,
 )
 from optuna_quota._units import format_seconds
@@ -224,7 +225,7 @@ def stored_quota(attributes: Mapping[str, Any]) -> Quota:
         prices = {}
     if "n_trials" in amounts and not float(amounts["n_trials"]).is_integer():
         del amounts["n_trials"]
-    return Quota(**amounts, prices=prices or None)
+    return quota_from_amounts(amounts, prices)
 
 
 def status_of(totals: QuotaTotals, now: float, projection: Any = None) -> LedgerStatus:

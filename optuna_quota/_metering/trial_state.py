@@ -136,6 +136,7 @@ class TrialState:
         isolation: ``"thread"`` alone in this process, ``"shared"`` once another trial ran in this
             process at the same time, ``"process"`` in a process tree of its own, None where this
             process can't see it.
+        held: Memory that this process held before the trial began in it, in bytes.
         breach: The first breach; it stays.
         verdict: How the trial ended, once that is decided.
         owner: Which component writes the trial's record, ``"sampler"`` for the sampler.
@@ -163,6 +164,7 @@ class TrialState:
         self.meters = tuple(meters)
         self.started = started
         self.isolation: Isolation | None = "thread"
+        self.held: float | None = None
         self.breach: Breach | None = None
         self.verdict: Verdict | None = None
         self.owner: str | None = None
@@ -337,7 +339,7 @@ class TrialState:
     def isolate(self) -> None:
         """Discard what was measured of this process: the trial gets a process of its own."""
         self.isolation = "process"
-        self.gpu = None
+        self.gpu = self.held = None
         self.used = UsageTotals()
         self._unseen_peak = None
         self._timelines.clear()
