@@ -288,6 +288,7 @@ class StudySession:
             QuotaExhausted: If the trial can't be ended inside the objective.
         """
         figures = {"resource": refusal.resource, "quota": refusal.quota, "observed": refusal.used}
+        figures |= {"temporary": refusal.temporary}
         if not refusal.late and not (
             self._stops and _optuna.in_optimize_loop(study) and objective_uses_trial(study)
         ):
