@@ -18,7 +18,7 @@ import numpy as np
 from optuna_quota._analysis.best_points import objective_model
 from optuna_quota._analysis.cost_drivers import log_draws, quantiles
 from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
-from optuna_quota._resources import Limits
+from optuna_quota._resources import get_resource, Limits
 from optuna_quota._utilization.description import plain_number
 
 
@@ -57,6 +57,15 @@ class CheaperSpace:
     bounds: tuple[str, ...]
     cost: tuple[float, float, float]
     best_kept: float
+
+    def __str__(self) -> str:
+        lower, median, upper = self.cost
+        return (
+            f"Half the cost: with {' and '.join(self.bounds)}, a trial takes {median:.0%} of the "
+            f"{get_resource(self.resource).title} [{lower:.0%}, {upper:.0%}] that it takes over "
+            f"the whole space, and the best point stays with probability {self.best_kept:.0%} "
+            "(by the footprint and a model of the value)."
+        )
 
 
 def cheaper_space(

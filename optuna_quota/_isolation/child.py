@@ -77,9 +77,12 @@ def run_child(
             os.getpid(),
             supervisor=None if link is None else os.getppid(),
             data_limit=child.set_limits(start),
+            waits=link is not None and memory_limits.may_exceed(start.limits.get("memory")),
         )
         if link is not None:
             link.send(pickle.dumps(ready))
+            if ready.waits:
+                stop.wait_to_begin()
         child.calls.notify(ready)
         outcome = child.call(objective, RemoteTrial(child.calls, start.trial))
     except EOFError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args, Literal
 
+from optuna_quota._optuna import misplaced
 from optuna_quota._resources import CLOCK_RESOURCES, Quota
 
 
@@ -88,7 +89,9 @@ def check_types(**given: tuple[Any, type]) -> None:
     """Raise TypeError for an option that is neither None nor of its type."""
     for name, (value, kind) in given.items():
         if value is not None and not isinstance(value, kind):
-            raise TypeError(f"`{name}` must be a {kind.__name__} or None but got {value!r}.")
+            raise TypeError(
+                f"`{name}` must be a {kind.__name__} or None but got {value}.{misplaced(value)}"
+            )
 
 
 def check_choices(**given: tuple[Any, Any]) -> None:

@@ -17,6 +17,7 @@ from optuna_quota._enforcement.active_trials import resolve_cores
 from optuna_quota._enforcement.constraints import uniform_constraints
 from optuna_quota._enforcement.nesting import find_nested, quota_pruners
 from optuna_quota._enforcement.pruner import QuotaPruner, wrap_nesting_pruner
+from optuna_quota._enforcement.study_warnings import warn_of_ceilings
 from optuna_quota._enforcement.trial_result import read_row, record_ignored_rejection
 from optuna_quota._footprint.user_given import as_footprint, by_value, from_value
 from optuna_quota._ledger import LEASE, Refusal
@@ -65,7 +66,7 @@ _logger = logging.getLogger("optuna.quota.sampler")
 _MOST_DRAWS = 4
 
 
-class QuotaSampler(BaseSampler):
+class QuotaSampler(_optuna.StudyPart, BaseSampler):
     """Samples as another sampler does, inside a quota.
 
     Example:
@@ -160,10 +161,11 @@ class QuotaSampler(BaseSampler):
             strategy=(strategy, Strategy),
             limits=(limits, Limits),
         )
-        if isinstance(base_sampler, QuotaSampler):
+        self._nested: list[Any] = find_nested(base_sampler, BaseSampler)
+        if any(isinstance(each, QuotaSampler) for each in self._nested):
             raise ValueError(
-                f"`base_sampler` must be no QuotaSampler but got {base_sampler}: a trial would be "
-                "counted twice. Give one QuotaSampler the whole quota."
+                f"`base_sampler` must hold no QuotaSampler but got {base_sampler}: a trial would "
+                "be counted twice. Give one QuotaSampler the whole quota."
             )
         if not isinstance(quota, Quota):
             raise TypeError(f"`quota` must be a Quota but got {quota!r}.")
@@ -202,7 +204,7 @@ class QuotaSampler(BaseSampler):
         self._projection = StudyProjection(
             strategy, self._options.footprint, self.base_sampler, quota, confidence
         )
-        self._nested: list[Any] = find_nested(self.base_sampler, BaseSampler)
+        self._nested = self._nested or [self.base_sampler]
         self._demanding = [s for s in self._nested if _optuna.demands_uniform_constraints(s)]
         self._sessions = StudySessions()
         self._lock = threading.Lock()
@@ -257,6 +259,8 @@ class QuotaSampler(BaseSampler):
         limits = limits_in_force(whole, self.limits)
         if session.decided is None:
             session.ledger.describe_past()
+            has_purpose = self._deadline is not None or self.gpus_per_trial is not None
+            warn_of_ceilings(whole, limits, self.quota, has_purpose=has_purpose)
         session.share_settings(whole, limits)
         n_jobs = None if self.strategy is None else self.strategy.n_jobs
         limits = resolve_cores(limits, n_jobs)
