@@ -22,6 +22,7 @@ LAYERS = [
     "_doctor",
     "_table",
     "_footprint",
+    "footprints",
     "_utilization",
     "_projection",
     "_ledger",
