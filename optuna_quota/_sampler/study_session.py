@@ -237,7 +237,8 @@ class StudySession:
             return
         refusal = self.ledger.exhausted(self.needs) or self.refuse_late() or self.refuse_unfit()
         if refusal is not None:
-            self._log_end(refusal.reason)
+            if not _optuna.is_last_of_optimize():
+                self._log_end(refusal.reason)
             study.stop()
 
     def refuse_late(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
