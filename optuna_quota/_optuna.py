@@ -193,6 +193,13 @@ def engine_of(storage: BaseStorage) -> Any:
     return backend.engine if isinstance(backend, RDBStorage) else None
 
 
+def stores_microseconds(storage: BaseStorage) -> bool:
+    """Return whether datetimes are known to be stored exactly; MySQL rounds them to seconds."""
+    engine = engine_of(storage)
+    is_proxy = any(each.__name__ == "GrpcStorageProxy" for each in type(storage).__mro__)
+    return engine.dialect.name != "mysql" if engine is not None else not is_proxy
+
+
 def address_of(storage: BaseStorage) -> str:
     """Return what is the same for all objects of one storage in a process, as far as known."""
     engine = engine_of(storage)
@@ -360,6 +367,13 @@ def _tell_or_replacement(
             return TrialState.FAIL, None, end
         # For a failed trial, `optimize` would raise what its objective raised.
         return TrialState.PRUNED, None, None
+    except Exception as error:
+        if by_optimize:
+            end = f"value {value_or_values!r}" if state is None else f"state {state.name}"
+            _logger.error(
+                f"Trial {trial.number} ended with the {end}, which may be lost: {error!r}."
+            )
+        raise
     for listener in _listeners:
         listener(study, key[1])
     return result
@@ -550,7 +564,7 @@ def write_attributes(
     60 instead of 6 in a journal file.
     """
     write_batch = _BATCH_WRITERS.get(type(storage).__name__)
-    if write_batch is not None and len(user) + len(system) > 1:
+    if write_batch is not None:
         try:
             write_batch(storage, trial_id, user, system)
             return

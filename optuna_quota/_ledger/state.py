@@ -32,7 +32,7 @@ from optuna_quota._ledger.rows import TrialRows
 from optuna_quota._ledger.totals import CLOCK_TOLERANCE, Entry, QuotaTotals
 from optuna_quota._records import read_amounts, STUDY_LIMITS
 from optuna_quota._resources import CHARGED_RESOURCES, Limits, Quota, Usage
-from optuna_quota._storage_retry import reconnect_dead_connections, repair_torn_lines
+from optuna_quota._storage_retry import survive_outages
 from optuna_quota._units import format_seconds
 
 
@@ -136,8 +136,7 @@ class LedgerState:
         self.ceilings = {**quota.amounts(), **{gpu.resource: gpu.memory for gpu in gpus}}
         self.clock = clock
         self.heartbeat = lease / HEARTBEATS_PER_LEASE
-        reconnect_dead_connections(_optuna.storage_of(study))
-        repair_torn_lines(_optuna.storage_of(study))
+        survive_outages(_optuna.storage_of(study))
         self.rows = TrialRows(study)
         bounds = read_amounts(_optuna.user_attrs_of(study).get(STUDY_LIMITS))
         self._totals = QuotaTotals(quota, bounds)
