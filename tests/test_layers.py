@@ -12,6 +12,7 @@ LAYERS = [
     "_version",
     "exceptions",
     "_units",
+    "_html",
     "_resources",
     "_optuna",
     "_storage_retry",

@@ -237,7 +237,8 @@ class StudySession:
             return
         refusal = self.ledger.exhausted(self.needs) or self.refuse_late() or self.refuse_unfit()
         if refusal is not None:
-            self._log_end(refusal.reason)
+            if not _optuna.is_last_of_optimize():
+                self._log_end(refusal.reason)
             study.stop()
 
     def refuse_late(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
@@ -288,6 +289,7 @@ class StudySession:
             QuotaExhausted: If the trial can't be ended inside the objective.
         """
         figures = {"resource": refusal.resource, "quota": refusal.quota, "observed": refusal.used}
+        figures |= {"temporary": refusal.temporary}
         if not refusal.late and not (
             self._stops and _optuna.in_optimize_loop(study) and objective_uses_trial(study)
         ):
