@@ -72,8 +72,9 @@ def isolated(
     trial changes stays in its process.
 
     A trial starts with the modules loaded that this process has imported. Its random generators
-    (``random``, numpy, torch) are seeded differently for each trial, and reproducibly in a script
-    that seeds them. Threads, pools and processes that it leaves open end with it.
+    (``random``, numpy, torch; those that the script has made, too) are seeded differently for each
+    trial, and reproducibly in a script that seeds them. Threads, pools and processes that it
+    leaves open end with it.
 
     Args:
         objective: A function, lambda, closure, bound method or any callable that takes a trial.
