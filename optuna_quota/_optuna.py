@@ -148,6 +148,17 @@ def is_optimize_ending(study: Study) -> bool:
     return bool(study._stop_flag) or elapsed >= timeout
 
 
+def is_last_of_optimize() -> bool:
+    """Return whether the ``optimize`` of this thread was to end after this trial anyway.
+
+    With ``n_jobs``, where each trial has a loop of its own, that is not known: False.
+    """
+    frame = _find_frame("_optimize_sequential", "optuna.study._optimize")
+    known = {} if frame is None else frame.f_locals
+    n_trials, begun = known.get("n_trials"), known.get("i_trial")
+    return n_trials is not None and begun is not None and begun >= n_trials > 1
+
+
 def user_attrs_of(study: Study) -> dict[str, Any]:
     """Return the study's user attributes without the deep copy that ``Study`` makes."""
     return study._storage.get_study_user_attrs(study._study_id)

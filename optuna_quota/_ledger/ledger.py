@@ -351,12 +351,13 @@ class Ledger:
             # the next trial is refused.
             return None
         seen = self._state.read()
+        running = self._state.running_claims(seen)
         granted = {
-            name: sum(claim.granted.get(name, 0.0) for claim in seen.claims)
+            name: sum(claim.granted.get(name, 0.0) for claim in running)
             for name in self.quota.totals
         }
         used = self._state.used_with_charged(seen)
-        least = needs(seen.free(self.quota), len(seen.claims))
+        least = needs(seen.free(self.quota), len(running))
         return refuse_exhausted(self.quota, used, {}, granted, least)
 
     def _is_far_from_end(self, seen: Snapshot) -> bool:

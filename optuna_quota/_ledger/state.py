@@ -266,6 +266,12 @@ class LedgerState:
         with self._lock:
             self._charged[trial_id] = usage
 
+    def running_claims(self, snapshot: Snapshot) -> list[Claim]:
+        """Return the claims of trials that have not been charged."""
+        with self._lock:
+            charged = {e.number for e in snapshot.open if e.trial_id in self._charged}
+        return [claim for claim in snapshot.claims if claim.number not in charged]
+
     def used_with_charged(self, snapshot: Snapshot) -> dict[str, float]:
         """Return the usage by resource, with charged trials whose row has not finished yet."""
         used = dict(snapshot.used)
@@ -276,6 +282,7 @@ class LedgerState:
                 continue
             amounts = {name: usage.get(name) or 0.0 for name in CHARGED_RESOURCES}
             amounts["cost"] = self.quota.price(amounts)
+            amounts["n_trials"] = 1.0
             for name, amount in amounts.items():
                 used[name] = used.get(name, 0.0) + amount
         return used
