@@ -150,12 +150,11 @@ def _matters(factor: tuple[float, float, float]) -> bool:
 
 def _cheaper_lines(found: CheaperSpace | None) -> Iterator[str]:
     if found is not None:
-        lower, median, upper = found.cost
         yield from wrap(
-            f"Half the cost: with {' and '.join(found.bounds)}, a trial takes {median:.0%} of the "
-            f"{get_resource(found.resource).title} [{lower:.0%}, {upper:.0%}] that it takes over "
-            f"the whole space, and the best point stays with probability {found.best_kept:.0%} "
-            "(by the footprint and a model of the value)."
+            f"Half the cost: with {' and '.join(found.bounds)}, a trial takes {found.cost:.0%} of "
+            f"the {get_resource(found.resource).title} that it takes over the whole space. No "
+            "trial near the best is lost, and one of the best hundredth of the points stays with "
+            f"probability {found.best_kept:.0%} (by the footprint and a model of the value)."
         )
 
 
