@@ -19,7 +19,7 @@ import numpy as np
 from optuna_quota._analysis.best_points import objective_model
 from optuna_quota._analysis.cost_drivers import log_draws
 from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
-from optuna_quota._resources import Limits
+from optuna_quota._resources import get_resource, Limits
 from optuna_quota._utilization.description import plain_number
 
 
@@ -60,6 +60,14 @@ class CheaperSpace:
     bounds: tuple[str, ...]
     cost: float
     best_kept: float
+
+    def __str__(self) -> str:
+        return (
+            f"Half the cost: with {' and '.join(self.bounds)}, a trial takes {self.cost:.0%} of "
+            f"the {get_resource(self.resource).title} that it takes over the whole space. No trial "
+            "near the best is lost, and one of the best hundredth of the points stays with "
+            f"probability {self.best_kept:.0%} (by the footprint and a model of the value)."
+        )
 
 
 def cheaper_space(

@@ -55,10 +55,12 @@ def formula_text(
     level, *slopes = params[offset:]
     terms = zip(selected.design.columns, slopes, p_values[offset + 1 :], strict=False)
     factors = [_factor(column, float(b)) for column, b, p_value in terms if p_value < 0.05]
+    if not factors:
+        total = _amount(resource, floor + bounded_exp(level))
+        return f"{resource} = {total} (no single term is clear)"
     parts = [_amount(resource, floor)] if floor else []
     power = " · ".join([_amount(resource, bounded_exp(level)), *factors])
-    text = f"{resource} = {' + '.join([*parts, power])}"
-    return text if factors else f"{text} (no single term is clear)"
+    return f"{resource} = {' + '.join([*parts, power])}"
 
 
 def _factor(column: Column | Product, b: float) -> str:
