@@ -64,8 +64,8 @@ class CheaperSpace:
     def __str__(self) -> str:
         return (
             f"Half the cost: with {' and '.join(self.bounds)}, a trial takes {self.cost:.0%} of "
-            f"the {get_resource(self.resource).title} that it takes over the whole space. No trial "
-            "near the best is lost, and one of the best hundredth of the points stays with "
+            f"the {get_resource(self.resource).title} that it takes over the whole space. No "
+            "trial near the best is lost, and one of the best hundredth of the points stays with "
             f"probability {self.best_kept:.0%} (by the footprint and a model of the value)."
         )
 
