@@ -38,6 +38,9 @@ _BINS = 8
 _MAX_CHOICES = 40
 _MAX_GROUPS = 200
 _QUANTILES = (0.05, 0.5, 0.95)
+# A parameter is named where its share of a resource's variance is most likely above this.
+_MIN_SHARE = 0.02
+_MIN_FACTOR = 1.05
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,19 @@ class Driver:
     share: tuple[float, float, float]
     factor: tuple[float, float, float] | None
     change: float = 2.0
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the share is most likely more than nothing."""
+        return self.share[0] >= _MIN_SHARE
+
+    @property
+    def clear_factor(self) -> tuple[float, float, float] | None:
+        """The factor where it is most likely more than a few percent off 1, or else None."""
+        if self.factor is None:
+            return None
+        lower, _, upper = self.factor
+        return self.factor if lower > _MIN_FACTOR or upper < 1 / _MIN_FACTOR else None
 
 
 def cost_drivers(
@@ -90,17 +106,16 @@ def cost_drivers(
         logs, noise = log_draws(model, columns, _DRAWS)
         drivers = []
         for name, shares in zip(names, _shares(groups, logs[:, :_POINTS], noise), strict=True):
-            share, factor = quantiles(shares), None
+            share, factor = _quantiles(shares), None
             if name in place:
                 more_used = logs[:, _POINTS + 1 + place[name]] - logs[:, _POINTS]
-                factor = quantiles(np.exp(np.clip(more_used, -50, 50)))
+                factor = _quantiles(np.exp(np.clip(more_used, -50, 50)))
             drivers.append(Driver(name, share, factor, changes[name] or 2.0))
         found[resource] = tuple(sorted(drivers, key=lambda d: -d.share[1]))
     return found
 
 
-def quantiles(values: Array) -> tuple[float, float, float]:
-    """Return the 5th, 50th and 95th percentile of draws."""
+def _quantiles(values: Array) -> tuple[float, float, float]:
     lower, median, upper = np.quantile(values, _QUANTILES).tolist()
     return lower, median, upper
 

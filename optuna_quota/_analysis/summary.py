@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from optuna_quota._analysis.advice import Advice
-    from optuna_quota._analysis.cheaper_space import CheaperSpace
     from optuna_quota._analysis.study_analysis import StudyAnalysis
     from optuna_quota._utilization.model import UtilizationModel
 
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
 _WIDTH = 99
 # A share of fewer audits says nothing.
 _MIN_AUDITED = 4
-# A parameter is named where its share of a resource's variance is most likely above this.
-_MIN_SHARE = 0.02
-_MIN_FACTOR = 1.05
 _MAX_FRONT = 8
 
 
@@ -40,7 +36,7 @@ def summarize(analysis: StudyAnalysis) -> str:
         _head(analysis),
         _usage_lines(analysis),
         _driver_lines(analysis),
-        _cheaper_lines(analysis.cheaper_space),
+        wrap(str(analysis.cheaper_space or "")),
         _front_lines(analysis),
         _advice_lines(analysis.advice),
         _correlation_lines(analysis.correlations),
@@ -111,7 +107,7 @@ def _driver_lines(analysis: StudyAnalysis) -> Iterator[str]:
     """Name the parameters whose share of the variance is clear, and what changing them costs."""
     lines = []
     for resource, drivers in analysis.drivers.items():
-        clear = [d for d in drivers if d.share[0] >= _MIN_SHARE]
+        clear = [d for d in drivers if d.is_clear]
         if not clear:
             continue
         title = get_resource(resource).title
@@ -121,9 +117,9 @@ def _driver_lines(analysis: StudyAnalysis) -> Iterator[str]:
         lines += wrap(f"{title}: {shares}.", first="  ", indent="    ")
         factors = [
             f"{'doubling' if d.change > 1 else 'halving'} {d.param} "
-            f"{{}}by {d.factor[1]:.2f} [{d.factor[0]:.2f}, {d.factor[2]:.2f}]"
+            f"{{}}by {factor[1]:.2f} [{factor[0]:.2f}, {factor[2]:.2f}]"
             for d in clear
-            if d.factor is not None and _matters(d.factor)
+            if (factor := d.clear_factor) is not None
         ]
         if factors:
             text = (
@@ -141,22 +137,6 @@ def _driver_lines(analysis: StudyAnalysis) -> Iterator[str]:
             "90% interval, by the footprint; the rest is noise and interactions"
         )
         yield from lines
-
-
-def _matters(factor: tuple[float, float, float]) -> bool:
-    """Return whether a factor is most likely more than a few percent off 1."""
-    return factor[0] > _MIN_FACTOR or factor[2] < 1 / _MIN_FACTOR
-
-
-def _cheaper_lines(found: CheaperSpace | None) -> Iterator[str]:
-    if found is not None:
-        lower, median, upper = found.cost
-        yield from wrap(
-            f"Half the cost: with {' and '.join(found.bounds)}, a trial takes {median:.0%} of the "
-            f"{get_resource(found.resource).title} [{lower:.0%}, {upper:.0%}] that it takes over "
-            f"the whole space, and the best point stays with probability {found.best_kept:.0%} "
-            "(by the footprint and a model of the value)."
-        )
 
 
 def _front_lines(analysis: StudyAnalysis) -> Iterator[str]:

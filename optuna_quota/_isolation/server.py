@@ -69,6 +69,7 @@ class Server:
         ready: The message that the objective is about to be called, None before.
         outcome: How the call of the objective ended, None while it runs.
         exit: How the trial's process ended, None while it runs.
+        never_fits: Whether the trial was over its memory limit before the objective began.
         failed_allocation: One that the objective warned of, None without.
     """
 
@@ -83,6 +84,7 @@ class Server:
         self.ready: messages.Ready | None = None
         self.outcome: messages.Outcome | None = None
         self.exit: messages.ExitReport | None = None
+        self.never_fits = False
         self.failed_allocation: FailedAllocation | None = None
         self._control = connections.control
         # Of the trial's own process, then of those that it starts.
@@ -225,6 +227,7 @@ class Server:
         elif isinstance(message, messages.BreachFound):
             with self._sending:
                 self._breach = self._breach or message.breach
+            self.never_fits |= message.before_objective
         elif isinstance(message, messages.ProcessPaused):
             _logger.warning(
                 f"{self._label}'s process was stopped by a signal (SIGSTOP); it will be killed "

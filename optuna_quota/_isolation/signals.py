@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 import contextlib
 import os
 import pickle
+import select
 import signal
 import socket
 import sys
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 # A real-time signal has no meaning of its own: SIGTERM, SIGINT and SIGUSR1 keep theirs, and a
 # handler that a library installs for them does not interfere.
 STOP_SIGNAL: int = signal.SIGRTMAX - 5 if hasattr(signal, "SIGRTMAX") else signal.SIGTERM
+# What the supervisor sends to a trial that waits to begin.
+BEGIN = b"begin"
 
 
 class PoliteStop:
@@ -95,6 +98,16 @@ class PoliteStop:
                 # Not from the supervisor, or the second of two that came as one.
                 return
         self._stop()
+
+    def wait_to_begin(self) -> None:
+        """Wait until the supervisor lets the objective begin; it kills a trial that never fits."""
+        assert self._link is not None
+        select.select([self._link], [], [])
+        with contextlib.suppress(OSError):
+            if self._link.recv(len(BEGIN), socket.MSG_PEEK) == BEGIN:
+                self._link.recv(len(BEGIN))
+            else:
+                signal.pause()  # for the signal that comes with a stop
 
     def _on_cpu_time(self, signum: int, frame: Any) -> None:
         # The kernel kills at its hard limit if this is ignored.

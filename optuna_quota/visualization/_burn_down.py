@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 from optuna_quota import _optuna, _records
 from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.totals import WorkerTime
-from optuna_quota._resources import CHARGED_RESOURCES, format_amount, TOTAL_RESOURCES
+from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource, TOTAL_RESOURCES
 from optuna_quota.visualization import _plotly, _theme
 from optuna_quota.visualization._data import finished_trials, FinishedTrial
 
@@ -201,12 +201,12 @@ def _percent(share: float) -> float:
 
 def _finding(info: _BurnDownInfo) -> str:
     first = min(info.curves, key=lambda c: -math.inf if c.left[-1] <= 0 else c.trials_left)
-    name = _theme.resource_title(first.resource)
+    name = get_resource(first.resource).title
     used = format_amount(first.resource, first.used[-1])
     share = f"{used} of {format_amount(first.resource, first.quota)} used"
     if first.left[-1] <= 0:
-        return f"{name} is used up: {share}"
+        return f"used up: {name}, {share}"
     if not math.isfinite(first.trials_left):
         return f"{name}: {share}"
     trials = "1 trial" if round(first.trials_left) == 1 else f"{first.trials_left:,.0f} trials"
-    return f"{name} runs out first, in about {trials} (dotted: projected, 90% band)"
+    return f"first used up: {name}, in about {trials} (dotted: projected, 90% band)"

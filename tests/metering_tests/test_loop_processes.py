@@ -81,8 +81,8 @@ def test_a_child_is_metered_alone_once_attached(loop) -> None:  # type: ignore[n
 
 
 def test_trials_at_once_in_one_process_are_shared(loop) -> None:  # type: ignore[no-untyped-def]
-    first = loop.monitor((1, 4), limits=Limits(memory=1))
-    second = loop.monitor((1, 5), limits=Limits(memory=1))
+    first = loop.monitor((1, 4), limits=Limits(memory="1B"))
+    second = loop.monitor((1, 5), limits=Limits(memory="1B"))
     start = time.process_time()
     while time.process_time() < start + 0.1:
         pass
