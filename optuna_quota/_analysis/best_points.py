@@ -28,7 +28,7 @@ def best_fitting_points(
 ) -> Sequence[Mapping[str, Any]]:
     """Return the best twentieth of fresh points that most likely stay below a limit.
 
-    The objective is a Gaussian process of its normal scores, over the columns of the footprint.
+    The objective is a Gaussian process of its normal scores, over the scaled parameters.
     Nothing is returned for several objectives, conditional parameters or few trials.
     """
     from scipy.special import ndtri
@@ -46,12 +46,12 @@ def best_fitting_points(
     rows = facts.table[[f"params_{name}" for name in names]].iloc[done].to_numpy(dtype=object)
     losses = facts.sign * facts.values[done]
     scores = ndtri((rankdata(losses) - 0.5) / len(losses))
-    columns = features.encode([dict(zip(names, row, strict=True)) for row in rows])
+    columns = features.scale([dict(zip(names, row, strict=True)) for row in rows])
     none = np.zeros(len(done), dtype=bool)
     objective = fit_resource(columns, np.exp(scores), none, none, floors=(0.0,))
     unit = latin_hypercube(_DRAWN, len(names), np.random.default_rng(0))
     fresh = points_from_unit_cube(features.distributions(), unit)
     fits = np.flatnonzero(footprint.expected(fresh)[resource].above(limit) < 0.5)
-    expected = objective.predict(features.encode(fresh)).center[fits]
+    expected = objective.predict(features.scale(fresh)).center[fits]
     best = fits[np.argsort(expected)[: max(1, int(_BEST_SHARE * len(fits)))]]
     return [fresh[int(i)] for i in best]

@@ -17,8 +17,9 @@ from optuna_quota._footprint.gaussian_process import (
 from optuna_quota._records import Interval
 
 
-# Candidate floors, as shares of the smallest amount.
-FLOORS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
+# Candidate floors, as shares of the smallest amount. Closer ones turn small differences between
+# the cheapest trials into large ones of the logarithm.
+FLOORS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 # Search the hyperparameters of a floor if its log density with those of the best floor so far
 # comes this close to the best.
 _FLOOR_MARGIN = 3.0
