@@ -44,7 +44,6 @@ PRIORS: tuple[tuple[ModuleType, str, tuple[str, ...], tuple[Any, ...]], ...] = (
     (fit, "_RATIO_NOISE", ("wall_time",), (-2.5, -1.75, -1.0, -0.5)),
     (features, "_RATE_WEIGHT", RESOURCES, (1.0, 0.5, 0.3, 0.2)),
     (features, "_SUM_WEIGHT", RESOURCES, (0.0, 0.5, 1.0, 2.0)),
-    (features, "_RANGE_POWER", RESOURCES, (0.0, 0.5, 1.0)),
     (
         fit,
         "FLOORS",

@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from optuna_quota._footprint.censoring import initial_sites, propagate, Sites
+from optuna_quota._footprint.drift import current_level, Level
 from optuna_quota._footprint.gaussian_process import (
     fit_hyperparameters,
     GaussianProcess,
@@ -24,15 +25,15 @@ FLOORS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 # comes this close to the best.
 _FLOOR_MARGIN = 3.0
 # Leave-one-out errors are a little small, as the hyperparameters were fitted to all trials. This
-# factor, the two below and _FEW_TRIALS_WIDENING were chosen with each of six workloads left out in
-# turn (benchmarks/footprint_constants.py).
-_LEAVE_ONE_OUT_BIAS = 1.05
+# factor, the two below and _FEW_TRIALS_WIDENING were chosen with each of fourteen workloads left
+# out in turn (benchmarks/footprint_constants.py).
+_LEAVE_ONE_OUT_BIAS = 1.1
 # Share of the residuals' overall size in the spread, beside the model's own deviation at a point.
 _COMMON_SHARE = 0.2
 # Least ratio of the residuals' size to the model's own deviations: a smaller one is chance.
 _MIN_RATIO = 0.8
 # The fewer trials, the less certain the hyperparameters, for which the spread is wider.
-_FEW_TRIALS_WIDENING = 8.0
+_FEW_TRIALS_WIDENING = 12.0
 # Prior deviation of the logarithm of a resource, with the weight of two trials.
 _PRIOR_SCALE = 0.8
 _PRIOR_WEIGHT = 2.0
@@ -113,6 +114,7 @@ class ResourceModel:
         partial: True where it was used at an unknown share of the trial's course.
         hyperparameters: Of the Gaussian process.
         stopped_peaks_censored: Whether peaks of stopped trials are taken as lower bounds.
+        drifts: Whether the machine's load changes the resource from trial to trial.
     """
 
     columns: np.ndarray
@@ -124,6 +126,7 @@ class ResourceModel:
     partial: np.ndarray
     hyperparameters: np.ndarray
     stopped_peaks_censored: bool = False
+    drifts: bool = False
     process: GaussianProcess = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -140,6 +143,7 @@ class ResourceModel:
         """Return the predictive distribution at points."""
         mean, variance = self.process.predict(columns)
         spread = self.spread(np.sqrt(variance + self.process.noise))
+        mean, spread = mean + self._level.mean, np.hypot(spread, self._level.variance**0.5)
         return Predictive(
             self.floor, self.location + self.scale * mean, self.scale * spread, self.df
         )
@@ -163,8 +167,10 @@ class ResourceModel:
         away = generator.standard_normal((count, n)) @ root.T
         away = heavy * (away + generator.standard_normal((count, 1)) * common)
         away += own * generator.standard_normal((count, n))
+        if self._level.variance:
+            away += self._level.variance**0.5 * generator.standard_normal((count, 1))
         logs = self.location + self.scale * (
-            mean + np.clip(away, -_MAX_DRAWN_DEVIATION, _MAX_DRAWN_DEVIATION)
+            mean + self._level.mean + np.clip(away, -_MAX_DRAWN_DEVIATION, _MAX_DRAWN_DEVIATION)
         )
         return np.asarray(
             np.maximum(self.floor + np.exp(np.minimum(logs, _MAX_DRAWN_EXPONENT)), 0.0)
@@ -183,6 +189,13 @@ class ResourceModel:
         """
         common, ratio, widening = self._calibration
         return np.asarray((common + ratio * deviation) * widening)
+
+    @cached_property
+    def _level(self) -> Level:
+        """The level of the newest trials above the model's mean, standardised."""
+        if not self.drifts:
+            return Level()
+        return current_level(self.process.leave_one_out()[0][~self.censored].tolist())
 
     @cached_property
     def _calibration(self) -> tuple[float, float, float]:
@@ -240,6 +253,7 @@ def fit_resource(
     start: ResourceModel | None = None,
     floors: tuple[float, ...] = FLOORS,
     noise: float = NOISE,
+    drifts: bool = False,
 ) -> ResourceModel:
     """Return the model of one resource, its floor chosen by leave-one-out density.
 
@@ -252,6 +266,7 @@ def fit_resource(
         start: A model of fewer trials to start from.
         floors: Candidate floors, as shares of the smallest amount.
         noise: Prior mean of the logarithm of the noise's variance, standardised.
+        drifts: Whether the machine's load changes the resource from trial to trial.
     """
     candidates = _candidates(amounts, floors)
     tried: dict[int, ResourceModel] = {}
@@ -261,7 +276,14 @@ def fit_resource(
             near = min(tried, key=lambda each: abs(each - index), default=None)
             first = start if near is None else tried[near]
             tried[index] = _fit_with_floor(
-                columns, amounts, censored, partial, candidates[index], first, noise=noise
+                columns,
+                amounts,
+                censored,
+                partial,
+                candidates[index],
+                first,
+                noise=noise,
+                drifts=drifts,
             )
         return tried[index].score(amounts)
 
@@ -344,6 +366,7 @@ def _fit_with_floor(
     start: ResourceModel | None,
     *,
     noise: float,
+    drifts: bool,
 ) -> ResourceModel:
     logs = np.log(amounts - floor)
     location, scale = _standard(logs)
@@ -359,7 +382,9 @@ def _fit_with_floor(
             columns, sites.target, start=found, extra=sites.extra, noisy=~censored, noise=noise
         )
         sites = propagate(columns, target, censored, rate, found, sites)
-    return ResourceModel(columns, floor, location, scale, sites, censored, partial, found)
+    return ResourceModel(
+        columns, floor, location, scale, sites, censored, partial, found, drifts=drifts
+    )
 
 
 def _rates(logs: np.ndarray, censored: np.ndarray, partial: np.ndarray) -> np.ndarray:
