@@ -6,7 +6,7 @@ does nothing. A share of the trials is ended at a limit on the resource itself, 
 bounds. Beside the fitted model stand two baselines on the same tables: the same model on the
 completed trials alone, and with the lower bounds taken for values.
 
-Then trials that something else ended at a share of their course: wall time under a memory limit
+Then trials that something else ended at a share of their run: wall time under a memory limit
 (ended late, at 80 to 100% of it, or anywhere) and of trials pruned anywhere or early (before 2% of
 it); memory that grows with the run under a limit on wall time. The library leaves them out of the
 formula and has the footprint model the share; beside it stands that they are left out of both, or

@@ -95,12 +95,14 @@ def what_was_saved(study: optuna.Study) -> str:
     stopped = sum(row.get("quota:breach", {}).get("resource") == "memory" for row in rows)
     refused = [row["quota:proposed"] for row in rows if "quota:proposed" in row]
     replaced = [point["median"] for point in refused if point["action"] != "audited"]
+    count = len(replaced) + stopped
+    trials = "1 trial" if count == 1 else f"{count} trials"
     most = f", up to {max(replaced) / 2**20:.0f} MiB" if replaced else ""
     peak = trial_table(study)["memory"].max()
     return (
-        f"Plain Optuna would have run {len(replaced) + stopped} trials to more than {MEMORY} MiB"
-        f"{most}. Here {len(replaced)} of them were replaced before they ran and {stopped} "
-        f"stopped; no trial held more than {peak / 2**20:.0f} MiB."
+        f"Plain Optuna would have run {trials} to more than {MEMORY} MiB{most}: {len(replaced)} "
+        f"replaced here before they ran, {stopped} stopped; no trial held more than "
+        f"{peak / 2**20:.0f} MiB."
     )
 
 

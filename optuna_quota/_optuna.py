@@ -18,9 +18,10 @@ import sys
 import threading
 from types import FrameType
 from typing import Any, cast, NoReturn, TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.pruners import HyperbandPruner
+from optuna.pruners import BasePruner, HyperbandPruner
 from optuna.samplers import BaseSampler, PartialFixedSampler
 from optuna.storages import RDBStorage
 from optuna.storages._heartbeat import BaseHeartbeat, is_heartbeat_enabled
@@ -31,7 +32,6 @@ from optuna.trial import create_trial, FrozenTrial, TrialState
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
-    from optuna.pruners import BasePruner
     from optuna.storages import BaseStorage
     from optuna.storages.journal._file import BaseJournalFileLock
     from optuna.trial import BaseTrial, Trial
@@ -148,6 +148,17 @@ def is_optimize_ending(study: Study) -> bool:
     return bool(study._stop_flag) or elapsed >= timeout
 
 
+def is_last_of_optimize() -> bool:
+    """Return whether the ``optimize`` of this thread was to end after this trial anyway.
+
+    With ``n_jobs``, where each trial has a loop of its own, that is not known: False.
+    """
+    frame = _find_frame("_optimize_sequential", "optuna.study._optimize")
+    known = {} if frame is None else frame.f_locals
+    n_trials, begun = known.get("n_trials"), known.get("i_trial")
+    return n_trials is not None and begun is not None and begun >= n_trials > 1
+
+
 def user_attrs_of(study: Study) -> dict[str, Any]:
     """Return the study's user attributes without the deep copy that ``Study`` makes."""
     return study._storage.get_study_user_attrs(study._study_id)
@@ -180,6 +191,20 @@ def engine_of(storage: BaseStorage) -> Any:
     """Return the SQLAlchemy engine of a storage, None if it has none."""
     backend = getattr(storage, "_backend", storage)
     return backend.engine if isinstance(backend, RDBStorage) else None
+
+
+def stores_microseconds(storage: BaseStorage) -> bool:
+    """Return whether datetimes are known to be stored exactly; MySQL rounds them to seconds."""
+    engine = engine_of(storage)
+    is_proxy = any(each.__name__ == "GrpcStorageProxy" for each in type(storage).__mro__)
+    return engine.dialect.name != "mysql" if engine is not None else not is_proxy
+
+
+def address_of(storage: BaseStorage) -> str:
+    """Return what is the same for all objects of one storage in a process, as far as known."""
+    engine = engine_of(storage)
+    path = getattr(getattr(storage, "_backend", None), "_file_path", None)
+    return f"{id(storage) if engine is None else engine.url}" if path is None else str(path)
 
 
 def wrap_journal_lock(
@@ -275,7 +300,7 @@ def replace_tell(study: Study, trial_id: int, replacement: TellReplacement) -> N
     a trial that is to run again.
     """
     _replacements[id(study._storage), trial_id] = replacement
-    _install_tell()
+    watch_tell()
 
 
 def tolerate_finished_row(study: Study, trial_id: int) -> None:
@@ -285,10 +310,24 @@ def tolerate_finished_row(study: Study, trial_id: int) -> None:
     """
     if in_optimize_loop(unwrap_study(study)):
         _tolerant.add((id(study._storage), trial_id))
-        _install_tell()
+        watch_tell()
 
 
-def _install_tell() -> None:
+# Called once a trial has ended, with the study and the trial's id.
+TellListener = Callable[[Study, int], None]
+_listeners: list[TellListener] = []
+
+
+def on_tell(listener: TellListener) -> None:
+    """Call a function after each ``tell`` of this process that has ended a trial.
+
+    A tool that replaces a study's sampler leaves no other place where its trials show.
+    """
+    _listeners.append(listener)
+
+
+def watch_tell() -> None:
+    """See each ``tell`` of this process from now on."""
     for module in (_optimize, _study):
         module._tell_with_warning = _tell_or_replacement  # type: ignore[attr-defined]
 
@@ -301,7 +340,7 @@ def _tell_or_replacement(
 
     storage = study._storage
     trial_id = getattr(trial, "_trial_id", None)
-    if _replacements and isinstance(trial, int):
+    if isinstance(trial, int):
         # Optuna has a message of its own for a number that does not exist.
         with contextlib.suppress(KeyError):
             trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, trial)
@@ -314,8 +353,9 @@ def _tell_or_replacement(
         _tolerant.discard(key)
     try:
         if replacement is None:
-            return tell(value_or_values, state)
-        return replacement(tell, value_or_values, state)
+            result = tell(value_or_values, state)
+        else:
+            result = replacement(tell, value_or_values, state)
     except (KeyError, ValueError, UpdateFinishedTrialError) as error:
         if raised_by_constraints_func(error):
             # The row was finished here, in spite of it.
@@ -327,6 +367,57 @@ def _tell_or_replacement(
             return TrialState.FAIL, None, end
         # For a failed trial, `optimize` would raise what its objective raised.
         return TrialState.PRUNED, None, None
+    except Exception as error:
+        if by_optimize:
+            end = f"value {value_or_values!r}" if state is None else f"state {state.name}"
+            _logger.error(
+                f"Trial {trial.number} ended with the {end}, which may be lost: {error!r}."
+            )
+        raise
+    for listener in _listeners:
+        listener(study, key[1])
+    return result
+
+
+class StudyPart:
+    """A sampler or pruner that notices where a study is created with it."""
+
+    def __bool__(self) -> bool:
+        """Return True; ``Study`` takes ``sampler or TPESampler()``, and so asks for it."""
+        frame = sys._getframe(1)
+        if (frame.f_code.co_name, frame.f_globals.get("__name__")) == (
+            "__init__",
+            _study.__name__,
+        ):
+            known = frame.f_locals
+            for name, other in (("sampler", BasePruner), ("pruner", BaseSampler)):
+                given = known[name]
+                if isinstance(given, other):
+                    raise TypeError(
+                        f"`{name}` must be a {name} but got {given}.{misplaced(given)}"
+                    )
+            if known["sampler"] is self:
+                _with_sampler.setdefault(known["storage"], set()).add(known["study_id"])
+            watch_tell()
+        return True
+
+
+# Studies that were created with a sampler of this class, by their storage.
+_with_sampler: WeakKeyDictionary[BaseStorage, set[int]] = WeakKeyDictionary()
+
+
+def misplaced(given: object) -> str:
+    """Return where a sampler or pruner belongs that was passed as something else, or nothing."""
+    for name, kind in (("sampler", BaseSampler), ("pruner", BasePruner)):
+        if isinstance(given, kind):
+            wrapper = "" if isinstance(given, StudyPart) else f" or to Quota{name.capitalize()}"
+            return f" It is a {name}: pass it as `{name}={type(given).__name__}(…)`{wrapper}."
+    return ""
+
+
+def was_created_with_sampler(study: Study) -> bool:
+    """Return whether a study was created in this process with a sampler of this class."""
+    return study._study_id in _with_sampler.get(study._storage, ())
 
 
 def describe_end(study: Study, trial_id: int) -> str | None:
@@ -473,7 +564,7 @@ def write_attributes(
     60 instead of 6 in a journal file.
     """
     write_batch = _BATCH_WRITERS.get(type(storage).__name__)
-    if write_batch is not None and len(user) + len(system) > 1:
+    if write_batch is not None:
         try:
             write_batch(storage, trial_id, user, system)
             return

@@ -12,11 +12,13 @@ key of a trial              kind    written by
 ``gpu_source``                      Users, for trials that run where this library can't see them
 ``quota:retry_of``,         user    ``_enforcement.preemption``, when a preempted trial is enqueued
 ``quota:checkpoint``                again; when a trial starts
-``quota:timeline``          system  with them, for a trial with a breach
+``quota:timeline``,         system  with them, for a trial with a breach: its memory, and the
+``quota:breach_timeline``           resource that was breached
 ``quota:constrained``       system  with them, beside Optuna's ``constraints``
 ``quota:proposed``          user    ``_sampler.candidates``, when a point was replaced
 ``quota:reservation``       system  ``_ledger``, before the trial starts and at each heartbeat
 ``quota:crashed``           system  ``_isolation.outcome``
+``quota:asked``             system  ``_storage_retry``, on MySQL and through gRPC
 ==========================  ======  ==============================================================
 
 ``_sampler.row_cleanup`` clears what Optuna's retry callback copied from a failed trial.
@@ -69,6 +71,7 @@ FOOTPRINT = PREFIX + "footprint"
 ISOLATION = PREFIX + "isolation"
 HOST = PREFIX + "host"
 TIMELINE = PREFIX + "timeline"
+BREACH_TIMELINE = PREFIX + "breach_timeline"
 PROPOSED = PREFIX + "proposed"
 GPU_SOURCE = PREFIX + "gpu_source"
 # The number of the preempted trial that this one repeats, and the folder that both share.
@@ -103,6 +106,7 @@ _NOT_METERS = {
         ISOLATION,
         HOST,
         TIMELINE,
+        BREACH_TIMELINE,
         PROPOSED,
         GPU_SOURCE,
         RETRY_OF,
@@ -144,6 +148,7 @@ class TrialRecord:
         isolation: Whether it ran in its own process, in a thread, or shared one with others.
         host: Name of the host it ran on.
         timeline: Pairs of seconds since the start and bytes of memory, thinned.
+        breach_timeline: The same of the resource that was breached, where that is another.
         gpu_source: Where GPU usage comes from: ``"process"``, ``"device"`` or ``"framework"``.
     """
 
@@ -155,6 +160,7 @@ class TrialRecord:
     isolation: Isolation | None = None
     host: str | None = None
     timeline: tuple[tuple[float, float], ...] = ()
+    breach_timeline: tuple[tuple[float, float], ...] = ()
     gpu_source: str | None = None
 
     @property
@@ -175,7 +181,7 @@ def evidence(resource: str, outcome: str | None, censored_by: str | None = None)
     - ``"lower bound"``: at least so much (right-censored). So for the resource whose limit ended
       the trial, and where that is a total, for the other totals, which had grown with it.
     - ``"partial"``: what it had used when something else ended it, at an unknown share of its
-      course. That depends on the same noise as what it would have used, so as a lower bound it
+      run. That depends on the same noise as what it would have used, so as a lower bound it
       drags a fit upwards, to several times the truth. Formulas leave it out, the footprint models
       the share (``benchmarks/exponent_coverage.py``). So for all else of a trial terminated for a
       peak, totals of a pruned trial, and a failed or preempted one.
@@ -276,20 +282,26 @@ def record_attributes(record: TrialRecord) -> dict[str, Any]:
 
 
 def system_attributes(record: TrialRecord) -> dict[str, Any]:
-    """Return the system attributes of a record as JSON values: the timeline.
+    """Return the system attributes of a record as JSON values: the timelines.
 
     optuna-dashboard shows each user attribute as a column, where a list takes forty lines.
     """
-    points = [[round(t, 3), plain_number(m)] for t, m in record.timeline]
-    return {TIMELINE: points} if points else {}
+    timelines = {TIMELINE: record.timeline, BREACH_TIMELINE: record.breach_timeline}
+    return {
+        key: [[round(t, 3), plain_number(v)] for t, v in points]
+        for key, points in timelines.items()
+        if points
+    }
 
 
 def read_record(trial: FrozenTrial) -> TrialRecord:
     """Return the record in a row, without what is malformed."""
-    record = parse_record(trial.user_attrs)
-    if record.timeline:
-        return record
-    return replace(record, timeline=_read_timeline(trial.system_attrs.get(TIMELINE)))
+    record, system = parse_record(trial.user_attrs), trial.system_attrs
+    return replace(
+        record,
+        timeline=record.timeline or _read_timeline(system.get(TIMELINE)),
+        breach_timeline=_read_timeline(system.get(BREACH_TIMELINE)),
+    )
 
 
 def read_constrained(trial: FrozenTrial) -> list[str]:
@@ -431,9 +443,9 @@ def _read_timeline(value: Any) -> tuple[tuple[float, float], ...]:
     for pair in value if isinstance(value, list) else ():
         if not isinstance(pair, list) or len(pair) != 2:
             continue
-        seconds, memory = number(pair[0]), number(pair[1])
-        if seconds is not None and memory is not None:
-            points.append((seconds, memory))
+        seconds, amount = number(pair[0]), number(pair[1])
+        if seconds is not None and amount is not None:
+            points.append((seconds, amount))
     return tuple(points)
 
 

@@ -177,7 +177,8 @@ class Limits(Amounts):
         custom: Limits on what the user's own meters read, by the name of the meter.
 
     Raises:
-        ValueError: If a value is not positive and finite, has no unit as text, or an unknown one.
+        ValueError: If a value is not positive and finite, has no unit as text, or an unknown one;
+            if a size is a bare number that can't be meant in bytes, such as 4.
         TypeError: If a value is neither a number nor text, nor for a time a timedelta.
     """
 
@@ -202,6 +203,7 @@ class Limits(Amounts):
         gpu_time: Duration | None = None,
         custom: Mapping[str, float] | None = None,
     ) -> None:
+        _units.check_bare_sizes(memory=memory, gpu_memory=gpu_memory)
         self._set(memory=memory, wall_time=wall_time, cpu_time=cpu_time)
         self._set(gpu_memory=gpu_memory, gpu_time=gpu_time)
         if cpu_cores == "auto":
@@ -259,7 +261,10 @@ def _build_limits(
     amounts: Mapping[str, float], cpu_cores: float | Literal["auto"] | None
 ) -> Limits:
     known, custom = _split(amounts, LIMIT_RESOURCES)
-    return Limits(**{**known, "cpu_cores": cpu_cores}, custom=custom)
+    limits = Limits(cpu_cores=cpu_cores, custom=custom)
+    # What is left of a quota may be less than anyone would type.
+    limits._set(**{name: known.get(name) for name in LIMIT_RESOURCES if name != "cpu_cores"})
+    return limits
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -292,7 +297,8 @@ class Quota(Amounts):
 
     Raises:
         ValueError: If a value is not positive and finite, has no unit as text, or an unknown one;
-            if ``cost`` and ``prices`` don't come together.
+            if ``cost`` and ``prices`` don't come together; if a size is a bare number that can't
+            be meant in bytes, such as 4.
         TypeError: If a value is neither a number nor text, nor for a time a timedelta.
     """
 
@@ -325,6 +331,7 @@ class Quota(Amounts):
         cpu_cores: float | None = None,
         prices: Mapping[str, float] | None = None,
     ) -> None:
+        _units.check_bare_sizes(memory=memory, gpu_memory=gpu_memory)
         self._set(n_trials=n_trials, wall_time=wall_time, trial_time=trial_time)
         self._set(cpu_time=cpu_time, gpu_time=gpu_time, energy=energy, cost=cost)
         self._set(memory=memory, gpu_memory=gpu_memory, cpu_cores=cpu_cores)
@@ -362,7 +369,7 @@ class Quota(Amounts):
         return hash((tuple(self.amounts().items()), tuple(sorted(self.prices.items()))))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_build_quota, ({**self.amounts(), "prices": dict(self.prices) or None},))
+        return (quota_from_amounts, (self.amounts(), dict(self.prices)))
 
 
 @dataclass(frozen=True)
@@ -517,6 +524,13 @@ def usage_from_amounts(amounts: Mapping[str, float]) -> Usage:
     return Usage(**known, custom=custom)
 
 
+def quota_from_amounts(amounts: Mapping[str, float], prices: Mapping[str, float]) -> Quota:
+    """Return a quota from amounts by resource, as :meth:`Quota.amounts` gives them."""
+    quota = Quota(cost=amounts.get("cost"), prices=prices)
+    quota._set(**amounts)
+    return quota
+
+
 def _split(
     amounts: Mapping[str, float], names: tuple[str, ...]
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -544,10 +558,6 @@ def _prices(prices: Mapping[str, float]) -> Mapping[str, float]:
     return {name: _nonnegative(value, f"prices[{name!r}]") for name, value in prices.items()}
 
 
-def _build_quota(arguments: dict[str, Any]) -> Quota:
-    return Quota(**arguments)
-
-
 def _search_space(space: Any) -> dict[str, BaseDistribution]:
     from optuna.distributions import BaseDistribution
 
@@ -565,13 +575,6 @@ def _search_space(space: Any) -> dict[str, BaseDistribution]:
 
 
 def _nonnegative(value: Any, name: str) -> float:
-    if isinstance(value, str):
-        return get_resource(name).parse(value, name)
-    if isinstance(value, timedelta) and get_resource(name).unit is SECONDS:
-        value = value.total_seconds()
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise TypeError(f"`{name}` must be a number or a string with its unit but got {value!r}.")
-    number = float(value)
-    if not math.isfinite(number) or number < 0:
-        raise ValueError(f"`{name}` must be nonnegative and finite but got {value!r}.")
-    return number
+    if not isinstance(value, (bool, str, timedelta)) and hasattr(value, "__float__"):
+        value = float(value)
+    return get_resource(name).unit.parse(value, name, zero=True)

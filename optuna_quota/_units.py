@@ -11,6 +11,7 @@ from datetime import timedelta
 import math
 from numbers import Real
 import re
+import signal
 from typing import Any, TypeAlias
 
 
@@ -51,16 +52,19 @@ _QUANTITY = re.compile(
 )
 # As clocks and batch systems show it: hours may pass 24, days may stand before them.
 _CLOCK = re.compile(r"\s*(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d(?:\.\d*)?)\s*", re.ASCII)
+# No process is smaller: a bare number below this was meant in another unit.
+_SMALLEST = _BYTES["MiB"]
 # From here on, as for NaN and infinity, only the order of magnitude is shown.
 _HUGE = 1e15
 
 
-def parse_bytes(value: float | str, name: str) -> float:
+def parse_bytes(value: float | str, name: str, *, zero: bool = False) -> float:
     """Return a size in bytes from a number of bytes or a string such as ``"2GiB"`` or ``"2G"``.
 
     Args:
         value: Bytes, or one or more quantities with their units.
         name: Name of the argument, for the error message.
+        zero: Whether it may be 0.
 
     Raises:
         ValueError: If the text has no unit or an unknown one, or the value is not positive and
@@ -68,16 +72,28 @@ def parse_bytes(value: float | str, name: str) -> float:
         TypeError: If ``value`` is neither a number nor a string.
     """
     rule = "a size in bytes or a string with its unit ('2GiB', '500MB')"
-    return _parse(value, name, _BYTES, rule, _SHORT_BYTES)
+    return _parse(value, name, _BYTES, rule, _SHORT_BYTES, zero=zero)
 
 
-def parse_seconds(value: Duration, name: str) -> float:
+def check_bare_sizes(**sizes: Any) -> None:
+    """Raise ValueError for a bare number of bytes that can only be meant in another unit."""
+    for name, value in sizes.items():
+        if isinstance(value, Real) and 0 < float(value) < _SMALLEST:
+            unit = "GiB" if value < 1024 else "MiB"
+            raise ValueError(
+                f"`{name}` must be a size in bytes or a string with its unit but got {value!r}, "
+                f"and no process fits into {value:g} bytes. Did you mean '{value:g}{unit}'?"
+            )
+
+
+def parse_seconds(value: Duration, name: str, *, zero: bool = False) -> float:
     """Return a duration in seconds.
 
     Args:
         value: Seconds, a timedelta, quantities with their units as text (``"1h30min"``,
             ``"2 hours"``), or hours, minutes and seconds (``"01:30:00"``).
         name: Name of the argument, for the error message.
+        zero: Whether it may be 0.
 
     Raises:
         ValueError: If the text has no unit or an unknown one, or the value is not positive and
@@ -86,44 +102,28 @@ def parse_seconds(value: Duration, name: str) -> float:
     """
     rule = "a duration in seconds or a string with its unit ('90s', '1h30min', '01:30:00')"
     if isinstance(value, timedelta):
-        return _positive(value.total_seconds(), name, rule, value)
+        return _checked(value.total_seconds(), name, rule, value, zero=zero)
     if isinstance(value, str) and (clock := _CLOCK.fullmatch(value)):
         days, hours, minutes, seconds = (float(part or 0) for part in clock.groups())
         total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-        return _positive(total, name, rule, value)
-    return _parse(value, name, _SECONDS, rule, _LONG_SECONDS)
+        return _checked(total, name, rule, value, zero=zero)
+    return _parse(value, name, _SECONDS, rule, _LONG_SECONDS, zero=zero)
 
 
-def parse_grace_period(value: Duration) -> float:
-    """Return ``grace_period`` in seconds; unlike other durations it may be 0.
-
-    Raises:
-        ValueError: If it is negative or not finite, or text that is no duration.
-        TypeError: If it is neither a number nor a string nor a timedelta.
-    """
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if isinstance(seconds, str):
-        return parse_seconds(seconds, "grace_period")
-    if isinstance(seconds, bool) or not isinstance(seconds, Real):
-        raise TypeError(f"`grace_period` must be a number of seconds or text but got {value!r}.")
-    if not math.isfinite(seconds) or seconds < 0:
-        raise ValueError(f"`grace_period` must be nonnegative and finite but got {value}.")
-    return float(seconds)
-
-
-def parse_joules(value: float | str, name: str) -> float:
+def parse_joules(value: float | str, name: str, *, zero: bool = False) -> float:
     """Return an energy in joules from a number of joules or a string such as ``"2kWh"``.
 
     Arguments and errors are those of :func:`parse_bytes`.
     """
-    return _parse(value, name, _JOULES, "an energy in joules or a string with its unit ('2kWh')")
+    rule = "an energy in joules or a string with its unit ('2kWh')"
+    return _parse(value, name, _JOULES, rule, zero=zero)
 
 
-def parse_number(value: float, name: str) -> float:
-    """Return a positive finite number without a unit, such as a count of cores or a price."""
+def parse_number(value: float, name: str, *, zero: bool = False) -> float:
+    """Return a finite number without a unit, such as a count of cores or a price."""
     if isinstance(value, str):
         raise ValueError(f"`{name}` must be a positive number but got {value!r}.")
-    return _positive(value, name, "a positive number")
+    return _checked(value, name, "a number" if zero else "a positive number", zero=zero)
 
 
 def parse_count(value: int, name: str) -> int:
@@ -177,7 +177,8 @@ def format_number(value: float) -> str:
 
 def compact_bytes(value: float) -> str | int | float:
     """Return the shortest input that :func:`parse_bytes` reads as exactly ``value``."""
-    return _compact(value, _BYTES, ("TiB", "GiB", "MiB", "KiB", "TB", "GB", "MB", "kB"))
+    size = _compact(value, _BYTES, ("TiB", "GiB", "MiB", "KiB", "TB", "GB", "MB", "kB"))
+    return size if isinstance(size, str) or size >= _SMALLEST else f"{size!r}B"
 
 
 def compact_seconds(value: float) -> str | int | float:
@@ -196,13 +197,14 @@ class Unit:
 
     Attributes:
         symbol: The unit's symbol, empty for a plain number.
-        parse: Returns an amount from text or a number and the argument's name.
+        parse: Returns an amount from text or a number and the argument's name; 0 with
+            ``zero=True`` only.
         format: Returns an amount as text with its unit.
         compact: Returns the shortest input that ``parse`` reads as exactly that amount.
     """
 
     symbol: str
-    parse: Callable[[Any, str], float]
+    parse: Callable[..., float]
     format: Callable[[float], str]
     compact: Callable[[float], str | int | float]
 
@@ -220,11 +222,13 @@ def _parse(
     units: Mapping[str, float],
     rule: str,
     aliases: Mapping[str, float] | None = None,
+    *,
+    zero: bool = False,
 ) -> float:
+    number: Any = value
     if isinstance(value, str):
         number = _parse_text(value, name, units, rule, aliases or {})
-        return _positive(number, name, rule, value)
-    return _positive(value, name, rule)
+    return _checked(number, name, rule, value, zero=zero)
 
 
 def _parse_text(
@@ -239,12 +243,8 @@ def _parse_text(
             raise ValueError(f"`{name}` must be {rule} but got {text!r}.")
         number, unit = match["number"], match["unit"]
         if unit not in factors:
-            problem = (
-                f"unknown unit {unit!r}, known are {', '.join(units)}"
-                if unit
-                else f"the number {number} has no unit"
-            )
-            raise ValueError(f"`{name}` must be {rule} but got {text!r}: {problem}.")
+            hint = _hint(unit, units, factors) if unit else f"the number {number} has no unit."
+            raise ValueError(f"`{name}` must be {rule} but got {text!r}: {hint}")
         if float(number) < 0:
             return float(number)
         total += float(number) * factors[unit]
@@ -252,13 +252,31 @@ def _parse_text(
     return total
 
 
-def _positive(value: float, name: str, rule: str, given: object = None) -> float:
+def format_signal(number: int) -> str:
+    """Return the name of a signal, as ``SIGTERM``; most real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _hint(unit: str, known: Mapping[str, float], accepted: Mapping[str, float]) -> str:
+    """Return the unit that differs in case alone, else those that are known."""
+    meant = [each for each in accepted if each.lower() == unit.lower()]
+    listed = f"did you mean {meant[0]}?" if meant else f"known are {', '.join(known)}."
+    return f"unknown unit {unit!r}, {listed}"
+
+
+def _checked(
+    value: float, name: str, rule: str, given: object = None, *, zero: bool = False
+) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be {rule} but got {value!r}.")
     number = float(value)
-    if not math.isfinite(number) or number <= 0:
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
         shown = value if given is None else given
-        raise ValueError(f"`{name}` must be positive and finite: {rule}, but got {shown!r}.")
+        sign = "nonnegative" if zero else "positive"
+        raise ValueError(f"`{name}` must be {sign} and finite: {rule}, but got {shown!r}.")
     return number
 
 

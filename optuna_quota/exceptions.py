@@ -87,6 +87,8 @@ class StudyRejected(QuotaError):
 class QuotaExhausted(QuotaError):
     """Raised by a further ``ask`` when a total quota of the study is used up.
 
+    Also by one that would have to wait for trials which only its own thread can ``tell``.
+
     Example:
 
         .. code-block:: python
@@ -95,7 +97,13 @@ class QuotaExhausted(QuotaError):
                 trial = study.ask()
             except QuotaExhausted as error:
                 print(f"no more {error.resource}")
+
+    Attributes:
+        temporary: Whether running trials hold what is left, so that another ``ask`` may succeed
+            once one of them has ended.
     """
+
+    temporary: bool = False
 
 
 class TrialCrashed(QuotaError, RuntimeError):

@@ -41,9 +41,12 @@ def test_quickstart(tmp_path: Path) -> None:
     assert int(found[1]) <= 24
     assert "completed" in found[2]
     assert "Best accuracy" in out
-    over = re.search(r"Plain Optuna would have run (\d+) trials to more than 200 MiB", out)
+    over = re.search(r"would have run (\d+) trial(s?) to more than 200 MiB.*: ", out)
     assert over is not None
-    assert int(over[1]) >= 1
+    assert int(over[1]) >= 1 and bool(over[2]) == (over[1] != "1")
+    counts = re.search(r": (\d+) replaced here before they ran, (\d+) stopped; no trial", out)
+    assert counts is not None
+    assert int(counts[1]) + int(counts[2]) == int(over[1])
     peak = re.search(r"no trial held more than (\d+) MiB", out)
     assert peak is not None
     assert int(peak[1]) < 300
@@ -119,6 +122,15 @@ def test_scripts(tmp_path: Path) -> None:
     assert out.count("completed") >= 2
     assert out.count("completed") + out.count("pruned") == 6
     assert re.search(r"^Best: 0\.\d+ with {'width': \d+, 'rate': ", out, re.M)
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+def test_torch_training(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    out = run("10_torch_training.py", tmp_path)
+    assert "A point: parameters 65 MiB" in out
+    assert out.count("completed") + out.count("terminated") == 8
 
 
 @pytest.mark.slow

@@ -206,9 +206,11 @@ def test_the_nearest_of_uncertain_strategies_fits_when_projected_itself(seed: in
     assert not projected(replace(near, n_trials=near.n_trials + 1)).fits
 
 
-def test_a_notebook_shows_the_text() -> None:
-    shown = project(Strategy(2), Usage(memory="1GiB"), quota=Quota(memory="2GiB"))
-    assert shown._repr_html_() == f"<pre>{shown}</pre>"
+def test_a_notebook_shows_conclusion_table_and_nearest() -> None:
+    shown = project(Strategy(9), Usage(wall_time=1), quota=Quota(trial_time=5))
+    page = shown._repr_html_()
+    assert "does not fit its quota" in page and "Nearest that would fit: 5 trials" in page
+    assert page.count("<tr>") == 1 + len(shown.resources) and ">9 s</td>" in page
 
 
 def test_a_projection_without_any_known_usage_claims_nothing() -> None:
@@ -216,4 +218,5 @@ def test_a_projection_without_any_known_usage_claims_nothing() -> None:
 
     assert "as far as known: probability unknown" in str(projection)
     some = project(Strategy(10), Usage(wall_time=1.0), quota=Quota(memory="1GiB", wall_time=100))
-    assert "as far as known: probability" in str(some) and "unknown usage" in str(some)
+    assert "as far as known: probability 100% without memory" in str(some)
+    assert "unknown usage" in str(some)

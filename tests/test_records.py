@@ -26,6 +26,7 @@ FULL = TrialRecord(
     isolation="process",
     host="box",
     timeline=((0.0, 1.0), (1.5, 2**30)),
+    breach_timeline=((0.0, 0.25), (1.5, 3.0)),
 )
 
 

@@ -72,6 +72,21 @@ def test_an_unknown_resource_is_refused(cls: Any) -> None:
         cls(memroy="2GiB")
 
 
+@pytest.mark.parametrize("cls", [Limits, Quota])
+@pytest.mark.parametrize(
+    ("value", "meant"), [(4, "4GiB"), (0.5, "0.5GiB"), (np.int64(4000), "4000MiB")]
+)
+@pytest.mark.parametrize("name", ["memory", "gpu_memory"])
+def test_a_bare_number_that_is_no_size_in_bytes(
+    cls: Any, name: str, value: float, meant: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"`{name}` must be .* Did you mean '{meant}'\?"):
+        cls(**{name: value})
+    for text in ("4B", 2**20):
+        ceilings = cls(**{name: text})
+        assert pickle.loads(pickle.dumps(ceilings)) == ceilings
+
+
 def test_custom_limits() -> None:
     limits = Limits(custom={"disk": 5e9})
     assert limits.amounts() == {"disk": 5e9}
@@ -85,11 +100,11 @@ def test_custom_limits() -> None:
 
 
 def test_tightened_limits_never_rise() -> None:
-    limits = Limits(memory=100, wall_time=10)
+    limits = Limits(memory="100B", wall_time=10)
     assert limits.tightened({"wall_time": 4, "cpu_time": 7, "memory": 200}) == Limits(
-        memory=100, wall_time=4, cpu_time=7
+        memory="100B", wall_time=4, cpu_time=7
     )
-    assert limits == Limits(memory=100, wall_time=10)
+    assert limits == Limits(memory="100B", wall_time=10)
 
 
 def test_totals_and_held_resources_of_a_quota() -> None:
@@ -202,7 +217,7 @@ def test_format_amount() -> None:
     st.dictionaries(st.sampled_from(LIMIT_RESOURCES), st.floats(min_value=1e-6, max_value=1e15))
 )
 def test_limits_are_rebuilt_from_their_repr(amounts: dict[str, float]) -> None:
-    limits = Limits(**amounts)  # type: ignore[arg-type]
+    limits = Limits.from_amounts(amounts)
     shown = eval(repr(limits), {"Limits": Limits})
     assert shown == limits
     assert pickle.loads(pickle.dumps(limits)) == limits

@@ -100,8 +100,11 @@ def test_a_value_of_the_wrong_type(value: object) -> None:
 
 
 def test_an_unknown_unit_is_named_beside_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown unit 'M', known are ms, s, min, h, d\."):
-        _units.parse_seconds("5M", "wall_time")
+    with pytest.raises(ValueError, match=r"unknown unit 'w', known are ms, s, min, h, d\."):
+        _units.parse_seconds("5w", "wall_time")
+    for text, meant in (("4gb", "GB"), ("4g", "G"), ("1mib", "MiB")):
+        with pytest.raises(ValueError, match=rf"unknown unit .*, did you mean {meant}\?$"):
+            _units.parse_bytes(text, "memory")
 
 
 @pytest.mark.parametrize(
@@ -121,16 +124,17 @@ def test_a_timedelta_is_no_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(0, 0), (2.5, 2.5), ("30s", 30), (timedelta(minutes=1), 60)]
+    ("value", "expected"),
+    [(0, 0), ("0s", 0), (2.5, 2.5), ("30s", 30), (timedelta(minutes=1), 60), (timedelta(0), 0)],
 )
 def test_grace_periods(value: str | float | timedelta, expected: float) -> None:
-    assert _units.parse_grace_period(value) == expected
+    assert _units.parse_seconds(value, "grace_period", zero=True) == expected
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), "5", timedelta(seconds=-1)])
 def test_an_invalid_grace_period(value: str | float | timedelta) -> None:
     with pytest.raises(ValueError, match="`grace_period` must be"):
-        _units.parse_grace_period(value)
+        _units.parse_seconds(value, "grace_period", zero=True)
 
 
 def test_a_number_without_a_unit_in_text_says_so() -> None:
@@ -219,3 +223,8 @@ def test_any_text_is_a_positive_size_or_a_value_error(text: str) -> None:
         assert _units.parse_bytes(text, "memory") > 0
     except ValueError as error:
         assert "`memory`" in str(error)
+
+
+def test_signals_have_a_name() -> None:
+    assert _units.format_signal(15) == "SIGTERM"
+    assert _units.format_signal(1000) == "signal 1000"

@@ -11,7 +11,6 @@ from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._analysis.pareto import pareto_front
 from optuna_quota._resources import format_amount, get_resource, HELD_RESOURCES, Limits, OUTCOMES
 
 
@@ -37,10 +36,8 @@ _MIN_SECONDS = 0.1
 _MAX_JOBS = 256
 _DRAWS = 4000
 _MAX_CHANCE = 0.05
-# A cheaper trial is mentioned when it costs at most this share of the best one.
-_CHEAP = 0.8
 _REQUESTED = ("memory", "wall_time", "gpu_memory")
-_COSTS = ("cpu_time", "wall_time", "gpu_time", "memory")
+_COSTS = ("gpu_time", "cpu_time", "wall_time", "memory")
 _MIN_TRIALS_OF_TENTH = 20
 
 
@@ -49,8 +46,7 @@ class Advice:
     """One finding that a user can act on.
 
     Attributes:
-        topic: ``requests``, ``search space``, ``n_jobs``, ``cheapest trial``, ``budget`` or
-            ``last tenth``.
+        topic: ``requests``, ``search space``, ``n_jobs``, ``budget`` or ``last tenth``.
         text: A sentence or two; ``str()`` of the advice.
         figures: The figures behind it, by name, in SI base units.
         snippets: Lines to paste: ``kubernetes``, ``sbatch``.
@@ -117,6 +113,20 @@ class StudyFacts:
         near |= within & self.completed & self.feasible
         return near
 
+    @cached_property
+    def cost(self) -> str | None:
+        """What a trial is said to cost: a total of the quota, or else a time or memory.
+
+        The first that is known of ten completed trials; None where there is none.
+        """
+        totals = ["wall_time" if q == "trial_time" else q for q in self.quota]
+        for name in [*(n for n in totals if n not in HELD_RESOURCES), *_COSTS]:
+            if name in self.data.resources:
+                known = self.table[name][self.completed].dropna()
+                if len(known) >= _MIN_COMPLETED and known.max() > 0:
+                    return name
+        return None
+
     def peaks(self, resource: str) -> NDArray[np.float64]:
         """Return the known peaks of a resource over the completed trials, shape ``(n,)``."""
         if resource == "cpu_cores":
@@ -134,7 +144,6 @@ def advise(facts: StudyFacts) -> list[Advice]:
     found = (
         _advise_requests(facts),
         _advise_jobs(facts),
-        _advise_cheapest(facts),
         _advise_budget(facts),
         _advise_last_tenth(facts),
     )
@@ -305,50 +314,6 @@ def _jobs_text(
     return f"{text}; {over}." if likely > sure else f"{text}."
 
 
-def _advise_cheapest(facts: StudyFacts) -> Iterator[Advice]:
-    """Name the cheapest trial within 1% of the best, with the front of value and cost."""
-    if facts.values is None or not facts.best:
-        return
-    for resource in _COSTS:
-        advice = _cheapest(facts, resource, facts.values)
-        if advice is not None:
-            yield advice
-            return
-
-
-def _cheapest(facts: StudyFacts, resource: str, values: NDArray[np.float64]) -> Advice | None:
-    numbers = facts.table["number"].to_numpy()
-    costs = facts.table[resource].to_numpy(dtype=float)
-    done = facts.completed & np.isfinite(costs) & facts.feasible
-    best = int(np.flatnonzero(numbers == facts.best[0])[0])
-    if done.sum() < _MIN_COMPLETED or not done[best] or costs[best] <= 0:
-        return None
-    near = np.flatnonzero(facts.near_best & done)
-    cheapest = int(near[costs[near].argmin()])
-    if costs[cheapest] > _CHEAP * costs[best]:
-        return None
-    front = pareto_front(np.column_stack([values * facts.sign, costs])[done])
-    cost, cost_of_best = (format_amount(resource, float(costs[i])) for i in (cheapest, best))
-    text = (
-        f"Trial {numbers[cheapest]} is within {TOLERANCE:.0%} of the best "
-        f"({values[cheapest]:.6g} against {values[best]:.6g} of trial {numbers[best]}) at "
-        f"{costs[cheapest] / costs[best]:.0%} of its {get_resource(resource).title} "
-        f"({cost} against {cost_of_best})."
-    )
-    return Advice(
-        "cheapest trial",
-        text,
-        {
-            "number": int(numbers[cheapest]),
-            "best": int(numbers[best]),
-            "resource": resource,
-            "cost": float(costs[cheapest]),
-            "cost_of_best": float(costs[best]),
-            "front": [int(numbers[done][i]) for i in front],
-        },
-    )
-
-
 def _advise_budget(facts: StudyFacts) -> Iterator[Advice]:
     """Say which share of the time went to trials of each outcome."""
     for resource in ("cpu_time", "wall_time"):
@@ -361,6 +326,8 @@ def _advise_budget(facts: StudyFacts) -> Iterator[Advice]:
         shares = {outcome: amount / total for outcome, amount in spent.items()}
         resource = "trial_time" if resource == "wall_time" else resource
         first, *others = ((o, share) for o, share in shares.items() if share > 0)
+        if not others:
+            return
         text = f"{first[1]:.0%} of {get_resource(resource).title} went to {first[0]} trials"
         text += "".join(f", {share:.0%} to {outcome} ones" for outcome, share in others)
         yield Advice(

@@ -7,7 +7,7 @@ from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.resource_model import fit_resource
+from optuna_quota._footprint.resource_model import fit_resource, ResourceModel
 from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
 
 
@@ -23,33 +23,39 @@ _BEST_SHARE = 0.05
 _MAX_FITTED = 200
 
 
-def best_fitting_points(
-    facts: StudyFacts, footprint: Footprint, resource: str, limit: float
-) -> Sequence[Mapping[str, Any]]:
-    """Return the best twentieth of fresh points that most likely stay below a limit.
+def objective_model(facts: StudyFacts, footprint: Footprint) -> ResourceModel | None:
+    """Return a Gaussian process of the objective's normal scores, over the scaled parameters.
 
-    The objective is a Gaussian process of its normal scores, over the scaled parameters.
-    Nothing is returned for several objectives, conditional parameters or few trials.
+    None for several objectives, conditional parameters or few trials.
     """
     from scipy.special import ndtri
     from scipy.stats import rankdata
 
-    parameters = facts.data.parameters
     done = np.flatnonzero(facts.completed & facts.feasible)[-_MAX_FITTED:]
     features = footprint.contents.features
     names = [part.name for part in features.parts]
     known = all(f"params_{name}" in facts.table for name in names)
     if facts.values is None or len(done) < _MIN_COMPLETED or not known or not names:
-        return []
-    if not all(parameter.active.all() for parameter in parameters):
-        return []
+        return None
+    if not all(parameter.active.all() for parameter in facts.data.parameters):
+        return None
     rows = facts.table[[f"params_{name}" for name in names]].iloc[done].to_numpy(dtype=object)
     losses = facts.sign * facts.values[done]
     scores = ndtri((rankdata(losses) - 0.5) / len(losses))
     columns = features.scale([dict(zip(names, row, strict=True)) for row in rows])
     none = np.zeros(len(done), dtype=bool)
-    objective = fit_resource(columns, np.exp(scores), none, none, floors=(0.0,))
-    unit = latin_hypercube(_DRAWN, len(names), np.random.default_rng(0))
+    return fit_resource(columns, np.exp(scores), none, none, floors=(0.0,))
+
+
+def best_fitting_points(
+    facts: StudyFacts, footprint: Footprint, resource: str, limit: float
+) -> Sequence[Mapping[str, Any]]:
+    """Return the best twentieth of fresh points that most likely stay below a limit."""
+    objective = objective_model(facts, footprint)
+    if objective is None:
+        return []
+    features = footprint.contents.features
+    unit = latin_hypercube(_DRAWN, len(features.parts), np.random.default_rng(0))
     fresh = points_from_unit_cube(features.distributions(), unit)
     fits = np.flatnonzero(footprint.expected(fresh)[resource].above(limit) < 0.5)
     expected = objective.predict(features.scale(fresh)).center[fits]

@@ -38,6 +38,9 @@ _BINS = 8
 _MAX_CHOICES = 40
 _MAX_GROUPS = 200
 _QUANTILES = (0.05, 0.5, 0.95)
+# A parameter is named where its share of a resource's variance is most likely above this.
+_MIN_SHARE = 0.02
+_MIN_FACTOR = 1.05
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,28 @@ class Driver:
     Attributes:
         param: Name of the hyperparameter.
         share: Of the variance of the logarithm of the usage, noise included.
-        factor: By which the usage grows where the parameter is doubled at the best trial; None
-            for a category, where that is out of the range, or where no best trial is known.
+        factor: By which the usage changes where the parameter alone changes at the best trial;
+            None for a category, where that is out of the range, or where no best trial is known.
+        change: What the parameter is multiplied by: 2, or 0.5 where 2 is out of the range.
     """
 
     param: str
     share: tuple[float, float, float]
     factor: tuple[float, float, float] | None
+    change: float = 2.0
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the share is most likely more than nothing."""
+        return self.share[0] >= _MIN_SHARE
+
+    @property
+    def clear_factor(self) -> tuple[float, float, float] | None:
+        """The factor where it is most likely more than a few percent off 1, or else None."""
+        if self.factor is None:
+            return None
+        lower, _, upper = self.factor
+        return self.factor if lower > _MIN_FACTOR or upper < 1 / _MIN_FACTOR else None
 
 
 def cost_drivers(
@@ -71,10 +89,10 @@ def cost_drivers(
     space = contents.features.distributions()
     unit = latin_hypercube(_POINTS, len(space), np.random.default_rng(0))
     points = points_from_unit_cube(space, unit)
-    doubled = {name: _doubled(name, space[name], best) for name in names}
-    more = [each for each in doubled.values() if each is not None]
+    changes = {name: _change(space[name], (best or {}).get(name)) for name in names}
+    place = {name: i for i, name in enumerate(n for n in names if changes[n])}
+    more = [{**best, name: changes[name] * best[name]} for name in place] if best else []
     columns = contents.features.encode([*points, *([best] if best else []), *more])
-    place = {name: i for i, name in enumerate(n for n in names if doubled[n] is not None)}
     most = max(2, _MAX_GROUPS // len(names))
     groups = [
         _groups([point[name] for point in points], unit[:, list(space).index(name)], most)
@@ -85,29 +103,30 @@ def cost_drivers(
         part = model.base if isinstance(model, ChainedModel) else model
         if (~part.censored).sum() < _MIN_TRIALS:
             continue
-        logs, noise = _log_draws(model, columns)
+        logs, noise = log_draws(model, columns, _DRAWS)
         drivers = []
         for name, shares in zip(names, _shares(groups, logs[:, :_POINTS], noise), strict=True):
-            share, factor = _quantiles(shares), None
+            share, factor = quantiles(shares), None
             if name in place:
-                change = logs[:, _POINTS + 1 + place[name]] - logs[:, _POINTS]
-                factor = _quantiles(np.exp(np.clip(change, -50, 50)))
-            drivers.append(Driver(name, share, factor))
+                more_used = logs[:, _POINTS + 1 + place[name]] - logs[:, _POINTS]
+                factor = quantiles(np.exp(np.clip(more_used, -50, 50)))
+            drivers.append(Driver(name, share, factor, changes[name] or 2.0))
         found[resource] = tuple(sorted(drivers, key=lambda d: -d.share[1]))
     return found
 
 
-def _quantiles(values: Sequence[float] | Array) -> tuple[float, float, float]:
+def quantiles(values: Array) -> tuple[float, float, float]:
+    """Return the 5th, 50th and 95th percentile of draws."""
     lower, median, upper = np.quantile(values, _QUANTILES).tolist()
     return lower, median, upper
 
 
-def _doubled(name: str, space: Any, best: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    value: Any = (best or {}).get(name)
+def _change(space: Any, value: Any) -> float:
+    """Return by how much a value can be multiplied within its range; 0 where it can't."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if best is None or not number or not hasattr(space, "high"):
-        return None
-    return {**best, name: 2 * value} if 0.0 < value <= space.high / 2 else None
+    if not number or not hasattr(space, "high") or value <= 0:
+        return 0.0
+    return 2.0 if value <= space.high / 2 else 0.5 if value >= 2 * space.low else 0.0
 
 
 def _groups(values: Sequence[Any], unit: Array, most: int) -> NDArray[np.int64]:
@@ -148,30 +167,28 @@ def _shares(groups: Sequence[NDArray[np.int64]], f: Array, noise: Array) -> list
     ]
 
 
-def _log_draws(model: Model, columns: Array) -> tuple[Array, Array]:
+def log_draws(model: Model, columns: Array, count: int) -> tuple[Array, Array]:
     """Return draws of the logarithm of the usage, and the variance of the noise on it.
 
-    The draws are without noise, of shape ``(n_draws, n_points)``; the noise is that of each draw.
+    The draws are of the whole function without noise, shape ``(count, n_points)``; the noise is
+    that of each draw.
     """
     if isinstance(model, ChainedModel):
-        (base, its), (ratio, own) = (_draws(part, columns, seed) for seed, part in _parts(model))
+        base, its = _draws(model.base, columns, count, 0)
+        ratio, own = _draws(model.ratio, columns, count, 1)
         return base + ratio, its + own
-    return _draws(model, columns, 0)
+    return _draws(model, columns, count, 0)
 
 
-def _parts(model: ChainedModel) -> Sequence[tuple[int, ResourceModel]]:
-    return ((0, model.base), (1, model.ratio))
-
-
-def _draws(model: ResourceModel, columns: Array, seed: int) -> tuple[Array, Array]:
+def _draws(model: ResourceModel, columns: Array, count: int, seed: int) -> tuple[Array, Array]:
     mean, covariance = model.process.joint(columns)
     values, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(np.maximum(values, 0.0))
-    normal = np.random.default_rng(seed).standard_normal((_DRAWS, len(mean)))
+    normal = np.random.default_rng(seed).standard_normal((count, len(mean)))
     logs = model.location + model.scale * (mean + normal @ root.T)
     power = np.exp(np.minimum(logs, 300.0))
     amounts = np.maximum(model.floor + power, 1e-300)
     # What is above the floor scatters: its share of the usage is the slope of the logarithm.
-    share = np.minimum(power / amounts, 1.0)[:, :_POINTS]
+    share = np.minimum(power / amounts, 1.0)
     noise = model.scale**2 * model.process.noise * (share**2).mean(axis=1)
     return np.log(amounts), noise

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from optuna.study import Study
     from optuna.trial import FrozenTrial
+    import pandas as pd
 
 
 def best_numbers(study: Study, *, without: Collection[int] = ()) -> list[int]:
@@ -61,3 +62,25 @@ def pareto_front(losses: NDArray[np.float64]) -> list[int]:
         if not better.any():
             kept.append(int(i))
     return sorted(kept)
+
+
+def cost_front(
+    table: pd.DataFrame, kept: NDArray[np.bool_], sign: float, resource: str
+) -> pd.DataFrame:
+    """Return the trials that no other beats in both cost and value, cheapest first.
+
+    The columns are ``number``, ``value`` and the resource. Of trials that are equal the first
+    counts.
+
+    Args:
+        table: The trial table of a study with one objective.
+        kept: Which trials count, shape ``(n_trials,)``.
+        sign: 1 where the objective is minimized, -1 where it is maximized.
+        resource: The cost.
+    """
+    found = table.loc[kept, ["number", "value", resource]].dropna()
+    losses = sign * found["value"].to_numpy(dtype=float)
+    order = np.lexsort([found["number"], losses, found[resource]])
+    best_before = np.minimum.accumulate(np.concatenate([[np.inf], losses[order]]))[:-1]
+    front: pd.DataFrame = found.iloc[order[losses[order] < best_before]].reset_index(drop=True)
+    return front

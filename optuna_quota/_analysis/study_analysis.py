@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from functools import cached_property
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from optuna_quota import _records
 from optuna_quota._analysis.advice import Advice, advise, StudyFacts
-from optuna_quota._analysis.correlations import correlations
+from optuna_quota._analysis.cheaper_space import cheaper_space, CheaperSpace
+from optuna_quota._analysis.correlations import claims, correlations
 from optuna_quota._analysis.cost_drivers import cost_drivers, Driver
-from optuna_quota._analysis.pareto import best_numbers, is_feasible, loss_signs
+from optuna_quota._analysis.pareto import best_numbers, cost_front, is_feasible, loss_signs
 from optuna_quota._analysis.prediction_error import prediction_errors, PredictionError
 from optuna_quota._analysis.search_space_advice import advise_search_space
 from optuna_quota._analysis.trial_traces import trial_traces
@@ -103,7 +105,8 @@ class StudyAnalysis:
             return {}
         best = self._observations.get(self.best[0]) if len(self.best) == 1 else None
         with without_numeric_warnings():
-            return cost_drivers(self.footprint, best.params if best else None)
+            found = cost_drivers(self.footprint, best.params if best else None)
+        return {name: found[name] for name in self.data.resources if name in found}
 
     @cached_property
     def prediction_errors(self) -> dict[str, PredictionError]:
@@ -121,8 +124,12 @@ class StudyAnalysis:
 
     def model_warnings(self, resource: str) -> list[str]:
         """Return the warnings about a formula; none about one that is not shown."""
-        error = self.prediction_errors.get(resource)
-        return [] if error is not None and error.is_wrong else self.models[resource].diagnostics
+        error, model = self.prediction_errors.get(resource), self.models[resource]
+        if error is not None and error.is_wrong:
+            return []
+        correlated = [r["param"] for r in claims(self.correlations) if r["resource"] == resource]
+        left_out = [p for p in correlated if not _is_named(p, model.formula)]
+        return [*model.diagnostics, *(_not_in_formula(p, resource) for p in left_out)]
 
     @cached_property
     def best(self) -> list[int]:
@@ -138,9 +145,37 @@ class StudyAnalysis:
         return found
 
     @cached_property
+    def cheaper_space(self) -> CheaperSpace | None:
+        """Two bounds that would halve the cost of a trial and keep the best point, if any do."""
+        facts = self._facts
+        numbers = self.table["number"][facts.near_best]
+        near = [self._observations[n].params for n in numbers if n in self._observations]
+        if facts.cost is None or not near:
+            return None
+        with without_numeric_warnings():
+            return cheaper_space(facts, self.footprint, facts.cost, self.limits, near)
+
+    @cached_property
+    def front(self) -> pd.DataFrame | None:
+        """The completed trials that no other beats in both cost and value, cheapest first.
+
+        The columns are ``number``, ``value`` and the cost: a total of the quota, or else a time.
+        None for several objectives, or where the cost of fewer than ten trials is known.
+        """
+        facts = self._facts
+        if facts.cost is None or facts.values is None:
+            return None
+        kept = facts.completed & facts.feasible
+        return cost_front(self.table, kept, facts.sign, facts.cost)
+
+    @cached_property
     def advice(self) -> list[Advice]:
         """What to change, with the figures behind it; only what the data support."""
-        facts = StudyFacts(
+        return [*advise_search_space(self._facts, self.footprint), *advise(self._facts)]
+
+    @cached_property
+    def _facts(self) -> StudyFacts:
+        return StudyFacts(
             self.data,
             trial_traces(self.study),
             self.quota,
@@ -148,7 +183,17 @@ class StudyAnalysis:
             self.feasible,
             float(loss_signs(self.study)[0]),
         )
-        return [*advise_search_space(facts, self.footprint), *advise(facts)]
+
+
+def _is_named(param: str, formula: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(param)}(?!\w)", formula) is not None
+
+
+def _not_in_formula(param: str, resource: str) -> str:
+    return (
+        f"{param} correlates with the {get_resource(resource).title} too, but beside the other "
+        "terms its own effect is not clear: the formula leaves it out."
+    )
 
 
 def _no_law(resource: str, error: PredictionError) -> str:

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 _WIDTH = 99
 # A share of fewer audits says nothing.
 _MIN_AUDITED = 4
-# A parameter is named where its share of a resource's variance is most likely above this.
-_MIN_SHARE = 0.02
+_MAX_FRONT = 8
 
 
 def summarize(analysis: StudyAnalysis) -> str:
@@ -36,9 +35,11 @@ def summarize(analysis: StudyAnalysis) -> str:
     blocks = [
         _head(analysis),
         _usage_lines(analysis),
-        _correlation_lines(analysis.correlations),
         _driver_lines(analysis),
+        wrap(str(analysis.cheaper_space or "")),
+        _front_lines(analysis),
         _advice_lines(analysis.advice),
+        _correlation_lines(analysis.correlations),
         _model_lines(analysis),
     ]
     return "\n\n".join("\n".join(lines) for lines in map(list, blocks) if lines)
@@ -103,10 +104,10 @@ def _usage_lines(analysis: StudyAnalysis) -> Iterator[str]:
 
 
 def _driver_lines(analysis: StudyAnalysis) -> Iterator[str]:
-    """Name the parameters whose share of the variance is clear, and what doubling them costs."""
+    """Name the parameters whose share of the variance is clear, and what changing them costs."""
     lines = []
     for resource, drivers in analysis.drivers.items():
-        clear = [d for d in drivers if d.share[0] >= _MIN_SHARE]
+        clear = [d for d in drivers if d.is_clear]
         if not clear:
             continue
         title = get_resource(resource).title
@@ -114,21 +115,45 @@ def _driver_lines(analysis: StudyAnalysis) -> Iterator[str]:
             f"{d.param} {d.share[1]:.0%} [{d.share[0]:.0%}, {d.share[2]:.0%}]" for d in clear
         )
         lines += wrap(f"{title}: {shares}.", first="  ", indent="    ")
-        for d in clear:
-            if d.factor is not None and not d.factor[0] <= 1 <= d.factor[2]:
-                lower, factor, upper = d.factor
-                lines += wrap(
-                    f"At the best trial, doubling {d.param} costs {factor:.2g} times the {title} "
-                    f"[{lower:.2g}, {upper:.2g}].",
-                    first="    ",
-                    indent="      ",
-                )
-    if lines:
+        factors = [
+            f"{'doubling' if d.change > 1 else 'halving'} {d.param} "
+            f"{{}}by {factor[1]:.2f} [{factor[0]:.2f}, {factor[2]:.2f}]"
+            for d in clear
+            if (factor := d.clear_factor) is not None
+        ]
+        if factors:
+            text = (
+                ", ".join(factors).replace("{}", f"multiplies the {title} ", 1).replace("{}", "")
+            )
+            lines += wrap(f"At the best trial, {text}.", first="    ", indent="      ")
+    if any(parameter.branch for parameter in analysis.data.parameters):
         yield from wrap(
-            "What drives cost (share of the variance of the logarithm over the range searched, "
-            "90% interval, by the footprint)"
+            "What drives cost: not computed, as conditional parameters have no common range. The "
+            "correlations below are within the branches."
+        )
+    elif lines:
+        yield from wrap(
+            "What drives cost: shares of the variance of the logarithm over the range searched, "
+            "90% interval, by the footprint; the rest is noise and interactions"
         )
         yield from lines
+
+
+def _front_lines(analysis: StudyAnalysis) -> Iterator[str]:
+    front = analysis.front
+    if front is None or len(front) < 2:
+        return
+    resource = front.columns[-1]
+    title = get_resource(resource).title
+    yield f"Cost against quality: completed trials that no other beats in both value and {title}"
+    # Of many, the best and the cheapest of the others, evenly spread.
+    shown = np.unique(np.linspace(0, len(front) - 1, _MAX_FRONT).round().astype(int))
+    yield f"  {'trial':>7}{'value':>14}{title:>14}{'of the best':>14}"
+    for number, value, cost in front.iloc[shown].itertuples(index=False):
+        share = cost / front[resource].iloc[-1]
+        yield f"  {number:>7}{value:>14.6g}{format_amount(resource, cost):>14}{share:>14.0%}"
+    if len(shown) < len(front):
+        yield f"  {len(front) - len(shown)} of {len(front)} are left out (report.front has all)."
 
 
 def _correlation_lines(table: pd.DataFrame) -> Iterator[str]:
@@ -155,8 +180,11 @@ def _correlation_lines(table: pd.DataFrame) -> Iterator[str]:
 def _model_lines(analysis: StudyAnalysis) -> Iterator[str]:
     if not analysis.models and not analysis.missing_models:
         return
-    yield "Formulas (a floor plus a power law; terms with p < 0.05 after Holm's correction, 95%"
-    yield "intervals). To predict a number, use report.footprint.predict(params)."
+    yield from wrap(
+        "Formulas (a floor plus a power law of the parameters over their middle; terms with "
+        "p < 0.05 after Holm's correction, 95% intervals). To predict a number, use "
+        "report.footprint.predict(params)."
+    )
     for name, model in analysis.models.items():
         yield from wrap(analysis.formulas[name], first="  ", indent="      ")
         error = analysis.prediction_errors.get(name)
@@ -193,14 +221,16 @@ def _basis(model: UtilizationModel, n_partial: int) -> str:
         f"{term} {row['estimate']:.2f} [{row['lower']:.2f}, {row['upper']:.2f}]"
         for term, row in clear.iterrows()
     ]
-    bounds = "bound" if model.n_censored == 1 else "bounds"
-    counts = f"{model.n_observed} trials, {model.n_censored} lower {bounds}"
+    counts = counted(model.n_observed, "trial")
+    if model.n_censored:
+        counts += f" and {counted(model.n_censored, 'lower bound')}"
     if n_partial:
         counts += f", {n_partial} left out as something else stopped them"
     shown = f"exponents {', '.join(exponents)}; " if exponents else ""
     percent = 100 * math.expm1(min(model.sigma, 20))
     scatter = f"{percent:.2g}" if percent < 99.5 else f"{percent:.0f}"
-    return f"{shown}{counts}; scatter {scatter}%."
+    above = " above the floor" if model.selected.fit.epsilon < 1 and model.floor else ""
+    return f"{shown}{counts}; scatter {scatter}%{above}."
 
 
 def _correlation_line(row: dict[str, Any]) -> Iterator[str]:

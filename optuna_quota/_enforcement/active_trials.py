@@ -8,6 +8,7 @@ So those of trials that are over are closed before another one starts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import gc
 import logging
 import os
 import threading
@@ -16,9 +17,11 @@ import weakref
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.gpu_cache import release_gpu_cache
+from optuna_quota._enforcement.study_warnings import note_start
 from optuna_quota._metering import Key, key_of, Meter, metering_loop, TrialMonitor
 from optuna_quota._metering.host import cpu_count
 from optuna_quota._resources import Limits, with_cores
+from optuna_quota._storage_retry import survive_outages
 
 
 if TYPE_CHECKING:
@@ -57,12 +60,22 @@ def start_monitor(
         here: False when the trial runs where this process can't see it.
     """
     limits = resolve_cores(limits)
-    _register.close_finished()
-    if here and "gpu_memory" in {**limits.amounts(), **(left or {})}:
+    survive_outages(_optuna.storage_of(study))
+    ceilings = {**limits.amounts(), **(left or {})}
+    if _register.close_finished() and "memory" in ceilings:
+        # A pruned trial's exception and the frames that it passed through refer to each other:
+        # what they held would count for this trial.
+        gc.collect()
+    if here and "gpu_memory" in ceilings:
         release_gpu_cache()
     key = key_of(study, trial)
     monitor = metering_loop().monitor(key, limits=limits, left=left, meters=meters, here=here)
     monitor.owner = owner
+    if owner == "pruner":
+        # The trial has run for a while.
+        monitor.held = None
+    note_start(study, monitor)
+    _optuna.watch_tell()
     _register.add(_Entry(study, monitor, holder))
     return monitor
 
@@ -124,13 +137,16 @@ class _Register:
         with self._lock:
             self._open[entry.monitor.key] = entry
 
-    def close_finished(self) -> None:
+    def close_finished(self) -> bool:
+        """Close the monitors of trials that are over; return whether a pruner stopped one."""
+        has_stopped = False
         with self._lock:
             entries = list(self._open.values())
         for entry in entries:
             monitor = entry.monitor
             if not monitor.closed and not entry.is_over():
                 continue
+            has_stopped |= monitor.owner == "pruner" and monitor.verdict is not None
             may_be_told = not monitor.closed and monitor.owner == "sampler"
             monitor.close()
             with self._lock:
@@ -139,6 +155,7 @@ class _Register:
                     self._closed[monitor.key] = monitor
                     while len(self._closed) > _MOST_CLOSED:
                         del self._closed[next(iter(self._closed))]
+        return has_stopped
 
     def take_closed(self, key: Key) -> TrialMonitor | None:
         with self._lock:

@@ -11,6 +11,7 @@ from optuna_quota import _optuna
 from optuna_quota._enforcement.constraints import tolerate_constraints_failure
 from optuna_quota._enforcement.nesting import find_nested, quota_pruners
 from optuna_quota._enforcement.preemption import find_preemption
+from optuna_quota._enforcement.study_warnings import raise_if_never_fits
 from optuna_quota._metering import key_of, metering_loop, Verdict
 from optuna_quota._records import is_rejected, parse_record
 from optuna_quota._resources import Breach
@@ -77,6 +78,7 @@ def _find_error(trial: BaseTrial) -> Exception | None:
     breach = None if monitor is None else record_breach(monitor)
     if monitor is None or breach is None:
         return find_preemption(study, trial)
+    raise_if_never_fits(study, monitor)
     tolerate_constraints_failure(study, trial, monitor)
     return breach_error(breach)
 

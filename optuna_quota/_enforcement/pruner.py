@@ -22,7 +22,8 @@ from optuna_quota._enforcement.nesting import (
     pruner_meters,
     quota_pruners,
 )
-from optuna_quota._enforcement.preemption import find_preemption
+from optuna_quota._enforcement.preemption import find_preemption, preemption_of
+from optuna_quota._enforcement.study_warnings import raise_if_never_fits, warn_of_ceilings
 from optuna_quota._enforcement.trial_result import build_record, save_record
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop, Verdict
 from optuna_quota._records import is_rejected, TrialRecord
@@ -76,7 +77,7 @@ class UsageRecorder:
         self._last[monitor] = (usage.memory or 0.0, now + _SHARE * (now - started))
 
 
-class QuotaPruner(BasePruner):
+class QuotaPruner(_optuna.StudyPart, BasePruner):
     """Prunes a trial that is over one of its limits, and otherwise as another pruner does.
 
     A breach prunes at the next ``trial.should_prune()``, whatever was reported. That is a
@@ -124,7 +125,8 @@ class QuotaPruner(BasePruner):
     ) -> None:
         if base_pruner is not None and not isinstance(base_pruner, BasePruner):
             raise TypeError(
-                f"`base_pruner` must be an Optuna pruner or None but got {base_pruner!r}."
+                f"`base_pruner` must be an Optuna pruner or None but got {base_pruner}."
+                f"{_optuna.misplaced(base_pruner)}"
             )
         if not isinstance(limits, Limits):
             raise TypeError(f"`limits` must be Limits but got {limits!r}.")
@@ -155,6 +157,7 @@ class QuotaPruner(BasePruner):
         monitor = self.watch_trial(study, trial)
         breached = record_breach(monitor) is not None
         if breached:
+            raise_if_never_fits(whole, monitor)
             tolerate_constraints_failure(study, trial, monitor)
         stopped = breached or find_preemption(whole, trial) is not None
         pruned = stopped or self._prune_by_base(study, trial)
@@ -172,6 +175,8 @@ class QuotaPruner(BasePruner):
             holder = pruner if self._is_nested_in(pruner) else self
             limits, meters = pruner_limits(holder), pruner_meters(holder)
             assert limits is not None
+            is_preemptible = bool(preemption_of(study).signals)
+            warn_of_ceilings(study, limits, has_purpose=is_preemptible)
             monitor = start_monitor(study, trial, _OWNER, limits=limits, meters=meters)
             monitor.started -= _seconds_since(trial.datetime_start)
         return monitor

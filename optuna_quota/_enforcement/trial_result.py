@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from optuna_quota import _optuna, _records
 from optuna_quota._enforcement.constraints import constraint_attributes, limit_constraints
 from optuna_quota._enforcement.nesting import requires_uniform_constraints
+from optuna_quota._enforcement.study_warnings import report_end
 from optuna_quota._optuna import TellCall
 from optuna_quota._records import Interval, read_record, TrialRecord
 from optuna_quota._resources import Breach, Limits, Outcome, RESOURCES, Usage
@@ -177,6 +178,8 @@ def record_result(
     elif own and state == TrialState.COMPLETE:
         system = _optuna.feasible_attributes(trial.system_attrs)
     save_record(study, trial, record, system)
+    if monitor is not None:
+        report_end(study, trial.number, monitor, record, error)
     return record
 
 
@@ -220,9 +223,16 @@ def build_record(
         footprint=footprint or {},
         isolation=None if monitor is None else monitor.isolation,
         host=socket.gethostname(),
-        timeline=monitor.timeline() if monitor is not None and end.breach is not None else (),
         gpu_source=None if monitor is None or monitor.gpu is None else monitor.gpu.source,
+        **_timelines(monitor, end.breach),
     )
+
+
+def _timelines(monitor: TrialMonitor | None, breach: Breach | None) -> dict[str, Any]:
+    if monitor is None or breach is None:
+        return {}
+    other = () if breach.resource == "memory" else monitor.timeline(breach.resource)
+    return {"timeline": monitor.timeline(), "breach_timeline": other}
 
 
 def save_record(

@@ -2,8 +2,9 @@
 
 A trial that was stopped at z used more than z. Its likelihood under a Gaussian observation is
 Φ((f - z) / σ). One that something else stopped at a share s of its course used z = f + e + log s:
--log s is taken as exponential (of rate 1 where s is uniform), and the likelihood is that of a
-stochastic frontier (Meeusen and van den Broeck, International Economic Review 18, 1977),
+-log s is taken as exponential, of rate 1 where s is uniform and more where trials end late, and
+the likelihood is that of a stochastic frontier (Meeusen and van den Broeck, International Economic
+Review 18, 1977),
 
     r · exp(-r (f - z) + r² σ² / 2) · Φ((f - z) / σ - r σ)
 
@@ -22,6 +23,9 @@ import numpy as np
 from optuna_quota._footprint.gaussian_process import GaussianProcess
 
 
+# Candidate rates of the share of its run at which a trial was stopped: anywhere, at a median of
+# 79%, of 93%. The one of the best leave-one-out density is taken.
+LATENESS = (1.0, 3.0, 10.0)
 _WIDEST = 1e4
 _NARROWEST = 1e-6
 
@@ -37,6 +41,23 @@ class Sites:
 def initial_sites(target: np.ndarray, censored: np.ndarray) -> Sites:
     """Return sites half a deviation above the bound of each censored trial."""
     return Sites(target + 0.5 * censored, 0.5 * censored)
+
+
+def course_rates(
+    logs: np.ndarray, censored: np.ndarray, partial: np.ndarray, lateness: float
+) -> np.ndarray:
+    """Return the rate of the logarithm of each trial's share of its run, 0 for other trials.
+
+    It is ``lateness``, where 1 stands for uniform shares. Where trials end early, such as in their
+    first second, they would be so unlikely then that the fit would rather take all completed
+    trials for noise: the rate is one over the mean logarithm, as far as the others tell. Where
+    they are many, they weigh no more together than the others do.
+    """
+    if not partial.any() or censored.all():
+        return lateness * partial
+    short = float(logs[~censored].mean() - logs[partial].mean())
+    weight = min(1.0, float((~censored).sum() / partial.sum()))
+    return np.asarray((1 / short if short > 1.0 else lateness) * weight * partial)
 
 
 def propagate(

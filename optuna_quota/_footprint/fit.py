@@ -126,7 +126,7 @@ class _ResourceData:
         columns: Shape ``(n_trials, n_columns)``.
         amounts: SI base units, shape ``(n_trials,)``; NaN where unknown.
         censored: True where the amount is a lower bound.
-        partial: True where it was used at an unknown share of the trial's course.
+        partial: True where it was used at an unknown share of the trial's run.
         maybe_censored: True where it is a peak that a stopped trial may not have reached.
         floors: Candidate floors, as shares of the smallest amount.
         noise: Logarithm of the expected variance of the noise.

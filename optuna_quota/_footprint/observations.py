@@ -37,7 +37,7 @@ class Observation:
         distributions: Distribution of each.
         usage: What was measured.
         censored: Resources whose usage is a lower bound, because their limit stopped the trial.
-        partial: Resources whose usage is that at an unknown share of the trial's course, because
+        partial: Resources whose usage is that at an unknown share of the trial's run, because
             something else stopped it.
         maybe_censored: Resources whose usage may be one: peaks of a stopped trial. Each step of a
             training mostly repeats the one before, but later steps may take more data or a larger

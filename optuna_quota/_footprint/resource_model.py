@@ -7,7 +7,13 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from optuna_quota._footprint.censoring import initial_sites, propagate, Sites
+from optuna_quota._footprint.censoring import (
+    course_rates,
+    initial_sites,
+    LATENESS,
+    propagate,
+    Sites,
+)
 from optuna_quota._footprint.drift import current_level, Level
 from optuna_quota._footprint.gaussian_process import (
     fit_hyperparameters,
@@ -111,8 +117,9 @@ class ResourceModel:
         scale: Standard deviation of the logarithm.
         sites: Standardised observations, censored ones replaced.
         censored: True where the amount is a lower bound.
-        partial: True where it was used at an unknown share of the trial's course.
+        partial: True where it was used at an unknown share of the trial's run.
         hyperparameters: Of the Gaussian process.
+        lateness: How late in their run the partial ones were stopped; 1 is anywhere.
         stopped_peaks_censored: Whether peaks of stopped trials are taken as lower bounds.
         drifts: Whether the machine's load changes the resource from trial to trial.
     """
@@ -125,6 +132,7 @@ class ResourceModel:
     censored: np.ndarray
     partial: np.ndarray
     hyperparameters: np.ndarray
+    lateness: float = 1.0
     stopped_peaks_censored: bool = False
     drifts: bool = False
     process: GaussianProcess = field(init=False, repr=False)
@@ -226,7 +234,7 @@ class ResourceModel:
         variance = own[held] ** 2 - self.sites.extra[held] + self.process.noise
         away = mean - (logs[held] - self.location) / self.scale
         spread = np.sqrt(np.maximum(variance, 1e-12))
-        rate = _rates(logs, self.censored, self.partial)[held]
+        rate = course_rates(logs, self.censored, self.partial, self.lateness)[held]
         r = self.scale * rate
         bounded = log_ndtr(away / spread - r * spread)
         # In units of the amount, as the others; see `censoring.py`.
@@ -261,7 +269,7 @@ def fit_resource(
         columns: Shape ``(n_points, n_columns)``.
         amounts: SI base units, shape ``(n_points,)``.
         censored: True where the amount is a lower bound.
-        partial: True where something else stopped the trial, at an unknown share of its course;
+        partial: True where something else stopped the trial, at an unknown share of its run;
             these are lower bounds too.
         start: A model of fewer trials to start from.
         floors: Candidate floors, as shares of the smallest amount.
@@ -287,6 +295,21 @@ def fit_resource(
             )
         return tried[index].score(amounts)
 
+    def fit_lateness(model: ResourceModel) -> ResourceModel:
+        if not partial.any():
+            return model
+        logs, floor = np.log(amounts - model.floor), model.floor
+        screened = [
+            _with_logs(replace(model, lateness=each), columns, logs, censored, partial, floor)
+            for each in LATENESS
+        ]
+        best = max((model, *screened), key=lambda each: each.score(amounts))
+        if best.lateness == model.lateness:
+            return model
+        return _fit_with_floor(
+            columns, amounts, censored, partial, floor, best, noise=noise, drifts=drifts
+        )
+
     def is_promising(index: int, best: int) -> bool:
         if not 0 <= index < len(candidates) or index in tried:
             return index in tried
@@ -295,7 +318,7 @@ def fit_resource(
         return screened.score(amounts) > tried[best].score(amounts) - _FLOOR_MARGIN
 
     if start is None or len(start.columns) < _FEW:
-        return tried[max(range(len(candidates)), key=score)]
+        return fit_lateness(tried[max(range(len(candidates)), key=score)])
     # Climb from the earlier floor by single promising steps.
     best = min(range(len(candidates)), key=lambda each: abs(candidates[each] - start.floor))
     score(best)
@@ -303,7 +326,7 @@ def fit_resource(
         beside = [each for each in (best - 1, best + 1) if is_promising(each, best)]
         found = max((best, *beside), key=score)
         if found == best:
-            return tried[best]
+            return fit_lateness(tried[best])
         best = found
 
 
@@ -336,7 +359,7 @@ def _with_logs(
     location, scale = _standard(logs)
     target = (logs - location) / scale
     sites = initial_sites(target, censored)
-    rate = scale * _rates(logs, censored, partial)
+    rate = scale * course_rates(logs, censored, partial, model.lateness)
     sites = propagate(columns, target, censored, rate, model.hyperparameters, sites)
     return replace(
         model,
@@ -374,8 +397,9 @@ def _fit_with_floor(
     found = prior_mean(columns.shape[1], noise)
     if start is not None and start.hyperparameters.shape == found.shape:
         found = start.hyperparameters
+    lateness = 1.0 if start is None else start.lateness
     sites = initial_sites(target, censored)
-    rate = scale * _rates(logs, censored, partial)
+    rate = scale * course_rates(logs, censored, partial, lateness)
     sites = propagate(columns, target, censored, rate, found, sites)
     for _ in range(0 if len(amounts) < _FEWEST else 2 if censored.any() else 1):
         found = fit_hyperparameters(
@@ -383,22 +407,17 @@ def _fit_with_floor(
         )
         sites = propagate(columns, target, censored, rate, found, sites)
     return ResourceModel(
-        columns, floor, location, scale, sites, censored, partial, found, drifts=drifts
+        columns,
+        floor,
+        location,
+        scale,
+        sites,
+        censored,
+        partial,
+        found,
+        lateness,
+        drifts=drifts,
     )
-
-
-def _rates(logs: np.ndarray, censored: np.ndarray, partial: np.ndarray) -> np.ndarray:
-    """Return the rate of the logarithm of each trial's share of its course, 0 for other trials.
-
-    It is 1 where shares are uniform. Where trials end early, such as in their first second, they
-    would be so unlikely then that the fit would rather take all completed trials for noise: the
-    rate is one over the mean logarithm, as far as the others tell. Where they are many, they weigh
-    no more together than the others do.
-    """
-    if not partial.any() or censored.all():
-        return partial.astype(float)
-    short = float(logs[~censored].mean() - logs[partial].mean())
-    return partial * min(1.0, float((~censored).sum() / partial.sum())) / max(short, 1.0)
 
 
 def _square_root(covariance: np.ndarray) -> np.ndarray:

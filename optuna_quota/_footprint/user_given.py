@@ -8,11 +8,14 @@ where a resource is predicted better without the formula, the formula is not use
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 from dataclasses import replace
 import logging
 import math
+import pickle
 from typing import Any
 
+import cloudpickle
 import numpy as np
 
 from optuna_quota._footprint.asked_once import AskedOnce
@@ -31,6 +34,7 @@ _logger = logging.getLogger("optuna.quota.footprint")
 _FORMULA_MARGIN = 3.0
 # A call of a user's function, as long as none was timed.
 _UNKNOWN_SECONDS = 0.01
+_PICKLE = "cloudpickle"
 
 
 class UnknownFootprintError(KeyError):
@@ -163,6 +167,26 @@ def as_footprint(footprint: Any, *, lenient: bool = False) -> BaseFootprint:
         "`footprint` must be a Usage, a function from params to a Usage, or a Footprint "
         f"but got {footprint!r}."
     )
+
+
+def by_value(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with a user's function so that plain pickle takes it, as Ray Tune needs.
+
+    It goes by name where that can be done, and stays as it is where nothing can pickle it: a copy
+    within the process needs no pickle.
+    """
+    try:
+        pickle.dumps(state["footprint"])
+    except Exception:  # noqa: BLE001 - a user's object may raise anything
+        with contextlib.suppress(Exception):
+            return {_PICKLE: cloudpickle.dumps(state)}
+    return state
+
+
+def from_value(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of which :func:`by_value` made this one."""
+    found: dict[str, Any] = cloudpickle.loads(state[_PICKLE]) if _PICKLE in state else state
+    return found
 
 
 class FootprintCalibrator:

@@ -7,6 +7,7 @@ import signal
 from optuna_quota._isolation.messages import ExitReport
 from optuna_quota._metering.breach import AT_LIMIT, Ceilings, find_breaches, find_refused_breach
 from optuna_quota._resources import Breach, format_amount
+from optuna_quota._units import format_signal
 from optuna_quota.exceptions import LimitBreached
 
 
@@ -27,7 +28,7 @@ def describe_exit(report: ExitReport) -> str:
 
 
 def _describe_signal(number: int, report: ExitReport) -> str:
-    name = _signal_name(number)
+    name = format_signal(number)
     if name == "SIGKILL" and (report.oom_kills or report.cgroup_oom_kills):
         used = format_amount("memory", report.memory)
         return (
@@ -42,13 +43,6 @@ def _describe_signal(number: int, report: ExitReport) -> str:
     return f"The trial's process crashed: {meaning} ({name})."
 
 
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
 def describe_script_exit(code: int, *, oom_kills: int) -> str:
     """Return one sentence on how a script failed.
 
@@ -60,7 +54,7 @@ def describe_script_exit(code: int, *, oom_kills: int) -> str:
         return f"The script ended with exit status {code}."
     by_kernel = -code == signal.SIGKILL and oom_kills > 0
     cause = ", probably by the kernel's out-of-memory killer" if by_kernel else ""
-    return f"The script was killed by {_signal_name(-code)}{cause}."
+    return f"The script was killed by {format_signal(-code)}{cause}."
 
 
 def find_breach_at_exit(

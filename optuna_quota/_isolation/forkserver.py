@@ -241,7 +241,9 @@ def main(handle: int) -> None:
         parent = os.pidfd_open(os.getppid())
     except OSError:
         return
-    for name in ("numpy", "cloudpickle", "optuna", "psutil"):
+    # numpy loads its random generators when they are first used, which each trial would do anew:
+    # 10 ms of a trial's start.
+    for name in ("numpy", "numpy.random", "cloudpickle", "optuna", "psutil"):
         preload(name)
     prepare_to_fork()
     try:

@@ -11,7 +11,7 @@ from optuna_quota._isolation.outcome import OnCrash
 from optuna_quota._isolation.run import TrialRun
 from optuna_quota._isolation.start import IsolationOptions
 from optuna_quota._resources import Limits
-from optuna_quota._units import Duration, parse_grace_period
+from optuna_quota._units import Duration, parse_seconds
 
 
 if TYPE_CHECKING:
@@ -72,8 +72,9 @@ def isolated(
     trial changes stays in its process.
 
     A trial starts with the modules loaded that this process has imported. Its random generators
-    (``random``, numpy, torch) are seeded differently for each trial, and reproducibly in a script
-    that seeds them. Threads, pools and processes that it leaves open end with it.
+    (``random``, numpy, torch; those that the script has made, too) are seeded differently for each
+    trial, and reproducibly in a script that seeds them. Threads, pools and processes that it
+    leaves open end with it.
 
     Args:
         objective: A function, lambda, closure, bound method or any callable that takes a trial.
@@ -116,6 +117,8 @@ def isolated(
     """
     if not callable(objective):
         raise TypeError(f"`objective` must be callable but got {objective!r}.")
+    if isinstance(getattr(objective, "options", None), IsolationOptions):
+        raise TypeError(f"`objective` is isolated already: {objective!r}.")
     if start_method not in get_args(StartMethod):
         methods = ", ".join(get_args(StartMethod))
         raise ValueError(f"`start_method` must be one of {methods} but got {start_method!r}.")
@@ -126,7 +129,7 @@ def isolated(
     if isinstance(preload, str) or not all(isinstance(name, str) for name in preload):
         raise TypeError(f"`preload` must be a sequence of module names but got {preload!r}.")
     options = IsolationOptions(
-        grace_period=parse_grace_period(grace_period),
+        grace_period=parse_seconds(grace_period, "grace_period", zero=True),
         start_method=start_method,
         limits=limits,
         predictive_stop=predictive_stop,

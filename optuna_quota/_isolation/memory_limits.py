@@ -79,6 +79,19 @@ def limit_memory(memory: float) -> int | None:
     return soft
 
 
+def may_exceed(memory: float | None) -> bool:
+    """Return whether this process may be over a memory limit already; cheap and not exact.
+
+    Memory that it shares with others counts in full here.
+    """
+    if memory is None or sys.platform != "linux":
+        return False
+    names = (b"RssAnon:", b"RssShmem:", b"VmSwap:")
+    with contextlib.suppress(OSError), open("/proc/self/status", "rb") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith(names)) * 1024 > memory
+    return False
+
+
 def lift_memory_limit() -> None:
     """Raise the soft limit as far as it goes: the handling of an error needs memory."""
     with contextlib.suppress(ImportError, OSError, ValueError):

@@ -86,9 +86,15 @@ class ProcessStarted:
 
 @dataclass(frozen=True)
 class BreachFound:
-    """The supervisor has found a breach and is stopping the trial."""
+    """The supervisor has found a breach and is stopping the trial.
+
+    Attributes:
+        breach: The breach.
+        before_objective: Whether the trial was over its limit before the objective began.
+    """
 
     breach: Breach
+    before_objective: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,11 +202,13 @@ class Ready:
         supervisor: Its parent, which inherits all orphans among its descendants; None where it is
             the study's process.
         data_limit: The ``RLIMIT_DATA`` that makes allocations fail, None without.
+        waits: Whether the objective begins once the supervisor has measured the trial without it.
     """
 
     pid: int
     supervisor: int | None = None
     data_limit: int | None = None
+    waits: bool = False
 
 
 @dataclass(frozen=True)

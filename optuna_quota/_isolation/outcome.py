@@ -16,6 +16,7 @@ from optuna_quota import _optuna
 from optuna_quota._enforcement.check import raise_breached
 from optuna_quota._enforcement.constraints import tolerate_constraints_failure
 from optuna_quota._enforcement.preemption import end_as_preempted, enqueue_again
+from optuna_quota._enforcement.study_warnings import never_fits
 from optuna_quota._enforcement.trial_result import read_row
 from optuna_quota._isolation import exit_cause, messages, out_of_memory
 from optuna_quota._isolation.remote_errors import unpack_error
@@ -89,6 +90,11 @@ class OutcomeResolver:
         report, outcome = server.exit, server.outcome
         assert report is not None
         self.add_usage(report, None if outcome is None else outcome.gpu_memory)
+        if server.breach is not None and server.never_fits:
+            limit, held = server.breach.limit, server.breach.observed
+            error = never_fits(limit, held, quota=server.breach.quota, isolated=True)
+            self._monitor.verdict = Verdict("failed", str(error))
+            raise error
         if server.breach is not None:
             self._terminate(server.breach)
         if isinstance(outcome, messages.Returned):
@@ -135,7 +141,7 @@ class OutcomeResolver:
             return crash_value(reason, len(study.directions))
         raise TrialPreempted(reason)
 
-    def abandon(self, server: Server, reason: str) -> Any:
+    def end_finished_outside(self, server: Server, reason: str) -> Any:
         """Return the value of a trial whose row something else has finished, or raise."""
         assert server.exit is not None and self._study is not None
         self.add_usage(server.exit)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import contextlib
 from dataclasses import dataclass
-import importlib
 import io
+import itertools
 import logging
 import operator
 import os
@@ -18,6 +18,7 @@ import sys
 from typing import Any
 import warnings
 
+from optuna_quota._isolation.modules import after_import
 from optuna_quota._isolation.rpc import RpcClient
 
 
@@ -125,16 +126,30 @@ def apply_to_new_modules(settings: OutputSettings) -> None:
         logger.propagate = True
     found = []
     for action, message, kind, module, line in settings.filters:
-        # A warning of a category that can't be found here can't be issued here either.
-        with contextlib.suppress(Exception):
-            owner, _, path = kind.partition(":")
-            category = operator.attrgetter(path)(importlib.import_module(owner))
-            found.append((action, message, category, module, line))
+        owner, _, path = kind.partition(":")
+        if owner in sys.modules:
+            with contextlib.suppress(AttributeError):  # one that was defined in a function
+                category = operator.attrgetter(path)(sys.modules[owner])
+                found.append((action, message, category, module, line))
+        else:
+            # Not imported for its filter: scipy, which the models load, takes 150 ms.
+            _apply_after_import(owner, settings)
     # Filters of modules that only the trial has imported were set last, so they come first.
     own = [entry for entry in warnings.filters if entry not in _from_study]
     _from_study[:] = found
     warnings.resetwarnings()
     warnings.filters.extend([*own, *found])  # type: ignore[attr-defined]  # a list
+
+
+def _apply_after_import(module: str, settings: OutputSettings) -> None:
+    """Apply filters once a module is imported, and again after each package that it is in.
+
+    A package sets filters of its own for the categories of its modules; the study's come first.
+    """
+    for name in itertools.accumulate(module.split("."), lambda package, name: f"{package}.{name}"):
+        if name not in sys.modules and name not in _awaited:
+            _awaited.add(name)
+            after_import(name, lambda _: apply_to_new_modules(settings))
 
 
 def _open_stream(name: str, encoding: str, errors: str) -> io.TextIOBase:
@@ -285,6 +300,8 @@ def prepare_logging(*, reset: bool) -> None:
 
 _to_reset: list[logging.Logger] | None = None
 _from_study: list[tuple[Any, ...]] = []
+# Modules and packages whose import is awaited.
+_awaited: set[str] = set()
 
 
 def _reset_loggers() -> None:

@@ -31,6 +31,7 @@ from optuna_quota._isolation.main_module import global_names, MAIN_NAMES, MainMo
 from optuna_quota._isolation.module_state import plain_attributes, set_main_state, set_module_parts
 from optuna_quota._isolation.modules import modules_being_imported
 from optuna_quota._isolation.rpc import is_remote, proxy_at, RemoteObjects
+from optuna_quota._isolation.seeds import is_generator, reduce_generator
 
 
 # Smaller buffers are copied into the pickle; a message of its own for each would cost more.
@@ -189,6 +190,8 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             with contextlib.suppress(LookupError):
                 return make_context_variable, (value.name, value.get())
             return contextvars.ContextVar, (value.name,)
+        elif is_generator(value):
+            return reduce_generator(value)
         elif kind.__module__ in ("torch", "torch.storage"):
             reduced = _reduce_tensor(value)
             if reduced is not None:

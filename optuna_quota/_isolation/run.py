@@ -20,9 +20,10 @@ from optuna_quota._enforcement.forecast import (
     forecast_breach,
     record_pace,
 )
-from optuna_quota._enforcement.nesting import pruner_limits, pruner_meters
+from optuna_quota._enforcement.nesting import pruner_limits, pruner_meters, quota_pruners
 from optuna_quota._enforcement.preemption import Preemption, preemption_of
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
+from optuna_quota._enforcement.study_warnings import warn_of_ceilings, warn_once
 from optuna_quota._enforcement.trial_result import read_row, record_result
 from optuna_quota._isolation import messages
 from optuna_quota._isolation.cores import core_pool, Cores
@@ -34,7 +35,14 @@ from optuna_quota._isolation.server import NotStarted, Server
 from optuna_quota._isolation.start import CannotStart, IsolationOptions, TrialStarter
 from optuna_quota._metering import key_of, metering_loop, Verdict
 from optuna_quota._records import is_rejected
-from optuna_quota._resources import Breach, CLOCK_RESOURCES, Limits, with_cores
+from optuna_quota._resources import (
+    Breach,
+    CLOCK_RESOURCES,
+    format_amount,
+    Limits,
+    with_cores,
+)
+from optuna_quota._storage_retry import survive_outages, without_retries
 from optuna_quota.exceptions import LimitBreached, TrialPreempted
 
 
@@ -98,6 +106,7 @@ class TrialRun:
         # The time to start the trial counts; the memory of this process does not.
         self._monitor.detach()
         if self._study is not None:
+            survive_outages(_optuna.storage_of(self._study))
             _optuna.tolerate_finished_row(self._study, self._trial_id)
         value, error = None, None
         try:
@@ -125,9 +134,12 @@ class TrialRun:
         key = key_of(self._study, self._trial)
         wrap_nesting_pruner(self._study)
         pruner = self._study.pruner
+        pruners = quota_pruners(pruner)
         limits = resolve_cores(_agreed_limits(own, pruner_limits(pruner)))
         monitor = loop.find(key)
         if monitor is None:
+            is_preemptible = bool(self._preemption.signals)
+            warn_of_ceilings(self._study, limits, has_purpose=is_preemptible or not pruners)
             meters = pruner_meters(pruner)
             return loop.monitor(key, limits=limits, meters=meters, here=False), True
         own = None if own is None else resolve_cores(with_cores(own, monitor.limits.cpu_cores))
@@ -153,7 +165,7 @@ class TrialRun:
                 return self._resolver.crash(messages.ExitReport(exitcode=None), str(error))
         assert server is not None
         if self._ended_outside is not None:
-            return self._resolver.abandon(server, self._ended_outside)
+            return self._resolver.end_finished_outside(server, self._ended_outside)
         reason = self._stopped_for or self._preemption.reason
         if reason is not None and self._resolver.has_ended_early(server):
             return self._resolver.preempt(server, reason, self._options.grace_period)
@@ -268,7 +280,8 @@ class TrialRun:
         if self._study is None or self._server is None or self._ended_outside is not None:
             return
         try:
-            end = _optuna.describe_end(self._study, self._trial_id)
+            with without_retries():
+                end = _optuna.describe_end(self._study, self._trial_id)
         except Exception as error:  # noqa: BLE001 - any backend's own; the trial goes on
             _logger.debug(f"The row of trial {self._trial.number} could not be read: {error!r}.")
             return
@@ -279,6 +292,15 @@ class TrialRun:
 
     def _stop_for_time(self, breach: Breach) -> None:
         if breach.resource in CLOCK_RESOURCES:
+            is_ready = self._server is not None and self._server.ready is not None
+            if self._study is not None and not breach.quota and not is_ready:
+                warn_once(
+                    self._study,
+                    "start",
+                    f"Trial {self._trial.number} reached a limit of "
+                    f"{format_amount(breach.resource, breach.limit)} on time before its objective "
+                    "began: starting a trial's process counts. Allow for it.",
+                )
             self._stop(breach)
 
     def _preempt(self, reason: str) -> None:

@@ -17,6 +17,7 @@ from optuna_quota._isolation.launch import TrialConnections
 from optuna_quota._isolation.out_of_memory import FailedAllocation, find_failed_allocation_in_text
 from optuna_quota._isolation.output import Printed, replay, SYNC
 from optuna_quota._isolation.remote_errors import pack_error
+from optuna_quota._isolation.signals import Interrupts
 from optuna_quota._resources import Breach
 from optuna_quota.exceptions import LimitBreached
 
@@ -68,6 +69,7 @@ class Server:
         ready: The message that the objective is about to be called, None before.
         outcome: How the call of the objective ended, None while it runs.
         exit: How the trial's process ended, None while it runs.
+        never_fits: Whether the trial was over its memory limit before the objective began.
         failed_allocation: One that the objective warned of, None without.
     """
 
@@ -82,6 +84,7 @@ class Server:
         self.ready: messages.Ready | None = None
         self.outcome: messages.Outcome | None = None
         self.exit: messages.ExitReport | None = None
+        self.never_fits = False
         self.failed_allocation: FailedAllocation | None = None
         self._control = connections.control
         # Of the trial's own process, then of those that it starts.
@@ -95,6 +98,7 @@ class Server:
         self._sending = threading.Lock()
         self._started = False
         self._breach: Breach | None = None
+        self._interrupts = Interrupts()
 
     @property
     def breach(self) -> Breach | None:
@@ -140,15 +144,23 @@ class Server:
 
         Raises:
             NotStarted: If it never began.
+            KeyboardInterrupt: After Ctrl-C.
         """
+        self._interrupts = Interrupts()
+        with self._interrupts:
+            self._serve()
+
+    def _serve(self) -> None:
         due = time.monotonic() + _ROW_INTERVAL
         while self.exit is None:
-            begun = time.monotonic()
-            if begun >= due:
-                self._events.check_row()
-                now = time.monotonic()
-                due = now + max(_ROW_INTERVAL, (now - begun) / _ROW_SHARE)
-            for key, _ in self._selector.select(max(0.0, due - time.monotonic())):
+            with self._interrupts.allowed():
+                begun = time.monotonic()
+                if begun >= due:
+                    self._events.check_row()
+                    now = time.monotonic()
+                    due = now + max(_ROW_INTERVAL, (now - begun) / _ROW_SHARE)
+                ready = self._selector.select(max(0.0, due - time.monotonic()))
+            for key, _ in ready:
                 self._serve_ready(key.fileobj)
         self._admit_the_last()
         for channel in self._channels:
@@ -215,6 +227,7 @@ class Server:
         elif isinstance(message, messages.BreachFound):
             with self._sending:
                 self._breach = self._breach or message.breach
+            self.never_fits |= message.before_objective
         elif isinstance(message, messages.ProcessPaused):
             _logger.warning(
                 f"{self._label}'s process was stopped by a signal (SIGSTOP); it will be killed "
@@ -255,7 +268,8 @@ class Server:
 
     def _serve_call(self, call: rpc.Call, channel: Channel) -> None:
         try:
-            answer = self._answer(call)
+            with self._interrupts.allowed():
+                answer = self._answer(call)
         except BaseException as error:
             # An interrupt (Ctrl-C), which the objective, waiting for the answer, gets as well.
             with contextlib.suppress(OSError):

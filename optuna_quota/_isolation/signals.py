@@ -1,4 +1,4 @@
-"""Signals of an isolated trial: the polite stop, and those that are sent to a whole job."""
+"""Signals of an isolated trial: the polite stop, those sent to a whole job, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 import contextlib
 import os
 import pickle
+import select
 import signal
 import socket
 import sys
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 # A real-time signal has no meaning of its own: SIGTERM, SIGINT and SIGUSR1 keep theirs, and a
 # handler that a library installs for them does not interfere.
 STOP_SIGNAL: int = signal.SIGRTMAX - 5 if hasattr(signal, "SIGRTMAX") else signal.SIGTERM
+# What the supervisor sends to a trial that waits to begin.
+BEGIN = b"begin"
 
 
 class PoliteStop:
@@ -95,6 +98,16 @@ class PoliteStop:
                 # Not from the supervisor, or the second of two that came as one.
                 return
         self._stop()
+
+    def wait_to_begin(self) -> None:
+        """Wait until the supervisor lets the objective begin; it kills a trial that never fits."""
+        assert self._link is not None
+        select.select([self._link], [], [])
+        with contextlib.suppress(OSError):
+            if self._link.recv(len(BEGIN), socket.MSG_PEEK) == BEGIN:
+                self._link.recv(len(BEGIN))
+            else:
+                signal.pause()  # for the signal that comes with a stop
 
     def _on_cpu_time(self, signum: int, frame: Any) -> None:
         # The kernel kills at its hard limit if this is ignored.
@@ -233,3 +246,49 @@ def _disposition_of_child(number: int) -> Any:
 
 def _pass(signum: int, frame: Any) -> None:
     """Do nothing."""
+
+
+class Interrupts:
+    """Ctrl-C in the study's process while it serves a trial, within ``with interrupts:``.
+
+    Python raises KeyboardInterrupt between any two instructions: within a message to the trial,
+    which then waits for the rest of it, or within a callback of a weak reference or a ``__del__``,
+    where it is printed and lost. Here it is raised in :meth:`allowed` blocks alone, and what was
+    lost there is raised by the next one.
+    """
+
+    def __init__(self) -> None:
+        self._pending = False
+        self._is_allowed = False
+        self._is_installed = False
+
+    def __enter__(self) -> Interrupts:
+        """Handle SIGINT, where it is this thread's and has Python's own handler."""
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._on_signal)
+            self._is_installed = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Restore Python's handler."""
+        if self._is_installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._pending and kind is None:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Raise KeyboardInterrupt as soon as it comes, within the block, or if it has come."""
+        self._is_allowed = True
+        try:
+            if self._pending:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._is_allowed = False
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        self._pending = True
+        if self._is_allowed:
+            raise KeyboardInterrupt

@@ -20,7 +20,7 @@ import time
 from optuna_quota._isolation import linux, messages
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.memory_limits import Cgroup, DataLimit
-from optuna_quota._isolation.signals import STOP_SIGNAL
+from optuna_quota._isolation.signals import BEGIN, STOP_SIGNAL
 from optuna_quota._metering.breach import is_breach
 from optuna_quota._metering.linux_process_tree import LinuxProcessTree
 from optuna_quota._metering.timing import (
@@ -197,6 +197,14 @@ class Supervisor:
             return
         if ready.data_limit is not None:
             self._data_limit = DataLimit(self._child, limit, ready.data_limit)
+        if ready.waits:
+            memory = self._memory.read(now, limit)
+            if is_breach("memory", memory, limit):
+                self._report_breach(memory, limit, now, before_objective=True)
+                self._kill("breach")
+                return
+            with contextlib.suppress(OSError):
+                self._link.send(BEGIN)
         if self._cgroup is not None:
             # The kernel kills a trial, too, that was asked to stop and continues to grow.
             room = limit - self._memory.read(now) + GRACE_MARGIN
@@ -232,11 +240,17 @@ class Supervisor:
             # It gets no grace period while it continues to grow.
             self._kill("breach")
             return
+        self._stop(self._report_breach(memory, limit, now), self._monitoring.grace_period)
+
+    def _report_breach(
+        self, memory: float, limit: float, now: float, *, before_objective: bool = False
+    ) -> Breach:
+        assert self._monitoring is not None
         elapsed = self._monitoring.elapsed + now - self._monitored_since
         breach = Breach("memory", limit, memory, elapsed, quota=self._monitoring.quota)
         with contextlib.suppress(OSError):
-            self._control.send(messages.BreachFound(breach))
-        self._stop(breach, self._monitoring.grace_period)
+            self._control.send(messages.BreachFound(breach, before_objective))
+        return breach
 
     # Stop and kill.
 

@@ -3,7 +3,7 @@
 from optuna_quota._ledger.dead_workers import LEASE
 from optuna_quota._ledger.gpus import check_gpus_per_trial, Gpu, gpus_here
 from optuna_quota._ledger.grant import Grant, Refusal
-from optuna_quota._ledger.ledger import Ledger
+from optuna_quota._ledger.ledger import Ledger, no_waiting
 from optuna_quota._ledger.other_workers import others_run
 from optuna_quota._ledger.status import LedgerStatus, status, stored_quota
 from optuna_quota._ledger.total_needs import left_for_trial
@@ -18,6 +18,7 @@ __all__ = [
     "Ledger",
     "LedgerStatus",
     "left_for_trial",
+    "no_waiting",
     "others_run",
     "Refusal",
     "status",

@@ -8,9 +8,9 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from optuna_quota._ledger.reservation import Reservation, Worker
+from optuna_quota._ledger.reservation import HEARTBEAT, Reservation, Worker
 from optuna_quota._ledger.rows import TrialRows
-from optuna_quota._ledger.totals import Entry, HEARTBEAT
+from optuna_quota._ledger.totals import Entry
 from optuna_quota._records import parse_record, TrialRecord
 from optuna_quota._resources import CHARGED_RESOURCES, Usage, USAGE_RESOURCES
 from optuna_quota._units import format_seconds

@@ -211,6 +211,7 @@ class Refusal:
         quota: The quota.
         final: Whether nothing more can be admitted to the study; if False, a smaller trial may.
         late: Whether the study ended while the trial waited.
+        temporary: Whether a trial may be admitted once one that runs has ended.
     """
 
     resource: str
@@ -221,6 +222,7 @@ class Refusal:
     quota: float
     final: bool
     late: bool = False
+    temporary: bool = False
 
 
 def _refuse(shortage: Shortage, *, final: bool) -> Refusal:
@@ -252,6 +254,21 @@ def refuse_study_ended(short: Shortage) -> Refusal:
     title = get_resource("gpu_memory" if device else short.resource).title
     reason = f"The study ended while this trial waited for {title} that other trials hold."
     return replace(_refuse(short, final=False), reason=reason, late=True)
+
+
+def refuse_to_wait(short: Shortage, claims: Iterable[Claim], number: int) -> Refusal:
+    """Return the refusal of a trial that must not wait for those that run.
+
+    Args:
+        short: What it would wait for.
+        claims: All running trials.
+        number: The trial.
+    """
+    others = ", ".join(str(claim.number) for claim in claims if claim.number != number)
+    device = short.resource.startswith(DEVICE)
+    title = get_resource("gpu_memory" if device else short.resource).title
+    reason = f"Running trials ({others}) hold what is left of {title}: ask again after a `tell`."
+    return replace(_refuse(short, final=False), reason=reason, temporary=True)
 
 
 def refuse_exhausted(
@@ -305,8 +322,8 @@ def _sentence(short: Shortage) -> str:
         )
     reserved = f", {text(short.reserved)} reserved" if short.reserved > 0 else ""
     spent = f"{text(short.used)} used{reserved}"
-    left, crumbs = short.quota - short.used, 1.01 * _MIN_SHARE * short.quota
-    if left < crumbs or left < short.wanted <= crumbs:
+    left, negligible = short.quota - short.used, 1.01 * _MIN_SHARE * short.quota
+    if left < negligible or left < short.wanted <= negligible:
         return f"The quota of {text(short.quota)} of {title} is used up: {spent}."
     return (
         f"The quota of {text(short.quota)} of {title} has no room for another "

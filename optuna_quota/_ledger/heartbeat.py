@@ -40,7 +40,7 @@ class RunningTrial:
         in_optimize: Whether ``optimize`` runs it in that thread.
         deadline: Seconds from its start until the study's clock time is used up.
         monitor: Its metering; None before that starts.
-        start: When it started, seconds since the epoch.
+        start: When it started, on this process's monotonic clock.
     """
 
     trial_id: int
@@ -51,14 +51,12 @@ class RunningTrial:
     in_optimize: bool
     deadline: float | None = None
     monitor: TrialMonitor | None = None
-    start: float | None = None
+    start: float = 0.0
 
     @property
-    def began(self) -> float | None:
+    def began(self) -> float:
         """The start, later by the time for which this process was suspended since."""
-        if self.start is None or self.monitor is None:
-            return self.start
-        return self.start + self.monitor.paused
+        return self.start + (0.0 if self.monitor is None else self.monitor.paused)
 
     @property
     def left(self) -> Mapping[str, float]:

@@ -29,6 +29,7 @@ from optuna_quota._ledger.grant import (
     refuse_exhausted,
     refuse_never_fitting,
     refuse_study_ended,
+    refuse_to_wait,
     RequestedBy,
     revise_promise,
 )
@@ -41,7 +42,7 @@ from optuna_quota._ledger.protocol import (
     with_queue_place,
 )
 from optuna_quota._ledger.reservation import Reservation, this_worker
-from optuna_quota._ledger.state import Clock, LedgerState, pauses, SystemClock
+from optuna_quota._ledger.state import Clock, LedgerState, pauses, Snapshot, SystemClock
 from optuna_quota._ledger.total_needs import left_for_trial, Needs, no_needs, revise_totals
 from optuna_quota._ledger.totals import describe_unadmitted
 from optuna_quota._resources import Limits, Quota, Usage
@@ -56,8 +57,23 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("optuna.quota.ledger")
 
+# While less than this share of each total is used or reserved, the end of the quota is far.
+_FAR = 0.5
+
 # Seconds of waiting after which a thread that may wait for itself is warned.
 _DEADLOCK_WARNING_AFTER = 10.0
+
+_this_thread = threading.local()
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Refuse trials that this thread asks for within the block where they would have to wait."""
+    _this_thread.must_not_wait = True
+    try:
+        yield
+    finally:
+        _this_thread.must_not_wait = False
 
 
 class Ledger:
@@ -110,6 +126,8 @@ class Ledger:
         self._heartbeat = Heartbeat(self._renew, self._beat, self._state.heartbeat)
         self._running: dict[int, RunningTrial] = {}
         self._logged: set[str] = set()
+        # Whether a trial from `ask` was last told by another thread; None before the first.
+        self._told_elsewhere: bool | None = None
         # One thread at a time changes what this process's running trials hold.
         self._changing = threading.RLock()
 
@@ -201,6 +219,8 @@ class Ledger:
                 return self._begin(trial, limits, decision)
             if refusal is None and decision.shortage is not None:
                 refusal = refuse_never_fitting(decision.shortage)
+                if refusal is None and self._must_not_wait():
+                    refusal = refuse_to_wait(decision.shortage, seen.claims, number)
             if refusal is not None:
                 self._state.write(trial_id, Reservation())
                 return refusal
@@ -313,8 +333,11 @@ class Ledger:
         """Stop following a trial whose row has its usage and is about to finish."""
         self._heartbeat.remove(trial_id)
         with self._changing:
-            if self._running.pop(trial_id, None) is not None:
+            running = self._running.pop(trial_id, None)
+            if running is not None:
                 self._state.charge(trial_id, usage)
+                if not running.in_optimize:
+                    self._told_elsewhere = running.thread != threading.get_ident()
 
     def exhausted(self, needs: Needs = no_needs) -> Refusal | None:
         """Return why nothing more can be admitted; None if something can.
@@ -322,14 +345,27 @@ class Ledger:
         Args:
             needs: As for :meth:`reserve`.
         """
+        last = self._state.last
+        if last is not None and self._is_far_from_end(last):
+            # To read the rows costs as much as a bare `ask`. If others use that much meanwhile,
+            # the next trial is refused.
+            return None
         seen = self._state.read()
+        running = self._state.running_claims(seen)
         granted = {
-            name: sum(claim.granted.get(name, 0.0) for claim in seen.claims)
+            name: sum(claim.granted.get(name, 0.0) for claim in running)
             for name in self.quota.totals
         }
         used = self._state.used_with_charged(seen)
-        least = needs(seen.free(self.quota), len(seen.claims))
+        least = needs(seen.free(self.quota), len(running))
         return refuse_exhausted(self.quota, used, {}, granted, least)
+
+    def _is_far_from_end(self, seen: Snapshot) -> bool:
+        used = self._state.used_with_charged(seen)
+        return all(
+            used.get(name, 0.0) + seen.reserved.get(name, 0.0) < _FAR * total
+            for name, total in self.quota.totals.items()
+        )
 
     def _log_once(self, name: str, text: str | None) -> None:
         if text is not None and name not in self._logged:
@@ -344,6 +380,21 @@ class Ledger:
             return "optimize"
         return "ask in a batch" if self._asked_by_this_thread() else "ask"
 
+    def _must_not_wait(self) -> bool:
+        """Return whether this thread has to ``tell`` before it may wait: a deadlock otherwise.
+
+        Threads that ``tell`` what others asked for have done so before, if there are any.
+        """
+        if getattr(_this_thread, "must_not_wait", False):
+            return True
+        if self._in_optimize_loop() or not self._asked_by_this_thread():
+            return False
+        if self._told_elsewhere is not None:
+            return not self._told_elsewhere
+        here = threading.current_thread()
+        others = [thread for thread in threading.enumerate() if thread is not here]
+        return all(thread.name.startswith("optuna-quota-") for thread in others)
+
     def _asked_by_this_thread(self) -> list[int]:
         """Return the numbers of running trials that this thread got from ``ask``."""
         return [r.number for r in self._of_this_thread() if not r.in_optimize]
@@ -351,12 +402,16 @@ class Ledger:
     def _of_this_thread(self) -> list[RunningTrial]:
         here = threading.get_ident()
         with self._changing:
+            # Of a point that was rejected in `ask`, the row has ended without a `tell`.
+            for running in list(self._running.values()):
+                if running.monitor is not None and running.monitor.closed:
+                    del self._running[running.trial_id]
             return [r for r in self._running.values() if r.thread == here]
 
     def _queue(
         self, trial_id: int, held: Reservation, requests: Mapping[str, ResourceRequest]
     ) -> Reservation:
-        now, place = self._clock.time(), with_queue_place(held, requests)
+        now, place = self._state.now(), with_queue_place(held, requests)
         is_due = held.beat is None or now - held.beat > self._state.heartbeat
         if place.queued_for == held.queued_for and not is_due:
             return held
@@ -365,16 +420,16 @@ class Ledger:
         return place
 
     def _begin(self, trial: FrozenTrial, limits: Limits, decision: Decision) -> Grant:
-        trial_id, now = _optuna.trial_id_of(trial), self._clock.time()
-        held = with_decision(Reservation(began=now, beat=now), decision)
+        trial_id, start = _optuna.trial_id_of(trial), self._clock.monotonic()
+        held = with_decision(Reservation(began=self._state.now(start)), decision)
         held = replace(held, gpu=find_gpus(decision.granted))
         self._state.write(trial_id, held)
         thread, in_optimize = threading.get_ident(), self._in_optimize_loop()
         running = RunningTrial(
-            trial_id, trial.number, held, limits, thread, in_optimize, start=now
+            trial_id, trial.number, held, limits, thread, in_optimize, start=start
         )
         if self.quota.wall_time is not None:
-            running.deadline = max(0.0, self.quota.wall_time - self._state.wall_time(now))
+            running.deadline = max(0.0, self.quota.wall_time - self._state.wall_time())
         self._running[trial_id] = running
         return Grant(running.left, gpu=held.gpu)
 
@@ -403,7 +458,7 @@ class Ledger:
         return running.left
 
     def _change(self, running: RunningTrial, held: Reservation) -> None:
-        running.reservation = replace(held, began=running.began, beat=self._clock.time())
+        running.reservation = replace(held, began=self._state.now(running.began))
         self._state.write(running.trial_id, running.reservation)
 
     def _renew(self, trial_id: int) -> None:
@@ -421,6 +476,9 @@ class Ledger:
     def _beat(self, trial_id: int) -> None:
         with self._monitored(trial_id) as running:
             if running is not None and running.monitor is not None:
+                if self.quota.wall_time is not None:
+                    # To follow the clock of a worker that came while this trial ran.
+                    self._state.read()
                 used = running.monitor.usage().amounts()
                 self._change(running, replace(running.reservation, used=used))
 
@@ -432,7 +490,6 @@ class Ledger:
             monitor = None if running is None else running.monitor
             if running is None or monitor is None or monitor.closed:
                 self._heartbeat.remove(trial_id)
-                self._running.pop(trial_id, None)
                 yield None
                 return
             try:

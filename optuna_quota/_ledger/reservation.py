@@ -19,6 +19,9 @@ from typing import Any
 from optuna_quota._records import number, plain_number
 
 
+# Seconds between two heartbeats of a worker.
+HEARTBEAT = 30.0
+
 _DEAD = frozenset("ZXx")
 
 
@@ -131,8 +134,10 @@ class Reservation:
         asked: What it claims instead while that is being settled, else empty.
         queued_for: Its place in the queue while it waits, else empty.
         worker: The process that runs it.
-        began: When it was granted, in seconds since the epoch on its machine's clock.
+        began: When it was granted, in seconds since the epoch on the study's clock: that of its
+            machine, unless another worker's was ahead.
         beat: When its worker last wrote, on the same clock.
+        every: Seconds after which its worker writes again while it runs.
         used: Its usage at that time.
         charged: What an orphaned trial is charged for, as its usage was not measured.
         gpu: UUIDs of the GPUs that it was given, separated by commas.
@@ -146,6 +151,7 @@ class Reservation:
     worker: Worker | None = None
     began: float | None = None
     beat: float | None = None
+    every: float = HEARTBEAT
     used: Mapping[str, float] = field(default_factory=dict)
     charged: Mapping[str, float] = field(default_factory=dict)
     gpu: str | None = None
@@ -172,6 +178,8 @@ def reservation_object(reservation: Reservation) -> dict[str, Any]:
     for name in ("began", "beat"):
         if getattr(reservation, name) is not None:
             found[name] = round(getattr(reservation, name), 3)
+    if reservation.every != HEARTBEAT:
+        found["every"] = reservation.every
     if reservation.study is not None:
         found["study"] = reservation.study
     if reservation.gpu is not None:
@@ -200,6 +208,7 @@ def parse_reservation(value: Any, trial_id: int, study: str | None = None) -> Re
         worker=_parse_worker(value.get("worker")),
         began=number(value.get("began")),
         beat=number(value.get("beat")),
+        every=number(value.get("every")) or HEARTBEAT,
         gpu=gpu if isinstance(gpu, str) else None,
         study=stamp if isinstance(stamp, str) else None,
     )

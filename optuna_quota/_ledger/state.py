@@ -27,12 +27,12 @@ from optuna_quota._ledger.protocol import (
     with_claim,
     with_decision,
 )
-from optuna_quota._ledger.reservation import is_alive, Reservation, this_worker
+from optuna_quota._ledger.reservation import is_alive, Reservation, this_worker, Worker
 from optuna_quota._ledger.rows import TrialRows
-from optuna_quota._ledger.totals import Entry, QuotaTotals
+from optuna_quota._ledger.totals import CLOCK_TOLERANCE, Entry, QuotaTotals
 from optuna_quota._records import read_amounts, STUDY_LIMITS
 from optuna_quota._resources import CHARGED_RESOURCES, Limits, Quota, Usage
-from optuna_quota._storage_retry import reconnect_dead_connections, repair_torn_lines
+from optuna_quota._storage_retry import survive_outages
 from optuna_quota._units import format_seconds
 
 
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("optuna.quota.ledger")
 
-# Seconds by which the clocks of two hosts may differ without a warning.
-_CLOCK_TOLERANCE = 5.0
+# Seconds. A row can say anything; a clock that is further ahead is told of and not followed.
+_FURTHEST_AHEAD = 86_400.0
 # Seconds between two queries for the storage's own heartbeats.
 _STALE_INTERVAL = 5.0
 _FIRST_PAUSE = 0.002
@@ -136,18 +136,30 @@ class LedgerState:
         self.ceilings = {**quota.amounts(), **{gpu.resource: gpu.memory for gpu in gpus}}
         self.clock = clock
         self.heartbeat = lease / HEARTBEATS_PER_LEASE
-        reconnect_dead_connections(_optuna.storage_of(study))
-        repair_torn_lines(_optuna.storage_of(study))
+        survive_outages(_optuna.storage_of(study))
         self.rows = TrialRows(study)
         bounds = read_amounts(_optuna.user_attrs_of(study).get(STUDY_LIMITS))
-        self._totals = QuotaTotals(quota, bounds, heartbeat=self.heartbeat)
+        self._totals = QuotaTotals(quota, bounds)
         self._charged: dict[int, Usage] = {}
         self._lock = threading.Lock()
         self.last: Snapshot | None = None
         self._studies = studies
         self._leases = Leases(lease, is_alive)
         self._stale_read: float | None = None
+        # The study's clock: this machine's at this moment, then as time passes here.
+        self._ahead = clock.time() - clock.monotonic()
         self._warned_of: set[str] = set()
+
+    def now(self, since: float | None = None) -> float:
+        """Return the time on the study's clock, in seconds since the epoch.
+
+        All workers follow the one whose clock is ahead, so that trials that run at the same time
+        do so on the study's clock as well.
+
+        Args:
+            since: A time on this process's monotonic clock instead of now.
+        """
+        return self._ahead + (self.clock.monotonic() if since is None else since)
 
     def read(self) -> Snapshot:
         """Read what has changed and return all rows at this moment."""
@@ -155,33 +167,32 @@ class LedgerState:
             self.rows.read_into(self._totals)
             open_ids = {entry.trial_id for entry in self._totals.open}
             self._charged = {k: v for k, v in self._charged.items() if k in open_ids}
-            now, here = self.clock.time(), this_worker()
-            self._warn_of_clocks(now, here.machine)
+            here = this_worker()
+            if self.quota.wall_time is not None:
+                self._follow(*self._totals.latest)
             self.last = Snapshot(
-                self._totals.used(now, here),
+                self._totals.used(self.now(), here),
                 self._totals.reserved(here.machine),
                 tuple(self._totals.claims),
                 self._totals.open,
             )
             return self.last
 
-    def _warn_of_clocks(self, now: float, here: str) -> None:
-        if self.quota.wall_time is None:
+    def _follow(self, latest: float, worker: Worker | None) -> None:
+        """Advance the study's clock to what another worker has written from its future."""
+        ahead = latest - self.now()
+        if worker is None or ahead < CLOCK_TOLERANCE:
             return
-        for entry in self._totals.open:
-            held = entry.reservation
-            if held is None or held.worker is None or held.beat is None:
-                continue
-            worker, ahead = held.worker, held.beat - now
-            known = worker.machine == here or worker.machine in self._warned_of
-            if known or ahead < _CLOCK_TOLERANCE:
-                continue
-            self._warned_of.add(worker.machine)
-            _logger.warning(
-                f"The clock of host {worker.host} is {format_seconds(ahead)} ahead of this "
-                "host's: `wall_time` may count trials that run at the same time on both twice, "
-                "for up to that long. Synchronize the clocks."
-            )
+        if ahead < _FURTHEST_AHEAD:
+            self._ahead += ahead
+        if worker.machine in self._warned_of:
+            return
+        self._warned_of.add(worker.machine)
+        _logger.warning(
+            f"The clock of host {worker.host} is {format_seconds(ahead)} ahead of that of "
+            f"{this_worker().host}: synchronize them. Wall time of the quota is counted by the "
+            "former; start and end of a trial are stored by its own host's clock."
+        )
 
     def refresh(self) -> Snapshot:
         """Read the rows, fail those of dead workers, and return what is left."""
@@ -203,7 +214,7 @@ class LedgerState:
     def fail_orphaned(self, *orphans: OrphanedTrial) -> None:
         """Finish the rows of orphaned trials, and call the storage's callback, which may retry."""
         for trial_id in fail_orphaned_trials(
-            self.rows, orphans, self.clock.time(), lease=self._leases.lease
+            self.rows, orphans, self.now(), lease=self._leases.lease
         ):
             try:
                 for study in tuple(self._studies)[:1]:
@@ -213,10 +224,10 @@ class LedgerState:
                     f"The storage's callback for the trial with id {trial_id} failed: {fault!r}."
                 )
 
-    def wall_time(self, now: float) -> float:
-        """Return the study's clock time by the rows as last read, as a trial starts here."""
+    def wall_time(self) -> float:
+        """Return the study's wall time by the rows as last read, as a trial starts here."""
         with self._lock:
-            return self._totals.wall_time(now, this_worker())
+            return self._totals.wall_time(self.now(), this_worker())
 
     def set_bounds(self, limits: Limits) -> None:
         """Charge trials of unknown usage with the limits that are the study's now."""
@@ -242,13 +253,24 @@ class LedgerState:
         return self.rows.take_enqueued(trial_id, self._signed(trial_id, Reservation()))
 
     def _signed(self, trial_id: int, reservation: Reservation) -> Reservation:
-        beat = self.clock.time()
-        return replace(reservation, trial_id=trial_id, worker=this_worker(), beat=beat)
+        return replace(
+            reservation,
+            trial_id=trial_id,
+            worker=this_worker(),
+            beat=self.now(),
+            every=self.heartbeat,
+        )
 
     def charge(self, trial_id: int, usage: Usage) -> None:
         """Record the usage of a trial whose row is about to finish."""
         with self._lock:
             self._charged[trial_id] = usage
+
+    def running_claims(self, snapshot: Snapshot) -> list[Claim]:
+        """Return the claims of trials that have not been charged."""
+        with self._lock:
+            charged = {e.number for e in snapshot.open if e.trial_id in self._charged}
+        return [claim for claim in snapshot.claims if claim.number not in charged]
 
     def used_with_charged(self, snapshot: Snapshot) -> dict[str, float]:
         """Return the usage by resource, with charged trials whose row has not finished yet."""
@@ -260,6 +282,7 @@ class LedgerState:
                 continue
             amounts = {name: usage.get(name) or 0.0 for name in CHARGED_RESOURCES}
             amounts["cost"] = self.quota.price(amounts)
+            amounts["n_trials"] = 1.0
             for name, amount in amounts.items():
                 used[name] = used.get(name, 0.0) + amount
         return used

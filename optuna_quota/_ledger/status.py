@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-import html
 import math
 import time
 from typing import Any, TYPE_CHECKING
 
 from optuna_quota import _optuna
+from optuna_quota._html import element, table
 from optuna_quota._ledger.rows import TrialRows
 from optuna_quota._ledger.totals import QuotaTotals
 from optuna_quota._metering.breach import quota_bound
@@ -20,6 +20,7 @@ from optuna_quota._resources import (
     HELD_RESOURCES,
     PRICED_RESOURCES,
     Quota,
+    quota_from_amounts,
     TOTAL_RESOURCES,
 )
 from optuna_quota._units import format_seconds
@@ -129,15 +130,17 @@ class LedgerStatus:
         return _frame(dict(self.by_outcome), self._used_resources(self.by_outcome))
 
     def __str__(self) -> str:
-        parts = [_text_table(self._resource_rows())]
-        for title, groups in (("worker", self.by_worker), ("outcome", self.by_outcome)):
-            if groups or (title == "worker" and self.running):
-                parts.append(_text_table(self._group_rows(title, groups)))
-        notes = list(self._notes())
-        return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])])
+        notes = "\n".join(self._notes())
+        return "\n\n".join([*map(_text_table, self._tables()), *([notes] if notes else [])])
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        tables = (table(t[0], t[1:], right=range(1, len(t[0]))) for t in self._tables())
+        return element("div", *tables, *(element("p", note) for note in self._notes()))
+
+    def _tables(self) -> list[list[tuple[str, ...]]]:
+        groups = (("worker", self.by_worker), ("outcome", self.by_outcome))
+        tables = [self._resource_rows(), *(self._group_rows(*group) for group in groups)]
+        return [rows for rows in map(list, tables) if len(rows) > 1]
 
     def _used_resources(self, groups: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:
         known = {name for amounts in groups.values() for name in amounts}
@@ -146,7 +149,7 @@ class LedgerStatus:
     def _resource_rows(self) -> Iterator[tuple[str, ...]]:
         yield ("resource", "used", "reserved", "left", "quota", "")
         for line in self.lines:
-            shown = (line.used, line.reserved, line.left, line.quota)
+            shown = (line.used, line.reserved or None, line.left, line.quota)
             texts = ("–" if v is None else format_amount(line.resource, v) for v in shown)
             yield (get_resource(line.resource).title, *texts, _share(line))
 
@@ -157,8 +160,8 @@ class LedgerStatus:
         running = title == "worker"
         heads = [get_resource(name).title for name in resources]
         yield (title, *(("running",) if running else ()), *heads)
-        names = sorted({*groups, *(self.running if running else ())})
-        for name in names:
+        used = {name for name, amounts in groups.items() if any(amounts.values())}
+        for name in sorted(used.union(self.running if running else ())):
             amounts = groups.get(name, {})
             count = (str(self.running.get(name, 0)),) if running else ()
             yield (
@@ -222,7 +225,7 @@ def stored_quota(attributes: Mapping[str, Any]) -> Quota:
         prices = {}
     if "n_trials" in amounts and not float(amounts["n_trials"]).is_integer():
         del amounts["n_trials"]
-    return Quota(**amounts, prices=prices or None)
+    return quota_from_amounts(amounts, prices)
 
 
 def status_of(totals: QuotaTotals, now: float, projection: Any = None) -> LedgerStatus:
@@ -298,11 +301,10 @@ def _share(line: LedgerLine) -> str:
     return f"{100 * (line.used + line.reserved) / line.quota:.0f}%"
 
 
-def _text_table(rows: Iterator[tuple[str, ...]]) -> str:
-    table = list(rows)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+def _text_table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for row in table:
+    for row in rows:
         cells = (
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))

@@ -6,10 +6,11 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+import math
 from typing import TYPE_CHECKING
 
 from optuna_quota._ledger.protocol import Claim, is_held
-from optuna_quota._ledger.reservation import is_alive, parse_reservation, Reservation, Worker
+from optuna_quota._ledger.reservation import parse_reservation, Reservation, Worker
 from optuna_quota._records import parse_record, RESERVATION
 from optuna_quota._resources import (
     CHARGED_RESOURCES,
@@ -19,6 +20,7 @@ from optuna_quota._resources import (
     TOTAL_RESOURCES,
     Usage,
 )
+from optuna_quota._storage_retry import ASKED
 from optuna_quota._table import optuna_duration
 
 
@@ -26,12 +28,12 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
-# Seconds between two heartbeats of a worker.
-HEARTBEAT = 30.0
-
 # Seconds: a longer pause between two trials of a worker is not clock time of the study. What a
 # worker does between trials, such as drawing a point, takes less and counts.
 LONGEST_GAP = 10.0
+
+# Seconds by which the clocks of two hosts may differ without consequences.
+CLOCK_TOLERANCE = 5.0
 
 # Summed over finished trials; `wall_time` is a union of intervals, not a sum.
 _SUMMED = tuple(name for name in TOTAL_RESOURCES if name != "wall_time")
@@ -133,7 +135,7 @@ class Entry:
         outcome: How it ended; empty while it has not.
         reservation: Its reservation; None if no ledger admitted it.
         charges: What it used by resource; None where unknown.
-        span: When it ran, from start to end, on its machine's clock.
+        span: When it ran, from start to end, on the study's clock.
         untouched: Whether nothing was written into the row since it was created.
     """
 
@@ -175,9 +177,8 @@ def read_entry(
     reservation = parse_reservation(written, trial_id, study)
     if not trial.state.is_finished():
         state = trial.state.name.lower()
-        touched = (
-            trial.params or trial.user_attrs or trial.system_attrs or trial.intermediate_values
-        )
+        others = trial.system_attrs.keys() - {ASKED}
+        touched = trial.params or trial.user_attrs or others or trial.intermediate_values
         untouched = state == "running" and not touched
         return Entry(trial.number, trial_id, state, reservation=reservation, untouched=untouched)
     record = parse_record(trial.user_attrs)
@@ -250,7 +251,6 @@ class QuotaTotals:
     Args:
         quota: The quota; its prices turn usage into cost.
         bounds: Limits of one trial, by resource: charged to a trial of unknown usage.
-        heartbeat: Seconds between two heartbeats of a worker.
 
     Attributes:
         open: Rows that have not finished.
@@ -261,12 +261,7 @@ class QuotaTotals:
         by_outcome: The same by outcome.
     """
 
-    def __init__(
-        self,
-        quota: Quota,
-        bounds: Mapping[str, float] | None = None,
-        heartbeat: float = HEARTBEAT,
-    ) -> None:
+    def __init__(self, quota: Quota, bounds: Mapping[str, float] | None = None) -> None:
         self.quota = quota
         self.bounds = bounds or {}
         self.open: tuple[Entry, ...] = ()
@@ -274,11 +269,11 @@ class QuotaTotals:
         self.unknown: Counter[str] = Counter()
         self.by_worker: dict[str, Counter[str]] = {}
         self.by_outcome: dict[str, Counter[str]] = {}
-        self._heartbeat = heartbeat
         self._time = WorkerTime()
         self._unadmitted_time = IntervalUnion(gap=LONGEST_GAP)
         self._known: Counter[str] = Counter()
         self._largest: dict[str, float] = {}
+        self._latest_end: tuple[float, Worker | None] = (-math.inf, None)
 
     def update(self, finished: Iterable[Entry], still_open: Sequence[Entry]) -> None:
         """Add rows that have finished, and replace those that have not."""
@@ -305,6 +300,8 @@ class QuotaTotals:
         if entry.span is not None:
             worker = None if entry.reservation is None else entry.reservation.worker
             self._time.add(worker, *entry.span)
+            if worker is not None and entry.span[1] > self._latest_end[0]:
+                self._latest_end = (entry.span[1], worker)
 
     def used(self, now: float, here: Worker | None = None) -> dict[str, float]:
         """Return the usage by resource.
@@ -312,7 +309,7 @@ class QuotaTotals:
         A trial of unknown usage counts with its limit, or else with the largest known usage.
 
         Args:
-            now: Seconds since the epoch.
+            now: Seconds on the study's clock.
             here: A worker that is about to start a trial.
         """
         used = {
@@ -338,16 +335,24 @@ class QuotaTotals:
             running.append((here, now, now))
         return self._time.with_running(running)
 
-    def _until(self, reservation: Reservation, now: float) -> float:
-        worker, beat = reservation.worker, reservation.beat
+    @staticmethod
+    def _until(held: Reservation, now: float) -> float:
+        beat = held.beat
         if beat is None:
             return now
-        if worker is not None and is_alive(worker):
-            # On this machine's clock; another worker's lease may be longer than the reader's.
-            return max(now, beat)
-        # On its worker's own clock, which may differ from the reader's: since its last heartbeat,
-        # no more than the time to the next one has passed.
-        return min(max(now, beat), beat + self._heartbeat)
+        passed = max(0.0, now - beat)
+        # After the next heartbeat was due, its worker is dead or its clock is behind.
+        return beat + (min(passed, held.every) if passed < held.every + CLOCK_TOLERANCE else 0.0)
+
+    @property
+    def latest(self) -> tuple[float, Worker | None]:
+        """The latest time on the study's clock that any worker has written, and the worker."""
+        beats = [
+            (e.reservation.beat, e.reservation.worker)
+            for e in self.open
+            if e.reservation is not None and e.reservation.beat is not None
+        ]
+        return max([self._latest_end, *beats], key=lambda pair: pair[0])
 
     def reserved(self, machine: str | None = None) -> dict[str, float]:
         """Return what running trials hold or ask for, by resource.

@@ -359,7 +359,10 @@ def _warn(
     message = f"{what[0].upper()}{what[1:]} {verb} not measured{how}: {reason}."
     limited = [name for name in resources if name in unenforced]
     if limited:
-        message += f" The limit on {_titles(limited)} can't be enforced here."
+        message += (
+            f" A limit or quota on {_titles(limited)} can't be enforced here: "
+            "`optuna-quota doctor` says more."
+        )
     warn_once(f"gpu: {reason}", message, level=level)
 
 

@@ -117,6 +117,7 @@ class MonitoredTree:
         self._memory = reading.memory
         self._read_at = self.due = self._thorough_due = now
         trial.record_memory(now, reading.memory, None)
+        trial.held = reading.memory if self.pid is None else None
         if reading.cpu_time is not None:
             # A process made for the trial counts from its creation, known to a clock tick.
             is_own = age is not None and age <= max(0.0, now - trial.started) + 0.02

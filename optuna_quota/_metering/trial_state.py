@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -90,7 +90,7 @@ class UsageTotals:
 
 
 class Timeline:
-    """A trial's memory over time: a bounded number of points, each the maximum of its bucket.
+    """A trial's usage over time: a bounded number of points, each the maximum of its bucket.
 
     Time is cut into buckets of equal width. When there are too many, the width doubles and
     neighbours merge: a peak is never thinned away.
@@ -136,6 +136,7 @@ class TrialState:
         isolation: ``"thread"`` alone in this process, ``"shared"`` once another trial ran in this
             process at the same time, ``"process"`` in a process tree of its own, None where this
             process can't see it.
+        held: Memory that this process held before the trial began in it, in bytes.
         breach: The first breach; it stays.
         verdict: How the trial ended, once that is decided.
         owner: Which component writes the trial's record, ``"sampler"`` for the sampler.
@@ -163,6 +164,7 @@ class TrialState:
         self.meters = tuple(meters)
         self.started = started
         self.isolation: Isolation | None = "thread"
+        self.held: float | None = None
         self.breach: Breach | None = None
         self.verdict: Verdict | None = None
         self.owner: str | None = None
@@ -182,7 +184,7 @@ class TrialState:
         self._is_finished = False
         self._unseen_peak: float | None = None
         self._callbacks: list[Callable[[Breach], None]] = []
-        self._timeline = Timeline()
+        self._timelines: dict[str, Timeline] = defaultdict(Timeline)
         self._cpu_samples: deque[tuple[float, float]] = deque()
 
     @property
@@ -210,9 +212,14 @@ class TrialState:
         """The usage of the quotas of which more was requested, at the time of the request."""
         return {} if self.extension is None else self.extension.needs
 
-    def timeline(self) -> tuple[tuple[float, float], ...]:
-        """Return pairs of seconds since the start and bytes of memory, at most 60."""
-        return self._timeline.points()
+    def timeline(self, resource: str = "memory") -> tuple[tuple[float, float], ...]:
+        """Return pairs of seconds since the start and usage, at most 60.
+
+        Args:
+            resource: ``"memory"``, or a resource with a ceiling, of which a peak is that so far.
+        """
+        found = self._timelines.get(resource)
+        return () if found is None else found.points()
 
     def usage_after(self, elapsed: float) -> Usage:
         """Return the usage as last measured, with the wall time in seconds."""
@@ -259,7 +266,7 @@ class TrialState:
         """Record the memory now, and a peak between two samples."""
         if memory is not None:
             self.used.record_peak("memory", memory)
-            self._timeline.add(max(0.0, now - self.started), memory)
+            self._timelines["memory"].add(max(0.0, now - self.started), memory)
         self.record_unseen_peak(unseen_peak)
 
     def record_unseen_peak(self, peak: float | None) -> None:
@@ -285,6 +292,8 @@ class TrialState:
         if "cpu_cores" in self._ceilings:
             amounts.update(self._cpu_cores(now, amounts.get("cpu_time")))
         elapsed = max(0.0, now - self.started)
+        for name in amounts.keys() & self._ceilings.keys() - {"memory"}:
+            self._timelines[name].add(elapsed, amounts[name])
         for name in CLOCK_RESOURCES:
             amounts.setdefault(name, elapsed)
         if self.prices:
@@ -311,7 +320,7 @@ class TrialState:
         if self.isolation != "thread":
             return
         self.isolation = "shared"
-        self._timeline = Timeline()
+        self._timelines.clear()
         self._unseen_peak = None
         peaks = [name for name in USAGE_RESOURCES if RESOURCES[name].peak]
         for name in (*peaks, *(meter.name for meter in self.meters if meter.peak)):
@@ -330,10 +339,10 @@ class TrialState:
     def isolate(self) -> None:
         """Discard what was measured of this process: the trial gets a process of its own."""
         self.isolation = "process"
-        self.gpu = None
+        self.gpu = self.held = None
         self.used = UsageTotals()
         self._unseen_peak = None
-        self._timeline = Timeline()
+        self._timelines.clear()
         self._cpu_samples.clear()
         if self.breach is not None and self.breach.resource not in CLOCK_RESOURCES:
             self.breach = None

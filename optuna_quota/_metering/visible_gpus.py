@@ -154,6 +154,15 @@ def device_memory(environment: Mapping[str, str]) -> float | None:
     return None if shown.unresolved and len(totals) > 1 else min(totals)
 
 
+def total_memory(environment: Mapping[str, str]) -> float | None:
+    """Return the memory of all GPUs that CUDA shows together, in bytes; None if unknown."""
+    try:
+        shown = visible_gpus(environment)
+        return None if shown.unresolved else sum(float(d.memory()[1]) for d in shown.devices)
+    except GpuError:
+        return None
+
+
 def free_memory(environment: Mapping[str, str]) -> list[float]:
     """Return the bytes that are free on each GPU or MIG instance that CUDA shows, where known."""
     found = []

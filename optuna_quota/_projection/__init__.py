@@ -2,7 +2,10 @@
 
 from optuna_quota._projection.project_strategy import project, project_end
 from optuna_quota._projection.projection import (
+    COLUMNS,
     describe_nearest,
+    describe_probability,
+    describe_resource,
     describe_strategy,
     format_probability,
     ProjectedResource,
@@ -11,9 +14,12 @@ from optuna_quota._projection.projection import (
 
 
 __all__ = [
+    "COLUMNS",
     "ProjectedResource",
     "Projection",
     "describe_nearest",
+    "describe_probability",
+    "describe_resource",
     "describe_strategy",
     "format_probability",
     "project",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-import html
 import math
 from typing import Any, TYPE_CHECKING
 
+from optuna_quota._html import element, table
 from optuna_quota._resources import format_amount, get_resource, Strategy
 
 
@@ -122,18 +122,38 @@ class Projection:
         return f"{fits} as far as known"
 
     def __str__(self) -> str:
-        verdict = self.verdict("fits its quota", "does not fit its quota")
-        lines = [
-            f"A strategy of {describe_strategy(self.strategy)} {verdict}: probability "
-            f"{describe_probability(self)}, {format_probability(self.confidence)} required."
-        ]
+        lines = [self._conclusion()]
         lines += [f"  {row}" for row in (self.resources if self.fits else self.unfit)]
         if not self.fits:
             lines.append(describe_nearest(self))
         return "\n".join(lines)
 
+    def _conclusion(self) -> str:
+        verdict = self.verdict("fits its quota", "does not fit its quota")
+        return (
+            f"A strategy of {describe_strategy(self.strategy)} {verdict}: probability "
+            f"{describe_probability(self)}, {format_probability(self.confidence)} required."
+        )
+
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        rows = [describe_resource(row) for row in self.resources]
+        parts = [element("p", self._conclusion()), table(COLUMNS, rows, right=range(1, 6))]
+        if not self.fits:
+            parts.append(element("p", describe_nearest(self)))
+        return element("div", *parts)
+
+
+COLUMNS = ("resource", "at least", "median", "at most", "quota", "probability")
+
+
+def describe_resource(row: ProjectedResource) -> tuple[str, ...]:
+    """Return a row as text by :data:`COLUMNS`; what is unknown is empty."""
+    amounts = (row.lower, row.median, row.upper, row.quota)
+    return (
+        get_resource(row.resource).title,
+        *("" if v is None or math.isnan(v) else format_amount(row.resource, v) for v in amounts),
+        "" if row.probability is None else format_probability(row.probability),
+    )
 
 
 def describe_strategy(strategy: Strategy) -> str:
@@ -163,11 +183,13 @@ def describe_nearest(projection: Projection) -> str:
 
 
 def describe_probability(projection: Projection) -> str:
-    """Return the probability that it fits, "unknown" where no quota could be judged."""
-    judged = [r for r in projection.resources if r.probability is not None]
-    if projection.not_judged and not judged:
+    """Return the probability that it fits, and what could not be judged."""
+    unknown = [get_resource(row.resource).title for row in projection.not_judged]
+    if not unknown:
+        return format_probability(projection.probability)
+    if all(row.probability is None for row in projection.resources):
         return "unknown"
-    return format_probability(projection.probability)
+    return f"{format_probability(projection.probability)} without {' and '.join(unknown)}"
 
 
 def format_probability(probability: float) -> str:

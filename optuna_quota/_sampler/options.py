@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args, Literal
 
+from optuna_quota._optuna import misplaced
+from optuna_quota._resources import CLOCK_RESOURCES, Quota
 
+
+Metering = Literal[True, False, "reported"]
 OnExhausted = Literal["stop", "raise"]
 OnCrowded = Literal["wait", "smaller"]
 OnProjected = Literal["continue", "stop", "raise"]
@@ -67,11 +71,27 @@ def checked_gpus_per_trial(gpus_per_trial: int | None, one_gpu: bool) -> int | N
     return gpus_per_trial
 
 
+def check_measurable(quota: Quota) -> None:
+    """Raise ValueError for a quota on more than numbers and times, where no trial is measured."""
+    measured = {"n_trials", *CLOCK_RESOURCES}
+    if quota.prices.keys() <= measured:
+        measured.add("cost")
+    unknown = [name for name in quota.amounts() if name not in measured]
+    if unknown:
+        raise ValueError(
+            "`quota` must be of n_trials, wall_time or trial_time with `metering=False`, which "
+            f"measures nothing else, but got {quota!r}. Where each trial's row reports its "
+            f'{unknown[0]} as "quota:{unknown[0]}" before `tell`, pass `metering="reported"`.'
+        )
+
+
 def check_types(**given: tuple[Any, type]) -> None:
     """Raise TypeError for an option that is neither None nor of its type."""
     for name, (value, kind) in given.items():
         if value is not None and not isinstance(value, kind):
-            raise TypeError(f"`{name}` must be a {kind.__name__} or None but got {value!r}.")
+            raise TypeError(
+                f"`{name}` must be a {kind.__name__} or None but got {value}.{misplaced(value)}"
+            )
 
 
 def check_choices(**given: tuple[Any, Any]) -> None:

@@ -21,6 +21,7 @@ from optuna_quota._ledger.reservation import (
     this_worker,
 )
 from optuna_quota._records import (
+    BREACH_TIMELINE,
     CHECKPOINT,
     is_rejected,
     PREFIX,
@@ -110,7 +111,8 @@ def clear_copied_attributes(study: Study, trial: FrozenTrial) -> None:
         for key in trial.user_attrs
         if key.startswith(PREFIX) and key not in (RETRY_OF, CHECKPOINT)
     }
-    system: dict[str, Any] = {TIMELINE: None} if TIMELINE in trial.system_attrs else {}
+    copied_lines = trial.system_attrs.keys() & {TIMELINE, BREACH_TIMELINE}
+    system: dict[str, Any] = dict.fromkeys(sorted(copied_lines))
     if copied or system:
         storage = _optuna.storage_of(study)
         write_attributes(storage, trial_id, user=copied, system=system)

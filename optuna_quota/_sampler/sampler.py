@@ -17,8 +17,9 @@ from optuna_quota._enforcement.active_trials import resolve_cores
 from optuna_quota._enforcement.constraints import uniform_constraints
 from optuna_quota._enforcement.nesting import find_nested, quota_pruners
 from optuna_quota._enforcement.pruner import QuotaPruner, wrap_nesting_pruner
+from optuna_quota._enforcement.study_warnings import warn_of_ceilings
 from optuna_quota._enforcement.trial_result import read_row, record_ignored_rejection
-from optuna_quota._footprint.user_given import as_footprint
+from optuna_quota._footprint.user_given import as_footprint, by_value, from_value
 from optuna_quota._ledger import LEASE, Refusal
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop
 from optuna_quota._resources import Limits, Quota, Strategy, Usage
@@ -27,13 +28,16 @@ from optuna_quota._sampler.deadline import DeadlineOption, parse_deadline
 from optuna_quota._sampler.options import (
     AdmissionOptions,
     check_choices,
+    check_measurable,
     check_types,
     checked_gpus_per_trial,
+    Metering,
     OnCrowded,
     OnExhausted,
     OnProjected,
     OnVeto,
 )
+from optuna_quota._sampler.ray_tune import adapt_ray_tune
 from optuna_quota._sampler.row_cleanup import (
     clear_copied_attributes,
     fail_unfinished_trial,
@@ -62,7 +66,7 @@ _logger = logging.getLogger("optuna.quota.sampler")
 _MOST_DRAWS = 4
 
 
-class QuotaSampler(BaseSampler):
+class QuotaSampler(_optuna.StudyPart, BaseSampler):
     """Samples as another sampler does, inside a quota.
 
     Example:
@@ -105,9 +109,9 @@ class QuotaSampler(BaseSampler):
         metering: False where trials run in processes that this one neither starts nor sees, as
             under Ray Tune, or in an ask-and-tell loop that hands them to other machines. Only
             the time from ``ask`` to ``tell`` is measured then, since all else would be this
-            process's own, and other usage stays unknown unless the trial's row reports it:
-            ``trial.set_user_attr("quota:memory", peak_bytes)`` before ``tell``. Isolated trials
-            are measured as well.
+            process's own. ``"reported"`` where each trial's row reports the rest:
+            ``trial.set_user_attr("quota:cpu_time", seconds)`` before ``tell``. Isolated trials
+            are measured in either case.
         lease: Seconds, or text with its unit, without a sign of life after which a worker on
             another machine is considered dead and its trial failed. Workers on the same machine
             are known by their processes.
@@ -120,13 +124,13 @@ class QuotaSampler(BaseSampler):
         audits: Share of these points that is run under the hard limit nevertheless, so that a
             wrong veto is found; 5% by default where trials are isolated, else none.
         on_projected: What is done once the quota is likely to run out before the end of the
-            ``strategy``, besides one warning: ``"continue"`` until it is used up, ``"stop"`` now,
+            ``strategy``, besides the warning: ``"continue"`` until it is used up, ``"stop"`` now,
             or ``"raise"`` :class:`~optuna_quota.StudyRejected`.
 
     Raises:
         TypeError: If ``base_sampler`` is no sampler or ``quota`` no :class:`Quota`.
         ValueError: If a probability or share is out of its range, an option unknown or
-            ``base_sampler`` a QuotaSampler.
+            ``base_sampler`` a QuotaSampler. If ``metering=False`` leaves a quota's usage unknown.
         StudyRejected: If strategy, footprint and quota alone decide that the study does not fit.
     """
 
@@ -145,7 +149,7 @@ class QuotaSampler(BaseSampler):
         on_crowded: OnCrowded = "wait",
         gpus_per_trial: int | None = None,
         one_gpu: bool = False,
-        metering: bool = True,
+        metering: Metering = True,
         lease: Duration = LEASE,
         breach_probability: float = 0.5,
         on_veto: OnVeto = "auto",
@@ -157,10 +161,11 @@ class QuotaSampler(BaseSampler):
             strategy=(strategy, Strategy),
             limits=(limits, Limits),
         )
-        if isinstance(base_sampler, QuotaSampler):
+        self._nested: list[Any] = find_nested(base_sampler, BaseSampler)
+        if any(isinstance(each, QuotaSampler) for each in self._nested):
             raise ValueError(
-                f"`base_sampler` must be no QuotaSampler but got {base_sampler}: a trial would be "
-                "counted twice. Give one QuotaSampler the whole quota."
+                f"`base_sampler` must hold no QuotaSampler but got {base_sampler}: a trial would "
+                "be counted twice. Give one QuotaSampler the whole quota."
             )
         if not isinstance(quota, Quota):
             raise TypeError(f"`quota` must be a Quota but got {quota!r}.")
@@ -168,7 +173,10 @@ class QuotaSampler(BaseSampler):
             on_exhausted=(on_exhausted, OnExhausted),
             on_crowded=(on_crowded, OnCrowded),
             on_projected=(on_projected, OnProjected),
+            metering=(metering, Metering),
         )
+        if not metering:
+            check_measurable(quota)
         self.base_sampler = TPESampler() if base_sampler is None else base_sampler
         self.quota = quota
         self.strategy = strategy
@@ -196,19 +204,22 @@ class QuotaSampler(BaseSampler):
         self._projection = StudyProjection(
             strategy, self._options.footprint, self.base_sampler, quota, confidence
         )
-        self._nested: list[Any] = find_nested(self.base_sampler, BaseSampler)
+        self._nested = self._nested or [self.base_sampler]
         self._demanding = [s for s in self._nested if _optuna.demands_uniform_constraints(s)]
         self._sessions = StudySessions()
         self._lock = threading.Lock()
         self._projection.admit(self.limits or Limits())
+        adapt_ray_tune()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to this process."""
-        return {k: v for k, v in vars(self).items() if k not in ("_sessions", "_lock")}
+        """Leave out what belongs to this process; a lambda as footprint goes by its value."""
+        state = {k: v for k, v in vars(self).items() if k not in ("_sessions", "_lock")}
+        return by_value(state) if callable(self.footprint) else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied sampler."""
-        vars(self).update(state, _sessions=StudySessions(), _lock=threading.Lock())
+        vars(self).update(from_value(state), _sessions=StudySessions(), _lock=threading.Lock())
+        adapt_ray_tune()
 
     def __str__(self) -> str:
         return f"QuotaSampler({self.base_sampler})"
@@ -248,14 +259,14 @@ class QuotaSampler(BaseSampler):
         limits = limits_in_force(whole, self.limits)
         if session.decided is None:
             session.ledger.describe_past()
+            has_purpose = self._deadline is not None or self.gpus_per_trial is not None
+            warn_of_ceilings(whole, limits, self.quota, has_purpose=has_purpose)
         session.share_settings(whole, limits)
         n_jobs = None if self.strategy is None else self.strategy.n_jobs
         limits = resolve_cores(limits, n_jobs)
         if not session.decided:
             resumed = session.candidates.footprint if session.decided is None else None
             session.decided = self._projection.admit(limits, whole, resumed)
-            if resumed is not None:
-                self._check_quota(session, whole)
         fixed = _optuna.fixed_params_of(trial)
         refusal = session.refuse_late(fixed) or session.refuse_unfit(fixed)
         grant = refusal or session.ledger.reserve(
@@ -270,6 +281,7 @@ class QuotaSampler(BaseSampler):
         if isinstance(grant, Refusal):
             session.refuse(whole, trial, grant)
             return
+        self._check_quota(session, whole)
         self.base_sampler.before_trial(study, trial)
         ceilings = limits.tightened(self.quota.held)
         if self.on_crowded == "smaller":
@@ -344,7 +356,6 @@ class QuotaSampler(BaseSampler):
             session.warn_of_constraints(trial, error)
         finally:
             self._finish_trial(session, whole, trial, state)
-        self._check_quota(session, whole)
 
     def project(self, study: Study) -> Projection:
         """Return what a study will have used at the end of the strategy.
@@ -369,13 +380,13 @@ class QuotaSampler(BaseSampler):
         return self._projection.project(study, footprint, limits)
 
     def _check_quota(self, session: StudySession, study: Study) -> None:
-        """Warn early when the quota is likely to run out; the trial is settled already."""
+        """Say early what the strategy will most likely use, and do what `on_projected` says."""
         if self.strategy is None or not self.quota.totals.keys() - {"n_trials"}:
             return
         footprint = session.candidates.footprint
         footprint.learn(session.ledger.trials)
         n_trials = footprint.learner.n_observations
-        projection = session.warning.check(n_trials, lambda: self.project(study))
+        projection = session.outlook.check(study, n_trials, lambda: self.project(study))
         if projection is None or self.on_projected == "continue":
             return
         if self.on_projected == "raise":
@@ -427,6 +438,7 @@ class QuotaSampler(BaseSampler):
         with self._lock:
             session = self._sessions.find(study)
             if session is None:
+                adapt_ray_tune()
                 session = StudySession(
                     study,
                     self.quota,
@@ -434,7 +446,7 @@ class QuotaSampler(BaseSampler):
                     lease=self.lease,
                     stops=self.on_exhausted == "stop",
                     gpus_per_trial=self.gpus_per_trial,
-                    metering=self.metering,
+                    metering=bool(self.metering) and self.metering != "reported",
                     deadline=self._deadline,
                 )
                 self._sessions.add(study, session)

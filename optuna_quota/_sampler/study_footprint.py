@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import contextlib
 from dataclasses import dataclass, replace
 import logging
@@ -182,8 +182,7 @@ class StudyFootprint:
         if expected is None or not points or not left:
             return {}
         try:
-            recent = medians(expected, points[-_RECENT_BOUNDS:])
-            most = {name: float(np.max(each)) for name, each in recent.items()}
+            most = self._largest(left, expected, points[-_RECENT_BOUNDS:])
             if all(most.get(n, 0.0) * _NEAR * (n_beside + 1) < left[n] for n in left):
                 return {}
             n_others = int(min(_N_OTHER, count_within(expected, _SECONDS)))
@@ -193,6 +192,17 @@ class StudyFootprint:
             # A function of a parameter that a point does not have.
             return {}
         return {n: margins.need(n, float(np.min(found[n]))) for n in left if n in found}
+
+    def _largest(
+        self, names: Iterable[str], expected: BaseFootprint, points: Sequence[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        """Return the largest usage of recent trials: as measured, or as a function states it."""
+        if isinstance(expected, Footprint):
+            # No prediction, which would cost each trial as much as its point's admission.
+            recent = self.learner.observations[-_RECENT_BOUNDS:]
+            return {name: max(r.usage.get(name) or 0.0 for r in recent) for name in names}
+        found = medians(expected, points)
+        return {name: float(np.max(each)) for name, each in found.items()}
 
     def margins(self) -> Margins:
         """Return what points need beyond their medians."""

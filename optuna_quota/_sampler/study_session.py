@@ -35,7 +35,7 @@ from optuna_quota._resources import Limits, Quota, Usage
 from optuna_quota._sampler.admission import PointVerdict
 from optuna_quota._sampler.candidates import CandidateFilter
 from optuna_quota._sampler.deadline import refuse_late
-from optuna_quota._sampler.study_projection import QuotaWarning
+from optuna_quota._sampler.study_projection import QuotaOutlook
 from optuna_quota._sampler.study_settings import store_study_settings
 from optuna_quota.exceptions import QuotaExhausted, TrialRejected
 
@@ -60,7 +60,7 @@ class StudySession:
     Attributes:
         ledger: What the study has used and reserved, across workers.
         candidates: Filters its points.
-        warning: Warns when the quota is likely to run out.
+        outlook: Says how much of the quota the study will most likely use.
         decided: Whether the study as a whole was admitted; None before the first trial here.
     """
 
@@ -81,7 +81,7 @@ class StudySession:
         check_gpus_per_trial(gpus, count)
         self.ledger = Ledger(study, quota, lease=lease, gpus=gpus, gpus_per_trial=count)
         self.candidates = candidates
-        self.warning = QuotaWarning()
+        self.outlook = QuotaOutlook(learns=candidates.footprint.given is None)
         self.decided: bool | None = None
         self._preemption = preemption_of(study)
         self._preemption.set_deadline(deadline)
@@ -237,7 +237,8 @@ class StudySession:
             return
         refusal = self.ledger.exhausted(self.needs) or self.refuse_late() or self.refuse_unfit()
         if refusal is not None:
-            self._log_end(refusal.reason)
+            if not _optuna.is_last_of_optimize():
+                self._log_end(refusal.reason)
             study.stop()
 
     def refuse_late(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
@@ -288,6 +289,7 @@ class StudySession:
             QuotaExhausted: If the trial can't be ended inside the objective.
         """
         figures = {"resource": refusal.resource, "quota": refusal.quota, "observed": refusal.used}
+        figures |= {"temporary": refusal.temporary}
         if not refusal.late and not (
             self._stops and _optuna.in_optimize_loop(study) and objective_uses_trial(study)
         ):

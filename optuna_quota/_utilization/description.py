@@ -40,13 +40,18 @@ def bounded_exp(value: float) -> float:
     return math.exp(min(float(value), _MAX_LOG))
 
 
+def plain_number(value: float, digits: int = 3) -> str:
+    """Return a number of few digits, without an exponent unless it is very large or small."""
+    return f"{float(f'{value:.{digits}g}'):.15g}"
+
+
 def formula_text(
     resource: str, selected: Selected, floor: float, params: Array, p_values: Array
 ) -> str:
     """Return a model as a formula of its clear terms, such that it can be computed.
 
-    A constant too small for its unit is given at the middle of the parameters instead, which the
-    factors are then relative to.
+    Each factor is 1 at the middle of its parameter, and at the most frequent level of a category.
+    So the constant is an amount of a usual size, and the rounding of exponents moves little.
 
     Args:
         resource: Name of the resource.
@@ -58,55 +63,35 @@ def formula_text(
     offset = int(selected.fit.has_floor)
     level, *slopes = params[offset:]
     terms = zip(selected.design.columns, slopes, p_values[offset + 1 :], strict=False)
-    columns = [(column, float(b)) for column, b, p_value in terms if p_value < 0.05]
-    # The exponents are rounded, so the constant is that which holds with them at the middle.
-    mains = [(c, _rounded(c, b)) for c, b in columns if isinstance(c, Column)]
-    constant = bounded_exp(level - sum(c.centre * b for c, b in mains))
-    relative = constant < _LEAST.get(get_resource(resource).unit.symbol, 0.01)
-    shown = _amount(resource, bounded_exp(level) if relative else constant)
-    power = " · ".join([shown, *(_factor(c, b, relative=relative) for c, b in columns)])
+    factors = [_factor(column, float(b)) for column, b, p_value in terms if p_value < 0.05]
+    if not factors:
+        total = _amount(resource, floor + bounded_exp(level))
+        return f"{resource} = {total} (no single term is clear)"
     parts = [_amount(resource, floor)] if floor else []
-    text = f"{resource} = {' + '.join([*parts, power])}"
-    return text if columns else f"{text} (no single term is clear)"
+    power = " · ".join([_amount(resource, bounded_exp(level)), *factors])
+    return f"{resource} = {' + '.join([*parts, power])}"
 
 
-def _rounded(column: Column, b: float) -> float:
-    return float(_short(b)) if column.form in ("power", "power1p") else float(f"{b:.3g}")
-
-
-def _factor(column: Column | Product, b: float, *, relative: bool) -> str:
-    if isinstance(column, Product):
-        return _product(column.one, column.other, b)
-    if column.form in ("level", "active"):
-        return f"{_ratio(b)}{_condition(column)}"
-    if column.form == "linear":
-        return f"exp({b:.3g} · {_deviation(column) if relative else column.param})"
-    name = column.param if column.form == "power" else f"(1 + {column.param})"
-    return f"{f'({_relative(column)})' if relative else name}^{_short(b)}"
-
-
-def _product(one: Column, other: Column, b: float) -> str:
-    conditions = [c for c in (one, other) if c.form in ("level", "active")]
-    numbers = [c for c in (one, other) if c not in conditions]
-    where = "".join(map(_condition, conditions))
+def _factor(column: Column | Product, b: float) -> str:
+    columns = (column.one, column.other) if isinstance(column, Product) else (column,)
+    where = "".join(_condition(c) for c in columns if c.form in ("level", "active"))
+    numbers = [c for c in columns if c.form not in ("level", "active")]
     if not numbers:
         return f"{_ratio(b)}{where}"
-    if len(numbers) == 2:
-        return f"exp({b:.3g} · {_deviation(one)} · {_deviation(other)})"
-    if numbers[0].form == "linear":
-        return f"exp({b:.3g} · {_deviation(numbers[0])}){where}"
-    return f"({_relative(numbers[0])})^{_short(b)}{where}"
+    if len(numbers) == 1 and numbers[0].form != "linear":
+        return f"({_relative(numbers[0])})^{b:.2f}{where}"
+    return f"exp({b:.3g} · {' · '.join(map(_deviation, numbers))}){where}"
 
 
 def _relative(column: Column) -> str:
     """Return a number over its middle, at which its factor is 1."""
     name = column.param if column.form == "power" else f"(1 + {column.param})"
-    return f"{name}/{math.exp(column.centre):.3g}"
+    return f"{name}/{plain_number(math.exp(column.centre))}"
 
 
 def _deviation(column: Column) -> str:
     if column.form == "linear":
-        return f"({column.param} − {column.centre:.3g})"
+        return f"({column.param} − {plain_number(column.centre)})"
     return f"ln({_relative(column)})"
 
 
@@ -116,11 +101,7 @@ def _condition(column: Column) -> str:
 
 
 def _ratio(b: float) -> str:
-    return f"{bounded_exp(b):.2g}" if bounded_exp(b) < 99.5 else f"{bounded_exp(b):.0f}"
-
-
-def _short(b: float) -> str:
-    return f"{b:.1f}" if abs(b) >= 1 else f"{b:.2f}"
+    return plain_number(bounded_exp(b), 2 if abs(b) < 4.6 else 3)
 
 
 def _amount(resource: str, value: float) -> str:
@@ -161,8 +142,9 @@ def diagnose(
         found.append("The fit did not converge: treat the estimates as rough.")
     if n_stopped_peaks:
         found.append(
-            f"The {get_resource(resource).title} of {n_stopped_peaks} stopped trials is left out: "
-            "the completed trials show that it was still growing."
+            f"The {get_resource(resource).title} of {n_stopped_peaks} stopped "
+            f"trial{'s' * (n_stopped_peaks != 1)} is left out: the completed trials show that it "
+            "was still growing."
         )
     return [*found, *selected.design.notes]
 
@@ -187,8 +169,8 @@ def _influence(
     found = [str(numbers[i]) for i in worst if distance[i] > 1]
     if found:
         yield (
-            f"Trial{'s' * (len(found) > 1)} {', '.join(found)} alone "
-            f"move{'s' * (len(found) == 1)} the estimates (Cook's distance above 1): check what "
+            f"Trial{'s' * (len(found) > 1)} {' and '.join(found)} move"
+            f"{'s' * (len(found) == 1)} the estimates much (Cook's distance above 1): check what "
             "else happened there."
         )
 

@@ -229,6 +229,26 @@ def fit(sample: Sample, *, has_floor: bool) -> Fit:
     return maximize(best.theta, sample, has_floor=True)
 
 
+def fit_with_largest_floor(sample: Sample, plain: Fit) -> Fit | None:
+    """Return the fit with the largest floor that the observations do not exclude, if there is one.
+
+    That is one whose profile likelihood is within the 95% confidence region around the fit without
+    a floor: a loss of at most ``n/2 · log(1 + t²/df)`` (Venzon and Moolgavkar, Applied Statistics
+    37, 1988, with Student's t as the spread is estimated).
+    """
+    from scipy.special import stdtrit
+
+    seen = sample.y[~sample.censored]
+    df = max(1, len(seen) - len(plain.theta))
+    loss = 0.5 * len(seen) * math.log1p(float(stdtrit(df, 0.975)) ** 2 / df)
+    for share in reversed(_FLOOR_STARTS):
+        start = _start(sample, float(seen.min()) + math.log(share))
+        found = maximize(start, sample, has_floor=True, floor_held=True)
+        if found.loglike > plain.loglike - loss:
+            return found
+    return None
+
+
 def _reweighted(start: Fit, sample: Sample, epsilon: float) -> Fit:
     """Return the fit at which ``g`` and θ agree, loosely, as ε is a rough figure."""
     found = replace(start, epsilon=epsilon)
@@ -276,13 +296,20 @@ def robust_covariance(fit: Fit, sample: Sample) -> Array:
     return robust * np.outer(grow, grow)
 
 
-def maximize(theta: Array, sample: Sample, *, has_floor: bool, steps: int = _MAX_STEPS) -> Fit:
+def maximize(
+    theta: Array,
+    sample: Sample,
+    *,
+    has_floor: bool,
+    steps: int = _MAX_STEPS,
+    floor_held: bool = False,
+) -> Fit:
     """Return the maximum of the likelihood, with the prior, that is reached from ``theta``."""
     prior = _prior_precision(sample, has_floor)
     damping, here = 1e-3, derivatives(theta, sample, has_floor)
     height, converged = _height(theta, here, prior), False
     for _ in range(steps):
-        further = theta + _step(theta, here, prior, damping)
+        further = theta + _step(theta, here, prior, damping, floor_held)
         further[-1] = max(further[-1], _MIN_LOG_SIGMA)
         with np.errstate(all="ignore"):  # a step too far is taken back below
             there = derivatives(further, sample, has_floor)
@@ -318,9 +345,11 @@ def _height(theta: Array, here: Derivatives, prior: Array) -> float:
     return float(here.loglike_obs.sum() - 0.5 * (prior * theta**2).sum())
 
 
-def _step(theta: Array, here: Derivatives, prior: Array, damping: float) -> Array:
+def _step(theta: Array, here: Derivatives, prior: Array, damping: float, held: bool) -> Array:
     gradient = here.score_obs.sum(axis=0) - prior * theta
     curvature = here.information + np.diag(prior)
+    if held:
+        gradient[0], curvature[0, 1:], curvature[1:, 0] = 0.0, 0.0, 0.0
     # Far from a maximum the curvature along log σ can have the wrong sign.
     scale = np.abs(np.diag(curvature)) + 1e-12
     damped = curvature + damping * np.diag(scale)

@@ -21,7 +21,7 @@ import numpy as np
 from optuna_quota._resources import get_resource
 from optuna_quota._utilization.data import StudyData
 from optuna_quota._utilization.description import bounded_exp, diagnose, formula_text
-from optuna_quota._utilization.design import build_design, Column, Product, values_of
+from optuna_quota._utilization.design import build_design, Column, values_of
 from optuna_quota._utilization.fit import (
     derivatives,
     derivatives_at,
@@ -133,7 +133,8 @@ class UtilizationModel:
         The columns are ``estimate, lower, upper, p_value, kind, p_adjusted``. ``p_adjusted`` is
         Holm's over the terms of all models of the study. ``kind`` is ``exponent`` for a
         number, ``log ratio`` for a level against the most frequent one, ``log factor`` for what
-        enters per unit, and ``amount`` (SI base units) for ``floor`` and ``constant``.
+        enters per unit, and ``amount`` (SI base units) for ``floor`` and ``constant``: what the
+        power law comes to at the middle of all parameters and the most frequent levels.
         """
         table: pd.DataFrame = self._coefficients.copy()
         p_values = table["p_value"].to_numpy(dtype=float)
@@ -149,10 +150,9 @@ class UtilizationModel:
             [self.results.params, self.results.conf_int(), self.results.pvalues]
         )
         rows: list[tuple[float, float, float, float, str]] = []
-        if offset:
-            amounts = map(bounded_exp, figures[0, :3])
-            rows.append((*amounts, math.nan, "amount"))  # type: ignore[arg-type]  # three of them
-        rows.append(self._constant())
+        for figure in figures[: offset + 1].tolist():
+            lower, estimate, upper = sorted(map(bounded_exp, figure[:3]))
+            rows.append((estimate, lower, upper, math.nan, "amount"))
         terms = self._with_possible_floor(figures[offset + 1 :])
         for column, row in zip(design.columns, terms.tolist(), strict=False):
             kind = _KINDS[column.form] if isinstance(column, Column) else "interaction"
@@ -190,19 +190,6 @@ class UtilizationModel:
         joined[mains, 3] = np.maximum(figures[mains, 3], p_values)
         return joined
 
-    def _constant(self) -> tuple[float, float, float, float, str]:
-        """Return the constant where every log and every level is 0; features are centred."""
-        from scipy.special import stdtrit
-
-        origin = np.array([1.0, *(_at_origin(c) for c in self._selected.design.columns)])
-        offset = int(self._selected.fit.has_floor)
-        place = slice(offset, offset + len(origin))
-        value = float(origin @ np.asarray(self.results.params)[place])
-        covariance = np.asarray(self.results.cov_params())[place, place]
-        half = float(stdtrit(self.df, 0.975)) * math.sqrt(abs(origin @ covariance @ origin))
-        lower, upper = bounded_exp(value - half), bounded_exp(value + half)
-        return bounded_exp(value), lower, upper, math.nan, "amount"
-
     @cached_property
     def formula(self) -> str:
         """The model as text, with the terms that are clear: ``p_adjusted`` below 5%."""
@@ -231,12 +218,6 @@ class UtilizationModel:
 
     def __repr__(self) -> str:
         return f"<UtilizationModel {self.formula} (n = {len(self.numbers)})>"
-
-
-def _at_origin(column: Column | Product) -> float:
-    if isinstance(column, Product):
-        return _at_origin(column.one) * _at_origin(column.other)
-    return -column.centre
 
 
 def _regression_results(fit: Fit, sample: Sample, names: list[str]) -> Any:

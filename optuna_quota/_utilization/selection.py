@@ -26,6 +26,7 @@ from optuna_quota._utilization.fit import (
     derivatives_at,
     Fit,
     fit,
+    fit_with_largest_floor,
     maximize,
     robust_covariance,
     Sample,
@@ -88,6 +89,8 @@ def select(design: Design, values: Values, y: Array, censored: NDArray[np.bool_]
         if gain > 0 and _is_identified(floored, sample):
             enough = gain > 0.5 * math.log(observed)
             best, possible = (floored, None) if enough else (plain, floored)
+        elif censored.any():
+            possible = fit_with_largest_floor(sample, plain)
     selected = Selected(design, sample, best, design.notes, possible)
     for _ in range(min(_MAX_INTERACTIONS, observed // _TRIALS_PER_INTERACTION)):
         larger = _with_interaction(selected, values, observed)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any, TYPE_CHECKING
 
-from optuna_quota._resources import format_amount, get_resource, Strategy
+from optuna_quota._resources import get_resource, Strategy
 from optuna_quota.cli.arguments import (
     add_command,
     add_limit_argument,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
     from optuna_quota._footprint.footprint import Footprint
-    from optuna_quota._projection import ProjectedResource, Projection
+    from optuna_quota._projection import Projection
 
 
 _EXAMPLES = """\
@@ -152,8 +152,14 @@ def as_json(projection: Projection) -> dict[str, Any]:
 
 
 def _lines(projection: Projection) -> Iterator[str]:
-    from optuna_quota._projection import describe_nearest, describe_strategy, format_probability
-    from optuna_quota._projection.projection import describe_probability
+    from optuna_quota._projection import (
+        COLUMNS,
+        describe_nearest,
+        describe_probability,
+        describe_resource,
+        describe_strategy,
+        format_probability,
+    )
 
     text = projection.verdict("Fits", "Does not fit")
     verdict = styled(text, "green" if projection.fits else "red")
@@ -163,24 +169,9 @@ def _lines(projection: Projection) -> Iterator[str]:
         f"{format_probability(projection.confidence)} required."
     )
     yield ""
-    header = ("resource", "at least", "median", "at most", "quota", "probability")
-    yield from table(header, [_cells(resource) for resource in projection.resources])
+    yield from table(COLUMNS, [describe_resource(row) for row in projection.resources])
     if projection.not_judged:
         titles = ", ".join(get_resource(row.resource).title for row in projection.not_judged)
         yield f"\nUnknown usage, not judged: {titles}."
     if not projection.fits:
         yield f"\n{describe_nearest(projection)}"
-
-
-def _cells(row: ProjectedResource) -> tuple[str, ...]:
-    from optuna_quota._projection import format_probability
-
-    def amount(value: float | None) -> str:
-        # NaN for unknown usage.
-        return "" if value is None or value != value else format_amount(row.resource, value)
-
-    return (
-        get_resource(row.resource).title,
-        *map(amount, (row.lower, row.median, row.upper, row.quota)),
-        "" if row.probability is None else format_probability(row.probability),
-    )

@@ -6,12 +6,12 @@ not show; optuna-dashboard shows HTML comments as text. All text from the storag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 import re
 
-from optuna_quota._resources import format_amount
+from optuna_quota._resources import format_amount, USAGE_RESOURCES
 from optuna_quota.visualization._data import FinishedTrial
-from optuna_quota.visualization._report_text import EndedRow, LedgerRow, ReportText
+from optuna_quota.visualization._report_text import DRIVERS, EndedRow, ReportText
 from optuna_quota.visualization._theme import resource_title
 
 
@@ -23,6 +23,7 @@ _BACKTICKS = re.compile(r"`+")
 # has no width, breaks them up.
 _URL = re.compile(r"(?i)(www|https?|ftp|mailto|xmpp)(?=[.:])|(?<=\S)(?=@\S)")
 _WORD_JOINER = "\u2060"
+_NBSP = "\u00a0"
 _MAX_LENGTH = 300
 
 
@@ -40,7 +41,7 @@ def code(text: str) -> str:
     return f"{fence}{pad}{plain}{pad}{fence}".replace("|", "\\|")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
     """Return a table of cells that are Markdown already.
 
     Args:
@@ -49,8 +50,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[in
         right: Columns aligned to the right.
     """
     marks = ["---:" if i in right else ":---" for i in range(len(head))]
-    # The dashboard's cells have no padding; Markdown keeps en spaces.
-    padded = [[f"\u2002{cell}\u2002" for cell in row] for row in (head, *rows)]
+    # The dashboard's cells have no padding; Markdown keeps en spaces. Amounts don't wrap.
+    padded = [
+        [
+            f"\u2002{c if i and i not in right else c.replace(' ', _NBSP)}\u2002"
+            for i, c in enumerate(row)
+        ]
+        for row in (head, *rows)
+    ]
     lines = (padded[0], marks, *padded[1:])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -107,13 +114,18 @@ def study_note(text: ReportText, trial_url: Callable[[int], str]) -> str:
     """
     parts = ["### Resource usage", escape(" ".join(text.headline))]
     parts += _ledger(text)
+    if text.drivers:
+        head = ["resource", "hyperparameter", "share", "changed"]
+        rows = [[d.title, code(d.param), d.interval, d.change] for d in text.drivers]
+        parts += ["#### What drives usage", table(head, rows, right=(2, 3)), DRIVERS]
     if text.models:
         rows = [[escape(model.title), code(model.formula)] for model in text.models]
         parts += ["#### Fitted models", table(["resource", "fitted model"], rows)]
-    if text.advice:
-        shown = text.advice[:_MAX_ADVICE]
-        items = (f"- {escape(item.text)}" for item in shown)
-        parts += ["#### Advice", "\n".join(items)]
+    advice = [item.text for item in text.advice[:_MAX_ADVICE]]
+    if text.cheaper is not None:
+        advice.insert(0, text.cheaper)
+    if advice:
+        parts += ["#### What to change", "\n".join(f"- {escape(item)}" for item in advice)]
     if text.ended:
         parts += _ended(text.ended, trial_url)
     return "\n\n".join(parts)
@@ -122,9 +134,12 @@ def study_note(text: ReportText, trial_url: Callable[[int], str]) -> str:
 def _ledger(text: ReportText) -> list[str]:
     parts = []
     if text.ledger:
-        head = ["resource", "used", "reserved", "left", "quota", "of the quota"]
-        rows = [_ledger_cells(line) for line in text.ledger]
-        parts += ["#### Ledger", table(head, rows, right=(1, 2, 3, 4))]
+        rows = [
+            [*map(escape, line.cells), "" if line.share is None else bar(line.share)]
+            for line in text.ledger
+        ]
+        right = range(1, len(text.ledger_head) - 1)
+        parts += ["#### Ledger", table(text.ledger_head, rows, right=right)]
     notes = []
     if text.limits:
         limits = ", ".join(f"{title} {amount}" for title, amount in text.limits)
@@ -134,18 +149,12 @@ def _ledger(text: ReportText) -> list[str]:
     return [*parts, escape(" ".join(notes))] if notes else parts
 
 
-def _ledger_cells(line: LedgerRow) -> list[str]:
-    amounts = (line.title, line.used, line.reserved, line.left, line.quota)
-    share = "" if line.share is None else bar(line.share)
-    return [*(escape(text) for text in amounts), share]
-
-
 def _ended(ended: Sequence[EndedRow], trial_url: Callable[[int], str]) -> list[str]:
     rows = [
         [f"[{row.number}]({trial_url(row.number)})", row.outcome, escape(row.reason)]
         for row in ended[:_MAX_ENDED]
     ]
-    parts = ["#### Terminated and rejected trials"]
+    parts = ["#### Terminated, rejected and failed trials"]
     parts.append(table(["trial", "outcome", "reason"], rows, right=(0,)))
     if len(ended) > _MAX_ENDED:
         parts.append(f"… and {len(ended) - _MAX_ENDED:,} earlier ones.")
@@ -153,12 +162,12 @@ def _ended(ended: Sequence[EndedRow], trial_url: Callable[[int], str]) -> list[s
 
 
 def trial_note(row: FinishedTrial, limits: Mapping[str, float], image: str | None) -> str:
-    """Return the note on a trial that was terminated or rejected.
+    """Return the note on a trial that was terminated or rejected, or that failed.
 
     Args:
         row: The trial.
         limits: Limits in force, by resource, in SI base units.
-        image: URL of the plot of its memory over time.
+        image: URL of the plot of its usage over time.
     """
     reason = row.record.reason or "No reason was recorded."
     parts = [f"**{row.outcome.capitalize()}.** {escape(reason)}"]
@@ -168,9 +177,9 @@ def trial_note(row: FinishedTrial, limits: Mapping[str, float], image: str | Non
     projected = _projected_cells(row)
     if projected:
         head = ["resource", "projected", "lower", "upper"]
-        parts.append(table(head, projected, right=(1, 2, 3)))
+        parts += ["Projected before it ran:", table(head, projected, right=(1, 2, 3))]
     if image is not None:
-        parts.append(f"![Memory over time, with the limit]({image})")
+        parts.append(f"![Usage over time, with the limit]({image})")
     return "\n\n".join(parts)
 
 
@@ -192,10 +201,14 @@ def _usage_line(row: FinishedTrial, name: str, amount: float, limit: float | Non
 
 
 def _projected_cells(row: FinishedTrial) -> list[list[str]]:
+    projected = row.record.footprint
+    names = [name for name in USAGE_RESOURCES if name in projected]
+    names += [name for name in projected if name not in names]
+    intervals = ((name, projected[name]) for name in names)
     return [
         [
             escape(resource_title(name)),
             *(format_amount(name, v) for v in (i.median, i.lower, i.upper)),
         ]
-        for name, i in row.record.footprint.items()
+        for name, i in intervals
     ]

@@ -1,13 +1,25 @@
-"""Publishes a study's resource usage to optuna-dashboard, once or while it runs."""
+"""Publishes a study's resource usage to optuna-dashboard, once or while it runs.
+
+Notes, plots and the artifacts of finished trials are study system attributes. optuna-dashboard has
+public functions for notes on studies and plots, but none for a note on a finished trial
+(``save_note`` takes a running trial only) or its artifact (``upload_artifact`` writes into the
+trial, which can't be changed any more). For these two the attributes are written as
+optuna-dashboard 0.21 reads them. ``tests/dashboard_tests`` fails when a later one reads them
+differently.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+import importlib
 from importlib.util import find_spec
+import io
+import json
 import logging
 import math
 from threading import Lock
 import time
+from types import ModuleType
 from typing import Any, TYPE_CHECKING
 import uuid
 
@@ -15,10 +27,8 @@ from optuna_quota import _optuna, _records
 from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._utilization.data import study_data
 from optuna_quota.dashboard._notes import replace_block, study_note, trial_note
-from optuna_quota.dashboard._storage import DashboardStorage
 from optuna_quota.visualization._burn_down import _get_burn_down_info, burn_down_figure
 from optuna_quota.visualization._data import (
-    FinishedTrial,
     limits_of,
     main_resource,
     report_data,
@@ -31,7 +41,7 @@ from optuna_quota.visualization._figures import (
     thin,
 )
 from optuna_quota.visualization._plotly import MISSING_PLOTLY
-from optuna_quota.visualization._report_text import report_text
+from optuna_quota.visualization._report_text import ENDED, report_text
 from optuna_quota.visualization._timeline import timeline_info, timeline_svg
 from optuna_quota.visualization._usage import _get_usage_info, usage_figure
 from optuna_quota.visualization._waste import _get_waste_info, waste_figure
@@ -44,11 +54,14 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-IMAGE = "memory-over-time.svg"
+_logger = logging.getLogger("optuna.quota.dashboard")
+
+IMAGE = "usage-over-time.svg"
 # Each response of the dashboard holds all plots, so they are kept to tens of kB; notes on trials
 # are study attributes, and hundreds of them slow it down.
 _MAX_POINTS = 250
 _MAX_TRIAL_NOTES = 100
+_PLOT = "dashboard:plot_data:"
 
 
 def publish(
@@ -58,11 +71,11 @@ def publish(
 ) -> None:
     """Publish a study's resource usage to optuna-dashboard.
 
-    Adds a block with the ledger, the fitted models, advice and the terminated and rejected trials
-    to the study's note; a note with the reason, a table and, with an artifact store, a plot of
-    memory over time to these trials (the latest 100); and four small plots to the study's page.
-    Publishing again replaces all this. Text that a person wrote in a note, above or below the
-    block, is kept.
+    Adds a block with the ledger, what drives usage, advice and the trials that were terminated,
+    rejected or failed to the study's note; a note with the reason, a table and, with an artifact
+    store, a plot of usage over time to these trials (the latest 100); and four small plots to the
+    study's page. Publishing again replaces all this. Text that a person wrote in a note, above or
+    below the block, is kept.
 
     Example:
 
@@ -100,6 +113,7 @@ def publish_data(
         is_current: Called before anything is written: False if another worker has begun to
             publish.
     """
+    _import_dashboard()
     text = report_text(data)
     plots = {}
     if find_spec("plotly") is None:
@@ -108,31 +122,19 @@ def publish_data(
         plots = _plots(data)
     if not is_current():
         return
-    dashboard = DashboardStorage(data.study)
-    note = dashboard.note()
-    renewed = replace_block(note, study_note(text, dashboard.trial_url))
-    if renewed != note:
-        dashboard.save_note(renewed)
+    dashboard = _Dashboard(data.study)
+    dashboard.renew_note(study_note(text, dashboard.trial_url))
     for name, figure in plots.items():
         dashboard.save_plot(name, figure)
-    ended = [trial for trial in data.trials if trial.outcome in ("terminated", "rejected")]
+    limits = limits_of(data.study)
+    ended = [trial for trial in data.trials if trial.outcome in ENDED]
     for trial in ended[-_MAX_TRIAL_NOTES:]:
-        _note_trial(dashboard, trial, data.study, artifact_store)
-
-
-def _note_trial(
-    dashboard: DashboardStorage, trial: FinishedTrial, study: Study, store: ArtifactStore | None
-) -> None:
-    trial_id = _optuna.trial_id_of(trial.trial)
-    limits = limits_of(study)
-    image = dashboard.image_url(trial_id, IMAGE)
-    if image is None and store is not None and trial.record.timeline:
-        svg = timeline_svg(timeline_info(trial, limits.get("memory")))
-        image = dashboard.save_image(store, trial_id, IMAGE, svg)
-    note = dashboard.note(trial_id)
-    renewed = replace_block(note, trial_note(trial, limits, image))
-    if renewed != note:
-        dashboard.save_note(renewed, trial_id)
+        trial_id = _optuna.trial_id_of(trial.trial)
+        image = dashboard.image_url(trial_id)
+        if image is None and artifact_store is not None and trial.record.timeline:
+            svg = timeline_svg(timeline_info(trial, limits))
+            image = dashboard.save_image(artifact_store, trial_id, svg)
+        dashboard.renew_note(trial_note(trial, limits, image), trial_id)
 
 
 def _plots(data: ReportData) -> dict[str, go.Figure]:
@@ -151,7 +153,86 @@ def _plots(data: ReportData) -> dict[str, go.Figure]:
     return {name: thin(figure, _MAX_POINTS) for name, figure in plots.items()}
 
 
-_logger = logging.getLogger("optuna.quota.dashboard")
+class _Dashboard:
+    """What optuna-dashboard keeps of one study, read once."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._storage = _optuna.storage_of(study)
+        self._study_id = _optuna.study_id_of(study)
+        self._notes = _import_dashboard("optuna_dashboard._note")
+        self._attributes: Mapping[str, Any] = self._storage.get_study_system_attrs(self._study_id)
+
+    def renew_note(self, content: str, trial_id: int | None = None) -> None:
+        """Replace our block in the note on the study or on a trial."""
+        try:
+            note = self._notes.get_note_from_system_attrs(self._attributes, trial_id)["body"]
+        except (KeyError, TypeError, ValueError):
+            note = ""
+        body = replace_block(str(note), content)
+        if body != note:
+            version = self._attributes.get(self._notes.note_ver_key(trial_id))
+            following = version + 1 if isinstance(version, int) else 1
+            self._notes.save_note_with_version(
+                self._storage, self._study_id, trial_id, following, body
+            )
+
+    def save_plot(self, name: str, figure: go.Figure) -> None:
+        """Write a plot, replacing the one of that name unless it is the same."""
+        prefix = f"{_PLOT}{name}:"
+        count = sum(key.startswith(prefix) for key in self._attributes)
+        stored = "".join(str(self._attributes.get(f"{prefix}{i}", "")) for i in range(count))
+        if figure.to_json() != stored:
+            dashboard = _import_dashboard()
+            dashboard.save_plotly_graph_object(self._study, figure, graph_object_id=name)
+
+    def image_url(self, trial_id: int) -> str | None:
+        """Return the URL of a trial's image, None without one."""
+        prefix = f"dashboard:artifacts:{trial_id}:"
+        for key, value in self._attributes.items():
+            artifact_id = key.removeprefix(prefix)
+            # Other characters would be markup in the note.
+            plain = artifact_id.replace("-", "").isalnum() and artifact_id.isascii()
+            if key.startswith(prefix) and plain and _filename(value) == IMAGE:
+                return self._artifact_url(trial_id, artifact_id)
+        return None
+
+    def save_image(self, store: ArtifactStore, trial_id: int, svg: str) -> str:
+        """Upload an SVG image as an artifact of a trial and return its URL."""
+        artifact_id = str(uuid.uuid4())
+        store.write(artifact_id, io.BytesIO(svg.encode()))
+        meta = {"artifact_id": artifact_id, "filename": IMAGE, "mimetype": "image/svg+xml"}
+        key = f"dashboard:artifacts:{trial_id}:{artifact_id}"
+        value = json.dumps({**meta, "encoding": None})
+        self._storage.set_study_system_attr(self._study_id, key, value)
+        return self._artifact_url(trial_id, artifact_id)
+
+    def trial_url(self, number: int) -> str:
+        """Return the URL of a trial's page."""
+        return f"/dashboard/studies/{self._study_id}/trials?numbers={number}"
+
+    def _artifact_url(self, trial_id: int, artifact_id: str) -> str:
+        return f"/artifacts/{self._study_id}/{trial_id}/{artifact_id}"
+
+
+def _import_dashboard(module: str = "optuna_dashboard") -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            "Publishing needs optuna-dashboard, which is not installed: "
+            "pip install 'optuna-quota[dashboard]'."
+        ) from error
+
+
+def _filename(value: Any) -> Any:
+    # A deleted artifact is kept as the JSON text "null".
+    try:
+        meta = json.loads(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
+    return meta.get("filename") if isinstance(meta, dict) else None
+
 
 # The largest share of the time that publishing takes.
 _SHARE = 0.02

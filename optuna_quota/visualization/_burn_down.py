@@ -7,9 +7,10 @@ from itertools import pairwise
 import math
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-from optuna_quota import _records
+from optuna_quota import _optuna, _records
+from optuna_quota._ledger.reservation import parse_reservation
 from optuna_quota._ledger.totals import WorkerTime
-from optuna_quota._resources import CHARGED_RESOURCES, format_amount, TOTAL_RESOURCES
+from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource, TOTAL_RESOURCES
 from optuna_quota.visualization import _plotly, _theme
 from optuna_quota.visualization._data import finished_trials, FinishedTrial
 
@@ -127,14 +128,18 @@ def _spent(resource: str, trial: FinishedTrial, prices: Mapping[str, float]) -> 
 
 
 def _clock_after(ran: Sequence[FinishedTrial]) -> list[float]:
-    # As in the ledger, except that of a worker only its host is known. A trial may be closed long
-    # after it ended, so its measured time counts.
+    # As in the ledger. A trial may be closed long after it ended, so its measured time counts.
     clock, used = WorkerTime(), [0.0]
     for trial in ran:
-        started, seconds = trial.trial.datetime_start, trial.amounts.get("wall_time", 0.0)
-        if started is not None and seconds > 0:
-            start = started.timestamp()
-            clock.add(trial.record.host, start, start + seconds)
+        row, seconds = trial.trial, trial.amounts.get("wall_time", 0.0)
+        held = parse_reservation(
+            row.system_attrs.get(_records.RESERVATION), _optuna.trial_id_of(row)
+        )
+        start, worker = (None, None) if held is None else (held.began, held.worker)
+        if start is None and row.datetime_start is not None:
+            start = row.datetime_start.timestamp()
+        if start is not None and seconds > 0:
+            clock.add(worker or trial.record.host, start, start + seconds)
         used.append(clock.total)
     return used
 
@@ -196,12 +201,12 @@ def _percent(share: float) -> float:
 
 def _finding(info: _BurnDownInfo) -> str:
     first = min(info.curves, key=lambda c: -math.inf if c.left[-1] <= 0 else c.trials_left)
-    name = _theme.resource_title(first.resource)
+    name = get_resource(first.resource).title
     used = format_amount(first.resource, first.used[-1])
     share = f"{used} of {format_amount(first.resource, first.quota)} used"
     if first.left[-1] <= 0:
-        return f"{name} is used up: {share}"
+        return f"used up: {name}, {share}"
     if not math.isfinite(first.trials_left):
         return f"{name}: {share}"
     trials = "1 trial" if round(first.trials_left) == 1 else f"{first.trials_left:,.0f} trials"
-    return f"{name} runs out first, in about {trials} (dotted: projected, 90% band)"
+    return f"first used up: {name}, in about {trials} (dotted: projected, 90% band)"

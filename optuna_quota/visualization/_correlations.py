@@ -81,7 +81,7 @@ def _get_correlations_info(correlations: pd.DataFrame) -> _CorrelationsInfo:
 
 def correlations_figure(info: _CorrelationsInfo) -> go.Figure:
     """Return the figure of :func:`plot_correlations`."""
-    title = "What drives usage"
+    title = "Rank correlations with usage"
     if not info.cells:
         return _plotly.empty_figure(title, "Too few trials to compute any correlation.")
     rows = [[info.cells.get((p, r)) for r in info.resources] for p in info.params]
@@ -106,7 +106,7 @@ def correlations_figure(info: _CorrelationsInfo) -> go.Figure:
     names = {"type": "category", "ticks": "", "automargin": True}
     figure = _plotly.make_figure(
         title,
-        "Spearman's rank correlation, an effect size for categories; * significant",
+        "Spearman's, an effect size (epsilon²) for categories; * significant",
         [heat_map],
         names,
         {**names, "autorange": "reversed"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any, TYPE_CHECKING
 
 from optuna_quota.visualization import _plotly
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 _MAX_PANELS = 4
 _MAX_TIMELINES = 2
+# Characters of a subtitle that clear the toolbar where the dashboard is 800 pixels wide.
+_NARROW = 42
 
 
 def figures(report: StudyAnalysis) -> dict[str, go.Figure]:
@@ -70,10 +73,9 @@ def figures_of(data: ReportData) -> dict[str, go.Figure]:
     for resource in resources:
         made[f"footprint_{resource}"] = best_footprint_figure(data, resource)
     made.update(quality_cost_figures(data))
-    limit = limits_of(study).get("memory")
     ended = [t for t in trials if t.outcome == "terminated" and t.record.timeline]
     for trial in ended[-_MAX_TIMELINES:]:
-        made[f"timeline_{trial.number}"] = timeline_figure(timeline_info(trial, limit))
+        made[f"timeline_{trial.number}"] = timeline_figure(timeline_info(trial, limits_of(study)))
     return {name: figure for name, figure in made.items() if figure.data}
 
 
@@ -124,8 +126,16 @@ def quality_cost_figures(data: ReportData) -> dict[str, go.Figure]:
 
 
 def thin(figure: go.Figure, max_markers: int) -> go.Figure:
-    """Return a figure with fewer markers and without hover texts; see :func:`thinned_json`."""
-    return _plotly.import_plotly().Figure(thinned_json(figure, max_markers))
+    """Return a figure for a third of a page, with fewer markers; see :func:`thinned_json`."""
+    spec = thinned_json(figure, max_markers)
+    layout = spec["layout"]
+    head, _, subtitle = layout["title"]["text"].partition("<br>")
+    style, _, plain = subtitle.removesuffix("</span>").partition(">")
+    lines = textwrap.wrap(plain, _NARROW)
+    if lines:
+        layout["title"]["text"] = f"{head}<br>{style}>{'<br>'.join(lines)}</span>"
+        layout["margin"]["t"] += 17 * (len(lines) - 1)
+    return _plotly.import_plotly().Figure(spec)
 
 
 def thinned_json(figure: go.Figure, max_markers: int, *, hover: bool = False) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-import html
 from importlib import resources
 from importlib.util import find_spec
 import json
@@ -11,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
+from optuna_quota._html import element, Safe, table
 from optuna_quota._resources import format_amount
 from optuna_quota._version import __version__
 from optuna_quota.visualization import _plotly, _theme
@@ -21,7 +21,7 @@ from optuna_quota.visualization._correlations import (
 )
 from optuna_quota.visualization._data import report_data, ReportData
 from optuna_quota.visualization._figures import figures_of, thinned_json
-from optuna_quota.visualization._report_text import report_text, ReportText
+from optuna_quota.visualization._report_text import DRIVERS, report_text, ReportText
 from optuna_quota.visualization._waste import _get_waste_info, total_of
 
 
@@ -33,7 +33,7 @@ _WIDE = "usage_slice"
 _MAX_ENDED = 200
 # More markers hide each other and add megabytes.
 _MAX_MARKERS = 1000
-_TITLE_HEIGHT = 44
+_TOP = 24
 # Signs in JSON that could end a script element or a line of it.
 _SCRIPT_ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
@@ -67,7 +67,7 @@ def to_html(
         element("title", f"Resource usage of {text.name}"),
         element("style", Safe(_style_sheet())),
     )
-    body = element("body", element("main", *_sections(text, parts), class_="oq"))
+    body = element("body", element("main", *_sections(text, parts), class_="oq"), style="margin:0")
     page = f'<!DOCTYPE html><html lang="en">{head}{body}</html>\n'
     # A name may hold half of a surrogate pair, which UTF-8 can't encode.
     Path(path).write_text(page, encoding="utf-8", errors="replace")
@@ -79,48 +79,6 @@ def notebook_html(report: StudyAnalysis) -> str:
     plots = element("p", "Plots: ", element("code", "report.figures()"), ".")
     sections = _sections(report_text(data), [*_tables(data), plots])
     return element("div", element("style", Safe(_style_sheet())), *sections, class_="oq")
-
-
-class Safe(str):
-    """Text that is HTML already; any other text is escaped when it is put into an element."""
-
-    __slots__ = ()
-
-
-def element(tag: str, *children: str, **attributes: str) -> Safe:
-    """Return an element; the underscore at the end of ``class_`` and the like is dropped.
-
-    Args:
-        tag: Name of the element.
-        children: Its contents; text that is not :class:`Safe` is escaped.
-        attributes: Its attributes; values are escaped.
-    """
-    shown = "".join(
-        f' {name.strip("_").replace("_", "-")}="{html.escape(value)}"'
-        for name, value in attributes.items()
-    )
-    inner = "".join(c if isinstance(c, Safe) else html.escape(c) for c in children)
-    return Safe(f"<{tag}{shown}>{inner}</{tag}>")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int]) -> Safe:
-    """Return a table.
-
-    Args:
-        head: Titles of the columns.
-        rows: Cells by row.
-        right: Columns aligned to the right.
-    """
-
-    def cells(tag: str, row: Sequence[str]) -> Safe:
-        made = (element(tag, c, class_="n" if i in right else "t") for i, c in enumerate(row))
-        return element("tr", *made)
-
-    inner = (
-        element("thead", cells("th", head)),
-        element("tbody", *(cells("td", row) for row in rows)),
-    )
-    return element("div", element("table", *inner), class_="wide")
 
 
 def _style_sheet() -> str:
@@ -145,12 +103,9 @@ def _sections(text: ReportText, parts: Sequence[Safe]) -> list[Safe]:
 def _ledger(text: ReportText) -> list[Safe]:
     parts = [element("h2", "Ledger")]
     if text.ledger:
-        rows = [
-            [line.title, line.used, line.reserved, line.left, line.quota, _share(line.share)]
-            for line in text.ledger
-        ]
-        head = ["", "used", "reserved", "left", "quota", "of the quota"]
-        parts.append(table(head, rows, right=(1, 2, 3, 4)))
+        rows = [[*line.cells, _share(line.share)] for line in text.ledger]
+        right = range(1, len(text.ledger_head) - 1)
+        parts.append(table(["", *text.ledger_head[1:]], rows, right=right, name="wide resources"))
     else:
         parts.append(element("p", "No quota is set and no usage is known."))
     if text.limits:
@@ -162,27 +117,33 @@ def _ledger(text: ReportText) -> list[Safe]:
 
 
 def _share(share: float | None) -> Safe:
-    if share is None:
-        return Safe("–")
+    return Safe("") if share is None else _bar(share, f"{100 * share:.0f}%")
+
+
+def _bar(share: float, text: str) -> Safe:
     width = f"width:{min(100.0, 100 * share):.1f}%"
     bar = element("span", element("i", style=width, class_="over" if share > 1 else "in"))
-    return element("span", bar, f" {100 * share:.0f}%", class_="share")
+    return element("span", bar, f" {text}", class_="share")
 
 
 def _advice(text: ReportText) -> list[Safe]:
-    if not text.advice:
-        return []
-    items = [
+    items = [] if text.cheaper is None else [element("li", text.cheaper)]
+    items += [
         element("li", item.text, *(element("pre", lines) for lines in item.snippets.values()))
         for item in text.advice
     ]
-    return [element("h2", "What to change"), element("ul", *items, class_="advice")]
+    return [element("h2", "What to change"), element("ul", *items)] if items else []
 
 
 def _models(text: ReportText) -> list[Safe]:
-    if not text.models:
-        return []
-    parts = [element("h2", "What drives usage: fitted models")]
+    parts = []
+    if text.drivers:
+        head = ["", "parameter", "share", "changed"]
+        rows = [[d.title, d.param, _bar(d.share, d.interval), d.change] for d in text.drivers]
+        parts = [element("h2", "What drives usage"), element("p", DRIVERS)]
+        parts.append(table(head, rows, name="wide resources"))
+    if text.models:
+        parts.append(element("h2", "Fitted models"))
     for model in text.models:
         parts.append(element("p", element("b", model.title), class_="model"))
         parts.append(element("pre", model.formula))
@@ -198,8 +159,8 @@ def _ended(text: ReportText) -> list[Safe]:
         [str(row.number), row.outcome, row.reason, row.used] for row in text.ended[:_MAX_ENDED]
     ]
     parts = [
-        element("h2", "Terminated and rejected trials"),
-        table(["trial", "outcome", "reason", "used"], rows, right=(0,)),
+        element("h2", "Terminated, rejected and failed trials"),
+        table(["trial", "outcome", "reason", "used"], rows, name="wide ended"),
     ]
     if len(text.ended) > _MAX_ENDED:
         parts.append(element("p", f"… and {len(text.ended) - _MAX_ENDED:,} earlier ones."))
@@ -271,7 +232,7 @@ def _plots(data: ReportData) -> list[Safe]:
         spec = thinned_json(figure, _MAX_MARKERS, hover=True)
         # A caption wraps where a title in the plot would be cut.
         caption = Safe(spec["layout"].pop("title")["text"])
-        spec["layout"]["margin"]["t"] -= _TITLE_HEIGHT
+        spec["layout"]["margin"]["t"] = _TOP
         specs[f"oq-{name}"] = spec
         places.append(
             element(
@@ -293,13 +254,23 @@ def _plots(data: ReportData) -> list[Safe]:
     ]
 
 
+# Without a mouse, a finger scrolls the page, not a plot. Panels stand in two columns on a phone.
 _SCRIPT = """
-const config = {responsive: true, displaylogo: false, displayModeBar: "hover",
+const mouse = matchMedia("(hover: hover)").matches;
+const config = {responsive: true, displaylogo: false, displayModeBar: mouse && "hover",
   modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
-for (const [id, figure] of Object.entries(figures)) {
+for (const [id, {data, layout}] of Object.entries(figures)) {
   const place = document.getElementById(id);
-  if (figure.layout.height) place.style.height = figure.layout.height + "px";
-  Plotly.newPlot(place, figure.data, figure.layout, config);
+  const panels = Object.keys(layout).filter(key => key.startsWith("yaxis"));
+  if (layout.grid && place.clientWidth < 600) {
+    const rows = Math.ceil(panels.length / 2);
+    Object.assign(layout.grid, {columns: 2, rows: rows, xgap: 0.18});
+    layout.height = 120 + 210 * rows;
+    panels.forEach((axis, i) => { layout[axis].showticklabels = i % 2 == 0; });
+  }
+  if (layout.height) place.style.height = layout.height + "px";
+  if (!mouse) layout.dragmode = false;
+  Plotly.newPlot(place, data, layout, config);
 }
 const fit = () => Object.keys(figures).forEach(id => Plotly.Plots.resize(id));
 window.addEventListener("beforeprint", fit);

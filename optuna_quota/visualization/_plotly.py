@@ -187,19 +187,20 @@ def layout_of(title: str, subtitle: str = "") -> dict[str, Any]:
         "font": {"family": _theme.FONT, "size": 12, "color": _theme.TEXT},
         "paper_bgcolor": "#FFFFFF",
         "plot_bgcolor": "#FFFFFF",
-        "margin": {"l": 64, "r": 36, "t": 100, "b": 56},
+        "margin": {"l": 64, "r": 36, "t": 68, "b": 56},
         # In the right margin, where it covers neither title nor legend.
         "modebar": {"orientation": "v"},
         "hovermode": "closest",
         "hoverlabel": {"align": "left", "font": {"family": _theme.FONT}},
         "legend": {
             "orientation": "h",
+            # Below the plot, where it covers no title however many lines it takes.
             "x": 0,
-            "y": 1.01,
+            "y": 0,
+            "yref": "container",
             "xanchor": "left",
             "yanchor": "bottom",
             "font": {"size": 11},
-            "itemsizing": "constant",
         },
     }
 
@@ -253,7 +254,6 @@ def add_limit(
     *,
     log: bool = False,
     panel: str = "",
-    labelled: bool = True,
 ) -> None:
     """Draw a limit as a dashed line, or say that it is above the axis.
 
@@ -264,13 +264,12 @@ def add_limit(
         unit: The unit of the axis.
         high: The upper end of the axis, in its unit.
         log: Whether the axis is logarithmic.
-        panel: Number of the pair of axes, empty for the first.
-        labelled: Whether the line is labelled.
+        panel: Number of the pair of axes, empty for the first, whose line is labelled.
     """
     y = unit.of(limit)
     above = y > high
     axes = {"xref": f"x{panel} domain", "yref": f"y{panel}"}
-    if labelled:
+    if not panel:
         figure.add_annotation(
             text=f"limit {escape(format_amount(resource, limit))}{' ↑' if above else ''}",
             xref=axes["xref"],
@@ -281,7 +280,6 @@ def add_limit(
             yanchor="top" if above else "bottom",
             showarrow=False,
             font={"size": 11, "color": _theme.VERMILION},
-            bgcolor="rgba(255,255,255,0.7)",
         )
     if not above:
         style = {"color": _theme.VERMILION, "width": 1.5, "dash": "dash"}

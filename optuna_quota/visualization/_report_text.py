@@ -16,18 +16,35 @@ from optuna_quota.visualization._waste import _get_waste_info, total_of, waste_f
 
 if TYPE_CHECKING:
     from optuna_quota._analysis.advice import Advice
+    from optuna_quota._analysis.cost_drivers import Driver
     from optuna_quota._ledger.status import LedgerLine
+
+
+LEDGER = ("used", "reserved", "left", "quota")
+# Outcomes of trials that are listed with their reasons.
+ENDED = ("terminated", "rejected", "preempted", "failed")
+DRIVERS = (
+    "Share of the variance of the logarithm of the usage over the range searched (the rest is "
+    "noise and interactions), and what becomes of the usage where the hyperparameter alone is "
+    "doubled or halved at the best trial; 90% intervals, by the footprint."
+)
 
 
 class LedgerRow(NamedTuple):
     """One resource of the ledger, formatted; ``share`` is used and reserved over the quota."""
 
-    title: str
-    used: str
-    reserved: str
-    left: str
-    quota: str
+    cells: Sequence[str]
     share: float | None
+
+
+class DriverRow(NamedTuple):
+    """One hyperparameter that drives a resource, formatted; ``share`` is its median share."""
+
+    title: str
+    param: str
+    share: float
+    interval: str
+    change: str
 
 
 class ModelRow(NamedTuple):
@@ -39,7 +56,7 @@ class ModelRow(NamedTuple):
 
 
 class EndedRow(NamedTuple):
-    """One trial that was terminated or rejected, formatted."""
+    """One trial that was terminated or rejected, or that failed, formatted."""
 
     number: int
     outcome: str
@@ -55,21 +72,27 @@ class ReportText:
         name: The study's name.
         headline: Short sentences, the most important first.
         tiles: Pairs of a figure and its meaning.
+        ledger_head: Titles of the ledger's columns.
         ledger: The ledger by resource.
         limits: Limits on a trial: pairs of resource and amount.
         end: When the quota will be used up, None where that is unknown.
+        drivers: What drives each resource, where that is clear.
         models: The fitted models.
-        advice: What to change.
-        ended: Trials that were terminated or rejected, the latest first.
+        cheaper: Bounds that would halve the cost, a sentence; None where none would.
+        advice: What else to change.
+        ended: Trials that were terminated or rejected, or that failed, the latest first.
     """
 
     name: str
     headline: Sequence[str]
     tiles: Sequence[tuple[str, str]]
+    ledger_head: Sequence[str]
     ledger: Sequence[LedgerRow]
     limits: Sequence[tuple[str, str]]
     end: str | None
+    drivers: Sequence[DriverRow]
     models: Sequence[ModelRow]
+    cheaper: str | None
     advice: Sequence[Advice]
     ended: Sequence[EndedRow]
 
@@ -77,25 +100,30 @@ class ReportText:
 def report_text(data: ReportData) -> ReportText:
     """Return the texts of a study's report."""
     ledger, analysis = status(data.study), data.analysis
-    ended = [t for t in data.trials if t.outcome in ("terminated", "rejected")]
+    # A column of dashes says nothing.
+    shown = [c for c in LEDGER if c != "reserved" or any(line.reserved for line in ledger.lines)]
     formulas = {} if analysis is None else analysis.formulas
+    drivers = {} if analysis is None else analysis.drivers
     return ReportText(
         name=data.study.study_name,
         headline=_headline(data),
         tiles=_tiles(data),
-        ledger=[_ledger_row(line) for line in ledger.lines],
+        ledger_head=["resource", *shown, "of the quota"],
+        ledger=[_ledger_row(line, shown) for line in ledger.lines],
         limits=[
             (get_resource(name).title, format_amount(name, v))
             for name, v in limits_of(data.study).items()
         ],
         end=ledger.end,
+        drivers=[_driver_row(name, d) for name, ds in drivers.items() for d in ds if d.is_clear],
         models=[
             ModelRow(_theme.resource_title(name), formula, analysis.model_warnings(name))
             for name, formula in formulas.items()
             if analysis is not None
         ],
+        cheaper=str(analysis.cheaper_space) if analysis and analysis.cheaper_space else None,
         advice=[] if analysis is None else analysis.advice,
-        ended=[_ended_row(trial) for trial in reversed(ended)],
+        ended=[_ended_row(trial) for trial in reversed(data.trials) if trial.outcome in ENDED],
     )
 
 
@@ -112,7 +140,7 @@ def _headline(data: ReportData) -> list[str]:
         sentences.append(f"The best value, {value:.5g}, is that of trial {best.number}.")
     waste = _get_waste_info(data.study, data.trials)
     if waste.spent:
-        sentences.append(f"They took {waste_finding(waste)}.")
+        sentences.append(f"{waste_finding(waste)}.")
     return sentences
 
 
@@ -149,17 +177,30 @@ def _tiles(data: ReportData) -> list[tuple[str, str]]:
     return tiles
 
 
-def _ledger_row(line: LedgerLine) -> LedgerRow:
-    shown = (line.used, line.reserved, line.left, line.quota)
-    used, reserved, left, quota = (format_amount(line.resource, v) if v else "–" for v in shown)
+def _ledger_row(line: LedgerLine, columns: Sequence[str]) -> LedgerRow:
+    amounts = (getattr(line, name) for name in columns)
+    cells = [format_amount(line.resource, amount) if amount else "–" for amount in amounts]
     share = (line.used + line.reserved) / line.quota if line.quota else None
-    return LedgerRow(_theme.resource_title(line.resource), used, reserved, left, quota, share)
+    return LedgerRow([_theme.resource_title(line.resource), *cells], share)
+
+
+def _driver_row(resource: str, driver: Driver) -> DriverRow:
+    lower, share, upper = driver.share
+    interval = f"{100 * share:.0f}% ({100 * lower:.0f} to {100 * upper:.0f}%)"
+    change = ""
+    if driver.clear_factor is not None:
+        lower, factor, upper = driver.clear_factor
+        change = "doubled" if driver.change > 1 else "halved"
+        change += f": × {factor:.2f} ({lower:.2f} to {upper:.2f})"
+    return DriverRow(_theme.resource_title(resource), driver.param, share, interval, change)
 
 
 def _ended_row(trial: FinishedTrial) -> EndedRow:
+    breached = trial.record.censored_by or "memory"
+    names = dict.fromkeys(("memory", "wall_time", "gpu_memory", breached))
     used = [
-        f"{_theme.resource_title(name)} {trial.format_usage(name)}"
-        for name in ("memory", "wall_time", "gpu_memory")
+        f"{get_resource(name).title} {trial.format_usage(name)}"
+        for name in names
         if name in trial.amounts
     ]
     reason = trial.record.reason or "No reason was recorded."

@@ -147,12 +147,12 @@ def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return ticks of a log axis: 1, 2 and 5 times powers of ten, or the powers alone.
+    """Return ticks of a log axis: the fewer digits of each power of ten, the more powers.
 
     Plotly labels the minor ticks of a log axis with their first digit alone.
     """
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    digits = (1, 2, 5) if len(decades) <= 4 else (1,)
+    digits = (1, 2, 5) if high < 30 * low else (1, 3) if high < 1000 * low else (1,)
     ticks = [float(f"{digit}e{decade}") for decade in decades for digit in digits]
     shown = [t for t in ticks if low * 0.999 <= t <= high * 1.001 and math.isfinite(t)]
     if len(shown) >= 2:

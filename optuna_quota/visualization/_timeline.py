@@ -1,11 +1,13 @@
-"""Memory of one trial over time, with its limit and breach."""
+"""Usage of one trial over time, with its limit and breach."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import html
+import textwrap
 from typing import NamedTuple, TYPE_CHECKING
 
-from optuna_quota._resources import format_amount
+from optuna_quota._resources import CLOCK_RESOURCES, format_amount, get_resource
 from optuna_quota.visualization import _plotly, _theme
 from optuna_quota.visualization._data import finished_trials, FinishedTrial, limits_of
 
@@ -19,28 +21,32 @@ _MAX_SUBTITLE = 100
 
 
 class _TimelineInfo(NamedTuple):
-    """The memory of a trial.
+    """The usage of a trial over time.
 
     Attributes:
-        number: The trial's number.
-        finding: How it ended.
-        seconds: Times since its start.
-        memory: Bytes at these times.
-        limit: The memory limit in bytes.
-        breach: Seconds and bytes of the breach; of another resource's breach, its time and the
-            memory then.
+        title: The plot's title.
+        resource: The resource that was breached where its usage was recorded, or else memory.
+        finding: How the trial ended.
+        points: Pairs of seconds since its start and usage.
+        limit: The resource's limit.
+        time_limit: The limit on time, in seconds, where that was breached.
+        breach: Seconds and usage of the breach; of another resource's breach, its time and the
+            usage then.
     """
 
-    number: int
+    title: str
+    resource: str
     finding: str
-    seconds: list[float]
-    memory: list[float]
+    points: list[tuple[float, float]]
     limit: float | None
+    time_limit: float | None
     breach: tuple[float, float] | None
 
 
 def plot_timeline(study: Study, number: int) -> go.Figure:
-    """Plot the memory of one trial over time, with its limit and breach.
+    """Plot the usage of one trial over time, with its limit and breach.
+
+    Shown is what was breached; memory of a trial that breached a time limit or none.
 
     Example:
 
@@ -65,83 +71,86 @@ def _get_timeline_info(study: Study, number: int) -> _TimelineInfo:
     trial = next((t for t in finished_trials(study) if t.number == number), None)
     if trial is None:
         raise ValueError(f"`number` must be that of a finished trial but got {number!r}.")
-    return timeline_info(trial, limits_of(study).get("memory"))
+    return timeline_info(trial, limits_of(study))
 
 
-def timeline_info(trial: FinishedTrial, limit: float | None) -> _TimelineInfo:
+def timeline_info(trial: FinishedTrial, limits: Mapping[str, float]) -> _TimelineInfo:
     """Return what is drawn of one trial.
 
     Args:
         trial: The trial.
-        limit: The study's memory limit, replaced by the limit that the trial breached.
+        limits: The study's limits; that which the trial breached replaces one.
     """
-    timeline = list(trial.record.timeline)
+    record, breach = trial.record, trial.record.breach
+    resource, points = "memory", list(record.timeline)
+    if breach is not None and record.breach_timeline:
+        resource, points = breach.resource, list(record.breach_timeline)
     # Readings of zero at the end were taken after the processes had ended.
-    while timeline and timeline[-1][1] <= 0:
-        timeline.pop()
-    record, place = trial.record, None
-    if record.breach is not None and timeline:
-        if record.breach.resource == "memory":
-            limit, place = record.breach.limit, (record.breach.seconds, record.breach.observed)
+    while points and points[-1][1] <= 0:
+        points.pop()
+    limit, time_limit, place = limits.get(resource), None, None
+    if breach is not None and points:
+        place = (breach.seconds, breach.observed)
+        if breach.resource == resource:
+            limit = breach.limit
         else:
-            at = record.breach.seconds
-            place = (at, min(timeline, key=lambda point: abs(point[0] - at))[1])
-    if place is not None and place[0] > timeline[-1][0]:
-        timeline.append(place)
-    finding = f"{trial.outcome}, peak {format_amount('memory', _maximum(timeline))}"
+            place = (breach.seconds, min(points, key=lambda p: abs(p[0] - breach.seconds))[1])
+            time_limit = breach.limit if breach.resource in CLOCK_RESOURCES else None
+        if place[0] > points[-1][0]:
+            points.append(place)
     if record.reason and trial.outcome == "terminated":
-        reason = record.reason
-        finding = reason if len(reason) <= _MAX_SUBTITLE else f"{reason[: _MAX_SUBTITLE - 1]}…"
-    seconds, memory = [t for t, _ in timeline], [m for _, m in timeline]
-    return _TimelineInfo(trial.number, finding, seconds, memory, limit, place)
-
-
-def _maximum(timeline: list[tuple[float, float]]) -> float | None:
-    return max((memory for _, memory in timeline), default=None)
+        finding = textwrap.shorten(record.reason, _MAX_SUBTITLE, placeholder="…")
+    else:
+        most = max((amount for _, amount in points), default=None)
+        finding = f"{trial.outcome}, peak {format_amount(resource, most)}"
+    title = f"{_theme.resource_title(resource)} of trial {trial.number} over time"
+    return _TimelineInfo(title, resource, finding, points, limit, time_limit, place)
 
 
 class _Axes(NamedTuple):
-    memory: _theme.Unit
+    usage: _theme.Unit
     time: _theme.Unit
     top: float
     right: float
 
+    def titles(self, resource: str) -> tuple[str, str]:
+        usage = self.usage.axis_title(_theme.resource_title(resource))
+        return self.time.axis_title("Time since the start"), usage
+
 
 def _axes(info: _TimelineInfo) -> _Axes:
-    seconds, memory = list(info.seconds), list(info.memory)
-    if info.breach is not None:
-        seconds.append(info.breach[0])
-        memory.append(info.breach[1])
-    unit, clock = _theme.unit_for("memory", memory), _theme.unit_for("wall_time", seconds)
-    _, high = _theme.axis_range(memory, limit=info.limit)
-    return _Axes(unit, clock, unit.of(high), clock.of(1.04 * max(seconds) or 1.0))
-
-
-def _title(info: _TimelineInfo) -> str:
-    return f"Memory of trial {info.number} over time"
+    points = [*info.points, *([] if info.breach is None else [info.breach])]
+    last, amounts = max(t for t, _ in points), [amount for _, amount in points]
+    unit, clock = _theme.unit_for(info.resource, amounts), _theme.unit_for("wall_time", [last])
+    _, high = _theme.axis_range(amounts, limit=info.limit)
+    return _Axes(unit, clock, unit.of(high), clock.of(1.04 * last or 1.0))
 
 
 def timeline_figure(info: _TimelineInfo) -> go.Figure:
     """Return the figure of :func:`plot_timeline`."""
-    if not info.memory:
-        return _plotly.empty_figure(_title(info), "No timeline was recorded for this trial.")
+    if not info.points:
+        return _plotly.empty_figure(info.title, "No timeline was recorded for this trial.")
     axes = _axes(info)
-    x = [axes.time.of(t) for t in info.seconds]
-    traces = [_plotly.line("memory", _theme.BLUE, x, [axes.memory.of(m) for m in info.memory])]
+    x, y = [axes.time.of(t) for t, _ in info.points], [axes.usage.of(a) for _, a in info.points]
+    traces = [_plotly.line(get_resource(info.resource).title, _theme.BLUE, x, y)]
     if info.breach is not None:
-        seconds, memory = info.breach
+        seconds, amount = info.breach
         hover = f"breach {format_amount('wall_time', seconds)} after the start"
-        place = [axes.time.of(seconds)], [axes.memory.of(memory)]
+        place = [axes.time.of(seconds)], [axes.usage.of(amount)]
         traces.append(_plotly.markers("breach", _theme.OUTCOMES["terminated"], *place, [hover]))
+    titles = axes.titles(info.resource)
     figure = _plotly.make_figure(
-        _title(info),
+        info.title,
         info.finding,
         traces,
-        _plotly.axis(axes.time.axis_title("Time since the start"), (0.0, axes.right)),
-        _plotly.axis(axes.memory.axis_title("Memory"), (0.0, axes.top)),
+        _plotly.axis(titles[0], (0.0, axes.right)),
+        _plotly.axis(titles[1], (0.0, axes.top)),
     )
     if info.limit is not None:
-        _plotly.add_limit(figure, "memory", info.limit, axes.memory, axes.top)
+        _plotly.add_limit(figure, info.resource, info.limit, axes.usage, axes.top)
+    if info.time_limit is not None:
+        at, style = axes.time.of(info.time_limit), {"color": _theme.VERMILION, "dash": "dash"}
+        figure.add_vline(at, line={**style, "width": 1.5})
     return figure
 
 
@@ -167,7 +176,7 @@ def timeline_svg(info: _TimelineInfo) -> str:
 
     parts = [
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#FFFFFF"/>',
-        _svg_text(16, 22, _title(info), size=14, weight="bold"),
+        _svg_text(16, 22, info.title, size=14, weight="bold"),
         _svg_text(16, 40, info.finding, color=_theme.MUTED),
     ]
     for tick in _theme.linear_ticks(0, axes.top):
@@ -176,41 +185,44 @@ def timeline_svg(info: _TimelineInfo) -> str:
     for tick in _theme.linear_ticks(0, axes.right):
         parts.append(_svg_path(f"M{x(tick)} {_BOTTOM}v4", _theme.MUTED, 1))
         parts.append(_svg_text(x(tick), _BOTTOM + 17, f"{tick:,.6g}", anchor="middle"))
-    titles = axes.time.axis_title("Time since the start"), axes.memory.axis_title("Memory")
+    titles = axes.titles(info.resource)
     middle, centre = (_LEFT + _RIGHT) / 2, (_TOP + _BOTTOM) / 2
     parts += [
         _svg_text(middle, _BOTTOM + 36, titles[0], color=_theme.MUTED, anchor="middle"),
         f'<g transform="translate(18,{centre}) rotate(-90)">'
         f"{_svg_text(0, 0, titles[1], color=_theme.MUTED, anchor='middle')}</g>",
     ]
-    points = [
-        f"{x(axes.time.of(t))} {y(axes.memory.of(m))}"
-        for t, m in zip(info.seconds, info.memory, strict=True)
-    ]
+    points = [f"{x(axes.time.of(t))} {y(axes.usage.of(a))}" for t, a in info.points]
     parts.append(_svg_path(f"M{'L'.join(points)}", _theme.BLUE, 2))
     if info.breach is not None:
-        place = x(axes.time.of(info.breach[0])), y(axes.memory.of(info.breach[1]))
+        place = x(axes.time.of(info.breach[0])), y(axes.usage.of(info.breach[1]))
         triangle = f"M{place[0]} {place[1] - 5}l4.6 8.6h-9.2z"
         parts.append(f'<path d="{triangle}" fill="{_theme.VERMILION}" stroke="#FFFFFF"/>')
     if info.limit is not None:
-        label = f"limit {format_amount('memory', info.limit)}"
-        limit = axes.memory.of(info.limit)
+        label = f"limit {format_amount(info.resource, info.limit)}"
+        limit = axes.usage.of(info.limit)
         if limit <= axes.top:
-            style = 'stroke-dasharray="6 4"'
-            path = f"M{_LEFT} {y(limit)}H{_RIGHT}"
-            parts.append(_svg_path(path, _theme.VERMILION, 1.5, style))
+            parts.append(_svg_limit(f"M{_LEFT} {y(limit)}H{_RIGHT}"))
         else:
             label, limit = f"{label} ↑", axes.top
-        parts.append(_svg_text(_LEFT + 4, max(y(limit), _TOP) - 5, label, color=_theme.VERMILION))
+        parts.append(
+            _svg_text(_LEFT + 4, max(y(limit), _TOP + 17) - 5, label, color=_theme.VERMILION)
+        )
+    if info.time_limit is not None:
+        parts.append(_svg_limit(f"M{x(axes.time.of(info.time_limit))} {_TOP}V{_BOTTOM}"))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        f'width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{_title(info)}" '
+        f'width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{html.escape(info.title)}" '
         f'font-family="{html.escape(_theme.FONT)}">{"".join(parts)}</svg>'
     )
 
 
 def _svg_path(path: str, color: str, width: float, style: str = "") -> str:
     return f'<path d="{path}" stroke="{color}" stroke-width="{width}" fill="none" {style}/>'
+
+
+def _svg_limit(path: str) -> str:
+    return _svg_path(path, _theme.VERMILION, 1.5, 'stroke-dasharray="6 4"')
 
 
 def _svg_text(

@@ -171,43 +171,34 @@ def usage_slice_figure(info: _SliceInfo) -> go.Figure:
     log = _theme.use_log_scale(amounts)
     low, high = map(unit.of, _theme.axis_range(amounts, log=log, limit=info.limit))
     rows, columns = math.ceil(len(slices) / _COLUMNS), min(_COLUMNS, len(slices))
-    figure = _plotly.import_plotly("plotly.subplots").make_subplots(
-        rows,
-        columns,
-        horizontal_spacing=0.09 if columns < _COLUMNS else 0.07,
-        vertical_spacing=0.16 if rows == 1 else 0.36 / rows,
-    )
-    figure.layout.template = {}
-    figure.update_layout(_plotly.layout_of(title, _subtitle(slices)))
+    layout = _plotly.layout_of(title, _subtitle(slices))
+    layout["grid"] = {"rows": rows, "columns": columns, "pattern": "independent", "xgap": 0.1}
     if rows > 1:
-        figure.update_layout(height=100 + 300 * rows)
+        layout["height"] = 100 + 300 * rows
+    traces: list[dict[str, Any]] = []
     named: set[str] = set()
     for index, found in enumerate(slices):
-        panel = "" if index == 0 else str(index + 1)
-        y_title = unit.axis_title(name) if index % _COLUMNS == 0 else ""
-        figure.update_layout(
-            {
-                f"xaxis{panel}": _x_axis(found),
-                f"yaxis{panel}": _plotly.axis(y_title, (low, high), log=log),
-            }
-        )
+        panel, first = _panel(index), index % _COLUMNS == 0
+        y = _plotly.axis(unit.axis_title(name) if first else "", (low, high), log=log)
+        # One scale for all, named once a row.
+        y.update(showticklabels=first, **({"matches": "y"} if index else {}))
+        layout.update({f"xaxis{panel}": _x_axis(found), f"yaxis{panel}": y})
         for trace in _traces(found, info.resource, unit):
             shown = trace["name"] not in named
+            trace.update(xaxis=f"x{panel}", yaxis=f"y{panel}", showlegend=shown)
+            traces.append({**trace, "legendgroup": trace["name"]})
             named.add(trace["name"])
-            axes = {"xaxis": f"x{panel}", "yaxis": f"y{panel}"}
-            figure.add_trace({**trace, **axes, "legendgroup": trace["name"], "showlegend": shown})
-        if info.limit is not None:
+    figure = _plotly.import_plotly().Figure({"data": traces, "layout": layout})
+    if info.limit is not None:
+        for index in range(len(slices)):
             _plotly.add_limit(
-                figure,
-                info.resource,
-                info.limit,
-                unit,
-                high,
-                log=log,
-                panel=panel,
-                labelled=index == 0,
+                figure, info.resource, info.limit, unit, high, log=log, panel=_panel(index)
             )
     return figure
+
+
+def _panel(index: int) -> str:
+    return "" if index == 0 else str(index + 1)
 
 
 def _x_axis(found: _Slice) -> dict[str, Any]:

@@ -95,37 +95,6 @@ def test_without_a_quota_there_is_no_advice_on_n_jobs() -> None:
     assert advice_on(power_law_study(40), "n_jobs") == []
 
 
-def test_the_cheapest_trial_near_the_best() -> None:
-    space = {"x": FloatDistribution(0, 1)}
-    trials = [
-        finished({"x": i / 20}, Usage(cpu_time=100.0 - i), space, value=1.0 - 0.02 * i)
-        for i in range(20)
-    ]
-    trials.append(finished({"x": 1.0}, Usage(cpu_time=5.0), space, value=0.622))
-
-    advice = only_advice(study_of(*trials), "cheapest trial")
-
-    assert advice.figures["number"] == 20 and advice.figures["best"] == 19
-    assert "at 6% of its CPU time (5 s against 1 min 21 s)" in str(advice)
-    assert set(advice.figures["front"]) == {19, 20}
-
-
-@pytest.mark.parametrize("direction", ["minimize", "maximize"])
-def test_the_best_trial_depends_on_the_direction(direction: str) -> None:
-    space = {"x": FloatDistribution(0, 1)}
-    sign = 1.0 if direction == "minimize" else -1.0
-    trials = [
-        finished(
-            {"x": 0.1}, Usage(cpu_time=10.0 + 90 * (i == 0)), space, value=sign * (1 + 1e-3 * i)
-        )
-        for i in range(15)
-    ]
-
-    advice = only_advice(study_of(*trials, direction=direction), "cheapest trial")
-
-    assert advice.figures["best"] == 0 and advice.figures["number"] != 0
-
-
 @pytest.mark.parametrize(
     ("ended", "text"),
     [
@@ -204,7 +173,7 @@ def test_few_trials_give_little_advice(n: int) -> None:
     assert {advice.topic for advice in analyze(power_law_study(n)).advice} <= {"budget"}
 
 
-def test_infeasible_trials_are_neither_the_cheapest_nor_the_best() -> None:
+def test_infeasible_trials_are_not_the_best() -> None:
     space = {"x": IntDistribution(0, 30)}
     trials = []
     for i in range(30):
@@ -216,5 +185,4 @@ def test_infeasible_trials_are_neither_the_cheapest_nor_the_best() -> None:
     study = study_of(*trials)
 
     assert analyze(study).best == [0]
-    assert not advice_on(study, "cheapest trial")
     assert "improved nothing" in str(only_advice(study, "last tenth"))

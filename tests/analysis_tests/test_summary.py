@@ -14,7 +14,7 @@ import pytest
 
 from optuna_quota import analyze, Usage
 from optuna_quota._analysis.summary import refused_points
-from tests.analysis_tests.studies import draw, finished, power_law_study, study_of
+from tests.analysis_tests.studies import draw, finished, power_law_study, SPACE, study_of
 
 
 def test_the_summary_has_outcomes_and_correlations() -> None:
@@ -22,7 +22,7 @@ def test_the_summary_has_outcomes_and_correlations() -> None:
 
     assert "80 trials finished" in text and "terminated" in text
     assert "Spearman" in text and "Holm" in text
-    line = next(x for x in text.splitlines() if x.startswith("  memory") and " rows " in x)
+    line = next(x for x in text.splitlines() if x.startswith("  memory  ") and " rows " in x)
     assert "p < 0.001" in line and "n = 80" in line
 
 
@@ -89,6 +89,56 @@ def test_the_summary_says_what_drives_cost() -> None:
     assert report.drivers["wall_time"][0].param == "rows"
     text = report.summary()
     assert "What drives cost" in text and "rows" in text.split("What drives cost")[1]
+    assert re.search(r"At the best trial, (doubl|halv)ing rows multiplies the memory by \d", text)
+
+
+def test_bounds_halve_the_cost_and_keep_the_best() -> None:
+    rng = np.random.default_rng(1)
+    trials = []
+    for _ in range(60):
+        params = draw(SPACE, rng)
+        seconds = 1e-3 * params["rows"] * rng.lognormal(0, 0.05)
+        # The best is at 700 rows, in the lower half of their logarithms, and at any width.
+        value = (math.log(params["rows"]) - math.log(700)) ** 2 + 0.01 * rng.standard_normal()
+        trials.append(finished(params, Usage(cpu_time=seconds), value=value))
+    report = analyze(study_of(*trials))
+
+    found = report.cheaper_space
+    assert found is not None and found.resource == "cpu_time"
+    assert found.bounds[0].startswith("rows <= ") and found.best_kept >= 0.9
+    bound = float(found.bounds[0].removeprefix("rows <= "))
+    assert bound > 700
+    # Of rows, whose logarithm is uniform from 100 to 10,000.
+    mean, whole = ((b - 100) / math.log(b / 100) for b in (bound, 10_000))
+    assert found.cost[0] < mean / whole < found.cost[2] and mean / whole < 0.55
+    assert "Half the cost: with rows <= " in report.summary()
+
+    # Nothing is known of the best where the value is noise.
+    noise = [
+        finished(t.params, Usage(cpu_time=t.params["rows"]), value=rng.random()) for t in trials
+    ]
+    assert analyze(study_of(*noise)).cheaper_space is None
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_the_front_of_cost_and_quality(direction: str) -> None:
+    space = {"x": FloatDistribution(0, 100)}
+    sign = 1.0 if direction == "minimize" else -1.0
+    costs_and_losses = [(10.0 + i, 9.0 - i) for i in range(6)]
+    costs_and_losses += [(30.0, 5.0)] * 6 + [(12.0, 7.0), (1.0, 0.0)]
+    trials = []
+    for i, (cost, loss) in enumerate(costs_and_losses):
+        # The last one violates a constraint.
+        attrs = {"constraints": [1.0 if cost == 1.0 else -1.0]}
+        usage = Usage(cpu_time=cost, wall_time=1.0)
+        trials.append(finished({"x": i}, usage, space, value=sign * loss, system_attrs=attrs))
+    report = analyze(study_of(*trials, direction=direction))
+
+    assert report.front is not None
+    assert report.front["number"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert report.front["cpu_time"].tolist() == [10.0, 11.0, 12.0, 13.0, 14.0, 15.0]
+    lines = report.summary().split("Cost against quality")[1].splitlines()
+    assert lines[2].split() == ["0", f"{sign * 9:g}", "10", "s", "67%"]
 
 
 def test_shares_of_a_power_law_are_those_of_its_exponents() -> None:
@@ -138,4 +188,4 @@ def test_the_summary_says_how_many_trials_a_formula_leaves_out() -> None:
 
     n = int((report.table["outcome"] == "terminated").sum())
     text = " ".join(report.summary().split())
-    assert f"0 lower bounds, {n} left out as something else stopped them" in text
+    assert f"{80 - n} trials, {n} left out as something else stopped them" in text

@@ -108,7 +108,7 @@ def test_the_note_has_the_block_below_the_persons_text(driver: Any, address: str
         "return document.body.innerText.includes('Ledger') ? document.body.innerText : null;",
     )
     assert text.index(PERSON) < text.index("Resource usage") < text.index("Ledger")
-    assert "Terminated and rejected trials" in text
+    assert "Terminated, rejected and failed trials" in text
     assert "optuna_quota:" not in text and "[//]" not in text
     assert driver.execute_script("return window.hacked === undefined;")
     assert len(driver.find_elements("css selector", "table")) >= 2

@@ -22,7 +22,7 @@ import pytest
 
 from optuna_quota import analyze, Limits, Usage
 from optuna_quota._optuna import storage_of, study_id_of
-from optuna_quota._records import TrialRecord
+from optuna_quota._records import Interval, TrialRecord
 from optuna_quota._resources import Breach
 from optuna_quota.dashboard import _publish, publish, Publisher
 from optuna_quota.dashboard._notes import END
@@ -60,6 +60,7 @@ def test_without_optuna_dashboard_the_log_says_what_to_install(
 ) -> None:
     study = made_study(3)
     without(monkeypatch, "optuna_dashboard")
+    monkeypatch.setattr(_publish, "find_spec", lambda name: None)  # plotly neither
     if how == "publish":
         analyze(study).publish()
     else:
@@ -67,6 +68,7 @@ def test_without_optuna_dashboard_the_log_says_what_to_install(
         for _ in range(2):
             publisher(study, study.trials[0])
     assert caplog.text.count("pip install 'optuna-quota[dashboard]'") == 1
+    assert "Published" not in caplog.text
 
 
 PERSON = "# Mine\n\nMy own thoughts."
@@ -152,12 +154,15 @@ def test_a_trials_note_has_its_reason_usage_and_image(tmp_path: Path) -> None:
     breach = Breach("memory", GIB, 1.25 * GIB, 4.0)
     line = ((0.0, 0.1 * GIB), (2.0, 0.5 * GIB), (4.0, 1.25 * GIB))
     usage = Usage(memory=1.25 * GIB, wall_time=4.2)
-    record = TrialRecord(usage, "terminated", breach.reason, breach, timeline=line)
+    footprint = {"wall_time": Interval(2, 3, 4), "memory": Interval(GIB / 4, GIB / 2, GIB)}
+    record = TrialRecord(usage, "terminated", breach.reason, breach, footprint, timeline=line)
     add_row(study, record)
     add_row(study, TrialRecord(usage, "completed"))
     publish(study, artifact_store=FileSystemArtifactStore(str(tmp_path)))
     found = attributes(study)
-    text = found["dashboard:0:note_str:0"]
+    text = found["dashboard:0:note_str:0"].replace("\u00a0", " ")
+    used, projected = text.split("\n\nProjected before it ran:\n\n")
+    assert "125%" in used and projected.index("512 MiB") < projected.index("3 s")
     assert "**Terminated.** Memory limit exceeded after" in text and "1.25 GiB used" in text
     assert "125%" in text and "≥ 4.2 s" in text
     assert "dashboard:1:note_str:0" not in found
@@ -175,7 +180,8 @@ def test_a_rejected_trials_note_has_its_projection() -> None:
     publish_plain(study)
     number = next(t.number for t in study.trials if t.user_attrs["quota:outcome"] == "rejected")
     text = attributes(study)[f"dashboard:{number}:note_str:0"]
-    assert "**Rejected.**" in text and "projected" in text and "GiB" in text
+    assert "**Rejected.**" in text and "GiB" in text
+    assert text.count("| :--- |") == 1 and "Projected before it ran:\n\n|" in text
 
 
 def test_hostile_attributes_do_not_become_markup() -> None:

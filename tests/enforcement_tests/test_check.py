@@ -19,7 +19,7 @@ from optuna_quota import check, isolated, LimitBreached, Limits, Quota, QuotaPru
 from optuna_quota._records import read_record
 
 
-NONE = Limits(memory=1)
+NONE = Limits(wall_time=1e-6)
 STUDIES = {
     "pruner": lambda **kw: optuna.create_study(pruner=QuotaPruner(limits=NONE), **kw),
     "sampler": lambda **kw: optuna.create_study(
@@ -54,9 +54,9 @@ def test_ask_and_tell(which: str) -> None:
     trial = study.ask()
     with pytest.raises(LimitBreached) as caught:
         check(trial)
-    assert caught.value.resource == "memory"
-    assert caught.value.limit == 1
-    assert caught.value.observed is not None and caught.value.observed > 1
+    assert caught.value.resource == "wall_time"
+    assert caught.value.limit == 1e-6
+    assert caught.value.observed is not None and caught.value.observed > 1e-6
     assert caught.value.seconds is not None
     study.tell(trial, state=TrialState.PRUNED)
     if which != "pruner":

@@ -89,9 +89,9 @@ def test_nothing_else_is_found() -> None:
 
 
 def test_the_tightest_limits_apply() -> None:
-    first = QuotaPruner(limits=Limits(memory=100, wall_time=5))
-    second = QuotaPruner(first, limits=Limits(memory=50, cpu_time=7))
-    assert pruner_limits(Held([second])) == Limits(memory=50, cpu_time=7, wall_time=5)
+    first = QuotaPruner(limits=Limits(memory="100B", wall_time=5))
+    second = QuotaPruner(first, limits=Limits(memory="50B", cpu_time=7))
+    assert pruner_limits(Held([second])) == Limits(memory="50B", cpu_time=7, wall_time=5)
 
 
 def runs_on(trial: optuna.Trial) -> float:

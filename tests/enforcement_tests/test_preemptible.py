@@ -26,6 +26,7 @@ from optuna_quota import (
     TrialPreempted,
 )
 from optuna_quota._records import read_record
+from tests.waiting import until
 
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs POSIX signals")
@@ -33,14 +34,6 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs PO
 
 def send(number: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("It took longer than a minute.")
 
 
 def objective_that_prunes(trial: optuna.Trial) -> float:

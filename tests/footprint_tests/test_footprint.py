@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+import math
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,30 @@ def test_times_of_trials_stopped_for_their_memory_do_not_raise_the_expected_time
             found.append(float(np.log(median / (row.usage.wall_time or 1.0))))
     assert abs(np.median(errors["partial"])) < 0.25
     assert np.median(errors["partial"]) < np.median(errors["censored"])
+
+
+@pytest.mark.parametrize(("earliest", "late"), [(0.8, True), (0.02, False)])
+def test_how_late_trials_were_stopped_is_learned(earliest: float, late: bool) -> None:
+    rng = np.random.default_rng(0)
+    seen = []
+    for row in draw_rows(40, seed=3):
+        # Those over a limit on memory, which grows with width as time does.
+        over = row.params["width"] * rng.lognormal(0, 0.3) > 150
+        seconds = 1e-3 * row.params["width"] ** 1.5 * rng.lognormal(0, 0.2)
+        usage = Usage(cpu_time=seconds * (rng.uniform(earliest, 1) if over else 1.0))
+        partial = frozenset({"cpu_time"} if over else ())
+        seen.append(Observation(row.params, SPACE, usage, partial=partial))
+
+    footprint = Footprint.fit(seen)
+
+    model = footprint.contents.models["cpu_time"]
+    assert isinstance(model, ResourceModel) and (model.lateness > 1) == late
+    errors = [
+        math.log(footprint.intervals(row.params)["cpu_time"].median)
+        - math.log(1e-3 * row.params["width"] ** 1.5)
+        for row in draw_rows(30, seed=4)
+    ]
+    assert abs(np.median(errors)) < 0.15
 
 
 @pytest.mark.parametrize(("share", "every"), [(0.001, 4), (0.03, 4), (0.02, 8)])

@@ -52,7 +52,19 @@ scalars = st.one_of(
 NAMES = (
     *("memory", "wall_time", "cpu_time", "gpu_memory", "trial_time", "n_trials", "energy", "cost"),
     *("resource", "limit", "observed", "seconds", "quota", "forecast", "lower", "median", "upper"),
-    *("trial", "granted", "asked", "waits", "worker", "began", "beat", "used", "charged", "gpu"),
+    *(
+        "trial",
+        "granted",
+        "asked",
+        "waits",
+        "worker",
+        "began",
+        "beat",
+        "every",
+        "used",
+        "charged",
+        "gpu",
+    ),
     *("host", "machine", "space", "pid", "started", "after", "action", "params", "probability"),
     *("__class__", "<b>x</b>", ""),
 )

@@ -13,14 +13,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import _optuna, isolated, LimitBreached, Quota, QuotaSampler
-
-
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("It took longer than a minute.")
+from tests.waiting import until
 
 
 def wait_for_the_end(trial: optuna.Trial) -> float:

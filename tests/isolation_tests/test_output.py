@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from pathlib import Path
 import sys
+from typing import Any
 import warnings
 
 import optuna
@@ -106,6 +108,7 @@ def test_loggers_without_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch
 
 
 LOGGING = """
+import importlib
 import logging
 import sys
 import optuna
@@ -135,6 +138,7 @@ optuna.create_study().optimize(isolated(objective), n_trials=1)
 
 
 LOGGING_MODULE = """
+import importlib
 import logging
 import sys
 
@@ -158,6 +162,7 @@ def test_handlers_that_trials_set_up_again_do_not_repeat_records(tmp_path: Path)
 FILTERING = """
 import sys
 import types
+from typing import Any
 import warnings
 import optuna
 from optuna_quota import isolated
@@ -230,3 +235,31 @@ def test_filters_of_a_module_that_only_the_trial_imports_hold(tmp_path: Path) ->
     )
     (tmp_path / "script.py").write_text(LATE)
     assert run_python(tmp_path, "script.py") == "['COMPLETE']\n"
+
+
+def test_no_module_is_imported_for_its_filters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "costly"
+    package.mkdir()
+    (package / "kinds.py").write_text("class Costly(UserWarning): ...\n")
+    (package / "__init__.py").write_text(
+        "import warnings\n"
+        "from costly.kinds import Costly\n"
+        "warnings.simplefilter('error', Costly)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def objective(trial: optuna.Trial) -> float:
+        assert "costly" not in sys.modules
+        kind: Any = importlib.import_module("costly").Costly
+        warnings.warn("take care", kind, stacklevel=1)
+        return 1.0
+
+    study = optuna.create_study()
+    with warnings.catch_warnings():
+        kind: Any = importlib.import_module("costly").Costly
+        # The study's own filter comes before the one that the package sets when it is imported.
+        warnings.simplefilter("ignore", kind)
+        study.optimize(isolated(objective), n_trials=1)
+    assert study.trials[0].value == 1.0

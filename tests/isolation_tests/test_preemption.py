@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import contextlib
 import os
 from pathlib import Path
@@ -21,17 +20,10 @@ from optuna_quota import isolated, LimitBreached, Limits, preemptible, Quota, Qu
 from optuna_quota._isolation.launch import StartMethod
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import needs_supervisor
+from tests.waiting import until
 
 
 pytestmark = needs_supervisor
-
-
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("It took longer than a minute.")
 
 
 def make_study(kind: str) -> optuna.Study:

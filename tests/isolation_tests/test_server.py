@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import contextlib
 import itertools
+import signal
 import time
 from unittest.mock import Mock
 
@@ -17,7 +18,7 @@ from optuna_quota._isolation.launch import TrialConnections
 from optuna_quota._isolation.listener import connect
 from optuna_quota._isolation.messages import ExitReport
 from optuna_quota._isolation.output import Printed
-from optuna_quota._isolation.rpc import RemoteObjects
+from optuna_quota._isolation.rpc import CHECK, RemoteObjects
 from optuna_quota._isolation.server import Server
 
 
@@ -68,3 +69,49 @@ def test_a_slow_storage_is_asked_seldom(
     serve(remote, Mock(check_row=check_row), supervisor, control)
     for (begun, ended), (again, _) in itertools.pairwise(calls):
         assert again - ended > 10 * (ended - begun)
+
+
+class Deaf:
+    """Is interrupted where Python prints an exception and goes on."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("place", ["finalizer", "between receiving and answering", "at the end"])
+def test_an_interrupt_is_neither_lost_nor_cuts_a_message_off(
+    remote: RemoteObjects, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    supervisor, control = channel_pair()
+    rank = connect(remote.listener.address)
+    called: list[str] = []
+
+    def check() -> None:
+        called.append(CHECK)
+        if place == "finalizer":
+            Deaf()
+
+    def receive(channel: Channel) -> object:
+        message = original(channel)
+        if place != "finalizer":
+            signal.raise_signal(signal.SIGINT)
+        return message
+
+    original = Channel.receive
+    monkeypatch.setattr(Channel, "receive", receive)
+    if place == "at the end":
+        supervisor.send(ExitReport(exitcode=0))
+    else:
+        for number in range(2):
+            rank.send((number, 0, CHECK, (), {}))
+    with pytest.raises(KeyboardInterrupt):
+        serve(remote, Mock(find_breach=check), supervisor, control)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    if place == "at the end":
+        return
+    errors = [rank.receive()[2] is not None for _ in range(1 + len(called))]
+    # What waits for an answer gets one: the interrupt where it was not answered before.
+    assert errors == ([False, True] if place == "finalizer" else [True])
+    rank.close()

@@ -101,6 +101,8 @@ def test_helper_processes_survive_a_signal() -> None:
         trial.set_user_attr("pids", [os.getpid(), os.getppid()])
         return 1.0
 
+    # The one of earlier tests may have trials that are still ending.
+    fork_server_client().reset()
     study = optuna.create_study()
     study.optimize(isolated(objective), n_trials=1)
     server = fork_server_client()._process

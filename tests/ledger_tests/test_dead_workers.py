@@ -182,7 +182,7 @@ def test_a_sign_of_life_renews_a_lease() -> None:
 def test_whoever_waits_for_a_dead_worker_gets_its_turn() -> None:
     study, clock = optuna.create_study(), FakeClock()
     occupied(study, granted={"memory": 8.0}, began=clock.now, worker=this_machine(pid=2**22))
-    ledger = Ledger(study, Quota(memory=10), clock=clock)
+    ledger = Ledger(study, Quota(memory="10B"), clock=clock)
     assert isinstance(reserve(ledger, begin(study), {"memory": 5.0}), Grant)
 
 
@@ -190,7 +190,7 @@ def test_whoever_asks_for_a_whole_lease_is_dead_though_its_process_lives() -> No
     study, clock = optuna.create_study(), FakeClock()
     mine = begin(study)
     asking = occupied(study, worker=this_worker(), asked={"memory": 8.0})
-    ledger = Ledger(study, Quota(memory=10), clock=clock, lease=60)
+    ledger = Ledger(study, Quota(memory="10B"), clock=clock, lease=60)
     assert isinstance(reserve(ledger, mine, {"memory": 5.0}), Grant)
     assert clock.now > 1_000_060
     assert storage_of(study).get_trial(asking).state == TrialState.FAIL

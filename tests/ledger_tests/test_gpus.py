@@ -116,7 +116,7 @@ def test_a_gpu_given_back_is_given_again() -> None:
 def test_what_fits_no_gpu_is_refused() -> None:
     study = optuna.create_study()
     ledger = Ledger(study, Quota(n_trials=100), gpus=GPUS)
-    answer = reserve(ledger, begin(study), limits=Limits(gpu_memory=25))
+    answer = reserve(ledger, begin(study), limits=Limits(gpu_memory="25B"))
     assert isinstance(answer, Refusal) and not answer.final
     assert "GPU-a" in answer.reason
 

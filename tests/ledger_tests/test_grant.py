@@ -14,6 +14,7 @@ from optuna_quota._ledger.grant import (
     revise_promise,
 )
 from optuna_quota._ledger.protocol import ResourceRequest
+from optuna_quota._resources import quota_from_amounts
 
 
 GIB = 2.0**30
@@ -42,8 +43,8 @@ def test_what_is_held_is_promised_as_a_whole_before_a_trial_starts(
     promised: float,
 ) -> None:
     wants = initial_requests(
-        Quota(**{resource: 8}),  # type: ignore[arg-type]
-        Limits(**{resource: limit}),  # type: ignore[arg-type]
+        quota_from_amounts({resource: 8}, {}),
+        Limits.from_amounts({} if limit is None else {resource: limit}),
         {},
         {resource: 1.0},
         3,
@@ -69,9 +70,9 @@ def test_what_is_held_is_promised_as_a_whole_before_a_trial_starts(
 def test_who_asks_by_hand_leaves_some_for_the_next(
     requested_by: RequestedBy, limit: float | None, want: ResourceRequest
 ) -> None:
-    limits = Limits(memory=limit)
+    limits = Limits(memory=None if limit is None else f"{limit}B")
     wants = initial_requests(
-        Quota(memory=8), limits, {}, {"memory": 8.0}, 0, requested_by=requested_by
+        Quota(memory="8B"), limits, {}, {"memory": 8.0}, 0, requested_by=requested_by
     )
     assert wants == {"memory": want}
 
@@ -80,7 +81,7 @@ def test_a_footprint_that_was_stated_is_asked_for_as_it_is() -> None:
     stated = {"memory": 9.0}
     for requested_by in get_args(RequestedBy):
         wants = initial_requests(
-            Quota(memory=8), Limits(), stated, {}, 0, n_jobs=4, requested_by=requested_by
+            Quota(memory="8B"), Limits(), stated, {}, 0, n_jobs=4, requested_by=requested_by
         )
         assert wants == {"memory": ResourceRequest(9, 9)}
 
@@ -115,6 +116,6 @@ def test_a_promise_follows_the_point_once_it_is_known(
 ) -> None:
     granted = {"memory": 4.5 if smaller else 4.0}
     found = revise_promise(
-        Quota(memory=8), Limits(memory=6), granted, {"memory": bound}, {"memory": used}
+        Quota(memory="8B"), Limits(memory="6B"), granted, {"memory": bound}, {"memory": used}
     )
     assert found == (smaller, larger)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import logging
 from pathlib import Path
 import threading
@@ -17,6 +17,7 @@ from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, Str
 from optuna_quota._ledger import Grant, Ledger, Refusal
 from optuna_quota._optuna import trial_id_of
 from tests.ledger_tests.test_ledger import begin, finish, reserve
+from tests.waiting import until
 
 
 MIB = 2**20
@@ -60,16 +61,9 @@ def test_threads_together_hold_no_more_than_the_quota(memory: str, at_once: int)
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 12
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.005)
-
-
 def test_who_waits_longest_goes_first_though_smaller_ones_would_fit() -> None:
     study = optuna.create_study()
-    quota = Quota(memory=10)
+    quota = Quota(memory="10B")
     ledger = Ledger(study, quota)
     holder, large, small = (begin(study) for _ in range(3))
     assert isinstance(reserve(ledger, holder, {"memory": 6}), Grant)
@@ -85,9 +79,9 @@ def test_who_waits_longest_goes_first_though_smaller_ones_would_fit() -> None:
         return thread
 
     first = wait_for(large, 8)
-    wait_until(lambda: "waits" in str(study.trials[1].system_attrs))
+    until(lambda: "waits" in str(study.trials[1].system_attrs))
     second = wait_for(small, 3)
-    wait_until(lambda: "waits" in str(study.trials[2].system_attrs))
+    until(lambda: "waits" in str(study.trials[2].system_attrs))
     assert admitted == []
     finish(study, ledger, holder, Usage(memory=6))
     first.join(30)
@@ -97,9 +91,21 @@ def test_who_waits_longest_goes_first_though_smaller_ones_would_fit() -> None:
     assert admitted == [1, 2]
 
 
+@pytest.fixture
+def another_thread() -> Iterator[None]:
+    """Keep a thread running that might call `tell`."""
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    yield
+    end.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("another_thread")
 def test_a_trial_that_waits_until_its_study_has_ended_is_refused_and_holds_nothing() -> None:
     study = optuna.create_study()
-    ledger = Ledger(study, Quota(memory=10))
+    ledger = Ledger(study, Quota(memory="10B"))
     holder, late, next_one = (begin(study) for _ in range(3))
     assert isinstance(reserve(ledger, holder, {"memory": 6}), Grant)
     asked: list[bool] = []
@@ -134,6 +140,7 @@ class Hourglass:
             self.call()
 
 
+@pytest.mark.usefixtures("another_thread")
 @pytest.mark.parametrize("by_another_thread", [False, True])
 def test_a_wait_for_what_the_same_thread_asked_for_is_told(
     by_another_thread: bool, caplog: pytest.LogCaptureFixture
@@ -141,7 +148,7 @@ def test_a_wait_for_what_the_same_thread_asked_for_is_told(
     study = optuna.create_study()
     first, second = begin(study), begin(study)
     clock = Hourglass(60, lambda: finish(study, ledger, first, Usage(memory=6)))
-    ledger = Ledger(study, Quota(memory=10), clock=clock)
+    ledger = Ledger(study, Quota(memory="10B"), clock=clock)
     if by_another_thread:
         thread = threading.Thread(target=reserve, args=(ledger, first, {"memory": 6}))
         thread.start()
@@ -160,7 +167,7 @@ def test_a_wait_for_what_the_same_thread_asked_for_is_told(
 
 def test_what_can_never_fit_is_refused_and_the_study_is_not_over() -> None:
     study = optuna.create_study()
-    ledger = Ledger(study, Quota(memory=10))
+    ledger = Ledger(study, Quota(memory="10B"))
     refusal = reserve(ledger, begin(study), {"memory": 11})
     assert isinstance(refusal, Refusal) and not refusal.final and refusal.resource == "memory"
     assert isinstance(reserve(ledger, begin(study), {"memory": 10}), Grant)
@@ -168,8 +175,8 @@ def test_what_can_never_fit_is_refused_and_the_study_is_not_over() -> None:
 
 def test_a_limit_over_the_quota_is_no_reason_to_refuse() -> None:
     study = optuna.create_study()
-    ledger = Ledger(study, Quota(memory=10))
-    answer = reserve(ledger, begin(study), limits=Limits(memory=100))
+    ledger = Ledger(study, Quota(memory="10B"))
+    answer = reserve(ledger, begin(study), limits=Limits(memory="100B"))
     assert isinstance(answer, Grant) and answer.left["memory"] <= 10
 
 
@@ -281,7 +288,7 @@ def test_a_batch_that_is_asked_for_by_hand_does_not_wait_for_itself() -> None:
 
 def test_a_trial_that_outgrows_its_promise_is_given_what_is_free() -> None:
     study = optuna.create_study()
-    ledger = Ledger(study, Quota(memory=100))
+    ledger = Ledger(study, Quota(memory="100B"))
     trial, other = begin(study), begin(study)
     assert isinstance(reserve(ledger, trial, {"memory": 40}), Grant)
     assert isinstance(reserve(ledger, other, {"memory": 40}), Grant)
@@ -325,7 +332,7 @@ def test_the_queue_is_served_on_a_database(tmp_path: Path) -> None:
     answers: list[object] = []
     thread = threading.Thread(target=lambda: answers.append(reserve(ledger, second)), daemon=True)
     thread.start()
-    wait_until(lambda: "waits" in str(study.trials[1].system_attrs))
+    until(lambda: "waits" in str(study.trials[1].system_attrs))
     finish(study, ledger, first, Usage(cpu_time=1))
     thread.join(30)
     assert len(answers) == 1 and isinstance(answers[0], Grant)

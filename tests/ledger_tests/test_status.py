@@ -125,8 +125,11 @@ def test_waiting_trials_are_counted() -> None:
     assert "wait" in str(LedgerStatus((LedgerLine("n_trials", 0, 0, None),), waiting=2))
 
 
-def test_a_notebook_shows_the_tables_as_text() -> None:
-    study = optuna.create_study()
-    study.set_user_attr("quota:quota", {"n_trials": 5})
-    found = status(study)
-    assert found._repr_html_() == f"<pre>{found}</pre>"
+def test_a_notebook_shows_what_the_text_says() -> None:
+    line = LedgerLine("n_trials", 3, 0, 5)
+    groups = {"completed": {"n_trials": 3.0}, "rejected": {}}
+    found = LedgerStatus((line,), {"<host>:1": {"n_trials": 3.0}}, groups, end="Soon.")
+    for text in (str(found), found._repr_html_()):
+        assert "trials" in text and "60%" in text and "completed" in text and "Soon." in text
+        assert "rejected" not in text
+    assert "<td" in found._repr_html_() and "<host>" not in found._repr_html_()

@@ -30,7 +30,7 @@ from optuna_quota._ledger.total_needs import left_for_trial, revise_totals
             {"gpu_time": 900},
         ),
         (Quota(n_trials=9, energy=5), {"n_trials": 1, "energy": 1}, {"energy": 1}, {}),
-        (Quota(memory=9), {"memory": 1}, {"memory": 1}, {}),
+        (Quota(memory="9B"), {"memory": 1}, {"memory": 1}, {}),
     ],
 )
 def test_what_is_left(

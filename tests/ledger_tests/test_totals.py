@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+import multiprocessing
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
+from pathlib import Path
 import time
 
 from hypothesis import given, settings, strategies as st
 import optuna
 import pytest
 
-from optuna_quota import Quota
-from optuna_quota._ledger import Ledger
+from optuna_quota import Limits, Quota, QuotaSampler, status
+from optuna_quota._ledger import Ledger, reservation
 from optuna_quota._ledger.reservation import Reservation, reservation_object, this_worker, Worker
+from optuna_quota._ledger.state import SystemClock
 from optuna_quota._ledger.totals import Entry, IntervalUnion, QuotaTotals
+from optuna_quota._metering import metering_loop
 from optuna_quota._optuna import storage_of, trial_id_of
 from optuna_quota._records import RESERVATION
+from tests.ledger_tests import workers
+from tests.ledger_tests.test_dead_workers import FakeClock
 from tests.ledger_tests.test_ledger import begin, reserve
+from tests.storages import Address, storage_at, study_in
 
 
 INTERVALS = st.lists(
@@ -105,40 +114,83 @@ def test_trials_at_once_on_two_machines_count_once() -> None:
     assert totals.used(0)["wall_time"] == 15
 
 
-@pytest.mark.parametrize("ahead", [-300.0, 300.0])
-def test_a_running_trial_is_timed_by_its_own_clock(ahead: float) -> None:
+@pytest.mark.parametrize(("silent", "passed"), [(-300, 0), (0, 0), (7, 7), (33, 30), (300, 0)])
+def test_since_its_last_heartbeat_a_trial_ran_no_longer_than_to_the_next(
+    silent: float, passed: float
+) -> None:
     totals = QuotaTotals(Quota())
-    running = Reservation(1, worker=worker("b"), began=1000 + ahead, beat=1040 + ahead)
-    totals.update([], [Entry(1, 1, "running", reservation=running)])
-    assert 40 <= totals.used(now=1050)["wall_time"] <= 70
+    for machine in ("b", this_worker().machine):
+        running = Reservation(1, worker=worker(machine), began=1000, beat=1040)
+        totals.update([], [Entry(1, 1, "running", reservation=running)])
+        assert totals.used(now=1040 + silent)["wall_time"] == 40 + passed
+    seldom = replace(running, every=600.0)
+    totals.update([], [Entry(1, 1, "running", reservation=seldom)])
+    assert totals.used(now=1340)["wall_time"] == 340
 
 
-def test_a_clock_that_is_ahead_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    study = optuna.create_study()
-    ledger = Ledger(study, Quota(wall_time="1h"))
-    for host, ahead in (("near", 2.0), ("far", 330.0)):
+def test_a_clock_that_is_ahead_is_warned_of_once_and_followed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    study, clock = optuna.create_study(), FakeClock()
+    ledger = Ledger(study, Quota(wall_time="1h"), clock=clock)
+    long = begin(study)
+    reserve(ledger, long)
+    monitor = metering_loop().monitor((0, 0), limits=Limits(), here=False)
+    ledger.attach_monitor(trial_id_of(long), monitor)
+    clock.sleep(20.0)
+    ahead = {"near": 2.0, "far": 330.0, "absurd": 1e9}
+    for host, seconds in ahead.items():
         trial_id = trial_id_of(study.ask())
-        held = Reservation(trial_id, worker=worker(host), beat=time.time() + ahead)
+        at = clock.now + seconds
+        held = Reservation(trial_id, worker=worker(host), began=at, beat=at)
         storage_of(study).set_trial_system_attr(trial_id, RESERVATION, reservation_object(held))
-    for _ in range(2):
-        reserve(ledger, begin(study))
-    (message,) = [r.message for r in caplog.records if "clock" in r.message]
-    assert message.startswith("The clock of host far is 5 min 30 s ahead of this host's")
+        for _ in range(2):
+            reserve(ledger, begin(study))
+        # Another trial runs here since the beginning, so that no more than that has passed.
+        ledger._beat(trial_id_of(long))
+        assert status(study).table.loc["wall_time", "used"] == pytest.approx(20, abs=3)
+    found = [r.message for r in caplog.records if "clock" in r.message]
+    assert [m.split(" that ")[0] for m in found] == [
+        "The clock of host far is 5 min 30 s ahead of",
+        "The clock of host absurd is 11574 d 1 h ahead of",
+    ]
 
 
-def test_a_reader_whose_clock_is_behind_counts_up_to_what_it_has_read() -> None:
-    totals = QuotaTotals(Quota())
-    running = Reservation(1, worker=worker("a"), began=100, beat=130)
-    totals.update([], [Entry(1, 1, "running", reservation=running)])
-    assert totals.used(now=50)["wall_time"] == 30
-    assert totals.used(now=140)["wall_time"] == 40
+def work(address: Address, name: str, host: str, ahead: float, go: Event, ends: Queue) -> None:
+    """Run trials as on a host whose clock is ahead."""
+    reservation._machine = lambda: host  # type: ignore[assignment]
+    SystemClock.time = lambda self: time.time() + ahead  # type: ignore[method-assign]
+    study = workers.load(address, name)
+    study.sampler = QuotaSampler(study.sampler, quota=Quota(wall_time=4))
+    ends.put(0.0)
+    assert go.wait(60)
+    study.optimize(lambda trial: time.sleep(0.2 * trial.suggest_float("x", 0.5, 1)) or 0.0)
+    ends.put(time.monotonic())
 
 
-def test_a_live_worker_of_this_machine_counts_up_to_now_whatever_its_lease() -> None:
-    totals, here = QuotaTotals(Quota()), this_worker()
-    running = Reservation(1, worker=here, began=1000, beat=1000)
-    totals.update([], [Entry(1, 1, "running", reservation=running)])
-    assert totals.used(now=1600)["wall_time"] == 600
-    dead = replace(running, worker=replace(here, started=here.started + 1))
-    totals.update([], [Entry(1, 1, "running", reservation=dead)])
-    assert totals.used(now=1600)["wall_time"] == 30
+@pytest.mark.parametrize("first", ["right", "ahead"])
+def test_a_host_whose_clock_is_ahead_neither_ends_a_study_nor_stretches_its_quota(
+    first: str, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    hosts, ends = {"right": 0.0, "ahead": 300.0}, context.Queue()
+    with storage_at("sqlite", tmp_path) as address, study_in(address) as study:
+        go = {host: context.Event() for host in hosts}
+        processes = [
+            workers.start(work, address, study.study_name, host, ahead, go[host], ends)
+            for host, ahead in hosts.items()
+        ]
+        for _ in hosts:
+            ends.get(timeout=60)
+        begun = time.monotonic()
+        go.pop(first).set()
+        while not any(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
+            time.sleep(0.02)
+        go.popitem()[1].set()
+        workers.wait_for(processes)
+        lasted = max(ends.get() for _ in hosts) - begun
+        ran = {t.system_attrs[RESERVATION]["worker"]["machine"] for t in study.trials}
+        assert ran == {*hosts}
+        # The clocks' own difference would count for 300 s, and twice the time for 8.
+        assert status(study).table.loc["wall_time", "used"] == pytest.approx(4, abs=1.5)
+        assert 3 < lasted < 7

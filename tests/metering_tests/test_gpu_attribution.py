@@ -219,7 +219,7 @@ trial.begin().end()
     )
     assert out.splitlines()[0] == (
         "WARNING GPU time is not measured: the GPU does not support it. "
-        "The limit on GPU time can't be enforced here."
+        "A limit or quota on GPU time can't be enforced here: `optuna-quota doctor` says more."
     )
     assert out.splitlines()[1] == "begins"
     assert len(warnings(out)) == 1
@@ -286,7 +286,7 @@ for trial in trials:
     assert lines(out) == ["None", "None None None None"] * 2
     (warning,) = warnings(out)
     assert "container" in warning and "share a GPU" in warning
-    assert "limit on GPU memory" in warning
+    assert "limit or quota on GPU memory" in warning
 
 
 def test_a_trial_about_to_get_another_gpu_disturbs_no_other(run: Run) -> None:
@@ -502,7 +502,7 @@ def test_a_limit_without_a_driver_says_that_it_is_not_enforced(nvml: Nvml) -> No
     limited = nvml().run(code.format(limit="gpu_memory='1GiB'"), has_driver=False)
     (warning,) = warnings(limited)
     assert "no NVIDIA driver was found" in warning
-    assert "The limit on GPU memory can't be enforced here" in warning
+    assert "A limit or quota on GPU memory can't be enforced here" in warning
     unlimited = code.format(limit="memory='8GiB'").replace("WARNING", "INFO")
     assert "GPU" not in nvml().run(unlimited, has_driver=False)
 

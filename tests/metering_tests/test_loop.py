@@ -40,6 +40,16 @@ def test_peaks_are_maxima_and_totals_are_growth(fake: FakeMetering) -> None:
     assert monitor.timeline()[0] == (0.0, 5 * GIB)
 
 
+def test_what_has_a_ceiling_has_a_timeline(fake: FakeMetering) -> None:
+    monitor = fake.loop.monitor(KEY, limits=Limits(cpu_time=3))
+    for _ in range(2):
+        fake.tree.cpu_time += 1.0
+        fake.advance(1.0)
+    assert [value for _, value in monitor.timeline("cpu_time")][-1:] == [2.0]
+    assert monitor.timeline("gpu_memory") == ()
+    monitor.close()
+
+
 def test_a_peak_between_samples_is_recorded_and_no_breach(fake: FakeMetering) -> None:
     fake.tree.memory = GIB
     monitor = fake.loop.monitor(KEY, limits=Limits(memory="3GiB"))
@@ -51,7 +61,7 @@ def test_a_peak_between_samples_is_recorded_and_no_breach(fake: FakeMetering) ->
 
 def test_unknown_stays_unknown(fake: FakeMetering) -> None:
     fake.tree.memory = fake.tree.cpu_time = None
-    monitor = fake.loop.monitor(KEY, limits=Limits(memory=1, cpu_time=1))
+    monitor = fake.loop.monitor(KEY, limits=Limits(memory="1B", cpu_time=1))
     fake.advance(5.0)
     usage = monitor.close()
     assert (usage.memory, usage.cpu_time, monitor.breach) == (None, None, None)
@@ -285,7 +295,7 @@ def test_cpu_time_of_a_process_made_for_the_trial_counts_from_its_birth(
 
 def test_totals_from_another_source_are_merged(fake: FakeMetering) -> None:
     fake.tree.memory, fake.tree.cpu_time = 5.0, 0.0
-    monitor = fake.loop.monitor(KEY, limits=Limits(memory=7))
+    monitor = fake.loop.monitor(KEY, limits=Limits(memory="7B"))
     fake.tree.cpu_time = 3.0
     monitor.add_usage(Usage(memory=8.0, cpu_time=2.0, energy=4.0, custom={"io": 1.0}))
     usage = monitor.close()
@@ -340,7 +350,7 @@ class FaultyTree(FakeProcessTree):
 def new_study() -> optuna.Study:
     return optuna.create_study(
         sampler=QuotaSampler(quota=Quota(n_trials=9, trial_time="1h")),
-        pruner=QuotaPruner(limits=Limits(memory=1000, wall_time=60)),
+        pruner=QuotaPruner(limits=Limits(memory="1000B", wall_time=60)),
     )
 
 
@@ -399,7 +409,7 @@ def test_cpu_time_from_before_a_slow_first_reading_is_counted(fake: FakeMetering
 @pytest.mark.parametrize("failing", METHODS)
 def test_a_tree_that_fails_in_one_method(fake: FakeMetering, failing: str) -> None:
     fake.trees[7] = FaultyTree(failing)
-    monitor = metering_loop().monitor((0, 0), limits=Limits(memory=1000, wall_time=60), pid=7)
+    monitor = metering_loop().monitor((0, 0), limits=Limits(memory="1000B", wall_time=60), pid=7)
     fake.trees[7].memory = 2000.0
     fake.advance(5)
     # This fake reads by a glance.

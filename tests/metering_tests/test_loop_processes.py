@@ -14,6 +14,7 @@ from optuna_quota import Limits
 from optuna_quota._metering import MeteringLoop
 from optuna_quota._metering.monitored_tree import open_tree
 from optuna_quota._metering.process_tree import PsutilProcessTree
+from tests.waiting import until
 
 
 MIB = 2**20
@@ -24,13 +25,6 @@ def loop(request):  # type: ignore[no-untyped-def]
     made = MeteringLoop(open_tree=open_tree if request.param == "proc" else PsutilProcessTree)
     yield made
     made.stop()
-
-
-def wait_until(condition, seconds=20.0):  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.005)
 
 
 def test_a_trial_in_process_is_measured(loop) -> None:  # type: ignore[no-untyped-def]
@@ -76,7 +70,7 @@ def test_a_child_is_metered_alone_once_attached(loop) -> None:  # type: ignore[n
         monitor.attach(child.pid)
         assert child.stdout is not None
         child.stdout.readline()
-        wait_until(lambda: monitor.breach is not None)
+        until(lambda: monitor.breach is not None)
         assert monitor.isolation == "process"
         assert monitor.breach.resource == "memory"
         monitor.sample()
@@ -87,8 +81,8 @@ def test_a_child_is_metered_alone_once_attached(loop) -> None:  # type: ignore[n
 
 
 def test_trials_at_once_in_one_process_are_shared(loop) -> None:  # type: ignore[no-untyped-def]
-    first = loop.monitor((1, 4), limits=Limits(memory=1))
-    second = loop.monitor((1, 5), limits=Limits(memory=1))
+    first = loop.monitor((1, 4), limits=Limits(memory="1B"))
+    second = loop.monitor((1, 5), limits=Limits(memory="1B"))
     start = time.process_time()
     while time.process_time() < start + 0.1:
         pass

@@ -43,7 +43,7 @@ def objective(trial: optuna.Trial) -> float:
 
 
 def test_limit_constraints_are_sorted_by_resource() -> None:
-    limits = Limits(wall_time=10, memory=100, custom={"disk": 4})
+    limits = Limits(wall_time=10, memory="100B", custom={"disk": 4})
     amounts = {"memory": 150.0, "wall_time": 5.0, "cpu_time": 3.0}
     found = limit_constraints(limits, amounts)
     assert found == {"disk": 0.0, "memory": 0.5, "wall_time": -0.5}
@@ -60,7 +60,9 @@ def test_limit_constraints_are_sorted_by_resource() -> None:
     ],
 )
 def test_the_breached_limit_counts(breach: Breach | None, expected: float) -> None:
-    assert limit_constraints(Limits(memory=100), {"memory": 50.0}, breach) == {"memory": expected}
+    assert limit_constraints(Limits(memory="100B"), {"memory": 50.0}, breach) == {
+        "memory": expected
+    }
 
 
 def test_pruned_trials_have_constraints_and_completed_ones_within_limits_have_none() -> None:
@@ -263,7 +265,7 @@ def test_a_constraints_func_that_fails_for_a_completed_trial_raises() -> None:
 
 A, B = Limits(memory="1TiB"), Limits(memory="1TiB", wall_time="1h")
 C = Limits(wall_time=30, gpu_memory="1GiB", custom={"disk": 5})
-OVER = Limits(memory=1, wall_time=1e-6)
+OVER = Limits(memory="1B", wall_time=1e-6)
 needs_torch = [
     pytest.mark.integration,
     pytest.mark.slow,
@@ -371,7 +373,7 @@ def completed_row(usage: dict[str, Any], **system: Any) -> optuna.trial.FrozenTr
 
 
 def test_equal_constraints_are_those_of_the_limits_in_force() -> None:
-    limits = Limits(memory=100, wall_time=10)
+    limits = Limits(memory="100B", wall_time=10)
     found = uniform_constraints(
         [
             completed_row({"memory": 50}),
@@ -396,7 +398,7 @@ def test_equal_constraints_begin_with_those_of_the_user() -> None:
     joined = {"constraints": [0.5, -7.0, 3.0], "quota:constrained": ["memory"]}
     keyed = {"constraints:1": -2.0, "constraints:quota:memory": 3.0}
     rows = [completed_row({"memory": 50}, **each) for each in (joined, keyed, {})]
-    assert uniform_constraints(rows, Limits(memory=100)) == [
+    assert uniform_constraints(rows, Limits(memory="100B")) == [
         {"0": 0.5, "1": -7.0, "quota:memory": -0.5},
         {"0": 0.0, "1": -2.0, "quota:memory": -0.5},
         {"0": 0.0, "1": 0.0, "quota:memory": -0.5},

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+import pickle
+import threading
+import time
+from typing import Any
+
 import optuna
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
@@ -18,6 +24,7 @@ from optuna_quota import (
     QuotaSampler,
     status,
     trial_table,
+    Usage,
 )
 from optuna_quota._records import read_record
 from optuna_quota.testing import fake_metering
@@ -27,8 +34,8 @@ SPACE = {"x": optuna.distributions.FloatDistribution(0, 1)}
 GIB = 2**30
 
 
-def study_of(quota: Quota, limits: Limits | None = None) -> optuna.Study:
-    sampler = QuotaSampler(RandomSampler(seed=1), quota=quota, metering=False)
+def study_of(quota: Quota, limits: Limits | None = None, metering: Any = False) -> optuna.Study:
+    sampler = QuotaSampler(RandomSampler(seed=1), quota=quota, metering=metering)
     return optuna.create_study(
         sampler=sampler, pruner=None if limits is None else QuotaPruner(limits=limits)
     )
@@ -81,7 +88,7 @@ def test_totals_still_end_the_study() -> None:
 
 
 def test_a_trial_may_report_its_own_usage() -> None:
-    study = study_of(Quota(cpu_time=100), Limits(memory=GIB, wall_time=600))
+    study = study_of(Quota(cpu_time=100), Limits(memory=GIB, wall_time=600), "reported")
     for memory, cpu_time in ((GIB // 2, 30), (2 * GIB, 60)):
         trial = study.ask(SPACE)
         trial.set_user_attr("quota:memory", memory)
@@ -95,6 +102,74 @@ def test_a_trial_may_report_its_own_usage() -> None:
     memory, wall_time = _optuna.constraints_of(large).values()
     assert memory > 0 > wall_time
     assert status(study).table.loc["cpu_time", "used"] == 90
+
+
+@pytest.mark.parametrize("name", ["cpu_time", "energy", "memory"])
+def test_a_quota_on_what_is_not_measured_is_an_error(name: str) -> None:
+    with pytest.raises(ValueError, match=rf'"quota:{name}" before `tell`.*"reported"'):
+        study_of(Quota(n_trials=5, **{name: 100}))
+    cost = {"cost": 5, "prices": {"cpu_time": 1.0}}
+    with pytest.raises(ValueError, match="must be of n_trials, wall_time or trial_time"):
+        study_of(Quota(**cost))
+    study_of(Quota(**{**cost, "prices": {"trial_time": 1.0}}))
+
+
+def study_of_two_at_once() -> optuna.Study:
+    """Return a study that has room for two trials of at most 10 s, and for more once they end."""
+    quota, usage = Quota(trial_time=25), Usage(wall_time=10)
+    sampler = QuotaSampler(RandomSampler(seed=1), quota=quota, footprint=usage, metering=False)
+    return optuna.create_study(sampler=sampler)
+
+
+def test_a_thread_that_has_to_tell_does_not_wait_in_ask() -> None:
+    study = study_of_two_at_once()
+    with fake_metering() as metering:
+        first, second = study.ask(SPACE), study.ask(SPACE)
+        with pytest.raises(
+            QuotaExhausted, match=r"Running trials \(0, 1\) hold what is left"
+        ) as e:
+            study.ask(SPACE)
+        assert e.value.temporary and e.value.resource == "trial_time"
+        assert read_record(study.trials[-1]).outcome == "rejected"
+        metering.advance(9)
+        study.tell(first, 1.0)
+        # Another thread may tell, but so far this one has.
+        other = threading.Event()
+        thread = threading.Thread(target=other.wait)
+        thread.start()
+        with pytest.raises(QuotaExhausted) as e:
+            study.ask(SPACE)
+        assert e.value.temporary
+        other.set()
+        thread.join()
+        study.tell(second, 1.0)
+        with pytest.raises(QuotaExhausted, match="7 s left") as e:
+            study.ask(SPACE)
+        assert not e.value.temporary
+        again = pickle.loads(pickle.dumps(e.value))
+        assert again.temporary is False and str(again) == str(e.value)
+
+
+def test_a_thread_waits_in_ask_for_another_one_that_tells() -> None:
+    study = study_of_two_at_once()
+    executor = ThreadPoolExecutor(1)
+    executor.submit(study.tell, study.ask(SPACE), 1.0).result()
+    first, second = study.ask(SPACE), study.ask(SPACE)
+
+    def tell_once_one_waits() -> None:
+        while not any(
+            (t.system_attrs.get("quota:reservation") or {}).get("waits") for t in study.trials
+        ):
+            time.sleep(0.01)
+        study.tell(first, 1.0)
+
+    told = executor.submit(tell_once_one_waits)
+    third = study.ask(SPACE)
+    told.result()
+    assert third.number == 3
+    for trial in (second, third):
+        study.tell(trial, 1.0)
+    executor.shutdown()
 
 
 def test_a_time_limit_holds() -> None:

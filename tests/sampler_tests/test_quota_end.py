@@ -25,7 +25,7 @@ def cores_of(params: dict[str, Any]) -> Usage:
 def run(sampler: BaseSampler, quota: Quota, n_jobs: int = 1) -> optuna.Study:
     """Run trials that report what their footprint says, as if each took its time."""
     study = optuna.create_study(
-        sampler=QuotaSampler(sampler, quota=quota, footprint=cores_of, metering=False)
+        sampler=QuotaSampler(sampler, quota=quota, footprint=cores_of, metering="reported")
     )
 
     def objective(trial: optuna.Trial) -> float:
@@ -66,7 +66,7 @@ def test_a_study_ends_where_each_total_has_room_but_no_point_fits_all(
         return 0.0
 
     quota = Quota(cpu_time=100, gpu_time=100)
-    sampler = QuotaSampler(RandomSampler(seed=0), quota=quota, footprint=both, metering=False)
+    sampler = QuotaSampler(RandomSampler(seed=0), quota=quota, footprint=both, metering="reported")
     study = optuna.create_study(sampler=sampler)
     for _ in range(9):
         study.enqueue_trial({"size": 10.5})

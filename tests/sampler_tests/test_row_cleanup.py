@@ -13,7 +13,7 @@ from optuna.trial import create_trial, TrialState
 import pytest
 
 from optuna_quota import Limits, Quota, QuotaSampler, status, TrialRejected, Usage
-from optuna_quota._records import PREFIX, read_record, TIMELINE
+from optuna_quota._records import BREACH_TIMELINE, PREFIX, read_record, TIMELINE
 from tests.sampler_tests.assertions import assert_nothing_left
 
 
@@ -205,7 +205,11 @@ def test_attributes_copied_from_a_failed_trial_are_cleared() -> None:
         create_trial(
             state=TrialState.WAITING,
             user_attrs=COPIED,
-            system_attrs={"fixed_params": {"x": 0.5}, TIMELINE: [[0, 7]]},
+            system_attrs={
+                "fixed_params": {"x": 0.5},
+                TIMELINE: [[0, 7]],
+                BREACH_TIMELINE: [[0, 7]],
+            },
         )
     )
     trial = study.ask()
@@ -216,7 +220,7 @@ def test_attributes_copied_from_a_failed_trial_are_cleared() -> None:
     record = read_record(row)
     assert (record.outcome, record.reason, record.breach) == ("completed", None, None)
     assert not record.usage.custom and record.usage.memory != 7
-    assert not record.timeline
+    assert not record.timeline and not record.breach_timeline
 
 
 def test_a_trial_that_has_begun_keeps_its_attributes() -> None:

@@ -7,7 +7,8 @@ import pickle
 from typing import Any
 
 import optuna
-from optuna.samplers import RandomSampler
+from optuna.pruners import NopPruner
+from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler
 from optuna.trial import TrialState
 import pytest
 
@@ -96,7 +97,7 @@ def test_optimize_on_an_exhausted_study_runs_no_objective() -> None:
 
 
 def test_a_breached_trial_is_terminated_and_constrained() -> None:
-    pruner = QuotaPruner(limits=Limits(memory=1, wall_time="1h"))
+    pruner = QuotaPruner(limits=Limits(memory="1GiB", wall_time=1e-6))
     study = study_of(Quota(wall_time="1h"), pruner)
 
     def asks(trial: optuna.Trial) -> float:
@@ -109,11 +110,11 @@ def test_a_breached_trial_is_terminated_and_constrained() -> None:
         record = read_record(trial)
         assert trial.state == TrialState.PRUNED
         assert record.outcome == "terminated"
-        assert record.breach is not None and record.breach.resource == "memory"
-        assert record.reason is not None and record.reason.startswith("Memory limit exceeded")
+        assert record.breach is not None and record.breach.resource == "wall_time"
+        assert record.reason is not None and record.reason.startswith("Time limit")
         memory, wall_time = _optuna.constraints_of(trial).values()
-        assert memory > 0 > wall_time
-    assert study.user_attrs["quota:limits"] == {"memory": 1, "wall_time": 3600}
+        assert memory < 0 < wall_time
+    assert study.user_attrs["quota:limits"] == {"memory": 2**30, "wall_time": 1e-6}
     assert study.user_attrs["quota:quota"] == {"wall_time": 3600}
 
 
@@ -127,8 +128,22 @@ def test_a_used_sampler_can_be_copied_and_pickled(remake) -> None:  # type: igno
 
 
 def test_a_quota_sampler_in_another_is_an_error() -> None:
-    with pytest.raises(ValueError, match="must be no QuotaSampler but got QuotaSampler"):
-        QuotaSampler(QuotaSampler(quota=Quota(n_trials=5)), quota=Quota(n_trials=9))
+    inner: BaseSampler = QuotaSampler(quota=Quota(n_trials=5))
+    for base in (inner, PartialFixedSampler({"x": 1}, inner)):
+        with pytest.raises(ValueError, match="must hold no QuotaSampler but got"):
+            QuotaSampler(base, quota=Quota(n_trials=9))
+
+
+def test_a_sampler_or_pruner_in_the_others_place() -> None:
+    sampler, pruner = QuotaSampler(quota=Quota(n_trials=5)), QuotaPruner(limits=Limits())
+    with pytest.raises(TypeError, match=r"`sampler` must be .* as `pruner=QuotaPruner"):
+        optuna.create_study(sampler=pruner)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`pruner` must be .* as `sampler=QuotaSampler"):
+        optuna.create_study(pruner=sampler)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`base_sampler` .* as `pruner=NopPruner.*to QuotaPruner"):
+        QuotaSampler(NopPruner(), quota=Quota(n_trials=5))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`base_pruner` .* as `sampler=RandomS.*to QuotaSampler"):
+        QuotaPruner(RandomSampler(), limits=Limits())  # type: ignore[arg-type]
 
 
 def test_limits_that_disagree_raise() -> None:

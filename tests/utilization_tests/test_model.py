@@ -111,6 +111,28 @@ def test_a_floor_that_may_exist_widens_the_intervals() -> None:
     assert joined["lower"] < 2.0 < joined["upper"]
 
 
+def test_a_floor_that_few_trials_do_not_exclude_widens_the_intervals() -> None:
+    held = 0
+    for seed in range(8):
+        # With the larger half cut off, the likeliest floor is often none, and few trials tell.
+        trials = power_law_study(20, floor=4e8, noise=0.2, seed=seed).trials
+        limit = float(np.median([t.user_attrs["quota:memory"] for t in trials]))
+        cut = [
+            terminated(t.params, Usage(memory=limit), "memory", limit)
+            if t.user_attrs["quota:memory"] > limit
+            else t
+            for t in trials
+        ]
+        model = model_of(study_of(*cut))
+        if "rows" not in model.coefficients.index:
+            held += 1
+            continue
+        assert model.floor or model.selected.floored is not None
+        row = model.coefficients.loc["rows"]
+        held += row["lower"] < 2.0 < row["upper"]
+    assert held >= 7
+
+
 def pruning_study(share: float, n: int = 60) -> optuna.Study:
     """Memory of 100 MB and a law in rows; every third trial pruned at a share of that law."""
     rng = np.random.default_rng(5)

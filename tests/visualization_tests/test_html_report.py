@@ -76,8 +76,11 @@ def test_the_file_is_self_contained(report: Any, tmp_path: Path) -> None:
     page = path.read_text(encoding="utf-8")
     assert page.count("plotly.js v") <= 2 and 4e6 < len(page) < 7e6
     assert not tags_of(re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)).addresses
-    for heading in ("Ledger", "fitted models", "Terminated and rejected trials"):
+    for heading in ("Ledger", "What drives usage", "Fitted models", "Terminated, rejected and"):
         assert heading in page
+    # What drives memory; no column of the ledger is all dashes.
+    assert re.search(r"Memory</td><td[^>]*>width</td>.*?\d% \(\d+ to \d+%\).*?doubled: × \d", page)
+    assert ">left</th>" in page and "reserved" not in page.partition("<script>")[0]
 
 
 def test_a_file_without_plots_has_tables_and_no_script(report: Any, tmp_path: Path) -> None:

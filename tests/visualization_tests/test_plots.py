@@ -204,8 +204,9 @@ def test_the_slice_wraps_many_parameters_into_rows() -> None:
         params = dict.fromkeys(space, n / 6)
         add_row(study, TrialRecord(Usage(memory=GIB)), params=params, space=space)
     layout = visualization.plot_usage_slice(study).layout
-    assert layout.height == 1000
-    assert layout.yaxis.domain[0] > layout.yaxis5.domain[1] > layout.yaxis9.domain[1]
+    assert (layout.height, layout.grid.rows, layout.grid.columns) == (1000, 3, 4)
+    shown = [layout[f"yaxis{n}"].showticklabels for n in ("", 2, 5, 9)]
+    assert shown == [True, False, True, True]
 
 
 def test_the_front_has_no_trial_that_a_cheaper_one_equals() -> None:
@@ -251,6 +252,33 @@ def test_the_timeline_ends_at_the_breach() -> None:
         visualization.plot_timeline(study, 9)
 
 
+def test_the_timeline_is_of_what_was_breached() -> None:
+    study = empty_study(limits=Limits(memory="1GiB", cpu_time=2, wall_time=5))
+    memory, cpu_time = ((0.5, 1e8), (4.0, 2e8)), ((0.5, 0.2), (4.0, 1.9))
+    for breach in (Breach("cpu_time", 2.0, 2.1, 4.2), Breach("wall_time", 5.0, 5.1, 5.1)):
+        line = cpu_time if breach.resource == "cpu_time" else ()
+        add_row(
+            study,
+            TrialRecord(
+                outcome="terminated", breach=breach, timeline=memory, breach_timeline=line
+            ),
+        )
+    cpu, wall = (visualization.plot_timeline(study, number) for number in (0, 1))
+    assert "CPU time (s)" in axis_titles(cpu) and cpu.data[0].y[-1] == 2.1
+    assert cpu.layout.annotations[0].text == "limit 2 s"
+    assert "Memory (MiB)" in axis_titles(wall) and wall.layout.shapes[-1].x0 == 5.0
+    svg = timeline_svg(timeline_info(finished_trials(study)[0], limits_of(study)))
+    assert "CPU time of trial 0 over time" in svg and "limit 2 s" in svg
+
+
+def test_published_subtitles_clear_the_toolbar() -> None:
+    figure = visualization.plot_burn_down(study_of_size(20))
+    thinned = thin(figure, 60)
+    _, *lines = re.sub("<span[^>]*>|</span>", "", thinned.layout.title.text).split("<br>")
+    assert len(lines) >= 2 and max(map(len, lines)) <= 42
+    assert thinned.layout.margin.t > figure.layout.margin.t
+
+
 def test_a_breached_peak_is_at_least_what_was_observed() -> None:
     study = empty_study(limits=Limits(memory="1GiB"))
     breach = Breach("memory", GIB, 1.2 * GIB, 3.5)
@@ -264,7 +292,7 @@ def test_the_timeline_leaves_out_readings_after_the_end() -> None:
     line = ((0.5, 1e8), (1.0, 2e8), (1.1, 0.0))
     add_row(study, TrialRecord(Usage(memory=2e8), "completed", timeline=line))
     info = _get_timeline_info(study, 0)
-    assert (info.seconds, info.memory) == ([0.5, 1.0], [1e8, 2e8])
+    assert info.points == [(0.5, 1e8), (1.0, 2e8)]
     assert visualization.plot_timeline(study, 0).layout.xaxis.range[0] == 0
 
 
@@ -280,7 +308,7 @@ def test_the_svg_timeline_is_well_formed(reason: str | None) -> None:
             )
             add_row(study, record)
             trial = finished_trials(study)[-1]
-            svg = timeline_svg(timeline_info(trial, limits_of(study)["memory"]))
+            svg = timeline_svg(timeline_info(trial, limits_of(study)))
             root = ElementTree.fromstring(svg)
             assert root.tag == "{http://www.w3.org/2000/svg}svg"
             assert not root.findall(".//{*}script") and "nan" not in svg

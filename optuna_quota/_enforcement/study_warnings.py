@@ -1,0 +1,365 @@
+"""What the log says once about a study, and what to do: ceilings that don't hold, or can't.
+
+Each topic is logged once for each study in a process, whichever thread, trial or ``Study`` object
+meets it first. What can never work is an error instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING
+
+from optuna import TrialPruned
+from optuna.trial import TrialState
+
+from optuna_quota import _optuna
+from optuna_quota._enforcement.nesting import find_nested, pruner_limits
+from optuna_quota._metering import metering_loop, TrialMonitor, Verdict
+from optuna_quota._metering.host import cpu_count, host_memory_limit
+from optuna_quota._metering.visible_gpus import total_memory
+from optuna_quota._metering.warn import forget_warnings
+from optuna_quota._records import read_record, TrialRecord
+from optuna_quota._resources import (
+    CHARGED_RESOURCES,
+    format_amount,
+    get_resource,
+    Limits,
+    Quota,
+)
+from optuna_quota._units import SECONDS
+
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+    from optuna_quota._metering import Key
+    from optuna_quota._resources import Breach
+
+
+_logger = logging.getLogger("optuna.quota.enforcement")
+
+# A trial was noticed late when it ended with more than this share of its limit, and for limits on
+# time so many seconds, beyond it; of what was left of a quota, than this share of the whole.
+_LATE_SHARE = 0.1
+_LATE_SECONDS = 1.0
+# Memory held before a trial is told from this share of its limit on, and growth from trial to
+# trial from the smaller one on.
+_HELD_SHARE = 0.5
+_GROWN_SHARE = 0.1
+
+_ISOLATED = "`isolated(objective)`"
+_WHERE_STOPPED = (
+    "In process, a trial is stopped only where it calls `trial.should_prune()` or "
+    f"`optuna_quota.check(trial)`; {_ISOLATED} stops it at any moment."
+)
+
+
+@dataclass
+class _Known:
+    """What this process knows of one study: the topics logged, and its first trial here."""
+
+    topics: set[str] = field(default_factory=set)
+    first: Key | None = None
+    held_at_first: float = 0.0
+
+
+_studies: dict[str, _Known] = {}
+_lock = threading.Lock()
+
+
+def _known(study: Study) -> _Known:
+    place = _optuna.address_of(_optuna.storage_of(study))
+    key = f"{place} {_optuna.study_id_of(study)} {study.study_name}"
+    with _lock:
+        if key not in _studies:
+            _studies[key] = _Known()
+            # What is logged once in a process about the machine concerns this study as well.
+            forget_warnings()
+        return _studies[key]
+
+
+def warn_once(study: Study, topic: str, message: str) -> None:
+    """Log a warning unless one on this topic was logged for the study in this process."""
+    known = _known(study)
+    with _lock:
+        logged = topic in known.topics
+        known.topics.add(topic)
+    if not logged:
+        _logger.warning(message)
+
+
+def _mute(study: Study, *topics: str) -> None:
+    """Log nothing on topics that another message covers."""
+    known = _known(study)
+    with _lock:
+        known.topics.update(topics)
+
+
+# Before the first trial.
+
+
+def warn_of_ceilings(
+    study: Study, limits: Limits, quota: Quota | None = None, *, has_purpose: bool = False
+) -> None:
+    """Warn of ceilings above what the machine has or the quota allows, and of none at all.
+
+    Args:
+        study: The study.
+        limits: The limits on each trial.
+        quota: The study's quota, None without one.
+        has_purpose: Whether there is another reason for a sampler or pruner without ceilings.
+    """
+    known = _known(study)
+    with _lock:
+        if "ceilings" in known.topics:
+            return
+        known.topics.add("ceilings")
+    if not limits and not quota:
+        if not has_purpose:
+            given = "`Limits()`" if quota is None else "`Quota()`"
+            _logger.warning(
+                f"{given} limits nothing: usage is only recorded. Set a ceiling, "
+                'such as Limits(memory="4GiB") or Quota(wall_time="2h").'
+            )
+        return
+    problems = describe_ceilings(limits, quota, read_machine(limits, quota))
+    if problems:
+        _logger.warning(f"{' '.join(problems)} Lower what is too high.")
+
+
+def read_machine(limits: Limits, quota: Quota | None) -> dict[str, float]:
+    """Return what this machine has of the resources that are limited, as far as it is known."""
+    reads: Mapping[str, Callable[[], float | None]] = {
+        "memory": host_memory_limit,
+        "cpu_cores": cpu_count,
+        "gpu_memory": lambda: total_memory(os.environ),
+    }
+    held = {**limits.amounts(), **(quota.held if quota else {})}
+    found = {name: read() for name, read in reads.items() if name in held}
+    return {name: amount for name, amount in found.items() if amount is not None}
+
+
+def describe_ceilings(
+    limits: Limits, quota: Quota | None, machine: Mapping[str, float]
+) -> list[str]:
+    """Return a sentence for each ceiling that something else is below (pure).
+
+    Args:
+        limits: The limits on each trial.
+        quota: The study's quota.
+        machine: What the machine has, by resource.
+    """
+    amounts = limits.amounts()
+    of_quota = {} if quota is None else quota.amounts()
+    found = []
+    for what, ceilings in (("limit", amounts), ("quota", of_quota)):
+        for name, most in machine.items():
+            if ceilings.get(name, 0.0) > most:
+                found.append(
+                    f"The {what} of {format_amount(name, ceilings[name])} on "
+                    f"{get_resource(name).title} is more than the {format_amount(name, most)} "
+                    "that this machine or container has, and can't take effect."
+                )
+    for name, total in of_quota.items():
+        used = CHARGED_RESOURCES.get(name, name)
+        if amounts.get(used, 0.0) > total:
+            found.append(
+                f"The limit of {format_amount(used, amounts[used])} on "
+                f"{get_resource(used).title} of a trial is more than the quota of "
+                f"{format_amount(name, total)} ({get_resource(name).title}) of the whole study."
+            )
+    return found
+
+
+# While a trial runs.
+
+
+def note_start(study: Study, monitor: TrialMonitor) -> None:
+    """Note the first trial of a study in this process, to compare later ones with."""
+    known = _known(study)
+    with _lock:
+        if known.first is None:
+            known.first, known.held_at_first = monitor.key, monitor.held or 0.0
+
+
+def raise_if_never_fits(study: Study, monitor: TrialMonitor) -> None:
+    """Raise ValueError if the first trial of a study in this process began over its limit."""
+    ceiling = monitor.hard_ceilings.get("memory")
+    if ceiling is not None and _began_over(study, monitor, ceiling.limit):
+        assert monitor.held is not None
+        error = never_fits(ceiling.limit, monitor.held, quota=ceiling.quota)
+        monitor.verdict = Verdict("failed", str(error))
+        _mute(study, "never", "late", "held", "grown")
+        raise error
+
+
+def _began_over(study: Study, monitor: TrialMonitor, limit: float) -> bool:
+    is_first = monitor.isolation == "thread" and _known(study).first == monitor.key
+    return is_first and (monitor.held or 0.0) > limit
+
+
+def never_fits(limit: float, held: float, *, quota: bool, isolated: bool = False) -> ValueError:
+    """Return the error for a memory limit below what a trial takes that does nothing."""
+    if isolated:
+        what = "a trial takes {} before its objective begins"
+        cure = "Raise it, or import less and give the objective less data to carry."
+    else:
+        what = "this process held {} before its first trial began"
+        cure = f"Raise it, or use {_ISOLATED}, which measures each trial in a process of its own."
+    return ValueError(
+        f"The {'quota' if quota else 'limit'} of {format_amount('memory', limit)} on memory can "
+        f"never hold: {what.format(format_amount('memory', held))}. {cure}"
+    )
+
+
+# After a trial.
+
+
+def report_end(
+    study: Study,
+    number: int,
+    monitor: TrialMonitor,
+    record: TrialRecord,
+    error: BaseException | None,
+) -> None:
+    """Give the log the reason of a terminated trial, and warn of what its end shows.
+
+    Args:
+        study: The study.
+        number: The trial's number.
+        monitor: Its metering, which is closed.
+        record: Its record.
+        error: What the objective raised, where that is known. Optuna logs it after this.
+    """
+    if record.outcome == "terminated" and record.reason:
+        if isinstance(error, TrialPruned):
+            if record.reason not in str(error):
+                error.args = (f"{error} {record.reason}".strip(),)
+        elif error is not None:
+            _logger.warning(f"Trial {number} failed after it was stopped. {record.reason}")
+    if monitor.isolation not in ("thread", "shared"):
+        return
+    _warn_of_held(study, number, monitor)
+    if (breach := record.breach) is not None:
+        used = monitor.usage().get(breach.resource) or breach.observed
+        completed = record.outcome == "completed"
+        quota = monitor.most.get(breach.resource, breach.limit)
+        late = _describe_late(number, breach, used, quota=quota, completed=completed)
+        if late is not None:
+            warn_once(study, "late", f"{late} {_WHERE_STOPPED}")
+
+
+def _describe_late(
+    number: int, breach: Breach, used: float, *, quota: float, completed: bool
+) -> str | None:
+    resource = get_resource(breach.resource)
+    beyond = _LATE_SHARE * (quota if breach.quota else breach.limit)
+    if resource.unit is SECONDS:
+        beyond = max(beyond, _LATE_SECONDS)
+    is_late = used - breach.limit > beyond or (completed and not breach.quota)
+    if breach.forecast or not is_late:
+        return None
+    return (
+        f"Trial {number} {'completed' if completed else 'went on'} over a limit: it used "
+        f"{resource.format(used)} of {resource.title}, {resource.format(breach.limit)} "
+        f"{'left' if breach.quota else 'allowed'}."
+    )
+
+
+def _warn_of_held(study: Study, number: int, monitor: TrialMonitor) -> None:
+    ceiling, held = monitor.hard_ceilings.get("memory"), monitor.held
+    if monitor.isolation != "thread" or held is None or ceiling is None:
+        return
+    limit = ceiling.limit
+    if held < _HELD_SHARE * limit:
+        return
+    if _began_over(study, monitor, limit):
+        _mute(study, "late", "held", "grown")
+        warn_once(study, "never", str(never_fits(limit, held, quota=ceiling.quota)))
+        return
+    known = _known(study)
+    grown = held - known.held_at_first
+    size, most = format_amount("memory", held), format_amount("memory", limit)
+    if known.first != monitor.key and grown >= _GROWN_SHARE * limit:
+        warn_once(
+            study,
+            "grown",
+            f"Before trial {number} began this process held {size}, "
+            f"{format_amount('memory', grown)} more than before the first trial: earlier ones "
+            f"left it behind. In process that counts toward the {most} that a trial may use. Free "
+            f"it at the end of the objective, or use {_ISOLATED}: each trial starts anew.",
+        )
+    else:
+        warn_once(
+            study,
+            "held",
+            f"Before trial {number} began this process held {size} (modules, data loaded once). "
+            f"In process that counts toward the {most} that a trial may use. Allow for it, or use "
+            f"{_ISOLATED}, which counts what the trial itself holds.",
+        )
+
+
+def _after_tell(study: Study, trial_id: int) -> None:
+    """Look at a trial that has ended, whatever sampler and pruner the study has."""
+    storage = _optuna.storage_of(study)
+    monitor = metering_loop().find((id(storage), trial_id))
+    if monitor is not None and monitor.owner == "pruner":
+        monitor.close()
+        number = storage.get_trial_number_from_id(trial_id)
+        report_end(study, number, monitor, _record_of(monitor), _optuna.objective_error())
+        return
+    replaced = _optuna.was_created_with_sampler(study) and not find_nested(
+        study.sampler, _optuna.StudyPart
+    )
+    if replaced and "replaced" not in _known(study).topics:
+        number = storage.get_trial_number_from_id(trial_id)
+        warn_once(
+            study,
+            "replaced",
+            f"Trial {number} was sampled by {type(study.sampler).__name__}, which something has "
+            "put in the place of the study's QuotaSampler, as LightGBMTuner does. The quota does "
+            "not bind such trials, and they are not measured. Write the search as an objective "
+            "for `study.optimize`, which keeps the sampler.",
+        )
+    _warn_if_unmeasured(study, trial_id)
+
+
+def _record_of(monitor: TrialMonitor) -> TrialRecord:
+    verdict, breach = monitor.verdict, monitor.breach
+    if verdict is None:
+        return TrialRecord(outcome="completed", breach=breach)
+    return TrialRecord(outcome=verdict.outcome, reason=verdict.reason, breach=breach)
+
+
+def _warn_if_unmeasured(study: Study, trial_id: int) -> None:
+    """Warn of a pruner's limits that the objective never gave a chance to hold."""
+    if find_nested(study.sampler, _optuna.StudyPart):
+        return
+    limits = pruner_limits(study.pruner)
+    if not limits or "unmeasured" in (known := _known(study)).topics:
+        return
+    row = _optuna.storage_of(study).get_trial(trial_id)
+    if row.state != TrialState.COMPLETE:
+        return
+    if read_record(row).isolation is not None:
+        known.topics.add("unmeasured")
+        return
+    warn_once(
+        study,
+        "unmeasured",
+        f"Trial {row.number} completed without a look at its limits, {limits!r}. {_WHERE_STOPPED}",
+    )
+
+
+def _listen(study: Study, trial_id: int) -> None:
+    try:
+        _after_tell(_optuna.unwrap_study(study), trial_id)
+    except Exception as error:  # noqa: BLE001 - any backend's own; the result is stored already
+        _logger.debug(f"The end of the trial with id {trial_id} was not looked at: {error!r}.")
+
+
+_optuna.on_tell(_listen)
