@@ -8,11 +8,11 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from optuna_quota._footprint.censoring import (
-    course_rates,
     initial_sites,
     LATENESS,
     propagate,
     Sites,
+    stop_rates,
 )
 from optuna_quota._footprint.gaussian_process import (
     fit_hyperparameters,
@@ -220,7 +220,7 @@ class ResourceModel:
         variance = own[held] ** 2 - self.sites.extra[held] + self.process.noise
         away = mean - (logs[held] - self.location) / self.scale
         spread = np.sqrt(np.maximum(variance, 1e-12))
-        rate = course_rates(logs, self.censored, self.partial, self.lateness)[held]
+        rate = stop_rates(logs, self.censored, self.partial, self.lateness)[held]
         r = self.scale * rate
         bounded = log_ndtr(away / spread - r * spread)
         # In units of the amount, as the others; see `censoring.py`.
@@ -334,7 +334,7 @@ def _with_logs(
     location, scale = _standard(logs)
     target = (logs - location) / scale
     sites = initial_sites(target, censored)
-    rate = scale * course_rates(logs, censored, partial, model.lateness)
+    rate = scale * stop_rates(logs, censored, partial, model.lateness)
     sites = propagate(columns, target, censored, rate, model.hyperparameters, sites)
     return replace(
         model,
@@ -373,7 +373,7 @@ def _fit_with_floor(
         found = start.hyperparameters
     lateness = 1.0 if start is None else start.lateness
     sites = initial_sites(target, censored)
-    rate = scale * course_rates(logs, censored, partial, lateness)
+    rate = scale * stop_rates(logs, censored, partial, lateness)
     sites = propagate(columns, target, censored, rate, found, sites)
     for _ in range(0 if len(amounts) < _FEWEST else 2 if censored.any() else 1):
         found = fit_hyperparameters(
