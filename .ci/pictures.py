@@ -28,7 +28,7 @@ from tests.browser import chromium, served, wait_for  # noqa: E402
 
 
 WIDTH = 1100
-REPORT_HEIGHT, TRIAL_HEIGHT = 1900, 900
+TRIAL_HEIGHT = 900
 MAX_SIZE = 250_000
 PLOTS_DRAWN = """
   const plots = [...document.querySelectorAll('[id^="user-defined-plot:"]')];
@@ -38,7 +38,8 @@ PLOTS_DRAWN = """
   return [top, Math.max(...boxes.map(b => b.bottom)) + scrollY - top];"""
 REPORT_DRAWN = """
   const plots = [...document.querySelectorAll(".plot")];
-  return plots.every(p => p.querySelector(".main-svg")) && plots.length;"""
+  if (!plots.every(p => p.querySelector(".main-svg"))) return null;
+  return plots[1].getBoundingClientRect().bottom + 16;"""
 TRIAL_DRAWN = """
   const image = document.querySelector('img[src^="/artifacts/"]');
   return image && image.complete && image.naturalWidth;"""
@@ -67,8 +68,7 @@ def report(driver: Any, folder: Path) -> str:
     """Return the top of the quickstart's report."""
     run("01_quickstart.py", folder)
     driver.get((folder / "quickstart.html").as_uri())
-    wait_for(driver, REPORT_DRAWN)
-    return picture(driver, 0, REPORT_HEIGHT)
+    return picture(driver, 0, wait_for(driver, REPORT_DRAWN))
 
 
 def dashboard(driver: Any, folder: Path) -> str:
