@@ -177,7 +177,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             return proxy_at, (self._remote.listener.address, self._remote.handle(value))
         if id(value) in self._by_trial:
             return global_of_main, (self._by_trial[id(value)],)
-        if getattr(value, "_is_fork_ctx", False) is True and isinstance(value, SemLock):
+        if isinstance(value, SemLock) and getattr(value, "_is_fork_ctx", False):
             raise NeedsFork
         kind = type(value)
         if kind in _FUNCTIONS or isinstance(value, type):

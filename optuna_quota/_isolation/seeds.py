@@ -8,6 +8,7 @@ import functools
 import pickle
 import random
 import sys
+import types
 from typing import Any
 
 from optuna_quota._isolation.modules import after_import, user_modules
@@ -99,11 +100,13 @@ def _values_within_reach(objective: Any) -> Iterator[Any]:
     """Yield the globals of the user's modules, and what the objective refers to."""
     for module in [sys.modules["__main__"], *user_modules()]:
         yield from list(vars(module).values())
-    for part in (objective, getattr(objective, "__self__", None)):
-        yield from list(getattr(part, "__dict__", {}).values())
-    for cell in getattr(objective, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):  # not filled yet
-            yield cell.cell_contents
+    owner = objective.__self__ if isinstance(objective, types.MethodType) else objective
+    with contextlib.suppress(TypeError):  # without a dictionary
+        yield from list(vars(owner).values())
+    if isinstance(objective, types.FunctionType):
+        for cell in objective.__closure__ or ():
+            with contextlib.suppress(ValueError):  # not filled yet
+                yield cell.cell_contents
 
 
 def _reseed_numpy(generator: Any, value: int) -> None:

@@ -30,6 +30,10 @@ class Pair(typing.NamedTuple):
 class MyError(Exception):
     pass
 
+class AttributeDict(dict):
+    __getattr__ = dict.__getitem__
+
+OPTIONS = AttributeDict(one=1)
 DEFAULT, CHOSEN, POINT = Config(), Kind.A, Point(1, 2)
 DATA = [1.0] * 100_000
 SCALE = 2
@@ -49,6 +53,7 @@ def fail(x):
 def objective(trial):
     args = (Config(), Kind.A, Point(1, 2), Pair())
     assert isinstance(DEFAULT, Config) and CHOSEN is Kind.A and isinstance(POINT, Point)
+    assert OPTIONS.one == 1
     assert pickle.loads(pickle.dumps(args))[0] == DEFAULT
     with mp.Pool(1) as pool:
         total = sum(pool.map(work, [args]))
