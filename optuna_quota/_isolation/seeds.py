@@ -88,7 +88,7 @@ def vary_generators(number: int, objective: Any) -> None:
         number: The number of the trial.
         objective: The objective.
     """
-    held = [*_loaded, *filter(is_generator, _values_within_reach(objective))]
+    held = [*_loaded, *filter(is_generator, values_within_reach(objective))]
     for generator in {id(found): found for found in held}.values():
         draw, reseed = _VARY[f"{type(generator).__module__}.{type(generator).__qualname__}"]
         # Other generators than the default ones of a library may be unable to.
@@ -96,7 +96,7 @@ def vary_generators(number: int, objective: Any) -> None:
             reseed(generator, random.Random(f"{draw(generator)}, {number}").getrandbits(62))
 
 
-def _values_within_reach(objective: Any) -> Iterator[Any]:
+def values_within_reach(objective: Any) -> Iterator[Any]:
     """Yield the globals of the user's modules, and what the objective refers to."""
     for module in [sys.modules["__main__"], *user_modules()]:
         yield from list(vars(module).values())
