@@ -100,10 +100,9 @@ def cheaper_space(
     points = [drawn[int(i)] for i in np.flatnonzero(fits)]
     if len(points) < _MIN_FITTING:
         return None
-    columns = features.encode(points)
-    scores, _ = log_draws(objective, columns, _DRAWS)
+    scores, _ = log_draws(objective, features.scale(points), _DRAWS)
     best = np.argsort(scores, axis=1)[:, : round(_BEST_SHARE * len(points)) or 1]
-    logs, _ = log_draws(footprint.contents.models[resource], columns, _DRAWS)
+    logs, _ = log_draws(footprint.contents.models[resource], features.encode(points), _DRAWS)
     costs = np.exp(logs - logs.max(axis=1, keepdims=True))
     costs /= costs.mean(axis=1, keepdims=True)
     bounds = [("", np.ones(len(points)))]
