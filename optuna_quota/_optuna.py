@@ -148,6 +148,17 @@ def is_optimize_ending(study: Study) -> bool:
     return bool(study._stop_flag) or elapsed >= timeout
 
 
+def is_last_of_optimize() -> bool:
+    """Return whether the ``optimize`` of this thread was to end after this trial anyway.
+
+    With ``n_jobs``, where each trial has a loop of its own, that is not known: False.
+    """
+    frame = _find_frame("_optimize_sequential", "optuna.study._optimize")
+    known = {} if frame is None else frame.f_locals
+    n_trials, begun = known.get("n_trials"), known.get("i_trial")
+    return n_trials is not None and begun is not None and begun >= n_trials > 1
+
+
 def user_attrs_of(study: Study) -> dict[str, Any]:
     """Return the study's user attributes without the deep copy that ``Study`` makes."""
     return study._storage.get_study_user_attrs(study._study_id)
@@ -180,6 +191,13 @@ def engine_of(storage: BaseStorage) -> Any:
     """Return the SQLAlchemy engine of a storage, None if it has none."""
     backend = getattr(storage, "_backend", storage)
     return backend.engine if isinstance(backend, RDBStorage) else None
+
+
+def stores_microseconds(storage: BaseStorage) -> bool:
+    """Return whether datetimes are known to be stored exactly; MySQL rounds them to seconds."""
+    engine = engine_of(storage)
+    is_proxy = any(each.__name__ == "GrpcStorageProxy" for each in type(storage).__mro__)
+    return engine.dialect.name != "mysql" if engine is not None else not is_proxy
 
 
 def address_of(storage: BaseStorage) -> str:
@@ -349,6 +367,13 @@ def _tell_or_replacement(
             return TrialState.FAIL, None, end
         # For a failed trial, `optimize` would raise what its objective raised.
         return TrialState.PRUNED, None, None
+    except Exception as error:
+        if by_optimize:
+            end = f"value {value_or_values!r}" if state is None else f"state {state.name}"
+            _logger.error(
+                f"Trial {trial.number} ended with the {end}, which may be lost: {error!r}."
+            )
+        raise
     for listener in _listeners:
         listener(study, key[1])
     return result
@@ -539,7 +564,7 @@ def write_attributes(
     60 instead of 6 in a journal file.
     """
     write_batch = _BATCH_WRITERS.get(type(storage).__name__)
-    if write_batch is not None and len(user) + len(system) > 1:
+    if write_batch is not None:
         try:
             write_batch(storage, trial_id, user, system)
             return

@@ -1,11 +1,9 @@
-"""Retry transient storage errors of idempotent calls, and survive restarts and full disks.
+"""Retry transient storage errors, and survive restarts of servers and full disks.
 
-Reads are idempotent, and so are writes of an attribute or of the state of one's own row: the
-second write finds what the first one left. Creating a row is not, and is left to Optuna.
-
-Optuna keeps database connections and gives up on the first that is dead. Here each is pinged when
-it is taken from the pool, and reconnected with backoff while the server is down. A transaction
-that the restart interrupts still fails, since whether it was committed is unknown.
+A server that is away for less than a minute ends no worker: all calls of a storage object that a
+study with limits or a quota uses are repeated until they succeed. Reads are idempotent, and so are
+writes of an attribute, a parameter or an intermediate value. Where the answer to a call was lost
+that creates a row, takes it or finishes it, the row shows whether it was executed.
 
 A full disk tears a line of a journal file. Optuna would append the next line to its rest, after
 which the study is unreadable. Here the worker that holds the lock removes it.
@@ -13,21 +11,27 @@ which the study is unreadable. Here the worker that holds the lock removes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from datetime import datetime, timedelta
+import functools
 import logging
 import os
 import random
+import threading
 import time
 from typing import Any, BinaryIO, TYPE_CHECKING, TypeVar
-from weakref import WeakSet
 
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import InMemoryStorage
+from optuna.trial import create_trial, TrialState
 
 from optuna_quota import _optuna
 
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
 
 
 Result = TypeVar("Result")
@@ -41,7 +45,11 @@ _LONGEST_PAUSE = 2.0
 
 # By name, so that no driver is imported: a server that is down, restarts, is slow or locked.
 _TRANSIENT = {
-    "sqlalchemy.exc": {"OperationalError", "InterfaceError", "TimeoutError", "DisconnectionError"},
+    "sqlalchemy.exc": {
+        *("OperationalError", "InterfaceError", "TimeoutError", "DisconnectionError"),
+        # The connection was lost within a transaction.
+        "PendingRollbackError",
+    },
     "psycopg2": {"OperationalError", "InterfaceError"},
     "psycopg.errors": {"OperationalError"},
     "psycopg": {"OperationalError", "InterfaceError"},
@@ -51,9 +59,42 @@ _TRANSIENT = {
 }
 _TRANSIENT_GRPC = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN", "ABORTED"}
 
-_SERVERS = ("postgresql", "mysql", "mariadb")
 _BLOCK = 65_536
-_engines: WeakSet[Any] = WeakSet()
+# Seconds after which a row that was created may have been created twice, and within which a worker
+# writes its claim into a row.
+_SLOW = 0.5
+_CLAIM = 1.0
+
+# The system attribute by which a row is found again where its start is not stored exactly.
+ASKED = "quota:asked"
+
+# What a second call leaves as the first one did.
+_IDEMPOTENT = (
+    "set_study_user_attr",
+    "set_study_system_attr",
+    "get_study_id_from_name",
+    "get_study_name_from_id",
+    "get_study_directions",
+    "get_study_user_attrs",
+    "get_study_system_attrs",
+    "get_all_studies",
+    "set_trial_param",
+    "get_trial_id_from_study_id_trial_number",
+    "get_trial_number_from_id",
+    "get_trial_param",
+    "set_trial_intermediate_value",
+    "set_trial_user_attr",
+    "set_trial_system_attr",
+    "get_trial",
+    "get_all_trials",
+    "get_n_trials",
+    "get_best_trial",
+    "get_trial_params",
+    "get_trial_user_attrs",
+    "get_trial_system_attrs",
+    "record_heartbeat",
+    "_get_stale_trial_ids",
+)
 
 
 def retry(
@@ -93,31 +134,162 @@ def is_transient(error: BaseException) -> bool:
         return error.__cause__ is not None and is_transient(error.__cause__)
     if any(c.__name__ in _TRANSIENT.get(c.__module__, ()) for c in type(error).__mro__):
         return True
+    if getattr(error, "connection_invalidated", False):
+        # By SQLAlchemy, from what the driver said.
+        return True
     if any(c.__module__.split(".")[0] == "grpc" for c in type(error).__mro__):
         code = getattr(error, "code", None)
         return callable(code) and getattr(code(), "name", "") in _TRANSIENT_GRPC
     return isinstance(error, ConnectionError)
 
 
-def reconnect_dead_connections(storage: BaseStorage) -> None:
-    """Ping a storage's pooled connections to a database server, and renew dead ones with backoff.
-
-    SQLAlchemy's ``pool_pre_ping`` renews one at once or fails: it does not wait for a server that
-    restarts.
-    """
-    engine = _optuna.engine_of(storage)
-    if engine is None or engine.dialect.name not in _SERVERS or engine in _engines:
+def survive_outages(storage: BaseStorage) -> None:
+    """Have all calls of a storage object wait for a server that is away, for up to a minute."""
+    if isinstance(storage, _Retrying) or type(storage) is InMemoryStorage:
         return
-    from sqlalchemy import event
-
-    _engines.add(engine)
-    # What `create_engine(pool_pre_ping=True)` sets; the user has created the engine already.
-    engine.pool._pre_ping = True
-    event.listen(engine, "do_connect", _connect)
+    repair_torn_lines(storage)
+    # The same object, as others have it too, with other methods.
+    remote: Any = storage
+    remote.__class__ = _retrying(type(storage))
 
 
-def _connect(dialect: Any, record: Any, arguments: Any, options: Any) -> Any:
-    return retry(lambda: dialect.connect(*arguments, **options))
+class _Retrying:
+    """Marks classes that :func:`_retrying` returns."""
+
+
+@contextlib.contextmanager
+def without_retries() -> Iterator[None]:
+    """Let calls of this thread fail at once within the block."""
+    _here.once = True
+    try:
+        yield
+    finally:
+        _here.once = False
+
+
+_here = threading.local()
+
+
+def _retry(call: Callable[[], Result]) -> Result:
+    return call() if getattr(_here, "once", False) else retry(call)
+
+
+@functools.cache
+def _retrying(storage_class: type[BaseStorage]) -> type[BaseStorage]:
+    """Return a class of storages whose calls are repeated; its objects are pickled as before."""
+
+    def retried(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def repeat(self: BaseStorage, *args: Any, **kwargs: Any) -> Any:
+            return _retry(lambda: call(self, *args, **kwargs))
+
+        return repeat
+
+    def reduce(self: BaseStorage, protocol: Any) -> Any:
+        reduced: Any = storage_class.__reduce_ex__(self, max(2, protocol))
+        _, (_, *arguments), *state = reduced
+        return _new, (storage_class, *arguments), *state
+
+    known = ((name, getattr(storage_class, name, None)) for name in _IDEMPOTENT)
+    members: dict[str, Any] = {name: retried(call) for name, call in known if call is not None}
+    members["create_new_trial"] = _create_once(storage_class.create_new_trial)
+    members["set_trial_state_values"] = _store_once(storage_class.set_trial_state_values)
+    members["__reduce_ex__"] = reduce
+    members["__module__"] = storage_class.__module__
+    return type(storage_class.__name__, (storage_class, _Retrying), members)
+
+
+def _new(storage_class: type[BaseStorage], *arguments: Any) -> BaseStorage:
+    # Pickle refuses `copyreg.__newobj__` for another class than the object's.
+    storage: BaseStorage = storage_class.__new__(storage_class, *arguments)
+    return storage
+
+
+def _create_once(create: Callable[..., int]) -> Callable[..., int]:
+    """Return ``create_new_trial`` that leaves no second row where an answer was lost."""
+
+    @functools.wraps(create)
+    def create_once(
+        self: BaseStorage, study_id: int, template_trial: FrozenTrial | None = None
+    ) -> int:
+        if template_trial is not None:
+            return create(self, study_id, template_trial)
+        template = create_trial(state=TrialState.RUNNING)
+        # By its start, another one for each call, the row is found again.
+        start = datetime.now() + timedelta(microseconds=random.randrange(1000))
+        template.datetime_start = start
+        if not _optuna.stores_microseconds(self):
+            template.system_attrs = {ASKED: f"{random.getrandbits(64):016x}"}
+        began, lost = time.monotonic(), False
+
+        def is_it(row: FrozenTrial) -> bool:
+            mark = template.system_attrs.get(ASKED)
+            return (
+                row.datetime_start == start
+                if mark is None
+                else mark == row.system_attrs.get(ASKED)
+            )
+
+        def created() -> list[int]:
+            rows = self.get_all_trials(study_id, False, (TrialState.RUNNING,))
+            return [_optuna.trial_id_of(row) for row in rows if is_it(row)]
+
+        def attempt() -> int:
+            nonlocal lost
+            found = created() if lost else []
+            lost = True
+            return found[0] if found else create(self, study_id, template)
+
+        trial_id = _retry(attempt)
+        if time.monotonic() - began > _SLOW:
+            # Optuna tries again too.
+            for other in created():
+                if other != trial_id:
+                    self.set_trial_state_values(other, TrialState.FAIL)
+        return trial_id
+
+    return create_once
+
+
+def _store_once(store: Callable[..., bool]) -> Callable[..., bool]:
+    """Return ``set_trial_state_values`` that knows what it has stored where an answer was lost."""
+
+    @functools.wraps(store)
+    def store_once(
+        self: BaseStorage, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
+        begun, attempts = datetime.now(), 0
+
+        def attempt() -> bool:
+            nonlocal attempts
+            attempts += 1
+            try:
+                stored = store(self, trial_id, state, values)
+            except UpdateFinishedTrialError:
+                row = self.get_trial(trial_id)
+                if attempts > 1 and (row.state, row.values) == (state, values and [*values]):
+                    return True
+                raise
+            if attempts > 1 and not stored and state == TrialState.RUNNING:
+                return _is_own(self, trial_id, begun)
+            return stored
+
+        return _retry(attempt)
+
+    return store_once
+
+
+def _is_own(storage: BaseStorage, trial_id: int, begun: datetime) -> bool:
+    """Return whether it was this process that took an enqueued trial since a moment."""
+    row = storage.get_trial(trial_id)
+    if row.state != TrialState.RUNNING or row.datetime_start is None:
+        return False
+    # Databases may store whole seconds. Any other worker writes its claim into the row at once.
+    if row.datetime_start < begun - timedelta(seconds=1):
+        return False
+    time.sleep(_CLAIM)
+    later = storage.get_trial(trial_id)
+    return (later.state, later.system_attrs) == (row.state, row.system_attrs)
 
 
 def repair_torn_lines(storage: BaseStorage) -> None:

@@ -243,12 +243,8 @@ def _parse_text(
             raise ValueError(f"`{name}` must be {rule} but got {text!r}.")
         number, unit = match["number"], match["unit"]
         if unit not in factors:
-            problem = (
-                f"unknown unit {unit!r}, known are {', '.join(units)}"
-                if unit
-                else f"the number {number} has no unit"
-            )
-            raise ValueError(f"`{name}` must be {rule} but got {text!r}: {problem}.")
+            hint = _hint(unit, units, factors) if unit else f"the number {number} has no unit."
+            raise ValueError(f"`{name}` must be {rule} but got {text!r}: {hint}")
         if float(number) < 0:
             return float(number)
         total += float(number) * factors[unit]
@@ -262,6 +258,13 @@ def format_signal(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def _hint(unit: str, known: Mapping[str, float], accepted: Mapping[str, float]) -> str:
+    """Return the unit that differs in case alone, else those that are known."""
+    meant = [each for each in accepted if each.lower() == unit.lower()]
+    listed = f"did you mean {meant[0]}?" if meant else f"known are {', '.join(known)}."
+    return f"unknown unit {unit!r}, {listed}"
 
 
 def _checked(

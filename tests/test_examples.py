@@ -124,6 +124,15 @@ def test_scripts(tmp_path: Path) -> None:
     assert re.search(r"^Best: 0\.\d+ with {'width': \d+, 'rate': ", out, re.M)
 
 
+@pytest.mark.integration
+@pytest.mark.slow
+def test_torch_training(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    out = run("10_torch_training.py", tmp_path)
+    assert "A point: parameters 65 MiB" in out
+    assert out.count("completed") + out.count("terminated") == 8
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_dashboard(tmp_path: Path) -> None:

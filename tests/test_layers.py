@@ -23,6 +23,7 @@ LAYERS = [
     "_doctor",
     "_table",
     "_footprint",
+    "footprints",
     "_utilization",
     "_projection",
     "_ledger",

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+import copy
 import os
 from pathlib import Path
+import pickle
+from typing import Any
 
 import optuna
 from optuna.exceptions import StorageInternalError
 import pytest
 import sqlalchemy
 
-from optuna_quota._optuna import engine_of
-from optuna_quota._storage_retry import is_transient, reconnect_dead_connections, retry
+from optuna_quota import _optuna, _storage_retry, Limits, Quota, QuotaPruner, QuotaSampler, status
+from optuna_quota._storage_retry import is_transient, retry, survive_outages
 from tests.storages import VARIABLES
 
 
 DOWN = sqlalchemy.exc.OperationalError("SELECT 1", {}, Exception("server closed the connection"))
+LOST = sqlalchemy.exc.DBAPIError("SELECT", {}, Exception(), connection_invalidated=True)
 WRONG = sqlalchemy.exc.DataError("INSERT", {}, Exception("value too long"))
 # By its name, so that the driver need not be installed.
 GONE = type("ConnectionError", (Exception,), {"__module__": "redis.exceptions"})()
@@ -35,6 +39,8 @@ def wrapped(cause: Exception) -> StorageInternalError:
     [
         (DOWN, True),
         (wrapped(DOWN), True),
+        (wrapped(sqlalchemy.exc.PendingRollbackError("Can't reconnect")), True),
+        (wrapped(LOST), True),
         (GONE, True),
         (ConnectionResetError(), True),
         (WRONG, False),
@@ -90,8 +96,8 @@ def test_connections_that_the_server_closed_are_renewed(kind: str) -> None:
         pytest.skip(f"{VARIABLES[kind]} is not set")
     # Without the ping that Optuna turns on for MySQL alone.
     storage = optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": False})
-    reconnect_dead_connections(storage)
-    reconnect_dead_connections(storage)
+    survive_outages(storage)
+    survive_outages(storage)
     study = optuna.create_study(storage=storage)
     try:
         pooled = storage.engine.pool.checkedin()  # type: ignore[attr-defined]
@@ -112,10 +118,110 @@ def test_connections_that_the_server_closed_are_renewed(kind: str) -> None:
         storage.engine.dispose()
 
 
-def test_files_and_memory_have_no_connections_to_renew(tmp_path: Path) -> None:
-    reconnect_dead_connections(optuna.storages.InMemoryStorage())
-    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/one.db")
-    reconnect_dead_connections(storage)
-    assert not storage.engine.pool._pre_ping
-    assert engine_of(storage) is storage.engine
-    assert engine_of(optuna.storages.InMemoryStorage()) is None
+class Server:
+    """Is away at one call to it: before that is executed, or before the answer."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.failing, self.executed = -1, False
+        self.gone = False
+
+    def serve(self, call: Callable[[], Any]) -> Any:
+        self.calls += 1
+        fails = self.gone or self.calls - 1 == self.failing
+        if fails and not self.executed:
+            raise ConnectionError("on purpose")
+        answer = call()
+        if fails:
+            raise ConnectionError("on purpose")
+        return answer
+
+
+CALLS = (
+    *("create_new_trial", "set_trial_state_values", "set_trial_param", "get_trial"),
+    *("get_all_trials", "set_trial_user_attr", "set_trial_system_attr"),
+    *("set_trial_intermediate_value", "get_study_user_attrs"),
+)
+
+
+def served(name: str) -> Callable[..., Any]:
+    call = getattr(optuna.storages.InMemoryStorage, name)
+    return lambda self, *args, **kwargs: self.server.serve(lambda: call(self, *args, **kwargs))
+
+
+Remote = type("Remote", (optuna.storages.InMemoryStorage,), {name: served(name) for name in CALLS})
+
+
+def study_on(server: Server) -> optuna.Study:
+    storage = Remote()
+    storage.server = server
+    sampler = QuotaSampler(optuna.samplers.RandomSampler(), quota=Quota(n_trials=9))
+    study = optuna.create_study(
+        storage=storage, sampler=sampler, pruner=QuotaPruner(limits=Limits())
+    )
+    study.optimize(objective, n_trials=1)
+    study.enqueue_trial({"x": 0.5})
+    return study
+
+
+def objective(trial: optuna.Trial) -> float:
+    x = trial.suggest_float("x", 0, 1)
+    trial.report(x, 1)
+    assert not trial.should_prune()
+    trial.set_user_attr("x", x)
+    return x
+
+
+@pytest.mark.parametrize("executed", [False, True])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_server_that_is_away_costs_no_trial_and_no_worker(
+    exact: bool, executed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_storage_retry, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(_storage_retry, "_CLAIM", 0.001)
+    monkeypatch.setattr(_storage_retry, "_SLOW", 0.0)
+    monkeypatch.setattr(_optuna, "stores_microseconds", lambda storage: exact)
+    server = Server()
+    study = study_on(server)
+    before = server.calls
+    study.optimize(objective, n_trials=2)
+    n_calls = server.calls - before
+    assert n_calls > 30
+    for failing in range(n_calls):
+        server = Server()
+        study = study_on(server)
+        server.failing, server.executed = server.calls + failing, executed
+        study.optimize(objective, n_trials=2)
+        assert [t.state.name for t in study.trials] == ["COMPLETE"] * 3, failing
+        assert all(t.value == t.params["x"] == t.user_attrs["x"] for t in study.trials)
+        assert study.trials[1].params == {"x": 0.5}
+        assert status(study).table.loc["n_trials", "used"] == 3
+
+
+def test_a_value_that_could_not_be_stored_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    optuna.logging.enable_propagation()
+    monkeypatch.setitem(retry.__kwdefaults__, "timeout", 0.1)  # type: ignore[arg-type]
+    server = Server()
+    study = study_on(server)
+
+    def ends_alone(trial: optuna.Trial) -> float:
+        value = objective(trial)
+        server.gone = True
+        return value
+
+    # Optuna reads the row again, and does not expect that to fail.
+    with pytest.raises((ConnectionError, UnboundLocalError)):
+        study.optimize(ends_alone, n_trials=1)
+    assert "Trial 1 ended with the value 0.5, which may be lost: ConnectionError" in caplog.text
+
+
+def test_a_storage_is_copied_and_pickled_without_its_retries(tmp_path: Path) -> None:
+    storage = optuna.storages.get_storage(f"sqlite:///{tmp_path}/one.db")
+    before = type(storage)
+    survive_outages(storage)
+    assert type(storage) is not before and isinstance(storage, before)
+    for copied in (pickle.loads(pickle.dumps(storage)), copy.copy(storage)):
+        assert type(copied) is before
+        assert copied.get_all_studies() == []

@@ -100,8 +100,11 @@ def test_a_value_of_the_wrong_type(value: object) -> None:
 
 
 def test_an_unknown_unit_is_named_beside_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown unit 'M', known are ms, s, min, h, d\."):
-        _units.parse_seconds("5M", "wall_time")
+    with pytest.raises(ValueError, match=r"unknown unit 'w', known are ms, s, min, h, d\."):
+        _units.parse_seconds("5w", "wall_time")
+    for text, meant in (("4gb", "GB"), ("4g", "G"), ("1mib", "MiB")):
+        with pytest.raises(ValueError, match=rf"unknown unit .*, did you mean {meant}\?$"):
+            _units.parse_bytes(text, "memory")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from optuna_quota._enforcement.study_warnings import note_start
 from optuna_quota._metering import Key, key_of, Meter, metering_loop, TrialMonitor
 from optuna_quota._metering.host import cpu_count
 from optuna_quota._resources import Limits, with_cores
+from optuna_quota._storage_retry import survive_outages
 
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def start_monitor(
         here: False when the trial runs where this process can't see it.
     """
     limits = resolve_cores(limits)
+    survive_outages(_optuna.storage_of(study))
     ceilings = {**limits.amounts(), **(left or {})}
     if _register.close_finished() and "memory" in ceilings:
         # A pruned trial's exception and the frames that it passed through refer to each other:

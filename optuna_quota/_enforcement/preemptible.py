@@ -27,7 +27,7 @@ from optuna_quota._enforcement.preemption import find_preemption, Preemption, pr
 from optuna_quota._enforcement.pruner import QuotaPruner
 from optuna_quota._records import CHECKPOINT, write_attributes
 from optuna_quota._resources import Limits
-from optuna_quota._storage_retry import reconnect_dead_connections, repair_torn_lines
+from optuna_quota._storage_retry import survive_outages
 from optuna_quota._units import format_signal
 from optuna_quota.exceptions import TrialPreempted
 
@@ -90,9 +90,7 @@ def preemptible(
             "`preemptible` must be used in the main thread, as Python handles signals there, but "
             f"this is thread {threading.current_thread().name!r}."
         )
-    storage = _optuna.storage_of(study)
-    reconnect_dead_connections(storage)
-    repair_torn_lines(storage)
+    survive_outages(_optuna.storage_of(study))
     preemption, pruner = preemption_of(study), study.pruner
     before = preemption.requeue, preemption.signals
     outer = vars(study).get("optimize")

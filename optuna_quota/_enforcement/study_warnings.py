@@ -51,7 +51,7 @@ _LATE_SECONDS = 1.0
 _HELD_SHARE = 0.5
 _GROWN_SHARE = 0.1
 
-_ISOLATED = "`study.optimize(isolated(objective))`"
+_ISOLATED = "`isolated(objective)`"
 _WHERE_STOPPED = (
     "In process, a trial is stopped only where it calls `trial.should_prune()` or "
     f"`optuna_quota.check(trial)`; {_ISOLATED} stops it at any moment."

@@ -18,7 +18,7 @@ from typing import Any
 from optuna_quota._isolation import linux, memory_limits, messages
 from optuna_quota._isolation.channel import Channel, dumps
 from optuna_quota._isolation.cores import confine
-from optuna_quota._isolation.environment import enter_context, seed
+from optuna_quota._isolation.environment import enter_context
 from optuna_quota._isolation.gpu_caps import framework_gpu_memory, set_gpu_caps
 from optuna_quota._isolation.multiprocessing_child import (
     begin_preparation,
@@ -30,6 +30,7 @@ from optuna_quota._isolation.output import apply_output_settings, apply_to_new_m
 from optuna_quota._isolation.pickling import inherited_descriptors, load_objective, receive_buffers
 from optuna_quota._isolation.remote_errors import pack_error, unpack_error
 from optuna_quota._isolation.rpc import MEASURE, RemoteTrial, RpcClient, TRIAL
+from optuna_quota._isolation.seeds import seed, vary_generators
 from optuna_quota._isolation.signals import PoliteStop, restore_signals
 
 
@@ -131,7 +132,8 @@ class _Child:
             # From here on the objective alone holds them.
             buffers.clear()
             apply_to_new_modules(start.output)
-        seed(start.context)
+        seed(start.context.seeds)
+        vary_generators(start.trial.number, objective)
         memory_limits.reset_peak()
         restore_signals(start.worker_signals)
         end_preparation()

@@ -17,13 +17,13 @@ import multiprocessing
 import operator
 import os
 import pickle
-import random
 import sys
 from typing import Any, NamedTuple
 
 from optuna_quota._isolation.main_module import MainModule, make_main_module
 from optuna_quota._isolation.module_state import read_module_state, restore_module_state
 from optuna_quota._isolation.modules import after_import, user_modules
+from optuna_quota._isolation.seeds import draw_seeds
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def read_context(environment: Mapping[str, str] | None, main: MainModule) -> Pro
         main=main,
         settings=read_settings(),
         module_state=read_module_state(user_modules()),
-        seeds=_draw_seeds(),
+        seeds=draw_seeds(),
         start_method=multiprocessing.get_start_method(allow_none=True),
         authkey=bytes(multiprocessing.current_process().authkey),
     )
@@ -108,33 +108,6 @@ def enter_context(context: ProcessContext, *, has_main: bool) -> None:
         make_main_module(context.main)
     apply_settings(context.settings)
     restore_module_state(context.module_state)
-
-
-def seed(context: ProcessContext) -> None:
-    """Seed the global generators: a forked process would repeat its parent's numbers."""
-    for module, value in context.seeds.items():
-        after_import(module, functools.partial(_SEEDERS[module], value))
-
-
-_SEEDERS: Mapping[str, Callable[[int, Any], Any]] = {
-    "random": lambda value, random: random.seed(value),
-    "numpy": lambda value, numpy: numpy.random.seed(value),
-    "torch": lambda value, torch: torch.manual_seed(value),
-}
-
-
-def _draw_seeds() -> dict[str, int]:
-    seeds = {"random": random.getrandbits(32)}
-    # Where only the objective imports numpy, that seeds itself.
-    if "numpy" in sys.modules:
-        seeds["numpy"] = int(sys.modules["numpy"].random.randint(0, 2**31 - 1))
-    # torch starts with the same seed in each process.
-    torch = sys.modules.get("torch")
-    if torch is not None and hasattr(torch, "randint"):
-        seeds["torch"] = int(torch.randint(0, 2**31 - 1, ()))
-    else:
-        seeds["torch"] = seeds["random"]
-    return seeds
 
 
 class Setting(NamedTuple):
@@ -267,6 +240,7 @@ def _read_decimal(decimal: Any) -> tuple[Any, ...]:
 _SETTINGS: Mapping[str, Setting] = {
     "recursion limit": _by_functions("sys", "getrecursionlimit", "setrecursionlimit"),
     "switch interval": _by_functions("sys", "getswitchinterval", "setswitchinterval"),
+    "integer digits": _by_functions("sys", "get_int_max_str_digits", "set_int_max_str_digits"),
     "garbage collection": Setting(
         "gc", lambda m: (m.isenabled(), m.get_threshold()), _set_garbage_collection
     ),

@@ -72,8 +72,9 @@ def isolated(
     trial changes stays in its process.
 
     A trial starts with the modules loaded that this process has imported. Its random generators
-    (``random``, numpy, torch) are seeded differently for each trial, and reproducibly in a script
-    that seeds them. Threads, pools and processes that it leaves open end with it.
+    (``random``, numpy, torch; those that the script has made, too) are seeded differently for each
+    trial, and reproducibly in a script that seeds them. Threads, pools and processes that it
+    leaves open end with it.
 
     Args:
         objective: A function, lambda, closure, bound method or any callable that takes a trial.
@@ -116,7 +117,7 @@ def isolated(
     """
     if not callable(objective):
         raise TypeError(f"`objective` must be callable but got {objective!r}.")
-    if isinstance(getattr(objective, "options", None), IsolationOptions):
+    if isinstance(getattr(objective, "__dict__", {}).get("options"), IsolationOptions):
         raise TypeError(f"`objective` is isolated already: {objective!r}.")
     if start_method not in get_args(StartMethod):
         methods = ", ".join(get_args(StartMethod))

@@ -42,6 +42,7 @@ from optuna_quota._resources import (
     Limits,
     with_cores,
 )
+from optuna_quota._storage_retry import survive_outages, without_retries
 from optuna_quota.exceptions import LimitBreached, TrialPreempted
 
 
@@ -95,6 +96,9 @@ class TrialRun:
                 '`if __name__ == "__main__":`.'
             )
         self._monitor, owned = self._find_monitor()
+        if owned:
+            # A deadline was an earlier sampler's.
+            self._preemption.forget_deadline()
         self._resolver = OutcomeResolver(
             self._trial,
             self._study,
@@ -105,6 +109,7 @@ class TrialRun:
         # The time to start the trial counts; the memory of this process does not.
         self._monitor.detach()
         if self._study is not None:
+            survive_outages(_optuna.storage_of(self._study))
             _optuna.tolerate_finished_row(self._study, self._trial_id)
         value, error = None, None
         try:
@@ -278,7 +283,8 @@ class TrialRun:
         if self._study is None or self._server is None or self._ended_outside is not None:
             return
         try:
-            end = _optuna.describe_end(self._study, self._trial_id)
+            with without_retries():
+                end = _optuna.describe_end(self._study, self._trial_id)
         except Exception as error:  # noqa: BLE001 - any backend's own; the trial goes on
             _logger.debug(f"The row of trial {self._trial.number} could not be read: {error!r}.")
             return

@@ -42,7 +42,7 @@ from optuna_quota._ledger.protocol import (
     with_queue_place,
 )
 from optuna_quota._ledger.reservation import Reservation, this_worker
-from optuna_quota._ledger.state import Clock, LedgerState, pauses, SystemClock
+from optuna_quota._ledger.state import Clock, LedgerState, pauses, Snapshot, SystemClock
 from optuna_quota._ledger.total_needs import left_for_trial, Needs, no_needs, revise_totals
 from optuna_quota._ledger.totals import describe_unadmitted
 from optuna_quota._resources import Limits, Quota, Usage
@@ -56,6 +56,9 @@ if TYPE_CHECKING:
 
 
 _logger = logging.getLogger("optuna.quota.ledger")
+
+# While less than this share of each total is used or reserved, the end of the quota is far.
+_FAR = 0.5
 
 # Seconds of waiting after which a thread that may wait for itself is warned.
 _DEADLOCK_WARNING_AFTER = 10.0
@@ -342,14 +345,27 @@ class Ledger:
         Args:
             needs: As for :meth:`reserve`.
         """
+        last = self._state.last
+        if last is not None and self._is_far_from_end(last):
+            # To read the rows costs as much as a bare `ask`. If others use that much meanwhile,
+            # the next trial is refused.
+            return None
         seen = self._state.read()
+        running = self._state.running_claims(seen)
         granted = {
-            name: sum(claim.granted.get(name, 0.0) for claim in seen.claims)
+            name: sum(claim.granted.get(name, 0.0) for claim in running)
             for name in self.quota.totals
         }
         used = self._state.used_with_charged(seen)
-        least = needs(seen.free(self.quota), len(seen.claims))
+        least = needs(seen.free(self.quota), len(running))
         return refuse_exhausted(self.quota, used, {}, granted, least)
+
+    def _is_far_from_end(self, seen: Snapshot) -> bool:
+        used = self._state.used_with_charged(seen)
+        return all(
+            used.get(name, 0.0) + seen.reserved.get(name, 0.0) < _FAR * total
+            for name, total in self.quota.totals.items()
+        )
 
     def _log_once(self, name: str, text: str | None) -> None:
         if text is not None and name not in self._logged:
@@ -386,11 +402,12 @@ class Ledger:
     def _of_this_thread(self) -> list[RunningTrial]:
         here = threading.get_ident()
         with self._changing:
+            own = [r for r in self._running.values() if r.thread == here]
             # Of a point that was rejected in `ask`, the row has ended without a `tell`.
-            for running in list(self._running.values()):
-                if running.monitor is not None and running.monitor.closed:
-                    del self._running[running.trial_id]
-            return [r for r in self._running.values() if r.thread == here]
+            ended = [r for r in own if r.monitor is not None and r.monitor.closed]
+            for running in ended:
+                del self._running[running.trial_id]
+            return [r for r in own if r not in ended]
 
     def _queue(
         self, trial_id: int, held: Reservation, requests: Mapping[str, ResourceRequest]

@@ -32,7 +32,7 @@ from optuna_quota._ledger.rows import TrialRows
 from optuna_quota._ledger.totals import CLOCK_TOLERANCE, Entry, QuotaTotals
 from optuna_quota._records import read_amounts, STUDY_LIMITS
 from optuna_quota._resources import CHARGED_RESOURCES, Limits, Quota, Usage
-from optuna_quota._storage_retry import reconnect_dead_connections, repair_torn_lines
+from optuna_quota._storage_retry import survive_outages
 from optuna_quota._units import format_seconds
 
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("optuna.quota.ledger")
 
-# Seconds. A row can say anything; a clock that is further ahead is told of and not followed.
+# Seconds. A row can say anything; a clock further ahead is reported, not followed.
 _FURTHEST_AHEAD = 86_400.0
 # Seconds between two queries for the storage's own heartbeats.
 _STALE_INTERVAL = 5.0
@@ -136,8 +136,7 @@ class LedgerState:
         self.ceilings = {**quota.amounts(), **{gpu.resource: gpu.memory for gpu in gpus}}
         self.clock = clock
         self.heartbeat = lease / HEARTBEATS_PER_LEASE
-        reconnect_dead_connections(_optuna.storage_of(study))
-        repair_torn_lines(_optuna.storage_of(study))
+        survive_outages(_optuna.storage_of(study))
         self.rows = TrialRows(study)
         bounds = read_amounts(_optuna.user_attrs_of(study).get(STUDY_LIMITS))
         self._totals = QuotaTotals(quota, bounds)
@@ -267,6 +266,12 @@ class LedgerState:
         with self._lock:
             self._charged[trial_id] = usage
 
+    def running_claims(self, snapshot: Snapshot) -> list[Claim]:
+        """Return the claims of trials that have not been charged."""
+        with self._lock:
+            charged = {e.number for e in snapshot.open if e.trial_id in self._charged}
+        return [claim for claim in snapshot.claims if claim.number not in charged]
+
     def used_with_charged(self, snapshot: Snapshot) -> dict[str, float]:
         """Return the usage by resource, with charged trials whose row has not finished yet."""
         used = dict(snapshot.used)
@@ -277,6 +282,7 @@ class LedgerState:
                 continue
             amounts = {name: usage.get(name) or 0.0 for name in CHARGED_RESOURCES}
             amounts["cost"] = self.quota.price(amounts)
+            amounts["n_trials"] = 1.0
             for name, amount in amounts.items():
                 used[name] = used.get(name, 0.0) + amount
         return used

@@ -20,6 +20,7 @@ from optuna_quota._resources import (
     TOTAL_RESOURCES,
     Usage,
 )
+from optuna_quota._storage_retry import ASKED
 from optuna_quota._table import optuna_duration
 
 
@@ -176,9 +177,8 @@ def read_entry(
     reservation = parse_reservation(written, trial_id, study)
     if not trial.state.is_finished():
         state = trial.state.name.lower()
-        touched = (
-            trial.params or trial.user_attrs or trial.system_attrs or trial.intermediate_values
-        )
+        others = trial.system_attrs.keys() - {ASKED}
+        touched = trial.params or trial.user_attrs or others or trial.intermediate_values
         untouched = state == "running" and not touched
         return Entry(trial.number, trial_id, state, reservation=reservation, untouched=untouched)
     record = parse_record(trial.user_attrs)
@@ -197,6 +197,9 @@ def read_entry(
         charges = _charges_without_reservation(trial, record.usage, quota, ran_here=ran_here)
     else:
         charges = _charges(trial, reservation, record.usage, quota)
+        if outcome == "preempted":
+            # It runs again.
+            del charges["n_trials"]
     span = _span(trial, reservation, charges.get("trial_time"))
     return Entry(trial.number, trial_id, "finished", outcome, reservation, charges, span)
 

@@ -56,14 +56,17 @@ class InheritedPages:
     members: int
     holders: float
 
-    def part(self, outsiders: float | None = None) -> float:
-        """Return the tree's part in bytes.
+    @property
+    def part(self) -> float:
+        """The tree's part in bytes, each page divided by its holders."""
+        return self.size * self.members / max(1.0, self.holders)
 
-        Args:
-            outsiders: How many hold them outside of the tree; None for as many as there are.
+    def counted(self, outsiders: float) -> float:
+        """Return what counts of them, in bytes: the part of one holder beside the outsiders.
+
+        Workers that the tree forks use no more memory, so that what counts does not grow.
         """
-        holders = self.holders if outsiders is None else self.members + outsiders
-        return self.size * self.members / max(1.0, holders)
+        return min(self.part, self.size / (1 + max(0.0, outsiders)))
 
 
 def find_inherited(

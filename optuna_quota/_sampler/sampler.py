@@ -124,7 +124,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         audits: Share of these points that is run under the hard limit nevertheless, so that a
             wrong veto is found; 5% by default where trials are isolated, else none.
         on_projected: What is done once the quota is likely to run out before the end of the
-            ``strategy``, besides one warning: ``"continue"`` until it is used up, ``"stop"`` now,
+            ``strategy``, besides the warning: ``"continue"`` until it is used up, ``"stop"`` now,
             or ``"raise"`` :class:`~optuna_quota.StudyRejected`.
 
     Raises:
@@ -267,8 +267,6 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         if not session.decided:
             resumed = session.candidates.footprint if session.decided is None else None
             session.decided = self._projection.admit(limits, whole, resumed)
-            if resumed is not None:
-                self._check_quota(session, whole)
         fixed = _optuna.fixed_params_of(trial)
         refusal = session.refuse_late(fixed) or session.refuse_unfit(fixed)
         grant = refusal or session.ledger.reserve(
@@ -283,6 +281,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         if isinstance(grant, Refusal):
             session.refuse(whole, trial, grant)
             return
+        self._check_quota(session, whole)
         self.base_sampler.before_trial(study, trial)
         ceilings = limits.tightened(self.quota.held)
         if self.on_crowded == "smaller":
@@ -357,7 +356,6 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             session.warn_of_constraints(trial, error)
         finally:
             self._finish_trial(session, whole, trial, state)
-        self._check_quota(session, whole)
 
     def project(self, study: Study) -> Projection:
         """Return what a study will have used at the end of the strategy.
@@ -382,13 +380,13 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         return self._projection.project(study, footprint, limits)
 
     def _check_quota(self, session: StudySession, study: Study) -> None:
-        """Warn early when the quota is likely to run out; the trial is settled already."""
+        """Say early what the strategy will most likely use, and do what `on_projected` says."""
         if self.strategy is None or not self.quota.totals.keys() - {"n_trials"}:
             return
         footprint = session.candidates.footprint
         footprint.learn(session.ledger.trials)
         n_trials = footprint.learner.n_observations
-        projection = session.warning.check(n_trials, lambda: self.project(study))
+        projection = session.outlook.check(study, n_trials, lambda: self.project(study))
         if projection is None or self.on_projected == "continue":
             return
         if self.on_projected == "raise":

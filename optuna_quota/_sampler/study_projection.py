@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 import logging
 import math
-from typing import Any, TYPE_CHECKING
+import threading
+from typing import Any, get_args, Literal, TYPE_CHECKING
 
 from optuna.samplers import QMCSampler, RandomSampler
 from optuna.search_space import intersection_search_space
@@ -17,6 +18,7 @@ from optuna_quota._footprint.observations import read_observation
 from optuna_quota._footprint.user_given import as_footprint, UnknownFootprintError
 from optuna_quota._ledger import status
 from optuna_quota._projection import describe_nearest, project, project_end, Projection
+from optuna_quota._projection.projection import describe_probability, ProjectedResource
 from optuna_quota._resources import format_amount, get_resource, Limits, Quota, Strategy
 from optuna_quota._sampler.candidates import enumerates_points
 from optuna_quota._sampler.study_footprint import MIN_TRIALS, StudyFootprint
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("optuna.quota.sampler")
 
-# The running projection is computed again after this factor more trials.
+# The running projection is computed after so many trials for the first time, where nothing was
+# stated, and again after this factor more.
+_FIRST_TRIALS = 5
 _GROWTH = 1.3
 
 
@@ -196,23 +200,62 @@ def _conditional_points(
     return simulate_future_points(rows, n_trials, adaptive=False)
 
 
-class QuotaWarning:
-    """Warns once when the quota of a study is likely to run out."""
+Outlook = Literal["fits", "uncertain", "unlikely", "hopeless"]
+_WORSENING: tuple[Outlook, ...] = get_args(Outlook)
 
-    def __init__(self) -> None:
-        self._n_trials = 0
-        self._warned = False
 
-    def check(self, n_trials: int, project: Callable[[], Projection]) -> Projection | None:
-        """Return the projection by which the quota is likely to run out, and warn.
+def outlook_of(projection: Projection) -> Outlook:
+    """Return whether a strategy fits its quota.
+
+    With the required confidence it ``fits``, or does not (``hopeless``); in between it most likely
+    does (``uncertain``) or does not (``unlikely``).
+    """
+    if projection.fits:
+        return "fits"
+    if projection.probability >= 0.5:
+        return "uncertain"
+    surely_not = projection.probability <= 1 - projection.confidence
+    return "hopeless" if surely_not else "unlikely"
+
+
+def is_news(outlook: Outlook, said: Outlook | None) -> bool:
+    """Return whether an outlook is to be said: it is the first one, or worse than the last."""
+    return said is None or _WORSENING.index(outlook) > _WORSENING.index(said)
+
+
+# By the name of a study and the start of its first trial: all its workers in this process, each
+# with a sampler and perhaps a storage of its own, say it once.
+_said: dict[tuple[Any, ...], Outlook] = {}
+_said_lock = threading.Lock()
+
+
+class QuotaOutlook:
+    """Says early what a study will most likely use of its quota, and again when that gets worse.
+
+    Args:
+        learns: Whether the study learns from its trials alone: then it says so after the fifth.
+    """
+
+    def __init__(self, *, learns: bool = True) -> None:
+        self._next = _FIRST_TRIALS if learns else MIN_TRIALS
+        self._found = False
+
+    def check(
+        self, study: Study, n_trials: int, project: Callable[[], Projection]
+    ) -> Projection | None:
+        """Log what a study will most likely use, if that is due and news.
 
         Args:
+            study: The study.
             n_trials: Number of measured trials; nothing is done until there are more by a factor.
             project: Projects the study.
+
+        Returns:
+            The projection by which the quota is likely to run out, once.
         """
-        if self._warned or n_trials < max(MIN_TRIALS, self._n_trials * _GROWTH):
+        if self._found or n_trials < self._next:
             return None
-        self._n_trials = n_trials
+        self._next = max(MIN_TRIALS, math.ceil(n_trials * _GROWTH))
         try:
             projection = project()
         except (ArithmeticError, LookupError, ValueError) as fault:
@@ -220,19 +263,49 @@ class QuotaWarning:
             level = logging.DEBUG if isinstance(fault, UnknownFootprintError) else logging.WARNING
             _logger.log(level, f"The rest of the strategy could not be projected: {fault!r}.")
             return None
-        if projection.probability > 1 - projection.confidence:
-            return None
-        self._warned = True
-        # Others don't fit with the required confidence, but most likely.
-        over = [row for row in projection.unfit if row.median > (row.quota or math.inf)]
-        figures = "; ".join(
-            f"{format_amount(row.resource, row.median)} projected, "
-            f"{format_amount(row.resource, row.quota)} allowed "
+        outlook = outlook_of(projection)
+        first = study.get_trials(deepcopy=False)[0]
+        key = study.study_name, first.datetime_start, first.datetime_complete
+        with _said_lock:
+            is_new = is_news(outlook, _said.get(key))
+            if is_new:
+                _said[key] = outlook
+        if is_new:
+            level = logging.WARNING if outlook in ("unlikely", "hopeless") else logging.INFO
+            _logger.log(level, describe_outlook(projection, outlook, n_trials))
+        self._found = outlook == "hopeless" and n_trials >= MIN_TRIALS
+        return projection if self._found else None
+
+
+def describe_outlook(projection: Projection, outlook: Outlook, n_trials: int) -> str:
+    """Return what a study will most likely use, with an interval, beside its quota."""
+    judged = [r for r in projection.resources if r.probability is not None]
+    if outlook in ("fits", "uncertain"):
+        shown = [r for r in judged if r.resource != "n_trials"]
+        figures = ", ".join(
+            f"{_expected(row)} of {format_amount(row.resource, row.quota)} "
             f"({get_resource(row.resource).title})"
-            for row in over or projection.unfit
+            for row in shown
         )
-        _logger.warning(
-            f"The quota is likely to run out before the study ends: {figures}. "
-            f"{describe_nearest(projection)}"
+        return (
+            f"After {n_trials} trials, the whole strategy is projected to use {figures}; "
+            f"probability that it fits: {describe_probability(projection)}."
         )
-        return projection
+    # Others don't fit with the required confidence, but most likely.
+    over = [row for row in projection.unfit if row.median > (row.quota or math.inf)]
+    figures = "; ".join(
+        f"{_expected(row)} projected, {format_amount(row.resource, row.quota)} allowed "
+        f"({get_resource(row.resource).title})"
+        for row in over or projection.unfit
+    )
+    return (
+        f"The quota is likely to run out before the study ends: {figures}. "
+        f"{describe_nearest(projection)}"
+    )
+
+
+def _expected(row: ProjectedResource) -> str:
+    lower, median, upper = (
+        format_amount(row.resource, amount) for amount in (row.lower, row.median, row.upper)
+    )
+    return f"{median} ({lower} to {upper})"

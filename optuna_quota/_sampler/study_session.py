@@ -35,7 +35,7 @@ from optuna_quota._resources import Limits, Quota, Usage
 from optuna_quota._sampler.admission import PointVerdict
 from optuna_quota._sampler.candidates import CandidateFilter
 from optuna_quota._sampler.deadline import refuse_late
-from optuna_quota._sampler.study_projection import QuotaWarning
+from optuna_quota._sampler.study_projection import QuotaOutlook
 from optuna_quota._sampler.study_settings import store_study_settings
 from optuna_quota.exceptions import QuotaExhausted, TrialRejected
 
@@ -60,7 +60,7 @@ class StudySession:
     Attributes:
         ledger: What the study has used and reserved, across workers.
         candidates: Filters its points.
-        warning: Warns when the quota is likely to run out.
+        outlook: Says how much of the quota the study will most likely use.
         decided: Whether the study as a whole was admitted; None before the first trial here.
     """
 
@@ -81,10 +81,12 @@ class StudySession:
         check_gpus_per_trial(gpus, count)
         self.ledger = Ledger(study, quota, lease=lease, gpus=gpus, gpus_per_trial=count)
         self.candidates = candidates
-        self.warning = QuotaWarning()
+        self.outlook = QuotaOutlook(learns=candidates.footprint.given is None)
         self.decided: bool | None = None
         self._preemption = preemption_of(study)
-        self._preemption.set_deadline(deadline)
+        self._deadline = deadline
+        # Stands for the sampler, which must not be kept alive.
+        self._sampler = object()
         self._quota = quota
         self._stops = stops
         self._metering = metering
@@ -237,7 +239,8 @@ class StudySession:
             return
         refusal = self.ledger.exhausted(self.needs) or self.refuse_late() or self.refuse_unfit()
         if refusal is not None:
-            self._log_end(refusal.reason)
+            if not _optuna.is_last_of_optimize():
+                self._log_end(refusal.reason)
             study.stop()
 
     def refuse_late(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
@@ -246,6 +249,10 @@ class StudySession:
         Args:
             fixed: The parameters that it was enqueued with.
         """
+        if self._preemption.deadline_of is not self._sampler:
+            # Trials of another one ran meanwhile.
+            self._preemption.set_deadline(self._deadline)
+            self._preemption.deadline_of = self._sampler
         deadline = self._preemption.deadline
         if deadline is None:
             return None

@@ -113,6 +113,7 @@ def publish_data(
         is_current: Called before anything is written: False if another worker has begun to
             publish.
     """
+    _import_dashboard()
     text = report_text(data)
     plots = {}
     if find_spec("plotly") is None:

@@ -60,6 +60,7 @@ def test_without_optuna_dashboard_the_log_says_what_to_install(
 ) -> None:
     study = made_study(3)
     without(monkeypatch, "optuna_dashboard")
+    monkeypatch.setattr(_publish, "find_spec", lambda name: None)  # plotly neither
     if how == "publish":
         analyze(study).publish()
     else:
@@ -67,6 +68,7 @@ def test_without_optuna_dashboard_the_log_says_what_to_install(
         for _ in range(2):
             publisher(study, study.trials[0])
     assert caplog.text.count("pip install 'optuna-quota[dashboard]'") == 1
+    assert "Published" not in caplog.text
 
 
 PERSON = "# Mine\n\nMy own thoughts."

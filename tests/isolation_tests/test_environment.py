@@ -23,7 +23,7 @@ import pytest
 
 from optuna_quota import isolated
 from optuna_quota._isolation.environment import apply_settings, read_settings
-from tests.isolation_tests.scripts import run_python
+from tests.isolation_tests.scripts import run_python, run_script
 
 
 def test_variables_folder_and_import_path_are_the_same(
@@ -74,6 +74,45 @@ def test_random_numbers_differ_by_trial_and_follow_the_seed() -> None:
     first = values()
     assert len(set(first)) == 3
     assert values() == first
+
+
+HOLDS_GENERATORS = """
+import random, numpy as np, held
+from random import random as draw
+rng, state, mine = np.random.default_rng(7), np.random.RandomState(7), random.Random(7)
+
+def objective(trial, inner):
+    trial.set_user_attr("drawn", [g.random() for g in (rng, state, mine, held.rng, inner)])
+    return draw()
+
+def found(method):
+    random.seed(7)
+    study = optuna.create_study()
+    inner = np.random.default_rng(9)
+    study.optimize(isolated(lambda t: objective(t, inner), start_method=method), n_trials=3)
+    return [[t.value, *t.user_attrs["drawn"]] for t in study.trials]
+
+if __name__ == "__main__":
+    say(**{method: [found(method) for _ in range(2)] for method in ("forkserver", "fork")})
+"""
+
+
+def test_generators_that_the_script_holds_differ_by_trial_and_follow_the_seed(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "held.py").write_text("import numpy as np\nrng = np.random.default_rng(3)\n")
+    for first, again in run_script(tmp_path, HOLDS_GENERATORS).values():
+        assert [len(set(drawn)) for drawn in zip(*first, strict=True)] == [3] * 6
+        assert first == again
+
+
+@pytest.mark.integration
+def test_generators_of_torch_differ_by_trial() -> None:
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(0)
+    study = optuna.create_study()
+    study.optimize(isolated(lambda t: float(torch.rand(1, generator=generator))), n_trials=3)
+    assert len({t.value for t in study.trials}) == 3
 
 
 OPENS_FILES = """
@@ -140,6 +179,7 @@ def _umask() -> int:
 OWN: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "recursion limit": (lambda: sys.setrecursionlimit(3210), sys.getrecursionlimit),
     "switch interval": (lambda: sys.setswitchinterval(0.25), sys.getswitchinterval),
+    "integer digits": (lambda: sys.set_int_max_str_digits(9999), sys.get_int_max_str_digits),
     "garbage collection": (gc.disable, gc.isenabled),
     "garbage collection's pace": (lambda: gc.set_threshold(123, 4, 5), gc.get_threshold),
     "umask": (lambda: os.umask(0o077), _umask),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import logging
+from pathlib import Path
 import pickle
 import time
 from typing import Any
@@ -17,7 +19,13 @@ from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, Strategy, Stu
 from optuna_quota._projection import ProjectedResource, Projection
 from optuna_quota._records import read_record
 from optuna_quota._sampler.options import OnProjected
-from optuna_quota._sampler.study_projection import QuotaWarning
+from optuna_quota._sampler.study_projection import (
+    describe_outlook,
+    is_news,
+    Outlook,
+    outlook_of,
+    QuotaOutlook,
+)
 from tests.sampler_tests.assertions import assert_nothing_left
 
 
@@ -285,21 +293,83 @@ def test_a_quota_that_will_run_out_is_reported_early(
     assert len(study.trials) == n_trials
     (warning,) = quota_warnings()
     assert warning.startswith("The quota is likely to run out before the study ends: ")
-    assert " projected, 5 min allowed (trial time). Nearest that would fit: " in warning
+    assert ") projected, 5 min allowed (trial time). Nearest that would fit: " in warning
 
 
-def test_the_warning_names_only_resources_projected_over_their_quota(
-    quota_warnings: Callable[[], list[str]],
-) -> None:
+def projected(probability: float) -> Projection:
     # Memory fits with a probability of 90%, which is less than the required confidence.
     rows = (
-        ProjectedResource("trial_time", 600, 7000, 7800, 8600, 7200, 0.03),
+        ProjectedResource("n_trials", 5, 100, 100, 100, None, None),
+        ProjectedResource("trial_time", 600, 7000, 7800, 8600, 7200, probability),
         ProjectedResource("memory", 0, 2**29, 2**30, 3 * 2**30, 2 * 2**30, 0.9),
     )
-    projection = Projection(Strategy(100), rows, 0.03)
-    assert QuotaWarning().check(8, lambda: projection) is projection
-    (warning,) = quota_warnings()
-    assert "2 h 10 min projected, 2 h allowed (trial time). No smaller" in warning
+    return Projection(Strategy(100), rows, probability)
+
+
+@pytest.mark.parametrize(
+    ("probability", "outlook", "text"),
+    [
+        (0.97, "fits", "(memory); probability that it fits: 97%."),
+        (0.6, "uncertain", "2 h 10 min (1 h 56 min to 2 h 23 min) of 2 h (trial time), 1 GiB ("),
+        (0.3, "unlikely", "2 h 10 min (1 h 56 min to 2 h 23 min) projected, 2 h allowed (trial"),
+        (0.05, "hopeless", "2 h allowed (trial time). No smaller strategy would fit."),
+    ],
+)
+def test_an_outlook_says_figures_of_what_matters(
+    probability: float, outlook: Outlook, text: str
+) -> None:
+    projection = projected(probability)
+    assert outlook_of(projection) == outlook
+    assert text in describe_outlook(projection, outlook, 5)
+
+
+def test_only_a_worse_outlook_is_news() -> None:
+    assert is_news("fits", None)
+    assert is_news("unlikely", "uncertain")
+    assert not is_news("unlikely", "unlikely")
+    assert not is_news("fits", "unlikely")
+
+
+def test_an_outlook_is_said_after_five_trials_and_by_one_worker_of_a_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    optuna.logging.enable_propagation()
+    caplog.set_level(logging.INFO, logger="optuna.quota.sampler")
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    messages: list[str] = []
+    for n_trials, expected in ((5, 0), (3, 1), (1, 1)):
+        sampler = QuotaSampler(
+            RandomSampler(seed=0), quota=Quota(trial_time="1h"), strategy=Strategy(20)
+        )
+        # As another worker: a storage and a sampler of its own.
+        study = optuna.create_study(
+            storage=url, study_name="outlook", load_if_exists=True, sampler=sampler
+        )
+        study.optimize(sleeping_objective, n_trials=n_trials)
+        records = {id(r): r for r in caplog.records}.values()
+        messages = [m for r in records if "whole strategy" in (m := r.getMessage())]
+        assert len(messages) == expected
+    assert messages[0].startswith("After 5 trials, the whole strategy is projected to use ")
+    assert messages[0].endswith("of 1 h (trial time); probability that it fits: 100%.")
+
+
+def test_it_is_said_again_when_it_is_worse_and_acted_upon_with_enough_trials(
+    quota_warnings: Callable[[], list[str]],
+) -> None:
+    study = study_that_used(minutes=1)
+    outlook = QuotaOutlook()
+
+    def after(n_trials: int, probability: float) -> bool:
+        projection = projected(probability)
+        return outlook.check(study, n_trials, lambda: projection) is projection
+
+    assert not after(4, 0.01) and not quota_warnings()
+    assert not after(5, 0.3) and len(quota_warnings()) == 1
+    assert not after(7, 0.01) and not quota_warnings()
+    assert not after(8, 0.9) and not quota_warnings()
+    assert not after(11, 0.2) and not quota_warnings()
+    assert after(20, 0.01) and len(quota_warnings()) == 1
+    assert not after(40, 0.01) and not quota_warnings()
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_a_breach_that_was_noticed_late(
     text = " ".join(log.said)
     assert text.count("In process, a trial is stopped only where it calls") <= 2
     assert ("completed over a limit" if quota else "completed without a look at") in text
-    assert "`study.optimize(isolated(objective))` stops it at any moment." in text
+    assert "`isolated(objective)` stops it at any moment." in text
     assert len(log.said) == len(set(log.said)) <= 3
     ended = [read_record(trial).reason for trial in study.trials[2:]]
     assert [text.partition(" pruned. ")[2] for text in log.pruned] == ended

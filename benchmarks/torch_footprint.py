@@ -1,0 +1,311 @@
+"""How well ``footprints.torch_training`` knows the memory of trainings that were never run.
+
+    python benchmarks/torch_footprint.py [--quick] [--trials N]
+
+Six architectures are trained for three steps at random points in isolated trials on the CPU. The
+peak of each trial is compared with the footprint, and with the rule of thumb of 16 bytes a
+parameter (its value, its gradient and two states of Adam) on the same base. Then what eight trials
+teach is compared on the others: the footprint that they correct, and one learned without it.
+Takes about ten minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+import statistics
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import IntDistribution
+import torch
+from torch import nn
+from torch.nn import functional
+
+from optuna_quota import Footprint, footprints, isolated, Limits, Quota, QuotaPruner, QuotaSampler
+from optuna_quota._footprint.observations import Observation, read_observation
+from optuna_quota._footprint.user_given import FootprintCalibrator, UserFootprint
+
+
+N_KNOWN = 8
+Params = Mapping[str, Any]
+
+
+def log_range(low: int, high: int) -> IntDistribution:
+    return IntDistribution(low, high, log=True)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model, its batches and its optimizer, over a search space."""
+
+    space: dict[str, IntDistribution]
+    build: Callable[[Params], nn.Module]
+    batch: Callable[[Params], Any]
+    optimizer: Any
+
+
+def labels(count: int) -> torch.Tensor:
+    return torch.randint(10, (count,))
+
+
+def perceptron(params: Params) -> nn.Module:
+    width = params["width"]
+    layers: list[nn.Module] = [nn.Linear(512, width), nn.ReLU()]
+    for _ in range(params["depth"]):
+        layers += [nn.Linear(width, width), nn.ReLU(), nn.Dropout(0.2)]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.relu(x + self.layers(x))
+
+
+def residual(params: Params) -> nn.Module:
+    channels = params["channels"]
+    blocks = [Residual(channels) for _ in range(params["blocks"])]
+    first = [nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
+    return nn.Sequential(
+        *first, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)
+    )
+
+
+class Recurrent(nn.Module):
+    def __init__(self, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5000, 128)
+        self.lstm = nn.LSTM(128, hidden, layers, batch_first=True)
+        self.head = nn.Linear(hidden, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(self.embedding(x))[0][:, -1])
+
+
+class Transformer(nn.Module):
+    def __init__(self, size: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5000, size)
+        layer = nn.TransformerEncoderLayer(size, 4, 4 * size, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(size, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(self.embedding(x)).mean(dim=1))
+
+
+def autoencoder(params: Params) -> nn.Module:
+    c = params["channels"]
+    return nn.Sequential(
+        *(nn.Conv2d(3, c, 3, stride=2, padding=1), nn.GELU()),
+        *(nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), nn.GELU(), nn.Flatten()),
+        *(nn.Linear(2 * c * 256, params["code"]), nn.Linear(params["code"], 2 * c * 256)),
+        *(nn.Unflatten(1, (2 * c, 16, 16)), nn.ConvTranspose2d(2 * c, c, 4, 2, 1), nn.GELU()),
+        nn.ConvTranspose2d(c, 3, 4, 2, 1),
+    )
+
+
+def images(params: Params) -> Any:
+    x = torch.rand(params["batch"], 3, 64, 64)
+    return x, x
+
+
+class Graph(nn.Module):
+    """Embedded nodes that take the sum of their neighbours' messages."""
+
+    def __init__(self, nodes: int, size: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(nodes, size)
+        self.layers = nn.ModuleList(nn.Linear(2 * size, size) for _ in range(layers))
+        self.head = nn.Linear(size, 10)
+
+    def forward(self, edges: torch.Tensor) -> torch.Tensor:
+        x = self.embedding.weight
+        for layer in self.layers:
+            messages = torch.zeros_like(x).index_add(0, edges[1], x[edges[0]])
+            x = functional.relu(layer(torch.cat([x, messages], dim=1)))
+        return self.head(x)
+
+
+def edges(params: Params) -> Any:
+    return torch.randint(params["nodes"], (2, 4 * params["nodes"])), labels(params["nodes"])
+
+
+def momentum(params: Params, model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+
+ARCHITECTURES = {
+    "perceptron": Architecture(
+        {
+            "width": log_range(1000, 3000),
+            "depth": IntDistribution(1, 4),
+            "batch": log_range(128, 4096),
+        },
+        perceptron,
+        lambda p: (torch.randn(p["batch"], 512), labels(p["batch"])),
+        torch.optim.Adam,
+    ),
+    "residual": Architecture(
+        {
+            "channels": log_range(24, 64),
+            "blocks": IntDistribution(2, 5),
+            "batch": log_range(16, 48),
+        },
+        residual,
+        lambda p: (torch.randn(p["batch"], 3, 32, 32), labels(p["batch"])),
+        momentum,
+    ),
+    "LSTM": Architecture(
+        {
+            "hidden": log_range(128, 512),
+            "layers": IntDistribution(1, 3),
+            "length": log_range(64, 192),
+            "batch": log_range(32, 128),
+        },
+        lambda p: Recurrent(p["hidden"], p["layers"]),
+        lambda p: (torch.randint(5000, (p["batch"], p["length"])), labels(p["batch"])),
+        torch.optim.Adam,
+    ),
+    "transformer": Architecture(
+        {
+            "size": IntDistribution(128, 384, step=32),
+            "layers": IntDistribution(2, 5),
+            "length": log_range(64, 192),
+            "batch": log_range(8, 24),
+        },
+        lambda p: Transformer(p["size"], p["layers"]),
+        lambda p: (torch.randint(5000, (p["batch"], p["length"])), labels(p["batch"])),
+        torch.optim.AdamW,
+    ),
+    "autoencoder": Architecture(
+        {
+            "channels": log_range(16, 64),
+            "code": log_range(64, 512),
+            "batch": log_range(64, 256),
+        },
+        autoencoder,
+        images,
+        torch.optim.Adam,
+    ),
+    "graph": Architecture(
+        {
+            "nodes": log_range(20_000, 100_000),
+            "size": log_range(32, 128),
+            "layers": IntDistribution(1, 3),
+        },
+        lambda p: Graph(p["nodes"], p["size"], p["layers"]),
+        edges,
+        torch.optim.RMSprop,
+    ),
+}
+
+
+def suggest(trial: optuna.Trial, name: str, each: IntDistribution) -> int:
+    return trial.suggest_int(name, each.low, each.high, step=each.step, log=each.log)
+
+
+def objective(name: str) -> Callable[[optuna.Trial], float]:
+    def train(trial: optuna.Trial) -> float:
+        found = ARCHITECTURES[name]
+        params = {key: suggest(trial, key, each) for key, each in found.space.items()}
+        model = found.build(params)
+        make = found.optimizer
+        optimizer = make(params, model) if make is momentum else make(model.parameters())
+        loss = torch.tensor(0.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            inputs, targets = found.batch(params)
+            output = model(inputs)
+            whole = not targets.is_floating_point()
+            loss = (functional.cross_entropy if whole else functional.mse_loss)(output, targets)
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    return train
+
+
+def rule_of_thumb(found: Architecture, params: Params) -> float:
+    with torch.device("meta"):
+        return 16.0 * sum(each.numel() for each in found.build(params).parameters())
+
+
+def errors(predicted: list[float], truth: list[float]) -> tuple[float, float]:
+    """Return the median and the largest relative error, in percent."""
+    relative = [100 * abs(p / t - 1) for p, t in zip(predicted, truth, strict=True)]
+    return statistics.median(relative), max(relative)
+
+
+def measured(name: str, n_trials: int, footprint: Any) -> list[Observation]:
+    random = optuna.samplers.RandomSampler(seed=0)
+    study = optuna.create_study(
+        sampler=QuotaSampler(random, quota=Quota(cpu_time="1h"), footprint=footprint),
+        pruner=QuotaPruner(limits=Limits(memory="3GiB")),
+    )
+    study.optimize(isolated(objective(name)), n_trials=n_trials)
+    rows = [read_observation(trial) for trial in study.trials]
+    return [row for row in rows if row is not None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="ten trials each")
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--points", action="store_true", help="print each point")
+    parser.add_argument("names", nargs="*", default=list(ARCHITECTURES))
+    arguments = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    print("peaks in MB; errors in %, median (largest): before any trial, and after eight")
+    print("architecture      peaks   footprint  16 B/param.  corrected    learned    ms a point")
+    for name in arguments.names:
+        found = ARCHITECTURES[name]
+        stated = footprints.torch_training(found.build, found.batch, found.optimizer)
+        rows = measured(name, 10 if arguments.quick else arguments.trials, stated)
+        truth = [row.usage.memory or 0.0 for row in rows]
+        base = stated.base
+        stated.memory(rows[0].params)
+        started = time.process_time()
+        predicted = [stated(row.params).memory or 0.0 for row in rows]
+        milliseconds = 1e3 * (time.process_time() - started) / len(rows)
+        thumb = [base + rule_of_thumb(found, row.params) for row in rows]
+        if arguments.points:
+            for row, true, each in zip(rows, truth, predicted, strict=True):
+                print(f"  {true / 1e6:6.0f} {each / 1e6:6.0f} {dict(row.params)}")
+                print(f"    {stated.memory(row.params)}")
+        learned = Footprint.fit(rows[:N_KNOWN])
+        corrected = FootprintCalibrator(UserFootprint(stated)).calibrate(learned, rows[:N_KNOWN])
+        rest = rows[N_KNOWN:]
+        columns = [
+            errors(predicted, truth),
+            errors(thumb, truth),
+            *(
+                errors([each.intervals(r.params)["memory"].median for r in rest], truth[N_KNOWN:])
+                for each in (corrected, learned)
+            ),
+        ]
+        print(
+            f"{name:14} {min(truth) / 1e6:5.0f}-{max(truth) / 1e6:4.0f} "
+            + " ".join(f"{middle:5.1f} ({worst:3.0f})" for middle, worst in columns)
+            + f" {milliseconds:9.0f}"
+        )
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    np.random.seed(0)
+    main()

@@ -1,0 +1,454 @@
+"""Footprints that are known before the first trial, for ``QuotaSampler(footprint=…)``.
+
+:func:`torch_training` takes one training step of torch with fake tensors, which have shapes but no
+data (``pip install 'optuna-quota[torch]'``). As any function that a user states, it is corrected
+by the study's own trials, once there are eight.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+import functools
+from importlib.util import find_spec
+import logging
+import os
+import platform
+import threading
+from typing import Any, Literal, TYPE_CHECKING
+import warnings
+import weakref
+
+from optuna_quota._isolation.isolated import isolated
+from optuna_quota._metering.monitored_tree import open_tree
+from optuna_quota._resources import format_amount, Usage, usage_from_amounts
+from optuna_quota._units import parse_bytes
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+    from torch.optim import Optimizer
+
+
+__all__ = ["TorchTraining", "TrainingMemory", "torch_training"]
+
+_logger = logging.getLogger("optuna.quota.footprint")
+
+# What a process holds on a GPU beside its tensors, in bytes: the CUDA context and loaded kernels.
+_CUDA_CONTEXT = 500 * 2**20
+# Glibc keeps freed blocks up to this size in its heap (DEFAULT_MMAP_THRESHOLD_MAX), in pieces that
+# do not fit the next ones: the heap of a training grows to about this multiple of what is live
+# (1.7 to 3.5 over ten perceptrons and ten residual networks, where larger blocks were exact).
+_MAX_HEAP_BLOCK = 32 * 2**20
+_HEAP_GROWTH = 2.2
+# With either, the allocator is another, or is told to give blocks back.
+_ALLOCATOR_VARIABLES = ("LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_")
+# OneDNN's workspace of an LSTM, which is empty under fake tensors, in multiples of the output: the
+# gates in the forward pass, and what the backward pass touches.
+_RNN_GATES = 4
+_RNN_BACKWARD = 15
+# Torch's modes are those of a thread, but what they cache is not.
+_tracing = threading.Lock()
+
+
+def torch_training(
+    build: Callable[[Mapping[str, Any]], Module],
+    batch: Callable[[Mapping[str, Any]], Any],
+    optimizer: Callable[..., Optimizer],
+    *,
+    loss: Callable[[Module, Any], Tensor] | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    base: float | str | None = None,
+) -> TorchTraining:
+    """Return the memory of a training with torch as a footprint, without running it.
+
+    One training step is taken at each point that is judged: forward, loss, backward and step of
+    the optimizer, with fake tensors, which take neither memory nor a GPU. The most that its
+    tensors hold at one moment is the footprint. It is assumed that gradients are freed before the
+    forward pass (``zero_grad``), and that nothing else is held on the device.
+
+    Example:
+
+        .. code-block:: python
+
+            def build(params):
+                return torch.nn.Sequential(
+                    torch.nn.Linear(784, params["width"]),
+                    torch.nn.ReLU(),
+                    torch.nn.Linear(params["width"], 10),
+                )
+
+            def batch(params):
+                return torch.empty(params["batch"], 784), torch.zeros(params["batch"]).long()
+
+            sampler = QuotaSampler(
+                quota=Quota(memory="8GiB"),
+                footprint=footprints.torch_training(build, batch, torch.optim.Adam),
+            )
+
+    A point at which the step can't be taken is not judged before the study's own trials show what
+    it takes, and a warning says why, once: where the control flow depends on data (``if
+    x.sum() > 0``, ``x.item()``), or a function fails.
+
+    Args:
+        build: Makes the model of a point, on the CPU, whatever the device of the trials.
+        batch: Makes a batch as the training loop takes it, likewise. Only shapes and types matter.
+        optimizer: An optimizer class, or a function from params and model to an optimizer, such as
+            ``lambda params, model: SGD(model.parameters(), lr=0.1, momentum=params["momentum"])``.
+        loss: Computes the loss of a model and a batch, to be minimized. By default a batch is
+            ``(inputs, targets)``; the loss of targets that are whole numbers is the cross-entropy,
+            of others the mean squared error.
+        device: Where the trials train: ``"cpu"`` for ``memory``, ``"cuda"`` for ``gpu_memory``.
+        base: What a trial holds beside the tensors of its training step: a size in bytes or text
+            such as "300MiB". By default, on the CPU, what an isolated trial holds that carries
+            these functions and the data they refer to, measured once; a trial in process holds
+            what the study's process does. On a GPU 500 MiB, about what CUDA takes for itself.
+
+    Returns:
+        A function from params to a :class:`~optuna_quota.Usage`, for ``QuotaSampler`` or
+        :func:`~optuna_quota.project`; see :meth:`TorchTraining.memory` for the parts.
+
+    Raises:
+        ImportError: If torch is not installed.
+        ValueError: If ``device`` is unknown, or ``base`` is no positive size.
+        TypeError: If an argument that is to be called can't be.
+    """
+    for name, function in {"build": build, "batch": batch, "optimizer": optimizer}.items():
+        if not callable(function):
+            raise TypeError(f"`{name}` must be callable but got {function!r}.")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"`device` must be 'cpu' or 'cuda' but got {device!r}.")
+    if find_spec("torch") is None:
+        raise ImportError("Torch is not installed: pip install 'optuna-quota[torch]'.")
+    step = _Step(build, batch, optimizer, loss or _supervised_loss, foreach=device == "cuda")
+    size = None if base is None else parse_bytes(base, "base")
+    if device == "cuda":
+        return TorchTraining(step, "gpu_memory", _CUDA_CONTEXT if size is None else size)
+    return TorchTraining(step, "memory", size)
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """The memory of one training step, in bytes.
+
+    Attributes:
+        parameters: Parameters and buffers of the model.
+        gradients: All gradients.
+        optimizer_state: What the optimizer keeps from step to step.
+        activations: What the forward pass leaves for the backward pass, and the batch.
+        peak: The most that is held at one moment. Less than the sum of these where activations
+            are freed before the last gradient is there; more where a single operation takes much.
+        heap: What the C library keeps of freed blocks in addition: glibc those below 32 MiB, on
+            the CPU, unless ``MALLOC_MMAP_THRESHOLD_`` is set when Python starts.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer_state: float
+    activations: float
+    peak: float
+    heap: float = 0.0
+
+    def __str__(self) -> str:
+        parts = (
+            f"{n.replace('_', ' ')} {format_amount('memory', v)}" for n, v in vars(self).items()
+        )
+        return ", ".join(parts)
+
+
+class TorchTraining:
+    """The memory of a training step as a function of params; see :func:`torch_training`."""
+
+    def __init__(
+        self, step: _Step, resource: Literal["memory", "gpu_memory"], base: float | None
+    ) -> None:
+        self._step, self._resource, self._base = step, resource, base
+        self._warned = False
+
+    def __call__(self, params: Mapping[str, Any]) -> Usage:
+        """Return the usage at a point, without an amount where it can't be computed.
+
+        Raises:
+            KeyError: If a function asks for a parameter that is missing.
+        """
+        try:
+            memory = self.memory(params)
+        except KeyError:
+            raise
+        except Exception as error:  # noqa: BLE001 - of the user's functions, or any of torch's
+            self._warn(params, error)
+            return Usage()
+        return usage_from_amounts({self._resource: self.base + memory.peak + memory.heap})
+
+    def memory(self, params: Mapping[str, Any]) -> TrainingMemory:
+        """Return the parts of a training step's memory at a point, without the base.
+
+        Raises:
+            TypeError: If ``build`` returns no module, or one that was there before.
+            Exception: What the functions raise, and what torch does where an operation depends on
+                data.
+        """
+        with _tracing:
+            return self._step.take(params)
+
+    @property
+    def base(self) -> float:
+        """What a trial holds beside its training step, in bytes; measured when first asked for."""
+        if self._base is None:
+            self._base = _measure_base(self._step)
+        return self._base
+
+    def _warn(self, params: Mapping[str, Any], error: Exception) -> None:
+        warned, self._warned = self._warned, True
+        if not warned:
+            _logger.warning(
+                f"The memory of a training step is unknown at the point {dict(params)!r}: "
+                f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]} Such points "
+                "are judged by the study's own trials; further failures are not reported."
+            )
+
+
+def _supervised_loss(model: Module, batch: Any) -> Tensor:
+    from torch.nn import functional
+
+    inputs, targets = batch
+    outputs = model(inputs)
+    if targets.is_floating_point():
+        return functional.mse_loss(outputs, targets)
+    return functional.cross_entropy(outputs, targets)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One training step; the arguments are those of :func:`torch_training`.
+
+    Attributes:
+        foreach: Whether the optimizer updates all parameters at once, as it does on a GPU. There,
+            torch's allocator takes the place of the C library's.
+    """
+
+    build: Callable[[Mapping[str, Any]], Module]
+    batch: Callable[[Mapping[str, Any]], Any]
+    optimizer: Callable[..., Optimizer]
+    loss: Callable[[Module, Any], Tensor]
+    foreach: bool
+
+    def take(self, params: Mapping[str, Any]) -> TrainingMemory:
+        """Take the step with fake tensors."""
+        import torch
+        from torch._subclasses import fake_tensor
+
+        # Of copies of fake parameters, such as the layers of a TransformerEncoder.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        fakes = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+        # Copies of layers would each copy it.
+        fakes.__deepcopy__ = lambda _: fakes
+        held = _held_storages()
+        try:
+            # The functions may seed: the study's own random numbers stay what they are.
+            with torch.random.fork_rng(devices=()), torch.enable_grad(), fakes, held:
+                return self._take(params, fakes, held)
+        except (
+            fake_tensor.DataDependentOutputException,
+            fake_tensor.DynamicOutputShapeException,
+        ) as error:
+            raise RuntimeError(
+                f"The result of {error.func} depends on data, which a fake tensor doesn't have."
+            ) from error
+
+    def _take(self, params: Mapping[str, Any], fakes: Any, held: Any) -> TrainingMemory:
+        model = self.build(params)
+        if not hasattr(model, "parameters"):
+            raise TypeError(f"`build` must return a torch.nn.Module but returned {model!r}.")
+        if any(getattr(each, "fake_mode", None) is not fakes for each in model.parameters()):
+            raise TypeError("`build` must make a new model with each call.")
+        parameters = held.now
+        update = _Update.of(self._make_optimizer(params, model), held, foreach=self.foreach)
+        before = held.now
+        batch = _as_fakes(self.batch(params), fakes, held)
+        held.reset_peaks()
+        loss = self.loss(model, batch)
+        activations = held.now - before
+        loss.backward()
+        del loss
+        gradients = sum(_size(p.grad) for p in model.parameters() if p.grad is not None)
+        # Of most parameters there is no optimizer state here.
+        peak = held.peak - before + parameters + update.state
+        update_peak = parameters + update.state + gradients + update.temporary
+        heap = 0.0 if self.foreach else _heap_growth() * max(held.small_peak, gradients)
+        return TrainingMemory(
+            parameters, gradients, update.state, activations, max(peak, update_peak), heap
+        )
+
+    def _make_optimizer(self, params: Mapping[str, Any], model: Module) -> Optimizer:
+        make = self.optimizer
+        while isinstance(make, functools.partial):
+            make = make.func
+        if isinstance(make, type):
+            return self.optimizer(model.parameters())
+        return self.optimizer(params, model)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What the step of an optimizer takes, in bytes.
+
+    Attributes:
+        state: Its state.
+        temporary: What it needs in between.
+    """
+
+    state: float
+    temporary: float
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, held: Any, *, foreach: bool) -> _Update:
+        """Measure a first step of one parameter of each shape, which stands for all of them."""
+        import torch
+
+        kinds: Counter[Any] = Counter()
+        firsts: dict[Any, Tensor] = {}
+        for index, group in enumerate(optimizer.param_groups):
+            if foreach and group.get("foreach", 0) is None and not group.get("fused"):
+                group["foreach"] = True
+            for each in group["params"]:
+                if each.requires_grad:
+                    kind = index, each.shape, each.dtype
+                    firsts.setdefault(kind, each)
+                    kinds[kind] += 1
+        for first in firsts.values():
+            first.grad = torch.zeros_like(first)
+        held.reset_peaks()
+        before = held.now
+        optimizer.step()
+        added = held.now - before
+        temporary = held.peak - held.now
+        others = sum(
+            (kinds[kind] - 1) * _size(optimizer.state[first]) for kind, first in firsts.items()
+        )
+        if foreach:
+            total = sum(kinds[kind] * _size(first) for kind, first in firsts.items())
+            temporary *= total / max(1, sum(map(_size, firsts.values())))
+        optimizer.zero_grad()
+        return cls(added + others, temporary)
+
+
+def _held_storages() -> Any:
+    """Return a mode that counts the bytes of the storages that operations return, as they live."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    rnn, rnn_backward = (
+        getattr(torch.ops.aten, f"mkldnn_rnn_layer{suffix}").default
+        for suffix in ("", "_backward")
+    )
+
+    class HeldStorages(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.now = self.peak = 0.0
+            # Of blocks that the heap takes, since the last reset.
+            self._small = self.small_peak = 0.0
+            self._sizes: dict[int, float] = {}
+            self._references: dict[int, weakref.ref[Any]] = {}
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is rnn:
+                self._add(result[3].untyped_storage(), _RNN_GATES * _size(result[0]))
+            elif func is rnn_backward:
+                empty = [x for x in args if isinstance(x, torch.Tensor) and x.numel() == 0]
+                gates = max(
+                    (self._sizes.get(id(x.untyped_storage()), 0) for x in empty), default=0
+                )
+                self.peak = max(self.peak, self.now + gates * (_RNN_BACKWARD / _RNN_GATES - 1))
+            self.add(result)
+            return result
+
+        def reset_peaks(self) -> None:
+            self.peak = self.now
+            self._small = self.small_peak = 0.0
+
+        def add(self, tensors: Any) -> None:
+            for each in tree_leaves(tensors):
+                if isinstance(each, torch.Tensor):
+                    storage = each.untyped_storage()
+                    self._add(storage, storage.nbytes())
+
+        def _add(self, storage: Any, size: float) -> None:
+            key = id(storage)
+            if key in self._references:
+                return
+            small = size if size < _MAX_HEAP_BLOCK else 0.0
+
+            def free(_: Any) -> None:
+                del self._references[key], self._sizes[key]
+                self.now -= size
+                self._small -= small
+
+            self._sizes[key] = size
+            self._references[key] = weakref.ref(storage, free)
+            self.now += size
+            self._small += small
+            self.peak = max(self.peak, self.now)
+            self.small_peak = max(self.small_peak, self._small)
+
+    return HeldStorages()
+
+
+def _heap_growth() -> float:
+    """Return what the heap keeps of freed blocks, as a multiple of what is live of them."""
+    is_default = not any(map(os.environ.get, _ALLOCATOR_VARIABLES))
+    return _HEAP_GROWTH - 1 if is_default and platform.libc_ver()[0] == "glibc" else 0.0
+
+
+def _as_fakes(batch: Any, fakes: Any, held: Any) -> Any:
+    """Return a batch without the data that it may have: from numpy, or a dataset."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    def as_fake(tensor: Tensor) -> Tensor:
+        is_fake = getattr(tensor, "fake_mode", None) is fakes
+        return tensor if is_fake else fakes.from_tensor(tensor)
+
+    found = tree_map_only(torch.Tensor, as_fake, batch)
+    held.add(found)
+    return found
+
+
+def _size(tensors: Any) -> int:
+    """Return the bytes of all tensors in a structure."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    leaves = (each for each in tree_leaves(tensors) if isinstance(each, torch.Tensor))
+    return sum(each.untyped_storage().nbytes() for each in leaves)
+
+
+def _measure_base(step: _Step) -> float:
+    """Return what an isolated trial holds that has torch loaded and carries the functions."""
+    from optuna.trial import FixedTrial
+
+    trial = isolated(functools.partial(_held_here, step))
+    # The first one of a fork server shares more with it than those that follow.
+    return float(max(trial(FixedTrial({})) for _ in range(2)))
+
+
+def _held_here(step: _Step, trial: Any) -> float:
+    """Return what this process holds after a training step of a single weight, in bytes."""
+    import torch
+
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    model(torch.zeros(1, 1)).sum().backward()
+    optimizer.step()
+    tree = open_tree(None)
+    try:
+        return tree.read(thorough=True).memory or 0.0
+    finally:
+        tree.close()

@@ -1,0 +1,174 @@
+"""The memory of a training step of torch, known before the first trial."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import pickle
+from typing import Any
+
+import optuna
+from optuna.samplers import RandomSampler
+import pytest
+
+from optuna_quota import (
+    footprints,
+    isolated,
+    Limits,
+    Quota,
+    QuotaPruner,
+    QuotaSampler,
+    trial_table,
+    Usage,
+)
+
+
+Params = Mapping[str, Any]
+MIB = 2**20
+
+
+def build(params: Params) -> Any:
+    from torch import nn
+
+    width = params["width"]
+    return nn.Sequential(nn.Linear(100, width), nn.ReLU(), nn.Linear(width, width))
+
+
+def batch(params: Params) -> Any:
+    import torch
+
+    return torch.randn(64, 100), torch.zeros(64, params["width"])
+
+
+def adam(params: Params, model: Any) -> Any:
+    import torch
+
+    return torch.optim.Adam(model.parameters(), lr=params.get("rate", 0.1))
+
+
+def sgd(params: Params, model: Any) -> Any:
+    import torch
+
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def check_data(model: Any, batch: Any) -> Any:
+    loss = model(batch[0]).mean()
+    return loss if loss > 0 else -loss
+
+
+def test_arguments_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(footprints, "find_spec", lambda _: None)
+    with pytest.raises(ImportError, match=r"optuna-quota\[torch\]"):
+        footprints.torch_training(build, batch, adam)
+    with pytest.raises(ValueError, match="'cpu' or 'cuda' but got 'tpu'"):
+        footprints.torch_training(build, batch, adam, device="tpu")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`batch` must be callable"):
+        footprints.torch_training(build, 64, adam)  # type: ignore[arg-type]
+
+
+@pytest.mark.integration
+def test_all_parts_of_a_step_are_counted() -> None:
+    torch = pytest.importorskip("torch")
+    state = torch.get_rng_state()
+    footprint = footprints.torch_training(build, batch, torch.optim.Adam, base="100MiB")
+    found = footprint.memory({"width": 1000})
+    weights = 4 * (100 * 1000 + 1000 + 1000 * 1000 + 1000)
+    outputs = 4 * 64 * 1000
+    assert found.parameters == found.gradients == weights
+    assert found.optimizer_state == 2 * weights + 4 * 4  # and the number of steps of each
+    # The batch, what ReLU returns, and the output; the mean loss.
+    assert found.activations == pytest.approx(4 * 64 * 100 + 3 * outputs, abs=100)
+    # While the largest parameter is updated, with a value in between.
+    assert 4 * weights < found.peak < 6 * weights
+    assert "parameters 4.2 MiB" in str(found)
+    usage = pickle.loads(pickle.dumps(footprint))({"width": 1000})
+    assert usage == Usage(memory=100 * MIB + found.peak + found.heap)
+    assert torch.equal(torch.get_rng_state(), state)
+    plain = footprints.torch_training(build, batch, sgd).memory({"width": 1000})
+    assert (plain.optimizer_state, plain.gradients) == (0, weights)
+
+
+@pytest.mark.integration
+def test_optimizer_state_of_many_layers_is_that_of_a_real_step() -> None:
+    torch = pytest.importorskip("torch")
+
+    def layers(params: Params) -> Any:
+        layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        return torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+    model = layers({})
+    for each in model.parameters():
+        each.grad = torch.zeros_like(each)
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step()
+    real = sum(v.nbytes for each in optimizer.state.values() for v in each.values())
+    for device, resource in (("cpu", "memory"), ("cuda", "gpu_memory")):
+        footprint = footprints.torch_training(
+            layers,
+            lambda _: (torch.zeros(2, 5, 16), torch.zeros(2, 5, 16)),
+            torch.optim.AdamW,
+            device=device,  # type: ignore[arg-type]
+            base=1.0,
+        )
+        assert footprint.memory({}).optimizer_state == real
+        assert list(footprint({}).amounts()) == [resource]
+    # As on a GPU, all parameters are updated at once.
+    assert footprint.memory({}).peak > 5 * footprint.memory({}).parameters
+
+
+@pytest.mark.integration
+def test_where_a_step_cannot_be_taken_the_study_learns(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch = pytest.importorskip("torch")
+    optuna.logging.enable_propagation()
+    footprint = footprints.torch_training(build, batch, adam, loss=check_data, base=1.0)
+    for width in (8, 16):
+        assert footprint({"width": width}) == Usage()
+    # With propagation, one record may come by two handlers.
+    records = {id(r): r for r in caplog.records if r.name == "optuna.quota.footprint"}
+    (warning,) = [record.getMessage() for record in records.values()]
+    assert "depends on data" in warning and "{'width': 8}" in warning
+    with pytest.raises(KeyError):  # a parameter that is not drawn yet
+        footprint({"rate": 0.1})
+    one = torch.nn.Linear(100, 10)
+    with pytest.raises(TypeError, match="a new model with each call"):
+        footprints.torch_training(lambda _: one, batch, adam).memory({"width": 10})
+
+    def objective(trial: optuna.Trial) -> float:
+        return trial.suggest_int("width", 8, 16) / 1
+
+    sampler = QuotaSampler(RandomSampler(seed=0), quota=Quota(n_trials=20), footprint=footprint)
+    study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=Limits(memory="1GiB")))
+    study.optimize(objective, n_trials=10)
+    assert len(study.trials) == 10
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+def test_points_over_a_limit_are_replaced_from_the_first_trial_on() -> None:
+    torch = pytest.importorskip("torch")
+
+    def objective(trial: optuna.Trial) -> float:
+        params = {"width": trial.suggest_int("width", 100, 5000)}
+        model, (inputs, targets) = build(params), batch(params)
+        optimizer = torch.optim.Adam(model.parameters())
+        for _ in range(2):
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(model(inputs), targets).backward()
+            optimizer.step()
+        return 0.0
+
+    footprint = footprints.torch_training(build, batch, torch.optim.Adam)
+    study = optuna.create_study(
+        sampler=QuotaSampler(RandomSampler(seed=0), quota=Quota(n_trials=4), footprint=footprint),
+        pruner=QuotaPruner(limits=Limits(memory="400MiB")),
+    )
+    study.optimize(isolated(objective), n_trials=4)
+    assert "quota:proposed" in study.trials[0].user_attrs
+    assert 20 * MIB < footprint.base < 300 * MIB
+    table = trial_table(study)
+    stated = [footprint({"width": width}).memory for width in table["params_width"]]
+    assert max(each or 0 for each in stated) <= 400 * MIB
+    # At the limit or below.
+    assert list(table["memory"]) == pytest.approx(stated, rel=0.3)
