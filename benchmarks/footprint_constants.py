@@ -1,12 +1,13 @@
 """The constants of the footprint models, chosen with each workload left out in turn.
 
-    python benchmarks/footprint_constants.py --tables DIRECTORY [--shuffles N]
+    python benchmarks/footprint_constants.py [--tables DIRECTORY ...] [--shuffles N]
 
-For the tables see ``footprint_models.py``. Two choices: the prior mean of the noise, scored by the
-mean pinball loss of the logarithm over five quantiles relative to the first candidate's; and the
-calibration of the spread, scored by the squared distance of the 95% bounds' coverage from 95%,
-summed over resources and numbers of trials. Each line shows the choice of the other workloads, its
-score on the one left out, and the score of the shipped constants.
+For the tables see ``footprint_models.py``. Two choices: the prior mean of the noise, the weights
+of the columns and the closest floors, each scored by the mean pinball loss of the logarithm over
+five quantiles relative to the first candidate's; and the calibration of the spread, scored by the
+squared distance of the 95% bounds' coverage from 95%, summed over resources and numbers of trials.
+Each line shows the choice of the other workloads, its score on the one left out, and the score of
+the shipped constants.
 """
 
 from __future__ import annotations
@@ -19,20 +20,36 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from footprint_tables import read_workload, RESOURCES, SIZES, Workload
+from footprint_tables import (
+    find_tables,
+    LEFT,
+    read_workload,
+    RESOURCES,
+    SIZES,
+    TABLES,
+    Workload,
+)
 import numpy as np
 
 from optuna_quota import Footprint
-from optuna_quota._footprint import fit, resource_model
+from optuna_quota._footprint import features, fit, resource_model
 from optuna_quota._footprint.fit import ChainedModel
-from optuna_quota._footprint.resource_model import Predictive
+from optuna_quota._footprint.resource_model import FLOORS, Predictive
 
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-# Constant, the resource that it bears on, candidates.
-NOISES = (
-    ("_PEAK_NOISE", "memory", (-2.5, -3.5, -4.5)),
-    ("_RATIO_NOISE", "wall_time", (-2.5, -1.75, -1.0, -0.5)),
+# Module, constant, the resources that it bears on, candidates.
+PRIORS: tuple[tuple[ModuleType, str, tuple[str, ...], tuple[Any, ...]], ...] = (
+    (fit, "_PEAK_NOISE", ("memory",), (-2.5, -3.5, -4.5)),
+    (fit, "_RATIO_NOISE", ("wall_time",), (-2.5, -1.75, -1.0, -0.5)),
+    (features, "_RATE_WEIGHT", RESOURCES, (1.0, 0.5, 0.3, 0.2)),
+    (features, "_SUM_WEIGHT", RESOURCES, (0.0, 0.5, 1.0, 2.0)),
+    (
+        fit,
+        "FLOORS",
+        ("memory", "cpu_time"),
+        tuple((*FLOORS[:5], *more) for more in ((0.98, 0.99, 0.995, 0.998), (0.98, 0.99), ())),
+    ),
 )
 CALIBRATIONS = {
     "_LEAVE_ONE_OUT_BIAS": (1.0, 1.05, 1.1, 1.17),
@@ -59,6 +76,8 @@ def fits(
     for workload, shuffle in itertools.product(workloads, range(shuffles)):
         shuffled, footprint = workload.shuffled(shuffle), None
         for n in SIZES:
+            if len(shuffled.rows) < n + LEFT:
+                break
             footprint = Footprint.fit(shuffled.rows[:n], start=footprint)
             yield shuffled, n, footprint
 
@@ -75,31 +94,31 @@ def pinball(expected: Predictive, actual: np.ndarray) -> float:
     return float(np.mean(losses))
 
 
-def choose_noise(workloads: Sequence[Workload], shuffles: int) -> None:
-    for constant, resource, candidates in NOISES:
-        losses: dict[float, dict[tuple[str, int], list[float]]] = {}
+def choose_priors(workloads: Sequence[Workload], shuffles: int) -> None:
+    for module, constant, resources, candidates in PRIORS:
+        cells: dict[tuple[Any, str, str, int], list[float]] = {}
         for value in candidates:
-            cells = losses.setdefault(value, {})
-            with constants(fit, {constant: value}):
+            with constants(module, {constant: value}):
                 for workload, n, footprint in fits(workloads, shuffles):
-                    loss = pinball(
-                        ahead(workload, n, footprint)[resource], workload.amounts(resource)[n:]
-                    )
-                    cells.setdefault((workload.name, n), []).append(loss)
-        first = losses[candidates[0]]
+                    expected = ahead(workload, n, footprint)
+                    for name in resources:
+                        loss = pinball(expected[name], workload.amounts(name)[n:])
+                        cells.setdefault((value, workload.name, name, n), []).append(loss)
+        losses = {key: float(np.log(np.mean(found))) for key, found in cells.items()}
         scores = {
             (value, w.name): float(
                 np.mean(
                     [
-                        np.log(np.mean(losses[value][w.name, n]) / np.mean(first[w.name, n]))
-                        for n in SIZES
+                        found - losses[(candidates[0], *key[1:])]
+                        for key, found in losses.items()
+                        if key[:2] == (value, w.name)
                     ]
                 )
             )
             for value in candidates
             for w in workloads
         }
-        shipped = getattr(fit, constant)
+        shipped = getattr(module, constant)
         print(f"\n## {constant} (shipped {shipped}), loss relative to {candidates[0]}\n")
         for name, chosen in left_out(workloads, scores, candidates):
             print(
@@ -111,6 +130,7 @@ def choose_noise(workloads: Sequence[Workload], shuffles: int) -> None:
 
 def choose_calibration(workloads: Sequence[Workload], shuffles: int) -> None:
     known = list(fits(workloads, shuffles))
+    sizes = [n for n in SIZES if all(len(w.rows) >= n + LEFT for w in workloads)]
     candidates = list(itertools.product(*CALIBRATIONS.values()))
     shipped = tuple(float(getattr(resource_model, name)) for name in CALIBRATIONS)
     coverage = {}
@@ -126,10 +146,10 @@ def choose_calibration(workloads: Sequence[Workload], shuffles: int) -> None:
     print(f"\n## {', '.join(CALIBRATIONS)} (shipped {shipped}), coverage of the 95% bounds, %\n")
     for left in workloads:
         others = [w.name for w in workloads if w.name != left.name]
-        chosen = min(candidates, key=lambda values: distance(coverage[values], others))
+        chosen = min(candidates, key=lambda values: distance(coverage[values], others, sizes))
         cells_of = [
             ", ".join(
-                f"{np.mean([coverage[values][left.name, r, n] for n in SIZES]):.1f}"
+                f"{np.mean([coverage[values][left.name, r, n] for n in sizes]):.1f}"
                 for r in RESOURCES
             )
             for values in (chosen, shipped)
@@ -137,18 +157,20 @@ def choose_calibration(workloads: Sequence[Workload], shuffles: int) -> None:
         print(f"| {left.name} | {chosen} | {cells_of[0]} | {cells_of[1]} |", flush=True)
 
 
-def distance(coverage: Mapping[tuple[str, str, int], float], names: Sequence[str]) -> float:
+def distance(
+    coverage: Mapping[tuple[str, str, int], float], names: Sequence[str], sizes: Sequence[int]
+) -> float:
     return float(
         sum(
             (np.mean([coverage[w, r, n] for w in names]) - 95) ** 2
-            for r, n in itertools.product(RESOURCES, SIZES)
+            for r, n in itertools.product(RESOURCES, sizes)
         )
     )
 
 
 def left_out(
-    workloads: Sequence[Workload], scores: Mapping[Any, float], candidates: Sequence[float]
-) -> Iterator[tuple[str, float]]:
+    workloads: Sequence[Workload], scores: Mapping[Any, float], candidates: Sequence[Any]
+) -> Iterator[tuple[str, Any]]:
     for left in workloads:
         others = [w.name for w in workloads if w.name != left.name]
         yield (
@@ -166,13 +188,13 @@ def forget(footprint: Footprint) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tables", type=Path, required=True)
+    parser.add_argument("--tables", type=Path, nargs="+", default=[TABLES])
     parser.add_argument("--shuffles", type=int, default=6)
     arguments = parser.parse_args()
-    workloads = [read_workload(path) for path in sorted(arguments.tables.glob("*.jsonl"))]
+    workloads = [read_workload(path) for path in find_tables(arguments.tables)]
     print("| left out | chosen by the others | score | as shipped |")
     choose_calibration(workloads, arguments.shuffles)
-    choose_noise(workloads, arguments.shuffles)
+    choose_priors(workloads, arguments.shuffles)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Footprint models on tables of real trials, fitted to each workload separately.
 
-Each file is one workload, one JSON object a line: `params`, `distributions`, `wall_s`, `cpu_s`,
-`peak_rss_bytes`. The trials are shuffled; a model is fitted on the first n, each fit starting from
-the one before as in a study, and judged on the rest.
+Each file is one workload: those in ``benchmarks/tables``, which ``footprint_workloads.py`` made,
+or one JSON object a line with `params`, `distributions`, `wall_s`, `cpu_s` and `peak_rss_bytes`.
+The trials are shuffled; a model is fitted on the first n, each fit starting from the one before as
+in a study, and judged on the rest.
 
-    python benchmarks/footprint_models.py --tables DIRECTORY [--quick] [--only WORKLOAD]
+    python benchmarks/footprint_models.py [--tables DIRECTORY ...] [--quick] [--only WORKLOAD]
         [--parts bounds,admission,projections,costs] [--jobs N]
 
 A figure is taken over the workloads in each shuffle; shown are its median over the shuffles and
@@ -28,12 +29,14 @@ from footprint_admission import ADMISSION, admission, Admitted
 from footprint_tables import (
     Bounded,
     bounds_and_projections,
+    find_tables,
     LEVEL,
     MODELS,
     PROJECTED,
     Projected,
     RESOURCES,
     SIZES,
+    TABLES,
 )
 import numpy as np
 import optuna
@@ -250,7 +253,7 @@ PARTS = ("bounds", "admission", "projections", "costs")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tables", type=Path, required=True)
+    parser.add_argument("--tables", type=Path, nargs="+", default=[TABLES])
     parser.add_argument("--quick", action="store_true", help="2 shuffles instead of 20")
     parser.add_argument("--shuffles", type=int, default=20)
     parser.add_argument("--only", help="one workload")
@@ -258,7 +261,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    paths = sorted(arguments.tables.glob(f"{arguments.only or '*'}.jsonl"))
+    paths = find_tables(arguments.tables, arguments.only or "*")
     shuffles = range(2 if arguments.quick else arguments.shuffles)
     parts = arguments.parts.split(",")
     print(f"{len(paths)} workloads, {len(shuffles)} shuffles; median over the shuffles [range]")

@@ -25,7 +25,11 @@ from optuna_quota._footprint.resource_model import Predictive
 RESOURCES = ("memory", "cpu_time", "wall_time")
 SIZES = (8, 10, 14, 20, 28, 40)
 PROJECTED = (5, 10, 20)
+# Trials that are left to judge a model by, at least.
+LEFT = 15
 LEVEL = 0.95
+TABLES = Path(__file__).parent / "tables"
+_VERBOSE = ("peak_rss_bytes", "cpu_s", "wall_s")
 
 
 @dataclass(frozen=True)
@@ -41,19 +45,29 @@ class Workload:
         return Workload(self.name, [self.rows[i] for i in order])
 
 
+def find_tables(folders: Sequence[Path], name: str = "*") -> list[Path]:
+    return sorted(path for folder in folders for path in folder.glob(f"{name}.jsonl"))
+
+
 @functools.cache
 def read_workload(path: Path) -> Workload:
-    rows = []
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    if "params" in lines[0]:
+        lines = [[each, *(each[key] for key in _VERBOSE)] for each in lines]
+    else:
+        head = {name: json.dumps(each) for name, each in lines[0].items()}
+        lines = [
+            [{"params": params, "distributions": {name: head[name] for name in params}}, *amounts]
+            for params, *amounts in lines[1:]
+        ]
     known: dict[str, BaseDistribution] = {}
-    for line in path.read_text().splitlines():
-        trial = json.loads(line)
+    rows = []
+    for trial, memory, cpu_time, wall_time in lines:
         space = {
             name: known.setdefault(text, json_to_distribution(text))
             for name, text in trial["distributions"].items()
         }
-        usage = Usage(
-            memory=trial["peak_rss_bytes"], wall_time=trial["wall_s"], cpu_time=trial["cpu_s"]
-        )
+        usage = Usage(memory=memory, cpu_time=cpu_time, wall_time=wall_time)
         rows.append(Observation(trial["params"], space, usage))
     return Workload(path.stem, rows)
 
@@ -138,6 +152,8 @@ def bounds_and_projections(
     found: list[Bounded | Projected] = []
     footprint = None
     for n in sorted({*SIZES, *PROJECTED}):
+        if len(rows) < n + LEFT:
+            break
         footprint = Footprint.fit(rows[:n], start=footprint)
         labels = {"workload": workload.name, "shuffle": shuffle, "n": n}
         if n in SIZES and "bounds" in parts:

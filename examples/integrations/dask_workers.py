@@ -1,4 +1,4 @@
-"""Dask: a study in DaskStorage, its trials spread over workers, one quota for all of them."""
+"""Dask: a study in DaskStorage, isolated trials on its workers, and one quota for all of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from distributed import Client, LocalCluster, wait
 import optuna
 from optuna_integration import DaskStorage
 
-from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, trial_table
+from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, trial_table
 
 
 def objective(trial: optuna.Trial) -> float:
@@ -23,7 +23,8 @@ if __name__ == "__main__":
             pruner=QuotaPruner(limits=Limits(memory="2GiB", wall_time="30s")),
         )
         futures = [
-            client.submit(study.optimize, objective, n_trials=5, pure=False) for _ in range(2)
+            client.submit(study.optimize, isolated(objective), n_trials=5, pure=False)
+            for _ in range(2)
         ]
         wait(futures)
         for future in futures:
@@ -31,3 +32,4 @@ if __name__ == "__main__":
         table = trial_table(study)
         print(table[["number", "value", "memory", "cpu_time", "outcome"]])
         print(f"{(table['outcome'] == 'completed').sum()} completed")
+        print(f"isolated: {set(table['isolation'].dropna())}")

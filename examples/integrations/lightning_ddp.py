@@ -2,7 +2,7 @@
 
 Lightning hands the callback, and with it the trial, to its ranks. Rank 0 reports, and all stop
 together. The strategy must be ``ddp_spawn`` or ``ddp_fork``: ``ddp`` would run the whole script,
-with its study, once more for each rank.
+with its study, once more for each rank; for it see ``lightning_script.py``.
 """
 
 from __future__ import annotations

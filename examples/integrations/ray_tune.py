@@ -1,36 +1,23 @@
-"""Ray Tune's OptunaSearch: it takes a sampler and no pruner, so limits would go to the sampler.
+"""Ray Tune's OptunaSearch, with a quota: the search ends with it.
 
 Ray trains in processes of its own, which the study's process does not see: with
-``metering=False`` only the time of each trial is recorded, and nothing of this process is taken
-for a trial's own. Stopping a trial is left to Ray. The totals that the study's process can count
-hold: the number of trials, and the time of trials.
+``metering=False`` only the time of each trial is recorded, and a quota can be on the number of
+trials and on their time. OptunaSearch takes a sampler and no pruner; stopping a trial is left to
+Ray. Without a ``ConcurrencyLimiter``, Ray asks for trials long before it runs them.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from typing import Any
 
 import optuna
 import ray
 from ray import tune
-from ray.tune.search import ConcurrencyLimiter, Searcher
+from ray.tune.search import ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
-from optuna_quota import Quota, QuotaExhausted, QuotaSampler, trial_table
-
-
-class QuotaSearch(OptunaSearch):
-    """An OptunaSearch that ends when the quota is used up, where Ray would end by the error."""
-
-    def suggest(self, trial_id: str) -> Any:
-        """Return a point, or that there are no more."""
-        try:
-            return super().suggest(trial_id)
-        except QuotaExhausted as exhausted:
-            print(f"Ended: {exhausted}")
-            return Searcher.FINISHED
+from optuna_quota import Quota, QuotaSampler, trial_table, Usage
 
 
 def train(config: dict[str, float]) -> None:
@@ -44,12 +31,13 @@ if __name__ == "__main__":
         num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20
     )
     storage = optuna.storages.InMemoryStorage()
-    search = QuotaSearch(
+    search = OptunaSearch(
         metric="loss",
         mode="min",
         sampler=QuotaSampler(
             optuna.samplers.TPESampler(seed=0),
-            quota=Quota(n_trials=4, trial_time="10min"),
+            quota=Quota(n_trials=4, trial_time="20min"),
+            footprint=lambda params: Usage(wall_time=1 + abs(params["x"])),
             metering=False,
         ),
         storage=storage,

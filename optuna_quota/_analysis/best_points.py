@@ -24,7 +24,7 @@ _MAX_FITTED = 200
 
 
 def objective_model(facts: StudyFacts, footprint: Footprint) -> ResourceModel | None:
-    """Return a Gaussian process of the objective's normal scores, over the footprint's columns.
+    """Return a Gaussian process of the objective's normal scores, over the scaled parameters.
 
     None for several objectives, conditional parameters or few trials.
     """
@@ -42,7 +42,7 @@ def objective_model(facts: StudyFacts, footprint: Footprint) -> ResourceModel | 
     rows = facts.table[[f"params_{name}" for name in names]].iloc[done].to_numpy(dtype=object)
     losses = facts.sign * facts.values[done]
     scores = ndtri((rankdata(losses) - 0.5) / len(losses))
-    columns = features.encode([dict(zip(names, row, strict=True)) for row in rows])
+    columns = features.scale([dict(zip(names, row, strict=True)) for row in rows])
     none = np.zeros(len(done), dtype=bool)
     return fit_resource(columns, np.exp(scores), none, none, floors=(0.0,))
 
@@ -58,6 +58,6 @@ def best_fitting_points(
     unit = latin_hypercube(_DRAWN, len(features.parts), np.random.default_rng(0))
     fresh = points_from_unit_cube(features.distributions(), unit)
     fits = np.flatnonzero(footprint.expected(fresh)[resource].above(limit) < 0.5)
-    expected = objective.predict(features.encode(fresh)).center[fits]
+    expected = objective.predict(features.scale(fresh)).center[fits]
     best = fits[np.argsort(expected)[: max(1, int(_BEST_SHARE * len(fits)))]]
     return [fresh[int(i)] for i in best]

@@ -106,17 +106,16 @@ def cost_drivers(
         logs, noise = log_draws(model, columns, _DRAWS)
         drivers = []
         for name, shares in zip(names, _shares(groups, logs[:, :_POINTS], noise), strict=True):
-            share, factor = quantiles(shares), None
+            share, factor = _quantiles(shares), None
             if name in place:
                 more_used = logs[:, _POINTS + 1 + place[name]] - logs[:, _POINTS]
-                factor = quantiles(np.exp(np.clip(more_used, -50, 50)))
+                factor = _quantiles(np.exp(np.clip(more_used, -50, 50)))
             drivers.append(Driver(name, share, factor, changes[name] or 2.0))
         found[resource] = tuple(sorted(drivers, key=lambda d: -d.share[1]))
     return found
 
 
-def quantiles(values: Array) -> tuple[float, float, float]:
-    """Return the 5th, 50th and 95th percentile of draws."""
+def _quantiles(values: Array) -> tuple[float, float, float]:
     lower, median, upper = np.quantile(values, _QUANTILES).tolist()
     return lower, median, upper
 

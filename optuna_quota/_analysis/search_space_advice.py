@@ -88,15 +88,18 @@ def advise_search_space(facts: StudyFacts, footprint: Footprint) -> Iterator[Adv
 def _advise(
     facts: StudyFacts, footprint: Footprint, resource: str, breached: Mask, known: Mask
 ) -> Iterator[Advice]:
-    good = facts.near_best
-    rule, tried = _chosen(facts.data.parameters, breached, known, good)
+    # Points that are no trials choose nothing, but show what a rule removes of them.
+    points = _best_points(facts, footprint, resource, breached)
+    parameters = [_with_points(p, points) for p in facts.data.parameters]
+    more = np.zeros(len(points), dtype=bool)
+    breached, known, good = (np.append(m, more) for m in (breached, known, facts.near_best))
+    rule, tried = _chosen(parameters, breached, known, good)
     if rule is None or not _is_significant(rule, breached, known, tried):
         return
     avoided = int((rule.removed & breached).sum())
     others = int((rule.removed & known & ~breached).sum())
-    held_out = _held_out(facts.data.parameters, breached, known, good)
-    share, precision = held_out
-    lost = _best_lost(facts, footprint, resource, rule, (breached, known, good))
+    share, precision = _held_out(parameters, breached, known, good)
+    lost = float(rule.removed[-len(points) :].mean()) if points else 0.0
     if share < _MIN_SHARE or precision < _MIN_HELD_OUT_PRECISION or lost > _MAX_LOST:
         return
     kept = f"no trial within {TOLERANCE:.0%} of the best" if good.any() else "no completed trial"
@@ -154,27 +157,13 @@ def _held_out(
     return avoided / max(int(breached.sum()), 1), avoided / max(removed, 1)
 
 
-def _best_lost(
-    facts: StudyFacts,
-    footprint: Footprint,
-    resource: str,
-    rule: Rule,
-    masks: tuple[Mask, Mask, Mask],
-) -> float:
-    """Return the share of the best fresh points that fit which a rule removes."""
-    limits = facts.table["breach_limit"][masks[0]].dropna()
+def _best_points(
+    facts: StudyFacts, footprint: Footprint, resource: str, breached: Mask
+) -> Sequence[Mapping[str, Any]]:
+    limits = facts.table["breach_limit"][breached].dropna()
     if resource not in footprint.resources or limits.empty:
-        return 0.0
-    points = best_fitting_points(facts, footprint, resource, float(limits.median()))
-    if not points:
-        return 0.0
-    # The same rule over the trials and these points: they are no trials, so they choose nothing.
-    longer = [_with_points(p, points) for p in facts.data.parameters]
-    more = np.zeros(len(points), dtype=bool)
-    breached, known, good = (np.concatenate([mask, more]) for mask in masks)
-    same, _ = _chosen(longer, breached, known, good)
-    assert same is not None and same.text == rule.text
-    return float(same.removed[len(masks[0]) :].mean())
+        return []
+    return best_fitting_points(facts, footprint, resource, float(limits.median()))
 
 
 def _with_points(parameter: Parameter, points: Sequence[Mapping[str, Any]]) -> Parameter:

@@ -43,7 +43,7 @@ def initial_sites(target: np.ndarray, censored: np.ndarray) -> Sites:
     return Sites(target + 0.5 * censored, 0.5 * censored)
 
 
-def course_rates(
+def stop_rates(
     logs: np.ndarray, censored: np.ndarray, partial: np.ndarray, lateness: float
 ) -> np.ndarray:
     """Return the rate of the logarithm of each trial's share of its run, 0 for other trials.

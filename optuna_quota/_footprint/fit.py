@@ -3,7 +3,8 @@
 Clock time is noisy where a machine is shared, CPU time hardly, and their ratio depends on far
 less. So ``log wall = log cpu + log(wall / cpu)``, each part a model of its own, learns from few
 trials what a model of clock time alone would need many for. A trial that was stopped bounds its
-CPU time from below, and its ratio is still a value.
+CPU time from below, and its ratio is still a value. The ratio drifts with the machine's load, see
+``drift.py``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from optuna_quota._resources import get_resource
 
 
 _CHAINED = "wall_time"
+# What other work on the machine slows down.
+_DRIFTING = ("wall_time",)
 _BASES = ("cpu_time", "gpu_time")
 _MIN_TRIALS_TO_CHAIN = 6
 _MIN_TRIALS_TO_DECIDE = 4
@@ -33,8 +36,8 @@ _MIN_TRIALS_TO_DECIDE = 4
 _CHAIN_MARGIN = 3.0
 # The expected noise before any trial, as the logarithm of its variance in units of the resource's
 # own: peaks repeat themselves, and the ratio of clock time to another time is mostly noise. Chosen
-# with each of six workloads left out in turn (benchmarks/footprint_constants.py); less noise yet
-# would be likelier, but bounds would not hold.
+# with each of fourteen workloads left out in turn (benchmarks/footprint_constants.py); less noise
+# yet would be likelier, but bounds would not hold.
 _PEAK_NOISE = -3.5
 _RATIO_NOISE = -1.0
 # Clock time is too noisy to tell a floor from a short trial.
@@ -127,6 +130,7 @@ class _ResourceData:
         maybe_censored: True where it is a peak that a stopped trial may not have reached.
         floors: Candidate floors, as shares of the smallest amount.
         noise: Logarithm of the expected variance of the noise.
+        drifts: Whether the machine's load changes the resource from trial to trial.
     """
 
     def __init__(
@@ -139,6 +143,7 @@ class _ResourceData:
         *,
         floors: tuple[float, ...],
         noise: float,
+        drifts: bool,
     ) -> None:
         self.known = np.isfinite(amounts)
         self.columns = columns[self.known]
@@ -148,6 +153,7 @@ class _ResourceData:
         self.maybe_censored = maybe_censored[self.known]
         self.floors = floors
         self.noise = noise
+        self.drifts = drifts
 
     @classmethod
     def of(
@@ -167,6 +173,7 @@ class _ResourceData:
             np.array([name in each.maybe_censored for each in observations]),
             floors=_NO_FLOOR if name == _CHAINED else FLOORS,
             noise=noise,
+            drifts=name in _DRIFTING,
         )
 
     def fit(self, start: Model | None, refit: bool) -> ResourceModel:
@@ -197,6 +204,7 @@ class _ResourceData:
             self.maybe_censored,
             floors=self.floors,
             noise=self.noise,
+            drifts=self.drifts,
         )
 
     def _fit(self, earlier: ResourceModel | None, refit: bool) -> ResourceModel:
@@ -214,6 +222,7 @@ class _ResourceData:
             start=earlier,
             floors=self.floors,
             noise=self.noise,
+            drifts=self.drifts,
         )
 
     def over(self, base: _ResourceData) -> _ResourceData | None:
@@ -226,7 +235,14 @@ class _ResourceData:
         none = np.zeros(len(self.amounts), dtype=bool)
         ratios = self.amounts / base.amounts
         return _ResourceData(
-            self.columns, ratios, none, none, none, floors=_NO_FLOOR, noise=_RATIO_NOISE
+            self.columns,
+            ratios,
+            none,
+            none,
+            none,
+            floors=_NO_FLOOR,
+            noise=_RATIO_NOISE,
+            drifts=True,
         )
 
 

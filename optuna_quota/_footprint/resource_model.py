@@ -8,12 +8,13 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from optuna_quota._footprint.censoring import (
-    course_rates,
     initial_sites,
     LATENESS,
     propagate,
     Sites,
+    stop_rates,
 )
+from optuna_quota._footprint.drift import current_level, Level
 from optuna_quota._footprint.gaussian_process import (
     fit_hyperparameters,
     GaussianProcess,
@@ -23,21 +24,22 @@ from optuna_quota._footprint.gaussian_process import (
 from optuna_quota._records import Interval
 
 
-# Candidate floors, as shares of the smallest amount.
-FLOORS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
+# Candidate floors, as shares of the smallest amount. Closer ones turn small differences between
+# the cheapest trials into large ones of the logarithm.
+FLOORS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 # Search the hyperparameters of a floor if its log density with those of the best floor so far
 # comes this close to the best.
 _FLOOR_MARGIN = 3.0
 # Leave-one-out errors are a little small, as the hyperparameters were fitted to all trials. This
-# factor, the two below and _FEW_TRIALS_WIDENING were chosen with each of six workloads left out in
-# turn (benchmarks/footprint_constants.py).
-_LEAVE_ONE_OUT_BIAS = 1.05
+# factor, the two below and _FEW_TRIALS_WIDENING were chosen with each of fourteen workloads left
+# out in turn (benchmarks/footprint_constants.py).
+_LEAVE_ONE_OUT_BIAS = 1.1
 # Share of the residuals' overall size in the spread, beside the model's own deviation at a point.
 _COMMON_SHARE = 0.2
 # Least ratio of the residuals' size to the model's own deviations: a smaller one is chance.
 _MIN_RATIO = 0.8
 # The fewer trials, the less certain the hyperparameters, for which the spread is wider.
-_FEW_TRIALS_WIDENING = 8.0
+_FEW_TRIALS_WIDENING = 12.0
 # Prior deviation of the logarithm of a resource, with the weight of two trials.
 _PRIOR_SCALE = 0.8
 _PRIOR_WEIGHT = 2.0
@@ -119,6 +121,7 @@ class ResourceModel:
         hyperparameters: Of the Gaussian process.
         lateness: How late in their run the partial ones were stopped; 1 is anywhere.
         stopped_peaks_censored: Whether peaks of stopped trials are taken as lower bounds.
+        drifts: Whether the machine's load changes the resource from trial to trial.
     """
 
     columns: np.ndarray
@@ -131,6 +134,7 @@ class ResourceModel:
     hyperparameters: np.ndarray
     lateness: float = 1.0
     stopped_peaks_censored: bool = False
+    drifts: bool = False
     process: GaussianProcess = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -147,6 +151,7 @@ class ResourceModel:
         """Return the predictive distribution at points."""
         mean, variance = self.process.predict(columns)
         spread = self.spread(np.sqrt(variance + self.process.noise))
+        mean, spread = mean + self._level.mean, np.hypot(spread, self._level.variance**0.5)
         return Predictive(
             self.floor, self.location + self.scale * mean, self.scale * spread, self.df
         )
@@ -170,8 +175,10 @@ class ResourceModel:
         away = generator.standard_normal((count, n)) @ root.T
         away = heavy * (away + generator.standard_normal((count, 1)) * common)
         away += own * generator.standard_normal((count, n))
+        if self._level.variance:
+            away += self._level.variance**0.5 * generator.standard_normal((count, 1))
         logs = self.location + self.scale * (
-            mean + np.clip(away, -_MAX_DRAWN_DEVIATION, _MAX_DRAWN_DEVIATION)
+            mean + self._level.mean + np.clip(away, -_MAX_DRAWN_DEVIATION, _MAX_DRAWN_DEVIATION)
         )
         return np.asarray(
             np.maximum(self.floor + np.exp(np.minimum(logs, _MAX_DRAWN_EXPONENT)), 0.0)
@@ -190,6 +197,13 @@ class ResourceModel:
         """
         common, ratio, widening = self._calibration
         return np.asarray((common + ratio * deviation) * widening)
+
+    @cached_property
+    def _level(self) -> Level:
+        """The level of the newest trials above the model's mean, standardised."""
+        if not self.drifts:
+            return Level()
+        return current_level(self.process.leave_one_out()[0][~self.censored].tolist())
 
     @cached_property
     def _calibration(self) -> tuple[float, float, float]:
@@ -220,7 +234,7 @@ class ResourceModel:
         variance = own[held] ** 2 - self.sites.extra[held] + self.process.noise
         away = mean - (logs[held] - self.location) / self.scale
         spread = np.sqrt(np.maximum(variance, 1e-12))
-        rate = course_rates(logs, self.censored, self.partial, self.lateness)[held]
+        rate = stop_rates(logs, self.censored, self.partial, self.lateness)[held]
         r = self.scale * rate
         bounded = log_ndtr(away / spread - r * spread)
         # In units of the amount, as the others; see `censoring.py`.
@@ -247,6 +261,7 @@ def fit_resource(
     start: ResourceModel | None = None,
     floors: tuple[float, ...] = FLOORS,
     noise: float = NOISE,
+    drifts: bool = False,
 ) -> ResourceModel:
     """Return the model of one resource, its floor chosen by leave-one-out density.
 
@@ -259,6 +274,7 @@ def fit_resource(
         start: A model of fewer trials to start from.
         floors: Candidate floors, as shares of the smallest amount.
         noise: Prior mean of the logarithm of the noise's variance, standardised.
+        drifts: Whether the machine's load changes the resource from trial to trial.
     """
     candidates = _candidates(amounts, floors)
     tried: dict[int, ResourceModel] = {}
@@ -268,7 +284,14 @@ def fit_resource(
             near = min(tried, key=lambda each: abs(each - index), default=None)
             first = start if near is None else tried[near]
             tried[index] = _fit_with_floor(
-                columns, amounts, censored, partial, candidates[index], first, noise=noise
+                columns,
+                amounts,
+                censored,
+                partial,
+                candidates[index],
+                first,
+                noise=noise,
+                drifts=drifts,
             )
         return tried[index].score(amounts)
 
@@ -283,7 +306,9 @@ def fit_resource(
         best = max((model, *screened), key=lambda each: each.score(amounts))
         if best.lateness == model.lateness:
             return model
-        return _fit_with_floor(columns, amounts, censored, partial, floor, best, noise=noise)
+        return _fit_with_floor(
+            columns, amounts, censored, partial, floor, best, noise=noise, drifts=drifts
+        )
 
     def is_promising(index: int, best: int) -> bool:
         if not 0 <= index < len(candidates) or index in tried:
@@ -334,7 +359,7 @@ def _with_logs(
     location, scale = _standard(logs)
     target = (logs - location) / scale
     sites = initial_sites(target, censored)
-    rate = scale * course_rates(logs, censored, partial, model.lateness)
+    rate = scale * stop_rates(logs, censored, partial, model.lateness)
     sites = propagate(columns, target, censored, rate, model.hyperparameters, sites)
     return replace(
         model,
@@ -364,6 +389,7 @@ def _fit_with_floor(
     start: ResourceModel | None,
     *,
     noise: float,
+    drifts: bool,
 ) -> ResourceModel:
     logs = np.log(amounts - floor)
     location, scale = _standard(logs)
@@ -373,7 +399,7 @@ def _fit_with_floor(
         found = start.hyperparameters
     lateness = 1.0 if start is None else start.lateness
     sites = initial_sites(target, censored)
-    rate = scale * course_rates(logs, censored, partial, lateness)
+    rate = scale * stop_rates(logs, censored, partial, lateness)
     sites = propagate(columns, target, censored, rate, found, sites)
     for _ in range(0 if len(amounts) < _FEWEST else 2 if censored.any() else 1):
         found = fit_hyperparameters(
@@ -381,7 +407,16 @@ def _fit_with_floor(
         )
         sites = propagate(columns, target, censored, rate, found, sites)
     return ResourceModel(
-        columns, floor, location, scale, sites, censored, partial, found, lateness
+        columns,
+        floor,
+        location,
+        scale,
+        sites,
+        censored,
+        partial,
+        found,
+        lateness,
+        drifts=drifts,
     )
 
 

@@ -30,7 +30,7 @@ _MAX_COLUMNS = 500
 _MAX_RESOURCES = 50
 _MAX_CHARACTERS = 20_000_000
 _MAX_NUMBER = 1e300
-_LOWEST = {"log": 1e-300, "log1p": 0.0, "linear": -_MAX_NUMBER}
+_LOWEST = {"log": 1e-300, "rate": 1e-300, "log1p": 0.0, "linear": -_MAX_NUMBER}
 
 
 def dump(features: Features, observations: Sequence[Observation], confidence: float) -> str:

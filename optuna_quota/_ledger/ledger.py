@@ -402,11 +402,12 @@ class Ledger:
     def _of_this_thread(self) -> list[RunningTrial]:
         here = threading.get_ident()
         with self._changing:
+            own = [r for r in self._running.values() if r.thread == here]
             # Of a point that was rejected in `ask`, the row has ended without a `tell`.
-            for running in list(self._running.values()):
-                if running.monitor is not None and running.monitor.closed:
-                    del self._running[running.trial_id]
-            return [r for r in self._running.values() if r.thread == here]
+            ended = [r for r in own if r.monitor is not None and r.monitor.closed]
+            for running in ended:
+                del self._running[running.trial_id]
+            return [r for r in own if r not in ended]
 
     def _queue(
         self, trial_id: int, held: Reservation, requests: Mapping[str, ResourceRequest]

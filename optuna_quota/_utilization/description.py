@@ -10,12 +10,7 @@ import numpy as np
 
 from optuna_quota._resources import get_resource
 from optuna_quota._utilization.design import Column, Product
-from optuna_quota._utilization.fit import (
-    Derivatives,
-    derivatives_at,
-    leverage,
-    without_numeric_warnings,
-)
+from optuna_quota._utilization.fit import Derivatives, derivatives_at, leverage
 from optuna_quota._utilization.selection import Selected
 
 
@@ -25,10 +20,6 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 
-# The test for curvature takes at most this many trials, evenly spread over the study.
-_MAX_TESTED = 2000
-_MIN_TESTED = 20
-_SIGNIFICANCE = 0.01
 _MAX_VIF = 10.0
 _MAX_LOG = 700.0
 # By unit: below it an amount would be shown as zeros.
@@ -127,17 +118,11 @@ def diagnose(
     at_fit = derivatives_at(fit, sample)
     scale = fit.scale(at_fit.jacobian)
     residuals = (sample.y - at_fit.mean) / scale
-    seen = np.flatnonzero(~sample.censored)
-    seen = seen[:: -(-len(seen) // _MAX_TESTED)]
     found = [
         *_censoring(sample.censored),
         *_influence(selected, at_fit, residuals, numbers),
         *_collinearity(selected),
     ]
-    enough = len(seen) >= max(_MIN_TESTED, 2 * len(fit.theta))
-    if enough and np.ptp(residuals[seen]) > 1e-9:
-        jacobian = at_fit.jacobian[seen] / scale[seen, None]
-        found += _curvature(jacobian, at_fit.mean[seen], residuals[seen])
     if not fit.converged:
         found.append("The fit did not converge: treat the estimates as rough.")
     if n_stopped_peaks:
@@ -192,24 +177,3 @@ def _collinearity(selected: Selected) -> Iterator[str]:
                 f"{one} varied together with {other} (variance inflation {inflation[i]:.0f}): "
                 "their coefficients can hardly be told apart. Vary them independently."
             )
-
-
-def _curvature(jacobian: Array, mean: Array, residuals: Array) -> Iterator[str]:
-    """Ramsey's RESET with the squared mean (Journal of the Royal Statistical Society B 31)."""
-    import statsmodels.api as sm
-
-    squared = (mean - mean.mean()) ** 2
-    basis, _ = np.linalg.qr(jacobian)
-    left = squared - basis @ (basis.T @ squared)
-    if not np.linalg.norm(left) > 1e-6 * np.linalg.norm(squared):
-        return
-    exog = np.column_stack([jacobian, left / np.linalg.norm(left)])
-    with without_numeric_warnings():
-        results = sm.OLS(residuals, exog).fit(cov_type="HC3", use_t=True)
-    p_value = float(results.pvalues[-1])
-    if p_value < _SIGNIFICANCE:
-        side = "more" if results.params[-1] > 0 else "less"
-        yield (
-            f"The power law bends (RESET p = {p_value:.2g}): the smallest and largest trials use "
-            f"{side} than the model says; do not extrapolate."
-        )

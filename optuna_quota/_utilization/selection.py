@@ -89,7 +89,7 @@ def select(design: Design, values: Values, y: Array, censored: NDArray[np.bool_]
         if gain > 0 and _is_identified(floored, sample):
             enough = gain > 0.5 * math.log(observed)
             best, possible = (floored, None) if enough else (plain, floored)
-        elif censored.any():
+        else:
             possible = fit_with_largest_floor(sample, plain)
     selected = Selected(design, sample, best, design.notes, possible)
     for _ in range(min(_MAX_INTERACTIONS, observed // _TRIALS_PER_INTERACTION)):

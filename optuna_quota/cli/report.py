@@ -40,6 +40,9 @@ _KEYS = {
     "limits": "its limits by resource",
     "outcomes": "number of trials by outcome",
     "usage": "by resource: n, median, maximum, total",
+    "drivers": "by resource, a list: param, share of the variance, factor, change",
+    "cheaper_space": "two bounds that halve the cost: resource, bounds, cost, best_kept; or null",
+    "front": "trials that none beats in cost and value, a list: number, value, cost; or null",
     "correlations": "a list: param, resource, rho, lower, upper, p_value, p_adjusted, n, …",
     "models": "by resource: formula, kind, coefficients, diagnostics, n_observed, n_censored",
     "missing_models": "why a resource has no model, by resource",
@@ -131,6 +134,9 @@ def _as_json(report: UtilizationReport) -> dict[str, Any]:
         "limits": report.limits,
         "outcomes": report.table["outcome"].value_counts().to_dict(),
         "usage": usage,
+        "drivers": {name: [vars(d) for d in each] for name, each in report.drivers.items()},
+        "cheaper_space": report.cheaper_space and vars(report.cheaper_space),
+        "front": None if report.front is None else records(report.front),
         "correlations": records(report.correlations),
         "models": {
             name: {**_model_as_json(model), "formula": report.formulas[name]}

@@ -28,7 +28,7 @@ def test_json_keys_are_stable(tuned: str, capsys: pytest.CaptureFixture[str]) ->
     assert result.status == 0
     assert set(result.json) == {
         "study", "n_trials", "best", "quota", "limits", "outcomes", "usage", "correlations",
-        "models", "missing_models", "advice",
+        "drivers", "cheaper_space", "front", "models", "missing_models", "advice",
     }  # fmt: skip
     assert result.json["outcomes"] == {"completed": 12}
     assert result.json["usage"]["wall_time"]["n"] == 12

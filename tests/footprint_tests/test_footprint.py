@@ -176,17 +176,17 @@ def test_trials_stopped_early_in_their_course_do_not_hide_what_the_others_used(
 
 
 def test_many_trials_stopped_early_do_not_outweigh_few_completed_ones() -> None:
-    space: dict[str, BaseDistribution] = {"size": FloatDistribution(100.0, 1e4, log=True)}
+    space: dict[str, BaseDistribution] = {"size": IntDistribution(100, 10_000, log=True)}
     rng, medians, spreads = np.random.default_rng(0), [], []
     for _ in range(3):
         seen = []
         for i in range(44):
-            params = {"size": float(np.exp(rng.uniform(np.log(100), np.log(1e4))))}
+            params = {"size": int(np.exp(rng.uniform(np.log(100), np.log(1e4))))}
             seconds = 0.06 * params["size"] * rng.lognormal(0, 0.15)
             usage = Usage(cpu_time=seconds * (0.02 * rng.uniform(0.5, 1) if i >= 4 else 1.0))
             partial = frozenset({"cpu_time"} if i >= 4 else ())
             seen.append(Observation(params, space, usage, partial=partial))
-        found = Footprint.fit(seen).intervals({"size": 1000.0})["cpu_time"]
+        found = Footprint.fit(seen).intervals({"size": 1000})["cpu_time"]
         medians.append(found.median / 60.0)
         spreads.append(found.upper / found.lower)
 

@@ -74,6 +74,8 @@ def measured(out: str) -> list[float]:
         ("torch_distributed", ("torch", "optuna_integration"), 2),
         ("torchrun_script", ("torch",), 2),
         ("lightning_ddp", ("lightning",), 2),
+        ("lightning_script", ("lightning",), 2),
+        ("transformers_isolated", ("transformers", "torch", "accelerate"), 3),
     ],
 )
 def test_a_training_library(
@@ -99,7 +101,6 @@ def test_ask_and_tell(tmp_path: Path) -> None:
 def test_ray_tune(tmp_path: Path) -> None:
     out = run("ray_tune", tmp_path, "ray")
     assert "4 trials, 0 errors" in out
-    assert "Ended: The quota of 4 trials is used up" in out
     rows = re.findall(r"^ *\d+ +\S+ +(\S+) +(\S+) completed$", out, re.M)
     assert len(rows) == 4
     for memory, wall_time in rows:
@@ -107,10 +108,21 @@ def test_ray_tune(tmp_path: Path) -> None:
         assert 0 < float(wall_time) < 120
 
 
-def test_dask_workers_share_one_quota(tmp_path: Path) -> None:
-    out = run("dask_workers", tmp_path, "distributed", "optuna_integration")
+@pytest.mark.parametrize(
+    ("example", "needed"),
+    [
+        ("dask_workers", ("distributed", "optuna_integration")),
+        ("ray_workers", ("ray",)),
+        ("joblib_workers", ("joblib",)),
+    ],
+)
+def test_workers_of_an_engine_share_one_quota(
+    example: str, needed: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = run(example, tmp_path, *needed)
     assert outcomes(out).count("completed") == 6
     assert "6 completed" in out
+    assert "isolated: {'process'}" in out
 
 
 def test_mlflow_gets_usage_as_tags(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_trial_may_report_its_own_usage() -> None:
 @pytest.mark.parametrize("name", ["cpu_time", "energy", "memory"])
 def test_a_quota_on_what_is_not_measured_is_an_error(name: str) -> None:
     with pytest.raises(ValueError, match=rf'"quota:{name}" before `tell`.*"reported"'):
-        study_of(Quota(n_trials=5, **{name: 100}))
+        study_of(Quota(n_trials=5, **{name: GIB}))
     cost = {"cost": 5, "prices": {"cpu_time": 1.0}}
     with pytest.raises(ValueError, match="must be of n_trials, wall_time or trial_time"):
         study_of(Quota(**cost))

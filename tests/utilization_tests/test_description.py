@@ -10,7 +10,7 @@ import optuna
 from optuna.distributions import FloatDistribution
 import pytest
 
-from optuna_quota import Usage
+from optuna_quota import analyze, Usage
 from tests.analysis_tests.studies import finished, power_law_study, study_of, terminated
 from tests.utilization_tests.test_model import model_of
 
@@ -39,7 +39,6 @@ def test_a_formula_without_any_effect_says_so() -> None:
         ("twins", "determine it"),
         ("together", "can hardly be told apart"),
         ("outlier", "Cook's distance"),
-        ("bend", "bends"),
         ("cut", "ended early"),
     ],
 )
@@ -47,6 +46,13 @@ def test_diagnostics_warn(change: str, expected: str) -> None:
     model = model_of(flawed_study(change))
 
     assert any(expected in warning for warning in model.diagnostics), model.diagnostics
+
+
+def test_a_law_that_bends_is_called_wrong() -> None:
+    report = analyze(flawed_study("bend"))
+
+    assert report.prediction_errors["memory"].is_wrong
+    assert "follows no floor plus power law" in report.summary()
 
 
 @pytest.mark.slow

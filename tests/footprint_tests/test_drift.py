@@ -1,0 +1,45 @@
+"""The level of a machine's speed, and wall time on a machine that became slower."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from optuna_quota import Footprint, Usage
+from optuna_quota._footprint.drift import current_level, Level
+from tests.footprint_tests.test_footprint import draw_rows
+
+
+def test_noise_is_no_drift_and_a_step_is() -> None:
+    noise = np.random.default_rng(0).normal(0, 0.3, 40)
+
+    assert current_level(noise.tolist()) == Level()
+    assert current_level([3.0] * 7) == Level()
+
+    found = current_level((noise + np.repeat([-0.5, 0.5], 20)).tolist())
+    assert 0.25 < found.mean < 0.75
+    assert 0 < found.variance < 0.2
+
+
+def test_wall_time_follows_a_machine_that_became_slower_and_cpu_time_does_not() -> None:
+    rows = [
+        replace(
+            row,
+            usage=Usage(
+                cpu_time=row.usage.wall_time,
+                wall_time=(row.usage.wall_time or 0.0) * (3.0 if i >= 20 else 1.0),
+            ),
+        )
+        for i, row in enumerate(draw_rows(40, noise=0.05))
+    ]
+    footprint = Footprint.fit(rows)
+    points = [row.params for row in draw_rows(50, seed=1)]
+    expected = footprint.expected(points)
+    ratios = expected["wall_time"].quantile(0.5) / expected["cpu_time"].quantile(0.5)
+
+    # The mean over the trials is 1.7.
+    assert np.median(ratios) == pytest.approx(3.0, rel=0.25)
+    drawn = footprint.draw(points, 400, 0)
+    assert np.median(drawn["wall_time"] / drawn["cpu_time"]) == pytest.approx(3.0, rel=0.3)
