@@ -51,6 +51,7 @@ class Preemption:
         requeue: Whether they are enqueued again.
         signals: The signals that ask for it, which may reach the processes of the trials too.
         deadline: When all have to be done, in seconds since the epoch; None for any time.
+        deadline_of: What has set it.
     """
 
     def __init__(self) -> None:
@@ -58,6 +59,7 @@ class Preemption:
         self.requeue = True
         self.signals: tuple[int, ...] = ()
         self.deadline: float | None = None
+        self.deadline_of: object = None
         self._until_deadline = 0.0
         self._longest_grace: float | None = None
         self._stops: dict[int, Callable[[str], None]] = {}
@@ -68,6 +70,10 @@ class Preemption:
         """Stop running trials in time before a deadline, in seconds since the epoch."""
         self.deadline = deadline
         self._until_deadline = max(0.0, (deadline or 0.0) - time.time())
+
+    def forget_deadline(self) -> None:
+        """Let trials run that are not those of the sampler with the deadline."""
+        self.deadline = self.deadline_of = None
 
     @property
     def margin(self) -> float:
@@ -166,10 +172,13 @@ def find_preemption(study: Study, trial: BaseTrial | FrozenTrial) -> TrialPreemp
     """
     study = _optuna.unwrap_study(study)
     trial_id = _optuna.trial_id_of(trial)
-    reason = preemption_of(study).find_reason()
+    preemption, monitor = preemption_of(study), metering_loop().find(key_of(study, trial))
+    if monitor is None or monitor.owner != "sampler":
+        # It was an earlier sampler's.
+        preemption.forget_deadline()
+    reason = preemption.find_reason()
     if reason is None:
         return None
-    monitor = metering_loop().find(key_of(study, trial))
     if monitor is None or monitor.breach is None:
         end_as_preempted(study, trial_id, reason)
         if monitor is not None and monitor.verdict is None:

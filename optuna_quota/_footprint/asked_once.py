@@ -12,12 +12,14 @@ from optuna_quota._resources import Usage
 
 # Then the answers are forgotten: one takes about a kilobyte.
 _MOST_KNOWN = 10_000
+# Seconds after which a point that failed is asked again: a service may have been away.
+_FAILURE_LASTS = 10.0
 # Calls that show how long the next one takes; the first may import a library.
 _N_TIMED = 3
 
 
 class AskedOnce:
-    """A function from params to a usage that remembers its answers, failures among them.
+    """A function from params to a usage that remembers its answers, and failures for a while.
 
     Args:
         function: The user's function.
@@ -25,7 +27,7 @@ class AskedOnce:
 
     def __init__(self, function: Callable[[Mapping[str, Any]], Usage]) -> None:
         self._function = function
-        self._known: dict[Hashable, Any] = {}
+        self._known: dict[Hashable, tuple[Any, float]] = {}
         self._times: list[float] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -35,12 +37,13 @@ class AskedOnce:
     def __call__(self, params: Mapping[str, Any]) -> Any:
         """Return what the function returns, or raise what it raised, for these parameters."""
         key = _key(params)
-        found = self._known.get(key)
-        if found is None:
+        found, since = self._known.get(key, (None, 0.0))
+        is_failure = isinstance(found, Exception)
+        if found is None or (is_failure and time.monotonic() - since > _FAILURE_LASTS):
             found = self._ask(params)
             if len(self._known) >= _MOST_KNOWN:
                 self._known = {}
-            self._known[key] = found
+            self._known[key] = found, time.monotonic()
         if isinstance(found, Exception):
             raise found.with_traceback(None)
         return found

@@ -290,8 +290,8 @@ class ForkServerClient:
 
     def _is_unsafe(self, module: str) -> bool:
         package = module.partition(".")[0]
-        spoilt = any(package == name.partition(".")[0] for name in self._unsafe)
-        return spoilt and module not in self._safe
+        is_suspect = any(package == name.partition(".")[0] for name in self._unsafe)
+        return is_suspect and module not in self._safe
 
 
 def request_trial(

@@ -96,6 +96,9 @@ class TrialRun:
                 '`if __name__ == "__main__":`.'
             )
         self._monitor, owned = self._find_monitor()
+        if owned:
+            # A deadline was an earlier sampler's.
+            self._preemption.forget_deadline()
         self._resolver = OutcomeResolver(
             self._trial,
             self._study,

@@ -356,12 +356,12 @@ class Supervisor:
             if not left:
                 return tuple(leftovers.values())
             age = time.monotonic() - start
-            doomed = [p for p in left if age > CLEANUP_TIME or not linux.is_cleaner(p)]
+            overdue = [p for p in left if age > CLEANUP_TIME or not linux.is_cleaner(p)]
             if age >= exit_time:
                 if self._killer is None:
-                    alive = (pid for pid in doomed if not linux.is_exiting(pid))
+                    alive = (pid for pid in overdue if not linux.is_exiting(pid))
                     leftovers.update({pid: linux.describe_process(pid) for pid in alive})
-                linux.kill(doomed, left)
+                linux.kill(overdue, left)
             time.sleep(0.0005)
 
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("optuna.quota.ledger")
 
-# Seconds. A row can say anything; a clock that is further ahead is told of and not followed.
+# Seconds. A row can say anything; a clock further ahead is reported, not followed.
 _FURTHEST_AHEAD = 86_400.0
 # Seconds between two queries for the storage's own heartbeats.
 _STALE_INTERVAL = 5.0

@@ -197,6 +197,9 @@ def read_entry(
         charges = _charges_without_reservation(trial, record.usage, quota, ran_here=ran_here)
     else:
         charges = _charges(trial, reservation, record.usage, quota)
+        if outcome == "preempted":
+            # It runs again.
+            del charges["n_trials"]
     span = _span(trial, reservation, charges.get("trial_time"))
     return Entry(trial.number, trial_id, "finished", outcome, reservation, charges, span)
 

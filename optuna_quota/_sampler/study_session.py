@@ -84,7 +84,9 @@ class StudySession:
         self.outlook = QuotaOutlook(learns=candidates.footprint.given is None)
         self.decided: bool | None = None
         self._preemption = preemption_of(study)
-        self._preemption.set_deadline(deadline)
+        self._deadline = deadline
+        # Stands for the sampler, which must not be kept alive.
+        self._sampler = object()
         self._quota = quota
         self._stops = stops
         self._metering = metering
@@ -247,6 +249,10 @@ class StudySession:
         Args:
             fixed: The parameters that it was enqueued with.
         """
+        if self._preemption.deadline_of is not self._sampler:
+            # Trials of another one ran meanwhile.
+            self._preemption.set_deadline(self._deadline)
+            self._preemption.deadline_of = self._sampler
         deadline = self._preemption.deadline
         if deadline is None:
             return None

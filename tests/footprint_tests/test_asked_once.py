@@ -120,3 +120,20 @@ def test_the_answers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_constant_costs_no_time() -> None:
     assert count_within(UserFootprint(Usage(memory=1)), 0.0) == float("inf")
+
+
+def test_a_failure_is_forgotten_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([ConnectionError("away"), Usage(memory=1)])
+
+    def function(params: Any) -> Usage:
+        found = next(answers)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    asked = AskedOnce(function)
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            asked({"x": 1})
+    monkeypatch.setattr(asked_once, "_FAILURE_LASTS", 0.0)
+    assert asked({"x": 1}) == asked({"x": 1}) == Usage(memory=1)

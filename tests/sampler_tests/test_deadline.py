@@ -16,7 +16,7 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import check, isolated, Quota, QuotaExhausted, QuotaSampler, Usage
+from optuna_quota import check, isolated, Quota, QuotaExhausted, QuotaSampler, status, Usage
 from optuna_quota._enforcement.preemption import Preemption, preemption_of
 from optuna_quota._records import read_record
 from optuna_quota._sampler.deadline import parse_deadline, refuse_late
@@ -199,3 +199,40 @@ def test_an_isolated_trial_without_a_deadline_is_not_disturbed() -> None:
     study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9), deadline="1h"))
     study.optimize(isolated(lambda trial: trial.suggest_float("x", 0, 1)), n_trials=1)
     assert study.trials[0].state == TrialState.COMPLETE
+
+
+def test_a_deadline_ends_with_its_sampler() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        return x if not trial.should_prune() else float("nan")
+
+    late = QuotaSampler(quota=Quota(n_trials=9), deadline=60)
+    study = optuna.create_study(sampler=late)
+    study.optimize(objective, n_trials=1)
+    for sampler in (optuna.samplers.RandomSampler(), QuotaSampler(quota=Quota(n_trials=9))):
+        preemption_of(study).set_deadline(time.time())
+        study.sampler = sampler
+        study.optimize(objective, n_trials=1)
+        study.optimize(isolated(objective), n_trials=1)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 5
+    assert preemption_of(study).deadline is None
+    study.sampler = late
+    study.optimize(objective, n_trials=1)
+    assert preemption_of(study).deadline == late._deadline
+
+
+def test_a_preempted_trial_does_not_count_as_one_of_the_study() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        if trial.number == 0:
+            preemption_of(study).set_deadline(time.time())
+            check(trial)
+        return x
+
+    study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=2), deadline=60))
+    study.optimize(objective)
+    preemption_of(study).set_deadline(time.time() + 60)
+    study.optimize(objective)
+    states = [t.state for t in study.trials]
+    assert states == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert status(study).table.loc["n_trials", "used"] == 2
