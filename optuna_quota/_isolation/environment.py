@@ -240,6 +240,7 @@ def _read_decimal(decimal: Any) -> tuple[Any, ...]:
 _SETTINGS: Mapping[str, Setting] = {
     "recursion limit": _by_functions("sys", "getrecursionlimit", "setrecursionlimit"),
     "switch interval": _by_functions("sys", "getswitchinterval", "setswitchinterval"),
+    "integer digits": _by_functions("sys", "get_int_max_str_digits", "set_int_max_str_digits"),
     "garbage collection": Setting(
         "gc", lambda m: (m.isenabled(), m.get_threshold()), _set_garbage_collection
     ),

@@ -117,7 +117,7 @@ def isolated(
     """
     if not callable(objective):
         raise TypeError(f"`objective` must be callable but got {objective!r}.")
-    if isinstance(getattr(objective, "options", None), IsolationOptions):
+    if isinstance(getattr(objective, "__dict__", {}).get("options"), IsolationOptions):
         raise TypeError(f"`objective` is isolated already: {objective!r}.")
     if start_method not in get_args(StartMethod):
         methods = ", ".join(get_args(StartMethod))

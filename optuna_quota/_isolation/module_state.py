@@ -30,16 +30,26 @@ class _Pickled(bytes):
     """The pickle of an object, to be loaded when its module is there."""
 
 
-def is_plain(value: Any, depth: int = 4) -> bool:
-    """Return whether a value is made of numbers, texts and small containers of them."""
+def is_plain(value: Any, depth: int = 4, *, subclasses: bool = False) -> bool:
+    """Return whether a value is made of numbers, texts and small containers of them.
+
+    Args:
+        value: The value.
+        depth: How deep containers may be nested.
+        subclasses: Whether containers may be of subclasses, such as dictionaries with attributes.
+    """
     if value is None or type(value) in (bool, int, float, complex, str, bytes):
         return True
-    if depth == 0 or type(value) not in (list, tuple, set, frozenset, dict):
+    is_container = isinstance(value, _CONTAINERS) if subclasses else type(value) in _CONTAINERS
+    if depth == 0 or not is_container or len(value) > _MAX_ITEMS:
         return False
-    if len(value) > _MAX_ITEMS:
-        return False
-    parts = [*value, *value.values()] if type(value) is dict else value
-    return all(is_plain(part, depth - 1) for part in parts)
+    parts = [*value, *(value.values() if isinstance(value, dict) else ())]
+    if subclasses:
+        parts += getattr(value, "__dict__", {}).values()
+    return all(is_plain(part, depth - 1, subclasses=subclasses) for part in parts)
+
+
+_CONTAINERS = (list, tuple, set, frozenset, dict)
 
 
 def plain_attributes(value: Any) -> dict[str, Any]:
@@ -79,13 +89,14 @@ def _read(module: types.ModuleType) -> dict[str, Any]:
 def _dump_small(value: Any) -> bytes | None:
     """Return the pickle of a small object, None for others."""
     # Finding out the size of models and arrays would take too long.
-    if not hasattr(value, "__dict__") or hasattr(value, "__array__"):
-        return None
-    if not is_plain(list(vars(value).values()), depth=5):
+    if hasattr(type(value), "__array__"):
         return None
     try:
+        held = value if isinstance(value, _CONTAINERS) else vars(value)
+        if not is_plain(held, depth=5, subclasses=True):
+            return None
         data = pickle.dumps(value)
-    except Exception:  # noqa: BLE001 - a user's __reduce__ may raise anything
+    except Exception:  # noqa: BLE001 - a user's __getattr__ or __reduce__ may raise anything
         return None
     return data if len(data) <= _MAX_PICKLE else None
 
@@ -115,17 +126,16 @@ def _restore(data: bytes, module: types.ModuleType) -> None:
 def _assign(module: types.ModuleType, name: str, state: Any) -> None:
     """Let a global have a value, in place where other names may refer to the same object."""
     value: Any = vars(module).get(name)
-    if type(value) is type(state):
+    if type(value) is type(state) and not hasattr(type(value), "__slots__"):
         if isinstance(value, (dict, set)):
             value.clear()
             value.update(state)
-            return
-        if isinstance(value, list):
+        elif isinstance(value, list):
             value[:] = state
-            return
-        if hasattr(value, "__dict__") and not hasattr(value, "__slots__"):
+        if hasattr(value, "__dict__"):
             vars(value).clear()
             vars(value).update(vars(state))
+        if hasattr(value, "__dict__") or isinstance(value, (dict, set, list)):
             return
     setattr(module, name, state)
 

@@ -19,8 +19,10 @@ from multiprocessing import context
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.synchronize import SemLock
 import pickle
+import queue
 import socket
 import sys
+import threading
 import types
 from typing import Any
 
@@ -31,7 +33,11 @@ from optuna_quota._isolation.main_module import global_names, MAIN_NAMES, MainMo
 from optuna_quota._isolation.module_state import plain_attributes, set_main_state, set_module_parts
 from optuna_quota._isolation.modules import modules_being_imported
 from optuna_quota._isolation.rpc import is_remote, proxy_at, RemoteObjects
-from optuna_quota._isolation.seeds import is_generator, reduce_generator
+from optuna_quota._isolation.seeds import (
+    is_generator,
+    reduce_generator,
+    values_within_reach,
+)
 
 
 # Smaller buffers are copied into the pickle; a message of its own for each would cost more.
@@ -150,6 +156,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         self._reducers = dict(_multiprocessing_reducers())
         self._buffers: list[pickle.PickleBuffer] = []
         self._spawning = _Spawning()
+        self._own_locks: set[int] = set()
         self._seen: set[int] = set()
         self._by_name: dict[int, Any] = {}
         self._by_value: dict[str, Any] = {}
@@ -157,6 +164,9 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
     def dump_payload(self, objective: Any) -> Payload:
         modules = modules_being_imported()
         _pickle_by_value(modules)
+        # The script's may guard what all trials share, such as a file.
+        reached = values_within_reach(objective)
+        self._own_locks = {id(value) for value in reached if type(value) in _LOCKS}
         context.set_spawning_popen(self._spawning)  # type: ignore[arg-type]  # passes for one
         try:
             self.dump(objective)
@@ -177,7 +187,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             return proxy_at, (self._remote.listener.address, self._remote.handle(value))
         if id(value) in self._by_trial:
             return global_of_main, (self._by_trial[id(value)],)
-        if getattr(value, "_is_fork_ctx", False) is True and isinstance(value, SemLock):
+        if isinstance(value, SemLock) and getattr(value, "_is_fork_ctx", False):
             raise NeedsFork
         kind = type(value)
         if kind in _FUNCTIONS or isinstance(value, type):
@@ -186,6 +196,11 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
                 return value.__qualname__
         elif kind in self._reducers:
             return self._reducers[kind](value)
+        elif kind in _LOCKS and id(value) not in self._own_locks:
+            # A library's object guards its own memory with it, of which the trial has a copy.
+            return _LOCKS[kind], ()
+        elif isinstance(value, _BETWEEN_THREADS):
+            raise TypeError(f"cannot pickle '{kind.__module__}.{kind.__name__}' object")
         elif kind is contextvars.ContextVar:
             with contextlib.suppress(LookupError):
                 return make_context_variable, (value.name, value.get())
@@ -236,8 +251,10 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         value = self._globals.get(name)
         if name in self._made_by_trial or isinstance(value, (type, types.ModuleType, *_FUNCTIONS)):
             return False
+        attempt = type(self)(self._remote, self._main, ())
+        attempt._own_locks = self._own_locks
         try:
-            type(self)(self._remote, self._main, ()).dump(value)
+            attempt.dump(value)
         except Exception as error:  # noqa: BLE001 - a user's __reduce__ may raise anything
             return not isinstance(error, NeedsFork)
         return False
@@ -254,7 +271,10 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             return True
         if getattr(value, "__module__", None) not in MAIN_NAMES:
             return False
-        path = getattr(value, "__qualname__", "").split(".")
+        try:
+            path = value.__qualname__.split(".")
+        except Exception:  # noqa: BLE001 - an object's __getattr__ may raise anything
+            return False
         if path[0] not in self._main.names:
             if len(path) == 1:
                 self._by_value[path[0]] = value
@@ -298,6 +318,17 @@ _registered: dict[str, types.ModuleType] = {}
 
 # The latter is what a cached function is.
 _FUNCTIONS = (types.FunctionType, type(functools.cache(len)))
+
+
+_LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
+# Copies of these would not do what they are for.
+_BETWEEN_THREADS = (
+    queue.Queue,
+    threading.Barrier,
+    threading.Condition,
+    threading.Event,
+    threading.Semaphore,
+)
 
 
 class InheritedDescriptor:

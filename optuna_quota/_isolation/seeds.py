@@ -8,6 +8,7 @@ import functools
 import pickle
 import random
 import sys
+import types
 from typing import Any
 
 from optuna_quota._isolation.modules import after_import, user_modules
@@ -87,7 +88,7 @@ def vary_generators(number: int, objective: Any) -> None:
         number: The number of the trial.
         objective: The objective.
     """
-    held = [*_loaded, *filter(is_generator, _values_within_reach(objective))]
+    held = [*_loaded, *filter(is_generator, values_within_reach(objective))]
     for generator in {id(found): found for found in held}.values():
         draw, reseed = _VARY[f"{type(generator).__module__}.{type(generator).__qualname__}"]
         # Other generators than the default ones of a library may be unable to.
@@ -95,15 +96,17 @@ def vary_generators(number: int, objective: Any) -> None:
             reseed(generator, random.Random(f"{draw(generator)}, {number}").getrandbits(62))
 
 
-def _values_within_reach(objective: Any) -> Iterator[Any]:
+def values_within_reach(objective: Any) -> Iterator[Any]:
     """Yield the globals of the user's modules, and what the objective refers to."""
     for module in [sys.modules["__main__"], *user_modules()]:
         yield from list(vars(module).values())
-    for part in (objective, getattr(objective, "__self__", None)):
-        yield from list(getattr(part, "__dict__", {}).values())
-    for cell in getattr(objective, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):  # not filled yet
-            yield cell.cell_contents
+    owner = objective.__self__ if isinstance(objective, types.MethodType) else objective
+    with contextlib.suppress(TypeError):  # without a dictionary
+        yield from list(vars(owner).values())
+    if isinstance(objective, types.FunctionType):
+        for cell in objective.__closure__ or ():
+            with contextlib.suppress(ValueError):  # not filled yet
+                yield cell.cell_contents
 
 
 def _reseed_numpy(generator: Any, value: int) -> None:

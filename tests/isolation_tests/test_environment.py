@@ -179,6 +179,7 @@ def _umask() -> int:
 OWN: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "recursion limit": (lambda: sys.setrecursionlimit(3210), sys.getrecursionlimit),
     "switch interval": (lambda: sys.setswitchinterval(0.25), sys.getswitchinterval),
+    "integer digits": (lambda: sys.set_int_max_str_digits(9999), sys.get_int_max_str_digits),
     "garbage collection": (gc.disable, gc.isenabled),
     "garbage collection's pace": (lambda: gc.set_threshold(123, 4, 5), gc.get_threshold),
     "umask": (lambda: os.umask(0o077), _umask),

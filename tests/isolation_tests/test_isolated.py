@@ -7,6 +7,7 @@ from datetime import timedelta
 import functools
 import os
 from pathlib import Path
+import queue
 import sys
 from typing import Any
 
@@ -323,6 +324,12 @@ def test_an_objective_that_cannot_be_pickled_says_so() -> None:
         study.optimize(isolated(lambda trial: float(lock.locked())), n_trials=1)
     study.optimize(isolated(lambda trial: float(lock.locked()), start_method="fork"), n_trials=1)
     assert study.trials[1].value == 0.0
+
+
+def test_a_queue_between_threads_is_not_copied() -> None:
+    gpus: queue.Queue[int] = queue.Queue()
+    with pytest.raises(TypeError, match=r"queue\.Queue"):
+        optuna.create_study().optimize(isolated(lambda trial: float(gpus.get())), n_trials=1)
 
 
 def test_a_value_that_cannot_be_sent_is_a_crash() -> None:

@@ -116,6 +116,19 @@ def test_objects_are_changed_in_place() -> None:
     assert vars(before) == {"epochs": 3}
 
 
+class AttributeDict(dict[str, Any]):
+    """As configuration libraries have it: an unknown attribute is a KeyError."""
+
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__  # type: ignore[assignment]
+
+
+def test_dictionaries_with_attributes_are_changed_in_place() -> None:
+    before = AttributeDict(train=AttributeDict(lr=1.0))
+    carried(make(CFG=AttributeDict(train=AttributeDict(lr=0.1))), make(CFG=before))
+    assert before.train.lr == 0.1 and type(before.train) is AttributeDict
+
+
 def test_attributes_of_classes_are_set() -> None:
     class Here:
         epochs = 3
@@ -130,8 +143,16 @@ def test_attributes_of_classes_are_set() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [threading.Lock(), open, np.zeros(10), Settings(data=[0] * 10_000), Settings(lock=open), int],
-    ids=["lock", "function", "array", "large", "refers to code", "class of another"],
+    [
+        threading.Lock(),
+        open,
+        np.zeros(10),
+        Settings(data=[0] * 10_000),
+        Settings(lock=open),
+        int,
+        AttributeDict(data=np.zeros(10)),
+    ],
+    ids=["lock", "function", "array", "large", "refers to code", "class of another", "held data"],
 )
 def test_other_values_are_left_to_the_module(value: Any) -> None:
     assert carried(make(X=value), make(X="its own")).X == "its own"

@@ -11,7 +11,8 @@ from tests.isolation_tests.scripts import always, run_script
 
 
 CLASSES = """
-import collections, dataclasses, enum, inspect, multiprocessing as mp, pickle, traceback, typing
+import collections, dataclasses, enum, functools, inspect, multiprocessing as mp, pickle
+import threading, traceback, typing
 from concurrent.futures import ProcessPoolExecutor
 open("loads.txt", "a").write("x")
 
@@ -30,6 +31,19 @@ class Pair(typing.NamedTuple):
 class MyError(Exception):
     pass
 
+class AttributeDict(dict):
+    __getattr__ = dict.__getitem__
+
+class Holder:
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    @functools.cached_property
+    def size(self):
+        return 1
+
+HOLDER = Holder()
+OPTIONS = AttributeDict(one=1)
 DEFAULT, CHOSEN, POINT = Config(), Kind.A, Point(1, 2)
 DATA = [1.0] * 100_000
 SCALE = 2
@@ -49,6 +63,8 @@ def fail(x):
 def objective(trial):
     args = (Config(), Kind.A, Point(1, 2), Pair())
     assert isinstance(DEFAULT, Config) and CHOSEN is Kind.A and isinstance(POINT, Point)
+    with HOLDER.lock:
+        assert OPTIONS.one == HOLDER.size
     assert pickle.loads(pickle.dumps(args))[0] == DEFAULT
     with mp.Pool(1) as pool:
         total = sum(pool.map(work, [args]))
