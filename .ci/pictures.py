@@ -28,20 +28,25 @@ from tests.browser import chromium, served, wait_for  # noqa: E402
 
 
 WIDTH = 1100
-REPORT_HEIGHT, TRIAL_HEIGHT = 1900, 900
+TRIAL_HEIGHT = 900
 MAX_SIZE = 250_000
 PLOTS_DRAWN = """
   const plots = [...document.querySelectorAll('[id^="user-defined-plot:"]')];
   if (plots.filter(p => p.querySelector(".main-svg")).length < 4) return null;
   const boxes = plots.map(p => p.getBoundingClientRect());
-  const top = Math.min(...boxes.map(b => b.top)) + scrollY;
+  const top = Math.min(...boxes.map(b => b.top)) + scrollY - 10;
   return [top, Math.max(...boxes.map(b => b.bottom)) + scrollY - top];"""
 REPORT_DRAWN = """
   const plots = [...document.querySelectorAll(".plot")];
-  return plots.every(p => p.querySelector(".main-svg")) && plots.length;"""
+  if (!plots.every(p => p.querySelector(".main-svg"))) return null;
+  return plots[1].getBoundingClientRect().bottom + 16;"""
 TRIAL_DRAWN = """
   const image = document.querySelector('img[src^="/artifacts/"]');
   return image && image.complete && image.naturalWidth;"""
+
+IMAGES_HEIGHT = """
+  const heights = [...document.images].map(image => image.naturalHeight);
+  return heights.every(height => height) && heights.reduce((a, b) => a + b);"""
 
 
 def run(example: str, folder: Path) -> None:
@@ -67,8 +72,7 @@ def report(driver: Any, folder: Path) -> str:
     """Return the top of the quickstart's report."""
     run("01_quickstart.py", folder)
     driver.get((folder / "quickstart.html").as_uri())
-    wait_for(driver, REPORT_DRAWN)
-    return picture(driver, 0, REPORT_HEIGHT)
+    return picture(driver, 0, wait_for(driver, REPORT_DRAWN))
 
 
 def dashboard(driver: Any, folder: Path) -> str:
@@ -90,8 +94,7 @@ def dashboard(driver: Any, folder: Path) -> str:
     joined = folder / "joined.html"
     joined.write_text(f'<body style="margin:0">{images}')
     driver.get(joined.as_uri())
-    script = "return [...document.images].every(i => i.complete) && document.body.clientHeight;"
-    return picture(driver, 0, wait_for(driver, script))
+    return picture(driver, 0, wait_for(driver, IMAGES_HEIGHT))
 
 
 def main() -> None:

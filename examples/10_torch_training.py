@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import optuna
+from optuna.distributions import IntDistribution
 
 from optuna_quota import (
     footprints,
@@ -22,8 +23,15 @@ from optuna_quota import (
     Quota,
     QuotaPruner,
     QuotaSampler,
+    Strategy,
     trial_table,
 )
+
+
+SPACE = {
+    "width": IntDistribution(128, 6000, log=True),
+    "batch": IntDistribution(32, 2048, log=True),
+}
 
 
 def build(params: Mapping[str, Any]) -> Any:
@@ -49,8 +57,8 @@ def objective(trial: optuna.Trial) -> float:
     import torch
 
     params = {
-        "width": trial.suggest_int("width", 128, 6000, log=True),
-        "batch": trial.suggest_int("batch", 32, 2048, log=True),
+        name: trial.suggest_int(name, each.low, each.high, log=each.log)
+        for name, each in SPACE.items()
     }
     model = build(params)
     optimizer = torch.optim.Adam(model.parameters())
@@ -73,8 +81,12 @@ def main() -> None:
         return
     footprint = footprints.torch_training(build, batch, torch.optim.Adam)
     print("A point:", footprint.memory({"width": 4000, "batch": 512}))
+    # With the search space, points are judged from the first trial on.
+    strategy = Strategy(8, search_space=SPACE)
     study = optuna.create_study(
-        sampler=QuotaSampler(quota=Quota(cpu_time="10min"), footprint=footprint),
+        sampler=QuotaSampler(
+            quota=Quota(cpu_time="10min"), strategy=strategy, footprint=footprint
+        ),
         pruner=QuotaPruner(limits=Limits(memory="600MiB", wall_time="1min")),
     )
     study.optimize(isolated(objective), n_trials=8)

@@ -66,7 +66,8 @@ class CheaperSpace:
             f"Half the cost: with {' and '.join(self.bounds)}, a trial takes {self.cost:.0%} of "
             f"the {get_resource(self.resource).title} that it takes over the whole space. No "
             "trial near the best is lost, and one of the best hundredth of the points stays with "
-            f"probability {self.best_kept:.0%} (by the footprint and a model of the value)."
+            f"probability {min(self.best_kept, 0.99):.0%} (by the footprint and a model of the "
+            "value)."
         )
 
 

@@ -254,6 +254,7 @@ def add_limit(
     *,
     log: bool = False,
     panel: str = "",
+    side: str = "left",
 ) -> None:
     """Draw a limit as a dashed line, or say that it is above the axis.
 
@@ -265,6 +266,7 @@ def add_limit(
         high: The upper end of the axis, in its unit.
         log: Whether the axis is logarithmic.
         panel: Number of the pair of axes, empty for the first, whose line is labelled.
+        side: The end of the line that the label stands at, where fewer markers are.
     """
     y = unit.of(limit)
     above = y > high
@@ -274,9 +276,9 @@ def add_limit(
             text=f"limit {escape(format_amount(resource, limit))}{' ↑' if above else ''}",
             xref=axes["xref"],
             yref=f"y{panel} domain" if above else axes["yref"],
-            x=0.01,
+            x=0.01 if side == "left" else 0.99,
             y=1 if above else math.log10(y) if log else y,
-            xanchor="left",
+            xanchor=side,
             yanchor="top" if above else "bottom",
             showarrow=False,
             font={"size": 11, "color": _theme.VERMILION},

@@ -166,7 +166,7 @@ def _tiles(data: ReportData) -> list[tuple[str, str]]:
         tiles.append((f"{best.trial.values[0]:.4g}", f"best value, trial {best.number}"))
     memory = [trial.amounts["memory"] for trial in data.trials if "memory" in trial.amounts]
     if memory:
-        tiles.append((format_amount("memory", max(memory)), "maximum memory of a trial"))
+        tiles.append((format_amount("memory", max(memory)), "peak memory of a trial"))
     waste = _get_waste_info(data.study, data.trials)
     if waste.spent:
         resource, spent = next(iter(waste.spent.items()))

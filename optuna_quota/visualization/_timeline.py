@@ -96,8 +96,7 @@ def timeline_info(trial: FinishedTrial, limits: Mapping[str, float]) -> _Timelin
         else:
             place = (breach.seconds, min(points, key=lambda p: abs(p[0] - breach.seconds))[1])
             time_limit = breach.limit if breach.resource in CLOCK_RESOURCES else None
-        if place[0] > points[-1][0]:
-            points.append(place)
+        points = sorted({*points, place})
     if record.reason and trial.outcome == "terminated":
         finding = textwrap.shorten(record.reason, _MAX_SUBTITLE, placeholder="…")
     else:

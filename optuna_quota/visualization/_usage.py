@@ -97,7 +97,9 @@ def usage_figure(info: _UsageInfo) -> go.Figure:
         _plotly.axis(unit.axis_title(name), (low, high), log=log),
     )
     if info.limit is not None:
-        _plotly.add_limit(figure, info.resource, info.limit, unit, high, log=log)
+        # Breaches come early: later points that would breach are replaced.
+        limit = (info.resource, info.limit, unit, high)
+        _plotly.add_limit(figure, *limit, log=log, side="right")
     return figure
 
 
