@@ -200,11 +200,11 @@ def _retrying(storage_class: type[BaseStorage]) -> type[BaseStorage]:
 
     def reduce(self: BaseStorage, protocol: Any) -> Any:
         reduced: Any = storage_class.__reduce_ex__(self, max(2, protocol))
-        (make, arguments, *state), names = reduced, {type(self): storage_class}
+        make, arguments, *state = reduced
+        make, *arguments = (storage_class if x is type(self) else x for x in (make, *arguments))
         # Pickle refuses `copyreg.__newobj__` for another class than the object's.
-        names[copyreg.__newobj__] = _new  # type: ignore[attr-defined]
-        swap = [names.get(each, each) if callable(each) else each for each in (make, *arguments)]
-        return swap[0], tuple(swap[1:]), *state
+        make = _new if make is copyreg.__newobj__ else make  # type: ignore[attr-defined]
+        return make, tuple(arguments), *state
 
     known = ((name, getattr(storage_class, name, None)) for name in _IDEMPOTENT)
     members: dict[str, Any] = {name: retried(call) for name, call in known if call is not None}
