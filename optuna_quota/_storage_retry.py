@@ -154,10 +154,11 @@ def is_transient(error: BaseException) -> bool:
 
 def survive_outages(storage: BaseStorage) -> None:
     """Have all calls of a storage object wait for a server that is away, for up to a minute."""
-    if isinstance(storage, _Retrying) or type(storage) is InMemoryStorage:
+    # Once, as trials in other threads may be about to do the same.
+    kind: Any = type(storage)
+    if issubclass(kind, _Retrying) or kind is InMemoryStorage:
         return
     repair_torn_lines(storage)
-    kind: Any = type(storage)
     try:
         # The same object, as others have it too, with other methods.
         object.__setattr__(storage, "__class__", _retrying(kind))

@@ -279,9 +279,18 @@ def test_storages_of_users_own(kind: str) -> None:
         assert type(copied) is Reopened and copied.url == "here"
 
 
-def test_a_storage_is_copied_and_pickled_without_its_retries(tmp_path: Path) -> None:
+def test_a_storage_is_copied_and_pickled_without_its_retries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage = optuna.storages.get_storage(f"sqlite:///{tmp_path}/one.db")
-    before = type(storage)
+    before, repair = type(storage), _storage_retry.repair_torn_lines
+
+    def repair_late(each: optuna.storages.BaseStorage) -> None:
+        """Let a trial in another thread be faster."""
+        monkeypatch.setattr(_storage_retry, "repair_torn_lines", repair)
+        survive_outages(each)
+
+    monkeypatch.setattr(_storage_retry, "repair_torn_lines", repair_late)
     survive_outages(storage)
     assert type(storage) is not before and isinstance(storage, before)
     for copied in (pickle.loads(pickle.dumps(storage)), copy.copy(storage)):
