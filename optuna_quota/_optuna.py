@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner, HyperbandPruner
 from optuna.samplers import BaseSampler, PartialFixedSampler
-from optuna.storages import RDBStorage
+from optuna.storages import InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages._heartbeat import BaseHeartbeat, is_heartbeat_enabled
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import _optimize, _tell, Study, study as _study
@@ -198,8 +198,9 @@ def engine_of(storage: BaseStorage) -> Any:
 def stores_microseconds(storage: BaseStorage) -> bool:
     """Return whether datetimes are known to be stored exactly; MySQL rounds them to seconds."""
     engine = engine_of(storage)
-    is_proxy = any(each.__name__ == "GrpcStorageProxy" for each in type(storage).__mro__)
-    return engine.dialect.name != "mysql" if engine is not None else not is_proxy
+    if engine is not None:
+        return engine.dialect.name in ("sqlite", "postgresql")
+    return isinstance(storage, (InMemoryStorage, JournalStorage))
 
 
 def address_of(storage: BaseStorage) -> str:

@@ -18,7 +18,7 @@ key of a trial              kind    written by
 ``quota:proposed``          user    ``_sampler.candidates``, when a point was replaced
 ``quota:reservation``       system  ``_ledger``, before the trial starts and at each heartbeat
 ``quota:crashed``           system  ``_isolation.outcome``
-``quota:asked``             system  ``_storage_retry``, on MySQL and through gRPC
+``quota:asked``             system  ``_storage_retry``, unless starts are stored exactly
 ==========================  ======  ==============================================================
 
 ``_sampler.row_cleanup`` clears what Optuna's retry callback copied from a failed trial.

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import copyreg
 from datetime import datetime, timedelta
 import functools
 import logging
 import os
 import random
+import re
 import threading
 import time
 from typing import Any, BinaryIO, TYPE_CHECKING, TypeVar
@@ -57,6 +59,12 @@ _TRANSIENT = {
     "MySQLdb": {"OperationalError", "InterfaceError"},
     "redis.exceptions": {"ConnectionError", "TimeoutError", "BusyLoadingError", "ReadOnlyError"},
 }
+# What drivers raise as the same classes, and what no waiting mends.
+_PERMANENT = re.compile(
+    r"no such (table|column)|does(n't| not) exist|readonly database|access denied"
+    r"|authentication failed|unknown (database|column)",
+    re.IGNORECASE,
+)
 _TRANSIENT_GRPC = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN", "ABORTED"}
 
 _BLOCK = 65_536
@@ -133,7 +141,8 @@ def is_transient(error: BaseException) -> bool:
         # Optuna wraps every database error alike.
         return error.__cause__ is not None and is_transient(error.__cause__)
     if any(c.__name__ in _TRANSIENT.get(c.__module__, ()) for c in type(error).__mro__):
-        return True
+        # SQLAlchemy's own text contains the statement.
+        return not _PERMANENT.search(str(getattr(error, "orig", error)))
     if getattr(error, "connection_invalidated", False):
         # By SQLAlchemy, from what the driver said.
         return True
@@ -145,12 +154,17 @@ def is_transient(error: BaseException) -> bool:
 
 def survive_outages(storage: BaseStorage) -> None:
     """Have all calls of a storage object wait for a server that is away, for up to a minute."""
-    if isinstance(storage, _Retrying) or type(storage) is InMemoryStorage:
+    # Once, as trials in other threads may be about to do the same.
+    kind: Any = type(storage)
+    if issubclass(kind, _Retrying) or kind is InMemoryStorage:
         return
     repair_torn_lines(storage)
-    # The same object, as others have it too, with other methods.
-    remote: Any = storage
-    remote.__class__ = _retrying(type(storage))
+    try:
+        # The same object, as others have it too, with other methods.
+        object.__setattr__(storage, "__class__", _retrying(kind))
+    except (AttributeError, TypeError) as error:
+        # One that hands all calls on, or whose class can't have subclasses.
+        _logger.debug(f"Calls of {kind.__qualname__} are not repeated: {error!r}.")
 
 
 class _Retrying:
@@ -187,8 +201,11 @@ def _retrying(storage_class: type[BaseStorage]) -> type[BaseStorage]:
 
     def reduce(self: BaseStorage, protocol: Any) -> Any:
         reduced: Any = storage_class.__reduce_ex__(self, max(2, protocol))
-        _, (_, *arguments), *state = reduced
-        return _new, (storage_class, *arguments), *state
+        make, arguments, *state = reduced
+        make, *arguments = (storage_class if x is type(self) else x for x in (make, *arguments))
+        # Pickle refuses `copyreg.__newobj__` for another class than the object's.
+        make = _new if make is copyreg.__newobj__ else make  # type: ignore[attr-defined]
+        return make, tuple(arguments), *state
 
     known = ((name, getattr(storage_class, name, None)) for name in _IDEMPOTENT)
     members: dict[str, Any] = {name: retried(call) for name, call in known if call is not None}
@@ -200,7 +217,6 @@ def _retrying(storage_class: type[BaseStorage]) -> type[BaseStorage]:
 
 
 def _new(storage_class: type[BaseStorage], *arguments: Any) -> BaseStorage:
-    # Pickle refuses `copyreg.__newobj__` for another class than the object's.
     storage: BaseStorage = storage_class.__new__(storage_class, *arguments)
     return storage
 
@@ -216,7 +232,7 @@ def _create_once(create: Callable[..., int]) -> Callable[..., int]:
             return create(self, study_id, template_trial)
         template = create_trial(state=TrialState.RUNNING)
         # By its start, another one for each call, the row is found again.
-        start = datetime.now() + timedelta(microseconds=random.randrange(1000))
+        start = datetime.now() - timedelta(microseconds=random.randrange(1000))
         template.datetime_start = start
         if not _optuna.stores_microseconds(self):
             template.system_attrs = {ASKED: f"{random.getrandbits(64):016x}"}

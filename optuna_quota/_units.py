@@ -78,7 +78,8 @@ def parse_bytes(value: float | str, name: str, *, zero: bool = False) -> float:
 def check_bare_sizes(**sizes: Any) -> None:
     """Raise ValueError for a bare number of bytes that can only be meant in another unit."""
     for name, value in sizes.items():
-        if isinstance(value, Real) and 0 < float(value) < _SMALLEST:
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if is_number and 0 < float(value) < _SMALLEST:
             unit = "GiB" if value < 1024 else "MiB"
             raise ValueError(
                 f"`{name}` must be a size in bytes or a string with its unit but got {value!r}, "

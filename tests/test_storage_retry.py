@@ -34,6 +34,11 @@ def wrapped(cause: Exception) -> StorageInternalError:
     return error
 
 
+def refused(driver: str, message: str) -> StorageInternalError:
+    cause = type("OperationalError", (Exception,), {"__module__": driver})(message)
+    return wrapped(sqlalchemy.exc.OperationalError("SELECT does not exist", {}, cause))
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -43,6 +48,10 @@ def wrapped(cause: Exception) -> StorageInternalError:
         (wrapped(LOST), True),
         (GONE, True),
         (ConnectionResetError(), True),
+        (refused("sqlite3", "database is locked"), True),
+        (refused("sqlite3", "no such table: trials"), False),
+        (refused("psycopg2", 'FATAL:  password authentication failed for user "x"'), False),
+        (refused("pymysql", "(1049, \"Unknown database 'x'\")"), False),
         (WRONG, False),
         (wrapped(WRONG), False),
         (StorageInternalError(), False),
@@ -217,9 +226,71 @@ def test_a_value_that_could_not_be_stored_is_logged(
     assert "Trial 1 ended with the value 0.5, which may be lost: ConnectionError" in caplog.text
 
 
-def test_a_storage_is_copied_and_pickled_without_its_retries(tmp_path: Path) -> None:
+class Reopened(optuna.storages.InMemoryStorage):
+    """Is pickled by what opens it again, as ``DaskStorage`` is."""
+
+    __slots__ = ("url",)
+
+    def __init__(self, url: str | None) -> None:
+        super().__init__()
+        self.url = url
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.url,)
+
+
+class Delegating:
+    """Hands all calls on."""
+
+    def __init__(self, storage: Any) -> None:
+        self.storage = storage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["storage"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        assert name == "storage"
+        vars(self)[name] = value
+
+
+class Registered(optuna.storages.InMemoryStorage):
+    def __init_subclass__(cls, *, name: str) -> None:
+        super().__init_subclass__()
+
+
+@pytest.mark.parametrize("kind", ["reopened", "delegating", "registered"])
+def test_storages_of_users_own(kind: str) -> None:
+    storages = {
+        "reopened": lambda: Reopened("here"),
+        "delegating": lambda: Delegating(optuna.storages.InMemoryStorage()),
+        "registered": Registered,
+    }
+    storage = storages[kind]()
+    study = optuna.create_study(
+        storage=storage,
+        sampler=QuotaSampler(quota=Quota(n_trials=2)),
+        pruner=QuotaPruner(limits=Limits(wall_time="1h")),
+    )
+    study.optimize(objective)
+    assert len(study.trials) == 2
+    assert all(t.duration.total_seconds() >= 0 for t in study.trials if t.duration)
+    if kind == "reopened":
+        copied = pickle.loads(pickle.dumps(storage))
+        assert type(copied) is Reopened and copied.url == "here"
+
+
+def test_a_storage_is_copied_and_pickled_without_its_retries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage = optuna.storages.get_storage(f"sqlite:///{tmp_path}/one.db")
-    before = type(storage)
+    before, repair = type(storage), _storage_retry.repair_torn_lines
+
+    def repair_late(each: optuna.storages.BaseStorage) -> None:
+        """Let a trial in another thread be faster."""
+        monkeypatch.setattr(_storage_retry, "repair_torn_lines", repair)
+        survive_outages(each)
+
+    monkeypatch.setattr(_storage_retry, "repair_torn_lines", repair_late)
     survive_outages(storage)
     assert type(storage) is not before and isinstance(storage, before)
     for copied in (pickle.loads(pickle.dumps(storage)), copy.copy(storage)):

@@ -17,7 +17,7 @@ import weakref
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.gpu_cache import release_gpu_cache
-from optuna_quota._enforcement.study_warnings import note_start
+from optuna_quota._enforcement.study_warnings import is_first_trial, note_start
 from optuna_quota._metering import Key, key_of, Meter, metering_loop, TrialMonitor
 from optuna_quota._metering.host import cpu_count
 from optuna_quota._resources import Limits, with_cores
@@ -62,9 +62,9 @@ def start_monitor(
     limits = resolve_cores(limits)
     survive_outages(_optuna.storage_of(study))
     ceilings = {**limits.amounts(), **(left or {})}
-    if _register.close_finished() and "memory" in ceilings:
-        # A pruned trial's exception and the frames that it passed through refer to each other:
-        # what they held would count for this trial.
+    if (_register.close_finished() or is_first_trial(study)) and "memory" in ceilings:
+        # A pruned trial's exception and the frames that it passed through refer to each other, as
+        # may what the script has made before: what they held would count for this trial.
         gc.collect()
     if here and "gpu_memory" in ceilings:
         release_gpu_cache()

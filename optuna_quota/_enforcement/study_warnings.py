@@ -7,7 +7,9 @@ meets it first. What can never work is an error instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import contextlib
 from dataclasses import dataclass, field
+import gc
 import logging
 import os
 import threading
@@ -178,6 +180,11 @@ def describe_ceilings(
 # While a trial runs.
 
 
+def is_first_trial(study: Study) -> bool:
+    """Return whether no trial of a study has started in this process yet."""
+    return _known(study).first is None
+
+
 def note_start(study: Study, monitor: TrialMonitor) -> None:
     """Note the first trial of a study in this process, to compare later ones with."""
     known = _known(study)
@@ -198,8 +205,16 @@ def raise_if_never_fits(study: Study, monitor: TrialMonitor) -> None:
 
 
 def _began_over(study: Study, monitor: TrialMonitor, limit: float) -> bool:
+    """Return whether the first trial began over a limit, and what it began with is still there."""
     is_first = monitor.isolation == "thread" and _known(study).first == monitor.key
-    return is_first and (monitor.held or 0.0) > limit
+    return is_first and (monitor.held or 0.0) > limit and (_memory_now() or 0.0) > limit
+
+
+def _memory_now() -> float | None:
+    gc.collect()
+    loop = metering_loop()
+    with contextlib.closing(loop.open_tree(None)) as tree:
+        return tree.read(thorough=True, without=loop.excluded_pids).memory
 
 
 def never_fits(limit: float, held: float, *, quota: bool, isolated: bool = False) -> ValueError:

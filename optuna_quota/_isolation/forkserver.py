@@ -24,7 +24,7 @@ import traceback
 from optuna_quota._isolation import linux
 from optuna_quota._isolation.launch import fork, fork_trial, ForkedTrial, modules_may_open_files
 from optuna_quota._isolation.main_module import MainModule, make_main_module
-from optuna_quota._isolation.multiprocessing_child import begin_preparation
+from optuna_quota._isolation.multiprocessing_child import begin_preparation, resource_tracker_pid
 from optuna_quota._isolation.output import prepare_logging
 from optuna_quota._isolation.signals import ignore_job_signals
 
@@ -182,7 +182,9 @@ class ForkServer:
         with contextlib.suppress(OSError):
             os.read(self._child_ended, 4096)
         self._supervisors -= set(linux.reap())
-        while orphans := set(linux.children()) - self._supervisors:
+        # It removes semaphores and shared memory that the main module has made here.
+        tracker = {resource_tracker_pid()}
+        while orphans := set(linux.children()) - self._supervisors - tracker:
             linux.kill(orphans, ())
             self._supervisors -= set(linux.reap())
 

@@ -63,6 +63,13 @@ def _detach_resource_tracker() -> None:
         tracker._fd = tracker._pid = None
 
 
+def resource_tracker_pid() -> int | None:
+    """Return the pid of this process's resource tracker, None without one."""
+    tracker: Any = resource_tracker._resource_tracker
+    pid: int | None = tracker._pid
+    return pid
+
+
 def leave_shared_memory() -> None:
     """Leave existing shared memory to the process that created it.
 

@@ -207,6 +207,11 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             return contextvars.ContextVar, (value.name,)
         elif is_generator(value):
             return reduce_generator(value)
+        elif isinstance(value, types.ModuleType) and kind is not types.ModuleType:
+            # Cloudpickle knows plain modules alone. It takes `classes` in a function's code for
+            # `torch.classes` where torch is loaded.
+            if sys.modules.get(value.__name__) is value:
+                return importlib.import_module, (value.__name__,)
         elif kind.__module__ in ("torch", "torch.storage"):
             reduced = _reduce_tensor(value)
             if reduced is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import functools
 import pickle
@@ -50,9 +50,14 @@ _SEEDERS: Mapping[str, Callable[[int, Any], Any]] = {
 
 def is_generator(value: Any) -> bool:
     """Return whether this is a random generator: of ``random``, numpy, or torch on the CPU."""
-    kind = type(value)
-    name = f"{kind.__module__}.{kind.__qualname__}"
+    if type(value).__name__ not in _NAMES:  # soon answered: this is asked of all that is pickled
+        return False
+    name = _path(value)
     return name in _VARY and (name != _TORCH or value.device.type == "cpu")
+
+
+def _path(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def reduce_generator(value: Any) -> tuple[Any, ...]:
@@ -88,12 +93,22 @@ def vary_generators(number: int, objective: Any) -> None:
         number: The number of the trial.
         objective: The objective.
     """
-    held = [*_loaded, *filter(is_generator, values_within_reach(objective))]
+    reached = _with_attributes(values_within_reach(objective))
+    held = [*_loaded, *filter(is_generator, reached)]
     for generator in {id(found): found for found in held}.values():
-        draw, reseed = _VARY[f"{type(generator).__module__}.{type(generator).__qualname__}"]
+        draw, reseed = _VARY[_path(generator)]
         # Other generators than the default ones of a library may be unable to.
         with contextlib.suppress(TypeError, ValueError):
             reseed(generator, random.Random(f"{draw(generator)}, {number}").getrandbits(62))
+
+
+def _with_attributes(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield values and what their attributes hold, such as an estimator's ``random_state``."""
+    for value in values:
+        yield value
+        if not isinstance(value, (type, types.ModuleType, types.FunctionType)):
+            with contextlib.suppress(Exception):  # a user's __getattribute__ may raise anything
+                yield from list(vars(value).values())
 
 
 def values_within_reach(objective: Any) -> Iterator[Any]:
@@ -129,3 +144,4 @@ _VARY: Mapping[str, tuple[Callable[[Any], int], Callable[[Any, int], Any]]] = {
     ),
     _TORCH: (_draw_torch, lambda g, value: g.manual_seed(value)),
 }
+_NAMES = {path.rpartition(".")[2] for path in _VARY}

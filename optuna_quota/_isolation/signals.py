@@ -254,7 +254,8 @@ class Interrupts:
     Python raises KeyboardInterrupt between any two instructions: within a message to the trial,
     which then waits for the rest of it, or within a callback of a weak reference or a ``__del__``,
     where it is printed and lost. Here it is raised in :meth:`allowed` blocks alone, and what was
-    lost there is raised by the next one.
+    lost there is raised by the next one. A second Ctrl-C is raised at once: the first may wait for
+    a message that never ends.
     """
 
     def __init__(self) -> None:
@@ -274,7 +275,7 @@ class Interrupts:
         """Restore Python's handler."""
         if self._is_installed:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._pending and kind is None:
+        if self._pending and (kind is None or issubclass(kind, Exception)):
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
@@ -289,6 +290,6 @@ class Interrupts:
             self._is_allowed = False
 
     def _on_signal(self, signum: int, frame: Any) -> None:
-        self._pending = True
-        if self._is_allowed:
+        is_second, self._pending = self._pending, True
+        if self._is_allowed or is_second:
             raise KeyboardInterrupt

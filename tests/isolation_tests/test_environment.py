@@ -76,13 +76,19 @@ def test_random_numbers_differ_by_trial_and_follow_the_seed() -> None:
     assert values() == first
 
 
+HELD = """
+import types, numpy as np
+rng = np.random.default_rng(3)
+splits = types.SimpleNamespace(random_state=np.random.RandomState(3))
+"""
 HOLDS_GENERATORS = """
 import random, numpy as np, held
 from random import random as draw
 rng, state, mine = np.random.default_rng(7), np.random.RandomState(7), random.Random(7)
 
 def objective(trial, inner):
-    trial.set_user_attr("drawn", [g.random() for g in (rng, state, mine, held.rng, inner)])
+    held_ones = (held.rng, held.splits.random_state)
+    trial.set_user_attr("drawn", [g.random() for g in (rng, state, mine, *held_ones, inner)])
     return draw()
 
 def found(method):
@@ -100,9 +106,9 @@ if __name__ == "__main__":
 def test_generators_that_the_script_holds_differ_by_trial_and_follow_the_seed(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "held.py").write_text("import numpy as np\nrng = np.random.default_rng(3)\n")
+    (tmp_path / "held.py").write_text(HELD)
     for first, again in run_script(tmp_path, HOLDS_GENERATORS).values():
-        assert [len(set(drawn)) for drawn in zip(*first, strict=True)] == [3] * 6
+        assert [len(set(drawn)) for drawn in zip(*first, strict=True)] == [3] * 7
         assert first == again
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -208,3 +212,26 @@ def test_exit_handlers_of_the_study_do_not_run_in_its_forks(tmp_path: Path) -> N
         "[False, False]",
         "ends in the study's process: True",
     ]
+
+
+MAKES_A_LOCK = """
+import multiprocessing, optuna
+from optuna_quota import isolated
+LOCK = multiprocessing.get_context("spawn").Lock()
+open("names.txt", "a").write(LOCK._semlock.name + "\\n")
+if __name__ == "__main__":
+    optuna.create_study().optimize(isolated(lambda trial: 1.0), n_trials=1)
+"""
+
+
+def test_semaphores_that_the_fork_servers_main_module_makes_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(MAKES_A_LOCK)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "script.py"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=100)
+    names = (tmp_path / "names.txt").read_text().split()
+    assert len(names) == 2
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/dev/shm/sem.{name[1:]}") for name in names):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -260,6 +260,35 @@ say(nested=nested, peaks=peaks)
 """
 
 
+OPS = """
+import sys, types
+
+class Ops(types.ModuleType):
+    def __reduce__(self):
+        raise TypeError("cannot pickle 'Ops' object")
+
+ops = Ops("lazy.ops")
+sys.modules["lazy.ops"] = ops
+"""
+NAMED_OPS = """
+import lazy
+ops = [1.0, 2.0]
+
+def objective(trial):
+    return len(ops) + float(type(lazy.ops).__name__ == "Ops")
+
+say(found=values(objective, n_trials=1))
+"""
+
+
+def test_a_name_that_is_also_that_of_a_module_of_a_class_of_its_own(tmp_path: Path) -> None:
+    """As `torch.ops`, where a notebook has `ops`."""
+    (tmp_path / "lazy").mkdir()
+    (tmp_path / "lazy" / "__init__.py").write_text(OPS)
+    source = f"from helpers import *\n{NAMED_OPS}"
+    assert run_script(tmp_path, "", "-c", source)["found"] == always(3.0)
+
+
 @pytest.mark.slow
 def test_data_is_held_once_and_studies_may_be_nested(tmp_path: Path) -> None:
     found = run_script(tmp_path, CARRIED)

@@ -19,7 +19,8 @@ from optuna_quota._isolation.listener import connect
 from optuna_quota._isolation.messages import ExitReport
 from optuna_quota._isolation.output import Printed
 from optuna_quota._isolation.rpc import CHECK, RemoteObjects
-from optuna_quota._isolation.server import Server
+from optuna_quota._isolation.server import NotStarted, Server
+from optuna_quota._isolation.signals import Interrupts
 
 
 @pytest.fixture
@@ -115,3 +116,16 @@ def test_an_interrupt_is_neither_lost_nor_cuts_a_message_off(
     # What waits for an answer gets one: the interrupt where it was not answered before.
     assert errors == ([False, True] if place == "finalizer" else [True])
     rank.close()
+
+
+def test_an_interrupt_survives_an_error_and_a_second_one_comes_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), Interrupts():
+        signal.raise_signal(signal.SIGINT)
+        raise NotStarted("on purpose")
+    reached = []
+    with pytest.raises(KeyboardInterrupt), Interrupts():
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after the first")
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after the second")
+    assert reached == ["after the first"]

@@ -133,6 +133,26 @@ def test_a_limit_below_what_the_process_holds_already(log: Warnings) -> None:
     assert sum("can never hold" in text for text in log.said) == 1  # Optuna's own
 
 
+def test_what_was_held_before_the_first_trial_may_go(log: Warnings) -> None:
+    class Held:
+        def __init__(self) -> None:
+            self.itself, self.data = self, np.ones(120 * MIB // 8)
+
+    held: list[Held] = []
+
+    def frees(trial: optuna.Trial) -> float:
+        held.clear()
+        return asks(trial)
+
+    for keeps in (False, True):  # garbage already, or what the first trial frees
+        study = new_study(Limits(memory=here() + 90 * MIB), Quota(n_trials=50))
+        held += [Held()][:keeps]
+        study.optimize(frees, n_trials=2)
+        ended = [trial.state.name for trial in study.trials]
+        assert ended == ["PRUNED" if keeps else "COMPLETE", "COMPLETE"]
+    assert "can never hold" not in " ".join(log.said)
+
+
 def test_a_limit_below_what_an_empty_trial_takes() -> None:
     study = new_study(Limits(memory="1MiB"), Quota(n_trials=50))
     with pytest.raises(
