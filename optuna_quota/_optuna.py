@@ -29,6 +29,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import _optimize, _tell, Study, study as _study
 from optuna.trial import create_trial, FrozenTrial, TrialState
 
+from optuna_quota._resources import Limits, Quota
+
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -408,7 +410,10 @@ _with_sampler: WeakKeyDictionary[BaseStorage, set[int]] = WeakKeyDictionary()
 
 
 def misplaced(given: object) -> str:
-    """Return where a sampler or pruner belongs that was passed as something else, or nothing."""
+    """Return where what was passed as something else belongs, or nothing."""
+    if isinstance(given, (Limits, Quota)):
+        name = type(given).__name__
+        return f" Pass it as `{name.lower()}={name}(…)`."
     for name, kind in (("sampler", BaseSampler), ("pruner", BasePruner)):
         if isinstance(given, kind):
             wrapper = "" if isinstance(given, StudyPart) else f" or to Quota{name.capitalize()}"

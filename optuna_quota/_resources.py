@@ -494,8 +494,7 @@ class Breach:
         limit = resource.format(self.limit)
         if self.resource == "wall_time" and not self.quota and not self.forecast:
             return f"Time limit of {limit} exceeded."
-        title = f"{resource.title[0].upper()}{resource.title[1:]}"
-        what = f"{title} {'quota' if self.quota else 'limit'}"
+        what = ceiling_title(self.resource, quota=self.quota)
         room = f"{limit} {'left' if self.quota else 'allowed'}"
         after = _units.format_seconds(self.seconds)
         if self.forecast:
@@ -578,3 +577,10 @@ def _nonnegative(value: Any, name: str) -> float:
     if not isinstance(value, (bool, str, timedelta)) and hasattr(value, "__float__"):
         value = float(value)
     return get_resource(name).unit.parse(value, name, zero=True)
+
+
+def ceiling_title(resource: str, *, quota: bool) -> str:
+    """Return what a sentence calls a ceiling on a trial, such as "Memory limit"."""
+    # A trial's time may be what is left of the study's clock time or of its trials' time.
+    title = "time" if quota and resource == "wall_time" else get_resource(resource).title
+    return f"{title[0].upper()}{title[1:]} {'quota' if quota else 'limit'}"

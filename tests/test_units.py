@@ -140,6 +140,8 @@ def test_an_invalid_grace_period(value: str | float | timedelta) -> None:
 def test_a_number_without_a_unit_in_text_says_so() -> None:
     with pytest.raises(ValueError, match=r"the number 30 has no unit\."):
         _units.parse_seconds("1h30", "wall_time")
+    with pytest.raises(ValueError, match="unknown unit '%'"):
+        _units.parse_bytes("50%", "memory")
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), float("inf")])

@@ -174,8 +174,8 @@ def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
         f"{_MARGIN - 1:.0%} to spare (at most {used} used). {_holds(n_known, len(maxima))}"
     )
     # A breach of the quota says nothing about what the trial itself needs.
-    breaches = [t.breach for t in facts.traces if t.breach and not t.breach.quota]
-    ended = sum(breach.resource in maxima for breach in breaches)
+    stopped = [t.breach for t in facts.traces if t.outcome == "terminated" and t.breach]
+    ended = sum(breach.resource in maxima and not breach.quota for breach in stopped)
     if ended:
         those = "one that was" if ended == 1 else f"{ended} that were"
         text += f" The {those} terminated may have needed more."
@@ -189,11 +189,9 @@ def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
             "share_held": _share_held(n_known, len(maxima)),
         },
         {
-            kind: f"{snippet}\n# {_holds(n_known, len(maxima))}"
-            for kind, snippet in (
-                ("kubernetes", _kubernetes(enough)),
-                ("sbatch", _sbatch(enough)),
-            )
+            kind: lines
+            for kind, lines in (("kubernetes", _kubernetes(enough)), ("sbatch", _sbatch(enough)))
+            if lines
         },
     )
 
@@ -232,6 +230,9 @@ def _whole_mebibytes(amount: float) -> int:
 
 
 def _kubernetes(enough: Mapping[str, float]) -> str:
+    """Resources of a container that runs one trial at a time; empty where only time is known."""
+    if enough.keys() <= {"wall_time"}:
+        return ""
     lines = ["resources:", "  requests:"]
     if "cpu_cores" in enough:
         lines.append(f'    cpu: "{enough["cpu_cores"]:.0f}"')

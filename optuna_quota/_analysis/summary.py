@@ -174,7 +174,7 @@ def _correlation_lines(table: pd.DataFrame) -> Iterator[str]:
     for row in found:
         yield from _correlation_line(row)
     if len(found) < tested:
-        yield f"  {tested - len(found)} of {tested} are not significant (p >= 0.05)."
+        yield f"  Not significant (p >= 0.05): {tested - len(found)} of {tested}."
 
 
 def _model_lines(analysis: StudyAnalysis) -> Iterator[str]:

@@ -121,10 +121,10 @@ def record_breach(monitor: TrialMonitor) -> Breach | None:
     return monitor.breach
 
 
-def breach_error(breach: Breach) -> LimitBreached:
-    """Return the error for a breach."""
+def breach_error(breach: Breach, reason: str | None = None) -> LimitBreached:
+    """Return the error for a breach, by default with its own reason."""
     return LimitBreached(
-        breach.reason,
+        reason or breach.reason,
         resource=breach.resource,
         limit=breach.limit,
         observed=breach.observed,

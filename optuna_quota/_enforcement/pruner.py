@@ -99,7 +99,7 @@ class QuotaPruner(_optuna.StudyPart, BasePruner):
 
     Args:
         base_pruner: Any pruner, Hyperband included; None to prune for breaches alone.
-        limits: Ceilings on each trial.
+        limits: Ceilings on each trial; none by default, so that it is only held to the quota.
         interrupt: Whether to interrupt a trial that is over a limit and does not check, by raising
             :class:`~optuna_quota.LimitBreached` inside the objective. Best effort: it reaches
             trials in the main thread under ``optimize``, between two bytecodes, so never inside
@@ -119,7 +119,7 @@ class QuotaPruner(_optuna.StudyPart, BasePruner):
         self,
         base_pruner: BasePruner | None = None,
         *,
-        limits: Limits,
+        limits: Limits | None = None,
         interrupt: bool = False,
         meters: Sequence[Meter] = (),
     ) -> None:
@@ -128,8 +128,11 @@ class QuotaPruner(_optuna.StudyPart, BasePruner):
                 f"`base_pruner` must be an Optuna pruner or None but got {base_pruner}."
                 f"{_optuna.misplaced(base_pruner)}"
             )
+        limits = Limits() if limits is None else limits
         if not isinstance(limits, Limits):
-            raise TypeError(f"`limits` must be Limits but got {limits!r}.")
+            raise TypeError(
+                f"`limits` must be Limits but got {limits!r}.{_optuna.misplaced(limits)}"
+            )
         self.base_pruner = base_pruner
         self.limits = limits
         self.interrupt = interrupt

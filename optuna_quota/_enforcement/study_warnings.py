@@ -122,10 +122,10 @@ def warn_of_ceilings(
         known.topics.add("ceilings")
     if not limits and not quota:
         if not has_purpose:
-            given = "`Limits()`" if quota is None else "`Quota()`"
             _logger.warning(
-                f"{given} limits nothing: usage is only recorded. Set a ceiling, "
-                'such as Limits(memory="4GiB") or Quota(wall_time="2h").'
+                "Nothing is limited: usage is only recorded. Set a ceiling, such as "
+                'QuotaPruner(limits=Limits(memory="4GiB")) or '
+                'QuotaSampler(quota=Quota(wall_time="2h")).'
             )
         return
     problems = describe_ceilings(limits, quota, read_machine(limits, quota))

@@ -13,7 +13,7 @@ from optuna import TrialPruned
 from optuna.trial import Trial, TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.check import raise_breached
+from optuna_quota._enforcement.check import breach_error
 from optuna_quota._enforcement.constraints import tolerate_constraints_failure
 from optuna_quota._enforcement.preemption import end_as_preempted, enqueue_again
 from optuna_quota._enforcement.study_warnings import never_fits
@@ -28,6 +28,7 @@ from optuna_quota._metering.visible_gpus import device_memory, free_memory
 from optuna_quota._records import CRASHED, is_rejected, write_attributes
 from optuna_quota._resources import Breach, Usage
 from optuna_quota._storage_retry import retry
+from optuna_quota._units import format_seconds
 from optuna_quota.exceptions import LimitBreached, TrialCrashed, TrialPreempted
 
 
@@ -42,6 +43,9 @@ _logger = logging.getLogger("optuna.quota.isolated")
 
 OnCrash = Literal["fail", "raise"]
 CrashStatus = Literal["crashed", "ended", "running"]
+
+# Seconds after a breach from which on a killed trial's reason says how long it went on.
+_LONG_END = 1.0
 
 # How often a trial that found its GPU full is tried again.
 _MAX_GPU_RETRIES = 3
@@ -96,7 +100,7 @@ class OutcomeResolver:
             self._monitor.verdict = Verdict("failed", str(error))
             raise error
         if server.breach is not None:
-            self._terminate(server.breach)
+            self._terminate(server.breach, killed=report.killer is not None)
         if isinstance(outcome, messages.Returned):
             return self._return(outcome.value, report, server)
         if isinstance(outcome, messages.Raised):
@@ -299,17 +303,17 @@ class OutcomeResolver:
         except Exception as error:  # noqa: BLE001 - any backend's own; the study continues
             _logger.info(f"Trial {trial.number} could not be enqueued again: {error!r}.")
 
-    def _terminate(self, breach: Breach, cause: BaseException | None = None) -> NoReturn:
+    def _terminate(
+        self, breach: Breach, cause: BaseException | None = None, *, killed: bool = False
+    ) -> NoReturn:
         self._monitor.breach = self._monitor.breach or breach
         if self._study is not None:
             tolerate_constraints_failure(self._study, self._trial, self._monitor)
-        self._monitor.verdict = Verdict("terminated", breach.reason, breach)
-        if cause is None:
-            raise_breached(breach)
-        try:
-            raise_breached(breach)
-        except Exception as error:
-            raise error from cause
+        reason, elapsed = breach.reason, self._monitor.elapsed
+        if killed and elapsed - breach.seconds > _LONG_END:
+            reason += f" The objective went on, and was killed after {format_seconds(elapsed)}."
+        self._monitor.verdict = Verdict("terminated", reason, breach)
+        raise breach_error(breach, reason) from cause
 
 
 def _has_nan(value: Any) -> bool:

@@ -140,7 +140,8 @@ def _check_program(program: str, folder: str | None, env: Mapping[str, str]) -> 
     if not os.path.dirname(program):
         if shutil.which(program, path=env.get("PATH")) is None:
             raise FileNotFoundError(
-                f"`command` begins with {program!r}, which is not on the PATH."
+                f"`command` begins with {program!r}, which is not on the PATH. No shell runs it: "
+                "for a shell's syntax pass ['bash', '-c', '…']."
             )
         return
     path = os.path.join(folder or "", program)

@@ -326,8 +326,8 @@ def _sentence(short: Shortage) -> str:
     if left < negligible or left < short.wanted <= negligible:
         return f"The quota of {text(short.quota)} of {title} is used up: {spent}."
     return (
-        f"The quota of {text(short.quota)} of {title} has no room for another "
-        f"{text(short.wanted)}: {text(short.used)} used, {text(max(0.0, left))} left."
+        f"The quota of {text(short.quota)} of {title} has no room for another trial, which takes "
+        f"at least {text(short.wanted)}: {text(short.used)} used, {text(max(0.0, left))} left."
     )
 
 

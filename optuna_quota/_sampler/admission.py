@@ -14,7 +14,7 @@ from optuna_quota._footprint.search_space import (
     likely_completions,
     spaced_values,
 )
-from optuna_quota._resources import format_amount, get_resource, Limits
+from optuna_quota._resources import ceiling_title, format_amount, Limits
 
 
 if TYPE_CHECKING:
@@ -177,14 +177,12 @@ def describe_refusal(
     resource: str, median: float, limit: float, probability: float, *, by_quota: bool = False
 ) -> str:
     """Return the reason why a point was refused, in one sentence."""
-    title = get_resource(resource).title
     # Not rounded to certainty.
     shown = "over 99%" if 0.995 <= probability < 1 else f"{probability:.0%}"
-    what, allowed = ("quota", "left") if by_quota else ("limit", "allowed")
     return (
-        f"{title[0].upper()}{title[1:]} {what} likely exceeded: "
+        f"{ceiling_title(resource, quota=by_quota)} likely exceeded: "
         f"{format_amount(resource, median)} projected, {format_amount(resource, limit)} "
-        f"{allowed}, probability {shown}."
+        f"{'left' if by_quota else 'allowed'}, probability {shown}."
     )
 
 

@@ -81,7 +81,8 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
 
     Args:
         base_sampler: Any sampler; :class:`~optuna.samplers.TPESampler` by default.
-        quota: Ceilings on the study, across all its workers.
+        quota: Ceilings on the study, across all its workers; none by default, so that points are
+            only held to the limits.
         strategy: What is about to run, to project it.
         footprint: What a trial is expected to use: a :class:`Usage`, a function from parameters
             to one, or a fitted model. Without one it is learned from the study's own trials. A
@@ -138,7 +139,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         self,
         base_sampler: BaseSampler | None = None,
         *,
-        quota: Quota,
+        quota: Quota | None = None,
         strategy: Strategy | None = None,
         footprint: Usage | Callable[[dict[str, Any]], Usage] | Any = None,
         confidence: float = 0.95,
@@ -158,6 +159,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
     ) -> None:
         check_types(
             base_sampler=(base_sampler, BaseSampler),
+            quota=(quota, Quota),
             strategy=(strategy, Strategy),
             limits=(limits, Limits),
         )
@@ -167,8 +169,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
                 f"`base_sampler` must hold no QuotaSampler but got {base_sampler}: a trial would "
                 "be counted twice. Give one QuotaSampler the whole quota."
             )
-        if not isinstance(quota, Quota):
-            raise TypeError(f"`quota` must be a Quota but got {quota!r}.")
+        quota = Quota() if quota is None else quota
         check_choices(
             on_exhausted=(on_exhausted, OnExhausted),
             on_crowded=(on_crowded, OnCrowded),

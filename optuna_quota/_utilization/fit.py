@@ -314,15 +314,16 @@ def maximize(
         with np.errstate(all="ignore"):  # a step too far is taken back below
             there = derivatives(further, sample, has_floor)
             gain = _height(further, there, prior) - height
+        # At the top, rounding may make a gain negative.
+        converged = abs(gain) < 1e-9 * (1 + abs(height)) and damping < 1
+        if converged:
+            break
         if not math.isfinite(gain) or gain < 0:
             damping *= 8
             if damping > 1e10:
                 break
             continue
         theta, here, height, damping = further, there, height + gain, damping / 8
-        if gain < 1e-9 * (1 + abs(height)) and damping < 1:
-            converged = True
-            break
     gamma, beta = (float(theta[0]), theta[1:-1]) if has_floor else (-math.inf, theta[:-1])
     return Fit(beta, gamma, float(theta[-1]), float(here.loglike_obs.sum()), converged)
 

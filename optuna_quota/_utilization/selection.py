@@ -124,8 +124,8 @@ def _screened(
     kept = tuple(design.columns[int(i)] for i in best)
     left = [c.term for c in design.columns if c not in kept]
     note = (
-        f"{observed} trials are too few for {len(design.columns)} terms: the {len(left)} least "
-        f"correlated with the usage are left out ({', '.join(left[:6])}{', …' * (len(left) > 6)})."
+        f"{observed} trials are too few for {len(design.columns)} terms. Left out, as least "
+        f"correlated with the usage: {', '.join(left[:6])}{', …' * (len(left) > 6)}."
     )
     return replace(design, columns=kept, notes=(*design.notes, note))
 

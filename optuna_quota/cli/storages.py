@@ -93,8 +93,11 @@ def _open_database(url: str) -> BaseStorage:
         raise UsageError(f"--storage: there is no file {sqlite['path']!r}.")
     try:
         return RDBStorage(url)
-    except NoSuchModuleError as error:
-        raise UsageError(f"--storage: {error}.") from error
+    except (NoSuchModuleError, ImportError) as error:
+        raise UsageError(
+            f"--storage: there is no driver for {without_password(url)!r}. Name one in the URL: "
+            "'optuna-quota[storages]' brings postgresql+psycopg2:// and mysql+pymysql://."
+        ) from error
     except ArgumentError as error:
         raise UsageError(
             f"--storage: {without_password(url)!r} is neither a file that exists nor a "

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from optuna_quota import analyze, Usage
+from optuna_quota._records import record_attributes, TrialRecord
+from optuna_quota._resources import Breach
 from tests.analysis_tests.studies import (
     advice_on,
     finished,
@@ -68,6 +70,15 @@ def test_gpus_are_requested_where_they_were_used() -> None:
     assert "--gres=gpu:1" in advice.snippets["sbatch"]
 
 
+def test_a_container_requests_nothing_where_only_time_is_known() -> None:
+    space = {"x": FloatDistribution(0, 1)}
+    trials = [finished({"x": 1.0}, Usage(wall_time=1.0), space) for _ in range(12)]
+
+    snippets = only_advice(study_of(*trials), "requests").snippets
+
+    assert snippets == {"sbatch": "#SBATCH --time=00:01:00"}
+
+
 def test_n_jobs_fits_the_memory_quota() -> None:
     study = power_law_study(40, memory=lambda _: 1e9, noise=0.01)
     study.set_user_attr("quota:quota", {"memory": 4.5e9})
@@ -109,6 +120,10 @@ def test_requests_count_the_trials_that_may_need_more(ended: int, text: str) -> 
     # One that was terminated for the quota says nothing of what it needs.
     last = terminated({"x": 0.2}, Usage(wall_time=1.0), "wall_time", 1.0, space, quota=True)
     trials.append(last)
+    # One that completed over a limit, as none stopped it, is counted by its usage.
+    usage, over = Usage(wall_time=6.0, memory=2e9), Breach("memory", 1e9, 2e9, 1.0)
+    row = record_attributes(TrialRecord(outcome="completed", usage=usage, breach=over))
+    trials.append(finished({"x": 0.1}, usage, space, user_attrs=row))
 
     assert only_advice(study_of(*trials, *[breach] * ended), "requests").text.endswith(text)
 

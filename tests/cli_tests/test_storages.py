@@ -59,7 +59,11 @@ def test_an_empty_storage(tmp_path: Path) -> None:
     ("url", "says"),
     [
         ("journal.log", "neither a file that exists nor a database's URL"),
-        ("nosuchdatabase://host/name", "nosuchdatabase"),
+        (
+            "nosuchdatabase://u:secret@host/name",
+            "no driver for 'nosuchdatabase://u:***@host/name'",
+        ),
+        ("postgresql+asyncpg://host/name", "brings postgresql+psycopg2://"),
         ("", "OPTUNA_STORAGE isn't set"),
     ],
 )

@@ -194,7 +194,7 @@ def test_alone_it_closes_monitors_of_trials_that_ended() -> None:
     [
         ({"base_pruner": "median", "limits": ROOM}, "`base_pruner`"),
         ({"limits": {"memory": 1}}, "`limits`"),
-        ({}, "limits"),
+        ({"base_pruner": ROOM}, r"Pass it as `limits=Limits\(…\)`"),
     ],
 )
 def test_invalid_arguments(arguments: dict[str, object], message: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -172,8 +173,12 @@ def test_an_objective_that_ignores_the_stop_is_killed() -> None:
             with contextlib.suppress(BaseException):
                 time.sleep(60)
 
-    trial = run_one(objective, Limits(wall_time=0.3), grace_period=0.3)
-    assert read_record(trial).outcome == "terminated"
+    record = read_record(run_one(objective, Limits(wall_time=0.3), grace_period=1.2))
+    assert record.outcome == "terminated"
+    assert re.fullmatch(
+        r"Time limit of 300 ms exceeded\. The objective went on, and was killed after [\d.]+ s\.",
+        str(record.reason),
+    )
 
 
 def test_returning_after_the_stop_is_a_breach() -> None:

@@ -277,7 +277,7 @@ print('{"value": 1}')"""
     ("make", "error", "text"),
     [
         (lambda: script("", suggest_x), ValueError, "must begin with a program"),
-        (lambda: script("no-such-program", suggest_x), FileNotFoundError, "not on the PATH"),
+        (lambda: script("for x in 1", suggest_x), FileNotFoundError, "not on the PATH. No shell"),
         (lambda: script("./no-such.sh", suggest_x), FileNotFoundError, "does not exist"),
         (lambda: script(["/etc/passwd"], suggest_x), PermissionError, "not executable"),
         (lambda: script("true", {"x": 1}), TypeError, "`params` must be a function"),

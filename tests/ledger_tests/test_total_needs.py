@@ -77,5 +77,6 @@ def test_the_study_ends_when_nothing_fits_and_says_what_is_left() -> None:
     refusal = refuse_exhausted(quota, used, {}, needs=needs)
     assert refusal is not None and refusal.final
     assert refusal.reason == (
-        "The quota of 10 s of trial time has no room for another 1.25 s: 9 s used, 1 s left."
+        "The quota of 10 s of trial time has no room for another trial, which takes at least "
+        "1.25 s: 9 s used, 1 s left."
     )

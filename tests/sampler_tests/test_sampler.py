@@ -144,6 +144,10 @@ def test_a_sampler_or_pruner_in_the_others_place() -> None:
         QuotaSampler(NopPruner(), quota=Quota(n_trials=5))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"`base_pruner` .* as `sampler=RandomS.*to QuotaSampler"):
         QuotaPruner(RandomSampler(), limits=Limits())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`base_sampler` .* Pass it as `quota=Quota\(…\)`"):
+        QuotaSampler(Quota(n_trials=5))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`quota` .* Pass it as `limits=Limits\(…\)`"):
+        QuotaSampler(quota=Limits())  # type: ignore[arg-type]
 
 
 def test_limits_that_disagree_raise() -> None:

@@ -190,13 +190,14 @@ def test_a_sampler_that_a_tool_replaces(log: Warnings) -> None:
     "run",
     [
         lambda: optuna.create_study(sampler=QuotaSampler(quota=Quota())),
+        lambda: optuna.create_study(sampler=QuotaSampler(), pruner=QuotaPruner()),
         lambda: optuna.create_study(pruner=QuotaPruner(limits=Limits())),
     ],
 )
 def test_nothing_is_limited(log: Warnings, run: Callable[[], optuna.Study]) -> None:
     run().optimize(asks, n_trials=2)
     (text,) = log.said
-    assert "limits nothing: usage is only recorded" in text
+    assert "Nothing is limited: usage is only recorded" in text
 
 
 def test_ceilings_above_the_machine_or_the_quota(log: Warnings, tmp_path: Path) -> None:

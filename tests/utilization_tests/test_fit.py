@@ -60,6 +60,13 @@ def test_the_gradient_is_zero_at_the_maximum() -> None:
     assert again.loglike == pytest.approx(found.loglike)
 
 
+def test_rounding_at_the_maximum_does_not_hide_it() -> None:
+    for seed in range(20):
+        found = fit(sample_of(cut=0.0, seed=seed), has_floor=True)
+        again = maximize(found.theta, sample_of(cut=0.0, seed=seed), has_floor=True)
+        assert found.converged and again.converged, seed
+
+
 def test_a_law_hidden_by_lower_bounds_stays_finite() -> None:
     rng = np.random.default_rng(2)
     rows = rng.uniform(math.log(100), math.log(10_000), 60)
