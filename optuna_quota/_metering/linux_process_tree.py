@@ -89,9 +89,9 @@ class LinuxProcessTree:
     Memory is the sum of the anonymous, shared and swapped memory of the processes, each page
     divided by the number of its holders: the sum of ``Pss_Anon``, ``Pss_Shmem`` and ``SwapPss``.
     Clean pages of files don't count, nor memory that was reserved and never touched. Of pages
-    shared with the fork server that the tree was forked from, the part of one process among the
-    most holders there ever were counts; pages shared with the study itself, under
-    ``start_method="fork"``, don't count until the tree writes to them.
+    shared with the fork server that the tree was forked from, its part among the most holders
+    there ever were counts; pages shared with the study itself, under ``start_method="fork"``,
+    don't count until the tree writes to them.
 
     Args:
         pid: The root; None for this process.
@@ -300,10 +300,10 @@ class LinuxProcessTree:
             return 0
         pages = find_inherited(memories.values(), root, supervisor)
         if self._forked_from_study:
-            return round(pages.part)
+            return round(pages.part())
         # A trial must not reach its limit because its neighbours have ended.
         self._outsiders = max(self._outsiders, pages.holders - pages.members)
-        return round(pages.part - pages.counted(self._outsiders))
+        return round(max(0.0, pages.part() - pages.part(self._outsiders)))
 
     def _read_peaks(self) -> None:
         huge = read_huge_pages()

@@ -56,17 +56,14 @@ class InheritedPages:
     members: int
     holders: float
 
-    @property
-    def part(self) -> float:
-        """The tree's part in bytes, each page divided by its holders."""
-        return self.size * self.members / max(1.0, self.holders)
+    def part(self, outsiders: float | None = None) -> float:
+        """Return the tree's part in bytes.
 
-    def counted(self, outsiders: float) -> float:
-        """Return what counts of them, in bytes: the part of one holder beside the outsiders.
-
-        Workers that the tree forks use no more memory, so that what counts does not grow.
+        Args:
+            outsiders: How many hold them outside of the tree; None for as many as there are.
         """
-        return min(self.part, self.size / (1 + max(0.0, outsiders)))
+        holders = self.holders if outsiders is None else self.members + outsiders
+        return self.size * self.members / max(1.0, holders)
 
 
 def find_inherited(

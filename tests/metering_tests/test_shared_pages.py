@@ -16,7 +16,6 @@ from optuna_quota._metering.linux_process_tree import LinuxProcessTree
 from optuna_quota._metering.shared_pages import (
     find_doubt,
     find_inherited,
-    InheritedPages,
     ProcessMemory,
     SharedPages,
     TreeMemory,
@@ -75,13 +74,12 @@ def test_each_page_is_divided_among_its_holders(
 def test_inherited_pages_are_distinguished_from_the_trees_own(
     tree: list[ProcessMemory], lender: ProcessMemory, expected: int
 ) -> None:
-    assert find_inherited(tree, tree[0], lender).part == expected
+    assert find_inherited(tree, tree[0], lender).part() == expected
 
 
-@pytest.mark.parametrize(("members", "holders"), [(1, 3), (1, 6), (4, 9)])
-def test_what_counts_of_inherited_pages_does_not_grow(members: int, holders: int) -> None:
-    """Neither when others end, nor when the tree forks workers."""
-    assert InheritedPages(600, members, holders).counted(outsiders=5) == 100
+def test_the_part_of_inherited_pages_does_not_grow_when_others_end() -> None:
+    lent = find_inherited([share(40, 600, 3)], share(40, 600, 3), share(2, 600, 3))
+    assert (lent.part(), lent.part(outsiders=5)) == (200, 100)
 
 
 def known(
@@ -253,8 +251,8 @@ time.sleep(120)
 @needs_proc
 @pytest.mark.parametrize(
     ("forked_from_study", "alone", "more"),
-    # Five hold the block, then seven, of which three are the trial's.
-    [(False, 150 / 5, 150 / 5), (True, 0.0, 0.0)],
+    # Five hold the block, then seven.
+    [(False, 150 / 5, 150 * 3 / 7), (True, 0.0, 0.0)],
     ids=["template", "study"],
 )
 def test_pages_that_outsiders_hold_too(forked_from_study: bool, alone: float, more: float) -> None:
