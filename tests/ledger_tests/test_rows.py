@@ -34,7 +34,7 @@ def test_a_row_that_the_cache_lacks_for_a_moment_is_read_later(
         created.append(cache.create_new_trial(study_id))
 
     monkeypatch.setattr(cache, "_read_trials_from_remote_storage", read_and_create)
-    here.exhausted()
+    here._state.read()
     assert [trial.number for trial in here.trials] == [0]
 
     first, second = (cache.get_trial(trial_id) for trial_id in created)

@@ -103,8 +103,8 @@ def test_a_worker_that_disagrees_is_warned_and_enforces_its_own_quota(
     quota_warnings: Callable[[], list[str]],
     other_process: subprocess.Popen[bytes],
 ) -> None:
-    run(worker(tmp_path, Quota(n_trials=9), Limits(memory="1GiB")))
-    second = worker(tmp_path, Quota(n_trials=5), Limits(memory="1GiB", wall_time="5s"))
+    run(worker(tmp_path, Quota(n_trials=9), Limits(cpu_time="90s")))
+    second = worker(tmp_path, Quota(n_trials=5), Limits(cpu_time="90s", wall_time="5s"))
     running = second._storage.create_new_trial(second._study_id)
     started = process_start(other_process.pid)
     assert started is not None

@@ -41,8 +41,11 @@ class Warnings(logging.Handler):
 def log() -> Iterator[Warnings]:
     handler = Warnings()
     logger = logging.getLogger("optuna")
+    level = logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     yield handler
+    logger.setLevel(level)
     logger.removeHandler(handler)
 
 
