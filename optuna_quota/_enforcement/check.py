@@ -48,6 +48,7 @@ def check(trial: BaseTrial) -> None:
         LimitBreached: If the trial is over a limit, or over what is left of a quota.
         TrialPreempted: If it has to end now, and runs again later.
         TrialRejected: If the trial was rejected.
+        ValueError: If this process held more than the memory limit before the study's first trial.
     """
     error = _find_error(trial)
     if error is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
+import selectors
 import signal
 import socket
 import subprocess
@@ -99,13 +99,14 @@ class _Supervisor:
         """Supervise the process until it has ended."""
         with contextlib.suppress(OSError):
             self._control.send(messages.ProcessStarted())
-        while self._process.poll() is None:
-            self._find_descendants()
-            ready, _, _ = select.select([self._control], [], [], _INTERVAL)
-            if ready or self._control.pending():
-                self._obey()
-            if self._deadline is not None and time.monotonic() >= self._deadline:
-                self._kill("breach")
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._control, selectors.EVENT_READ)
+            while self._process.poll() is None:
+                self._find_descendants()
+                if selector.select(_INTERVAL) or self._control.pending():
+                    self._obey()
+                if self._deadline is not None and time.monotonic() >= self._deadline:
+                    self._kill("breach")
         leftovers = self._kill_descendants()
         ended = messages.ExitReport(
             self._process.returncode,

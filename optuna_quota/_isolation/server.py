@@ -69,7 +69,7 @@ class Server:
         ready: The message that the objective is about to be called, None before.
         outcome: How the call of the objective ended, None while it runs.
         exit: How the trial's process ended, None while it runs.
-        never_fits: Whether the trial was over its memory limit before the objective began.
+        never_fits: Whether the breach is of memory, before the objective began.
         failed_allocation: One that the objective warned of, None without.
     """
 
@@ -226,8 +226,8 @@ class Server:
             self._started = True
         elif isinstance(message, messages.BreachFound):
             with self._sending:
-                self._breach = self._breach or message.breach
-            self.never_fits |= message.before_objective
+                if self._breach is None:
+                    self._breach, self.never_fits = message.breach, message.before_objective
         elif isinstance(message, messages.ProcessPaused):
             _logger.warning(
                 f"{self._label}'s process was stopped by a signal (SIGSTOP); it will be killed "

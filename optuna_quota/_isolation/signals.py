@@ -102,7 +102,9 @@ class PoliteStop:
     def wait_to_begin(self) -> None:
         """Wait until the supervisor lets the objective begin; it kills a trial that never fits."""
         assert self._link is not None
-        select.select([self._link], [], [])
+        poll = select.poll()
+        poll.register(self._link, select.POLLIN)
+        poll.poll()
         with contextlib.suppress(OSError):
             if self._link.recv(len(BEGIN), socket.MSG_PEEK) == BEGIN:
                 self._link.recv(len(BEGIN))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 from datetime import timedelta
 import functools
 import os
 from pathlib import Path
 import queue
+import resource
 import sys
 from typing import Any
 
@@ -55,6 +57,21 @@ def test_any_callable_runs_in_another_process() -> None:
         assert record.isolation == "process"
         assert record.outcome == "completed"
         assert record.usage.memory is not None and record.usage.memory > 5e6
+
+
+def test_a_process_with_many_open_files_and_more_memory_than_a_trial_may_use() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, before[1]), before[1]))
+    held = b"1" * (60 << 20)
+    try:
+        with contextlib.ExitStack() as files:
+            for _ in range(1100):
+                files.enter_context(open(os.devnull))
+            study = optuna.create_study(pruner=QuotaPruner(limits=Limits(memory="50MiB")))
+            study.optimize(isolated(lambda _: held[0], start_method="fork"), n_trials=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert study.trials[0].state == TrialState.COMPLETE
 
 
 def test_the_objective_runs_elsewhere() -> None:

@@ -16,11 +16,12 @@ from optuna_quota._isolation import server as server_module
 from optuna_quota._isolation.channel import Channel, channel_pair
 from optuna_quota._isolation.launch import TrialConnections
 from optuna_quota._isolation.listener import connect
-from optuna_quota._isolation.messages import ExitReport
+from optuna_quota._isolation.messages import BreachFound, ExitReport
 from optuna_quota._isolation.output import Printed
 from optuna_quota._isolation.rpc import CHECK, RemoteObjects
 from optuna_quota._isolation.server import NotStarted, Server
 from optuna_quota._isolation.signals import Interrupts
+from optuna_quota._resources import Breach
 
 
 @pytest.fixture
@@ -51,6 +52,23 @@ def test_what_a_process_sent_just_before_the_end(
     supervisor.send(ExitReport(exitcode=0))
     serve(remote, Mock(), supervisor, control)
     assert capsys.readouterr().out == "onetwo"
+
+
+def test_memory_over_its_limit_at_the_start_is_not_taken_for_an_earlier_breach(
+    remote: RemoteObjects,
+) -> None:
+    supervisor, control = channel_pair()
+    trial, channel = channel_pair()
+    server = Server(TrialConnections(channel, control), remote, Mock(), label="Trial 0")
+    late = Breach("wall_time", 1.0, 2.0, 2.0)
+    server.stop(late, 0.0)
+    supervisor.send(BreachFound(Breach("memory", 5.0, 6.0, 2.0), before_objective=True))
+    supervisor.send(ExitReport(exitcode=0))
+    server.serve()
+    assert (server.breach, server.never_fits) == (late, False)
+    server.close()
+    for each in (trial, channel, supervisor, control):
+        each.close()
 
 
 def test_a_slow_storage_is_asked_seldom(
