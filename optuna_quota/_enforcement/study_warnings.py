@@ -341,8 +341,8 @@ def _after_tell(study: Study, trial_id: int) -> None:
             "replaced",
             f"Trial {row.number} was sampled by {sampler}, which something has put in the place "
             "of the study's QuotaSampler, as LightGBMTuner does. The quota does not bind such "
-            "trials, and they are not measured. Write the search as an objective for `study.optimize`, "
-            "which keeps the sampler.",
+            "trials, and they are not measured. Write the search as an objective for "
+            "`study.optimize`, which keeps the sampler.",
         )
     _warn_if_unmeasured(study, trial_id)
 

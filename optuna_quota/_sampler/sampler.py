@@ -222,8 +222,8 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         vars(self).update(from_value(state), _sessions=StudySessions(), _lock=threading.Lock())
         adapt_ray_tune()
 
-    def __str__(self) -> str:
-        return f"QuotaSampler({self.base_sampler})"
+    def __repr__(self) -> str:
+        return f"QuotaSampler({type(self.base_sampler).__name__}(), quota={self.quota!r})"
 
     def reseed_rng(self) -> None:
         """Reseed the base sampler."""
