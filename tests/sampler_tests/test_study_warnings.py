@@ -176,6 +176,8 @@ def test_a_sampler_that_a_tool_replaces(log: Warnings) -> None:
     study = new_study(Limits(wall_time="1h"), Quota(n_trials=50))
     study.sampler = PartialFixedSampler({"x": 0.5}, study.sampler)
     study.optimize(objective, n_trials=1)
+    asked = study.ask()
+    optuna.load_study(study_name="loud", storage=study._storage).tell(asked.number, 1.0)
     assert log.said == []
     # As LightGBMTuner does, on a Study object of its own.
     tuned = optuna.load_study(
@@ -183,7 +185,7 @@ def test_a_sampler_that_a_tool_replaces(log: Warnings) -> None:
     )
     tuned.optimize(objective, n_trials=2)
     (text,) = log.said
-    assert "Trial 1 was sampled by GridSampler" in text and "LightGBMTuner" in text
+    assert "Trial 2 was sampled by GridSampler" in text and "LightGBMTuner" in text
 
 
 @pytest.mark.parametrize(
