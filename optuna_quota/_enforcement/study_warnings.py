@@ -24,7 +24,13 @@ from optuna_quota._metering import metering_loop, TrialMonitor, Verdict
 from optuna_quota._metering.host import cpu_count, host_memory_limit
 from optuna_quota._metering.visible_gpus import total_memory
 from optuna_quota._metering.warn import forget_warnings
-from optuna_quota._records import read_record, RESERVATION, TrialRecord
+from optuna_quota._records import (
+    read_record,
+    RESERVATION,
+    STUDY_LIMITS,
+    STUDY_QUOTA,
+    TrialRecord,
+)
 from optuna_quota._resources import (
     CHARGED_RESOURCES,
     format_amount,
@@ -32,6 +38,7 @@ from optuna_quota._resources import (
     Limits,
     Quota,
 )
+from optuna_quota._storage_retry import retry
 from optuna_quota._units import SECONDS
 
 
@@ -131,6 +138,20 @@ def warn_of_ceilings(
     problems = describe_ceilings(limits, quota, read_machine(limits, quota))
     if problems:
         _logger.warning(f"{' '.join(problems)} Lower what is too high.")
+
+
+def warn_of_unapplied(study: Study, limits: Limits) -> None:
+    """Warn of a study with a quota or limits that this process runs without a QuotaSampler."""
+    stored = retry(lambda: _optuna.user_attrs_of(study))
+    unapplied = ["a quota"] * bool(stored.get(STUDY_QUOTA))
+    unapplied += ["limits"] * bool(stored.get(STUDY_LIMITS) and not limits)
+    if unapplied:
+        message = (
+            f"The storage of the study {study.study_name!r} has {' and '.join(unapplied)}, which "
+            "this worker does not apply: Optuna stores no sampler and no pruner. Pass "
+            "QuotaSampler and QuotaPruner to `load_study` or `create_study` again."
+        )
+        warn_once(study, "unapplied", message)
 
 
 def read_machine(limits: Limits, quota: Quota | None) -> dict[str, float]:

@@ -194,8 +194,10 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         self.on_projected = on_projected
         self.lease = parse_seconds(lease, "lease")
         space = None if strategy is None else strategy.search_space
+        if footprint is not None and not isinstance(footprint, Usage):
+            footprint = as_footprint(footprint, lenient=True)
         self._options = AdmissionOptions(
-            as_footprint(footprint, lenient=True) if callable(footprint) else footprint,
+            footprint,
             confidence,
             breach_probability,
             on_veto,
