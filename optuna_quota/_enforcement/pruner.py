@@ -92,7 +92,8 @@ class QuotaPruner(_optuna.StudyPart, BasePruner):
 
     It may be nested in another pruner, such as :class:`~optuna.pruners.PatientPruner`: a breach
     ends the trial even if the other one would let it go on. For this, the study's pruner is
-    wrapped in a QuotaPruner with the same limits.
+    wrapped in a QuotaPruner with the same limits: by QuotaSampler and by ``isolated`` before the
+    first trial, else after it.
 
     Without :class:`~optuna_quota.QuotaSampler`, a trial is measured from its first
     ``should_prune()`` on, and its usage at each of these calls is recorded.
@@ -138,6 +139,7 @@ class QuotaPruner(_optuna.StudyPart, BasePruner):
         self.interrupt = interrupt
         self.meters = check_names(meters)
         self._recorder = UsageRecorder()
+        _optuna.watch_tell()
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute that only the base pruner has, such as one of its arguments."""
@@ -224,6 +226,10 @@ def wrap_nesting_pruner(study: Study) -> None:
     for each in nested:
         each._recorder = outer._recorder
     study.pruner = outer
+
+
+# Without a QuotaSampler, the outer pruner may never call the nested one.
+_optuna.on_tell(lambda study, _: wrap_nesting_pruner(_optuna.unwrap_study(study)))
 
 
 # `help` and `inspect.signature` look at `__new__` first.

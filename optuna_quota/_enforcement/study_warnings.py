@@ -24,7 +24,13 @@ from optuna_quota._metering import metering_loop, TrialMonitor, Verdict
 from optuna_quota._metering.host import cpu_count, host_memory_limit
 from optuna_quota._metering.visible_gpus import total_memory
 from optuna_quota._metering.warn import forget_warnings
-from optuna_quota._records import read_record, TrialRecord
+from optuna_quota._records import (
+    read_record,
+    RESERVATION,
+    STUDY_LIMITS,
+    STUDY_QUOTA,
+    TrialRecord,
+)
 from optuna_quota._resources import (
     CHARGED_RESOURCES,
     format_amount,
@@ -32,6 +38,7 @@ from optuna_quota._resources import (
     Limits,
     Quota,
 )
+from optuna_quota._storage_retry import retry
 from optuna_quota._units import SECONDS
 
 
@@ -131,6 +138,20 @@ def warn_of_ceilings(
     problems = describe_ceilings(limits, quota, read_machine(limits, quota))
     if problems:
         _logger.warning(f"{' '.join(problems)} Lower what is too high.")
+
+
+def warn_of_unapplied(study: Study, limits: Limits) -> None:
+    """Warn of a study with a quota or limits that this process runs without a QuotaSampler."""
+    stored = retry(lambda: _optuna.user_attrs_of(study))
+    unapplied = ["a quota"] * bool(stored.get(STUDY_QUOTA))
+    unapplied += ["limits"] * bool(stored.get(STUDY_LIMITS) and not limits)
+    if unapplied:
+        message = (
+            f"The storage of the study {study.study_name!r} has {' and '.join(unapplied)}, which "
+            "this worker does not apply: Optuna stores no sampler and no pruner. Pass "
+            "QuotaSampler and QuotaPruner to `load_study` or `create_study` again."
+        )
+        warn_once(study, "unapplied", message)
 
 
 def read_machine(limits: Limits, quota: Quota | None) -> dict[str, float]:
@@ -305,8 +326,9 @@ def _warn_of_held(study: Study, number: int, monitor: TrialMonitor) -> None:
             "grown",
             f"Before trial {number} began this process held {size}, "
             f"{format_amount('memory', grown)} more than before the first trial: earlier ones "
-            f"left it behind. In process that counts toward the {most} that a trial may use. Free "
-            f"it at the end of the objective, or use {_ISOLATED}: each trial starts anew.",
+            "left it behind, or the script has loaded it since. In process that counts toward the "
+            f"{most} that a trial may use. Free it at the end of the objective, or use "
+            f"{_ISOLATED}: each trial starts anew.",
         )
     else:
         warn_once(
@@ -330,15 +352,18 @@ def _after_tell(study: Study, trial_id: int) -> None:
     replaced = _optuna.was_created_with_sampler(study) and not find_nested(
         study.sampler, _optuna.StudyPart
     )
-    if replaced and "replaced" not in _known(study).topics:
-        number = storage.get_trial_number_from_id(trial_id)
+    if replaced and monitor is None and "replaced" not in _known(study).topics:
+        row, sampler = storage.get_trial(trial_id), type(study.sampler).__name__
+        if RESERVATION in row.system_attrs:
+            # A trial of the QuotaSampler, told through another `Study`.
+            return
         warn_once(
             study,
             "replaced",
-            f"Trial {number} was sampled by {type(study.sampler).__name__}, which something has "
-            "put in the place of the study's QuotaSampler, as LightGBMTuner does. The quota does "
-            "not bind such trials, and they are not measured. Write the search as an objective "
-            "for `study.optimize`, which keeps the sampler.",
+            f"Trial {row.number} was sampled by {sampler}, which something has put in the place "
+            "of the study's QuotaSampler, as LightGBMTuner does. The quota does not bind such "
+            "trials, and they are not measured. Write the search as an objective for "
+            "`study.optimize`, which keeps the sampler.",
         )
     _warn_if_unmeasured(study, trial_id)
 

@@ -44,7 +44,7 @@ _logger = logging.getLogger("optuna.quota.isolated")
 OnCrash = Literal["fail", "raise"]
 CrashStatus = Literal["crashed", "ended", "running"]
 
-# Seconds after a breach from which on a killed trial's reason says how long it went on.
+# Seconds after a breach from which on a trial's reason says when it ended.
 _LONG_END = 1.0
 
 # How often a trial that found its GPU full is tried again.
@@ -310,8 +310,9 @@ class OutcomeResolver:
         if self._study is not None:
             tolerate_constraints_failure(self._study, self._trial, self._monitor)
         reason, elapsed = breach.reason, self._monitor.elapsed
-        if killed and elapsed - breach.seconds > _LONG_END:
-            reason += f" The objective went on, and was killed after {format_seconds(elapsed)}."
+        if elapsed - breach.seconds > _LONG_END:
+            ended = "was killed" if killed else "ended"
+            reason += f" The trial {ended} after {format_seconds(elapsed)}."
         self._monitor.verdict = Verdict("terminated", reason, breach)
         raise breach_error(breach, reason) from cause
 

@@ -23,7 +23,7 @@ from optuna_quota._enforcement.forecast import (
 from optuna_quota._enforcement.nesting import pruner_limits, pruner_meters, quota_pruners
 from optuna_quota._enforcement.preemption import Preemption, preemption_of
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
-from optuna_quota._enforcement.study_warnings import warn_of_ceilings, warn_once
+from optuna_quota._enforcement.study_warnings import warn_of_ceilings, warn_of_unapplied, warn_once
 from optuna_quota._enforcement.trial_result import read_row, record_result
 from optuna_quota._isolation import messages
 from optuna_quota._isolation.cores import core_pool, Cores
@@ -143,6 +143,8 @@ class TrialRun:
         if monitor is None:
             is_preemptible = bool(self._preemption.signals)
             warn_of_ceilings(self._study, limits, has_purpose=is_preemptible or not pruners)
+            if isinstance(self._trial, Trial) and _optuna.is_run_by_optimize(self._trial):
+                warn_of_unapplied(self._study, limits)
             meters = pruner_meters(pruner)
             return loop.monitor(key, limits=limits, meters=meters, here=False), True
         own = None if own is None else resolve_cores(with_cores(own, monitor.limits.cpu_cores))

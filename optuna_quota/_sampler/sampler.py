@@ -194,8 +194,10 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         self.on_projected = on_projected
         self.lease = parse_seconds(lease, "lease")
         space = None if strategy is None else strategy.search_space
+        if footprint is not None and not isinstance(footprint, Usage):
+            footprint = as_footprint(footprint, lenient=True)
         self._options = AdmissionOptions(
-            as_footprint(footprint, lenient=True) if callable(footprint) else footprint,
+            footprint,
             confidence,
             breach_probability,
             on_veto,
@@ -222,8 +224,8 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         vars(self).update(from_value(state), _sessions=StudySessions(), _lock=threading.Lock())
         adapt_ray_tune()
 
-    def __str__(self) -> str:
-        return f"QuotaSampler({self.base_sampler})"
+    def __repr__(self) -> str:
+        return f"QuotaSampler({type(self.base_sampler).__name__}(), quota={self.quota!r})"
 
     def reseed_rng(self) -> None:
         """Reseed the base sampler."""

@@ -206,6 +206,12 @@ def test_an_overruled_decision_is_not_recorded() -> None:
     assert read_record(study.trials[0]).outcome == "terminated"
 
 
+def test_without_a_quota_sampler_limits_hold_from_the_second_trial_on() -> None:
+    study = optuna.create_study(pruner=PatientPruner(QuotaPruner(limits=LIMITS), patience=99))
+    study.optimize(runs_on, n_trials=2)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE, TrialState.PRUNED]
+
+
 def test_attributes_of_the_outer_pruner_are_readable() -> None:
     study = optuna.create_study(pruner=PatientPruner(QuotaPruner(limits=ROOM), patience=3))
     wrap_nesting_pruner(study)

@@ -176,7 +176,7 @@ def test_an_objective_that_ignores_the_stop_is_killed() -> None:
     record = read_record(run_one(objective, Limits(wall_time=0.3), grace_period=1.2))
     assert record.outcome == "terminated"
     assert re.fullmatch(
-        r"Time limit of 300 ms exceeded\. The objective went on, and was killed after [\d.]+ s\.",
+        r"Time limit of 300 ms exceeded\. The trial was killed after [\d.]+ s\.",
         str(record.reason),
     )
 

@@ -9,7 +9,6 @@ import functools
 import os
 from pathlib import Path
 import queue
-import resource
 import sys
 from typing import Any
 
@@ -60,6 +59,7 @@ def test_any_callable_runs_in_another_process() -> None:
 
 
 def test_a_process_with_many_open_files_and_more_memory_than_a_trial_may_use() -> None:
+    resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, before[1]), before[1]))
     held = b"1" * (60 << 20)

@@ -14,7 +14,7 @@ import optuna
 from optuna.samplers import RandomSampler
 import pytest
 
-from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, status
+from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, status
 from optuna_quota._ledger.reservation import (
     process_start,
     Reservation,
@@ -54,6 +54,21 @@ def test_workers_that_agree_are_not_warned(
     for _ in range(2):
         run(worker(tmp_path, Quota(n_trials=9), Limits(memory="1GiB")))
     assert quota_warnings() == []
+
+
+def test_a_worker_without_the_sampler_and_pruner_is_warned_once(
+    tmp_path: Path, quota_warnings: Callable[[], list[str]]
+) -> None:
+    run(worker(tmp_path, Quota(n_trials=9), Limits(memory="1GiB")))
+    study = optuna.load_study(study_name="shared", storage=f"sqlite:///{tmp_path}/s.db")
+    study.optimize(isolated(lambda trial: trial.suggest_float("x", 0, 1)), n_trials=2)
+    (warned,) = quota_warnings()
+    assert warned.startswith("The storage of the study 'shared' has a quota and limits, which")
+
+
+def test_a_footprint_of_another_type_is_an_error() -> None:
+    with pytest.raises(TypeError, match="`footprint` must be a Usage, a function"):
+        QuotaSampler(footprint={"memory": "1GiB"})
 
 
 def test_a_worker_that_comes_alone_changes_the_studys(
