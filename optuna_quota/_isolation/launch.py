@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import ctypes
 from dataclasses import dataclass
+import faulthandler
 import functools
 import gc
 import os
@@ -277,6 +278,8 @@ def _run_trial(
         if cgroup is not None:
             with contextlib.suppress(OSError):
                 cgroup.add(os.getpid())
+        if faulthandler.is_enabled():
+            linux.enlarge_signal_stack()
         handle_job_signals()
         if inherited is None:
             _close_all_but(channel, link.fileno(), crash_file, parent, *_opened_by_modules)

@@ -96,11 +96,13 @@ def number_of(name: str) -> int:
     return int(getattr(signal, name))
 
 
-def test_helper_processes_survive_a_signal() -> None:
+def test_helper_processes_survive_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     def objective(trial: optuna.Trial) -> float:
         trial.set_user_attr("pids", [os.getpid(), os.getppid()])
         return 1.0
 
+    # Its stack for handlers is a small one.
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
     # The one of earlier tests may have trials that are still ending.
     fork_server_client().reset()
     study = optuna.create_study()
