@@ -121,7 +121,9 @@ def main() -> None:
     if reason is not None:
         sys.exit(reason)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["optuna", "optuna_quota"])
+    # The models load scipy, once a worker.
+    modules = ["optuna", "optuna_quota", "scipy.optimize", "scipy.stats"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
     print(
         f"{options.workers} workers on {options.storage}, {options.sampler}, trials of "
         f"{options.seconds:g} s: trials a second"
