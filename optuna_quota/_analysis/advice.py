@@ -189,7 +189,8 @@ def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
             "share_held": _share_held(n_known, len(maxima)),
         },
         {
-            kind: lines
+            # With the share, which a pasted snippet would else lose.
+            kind: f"{lines}\n# {_holds(n_known, len(maxima))}"
             for kind, lines in (("kubernetes", _kubernetes(enough)), ("sbatch", _sbatch(enough)))
             if lines
         },

@@ -76,7 +76,10 @@ def test_a_container_requests_nothing_where_only_time_is_known() -> None:
 
     snippets = only_advice(study_of(*trials), "requests").snippets
 
-    assert snippets == {"sbatch": "#SBATCH --time=00:01:00"}
+    assert snippets.keys() == {"sbatch"}
+    time, share = snippets["sbatch"].splitlines()
+    assert time == "#SBATCH --time=00:01:00"
+    assert share.startswith("# Holds at least 77% of fresh trials")
 
 
 def test_n_jobs_fits_the_memory_quota() -> None:
