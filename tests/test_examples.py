@@ -131,7 +131,8 @@ def test_torch_training(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     out = run("10_torch_training.py", tmp_path)
     assert "A point: parameters 65 MiB" in out
-    assert out.count("completed") + out.count("terminated") == 8
+    # A point may be refused: a footprint over the limit is known before the first trial.
+    assert len(re.findall(r" (?:completed|terminated|rejected)\n", out)) == 8
 
 
 @pytest.mark.slow
