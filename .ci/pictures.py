@@ -29,7 +29,7 @@ from tests.browser import chromium, served, wait_for  # noqa: E402
 
 WIDTH = 1100
 TRIAL_HEIGHT = 900
-MAX_SIZE = 250_000
+MAX_SIZE = 400_000
 PLOTS_DRAWN = """
   const plots = [...document.querySelectorAll('[id^="user-defined-plot:"]')];
   if (plots.filter(p => p.querySelector(".main-svg")).length < 4) return null;
@@ -81,13 +81,15 @@ def dashboard(driver: Any, folder: Path) -> str:
     storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'dashboard.db'}")
     (study,) = optuna.get_all_study_summaries(storage)
     trials = storage.get_all_trials(study._study_id)
-    stopped = next(t for t in trials if t.user_attrs.get("quota:outcome") == "terminated")
+    ended = [t for t in trials if t.user_attrs.get("quota:outcome") == "terminated"]
+    if not ended:
+        sys.exit("No trial of this run was terminated, as all were refused before: run it again.")
     store = FileSystemArtifactStore(str(folder / "dashboard-artifacts"))
     with served(optuna_dashboard.wsgi(storage, artifact_store=store)) as url:
         page = f"{url}/dashboard/studies/{study._study_id}"
         driver.get(page)
         parts = [picture(driver, *wait_for(driver, PLOTS_DRAWN))]
-        driver.get(f"{page}/trials?numbers={stopped.number}")
+        driver.get(f"{page}/trials?numbers={ended[0].number}")
         wait_for(driver, TRIAL_DRAWN)
         parts.append(picture(driver, 0, TRIAL_HEIGHT))
     images = "".join(f'<img style="display:block" src="data:image/png;base64,{p}">' for p in parts)
