@@ -23,7 +23,7 @@ from optuna_quota._isolation.channel import unpack_error
 from optuna_quota._isolation.script_process import ScriptFailed
 from optuna_quota._isolation.server import Server
 from optuna_quota._metering import Verdict
-from optuna_quota._metering.gpu_attribution import DeviceShare, GpuUse
+from optuna_quota._metering.meter import DeviceShare, GpuUse
 from optuna_quota._metering.visible_gpus import device_memory, free_memory
 from optuna_quota._records import CRASHED, is_rejected, write_attributes
 from optuna_quota._resources import Breach, Usage
