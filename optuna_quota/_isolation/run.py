@@ -215,7 +215,7 @@ class TrialRun:
                 "by itself. Another Ctrl-C kills it."
             )
         try:
-            server.interrupt(grace_period)
+            server.stop(KeyboardInterrupt(), grace_period)
             with contextlib.suppress(NotStarted):
                 server.serve()
         except BaseException:
@@ -275,8 +275,8 @@ class TrialRun:
         """Answer ``optuna_quota.check``."""
         return record_breach(self._monitor)
 
-    def measure(self) -> None:
-        """Measure what the trial uses at this moment."""
+    def measure_gpus(self) -> None:
+        """Measure what the trial holds when an allocation on a GPU has failed."""
         self._resolver.measure_gpus()
 
     def check_row(self) -> None:
@@ -292,7 +292,7 @@ class TrialRun:
         if end is not None:
             self._ended_outside = end
             _logger.warning(f"Trial {self._trial.number} is stopped. {end}")
-            self._server.end(LimitBreached(end), self._options.grace_period)
+            self._server.stop(LimitBreached(end), self._options.grace_period)
 
     def _stop_for_time(self, breach: Breach) -> None:
         if breach.resource in CLOCK_RESOURCES:
@@ -311,7 +311,7 @@ class TrialRun:
         assert self._server is not None
         self._stopped_for = self._stopped_for or reason
         grace_period = self._preemption.grace(self._options.grace_period)
-        self._server.end(TrialPreempted(reason), grace_period)
+        self._server.stop(TrialPreempted(reason), grace_period)
 
     def _stop(self, breach: Breach) -> None:
         assert self._server is not None

@@ -205,7 +205,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             breach_probability,
             on_veto,
             audits,
-            frozenset(space) if space else None,
+            dict(space) if space else None,
         )
         self._projection = StudyProjection(
             strategy, self._options.footprint, self.base_sampler, quota, confidence
