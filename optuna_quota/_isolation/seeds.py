@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 import contextlib
 import functools
+import itertools
 import pickle
 import random
 import sys
@@ -79,6 +81,10 @@ def _load_generator(data: bytes) -> Any:
     return generator
 
 
+# A search through all that a script holds would take longer than a short trial.
+_MAX_SEARCHED = 2_000
+_MAX_PARTS = 300
+_PLAIN = {type(None), bool, bytes, float, int, str}
 # Those in the pickle of the objective.
 _loaded: list[Any] = []
 
@@ -93,7 +99,7 @@ def vary_generators(number: int, objective: Any) -> None:
         number: The number of the trial.
         objective: The objective.
     """
-    reached = _with_attributes(values_within_reach(objective))
+    reached = _with_parts([*values_within_reach(objective), objective])
     held = [*_loaded, *filter(is_generator, reached)]
     for generator in {id(found): found for found in held}.values():
         draw, reseed = _VARY[_path(generator)]
@@ -102,13 +108,41 @@ def vary_generators(number: int, objective: Any) -> None:
             reseed(generator, random.Random(f"{draw(generator)}, {number}").getrandbits(62))
 
 
-def _with_attributes(values: Iterable[Any]) -> Iterator[Any]:
-    """Yield values and what their attributes hold, such as an estimator's ``random_state``."""
-    for value in values:
+def _with_parts(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield values and what they hold, such as a list of estimators with a ``random_state``."""
+    own = {"__main__", *(module.__name__ for module in user_modules())}
+    pending, seen = deque(values), set[int]()
+    while pending:
+        value = pending.popleft()
+        if id(value) in seen or type(value) in _PLAIN:
+            continue
+        seen.add(id(value))
         yield value
-        if not isinstance(value, (type, types.ModuleType, types.FunctionType)):
-            with contextlib.suppress(Exception):  # a user's __getattribute__ may raise anything
-                yield from list(vars(value).values())
+        if len(seen) < _MAX_SEARCHED:
+            pending.extend(itertools.islice(_parts(value, own), _MAX_PARTS))
+
+
+def _parts(value: Any, own: Container[str]) -> Iterable[Any]:
+    """Return what a value holds; of functions and classes, only of those of the user's modules."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(value)
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, types.MethodType):
+        return value.__self__, value.__func__
+    is_function = isinstance(value, types.FunctionType)
+    if isinstance(value, types.ModuleType):
+        return ()
+    if (is_function or isinstance(value, type)) and value.__module__ not in own:
+        return ()
+    if is_function:
+        return value.__defaults__, value.__kwdefaults__, value.__closure__, vars(value)
+    try:
+        return (value.cell_contents,) if type(value) is types.CellType else [*vars(value).values()]
+    except Exception:  # noqa: BLE001 - a user's __getattribute__ may raise anything
+        return ()
 
 
 def values_within_reach(objective: Any) -> Iterator[Any]:

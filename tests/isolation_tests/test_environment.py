@@ -80,15 +80,21 @@ HELD = """
 import types, numpy as np
 rng = np.random.default_rng(3)
 splits = types.SimpleNamespace(random_state=np.random.RandomState(3))
+def drawn(rng=np.random.default_rng(3)): return rng.random()
+class Noise: rng = np.random.default_rng(3)
 """
 HOLDS_GENERATORS = """
-import random, numpy as np, held
+import functools, random, types, numpy as np, held
 from random import random as draw
 rng, state, mine = np.random.default_rng(7), np.random.RandomState(7), random.Random(7)
+parts = types.SimpleNamespace(by_name={"all": [np.random.default_rng(7)]})
+partial = functools.partial(lambda rng: rng.random(), rng=np.random.default_rng(7))
+def default(rng=np.random.default_rng(7)): return rng.random()
 
 def objective(trial, inner):
-    held_ones = (held.rng, held.splits.random_state)
-    trial.set_user_attr("drawn", [g.random() for g in (rng, state, mine, *held_ones, inner)])
+    held_ones = (held.rng, held.splits.random_state, held.Noise.rng, parts.by_name["all"][0])
+    drawn = [g.random() for g in (rng, state, mine, *held_ones, inner)]
+    trial.set_user_attr("drawn", [*drawn, partial(), default(), held.drawn()])
     return draw()
 
 def found(method):
@@ -108,7 +114,7 @@ def test_generators_that_the_script_holds_differ_by_trial_and_follow_the_seed(
 ) -> None:
     (tmp_path / "held.py").write_text(HELD)
     for first, again in run_script(tmp_path, HOLDS_GENERATORS).values():
-        assert [len(set(drawn)) for drawn in zip(*first, strict=True)] == [3] * 7
+        assert [len(set(drawn)) for drawn in zip(*first, strict=True)] == [3] * 12
         assert first == again
 
 
