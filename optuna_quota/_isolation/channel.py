@@ -240,16 +240,27 @@ def _dump(error: BaseException) -> bytes:
 class _WithoutCall:
     """Pickles as an exception whose `__init__` can't be called with its ``args``.
 
-    Arguments that can't be pickled are replaced by their `repr`, attributes are left out.
+    Of arguments that can't be pickled, exceptions are taken likewise, and others replaced by
+    their `repr`; attributes are left out.
     """
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        args = tuple(a if _can_pickle(a) else repr(a) for a in self._error.args)
+        args = tuple(map(_argument, self._error.args))
         state = {k: v for k, v in vars(self._error).items() if _can_pickle(v)}
         return _rebuild, (type(self._error), args, state)
+
+
+def _argument(value: Any) -> Any:
+    if _can_pickle(value):
+        return value
+    if isinstance(value, BaseException):
+        return _WithoutCall(value)
+    if isinstance(value, (list, tuple)):  # the members of a group
+        return [_argument(item) for item in value]
+    return repr(value)
 
 
 def _rebuild(

@@ -6,6 +6,8 @@ import atexit
 import contextlib
 from dataclasses import replace
 import faulthandler
+import gc
+import io
 import os
 import pickle
 import signal
@@ -155,7 +157,8 @@ class _Child:
             self._stop.end()
         except SystemExit as error:
             self._stop.end()
-            return messages.Exited(_exit_code(error))
+            argument = "" if error.code is None else repr(error.code)
+            return messages.Exited(_exit_code(error), argument)
         except BaseException as error:  # noqa: BLE001 - the study's to handle
             self._stop.end()
             # First, since the next steps need memory.
@@ -177,6 +180,7 @@ class _Child:
             self.calls.notify(outcome)
             _run_exit_handlers(self.grace_period)
             _flush()
+            _flush_files()
         except BaseException:  # noqa: BLE001 - the supervisor reports that nothing was sent
             return 1
         return outcome.code if isinstance(outcome, messages.Exited) else 0
@@ -255,6 +259,15 @@ def _exit_code(error: SystemExit) -> int:
     # As the interpreter does.
     sys.stderr.write(f"{error.code}\n")
     return 1
+
+
+def _flush_files() -> None:
+    """Write what the objective has left in buffers of files that it didn't close."""
+    # Those that the process was forked with are frozen, and so not among these.
+    for value in gc.get_objects():
+        if issubclass(type(value), (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)):
+            with contextlib.suppress(OSError, ValueError):
+                value.flush()
 
 
 def _flush() -> None:

@@ -215,9 +215,10 @@ class Raised(Outcome):
 
 @dataclass(frozen=True)
 class Exited(Outcome):
-    """The objective called ``sys.exit`` with this code."""
+    """The objective called ``sys.exit``: the exit code, and the argument as it would be typed."""
 
     code: int
+    argument: str
 
 
 @dataclass(frozen=True)

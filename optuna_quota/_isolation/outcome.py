@@ -110,7 +110,7 @@ class OutcomeResolver:
                 f"the trial's process: {outcome.reason}"
             )
         elif isinstance(outcome, messages.Exited):
-            reason = f"The objective ended its process by sys.exit({outcome.code})."
+            reason = f"The objective ended its process by sys.exit({outcome.argument})."
         else:
             self._terminate_at_limit(report)
             reason = exit_cause.describe_exit(report)

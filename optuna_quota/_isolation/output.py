@@ -59,7 +59,7 @@ def read_output_settings() -> OutputSettings:
         stream, original = getattr(sys, name), getattr(sys, f"__{name}__")
         if stream is not original:
             forwarded.add(name)
-        elif stream is not None:
+        elif stream is not None and not stream.closed:
             stream.flush()
             encodings[name] = (stream.encoding, stream.errors or "strict")
     root, *others = _all_loggers()

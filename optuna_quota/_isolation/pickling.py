@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 import contextlib
 import contextvars
+import ctypes
 from dataclasses import dataclass
 import functools
 import importlib
+import inspect
 import io
 import mmap
 from multiprocessing import context
@@ -122,9 +124,11 @@ def dump_objective(objective: Any, remote: RemoteObjects, main: MainModule) -> P
             if pickler.failed is not None:
                 made_by_trial.add(pickler.failed)
                 continue
+            names = " and ".join(f"`{name}`" for name in pickler.find_unpicklable(objective))
             raise TypeError(
-                "The objective can't be sent to the trial's process because it, or an object "
-                f"that it refers to, can't be pickled ({error}). Create that object inside the "
+                "The objective can't be sent to the trial's process because "
+                f"{f'{names} that it refers to' if names else 'it, or what it refers to,'} "
+                f"can't be pickled ({error}). Create that object inside the "
                 "objective, or use isolated(objective, start_method='fork')."
             ) from error
 
@@ -199,7 +203,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         elif kind in _LOCKS and id(value) not in self._own_locks:
             # A library's object guards its own memory with it, of which the trial has a copy.
             return _LOCKS[kind], ()
-        elif isinstance(value, _BETWEEN_THREADS):
+        elif isinstance(value, (ctypes.CDLL, *_BETWEEN_THREADS)):
             raise TypeError(f"cannot pickle '{kind.__module__}.{kind.__name__}' object")
         elif kind is contextvars.ContextVar:
             with contextlib.suppress(LookupError):
@@ -251,11 +255,32 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             if parts:
                 self.dump((set_module_parts, module.__name__, parts))
 
+    def find_unpicklable(self, objective: Any) -> list[str]:
+        """Return the variables of the script's functions that can't be pickled."""
+        found, functions = dict[str, None](), [objective]
+        for function in functions:
+            variables = {
+                n: self._globals[n] for n in global_names(function) & self._globals.keys()
+            }
+            if isinstance(function, types.FunctionType):
+                with contextlib.suppress(ValueError):  # a variable that is yet to be set
+                    variables |= inspect.getclosurevars(function).nonlocals
+            for name in sorted(variables):
+                value = variables[name]
+                if isinstance(value, _FUNCTIONS):
+                    functions += [value] if value not in functions else []
+                elif not isinstance(value, (type, types.ModuleType)) and self._fails(value):
+                    found[name] = None
+        return list(found)
+
     def _can_be_left_out(self, name: str) -> bool:
         """Return whether a global is one that can't be pickled and that the trial makes anew."""
         value = self._globals.get(name)
         if name in self._made_by_trial or isinstance(value, (type, types.ModuleType, *_FUNCTIONS)):
             return False
+        return self._fails(value)
+
+    def _fails(self, value: Any) -> bool:
         attempt = type(self)(self._remote, self._main, ())
         attempt._own_locks = self._own_locks
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import contextlib
+import ctypes
 from datetime import timedelta
 import functools
 import os
@@ -337,10 +338,18 @@ def test_an_objective_that_cannot_be_pickled_says_so() -> None:
 
     lock = threading.Lock()
     study = optuna.create_study()
-    with pytest.raises(TypeError, match="can't be sent to the trial's process"):
+    with pytest.raises(
+        TypeError, match="can't be sent to the trial's process because `lock` that"
+    ):
         study.optimize(isolated(lambda trial: float(lock.locked())), n_trials=1)
     study.optimize(isolated(lambda trial: float(lock.locked()), start_method="fork"), n_trials=1)
     assert study.trials[1].value == 0.0
+
+
+def test_a_library_of_ctypes_is_refused_by_its_name() -> None:
+    library = ctypes.CDLL(None)
+    with pytest.raises(TypeError, match="`library` that it refers to can't be pickled"):
+        optuna.create_study().optimize(isolated(lambda trial: library.abs(-1)), n_trials=1)
 
 
 def test_a_queue_between_threads_is_not_copied() -> None:

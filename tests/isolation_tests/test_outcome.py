@@ -59,7 +59,7 @@ def states_of(study: optuna.Study) -> str:
     [
         (be_killed, "killed from outside (SIGKILL)"),
         (leave, "exit code 3"),
-        (leave_politely, "sys.exit(1)"),
+        (leave_politely, "sys.exit('no more')"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -46,6 +46,19 @@ def test_output_of_children_goes_to_the_descriptors(capfd: pytest.CaptureFixture
     assert sorted(lines) == ["from a shell", "from the trial"]
 
 
+def test_a_study_whose_streams_are_closed(tmp_path: Path) -> None:
+    script = """
+import sys, optuna
+from optuna_quota import isolated
+sys.stdin.close(), sys.stdout.close()
+study = optuna.create_study()
+study.optimize(isolated(lambda trial: 1.0), n_trials=1)
+open("value.txt", "w").write(str(study.best_value))
+"""
+    run_python(tmp_path, "-c", script)
+    assert (tmp_path / "value.txt").read_text() == "1.0"
+
+
 def test_a_closed_stream_is_not_written_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
