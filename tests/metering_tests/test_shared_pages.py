@@ -121,6 +121,12 @@ def test_a_new_process_counts_by_its_growth_until_it_is_measured() -> None:
     assert not is_due(pages, {**SIZES, 3: 150}, 0.009)
 
 
+def test_a_new_process_that_has_ended_hides_nothing() -> None:
+    pages = known(PAIR)
+    assert pages.memory(TreeMemory({**SIZES, 3: 150})) == 150
+    assert pages.memory(TreeMemory(SIZES)) == 150
+
+
 def test_added_shared_memory_counts_once_it_is_measured() -> None:
     # Each reader of an array that exists once comes to hold all of it.
     assert known(PAIR).memory(TreeMemory({1: 400, 2: 490}, shareable=600)) == 190
