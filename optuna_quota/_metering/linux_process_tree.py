@@ -46,21 +46,18 @@ class ProcessCreationProbe:
             self._handle = os.open(_LOADAVG, os.O_RDONLY)
             self.is_reliable = os.fstat(self._handle).st_dev == os.stat("/proc/self").st_dev
 
-    def pending(self) -> bool:
-        """Return whether a process may have been created since :meth:`reset`, and is due."""
+    def reset(self) -> bool:
+        """Return whether a process may have been created since this last returned True.
+
+        The tree is then about to be walked.
+        """
         if not self.is_reliable:
             return True
-        return self._read() != self._newest and time.perf_counter() >= self._not_before
-
-    def reset(self) -> bool:
-        """Return what :meth:`pending` does, and start anew: the tree is about to be walked."""
-        is_pending = self.pending()
-        if is_pending and self.is_reliable:
-            self._newest = self._read()
-        return is_pending
-
-    def _read(self) -> bytes:
-        return os.pread(self._handle, 128, 0).rsplit(None, 1)[-1]
+        newest = os.pread(self._handle, 128, 0).rsplit(None, 1)[-1]
+        if newest == self._newest or time.perf_counter() < self._not_before:
+            return False
+        self._newest = newest
+        return True
 
     def record_walk(self, seconds: float) -> None:
         """Record what a walk cost: on a busy host at most a twentieth of the time is spent."""
@@ -163,21 +160,9 @@ class LinuxProcessTree:
         # A new process may be about to run another program: no breach before it has stayed.
         return max(before, min(measured, self._ceiling)) if has_new else measured
 
-    def glance(self) -> float | None:
-        """Return the memory of the known processes, None if only a reading can tell."""
-        if not self._creation.is_reliable or self._creation.pending():
-            return None
-        held = self._held()
-        if len(held.sizes) < len(self._members) or self._is_due(held):
-            return None
-        return self._shared.memory(held)
-
     def at_most(self) -> float:
         """Return an upper bound of the known processes' memory, at the least possible cost."""
         return self._shared.at_most(self._held())
-
-    def age(self) -> float:
-        return since_boot() - self._root.started
 
     def reset_peak(self) -> None:
         self._peak = None

@@ -261,7 +261,6 @@ class MeteringLoop:
         limits: Limits | None = None,
         left: Mapping[str, float] | None = None,
         meters: Sequence[Meter] = (),
-        pid: int | None = None,
         here: bool = True,
     ) -> TrialMonitor:
         """Start metering a trial; to be called from the thread that runs it.
@@ -271,18 +270,12 @@ class MeteringLoop:
             limits: Its limits.
             left: What it may use of the study's total quotas, by resource.
             meters: The user's own meters.
-            pid: The root of the trial's process tree; None if it runs in this process.
             here: False if it runs where this process can't see it: only time is measured.
-
-        Raises:
-            ProcessLookupError: If there is no such process.
         """
         with self.lock:
             monitor = TrialMonitor(self, key, limits or Limits(), left or {}, meters)
-            if pid is not None:
-                monitor.isolate()
             if here:
-                self.add(monitor, pid)
+                self.add(monitor, None)
             else:
                 monitor.isolation = None
             self._monitors[key] = monitor

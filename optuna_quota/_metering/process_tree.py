@@ -7,7 +7,6 @@ import contextlib
 from dataclasses import dataclass
 import math
 import os
-import time
 from typing import Any, Protocol
 
 import psutil
@@ -48,18 +47,6 @@ class ProcessTree(Protocol):
             ceiling: The memory over which there is a breach, in bytes: near it, shared pages are
                 measured more closely.
         """
-        ...
-
-    def glance(self) -> float | None:
-        """Return the memory of the known processes, at the least possible cost.
-
-        None if only :meth:`read` can tell: processes were created or have ended, or what they
-        share has changed.
-        """
-        ...
-
-    def age(self) -> float:
-        """Return the seconds since the root was created."""
         ...
 
     def reset_peak(self) -> None:
@@ -158,10 +145,10 @@ class PsutilProcessTree:
 
     def __init__(self, pid: int | None = None) -> None:
         try:
-            self._root = psutil.Process(os.getpid() if pid is None else pid)
+            root = psutil.Process(os.getpid() if pid is None else pid)
         except psutil.NoSuchProcess as error:
             raise ProcessLookupError(f"There is no process {pid}.") from error
-        self._parents: dict[psutil.Process, psutil.Process | None] = {self._root: None}
+        self._parents: dict[psutil.Process, psutil.Process | None] = {root: None}
         self._foreign: set[psutil.Process] = set()
         self._cpu_time = TreeCpuTime()
 
@@ -178,13 +165,6 @@ class PsutilProcessTree:
                 sizes.append(process.memory_info().rss)
         memory = sum(sizes) if sizes or not ours else None
         return TreeReading(memory, self._cpu_time.total, None, tuple(p.pid for p in ours))
-
-    def glance(self) -> float | None:
-        """Return None: psutil has nothing much cheaper than a reading."""
-        return None
-
-    def age(self) -> float:
-        return float(time.time() - self._root.create_time())
 
     def reset_peak(self) -> None:
         """Do nothing: there is no peak to reset."""

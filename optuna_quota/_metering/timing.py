@@ -26,6 +26,7 @@ SHORTEST_INTERVAL = 0.0005
 # Bytes a second, before any growth was seen: one thread that touches fresh pages reaches 2 to 4
 # GB/s, so that the first burst of a trial is caught in time as well.
 ASSUMED_GROWTH = 4e9
+CORES = os.cpu_count() or 1
 
 # Seconds by which a sleep must be late to count as a pause: a busy machine delays it too.
 SHORTEST_PAUSE = 0.5
@@ -36,19 +37,13 @@ _PERIOD = 0.2
 _SHARE_OF_SWITCHES = 0.1
 
 
-def fastest_growth(known: float, seen: float, cores: int | None = None) -> float:
-    """Return the fastest growth to expect, in bytes a second.
+def fastest_growth(known: float, seen: float) -> float:
+    """Return the fastest growth to expect, from that so far and the latest, in bytes a second.
 
     A new process brings all its memory at once: a step between two samples half a millisecond
     apart is no rate that all cores together could sustain.
-
-    Args:
-        known: The fastest so far.
-        seen: The latest.
-        cores: Threads that may run at once; those of this host by default.
     """
-    most = ASSUMED_GROWTH * (cores or os.cpu_count() or 1)
-    return max(known, min(seen, most))
+    return max(known, min(seen, ASSUMED_GROWTH * CORES))
 
 
 def sampling_interval(
