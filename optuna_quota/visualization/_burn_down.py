@@ -87,7 +87,7 @@ def quota_curves(trials: StudyTrials) -> list[_Curve]:
     """Return a curve for each total quota, as the ledger counts usage."""
     quota = stored_quota(trials.study.user_attrs)
     ran = sorted((t for t in trials.finished if t.outcome != "rejected"), key=_end)
-    totals = QuotaTotals(quota)
+    totals = QuotaTotals(quota, trials.limits)
     used = [totals.used(time.time())]
     for trial in ran:
         trial_id = _optuna.trial_id_of(trial.trial)

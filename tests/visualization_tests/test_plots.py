@@ -14,7 +14,7 @@ import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 import pytest
 
-from optuna_quota import Limits, Quota, Usage, visualization
+from optuna_quota import Limits, Quota, status, Usage, visualization
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._records import Interval, read_record, TrialRecord
@@ -153,6 +153,21 @@ def test_burn_down_counts_parallel_clock_time_once() -> None:
     assert curves["wall_time"].used == pytest.approx([0, 10, 10, 15, 30])
     assert curves["cpu_time"].used == pytest.approx([0, 2, 4, 6, 8])
     assert curves["n_trials"].left == pytest.approx([1, 0.9, 0.8, 0.7, 0.6])
+
+
+def test_burn_down_charges_what_the_ledger_does() -> None:
+    study = empty_study(quota=Quota(cpu_time=100, n_trials=10))
+    # Its worker died: what it used is unknown, so it is charged what it was granted.
+    granted = {"trial": 0, "granted": {"cpu_time": 30}, "began": BEGIN.timestamp()}
+    record = TrialRecord(outcome="failed", reason="The worker is gone.")
+    add_row(study, record, seconds=5, reservation=granted)
+    # It runs again, as another trial.
+    again = {"trial": 1, "granted": {"cpu_time": 30}, "began": BEGIN.timestamp()}
+    preempted = TrialRecord(Usage(cpu_time=7), "preempted", "The worker had to end.")
+    add_row(study, preempted, seconds=5, reservation=again)
+    used = {c.resource: c.used[-1] for c in quota_curves(StudyTrials(study))}
+    assert used == {"cpu_time": 37, "n_trials": 1}
+    assert used == status(study).table["used"][list(used)].to_dict()
 
 
 def test_burn_down_projections_have_a_band() -> None:
