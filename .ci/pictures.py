@@ -29,7 +29,7 @@ from tests.browser import chromium, served, wait_for  # noqa: E402
 
 WIDTH = 1100
 TRIAL_HEIGHT = 900
-MAX_SIZE = 400_000
+MAX_SIZE = 250_000
 PLOTS_DRAWN = """
   const plots = [...document.querySelectorAll('[id^="user-defined-plot:"]')];
   if (plots.filter(p => p.querySelector(".main-svg")).length < 4) return null;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import fcntl
+import os
 import signal
 
 from hypothesis import HealthCheck, settings
@@ -38,3 +40,23 @@ def _small_fork_server() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forkserver_client, "modules_to_preload", lambda *, everything: [])
         yield
+
+
+@pytest.fixture(autouse=True)
+def _beside_others(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Let a test marked `alone` run beside no other one where xdist runs several at a time."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    folder = tmp_path_factory.getbasetemp().parent
+    alone = request.node.get_closest_marker("alone") is not None
+    with (folder / "gate.lock").open("w") as gate, (folder / "tests.lock").open("w") as tests:
+        # Through the gate one at a time: one that waits to be alone holds up those after it.
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(tests, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
+        # A child that outlives the test may hold the file open, and with it the lock.
+        fcntl.flock(tests, fcntl.LOCK_UN)

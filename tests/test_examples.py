@@ -55,6 +55,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert "features" in (tmp_path / "quickstart.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_isolated_trials(tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_isolated_trials(tmp_path: Path) -> None:
     peak = re.search(r"Highest peak of any trial: (\d+) MiB of 400 MiB", out)
     assert peak is not None
     # The meter judges, and the machine may be busy.
-    assert int(peak[1]) <= 440
+    assert int(peak[1]) <= 410
     assert out.count("terminated") >= 1
     assert out.count("completed") >= 5
 
@@ -131,8 +132,7 @@ def test_torch_training(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     out = run("10_torch_training.py", tmp_path)
     assert "A point: parameters 65 MiB" in out
-    # A point may be refused: a footprint over the limit is known before the first trial.
-    assert len(re.findall(r" (?:completed|terminated|rejected)\n", out)) == 8
+    assert out.count("completed") + out.count("terminated") == 8
 
 
 @pytest.mark.slow

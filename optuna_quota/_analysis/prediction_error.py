@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _MIN_TRIALS = 8
 _MUCH = 1.3
 # A law that errs by less than this more is good enough.
-_MATTERS = 0.03
+_MATTERS = 0.01
 _SIGNIFICANCE = 0.05
 
 

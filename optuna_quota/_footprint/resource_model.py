@@ -39,7 +39,7 @@ _COMMON_SHARE = 0.2
 # Least ratio of the residuals' size to the model's own deviations: a smaller one is chance.
 _MIN_RATIO = 0.8
 # The fewer trials, the less certain the hyperparameters, for which the spread is wider.
-_FEW_TRIALS_WIDENING = 12.0
+_FEW_TRIALS_WIDENING = 8.0
 # Prior deviation of the logarithm of a resource, with the weight of two trials.
 _PRIOR_SCALE = 0.8
 _PRIOR_WEIGHT = 2.0

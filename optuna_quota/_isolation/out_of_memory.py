@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from optuna_quota._metering.breach import AT_LIMIT, Ceiling, Ceilings, find_refused_breach
-from optuna_quota._metering.gpu_attribution import DeviceShare
+from optuna_quota._metering.meter import DeviceShare
 from optuna_quota._resources import Breach, format_amount
 
 

@@ -13,17 +13,16 @@ from optuna import TrialPruned
 from optuna.trial import Trial, TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.check import breach_error
-from optuna_quota._enforcement.constraints import tolerate_constraints_failure
 from optuna_quota._enforcement.preemption import end_as_preempted, enqueue_again
+from optuna_quota._enforcement.pruner import breach_error
 from optuna_quota._enforcement.study_warnings import never_fits
-from optuna_quota._enforcement.trial_result import read_row
+from optuna_quota._enforcement.trial_result import read_row, tolerate_constraints_failure
 from optuna_quota._isolation import exit_cause, messages, out_of_memory
-from optuna_quota._isolation.remote_errors import unpack_error
+from optuna_quota._isolation.channel import unpack_error
 from optuna_quota._isolation.script_process import ScriptFailed
 from optuna_quota._isolation.server import Server
 from optuna_quota._metering import Verdict
-from optuna_quota._metering.gpu_attribution import DeviceShare, GpuUse
+from optuna_quota._metering.meter import DeviceShare, GpuUse
 from optuna_quota._metering.visible_gpus import device_memory, free_memory
 from optuna_quota._records import CRASHED, is_rejected, write_attributes
 from optuna_quota._resources import Breach, Usage

@@ -7,8 +7,8 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
+from optuna_quota._metering import gpu_meter
 from optuna_quota._metering.breach import extension_threshold
-from optuna_quota._metering.gpu_meter import forget_gpus
 from optuna_quota._metering.loop import MeteringLoop, TrialMonitor
 from optuna_quota._metering.meter import check_names, Meter
 from optuna_quota._metering.trial_state import Key, Verdict
@@ -64,7 +64,7 @@ def replace_loop(loop: MeteringLoop | None) -> MeteringLoop | None:
 def _after_fork_in_child() -> None:
     global _loop, _loop_lock
     _loop_lock = threading.Lock()
-    forget_gpus()
+    gpu_meter.reset_after_fork()
     if _loop is not None:
         _loop.reset_after_fork()
         _loop = None

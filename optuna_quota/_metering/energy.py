@@ -8,7 +8,7 @@ import logging
 import math
 from pathlib import Path
 
-from optuna_quota._metering.trial_meters import MeterReading
+from optuna_quota._metering.meter import MeterReading
 from optuna_quota._metering.warn import warn_once
 
 

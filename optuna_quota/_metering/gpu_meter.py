@@ -7,23 +7,13 @@ import functools
 import logging
 import math
 import os
+from typing import Literal, NamedTuple
 
 from optuna_quota._metering import nvml
-from optuna_quota._metering.gpu_attribution import (
-    choose_source,
-    DeviceShare,
-    GpuUse,
-    growth,
-    has_hidden_use,
-    is_foreign,
-    NOT_ON_A_GPU,
-    NOTICEABLE,
-    Source,
-)
-from optuna_quota._metering.gpu_reader import ANY_PID, GpuReader, GpuReading
+from optuna_quota._metering.gpu_reader import ANY_PID, GpuReader, GpuReading, growth
+from optuna_quota._metering.meter import DeviceShare, GpuUse, MeterReading
 from optuna_quota._metering.nvml import GpuError
-from optuna_quota._metering.trial_meters import MeterReading
-from optuna_quota._metering.visible_gpus import forget_visible, has_gpu_open, visible_gpus
+from optuna_quota._metering.visible_gpus import forget_gpus, has_gpu_open, visible_gpus
 from optuna_quota._metering.warn import warn_once
 from optuna_quota._resources import get_resource, GPU_RESOURCES
 
@@ -33,12 +23,65 @@ _PERIOD = 0.25
 _PERIOD_WITH_LIMIT = 0.05
 # Queries take at most this share of the time.
 _MAX_LOAD = 0.02
+# Bytes. A CUDA context alone takes more; less is within what the driver's own bookkeeping moves.
+_NOTICEABLE = 32 * 2**20
 
 _NOT_LISTED = (
     "the driver lists no process of this container (start it with the host's PID namespace)"
 )
 _SHARED = "the driver lists others on a GPU, and not this container's processes"
 _LOST = MeterReading(None, peak=True, lost=True)
+
+
+class Source(NamedTuple):
+    """How a trial's use of GPUs can be measured.
+
+    Attributes:
+        name: By process or by device; None if it is on no GPU, or if it can't be measured.
+        reason: Why it can't be measured, as the end of a sentence.
+        is_shared: Whether that is because of another trial.
+    """
+
+    name: Literal["process", "device"] | None = None
+    reason: str | None = None
+    is_shared: bool = False
+
+
+NOT_ON_A_GPU = Source()
+
+
+def choose_source(
+    *,
+    is_listed: bool,
+    has_bytes: bool,
+    lists_own_pids: bool,
+    is_exclusive: bool,
+    has_grown: bool,
+    was_listed: bool,
+    why_not_listed: str,
+) -> Source:
+    """Return how a trial's use of GPUs can be measured (pure).
+
+    Args:
+        is_listed: Whether the driver lists a process of the trial.
+        has_bytes: Whether it reports what that process holds.
+        lists_own_pids: Whether the driver has listed any process of this study by its pid, so
+            that one which is not listed is on no GPU.
+        is_exclusive: Whether no other trial uses the trial's devices.
+        has_grown: Whether they hold noticeably more than before the trial.
+        was_listed: Whether a process of the trial was listed before the trial already.
+        why_not_listed: Why the driver's list is of no use, if it is.
+    """
+    if is_listed and has_bytes:
+        return Source("process")
+    if is_listed and was_listed:
+        # What it held before is part of what the device held before.
+        return Source(None, why_not_listed)
+    if not has_grown or (lists_own_pids and not is_listed):
+        return NOT_ON_A_GPU
+    if not is_exclusive:
+        return Source(None, f"{why_not_listed}, and trials share a GPU", is_shared=True)
+    return Source("device")
 
 
 class GpuMeter:
@@ -197,7 +240,7 @@ class GpuMeter:
     def _source_of(
         self, reader: GpuReader, reading: GpuReading, listed: Collection[int]
     ) -> Source:
-        has_grown = sum(self._growths(reader, reading).values()) >= NOTICEABLE
+        has_grown = sum(self._growths(reader, reading).values()) >= _NOTICEABLE
         # The open files of a process show whether it is on a GPU, in a container too.
         may_be_new = has_grown and not listed and self._source.name is None
         if may_be_new and self._has_gpu_open(self._pids) is False:
@@ -228,9 +271,14 @@ class GpuMeter:
         return found
 
     def _is_foreign(self, reader: GpuReader, pid: int) -> bool:
+        """Return whether a listed process surely belongs to others.
+
+        It does if it was listed before the trial began, or if this machine shows a process of that
+        pid. Any other may be the trial's, by the pid that it has outside of its container.
+        """
         if pid in self._pids or (self._runs_here and pid in reader.outside_pids):
             return False
-        return is_foreign(pid, self._start.memory, reader.is_alive)
+        return pid in self._start.memory or reader.is_alive(pid)
 
     def _by_process(self, reader: GpuReader, reading: GpuReading) -> dict[str, MeterReading]:
         memory = sum(reading.memory.get(pid) or 0.0 for pid in self._pids)
@@ -258,7 +306,7 @@ class GpuMeter:
         """Return whether no other process uses the devices that list the trial's."""
         found = [r.devices[d] for r in (self._start, reading) for d in self._listed_on]
         is_listed_alone = all(device.held.keys() <= self._pids for device in found)
-        is_hidden = any(has_hidden_use(self._start.devices[d]) for d in self._listed_on)
+        is_hidden = any(self._start.devices[d].has_hidden_use for d in self._listed_on)
         return is_listed_alone and not is_hidden and reader.is_exclusive(self)
 
     def _by_device(self, reader: GpuReader, reading: GpuReading) -> dict[str, MeterReading]:
@@ -277,7 +325,7 @@ class GpuMeter:
                 self._warn_of_totals(names, reason)
                 found.update(dict.fromkeys(names, _LOST))
             return found
-        hidden = any(has_hidden_use(self._start.devices[name]) for name in self._devices)
+        hidden = any(self._start.devices[name].has_hidden_use for name in self._devices)
         if listed or hidden:
             self._warn_of_totals(totals, _SHARED)
             return {**found, **dict.fromkeys(totals, _LOST)}
@@ -381,10 +429,9 @@ def gpu_reader() -> GpuReader:
     return GpuReader(visible_gpus(os.environ).devices)
 
 
-def forget_gpus() -> None:
-    """Discard what is known of the driver; after a fork, and for tests."""
+def reset_after_fork() -> None:
+    """Leave the driver to the parent, in the child after a fork."""
     if gpu_reader.cache_info().currsize:
         gpu_reader().reset_after_fork()
     gpu_reader.cache_clear()
-    forget_visible()
-    nvml.forget_devices()
+    forget_gpus()

@@ -16,7 +16,6 @@ from typing import TypeVar
 
 import psutil
 
-from optuna_quota._metering.gpu_attribution import DeviceReading
 from optuna_quota._metering.nvml import GpuError, GpuSample, NvmlDevice
 
 
@@ -68,6 +67,63 @@ class GpuRegistry:
             if is_ours and token != self._token:
                 found.add(device)
         return found
+
+
+@dataclass
+class DeviceReading:
+    """What the driver reports of one device at one moment; None is unknown.
+
+    Attributes:
+        used: Bytes in use by any process.
+        total: Bytes in all.
+        held: Bytes by pid of the processes that the driver lists.
+        joules: Energy since the device was first read, of all processes.
+        busy: Busy GPU-seconds since then, of all processes.
+        lost: Why nothing is known of the device any more.
+        unknown: Why a total is not reported, neither by process nor of the device, by resource.
+    """
+
+    used: float | None = None
+    total: float | None = None
+    held: Mapping[int, float | None] = field(default_factory=dict)
+    joules: float | None = None
+    busy: float | None = None
+    lost: str | None = None
+    unknown: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def listed(self) -> float:
+        """Bytes that the listed processes hold, as far as known."""
+        return sum(held or 0.0 for held in self.held.values())
+
+    @property
+    def in_use(self) -> float | None:
+        """Bytes in use by any process, at least what the listed ones hold."""
+        if self.used is None:
+            return self.listed if set(self.held.values()) - {None} else None
+        return max(self.used, self.listed)
+
+    @property
+    def has_hidden_use(self) -> bool:
+        """Whether much of its memory is held by processes that are not listed."""
+        if self.used is None or self.total is None:
+            return False
+        return self.used - self.listed > max(self.total / 10, 2**29)
+
+
+def growth(
+    before: DeviceReading, now: DeviceReading, is_foreign: Callable[[int], bool]
+) -> float | None:
+    """Return what a device holds beyond what it held before, in bytes; None if unknown.
+
+    Known changes of foreign processes are not counted.
+    """
+    used_before, used_now = before.in_use, now.in_use
+    if used_before is None or used_now is None:
+        return None
+    foreign = [pid for pid in {*before.held, *now.held} if is_foreign(pid)]
+    theirs = sum((now.held.get(pid) or 0.0) - (before.held.get(pid) or 0.0) for pid in foreign)
+    return used_now - used_before - theirs
 
 
 @dataclass
@@ -223,8 +279,6 @@ class GpuReader:
 
 
 class _DeviceReader:
-    """Reads what processes use of one device."""
-
     def __init__(self, device: NvmlDevice, now: float) -> None:
         self.device = device
         self._sampled = now

@@ -12,7 +12,7 @@ import threading
 from optuna_quota._metering.breach import QuotaExtension
 from optuna_quota._metering.energy import ProcessorEnergyMeter
 from optuna_quota._metering.gpu_meter import GpuMeter
-from optuna_quota._metering.meter import Meter
+from optuna_quota._metering.meter import CustomMeter, Meter, ScheduledMeter, TrialMeter
 from optuna_quota._metering.monitored_tree import (
     MonitoredTrees,
     open_tree,
@@ -21,7 +21,6 @@ from optuna_quota._metering.monitored_tree import (
 )
 from optuna_quota._metering.process_tree import ProcessTree
 from optuna_quota._metering.timing import PauseDetector, RunningClock
-from optuna_quota._metering.trial_meters import CustomMeter, ScheduledMeter, TrialMeter
 from optuna_quota._metering.trial_state import Key, TrialState
 from optuna_quota._resources import Breach, Limits, Usage
 
@@ -74,7 +73,7 @@ class TrialMonitor(TrialState):
                 now = loop.now()
                 loop.trees.read(self, now)
                 due = [m for m in loop.meters_of(self) if fully or now >= m.due]
-            loop.read_meters(due, timeout=_METER_TIMEOUT if fully else 0.0)
+            loop.read_meters(self, due, timeout=_METER_TIMEOUT if fully else 0.0)
             self._check_breach_now()
         return self.usage()
 
@@ -187,7 +186,7 @@ class TrialMonitor(TrialState):
             ended = loop.now()
             loop.trees.read(self, ended)
             meters = loop.meters_of(self)
-        loop.read_meters(meters, timeout=_METER_TIMEOUT)
+        loop.read_meters(self, meters, timeout=_METER_TIMEOUT)
         with loop.lock:
             if not self.closed:
                 self.check_breach(ended)
@@ -290,7 +289,7 @@ class MeteringLoop:
             eager = [meter for meter in self.meters_of(monitor) if meter.eager]
             self._start()
             self.wake()
-        self.read_meters(eager)
+        self.read_meters(monitor, eager)
         return monitor
 
     @property
@@ -318,8 +317,9 @@ class MeteringLoop:
             if is_quiet:
                 return self._seconds_to_next()
             self._others_due = math.inf
-            due = [m for meters in self._meters.values() for m in meters if now >= m.due]
-        self.read_meters(due)
+            due = [(t, [m for m in meters if now >= m.due]) for t, meters in self._meters.items()]
+        for trial, meters in due:
+            self.read_meters(trial, meters)
         with self.lock:
             now = self.now()
             callbacks: list[Callable[[], None]] = []
@@ -359,18 +359,20 @@ class MeteringLoop:
     def meters_of(self, monitor: TrialMonitor) -> Sequence[ScheduledMeter]:
         return tuple(self._meters.get(monitor, ()))
 
-    def read_meters(self, meters: Iterable[ScheduledMeter], *, timeout: float = 0.0) -> None:
-        """Read meters, without the lock, and record what they read."""
+    def read_meters(
+        self, trial: TrialState, meters: Iterable[ScheduledMeter], *, timeout: float = 0.0
+    ) -> None:
+        """Read meters of a trial, without the lock, and record what they read."""
         for meter in meters:
             with self.lock:
-                tree = self.trees.of(meter.monitor)
+                tree = self.trees.of(trial)
                 pids = () if tree is None else tree.pids
                 sharers = 1 if tree is None else len(tree.trials)
                 meter.schedule(self.now())
             readings = meter.read(pids, timeout=timeout)
             with self.lock:
-                if meter in self._meters.get(meter.monitor, ()):
-                    meter.record(readings, sharers)
+                if meter in self._meters.get(trial, ()):
+                    trial.record_readings(readings, meter.growth, sharers)
 
     def add(
         self, monitor: TrialMonitor, pid: int | None, reader: ProcessTree | None = None
@@ -380,7 +382,7 @@ class MeteringLoop:
         self.trees.add(monitor, pid, now, reader)
         built_in = self._prepared.pop(monitor, None) or self._open_meters(monitor)
         meters = [*map(CustomMeter, monitor.meters), *built_in]
-        self._meters[monitor] = [ScheduledMeter(monitor, meter, now) for meter in meters]
+        self._meters[monitor] = [ScheduledMeter(meter, now) for meter in meters]
 
     def prepare_meters(self, monitor: TrialMonitor) -> Sequence[TrialMeter]:
         """Open the meters of a trial whose process does not exist yet; none if they are open."""

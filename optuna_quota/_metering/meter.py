@@ -1,10 +1,15 @@
-"""The protocol of users' own meters."""
+"""Meters of a trial besides its process tree: the protocol of users' own, and of all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+import math
+import threading
+from typing import Literal, Protocol, runtime_checkable
 
+from optuna_quota._metering.timing import LONGEST_INTERVAL, next_due
+from optuna_quota._metering.warn import warn_once
 from optuna_quota._records import is_reserved
 from optuna_quota._resources import RESOURCES
 
@@ -81,3 +86,141 @@ def check_names(meters: Iterable[Meter]) -> tuple[Meter, ...]:
             raise ValueError(f"Meters must have different names but got {meter.name!r} twice.")
         seen.add(meter.name)
     return meters
+
+
+@dataclass(frozen=True)
+class DeviceShare:
+    """A trial's part of one GPU at one moment: what it holds, all processes hold, the GPU has.
+
+    All are in bytes.
+    """
+
+    held: float
+    used: float
+    total: float
+
+
+@dataclass(frozen=True)
+class GpuUse:
+    """How a trial's use of GPUs was measured, and which it used at the last reading.
+
+    Attributes:
+        source: By process, by what its devices hold, or by the framework's own counters.
+        devices: The devices.
+    """
+
+    source: Literal["process", "device", "framework"]
+    devices: tuple[DeviceShare, ...] = ()
+
+
+@dataclass(frozen=True)
+class MeterReading:
+    """One reading of one resource.
+
+    Attributes:
+        value: The amount now, or the total since the meter was opened; None if unknown.
+        peak: Whether the usage is the maximum of the readings, not their growth.
+        lost: Whether the resource is unknown from now on, earlier readings included.
+        is_own: Whether the amount is the trial's own share; otherwise that of its processes,
+            which other trials may run in.
+        gpu: How the trial's use of GPUs was measured.
+    """
+
+    value: float | None
+    peak: bool
+    lost: bool = False
+    is_own: bool = False
+    gpu: GpuUse | None = None
+
+
+class TrialMeter(Protocol):
+    """Measures one or more resources of one trial.
+
+    Attributes:
+        period: Seconds between readings; infinite once there is nothing to read.
+        eager: Whether to read at the very start, in the thread of the trial.
+    """
+
+    period: float
+    eager: bool
+
+    def read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
+        """Return the readings by resource, at once and without raising."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class CustomMeter:
+    """A user's own meter, guarded against its faults."""
+
+    eager = True
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._start: float | None = None
+        self.period = float(getattr(meter, "period", LONGEST_INTERVAL))
+
+    def read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
+        """Return the reading, None with one warning where the meter fails."""
+        value = self._value(pids)
+        if self._meter.peak or value is None:
+            return {self._meter.name: MeterReading(value, peak=True)}
+        if self._start is None:
+            self._start = value
+            return {}  # the usage is the growth from here
+        return {self._meter.name: MeterReading(max(0.0, value - self._start), peak=False)}
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def _value(self, pids: Sequence[int]) -> float | None:
+        try:
+            value = self._meter.read(pids)
+            amount = None if value is None else float(value)
+        except Exception as error:  # noqa: BLE001 - a user's code may raise anything
+            self._warn(f"raised {error!r}")
+            return None
+        if amount is not None and not (math.isfinite(amount) and amount >= 0):
+            self._warn(f"returned {amount}, which must be nonnegative and finite")
+            return None
+        return amount
+
+    def _warn(self, what: str) -> None:
+        name = self._meter.name
+        warn_once(f"meter {name}", f"{name} is not measured while its meter fails: it {what}.")
+
+
+class ScheduledMeter:
+    """A meter of one trial and when to read it."""
+
+    def __init__(self, meter: TrialMeter, now: float) -> None:
+        self.due = now
+        self.eager = meter.eager
+        self.close = meter.close
+        self._meter = meter
+        self._reading = threading.Lock()
+        self._last: dict[str, float] = {}
+
+    def read(self, pids: Sequence[int], *, timeout: float = 0.0) -> Mapping[str, MeterReading]:
+        """Return the readings; nothing while another thread is reading.
+
+        Args:
+            pids: The processes of the trial.
+            timeout: Seconds to wait for that other thread.
+        """
+        if not self._reading.acquire(timeout=timeout):
+            return {}
+        try:
+            return self._meter.read(pids)
+        finally:
+            self._reading.release()
+
+    def growth(self, resource: str, total: float) -> float:
+        """Return how much more a total is than at the last call."""
+        last = self._last.get(resource, 0.0)
+        self._last[resource] = max(total, last)
+        return max(0.0, total - last)
+
+    def schedule(self, now: float) -> None:
+        self.due = next_due(self.due, now, self._meter.period)

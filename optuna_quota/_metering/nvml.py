@@ -51,28 +51,29 @@ class GpuSample:
     busy: float
 
 
-# Codes after which no query succeeds, see nvmlReturn_t in NVIDIA's nvml.h.
-_FINAL = {
-    "NVML_ERROR_UNINITIALIZED": "NVML was shut down",
-    "NVML_ERROR_DRIVER_NOT_LOADED": "the NVIDIA driver is not loaded",
-    "NVML_ERROR_LIBRARY_NOT_FOUND": "NVML's library was not found",
-    "NVML_ERROR_LIB_RM_VERSION_MISMATCH": "NVML's version is not the driver's",
-    "NVML_ERROR_UNKNOWN": "the NVIDIA driver failed",
-    "NVML_ERROR_OPERATING_SYSTEM": "the NVIDIA driver was blocked by the operating system",
-}
-# Codes after which queries of one device fail, and those of others succeed.
-_LOST = {
-    "NVML_ERROR_GPU_IS_LOST": "a GPU is lost to the driver",
-    "NVML_ERROR_RESET_REQUIRED": "a GPU must be reset",
-    "NVML_ERROR_IRQ_ISSUE": "the NVIDIA driver has a problem with a GPU's interrupts",
+# By the code, see nvmlReturn_t in NVIDIA's nvml.h: the reason, and how a GpuError is marked.
+_FINAL = {"final": True}
+_LOST = {"final": True, "lost": True}
+_TOO_OLD = "the driver is too old for it"
+_ERRORS: dict[str, tuple[str, dict[str, bool]]] = {
+    "NVML_ERROR_UNINITIALIZED": ("NVML was shut down", _FINAL),
+    "NVML_ERROR_DRIVER_NOT_LOADED": ("the NVIDIA driver is not loaded", _FINAL),
+    "NVML_ERROR_LIBRARY_NOT_FOUND": ("NVML's library was not found", _FINAL),
+    "NVML_ERROR_LIB_RM_VERSION_MISMATCH": ("NVML's version is not the driver's", _FINAL),
+    "NVML_ERROR_UNKNOWN": ("the NVIDIA driver failed", _FINAL),
+    "NVML_ERROR_OPERATING_SYSTEM": (
+        "the NVIDIA driver was blocked by the operating system",
+        _FINAL,
+    ),
+    "NVML_ERROR_GPU_IS_LOST": ("a GPU is lost to the driver", _LOST),
+    "NVML_ERROR_RESET_REQUIRED": ("a GPU must be reset", _LOST),
+    "NVML_ERROR_IRQ_ISSUE": ("the NVIDIA driver has a problem with a GPU's interrupts", _LOST),
+    "NVML_ERROR_NOT_SUPPORTED": ("the GPU does not support it", {}),
+    "NVML_ERROR_NO_PERMISSION": ("the driver does not permit it", {}),
+    "NVML_ERROR_FUNCTION_NOT_FOUND": (_TOO_OLD, {}),
+    "NVML_ERROR_ARGUMENT_VERSION_MISMATCH": ("the driver's version does not match", {}),
 }
 _NOTHING = ("NVML_ERROR_NOT_FOUND", "NVML_ERROR_NO_DATA", "NVML_ERROR_NOT_READY")
-_LACKING = {
-    "NVML_ERROR_NOT_SUPPORTED": "the GPU does not support it",
-    "NVML_ERROR_NO_PERMISSION": "the driver does not permit it",
-    "NVML_ERROR_FUNCTION_NOT_FOUND": "the driver is too old for it",
-    "NVML_ERROR_ARGUMENT_VERSION_MISMATCH": "the driver's version does not match",
-}
 
 
 class NvmlDevice:
@@ -90,9 +91,6 @@ class NvmlDevice:
         self._handle = handle
         self.index = index
         self.is_instance = is_instance
-
-    def __repr__(self) -> str:
-        return f"NvmlDevice({self.identity})"
 
     @functools.cached_property
     def identity(self) -> str:
@@ -169,7 +167,7 @@ class NvmlDevice:
 
 @functools.lru_cache(maxsize=1)
 def open_devices() -> tuple[Sequence[NvmlDevice], str | None]:
-    """Return all devices, or none and the reason if NVML can't be used.
+    """Return all devices by their place on the PCI bus, or none and why NVML can't be used.
 
     A failure is cached as well, since it costs 0.2 ms with a missing library and more with a
     broken driver; as text, because the traceback of a cached exception would keep alive what the
@@ -193,30 +191,22 @@ def _open_devices() -> list[NvmlDevice]:
     except ImportError as error:
         raise GpuError("the package nvidia-ml-py is not installed", final=True) from error
     _call(pynvml, "nvmlInitWithFlags", 0)
-    count = int(_call(pynvml, "nvmlDeviceGetCount"))
-    if count == 0:
-        raise GpuError("the NVIDIA driver found no GPU", final=True)
-    devices = [device for i in range(count) if (device := _open_device(pynvml, i)) is not None]
+    devices, lost = [], False
+    for i in range(int(_call(pynvml, "nvmlDeviceGetCount"))):
+        try:
+            handle = _call(pynvml, "nvmlDeviceGetHandleByIndex", i)
+            devices.append(NvmlDevice(pynvml, handle, i))
+        except GpuError as error:
+            if not error.lost:
+                raise
+            lost = True
     if not devices:
-        raise GpuError("all GPUs are lost to the driver", final=True)
-    return _by_bus(devices)
-
-
-def _open_device(pynvml: Any, index: int) -> NvmlDevice | None:
-    try:
-        return NvmlDevice(pynvml, _call(pynvml, "nvmlDeviceGetHandleByIndex", index), index)
-    except GpuError as error:
-        if error.lost:
-            return None
-        raise
-
-
-def _by_bus(devices: list[NvmlDevice]) -> list[NvmlDevice]:
-    """Return devices in the order of their PCI bus; if unknown in NVML's, mostly the same."""
+        reason = "all GPUs are lost to the driver" if lost else "the NVIDIA driver found no GPU"
+        raise GpuError(reason, final=True)
     try:
         return sorted(devices, key=NvmlDevice.bus)
     except GpuError:
-        return devices
+        return devices  # in NVML's order, which is mostly the same
 
 
 def _call(pynvml: Any, function: str, *arguments: Any) -> Any:
@@ -226,22 +216,16 @@ def _call(pynvml: Any, function: str, *arguments: Any) -> Any:
     except pynvml.NVMLError as error:
         raise _translate(pynvml, error) from error
     except (pynvml.NVMLLibraryMismatchError, AttributeError) as error:
-        raise GpuError(_LACKING["NVML_ERROR_FUNCTION_NOT_FOUND"]) from error
+        raise GpuError(_TOO_OLD) from error
     except (OSError, ValueError, ctypes.ArgumentError, UnicodeDecodeError) as error:
         raise GpuError(f"NVML gave an answer that can't be read ({error})") from error
 
 
 def _translate(pynvml: Any, error: Any) -> GpuError:
     code = getattr(error, "value", None)
-    for name, reason in _FINAL.items():
+    for name, (reason, marks) in _ERRORS.items():
         if code == getattr(pynvml, name, object()):
-            return GpuError(reason, final=True)
-    for name, reason in _LOST.items():
-        if code == getattr(pynvml, name, object()):
-            return GpuError(reason, final=True, lost=True)
-    for name, reason in _LACKING.items():
-        if code == getattr(pynvml, name, object()):
-            return GpuError(reason)
+            return GpuError(reason, **marks)
     nothing = any(code == getattr(pynvml, name, object()) for name in _NOTHING)
     return GpuError(f"NVML says {str(error)!r}", nothing=nothing)
 
@@ -253,8 +237,3 @@ def _amount(value: Any) -> int | None:
 
 def driver_is_present() -> bool:
     return any(map(os.path.exists, ("/dev/nvidiactl", "/proc/driver/nvidia/version")))
-
-
-def forget_devices() -> None:
-    """Discard the cached devices; after a fork, and for tests."""
-    open_devices.cache_clear()

@@ -15,8 +15,7 @@ from optuna_quota._metering.breach import (
     QuotaExtension,
     tightest_ceilings,
 )
-from optuna_quota._metering.gpu_attribution import GpuUse
-from optuna_quota._metering.meter import Meter
+from optuna_quota._metering.meter import GpuUse, Meter, MeterReading
 from optuna_quota._resources import (
     Breach,
     CLOCK_RESOURCES,
@@ -277,6 +276,31 @@ class TrialState:
         """
         if peak is not None:
             self._unseen_peak = max(peak, self._unseen_peak or 0.0)
+
+    def record_readings(
+        self,
+        readings: Mapping[str, MeterReading],
+        growth: Callable[[str, float], float],
+        sharers: int,
+    ) -> None:
+        """Record readings of a meter.
+
+        Args:
+            readings: The readings by resource.
+            growth: Returns how much a resource's total has grown since the last reading.
+            sharers: The trials that run in the same processes; a total is split evenly.
+        """
+        for name, reading in readings.items():
+            self.gpu = reading.gpu or self.gpu
+            if reading.lost:
+                self.mark_unknown(name)
+            elif reading.value is None:
+                continue
+            elif not reading.peak:
+                grown = growth(name, reading.value)
+                self.used.add(name, grown if reading.is_own else grown / sharers)
+            elif self.isolation != "shared":
+                self.used.record_peak(name, reading.value)
 
     def mark_unknown(self, resource: str) -> None:
         """Discard a resource for good."""

@@ -7,10 +7,12 @@ import contextlib
 from dataclasses import dataclass
 import functools
 import os
+import subprocess
+import sys
 from typing import TypeVar
+import uuid
 
 from optuna_quota._metering import nvml
-from optuna_quota._metering.cuda_order import cuda_order, forget_cuda_order
 from optuna_quota._metering.nvml import GpuError, NvmlDevice
 
 
@@ -146,21 +148,23 @@ def device_memory(environment: Mapping[str, str]) -> float | None:
 
     The smallest if they differ; None if unknown, or if it is unknown which are meant.
     """
-    try:
-        shown = visible_gpus(environment)
-        totals = {float(device.memory()[1]) for device in shown.devices}
-    except GpuError:
-        return None
-    return None if shown.unresolved and len(totals) > 1 else min(totals)
+    totals, is_resolved = _total_memories(environment)
+    return min(totals) if is_resolved or len(set(totals)) == 1 else None
 
 
 def total_memory(environment: Mapping[str, str]) -> float | None:
     """Return the memory of all GPUs that CUDA shows together, in bytes; None if unknown."""
+    totals, is_resolved = _total_memories(environment)
+    return sum(totals) if is_resolved else None
+
+
+def _total_memories(environment: Mapping[str, str]) -> tuple[list[float], bool]:
+    """Return the bytes of each GPU, and whether exactly these are shown; none if unknown."""
     try:
         shown = visible_gpus(environment)
-        return None if shown.unresolved else sum(float(d.memory()[1]) for d in shown.devices)
+        return [float(device.memory()[1]) for device in shown.devices], not shown.unresolved
     except GpuError:
-        return None
+        return [], False
 
 
 def free_memory(environment: Mapping[str, str]) -> list[float]:
@@ -193,13 +197,6 @@ def _has_gpu_open(pid: int) -> bool:
         return False
 
 
-def forget_visible() -> None:
-    """Discard the cached GPUs."""
-    _visible_gpus.cache_clear()
-    _inventory.cache_clear()
-    forget_cuda_order()
-
-
 @functools.lru_cache(maxsize=64)
 def _visible_gpus(visible: str | None, order: str | None) -> VisibleGpus:
     found = {"CUDA_VISIBLE_DEVICES": visible, "CUDA_DEVICE_ORDER": order}
@@ -208,7 +205,7 @@ def _visible_gpus(visible: str | None, order: str | None) -> VisibleGpus:
     names = [gpu.names for gpu in gpus]
     shown = visible_devices(names, environment)
     if any(map(_is_number, shown.unresolved)):
-        shown = visible_devices(names, environment, cuda_order(environment))
+        shown = visible_devices(names, environment, _cuda_order(order))
     devices: dict[str, NvmlDevice] = {}
     for position, part in shown.parts:
         whole = gpus[position].parts
@@ -219,6 +216,51 @@ def _visible_gpus(visible: str | None, order: str | None) -> VisibleGpus:
         reason = "CUDA_VISIBLE_DEVICES hides every GPU" if hidden else "no MIG instance was found"
         raise GpuError(reason, final=True)
     return VisibleGpus(tuple(devices.values()), shown.unresolved)
+
+
+# Seconds. To start CUDA takes a few on a machine with many GPUs.
+_CUDA_TIMEOUT = 30.0
+# In a process of its own: one that has started CUDA can't be forked for trials.
+_CUDA_SCRIPT = """
+import ctypes
+cuda = ctypes.CDLL("libcuda.so.1")
+count, device, uuid = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(16)
+if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+    raise SystemExit(1)
+for i in range(count.value):
+    if cuda.cuDeviceGet(ctypes.byref(device), i) or cuda.cuDeviceGetUuid(uuid, device):
+        raise SystemExit(1)
+    print(uuid.raw.hex())
+"""
+
+
+@functools.lru_cache(maxsize=4)
+def _cuda_order(order: str | None) -> Sequence[str]:
+    """Return the UUIDs of all GPUs by CUDA's numbers, the fastest first; empty if unknown."""
+    hidden = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
+    environment = {k: v for k, v in os.environ.items() if k not in hidden}
+    if order is not None:
+        environment["CUDA_DEVICE_ORDER"] = order
+    try:
+        done = subprocess.run(
+            [sys.executable or "python3", "-I", "-S", "-c", _CUDA_SCRIPT],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_CUDA_TIMEOUT,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    if done.returncode:
+        return ()
+    return [f"GPU-{uuid.UUID(digits)}" for digits in done.stdout.split()]
+
+
+def forget_gpus() -> None:
+    """Discard what is known of the driver's GPUs; after a fork."""
+    for cached in (_visible_gpus, _inventory, _cuda_order, nvml.open_devices):
+        cached.cache_clear()
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class PointAdmission:
         threshold: The probability of a breach above which a point is refused.
         complete: Points of completed trials, where only complete points can be judged because a
             user's function may need any parameter; None where any point can.
-        declared: All parameters, where the user declared them.
+        declared: Names of all parameters, where the user declared them.
         left: What is left of the study's totals, where that is less than the limits.
     """
 
@@ -90,7 +90,7 @@ class PointAdmission:
     space: Mapping[str, BaseDistribution]
     threshold: float
     complete: Sequence[Mapping[str, Any]] | None = None
-    declared: frozenset[str] | None = None
+    declared: frozenset[str] = frozenset()
     left: Mapping[str, float] = field(default_factory=dict)
 
     def common_space(self) -> dict[str, BaseDistribution]:
@@ -141,9 +141,14 @@ class PointAdmission:
     def _completions(self, known: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         if self.complete is None:
             return likely_completions(known, self.past)
-        if self.declared is not None and self.declared <= known.keys():
+        if self.declared and self.declared <= known.keys():
             return [known]
-        return certain_completions(known, self.complete)
+        found = certain_completions(known, self.complete)
+        if not found and self.declared and self.declared <= self.space.keys():
+            # One completion will do: its risk is reduced over each parameter in turn.
+            missing = {name: spaced_values(self.space[name])[0] for name in self.declared}
+            found = [{**missing, **known}]
+        return found
 
     def _reduce_risk(
         self, point: Mapping[str, Any], known: Mapping[str, Any], probability: float

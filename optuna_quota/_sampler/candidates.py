@@ -259,6 +259,13 @@ class CandidateFilter:
                 if admission.judge({**known, name: other}).admitted:
                     self._record(request, first, verdict, "redrawn")
                     return other
+            if not self._keeps_point:
+                near = nearest_admitted(
+                    admission, first, {name: distribution}, known, self._generator
+                )
+                if near is not None:
+                    self._record(request, first, verdict, "moved")
+                    return near[name]
         state.space[name] = distribution
         raise self._reject(request, first, verdict)
 

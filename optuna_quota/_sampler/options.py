@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args, Literal
+from typing import Any, get_args, Literal, TYPE_CHECKING
 
 from optuna_quota._optuna import misplaced
 from optuna_quota._resources import CLOCK_RESOURCES, Quota
+
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
 
 
 Metering = Literal[True, False, "reported"]
@@ -26,7 +31,7 @@ class AdmissionOptions:
         breach_probability: The probability of a breach above which a point is refused.
         on_veto: What replaces a refused point.
         audits: Share of the refused points to run; None for 5% where trials are isolated.
-        declared: All parameters, where the user declared them.
+        declared: Distributions of all parameters, where the user declared them.
 
     Raises:
         ValueError: If one is out of its range.
@@ -37,7 +42,7 @@ class AdmissionOptions:
     breach_probability: float = 0.5
     on_veto: OnVeto = "auto"
     audits: float | None = None
-    declared: frozenset[str] | None = None
+    declared: Mapping[str, BaseDistribution] | None = None
 
     def __post_init__(self) -> None:
         check_choices(on_veto=(self.on_veto, OnVeto))

@@ -93,6 +93,7 @@ class StudyFootprint:
         self.learner = Learner(self._earlier, confidence=options.confidence)
         self.given = None if stated is None or self._earlier else as_footprint(stated)
         self._options = options
+        self._declared = options.declared or {}
         self._calibrator = None
         if isinstance(self.given, UserFootprint) and not isinstance(self.given.usage, Usage):
             self._calibrator = FootprintCalibrator(self.given)
@@ -117,10 +118,10 @@ class StudyFootprint:
             judge,
             limits,
             self._recent_points(),
-            self.learner.space,
+            {**self._declared, **self.learner.space},
             threshold,
             complete=None if self._calibrator is None else self._completed_points(),
-            declared=self._options.declared,
+            declared=frozenset(self._declared),
         )
         return Forecast(expected, reliable, admission)
 
@@ -142,8 +143,7 @@ class StudyFootprint:
         """Return whether the stated footprint can be computed from these parameters."""
         if self._calibrator is None:
             return True
-        declared = self._options.declared
-        if declared is not None and declared <= params.keys():
+        if self._declared and self._declared.keys() <= params.keys():
             return True
         return certain_completions(params, self._completed_points())[-1:] == [params]
 

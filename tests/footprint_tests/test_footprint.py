@@ -357,11 +357,12 @@ def test_bounds_after_eight_trials_are_sharp_despite_idle_parameters() -> None:
             upper = expected[name].quantile(0.95)
             held[name].append(float(np.mean(upper >= actual)))
             ratios[name].append(float(np.median(upper / actual)))
-    # 0.94 and 0.99 at 1.85 and 8.5.
+    # 0.95 and 1.00 at 1.69 and 7.0; where the slope of a column was free of its length it was
+    # 1.96 and 8.6.
     assert np.mean(held["memory"]) >= 0.91
     assert np.mean(held["wall_time"]) >= 0.95
     assert np.median(ratios["memory"]) <= 1.88
-    assert np.median(ratios["wall_time"]) <= 9.0
+    assert np.median(ratios["wall_time"]) <= 7.5
 
 
 def test_an_idle_column_has_a_long_length() -> None:

@@ -15,7 +15,7 @@ from optuna_quota._isolation.out_of_memory import (
     find_memory_breach,
     read_gpu_memory_state,
 )
-from optuna_quota._metering.gpu_attribution import DeviceShare
+from optuna_quota._metering.meter import DeviceShare
 from tests.isolation_tests.trials import caught, GIB, MIB, raises
 
 

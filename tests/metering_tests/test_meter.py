@@ -1,13 +1,29 @@
-"""The protocol of users' own meters, from its checks to the trial table."""
+"""Meters: the protocol of users' own, their faults, and lost resources."""
 
 from __future__ import annotations
+
+import threading
 
 import optuna
 import pytest
 
-from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler
+from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, Usage
 from optuna_quota._metering import check_names
-from optuna_quota.testing import check_meter, fake_metering, FakeMeter
+from optuna_quota._metering.loop import MeteringLoop
+from optuna_quota._metering.meter import MeterReading
+from optuna_quota.testing import (
+    check_meter,
+    fake_metering,
+    FakeClock,
+    FakeMeter,
+    FakeMetering,
+    FakeProcessTree,
+)
+
+
+GIB = 2**30
+KEY = (1, 1)
+OTHER = (1, 2)
 
 
 def test_a_users_meter_end_to_end() -> None:
@@ -65,3 +81,127 @@ def test_check_meter_finds_faults(value: float) -> None:
         check_meter(FakeMeter("mine", value))
     check_meter(FakeMeter("mine", 3.0))
     check_meter(FakeMeter("mine", None))
+
+
+def test_a_meter_that_reads_a_peak(fake: FakeMetering) -> None:
+    meter = FakeMeter("scratch", 3.0)
+    monitor = fake.loop.monitor(KEY, limits=Limits(custom={"scratch": 8}), meters=[meter])
+    meter.value = 7.0
+    fake.advance(0.2)
+    meter.value = 2.0
+    fake.advance(0.2)
+    assert monitor.usage().custom == {"scratch": 7.0} and monitor.breach is None
+    meter.value = 9.0
+    fake.advance(0.2)
+    assert monitor.breach is not None and monitor.breach.resource == "scratch"
+
+
+def test_a_meter_that_reads_a_running_total(fake: FakeMetering) -> None:
+    meter = FakeMeter("requests", 1000.0, peak=False)
+    monitor = fake.loop.monitor(KEY, meters=[meter])
+    meter.value = 1007.0
+    assert monitor.close().custom == {"requests": 7.0}
+
+
+def test_two_readings_are_needed_for_a_growth(fake: FakeMetering) -> None:
+    meter = FakeMeter("requests", None, peak=False)
+    monitor = fake.loop.monitor(KEY, meters=[meter])
+    meter.value = 5.0
+    assert monitor.close().custom == {}
+
+
+@pytest.mark.parametrize(
+    "value", [RuntimeError("broken"), KeyError("x"), float("nan"), -1.0, "a string"]
+)
+def test_a_faulty_meter_is_one_warning_and_nothing_else_suffers(
+    fake: FakeMetering,
+    warned: list[str],
+    value: float | Exception,
+) -> None:
+    meter = FakeMeter("scratch", value)
+    for key in (KEY, OTHER):
+        monitor = fake.loop.monitor(key, limits=Limits(memory=GIB), meters=[meter])
+        fake.tree.memory = 2 * GIB
+        fake.advance(1.0)
+        usage = monitor.close()
+        assert usage.custom == {} and usage.memory == 2 * GIB
+        assert monitor.breach is not None
+    assert meter.reads > 4
+    [message] = warned
+    assert "scratch is not measured" in message
+
+
+def test_a_meter_may_set_its_period(fake: FakeMetering) -> None:
+    slow, fast = FakeMeter("slow"), FakeMeter("fast")
+    slow.period = 5.0  # type: ignore[attr-defined]  # an optional attribute of the protocol
+    fake.loop.monitor(KEY, meters=[slow, fast])
+    fake.advance(9.9)
+    assert slow.reads <= 3
+    assert fast.reads > 90
+
+
+def test_a_meter_that_hangs_does_not_hold_up_the_clock() -> None:
+    """A meter stuck in another thread: the trial's own look and end go on without it."""
+    stuck, release = threading.Event(), threading.Event()
+
+    class Stuck(FakeMeter):
+        def read(self, pids: object) -> float:
+            if threading.current_thread() is not threading.main_thread():
+                stuck.set()
+                release.wait(20)
+            return 1.0
+
+    loop = MeteringLoop(open_meters=lambda monitor: ())
+    monitor = loop.monitor(KEY, meters=[Stuck("stuck")])
+    try:
+        assert stuck.wait(20)
+        assert monitor.sample().wall_time is not None
+    finally:
+        release.set()
+        monitor.close()
+        loop.stop()
+
+
+def test_peaks_of_meters_are_unknown_and_totals_split_when_trials_share(
+    fake: FakeMetering,
+) -> None:
+    size, total = FakeMeter("size", 5.0), FakeMeter("total", 0.0, peak=False)
+    first = fake.loop.monitor(KEY, meters=[size, total])
+    second = fake.loop.monitor(OTHER, meters=[size, total])
+    total.value = 8.0
+    fake.advance(1.0)
+    assert first.close().custom == {"total": 4.0}
+    assert second.close().custom == {"total": 4.0}
+
+
+class LosingMeter:
+    """Reads 5 until the resource is lost."""
+
+    eager = True
+    period = 0.1
+
+    def __init__(self) -> None:
+        self.lost = False
+
+    def read(self, pids: object) -> dict[str, MeterReading]:
+        return {"gpu_memory": MeterReading(None if self.lost else 5.0, peak=True, lost=self.lost)}
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_lost_resource_is_unknown_for_good() -> None:
+    meter = LosingMeter()
+    clock, tree = FakeClock(), FakeProcessTree()
+    loop = MeteringLoop(
+        clock=clock, open_tree=lambda pid: tree, open_meters=lambda w: [meter], threaded=False
+    )
+    monitor = loop.monitor(KEY)
+    assert monitor.usage().gpu_memory == 5.0
+    for lost in (True, False):
+        meter.lost = lost
+        clock.advance(1.0)
+        loop.tick()
+        assert monitor.usage().gpu_memory is None
+    monitor.add_usage(Usage(gpu_memory=7.0))
+    assert monitor.close().gpu_memory == 7.0

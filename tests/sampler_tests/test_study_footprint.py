@@ -142,6 +142,27 @@ def test_it_judges_as_soon_as_all_parameters_are_known(seed: int) -> None:
     assert [number for number in over(None) if number >= 2] == []
 
 
+def test_a_declared_space_replaces_a_first_point_that_is_too_large() -> None:
+    for seed in range(30):
+        sampler = QuotaSampler(
+            RandomSampler(seed=seed),
+            quota=Quota(n_trials=99),
+            strategy=Strategy(
+                n_trials=1,
+                search_space={"width": IntDistribution(1, 64), "depth": IntDistribution(1, 8)},
+            ),
+            footprint=FUNCTIONS["by keywords"],
+        )
+        study = optuna.create_study(
+            sampler=sampler, pruner=QuotaPruner(limits=Limits(memory=80e9))
+        )
+        # Without the declaration, depth is unknown until it is drawn: too late to choose a width.
+        study.optimize(flat, n_trials=1)
+        (first,) = study.trials
+        assert first.state == TrialState.COMPLETE
+        assert estimate(**first.params) <= 80e9
+
+
 def test_a_result_of_another_type_raises() -> None:
     sampler = QuotaSampler(
         RandomSampler(seed=1),

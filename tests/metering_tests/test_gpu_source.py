@@ -7,14 +7,8 @@ import os
 
 import pytest
 
-from optuna_quota._metering.gpu_attribution import (
-    choose_source,
-    DeviceReading,
-    growth,
-    has_hidden_use,
-    is_foreign,
-)
-from optuna_quota._metering.gpu_reader import is_alive
+from optuna_quota._metering.gpu_meter import choose_source
+from optuna_quota._metering.gpu_reader import DeviceReading, growth, is_alive
 from tests.metering_tests.conftest import FakeNvml
 
 
@@ -562,13 +556,7 @@ def test_another_users_process_is_alive_though_proc_may_hide_it(
     assert not is_alive(2)
 
 
-def test_foreign_are_earlier_and_visible_processes() -> None:
-    assert is_foreign(5, {5: None}, lambda pid: False)
-    assert is_foreign(6, {5: None}, lambda pid: True)
-    assert not is_foreign(6, {5: None}, lambda pid: False)
-
-
 def test_hidden_use_is_held_by_processes_that_are_not_listed() -> None:
-    assert has_hidden_use(DeviceReading(used=60e9, total=80e9))
-    assert not has_hidden_use(DeviceReading(used=60e9, total=80e9, held={1: 59e9}))
-    assert not has_hidden_use(DeviceReading())
+    assert DeviceReading(used=60e9, total=80e9).has_hidden_use
+    assert not DeviceReading(used=60e9, total=80e9, held={1: 59e9}).has_hidden_use
+    assert not DeviceReading().has_hidden_use
