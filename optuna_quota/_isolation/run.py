@@ -13,7 +13,6 @@ from optuna.trial import Trial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import resolve_cores
-from optuna_quota._enforcement.check import raise_rejected, record_breach
 from optuna_quota._enforcement.forecast import (
     completed_trials,
     CompletedTrials,
@@ -22,7 +21,7 @@ from optuna_quota._enforcement.forecast import (
 )
 from optuna_quota._enforcement.nesting import pruner_limits, pruner_meters, quota_pruners
 from optuna_quota._enforcement.preemption import Preemption, preemption_of
-from optuna_quota._enforcement.pruner import wrap_nesting_pruner
+from optuna_quota._enforcement.pruner import raise_rejected, record_breach, wrap_nesting_pruner
 from optuna_quota._enforcement.study_warnings import warn_of_ceilings, warn_of_unapplied, warn_once
 from optuna_quota._enforcement.trial_result import read_row, record_result
 from optuna_quota._isolation import messages
