@@ -43,10 +43,7 @@ _LOST = MeterReading(None, peak=True, lost=True)
 class Source(NamedTuple):
     """How a trial's use of GPUs can be measured.
 
-    Attributes:
-        name: By process or by device; None if it is on no GPU, or if it can't be measured.
-        reason: Why it can't be measured, as the end of a sentence.
-        is_shared: Whether that is because of another trial.
+    Without a name, it is on no GPU, or ``reason`` says why it can't be measured.
     """
 
     name: Literal["process", "device"] | None = None
@@ -410,11 +407,7 @@ def _titles(resources: Sequence[str]) -> str:
 
 @functools.lru_cache(maxsize=1)
 def gpu_reader() -> GpuReader:
-    """Return the reader of the devices that CUDA shows to this process.
-
-    Raises:
-        GpuError: If NVML can't be used.
-    """
+    """Return the reader of the devices that CUDA shows here; raises GpuError without NVML."""
     return GpuReader(visible_gpus(os.environ).devices)
 
 

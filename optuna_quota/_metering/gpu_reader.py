@@ -247,12 +247,7 @@ class GpuReader:
         self._registry.publish(())
 
     def read(self, max_age: float = 0.0, after: float = float("-inf")) -> GpuReading:
-        """Return the last reading, or a new one if that is too old.
-
-        Args:
-            max_age: Its greatest age in seconds.
-            after: The moment that it must have been read after.
-        """
+        """Return the last reading, or a new one if that is older than ``max_age`` or ``after``."""
         with self._lock:
             now, latest = self._clock(), self.latest
             is_fresh = 0 <= now - latest.at <= max_age and latest.at > after
@@ -405,8 +400,7 @@ def busy_seconds(samples: Iterable[GpuSample], since: float) -> dict[int, float]
 def energy_shares(listed: list[int], busy: Mapping[int, float] | None) -> dict[int, float]:
     """Return the share of a device's energy that each process is charged; they add up to 1.
 
-    Raises:
-        GpuError: If there are several and it is unknown how busy each kept the device.
+    Raises GpuError if there are several and it is unknown how busy each kept the device.
     """
     if len(listed) <= 1:
         return dict.fromkeys(listed, 1.0)

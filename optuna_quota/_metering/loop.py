@@ -62,11 +62,7 @@ class TrialMonitor(TrialState):
         return self.usage_after(self.elapsed)
 
     def sample(self, *, fully: bool = False) -> Usage:
-        """Measure now; return the usage so far and update the breach.
-
-        Args:
-            fully: Whether to read GPUs and meters even if they are not due.
-        """
+        """Measure now, meters only if they are due or ``fully``; return the usage so far."""
         loop = self._loop
         if not self.closed:
             with loop.lock:
@@ -85,8 +81,7 @@ class TrialMonitor(TrialState):
         """Set what this trial may use of the study's total quotas.
 
         Args:
-            left: Ceilings on the trial's whole usage by resource, in SI base units; they replace
-                earlier ones. A breach of one has ``quota=True``.
+            left: Ceilings on the trial's whole usage by resource; they replace earlier ones.
         """
         self._set_ceilings(self.limits, left)
 
@@ -138,8 +133,7 @@ class TrialMonitor(TrialState):
     def on_breach(self, callback: Callable[[Breach], None]) -> None:
         """Call back once at the first breach, from the loop's thread; at once if there was one.
 
-        Args:
-            callback: Should return quickly: nothing is measured meanwhile.
+        It should return quickly: nothing is measured meanwhile.
         """
         with self._loop.lock:
             breach = self.breach
@@ -149,12 +143,9 @@ class TrialMonitor(TrialState):
             _call(partial(callback, breach))
 
     def on_low_quota(self, request: Callable[[], None]) -> None:
-        """Call when little is left of a quota; the answer is :meth:`allow`.
+        """Call when little is left of a quota, from the loop's thread; :meth:`allow` is the answer.
 
         A breach of what is left then waits for the answer, but not forever.
-
-        Args:
-            request: Called from the loop's thread; should return at once.
         """
         self.extension = QuotaExtension(request)
 
