@@ -161,7 +161,7 @@ class LinuxProcess:
         )
 
     def unseen_peak(self, huge: int) -> int | None:
-        """Return a peak since the last call, in bytes; takes all huge pages of this host so far."""
+        """Return a peak since the last call, in bytes; takes the host's huge pages so far."""
         status = self._read_status()
         if b"VmHWM:" not in status:
             return None

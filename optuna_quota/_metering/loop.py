@@ -143,9 +143,9 @@ class TrialMonitor(TrialState):
             _call(partial(callback, breach))
 
     def on_low_quota(self, request: Callable[[], None]) -> None:
-        """Call when little is left of a quota, from the loop's thread; :meth:`allow` is the answer.
+        """Call when little is left of a quota, from the loop's thread.
 
-        A breach of what is left then waits for the answer, but not forever.
+        A breach of what is left then waits for the answer, :meth:`allow`, but not forever.
         """
         self.extension = QuotaExtension(request)
 
