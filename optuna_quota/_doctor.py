@@ -173,11 +173,8 @@ def check_cgroup(
 ) -> Finding:
     """Check whether each trial can have a control group, with an exact memory limit.
 
-    Args:
-        own: Folder of this process's group of version 2; None without one.
-        delegated: Folder of the nearest group in which groups may be made; None without one.
-        refused: Why no group could be made there; None if one was made.
-        files: What the kernel offers in a group made there.
+    ``own`` is this process's group of version 2, ``delegated`` the nearest in which groups may be
+    made; ``refused`` says why none could be made there, ``files`` what the kernel offers in one.
     """
     problem = _degraded(
         "stopping",
@@ -261,24 +258,16 @@ def check_rapl(refused: OSError | None) -> Finding:
 
 
 def check_gpus(devices: Sequence[NvmlDevice], reason: str | None) -> list[Finding]:
-    """Check what can be measured on each GPU.
-
-    Args:
-        devices: The GPUs that NVML shows.
-        reason: Why there are none; None if NVML answered.
-    """
-    if devices:
-        return [_check_gpu(device) for device in devices]
-    return [
-        Finding(
-            "measuring",
-            "GPUs",
-            "missing",
-            f"NVML shows none: {reason or 'it counts none'}.",
-            "`gpu_memory` and `gpu_time` are unknown.",
-            "Install NVIDIA's driver; start a container with `--gpus all`.",
-        )
-    ]
+    """Check what can be measured on each GPU; takes why there are none."""
+    none = Finding(
+        "measuring",
+        "GPUs",
+        "missing",
+        f"NVML shows none: {reason}.",
+        "`gpu_memory` and `gpu_time` are unknown.",
+        "Install NVIDIA's driver; start a container with `--gpus all`.",
+    )
+    return [_check_gpu(device) for device in devices] or [none]
 
 
 def _check_gpu(device: NvmlDevice) -> Finding:
@@ -316,16 +305,9 @@ def _check_gpu(device: NvmlDevice) -> Finding:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What there is of each resource, in bytes and cores; None if unknown.
+    """What there is of memory, cores, swap space and /dev/shm; None if unknown.
 
-    Attributes:
-        memory: The host's memory.
-        memory_limit: What processes here may hold together.
-        cores: The host's processors.
-        usable_cores: What processes here may keep busy together.
-        swap: Swap space.
-        shared: Size of /dev/shm.
-        is_overcommit_strict: Whether the kernel grants no more memory than there is.
+    ``memory_limit`` and ``usable_cores`` are what processes here may use together.
     """
 
     memory: float
@@ -361,8 +343,7 @@ def check_capacity(facts: Capacity) -> list[Finding]:
     """Check memory and cores, and what makes limits on them misleading."""
     there, memory = (_units.format_bytes(n) for n in (facts.memory_limit, facts.memory))
     by = f", the container's limit (the host has {memory})"
-    is_limited = facts.memory_limit < facts.memory
-    found = f"{there}{by if is_limited else ''}."
+    found = f"{there}{by if facts.memory_limit < facts.memory else ''}."
     usable, cores = (_units.format_number(n) for n in (facts.usable_cores, facts.cores))
     of = f" of {cores}, limited by affinity or the container"
     of_all = of if facts.usable_cores < facts.cores else ""
@@ -437,15 +418,7 @@ def examine_storage(storage: BaseStorage) -> list[Finding]:
 def check_storage(
     kind: str, n_studies: int, seconds: float, *, has_heartbeat: bool, is_one_host: bool
 ) -> list[Finding]:
-    """Check the speed of a storage, who can share it, and how dead workers are noticed.
-
-    Args:
-        kind: Its class, and the database behind it.
-        n_studies: Number of its studies.
-        seconds: How long it took to list them.
-        has_heartbeat: Whether it supports heartbeats of workers.
-        is_one_host: Whether only workers on one host can share it.
-    """
+    """Check the speed of a storage, who can share it, and how dead workers are noticed."""
     studies = "1 study" if n_studies == 1 else f"{n_studies} studies"
     found = f"{kind}, {studies}, listed in {_units.format_seconds(seconds)}."
     slow = _degraded(
