@@ -147,25 +147,29 @@ class PauseDetector:
     def __init__(self, clock: RunningClock, is_needed: Callable[[], bool]) -> None:
         self._clock = clock
         self._is_needed = is_needed
-        self._started = threading.Event()
+        self._wakeup = threading.Event()
+        self._is_idle = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin, now that it is needed; one call at a time."""
-        self._started.set()
         if self._thread is None:
             self._thread = threading.Thread(
                 target=self._run, name="optuna-quota-pauses", daemon=True
             )
             self._thread.start()
+        elif self._is_idle:
+            self._wakeup.set()
 
     def _run(self) -> None:
         while True:
-            # Cleared before the check, for a `start` in between.
-            self._started.clear()
-            interval = _PERIOD if self._is_needed() else None
+            # Idle before the check, for a `start` in between.
+            self._wakeup.clear()
+            self._is_idle = True
+            self._is_idle = not self._is_needed()
+            interval = None if self._is_idle else _PERIOD
             self._clock.fall_asleep(interval)
-            self._started.wait(interval)
+            self._wakeup.wait(interval)
             self._clock.wake_up()
 
 
