@@ -144,8 +144,11 @@ class SharedPages:
     def at_most(self, held: TreeMemory) -> int:
         """Return an upper bound of the tree's memory: all added shared memory counts."""
         # A fork begins with pages that were counted before: of a new process its growth counts.
-        new = held.sizes.keys() - self._measured.sizes.keys()
-        self._new = {pid: self._new.get(pid, held.sizes[pid]) for pid in new}
+        if held.sizes.keys() == self._measured.sizes.keys():
+            self._new = {}
+        else:
+            new = held.sizes.keys() - self._measured.sizes.keys()
+            self._new = {pid: self._new.get(pid, held.sizes[pid]) for pid in new}
         return held.total - self._excess - sum(self._new.values())
 
     def has_new_processes(self, held: TreeMemory) -> bool:
