@@ -34,14 +34,12 @@ from optuna_quota._ledger.grant import (
     refuse_study_ended,
     refuse_to_wait,
     RequestedBy,
-    revise_promise,
-    revise_totals,
+    revise_grant,
 )
 from optuna_quota._ledger.heartbeat import Heartbeat, RunningTrial
 from optuna_quota._ledger.protocol import (
     Decision,
     ResourceRequest,
-    Shortage,
     with_decision,
     with_queue_place,
 )
@@ -178,14 +176,12 @@ class Ledger:
         self._reopen_after_fork()
         self._fail_left_behind()
         trial_id, number = _optuna.trial_id_of(trial), trial.number
-        held, seen, is_waiting = Reservation(), self._state.last, False
+        held, seen, short = Reservation(), self._state.last, None
         warn_at = self._clock.monotonic() + _DEADLOCK_WARNING_AFTER
-        short: Shortage | None = None
         for pause in pauses():
             if short is not None and is_over():
-                self._state.write(trial_id, Reservation())
-                return refuse_study_ended(short)
-            seen = self._state.refresh() if seen is None or is_waiting else seen
+                return self._withdraw(trial_id, refuse_study_ended(short))
+            seen = self._state.refresh() if seen is None or short is not None else seen
             self._log_once("unadmitted", describe_unadmitted(self._state.unadmitted))
             free, beside = seen.free(self.quota), seen.count_beside(number)
             least = needs(free, beside)
@@ -200,35 +196,33 @@ class Ledger:
                 n_jobs=n_jobs,
                 requested_by=self._requested_by(),
             )
-            need = footprint.get("gpu_memory", limits.gpu_memory)
-            requests.update(
-                request_gpus(
-                    self._gpus,
-                    seen.claims,
-                    this_worker().machine,
-                    need,
-                    count=self._gpus_per_trial,
-                    in_use=memory_in_use(self._gpus),
-                )
+            gpu_memory = footprint.get("gpu_memory", limits.gpu_memory)
+            requests |= request_gpus(
+                self._gpus,
+                seen.claims,
+                this_worker().machine,
+                gpu_memory,
+                count=self._gpus_per_trial,
+                in_use=memory_in_use(self._gpus),
             )
             # A waiting trial checks before it asks: a claim that can't be granted would only
             # disturb the others.
             decision = self._state.judge(number, held, requests, seen, queue=True)
-            if not is_waiting or decision.action != "withdraw":
+            if short is None or decision.action != "withdraw":
                 decision, seen = self._state.ask(trial_id, number, held, requests, queue=True)
                 least = needs(seen.free(self.quota), seen.count_beside(number))
             refusal = refuse_exhausted(self.quota, seen.used, footprint, needs=least)
             if refusal is None and decision.action == "grant":
                 return self._begin(trial, limits, decision)
-            if refusal is None and decision.shortage is not None:
-                refusal = refuse_never_fitting(decision.shortage)
+            short = decision.shortage
+            if refusal is None and short is not None:
+                refusal = refuse_never_fitting(short)
                 if refusal is None and self._must_not_wait():
-                    refusal = refuse_to_wait(decision.shortage, seen.claims, number)
+                    refusal = refuse_to_wait(short, seen.claims, number)
             if refusal is not None:
-                self._state.write(trial_id, Reservation())
-                return refusal
+                return self._withdraw(trial_id, refusal)
+            assert short is not None
             held = self._queue(trial_id, held, requests)
-            is_waiting, short = True, decision.shortage
             self._log_once("serial", describe_serial(short, self.quota))
             if self._clock.monotonic() >= warn_at:
                 own = self._asked_by_this_thread()
@@ -238,6 +232,10 @@ class Ledger:
                     warn_at = math.inf
             self._clock.sleep(pause)
         raise AssertionError("The pauses never end.")
+
+    def _withdraw(self, trial_id: int, refusal: Refusal) -> Refusal:
+        self._state.write(trial_id, Reservation())
+        return refusal
 
     @property
     def trials(self) -> Sequence[FrozenTrial]:
@@ -305,19 +303,17 @@ class Ledger:
             if running is None or running.monitor is None:
                 return True
             held, used = running.reservation, running.monitor.usage().amounts()
-            smaller, larger = revise_promise(
-                self.quota, running.limits, held.granted, bounds, used
-            )
-            less, more = revise_totals(self.quota, running.limits, held.granted, expected, used)
-            smaller.update(less)
+            needs = {n: a for n, a in expected.items() if n not in self.quota.held}
+            needs |= {n: a for n, a in bounds.items() if n in self.quota.held}
+            smaller, larger = revise_grant(self.quota, running.limits, held.granted, needs, used)
             if smaller:
                 self._change(running, replace(held, granted={**held.granted, **smaller}))
-            self._extend(running, larger)
-            self._extend(running, more, exactly=True)
-            if smaller or larger or more:
+            for name, need in larger.items():
+                self._extend(running, {name: need}, exactly=name not in self.quota.held)
+            if smaller or larger:
                 running.monitor.allow(running.left)
             granted = running.reservation.granted
-            return all(granted[name] >= need for name, need in more.items())
+            return all(granted[n] >= larger[n] for n in larger.keys() - self.quota.held.keys())
 
     def extend(self, trial_id: int, usage: Usage | None = None) -> Mapping[str, float]:
         """Request more of what runs low for a running trial; return what it may use in all.
@@ -399,9 +395,6 @@ class Ledger:
 
     def _asked_by_this_thread(self) -> list[int]:
         """Return the numbers of running trials that this thread got from ``ask``."""
-        return [r.number for r in self._of_this_thread() if not r.in_optimize]
-
-    def _of_this_thread(self) -> list[RunningTrial]:
         here = threading.get_ident()
         with self._changing:
             own = [r for r in self._running.values() if r.thread == here]
@@ -409,7 +402,7 @@ class Ledger:
             ended = [r for r in own if r.monitor is not None and r.monitor.closed]
             for running in ended:
                 del self._running[running.trial_id]
-            return [r for r in own if r not in ended]
+            return [r.number for r in own if r not in ended and not r.in_optimize]
 
     def _queue(
         self, trial_id: int, held: Reservation, requests: Mapping[str, ResourceRequest]

@@ -43,57 +43,32 @@ class IntervalUnion:
     """A growing union of intervals; adding one costs the logarithm of their number.
 
     Args:
-        intervals: The first intervals.
         gap: Intervals at most this far apart are joined, with the gap between them.
     """
 
-    def __init__(self, intervals: Iterable[tuple[float, float]] = (), gap: float = 0.0) -> None:
+    def __init__(self, gap: float = 0.0) -> None:
         self._gap = gap
         self._starts: list[float] = []
         self._ends: list[float] = []
         self.total = 0.0
-        for start, end in intervals:
-            self.add(start, end)
 
-    def add(self, start: float, end: float) -> None:
-        """Add an interval; one that ends before it starts is empty."""
-        if end <= start:
-            return
-        first, last = self._touched(start, end)
-        start, end = self._joined(start, end, first, last)
-        self.total += end - start - self._length(first, last)
+    def copy(self) -> IntervalUnion:
+        """Return a union that grows independently."""
+        other = IntervalUnion(self._gap)
+        other._starts, other._ends, other.total = [*self._starts], [*self._ends], self.total
+        return other
+
+    def add(self, start: float, end: float) -> tuple[float, float]:
+        """Add an interval; return what it is joined to with those that it touches."""
+        end = max(start, end)
+        first = bisect_left(self._ends, start - self._gap)
+        last = bisect_right(self._starts, end + self._gap)
+        starts, ends = self._starts[first:last], self._ends[first:last]
+        start, end = min([start, *starts]), max([end, *ends])
+        self.total += end - start - (sum(ends) - sum(starts))
         self._starts[first:last] = [start]
         self._ends[first:last] = [end]
-
-    def joined(self, start: float, end: float) -> tuple[float, float]:
-        """Return what an interval would become once added, without adding it."""
-        return self._joined(start, end, *self._touched(start, end))
-
-    def _joined(self, start: float, end: float, first: int, last: int) -> tuple[float, float]:
-        if first >= last:
-            return start, end
-        return min(start, self._starts[first]), max(end, self._ends[last - 1])
-
-    def with_added(self, intervals: Iterable[tuple[float, float]]) -> float:
-        """Return the total with more intervals, without adding them."""
-        more = IntervalUnion(intervals)
-        shared = sum(
-            self._overlap(start, end) for start, end in zip(more._starts, more._ends, strict=True)
-        )
-        return self.total + more.total - shared
-
-    def _touched(self, start: float, end: float) -> tuple[int, int]:
-        gap = self._gap
-        return bisect_left(self._ends, start - gap), bisect_right(self._starts, end + gap)
-
-    def _length(self, first: int, last: int) -> float:
-        pairs = zip(self._starts[first:last], self._ends[first:last], strict=True)
-        return sum(end - start for start, end in pairs)
-
-    def _overlap(self, start: float, end: float) -> float:
-        first, last = self._touched(start, end)
-        pairs = zip(self._starts[first:last], self._ends[first:last], strict=True)
-        return sum(max(0.0, min(end, e) - max(start, s)) for s, e in pairs)
+        return start, end
 
 
 class WorkerTime:
@@ -105,10 +80,9 @@ class WorkerTime:
 
     def add(self, worker: Hashable, start: float, end: float) -> None:
         """Add a finished trial of a worker."""
-        own = self._by_worker.setdefault(worker, IntervalUnion(gap=LONGEST_GAP))
-        own.add(start, end)
         if end > start:
-            self._all.add(*own.joined(start, end))
+            own = self._by_worker.setdefault(worker, IntervalUnion(gap=LONGEST_GAP))
+            self._all.add(*own.add(start, end))
 
     @property
     def total(self) -> float:
@@ -117,11 +91,11 @@ class WorkerTime:
 
     def with_running(self, running: Iterable[tuple[Hashable, float, float]]) -> float:
         """Return the total with running trials: worker, start and present time of each."""
-        joined = []
+        union = self._all.copy()
         for worker, start, now in running:
             own = self._by_worker.get(worker)
-            joined.append((start, now) if own is None else own.joined(start, now))
-        return self._all.with_added(joined)
+            union.add(*((start, now) if own is None else own.copy().add(start, now)))
+        return union.total
 
 
 @dataclass(frozen=True)
