@@ -25,12 +25,7 @@ _MIN_SHARE = 1 / 8
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU of this machine.
-
-    Attributes:
-        uuid: The identifier that CUDA_VISIBLE_DEVICES takes.
-        memory: Its memory in bytes.
-    """
+    """One GPU: its identifier as CUDA_VISIBLE_DEVICES takes it, and its memory in bytes."""
 
     uuid: str
     memory: float

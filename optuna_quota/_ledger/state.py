@@ -172,12 +172,7 @@ class TrialRows:
         return _optuna.stale_trial_ids(self._storage, self._study_id)
 
     def write(self, trial_id: int, reservation: Reservation) -> None:
-        """Write a trial's reservation into its row.
-
-        Raises:
-            optuna.exceptions.UpdateFinishedTrialError: If another worker found this one dead and
-                finished the row.
-        """
+        """Write a reservation; UpdateFinishedTrialError if another worker has finished the row."""
         write_attributes(self._storage, trial_id, system={RESERVATION: self._object(reservation)})
 
     def take_enqueued(self, trial_id: int, reservation: Reservation) -> bool:
@@ -253,13 +248,10 @@ class LedgerState:
         self._warned_of: set[str] = set()
 
     def now(self, since: float | None = None) -> float:
-        """Return the time on the study's clock, in seconds since the epoch.
+        """Return seconds since the epoch on the study's clock, now or at a monotonic time.
 
         All workers follow the one whose clock is ahead, so that trials that run at the same time
         do so on the study's clock as well.
-
-        Args:
-            since: A time on this process's monotonic clock instead of now.
         """
         return self._ahead + (self.clock.monotonic() if since is None else since)
 
@@ -344,7 +336,7 @@ class LedgerState:
         return self._totals.unadmitted
 
     def write(self, trial_id: int, reservation: Reservation) -> None:
-        """Write the reservation of one of this process's trials; see :meth:`TrialRows.write`."""
+        """Write the reservation of one of this process's trials."""
         self.rows.write(trial_id, self._signed(trial_id, reservation))
 
     def take_enqueued(self, trial_id: int) -> bool:

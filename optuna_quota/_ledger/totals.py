@@ -63,9 +63,10 @@ class IntervalUnion:
         end = max(start, end)
         first = bisect_left(self._ends, start - self._gap)
         last = bisect_right(self._starts, end + self._gap)
-        starts, ends = self._starts[first:last], self._ends[first:last]
-        start, end = min([start, *starts]), max([end, *ends])
-        self.total += end - start - (sum(ends) - sum(starts))
+        touched = list(zip(self._starts[first:last], self._ends[first:last], strict=True))
+        if touched:
+            start, end = min(start, touched[0][0]), max(end, touched[-1][1])
+        self.total += end - start - sum(e - s for s, e in touched)
         self._starts[first:last] = [start]
         self._ends[first:last] = [end]
         return start, end
@@ -281,13 +282,10 @@ class QuotaTotals:
                 self._latest_end = (entry.span[1], worker)
 
     def used(self, now: float, here: Worker | None = None) -> dict[str, float]:
-        """Return the usage by resource.
+        """Return the usage by resource at a time on the study's clock.
 
         A trial of unknown usage counts with its limit, or else with the largest known usage.
-
-        Args:
-            now: Seconds on the study's clock.
-            here: A worker that is about to start a trial.
+        With ``here``, a worker is about to start a trial.
         """
         used = {
             name: self._known[name]
@@ -301,7 +299,7 @@ class QuotaTotals:
         """Return the study's clock time in seconds, up to now for running trials.
 
         From a worker's first trial to the end of its last, without pauses longer than
-        :data:`LONGEST_GAP`; arguments as for :meth:`used`.
+        :data:`LONGEST_GAP`.
         """
         running: list[tuple[Worker | None, float, float]] = [
             (e.reservation.worker, e.reservation.began, self._until(e.reservation, now))
@@ -332,11 +330,7 @@ class QuotaTotals:
         return max([self._latest_end, *beats], key=lambda pair: pair[0])
 
     def reserved(self, machine: str | None = None) -> dict[str, float]:
-        """Return what running trials hold or ask for, by resource.
-
-        Args:
-            machine: Count what is held at one moment on this machine only; None for all.
-        """
+        """Return what running trials hold or ask for; of what is held, on one machine if given."""
         reserved: dict[str, float] = {}
         for entry in self.open:
             claim = entry.claim
@@ -354,11 +348,7 @@ class QuotaTotals:
 
 
 def describe_unadmitted(usage: Mapping[str, float]) -> str | None:
-    """Return a log line on trials that no ledger admitted; None without any.
-
-    Args:
-        usage: See :attr:`QuotaTotals.unadmitted`.
-    """
+    """Return a log line on usage that is :attr:`QuotaTotals.unadmitted`, None without any."""
     ran, added = int(usage.get("n_trials", 0)), int(usage.get("added", 0))
     if not ran and not added:
         return None
