@@ -203,7 +203,7 @@ def _tell_preempted(
 ) -> TellResult:
     """End a preempted trial in the place of ``tell``; ``optimize`` goes on to its end."""
     preemption, storage = preemption_of(study), _optuna.storage_of(study)
-    row = retry(lambda: storage.get_trial(trial_id))
+    row = storage.get_trial(trial_id)
     if row.state.is_finished():
         # Whatever finished it has enqueued it, if it is to run again.
         return TrialState.PRUNED, None, None
@@ -217,9 +217,9 @@ def _tell_preempted(
         if not is_transient(error):
             raise
         # Its usage is in the row already.
-        retry(lambda: _optuna.finish_row(storage, trial_id, TrialState.FAIL))
+        _optuna.finish_row(storage, trial_id, TrialState.FAIL)
         # It may have been stored with its value although the answer was lost.
-        end = retry(lambda: storage.get_trial(trial_id))
+        end = storage.get_trial(trial_id)
         result = end.state, end.values, reason
     if result[0] != TrialState.FAIL:
         return result
@@ -232,13 +232,7 @@ def _tell_preempted(
 
 
 def enqueue_again(study: Study, row: FrozenTrial, why: str) -> None:
-    """Enqueue a trial again, once; one without parameters would be any trial.
-
-    Args:
-        study: The study.
-        row: The trial.
-        why: What happened to it, for the log.
-    """
+    """Enqueue a trial again, once, and log why; one without parameters would be any trial."""
     if not (row.params or _optuna.fixed_params_of(row)):
         return
     kept = {k: v for k, v in row.user_attrs.items() if not k.startswith(PREFIX)}

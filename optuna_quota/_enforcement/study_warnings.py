@@ -116,11 +116,7 @@ def warn_of_ceilings(
 ) -> None:
     """Warn of ceilings above what the machine has or the quota allows, and of none at all.
 
-    Args:
-        study: The study.
-        limits: The limits on each trial.
-        quota: The study's quota, None without one.
-        has_purpose: Whether there is another reason for a sampler or pruner without ceilings.
+    ``has_purpose`` says that a sampler or pruner without ceilings has another reason.
     """
     known = _known(study)
     with _lock:
@@ -169,13 +165,7 @@ def read_machine(limits: Limits, quota: Quota | None) -> dict[str, float]:
 def describe_ceilings(
     limits: Limits, quota: Quota | None, machine: Mapping[str, float]
 ) -> list[str]:
-    """Return a sentence for each ceiling that something else is below (pure).
-
-    Args:
-        limits: The limits on each trial.
-        quota: The study's quota.
-        machine: What the machine has, by resource.
-    """
+    """Return a sentence for each ceiling above another one, or above what the machine has."""
     amounts = limits.amounts()
     of_quota = {} if quota is None else quota.amounts()
     found = []
@@ -202,12 +192,10 @@ def describe_ceilings(
 
 
 def is_first_trial(study: Study) -> bool:
-    """Return whether no trial of a study has started in this process yet."""
     return _known(study).first is None
 
 
 def note_start(study: Study, monitor: TrialMonitor) -> None:
-    """Note the first trial of a study in this process, to compare later ones with."""
     known = _known(study)
     with _lock:
         if known.first is None:
@@ -264,12 +252,7 @@ def report_end(
 ) -> None:
     """Give the log the reason of a terminated trial, and warn of what its end shows.
 
-    Args:
-        study: The study.
-        number: The trial's number.
-        monitor: Its metering, which is closed.
-        record: Its record.
-        error: What the objective raised, where that is known. Optuna logs it after this.
+    Its metering is closed. Optuna logs what the objective raised after this.
     """
     if record.outcome == "terminated" and record.reason:
         if isinstance(error, TrialPruned):
@@ -341,7 +324,6 @@ def _warn_of_held(study: Study, number: int, monitor: TrialMonitor) -> None:
 
 
 def _after_tell(study: Study, trial_id: int) -> None:
-    """Look at a trial that has ended, whatever sampler and pruner the study has."""
     storage = _optuna.storage_of(study)
     monitor = metering_loop().find((id(storage), trial_id))
     if monitor is not None and monitor.owner == "pruner":

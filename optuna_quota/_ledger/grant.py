@@ -49,7 +49,6 @@ _RELEASE_BELOW = 0.9
 
 
 def no_needs(free: Mapping[str, float], n_beside: int) -> Mapping[str, float]:
-    """Return that nothing is known of what points need."""
     return {}
 
 

@@ -97,11 +97,9 @@ class Ledger:
         self._open(study)
 
     def add_study(self, study: Study) -> None:
-        """Add another object of the same study."""
         self._studies.add(study)
 
     def set_bounds(self, limits: Limits) -> None:
-        """Charge trials of unknown usage with other limits, which are the study's now."""
         self._reopen_after_fork()
         self._state.set_bounds(limits)
 
@@ -128,7 +126,6 @@ class Ledger:
             self._log_once("resumed", describe_resumed(self.quota, seen.used))
 
     def take_enqueued(self, trial: FrozenTrial) -> bool:
-        """Return whether an enqueued trial is this worker's alone."""
         self._reopen_after_fork()
         return self._state.take_enqueued(_optuna.trial_id_of(trial))
 

@@ -44,12 +44,10 @@ class Worker:
 
     @property
     def label(self) -> str:
-        """The worker's name for display: host and pid."""
         return f"{self.host}:{self.pid}"
 
 
 def this_worker() -> Worker:
-    """Return this process."""
     return _worker(os.getpid())
 
 

@@ -57,7 +57,6 @@ class LedgerLine:
 
     @property
     def exceeded(self) -> bool:
-        """Whether more than the quota is used, or held at this moment."""
         taken = self.reserved if self.resource in HELD_RESOURCES else self.used
         return self.quota is not None and taken > quota_bound(self.quota)
 

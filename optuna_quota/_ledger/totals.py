@@ -53,7 +53,6 @@ class IntervalUnion:
         self.total = 0.0
 
     def copy(self) -> IntervalUnion:
-        """Return a union that grows independently."""
         other = IntervalUnion(self._gap)
         other._starts, other._ends, other.total = [*self._starts], [*self._ends], self.total
         return other
@@ -87,7 +86,6 @@ class WorkerTime:
 
     @property
     def total(self) -> float:
-        """Seconds over all trials that were added."""
         return self._all.total
 
     def with_running(self, running: Iterable[tuple[Hashable, float, float]]) -> float:
@@ -254,7 +252,6 @@ class QuotaTotals:
         self._latest_end: tuple[float, Worker | None] = (-math.inf, None)
 
     def update(self, finished: Iterable[Entry], still_open: Sequence[Entry]) -> None:
-        """Add rows that have finished, and replace those that have not."""
         for entry in finished:
             self._add(entry)
         self.open = tuple(still_open)
@@ -343,7 +340,6 @@ class QuotaTotals:
 
     @property
     def claims(self) -> list[Claim]:
-        """Running trials that hold, ask or wait, as the protocol sees them."""
         return [entry.claim for entry in self.open if entry.reservation is not None]
 
 
