@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 _MIN_TRIALS = 8
 _MUCH = 1.3
-# A law that errs by less than this more is good enough.
+# A law that errs by less than this more, or by less than this at all, is good enough.
 _MATTERS = 0.01
+_GOOD_ENOUGH = 0.04
 _SIGNIFICANCE = 0.05
 
 
@@ -80,7 +81,7 @@ def _compared(pairs: NDArray[np.float64]) -> PredictionError:
     from scipy.stats import wilcoxon
 
     formula, footprint = np.median(pairs, axis=0)
-    much = formula > max(_MUCH * footprint, footprint + _MATTERS)
+    much = formula > max(_MUCH * footprint, footprint + _MATTERS, _GOOD_ENOUGH)
     p_value = wilcoxon(pairs[:, 0], pairs[:, 1], alternative="greater").pvalue if much else 1.0
     one, other = np.expm1(np.minimum((formula, footprint), 20.0)).tolist()
     return PredictionError(one, other, len(pairs), bool(p_value < _SIGNIFICANCE))
