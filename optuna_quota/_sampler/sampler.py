@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-    from optuna_quota._projection import Projection
+    from optuna_quota._projection.projection import Projection
 
 
 _logger = logging.getLogger("optuna.quota.sampler")

@@ -17,8 +17,13 @@ from optuna_quota._footprint.future_points import simulate_future_points
 from optuna_quota._footprint.observations import read_observation
 from optuna_quota._footprint.user_given import as_footprint, UnknownFootprintError
 from optuna_quota._ledger import status
-from optuna_quota._projection import describe_nearest, project, project_end, Projection
-from optuna_quota._projection.projection import describe_probability, ProjectedResource
+from optuna_quota._projection.projection import (
+    describe_nearest,
+    describe_probability,
+    ProjectedResource,
+    Projection,
+)
+from optuna_quota._projection.simulation import project, project_end
 from optuna_quota._resources import format_amount, get_resource, Limits, Quota, Strategy
 from optuna_quota._sampler.candidates import enumerates_points
 from optuna_quota._sampler.study_footprint import MIN_TRIALS, StudyFootprint
