@@ -16,7 +16,7 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 
 from optuna_quota._utilization.data import Parameter, StudyData
-from optuna_quota._utilization.multiple_tests import holm
+from optuna_quota._utilization.model import holm
 
 
 if TYPE_CHECKING:

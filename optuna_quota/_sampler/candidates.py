@@ -36,7 +36,7 @@ from optuna_quota._sampler.admission import is_audit_due, PointAdmission, PointV
 from optuna_quota._sampler.nearest_point import nearest_admitted
 from optuna_quota._sampler.options import AdmissionOptions, OnVeto
 from optuna_quota._sampler.row_cleanup import fail_unfinished_trial
-from optuna_quota._sampler.study_footprint import Forecast, StudyFootprint, within_left
+from optuna_quota._sampler.study_footprint import Forecast, StudyFootprint
 from optuna_quota.exceptions import TrialRejected
 
 
@@ -134,7 +134,7 @@ class CandidateFilter:
             trials: All trials of the study.
             left: What is left for it of the study's totals, where its end is near.
         """
-        forecast = within_left(self.footprint.forecast(trials, limits.tightened(left)), left)
+        forecast = self.footprint.forecast(trials, limits.tightened(left)).within(left)
         enqueued = _optuna.fixed_params_of(trial)
         # A PartialFixedSampler may stand inside of ours or around it.
         fixed = {
@@ -182,7 +182,7 @@ class CandidateFilter:
     def set_left(self, trial: FrozenTrial, left: Mapping[str, float]) -> None:
         """Judge the point of a trial anew by what is left of the study's totals."""
         state = self._state(trial)
-        state.forecast, state.drawn = within_left(state.forecast, left), {}
+        state.forecast, state.drawn = state.forecast.within(left), {}
 
     def relative_space(
         self, trial: FrozenTrial, space: dict[str, BaseDistribution]

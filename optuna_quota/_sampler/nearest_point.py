@@ -10,7 +10,7 @@ import numpy as np
 
 from optuna_quota._footprint.search_space import position_of, value_at
 from optuna_quota._footprint.user_given import count_within
-from optuna_quota._sampler.admission import is_admitted, PointAdmission
+from optuna_quota._sampler.admission import PointAdmission
 
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class _Search:
     ) -> np.ndarray | None:
         """Return the admitted place closest to the start, by a share of the threshold."""
         threshold = margin * self._admission.threshold
-        admitted = np.array([is_admitted(each, threshold) for each in probabilities])
+        admitted = probabilities <= threshold
         if not admitted.any():
             return None
         distances = np.linalg.norm(places - self._start, axis=1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from optuna_quota._resources import get_resource
 from optuna_quota._utilization.design import Column, Product
-from optuna_quota._utilization.fit import Derivatives, derivatives_at, leverage
+from optuna_quota._utilization.fit import derivatives_at, leverage
 from optuna_quota._utilization.selection import Selected
 
 
@@ -49,7 +49,7 @@ def formula_text(
         selected: The terms and their fit.
         floor: SI base units; 0 without one.
         params: Log of the floor if there is one, then the coefficients.
-        p_values: Adjusted for all tests, of the same.
+        p_values: Of the same, adjusted for all tests.
     """
     offset = int(selected.fit.has_floor)
     level, *slopes = params[offset:]
@@ -68,7 +68,7 @@ def _factor(column: Column | Product, b: float) -> str:
     where = "".join(_condition(c) for c in columns if c.form in ("level", "active"))
     numbers = [c for c in columns if c.form not in ("level", "active")]
     if not numbers:
-        return f"{_ratio(b)}{where}"
+        return f"{plain_number(bounded_exp(b), 2 if abs(b) < 4.6 else 3)}{where}"
     if len(numbers) == 1 and numbers[0].form != "linear":
         return f"({_relative(numbers[0])})^{b:.2f}{where}"
     return f"exp({b:.3g} · {' · '.join(map(_deviation, numbers))}){where}"
@@ -91,39 +91,27 @@ def _condition(column: Column) -> str:
     return f"[{shown}]"
 
 
-def _ratio(b: float) -> str:
-    return plain_number(bounded_exp(b), 2 if abs(b) < 4.6 else 3)
-
-
 def _amount(resource: str, value: float) -> str:
     """Return an amount as text, in scientific notation where it would be all zeros."""
     known = get_resource(resource)
     symbol = known.unit.symbol
-    least = _LEAST.get(symbol, 0.01)
-    return known.format(value) if value >= least else f"{value:.2g} {symbol}".rstrip()
+    enough = value >= _LEAST.get(symbol, 0.01)
+    return known.format(value) if enough else f"{value:.2g} {symbol}".rstrip()
 
 
 def diagnose(
     resource: str, selected: Selected, numbers: NDArray[np.int64], n_stopped_peaks: int
 ) -> list[str]:
-    """Return warnings about a fit, the most serious first.
-
-    Args:
-        resource: Name of the resource.
-        selected: The terms and their fit.
-        numbers: Numbers of the trials, shape ``(n,)``.
-        n_stopped_peaks: Number of trials left out, as they were stopped before their peak.
-    """
-    fit, sample = selected.fit, selected.sample
-    at_fit = derivatives_at(fit, sample)
-    scale = fit.scale(at_fit.jacobian)
-    residuals = (sample.y - at_fit.mean) / scale
-    found = [
-        *_censoring(sample.censored),
-        *_influence(selected, at_fit, residuals, numbers),
-        *_collinearity(selected),
-    ]
-    if not fit.converged:
+    """Return warnings about a fit to the trials of these numbers, the most serious first."""
+    censored, found = selected.sample.censored, []
+    if 2 * censored.sum() > len(censored):
+        found.append(
+            f"{censored.sum()} of {len(censored)} trials ended early and are lower bounds: the "
+            "estimates rely on the power law and on normal residuals where nothing was observed. "
+            "Let some of the largest trials run to their end."
+        )
+    found += [*_influence(selected, numbers), *_collinearity(selected)]
+    if not selected.fit.converged:
         found.append("The fit did not converge: treat the estimates as rough.")
     if n_stopped_peaks:
         found.append(
@@ -134,21 +122,12 @@ def diagnose(
     return [*found, *selected.design.notes]
 
 
-def _censoring(censored: NDArray[np.bool_]) -> Iterator[str]:
-    if 2 * censored.sum() > len(censored):
-        yield (
-            f"{censored.sum()} of {len(censored)} trials ended early and are lower bounds: the "
-            "estimates rely on the power law and on normal residuals where nothing was observed. "
-            "Let some of the largest trials run to their end."
-        )
-
-
-def _influence(
-    selected: Selected, at_fit: Derivatives, residuals: Array, numbers: NDArray[np.int64]
-) -> Iterator[str]:
+def _influence(selected: Selected, numbers: NDArray[np.int64]) -> Iterator[str]:
     """Cook's distance, ``z² h / (p (1 - h)²)``, above 1 (Cook and Weisberg, 1982)."""
+    sample, at_fit = selected.sample, derivatives_at(selected.fit, selected.sample)
     h, k = leverage(at_fit), at_fit.jacobian.shape[1]
-    z = np.where(selected.sample.censored, 0.0, residuals / selected.sigma)
+    spread = selected.sigma * selected.fit.scale(at_fit.jacobian)
+    z = np.where(sample.censored, 0.0, (sample.y - at_fit.mean) / spread)
     distance = z**2 * h / (k * np.maximum(1 - h, 1e-3) ** 2)
     worst = np.argsort(distance)[::-1][:3]
     found = [str(numbers[i]) for i in worst if distance[i] > 1]

@@ -10,7 +10,7 @@ lower bounds they are those of maximum likelihood with a sandwich of the same ki
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 import math
@@ -30,7 +30,6 @@ from optuna_quota._utilization.fit import (
     Sample,
     without_numeric_warnings,
 )
-from optuna_quota._utilization.multiple_tests import holm
 from optuna_quota._utilization.selection import MIN_OBSERVED, select, Selected
 
 
@@ -61,6 +60,7 @@ class UtilizationModel:
 
     Attributes:
         resource: Name of the resource.
+        selected: The selected terms, the observations and their fit.
         numbers: Numbers of the trials it is fitted to, shape ``(n,)``.
         n_observed: How many of them were observed to their end.
         n_censored: How many count as lower bounds.
@@ -79,12 +79,12 @@ class UtilizationModel:
         self.n_censored = int(selected.sample.censored.sum())
         self.n_observed = len(numbers) - self.n_censored
         self.n_stopped_peaks = n_stopped_peaks
-        self._selected = selected
+        self.selected = selected
         self._p_adjusted: Array | None = None
 
     def log_likelihood(self, numbers: NDArray[np.int64]) -> float:
         """Return the log-likelihood of the usage of the trials of these numbers."""
-        terms = derivatives_at(self._selected.fit, self._selected.sample).loglike_obs
+        terms = derivatives_at(self.selected.fit, self.selected.sample).loglike_obs
         return float(terms[np.isin(self.numbers, numbers)].sum())
 
     @property
@@ -99,32 +99,21 @@ class UtilizationModel:
     @cached_property
     def results(self) -> Any:
         """The statsmodels results; the parameters are on the log scale, errors are HC3."""
-        fit, sample = self._selected.fit, self._selected.sample
-        names = [*(["log(floor)"] if fit.has_floor else []), *self._selected.design.terms]
+        fit, sample = self.selected.fit, self.selected.sample.with_scale(self.selected.fit)
+        names = [*(["log(floor)"] if fit.has_floor else []), *self.selected.design.terms]
         if self.n_censored:
-            return _likelihood_results(fit, sample.with_scale(fit), [*names, "log(sigma)"])
-        return _regression_results(fit, sample.with_scale(fit), names)
-
-    @property
-    def selected(self) -> Selected:
-        """The selected terms, the observations and their fit."""
-        return self._selected
+            return _likelihood_results(fit, sample, [*names, "log(sigma)"])
+        return _regression_results(fit, sample, names)
 
     @property
     def floor(self) -> float:
         """What a trial uses whatever its parameters, in SI base units; 0 without a floor."""
-        return math.exp(self._selected.fit.gamma) if self._selected.fit.has_floor else 0.0
+        return math.exp(self.selected.fit.gamma)
 
     @property
     def sigma(self) -> float:
         """Standard deviation of the log of the usage around the model, corrected for its terms."""
-        return self._selected.sigma
-
-    @property
-    def df(self) -> int:
-        """Degrees of freedom of the intervals: trials observed to their end less parameters."""
-        n_parameters = len(self._selected.fit.theta)
-        return max(1, self.n_observed - n_parameters + (not self.n_censored))
+        return self.selected.sigma
 
     @cached_property
     def coefficients(self) -> pd.DataFrame:
@@ -136,16 +125,16 @@ class UtilizationModel:
         enters per unit, and ``amount`` (SI base units) for ``floor`` and ``constant``: what the
         power law comes to at the middle of all parameters and the most frequent levels.
         """
-        table: pd.DataFrame = self._coefficients.copy()
-        p_values = table["p_value"].to_numpy(dtype=float)
-        table["p_adjusted"] = holm(p_values) if self._p_adjusted is None else self._p_adjusted
+        p_values = self._coefficients["p_value"].to_numpy(dtype=float)
+        adjusted = holm(p_values) if self._p_adjusted is None else self._p_adjusted
+        table: pd.DataFrame = self._coefficients.assign(p_adjusted=adjusted)
         return table
 
     @cached_property
     def _coefficients(self) -> pd.DataFrame:
         import pandas as pd
 
-        design, offset = self._selected.design, int(self._selected.fit.has_floor)
+        design, offset = self.selected.design, int(self.selected.fit.has_floor)
         figures = np.column_stack(
             [self.results.params, self.results.conf_int(), self.results.pvalues]
         )
@@ -165,14 +154,13 @@ class UtilizationModel:
         return table
 
     def _with_possible_floor(self, figures: Array) -> Array:
-        """Return estimate, interval and p-value of the terms, widened by a floor that may exist.
+        """Join intervals and p-values with those of a floor that the trials do not exclude.
 
-        Each interval is joined with that of the fit with the floor, and of its two p-values the
-        larger counts, so that a claim holds with and without it.
+        So a claim holds with and without the floor.
         """
         from scipy.special import stdtr, stdtrit
 
-        floored, sample = self._selected.floored, self._selected.sample
+        floored, sample = self.selected.floored, self.selected.sample
         if floored is None:
             return figures
         k = len(floored.beta)
@@ -182,33 +170,37 @@ class UtilizationModel:
         df = max(1, self.n_observed - len(floored.theta))
         beta = floored.theta[places]
         half = float(stdtrit(df, 0.975)) * errors
-        joined: Array = figures.copy()
-        mains = slice(0, k - 1)
-        joined[mains, 1] = np.minimum(figures[mains, 1], beta - half)
-        joined[mains, 2] = np.maximum(figures[mains, 2], beta + half)
         p_values = 2 * stdtr(df, -np.abs(beta) / np.maximum(errors, 1e-300))
-        joined[mains, 3] = np.maximum(figures[mains, 3], p_values)
-        return joined
+        estimates, lower, upper, own_p_values = figures[: k - 1].T
+        mains = np.column_stack(
+            [
+                estimates,
+                np.minimum(lower, beta - half),
+                np.maximum(upper, beta + half),
+                np.maximum(own_p_values, p_values),
+            ]
+        )
+        return np.vstack([mains, figures[k - 1 :]])
 
     @cached_property
     def formula(self) -> str:
         """The model as text, with the terms that are clear: ``p_adjusted`` below 5%."""
         params = np.asarray(self.results.params, dtype=float)
         p_values = self.coefficients["p_adjusted"].to_numpy(dtype=float)
-        return formula_text(self.resource, self._selected, self.floor, params, p_values)
+        return formula_text(self.resource, self.selected, self.floor, params, p_values)
 
     @cached_property
     def diagnostics(self) -> list[str]:
         """Warnings that a reader should act on; empty if there are none."""
-        return diagnose(self.resource, self._selected, self.numbers, self.n_stopped_peaks)
+        return diagnose(self.resource, self.selected, self.numbers, self.n_stopped_peaks)
 
     @property
     def notes(self) -> list[str]:
         """What was left out or added, and why."""
-        return list(self._selected.notes)
+        return list(self.selected.notes)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or "_selected" not in self.__dict__:
+        if name.startswith("_") or "selected" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.results, name)
 
@@ -287,18 +279,24 @@ def fit_utilization_models(
             missing[resource] = found
         else:
             models[resource] = found
-    _adjust_together(models.values())
+    # The p-values of the terms of all models are adjusted together.
+    tables = [m._coefficients["p_value"].to_numpy(dtype=float) for m in models.values()]
+    adjusted = holm(np.concatenate([*tables, np.zeros(0)]))
+    ends = np.cumsum([len(table) for table in tables])
+    for model, own in zip(models.values(), np.split(adjusted, ends)[:-1], strict=True):
+        model._p_adjusted = own
     return models, missing
 
 
-def _adjust_together(models: Collection[UtilizationModel]) -> None:
-    """Adjust the p-values of the terms of all models of a study together."""
-    if not models:
-        return
-    tables = [model._coefficients["p_value"].to_numpy(dtype=float) for model in models]
-    ends = np.cumsum([len(table) for table in tables])[:-1]
-    for model, adjusted in zip(models, np.split(holm(np.concatenate(tables)), ends), strict=True):
-        model._p_adjusted = adjusted
+def holm(p_values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return p-values adjusted by Holm's method; NaN stays NaN and is no test."""
+    adjusted = np.full(len(p_values), math.nan)
+    known = np.isfinite(p_values)
+    if known.any():
+        from statsmodels.stats.multitest import multipletests
+
+        adjusted[known] = multipletests(p_values[known], method="holm")[1]
+    return adjusted
 
 
 def fit_utilization_model(data: StudyData, resource: str) -> UtilizationModel | str:
@@ -316,9 +314,8 @@ def fit_utilization_model(data: StudyData, resource: str) -> UtilizationModel | 
     as_unknown = _fit_model(without, resource)
     if isinstance(as_unknown, str):
         return as_value
-    gain = as_unknown.log_likelihood(as_unknown.numbers) - as_value.log_likelihood(
-        as_unknown.numbers
-    )
+    completed = as_unknown.numbers
+    gain = as_unknown.log_likelihood(completed) - as_value.log_likelihood(completed)
     price = 0.5 * len(as_unknown.selected.fit.theta) * math.log(as_unknown.n_observed)
     return as_unknown if gain > price else as_value
 

@@ -50,16 +50,14 @@ _CANDIDATE_COLUMNS = 10
 
 @dataclass(frozen=True)
 class Selected:
-    """The selected terms with the observations and their fit; ``notes`` say what was left out.
-
-    ``floored`` is the fit of the main effects with a floor that the trials neither require nor
-    exclude: where the largest trials are missing, the exponents above it may be much larger.
-    """
+    """The selected terms with the observations and their fit."""
 
     design: Design
     sample: Sample
     fit: Fit
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what was left out or added
+    # Of the main effects with a floor that the trials neither require nor exclude: where the
+    # largest trials are missing, the exponents above it may be much larger.
     floored: Fit | None = None
 
     @property
@@ -208,5 +206,4 @@ def _score_test(at_fit: Derivatives, n_terms: int, columns: Sequence[Array]) -> 
     information = (added**2 * at_fit.weight[:, None]).sum(axis=0)
     information = information - np.einsum("ij,ik,kj->j", across, within, across)
     score = by_mean @ added
-    gains: Array = 0.5 * score**2 / np.where(information > 1e-9, information, np.inf)
-    return gains
+    return np.asarray(0.5 * score**2 / np.where(information > 1e-9, information, np.inf))
