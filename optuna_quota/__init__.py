@@ -34,9 +34,8 @@ from optuna_quota._version import __version__
 
 if TYPE_CHECKING:
     from optuna_quota._analysis.replay import replay, ReplayReport
-    from optuna_quota._enforcement.check import check
     from optuna_quota._enforcement.preemptible import preemptible
-    from optuna_quota._enforcement.pruner import QuotaPruner
+    from optuna_quota._enforcement.pruner import check, QuotaPruner
     from optuna_quota._footprint.footprint import Footprint
     from optuna_quota._isolation.isolated import isolated
     from optuna_quota._isolation.script import script
@@ -82,7 +81,7 @@ _HOMES = {
     "Usage": "_resources",
     "UtilizationReport": "_report",
     "analyze": "_report",
-    "check": "_enforcement.check",
+    "check": "_enforcement.pruner",
     "isolated": "_isolation.isolated",
     "preemptible": "_enforcement.preemptible",
     "project": "_projection.simulation",

@@ -1,4 +1,4 @@
-"""The private parts of Optuna that the package uses work as `_optuna.py` expects."""
+"""The private parts of Optuna that the package uses work as `_optuna` expects."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_batch_writers_fit_this_version_of_optuna(storage: BaseStorage) -> None:
     study = optuna.create_study(storage=storage)
     storage = _optuna.storage_of(study)
     name = type(storage).__name__
-    write_batch = _optuna._BATCH_WRITERS.get(name, _optuna.write_attributes)
+    write_batch = _optuna.storages._BATCH_WRITERS.get(name, _optuna.write_attributes)
     write_batch(storage, _optuna.trial_id_of(study.ask()), {"a": 1}, {"b": 2})
     assert study.trials[0].user_attrs == {"a": 1}
     assert study.trials[0].system_attrs == {"b": 2}
@@ -232,7 +232,7 @@ def test_without_a_batch_writer_attributes_are_written_one_by_one(
 
     study = optuna.create_study(storage=storage)
     storage = _optuna.storage_of(study)
-    monkeypatch.setattr(_optuna, "_BATCH_WRITERS", {type(storage).__name__: gone})
+    monkeypatch.setattr(_optuna.storages, "_BATCH_WRITERS", {type(storage).__name__: gone})
     _optuna.write_attributes(storage, _optuna.trial_id_of(study.ask()), {"a": 1, "b": 2}, {"c": 3})
     assert study.trials[0].user_attrs == {"a": 1, "b": 2}
     assert study.trials[0].system_attrs["c"] == 3

@@ -11,23 +11,22 @@ from collections.abc import Mapping, Sequence
 import gc
 import logging
 import os
+import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 import weakref
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.gpu_cache import release_gpu_cache
 from optuna_quota._enforcement.study_warnings import is_first_trial, note_start
 from optuna_quota._metering import Key, key_of, Meter, metering_loop, TrialMonitor
 from optuna_quota._metering.host import cpu_count
-from optuna_quota._resources import Limits, with_cores
+from optuna_quota._resources import format_amount, Limits, with_cores
 from optuna_quota._storage_retry import survive_outages
 
 
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import BaseTrial, FrozenTrial
-
 
 _logger = logging.getLogger("optuna.quota.enforcement")
 
@@ -173,3 +172,32 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+# Bytes. Less is what torch keeps for itself, such as the workspaces of cuBLAS.
+_NOTICEABLE = 256 * 2**20
+
+
+def release_gpu_cache() -> None:
+    """Give back what torch keeps of freed tensors; log what tensors still hold."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None:
+        return
+    try:
+        if not torch.cuda.is_initialized():
+            return
+        # The error of a trial that was stopped and the frames that it passed through refer to
+        # each other.
+        gc.collect()
+        torch.cuda.empty_cache()
+        devices = range(torch.cuda.device_count())
+        held = sum(torch.cuda.memory_allocated(device) for device in devices)
+    except (AttributeError, RuntimeError) as error:
+        _logger.info(f"Torch could not give back its cached GPU memory: {error}")
+        return
+    if held > _NOTICEABLE:
+        _logger.warning(
+            f"This process holds {format_amount('gpu_memory', held)} of GPU memory in tensors as "
+            "a trial starts. Delete them, or use `isolated(objective)`: they count for each trial "
+            "that runs in this process."
+        )

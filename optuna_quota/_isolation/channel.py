@@ -1,12 +1,23 @@
-"""Messages between the processes of an isolated trial: pickles over a stream socket."""
+"""Messages between the processes of an isolated trial: pickles over a stream socket.
+
+Exceptions among them keep their type, causes and traceback. Pickling alone drops the traceback and
+fails for many exceptions. The text that multiprocessing attaches as a cause hides the real one,
+and has no source lines of a notebook's cells, which only the study's process knows. So the
+position of each frame is sent, and rebuilt as a real traceback.
+"""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 import contextlib
+from dataclasses import dataclass
+import itertools
 import pickle
 import socket
 import struct
+import sys
+from types import FrameType, TracebackType
 from typing import Any
 
 
@@ -71,11 +82,9 @@ class Channel:
 
     def receive(self) -> Any:
         """Return the next message, waiting for it."""
-        while True:
-            message = self._take()
-            if message is not None:
-                return pickle.loads(message)
+        while not self.pending():
             self._read()
+        return self._take()
 
     def receive_raw(self, into: memoryview) -> None:
         """Fill a buffer with bytes that were sent as they are."""
@@ -108,28 +117,26 @@ class Channel:
             while True:
                 self._read()
         self._sock.setblocking(True)
-        while (message := self._take()) is not None:
-            messages.append(pickle.loads(message))
+        while self.pending():
+            messages.append(self._take())
         return messages
 
     def _size(self) -> int | None:
+        """Return the bytes of the next message with its header, None when too few are here."""
         if len(self._buffer) < _HEADER.size:
             return None
         size: int = _HEADER.unpack_from(self._buffer)[0]
         return _HEADER.size + size
 
-    def _take(self) -> bytes | bytearray | None:
+    def _take(self) -> Any:
+        # By far most often the only one; and of a large objective there is no second copy.
         size = self._size()
-        if size is None or len(self._buffer) < size:
-            return None
         if len(self._buffer) == size:
-            # The usual case, and that of a large objective, of which there is no second copy.
             whole, self._buffer = self._buffer, bytearray()
-            del whole[: _HEADER.size]
-            return whole
-        message = bytes(memoryview(self._buffer)[_HEADER.size : size])
-        del self._buffer[:size]
-        return message
+        else:
+            whole = self._buffer[:size]
+            del self._buffer[:size]
+        return pickle.loads(memoryview(whole)[_HEADER.size :])
 
     def _read(self) -> None:
         size = self._size() or 0
@@ -143,3 +150,173 @@ def channel_pair() -> tuple[Channel, Channel]:
     """Return the two ends of a new connection."""
     left, right = socket.socketpair()
     return Channel(left), Channel(right)
+
+
+# Exceptions.
+
+_PACKAGE = __name__.rpartition(".")[0]
+
+# First line, last line, first column and last column; columns are -1 where they are unknown.
+Position = tuple[int, int, int, int]
+# File, qualified name of the function, its module, and the position in the file.
+Frame = tuple[str, str, str, Position]
+
+
+@dataclass(frozen=True)
+class SentError:
+    """An exception in a form that can be sent.
+
+    Attributes:
+        data: The exception's pickle, which loads at least where it was made; empty without one.
+        base: The nearest built-in class, for a process that can't load the pickle.
+        text: The exception in words, for the same case.
+        frames: Its traceback, outermost first.
+        cause: As ``__cause__``.
+        context: As ``__context__``; None where that is the cause.
+        suppress_context: As ``__suppress_context__``.
+    """
+
+    data: bytes
+    base: type[BaseException]
+    text: str
+    frames: tuple[Frame, ...]
+    cause: SentError | None = None
+    context: SentError | None = None
+    suppress_context: bool = False
+
+
+def pack_error(error: BaseException, _seen: frozenset[int] = frozenset()) -> SentError:
+    """Return an exception ready to be sent."""
+    seen = _seen | {id(error)}
+    cause, context = (
+        None if e is None or id(e) in seen else pack_error(e, seen)
+        for e in (error.__cause__, error.__context__)
+    )
+    return SentError(
+        _dump(error),
+        next(c for c in type(error).__mro__ if c.__module__ == "builtins"),
+        _describe(error),
+        tuple(_frames(error.__traceback__)),
+        cause,
+        None if error.__context__ is error.__cause__ else context,
+        error.__suppress_context__,
+    )
+
+
+def unpack_error(sent: SentError) -> BaseException:
+    """Return the exception as it was raised, with a traceback that shows where."""
+    error = _load(sent)
+    error.__cause__ = None if sent.cause is None else unpack_error(sent.cause)
+    error.__context__ = None if sent.context is None else unpack_error(sent.context)
+    error.__suppress_context__ = sent.suppress_context
+    traceback: TracebackType | None = None
+    for frame in reversed(sent.frames):
+        stub, instruction = _stub_frame(frame)
+        line, *_ = frame[-1]
+        traceback = TracebackType(traceback, stub, instruction, line)
+    return error.with_traceback(traceback)
+
+
+def _load(sent: SentError) -> BaseException:
+    with contextlib.suppress(Exception):  # its module may be found only where it was raised
+        error: BaseException = pickle.loads(sent.data)
+        return error
+    with contextlib.suppress(TypeError):  # a group can't be made without its members
+        return _rebuild(sent.base, (sent.text,), {})
+    return RuntimeError(sent.text)
+
+
+def _dump(error: BaseException) -> bytes:
+    for form in (error, _WithoutCall(error)):
+        try:
+            data = dumps(form)
+            if isinstance(pickle.loads(data), BaseException):
+                return data
+        except Exception:  # noqa: BLE001 - a user's __reduce__ or __init__ may raise anything
+            continue
+    return b""
+
+
+class _WithoutCall:
+    """Pickles as an exception whose `__init__` can't be called with its ``args``.
+
+    Arguments that can't be pickled are replaced by their `repr`, attributes are left out.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        args = tuple(a if _can_pickle(a) else repr(a) for a in self._error.args)
+        state = {k: v for k, v in vars(self._error).items() if _can_pickle(v)}
+        return _rebuild, (type(self._error), args, state)
+
+
+def _rebuild(
+    kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]
+) -> BaseException:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+def _describe(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - a user's __str__ may raise anything
+        return type(error).__name__
+
+
+def _can_pickle(value: Any) -> bool:
+    try:
+        pickle.loads(dumps(value))
+    except Exception:  # noqa: BLE001 - a user's __reduce__ may raise anything
+        return False
+    return True
+
+
+def _frames(traceback: TracebackType | None) -> list[Frame]:
+    frames: list[Frame] = []
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        module = str(traceback.tb_frame.f_globals.get("__name__", ""))
+        # The frames above the objective are this package's, of no use to a user.
+        if frames or not module.startswith(_PACKAGE):
+            name = getattr(code, "co_qualname", code.co_name)
+            frames.append((code.co_filename, name, module, _position(traceback)))
+        traceback = traceback.tb_next
+    return frames
+
+
+def _position(traceback: TracebackType) -> Position:
+    # Generated code may have no lines.
+    line, index = traceback.tb_lineno or 1, traceback.tb_lasti // 2
+    if sys.version_info >= (3, 11) and index >= 0:
+        positions = traceback.tb_frame.f_code.co_positions()
+        first, last, start, end = next(itertools.islice(positions, index, None))
+        if first == line and last is not None and start is not None and end is not None:
+            return first, last, start, end
+    return line, line, -1, -1
+
+
+def _stub_frame(frame: Frame) -> tuple[FrameType, int]:
+    """Return a frame that shows the position of another one, and its instruction.
+
+    Frames can only be made by running code, so a statement is run that raises at that position.
+    """
+    file, function, module, position = frame
+    tree = ast.parse("raise LookupError")
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.stmt, ast.expr)):
+            node.lineno, node.end_lineno, node.col_offset, node.end_col_offset = position
+    code = compile(tree, file, "exec").replace(co_name=function.rpartition(".")[2])
+    if sys.version_info >= (3, 11):
+        code = code.replace(co_qualname=function)
+    try:
+        exec(code, {"__name__": module, "__file__": file})
+    except LookupError as error:
+        traceback = error.__traceback__
+        assert traceback is not None and traceback.tb_next is not None
+        return traceback.tb_next.tb_frame, traceback.tb_next.tb_lasti
+    raise AssertionError("The stub did not raise.")

@@ -16,7 +16,7 @@ import traceback
 from typing import Any
 
 from optuna_quota._isolation import linux, memory_limits, messages
-from optuna_quota._isolation.channel import Channel, dumps
+from optuna_quota._isolation.channel import Channel, dumps, pack_error, unpack_error
 from optuna_quota._isolation.cores import confine
 from optuna_quota._isolation.environment import enter_context
 from optuna_quota._isolation.gpu_caps import framework_gpu_memory, set_gpu_caps
@@ -28,7 +28,6 @@ from optuna_quota._isolation.multiprocessing_child import (
 from optuna_quota._isolation.out_of_memory import find_failed_allocation
 from optuna_quota._isolation.output import apply_output_settings, apply_to_new_modules
 from optuna_quota._isolation.pickling import inherited_descriptors, load_objective, receive_buffers
-from optuna_quota._isolation.remote_errors import pack_error, unpack_error
 from optuna_quota._isolation.rpc import MEASURE, RemoteTrial, RpcClient, TRIAL
 from optuna_quota._isolation.seeds import seed, vary_generators
 from optuna_quota._isolation.signals import PoliteStop, restore_signals

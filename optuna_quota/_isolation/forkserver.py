@@ -185,7 +185,7 @@ class ForkServer:
         # It removes semaphores and shared memory that the main module has made here.
         tracker = {resource_tracker_pid()}
         while orphans := set(linux.children()) - self._supervisors - tracker:
-            linux.kill(orphans, ())
+            linux.send(signal.SIGKILL, orphans, ())
             self._supervisors -= set(linux.reap())
 
 

@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 from dataclasses import dataclass
 import faulthandler
-import functools
 import gc
 import os
 from pathlib import Path
@@ -105,12 +104,6 @@ def _end_openmp_threads() -> None:
             with contextlib.suppress(OSError, AttributeError):
                 library = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
                 library.omp_pause_resource_all(_OMP_PAUSE_HARD)
-
-
-@functools.cache
-def can_supervise() -> bool:
-    """Return whether this system has what supervisors need."""
-    return linux.can_supervise()
 
 
 _BOOT = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ _CLEANERS = (b"resource_tracker", b"torch_shm_manager")
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
+@functools.cache
 def can_supervise() -> bool:
     """Return whether this system has what a supervisor needs: Linux with pidfds and /proc."""
     if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
@@ -34,7 +36,7 @@ def can_supervise() -> bool:
     return os.path.exists(f"/proc/self/task/{os.getpid()}/children")
 
 
-# System calls on this process.
+# This process.
 
 
 def _prctl(option: int, value: int) -> None:
@@ -124,12 +126,9 @@ def children(pid: int | str = "self") -> list[int]:
 
 def descendants() -> list[int]:
     """Return the pids of all descendants of this process."""
-    found: list[int] = []
-    queue = children()
-    while queue:
-        pid = queue.pop()
-        found.append(pid)
-        queue += children(pid)
+    found = children()
+    for pid in found:  # grows meanwhile
+        found += children(pid)
     return found
 
 
@@ -143,11 +142,6 @@ def reap() -> dict[int, int]:
                 break
             codes[pid] = os.waitstatus_to_exitcode(status)
     return codes
-
-
-def kill(pids: Iterable[int], among: Iterable[int]) -> None:
-    """Send SIGKILL to processes of the tree; see :func:`send`."""
-    send(signal.SIGKILL, pids, among)
 
 
 def send(number: int, pids: Iterable[int], among: Iterable[int]) -> None:
@@ -173,13 +167,18 @@ def send(number: int, pids: Iterable[int], among: Iterable[int]) -> None:
                 os.close(handle)
 
 
-def _stat_fields(pid: int) -> list[bytes]:
-    """Return the fields of /proc/[pid]/stat from the state on, none when it is gone."""
+def _read(pid: int, name: str) -> bytes:
+    """Return the content of a file in a process's folder, empty when the process is gone."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            return file.read()
     except OSError:
-        return []
+        return b""
+
+
+def _stat_fields(pid: int) -> list[bytes]:
+    """Return the fields of /proc/[pid]/stat from the state on."""
+    return _read(pid, "stat").rpartition(b")")[2].split()
 
 
 def process_state(pid: int) -> str:
@@ -194,34 +193,24 @@ def is_exiting(pid: int) -> bool:
     return not fields or bool(int(fields[6]) & _PF_EXITING)
 
 
-def _command(pid: int) -> bytes:
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read()
-    except OSError:
-        return b""
-
-
 def describe_process(pid: int) -> str:
     """Return a process's shortened command line and its pid, for a message."""
-    words = _command(pid).replace(b"\0", b" ").decode(errors="replace").strip()
+    words = _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
     return f"{words[:80] or 'a process'} (pid {pid})"
 
 
 def is_cleaner(pid: int) -> bool:
     """Return whether a process cleans up after others and then ends by itself."""
-    return any(name in _command(pid) for name in _CLEANERS)
+    command = _read(pid, "cmdline")
+    return any(name in command for name in _CLEANERS)
 
 
 def count_oom_kills() -> int:
     """Return how many processes the kernel's out-of-memory killer has killed on this host."""
-    with contextlib.suppress(OSError, ValueError):
-        handle = os.open("/proc/vmstat", os.O_RDONLY)
-        try:
-            _, found, rest = os.read(handle, 1 << 16).partition(b"\noom_kill ")
-        finally:
-            os.close(handle)
-        return int(rest.split(None, 1)[0]) if found else 0
+    with contextlib.suppress(OSError), open("/proc/vmstat", "rb") as file:
+        for line in file:
+            if line.startswith(b"oom_kill "):
+                return int(line.split()[1])
     return 0
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from optuna_quota._isolation.channel import SentError
 from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import ProcessContext
 from optuna_quota._isolation.out_of_memory import FailedAllocation
 from optuna_quota._isolation.output import OutputSettings
-from optuna_quota._isolation.remote_errors import SentError
 from optuna_quota._isolation.rpc import TrialFacts
 from optuna_quota._resources import Breach
 from optuna_quota.exceptions import LimitBreached
@@ -41,26 +41,15 @@ class BeginMonitoring:
     outsiders: int = 0
 
 
+# A breach, Ctrl-C, or an error that says why the trial has to end.
+StopReason = Breach | KeyboardInterrupt | LimitBreached
+
+
 @dataclass(frozen=True)
 class StopTrial:
-    """Stop the trial politely for a breach, then kill it after the grace period in seconds."""
+    """Stop the trial politely, then kill it after the grace period in seconds."""
 
-    breach: Breach
-    grace_period: float
-
-
-@dataclass(frozen=True)
-class InterruptTrial:
-    """Raise KeyboardInterrupt in the trial, then kill it after the grace period in seconds."""
-
-    grace_period: float
-
-
-@dataclass(frozen=True)
-class EndTrial:
-    """Raise an error in the trial, then kill it after the grace period in seconds."""
-
-    error: LimitBreached
+    reason: StopReason
     grace_period: float
 
 
@@ -86,12 +75,7 @@ class ProcessStarted:
 
 @dataclass(frozen=True)
 class BreachFound:
-    """The supervisor has found a breach and is stopping the trial.
-
-    Attributes:
-        breach: The breach.
-        before_objective: Whether the trial was over its limit before the objective began.
-    """
+    """The supervisor has found a breach and is stopping the trial."""
 
     breach: Breach
     before_objective: bool = False
@@ -99,11 +83,7 @@ class BreachFound:
 
 @dataclass(frozen=True)
 class ProcessPaused:
-    """A signal has stopped the trial's process; it is killed if it stays stopped.
-
-    Attributes:
-        timeout: Seconds until then.
-    """
+    """A signal has stopped the trial's process; it is killed after so many seconds of that."""
 
     timeout: float
 
@@ -170,20 +150,14 @@ class StartTrial:
     cores: Cores | None
     grace_period: float
     objective: bytes | None
-    buffers: Sequence[tuple[int, bool]] = ()
-    strict_memory: bool = False
-    worker_signals: tuple[int, ...] = ()
+    buffers: Sequence[tuple[int, bool]]
+    strict_memory: bool
+    worker_signals: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class InheritedObjective:
-    """What a process forked from the study's own has without being sent it.
-
-    Attributes:
-        start: The message to the trial's process.
-        monitoring: The message to its supervisor.
-        objective: The objective itself.
-    """
+    """What a fork of the study's process has without being sent it: messages and objective."""
 
     start: StartTrial
     monitoring: BeginMonitoring
@@ -206,9 +180,9 @@ class Ready:
     """
 
     pid: int
-    supervisor: int | None = None
-    data_limit: int | None = None
-    waits: bool = False
+    supervisor: int | None
+    data_limit: int | None
+    waits: bool
 
 
 @dataclass(frozen=True)
@@ -248,12 +222,7 @@ class Exited(Outcome):
 
 @dataclass(frozen=True)
 class Unsendable(Outcome):
-    """The objective returned a value that can't be pickled.
-
-    Attributes:
-        kind: The name of its type.
-        reason: The error.
-    """
+    """The objective returned a value of this type that can't be pickled, and why."""
 
     kind: str
     reason: str

@@ -13,13 +13,12 @@ from optuna import TrialPruned
 from optuna.trial import Trial, TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.check import breach_error
-from optuna_quota._enforcement.constraints import tolerate_constraints_failure
 from optuna_quota._enforcement.preemption import end_as_preempted, enqueue_again
+from optuna_quota._enforcement.pruner import breach_error
 from optuna_quota._enforcement.study_warnings import never_fits
-from optuna_quota._enforcement.trial_result import read_row
+from optuna_quota._enforcement.trial_result import read_row, tolerate_constraints_failure
 from optuna_quota._isolation import exit_cause, messages, out_of_memory
-from optuna_quota._isolation.remote_errors import unpack_error
+from optuna_quota._isolation.channel import unpack_error
 from optuna_quota._isolation.script_process import ScriptFailed
 from optuna_quota._isolation.server import Server
 from optuna_quota._metering import Verdict

@@ -19,11 +19,7 @@ from typing import Any
 import warnings
 
 from optuna_quota._isolation.modules import after_import
-from optuna_quota._isolation.rpc import RpcClient
-
-
-# The name of a call without effect: its answer says that all messages before it were handled.
-SYNC = "_sync"
+from optuna_quota._isolation.rpc import RpcClient, SYNC, TRIAL
 
 
 @dataclass(frozen=True)
@@ -216,7 +212,7 @@ class ForwardedStream(io.TextIOBase):
         if self._text:
             self._send()
         if os.getpid() == self._pid:
-            self._calls.call(0, SYNC)
+            self._calls.call(TRIAL, SYNC)
 
     def _send(self) -> None:
         text, self._text = self._text, ""

@@ -139,19 +139,12 @@ class _Supervisor:
         elif isinstance(command, messages.ExitWithin):
             leave = time.monotonic() + command.seconds
             self._deadline = leave if self._deadline is None else min(leave, self._deadline)
-        elif (
-            isinstance(command, (messages.StopTrial, messages.InterruptTrial, messages.EndTrial))
-            and self._deadline is None
-        ):
+        elif isinstance(command, messages.StopTrial) and self._deadline is None:
             self._deadline = time.monotonic() + command.grace_period
             if os.name == "posix" and command.grace_period > 0:
+                is_interrupt = isinstance(command.reason, KeyboardInterrupt)
                 self._process.send_signal(signal.SIGCONT)
-                polite = (
-                    signal.SIGINT
-                    if isinstance(command, messages.InterruptTrial)
-                    else signal.SIGTERM
-                )
-                self._process.send_signal(polite)
+                self._process.send_signal(signal.SIGINT if is_interrupt else signal.SIGTERM)
             else:
                 self._kill("breach")
 

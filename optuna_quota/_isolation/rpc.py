@@ -1,18 +1,24 @@
 """Remote calls: the trial, the study and its storage stay in the study's process.
 
 The objective gets proxies of them; each call is sent there and answered by the server. A proxy
-can be handed to other processes of the trial, which connect to the server on their first call. One
-that comes back to the study's process is the object itself there.
+can be handed to other processes of the trial, which connect to the server on their first call: a
+connection serves one process, since answers to several would be mixed up. A proxy that comes back
+to the study's process is the object itself there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import datetime
+import functools
+import hmac
 import itertools
 import os
+import secrets
+import socket
+import sys
 import threading
 from typing import Any, TYPE_CHECKING
 
@@ -20,9 +26,7 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import Trial
 
-from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.listener import Address, connect, Listener
-from optuna_quota._isolation.remote_errors import SentError, unpack_error
+from optuna_quota._isolation.channel import Channel, SentError, unpack_error
 
 
 if TYPE_CHECKING:
@@ -50,15 +54,138 @@ Answer = tuple[int, Any, "SentError | None"]
 
 # The index of the trial, which is the first of the remote objects.
 TRIAL = 0
-# Names of calls that are no methods: `optuna_quota.check` in a trial's process, and a measurement
-# of what the trial uses at this moment.
+# Names of calls that are no methods: `optuna_quota.check` in a trial's process, a measurement of
+# what the trial uses at this moment, and a call without effect, whose answer says that all
+# messages before it were handled.
 CHECK = "_quota_check"
 MEASURE = "_quota_measure"
+SYNC = "_quota_sync"
+
+
+# Connections.
+
+_KEY_SIZE = 32
 
 
 @dataclass(frozen=True)
-class Method:
-    """The answer to the reading of an attribute that is a method."""
+class Address:
+    """Where to connect.
+
+    Attributes:
+        name: An abstract name on Linux, host and port elsewhere.
+        key: What a connection sends first: other users of the machine may see the name.
+    """
+
+    name: Any
+    key: bytes = field(repr=False)
+
+
+def connect(address: Address) -> Channel:
+    """Return a new connection; raises OSError if the study's process is gone."""
+    family = socket.AF_UNIX if isinstance(address.name, str) else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.connect(address.name)
+        sock.sendall(address.key)
+    except BaseException:
+        sock.close()
+        raise
+    return Channel(sock)
+
+
+class Listener:
+    """Accepts connections of one trial's processes, in the study's process.
+
+    Attributes:
+        address: Where they connect.
+    """
+
+    def __init__(self) -> None:
+        if sys.platform == "linux":
+            name: Any = f"\0optuna-quota-{secrets.token_hex(16)}"
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._sock.bind(name)
+            self._sock.listen()
+        else:
+            self._sock = socket.create_server(("127.0.0.1", 0))
+            name = self._sock.getsockname()
+        self._sock.setblocking(False)
+        self.address = Address(name, secrets.token_bytes(_KEY_SIZE))
+
+    def fileno(self) -> int:
+        """Return the descriptor, for polling."""
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """Accept no more connections; idempotent."""
+        self._sock.close()
+
+    def accept(self) -> socket.socket | None:
+        """Return a connection that is yet to be admitted, None if it is gone already."""
+        with contextlib.suppress(OSError):
+            return self._sock.accept()[0]
+        return None
+
+    def admit(self, sock: socket.socket) -> Channel | None:
+        """Return the connection if it sent the key, which has arrived; else close it."""
+        with contextlib.suppress(OSError):
+            sock.setblocking(False)
+            sent = sock.recv(_KEY_SIZE)
+            sock.setblocking(True)
+            if hmac.compare_digest(sent, self.address.key):
+                return Channel(sock)
+        sock.close()
+        return None
+
+
+# In the study's process.
+
+
+class RemoteObjects:
+    """The objects in the study's process that one trial may call, the trial first.
+
+    Attributes:
+        listener: Where the trial's processes connect.
+    """
+
+    def __init__(self, trial: Any) -> None:
+        self._objects: list[Any] = [trial]
+        self.listener = Listener()
+        _served[self.listener.address] = (os.getpid(), self)
+
+    def close(self) -> None:
+        """Serve no more: the trial has ended."""
+        _served.pop(self.listener.address, None)
+        self.listener.close()
+
+    def handle(self, found: Any) -> Handle:
+        """Return the handle of an object, which is kept."""
+        new = len(self._objects)
+        index = next((i for i, known in enumerate(self._objects) if known is found), new)
+        if index == new:
+            self._objects.append(found)
+        # Of a proxy, where trials are nested, the class that it passes for.
+        return Handle(index, found.__class__)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._objects[index]
+
+
+# What this process serves by address, and its pid: a fork has it from its parent.
+_served: dict[Address, tuple[int, RemoteObjects]] = {}
+
+
+def _served_here(address: Address) -> RemoteObjects | None:
+    pid, objects = _served.get(address, (None, None))
+    return objects if pid == os.getpid() else None
+
+
+def is_remote(value: Any) -> bool:
+    """Return whether an object belongs to the study's process: a copy of it would be another."""
+    return isinstance(value, (Study, BaseStorage, Trial))
+
+
+# In the trial's processes.
 
 
 class RpcClient:
@@ -125,10 +252,7 @@ class RpcClient:
 
     def read(self, target: int, name: str) -> Any:
         """Return an attribute of an object in the study's process."""
-        value = self._ask((next(self._ids), target, name, None, {}))
-        if isinstance(value, Method):
-            return lambda *args, **kwargs: self.call(target, name, *args, **kwargs)
-        return value
+        return self._ask((next(self._ids), target, name, None, {}))
 
     def _ask(self, call: Call) -> Any:
         with self._connection() as channel:
@@ -165,6 +289,9 @@ class Proxy:
         if name.startswith("__"):
             raise AttributeError(name)
         calls, handle = self.__dict__["_proxied"]
+        known = getattr(handle.kind, name, None)
+        if callable(known) and not isinstance(known, type):
+            return functools.partial(calls.call, handle.index, name)
         return calls.read(handle.index, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -183,62 +310,10 @@ class Proxy:
         return self.__reduce__()
 
 
-class RemoteObjects:
-    """The objects in the study's process that one trial may call, the trial first.
-
-    Args:
-        trial: The trial.
-
-    Attributes:
-        listener: Where the trial's processes connect.
-    """
-
-    def __init__(self, trial: Any) -> None:
-        self._objects: list[Any] = [trial]
-        self.listener = Listener()
-        _served[self.listener.address] = (os.getpid(), self)
-
-    def close(self) -> None:
-        """Serve no more: the trial has ended."""
-        _served.pop(self.listener.address, None)
-        self.listener.close()
-
-    def handle(self, found: Any) -> Handle:
-        """Return the handle of an object, which is kept."""
-        for index, known in enumerate(self._objects):
-            if known is found:
-                return Handle(index, type(found))
-        self._objects.append(found)
-        return Handle(len(self._objects) - 1, type(found))
-
-    def __getitem__(self, index: int) -> Any:
-        return self._objects[index]
-
-
-def is_remote(value: Any) -> bool:
-    """Return whether an object belongs to the study's process: a copy of it would be another."""
-    return isinstance(value, (Study, BaseStorage, Trial))
-
-
-# What this process serves by address, and its pid: a fork has it from its parent.
-_served: dict[Address, tuple[int, RemoteObjects]] = {}
-
-
-def _served_here(address: Address) -> RemoteObjects | None:
-    pid, objects = _served.get(address, (None, None))
-    return objects if pid == os.getpid() else None
-
-
 def proxy_at(address: Address, handle: Handle) -> Any:
     """Return the proxy of an object, or the object itself in its own process."""
     objects = _served_here(address)
     return Proxy(_client(address), handle) if objects is None else objects[handle.index]
-
-
-def trial_at(facts: TrialFacts) -> Any:
-    """Return the remote trial, or the trial itself in its own process."""
-    objects = _served_here(facts.address)
-    return RemoteTrial(_client(facts.address), facts) if objects is None else objects[TRIAL]
 
 
 @dataclass(frozen=True)
@@ -252,58 +327,30 @@ class TrialFacts:
     study: Handle | None
 
 
-class RemoteTrial(Trial):
-    """An :class:`optuna.trial.Trial` whose methods run in the study's process."""
+class RemoteTrial(Proxy):
+    """The trial in its process; attributes that are set there stay there."""
 
     def __init__(self, calls: RpcClient, facts: TrialFacts) -> None:
-        # The base class's own is not called: it would ask the sampler a second time.
-        self._calls = calls
-        self._facts = facts
-        self._trial_id = facts.trial_id  # type: ignore[assignment]  # None for a FixedTrial
+        super().__init__(calls, Handle(TRIAL, Trial))
+        self.facts = facts
+        self.number = facts.number
+        self.datetime_start = facts.datetime_start
+        self._trial_id = facts.trial_id
         if facts.study is not None:
-            self.study = Proxy(calls, facts.study)  # type: ignore[assignment]  # passes for one
+            self.study = Proxy(calls, facts.study)
 
-    @property
-    def number(self) -> int:
-        """The trial's number."""
-        return self._facts.number
-
-    @property
-    def datetime_start(self) -> datetime.datetime | None:
-        """When the trial started."""
-        return self._facts.datetime_start
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__[name] = value
 
     def _quota_check(self) -> Breach | None:
-        breach: Breach | None = self._calls.call(TRIAL, CHECK)
+        breach: Breach | None = self._proxied[0].call(TRIAL, CHECK)
         return breach
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_calls", "_facts"):
-            raise AttributeError(name)
-        return self._calls.read(TRIAL, name)
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return trial_at, (self._facts,)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return self.__reduce__()
+        return trial_at, (self.facts,)
 
 
-def _method(name: str) -> Callable[..., Any]:
-    def forward(self: RemoteTrial, *args: Any, **kwargs: Any) -> Any:
-        return self._calls.call(TRIAL, name, *args, **kwargs)
-
-    forward.__name__ = name
-    forward.__doc__ = getattr(Trial, name).__doc__
-    return forward
-
-
-def _attribute(name: str) -> property:
-    return property(lambda self: self._calls.read(TRIAL, name))
-
-
-# Every public method and property of a trial, those of later versions of Optuna too.
-for _name in dir(Trial):
-    if not _name.startswith("_") and _name not in vars(RemoteTrial):
-        _is_method = callable(getattr(Trial, _name))
-        setattr(RemoteTrial, _name, _method(_name) if _is_method else _attribute(_name))
+def trial_at(facts: TrialFacts) -> Any:
+    """Return the remote trial, or the trial itself in its own process."""
+    objects = _served_here(facts.address)
+    return RemoteTrial(_client(facts.address), facts) if objects is None else objects[TRIAL]

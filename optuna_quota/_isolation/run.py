@@ -13,7 +13,6 @@ from optuna.trial import Trial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import resolve_cores
-from optuna_quota._enforcement.check import raise_rejected, record_breach
 from optuna_quota._enforcement.forecast import (
     completed_trials,
     CompletedTrials,
@@ -22,7 +21,7 @@ from optuna_quota._enforcement.forecast import (
 )
 from optuna_quota._enforcement.nesting import pruner_limits, pruner_meters, quota_pruners
 from optuna_quota._enforcement.preemption import Preemption, preemption_of
-from optuna_quota._enforcement.pruner import wrap_nesting_pruner
+from optuna_quota._enforcement.pruner import raise_rejected, record_breach, wrap_nesting_pruner
 from optuna_quota._enforcement.study_warnings import warn_of_ceilings, warn_of_unapplied, warn_once
 from optuna_quota._enforcement.trial_result import read_row, record_result
 from optuna_quota._isolation import messages
@@ -216,7 +215,7 @@ class TrialRun:
                 "by itself. Another Ctrl-C kills it."
             )
         try:
-            server.interrupt(grace_period)
+            server.stop(KeyboardInterrupt(), grace_period)
             with contextlib.suppress(NotStarted):
                 server.serve()
         except BaseException:
@@ -276,8 +275,8 @@ class TrialRun:
         """Answer ``optuna_quota.check``."""
         return record_breach(self._monitor)
 
-    def measure(self) -> None:
-        """Measure what the trial uses at this moment."""
+    def measure_gpus(self) -> None:
+        """Measure what the trial holds when an allocation on a GPU has failed."""
         self._resolver.measure_gpus()
 
     def check_row(self) -> None:
@@ -293,7 +292,7 @@ class TrialRun:
         if end is not None:
             self._ended_outside = end
             _logger.warning(f"Trial {self._trial.number} is stopped. {end}")
-            self._server.end(LimitBreached(end), self._options.grace_period)
+            self._server.stop(LimitBreached(end), self._options.grace_period)
 
     def _stop_for_time(self, breach: Breach) -> None:
         if breach.resource in CLOCK_RESOURCES:
@@ -312,7 +311,7 @@ class TrialRun:
         assert self._server is not None
         self._stopped_for = self._stopped_for or reason
         grace_period = self._preemption.grace(self._options.grace_period)
-        self._server.end(TrialPreempted(reason), grace_period)
+        self._server.stop(TrialPreempted(reason), grace_period)
 
     def _stop(self, breach: Breach) -> None:
         assert self._server is not None

@@ -21,7 +21,7 @@ from typing import Any, TYPE_CHECKING
 from optuna import TrialPruned
 
 from optuna_quota._isolation import exit_cause, linux
-from optuna_quota._isolation.launch import can_supervise
+from optuna_quota._isolation.linux import can_supervise
 from optuna_quota._isolation.script_output import (
     FinalValue,
     find_values,

@@ -12,14 +12,12 @@ from typing import Any, Protocol
 from warnings import WarningMessage
 
 from optuna_quota._isolation import messages, rpc
-from optuna_quota._isolation.channel import Channel
+from optuna_quota._isolation.channel import Channel, pack_error
 from optuna_quota._isolation.launch import TrialConnections
 from optuna_quota._isolation.out_of_memory import FailedAllocation, find_failed_allocation_in_text
-from optuna_quota._isolation.output import Printed, replay, SYNC
-from optuna_quota._isolation.remote_errors import pack_error
+from optuna_quota._isolation.output import Printed, replay
 from optuna_quota._isolation.signals import Interrupts
 from optuna_quota._resources import Breach
-from optuna_quota.exceptions import LimitBreached
 
 
 _logger = logging.getLogger("optuna.quota.isolated")
@@ -49,8 +47,8 @@ class TrialEvents(Protocol):
     def find_breach(self) -> Breach | None:
         """Answer ``optuna_quota.check``."""
 
-    def measure(self) -> None:
-        """Measure what the trial uses at this moment."""
+    def measure_gpus(self) -> None:
+        """Measure what the trial holds when an allocation on a GPU has failed."""
 
     def check_row(self) -> None:
         """Look whether something else has finished the trial's row."""
@@ -110,31 +108,28 @@ class Server:
         ended_first = self.outcome is not None and not self.outcome.stop_requested
         return None if ended_first else self._breach
 
-    def stop(self, breach: Breach, grace_period: float) -> None:
-        """Stop the trial for a breach; from any thread, once."""
-        with self._sending:
-            if self._breach is None and self.exit is None:
-                self._breach = breach
-                with contextlib.suppress(OSError):
-                    self._control.send(messages.StopTrial(breach, grace_period))
+    def stop(self, reason: messages.StopReason, grace_period: float) -> None:
+        """Ask the trial to stop, and kill it after the grace period; from any thread.
 
-    def end(self, error: LimitBreached, grace_period: float) -> None:
-        """Stop the trial for another reason than a breach; from any thread."""
-        self._command(messages.EndTrial(error, grace_period))
+        Of several reasons the first counts.
+        """
+        with self._sending:
+            if isinstance(reason, Breach):
+                if self._breach is not None or self.exit is not None:
+                    return
+                self._breach = reason
+            self._send(messages.StopTrial(reason, grace_period))
 
     def kill_soon(self) -> None:
         """Kill the trial, which ends :meth:`serve`; from any thread."""
-        self._command(messages.KillTrial())
-
-    def interrupt(self, grace_period: float) -> None:
-        """Raise KeyboardInterrupt in the trial; then serve on."""
-        self._command(messages.InterruptTrial(grace_period))
+        with self._sending:
+            self._send(messages.KillTrial())
 
     def kill(self) -> None:
         """Kill the trial and wait until no process of it is left."""
         if self.exit is not None:
             return
-        self._command(messages.KillTrial())
+        self.kill_soon()
         with contextlib.suppress(EOFError, OSError):
             while self.exit is None:
                 self._handle_supervisor(self._control.receive())
@@ -150,6 +145,14 @@ class Server:
         with self._interrupts:
             self._serve()
 
+    def close(self) -> None:
+        """Close what :meth:`serve` has opened: no process of the trial is left."""
+        for sock in self._new_connections():
+            sock.close()
+        self._selector.close()
+        for channel in self._channels[1:]:
+            channel.close()
+
     def _serve(self) -> None:
         due = time.monotonic() + _ROW_INTERVAL
         while self.exit is None:
@@ -162,35 +165,20 @@ class Server:
                 ready = self._selector.select(max(0.0, due - time.monotonic()))
             for key, _ in ready:
                 self._serve_ready(key.fileobj)
-        self._admit_the_last()
+        # Processes of the trial may have ended since they connected or sent something.
+        while self._accept():
+            pass
+        for sock in self._new_connections():
+            self._admit(sock)
         for channel in self._channels:
             for message in channel.drain():
                 self._handle(message, channel)
-
-    def close(self) -> None:
-        """Close what :meth:`serve` has opened: no process of the trial is left."""
-        for key in self._selector.get_map().values():
-            if isinstance(key.fileobj, socket.socket):
-                key.fileobj.close()
-        self._selector.close()
-        for channel in self._channels[1:]:
-            channel.close()
-
-    def _admit_the_last(self) -> None:
-        """Admit the connections of processes that have ended since they connected."""
-        while (new := self._remote.listener.accept()) is not None:
-            self._selector.register(new, selectors.EVENT_READ)
-        for key in list(self._selector.get_map().values()):
-            if isinstance(key.fileobj, socket.socket):
-                self._serve_ready(key.fileobj)
 
     def _serve_ready(self, source: Any) -> None:
         if source is self._control:
             self._serve_supervisor()
         elif source is self._remote.listener:
-            new = self._remote.listener.accept()
-            if new is not None:
-                self._selector.register(new, selectors.EVENT_READ)
+            self._accept()
         elif isinstance(source, Channel):
             if not self._serve_process(source):
                 self._selector.unregister(source)
@@ -198,14 +186,29 @@ class Server:
                     self._channels.remove(source)
                     source.close()
         else:
-            self._selector.unregister(source)
-            admitted = self._remote.listener.admit(source)
-            if admitted is not None:
-                self._channels.append(admitted)
-                self._selector.register(admitted, selectors.EVENT_READ)
+            self._admit(source)
 
-    def _command(self, message: object) -> None:
-        with self._sending, contextlib.suppress(OSError):
+    def _accept(self) -> bool:
+        """Accept a new connection; return whether there was one."""
+        new = self._remote.listener.accept()
+        if new is not None:
+            self._selector.register(new, selectors.EVENT_READ)
+        return new is not None
+
+    def _new_connections(self) -> list[socket.socket]:
+        """Return the connections that are yet to be admitted."""
+        registered = [key.fileobj for key in self._selector.get_map().values()]
+        return [source for source in registered if isinstance(source, socket.socket)]
+
+    def _admit(self, sock: socket.socket) -> None:
+        self._selector.unregister(sock)
+        admitted = self._remote.listener.admit(sock)
+        if admitted is not None:
+            self._channels.append(admitted)
+            self._selector.register(admitted, selectors.EVENT_READ)
+
+    def _send(self, message: object) -> None:
+        with contextlib.suppress(OSError):
             self._control.send(message)
 
     def _serve_supervisor(self) -> None:
@@ -264,7 +267,8 @@ class Server:
                 self.outcome = message
             seconds = self._events.on_outcome()
             if seconds is not None:
-                self._command(messages.ExitWithin(seconds))
+                with self._sending:
+                    self._send(messages.ExitWithin(seconds))
 
     def _serve_call(self, call: rpc.Call, channel: Channel) -> None:
         try:
@@ -278,28 +282,23 @@ class Server:
         with contextlib.suppress(ConnectionError):
             _send_answer(answer, channel)
         _, target, name, args, kwargs = call
-        if name == "report" and target == 0 and answer[2] is None and args is not None:
+        if name == "report" and target == rpc.TRIAL and answer[2] is None and args is not None:
             self._events.on_report(int(args[1] if args[1:] else kwargs["step"]))
 
     def _answer(self, call: rpc.Call) -> rpc.Answer:
         number, index, name, args, kwargs = call
+        value: Any = None
         try:
-            if name == SYNC:
-                return number, None, None
             if name == rpc.CHECK:
-                return number, self._events.find_breach(), None
-            if name == rpc.MEASURE:
-                self._events.measure()
-                return number, None, None
-            target = self._remote[index]
-            if name == "__setattr__":
-                setattr(target, *(args or ()))
-                return number, None, None
-            value = getattr(target, name)
-            if args is not None:
-                value = value(*args, **kwargs)
-            elif callable(value) and not isinstance(value, type):
-                value = rpc.Method()
+                value = self._events.find_breach()
+            elif name == rpc.MEASURE:
+                self._events.measure_gpus()
+            elif name == "__setattr__":
+                setattr(self._remote[index], *(args or ()))
+            elif name != rpc.SYNC:
+                value = getattr(self._remote[index], name)
+                if args is not None:
+                    value = value(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the objective's to handle
             return number, None, pack_error(error)
         return number, self._remote.handle(value) if rpc.is_remote(value) else value, None

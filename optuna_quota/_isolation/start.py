@@ -18,12 +18,8 @@ from optuna_quota._isolation import linux, messages
 from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import read_context
 from optuna_quota._isolation.forkserver_client import fork_server_client, PreparedMain
-from optuna_quota._isolation.launch import (
-    can_supervise,
-    launch_fork,
-    StartMethod,
-    TrialConnections,
-)
+from optuna_quota._isolation.launch import launch_fork, StartMethod, TrialConnections
+from optuna_quota._isolation.linux import can_supervise
 from optuna_quota._isolation.main_module import find_main_module, MainModule
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
 from optuna_quota._isolation.outcome import OnCrash

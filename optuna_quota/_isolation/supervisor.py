@@ -31,7 +31,6 @@ from optuna_quota._metering.timing import (
     sampling_interval,
 )
 from optuna_quota._resources import Breach
-from optuna_quota.exceptions import LimitBreached
 
 
 # Bytes by which a trial may still grow once it was asked to stop for its memory: its handlers need
@@ -59,8 +58,7 @@ class Supervisor:
     Args:
         control: The connection to the study's process.
         child: The trial's process, a child of this one.
-        link: The connection to the trial's process, which says when its objective begins, and
-            reads why it is stopped.
+        link: The connection to the trial's process.
         parent: A pidfd of the study's process.
         crash_file: Where the trial's process writes its traceback when it dies of a signal.
         cgroup: The trial's control group, None without one.
@@ -160,11 +158,7 @@ class Supervisor:
         if isinstance(message, messages.BeginMonitoring):
             self._begin_monitoring(message)
         elif isinstance(message, messages.StopTrial):
-            self._stop(message.breach, message.grace_period)
-        elif isinstance(message, messages.InterruptTrial):
-            self._request_stop(KeyboardInterrupt(), message.grace_period, "request")
-        elif isinstance(message, messages.EndTrial):
-            self._request_stop(message.error, message.grace_period, "request")
+            self._stop(message.reason, message.grace_period)
         elif isinstance(message, messages.ExitWithin):
             due = self._clock() + message.seconds
             self._deadline = due if self._deadline is None else min(due, self._deadline)
@@ -231,16 +225,13 @@ class Supervisor:
                 self._data_limit_due = now + self._data_limit.update(memory)
             wait = min(wait, max(0.0, self._data_limit_due - now))
         if is_breach("memory", memory, limit):
-            self._handle_memory_breach(memory, limit, now)
+            if self._stop_requested:
+                # It gets no grace period while it continues to grow.
+                self._kill("breach")
+            else:
+                breach = self._report_breach(memory, limit, now)
+                self._stop(breach, self._monitoring.grace_period)
         return min(wait, sampling_interval(limit - memory, self._memory.growth))
-
-    def _handle_memory_breach(self, memory: float, limit: float, now: float) -> None:
-        assert self._monitoring is not None
-        if self._stop_requested:
-            # It gets no grace period while it continues to grow.
-            self._kill("breach")
-            return
-        self._stop(self._report_breach(memory, limit, now), self._monitoring.grace_period)
 
     def _report_breach(
         self, memory: float, limit: float, now: float, *, before_objective: bool = False
@@ -254,25 +245,16 @@ class Supervisor:
 
     # Stop and kill.
 
-    def _stop(self, breach: Breach, grace_period: float) -> None:
-        if not self._stop_requested:
-            self._breach = breach
-            self._request_stop(breach, grace_period, "breach")
-
-    def _request_stop(
-        self,
-        reason: Breach | KeyboardInterrupt | LimitBreached,
-        grace_period: float,
-        killer: messages.Killer,
-    ) -> None:
+    def _stop(self, reason: messages.StopReason, grace_period: float) -> None:
         """Ask the trial to stop, once, and kill it after the grace period."""
         if self._stop_requested:
             return
         self._stop_requested = True
+        if isinstance(reason, Breach):
+            self._breach, self._killer_at_deadline = reason, "breach"
         if grace_period <= 0:
-            self._kill(killer)
+            self._kill(self._killer_at_deadline)
             return
-        self._killer_at_deadline = killer
         self._deadline = self._clock() + grace_period
         with contextlib.suppress(OSError):
             self._link.send(pickle.dumps(reason))
@@ -361,7 +343,7 @@ class Supervisor:
                 if self._killer is None:
                     alive = (pid for pid in overdue if not linux.is_exiting(pid))
                     leftovers.update({pid: linux.describe_process(pid) for pid in alive})
-                linux.kill(overdue, left)
+                linux.send(signal.SIGKILL, overdue, left)
             time.sleep(0.0005)
 
 

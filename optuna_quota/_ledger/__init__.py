@@ -1,12 +1,10 @@
 """The ledger: shares a study's quota among its workers through trial rows alone."""
 
-from optuna_quota._ledger.dead_workers import LEASE
+from optuna_quota._ledger.dead_workers import LEASE, others_run
 from optuna_quota._ledger.gpus import check_gpus_per_trial, Gpu, gpus_here
-from optuna_quota._ledger.grant import Grant, Refusal
+from optuna_quota._ledger.grant import Grant, left_for_trial, Refusal
 from optuna_quota._ledger.ledger import Ledger, no_waiting
-from optuna_quota._ledger.other_workers import others_run
 from optuna_quota._ledger.status import LedgerStatus, status, stored_quota
-from optuna_quota._ledger.total_needs import left_for_trial
 
 
 __all__ = [

@@ -1,26 +1,32 @@
-"""Finds running trials whose worker is dead, and finishes their rows as failed."""
+"""Which workers are dead and what their trials are charged, and whether others run now."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-import logging
 import os
+import time
 from typing import TYPE_CHECKING
 
-from optuna_quota._ledger.reservation import HEARTBEAT, Reservation, Worker
-from optuna_quota._ledger.rows import TrialRows
-from optuna_quota._ledger.totals import Entry
-from optuna_quota._records import parse_record, TrialRecord
+from optuna_quota import _optuna
+from optuna_quota._ledger.reservation import (
+    HEARTBEAT,
+    is_alive,
+    parse_reservation,
+    Reservation,
+    this_worker,
+    Worker,
+)
+from optuna_quota._ledger.totals import Entry, LONGEST_GAP
+from optuna_quota._records import parse_record, RESERVATION, TrialRecord
 from optuna_quota._resources import CHARGED_RESOURCES, Usage, USAGE_RESOURCES
 from optuna_quota._units import format_seconds
 
 
 if TYPE_CHECKING:
+    from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-
-_logger = logging.getLogger("optuna.quota.ledger")
 
 HEARTBEATS_PER_LEASE = 4
 # Seconds without a heartbeat after which a worker on another machine counts as dead.
@@ -103,31 +109,16 @@ class Leases:
         return None
 
 
-def fail_orphaned_trials(
-    rows: TrialRows, orphans: Sequence[OrphanedTrial], now: float, *, lease: float
-) -> list[int]:
-    """Finish rows of dead workers; return the ids of those that this call finished.
-
-    Args:
-        rows: The study's rows.
-        orphans: The orphaned trials.
-        now: Seconds since the epoch on this machine's clock.
-        lease: Seconds without a heartbeat after which a worker elsewhere counts as dead.
-    """
-    finished, rates = [], usage_rates(rows.trials)
-    for orphan in orphans:
-        entry = orphan.entry
-        held = entry.reservation or Reservation(trial_id=entry.trial_id)
-        charges = charge_orphan(orphan, now, rates, lease=lease)
-        charged = replace(held, asked={}, queued_for={}, charged=charges)
-        host = held.worker.host if held.worker is not None else None
-        usage = Usage(*(held.used.get(name) for name in USAGE_RESOURCES))
-        record = TrialRecord(usage, "failed", orphan.reason, host=host)
-        # Another worker may be faster, or this one may come back and finish it.
-        if rows.fail(entry.trial_id, record, charged):
-            _logger.warning(f"Trial {entry.number} was marked as failed. {orphan.reason}")
-            finished.append(entry.trial_id)
-    return finished
+def close_orphan(
+    orphan: OrphanedTrial, now: float, rates: Mapping[str, float], *, lease: float
+) -> tuple[Reservation, TrialRecord]:
+    """Return what to write into the row of an orphaned trial; see :func:`charge_orphan`."""
+    held = orphan.entry.reservation or Reservation(trial_id=orphan.entry.trial_id)
+    charges = charge_orphan(orphan, now, rates, lease=lease)
+    usage = Usage(*(held.used.get(name) for name in USAGE_RESOURCES))
+    host = held.worker.host if held.worker is not None else None
+    record = TrialRecord(usage, "failed", orphan.reason, host=host)
+    return replace(held, asked={}, queued_for={}, charged=charges), record
 
 
 def charge_orphan(
@@ -179,3 +170,28 @@ def usage_rates(trials: Iterable[FrozenTrial]) -> dict[str, float]:
             if usage.wall_time and amount is not None and measured != "wall_time":
                 rates[name] = max(amount / usage.wall_time, rates.get(name, 0.0))
     return rates
+
+
+def others_run(study: Study) -> bool:
+    """Return whether another process runs trials of a study, or did a moment ago.
+
+    A worker between two trials counts, as it draws the point of the next one. One on another
+    machine, whose process can't be seen, counts while its last sign of life is recent.
+    """
+    storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
+    trials, now = storage.get_all_trials(study_id, deepcopy=False), time.time()
+    return any(_is_run_elsewhere(trial, now) for trial in reversed(trials))
+
+
+def _is_run_elsewhere(trial: FrozenTrial, now: float) -> bool:
+    held = parse_reservation(trial.system_attrs.get(RESERVATION), _optuna.trial_id_of(trial))
+    if held is None or held.worker is None or held.worker == this_worker():
+        return False
+    ended = trial.datetime_complete
+    # Optuna's times are local and naive.
+    if ended is not None and now - ended.timestamp() > LONGEST_GAP:
+        return False
+    alive = is_alive(held.worker)
+    if alive is None and ended is None:
+        return held.beat is not None and now - held.beat < LEASE
+    return alive is not False

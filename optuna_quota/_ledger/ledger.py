@@ -25,6 +25,9 @@ from optuna_quota._ledger.grant import (
     extension_requests,
     Grant,
     initial_requests,
+    left_for_trial,
+    Needs,
+    no_needs,
     Refusal,
     refuse_exhausted,
     refuse_never_fitting,
@@ -32,6 +35,7 @@ from optuna_quota._ledger.grant import (
     refuse_to_wait,
     RequestedBy,
     revise_promise,
+    revise_totals,
 )
 from optuna_quota._ledger.heartbeat import Heartbeat, RunningTrial
 from optuna_quota._ledger.protocol import (
@@ -43,7 +47,6 @@ from optuna_quota._ledger.protocol import (
 )
 from optuna_quota._ledger.reservation import Reservation, this_worker
 from optuna_quota._ledger.state import Clock, LedgerState, pauses, Snapshot, SystemClock
-from optuna_quota._ledger.total_needs import left_for_trial, Needs, no_needs, revise_totals
 from optuna_quota._ledger.totals import describe_unadmitted
 from optuna_quota._resources import Limits, Quota, Usage
 
@@ -351,17 +354,16 @@ class Ledger:
             # the next trial is refused.
             return None
         seen = self._state.read()
-        running = self._state.running_claims(seen)
+        used, running = self._state.with_charged(seen)
         granted = {
             name: sum(claim.granted.get(name, 0.0) for claim in running)
             for name in self.quota.totals
         }
-        used = self._state.used_with_charged(seen)
         least = needs(seen.free(self.quota), len(running))
         return refuse_exhausted(self.quota, used, {}, granted, least)
 
     def _is_far_from_end(self, seen: Snapshot) -> bool:
-        used = self._state.used_with_charged(seen)
+        used, _ = self._state.with_charged(seen)
         return all(
             used.get(name, 0.0) + seen.reserved.get(name, 0.0) < _FAR * total
             for name, total in self.quota.totals.items()

@@ -8,15 +8,20 @@ import logging
 import random
 import threading
 import time
-from typing import Protocol, TYPE_CHECKING
+from typing import Any, Protocol, TYPE_CHECKING
 from weakref import WeakSet
+import zlib
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._ledger.dead_workers import (
-    fail_orphaned_trials,
+    close_orphan,
     HEARTBEATS_PER_LEASE,
     Leases,
     OrphanedTrial,
+    usage_rates,
 )
 from optuna_quota._ledger.gpus import Gpu
 from optuna_quota._ledger.protocol import (
@@ -27,17 +32,31 @@ from optuna_quota._ledger.protocol import (
     with_claim,
     with_decision,
 )
-from optuna_quota._ledger.reservation import is_alive, Reservation, this_worker, Worker
-from optuna_quota._ledger.rows import TrialRows
-from optuna_quota._ledger.totals import CLOCK_TOLERANCE, Entry, QuotaTotals
-from optuna_quota._records import read_amounts, STUDY_LIMITS
+from optuna_quota._ledger.reservation import (
+    is_alive,
+    parse_reservation,
+    Reservation,
+    reservation_object,
+    this_worker,
+    Worker,
+)
+from optuna_quota._ledger.totals import CLOCK_TOLERANCE, Entry, QuotaTotals, read_entry
+from optuna_quota._records import (
+    read_amounts,
+    RESERVATION,
+    STUDY_LIMITS,
+    TrialRecord,
+    write_attributes,
+    write_record,
+)
 from optuna_quota._resources import CHARGED_RESOURCES, Limits, Quota, Usage
-from optuna_quota._storage_retry import survive_outages
+from optuna_quota._storage_retry import retry, survive_outages
 from optuna_quota._units import format_seconds
 
 
 if TYPE_CHECKING:
     from optuna.study import Study
+    from optuna.trial import FrozenTrial
 
 
 _logger = logging.getLogger("optuna.quota.ledger")
@@ -70,15 +89,12 @@ class SystemClock:
     """The machine's clocks."""
 
     def time(self) -> float:
-        """Return seconds since the epoch."""
         return time.time()
 
     def monotonic(self) -> float:
-        """Return seconds that never jump."""
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        """Wait."""
         time.sleep(seconds)
 
 
@@ -110,6 +126,93 @@ class Snapshot:
         return sum(1 for claim in self.claims if claim.number != number)
 
 
+class TrialRows:
+    """A cursor over a study's rows: each finished one is parsed once. Not thread-safe."""
+
+    def __init__(self, study: Study) -> None:
+        self._storage = _optuna.storage_of(study)
+        self._study_id = _optuna.study_id_of(study)
+        survive_outages(self._storage)
+        # Short, as every row has it.
+        self._stamp = f"{zlib.crc32(study.study_name.encode(errors='replace')):08x}"
+        self._next = 0
+        self._open: list[int] = []
+        self._trials: Sequence[FrozenTrial] | None = None
+
+    @property
+    def trials(self) -> Sequence[FrozenTrial]:
+        """All rows by number, as last read."""
+        return self._read() if self._trials is None else self._trials
+
+    def read_into(self, totals: QuotaTotals) -> None:
+        """Bring totals up to date with the storage."""
+        trials = self._read()
+        # Rows are never deleted, so a row's place in the list is its number.
+        found = [trials[number] for number in (*self._open, *range(self._next, len(trials)))]
+        entries = [
+            read_entry(trial, _optuna.trial_id_of(trial), totals.quota, study=self._stamp)
+            for trial in found
+        ]
+        still_open = [entry for entry in entries if entry.state != "finished"]
+        self._next = max(self._next, len(trials))
+        self._open = [entry.number for entry in still_open]
+        totals.update([entry for entry in entries if entry.state == "finished"], still_open)
+
+    def _read(self) -> Sequence[FrozenTrial]:
+        trials = self._storage.get_all_trials(self._study_id, deepcopy=False)
+        if trials and trials[-1].number != len(trials) - 1:
+            # Between reading a database and returning its rows, Optuna's cache may get one that
+            # another thread creates, but not those that other processes created before it.
+            trials = [trial for index, trial in enumerate(trials) if trial.number == index]
+        self._trials = trials
+        return trials
+
+    def stale_trial_ids(self) -> list[int]:
+        """Return the ids of trials whose heartbeat is overdue by the storage."""
+        return _optuna.stale_trial_ids(self._storage, self._study_id)
+
+    def write(self, trial_id: int, reservation: Reservation) -> None:
+        """Write a trial's reservation into its row.
+
+        Raises:
+            optuna.exceptions.UpdateFinishedTrialError: If another worker found this one dead and
+                finished the row.
+        """
+        write_attributes(self._storage, trial_id, system={RESERVATION: self._object(reservation)})
+
+    def take_enqueued(self, trial_id: int, reservation: Reservation) -> bool:
+        """Return whether an enqueued trial is this worker's alone.
+
+        Optuna relies on row locks to give it to one worker only, and SQLite has none.
+        """
+        storage, value = self._storage, self._object(reservation)
+        if _optuna.has_row_locks(storage):
+            return True
+        trial = storage.get_trial(trial_id)
+        written = trial.system_attrs.get(RESERVATION)
+        # A retried trial has a copy of another one's reservation, which is parsed as None.
+        if trial.state.is_finished() or parse_reservation(written, trial_id, self._stamp):
+            return False
+        swap = _optuna.swap_system_attr_on_sqlite
+        return retry(lambda: swap(storage, trial_id, RESERVATION, written, value))
+
+    def fail(self, trial_id: int, record: TrialRecord, reservation: Reservation) -> bool:
+        """Finish an orphaned trial's row; of several workers that try, one gets True."""
+        storage = self._storage
+        try:
+            self.write(trial_id, reservation)
+            write_record(storage, trial_id, record)
+            if not _optuna.has_row_locks(storage):
+                return retry(lambda: _optuna.fail_row_on_sqlite(storage, trial_id))
+            storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        except UpdateFinishedTrialError:
+            return False
+        return True
+
+    def _object(self, reservation: Reservation) -> dict[str, Any]:
+        return reservation_object(replace(reservation, study=self._stamp))
+
+
 class LedgerState:
     """Reads the rows of a study and writes the reservations of this process's trials.
 
@@ -136,7 +239,6 @@ class LedgerState:
         self.ceilings = {**quota.amounts(), **{gpu.resource: gpu.memory for gpu in gpus}}
         self.clock = clock
         self.heartbeat = lease / HEARTBEATS_PER_LEASE
-        survive_outages(_optuna.storage_of(study))
         self.rows = TrialRows(study)
         bounds = read_amounts(_optuna.user_attrs_of(study).get(STUDY_LIMITS))
         self._totals = QuotaTotals(quota, bounds)
@@ -196,26 +298,28 @@ class LedgerState:
 
     def refresh(self) -> Snapshot:
         """Read the rows, fail those of dead workers, and return what is left."""
-        seen = self.read()
-        now = self.clock.monotonic()
+        seen, now = self.read(), self.clock.monotonic()
         with self._lock:
-            orphans = self._leases.find_orphaned(seen.open, now, self._stale_trial_ids(now))
+            stale: list[int] = []
+            if self._stale_read is None or now - self._stale_read >= _STALE_INTERVAL:
+                self._stale_read = now
+                stale = self.rows.stale_trial_ids()
+            orphans = self._leases.find_orphaned(seen.open, now, stale)
         if not orphans:
             return seen
         self.fail_orphaned(*orphans)
         return self.read()
 
-    def _stale_trial_ids(self, now: float) -> list[int]:
-        if self._stale_read is not None and now - self._stale_read < _STALE_INTERVAL:
-            return []
-        self._stale_read = now
-        return self.rows.stale_trial_ids()
-
     def fail_orphaned(self, *orphans: OrphanedTrial) -> None:
         """Finish the rows of orphaned trials, and call the storage's callback, which may retry."""
-        for trial_id in fail_orphaned_trials(
-            self.rows, orphans, self.now(), lease=self._leases.lease
-        ):
+        now, rates = self.now(), usage_rates(self.rows.trials)
+        for orphan in orphans:
+            trial_id = orphan.entry.trial_id
+            held, record = close_orphan(orphan, now, rates, lease=self._leases.lease)
+            # Another worker may be faster, or this one may come back and finish it.
+            if not self.rows.fail(trial_id, record, held):
+                continue
+            _logger.warning(f"Trial {orphan.entry.number} was marked as failed. {orphan.reason}")
             try:
                 for study in tuple(self._studies)[:1]:
                     _optuna.call_stale_trial_callback(study, trial_id)
@@ -240,12 +344,7 @@ class LedgerState:
         return self._totals.unadmitted
 
     def write(self, trial_id: int, reservation: Reservation) -> None:
-        """Write the reservation of one of this process's trials.
-
-        Raises:
-            optuna.exceptions.UpdateFinishedTrialError: If another worker found this one dead and
-                finished the row.
-        """
+        """Write the reservation of one of this process's trials; see :meth:`TrialRows.write`."""
         self.rows.write(trial_id, self._signed(trial_id, reservation))
 
     def take_enqueued(self, trial_id: int) -> bool:
@@ -253,39 +352,29 @@ class LedgerState:
         return self.rows.take_enqueued(trial_id, self._signed(trial_id, Reservation()))
 
     def _signed(self, trial_id: int, reservation: Reservation) -> Reservation:
-        return replace(
-            reservation,
-            trial_id=trial_id,
-            worker=this_worker(),
-            beat=self.now(),
-            every=self.heartbeat,
-        )
+        own = {"worker": this_worker(), "beat": self.now(), "every": self.heartbeat}
+        return replace(reservation, trial_id=trial_id, **own)  # type: ignore[arg-type]
 
     def charge(self, trial_id: int, usage: Usage) -> None:
         """Record the usage of a trial whose row is about to finish."""
         with self._lock:
             self._charged[trial_id] = usage
 
-    def running_claims(self, snapshot: Snapshot) -> list[Claim]:
-        """Return the claims of trials that have not been charged."""
+    def with_charged(self, seen: Snapshot) -> tuple[dict[str, float], list[Claim]]:
+        """Return usage by resource and the claims as if charged trials had finished."""
         with self._lock:
-            charged = {e.number for e in snapshot.open if e.trial_id in self._charged}
-        return [claim for claim in snapshot.claims if claim.number not in charged]
-
-    def used_with_charged(self, snapshot: Snapshot) -> dict[str, float]:
-        """Return the usage by resource, with charged trials whose row has not finished yet."""
-        used = dict(snapshot.used)
-        with self._lock:
-            charged = [self._charged.get(entry.trial_id) for entry in snapshot.open]
-        for usage in charged:
-            if usage is None:
-                continue
+            charged = {
+                entry.number: self._charged[entry.trial_id]
+                for entry in seen.open
+                if entry.trial_id in self._charged
+            }
+        used = dict(seen.used)
+        for usage in charged.values():
             amounts = {name: usage.get(name) or 0.0 for name in CHARGED_RESOURCES}
-            amounts["cost"] = self.quota.price(amounts)
-            amounts["n_trials"] = 1.0
+            amounts |= {"cost": self.quota.price(amounts), "n_trials": 1.0}
             for name, amount in amounts.items():
                 used[name] = used.get(name, 0.0) + amount
-        return used
+        return used, [claim for claim in seen.claims if claim.number not in charged]
 
     def judge(
         self,

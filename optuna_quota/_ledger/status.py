@@ -10,7 +10,7 @@ from typing import Any, TYPE_CHECKING
 
 from optuna_quota import _optuna
 from optuna_quota._html import element, table
-from optuna_quota._ledger.rows import TrialRows
+from optuna_quota._ledger.state import TrialRows
 from optuna_quota._ledger.totals import QuotaTotals
 from optuna_quota._metering.breach import quota_bound
 from optuna_quota._records import read_amounts, STUDY_LIMITS, STUDY_PRICES, STUDY_QUOTA

@@ -14,11 +14,14 @@ from optuna.trial import TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import resolve_cores
-from optuna_quota._enforcement.constraints import uniform_constraints
 from optuna_quota._enforcement.nesting import find_nested, quota_pruners
 from optuna_quota._enforcement.pruner import QuotaPruner, wrap_nesting_pruner
 from optuna_quota._enforcement.study_warnings import warn_of_ceilings
-from optuna_quota._enforcement.trial_result import read_row, record_ignored_rejection
+from optuna_quota._enforcement.trial_result import (
+    read_row,
+    record_ignored_rejection,
+    uniform_constraints,
+)
 from optuna_quota._footprint.user_given import as_footprint, by_value, from_value
 from optuna_quota._ledger import LEASE, Refusal
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop

@@ -16,11 +16,14 @@ from optuna.trial import TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import find_monitor, start_monitor
-from optuna_quota._enforcement.constraints import constraints_warning
-from optuna_quota._enforcement.interrupt import Interrupter
 from optuna_quota._enforcement.nesting import quota_pruners
 from optuna_quota._enforcement.preemption import preemption_of
-from optuna_quota._enforcement.trial_result import record_rejection, record_result
+from optuna_quota._enforcement.pruner import Interrupter
+from optuna_quota._enforcement.trial_result import (
+    constraints_warning,
+    record_rejection,
+    record_result,
+)
 from optuna_quota._ledger import (
     check_gpus_per_trial,
     gpus_here,

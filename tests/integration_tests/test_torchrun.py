@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import Limits, QuotaPruner, script
-from optuna_quota._isolation.launch import can_supervise
+from optuna_quota._isolation.linux import can_supervise
 from optuna_quota._records import read_record
 
 

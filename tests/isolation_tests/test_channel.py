@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pickle
 import socket
+import sys
+import traceback
 from typing import Any
 
 import pytest
 
-from optuna_quota._isolation.channel import Channel, channel_pair
+from optuna_quota._isolation.channel import Channel, channel_pair, pack_error, unpack_error
+from tests.isolation_tests.trials import caught, raises
 
 
 def test_a_channel_keeps_in_step_with_messages_of_any_size() -> None:
@@ -40,3 +43,52 @@ def test_a_message_that_was_cut_off_is_completed() -> None:
     assert channel.receive() == "whole"
     channel.close()
     whole.close()
+
+
+# Exceptions of a trial in the study's process.
+
+
+class NeedsTwo(Exception):
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(f"{first} and {second}")
+        self.first = first
+        self.handle = socket
+
+
+class Refuses(Exception):
+    def __reduce__(self) -> Any:
+        raise RuntimeError("no")
+
+
+def test_type_state_cause_and_traceback_are_kept() -> None:
+    def inner() -> None:
+        raise NeedsTwo(1, 2)
+
+    def outer() -> None:
+        try:
+            inner()
+        except NeedsTwo as error:
+            raise KeyError("outer") from error
+
+    original = caught(outer)
+    error = unpack_error(pickle.loads(pickle.dumps(pack_error(original))))
+    assert isinstance(error, KeyError) and isinstance(error.__cause__, NeedsTwo)
+    assert error.__cause__.first == 1 and str(error.__cause__) == "1 and 2"
+    text = traceback.format_exception(error)
+    # With the source lines and, from Python 3.11 on, the marks under them.
+    assert text == traceback.format_exception(original)
+    assert any("raise NeedsTwo(1, 2)" in part for part in text)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    assert [frame.f_globals["__name__"] for frame in frames] == [caught.__module__, __name__]
+
+
+def test_an_exception_that_refuses_to_be_pickled_keeps_its_class() -> None:
+    error = unpack_error(pack_error(caught(raises(Refuses("why")))))
+    assert isinstance(error, Refuses) and error.args == ("why",)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="there are no exception groups")
+def test_a_group_of_exceptions_that_refuse_to_be_pickled_is_text() -> None:
+    group: Any = ExceptionGroup("two", [Refuses("a"), Refuses("b")])  # type: ignore[name-defined, unused-ignore]  # noqa: F821
+    error = unpack_error(pack_error(group))
+    assert isinstance(error, RuntimeError) and "two" in str(error)

@@ -87,9 +87,9 @@ def test_a_trial_in_process_that_was_failed_from_outside(by_number: bool) -> Non
 
 
 def test_no_trace_of_a_trial_is_kept() -> None:
-    before = set(_optuna._tolerant)
+    before = set(_optuna.optimize._tolerant)
     study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9)))
     for _ in range(2):
         study.tell(study.ask().number, 1.0)
     study.optimize(lambda trial: 1.0, n_trials=2)
-    assert _optuna._tolerant == before
+    assert _optuna.optimize._tolerant == before

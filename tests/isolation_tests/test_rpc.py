@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 import contextlib
+from dataclasses import replace
 import multiprocessing
 import os
 from pathlib import Path
 import pickle
+import select
 import signal
 from typing import Any
 
@@ -17,7 +19,16 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import check, isolated, LimitBreached, Limits, QuotaPruner
-from optuna_quota._isolation.rpc import Proxy, RemoteObjects, RemoteTrial, RpcClient, TrialFacts
+from optuna_quota._isolation.channel import Channel
+from optuna_quota._isolation.rpc import (
+    connect,
+    Listener,
+    Proxy,
+    RemoteObjects,
+    RemoteTrial,
+    RpcClient,
+    TrialFacts,
+)
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import MIB
 
@@ -176,6 +187,19 @@ def test_what_comes_back_to_its_own_process_is_itself() -> None:
     assert type(pickle.loads(pickle.dumps(proxy))) is Proxy
 
 
+def test_a_proxy_that_is_handed_on_passes_for_the_same_class() -> None:
+    """Where trials are nested, a trial's process hands on what it has of the study's."""
+    study = optuna.create_study()
+    with (
+        contextlib.closing(RemoteObjects(study.ask())) as outer,
+        contextlib.closing(RemoteObjects(study.ask())) as inner,
+    ):
+        proxy = Proxy(RpcClient(outer.listener.address), outer.handle(study))
+        assert isinstance(
+            Proxy(RpcClient(inner.listener.address), inner.handle(proxy)), optuna.Study
+        )
+
+
 @POSIX
 def test_a_signal_handler_may_call_the_trial_within_a_call() -> None:
     def objective(trial: optuna.Trial) -> float:
@@ -200,3 +224,44 @@ def test_a_signal_handler_may_call_the_trial_within_a_call() -> None:
 
     trial = optimize(objective)
     assert trial.value is not None and trial.value >= 100
+
+
+# Connections of the processes that a trial starts.
+
+
+def admit(listener: Listener) -> Channel | None:
+    new = listener.accept()
+    assert new is not None
+    select.select([new], [], [], 60)
+    return listener.admit(new)
+
+
+def test_a_connection_needs_the_key() -> None:
+    with contextlib.closing(Listener()) as listener:
+        assert listener.accept() is None
+        with contextlib.closing(connect(listener.address)) as theirs:
+            ours = admit(listener)
+            assert ours is not None
+            ours.send("hello")
+            assert theirs.receive() == "hello"
+            ours.close()
+        for key in (b"", b"x", b"x" * 32, listener.address.key[:-1]):
+            with contextlib.closing(connect(replace(listener.address, key=key))) as stranger:
+                if not key:
+                    stranger.close()
+                assert admit(listener) is None
+                if key:
+                    with pytest.raises((EOFError, ConnectionError)):
+                        stranger.receive()
+
+
+def test_the_key_is_not_shown() -> None:
+    with contextlib.closing(Listener()) as listener:
+        assert "key" not in repr(listener.address)
+
+
+def test_after_the_trial_there_is_no_connection() -> None:
+    listener = Listener()
+    listener.close()
+    with pytest.raises(ConnectionRefusedError):
+        connect(listener.address)

@@ -15,10 +15,9 @@ import pytest
 from optuna_quota._isolation import server as server_module
 from optuna_quota._isolation.channel import Channel, channel_pair
 from optuna_quota._isolation.launch import TrialConnections
-from optuna_quota._isolation.listener import connect
 from optuna_quota._isolation.messages import BreachFound, ExitReport
 from optuna_quota._isolation.output import Printed
-from optuna_quota._isolation.rpc import CHECK, RemoteObjects
+from optuna_quota._isolation.rpc import CHECK, connect, RemoteObjects
 from optuna_quota._isolation.server import NotStarted, Server
 from optuna_quota._isolation.signals import Interrupts
 from optuna_quota._resources import Breach

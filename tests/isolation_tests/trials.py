@@ -12,7 +12,7 @@ import optuna
 import pytest
 
 from optuna_quota import isolated, Limits, QuotaPruner
-from optuna_quota._isolation.launch import can_supervise
+from optuna_quota._isolation.linux import can_supervise
 
 
 MIB = 2**20

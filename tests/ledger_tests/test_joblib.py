@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from optuna_quota._isolation.launch import can_supervise
+from optuna_quota._isolation.linux import can_supervise
 
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,13 @@ from collections.abc import Mapping
 import pytest
 
 from optuna_quota import Limits, Quota
-from optuna_quota._ledger.grant import extension_requests, initial_requests, refuse_exhausted
-from optuna_quota._ledger.total_needs import left_for_trial, revise_totals
+from optuna_quota._ledger.grant import (
+    extension_requests,
+    initial_requests,
+    left_for_trial,
+    refuse_exhausted,
+    revise_totals,
+)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import _optuna, check, isolated, Limits, Quota, QuotaPruner, QuotaSampler
-from optuna_quota._enforcement.constraints import limit_constraints, uniform_constraints
+from optuna_quota._enforcement.trial_result import limit_constraints, uniform_constraints
 from optuna_quota._resources import Breach
 
 

@@ -68,7 +68,7 @@ def test_memory_that_tensors_still_hold_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=FakeCuda(held=3 * GIB)))
-    monkeypatch.setattr("optuna_quota._enforcement.gpu_cache._logger.propagate", True)
+    monkeypatch.setattr("optuna_quota._enforcement.active_trials._logger.propagate", True)
     monkeypatch.setattr(sys.modules["logging"].getLogger("optuna"), "propagate", True)
     study = optuna.create_study(pruner=QuotaPruner(limits=Limits(gpu_memory="8GiB")))
     study.optimize(lambda trial: float(trial.should_prune()), n_trials=1)
