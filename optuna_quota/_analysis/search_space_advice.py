@@ -355,12 +355,7 @@ def cheaper_space(
 ) -> CheaperSpace | None:
     """Return bounds that halve a cost; None where none would, or too little is known to tell.
 
-    Args:
-        facts: The study.
-        footprint: Fitted to its trials.
-        resource: The cost.
-        limits: The study's limits, in SI base units.
-        near_best: Points of the trials near the best, which must stay.
+    The points of the trials near the best must stay.
     """
     objective = _objective_model(facts, footprint)
     if objective is None or resource not in footprint.resources:

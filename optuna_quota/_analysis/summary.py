@@ -61,8 +61,8 @@ def _head(analysis: StudyAnalysis) -> Iterator[str]:
 def refused_points(trials: Iterable[FrozenTrial]) -> str:
     """Say what became of the points refused before finished trials; empty when none was.
 
-    An audited point ran although it was refused. It counts only if its trial completed or breached
-    a limit: one that stopped for another reason says nothing of the refusal.
+    An audited point counts only if its trial completed or breached a limit: one that stopped for
+    another reason says nothing of the refusal.
     """
     counts: Counter[str] = Counter()
     for trial in trials:

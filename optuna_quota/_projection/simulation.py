@@ -259,10 +259,9 @@ def _cumulative_usage(
 def _schedule(
     durations: np.ndarray, held: Mapping[str, np.ndarray], n_jobs: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Schedule the trials on ``n_jobs`` workers, each on the one that is free first.
+    """Schedule the trials on workers, each on the one that is free first.
 
-    Returns:
-        When all trials so far have ended, and the largest sum held at one moment so far.
+    Returns when all trials so far have ended, and the largest sum held at one moment so far.
     """
     count, length = durations.shape
     rows = np.arange(count)

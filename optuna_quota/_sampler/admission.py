@@ -44,26 +44,18 @@ class PointAdmission:
     """Decides which points one trial may run, by the probability of a breach.
 
     The upper bound of the usage would refuse half of the points that fit.
-
-    Attributes:
-        expected: Expected usage of a point.
-        limits: The limits of the trial.
-        past: Points of earlier trials, oldest first.
-        space: Distribution of each parameter of these trials.
-        threshold: The probability of a breach above which a point is refused.
-        complete: Points of completed trials, where only complete points can be judged because a
-            user's function may need any parameter; None where any point can.
-        declared: Names of all parameters, where the user declared them.
-        left: What is left of the study's totals, where that is less than the limits.
     """
 
     expected: BaseFootprint
-    limits: Limits
-    past: Sequence[Mapping[str, Any]]
-    space: Mapping[str, BaseDistribution]
-    threshold: float
+    limits: Limits  # of the trial
+    past: Sequence[Mapping[str, Any]]  # points of earlier trials, oldest first
+    space: Mapping[str, BaseDistribution]  # of these trials
+    threshold: float  # the probability of a breach above which a point is refused
+    # Points of completed trials, where only complete points can be judged because a user's
+    # function may need any parameter; None where any point can.
     complete: Sequence[Mapping[str, Any]] | None = None
-    declared: frozenset[str] = frozenset()
+    declared: frozenset[str] = frozenset()  # all parameters, where the user declared them
+    # What is left of the study's totals, where that is less than the limits.
     left: Mapping[str, float] = field(default_factory=dict)
 
     def common_space(self) -> dict[str, BaseDistribution]:

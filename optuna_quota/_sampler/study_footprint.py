@@ -32,7 +32,7 @@ from optuna_quota._footprint.user_given import (
 )
 from optuna_quota._resources import Limits, Usage
 from optuna_quota._sampler.admission import PointAdmission
-from optuna_quota._sampler.options import AdmissionOptions
+from optuna_quota._sampler.options import SamplerOptions
 
 
 if TYPE_CHECKING:
@@ -105,13 +105,13 @@ class StudyFootprint:
         given: A usage or function that the user stated; None for neither.
     """
 
-    def __init__(self, options: AdmissionOptions) -> None:
+    def __init__(self, options: SamplerOptions) -> None:
         stated = options.footprint
         self._earlier = stated if isinstance(stated, Footprint) else None
         self.learner = Learner(self._earlier, confidence=options.confidence)
         self.given = None if stated is None or self._earlier else as_footprint(stated)
         self._options = options
-        self._declared = options.declared or {}
+        self._declared = options.declared
         self._calibrator = None
         if isinstance(self.given, UserFootprint) and not isinstance(self.given.usage, Usage):
             self._calibrator = FootprintCalibrator(self.given)

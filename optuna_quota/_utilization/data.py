@@ -24,19 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One hyperparameter, or user attribute, over all trials of a study.
-
-    Attributes:
-        name: Its name.
-        values: Shape ``(n_trials,)``: its value, or the code of its level; NaN where inactive.
-        levels: The levels of a category in the order of their codes; empty for a number.
-        branch: Under which choices it is active, such as ``"clf=svm"``; empty when always.
-    """
+    """One hyperparameter, or user attribute, over all trials of a study."""
 
     name: str
+    # Its value, or the code of its level; NaN where inactive; shape (n_trials,).
     values: NDArray[np.float64]
-    levels: tuple[str, ...] = ()
-    branch: str = ""
+    levels: tuple[str, ...] = ()  # of a category, in the order of their codes
+    branch: str = ""  # under which choices it is active, such as "clf=svm"; empty when always
 
     @property
     def active(self) -> NDArray[np.bool_]:
@@ -46,21 +40,13 @@ class Parameter:
 
 @dataclass(frozen=True)
 class StudyData:
-    """The trials of a study as arrays.
+    """The trials of a study as arrays."""
 
-    Attributes:
-        table: The trial table, one row a trial that finished.
-        parameters: Hyperparameters and selected user attributes.
-        ended: How each trial ended, by Optuna's state where this library did not see it.
-        resources: The resources whose usage is known of at least one trial.
-        partial_peaks: The resources whose peaks stopped trials had not reached, as the models
-            found.
-    """
-
-    table: pd.DataFrame
-    parameters: tuple[Parameter, ...]
-    ended: NDArray[np.object_]
-    resources: tuple[str, ...]
+    table: pd.DataFrame  # one row a trial that finished
+    parameters: tuple[Parameter, ...]  # and selected user attributes
+    ended: NDArray[np.object_]  # how, by Optuna's state where this library did not see it
+    resources: tuple[str, ...]  # whose usage is known of at least one trial
+    # The resources whose peaks stopped trials had not reached, as the models found.
     partial_peaks: frozenset[str] = frozenset()
 
     def amounts(self, resource: str) -> NDArray[np.float64]:
@@ -104,11 +90,7 @@ class StudyData:
 
 
 def study_data(study: Study, user_attrs: Sequence[str] = ()) -> StudyData:
-    """Return a study's finished trials as arrays.
-
-    Args:
-        study: Any Optuna study.
-        user_attrs: Names of trial user attributes to treat as parameters.
+    """Return a study's finished trials as arrays, with user attributes as further parameters.
 
     Raises:
         ValueError: If a user attribute has the name of a hyperparameter.

@@ -36,24 +36,15 @@ def plain_number(value: float, digits: int = 3) -> str:
     return f"{float(f'{value:.{digits}g}'):.15g}"
 
 
-def formula_text(
-    resource: str, selected: Selected, floor: float, params: Array, p_values: Array
-) -> str:
+def formula_text(resource: str, selected: Selected, floor: float, p_values: Array) -> str:
     """Return a model as a formula of its clear terms, such that it can be computed.
 
     Each factor is 1 at the middle of its parameter, and at the most frequent level of a category.
-    So the constant is an amount of a usual size, and the rounding of exponents moves little.
-
-    Args:
-        resource: Name of the resource.
-        selected: The terms and their fit.
-        floor: SI base units; 0 without one.
-        params: Log of the floor if there is one, then the coefficients.
-        p_values: Of the same, adjusted for all tests.
+    So the constant is an amount of a usual size, and the rounding of exponents moves little. The
+    p-values are those of all coefficients, adjusted for all tests.
     """
-    offset = int(selected.fit.has_floor)
-    level, *slopes = params[offset:]
-    terms = zip(selected.design.columns, slopes, p_values[offset + 1 :], strict=False)
+    level, *slopes = selected.fit.beta
+    terms = zip(selected.design.columns, slopes, p_values[-len(slopes) :], strict=False)
     factors = [_factor(column, float(b)) for column, b, p_value in terms if p_value < 0.05]
     if not factors:
         total = _amount(resource, floor + bounded_exp(level))

@@ -263,6 +263,19 @@ def robust_covariance(fit: Fit, sample: Sample) -> Array:
     return robust * np.outer(grow, grow)
 
 
+def intervals(fit: Fit, sample: Sample, level: float = 0.95) -> Array:
+    """Return estimate, lower, upper and p-value of θ without log σ, shape ``(p - 1, 4)``."""
+    from scipy.special import stdtr, stdtrit
+
+    theta, censored = fit.theta[:-1], sample.censored
+    # Without lower bounds σ does not depend on the others.
+    df = max(1, int((~censored).sum()) - len(theta) - int(censored.any()))
+    errors = np.sqrt(np.diag(robust_covariance(fit, sample))[:-1])
+    half = float(stdtrit(df, (1 + level) / 2)) * errors
+    p_values = 2 * stdtr(df, -np.abs(theta) / np.maximum(errors, 1e-300))
+    return np.column_stack([theta, theta - half, theta + half, p_values])
+
+
 def maximize(
     theta: Array,
     sample: Sample,

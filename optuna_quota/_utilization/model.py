@@ -26,6 +26,7 @@ from optuna_quota._utilization.fit import (
     derivatives,
     derivatives_at,
     Fit,
+    intervals,
     robust_covariance,
     Sample,
     without_numeric_warnings,
@@ -100,7 +101,7 @@ class UtilizationModel:
     def results(self) -> Any:
         """The statsmodels results; the parameters are on the log scale, errors are HC3."""
         fit, sample = self.selected.fit, self.selected.sample.with_scale(self.selected.fit)
-        names = [*(["log(floor)"] if fit.has_floor else []), *self.selected.design.terms]
+        names = [*["log(floor)"][: int(fit.has_floor)], *self.selected.design.terms]
         if self.n_censored:
             return _likelihood_results(fit, sample, [*names, "log(sigma)"])
         return _regression_results(fit, sample, names)
@@ -134,60 +135,34 @@ class UtilizationModel:
     def _coefficients(self) -> pd.DataFrame:
         import pandas as pd
 
-        design, offset = self.selected.design, int(self.selected.fit.has_floor)
-        figures = np.column_stack(
-            [self.results.params, self.results.conf_int(), self.results.pvalues]
-        )
-        rows: list[tuple[float, float, float, float, str]] = []
-        for figure in figures[: offset + 1].tolist():
-            lower, estimate, upper = sorted(map(bounded_exp, figure[:3]))
-            rows.append((estimate, lower, upper, math.nan, "amount"))
-        terms = self._with_possible_floor(figures[offset + 1 :])
-        for column, row in zip(design.columns, terms.tolist(), strict=False):
+        selected, offset = self.selected, int(self.selected.fit.has_floor)
+        figures = intervals(selected.fit, selected.sample)
+        if selected.floored is not None:
+            # A claim about a main effect holds with and without the floor.
+            k = len(selected.floored.beta)
+            main_effects = replace(selected.sample, x=selected.sample.x[:, :k])
+            own, other = figures[1:k], intervals(selected.floored, main_effects)[2:]
+            own[:, 1] = np.minimum(own[:, 1], other[:, 1])
+            own[:, 2:] = np.maximum(own[:, 2:], other[:, 2:])
+        amounts, terms = figures[: offset + 1], figures[offset + 1 :].tolist()
+        rows: list[list[Any]] = [
+            [*map(bounded_exp, amount[:3]), math.nan, "amount"] for amount in amounts.tolist()
+        ]
+        for column, row in zip(selected.design.columns, terms, strict=False):
             kind = _KINDS[column.form] if isinstance(column, Column) else "interaction"
-            rows.append((*row, kind))
+            rows.append([*row, kind])
         table: pd.DataFrame = pd.DataFrame(
             rows,
-            index=pd.Index([*(["floor"] if offset else []), *design.terms], name="term"),
+            index=pd.Index([*["floor"][:offset], *selected.design.terms], name="term"),
             columns=["estimate", "lower", "upper", "p_value", "kind"],
         )
         return table
 
-    def _with_possible_floor(self, figures: Array) -> Array:
-        """Join intervals and p-values with those of a floor that the trials do not exclude.
-
-        So a claim holds with and without the floor.
-        """
-        from scipy.special import stdtr, stdtrit
-
-        floored, sample = self.selected.floored, self.selected.sample
-        if floored is None:
-            return figures
-        k = len(floored.beta)
-        sample = replace(sample, x=sample.x[:, :k])
-        places = slice(2, k + 1)
-        errors = np.sqrt(np.diag(robust_covariance(floored, sample))[places])
-        df = max(1, self.n_observed - len(floored.theta))
-        beta = floored.theta[places]
-        half = float(stdtrit(df, 0.975)) * errors
-        p_values = 2 * stdtr(df, -np.abs(beta) / np.maximum(errors, 1e-300))
-        estimates, lower, upper, own_p_values = figures[: k - 1].T
-        mains = np.column_stack(
-            [
-                estimates,
-                np.minimum(lower, beta - half),
-                np.maximum(upper, beta + half),
-                np.maximum(own_p_values, p_values),
-            ]
-        )
-        return np.vstack([mains, figures[k - 1 :]])
-
     @cached_property
     def formula(self) -> str:
         """The model as text, with the terms that are clear: ``p_adjusted`` below 5%."""
-        params = np.asarray(self.results.params, dtype=float)
         p_values = self.coefficients["p_adjusted"].to_numpy(dtype=float)
-        return formula_text(self.resource, self.selected, self.floor, params, p_values)
+        return formula_text(self.resource, self.selected, self.floor, p_values)
 
     @cached_property
     def diagnostics(self) -> list[str]:
