@@ -75,7 +75,7 @@ class ReplayReport:
         for name in CHARGED_RESOURCES:
             saved = map(_saved, self._before, self._after, repeat(name))
             columns[f"saved_{name}"] = pd.Series(list(saved), dtype="float64")
-        table = pd.DataFrame(columns).rename(columns={"replayed": "fate"})
+        table: pd.DataFrame = pd.DataFrame(columns).rename(columns={"replayed": "fate"})
         # The outcome is that of the study, before the replay.
         table["lost"] = (table["outcome"] == "completed") & (table["fate"] != "kept")
         return table

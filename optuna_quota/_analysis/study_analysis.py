@@ -48,8 +48,9 @@ if TYPE_CHECKING:
 
 _MIN_TRIALS = 8
 _MUCH = 1.3
-# A law that errs by less than this more is good enough.
+# A law that errs by less than this more, or by less than this at all, is good enough.
 _MATTERS = 0.01
+_GOOD_ENOUGH = 0.04
 _SIGNIFICANCE = 0.05
 
 
@@ -151,7 +152,9 @@ class StudyAnalysis:
                     continue
                 pairs = np.abs([[ours[i], theirs[i]] for i in common])
                 formula, footprint = np.median(pairs, axis=0)
-                is_wrong = bool(formula > max(_MUCH * footprint, footprint + _MATTERS))
+                is_wrong = bool(
+                    formula > max(_MUCH * footprint, footprint + _MATTERS, _GOOD_ENOUGH)
+                )
                 if is_wrong:
                     test = wilcoxon(pairs[:, 0], pairs[:, 1], alternative="greater")
                     is_wrong = bool(test.pvalue < _SIGNIFICANCE)

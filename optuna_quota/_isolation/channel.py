@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import contextlib
 from dataclasses import dataclass
 import itertools
+import os
 import pickle
 import socket
 import struct
@@ -98,10 +99,12 @@ class Channel:
             size += count
 
     def receive_descriptors(self) -> list[int]:
-        """Return the files that were sent, waiting for them."""
+        """Return the files that were sent, waiting for them; none where a message was."""
         data, handles, _, _ = socket.recv_fds(self._sock, 1, _MAX_DESCRIPTORS)
         if not data:
             raise EOFError("The other process closed the connection.")
+        if not handles:
+            self._buffer += data
         return handles
 
     def pending(self) -> bool:
@@ -150,6 +153,30 @@ def channel_pair() -> tuple[Channel, Channel]:
     """Return the two ends of a new connection."""
     left, right = socket.socketpair()
     return Channel(left), Channel(right)
+
+
+class TrialConnections:
+    """The connections of the study's process to a trial.
+
+    Args:
+        channel: The connection to the trial.
+        control: The connection to its supervisor.
+        supervisor: The supervisor's pid when it is this process's own child, else None.
+    """
+
+    def __init__(self, channel: Channel, control: Channel, supervisor: int | None = None) -> None:
+        self.channel = channel
+        self.control = control
+        self._supervisor = supervisor
+
+    def close(self) -> None:
+        """Close the connections, which kills whatever is left; wait for the supervisor."""
+        self.channel.close()
+        self.control.close()
+        pid, self._supervisor = self._supervisor, None
+        if pid is not None:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 # Exceptions.

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from optuna_quota._isolation.channel import SentError
 from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import ProcessContext
-from optuna_quota._isolation.out_of_memory import FailedAllocation
 from optuna_quota._isolation.output import OutputSettings
 from optuna_quota._isolation.rpc import TrialFacts
 from optuna_quota._resources import Breach
@@ -203,6 +202,21 @@ class Returned(Outcome):
     """The objective returned a value."""
 
     value: Any
+
+
+@dataclass(frozen=True)
+class FailedAllocation:
+    """An allocation that failed.
+
+    Attributes:
+        resource: The kind of memory.
+        requested: The bytes requested, None when the error does not say.
+        text: The message of the error.
+    """
+
+    resource: Literal["memory", "gpu_memory"]
+    requested: float | None = None
+    text: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

@@ -7,31 +7,24 @@ the GPU full of other processes' memory has failed, and nothing is to be learned
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 import dis
 import math
 import re
+import signal
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-from optuna_quota._metering.breach import AT_LIMIT, Ceiling, Ceilings, find_refused_breach
+from optuna_quota._isolation.messages import ExitReport, FailedAllocation
+from optuna_quota._metering.breach import (
+    AT_LIMIT,
+    Ceiling,
+    Ceilings,
+    find_breaches,
+    find_refused_breach,
+)
 from optuna_quota._metering.meter import DeviceShare
 from optuna_quota._resources import Breach, format_amount
-
-
-@dataclass(frozen=True)
-class FailedAllocation:
-    """An allocation that failed.
-
-    Attributes:
-        resource: The kind of memory.
-        requested: The bytes requested, None when the error does not say.
-        text: The message of the error.
-    """
-
-    resource: Literal["memory", "gpu_memory"]
-    requested: float | None = None
-    text: str = field(default="", compare=False)
 
 
 # Module and name of the class, what the message must contain, the kind of memory. The classes
@@ -219,6 +212,34 @@ def find_memory_breach(
     wanted = (used or 0.0) + (failed.requested or 0.0)
     share = 0.0 if enforced else AT_LIMIT
     return find_refused_breach(failed.resource, wanted, ceilings, elapsed, share=share)
+
+
+def find_breach_at_exit(
+    report: ExitReport, ceilings: Ceilings, elapsed: float, *, strict_memory: bool = False
+) -> Breach | None:
+    """Return the limit that a process ended at, None if it ended of something else.
+
+    Args:
+        report: How it ended.
+        ceilings: The ceilings in force.
+        elapsed: Seconds since the start of the trial.
+        strict_memory: Whether the kernel refused it memory over its limit.
+    """
+    used = {"memory": report.memory, "cpu_time": report.cpu_time}
+    found = find_breaches(used, ceilings, elapsed)
+    if found:
+        return found[0]
+    # Native code that is refused memory ends the process where Python would raise; how much it
+    # requested is unknown. SIGKILL is not such an end: it comes from outside.
+    may_be_refused = strict_memory and report.exitcode != -signal.SIGKILL
+    if report.memory is not None and (report.cgroup_oom_kills or may_be_refused):
+        share = 0.0 if report.cgroup_oom_kills else AT_LIMIT
+        breach = find_refused_breach("memory", report.memory, ceilings, elapsed, share=share)
+        if breach is not None:
+            return breach
+    if report.cpu_time is None or report.exitcode != -getattr(signal, "SIGXCPU", 0):
+        return None
+    return find_refused_breach("cpu_time", report.cpu_time, ceilings, elapsed, refused=False)
 
 
 # Characters of an error's message that a reason repeats.

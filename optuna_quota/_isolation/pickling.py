@@ -29,15 +29,19 @@ from typing import Any
 import cloudpickle
 
 from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.main_module import global_names, MAIN_NAMES, MainModule
-from optuna_quota._isolation.module_state import plain_attributes, set_main_state, set_module_parts
-from optuna_quota._isolation.modules import modules_being_imported
-from optuna_quota._isolation.rpc import is_remote, proxy_at, RemoteObjects
-from optuna_quota._isolation.seeds import (
+from optuna_quota._isolation.environment import (
     is_generator,
     reduce_generator,
     values_within_reach,
 )
+from optuna_quota._isolation.main_module import global_names, MAIN_NAMES, MainModule
+from optuna_quota._isolation.modules import (
+    modules_being_imported,
+    plain_attributes,
+    set_main_state,
+    set_module_parts,
+)
+from optuna_quota._isolation.rpc import is_remote, proxy_at, RemoteObjects
 
 
 # Smaller buffers are copied into the pickle; a message of its own for each would cost more.

@@ -25,13 +25,13 @@ from optuna_quota._enforcement.pruner import raise_rejected, record_breach, wrap
 from optuna_quota._enforcement.study_warnings import warn_of_ceilings, warn_of_unapplied, warn_once
 from optuna_quota._enforcement.trial_result import read_row, record_result
 from optuna_quota._isolation import messages
+from optuna_quota._isolation.child import is_in_preparation
 from optuna_quota._isolation.cores import core_pool, Cores
 from optuna_quota._isolation.forkserver_client import fork_server_client
-from optuna_quota._isolation.multiprocessing_child import is_in_preparation
-from optuna_quota._isolation.outcome import OutcomeResolver
+from optuna_quota._isolation.launch import CannotStart, IsolationOptions, TrialLauncher
+from optuna_quota._isolation.outcome import INTERRUPTED, OutcomeResolver
 from optuna_quota._isolation.rpc import RemoteObjects
 from optuna_quota._isolation.server import NotStarted, Server
-from optuna_quota._isolation.start import CannotStart, IsolationOptions, TrialStarter
 from optuna_quota._metering import key_of, metering_loop, Verdict
 from optuna_quota._records import is_rejected
 from optuna_quota._resources import (
@@ -98,13 +98,7 @@ class TrialRun:
         if owned:
             # A deadline was an earlier sampler's.
             self._preemption.forget_deadline()
-        self._resolver = OutcomeResolver(
-            self._trial,
-            self._study,
-            self._monitor,
-            on_crash=self._options.on_crash,
-            strict_memory=self._options.strict_memory,
-        )
+        self._resolver = OutcomeResolver(self._trial, self._study, self._monitor, self._options)
         # The time to start the trial counts; the memory of this process does not.
         self._monitor.detach()
         if self._study is not None:
@@ -118,7 +112,7 @@ class TrialRun:
         except BaseException as raised:
             error = raised
             if isinstance(raised, KeyboardInterrupt) and self._monitor.verdict is None:
-                self._set_interrupted()
+                self._monitor.verdict = Verdict("failed", INTERRUPTED)
             raise
         finally:
             if owned:
@@ -181,18 +175,18 @@ class TrialRun:
     def _start_and_serve(
         self, objective: Callable[..., Any], remote: RemoteObjects, cores: Cores | None
     ) -> Server:
-        started = TrialStarter(
+        launched = TrialLauncher(
             objective, self._options, self._trial, self._monitor, remote, cores
-        ).start()
+        ).launch()
         label = f"Trial {self._trial.number}"
-        self._server = server = Server(started.connections, remote, self, label=label)
+        self._server = server = Server(launched.connections, remote, self, label=label)
         # Until the objective begins, only time counts.
         self._monitor.on_breach(self._stop_for_time)
         try:
             with self._preemption.handled_by(
                 self._trial_id, self._preempt, server.kill_soon, self._options.grace_period
             ):
-                started.send()
+                launched.begin()
                 server.serve()
         except KeyboardInterrupt:
             self._interrupt(server)
@@ -201,14 +195,13 @@ class TrialRun:
             server.kill()
             raise
         finally:
-            started.connections.close()
+            launched.connections.close()
             server.close()
         return server
 
     def _interrupt(self, server: Server) -> None:
         """Give an interrupted trial its grace period; a second interrupt kills it."""
         grace_period = self._options.grace_period
-        self._set_interrupted()
         if grace_period > 0:
             _logger.warning(
                 f"Trial {self._trial.number} was interrupted: it has {grace_period:g} s to end "
@@ -221,17 +214,7 @@ class TrialRun:
         except BaseException:
             server.kill()
             raise
-        if server.exit is None:
-            return
-        self._resolver.add_usage(server.exit)
-        if server.exit.killer is not None:
-            self._set_interrupted(
-                f" The trial took longer than {grace_period:g} s to end: it was killed."
-            )
-
-    def _set_interrupted(self, details: str = "") -> None:
-        reason = f"The study was interrupted (KeyboardInterrupt).{details}"
-        self._monitor.verdict = Verdict("failed", reason)
+        self._resolver.end_interrupted(server)
 
     def _record(self, value: Any, error: BaseException | None) -> None:
         if self._study is None or self._ended_outside is not None:

@@ -12,9 +12,8 @@ from typing import Any, Protocol
 from warnings import WarningMessage
 
 from optuna_quota._isolation import messages, rpc
-from optuna_quota._isolation.channel import Channel, pack_error
-from optuna_quota._isolation.launch import TrialConnections
-from optuna_quota._isolation.out_of_memory import FailedAllocation, find_failed_allocation_in_text
+from optuna_quota._isolation.channel import Channel, pack_error, TrialConnections
+from optuna_quota._isolation.out_of_memory import find_failed_allocation_in_text
 from optuna_quota._isolation.output import Printed, replay
 from optuna_quota._isolation.signals import Interrupts
 from optuna_quota._resources import Breach
@@ -83,7 +82,7 @@ class Server:
         self.outcome: messages.Outcome | None = None
         self.exit: messages.ExitReport | None = None
         self.never_fits = False
-        self.failed_allocation: FailedAllocation | None = None
+        self.failed_allocation: messages.FailedAllocation | None = None
         self._control = connections.control
         # Of the trial's own process, then of those that it starts.
         self._channels = [connections.channel]

@@ -44,10 +44,8 @@ def cpu_count(root: Path = _ROOT) -> float:
     The least of the processors this process may run on and the quotas of its cgroup and its
     ancestors.
     """
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return usable_cores(cores, _cpu_quotas(root))
 
 
@@ -89,17 +87,18 @@ def _inactive_file(stat: str) -> float:
 
 def _memory_cgroups(root: Path) -> Iterator[list[str]]:
     """Yield the texts of a cgroup's limit, current use and statistics, and its ancestors'."""
-    for folder in _folders(root, "memory"):
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
-        yield [_text(folder / name) for name in names]
-    for folder in _folders(root, ""):
-        yield [_text(folder / name) for name in ("memory.max", "memory.current", "memory.stat")]
+    files = {
+        "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
+        "": ("memory.max", "memory.current", "memory.stat"),
+    }
+    for controller, names in files.items():
+        for folder in _folders(root, controller):
+            yield [_text(folder / name) for name in names]
 
 
 def _cpu_quotas(root: Path) -> Iterator[str]:
     for folder in _folders(root, "cpu"):
-        quota, period = (_text(folder / f"cpu.cfs_{n}_us") for n in ("quota", "period"))
-        yield f"{quota.strip()} {period.strip()}"
+        yield " ".join(_text(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
     for folder in _folders(root, ""):
         yield _text(folder / "cpu.max")
 
@@ -111,8 +110,7 @@ def _folders(root: Path, controller: str) -> Iterator[Path]:
     its top: missing folders are left out, and the top is always tried.
     """
     for line in _text(root / "proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
+        _, controllers, path = line.split(":", 2)
         if controller not in controllers.split(","):
             continue
         mount = root / "sys/fs/cgroup" / (controller or "unified")

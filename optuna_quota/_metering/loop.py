@@ -79,7 +79,7 @@ class TrialMonitor(TrialState):
 
     def limit(self, limits: Limits) -> None:
         """Set the trial's limits, if they become known after its start."""
-        self._set_ceilings(limits, self._left)
+        self._set_ceilings(limits, self.left)
 
     def allow(self, left: Mapping[str, float]) -> None:
         """Set what this trial may use of the study's total quotas.
@@ -88,7 +88,7 @@ class TrialMonitor(TrialState):
             left: Ceilings on the trial's whole usage by resource, in SI base units; they replace
                 earlier ones. A breach of one has ``quota=True``.
         """
-        self._set_ceilings(self._limits, left)
+        self._set_ceilings(self.limits, left)
 
     def _set_ceilings(self, limits: Limits, left: Mapping[str, float]) -> None:
         with self._loop.lock:
@@ -164,7 +164,7 @@ class TrialMonitor(TrialState):
             now = self._loop.now()
             self._loop.trees.read(self, now)
             self.check_breach(now)
-            super().finish()
+            self.is_finished = True
 
     def add_usage(self, usage: Usage) -> None:
         """Record totals from another source; the maximum of each wins."""
@@ -214,8 +214,7 @@ class MeteringLoop:
 
     Args:
         clock: The time in seconds, without pauses of this process; for tests.
-        open_tree: Opens the reader of the process tree under a pid, None for this process; for
-            tests.
+        open_tree: Opens the reader of a process tree; for tests.
         open_meters: Opens what is measured of a trial beside its process tree; for tests.
         period: Seconds between samples of a process tree far from any limit; for benchmarks.
         threaded: False leaves it to the caller to call :meth:`tick`; for tests.
@@ -261,7 +260,6 @@ class MeteringLoop:
         limits: Limits | None = None,
         left: Mapping[str, float] | None = None,
         meters: Sequence[Meter] = (),
-        pid: int | None = None,
         here: bool = True,
     ) -> TrialMonitor:
         """Start metering a trial; to be called from the thread that runs it.
@@ -271,18 +269,12 @@ class MeteringLoop:
             limits: Its limits.
             left: What it may use of the study's total quotas, by resource.
             meters: The user's own meters.
-            pid: The root of the trial's process tree; None if it runs in this process.
             here: False if it runs where this process can't see it: only time is measured.
-
-        Raises:
-            ProcessLookupError: If there is no such process.
         """
         with self.lock:
             monitor = TrialMonitor(self, key, limits or Limits(), left or {}, meters)
-            if pid is not None:
-                monitor.isolate()
             if here:
-                self.add(monitor, pid)
+                self.add(monitor, None)
             else:
                 monitor.isolation = None
             self._monitors[key] = monitor
@@ -327,9 +319,7 @@ class MeteringLoop:
                 monitor.check_breach(now)
                 if monitor.breach is not None:
                     self.trees.relax(monitor, now)
-                    callbacks += monitor.take_callbacks()
-                elif monitor.extension and (request := monitor.extension.take_request()):
-                    callbacks.append(request)
+                callbacks += monitor.take_callbacks()
         for callback in callbacks:
             _call(callback)
         with self.lock:
@@ -345,8 +335,8 @@ class MeteringLoop:
     def _next_due_of_others(self) -> float:
         now = self.now()
         dues = [meter.due for meters in self._meters.values() for meter in meters]
-        deadlines = (monitor.deadline(now) for monitor in self._monitors.values())
-        return min([math.inf, *dues, *(d for d in deadlines if d is not None)])
+        dues += [monitor.deadline(now) for monitor in self._monitors.values()]
+        return min(dues, default=math.inf)
 
     # What follows is for monitors, which hold the lock, except for `read_meters`.
 
@@ -406,13 +396,14 @@ class MeteringLoop:
             del self._monitors[monitor.key]
 
     def _start(self) -> None:
-        if self._is_threaded and not self._is_stopped:
-            self._pause_detector.start()
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="optuna-quota-metering", daemon=True
-                )
-                self._thread.start()
+        if not self._is_threaded or self._is_stopped:
+            return
+        self._pause_detector.start()
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run, name="optuna-quota-metering", daemon=True
+            )
+            self._thread.start()
 
     def _run(self) -> None:
         while not self._is_stopped:

@@ -158,8 +158,9 @@ class SharedPages:
 
     def at_most(self, held: TreeMemory) -> int:
         """Return an upper bound of the tree's memory: all added shared memory counts."""
-        if held.sizes.keys() != self._measured.sizes.keys():
-            self._register_new(held.sizes)
+        # A fork begins with pages that were counted before: of a new process its growth counts.
+        new = held.sizes.keys() - self._measured.sizes.keys()
+        self._new = {pid: self._new.get(pid, held.sizes[pid]) for pid in new}
         return held.total - self._excess - sum(self._new.values())
 
     def has_new_processes(self, held: TreeMemory) -> bool:
@@ -224,7 +225,7 @@ class SharedPages:
             not_counted: The bytes of their sum that don't count.
             doubt: The bytes of their sum that may count twice.
         """
-        self._new.clear()
+        self._new = {}
         sizes = {pid: memory.held for pid, memory in memories.items()}
         self._measured = TreeMemory(sizes, sum(m.shareable for m in memories.values()))
         proportional = sum(memory.proportional for memory in memories.values()) - not_counted
@@ -235,10 +236,3 @@ class SharedPages:
         self._cost = cost
         self._at = now
         return max(0, proportional - doubt)
-
-    def _register_new(self, sizes: Mapping[int, int]) -> None:
-        """Register new processes: a fork begins with pages that were counted before."""
-        for pid in self._new.keys() - sizes.keys():
-            del self._new[pid]
-        for pid in sizes.keys() - self._measured.sizes.keys() - self._new.keys():
-            self._new[pid] = sizes[pid]
