@@ -56,11 +56,7 @@ _MOST_PROFILES = 20
 
 
 class PaceProfile:
-    """By how much a completed trial became faster after each of its steps.
-
-    Args:
-        steps: What it reported, to its end.
-    """
+    """By how much a completed trial became faster after each of the steps that it reported."""
 
     def __init__(self, steps: Steps) -> None:
         timed = _seconds_per_step(steps)

@@ -73,10 +73,7 @@ def quota_pruners(pruner: object) -> list[LimitingPruner]:
 
 
 def pruner_limits(pruner: object) -> Limits | None:
-    """Return the limits of a study's pruner, None without a quota pruner.
-
-    Of several quota pruners, the tightest limit on each resource applies.
-    """
+    """Return the tightest limits of a study's quota pruners, None without any."""
     found = [each.limits for each in quota_pruners(pruner)]
     return functools.reduce(lambda a, b: a.tightened(b.amounts()), found) if found else None
 

@@ -21,7 +21,7 @@ from optuna_quota._enforcement.forecast import (
 )
 from optuna_quota._enforcement.nesting import pruner_limits, pruner_meters, quota_pruners
 from optuna_quota._enforcement.preemption import Preemption, preemption_of
-from optuna_quota._enforcement.pruner import raise_rejected, record_breach, wrap_nesting_pruner
+from optuna_quota._enforcement.pruner import record_breach, rejection_error, wrap_nesting_pruner
 from optuna_quota._enforcement.study_warnings import warn_of_ceilings, warn_of_unapplied, warn_once
 from optuna_quota._enforcement.trial_result import read_row, record_result
 from optuna_quota._isolation import messages
@@ -87,7 +87,7 @@ class TrialRun:
     def run(self) -> Any:
         """Return what the objective returns or raise what it raises."""
         if is_rejected(self._trial.user_attrs):
-            raise_rejected(self._trial.user_attrs)
+            raise rejection_error(self._trial.user_attrs)
         if is_in_preparation():
             raise RuntimeError(
                 "An isolated trial was about to start in a process that is only importing the "

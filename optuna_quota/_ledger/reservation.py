@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-import math
 import os
 from pathlib import Path
 import platform
@@ -27,7 +26,7 @@ _DEAD = frozenset("ZXx")
 
 @dataclass(frozen=True)
 class Worker:
-    """A process that runs trials, with what identifies it.
+    """A process that runs trials.
 
     Attributes:
         host: Name of the machine, for display.
@@ -45,12 +44,10 @@ class Worker:
 
     @property
     def label(self) -> str:
-        """The worker's name for display: host and pid."""
         return f"{self.host}:{self.pid}"
 
 
 def this_worker() -> Worker:
-    """Return this process."""
     return _worker(os.getpid())
 
 
@@ -62,13 +59,17 @@ def _worker(pid: int) -> Worker:
 def process_start(pid: int) -> float | None:
     """Return when a process started; None if it is dead, reaped or not.
 
-    On Linux in kernel ticks since the boot, which don't change when the clock is set.
-
-    Raises:
-        PermissionError: If the process can't be inspected.
+    On Linux in kernel ticks since the boot, which don't change when the clock is set. Raises
+    PermissionError if the process can't be inspected.
     """
     if sys.platform.startswith("linux"):
-        return _start_on_linux(pid)
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        # The program's name, in parentheses, may have any character; field 3 comes after it.
+        fields = stat.rpartition(")")[2].split()
+        return None if fields[0] in _DEAD else float(fields[19])
     import psutil
 
     try:
@@ -80,16 +81,6 @@ def process_start(pid: int) -> float | None:
         return None
     except psutil.AccessDenied as error:
         raise PermissionError(f"Process {pid} can't be inspected.") from error
-
-
-def _start_on_linux(pid: int) -> float | None:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    # The program's name, in parentheses, may have any character; what follows starts at field 3.
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in _DEAD else float(fields[19])
 
 
 def is_alive(worker: Worker) -> bool | None:
@@ -175,27 +166,23 @@ def reservation_object(reservation: Reservation) -> dict[str, Any]:
         amounts = getattr(reservation, name)
         if amounts:
             found[key] = {resource: plain_number(value) for resource, value in amounts.items()}
-    for name in ("began", "beat"):
-        if getattr(reservation, name) is not None:
-            found[name] = round(getattr(reservation, name), 3)
-    if reservation.every != HEARTBEAT:
-        found["every"] = reservation.every
-    if reservation.study is not None:
-        found["study"] = reservation.study
-    if reservation.gpu is not None:
-        found["gpu"] = reservation.gpu
-    if reservation.worker is not None:
-        found["worker"] = dict(vars(reservation.worker))
+    optional = {
+        "began": None if reservation.began is None else round(reservation.began, 3),
+        "beat": None if reservation.beat is None else round(reservation.beat, 3),
+        "every": None if reservation.every == HEARTBEAT else reservation.every,
+        "study": reservation.study,
+        "gpu": reservation.gpu,
+        "worker": None if reservation.worker is None else dict(vars(reservation.worker)),
+    }
+    found.update({name: value for name, value in optional.items() if value is not None})
     return found
 
 
 def parse_reservation(value: Any, trial_id: int, study: str | None = None) -> Reservation | None:
-    """Return a row's reservation without what is malformed; None if it was copied from elsewhere.
+    """Return a row's reservation without what is malformed; None if it was copied.
 
-    Args:
-        value: The attribute.
-        trial_id: The row's id: a retried trial has a copy of another row's attributes.
-        study: The study's stamp: a copied study may have rows with the same ids.
+    A retried trial has a copy of another row's attributes, and a copied study, which has
+    another stamp, may have rows with the same ids.
     """
     if not isinstance(value, Mapping) or value.get("trial") != trial_id:
         return None
@@ -224,12 +211,8 @@ def _amounts(value: Any) -> dict[str, float]:
 def _parse_worker(value: Any) -> Worker | None:
     if not isinstance(value, Mapping):
         return None
-    texts = {name: value.get(name) for name in ("host", "machine", "space")}
-    if not all(isinstance(text, str) for text in texts.values()):
+    host, machine, space = (value.get(name) for name in ("host", "machine", "space"))
+    if not (isinstance(host, str) and isinstance(machine, str) and isinstance(space, str)):
         return None
     pid, started = number(value.get("pid")), number(value.get("started"))
-    return Worker(
-        **{name: str(text) for name, text in texts.items()},
-        pid=int(pid) if pid is not None and math.isfinite(pid) else 0,
-        started=started or 0.0,
-    )
+    return Worker(host, machine, space, int(pid or 0), started or 0.0)

@@ -80,9 +80,7 @@ class Clock(Protocol):
         """Return seconds that never jump, from an arbitrary start."""
         ...
 
-    def sleep(self, seconds: float) -> None:
-        """Wait."""
-        ...
+    def sleep(self, seconds: float) -> None: ...
 
 
 class SystemClock:
@@ -115,14 +113,12 @@ class Snapshot:
     open: tuple[Entry, ...]
 
     def free(self, quota: Quota) -> dict[str, float]:
-        """Return what is neither used nor reserved, by resource."""
         return {
             name: max(0.0, total - self.used.get(name, 0.0) - self.reserved.get(name, 0.0))
             for name, total in quota.amounts().items()
         }
 
     def count_beside(self, number: int) -> int:
-        """Return the number of running trials other than one."""
         return sum(1 for claim in self.claims if claim.number != number)
 
 
@@ -141,11 +137,9 @@ class TrialRows:
 
     @property
     def trials(self) -> Sequence[FrozenTrial]:
-        """All rows by number, as last read."""
         return self._read() if self._trials is None else self._trials
 
     def read_into(self, totals: QuotaTotals) -> None:
-        """Bring totals up to date with the storage."""
         trials = self._read()
         # Rows are never deleted, so a row's place in the list is its number.
         found = [trials[number] for number in (*self._open, *range(self._next, len(trials)))]
@@ -168,16 +162,10 @@ class TrialRows:
         return trials
 
     def stale_trial_ids(self) -> list[int]:
-        """Return the ids of trials whose heartbeat is overdue by the storage."""
         return _optuna.stale_trial_ids(self._storage, self._study_id)
 
     def write(self, trial_id: int, reservation: Reservation) -> None:
-        """Write a trial's reservation into its row.
-
-        Raises:
-            optuna.exceptions.UpdateFinishedTrialError: If another worker found this one dead and
-                finished the row.
-        """
+        """Write a reservation; UpdateFinishedTrialError if another worker has finished the row."""
         write_attributes(self._storage, trial_id, system={RESERVATION: self._object(reservation)})
 
     def take_enqueued(self, trial_id: int, reservation: Reservation) -> bool:
@@ -253,13 +241,10 @@ class LedgerState:
         self._warned_of: set[str] = set()
 
     def now(self, since: float | None = None) -> float:
-        """Return the time on the study's clock, in seconds since the epoch.
+        """Return seconds since the epoch on the study's clock, now or at a monotonic time.
 
         All workers follow the one whose clock is ahead, so that trials that run at the same time
         do so on the study's clock as well.
-
-        Args:
-            since: A time on this process's monotonic clock instead of now.
         """
         return self._ahead + (self.clock.monotonic() if since is None else since)
 
@@ -334,21 +319,17 @@ class LedgerState:
             return self._totals.wall_time(self.now(), this_worker())
 
     def set_bounds(self, limits: Limits) -> None:
-        """Charge trials of unknown usage with the limits that are the study's now."""
         with self._lock:
             self._totals.bounds = limits.amounts()
 
     @property
     def unadmitted(self) -> Mapping[str, float]:
-        """Usage of trials that no ledger admitted; see :attr:`QuotaTotals.unadmitted`."""
         return self._totals.unadmitted
 
     def write(self, trial_id: int, reservation: Reservation) -> None:
-        """Write the reservation of one of this process's trials; see :meth:`TrialRows.write`."""
         self.rows.write(trial_id, self._signed(trial_id, reservation))
 
     def take_enqueued(self, trial_id: int) -> bool:
-        """Return whether an enqueued trial is this worker's alone."""
         return self.rows.take_enqueued(trial_id, self._signed(trial_id, Reservation()))
 
     def _signed(self, trial_id: int, reservation: Reservation) -> Reservation:

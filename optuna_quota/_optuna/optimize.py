@@ -200,7 +200,6 @@ _with_sampler: WeakKeyDictionary[BaseStorage, set[int]] = WeakKeyDictionary()
 
 
 def was_created_with_sampler(study: Study) -> bool:
-    """Return whether a study was created in this process with a sampler of this class."""
     return study._study_id in _with_sampler.get(study._storage, ())
 
 

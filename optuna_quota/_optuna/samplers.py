@@ -286,7 +286,6 @@ def raise_on_next_suggest(trial: FrozenTrial, refuse: Callable[[], NoReturn]) ->
 
 
 def unwrap_partial_fixed(sampler: BaseSampler) -> BaseSampler:
-    """Return the sampler inside PartialFixedSamplers, or the sampler itself."""
     while isinstance(sampler, PartialFixedSampler):
         sampler = sampler._base_sampler
     return sampler

@@ -62,7 +62,8 @@ def refuse_late(
             f"{format_seconds(margin)} of them to stop trials, and a trial most likely takes "
             f"{format_seconds(likely or 0.0)}."
         )
-    return Refusal("wall_time", reason, likely or 0.0, 0.0, 0.0, max(0.0, left), final=True)
+    figures = (likely or 0.0, 0.0, 0.0, max(0.0, left))
+    return Refusal("wall_time", *figures, reason=reason, final=True)
 
 
 def _end_of_slurm_job(environment: Mapping[str, str]) -> float:

@@ -256,7 +256,8 @@ class StudySession:
         last = unfit[-1]
         reason = f"The last {len(unfit)} points did not fit what is left. {last.reason}"
         median, left = last.median or 0.0, last.limit or 0.0
-        return Refusal(last.resource or "", reason, median, median, 0.0, left, final=True)
+        figures = (median, median, 0.0, left)
+        return Refusal(last.resource or "", *figures, reason=reason, final=True)
 
     def is_ending(self, study: Study) -> bool:
         """Return whether a trial that waits need not start any more."""
