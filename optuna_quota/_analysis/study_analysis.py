@@ -9,7 +9,7 @@ signed-rank test).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 import re
 from typing import TYPE_CHECKING
@@ -33,11 +33,7 @@ from optuna_quota._footprint.observations import Observation, read_observation
 from optuna_quota._resources import get_resource
 from optuna_quota._utilization.data import StudyData
 from optuna_quota._utilization.fit import derivatives_at, leverage, without_numeric_warnings
-from optuna_quota._utilization.model import (
-    fit_utilization_models,
-    UtilizationModel,
-    with_partial_peaks,
-)
+from optuna_quota._utilization.model import fit_utilization_models, UtilizationModel
 
 
 if TYPE_CHECKING:
@@ -93,7 +89,8 @@ class StudyAnalysis:
         ``p_value``, ``p_adjusted`` (Holm, over all tests of the study), ``n``, ``measure`` and
         ``branch`` (the choices under which a conditional parameter is active).
         """
-        return correlations(with_partial_peaks(self.data, self.models))
+        partial = frozenset(name for name, model in self.models.items() if model.n_stopped_peaks)
+        return correlations(replace(self.data, partial_peaks=partial))
 
     @property
     def models(self) -> dict[str, UtilizationModel]:

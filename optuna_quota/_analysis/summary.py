@@ -115,17 +115,18 @@ def _driver_lines(analysis: StudyAnalysis) -> Iterator[str]:
             f"{d.param} {d.share[1]:.0%} [{d.share[0]:.0%}, {d.share[2]:.0%}]" for d in clear
         )
         lines += wrap(f"{title}: {shares}.", first="  ", indent="    ")
-        factors = [
-            f"{'doubling' if d.change > 1 else 'halving'} {d.param} "
-            f"{{}}by {factor[1]:.2f} [{factor[0]:.2f}, {factor[2]:.2f}]"
-            for d in clear
-            if (factor := d.clear_factor) is not None
-        ]
+        factors, verb = [], f"multiplies the {title} by"
+        for driver in clear:
+            if driver.clear_factor is not None:
+                lower, median, upper = driver.clear_factor
+                change = "doubling" if driver.change > 1 else "halving"
+                factors.append(
+                    f"{change} {driver.param} {verb} {median:.2f} [{lower:.2f}, {upper:.2f}]"
+                )
+                verb = "by"
         if factors:
-            text = (
-                ", ".join(factors).replace("{}", f"multiplies the {title} ", 1).replace("{}", "")
-            )
-            lines += wrap(f"At the best trial, {text}.", first="    ", indent="      ")
+            text = f"At the best trial, {', '.join(factors)}."
+            lines += wrap(text, first="    ", indent="      ")
     if any(parameter.branch for parameter in analysis.data.parameters):
         yield from wrap(
             "What drives cost: not computed, as conditional parameters have no common range. The "

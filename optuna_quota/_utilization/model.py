@@ -10,7 +10,6 @@ lower bounds they are those of maximum likelihood with a sandwich of the same ki
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 import math
@@ -234,12 +233,6 @@ def _likelihood_results(fit: Fit, sample: Sample, names: list[str]) -> Any:
     results.cov_type = "HC3"
     results.cov_kwds = {"description": "Sandwich of scores over one minus leverage, as HC3"}
     return results
-
-
-def with_partial_peaks(data: StudyData, models: Mapping[str, UtilizationModel]) -> StudyData:
-    """Return a study's data with the peaks of stopped trials as its models take them."""
-    partial = frozenset(name for name, model in models.items() if model.n_stopped_peaks)
-    return replace(data, partial_peaks=partial)
 
 
 def fit_utilization_models(
