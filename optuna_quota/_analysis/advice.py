@@ -74,7 +74,6 @@ class StudyFacts:
 
     @property
     def table(self) -> pd.DataFrame:
-        """The trial table of the finished trials."""
         return self.data.table
 
     @cached_property

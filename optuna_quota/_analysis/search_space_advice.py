@@ -153,7 +153,6 @@ def _advise(
 def _chosen(
     parameters: Sequence[Parameter], breached: Mask, known: Mask, good: Mask
 ) -> tuple[Rule | None, int]:
-    """Return the best rule and the number of rules tried."""
     promising = sorted(parameters, key=lambda p: -_contrast(p, breached, known))
     regions = [r for p in promising[:_MAX_PARAMS] for r in _regions(p, breached, known)]
     return _best_rule(regions, breached, known, good)

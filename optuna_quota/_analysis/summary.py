@@ -31,7 +31,6 @@ _MAX_FRONT = 8
 
 
 def summarize(analysis: StudyAnalysis) -> str:
-    """Return the whole analysis as text."""
     blocks = [
         _head(analysis),
         _usage_lines(analysis),
@@ -236,17 +235,14 @@ def _basis(model: UtilizationModel, n_partial: int) -> str:
 
 def _correlation_line(row: dict[str, Any]) -> Iterator[str]:
     sign = "" if row["measure"] == "epsilon2" else "+"
+    p_value = "p < 0.001" if row["p_adjusted"] < 0.001 else f"p = {row['p_adjusted']:.3f}"
     figures = (
         f"{row['rho']:{sign}.2f} [{row['lower']:{sign}.2f}, {row['upper']:{sign}.2f}]"
-        f"  {_p_text(row['p_adjusted'])}  n = {row['n']}"
+        f"  {p_value}  n = {row['n']}"
     )
     branch = f"  within {row['branch']}" if row["branch"] else ""
     title, param = get_resource(row["resource"]).title, _cut(row["param"], 24)
     yield _cut(f"  {title:<12} {param:<24} {figures}{branch}", _WIDTH)
-
-
-def _p_text(p_value: float) -> str:
-    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
 
 
 def counted(count: int, noun: str) -> str:
@@ -255,7 +251,6 @@ def counted(count: int, noun: str) -> str:
 
 
 def wrap(text: str, indent: str = "", first: str = "") -> list[str]:
-    """Return text broken into lines that fit."""
     return textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=indent)
 
 

@@ -16,7 +16,6 @@ from optuna_quota._table import usage_at_least
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
     from optuna_quota._resources import Breach, Limits, Quota
 
@@ -41,7 +40,6 @@ class TrialTrace:
 
     @property
     def end(self) -> float:
-        """Seconds from the start of the study to the end of the trial."""
         return self.start + self.seconds
 
     def used(self, resource: str) -> float | None:
@@ -81,7 +79,8 @@ def trial_traces(study: Study) -> list[TrialTrace]:
         if trial.datetime_start and first:
             start = (trial.datetime_start - first).total_seconds()
         seconds = amounts.get("wall_time", 0.0)
-        dates_fit &= not math.isnan(start) and _date_span(trial) >= seconds / 2
+        span = math.inf if trial.duration is None else trial.duration.total_seconds()
+        dates_fit &= not math.isnan(start) and span >= seconds / 2
         traces.append(
             TrialTrace(
                 trial.number, outcome, start, seconds, amounts, record.timeline, record.breach
@@ -95,12 +94,6 @@ def trial_traces(study: Study) -> list[TrialTrace]:
         sequential.append(replace(trace, start=clock))
         clock += trace.seconds
     return sequential
-
-
-def _date_span(trial: FrozenTrial) -> float:
-    if trial.datetime_start is None or trial.datetime_complete is None:
-        return math.inf
-    return (trial.datetime_complete - trial.datetime_start).total_seconds()
 
 
 def apply_limits(trace: TrialTrace, limits: Limits) -> TrialTrace:

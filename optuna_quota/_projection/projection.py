@@ -151,7 +151,6 @@ def describe_resource(row: ProjectedResource) -> tuple[str, ...]:
 
 
 def describe_strategy(strategy: Strategy) -> str:
-    """Return the size of a strategy as text."""
     trials = "1 trial" if strategy.n_trials == 1 else f"{strategy.n_trials} trials"
     return trials if strategy.n_jobs == 1 else f"{trials} with {strategy.n_jobs} at once"
 

@@ -187,7 +187,6 @@ class _Simulation:
 
     @property
     def probability(self) -> float:
-        """The probability that every quota holds at the end."""
         return float(self.fits_after()[-1])
 
     def max_trials(self, confidence: float) -> int:

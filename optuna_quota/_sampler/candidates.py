@@ -67,7 +67,6 @@ def replacement_for(sampler: BaseSampler, on_veto: OnVeto) -> OnVeto:
 
 
 def enumerates_points(sampler: BaseSampler) -> bool:
-    """Return whether a sampler walks a fixed list of points."""
     return isinstance(sampler, _ENUMERATING)
 
 
@@ -254,11 +253,11 @@ class CandidateFilter:
 
     def finish(
         self, trial: FrozenTrial, *, completed: bool
-    ) -> tuple[dict[str, Interval], dict[str, float]]:
-        """Forget a trial and return its projected usage, and the medians if it was rejected."""
+    ) -> tuple[PointVerdict | None, dict[str, Interval], dict[str, float]]:
+        """Forget a trial; return its rejection, projected usage, and the medians if rejected."""
         state = self._trials.pop(_optuna.trial_id_of(trial), None)
         if state is None or state.forecast.expected is None:
-            return {}, {}
+            return None, {}, {}
         intervals: Mapping[str, Interval] = {}
         # A completed trial has no parameters but those that it suggested.
         params = trial.params if completed else {**state.drawn, **trial.params}
@@ -266,16 +265,11 @@ class CandidateFilter:
             with contextlib.suppress(KeyError):
                 intervals = state.forecast.expected.intervals(params)
         if state.rejected is None:
-            return dict(intervals), {}
+            return None, dict(intervals), {}
         medians = {name: each.median for name, each in intervals.items()}
         if state.rejected.resource is not None and state.rejected.median is not None:
             medians.setdefault(state.rejected.resource, state.rejected.median)
-        return dict(intervals), medians
-
-    def rejection(self, trial: FrozenTrial) -> PointVerdict | None:
-        """Return the verdict by which a trial was rejected, None if it was not."""
-        state = self._trials.get(_optuna.trial_id_of(trial))
-        return None if state is None else state.rejected
+        return state.rejected, dict(intervals), medians
 
     def _state(self, trial: FrozenTrial) -> _TrialState:
         # Another process may have asked for the trial, or it began before the sampler was copied.

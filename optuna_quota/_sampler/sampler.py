@@ -207,7 +207,6 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         return by_value(state) if callable(self.footprint) else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a pickled or copied sampler."""
         vars(self).update(from_value(state), _sessions=StudySessions(), _lock=threading.Lock())
         adapt_ray_tune()
 
@@ -235,7 +234,6 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             raise
 
     def _is_taken(self, study: Study, trial: FrozenTrial) -> bool:
-        """Return whether another worker has taken an enqueued trial first."""
         if not _optuna.may_be_enqueued(trial):
             return False
         return not self._session(study).ledger.take_enqueued(trial)

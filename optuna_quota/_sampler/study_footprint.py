@@ -211,7 +211,6 @@ class StudyFootprint:
         return {n: margins.need(n, float(np.min(found[n]))) for n in left if n in found}
 
     def margins(self) -> Margins:
-        """Return what points need beyond their medians."""
         if self._reliable is None:
             return Margins()
         complete = [row for row in self.learner.observations if row.is_complete]

@@ -150,13 +150,11 @@ def _project(
 
 
 def _rest(strategy: Strategy, used: Mapping[str, float]) -> Strategy | None:
-    """Return the strategy of the trials that are left, None without any."""
     n_trials = strategy.n_trials - int(used.get("n_trials", 0))
     return replace(strategy, n_trials=n_trials) if n_trials > 0 else None
 
 
 def rejection(projection: Projection) -> StudyRejected:
-    """Return the error of a study that does not fit."""
     worst = projection.unfit[0]
     return StudyRejected(
         str(projection),

@@ -81,7 +81,7 @@ class StudySession:
         self._sampler = object()
         self._quota = options.quota
         self._stops = options.on_exhausted == "stop"
-        self._measures = options.metering is True
+        self._measures = options.metering not in (False, "reported")
         self._refused: set[int] = set()
         # Rejections by what is left of the quota since the last trial that ran.
         self._unfit: list[PointVerdict] = []
@@ -108,7 +108,6 @@ class StudySession:
             self.ledger.set_bounds(limits)
 
     def is_refused(self, trial: FrozenTrial) -> bool:
-        """Return whether a trial was refused for the quota."""
         return _optuna.trial_id_of(trial) in self._refused
 
     def start_trial(
@@ -119,8 +118,12 @@ class StudySession:
         limits: Limits,
         meters: Sequence[Meter],
     ) -> None:
-        """Start the metering of an admitted trial."""
-        self._collect_garbage(limits)
+        limited = limits.memory is not None or self._quota.memory is not None
+        if limited and self._has_garbage:
+            # An exception and the frames it passed through refer to each other: what a failed
+            # objective held would count for the next trial.
+            self._has_garbage = False
+            gc.collect()
         trial_id = _optuna.trial_id_of(trial)
         monitor = start_monitor(
             study,
@@ -167,16 +170,6 @@ class StudySession:
             return True
         return self.ledger.revise_promise(_optuna.trial_id_of(trial), bounds, expected)
 
-    def _collect_garbage(self, limits: Limits) -> None:
-        """Free what a failed objective held, so that it does not count for the next trial.
-
-        An exception and the frames it passed through refer to each other.
-        """
-        limited = limits.memory is not None or self._quota.memory is not None
-        if limited and self._has_garbage:
-            self._has_garbage = False
-            gc.collect()
-
     def finish_trial(
         self,
         study: Study,
@@ -199,12 +192,15 @@ class StudySession:
                 monitor.add_usage(read_record(trial).usage)
             in_process = monitor is not None and monitor.isolation in ("thread", "shared")
             self._has_garbage |= in_process and state != TrialState.COMPLETE
-            verdict = self.candidates.rejection(trial)
+            verdict, footprint, expected = self.candidates.finish(
+                trial, completed=state == TrialState.COMPLETE
+            )
+            if verdict is None:
+                self._unfit = []
+            elif verdict.by_quota and not _optuna.fixed_params_of(trial):
+                self._unfit = [*self._unfit, verdict]
             if monitor is not None and verdict is not None:
                 monitor.verdict = Verdict("rejected", verdict.reason)
-            self._note_verdict(trial, verdict)
-            completed = state == TrialState.COMPLETE
-            footprint, expected = self.candidates.finish(trial, completed=completed)
             usage = record_result(
                 study,
                 trial,
@@ -241,12 +237,6 @@ class StudySession:
         likely = self.candidates.footprint.likely_seconds(self.ledger.trials, fixed)
         return refuse_late(deadline, time.time(), likely, self._preemption.margin)
 
-    def _note_verdict(self, trial: FrozenTrial, verdict: PointVerdict | None) -> None:
-        if verdict is None:
-            self._unfit = []
-        elif verdict.by_quota and not _optuna.fixed_params_of(trial):
-            self._unfit = [*self._unfit, verdict]
-
     def refuse_unfit(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
         """Return why no trial starts after points that don't fit what is left; None if one may."""
         unfit = self._unfit
@@ -260,7 +250,6 @@ class StudySession:
         return Refusal(last.resource or "", *figures, reason=reason, final=True)
 
     def is_ending(self, study: Study) -> bool:
-        """Return whether a trial that waits need not start any more."""
         return _optuna.is_optimize_ending(study) or self._preemption.is_late
 
     def refuse(self, study: Study, trial: FrozenTrial, refusal: Refusal) -> None:
@@ -332,7 +321,6 @@ class StudySessions:
         )
 
     def find(self, study: Study) -> StudySession | None:
-        """Return the session of a study, None where this process has none."""
         session = self._by_key.get(_session_key(study))
         if session is not None and self._by_study.get(study) is not session:
             self.add(study, session)

@@ -34,7 +34,6 @@ class Parameter:
 
     @property
     def active(self) -> NDArray[np.bool_]:
-        """Where the parameter was set, shape ``(n_trials,)``."""
         return np.isfinite(self.values)
 
 

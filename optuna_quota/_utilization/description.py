@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 
 
 _MAX_VIF = 10.0
-_MAX_LOG = 700.0
+_MAX_LOG = 700.0  # e to more would overflow
 # By unit: below it an amount would be shown as zeros.
 _LEAST = {"B": 0.1, "s": 1e-5}
 
 
 def bounded_exp(value: float) -> float:
-    """Return e to a power, at most e^700: a float would overflow beyond."""
     return math.exp(min(float(value), _MAX_LOG))
 
 
@@ -56,8 +55,9 @@ def formula_text(resource: str, selected: Selected, floor: float, p_values: Arra
 
 def _factor(column: Column | Product, b: float) -> str:
     columns = (column.one, column.other) if isinstance(column, Product) else (column,)
-    where = "".join(_condition(c) for c in columns if c.form in ("level", "active"))
-    numbers = [c for c in columns if c.form not in ("level", "active")]
+    shown = {"level": "{0.param}={0.level}", "active": "{0.param} set"}
+    where = "".join(f"[{shown[c.form].format(c)}]" for c in columns if c.form in shown)
+    numbers = [c for c in columns if c.form not in shown]
     if not numbers:
         return f"{plain_number(bounded_exp(b), 2 if abs(b) < 4.6 else 3)}{where}"
     if len(numbers) == 1 and numbers[0].form != "linear":
@@ -75,11 +75,6 @@ def _deviation(column: Column) -> str:
     if column.form == "linear":
         return f"({column.param} − {plain_number(column.centre)})"
     return f"ln({_relative(column)})"
-
-
-def _condition(column: Column) -> str:
-    shown = f"{column.param}={column.level}" if column.form == "level" else f"{column.param} set"
-    return f"[{shown}]"
 
 
 def _amount(resource: str, value: float) -> str:

@@ -60,12 +60,10 @@ class Sample:
     scale: Array | None = None  # g, shape (n,); None where it is 1
 
     def thinned(self, most: int) -> Sample:
-        """Return about ``most`` of the rows, evenly spread."""
         step = -(-len(self.y) // most)
         return Sample(self.y[::step], self.x[::step], self.censored[::step])
 
     def with_scale(self, fit: Fit) -> Sample:
-        """Return the observations with the scale of a fit."""
         _, jacobian = mean_and_jacobian(fit.theta, self.x, fit.has_floor)
         return replace(self, scale=fit.scale(jacobian))
 

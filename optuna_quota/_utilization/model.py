@@ -89,7 +89,6 @@ class UtilizationModel:
 
     @property
     def kind(self) -> str:
-        """Name of the statistical model."""
         if not self.n_censored:
             return "nonlinear least squares on the log scale"
         if get_resource(self.resource).peak:
@@ -112,7 +111,6 @@ class UtilizationModel:
 
     @property
     def sigma(self) -> float:
-        """Standard deviation of the log of the usage around the model, corrected for its terms."""
         return self.selected.sigma
 
     @cached_property
@@ -170,7 +168,6 @@ class UtilizationModel:
 
     @property
     def notes(self) -> list[str]:
-        """What was left out or added, and why."""
         return list(self.selected.notes)
 
     def __getattr__(self, name: str) -> Any:
