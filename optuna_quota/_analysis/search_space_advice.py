@@ -34,7 +34,7 @@ from optuna_quota._footprint.resource_model import fit_resource, ResourceModel
 from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
 from optuna_quota._resources import get_resource, Limits
 from optuna_quota._utilization.data import Parameter
-from optuna_quota._utilization.description import plain_number
+from optuna_quota._utilization.model import plain_number
 
 
 if TYPE_CHECKING:
