@@ -7,8 +7,9 @@ from typing import Any, TYPE_CHECKING
 
 from optuna_quota.cli.arguments import (
     add_command,
-    add_limit_argument,
     add_quota_arguments,
+    add_study_arguments,
+    load_study,
     OK,
     OVER_QUOTA,
     parse_limits,
@@ -16,7 +17,6 @@ from optuna_quota.cli.arguments import (
     UsageError,
 )
 from optuna_quota.cli.output import progress, records, write_json, write_line
-from optuna_quota.cli.storages import add_study_arguments, load_study
 
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         keys=_KEYS,
     )
     add_study_arguments(parser)
-    add_quota_arguments(parser, "a ceiling on the whole study, may be repeated")
-    add_limit_argument(parser)
+    add_quota_arguments(parser, "a ceiling on the whole study, may be repeated", limits=True)
     parser.set_defaults(run=run)
 
 

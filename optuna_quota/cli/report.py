@@ -7,9 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-from optuna_quota.cli.arguments import add_command, OK, suggestion, UsageError
+from optuna_quota.cli.arguments import (
+    add_command,
+    add_study_arguments,
+    load_study,
+    OK,
+    suggestion,
+    UsageError,
+)
 from optuna_quota.cli.output import progress, records, write_json, write_line
-from optuna_quota.cli.storages import add_study_arguments, load_study
 
 
 if TYPE_CHECKING:

@@ -11,12 +11,13 @@ from optuna_quota.cli.arguments import (
     add_command,
     add_quota_arguments,
     add_size_arguments,
+    add_study_arguments,
+    load_study,
     OK,
     OVER_QUOTA,
     parse_quota,
 )
 from optuna_quota.cli.output import styled, write_json, write_line
-from optuna_quota.cli.storages import add_study_arguments, load_study
 
 
 if TYPE_CHECKING:
