@@ -140,16 +140,10 @@ class Ledger:
         n_jobs: int | None = None,
         is_over: Callable[[], bool] = lambda: False,
     ) -> Grant | Refusal:
-        """Admit a trial or refuse it; wait while others hold what it needs.
+        """Admit a trial or refuse it; wait while others hold what it needs, or until it is over.
 
-        Args:
-            trial: The trial.
-            limits: Its limits.
-            footprint: Upper bounds of its usage, by resource, where the user stated them.
-            bounds: Upper bounds of what it will hold at one moment, where they were learned.
-            needs: Returns the least that any point is expected to use.
-            n_jobs: Number of trials that run at once, if known.
-            is_over: Returns whether a waiting trial no longer needs to run.
+        ``footprint`` has upper bounds of its usage that the user stated, ``bounds`` those of what
+        it will hold that were learned; ``n_jobs`` is the number of trials at once, if known.
         """
         self._reopen_after_fork()
         self._fail_left_behind()
@@ -262,13 +256,8 @@ class Ledger:
     ) -> bool:
         """Release what a running trial will not need at its point, or request what it lacks.
 
-        Args:
-            trial_id: The trial.
-            bounds: Upper bounds of what it will hold at one moment, by resource.
-            expected: What it is expected to use of totals, by resource.
-
-        Returns:
-            Whether it was granted all that it is expected to use of totals.
+        ``bounds`` are those of what it will hold at one moment, ``expected`` is what it will use
+        of totals. Returns whether it was granted all of the latter.
         """
         with self._monitored(trial_id) as running:
             if running is None or running.monitor is None:

@@ -34,21 +34,14 @@ Action = Literal["grant", "wait", "withdraw"]
 
 @dataclass(frozen=True)
 class Claim:
-    """One running trial as the protocol sees it; amounts by resource.
+    """One running trial as the protocol sees it; amounts by resource."""
 
-    Attributes:
-        number: The trial's number; the lower goes first.
-        machine: Where it runs; what is held counts by machine.
-        granted: What it holds.
-        asked: What it would hold in all if its claim is granted.
-        queued_for: What it waits for in the queue.
-    """
-
-    number: int
-    machine: str = ""
+    number: int  # The trial's number; the lower goes first
+    machine: str = ""  # Where it runs; what is held counts by machine
     granted: Mapping[str, float] = field(default_factory=dict)
+    # What it would hold in all if its claim is granted.
     asked: Mapping[str, float] = field(default_factory=dict)
-    queued_for: Mapping[str, float] = field(default_factory=dict)
+    queued_for: Mapping[str, float] = field(default_factory=dict)  # What it waits for in the queue
 
 
 @dataclass(frozen=True)
@@ -61,23 +54,14 @@ class ResourceRequest:
 
 @dataclass(frozen=True)
 class Shortage:
-    """Why a trial was not granted what it requests.
-
-    Attributes:
-        resource: The resource that is short.
-        wanted: The least that it would have accepted.
-        used: What finished trials used of it.
-        reserved: What others hold, ask for or keep a place for.
-        quota: The quota.
-        granted: The part of ``reserved`` that others were granted.
-    """
+    """Why a trial was not granted what it requests."""
 
     resource: str
-    wanted: float
-    used: float
-    reserved: float
+    wanted: float  # The least that it would have accepted
+    used: float  # What finished trials used of it
+    reserved: float  # What others hold, ask for or keep a place for
     quota: float
-    granted: float = 0.0
+    granted: float = 0.0  # The part of ``reserved`` that others were granted
 
 
 @dataclass(frozen=True)
@@ -126,14 +110,8 @@ def decide(
 ) -> Decision:
     """Return what a trial does, by the rows that it read after it had written its claim.
 
-    Args:
-        me: The trial; it may be among ``claims``.
-        requests: What it requests by resource, in all and not in addition; it claimed ``most``.
-        claims: All running trials.
-        used: Usage of finished trials, by resource.
-        quota: The quota by resource; resources without one are granted as requested.
-        queue: Whether to respect queue places of lower numbers; a trial that already runs goes
-            before those that wait.
+    It requests amounts in all and not in addition, and claimed the most. Resources without a
+    quota are granted as requested. A trial that already runs goes before those in the queue.
     """
     others = [claim for claim in claims if claim.number != me.number]
     granted: dict[str, float] = {}

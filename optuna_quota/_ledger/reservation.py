@@ -26,20 +26,13 @@ _DEAD = frozenset("ZXx")
 
 @dataclass(frozen=True)
 class Worker:
-    """A process that runs trials.
+    """A process that runs trials."""
 
-    Attributes:
-        host: Name of the machine, for display.
-        machine: Identifier of one boot of one machine.
-        space: The PID namespace in which ``pid`` is valid.
-        pid: The process id.
-        started: When the process started, as its machine counts; a reused pid has another.
-    """
-
-    host: str
-    machine: str
-    space: str = ""
+    host: str  # Name of the machine, for display
+    machine: str  # Identifier of one boot of one machine
+    space: str = ""  # The PID namespace in which ``pid`` is valid
     pid: int = 0
+    # When the process started, as its machine counts; a reused pid has another.
     started: float = 0.0
 
     @property
@@ -117,36 +110,26 @@ def _space() -> str:
 
 @dataclass(frozen=True)
 class Reservation:
-    """What a running trial holds, asks for or waits for; amounts in SI base units by resource.
+    """What a running trial holds, asks for or waits for; amounts in SI base units by resource."""
 
-    Attributes:
-        trial_id: The trial that it was written for: attributes get copied into other rows.
-        granted: What it may use or hold, settled with all other workers.
-        asked: What it claims instead while that is being settled, else empty.
-        queued_for: Its place in the queue while it waits, else empty.
-        worker: The process that runs it.
-        began: When it was granted, in seconds since the epoch on the study's clock: that of its
-            machine, unless another worker's was ahead.
-        beat: When its worker last wrote, on the same clock.
-        every: Seconds after which its worker writes again while it runs.
-        used: Its usage at that time.
-        charged: What an orphaned trial is charged for, as its usage was not measured.
-        gpu: UUIDs of the GPUs that it was given, separated by commas.
-        study: The stamp of the study that it was written in.
-    """
-
-    trial_id: int = -1
+    trial_id: int = -1  # The trial that it was written for: attributes get copied into other rows
+    # What it may use or hold, settled with all other workers.
     granted: Mapping[str, float] = field(default_factory=dict)
+    # What it claims instead while that is being settled, else empty.
     asked: Mapping[str, float] = field(default_factory=dict)
+    # Its place in the queue while it waits, else empty.
     queued_for: Mapping[str, float] = field(default_factory=dict)
-    worker: Worker | None = None
+    worker: Worker | None = None  # The process that runs it
+    # When it was granted, in seconds since the epoch on the study's clock: that of its machine,
+    # unless another worker's was ahead.
     began: float | None = None
-    beat: float | None = None
-    every: float = HEARTBEAT
-    used: Mapping[str, float] = field(default_factory=dict)
+    beat: float | None = None  # When its worker last wrote, on the same clock
+    every: float = HEARTBEAT  # Seconds after which its worker writes again while it runs
+    used: Mapping[str, float] = field(default_factory=dict)  # Its usage at that time
+    # What an orphaned trial is charged for, as its usage was not measured.
     charged: Mapping[str, float] = field(default_factory=dict)
-    gpu: str | None = None
-    study: str | None = None
+    gpu: str | None = None  # UUIDs of the GPUs that it was given, separated by commas
+    study: str | None = None  # The stamp of the study that it was written in
 
 
 # Keys of the attribute, by field.

@@ -34,20 +34,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LedgerLine:
-    """One resource; amounts in SI base units.
-
-    Attributes:
-        used: Usage of finished trials; 0 for what is held at one moment.
-        reserved: What running trials hold or ask for; on the fullest host if it is per host.
-        quota: The quota; None without one.
-        unknown: Number of finished trials of unknown usage; each counts with its limit, or else
-            with the largest known usage.
-    """
+    """One resource; amounts in SI base units."""
 
     resource: str
-    used: float
-    reserved: float
-    quota: float | None
+    used: float  # Usage of finished trials; 0 for what is held at one moment
+    reserved: float  # What running trials hold or ask for; on the fullest host if it is per host
+    quota: float | None  # The quota; None without one
+    # Number of finished trials of unknown usage; each counts with its limit, or else with the
+    # largest known usage.
     unknown: int = 0
 
     @property
