@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from optuna_quota import _optuna
-from optuna_quota._ledger.reservation import (
+from optuna_quota._ledger.protocol import (
     HEARTBEAT,
     is_alive,
     parse_reservation,

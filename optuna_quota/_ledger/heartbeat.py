@@ -11,8 +11,7 @@ import time
 from typing import TYPE_CHECKING
 from weakref import finalize, WeakMethod
 
-from optuna_quota._ledger.protocol import DEVICE
-from optuna_quota._ledger.reservation import Reservation
+from optuna_quota._ledger.protocol import DEVICE, Reservation
 from optuna_quota._metering import extension_threshold
 from optuna_quota._resources import Limits, Quota, Usage
 

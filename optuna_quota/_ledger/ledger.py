@@ -38,11 +38,12 @@ from optuna_quota._ledger.grant import (
 from optuna_quota._ledger.heartbeat import Heartbeat, RunningTrial, RunningTrials
 from optuna_quota._ledger.protocol import (
     Decision,
+    Reservation,
     ResourceRequest,
+    this_worker,
     with_decision,
     with_queue_place,
 )
-from optuna_quota._ledger.reservation import Reservation, this_worker
 from optuna_quota._ledger.state import Clock, LedgerState, pauses, Snapshot, SystemClock
 from optuna_quota._ledger.totals import describe_unadmitted
 from optuna_quota._resources import Limits, Quota, Usage

@@ -28,16 +28,14 @@ from optuna_quota._ledger.protocol import (
     Claim,
     decide,
     Decision,
-    ResourceRequest,
-    with_claim,
-    with_decision,
-)
-from optuna_quota._ledger.reservation import (
     is_alive,
     parse_reservation,
     Reservation,
     reservation_object,
+    ResourceRequest,
     this_worker,
+    with_claim,
+    with_decision,
     Worker,
 )
 from optuna_quota._ledger.totals import CLOCK_TOLERANCE, Entry, QuotaTotals, read_entry

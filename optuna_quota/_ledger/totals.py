@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import math
 from typing import TYPE_CHECKING
 
-from optuna_quota._ledger.protocol import Claim, is_held
-from optuna_quota._ledger.reservation import parse_reservation, Reservation, Worker
+from optuna_quota._ledger.protocol import Claim, is_held, parse_reservation, Reservation, Worker
 from optuna_quota._records import parse_record, RESERVATION
 from optuna_quota._resources import (
     CHARGED_RESOURCES,
