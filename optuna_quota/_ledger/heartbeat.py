@@ -132,7 +132,8 @@ class RunningTrials(dict[int, RunningTrial]):
 
     def _of_this_thread(self) -> list[RunningTrial]:
         here = threading.get_ident()
-        return [running for running in self.values() if running.thread == here]
+        # Another thread may add one meanwhile.
+        return [running for running in tuple(self.values()) if running.thread == here]
 
 
 class Heartbeat:

@@ -350,8 +350,7 @@ class Ledger:
         running = RunningTrial(trial_id, trial.number, held, limits, in_optimize, start=start)
         if self.quota.wall_time is not None:
             running.deadline = max(0.0, self.quota.wall_time - self._state.wall_time())
-        with self._running.lock:
-            self._running[trial_id] = running
+        self._running[trial_id] = running
         return Grant(running.left, gpu=held.gpu)
 
     def _extend(
