@@ -155,7 +155,10 @@ def read_entry(
         if outcome == "preempted":
             # It runs again.
             del charges["n_trials"]
-    span = _span(trial, reservation, charges.get("trial_time"))
+    seconds, began = charges.get("trial_time"), None if reservation is None else reservation.began
+    if began is None and trial.datetime_start is not None:
+        began = trial.datetime_start.timestamp()
+    span = None if began is None or seconds is None else (began, began + seconds)
     return Entry(trial.number, trial_id, "finished", outcome, reservation, charges, span)
 
 
@@ -192,15 +195,6 @@ def _charges(
         unknown = any(charges.get(name) is None for name in quota.prices)
         charges["cost"] = held.granted.get("cost") if unknown else quota.price(charges)
     return charges
-
-
-def _span(
-    trial: FrozenTrial, reservation: Reservation | None, seconds: float | None
-) -> tuple[float, float] | None:
-    began = reservation.began if reservation is not None else None
-    if began is None and trial.datetime_start is not None:
-        began = trial.datetime_start.timestamp()
-    return None if began is None or seconds is None else (began, began + seconds)
 
 
 class QuotaTotals:
