@@ -9,9 +9,10 @@ from typing import Any, TYPE_CHECKING
 from optuna_quota._resources import get_resource, Strategy
 from optuna_quota.cli.arguments import (
     add_command,
-    add_limit_argument,
     add_quota_arguments,
     add_size_arguments,
+    add_study_arguments,
+    load_study,
     OK,
     OVER_QUOTA,
     parse_footprint,
@@ -20,7 +21,6 @@ from optuna_quota.cli.arguments import (
     UsageError,
 )
 from optuna_quota.cli.output import styled, table, write_json, write_line
-from optuna_quota.cli.storages import add_study_arguments, load_study
 
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--study-name name",
     )
     add_study_arguments(parser)
-    add_quota_arguments(parser, "a ceiling on the whole study, may be repeated")
-    add_limit_argument(parser)
+    add_quota_arguments(parser, "a ceiling on the whole study, may be repeated", limits=True)
     parser.add_argument(
         "--confidence",
         metavar="P",
