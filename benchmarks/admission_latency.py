@@ -13,24 +13,19 @@ import argparse
 from collections.abc import Callable
 import datetime
 import json
-from pathlib import Path
 import statistics
-import sys
-import tempfile
 import time
 import warnings
 
+from common import storages
 import optuna
 from optuna.trial import create_trial, TrialState
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from optuna_quota import Limits, Quota, Usage
 from optuna_quota._ledger import Ledger
 from optuna_quota._optuna import storage_of, study_id_of, trial_id_of
 from optuna_quota._records import read_record
-from tests.storages import KINDS, missing, storage_at, study_in
+from tests.storages import KINDS, study_in
 
 
 QUOTA = Quota(n_trials=10**9, cpu_time=1e12, wall_time="10000d", memory="1024GiB")
@@ -51,16 +46,11 @@ def main() -> None:
     print("milliseconds; medians, but for the fastest and for the first admission of a process")
     heads = "     ask  admission fastest     CPU     first  no cursor"
     print(f"{'storage':14} {'finished':>8} {heads}")
-    for kind in options.storages:
-        reason = missing(kind)
-        if reason is not None:
-            print(f"{kind:14} skipped: {reason}")
-            continue
-        with tempfile.TemporaryDirectory() as folder, storage_at(kind, Path(folder)) as address:
-            for count in options.trials:
-                with study_in(address, sampler=optuna.samplers.RandomSampler()) as study:
-                    fill(study, kind, count)
-                    report(kind, count, study, options.admissions)
+    for address in storages(options.storages):
+        for count in options.trials:
+            with study_in(address, sampler=optuna.samplers.RandomSampler()) as study:
+                fill(study, address.kind, count)
+                report(address.kind, count, study, options.admissions)
 
 
 def fill(study: optuna.Study, kind: str, count: int) -> None:

@@ -19,8 +19,7 @@ from optuna_quota._footprint.resource_model import Predictive
 from optuna_quota._records import evidence
 
 
-# Over-limit points refused, at least, and fitting ones refused, at most, in percent.
-ADMISSION = {"memory": (90.0, 3.0), "wall_time": (80.0, 8.0)}
+ADMISSION = ("memory", "wall_time")
 _REFUSED_ABOVE = 0.5
 
 

@@ -224,20 +224,23 @@ def nothing_of_a_trial(trial: optuna.Trial) -> float:
     return 0.0
 
 
-def _send_nothing(connection: Any) -> None:
-    connection.send(nothing())
+def _send(connection: Any, function: Callable[[], float]) -> None:
+    connection.send(function())
 
 
-def by_multiprocessing(method: str) -> Callable[[], Any]:
+def by_multiprocessing(method: str, function: Callable[[], float]) -> Callable[[], float | None]:
+    """Return a call of a function in a child, which gives None if it hangs."""
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload(PRELOAD)
 
-    def call() -> Any:
+    def call() -> float | None:
         ours, theirs = context.Pipe()
-        process = context.Process(target=_send_nothing, args=(theirs,))
+        process = context.Process(target=_send, args=(theirs, function))
         process.start()
-        value = ours.recv()
+        value: float | None = ours.recv() if ours.poll(HANG) else None
+        process.join(0 if value is None else HANG)
+        process.kill()
         process.join()
         ours.close()
         theirs.close()
@@ -256,7 +259,7 @@ def measure_start(repeats: int) -> None:
         count = repeats if method != "spawn" else max(3, repeats // 10)
         objective = isolated(nothing_of_a_trial, start_method=method)  # type: ignore[arg-type]
         _print_start(f"optuna_quota {method}", _time(_trial(study, objective), count), baseline)
-        call = by_multiprocessing(method)
+        call = by_multiprocessing(method, nothing)
         _print_start(f"multiprocessing {method}", _time(call, count), baseline)
         if has_pynisher():
             from pynisher import limit
@@ -326,10 +329,10 @@ def measure_pools(count: int) -> None:
     for method in ("forkserver", "fork", "spawn"):
         n = count if method != "spawn" else max(1, count // 10)
         _print_pools(f"optuna_quota {method}", n, pools_by_isolated(method))
-        _print_pools(f"multiprocessing {method}", n, pools_by_multiprocessing(method))
+        _print_pools(f"multiprocessing {method}", n, by_multiprocessing(method, map_over_pool))
 
 
-def pools_by_isolated(method: str) -> Callable[[], bool]:
+def pools_by_isolated(method: str) -> Callable[[], float | None]:
     study = optuna.create_study()
     objective = isolated(
         map_over_pool,
@@ -338,42 +341,19 @@ def pools_by_isolated(method: str) -> Callable[[], bool]:
         grace_period=0.0,
     )
 
-    def call() -> bool:
+    def call() -> float | None:
         study.optimize(objective, n_trials=1)
-        return study.trials[-1].value == 28.0
+        return study.trials[-1].value
 
     return call
 
 
-def _send_sum(connection: Any) -> None:
-    connection.send(map_over_pool())
-
-
-def pools_by_multiprocessing(method: str) -> Callable[[], bool]:
-    context: Any = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(PRELOAD)
-
-    def call() -> bool:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_send_sum, args=(theirs,))
-        process.start()
-        right = ours.poll(HANG) and ours.recv() == 28.0
-        process.kill()
-        process.join()
-        ours.close()
-        theirs.close()
-        return bool(right)
-
-    return call
-
-
-def _print_pools(name: str, count: int, call: Callable[[], bool]) -> None:
+def _print_pools(name: str, count: int, call: Callable[[], float | None]) -> None:
     times: list[float] = []
     right = hung = 0
     for index in range(count):
         start = time.perf_counter()
-        right += call()
+        right += call() == 28.0
         times.append((time.perf_counter() - start) * 1e3)
         hung += times[-1] >= HANG * 1e3
         if (index + 1) % 100 == 0:

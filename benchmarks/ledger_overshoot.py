@@ -16,24 +16,19 @@ import argparse
 from collections.abc import Callable
 import multiprocessing
 from multiprocessing.synchronize import Barrier
-from pathlib import Path
 import random
-import sys
-import tempfile
 import time
 import warnings
 
+from common import run_workers, storages
 import optuna
 from optuna.trial import TrialState
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from optuna_quota import Limits, Quota, Usage
 from optuna_quota._ledger import Grant, Ledger
 from optuna_quota._optuna import storage_of, trial_id_of
 from optuna_quota._records import read_record, TrialRecord, write_record
-from tests.storages import Address, missing, SHARED, storage_at, study_in
+from tests.storages import Address, SHARED, study_in
 
 
 # Seconds of one trial, at most.
@@ -105,25 +100,10 @@ def work(address: Address, name: str, way: str, units: int, together: Barrier) -
 
 def measure(address: Address, way: str, workers: int, units: int) -> tuple[float, float]:
     """Return what was used in all, and the seconds until the last worker ended."""
-    context = multiprocessing.get_context("forkserver")
-    together = context.Barrier(workers + 1)
     with study_in(address) as study:
-        arguments = (address, study.study_name, way, units, together)
-        processes = [context.Process(target=work, args=arguments) for _ in range(workers)]
-        try:
-            for process in processes:
-                process.start()
-            together.wait(timeout=120)
-            began = time.perf_counter()
-            for process in processes:
-                process.join(timeout=300)
-                if process.exitcode != 0:
-                    raise RuntimeError(f"A worker ended with {process.exitcode}.")
-            return used_by(study), time.perf_counter() - began
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+        arguments = (address, study.study_name, way, units)
+        began = run_workers(work, arguments, workers, 300, time.perf_counter)
+        return used_by(study), time.perf_counter() - began
 
 
 def main() -> None:
@@ -140,19 +120,14 @@ def main() -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(["optuna", "optuna_quota"])
     print(f"A quota of {options.units} units, one a trial: overshoot, and seconds in all")
     print(f"{'storage':14} {'workers':>7} " + "".join(f"{way:>20}" for way in WAYS))
-    for kind in options.storages:
-        reason = missing(kind)
-        if reason is not None:
-            print(f"{kind:14} skipped: {reason}")
-            continue
-        with tempfile.TemporaryDirectory() as folder, storage_at(kind, Path(folder)) as address:
-            for workers in options.workers:
-                cells = []
-                for way in WAYS:
-                    used, seconds = measure(address, way, workers, options.units)
-                    over = 100 * (used - options.units) / options.units
-                    cells.append(f"{f'{over:+.0f}%':>12}{seconds:>6.1f} s")
-                print(f"{kind:14} {workers:>7} " + "".join(cells), flush=True)
+    for address in storages(options.storages):
+        for workers in options.workers:
+            cells = []
+            for way in WAYS:
+                used, seconds = measure(address, way, workers, options.units)
+                over = 100 * (used - options.units) / options.units
+                cells.append(f"{f'{over:+.0f}%':>12}{seconds:>6.1f} s")
+            print(f"{address.kind:14} {workers:>7} " + "".join(cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,23 +9,19 @@ sleeps; rounds of the three ways follow each other in one run, so that they meet
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 from multiprocessing.synchronize import Barrier
-from pathlib import Path
 import statistics
-import sys
-import tempfile
 import time
 import warnings
 
+from common import run_workers, storages
 import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler
-from tests.storages import Address, missing, SHARED, storage_at, study_in
+from tests.storages import Address, SHARED, study_in
 
 
 WAYS = ("bare", "in process", "isolated")
@@ -71,36 +67,19 @@ def work(
 
 def measure(address: Address, way: str, options: argparse.Namespace) -> float:
     """Return the trials finished in each second."""
-    context = multiprocessing.get_context("forkserver")
-    start = context.Barrier(options.workers + 1)
     with study_in(address) as study:
-        arguments = (
-            address,
-            study.study_name,
-            way,
-            options.sampler,
-            options.seconds,
-            options.lasts,
-            start,
-        )
-        processes = [context.Process(target=work, args=arguments) for _ in range(options.workers)]
-        try:
-            for process in processes:
-                process.start()
-            start.wait(timeout=300)
-            before = len(study.get_trials(deepcopy=False))
-            for process in processes:
-                process.join(timeout=options.lasts + 120)
-                if process.exitcode != 0:
-                    raise RuntimeError(f"A worker ended with {process.exitcode}.")
-            trials = study.get_trials(deepcopy=False)[before:]
-            begins = [t.datetime_start for t in trials if t.datetime_start is not None]
-            ends = [t.datetime_complete for t in trials if t.datetime_complete is not None]
-            return len(ends) / (max(ends) - min(begins)).total_seconds()
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+
+        def trials() -> list[optuna.trial.FrozenTrial]:
+            return study.get_trials(deepcopy=False)
+
+        order = (options.sampler, options.seconds, options.lasts)
+        arguments = (address, study.study_name, way, *order)
+        timeout = options.lasts + 120
+        before = run_workers(work, arguments, options.workers, timeout, lambda: len(trials()))
+        ran = trials()[before:]
+        begins = [t.datetime_start for t in ran if t.datetime_start is not None]
+        ends = [t.datetime_complete for t in ran if t.datetime_complete is not None]
+        return len(ends) / (max(ends) - min(begins)).total_seconds()
 
 
 def main() -> None:
@@ -117,9 +96,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.lasts = 1, 8.0
-    reason = missing(options.storage)
-    if reason is not None:
-        sys.exit(reason)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # The models load scipy, once a worker.
     modules = ["optuna", "optuna_quota", "scipy.optimize", "scipy.stats"]
@@ -129,11 +105,9 @@ def main() -> None:
         f"{options.seconds:g} s: trials a second"
     )
     rates: dict[str, list[float]] = {way: [] for way in options.ways}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(options.rounds):
-            for way in options.ways:
-                with storage_at(options.storage, Path(folder)) as address:
-                    rates[way].append(measure(address, way, options))
+    for _, way in itertools.product(range(options.rounds), options.ways):
+        for address in storages([options.storage]):
+            rates[way].append(measure(address, way, options))
     bare = statistics.median(rates.get("bare", [float("nan")]))
     for way, found in rates.items():
         each = " ".join(f"{rate:.1f}" for rate in found)

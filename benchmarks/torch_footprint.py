@@ -35,7 +35,7 @@ N_KNOWN = 8
 Params = Mapping[str, Any]
 
 
-def log_range(low: int, high: int) -> IntDistribution:
+def wide(low: int, high: int) -> IntDistribution:
     return IntDistribution(low, high, log=True)
 
 
@@ -119,6 +119,14 @@ def autoencoder(params: Params) -> nn.Module:
     )
 
 
+def sentences(shortest: int, longest: int, low: int, high: int) -> dict[str, IntDistribution]:
+    return {"length": wide(shortest, longest), "batch": wide(low, high)}
+
+
+def words(params: Params) -> Any:
+    return torch.randint(5000, (params["batch"], params["length"])), labels(params["batch"])
+
+
 def images(params: Params) -> Any:
     x = torch.rand(params["batch"], 3, 64, 64)
     return x, x
@@ -151,63 +159,41 @@ def momentum(params: Params, model: nn.Module) -> torch.optim.Optimizer:
 
 ARCHITECTURES = {
     "perceptron": Architecture(
-        {
-            "width": log_range(1000, 3000),
-            "depth": IntDistribution(1, 4),
-            "batch": log_range(128, 4096),
-        },
+        {"width": wide(1000, 3000), "depth": IntDistribution(1, 4), "batch": wide(128, 4096)},
         perceptron,
         lambda p: (torch.randn(p["batch"], 512), labels(p["batch"])),
         torch.optim.Adam,
     ),
     "residual": Architecture(
-        {
-            "channels": log_range(24, 64),
-            "blocks": IntDistribution(2, 5),
-            "batch": log_range(16, 48),
-        },
+        {"channels": wide(24, 64), "blocks": IntDistribution(2, 5), "batch": wide(16, 48)},
         residual,
         lambda p: (torch.randn(p["batch"], 3, 32, 32), labels(p["batch"])),
         momentum,
     ),
     "LSTM": Architecture(
-        {
-            "hidden": log_range(128, 512),
-            "layers": IntDistribution(1, 3),
-            "length": log_range(64, 192),
-            "batch": log_range(32, 128),
-        },
+        {"hidden": wide(128, 512), "layers": IntDistribution(1, 3), **sentences(64, 192, 32, 128)},
         lambda p: Recurrent(p["hidden"], p["layers"]),
-        lambda p: (torch.randint(5000, (p["batch"], p["length"])), labels(p["batch"])),
+        words,
         torch.optim.Adam,
     ),
     "transformer": Architecture(
         {
             "size": IntDistribution(128, 384, step=32),
             "layers": IntDistribution(2, 5),
-            "length": log_range(64, 192),
-            "batch": log_range(8, 24),
+            **sentences(64, 192, 8, 24),
         },
         lambda p: Transformer(p["size"], p["layers"]),
-        lambda p: (torch.randint(5000, (p["batch"], p["length"])), labels(p["batch"])),
+        words,
         torch.optim.AdamW,
     ),
     "autoencoder": Architecture(
-        {
-            "channels": log_range(16, 64),
-            "code": log_range(64, 512),
-            "batch": log_range(64, 256),
-        },
+        {"channels": wide(16, 64), "code": wide(64, 512), "batch": wide(64, 256)},
         autoencoder,
         images,
         torch.optim.Adam,
     ),
     "graph": Architecture(
-        {
-            "nodes": log_range(20_000, 100_000),
-            "size": log_range(32, 128),
-            "layers": IntDistribution(1, 3),
-        },
+        {"nodes": wide(20_000, 100_000), "size": wide(32, 128), "layers": IntDistribution(1, 3)},
         lambda p: Graph(p["nodes"], p["size"], p["layers"]),
         edges,
         torch.optim.RMSprop,

@@ -1,13 +1,14 @@
 """What this host can enforce and measure; what is limited, what that means and how to fix it.
 
-Only what changes what a user does is checked. Facts are read (``_read_…``, ``_try_…``) apart from
-what they mean (``check_…``), so that the latter can be tested for hosts that are not at hand.
+Facts are read (``_read_…``, ``_try_…``) apart from what they mean (``check_…``), so that the
+latter can be tested for hosts that are not at hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import contextlib
+from dataclasses import dataclass, replace
 from importlib import metadata
 import os
 from pathlib import Path
@@ -15,13 +16,13 @@ import platform
 import subprocess
 import sys
 import time
-from typing import Any, Literal, Protocol, TYPE_CHECKING
+from typing import Any, Literal, TYPE_CHECKING
 
 from optuna_quota import _units
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
 from optuna_quota._metering.energy import Rapl
-from optuna_quota._metering.host import available_memory, cpu_count, host_memory_limit
-from optuna_quota._metering.nvml import GpuError, open_devices
+from optuna_quota._metering.host import cpu_count, host_memory_limit
+from optuna_quota._metering.nvml import GpuError, NvmlDevice, open_devices
 from optuna_quota._version import __version__
 
 
@@ -75,16 +76,25 @@ class Finding:
     fix: str = ""
 
 
+def _degraded(area: Area, check: str, found: str, degrades: str, fix: str) -> Finding:
+    return Finding(area, check, "degraded", found, degrades, fix)
+
+
+def _ok_if(condition: bool, found: str, problem: Finding) -> Finding:
+    """Return that a check is ok, with what was found, else the problem."""
+    return Finding(problem.area, problem.check, "ok", found) if condition else problem
+
+
 def examine_host() -> list[Finding]:
     """Return the findings on this host, area by area; takes some tens of milliseconds."""
     return [
         check_platform(sys.platform),
-        check_memory_limit(_try_memory_limit()),
+        check_kernel("kernel memory limit", _try_memory_limit()),
         check_cgroup(*_read_cgroup()),
-        check_oom_killer(_try_writing("/proc/self/oom_score_adj")),
-        check_peak_memory(_try_writing("/proc/self/clear_refs", "5")),
+        check_kernel("out-of-memory killer", _try_writing("/proc/self/oom_score_adj")),
+        check_kernel("peak memory", _try_writing("/proc/self/clear_refs", "5")),
         check_rapl(try_rapl()),
-        *check_gpus(*_read_gpus()),
+        *check_gpus(*open_devices()),
         *check_capacity(_read_capacity()),
         *check_versions({name: _version(name) for name in ("optuna", *_OPTIONAL)}),
     ]
@@ -92,31 +102,57 @@ def examine_host() -> list[Finding]:
 
 def check_platform(name: str) -> Finding:
     """Check the operating system; takes ``sys.platform``."""
-    if name == "linux":
-        return Finding("stopping", "platform", "ok", "Linux: every kind of limit is supported.")
-    return Finding(
+    problem = _degraded(
         "stopping",
         "platform",
-        "degraded",
         f"{platform.system()}: the kernel enforces no memory limit.",
         "Limits are enforced by sampling, and processes that a trial detaches may outlive it.",
         "Run on Linux.",
     )
+    return _ok_if(name == "linux", "Linux: every kind of limit is supported.", problem)
 
 
-def check_memory_limit(refused: str | None) -> Finding:
-    """Check the kernel's memory limit; takes why it does not work, None if it does."""
-    if refused is None:
-        found = "RLIMIT_DATA is enforced, as `strict_memory=True` needs."
-        return Finding("stopping", "kernel memory limit", "ok", found)
-    return Finding(
-        "stopping",
-        "kernel memory limit",
-        "missing",
-        f"RLIMIT_DATA is not enforced: {refused}.",
-        "`strict_memory=True` refuses no allocation: memory limits hold by sampling alone.",
-        "Run on Linux 4.7 or newer, without gVisor.",
-    )
+# What a trial may do: the problem, and what there is without it.
+_KERNEL = {
+    "kernel memory limit": (
+        Finding(
+            "stopping",
+            "kernel memory limit",
+            "missing",
+            "RLIMIT_DATA is not enforced: {}.",
+            "`strict_memory=True` refuses no allocation: memory limits hold by sampling alone.",
+            "Run on Linux 4.7 or newer, without gVisor.",
+        ),
+        "RLIMIT_DATA is enforced, as `strict_memory=True` needs.",
+    ),
+    "out-of-memory killer": (
+        _degraded(
+            "stopping",
+            "out-of-memory killer",
+            "A trial's oom_score_adj can't be raised: {}.",
+            "When the host runs out of memory, the kernel may kill the worker, not the trial.",
+            "Mount /proc writable in the container.",
+        ),
+        "When the host runs out of memory, the kernel kills the trial, not the worker.",
+    ),
+    "peak memory": (
+        _degraded(
+            "measuring",
+            "peak memory",
+            "The kernel's peak can't be reset: {}.",
+            "Without `isolated`, a peak between two samples may be missed.",
+            "Use `isolated`, or mount /proc writable in the container.",
+        ),
+        "The kernel keeps the exact peak of each process.",
+    ),
+}
+
+
+def check_kernel(name: str, refused: str | None) -> Finding:
+    """Check what the kernel permits; takes why it refuses, None if it does not."""
+    problem, permitted = _KERNEL[name]
+    problem = replace(problem, found=problem.found.format(refused))
+    return _ok_if(refused is None, permitted, problem)
 
 
 def _try_memory_limit() -> str | None:
@@ -137,31 +173,28 @@ def check_cgroup(
 ) -> Finding:
     """Check whether each trial can have a control group, with an exact memory limit.
 
-    Args:
-        own: Folder of this process's group of version 2; None without one.
-        delegated: Folder of the nearest group in which groups may be made; None without one.
-        refused: Why no group could be made there; None if one was made.
-        files: What the kernel offers in a group made there.
+    ``own`` is this process's group of version 2, ``delegated`` the nearest in which groups may be
+    made; ``refused`` says why none could be made there, ``files`` what the kernel offers in one.
     """
-    degrades = (
-        "`strict_memory=True` does not count shared memory, and counts each process by itself."
+    problem = _degraded(
+        "stopping",
+        "control group",
+        f"No group above {own} is delegated with the memory controller.",
+        "`strict_memory=True` does not count shared memory, and counts each process by itself.",
+        "Start with `systemd-run --user --scope -p Delegate=yes COMMAND`.",
     )
-    fix = "Start with `systemd-run --user --scope -p Delegate=yes COMMAND`."
-    state: State = "degraded"
     if own is None:
         found = "This process is in no control group of version 2."
-        fix = "Boot with systemd.unified_cgroup_hierarchy=1."
-    elif delegated is None:
-        found = f"No group above {own} is delegated with the memory controller."
-    elif refused is not None:
-        found = f"No group can be made in {delegated}: {refused}."
-    else:
-        found = f"Each trial gets its own group in {delegated}."
-        lacking = [name for name in ("memory.max", "cgroup.kill") if name not in files]
-        degrades = f"This kernel offers no {' and no '.join(lacking)} there." if lacking else ""
-        fix = "Run on Linux 5.19 or newer." if lacking else ""
-        state = "degraded" if lacking else "ok"
-    return Finding("stopping", "control group", state, found, degrades, fix)
+        return replace(problem, found=found, fix="Boot with systemd.unified_cgroup_hierarchy=1.")
+    if delegated is None:
+        return problem
+    if refused is not None:
+        return replace(problem, found=f"No group can be made in {delegated}: {refused}.")
+    found = f"Each trial gets its own group in {delegated}."
+    lacking = [name for name in ("memory.max", "cgroup.kill") if name not in files]
+    degrades = f"This kernel offers no {' and no '.join(lacking)} there."
+    problem = replace(problem, found=found, degrades=degrades, fix="Run on Linux 5.19 or newer.")
+    return _ok_if(not lacking, found, problem)
 
 
 def _read_cgroup() -> tuple[Path | None, Path | None, str | None, Sequence[str]]:
@@ -186,36 +219,6 @@ def try_cgroup(parent: Path) -> tuple[Sequence[str], str | None]:
         group.rmdir()
 
 
-def check_oom_killer(refused: str | None) -> Finding:
-    """Check whom the kernel kills when the host is out of memory; takes why it can't be set."""
-    if refused is None:
-        found = "When the host runs out of memory, the kernel kills the trial, not the worker."
-        return Finding("stopping", "out-of-memory killer", "ok", found)
-    return Finding(
-        "stopping",
-        "out-of-memory killer",
-        "degraded",
-        f"A trial's oom_score_adj can't be raised: {refused}.",
-        "When the host runs out of memory, the kernel may kill the worker instead of the trial.",
-        "Mount /proc writable in the container.",
-    )
-
-
-def check_peak_memory(refused: str | None) -> Finding:
-    """Check the kernel's peak of memory; takes why it can't be reset, None if it can."""
-    if refused is None:
-        found = "The kernel keeps the exact peak of each process."
-        return Finding("measuring", "peak memory", "ok", found)
-    return Finding(
-        "measuring",
-        "peak memory",
-        "degraded",
-        f"The kernel's peak can't be reset: {refused}.",
-        "Without `isolated`, a peak between two samples may be missed.",
-        "Use `isolated`, or mount /proc writable in the container.",
-    )
-
-
 def _try_writing(path: str, text: str | None = None) -> str | None:
     """Write into a file of the kernel, by default what it says; return why that failed."""
     try:
@@ -237,60 +240,37 @@ def try_rapl(folder: Path | None = None) -> OSError | None:
 
 def check_rapl(refused: OSError | None) -> Finding:
     """Check the energy counters of the processors; takes why they can't be read."""
-    if refused is None:
-        return Finding("measuring", "CPU energy", "ok", "RAPL counters can be read.")
-    may_not = isinstance(refused, PermissionError)
-    return Finding(
+    problem = Finding(
         "measuring",
         "CPU energy",
-        "degraded" if may_not else "missing",
-        "RAPL counters exist, but this user may not read them."
-        if may_not
-        else "No RAPL counters (a virtual machine, or no Intel or AMD processor).",
+        "missing",
+        "No RAPL counters (a virtual machine, or no Intel or AMD processor).",
         "`energy` covers GPUs only, or is unknown.",
-        "As root: chmod o+r /sys/class/powercap/*rapl:*/energy_uj" if may_not else "",
     )
+    if isinstance(refused, PermissionError):
+        return replace(
+            problem,
+            state="degraded",
+            found="RAPL counters exist, but this user may not read them.",
+            fix="As root: chmod o+r /sys/class/powercap/*rapl:*/energy_uj",
+        )
+    return _ok_if(refused is None, "RAPL counters can be read.", problem)
 
 
-class Device(Protocol):
-    """The methods of a GPU that are used here."""
-
-    index: int
-
-    def name(self) -> str: ...
-    def memory(self) -> tuple[int, int]: ...
-    def processes(self) -> dict[int, int | None]: ...
-    def samples(self, since: float) -> Sequence[Any]: ...
-    def joules(self) -> float: ...
-    def is_partitioned(self) -> bool: ...
-    def instances(self) -> Sequence[Any]: ...
-
-
-@dataclass(frozen=True)
-class GpuFacts:
-    """What NVML says of one GPU.
-
-    Attributes:
-        index: Its number in NVML's order.
-        name: The model.
-        memory: Bytes in all; None if unknown.
-        instances: Number of its MIG instances; 0 without MIG.
-        refused: Why something can't be read, by what it is needed for.
-    """
-
-    index: int
-    name: str
-    memory: float | None = None
-    instances: int = 0
-    refused: dict[str, str] = field(default_factory=dict)
+def check_gpus(devices: Sequence[NvmlDevice], reason: str | None) -> list[Finding]:
+    """Check what can be measured on each GPU; takes why there are none."""
+    none = Finding(
+        "measuring",
+        "GPUs",
+        "missing",
+        f"NVML shows none: {reason}.",
+        "`gpu_memory` and `gpu_time` are unknown.",
+        "Install NVIDIA's driver; start a container with `--gpus all`.",
+    )
+    return [_check_gpu(device) for device in devices] or [none]
 
 
-def _read_gpus() -> tuple[list[GpuFacts], str | None]:
-    devices, reason = open_devices()
-    return [read_gpu(device) for device in devices], reason
-
-
-def read_gpu(device: Device) -> GpuFacts:
+def _check_gpu(device: NvmlDevice) -> Finding:
     """Ask a GPU once for each thing that metering will ask."""
     refused: dict[str, str] = {}
 
@@ -306,73 +286,32 @@ def read_gpu(device: Device) -> GpuFacts:
         refused["gpu_memory of a trial"] = "the driver hides the memory of each process"
     ask("gpu_time", lambda: device.samples(time.time() - 1), [])
     ask("energy", device.joules, 0.0)
-    is_partitioned = ask("MIG", device.is_partitioned, False)
     memory = ask("gpu_memory", device.memory, None)
-    return GpuFacts(
-        device.index,
-        ask("name", device.name, "unknown model"),
-        None if memory is None else float(memory[1]),
-        len(ask("MIG", device.instances, [])) if is_partitioned else 0,
-        refused,
-    )
-
-
-def check_gpus(gpus: Sequence[GpuFacts], reason: str | None) -> list[Finding]:
-    """Check what can be measured on each GPU.
-
-    Args:
-        gpus: The GPUs that NVML shows.
-        reason: Why there are none; None if NVML answered.
-    """
-    if gpus:
-        return [_check_gpu(gpu) for gpu in gpus]
-    return [
-        Finding(
-            "measuring",
-            "GPUs",
-            "missing",
-            f"NVML shows none: {reason or 'it counts none'}.",
-            "`gpu_memory` and `gpu_time` are unknown.",
-            "Install NVIDIA's driver; start a container with `--gpus all`.",
-        )
-    ]
-
-
-def _check_gpu(gpu: GpuFacts) -> Finding:
-    memory = "memory unknown" if gpu.memory is None else _units.format_bytes(gpu.memory)
-    mig = f", {gpu.instances} MIG instances" if gpu.instances else ""
-    found = f"{gpu.name}, {memory}{mig}."
-    if not gpu.refused:
-        return Finding("measuring", f"GPU {gpu.index}", "ok", found)
-    lacking = "; ".join(f"no {what}: {why}" for what, why in gpu.refused.items())
-    return Finding(
+    shown = "memory unknown" if memory is None else _units.format_bytes(memory[1])
+    is_partitioned = ask("MIG", device.is_partitioned, False)
+    instances = ask("MIG", device.instances, []) if is_partitioned else []
+    mig = f", {len(instances)} MIG instances" if instances else ""
+    found = f"{ask('name', device.name, 'unknown model')}, {shown}{mig}."
+    lacking = "; no ".join(f"{what}: {why}" for what, why in refused.items())
+    problem = _degraded(
         "measuring",
-        f"GPU {gpu.index}",
-        "degraded",
+        f"GPU {device.index}",
         found,
-        f"{lacking[0].upper()}{lacking[1:]}.",
+        f"No {lacking}.",
         "Update the driver; start a container with `--pid host` to see its processes.",
     )
+    return _ok_if(not refused, found, problem)
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What there is of each resource, in bytes and cores; None if unknown.
+    """What there is of memory, cores, swap space and /dev/shm; None if unknown.
 
-    Attributes:
-        memory: The host's memory.
-        memory_limit: What processes here may hold together.
-        available: What is available now.
-        cores: The host's processors.
-        usable_cores: What processes here may keep busy together.
-        swap: Swap space.
-        shared: Size of /dev/shm.
-        is_overcommit_strict: Whether the kernel grants no more memory than there is.
+    ``memory_limit`` and ``usable_cores`` are what processes here may use together.
     """
 
     memory: float
     memory_limit: float
-    available: float
     cores: float
     usable_cores: float
     swap: float
@@ -383,76 +322,61 @@ class Capacity:
 def _read_capacity() -> Capacity:
     import psutil
 
-    try:
+    shared, overcommit = None, ""
+    with contextlib.suppress(AttributeError, OSError):
         found = os.statvfs("/dev/shm")
-        shared: float | None = float(found.f_blocks * found.f_frsize)
-    except (AttributeError, OSError):
-        shared = None
-    try:
+        shared = float(found.f_blocks * found.f_frsize)
+    with contextlib.suppress(OSError):
         overcommit = Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii")
-    except OSError:
-        overcommit = ""
     return Capacity(
-        memory=float(psutil.virtual_memory().total),
-        memory_limit=host_memory_limit(),
-        available=available_memory(),
-        cores=float(os.cpu_count() or 1),
-        usable_cores=cpu_count(),
-        swap=float(psutil.swap_memory().total),
-        shared=shared,
-        is_overcommit_strict=overcommit.strip() == "2",
+        float(psutil.virtual_memory().total),
+        host_memory_limit(),
+        float(os.cpu_count() or 1),
+        cpu_count(),
+        float(psutil.swap_memory().total),
+        shared,
+        overcommit.strip() == "2",
     )
 
 
 def check_capacity(facts: Capacity) -> list[Finding]:
     """Check memory and cores, and what makes limits on them misleading."""
-    there, available, memory = (
-        _units.format_bytes(n) for n in (facts.memory_limit, facts.available, facts.memory)
-    )
+    there, memory = (_units.format_bytes(n) for n in (facts.memory_limit, facts.memory))
     by = f", the container's limit (the host has {memory})"
-    is_limited = facts.memory_limit < facts.memory
-    found = f"{there}{by if is_limited else ''}; {available} available now."
+    found = f"{there}{by if facts.memory_limit < facts.memory else ''}."
     usable, cores = (_units.format_number(n) for n in (facts.usable_cores, facts.cores))
     of = f" of {cores}, limited by affinity or the container"
     of_all = of if facts.usable_cores < facts.cores else ""
-    findings = [
+    shared = _ENOUGH_SHARED_MEMORY if facts.shared is None else facts.shared
+    problems = {
+        "swap": (
+            facts.swap > 0,
+            f"{_units.format_bytes(facts.swap)} of swap.",
+            "Swapped-out memory counts, but a trial slows down long before its limit.",
+            "`swapoff -a`, or memory.swap.max=0 in the control group.",
+        ),
+        "shared memory": (
+            shared < _ENOUGH_SHARED_MEMORY,
+            f"/dev/shm has {_units.format_bytes(shared)}.",
+            "Workers of a DataLoader die of a bus error when it is full.",
+            "Start the container with `--shm-size=8g`.",
+        ),
+        "overcommit": (
+            facts.is_overcommit_strict,
+            "The kernel grants no more memory than there is (vm.overcommit_memory is 2).",
+            "An allocation may fail below the trial's limit.",
+            "`sysctl vm.overcommit_memory=0`",
+        ),
+    }
+    return [
         Finding("host", "memory", "ok", found),
         Finding("host", "CPU cores", "ok", f"{usable} usable{of_all}."),
+        *(
+            _degraded("host", check, *texts)
+            for check, (is_found, *texts) in problems.items()
+            if is_found
+        ),
     ]
-    if facts.swap:
-        findings.append(
-            Finding(
-                "host",
-                "swap",
-                "degraded",
-                f"{_units.format_bytes(facts.swap)} of swap.",
-                "Swapped-out memory counts, but a trial slows down long before its limit.",
-                "`swapoff -a`, or memory.swap.max=0 in the control group.",
-            )
-        )
-    if facts.shared is not None and facts.shared < _ENOUGH_SHARED_MEMORY:
-        findings.append(
-            Finding(
-                "host",
-                "shared memory",
-                "degraded",
-                f"/dev/shm has {_units.format_bytes(facts.shared)}.",
-                "Workers of a DataLoader die of a bus error when it is full.",
-                "Start the container with `--shm-size=8g`.",
-            )
-        )
-    if facts.is_overcommit_strict:
-        findings.append(
-            Finding(
-                "host",
-                "overcommit",
-                "degraded",
-                "The kernel grants no more memory than there is (vm.overcommit_memory is 2).",
-                "An allocation may fail below the trial's limit.",
-                "`sysctl vm.overcommit_memory=0`",
-            )
-        )
-    return findings
 
 
 def check_versions(versions: dict[str, str | None]) -> list[Finding]:
@@ -462,12 +386,9 @@ def check_versions(versions: dict[str, str | None]) -> list[Finding]:
         Finding("software", "optuna-quota", "ok", __version__),
     ]
     for name, version in versions.items():
-        if version is not None:
-            findings.append(Finding("software", name, "ok", version))
-        else:
-            degrades, fix = _OPTIONAL.get(name, ""), f"pip install {name}"
-            finding = Finding("software", name, "degraded", "Not installed.", degrades, fix)
-            findings.append(finding)
+        degrades, fix = _OPTIONAL.get(name, ""), f"pip install {name}"
+        problem = _degraded("software", name, "Not installed.", degrades, fix)
+        findings.append(_ok_if(version is not None, version or "", problem))
     return findings
 
 
@@ -478,25 +399,6 @@ def _version(name: str) -> str | None:
         return None
 
 
-@dataclass(frozen=True)
-class StorageFacts:
-    """What was seen of a storage.
-
-    Attributes:
-        kind: Its class, and the database behind it.
-        n_studies: Number of its studies.
-        seconds: How long it took to list them.
-        has_heartbeat: Whether it supports heartbeats of workers.
-        is_one_host: Whether only workers on one host can share it.
-    """
-
-    kind: str
-    n_studies: int
-    seconds: float
-    has_heartbeat: bool
-    is_one_host: bool
-
-
 def examine_storage(storage: BaseStorage) -> list[Finding]:
     """Return the findings on a storage that many workers share; its errors are not caught."""
     storage.get_all_studies()  # includes the connection
@@ -504,40 +406,45 @@ def examine_storage(storage: BaseStorage) -> list[Finding]:
     n_studies = len(storage.get_all_studies())
     seconds = time.perf_counter() - start
     database = getattr(getattr(storage, "engine", None), "name", "")
-    kind = type(storage).__name__ + (f" on {database}" if database else "")
-    has_heartbeat = hasattr(storage, "record_heartbeat")
-    facts = StorageFacts(kind, n_studies, seconds, has_heartbeat, database == "sqlite")
-    return check_storage(facts)
+    return check_storage(
+        type(storage).__name__ + (f" on {database}" if database else ""),
+        n_studies,
+        seconds,
+        has_heartbeat=hasattr(storage, "record_heartbeat"),
+        is_one_host=database == "sqlite",
+    )
 
 
-def check_storage(facts: StorageFacts) -> list[Finding]:
+def check_storage(
+    kind: str, n_studies: int, seconds: float, *, has_heartbeat: bool, is_one_host: bool
+) -> list[Finding]:
     """Check the speed of a storage, who can share it, and how dead workers are noticed."""
-    studies = "1 study" if facts.n_studies == 1 else f"{facts.n_studies} studies"
-    found = f"{facts.kind}, {studies}, listed in {_units.format_seconds(facts.seconds)}."
-    speed = Finding("storage", "speed", "ok", found)
-    if facts.seconds > _SLOW_STORAGE:
-        degrades = "Each trial queries it several times."
-        fix = "Run the workers closer to it."
-        speed = Finding("storage", "speed", "degraded", found, degrades, fix)
-    workers = Finding("storage", "workers", "ok", "Workers on many hosts can share it.")
-    if facts.is_one_host:
-        workers = Finding(
-            "storage",
-            "workers",
-            "degraded",
-            "SQLite: only workers on this host can share it.",
-            "Its locks are not reliable on network file systems.",
-            "For workers on many hosts use PostgreSQL, MySQL, Redis, or Optuna's gRPC proxy.",
-        )
-    found = "Set RDBStorage(heartbeat_interval=60) to notice dead workers on other hosts sooner."
-    dead_workers = Finding("storage", "dead workers", "ok", found)
-    if not facts.has_heartbeat:
-        dead_workers = Finding(
-            "storage",
-            "dead workers",
-            "degraded",
-            "It supports no heartbeat.",
-            "Reservations of a dead worker on another host are released after 2 minutes.",
-            "Use a database (RDBStorage) with heartbeat_interval.",
-        )
-    return [speed, workers, dead_workers]
+    studies = "1 study" if n_studies == 1 else f"{n_studies} studies"
+    found = f"{kind}, {studies}, listed in {_units.format_seconds(seconds)}."
+    slow = _degraded(
+        "storage",
+        "speed",
+        found,
+        "Each trial queries it several times.",
+        "Run the workers closer to it.",
+    )
+    local = _degraded(
+        "storage",
+        "workers",
+        "SQLite: only workers on this host can share it.",
+        "Its locks are not reliable on network file systems.",
+        "For workers on many hosts use PostgreSQL, MySQL, Redis, or Optuna's gRPC proxy.",
+    )
+    silent = _degraded(
+        "storage",
+        "dead workers",
+        "It supports no heartbeat.",
+        "Reservations of a dead worker on another host are released after 2 minutes.",
+        "Use a database (RDBStorage) with heartbeat_interval.",
+    )
+    beats = "Set RDBStorage(heartbeat_interval=60) to notice dead workers on other hosts sooner."
+    return [
+        _ok_if(seconds <= _SLOW_STORAGE, found, slow),
+        _ok_if(not is_one_host, "Workers on many hosts can share it.", local),
+        _ok_if(has_heartbeat, beats, silent),
+    ]

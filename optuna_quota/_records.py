@@ -137,30 +137,22 @@ class Interval:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """The trial table's row of one trial, beyond what Optuna itself stores.
+    """The trial table's row of one trial, beyond what Optuna itself stores."""
 
-    Attributes:
-        usage: What was measured.
-        outcome: How it ended, None when this library did not see it end.
-        reason: One sentence that explains the outcome.
-        breach: The limit it was over.
-        footprint: What was projected before it ran, by resource.
-        isolation: Whether it ran in its own process, in a thread, or shared one with others.
-        host: Name of the host it ran on.
-        timeline: Pairs of seconds since the start and bytes of memory, thinned.
-        breach_timeline: The same of the resource that was breached, where that is another.
-        gpu_source: Where GPU usage comes from: ``"process"``, ``"device"`` or ``"framework"``.
-    """
-
-    usage: Usage = field(default_factory=Usage)
-    outcome: Outcome | None = None
-    reason: str | None = None
-    breach: Breach | None = None
+    usage: Usage = field(default_factory=Usage)  # What was measured
+    outcome: Outcome | None = None  # How it ended, None when this library did not see it end
+    reason: str | None = None  # One sentence that explains the outcome
+    breach: Breach | None = None  # The limit it was over
+    # What was projected before it ran, by resource.
     footprint: Mapping[str, Interval] = field(default_factory=dict)
+    # Whether it ran in its own process, in a thread, or shared one with others.
     isolation: Isolation | None = None
-    host: str | None = None
+    host: str | None = None  # Name of the host it ran on
+    # Pairs of seconds since the start and bytes of memory, thinned.
     timeline: tuple[tuple[float, float], ...] = ()
+    # The same of the resource that was breached, where that is another.
     breach_timeline: tuple[tuple[float, float], ...] = ()
+    # Where GPU usage comes from: "process", "device" or "framework".
     gpu_source: str | None = None
 
     @property
@@ -219,11 +211,8 @@ def write_attributes(
     user: Mapping[str, Any] | None = None,
     system: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write attributes into an unfinished row, retrying transient storage errors.
-
-    Raises:
-        optuna.exceptions.UpdateFinishedTrialError: If the row is finished.
-    """
+    """Write attributes into an unfinished row; UpdateFinishedTrialError if it is finished."""
+    # No call of the storage's own, which would be repeated.
     retry(lambda: _optuna.write_attributes(storage, trial_id, user or {}, system or {}))
 
 
@@ -282,7 +271,7 @@ def record_attributes(record: TrialRecord) -> dict[str, Any]:
 
 
 def system_attributes(record: TrialRecord) -> dict[str, Any]:
-    """Return the system attributes of a record as JSON values: the timelines.
+    """Return the timelines of a record as JSON values.
 
     optuna-dashboard shows each user attribute as a column, where a list takes forty lines.
     """
@@ -389,14 +378,14 @@ def number(value: Any) -> float | None:
 
 
 def _breach_object(breach: Breach) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    flags = {"quota": breach.quota, "forecast": breach.forecast, "refused": breach.refused}
+    return {
         "resource": breach.resource,
         "limit": plain_number(breach.limit),
         "observed": plain_number(breach.observed),
         "seconds": round(breach.seconds, 3),
+        **{name: True for name, flag in flags.items() if flag},
     }
-    flags = {"quota": breach.quota, "forecast": breach.forecast, "refused": breach.refused}
-    return {**found, **{name: True for name, flag in flags.items() if flag}}
 
 
 def _read_usage(attributes: Mapping[str, Any]) -> Usage:
@@ -412,19 +401,11 @@ def _read_usage(attributes: Mapping[str, Any]) -> Usage:
 def _read_breach(value: Any) -> Breach | None:
     if not isinstance(value, Mapping) or not isinstance(value.get("resource"), str):
         return None
-    figures = [number(value.get(name)) for name in ("limit", "observed", "seconds")]
-    limit, observed, seconds = figures
+    limit, observed, seconds = (number(value.get(n)) for n in ("limit", "observed", "seconds"))
     if limit is None or observed is None or seconds is None:
         return None
-    return Breach(
-        value["resource"],
-        limit,
-        observed,
-        seconds,
-        quota=value.get("quota") is True,
-        forecast=value.get("forecast") is True,
-        refused=value.get("refused") is True,
-    )
+    flags = {name: value.get(name) is True for name in ("quota", "forecast", "refused")}
+    return Breach(value["resource"], limit, observed, seconds, **flags)
 
 
 def _read_footprint(value: Any) -> dict[str, Interval]:

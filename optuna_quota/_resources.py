@@ -9,7 +9,7 @@ Numbers are SI base units: bytes, seconds, joules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 import math
@@ -60,17 +60,9 @@ class Resource:
     charged_from: str | None = None
     priced: bool = False
 
-    def parse(self, value: Any, name: str) -> float:
-        """Return text or a number as an amount in SI base units."""
-        return self.unit.parse(value, name)
-
     def format(self, value: float) -> str:
         """Return an amount as text with its unit."""
         return self.unit.format(value)
-
-    def compact(self, value: float) -> str | int | float:
-        """Return the shortest input that :meth:`parse` reads as exactly ``value``."""
-        return self.unit.compact(value)
 
 
 # fmt: off
@@ -122,33 +114,34 @@ def format_amount(resource: str, value: float | None) -> str:
 
 
 class Amounts:
-    """Amounts by resource: the common part of limits and quotas."""
+    """Amounts by resource: the common part of limits, quotas and usage."""
 
     _fields: tuple[str, ...] = ()
+    # The attribute with a mapping of other names.
+    _others = "custom"
 
     def _set(self, **amounts: Any) -> None:
         for name, value in amounts.items():
-            parsed = None if value is None else RESOURCES[name].parse(value, name)
+            parsed = None if value is None else RESOURCES[name].unit.parse(value, name)
             object.__setattr__(self, name, parsed)
 
     def amounts(self) -> dict[str, float]:
         """Return what is set, by resource, in SI base units."""
         values = ((name, getattr(self, name)) for name in self._fields)
-        return {name: value for name, value in values if value is not None}
-
-    def __bool__(self) -> bool:
-        return bool(self.amounts())
+        known = {name: value for name, value in values if value is not None}
+        return {**known, **getattr(self, "custom", {})}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(self._shown())})"
-
-    def _shown(self) -> Iterator[str]:
+        shown = []
         for name in self._fields:
             value = getattr(self, name)
-            if isinstance(value, str):
-                yield f"{name}={value!r}"
-            elif value is not None:
-                yield f"{name}={RESOURCES[name].compact(value)!r}"
+            if value is not None:
+                is_auto = isinstance(value, str)
+                value = value if is_auto else RESOURCES[name].unit.compact(value)
+                shown.append(f"{name}={value!r}")
+        others = getattr(self, self._others)
+        shown += [f"{self._others}={dict(others)!r}"] if others else []
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -214,13 +207,13 @@ class Limits(Amounts):
 
     def amounts(self) -> dict[str, float]:
         """Return what is set, by resource, in SI base units; ``"auto"`` is no amount yet."""
-        amounts = {**super().amounts(), **self.custom}
+        amounts = super().amounts()
         if self.cpu_cores == "auto":
             del amounts["cpu_cores"]
         return amounts
 
     def __bool__(self) -> bool:
-        return self.cpu_cores is not None or super().__bool__()
+        return self.cpu_cores is not None or bool(self.amounts())
 
     def tightened(self, left: Mapping[str, float]) -> Limits:
         """Return these limits with each lowered to ``left`` where that is less.
@@ -237,11 +230,6 @@ class Limits(Amounts):
     def from_amounts(cls, amounts: Mapping[str, float]) -> Limits:
         """Return limits from amounts by resource, as :meth:`amounts` gives them."""
         return _build_limits(amounts, amounts.get("cpu_cores"))
-
-    def _shown(self) -> Iterator[str]:
-        yield from super()._shown()
-        if self.custom:
-            yield f"custom={dict(self.custom)!r}"
 
     def __hash__(self) -> int:
         return hash(tuple(sorted(self.amounts().items())))
@@ -315,6 +303,7 @@ class Quota(Amounts):
     prices: Mapping[str, float]
 
     _fields = TOTAL_RESOURCES + HELD_RESOURCES
+    _others = "prices"
 
     def __init__(
         self,
@@ -360,10 +349,8 @@ class Quota(Amounts):
         """
         return sum(price * (used.get(name) or 0.0) / 3600 for name, price in self.prices.items())
 
-    def _shown(self) -> Iterator[str]:
-        yield from super()._shown()
-        if self.prices:
-            yield f"prices={dict(self.prices)!r}"
+    def __bool__(self) -> bool:
+        return bool(self.amounts())
 
     def __hash__(self) -> int:
         return hash((tuple(self.amounts().items()), tuple(sorted(self.prices.items()))))
@@ -400,14 +387,14 @@ class Strategy:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n_trials", _units.parse_count(self.n_trials, "n_trials"))
-        object.__setattr__(self, "n_jobs", _units.parse_count(self.n_jobs, "n_jobs"))
+        object.__setattr__(self, "n_trials", COUNT.parse(self.n_trials, "n_trials"))
+        object.__setattr__(self, "n_jobs", COUNT.parse(self.n_jobs, "n_jobs"))
         if self.search_space is not None:
             object.__setattr__(self, "search_space", _search_space(self.search_space))
 
 
-@dataclass(frozen=True)
-class Usage:
+@dataclass(frozen=True, repr=False)
+class Usage(Amounts):
     """What one trial used; what is not known is None, never 0.
 
     Example:
@@ -439,6 +426,8 @@ class Usage:
     energy: float | None = None
     custom: Mapping[str, float] = field(default_factory=dict, kw_only=True, hash=False)
 
+    _fields = USAGE_RESOURCES
+
     def __post_init__(self) -> None:
         for name in USAGE_RESOURCES:
             value = getattr(self, name)
@@ -447,22 +436,12 @@ class Usage:
         custom = {str(name): _nonnegative(v, name) for name, v in self.custom.items()}
         object.__setattr__(self, "custom", custom)
 
-    def amounts(self) -> dict[str, float]:
-        """Return what is known, by resource, in SI base units."""
-        values = ((name, getattr(self, name)) for name in USAGE_RESOURCES)
-        known = {name: value for name, value in values if value is not None}
-        return {**known, **self.custom}
-
     def get(self, resource: str) -> float | None:
         """Return the amount of a resource, None when unknown."""
         name = CHARGED_RESOURCES.get(resource, resource)
         amount: float | None
         amount = getattr(self, name) if name in USAGE_RESOURCES else self.custom.get(name)
         return amount
-
-    def __repr__(self) -> str:
-        shown = (f"{k}={get_resource(k).compact(v)!r}" for k, v in self.amounts().items())
-        return f"Usage({', '.join(shown)})"
 
 
 @dataclass(frozen=True)
@@ -545,7 +524,7 @@ def _custom_limits(custom: Mapping[str, float]) -> Mapping[str, float]:
                 "`custom` must name meters of your own by identifiers other than "
                 f"{', '.join(RESOURCES)} but got {key!r}."
             )
-    return {key: _units.parse_number(value, key) for key, value in custom.items()}
+    return {key: NUMBER.parse(value, key) for key, value in custom.items()}
 
 
 def _prices(prices: Mapping[str, float]) -> Mapping[str, float]:

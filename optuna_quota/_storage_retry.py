@@ -76,33 +76,8 @@ _CLAIM = 1.0
 # The system attribute by which a row is found again where its start is not stored exactly.
 ASKED = "quota:asked"
 
-# What a second call leaves as the first one did.
-_IDEMPOTENT = (
-    "set_study_user_attr",
-    "set_study_system_attr",
-    "get_study_id_from_name",
-    "get_study_name_from_id",
-    "get_study_directions",
-    "get_study_user_attrs",
-    "get_study_system_attrs",
-    "get_all_studies",
-    "set_trial_param",
-    "get_trial_id_from_study_id_trial_number",
-    "get_trial_number_from_id",
-    "get_trial_param",
-    "set_trial_intermediate_value",
-    "set_trial_user_attr",
-    "set_trial_system_attr",
-    "get_trial",
-    "get_all_trials",
-    "get_n_trials",
-    "get_best_trial",
-    "get_trial_params",
-    "get_trial_user_attrs",
-    "get_trial_system_attrs",
-    "record_heartbeat",
-    "_get_stale_trial_ids",
-)
+# Beside reads, and writes of one attribute, parameter or intermediate value.
+_IDEMPOTENT = ("record_heartbeat", "_get_stale_trial_ids")
 
 
 def retry(
@@ -111,16 +86,7 @@ def retry(
     timeout: float = TIMEOUT,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Result:
-    """Return what ``call`` returns, calling again while it raises a transient error.
-
-    Args:
-        call: An idempotent call.
-        timeout: Seconds after which the error is raised.
-        sleep: Waits for some seconds; for tests.
-
-    Raises:
-        Exception: Whatever ``call`` raised, if it is not transient or the time is over.
-    """
+    """Return what an idempotent call returns, calling again while it raises a transient error."""
     deadline = time.monotonic() + timeout
     pause = _FIRST_PAUSE
     while True:
@@ -207,8 +173,11 @@ def _retrying(storage_class: type[BaseStorage]) -> type[BaseStorage]:
         make = _new if make is copyreg.__newobj__ else make  # type: ignore[attr-defined]
         return make, tuple(arguments), *state
 
-    known = ((name, getattr(storage_class, name, None)) for name in _IDEMPOTENT)
-    members: dict[str, Any] = {name: retried(call) for name, call in known if call is not None}
+    members: dict[str, Any] = {
+        name: retried(getattr(storage_class, name))
+        for name in dir(storage_class)
+        if name.startswith(("get_", "set_")) or name in _IDEMPOTENT
+    }
     members["create_new_trial"] = _create_once(storage_class.create_new_trial)
     members["set_trial_state_values"] = _store_once(storage_class.set_trial_state_values)
     members["__reduce_ex__"] = reduce
@@ -231,24 +200,20 @@ def _create_once(create: Callable[..., int]) -> Callable[..., int]:
         if template_trial is not None:
             return create(self, study_id, template_trial)
         template = create_trial(state=TrialState.RUNNING)
-        # By its start, another one for each call, the row is found again.
+        # By its start, another one for each call, the row is found again, or else by a mark.
         start = datetime.now() - timedelta(microseconds=random.randrange(1000))
-        template.datetime_start = start
+        template.datetime_start, mark = start, None
         if not _optuna.stores_microseconds(self):
-            template.system_attrs = {ASKED: f"{random.getrandbits(64):016x}"}
+            mark = f"{random.getrandbits(64):016x}"
+            template.system_attrs = {ASKED: mark}
         began, lost = time.monotonic(), False
 
-        def is_it(row: FrozenTrial) -> bool:
-            mark = template.system_attrs.get(ASKED)
-            return (
-                row.datetime_start == start
-                if mark is None
-                else mark == row.system_attrs.get(ASKED)
-            )
-
         def created() -> list[int]:
-            rows = self.get_all_trials(study_id, False, (TrialState.RUNNING,))
-            return [_optuna.trial_id_of(row) for row in rows if is_it(row)]
+            return [
+                _optuna.trial_id_of(row)
+                for row in self.get_all_trials(study_id, False, (TrialState.RUNNING,))
+                if (row.system_attrs.get(ASKED) == mark if mark else row.datetime_start == start)
+            ]
 
         def attempt() -> int:
             nonlocal lost
@@ -318,8 +283,6 @@ def repair_torn_lines(storage: BaseStorage) -> None:
 
 
 class _RepairingLock:
-    """A journal's lock that repairs the journal when it is acquired and released."""
-
     def __init__(self, lock: Any, path: str) -> None:
         self._lock = lock
         self._path = path

@@ -92,7 +92,6 @@ class FakeProcessTree:
         peak: The highest bytes between readings, None if the kernel does not keep them.
         shared: Bytes that a quick reading counts too often, because processes share them.
         pids: Its processes.
-        seconds: Seconds since its root was created.
         is_closed: Whether it was closed.
     """
 
@@ -104,7 +103,6 @@ class FakeProcessTree:
         self.peak: float | None = None
         self.shared = 0.0
         self.pids = tuple(pids) or (os.getpid(),)
-        self.seconds = 0.0
         self.is_closed = False
 
     def read(
@@ -112,17 +110,10 @@ class FakeProcessTree:
     ) -> TreeReading:
         """Return the figures that are set; over the ceiling, without ``shared``."""
         pids = tuple(pid for pid in self.pids if pid not in without)
-        hasty = self.glance()
-        memory = hasty if hasty is None or hasty <= ceiling else self.memory
+        memory = self.memory
+        if memory is not None and memory + self.shared <= ceiling:
+            memory += self.shared
         return TreeReading(memory, self.cpu_time, self.peak, pids)
-
-    def glance(self) -> float | None:
-        """Return the memory that is set."""
-        return None if self.memory is None else self.memory + self.shared
-
-    def age(self) -> float:
-        """Return the seconds that are set."""
-        return self.seconds
 
     def reset_peak(self) -> None:
         """Reset the peak."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 import sys
+from typing import cast
 
 import optuna
 import pytest
@@ -16,9 +17,7 @@ from optuna_quota._doctor import (
     check_capacity,
     check_cgroup,
     check_gpus,
-    check_memory_limit,
-    check_oom_killer,
-    check_peak_memory,
+    check_kernel,
     check_platform,
     check_rapl,
     check_storage,
@@ -26,12 +25,10 @@ from optuna_quota._doctor import (
     examine_host,
     examine_storage,
     Finding,
-    read_gpu,
-    StorageFacts,
     try_cgroup,
     try_rapl,
 )
-from optuna_quota._metering.nvml import GpuError
+from optuna_quota._metering.nvml import GpuError, NvmlDevice
 from tests.metering_tests.conftest import build_nvml, FakeNvml, nvml
 
 
@@ -47,16 +44,15 @@ def states(findings: list[Finding]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("check", "state"),
     [
-        (check_memory_limit, "missing"),
-        (check_oom_killer, "degraded"),
-        (check_peak_memory, "degraded"),
+        ("kernel memory limit", "missing"),
+        ("out-of-memory killer", "degraded"),
+        ("peak memory", "degraded"),
     ],
 )
-def test_a_refusal_of_the_kernel_is_explained(
-    check: Callable[[str | None], Finding], state: str
-) -> None:
-    assert check(None).state == "ok"
-    finding = check("Operation not permitted")
+def test_a_refusal_of_the_kernel_is_explained(check: str, state: str) -> None:
+    assert check_kernel(check, None).state == "ok"
+    finding = check_kernel(check, "Operation not permitted")
+    assert finding.check == check
     assert finding.state == state and "Operation not permitted" in finding.found
     assert finding.degrades and finding.fix
 
@@ -104,7 +100,7 @@ def test_a_hard_limit_that_is_too_low_is_reported(
     monkeypatch.setattr(sys, "executable", str(limited))
     refused = _doctor._try_memory_limit()
     assert refused == f"the hard limit is already down to {2**25} bytes"
-    assert check_memory_limit(refused).state != "ok"
+    assert check_kernel("kernel memory limit", refused).state != "ok"
 
 
 OWN, PARENT = Path("/sys/fs/cgroup/me/app"), Path("/sys/fs/cgroup/me")
@@ -147,13 +143,13 @@ def test_rapl(tmp_path: Path) -> None:
     assert finding.state == "degraded" and "chmod" in finding.fix
 
 
-ROOMY = Capacity(2**36, 2**36, 2**35, 16, 16, 0, 2**33)
+ROOMY = Capacity(2**36, 2**36, 16, 16, 0, 2**33)
 
 
 def test_a_roomy_host_is_ok() -> None:
     findings = {finding.check: finding for finding in check_capacity(ROOMY)}
     assert {finding.state for finding in findings.values()} == {"ok"}
-    assert findings["memory"].found == "64 GiB; 32 GiB available now."
+    assert findings["memory"].found == "64 GiB."
     assert findings["CPU cores"].found == "16 usable."
 
 
@@ -228,7 +224,7 @@ class FakeGpu:
     ],
 )
 def test_gpus(gpu: FakeGpu, state: str, found: str, degrades: str) -> None:
-    (finding,) = check_gpus([read_gpu(gpu)], None)
+    (finding,) = check_gpus([cast("NvmlDevice", gpu)], None)
     assert finding.check == "GPU 3"
     assert (finding.state, finding.found, finding.degrades) == (state, found, degrades)
 
@@ -240,8 +236,8 @@ def test_a_host_without_a_gpu_says_why() -> None:
 
 
 LIST_GPUS = """
-from optuna_quota._doctor import _read_gpus, check_gpus
-for finding in check_gpus(*_read_gpus()):
+from optuna_quota._doctor import check_gpus, open_devices
+for finding in check_gpus(*open_devices()):
     print(f"{finding.check} | {finding.state} | {finding.found} | {finding.degrades}")
 """
 
@@ -272,7 +268,9 @@ def test_storages(tmp_path: Path) -> None:
 
 
 def test_a_slow_storage_is_degraded() -> None:
-    (speed, *_) = check_storage(StorageFacts("RDBStorage on mysql", 1, 0.3, True, False))
+    (speed, *_) = check_storage(
+        "RDBStorage on mysql", 1, 0.3, has_heartbeat=True, is_one_host=False
+    )
     assert speed.state == "degraded"
     assert speed.found == "RDBStorage on mysql, 1 study, listed in 300 ms."
 

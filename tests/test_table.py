@@ -18,7 +18,7 @@ from optuna_quota._footprint.observations import read_observation
 from optuna_quota._ledger.totals import read_entry
 from optuna_quota._records import Interval, record_attributes, TrialRecord
 from optuna_quota._resources import Breach
-from optuna_quota.visualization._data import finished_trials
+from optuna_quota.visualization._data import StudyTrials
 
 
 SPACE = {"width": IntDistribution(1, 4096, log=True), "dropout": FloatDistribution(0.0, 1.0)}
@@ -134,7 +134,7 @@ def test_all_agree_on_the_wall_time_of_a_trial_of_plain_optuna(
     found = {
         "table": in_table,
         "replay": trial_traces(study)[0].amounts.get("wall_time"),
-        "plots": finished_trials(study)[0].amounts.get("wall_time"),
+        "plots": StudyTrials(study).finished[0].amounts.get("wall_time"),
         "footprint": observation and observation.usage.wall_time,
         "ledger": read_entry(trial, 0, Quota(trial_time=1)).charges.get("trial_time"),
     }

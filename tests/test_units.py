@@ -30,7 +30,7 @@ from optuna_quota import _units
     ],
 )
 def test_sizes(text: str | float, expected: float) -> None:
-    value = _units.parse_bytes(text, "memory")
+    value = _units.BYTES.parse(text, "memory")
     assert value == expected
     assert type(value) is float
 
@@ -60,8 +60,8 @@ def test_durations(text: str | float | timedelta, expected: float) -> None:
 
 
 def test_energies() -> None:
-    assert _units.parse_joules("2kWh", "energy") == 7.2e6
-    assert _units.parse_joules("3MJ", "energy") == 3e6
+    assert _units.JOULES.parse("2kWh", "energy") == 7.2e6
+    assert _units.JOULES.parse("3MJ", "energy") == 3e6
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_energies() -> None:
 )
 def test_an_invalid_size(value: str | float) -> None:
     with pytest.raises(ValueError) as info:
-        _units.parse_bytes(value, "memory")
+        _units.BYTES.parse(value, "memory")
     message = str(info.value)
     assert "`memory`" in message
     assert "size in bytes or a string with its unit" in message
@@ -95,7 +95,7 @@ def test_an_invalid_size(value: str | float) -> None:
 @pytest.mark.parametrize("value", [True, None, [1], b"2GiB", 1j])
 def test_a_value_of_the_wrong_type(value: object) -> None:
     with pytest.raises(TypeError, match="`memory` must be") as info:
-        _units.parse_bytes(value, "memory")  # type: ignore[arg-type]
+        _units.BYTES.parse(value, "memory")  # type: ignore[arg-type]
     assert repr(value) in str(info.value)
 
 
@@ -104,7 +104,7 @@ def test_an_unknown_unit_is_named_beside_the_known_ones() -> None:
         _units.parse_seconds("5w", "wall_time")
     for text, meant in (("4gb", "GB"), ("4g", "G"), ("1mib", "MiB")):
         with pytest.raises(ValueError, match=rf"unknown unit .*, did you mean {meant}\?$"):
-            _units.parse_bytes(text, "memory")
+            _units.BYTES.parse(text, "memory")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_an_invalid_duration(value: str | timedelta) -> None:
 
 def test_a_timedelta_is_no_size() -> None:
     with pytest.raises(TypeError, match="`memory` must be a size"):
-        _units.parse_bytes(timedelta(seconds=1), "memory")  # type: ignore[arg-type]
+        _units.BYTES.parse(timedelta(seconds=1), "memory")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -141,24 +141,24 @@ def test_a_number_without_a_unit_in_text_says_so() -> None:
     with pytest.raises(ValueError, match=r"the number 30 has no unit\."):
         _units.parse_seconds("1h30", "wall_time")
     with pytest.raises(ValueError, match="unknown unit '%'"):
-        _units.parse_bytes("50%", "memory")
+        _units.BYTES.parse("50%", "memory")
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, float("nan"), float("inf")])
 def test_an_invalid_count(value: float) -> None:
     with pytest.raises(ValueError, match="`n_trials` must be a positive whole number but got"):
-        _units.parse_count(value, "n_trials")  # type: ignore[arg-type]
+        _units.COUNT.parse(value, "n_trials")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", ["3", True, None])
 def test_a_count_of_the_wrong_type(value: object) -> None:
     with pytest.raises(TypeError, match="`n_trials` must be a positive whole number but got"):
-        _units.parse_count(value, "n_trials")  # type: ignore[arg-type]
+        _units.COUNT.parse(value, "n_trials")  # type: ignore[arg-type]
 
 
 def test_a_plain_number_refuses_text() -> None:
     with pytest.raises(ValueError, match="`cost` must be a positive number but got '3'"):
-        _units.parse_number("3", "cost")
+        _units.NUMBER.parse("3", "cost")
 
 
 @pytest.mark.parametrize(
@@ -196,8 +196,8 @@ def test_format_seconds(value: float, expected: str) -> None:
 
 
 def test_format_joules_and_numbers() -> None:
-    assert _units.format_joules(7.2e6) == "2 kWh"
-    assert _units.format_joules(12) == "12 J"
+    assert _units.JOULES.format(7.2e6) == "2 kWh"
+    assert _units.JOULES.format(12) == "12 J"
     assert _units.format_number(1234.5) == "1234"  # banker's: half to even
     assert _units.format_number(0.01234) == "0.0123"
     assert _units.format_number(float("inf")) == "inf"
@@ -205,24 +205,24 @@ def test_format_joules_and_numbers() -> None:
 
 @given(st.floats(min_value=1e-3, max_value=1e18))
 def test_compact_sizes_are_read_back_exactly(value: float) -> None:
-    assert _units.parse_bytes(_units.compact_bytes(value), "memory") == value
+    assert _units.BYTES.parse(_units.BYTES.compact(value), "memory") == value
 
 
 @given(st.floats(min_value=1e-3, max_value=1e10))
 def test_compact_durations_are_read_back_exactly(value: float) -> None:
-    assert _units.parse_seconds(_units.compact_seconds(value), "wall_time") == value
+    assert _units.parse_seconds(_units.SECONDS.compact(value), "wall_time") == value
 
 
 @given(st.integers(min_value=1, max_value=2000), st.sampled_from(["MiB", "GiB", "GB"]))
 def test_compact_sizes_keep_the_unit_a_person_typed(count: int, unit: str) -> None:
-    value = _units.parse_bytes(f"{count}{unit}", "memory")
-    assert isinstance(_units.compact_bytes(value), str)
+    value = _units.BYTES.parse(f"{count}{unit}", "memory")
+    assert isinstance(_units.BYTES.compact(value), str)
 
 
 @given(st.text(max_size=30))
 def test_any_text_is_a_positive_size_or_a_value_error(text: str) -> None:
     try:
-        assert _units.parse_bytes(text, "memory") > 0
+        assert _units.BYTES.parse(text, "memory") > 0
     except ValueError as error:
         assert "`memory`" in str(error)
 

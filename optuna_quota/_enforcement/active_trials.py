@@ -7,7 +7,7 @@ So those of trials that are over are closed before another one starts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import gc
 import logging
 import os
@@ -45,18 +45,11 @@ def start_monitor(
     holder: FrozenTrial | None = None,
     here: bool = True,
 ) -> TrialMonitor:
-    """Start monitoring a trial.
+    """Start monitoring a trial, whose result its owner records: the ``"sampler"`` or ``"pruner"``.
 
-    Args:
-        study: The study.
-        trial: The trial.
-        owner: Who records the result: ``"sampler"`` or ``"pruner"``.
-        limits: Its limits.
-        left: What is left for it of the study's total quotas, by resource.
-        meters: The user's own meters.
-        holder: An object that lives as long as the trial does in this process; without it, the
-            trial's row shows when it is over.
-        here: False when the trial runs where this process can't see it.
+    ``left`` is what is left for it of the study's totals. ``holder`` lives as long as the trial
+    does in this process; without it, the trial's row shows when it is over. ``here`` is False
+    where the trial runs where this process can't see it.
     """
     limits = resolve_cores(limits)
     survive_outages(_optuna.storage_of(study))
@@ -75,17 +68,17 @@ def start_monitor(
         monitor.held = None
     note_start(study, monitor)
     _optuna.watch_tell()
-    _register.add(_Entry(study, monitor, holder))
+    if holder is None:
+        _register.add(monitor, _end_of_row(study, key[1]))
+    else:
+        # No callback: it would run inside of any lock that its thread holds at that moment.
+        find_holder = weakref.ref(holder)
+        _register.add(monitor, lambda: find_holder() is None)
     return monitor
 
 
 def resolve_cores(limits: Limits, n_jobs: int | None = None) -> Limits:
-    """Return limits with a number in place of ``cpu_cores="auto"``.
-
-    Args:
-        limits: The limits.
-        n_jobs: The trials that run at once, where that was stated.
-    """
+    """Return limits with a number in place of ``cpu_cores="auto"``, by what runs at once."""
     if limits.cpu_cores != "auto":
         return limits
     return with_cores(limits, cpu_count() / max(n_jobs or 1, _optuna.n_jobs_of_optimize()))
@@ -97,53 +90,23 @@ def find_monitor(study: Study, trial: BaseTrial | FrozenTrial) -> TrialMonitor |
     return metering_loop().find(key) or _register.take_closed(key)
 
 
-class _Entry:
-    """A monitor, and how to tell that its trial is over."""
-
-    def __init__(self, study: Study, monitor: TrialMonitor, holder: FrozenTrial | None) -> None:
-        self.monitor = monitor
-        # The last entry stays until another trial starts: it must not keep connections open.
-        self._storage = weakref.ref(_optuna.storage_of(study))
-        # No callback: it would run inside of any lock that its thread holds at that moment.
-        self._holder = None if holder is None else weakref.ref(holder)
-
-    def is_over(self) -> bool:
-        """Return whether the trial no longer runs in this process."""
-        if self._holder is not None:
-            return self._holder() is None
-        storage = self._storage()
-        if storage is None:
-            return True
-        trial_id = self.monitor.key[1]
-        try:
-            return storage.get_trial(trial_id).state.is_finished()
-        except KeyError:
-            return True
-        except Exception as error:  # noqa: BLE001 - any backend's own; must not end another trial
-            _logger.debug(f"Whether trial {trial_id} is over is unknown: {error!r}.")
-            return False
-
-
 class _Register:
-    """The monitors of this process."""
-
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: dict[Key, _Entry] = {}
+        self._open: dict[Key, tuple[TrialMonitor, Callable[[], bool]]] = {}
         self._closed: dict[Key, TrialMonitor] = {}
 
-    def add(self, entry: _Entry) -> None:
+    def add(self, monitor: TrialMonitor, is_over: Callable[[], bool]) -> None:
         with self._lock:
-            self._open[entry.monitor.key] = entry
+            self._open[monitor.key] = monitor, is_over
 
     def close_finished(self) -> bool:
         """Close the monitors of trials that are over; return whether a pruner stopped one."""
         has_stopped = False
         with self._lock:
             entries = list(self._open.values())
-        for entry in entries:
-            monitor = entry.monitor
-            if not monitor.closed and not entry.is_over():
+        for monitor, is_over in entries:
+            if not monitor.closed and not is_over():
                 continue
             has_stopped |= monitor.owner == "pruner" and monitor.verdict is not None
             may_be_told = not monitor.closed and monitor.owner == "sampler"
@@ -159,6 +122,25 @@ class _Register:
     def take_closed(self, key: Key) -> TrialMonitor | None:
         with self._lock:
             return self._closed.pop(key, None)
+
+
+def _end_of_row(study: Study, trial_id: int) -> Callable[[], bool]:
+    # The last monitor stays until another trial starts: it must not keep connections open.
+    find_storage = weakref.ref(_optuna.storage_of(study))
+
+    def is_over() -> bool:
+        storage = find_storage()
+        if storage is None:
+            return True
+        try:
+            return storage.get_trial(trial_id).state.is_finished()
+        except KeyError:
+            return True
+        except Exception as error:  # noqa: BLE001 - any backend's own; must not end another trial
+            _logger.debug(f"Whether trial {trial_id} is over is unknown: {error!r}.")
+            return False
+
+    return is_over
 
 
 _register = _Register()

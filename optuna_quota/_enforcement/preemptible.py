@@ -117,7 +117,6 @@ def preemptible(
 
 @contextlib.contextmanager
 def _handled(signals: Sequence[int], handler: Callable[..., None]) -> Iterator[None]:
-    """Handle signals within the block."""
     before: dict[int, Any] = {}
     _before.append(before)
     try:
@@ -150,12 +149,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Watcher:
-    """Acts on signals, in a thread: their handlers must take no lock.
-
-    Args:
-        study: The study.
-        preemption: Ends its trials.
-    """
+    """Acts on signals, in a thread: their handlers must take no lock."""
 
     def __init__(self, study: Study, preemption: Preemption) -> None:
         self._study = study
@@ -167,17 +161,14 @@ class _Watcher:
         )
 
     def __enter__(self) -> _Watcher:
-        """Start the thread."""
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the thread."""
         self._commands.put("end")
         self._thread.join()
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Handle a signal in the main thread."""
         now = time.monotonic()
         if self._signalled is None:
             self._signalled = now
@@ -211,12 +202,7 @@ class _Watcher:
 
 
 class _Optimize:
-    """``study.optimize`` within the block.
-
-    Args:
-        study: The study.
-        folders: The trials' folders for checkpoints.
-    """
+    """``study.optimize`` within the block."""
 
     def __init__(self, study: Study, folders: _Checkpoints | None) -> None:
         self._study = study
@@ -251,18 +237,14 @@ class _Optimize:
 
 
 class _Checkpoints:
-    """The folders in which trials keep checkpoints.
-
-    Args:
-        study: The study.
-        base: The folder of all of them.
-    """
-
     def __init__(self, study: Study, base: Path) -> None:
-        self._base = base.absolute() / _folder_name(study.study_name)
+        name = re.sub(r"[^\w.-]", "_", study.study_name).strip(".")
+        if name != study.study_name:
+            # Another folder for each study.
+            name += f"-{hashlib.sha256(study.study_name.encode()).hexdigest()[:8]}"
+        self._base = base.absolute() / name
 
     def provide(self, trial: Trial) -> None:
-        """Make a trial's folder, and write its path into the row."""
         row = _optuna.cached_row(trial)
         folder = self._folder(row)
         if _optuna.first_attempt(row) == row.number:
@@ -282,11 +264,3 @@ class _Checkpoints:
 
     def _folder(self, trial: FrozenTrial) -> Path:
         return self._base / f"trial-{_optuna.first_attempt(trial)}"
-
-
-def _folder_name(study_name: str) -> str:
-    """Return a name for a study's folder, another one for each study."""
-    name = re.sub(r"[^\w.-]", "_", study_name).strip(".")
-    if name == study_name:
-        return name
-    return f"{name}-{hashlib.sha256(study_name.encode()).hexdigest()[:8]}"

@@ -25,7 +25,7 @@ from optuna_quota._enforcement.trial_result import read_row, save_record
 from optuna_quota._metering import key_of, metering_loop, Verdict
 from optuna_quota._optuna import TellResult
 from optuna_quota._records import PREFIX, RETRY_OF, TrialRecord
-from optuna_quota._storage_retry import is_transient, retry
+from optuna_quota._storage_retry import retry
 from optuna_quota.exceptions import TrialPreempted
 
 
@@ -203,7 +203,7 @@ def _tell_preempted(
 ) -> TellResult:
     """End a preempted trial in the place of ``tell``; ``optimize`` goes on to its end."""
     preemption, storage = preemption_of(study), _optuna.storage_of(study)
-    row = retry(lambda: storage.get_trial(trial_id))
+    row = storage.get_trial(trial_id)
     if row.state.is_finished():
         # Whatever finished it has enqueued it, if it is to run again.
         return TrialState.PRUNED, None, None
@@ -211,16 +211,7 @@ def _tell_preempted(
         record = TrialRecord(outcome="preempted", reason=reason, host=socket.gethostname())
         save_record(study, row, record)
         value, state = None, TrialState.FAIL
-    try:
-        result = tell(value, state)
-    except Exception as error:
-        if not is_transient(error):
-            raise
-        # Its usage is in the row already.
-        retry(lambda: _optuna.finish_row(storage, trial_id, TrialState.FAIL))
-        # It may have been stored with its value although the answer was lost.
-        end = retry(lambda: storage.get_trial(trial_id))
-        result = end.state, end.values, reason
+    result = tell(value, state)
     if result[0] != TrialState.FAIL:
         return result
     if preemption.requeue:
@@ -232,13 +223,7 @@ def _tell_preempted(
 
 
 def enqueue_again(study: Study, row: FrozenTrial, why: str) -> None:
-    """Enqueue a trial again, once; one without parameters would be any trial.
-
-    Args:
-        study: The study.
-        row: The trial.
-        why: What happened to it, for the log.
-    """
+    """Enqueue a trial again, once, and log why; one without parameters would be any trial."""
     if not (row.params or _optuna.fixed_params_of(row)):
         return
     kept = {k: v for k, v in row.user_attrs.items() if not k.startswith(PREFIX)}

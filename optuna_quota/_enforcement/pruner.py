@@ -1,4 +1,4 @@
-"""QuotaPruner: prune a trial that is over a limit, and otherwise as the pruner it wraps."""
+"""Stop a trial in this process that is over a limit: QuotaPruner, ``check``, and a signal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from types import FrameType
-from typing import Any, NoReturn, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from optuna.pruners import BasePruner, HyperbandPruner
@@ -43,11 +43,15 @@ if TYPE_CHECKING:
 
     from optuna_quota._metering import TrialMonitor
 
+_logger = logging.getLogger("optuna.quota.interrupt")
+
 _OWNER = "pruner"
 # Records may take a twentieth of a trial's time: a storage on disk needs milliseconds for one.
 _SHARE = 20
 # A memory this much higher than last recorded is recorded at once.
 _GROWTH = 1.1
+# Seconds until the next attempt to interrupt when the signal came while Optuna's own code ran.
+_RETRY_AFTER = 0.005
 
 
 class UsageRecorder:
@@ -166,14 +170,13 @@ class QuotaPruner(_optuna.StudyPart, BasePruner):
         if whole.pruner is not self:
             wrap_nesting_pruner(whole)
         monitor = self.watch_trial(study, trial)
-        breached = record_breach(monitor) is not None
-        if breached:
-            raise_if_never_fits(whole, monitor)
-            tolerate_constraints_failure(study, trial, monitor)
-        stopped = breached or find_preemption(whole, trial) is not None
-        pruned = stopped or self._prune_by_base(study, trial)
+        pruned = _find_stop(whole, trial, monitor) is not None
+        if not pruned and self.base_pruner is not None:
+            pruned = self.base_pruner.prune(study, trial)
         if pruned and monitor.verdict is None and not self._is_nested_in(whole.pruner):
-            monitor.verdict = self._verdict_of_base(trial)
+            when = "" if trial.last_step is None else f" at step {trial.last_step}"
+            name = type(self.base_pruner).__name__
+            monitor.verdict = Verdict("pruned", f"{name} pruned it{when}.")
         if monitor.owner == _OWNER:
             self._recorder.record(study, trial, monitor, ends=pruned)
         return pruned
@@ -189,25 +192,15 @@ class QuotaPruner(_optuna.StudyPart, BasePruner):
             is_preemptible = bool(preemption_of(study).signals)
             warn_of_ceilings(study, limits, has_purpose=is_preemptible)
             monitor = start_monitor(study, trial, _OWNER, limits=limits, meters=meters)
-            monitor.started -= _seconds_since(trial.datetime_start)
+            if trial.datetime_start is not None:
+                # Optuna's times are local and naive.
+                elapsed = datetime.datetime.now() - trial.datetime_start
+                monitor.started -= max(0.0, elapsed.total_seconds())
         return monitor
-
-    def _prune_by_base(self, study: Study, trial: FrozenTrial) -> bool:
-        return self.base_pruner is not None and self.base_pruner.prune(study, trial)
-
-    def _verdict_of_base(self, trial: FrozenTrial) -> Verdict:
-        name, step = type(self.base_pruner).__name__, trial.last_step
-        when = "" if step is None else f" at step {step}"
-        return Verdict("pruned", f"{name} pruned it{when}.")
 
     def _is_nested_in(self, pruner: BasePruner) -> bool:
         """Return whether another pruner holds this one and may overrule it."""
         return pruner is not self and any(each is self for each in quota_pruners(pruner))
-
-
-def _seconds_since(start: datetime.datetime | None) -> float:
-    # Optuna's times are local and naive.
-    return 0.0 if start is None else max(0.0, (datetime.datetime.now() - start).total_seconds())
 
 
 def wrap_nesting_pruner(study: Study) -> None:
@@ -295,11 +288,18 @@ def _find_error(trial: BaseTrial) -> Exception | None:
     if study is None:
         return None
     if is_rejected(trial.user_attrs):
-        return _rejection_error(trial.user_attrs)
+        return rejection_error(trial.user_attrs)
     monitor = metering_loop().find(key_of(study, trial))
     if monitor is None:
         pruners = quota_pruners(study.pruner)
         monitor = pruners[0].watch_trial(study, trial) if pruners else None
+    return _find_stop(study, trial, monitor)
+
+
+def _find_stop(
+    study: Study, trial: BaseTrial | FrozenTrial, monitor: TrialMonitor | None
+) -> LimitBreached | None:
+    """Return the error for a trial that has to stop, which is recorded; None if it may go on."""
     breach = None if monitor is None else record_breach(monitor)
     if monitor is None or breach is None:
         return find_preemption(study, trial)
@@ -357,31 +357,16 @@ def breach_error(breach: Breach, reason: str | None = None) -> LimitBreached:
     )
 
 
-def raise_breached(breach: Breach) -> NoReturn:
-    """Raise the error for a breach."""
-    raise breach_error(breach)
-
-
-def raise_rejected(attributes: Mapping[str, Any]) -> NoReturn:
-    """Raise the error for a rejected trial with these user attributes."""
-    raise _rejection_error(attributes)
-
-
-def _rejection_error(attributes: Mapping[str, Any]) -> TrialRejected:
+def rejection_error(attributes: Mapping[str, Any]) -> TrialRejected:
     return TrialRejected(parse_record(attributes).reason or "The trial was rejected.")
 
 
-_logger = logging.getLogger("optuna.quota.interrupt")
-
-# Seconds until the next attempt when the signal came while Optuna's own code ran.
-_RETRY_AFTER = 0.005
-
-
 class Interrupter:
-    """Raises :class:`~optuna_quota.LimitBreached` inside the objective at a breach.
+    """Raises :class:`~optuna_quota.LimitBreached` inside the objective at a breach: best effort.
 
-    Args:
-        monitor: The trial's monitor.
+    A signal to the main thread ends sleeping, locking and reading within a millisecond, but has to
+    wait for a running call into C. It is SIGURG, which a process that does not handle it ignores,
+    so that one that comes too late is harmless.
     """
 
     def __init__(self, monitor: TrialMonitor) -> None:
@@ -404,7 +389,6 @@ class Interrupter:
         return interrupter
 
     def disarm(self) -> None:
-        """Restore the signal's handler, if this is the main thread."""
         if threading.current_thread() is threading.main_thread() and self._before is not None:
             signal.signal(signal.SIGURG, self._before)
             self._before = None
@@ -428,4 +412,4 @@ class Interrupter:
             timer.start()
             return
         monitor.verdict = Verdict("terminated", breach.reason, breach)
-        raise_breached(breach)
+        raise breach_error(breach)

@@ -91,21 +91,19 @@ def _known(study: Study) -> _Known:
         return _studies[key]
 
 
+def _is_new(study: Study, *topics: str) -> bool:
+    """Return whether any of these topics is new for a study in this process; note them."""
+    known = _known(study)
+    with _lock:
+        is_new = not known.topics.issuperset(topics)
+        known.topics.update(topics)
+        return is_new
+
+
 def warn_once(study: Study, topic: str, message: str) -> None:
     """Log a warning unless one on this topic was logged for the study in this process."""
-    known = _known(study)
-    with _lock:
-        logged = topic in known.topics
-        known.topics.add(topic)
-    if not logged:
+    if _is_new(study, topic):
         _logger.warning(message)
-
-
-def _mute(study: Study, *topics: str) -> None:
-    """Log nothing on topics that another message covers."""
-    known = _known(study)
-    with _lock:
-        known.topics.update(topics)
 
 
 # Before the first trial.
@@ -116,17 +114,10 @@ def warn_of_ceilings(
 ) -> None:
     """Warn of ceilings above what the machine has or the quota allows, and of none at all.
 
-    Args:
-        study: The study.
-        limits: The limits on each trial.
-        quota: The study's quota, None without one.
-        has_purpose: Whether there is another reason for a sampler or pruner without ceilings.
+    ``has_purpose`` says that a sampler or pruner without ceilings has another reason.
     """
-    known = _known(study)
-    with _lock:
-        if "ceilings" in known.topics:
-            return
-        known.topics.add("ceilings")
+    if not _is_new(study, "ceilings"):
+        return
     if not limits and not quota:
         if not has_purpose:
             _logger.warning(
@@ -169,13 +160,7 @@ def read_machine(limits: Limits, quota: Quota | None) -> dict[str, float]:
 def describe_ceilings(
     limits: Limits, quota: Quota | None, machine: Mapping[str, float]
 ) -> list[str]:
-    """Return a sentence for each ceiling that something else is below (pure).
-
-    Args:
-        limits: The limits on each trial.
-        quota: The study's quota.
-        machine: What the machine has, by resource.
-    """
+    """Return a sentence for each ceiling above another one, or above what the machine has."""
     amounts = limits.amounts()
     of_quota = {} if quota is None else quota.amounts()
     found = []
@@ -202,12 +187,10 @@ def describe_ceilings(
 
 
 def is_first_trial(study: Study) -> bool:
-    """Return whether no trial of a study has started in this process yet."""
     return _known(study).first is None
 
 
 def note_start(study: Study, monitor: TrialMonitor) -> None:
-    """Note the first trial of a study in this process, to compare later ones with."""
     known = _known(study)
     with _lock:
         if known.first is None:
@@ -221,7 +204,8 @@ def raise_if_never_fits(study: Study, monitor: TrialMonitor) -> None:
         assert monitor.held is not None
         error = never_fits(ceiling.limit, monitor.held, quota=ceiling.quota)
         monitor.verdict = Verdict("failed", str(error))
-        _mute(study, "never", "late", "held", "grown")
+        # What another message covers is not logged.
+        _is_new(study, "never", "late", "held", "grown")
         raise error
 
 
@@ -264,12 +248,7 @@ def report_end(
 ) -> None:
     """Give the log the reason of a terminated trial, and warn of what its end shows.
 
-    Args:
-        study: The study.
-        number: The trial's number.
-        monitor: Its metering, which is closed.
-        record: Its record.
-        error: What the objective raised, where that is known. Optuna logs it after this.
+    Its metering is closed. Optuna logs what the objective raised after this.
     """
     if record.outcome == "terminated" and record.reason:
         if isinstance(error, TrialPruned):
@@ -314,7 +293,7 @@ def _warn_of_held(study: Study, number: int, monitor: TrialMonitor) -> None:
     if held < _HELD_SHARE * limit:
         return
     if _began_over(study, monitor, limit):
-        _mute(study, "late", "held", "grown")
+        _is_new(study, "late", "held", "grown")
         warn_once(study, "never", str(never_fits(limit, held, quota=ceiling.quota)))
         return
     known = _known(study)
@@ -341,53 +320,43 @@ def _warn_of_held(study: Study, number: int, monitor: TrialMonitor) -> None:
 
 
 def _after_tell(study: Study, trial_id: int) -> None:
-    """Look at a trial that has ended, whatever sampler and pruner the study has."""
     storage = _optuna.storage_of(study)
     monitor = metering_loop().find((id(storage), trial_id))
     if monitor is not None and monitor.owner == "pruner":
         monitor.close()
+        verdict = monitor.verdict or Verdict("completed", "")
+        record = TrialRecord(
+            outcome=verdict.outcome, reason=verdict.reason or None, breach=monitor.breach
+        )
         number = storage.get_trial_number_from_id(trial_id)
-        report_end(study, number, monitor, _record_of(monitor), _optuna.objective_error())
+        report_end(study, number, monitor, record, _optuna.objective_error())
         return
-    replaced = _optuna.was_created_with_sampler(study) and not find_nested(
-        study.sampler, _optuna.StudyPart
-    )
-    if replaced and monitor is None and "replaced" not in _known(study).topics:
-        row, sampler = storage.get_trial(trial_id), type(study.sampler).__name__
+    if find_nested(study.sampler, _optuna.StudyPart):
+        return
+    topics, row = _known(study).topics, None
+    if monitor is None and "replaced" not in topics and _optuna.was_created_with_sampler(study):
+        row = storage.get_trial(trial_id)
         if RESERVATION in row.system_attrs:
             # A trial of the QuotaSampler, told through another `Study`.
             return
         warn_once(
             study,
             "replaced",
-            f"Trial {row.number} was sampled by {sampler}, which something has put in the place "
-            "of the study's QuotaSampler, as LightGBMTuner does. The quota does not bind such "
-            "trials, and they are not measured. Write the search as an objective for "
-            "`study.optimize`, which keeps the sampler.",
+            f"Trial {row.number} was sampled by {type(study.sampler).__name__}, which something "
+            "has put in the place of the study's QuotaSampler, as LightGBMTuner does. The quota "
+            "does not bind such trials, and they are not measured. Write the search as an "
+            "objective for `study.optimize`, which keeps the sampler.",
         )
-    _warn_if_unmeasured(study, trial_id)
-
-
-def _record_of(monitor: TrialMonitor) -> TrialRecord:
-    verdict, breach = monitor.verdict, monitor.breach
-    if verdict is None:
-        return TrialRecord(outcome="completed", breach=breach)
-    return TrialRecord(outcome=verdict.outcome, reason=verdict.reason, breach=breach)
-
-
-def _warn_if_unmeasured(study: Study, trial_id: int) -> None:
-    """Warn of a pruner's limits that the objective never gave a chance to hold."""
-    if find_nested(study.sampler, _optuna.StudyPart):
-        return
     limits = pruner_limits(study.pruner)
-    if not limits or "unmeasured" in (known := _known(study)).topics:
+    if not limits or "unmeasured" in topics:
         return
-    row = _optuna.storage_of(study).get_trial(trial_id)
+    row = row or storage.get_trial(trial_id)
     if row.state != TrialState.COMPLETE:
         return
     if read_record(row).isolation is not None:
-        known.topics.add("unmeasured")
+        _is_new(study, "unmeasured")
         return
+    # The objective never gave the pruner's limits a chance to hold.
     warn_once(
         study,
         "unmeasured",

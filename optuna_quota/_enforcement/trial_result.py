@@ -27,7 +27,6 @@ from optuna_quota._records import (
     TrialRecord,
 )
 from optuna_quota._resources import Breach, Limits, Outcome, RESOURCES, Usage
-from optuna_quota._storage_retry import retry
 from optuna_quota.exceptions import LimitBreached
 
 
@@ -54,29 +53,25 @@ def classify_end(
     error: BaseException | None = None,
     tell_call: TellCall | None = None,
 ) -> TrialRecord:
-    """Return the outcome, reason and breach of a trial that ends.
+    """Return the outcome, reason and breach of a trial that ends in a state.
 
     A trial that was stopped for a breach is ``terminated``, whatever its objective did next, with
     one exception: where it caught the stop and returned a value, Optuna has a completed trial.
-
-    Args:
-        state: The state that Optuna is about to store.
-        verdict: Why it was stopped, None if it was not.
-        breach: The breach that was measured; a trial may end before anything could act on it.
-        error: What the objective raised, where that is known.
-        tell_call: What ``tell`` was called with, where that is known.
+    The breach that was measured counts too: a trial may end before anything could act on it.
     """
-    stop = None if verdict is None else (verdict.outcome, verdict.reason)
-    if verdict is None and isinstance(error, LimitBreached):
+    stop: tuple[Outcome, str] | None = None
+    if verdict is not None:
+        stop, breach = (verdict.outcome, verdict.reason), verdict.breach or breach
+    elif isinstance(error, LimitBreached):
         breach = breach or _breach_in(error)
-        if breach is not None:
-            stop = ("terminated", breach.reason)
-    if verdict is not None and verdict.breach is not None:
-        breach = verdict.breach
+        stop = None if breach is None else ("terminated", breach.reason)
     if state == TrialState.COMPLETE:
-        return TrialRecord(
-            outcome="completed", reason=_reason_of_completed(stop, breach), breach=breach
-        )
+        reason = None
+        if stop is not None and stop[0] in ("terminated", "rejected"):
+            reason = f"{stop[1]} {IGNORED_STOP}"
+        elif breach is not None:
+            reason = f"{breach.reason} The objective completed before it could be stopped."
+        return TrialRecord(outcome="completed", reason=reason, breach=breach)
     end = _reason_of_unstopped(state, error, tell_call)
     if stop is None:
         ended: Outcome = "pruned" if state == TrialState.PRUNED else "failed"
@@ -90,38 +85,25 @@ def classify_end(
 
 
 def _breach_in(error: LimitBreached) -> Breach | None:
-    """Return the breach whose figures an error carries, None for one without any."""
     name, limit, observed = error.resource, error.limit, error.observed
     if name is None or name not in RESOURCES or limit is None or observed is None:
         return None
     return Breach(name, limit, observed, error.seconds or 0.0)
 
 
-def _reason_of_completed(stop: tuple[Outcome, str] | None, breach: Breach | None) -> str | None:
-    if stop is not None and stop[0] in ("terminated", "rejected"):
-        return f"{stop[1]} {IGNORED_STOP}"
-    if breach is None:
-        return None
-    return f"{breach.reason} The objective completed before it could be stopped."
-
-
 def _reason_of_unstopped(
     state: TrialState, error: BaseException | None, tell_call: TellCall | None
 ) -> str:
-    by_user = tell_call is not None and tell_call.by_user
-    if by_user and tell_call is not None and tell_call.state == state:
+    tell_call = tell_call or TellCall(by_user=False)
+    if tell_call.by_user and tell_call.state == state:
         return f"Ended by study.tell(state={state.name})."
     if state == TrialState.PRUNED:
         pruned = "The objective pruned itself"
         return f"{pruned}: {error}" if error is not None and str(error) else f"{pruned}."
     if error is not None:
         return f"The objective raised {_described(error)}."
-    who = "study.tell was given" if by_user else "The objective returned"
-    problem = (
-        ""
-        if tell_call is None or tell_call.problem is None
-        else f": {tell_call.problem.rstrip('.')}"
-    )
+    who = "study.tell was given" if tell_call.by_user else "The objective returned"
+    problem = "" if tell_call.problem is None else f": {tell_call.problem.rstrip('.')}"
     return f"{who} no valid value{problem}."
 
 
@@ -146,18 +128,8 @@ def record_result(
     """Close a trial's metering and write its record and constraints into its row.
 
     Call it before the row is finished; a second call for the same trial writes nothing. A storage
-    error is logged and not raised, so that the trial's value is not lost.
-
-    Args:
-        study: The study.
-        trial: Its row as it is now; constraints in it that others wrote are kept.
-        monitor: Its metering; None when it ran where this process can't see it.
-        state: The state that is about to be stored.
-        limits: The limits on the trial; those of ``monitor`` by default.
-        footprint: What was projected before it ran, as intervals by resource.
-        expected: The usage that was projected for a trial that did not run, by resource.
-        error: What the objective raised, where that is known.
-        tell_call: What ``tell`` was called with, where that is known.
+    error is logged and not raised, so that the trial's value is not lost. The row may have
+    constraints of others, which are kept. ``expected`` is the usage of a trial that did not run.
     """
     if monitor is None:
         before = read_record(trial)
@@ -168,9 +140,9 @@ def record_result(
     record = build_record(
         monitor, usage, state, error=error, tell_call=tell_call, footprint=footprint
     )
-    if monitor is not None and monitor.recorded:
-        return record
     if monitor is not None:
+        if monitor.recorded:
+            return record
         monitor.recorded = True
     if limits is None:
         limits = Limits() if monitor is None else monitor.limits
@@ -179,9 +151,8 @@ def record_result(
         # It did not run: samplers should learn from what it would have used.
         record, amounts = replace(record, usage=Usage()), expected or {}
     own = limit_constraints(limits, amounts, record.breach)
-    shown = _shows_constraints(study, state, own)
     system: Mapping[str, Any] = {}
-    if shown:
+    if _shows_constraints(study, state, own):
         system = constraint_attributes(trial.system_attrs, own)
     elif own and state == TrialState.COMPLETE:
         system = _optuna.feasible_attributes(trial.system_attrs)
@@ -207,7 +178,7 @@ def read_row(study: Study, trial: Trial | FrozenTrial) -> FrozenTrial:
     """Return a trial's row as stored, or as Optuna has it in memory where it can't be read."""
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
     try:
-        return retry(lambda: storage.get_trial(trial_id))
+        return storage.get_trial(trial_id)
     except Exception as error:  # noqa: BLE001 - any backend's own; the result must not be lost
         _logger.info(f"The row of trial {trial.number} could not be read: {error!r}.")
         return _optuna.cached_row(trial)
@@ -223,24 +194,24 @@ def build_record(
     footprint: Mapping[str, Interval] | None = None,
 ) -> TrialRecord:
     """Return the record of a trial that ends in the given state; see :func:`record_result`."""
-    verdict, breach = (None, None) if monitor is None else (monitor.verdict, monitor.breach)
-    end = classify_end(state, verdict, breach, error, tell_call)
+    if monitor is None:
+        end = classify_end(state, error=error, tell_call=tell_call)
+        return replace(end, usage=usage, footprint=footprint or {}, host=socket.gethostname())
+    end = classify_end(state, monitor.verdict, monitor.breach, error, tell_call)
+    timelines: dict[str, Any] = {}
+    if end.breach is not None:
+        resource = end.breach.resource
+        timelines["timeline"] = monitor.timeline()
+        timelines["breach_timeline"] = () if resource == "memory" else monitor.timeline(resource)
     return replace(
         end,
         usage=usage,
         footprint=footprint or {},
-        isolation=None if monitor is None else monitor.isolation,
+        isolation=monitor.isolation,
         host=socket.gethostname(),
-        gpu_source=None if monitor is None or monitor.gpu is None else monitor.gpu.source,
-        **_timelines(monitor, end.breach),
+        gpu_source=None if monitor.gpu is None else monitor.gpu.source,
+        **timelines,
     )
-
-
-def _timelines(monitor: TrialMonitor | None, breach: Breach | None) -> dict[str, Any]:
-    if monitor is None or breach is None:
-        return {}
-    other = () if breach.resource == "memory" else monitor.timeline(breach.resource)
-    return {"timeline": monitor.timeline(), "breach_timeline": other}
 
 
 def save_record(
@@ -271,13 +242,7 @@ def save_record(
 
 
 def record_rejection(study: Study, trial: FrozenTrial, reason: str) -> TrialRecord:
-    """Write into a trial's row that it was rejected, and why.
-
-    Args:
-        study: The study.
-        trial: The trial; this object, which Optuna keeps for it, is updated too.
-        reason: One sentence.
-    """
+    """Write into a trial's row, and this object that Optuna keeps of it, why it was rejected."""
     record = TrialRecord(outcome="rejected", reason=reason, host=socket.gethostname())
     attributes = _records.record_attributes(record)
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
@@ -301,10 +266,7 @@ def limit_constraints(
 ) -> dict[str, float]:
     """Return observed / limit - 1 for each limited resource, sorted by the resource's name.
 
-    Args:
-        limits: The limits on the trial, not what was left of a quota.
-        amounts: What it used, by resource, in SI base units; what is missing is neutral.
-        breach: What it was stopped for; a forecast counts as observed.
+    What is missing in the amounts used is neutral; a breach that was forecast counts as observed.
     """
     observed = dict(amounts)
     if breach is not None and not breach.quota:
@@ -318,14 +280,10 @@ def limit_constraints(
 
 
 def constraint_attributes(existing: Mapping[str, Any], own: Mapping[str, float]) -> dict[str, Any]:
-    """Return the system attributes that hold our constraints beside those of others.
+    """Return the system attributes that hold our constraints beside those of others in a row.
 
     optuna-dashboard reads the list alone. Optuna calls its items "0", "1", and so on: where the
     user has set a constraint of such a key, ours get keys too.
-
-    Args:
-        existing: The row's system attributes.
-        own: Our constraints by resource, sorted.
     """
     listed = existing.get(_optuna.CONSTRAINTS)
     theirs = listed if isinstance(listed, (list, tuple)) else ()
@@ -336,16 +294,12 @@ def constraint_attributes(existing: Mapping[str, Any], own: Mapping[str, float])
 
 
 def uniform_constraints(trials: Sequence[FrozenTrial], limits: Limits) -> list[dict[str, float]]:
-    """Return constraints with the same keys in the same order for each trial.
+    """Return constraints with the same keys in the same order for each completed trial.
 
     First those that the user set on any of the trials; one that a trial does not have is neutral.
     Then one for each limit that is in force now, whatever was in force when the trial ran. A usage
     that is unknown counts as the median of those known, but not as a breach, so that it does not
     bend a model's fit to the others.
-
-    Args:
-        trials: Completed trials.
-        limits: The limits in force.
     """
     theirs = [_user_constraints(trial) for trial in trials]
     names = list(dict.fromkeys(name for each in theirs for name in each))
@@ -362,13 +316,14 @@ def uniform_constraints(trials: Sequence[FrozenTrial], limits: Limits) -> list[d
 
 def _user_constraints(trial: FrozenTrial) -> dict[str, float]:
     """Return a trial's constraints without those that stand for limits."""
-    constraints = _optuna.constraints_of(trial)
-    found = {k: v for k, v in constraints.items() if not k.startswith(PREFIX)}
     # Those of limits are the last ones of the list, whose items are called "0", "1", and so on.
-    n_own = len(read_constrained(trial))
     n_list = len(trial.system_attrs.get(_optuna.CONSTRAINTS) or ())
-    listed = {str(index) for index in range(n_list - n_own, n_list)}
-    return {name: value for name, value in found.items() if name not in listed}
+    own = {str(index) for index in range(n_list - len(read_constrained(trial)), n_list)}
+    return {
+        name: value
+        for name, value in _optuna.constraints_of(trial).items()
+        if not name.startswith(PREFIX) and name not in own
+    }
 
 
 def _observed_constraints(trial: FrozenTrial, limits: Limits) -> dict[str, float]:
@@ -388,14 +343,12 @@ class TolerantConstraintsFunc:
 
     Optuna calls it for each pruned trial too, and an error ends the study; most functions read
     what the objective sets at its end. QuotaSampler catches the error itself; without it, the
-    sampler gets this function instead.
-
-    Args:
-        function: The user's.
-
-    Attributes:
-        stopped: Numbers of the trials for which it may fail.
+    sampler gets this function instead. ``stopped`` has the trials for which it may fail.
     """
+
+    @classmethod
+    def of(cls, function: Any) -> TolerantConstraintsFunc:
+        return function if isinstance(function, cls) else cls(function)
 
     def __init__(self, function: Callable[[FrozenTrial], Sequence[float]]) -> None:
         self.function = function
@@ -403,7 +356,6 @@ class TolerantConstraintsFunc:
         self._has_warned = False
 
     def __call__(self, trial: FrozenTrial) -> Sequence[float]:
-        """Return the constraints of a trial, none where the function fails and may."""
         try:
             return self.function(trial)
         except Exception as error:
@@ -425,18 +377,12 @@ def tolerate_constraints_failure(
         return
     samplers: list[Any] = find_nested(_optuna.unwrap_study(study).sampler, BaseSampler)
     for sampler in samplers:
-        for function in _optuna.replace_constraints_func(sampler, _tolerant):
+        for function in _optuna.replace_constraints_func(sampler, TolerantConstraintsFunc.of):
             function.stopped.add(trial.number)
 
 
 def constraints_warning(number: int, error: Exception) -> str:
-    """Return the one warning about trials whose constraints are unknown."""
     return (
         f"`constraints_func` failed for trial {number}, which did not complete: {error!r}. The "
         "trial gets no constraints from it; further failures of this kind are not reported."
     )
-
-
-def _tolerant(function: Any) -> TolerantConstraintsFunc:
-    already = isinstance(function, TolerantConstraintsFunc)
-    return function if already else TolerantConstraintsFunc(function)

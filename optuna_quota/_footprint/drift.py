@@ -27,29 +27,32 @@ class Level:
     variance: float = 0.0
 
 
-def current_level(residuals: Sequence[float]) -> Level:
+def current_level(residuals: Sequence[float], extra: Sequence[float]) -> Level:
     """Return the level after the last of the residuals, none where they seem not to drift.
 
     Args:
         residuals: Observed minus predicted, oldest first.
+        extra: Variance of each beyond the noise: of trials that stand for lower bounds.
     """
-    if len(residuals) < _MIN_TRIALS:
+    known = [r for r, more in zip(residuals, extra, strict=True) if not more]
+    if len(known) < _MIN_TRIALS:
         return Level()
-    noise = max(sum(r * r for r in residuals) / len(residuals), 1e-12)
-    best, level = _filter(residuals, noise, 0.0)[0] + _MARGIN, Level()
+    noise = max(sum(r * r for r in known) / len(known), 1e-12)
+    rows = list(zip(residuals, extra, strict=True))
+    best, level = _filter(rows, noise, 0.0)[0] + _MARGIN, Level()
     for step in _STEPS:
-        likelihood, found = _filter(residuals, noise, step)
+        likelihood, found = _filter(rows, noise, step)
         if likelihood > best:
             best, level = likelihood, found
     return level
 
 
-def _filter(residuals: Sequence[float], noise: float, step: float) -> tuple[float, Level]:
+def _filter(rows: Sequence[tuple[float, float]], noise: float, step: float) -> tuple[float, Level]:
     """Return the log likelihood and the level of the next trial."""
     mean, variance, likelihood = 0.0, 0.0, 0.0
-    for residual in residuals:
+    for residual, extra in rows:
         variance += step * noise
-        total, away = variance + noise, residual - mean
+        total, away = variance + noise + extra, residual - mean
         likelihood -= 0.5 * (math.log(total) + away * away / total)
         gain = variance / total
         mean, variance = mean + gain * away, variance * (1 - gain)

@@ -27,8 +27,6 @@ from optuna_quota._resources import get_resource
 
 
 _CHAINED = "wall_time"
-# What other work on the machine slows down.
-_DRIFTING = ("wall_time",)
 _BASES = ("cpu_time", "gpu_time")
 _MIN_TRIALS_TO_CHAIN = 6
 _MIN_TRIALS_TO_DECIDE = 4
@@ -130,7 +128,7 @@ class _ResourceData:
         maybe_censored: True where it is a peak that a stopped trial may not have reached.
         floors: Candidate floors, as shares of the smallest amount.
         noise: Logarithm of the expected variance of the noise.
-        drifts: Whether the machine's load changes the resource from trial to trial.
+        drifts: Whether the machine's speed changes the resource from trial to trial.
     """
 
     def __init__(
@@ -173,7 +171,7 @@ class _ResourceData:
             np.array([name in each.maybe_censored for each in observations]),
             floors=_NO_FLOOR if name == _CHAINED else FLOORS,
             noise=noise,
-            drifts=name in _DRIFTING,
+            drifts=not get_resource(name).peak,
         )
 
     def fit(self, start: Model | None, refit: bool) -> ResourceModel:

@@ -203,7 +203,8 @@ class ResourceModel:
         """The level of the newest trials above the model's mean, standardised."""
         if not self.drifts:
             return Level()
-        return current_level(self.process.leave_one_out()[0][~self.censored].tolist())
+        residuals = self.process.leave_one_out()[0]
+        return current_level(residuals.tolist(), self.sites.extra.tolist())
 
     @cached_property
     def _calibration(self) -> tuple[float, float, float]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import atexit
+from collections.abc import Callable
 import contextlib
 from dataclasses import replace
 import faulthandler
+import functools
 import gc
 import io
+import itertools
+from multiprocessing import process, resource_tracker, util
 import os
 import pickle
 import signal
@@ -16,22 +20,16 @@ import sys
 import threading
 import traceback
 from typing import Any
+import weakref
 
 from optuna_quota._isolation import linux, memory_limits, messages
 from optuna_quota._isolation.channel import Channel, dumps, pack_error, unpack_error
 from optuna_quota._isolation.cores import confine
-from optuna_quota._isolation.environment import enter_context
-from optuna_quota._isolation.gpu_caps import framework_gpu_memory, set_gpu_caps
-from optuna_quota._isolation.multiprocessing_child import (
-    begin_preparation,
-    end_preparation,
-    leave_shared_memory,
-)
+from optuna_quota._isolation.environment import enter_context, seed, vary_generators
 from optuna_quota._isolation.out_of_memory import find_failed_allocation
 from optuna_quota._isolation.output import apply_output_settings, apply_to_new_modules
 from optuna_quota._isolation.pickling import inherited_descriptors, load_objective, receive_buffers
 from optuna_quota._isolation.rpc import MEASURE, RemoteTrial, RpcClient, TRIAL
-from optuna_quota._isolation.seeds import seed, vary_generators
 from optuna_quota._isolation.signals import PoliteStop, restore_signals
 
 
@@ -56,134 +54,43 @@ def run_child(
         link: The connection to the supervisor; None where there is none.
         crash_file: A descriptor for Python's traceback when the process dies of a signal.
         inherited: What the process has inherited; without it, the start message is received.
-        streams: Whether standard output, standard error and other open files are sent before the
-            start message.
+        streams: Whether open files, standard output and error first, come before that message.
     """
     own = os.getpid()
     stop = PoliteStop(link)
-    stop.install()
-    child = _Child(channel, stop)
+    calls = RpcClient(channel=channel, stop=stop)
+    grace_period = 0.0
     outcome: messages.Outcome
     try:
         if streams:
             _receive_streams(channel)
         start = channel.receive() if inherited is None else inherited.start
-        child.grace_period = start.grace_period
-        child.calls.use(start.trial.address)
+        grace_period = start.grace_period
+        calls.use(start.trial.address)
         buffers = receive_buffers(channel, start.buffers)
         if crash_file is not None:
             faulthandler.enable(crash_file)
             linux.enlarge_signal_stack()
-        objective = child.prepare(start, buffers, inherited)
+        objective = _prepare(start, buffers, inherited, calls)
         ready = messages.Ready(
             os.getpid(),
             supervisor=None if link is None else os.getppid(),
-            data_limit=child.set_limits(start),
+            data_limit=_set_limits(start, stop),
             waits=link is not None and memory_limits.may_exceed(start.limits.get("memory")),
         )
         if link is not None:
             link.send(pickle.dumps(ready))
             if ready.waits:
                 stop.wait_to_begin()
-        child.calls.notify(ready)
-        outcome = child.call(objective, RemoteTrial(child.calls, start.trial))
+        calls.notify(ready)
+        outcome = _call(objective, RemoteTrial(calls, start.trial), stop, calls)
     except EOFError:
         return 1
     except BaseException as error:  # noqa: BLE001 - a stop before the objective was called
         outcome = messages.Raised(pack_error(error))
     stop.end()
     outcome = replace(outcome, stop_requested=stop.requested)
-    return child.finish(outcome) if os.getpid() == own else _exit_fork(outcome)
-
-
-class _Child:
-    """The steps of one trial in its process.
-
-    Args:
-        channel: The connection to the study's process.
-        stop: Raises in the objective when the trial is to stop.
-    """
-
-    def __init__(self, channel: Channel, stop: PoliteStop) -> None:
-        self.calls = RpcClient(channel=channel, stop=stop)
-        self.grace_period = 0.0
-        self._stop = stop
-
-    def prepare(
-        self,
-        start: messages.StartTrial,
-        buffers: list[memoryview],
-        inherited: messages.InheritedObjective | None,
-    ) -> Any:
-        """Set up the process; return the objective."""
-        if inherited is None:
-            begin_preparation()
-            enter_context(start.context, has_main=start.has_main)
-        else:
-            os.environ.update(start.context.added)
-        apply_output_settings(start.output, self.calls)
-        memory_limits.raise_oom_score()
-        if start.cores is not None:
-            confine(start.cores)
-        set_gpu_caps(start.limits.get("gpu_memory"), start.device_memory)
-        leave_shared_memory()
-        objective = None if inherited is None else inherited.objective
-        if start.objective is not None:
-            objective = load_objective(start.objective, buffers)
-            # From here on the objective alone holds them.
-            buffers.clear()
-            apply_to_new_modules(start.output)
-        seed(start.context.seeds)
-        vary_generators(start.trial.number, objective)
-        memory_limits.reset_peak()
-        restore_signals(start.worker_signals)
-        end_preparation()
-        return objective
-
-    def set_limits(self, start: messages.StartTrial) -> int | None:
-        """Set the kernel's limits, given what the imports took; return the RLIMIT_DATA set."""
-        memory, cpu_time = start.limits.get("memory"), start.limits.get("cpu_time")
-        if cpu_time is not None:
-            self._stop.listen_for_cpu_time()
-            memory_limits.limit_cpu_time(cpu_time, start.grace_period)
-        if memory is None or not start.strict_memory:
-            return None
-        return memory_limits.limit_memory(memory)
-
-    def call(self, objective: Any, trial: RemoteTrial) -> messages.Outcome:
-        """Call the objective."""
-        try:
-            value = objective(trial)
-            self._stop.end()
-        except SystemExit as error:
-            self._stop.end()
-            argument = "" if error.code is None else repr(error.code)
-            return messages.Exited(_exit_code(error), argument)
-        except BaseException as error:  # noqa: BLE001 - the study's to handle
-            self._stop.end()
-            # First, since the next steps need memory.
-            memory_limits.lift_memory_limit()
-            failed = find_failed_allocation(error)
-            if failed is not None and failed.resource == "gpu_memory":
-                # While it holds its memory: the error's traceback keeps the frames.
-                self.calls.call(TRIAL, MEASURE)
-            return messages.Raised(pack_error(error), failed, gpu_memory=framework_gpu_memory())
-        return messages.Returned(value, gpu_memory=framework_gpu_memory())
-
-    def finish(self, outcome: messages.Outcome) -> int:
-        """Send the outcome, then end as a Python program does."""
-        try:
-            memory_limits.lift_memory_limit()
-            if isinstance(outcome, messages.Returned):
-                outcome = _sendable(outcome)
-            _flush()
-            self.calls.notify(outcome)
-            _run_exit_handlers(self.grace_period)
-            _flush()
-            _flush_files()
-        except BaseException:  # noqa: BLE001 - the supervisor reports that nothing was sent
-            return 1
-        return outcome.code if isinstance(outcome, messages.Exited) else 0
+    return _finish(outcome, calls, grace_period) if os.getpid() == own else _exit_fork(outcome)
 
 
 def _receive_streams(channel: Channel) -> None:
@@ -191,6 +98,88 @@ def _receive_streams(channel: Channel) -> None:
     for number, handle in ((1, out), (2, err)):
         os.dup2(handle, number)
         os.close(handle)
+
+
+def _prepare(
+    start: messages.StartTrial,
+    buffers: list[memoryview],
+    inherited: messages.InheritedObjective | None,
+    calls: RpcClient,
+) -> Any:
+    """Set up the process; return the objective."""
+    if inherited is None:
+        begin_preparation()
+        enter_context(start.context)
+    else:
+        os.environ.update(start.context.added)
+    apply_output_settings(start.output, calls)
+    memory_limits.raise_oom_score()
+    if start.cores is not None:
+        confine(start.cores)
+    memory_limits.set_gpu_caps(start.limits.get("gpu_memory"), start.device_memory)
+    _leave_shared_memory()
+    objective = None if inherited is None else inherited.objective
+    if start.objective is not None:
+        objective = load_objective(start.objective, buffers)
+        # From here on the objective alone holds them.
+        buffers.clear()
+        apply_to_new_modules(start.output)
+    seed(start.context.seeds)
+    vary_generators(start.trial.number, objective)
+    memory_limits.reset_peak()
+    restore_signals(start.worker_signals)
+    end_preparation()
+    return objective
+
+
+def _set_limits(start: messages.StartTrial, stop: PoliteStop) -> int | None:
+    """Set the kernel's limits, given what the imports took; return the RLIMIT_DATA set."""
+    memory, cpu_time = start.limits.get("memory"), start.limits.get("cpu_time")
+    if cpu_time is not None:
+        stop.listen_for_cpu_time()
+        memory_limits.limit_cpu_time(cpu_time, start.grace_period)
+    if memory is None or not start.strict_memory:
+        return None
+    return memory_limits.limit_memory(memory)
+
+
+def _call(
+    objective: Any, trial: RemoteTrial, stop: PoliteStop, calls: RpcClient
+) -> messages.Outcome:
+    try:
+        value = objective(trial)
+        stop.end()
+    except SystemExit as error:
+        stop.end()
+        argument = "" if error.code is None else repr(error.code)
+        return messages.Exited(_exit_code(error), argument)
+    except BaseException as error:  # noqa: BLE001 - the study's to handle
+        stop.end()
+        # First, since the next steps need memory.
+        memory_limits.lift_memory_limit()
+        failed = find_failed_allocation(error)
+        if failed is not None and failed.resource == "gpu_memory":
+            # While it holds its memory: the error's traceback keeps the frames.
+            calls.call(TRIAL, MEASURE)
+        gpu_memory = memory_limits.framework_gpu_memory()
+        return messages.Raised(pack_error(error), failed, gpu_memory=gpu_memory)
+    return messages.Returned(value, gpu_memory=memory_limits.framework_gpu_memory())
+
+
+def _finish(outcome: messages.Outcome, calls: RpcClient, grace_period: float) -> int:
+    """Send the outcome, then end as a Python program does; return the exit code."""
+    try:
+        memory_limits.lift_memory_limit()
+        if isinstance(outcome, messages.Returned):
+            outcome = _sendable(outcome)
+        _flush()
+        calls.notify(outcome)
+        _run_exit_handlers(grace_period)
+        _flush()
+        _flush_files()
+    except BaseException:  # noqa: BLE001 - the supervisor reports that nothing was sent
+        return 1
+    return outcome.code if isinstance(outcome, messages.Exited) else 0
 
 
 def _exit_fork(outcome: messages.Outcome) -> int:
@@ -274,3 +263,86 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
+
+
+# A forked process is to look like a child that multiprocessing has started. The private functions
+# used here are those that `multiprocessing.Process` calls in a child; there are no public ones.
+
+
+def become_child(name: str, parent: int) -> None:
+    """Make this process a child of the study's process, as far as multiprocessing can see.
+
+    Exit handlers of its parent are left to the parent, and callbacks for a fork run now: pools,
+    queues and temporary folders of the study's process stay its own. ``parent`` is a pidfd of it.
+    """
+    internals: Any = process
+    former = internals._current_process
+    internals._process_counter = itertools.count(1)
+    internals._children = set()
+    internals._current_process = process.BaseProcess(name=name, daemon=False)
+    internals._parent_process = internals._ParentProcess(
+        former.name, former.ident or os.getppid(), parent
+    )
+    # Handlers that the trial itself adds run at the end of the trial.
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # `atexit` held these
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]  # as above
+    atexit.register(util._exit_function)  # type: ignore[attr-defined]
+    # The trial starts its own resource tracker, which removes what it leaves behind.
+    tracker: Any = resource_tracker._resource_tracker
+    if tracker._fd is not None:
+        with contextlib.suppress(OSError):  # closed with other files of the fork server
+            os.close(tracker._fd)
+        tracker._fd = tracker._pid = None
+    # Queues, locks and managers that were made before the fork have callbacks for it.
+    util._finalizer_registry.clear()  # type: ignore[attr-defined]
+    util._run_after_forkers()  # type: ignore[attr-defined]
+
+
+def resource_tracker_pid() -> int | None:
+    tracker: Any = resource_tracker._resource_tracker
+    pid: int | None = tracker._pid
+    return pid
+
+
+def _leave_shared_memory() -> None:
+    """Leave existing shared memory to the process that created it.
+
+    Before Python 3.13, a process that only opens shared memory registers it with its resource
+    tracker as if it had created it, and a trial's tracker removes at the trial's end what is
+    registered. The trial needs a tracker nevertheless, for what it leaves when it is killed.
+    """
+    try:
+        existing = {f"/{name}" for name in os.listdir("/dev/shm")}
+    except OSError:
+        return
+
+    def if_own(act: Callable[[str, str], None], name: str, kind: str) -> None:
+        if kind != "shared_memory" or name not in existing:
+            act(name, kind)
+
+    tracker: Any = resource_tracker
+    tracker.register = functools.partial(if_own, tracker.register)
+    tracker.unregister = functools.partial(if_own, tracker.unregister)
+
+
+_is_in_preparation = False
+
+
+def begin_preparation() -> None:
+    """Note that this process, a trial's or a fork server, prepares for an objective."""
+    global _is_in_preparation
+    _is_in_preparation = True
+
+
+def end_preparation() -> None:
+    global _is_in_preparation
+    _is_in_preparation = False
+
+
+def is_in_preparation() -> bool:
+    """Return whether this process, of this package or of multiprocessing, only imports modules.
+
+    A study that one of them runs would run in each such process, and start others.
+    """
+    return _is_in_preparation or bool(getattr(process.current_process(), "_inheriting", False))

@@ -2,28 +2,36 @@
 
 Each setting of the interpreter or of a library is read in the study's process and applied in the
 trial's where it differs, or as soon as the library is imported there. Settings of libraries that
-the study's process has not imported are left alone.
+the study's process has not imported are left alone. Random generators are no settings: copies
+would repeat each other's numbers, so each trial seeds its own.
 """
 
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 import contextlib
 from dataclasses import dataclass
 import functools
 import gc
+import itertools
 import multiprocessing
 import operator
 import os
 import pickle
+import random
 import sys
+import types
 from typing import Any, NamedTuple
 
 from optuna_quota._isolation.main_module import MainModule, make_main_module
-from optuna_quota._isolation.module_state import read_module_state, restore_module_state
-from optuna_quota._isolation.modules import after_import, user_modules
-from optuna_quota._isolation.seeds import draw_seeds
+from optuna_quota._isolation.modules import (
+    after_import,
+    read_module_state,
+    restore_module_state,
+    user_modules,
+)
 
 
 @dataclass(frozen=True)
@@ -34,15 +42,11 @@ class ProcessContext:
         environ: The environment variables.
         added: Those of them that the study's process lacks or has with another value.
         folder: The working directory, None where it was removed.
-        path: ``sys.path``.
-        argv: ``sys.argv``.
         main: How to make the main module.
-        settings: Settings of the interpreter and of libraries.
         module_state: Changes that the script has made to the user's own modules.
         seeds: A seed for each global generator, drawn from the study's generators: a script that
             seeds them gets the same trials again, and each trial other numbers.
         start_method: That of :mod:`multiprocessing`, None where none was chosen.
-        authkey: The authentication key of :mod:`multiprocessing`.
     """
 
     environ: Mapping[str, str]
@@ -58,39 +62,29 @@ class ProcessContext:
     authkey: bytes
 
 
-def read_context(environment: Mapping[str, str] | None, main: MainModule) -> ProcessContext:
-    """Return the context of this process.
-
-    Args:
-        environment: Environment variables to add or to replace.
-        main: How to make the main module.
-    """
+def read_context(added: Mapping[str, str], main: MainModule) -> ProcessContext:
+    """Return the context of this process, with environment variables added or replaced."""
     try:
         folder: str | None = os.getcwd()
     except OSError:
         folder = None
     return ProcessContext(
-        environ={**os.environ, **(environment or {})},
-        added=dict(environment or {}),
+        environ={**os.environ, **added},
+        added=dict(added),
         folder=folder,
         path=tuple(sys.path),
         argv=tuple(getattr(sys, "argv", ())),
         main=main,
         settings=read_settings(),
         module_state=read_module_state(user_modules()),
-        seeds=draw_seeds(),
+        seeds=_draw_seeds(),
         start_method=multiprocessing.get_start_method(allow_none=True),
         authkey=bytes(multiprocessing.current_process().authkey),
     )
 
 
-def enter_context(context: ProcessContext, *, has_main: bool) -> None:
-    """Apply the study's context to this process.
-
-    Args:
-        context: The context of the study's process.
-        has_main: Whether the main module was made already.
-    """
+def enter_context(context: ProcessContext) -> None:
+    """Apply the study's context to this process."""
     for name in set(os.environ) - set(context.environ):
         del os.environ[name]
     for name, value in context.environ.items():
@@ -104,10 +98,13 @@ def enter_context(context: ProcessContext, *, has_main: bool) -> None:
     if context.start_method is not None:
         multiprocessing.set_start_method(context.start_method, force=True)
     multiprocessing.current_process().authkey = context.authkey
-    if not has_main:
+    if not context.main.is_made:
         make_main_module(context.main)
     apply_settings(context.settings)
     restore_module_state(context.module_state)
+
+
+# Settings.
 
 
 class Setting(NamedTuple):
@@ -118,6 +115,9 @@ class Setting(NamedTuple):
     apply: Callable[[Any, Any], Any]
 
 
+_UNAVAILABLE = (AttributeError, ImportError, RuntimeError, ValueError, OSError)
+
+
 def read_settings() -> dict[str, Any]:
     """Return the settings of this process by name, as far as their modules are imported."""
     found = {}
@@ -125,7 +125,7 @@ def read_settings() -> dict[str, Any]:
         module = sys.modules.get(setting.module)
         if module is not None:
             # A module that is half imported, or of a version without this setting.
-            with contextlib.suppress(AttributeError, ImportError, RuntimeError, ValueError):
+            with contextlib.suppress(*_UNAVAILABLE):
                 found[name] = setting.read(module)
     return found
 
@@ -138,7 +138,7 @@ def apply_settings(settings: Mapping[str, Any]) -> None:
 
 
 def _apply(setting: Setting, value: Any, module: Any) -> None:
-    with contextlib.suppress(AttributeError, ImportError, RuntimeError, ValueError, OSError):
+    with contextlib.suppress(*_UNAVAILABLE):
         if setting.read(module) != value:
             setting.apply(module, value)
 
@@ -162,6 +162,9 @@ def _read_umask(module: Any) -> int:
     return int(text.partition(b"\nUmask:")[2].split(None, 1)[0], 8)
 
 
+_PLAIN = (bool, int, float, str, list, tuple, type(None))
+
+
 def _numpy_printing(numpy: Any) -> dict[str, Any]:
     # Not a formatter: it may be the script's own, which a trial has only later.
     return {k: v for k, v in numpy.get_printoptions().items() if isinstance(v, _PLAIN)}
@@ -170,13 +173,6 @@ def _numpy_printing(numpy: Any) -> dict[str, Any]:
 def _rc_params(matplotlib: Any) -> dict[str, Any]:
     # Not by item: reading the backend selects one.
     return {k: v for k, v in dict.items(matplotlib.rcParams) if isinstance(v, _PLAIN)}
-
-
-def _set_rc_params(matplotlib: Any, values: dict[str, Any]) -> None:
-    dict.update(matplotlib.rcParams, values)
-
-
-_PLAIN = (bool, int, float, str, list, tuple, type(None))
 
 
 def _pandas_options(config: Any) -> dict[str, Any]:
@@ -256,7 +252,7 @@ _SETTINGS: Mapping[str, Setting] = {
     "numpy errors": Setting("numpy", lambda m: dict(m.geterr()), lambda m, v: m.seterr(**v)),
     "numpy printing": Setting("numpy", _numpy_printing, lambda m, v: m.set_printoptions(**v)),
     "pandas options": Setting("pandas._config.config", _pandas_options, _set_pandas_options),
-    "matplotlib": Setting("matplotlib", _rc_params, _set_rc_params),
+    "matplotlib": Setting("matplotlib", _rc_params, lambda m, v: dict.update(m.rcParams, v)),
     "scikit-learn": Setting("sklearn", lambda m: m.get_config(), lambda m, v: m.set_config(**v)),
     "torch threads": _by_functions("torch", "get_num_threads", "set_num_threads"),
     "torch interop threads": _by_functions(
@@ -285,3 +281,160 @@ _SETTINGS: Mapping[str, Setting] = {
     ),
     "mlflow runs": Setting("mlflow.tracking.fluent", _mlflow_runs, _set_mlflow_runs),
 }
+
+
+# The global random generators of libraries.
+
+
+def _draw_seeds() -> dict[str, int]:
+    seeds = {"random": random.getrandbits(32)}
+    # Where only the objective imports numpy, that seeds itself.
+    if "numpy" in sys.modules:
+        seeds["numpy"] = int(sys.modules["numpy"].random.randint(0, 2**31 - 1))
+    # torch starts with the same seed in each process.
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "randint"):
+        seeds["torch"] = int(torch.randint(0, 2**31 - 1, ()))
+    else:
+        seeds["torch"] = seeds["random"]
+    return seeds
+
+
+def seed(seeds: Mapping[str, int]) -> None:
+    """Seed the global generators, now or once their library is imported."""
+    functions = {"random": "seed", "numpy": "random.seed", "torch": "manual_seed"}
+    for name, value in seeds.items():
+        after_import(name, functools.partial(_seed, functions[name], value))
+
+
+def _seed(function: str, value: int, module: Any) -> None:
+    operator.attrgetter(function)(module)(value)
+
+
+# Random generators that a script makes.
+
+
+def is_generator(value: Any) -> bool:
+    """Return whether this is a random generator: of ``random``, numpy, or torch on the CPU."""
+    if type(value).__name__ not in _NAMES:  # soon answered: this is asked of all that is pickled
+        return False
+    name = _path(value)
+    return name in _VARY and (name != _TORCH or value.device.type == "cpu")
+
+
+def _path(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def reduce_generator(value: Any) -> tuple[Any, ...]:
+    """Return how to pickle a random generator: the global ones of a library by name."""
+    for place in (("random", "_inst"), ("numpy.random.mtrand", "_rand")):
+        if value is _global_of(*place):
+            return _global_of, place
+    return _load_generator, (pickle.dumps(value),)
+
+
+def _global_of(module: str, name: str) -> Any:
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _load_generator(data: bytes) -> Any:
+    generator = pickle.loads(data)
+    _loaded.append(generator)
+    return generator
+
+
+# A search through all that a script holds would take longer than a short trial.
+_MAX_SEARCHED = 2_000
+_MAX_PARTS = 300
+_LEAVES = {type(None), bool, bytes, float, int, str}
+# Those in the pickle of the objective.
+_loaded: list[Any] = []
+
+
+def vary_generators(number: int, objective: Any) -> None:
+    """Let the generators that a script has made give other numbers in each trial.
+
+    Each is seeded by what it gives next and the number of the trial, so that a script with a
+    fixed seed gets the same trials again.
+    """
+    reached = _with_parts([*values_within_reach(objective), objective])
+    held = [*_loaded, *filter(is_generator, reached)]
+    for generator in {id(found): found for found in held}.values():
+        draw, reseed = _VARY[_path(generator)]
+        # Other generators than the default ones of a library may be unable to.
+        with contextlib.suppress(TypeError, ValueError):
+            reseed(generator, random.Random(f"{draw(generator)}, {number}").getrandbits(62))
+
+
+def _with_parts(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield values and what they hold, such as a list of estimators with a ``random_state``."""
+    own = {"__main__", *(module.__name__ for module in user_modules())}
+    pending, seen = deque(values), set[int]()
+    while pending:
+        value = pending.popleft()
+        if id(value) in seen or type(value) in _LEAVES:
+            continue
+        seen.add(id(value))
+        yield value
+        if len(seen) < _MAX_SEARCHED:
+            pending.extend(itertools.islice(_parts(value, own), _MAX_PARTS))
+
+
+def _parts(value: Any, own: Container[str]) -> Iterable[Any]:
+    """Return what a value holds; of functions and classes, only of those of the user's modules."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(value)
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, types.MethodType):
+        return value.__self__, value.__func__
+    is_function = isinstance(value, types.FunctionType)
+    if isinstance(value, types.ModuleType):
+        return ()
+    if (is_function or isinstance(value, type)) and value.__module__ not in own:
+        return ()
+    if is_function:
+        return value.__defaults__, value.__kwdefaults__, value.__closure__, vars(value)
+    try:
+        return (value.cell_contents,) if type(value) is types.CellType else [*vars(value).values()]
+    except Exception:  # noqa: BLE001 - a user's __getattribute__ may raise anything
+        return ()
+
+
+def values_within_reach(objective: Any) -> Iterator[Any]:
+    """Yield the globals of the user's modules, and what the objective refers to."""
+    for module in [sys.modules["__main__"], *user_modules()]:
+        yield from list(vars(module).values())
+    owner = objective.__self__ if isinstance(objective, types.MethodType) else objective
+    with contextlib.suppress(TypeError):  # without a dictionary
+        yield from list(vars(owner).values())
+    if isinstance(objective, types.FunctionType):
+        for cell in objective.__closure__ or ():
+            with contextlib.suppress(ValueError):  # not filled yet
+                yield cell.cell_contents
+
+
+def _reseed_numpy(generator: Any, value: int) -> None:
+    bits = generator.bit_generator
+    bits.state = type(bits)(value).state
+
+
+def _draw_torch(generator: Any) -> int:
+    return int(sys.modules["torch"].randint(2**62, (), generator=generator))
+
+
+_TORCH = "torch._C.Generator"
+# By class, how to draw a number and how to seed.
+_VARY: Mapping[str, tuple[Callable[[Any], int], Callable[[Any, int], Any]]] = {
+    "random.Random": (lambda g: g.getrandbits(62), lambda g, value: g.seed(value)),
+    "numpy.random._generator.Generator": (lambda g: int(g.integers(2**62)), _reseed_numpy),
+    "numpy.random.mtrand.RandomState": (
+        lambda g: int(g.randint(2**31)),
+        lambda g, value: g.seed([value >> 31, value & (2**31 - 1)]),
+    ),
+    _TORCH: (_draw_torch, lambda g, value: g.manual_seed(value)),
+}
+_NAMES = {path.rpartition(".")[2] for path in _VARY}

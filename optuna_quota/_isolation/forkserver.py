@@ -7,45 +7,52 @@ none of the study's threads, locks or GPU contexts, and never runs the study's s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+import faulthandler
 import gc
 import importlib
 import os
 from pathlib import Path
-import pickle
 import select
 import signal
 import socket
 import sys
 import traceback
+from typing import NoReturn
+import warnings
 
 from optuna_quota._isolation import linux
-from optuna_quota._isolation.launch import fork, fork_trial, ForkedTrial, modules_may_open_files
+from optuna_quota._isolation.channel import Channel
+from optuna_quota._isolation.child import (
+    become_child,
+    begin_preparation,
+    resource_tracker_pid,
+    run_child,
+)
 from optuna_quota._isolation.main_module import MainModule, make_main_module
-from optuna_quota._isolation.multiprocessing_child import begin_preparation, resource_tracker_pid
+from optuna_quota._isolation.memory_limits import Cgroup
+from optuna_quota._isolation.messages import InheritedObjective, ProcessStarted
 from optuna_quota._isolation.output import prepare_logging
-from optuna_quota._isolation.signals import ignore_job_signals
+from optuna_quota._isolation.signals import (
+    block_job_signals,
+    handle_job_signals,
+    ignore_job_signals,
+)
+from optuna_quota._isolation.supervisor import Supervisor
 
 
 # Seconds without a request after which it exits, to free its memory; the next trial starts
 # another one.
 IDLE_TIME = 60.0
-MESSAGE_SIZE = 1 << 17
 
 
 @dataclass(frozen=True)
 class SpawnRequest:
-    """Send the descriptors of a trial's connections.
+    """Send the descriptors of a trial's connections; it may have a control group in a folder."""
 
-    Attributes:
-        cgroup: Where to make its control group, None for none.
-        once: Whether no other request will follow.
-    """
-
-    cgroup: Path | None = None
-    once: bool = False
+    cgroup: Path | None
 
 
 @dataclass(frozen=True)
@@ -58,35 +65,23 @@ class PreloadModules:
 
 @dataclass(frozen=True)
 class MakeMainModule:
-    """Make the main module; the answer is :class:`MainModuleMade` or :class:`UnsafeModule`."""
+    """Make the main module; the answer is the one made, without statements if these failed."""
 
     main: MainModule
 
 
 @dataclass(frozen=True)
-class MainModuleMade:
-    """The main module was made, without its statements if these have failed."""
-
-    with_statements: bool
-
-
-@dataclass(frozen=True)
 class UnsafeModule:
-    """A module starts threads or uses a GPU when it is imported: forks are unsafe from then on."""
+    """Last message: with this module imported, forks are unsafe for its threads or its GPU."""
 
-    module: str
+    name: str
 
 
 class ForkServer:
-    """Serves one study's process until that is gone.
+    """Serves one study's process, of which it has a pidfd, until that is gone."""
 
-    Args:
-        sock: A connection that keeps messages apart and carries descriptors.
-        parent: A pidfd of the study's process.
-    """
-
-    def __init__(self, sock: socket.socket, parent: int) -> None:
-        self._sock = sock
+    def __init__(self, channel: Channel, parent: int) -> None:
+        self._channel = channel
         self._parent = parent
         self._supervisors: set[int] = set()
         self._spare: ForkedTrial | None = None
@@ -99,43 +94,41 @@ class ForkServer:
     def serve(self) -> None:
         """Serve until the study's process hangs up, dies, or sends no request for long."""
         poll = select.poll()
-        for handle in (self._sock.fileno(), self._parent, self._child_ended):
+        for handle in (self._channel.fileno(), self._parent, self._child_ended):
             poll.register(handle, select.POLLIN)
         while True:
             ready = {handle for handle, _ in poll.poll(IDLE_TIME * 1000)}
             # Requests first: the sender is waiting.
-            is_open = self._sock.fileno() not in ready or self._serve_request()
+            is_open = self._channel.fileno() not in ready or self._serve_requests()
             self._reap()
             # Supervisors continue without the fork server; their orphans are killed before.
             if not is_open or self._parent in ready or (not ready and self._is_idle()):
                 return
 
-    def _serve_request(self) -> bool:
-        data = self._sock.recv(MESSAGE_SIZE)
-        if not data:
-            return False
-        message = pickle.loads(data)
-        if isinstance(message, SpawnRequest):
-            self._spawn(message)
-        elif isinstance(message, PreloadModules):
-            self._discard_spare()
-            self._preload(message)
-        elif isinstance(message, MakeMainModule):
-            self._discard_spare()
-            self._make_main_module(message.main)
-        return True
+    def _serve_requests(self) -> bool:
+        """Serve what has arrived; return whether more may come."""
+        while True:
+            try:
+                message = self._channel.receive()
+            except (EOFError, ConnectionError):
+                return False
+            if isinstance(message, SpawnRequest):
+                self._spawn(message)
+            else:
+                self._discard_spare()
+                if isinstance(message, PreloadModules):
+                    self._preload(message)
+                else:
+                    self._make_main_module(message.main)
+            if not self._channel.pending():
+                return True
 
     def _spawn(self, request: SpawnRequest) -> None:
-        """Send the connections of the spare trial, and fork the next spare one.
-
-        So the next trial does not wait for two forks, which are made while this one runs.
-        """
+        """Send the connections of the spare trial, and fork the next: no trial waits for forks."""
         trial, self._spare = self._spare or self._fork(request), None
         with trial.channel, trial.control:
-            handles = [trial.channel.fileno(), trial.control.fileno()]
-            socket.send_fds(self._sock, [b"F"], handles)
-        if not request.once:
-            self._spare = self._fork(request)
+            self._channel.send_descriptors([trial.channel.fileno(), trial.control.fileno()])
+        self._spare = self._fork(request)
 
     def _fork(self, request: SpawnRequest) -> ForkedTrial:
         forked = fork_trial(self._parent, cgroup=request.cgroup)
@@ -150,28 +143,27 @@ class ForkServer:
 
     def _preload(self, message: PreloadModules) -> None:
         sys.path[:] = message.path
-        with modules_may_open_files():
+        with _modules_may_open_files():
             for name in message.modules:
                 if name not in sys.modules:
-                    preload(name)
+                    _preload(name)
                     self._require_safe_forks(name)
-        prepare_to_fork()
+        _prepare_to_fork()
 
     def _make_main_module(self, main: MainModule) -> None:
-        with_statements = True
         try:
-            with modules_may_open_files():
+            with _modules_may_open_files():
                 make_main_module(main)
         except BaseException:  # noqa: BLE001 - a script may raise anything
-            with_statements = False
-            make_main_module(main.without_statements())
+            main = main.without_statements()
+            make_main_module(main)
         self._require_safe_forks("__main__")
-        prepare_to_fork()
-        self._sock.send(pickle.dumps(MainModuleMade(with_statements)))
+        _prepare_to_fork()
+        self._channel.send(replace(main, is_made=True))
 
     def _require_safe_forks(self, module: str) -> None:
-        if not can_fork():
-            self._sock.send(pickle.dumps(UnsafeModule(module)))
+        if not _can_fork():
+            self._channel.send(UnsafeModule(module))
             raise SystemExit
 
     def _is_idle(self) -> bool:
@@ -189,22 +181,21 @@ class ForkServer:
             self._supervisors -= set(linux.reap())
 
 
-def preload(name: str) -> None:
+def _preload(name: str) -> None:
     """Import a module, whatever it raises; its output is dropped."""
     with contextlib.suppress(BaseException):
         importlib.import_module(name)
 
 
-def can_fork() -> bool:
-    """Return whether forks are safe with what is loaded: no threads, no GPU context."""
+def _can_fork() -> bool:
     return (_count_threads() == 1 or _threads_end_before_forks()) and not linux.uses_cuda()
 
 
 def _threads_end_before_forks() -> bool:
     """Return whether all other threads end before a fork, by making one.
 
-    OpenBLAS (numpy's, and another one of scipy's that many of its modules load) ends its threads
-    before a fork and starts them again when needed. Which libraries do so has to be tried.
+    OpenBLAS ends its threads and starts them again when needed. Which libraries do so has to be
+    tried.
     """
     pid = fork()
     if pid == 0:
@@ -226,7 +217,7 @@ def _count_threads() -> int:
     return count
 
 
-def prepare_to_fork() -> None:
+def _prepare_to_fork() -> None:
     """Keep memory that no trial writes to shared with all of them."""
     prepare_logging(reset=True)
     gc.collect()
@@ -234,11 +225,10 @@ def prepare_to_fork() -> None:
 
 
 def main(handle: int) -> None:
-    """Run the fork server on the connection of this descriptor."""
     ignore_job_signals()
     begin_preparation()
     linux.become_subreaper()
-    sock = socket.socket(fileno=handle)
+    channel = Channel(socket.socket(fileno=handle))
     try:
         parent = os.pidfd_open(os.getppid())
     except OSError:
@@ -246,13 +236,173 @@ def main(handle: int) -> None:
     # numpy loads its random generators when they are first used, which each trial would do anew:
     # 10 ms of a trial's start.
     for name in ("numpy", "numpy.random", "cloudpickle", "optuna", "psutil"):
-        preload(name)
-    prepare_to_fork()
+        _preload(name)
+    _prepare_to_fork()
     try:
-        ForkServer(sock, parent).serve()
+        ForkServer(channel, parent).serve()
     except Exception:  # noqa: BLE001 - the study's process reads the last line and reports it
         traceback.print_exc()
         sys.stderr.flush()
     finally:
         # No exit handlers: those of preloaded modules belong to trials.
         os._exit(0)
+
+
+# A trial's processes: forks of the fork server, or of the study's process.
+
+
+@dataclass(frozen=True)
+class ForkedTrial:
+    """A trial's supervisor, and the study's ends of the connections to both processes."""
+
+    supervisor: int
+    channel: socket.socket
+    control: socket.socket
+
+
+def fork_trial(
+    parent: int, *, cgroup: Path | None, inherited: InheritedObjective | None = None
+) -> ForkedTrial:
+    """Fork a supervisor, which forks its trial.
+
+    Args:
+        parent: A pidfd of the study's process.
+        cgroup: Where to make the trial's control group, None for none.
+        inherited: What the trial has from this process; without it, all is sent to the trial.
+    """
+    channel, trial_channel = socket.socketpair()
+    control, supervisor_control = socket.socketpair()
+    with trial_channel, supervisor_control, block_job_signals():
+        pid = fork()
+        if pid == 0:
+            try:
+                _run_supervisor(trial_channel, supervisor_control, parent, cgroup, inherited)
+            finally:
+                # Never return into the parent's code.
+                os._exit(1)
+    return ForkedTrial(pid, channel, control)
+
+
+def fork() -> int:
+    """Fork this process, whatever threads it has: the child starts from a known state."""
+    with warnings.catch_warnings():
+        # Python 3.12 warns where it counts a second thread, such as an idle one of OpenBLAS.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def _run_supervisor(
+    channel: socket.socket,
+    control: socket.socket,
+    parent: int,
+    cgroup_folder: Path | None,
+    inherited: InheritedObjective | None,
+) -> NoReturn:
+    os.setsid()
+    ignore_job_signals()
+    linux.become_subreaper()
+    # Keeps messages apart, of which a signal handler of the trial reads one without waiting.
+    link, trial_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    trial_link.setblocking(False)
+    crash_file = os.memfd_create("optuna-quota-crash")
+    cgroup = None
+    if cgroup_folder is not None:
+        with contextlib.suppress(OSError):
+            cgroup = Cgroup(cgroup_folder)
+    supervisor = os.getpid()
+    child = fork()
+    if child == 0:
+        link.close()
+        _run_trial(channel, trial_link, crash_file, parent, supervisor, cgroup, inherited)
+    trial_link.close()
+    _close_all_but(control.fileno(), parent, link.fileno(), crash_file)
+    gc.disable()
+    connection = Channel(control)
+    with contextlib.suppress(OSError):
+        connection.send(ProcessStarted())
+    report = Supervisor(
+        connection,
+        child,
+        link=link,
+        parent=parent,
+        crash_file=crash_file,
+        cgroup=cgroup,
+        monitoring=None if inherited is None else inherited.monitoring,
+    ).run()
+    with contextlib.suppress(OSError):
+        connection.send(report)
+    os._exit(0)
+
+
+def _run_trial(
+    channel: socket.socket,
+    link: socket.socket,
+    crash_file: int,
+    parent: int,
+    supervisor: int,
+    cgroup: Cgroup | None,
+    inherited: InheritedObjective | None,
+) -> NoReturn:
+    code = 1
+    try:
+        # A session of its own: a trial that signals its process group must not hit its supervisor.
+        os.setsid()
+        linux.die_with_parent(supervisor)
+        if cgroup is not None:
+            with contextlib.suppress(OSError):
+                cgroup.add(os.getpid())
+        if faulthandler.is_enabled():
+            linux.enlarge_signal_stack()
+        handle_job_signals()
+        if inherited is None:
+            handles = (channel.fileno(), link.fileno(), crash_file, parent)
+            _close_all_but(*handles, *_opened_by_modules)
+        else:
+            # A garbage collection would copy the inherited pages.
+            gc.freeze()
+        become_child(f"Trial-{supervisor}", parent)
+        code = run_child(
+            Channel(channel),
+            link=link,
+            crash_file=crash_file,
+            inherited=inherited,
+            streams=inherited is None,
+        )
+    finally:
+        os._exit(code)
+
+
+_opened_by_modules: set[int] = set()
+
+
+@contextlib.contextmanager
+def _modules_may_open_files() -> Iterator[None]:
+    """Keep open in trials what is opened within the block: logs, databases, shared memory.
+
+    What a module holds would otherwise refer to closed files, or to others of the same numbers.
+    """
+    before = _open_descriptors()
+    try:
+        yield
+    finally:
+        now = _open_descriptors()
+        _opened_by_modules.intersection_update(now)
+        _opened_by_modules.update(now - before)
+
+
+def _open_descriptors() -> set[int]:
+    found = {int(name) for name in os.listdir("/proc/self/fd")}
+    # That of the listing itself is closed by now.
+    return {handle for handle in found if os.path.exists(f"/proc/self/fd/{handle}")}
+
+
+def _close_all_but(*handles: int) -> None:
+    """Close what this process has inherited and does not need.
+
+    A copy of the study's end of a connection would keep it open when the study's process dies.
+    """
+    kept = {0, 1, 2, *handles}
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in kept:
+            with contextlib.suppress(OSError):
+                os.close(int(name))

@@ -5,28 +5,23 @@ from __future__ import annotations
 import atexit
 from collections.abc import Callable, Sequence
 import contextlib
-from dataclasses import dataclass
 import itertools
 import os
 from pathlib import Path
-import pickle
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from optuna_quota._isolation.channel import Channel
+from optuna_quota._isolation.channel import Channel, TrialConnections
 from optuna_quota._isolation.forkserver import (
-    MainModuleMade,
     MakeMainModule,
-    MESSAGE_SIZE,
     PreloadModules,
     SpawnRequest,
     UnsafeModule,
 )
-from optuna_quota._isolation.launch import interpreter, popen, send_streams, TrialConnections
 from optuna_quota._isolation.main_module import find_main_module, MainModule
 from optuna_quota._isolation.modules import (
     loaded_modules,
@@ -42,43 +37,24 @@ T = TypeVar("T")
 
 _MAIN = "__main__"
 _ATTEMPTS = 3
-# Modules in one message, which has a size limit.
-_MODULES_PER_MESSAGE = 500
 
 
-class ForkServerExited(OSError):
-    """The fork server has exited; ``last_message`` is what it sent at the end, or nothing."""
-
-    def __init__(self, last_message: bytes) -> None:
-        super().__init__("The fork server has exited.")
-        self.last_message = last_message
-
-
-@dataclass(frozen=True)
-class PreparedMain:
-    """The main module that trials will have.
-
-    Attributes:
-        module: How it is made.
-        is_made: Whether a trial's process has it from the fork server; else the trial makes it.
-    """
-
-    module: MainModule
-    is_made: bool
+class _Unsafe(OSError):
+    def __init__(self, module: str) -> None:
+        super().__init__(f"{module} is unsafe before a fork.")
+        self.module = module
 
 
 class ForkServerClient:
     """Starts trials from one fork server; for any thread.
 
-    Args:
-        once: Whether it is for a single trial, as for the start method spawn.
+    Where no fork server can be started, it raises OSError.
     """
 
-    def __init__(self, *, once: bool = False) -> None:
-        self._once = once
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._sock: socket.socket | None = None
+        self._channel: Channel | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
         # Processes that exit by themselves once they have served what was sent.
         self._retired: list[subprocess.Popen[bytes]] = []
@@ -90,52 +66,33 @@ class ForkServerClient:
         self._files: dict[str, int] = {}
         self._environ: dict[str, str] = {}
         self._main: MainModule | None = None
-        self._prepared: PreparedMain | None = None
+        self._prepared: MainModule | None = None
         # Modules after which forks are unsafe, and others of the same packages that are safe.
         self._unsafe: set[str] = set()
         self._safe: set[str] = set()
 
     def for_one_trial(self) -> ForkServerClient:
-        """Return a client whose fork server starts a single trial and exits."""
-        client = ForkServerClient(once=True)
+        """Return another client for the start method spawn, to be released."""
+        client = ForkServerClient()
         client._unsafe, client._safe = self._unsafe, self._safe
         client._retired = self._retired
         return client
 
-    def prepare(self, preload: Sequence[str] = ()) -> PreparedMain:
-        """Load what trials are to find loaded: this process's modules, and its main module.
-
-        Args:
-            preload: Modules to load beside those that this process has imported.
-
-        Raises:
-            OSError: If no fork server can be started.
-        """
+    def prepare(self, preload: Sequence[str] = ()) -> MainModule:
+        """Load what trials are to find loaded: this process's modules, and its main module."""
         with self._lock:
             self._update_wanted(preload)
             return self._with_server(self._prepare)
 
     def launch(self, cgroup: Path | None, descriptors: Sequence[int] = ()) -> TrialConnections:
-        """Start a trial's processes.
+        """Start a trial's processes, with open files and in a control group."""
 
-        Args:
-            cgroup: Where to make their control group, None for none.
-            descriptors: Open files for the trial.
-
-        Raises:
-            OSError: If no fork server can be started.
-        """
-        request = pickle.dumps(SpawnRequest(cgroup, self._once))
-
-        def launch(sock: socket.socket) -> TrialConnections:
-            self._prepare(sock)
-            return request_trial(sock, request, descriptors)
+        def launch(channel: Channel) -> TrialConnections:
+            self._prepare(channel)
+            return request_trial(channel, SpawnRequest(cgroup), descriptors)
 
         with self._lock:
-            connections = self._with_server(launch)
-            if self._once:
-                self._discard()
-            return connections
+            return self._with_server(launch)
 
     def reset(self) -> None:
         """Use another fork server from now on; trials under way continue."""
@@ -150,12 +107,10 @@ class ForkServerClient:
 
     def close(self) -> None:
         """Let the fork server exit and wait for it; trials under way continue."""
-        with self._lock:
-            self._discard()
-            for process in self._retired:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=5)
-            self._errors.close()
+        self.release()
+        for process in list(self._retired):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
 
     def _update_wanted(self, preload: Sequence[str]) -> None:
         main = find_main_module()
@@ -172,17 +127,16 @@ class ForkServerClient:
             self._wanted.update(dict.fromkeys(names))
         self._wanted.update(dict.fromkeys(preload))
 
-    def _with_server(self, act: Callable[[socket.socket], T]) -> T:
+    def _with_server(self, act: Callable[[Channel], T]) -> T:
         """Do something with the fork server, with a new one where it exits meanwhile."""
         faults = 0
         while True:
-            sock = self._connect()
+            channel = self._connect()
             try:
-                return act(sock)
-            except OSError as error:
+                return act(channel)
+            except (OSError, EOFError) as error:
                 # Each unsafe module costs a fork server; there may be many of them.
-                last_message = getattr(error, "last_message", b"") or _unread(sock)
-                faults += not self._note_unsafe(last_message)
+                faults += not self._note_unsafe(error, channel)
                 self._discard()
                 if faults == _ATTEMPTS:
                     raise OSError(self._describe_exit()) from error
@@ -191,23 +145,30 @@ class ForkServerClient:
                 self._discard()
                 raise
 
-    def _connect(self) -> socket.socket:
-        if self._sock is not None and self._is_alive() and not self._is_stale():
-            return self._sock
+    def _connect(self) -> Channel:
+        if self._channel is not None and self._is_alive() and not self._is_stale():
+            return self._channel
         self._discard()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair()
         with theirs:
             command = interpreter("forkserver", theirs.fileno())
             self._errors.seek(0)
             self._errors.truncate()
             self._environ = dict(os.environ)
             with block_job_signals():
-                self._process = popen(command, self._errors, pass_fds=(theirs.fileno(),))
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=self._errors,
+                    start_new_session=True,
+                    pass_fds=(theirs.fileno(),),
+                )
         # Neither it nor its forks are part of a trial in this process.
         metering_loop().excluded_pids.add(self._process.pid)
-        self._sock = ours
+        self._channel = Channel(ours)
         self._loaded, self._files, self._prepared = {}, {}, None
-        return ours
+        return self._channel
 
     def _is_alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -219,48 +180,36 @@ class ForkServerClient:
         # Libraries read their variables when they are imported.
         return bool(self._new_modules()) and self._environ != os.environ
 
-    def _prepare(self, sock: socket.socket) -> PreparedMain:
-        self._preload(sock)
-        if self._prepared is None:
-            self._prepared = self._make_main_module(sock)
-        return self._prepared
-
-    def _preload(self, sock: socket.socket) -> None:
+    def _prepare(self, channel: Channel) -> MainModule:
         new = self._new_modules()
-        self._loaded.update(dict.fromkeys(new))
-        self._files.update(modification_times(new))
-        for start in range(0, len(new), _MODULES_PER_MESSAGE):
-            modules = new[start : start + _MODULES_PER_MESSAGE]
-            message = pickle.dumps(PreloadModules(tuple(sys.path), modules))
-            if len(message) <= MESSAGE_SIZE:
-                sock.send(message)
+        if new:
+            self._loaded.update(dict.fromkeys(new))
+            self._files.update(modification_times(new))
+            channel.send(PreloadModules(tuple(sys.path), new))
+        if self._prepared is None:
+            self._prepared = self._make_main_module(channel)
+        return self._prepared
 
     def _new_modules(self) -> list[str]:
         return [m for m in self._wanted if m not in self._loaded and not self._is_unsafe(m)]
 
-    def _make_main_module(self, sock: socket.socket) -> PreparedMain:
+    def _make_main_module(self, channel: Channel) -> MainModule:
         main = self._main or MainModule()
         if _MAIN in self._unsafe:
-            return PreparedMain(main, is_made=False)
-        message = pickle.dumps(MakeMainModule(main))
-        if len(message) > MESSAGE_SIZE:
-            main = main.without_statements()
-            message = pickle.dumps(MakeMainModule(main))
-        sock.send(message)
-        answer = sock.recv(MESSAGE_SIZE)
-        made = pickle.loads(answer) if answer else None
-        if not isinstance(made, MainModuleMade):
-            raise ForkServerExited(answer)
-        return PreparedMain(
-            main if made.with_statements else main.without_statements(), is_made=True
-        )
+            return main
+        channel.send(MakeMainModule(main))
+        answer = channel.receive()
+        if isinstance(answer, UnsafeModule):
+            raise _Unsafe(answer.name)
+        made: MainModule = answer
+        return made
 
     def _discard(self) -> None:
-        sock, self._sock = self._sock, None
+        channel, self._channel = self._channel, None
         process, self._process = self._process, None
         self._prepared = None
-        if sock is not None:
-            sock.close()
+        if channel is not None:
+            channel.close()
         if process is not None:
             self._retired.append(process)
         for ended in [p for p in self._retired if p.poll() is not None]:
@@ -269,23 +218,22 @@ class ForkServerClient:
             metering_loop().excluded_pids.discard(ended.pid)
 
     def _describe_exit(self) -> str:
-        """Return how a fork server exited, with the last line of its standard error."""
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         if not lines:
             return "The fork server exited without output."
         return f"The fork server exited: {lines[-1]}"
 
-    def _note_unsafe(self, last_message: bytes) -> bool:
+    def _note_unsafe(self, error: Exception, channel: Channel) -> bool:
         """Note which module a fork server found unsafe; return whether that was news."""
-        message = pickle.loads(last_message) if last_message else None
-        if not isinstance(message, UnsafeModule) or message.module in self._unsafe:
+        module = error.module if isinstance(error, _Unsafe) else find_unsafe_module(channel)
+        if module is None or module in self._unsafe:
             return False
         # The later ones of its package are not tried: each unsafe one costs a fork server, and
         # the trial waits meanwhile.
-        earlier = itertools.takewhile(lambda name: name != message.module, self._wanted)
+        earlier = itertools.takewhile(lambda name: name != module, self._wanted)
         self._safe.update([name for name in earlier if not self._is_unsafe(name)])
-        self._unsafe.add(message.module)
+        self._unsafe.add(module)
         return True
 
     def _is_unsafe(self, module: str) -> bool:
@@ -294,21 +242,44 @@ class ForkServerClient:
         return is_suspect and module not in self._safe
 
 
-def request_trial(
-    sock: socket.socket, request: bytes, descriptors: Sequence[int] = ()
-) -> TrialConnections:
-    """Request a trial's processes from a fork server, and send the trial its open files.
+_BOOT = (
+    "import sys; sys.path[:] = {path!r}; "
+    "from optuna_quota._isolation.{module} import main; main({argument})"
+)
 
-    Raises:
-        OSError: If the fork server is gone.
+
+def interpreter(module: str, argument: Any) -> list[str]:
+    """Return the command that runs ``main`` of one of these modules in a fresh interpreter.
+
+    It imports from where this process does: the working directory, which is first otherwise, may
+    have a file of a module's name.
     """
-    sock.send(request)
-    answer, handles, _, _ = socket.recv_fds(sock, 1 << 16, 2)
+    from multiprocessing.spawn import get_executable
+
+    folder = str(Path(__file__).resolve().parents[2])
+    path = [entry for entry in sys.path if isinstance(entry, str)]
+    path += [] if folder in path else [folder]
+    flags = [f"-X{name}" for name in ("utf8", "dev") if name in sys._xoptions]
+    code = _BOOT.format(path=path, module=module, argument=repr(argument))
+    return [os.fsdecode(get_executable()), *flags, "-c", code]
+
+
+def request_trial(
+    server: Channel, request: SpawnRequest, descriptors: Sequence[int] = ()
+) -> TrialConnections:
+    """Request a trial's processes from a fork server, and send the trial its open files."""
+    server.send(request)
+    handles = server.receive_descriptors()
     if len(handles) != 2:
-        raise ForkServerExited(answer)
+        # It has exited, or this process has too many open files.
+        for handle in handles:
+            os.close(handle)
+        raise OSError("The fork server started no trial.")
     channel, control = (Channel(socket.socket(fileno=handle)) for handle in handles)
     try:
-        send_streams(channel, descriptors)
+        with contextlib.ExitStack() as stack:
+            streams = [_standard_stream(number, stack) for number in (1, 2)]
+            channel.send_descriptors([*streams, *descriptors])
     except OSError:
         channel.close()
         control.close()
@@ -316,11 +287,23 @@ def request_trial(
     return TrialConnections(channel, control)
 
 
-def _unread(sock: socket.socket) -> bytes:
-    """Return what a fork server sent before it exited: it may exit before all was sent to it."""
-    with contextlib.suppress(OSError):
-        return sock.recv(MESSAGE_SIZE, socket.MSG_DONTWAIT)
-    return b""
+def _standard_stream(number: int, stack: contextlib.ExitStack) -> int:
+    """Return a standard stream's descriptor, that of a null device where it is closed."""
+    try:
+        # Where it was closed from the start, another file may have its number.
+        if (sys.__stdout__, sys.__stderr__)[number - 1] is None:
+            raise OSError
+        os.fstat(number)
+    except OSError:
+        number = os.open(os.devnull, os.O_WRONLY)
+        stack.callback(os.close, number)
+    return number
+
+
+def find_unsafe_module(server: Channel) -> str | None:
+    """Return what a fork server has sent before it exited, maybe before all was sent to it."""
+    left = [m.name for m in server.drain() if isinstance(m, UnsafeModule)]
+    return left[0] if left else None
 
 
 _client: ForkServerClient | None = None

@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 import functools
 from typing import Any, get_args, TYPE_CHECKING
 
-from optuna_quota._isolation.launch import StartMethod
-from optuna_quota._isolation.outcome import OnCrash
+from optuna_quota._isolation.launch import IsolationOptions, OnCrash, StartMethod
 from optuna_quota._isolation.run import TrialRun
-from optuna_quota._isolation.start import IsolationOptions
 from optuna_quota._resources import Limits
 from optuna_quota._units import Duration, parse_seconds
 

@@ -1,90 +1,209 @@
-"""Start the processes of a trial: a fork of a fork server or of the study's process."""
+"""Start a trial's processes by its start method, with all that they need to know."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 import contextlib
 import ctypes
 from dataclasses import dataclass
-import faulthandler
-import gc
+import functools
 import os
 from pathlib import Path
-import socket
-import subprocess
 import sys
-from typing import Any, IO, Literal, NoReturn
-import warnings
+from typing import Any, Literal, TYPE_CHECKING
 
-from optuna_quota._isolation import linux
-from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.child import run_child
-from optuna_quota._isolation.memory_limits import Cgroup
-from optuna_quota._isolation.messages import InheritedObjective, ProcessStarted
-from optuna_quota._isolation.multiprocessing_child import become_child
-from optuna_quota._isolation.signals import (
-    block_job_signals,
-    handle_job_signals,
-    ignore_job_signals,
-)
-from optuna_quota._isolation.supervisor import Supervisor
+from optuna.trial import Trial
+
+from optuna_quota import _optuna
+from optuna_quota._enforcement.preemption import preemption_of
+from optuna_quota._isolation import linux, messages
+from optuna_quota._isolation.channel import Channel, TrialConnections
+from optuna_quota._isolation.cores import Cores
+from optuna_quota._isolation.environment import read_context
+from optuna_quota._isolation.forkserver import fork_trial
+from optuna_quota._isolation.forkserver_client import fork_server_client
+from optuna_quota._isolation.main_module import find_main_module, MainModule
+from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
+from optuna_quota._isolation.output import prepare_logging, read_output_settings
+from optuna_quota._isolation.pickling import dump_objective, NeedsFork, Payload
+from optuna_quota._isolation.portable import launch_portable
+from optuna_quota._isolation.rpc import RemoteObjects, TrialFacts
+from optuna_quota._metering.visible_gpus import device_memory
+from optuna_quota._resources import Limits
+
+
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
+
+    from optuna_quota._metering import TrialMonitor
 
 
 StartMethod = Literal["forkserver", "spawn", "fork"]
+OnCrash = Literal["fail", "raise"]
 
 
-# The study's side.
+@dataclass(frozen=True)
+class IsolationOptions:
+    """The options of :func:`~optuna_quota.isolated`."""
+
+    grace_period: float
+    start_method: StartMethod
+    limits: Limits | None
+    predictive_stop: bool
+    on_crash: OnCrash
+    strict_memory: bool
+    preload: tuple[str, ...]
+
+    @property
+    def outsiders(self) -> int:
+        """How many processes beside the trial share the memory that it was forked with.
+
+        The fork server, the trial's supervisor, and the two that wait for the next trial.
+        """
+        return 4 if self.start_method == "forkserver" else 0
 
 
-class TrialConnections:
-    """The connections of the study's process to a trial.
+class CannotStart(Exception):
+    """No process can be started for a trial; a fork server was tried again."""
 
-    Args:
-        channel: The connection to the trial.
-        control: The connection to its supervisor.
-        supervisor: The supervisor's pid when it is this process's own child, else None.
-    """
-
-    def __init__(self, channel: Channel, control: Channel, supervisor: int | None = None) -> None:
-        self.channel = channel
-        self.control = control
-        self._supervisor = supervisor
-
-    def close(self) -> None:
-        """Close the connections, which kills whatever is left; wait for the supervisor."""
-        self.channel.close()
-        self.control.close()
-        pid, self._supervisor = self._supervisor, None
-        if pid is not None:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"The trial's process could not be started: {error}")
 
 
-def launch_fork(cgroup: Path | None, inherited: InheritedObjective) -> TrialConnections:
-    """Fork a trial from this process: nothing is pickled, and no GPU context may exist.
+@dataclass
+class LaunchedTrial:
+    """A trial's processes, and the messages that they wait for or have inherited."""
 
-    Args:
-        cgroup: Where to make its control group, None for none.
-        inherited: What the trial needs.
+    connections: TrialConnections
+    to_send: tuple[messages.BeginMonitoring, messages.StartTrial, Payload] | None = None
 
-    Raises:
-        RuntimeError: If this process uses CUDA, which does not survive a fork.
-    """
-    if linux.uses_cuda():
-        raise RuntimeError(
-            "`start_method` must not be 'fork' once this process uses CUDA, which a forked "
-            "process can't use; choose 'forkserver'."
+    def begin(self) -> None:
+        """Send the messages; while the trial runs, it alone holds what was sent to it."""
+        to_send, self.to_send = self.to_send, None
+        if to_send is not None:
+            monitoring, start, payload = to_send
+            with contextlib.suppress(ConnectionError):
+                self.connections.control.send(monitoring)
+                self.connections.channel.send(start)
+                payload.send_buffers(self.connections.channel)
+
+
+@dataclass(frozen=True)
+class TrialLauncher:
+    """Starts the processes of one trial."""
+
+    objective: Callable[..., Any]
+    options: IsolationOptions
+    trial: BaseTrial
+    monitor: TrialMonitor
+    remote: RemoteObjects
+    cores: Cores | None
+
+    def launch(self) -> LaunchedTrial:
+        """Start the processes; raises CannotStart if that fails."""
+        try:
+            return self._launch()
+        except OSError as error:
+            raise CannotStart(error) from error
+
+    def _launch(self) -> LaunchedTrial:
+        method = self.options.start_method
+        if not linux.can_supervise():
+            main = find_main_module().without_statements()
+            payload = dump_objective(self.objective, self.remote, main)
+            return self._with_messages(launch_portable(), payload, main)
+        if method == "fork":
+            return self._fork()
+        client = fork_server_client()
+        if method == "spawn":
+            client = client.for_one_trial()
+        before = self.monitor.elapsed
+        try:
+            main = client.prepare(self.options.preload)
+            payload = dump_objective(self.objective, self.remote, main)
+            connections = client.launch(_delegated_cgroup(), payload.descriptors)
+        except NeedsFork:
+            # As multiprocessing itself would by default, where such a lock is made.
+            if linux.uses_cuda():
+                raise
+            return self._fork()
+        finally:
+            if method == "spawn":
+                client.release()
+        # What the fork server loads first serves all trials, so this one is not charged for it.
+        self.monitor.detach(waited=self.monitor.elapsed - before)
+        return self._with_messages(connections, payload, main)
+
+    def _fork(self) -> LaunchedTrial:
+        """Fork a trial from this process: nothing is pickled, and no GPU context may exist."""
+        if linux.uses_cuda():
+            raise RuntimeError(
+                "`start_method` must not be 'fork' once this process uses CUDA, which a forked "
+                "process can't use; choose 'forkserver'."
+            )
+        # Made before the fork: after it, each page that is touched here is copied.
+        start = self._start_message(None, MainModule())
+        inherited = messages.InheritedObjective(start, self._monitoring(), self.objective)
+        prepare_logging(reset=False)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                stream.flush()
+        _end_openmp_threads()
+        parent = os.pidfd_open(os.getpid())
+        try:
+            forked = fork_trial(parent, cgroup=_delegated_cgroup(), inherited=inherited)
+        finally:
+            os.close(parent)
+        channels = Channel(forked.channel), Channel(forked.control)
+        return LaunchedTrial(TrialConnections(*channels, forked.supervisor))
+
+    def _with_messages(
+        self, connections: TrialConnections, payload: Payload, main: MainModule
+    ) -> LaunchedTrial:
+        to_send = self._monitoring(), self._start_message(payload, main), payload
+        return LaunchedTrial(connections, to_send)
+
+    def _start_message(self, payload: Payload | None, main: MainModule) -> messages.StartTrial:
+        trial, monitor = self.trial, self.monitor
+        study = trial.study if isinstance(trial, Trial) else None
+        # Limits that can be set only once use the largest possible grant of a quota; the
+        # metering loop enforces what is granted so far.
+        limits = {name: ceiling.limit for name, ceiling in monitor.hard_ceilings.items()}
+        environment = {**os.environ, **monitor.environment}
+        return messages.StartTrial(
+            context=read_context(monitor.environment, main),
+            output=read_output_settings(),
+            trial=TrialFacts(
+                address=self.remote.listener.address,
+                number=trial.number,
+                trial_id=None if study is None else _optuna.trial_id_of(trial),
+                datetime_start=trial.datetime_start,
+                study=None if study is None else self.remote.handle(study),
+            ),
+            limits=limits,
+            device_memory=device_memory(environment) if "gpu_memory" in limits else None,
+            cores=self.cores,
+            grace_period=self.options.grace_period,
+            objective=None if payload is None else payload.pickles,
+            buffers=() if payload is None else payload.sizes,
+            strict_memory=self.options.strict_memory,
+            worker_signals=() if study is None else preemption_of(study).signals,
         )
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            stream.flush()
-    _end_openmp_threads()
-    parent = os.pidfd_open(os.getpid())
-    try:
-        forked = fork_trial(parent, cgroup=cgroup, inherited=inherited)
-    finally:
-        os.close(parent)
-    return TrialConnections(Channel(forked.channel), Channel(forked.control), forked.supervisor)
+
+    def _monitoring(self) -> messages.BeginMonitoring:
+        ceiling = self.monitor.hard_ceilings.get("memory")
+        return messages.BeginMonitoring(
+            grace_period=self.options.grace_period,
+            memory=None if ceiling is None else ceiling.limit,
+            quota=ceiling is not None and ceiling.quota,
+            elapsed=self.monitor.elapsed,
+            outsiders=self.options.outsiders,
+        )
+
+
+@functools.cache
+def _delegated_cgroup() -> Path | None:
+    return find_delegated(own_cgroup())
 
 
 _OMP_PAUSE_HARD = 2
@@ -104,232 +223,3 @@ def _end_openmp_threads() -> None:
             with contextlib.suppress(OSError, AttributeError):
                 library = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
                 library.omp_pause_resource_all(_OMP_PAUSE_HARD)
-
-
-_BOOT = (
-    "import sys; sys.path[:] = {path!r}; "
-    "from optuna_quota._isolation.{module} import main; main({argument})"
-)
-
-
-def interpreter(module: str, argument: Any) -> list[str]:
-    """Return the command that runs ``main`` of one of these modules in a fresh interpreter.
-
-    The study's script is not run, so that it needs no guard. It imports from where this process
-    does: the working directory, which is first otherwise, may have a file of a module's name.
-    """
-    from multiprocessing.spawn import get_executable
-
-    folder = str(Path(__file__).resolve().parents[2])
-    path = [entry for entry in sys.path if isinstance(entry, str)]
-    path += [] if folder in path else [folder]
-    flags = [f"-X{name}" for name in ("utf8", "dev") if name in sys._xoptions]
-    code = _BOOT.format(path=path, module=module, argument=repr(argument))
-    return [os.fsdecode(get_executable()), *flags, "-c", code]
-
-
-def popen(command: list[str], errors: IO[bytes], **options: Any) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own, with ``errors`` as its standard error."""
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=errors,
-        start_new_session=True,
-        **options,
-    )
-
-
-def send_streams(channel: Channel, descriptors: Sequence[int] = ()) -> None:
-    """Send this process's standard output and error, and other open files, to a trial."""
-    with contextlib.ExitStack() as stack:
-        streams = [_stream(number, stack) for number in (1, 2)]
-        channel.send_descriptors([*streams, *descriptors])
-
-
-def _stream(number: int, stack: contextlib.ExitStack) -> int:
-    """Return a standard stream's descriptor, that of a null device where it is closed."""
-    try:
-        # Where it was closed from the start, another file may have its number.
-        if (sys.__stdout__, sys.__stderr__)[number - 1] is None:
-            raise OSError
-        os.fstat(number)
-    except OSError:
-        number = os.open(os.devnull, os.O_WRONLY)
-        stack.callback(os.close, number)
-    return number
-
-
-# In the forking process and its children.
-
-
-@dataclass(frozen=True)
-class ForkedTrial:
-    """A trial's processes, waiting for their first messages.
-
-    Attributes:
-        supervisor: The supervisor's pid.
-        channel: The study's end of the connection to the trial.
-        control: The study's end of the connection to the supervisor.
-    """
-
-    supervisor: int
-    channel: socket.socket
-    control: socket.socket
-
-
-def fork_trial(
-    parent: int, *, cgroup: Path | None, inherited: InheritedObjective | None = None
-) -> ForkedTrial:
-    """Fork a supervisor, which forks its trial.
-
-    Args:
-        parent: A pidfd of the study's process; stays open here.
-        cgroup: Where to make the trial's control group, None for none.
-        inherited: What the trial has from this process; without it, all is sent to the trial.
-    """
-    channel, trial_channel = socket.socketpair()
-    control, supervisor_control = socket.socketpair()
-    with trial_channel, supervisor_control, block_job_signals():
-        pid = fork()
-        if pid == 0:
-            try:
-                _run_supervisor(
-                    trial_channel.fileno(), supervisor_control.fileno(), parent, cgroup, inherited
-                )
-            finally:
-                # Never return into the parent's code.
-                os._exit(1)
-    return ForkedTrial(pid, channel, control)
-
-
-def fork() -> int:
-    """Fork this process, whatever threads it has: the child starts from a known state."""
-    with warnings.catch_warnings():
-        # Python 3.12 warns where it counts a second thread, such as an idle one of OpenBLAS.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
-
-
-def _run_supervisor(
-    channel: int,
-    control: int,
-    parent: int,
-    cgroup_folder: Path | None,
-    inherited: InheritedObjective | None,
-) -> NoReturn:
-    os.setsid()
-    ignore_job_signals()
-    linux.become_subreaper()
-    # Keeps messages apart, of which a signal handler of the trial reads one without waiting.
-    link, trial_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    trial_link.setblocking(False)
-    crash_file = os.memfd_create("optuna-quota-crash")
-    cgroup = None
-    if cgroup_folder is not None:
-        with contextlib.suppress(OSError):
-            cgroup = Cgroup(cgroup_folder)
-    supervisor = os.getpid()
-    child = fork()
-    if child == 0:
-        link.close()
-        _run_trial(channel, trial_link, crash_file, parent, supervisor, cgroup, inherited)
-    trial_link.close()
-    _close_all_but(control, parent, link.fileno(), crash_file)
-    gc.disable()
-    connection = Channel(socket.socket(fileno=control))
-    with contextlib.suppress(OSError):
-        connection.send(ProcessStarted())
-    report = Supervisor(
-        connection,
-        child,
-        link=link,
-        parent=parent,
-        crash_file=crash_file,
-        cgroup=cgroup,
-        monitoring=None if inherited is None else inherited.monitoring,
-    ).run()
-    with contextlib.suppress(OSError):
-        connection.send(report)
-    os._exit(0)
-
-
-def _run_trial(
-    channel: int,
-    link: socket.socket,
-    crash_file: int,
-    parent: int,
-    supervisor: int,
-    cgroup: Cgroup | None,
-    inherited: InheritedObjective | None,
-) -> NoReturn:
-    code = 1
-    try:
-        # A session of its own: a trial that signals its process group must not hit its supervisor.
-        os.setsid()
-        linux.die_with_parent(supervisor)
-        if cgroup is not None:
-            with contextlib.suppress(OSError):
-                cgroup.add(os.getpid())
-        if faulthandler.is_enabled():
-            linux.enlarge_signal_stack()
-        handle_job_signals()
-        if inherited is None:
-            _close_all_but(channel, link.fileno(), crash_file, parent, *_opened_by_modules)
-        else:
-            # A garbage collection would copy the inherited pages.
-            gc.freeze()
-        become_child(f"Trial-{supervisor}", parent)
-        code = run_child(
-            Channel(socket.socket(fileno=channel)),
-            link=link,
-            crash_file=crash_file,
-            inherited=inherited,
-            streams=inherited is None,
-        )
-    finally:
-        os._exit(code)
-
-
-_opened_by_modules: set[int] = set()
-
-
-@contextlib.contextmanager
-def modules_may_open_files() -> Iterator[None]:
-    """Keep open in trials what is opened within the block: logs, databases, shared memory.
-
-    What a module holds would otherwise refer to closed files, or to others of the same numbers.
-    """
-    before = _open_descriptors()
-    try:
-        yield
-    finally:
-        now = _open_descriptors()
-        _opened_by_modules.intersection_update(now)
-        _opened_by_modules.update(now - before)
-
-
-def _open_descriptors() -> set[int]:
-    found = {int(name) for name in os.listdir("/proc/self/fd")}
-    # That of the listing itself is closed by now.
-    return {handle for handle in found if _is_open(handle)}
-
-
-def _is_open(handle: int) -> bool:
-    try:
-        os.fstat(handle)
-    except OSError:
-        return False
-    return True
-
-
-def _close_all_but(*handles: int) -> None:
-    """Close what this process has inherited and does not need.
-
-    A copy of the study's end of a connection would keep it open when the study's process dies.
-    """
-    kept = {0, 1, 2, *handles}
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in kept:
-            with contextlib.suppress(OSError):
-                os.close(int(name))

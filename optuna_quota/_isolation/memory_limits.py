@@ -1,4 +1,4 @@
-"""Limits that the kernel keeps: RLIMIT_DATA, RLIMIT_CPU and a control group for each trial.
+"""Limits that the kernel and frameworks keep: RLIMIT_DATA, RLIMIT_CPU, a control group, GPU caps.
 
 By default the supervisor judges memory and no ``RLIMIT_DATA`` is set: it counts private writable
 memory whether touched or not (stacks of threads, arenas, ``np.zeros``, private mappings of files),
@@ -8,13 +8,20 @@ and no shared memory. It makes an allocation fail that would pass the limit, and
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 import contextlib
 import itertools
+import logging
 import math
 import os
 from pathlib import Path
 import sys
+from typing import Any
 
+from optuna_quota._isolation.modules import after_import
+
+
+_logger = logging.getLogger("optuna.quota.isolated")
 
 # Added to the kernel's own score of a process for the out-of-memory killer, in thousandths of all
 # memory: a trial is killed before the study that started it.
@@ -28,39 +35,33 @@ _BUFFER = 40 * 2**20
 
 
 def has_room(memory: float, used: int, cores: int) -> bool:
-    """Return whether RLIMIT_DATA leaves enough room for native libraries.
-
-    Args:
-        memory: The memory limit, in bytes.
-        used: The memory in use, in bytes.
-        cores: The threads that a native library may start.
-    """
+    """Return whether RLIMIT_DATA leaves room, in bytes, for native libraries' threads."""
     return memory - used >= max(MIN_ROOM, min(cores * _BUFFER, memory / 2))
 
 
 def data_limit(data: int, used: float, memory: float) -> int:
-    """Return the RLIMIT_DATA under which the memory in use can't pass a limit.
+    """Return the RLIMIT_DATA under which the memory in use can't pass a limit, in bytes.
 
-    Args:
-        data: What RLIMIT_DATA counts now, in bytes.
-        used: The memory in use now, in bytes.
-        memory: The memory limit, in bytes.
+    ``data`` is what it counts now.
     """
     return min(data + max(0, math.floor(memory - used)), sys.maxsize)
 
 
-def _data_size(pid: int | str = "self") -> int | None:
-    """Return the bytes that RLIMIT_DATA counts of a process, None when unknown."""
+def _status_sum(pid: int | str, *names: bytes) -> int | None:
+    """Return the sum of sizes in a process's status, in bytes; None when unknown."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/status", "rb") as file:
-        for line in file:
-            if line.startswith(b"VmData:"):
-                return int(line.split()[1]) * 1024
+        sizes = [int(line.split()[1]) * 1024 for line in file if line.startswith(names)]
+        return sum(sizes) if sizes else None
     return None
+
+
+def _data_size(pid: int | str) -> int | None:
+    return _status_sum(pid, b"VmData:")
 
 
 def limit_memory(memory: float) -> int | None:
     """Limit this process's memory; return the RLIMIT_DATA set, None if none was."""
-    data = _data_size() if sys.platform == "linux" else None
+    data = _data_size("self") if sys.platform == "linux" else None
     if data is None:
         return None
     import resource
@@ -86,10 +87,7 @@ def may_exceed(memory: float | None) -> bool:
     """
     if memory is None or sys.platform != "linux":
         return False
-    names = (b"RssAnon:", b"RssShmem:", b"VmSwap:")
-    with contextlib.suppress(OSError), open("/proc/self/status", "rb") as file:
-        return sum(int(line.split()[1]) for line in file if line.startswith(names)) * 1024 > memory
-    return False
+    return (_status_sum("self", b"RssAnon:", b"RssShmem:", b"VmSwap:") or 0) > memory
 
 
 def lift_memory_limit() -> None:
@@ -102,16 +100,11 @@ def lift_memory_limit() -> None:
 
 
 class DataLimit:
-    """Keeps a child's RLIMIT_DATA at what its memory may still grow by.
+    """Keeps a child's RLIMIT_DATA, at first ``soft``, at what its memory may still grow by.
 
     Memory that is mapped and stays untouched for a while (stacks of threads, arenas, a sparse
     array) does not count toward the limit, so the same amount is added. Not at once: an array that
     is just being filled is untouched for a moment.
-
-    Args:
-        pid: A child of this process.
-        memory: The memory limit, in bytes.
-        soft: The RLIMIT_DATA that the child has set itself.
     """
 
     PERIOD = 0.1
@@ -139,7 +132,6 @@ class DataLimit:
         return self.FAST_PERIOD if wanted > self._soft + self.MIN_CHANGE else self.PERIOD
 
     def _set(self, soft: int) -> bool:
-        """Set the soft limit; return whether it is in force."""
         import resource
 
         with contextlib.suppress(OSError, ValueError):
@@ -152,14 +144,10 @@ class DataLimit:
 
 
 def limit_cpu_time(cpu_time: float, grace_period: float) -> None:
-    """Let the kernel stop this process when its own CPU time is used up.
+    """Let the kernel stop this process when its own CPU time, in seconds, is used up.
 
     A backstop: the kernel counts whole seconds of one process, the metering the tree's, and is
-    first.
-
-    Args:
-        cpu_time: The limit in CPU-seconds.
-        grace_period: Seconds between SIGXCPU and SIGKILL.
+    first. The grace period lies between SIGXCPU and SIGKILL.
     """
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
@@ -175,13 +163,10 @@ def limit_cpu_time(cpu_time: float, grace_period: float) -> None:
 
 def raise_oom_score() -> None:
     """Let the kernel's out-of-memory killer prefer this process; always permitted."""
+    path = "/proc/self/oom_score_adj"
     with contextlib.suppress(OSError, ValueError):
-        handle = os.open("/proc/self/oom_score_adj", os.O_RDWR)
-        try:
-            if int(os.read(handle, 16)) < OOM_SCORE:
-                os.pwrite(handle, str(OOM_SCORE).encode(), 0)
-        finally:
-            os.close(handle)
+        if int(Path(path).read_text()) < OOM_SCORE:
+            _write(path, str(OOM_SCORE))
 
 
 def reset_peak() -> None:
@@ -198,6 +183,8 @@ def _write(path: Path | str, text: str) -> None:
         os.close(handle)
 
 
+# Control groups.
+
 _MOUNT = Path("/sys/fs/cgroup")
 
 
@@ -213,12 +200,7 @@ def own_cgroup(mount: Path = _MOUNT) -> Path | None:
 
 
 def find_delegated(start: Path | None, mount: Path = _MOUNT) -> Path | None:
-    """Return the nearest group in which groups with a memory limit may be made, None without.
-
-    Args:
-        start: The group to begin at; those above it are tried in turn.
-        mount: Where the hierarchy is mounted.
-    """
+    """Return the nearest group, from this one up, in which groups with a limit may be made."""
     while start is not None and (start == mount or mount in start.parents):
         if _is_delegated(start):
             return start
@@ -243,13 +225,10 @@ _numbers = itertools.count()
 
 
 class Cgroup:
-    """The control group of one trial, where the system delegates one.
+    """The control group of one trial in a folder where the system delegates one, else OSError.
 
     With it the kernel counts the memory of the whole tree, shared memory and files in tmpfs
     included, and kills the tree at once.
-
-    Args:
-        folder: The group to make it in; raises OSError if it can't be made.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -257,7 +236,6 @@ class Cgroup:
         self._folder.mkdir()
 
     def add(self, pid: int) -> None:
-        """Move a process in, with all that it starts from now on; raises OSError if refused."""
         _write(self._folder / "cgroup.procs", str(pid))
 
     def limit_memory(self, room: float) -> None:
@@ -274,7 +252,6 @@ class Cgroup:
             _write(self._folder / "memory.swap.max", "0")
 
     def oom_kills(self) -> int:
-        """Return how many processes the kernel has killed in this group for its memory."""
         return self._table("memory.events").get("oom_kill", 0)
 
     def kill(self) -> bool:
@@ -286,7 +263,6 @@ class Cgroup:
         return True
 
     def remove(self) -> None:
-        """Remove the group, which must be empty."""
         with contextlib.suppress(OSError):
             self._folder.rmdir()
 
@@ -298,3 +274,128 @@ class Cgroup:
             return {}
         fields = (line.split() for line in text.splitlines())
         return {pair[0]: int(pair[1]) for pair in fields if len(pair) == 2}
+
+
+# GPU memory. NVML shows what a process holds, not what it is about to allocate. A framework with a
+# cap fails its own allocation, and the error is recognized as a breach.
+
+
+def set_gpu_caps(gpu_memory: float | None, device_memory: float | None) -> None:
+    """Cap the frameworks at a trial's limit on GPU memory; without one, do nothing.
+
+    Args:
+        gpu_memory: The trial's limit, in bytes.
+        device_memory: The memory of the smallest GPU or MIG instance that the trial sees, in
+            bytes; None when unknown, and then only what needs no fraction is set.
+    """
+    if gpu_memory is None:
+        return
+    # By default TensorFlow takes a whole device, whatever the model needs.
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    # By default JAX takes three quarters of each device at once: the need of a trial would stay
+    # unknown, and its whole limit, with the driver's own part on top, would be a breach.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if device_memory:
+        fraction = math.floor(1e4 * min(1.0, gpu_memory / device_memory)) / 1e4
+        _set_at_most("XLA_PYTHON_CLIENT_MEM_FRACTION", fraction, f"{fraction:.4f}")
+    # A share of the device, which CuPy takes too ("50%"), is no smaller for sure.
+    _set_at_most("CUPY_GPU_MEMORY_LIMIT", gpu_memory, str(int(gpu_memory)))
+    after_import("torch.cuda", lambda module: cap_torch(module, gpu_memory))
+    after_import("tensorflow", lambda module: cap_tensorflow(module, gpu_memory))
+
+
+def _set_at_most(name: str, most: float, text: str) -> None:
+    """Set an environment variable, unless it has a smaller number already."""
+    try:
+        if float(os.environ[name]) <= most:
+            return
+    except (KeyError, ValueError):
+        pass
+    os.environ[name] = text
+
+
+def cap_torch(cuda: Any, gpu_memory: float) -> None:
+    """Cap torch's allocator on each device at so many bytes, as soon as CUDA is used."""
+
+    def cap() -> None:
+        for device in range(cuda.device_count()):
+            total = cuda.get_device_properties(device).total_memory
+            cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / total), device)
+
+    # Torch's queue of calls at initialization: to initialize CUDA here would take GPU memory for
+    # trials that never use it.
+    lazily = getattr(cuda, "_lazy_call", None)
+    if lazily is not None:
+        lazily(cap)
+    elif cuda.is_available():
+        cap()
+
+
+def cap_tensorflow(tensorflow: Any, gpu_memory: float) -> None:
+    """Cap TensorFlow's allocator on each device at so many bytes.
+
+    To list the devices takes no GPU memory.
+    """
+    config = tensorflow.config
+    try:
+        for device in config.list_physical_devices("GPU"):
+            cap = config.LogicalDeviceConfiguration(memory_limit=gpu_memory / 2**20)
+            config.set_logical_device_configuration(device, [cap])
+    except (AttributeError, RuntimeError, ValueError) as error:
+        # A version without it, or one that has started already: the meter judges alone.
+        _logger.info(f"TensorFlow got no cap on its GPU memory: {error}")
+        return
+    set_growth = config.experimental.set_memory_growth
+
+    def set_memory_growth(device: Any, enable: bool) -> None:
+        # On a device with a cap it raises an error; TF_FORCE_GPU_ALLOW_GROWTH does the same.
+        if not config.get_logical_device_configuration(device):
+            set_growth(device, enable)
+
+    config.experimental.set_memory_growth = set_memory_growth
+
+
+def framework_gpu_memory() -> float | None:
+    """Return the peak of GPU memory by the counters of frameworks in use, in bytes."""
+    found = []
+    for name, count in _COUNTERS.items():
+        module = sys.modules.get(name)
+        if module is not None:
+            # Whatever it raises, the trial's own result counts.
+            with contextlib.suppress(Exception):
+                found.append(float(count(module)))
+    return sum(found) or None
+
+
+def _torch_peak(torch: Any) -> Any:
+    if not torch.cuda.is_initialized():
+        return 0.0
+    devices = range(torch.cuda.device_count())
+    return sum(torch.cuda.max_memory_reserved(device) for device in devices)
+
+
+def _jax_peak(jax: Any) -> Any:
+    # To ask for the devices would start the backend.
+    if not sys.modules["jax._src.xla_bridge"]._backends:
+        return 0.0
+    counters = [d.memory_stats() for d in jax.local_devices() if d.platform in ("gpu", "cuda")]
+    return sum((stats or {}).get("peak_bytes_in_use", 0) for stats in counters)
+
+
+def _tensorflow_peak(tensorflow: Any) -> Any:
+    # To ask for the devices would start the runtime.
+    context = sys.modules["tensorflow.python.eager.context"]._context
+    if context is None or not context._initialized:
+        return 0.0
+    config = tensorflow.config
+    names = [f"GPU:{i}" for i in range(len(config.list_logical_devices("GPU")))]
+    return sum(config.experimental.get_memory_info(name)["peak"] for name in names)
+
+
+_COUNTERS: Mapping[str, Callable[[Any], Any]] = {
+    "torch": _torch_peak,
+    "jax": _jax_peak,
+    "tensorflow": _tensorflow_peak,
+    # Its pool frees nothing by itself: its size is its peak.
+    "cupy": lambda cupy: cupy.get_default_memory_pool().total_bytes(),
+}

@@ -1,14 +1,20 @@
-"""Finds the user's own modules, and those to load before trials are forked."""
+"""Modules: which are the user's own, what to load before trials are forked, what to carry over.
+
+A script that sets ``config.SCALE = 10`` or ``Config.epochs = 3`` in a module of the user's means
+its trials as well, which import that module again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import operator
 import os
+import pickle
 import site
 import sys
 import sysconfig
@@ -29,12 +35,13 @@ _HOSTS = {*_NOTEBOOKS, *_TEST_TOOLS, "optuna_quota"}
 _OF_MODELS = {"cmaes", "pandas", "patsy", "scipy", "statsmodels"}
 
 
+# What to load before trials are forked.
+
+
 def modules_to_preload(*, everything: bool) -> list[str]:
     """Return the modules of this process that trials are to find loaded, in order.
 
-    Args:
-        everything: Whether to take all imported modules, or only those of packages that the
-            user's own code names.
+    Of all that are imported, or of the packages alone that the user's own code names.
     """
     own = user_modules()
     packages = {_package(module.__name__) for module in own}
@@ -47,14 +54,13 @@ def modules_to_preload(*, everything: bool) -> list[str]:
 
 
 def can_preload(names: Iterable[str]) -> list[str]:
-    """Return those modules that can be imported before a fork."""
     found = []
     for name in names:
         spec = getattr(sys.modules.get(name), "__spec__", None)
+        is_itself = spec is not None and spec.name == name
         if (
-            _package(name) not in _NEVER
-            and spec is not None
-            and spec.name == name
+            is_itself
+            and _package(name) not in _NEVER
             and not getattr(spec, "_initializing", False)
         ):
             found.append(name)
@@ -66,17 +72,20 @@ def _package(module: str) -> str:
 
 
 def _packages_of_globals(module: types.ModuleType | None) -> set[str]:
-    found, name = set(), None
+    found = set()
     for value in list(getattr(module, "__dict__", {}).values()):
         if isinstance(value, types.ModuleType):
-            name = value.__name__
+            name: Any = value.__name__
         elif isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
-            name = getattr(value, "__module__", None)
+            name = value.__module__
         else:
             name = type(value).__module__
         if isinstance(name, str):
             found.add(_package(name))
     return found
+
+
+# The user's own modules.
 
 
 def user_modules() -> list[types.ModuleType]:
@@ -159,6 +168,9 @@ def modified(file: str) -> int:
         return 0
 
 
+# Modules that are imported later.
+
+
 def after_import(name: str, act: Callable[[types.ModuleType], None]) -> None:
     """Call back with a module once it is imported; at once if it is already."""
     if name in sys.modules:
@@ -192,3 +204,140 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
             loader.exec_module = exec_module
         return spec
+
+
+# State that a script has changed.
+
+# Objects with a larger pickle are data, which the module loads itself.
+_MAX_PICKLE = 1 << 14
+_MAX_ITEMS = 200
+_CONTAINERS = (list, tuple, set, frozenset, dict)
+
+
+class _Attributes(dict[str, Any]):
+    """Attributes of a class."""
+
+
+class _Pickled(bytes):
+    """The pickle of an object, to be loaded when its module is there."""
+
+
+def is_plain(value: Any, depth: int = 4, *, subclasses: bool = False) -> bool:
+    """Return whether a value is made of numbers, texts and small containers of them.
+
+    Containers may be nested so deep, and be of subclasses, such as dictionaries with attributes.
+    """
+    if value is None or type(value) in (bool, int, float, complex, str, bytes):
+        return True
+    is_container = isinstance(value, _CONTAINERS) if subclasses else type(value) in _CONTAINERS
+    if depth == 0 or not is_container or len(value) > _MAX_ITEMS:
+        return False
+    parts = [*value, *(value.values() if isinstance(value, dict) else ())]
+    if subclasses:
+        parts += getattr(value, "__dict__", {}).values()
+    return all(is_plain(part, depth - 1, subclasses=subclasses) for part in parts)
+
+
+def plain_attributes(value: Any) -> dict[str, Any]:
+    """Return the plain attributes of a class or function that a script may have changed."""
+    return {
+        name: found
+        for name, found in list(getattr(value, "__dict__", {}).items())
+        if not name.startswith("_") and is_plain(found)
+    }
+
+
+def read_module_state(modules: Iterable[types.ModuleType]) -> dict[str, bytes]:
+    """Return the pickled state of a user's modules: plain globals, class attributes, objects."""
+    found = {module.__name__: _read(module) for module in modules}
+    return {name: pickle.dumps(state) for name, state in found.items() if state}
+
+
+def _read(module: types.ModuleType) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for name, value in list(vars(module).items()):
+        if name.startswith("__") or isinstance(value, (types.ModuleType, types.FunctionType)):
+            continue
+        if isinstance(value, type):
+            if value.__module__ == module.__name__:
+                state[name] = _Attributes(plain_attributes(value))
+        elif is_plain(value):
+            state[name] = value
+        elif (data := _dump_small(value)) is not None:
+            state[name] = _Pickled(data)
+    return state
+
+
+def _dump_small(value: Any) -> bytes | None:
+    """Return the pickle of a small object, None for others."""
+    # Finding out the size of models and arrays would take too long.
+    if hasattr(type(value), "__array__"):
+        return None
+    try:
+        held = value if isinstance(value, _CONTAINERS) else vars(value)
+        if not is_plain(held, depth=5, subclasses=True):
+            return None
+        data = pickle.dumps(value)
+    except Exception:  # noqa: BLE001 - a user's __getattr__ or __reduce__ may raise anything
+        return None
+    return data if len(data) <= _MAX_PICKLE else None
+
+
+def restore_module_state(states: Mapping[str, bytes]) -> None:
+    """Set what differs, in imported modules now and in others once they are imported."""
+    for name, data in states.items():
+        after_import(name, functools.partial(_restore, data))
+
+
+def _restore(data: bytes, module: types.ModuleType) -> None:
+    for name, state in pickle.loads(data).items():
+        value = vars(module).get(name)
+        if isinstance(state, _Attributes):
+            set_attributes(value, state)
+        elif isinstance(state, _Pickled):
+            with contextlib.suppress(Exception):  # its class may be gone from an edited module
+                _assign(module, name, pickle.loads(state))
+        elif not _is_same(value, state):
+            _assign(module, name, state)
+
+
+def _assign(module: types.ModuleType, name: str, state: Any) -> None:
+    """Let a global have a value, in place where other names may refer to the same object."""
+    value: Any = vars(module).get(name)
+    if type(value) is type(state) and not hasattr(type(value), "__slots__"):
+        if isinstance(value, (dict, set)):
+            value.clear()
+            value.update(state)
+        elif isinstance(value, list):
+            value[:] = state
+        if hasattr(value, "__dict__"):
+            vars(value).clear()
+            vars(value).update(vars(state))
+        if hasattr(value, "__dict__") or isinstance(value, (dict, set, list)):
+            return
+    setattr(module, name, state)
+
+
+def set_attributes(owner: Any, attributes: Mapping[str, Any]) -> None:
+    for name, value in attributes.items():
+        if not _is_same(getattr(owner, name, None), value):
+            with contextlib.suppress(AttributeError, TypeError):  # read-only by now
+                setattr(owner, name, value)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    return type(value) is type(other) and bool(value == other)
+
+
+def set_main_state(values: Mapping[str, Any], attributes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Set globals of ``__main__``, and attributes of its classes and functions by their names."""
+    main = sys.modules["__main__"]
+    vars(main).update(values)
+    for path, found in attributes.items():
+        set_attributes(operator.attrgetter(path)(main), found)
+
+
+def set_module_parts(name: str, parts: Mapping[str, Any]) -> None:
+    """Set functions and classes of a module that the trial's process must not import."""
+    module = sys.modules.setdefault(name, types.ModuleType(name))
+    vars(module).update(parts)

@@ -7,31 +7,24 @@ the GPU full of other processes' memory has failed, and nothing is to be learned
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 import dis
 import math
 import re
+import signal
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-from optuna_quota._metering.breach import AT_LIMIT, Ceiling, Ceilings, find_refused_breach
+from optuna_quota._isolation.messages import ExitReport, FailedAllocation
+from optuna_quota._metering.breach import (
+    AT_LIMIT,
+    Ceiling,
+    Ceilings,
+    find_breaches,
+    find_refused_breach,
+)
 from optuna_quota._metering.meter import DeviceShare
 from optuna_quota._resources import Breach, format_amount
-
-
-@dataclass(frozen=True)
-class FailedAllocation:
-    """An allocation that failed.
-
-    Attributes:
-        resource: The kind of memory.
-        requested: The bytes requested, None when the error does not say.
-        text: The message of the error.
-    """
-
-    resource: Literal["memory", "gpu_memory"]
-    requested: float | None = None
-    text: str = field(default="", compare=False)
 
 
 # Module and name of the class, what the message must contain, the kind of memory. The classes
@@ -59,7 +52,7 @@ _CLASSES = (
 _UNITS = {"": 1, "b": 1, "bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _REQUESTED = re.compile(
     r"(?:tried to allocate|trying to allocate|unable to allocate|failed to allocate)"
-    r"\s+([\d.]+)\s*([kmgt]ib|bytes)?"
+    r"\s+(\d+\.?\d*)\s*([kmgt]ib|bytes)?"
 )
 
 
@@ -173,7 +166,6 @@ def _match_named(path: str, names: Collection[str], message: str) -> FailedAlloc
 
 
 def _array_size(error: MemoryError) -> float | None:
-    """Return the bytes of the array that numpy could not allocate."""
     shape: Any = getattr(error, "shape", None)
     size = getattr(getattr(error, "dtype", None), "itemsize", None)
     if shape is None or size is None:
@@ -187,7 +179,6 @@ def _requested(text: str) -> float | None:
 
 
 def _was_raised_by_python(traceback: TracebackType | None) -> bool:
-    """Return whether the innermost frame stands at a ``raise`` statement."""
     if traceback is None:
         return True
     while traceback.tb_next is not None:
@@ -209,22 +200,39 @@ def find_memory_breach(
 ) -> Breach | None:
     """Return the limit that an allocation of memory failed at, None if it failed otherwise.
 
-    Args:
-        failed: The allocation.
-        used: The peak of the trial's memory, in bytes.
-        ceilings: The ceilings in force.
-        elapsed: Seconds since the start of the trial.
-        enforced: Whether the kernel refuses what would pass the limit, touched or not.
+    ``used`` is the peak of the trial's memory, in bytes. Where the limit is ``enforced``, the
+    kernel refuses what would pass it, touched or not.
     """
     wanted = (used or 0.0) + (failed.requested or 0.0)
     share = 0.0 if enforced else AT_LIMIT
     return find_refused_breach(failed.resource, wanted, ceilings, elapsed, share=share)
 
 
+def find_breach_at_exit(
+    report: ExitReport, ceilings: Ceilings, elapsed: float, *, strict_memory: bool = False
+) -> Breach | None:
+    """Return the limit that a process ended at, None if it ended of something else."""
+    used = {"memory": report.memory, "cpu_time": report.cpu_time}
+    found = find_breaches(used, ceilings, elapsed)
+    if found:
+        return found[0]
+    # Native code that is refused memory ends the process where Python would raise; how much it
+    # requested is unknown. SIGKILL is not such an end: it comes from outside.
+    may_be_refused = strict_memory and report.exitcode != -signal.SIGKILL
+    if report.memory is not None and (report.cgroup_oom_kills or may_be_refused):
+        share = 0.0 if report.cgroup_oom_kills else AT_LIMIT
+        breach = find_refused_breach("memory", report.memory, ceilings, elapsed, share=share)
+        if breach is not None:
+            return breach
+    if report.cpu_time is None or report.exitcode != -getattr(signal, "SIGXCPU", 0):
+        return None
+    return find_refused_breach("cpu_time", report.cpu_time, ceilings, elapsed, refused=False)
+
+
 # Characters of an error's message that a reason repeats.
 _MAX_TEXT = 300
 
-_GPU_SIZE = r"([\d.]+) ([KMGT]i)B"
+_GPU_SIZE = r"(\d+\.?\d*) ([KMGT]i)B"
 # PyTorch: "Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 80.00 GiB of which 4.00 MiB
 # is free. [...] Including non-PyTorch memory, this process has 1.40 GiB memory in use."
 _CAPACITY = re.compile(rf"total capacity of {_GPU_SIZE}")
@@ -273,11 +281,8 @@ def read_gpu_memory_state(
 ) -> GpuMemoryState:
     """Return what the error's message says, and the driver where the message does not.
 
-    Args:
-        failed: The allocation.
-        peak: The peak of the trial's GPU memory, in bytes.
-        devices: The trial's GPUs at the moment of the error, none when unknown.
-        device_memory: The memory of each of its GPUs, in bytes.
+    ``peak`` is that of the trial's GPU memory, ``device_memory`` the size of each of its GPUs, in
+    bytes; ``devices`` what they held at the moment of the error, none when unknown.
     """
     text = failed.text
     capacity, free, held_by_text = (_size(pattern, text) for pattern in (_CAPACITY, _FREE, _HELD))
@@ -305,13 +310,7 @@ def read_gpu_memory_state(
 
 
 def find_gpu_breach(state: GpuMemoryState, ceilings: Ceilings, elapsed: float) -> Breach | None:
-    """Return the limit that an allocation failed at, which may be the GPU's size; None for none.
-
-    Args:
-        state: The GPU memory then.
-        ceilings: The ceilings in force.
-        elapsed: Seconds since the start of the trial.
-    """
+    """Return the limit that an allocation failed at, or the GPU's size; None without one."""
     requested, share = state.requested or 0.0, 0.0 if state.is_capped else AT_LIMIT
     wanted = (state.held or 0.0) + requested
     breach = find_refused_breach("gpu_memory", wanted, ceilings, elapsed, share=share)
@@ -323,12 +322,7 @@ def find_gpu_breach(state: GpuMemoryState, ceilings: Ceilings, elapsed: float) -
 
 
 def describe_full_gpu(state: GpuMemoryState, error: BaseException) -> str | None:
-    """Return the reason of a trial that found its GPU full; None when that is not certain.
-
-    Args:
-        state: The GPU memory then, where :func:`find_gpu_breach` found no breach.
-        error: What the objective raised.
-    """
+    """Return the reason of a trial that found its GPU full; None when that is not certain."""
     if state.capacity is None or state.is_capped:
         return None
     asked = "" if state.requested is None else f" and asked for {_bytes(state.requested)} more"

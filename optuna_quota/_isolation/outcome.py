@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+import itertools
 import logging
 import math
 import os
+import signal
 from typing import Any, Literal, NoReturn, TYPE_CHECKING
 
 from optuna import TrialPruned
@@ -17,17 +19,20 @@ from optuna_quota._enforcement.preemption import end_as_preempted, enqueue_again
 from optuna_quota._enforcement.pruner import breach_error
 from optuna_quota._enforcement.study_warnings import never_fits
 from optuna_quota._enforcement.trial_result import read_row, tolerate_constraints_failure
-from optuna_quota._isolation import exit_cause, messages, out_of_memory
+from optuna_quota._isolation import messages, out_of_memory
 from optuna_quota._isolation.channel import unpack_error
+from optuna_quota._isolation.launch import IsolationOptions
+from optuna_quota._isolation.messages import ExitReport
 from optuna_quota._isolation.script_process import ScriptFailed
 from optuna_quota._isolation.server import Server
 from optuna_quota._metering import Verdict
+from optuna_quota._metering.breach import find_refused_breach
 from optuna_quota._metering.meter import DeviceShare, GpuUse
 from optuna_quota._metering.visible_gpus import device_memory, free_memory
 from optuna_quota._records import CRASHED, is_rejected, write_attributes
-from optuna_quota._resources import Breach, Usage
+from optuna_quota._resources import Breach, format_amount, Usage
 from optuna_quota._storage_retry import retry
-from optuna_quota._units import format_seconds
+from optuna_quota._units import format_seconds, format_signal
 from optuna_quota.exceptions import LimitBreached, TrialCrashed, TrialPreempted
 
 
@@ -40,7 +45,6 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("optuna.quota.isolated")
 
-OnCrash = Literal["fail", "raise"]
 CrashStatus = Literal["crashed", "ended", "running"]
 
 # Seconds after a breach from which on a trial's reason says when it ended.
@@ -53,46 +57,33 @@ _MAX_GPU_RETRIES = 3
 FIRST_CRASHES = 3
 CRASHES_IN_A_ROW = 5
 
+INTERRUPTED = "The study was interrupted (KeyboardInterrupt)."
 _HINT = "Call the objective without `isolated` on `study.ask()` to see why; "
 
 
 class OutcomeResolver:
-    """Returns the value of a trial or raises what ended it, and sets the trial's verdict.
-
-    Args:
-        trial: The trial.
-        study: Its study, None for a fixed trial.
-        monitor: Its metering.
-        on_crash: What ``optimize`` does when its process dies.
-        strict_memory: Whether the kernel refuses what would pass the memory limit.
-    """
+    """Returns the value of a trial or raises what ended it, and sets the trial's verdict."""
 
     def __init__(
         self,
         trial: BaseTrial,
         study: Study | None,
         monitor: TrialMonitor,
-        *,
-        on_crash: OnCrash,
-        strict_memory: bool,
+        options: IsolationOptions,
     ) -> None:
         self._trial = trial
         self._study = study
         self._monitor = monitor
-        self._on_crash = on_crash
-        self._strict_memory = strict_memory
+        self._options = options
         self._gpu_devices: Sequence[DeviceShare] = ()
 
     def measure_gpus(self) -> None:
-        """Measure what the trial holds when an allocation on a GPU has failed."""
         self._monitor.sample(fully=True)
         self._gpu_devices = () if self._monitor.gpu is None else self._monitor.gpu.devices
 
     def resolve(self, server: Server) -> Any:
         """Return or raise the outcome of a trial whose process has ended."""
-        report, outcome = server.exit, server.outcome
-        assert report is not None
-        self.add_usage(report, None if outcome is None else outcome.gpu_memory)
+        report, outcome = self._add_usage(server), server.outcome
         if server.breach is not None and server.never_fits:
             limit, held = server.breach.limit, server.breach.observed
             error = never_fits(limit, held, quota=server.breach.quota, isolated=True)
@@ -113,7 +104,7 @@ class OutcomeResolver:
             reason = f"The objective ended its process by sys.exit({outcome.argument})."
         else:
             self._terminate_at_limit(report)
-            reason = exit_cause.describe_exit(report)
+            reason = describe_exit(report)
         return self.crash(report, reason)
 
     def has_ended_early(self, server: Server) -> bool:
@@ -133,39 +124,32 @@ class OutcomeResolver:
 
     def preempt(self, server: Server, reason: str, grace_period: float) -> Any:
         """Return the value of a preempted trial if ``optimize`` runs it, else raise."""
-        report, outcome, study = server.exit, server.outcome, self._study
-        assert report is not None and study is not None
-        self.add_usage(report, None if outcome is None else outcome.gpu_memory)
-        if outcome is None and report.killer is not None:
+        assert self._study is not None
+        report = self._add_usage(server)
+        if server.outcome is None and report.killer is not None:
             reason += f" The trial was killed, at most {grace_period:g} s after it had to stop."
         self._monitor.verdict = Verdict("preempted", reason)
-        end_as_preempted(study, _optuna.trial_id_of(self._trial), reason)
-        if isinstance(self._trial, Trial) and _optuna.is_run_by_optimize(self._trial):
-            return crash_value(reason, len(study.directions))
-        raise TrialPreempted(reason)
+        end_as_preempted(self._study, _optuna.trial_id_of(self._trial), reason)
+        return self._end_without_value(reason, TrialPreempted(reason))
 
     def end_finished_outside(self, server: Server, reason: str) -> Any:
         """Return the value of a trial whose row something else has finished, or raise."""
-        assert server.exit is not None and self._study is not None
-        self.add_usage(server.exit)
+        self._add_usage(server)
         self._monitor.verdict = Verdict("failed", reason)
         self._monitor.close()
         if isinstance(server.outcome, messages.Returned):
             return server.outcome.value
-        if isinstance(self._trial, Trial) and _optuna.is_run_by_optimize(self._trial):
-            return crash_value(reason, len(self._study.directions))
-        raise LimitBreached(reason)
+        return self._end_without_value(reason, LimitBreached(reason))
 
-    def add_usage(self, report: messages.ExitReport, gpu_memory: float | None = None) -> None:
-        """Record the supervisor's figures; the larger ones count."""
-        if gpu_memory is not None and self._monitor.gpu is None:
-            self._monitor.gpu = GpuUse("framework")
-        self._monitor.add_usage(
-            Usage(memory=report.memory, cpu_time=report.cpu_time, gpu_memory=gpu_memory)
-        )
-        self._monitor.record_unseen_peak(report.unseen_memory)
+    def end_interrupted(self, server: Server) -> None:
+        """Set the verdict of a trial that Ctrl-C has ended."""
+        reason = INTERRUPTED
+        if server.exit is not None and self._add_usage(server).killer is not None:
+            grace_period = self._options.grace_period
+            reason += f" The trial took longer than {grace_period:g} s to end: it was killed."
+        self._monitor.verdict = Verdict("failed", reason)
 
-    def crash(self, report: messages.ExitReport, reason: str, hint: str = _HINT) -> Any:
+    def crash(self, report: ExitReport, reason: str, hint: str = _HINT) -> Any:
         """Return the value of a crashed trial if ``optimize`` is to continue, else raise."""
         self._monitor.verdict = Verdict("failed", reason)
         if report.traceback:
@@ -183,11 +167,31 @@ class OutcomeResolver:
                 f"{series}, so the study ends. The last one, trial {trial.number}: {reason} {hint}"
                 "`optimize(..., catch=(TrialCrashed,))` continues anyway.",
             )
-        elif self._on_crash == "fail":
+        elif self._options.on_crash == "fail":
             return crash_value(reason, len(study.directions))
         raise error
 
-    def _return(self, value: Any, report: messages.ExitReport, server: Server) -> Any:
+    def _end_without_value(self, reason: str, error: BaseException) -> Any:
+        """Return the value of a trial that has none if ``optimize`` runs it, else raise."""
+        study, trial = self._study, self._trial
+        if study is None or not isinstance(trial, Trial) or not _optuna.is_run_by_optimize(trial):
+            raise error
+        return crash_value(reason, len(study.directions))
+
+    def _add_usage(self, server: Server) -> ExitReport:
+        """Record the figures of a trial whose process has ended; the larger ones count."""
+        report, outcome = server.exit, server.outcome
+        assert report is not None
+        gpu_memory = None if outcome is None else outcome.gpu_memory
+        if gpu_memory is not None and self._monitor.gpu is None:
+            self._monitor.gpu = GpuUse("framework")
+        self._monitor.add_usage(
+            Usage(memory=report.memory, cpu_time=report.cpu_time, gpu_memory=gpu_memory)
+        )
+        self._monitor.record_unseen_peak(report.unseen_memory)
+        return report
+
+    def _return(self, value: Any, report: ExitReport, server: Server) -> Any:
         failed = server.failed_allocation
         if failed is not None and failed.resource == "memory" and _has_nan(value):
             # A search records a fit that failed as NaN, with a warning.
@@ -201,7 +205,7 @@ class OutcomeResolver:
             )
         return value
 
-    def _raise(self, outcome: messages.Raised, report: messages.ExitReport, server: Server) -> Any:
+    def _raise(self, outcome: messages.Raised, report: ExitReport, server: Server) -> Any:
         """Raise what the objective raised, or for the limit that caused it."""
         error, failed = unpack_error(outcome.error), outcome.failed_allocation
         if report.cgroup_oom_kills:
@@ -212,82 +216,70 @@ class OutcomeResolver:
             return self._end_for_gpu(failed, error, report)
         if failed is not None:
             breach = self._find_memory_breach(failed, report, server)
-        if breach is None and isinstance(error, LimitBreached):
-            used, elapsed = self._monitor.usage().cpu_time, self._monitor.elapsed
-            breach = exit_cause.find_cpu_time_breach(
-                error, used, self._monitor.hard_ceilings, elapsed
+        if (
+            breach is None
+            and isinstance(error, LimitBreached)
+            and (error.resource, error.limit) == ("cpu_time", None)
+        ):
+            # Raised at the kernel's signal, which gives no figures.
+            used = self._monitor.usage().cpu_time or 0.0
+            ceilings, elapsed = self._monitor.hard_ceilings, self._monitor.elapsed
+            breach = find_refused_breach(
+                "cpu_time", used, ceilings, elapsed, share=0.0, refused=False
             )
         if breach is not None:
             self._terminate(breach, cause=error)
         return self._fail(error, report)
 
-    def _fail(self, error: BaseException, report: messages.ExitReport) -> Any:
-        """Raise what the objective raised; a script that has failed is a crash."""
+    def _fail(self, error: BaseException, report: ExitReport) -> Any:
         if not isinstance(error, ScriptFailed):
             raise error
         return self.crash(replace(report, exitcode=error.exitcode), str(error), hint="")
 
     def _find_memory_breach(
-        self, failed: out_of_memory.FailedAllocation, report: messages.ExitReport, server: Server
+        self, failed: messages.FailedAllocation, report: ExitReport, server: Server
     ) -> Breach | None:
-        is_limited = server.ready is not None and server.ready.data_limit is not None
+        ceilings, elapsed = self._monitor.hard_ceilings, self._monitor.elapsed
+        enforced = server.ready is not None and server.ready.data_limit is not None
         return out_of_memory.find_memory_breach(
-            failed,
-            report.memory,
-            self._monitor.hard_ceilings,
-            self._monitor.elapsed,
-            enforced=is_limited,
+            failed, report.memory, ceilings, elapsed, enforced=enforced
         )
 
-    def _terminate_at_limit(
-        self, report: messages.ExitReport, cause: BaseException | None = None
-    ) -> None:
-        """Terminate the trial if its process died at one of its limits."""
-        breach = exit_cause.find_breach_at_exit(
-            report,
-            self._monitor.hard_ceilings,
-            self._monitor.elapsed,
-            strict_memory=self._strict_memory,
+    def _terminate_at_limit(self, report: ExitReport, cause: BaseException | None = None) -> None:
+        ceilings, elapsed = self._monitor.hard_ceilings, self._monitor.elapsed
+        is_strict = self._options.strict_memory
+        breach = out_of_memory.find_breach_at_exit(
+            report, ceilings, elapsed, strict_memory=is_strict
         )
         if breach is not None:
             self._terminate(breach, cause=cause)
 
     def _end_for_gpu(
-        self,
-        failed: out_of_memory.FailedAllocation,
-        error: BaseException,
-        report: messages.ExitReport,
+        self, failed: messages.FailedAllocation, error: BaseException, report: ExitReport
     ) -> Any:
         """End a trial that got no GPU memory; ``optimize`` continues when others had taken it."""
-        state = out_of_memory.read_gpu_memory_state(
-            failed,
-            self._monitor.usage().gpu_memory,
-            self._gpu_devices,
-            device_memory({**os.environ, **self._monitor.environment}),
-        )
-        breach = out_of_memory.find_gpu_breach(
-            state, self._monitor.hard_ceilings, self._monitor.elapsed
-        )
+        monitor = self._monitor
+        size = device_memory({**os.environ, **monitor.environment})
+        peak = monitor.usage().gpu_memory
+        state = out_of_memory.read_gpu_memory_state(failed, peak, self._gpu_devices, size)
+        breach = out_of_memory.find_gpu_breach(state, monitor.hard_ceilings, monitor.elapsed)
         if breach is not None:
             self._terminate(breach, cause=error)
         reason = out_of_memory.describe_full_gpu(state, error)
         if reason is None or isinstance(error, TrialPruned):
             return self._fail(error, report)
-        self._monitor.verdict = Verdict("failed", reason)
-        trial, study = self._trial, self._study
-        if study is None or not isinstance(trial, Trial) or self._on_crash == "raise":
+        monitor.verdict = Verdict("failed", reason)
+        if self._options.on_crash == "raise":
             raise error
-        if not _optuna.is_run_by_optimize(trial):
-            raise error
-        self._try_again_elsewhere(study, trial, state)
-        return crash_value(reason, len(study.directions))
+        value = self._end_without_value(reason, error)
+        self._try_again_elsewhere(state)
+        return value
 
-    def _try_again_elsewhere(
-        self, study: Study, trial: Trial, state: out_of_memory.GpuMemoryState
-    ) -> None:
+    def _try_again_elsewhere(self, state: out_of_memory.GpuMemoryState) -> None:
         """Enqueue a trial again that found its assigned GPU full, if others have room."""
+        study, trial = self._study, self._trial
         assigned = self._monitor.environment.get("CUDA_VISIBLE_DEVICES")
-        if assigned is None:
+        if assigned is None or study is None or not isinstance(trial, Trial):
             return
         need = (state.held_there or 0.0) + (state.requested or 0.0)
         with_room = [free for free in free_memory(os.environ) if free >= need]
@@ -321,19 +313,52 @@ def _has_nan(value: Any) -> bool:
     return any(isinstance(v, float) and math.isnan(v) for v in values)
 
 
+# How a process ended.
+
+
+def describe_exit(report: ExitReport) -> str:
+    code = report.exitcode
+    if report.killer == "stopped":
+        return "The trial's process was stopped by SIGSTOP and not continued, so it was killed."
+    if report.killer == "request":
+        return "The trial's process was killed because the study was interrupted."
+    if code is None:
+        return "The trial's process ended in an unknown way."
+    if code < 0:
+        return _describe_signal(-code, report)
+    if code == 0:
+        return "The trial's process ended by itself, with exit code 0, before it gave a result."
+    return f"The trial's process ended by itself with exit code {code}."
+
+
+def _describe_signal(number: int, report: ExitReport) -> str:
+    name = format_signal(number)
+    if name == "SIGKILL" and (report.oom_kills or report.cgroup_oom_kills):
+        used = format_amount("memory", report.memory)
+        return (
+            f"The trial's process was killed by the kernel's out-of-memory killer; it had used "
+            f"{used}."
+        )
+    if name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"):
+        return f"The trial's process was killed from outside ({name})."
+    meaning = (signal.strsignal(number) or "a signal").lower() if name.startswith("SIG") else ""
+    if not meaning:
+        return f"The trial's process was ended by {name}."
+    return f"The trial's process crashed: {meaning} ({name})."
+
+
+# Crashes.
+
+
 class CrashValue(float):
     """The value of a trial that has none: ``optimize`` fails the trial and continues.
 
     To raise would end ``optimize``, since only its caller can say what it catches. A number, so
     that what users put around an objective, such as a minus sign, works. Optuna's log shows the
     reason: "The value nan (the trial's process …) is not acceptable."
-
-    Args:
-        reason: The reason, one sentence.
     """
 
     def __new__(cls, reason: str) -> CrashValue:
-        """Return a NaN."""
         return super().__new__(cls, math.nan)
 
     def __init__(self, reason: str) -> None:
@@ -389,16 +414,11 @@ def _crash_status(trial: FrozenTrial) -> CrashStatus:
 def describe_crash_series(statuses: Sequence[CrashStatus], index: int) -> str | None:
     """Return which trials have all crashed, None if these are too few.
 
-    Args:
-        statuses: Those of the trials that have begun, in their order.
-        index: The trial that has just crashed.
+    The statuses are those of the trials that have begun; the one at ``index`` has just crashed.
     """
     in_a_row = 1
     for side in (reversed(statuses[:index]), statuses[index + 1 :]):
-        for status in side:
-            if status != "crashed":
-                break
-            in_a_row += 1
+        in_a_row += len(list(itertools.takewhile(lambda status: status == "crashed", side)))
     if in_a_row >= CRASHES_IN_A_ROW:
         return f"{in_a_row} trials in a row have crashed"
     first = statuses[:FIRST_CRASHES]

@@ -16,16 +16,13 @@ import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+
+import psutil
 
 from optuna_quota._isolation import messages
-from optuna_quota._isolation.channel import Channel, channel_pair
+from optuna_quota._isolation.channel import Channel, channel_pair, TrialConnections
 from optuna_quota._isolation.child import run_child
-from optuna_quota._isolation.launch import interpreter, TrialConnections
-
-
-if TYPE_CHECKING:
-    import psutil
+from optuna_quota._isolation.forkserver_client import interpreter
 
 
 # Seconds between two readings of the trial's processes.
@@ -33,11 +30,7 @@ _INTERVAL = 0.02
 
 
 def launch_portable() -> TrialConnections:
-    """Start a trial's process.
-
-    Raises:
-        OSError: If it does not start.
-    """
+    """Start a trial's process; raises OSError if that fails."""
     ours, theirs = socket.socketpair()
     with theirs:
         if os.name == "posix":
@@ -62,12 +55,7 @@ def launch_portable() -> TrialConnections:
 
 
 def main(handle: int | None) -> None:
-    """Run a trial's process.
-
-    Args:
-        handle: The descriptor of the connection; None where its description is read from standard
-            input (Windows).
-    """
+    """Run a trial's process; without a descriptor, standard input describes the connection."""
     if handle is None:
         sock = socket.fromshare(sys.stdin.buffer.read())  # type: ignore[attr-defined]
     else:
@@ -76,17 +64,9 @@ def main(handle: int | None) -> None:
 
 
 class _Supervisor:
-    """Supervises a trial's process from a thread of the study's process.
-
-    Args:
-        process: The trial's process.
-        control: The connection to the trial's thread.
-    """
+    """Supervises a trial's process from a thread of the study's process."""
 
     def __init__(self, process: subprocess.Popen[bytes], control: Channel) -> None:
-        import psutil
-
-        self._psutil = psutil
         self._process = process
         self._root = psutil.Process(process.pid)
         self._control = control
@@ -96,7 +76,6 @@ class _Supervisor:
         self._cpu_time = 0.0
 
     def run(self) -> None:
-        """Supervise the process until it has ended."""
         with contextlib.suppress(OSError):
             self._control.send(messages.ProcessStarted())
         with selectors.DefaultSelector() as selector:
@@ -119,12 +98,12 @@ class _Supervisor:
         self._control.close()
 
     def _find_descendants(self) -> None:
-        with contextlib.suppress(self._psutil.Error):
+        with contextlib.suppress(psutil.Error):
             for child in self._root.children(recursive=True):
                 self._descendants.setdefault(child.pid, child)
         cpu_time = 0.0
         for process in (self._root, *self._descendants.values()):
-            with contextlib.suppress(self._psutil.Error):
+            with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
                 cpu_time += times.user + times.system
         self._cpu_time = max(self._cpu_time, cpu_time)
@@ -154,17 +133,18 @@ class _Supervisor:
         self._process.kill()
 
     def _kill_descendants(self) -> tuple[str, ...]:
-        """Kill all processes of the trial that are left, and return their names."""
-        left = [p for p in self._descendants.values() if self._is_alive(p)]
+        """Kill all processes of the trial that are left, and return their pids."""
+        left = [p for p in self._descendants.values() if _is_alive(p)]
         for process in left:
             # psutil knows a process by its time of creation too: never another's.
-            with contextlib.suppress(self._psutil.Error):
+            with contextlib.suppress(psutil.Error):
                 process.kill()
-        self._psutil.wait_procs(left, timeout=5)
+        psutil.wait_procs(left, timeout=5)
         return tuple(str(p.pid) for p in left)
 
-    def _is_alive(self, process: psutil.Process) -> bool:
-        try:
-            return process.is_running() and process.status() != self._psutil.STATUS_ZOMBIE
-        except self._psutil.NoSuchProcess:
-            return False
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

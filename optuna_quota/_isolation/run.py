@@ -21,17 +21,17 @@ from optuna_quota._enforcement.forecast import (
 )
 from optuna_quota._enforcement.nesting import pruner_limits, pruner_meters, quota_pruners
 from optuna_quota._enforcement.preemption import Preemption, preemption_of
-from optuna_quota._enforcement.pruner import raise_rejected, record_breach, wrap_nesting_pruner
+from optuna_quota._enforcement.pruner import record_breach, rejection_error, wrap_nesting_pruner
 from optuna_quota._enforcement.study_warnings import warn_of_ceilings, warn_of_unapplied, warn_once
 from optuna_quota._enforcement.trial_result import read_row, record_result
 from optuna_quota._isolation import messages
+from optuna_quota._isolation.child import is_in_preparation
 from optuna_quota._isolation.cores import core_pool, Cores
 from optuna_quota._isolation.forkserver_client import fork_server_client
-from optuna_quota._isolation.multiprocessing_child import is_in_preparation
-from optuna_quota._isolation.outcome import OutcomeResolver
+from optuna_quota._isolation.launch import CannotStart, IsolationOptions, TrialLauncher
+from optuna_quota._isolation.outcome import INTERRUPTED, OutcomeResolver
 from optuna_quota._isolation.rpc import RemoteObjects
 from optuna_quota._isolation.server import NotStarted, Server
-from optuna_quota._isolation.start import CannotStart, IsolationOptions, TrialStarter
 from optuna_quota._metering import key_of, metering_loop, Verdict
 from optuna_quota._records import is_rejected
 from optuna_quota._resources import (
@@ -58,13 +58,7 @@ _ATTEMPTS = 3
 
 
 class TrialRun:
-    """Runs one trial in a process of its own.
-
-    Args:
-        bind: Returns the objective for a trial; called in this process.
-        options: How to run it.
-        trial: The trial.
-    """
+    """Runs one trial in a process of its own, with the objective that is bound to it."""
 
     def __init__(
         self,
@@ -87,7 +81,7 @@ class TrialRun:
     def run(self) -> Any:
         """Return what the objective returns or raise what it raises."""
         if is_rejected(self._trial.user_attrs):
-            raise_rejected(self._trial.user_attrs)
+            raise rejection_error(self._trial.user_attrs)
         if is_in_preparation():
             raise RuntimeError(
                 "An isolated trial was about to start in a process that is only importing the "
@@ -98,13 +92,7 @@ class TrialRun:
         if owned:
             # A deadline was an earlier sampler's.
             self._preemption.forget_deadline()
-        self._resolver = OutcomeResolver(
-            self._trial,
-            self._study,
-            self._monitor,
-            on_crash=self._options.on_crash,
-            strict_memory=self._options.strict_memory,
-        )
+        self._resolver = OutcomeResolver(self._trial, self._study, self._monitor, self._options)
         # The time to start the trial counts; the memory of this process does not.
         self._monitor.detach()
         if self._study is not None:
@@ -118,7 +106,7 @@ class TrialRun:
         except BaseException as raised:
             error = raised
             if isinstance(raised, KeyboardInterrupt) and self._monitor.verdict is None:
-                self._set_interrupted()
+                self._monitor.verdict = Verdict("failed", INTERRUPTED)
             raise
         finally:
             if owned:
@@ -181,18 +169,18 @@ class TrialRun:
     def _start_and_serve(
         self, objective: Callable[..., Any], remote: RemoteObjects, cores: Cores | None
     ) -> Server:
-        started = TrialStarter(
+        launched = TrialLauncher(
             objective, self._options, self._trial, self._monitor, remote, cores
-        ).start()
+        ).launch()
         label = f"Trial {self._trial.number}"
-        self._server = server = Server(started.connections, remote, self, label=label)
+        self._server = server = Server(launched.connections, remote, self, label=label)
         # Until the objective begins, only time counts.
         self._monitor.on_breach(self._stop_for_time)
         try:
             with self._preemption.handled_by(
                 self._trial_id, self._preempt, server.kill_soon, self._options.grace_period
             ):
-                started.send()
+                launched.begin()
                 server.serve()
         except KeyboardInterrupt:
             self._interrupt(server)
@@ -201,14 +189,14 @@ class TrialRun:
             server.kill()
             raise
         finally:
-            started.connections.close()
+            launched.connections.close()
             server.close()
         return server
 
     def _interrupt(self, server: Server) -> None:
         """Give an interrupted trial its grace period; a second interrupt kills it."""
         grace_period = self._options.grace_period
-        self._set_interrupted()
+        self._monitor.verdict = Verdict("failed", INTERRUPTED)
         if grace_period > 0:
             _logger.warning(
                 f"Trial {self._trial.number} was interrupted: it has {grace_period:g} s to end "
@@ -221,17 +209,7 @@ class TrialRun:
         except BaseException:
             server.kill()
             raise
-        if server.exit is None:
-            return
-        self._resolver.add_usage(server.exit)
-        if server.exit.killer is not None:
-            self._set_interrupted(
-                f" The trial took longer than {grace_period:g} s to end: it was killed."
-            )
-
-    def _set_interrupted(self, details: str = "") -> None:
-        reason = f"The study was interrupted (KeyboardInterrupt).{details}"
-        self._monitor.verdict = Verdict("failed", reason)
+        self._resolver.end_interrupted(server)
 
     def _record(self, value: Any, error: BaseException | None) -> None:
         if self._study is None or self._ended_outside is not None:
@@ -246,7 +224,6 @@ class TrialRun:
     # Called by the server while the trial runs.
 
     def on_ready(self, ready: messages.Ready) -> None:
-        """Meter the trial's process from now on."""
         ceiling = self._monitor.hard_ceilings.get("memory")
         if ready.supervisor is not None and ceiling is not None:
             self._monitor.supervised = ceiling.limit
@@ -272,11 +249,9 @@ class TrialRun:
         return max(0.0, min(clocks) - self._monitor.elapsed) + self._options.grace_period
 
     def find_breach(self) -> Breach | None:
-        """Answer ``optuna_quota.check``."""
         return record_breach(self._monitor)
 
     def measure_gpus(self) -> None:
-        """Measure what the trial holds when an allocation on a GPU has failed."""
         self._resolver.measure_gpus()
 
     def check_row(self) -> None:
@@ -319,11 +294,7 @@ class TrialRun:
 
 
 class _StepForecast:
-    """Predicts breaches from the times of a trial's intermediate values.
-
-    Args:
-        study: The study, None without one.
-    """
+    """Predicts breaches from the times of a trial's intermediate values."""
 
     def __init__(self, study: Study | None) -> None:
         self._study = study
@@ -331,7 +302,6 @@ class _StepForecast:
         self._next = 0
 
     def find_breach(self, step: int, monitor: TrialMonitor) -> Breach | None:
-        """Return the breach that is certain after this step, None without one."""
         elapsed = monitor.elapsed
         self._steps.append((step, elapsed))
         if len(self._steps) < self._next:
@@ -357,7 +327,6 @@ class _StepForecast:
 
 
 def _agreed_limits(own: Limits | None, theirs: Limits | None) -> Limits:
-    """Return the limits of ``isolated`` or of the study; raise ValueError if they disagree."""
     # A QuotaPruner may be there for something else, such as a worker that can be preempted.
     if own is not None and theirs and own != theirs:
         raise ValueError(
@@ -368,7 +337,6 @@ def _agreed_limits(own: Limits | None, theirs: Limits | None) -> Limits:
 
 
 def _stored_state(value: Any, error: BaseException | None, n_values: int) -> TrialState:
-    """Return the state that Optuna is about to store."""
     if isinstance(error, TrialPruned):
         return TrialState.PRUNED
     if error is not None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import os
+import re
+import shlex
 import shutil
 from typing import Any, TYPE_CHECKING
 
 from optuna_quota._isolation.isolated import isolated
-from optuna_quota._isolation.outcome import OnCrash
+from optuna_quota._isolation.launch import IsolationOptions, OnCrash
 from optuna_quota._isolation.run import TrialRun
-from optuna_quota._isolation.script_command import CommandTemplate
 from optuna_quota._isolation.script_process import RunScript
-from optuna_quota._isolation.start import IsolationOptions
 from optuna_quota._units import Duration
 
 
@@ -25,14 +25,14 @@ class Script:
 
     def __init__(
         self,
-        command: CommandTemplate,
+        words: Sequence[str],
         params: Callable[[Any], Mapping[str, Any]],
         options: IsolationOptions,
         *,
         folder: str | None,
         env: Mapping[str, str],
     ) -> None:
-        self.command = command
+        self.words = words
         self.params = params
         self.options = options
         self.folder = folder
@@ -46,11 +46,11 @@ class Script:
         values = self.params(trial)
         if not isinstance(values, Mapping):
             raise TypeError(f"`params` must return a dict but returned {values!r}.")
-        words = tuple(self.command.fill(values))
+        words = fill_command(self.words, values)
         return RunScript(words, self.folder, self.env, self.options.grace_period)
 
     def __repr__(self) -> str:
-        return f"script({self.command!r})"
+        return f"script({shlex.join(self.words)!r})"
 
 
 def script(
@@ -120,7 +120,7 @@ def script(
     """
     if os.name != "posix":
         raise NotImplementedError("`script` needs Linux or macOS: Windows has no SIGTERM.")
-    template = CommandTemplate(command)
+    words = split_command(command)
     if not callable(params):
         raise TypeError(f"`params` must be a function of a trial but got {params!r}.")
     variables = {} if env is None else dict(env)
@@ -129,14 +129,13 @@ def script(
     folder = None if cwd is None else os.fspath(cwd)
     if folder is not None and not os.path.isdir(folder):
         raise FileNotFoundError(f"`cwd` must be an existing folder but got {folder!r}.")
-    if template.program is not None:
-        _check_program(template.program, folder, variables)
+    if not _FIELD.search(words[0]):
+        _check_program(words[0], folder, variables)
     options = isolated(params, grace_period=grace_period, on_crash=on_crash).options
-    return Script(template, params, options, folder=folder, env=variables)
+    return Script(words, params, options, folder=folder, env=variables)
 
 
 def _check_program(program: str, folder: str | None, env: Mapping[str, str]) -> None:
-    """Raise an error that says what is wrong with a program, before any trial starts."""
     if not os.path.dirname(program):
         if shutil.which(program, path=env.get("PATH")) is None:
             raise FileNotFoundError(
@@ -152,3 +151,52 @@ def _check_program(program: str, folder: str | None, env: Mapping[str, str]) -> 
             f"`command` begins with {program!r}, which is not executable: put its interpreter "
             "before it, such as `python` or `bash`."
         )
+
+
+# The command: it is split before it is filled, so that a value with spaces stays in one word.
+
+# A name with an optional format, in braces. Other braces, as in JSON or in code, stay as they are,
+# and so do a shell's variables, `${name}`.
+_NAME = r"([^\W\d][\w./-]*)(?::([^{}\s]*))?"
+_FIELD = re.compile(rf"\{{(\{{{_NAME}\}})\}}|(?<!\$)\{{{_NAME}\}}")
+
+
+def split_command(command: Any) -> list[str]:
+    """Return the words of a command: a string, split as a POSIX shell would, or a sequence."""
+    if isinstance(command, str):
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise ValueError(f"`command` can't be split: {error}, in {command!r}.") from None
+    else:
+        is_sequence = isinstance(command, Sequence) and not isinstance(command, (bytes, bytearray))
+        parts: list[Any] = list(command) if is_sequence else [command]
+        words = [os.fspath(part) if isinstance(part, os.PathLike) else part for part in parts]
+        if not is_sequence or not all(isinstance(word, str) for word in words):
+            raise TypeError(
+                f"`command` must be a string or a sequence of strings but got {command!r}."
+            )
+    if not words or not words[0]:
+        raise ValueError(f"`command` must begin with a program but got {command!r}.")
+    return words
+
+
+def fill_command(words: Sequence[str], values: Mapping[str, Any]) -> list[str]:
+    """Return the words with the values in the places of ``{name}``."""
+
+    def fill(field: re.Match[str]) -> str:
+        doubled, _, _, name, spec = field.groups()
+        if doubled is not None:
+            return str(doubled)
+        if name not in values:
+            known = ", ".join(map(repr, values)) or "nothing"
+            raise ValueError(
+                f"`command` has {field[0]} but `params` returned {known}. Write {{{field[0]}}} "
+                "where it is no parameter."
+            )
+        try:
+            return format(values[name], spec or "")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{field[0]} can't format {values[name]!r}: {error}.") from error
+
+    return [_FIELD.sub(fill, word) for word in words]

@@ -7,27 +7,22 @@ Limits, the kill and the accounting are those of every isolated trial.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 from dataclasses import dataclass
+import json
 import os
 import selectors
 import signal
 import subprocess
 import sys
 import time
-from typing import Any, TYPE_CHECKING
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from optuna import TrialPruned
 
-from optuna_quota._isolation import exit_cause, linux
-from optuna_quota._isolation.linux import can_supervise
-from optuna_quota._isolation.script_output import (
-    FinalValue,
-    find_values,
-    IntermediateValue,
-    LineSplitter,
-)
+from optuna_quota._isolation import linux
+from optuna_quota._units import format_signal
 from optuna_quota.exceptions import LimitBreached
 
 
@@ -39,6 +34,8 @@ if TYPE_CHECKING:
 # is in the pipe by then, and a process that it leaves behind may go on writing.
 _CHUNK = 1 << 16
 _LAST_READS = 16
+# Bytes of a line that are kept; a longer one is passed on in pieces and holds no value.
+MAX_LINE = 1 << 20
 # Seconds between two looks at the script's process, where nothing wakes this one.
 _INTERVAL = 0.05
 # Of standard error: lines for the reason of a failure, and those searched for a failed allocation,
@@ -50,13 +47,7 @@ _KEPT_LENGTH = 4096
 
 
 class ScriptFailed(Exception):
-    """Raised in a trial's process when its script has failed.
-
-    Args:
-        reason: One sentence, with the last lines of standard error.
-        exitcode: The script's exit status, negative for a signal; None if it did not start.
-        stderr: The end of its standard error.
-    """
+    """A script has failed, with an exit status (negative for a signal) if it has started."""
 
     def __init__(self, reason: str, *, exitcode: int | None = None, stderr: str = "") -> None:
         super().__init__(reason)
@@ -66,33 +57,25 @@ class ScriptFailed(Exception):
 
 @dataclass(frozen=True)
 class RunScript:
-    """An objective that runs a script.
+    """An objective that runs a script, with environment variables beside the study's."""
 
-    Attributes:
-        words: The command.
-        folder: The working directory; None for that of the study.
-        env: Environment variables beside those of the study.
-        grace_period: Seconds from SIGTERM to the kill of a trial that is pruned.
-    """
-
-    words: tuple[str, ...]
+    words: Sequence[str]
     folder: str | None
     env: Mapping[str, str]
     grace_period: float
 
     def __call__(self, trial: BaseTrial) -> float | list[float]:
-        """Run the script; return its value or values."""
-        script = _Script(self, f"[trial {trial.number}] ")
-        final: FinalValue | None = None
-        values = _Reporter(trial)
+        script = _Script(f"[trial {trial.number}] ")
+        final: float | list[float] | None = None
+        can_report = True
         try:
-            script.start()
+            script.start(self)
             for line in script.read():
-                for value in find_values(line):
-                    if isinstance(value, FinalValue):
-                        final = value
-                    else:
-                        values.report(value)
+                for found in find_values(line):
+                    if found.step is None:
+                        final = found.value
+                    elif can_report:
+                        can_report = _report(trial, found)
         except BaseException as error:
             # Ctrl-C, as it reaches any other program; else the polite stop.
             is_interrupt = isinstance(error, KeyboardInterrupt)
@@ -102,63 +85,44 @@ class RunScript:
             raise LimitBreached("The trial used up its CPU time.", resource="cpu_time")
         if script.exitcode or final is None:
             raise script.failure()
-        return final.value
+        return final
 
 
-class _Reporter:
-    """Reports intermediate values, and stops the trial when it is to be pruned.
-
-    Args:
-        trial: The trial.
-    """
-
-    def __init__(self, trial: BaseTrial) -> None:
-        self._trial = trial
-        self._can_report = True
-
-    def report(self, found: IntermediateValue) -> None:
-        """Report a value; raise TrialPruned if the pruner says so."""
-        if not self._can_report:
-            return
-        try:
-            self._trial.report(found.value, found.step)
-        except NotImplementedError:
-            self._can_report = False  # the study has several objectives
-            return
-        if self._trial.should_prune():
-            raise TrialPruned(f"Trial was pruned at step {found.step}.")
+def _report(trial: BaseTrial, found: ScriptValue) -> bool:
+    """Report an intermediate value; return whether the study takes any."""
+    assert found.step is not None
+    try:
+        trial.report(found.value, found.step)  # type: ignore[arg-type]  # one value with a step
+    except NotImplementedError:
+        return False  # it has several objectives
+    if trial.should_prune():
+        raise TrialPruned(f"Trial was pruned at step {found.step}.")
+    return True
 
 
 class _Script:
-    """A script's process, and its output.
+    """A script's process; each line of its output that is passed on begins with a prefix."""
 
-    Args:
-        options: How to run it.
-        prefix: What each line of its output begins with where it is passed on.
-    """
-
-    def __init__(self, options: RunScript, prefix: str) -> None:
-        self._options = options
+    def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self._process: subprocess.Popen[bytes] | None = None
         self._lines = {"stdout": LineSplitter(), "stderr": LineSplitter()}
         self._errors: deque[str] = deque(maxlen=_KEPT_LINES)
         self._selector = selectors.DefaultSelector()
-        self._streams: dict[str, int] = {}
-        self._oom_kills = 0
-
-    def start(self) -> None:
-        """Start the script, in a process group of its own."""
+        self._n_open = 0
         self._oom_kills = linux.count_oom_kills()
+
+    def start(self, options: RunScript) -> None:
+        """Start the script, in a process group of its own."""
         # Output of Python comes line by line then, as to a terminal, and not at the end.
-        env = {"PYTHONUNBUFFERED": "1", **os.environ, **self._options.env}
+        env = {"PYTHONUNBUFFERED": "1", **os.environ, **options.env}
         try:
             self._process = subprocess.Popen(
-                self._options.words,
+                options.words,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                cwd=self._options.folder,
+                cwd=options.folder,
                 env=env,
                 start_new_session=True,
             )
@@ -167,26 +131,24 @@ class _Script:
         for name in self._lines:
             stream = getattr(self._process, name).fileno()
             os.set_blocking(stream, False)
-            self._streams[name] = stream
             self._selector.register(stream, selectors.EVENT_READ, name)
-        if can_supervise():
+            self._n_open += 1
+        if linux.can_supervise():
             self._selector.register(os.pidfd_open(self._process.pid), selectors.EVENT_READ)
 
     @property
     def exitcode(self) -> int | None:
-        """The exit status, negative for a signal; None while it runs."""
         return None if self._process is None else self._process.poll()
 
     def read(self) -> Iterator[str]:
         """Pass on the output until the script has ended; yield lines of standard output."""
         while self.exitcode is None:
-            yield from self._read_ready(None if can_supervise() else _INTERVAL)
+            yield from self._read_ready(None if linux.can_supervise() else _INTERVAL)
         for _ in range(_LAST_READS):
-            if not self._streams:
+            if not self._n_open:
                 break
             yield from self._read_ready(0.0)
-        for name in self._lines:
-            yield from self._pass_on(name, self._lines[name].end())
+        yield from self._read_rest()
 
     def stop(self, number: int, seconds: float) -> None:
         """Send a signal to the script's processes and give them time to end.
@@ -197,40 +159,38 @@ class _Script:
             return
         deadline = time.monotonic() + seconds
         if self.exitcode is None and seconds > 0:
-            if can_supervise():
+            if linux.can_supervise():
                 # Those whose parent ends first, such as a shell, are waited for here.
                 linux.become_subreaper()
             with contextlib.suppress(OSError):
                 for signum in (number, signal.SIGCONT):
                     os.killpg(self._process.pid, signum)
         while self._is_alive() and time.monotonic() < deadline:
-            for _ in self._read_ready(_INTERVAL):
-                pass
-        for name in self._lines:
-            for _ in self._pass_on(name, self._lines[name].end()):
-                pass
+            self._read_ready(_INTERVAL)
+        self._read_rest()
 
     def failure(self) -> ScriptFailed:
-        """Return the error for a script that has failed or printed no value."""
         code = self.exitcode
-        reason = (
-            "The script printed no value. A line of its standard output must be a JSON object "
-            'such as {"value": 0.25}, or {"values": [0.25, 3]} for several objectives.'
-        )
-        if code:
-            reason = exit_cause.describe_script_exit(
-                code, oom_kills=linux.count_oom_kills() - self._oom_kills
+        if not code:
+            reason = (
+                "The script printed no value. A line of its standard output must be a JSON object "
+                'such as {"value": 0.25}, or {"values": [0.25, 3]} for several objectives.'
             )
-            last = [line for line in self._errors if line.strip()][-_LAST_LINES:]
-            if last:
-                lines = "\n".join(line[:_LONGEST_LINE] for line in last)
-                reason = f"{reason} The end of its standard error:\n{lines}"
+        elif code > 0:
+            reason = f"The script ended with exit status {code}."
+        else:
+            by_kernel = code == -signal.SIGKILL and linux.count_oom_kills() > self._oom_kills
+            cause = ", probably by the kernel's out-of-memory killer" if by_kernel else ""
+            reason = f"The script was killed by {format_signal(-code)}{cause}."
+        last = [line[:_LONGEST_LINE] for line in self._errors if line.strip()][-_LAST_LINES:]
+        if code and last:
+            reason += " The end of its standard error:\n" + "\n".join(last)
         return ScriptFailed(reason, exitcode=code, stderr="\n".join(self._errors))
 
     def _is_alive(self) -> bool:
         if self.exitcode is None:
             return True
-        if not can_supervise():
+        if not linux.can_supervise():
             return False
         linux.reap()
         return bool(linux.children())
@@ -247,9 +207,15 @@ class _Script:
             data = os.read(key.fd, _CHUNK)
             if not data:
                 self._selector.unregister(key.fileobj)
-                del self._streams[key.data]
-            lines = self._pass_on(key.data, self._lines[key.data].feed(data))
-            found += lines
+                self._n_open -= 1
+            found += self._pass_on(key.data, self._lines[key.data].feed(data))
+        return found
+
+    def _read_rest(self) -> list[str]:
+        """Pass on last lines that end without a newline."""
+        found: list[str] = []
+        for name, lines in self._lines.items():
+            found += self._pass_on(name, lines.end())
         return found
 
     def _pass_on(self, name: str, lines: list[str]) -> list[str]:
@@ -271,3 +237,80 @@ def _write(stream: Any, text: str) -> None:
             stream.write(text)
         except UnicodeEncodeError as error:
             stream.write(text.encode(error.encoding, "replace").decode(error.encoding))
+
+
+# What it prints.
+
+
+class LineSplitter:
+    """Splits a stream of bytes into lines of text, whatever bytes they are."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > MAX_LINE:
+            lines.append(self._rest)
+            self._rest = b""
+        return [_decode(line) for line in lines]
+
+    def end(self) -> list[str]:
+        rest, self._rest = self._rest, b""
+        return [_decode(rest)] if rest else []
+
+
+def _decode(line: bytes) -> str:
+    # Progress bars draw over their line; the last drawing is what a terminal shows.
+    text = line.decode("utf-8", "replace").rstrip("\r")
+    return text.rpartition("\r")[2]
+
+
+class ScriptValue(NamedTuple):
+    """A line ``{"value": …}`` or ``{"values": […]}``; an intermediate value with its step."""
+
+    value: float | list[float]
+    step: int | None = None
+
+
+def find_values(line: str) -> list[ScriptValue]:
+    """Return the values in a line, none for any other line.
+
+    Processes that share the output, such as ranks, may print two objects into one line.
+    """
+    found, rest = [], line.strip()
+    while rest.startswith("{"):
+        try:
+            content, end = _DECODER.raw_decode(rest)
+        except (ValueError, RecursionError):
+            return []
+        found.append(_value_of(content))
+        rest = rest[end:].lstrip()
+    return [] if rest else [value for value in found if value is not None]
+
+
+_DECODER = json.JSONDecoder()
+
+
+def _value_of(content: dict[str, Any]) -> ScriptValue | None:
+    value = _number(content.get("value"))
+    if "step" in content:
+        step = _number(content["step"])
+        if value is None or step is None or not step.is_integer() or step < 0:
+            return None
+        return ScriptValue(value, int(step))
+    if value is not None:
+        return ScriptValue(value)
+    values = content.get("values")
+    numbers = [_number(v) for v in values] if isinstance(values, list) else []
+    known = [number for number in numbers if number is not None]
+    return ScriptValue(known) if known and len(known) == len(numbers) else None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None

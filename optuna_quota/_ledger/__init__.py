@@ -3,7 +3,8 @@
 from optuna_quota._ledger.dead_workers import LEASE, others_run
 from optuna_quota._ledger.gpus import check_gpus_per_trial, Gpu, gpus_here
 from optuna_quota._ledger.grant import Grant, left_for_trial, Refusal
-from optuna_quota._ledger.ledger import Ledger, no_waiting
+from optuna_quota._ledger.heartbeat import no_waiting
+from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._ledger.status import LedgerStatus, status, stored_quota
 
 

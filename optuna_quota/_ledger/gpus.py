@@ -25,12 +25,7 @@ _MIN_SHARE = 1 / 8
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU of this machine.
-
-    Attributes:
-        uuid: The identifier that CUDA_VISIBLE_DEVICES takes.
-        memory: Its memory in bytes.
-    """
+    """One GPU: its identifier as CUDA_VISIBLE_DEVICES takes it, and its memory in bytes."""
 
     uuid: str
     memory: float
@@ -52,19 +47,15 @@ def request_gpus(
 ) -> dict[str, ResourceRequest]:
     """Return the request for the GPUs with the most room; empty without GPUs.
 
-    Args:
-        gpus: The machine's GPUs.
-        claims: The running trials.
-        machine: This machine.
-        need: Bytes that the trial needs, evenly on its GPUs; None if unknown.
-        count: How many GPUs the trial gets.
-        in_use: Bytes that all processes hold now, by UUID, where known.
+    ``need`` is in bytes, evenly on all of a trial's GPUs, None if unknown; ``in_use`` has what
+    all processes hold now, by UUID, where known.
     """
     here = [claim for claim in claims if claim.machine == machine]
     each = None if need is None else need / count
     room, usable = {}, {}
     for gpu in gpus:
-        held = _held(gpu, here)
+        name = gpu.resource
+        held = sum(max(c.granted.get(name, 0.0), c.asked.get(name, 0.0)) for c in here)
         # What trials were granted they may not hold yet: the rest is of processes outside.
         outside = max(0.0, in_use.get(gpu.uuid, 0.0) - held)
         usable[gpu] = gpu.memory - outside
@@ -85,13 +76,6 @@ def find_gpus(granted: Mapping[str, float]) -> str | None:
     """Return the UUIDs of the GPUs in a grant as ``CUDA_VISIBLE_DEVICES`` takes them."""
     names = [name.removeprefix(DEVICE) for name in granted if name.startswith(DEVICE)]
     return ",".join(names) or None
-
-
-def _held(gpu: Gpu, claims: Iterable[Claim]) -> float:
-    return sum(
-        max(claim.granted.get(gpu.resource, 0.0), claim.asked.get(gpu.resource, 0.0))
-        for claim in claims
-    )
 
 
 def check_gpus_per_trial(gpus: Sequence[Gpu], count: int) -> None:

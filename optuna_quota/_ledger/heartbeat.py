@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 import logging
 import threading
 import time
 from typing import TYPE_CHECKING
 from weakref import finalize, WeakMethod
 
-from optuna_quota._ledger.protocol import DEVICE
-from optuna_quota._ledger.reservation import Reservation
+from optuna_quota._ledger.protocol import DEVICE, Reservation
 from optuna_quota._metering import extension_threshold
 from optuna_quota._resources import Limits, Quota, Usage
 
@@ -26,32 +26,32 @@ _logger = logging.getLogger("optuna.quota.ledger")
 # whole admission.
 _LINGER = 2.0
 
+_this_thread = threading.local()
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Refuse trials that this thread asks for within the block where they would have to wait."""
+    _this_thread.must_not_wait = True
+    try:
+        yield
+    finally:
+        _this_thread.must_not_wait = False
+
 
 @dataclass
 class RunningTrial:
-    """One trial of this process that was granted its start.
-
-    Attributes:
-        trial_id: Its id in the storage.
-        number: Its number.
-        reservation: What its row says.
-        limits: Its limits.
-        thread: The thread that asked for it.
-        in_optimize: Whether ``optimize`` runs it in that thread.
-        deadline: Seconds from its start until the study's clock time is used up.
-        monitor: Its metering; None before that starts.
-        start: When it started, on this process's monotonic clock.
-    """
+    """One trial of this process that was granted its start."""
 
     trial_id: int
     number: int
-    reservation: Reservation
+    reservation: Reservation  # What its row says
     limits: Limits
-    thread: int
-    in_optimize: bool
-    deadline: float | None = None
-    monitor: TrialMonitor | None = None
-    start: float = 0.0
+    in_optimize: bool  # Whether ``optimize`` runs it in that thread
+    deadline: float | None = None  # Seconds from its start until the study's clock time is used up
+    monitor: TrialMonitor | None = None  # Its metering; None before that starts
+    start: float = 0.0  # When it started, on this process's monotonic clock
+    thread: int = field(default_factory=threading.get_ident)  # The thread that asked for it
 
     @property
     def began(self) -> float:
@@ -82,15 +82,64 @@ class RunningTrial:
         }
 
 
+class RunningTrials(dict[int, RunningTrial]):
+    """This process's running trials by id, and which threads asked for them and tell them.
+
+    One thread at a time, with the lock, changes what they hold.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.RLock()
+        # Whether a trial from `ask` was last told by another thread; None before the first.
+        self._told_elsewhere: bool | None = None
+
+    def finish(self, trial_id: int) -> RunningTrial | None:
+        """Remove a trial that this thread tells; return it if it was there."""
+        running = self.pop(trial_id, None)
+        if running is not None and not running.in_optimize:
+            self._told_elsewhere = running.thread != threading.get_ident()
+        return running
+
+    def asked_here(self) -> list[int]:
+        """Return the numbers of running trials that this thread got from ``ask``."""
+        with self.lock:
+            # Of a point that was rejected in `ask`, the row has ended without a `tell`.
+            for running in self._of_this_thread():
+                if running.monitor is not None and running.monitor.closed:
+                    del self[running.trial_id]
+            return [r.number for r in self._of_this_thread() if not r.in_optimize]
+
+    def must_not_wait(self, in_optimize: bool) -> bool:
+        """Return whether this thread has to ``tell`` before it may wait: a deadlock otherwise.
+
+        Threads that ``tell`` what others asked for have done so before, if there are any.
+        """
+        if getattr(_this_thread, "must_not_wait", False):
+            return True
+        if in_optimize or not self.asked_here():
+            return False
+        if self._told_elsewhere is not None:
+            return not self._told_elsewhere
+        here = threading.current_thread()
+        others = [thread for thread in threading.enumerate() if thread is not here]
+        return all(thread.name.startswith("optuna-quota-") for thread in others)
+
+    def left_behind(self) -> list[RunningTrial]:
+        """Return what this thread's ``optimize`` runs: as the next trial starts, none should."""
+        with self.lock:
+            return [running for running in self._of_this_thread() if running.in_optimize]
+
+    def _of_this_thread(self) -> list[RunningTrial]:
+        here = threading.get_ident()
+        # Another thread may add one meanwhile.
+        return [running for running in tuple(self.values()) if running.thread == here]
+
+
 class Heartbeat:
     """A daemon thread that calls what is due for each running trial; it ends after the last.
 
-    It holds weak references to the methods' owner, and ends with it.
-
-    Args:
-        extend: A method that requests more for a trial that runs low.
-        beat: A method of the same object that shows that a trial's worker is alive.
-        interval: Seconds between heartbeats.
+    It holds weak references to the owner of the two methods, and ends with it.
     """
 
     def __init__(
@@ -107,7 +156,6 @@ class Heartbeat:
         self._is_closed = False
 
     def add(self, trial_id: int) -> None:
-        """Start the heartbeat of a trial."""
         with self._wake:
             self._due[trial_id] = time.monotonic() + self._interval
             if self._thread is None or not self._thread.is_alive():
@@ -119,7 +167,6 @@ class Heartbeat:
                 self._wake.notify()
 
     def remove(self, trial_id: int) -> None:
-        """Stop the heartbeat of a trial."""
         with self._wake:
             self._due.pop(trial_id, None)
             self._low.pop(trial_id, None)

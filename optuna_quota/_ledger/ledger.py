@@ -8,7 +8,6 @@ from dataclasses import replace
 import logging
 import math
 import os
-import threading
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -34,18 +33,17 @@ from optuna_quota._ledger.grant import (
     refuse_study_ended,
     refuse_to_wait,
     RequestedBy,
-    revise_promise,
-    revise_totals,
+    revise_grant,
 )
-from optuna_quota._ledger.heartbeat import Heartbeat, RunningTrial
+from optuna_quota._ledger.heartbeat import Heartbeat, RunningTrial, RunningTrials
 from optuna_quota._ledger.protocol import (
     Decision,
+    Reservation,
     ResourceRequest,
-    Shortage,
+    this_worker,
     with_decision,
     with_queue_place,
 )
-from optuna_quota._ledger.reservation import Reservation, this_worker
 from optuna_quota._ledger.state import Clock, LedgerState, pauses, Snapshot, SystemClock
 from optuna_quota._ledger.totals import describe_unadmitted
 from optuna_quota._resources import Limits, Quota, Usage
@@ -66,18 +64,6 @@ _FAR = 0.5
 # Seconds of waiting after which a thread that may wait for itself is warned.
 _DEADLOCK_WARNING_AFTER = 10.0
 
-_this_thread = threading.local()
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Refuse trials that this thread asks for within the block where they would have to wait."""
-    _this_thread.must_not_wait = True
-    try:
-        yield
-    finally:
-        _this_thread.must_not_wait = False
-
 
 class Ledger:
     """Admits trials to a study's quota, together with all other workers of the study.
@@ -88,8 +74,7 @@ class Ledger:
         study: The study.
         quota: Its quota.
         clock: The clocks to use.
-        lease: Seconds without a heartbeat after which a worker on another machine counts as dead
-            and its trial is failed.
+        lease: Seconds without a heartbeat after which a worker on another machine counts as dead.
         gpus: This machine's GPUs, to give each trial those with the most room.
         gpus_per_trial: How many of them each trial gets.
     """
@@ -113,11 +98,9 @@ class Ledger:
         self._open(study)
 
     def add_study(self, study: Study) -> None:
-        """Add another object of the same study."""
         self._studies.add(study)
 
     def set_bounds(self, limits: Limits) -> None:
-        """Charge trials of unknown usage with other limits, which are the study's now."""
         self._reopen_after_fork()
         self._state.set_bounds(limits)
 
@@ -127,12 +110,8 @@ class Ledger:
             study, self.quota, self._clock, self._lease, self._studies, self._gpus
         )
         self._heartbeat = Heartbeat(self._renew, self._beat, self._state.heartbeat)
-        self._running: dict[int, RunningTrial] = {}
+        self._running = RunningTrials()
         self._logged: set[str] = set()
-        # Whether a trial from `ask` was last told by another thread; None before the first.
-        self._told_elsewhere: bool | None = None
-        # One thread at a time changes what this process's running trials hold.
-        self._changing = threading.RLock()
 
     def _reopen_after_fork(self) -> None:
         if self._pid != os.getpid():
@@ -148,7 +127,6 @@ class Ledger:
             self._log_once("resumed", describe_resumed(self.quota, seen.used))
 
     def take_enqueued(self, trial: FrozenTrial) -> bool:
-        """Return whether an enqueued trial is this worker's alone."""
         self._reopen_after_fork()
         return self._state.take_enqueued(_optuna.trial_id_of(trial))
 
@@ -163,29 +141,20 @@ class Ledger:
         n_jobs: int | None = None,
         is_over: Callable[[], bool] = lambda: False,
     ) -> Grant | Refusal:
-        """Admit a trial or refuse it; wait while others hold what it needs.
+        """Admit a trial or refuse it; wait while others hold what it needs, or until it is over.
 
-        Args:
-            trial: The trial, whose row must be running.
-            limits: Its limits.
-            footprint: Upper bounds of its usage, by resource, where the user stated them.
-            bounds: Upper bounds of what it will hold at one moment, where they were learned.
-            needs: Returns the least that any point is expected to use, by resource, from what is
-                left of totals and the number of other running trials.
-            n_jobs: Number of trials that run at once, if known.
-            is_over: Returns whether a waiting trial no longer needs to run.
+        ``footprint`` has upper bounds of its usage that the user stated, ``bounds`` those of what
+        it will hold that were learned; ``n_jobs`` is the number of trials at once, if known.
         """
         self._reopen_after_fork()
         self._fail_left_behind()
         trial_id, number = _optuna.trial_id_of(trial), trial.number
-        held, seen, is_waiting = Reservation(), self._state.last, False
+        held, seen, short = Reservation(), self._state.last, None
         warn_at = self._clock.monotonic() + _DEADLOCK_WARNING_AFTER
-        short: Shortage | None = None
         for pause in pauses():
             if short is not None and is_over():
-                self._state.write(trial_id, Reservation())
-                return refuse_study_ended(short)
-            seen = self._state.refresh() if seen is None or is_waiting else seen
+                return self._withdraw(trial_id, refuse_study_ended(short))
+            seen = self._state.refresh() if seen is None or short is not None else seen
             self._log_once("unadmitted", describe_unadmitted(self._state.unadmitted))
             free, beside = seen.free(self.quota), seen.count_beside(number)
             least = needs(free, beside)
@@ -200,38 +169,36 @@ class Ledger:
                 n_jobs=n_jobs,
                 requested_by=self._requested_by(),
             )
-            need = footprint.get("gpu_memory", limits.gpu_memory)
-            requests.update(
-                request_gpus(
-                    self._gpus,
-                    seen.claims,
-                    this_worker().machine,
-                    need,
-                    count=self._gpus_per_trial,
-                    in_use=memory_in_use(self._gpus),
-                )
+            gpu_memory = footprint.get("gpu_memory", limits.gpu_memory)
+            requests |= request_gpus(
+                self._gpus,
+                seen.claims,
+                this_worker().machine,
+                gpu_memory,
+                count=self._gpus_per_trial,
+                in_use=memory_in_use(self._gpus),
             )
             # A waiting trial checks before it asks: a claim that can't be granted would only
             # disturb the others.
             decision = self._state.judge(number, held, requests, seen, queue=True)
-            if not is_waiting or decision.action != "withdraw":
+            if short is None or decision.action != "withdraw":
                 decision, seen = self._state.ask(trial_id, number, held, requests, queue=True)
                 least = needs(seen.free(self.quota), seen.count_beside(number))
             refusal = refuse_exhausted(self.quota, seen.used, footprint, needs=least)
             if refusal is None and decision.action == "grant":
                 return self._begin(trial, limits, decision)
-            if refusal is None and decision.shortage is not None:
-                refusal = refuse_never_fitting(decision.shortage)
-                if refusal is None and self._must_not_wait():
-                    refusal = refuse_to_wait(decision.shortage, seen.claims, number)
+            short = decision.shortage
+            if refusal is None and short is not None:
+                refusal = refuse_never_fitting(short)
+                if refusal is None and self._running.must_not_wait(self._in_optimize_loop()):
+                    refusal = refuse_to_wait(short, seen.claims, number)
             if refusal is not None:
-                self._state.write(trial_id, Reservation())
-                return refusal
+                return self._withdraw(trial_id, refusal)
+            assert short is not None
             held = self._queue(trial_id, held, requests)
-            is_waiting, short = True, decision.shortage
             self._log_once("serial", describe_serial(short, self.quota))
             if self._clock.monotonic() >= warn_at:
-                own = self._asked_by_this_thread()
+                own = self._running.asked_here()
                 warning = deadlock_warning(number, short, seen.claims, own)
                 if warning is not None:
                     _logger.warning(warning)
@@ -239,17 +206,17 @@ class Ledger:
             self._clock.sleep(pause)
         raise AssertionError("The pauses never end.")
 
+    def _withdraw(self, trial_id: int, refusal: Refusal) -> Refusal:
+        self._state.write(trial_id, Reservation())
+        return refusal
+
     @property
     def trials(self) -> Sequence[FrozenTrial]:
         """All rows of the study by number, as last read."""
         return self._state.rows.trials
 
     def room(self, trial: FrozenTrial) -> dict[str, float]:
-        """Return what a running trial may hold besides what others on its host hold now.
-
-        Args:
-            trial: A trial that was granted its start.
-        """
+        """Return what a running trial may hold besides what others on its host hold now."""
         running = self._running.get(_optuna.trial_id_of(trial))
         if running is None:
             return {}
@@ -271,10 +238,7 @@ class Ledger:
         heartbeat.add(trial_id)
 
     def left(self, trial: FrozenTrial) -> tuple[dict[str, float], int]:
-        """Return what a running trial may use in all before a total is exceeded, by resource.
-
-        And the number of other running trials.
-        """
+        """Return what a running trial may use of totals, and the number of others that run."""
         running = self._running.get(_optuna.trial_id_of(trial))
         if running is None:
             return {}, 0
@@ -293,40 +257,31 @@ class Ledger:
     ) -> bool:
         """Release what a running trial will not need at its point, or request what it lacks.
 
-        Args:
-            trial_id: The trial.
-            bounds: Upper bounds of what it will hold at one moment, by resource.
-            expected: What it is expected to use of totals, by resource.
-
-        Returns:
-            Whether it was granted all that it is expected to use of totals.
+        ``bounds`` are those of what it will hold at one moment, ``expected`` is what it will use
+        of totals. Returns whether it was granted all of the latter.
         """
         with self._monitored(trial_id) as running:
             if running is None or running.monitor is None:
                 return True
             held, used = running.reservation, running.monitor.usage().amounts()
-            smaller, larger = revise_promise(
-                self.quota, running.limits, held.granted, bounds, used
-            )
-            less, more = revise_totals(self.quota, running.limits, held.granted, expected, used)
-            smaller.update(less)
+            needs = {n: a for n, a in expected.items() if n not in self.quota.held}
+            needs |= {n: a for n, a in bounds.items() if n in self.quota.held}
+            smaller, larger = revise_grant(self.quota, running.limits, held.granted, needs, used)
             if smaller:
                 self._change(running, replace(held, granted={**held.granted, **smaller}))
-            self._extend(running, larger)
-            self._extend(running, more, exactly=True)
-            if smaller or larger or more:
+            for name, need in larger.items():
+                self._extend(running, {name: need}, exactly=name not in self.quota.held)
+            if smaller or larger:
                 running.monitor.allow(running.left)
             granted = running.reservation.granted
-            return all(granted[name] >= need for name, need in more.items())
+            return all(granted[n] >= larger[n] for n in larger.keys() - self.quota.held.keys())
 
     def extend(self, trial_id: int, usage: Usage | None = None) -> Mapping[str, float]:
-        """Request more of what runs low for a running trial; return what it may use in all.
+        """Request more of what runs low for a running trial, or of everything.
 
-        Args:
-            trial_id: The trial.
-            usage: Its usage; without it, more of everything is requested.
+        Returns what it may use in all.
         """
-        with self._changing:
+        with self._running.lock:
             running = self._running.get(trial_id)
             if running is None:
                 return {}
@@ -335,19 +290,12 @@ class Ledger:
     def charge(self, trial_id: int, usage: Usage) -> None:
         """Stop following a trial whose row has its usage and is about to finish."""
         self._heartbeat.remove(trial_id)
-        with self._changing:
-            running = self._running.pop(trial_id, None)
-            if running is not None:
+        with self._running.lock:
+            if self._running.finish(trial_id) is not None:
                 self._state.charge(trial_id, usage)
-                if not running.in_optimize:
-                    self._told_elsewhere = running.thread != threading.get_ident()
 
     def exhausted(self, needs: Needs = no_needs) -> Refusal | None:
-        """Return why nothing more can be admitted; None if something can.
-
-        Args:
-            needs: As for :meth:`reserve`.
-        """
+        """Return why nothing more can be admitted; None if something can."""
         last = self._state.last
         if last is not None and self._is_far_from_end(last):
             # To read the rows costs as much as a bare `ask`. If others use that much meanwhile,
@@ -380,36 +328,7 @@ class Ledger:
     def _requested_by(self) -> RequestedBy:
         if self._in_optimize_loop():
             return "optimize"
-        return "ask in a batch" if self._asked_by_this_thread() else "ask"
-
-    def _must_not_wait(self) -> bool:
-        """Return whether this thread has to ``tell`` before it may wait: a deadlock otherwise.
-
-        Threads that ``tell`` what others asked for have done so before, if there are any.
-        """
-        if getattr(_this_thread, "must_not_wait", False):
-            return True
-        if self._in_optimize_loop() or not self._asked_by_this_thread():
-            return False
-        if self._told_elsewhere is not None:
-            return not self._told_elsewhere
-        here = threading.current_thread()
-        others = [thread for thread in threading.enumerate() if thread is not here]
-        return all(thread.name.startswith("optuna-quota-") for thread in others)
-
-    def _asked_by_this_thread(self) -> list[int]:
-        """Return the numbers of running trials that this thread got from ``ask``."""
-        return [r.number for r in self._of_this_thread() if not r.in_optimize]
-
-    def _of_this_thread(self) -> list[RunningTrial]:
-        here = threading.get_ident()
-        with self._changing:
-            own = [r for r in self._running.values() if r.thread == here]
-            # Of a point that was rejected in `ask`, the row has ended without a `tell`.
-            ended = [r for r in own if r.monitor is not None and r.monitor.closed]
-            for running in ended:
-                del self._running[running.trial_id]
-            return [r for r in own if r not in ended]
+        return "ask in a batch" if self._running.asked_here() else "ask"
 
     def _queue(
         self, trial_id: int, held: Reservation, requests: Mapping[str, ResourceRequest]
@@ -427,10 +346,8 @@ class Ledger:
         held = with_decision(Reservation(began=self._state.now(start)), decision)
         held = replace(held, gpu=find_gpus(decision.granted))
         self._state.write(trial_id, held)
-        thread, in_optimize = threading.get_ident(), self._in_optimize_loop()
-        running = RunningTrial(
-            trial_id, trial.number, held, limits, thread, in_optimize, start=start
-        )
+        in_optimize = self._in_optimize_loop()
+        running = RunningTrial(trial_id, trial.number, held, limits, in_optimize, start=start)
         if self.quota.wall_time is not None:
             running.deadline = max(0.0, self.quota.wall_time - self._state.wall_time())
         self._running[trial_id] = running
@@ -488,7 +405,7 @@ class Ledger:
     @contextmanager
     def _monitored(self, trial_id: int) -> Iterator[RunningTrial | None]:
         """Lock a trial that still runs; stop it if another worker has finished its row."""
-        with self._changing:
+        with self._running.lock:
             running = self._running.get(trial_id)
             monitor = None if running is None else running.monitor
             if running is None or monitor is None or monitor.closed:
@@ -510,10 +427,7 @@ class Ledger:
         """Fail trials that this thread's ``optimize`` left unfinished, as on a storage error."""
         if not self._in_optimize_loop():
             return
-        here = threading.get_ident()
-        with self._changing:
-            left_behind = [r for r in self._running.values() if r.thread == here and r.in_optimize]
-        for running in left_behind:
+        for running in self._running.left_behind():
             usage = Usage() if running.monitor is None else running.monitor.close()
             self.charge(running.trial_id, usage)
             for entry in self._state.refresh().open:

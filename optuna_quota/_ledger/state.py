@@ -28,16 +28,14 @@ from optuna_quota._ledger.protocol import (
     Claim,
     decide,
     Decision,
-    ResourceRequest,
-    with_claim,
-    with_decision,
-)
-from optuna_quota._ledger.reservation import (
     is_alive,
     parse_reservation,
     Reservation,
     reservation_object,
+    ResourceRequest,
     this_worker,
+    with_claim,
+    with_decision,
     Worker,
 )
 from optuna_quota._ledger.totals import CLOCK_TOLERANCE, Entry, QuotaTotals, read_entry
@@ -80,9 +78,7 @@ class Clock(Protocol):
         """Return seconds that never jump, from an arbitrary start."""
         ...
 
-    def sleep(self, seconds: float) -> None:
-        """Wait."""
-        ...
+    def sleep(self, seconds: float) -> None: ...
 
 
 class SystemClock:
@@ -100,29 +96,22 @@ class SystemClock:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All rows at one moment.
+    """All rows at one moment."""
 
-    Attributes:
-        used: Usage of finished trials, by resource; ``wall_time`` includes running ones.
-        reserved: What running trials hold or ask for; on this machine if it is per host.
-        claims: The running trials as the protocol sees them.
-        open: All rows that have not finished.
-    """
-
+    # Usage of finished trials, by resource; ``wall_time`` includes running ones.
     used: dict[str, float]
+    # What running trials hold or ask for; on this machine if it is per host.
     reserved: dict[str, float]
-    claims: tuple[Claim, ...]
-    open: tuple[Entry, ...]
+    claims: tuple[Claim, ...]  # The running trials as the protocol sees them
+    open: tuple[Entry, ...]  # All rows that have not finished
 
     def free(self, quota: Quota) -> dict[str, float]:
-        """Return what is neither used nor reserved, by resource."""
         return {
             name: max(0.0, total - self.used.get(name, 0.0) - self.reserved.get(name, 0.0))
             for name, total in quota.amounts().items()
         }
 
     def count_beside(self, number: int) -> int:
-        """Return the number of running trials other than one."""
         return sum(1 for claim in self.claims if claim.number != number)
 
 
@@ -141,11 +130,9 @@ class TrialRows:
 
     @property
     def trials(self) -> Sequence[FrozenTrial]:
-        """All rows by number, as last read."""
         return self._read() if self._trials is None else self._trials
 
     def read_into(self, totals: QuotaTotals) -> None:
-        """Bring totals up to date with the storage."""
         trials = self._read()
         # Rows are never deleted, so a row's place in the list is its number.
         found = [trials[number] for number in (*self._open, *range(self._next, len(trials)))]
@@ -168,16 +155,10 @@ class TrialRows:
         return trials
 
     def stale_trial_ids(self) -> list[int]:
-        """Return the ids of trials whose heartbeat is overdue by the storage."""
         return _optuna.stale_trial_ids(self._storage, self._study_id)
 
     def write(self, trial_id: int, reservation: Reservation) -> None:
-        """Write a trial's reservation into its row.
-
-        Raises:
-            optuna.exceptions.UpdateFinishedTrialError: If another worker found this one dead and
-                finished the row.
-        """
+        """Write a reservation; UpdateFinishedTrialError if another worker has finished the row."""
         write_attributes(self._storage, trial_id, system={RESERVATION: self._object(reservation)})
 
     def take_enqueued(self, trial_id: int, reservation: Reservation) -> bool:
@@ -216,14 +197,8 @@ class TrialRows:
 class LedgerState:
     """Reads the rows of a study and writes the reservations of this process's trials.
 
-    Args:
-        study: The study.
-        quota: Its quota.
-        clock: The clocks to use.
-        lease: Seconds without a heartbeat after which a worker on another machine is dead.
-        studies: Objects of the study, for the storage's callback for trials of dead workers. Held
-            weakly: a study's connections are to be closed when its user drops it.
-        gpus: This machine's GPUs, if each trial is given some of them.
+    It holds objects of the study weakly, for the storage's callback for trials of dead workers:
+    a study's connections are to be closed when its user drops it.
     """
 
     def __init__(
@@ -253,13 +228,10 @@ class LedgerState:
         self._warned_of: set[str] = set()
 
     def now(self, since: float | None = None) -> float:
-        """Return the time on the study's clock, in seconds since the epoch.
+        """Return seconds since the epoch on the study's clock, now or at a monotonic time.
 
         All workers follow the one whose clock is ahead, so that trials that run at the same time
         do so on the study's clock as well.
-
-        Args:
-            since: A time on this process's monotonic clock instead of now.
         """
         return self._ahead + (self.clock.monotonic() if since is None else since)
 
@@ -334,21 +306,17 @@ class LedgerState:
             return self._totals.wall_time(self.now(), this_worker())
 
     def set_bounds(self, limits: Limits) -> None:
-        """Charge trials of unknown usage with the limits that are the study's now."""
         with self._lock:
             self._totals.bounds = limits.amounts()
 
     @property
     def unadmitted(self) -> Mapping[str, float]:
-        """Usage of trials that no ledger admitted; see :attr:`QuotaTotals.unadmitted`."""
         return self._totals.unadmitted
 
     def write(self, trial_id: int, reservation: Reservation) -> None:
-        """Write the reservation of one of this process's trials; see :meth:`TrialRows.write`."""
         self.rows.write(trial_id, self._signed(trial_id, reservation))
 
     def take_enqueued(self, trial_id: int) -> bool:
-        """Return whether an enqueued trial is this worker's alone."""
         return self.rows.take_enqueued(trial_id, self._signed(trial_id, Reservation()))
 
     def _signed(self, trial_id: int, reservation: Reservation) -> Reservation:
@@ -401,14 +369,8 @@ class LedgerState:
     ) -> tuple[Decision, Snapshot]:
         """Write a claim, read all rows and decide; return the decision and the rows read.
 
-        A grant is left for the caller to write into the row.
-
-        Args:
-            trial_id: The trial.
-            number: Its number.
-            held: What its row says now, and again after a withdrawal.
-            requests: What it requests, by resource.
-            queue: Whether it queues behind trials that wait.
+        ``held`` is what the row says now, and again after a withdrawal. A grant is left for the
+        caller to write into the row.
         """
         if not requests:
             return Decision("grant"), self.refresh()

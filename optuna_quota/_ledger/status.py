@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 import math
@@ -33,21 +34,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LedgerLine:
-    """One resource; amounts in SI base units.
-
-    Attributes:
-        resource: The resource.
-        used: Usage of finished trials; 0 for what is held at one moment.
-        reserved: What running trials hold or ask for; on the fullest host if it is per host.
-        quota: The quota; None without one.
-        unknown: Number of finished trials of unknown usage; each counts with its limit, or else
-            with the largest known usage.
-    """
+    """One resource; amounts in SI base units."""
 
     resource: str
-    used: float
-    reserved: float
-    quota: float | None
+    used: float  # Usage of finished trials; 0 for what is held at one moment
+    reserved: float  # What running trials hold or ask for; on the fullest host if it is per host
+    quota: float | None  # The quota; None without one
+    # Number of finished trials of unknown usage; each counts with its limit, or else with the
+    # largest known usage.
     unknown: int = 0
 
     @property
@@ -57,7 +51,6 @@ class LedgerLine:
 
     @property
     def exceeded(self) -> bool:
-        """Whether more than the quota is used, or held at this moment."""
         taken = self.reserved if self.resource in HELD_RESOURCES else self.used
         return self.quota is not None and taken > quota_bound(self.quota)
 
@@ -96,18 +89,9 @@ class LedgerStatus:
 
         In SI base units; ``left`` and ``quota`` are NaN where there is no quota.
         """
-        return _frame(
-            {
-                line.resource: {
-                    "used": line.used,
-                    "reserved": line.reserved,
-                    "left": line.left,
-                    "quota": line.quota,
-                }
-                for line in self.lines
-            },
-            ("used", "reserved", "left", "quota"),
-        )
+        columns = ("used", "reserved", "left", "quota")
+        rows = {line.resource: {n: getattr(line, n) for n in columns} for line in self.lines}
+        return _frame(rows, columns)
 
     @property
     def exceeded(self) -> tuple[str, ...]:
@@ -138,8 +122,11 @@ class LedgerStatus:
         return element("div", *tables, *(element("p", note) for note in self._notes()))
 
     def _tables(self) -> list[list[tuple[str, ...]]]:
-        groups = (("worker", self.by_worker), ("outcome", self.by_outcome))
-        tables = [self._resource_rows(), *(self._group_rows(*group) for group in groups)]
+        tables = (
+            self._resource_rows(),
+            self._group_rows("worker", self.by_worker, self.running),
+            self._group_rows("outcome", self.by_outcome),
+        )
         return [rows for rows in map(list, tables) if len(rows) > 1]
 
     def _used_resources(self, groups: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:
@@ -154,21 +141,19 @@ class LedgerStatus:
             yield (get_resource(line.resource).title, *texts, _share(line))
 
     def _group_rows(
-        self, title: str, groups: Mapping[str, Mapping[str, float]]
+        self,
+        title: str,
+        groups: Mapping[str, Mapping[str, float]],
+        running: Mapping[str, int] | None = None,
     ) -> Iterator[tuple[str, ...]]:
         resources = self._used_resources(groups)
-        running = title == "worker"
-        heads = [get_resource(name).title for name in resources]
-        yield (title, *(("running",) if running else ()), *heads)
-        used = {name for name, amounts in groups.items() if any(amounts.values())}
-        for name in sorted(used.union(self.running if running else ())):
+        counted = () if running is None else ("running",)
+        yield (title, *counted, *(get_resource(name).title for name in resources))
+        shown = {name for name, amounts in groups.items() if any(amounts.values())}
+        for name in sorted(shown.union(running or ())):
             amounts = groups.get(name, {})
-            count = (str(self.running.get(name, 0)),) if running else ()
-            yield (
-                name,
-                *count,
-                *(format_amount(r, amounts[r]) if r in amounts else "–" for r in resources),
-            )
+            texts = (format_amount(r, amounts[r]) if r in amounts else "–" for r in resources)
+            yield (name, *(str((running or {}).get(name, 0)) for _ in counted), *texts)
 
     def _notes(self) -> Iterator[str]:
         for line in self.lines:
@@ -207,17 +192,24 @@ def status(study: Study, *, quota: Quota | None = None, projection: Any = None) 
         quota or stored_quota(attributes), read_amounts(attributes.get(STUDY_LIMITS))
     )
     TrialRows(study).read_into(totals)
-    return status_of(totals, time.time(), projection)
+    lines = tuple(_lines(totals, time.time()))
+    running = Counter(entry.worker for entry in totals.open if entry.state == "running")
+    waiting = sum(1 for claim in totals.claims if claim.queued_for and not claim.granted)
+    return LedgerStatus(
+        lines,
+        {name: dict(amounts) for name, amounts in totals.by_worker.items()},
+        {name: dict(amounts) for name, amounts in totals.by_outcome.items()},
+        dict(running),
+        waiting,
+        _projected_end(projection) if projection is not None else _end_at_this_pace(lines),
+    )
 
 
 def stored_quota(attributes: Mapping[str, Any]) -> Quota:
     """Return the quota in a study's attributes, without malformed entries."""
-    known = (*TOTAL_RESOURCES, *HELD_RESOURCES)
-    amounts: dict[str, Any] = {
-        name: value
-        for name, value in read_amounts(attributes.get(STUDY_QUOTA)).items()
-        if name in known
-    }
+    stored = read_amounts(attributes.get(STUDY_QUOTA))
+    known = {*TOTAL_RESOURCES, *HELD_RESOURCES}
+    amounts: dict[str, Any] = {n: amount for n, amount in stored.items() if n in known}
     prices = read_amounts(attributes.get(STUDY_PRICES))
     prices = {name: price for name, price in prices.items() if name in PRICED_RESOURCES}
     if "cost" not in amounts or not prices:
@@ -226,24 +218,6 @@ def stored_quota(attributes: Mapping[str, Any]) -> Quota:
     if "n_trials" in amounts and not float(amounts["n_trials"]).is_integer():
         del amounts["n_trials"]
     return quota_from_amounts(amounts, prices)
-
-
-def status_of(totals: QuotaTotals, now: float, projection: Any = None) -> LedgerStatus:
-    """Return the status at a time in seconds since the epoch."""
-    lines = tuple(_lines(totals, now))
-    running: dict[str, int] = {}
-    for entry in totals.open:
-        if entry.state == "running":
-            running[entry.worker] = running.get(entry.worker, 0) + 1
-    waiting = sum(1 for claim in totals.claims if claim.queued_for and not claim.granted)
-    return LedgerStatus(
-        lines,
-        {name: dict(amounts) for name, amounts in totals.by_worker.items()},
-        {name: dict(amounts) for name, amounts in totals.by_outcome.items()},
-        running,
-        waiting,
-        _projected_end(projection) if projection is not None else _end_at_this_pace(lines),
-    )
 
 
 def _lines(totals: QuotaTotals, now: float) -> Iterator[LedgerLine]:
@@ -317,7 +291,10 @@ def _text_table(rows: Sequence[tuple[str, ...]]) -> str:
 def _frame(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
     import pandas as pd
 
-    cells = [[row.get(name) for name in columns] for row in rows.values()]
-    index = pd.Index(list(rows), dtype=object)
-    frame: pd.DataFrame = pd.DataFrame(cells, index=index, columns=list(columns), dtype=float)
+    frame: pd.DataFrame = pd.DataFrame(
+        list(rows.values()),
+        index=pd.Index(list(rows), dtype=object),
+        columns=list(columns),
+        dtype=float,
+    )
     return frame

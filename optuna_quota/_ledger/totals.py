@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import math
 from typing import TYPE_CHECKING
 
-from optuna_quota._ledger.protocol import Claim, is_held
-from optuna_quota._ledger.reservation import parse_reservation, Reservation, Worker
+from optuna_quota._ledger.protocol import Claim, is_held, parse_reservation, Reservation, Worker
 from optuna_quota._records import parse_record, RESERVATION
 from optuna_quota._resources import (
     CHARGED_RESOURCES,
@@ -43,57 +42,32 @@ class IntervalUnion:
     """A growing union of intervals; adding one costs the logarithm of their number.
 
     Args:
-        intervals: The first intervals.
         gap: Intervals at most this far apart are joined, with the gap between them.
     """
 
-    def __init__(self, intervals: Iterable[tuple[float, float]] = (), gap: float = 0.0) -> None:
+    def __init__(self, gap: float = 0.0) -> None:
         self._gap = gap
         self._starts: list[float] = []
         self._ends: list[float] = []
         self.total = 0.0
-        for start, end in intervals:
-            self.add(start, end)
 
-    def add(self, start: float, end: float) -> None:
-        """Add an interval; one that ends before it starts is empty."""
-        if end <= start:
-            return
-        first, last = self._touched(start, end)
-        start, end = self._joined(start, end, first, last)
-        self.total += end - start - self._length(first, last)
+    def copy(self) -> IntervalUnion:
+        other = IntervalUnion(self._gap)
+        other._starts, other._ends, other.total = [*self._starts], [*self._ends], self.total
+        return other
+
+    def add(self, start: float, end: float) -> tuple[float, float]:
+        """Add an interval; return what it is joined to with those that it touches."""
+        end = max(start, end)
+        first = bisect_left(self._ends, start - self._gap)
+        last = bisect_right(self._starts, end + self._gap)
+        touched = list(zip(self._starts[first:last], self._ends[first:last], strict=True))
+        if touched:
+            start, end = min(start, touched[0][0]), max(end, touched[-1][1])
+        self.total += end - start - sum(e - s for s, e in touched)
         self._starts[first:last] = [start]
         self._ends[first:last] = [end]
-
-    def joined(self, start: float, end: float) -> tuple[float, float]:
-        """Return what an interval would become once added, without adding it."""
-        return self._joined(start, end, *self._touched(start, end))
-
-    def _joined(self, start: float, end: float, first: int, last: int) -> tuple[float, float]:
-        if first >= last:
-            return start, end
-        return min(start, self._starts[first]), max(end, self._ends[last - 1])
-
-    def with_added(self, intervals: Iterable[tuple[float, float]]) -> float:
-        """Return the total with more intervals, without adding them."""
-        more = IntervalUnion(intervals)
-        shared = sum(
-            self._overlap(start, end) for start, end in zip(more._starts, more._ends, strict=True)
-        )
-        return self.total + more.total - shared
-
-    def _touched(self, start: float, end: float) -> tuple[int, int]:
-        gap = self._gap
-        return bisect_left(self._ends, start - gap), bisect_right(self._starts, end + gap)
-
-    def _length(self, first: int, last: int) -> float:
-        pairs = zip(self._starts[first:last], self._ends[first:last], strict=True)
-        return sum(end - start for start, end in pairs)
-
-    def _overlap(self, start: float, end: float) -> float:
-        first, last = self._touched(start, end)
-        pairs = zip(self._starts[first:last], self._ends[first:last], strict=True)
-        return sum(max(0.0, min(end, e) - max(start, s)) for s, e in pairs)
+        return start, end
 
 
 class WorkerTime:
@@ -105,48 +79,36 @@ class WorkerTime:
 
     def add(self, worker: Hashable, start: float, end: float) -> None:
         """Add a finished trial of a worker."""
-        own = self._by_worker.setdefault(worker, IntervalUnion(gap=LONGEST_GAP))
-        own.add(start, end)
         if end > start:
-            self._all.add(*own.joined(start, end))
+            own = self._by_worker.setdefault(worker, IntervalUnion(gap=LONGEST_GAP))
+            self._all.add(*own.add(start, end))
 
     @property
     def total(self) -> float:
-        """Seconds over all trials that were added."""
         return self._all.total
 
     def with_running(self, running: Iterable[tuple[Hashable, float, float]]) -> float:
         """Return the total with running trials: worker, start and present time of each."""
-        joined = []
+        union = self._all.copy()
         for worker, start, now in running:
             own = self._by_worker.get(worker)
-            joined.append((start, now) if own is None else own.joined(start, now))
-        return self._all.with_added(joined)
+            union.add(*((start, now) if own is None else own.copy().add(start, now)))
+        return union.total
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row as the ledger sees it.
-
-    Attributes:
-        number: The trial's number.
-        trial_id: Its id in the storage.
-        state: ``"running"``, ``"waiting"`` or ``"finished"``.
-        outcome: How it ended; empty while it has not.
-        reservation: Its reservation; None if no ledger admitted it.
-        charges: What it used by resource; None where unknown.
-        span: When it ran, from start to end, on the study's clock.
-        untouched: Whether nothing was written into the row since it was created.
-    """
+    """One row as the ledger sees it."""
 
     number: int
     trial_id: int
-    state: str
-    outcome: str = ""
-    reservation: Reservation | None = None
+    state: str  # "running", "waiting" or "finished"
+    outcome: str = ""  # How it ended; empty while it has not
+    reservation: Reservation | None = None  # Its reservation; None if no ledger admitted it
+    # What it used by resource; None where unknown.
     charges: Mapping[str, float | None] = field(default_factory=dict)
-    span: tuple[float, float] | None = None
-    untouched: bool = False
+    span: tuple[float, float] | None = None  # When it ran, from start to end, on the study's clock
+    untouched: bool = False  # Whether nothing was written into the row since it was created
 
     @property
     def worker(self) -> str:
@@ -165,14 +127,7 @@ class Entry:
 def read_entry(
     trial: FrozenTrial, trial_id: int, quota: Quota, *, study: str | None = None
 ) -> Entry:
-    """Return what a row means to the ledger.
-
-    Args:
-        trial: The row.
-        trial_id: Its id in the storage.
-        quota: The quota; its prices turn usage into cost.
-        study: The study's stamp in reservations.
-    """
+    """Return what a row means to the ledger of a study, by the study's stamp in reservations."""
     written = trial.system_attrs.get(RESERVATION)
     reservation = parse_reservation(written, trial_id, study)
     if not trial.state.is_finished():
@@ -200,7 +155,10 @@ def read_entry(
         if outcome == "preempted":
             # It runs again.
             del charges["n_trials"]
-    span = _span(trial, reservation, charges.get("trial_time"))
+    seconds, began = charges.get("trial_time"), None if reservation is None else reservation.began
+    if began is None and trial.datetime_start is not None:
+        began = trial.datetime_start.timestamp()
+    span = None if began is None or seconds is None else (began, began + seconds)
     return Entry(trial.number, trial_id, "finished", outcome, reservation, charges, span)
 
 
@@ -239,36 +197,20 @@ def _charges(
     return charges
 
 
-def _span(
-    trial: FrozenTrial, reservation: Reservation | None, seconds: float | None
-) -> tuple[float, float] | None:
-    began = reservation.began if reservation is not None else None
-    if began is None and trial.datetime_start is not None:
-        began = trial.datetime_start.timestamp()
-    return None if began is None or seconds is None else (began, began + seconds)
-
-
 class QuotaTotals:
     """Sums over all rows of a study: finished ones are added once, the others replaced.
 
-    Args:
-        quota: The quota; its prices turn usage into cost.
-        bounds: Limits of one trial, by resource: charged to a trial of unknown usage.
-
-    Attributes:
-        open: Rows that have not finished.
-        unadmitted: Usage of trials that no ledger admitted, by resource; those that ran in the
-            study as ``n_trials``, the others as ``added``.
-        unknown: Number of finished trials of unknown usage, by resource.
-        by_worker: Usage of each worker's finished trials, by resource.
-        by_outcome: The same by outcome.
+    Trials of unknown usage are charged the limits of one trial, ``bounds``.
     """
 
     def __init__(self, quota: Quota, bounds: Mapping[str, float] | None = None) -> None:
         self.quota = quota
         self.bounds = bounds or {}
         self.open: tuple[Entry, ...] = ()
+        # Usage of trials that no ledger admitted; those that ran in the study as `n_trials`, the
+        # others as `added`.
         self.unadmitted: Counter[str] = Counter()
+        # Number of finished trials of unknown usage, by resource.
         self.unknown: Counter[str] = Counter()
         self.by_worker: dict[str, Counter[str]] = {}
         self.by_outcome: dict[str, Counter[str]] = {}
@@ -279,7 +221,6 @@ class QuotaTotals:
         self._latest_end: tuple[float, Worker | None] = (-math.inf, None)
 
     def update(self, finished: Iterable[Entry], still_open: Sequence[Entry]) -> None:
-        """Add rows that have finished, and replace those that have not."""
         for entry in finished:
             self._add(entry)
         self.open = tuple(still_open)
@@ -307,13 +248,10 @@ class QuotaTotals:
                 self._latest_end = (entry.span[1], worker)
 
     def used(self, now: float, here: Worker | None = None) -> dict[str, float]:
-        """Return the usage by resource.
+        """Return the usage by resource at a time on the study's clock.
 
         A trial of unknown usage counts with its limit, or else with the largest known usage.
-
-        Args:
-            now: Seconds on the study's clock.
-            here: A worker that is about to start a trial.
+        With ``here``, a worker is about to start a trial.
         """
         used = {
             name: self._known[name]
@@ -327,7 +265,7 @@ class QuotaTotals:
         """Return the study's clock time in seconds, up to now for running trials.
 
         From a worker's first trial to the end of its last, without pauses longer than
-        :data:`LONGEST_GAP`; arguments as for :meth:`used`.
+        :data:`LONGEST_GAP`.
         """
         running: list[tuple[Worker | None, float, float]] = [
             (e.reservation.worker, e.reservation.began, self._until(e.reservation, now))
@@ -358,11 +296,7 @@ class QuotaTotals:
         return max([self._latest_end, *beats], key=lambda pair: pair[0])
 
     def reserved(self, machine: str | None = None) -> dict[str, float]:
-        """Return what running trials hold or ask for, by resource.
-
-        Args:
-            machine: Count what is held at one moment on this machine only; None for all.
-        """
+        """Return what running trials hold or ask for; of what is held, on one machine if given."""
         reserved: dict[str, float] = {}
         for entry in self.open:
             claim = entry.claim
@@ -375,16 +309,11 @@ class QuotaTotals:
 
     @property
     def claims(self) -> list[Claim]:
-        """Running trials that hold, ask or wait, as the protocol sees them."""
         return [entry.claim for entry in self.open if entry.reservation is not None]
 
 
 def describe_unadmitted(usage: Mapping[str, float]) -> str | None:
-    """Return a log line on trials that no ledger admitted; None without any.
-
-    Args:
-        usage: See :attr:`QuotaTotals.unadmitted`.
-    """
+    """Return a log line on usage that is :attr:`QuotaTotals.unadmitted`, None without any."""
     ran, added = int(usage.get("n_trials", 0)), int(usage.get("added", 0))
     if not ran and not added:
         return None

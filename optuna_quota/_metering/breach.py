@@ -1,8 +1,7 @@
 """Decides whether usage breaches a limit, and whether a breach waits for a larger grant. No I/O.
 
-All that judges one trial uses :func:`is_breach`: metering, the supervisor of an isolated trial,
-the analysis of its exit, forecasts, footprints given by the user and replays. All that judges sums
-over trials uses :func:`quota_bound`.
+All that judges one trial uses :func:`is_breach`, all that judges sums over trials
+:func:`quota_bound`.
 
 What a trial was granted of a quota is a promise: only a refusal that answers a request made while
 the trial was already over its share ends it, because others may have returned theirs since an
@@ -30,9 +29,7 @@ AT_LIMIT = 0.95
 class Ceiling(NamedTuple):
     """The most that a trial may use of one resource, in SI base units.
 
-    Attributes:
-        limit: The amount.
-        quota: Whether it is what is left of a quota of the study, not a limit of the trial.
+    ``quota`` is whether it is what is left of a quota of the study, not a limit of the trial.
     """
 
     limit: float
@@ -82,8 +79,7 @@ def find_breaches(
     """Return all breaches, the furthest over its limit first.
 
     Args:
-        amounts: What the trial uses by resource, in SI base units; missing or None is unknown and
-            breaches nothing.
+        amounts: What the trial uses by resource; missing or None is unknown and breaches nothing.
         ceilings: The ceilings in force.
         elapsed: Seconds since the start of the trial.
         forecast: Whether the amounts are what the trial is heading for.
@@ -93,7 +89,7 @@ def find_breaches(
         for name, (limit, quota) in ceilings.items()
         if (amount := amounts.get(name)) is not None and is_breach(name, amount, limit)
     ]
-    return sorted(found, key=_ratio, reverse=True)
+    return sorted(found, key=lambda b: b.observed / b.limit if b.limit else math.inf, reverse=True)
 
 
 def find_refused_breach(
@@ -112,8 +108,7 @@ def find_refused_breach(
         wanted: What it held and asked for, as far as that is known.
         ceilings: The ceilings in force.
         elapsed: Seconds since the start of the trial.
-        share: The share of the limit from which the limit is taken for the reason; 0 where
-            that is certain.
+        share: The share of the limit from which the limit is the reason; 0 where that is certain.
         refused: Whether the reason says "asked for" instead of "used".
     """
     if resource not in ceilings:
@@ -124,10 +119,6 @@ def find_refused_breach(
     # What was refused is not known more closely than that it was over the limit.
     observed = wanted if is_breach(resource, wanted, limit) else limit * (1 + 1e-6) + 1
     return Breach(resource, limit, observed, elapsed, quota=quota, refused=refused)
-
-
-def _ratio(breach: Breach) -> float:
-    return breach.observed / breach.limit if breach.limit > 0 else math.inf
 
 
 # Share of a granted amount at which more is requested, so that the answer comes in time.
@@ -154,7 +145,7 @@ class QuotaExtension:
         request: Requests more; the answer goes to :meth:`resolve`.
 
     Attributes:
-        needs: The usage of the resources of which more was requested, at the time of the request.
+        needs: What was used of the requested resources at the time of the request.
     """
 
     def __init__(self, request: Callable[[], None]) -> None:
@@ -173,20 +164,10 @@ class QuotaExtension:
         ceilings: Ceilings,
         now: float,
     ) -> list[Breach]:
-        """Return the breaches that don't wait for an answer; request more where it runs low.
-
-        Args:
-            breaches: All breaches.
-            amounts: The usage by resource.
-            ceilings: The ceilings in force.
-            now: The time in seconds.
-        """
+        """Return the breaches that don't wait for an answer; request more where it runs low."""
+        granted = _granted(ceilings)
         over = {b.resource for b in breaches if _is_extensible(b.resource, b.quota)}
-        low = {
-            name
-            for name, granted in _granted(ceilings).items()
-            if amounts.get(name, 0.0) >= extension_threshold(name) * granted
-        }
+        low = {n for n in granted if amounts.get(n, 0.0) >= extension_threshold(n) * granted[n]}
         is_due = over - self._refused or (low and now >= self._not_before)
         if is_due and self._requested_at is None:
             self._requested_at, self._is_due, self._over = now, True, over
@@ -214,14 +195,8 @@ class QuotaExtension:
         is_due, self._is_due = self._is_due, False
         return self._request if is_due else None
 
-    def deadline(self, started: float, ceilings: Ceilings, now: float) -> float | None:
-        """Return when time alone calls for a review, None for never.
-
-        Args:
-            started: When the trial started.
-            ceilings: The ceilings in force.
-            now: The time in seconds.
-        """
+    def deadline(self, started: float, ceilings: Ceilings, now: float) -> float:
+        """Return when time alone calls for a review of a trial; infinite for never."""
         times = []
         for name in ceilings.keys() & set(CLOCK_RESOURCES):
             limit, quota = ceilings[name]
@@ -231,7 +206,7 @@ class QuotaExtension:
         times = [time for time in times if time > now]
         if self._requested_at is not None:
             times.append(max(now, self._requested_at + EXTENSION_TIMEOUT))
-        return min(times, default=None)
+        return min(times, default=math.inf)
 
 
 def _is_extensible(resource: str, quota: bool) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import functools
 import logging
 import math
+import os
 from pathlib import Path
 
 from optuna_quota._metering.meter import MeterReading
@@ -13,7 +14,6 @@ from optuna_quota._metering.warn import warn_once
 
 
 _POWERCAP = Path("/sys/class/powercap")
-_STAT = Path("/proc/stat")
 # Seconds. The counters wrap after minutes at the earliest.
 _PERIOD = 1.0
 
@@ -62,30 +62,30 @@ def _number(path: Path) -> float:
     return float(path.read_text())
 
 
-def busy_seconds_of_host(stat: str, ticks: int) -> float:
-    """Return the CPU-seconds that all processors of the host were busy, since the boot.
+@functools.lru_cache(maxsize=1)
+def rapl() -> Rapl:
+    """Return the counters of this host. Raises OSError where there are none."""
+    return Rapl()
 
-    Args:
-        stat: The text of /proc/stat.
-        ticks: Clock ticks a second.
-    """
+
+def busy_seconds_of_host(stat: str, ticks: int) -> float:
+    """Return the CPU-seconds of all processors since the boot, from the text of /proc/stat."""
     fields = [int(value) for value in stat.split("\n", 1)[0].split()[1:]]
     # user nice system idle iowait irq softirq steal; guest time is part of user time.
     busy = sum(fields[:8]) - sum(fields[3:5])
     return busy / ticks
 
 
+def _host_busy() -> float:
+    return busy_seconds_of_host(Path("/proc/stat").read_text(), os.sysconf("SC_CLK_TCK"))
+
+
 class ProcessorEnergyMeter:
     """A trial's share of the energy of the host's processors, idle power included.
 
     It is its share of the host's busy CPU time between two readings: a trial that does all the
-    work is charged all the energy. If the counters can't be read there is no amount.
-
-    Args:
-        cpu_time: Returns the trial's CPU-seconds so far.
-        is_limited: Whether the trial has a ceiling on energy: missing counters are then a warning.
-        open_counters: Opens the counters.
-        host_busy: Returns the CPU-seconds that the host was busy.
+    work is charged all the energy. If the counters can't be read there is no amount, which is a
+    warning if the trial has a ceiling on energy.
     """
 
     eager = False
@@ -95,14 +95,14 @@ class ProcessorEnergyMeter:
         cpu_time: Callable[[], float | None],
         *,
         is_limited: bool = False,
-        open_counters: Callable[[], Rapl] | None = None,
-        host_busy: Callable[[], float] | None = None,
+        open_counters: Callable[[], Rapl] = rapl,
+        host_busy: Callable[[], float] = _host_busy,
     ) -> None:
         self.period = _PERIOD
         self._cpu_time = cpu_time
         self._is_limited = is_limited
-        self._open_counters = open_counters or rapl
-        self._host_busy = host_busy or _host_busy
+        self._open_counters = open_counters
+        self._host_busy = host_busy
         self._last: tuple[float, float, float] | None = None
         self._joules = 0.0
 
@@ -116,23 +116,12 @@ class ProcessorEnergyMeter:
             message = f"The processors' energy is not measured: {error}."
             warn_once("processor energy", message, level=level)
             return {}
-        if self._last is not None:
-            joules, busy, used = (b - a for a, b in zip(self._last, now, strict=True))
-            self._joules += joules * min(1.0, used / busy) if busy > 0 else 0.0
-        is_first, self._last = self._last is None, now
-        return {} if is_first else {"energy": MeterReading(self._joules, peak=False, is_own=True)}
+        before, self._last = self._last, now
+        if before is None:
+            return {}
+        joules, busy, used = (b - a for a, b in zip(before, now, strict=True))
+        self._joules += joules * min(1.0, used / busy) if busy > 0 else 0.0
+        return {"energy": MeterReading(self._joules, peak=False, is_own=True)}
 
     def close(self) -> None:
         """Do nothing."""
-
-
-@functools.lru_cache(maxsize=1)
-def rapl() -> Rapl:
-    """Return the counters of this host. Raises OSError where there are none."""
-    return Rapl()
-
-
-def _host_busy() -> float:
-    import os
-
-    return busy_seconds_of_host(_STAT.read_text(), os.sysconf("SC_CLK_TCK"))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 import os
 import time
+from typing import NamedTuple
 
 from optuna_quota._metering.shared_pages import ProcessMemory
 
@@ -21,18 +21,19 @@ _MAX_FILE_CHANGE = 0.1
 # Share of the high-water mark within which the present memory is the peak itself.
 _AT_PEAK = 0.01
 
+PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
-@dataclass(frozen=True)
-class MemorySnapshot:
-    """What the kernel reports of a process at one moment.
+
+class MemorySnapshot(NamedTuple):
+    """What the kernel reports of a process at one moment, in bytes.
 
     Attributes:
-        highest: The high-water mark of resident bytes (VmHWM), with pages of files.
-        resident: The resident bytes.
-        file: The resident bytes of files' pages.
-        faults: The page faults so far.
-        huge: The bytes of anonymous huge pages that this host has allocated so far, for any
-            process.
+        highest: The high-water mark of resident memory (VmHWM), with pages of files.
+        resident: The resident memory.
+        file: The resident pages of files.
+        faults: The number of page faults so far.
+        huge: The anonymous huge pages that this host has allocated so far, for any process.
     """
 
     highest: int
@@ -65,19 +66,10 @@ def unseen_peak(before: MemorySnapshot, now: MemorySnapshot) -> int | None:
 
 def read_huge_pages() -> int:
     """Return the bytes of anonymous huge pages that this host has allocated, 0 if unknown."""
-    try:
-        handle = os.open("/proc/vmstat", os.O_RDONLY)
-    except OSError:
-        return 0
-    try:
-        _, found, rest = os.read(handle, 1 << 16).partition(b"\nthp_fault_alloc ")
-    finally:
-        os.close(handle)
-    return int(rest.split(None, 1)[0]) * _HUGE_PAGE if found else 0
-
-
-PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+    with contextlib.suppress(OSError), open("/proc/vmstat", "rb", buffering=0) as file:
+        _, found, rest = file.read(1 << 16).partition(b"\nthp_fault_alloc ")
+        return int(rest.split(None, 1)[0]) * _HUGE_PAGE if found else 0
+    return 0
 
 
 class LinuxProcess:
@@ -101,34 +93,16 @@ class LinuxProcess:
         OSError: If /proc can't be read.
     """
 
-    __slots__ = (
-        "_folder",
-        "_mark",
-        "_shared",
-        "_stat",
-        "_statm",
-        "_status",
-        "_swapped",
-        "_swaps",
-        "is_self",
-        "knows_peak",
-        "parent",
-        "pid",
-        "shareable",
-        "started",
-        "statm",
-    )
-
     def __init__(self, pid: int, parent: LinuxProcess | None = None) -> None:
         self.pid = pid
         self.parent = parent
-        self.is_self = pid == os.getpid()
         self.knows_peak = False
         self.statm = b""
-        self._folder = self._stat = self._statm = self._status = -1
-        self._shared, self.shareable, self._swapped = b"", 0, 0
+        self.shareable = 0
+        self._shared, self._swapped = b"", 0
         self._swaps = has_swap()
         self._mark: MemorySnapshot | None = None
+        self._folder = self._stat = self._statm = self._status = -1
         try:
             self._folder = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY)
             self._statm = self._open("statm")
@@ -187,11 +161,7 @@ class LinuxProcess:
         )
 
     def unseen_peak(self, huge: int) -> int | None:
-        """Return a peak since the last call, in bytes, None without one.
-
-        Args:
-            huge: The bytes of huge pages allocated on this host.
-        """
+        """Return a peak since the last call, in bytes; takes the host's huge pages so far."""
         status = self._read_status()
         if b"VmHWM:" not in status:
             return None
@@ -212,7 +182,7 @@ class LinuxProcess:
 
     def times(self) -> tuple[float, float]:
         """Return the CPU-seconds of its own and of its reaped children."""
-        if self.is_self:
+        if self.pid == os.getpid():
             import resource
 
             children = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -221,18 +191,12 @@ class LinuxProcess:
         utime, stime, cutime, cstime = (int(value) / _TICKS for value in fields[11:15])
         own = utime + stime
         if self.parent is None:
-            own = max(own, self._exact_time())
+            # To the nanosecond, where /proc counts in ticks of 10 ms. The clock's id is what
+            # clock_getcpuclockid(3) makes of a pid. A pid may be reused, so only a root is asked,
+            # right after its descriptor proved it alive.
+            with contextlib.suppress(OSError):
+                own = max(own, time.clock_gettime(~self.pid << 3 | 2))
         return own, cutime + cstime
-
-    def _exact_time(self) -> float:
-        """Return its CPU-seconds to the nanosecond; /proc counts in ticks of 10 ms.
-
-        The clock's id is what clock_getcpuclockid(3) makes of a pid: ``~pid << 3 | 2``. A pid may
-        be reused, so only a root is asked, right after its descriptor proved it alive.
-        """
-        with contextlib.suppress(OSError):
-            return time.clock_gettime(~self.pid << 3 | 2)
-        return 0.0
 
     def parent_pid(self) -> int:
         return int(self._stat_fields()[1])

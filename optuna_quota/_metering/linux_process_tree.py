@@ -43,22 +43,20 @@ class ProcessCreationProbe:
         self._not_before = 0.0
         self.is_reliable = False
         with contextlib.suppress(OSError):
-            self.is_reliable = os.stat(_LOADAVG).st_dev == os.stat("/proc/self").st_dev
             self._handle = os.open(_LOADAVG, os.O_RDONLY)
-
-    def pending(self) -> bool:
-        """Return whether a process may have been created since :meth:`reset`, and is due."""
-        if not self.is_reliable or self._handle < 0:
-            return True
-        newest = os.pread(self._handle, 128, 0).rsplit(None, 1)[-1]
-        return newest != self._newest and time.perf_counter() >= self._not_before
+            self.is_reliable = os.fstat(self._handle).st_dev == os.stat("/proc/self").st_dev
 
     def reset(self) -> bool:
-        """Return what :meth:`pending` does, and start anew: the tree is about to be walked."""
-        if not self.pending():
+        """Return whether a process may have been created since this last returned True.
+
+        The tree is then about to be walked.
+        """
+        if not self.is_reliable:
+            return True
+        newest = os.pread(self._handle, 128, 0).rsplit(None, 1)[-1]
+        if newest == self._newest or time.perf_counter() < self._not_before:
             return False
-        if self._handle >= 0:
-            self._newest = os.pread(self._handle, 128, 0).rsplit(None, 1)[-1]
+        self._newest = newest
         return True
 
     def record_walk(self, seconds: float) -> None:
@@ -66,7 +64,7 @@ class ProcessCreationProbe:
         self._not_before = time.perf_counter() + 20 * seconds
 
     def close(self) -> None:
-        handle, self._handle = self._handle, -1
+        handle, self._handle, self.is_reliable = self._handle, -1, False
         if handle >= 0:
             os.close(handle)
 
@@ -118,9 +116,15 @@ class LinuxProcessTree:
     ) -> None:
         self._opened = since_boot()
         self._root = LinuxProcess(os.getpid() if pid is None else pid)
-        self._reaper = None if reaper is None else self._open_reaper(reaper)
-        forked_here = self._reaper is not None and self._reaper.parent_pid() == os.getpid()
-        self._forked_from_study = forked_from_study or forked_here
+        self._reaper: LinuxProcess | None = None
+        self._forked_from_study = forked_from_study
+        if reaper is not None:
+            try:
+                self._reaper = LinuxProcess(reaper)
+            except OSError:
+                self._root.close()
+                raise
+            self._forked_from_study |= self._reaper.parent_pid() == os.getpid()
         self._members: dict[int, LinuxProcess] = {self._root.pid: self._root}
         self._foreign: dict[int, LinuxProcess] = {}
         self._creation = ProcessCreationProbe()
@@ -130,18 +134,12 @@ class LinuxProcessTree:
         self._shared = SharedPages()
         self._ceiling = math.inf
 
-    def _open_reaper(self, pid: int) -> LinuxProcess:
-        try:
-            return LinuxProcess(pid)
-        except OSError:
-            self._root.close()
-            raise
-
     def read(
         self, *, thorough: bool, without: Collection[int] = (), ceiling: float = math.inf
     ) -> TreeReading:
         self._ceiling = ceiling
-        self._disown(without)
+        for pid in self._members.keys() & set(without):
+            self._foreign[pid] = self._members.pop(pid)
         if thorough:
             self._read_times()
         if (thorough or self._creation.is_reliable) and self._creation.reset():
@@ -162,22 +160,9 @@ class LinuxProcessTree:
         # A new process may be about to run another program: no breach before it has stayed.
         return max(before, min(measured, self._ceiling)) if has_new else measured
 
-    def glance(self) -> float | None:
-        """Return the memory of the known processes, None if only a reading can tell."""
-        if not self._creation.is_reliable or self._creation.pending():
-            return None
-        held = self._held()
-        if len(held.sizes) < len(self._members) or self._is_due(held):
-            return None
-        return self._shared.memory(held)
-
     def at_most(self) -> float:
         """Return an upper bound of the known processes' memory, at the least possible cost."""
         return self._shared.at_most(self._held())
-
-    def age(self) -> float:
-        """Return the seconds since the root was created, to a clock tick."""
-        return since_boot() - self._root.started
 
     def reset_peak(self) -> None:
         self._peak = None
@@ -185,10 +170,8 @@ class LinuxProcessTree:
             process.reset_peak()
 
     def close(self) -> None:
-        for process in (*self._members.values(), *self._foreign.values()):
+        for process in (*self._members.values(), *self._foreign.values(), *self._reapers()):
             process.close()
-        if self._reaper is not None:
-            self._reaper.close()
         self._members.clear()
         self._foreign.clear()
         self._creation.close()
@@ -201,7 +184,9 @@ class LinuxProcessTree:
         while queue:
             parent = queue.pop()
             for pid in parent.children():
-                child = None if self._knows(pid) else _open_child(pid, parent, moment)
+                if pid in self._members or pid in self._foreign:
+                    continue
+                child = _open_child(pid, parent, moment)
                 if child is None:
                     continue
                 if pid in without:
@@ -215,14 +200,6 @@ class LinuxProcessTree:
 
     def _reapers(self) -> tuple[LinuxProcess, ...]:
         return () if self._reaper is None else (self._reaper,)
-
-    def _knows(self, pid: int) -> bool:
-        return pid in self._members or pid in self._foreign
-
-    def _disown(self, without: Collection[int]) -> None:
-        for pid in without:
-            if pid in self._members:
-                self._foreign[pid] = self._members.pop(pid)
 
     def _read_times(self) -> None:
         """Update the CPU times and drop the dead."""
@@ -275,18 +252,20 @@ class LinuxProcessTree:
         inherited = self._measure_inherited(memories)
         moved, ended = 0, []
         for pid in memories if len(memories) > 1 else ():
-            try:
+            size = 0
+            with contextlib.suppress(OSError):
                 size = self._members[pid].memory()
-            except OSError:
-                size = 0
             if size:
                 moved += abs(self._members[pid].shareable - shareable[pid])
             elif memories[pid].held:
                 ended.append(pid)
-        doubt = find_doubt(memories, moved, ended)
-        cost, now = time.thread_time() - begun, time.perf_counter()
         return self._shared.update(
-            memories, faulted=faulted, cost=cost, now=now, not_counted=inherited, doubt=doubt
+            memories,
+            faulted=faulted,
+            cost=time.thread_time() - begun,
+            now=time.perf_counter(),
+            not_counted=inherited,
+            doubt=find_doubt(memories, moved, ended),
         )
 
     def _measure_inherited(self, memories: Mapping[int, ProcessMemory]) -> int:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+import contextlib
 import logging
 import math
-import os
 import threading
 import time
-from typing import TypeVar
 
 from optuna_quota._metering.linux_process_tree import is_available, LinuxProcessTree
 from optuna_quota._metering.process_tree import ProcessTree, PsutilProcessTree, TreeReading
 from optuna_quota._metering.timing import (
     ASSUMED_GROWTH,
+    CORES,
     fastest_growth,
     LONGEST_INTERVAL,
     LONGEST_INTERVAL_ALONE,
@@ -27,7 +26,6 @@ from optuna_quota._metering.warn import warn_once
 
 _logger = logging.getLogger("optuna.quota.metering")
 
-Answer = TypeVar("Answer")
 # From a pid; and the reaper's and the number of outsiders, where there is a reaper.
 OpenTree = Callable[..., ProcessTree]
 
@@ -40,15 +38,7 @@ _LONGEST_THOROUGH_INTERVAL = 1.0
 def open_tree(pid: int | None, reaper: int | None = None, outsiders: int = 0) -> ProcessTree:
     """Return the reader of the tree under a process: by /proc, else by psutil.
 
-    Args:
-        pid: The root; None for this process.
-        reaper: A process that inherits the tree's orphans and has no other children than these
-            and the root; None without one.
-        outsiders: At least how many processes outside of the tree share the memory that it was
-            forked with.
-
-    Raises:
-        ProcessLookupError: If there is no such process.
+    Arguments and errors are those of :class:`LinuxProcessTree`.
     """
     if is_available():
         try:
@@ -65,7 +55,7 @@ class MonitoredTree:
 
     Args:
         reader: Reads the tree.
-        pid: Its root; None for this process.
+        pid: Its root, made for one trial; None for this process.
         now: The time.
         period: Seconds between samples far from any limit; None to choose it.
     """
@@ -75,28 +65,24 @@ class MonitoredTree:
     ) -> None:
         self.reader = reader
         self.pid = pid
+        self.pids: tuple[int, ...] = ()
         self.due = now
         self.trials: dict[TrialState, ThreadTime] = {}
-        self._thorough_due = now
-        self._reading: TreeReading | None = None
-        self._read_at = now
+        self._thorough_due = self._read_at = now
         self._memory: float | None = None
-        # The memory up to which a glance has found nothing new, and no breach.
+        self._cpu_time: float | None = None
+        self._keeps_peak = False
+        # The memory up to which a quick reading has found nothing new, and no breach.
         self._quiet_below = -math.inf
         self._ceiling = math.inf
         self._growth = ASSUMED_GROWTH
         self._fixed_period = period
         self._period = LONGEST_INTERVAL if period is None else period
-        self._cores = max(1, os.cpu_count() or 1)
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        return () if self._reading is None else self._reading.pids
 
     def add(self, trial: TrialState, now: float, without: Collection[int]) -> None:
         """Add a trial; trials that run in one tree at once are shared from then on."""
         if self.trials:
-            self.read(now, without, thorough=True)  # what was used so far is not the new trial's
+            self.read(now, without)  # what was used so far is not the new trial's
         self.trials[trial] = ThreadTime()
         self._quiet_below = -math.inf
         if len(self.trials) == 1:
@@ -108,74 +94,69 @@ class MonitoredTree:
 
     def _begin(self, trial: TrialState, now: float, without: Collection[int]) -> None:
         """Take the first reading of a trial that is alone in the tree."""
-        # Before the measurement, which takes its time on a busy host.
-        age = None if self.pid is None else self._try(self.reader.age)
-        self._try(self.reader.reset_peak)
-        self._growth = ASSUMED_GROWTH
+        with contextlib.suppress(OSError):
+            self.reader.reset_peak()
         self.update_thresholds()
-        reading = self._reading = self._measure(without, thorough=True)
-        self._memory = reading.memory
-        self._read_at = self.due = self._thorough_due = now
+        reading = self._measure(without, thorough=True)
+        self._memory, self._cpu_time = reading.memory, reading.cpu_time
         trial.record_memory(now, reading.memory, None)
         trial.held = reading.memory if self.pid is None else None
         if reading.cpu_time is not None:
-            # A process made for the trial counts from its creation, known to a clock tick.
-            is_own = age is not None and age <= max(0.0, now - trial.started) + 0.02
-            trial.used.add("cpu_time", reading.cpu_time if is_own else 0.0)
+            # A process made for the trial counts from its creation.
+            trial.used.add("cpu_time", 0.0 if self.pid is None else reading.cpu_time)
         self.update_thresholds()
 
     def sample(self, now: float, without: Collection[int]) -> bool:
         """Measure as cheaply as possible; return whether a breach has to be looked for.
 
-        Mostly a glance at the memory shows that it is no higher than before and far from its
-        limit, so that nothing else has to be done.
+        Mostly a quick reading shows that memory is no higher than before and far from its limit,
+        so that nothing else has to be done.
         """
-        if now < self._thorough_due:
-            memory = self._try(self.reader.glance)
-            if memory is not None and memory <= self._quiet_below:
-                self._update_growth(memory, now)
-                self._schedule(now, memory)
-                return False
-        self.read(now, without)
-        self.schedule(now)
-        return True
-
-    def read(self, now: float, without: Collection[int], *, thorough: bool = False) -> None:
-        """Measure, and record each trial's part."""
-        thorough = thorough or now >= self._thorough_due
+        thorough = now >= self._thorough_due
         reading = self._measure(without, thorough=thorough)
-        before, self._reading = self._reading, reading
-        if before is not None and reading.cpu_time is None:
-            # CPU time used during a fault is counted after it.
-            self._reading = replace(reading, cpu_time=before.cpu_time)
-        self._update_growth(reading.memory, now)
-        if before is not None:
-            self._record(before, reading, now)
-        if thorough:
-            self._thorough_due = now + self._thorough_interval(now)
-        self.update_thresholds()
+        memory = reading.memory
+        is_quiet = not thorough and memory is not None and memory <= self._quiet_below
+        if is_quiet:
+            self._update_growth(memory, now)
+        else:
+            self._record(reading, now, thorough=thorough)
+        self.schedule(now)
+        return not is_quiet
+
+    def read(self, now: float, without: Collection[int]) -> None:
+        """Measure thoroughly, and record each trial's part."""
+        self._record(self._measure(without, thorough=True), now, thorough=True)
 
     def _measure(self, without: Collection[int], *, thorough: bool) -> TreeReading:
-        ceiling = self._ceiling
-        found = self._try(
-            lambda: self.reader.read(thorough=thorough, without=without, ceiling=ceiling)
-        )
-        return TreeReading(None, None, None, self.pids) if found is None else found
-
-    def _try(self, read: Callable[[], Answer]) -> Answer | None:
-        """Return what the reader returns, None with one warning where it fails."""
         try:
-            return read()
+            reading = self.reader.read(thorough=thorough, without=without, ceiling=self._ceiling)
         except OSError as error:
             warn_once(
                 "trees",
                 "Memory and CPU time of trials are not known while their processes can't be "
                 f"read: {error!r}.",
             )
-            return None
+            return TreeReading(None, None, None, self.pids)
+        self.pids, self._keeps_peak = reading.pids, reading.peak is not None
+        return reading
+
+    def _record(self, reading: TreeReading, now: float, *, thorough: bool) -> None:
+        self._update_growth(reading.memory, now)
+        if reading.cpu_time is not None:  # what is used during a fault is counted after it
+            before, self._cpu_time = self._cpu_time, reading.cpu_time
+            if before is not None and reading.cpu_time > before:
+                self._apportion(reading.cpu_time - before)
+        for trial in self.trials:
+            if trial.isolation != "shared":
+                trial.record_memory(now, reading.memory, reading.peak)
+            elif now - trial.started > _SURELY_SHARED:
+                warn_of_sharing(trial)
+        if thorough:
+            self._thorough_due = now + self._thorough_interval(now)
+        self.update_thresholds()
 
     def update_thresholds(self) -> None:
-        """Set the memory up to which a glance suffices, and the time between samples."""
+        """Set the memory up to which a quick reading suffices, and the time between samples."""
         ceilings = [
             ceiling
             for trial in self.trials
@@ -185,16 +166,15 @@ class MonitoredTree:
             and ceiling != trial.supervised
         ]
         self._ceiling = min(ceilings, default=math.inf)
-        reading, memory = self._reading, self._memory
         if self._fixed_period is None:
-            is_alone = reading is not None and len(reading.pids) == 1 and reading.peak is not None
+            is_alone = len(self.pids) == 1 and self._keeps_peak
             self._period = LONGEST_INTERVAL_ALONE if is_alone else LONGEST_INTERVAL
-        if memory is None:
+        if self._memory is None:
             self._quiet_below = -math.inf
         elif all(trial.isolation == "shared" for trial in self.trials):
             self._quiet_below = math.inf
         else:
-            self._quiet_below = min(max(memory, self._quiet_below), self._ceiling)
+            self._quiet_below = min(max(self._memory, self._quiet_below), self._ceiling)
 
     def _thorough_interval(self, now: float) -> float:
         """Return the seconds until CPU time and peaks must be read again.
@@ -205,40 +185,25 @@ class MonitoredTree:
         intervals = [_LONGEST_THOROUGH_INTERVAL]
         for trial in self.trials:
             elapsed = max(0.0, now - trial.started)
-            intervals += [elapsed / 5, trial.cpu_seconds_left() / self._cores]
+            intervals += [elapsed / 5, trial.cpu_seconds_left() / CORES]
         return max(self._period, min(intervals))
 
     def _update_growth(self, memory: float | None, now: float) -> None:
         before, seconds = self._memory, now - self._read_at
         if memory is not None and before is not None and seconds > 0 and memory > before:
-            self._growth = fastest_growth(self._growth, (memory - before) / seconds, self._cores)
+            self._growth = fastest_growth(self._growth, (memory - before) / seconds)
         self._memory, self._read_at = memory, now
 
-    def _record(self, before: TreeReading, reading: TreeReading, now: float) -> None:
-        if reading.cpu_time is not None and before.cpu_time is not None:
-            spent = reading.cpu_time - before.cpu_time
-            if spent > 0:
-                self._apportion(spent)
-        for trial in self.trials:
-            if trial.isolation != "shared":
-                trial.record_memory(now, reading.memory, reading.peak)
-            elif now - trial.started > _SURELY_SHARED:
-                warn_of_sharing(trial)
-
     def _apportion(self, spent: float) -> None:
-        if len(self.trials) == 1:
-            next(iter(self.trials)).used.add("cpu_time", spent)
-            return
-        weights = [thread.growth() for thread in self.trials.values()]
+        weights = [1.0]
+        if len(self.trials) > 1:
+            weights = [thread.growth() for thread in self.trials.values()]
         for trial, share in zip(self.trials, apportion(spent, weights), strict=True):
             trial.used.add("cpu_time", share)
 
     def schedule(self, now: float) -> None:
         """Set when to measure next: the sooner, the closer a limit is."""
-        self._schedule(now, self._memory)
-
-    def _schedule(self, now: float, memory: float | None) -> None:
-        headroom = None if memory is None else self._ceiling - memory
+        headroom = None if self._memory is None else self._ceiling - self._memory
         interval = sampling_interval(headroom, self._growth, longest=self._period)
         is_regular = interval == self._period
         self.due = next_due(self.due, now, interval) if is_regular else now + interval
@@ -246,10 +211,6 @@ class MonitoredTree:
 
 class MonitoredTrees:
     """All process trees of a metering loop, which holds its lock meanwhile.
-
-    Args:
-        open_tree: Opens the reader of a tree.
-        period: Seconds between samples far from any limit; None to choose it.
 
     Attributes:
         excluded_pids: Children of this process that belong to no trial, nor do theirs.
@@ -279,7 +240,7 @@ class MonitoredTrees:
         """Read the tree of a trial thoroughly."""
         tree = self.of(trial)
         if tree is not None:
-            tree.read(now, self.excluded(tree), thorough=True)
+            tree.read(now, self.excluded(tree))
             tree.schedule(now)
 
     def relax(self, trial: TrialState, now: float) -> None:
@@ -295,17 +256,12 @@ class MonitoredTrees:
         """Let a trial run in the tree under a pid, None for this process."""
         tree = next((t for t in self._trees if t.pid == pid), None)
         if tree is None:
-            tree = MonitoredTree(reader or self._open(pid), pid, now, self._period)
+            if pid is None:
+                self._own = reader = self._own or self._open_tree(None)
+            tree = MonitoredTree(reader or self._open_tree(pid), pid, now, self._period)
             self._trees.append(tree)
         tree.add(trial, now, self.excluded(tree))
         tree.schedule(now)
-
-    def _open(self, pid: int | None) -> ProcessTree:
-        if pid is not None:
-            return self._open_tree(pid)
-        if self._own is None:
-            self._own = self._open_tree(None)
-        return self._own
 
     def remove(self, trial: TrialState) -> None:
         tree = self.of(trial)
@@ -365,11 +321,8 @@ class ThreadTime:
 def apportion(spent: float, weights: Sequence[float]) -> list[float]:
     """Split CPU-seconds of a process by weight, evenly if all weights are 0.
 
-    Args:
-        spent: CPU-seconds of the whole process tree.
-        weights: CPU-seconds of each trial's own thread. What BLAS workers and other helper
-            threads used is split in proportion: the sum over trials is exact, the parts are an
-            estimate.
+    The weights are the CPU-seconds of each trial's own thread. What BLAS workers and other helper
+    threads used is split in proportion: the sum over trials is exact, the parts are an estimate.
     """
     whole = sum(weights)
     if whole <= 0:

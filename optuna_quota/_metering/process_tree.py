@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
+import contextlib
 from dataclasses import dataclass
 import math
 import os
-import time
 from typing import Any, Protocol
 
 import psutil
@@ -47,18 +47,6 @@ class ProcessTree(Protocol):
             ceiling: The memory over which there is a breach, in bytes: near it, shared pages are
                 measured more closely.
         """
-        ...
-
-    def glance(self) -> float | None:
-        """Return the memory of the known processes, at the least possible cost.
-
-        None if only :meth:`read` can tell: processes were created or have ended, or what they
-        share has changed.
-        """
-        ...
-
-    def age(self) -> float:
-        """Return the seconds since the root was created."""
         ...
 
     def reset_peak(self) -> None:
@@ -105,8 +93,8 @@ class TreeCpuTime:
         # Of vanished processes that no parent inherited, less what foreign ones left.
         self._unaccounted = 0.0
 
-    def update(self, now: Mapping[Any, CpuTimes]) -> float:
-        """Update by the times of all living members; return the total in seconds."""
+    def update(self, now: Mapping[Any, CpuTimes]) -> None:
+        """Update by the times of all living members."""
         vanished: dict[Hashable | None, float] = {}
         foreign: dict[Hashable | None, float] = {}
         for process, times in self._known.items():
@@ -125,7 +113,6 @@ class TreeCpuTime:
         self._known = dict(now)
         alive = sum(times.used for times in now.values() if not times.foreign)
         self.total = max(self.total, alive + self._unaccounted)
-        return self.total
 
     def _living_ancestor(self, times: CpuTimes, now: Mapping[Any, CpuTimes]) -> Hashable | None:
         """Return the nearest living ancestor: dead ones passed on what they inherited."""
@@ -144,24 +131,18 @@ class TreeCpuTime:
 class PsutilProcessTree:
     """The tree under a process, by psutil: for any system, and if /proc can't be read.
 
-    Memory is the plain sum of the resident memory of the processes; peaks between samples are
-    not known.
-
-    Args:
-        pid: The root; None for this process.
-
-    Raises:
-        ProcessLookupError: If there is no such process.
+    Memory is the plain sum of the resident memory of the processes; peaks between samples are not
+    known. Raises ProcessLookupError if there is no such process.
     """
 
     _errors = (psutil.Error, OSError)
 
     def __init__(self, pid: int | None = None) -> None:
         try:
-            self._root = psutil.Process(os.getpid() if pid is None else pid)
+            root = psutil.Process(os.getpid() if pid is None else pid)
         except psutil.NoSuchProcess as error:
             raise ProcessLookupError(f"There is no process {pid}.") from error
-        self._parents: dict[psutil.Process, psutil.Process | None] = {self._root: None}
+        self._parents: dict[psutil.Process, psutil.Process | None] = {root: None}
         self._foreign: set[psutil.Process] = set()
         self._cpu_time = TreeCpuTime()
 
@@ -172,29 +153,18 @@ class PsutilProcessTree:
             self._find_processes(without)
             self._read_times()
         ours = [p for p in self._parents if p not in self._foreign]
-        sizes = [size for size in map(self._memory, ours) if size is not None]
+        sizes = []
+        for process in ours:
+            with contextlib.suppress(*self._errors):
+                sizes.append(process.memory_info().rss)
         memory = sum(sizes) if sizes or not ours else None
         return TreeReading(memory, self._cpu_time.total, None, tuple(p.pid for p in ours))
-
-    def glance(self) -> float | None:
-        """Return None: psutil has nothing much cheaper than a reading."""
-        return None
-
-    def age(self) -> float:
-        return float(time.time() - self._root.create_time())
 
     def reset_peak(self) -> None:
         """Do nothing: there is no peak to reset."""
 
     def close(self) -> None:
-        self._parents.clear()
-        self._foreign.clear()
-
-    def _memory(self, process: psutil.Process) -> int | None:
-        try:
-            return int(process.memory_info().rss)
-        except self._errors:
-            return None
+        """Do nothing: nothing is open."""
 
     def _find_processes(self, without: Collection[int]) -> None:
         self._parents = {p: parent for p, parent in self._parents.items() if p.is_running()}
@@ -202,7 +172,10 @@ class PsutilProcessTree:
         queue = [p for p in self._parents if p not in self._foreign]
         while queue:
             parent = queue.pop()
-            for child in self._children(parent):
+            children: list[psutil.Process] = []
+            with contextlib.suppress(*self._errors):
+                children = parent.children()
+            for child in children:
                 if child in self._parents:
                     continue
                 self._parents[child] = parent
@@ -210,12 +183,6 @@ class PsutilProcessTree:
                     self._foreign.add(child)
                 else:
                     queue.append(child)
-
-    def _children(self, process: psutil.Process) -> list[psutil.Process]:
-        try:
-            return process.children()
-        except self._errors:
-            return []
 
     def _read_times(self) -> None:
         now = {}

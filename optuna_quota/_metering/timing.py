@@ -8,7 +8,6 @@ from running. One that waits for the interpreter lock is woken up again and agai
 from __future__ import annotations
 
 from collections.abc import Callable
-import contextlib
 import math
 import os
 import sys
@@ -27,6 +26,7 @@ SHORTEST_INTERVAL = 0.0005
 # Bytes a second, before any growth was seen: one thread that touches fresh pages reaches 2 to 4
 # GB/s, so that the first burst of a trial is caught in time as well.
 ASSUMED_GROWTH = 4e9
+CORES = os.cpu_count() or 1
 
 # Seconds by which a sleep must be late to count as a pause: a busy machine delays it too.
 SHORTEST_PAUSE = 0.5
@@ -37,19 +37,13 @@ _PERIOD = 0.2
 _SHARE_OF_SWITCHES = 0.1
 
 
-def fastest_growth(known: float, seen: float, cores: int | None = None) -> float:
-    """Return the fastest growth to expect, in bytes a second.
+def fastest_growth(known: float, seen: float) -> float:
+    """Return the fastest growth to expect, from that so far and the latest, in bytes a second.
 
     A new process brings all its memory at once: a step between two samples half a millisecond
     apart is no rate that all cores together could sustain.
-
-    Args:
-        known: The fastest so far.
-        seen: The latest.
-        cores: Threads that may run at once; those of this host by default.
     """
-    most = ASSUMED_GROWTH * (cores or os.cpu_count() or 1)
-    return max(known, min(seen, most))
+    return max(known, min(seen, ASSUMED_GROWTH * CORES))
 
 
 def sampling_interval(
@@ -61,11 +55,8 @@ def sampling_interval(
 ) -> float:
     """Return min(longest, max(shortest, headroom / growth)) in seconds.
 
-    Args:
-        headroom: How far the usage is below its ceiling; None without a ceiling.
-        growth: The fastest growth to expect, in the same unit a second.
-        longest: The interval far from the ceiling.
-        shortest: The interval at the ceiling.
+    The headroom is how far the usage is below its ceiling, None without one; the growth is the
+    fastest to expect, in the same unit a second.
     """
     if headroom is None or growth <= 0:
         return longest
@@ -88,12 +79,7 @@ class RunningClock:
     """A steady clock in seconds without pauses of this process; thread-safe.
 
     One thread sleeps repeatedly and records until when. The first reading of the clock after a
-    pause detects it.
-
-    Args:
-        now: Seconds on a steady clock; for tests.
-        count_switches: Returns the context switches of a thread by its id, None if unknown; for
-            tests.
+    pause detects it, and adds it to ``skipped``.
     """
 
     def __init__(
@@ -104,15 +90,10 @@ class RunningClock:
         self._now = now
         self._count_switches = count_switches or count_context_switches
         self._lock = threading.Lock()
-        self._skipped = 0.0
+        self.skipped = 0.0
         self._due = math.inf
         self._sleeper = 0
         self._switches_before: int | None = None
-
-    @property
-    def skipped(self) -> float:
-        """The seconds left out so far."""
-        return self._skipped
 
     def __call__(self) -> float:
         """Return the seconds since an arbitrary moment."""
@@ -120,14 +101,10 @@ class RunningClock:
         if now - self._due > SHORTEST_PAUSE:
             self._skip_pause()
             now = self._now()
-        return now - self._skipped
+        return now - self.skipped
 
     def fall_asleep(self, seconds: float | None) -> None:
-        """Record that this thread sleeps from now on.
-
-        Args:
-            seconds: For how long at most; None without end, which hides a pause.
-        """
+        """Record that this thread sleeps so long at most; None, without end, hides a pause."""
         with self._lock:
             self._sleeper = threading.get_native_id()
             self._switches_before = self._count_switches(self._sleeper)
@@ -142,14 +119,14 @@ class RunningClock:
     def skip(self, seconds: float) -> None:
         """Leave out seconds that have passed."""
         with self._lock:
-            self._skipped += seconds
+            self.skipped += seconds
 
     def _skip_pause(self) -> None:
         with self._lock:
             now = self._now()
             late = now - self._due
             if late > SHORTEST_PAUSE and self._was_stopped(late):
-                self._skipped += late
+                self.skipped += late
             if late > 0:
                 self._due = now
 
@@ -163,21 +140,16 @@ class RunningClock:
 class PauseDetector:
     """A thread that only sleeps, by which a clock detects pauses of this process.
 
-    A thread that also works would miss pauses that begin meanwhile.
-
-    Args:
-        clock: The clock.
-        is_needed: Whether pauses matter at present; otherwise the thread sleeps on.
+    A thread that also works would miss pauses that begin meanwhile. It sleeps on while pauses
+    don't matter.
     """
 
     def __init__(self, clock: RunningClock, is_needed: Callable[[], bool]) -> None:
         self._clock = clock
         self._is_needed = is_needed
+        self._wakeup = threading.Event()
         self._is_idle = False
         self._thread: threading.Thread | None = None
-        # A lock as a flag, released to wake the thread.
-        self._wakeup = threading.Lock()
-        self._wakeup.acquire()
 
     def start(self) -> None:
         """Begin, now that it is needed; one call at a time."""
@@ -187,40 +159,30 @@ class PauseDetector:
             )
             self._thread.start()
         elif self._is_idle:
-            with contextlib.suppress(RuntimeError):  # it was released already
-                self._wakeup.release()
+            self._wakeup.set()
 
     def _run(self) -> None:
         while True:
-            # Clear the flag before checking, for `start` in another thread in between.
+            # Idle before the check, for a `start` in between.
+            self._wakeup.clear()
             self._is_idle = True
             self._is_idle = not self._is_needed()
             interval = None if self._is_idle else _PERIOD
             self._clock.fall_asleep(interval)
-            self._wakeup.acquire(timeout=-1 if interval is None else interval)
+            self._wakeup.wait(interval)
             self._clock.wake_up()
 
 
 def count_context_switches(thread: int) -> int | None:
-    """Return the context switches so far of a thread of this process, None if unknown.
-
-    Args:
-        thread: Its native id.
-    """
-    with contextlib.suppress(OSError, ValueError, IndexError):
+    """Return the context switches of a thread by its native id, None if unknown."""
+    try:
         if thread == threading.get_native_id():
-            return _count_own_switches()
+            import resource
+
+            used = resource.getrusage(resource.RUSAGE_THREAD)
+            return used.ru_nvcsw + used.ru_nivcsw
         with open(f"/proc/self/task/{thread}/status", "rb") as file:
             lines = [line for line in file if b"ctxt_switches" in line]
         return sum(int(line.split()[1]) for line in lines)
-    return None
-
-
-def _count_own_switches() -> int | None:
-    try:
-        import resource
-
-        used = resource.getrusage(resource.RUSAGE_THREAD)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, OSError, ValueError, IndexError):
         return None
-    return used.ru_nvcsw + used.ru_nivcsw

@@ -55,8 +55,6 @@ class Verdict:
 class UsageTotals:
     """A trial's usage so far, by resource; a resource without a reading is unknown."""
 
-    __slots__ = ("_external", "_measured", "_unknown")
-
     def __init__(self) -> None:
         self._measured: dict[str, float] = {}
         self._external: dict[str, float] = {}
@@ -88,22 +86,20 @@ class UsageTotals:
         return known
 
 
+# The most points of a timeline, and the seconds of its first buckets.
+_MAX_POINTS = 60
+_BUCKET = 0.05
+
+
 class Timeline:
     """A trial's usage over time: a bounded number of points, each the maximum of its bucket.
 
     Time is cut into buckets of equal width. When there are too many, the width doubles and
     neighbours merge: a peak is never thinned away.
-
-    Args:
-        max_points: The most points to keep; even.
-        width: Seconds of the first buckets.
     """
 
-    __slots__ = ("_max_points", "_points", "_width")
-
-    def __init__(self, max_points: int = 60, width: float = 0.05) -> None:
-        self._max_points = max_points
-        self._width = width
+    def __init__(self) -> None:
+        self._width = _BUCKET
         self._points: dict[int, tuple[float, float]] = {}
 
     def add(self, seconds: float, value: float) -> None:
@@ -112,7 +108,7 @@ class Timeline:
         known = self._points.get(bucket)
         if known is None or value > known[1]:
             self._points[bucket] = (seconds, value)
-        while len(self._points) > self._max_points:
+        while len(self._points) > _MAX_POINTS:
             self._width *= 2
             points, self._points = self._points, {}
             for point in points.values():
@@ -130,6 +126,8 @@ class TrialState:
 
     Attributes:
         key: The trial, see :func:`optuna_quota._metering.key_of`.
+        limits: Its limits.
+        left: What it may use of the study's total quotas, by resource.
         meters: The user's own meters.
         started: When the trial started, in seconds on the loop's clock.
         isolation: ``"thread"`` alone in this process, ``"shared"`` once another trial ran in this
@@ -140,6 +138,7 @@ class TrialState:
         verdict: How the trial ended, once that is decided.
         owner: Which component writes the trial's record, ``"sampler"`` for the sampler.
         recorded: Whether the trial's record was written.
+        is_finished: Whether it has its result: from then on nothing is a breach.
         closed: Whether metering has ended.
         environment: Environment variables of the trial's own process, such as the GPU assigned
             to it.
@@ -168,6 +167,7 @@ class TrialState:
         self.verdict: Verdict | None = None
         self.owner: str | None = None
         self.recorded = False
+        self.is_finished = False
         self.closed = False
         self.environment: Mapping[str, str] = {}
         self.gpu: GpuUse | None = None
@@ -176,35 +176,20 @@ class TrialState:
         self.prices: Mapping[str, float] = {}
         self.used = UsageTotals()
         self.extension: QuotaExtension | None = None
-        self._limits = limits
-        self._left = dict(left)
+        self.limits = limits
+        self.left: Mapping[str, float] = dict(left)
         self._is_confined = False
-        self._set_tightest()
-        self._is_finished = False
         self._unseen_peak: float | None = None
         self._callbacks: list[Callable[[Breach], None]] = []
         self._timelines: dict[str, Timeline] = defaultdict(Timeline)
         self._cpu_samples: deque[tuple[float, float]] = deque()
-
-    @property
-    def limits(self) -> Limits:
-        return self._limits
-
-    @property
-    def left(self) -> Mapping[str, float]:
-        """What the trial may use of the study's total quotas, by resource."""
-        return dict(self._left)
-
-    @property
-    def ceilings(self) -> Mapping[str, Ceiling]:
-        """The ceilings in force, by resource."""
-        return dict(self._ceilings)
+        self._update_ceilings()
 
     @property
     def hard_ceilings(self) -> Mapping[str, Ceiling]:
         """The ceilings that no further grant can raise, for limits that can be set only once."""
-        most = {**self._left, **{n: m for n, m in self.most.items() if n in self._left}}
-        return tightest_ceilings(self._limits.amounts(), most)
+        most = {name: self.most.get(name, amount) for name, amount in self.left.items()}
+        return tightest_ceilings(self.limits.amounts(), most)
 
     @property
     def needs(self) -> Mapping[str, float]:
@@ -214,8 +199,7 @@ class TrialState:
     def timeline(self, resource: str = "memory") -> tuple[tuple[float, float], ...]:
         """Return pairs of seconds since the start and usage, at most 60.
 
-        Args:
-            resource: ``"memory"``, or a resource with a ceiling, of which a peak is that so far.
+        Of memory, or of a resource with a ceiling, where a peak is that so far.
         """
         found = self._timelines.get(resource)
         return () if found is None else found.points()
@@ -234,9 +218,8 @@ class TrialState:
 
     def set_ceilings(self, limits: Limits, left: Mapping[str, float], now: float) -> None:
         """Replace the limits and what is left of the quotas."""
-        before = self._ceilings
-        self._limits, self._left = limits, dict(left)
-        self._set_tightest()
+        before, self.limits, self.left = self._ceilings, limits, dict(left)
+        self._update_ceilings()
         if self.extension is not None:
             self.extension.resolve(before, self._ceilings, now)
 
@@ -252,14 +235,14 @@ class TrialState:
         threshold = EXTENSION_THRESHOLD if self.extension is not None else 1.0
         return max(0.0, threshold * self._ceilings["cpu_time"].limit - used)
 
-    def deadline(self, now: float) -> float | None:
-        """Return when time alone may cause a breach, on the loop's clock; None for never."""
-        if self.breach is not None or self._is_finished:
-            return None
+    def deadline(self, now: float) -> float:
+        """Return when time alone may cause a breach, on the loop's clock; infinite for never."""
+        if self.breach is not None or self.is_finished:
+            return math.inf
         if self.extension is not None:
             return self.extension.deadline(self.started, self._ceilings, now)
-        limits = (c.limit for name, c in self._ceilings.items() if name in CLOCK_RESOURCES)
-        return min((self.started + limit for limit in limits), default=None)
+        limits = [c.limit for name, c in self._ceilings.items() if name in CLOCK_RESOURCES]
+        return self.started + min(limits, default=math.inf)
 
     def record_memory(self, now: float, memory: float | None, unseen_peak: float | None) -> None:
         """Record the memory now, and a peak between two samples."""
@@ -283,13 +266,7 @@ class TrialState:
         growth: Callable[[str, float], float],
         sharers: int,
     ) -> None:
-        """Record readings of a meter.
-
-        Args:
-            readings: The readings by resource.
-            growth: Returns how much a resource's total has grown since the last reading.
-            sharers: The trials that run in the same processes; a total is split evenly.
-        """
+        """Record what a meter read; ``growth`` of a total is split evenly by the sharers."""
         for name, reading in readings.items():
             self.gpu = reading.gpu or self.gpu
             if reading.lost:
@@ -310,7 +287,7 @@ class TrialState:
 
     def check_breach(self, now: float) -> None:
         """Look for a breach in the usage so far; the first one stays."""
-        if self.breach is not None or self._is_finished or not self._ceilings:
+        if self.breach is not None or self.is_finished or not self._ceilings:
             return
         amounts = self.used.by_resource()
         if "cpu_cores" in self._ceilings:
@@ -352,11 +329,11 @@ class TrialState:
 
     def confine(self) -> None:
         """A limit on cores confines the trial's process from now on: it is no ceiling any more."""
-        self._is_confined = "cpu_cores" in self._limits.amounts()
-        self._set_tightest()
+        self._is_confined = "cpu_cores" in self.limits.amounts()
+        self._update_ceilings()
 
-    def _set_tightest(self) -> None:
-        self._ceilings = tightest_ceilings(self._limits.amounts(), self._left)
+    def _update_ceilings(self) -> None:
+        self._ceilings = tightest_ceilings(self.limits.amounts(), self.left)
         if self._is_confined:
             self._ceilings.pop("cpu_cores", None)
 
@@ -381,15 +358,12 @@ class TrialState:
         self._callbacks.append(callback)
 
     def take_callbacks(self) -> list[Callable[[], None]]:
-        """Return the callbacks that are due, each once."""
-        if self.breach is None:
-            return []
-        due, self._callbacks = self._callbacks, []
-        return [partial(callback, self.breach) for callback in due]
-
-    def finish(self) -> None:
-        """From now on nothing is a breach: the trial has its result."""
-        self._is_finished = True
+        """Return what is due to be called, each once: of a breach, or to request more."""
+        if self.breach is not None:
+            due, self._callbacks = self._callbacks, []
+            return [partial(callback, self.breach) for callback in due]
+        request = None if self.extension is None else self.extension.take_request()
+        return [] if request is None else [request]
 
     def end(self) -> None:
         """Drop the callbacks."""

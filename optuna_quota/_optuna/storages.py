@@ -38,7 +38,6 @@ def storage_of(study: Study) -> BaseStorage:
 
 
 def study_id_of(study: Study) -> int:
-    """Return the study's id in its storage."""
     return study._study_id
 
 
@@ -77,7 +76,6 @@ def describe_end(study: Study, trial_id: int) -> str | None:
 
 
 def finish_row(storage: BaseStorage, trial_id: int, state: TrialState) -> None:
-    """Finish a row unless it is finished already."""
     if not storage.get_trial(trial_id).state.is_finished():
         storage.set_trial_state_values(trial_id, state)
 

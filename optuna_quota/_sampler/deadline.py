@@ -25,11 +25,7 @@ def parse_deadline(
 ) -> float:
     """Return a deadline in seconds since the epoch.
 
-    Args:
-        value: A duration from now on, a datetime (in local time if it has no zone), or ``"slurm"``
-            for the end of the job that this process runs in.
-        now: The time in seconds since the epoch.
-        environment: The environment variables of the job.
+    A datetime without a zone is in local time.
 
     Raises:
         ValueError: If it is no duration, has passed, or the end of a SLURM job is unknown.
@@ -49,11 +45,8 @@ def refuse_late(
 ) -> Refusal | None:
     """Return why no trial starts: it would most likely not be done by the deadline.
 
-    Args:
-        deadline: The deadline in seconds since the epoch.
-        now: The time, likewise.
-        likely: Median of the seconds that a trial takes; None while nothing is known.
-        margin: Seconds before the deadline from which on running trials are stopped.
+    That is so if its ``likely`` seconds end less than the ``margin`` before the deadline, from
+    which on running trials are stopped. Times are in seconds since the epoch.
     """
     left = deadline - now
     if left > margin and (likely is None or likely <= left - margin):
@@ -69,7 +62,8 @@ def refuse_late(
             f"{format_seconds(margin)} of them to stop trials, and a trial most likely takes "
             f"{format_seconds(likely or 0.0)}."
         )
-    return Refusal("wall_time", reason, likely or 0.0, 0.0, 0.0, max(0.0, left), final=True)
+    figures = (likely or 0.0, 0.0, 0.0, max(0.0, left))
+    return Refusal("wall_time", *figures, reason=reason, final=True)
 
 
 def _end_of_slurm_job(environment: Mapping[str, str]) -> float:

@@ -1,10 +1,4 @@
-"""The command line ``optuna-quota``.
-
-Each subcommand is a module with ``add_parser`` and ``run``: it parses its arguments, calls the
-function of the same name, and prints.
-"""
-
-from __future__ import annotations
+"""The command line ``optuna-quota``: each subcommand is a module that adds its parser and runs."""
 
 from optuna_quota.cli.main import main
 

@@ -1,11 +1,13 @@
-"""Arguments that several commands share, how they are parsed, and the exit statuses."""
+"""Arguments that several commands share, what they name, and the exit statuses."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
 import difflib
+import os
 from pathlib import Path
+import re
 import textwrap
 from typing import Any, TYPE_CHECKING, TypeVar
 
@@ -23,6 +25,9 @@ from optuna_quota._resources import (
 
 
 if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.study import Study
+
     from optuna_quota._footprint.footprint import Footprint
 
 
@@ -31,6 +36,10 @@ FAILED = 1
 USAGE = 2
 OVER_QUOTA = 3
 INTERRUPTED = 130
+
+_SQLITE_FILE = re.compile(r"sqlite(?:\+\w+)?:///(?P<path>[^?]+)")
+_SQLITE_HEADER = b"SQLite format 3\0"
+_PASSWORD = re.compile(r"(//[^/@:]*:)[^@]*@")
 
 _T = TypeVar("_T")
 
@@ -78,46 +87,30 @@ def add_command(
     return parser
 
 
-def add_quota_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
-    """Add ``--quota`` and ``--price``."""
-    _add_repeatable(
-        parser,
-        "--quota",
-        f"{purpose}: n_trials, wall_time, trial_time, cpu_time, gpu_time, energy and cost in "
-        "total; memory, gpu_memory and cpu_cores at one moment. Sizes and times have units: 8GiB, "
-        "2h, 1h30min",
-    )
-    _add_repeatable(
-        parser,
-        "--price",
-        "what an hour of cpu_time, gpu_time or trial_time costs, for --quota cost=…",
-    )
-
-
-def add_limit_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--limit``."""
-    _add_repeatable(
-        parser,
-        "--limit",
-        "a ceiling on each trial, may be repeated: memory, wall_time, cpu_time, cpu_cores, "
-        "gpu_memory, gpu_time",
-    )
-
-
-def _add_repeatable(parser: argparse.ArgumentParser, option: str, text: str) -> None:
-    parser.add_argument(option, metavar="NAME=VALUE", action="append", default=[], help=text)
+def add_quota_arguments(
+    parser: argparse.ArgumentParser, purpose: str, *, limits: bool = False
+) -> None:
+    """Add ``--quota`` and ``--price``, and ``--limit`` if asked for."""
+    options = {
+        "--quota": f"{purpose}: n_trials, wall_time, trial_time, cpu_time, gpu_time, energy and "
+        "cost in total; memory, gpu_memory and cpu_cores at one moment. Sizes and times have "
+        "units: 8GiB, 2h, 1h30min",
+        "--price": "what an hour of cpu_time, gpu_time or trial_time costs, for --quota cost=…",
+    }
+    if limits:
+        options["--limit"] = (
+            "a ceiling on each trial, may be repeated: memory, wall_time, cpu_time, cpu_cores, "
+            "gpu_memory, gpu_time"
+        )
+    for option, text in options.items():
+        parser.add_argument(option, metavar="NAME=VALUE", action="append", default=[], help=text)
 
 
 def add_size_arguments(parser: argparse.ArgumentParser, text: str, *, required: bool) -> None:
     """Add ``--n-trials`` and ``--n-jobs``."""
     parser.add_argument("--n-trials", metavar="N", type=_parse_count, required=required, help=text)
-    parser.add_argument(
-        "--n-jobs",
-        metavar="N",
-        type=_parse_count,
-        default=1,
-        help="how many at once (default: 1)",
-    )
+    text = "how many at once (default: 1)"
+    parser.add_argument("--n-jobs", metavar="N", type=_parse_count, default=1, help=text)
 
 
 def _parse_count(text: str) -> int:
@@ -126,23 +119,28 @@ def _parse_count(text: str) -> int:
     return int(text)
 
 
-def parse_quota(options: argparse.Namespace) -> Quota:
-    """Return the quota of ``--quota`` and ``--price``.
+def add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--storage`` and ``--study-name``, as Optuna's own command line has them."""
+    parser.add_argument(
+        "--storage",
+        metavar="URL",
+        help="a database URL (sqlite:///tuning.db, postgresql+psycopg2://…, mysql+pymysql://…), "
+        "redis://… or a journal file; default: the environment variable OPTUNA_STORAGE",
+    )
+    parser.add_argument(
+        "--study-name", metavar="NAME", help="may be left out where the storage has one study"
+    )
 
-    Raises:
-        UsageError: If a name is unknown or a value invalid.
-    """
+
+def parse_quota(options: argparse.Namespace) -> Quota:
+    """Return the quota of ``--quota`` and ``--price``."""
     amounts = _parse_pairs(options.quota, "--quota", TOTAL_RESOURCES + HELD_RESOURCES)
-    prices = _parse_pairs(options.price, "--price", PRICED_RESOURCES, numbers=True)
+    prices = _parse_pairs(options.price, "--price", PRICED_RESOURCES)
     return _build(Quota, "--quota", {**amounts, "prices": prices or None})
 
 
 def parse_limits(options: argparse.Namespace) -> Limits:
-    """Return the limits of ``--limit``.
-
-    Raises:
-        UsageError: If a name is unknown or a value invalid.
-    """
+    """Return the limits of ``--limit``."""
     return _build(Limits, "--limit", _parse_pairs(options.limit, "--limit", LIMIT_RESOURCES))
 
 
@@ -152,9 +150,6 @@ def parse_footprint(text: str) -> Usage | Footprint:
     Args:
         text: Such as ``"memory=2GiB,wall_time=90s"``, or the path of a file that
             ``Footprint.to_json`` or ``report --footprint`` wrote.
-
-    Raises:
-        UsageError: If it is neither.
     """
     if "=" in text and not Path(text).is_file():
         return _build(Usage, "--footprint", _parse_pairs([text], "--footprint", USAGE_RESOURCES))
@@ -172,19 +167,16 @@ def suggestion(name: str, known: Sequence[str]) -> str | None:
     return close[0] if close else None
 
 
-def _parse_pairs(
-    texts: Sequence[str], option: str, known: Sequence[str], *, numbers: bool = False
-) -> dict[str, Any]:
-    """Return values by name: text where the resource has units, else a number.
+def _parse_pairs(texts: Sequence[str], option: str, known: Sequence[str]) -> dict[str, Any]:
+    """Return values by name: numbers where there are no units, text elsewhere.
 
     Args:
         texts: ``NAME=VALUE``, each one or several separated by commas.
         option: The option, for errors.
         known: Valid names.
-        numbers: Whether every value is a number.
     """
     pairs: dict[str, Any] = {}
-    for part in (part for text in texts for part in text.split(",")):
+    for part in ",".join(texts).split(",") if texts else ():
         name, _, value = (side.strip() for side in part.partition("="))
         if not name or not value:
             raise UsageError(f"{option} must be NAME=VALUE, such as memory=8GiB, got {part!r}.")
@@ -194,16 +186,14 @@ def _parse_pairs(
             raise UsageError(f"{option}: unknown name {name!r}; {hint}")
         if name in pairs:
             raise UsageError(f"{option} {name} is given twice.")
-        unitless = numbers or not RESOURCES[name].unit.symbol
-        pairs[name] = _parse_number(value, f"{option} {name}") if unitless else value
+        if option == "--price" or not RESOURCES[name].unit.symbol:
+            try:
+                pairs[name] = int(value) if value.isdigit() else float(value)
+            except ValueError:
+                raise UsageError(f"{option} {name} must be a number but got {value!r}.") from None
+        else:
+            pairs[name] = value
     return pairs
-
-
-def _parse_number(text: str, name: str) -> float:
-    try:
-        return int(text) if text.isdigit() else float(text)
-    except ValueError:
-        raise UsageError(f"{name} must be a number but got {text!r}.") from None
 
 
 def _build(kind: type[_T], option: str, arguments: Mapping[str, Any]) -> _T:
@@ -211,3 +201,90 @@ def _build(kind: type[_T], option: str, arguments: Mapping[str, Any]) -> _T:
         return kind(**arguments)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{option}: {error}") from error
+
+
+def load_study(options: argparse.Namespace) -> Study:
+    """Return the study that the arguments or the environment name; the only one if none is."""
+    import optuna
+
+    url = options.storage or os.environ.get("OPTUNA_STORAGE")
+    if not url:
+        raise UsageError("--storage is missing, and OPTUNA_STORAGE isn't set.")
+    storage = open_storage(str(url))
+    names = optuna.study.get_all_study_names(storage)
+    return optuna.load_study(study_name=_choose(names, options.study_name), storage=storage)
+
+
+def open_storage(url: str) -> BaseStorage:
+    """Return a storage, as Optuna's own command line does, but create no SQLite file.
+
+    Args:
+        url: A database URL, a Redis URL, or the path of a journal file.
+    """
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalRedisBackend
+
+    if url.startswith("redis"):
+        return JournalStorage(JournalRedisBackend(url))
+    if os.path.isfile(url):
+        return _open_file(url)
+    return _open_database(url)
+
+
+def _open_file(path: str) -> BaseStorage:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    with open(path, "rb") as file:
+        if file.read(len(_SQLITE_HEADER)) == _SQLITE_HEADER:
+            raise UsageError(f"--storage: {path!r} is an SQLite file; give 'sqlite:///{path}'.")
+    try:
+        return JournalStorage(JournalFileBackend(path))
+    except (ValueError, LookupError, TypeError) as error:
+        raise UsageError(
+            f"--storage: {path!r} can't be read as a journal file: {error!r}."
+        ) from error
+
+
+def _open_database(url: str) -> BaseStorage:
+    from optuna.storages import RDBStorage
+    from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+
+    sqlite = _SQLITE_FILE.fullmatch(url)
+    if sqlite and sqlite["path"] != ":memory:" and not Path(sqlite["path"]).is_file():
+        raise UsageError(f"--storage: there is no file {sqlite['path']!r}.")
+    try:
+        return RDBStorage(url)
+    except (NoSuchModuleError, ImportError) as error:
+        raise UsageError(
+            f"--storage: there is no driver for {without_password(url)!r}. Name one in the URL: "
+            "'optuna-quota[storages]' brings postgresql+psycopg2:// and mysql+pymysql://."
+        ) from error
+    except ArgumentError as error:
+        raise UsageError(
+            f"--storage: {without_password(url)!r} is neither a file that exists nor a "
+            "database's URL."
+        ) from error
+    except DBAPIError as error:
+        first = str(error.orig).strip().splitlines()[0]
+        raise ConnectionError(f"The storage doesn't answer: {first}") from error
+
+
+def without_password(url: str) -> str:
+    """Return a URL with its password hidden."""
+    return _PASSWORD.sub(r"\1***@", url)
+
+
+def _choose(names: list[str], asked: str | None) -> str:
+    if asked in names:
+        return str(asked)
+    if not names:
+        raise UsageError("The storage has no study.")
+    listed = ", ".join(sorted(names)[:20]) + (" and others" if len(names) > 20 else "")
+    if asked is not None:
+        close = suggestion(asked, names)
+        meant = f" Did you mean {close!r}?" if close else ""
+        raise UsageError(f"The storage has no study {asked!r}. It has: {listed}.{meant}")
+    if len(names) > 1:
+        raise UsageError(f"The storage has several studies; give --study-name: {listed}.")
+    return names[0]

@@ -10,9 +10,8 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING
 
-from optuna_quota.cli.arguments import add_command, FAILED, OK
+from optuna_quota.cli.arguments import add_command, FAILED, OK, open_storage
 from optuna_quota.cli.output import encodes, styled, write_json, write_line
-from optuna_quota.cli.storages import open_storage
 
 
 if TYPE_CHECKING:

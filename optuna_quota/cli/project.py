@@ -9,9 +9,10 @@ from typing import Any, TYPE_CHECKING
 from optuna_quota._resources import get_resource, Strategy
 from optuna_quota.cli.arguments import (
     add_command,
-    add_limit_argument,
     add_quota_arguments,
     add_size_arguments,
+    add_study_arguments,
+    load_study,
     OK,
     OVER_QUOTA,
     parse_footprint,
@@ -20,14 +21,13 @@ from optuna_quota.cli.arguments import (
     UsageError,
 )
 from optuna_quota.cli.output import styled, table, write_json, write_line
-from optuna_quota.cli.storages import add_study_arguments, load_study
 
 
 if TYPE_CHECKING:
     from optuna.study import Study
 
     from optuna_quota._footprint.footprint import Footprint
-    from optuna_quota._projection import Projection
+    from optuna_quota._projection.projection import Projection
 
 
 _EXAMPLES = """\
@@ -73,8 +73,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--study-name name",
     )
     add_study_arguments(parser)
-    add_quota_arguments(parser, "a ceiling on the whole study, may be repeated")
-    add_limit_argument(parser)
+    add_quota_arguments(parser, "a ceiling on the whole study, may be repeated", limits=True)
     parser.add_argument(
         "--confidence",
         metavar="P",
@@ -87,7 +86,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Project the strategy and print the result."""
-    from optuna_quota._projection import project
+    from optuna_quota._projection.simulation import project
 
     if not 0.5 < options.confidence < 1:
         raise UsageError("--confidence must be above 0.5 and below 1.")
@@ -152,7 +151,7 @@ def as_json(projection: Projection) -> dict[str, Any]:
 
 
 def _lines(projection: Projection) -> Iterator[str]:
-    from optuna_quota._projection import (
+    from optuna_quota._projection.projection import (
         COLUMNS,
         describe_nearest,
         describe_probability,

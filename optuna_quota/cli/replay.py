@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, TYPE_CHECKING
 
 from optuna_quota.cli.arguments import (
     add_command,
-    add_limit_argument,
     add_quota_arguments,
+    add_study_arguments,
+    load_study,
     OK,
     OVER_QUOTA,
     parse_limits,
     parse_quota,
     UsageError,
 )
-from optuna_quota.cli.output import progress, records, write_json, write_line
-from optuna_quota.cli.storages import add_study_arguments, load_study
-
-
-if TYPE_CHECKING:
-    from optuna_quota._analysis.replay import ReplayReport
+from optuna_quota.cli.output import as_json, progress, records, write_json, write_line
 
 
 _EXAMPLES = """\
@@ -59,8 +54,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         keys=_KEYS,
     )
     add_study_arguments(parser)
-    add_quota_arguments(parser, "a ceiling on the whole study, may be repeated")
-    add_limit_argument(parser)
+    add_quota_arguments(parser, "a ceiling on the whole study, may be repeated", limits=True)
     parser.set_defaults(run=run)
 
 
@@ -75,25 +69,10 @@ def run(options: argparse.Namespace) -> int:
         report = replay(load_study(options), quota=quota or None, limits=limits or None)
         summary = report.summary()
     if options.format == "json":
-        write_json(_as_json(report))
+        quota_used = report.quota and report.quota.amounts()
+        limits_used = report.limits and report.limits.amounts()
+        trials = records(report.table)
+        write_json(as_json(report, _KEYS, quota=quota_used, limits=limits_used, trials=trials))
     else:
         write_line(summary)
     return OK if report.ended_by is None else OVER_QUOTA
-
-
-def _as_json(report: ReplayReport) -> dict[str, Any]:
-    return {
-        "quota": report.quota and report.quota.amounts(),
-        "limits": report.limits and report.limits.amounts(),
-        "ended_at": report.ended_at,
-        "ended_by": report.ended_by,
-        "saved": report.saved,
-        "terminated": report.terminated,
-        "not_run": report.not_run,
-        "lost": report.lost,
-        "best": report.best,
-        "best_lives": report.best_lives,
-        "best_left": report.best_left,
-        "notes": report.notes,
-        "trials": records(report.table),
-    }

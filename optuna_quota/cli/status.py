@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from optuna_quota._resources import get_resource, Strategy
 from optuna_quota.cli import project as project_command
@@ -11,17 +11,18 @@ from optuna_quota.cli.arguments import (
     add_command,
     add_quota_arguments,
     add_size_arguments,
+    add_study_arguments,
+    load_study,
     OK,
     OVER_QUOTA,
     parse_quota,
 )
-from optuna_quota.cli.output import styled, write_json, write_line
-from optuna_quota.cli.storages import add_study_arguments, load_study
+from optuna_quota.cli.output import as_json, styled, write_json, write_line
 
 
 if TYPE_CHECKING:
     from optuna_quota._ledger import LedgerStatus
-    from optuna_quota._projection import Projection
+    from optuna_quota._projection.projection import Projection
 
 
 _EXAMPLES = """\
@@ -66,7 +67,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(options: argparse.Namespace) -> int:
     """Read the ledger of a study and print it."""
     from optuna_quota._ledger import status, stored_quota
-    from optuna_quota._projection import project
+    from optuna_quota._projection.simulation import project
 
     study = load_study(options)
     quota = parse_quota(options) or stored_quota(study.user_attrs)
@@ -80,25 +81,15 @@ def run(options: argparse.Namespace) -> int:
         )
         found = status(study, quota=quota, projection=projection)
     if options.format == "json":
-        write_json(_as_json(study.study_name, found, projection))
+        resources = [{**vars(line), "left": line.left} for line in found.lines]
+        projected = projection and project_command.as_json(projection)
+        name = study.study_name
+        computed = {"study": name, "resources": resources, "projection": projected}
+        write_json(as_json(found, _KEYS, **computed))
     else:
         _write(study.study_name, found, projection)
     fits = projection is None or projection.fits
     return OK if fits and not found.exceeded else OVER_QUOTA
-
-
-def _as_json(name: str, found: LedgerStatus, projection: Projection | None) -> dict[str, Any]:
-    return {
-        "study": name,
-        "exceeded": found.exceeded,
-        "resources": [{**vars(line), "left": line.left} for line in found.lines],
-        "by_worker": found.by_worker,
-        "by_outcome": found.by_outcome,
-        "running": found.running,
-        "waiting": found.waiting,
-        "end": found.end,
-        "projection": projection and project_command.as_json(projection),
-    }
 
 
 def _write(name: str, found: LedgerStatus, projection: Projection | None) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence
 import re
 
+from optuna_quota._records import Interval
 from optuna_quota._resources import format_amount, USAGE_RESOURCES
 from optuna_quota.visualization._data import FinishedTrial
-from optuna_quota.visualization._report_text import DRIVERS, EndedRow, ReportText
+from optuna_quota.visualization._report_text import DRIVERS, ReportText
 from optuna_quota.visualization._theme import resource_title
 
 
@@ -102,7 +103,7 @@ def replace_block(note: str, content: str) -> str:
 
 
 _MAX_ENDED = 30
-_MAX_ADVICE = 6
+_MAX_ADVICE = 7
 
 
 def study_note(text: ReportText, trial_url: Callable[[int], str]) -> str:
@@ -112,27 +113,7 @@ def study_note(text: ReportText, trial_url: Callable[[int], str]) -> str:
         text: What is known of the study.
         trial_url: Returns the URL of a trial's page by its number.
     """
-    parts = ["### Resource usage", escape(" ".join(text.headline))]
-    parts += _ledger(text)
-    if text.drivers:
-        head = ["resource", "hyperparameter", "share", "changed"]
-        rows = [[d.title, code(d.param), d.interval, d.change] for d in text.drivers]
-        parts += ["#### What drives usage", table(head, rows, right=(2, 3)), DRIVERS]
-    if text.models:
-        rows = [[escape(model.title), code(model.formula)] for model in text.models]
-        parts += ["#### Fitted models", table(["resource", "fitted model"], rows)]
-    advice = [item.text for item in text.advice[:_MAX_ADVICE]]
-    if text.cheaper is not None:
-        advice.insert(0, text.cheaper)
-    if advice:
-        parts += ["#### What to change", "\n".join(f"- {escape(item)}" for item in advice)]
-    if text.ended:
-        parts += _ended(text.ended, trial_url)
-    return "\n\n".join(parts)
-
-
-def _ledger(text: ReportText) -> list[str]:
-    parts = []
+    parts = ["### Resource usage", escape(text.headline)]
     if text.ledger:
         rows = [
             [*map(escape, line.cells), "" if line.share is None else bar(line.share)]
@@ -140,25 +121,29 @@ def _ledger(text: ReportText) -> list[str]:
         ]
         right = range(1, len(text.ledger_head) - 1)
         parts += ["#### Ledger", table(text.ledger_head, rows, right=right)]
-    notes = []
-    if text.limits:
-        limits = ", ".join(f"{title} {amount}" for title, amount in text.limits)
-        notes.append(f"Limits on a trial: {limits}.")
-    if text.end:
-        notes.append(text.end)
-    return [*parts, escape(" ".join(notes))] if notes else parts
-
-
-def _ended(ended: Sequence[EndedRow], trial_url: Callable[[int], str]) -> list[str]:
-    rows = [
-        [f"[{row.number}]({trial_url(row.number)})", row.outcome, escape(row.reason)]
-        for row in ended[:_MAX_ENDED]
-    ]
-    parts = ["#### Terminated, rejected and failed trials"]
-    parts.append(table(["trial", "outcome", "reason"], rows, right=(0,)))
+    if text.notes:
+        parts.append(escape(" ".join(text.notes)))
+    if text.drivers:
+        head = ["resource", "hyperparameter", "share", "changed"]
+        rows = [[d.title, code(d.param), d.interval, d.change] for d in text.drivers]
+        parts += ["#### What drives usage", table(head, rows, right=(2, 3)), DRIVERS]
+    if text.models:
+        rows = [[escape(model.title), code(model.formula)] for model in text.models]
+        parts += ["#### Fitted models", table(["resource", "fitted model"], rows)]
+    advice = text.advice[:_MAX_ADVICE]
+    if advice:
+        parts += ["#### What to change", "\n".join(f"- {escape(row.text)}" for row in advice)]
+    ended = text.ended
+    if ended:
+        rows = [
+            [f"[{row.number}]({trial_url(row.number)})", row.outcome, escape(row.reason)]
+            for row in ended[:_MAX_ENDED]
+        ]
+        parts.append("#### Terminated, rejected and failed trials")
+        parts.append(table(["trial", "outcome", "reason"], rows, right=(0,)))
     if len(ended) > _MAX_ENDED:
         parts.append(f"… and {len(ended) - _MAX_ENDED:,} earlier ones.")
-    return parts
+    return "\n\n".join(parts)
 
 
 def trial_note(row: FinishedTrial, limits: Mapping[str, float], image: str | None) -> str:
@@ -171,44 +156,30 @@ def trial_note(row: FinishedTrial, limits: Mapping[str, float], image: str | Non
     """
     reason = row.record.reason or "No reason was recorded."
     parts = [f"**{row.outcome.capitalize()}.** {escape(reason)}"]
-    cells = _usage_cells(row, limits)
-    if cells:
+    breach = row.record.breach
+    if breach is not None:
+        limits = {**limits, breach.resource: breach.limit}
+    if row.amounts:
+        cells = [_usage_cells(row, name, limits.get(name)) for name in row.amounts]
         parts.append(table(["resource", "used", "limit", "share"], cells, right=(1, 2, 3)))
-    projected = _projected_cells(row)
+    projected = row.record.footprint
     if projected:
+        known = [name for name in USAGE_RESOURCES if name in projected]
+        names = dict.fromkeys([*known, *projected])
+        cells = [_projected_cells(name, projected[name]) for name in names]
         head = ["resource", "projected", "lower", "upper"]
-        parts += ["Projected before it ran:", table(head, projected, right=(1, 2, 3))]
+        parts += ["Projected before it ran:", table(head, cells, right=(1, 2, 3))]
     if image is not None:
         parts.append(f"![Usage over time, with the limit]({image})")
     return "\n\n".join(parts)
 
 
-def _usage_cells(row: FinishedTrial, limits: Mapping[str, float]) -> list[list[str]]:
-    known = dict(limits)
-    breach = row.record.breach
-    if breach is not None:
-        known[breach.resource] = breach.limit
-    return [
-        _usage_line(row, name, amount, known.get(name)) for name, amount in row.amounts.items()
-    ]
-
-
-def _usage_line(row: FinishedTrial, name: str, amount: float, limit: float | None) -> list[str]:
+def _usage_cells(row: FinishedTrial, name: str, limit: float | None) -> list[str]:
     shown = "" if limit is None else format_amount(name, limit)
-    share = "" if not limit else f"{100 * amount / limit:.0f}%"
-    used = row.format_usage(name)
-    return [escape(resource_title(name)), used, shown, share]
+    share = "" if not limit else f"{row.amounts[name] / limit:.0%}"
+    return [escape(resource_title(name)), row.format_usage(name), shown, share]
 
 
-def _projected_cells(row: FinishedTrial) -> list[list[str]]:
-    projected = row.record.footprint
-    names = [name for name in USAGE_RESOURCES if name in projected]
-    names += [name for name in projected if name not in names]
-    intervals = ((name, projected[name]) for name in names)
-    return [
-        [
-            escape(resource_title(name)),
-            *(format_amount(name, v) for v in (i.median, i.lower, i.upper)),
-        ]
-        for name, i in intervals
-    ]
+def _projected_cells(name: str, interval: Interval) -> list[str]:
+    amounts = (interval.median, interval.lower, interval.upper)
+    return [escape(resource_title(name)), *(format_amount(name, amount) for amount in amounts)]

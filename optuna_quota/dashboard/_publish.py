@@ -27,24 +27,15 @@ from optuna_quota import _optuna, _records
 from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._utilization.data import study_data
 from optuna_quota.dashboard._notes import replace_block, study_note, trial_note
-from optuna_quota.visualization._burn_down import _get_burn_down_info, burn_down_figure
-from optuna_quota.visualization._data import (
-    limits_of,
-    main_resource,
-    report_data,
-    ReportData,
-)
-from optuna_quota.visualization._figures import (
-    best_footprint_figure,
-    quality_cost_figures,
-    ranked_slice_figure,
-    thin,
-)
-from optuna_quota.visualization._plotly import MISSING_PLOTLY
-from optuna_quota.visualization._report_text import ENDED, report_text
-from optuna_quota.visualization._timeline import timeline_info, timeline_svg
-from optuna_quota.visualization._usage import _get_usage_info, usage_figure
-from optuna_quota.visualization._waste import _get_waste_info, waste_figure
+from optuna_quota.visualization._burn_down import burn_down_figure
+from optuna_quota.visualization._data import ENDED, main_resource, StudyTrials
+from optuna_quota.visualization._figures import best_footprint_figure, ranked_slice_figure, thin
+from optuna_quota.visualization._quality_cost import quality_cost_figures
+from optuna_quota.visualization._report_text import ReportText
+from optuna_quota.visualization._theme import MISSING_PLOTLY
+from optuna_quota.visualization._timeline import timeline_of, timeline_svg
+from optuna_quota.visualization._usage import usage_figure
+from optuna_quota.visualization._waste import waste_figure
 
 
 if TYPE_CHECKING:
@@ -95,60 +86,56 @@ def publish(
         ImportError: If optuna-dashboard is not installed. Without plotly the notes are written,
             and a warning in the log says what to install for the plots.
     """
-    if report is None:
-        report = StudyAnalysis(study, study_data(study))
-    publish_data(report_data(study, report), artifact_store)
+    publish_report(report or StudyAnalysis(study, study_data(study)), artifact_store)
 
 
-def publish_data(
-    data: ReportData,
+def publish_report(
+    report: StudyAnalysis,
     artifact_store: ArtifactStore | None,
     is_current: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Publish the data of a study.
+    """Publish a study with its analysis.
 
     Args:
-        data: The study, its trials and its analysis.
+        report: The analysis.
         artifact_store: For images.
         is_current: Called before anything is written: False if another worker has begun to
             publish.
     """
     _import_dashboard()
-    text = report_text(data)
+    trials = StudyTrials(report.study)
+    text = ReportText(trials, report)
     plots = {}
     if find_spec("plotly") is None:
         _logger.warning(f"Published without plots. {MISSING_PLOTLY}")
     else:
-        plots = _plots(data)
+        plots = _plots(trials, report)
     if not is_current():
         return
-    dashboard = _Dashboard(data.study)
+    dashboard = _Dashboard(report.study)
     dashboard.renew_note(study_note(text, dashboard.trial_url))
     for name, figure in plots.items():
         dashboard.save_plot(name, figure)
-    limits = limits_of(data.study)
-    ended = [trial for trial in data.trials if trial.outcome in ENDED]
+    ended = [trial for trial in trials.finished if trial.outcome in ENDED]
     for trial in ended[-_MAX_TRIAL_NOTES:]:
         trial_id = _optuna.trial_id_of(trial.trial)
         image = dashboard.image_url(trial_id)
         if image is None and artifact_store is not None and trial.record.timeline:
-            svg = timeline_svg(timeline_info(trial, limits))
+            svg = timeline_svg(timeline_of(trial, trials.limits))
             image = dashboard.save_image(artifact_store, trial_id, svg)
-        dashboard.renew_note(trial_note(trial, limits, image), trial_id)
+        dashboard.renew_note(trial_note(trial, trials.limits, image), trial_id)
 
 
-def _plots(data: ReportData) -> dict[str, go.Figure]:
-    main = main_resource(data.trials)
-    quality = next((f for f in quality_cost_figures(data).values() if f.data), None)
-    budget = burn_down_figure(_get_burn_down_info(data.study, data.trials))
-    if not budget.data:
-        budget = waste_figure(_get_waste_info(data.study, data.trials))
+def _plots(trials: StudyTrials, report: StudyAnalysis) -> dict[str, go.Figure]:
+    main = main_resource(trials.finished)
+    quality = next((f for f in quality_cost_figures(trials).values() if f.data), None)
+    budget = burn_down_figure(trials)
     # Fixed names, so that publishing again replaces them.
     plots = {
-        "optuna_quota.usage": usage_figure(_get_usage_info(data.study, main, data.trials)),
-        "optuna_quota.drivers": ranked_slice_figure(data, main, max_panels=2),
-        "optuna_quota.quality": quality or best_footprint_figure(data, main),
-        "optuna_quota.budget": budget,
+        "optuna_quota.usage": usage_figure(trials, main),
+        "optuna_quota.drivers": ranked_slice_figure(trials, report, main, max_panels=2),
+        "optuna_quota.quality": quality or best_footprint_figure(trials, report, main),
+        "optuna_quota.budget": budget if budget.data else waste_figure(trials),
     }
     return {name: thin(figure, _MAX_POINTS) for name, figure in plots.items()}
 
@@ -290,13 +277,12 @@ class Publisher:
 
     def _publish(self, study: Study) -> None:
         started = time.monotonic()
-        claim = _Claim(study)
-        if claim.is_taken(self._interval):
+        is_current = _claim(study, self._interval)
+        if is_current is None:
             self._next = started + self._interval
             return
-        claim.take()
         report = StudyAnalysis(study, study_data(study))
-        publish_data(report_data(study, report), self._artifact_store, claim.is_ours)
+        publish_report(report, self._artifact_store, is_current)
         ended = time.monotonic()
         self._next = ended + max(self._interval, (ended - started) / _SHARE)
 
@@ -307,32 +293,22 @@ class Publisher:
         self.__dict__.update(state, _lock=Lock())
 
 
-class _Claim:
-    """Which worker publishes: the last to write its claim, if none did within the interval.
+def _claim(study: Study, interval: float) -> Callable[[], bool] | None:
+    """Claim to publish; None if another worker did within the interval.
 
-    Two workers that read the storage at the same time may both write one, so each checks its claim
-    again before it publishes.
+    Two workers that read the storage at the same time may both write a claim, of which the last
+    counts: what is returned says whether it is still this one.
     """
+    storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
 
-    def __init__(self, study: Study) -> None:
-        self._storage = _optuna.storage_of(study)
-        self._study_id = _optuna.study_id_of(study)
-        self._token = uuid.uuid4().hex
-
-    def is_taken(self, interval: float) -> bool:
-        at = self._read()[0]
-        return 0 <= time.time() - at < interval
-
-    def take(self) -> None:
-        value: list[float | str] = [time.time(), self._token]
-        self._storage.set_study_system_attr(self._study_id, _records.STUDY_PUBLISHED, value)
-
-    def is_ours(self) -> bool:
-        return self._read()[1] == self._token
-
-    def _read(self) -> tuple[float, str]:
-        attributes = self._storage.get_study_system_attrs(self._study_id)
-        value = attributes.get(_records.STUDY_PUBLISHED)
+    def read() -> tuple[float, str]:
+        value = storage.get_study_system_attrs(study_id).get(_records.STUDY_PUBLISHED)
         if not isinstance(value, list) or len(value) != 2:
             return 0.0, ""
         return _records.number(value[0]) or 0.0, str(value[1])
+
+    if 0 <= time.time() - read()[0] < interval:
+        return None
+    token = uuid.uuid4().hex
+    storage.set_study_system_attr(study_id, _records.STUDY_PUBLISHED, [time.time(), token])
+    return lambda: read()[1] == token

@@ -12,8 +12,7 @@ from optuna_quota.visualization._footprint import plot_footprint
 from optuna_quota.visualization._html_report import notebook_html, to_html
 from optuna_quota.visualization._quality_cost import plot_quality_cost
 from optuna_quota.visualization._timeline import plot_timeline
-from optuna_quota.visualization._usage import plot_usage
-from optuna_quota.visualization._usage_slice import plot_usage_slice
+from optuna_quota.visualization._usage import plot_usage, plot_usage_slice
 from optuna_quota.visualization._waste import plot_waste
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 import math
+import time
 from typing import Any, NamedTuple, TYPE_CHECKING
 
-from optuna_quota import _optuna, _records
-from optuna_quota._ledger.reservation import parse_reservation
-from optuna_quota._ledger.totals import WorkerTime
-from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource, TOTAL_RESOURCES
-from optuna_quota.visualization import _plotly, _theme
-from optuna_quota.visualization._data import finished_trials, FinishedTrial
+from optuna_quota import _optuna
+from optuna_quota._ledger import stored_quota
+from optuna_quota._ledger.totals import QuotaTotals, read_entry
+from optuna_quota._resources import format_amount, get_resource, TOTAL_RESOURCES
+from optuna_quota.visualization import _theme
+from optuna_quota.visualization._data import FinishedTrial, StudyTrials
 
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class _Projected(NamedTuple):
 
 
 class _Curve(NamedTuple):
+    """What was used of a total quota after 0, 1, 2, … trials, and what is projected."""
+
     resource: str
     quota: float
     used: list[float]
@@ -54,11 +57,6 @@ class _Curve(NamedTuple):
         n = len(self.used) - 1
         mean = self.used[-1] / n if n >= _MIN_TRIALS else 0.0
         return (self.quota - self.used[-1]) / mean if mean > 0 else math.inf
-
-
-class _BurnDownInfo(NamedTuple):
-    n_trials: int
-    curves: list[_Curve]
 
 
 def plot_burn_down(study: Study) -> go.Figure:
@@ -82,66 +80,32 @@ def plot_burn_down(study: Study) -> go.Figure:
     Raises:
         ImportError: If plotly is not installed.
     """
-    return burn_down_figure(_get_burn_down_info(study))
+    return burn_down_figure(StudyTrials(study))
 
 
-def _get_burn_down_info(
-    study: Study, trials: Sequence[FinishedTrial] | None = None
-) -> _BurnDownInfo:
-    quota = _records.read_amounts(study.user_attrs.get(_records.STUDY_QUOTA))
-    prices = _records.read_amounts(study.user_attrs.get(_records.STUDY_PRICES))
-    found = finished_trials(study) if trials is None else trials
-    ran = sorted((t for t in found if t.outcome != "rejected"), key=_end)
-    most = quota["n_trials"] - len(ran) if "n_trials" in quota else math.inf
+def quota_curves(trials: StudyTrials) -> list[_Curve]:
+    """Return a curve for each total quota, as the ledger counts usage."""
+    quota = stored_quota(trials.study.user_attrs)
+    ran = sorted((t for t in trials.finished if t.outcome != "rejected"), key=_end)
+    totals = QuotaTotals(quota, trials.limits)
+    used = [totals.used(time.time())]
+    for trial in ran:
+        trial_id = _optuna.trial_id_of(trial.trial)
+        totals.update([read_entry(trial.trial, trial_id, quota)], ())
+        used.append(totals.used(time.time()))
+    amounts = quota.amounts()
+    most = amounts.get("n_trials", math.inf) - len(ran)
     curves = []
     for name in TOTAL_RESOURCES:
-        if name in quota:
-            used = _used_after(name, ran, prices)
-            curves.append(_Curve(name, quota[name], used, _project(used, quota[name], most)))
-    return _BurnDownInfo(len(ran), curves)
+        if name in amounts:
+            line = [each[name] for each in used]
+            curves.append(_Curve(name, amounts[name], line, _project(line, amounts[name], most)))
+    return curves
 
 
 def _end(trial: FinishedTrial) -> tuple[float, int]:
     end = trial.trial.datetime_complete
     return math.inf if end is None else end.timestamp(), trial.number
-
-
-def _used_after(
-    resource: str, ran: Sequence[FinishedTrial], prices: Mapping[str, float]
-) -> list[float]:
-    """Return what was used of a total after 0, 1, 2, … trials."""
-    if resource == "wall_time":
-        return _clock_after(ran)
-    used = [0.0]
-    for trial in ran:
-        used.append(used[-1] + _spent(resource, trial, prices))
-    return used
-
-
-def _spent(resource: str, trial: FinishedTrial, prices: Mapping[str, float]) -> float:
-    if resource == "n_trials":
-        return 1.0
-    if resource == "cost":
-        hours = ((price, _spent(name, trial, prices) / 3600) for name, price in prices.items())
-        return sum(price * h for price, h in hours)
-    return trial.amounts.get(CHARGED_RESOURCES.get(resource, resource), 0.0)
-
-
-def _clock_after(ran: Sequence[FinishedTrial]) -> list[float]:
-    # As in the ledger. A trial may be closed long after it ended, so its measured time counts.
-    clock, used = WorkerTime(), [0.0]
-    for trial in ran:
-        row, seconds = trial.trial, trial.amounts.get("wall_time", 0.0)
-        held = parse_reservation(
-            row.system_attrs.get(_records.RESERVATION), _optuna.trial_id_of(row)
-        )
-        start, worker = (None, None) if held is None else (held.began, held.worker)
-        if start is None and row.datetime_start is not None:
-            start = row.datetime_start.timestamp()
-        if start is not None and seconds > 0:
-            clock.add(worker or trial.record.host, start, start + seconds)
-        used.append(clock.total)
-    return used
 
 
 def _project(used: Sequence[float], quota: float, most: float) -> list[_Projected]:
@@ -161,20 +125,20 @@ def _project(used: Sequence[float], quota: float, most: float) -> list[_Projecte
     return projected
 
 
-def burn_down_figure(info: _BurnDownInfo) -> go.Figure:
+def burn_down_figure(trials: StudyTrials) -> go.Figure:
     """Return the figure of :func:`plot_burn_down`."""
-    title = "Quota left"
-    if not info.curves:
-        return _plotly.empty_figure(title, "No total quota is set for this study.")
-    if not info.n_trials:
-        return _plotly.empty_figure(title, "No trial has finished yet.")
-    lowest = min(0.0, *(100 * min(curve.left) for curve in info.curves))
-    return _plotly.make_figure(
+    title, curves = "Quota left", quota_curves(trials)
+    if not curves:
+        return _theme.empty_figure(title, "No total quota is set for this study.")
+    if len(curves[0].used) == 1:
+        return _theme.empty_figure(title, "No trial has finished yet.")
+    lowest = min(0.0, *(100 * min(curve.left) for curve in curves))
+    return _theme.make_figure(
         title,
-        _finding(info),
-        [trace for i, curve in enumerate(info.curves) for trace in _traces(curve, i)],
-        _plotly.axis("Trials finished"),
-        _plotly.axis("Left (%)", (_theme.significant(lowest * 1.1), 104)),
+        _finding(curves),
+        [trace for i, curve in enumerate(curves) for trace in _traces(curve, i)],
+        _theme.axis("Trials finished"),
+        _theme.axis("Left (%)", (_theme.significant(lowest * 1.1), 104)),
     )
 
 
@@ -184,13 +148,13 @@ def _traces(curve: _Curve, index: int) -> list[dict[str, Any]]:
     n, left = len(curve.used) - 1, curve.left
     steps = min(n, _MAX_POINTS)
     x = sorted({round(i * n / max(1, steps)) for i in range(steps + 1)})
-    traces = [_plotly.line(name, color, x, [_percent(left[i]) for i in x])]
+    traces = [_theme.line(name, color, x, [_percent(left[i]) for i in x])]
     if curve.ahead:
         x = [n + p.trials for p in curve.ahead]
         bounds = [(_percent(p.lower), _percent(p.upper)) for p in curve.ahead]
         medians = [_percent(p.median) for p in curve.ahead]
-        band = _plotly.band(f"{name}, 90%", color, x, bounds)
-        median = _plotly.line(f"{name}, projected", color, x, medians, dash="dot")
+        band = _theme.band(f"{name}, 90%", color, x, bounds)
+        median = _theme.line(f"{name}, projected", color, x, medians, dash="dot")
         traces += [{**trace, "showlegend": False} for trace in (band, median)]
     return traces
 
@@ -199,8 +163,8 @@ def _percent(share: float) -> float:
     return _theme.significant(100 * share, 4)
 
 
-def _finding(info: _BurnDownInfo) -> str:
-    first = min(info.curves, key=lambda c: -math.inf if c.left[-1] <= 0 else c.trials_left)
+def _finding(curves: Sequence[_Curve]) -> str:
+    first = min(curves, key=lambda c: -math.inf if c.left[-1] <= 0 else c.trials_left)
     name = get_resource(first.resource).title
     used = format_amount(first.resource, first.used[-1])
     share = f"{used} of {format_amount(first.resource, first.quota)} used"

@@ -7,7 +7,7 @@ from typing import NamedTuple, TYPE_CHECKING
 
 from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._utilization.data import study_data
-from optuna_quota.visualization import _plotly, _theme
+from optuna_quota.visualization import _theme
 
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ _SCALE = [[0.0, _theme.BLUE], [0.5, "#FFFFFF"], [1.0, _theme.VERMILION]]
 _SIGNIFICANCE = 0.05
 
 
-class _Cell(NamedTuple):
+class Cell(NamedTuple):
+    """The correlation of a hyperparameter with a resource."""
+
     rho: float
     lower: float
     upper: float
@@ -28,17 +30,33 @@ class _Cell(NamedTuple):
     n: int
     measure: str
 
+    def __str__(self) -> str:
+        sign = "" if self.measure == "epsilon2" else "+"
+        rho = round(self.rho, 2) + 0.0  # without a negative zero
+        return f"{rho:{sign}.2f}{'*' if self.is_significant else ''}".replace("-", "−")
+
     @property
     def is_significant(self) -> bool:
+        """Whether it is no chance, over all tests of the study."""
         return self.p_adjusted <= _SIGNIFICANCE
 
+    @property
+    def shade(self) -> float:
+        """How strongly to colour the cell, from -1 to 1; pale unless it is significant."""
+        return _theme.significant(self.rho if self.is_significant else 0.25 * self.rho, 4)
 
-class _CorrelationsInfo(NamedTuple):
+
+class Cells(NamedTuple):
     """Cells by hyperparameter and resource; the strongest hyperparameter first."""
 
     params: list[str]
     resources: list[str]
-    cells: dict[tuple[str, str], _Cell]
+    by_place: dict[tuple[str, str], Cell]
+
+    @property
+    def rows(self) -> list[list[Cell | None]]:
+        """The cells of each hyperparameter, by resource."""
+        return [[self.by_place.get((p, r)) for r in self.resources] for p in self.params]
 
 
 def plot_correlations(study: Study, *, report: StudyAnalysis | None = None) -> go.Figure:
@@ -63,12 +81,13 @@ def plot_correlations(study: Study, *, report: StudyAnalysis | None = None) -> g
         ImportError: If plotly is not installed.
     """
     analysis = StudyAnalysis(study, study_data(study)) if report is None else report
-    return correlations_figure(_get_correlations_info(analysis.correlations))
+    return correlations_figure(analysis.correlations)
 
 
-def _get_correlations_info(correlations: pd.DataFrame) -> _CorrelationsInfo:
+def correlation_cells(correlations: pd.DataFrame) -> Cells:
+    """Return the known correlations of :attr:`UtilizationReport.correlations`."""
     cells = {
-        (str(row["param"]), str(row["resource"])): _Cell(*(row[name] for name in _Cell._fields))
+        (str(row["param"]), str(row["resource"])): Cell(*(row[name] for name in Cell._fields))
         for row in correlations.to_dict("records")
         if math.isfinite(row["rho"])
     }
@@ -76,23 +95,21 @@ def _get_correlations_info(correlations: pd.DataFrame) -> _CorrelationsInfo:
     for (param, _), cell in cells.items():
         strength[param] = max(strength.get(param, 0.0), abs(cell.rho))
     params = sorted(strength, key=lambda param: -strength[param])
-    return _CorrelationsInfo(params, list(dict.fromkeys(r for _, r in cells)), cells)
+    return Cells(params, list(dict.fromkeys(r for _, r in cells)), cells)
 
 
-def correlations_figure(info: _CorrelationsInfo) -> go.Figure:
+def correlations_figure(correlations: pd.DataFrame) -> go.Figure:
     """Return the figure of :func:`plot_correlations`."""
-    title = "Rank correlations with usage"
-    if not info.cells:
-        return _plotly.empty_figure(title, "Too few trials to compute any correlation.")
-    rows = [[info.cells.get((p, r)) for r in info.resources] for p in info.params]
-    hovers = [[_hover(info, p, r) for r in info.resources] for p in info.params]
+    title, cells = "Rank correlations with usage", correlation_cells(correlations)
+    if not cells.params:
+        return _theme.empty_figure(title, "Too few trials to compute any correlation.")
     heat_map = {
         "type": "heatmap",
-        "x": [_theme.resource_title(r) for r in info.resources],
-        "y": [_plotly.escape(p) for p in info.params],
-        "z": [[None if cell is None else cell_shade(cell) for cell in row] for row in rows],
-        "text": [["" if cell is None else _label(cell) for cell in row] for row in rows],
-        "customdata": hovers,
+        "x": [_theme.resource_title(r) for r in cells.resources],
+        "y": [_theme.escape(p) for p in cells.params],
+        "z": [[None if cell is None else cell.shade for cell in row] for row in cells.rows],
+        "text": [[_label(cell) for cell in row] for row in cells.rows],
+        "customdata": [[_hover(cells, p, r) for r in cells.resources] for p in cells.params],
         "texttemplate": "%{text}",
         "hovertemplate": "%{customdata}<extra></extra>",
         "colorscale": _SCALE,
@@ -104,7 +121,7 @@ def correlations_figure(info: _CorrelationsInfo) -> go.Figure:
         "showscale": False,
     }
     names = {"type": "category", "ticks": "", "automargin": True}
-    figure = _plotly.make_figure(
+    figure = _theme.make_figure(
         title,
         "Spearman's, an effect size (epsilon²) for categories; * significant",
         [heat_map],
@@ -115,28 +132,17 @@ def correlations_figure(info: _CorrelationsInfo) -> go.Figure:
     return figure
 
 
-def cell_shade(cell: _Cell) -> float:
-    """Return how strongly to colour a cell, from -1 to 1; pale unless it is significant."""
-    return _theme.significant(cell.rho if cell.is_significant else 0.25 * cell.rho, 4)
-
-
-def format_cell(cell: _Cell) -> str:
-    """Return a cell's figure, with a star where it is significant."""
-    sign = "" if cell.measure == "epsilon2" else "+"
-    rho = round(cell.rho, 2) + 0.0  # without a negative zero
-    figure = f"{rho:{sign}.2f}".replace("-", "−")
-    return f"{figure}*" if cell.is_significant else figure
-
-
-def _label(cell: _Cell) -> str:
-    return f"<b>{format_cell(cell)}</b>" if cell.is_significant else format_cell(cell)
-
-
-def _hover(info: _CorrelationsInfo, param: str, resource: str) -> str:
-    cell = info.cells.get((param, resource))
+def _label(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    return _plotly.escape(
+    return f"<b>{cell}</b>" if cell.is_significant else str(cell)
+
+
+def _hover(cells: Cells, param: str, resource: str) -> str:
+    cell = cells.by_place.get((param, resource))
+    if cell is None:
+        return ""
+    return _theme.escape(
         f"{param} and {resource}\n{cell.rho:+.2f} ({cell.lower:+.2f} to {cell.upper:+.2f}), "
         f"adjusted p = {cell.p_adjusted:.2g}, n = {cell.n}"
     )

@@ -6,24 +6,24 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import math
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from optuna_quota import _records
 from optuna_quota._resources import format_amount, get_resource, USAGE_RESOURCES
 from optuna_quota._table import measured_usage
-from optuna_quota.visualization import _theme
+from optuna_quota.visualization._theme import OUTCOMES
 
 
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
-    import pandas as pd
 
-    from optuna_quota._analysis.study_analysis import StudyAnalysis
     from optuna_quota._footprint.footprint import Footprint
     from optuna_quota._records import Interval, TrialRecord
 
 
+# Outcomes of trials that are listed with their reasons.
+ENDED = ("terminated", "rejected", "preempted", "failed")
 _MAX_PARAMS = 8
 _MAX_REASON = 160
 
@@ -53,7 +53,7 @@ class FinishedTrial:
     def is_censored(self, resource: str) -> bool:
         """Return whether the trial would have used more, since it was stopped."""
         found = _records.evidence(resource, self.outcome, self.record.censored_by)
-        return resource in self.amounts and found in ("lower bound", "partial")
+        return found in ("lower bound", "partial")
 
     def format_usage(self, resource: str) -> str:
         """Return the usage for a person, such as "≥ 1 GiB" where it is a lower bound."""
@@ -73,12 +73,7 @@ class FinishedTrial:
         names = list(self.trial.params)[:_MAX_PARAMS] if params is None else params
         lines = [f"trial {self.number}, {self.outcome}", self.format_usage(resource), *more]
         lines += [f"{name} = {_format_param(self.trial.params[name])}" for name in names]
-        if self.record.reason and self.outcome in (
-            "terminated",
-            "rejected",
-            "preempted",
-            "failed",
-        ):
+        if self.record.reason and self.outcome in ENDED:
             lines.append(self.record.reason[:_MAX_REASON])
         return "\n".join(lines)
 
@@ -87,10 +82,24 @@ def _format_param(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)[:60]
 
 
-def finished_trials(study: Study) -> list[FinishedTrial]:
-    """Return the finished trials of a study, in the order of their numbers."""
-    trials = study.get_trials(deepcopy=False)
-    return [_finished_trial(trial) for trial in trials if trial.state.is_finished()]
+class StudyTrials:
+    """What all plots of a study share, read once.
+
+    Attributes:
+        study: The study.
+        finished: Its finished trials, in the order of their numbers.
+        limits: The limits in force, by resource, in SI base units.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        trials = study.get_trials(deepcopy=False)
+        self.finished = [_finished_trial(t) for t in trials if t.state.is_finished()]
+        self.limits = _records.read_amounts(study.user_attrs.get(_records.STUDY_LIMITS))
+
+    def with_usage(self, resource: str) -> list[FinishedTrial]:
+        """Return the trials that ran and whose usage of a resource is known."""
+        return [t for t in self.finished if resource in t.amounts and t.outcome != "rejected"]
 
 
 def _finished_trial(trial: FrozenTrial) -> FinishedTrial:
@@ -101,11 +110,6 @@ def _finished_trial(trial: FrozenTrial) -> FinishedTrial:
         amounts[breach.resource] = max(amounts.get(breach.resource, 0.0), breach.observed)
     outcome = _records.outcome_of(trial, record) or "failed"
     return FinishedTrial(trial, record, outcome, amounts)
-
-
-def limits_of(study: Study) -> dict[str, float]:
-    """Return the limits in force, by resource, in SI base units."""
-    return _records.read_amounts(study.user_attrs.get(_records.STUDY_LIMITS))
 
 
 def measured_resources(trials: Sequence[FinishedTrial]) -> list[str]:
@@ -124,7 +128,7 @@ def main_resource(trials: Sequence[FinishedTrial]) -> str:
 
 def by_outcome(trials: Sequence[FinishedTrial]) -> dict[str, list[FinishedTrial]]:
     """Return the trials by outcome, in the order of the outcomes, without empty groups."""
-    groups = {o: [t for t in trials if t.outcome == o] for o in _theme.OUTCOMES}
+    groups = {o: [t for t in trials if t.outcome == o] for o in OUTCOMES}
     return {outcome: group for outcome, group in groups.items() if group}
 
 
@@ -137,32 +141,3 @@ def predict_interval(
         return None
     bounds = (interval.lower, interval.median, interval.upper)
     return interval if all(map(math.isfinite, bounds)) else None
-
-
-class ReportData(NamedTuple):
-    """What all plots and texts of one study share, read once.
-
-    Attributes:
-        study: The study.
-        trials: Its finished trials.
-        analysis: Its analysis; without one there are no models, correlations and advice.
-    """
-
-    study: Study
-    trials: Sequence[FinishedTrial]
-    analysis: StudyAnalysis | None = None
-
-    @property
-    def footprint(self) -> Footprint | None:
-        """The fitted footprint model."""
-        return None if self.analysis is None else self.analysis.footprint
-
-    @property
-    def correlations(self) -> pd.DataFrame | None:
-        """The correlations, as :attr:`UtilizationReport.correlations`."""
-        return None if self.analysis is None else self.analysis.correlations
-
-
-def report_data(study: Study, analysis: StudyAnalysis | None = None) -> ReportData:
-    """Read what the plots and texts of a study need."""
-    return ReportData(study, finished_trials(study), analysis)

@@ -1,29 +1,22 @@
-"""All figures of a study, those with nothing to show left out."""
+"""All figures of a study, and copies of them with fewer markers."""
 
 from __future__ import annotations
 
-import math
 import textwrap
 from typing import Any, TYPE_CHECKING
 
-from optuna_quota.visualization import _plotly
-from optuna_quota.visualization._burn_down import _get_burn_down_info, burn_down_figure
-from optuna_quota.visualization._correlations import _get_correlations_info, correlations_figure
-from optuna_quota.visualization._data import limits_of, measured_resources, report_data, ReportData
-from optuna_quota.visualization._footprint import _get_footprint_info, footprint_figure
-from optuna_quota.visualization._quality_cost import _get_quality_info, quality_cost_figure
-from optuna_quota.visualization._timeline import timeline_figure, timeline_info
-from optuna_quota.visualization._usage import _get_usage_info, usage_figure
-from optuna_quota.visualization._usage_slice import (
-    _get_slice_info,
-    usage_slice_figure,
-    varied_params,
-)
-from optuna_quota.visualization._waste import _get_waste_info, waste_figure
+from optuna_quota.visualization import _theme
+from optuna_quota.visualization._burn_down import burn_down_figure
+from optuna_quota.visualization._correlations import correlations_figure
+from optuna_quota.visualization._data import measured_resources, StudyTrials
+from optuna_quota.visualization._footprint import footprint_figure
+from optuna_quota.visualization._quality_cost import quality_cost_figures
+from optuna_quota.visualization._timeline import timeline_figure, timeline_of
+from optuna_quota.visualization._usage import usage_figure, usage_slice_figure, varied_params
+from optuna_quota.visualization._waste import waste_figure
 
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
     import plotly.graph_objects as go
 
     from optuna_quota._analysis.study_analysis import StudyAnalysis
@@ -56,73 +49,42 @@ def figures(report: StudyAnalysis) -> dict[str, go.Figure]:
     Raises:
         ImportError: If plotly is not installed.
     """
-    return figures_of(report_data(report.study, report))
+    return figures_of(StudyTrials(report.study), report)
 
 
-def figures_of(data: ReportData) -> dict[str, go.Figure]:
-    """Return all plots of a study as plotly figures by name."""
-    study, trials = data.study, data.trials
-    resources = measured_resources(trials)
-    made = {f"usage_{r}": usage_figure(_get_usage_info(study, r, trials)) for r in resources}
-    made["burn_down"] = burn_down_figure(_get_burn_down_info(study, trials))
-    made["waste"] = waste_figure(_get_waste_info(study, trials))
-    if data.correlations is not None:
-        made["correlations"] = correlations_figure(_get_correlations_info(data.correlations))
+def figures_of(trials: StudyTrials, report: StudyAnalysis) -> dict[str, go.Figure]:
+    """Return the figures of :func:`figures` of trials that are read already."""
+    resources = measured_resources(trials.finished)
+    made = {f"usage_{r}": usage_figure(trials, r) for r in resources}
+    made["burn_down"] = burn_down_figure(trials)
+    made["waste"] = waste_figure(trials)
+    made["correlations"] = correlations_figure(report.correlations)
     for resource in resources:
-        made[f"usage_slice_{resource}"] = ranked_slice_figure(data, resource)
+        made[f"usage_slice_{resource}"] = ranked_slice_figure(trials, report, resource)
     for resource in resources:
-        made[f"footprint_{resource}"] = best_footprint_figure(data, resource)
-    made.update(quality_cost_figures(data))
-    ended = [t for t in trials if t.outcome == "terminated" and t.record.timeline]
+        made[f"footprint_{resource}"] = best_footprint_figure(trials, report, resource)
+    made.update(quality_cost_figures(trials))
+    ended = [t for t in trials.finished if t.outcome == "terminated" and t.record.timeline]
     for trial in ended[-_MAX_TIMELINES:]:
-        made[f"timeline_{trial.number}"] = timeline_figure(timeline_info(trial, limits_of(study)))
+        made[f"timeline_{trial.number}"] = timeline_figure(timeline_of(trial, trials.limits))
     return {name: figure for name, figure in made.items() if figure.data}
 
 
 def ranked_slice_figure(
-    data: ReportData, resource: str, max_panels: int = _MAX_PANELS
+    trials: StudyTrials, report: StudyAnalysis, resource: str, max_panels: int = _MAX_PANELS
 ) -> go.Figure:
     """Return slices along the hyperparameters that the resource correlates with most."""
-    used = [t for t in data.trials if resource in t.amounts and t.outcome != "rejected"]
-    names = varied_params(used)
-    if data.correlations is not None:
-        rows = data.correlations[data.correlations["resource"] == resource]
-        ranked = [name for name in rows["param"] if name in names]
-        names = [*ranked, *(name for name in names if name not in ranked)]
-    info = _get_slice_info(data.study, resource, names[:max_panels], data.footprint, data.trials)
-    return usage_slice_figure(info)
+    varied = varied_params(trials.with_usage(resource))
+    rows = report.correlations[report.correlations["resource"] == resource]
+    ranked = [name for name in rows["param"] if name in varied]
+    names = list(dict.fromkeys([*ranked, *varied]))[:max_panels]
+    return usage_slice_figure(trials, resource, names, report.footprint)
 
 
-def best_footprint_figure(data: ReportData, resource: str) -> go.Figure:
+def best_footprint_figure(trials: StudyTrials, report: StudyAnalysis, resource: str) -> go.Figure:
     """Return the recorded projections against usage, or the fitted ones where there are none."""
-    info = _get_footprint_info(data.study, resource, None, data.trials)
-    if not info.trials and data.footprint is not None:
-        info = _get_footprint_info(data.study, resource, data.footprint, data.trials)
-    return footprint_figure(info)
-
-
-def quality_cost_figures(data: ReportData) -> dict[str, go.Figure]:
-    """Return quality against time by name, one figure for each objective."""
-    directions = data.study.directions
-    if len(directions) == 1:
-        info = _get_quality_info(data.study, "wall_time", trials=data.trials)
-        return {"quality_cost": quality_cost_figure(info)}
-    made = {}
-    for index, direction in enumerate(directions):
-
-        def value(trial: FrozenTrial, index: int = index) -> float:
-            return float(trial.values[index]) if trial.values else math.nan
-
-        info = _get_quality_info(
-            data.study,
-            "wall_time",
-            value,
-            f"Objective {index}",
-            direction.name == "MAXIMIZE",
-            data.trials,
-        )
-        made[f"quality_cost_{index}"] = quality_cost_figure(info)
-    return made
+    recorded = footprint_figure(trials, resource)
+    return recorded if recorded.data else footprint_figure(trials, resource, report.footprint)
 
 
 def thin(figure: go.Figure, max_markers: int) -> go.Figure:
@@ -135,7 +97,7 @@ def thin(figure: go.Figure, max_markers: int) -> go.Figure:
     if lines:
         layout["title"]["text"] = f"{head}<br>{style}>{'<br>'.join(lines)}</span>"
         layout["margin"]["t"] += 17 * (len(lines) - 1)
-    return _plotly.import_plotly().Figure(spec)
+    return _theme.import_plotly().Figure(spec)
 
 
 def thinned_json(figure: go.Figure, max_markers: int, *, hover: bool = False) -> dict[str, Any]:
@@ -162,7 +124,7 @@ def thinned_json(figure: go.Figure, max_markers: int, *, hover: bool = False) ->
         for trace in traces:
             share = int(len(trace["x"]) * min(1.0, max_markers / count))
             _keep_markers(trace, max(least, share))
-        _plotly.size_markers(traces)
+        _theme.size_markers(traces)
         total = max(total, count)
         shown = max(shown, sum(len(trace["x"]) for trace in traces))
     if shown < total:

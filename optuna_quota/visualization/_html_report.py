@@ -8,21 +8,17 @@ from importlib.util import find_spec
 import json
 import os
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from optuna_quota._html import element, Safe, table
 from optuna_quota._resources import format_amount
 from optuna_quota._version import __version__
-from optuna_quota.visualization import _plotly, _theme
-from optuna_quota.visualization._correlations import (
-    _get_correlations_info,
-    cell_shade,
-    format_cell,
-)
-from optuna_quota.visualization._data import report_data, ReportData
+from optuna_quota.visualization import _theme
+from optuna_quota.visualization._correlations import Cell, correlation_cells
+from optuna_quota.visualization._data import StudyTrials
 from optuna_quota.visualization._figures import figures_of, thinned_json
-from optuna_quota.visualization._report_text import DRIVERS, report_text, ReportText
-from optuna_quota.visualization._waste import _get_waste_info, total_of
+from optuna_quota.visualization._report_text import DRIVERS, ReportText
+from optuna_quota.visualization._waste import TOTAL_OF, waste_of
 
 
 if TYPE_CHECKING:
@@ -55,12 +51,12 @@ def to_html(
         interactive: Whether to include the plots, for which plotly.js goes into the file (5 MB).
             Without them, and without plotly, the file has tables and no script (20 kB).
     """
-    data = report_data(report.study, report)
+    trials = StudyTrials(report.study)
     plotted = interactive and find_spec("plotly") is not None
-    parts = _plots(data) if plotted else _tables(data)
+    parts = _plots(trials, report) if plotted else _tables(trials, report)
     if interactive and not plotted:
-        parts.append(element("p", _plotly.MISSING_PLOTLY))
-    text = report_text(data)
+        parts.append(element("p", _theme.MISSING_PLOTLY))
+    text = ReportText(trials, report)
     head = element(
         "head",
         Safe('<meta charset="utf-8"><meta name="viewport" content="width=device-width">'),
@@ -75,9 +71,9 @@ def to_html(
 
 def notebook_html(report: StudyAnalysis) -> str:
     """Return the report for a notebook: texts and tables without a script."""
-    data = report_data(report.study, report)
+    trials = StudyTrials(report.study)
     plots = element("p", "Plots: ", element("code", "report.figures()"), ".")
-    sections = _sections(report_text(data), [*_tables(data), plots])
+    sections = _sections(ReportText(trials, report), [*_tables(trials, report), plots])
     return element("div", element("style", Safe(_style_sheet())), *sections, class_="oq")
 
 
@@ -89,7 +85,7 @@ def _sections(text: ReportText, parts: Sequence[Safe]) -> list[Safe]:
     tiles = [element("div", element("b", t), element("span", what)) for t, what in text.tiles]
     return [
         element("h1", "Resource usage of ", element("em", text.name)),
-        element("p", " ".join(text.headline), class_="lead"),
+        element("p", text.headline, class_="lead"),
         element("div", *tiles, class_="tiles"),
         *_ledger(text),
         *_advice(text),
@@ -108,12 +104,7 @@ def _ledger(text: ReportText) -> list[Safe]:
         parts.append(table(["", *text.ledger_head[1:]], rows, right=right, name="wide resources"))
     else:
         parts.append(element("p", "No quota is set and no usage is known."))
-    if text.limits:
-        limits = ", ".join(f"{title} {amount}" for title, amount in text.limits)
-        parts.append(element("p", f"Limits on a trial: {limits}."))
-    if text.end:
-        parts.append(element("p", text.end))
-    return parts
+    return parts + [element("p", note) for note in text.notes]
 
 
 def _share(share: float | None) -> Safe:
@@ -127,10 +118,9 @@ def _bar(share: float, text: str) -> Safe:
 
 
 def _advice(text: ReportText) -> list[Safe]:
-    items = [] if text.cheaper is None else [element("li", text.cheaper)]
-    items += [
-        element("li", item.text, *(element("pre", lines) for lines in item.snippets.values()))
-        for item in text.advice
+    items = [
+        element("li", row.text, *(element("pre", lines) for lines in row.snippets))
+        for row in text.advice
     ]
     return [element("h2", "What to change"), element("ul", *items)] if items else []
 
@@ -153,78 +143,62 @@ def _models(text: ReportText) -> list[Safe]:
 
 
 def _ended(text: ReportText) -> list[Safe]:
-    if not text.ended:
+    ended = text.ended
+    if not ended:
         return []
-    rows = [
-        [str(row.number), row.outcome, row.reason, row.used] for row in text.ended[:_MAX_ENDED]
-    ]
+    rows = [[str(row.number), *row[1:]] for row in ended[:_MAX_ENDED]]
     parts = [
         element("h2", "Terminated, rejected and failed trials"),
         table(["trial", "outcome", "reason", "used"], rows, name="wide ended"),
     ]
-    if len(text.ended) > _MAX_ENDED:
-        parts.append(element("p", f"… and {len(text.ended) - _MAX_ENDED:,} earlier ones."))
+    if len(ended) > _MAX_ENDED:
+        parts.append(element("p", f"… and {len(ended) - _MAX_ENDED:,} earlier ones."))
     return parts
 
 
-def _tables(data: ReportData) -> list[Safe]:
+def _tables(trials: StudyTrials, report: StudyAnalysis) -> list[Safe]:
     """Return what the plots of waste and correlations show, as tables."""
     parts: list[Safe] = []
-    waste = _get_waste_info(data.study, data.trials)
+    waste = waste_of(trials)
     if waste.spent:
-        head = ["", "Trials", *(_theme.resource_title(total_of(r)) for r in waste.spent)]
-        rows = [
-            [
-                outcome,
-                f"{count:,}",
-                *(
-                    f"{format_amount(r, spent[outcome])} ({100 * waste.share(r, outcome):.0f}%)"
-                    if spent[outcome]
-                    else "–"
-                    for r, spent in waste.spent.items()
-                ),
-            ]
-            for outcome, count in waste.trials.items()
-        ]
+        head = ["", "Trials", *(_theme.resource_title(TOTAL_OF[r]) for r in waste.spent)]
+        rows = []
+        for outcome, count in waste.trials.items():
+            rows.append([outcome, f"{count:,}"])
+            for resource, spent in waste.spent.items():
+                amount = format_amount(resource, spent[outcome])
+                share = f"{amount} ({waste.share(resource, outcome):.0%})"
+                rows[-1].append(share if spent[outcome] else "–")
         parts.append(element("h2", "Where the budget went"))
         parts.append(table(head, rows, right=range(1, len(head))))
-    if data.correlations is not None:
-        parts += _correlations_table(data.correlations)
+    cells = correlation_cells(report.correlations)
+    if cells.params:
+        legend = (
+            "Spearman's correlation, an effect size (epsilon²) for categories. A star marks what "
+            "is significant after the correction for multiple tests."
+        )
+        head = ["", *map(_theme.resource_title, cells.resources)]
+        rows = [
+            [param, *map(_correlation, row)]
+            for param, row in zip(cells.params, cells.rows, strict=True)
+        ]
+        parts.append(element("h2", "What drives usage: rank correlations"))
+        parts.append(element("p", legend))
+        parts.append(table(head, rows, right=range(1, len(head))))
     return parts
 
 
-def _correlations_table(correlations: Any) -> list[Safe]:
-    info = _get_correlations_info(correlations)
-    if not info.cells:
-        return []
-    legend = (
-        "Spearman's correlation, an effect size (epsilon²) for categories. A star marks what is "
-        "significant after the correction for multiple tests."
-    )
-    rows: list[list[str]] = []
-    for param in info.params:
-        rows.append([param])
-        for resource in info.resources:
-            cell = info.cells.get((param, resource))
-            if cell is None:
-                rows[-1].append("")
-                continue
-            shade = cell_shade(cell)
-            color = _theme.VERMILION if shade > 0 else _theme.BLUE
-            style = f"background:{_plotly.translucent(color, 0.8 * min(1.0, abs(shade)))}"
-            text = format_cell(cell)
-            shown = element("b", text) if cell.is_significant else text
-            rows[-1].append(element("span", shown, style=style, class_="cell"))
-    head = ["", *map(_theme.resource_title, info.resources)]
-    return [
-        element("h2", "What drives usage: rank correlations"),
-        element("p", legend),
-        table(head, rows, right=range(1, len(head))),
-    ]
+def _correlation(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    color = _theme.VERMILION if cell.shade > 0 else _theme.BLUE
+    style = f"background:{_theme.translucent(color, 0.8 * min(1.0, abs(cell.shade)))}"
+    shown = element("b", str(cell)) if cell.is_significant else str(cell)
+    return element("span", shown, style=style, class_="cell")
 
 
-def _plots(data: ReportData) -> list[Safe]:
-    made = figures_of(data)
+def _plots(trials: StudyTrials, report: StudyAnalysis) -> list[Safe]:
+    made = figures_of(trials, report)
     if not made:
         return []
     places, specs = [], {}
@@ -243,9 +217,9 @@ def _plots(data: ReportData) -> list[Safe]:
             )
         )
     # plotly's encoder writes null for NaN, for which JSON has no word.
-    encoder = _plotly.import_plotly("plotly.utils").PlotlyJSONEncoder
+    encoder = _theme.import_plotly("plotly.utils").PlotlyJSONEncoder
     encoded = json.dumps(specs, cls=encoder, separators=(",", ":")).translate(_SCRIPT_ESCAPES)
-    library = _plotly.import_plotly("plotly.offline").get_plotlyjs()
+    library = _theme.import_plotly("plotly.offline").get_plotlyjs()
     return [
         element("h2", "Plots"),
         element("div", *places, class_="grid"),

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 import math
 from typing import NamedTuple, TYPE_CHECKING
 
-from optuna_quota._resources import format_amount
-from optuna_quota.visualization import _plotly, _theme
-from optuna_quota.visualization._data import finished_trials, FinishedTrial
+from optuna_quota._resources import format_amount, get_resource
+from optuna_quota.visualization import _theme
+from optuna_quota.visualization._data import FinishedTrial, StudyTrials
+from optuna_quota.visualization._theme import Point
 
 
 if TYPE_CHECKING:
@@ -18,18 +19,11 @@ if TYPE_CHECKING:
 
 
 class _Priced(NamedTuple):
-    number: int
+    """A completed trial with its cost in SI base units and its value."""
+
+    trial: FinishedTrial
     cost: float
     value: float
-    hover: str
-
-
-class _QualityInfo(NamedTuple):
-    resource: str
-    target_name: str
-    maximize: bool
-    trials: list[_Priced]
-    front: list[_Priced]
 
 
 def plot_quality_cost(
@@ -68,108 +62,115 @@ def plot_quality_cost(
             "`target` must be given for a study of several objectives but got None: "
             "for example `target=lambda t: t.values[0]`."
         )
-    return quality_cost_figure(_get_quality_info(study, resource, target, target_name, maximize))
-
-
-def _get_quality_info(
-    study: Study,
-    resource: str,
-    target: Callable[[FrozenTrial], float] | None = None,
-    target_name: str = "Objective value",
-    maximize: bool | None = None,
-    trials: Sequence[FinishedTrial] | None = None,
-) -> _QualityInfo:
-    priced = []
-    for trial in finished_trials(study) if trials is None else trials:
-        cost = trial.amounts.get(resource)
-        if trial.outcome != "completed" or cost is None:
-            continue
-        value = float(target(trial.trial)) if target else _first_value(trial.trial)
-        if math.isfinite(value):
-            hover = trial.hover(resource, f"value {value:.6g}")
-            priced.append(_Priced(trial.number, cost, value, hover))
-    upward = study.directions[0].name == "MAXIMIZE" if maximize is None else maximize
-    return _QualityInfo(resource, target_name, upward, priced, _front(priced, upward))
+    trials = StudyTrials(study)
+    if maximize is None:
+        maximize = study.directions[0].name == "MAXIMIZE"
+    return quality_cost_figure(trials, resource, target or _first_value, target_name, maximize)
 
 
 def _first_value(trial: FrozenTrial) -> float:
-    """Return the first objective value, NaN where there is none."""
-    return trial.values[0] if trial.values else math.nan
+    return float(trial.values[0])
 
 
-def _front(trials: Sequence[_Priced], maximize: bool) -> list[_Priced]:
-    """Return the Pareto front, the cheapest first, one trial of those that are equal."""
-    sign = -1.0 if maximize else 1.0
-    front: list[_Priced] = []
-    for trial in sorted(trials, key=lambda t: (t.cost, sign * t.value, t.number)):
-        if not front or sign * trial.value < sign * front[-1].value:
-            front.append(trial)
-    return front
+def quality_cost_figures(trials: StudyTrials) -> dict[str, go.Figure]:
+    """Return quality against wall time by name, one figure for each objective."""
+    directions = trials.study.directions
+    made = {}
+    for index, direction in enumerate(directions):
+
+        def value(trial: FrozenTrial, index: int = index) -> float:
+            return float(trial.values[index])
+
+        several = len(directions) > 1
+        made[f"quality_cost_{index}" if several else "quality_cost"] = quality_cost_figure(
+            trials,
+            "wall_time",
+            value,
+            f"Objective {index}" if several else "Objective value",
+            direction.name == "MAXIMIZE",
+        )
+    return made
 
 
-def quality_cost_figure(info: _QualityInfo) -> go.Figure:
+def quality_cost_figure(
+    trials: StudyTrials,
+    resource: str,
+    target: Callable[[FrozenTrial], float],
+    target_name: str,
+    maximize: bool,
+) -> go.Figure:
     """Return the figure of :func:`plot_quality_cost`."""
-    name = "Time" if info.resource == "wall_time" else _theme.resource_title(info.resource)
-    title = f"Quality against {name if name[1].isupper() else name[0].lower() + name[1:]}"
-    if not info.trials:
-        reason = f"No completed trial has both a value and a known {info.resource}."
-        return _plotly.empty_figure(title, reason)
-    unit = _theme.unit_for(info.resource, [t.cost for t in info.trials])
-    costs = [unit.of(t.cost) for t in info.trials]
-    log_cost = _theme.use_log_scale(costs, 20)
+    name = "time" if resource == "wall_time" else get_resource(resource).title
+    title = f"Quality against {name}"
+    priced = [
+        _Priced(trial, trial.amounts[resource], target(trial.trial))
+        for trial in trials.finished
+        if trial.outcome == "completed" and resource in trial.amounts and trial.trial.values
+    ]
+    priced = [each for each in priced if math.isfinite(each.value)]
+    if not priced:
+        reason = f"No completed trial has both a value and a known {resource}."
+        return _theme.empty_figure(title, reason)
+    unit = _theme.unit_for(resource, [each.cost for each in priced])
+    costs, values = [unit.of(each.cost) for each in priced], [each.value for each in priced]
+    log_cost, log_value = _theme.use_log_scale(costs, 20), _theme.use_log_scale(values)
     cost_range = (
         _theme.padded_range(costs, log=True) if log_cost else (0.0, max(costs) * 1.06 or 1.0)
     )
-    values = [t.value for t in info.trials]
-    log_value = _theme.use_log_scale(values)
-    front_x = [unit.of(t.cost) for t in info.front] + [max(costs)]
-    front_y = [_theme.significant(t.value) for t in info.front]
-    on_front = {t.number for t in info.front}
+    front = _front(priced, maximize)
+    on_front = {each.trial.number for each in front}
+    others = [each for each in priced if each.trial.number not in on_front]
     groups = {
-        ("completed", _theme.OUTCOMES["completed"]): [
-            t for t in info.trials if t.number not in on_front
-        ],
-        ("on the front", _theme.OutcomeStyle(_theme.VERMILION, "diamond")): info.front,
+        ("completed", _theme.OUTCOMES["completed"]): others,
+        ("on the front", _theme.OutcomeStyle(_theme.VERMILION, "diamond")): front,
     }
-    traces = [
-        _plotly.line(
-            "best at its cost", _theme.VERMILION, front_x, [*front_y, front_y[-1]], shape="hv"
-        )
-    ]
-    traces += [
-        _plotly.markers(
-            f"{label} ({len(trials)})",
-            style,
-            [unit.of(t.cost) for t in trials],
-            [_theme.significant(t.value) for t in trials],
-            [t.hover for t in trials],
-        )
-        for (label, style), trials in groups.items()
-        if trials
-    ]
-    better = "more is better" if info.maximize else "less is better"
-    return _plotly.make_figure(
+    front_x = [unit.of(each.cost) for each in front] + [max(costs)]
+    front_y = [_theme.significant(each.value) for each in (*front, front[-1])]
+    traces = [_theme.line("best at its cost", _theme.VERMILION, front_x, front_y, shape="hv")]
+    for (label, style), group in groups.items():
+        points = [
+            Point(
+                unit.of(cost),
+                _theme.significant(value),
+                trial.hover(resource, f"value {value:.6g}"),
+            )
+            for trial, cost, value in group
+        ]
+        if points:
+            traces.append(_theme.markers(f"{label} ({len(points)})", style, points))
+    better = "more is better" if maximize else "less is better"
+    return _theme.make_figure(
         title,
-        _finding(info),
+        _finding(resource, priced, front),
         traces,
-        _plotly.axis(unit.axis_title(f"{name} of a trial"), cost_range, log=log_cost),
-        _plotly.axis(
-            f"{info.target_name} ({better})",
+        _theme.axis(
+            unit.axis_title(f"{name[:1].upper()}{name[1:]} of a trial"), cost_range, log=log_cost
+        ),
+        _theme.axis(
+            f"{target_name} ({better})",
             _theme.padded_range(values, log=log_value),
             log=log_value,
         ),
     )
 
 
-def _finding(info: _QualityInfo) -> str:
-    best = info.front[-1]
-    finding = f"the best, trial {best.number}, took {format_amount(info.resource, best.cost)}"
+def _front(priced: Sequence[_Priced], maximize: bool) -> list[_Priced]:
+    """Return the Pareto front, the cheapest first, one trial of those that are equal."""
+    sign = -1.0 if maximize else 1.0
+    front: list[_Priced] = []
+    for each in sorted(priced, key=lambda p: (p.cost, sign * p.value, p.trial.number)):
+        if not front or sign * each.value < sign * front[-1].value:
+            front.append(each)
+    return front
+
+
+def _finding(resource: str, priced: Sequence[_Priced], front: Sequence[_Priced]) -> str:
+    best = front[-1]
+    finding = f"the best, trial {best.trial.number}, took {format_amount(resource, best.cost)}"
     # Near the best: within 1% of the distance from the best to the median value.
-    median = sorted(t.value for t in info.trials)[len(info.trials) // 2]
-    near = next(
-        t for t in info.front if abs(t.value - best.value) <= 0.01 * abs(median - best.value)
-    )
-    if near.number == best.number:
+    median = sorted(each.value for each in priced)[len(priced) // 2]
+    near = next(p for p in front if abs(p.value - best.value) <= 0.01 * abs(median - best.value))
+    if near is best:
         return finding
     share = near.cost / best.cost if best.cost else 1.0
-    return f"{finding}; trial {near.number} comes within 1% of it for {100 * share:.0f}% of that"
+    return f"{finding}; trial {near.trial.number} comes within 1% of it for {share:.0%} of that"

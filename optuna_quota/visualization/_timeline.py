@@ -8,8 +8,8 @@ import textwrap
 from typing import NamedTuple, TYPE_CHECKING
 
 from optuna_quota._resources import CLOCK_RESOURCES, format_amount, get_resource
-from optuna_quota.visualization import _plotly, _theme
-from optuna_quota.visualization._data import finished_trials, FinishedTrial, limits_of
+from optuna_quota.visualization import _theme
+from optuna_quota.visualization._data import FinishedTrial, StudyTrials
 
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _MAX_SUBTITLE = 100
 
 
-class _TimelineInfo(NamedTuple):
+class Timeline(NamedTuple):
     """The usage of a trial over time.
 
     Attributes:
@@ -64,23 +64,15 @@ def plot_timeline(study: Study, number: int) -> go.Figure:
         ValueError: If the study has no finished trial with that number.
         ImportError: If plotly is not installed.
     """
-    return timeline_figure(_get_timeline_info(study, number))
-
-
-def _get_timeline_info(study: Study, number: int) -> _TimelineInfo:
-    trial = next((t for t in finished_trials(study) if t.number == number), None)
+    trials = StudyTrials(study)
+    trial = next((t for t in trials.finished if t.number == number), None)
     if trial is None:
         raise ValueError(f"`number` must be that of a finished trial but got {number!r}.")
-    return timeline_info(trial, limits_of(study))
+    return timeline_figure(timeline_of(trial, trials.limits))
 
 
-def timeline_info(trial: FinishedTrial, limits: Mapping[str, float]) -> _TimelineInfo:
-    """Return what is drawn of one trial.
-
-    Args:
-        trial: The trial.
-        limits: The study's limits; that which the trial breached replaces one.
-    """
+def timeline_of(trial: FinishedTrial, limits: Mapping[str, float]) -> Timeline:
+    """Return what is drawn of one trial; the limit that it breached replaces one of the study."""
     record, breach = trial.record, trial.record.breach
     resource, points = "memory", list(record.timeline)
     if breach is not None and record.breach_timeline:
@@ -103,7 +95,7 @@ def timeline_info(trial: FinishedTrial, limits: Mapping[str, float]) -> _Timelin
         most = max((amount for _, amount in points), default=None)
         finding = f"{trial.outcome}, peak {format_amount(resource, most)}"
     title = f"{_theme.resource_title(resource)} of trial {trial.number} over time"
-    return _TimelineInfo(title, resource, finding, points, limit, time_limit, place)
+    return Timeline(title, resource, finding, points, limit, time_limit, place)
 
 
 class _Axes(NamedTuple):
@@ -117,38 +109,37 @@ class _Axes(NamedTuple):
         return self.time.axis_title("Time since the start"), usage
 
 
-def _axes(info: _TimelineInfo) -> _Axes:
-    points = [*info.points, *([] if info.breach is None else [info.breach])]
-    last, amounts = max(t for t, _ in points), [amount for _, amount in points]
-    unit, clock = _theme.unit_for(info.resource, amounts), _theme.unit_for("wall_time", [last])
-    _, high = _theme.axis_range(amounts, limit=info.limit)
+def _axes(line: Timeline) -> _Axes:
+    last, amounts = max(t for t, _ in line.points), [amount for _, amount in line.points]
+    unit, clock = _theme.unit_for(line.resource, amounts), _theme.unit_for("wall_time", [last])
+    _, high = _theme.axis_range(amounts, limit=line.limit)
     return _Axes(unit, clock, unit.of(high), clock.of(1.04 * last or 1.0))
 
 
-def timeline_figure(info: _TimelineInfo) -> go.Figure:
+def timeline_figure(line: Timeline) -> go.Figure:
     """Return the figure of :func:`plot_timeline`."""
-    if not info.points:
-        return _plotly.empty_figure(info.title, "No timeline was recorded for this trial.")
-    axes = _axes(info)
-    x, y = [axes.time.of(t) for t, _ in info.points], [axes.usage.of(a) for _, a in info.points]
-    traces = [_plotly.line(get_resource(info.resource).title, _theme.BLUE, x, y)]
-    if info.breach is not None:
-        seconds, amount = info.breach
+    if not line.points:
+        return _theme.empty_figure(line.title, "No timeline was recorded for this trial.")
+    axes = _axes(line)
+    x, y = [axes.time.of(t) for t, _ in line.points], [axes.usage.of(a) for _, a in line.points]
+    traces = [_theme.line(get_resource(line.resource).title, _theme.BLUE, x, y)]
+    if line.breach is not None:
+        seconds, amount = line.breach
         hover = f"breach {format_amount('wall_time', seconds)} after the start"
-        place = [axes.time.of(seconds)], [axes.usage.of(amount)]
-        traces.append(_plotly.markers("breach", _theme.OUTCOMES["terminated"], *place, [hover]))
-    titles = axes.titles(info.resource)
-    figure = _plotly.make_figure(
-        info.title,
-        info.finding,
+        point = _theme.Point(axes.time.of(seconds), axes.usage.of(amount), hover)
+        traces.append(_theme.markers("breach", _theme.OUTCOMES["terminated"], [point]))
+    titles = axes.titles(line.resource)
+    figure = _theme.make_figure(
+        line.title,
+        line.finding,
         traces,
-        _plotly.axis(titles[0], (0.0, axes.right)),
-        _plotly.axis(titles[1], (0.0, axes.top)),
+        _theme.axis(titles[0], (0.0, axes.right)),
+        _theme.axis(titles[1], (0.0, axes.top)),
     )
-    if info.limit is not None:
-        _plotly.add_limit(figure, info.resource, info.limit, axes.usage, axes.top)
-    if info.time_limit is not None:
-        at, style = axes.time.of(info.time_limit), {"color": _theme.VERMILION, "dash": "dash"}
+    if line.limit is not None:
+        _theme.add_limit(figure, line.resource, line.limit, axes.usage, axes.top)
+    if line.time_limit is not None:
+        at, style = axes.time.of(line.time_limit), {"color": _theme.VERMILION, "dash": "dash"}
         figure.add_vline(at, line={**style, "width": 1.5})
     return figure
 
@@ -157,15 +148,12 @@ _WIDTH, _HEIGHT = 640, 340
 _LEFT, _TOP, _RIGHT, _BOTTOM = 64, 60, 624, 294
 
 
-def timeline_svg(info: _TimelineInfo) -> str:
+def timeline_svg(line: Timeline) -> str:
     """Return the plot as an SVG image, which optuna-dashboard can show as a trial's artifact.
 
     Plotly draws images in a browser only. All text is escaped and nothing is active.
-
-    Args:
-        info: A trial with a timeline.
     """
-    axes = _axes(info)
+    axes = _axes(line)
 
     def x(value: float) -> float:
         return round(_LEFT + (_RIGHT - _LEFT) * value / axes.right, 1)
@@ -175,8 +163,8 @@ def timeline_svg(info: _TimelineInfo) -> str:
 
     parts = [
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#FFFFFF"/>',
-        _svg_text(16, 22, info.title, size=14, weight="bold"),
-        _svg_text(16, 40, info.finding, color=_theme.MUTED),
+        _svg_text(16, 22, line.title, size=14, weight="bold"),
+        _svg_text(16, 40, line.finding, color=_theme.MUTED),
     ]
     for tick in _theme.linear_ticks(0, axes.top):
         parts.append(_svg_path(f"M{_LEFT} {y(tick)}H{_RIGHT}", _theme.GRID, 1))
@@ -184,22 +172,22 @@ def timeline_svg(info: _TimelineInfo) -> str:
     for tick in _theme.linear_ticks(0, axes.right):
         parts.append(_svg_path(f"M{x(tick)} {_BOTTOM}v4", _theme.MUTED, 1))
         parts.append(_svg_text(x(tick), _BOTTOM + 17, f"{tick:,.6g}", anchor="middle"))
-    titles = axes.titles(info.resource)
+    titles = axes.titles(line.resource)
     middle, centre = (_LEFT + _RIGHT) / 2, (_TOP + _BOTTOM) / 2
     parts += [
         _svg_text(middle, _BOTTOM + 36, titles[0], color=_theme.MUTED, anchor="middle"),
         f'<g transform="translate(18,{centre}) rotate(-90)">'
         f"{_svg_text(0, 0, titles[1], color=_theme.MUTED, anchor='middle')}</g>",
     ]
-    points = [f"{x(axes.time.of(t))} {y(axes.usage.of(a))}" for t, a in info.points]
+    points = [f"{x(axes.time.of(t))} {y(axes.usage.of(a))}" for t, a in line.points]
     parts.append(_svg_path(f"M{'L'.join(points)}", _theme.BLUE, 2))
-    if info.breach is not None:
-        place = x(axes.time.of(info.breach[0])), y(axes.usage.of(info.breach[1]))
+    if line.breach is not None:
+        place = x(axes.time.of(line.breach[0])), y(axes.usage.of(line.breach[1]))
         triangle = f"M{place[0]} {place[1] - 5}l4.6 8.6h-9.2z"
         parts.append(f'<path d="{triangle}" fill="{_theme.VERMILION}" stroke="#FFFFFF"/>')
-    if info.limit is not None:
-        label = f"limit {format_amount(info.resource, info.limit)}"
-        limit = axes.usage.of(info.limit)
+    if line.limit is not None:
+        label = f"limit {format_amount(line.resource, line.limit)}"
+        limit = axes.usage.of(line.limit)
         if limit <= axes.top:
             parts.append(_svg_limit(f"M{_LEFT} {y(limit)}H{_RIGHT}"))
         else:
@@ -207,11 +195,11 @@ def timeline_svg(info: _TimelineInfo) -> str:
         parts.append(
             _svg_text(_LEFT + 4, max(y(limit), _TOP + 17) - 5, label, color=_theme.VERMILION)
         )
-    if info.time_limit is not None:
-        parts.append(_svg_limit(f"M{x(axes.time.of(info.time_limit))} {_TOP}V{_BOTTOM}"))
+    if line.time_limit is not None:
+        parts.append(_svg_limit(f"M{x(axes.time.of(line.time_limit))} {_TOP}V{_BOTTOM}"))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        f'width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{html.escape(info.title)}" '
+        f'width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{html.escape(line.title)}" '
         f'font-family="{html.escape(_theme.FONT)}">{"".join(parts)}</svg>'
     )
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, TYPE_CHECKING
 
 from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource
-from optuna_quota.visualization import _plotly, _theme
-from optuna_quota.visualization._data import by_outcome, finished_trials, FinishedTrial
+from optuna_quota.visualization import _theme
+from optuna_quota.visualization._data import by_outcome, StudyTrials
 
 
 if TYPE_CHECKING:
@@ -15,10 +14,11 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-_TOTALS = {usage: total for total, usage in CHARGED_RESOURCES.items()}
+# What usage adds up to over trials: wall times to trial time.
+TOTAL_OF = {usage: total for total, usage in CHARGED_RESOURCES.items()}
 
 
-class _WasteInfo(NamedTuple):
+class Waste(NamedTuple):
     """Trials by outcome, and amounts spent by resource and outcome."""
 
     trials: dict[str, int]
@@ -49,38 +49,39 @@ def plot_waste(study: Study) -> go.Figure:
     Raises:
         ImportError: If plotly is not installed.
     """
-    return waste_figure(_get_waste_info(study))
+    return waste_figure(StudyTrials(study))
 
 
-def _get_waste_info(study: Study, trials: Sequence[FinishedTrial] | None = None) -> _WasteInfo:
-    groups = by_outcome(finished_trials(study) if trials is None else trials)
+def waste_of(trials: StudyTrials) -> Waste:
+    """Return what trials of each outcome spent."""
+    groups = by_outcome(trials.finished)
     spent = {
         name: {o: sum(t.amounts.get(name, 0.0) for t in group) for o, group in groups.items()}
-        for name in _TOTALS
+        for name in TOTAL_OF
     }
     counts = {outcome: len(group) for outcome, group in groups.items()}
-    return _WasteInfo(counts, {name: s for name, s in spent.items() if sum(s.values()) > 0})
+    return Waste(counts, {name: s for name, s in spent.items() if sum(s.values()) > 0})
 
 
-def waste_figure(info: _WasteInfo) -> go.Figure:
+def waste_figure(trials: StudyTrials) -> go.Figure:
     """Return the figure of :func:`plot_waste`: a bar for the trials and one for each resource."""
-    title = "Where the budget went"
-    if not info.spent:
-        return _plotly.empty_figure(title, "No finished trial has a known time.")
-    x = {**_plotly.axis("Share (%)", (0, 100)), "dtick": 20}
-    y = {**_plotly.axis(""), "autorange": "reversed", "ticks": ""}
-    figure = _plotly.make_figure(title, waste_finding(info), _bars(info), x, y)
+    title, waste = "Where the budget went", waste_of(trials)
+    if not waste.spent:
+        return _theme.empty_figure(title, "No finished trial has a known time.")
+    x = {**_theme.axis("Share (%)", (0, 100)), "dtick": 20}
+    y = {**_theme.axis(""), "autorange": "reversed", "ticks": ""}
+    figure = _theme.make_figure(title, waste_finding(waste), _bars(waste), x, y)
     figure.update_layout(barmode="stack", bargap=0.35, legend_traceorder="normal")
     return figure
 
 
-def _bars(info: _WasteInfo) -> list[dict[str, Any]]:
-    names = ["Trials", *(_theme.resource_title(total_of(r)) for r in info.spent)]
-    count = sum(info.trials.values())
+def _bars(waste: Waste) -> list[dict[str, Any]]:
+    names = ["Trials", *(_theme.resource_title(TOTAL_OF[r]) for r in waste.spent)]
+    count = sum(waste.trials.values())
     bars = []
-    for outcome, trials in info.trials.items():
-        shares = [trials / count, *(info.share(r, outcome) for r in info.spent)]
-        amounts = [format_amount(r, s[outcome]) for r, s in info.spent.items()]
+    for outcome, trials in waste.trials.items():
+        shares = [trials / count, *(waste.share(r, outcome) for r in waste.spent)]
+        amounts = [format_amount(r, s[outcome]) for r, s in waste.spent.items()]
         bars.append(
             {
                 "type": "bar",
@@ -104,19 +105,14 @@ def _bars(info: _WasteInfo) -> list[dict[str, Any]]:
     return bars
 
 
-def total_of(resource: str) -> str:
-    """Return the resource that usage adds up to over trials: wall times to trial time."""
-    return _TOTALS.get(resource, resource)
-
-
-def waste_finding(info: _WasteInfo) -> str:
+def waste_finding(waste: Waste) -> str:
     """Return in a sentence what trials without a value took of the trial time."""
-    resource = next(iter(info.spent))
+    resource = next(iter(waste.spent))
     parts = [
-        f"{100 * info.share(resource, outcome):.0f}% on {outcome}"
+        f"{100 * waste.share(resource, outcome):.0f}% on {outcome}"
         for outcome in ("terminated", "pruned", "preempted", "failed")
-        if info.share(resource, outcome) > 0
+        if waste.share(resource, outcome) > 0
     ]
-    total = format_amount(resource, sum(info.spent[resource].values()))
-    waste = f": {', '.join(parts)} trials" if parts else ", none of it wasted"
-    return f"{total} of {get_resource(total_of(resource)).title}{waste}"
+    total = format_amount(resource, sum(waste.spent[resource].values()))
+    lost = f": {', '.join(parts)} trials" if parts else ", none of it wasted"
+    return f"{total} of {get_resource(TOTAL_OF[resource]).title}{lost}"

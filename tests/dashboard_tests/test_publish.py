@@ -18,16 +18,18 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.distributions import FloatDistribution
 from optuna_dashboard import get_note, save_note
+import pandas as pd
 import pytest
 
 from optuna_quota import analyze, Limits, Usage
+from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._optuna import storage_of, study_id_of
 from optuna_quota._records import Interval, TrialRecord
 from optuna_quota._resources import Breach
+from optuna_quota._utilization.data import study_data
 from optuna_quota.dashboard import _publish, publish, Publisher
 from optuna_quota.dashboard._notes import END
-from optuna_quota.dashboard._publish import IMAGE, publish_data
-from optuna_quota.visualization._data import report_data
+from optuna_quota.dashboard._publish import IMAGE, publish_report
 from tests.dashboard_tests.notes import block_of
 from tests.visualization_tests.studies import add_row, empty_study, made_study
 
@@ -102,7 +104,11 @@ def attributes(study: optuna.Study) -> dict[str, Any]:
 
 def publish_plain(study: optuna.Study, store: Any = None) -> None:
     """Publish without analyzing, which takes seconds and is tested elsewhere."""
-    publish_data(report_data(study), store)
+    report = StudyAnalysis(study, study_data(study))
+    nothing = pd.DataFrame({"param": [], "resource": []})
+    found = {"correlations": nothing, "drivers": {}, "advice": [], "cheaper_space": None}
+    vars(report).update(found, _fitted=({}, {}), prediction_errors={})
+    publish_report(report, store)
 
 
 def plots(study: optuna.Study) -> dict[str, Any]:
@@ -322,7 +328,7 @@ def test_the_publisher_pauses_long_after_a_slow_publication(
     def slow(*args: Any) -> None:
         now[0] += 2.0
 
-    monkeypatch.setattr(_publish, "publish_data", slow)
+    monkeypatch.setattr(_publish, "publish_report", slow)
     study = made_study(3)
     publisher = Publisher(interval=1)
     now[0] = 10.0
@@ -360,7 +366,7 @@ def test_an_error_of_publishing_is_logged_and_fails_no_trial(
     def fail(*args: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(_publish, "publish_data", fail)
+    monkeypatch.setattr(_publish, "publish_report", fail)
     monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
     study = optuna.create_study()
     study.optimize(objective, n_trials=3, callbacks=[Publisher(interval=0)])

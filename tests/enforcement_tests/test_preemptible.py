@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import optuna
+from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 import pytest
 
@@ -54,11 +55,12 @@ def objective_that_checks(trial: optuna.Trial) -> float:
     return x
 
 
-def make_study(kind: str) -> optuna.Study:
+def make_study(kind: str, storage: InMemoryStorage | None = None) -> optuna.Study:
     sampler = optuna.samplers.RandomSampler(seed=1)
     if kind == "plain":
-        return optuna.create_study(sampler=sampler)
+        return optuna.create_study(storage=storage, sampler=sampler)
     return optuna.create_study(
+        storage=storage,
         sampler=QuotaSampler(sampler, quota=Quota(n_trials=9)),
         pruner=QuotaPruner(limits=Limits(wall_time="1h")),
     )
@@ -318,62 +320,72 @@ def test_handlers_are_refused_outside_of_the_main_thread() -> None:
     assert "main thread" in str(errors[0])
 
 
-class Flaky:
-    """Calls a storage's method after failing a few times, or fails once after the call."""
+class FlakyStorage(InMemoryStorage):
+    """Fails before a few calls of one method, or once after the call."""
 
-    def __init__(self, method: Callable[..., Any], failures: int, *, lost_answer: bool) -> None:
+    def __init__(self, method: str, *, lost_answer: bool) -> None:
+        super().__init__()
         self.method = method
-        self.failures = failures
         self.lost_answer = lost_answer
+        self.failures = 0
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.method(*args, **kwargs) if self.lost_answer or not self.failures else None
-        if self.failures:
+    def fail(self) -> None:
+        """Fail from now on."""
+        self.failures = 1 if self.lost_answer else 3
+
+    def _call(self, method: str, *args: Any) -> Any:
+        fails = method == self.method and self.failures > 0
+        result = None
+        if self.lost_answer or not fails:
+            result = getattr(InMemoryStorage, method)(self, *args)
+        if fails:
             self.failures -= 1
             raise ConnectionError("The server restarts.")
         return result
+
+    def set_trial_state_values(self, *args: Any) -> Any:
+        return self._call("set_trial_state_values", *args)
+
+    def create_new_trial(self, *args: Any) -> Any:
+        return self._call("create_new_trial", *args)
 
 
 @pytest.mark.parametrize("kind", ["plain", "quota"])
 @pytest.mark.parametrize("lost_answer", [False, True])
 @pytest.mark.parametrize("method", ["set_trial_state_values", "create_new_trial"])
-def test_a_storage_that_is_away_for_a_while(
-    kind: str, method: str, lost_answer: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study = make_study(kind)
+def test_a_storage_that_is_away_for_a_while(kind: str, method: str, lost_answer: bool) -> None:
+    storage = FlakyStorage(method, lost_answer=lost_answer)
+    study = make_study(kind, storage)
 
     def objective(trial: optuna.Trial) -> float:
         trial.suggest_float("x", 0, 1)
-        storage = study._storage
-        flaky = Flaky(getattr(storage, method), 1 if lost_answer else 3, lost_answer=lost_answer)
-        monkeypatch.setattr(storage, method, flaky)
+        storage.fail()
         send()
         check(trial)
         return 0.0
 
     with preemptible(study):
         study.optimize(objective, n_trials=5)
+    assert storage.failures == 0
     assert [t.state.name for t in study.trials] == ["FAIL", "WAITING"]
     assert study.trials[1].user_attrs["quota:retry_of"] == 0
     assert read_record(study.trials[0]).outcome == "preempted"
 
 
-def test_a_value_that_is_stored_although_the_answer_is_lost(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    study = make_study("plain")
+def test_a_value_that_is_stored_although_the_answer_is_lost() -> None:
+    storage = FlakyStorage("set_trial_state_values", lost_answer=True)
+    study = make_study("plain", storage)
 
     def objective(trial: optuna.Trial) -> float:
         x = trial.suggest_float("x", 0, 1)
-        method = study._storage.set_trial_state_values
-        flaky = Flaky(method, 1, lost_answer=True)
-        monkeypatch.setattr(study._storage, "set_trial_state_values", flaky)
+        storage.fail()
         send()
         assert trial.should_prune()
         return x
 
     with preemptible(study):
         study.optimize(objective, n_trials=5)
+    assert storage.failures == 0
     assert [t.state.name for t in study.trials] == ["COMPLETE"]
 
 

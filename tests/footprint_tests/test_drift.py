@@ -7,18 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from optuna_quota import Footprint, Usage
+from optuna_quota import Footprint, Limits, Usage
 from optuna_quota._footprint.drift import current_level, Level
-from tests.footprint_tests.test_footprint import draw_rows
+from tests.footprint_tests.test_footprint import draw_rows, truth
 
 
 def test_noise_is_no_drift_and_a_step_is() -> None:
     noise = np.random.default_rng(0).normal(0, 0.3, 40)
 
-    assert current_level(noise.tolist()) == Level()
-    assert current_level([3.0] * 7) == Level()
+    none = [0.0] * 40
+    assert current_level(noise.tolist(), none) == Level()
+    assert current_level([3.0] * 7, none[:7]) == Level()
 
-    found = current_level((noise + np.repeat([-0.5, 0.5], 20)).tolist())
+    found = current_level((noise + np.repeat([-0.5, 0.5], 20)).tolist(), none)
     assert 0.25 < found.mean < 0.75
     assert 0 < found.variance < 0.2
 
@@ -43,3 +44,24 @@ def test_wall_time_follows_a_machine_that_became_slower_and_cpu_time_does_not() 
     assert np.median(ratios) == pytest.approx(3.0, rel=0.25)
     drawn = footprint.draw(points, 400, 0)
     assert np.median(drawn["wall_time"] / drawn["cpu_time"]) == pytest.approx(3.0, rel=0.3)
+
+
+@pytest.mark.parametrize("limits", [None, Limits(cpu_time=2.0)], ids=["completed", "stopped"])
+def test_cpu_time_follows_a_processor_that_became_slower(limits: Limits | None) -> None:
+    points = [row.params for row in draw_rows(100, seed=1)]
+    rows = []
+    for i, row in enumerate(draw_rows(60, noise=0.05)):
+        seconds = (row.usage.wall_time or 0.0) * (2.0 if i >= 40 else 1.0)
+        over = limits is not None and seconds > 2.0
+        rows.append(
+            replace(
+                row,
+                usage=Usage(cpu_time=2.0 if over else seconds),
+                censored=frozenset({"cpu_time"} if over else ()),
+            )
+        )
+    now = np.array([2.0 * (truth(dict(point)).wall_time or 0.0) for point in points])
+    expected = Footprint.fit(rows).expected(points)["cpu_time"]
+
+    near = (now > 0.5) & (now < 4.0)
+    assert np.median(expected.quantile(0.5)[near] / now[near]) == pytest.approx(1.0, rel=0.2)

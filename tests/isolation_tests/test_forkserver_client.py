@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import contextlib
 from pathlib import Path
-import pickle
-import socket
 import sys
 from typing import Any
 
@@ -15,7 +14,13 @@ import pytest
 
 from optuna_quota import isolated, Limits, QuotaPruner, TrialCrashed
 from optuna_quota._isolation import forkserver_client
-from optuna_quota._isolation.forkserver_client import ForkServerClient
+from optuna_quota._isolation.channel import channel_pair
+from optuna_quota._isolation.forkserver import SpawnRequest, UnsafeModule
+from optuna_quota._isolation.forkserver_client import (
+    find_unsafe_module,
+    ForkServerClient,
+    request_trial,
+)
 from optuna_quota._metering import metering_loop
 from optuna_quota._records import read_record
 
@@ -120,19 +125,31 @@ def test_threads_that_end_before_a_fork_are_no_danger(client: ForkServerClient) 
 
 
 def test_the_last_message_is_read_when_the_fork_server_has_ended() -> None:
-
-    from optuna_quota._isolation.forkserver import UnsafeModule
-    from optuna_quota._isolation.forkserver_client import _unread
-
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    theirs.send(pickle.dumps(UnsafeModule("starts_threads")))
+    ours, theirs = channel_pair()
+    theirs.send(UnsafeModule("starts_threads"))
     theirs.close()
-    with ours, pytest.raises(OSError):
+    with contextlib.closing(ours), pytest.raises(OSError):
         try:
-            ours.send(b"too late")
+            ours.send("too late")
         finally:
-            assert pickle.loads(_unread(ours)) == UnsafeModule("starts_threads")
-            assert _unread(ours) == b""
+            assert find_unsafe_module(ours) == "starts_threads"
+            assert find_unsafe_module(ours) is None
+
+
+def test_the_last_message_may_come_where_a_trial_is_expected() -> None:
+    ours, theirs = channel_pair()
+    theirs.send(UnsafeModule("starts_threads"))
+    theirs.close()
+    with contextlib.closing(ours):
+        assert ours.receive_descriptors() == []
+        assert find_unsafe_module(ours) == "starts_threads"
+
+
+def test_a_lost_descriptor_is_no_trial() -> None:
+    ours, theirs = channel_pair()
+    theirs.send_descriptors([theirs.fileno()])
+    with contextlib.closing(ours), contextlib.closing(theirs), pytest.raises(OSError):
+        request_trial(ours, SpawnRequest(None))
 
 
 @pytest.mark.slow
@@ -156,8 +173,6 @@ def test_the_reason_why_a_fork_server_cannot_start(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_fork_server_is_no_part_of_a_trial_in_process() -> None:
-    from optuna_quota._isolation.forkserver_client import ForkServerClient
-
     client = ForkServerClient()
     loop = metering_loop()
     try:

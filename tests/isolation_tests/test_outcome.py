@@ -16,9 +16,15 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import isolated, Limits, Quota, QuotaSampler, TrialCrashed
-from optuna_quota._isolation import outcome
-from optuna_quota._isolation.out_of_memory import GpuMemoryState
-from optuna_quota._isolation.outcome import CrashStatus, describe_crash_series, OutcomeResolver
+from optuna_quota._isolation import launch, outcome
+from optuna_quota._isolation.messages import ExitReport
+from optuna_quota._isolation.out_of_memory import find_breach_at_exit, GpuMemoryState
+from optuna_quota._isolation.outcome import (
+    CrashStatus,
+    describe_crash_series,
+    describe_exit,
+    OutcomeResolver,
+)
 from optuna_quota._records import CRASHED, read_record
 from tests.isolation_tests.trials import needs_supervisor, run_one
 
@@ -260,6 +266,17 @@ def test_a_trial_that_never_began_has_used_no_memory(monkeypatch: pytest.MonkeyP
     assert record.usage.memory is None and record.isolation == "process"
 
 
+def test_a_fork_that_is_refused_fails_its_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(launch, "fork_trial", refuse)
+    study = optuna.create_study()
+    study.optimize(isolated(lambda trial: 1.0, start_method="fork"), n_trials=1)
+    record = read_record(study.trials[0])
+    assert record.outcome == "failed" and "could not be started" in (record.reason or "")
+
+
 def test_a_storage_error_when_a_trial_is_to_run_again_ends_no_study(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -269,8 +286,61 @@ def test_a_storage_error_when_a_trial_is_to_run_again_ends_no_study(
     study = optuna.create_study()
     trial = study.ask()
     monitor = Mock(environment={"CUDA_VISIBLE_DEVICES": "GPU-0"})
-    resolver = OutcomeResolver(trial, study, monitor, on_crash="fail", strict_memory=False)
+    resolver = OutcomeResolver(trial, study, monitor, Mock(on_crash="fail"))
     monkeypatch.setattr(outcome, "free_memory", lambda _: [1e9])
     monkeypatch.setattr(study, "get_trials", fail)
-    resolver._try_again_elsewhere(study, trial, GpuMemoryState(requested=1e8))
+    resolver._try_again_elsewhere(GpuMemoryState(requested=1e8))
     assert len(study._storage.get_all_trials(study._study_id)) == 1
+
+
+# Why a trial's process ended: in words, and as a breach.
+
+
+MIB = 2**20
+GIB = 2**30
+
+
+LIMITS = {"memory": (1.0 * GIB, False), "cpu_time": (10.0, True)}
+
+
+@pytest.mark.parametrize(
+    ("ended", "words"),
+    [
+        (ExitReport(-signal.SIGSEGV), "segmentation fault"),
+        (ExitReport(-signal.SIGKILL), "from outside"),
+        (ExitReport(-signal.SIGKILL, oom_kills=1, memory=GIB), "out-of-memory killer"),
+        (ExitReport(-signal.SIGKILL, "stopped"), "SIGSTOP"),
+        (ExitReport(-signal.SIGKILL, "request"), "interrupted"),
+        (ExitReport(0), "before it gave a result"),
+        (ExitReport(7), "exit code 7"),
+        (ExitReport(None), "unknown way"),
+        (ExitReport(-200), "signal 200"),
+    ],
+)
+def test_every_exit_is_described(ended: ExitReport, words: str) -> None:
+    assert words in describe_exit(ended)
+    assert describe_exit(ended).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("ended", "strict", "resource"),
+    [
+        (ExitReport(-signal.SIGABRT, memory=0.97 * GIB), True, "memory"),
+        # Nothing is refused where memory is measured.
+        (ExitReport(-signal.SIGABRT, memory=0.97 * GIB), False, None),
+        (ExitReport(-signal.SIGKILL, memory=0.97 * GIB, oom_kills=1), True, None),
+        (ExitReport(-signal.SIGABRT, memory=1.01 * GIB), False, "memory"),
+        (ExitReport(-signal.SIGKILL, memory=0.5 * GIB, cgroup_oom_kills=1), False, "memory"),
+        (ExitReport(-signal.SIGKILL, memory=0.5 * GIB, oom_kills=1), False, None),
+        (ExitReport(-signal.SIGXCPU, cpu_time=9.9), False, "cpu_time"),
+        (ExitReport(1, cpu_time=9.9), False, None),
+        (ExitReport(1), False, None),
+    ],
+)
+def test_an_exit_at_a_limit_is_a_breach(
+    ended: ExitReport, strict: bool, resource: str | None
+) -> None:
+    breach = find_breach_at_exit(ended, LIMITS, 5.0, strict_memory=strict)
+    assert (None if breach is None else breach.resource) == resource
+    if breach is not None:
+        assert breach.observed > breach.limit

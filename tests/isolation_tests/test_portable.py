@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import isolated, Limits, QuotaPruner, TrialCrashed
-from optuna_quota._isolation import start
+from optuna_quota._isolation import linux
 from optuna_quota._records import read_record
 
 
@@ -18,7 +18,7 @@ from optuna_quota._records import read_record
 def test_trials_without_a_linux_supervisor(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(start, "can_supervise", lambda: False)
+    monkeypatch.setattr(linux, "can_supervise", lambda: False)
 
     def objective(trial: optuna.Trial) -> float:
         x = trial.suggest_float("x", 0, 1)

@@ -23,6 +23,7 @@ from optuna_quota import (
     script,
     TrialCrashed,
 )
+from optuna_quota._isolation.script import fill_command, split_command
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import MIB, needs_supervisor
 
@@ -306,3 +307,60 @@ def test_mistakes_of_params_end_the_study(params: Any, error: type[Exception], t
     with pytest.raises(error, match=text):
         study.optimize(script("true {y}", params), n_trials=3)
     assert len(study.trials) == 1
+
+
+# Commands: split as a shell does, filled with a trial's parameters, or a clear error.
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("train --lr {lr}", ["train", "--lr", "0.5"]),
+        (["train", "--lr={lr}"], ["train", "--lr=0.5"]),
+        ([Path("train.sh"), "{text}"], ["train.sh", "a b'c"]),
+        ("train '{text}' x{text}y", ["train", "a b'c", "xa b'cy"]),
+        ("train 'two words' {n:03d} {lr:.2e}", ["train", "two words", "007", "5.00e-01"]),
+        ("train {model.width}", ["train", "64"]),
+        ("train {{lr}} ${lr} {} {1}", ["train", "{lr}", "${lr}", "{}", "{1}"]),
+        (["sh", "-c", """echo '{"value": 1}' {n}"""], ["sh", "-c", """echo '{"value": 1}' 7"""]),
+    ],
+)
+def test_words(command: Any, words: list[str]) -> None:
+    values = {"lr": 0.5, "text": "a b'c", "n": 7, "model.width": 64}
+    assert fill_command(split_command(command), values) == words
+
+
+def test_the_program_is_checked_unless_it_depends_on_the_parameters() -> None:
+    with pytest.raises(FileNotFoundError, match="'no-such-program'"):
+        script("no-such-program {x}", lambda trial: {})
+    assert repr(script("./{model} {x}", lambda trial: {})) == """script("'./{model}' '{x}'")"""
+
+
+@pytest.mark.parametrize(
+    ("command", "error", "text"),
+    [
+        ("", ValueError, "must begin with a program"),
+        ([], ValueError, "must begin with a program"),
+        (["", "x"], ValueError, "must begin with a program"),
+        ("train 'x", ValueError, "No closing quotation"),
+        (b"train", TypeError, "must be a string or a sequence of strings"),
+        (["train", 3], TypeError, "must be a string or a sequence of strings"),
+        (None, TypeError, "must be a string or a sequence of strings"),
+    ],
+)
+def test_what_is_no_command(command: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        split_command(command)
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("train {lrr}", r"has {lrr} but `params` returned 'lr'. Write {{lrr}} where"),
+        ("train {lr:d}", "{lr:d} can't format 0.5: Unknown format code 'd'"),
+    ],
+)
+def test_a_parameter_that_can_not_be_filled_in(command: str, text: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        fill_command(split_command(command), {"lr": 0.5})
+    assert text in str(caught.value)

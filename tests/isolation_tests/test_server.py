@@ -13,8 +13,7 @@ import optuna
 import pytest
 
 from optuna_quota._isolation import server as server_module
-from optuna_quota._isolation.channel import Channel, channel_pair
-from optuna_quota._isolation.launch import TrialConnections
+from optuna_quota._isolation.channel import Channel, channel_pair, TrialConnections
 from optuna_quota._isolation.messages import BreachFound, ExitReport
 from optuna_quota._isolation.output import Printed
 from optuna_quota._isolation.rpc import CHECK, connect, RemoteObjects

@@ -6,7 +6,6 @@ import contextlib
 import os
 from pathlib import Path
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -20,8 +19,9 @@ import psutil
 import pytest
 
 from optuna_quota import isolated, Quota, QuotaSampler
+from optuna_quota._isolation.channel import Channel, TrialConnections
 from optuna_quota._isolation.forkserver_client import fork_server_client
-from optuna_quota._isolation.launch import StartMethod, TrialConnections
+from optuna_quota._isolation.launch import StartMethod
 from optuna_quota._isolation.signals import STOP_SIGNAL
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import needs_supervisor
@@ -349,8 +349,8 @@ def test_an_interrupt_while_a_trial_is_started_harms_no_later_one(
     study = optuna.create_study()
     order = module.request_trial
 
-    def interrupted(sock: socket.socket, data: bytes, descriptors: Any = ()) -> TrialConnections:
-        sock.send(data)
+    def interrupted(server: Channel, request: Any, descriptors: Any = ()) -> TrialConnections:
+        server.send(request)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "request_trial", interrupted)

@@ -11,7 +11,7 @@ from optuna_quota._ledger.grant import (
     extension_requests,
     initial_requests,
     RequestedBy,
-    revise_promise,
+    revise_grant,
 )
 from optuna_quota._ledger.protocol import ResourceRequest
 from optuna_quota._resources import quota_from_amounts
@@ -115,7 +115,7 @@ def test_a_promise_follows_the_point_once_it_is_known(
     bound: float, used: float, smaller: dict[str, float], larger: dict[str, float]
 ) -> None:
     granted = {"memory": 4.5 if smaller else 4.0}
-    found = revise_promise(
+    found = revise_grant(
         Quota(memory="8B"), Limits(memory="6B"), granted, {"memory": bound}, {"memory": used}
     )
     assert found == (smaller, larger)

@@ -12,7 +12,7 @@ from optuna_quota._ledger.grant import (
     initial_requests,
     left_for_trial,
     refuse_exhausted,
-    revise_totals,
+    revise_grant,
 )
 
 
@@ -50,11 +50,11 @@ def test_what_is_left(
 def test_a_slice_becomes_what_the_point_needs() -> None:
     quota = Quota(trial_time=10, cpu_time=10)
     granted = {"trial_time": 5.0, "cpu_time": 1.0, "n_trials": 1.0}
-    smaller, larger = revise_totals(quota, Limits(), granted, {"wall_time": 2, "cpu_time": 3})
+    smaller, larger = revise_grant(quota, Limits(), granted, {"wall_time": 2, "cpu_time": 3})
     assert smaller == {"trial_time": 2} and larger == {"cpu_time": 3}
     # A trial ends at its limit.
     limits = Limits(cpu_time=2)
-    _, larger = revise_totals(quota, limits, granted, {"wall_time": 5, "cpu_time": 3})
+    _, larger = revise_grant(quota, limits, granted, {"wall_time": 5, "cpu_time": 3})
     assert larger == {"cpu_time": 2}
     free = {"cpu_time": 9.0}
     [request] = extension_requests(quota, limits, granted, larger, free, 0, exactly=True).values()
@@ -64,7 +64,7 @@ def test_a_slice_becomes_what_the_point_needs() -> None:
 def test_what_a_trial_has_used_is_not_released() -> None:
     quota, granted = Quota(trial_time=10, cpu_time=10), {"trial_time": 9.0, "cpu_time": 9.0}
     expected, used = {"wall_time": 1.0, "cpu_time": 1.0}, {"wall_time": 4.0, "cpu_time": 8.0}
-    smaller, larger = revise_totals(quota, Limits(), granted, expected, used)
+    smaller, larger = revise_grant(quota, Limits(), granted, expected, used)
     assert smaller == {"trial_time": 5.0} and larger == {"cpu_time": 10.0}
 
 

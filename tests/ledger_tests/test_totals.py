@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 import multiprocessing
 from multiprocessing.queues import Queue
@@ -14,8 +15,8 @@ import optuna
 import pytest
 
 from optuna_quota import Limits, Quota, QuotaSampler, status
-from optuna_quota._ledger import Ledger, reservation
-from optuna_quota._ledger.reservation import Reservation, reservation_object, this_worker, Worker
+from optuna_quota._ledger import Ledger, protocol
+from optuna_quota._ledger.protocol import Reservation, reservation_object, this_worker, Worker
 from optuna_quota._ledger.state import SystemClock
 from optuna_quota._ledger.totals import Entry, IntervalUnion, QuotaTotals
 from optuna_quota._metering import metering_loop
@@ -49,7 +50,14 @@ INTERVALS = st.lists(
 def test_overlaps_count_once_and_pauses_not_at_all(
     intervals: list[tuple[float, float]], total: float
 ) -> None:
-    assert IntervalUnion(intervals).total == total
+    assert union(intervals).total == total
+
+
+def union(intervals: Sequence[tuple[float, float]]) -> IntervalUnion:
+    spans = IntervalUnion()
+    for start, end in intervals:
+        spans.add(start, end)
+    return spans
 
 
 @given(INTERVALS, INTERVALS)
@@ -60,9 +68,12 @@ def test_a_union_is_what_it_is_by_counting_seconds(
     def seconds(intervals: list[tuple[int, int]]) -> int:
         return len({second for start, end in intervals for second in range(start, end)})
 
-    spans = IntervalUnion(first)
+    spans = union(first)
     assert spans.total == seconds(first)
-    assert spans.with_added(more) == seconds([*first, *more])
+    grown = spans.copy()
+    for start, end in more:
+        grown.add(start, end)
+    assert grown.total == seconds([*first, *more])
     assert spans.total == seconds(first)
 
 
@@ -158,7 +169,7 @@ def test_a_clock_that_is_ahead_is_warned_of_once_and_followed(
 
 def work(address: Address, name: str, host: str, ahead: float, go: Event, ends: Queue) -> None:
     """Run trials as on a host whose clock is ahead."""
-    reservation._machine = lambda: host  # type: ignore[assignment]
+    protocol._machine = lambda: host  # type: ignore[assignment]
     SystemClock.time = lambda self: time.time() + ahead  # type: ignore[method-assign]
     study = workers.load(address, name)
     study.sampler = QuotaSampler(study.sampler, quota=Quota(wall_time=4))

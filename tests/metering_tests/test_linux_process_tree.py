@@ -42,7 +42,6 @@ def test_memory_of_a_process(make: OpenTree) -> None:
         reading = tree.read(thorough=True)
         assert reading.memory is not None and 70 * MIB < reading.memory < 100 * MIB
         assert reading.pids == (child.pid,)
-        assert 0 <= tree.age() < 60
         tree.close()
 
 

@@ -280,17 +280,13 @@ def test_a_breach_of_this_process_is_forgotten_when_the_trial_is_isolated(
     assert monitor.elapsed == pytest.approx(0.01)
 
 
-def test_cpu_time_of_a_process_made_for_the_trial_counts_from_its_birth(
-    fake: FakeMetering,
-) -> None:
-    for seconds, expected in ((0.5, 4.0), (900.0, 1.0)):
-        monitor = fake.loop.monitor(KEY)
-        fake.advance(1.0)
-        fake.trees[7] = FakeProcessTree(cpu_time=3.0, pids=[7])
-        fake.trees[7].seconds = seconds
-        monitor.attach(7)
-        fake.trees[7].cpu_time = 4.0
-        assert monitor.close().cpu_time == expected
+def test_cpu_time_of_a_trials_own_process_counts_from_its_creation(fake: FakeMetering) -> None:
+    monitor = fake.loop.monitor(KEY)
+    fake.advance(1.0)
+    fake.trees[7] = FakeProcessTree(cpu_time=3.0, pids=[7])
+    monitor.attach(7)
+    fake.trees[7].cpu_time = 4.0
+    assert monitor.close().cpu_time == 4.0
 
 
 def test_totals_from_another_source_are_merged(fake: FakeMetering) -> None:
@@ -316,7 +312,7 @@ def test_close_is_idempotent(fake: FakeMetering) -> None:
     assert fake.loop.find(KEY) is None
 
 
-METHODS = ("read", "glance", "age", "reset_peak")
+METHODS = ("read", "reset_peak")
 
 
 class FaultyTree(FakeProcessTree):
@@ -333,14 +329,6 @@ class FaultyTree(FakeProcessTree):
     def read(self, **arguments: Any) -> Any:
         self._check("read")
         return super().read(**arguments)
-
-    def glance(self) -> float | None:
-        self._check("glance")
-        return super().glance()
-
-    def age(self) -> float:
-        self._check("age")
-        return super().age()
 
     def reset_peak(self) -> None:
         self._check("reset_peak")
@@ -390,30 +378,14 @@ def test_cpu_time_used_during_a_fault_is_counted_after_it(fake: FakeMetering) ->
     assert record.outcome == "terminated"
 
 
-class SlowTree(FakeProcessTree):
-    """Grows older while it is read, as on a busy host."""
-
-    def read(self, **arguments: Any) -> Any:
-        self.seconds += 0.5
-        return super().read(**arguments)
-
-
-def test_cpu_time_from_before_a_slow_first_reading_is_counted(fake: FakeMetering) -> None:
-    tree = fake.trees[7] = SlowTree(cpu_time=0.2)
-    monitor = metering_loop().monitor((0, 0), pid=7)
-    tree.cpu_time = 0.5
-    fake.advance(5)
-    assert monitor.close().cpu_time == 0.5
-
-
 @pytest.mark.parametrize("failing", METHODS)
 def test_a_tree_that_fails_in_one_method(fake: FakeMetering, failing: str) -> None:
     fake.trees[7] = FaultyTree(failing)
-    monitor = metering_loop().monitor((0, 0), limits=Limits(memory="1000B", wall_time=60), pid=7)
+    monitor = metering_loop().monitor((0, 0), limits=Limits(memory="1000B", wall_time=60))
+    monitor.attach(7)
     fake.trees[7].memory = 2000.0
     fake.advance(5)
-    # This fake reads by a glance.
-    assert (monitor.breach is None) is (failing in ("read", "glance"))
+    assert (monitor.breach is None) is (failing == "read")
     # It still has its clock.
     fake.advance(56)
     assert monitor.breach is not None

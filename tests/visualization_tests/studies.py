@@ -22,6 +22,7 @@ from optuna_quota._records import (
     amounts_object,
     Interval,
     record_attributes,
+    RESERVATION,
     STUDY_LIMITS,
     STUDY_QUOTA,
     system_attributes,
@@ -44,6 +45,7 @@ STATES = {
     "terminated": TrialState.PRUNED,
     "rejected": TrialState.FAIL,
     "failed": TrialState.FAIL,
+    "preempted": TrialState.FAIL,
 }
 BEGIN = datetime(2026, 11, 23, 9, 0, 0)
 
@@ -74,6 +76,7 @@ def add_row(
     start: datetime = BEGIN,
     seconds: float | None = None,
     constraint: float | None = None,
+    reservation: Mapping[str, Any] | None = None,
 ) -> None:
     state = STATES[record.outcome or "completed"]
     took = seconds if seconds is not None else record.usage.wall_time or 0.0
@@ -92,6 +95,7 @@ def add_row(
             system_attrs={
                 **system_attributes(record),
                 **({} if constraint is None else {"constraints": [constraint]}),
+                **({} if reservation is None else {RESERVATION: dict(reservation)}),
             },
             intermediate_values={},
             trial_id=-1,

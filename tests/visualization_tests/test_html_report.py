@@ -14,7 +14,7 @@ import pytest
 from optuna_quota import analyze, Limits, Usage, visualization
 from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Breach
-from optuna_quota.visualization import _html_report, _plotly
+from optuna_quota.visualization import _html_report, _theme
 from tests.browser import chromium, faults, wait_for
 from tests.visualization_tests.studies import add_row, empty_study, made_study
 
@@ -135,7 +135,7 @@ def test_without_plotly_a_plot_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
     def missing(name: str) -> Any:
         raise ImportError(name)
 
-    monkeypatch.setattr(_plotly.importlib, "import_module", missing)
+    monkeypatch.setattr(_theme.importlib, "import_module", missing)
     with pytest.raises(ImportError, match=r"optuna-quota\[plot\]"):
         visualization.plot_usage(made_study(3))
 

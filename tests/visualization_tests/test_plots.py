@@ -14,21 +14,17 @@ import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 import pytest
 
-from optuna_quota import Limits, Quota, Usage, visualization
+from optuna_quota import Limits, Quota, status, Usage, visualization
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._records import Interval, read_record, TrialRecord
 from optuna_quota._resources import Breach, OUTCOMES
 from optuna_quota.visualization import _theme
-from optuna_quota.visualization._burn_down import _get_burn_down_info
-from optuna_quota.visualization._data import finished_trials, limits_of
+from optuna_quota.visualization._burn_down import quota_curves
+from optuna_quota.visualization._data import StudyTrials
 from optuna_quota.visualization._figures import thin
-from optuna_quota.visualization._footprint import _get_footprint_info
-from optuna_quota.visualization._quality_cost import _get_quality_info
-from optuna_quota.visualization._timeline import _get_timeline_info, timeline_info, timeline_svg
-from optuna_quota.visualization._usage import _get_usage_info
-from optuna_quota.visualization._usage_slice import _get_slice_info
-from optuna_quota.visualization._waste import _get_waste_info
+from optuna_quota.visualization._timeline import timeline_of, timeline_svg
+from optuna_quota.visualization._waste import waste_of
 from tests.visualization_tests.studies import add_row, BEGIN, empty_study, made_study
 
 
@@ -57,6 +53,11 @@ def fitted(study: optuna.Study) -> Footprint:
 def study_of_size(n_trials: int) -> optuna.Study:
     """Return a study to be read only."""
     return made_study(n_trials) if n_trials else empty_study()
+
+
+def svg_of(study: optuna.Study, index: int) -> str:
+    trials = StudyTrials(study)
+    return timeline_svg(timeline_of(trials.finished[index], trials.limits))
 
 
 def axis_titles(figure: Any) -> set[str]:
@@ -112,11 +113,12 @@ def test_usage_of_a_rejected_trial_is_its_projection() -> None:
     study = empty_study(limits=Limits(memory="1GiB"))
     projected = {"memory": Interval(2 * GIB, 3 * GIB, 5 * GIB)}
     add_row(study, TrialRecord(outcome="rejected", reason="too big", footprint=projected))
-    (use,) = _get_usage_info(study, "memory").uses
-    assert use.projected is not None
-    bounds = (use.projected.lower, use.amount, use.projected.upper)
-    assert bounds == pytest.approx((2 * GIB, 3 * GIB, 5 * GIB), rel=1e-4)
-    assert "projected 3 GiB" in use.hover
+    figure = visualization.plot_usage(study)
+    (trace,) = figure.data
+    below, above = trace.error_y.arrayminus[0], trace.error_y.array[0]
+    bounds = (trace.y[0] - below, trace.y[0], trace.y[0] + above)
+    assert bounds == pytest.approx((2, 3, 5), rel=1e-4)
+    assert "Memory (GiB)" in axis_titles(figure) and "projected 3 GiB" in trace.text[0]
 
 
 @pytest.mark.parametrize(
@@ -146,16 +148,31 @@ def test_burn_down_counts_parallel_clock_time_once() -> None:
         usage = Usage(wall_time=seconds, cpu_time=2)
         record = TrialRecord(usage, "completed")
         add_row(study, record, start=BEGIN + timedelta(seconds=start))
-    curves = {c.resource: c for c in _get_burn_down_info(study).curves}
+    curves = {c.resource: c for c in quota_curves(StudyTrials(study))}
     # By end: 10, 10, 60 (the inner one: 55 to 60), 70.
     assert curves["wall_time"].used == pytest.approx([0, 10, 10, 15, 30])
     assert curves["cpu_time"].used == pytest.approx([0, 2, 4, 6, 8])
     assert curves["n_trials"].left == pytest.approx([1, 0.9, 0.8, 0.7, 0.6])
 
 
+def test_burn_down_charges_what_the_ledger_does() -> None:
+    study = empty_study(quota=Quota(cpu_time=100, n_trials=10))
+    # Its worker died: what it used is unknown, so it is charged what it was granted.
+    granted = {"trial": 0, "granted": {"cpu_time": 30}, "began": BEGIN.timestamp()}
+    record = TrialRecord(outcome="failed", reason="The worker is gone.")
+    add_row(study, record, seconds=5, reservation=granted)
+    # It runs again, as another trial.
+    again = {"trial": 1, "granted": {"cpu_time": 30}, "began": BEGIN.timestamp()}
+    preempted = TrialRecord(Usage(cpu_time=7), "preempted", "The worker had to end.")
+    add_row(study, preempted, seconds=5, reservation=again)
+    used = {c.resource: c.used[-1] for c in quota_curves(StudyTrials(study))}
+    assert used == {"cpu_time": 37, "n_trials": 1}
+    assert used == status(study).table["used"][list(used)].to_dict()
+
+
 def test_burn_down_projections_have_a_band() -> None:
-    info = _get_burn_down_info(made_study(40))
-    ahead = next(c for c in info.curves if c.resource == "cpu_time").ahead
+    curves = quota_curves(StudyTrials(made_study(40)))
+    ahead = next(c for c in curves if c.resource == "cpu_time").ahead
     assert ahead[0].trials == 0 and ahead[0].lower == ahead[0].upper
     middle = ahead[len(ahead) // 3]
     assert middle.lower < middle.median < middle.upper
@@ -163,8 +180,8 @@ def test_burn_down_projections_have_a_band() -> None:
 
 
 def test_burn_down_needs_a_few_trials_to_project() -> None:
-    info = _get_burn_down_info(made_study(3))
-    assert all(not curve.ahead for curve in info.curves)
+    curves = quota_curves(StudyTrials(made_study(3)))
+    assert curves and all(not curve.ahead for curve in curves)
 
 
 def test_footprint_counts_bounds_that_held_over_trials_with_known_usage() -> None:
@@ -174,20 +191,19 @@ def test_footprint_counts_bounds_that_held_over_trials_with_known_usage() -> Non
             Usage(memory=used), outcome, footprint={"memory": Interval(0.5, 1, upper)}
         )
         add_row(study, record)
-    assert _get_footprint_info(study, "memory").held == (1, 2)
+    title = visualization.plot_footprint(study).layout.title.text
+    assert "1 of 2 trials within the upper bound" in title
 
 
 def test_the_slice_shows_the_model_and_its_band() -> None:
     study = made_study(40)
     footprint = fitted(study)
-    info = _get_slice_info(study, "memory", ["width", "optimizer"], footprint)
-    width, optimizer = info.slices
-    medians = [interval.median for _, interval in width.predicted]
-    assert width.log and medians[-1] > 2 * medians[0]
-    assert [x for x, _ in optimizer.predicted] == ["sgd", "adam", "lbfgs"]
     figure = visualization.plot_usage_slice(
         study, params=["width", "optimizer"], footprint=footprint
     )
+    width, optimizer = [trace for trace in figure.data if trace.name == "model"]
+    assert width.y[-1] > 2 * width.y[0]
+    assert list(optimizer.x) == ["sgd", "adam", "lbfgs"]
     assert {"model", "model, 90%"} <= {trace.name for trace in figure.data}
     assert figure.layout.xaxis.type == "log" and figure.layout.xaxis2.type == "category"
 
@@ -213,8 +229,10 @@ def test_the_front_has_no_trial_that_a_cheaper_one_equals() -> None:
     study = empty_study(directions=("maximize",))
     for seconds, value in [(1, 0.5), (2, 0.5), (3, 0.9), (4, 0.8), (3, 0.9), (5, 0.95)]:
         add_row(study, TrialRecord(Usage(wall_time=seconds), "completed"), values=(value,))
-    front = _get_quality_info(study, "wall_time").front
-    assert [(t.number, t.value) for t in front] == [(0, 0.5), (2, 0.9), (5, 0.95)]
+    figure = visualization.plot_quality_cost(study)
+    (front,) = [trace for trace in figure.data if trace.name == "on the front (3)"]
+    numbers = [int(text.split()[1].rstrip(",")) for text in front.text]
+    assert list(zip(numbers, front.y, strict=True)) == [(0, 0.5), (2, 0.9), (5, 0.95)]
 
 
 def test_several_objectives_need_a_target() -> None:
@@ -231,7 +249,8 @@ def test_values_that_are_not_finite_are_left_out() -> None:
     study = empty_study()
     for value in (float("inf"), float("-inf"), 0.3):
         add_row(study, TrialRecord(Usage(wall_time=1), "completed"), values=(value,))
-    assert [t.value for t in _get_quality_info(study, "wall_time").trials] == [0.3]
+    markers = [t for t in visualization.plot_quality_cost(study).data if t.mode == "markers"]
+    assert [value for trace in markers for value in trace.y] == [0.3]
 
 
 def test_the_timeline_ends_at_the_breach() -> None:
@@ -245,7 +264,7 @@ def test_the_timeline_ends_at_the_breach() -> None:
         timeline=((0.0, 0.2 * GIB), (1.0, 0.5 * GIB)),
     )
     add_row(study, record)
-    assert _get_timeline_info(study, 0).limit == GIB
+    assert timeline_of(StudyTrials(study).finished[0], {"memory": 4 * GIB}).limit == GIB
     line, mark = visualization.plot_timeline(study, 0).data
     assert (line.x[-1], mark.x[0]) == (3.5, 3.5)
     with pytest.raises(ValueError, match="`number`"):
@@ -267,7 +286,7 @@ def test_the_timeline_is_of_what_was_breached() -> None:
     assert "CPU time (s)" in axis_titles(cpu) and cpu.data[0].y[-1] == 2.1
     assert cpu.layout.annotations[0].text == "limit 2 s"
     assert "Memory (MiB)" in axis_titles(wall) and wall.layout.shapes[-1].x0 == 5.0
-    svg = timeline_svg(timeline_info(finished_trials(study)[0], limits_of(study)))
+    svg = svg_of(study, 0)
     assert "CPU time of trial 0 over time" in svg and "limit 2 s" in svg
 
 
@@ -283,16 +302,14 @@ def test_a_breached_peak_is_at_least_what_was_observed() -> None:
     study = empty_study(limits=Limits(memory="1GiB"))
     breach = Breach("memory", GIB, 1.2 * GIB, 3.5)
     add_row(study, TrialRecord(Usage(memory=0.8 * GIB), "terminated", breach.reason, breach))
-    (use,) = _get_usage_info(study, "memory").uses
-    assert use.amount == 1.2 * GIB
+    assert StudyTrials(study).finished[0].amounts["memory"] == 1.2 * GIB
 
 
 def test_the_timeline_leaves_out_readings_after_the_end() -> None:
     study = empty_study()
     line = ((0.5, 1e8), (1.0, 2e8), (1.1, 0.0))
     add_row(study, TrialRecord(Usage(memory=2e8), "completed", timeline=line))
-    info = _get_timeline_info(study, 0)
-    assert info.points == [(0.5, 1e8), (1.0, 2e8)]
+    assert timeline_of(StudyTrials(study).finished[0], {}).points == [(0.5, 1e8), (1.0, 2e8)]
     assert visualization.plot_timeline(study, 0).layout.xaxis.range[0] == 0
 
 
@@ -307,8 +324,7 @@ def test_the_svg_timeline_is_well_formed(reason: str | None) -> None:
                 Usage(memory=2e8), "terminated", reason or breach.reason, breach, timeline=line
             )
             add_row(study, record)
-            trial = finished_trials(study)[-1]
-            svg = timeline_svg(timeline_info(trial, limits_of(study)))
+            svg = svg_of(study, -1)
             root = ElementTree.fromstring(svg)
             assert root.tag == "{http://www.w3.org/2000/svg}svg"
             assert not root.findall(".//{*}script") and "nan" not in svg
@@ -333,12 +349,12 @@ def test_every_outcome_has_a_style() -> None:
 
 def test_waste_adds_up_to_all_that_was_spent() -> None:
     study = made_study(60)
-    info = _get_waste_info(study)
-    for resource in info.spent:
-        shares = [info.share(resource, outcome) for outcome in info.trials]
+    waste = waste_of(StudyTrials(study))
+    for resource in waste.spent:
+        shares = [waste.share(resource, outcome) for outcome in waste.trials]
         assert sum(shares) == pytest.approx(1)
-    assert info.share("wall_time", "terminated") > 0.1
-    assert sum(info.trials.values()) == 60
+    assert waste.share("wall_time", "terminated") > 0.1
+    assert sum(waste.trials.values()) == 60
 
 
 def test_names_are_escaped() -> None:

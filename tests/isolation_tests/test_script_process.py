@@ -7,24 +7,23 @@ from typing import Any
 
 import pytest
 
-from optuna_quota._isolation.script_output import (
-    FinalValue,
+from optuna_quota._isolation.script_process import (
     find_values,
-    IntermediateValue,
     LineSplitter,
     MAX_LINE,
+    ScriptValue,
 )
 
 
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ('{"step": 3, "value": 0.5}', [IntermediateValue(3, 0.5)]),
-        ('  {"step": 3.0, "value": 1, "epoch": 2}\t', [IntermediateValue(3, 1.0)]),
-        ('{"value": 2}', [FinalValue(2.0)]),
-        ('{"values": [1, 2.5], "more": {"x": []}}', [FinalValue([1.0, 2.5])]),
-        ('{"value": -Infinity}', [FinalValue(-math.inf)]),
-        ('{"value": 1}{"value": 2}', [FinalValue(1.0), FinalValue(2.0)]),
+        ('{"step": 3, "value": 0.5}', [ScriptValue(0.5, step=3)]),
+        ('  {"step": 3.0, "value": 1, "epoch": 2}\t', [ScriptValue(1.0, step=3)]),
+        ('{"value": 2}', [ScriptValue(2.0)]),
+        ('{"values": [1, 2.5], "more": {"x": []}}', [ScriptValue([1.0, 2.5])]),
+        ('{"value": -Infinity}', [ScriptValue(-math.inf)]),
+        ('{"value": 1}{"value": 2}', [ScriptValue(1.0), ScriptValue(2.0)]),
     ],
 )
 def test_a_line_with_values(line: str, found: list[Any]) -> None:
@@ -33,7 +32,7 @@ def test_a_line_with_values(line: str, found: list[Any]) -> None:
 
 def test_not_a_number_is_a_value() -> None:
     (found,) = find_values('{"value": NaN}')
-    assert isinstance(found, FinalValue) and math.isnan(found.value)  # type: ignore[arg-type]
+    assert found.step is None and math.isnan(found.value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,19 @@ def test_a_law_that_bends_is_called_wrong() -> None:
     assert "follows no floor plus power law" in report.summary()
 
 
+def test_a_law_that_errs_by_few_percent_is_good_enough() -> None:
+    def memory(params: dict[str, float]) -> float:
+        return 5e7 + 8 * params["rows"] ** 2 + 3e4 * params["rows"]
+
+    report = analyze(power_law_study(40, memory=memory, noise=0.002))
+
+    error = report.prediction_errors["memory"]
+    # The footprint knows better, and a quota does not mind.
+    assert error.footprint + 0.01 < error.formula < 0.04
+    assert not error.is_wrong
+    assert "memory = " in report.summary()
+
+
 @pytest.mark.slow
 def test_a_correct_model_has_no_warnings() -> None:
     found = [model_of(power_law_study(80, seed=s), "cpu_time").diagnostics for s in range(10)]
