@@ -130,9 +130,9 @@ def test_generators_of_torch_differ_by_trial() -> None:
 @pytest.mark.parametrize("method", ["forkserver", "fork"])
 def test_a_file_that_a_trial_leaves_open_is_written(tmp_path: Path, method: Any) -> None:
     def objective(trial: optuna.Trial) -> float:
-        held: Any = types.SimpleNamespace(file=(tmp_path / "left.txt").open("w"))
-        held.itself = held
-        held.file.write("all")
+        file = (tmp_path / "left.txt").open("w")
+        file.write("all")
+        setattr(sys, "left_open", file)  # noqa: B010 - as a variable of a module would
         return 0.0
 
     optuna.create_study().optimize(isolated(objective, start_method=method), n_trials=1)
