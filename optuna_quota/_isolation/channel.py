@@ -43,12 +43,8 @@ class Channel:
     """Sends and receives whole messages.
 
     A signal handler may raise out of :meth:`receive` at any time. Bytes are kept in a buffer, so
-    that the next call continues where this one was cut off.
-
-    All methods that receive raise EOFError when the other side is gone, those that send OSError.
-
-    Args:
-        sock: A connected stream socket, blocking; owned from now on.
+    that the next call continues where this one was cut off. All methods that receive raise
+    EOFError when the other side is gone, those that send OSError.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -56,15 +52,12 @@ class Channel:
         self._buffer = bytearray()
 
     def fileno(self) -> int:
-        """Return the descriptor, for polling."""
         return self._sock.fileno()
 
     def close(self) -> None:
-        """Close the socket; idempotent."""
         self._sock.close()
 
     def send(self, message: Any) -> None:
-        """Send one message."""
         data = dumps(message)
         header = _HEADER.pack(len(data))
         if len(data) < _CHUNK:
@@ -150,18 +143,14 @@ class Channel:
 
 
 def channel_pair() -> tuple[Channel, Channel]:
-    """Return the two ends of a new connection."""
     left, right = socket.socketpair()
     return Channel(left), Channel(right)
 
 
 class TrialConnections:
-    """The connections of the study's process to a trial.
+    """The connections of the study's process to a trial and its supervisor.
 
-    Args:
-        channel: The connection to the trial.
-        control: The connection to its supervisor.
-        supervisor: The supervisor's pid when it is this process's own child, else None.
+    ``supervisor`` is the latter's pid where it is this process's own child.
     """
 
     def __init__(self, channel: Channel, control: Channel, supervisor: int | None = None) -> None:
@@ -198,9 +187,6 @@ class SentError:
         base: The nearest built-in class, for a process that can't load the pickle.
         text: The exception in words, for the same case.
         frames: Its traceback, outermost first.
-        cause: As ``__cause__``.
-        context: As ``__context__``; None where that is the cause.
-        suppress_context: As ``__suppress_context__``.
     """
 
     data: bytes
@@ -213,7 +199,6 @@ class SentError:
 
 
 def pack_error(error: BaseException, _seen: frozenset[int] = frozenset()) -> SentError:
-    """Return an exception ready to be sent."""
     seen = _seen | {id(error)}
     cause, context = (
         None if e is None or id(e) in seen else pack_error(e, seen)
@@ -328,7 +313,7 @@ def _position(traceback: TracebackType) -> Position:
 
 
 def _stub_frame(frame: Frame) -> tuple[FrameType, int]:
-    """Return a frame that shows the position of another one, and its instruction.
+    """Return a frame that stands at the position of another one, and its instruction.
 
     Frames can only be made by running code, so a statement is run that raises at that position.
     """

@@ -52,12 +52,10 @@ def run_child(
         link: The connection to the supervisor; None where there is none.
         crash_file: A descriptor for Python's traceback when the process dies of a signal.
         inherited: What the process has inherited; without it, the start message is received.
-        streams: Whether standard output, standard error and other open files are sent before the
-            start message.
+        streams: Whether open files, standard output and error first, come before that message.
     """
     own = os.getpid()
     stop = PoliteStop(link)
-    stop.install()
     calls = RpcClient(channel=channel, stop=stop)
     grace_period = 0.0
     outcome: messages.Outcome
@@ -109,7 +107,7 @@ def _prepare(
     """Set up the process; return the objective."""
     if inherited is None:
         begin_preparation()
-        enter_context(start.context, has_main=start.has_main)
+        enter_context(start.context)
     else:
         os.environ.update(start.context.added)
     apply_output_settings(start.output, calls)
@@ -262,11 +260,7 @@ def become_child(name: str, parent: int) -> None:
     """Make this process a child of the study's process, as far as multiprocessing can see.
 
     Exit handlers of its parent are left to the parent, and callbacks for a fork run now: pools,
-    queues and temporary folders of the study's process stay its own.
-
-    Args:
-        name: The name of the process.
-        parent: A pidfd of the study's process, which becomes readable when that ends.
+    queues and temporary folders of the study's process stay its own. ``parent`` is a pidfd of it.
     """
     internals: Any = process
     former = internals._current_process
@@ -293,7 +287,6 @@ def become_child(name: str, parent: int) -> None:
 
 
 def resource_tracker_pid() -> int | None:
-    """Return the pid of this process's resource tracker, None without one."""
     tracker: Any = resource_tracker._resource_tracker
     pid: int | None = tracker._pid
     return pid
@@ -330,7 +323,6 @@ def begin_preparation() -> None:
 
 
 def end_preparation() -> None:
-    """Note that the objective begins: what it imports may run studies of its own."""
     global _is_in_preparation
     _is_in_preparation = False
 

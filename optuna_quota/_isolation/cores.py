@@ -50,12 +50,7 @@ _PREFIX = "\0optuna-quota/cpu/"
 
 @dataclass(frozen=True)
 class Cores:
-    """The cores of one trial.
-
-    Attributes:
-        cpus: Numbers of the processors; empty where the system can't bind a process to some.
-        threads: The threads of each pool.
-    """
+    """The processors of one trial, none where a process can't be bound, and threads a pool."""
 
     cpus: tuple[int, ...]
     threads: int
@@ -88,11 +83,7 @@ class CorePool:
 
     @contextlib.contextmanager
     def claim(self, limit: float | None) -> Iterator[Cores | None]:
-        """Give cores to a trial while it runs; None without a limit.
-
-        Args:
-            limit: The cores that it may keep busy.
-        """
+        """Give cores to a trial while it runs; None without a limit."""
         if limit is None:
             yield None
             return
@@ -138,7 +129,6 @@ class CorePool:
         return True
 
     def reset_after_fork(self) -> None:
-        """Leave the processors to the parent, in the child after a fork."""
         for name in self._names.values():
             name.close()
         self._lock, self._trials, self._names = threading.Lock(), {}, {}
@@ -151,11 +141,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def confine(cores: Cores) -> None:
-    """Confine this process, its threads and the processes that it will start.
-
-    Args:
-        cores: The cores of the trial.
-    """
+    """Confine this process, its threads and the processes that it will start."""
     if cores.cpus:
         try:
             # Each thread has an affinity of its own, and hands it on.
@@ -181,7 +167,6 @@ def _number(text: str | None) -> float:
 
 
 def _limit_loaded_pools(threads: int) -> None:
-    """Limit the pools of BLAS and OpenMP libraries that were loaded before the trial."""
     if importlib.util.find_spec("threadpoolctl") is None:
         return
     pools: Any = importlib.import_module("threadpoolctl")

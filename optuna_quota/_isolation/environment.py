@@ -40,15 +40,11 @@ class ProcessContext:
         environ: The environment variables.
         added: Those of them that the study's process lacks or has with another value.
         folder: The working directory, None where it was removed.
-        path: ``sys.path``.
-        argv: ``sys.argv``.
         main: How to make the main module.
-        settings: Settings of the interpreter and of libraries.
         module_state: Changes that the script has made to the user's own modules.
         seeds: A seed for each global generator, drawn from the study's generators: a script that
             seeds them gets the same trials again, and each trial other numbers.
         start_method: That of :mod:`multiprocessing`, None where none was chosen.
-        authkey: The authentication key of :mod:`multiprocessing`.
     """
 
     environ: Mapping[str, str]
@@ -85,8 +81,8 @@ def read_context(added: Mapping[str, str], main: MainModule) -> ProcessContext:
     )
 
 
-def enter_context(context: ProcessContext, *, has_main: bool) -> None:
-    """Apply the study's context to this process, which may have the main module already."""
+def enter_context(context: ProcessContext) -> None:
+    """Apply the study's context to this process."""
     for name in set(os.environ) - set(context.environ):
         del os.environ[name]
     for name, value in context.environ.items():
@@ -100,7 +96,7 @@ def enter_context(context: ProcessContext, *, has_main: bool) -> None:
     if context.start_method is not None:
         multiprocessing.set_start_method(context.start_method, force=True)
     multiprocessing.current_process().authkey = context.authkey
-    if not has_main:
+    if not context.main.is_made:
         make_main_module(context.main)
     apply_settings(context.settings)
     restore_module_state(context.module_state)
@@ -289,7 +285,6 @@ _SETTINGS: Mapping[str, Setting] = {
 
 
 def _draw_seeds() -> dict[str, int]:
-    """Return a seed for each library's global generator, drawn from those of this process."""
     seeds = {"random": random.getrandbits(32)}
     # Where only the objective imports numpy, that seeds itself.
     if "numpy" in sys.modules:
@@ -305,15 +300,13 @@ def _draw_seeds() -> dict[str, int]:
 
 def seed(seeds: Mapping[str, int]) -> None:
     """Seed the global generators, now or once their library is imported."""
-    for module, value in seeds.items():
-        after_import(module, functools.partial(_SEEDERS[module], value))
+    functions = {"random": "seed", "numpy": "random.seed", "torch": "manual_seed"}
+    for name, value in seeds.items():
+        after_import(name, functools.partial(_seed, functions[name], value))
 
 
-_SEEDERS: Mapping[str, Callable[[int, Any], Any]] = {
-    "random": lambda value, random: random.seed(value),
-    "numpy": lambda value, numpy: numpy.random.seed(value),
-    "torch": lambda value, torch: torch.manual_seed(value),
-}
+def _seed(function: str, value: int, module: Any) -> None:
+    operator.attrgetter(function)(module)(value)
 
 
 # Random generators that a script makes.

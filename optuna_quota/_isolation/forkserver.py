@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import faulthandler
 import gc
 import importlib
@@ -50,15 +50,9 @@ IDLE_TIME = 60.0
 
 @dataclass(frozen=True)
 class SpawnRequest:
-    """Send the descriptors of a trial's connections.
-
-    Attributes:
-        cgroup: Where to make its control group, None for none.
-        once: Whether no other request will follow.
-    """
+    """Send the descriptors of a trial's connections; it may have a control group in a folder."""
 
     cgroup: Path | None
-    once: bool
 
 
 @dataclass(frozen=True)
@@ -84,12 +78,7 @@ class UnsafeModule:
 
 
 class ForkServer:
-    """Serves one study's process until that is gone.
-
-    Args:
-        channel: The connection to the study's process.
-        parent: A pidfd of the study's process.
-    """
+    """Serves one study's process, of which it has a pidfd, until that is gone."""
 
     def __init__(self, channel: Channel, parent: int) -> None:
         self._channel = channel
@@ -135,15 +124,11 @@ class ForkServer:
                 return True
 
     def _spawn(self, request: SpawnRequest) -> None:
-        """Send the connections of the spare trial, and fork the next spare one.
-
-        So the next trial does not wait for two forks, which are made while this one runs.
-        """
+        """Send the connections of the spare trial, and fork the next: no trial waits for forks."""
         trial, self._spare = self._spare or self._fork(request), None
         with trial.channel, trial.control:
             self._channel.send_descriptors([trial.channel.fileno(), trial.control.fileno()])
-        if not request.once:
-            self._spare = self._fork(request)
+        self._spare = self._fork(request)
 
     def _fork(self, request: SpawnRequest) -> ForkedTrial:
         forked = fork_trial(self._parent, cgroup=request.cgroup)
@@ -174,7 +159,7 @@ class ForkServer:
             make_main_module(main)
         self._require_safe_forks("__main__")
         _prepare_to_fork()
-        self._channel.send(main)
+        self._channel.send(replace(main, is_made=True))
 
     def _require_safe_forks(self, module: str) -> None:
         if not _can_fork():
@@ -203,15 +188,14 @@ def _preload(name: str) -> None:
 
 
 def _can_fork() -> bool:
-    """Return whether forks are safe with what is loaded: no threads, no GPU context."""
     return (_count_threads() == 1 or _threads_end_before_forks()) and not linux.uses_cuda()
 
 
 def _threads_end_before_forks() -> bool:
     """Return whether all other threads end before a fork, by making one.
 
-    OpenBLAS (numpy's, and another one of scipy's that many of its modules load) ends its threads
-    before a fork and starts them again when needed. Which libraries do so has to be tried.
+    OpenBLAS ends its threads and starts them again when needed. Which libraries do so has to be
+    tried.
     """
     pid = fork()
     if pid == 0:
@@ -241,7 +225,6 @@ def _prepare_to_fork() -> None:
 
 
 def main(handle: int) -> None:
-    """Run the fork server on the connection of this descriptor."""
     ignore_job_signals()
     begin_preparation()
     linux.become_subreaper()
@@ -270,10 +253,7 @@ def main(handle: int) -> None:
 
 @dataclass(frozen=True)
 class ForkedTrial:
-    """A trial's supervisor by its pid, and the study's ends of the connections to both processes.
-
-    They wait for their first messages.
-    """
+    """A trial's supervisor, and the study's ends of the connections to both processes."""
 
     supervisor: int
     channel: socket.socket
@@ -286,7 +266,7 @@ def fork_trial(
     """Fork a supervisor, which forks its trial.
 
     Args:
-        parent: A pidfd of the study's process; stays open here.
+        parent: A pidfd of the study's process.
         cgroup: Where to make the trial's control group, None for none.
         inherited: What the trial has from this process; without it, all is sent to the trial.
     """

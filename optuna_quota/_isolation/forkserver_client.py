@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 from collections.abc import Callable, Sequence
 import contextlib
-from dataclasses import dataclass
 import itertools
 import os
 from pathlib import Path
@@ -40,22 +39,7 @@ _MAIN = "__main__"
 _ATTEMPTS = 3
 
 
-@dataclass(frozen=True)
-class PreparedMain:
-    """The main module that trials will have.
-
-    Attributes:
-        module: How it is made.
-        is_made: Whether a trial's process has it from the fork server; else the trial makes it.
-    """
-
-    module: MainModule
-    is_made: bool
-
-
 class _Unsafe(OSError):
-    """The fork server has exited because of this module."""
-
     def __init__(self, module: str) -> None:
         super().__init__(f"{module} is unsafe before a fork.")
         self.module = module
@@ -64,12 +48,10 @@ class _Unsafe(OSError):
 class ForkServerClient:
     """Starts trials from one fork server; for any thread.
 
-    Args:
-        once: Whether it is for a single trial, as for the start method spawn.
+    Where no fork server can be started, it raises OSError.
     """
 
-    def __init__(self, *, once: bool = False) -> None:
-        self._once = once
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
@@ -84,51 +66,33 @@ class ForkServerClient:
         self._files: dict[str, int] = {}
         self._environ: dict[str, str] = {}
         self._main: MainModule | None = None
-        self._prepared: PreparedMain | None = None
+        self._prepared: MainModule | None = None
         # Modules after which forks are unsafe, and others of the same packages that are safe.
         self._unsafe: set[str] = set()
         self._safe: set[str] = set()
 
     def for_one_trial(self) -> ForkServerClient:
-        """Return a client whose fork server starts a single trial and exits."""
-        client = ForkServerClient(once=True)
+        """Return another client for the start method spawn, to be released."""
+        client = ForkServerClient()
         client._unsafe, client._safe = self._unsafe, self._safe
         client._retired = self._retired
         return client
 
-    def prepare(self, preload: Sequence[str] = ()) -> PreparedMain:
-        """Load what trials are to find loaded: this process's modules, and its main module.
-
-        Args:
-            preload: Modules to load beside those that this process has imported.
-
-        Raises:
-            OSError: If no fork server can be started.
-        """
+    def prepare(self, preload: Sequence[str] = ()) -> MainModule:
+        """Load what trials are to find loaded: this process's modules, and its main module."""
         with self._lock:
             self._update_wanted(preload)
             return self._with_server(self._prepare)
 
     def launch(self, cgroup: Path | None, descriptors: Sequence[int] = ()) -> TrialConnections:
-        """Start a trial's processes.
-
-        Args:
-            cgroup: Where to make their control group, None for none.
-            descriptors: Open files for the trial.
-
-        Raises:
-            OSError: If no fork server can be started.
-        """
+        """Start a trial's processes, with open files and in a control group."""
 
         def launch(channel: Channel) -> TrialConnections:
             self._prepare(channel)
-            return request_trial(channel, SpawnRequest(cgroup, self._once), descriptors)
+            return request_trial(channel, SpawnRequest(cgroup), descriptors)
 
         with self._lock:
-            connections = self._with_server(launch)
-            if self._once:
-                self._discard()
-            return connections
+            return self._with_server(launch)
 
     def reset(self) -> None:
         """Use another fork server from now on; trials under way continue."""
@@ -216,7 +180,7 @@ class ForkServerClient:
         # Libraries read their variables when they are imported.
         return bool(self._new_modules()) and self._environ != os.environ
 
-    def _prepare(self, channel: Channel) -> PreparedMain:
+    def _prepare(self, channel: Channel) -> MainModule:
         new = self._new_modules()
         if new:
             self._loaded.update(dict.fromkeys(new))
@@ -229,15 +193,16 @@ class ForkServerClient:
     def _new_modules(self) -> list[str]:
         return [m for m in self._wanted if m not in self._loaded and not self._is_unsafe(m)]
 
-    def _make_main_module(self, channel: Channel) -> PreparedMain:
+    def _make_main_module(self, channel: Channel) -> MainModule:
         main = self._main or MainModule()
         if _MAIN in self._unsafe:
-            return PreparedMain(main, is_made=False)
+            return main
         channel.send(MakeMainModule(main))
         answer = channel.receive()
         if isinstance(answer, UnsafeModule):
             raise _Unsafe(answer.name)
-        return PreparedMain(answer, is_made=True)
+        made: MainModule = answer
+        return made
 
     def _discard(self) -> None:
         channel, self._channel = self._channel, None
@@ -253,7 +218,6 @@ class ForkServerClient:
             metering_loop().excluded_pids.discard(ended.pid)
 
     def _describe_exit(self) -> str:
-        """Return how a fork server exited, with the last line of its standard error."""
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         if not lines:
@@ -287,8 +251,8 @@ _BOOT = (
 def interpreter(module: str, argument: Any) -> list[str]:
     """Return the command that runs ``main`` of one of these modules in a fresh interpreter.
 
-    The study's script is not run, so that it needs no guard. It imports from where this process
-    does: the working directory, which is first otherwise, may have a file of a module's name.
+    It imports from where this process does: the working directory, which is first otherwise, may
+    have a file of a module's name.
     """
     from multiprocessing.spawn import get_executable
 
@@ -303,11 +267,7 @@ def interpreter(module: str, argument: Any) -> list[str]:
 def request_trial(
     server: Channel, request: SpawnRequest, descriptors: Sequence[int] = ()
 ) -> TrialConnections:
-    """Request a trial's processes from a fork server, and send the trial its open files.
-
-    Raises:
-        OSError: If the fork server is gone.
-    """
+    """Request a trial's processes from a fork server, and send the trial its open files."""
     server.send(request)
     handles = server.receive_descriptors()
     if not handles:

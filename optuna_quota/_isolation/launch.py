@@ -21,7 +21,7 @@ from optuna_quota._isolation.channel import Channel, TrialConnections
 from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import read_context
 from optuna_quota._isolation.forkserver import fork_trial
-from optuna_quota._isolation.forkserver_client import fork_server_client, PreparedMain
+from optuna_quota._isolation.forkserver_client import fork_server_client
 from optuna_quota._isolation.main_module import find_main_module, MainModule
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
 from optuna_quota._isolation.output import prepare_logging, read_output_settings
@@ -69,12 +69,7 @@ class CannotStart(Exception):
 
 @dataclass
 class LaunchedTrial:
-    """A trial's processes, which wait for their first messages or have inherited them.
-
-    Attributes:
-        connections: The connections to them.
-        to_send: The messages and what follows them; None where they were inherited.
-    """
+    """A trial's processes, and the messages that they wait for or have inherited."""
 
     connections: TrialConnections
     to_send: tuple[messages.BeginMonitoring, messages.StartTrial, Payload] | None = None
@@ -92,16 +87,7 @@ class LaunchedTrial:
 
 @dataclass(frozen=True)
 class TrialLauncher:
-    """Starts the processes of one trial.
-
-    Attributes:
-        objective: The objective.
-        options: How to run it.
-        trial: The trial.
-        monitor: Its metering.
-        remote: What the trial may call.
-        cores: The cores that it is confined to, None for all.
-    """
+    """Starts the processes of one trial."""
 
     objective: Callable[..., Any]
     options: IsolationOptions
@@ -111,15 +97,11 @@ class TrialLauncher:
     cores: Cores | None
 
     def launch(self) -> LaunchedTrial:
-        """Start the processes.
-
-        Raises:
-            CannotStart: If that fails.
-        """
+        """Start the processes; raises CannotStart if that fails."""
         method = self.options.start_method
         if not linux.can_supervise():
-            main = PreparedMain(find_main_module().without_statements(), is_made=False)
-            payload = dump_objective(self.objective, self.remote, main.module)
+            main = find_main_module().without_statements()
+            payload = dump_objective(self.objective, self.remote, main)
             return self._with_messages(launch_portable(), payload, main)
         if method == "fork":
             return self._fork()
@@ -129,7 +111,7 @@ class TrialLauncher:
         before = self.monitor.elapsed
         try:
             main = client.prepare(self.options.preload)
-            payload = dump_objective(self.objective, self.remote, main.module)
+            payload = dump_objective(self.objective, self.remote, main)
             connections = client.launch(_delegated_cgroup(), payload.descriptors)
         except NeedsFork:
             # As multiprocessing itself would by default, where such a lock is made.
@@ -153,7 +135,7 @@ class TrialLauncher:
                 "process can't use; choose 'forkserver'."
             )
         # Made before the fork: after it, each page that is touched here is copied.
-        start = self._start_message(None, PreparedMain(MainModule(), is_made=True))
+        start = self._start_message(None, MainModule())
         inherited = messages.InheritedObjective(start, self._monitoring(), self.objective)
         prepare_logging(reset=False)
         for stream in (sys.stdout, sys.stderr):
@@ -169,12 +151,12 @@ class TrialLauncher:
         return LaunchedTrial(TrialConnections(*channels, forked.supervisor))
 
     def _with_messages(
-        self, connections: TrialConnections, payload: Payload, main: PreparedMain
+        self, connections: TrialConnections, payload: Payload, main: MainModule
     ) -> LaunchedTrial:
         to_send = self._monitoring(), self._start_message(payload, main), payload
         return LaunchedTrial(connections, to_send)
 
-    def _start_message(self, payload: Payload | None, main: PreparedMain) -> messages.StartTrial:
+    def _start_message(self, payload: Payload | None, main: MainModule) -> messages.StartTrial:
         trial, monitor = self.trial, self.monitor
         study = trial.study if isinstance(trial, Trial) else None
         # Limits that can be set only once use the largest possible grant of a quota; the
@@ -182,8 +164,7 @@ class TrialLauncher:
         limits = {name: ceiling.limit for name, ceiling in monitor.hard_ceilings.items()}
         environment = {**os.environ, **monitor.environment}
         return messages.StartTrial(
-            context=read_context(monitor.environment, main.module),
-            has_main=main.is_made,
+            context=read_context(monitor.environment, main),
             output=read_output_settings(),
             trial=TrialFacts(
                 address=self.remote.listener.address,

@@ -40,9 +40,9 @@ class MainModule:
         name: The module that runs by ``-m``, else None.
         package: Its package, for relative imports.
         statements: The indices of the top-level statements to run.
-        names: The names that these bind and nothing rebinds: functions and classes with these
-            names are sent by name.
+        names: The names that these bind and nothing rebinds: what has one is sent by name.
         modified: When the script was last changed, in nanoseconds.
+        is_made: Whether a trial's process has it from the fork server; else the trial makes it.
     """
 
     file: str | None = None
@@ -51,6 +51,7 @@ class MainModule:
     statements: frozenset[int] = frozenset()
     names: frozenset[str] = frozenset()
     modified: int = 0
+    is_made: bool = False
 
     def without_statements(self) -> MainModule:
         """Return the module without content, for where its statements fail."""
@@ -99,11 +100,7 @@ def _choose(file: str, modified: int, whole: bool) -> tuple[frozenset[int], froz
 
 
 def make_main_module(found: MainModule) -> None:
-    """Replace this process's main module.
-
-    Raises:
-        Exception: Whatever its statements raise.
-    """
+    """Replace this process's main module; raises whatever its statements raise."""
     _former_mains.append(sys.modules.get("__main__"))
     main = types.ModuleType("__main__")
     if found.file is not None:
@@ -192,7 +189,6 @@ _GUARDS = ("__name__ == '__main__'", "'__main__' == __name__")
 
 
 def is_guard(statement: ast.stmt) -> bool:
-    """Return whether a statement is an ``if __name__ == "__main__":``."""
     if not isinstance(statement, ast.If):
         return False
     tests = [statement.test]

@@ -35,23 +35,14 @@ _BUFFER = 40 * 2**20
 
 
 def has_room(memory: float, used: int, cores: int) -> bool:
-    """Return whether RLIMIT_DATA leaves enough room for native libraries.
-
-    Args:
-        memory: The memory limit, in bytes.
-        used: The memory in use, in bytes.
-        cores: The threads that a native library may start.
-    """
+    """Return whether RLIMIT_DATA leaves room, in bytes, for native libraries' threads."""
     return memory - used >= max(MIN_ROOM, min(cores * _BUFFER, memory / 2))
 
 
 def data_limit(data: int, used: float, memory: float) -> int:
-    """Return the RLIMIT_DATA under which the memory in use can't pass a limit.
+    """Return the RLIMIT_DATA under which the memory in use can't pass a limit, in bytes.
 
-    Args:
-        data: What RLIMIT_DATA counts now, in bytes.
-        used: The memory in use now, in bytes.
-        memory: The memory limit, in bytes.
+    ``data`` is what it counts now.
     """
     return min(data + max(0, math.floor(memory - used)), sys.maxsize)
 
@@ -65,7 +56,6 @@ def _status_sum(pid: int | str, *names: bytes) -> int | None:
 
 
 def _data_size(pid: int | str) -> int | None:
-    """Return the bytes that RLIMIT_DATA counts of a process, None when unknown."""
     return _status_sum(pid, b"VmData:")
 
 
@@ -110,16 +100,11 @@ def lift_memory_limit() -> None:
 
 
 class DataLimit:
-    """Keeps a child's RLIMIT_DATA at what its memory may still grow by.
+    """Keeps a child's RLIMIT_DATA, at first ``soft``, at what its memory may still grow by.
 
     Memory that is mapped and stays untouched for a while (stacks of threads, arenas, a sparse
     array) does not count toward the limit, so the same amount is added. Not at once: an array that
     is just being filled is untouched for a moment.
-
-    Args:
-        pid: A child of this process.
-        memory: The memory limit, in bytes.
-        soft: The RLIMIT_DATA that the child has set itself.
     """
 
     PERIOD = 0.1
@@ -147,7 +132,6 @@ class DataLimit:
         return self.FAST_PERIOD if wanted > self._soft + self.MIN_CHANGE else self.PERIOD
 
     def _set(self, soft: int) -> bool:
-        """Set the soft limit; return whether it is in force."""
         import resource
 
         with contextlib.suppress(OSError, ValueError):
@@ -160,14 +144,10 @@ class DataLimit:
 
 
 def limit_cpu_time(cpu_time: float, grace_period: float) -> None:
-    """Let the kernel stop this process when its own CPU time is used up.
+    """Let the kernel stop this process when its own CPU time, in seconds, is used up.
 
     A backstop: the kernel counts whole seconds of one process, the metering the tree's, and is
-    first.
-
-    Args:
-        cpu_time: The limit in CPU-seconds.
-        grace_period: Seconds between SIGXCPU and SIGKILL.
+    first. The grace period lies between SIGXCPU and SIGKILL.
     """
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
@@ -220,12 +200,7 @@ def own_cgroup(mount: Path = _MOUNT) -> Path | None:
 
 
 def find_delegated(start: Path | None, mount: Path = _MOUNT) -> Path | None:
-    """Return the nearest group in which groups with a memory limit may be made, None without.
-
-    Args:
-        start: The group to begin at; those above it are tried in turn.
-        mount: Where the hierarchy is mounted.
-    """
+    """Return the nearest group, from this one up, in which groups with a limit may be made."""
     while start is not None and (start == mount or mount in start.parents):
         if _is_delegated(start):
             return start
@@ -250,13 +225,10 @@ _numbers = itertools.count()
 
 
 class Cgroup:
-    """The control group of one trial, where the system delegates one.
+    """The control group of one trial in a folder where the system delegates one, else OSError.
 
     With it the kernel counts the memory of the whole tree, shared memory and files in tmpfs
     included, and kills the tree at once.
-
-    Args:
-        folder: The group to make it in; raises OSError if it can't be made.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -264,7 +236,6 @@ class Cgroup:
         self._folder.mkdir()
 
     def add(self, pid: int) -> None:
-        """Move a process in, with all that it starts from now on; raises OSError if refused."""
         _write(self._folder / "cgroup.procs", str(pid))
 
     def limit_memory(self, room: float) -> None:
@@ -281,7 +252,6 @@ class Cgroup:
             _write(self._folder / "memory.swap.max", "0")
 
     def oom_kills(self) -> int:
-        """Return how many processes the kernel has killed in this group for its memory."""
         return self._table("memory.events").get("oom_kill", 0)
 
     def kill(self) -> bool:
@@ -293,7 +263,6 @@ class Cgroup:
         return True
 
     def remove(self) -> None:
-        """Remove the group, which must be empty."""
         with contextlib.suppress(OSError):
             self._folder.rmdir()
 
@@ -346,12 +315,7 @@ def _set_at_most(name: str, most: float, text: str) -> None:
 
 
 def cap_torch(cuda: Any, gpu_memory: float) -> None:
-    """Cap torch's allocator on each device, as soon as CUDA is used.
-
-    Args:
-        cuda: The module ``torch.cuda``.
-        gpu_memory: The trial's limit, in bytes.
-    """
+    """Cap torch's allocator on each device at so many bytes, as soon as CUDA is used."""
 
     def cap() -> None:
         for device in range(cuda.device_count()):
@@ -368,11 +332,9 @@ def cap_torch(cuda: Any, gpu_memory: float) -> None:
 
 
 def cap_tensorflow(tensorflow: Any, gpu_memory: float) -> None:
-    """Cap TensorFlow's allocator on each device; to list the devices takes no GPU memory.
+    """Cap TensorFlow's allocator on each device at so many bytes.
 
-    Args:
-        tensorflow: The module.
-        gpu_memory: The trial's limit, in bytes.
+    To list the devices takes no GPU memory.
     """
     config = tensorflow.config
     try:

@@ -126,22 +126,16 @@ class StartTrial:
     """All that a trial's process needs to begin.
 
     Attributes:
-        context: The environment of the objective.
-        has_main: Whether the process has the study's main module already.
-        output: How it prints, logs and warns.
-        trial: What of the trial never changes.
         limits: The ceilings in force by resource, in SI base units.
         device_memory: The memory of the smallest visible GPU, in bytes.
         cores: The cores that it is confined to, None for all.
         grace_period: Seconds from the polite stop to the kill.
         objective: The pickled objective; None when the process inherited it.
         buffers: The bytes of each buffer that follows, and whether it is read-only.
-        strict_memory: Whether the kernel refuses what would pass the memory limit.
         worker_signals: Signals to the whole job that the study's process handles for it.
     """
 
     context: ProcessContext
-    has_main: bool
     output: OutputSettings
     trial: TrialFacts
     limits: Mapping[str, float]
@@ -171,7 +165,6 @@ class Ready:
     """The objective is about to be called; for the supervisor and the study's process.
 
     Attributes:
-        pid: The trial's process.
         supervisor: Its parent, which inherits all orphans among its descendants; None where it is
             the study's process.
         data_limit: The ``RLIMIT_DATA`` that makes allocations fail, None without.

@@ -41,9 +41,7 @@ _OF_MODELS = {"cmaes", "pandas", "patsy", "scipy", "statsmodels"}
 def modules_to_preload(*, everything: bool) -> list[str]:
     """Return the modules of this process that trials are to find loaded, in order.
 
-    Args:
-        everything: Whether to take all imported modules, or only those of packages that the
-            user's own code names.
+    Of all that are imported, or of the packages alone that the user's own code names.
     """
     own = user_modules()
     packages = {_package(module.__name__) for module in own}
@@ -56,7 +54,6 @@ def modules_to_preload(*, everything: bool) -> list[str]:
 
 
 def can_preload(names: Iterable[str]) -> list[str]:
-    """Return those modules that can be imported before a fork."""
     found = []
     for name in names:
         spec = getattr(sys.modules.get(name), "__spec__", None)
@@ -228,10 +225,7 @@ class _Pickled(bytes):
 def is_plain(value: Any, depth: int = 4, *, subclasses: bool = False) -> bool:
     """Return whether a value is made of numbers, texts and small containers of them.
 
-    Args:
-        value: The value.
-        depth: How deep containers may be nested.
-        subclasses: Whether containers may be of subclasses, such as dictionaries with attributes.
+    Containers may be nested so deep, and be of subclasses, such as dictionaries with attributes.
     """
     if value is None or type(value) in (bool, int, float, complex, str, bytes):
         return True
@@ -325,7 +319,6 @@ def _assign(module: types.ModuleType, name: str, state: Any) -> None:
 
 
 def set_attributes(owner: Any, attributes: Mapping[str, Any]) -> None:
-    """Set those attributes of an object that differ."""
     for name, value in attributes.items():
         if not _is_same(getattr(owner, name, None), value):
             with contextlib.suppress(AttributeError, TypeError):  # read-only by now

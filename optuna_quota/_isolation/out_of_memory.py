@@ -166,7 +166,6 @@ def _match_named(path: str, names: Collection[str], message: str) -> FailedAlloc
 
 
 def _array_size(error: MemoryError) -> float | None:
-    """Return the bytes of the array that numpy could not allocate."""
     shape: Any = getattr(error, "shape", None)
     size = getattr(getattr(error, "dtype", None), "itemsize", None)
     if shape is None or size is None:
@@ -180,7 +179,6 @@ def _requested(text: str) -> float | None:
 
 
 def _was_raised_by_python(traceback: TracebackType | None) -> bool:
-    """Return whether the innermost frame stands at a ``raise`` statement."""
     if traceback is None:
         return True
     while traceback.tb_next is not None:
@@ -202,12 +200,8 @@ def find_memory_breach(
 ) -> Breach | None:
     """Return the limit that an allocation of memory failed at, None if it failed otherwise.
 
-    Args:
-        failed: The allocation.
-        used: The peak of the trial's memory, in bytes.
-        ceilings: The ceilings in force.
-        elapsed: Seconds since the start of the trial.
-        enforced: Whether the kernel refuses what would pass the limit, touched or not.
+    ``used`` is the peak of the trial's memory, in bytes. Where the limit is ``enforced``, the
+    kernel refuses what would pass it, touched or not.
     """
     wanted = (used or 0.0) + (failed.requested or 0.0)
     share = 0.0 if enforced else AT_LIMIT
@@ -217,14 +211,7 @@ def find_memory_breach(
 def find_breach_at_exit(
     report: ExitReport, ceilings: Ceilings, elapsed: float, *, strict_memory: bool = False
 ) -> Breach | None:
-    """Return the limit that a process ended at, None if it ended of something else.
-
-    Args:
-        report: How it ended.
-        ceilings: The ceilings in force.
-        elapsed: Seconds since the start of the trial.
-        strict_memory: Whether the kernel refused it memory over its limit.
-    """
+    """Return the limit that a process ended at, None if it ended of something else."""
     used = {"memory": report.memory, "cpu_time": report.cpu_time}
     found = find_breaches(used, ceilings, elapsed)
     if found:
@@ -294,11 +281,8 @@ def read_gpu_memory_state(
 ) -> GpuMemoryState:
     """Return what the error's message says, and the driver where the message does not.
 
-    Args:
-        failed: The allocation.
-        peak: The peak of the trial's GPU memory, in bytes.
-        devices: The trial's GPUs at the moment of the error, none when unknown.
-        device_memory: The memory of each of its GPUs, in bytes.
+    ``peak`` is that of the trial's GPU memory, ``device_memory`` the size of each of its GPUs, in
+    bytes; ``devices`` what they held at the moment of the error, none when unknown.
     """
     text = failed.text
     capacity, free, held_by_text = (_size(pattern, text) for pattern in (_CAPACITY, _FREE, _HELD))
@@ -326,13 +310,7 @@ def read_gpu_memory_state(
 
 
 def find_gpu_breach(state: GpuMemoryState, ceilings: Ceilings, elapsed: float) -> Breach | None:
-    """Return the limit that an allocation failed at, which may be the GPU's size; None for none.
-
-    Args:
-        state: The GPU memory then.
-        ceilings: The ceilings in force.
-        elapsed: Seconds since the start of the trial.
-    """
+    """Return the limit that an allocation failed at, or the GPU's size; None without one."""
     requested, share = state.requested or 0.0, 0.0 if state.is_capped else AT_LIMIT
     wanted = (state.held or 0.0) + requested
     breach = find_refused_breach("gpu_memory", wanted, ceilings, elapsed, share=share)
@@ -344,12 +322,7 @@ def find_gpu_breach(state: GpuMemoryState, ceilings: Ceilings, elapsed: float) -
 
 
 def describe_full_gpu(state: GpuMemoryState, error: BaseException) -> str | None:
-    """Return the reason of a trial that found its GPU full; None when that is not certain.
-
-    Args:
-        state: The GPU memory then, where :func:`find_gpu_breach` found no breach.
-        error: What the objective raised.
-    """
+    """Return the reason of a trial that found its GPU full; None when that is not certain."""
     if state.capacity is None or state.is_capped:
         return None
     asked = "" if state.requested is None else f" and asked for {_bytes(state.requested)} more"

@@ -62,14 +62,7 @@ _HINT = "Call the objective without `isolated` on `study.ask()` to see why; "
 
 
 class OutcomeResolver:
-    """Returns the value of a trial or raises what ended it, and sets the trial's verdict.
-
-    Args:
-        trial: The trial.
-        study: Its study, None for a fixed trial.
-        monitor: Its metering.
-        options: How it was run.
-    """
+    """Returns the value of a trial or raises what ended it, and sets the trial's verdict."""
 
     def __init__(
         self,
@@ -85,7 +78,6 @@ class OutcomeResolver:
         self._gpu_devices: Sequence[DeviceShare] = ()
 
     def measure_gpus(self) -> None:
-        """Measure what the trial holds when an allocation on a GPU has failed."""
         self._monitor.sample(fully=True)
         self._gpu_devices = () if self._monitor.gpu is None else self._monitor.gpu.devices
 
@@ -151,13 +143,11 @@ class OutcomeResolver:
 
     def end_interrupted(self, server: Server) -> None:
         """Set the verdict of a trial that Ctrl-C has ended."""
-        details = ""
-        if server.exit is not None:
-            report = self._add_usage(server)
-            if report.killer is not None:
-                grace_period = self._options.grace_period
-                details = f" The trial took longer than {grace_period:g} s to end: it was killed."
-        self._monitor.verdict = Verdict("failed", f"{INTERRUPTED}{details}")
+        reason = INTERRUPTED
+        if server.exit is not None and self._add_usage(server).killer is not None:
+            grace_period = self._options.grace_period
+            reason += f" The trial took longer than {grace_period:g} s to end: it was killed."
+        self._monitor.verdict = Verdict("failed", reason)
 
     def crash(self, report: ExitReport, reason: str, hint: str = _HINT) -> Any:
         """Return the value of a crashed trial if ``optimize`` is to continue, else raise."""
@@ -242,7 +232,6 @@ class OutcomeResolver:
         return self._fail(error, report)
 
     def _fail(self, error: BaseException, report: ExitReport) -> Any:
-        """Raise what the objective raised; a script that has failed is a crash."""
         if not isinstance(error, ScriptFailed):
             raise error
         return self.crash(replace(report, exitcode=error.exitcode), str(error), hint="")
@@ -257,7 +246,6 @@ class OutcomeResolver:
         )
 
     def _terminate_at_limit(self, report: ExitReport, cause: BaseException | None = None) -> None:
-        """Terminate the trial if its process died at one of its limits."""
         ceilings, elapsed = self._monitor.hard_ceilings, self._monitor.elapsed
         is_strict = self._options.strict_memory
         breach = out_of_memory.find_breach_at_exit(
@@ -329,7 +317,6 @@ def _has_nan(value: Any) -> bool:
 
 
 def describe_exit(report: ExitReport) -> str:
-    """Return one sentence on how a process ended without a result."""
     code = report.exitcode
     if report.killer == "stopped":
         return "The trial's process was stopped by SIGSTOP and not continued, so it was killed."
@@ -372,7 +359,6 @@ class CrashValue(float):
     """
 
     def __new__(cls, reason: str) -> CrashValue:
-        """Return a NaN."""
         return super().__new__(cls, math.nan)
 
     def __init__(self, reason: str) -> None:
@@ -428,9 +414,7 @@ def _crash_status(trial: FrozenTrial) -> CrashStatus:
 def describe_crash_series(statuses: Sequence[CrashStatus], index: int) -> str | None:
     """Return which trials have all crashed, None if these are too few.
 
-    Args:
-        statuses: Those of the trials that have begun, in their order.
-        index: The trial that has just crashed.
+    The statuses are those of the trials that have begun; the one at ``index`` has just crashed.
     """
     in_a_row = 1
     for side in (reversed(statuses[:index]), statuses[index + 1 :]):

@@ -24,8 +24,6 @@ from optuna_quota._isolation.rpc import RpcClient, SYNC, TRIAL
 
 @dataclass(frozen=True)
 class Printed:
-    """Text for one of the standard streams."""
-
     stream: str
     text: str
 
@@ -175,12 +173,7 @@ def replay(message: Printed | warnings.WarningMessage | logging.LogRecord) -> No
 
 
 class ForwardedStream(io.TextIOBase):
-    """A standard stream that is written to in the study's process, line by line.
-
-    Args:
-        name: ``"stdout"`` or ``"stderr"``.
-        calls: The connection to the study's process.
-    """
+    """A standard stream that is written to in the study's process, line by line."""
 
     # That of the descriptor underneath.
     encoding = "utf-8"
@@ -195,7 +188,6 @@ class ForwardedStream(io.TextIOBase):
         return True
 
     def fileno(self) -> int:
-        """Return the descriptor that subprocesses write to."""
         return 1 if self._name == "stdout" else 2
 
     def write(self, text: str) -> int:
@@ -224,11 +216,7 @@ class ForwardedStream(io.TextIOBase):
 
 
 class ForwardingHandler(logging.Handler):
-    """Sends records to the study's process, whose handlers receive them.
-
-    Args:
-        calls: The connection to the study's process.
-    """
+    """Sends records to the study's process, whose handlers receive them."""
 
     def __init__(self, calls: RpcClient) -> None:
         super().__init__()
@@ -274,12 +262,9 @@ _HANDLED = "_quota_handled"
 
 
 def prepare_logging(*, reset: bool) -> None:
-    """Find the loggers that trials are to reset, before trials are forked from this process.
+    """Find the loggers that trials are to reset, before forks; ``reset`` them where none logs.
 
     To go through all loggers in each trial would copy the memory pages of all of them.
-
-    Args:
-        reset: Whether to reset them at once, in a process that logs nothing itself.
     """
     global _to_reset
     root = logging.getLogger()

@@ -82,13 +82,11 @@ class Payload:
         return tuple((b.raw().nbytes, b.raw().readonly) for b in self.buffers)
 
     def send_buffers(self, channel: Channel) -> None:
-        """Send the buffers, after the message with their sizes."""
         for buffer in self.buffers:
             channel.send_raw(buffer.raw())
 
 
 def receive_buffers(channel: Channel, sizes: Iterable[tuple[int, bool]]) -> list[memoryview]:
-    """Receive the buffers of a payload."""
     buffers = []
     for size, readonly in sizes:
         # Not on the heap: it goes back to the system when it is no longer used.
@@ -111,9 +109,8 @@ def load_objective(pickles: bytes, buffers: Iterable[memoryview]) -> Any:
 def dump_objective(objective: Any, remote: RemoteObjects, main: MainModule) -> Payload:
     """Return the pickle of an objective and of what it needs of the main module.
 
-    Raises:
-        NeedsFork: If it refers to a lock or queue that only a fork can share.
-        TypeError: If the objective refers to an object that can't be pickled.
+    Raises NeedsFork if it refers to a lock that only a fork can share, TypeError if it refers to
+    an object that can't be pickled.
     """
     made_by_trial: set[str] = set()
     while True:
@@ -134,16 +131,9 @@ def dump_objective(objective: Any, remote: RemoteObjects, main: MainModule) -> P
 
 
 class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
-    """One attempt to pickle an objective.
+    """One attempt to pickle an objective, with globals that the trial's main module makes itself.
 
-    Args:
-        remote: The objects that stay in this process.
-        main: The main module of the trial's process.
-        made_by_trial: Names of globals that the trial takes from its own main module.
-
-    Attributes:
-        failed: The name of a global that can't be pickled but that the trial's main module makes
-            itself, such as a lock.
+    ``failed`` is the name of a further one, such as a lock, that can't be pickled.
     """
 
     def __init__(
@@ -347,7 +337,6 @@ class InheritedDescriptor:
         self._index = index
 
     def detach(self) -> int:
-        """Return the descriptor, which the caller closes."""
         return inherited_descriptors[self._index]
 
 

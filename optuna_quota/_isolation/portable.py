@@ -55,12 +55,7 @@ def launch_portable() -> TrialConnections:
 
 
 def main(handle: int | None) -> None:
-    """Run a trial's process.
-
-    Args:
-        handle: The descriptor of the connection; None where its description is read from standard
-            input (Windows).
-    """
+    """Run a trial's process; without a descriptor, standard input describes the connection."""
     if handle is None:
         sock = socket.fromshare(sys.stdin.buffer.read())  # type: ignore[attr-defined]
     else:
@@ -69,12 +64,7 @@ def main(handle: int | None) -> None:
 
 
 class _Supervisor:
-    """Supervises a trial's process from a thread of the study's process.
-
-    Args:
-        process: The trial's process.
-        control: The connection to the trial's thread.
-    """
+    """Supervises a trial's process from a thread of the study's process."""
 
     def __init__(self, process: subprocess.Popen[bytes], control: Channel) -> None:
         self._process = process
@@ -86,7 +76,6 @@ class _Supervisor:
         self._cpu_time = 0.0
 
     def run(self) -> None:
-        """Supervise the process until it has ended."""
         with contextlib.suppress(OSError):
             self._control.send(messages.ProcessStarted())
         with selectors.DefaultSelector() as selector:

@@ -35,12 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Handle:
-    """Refers to an object of the study's process.
-
-    Attributes:
-        index: Its index in :class:`RemoteObjects`.
-        kind: The class that its proxy passes for.
-    """
+    """Refers to an object of the study's process, by its index and the class it passes for."""
 
     index: int
     kind: type
@@ -69,11 +64,9 @@ _KEY_SIZE = 32
 
 @dataclass(frozen=True)
 class Address:
-    """Where to connect.
+    """Where to connect: an abstract name on Linux, host and port elsewhere.
 
-    Attributes:
-        name: An abstract name on Linux, host and port elsewhere.
-        key: What a connection sends first: other users of the machine may see the name.
+    A connection sends the key first: other users of the machine may see the name.
     """
 
     name: Any
@@ -94,11 +87,7 @@ def connect(address: Address) -> Channel:
 
 
 class Listener:
-    """Accepts connections of one trial's processes, in the study's process.
-
-    Attributes:
-        address: Where they connect.
-    """
+    """Accepts connections of one trial's processes, in the study's process."""
 
     def __init__(self) -> None:
         if sys.platform == "linux":
@@ -113,11 +102,9 @@ class Listener:
         self.address = Address(name, secrets.token_bytes(_KEY_SIZE))
 
     def fileno(self) -> int:
-        """Return the descriptor, for polling."""
         return self._sock.fileno()
 
     def close(self) -> None:
-        """Accept no more connections; idempotent."""
         self._sock.close()
 
     def accept(self) -> socket.socket | None:
@@ -142,11 +129,7 @@ class Listener:
 
 
 class RemoteObjects:
-    """The objects in the study's process that one trial may call, the trial first.
-
-    Attributes:
-        listener: Where the trial's processes connect.
-    """
+    """The objects in the study's process that one trial may call, the trial first."""
 
     def __init__(self, trial: Any) -> None:
         self._objects: list[Any] = [trial]
@@ -154,7 +137,6 @@ class RemoteObjects:
         _served[self.listener.address] = (os.getpid(), self)
 
     def close(self) -> None:
-        """Serve no more: the trial has ended."""
         _served.pop(self.listener.address, None)
         self.listener.close()
 
@@ -191,10 +173,8 @@ def is_remote(value: Any) -> bool:
 class RpcClient:
     """Sends calls from one of the trial's processes, one at a time, from any thread.
 
-    Args:
-        address: Where to connect.
-        channel: A connection to begin with, that of the trial's own process.
-        stop: A context in which the polite stop waits until a message is exchanged.
+    It begins with the connection that the trial's own process has. The polite stop waits within
+    ``stop`` until a message is exchanged.
     """
 
     def __init__(
@@ -242,16 +222,13 @@ class RpcClient:
                 self._depth = depth
 
     def notify(self, message: Any) -> None:
-        """Send a message that has no answer."""
         with self._connection() as channel:
             channel.send(message)
 
     def call(self, target: int, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of an object in the study's process and return what it returns."""
         return self._ask((next(self._ids), target, name, args, kwargs))
 
     def read(self, target: int, name: str) -> Any:
-        """Return an attribute of an object in the study's process."""
         return self._ask((next(self._ids), target, name, None, {}))
 
     def _ask(self, call: Call) -> Any:

@@ -58,13 +58,7 @@ _ATTEMPTS = 3
 
 
 class TrialRun:
-    """Runs one trial in a process of its own.
-
-    Args:
-        bind: Returns the objective for a trial; called in this process.
-        options: How to run it.
-        trial: The trial.
-    """
+    """Runs one trial in a process of its own, with the objective that is bound to it."""
 
     def __init__(
         self,
@@ -202,6 +196,7 @@ class TrialRun:
     def _interrupt(self, server: Server) -> None:
         """Give an interrupted trial its grace period; a second interrupt kills it."""
         grace_period = self._options.grace_period
+        self._monitor.verdict = Verdict("failed", INTERRUPTED)
         if grace_period > 0:
             _logger.warning(
                 f"Trial {self._trial.number} was interrupted: it has {grace_period:g} s to end "
@@ -229,7 +224,6 @@ class TrialRun:
     # Called by the server while the trial runs.
 
     def on_ready(self, ready: messages.Ready) -> None:
-        """Meter the trial's process from now on."""
         ceiling = self._monitor.hard_ceilings.get("memory")
         if ready.supervisor is not None and ceiling is not None:
             self._monitor.supervised = ceiling.limit
@@ -255,11 +249,9 @@ class TrialRun:
         return max(0.0, min(clocks) - self._monitor.elapsed) + self._options.grace_period
 
     def find_breach(self) -> Breach | None:
-        """Answer ``optuna_quota.check``."""
         return record_breach(self._monitor)
 
     def measure_gpus(self) -> None:
-        """Measure what the trial holds when an allocation on a GPU has failed."""
         self._resolver.measure_gpus()
 
     def check_row(self) -> None:
@@ -302,11 +294,7 @@ class TrialRun:
 
 
 class _StepForecast:
-    """Predicts breaches from the times of a trial's intermediate values.
-
-    Args:
-        study: The study, None without one.
-    """
+    """Predicts breaches from the times of a trial's intermediate values."""
 
     def __init__(self, study: Study | None) -> None:
         self._study = study
@@ -314,7 +302,6 @@ class _StepForecast:
         self._next = 0
 
     def find_breach(self, step: int, monitor: TrialMonitor) -> Breach | None:
-        """Return the breach that is certain after this step, None without one."""
         elapsed = monitor.elapsed
         self._steps.append((step, elapsed))
         if len(self._steps) < self._next:
@@ -340,7 +327,6 @@ class _StepForecast:
 
 
 def _agreed_limits(own: Limits | None, theirs: Limits | None) -> Limits:
-    """Return the limits of ``isolated`` or of the study; raise ValueError if they disagree."""
     # A QuotaPruner may be there for something else, such as a worker that can be preempted.
     if own is not None and theirs and own != theirs:
         raise ValueError(
@@ -351,7 +337,6 @@ def _agreed_limits(own: Limits | None, theirs: Limits | None) -> Limits:
 
 
 def _stored_state(value: Any, error: BaseException | None, n_values: int) -> TrialState:
-    """Return the state that Optuna is about to store."""
     if isinstance(error, TrialPruned):
         return TrialState.PRUNED
     if error is not None:

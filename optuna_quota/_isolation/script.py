@@ -136,7 +136,6 @@ def script(
 
 
 def _check_program(program: str, folder: str | None, env: Mapping[str, str]) -> None:
-    """Raise an error that says what is wrong with a program, before any trial starts."""
     if not os.path.dirname(program):
         if shutil.which(program, path=env.get("PATH")) is None:
             raise FileNotFoundError(
@@ -163,12 +162,7 @@ _FIELD = re.compile(rf"\{{(\{{{_NAME}\}})\}}|(?<!\$)\{{{_NAME}\}}")
 
 
 def split_command(command: Any) -> list[str]:
-    """Return the words of a command: a string, split as a POSIX shell would, or a sequence.
-
-    Raises:
-        TypeError: If it is neither.
-        ValueError: If it is empty, or its quotes don't match.
-    """
+    """Return the words of a command: a string, split as a POSIX shell would, or a sequence."""
     if isinstance(command, str):
         try:
             words = shlex.split(command)
@@ -188,11 +182,7 @@ def split_command(command: Any) -> list[str]:
 
 
 def fill_command(words: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-    """Return the words with the values in the places of ``{name}``.
-
-    Raises:
-        ValueError: If a value is missing or does not suit its format.
-    """
+    """Return the words with the values in the places of ``{name}``."""
 
     def fill(field: re.Match[str]) -> str:
         doubled, _, _, name, spec = field.groups()

@@ -47,13 +47,7 @@ _KEPT_LENGTH = 4096
 
 
 class ScriptFailed(Exception):
-    """Raised in a trial's process when its script has failed.
-
-    Args:
-        reason: One sentence, with the last lines of standard error.
-        exitcode: The script's exit status, negative for a signal; None if it did not start.
-        stderr: The end of its standard error.
-    """
+    """A script has failed, with an exit status (negative for a signal) if it has started."""
 
     def __init__(self, reason: str, *, exitcode: int | None = None, stderr: str = "") -> None:
         super().__init__(reason)
@@ -63,14 +57,7 @@ class ScriptFailed(Exception):
 
 @dataclass(frozen=True)
 class RunScript:
-    """An objective that runs a script.
-
-    Attributes:
-        words: The command.
-        folder: The working directory; None for that of the study.
-        env: Environment variables beside those of the study.
-        grace_period: Seconds from SIGTERM to the kill of a trial that is pruned.
-    """
+    """An objective that runs a script, with environment variables beside the study's."""
 
     words: Sequence[str]
     folder: str | None
@@ -78,7 +65,6 @@ class RunScript:
     grace_period: float
 
     def __call__(self, trial: BaseTrial) -> float | list[float]:
-        """Run the script; return its value or values."""
         script = _Script(f"[trial {trial.number}] ")
         final: float | list[float] | None = None
         can_report = True
@@ -115,11 +101,7 @@ def _report(trial: BaseTrial, found: ScriptValue) -> bool:
 
 
 class _Script:
-    """A script's process, and its output.
-
-    Args:
-        prefix: What each line of its output begins with where it is passed on.
-    """
+    """A script's process; each line of its output that is passed on begins with a prefix."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
@@ -156,7 +138,6 @@ class _Script:
 
     @property
     def exitcode(self) -> int | None:
-        """The exit status, negative for a signal; None while it runs."""
         return None if self._process is None else self._process.poll()
 
     def read(self) -> Iterator[str]:
@@ -189,7 +170,6 @@ class _Script:
         self._read_rest()
 
     def failure(self) -> ScriptFailed:
-        """Return the error for a script that has failed or printed no value."""
         code = self.exitcode
         if not code:
             reason = (
@@ -269,7 +249,6 @@ class LineSplitter:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[str]:
-        """Return the lines that are complete now."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > MAX_LINE:
             lines.append(self._rest)
@@ -277,7 +256,6 @@ class LineSplitter:
         return [_decode(line) for line in lines]
 
     def end(self) -> list[str]:
-        """Return what is left: the last line, when the stream ends without a newline."""
         rest, self._rest = self._rest, b""
         return [_decode(rest)] if rest else []
 

@@ -32,35 +32,23 @@ class NotStarted(OSError):
 
 
 class TrialEvents(Protocol):
-    """What a server calls while it serves a trial."""
+    """What a server calls while it serves a trial.
 
-    def on_ready(self, ready: messages.Ready) -> None:
-        """Handle that the objective is about to be called."""
+    ``on_outcome`` returns the seconds that the process has to end, None for any time.
+    ``find_breach`` answers ``optuna_quota.check``. ``measure_gpus`` is called when an allocation
+    on a GPU has failed, ``check_row`` to see whether something else has finished the row.
+    """
 
-    def on_report(self, step: int) -> None:
-        """Handle an intermediate value at this step."""
-
-    def on_outcome(self) -> float | None:
-        """Handle the end of the objective; return seconds its process has to end, None for any."""
-
-    def find_breach(self) -> Breach | None:
-        """Answer ``optuna_quota.check``."""
-
-    def measure_gpus(self) -> None:
-        """Measure what the trial holds when an allocation on a GPU has failed."""
-
-    def check_row(self) -> None:
-        """Look whether something else has finished the trial's row."""
+    def on_ready(self, ready: messages.Ready) -> None: ...
+    def on_report(self, step: int) -> None: ...
+    def on_outcome(self) -> float | None: ...
+    def find_breach(self) -> Breach | None: ...
+    def measure_gpus(self) -> None: ...
+    def check_row(self) -> None: ...
 
 
 class Server:
     """Serves one trial's process from the thread that runs the trial.
-
-    Args:
-        connections: The connections to the trial and its supervisor.
-        remote: The objects that the trial may call.
-        events: What to call meanwhile.
-        label: The trial's name in the log.
 
     Attributes:
         ready: The message that the objective is about to be called, None before.
@@ -134,12 +122,7 @@ class Server:
                 self._handle_supervisor(self._control.receive())
 
     def serve(self) -> None:
-        """Serve until the trial's process has ended.
-
-        Raises:
-            NotStarted: If it never began.
-            KeyboardInterrupt: After Ctrl-C.
-        """
+        """Serve until the trial's process has ended; raises NotStarted if it never began."""
         self._interrupts = Interrupts()
         with self._interrupts:
             self._serve()
@@ -188,14 +171,12 @@ class Server:
             self._admit(source)
 
     def _accept(self) -> bool:
-        """Accept a new connection; return whether there was one."""
         new = self._remote.listener.accept()
         if new is not None:
             self._selector.register(new, selectors.EVENT_READ)
         return new is not None
 
     def _new_connections(self) -> list[socket.socket]:
-        """Return the connections that are yet to be admitted."""
         registered = [key.fileobj for key in self._selector.get_map().values()]
         return [source for source in registered if isinstance(source, socket.socket)]
 

@@ -29,16 +29,9 @@ BEGIN = b"begin"
 class PoliteStop:
     """Raises :class:`~optuna_quota.LimitBreached` in the objective when the supervisor asks to.
 
-    The supervisor sends the breach before it sends the signal. Within ``with stop:`` the exception
-    waits until the end of the block: a message that was cut off would leave a connection out of
-    step.
-
-    Args:
-        link: The connection to the supervisor, non-blocking; None where there is none: every
-            SIGTERM then is a stop.
-
-    Attributes:
-        requested: Whether the objective was asked to stop.
+    The supervisor sends the reason before it sends the signal. Without a connection to one, every
+    SIGTERM is a stop. Within ``with stop:`` the exception waits until the end of the block: a
+    message that was cut off would leave a connection out of step.
     """
 
     def __init__(self, link: socket.socket | None) -> None:
@@ -50,16 +43,12 @@ class PoliteStop:
         self._deferred = False
         self._pid = os.getpid()
         self._main = threading.main_thread().ident
-
-    def install(self) -> None:
-        """Listen for the signal."""
         self._numbers = [signal.SIGTERM if self._link is None else STOP_SIGNAL]
         signal.signal(self._numbers[0], self._on_signal)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._uninstall)
 
     def listen_for_cpu_time(self) -> None:
-        """Listen for the kernel's signal that the CPU time is used up, where it limits that."""
         if hasattr(signal, "SIGXCPU"):
             self._numbers.append(signal.SIGXCPU)
             signal.signal(signal.SIGXCPU, self._on_cpu_time)
@@ -69,12 +58,10 @@ class PoliteStop:
         self._over = True
 
     def __enter__(self) -> None:
-        """Defer the exception within the block."""
         if threading.get_ident() == self._main:
             self._held += 1
 
     def __exit__(self, *_: object) -> None:
-        """Raise what was deferred."""
         if threading.get_ident() != self._main:
             return
         self._held -= 1
@@ -152,23 +139,10 @@ class PoliteStop:
 # dispositions of an ordinary child of multiprocessing when its objective begins; until then, while
 # it waits or imports, such a signal has no effect.
 
-# What a process does to itself, what can't be ignored, and what its runtime or its parent needs.
-_NOT_FOR_JOBS = {
-    "SIGABRT",
-    "SIGBUS",
-    "SIGCHLD",
-    "SIGCONT",
-    "SIGFPE",
-    "SIGILL",
-    "SIGKILL",
-    "SIGPIPE",
-    "SIGRTMAX",
-    "SIGRTMIN",
-    "SIGSEGV",
-    "SIGSTOP",
-    "SIGSYS",
-    "SIGTRAP",
-}
+# What a process does to itself; what can't be ignored, and what its runtime or its parent needs.
+_OF_FAULTS = {"SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP"}
+_OF_RUNTIME = {"SIGCHLD", "SIGCONT", "SIGKILL", "SIGPIPE", "SIGRTMAX", "SIGRTMIN", "SIGSTOP"}
+_NOT_FOR_JOBS = _OF_FAULTS | _OF_RUNTIME
 
 JOB_SIGNALS = tuple(number for number in signal.Signals if number.name not in _NOT_FOR_JOBS)
 
@@ -214,9 +188,8 @@ def handle_job_signals() -> None:
 def restore_signals(kept: Collection[int] = ()) -> None:
     """Set the dispositions of an ordinary child, but for those that were set meanwhile.
 
-    Args:
-        kept: Signals that continue to have no effect: the study's process stops the trial for
-            them. What the objective forks, such as a pool, has to end on them.
+    ``kept`` continue to have no effect: the study's process stops the trial for them. What the
+    objective forks, such as a pool, has to end on them.
     """
     for number, disposition in _dispositions.items():
         if signal.getsignal(number) is _pass and number not in kept:
@@ -274,7 +247,6 @@ class Interrupts:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Restore Python's handler."""
         if self._is_installed:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if self._pending and (kind is None or issubclass(kind, Exception)):

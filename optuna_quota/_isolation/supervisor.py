@@ -53,18 +53,14 @@ _SUSPENSION_PERIOD = 0.05
 
 
 class Supervisor:
-    """Supervises one trial from its start until none of its processes is left.
+    """Supervises one trial, a child process, until none of its processes is left.
 
     Args:
         control: The connection to the study's process.
-        child: The trial's process, a child of this one.
         link: The connection to the trial's process.
         parent: A pidfd of the study's process.
         crash_file: Where the trial's process writes its traceback when it dies of a signal.
-        cgroup: The trial's control group, None without one.
-        monitoring: What to enforce, where that is known before the first message. Then this
-            process was forked from the study's, and the trial in turn: the memory that they share
-            with it is the study's.
+        monitoring: What to enforce, where this process was forked from the study's.
     """
 
     def __init__(
@@ -109,7 +105,6 @@ class Supervisor:
             self._begin_monitoring(monitoring)
 
     def run(self) -> messages.ExitReport:
-        """Supervise the trial to its end."""
         poll = select.poll()
         link = self._link.fileno()
         for handle in (self._control.fileno(), self._child_handle, self._parent, link):
@@ -348,12 +343,7 @@ class Supervisor:
 
 
 class _TreeMemory:
-    """The memory of the trial's process tree, with the orphans that this process inherits.
-
-    Args:
-        child: The trial's process, a child of this one.
-        forked_from_study: Whether the memory that it shares with this process is the study's.
-    """
+    """The memory of the trial's process tree, with the orphans that this process inherits."""
 
     def __init__(self, child: int, *, forked_from_study: bool) -> None:
         self.outsiders = 0
