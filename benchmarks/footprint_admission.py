@@ -16,7 +16,7 @@ import numpy as np
 from optuna_quota import Footprint, Usage
 from optuna_quota._footprint.features import Features
 from optuna_quota._footprint.observations import Observation
-from optuna_quota._footprint.resource_model import fit_resource, Predictive
+from optuna_quota._footprint.resource_model import fit_resource, Predictive, ResourceData
 from optuna_quota._records import evidence
 
 
@@ -139,8 +139,8 @@ def by_known_cpu_time(workload: Workload, limit: float) -> tuple[int, int, int, 
     features = Features.of([row.distributions for row in workload.rows])
     columns = features.encode([row.params for row in workload.rows])
     wall_time, cpu_time = workload.amounts("wall_time"), workload.amounts("cpu_time")
-    none = np.zeros(len(columns), dtype=bool)
-    ratio = fit_resource(columns, wall_time / cpu_time, none, none, floors=(0.0,), noise=-1.0)
+    data = ResourceData.exact(columns, wall_time / cpu_time, floors=(0.0,), noise=-1.0)
+    ratio = fit_resource(data)
     refused = wall_time * np.exp(-ratio.log_leave_one_out()[0]) > limit
     over = wall_time > limit
     counts = over, over & refused, ~over, ~over & refused

@@ -7,7 +7,7 @@ from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.resource_model import fit_resource, ResourceModel
+from optuna_quota._footprint.resource_model import fit_resource, ResourceData, ResourceModel
 from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
 
 
@@ -43,8 +43,7 @@ def objective_model(facts: StudyFacts, footprint: Footprint) -> ResourceModel | 
     losses = facts.sign * facts.values[done]
     scores = ndtri((rankdata(losses) - 0.5) / len(losses))
     columns = features.scale([dict(zip(names, row, strict=True)) for row in rows])
-    none = np.zeros(len(done), dtype=bool)
-    return fit_resource(columns, np.exp(scores), none, none, floors=(0.0,))
+    return fit_resource(ResourceData.exact(columns, np.exp(scores), floors=(0.0,)))
 
 
 def best_fitting_points(

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.fit import ChainedModel
 from optuna_quota._utilization.fit import derivatives_at, leverage, without_numeric_warnings
 
 
@@ -103,11 +102,7 @@ def _footprint_errors(
         return {}
     number_of = {id(row): number for number, row in numbers.items()}
     rows = [row for row in footprint.contents.observations if row.usage.get(resource) is not None]
-    if isinstance(model, ChainedModel):
-        errors = model.base.log_leave_one_out()[0] + model.ratio.log_leave_one_out()[0]
-        censored = model.base.censored
-    else:
-        errors, censored = model.log_leave_one_out()[0], model.censored
+    errors, censored = model.log_leave_one_out()[0], model.censored
     if len(rows) != len(errors):
         return {}
     return {

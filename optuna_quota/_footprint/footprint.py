@@ -199,8 +199,8 @@ class Footprint:
         columns, models = self._contents.features.encode(points), self._contents.models
         found: dict[str, Predictive] = {}
         for name, model in models.items():
-            if isinstance(model, ChainedModel) and model.base is models.get(model.on):
-                found[name] = model.predict(columns, found.get(model.on))
+            if isinstance(model, ChainedModel):
+                found[name] = model.predict(columns, found[model.on])
             else:
                 found[name] = model.predict(columns)
         if len(points) == 1:

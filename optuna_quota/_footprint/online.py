@@ -13,6 +13,7 @@ from optuna_quota._footprint.observations import (
     read_observation,
     select_observations,
 )
+from optuna_quota._footprint.resource_model import ResourceModel
 from optuna_quota._records import ISOLATION
 
 
@@ -143,7 +144,7 @@ def transferred_observations(footprint: Footprint) -> list[Observation]:
     settled = {
         name
         for name, model in contents.models.items()
-        if getattr(model, "stopped_peaks_censored", False)
+        if isinstance(model, ResourceModel) and model.data.bounded_peaks
     }
     return [
         Observation(
