@@ -89,9 +89,7 @@ Model = ResourceModel | ChainedModel
 def leave_one_out_density(model: Model, counted: np.ndarray | None = None) -> float:
     """Return the leave-one-out log density of the logarithms of a model's trials.
 
-    Args:
-        model: Of one resource.
-        counted: True for the trials that count; by default those that are not lower bounds.
+    Those that are ``counted``; by default those that are not lower bounds.
     """
     residual, variance = model.log_leave_one_out()
     counted = ~model.censored if counted is None else counted

@@ -88,22 +88,20 @@ class GaussianProcess:
         columns: np.ndarray,
         target: np.ndarray,
         hyperparameters: np.ndarray,
-        extra: np.ndarray | None = None,
-        noisy: np.ndarray | None = None,
+        extra: np.ndarray,
+        noisy: np.ndarray,
     ) -> None:
-        self.columns = columns
         self.target = target
         self.hyperparameters = hyperparameters
-        n = len(target)
-        self.extra = np.zeros(n) if extra is None else extra
-        self.noisy = np.ones(n) if noisy is None else noisy.astype(float)
         linear, matern = np.exp(hyperparameters[:2])
         self._variances = float(linear) * _linear_unit(columns.shape[1]), float(matern)
         self._inverse_lengths = np.exp(-hyperparameters[3:])
         self._scaled = columns * self._inverse_lengths
         self._scaled_squares = np.einsum("ij,ij->i", self._scaled, self._scaled)
         covariance = self._kernel(columns)
-        covariance[np.diag_indices(n)] += self.noise * self.noisy + self.extra + _JITTER
+        # Variance of each observation.
+        self._own = self.noise * noisy + extra + _JITTER
+        covariance[np.diag_indices(len(target))] += self._own
         self._inverse = _invert(covariance)[0]
         self._alpha = self._inverse @ target
 
@@ -130,7 +128,7 @@ class GaussianProcess:
 
     def posterior(self) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and variance of the noiseless function at the points themselves."""
-        own = self.noise * self.noisy + self.extra + _JITTER
+        own = self._own
         mean = self.target - own * self._alpha
         return mean, np.maximum(own - own**2 * np.diag(self._inverse), 1e-12)
 
@@ -171,19 +169,13 @@ def fit_hyperparameters(
     noisy: np.ndarray | None = None,
     noise: float = NOISE,
 ) -> np.ndarray:
-    """Return the hyperparameters of largest posterior density, by BFGS from ``start``.
+    """Return the hyperparameters of largest posterior density.
 
-    L-BFGS-B calls LAPACK at each step, which wakes BLAS's threads for a few numbers: on two busy
-    processors it took 74 ms of CPU for 20 points and 76 ms for 100, BFGS 4 and 18 ms (medians of
-    30 fits each, to the same density).
-
-    Args:
-        columns: Shape ``(n_points, n_columns)``.
-        target: Standardised observations, shape ``(n_points,)``.
-        start: Hyperparameters to start from; by default the mode of the prior.
-        extra: See :class:`GaussianProcess`.
-        noisy: See :class:`GaussianProcess`.
-        noise: Prior mean of the logarithm of the noise's variance.
+    They are searched by BFGS from ``start``, or the mode of the prior, whose mean of the logarithm
+    of the noise's variance is ``noise``; the other arguments are those of
+    :class:`GaussianProcess`. L-BFGS-B calls LAPACK at each step, which wakes BLAS's threads for a
+    few numbers: on two busy processors it took 74 ms of CPU for 20 points and 76 ms for 100, BFGS
+    4 and 18 ms (medians of 30 fits each, to the same density).
     """
     from scipy.optimize import minimize
 
@@ -342,14 +334,8 @@ def propagate(
 ) -> Sites:
     """Return the sites after expectation propagation with a damping of a half.
 
-    Args:
-        columns: Shape ``(n_points, n_columns)``.
-        target: Standardised observations; where censored, the lower bound.
-        censored: True where the observation is a lower bound.
-        rate: ``r`` of each, 0 where the trial's own limit stopped it.
-        hyperparameters: Of the Gaussian process.
-        sites: To start from.
-        rounds: Maximum number of rounds.
+    Where ``censored``, the target is a lower bound, and ``rate`` is its r: 0 where the trial's own
+    limit stopped it.
     """
     if not censored.any():
         return Sites(target, np.zeros(len(target)))

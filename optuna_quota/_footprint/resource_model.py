@@ -308,9 +308,7 @@ class ResourceModel:
 def fit_resource(data: ResourceData, start: ResourceModel | None = None) -> ResourceModel:
     """Return the model of one resource, its floor chosen by leave-one-out density.
 
-    Args:
-        data: The trials.
-        start: A model of fewer trials to start from.
+    The search begins from ``start``, a model of fewer trials.
     """
     candidates = _candidates(data.amounts, data.floors)
     tried: dict[int, ResourceModel] = {}
@@ -343,10 +341,7 @@ def fit_resource(data: ResourceData, start: ResourceModel | None = None) -> Reso
 
 
 def refresh_resource(data: ResourceData, model: ResourceModel) -> ResourceModel | None:
-    """Return a model with more trials and the same hyperparameters.
-
-    None if a trial used less than the floor, or if the columns are others.
-    """
+    """Return a model of more trials with the same hyperparameters and floor, None if unfit."""
     if data.amounts.min() <= model.floor or data.columns.shape[1] != model.data.columns.shape[1]:
         return None
     return ResourceModel(data, model.floor, model.hyperparameters, model.lateness)

@@ -198,10 +198,7 @@ class UserFootprint(BaseFootprint):
 def count_within(
     footprint: BaseFootprint, seconds: float, points: Sequence[Mapping[str, Any]] = ()
 ) -> float:
-    """Return the number of points whose usage a footprint can compute in a time.
-
-    Infinite for all but functions of a user; arguments as of :meth:`UserFootprint.count_within`.
-    """
+    """Return :meth:`UserFootprint.count_within`, infinite for all but functions of a user."""
     stated = footprint.stated if isinstance(footprint, CalibratedFootprint) else footprint
     return stated.count_within(seconds, points) if isinstance(stated, UserFootprint) else math.inf
 
@@ -251,11 +248,7 @@ def from_value(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class FootprintCalibrator:
-    """Calibrates a user's footprint as a study goes on.
-
-    Args:
-        stated: The user's footprint.
-    """
+    """Calibrates a user's footprint as a study goes on."""
 
     def __init__(self, stated: UserFootprint) -> None:
         self._stated = stated
@@ -265,11 +258,9 @@ class FootprintCalibrator:
     def calibrate(
         self, learned: Footprint, observations: Sequence[Observation]
     ) -> CalibratedFootprint:
-        """Return the calibrated footprint; it is fitted again only if ``learned`` is another.
+        """Return the footprint calibrated on a study's trials.
 
-        Args:
-            learned: The footprint that was learned without the user's.
-            observations: The study's trials, oldest first.
+        It is fitted again only if ``learned``, the footprint without the user's, is another.
         """
         if self._ratios is None or learned is not self._learned:
             # Other trials may have ended before all parameters of the function were drawn.
