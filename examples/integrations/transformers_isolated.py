@@ -1,8 +1,7 @@
 """transformers' Trainer inside an isolated trial: a hard memory limit, and pruning by a callback.
 
 ``hyperparameter_search``, see ``transformers_search.py``, trains in this process. Here each model
-has a process to itself, and what it leaves behind ends with it. The model is tiny and randomly
-initialised, so nothing is downloaded.
+has a process to itself, and what it leaves behind ends with it.
 """
 
 from __future__ import annotations
@@ -11,14 +10,8 @@ import tempfile
 from typing import Any
 
 import optuna
-import torch
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback
+from transformers_model import arguments, classifier, sentences
 
 from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, trial_table
 
@@ -35,36 +28,14 @@ class Pruning(TrainerCallback):
             raise optuna.TrialPruned
 
 
-def sentences(size: int) -> list[dict[str, torch.Tensor]]:
-    """Return random token sequences whose label is the parity of their first token."""
-    tokens = torch.randint(0, 50, (size, 8), generator=torch.Generator().manual_seed(size))
-    return [{"input_ids": row, "labels": row[0] % 2} for row in tokens]
-
-
 def objective(trial: optuna.Trial) -> float:
     """Return the evaluation loss after six steps."""
     width = trial.suggest_categorical("width", [16, 32, 64])
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=width,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=2 * width,
-    )
+    rate = trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            model=BertForSequenceClassification(config),
-            args=TrainingArguments(
-                output_dir=folder,
-                learning_rate=trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True),
-                max_steps=6,
-                eval_strategy="steps",
-                eval_steps=2,
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                use_cpu=True,
-            ),
+            model=classifier(width),
+            args=arguments(folder, learning_rate=rate),
             train_dataset=sentences(64),
             eval_dataset=sentences(32),
             callbacks=[Pruning(trial)],

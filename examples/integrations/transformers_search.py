@@ -1,7 +1,7 @@
 """transformers' ``hyperparameter_search``: sampler and pruner go to ``create_study``.
 
-The model is tiny and randomly initialised, so nothing is downloaded. The Trainer calls
-``should_prune`` at each evaluation; it runs in this process, so the stop is a cooperative one.
+The Trainer calls ``should_prune`` at each evaluation; it runs in this process, so the stop is a
+cooperative one.
 """
 
 from __future__ import annotations
@@ -10,37 +10,15 @@ import tempfile
 from typing import Any
 
 import optuna
-import torch
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertForSequenceClassification, Trainer
+from transformers_model import arguments, classifier, sentences
 
 from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, trial_table
 
 
-class Sentences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Random token sequences whose label is the parity of their first token."""
-
-    def __init__(self, size: int) -> None:
-        tokens = torch.randint(0, 50, (size, 8), generator=torch.Generator().manual_seed(size))
-        self.rows = [{"input_ids": row, "labels": row[0] % 2} for row in tokens]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.rows[index]
-
-
 def model_init(trial: optuna.Trial | None) -> BertForSequenceClassification:
     """Return a tiny model; its width is tuned."""
-    width = 32 if trial is None else trial.suggest_categorical("width", [16, 32, 64])
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=width,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=2 * width,
-    )
-    return BertForSequenceClassification(config)
+    return classifier(32 if trial is None else trial.suggest_categorical("width", [16, 32, 64]))
 
 
 def search_space(trial: optuna.Trial) -> dict[str, Any]:
@@ -52,18 +30,9 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model_init=model_init,
-            args=TrainingArguments(
-                output_dir=folder,
-                max_steps=6,
-                eval_strategy="steps",
-                eval_steps=2,
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                use_cpu=True,
-            ),
-            train_dataset=Sentences(64),
-            eval_dataset=Sentences(32),
+            args=arguments(folder),
+            train_dataset=sentences(64),
+            eval_dataset=sentences(32),
         )
         trainer.hyperparameter_search(
             hp_space=search_space,

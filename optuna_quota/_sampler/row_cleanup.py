@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import find_monitor
 from optuna_quota._enforcement.trial_result import save_record
-from optuna_quota._ledger.reservation import (
+from optuna_quota._ledger.protocol import (
     parse_reservation,
     Reservation,
     reservation_object,

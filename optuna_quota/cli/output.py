@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 import json
@@ -57,6 +57,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence):
         return [_plain(item) for item in value]
     return value.isoformat(timespec="seconds") if isinstance(value, datetime) else str(value)
+
+
+def as_json(found: Any, keys: Iterable[str], **computed: Any) -> dict[str, Any]:
+    """Return the values of a command's documented keys: computed, or else attributes."""
+    return {key: computed[key] if key in computed else getattr(found, key) for key in keys}
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, TYPE_CHECKING
 
 from optuna_quota.cli.arguments import (
     add_command,
@@ -16,11 +15,7 @@ from optuna_quota.cli.arguments import (
     parse_quota,
     UsageError,
 )
-from optuna_quota.cli.output import progress, records, write_json, write_line
-
-
-if TYPE_CHECKING:
-    from optuna_quota._analysis.replay import ReplayReport
+from optuna_quota.cli.output import as_json, progress, records, write_json, write_line
 
 
 _EXAMPLES = """\
@@ -74,25 +69,10 @@ def run(options: argparse.Namespace) -> int:
         report = replay(load_study(options), quota=quota or None, limits=limits or None)
         summary = report.summary()
     if options.format == "json":
-        write_json(_as_json(report))
+        quota_used = report.quota and report.quota.amounts()
+        limits_used = report.limits and report.limits.amounts()
+        trials = records(report.table)
+        write_json(as_json(report, _KEYS, quota=quota_used, limits=limits_used, trials=trials))
     else:
         write_line(summary)
     return OK if report.ended_by is None else OVER_QUOTA
-
-
-def _as_json(report: ReplayReport) -> dict[str, Any]:
-    return {
-        "quota": report.quota and report.quota.amounts(),
-        "limits": report.limits and report.limits.amounts(),
-        "ended_at": report.ended_at,
-        "ended_by": report.ended_by,
-        "saved": report.saved,
-        "terminated": report.terminated,
-        "not_run": report.not_run,
-        "lost": report.lost,
-        "best": report.best,
-        "best_lives": report.best_lives,
-        "best_left": report.best_left,
-        "notes": report.notes,
-        "trials": records(report.table),
-    }

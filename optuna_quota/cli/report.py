@@ -15,7 +15,7 @@ from optuna_quota.cli.arguments import (
     suggestion,
     UsageError,
 )
-from optuna_quota.cli.output import progress, records, write_json, write_line
+from optuna_quota.cli.output import as_json, progress, records, write_json, write_line
 
 
 if TYPE_CHECKING:
@@ -132,33 +132,27 @@ def _as_json(report: UtilizationReport) -> dict[str, Any]:
             "maximum": known.max(),
             "total": known.sum(),
         }
-    return {
-        "study": report.study.study_name,
-        "n_trials": len(report.table),
-        "best": report.best,
-        "quota": report.quota,
-        "limits": report.limits,
-        "outcomes": report.table["outcome"].value_counts().to_dict(),
-        "usage": usage,
-        "drivers": {name: [vars(d) for d in each] for name, each in report.drivers.items()},
-        "cheaper_space": report.cheaper_space and vars(report.cheaper_space),
-        "front": None if report.front is None else records(report.front),
-        "correlations": records(report.correlations),
-        "models": {
-            name: {**_model_as_json(model), "formula": report.formulas[name]}
-            for name, model in report.models.items()
-        },
-        "missing_models": report.missing_models,
-        "advice": [vars(advice) for advice in report.advice],
+    models = {
+        name: as_json(
+            model,
+            ("kind", "formula", "n_observed", "n_censored", "coefficients", "diagnostics"),
+            formula=report.formulas[name],
+            coefficients=records(model.coefficients.rename_axis("term").reset_index()),
+            diagnostics=[str(warning) for warning in model.diagnostics],
+        )
+        for name, model in report.models.items()
     }
-
-
-def _model_as_json(model: Any) -> dict[str, Any]:
-    return {
-        "kind": model.kind,
-        "formula": model.formula,
-        "n_observed": model.n_observed,
-        "n_censored": model.n_censored,
-        "coefficients": records(model.coefficients.rename_axis("term").reset_index()),
-        "diagnostics": [str(warning) for warning in model.diagnostics],
-    }
+    return as_json(
+        report,
+        _KEYS,
+        study=report.study.study_name,
+        n_trials=len(report.table),
+        outcomes=report.table["outcome"].value_counts().to_dict(),
+        usage=usage,
+        drivers={name: [vars(d) for d in each] for name, each in report.drivers.items()},
+        cheaper_space=report.cheaper_space and vars(report.cheaper_space),
+        front=None if report.front is None else records(report.front),
+        correlations=records(report.correlations),
+        models=models,
+        advice=[vars(advice) for advice in report.advice],
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from optuna_quota._resources import get_resource, Strategy
 from optuna_quota.cli import project as project_command
@@ -17,7 +17,7 @@ from optuna_quota.cli.arguments import (
     OVER_QUOTA,
     parse_quota,
 )
-from optuna_quota.cli.output import styled, write_json, write_line
+from optuna_quota.cli.output import as_json, styled, write_json, write_line
 
 
 if TYPE_CHECKING:
@@ -81,25 +81,15 @@ def run(options: argparse.Namespace) -> int:
         )
         found = status(study, quota=quota, projection=projection)
     if options.format == "json":
-        write_json(_as_json(study.study_name, found, projection))
+        resources = [{**vars(line), "left": line.left} for line in found.lines]
+        projected = projection and project_command.as_json(projection)
+        name = study.study_name
+        computed = {"study": name, "resources": resources, "projection": projected}
+        write_json(as_json(found, _KEYS, **computed))
     else:
         _write(study.study_name, found, projection)
     fits = projection is None or projection.fits
     return OK if fits and not found.exceeded else OVER_QUOTA
-
-
-def _as_json(name: str, found: LedgerStatus, projection: Projection | None) -> dict[str, Any]:
-    return {
-        "study": name,
-        "exceeded": found.exceeded,
-        "resources": [{**vars(line), "left": line.left} for line in found.lines],
-        "by_worker": found.by_worker,
-        "by_outcome": found.by_outcome,
-        "running": found.running,
-        "waiting": found.waiting,
-        "end": found.end,
-        "projection": projection and project_command.as_json(projection),
-    }
 
 
 def _write(name: str, found: LedgerStatus, projection: Projection | None) -> None:

@@ -277,13 +277,12 @@ class Publisher:
 
     def _publish(self, study: Study) -> None:
         started = time.monotonic()
-        claim = _Claim(study)
-        if claim.is_taken(self._interval):
+        is_current = _claim(study, self._interval)
+        if is_current is None:
             self._next = started + self._interval
             return
-        claim.take()
         report = StudyAnalysis(study, study_data(study))
-        publish_report(report, self._artifact_store, claim.is_ours)
+        publish_report(report, self._artifact_store, is_current)
         ended = time.monotonic()
         self._next = ended + max(self._interval, (ended - started) / _SHARE)
 
@@ -294,32 +293,22 @@ class Publisher:
         self.__dict__.update(state, _lock=Lock())
 
 
-class _Claim:
-    """Which worker publishes: the last to write its claim, if none did within the interval.
+def _claim(study: Study, interval: float) -> Callable[[], bool] | None:
+    """Claim to publish; None if another worker did within the interval.
 
-    Two workers that read the storage at the same time may both write one, so each checks its claim
-    again before it publishes.
+    Two workers that read the storage at the same time may both write a claim, of which the last
+    counts: what is returned says whether it is still this one.
     """
+    storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
 
-    def __init__(self, study: Study) -> None:
-        self._storage = _optuna.storage_of(study)
-        self._study_id = _optuna.study_id_of(study)
-        self._token = uuid.uuid4().hex
-
-    def is_taken(self, interval: float) -> bool:
-        at = self._read()[0]
-        return 0 <= time.time() - at < interval
-
-    def take(self) -> None:
-        value: list[float | str] = [time.time(), self._token]
-        self._storage.set_study_system_attr(self._study_id, _records.STUDY_PUBLISHED, value)
-
-    def is_ours(self) -> bool:
-        return self._read()[1] == self._token
-
-    def _read(self) -> tuple[float, str]:
-        attributes = self._storage.get_study_system_attrs(self._study_id)
-        value = attributes.get(_records.STUDY_PUBLISHED)
+    def read() -> tuple[float, str]:
+        value = storage.get_study_system_attrs(study_id).get(_records.STUDY_PUBLISHED)
         if not isinstance(value, list) or len(value) != 2:
             return 0.0, ""
         return _records.number(value[0]) or 0.0, str(value[1])
+
+    if 0 <= time.time() - read()[0] < interval:
+        return None
+    token = uuid.uuid4().hex
+    storage.set_study_system_attr(study_id, _records.STUDY_PUBLISHED, [time.time(), token])
+    return lambda: read()[1] == token

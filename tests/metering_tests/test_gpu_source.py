@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import os
 
 import pytest
 
-from optuna_quota._metering.gpu_meter import choose_source
-from optuna_quota._metering.gpu_reader import DeviceReading, growth, is_alive
 from tests.metering_tests.conftest import FakeNvml
 
 
@@ -499,64 +496,3 @@ def test_a_limit_without_a_driver_says_that_it_is_not_enforced(nvml: Nvml) -> No
     assert "A limit or quota on GPU memory can't be enforced here" in warning
     unlimited = code.format(limit="memory='8GiB'").replace("WARNING", "INFO")
     assert "GPU" not in nvml().run(unlimited, has_driver=False)
-
-
-CHOICES = {
-    "listed, with bytes": ({"is_listed": True, "has_bytes": True}, "process", None),
-    "listed, no bytes": ({"is_listed": True, "has_grown": True}, "device", None),
-    "listed, no bytes, from before": (
-        {"is_listed": True, "was_listed": True, "has_grown": True},
-        None,
-        "why",
-    ),
-    "nothing has grown": ({}, None, None),
-    "the list is ours": ({"lists_own_pids": True, "has_grown": True}, None, None),
-    "alone": ({"has_grown": True}, "device", None),
-    "not alone": (
-        {"has_grown": True, "is_exclusive": False},
-        None,
-        "why, and trials share a GPU",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CHOICES)
-def test_the_choice_of_the_source(case: str) -> None:
-    known, name, reason = CHOICES[case]
-    usual = {"is_listed": False, "has_bytes": False, "lists_own_pids": False, "is_exclusive": True}
-    usual |= {"has_grown": False, "was_listed": False}
-    source = choose_source(**{**usual, **known}, why_not_listed="why")
-    assert (source.name, source.reason) == (name, reason)
-
-
-def test_growth_excludes_foreign_processes() -> None:
-    before = DeviceReading(used=10.0, total=100.0, held={1: 6.0, 2: None})
-    now = DeviceReading(used=30.0, total=100.0, held={1: 8.0, 2: None, 3: 11.0})
-    assert growth(before, now, lambda pid: pid == 1) == 18.0
-    assert growth(before, now, lambda pid: True) == 7.0
-    assert growth(before, DeviceReading(), lambda pid: True) is None
-    # A device holds no less than what it lists.
-    assert (
-        growth(DeviceReading(used=0.0), DeviceReading(used=0.0, held={3: 9.0}), lambda p: False)
-        == 9.0
-    )
-
-
-def test_another_users_process_is_alive_though_proc_may_hide_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def kill(pid: int, number: int) -> None:
-        raise {1: PermissionError, 2: ProcessLookupError}[pid]
-
-    assert is_alive(os.getpid())
-    assert not is_alive(HOST_PID)
-    assert not is_alive(2**32 - 1)
-    monkeypatch.setattr(os, "kill", kill)
-    assert is_alive(1)
-    assert not is_alive(2)
-
-
-def test_hidden_use_is_held_by_processes_that_are_not_listed() -> None:
-    assert DeviceReading(used=60e9, total=80e9).has_hidden_use
-    assert not DeviceReading(used=60e9, total=80e9, held={1: 59e9}).has_hidden_use
-    assert not DeviceReading().has_hidden_use
