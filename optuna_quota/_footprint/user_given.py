@@ -163,9 +163,7 @@ class UserFootprint(BaseFootprint):
     def count_within(self, seconds: float, points: Sequence[Mapping[str, Any]] = ()) -> float:
         """Return the number of points whose usage can be computed in a time.
 
-        Args:
-            seconds: The time.
-            points: The first of these are computed if nothing shows yet how long that takes.
+        The first of ``points`` are computed if nothing shows yet how long that takes.
         """
         if self._function is None:
             return math.inf
@@ -204,15 +202,10 @@ def count_within(
 
 
 def as_footprint(footprint: Any, *, lenient: bool = False) -> BaseFootprint:
-    """Return the ``footprint`` argument of a user as a footprint.
+    """Return a user's ``footprint`` argument as a footprint, a ``TypeError`` if it is none.
 
-    Args:
-        footprint: A :class:`~optuna_quota.Usage` (every trial costs this), a function
-            ``params -> Usage``, or a :class:`~optuna_quota.Footprint`.
-        lenient: See :class:`UserFootprint`.
-
-    Raises:
-        TypeError: If it is none of these.
+    It is a :class:`~optuna_quota.Usage` (every trial costs this), a function ``params -> Usage``,
+    or a :class:`~optuna_quota.Footprint`; ``lenient`` is that of :class:`UserFootprint`.
     """
     if isinstance(footprint, (Footprint, UserFootprint)):
         return footprint
@@ -273,12 +266,9 @@ class FootprintCalibrator:
 
 
 class CalibratedFootprint(BaseFootprint):
-    """A user's footprint times the learned ratio of what trials used to it.
+    """A user's footprint times ``ratios``, the learned usage of trials as a multiple of it.
 
-    Args:
-        stated: The user's footprint.
-        ratios: The usage of trials as a multiple of it.
-        learned: The footprint that was learned without it.
+    Where a resource is predicted better without it, that is ``learned``, which doesn't know it.
     """
 
     def __init__(self, stated: UserFootprint, ratios: Footprint, learned: Footprint) -> None:
