@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from optuna_quota._isolation.script import script
     from optuna_quota._ledger.status import LedgerStatus, status
     from optuna_quota._metering import Meter
-    from optuna_quota._projection import project, Projection
+    from optuna_quota._projection.projection import Projection
+    from optuna_quota._projection.simulation import project
     from optuna_quota._report import analyze, UtilizationReport
     from optuna_quota._resources import Limits, Quota, Strategy, Usage
     from optuna_quota._sampler.sampler import QuotaSampler
@@ -65,7 +66,7 @@ _HOMES = {
     "LimitBreached": "exceptions",
     "Limits": "_resources",
     "Meter": "_metering",
-    "Projection": "_projection",
+    "Projection": "_projection.projection",
     "Quota": "_resources",
     "QuotaError": "exceptions",
     "QuotaExhausted": "exceptions",
@@ -83,7 +84,7 @@ _HOMES = {
     "check": "_enforcement.pruner",
     "isolated": "_isolation.isolated",
     "preemptible": "_enforcement.preemptible",
-    "project": "_projection",
+    "project": "_projection.simulation",
     "replay": "_analysis.replay",
     "script": "_isolation.script",
     "status": "_ledger.status",

@@ -21,7 +21,7 @@ from typing import Any, Literal, TYPE_CHECKING
 from optuna_quota import _units
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
 from optuna_quota._metering.energy import Rapl
-from optuna_quota._metering.host import available_memory, cpu_count, host_memory_limit
+from optuna_quota._metering.host import cpu_count, host_memory_limit
 from optuna_quota._metering.nvml import GpuError, NvmlDevice, open_devices
 from optuna_quota._version import __version__
 
@@ -76,6 +76,10 @@ class Finding:
     fix: str = ""
 
 
+def _degraded(area: Area, check: str, found: str, degrades: str, fix: str) -> Finding:
+    return Finding(area, check, "degraded", found, degrades, fix)
+
+
 def _ok_if(condition: bool, found: str, problem: Finding) -> Finding:
     """Return that a check is ok, with what was found, else the problem."""
     return Finding(problem.area, problem.check, "ok", found) if condition else problem
@@ -98,10 +102,9 @@ def examine_host() -> list[Finding]:
 
 def check_platform(name: str) -> Finding:
     """Check the operating system; takes ``sys.platform``."""
-    problem = Finding(
+    problem = _degraded(
         "stopping",
         "platform",
-        "degraded",
         f"{platform.system()}: the kernel enforces no memory limit.",
         "Limits are enforced by sampling, and processes that a trial detaches may outlive it.",
         "Run on Linux.",
@@ -123,10 +126,9 @@ _KERNEL = {
         "RLIMIT_DATA is enforced, as `strict_memory=True` needs.",
     ),
     "out-of-memory killer": (
-        Finding(
+        _degraded(
             "stopping",
             "out-of-memory killer",
-            "degraded",
             "A trial's oom_score_adj can't be raised: {}.",
             "When the host runs out of memory, the kernel may kill the worker, not the trial.",
             "Mount /proc writable in the container.",
@@ -134,10 +136,9 @@ _KERNEL = {
         "When the host runs out of memory, the kernel kills the trial, not the worker.",
     ),
     "peak memory": (
-        Finding(
+        _degraded(
             "measuring",
             "peak memory",
-            "degraded",
             "The kernel's peak can't be reset: {}.",
             "Without `isolated`, a peak between two samples may be missed.",
             "Use `isolated`, or mount /proc writable in the container.",
@@ -172,16 +173,12 @@ def check_cgroup(
 ) -> Finding:
     """Check whether each trial can have a control group, with an exact memory limit.
 
-    Args:
-        own: Folder of this process's group of version 2; None without one.
-        delegated: Folder of the nearest group in which groups may be made; None without one.
-        refused: Why no group could be made there; None if one was made.
-        files: What the kernel offers in a group made there.
+    ``own`` is this process's group of version 2, ``delegated`` the nearest in which groups may be
+    made; ``refused`` says why none could be made there, ``files`` what the kernel offers in one.
     """
-    problem = Finding(
+    problem = _degraded(
         "stopping",
         "control group",
-        "degraded",
         f"No group above {own} is delegated with the memory controller.",
         "`strict_memory=True` does not count shared memory, and counts each process by itself.",
         "Start with `systemd-run --user --scope -p Delegate=yes COMMAND`.",
@@ -261,24 +258,16 @@ def check_rapl(refused: OSError | None) -> Finding:
 
 
 def check_gpus(devices: Sequence[NvmlDevice], reason: str | None) -> list[Finding]:
-    """Check what can be measured on each GPU.
-
-    Args:
-        devices: The GPUs that NVML shows.
-        reason: Why there are none; None if NVML answered.
-    """
-    if devices:
-        return [_check_gpu(device) for device in devices]
-    return [
-        Finding(
-            "measuring",
-            "GPUs",
-            "missing",
-            f"NVML shows none: {reason or 'it counts none'}.",
-            "`gpu_memory` and `gpu_time` are unknown.",
-            "Install NVIDIA's driver; start a container with `--gpus all`.",
-        )
-    ]
+    """Check what can be measured on each GPU; takes why there are none."""
+    none = Finding(
+        "measuring",
+        "GPUs",
+        "missing",
+        f"NVML shows none: {reason}.",
+        "`gpu_memory` and `gpu_time` are unknown.",
+        "Install NVIDIA's driver; start a container with `--gpus all`.",
+    )
+    return [_check_gpu(device) for device in devices] or [none]
 
 
 def _check_gpu(device: NvmlDevice) -> Finding:
@@ -304,10 +293,9 @@ def _check_gpu(device: NvmlDevice) -> Finding:
     mig = f", {len(instances)} MIG instances" if instances else ""
     found = f"{ask('name', device.name, 'unknown model')}, {shown}{mig}."
     lacking = "; no ".join(f"{what}: {why}" for what, why in refused.items())
-    problem = Finding(
+    problem = _degraded(
         "measuring",
         f"GPU {device.index}",
-        "degraded",
         found,
         f"No {lacking}.",
         "Update the driver; start a container with `--pid host` to see its processes.",
@@ -317,22 +305,13 @@ def _check_gpu(device: NvmlDevice) -> Finding:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What there is of each resource, in bytes and cores; None if unknown.
+    """What there is of memory, cores, swap space and /dev/shm; None if unknown.
 
-    Attributes:
-        memory: The host's memory.
-        memory_limit: What processes here may hold together.
-        available: What is available now.
-        cores: The host's processors.
-        usable_cores: What processes here may keep busy together.
-        swap: Swap space.
-        shared: Size of /dev/shm.
-        is_overcommit_strict: Whether the kernel grants no more memory than there is.
+    ``memory_limit`` and ``usable_cores`` are what processes here may use together.
     """
 
     memory: float
     memory_limit: float
-    available: float
     cores: float
     usable_cores: float
     swap: float
@@ -352,7 +331,6 @@ def _read_capacity() -> Capacity:
     return Capacity(
         float(psutil.virtual_memory().total),
         host_memory_limit(),
-        available_memory(),
         float(os.cpu_count() or 1),
         cpu_count(),
         float(psutil.swap_memory().total),
@@ -363,12 +341,9 @@ def _read_capacity() -> Capacity:
 
 def check_capacity(facts: Capacity) -> list[Finding]:
     """Check memory and cores, and what makes limits on them misleading."""
-    there, available, memory = (
-        _units.format_bytes(n) for n in (facts.memory_limit, facts.available, facts.memory)
-    )
+    there, memory = (_units.format_bytes(n) for n in (facts.memory_limit, facts.memory))
     by = f", the container's limit (the host has {memory})"
-    is_limited = facts.memory_limit < facts.memory
-    found = f"{there}{by if is_limited else ''}; {available} available now."
+    found = f"{there}{by if facts.memory_limit < facts.memory else ''}."
     usable, cores = (_units.format_number(n) for n in (facts.usable_cores, facts.cores))
     of = f" of {cores}, limited by affinity or the container"
     of_all = of if facts.usable_cores < facts.cores else ""
@@ -397,7 +372,7 @@ def check_capacity(facts: Capacity) -> list[Finding]:
         Finding("host", "memory", "ok", found),
         Finding("host", "CPU cores", "ok", f"{usable} usable{of_all}."),
         *(
-            Finding("host", check, "degraded", *texts)
+            _degraded("host", check, *texts)
             for check, (is_found, *texts) in problems.items()
             if is_found
         ),
@@ -412,7 +387,7 @@ def check_versions(versions: dict[str, str | None]) -> list[Finding]:
     ]
     for name, version in versions.items():
         degrades, fix = _OPTIONAL.get(name, ""), f"pip install {name}"
-        problem = Finding("software", name, "degraded", "Not installed.", degrades, fix)
+        problem = _degraded("software", name, "Not installed.", degrades, fix)
         findings.append(_ok_if(version is not None, version or "", problem))
     return findings
 
@@ -443,37 +418,26 @@ def examine_storage(storage: BaseStorage) -> list[Finding]:
 def check_storage(
     kind: str, n_studies: int, seconds: float, *, has_heartbeat: bool, is_one_host: bool
 ) -> list[Finding]:
-    """Check the speed of a storage, who can share it, and how dead workers are noticed.
-
-    Args:
-        kind: Its class, and the database behind it.
-        n_studies: Number of its studies.
-        seconds: How long it took to list them.
-        has_heartbeat: Whether it supports heartbeats of workers.
-        is_one_host: Whether only workers on one host can share it.
-    """
+    """Check the speed of a storage, who can share it, and how dead workers are noticed."""
     studies = "1 study" if n_studies == 1 else f"{n_studies} studies"
     found = f"{kind}, {studies}, listed in {_units.format_seconds(seconds)}."
-    slow = Finding(
+    slow = _degraded(
         "storage",
         "speed",
-        "degraded",
         found,
         "Each trial queries it several times.",
         "Run the workers closer to it.",
     )
-    local = Finding(
+    local = _degraded(
         "storage",
         "workers",
-        "degraded",
         "SQLite: only workers on this host can share it.",
         "Its locks are not reliable on network file systems.",
         "For workers on many hosts use PostgreSQL, MySQL, Redis, or Optuna's gRPC proxy.",
     )
-    silent = Finding(
+    silent = _degraded(
         "storage",
         "dead workers",
-        "degraded",
         "It supports no heartbeat.",
         "Reservations of a dead worker on another host are released after 2 minutes.",
         "Use a database (RDBStorage) with heartbeat_interval.",

@@ -137,30 +137,22 @@ class Interval:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """The trial table's row of one trial, beyond what Optuna itself stores.
+    """The trial table's row of one trial, beyond what Optuna itself stores."""
 
-    Attributes:
-        usage: What was measured.
-        outcome: How it ended, None when this library did not see it end.
-        reason: One sentence that explains the outcome.
-        breach: The limit it was over.
-        footprint: What was projected before it ran, by resource.
-        isolation: Whether it ran in its own process, in a thread, or shared one with others.
-        host: Name of the host it ran on.
-        timeline: Pairs of seconds since the start and bytes of memory, thinned.
-        breach_timeline: The same of the resource that was breached, where that is another.
-        gpu_source: Where GPU usage comes from: ``"process"``, ``"device"`` or ``"framework"``.
-    """
-
-    usage: Usage = field(default_factory=Usage)
-    outcome: Outcome | None = None
-    reason: str | None = None
-    breach: Breach | None = None
+    usage: Usage = field(default_factory=Usage)  # What was measured
+    outcome: Outcome | None = None  # How it ended, None when this library did not see it end
+    reason: str | None = None  # One sentence that explains the outcome
+    breach: Breach | None = None  # The limit it was over
+    # What was projected before it ran, by resource.
     footprint: Mapping[str, Interval] = field(default_factory=dict)
+    # Whether it ran in its own process, in a thread, or shared one with others.
     isolation: Isolation | None = None
-    host: str | None = None
+    host: str | None = None  # Name of the host it ran on
+    # Pairs of seconds since the start and bytes of memory, thinned.
     timeline: tuple[tuple[float, float], ...] = ()
+    # The same of the resource that was breached, where that is another.
     breach_timeline: tuple[tuple[float, float], ...] = ()
+    # Where GPU usage comes from: "process", "device" or "framework".
     gpu_source: str | None = None
 
     @property

@@ -86,13 +86,7 @@ def retry(
     timeout: float = TIMEOUT,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Result:
-    """Return what an idempotent call returns, calling again while it raises a transient error.
-
-    Args:
-        call: The call.
-        timeout: Seconds after which the error is raised.
-        sleep: Waits for some seconds; for tests.
-    """
+    """Return what an idempotent call returns, calling again while it raises a transient error."""
     deadline = time.monotonic() + timeout
     pause = _FIRST_PAUSE
     while True:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-import math
 from typing import Any, TYPE_CHECKING
 
 from optuna_quota import _records
@@ -61,7 +60,7 @@ def table_of(
     import pandas as pd
 
     columns: dict[str, Any] = {
-        "number": pd.Series([t.number for t in trials], dtype="int64"),
+        "number": _series((t.number for t in trials), "int64"),
         "state": _texts(t.state.name for t in trials),
         **_value_columns(trials, n_objectives),
         **_param_columns(trials),
@@ -69,9 +68,8 @@ def table_of(
     usages = [measured_usage(t, r) for t, r in zip(trials, records, strict=True)]
     for name in USAGE_RESOURCES:
         columns[name] = _floats(usage.get(name) for usage in usages)
-    for name in _TEXTS[:-1]:
+    for name in _TEXTS:
         columns[name] = _texts(getattr(r, name) for r in records)
-    columns["censored_by"] = _texts(r.censored_by for r in records)
     for name in _BREACH:
         field = name.removeprefix("breach_")
         columns[name] = _floats(getattr(r.breach, field, None) for r in records)
@@ -140,27 +138,22 @@ def _names(mappings: Iterable[Any]) -> list[str]:
 
 
 def _floats(values: Iterable[float | None]) -> Any:
-    import pandas as pd
-
-    return pd.Series([math.nan if v is None else v for v in values], dtype="float64")
+    return _series(values, "float64")
 
 
 def _texts(values: Iterable[str | None]) -> Any:
-    import pandas as pd
-
-    return pd.Series(list(values), dtype="object")
+    return _series(values, "object")
 
 
 def _params(values: list[Any]) -> Any:
+    kinds = {type(v) for v in values}
+    if kinds == {int} and max(values) < 2**63 and min(values) >= -(2**63):
+        return _series(values, "int64")
+    is_number = kinds <= {int, float, type(None)} and kinds != {int}
+    return _series(values, "float64" if is_number else "object")
+
+
+def _series(values: Iterable[Any], dtype: Any) -> Any:
     import pandas as pd
 
-    kinds = {type(v) for v in values}
-    if kinds == {int}:
-        return pd.Series(values, dtype="int64" if _fit_int64(values) else "object")
-    if kinds <= {int, float, type(None)}:
-        return _floats(values)
-    return pd.Series(values, dtype="object")
-
-
-def _fit_int64(values: list[int]) -> bool:
-    return max(values) < 2**63 and min(values) >= -(2**63)
+    return pd.Series(list(values), dtype=dtype)

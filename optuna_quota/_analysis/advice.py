@@ -54,7 +54,7 @@ class Advice:
 
     topic: str
     text: str
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, Any]
     snippets: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -63,47 +63,31 @@ class Advice:
 
 @dataclass(frozen=True)
 class StudyFacts:
-    """What advice is derived from.
+    """What advice is derived from; arrays have the shape ``(n_trials,)``."""
 
-    Attributes:
-        data: The finished trials as arrays.
-        traces: The trials that ran, in the order of their starts.
-        quota: The study's quota by resource, in SI base units.
-        best: Number of the best trial, or those of the Pareto front.
-        feasible: Which trials violate no constraint and have finite values, shape ``(n_trials,)``.
-        sign: 1 where the first objective is minimized, -1 where it is maximized.
-    """
-
-    data: StudyData
-    traces: Sequence[TrialTrace]
-    quota: Mapping[str, float]
-    best: Sequence[int]
-    feasible: NDArray[np.bool_]
-    sign: float
+    data: StudyData  # the finished trials as arrays
+    traces: Sequence[TrialTrace]  # the trials that ran, in the order of their starts
+    quota: Mapping[str, float]  # the study's, by resource, in SI base units
+    best: Sequence[int]  # number of the best trial, or those of the Pareto front
+    feasible: NDArray[np.bool_]  # which trials violate no constraint and have finite values
+    sign: float  # 1 where the first objective is minimized, -1 where it is maximized
 
     @property
     def table(self) -> pd.DataFrame:
-        """The trial table of the finished trials."""
         return self.data.table
 
     @cached_property
     def completed(self) -> NDArray[np.bool_]:
-        """Which trials completed, shape ``(n_trials,)``."""
-        completed: NDArray[np.bool_] = np.asarray(self.data.ended == "completed", dtype=bool)
-        return completed
+        return np.asarray(self.data.ended == "completed", dtype=bool)
 
     @cached_property
     def values(self) -> NDArray[np.float64] | None:
-        """Objective values, shape ``(n_trials,)``; None with several objectives."""
+        """Objective values; None with several objectives."""
         return self.table["value"].to_numpy(dtype=float) if "value" in self.table else None
 
     @cached_property
     def near_best(self) -> NDArray[np.bool_]:
-        """Which trials are near the best, shape ``(n_trials,)``.
-
-        With one objective those that are feasible and have ``|value - best| <= 1% · |best|``,
-        with several the Pareto front.
-        """
+        """Which feasible trials have ``|value - best| <= 1% · |best|``; else the Pareto front."""
         near: NDArray[np.bool_] = np.isin(self.table["number"].to_numpy(), self.best)
         if self.values is None or not near.any():
             return near
@@ -115,10 +99,7 @@ class StudyFacts:
 
     @cached_property
     def cost(self) -> str | None:
-        """What a trial is said to cost: a total of the quota, or else a time or memory.
-
-        The first that is known of ten completed trials; None where there is none.
-        """
+        """A total of the quota, or else a time or memory: the first known of ten trials."""
         totals = ["wall_time" if q == "trial_time" else q for q in self.quota]
         for name in [*(n for n in totals if n not in HELD_RESOURCES), *_COSTS]:
             if name in self.data.resources:
@@ -135,19 +116,13 @@ class StudyFacts:
             values = cpu_time / np.where(seconds >= _MIN_SECONDS, seconds, math.nan)
         else:
             values = self.data.amounts(resource)
-        known: NDArray[np.float64] = values[self.completed & np.isfinite(values)]
-        return known
+        return np.asarray(values[self.completed & np.isfinite(values)])
 
 
 def advise(facts: StudyFacts) -> list[Advice]:
     """Return all advice but that on the search space, the most useful first."""
-    found = (
-        _advise_requests(facts),
-        _advise_jobs(facts),
-        _advise_budget(facts),
-        _advise_last_tenth(facts),
-    )
-    return [advice for advices in found for advice in advices]
+    topics = (_advise_requests, _advise_jobs, _advise_budget, _advise_last_tenth)
+    return [advice for topic in topics for advice in topic(facts)]
 
 
 def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
@@ -168,10 +143,15 @@ def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
         enough["cpu_cores"] = float(max(1, math.ceil(float(np.quantile(busy, 0.95)) - 0.05)))
     n_completed = int(facts.completed.sum())
     n_known = int(facts.table[list(maxima)][facts.completed].notna().all(axis=1).sum())
+    share_held = _share_held(n_known, len(maxima))
+    holds = (
+        f"Holds at least {math.floor(100 * share_held)}% of fresh trials like those that "
+        "completed (95% confidence)."
+    )
     used = " and ".join(format_amount(name, amount) for name, amount in maxima.items())
     text = (
         f"{limits!r} would have held all {n_completed} completed trials with at least "
-        f"{_MARGIN - 1:.0%} to spare (at most {used} used). {_holds(n_known, len(maxima))}"
+        f"{_MARGIN - 1:.0%} to spare (at most {used} used). {holds}"
     )
     # A breach of the quota says nothing about what the trial itself needs.
     stopped = [t.breach for t in facts.traces if t.outcome == "terminated" and t.breach]
@@ -186,11 +166,11 @@ def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
             "n_completed": n_completed,
             "greatest": maxima,
             "enough": enough,
-            "share_held": _share_held(n_known, len(maxima)),
+            "share_held": share_held,
         },
         {
             # With the share, which a pasted snippet would else lose.
-            kind: f"{lines}\n# {_holds(n_known, len(maxima))}"
+            kind: f"{lines}\n# {holds}"
             for kind, lines in (("kubernetes", _kubernetes(enough)), ("sbatch", _sbatch(enough)))
             if lines
         },
@@ -207,11 +187,6 @@ def _share_held(n: int, n_resources: int) -> float:
     from scipy.special import betaincinv
 
     return float(betaincinv(n - n_resources + 1, n_resources, 0.05)) if n >= n_resources else 0.0
-
-
-def _holds(n: int, n_resources: int) -> str:
-    share = math.floor(100 * _share_held(n, n_resources))
-    return f"Holds at least {share}% of fresh trials like those that completed (95% confidence)."
 
 
 def _rounded_up(resource: str, amount: float) -> float:
@@ -237,15 +212,13 @@ def _kubernetes(enough: Mapping[str, float]) -> str:
     lines = ["resources:", "  requests:"]
     if "cpu_cores" in enough:
         lines.append(f'    cpu: "{enough["cpu_cores"]:.0f}"')
+    limits = []
     if "memory" in enough:
-        lines.append(f"    memory: {_whole_mebibytes(enough['memory'])}Mi")
-    if "memory" in enough or "gpu_memory" in enough:
-        lines.append("  limits:")
-    if "memory" in enough:
-        lines.append(f"    memory: {_whole_mebibytes(enough['memory'])}Mi")
+        limits.append(f"    memory: {_whole_mebibytes(enough['memory'])}Mi")
+        lines += limits
     if "gpu_memory" in enough:
-        lines.append("    nvidia.com/gpu: 1")
-    return "\n".join(lines)
+        limits.append("    nvidia.com/gpu: 1")
+    return "\n".join([*lines, *(["  limits:", *limits] if limits else [])])
 
 
 def _sbatch(enough: Mapping[str, float]) -> str:
@@ -269,15 +242,26 @@ def _advise_jobs(facts: StudyFacts) -> Iterator[Advice]:
         quota, peaks = facts.quota.get(resource), facts.peaks(resource)
         if quota is None or len(peaks) < _MIN_COMPLETED or peaks.max() <= 0:
             continue
-        sure = min(_MAX_JOBS, int(quota // peaks.max()))
+        greatest = float(peaks.max())
+        sure = min(_MAX_JOBS, int(quota // greatest))
         likely, chance = _likely_jobs(peaks, quota)
+        shown = f"the {get_resource(resource).title} quota of {format_amount(resource, quota)}"
+        most = f"at most {format_amount(resource, greatest)} a trial"
+        over = f"n_jobs={likely} exceeds it {chance:.1%} of the time"
+        if sure:
+            text = f"n_jobs={sure} always fits {shown} ({most})"
+            text += f"; {over}." if likely > sure else "."
+        elif likely:
+            text = f"No number of jobs always fits {shown} ({most}); {over}."
+        else:
+            text = f"Even a single trial may not fit {shown} ({most})."
         yield Advice(
             "n_jobs",
-            _jobs_text(resource, quota, float(peaks.max()), sure, likely, chance),
+            text,
             {
                 "resource": resource,
                 "quota": quota,
-                "greatest": float(peaks.max()),
+                "greatest": greatest,
                 "n_jobs_sure": sure,
                 "n_jobs": max(likely, sure),
                 "chance_over": chance if likely > sure else 0.0,
@@ -300,20 +284,6 @@ def _likely_jobs(peaks: NDArray[np.float64], quota: float) -> tuple[int, float]:
             break
         jobs, chance = jobs + 1, over
     return jobs, chance
-
-
-def _jobs_text(
-    resource: str, quota: float, maximum: float, sure: int, likely: int, chance: float
-) -> str:
-    shown = f"the {get_resource(resource).title} quota of {format_amount(resource, quota)}"
-    most = f"at most {format_amount(resource, maximum)} a trial"
-    over = f"n_jobs={likely} exceeds it {chance:.1%} of the time"
-    if max(sure, likely) == 0:
-        return f"Even a single trial may not fit {shown} ({most})."
-    if not sure:
-        return f"No number of jobs always fits {shown} ({most}); {over}."
-    text = f"n_jobs={sure} always fits {shown} ({most})"
-    return f"{text}; {over}." if likely > sure else f"{text}."
 
 
 def _advise_budget(facts: StudyFacts) -> Iterator[Advice]:
@@ -347,7 +317,10 @@ def _advise_last_tenth(facts: StudyFacts) -> Iterator[Advice]:
     too_few = len(traces) < _MIN_TRIALS_OF_TENTH or spent[-1] < 0.9 * budget
     if facts.values is None or too_few or not budget > 0:
         return
-    losses = _best_losses(facts, facts.values, traces)
+    valued = facts.completed & facts.feasible
+    value_of = dict(zip(facts.table["number"][valued], facts.values[valued], strict=True))
+    own = np.array([facts.sign * value_of.get(t.number, facts.sign * math.inf) for t in traces])
+    losses = np.minimum.accumulate(own)
     late = spent > 0.9 * min(budget, float(spent[-1]))
     before, after = losses[~late], losses[-1]
     if not len(before) or not math.isfinite(before[-1]) or not math.isfinite(after):
@@ -356,7 +329,7 @@ def _advise_last_tenth(facts: StudyFacts) -> Iterator[Advice]:
     found_at = float(spent[int(np.argmax(losses == after))] / spent[-1])
     best_before, best_after = facts.sign * float(before[-1]), facts.sign * float(after)
     # The best of trials in random order is among the last k of n with probability k / n.
-    ended = np.isfinite(losses) & np.isin([t.number for t in traces], _valued_numbers(facts))
+    ended = np.isfinite(own)
     chance = float((late & ended).sum() / max(ended.sum(), 1))
     if after < before[-1]:
         effect = (
@@ -382,11 +355,6 @@ def _advise_last_tenth(facts: StudyFacts) -> Iterator[Advice]:
     )
 
 
-def _valued_numbers(facts: StudyFacts) -> NDArray[np.int64]:
-    numbers: NDArray[np.int64] = facts.table["number"].to_numpy()
-    return numbers[facts.completed & facts.feasible]
-
-
 def _budget(facts: StudyFacts) -> tuple[str, float]:
     """Return the total quota that was used most, or else the trial time that was spent."""
     used = {
@@ -398,13 +366,3 @@ def _budget(facts: StudyFacts) -> tuple[str, float]:
         most = max(used, key=lambda name: used[name])
         return most, facts.quota[most]
     return "trial_time", float(np.nansum(facts.data.amounts("wall_time")))
-
-
-def _best_losses(
-    facts: StudyFacts, values: NDArray[np.float64], traces: Sequence[TrialTrace]
-) -> NDArray[np.float64]:
-    """Return the least loss after each trial; inf before the first one completed."""
-    done = facts.completed & facts.feasible
-    losses = dict(zip(facts.table["number"][done], values[done] * facts.sign, strict=True))
-    found = np.array([losses.get(trace.number, math.inf) for trace in traces])
-    return np.minimum.accumulate(found)

@@ -16,7 +16,7 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 
 from optuna_quota._utilization.data import Parameter, StudyData
-from optuna_quota._utilization.multiple_tests import holm
+from optuna_quota._utilization.model import holm
 
 
 if TYPE_CHECKING:
@@ -24,18 +24,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-COLUMNS = (
-    "param",
-    "resource",
-    "rho",
-    "lower",
-    "upper",
-    "p_value",
-    "p_adjusted",
-    "n",
-    "measure",
-    "branch",
-)
+_FIGURES = ("rho", "lower", "upper", "p_value")
+_COLUMNS = ("param", "resource", *_FIGURES, "p_adjusted", "n", "measure", "branch")
 # Fewer trials are not tested: at n = 8 only |rho| > 0.74 passes a single test at 5%.
 MIN_TRIALS = 8
 _Z95 = 1.959963984540054
@@ -47,14 +37,11 @@ def correlations(data: StudyData) -> pd.DataFrame:
     Figures are NaN where fewer than eight trials are known or the parameter or usage never varied;
     ``n`` is given all the same. A conditional parameter is tested among the trials that have it,
     which ``branch`` names.
-
-    Args:
-        data: The study.
     """
     import pandas as pd
 
     rows = [_row(data, p, r) for r in data.resources for p in data.parameters]
-    table: pd.DataFrame = pd.DataFrame(rows, columns=list(COLUMNS))
+    table: pd.DataFrame = pd.DataFrame(rows, columns=list(_COLUMNS))
     table["p_adjusted"] = holm(table["p_value"].to_numpy(dtype=float))
     order = table["rho"].abs().fillna(-1.0)
     place = table["resource"].map({name: i for i, name in enumerate(data.resources)})
@@ -66,8 +53,8 @@ def correlations(data: StudyData) -> pd.DataFrame:
 def _row(data: StudyData, parameter: Parameter, resource: str) -> dict[str, Any]:
     kept = data.ranked(resource) & parameter.active
     x, y = parameter.values[kept], data.amounts(resource)[kept]
-    figures = {"rho": math.nan, "lower": math.nan, "upper": math.nan, "p_value": math.nan}
-    if len(x) >= MIN_TRIALS and _varies(x) and _varies(y):
+    figures = dict.fromkeys(_FIGURES, math.nan)
+    if len(x) >= MIN_TRIALS and (x != x[0]).any() and (y != y[0]).any():
         figures = _epsilon_squared(x, y) if parameter.levels else spearman(x, y)
     return {
         "param": parameter.name,
@@ -79,17 +66,8 @@ def _row(data: StudyData, parameter: Parameter, resource: str) -> dict[str, Any]
     }
 
 
-def _varies(values: NDArray[np.float64]) -> bool:
-    return bool((values != values[0]).any())
-
-
 def spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> dict[str, float]:
-    """Return ρ of two variables with its interval and p-value; each must vary.
-
-    Args:
-        x: Shape ``(n,)``.
-        y: Shape ``(n,)``.
-    """
+    """Return ρ of two variables that vary, shape ``(n,)``, with its interval and p-value."""
     from scipy import special, stats
 
     n = len(x)
@@ -113,7 +91,8 @@ def _epsilon_squared(codes: NDArray[np.float64], y: NDArray[np.float64]) -> dict
 
     n, groups = len(y), [y[codes == code] for code in np.unique(codes)]
     h, df = float(stats.kruskal(*groups).statistic), len(groups) - 1
-    lower, upper = (_noncentrality(h, df, q) / (n - 1) for q in (0.975, 0.025))
+    # The noncentralities at which H is that high, or that low, with probability 2.5%.
+    lower, upper = (float(special.chndtrinc(h, df, q)) / (n - 1) for q in (0.975, 0.025))
     effect = h / (n - 1)
     return {
         "rho": effect,
@@ -121,19 +100,6 @@ def _epsilon_squared(codes: NDArray[np.float64], y: NDArray[np.float64]) -> dict
         "upper": min(max(upper, effect), 1.0),
         "p_value": float(special.chdtrc(df, h)),
     }
-
-
-def _noncentrality(h: float, df: int, quantile: float) -> float:
-    """Return λ such that a noncentral χ²(df, λ) is at most ``h`` with probability ``quantile``."""
-    from scipy import optimize, special
-
-    def excess(noncentrality: float) -> float:
-        return float(special.chndtr(h, df, noncentrality)) - quantile
-
-    if excess(0.0) <= 0:
-        return 0.0
-    high = h + 10 * math.sqrt(h + df) + 10
-    return float(optimize.brentq(excess, 0.0, high, xtol=1e-6 * high))
 
 
 def claims(table: pd.DataFrame, level: float = 0.05) -> list[dict[str, Any]]:

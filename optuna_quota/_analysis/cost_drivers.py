@@ -45,20 +45,14 @@ _MIN_FACTOR = 1.05
 
 @dataclass(frozen=True)
 class Driver:
-    """One hyperparameter and one resource, each figure as lower, median and upper (90%).
-
-    Attributes:
-        param: Name of the hyperparameter.
-        share: Of the variance of the logarithm of the usage, noise included.
-        factor: By which the usage changes where the parameter alone changes at the best trial;
-            None for a category, where that is out of the range, or where no best trial is known.
-        change: What the parameter is multiplied by: 2, or 0.5 where 2 is out of the range.
-    """
+    """One hyperparameter and one resource, each figure as lower, median and upper (90%)."""
 
     param: str
-    share: tuple[float, float, float]
+    share: tuple[float, float, float]  # of the variance of the log of the usage, noise included
+    # By which the usage changes where the parameter alone changes at the best trial; None for a
+    # category, where that is out of the range, or where no best trial is known.
     factor: tuple[float, float, float] | None
-    change: float = 2.0
+    change: float = 2.0  # what the parameter is multiplied by; 0.5 where 2 is out of the range
 
     @property
     def is_clear(self) -> bool:
@@ -135,20 +129,15 @@ def _groups(values: Sequence[Any], unit: Array, most: int) -> NDArray[np.int64]:
     if len(place) <= min(most, _MAX_CHOICES):
         return np.array([place[text] for text in texts])
     bins = min(most, _BINS)
-    binned: NDArray[np.int64] = np.minimum((unit * bins).astype(np.int64), bins - 1)
-    return binned
+    return np.asarray(np.minimum((unit * bins).astype(np.int64), bins - 1))
 
 
 def _shares(groups: Sequence[NDArray[np.int64]], f: Array, noise: Array) -> list[Array]:
     """Return ε² of the groups of each parameter, 0 on average without effect, in each draw.
 
-    The effects are fitted together, and their chance covariance among these points is left out of
-    the total: one at a time, each would have a part of the others'.
-
-    Args:
-        groups: The group of each point, by parameter.
-        f: Draws of the function, shape ``(n_draws, n_points)``.
-        noise: Added to the variance of each draw.
+    The effects on draws ``f``, shape ``(n_draws, n_points)``, are fitted together, and their
+    chance covariance is left out of the total: one at a time, each would have a part of the
+    others'.
     """
     f = f - f.mean(axis=1, keepdims=True)
     hot = [np.eye(group.max() + 1)[group] for group in groups]
@@ -167,11 +156,7 @@ def _shares(groups: Sequence[NDArray[np.int64]], f: Array, noise: Array) -> list
 
 
 def log_draws(model: Model, columns: Array, count: int) -> tuple[Array, Array]:
-    """Return draws of the logarithm of the usage, and the variance of the noise on it.
-
-    The draws are of the whole function without noise, shape ``(count, n_points)``; the noise is
-    that of each draw.
-    """
+    """Return draws of the log of the usage, shape ``(count, n_points)``, and of its noise."""
     if isinstance(model, ChainedModel):
         base, its = _draws(model.base, columns, count, 0)
         ratio, own = _draws(model.ratio, columns, count, 1)

@@ -21,11 +21,8 @@ if TYPE_CHECKING:
 def best_numbers(study: Study, *, without: Collection[int] = ()) -> list[int]:
     """Return the number of the best completed trial, or those of the Pareto front.
 
-    Trials that violate a constraint or have a value that is not finite are left out.
-
-    Args:
-        study: Any Optuna study.
-        without: Numbers of further trials to leave out.
+    Trials that violate a constraint or have a value that is not finite are left out, and those
+    whose number is in ``without``.
     """
     from optuna.trial import TrialState
 
@@ -49,10 +46,9 @@ def loss_signs(study: Study) -> NDArray[np.float64]:
 
 
 def pareto_front(losses: NDArray[np.float64]) -> list[int]:
-    """Return the rows that no other row dominates; of a single column, the first minimum.
+    """Return the rows of losses, shape ``(n, n_objectives)``, that no other row dominates.
 
-    Args:
-        losses: Less is better, shape ``(n, n_objectives)``.
+    Of a single column, that is the first minimum.
     """
     if losses.shape[1] == 1:
         return [int(losses[:, 0].argmin())]
@@ -67,16 +63,9 @@ def pareto_front(losses: NDArray[np.float64]) -> list[int]:
 def cost_front(
     table: pd.DataFrame, kept: NDArray[np.bool_], sign: float, resource: str
 ) -> pd.DataFrame:
-    """Return the trials that no other beats in both cost and value, cheapest first.
+    """Return the trials of a table that no other beats in both cost and value, cheapest first.
 
-    The columns are ``number``, ``value`` and the resource. Of trials that are equal the first
-    counts.
-
-    Args:
-        table: The trial table of a study with one objective.
-        kept: Which trials count, shape ``(n_trials,)``.
-        sign: 1 where the objective is minimized, -1 where it is maximized.
-        resource: The cost.
+    Of trials that are equal the first counts. ``sign`` is -1 where the objective is maximized.
     """
     found = table.loc[kept, ["number", "value", resource]].dropna()
     losses = sign * found["value"].to_numpy(dtype=float)

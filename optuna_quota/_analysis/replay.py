@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import repeat
 import math
 from typing import TYPE_CHECKING
 
@@ -65,18 +66,16 @@ class ReplayReport:
         """
         import pandas as pd
 
-        columns = {"number": "int64", "outcome": "object", "replayed": "object", "by": "object"}
-        columns |= {"scope": "object", "seconds": "float64"}
-        table: pd.DataFrame = pd.DataFrame(
-            {
-                name: pd.Series([getattr(trace, name) for trace in self._after], dtype=dtype)
-                for name, dtype in columns.items()
-            }
-        ).rename(columns={"replayed": "fate"})
+        names = {"number": "int64", "outcome": "object", "replayed": "object", "by": "object"}
+        names |= {"scope": "object", "seconds": "float64"}
+        columns = {
+            name: pd.Series([getattr(trace, name) for trace in self._after], dtype=dtype)
+            for name, dtype in names.items()
+        }
         for name in CHARGED_RESOURCES:
-            pairs = zip(self._before, self._after, strict=True)
-            saved = [_saved(before, after, name) for before, after in pairs]
-            table[f"saved_{name}"] = pd.Series(saved, dtype="float64")
+            saved = map(_saved, self._before, self._after, repeat(name))
+            columns[f"saved_{name}"] = pd.Series(list(saved), dtype="float64")
+        table: pd.DataFrame = pd.DataFrame(columns).rename(columns={"replayed": "fate"})
         # The outcome is that of the study, before the replay.
         table["lost"] = (table["outcome"] == "completed") & (table["fate"] != "kept")
         return table

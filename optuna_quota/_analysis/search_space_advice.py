@@ -1,16 +1,22 @@
-"""Advice to narrow the search space where that avoids breaches and costs no good trial.
+"""Edits of the search space that avoid breaches, or halve the cost, and cost no good trial.
 
-Rules have the form ``x <= a``, ``x >= a`` or ``without x = level``, each also with a condition
-``when y >= b`` (or ``<=``, or a level). The rule is chosen that removes most breaches less fitting
-trials. It must remove at least half of the breaches; at least 80% of the trials that it removes
-must have breached; none of them may be within 1% of the best; and the p-value of Fisher's exact
-test, times the number of rules tried (Bonferroni), must be below 5%.
+Rules against breaches have the form ``x <= a``, ``x >= a`` or ``without x = level``, each also
+with a condition ``when y >= b`` (or ``<=``, or a level). The rule is chosen that removes most
+breaches less fitting trials. It must remove at least half of the breaches; at least 80% of the
+trials that it removes must have breached; none of them may be within 1% of the best; and the
+p-value of Fisher's exact test, times the number of rules tried (Bonferroni), must be below 5%.
 
 A rule looks better on the trials that it was chosen from than on others. So rules are also chosen
 on four fifths of the trials at a time and judged on the fifth: these figures are given, and must
 reach half of the breaches and 70% that breached. And at most a tenth of the best points that fit
-may be lost, by a model of the objective (``best_points.py``). ``benchmarks/advice.py`` judges both
-on fresh points.
+may be lost, by a model of the objective.
+
+Bounds that halve the cost are judged on points of a Latin hypercube that most likely fit the
+study's limits: the footprint gives their cost, and a Gaussian process of the objective's normal
+scores the best of them, both as draws of the whole function. A bound is ``x <= a``, ``x >= a`` or
+``without x = level``. Of all pairs under which a trial costs at most half on average and no trial
+near the best is lost, that is suggested under which one of the best hundredth of the points stays
+in most draws, at least in nine of ten. ``benchmarks/advice.py`` judges both on fresh points.
 """
 
 from __future__ import annotations
@@ -23,17 +29,22 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 
 from optuna_quota._analysis.advice import Advice, StudyFacts, TOLERANCE
-from optuna_quota._analysis.best_points import best_fitting_points
-from optuna_quota._resources import get_resource
+from optuna_quota._analysis.cost_drivers import log_draws
+from optuna_quota._footprint.resource_model import fit_resource, ResourceData, ResourceModel
+from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
+from optuna_quota._resources import get_resource, Limits
 from optuna_quota._utilization.data import Parameter
+from optuna_quota._utilization.model import plain_number
 
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from optuna.distributions import BaseDistribution
 
     from optuna_quota._footprint.footprint import Footprint
 
     Mask = NDArray[np.bool_]
+    Points = Sequence[Mapping[str, Any]]
 
 
 _MIN_BREACHES = 4
@@ -47,22 +58,31 @@ _MIN_GAIN_OF_CONDITION = 2
 _FOLDS = 5
 _MIN_HELD_OUT_PRECISION = 0.7
 _MAX_LOST = 0.1
+# Of the model of the objective. The process costs the cube of its trials.
+_MIN_COMPLETED = 20
+_MAX_FITTED = 200
+_DRAWN = 1024
+_BEST_SHARE = 0.05
+# Of bounds that halve the cost.
+_POINTS = 512
+_MIN_FITTING = 64
+_DRAWS = 200
+_CUTS = 16
+_MAX_COST = 0.5
+# Of the variance of the normal scores at trials left out; else the best may be anywhere.
+_MAX_UNEXPLAINED = 0.5
+_HUNDREDTH = 0.01
+_MIN_KEPT = 0.9
+_MIN_GAIN_OF_SECOND = 0.02
 
 
 @dataclass(frozen=True)
 class Region:
-    """Trials on one side of a cut, or at one level.
+    """Trials on one side of a cut, or at one level."""
 
-    Attributes:
-        inside: Which trials lie in it, shape ``(n_trials,)``.
-        text: The region, such as ``width >= 512``.
-        complement: The rest of the space, such as ``width <= 511``.
-        param: Name of the parameter.
-    """
-
-    inside: Mask
-    text: str
-    complement: str
+    inside: Mask  # shape (n_trials,)
+    text: str  # such as "width >= 512"
+    complement: str  # the rest of the space, such as "width <= 511"
     param: str
 
 
@@ -72,7 +92,6 @@ class Rule:
 
     removed: Mask
     text: str
-    score: float
 
 
 def advise_search_space(facts: StudyFacts, footprint: Footprint) -> Iterator[Advice]:
@@ -134,7 +153,6 @@ def _advise(
 def _chosen(
     parameters: Sequence[Parameter], breached: Mask, known: Mask, good: Mask
 ) -> tuple[Rule | None, int]:
-    """Return the best rule and the number of rules tried."""
     promising = sorted(parameters, key=lambda p: -_contrast(p, breached, known))
     regions = [r for p in promising[:_MAX_PARAMS] for r in _regions(p, breached, known)]
     return _best_rule(regions, breached, known, good)
@@ -157,16 +175,52 @@ def _held_out(
     return avoided / max(int(breached.sum()), 1), avoided / max(removed, 1)
 
 
-def _best_points(
-    facts: StudyFacts, footprint: Footprint, resource: str, breached: Mask
-) -> Sequence[Mapping[str, Any]]:
+def _best_points(facts: StudyFacts, footprint: Footprint, resource: str, breached: Mask) -> Points:
+    """Return the best twentieth of fresh points that most likely stay below the limit."""
     limits = facts.table["breach_limit"][breached].dropna()
     if resource not in footprint.resources or limits.empty:
         return []
-    return best_fitting_points(facts, footprint, resource, float(limits.median()))
+    objective = _objective_model(facts, footprint)
+    if objective is None:
+        return []
+    fresh = _fresh_points(footprint, _DRAWN)
+    over = footprint.expected(fresh)[resource].above(float(limits.median()))
+    fits = np.flatnonzero(over < 0.5)
+    expected = objective.predict(footprint.contents.features.scale(fresh)).center[fits]
+    best = fits[np.argsort(expected)[: max(1, int(_BEST_SHARE * len(fits)))]]
+    return [fresh[int(i)] for i in best]
 
 
-def _with_points(parameter: Parameter, points: Sequence[Mapping[str, Any]]) -> Parameter:
+def _fresh_points(footprint: Footprint, count: int) -> Points:
+    space = footprint.contents.features.distributions()
+    unit = latin_hypercube(count, len(space), np.random.default_rng(0))
+    return points_from_unit_cube(space, unit)
+
+
+def _objective_model(facts: StudyFacts, footprint: Footprint) -> ResourceModel | None:
+    """Return a Gaussian process of the objective's normal scores, over the scaled parameters.
+
+    None for several objectives, conditional parameters or few trials.
+    """
+    from scipy.special import ndtri
+    from scipy.stats import rankdata
+
+    done = np.flatnonzero(facts.completed & facts.feasible)[-_MAX_FITTED:]
+    features = footprint.contents.features
+    names = [part.name for part in features.parts]
+    known = all(f"params_{name}" in facts.table for name in names)
+    if facts.values is None or len(done) < _MIN_COMPLETED or not known or not names:
+        return None
+    if not all(parameter.active.all() for parameter in facts.data.parameters):
+        return None
+    rows = facts.table[[f"params_{name}" for name in names]].iloc[done].to_numpy(dtype=object)
+    losses = facts.sign * facts.values[done]
+    scores = ndtri((rankdata(losses) - 0.5) / len(losses))
+    columns = features.scale([dict(zip(names, row, strict=True)) for row in rows])
+    return fit_resource(ResourceData.exact(columns, np.exp(scores), floors=(0.0,)))
+
+
+def _with_points(parameter: Parameter, points: Points) -> Parameter:
     found = [p.get(parameter.name) for p in points]
     if parameter.levels:
         code = {level: float(i) for i, level in enumerate(parameter.levels)}
@@ -202,7 +256,7 @@ def _regions(parameter: Parameter, breached: Mask, known: Mask) -> Iterator[Regi
             yield Region(x == code, level, f"without {level}", name)
         return
     for below, above in _cuts(seen, x[kept], breached[kept]):
-        bounds = _bounds(below, above, whole=bool((seen == np.round(seen)).all()))
+        bounds = _bounds_at(below, above, whole=bool((seen == np.round(seen)).all()))
         # Six digits where they are exact: a rounded bound may let breaches in.
         under, over = (f"{end:g}" if float(f"{end:g}") == end else f"{end:.17g}" for end in bounds)
         with np.errstate(invalid="ignore"):
@@ -222,7 +276,7 @@ def _cuts(
         yield float(seen[i]), float(seen[i + 1])
 
 
-def _bounds(below: float, above: float, *, whole: bool) -> tuple[float, float]:
+def _bounds_at(below: float, above: float, *, whole: bool) -> tuple[float, float]:
     """Return the bounds below and above a cut, with as few digits as tell them apart."""
     if whole:
         return below, above
@@ -237,38 +291,26 @@ def _bounds(below: float, above: float, *, whole: bool) -> tuple[float, float]:
 def _best_rule(
     regions: Sequence[Region], breached: Mask, known: Mask, good: Mask
 ) -> tuple[Rule | None, int]:
+    """Return the best region, or pair of regions of two parameters, and the number tried."""
     if not regions:
         return None, 0
     inside = np.array([r.inside for r in regions])
-    fits = known & ~breached
-    counts = [(inside & mask).sum(axis=1).astype(float) for mask in (breached, fits, good)]
-    alone = _best_of(counts)
-    best = (
-        None if alone is None else Rule(inside[alone[0]], regions[alone[0]].complement, alone[1])
-    )
-    pairs = _pair_counts(inside, (breached, fits, good))
+    # How many trials of each kind lie in both of two regions, each of shape (n, n).
+    among = [inside[:, mask].astype(np.float32) for mask in (breached, known & ~breached, good)]
+    hit, fit, lost = (each @ each.T for each in among)
+    score = np.where(lost > 0, -np.inf, hit - fit)
+    alone = int(score.diagonal().argmax())
+    most = float(score[alone, alone])
     own = np.array([[a.param == b.param for b in regions] for a in regions])
-    score = np.where((pairs[2] > 0) | own, -np.inf, pairs[0] - pairs[1])
-    place = int(score.argmax())
-    one, other = divmod(place, len(regions))
-    needed = _MIN_GAIN_OF_CONDITION + (alone[1] if alone else 0.0)
+    pairs = np.where(own, -np.inf, score)
+    first, second = (regions[i] for i in divmod(int(pairs.argmax()), len(regions)))
     tried = len(regions) + int((~own).sum()) // 2
-    if math.isfinite(score[one, other]) and score[one, other] >= needed:
-        first, second = regions[one], regions[other]
+    if pairs.max() >= _MIN_GAIN_OF_CONDITION + (most if math.isfinite(most) else 0.0):
         text = f"{first.complement} when {second.text}"
-        best = Rule(first.inside & second.inside, text, float(score[one, other]))
-    return best, tried
-
-
-def _best_of(counts: Sequence[NDArray[np.float64]]) -> tuple[int, float] | None:
-    score = np.where(counts[2] > 0, -np.inf, counts[0] - counts[1])
-    place = int(score.argmax())
-    return (place, float(score[place])) if math.isfinite(score[place]) else None
-
-
-def _pair_counts(inside: Mask, masks: Sequence[Mask]) -> list[NDArray[np.float64]]:
-    """How many trials of each mask lie in both of two regions, each of shape ``(n, n)``."""
-    return [(among := inside[:, mask].astype(np.float32)) @ among.T for mask in masks]
+        return Rule(first.inside & second.inside, text), tried
+    if not math.isfinite(most):
+        return None, tried
+    return Rule(regions[alone].inside, regions[alone].complement), tried
 
 
 def _is_significant(rule: Rule, breached: Mask, known: Mask, tried: int) -> bool:
@@ -281,3 +323,87 @@ def _is_significant(rule: Rule, breached: Mask, known: Mask, tried: int) -> bool
         return False
     chance = float(hypergeom.sf(avoided - 1, int(known.sum()), total, removed))
     return chance * max(tried, 1) < _SIGNIFICANCE
+
+
+@dataclass(frozen=True)
+class CheaperSpace:
+    """Bounds under which a trial costs about half on average."""
+
+    resource: str  # the cost
+    bounds: tuple[str, ...]  # one or two, such as "rows <= 1500"
+    cost: float  # mean cost of a trial as a share of that over the whole space
+    best_kept: float  # probability that one of the best hundredth of the points that fit stays
+
+    def __str__(self) -> str:
+        return (
+            f"Half the cost: with {' and '.join(self.bounds)}, a trial takes {self.cost:.0%} of "
+            f"the {get_resource(self.resource).title} that it takes over the whole space. No "
+            "trial near the best is lost, and one of the best hundredth of the points stays with "
+            f"probability {min(self.best_kept, 0.99):.0%} (by the footprint and a model of the "
+            "value)."
+        )
+
+
+def cheaper_space(
+    facts: StudyFacts,
+    footprint: Footprint,
+    resource: str,
+    limits: Mapping[str, float],
+    near_best: Points,
+) -> CheaperSpace | None:
+    """Return bounds that halve a cost; None where none would, or too little is known to tell.
+
+    The points of the trials near the best must stay.
+    """
+    objective = _objective_model(facts, footprint)
+    if objective is None or resource not in footprint.resources:
+        return None
+    if float(np.mean(objective.log_leave_one_out()[0] ** 2)) > _MAX_UNEXPLAINED:
+        return None
+    features, drawn = footprint.contents.features, _fresh_points(footprint, _POINTS)
+    over = footprint.breaches(drawn, Limits.from_amounts(limits))
+    fits = np.all([np.ones(_POINTS), *(each < 0.5 for each in over.values())], axis=0)
+    points = [drawn[int(i)] for i in np.flatnonzero(fits)]
+    if len(points) < _MIN_FITTING:
+        return None
+    scores, _ = log_draws(objective, features.scale(points), _DRAWS)
+    best = np.argsort(scores, axis=1)[:, : round(_HUNDREDTH * len(points)) or 1]
+    logs, _ = log_draws(footprint.contents.models[resource], features.encode(points), _DRAWS)
+    costs = np.exp(logs - logs.max(axis=1, keepdims=True))
+    costs /= costs.mean(axis=1, keepdims=True)
+    bounds = [("", np.ones(len(points)))]
+    for text, within in _bounds(features.distributions(), [*near_best, *points], footprint.points):
+        if within[: len(near_best)].all():
+            bounds.append((text, within[len(near_best) :].astype(float)))
+    inside = np.array([mask for _, mask in bounds])
+    count = inside @ inside.T
+    cost = (inside * costs.mean(axis=0)) @ inside.T / np.maximum(count, 1.0)
+    stays = np.mean([inside[:, each] @ inside[:, each].T > 0 for each in best], axis=0)
+    # Of those that keep the best as surely, one bound, and what leaves most of the space.
+    second = np.logical_and.outer(*2 * [np.arange(len(bounds)) > 0])
+    score = stays + 1e-3 * count / len(points) - _MIN_GAIN_OF_SECOND * second
+    score = np.where((cost <= _MAX_COST) & (stays >= _MIN_KEPT), score, 0.0)
+    pair = divmod(int(score.argmax()), len(bounds))
+    if not score[pair] > 0:
+        return None
+    texts = tuple(text for text in dict.fromkeys(bounds[i][0] for i in pair) if text)
+    return CheaperSpace(resource, texts, float(cost[pair]), float(stays[pair]))
+
+
+def _bounds(
+    space: Mapping[str, BaseDistribution], points: Points, tried: Points
+) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """Yield bounds, and which points are within each; they are whole where all tried ones are."""
+    for name, distribution in space.items():
+        values = [point[name] for point in points]
+        if not hasattr(distribution, "high"):
+            for choice in getattr(distribution, "choices", ()):
+                kept = np.array([repr(value) != repr(choice) for value in values])
+                yield f"without {name} = {choice}", kept
+            continue
+        x = np.array(values, dtype=float)
+        whole = all(float(point[name]).is_integer() for point in tried)
+        for end in np.quantile(x, np.arange(1, _CUTS) / _CUTS):
+            bound = f"{end:.0f}" if whole and abs(end) < 100 else plain_number(end, 2)
+            yield f"{name} <= {bound}", x <= float(bound)
+            yield f"{name} >= {bound}", x >= float(bound)

@@ -1,7 +1,15 @@
-"""The analysis of a study, each part computed on first use."""
+"""The analysis of a study, each part computed on first use.
+
+Formula and footprint are judged by leave-one-out errors on the log scale over the same trials: the
+formula's residual over one minus its leverage, and the Gaussian process's exact ones. A formula is
+called wrong where the footprint's errors are smaller by much, and by more than chance (Wilcoxon's
+signed-rank test).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 import re
 from typing import TYPE_CHECKING
@@ -10,29 +18,45 @@ import numpy as np
 
 from optuna_quota import _records
 from optuna_quota._analysis.advice import Advice, advise, StudyFacts
-from optuna_quota._analysis.cheaper_space import cheaper_space, CheaperSpace
 from optuna_quota._analysis.correlations import claims, correlations
 from optuna_quota._analysis.cost_drivers import cost_drivers, Driver
 from optuna_quota._analysis.pareto import best_numbers, cost_front, is_feasible, loss_signs
-from optuna_quota._analysis.prediction_error import prediction_errors, PredictionError
-from optuna_quota._analysis.search_space_advice import advise_search_space
+from optuna_quota._analysis.search_space_advice import (
+    advise_search_space,
+    cheaper_space,
+    CheaperSpace,
+)
 from optuna_quota._analysis.trial_traces import trial_traces
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import Observation, read_observation
 from optuna_quota._resources import get_resource
 from optuna_quota._utilization.data import StudyData
-from optuna_quota._utilization.fit import without_numeric_warnings
-from optuna_quota._utilization.model import (
-    fit_utilization_models,
-    UtilizationModel,
-    with_partial_peaks,
-)
+from optuna_quota._utilization.fit import derivatives_at, leverage, without_numeric_warnings
+from optuna_quota._utilization.model import fit_utilization_models, UtilizationModel
 
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from optuna.study import Study
     import pandas as pd
+
+
+_MIN_TRIALS = 8
+_MUCH = 1.3
+# A law that errs by less than this more, or by less than this at all, is good enough.
+_MATTERS = 0.01
+_GOOD_ENOUGH = 0.04
+_SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True)
+class PredictionError:
+    """Median errors at trials left out, as shares of their usage."""
+
+    formula: float
+    footprint: float
+    n: int
+    is_wrong: bool  # whether the formula is no law of this resource
 
 
 class StudyAnalysis:
@@ -64,7 +88,8 @@ class StudyAnalysis:
         ``p_value``, ``p_adjusted`` (Holm, over all tests of the study), ``n``, ``measure`` and
         ``branch`` (the choices under which a conditional parameter is active).
         """
-        return correlations(with_partial_peaks(self.data, self.models))
+        partial = frozenset(name for name, model in self.models.items() if model.n_stopped_peaks)
+        return correlations(replace(self.data, partial_peaks=partial))
 
     @property
     def models(self) -> dict[str, UtilizationModel]:
@@ -111,7 +136,27 @@ class StudyAnalysis:
     @cached_property
     def prediction_errors(self) -> dict[str, PredictionError]:
         """How closely formula and footprint predict trials left out of them, by resource."""
-        return prediction_errors(self.models, self.footprint, self._observations)
+        from scipy.stats import wilcoxon
+
+        found = {}
+        for name, model in self.models.items():
+            with without_numeric_warnings():
+                ours = _formula_errors(model)
+                theirs = _footprint_errors(self.footprint, name, self._observations)
+                common = sorted(ours.keys() & theirs.keys())
+                if len(common) < _MIN_TRIALS:
+                    continue
+                pairs = np.abs([[ours[i], theirs[i]] for i in common])
+                formula, footprint = np.median(pairs, axis=0)
+                is_wrong = bool(
+                    formula > max(_MUCH * footprint, footprint + _MATTERS, _GOOD_ENOUGH)
+                )
+                if is_wrong:
+                    test = wilcoxon(pairs[:, 0], pairs[:, 1], alternative="greater")
+                    is_wrong = bool(test.pvalue < _SIGNIFICANCE)
+                one, other = np.expm1(np.minimum((formula, footprint), 20.0)).tolist()
+                found[name] = PredictionError(one, other, len(common), is_wrong)
+        return found
 
     @property
     def formulas(self) -> dict[str, str]:
@@ -183,6 +228,32 @@ class StudyAnalysis:
             self.feasible,
             float(loss_signs(self.study)[0]),
         )
+
+
+def _formula_errors(model: UtilizationModel) -> dict[int, float]:
+    fit, sample = model.selected.fit, model.selected.sample
+    at_fit = derivatives_at(fit, sample)
+    errors = (sample.y - at_fit.mean) / np.maximum(1 - leverage(at_fit), 0.05)
+    rows = zip(model.numbers, errors, sample.censored, strict=True)
+    return {int(number): float(error) for number, error, cut in rows if not cut}
+
+
+def _footprint_errors(
+    footprint: Footprint, resource: str, numbers: Mapping[int, Observation]
+) -> dict[int, float]:
+    model = footprint.contents.models.get(resource)
+    if model is None:
+        return {}
+    number_of = {id(row): number for number, row in numbers.items()}
+    rows = [row for row in footprint.contents.observations if row.usage.get(resource) is not None]
+    errors, censored = model.log_leave_one_out()[0], model.censored
+    if len(rows) != len(errors):
+        return {}
+    return {
+        number_of[id(row)]: float(error)
+        for row, error, cut in zip(rows, errors, censored, strict=True)
+        if not cut
+    }
 
 
 def _is_named(param: str, formula: str) -> bool:

@@ -31,7 +31,6 @@ _MAX_FRONT = 8
 
 
 def summarize(analysis: StudyAnalysis) -> str:
-    """Return the whole analysis as text."""
     blocks = [
         _head(analysis),
         _usage_lines(analysis),
@@ -61,8 +60,8 @@ def _head(analysis: StudyAnalysis) -> Iterator[str]:
 def refused_points(trials: Iterable[FrozenTrial]) -> str:
     """Say what became of the points refused before finished trials; empty when none was.
 
-    An audited point ran although it was refused. It counts only if its trial completed or breached
-    a limit: one that stopped for another reason says nothing of the refusal.
+    An audited point counts only if its trial completed or breached a limit: one that stopped for
+    another reason says nothing of the refusal.
     """
     counts: Counter[str] = Counter()
     for trial in trials:
@@ -115,17 +114,18 @@ def _driver_lines(analysis: StudyAnalysis) -> Iterator[str]:
             f"{d.param} {d.share[1]:.0%} [{d.share[0]:.0%}, {d.share[2]:.0%}]" for d in clear
         )
         lines += wrap(f"{title}: {shares}.", first="  ", indent="    ")
-        factors = [
-            f"{'doubling' if d.change > 1 else 'halving'} {d.param} "
-            f"{{}}by {factor[1]:.2f} [{factor[0]:.2f}, {factor[2]:.2f}]"
-            for d in clear
-            if (factor := d.clear_factor) is not None
-        ]
+        factors, verb = [], f"multiplies the {title} by"
+        for driver in clear:
+            if driver.clear_factor is not None:
+                lower, median, upper = driver.clear_factor
+                change = "doubling" if driver.change > 1 else "halving"
+                factors.append(
+                    f"{change} {driver.param} {verb} {median:.2f} [{lower:.2f}, {upper:.2f}]"
+                )
+                verb = "by"
         if factors:
-            text = (
-                ", ".join(factors).replace("{}", f"multiplies the {title} ", 1).replace("{}", "")
-            )
-            lines += wrap(f"At the best trial, {text}.", first="    ", indent="      ")
+            text = f"At the best trial, {', '.join(factors)}."
+            lines += wrap(text, first="    ", indent="      ")
     if any(parameter.branch for parameter in analysis.data.parameters):
         yield from wrap(
             "What drives cost: not computed, as conditional parameters have no common range. The "
@@ -235,17 +235,14 @@ def _basis(model: UtilizationModel, n_partial: int) -> str:
 
 def _correlation_line(row: dict[str, Any]) -> Iterator[str]:
     sign = "" if row["measure"] == "epsilon2" else "+"
+    p_value = "p < 0.001" if row["p_adjusted"] < 0.001 else f"p = {row['p_adjusted']:.3f}"
     figures = (
         f"{row['rho']:{sign}.2f} [{row['lower']:{sign}.2f}, {row['upper']:{sign}.2f}]"
-        f"  {_p_text(row['p_adjusted'])}  n = {row['n']}"
+        f"  {p_value}  n = {row['n']}"
     )
     branch = f"  within {row['branch']}" if row["branch"] else ""
     title, param = get_resource(row["resource"]).title, _cut(row["param"], 24)
     yield _cut(f"  {title:<12} {param:<24} {figures}{branch}", _WIDTH)
-
-
-def _p_text(p_value: float) -> str:
-    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
 
 
 def counted(count: int, noun: str) -> str:
@@ -254,7 +251,6 @@ def counted(count: int, noun: str) -> str:
 
 
 def wrap(text: str, indent: str = "", first: str = "") -> list[str]:
-    """Return text broken into lines that fit."""
     return textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=indent)
 
 

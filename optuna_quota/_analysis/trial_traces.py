@@ -16,7 +16,6 @@ from optuna_quota._table import usage_at_least
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
     from optuna_quota._resources import Breach, Limits, Quota
 
@@ -26,35 +25,21 @@ ReplayOutcome = Literal["kept", "terminated", "not run"]
 
 @dataclass(frozen=True)
 class TrialTrace:
-    """The time and usage of one trial, as measured or as replayed.
-
-    Attributes:
-        number: The trial's number.
-        outcome: How it ended, None when unknown.
-        start: Seconds since the first trial of the study started.
-        seconds: How long it ran.
-        amounts: Usage by resource, in SI base units.
-        timeline: Pairs of seconds since the start and bytes of memory.
-        breach: The breach that was recorded.
-        replayed: What the replay made of the trial.
-        by: The resource that decided it.
-        scope: Whether a limit or a quota did.
-    """
+    """The time and usage of one trial, as measured or as replayed."""
 
     number: int
-    outcome: str | None
-    start: float
-    seconds: float
-    amounts: Mapping[str, float]
-    timeline: Sequence[tuple[float, float]] = ()
-    breach: Breach | None = None
+    outcome: str | None  # how it ended, None when unknown
+    start: float  # seconds since the first trial of the study started
+    seconds: float  # how long it ran
+    amounts: Mapping[str, float]  # usage by resource, in SI base units
+    timeline: Sequence[tuple[float, float]] = ()  # seconds since the start, bytes of memory
+    breach: Breach | None = None  # that was recorded
     replayed: ReplayOutcome = "kept"
-    by: str | None = None
+    by: str | None = None  # the resource that decided the replay
     scope: Literal["limit", "quota"] | None = None
 
     @property
     def end(self) -> float:
-        """Seconds from the start of the study to the end of the trial."""
         return self.start + self.seconds
 
     def used(self, resource: str) -> float | None:
@@ -62,10 +47,9 @@ class TrialTrace:
         return self.amounts.get(CHARGED_RESOURCES.get(resource, resource))
 
     def terminated(self, seconds: float, by: str, scope: Literal["limit", "quota"]) -> TrialTrace:
-        """Return the trace of the trial terminated after ``seconds``.
+        """Return the trace of the trial terminated after ``seconds``; totals grow evenly over it.
 
-        Totals are assumed to grow evenly over a trial. Peaks stay: when they were reached is
-        unknown.
+        Peaks stay: when they were reached is unknown.
         """
         share = seconds / self.seconds if self.seconds > 0 else 1.0
         amounts = {
@@ -95,7 +79,8 @@ def trial_traces(study: Study) -> list[TrialTrace]:
         if trial.datetime_start and first:
             start = (trial.datetime_start - first).total_seconds()
         seconds = amounts.get("wall_time", 0.0)
-        dates_fit &= not math.isnan(start) and _date_span(trial) >= seconds / 2
+        span = math.inf if trial.duration is None else trial.duration.total_seconds()
+        dates_fit &= not math.isnan(start) and span >= seconds / 2
         traces.append(
             TrialTrace(
                 trial.number, outcome, start, seconds, amounts, record.timeline, record.breach
@@ -111,12 +96,6 @@ def trial_traces(study: Study) -> list[TrialTrace]:
     return sequential
 
 
-def _date_span(trial: FrozenTrial) -> float:
-    if trial.datetime_start is None or trial.datetime_complete is None:
-        return math.inf
-    return (trial.datetime_complete - trial.datetime_start).total_seconds()
-
-
 def apply_limits(trace: TrialTrace, limits: Limits) -> TrialTrace:
     """Return the trace under limits: terminated at the limit that it reaches first."""
     stops = {
@@ -126,7 +105,7 @@ def apply_limits(trace: TrialTrace, limits: Limits) -> TrialTrace:
     }
     if not stops:
         return trace
-    first = min(stops, key=lambda resource: stops[resource])
+    first = min(stops, key=stops.__getitem__)
     return trace.terminated(stops[first], first, "limit")
 
 
@@ -150,14 +129,10 @@ def apply_quota(
     Trials that run when a total is used up are terminated at that moment, and none starts after
     it. A ceiling on what trials hold together only stops a trial that exceeds it alone: how
     others would have waited can't be replayed.
-
-    Args:
-        traces: In the order of their starts.
-        quota: The quota.
     """
     alone = [_under_held(trace, quota.held) for trace in traces]
     ends = {name: _used_up(alone, quota, name, total) for name, total in quota.totals.items()}
-    by = min(ends, key=lambda name: ends[name], default=None)
+    by = min(ends, key=ends.__getitem__, default=None)
     if by is None or not math.isfinite(ends[by]):
         return alone, math.inf, None
     if by == "n_trials":
@@ -188,13 +163,10 @@ def _used_up(traces: Sequence[TrialTrace], quota: Quota, resource: str, total: f
         return traces[int(total)].start if len(traces) > total else math.inf
     if resource == "wall_time":
         return _clock_used_up(traces, total)
-    return _sum_used_up([(trace, _amount(trace, quota, resource)) for trace in traces], total)
-
-
-def _amount(trace: TrialTrace, quota: Quota, resource: str) -> float:
+    amounts = [{**trace.amounts, "trial_time": trace.seconds} for trace in traces]
     if resource == "cost":
-        return quota.price({**trace.amounts, "trial_time": trace.seconds})
-    return trace.seconds if resource == "trial_time" else trace.amounts.get(resource, 0.0)
+        return _sum_used_up(traces, [quota.price(each) for each in amounts], total)
+    return _sum_used_up(traces, [each.get(resource, 0.0) for each in amounts], total)
 
 
 def _clock_used_up(traces: Sequence[TrialTrace], total: float) -> float:
@@ -209,10 +181,10 @@ def _clock_used_up(traces: Sequence[TrialTrace], total: float) -> float:
     return math.inf
 
 
-def _sum_used_up(amounts: Sequence[tuple[TrialTrace, float]], total: float) -> float:
+def _sum_used_up(traces: Sequence[TrialTrace], amounts: Sequence[float], total: float) -> float:
     """When the sum over trials, each growing evenly over its time, reaches ``total``."""
     changes: list[tuple[float, float, float]] = []  # second, change of the rate, jump
-    for trace, amount in amounts:
+    for trace, amount in zip(traces, amounts, strict=True):
         if trace.seconds > 0:
             rate = amount / trace.seconds
             changes += [(trace.start, rate, 0.0), (trace.end, -rate, 0.0)]

@@ -45,18 +45,11 @@ def start_monitor(
     holder: FrozenTrial | None = None,
     here: bool = True,
 ) -> TrialMonitor:
-    """Start monitoring a trial.
+    """Start monitoring a trial, whose result its owner records: the ``"sampler"`` or ``"pruner"``.
 
-    Args:
-        study: The study.
-        trial: The trial.
-        owner: Who records the result: ``"sampler"`` or ``"pruner"``.
-        limits: Its limits.
-        left: What is left for it of the study's total quotas, by resource.
-        meters: The user's own meters.
-        holder: An object that lives as long as the trial does in this process; without it, the
-            trial's row shows when it is over.
-        here: False when the trial runs where this process can't see it.
+    ``left`` is what is left for it of the study's totals. ``holder`` lives as long as the trial
+    does in this process; without it, the trial's row shows when it is over. ``here`` is False
+    where the trial runs where this process can't see it.
     """
     limits = resolve_cores(limits)
     survive_outages(_optuna.storage_of(study))

@@ -83,19 +83,13 @@ class PaceProfile:
 
 @dataclass(frozen=True)
 class CompletedTrials:
-    """What the completed trials of a study say about how long and how large a trial is.
+    """What the completed trials of a study say about how long and how large a trial is."""
 
-    Attributes:
-        last_step: The smallest of their last steps; None while fewer than three completed.
-        longest: Seconds of the longest, None if unknown.
-        memory: Bytes of the largest, None if unknown.
-        profiles: How the pace of some of them changed.
-    """
-
+    # The smallest of their last steps; None while fewer than three completed.
     last_step: int | None = None
-    longest: float | None = None
-    memory: float | None = None
-    profiles: Sequence[PaceProfile] = ()
+    longest: float | None = None  # Seconds of the longest, None if unknown
+    memory: float | None = None  # Bytes of the largest, None if unknown
+    profiles: Sequence[PaceProfile] = ()  # How the pace of some of them changed
 
 
 # Kept in memory alone: in a storage, they would take the time of each report.
@@ -133,12 +127,7 @@ def forecast_breach(
 ) -> Breach | None:
     """Return the breach that a trial is heading for, None if there may be none.
 
-    Args:
-        ceilings: The ceilings in force by resource, and whether each comes from a quota.
-        elapsed: Seconds since the start.
-        steps: What it has reported.
-        completed: The study's completed trials; without them, the end of the trial is unknown.
-        memory: Pairs of seconds and bytes.
+    ``memory`` has pairs of seconds and bytes; without ``completed``, only memory is forecast.
     """
     completed = completed or CompletedTrials()
     duration = None
@@ -174,11 +163,6 @@ def lowest_duration(
     of n further steps. The fastest of the whole trial and its last half, quarter and eighth
     counts, divided by how much faster earlier trials became after such a step; what this trial
     has become faster by already is subtracted from that.
-
-    Args:
-        steps: What the trial has reported.
-        last_step: The step at which it will be complete.
-        profiles: How the pace of completed trials changed.
     """
     if len(steps) < MIN_POINTS or steps[-1][0] - steps[0][0] < MIN_PROGRESS * last_step:
         return None
@@ -220,18 +204,14 @@ def lowest_peak(
     limit: float,
     typical: float | None = None,
 ) -> float | None:
-    """Return the lower bound of a trial's peak memory, None if there is too little to tell.
+    """Return the lower bound of a trial's peak bytes, None if there is too little to tell.
 
     The trial so far is cut into four stretches. Its growth is the smallest from one to the next,
     of both their minimum and their maximum: a trial that has levelled off, goes up and down, or
-    grows in jumps does not grow at all. Where growth has decreased, it keeps decreasing.
-
-    Args:
-        memory: Pairs of seconds and bytes.
-        duration: The lower bound of the trial's seconds; if None, only a trial near its limit is
-            stopped, if it would pass it in a quarter of its time so far.
-        limit: The limit in bytes.
-        typical: Peak of the completed trials in bytes: up to there, growth says nothing.
+    grows in jumps does not grow at all. Where growth has decreased, it keeps decreasing. Up to
+    the ``typical`` peak of completed trials, growth says nothing. Without a lower bound of its
+    duration, only a trial near its limit is stopped, if it would pass it in a quarter of its time
+    so far.
     """
     if len(memory) < 2 * MIN_POINTS:
         return None

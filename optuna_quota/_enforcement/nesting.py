@@ -62,7 +62,8 @@ def find_nested(root: object, kind: type[T]) -> list[T]:
         if issubclass(type(each), kind):
             found.append(cast("T", each))
         if depth < _DEPTH:
-            waiting.extend((part, depth + 1) for part in _parts(each))
+            parts = itertools.islice(_parts(each), _MOST_ITEMS)
+            waiting.extend((part, depth + 1) for part in parts)
     return found
 
 
@@ -96,11 +97,7 @@ def requires_uniform_constraints(sampler: object) -> bool:
     )
 
 
-def _parts(each: object) -> Iterator[object]:
-    return itertools.islice(_all_parts(each), _MOST_ITEMS)
-
-
-def _all_parts(each: object) -> Iterable[object]:
+def _parts(each: object) -> Iterable[object]:
     if isinstance(each, Mapping):
         return each.values()
     if isinstance(each, _CONTAINERS):

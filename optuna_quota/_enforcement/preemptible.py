@@ -238,7 +238,11 @@ class _Optimize:
 
 class _Checkpoints:
     def __init__(self, study: Study, base: Path) -> None:
-        self._base = base.absolute() / _folder_name(study.study_name)
+        name = re.sub(r"[^\w.-]", "_", study.study_name).strip(".")
+        if name != study.study_name:
+            # Another folder for each study.
+            name += f"-{hashlib.sha256(study.study_name.encode()).hexdigest()[:8]}"
+        self._base = base.absolute() / name
 
     def provide(self, trial: Trial) -> None:
         row = _optuna.cached_row(trial)
@@ -260,11 +264,3 @@ class _Checkpoints:
 
     def _folder(self, trial: FrozenTrial) -> Path:
         return self._base / f"trial-{_optuna.first_attempt(trial)}"
-
-
-def _folder_name(study_name: str) -> str:
-    """Return a name for a study's folder, another one for each study."""
-    name = re.sub(r"[^\w.-]", "_", study_name).strip(".")
-    if name == study_name:
-        return name
-    return f"{name}-{hashlib.sha256(study_name.encode()).hexdigest()[:8]}"

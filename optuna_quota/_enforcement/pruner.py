@@ -174,7 +174,9 @@ class QuotaPruner(_optuna.StudyPart, BasePruner):
         if not pruned and self.base_pruner is not None:
             pruned = self.base_pruner.prune(study, trial)
         if pruned and monitor.verdict is None and not self._is_nested_in(whole.pruner):
-            monitor.verdict = self._verdict_of_base(trial)
+            when = "" if trial.last_step is None else f" at step {trial.last_step}"
+            name = type(self.base_pruner).__name__
+            monitor.verdict = Verdict("pruned", f"{name} pruned it{when}.")
         if monitor.owner == _OWNER:
             self._recorder.record(study, trial, monitor, ends=pruned)
         return pruned
@@ -190,22 +192,15 @@ class QuotaPruner(_optuna.StudyPart, BasePruner):
             is_preemptible = bool(preemption_of(study).signals)
             warn_of_ceilings(study, limits, has_purpose=is_preemptible)
             monitor = start_monitor(study, trial, _OWNER, limits=limits, meters=meters)
-            monitor.started -= _seconds_since(trial.datetime_start)
+            if trial.datetime_start is not None:
+                # Optuna's times are local and naive.
+                elapsed = datetime.datetime.now() - trial.datetime_start
+                monitor.started -= max(0.0, elapsed.total_seconds())
         return monitor
-
-    def _verdict_of_base(self, trial: FrozenTrial) -> Verdict:
-        name, step = type(self.base_pruner).__name__, trial.last_step
-        when = "" if step is None else f" at step {step}"
-        return Verdict("pruned", f"{name} pruned it{when}.")
 
     def _is_nested_in(self, pruner: BasePruner) -> bool:
         """Return whether another pruner holds this one and may overrule it."""
         return pruner is not self and any(each is self for each in quota_pruners(pruner))
-
-
-def _seconds_since(start: datetime.datetime | None) -> float:
-    # Optuna's times are local and naive.
-    return 0.0 if start is None else max(0.0, (datetime.datetime.now() - start).total_seconds())
 
 
 def wrap_nesting_pruner(study: Study) -> None:

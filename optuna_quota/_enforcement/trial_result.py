@@ -53,17 +53,11 @@ def classify_end(
     error: BaseException | None = None,
     tell_call: TellCall | None = None,
 ) -> TrialRecord:
-    """Return the outcome, reason and breach of a trial that ends.
+    """Return the outcome, reason and breach of a trial that ends in a state.
 
     A trial that was stopped for a breach is ``terminated``, whatever its objective did next, with
     one exception: where it caught the stop and returned a value, Optuna has a completed trial.
-
-    Args:
-        state: The state that Optuna is about to store.
-        verdict: Why it was stopped, None if it was not.
-        breach: The breach that was measured; a trial may end before anything could act on it.
-        error: What the objective raised, where that is known.
-        tell_call: What ``tell`` was called with, where that is known.
+    The breach that was measured counts too: a trial may end before anything could act on it.
     """
     stop: tuple[Outcome, str] | None = None
     if verdict is not None:
@@ -134,18 +128,8 @@ def record_result(
     """Close a trial's metering and write its record and constraints into its row.
 
     Call it before the row is finished; a second call for the same trial writes nothing. A storage
-    error is logged and not raised, so that the trial's value is not lost.
-
-    Args:
-        study: The study.
-        trial: Its row as it is now; constraints in it that others wrote are kept.
-        monitor: Its metering; None when it ran where this process can't see it.
-        state: The state that is about to be stored.
-        limits: The limits on the trial; those of ``monitor`` by default.
-        footprint: What was projected before it ran, as intervals by resource.
-        expected: The usage that was projected for a trial that did not run, by resource.
-        error: What the objective raised, where that is known.
-        tell_call: What ``tell`` was called with, where that is known.
+    error is logged and not raised, so that the trial's value is not lost. The row may have
+    constraints of others, which are kept. ``expected`` is the usage of a trial that did not run.
     """
     if monitor is None:
         before = read_record(trial)

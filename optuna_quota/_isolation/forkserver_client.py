@@ -270,8 +270,11 @@ def request_trial(
     """Request a trial's processes from a fork server, and send the trial its open files."""
     server.send(request)
     handles = server.receive_descriptors()
-    if not handles:
-        raise OSError("The fork server sent something else.")
+    if len(handles) != 2:
+        # It has exited, or this process has too many open files.
+        for handle in handles:
+            os.close(handle)
+        raise OSError("The fork server started no trial.")
     channel, control = (Channel(socket.socket(fileno=handle)) for handle in handles)
     try:
         with contextlib.ExitStack() as stack:

@@ -64,7 +64,10 @@ class IsolationOptions:
 
 
 class CannotStart(Exception):
-    """The fork server can't be started; that was retried already."""
+    """No process can be started for a trial; a fork server was tried again."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"The trial's process could not be started: {error}")
 
 
 @dataclass
@@ -98,6 +101,12 @@ class TrialLauncher:
 
     def launch(self) -> LaunchedTrial:
         """Start the processes; raises CannotStart if that fails."""
+        try:
+            return self._launch()
+        except OSError as error:
+            raise CannotStart(error) from error
+
+    def _launch(self) -> LaunchedTrial:
         method = self.options.start_method
         if not linux.can_supervise():
             main = find_main_module().without_statements()
@@ -118,8 +127,6 @@ class TrialLauncher:
             if linux.uses_cuda():
                 raise
             return self._fork()
-        except OSError as error:
-            raise CannotStart(f"The trial's process could not be started: {error}") from error
         finally:
             if method == "spawn":
                 client.release()

@@ -52,7 +52,7 @@ _CLASSES = (
 _UNITS = {"": 1, "b": 1, "bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _REQUESTED = re.compile(
     r"(?:tried to allocate|trying to allocate|unable to allocate|failed to allocate)"
-    r"\s+([\d.]+)\s*([kmgt]ib|bytes)?"
+    r"\s+(\d+\.?\d*)\s*([kmgt]ib|bytes)?"
 )
 
 
@@ -232,7 +232,7 @@ def find_breach_at_exit(
 # Characters of an error's message that a reason repeats.
 _MAX_TEXT = 300
 
-_GPU_SIZE = r"([\d.]+) ([KMGT]i)B"
+_GPU_SIZE = r"(\d+\.?\d*) ([KMGT]i)B"
 # PyTorch: "Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 80.00 GiB of which 4.00 MiB
 # is free. [...] Including non-PyTorch memory, this process has 1.40 GiB memory in use."
 _CAPACITY = re.compile(rf"total capacity of {_GPU_SIZE}")

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from optuna_quota import _optuna
-from optuna_quota._ledger.reservation import (
+from optuna_quota._ledger.protocol import (
     HEARTBEAT,
     is_alive,
     parse_reservation,
@@ -37,19 +37,12 @@ _LEASES_OF_UNTOUCHED = 10
 
 @dataclass(frozen=True)
 class OrphanedTrial:
-    """A running trial whose worker is dead.
-
-    Attributes:
-        entry: The row.
-        reason: A sentence for the trial table.
-        silent: Seconds since the last sign of life.
-        here: Whether it ran on this machine, so that its clock is this one's.
-    """
+    """A running trial whose worker is dead."""
 
     entry: Entry
-    reason: str
-    silent: float
-    here: bool = False
+    reason: str  # A sentence for the trial table
+    silent: float  # Seconds since the last sign of life
+    here: bool = False  # Whether it ran on this machine, so that its clock is this one's
 
 
 class Leases:
@@ -58,10 +51,6 @@ class Leases:
     A worker on this machine is judged by its process. Any other is dead when its row has not
     changed for a whole lease while this process was looking. So is one that asks for a whole
     lease, as asking takes moments, and the creator of a row that was untouched for ten leases.
-
-    Args:
-        lease: Seconds.
-        is_alive: Whether a worker is alive; None if that can't be known from here.
     """
 
     def __init__(self, lease: float, is_alive: Callable[[Worker], bool | None]) -> None:
@@ -72,13 +61,7 @@ class Leases:
     def find_orphaned(
         self, entries: Iterable[Entry], now: float, stale: Collection[int] = ()
     ) -> list[OrphanedTrial]:
-        """Return the running trials whose worker is dead.
-
-        Args:
-            entries: All rows that have not finished.
-            now: Seconds on a monotonic clock.
-            stale: Ids of trials whose heartbeat is overdue by the storage.
-        """
+        """Return the running trials whose worker is dead, or stale by the storage's own clock."""
         running = [e for e in entries if e.state == "running"]
         self._seen = {e.number: self._look(e, now) for e in running}
         found = [self._judge(e, now - self._seen[e.number][1], stale) for e in running]
@@ -129,12 +112,6 @@ def charge_orphan(
     That is what its last heartbeat showed and, for the time from then until it was known to be
     dead, the highest rate of any trial; the cores of this machine are a bound, and so is what it
     was granted. On this machine, too, a live worker would have shown itself within a lease.
-
-    Args:
-        orphan: The trial.
-        now: Seconds since the epoch on this machine's clock.
-        rates: Usage of each second, by resource, see :func:`usage_rates`.
-        lease: Seconds.
     """
     held = orphan.entry.reservation
     if held is None or held.began is None:

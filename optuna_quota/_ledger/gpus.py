@@ -47,13 +47,8 @@ def request_gpus(
 ) -> dict[str, ResourceRequest]:
     """Return the request for the GPUs with the most room; empty without GPUs.
 
-    Args:
-        gpus: The machine's GPUs.
-        claims: The running trials.
-        machine: This machine.
-        need: Bytes that the trial needs, evenly on its GPUs; None if unknown.
-        count: How many GPUs the trial gets.
-        in_use: Bytes that all processes hold now, by UUID, where known.
+    ``need`` is in bytes, evenly on all of a trial's GPUs, None if unknown; ``in_use`` has what
+    all processes hold now, by UUID, where known.
     """
     here = [claim for claim in claims if claim.machine == machine]
     each = None if need is None else need / count

@@ -73,21 +73,15 @@ def initial_requests(
     n_jobs: int | None = None,
     requested_by: RequestedBy = "optimize",
 ) -> dict[str, ResourceRequest]:
-    """Return what a trial requests before it runs.
+    """Return what a trial requests before it runs, by what is free and how many others run.
 
-    Args:
-        quota: The study's quota.
-        limits: The trial's limits.
-        footprint: Upper bounds of its usage, where the user stated them.
-        free: What is neither used nor reserved, by resource, as last read.
-        running: Number of other running trials, as last read.
-        bounds: Upper bounds of what it will hold at one moment, where they were learned.
-        needs: The least that any point is expected to use, where that is known.
-        n_jobs: Number of trials that run at once, if known: without a limit or a bound, each is
-            promised an even share of what may be held at one moment.
-        requested_by: A thread that calls ``ask`` may do so several times before any ``tell``.
-            A trial of unknown needs then takes a part of what is free only. In a batch, where
-            waiting for the others could be a deadlock, less than the bound is enough.
+    ``footprint`` has upper bounds of its usage that the user stated, ``bounds`` those of what it
+    will hold that were learned, ``needs`` the least that any point is expected to use. Without
+    limit and bound, each of ``n_jobs`` trials is promised an even share of what may be held.
+
+    A thread that calls ``ask`` may do so several times before any ``tell``. A trial of unknown
+    needs then takes a part of what is free only. In a batch, where waiting for the others could
+    be a deadlock, less than the bound is enough.
     """
     ceilings = _with_time_and_cost(limits.amounts(), quota)
     expected = _with_time_and_cost(footprint, quota)
@@ -132,14 +126,8 @@ def extension_requests(
 ) -> dict[str, ResourceRequest]:
     """Return what a running trial requests when what it was granted runs low.
 
-    Args:
-        quota: The study's quota.
-        limits: The trial's limits.
-        granted: What it was granted, by resource.
-        needs: Its usage of the resources that run low: the least it accepts in all.
-        free: What is neither used nor reserved, by resource, as last read.
-        running: Number of other running trials, as last read.
-        exactly: Whether it requests no more than that.
+    ``needs`` has its usage of the resources that run low: the least that it accepts in all, and
+    the most if it is requested exactly.
     """
     ceilings, totals = _with_time_and_cost(limits.amounts(), quota), quota.amounts()
     requests: dict[str, ResourceRequest] = {}
@@ -167,12 +155,8 @@ def revise_grant(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return what a trial needs less of than it was granted, and more, once its point is known.
 
-    Args:
-        quota: The study's quota.
-        limits: The trial's limits.
-        granted: What it was granted before.
-        expected: What it will hold at most and is expected to use of totals, by resource.
-        used: What it has used so far: it may suggest its last parameter late.
+    ``expected`` has what it will hold at most and is expected to use of totals; ``used`` what it
+    has used so far, as it may suggest its last parameter late.
     """
     smaller, larger = {}, {}
     needs, spent = _with_time_and_cost(expected, quota), _with_time_and_cost(used, quota)
@@ -204,33 +188,24 @@ def left_for_trial(
 
 @dataclass(frozen=True)
 class Grant:
-    """A trial was admitted.
+    """A trial was admitted."""
 
-    Attributes:
-        left: What it may use for now, by resource, from its start; ``extend`` may raise it.
-            ``wall_time`` is the seconds until the study's clock time is used up.
-        gpu: UUIDs of the GPUs that it was given, separated by commas; None if it sees all.
-    """
-
+    # What it may use for now, by resource, from its start; ``extend`` may raise it. ``wall_time``
+    # is the seconds until the study's clock time is used up.
     left: Mapping[str, float] = field(default_factory=dict)
+    # UUIDs of the GPUs that it was given, separated by commas; None if it sees all.
     gpu: str | None = None
 
 
 @dataclass(frozen=True)
 class Refusal(Shortage):
-    """A trial was not admitted.
+    """A trial was not admitted."""
 
-    Attributes:
-        reason: A sentence for the trial table.
-        final: Whether nothing more can be admitted to the study; if False, a smaller trial may.
-        late: Whether the study ended while the trial waited.
-        temporary: Whether a trial may be admitted once one that runs has ended.
-    """
-
-    reason: str = ""
+    reason: str = ""  # A sentence for the trial table
+    # Whether nothing more can be admitted to the study; if False, a smaller trial may.
     final: bool = False
-    late: bool = False
-    temporary: bool = False
+    late: bool = False  # Whether the study ended while the trial waited
+    temporary: bool = False  # Whether a trial may be admitted once one that runs has ended
 
 
 def refuse_never_fitting(short: Shortage) -> Refusal | None:
@@ -268,13 +243,8 @@ def refuse_exhausted(
 ) -> Refusal | None:
     """Return a refusal if too little of a total is left for any trial, else None.
 
-    Args:
-        quota: The study's quota.
-        used: Usage by resource.
-        footprint: Upper bounds of a trial's usage, if known; only its clock time counts here,
-            which overlapping trials share, so that it can't be reserved.
-        granted: What running trials were granted, by resource.
-        needs: The least that any point is expected to use, where that is known.
+    Of its ``footprint`` only clock time counts here, which overlapping trials share, so that it
+    can't be reserved; ``needs`` has the least that any point is expected to use.
     """
     least_needs = _with_time_and_cost(needs, quota)
     for name, total in quota.totals.items():
@@ -345,14 +315,7 @@ def describe_resumed(quota: Quota, used: Mapping[str, float]) -> str | None:
 def deadlock_warning(
     number: int, short: Shortage, claims: Iterable[Claim], own: Collection[int]
 ) -> str | None:
-    """Return a warning if a trial may wait for its own thread, None if others may make room.
-
-    Args:
-        number: The trial that waits.
-        short: What it waits for.
-        claims: All running trials.
-        own: Numbers of those that the waiting thread got from ``ask``.
-    """
+    """Return a warning if all running trials are the thread's ``own`` from ``ask``, else None."""
     others = {claim.number for claim in claims} - {number}
     if not others or not others <= set(own):
         return None

@@ -11,8 +11,7 @@ import time
 from typing import TYPE_CHECKING
 from weakref import finalize, WeakMethod
 
-from optuna_quota._ledger.protocol import DEVICE
-from optuna_quota._ledger.reservation import Reservation
+from optuna_quota._ledger.protocol import DEVICE, Reservation
 from optuna_quota._metering import extension_threshold
 from optuna_quota._resources import Limits, Quota, Usage
 
@@ -42,26 +41,17 @@ def no_waiting() -> Iterator[None]:
 
 @dataclass
 class RunningTrial:
-    """One trial of this process that was granted its start.
-
-    Attributes:
-        reservation: What its row says.
-        in_optimize: Whether ``optimize`` runs it in that thread.
-        deadline: Seconds from its start until the study's clock time is used up.
-        monitor: Its metering; None before that starts.
-        start: When it started, on this process's monotonic clock.
-        thread: The thread that asked for it.
-    """
+    """One trial of this process that was granted its start."""
 
     trial_id: int
     number: int
-    reservation: Reservation
+    reservation: Reservation  # What its row says
     limits: Limits
-    in_optimize: bool
-    deadline: float | None = None
-    monitor: TrialMonitor | None = None
-    start: float = 0.0
-    thread: int = field(default_factory=threading.get_ident)
+    in_optimize: bool  # Whether ``optimize`` runs it in that thread
+    deadline: float | None = None  # Seconds from its start until the study's clock time is used up
+    monitor: TrialMonitor | None = None  # Its metering; None before that starts
+    start: float = 0.0  # When it started, on this process's monotonic clock
+    thread: int = field(default_factory=threading.get_ident)  # The thread that asked for it
 
     @property
     def began(self) -> float:
@@ -142,18 +132,14 @@ class RunningTrials(dict[int, RunningTrial]):
 
     def _of_this_thread(self) -> list[RunningTrial]:
         here = threading.get_ident()
-        return [running for running in self.values() if running.thread == here]
+        # Another thread may add one meanwhile.
+        return [running for running in tuple(self.values()) if running.thread == here]
 
 
 class Heartbeat:
     """A daemon thread that calls what is due for each running trial; it ends after the last.
 
-    It holds weak references to the methods' owner, and ends with it.
-
-    Args:
-        extend: A method that requests more for a trial that runs low.
-        beat: A method of the same object that shows that a trial's worker is alive.
-        interval: Seconds between heartbeats.
+    It holds weak references to the owner of the two methods, and ends with it.
     """
 
     def __init__(

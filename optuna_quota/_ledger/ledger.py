@@ -38,11 +38,12 @@ from optuna_quota._ledger.grant import (
 from optuna_quota._ledger.heartbeat import Heartbeat, RunningTrial, RunningTrials
 from optuna_quota._ledger.protocol import (
     Decision,
+    Reservation,
     ResourceRequest,
+    this_worker,
     with_decision,
     with_queue_place,
 )
-from optuna_quota._ledger.reservation import Reservation, this_worker
 from optuna_quota._ledger.state import Clock, LedgerState, pauses, Snapshot, SystemClock
 from optuna_quota._ledger.totals import describe_unadmitted
 from optuna_quota._resources import Limits, Quota, Usage
@@ -140,16 +141,10 @@ class Ledger:
         n_jobs: int | None = None,
         is_over: Callable[[], bool] = lambda: False,
     ) -> Grant | Refusal:
-        """Admit a trial or refuse it; wait while others hold what it needs.
+        """Admit a trial or refuse it; wait while others hold what it needs, or until it is over.
 
-        Args:
-            trial: The trial.
-            limits: Its limits.
-            footprint: Upper bounds of its usage, by resource, where the user stated them.
-            bounds: Upper bounds of what it will hold at one moment, where they were learned.
-            needs: Returns the least that any point is expected to use.
-            n_jobs: Number of trials that run at once, if known.
-            is_over: Returns whether a waiting trial no longer needs to run.
+        ``footprint`` has upper bounds of its usage that the user stated, ``bounds`` those of what
+        it will hold that were learned; ``n_jobs`` is the number of trials at once, if known.
         """
         self._reopen_after_fork()
         self._fail_left_behind()
@@ -262,13 +257,8 @@ class Ledger:
     ) -> bool:
         """Release what a running trial will not need at its point, or request what it lacks.
 
-        Args:
-            trial_id: The trial.
-            bounds: Upper bounds of what it will hold at one moment, by resource.
-            expected: What it is expected to use of totals, by resource.
-
-        Returns:
-            Whether it was granted all that it is expected to use of totals.
+        ``bounds`` are those of what it will hold at one moment, ``expected`` is what it will use
+        of totals. Returns whether it was granted all of the latter.
         """
         with self._monitored(trial_id) as running:
             if running is None or running.monitor is None:
@@ -360,8 +350,7 @@ class Ledger:
         running = RunningTrial(trial_id, trial.number, held, limits, in_optimize, start=start)
         if self.quota.wall_time is not None:
             running.deadline = max(0.0, self.quota.wall_time - self._state.wall_time())
-        with self._running.lock:
-            self._running[trial_id] = running
+        self._running[trial_id] = running
         return Grant(running.left, gpu=held.gpu)
 
     def _extend(

@@ -28,16 +28,14 @@ from optuna_quota._ledger.protocol import (
     Claim,
     decide,
     Decision,
-    ResourceRequest,
-    with_claim,
-    with_decision,
-)
-from optuna_quota._ledger.reservation import (
     is_alive,
     parse_reservation,
     Reservation,
     reservation_object,
+    ResourceRequest,
     this_worker,
+    with_claim,
+    with_decision,
     Worker,
 )
 from optuna_quota._ledger.totals import CLOCK_TOLERANCE, Entry, QuotaTotals, read_entry
@@ -98,19 +96,14 @@ class SystemClock:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All rows at one moment.
+    """All rows at one moment."""
 
-    Attributes:
-        used: Usage of finished trials, by resource; ``wall_time`` includes running ones.
-        reserved: What running trials hold or ask for; on this machine if it is per host.
-        claims: The running trials as the protocol sees them.
-        open: All rows that have not finished.
-    """
-
+    # Usage of finished trials, by resource; ``wall_time`` includes running ones.
     used: dict[str, float]
+    # What running trials hold or ask for; on this machine if it is per host.
     reserved: dict[str, float]
-    claims: tuple[Claim, ...]
-    open: tuple[Entry, ...]
+    claims: tuple[Claim, ...]  # The running trials as the protocol sees them
+    open: tuple[Entry, ...]  # All rows that have not finished
 
     def free(self, quota: Quota) -> dict[str, float]:
         return {
@@ -204,14 +197,8 @@ class TrialRows:
 class LedgerState:
     """Reads the rows of a study and writes the reservations of this process's trials.
 
-    Args:
-        study: The study.
-        quota: Its quota.
-        clock: The clocks to use.
-        lease: Seconds without a heartbeat after which a worker on another machine is dead.
-        studies: Objects of the study, for the storage's callback for trials of dead workers. Held
-            weakly: a study's connections are to be closed when its user drops it.
-        gpus: This machine's GPUs, if each trial is given some of them.
+    It holds objects of the study weakly, for the storage's callback for trials of dead workers:
+    a study's connections are to be closed when its user drops it.
     """
 
     def __init__(
@@ -382,14 +369,8 @@ class LedgerState:
     ) -> tuple[Decision, Snapshot]:
         """Write a claim, read all rows and decide; return the decision and the rows read.
 
-        A grant is left for the caller to write into the row.
-
-        Args:
-            trial_id: The trial.
-            number: Its number.
-            held: What its row says now, and again after a withdrawal.
-            requests: What it requests, by resource.
-            queue: Whether it queues behind trials that wait.
+        ``held`` is what the row says now, and again after a withdrawal. A grant is left for the
+        caller to write into the row.
         """
         if not requests:
             return Decision("grant"), self.refresh()

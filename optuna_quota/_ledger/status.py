@@ -34,20 +34,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LedgerLine:
-    """One resource; amounts in SI base units.
-
-    Attributes:
-        used: Usage of finished trials; 0 for what is held at one moment.
-        reserved: What running trials hold or ask for; on the fullest host if it is per host.
-        quota: The quota; None without one.
-        unknown: Number of finished trials of unknown usage; each counts with its limit, or else
-            with the largest known usage.
-    """
+    """One resource; amounts in SI base units."""
 
     resource: str
-    used: float
-    reserved: float
-    quota: float | None
+    used: float  # Usage of finished trials; 0 for what is held at one moment
+    reserved: float  # What running trials hold or ask for; on the fullest host if it is per host
+    quota: float | None  # The quota; None without one
+    # Number of finished trials of unknown usage; each counts with its limit, or else with the
+    # largest known usage.
     unknown: int = 0
 
     @property
@@ -198,7 +192,17 @@ def status(study: Study, *, quota: Quota | None = None, projection: Any = None) 
         quota or stored_quota(attributes), read_amounts(attributes.get(STUDY_LIMITS))
     )
     TrialRows(study).read_into(totals)
-    return status_of(totals, time.time(), projection)
+    lines = tuple(_lines(totals, time.time()))
+    running = Counter(entry.worker for entry in totals.open if entry.state == "running")
+    waiting = sum(1 for claim in totals.claims if claim.queued_for and not claim.granted)
+    return LedgerStatus(
+        lines,
+        {name: dict(amounts) for name, amounts in totals.by_worker.items()},
+        {name: dict(amounts) for name, amounts in totals.by_outcome.items()},
+        dict(running),
+        waiting,
+        _projected_end(projection) if projection is not None else _end_at_this_pace(lines),
+    )
 
 
 def stored_quota(attributes: Mapping[str, Any]) -> Quota:
@@ -214,21 +218,6 @@ def stored_quota(attributes: Mapping[str, Any]) -> Quota:
     if "n_trials" in amounts and not float(amounts["n_trials"]).is_integer():
         del amounts["n_trials"]
     return quota_from_amounts(amounts, prices)
-
-
-def status_of(totals: QuotaTotals, now: float, projection: Any = None) -> LedgerStatus:
-    """Return the status at a time in seconds since the epoch."""
-    lines = tuple(_lines(totals, now))
-    running = Counter(entry.worker for entry in totals.open if entry.state == "running")
-    waiting = sum(1 for claim in totals.claims if claim.queued_for and not claim.granted)
-    return LedgerStatus(
-        lines,
-        {name: dict(amounts) for name, amounts in totals.by_worker.items()},
-        {name: dict(amounts) for name, amounts in totals.by_outcome.items()},
-        dict(running),
-        waiting,
-        _projected_end(projection) if projection is not None else _end_at_this_pace(lines),
-    )
 
 
 def _lines(totals: QuotaTotals, now: float) -> Iterator[LedgerLine]:

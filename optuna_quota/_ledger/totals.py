@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import math
 from typing import TYPE_CHECKING
 
-from optuna_quota._ledger.protocol import Claim, is_held
-from optuna_quota._ledger.reservation import parse_reservation, Reservation, Worker
+from optuna_quota._ledger.protocol import Claim, is_held, parse_reservation, Reservation, Worker
 from optuna_quota._records import parse_record, RESERVATION
 from optuna_quota._resources import (
     CHARGED_RESOURCES,
@@ -99,27 +98,17 @@ class WorkerTime:
 
 @dataclass(frozen=True)
 class Entry:
-    """One row as the ledger sees it.
-
-    Attributes:
-        number: The trial's number.
-        trial_id: Its id in the storage.
-        state: ``"running"``, ``"waiting"`` or ``"finished"``.
-        outcome: How it ended; empty while it has not.
-        reservation: Its reservation; None if no ledger admitted it.
-        charges: What it used by resource; None where unknown.
-        span: When it ran, from start to end, on the study's clock.
-        untouched: Whether nothing was written into the row since it was created.
-    """
+    """One row as the ledger sees it."""
 
     number: int
     trial_id: int
-    state: str
-    outcome: str = ""
-    reservation: Reservation | None = None
+    state: str  # "running", "waiting" or "finished"
+    outcome: str = ""  # How it ended; empty while it has not
+    reservation: Reservation | None = None  # Its reservation; None if no ledger admitted it
+    # What it used by resource; None where unknown.
     charges: Mapping[str, float | None] = field(default_factory=dict)
-    span: tuple[float, float] | None = None
-    untouched: bool = False
+    span: tuple[float, float] | None = None  # When it ran, from start to end, on the study's clock
+    untouched: bool = False  # Whether nothing was written into the row since it was created
 
     @property
     def worker(self) -> str:
@@ -138,14 +127,7 @@ class Entry:
 def read_entry(
     trial: FrozenTrial, trial_id: int, quota: Quota, *, study: str | None = None
 ) -> Entry:
-    """Return what a row means to the ledger.
-
-    Args:
-        trial: The row.
-        trial_id: Its id in the storage.
-        quota: The quota; its prices turn usage into cost.
-        study: The study's stamp in reservations.
-    """
+    """Return what a row means to the ledger of a study, by the study's stamp in reservations."""
     written = trial.system_attrs.get(RESERVATION)
     reservation = parse_reservation(written, trial_id, study)
     if not trial.state.is_finished():
@@ -173,7 +155,10 @@ def read_entry(
         if outcome == "preempted":
             # It runs again.
             del charges["n_trials"]
-    span = _span(trial, reservation, charges.get("trial_time"))
+    seconds, began = charges.get("trial_time"), None if reservation is None else reservation.began
+    if began is None and trial.datetime_start is not None:
+        began = trial.datetime_start.timestamp()
+    span = None if began is None or seconds is None else (began, began + seconds)
     return Entry(trial.number, trial_id, "finished", outcome, reservation, charges, span)
 
 
@@ -212,36 +197,20 @@ def _charges(
     return charges
 
 
-def _span(
-    trial: FrozenTrial, reservation: Reservation | None, seconds: float | None
-) -> tuple[float, float] | None:
-    began = reservation.began if reservation is not None else None
-    if began is None and trial.datetime_start is not None:
-        began = trial.datetime_start.timestamp()
-    return None if began is None or seconds is None else (began, began + seconds)
-
-
 class QuotaTotals:
     """Sums over all rows of a study: finished ones are added once, the others replaced.
 
-    Args:
-        quota: The quota; its prices turn usage into cost.
-        bounds: Limits of one trial, by resource: charged to a trial of unknown usage.
-
-    Attributes:
-        open: Rows that have not finished.
-        unadmitted: Usage of trials that no ledger admitted, by resource; those that ran in the
-            study as ``n_trials``, the others as ``added``.
-        unknown: Number of finished trials of unknown usage, by resource.
-        by_worker: Usage of each worker's finished trials, by resource.
-        by_outcome: The same by outcome.
+    Trials of unknown usage are charged the limits of one trial, ``bounds``.
     """
 
     def __init__(self, quota: Quota, bounds: Mapping[str, float] | None = None) -> None:
         self.quota = quota
         self.bounds = bounds or {}
         self.open: tuple[Entry, ...] = ()
+        # Usage of trials that no ledger admitted; those that ran in the study as `n_trials`, the
+        # others as `added`.
         self.unadmitted: Counter[str] = Counter()
+        # Number of finished trials of unknown usage, by resource.
         self.unknown: Counter[str] = Counter()
         self.by_worker: dict[str, Counter[str]] = {}
         self.by_outcome: dict[str, Counter[str]] = {}

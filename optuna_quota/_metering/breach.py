@@ -29,9 +29,7 @@ AT_LIMIT = 0.95
 class Ceiling(NamedTuple):
     """The most that a trial may use of one resource, in SI base units.
 
-    Attributes:
-        limit: The amount.
-        quota: Whether it is what is left of a quota of the study, not a limit of the trial.
+    ``quota`` is whether it is what is left of a quota of the study, not a limit of the trial.
     """
 
     limit: float
@@ -81,8 +79,7 @@ def find_breaches(
     """Return all breaches, the furthest over its limit first.
 
     Args:
-        amounts: What the trial uses by resource, in SI base units; missing or None is unknown and
-            breaches nothing.
+        amounts: What the trial uses by resource; missing or None is unknown and breaches nothing.
         ceilings: The ceilings in force.
         elapsed: Seconds since the start of the trial.
         forecast: Whether the amounts are what the trial is heading for.
@@ -111,8 +108,7 @@ def find_refused_breach(
         wanted: What it held and asked for, as far as that is known.
         ceilings: The ceilings in force.
         elapsed: Seconds since the start of the trial.
-        share: The share of the limit from which the limit is taken for the reason; 0 where
-            that is certain.
+        share: The share of the limit from which the limit is the reason; 0 where that is certain.
         refused: Whether the reason says "asked for" instead of "used".
     """
     if resource not in ceilings:
@@ -149,7 +145,7 @@ class QuotaExtension:
         request: Requests more; the answer goes to :meth:`resolve`.
 
     Attributes:
-        needs: The usage of the resources of which more was requested, at the time of the request.
+        needs: What was used of the requested resources at the time of the request.
     """
 
     def __init__(self, request: Callable[[], None]) -> None:
@@ -168,14 +164,7 @@ class QuotaExtension:
         ceilings: Ceilings,
         now: float,
     ) -> list[Breach]:
-        """Return the breaches that don't wait for an answer; request more where it runs low.
-
-        Args:
-            breaches: All breaches.
-            amounts: The usage by resource.
-            ceilings: The ceilings in force.
-            now: The time in seconds.
-        """
+        """Return the breaches that don't wait for an answer; request more where it runs low."""
         granted = _granted(ceilings)
         over = {b.resource for b in breaches if _is_extensible(b.resource, b.quota)}
         low = {n for n in granted if amounts.get(n, 0.0) >= extension_threshold(n) * granted[n]}

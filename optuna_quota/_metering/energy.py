@@ -69,12 +69,7 @@ def rapl() -> Rapl:
 
 
 def busy_seconds_of_host(stat: str, ticks: int) -> float:
-    """Return the CPU-seconds that all processors of the host were busy, since the boot.
-
-    Args:
-        stat: The text of /proc/stat.
-        ticks: Clock ticks a second.
-    """
+    """Return the CPU-seconds of all processors since the boot, from the text of /proc/stat."""
     fields = [int(value) for value in stat.split("\n", 1)[0].split()[1:]]
     # user nice system idle iowait irq softirq steal; guest time is part of user time.
     busy = sum(fields[:8]) - sum(fields[3:5])
@@ -89,13 +84,8 @@ class ProcessorEnergyMeter:
     """A trial's share of the energy of the host's processors, idle power included.
 
     It is its share of the host's busy CPU time between two readings: a trial that does all the
-    work is charged all the energy. If the counters can't be read there is no amount.
-
-    Args:
-        cpu_time: Returns the trial's CPU-seconds so far.
-        is_limited: Whether the trial has a ceiling on energy: missing counters are then a warning.
-        open_counters: Opens the counters.
-        host_busy: Returns the CPU-seconds that the host was busy.
+    work is charged all the energy. If the counters can't be read there is no amount, which is a
+    warning if the trial has a ceiling on energy.
     """
 
     eager = False

@@ -10,7 +10,13 @@ import os
 from typing import Literal, NamedTuple
 
 from optuna_quota._metering import nvml
-from optuna_quota._metering.gpu_reader import ANY_PID, GpuReader, GpuReading, growth
+from optuna_quota._metering.gpu_reader import (
+    ANY_PID,
+    GPU_TOTALS,
+    GpuReader,
+    GpuReading,
+    growth,
+)
 from optuna_quota._metering.meter import DeviceShare, GpuUse, MeterReading
 from optuna_quota._metering.nvml import GpuError
 from optuna_quota._metering.visible_gpus import forget_gpus, has_gpu_open, visible_gpus
@@ -30,16 +36,14 @@ _NOT_LISTED = (
     "the driver lists no process of this container (start it with the host's PID namespace)"
 )
 _SHARED = "the driver lists others on a GPU, and not this container's processes"
+_NOT_REPORTED = "the driver does not report it"
 _LOST = MeterReading(None, peak=True, lost=True)
 
 
 class Source(NamedTuple):
     """How a trial's use of GPUs can be measured.
 
-    Attributes:
-        name: By process or by device; None if it is on no GPU, or if it can't be measured.
-        reason: Why it can't be measured, as the end of a sentence.
-        is_shared: Whether that is because of another trial.
+    Without a name, it is on no GPU, or ``reason`` says why it can't be measured.
     """
 
     name: Literal["process", "device"] | None = None
@@ -121,8 +125,8 @@ class GpuMeter:
         self._pids: set[int] = set()
         # Its processes by their pids outside of this container.
         self._outside_pids: set[int] = set()
-        self._busy: dict[int, float] = {}
-        self._joules: dict[int, float] = {}
+        # What its processes added to each total, by pid.
+        self._used: dict[str, dict[int, float]] = {name: {} for name in GPU_TOTALS}
         self._least: dict[str, float] = {}
         self._runs_here = False
         self._is_closed = False
@@ -171,7 +175,7 @@ class GpuMeter:
         except GpuError as error:
             # A machine without a GPU is nothing to report unless a GPU was asked for.
             if self._limited or nvml.driver_is_present():
-                _warn(GPU_RESOURCES[:2], error.reason, unenforced=self._limited)
+                self._warn(GPU_RESOURCES[:2], error.reason)
         return self._reader
 
     def _warn_of_unenforced(self, reading: GpuReading) -> None:
@@ -180,7 +184,7 @@ class GpuMeter:
         for name in sorted(self._limited):
             reasons = [device.unknown.get(name) for device in devices]
             if reasons and reasons[0] is not None and None not in reasons:
-                _warn([name], reasons[0], unenforced=self._limited)
+                self._warn([name], reasons[0])
 
     def _measure(
         self, reader: GpuReader, reading: GpuReading, pids: Sequence[int]
@@ -205,12 +209,12 @@ class GpuMeter:
         if source.name == "process":
             return self._by_process(reader, reading)
         for reason, names in _reasons(reading, [ANY_PID]).items():
-            _warn(names, reason, how=" by process")
+            self._warn(names, reason, how=" by process")
         return {}
 
     def _give_up(self, source: Source, names: Sequence[str]) -> Mapping[str, MeterReading]:
         self._source, self.period = source, math.inf
-        _warn(GPU_RESOURCES, str(source.reason), unenforced=self._limited)
+        self._warn(GPU_RESOURCES, str(source.reason))
         return dict.fromkeys(names, _LOST)
 
     def _lost(self, reading: GpuReading) -> str | None:
@@ -281,24 +285,25 @@ class GpuMeter:
         return pid in self._start.memory or reader.is_alive(pid)
 
     def _by_process(self, reader: GpuReader, reading: GpuReading) -> dict[str, MeterReading]:
-        memory = sum(reading.memory.get(pid) or 0.0 for pid in self._pids)
         held = {
             identity: sum(reading.devices[identity].held.get(pid) or 0.0 for pid in self._pids)
             for identity in self._listed_on
         }
-        use = GpuUse("process", _device_shares(reading, held))
+        memory = sum(reading.memory.get(pid) or 0.0 for pid in self._pids)
         found = {
-            "gpu_memory": MeterReading(memory, peak=True, gpu=use),
+            "gpu_memory": self._memory("process", memory, reading, held),
             **self._totals(reading, self._pids),
         }
-        for reason, names in _reasons(reading, self._pids).items():
-            if self._is_alone(reader, reading):
-                # What its devices spent as a whole is the trial's.
-                totals = self._device_totals(reading, self._listed_on)
-                found.update({name: totals[name] for name in names if name in totals})
-                names = [name for name in names if name not in totals]
+        unknown = _reasons(reading, self._pids)
+        if unknown and self._is_alone(reader, reading):
+            # What its devices spent as a whole is the trial's.
+            known = self._device_totals(reading, self._listed_on)
+            for reason, names in unknown.items():
+                found.update({name: known[name] for name in names if name in known})
+                unknown[reason] = [name for name in names if name not in known]
+        for reason, names in unknown.items():
             if names:
-                _warn(names, reason, unenforced=self._limited)
+                self._warn(names, reason)
                 found.update(dict.fromkeys(names, _LOST))
         return found
 
@@ -316,48 +321,72 @@ class GpuMeter:
         listed = {pid for name in self._devices for pid in reading.devices[name].held}
         self._outside_pids |= {pid for pid in listed if not self._is_foreign(reader, pid)}
         reader.outside_pids |= self._outside_pids
-        use = GpuUse("device", _device_shares(reading, held))
-        found = {"gpu_memory": MeterReading(sum(held.values()), peak=True, gpu=use)}
-        totals = GPU_RESOURCES[1:]
+        found = {"gpu_memory": self._memory("device", sum(held.values()), reading, held)}
         if self._outside_pids:
             found.update(self._totals(reading, self._outside_pids))
-            for reason, names in _reasons(reading, self._outside_pids, totals).items():
-                self._warn_of_totals(names, reason)
+            unknown = _reasons(reading, self._outside_pids, GPU_TOTALS)
+        elif listed or any(self._start.devices[name].has_hidden_use for name in self._devices):
+            unknown = {_SHARED: list(GPU_TOTALS)}
+        else:
+            found.update(self._device_totals(reading, self._devices))
+            unknown = {_NOT_REPORTED: [name for name in GPU_TOTALS if name not in found]}
+        for reason, names in unknown.items():
+            if names:
+                is_limited = self._limited.intersection(names)
+                self._warn(names, reason, level=logging.WARNING if is_limited else logging.INFO)
                 found.update(dict.fromkeys(names, _LOST))
-            return found
-        hidden = any(self._start.devices[name].has_hidden_use for name in self._devices)
-        if listed or hidden:
-            self._warn_of_totals(totals, _SHARED)
-            return {**found, **dict.fromkeys(totals, _LOST)}
-        known = self._device_totals(reading, self._devices)
-        unknown = [name for name in totals if name not in known]
-        if unknown:
-            self._warn_of_totals(unknown, "the driver does not report it")
-        return {**found, **known, **dict.fromkeys(unknown, _LOST)}
+        return found
+
+    def _memory(
+        self,
+        source: Literal["process", "device"],
+        memory: float,
+        reading: GpuReading,
+        held: Mapping[str, float],
+    ) -> MeterReading:
+        """Return the reading of its memory, with its parts of its devices."""
+        shares = []
+        for identity, amount in sorted(held.items()):
+            used, total = reading.devices[identity].used, reading.devices[identity].total
+            if used is not None and total is not None:
+                shares.append(DeviceShare(amount, used, total))
+        return MeterReading(memory, peak=True, gpu=GpuUse(source, tuple(shares)))
+
+    def _totals(self, reading: GpuReading, pids: Iterable[int]) -> dict[str, MeterReading]:
+        """Return what its processes added; one that has ended keeps what it had."""
+        for name, used in self._used.items():
+            start, now = self._start.totals[name], reading.totals[name]
+            for pid in now.keys() & pids:
+                used[pid] = max(used.get(pid, 0.0), now[pid] - start.get(pid, 0.0))
+        return {n: MeterReading(sum(used.values()), peak=False) for n, used in self._used.items()}
 
     def _device_totals(
         self, reading: GpuReading, devices: Collection[str]
     ) -> dict[str, MeterReading]:
         """Return what devices as a whole spent since the trial's start, as far as known."""
         found = {}
-        for name, attribute in (("gpu_time", "busy"), ("energy", "joules")):
-            before = [getattr(self._start.devices[d], attribute) for d in devices]
-            now = [getattr(reading.devices[d], attribute) for d in devices]
+        for name in GPU_TOTALS:
+            before = [self._start.devices[d].totals.get(name) for d in devices]
+            now = [reading.devices[d].totals.get(name) for d in devices]
             if None not in before and None not in now:
-                found[name] = MeterReading(max(0.0, sum(now) - sum(before)), peak=False)
+                grown = sum(n or 0.0 for n in now) - sum(b or 0.0 for b in before)
+                found[name] = MeterReading(max(0.0, grown), peak=False)
         return found
 
-    def _warn_of_totals(self, names: Sequence[str], reason: str) -> None:
-        level = logging.WARNING if self._limited.intersection(names) else logging.INFO
-        _warn(names, reason, level=level, unenforced=self._limited)
-
-    def _totals(self, reading: GpuReading, pids: Iterable[int]) -> dict[str, MeterReading]:
-        busy = _total(self._busy, pids, reading.busy, self._start.busy)
-        joules = _total(self._joules, pids, reading.joules, self._start.joules)
-        return {
-            "gpu_time": MeterReading(busy, peak=False),
-            "energy": MeterReading(joules, peak=False),
-        }
+    def _warn(
+        self, resources: Sequence[str], reason: str, *, level: int = logging.WARNING, how: str = ""
+    ) -> None:
+        """Warn once that resources are not measured, and which limits are thus not enforced."""
+        what = _titles(resources)
+        verb = "is" if len(resources) == 1 else "are"
+        message = f"{what[0].upper()}{what[1:]} {verb} not measured{how}: {reason}."
+        limited = [] if how else [name for name in resources if name in self._limited]
+        if limited:
+            message += (
+                f" A limit or quota on {_titles(limited)} can't be enforced here: "
+                "`optuna-quota doctor` says more."
+            )
+        warn_once(f"gpu: {reason}", message, level=level)
 
 
 def _reasons(
@@ -371,49 +400,6 @@ def _reasons(
     return reasons
 
 
-def _device_shares(reading: GpuReading, held: Mapping[str, float]) -> tuple[DeviceShare, ...]:
-    devices = [(amount, reading.devices[name]) for name, amount in sorted(held.items())]
-    return tuple(
-        DeviceShare(amount, device.used, device.total)
-        for amount, device in devices
-        if device.used is not None and device.total is not None
-    )
-
-
-def _total(
-    by_pid: dict[int, float],
-    pids: Iterable[int],
-    now: Mapping[int, float],
-    start: Mapping[int, float],
-) -> float:
-    """Return the sum of what each process added; one that has ended keeps what it had."""
-    for pid in pids:
-        if pid in now:
-            by_pid[pid] = max(by_pid.get(pid, 0.0), now[pid] - start.get(pid, 0.0))
-    return sum(by_pid.values())
-
-
-def _warn(
-    resources: Sequence[str],
-    reason: str,
-    *,
-    level: int = logging.WARNING,
-    unenforced: Collection[str] = (),
-    how: str = "",
-) -> None:
-    """Warn once that resources are not measured, and which limits are therefore not enforced."""
-    what = _titles(resources)
-    verb = "is" if len(resources) == 1 else "are"
-    message = f"{what[0].upper()}{what[1:]} {verb} not measured{how}: {reason}."
-    limited = [name for name in resources if name in unenforced]
-    if limited:
-        message += (
-            f" A limit or quota on {_titles(limited)} can't be enforced here: "
-            "`optuna-quota doctor` says more."
-        )
-    warn_once(f"gpu: {reason}", message, level=level)
-
-
 def _titles(resources: Sequence[str]) -> str:
     *others, last = [get_resource(name).title for name in resources]
     return f"{', '.join(others)} and {last}" if others else last
@@ -421,11 +407,7 @@ def _titles(resources: Sequence[str]) -> str:
 
 @functools.lru_cache(maxsize=1)
 def gpu_reader() -> GpuReader:
-    """Return the reader of the devices that CUDA shows to this process.
-
-    Raises:
-        GpuError: If NVML can't be used.
-    """
+    """Return the reader of the devices that CUDA shows here; raises GpuError without NVML."""
     return GpuReader(visible_gpus(os.environ).devices)
 
 

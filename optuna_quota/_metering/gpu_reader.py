@@ -17,12 +17,16 @@ from typing import TypeVar
 import psutil
 
 from optuna_quota._metering.nvml import GpuError, GpuSample, NvmlDevice
+from optuna_quota._resources import GPU_RESOURCES, RESOURCES
 
 
 _logger = logging.getLogger("optuna.quota.metering")
 
 # Stands for every pid where the driver does not even list processes.
 ANY_PID = -1
+
+# The GPU resources that add up.
+GPU_TOTALS = tuple(name for name in GPU_RESOURCES if not RESOURCES[name].peak)
 
 _NAMES = Path("/proc/net/unix")
 _PREFIX = "optuna-quota/gpu/"
@@ -77,8 +81,7 @@ class DeviceReading:
         used: Bytes in use by any process.
         total: Bytes in all.
         held: Bytes by pid of the processes that the driver lists.
-        joules: Energy since the device was first read, of all processes.
-        busy: Busy GPU-seconds since then, of all processes.
+        totals: Busy GPU-seconds and energy of all processes since the first reading, by resource.
         lost: Why nothing is known of the device any more.
         unknown: Why a total is not reported, neither by process nor of the device, by resource.
     """
@@ -86,8 +89,7 @@ class DeviceReading:
     used: float | None = None
     total: float | None = None
     held: Mapping[int, float | None] = field(default_factory=dict)
-    joules: float | None = None
-    busy: float | None = None
+    totals: dict[str, float] = field(default_factory=dict)
     lost: str | None = None
     unknown: dict[str, str] = field(default_factory=dict)
 
@@ -132,8 +134,7 @@ class GpuReading:
 
     Attributes:
         memory: Bytes held at this moment, by pid; None where the driver does not report it.
-        busy: Busy GPU-seconds so far, by pid.
-        joules: Energy so far, by pid.
+        totals: Busy GPU-seconds and energy so far, by resource and pid.
         devices: The devices, by identity.
         unknown: Why a resource is unknown, by pid and resource.
         lost: Why nothing is known any more, None while something is.
@@ -141,8 +142,9 @@ class GpuReading:
     """
 
     memory: dict[int, float | None] = field(default_factory=dict)
-    busy: dict[int, float] = field(default_factory=dict)
-    joules: dict[int, float] = field(default_factory=dict)
+    totals: dict[str, dict[int, float]] = field(
+        default_factory=lambda: {name: {} for name in GPU_TOTALS}
+    )
     devices: dict[str, DeviceReading] = field(default_factory=dict)
     unknown: dict[int, dict[str, str]] = field(default_factory=dict)
     lost: str | None = None
@@ -245,12 +247,7 @@ class GpuReader:
         self._registry.publish(())
 
     def read(self, max_age: float = 0.0, after: float = float("-inf")) -> GpuReading:
-        """Return the last reading, or a new one if that is too old.
-
-        Args:
-            max_age: Its greatest age in seconds.
-            after: The moment that it must have been read after.
-        """
+        """Return the last reading, or a new one if that is older than ``max_age`` or ``after``."""
         with self._lock:
             now, latest = self._clock(), self.latest
             is_fresh = 0 <= now - latest.at <= max_age and latest.at > after
@@ -262,8 +259,8 @@ class GpuReader:
 
     def _read(self, now: float) -> GpuReading:
         # Copies: other threads may still hold the earlier reading.
-        busy, joules = dict(self.latest.busy), dict(self.latest.joules)
-        reading = GpuReading(busy=busy, joules=joules, at=now)
+        totals = {name: dict(by_pid) for name, by_pid in self.latest.totals.items()}
+        reading = GpuReading(totals=totals, at=now)
         try:
             for device in self._devices:
                 device.read(reading, now)
@@ -272,7 +269,7 @@ class GpuReader:
         lost = [device.lost for device in reading.devices.values()]
         if all(lost):
             reading.lost = reading.lost or next(iter(lost), None)
-        for amounts in (reading.busy, reading.joules):
+        for amounts in totals.values():
             for pid in [p for p in amounts if p not in reading.memory and not self.is_alive(p)]:
                 del amounts[pid]
         return reading
@@ -319,35 +316,43 @@ class _DeviceReader:
             if memory is None:
                 reason = _INSTANCE if self.device.is_instance else _NO_BYTES
                 reading.mark_unknown([pid], "gpu_memory", reason)
-        busy = self._read_busy(reading, found, listed)
-        self._read_energy(reading, found, listed, busy)
+        busy: dict[int, float] | None = None
+        try:
+            busy = self._read_busy(reading, listed)
+        except GpuError as error:
+            self._mark_unknown(reading, found, "gpu_time", error)
+        try:
+            self._read_energy(reading, found, listed, busy)
+        except GpuError as error:
+            self._mark_unknown(reading, found, "energy", error)
         if not listed or busy is None:
             # How busy the device is as a whole is all there is.
             share = _try(self.device.utilization)
             if share is not None:
                 self._busy += share * max(0.0, now - self._read_at)
-                found.busy = self._busy
+                found.totals["gpu_time"] = self._busy
                 found.unknown.pop("gpu_time", None)
         self._read_at = now
 
-    def _read_busy(
-        self, reading: GpuReading, found: DeviceReading, listed: Iterable[int]
-    ) -> dict[int, float] | None:
-        """Return the busy seconds by process since the last reading, None if unknown."""
-        try:
-            if self.device.is_instance:
-                raise GpuError(_INSTANCE)
-            samples = self.device.samples(self._sampled)
-        except GpuError as error:
-            if error.final:
-                raise
-            reading.mark_unknown(listed, "gpu_time", error.reason)
-            found.unknown["gpu_time"] = error.reason
-            return None
+    def _mark_unknown(
+        self, reading: GpuReading, found: DeviceReading, resource: str, error: GpuError
+    ) -> None:
+        if error.final:
+            raise error
+        reading.mark_unknown(found.held, resource, error.reason)
+        if resource not in found.totals:
+            found.unknown[resource] = error.reason
+
+    def _read_busy(self, reading: GpuReading, listed: Iterable[int]) -> dict[int, float]:
+        """Return the busy seconds by process since the last reading."""
+        if self.device.is_instance:
+            raise GpuError(_INSTANCE)
+        samples = self.device.samples(self._sampled)
         grown = busy_seconds(samples, self._sampled)
         self._sampled = max((s.seconds for s in samples), default=self._sampled)
+        totals = reading.totals["gpu_time"]
         for pid in {*listed, *grown}:
-            reading.busy[pid] = reading.busy.get(pid, 0.0) + grown.get(pid, 0.0)
+            totals[pid] = totals.get(pid, 0.0) + grown.get(pid, 0.0)
         return grown
 
     def _read_energy(
@@ -357,22 +362,16 @@ class _DeviceReader:
         listed: Iterable[int],
         busy: Mapping[int, float] | None,
     ) -> None:
-        try:
-            if self.device.is_instance:
-                raise GpuError(_INSTANCE)
-            joules = self.device.joules()
-            before, self._joules = self._joules, joules
-            self._first_joules = joules if self._first_joules is None else self._first_joules
-            found.joules = max(0.0, joules - self._first_joules)
-            grown = 0.0 if before is None else max(0.0, joules - before)
-            for pid, share in energy_shares(list(listed), busy).items():
-                reading.joules[pid] = reading.joules.get(pid, 0.0) + grown * share
-        except GpuError as error:
-            if error.final:
-                raise
-            reading.mark_unknown(listed, "energy", error.reason)
-            if found.joules is None:
-                found.unknown["energy"] = error.reason
+        if self.device.is_instance:
+            raise GpuError(_INSTANCE)
+        joules = self.device.joules()
+        before, self._joules = self._joules, joules
+        self._first_joules = joules if self._first_joules is None else self._first_joules
+        found.totals["energy"] = max(0.0, joules - self._first_joules)
+        grown = 0.0 if before is None else max(0.0, joules - before)
+        totals = reading.totals["energy"]
+        for pid, share in energy_shares(list(listed), busy).items():
+            totals[pid] = totals.get(pid, 0.0) + grown * share
 
 
 def _try(read: Callable[[], Answer]) -> Answer | None:
@@ -401,8 +400,7 @@ def busy_seconds(samples: Iterable[GpuSample], since: float) -> dict[int, float]
 def energy_shares(listed: list[int], busy: Mapping[int, float] | None) -> dict[int, float]:
     """Return the share of a device's energy that each process is charged; they add up to 1.
 
-    Raises:
-        GpuError: If there are several and it is unknown how busy each kept the device.
+    Raises GpuError if there are several and it is unknown how busy each kept the device.
     """
     if len(listed) <= 1:
         return dict.fromkeys(listed, 1.0)

@@ -20,22 +20,9 @@ _ROOT = Path("/")
 
 def host_memory_limit(root: Path = _ROOT) -> float:
     """Return the bytes of memory that the processes here may hold together."""
-    limits = (_number(limit) for limit, _, _ in _memory_cgroups(root))
+    limits = [_number(text) for text in _memory_limits(root)]
     total = float(psutil.virtual_memory().total)
     return min([total, *(limit for limit in limits if limit is not None)])
-
-
-def available_memory(root: Path = _ROOT) -> float:
-    """Return the bytes of memory available here without swapping or being killed.
-
-    Of what a cgroup holds, the inactive part of the page cache is freed on demand.
-    """
-    available = [float(psutil.virtual_memory().available)]
-    for limit, current, stat in _memory_cgroups(root):
-        most, held = _number(limit), _number(current)
-        if most is not None and held is not None:
-            available.append(most - held + _inactive_file(stat))
-    return max(0.0, min(available))
 
 
 def cpu_count(root: Path = _ROOT) -> float:
@@ -76,24 +63,11 @@ def _number(text: str) -> float | None:
     return value if 0 <= value < 2**62 else None
 
 
-def _inactive_file(stat: str) -> float:
-    for line in stat.splitlines():
-        name, _, value = line.partition(" ")
-        # Version 1 counts a cgroup without its descendants, and with them under "total_".
-        if name in ("inactive_file", "total_inactive_file"):
-            return _number(value) or 0.0
-    return 0.0
-
-
-def _memory_cgroups(root: Path) -> Iterator[list[str]]:
-    """Yield the texts of a cgroup's limit, current use and statistics, and its ancestors'."""
-    files = {
-        "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
-        "": ("memory.max", "memory.current", "memory.stat"),
-    }
-    for controller, names in files.items():
-        for folder in _folders(root, controller):
-            yield [_text(folder / name) for name in names]
+def _memory_limits(root: Path) -> Iterator[str]:
+    for folder in _folders(root, "memory"):
+        yield _text(folder / "memory.limit_in_bytes")
+    for folder in _folders(root, ""):
+        yield _text(folder / "memory.max")
 
 
 def _cpu_quotas(root: Path) -> Iterator[str]:

@@ -161,11 +161,7 @@ class LinuxProcess:
         )
 
     def unseen_peak(self, huge: int) -> int | None:
-        """Return a peak since the last call, in bytes, None without one.
-
-        Args:
-            huge: The bytes of huge pages allocated on this host.
-        """
+        """Return a peak since the last call, in bytes; takes the host's huge pages so far."""
         status = self._read_status()
         if b"VmHWM:" not in status:
             return None

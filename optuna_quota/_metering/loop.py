@@ -43,9 +43,12 @@ class TrialMonitor(TrialState):
         meters: Sequence[Meter],
     ) -> None:
         super().__init__(key, limits, left, meters, loop.now())
+        self.scheduled: Sequence[ScheduledMeter] = ()
         self._loop = loop
         self._paused_before = loop.paused
         self._ended: float | None = None
+        # Meters of a trial whose own process does not exist yet.
+        self._prepared: Sequence[TrialMeter] = ()
 
     @property
     def elapsed(self) -> float:
@@ -62,17 +65,13 @@ class TrialMonitor(TrialState):
         return self.usage_after(self.elapsed)
 
     def sample(self, *, fully: bool = False) -> Usage:
-        """Measure now; return the usage so far and update the breach.
-
-        Args:
-            fully: Whether to read GPUs and meters even if they are not due.
-        """
+        """Measure now, meters only if they are due or ``fully``; return the usage so far."""
         loop = self._loop
         if not self.closed:
             with loop.lock:
                 now = loop.now()
                 loop.trees.read(self, now)
-                due = [m for m in loop.meters_of(self) if fully or now >= m.due]
+                due = [m for m in self.scheduled if fully or now >= m.due]
             loop.read_meters(self, due, timeout=_METER_TIMEOUT if fully else 0.0)
             self._check_breach_now()
         return self.usage()
@@ -85,8 +84,7 @@ class TrialMonitor(TrialState):
         """Set what this trial may use of the study's total quotas.
 
         Args:
-            left: Ceilings on the trial's whole usage by resource, in SI base units; they replace
-                earlier ones. A breach of one has ``quota=True``.
+            left: Ceilings on the trial's whole usage by resource; they replace earlier ones.
         """
         self._set_ceilings(self.limits, left)
 
@@ -105,10 +103,11 @@ class TrialMonitor(TrialState):
         """
         loop = self._loop
         with loop.lock:
-            loop.release(self)
+            self._release()
             self.isolate()
             self.postpone(waited)
-            meters = loop.prepare_meters(self)
+            meters = () if self._prepared else loop.open_meters(self)
+            self._prepared = self._prepared or meters
         for meter in meters:
             if meter.eager:
                 meter.read(())  # the baseline before the trial's process begins
@@ -130,16 +129,30 @@ class TrialMonitor(TrialState):
         loop = self._loop
         with loop.lock:
             reader = loop.open_tree(pid, *(() if reaper is None else (reaper, outsiders)))
-            loop.release(self)
+            self._release()
             self.isolate()
-            loop.add(self, pid, reader)
+            self.measure(pid, reader)
             loop.wake()
+
+    def measure(self, pid: int | None = None, reader: ProcessTree | None = None) -> None:
+        """Measure the trial in the process tree under a pid, None for this process."""
+        now = self._loop.now()
+        self._loop.trees.add(self, pid, now, reader)
+        built_in = self._prepared or self._loop.open_meters(self)
+        meters = [*map(CustomMeter, self.meters), *built_in]
+        self._prepared, self.scheduled = (), [ScheduledMeter(meter, now) for meter in meters]
+
+    def _release(self) -> None:
+        """Stop measuring the processes of the trial."""
+        for meter in self.scheduled:
+            meter.close()
+        self.scheduled = ()
+        self._loop.trees.remove(self)
 
     def on_breach(self, callback: Callable[[Breach], None]) -> None:
         """Call back once at the first breach, from the loop's thread; at once if there was one.
 
-        Args:
-            callback: Should return quickly: nothing is measured meanwhile.
+        It should return quickly: nothing is measured meanwhile.
         """
         with self._loop.lock:
             breach = self.breach
@@ -149,12 +162,9 @@ class TrialMonitor(TrialState):
             _call(partial(callback, breach))
 
     def on_low_quota(self, request: Callable[[], None]) -> None:
-        """Call when little is left of a quota; the answer is :meth:`allow`.
+        """Call when little is left of a quota, from the loop's thread.
 
-        A breach of what is left then waits for the answer, but not forever.
-
-        Args:
-            request: Called from the loop's thread; should return at once.
+        A breach of what is left then waits for the answer, :meth:`allow`, but not forever.
         """
         self.extension = QuotaExtension(request)
 
@@ -185,13 +195,16 @@ class TrialMonitor(TrialState):
         with loop.lock:
             ended = loop.now()
             loop.trees.read(self, ended)
-            meters = loop.meters_of(self)
+            meters = self.scheduled
         loop.read_meters(self, meters, timeout=_METER_TIMEOUT)
         with loop.lock:
             if not self.closed:
                 self.check_breach(ended)
                 warn_of_sharing(self)
-                loop.remove(self)
+                self._release()
+                for meter in self._prepared:
+                    meter.close()
+                loop.forget(self)
                 self._ended = ended
                 self.end()
         return self.usage()
@@ -239,7 +252,7 @@ class MeteringLoop:
         self._clock = RunningClock()
         self.now = clock or self._clock
         self._pause_detector = PauseDetector(self._clock, lambda: bool(self._monitors))
-        self._open_meters = open_meters
+        self.open_meters = open_meters
         self._is_threaded = threaded
         # A lock as a flag, released to wake the thread: waiting for it is one call in C.
         self._wakeup = threading.Lock()
@@ -249,9 +262,6 @@ class MeteringLoop:
         # When something other than a process tree is due.
         self._others_due = -math.inf
         self._monitors: dict[Key, TrialMonitor] = {}
-        self._meters: dict[TrialState, list[ScheduledMeter]] = {}
-        # Meters of trials whose own process does not exist yet.
-        self._prepared: dict[TrialState, Sequence[TrialMeter]] = {}
 
     def monitor(
         self,
@@ -274,11 +284,11 @@ class MeteringLoop:
         with self.lock:
             monitor = TrialMonitor(self, key, limits or Limits(), left or {}, meters)
             if here:
-                self.add(monitor, None)
+                monitor.measure()
             else:
                 monitor.isolation = None
             self._monitors[key] = monitor
-            eager = [meter for meter in self.meters_of(monitor) if meter.eager]
+            eager = [meter for meter in monitor.scheduled if meter.eager]
             self._start()
             self.wake()
         self.read_meters(monitor, eager)
@@ -309,9 +319,10 @@ class MeteringLoop:
             if is_quiet:
                 return self._seconds_to_next()
             self._others_due = math.inf
-            due = [(t, [m for m in meters if now >= m.due]) for t, meters in self._meters.items()]
-        for trial, meters in due:
-            self.read_meters(trial, meters)
+            monitors = tuple(self._monitors.values())
+            due = [(trial, m) for trial in monitors for m in trial.scheduled if now >= m.due]
+        for trial, meter in due:
+            self.read_meters(trial, [meter])
         with self.lock:
             now = self.now()
             callbacks: list[Callable[[], None]] = []
@@ -334,8 +345,9 @@ class MeteringLoop:
 
     def _next_due_of_others(self) -> float:
         now = self.now()
-        dues = [meter.due for meters in self._meters.values() for meter in meters]
-        dues += [monitor.deadline(now) for monitor in self._monitors.values()]
+        monitors = self._monitors.values()
+        dues = [meter.due for monitor in monitors for meter in monitor.scheduled]
+        dues += [monitor.deadline(now) for monitor in monitors]
         return min(dues, default=math.inf)
 
     # What follows is for monitors, which hold the lock, except for `read_meters`.
@@ -346,11 +358,8 @@ class MeteringLoop:
         with contextlib.suppress(RuntimeError):  # it was released already
             self._wakeup.release()
 
-    def meters_of(self, monitor: TrialMonitor) -> Sequence[ScheduledMeter]:
-        return tuple(self._meters.get(monitor, ()))
-
     def read_meters(
-        self, trial: TrialState, meters: Iterable[ScheduledMeter], *, timeout: float = 0.0
+        self, trial: TrialMonitor, meters: Iterable[ScheduledMeter], *, timeout: float = 0.0
     ) -> None:
         """Read meters of a trial, without the lock, and record what they read."""
         for meter in meters:
@@ -361,37 +370,10 @@ class MeteringLoop:
                 meter.schedule(self.now())
             readings = meter.read(pids, timeout=timeout)
             with self.lock:
-                if meter in self._meters.get(trial, ()):
+                if meter in trial.scheduled:
                     trial.record_readings(readings, meter.growth, sharers)
 
-    def add(
-        self, monitor: TrialMonitor, pid: int | None, reader: ProcessTree | None = None
-    ) -> None:
-        """Measure a trial in the process tree under a pid, None for this process."""
-        now = self.now()
-        self.trees.add(monitor, pid, now, reader)
-        built_in = self._prepared.pop(monitor, None) or self._open_meters(monitor)
-        meters = [*map(CustomMeter, monitor.meters), *built_in]
-        self._meters[monitor] = [ScheduledMeter(meter, now) for meter in meters]
-
-    def prepare_meters(self, monitor: TrialMonitor) -> Sequence[TrialMeter]:
-        """Open the meters of a trial whose process does not exist yet; none if they are open."""
-        if monitor in self._prepared:
-            return ()
-        meters = self._prepared[monitor] = self._open_meters(monitor)
-        return meters
-
-    def release(self, monitor: TrialMonitor) -> None:
-        """Stop measuring the processes of a trial."""
-        for meter in self._meters.pop(monitor, ()):
-            meter.close()
-        self.trees.remove(monitor)
-
-    def remove(self, monitor: TrialMonitor) -> None:
-        """Forget a trial."""
-        self.release(monitor)
-        for meter in self._prepared.pop(monitor, ()):
-            meter.close()
+    def forget(self, monitor: TrialMonitor) -> None:
         if self._monitors.get(monitor.key) is monitor:
             del self._monitors[monitor.key]
 
@@ -425,7 +407,7 @@ class MeteringLoop:
         self.lock = threading.RLock()
         self._is_stopped = True
         self.trees.close()
-        self._monitors, self._meters, self._prepared = {}, {}, {}
+        self._monitors = {}
 
 
 def _call(callback: Callable[[], None]) -> None:

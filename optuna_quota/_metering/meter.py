@@ -203,12 +203,7 @@ class ScheduledMeter:
         self._last: dict[str, float] = {}
 
     def read(self, pids: Sequence[int], *, timeout: float = 0.0) -> Mapping[str, MeterReading]:
-        """Return the readings; nothing while another thread is reading.
-
-        Args:
-            pids: The processes of the trial.
-            timeout: Seconds to wait for that other thread.
-        """
+        """Return the readings; nothing while another thread is reading for ``timeout`` seconds."""
         if not self._reading.acquire(timeout=timeout):
             return {}
         try:

@@ -212,10 +212,6 @@ class MonitoredTree:
 class MonitoredTrees:
     """All process trees of a metering loop, which holds its lock meanwhile.
 
-    Args:
-        open_tree: Opens the reader of a tree.
-        period: Seconds between samples far from any limit; None to choose it.
-
     Attributes:
         excluded_pids: Children of this process that belong to no trial, nor do theirs.
     """
@@ -325,11 +321,8 @@ class ThreadTime:
 def apportion(spent: float, weights: Sequence[float]) -> list[float]:
     """Split CPU-seconds of a process by weight, evenly if all weights are 0.
 
-    Args:
-        spent: CPU-seconds of the whole process tree.
-        weights: CPU-seconds of each trial's own thread. What BLAS workers and other helper
-            threads used is split in proportion: the sum over trials is exact, the parts are an
-            estimate.
+    The weights are the CPU-seconds of each trial's own thread. What BLAS workers and other helper
+    threads used is split in proportion: the sum over trials is exact, the parts are an estimate.
     """
     whole = sum(weights)
     if whole <= 0:

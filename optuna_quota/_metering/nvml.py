@@ -20,8 +20,7 @@ class GpuError(Exception):
 
     Attributes:
         reason: Why, as the end of a sentence.
-        final: Whether no more queries are possible: of the device if it is ``lost``, else of
-            NVML.
+        final: Whether no more queries are possible: of the device if ``lost``, else of NVML.
         nothing: Whether there is just no data at this moment.
         lost: Whether this device alone is lost.
     """
@@ -38,12 +37,9 @@ class GpuError(Exception):
 
 @dataclass(frozen=True)
 class GpuSample:
-    """How busy a process kept a device in one sampling period of the driver.
+    """The share of a sampling period, 0 to 1, in which a kernel of a process ran.
 
-    Attributes:
-        pid: The process.
-        seconds: When the period ended, in seconds since 1970.
-        busy: Share of the period in which a kernel of the process ran, 0 to 1.
+    ``seconds`` is when the period ended, in seconds since 1970.
     """
 
     pid: int
@@ -77,14 +73,7 @@ _NOTHING = ("NVML_ERROR_NOT_FOUND", "NVML_ERROR_NO_DATA", "NVML_ERROR_NOT_READY"
 
 
 class NvmlDevice:
-    """One GPU, or one MIG instance of it.
-
-    Args:
-        pynvml: The module.
-        handle: NVML's handle.
-        index: Its index in NVML's order, the parent's for a MIG instance.
-        is_instance: Whether it is a MIG instance.
-    """
+    """One GPU, or one MIG instance of it; ``index`` is that of the GPU in NVML's order."""
 
     def __init__(self, pynvml: Any, handle: Any, index: int, *, is_instance: bool = False) -> None:
         self._pynvml = pynvml

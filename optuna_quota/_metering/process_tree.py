@@ -131,14 +131,8 @@ class TreeCpuTime:
 class PsutilProcessTree:
     """The tree under a process, by psutil: for any system, and if /proc can't be read.
 
-    Memory is the plain sum of the resident memory of the processes; peaks between samples are
-    not known.
-
-    Args:
-        pid: The root; None for this process.
-
-    Raises:
-        ProcessLookupError: If there is no such process.
+    Memory is the plain sum of the resident memory of the processes; peaks between samples are not
+    known. Raises ProcessLookupError if there is no such process.
     """
 
     _errors = (psutil.Error, OSError)

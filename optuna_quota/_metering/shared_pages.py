@@ -57,11 +57,7 @@ class InheritedPages:
     holders: float
 
     def part(self, outsiders: float | None = None) -> float:
-        """Return the tree's part in bytes.
-
-        Args:
-            outsiders: How many hold them outside of the tree; None for as many as there are.
-        """
+        """Return the tree's part in bytes, with so many other holders; by default as there are."""
         holders = self.holders if outsiders is None else self.members + outsiders
         return self.size * self.members / max(1.0, holders)
 
@@ -73,12 +69,8 @@ def find_inherited(
 
     The kernel reports how many hold a page, but not which. The supervisor was forked from the
     same process as the tree and hardly writes to its memory, so its common pages are those that
-    the tree began with, and show how many hold them on average.
-
-    Args:
-        memories: The memory of each process of the tree, the root's included.
-        root: The root's.
-        supervisor: The supervisor's; not used while the root is alone.
+    the tree began with, and show how many hold them on average. It is not used while the root is
+    alone.
     """
     if len(memories) == 1:
         return InheritedPages(root.common, 1, root.common / max(1, root.common_part))
@@ -90,14 +82,9 @@ def find_inherited(
 def find_doubt(memories: Mapping[int, ProcessMemory], moved: int, ended: Collection[int]) -> int:
     """Return the bytes that may count twice, because processes are read one by one (pure).
 
-    If a process maps shared memory meanwhile, those that were read before count it in larger parts
-    than those that are read after: by at most half of it too much. A process that has ended since
-    it was read left its parts to the others.
-
-    Args:
-        memories: The memory of each process.
-        moved: The bytes of shared memory that were mapped or unmapped meanwhile.
-        ended: The processes that have ended since they were read.
+    If shared memory is mapped meanwhile (``moved`` bytes), those that were read before count it in
+    larger parts than those that are read after: by at most half of it too much. A process that has
+    ended since it was read left its parts to the others.
     """
     shared = sum(memory.shareable_part for memory in memories.values())
     # Together they hold as much as any one of them.
@@ -108,11 +95,9 @@ def find_doubt(memories: Mapping[int, ProcessMemory], moved: int, ended: Collect
 
 @dataclass(frozen=True)
 class TreeMemory:
-    """What the processes of a tree hold, each by itself, in bytes.
+    """What each process of a tree holds by itself, anonymous, shared and swapped, in bytes.
 
-    Attributes:
-        sizes: The anonymous, shared and swapped memory of each.
-        shareable: The part of their sum that is shared memory.
+    ``shareable`` is the part of the sum that is shared memory.
     """
 
     sizes: Mapping[int, int]
@@ -159,8 +144,11 @@ class SharedPages:
     def at_most(self, held: TreeMemory) -> int:
         """Return an upper bound of the tree's memory: all added shared memory counts."""
         # A fork begins with pages that were counted before: of a new process its growth counts.
-        new = held.sizes.keys() - self._measured.sizes.keys()
-        self._new = {pid: self._new.get(pid, held.sizes[pid]) for pid in new}
+        if held.sizes.keys() == self._measured.sizes.keys():
+            self._new = {}
+        else:
+            new = held.sizes.keys() - self._measured.sizes.keys()
+            self._new = {pid: self._new.get(pid, held.sizes[pid]) for pid in new}
         return held.total - self._excess - sum(self._new.values())
 
     def has_new_processes(self, held: TreeMemory) -> bool:

@@ -55,11 +55,8 @@ def sampling_interval(
 ) -> float:
     """Return min(longest, max(shortest, headroom / growth)) in seconds.
 
-    Args:
-        headroom: How far the usage is below its ceiling; None without a ceiling.
-        growth: The fastest growth to expect, in the same unit a second.
-        longest: The interval far from the ceiling.
-        shortest: The interval at the ceiling.
+    The headroom is how far the usage is below its ceiling, None without one; the growth is the
+    fastest to expect, in the same unit a second.
     """
     if headroom is None or growth <= 0:
         return longest
@@ -82,15 +79,7 @@ class RunningClock:
     """A steady clock in seconds without pauses of this process; thread-safe.
 
     One thread sleeps repeatedly and records until when. The first reading of the clock after a
-    pause detects it.
-
-    Args:
-        now: Seconds on a steady clock; for tests.
-        count_switches: Returns the context switches of a thread by its id, None if unknown; for
-            tests.
-
-    Attributes:
-        skipped: The seconds left out so far.
+    pause detects it, and adds it to ``skipped``.
     """
 
     def __init__(
@@ -115,11 +104,7 @@ class RunningClock:
         return now - self.skipped
 
     def fall_asleep(self, seconds: float | None) -> None:
-        """Record that this thread sleeps from now on.
-
-        Args:
-            seconds: For how long at most; None without end, which hides a pause.
-        """
+        """Record that this thread sleeps so long at most; None, without end, hides a pause."""
         with self._lock:
             self._sleeper = threading.get_native_id()
             self._switches_before = self._count_switches(self._sleeper)
@@ -155,44 +140,41 @@ class RunningClock:
 class PauseDetector:
     """A thread that only sleeps, by which a clock detects pauses of this process.
 
-    A thread that also works would miss pauses that begin meanwhile.
-
-    Args:
-        clock: The clock.
-        is_needed: Whether pauses matter at present; otherwise the thread sleeps on.
+    A thread that also works would miss pauses that begin meanwhile. It sleeps on while pauses
+    don't matter.
     """
 
     def __init__(self, clock: RunningClock, is_needed: Callable[[], bool]) -> None:
         self._clock = clock
         self._is_needed = is_needed
-        self._started = threading.Event()
+        self._wakeup = threading.Event()
+        self._is_idle = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin, now that it is needed; one call at a time."""
-        self._started.set()
         if self._thread is None:
             self._thread = threading.Thread(
                 target=self._run, name="optuna-quota-pauses", daemon=True
             )
             self._thread.start()
+        elif self._is_idle:
+            self._wakeup.set()
 
     def _run(self) -> None:
         while True:
-            # Cleared before the check, for a `start` in between.
-            self._started.clear()
-            interval = _PERIOD if self._is_needed() else None
+            # Idle before the check, for a `start` in between.
+            self._wakeup.clear()
+            self._is_idle = True
+            self._is_idle = not self._is_needed()
+            interval = None if self._is_idle else _PERIOD
             self._clock.fall_asleep(interval)
-            self._started.wait(interval)
+            self._wakeup.wait(interval)
             self._clock.wake_up()
 
 
 def count_context_switches(thread: int) -> int | None:
-    """Return the context switches so far of a thread of this process, None if unknown.
-
-    Args:
-        thread: Its native id.
-    """
+    """Return the context switches of a thread by its native id, None if unknown."""
     try:
         if thread == threading.get_native_id():
             import resource

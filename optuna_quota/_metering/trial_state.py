@@ -199,8 +199,7 @@ class TrialState:
     def timeline(self, resource: str = "memory") -> tuple[tuple[float, float], ...]:
         """Return pairs of seconds since the start and usage, at most 60.
 
-        Args:
-            resource: ``"memory"``, or a resource with a ceiling, of which a peak is that so far.
+        Of memory, or of a resource with a ceiling, where a peak is that so far.
         """
         found = self._timelines.get(resource)
         return () if found is None else found.points()
@@ -267,13 +266,7 @@ class TrialState:
         growth: Callable[[str, float], float],
         sharers: int,
     ) -> None:
-        """Record readings of a meter.
-
-        Args:
-            readings: The readings by resource.
-            growth: Returns how much a resource's total has grown since the last reading.
-            sharers: The trials that run in the same processes; a total is split evenly.
-        """
+        """Record what a meter read; ``growth`` of a total is split evenly by the sharers."""
         for name, reading in readings.items():
             self.gpu = reading.gpu or self.gpu
             if reading.lost:

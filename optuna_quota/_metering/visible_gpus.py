@@ -122,12 +122,7 @@ _GPU_FILES = ("/dev/nvidia", "/dev/dxg")
 
 @dataclass(frozen=True)
 class VisibleGpus:
-    """The GPUs that CUDA shows to a process.
-
-    Attributes:
-        devices: The GPUs and MIG instances; all possible ones if ``unresolved``.
-        unresolved: The entries of ``CUDA_VISIBLE_DEVICES`` if it is unknown which GPUs they name.
-    """
+    """The GPUs that CUDA shows to a process, or MIG instances; all if ``unresolved``."""
 
     devices: tuple[NvmlDevice, ...]
     unresolved: tuple[str, ...] = ()
@@ -136,8 +131,7 @@ class VisibleGpus:
 def visible_gpus(environment: Mapping[str, str]) -> VisibleGpus:
     """Return the GPUs that CUDA shows under these environment variables.
 
-    Raises:
-        GpuError: If NVML can't be used, or the variables hide every GPU.
+    Raises GpuError if NVML can't be used, or the variables hide every GPU.
     """
     names = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
     return _visible_gpus(*(environment.get(name) for name in names))

@@ -12,10 +12,7 @@ _logged: set[str] = set()
 def warn_once(subject: str, message: str, *, level: int = logging.WARNING) -> None:
     """Log a message unless one on the same subject was logged before at this level or above.
 
-    Args:
-        subject: What the message is about; later messages about it are dropped.
-        message: One or more sentences.
-        level: INFO if no limit or quota needs what is missing.
+    The level is INFO if no limit or quota needs what is missing.
     """
     keys = {f"{at}:{subject}" for at in (logging.INFO, logging.WARNING) if at >= level}
     if not keys & _logged:

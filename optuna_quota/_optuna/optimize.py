@@ -220,17 +220,11 @@ def misplaced(given: object) -> str:
 
 @dataclass(frozen=True)
 class TellCall:
-    """What ``tell`` was called with.
+    """What ``tell`` was called with."""
 
-    Attributes:
-        by_user: Whether the user called it; False for ``optimize``.
-        state: The state that was given, None where the values decide.
-        problem: Why the values are invalid, None if they are valid.
-    """
-
-    by_user: bool
-    state: TrialState | None = None
-    problem: str | None = None
+    by_user: bool  # Whether the user called it; False for ``optimize``
+    state: TrialState | None = None  # The state that was given, None where the values decide
+    problem: str | None = None  # Why the values are invalid, None if they are valid
 
 
 def find_tell_call() -> TellCall | None:

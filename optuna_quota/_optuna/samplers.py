@@ -55,11 +55,7 @@ def constraints_of(trial: FrozenTrial) -> dict[str, float]:
 
 
 def feasible_attributes(existing: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the system attributes by which a completed trial counts as feasible.
-
-    Args:
-        existing: Those that its row has.
-    """
+    """Return system attributes to add to a completed trial's, by which it counts as feasible."""
     return {} if _BY_KEY or CONSTRAINTS in existing else {CONSTRAINTS: []}
 
 
@@ -131,12 +127,8 @@ def learn_constraints(
 ) -> Iterator[Study]:
     """Return a view of a study from which samplers learn the constraints of its trials.
 
-    Args:
-        study: The study, or a view of it.
-        samplers: The samplers that will be called with it.
-        constrain: The constraints of completed trials; None for those in the rows.
-        limited: Returns whether trials have limits now: without, samplers of Optuna 4 are not to
-            know of constraints.
+    ``constrain`` is None for those in the rows. Without limits now (``limited``), samplers of
+    Optuna 4 are not to know of constraints.
     """
     if _BY_KEY:
         yield cast("Study", _ConstrainedStudy(study, constrain)) if constrain else study

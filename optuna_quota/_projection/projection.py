@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+COLUMNS = ("resource", "at least", "median", "at most", "quota", "probability")
+_FIGURES = ("used", "lower", "median", "upper", "quota", "probability")
+
+
 @dataclass(frozen=True)
 class ProjectedResource:
     """One row of a projection, in SI base units.
@@ -38,21 +42,15 @@ class ProjectedResource:
     probability: float | None
 
     def __str__(self) -> str:
-        def amount(value: float | None) -> str:
-            return format_amount(self.resource, value)
-
-        known = not math.isnan(self.median)
-        text = f"{get_resource(self.resource).title}: "
-        text += f"{amount(self.median)} projected" if known else "unknown usage"
-        if known and self.upper > self.lower:
-            text += f" ({amount(self.lower)} to {amount(self.upper)})"
+        title, *cells = describe_resource(self)
+        lower, median, upper, quota, probability = cells
+        text = f"{title}: {median} projected" if median else f"{title}: unknown usage"
+        if median and self.upper > self.lower:
+            text += f" ({lower} to {upper})"
         if self.used:
-            text += f", {amount(self.used)} of it used so far"
-        if self.quota is not None:
-            text += f", quota {amount(self.quota)}"
-        if self.probability is not None:
-            text += f", probability {format_probability(self.probability)}"
-        return text
+            text += f", {format_amount(self.resource, self.used)} of it used so far"
+        text += f", quota {quota}" if quota else ""
+        return text + (f", probability {probability}" if probability else "")
 
 
 @dataclass(frozen=True)
@@ -95,20 +93,19 @@ class Projection:
         """
         from pandas import DataFrame, Index
 
-        columns = ["used", "lower", "median", "upper", "quota", "probability"]
-        rows = [[getattr(r, name) for name in columns] for r in self.resources]
+        rows = [[getattr(r, name) for name in _FIGURES] for r in self.resources]
         index = Index([r.resource for r in self.resources], name="resource", dtype="object")
-        frame: DataFrame = DataFrame(rows, index=index, columns=columns, dtype=float)
+        frame: DataFrame = DataFrame(rows, index=index, columns=list(_FIGURES), dtype=float)
         return frame
 
     @property
     def unfit(self) -> tuple[ProjectedResource, ...]:
         """The resources that do not fit, least probable first."""
-        rows = [row for row in self.resources if _probability(row) < self.confidence]
+        rows = [row for row in self.resources if probability_of(row) < self.confidence]
         if rows or self.fits:
-            return tuple(sorted(rows, key=_probability))
+            return tuple(sorted(rows, key=probability_of))
         # Each fits alone, but not all together: the least probable one counts.
-        return (min(self.resources, key=_probability),)
+        return (min(self.resources, key=probability_of),)
 
     @property
     def not_judged(self) -> tuple[ProjectedResource, ...]:
@@ -143,9 +140,6 @@ class Projection:
         return element("div", *parts)
 
 
-COLUMNS = ("resource", "at least", "median", "at most", "quota", "probability")
-
-
 def describe_resource(row: ProjectedResource) -> tuple[str, ...]:
     """Return a row as text by :data:`COLUMNS`; what is unknown is empty."""
     amounts = (row.lower, row.median, row.upper, row.quota)
@@ -157,7 +151,6 @@ def describe_resource(row: ProjectedResource) -> tuple[str, ...]:
 
 
 def describe_strategy(strategy: Strategy) -> str:
-    """Return the size of a strategy as text."""
     trials = "1 trial" if strategy.n_trials == 1 else f"{strategy.n_trials} trials"
     return trials if strategy.n_jobs == 1 else f"{trials} with {strategy.n_jobs} at once"
 
@@ -201,5 +194,6 @@ def format_probability(probability: float) -> str:
     return f"{probability:.0%}"
 
 
-def _probability(row: ProjectedResource) -> float:
+def probability_of(row: ProjectedResource) -> float:
+    """Return the probability that a resource stays within its quota, 1 where it is not judged."""
     return 1.0 if row.probability is None else row.probability

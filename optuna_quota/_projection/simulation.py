@@ -1,19 +1,20 @@
-"""Simulates a strategy: draws each trial's usage and schedules trials on workers."""
+"""Projects a strategy by simulating it, and finds the nearest one that fits."""
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import math
 from typing import Any
 
 import numpy as np
 
 from optuna_quota._footprint.footprint import BaseFootprint
-from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
-from optuna_quota._footprint.user_given import count_within
+from optuna_quota._footprint.search_space import latin_hypercube, narrow, points_from_unit_cube
+from optuna_quota._footprint.user_given import as_footprint, count_within
 from optuna_quota._metering.breach import quota_bound
-from optuna_quota._projection.projection import ProjectedResource, Projection
+from optuna_quota._projection.projection import probability_of, ProjectedResource, Projection
 from optuna_quota._resources import (
     get_resource,
     HELD_RESOURCES,
@@ -32,36 +33,114 @@ _MIN_POINTS = 16
 # Longer strategies are simulated with this many trials, and their totals scaled.
 _MAX_TRIALS = 4000
 _MAX_CELLS = 2_000_000
+_BISECTIONS = 7
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to project.
+def project(
+    strategy: Strategy,
+    footprint: Any,
+    *,
+    quota: Quota | None = None,
+    limits: Limits | None = None,
+    used: Mapping[str, float] | None = None,
+    points: Sequence[Mapping[str, Any]] | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Projection:
+    """Return what a strategy will use and whether that fits a quota; no study is run.
 
-    Attributes:
+    Points are drawn from the search space as its distributions say, and without one from the
+    points of the footprint. The usage of each is drawn from the footprint, and the trials are
+    scheduled one after another on ``strategy.n_jobs`` workers. Resources that trials hold
+    (memory) count by the largest sum at one moment, all others by their totals.
+
+    Example:
+
+        .. code-block:: python
+
+            strategy = Strategy(n_trials=200, n_jobs=2)
+            every_trial = Usage(memory="2GiB", wall_time="90s")
+            projection = project(strategy, every_trial, quota=Quota(wall_time="2h"))
+            print(projection)
+
+    Args:
         strategy: What is about to run.
-        footprint: Expected usage of a trial.
+        footprint: A :class:`~optuna_quota.Usage`, a function ``params -> Usage``, or a
+            :class:`~optuna_quota.Footprint`.
         quota: The quota on the whole study.
         limits: A trial over one of them counts as terminated there.
         used: What the study used so far, by resource, in SI base units.
+        points: Points to draw from instead of the search space. As many as there are trials run
+            once each; any other number is sampled with replacement.
+        confidence: The probability with which every quota has to hold.
+        seed: Of the random draws; the same seed gives the same projection.
+
+    Raises:
+        TypeError: If ``footprint`` is none of these.
+        ValueError: If there is no point to project: neither a search space nor a footprint with
+            points.
     """
+    expected = as_footprint(footprint)
+    quota, limits = quota or Quota(), limits or Limits()
+    plan = _Plan(strategy, expected, quota, limits, dict(used or {}), points, seed)
+    simulation = plan.simulate()
+    amounts, rows = quota.amounts(), []
+    for name in dict.fromkeys([*simulation.cumulative, *amounts]):
+        before, most = plan.used.get(name, 0.0), amounts.get(name)
+        if name not in simulation.cumulative:
+            unknown = ProjectedResource(name, before, math.nan, math.nan, math.nan, most, None)
+            rows.append(unknown)
+            continue
+        final = simulation.cumulative[name][:, -1]
+        low, middle, high = np.quantile(final, [1 - confidence, 0.5, confidence]).tolist()
+        fits = None if most is None else float((final <= quota_bound(most)).mean())
+        rows.append(ProjectedResource(name, before, low, middle, high, most, fits))
+    projection = Projection(strategy, tuple(rows), simulation.probability, confidence)
+    if projection.fits:
+        return projection
+    return replace(projection, nearest=_nearest_strategy(simulation, confidence))
+
+
+def project_end(
+    strategy: Strategy, used: Mapping[str, float], quota: Quota, confidence: float
+) -> Projection:
+    """Return the projection of a strategy whose trials have all run."""
+    amounts, rows = quota.amounts(), []
+    for name in dict.fromkeys([*used, *amounts]):
+        final, most = used.get(name, 0.0), amounts.get(name)
+        fits = None if most is None else float(final <= quota_bound(most))
+        rows.append(ProjectedResource(name, final, final, final, final, most, fits))
+    return Projection(
+        strategy, tuple(rows), min(map(probability_of, rows), default=1.0), confidence
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What to project: the arguments of :func:`project`."""
 
     strategy: Strategy
     footprint: BaseFootprint
     quota: Quota
     limits: Limits
     used: dict[str, float]
+    points: Sequence[Mapping[str, Any]] | None
+    seed: int
 
-    def simulate(
-        self, unit: np.ndarray | None, points: Sequence[Mapping[str, Any]] | None, seed: int
-    ) -> Simulation:
-        """Return draws of the strategy, at ``points`` or else at the unit points in its space."""
+    def unit_points(self) -> np.ndarray | None:
+        """Return a Latin hypercube for the search space, shape ``(points, parameters)``."""
         space = self.strategy.search_space
-        pool = points
-        if pool is None:
-            pool = (
-                self.footprint.points if unit is None else points_from_unit_cube(space or {}, unit)
-            )
+        if space is None or self.points is not None:
+            return None
+        return latin_hypercube(_POOL_SIZE, len(space), np.random.default_rng([self.seed, 2]))
+
+    def simulate(self) -> _Simulation:
+        """Draw each trial's usage and schedule the trials on workers."""
+        unit, pool = self.unit_points(), self.points
+        if unit is not None:
+            pool = points_from_unit_cube(self.strategy.search_space or {}, unit)
+        elif pool is None:
+            pool = self.footprint.points
         if len(pool) == 0:
             raise ValueError(
                 "`strategy` must have a search_space when the footprint knows no points, "
@@ -75,21 +154,55 @@ class Plan:
         # Unknown usage counts as none: it breaches nothing and has no price.
         drawn = {
             name: np.where(np.isnan(each), 0.0, each)
-            for name, each in self.footprint.draw(pool, count, seed).items()
+            for name, each in self.footprint.draw(pool, count, self.seed).items()
         }
-        once_each = points is not None and len(points) == self.strategy.n_trials
-        picks = _draw_order(count, length, len(pool), seed, once_each=once_each)
+        # Which points come is random, and makes up half of the spread of a total, unless each of
+        # them comes once.
+        generator = np.random.default_rng([self.seed, 3])
+        if len(self.points or ()) == len(pool) == length == self.strategy.n_trials:
+            picks = generator.permuted(np.tile(np.arange(length), (count, 1)), axis=1)
+        else:
+            # Trial by trial, so that a strategy of fewer trials starts with the very same points.
+            picks = generator.integers(len(pool), size=(length, count)).T
         usage = {name: np.take_along_axis(each, picks, axis=1) for name, each in drawn.items()}
         stopped = _terminate(usage, self.limits)
-        return Simulation(self, drawn, _cumulative_usage(self, stopped, (count, length)))
+        return _Simulation(self, drawn, _cumulative_usage(self, stopped, (count, length)))
 
 
-def unit_points(strategy: Strategy, seed: int) -> np.ndarray | None:
-    """Return a Latin hypercube for the search space, shape ``(points, parameters)``."""
-    if strategy.search_space is None:
-        return None
-    generator = np.random.default_rng([seed, 2])
-    return latin_hypercube(_POOL_SIZE, len(strategy.search_space), generator)
+@dataclass(frozen=True)
+class _Simulation:
+    """Draws of what a strategy uses."""
+
+    plan: _Plan
+    drawn: dict[str, np.ndarray]  # at each point of the pool, shape (draws, points)
+    cumulative: dict[str, np.ndarray]  # of the study after each trial, shape (draws, trials)
+
+    def fits_after(self) -> np.ndarray:
+        """Return the probability that every quota holds after each trial."""
+        fits = np.ones(next(iter(self.cumulative.values())).shape, dtype=bool)
+        for name, quota in self.plan.quota.amounts().items():
+            if name in self.cumulative:
+                fits &= self.cumulative[name] <= quota_bound(quota)
+        return np.asarray(fits.mean(axis=0))
+
+    @property
+    def probability(self) -> float:
+        return float(self.fits_after()[-1])
+
+    def max_trials(self, confidence: float) -> int:
+        """Return how many trials of the strategy fit with a confidence."""
+        enough = self.fits_after() >= confidence
+        n, asked = int(np.sum(np.cumprod(enough))), self.plan.strategy.n_trials
+        return n if len(enough) == asked else math.floor(n * asked / len(enough))
+
+    def scarcest(self) -> str:
+        """Return the resource that is furthest over its quota, as a ratio of medians."""
+        ratios = {
+            name: float(np.median(self.cumulative[name][:, -1])) / quota
+            for name, quota in self.plan.quota.amounts().items()
+            if name in self.cumulative and name != "n_trials"
+        }
+        return max(ratios, key=ratios.__getitem__, default="")
 
 
 def _terminate(usage: Mapping[str, np.ndarray], limits: Limits) -> dict[str, np.ndarray]:
@@ -109,22 +222,8 @@ def _terminate(usage: Mapping[str, np.ndarray], limits: Limits) -> dict[str, np.
     return {name: each * share if name in totals else each for name, each in found.items()}
 
 
-def _draw_order(count: int, length: int, size: int, seed: int, *, once_each: bool) -> np.ndarray:
-    """Return the index of the point that each trial runs at, shape ``(count, length)``.
-
-    Which points come is random, and makes up half of the spread of a total, unless each of them
-    comes once.
-    """
-    generator = np.random.default_rng([seed, 3])
-    if not once_each or length != size:
-        # Trial by trial, so that a strategy of fewer trials starts with the very same points.
-        return np.asarray(generator.integers(size, size=(length, count)).T)
-    order = np.tile(np.arange(size), (count, 1))
-    return np.asarray(generator.permuted(order, axis=1))
-
-
 def _cumulative_usage(
-    plan: Plan, usage: dict[str, np.ndarray], shape: tuple[int, int]
+    plan: _Plan, usage: dict[str, np.ndarray], shape: tuple[int, int]
 ) -> dict[str, np.ndarray]:
     """Return what the study has used after each trial, by resource, shape (draws, trials)."""
     scale = plan.strategy.n_trials / shape[1]
@@ -136,9 +235,8 @@ def _cumulative_usage(
     if times is not None:
         cumulative["trial_time"] = np.cumsum(times, axis=1) * scale
         if "cpu_time" in usage:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                cores = usage["cpu_time"] / times
-            usage = {**usage, "cpu_cores": np.where(times > 0, cores, 0.0)}
+            cores = np.divide(usage["cpu_time"], times, out=np.zeros(shape), where=times > 0)
+            usage = {**usage, "cpu_cores": cores}
     # Trials of unknown length take turns.
     durations = np.ones(shape) if times is None else times
     held = {name: usage[name] for name in HELD_RESOURCES if name in usage}
@@ -160,10 +258,9 @@ def _cumulative_usage(
 def _schedule(
     durations: np.ndarray, held: Mapping[str, np.ndarray], n_jobs: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Schedule the trials on ``n_jobs`` workers, each on the one that is free first.
+    """Schedule the trials on workers, each on the one that is free first.
 
-    Returns:
-        When all trials so far have ended, and the largest sum held at one moment so far.
+    Returns when all trials so far have ended, and the largest sum held at one moment so far.
     """
     count, length = durations.shape
     rows = np.arange(count)
@@ -181,56 +278,73 @@ def _schedule(
     return ends, {name: np.maximum.accumulate(each, axis=1) for name, each in sums.items()}
 
 
-@dataclass(frozen=True)
-class Simulation:
-    """Draws of what a strategy uses.
+def _nearest_strategy(simulation: _Simulation, confidence: float) -> Strategy | None:
+    """Return the strategy that keeps most: fewer at once, else fewer trials or a smaller range."""
+    plan, asked = simulation.plan, simulation.plan.strategy
+    options: list[tuple[float, Strategy]] = []
 
-    Attributes:
-        plan: What is projected.
-        drawn: Usage by resource at each point of the pool, shape ``(draws, points)``.
-        cumulative: What the study has used after each trial, shape ``(draws, trials)``.
-    """
+    def max_trials(n_jobs: int) -> int:
+        if n_jobs == asked.n_jobs:
+            return simulation.max_trials(confidence)
+        slower = replace(plan, strategy=replace(asked, n_jobs=n_jobs))
+        return slower.simulate().max_trials(confidence)
 
-    plan: Plan
-    drawn: dict[str, np.ndarray]
-    cumulative: dict[str, np.ndarray]
+    too_many = asked.n_jobs + 1
+    tried = set(range(1, asked.n_jobs + 1))
+    if len(tried) > 8:
+        tried = {int(n) for n in np.geomspace(1, asked.n_jobs, 9).round()}
+    for n_jobs in sorted(tried, reverse=True):
+        n_trials = max_trials(n_jobs)
+        if n_trials >= asked.n_trials:
+            # The most that fit may lie between two of the counts tried.
+            counts = range(n_jobs, too_many)
+            n_fit = bisect(counts, False, lo=1, key=lambda n: max_trials(n) < asked.n_trials)
+            return replace(asked, n_jobs=counts[n_fit - 1])
+        if n_trials >= 1:
+            # Fewer at once cost some time, but lose no trial.
+            kept = n_trials / asked.n_trials - 0.02 * (1 - n_jobs / asked.n_jobs)
+            options.append((kept, replace(asked, n_jobs=n_jobs, n_trials=n_trials)))
+        too_many = n_jobs
+    options += _smaller_range(simulation, confidence)
+    return max(options, key=lambda option: option[0])[1] if options else None
 
-    def projection(self, confidence: float) -> Projection:
-        """Return the projection of the whole strategy."""
-        amounts = self.plan.quota.amounts()
-        names = [*self.cumulative, *(name for name in amounts if name not in self.cumulative)]
-        rows = tuple(self._row(name, amounts.get(name), confidence) for name in names)
-        probability = float(self.fits_after()[:, -1].mean())
-        return Projection(self.plan.strategy, rows, probability, confidence)
 
-    def _row(self, name: str, quota: float | None, confidence: float) -> ProjectedResource:
-        used = self.plan.used.get(name, 0.0)
-        if name not in self.cumulative:
-            return ProjectedResource(name, used, math.nan, math.nan, math.nan, quota, None)
-        final = self.cumulative[name][:, -1]
-        low, middle, high = np.quantile(final, [1 - confidence, 0.5, confidence])
-        fits = None if quota is None else float((final <= quota_bound(quota)).mean())
-        return ProjectedResource(name, used, float(low), float(middle), float(high), quota, fits)
+def _smaller_range(simulation: _Simulation, confidence: float) -> list[tuple[float, Strategy]]:
+    """Return the strategy with the range of its costliest parameter reduced until it fits."""
+    found = _costliest_param(simulation)
+    if found is None:
+        return []
+    name, upper = found
+    plan, asked = simulation.plan, simulation.plan.strategy
+    space = dict(asked.search_space or {})
+    low, high, best = 0.0, 1.0, None
+    for _ in range(_BISECTIONS):
+        share = (low + high) / 2
+        smaller = {**space, name: narrow(space[name], share, upper=upper)}
+        strategy = replace(asked, search_space=smaller)
+        if replace(plan, strategy=strategy).simulate().probability >= confidence:
+            low, best = share, (share, strategy)
+        else:
+            high = share
+    return [] if best is None else [best]
 
-    def fits_after(self) -> np.ndarray:
-        """Return whether every quota holds after each trial, shape ``(draws, trials)``."""
-        fits = np.ones(next(iter(self.cumulative.values())).shape, dtype=bool)
-        for name, quota in self.plan.quota.amounts().items():
-            if name in self.cumulative:
-                fits &= self.cumulative[name] <= quota_bound(quota)
-        return fits
 
-    def max_trials(self, confidence: float) -> int:
-        """Return how many trials of the strategy fit with a confidence."""
-        enough = self.fits_after().mean(axis=0) >= confidence
-        n, asked = int(np.sum(np.cumprod(enough))), self.plan.strategy.n_trials
-        return n if len(enough) == asked else math.floor(n * asked / len(enough))
-
-    def scarcest(self) -> str | None:
-        """Return the resource that is furthest over its quota, as a ratio of medians."""
-        ratios = {
-            name: float(np.median(self.cumulative[name][:, -1])) / quota
-            for name, quota in self.plan.quota.amounts().items()
-            if name in self.cumulative and name != "n_trials"
-        }
-        return max(ratios, key=ratios.__getitem__) if ratios else None
+def _costliest_param(simulation: _Simulation) -> tuple[str, bool] | None:
+    """Return the parameter that drives the scarcest resource, and whether its upper end does."""
+    resource, unit = simulation.scarcest(), simulation.plan.unit_points()
+    source = {"trial_time": "wall_time", "cost": "wall_time", "cpu_cores": "cpu_time"}
+    amounts = simulation.drawn.get(source.get(resource, resource))
+    if unit is None or amounts is None or amounts.shape[1] < len(unit):
+        # No space, or slow to compute: there is no time for other ranges.
+        return None
+    medians = np.median(amounts, axis=0)
+    effects = {}
+    space = simulation.plan.strategy.search_space or {}
+    for column, (name, distribution) in enumerate(space.items()):
+        if narrow(distribution, 0.5, upper=True) != distribution:
+            above = unit[:, column] > 0.5
+            effects[name] = float(medians[above].mean() - medians[~above].mean())
+    if not any(effects.values()):
+        return None
+    name = max(effects, key=lambda each: abs(effects[each]))
+    return name, effects[name] > 0

@@ -21,76 +21,41 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 
-def is_admitted(probability: float, threshold: float) -> bool:
-    """Return whether a point may run.
-
-    The probability of a breach decides and not the upper bound of the usage, which would refuse
-    half of the points that fit.
-
-    Args:
-        probability: That the point breaches any limit.
-        threshold: The highest probability that is accepted.
-    """
-    return probability <= threshold
-
-
 def is_audit_due(refusals: int, audits: int, share: float) -> bool:
-    """Return whether to run a refused point, so that a wrong refusal is found.
-
-    Args:
-        refusals: Points refused so far, this one included.
-        audits: How many of them were run.
-        share: The share of them that may run.
-    """
+    """Return whether to run a share of the refused points, so that a wrong refusal is found."""
     return audits + 0.5 < share * refusals
 
 
 @dataclass(frozen=True)
 class PointVerdict:
-    """Whether a point may run.
-
-    Attributes:
-        admitted: Whether it may.
-        probability: The probability that it breaches any limit.
-        reason: One sentence; empty when the point is admitted.
-        resource: The resource that is most likely breached.
-        limit: Its limit, in SI base units.
-        median: Its projected usage, in SI base units.
-        by_quota: Whether the limit is what is left of the study's quota.
-    """
+    """Whether a point may run."""
 
     admitted: bool
-    probability: float = 0.0
-    reason: str = ""
-    resource: str | None = None
-    limit: float | None = None
-    median: float | None = None
-    by_quota: bool = False
+    probability: float = 0.0  # that it breaches any limit
+    reason: str = ""  # one sentence; empty when it is admitted
+    resource: str | None = None  # that is most likely breached
+    limit: float | None = None  # SI base units
+    median: float | None = None  # projected usage, likewise
+    by_quota: bool = False  # whether the limit is what is left of the study's quota
 
 
 @dataclass(frozen=True)
 class PointAdmission:
-    """Decides which points one trial may run.
+    """Decides which points one trial may run, by the probability of a breach.
 
-    Attributes:
-        expected: Expected usage of a point.
-        limits: The limits of the trial.
-        past: Points of earlier trials, oldest first.
-        space: Distribution of each parameter of these trials.
-        threshold: The probability of a breach above which a point is refused.
-        complete: Points of completed trials, where only complete points can be judged because a
-            user's function may need any parameter; None where any point can.
-        declared: Names of all parameters, where the user declared them.
-        left: What is left of the study's totals, where that is less than the limits.
+    The upper bound of the usage would refuse half of the points that fit.
     """
 
     expected: BaseFootprint
-    limits: Limits
-    past: Sequence[Mapping[str, Any]]
-    space: Mapping[str, BaseDistribution]
-    threshold: float
+    limits: Limits  # of the trial
+    past: Sequence[Mapping[str, Any]]  # points of earlier trials, oldest first
+    space: Mapping[str, BaseDistribution]  # of these trials
+    threshold: float  # the probability of a breach above which a point is refused
+    # Points of completed trials, where only complete points can be judged because a user's
+    # function may need any parameter; None where any point can.
     complete: Sequence[Mapping[str, Any]] | None = None
-    declared: frozenset[str] = frozenset()
+    declared: frozenset[str] = frozenset()  # all parameters, where the user declared them
+    # What is left of the study's totals, where that is less than the limits.
     left: Mapping[str, float] = field(default_factory=dict)
 
     def common_space(self) -> dict[str, BaseDistribution]:
@@ -109,7 +74,7 @@ class PointAdmission:
         """
         points = self._completions(known)
         probabilities = self._breach_probabilities(points)
-        if np.isnan(probabilities).any() or not len(probabilities):
+        if not len(points) or np.isnan(probabilities).any():
             return PointVerdict(True)
         best = int(np.argmin(probabilities))
         point, probability = points[best], float(probabilities[best])
@@ -120,23 +85,23 @@ class PointAdmission:
         return self._refusal(point, probability)
 
     def admits(self, probability: float) -> bool:
-        """Return whether a point with this probability of a breach may run."""
-        return is_admitted(probability, self.threshold)
+        return probability <= self.threshold
 
     def breach_probabilities(self, points: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """Return the probability of a breach at each point, NaN where it is unknown."""
         if self.complete is None:
-            return _any_breach(self.expected.breaches(points, self.limits), len(points))
+            return self._breach_probabilities(points)
         each = (self._breach_probabilities(self._completions(point)) for point in points)
-        return np.array([min(found) if len(found) else np.nan for found in each])
+        return np.array([min(found, default=np.nan) for found in each])
 
     def _breach_probabilities(self, points: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """Return the same of complete points, and nothing where no limit's resource is known."""
+        """Return the same of complete points."""
         try:
             breaches = self.expected.breaches(points, self.limits) if points else {}
         except KeyError:
             return np.full(len(points), np.nan)
-        return _any_breach(breaches, len(points)) if breaches else np.zeros(0)
+        each = ({name: float(p[i]) for name, p in breaches.items()} for i in range(len(points)))
+        return np.array([joint_breach(one) for one in each])
 
     def _completions(self, known: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         if self.complete is None:
@@ -174,27 +139,11 @@ class PointAdmission:
         name = max(known, key=lambda each: float(breaches[each][0]))
         limit = self.limits.amounts()[name]
         by_quota = self.left.get(name) == limit
-        reason = describe_refusal(name, medians[name], limit, probability, by_quota=by_quota)
+        # Not rounded to certainty.
+        shown = "over 99%" if 0.995 <= probability < 1 else f"{probability:.0%}"
+        reason = (
+            f"{ceiling_title(name, quota=by_quota)} likely exceeded: "
+            f"{format_amount(name, medians[name])} projected, {format_amount(name, limit)} "
+            f"{'left' if by_quota else 'allowed'}, probability {shown}."
+        )
         return PointVerdict(False, probability, reason, name, limit, medians[name], by_quota)
-
-
-def describe_refusal(
-    resource: str, median: float, limit: float, probability: float, *, by_quota: bool = False
-) -> str:
-    """Return the reason why a point was refused, in one sentence."""
-    # Not rounded to certainty.
-    shown = "over 99%" if 0.995 <= probability < 1 else f"{probability:.0%}"
-    return (
-        f"{ceiling_title(resource, quota=by_quota)} likely exceeded: "
-        f"{format_amount(resource, median)} projected, {format_amount(resource, limit)} "
-        f"{'left' if by_quota else 'allowed'}, probability {shown}."
-    )
-
-
-def _any_breach(breaches: Mapping[str, np.ndarray], n_points: int) -> np.ndarray:
-    return np.array(
-        [
-            joint_breach({name: float(each[i]) for name, each in breaches.items()})
-            for i in range(n_points)
-        ]
-    )

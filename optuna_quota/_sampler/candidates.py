@@ -34,9 +34,9 @@ from optuna_quota._records import Interval, PROPOSED, proposed_object, write_att
 from optuna_quota._resources import Limits
 from optuna_quota._sampler.admission import is_audit_due, PointAdmission, PointVerdict
 from optuna_quota._sampler.nearest_point import nearest_admitted
-from optuna_quota._sampler.options import AdmissionOptions, OnVeto
+from optuna_quota._sampler.options import OnVeto, SamplerOptions
 from optuna_quota._sampler.row_cleanup import fail_unfinished_trial
-from optuna_quota._sampler.study_footprint import Forecast, StudyFootprint, within_left
+from optuna_quota._sampler.study_footprint import Forecast, StudyFootprint
 from optuna_quota.exceptions import TrialRejected
 
 
@@ -67,7 +67,6 @@ def replacement_for(sampler: BaseSampler, on_veto: OnVeto) -> OnVeto:
 
 
 def enumerates_points(sampler: BaseSampler) -> bool:
-    """Return whether a sampler walks a fixed list of points."""
     return isinstance(sampler, _ENUMERATING)
 
 
@@ -83,15 +82,9 @@ class _TrialState:
     rejected: PointVerdict | None = None
     is_audit: bool = False
 
-
-@dataclass(frozen=True)
-class _Request:
-    """A call of the sampler for a trial whose points are judged."""
-
-    study: Study
-    trial: FrozenTrial
-    state: _TrialState
-    admission: PointAdmission
+    @property
+    def admission(self) -> PointAdmission | None:
+        return self.forecast.admission
 
 
 class CandidateFilter:
@@ -102,10 +95,10 @@ class CandidateFilter:
         enumerates: Whether the base sampler walks a fixed list of points.
     """
 
-    def __init__(self, base_sampler: BaseSampler, options: AdmissionOptions) -> None:
+    def __init__(self, options: SamplerOptions) -> None:
         self.footprint = StudyFootprint(options)
-        self._base, self._audits = base_sampler, options.audits
-        kind = _optuna.unwrap_partial_fixed(base_sampler)
+        self._base, self._audits = options.base_sampler, options.audits
+        kind = _optuna.unwrap_partial_fixed(self._base)
         self._replacement = replacement_for(kind, options.on_veto)
         self.enumerates = enumerates_points(kind)
         self._keeps_point = _optuna.needs_drawn_point(kind)
@@ -127,14 +120,9 @@ class CandidateFilter:
     ) -> None:
         """Start a trial; one that was enqueued with all its parameters is judged here.
 
-        Args:
-            study: The study.
-            trial: The trial.
-            limits: What it may use at most.
-            trials: All trials of the study.
-            left: What is left for it of the study's totals, where its end is near.
+        Where their end is near, ``left`` is what is left for it of the study's totals.
         """
-        forecast = within_left(self.footprint.forecast(trials, limits.tightened(left)), left)
+        forecast = self.footprint.forecast(trials, limits.tightened(left)).within(left)
         enqueued = _optuna.fixed_params_of(trial)
         # A PartialFixedSampler may stand inside of ours or around it.
         fixed = {
@@ -144,7 +132,7 @@ class CandidateFilter:
         }
         state = _TrialState(forecast, fixed)
         self._trials[_optuna.trial_id_of(trial)] = state
-        admission = forecast.admission
+        admission = state.admission
         if admission is None or not fixed:
             return
         if enqueued and admission.complete is not None:
@@ -152,13 +140,18 @@ class CandidateFilter:
             known = [point.keys() for point in admission.complete]
             if not known or enqueued.keys() in known:
                 admission = replace(admission, declared=frozenset(enqueued))
-        request = _Request(study, trial, state, admission)
-        if self._can_reject(request, fixed):
-            verdict = admission.judge(fixed)
-            if not verdict.admitted and not self._audit(request, fixed, verdict):
-                _optuna.raise_on_next_suggest(
-                    trial, lambda: self._reject_enqueued(request, fixed, verdict)
-                )
+        if not self._can_reject(admission, fixed):
+            return
+        verdict = admission.judge(fixed)
+        if verdict.admitted or self._audit(study, trial, fixed, verdict):
+            return
+
+        def reject() -> NoReturn:
+            # Where the trial suggests: enqueued parameters do not go through the sampler.
+            with fail_unfinished_trial(study, trial):
+                raise self._reject(study, trial, fixed, verdict)
+
+        _optuna.raise_on_next_suggest(trial, reject)
 
     def bounds_at(
         self, trial: FrozenTrial, drawn: Mapping[str, Any]
@@ -176,13 +169,13 @@ class CandidateFilter:
 
     def is_near_end(self, trial: FrozenTrial) -> bool:
         """Return whether a trial's point is judged by what is left of the study's totals."""
-        admission = self._state(trial).forecast.admission
+        admission = self._state(trial).admission
         return admission is not None and bool(admission.left)
 
     def set_left(self, trial: FrozenTrial, left: Mapping[str, float]) -> None:
         """Judge the point of a trial anew by what is left of the study's totals."""
         state = self._state(trial)
-        state.forecast, state.drawn = within_left(state.forecast, left), {}
+        state.forecast, state.drawn = state.forecast.within(left), {}
 
     def relative_space(
         self, trial: FrozenTrial, space: dict[str, BaseDistribution]
@@ -194,88 +187,77 @@ class CandidateFilter:
         """
         state = self._state(trial)
         state.base_space = space
-        admission = state.forecast.admission
-        if admission is None or self._replacement == "skip":
+        if state.admission is None or self._replacement == "skip":
             return space
-        common = admission.common_space()
+        common = state.admission.common_space()
         more = {n: each for n, each in common.items() if n not in space and not each.single()}
         return {**space, **more}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Return an admitted point of the space.
-
-        Raises:
-            TrialRejected: If there is none.
-        """
+        """Return an admitted point of the space; raise TrialRejected if there is none."""
         state = self._state(trial)
-        admission = state.forecast.admission
+        admission = state.admission
         if admission is None or not space:
             return self._base.sample_relative(study, trial, space)
         state.space = dict(space)
         # A PartialFixedSampler around ours has taken out what it fixes.
         state.base_space = {n: each for n, each in state.base_space.items() if n in space}
-        request = _Request(study, trial, state, admission)
-        first = self._draw(request, space)
+        first = self._draw(study, trial, space)
         verdict = admission.judge({**first, **state.fixed})
-        if verdict.admitted or self._audit(request, first, verdict):
+        if verdict.admitted or self._audit(study, trial, first, verdict):
             state.drawn = first
             return first
-        found, action = self._replace(request, space, first)
+        found, action = self._replace(study, trial, admission, space, first)
         if found is None:
-            raise self._reject(request, first, verdict)
-        self._record(request, first, verdict, action)
+            raise self._reject(study, trial, first, verdict)
+        self._record(study, trial, first, verdict, action)
         state.drawn = found
         return found
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, name: str, distribution: BaseDistribution
     ) -> Any:
-        """Return a value of one parameter with which the point is admitted.
-
-        Raises:
-            TrialRejected: If there is none.
-        """
+        """Return a value with which the point is admitted; raise TrialRejected without any."""
 
         def draw() -> Any:
             return self._base.sample_independent(study, trial, name, distribution)
 
         state, value = self._state(trial), draw()
-        admission = state.forecast.admission
+        admission = state.admission
         if admission is None or state.is_audit:
             return value
         known = {**state.drawn, **trial.params, **state.fixed}
         first = {**known, name: value}
-        request = _Request(study, trial, state, admission)
-        if not self._can_reject(request, first):
+        if not self._can_reject(admission, first):
             return value
         verdict = admission.judge(first)
-        if verdict.admitted or self._audit(request, first, verdict):
+        if verdict.admitted or self._audit(study, trial, first, verdict):
             return value
         if self._replacement != "skip":
             for _ in range(_MAX_PARAM_REDRAWS):
                 other = draw()
                 if admission.judge({**known, name: other}).admitted:
-                    self._record(request, first, verdict, "redrawn")
+                    self._record(study, trial, first, verdict, "redrawn")
                     return other
             if not self._keeps_point:
                 near = nearest_admitted(
                     admission, first, {name: distribution}, known, self._generator
                 )
                 if near is not None:
-                    self._record(request, first, verdict, "moved")
+                    self._record(study, trial, first, verdict, "moved")
                     return near[name]
         state.space[name] = distribution
-        raise self._reject(request, first, verdict)
+        raise self._reject(study, trial, first, verdict)
 
     def finish(
         self, trial: FrozenTrial, *, completed: bool
-    ) -> tuple[dict[str, Interval], dict[str, float]]:
-        """Forget a trial and return its projected usage, and the medians if it was rejected."""
+    ) -> tuple[PointVerdict | None, dict[str, Interval], dict[str, float]]:
+        """Forget a trial; return its rejection, projected usage, and the medians if rejected."""
         state = self._trials.pop(_optuna.trial_id_of(trial), None)
         if state is None or state.forecast.expected is None:
-            return {}, {}
+            return None, {}, {}
         intervals: Mapping[str, Interval] = {}
         # A completed trial has no parameters but those that it suggested.
         params = trial.params if completed else {**state.drawn, **trial.params}
@@ -283,31 +265,28 @@ class CandidateFilter:
             with contextlib.suppress(KeyError):
                 intervals = state.forecast.expected.intervals(params)
         if state.rejected is None:
-            return dict(intervals), {}
+            return None, dict(intervals), {}
         medians = {name: each.median for name, each in intervals.items()}
         if state.rejected.resource is not None and state.rejected.median is not None:
             medians.setdefault(state.rejected.resource, state.rejected.median)
-        return dict(intervals), medians
-
-    def rejection(self, trial: FrozenTrial) -> PointVerdict | None:
-        """Return the verdict by which a trial was rejected, None if it was not."""
-        state = self._trials.get(_optuna.trial_id_of(trial))
-        return None if state is None else state.rejected
+        return state.rejected, dict(intervals), medians
 
     def _state(self, trial: FrozenTrial) -> _TrialState:
         # Another process may have asked for the trial, or it began before the sampler was copied.
         return self._trials.setdefault(_optuna.trial_id_of(trial), _TrialState())
 
-    def _can_reject(self, request: _Request, point: Mapping[str, Any]) -> bool:
+    def _can_reject(self, admission: PointAdmission, point: Mapping[str, Any]) -> bool:
         """Return whether a row may end with no more parameters than these."""
-        past, declared = request.admission.past, request.admission.declared
+        past, declared = admission.past, admission.declared
         if not self._needs_complete_points or (declared and declared <= point.keys()):
             return True
         return bool(past) and likely_completions(point, past) == [point]
 
-    def _draw(self, request: _Request, space: dict[str, BaseDistribution]) -> dict[str, Any]:
+    def _draw(
+        self, study: Study, trial: FrozenTrial, space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
         """Draw a whole point; what the base sampler leaves open is drawn one by one."""
-        study, trial, state = request.study, request.trial, request.state
+        state = self._state(trial)
         drawn = dict(self._base.sample_relative(study, trial, state.base_space))
         for name, distribution in space.items():
             if name not in drawn and name not in state.fixed:
@@ -315,12 +294,17 @@ class CandidateFilter:
         return drawn
 
     def _replace(
-        self, request: _Request, space: dict[str, BaseDistribution], first: dict[str, Any]
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        admission: PointAdmission,
+        space: dict[str, BaseDistribution],
+        first: dict[str, Any],
     ) -> tuple[dict[str, Any] | None, str]:
         """Return an admitted point in place of the first one, and how it was found."""
-        state, admission, last = request.state, request.admission, first
+        state, last = self._state(trial), first
         for _ in range(_MAX_REDRAWS if self._replacement == "redraw" else 0):
-            before, last = last, self._draw(request, space)
+            before, last = last, self._draw(study, trial, space)
             if admission.judge({**last, **state.fixed}).admitted:
                 return last, "redrawn"
             if last == before:
@@ -331,11 +315,12 @@ class CandidateFilter:
         near = nearest_admitted(admission, last, space, state.fixed, self._generator)
         if near is not None:
             relative = {name: near[name] for name in state.base_space if name in near}
-            whole = _optuna.unwrap_study(request.study)
-            _optuna.share_relative_params(whole, request.trial, relative)
+            _optuna.share_relative_params(_optuna.unwrap_study(study), trial, relative)
         return near, "moved"
 
-    def _audit(self, request: _Request, point: Mapping[str, Any], verdict: PointVerdict) -> bool:
+    def _audit(
+        self, study: Study, trial: FrozenTrial, point: Mapping[str, Any], verdict: PointVerdict
+    ) -> bool:
         """Count a refusal, and return whether the point is run to check it."""
         if verdict.by_quota:
             return False
@@ -347,25 +332,18 @@ class CandidateFilter:
             due = is_audit_due(self._n_refusals, self._n_audits, share)
             self._n_audits += due
         if due:
-            request.state.is_audit = True
-            self._record(request, point, verdict, "audited")
+            self._state(trial).is_audit = True
+            self._record(study, trial, point, verdict, "audited")
         return due
 
-    def _reject_enqueued(
-        self, request: _Request, point: Mapping[str, Any], verdict: PointVerdict
-    ) -> NoReturn:
-        """Raise where the trial suggests: enqueued parameters do not go through the sampler."""
-        with fail_unfinished_trial(request.study, request.trial):
-            raise self._reject(request, point, verdict)
-
     def _reject(
-        self, request: _Request, point: Mapping[str, Any], verdict: PointVerdict
+        self, study: Study, trial: FrozenTrial, point: Mapping[str, Any], verdict: PointVerdict
     ) -> TrialRejected:
         """Complete the row of a trial that is not run, and return the error to raise."""
-        request.state.rejected = verdict
-        request.state.drawn = {**point, **request.state.fixed}
-        self._write_params(request)
-        self._record(request, request.state.drawn, verdict, "rejected")
+        state = self._state(trial)
+        state.rejected, state.drawn = verdict, {**point, **state.fixed}
+        self._write_params(study, trial)
+        self._record(study, trial, state.drawn, verdict, "rejected")
         return TrialRejected(
             verdict.reason,
             resource=verdict.resource,
@@ -374,15 +352,15 @@ class CandidateFilter:
             probability=verdict.probability,
         )
 
-    def _write_params(self, request: _Request) -> None:
+    def _write_params(self, study: Study, trial: FrozenTrial) -> None:
         """Write the parameters of a rejected trial into its row.
 
-        Enumerating samplers see by them what was visited, and a row without them would empty the
-        intersection search space that TPESampler computes over all rows.
+        Enumerating samplers see by them what was visited, and a row without them would empty
+        TPESampler's intersection search space.
         """
-        trial, point = request.trial, request.state.drawn
-        space = {**request.admission.space, **request.state.space}
-        whole = _optuna.unwrap_study(request.study)
+        state, whole = self._state(trial), _optuna.unwrap_study(study)
+        earlier = {} if state.admission is None else state.admission.space
+        point, space = state.drawn, {**earlier, **state.space}
         # In the order of earlier rows: BruteForceSampler takes it for the path down its tree.
         for name in space:
             if name in trial.params or name not in point:
@@ -394,17 +372,22 @@ class CandidateFilter:
                 _logger.debug(f"Trial {trial.number}: {name} is not in the row: {fault}")
 
     def _record(
-        self, request: _Request, point: Mapping[str, Any], verdict: PointVerdict, action: str
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        point: Mapping[str, Any],
+        verdict: PointVerdict,
+        action: str,
     ) -> None:
         """Write a refused point into the row, and log the first one of the study."""
         proposed = proposed_object(
             point, action, verdict.probability, verdict.resource, verdict.limit, verdict.median
         )
-        storage, trial_id = _optuna.storage_of(request.study), _optuna.trial_id_of(request.trial)
+        storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
         write_attributes(storage, trial_id, user={PROPOSED: proposed})
         with self._lock:
             logged, self._logged = self._logged, True
         (_logger.debug if logged else _logger.info)(
-            f"Trial {request.trial.number}: point {action}. {verdict.reason}"
+            f"Trial {trial.number}: point {action}. {verdict.reason}"
             + ("" if logged else f" Later ones are only recorded in {PROPOSED!r}.")
         )

@@ -25,11 +25,7 @@ def parse_deadline(
 ) -> float:
     """Return a deadline in seconds since the epoch.
 
-    Args:
-        value: A duration from now on, a datetime (in local time if it has no zone), or ``"slurm"``
-            for the end of the job that this process runs in.
-        now: The time in seconds since the epoch.
-        environment: The environment variables of the job.
+    A datetime without a zone is in local time.
 
     Raises:
         ValueError: If it is no duration, has passed, or the end of a SLURM job is unknown.
@@ -49,11 +45,8 @@ def refuse_late(
 ) -> Refusal | None:
     """Return why no trial starts: it would most likely not be done by the deadline.
 
-    Args:
-        deadline: The deadline in seconds since the epoch.
-        now: The time, likewise.
-        likely: Median of the seconds that a trial takes; None while nothing is known.
-        margin: Seconds before the deadline from which on running trials are stopped.
+    That is so if its ``likely`` seconds end less than the ``margin`` before the deadline, from
+    which on running trials are stopped. Times are in seconds since the epoch.
     """
     left = deadline - now
     if left > margin and (likely is None or likely <= left - margin):

@@ -10,7 +10,7 @@ import numpy as np
 
 from optuna_quota._footprint.search_space import position_of, value_at
 from optuna_quota._footprint.user_given import count_within
-from optuna_quota._sampler.admission import is_admitted, PointAdmission
+from optuna_quota._sampler.admission import PointAdmission
 
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def nearest_admitted(
     free = {n: d for n, d in space.items() if n in point and n not in fixed and not d.single()}
     if not free:
         return None
-    affordable = count_within(admission.expected, _SECONDS)
-    search = _Search(admission, point, free, fixed, affordable)
+    search = _Search(admission, point, free, fixed)
     at_threshold = None
     around = (search.around(radius, generator) for radius in _RADII)
     for places in itertools.chain(around, search.past()):
@@ -60,12 +59,12 @@ def nearest_admitted(
             line = search.line_to(target)
             # The line's last point is the target, so there is one.
             nearest = search.closest(line, search.breach_probabilities(line), _MARGIN)
-            found = None if nearest is None else search.admitted_point(nearest)
+            found = search.admitted_point(nearest)
             if found is not None:
                 return found
         if at_threshold is None:
             near = search.closest(places, probabilities, 1.0)
-            at_threshold = None if near is None else search.admitted_point(near)
+            at_threshold = search.admitted_point(near)
     return at_threshold
 
 
@@ -78,7 +77,6 @@ class _Search:
         point: Mapping[str, Any],
         free: Mapping[str, BaseDistribution],
         fixed: Mapping[str, Any],
-        affordable: float,
     ) -> None:
         from optuna.distributions import CategoricalDistribution
 
@@ -87,7 +85,7 @@ class _Search:
         self._categorical = np.array(
             [isinstance(each, CategoricalDistribution) for each in free.values()]
         )
-
+        affordable = count_within(admission.expected, _SECONDS)
         self._n_around = int(min(_POINTS_PER_RADIUS, max(2, affordable / len(_RADII))))
         self._n_steps = int(min(_LINE_STEPS, max(4, affordable / 3)))
 
@@ -96,8 +94,7 @@ class _Search:
         points = [each for each in self._admission.past if self._free.keys() <= each.keys()]
         if points:
             # They may have had other ranges.
-            places = np.array([self._place_of(each) for each in points])
-            yield np.clip(places, 0.0, 1.0 - 1e-9)
+            yield np.clip([self._place_of(each) for each in points], 0.0, 1.0 - 1e-9)
 
     def around(self, radius: float, generator: np.random.Generator) -> np.ndarray:
         """Return random places; a category changes or stays."""
@@ -106,8 +103,7 @@ class _Search:
         places = np.clip(start + radius * generator.standard_normal(shape), 0.0, 1.0 - 1e-9)
         # Each place keeps some parameters: often a single one causes the breach.
         kept = generator.random(shape) < 0.5
-        other = generator.random(shape)
-        changed = np.where(categorical, other, places)
+        changed = np.where(categorical, generator.random(shape), places)
         kept |= categorical & (generator.random(shape) > radius / 2)
         return np.asarray(np.where(kept, start, changed))
 
@@ -120,9 +116,8 @@ class _Search:
     def closest(
         self, places: np.ndarray, probabilities: np.ndarray, margin: float
     ) -> np.ndarray | None:
-        """Return the admitted place closest to the start, by a share of the threshold."""
-        threshold = margin * self._admission.threshold
-        admitted = np.array([is_admitted(each, threshold) for each in probabilities])
+        """Return the place closest to the start that is below a share of the threshold."""
+        admitted = probabilities <= margin * self._admission.threshold
         if not admitted.any():
             return None
         distances = np.linalg.norm(places - self._start, axis=1)
@@ -132,7 +127,9 @@ class _Search:
         points = [{**self._at(each), **self._fixed} for each in places]
         return self._admission.breach_probabilities(points)
 
-    def admitted_point(self, place: np.ndarray) -> dict[str, Any] | None:
+    def admitted_point(self, place: np.ndarray | None) -> dict[str, Any] | None:
+        if place is None:
+            return None
         point = self._at(place)
         return point if self._admission.judge({**point, **self._fixed}).admitted else None
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, get_args, Literal, TYPE_CHECKING
 
 from optuna_quota._optuna import misplaced
-from optuna_quota._resources import CLOCK_RESOURCES, Quota
+from optuna_quota._resources import CLOCK_RESOURCES, Quota, Strategy
 
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
 
 
 Metering = Literal[True, False, "reported"]
@@ -22,30 +23,36 @@ OnVeto = Literal["auto", "redraw", "nearest", "skip"]
 
 
 @dataclass(frozen=True)
-class AdmissionOptions:
-    """How points are admitted.
+class SamplerOptions:
+    """The options of a QuotaSampler, as each of its parts reads them."""
 
-    Attributes:
-        footprint: What the user stated; None to learn from the study alone.
-        confidence: One-sided, of the bounds.
-        breach_probability: The probability of a breach above which a point is refused.
-        on_veto: What replaces a refused point.
-        audits: Share of the refused points to run; None for 5% where trials are isolated.
-        declared: Distributions of all parameters, where the user declared them.
+    base_sampler: BaseSampler
+    quota: Quota
+    strategy: Strategy | None
+    footprint: Any  # what the user stated; None to learn from the study alone
+    confidence: float
+    breach_probability: float
+    on_veto: OnVeto
+    audits: float | None
+    on_exhausted: OnExhausted
+    gpus_per_trial: int | None
+    metering: Metering
+    lease: float  # seconds
+    deadline: float | None  # seconds since the epoch
 
-    Raises:
-        ValueError: If one is out of its range.
-    """
-
-    footprint: Any = None
-    confidence: float = 0.95
-    breach_probability: float = 0.5
-    on_veto: OnVeto = "auto"
-    audits: float | None = None
-    declared: Mapping[str, BaseDistribution] | None = None
+    @property
+    def declared(self) -> Mapping[str, BaseDistribution]:
+        """Distributions of all parameters, where the user declared them."""
+        return (self.strategy and self.strategy.search_space) or {}
 
     def __post_init__(self) -> None:
-        check_choices(on_veto=(self.on_veto, OnVeto))
+        check_choices(
+            on_veto=(self.on_veto, OnVeto),
+            on_exhausted=(self.on_exhausted, OnExhausted),
+            metering=(self.metering, Metering),
+        )
+        if not self.metering:
+            _check_measurable(self.quota)
         if not 0.5 < self.confidence < 1:
             raise ValueError(
                 f"`confidence` must be above 0.5 and below 1 but got {self.confidence!r}."
@@ -76,7 +83,7 @@ def checked_gpus_per_trial(gpus_per_trial: int | None, one_gpu: bool) -> int | N
     return gpus_per_trial
 
 
-def check_measurable(quota: Quota) -> None:
+def _check_measurable(quota: Quota) -> None:
     """Raise ValueError for a quota on more than numbers and times, where no trial is measured."""
     measured = {"n_trials", *CLOCK_RESOURCES}
     if quota.prices.keys() <= measured:

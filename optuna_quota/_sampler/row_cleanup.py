@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import find_monitor
 from optuna_quota._enforcement.trial_result import save_record
-from optuna_quota._ledger.reservation import (
+from optuna_quota._ledger.protocol import (
     parse_reservation,
     Reservation,
     reservation_object,
@@ -31,7 +31,7 @@ from optuna_quota._records import (
     TrialRecord,
     write_attributes,
 )
-from optuna_quota._resources import Outcome
+from optuna_quota._resources import Outcome, Usage
 from optuna_quota._storage_retry import is_transient, retry
 from optuna_quota.exceptions import QuotaExhausted, StudyRejected, TrialRejected
 
@@ -63,21 +63,14 @@ def fail_unfinished_trial(study: Study, trial: FrozenTrial) -> Iterator[None]:
 
 
 def finish_row(study: Study, trial: FrozenTrial, error: BaseException, *, admitted: bool) -> None:
-    """Finish the row of a trial whose hook raised.
-
-    Args:
-        study: The study.
-        trial: The trial.
-        error: What the hook raised; the caller raises it again.
-        admitted: Whether the trial had been admitted, so that its usage counts.
-    """
+    """Finish the row of a trial whose hook raised; the usage of an admitted one counts."""
     monitor = find_monitor(study, trial)
     usage = None if monitor is None else monitor.close()
     outcome: Outcome = "rejected" if isinstance(error, _REJECTIONS) else "failed"
     reason = str(error) if outcome == "rejected" else f"The trial failed to start: {error!r}."
-    record = TrialRecord(outcome=outcome, reason=reason, host=socket.gethostname())
-    if usage is not None and outcome != "rejected":
-        record = TrialRecord(usage, outcome, reason, host=record.host)
+    if usage is None or outcome == "rejected":
+        usage = Usage()
+    record = TrialRecord(usage, outcome, reason, host=socket.gethostname())
     state = TrialState.PRUNED if isinstance(error, TrialPruned) else TrialState.FAIL
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
     system = {}
@@ -111,8 +104,9 @@ def clear_copied_attributes(study: Study, trial: FrozenTrial) -> None:
         for key in trial.user_attrs
         if key.startswith(PREFIX) and key not in (RETRY_OF, CHECKPOINT)
     }
-    copied_lines = trial.system_attrs.keys() & {TIMELINE, BREACH_TIMELINE}
-    system: dict[str, Any] = dict.fromkeys(sorted(copied_lines))
+    system: dict[str, Any] = {
+        key: None for key in (BREACH_TIMELINE, TIMELINE) if key in trial.system_attrs
+    }
     if copied or system:
         storage = _optuna.storage_of(study)
         write_attributes(storage, trial_id, user=copied, system=system)

@@ -26,12 +26,9 @@ from optuna_quota._footprint.user_given import as_footprint, by_value, from_valu
 from optuna_quota._ledger import LEASE, Refusal
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop
 from optuna_quota._resources import Limits, Quota, Strategy, Usage
-from optuna_quota._sampler.candidates import CandidateFilter
 from optuna_quota._sampler.deadline import DeadlineOption, parse_deadline
 from optuna_quota._sampler.options import (
-    AdmissionOptions,
     check_choices,
-    check_measurable,
     check_types,
     checked_gpus_per_trial,
     Metering,
@@ -39,6 +36,7 @@ from optuna_quota._sampler.options import (
     OnExhausted,
     OnProjected,
     OnVeto,
+    SamplerOptions,
 )
 from optuna_quota._sampler.ray_tune import adapt_ray_tune
 from optuna_quota._sampler.row_cleanup import (
@@ -46,12 +44,9 @@ from optuna_quota._sampler.row_cleanup import (
     fail_unfinished_trial,
     finish_row,
 )
-from optuna_quota._sampler.study_projection import rejection, StudyProjection
+from optuna_quota._sampler.study_projection import admit_strategy, project_study, rejection
 from optuna_quota._sampler.study_session import objective_uses_trial, StudySession, StudySessions
-from optuna_quota._sampler.study_settings import (
-    limits_in_force,
-    meters_in_force,
-)
+from optuna_quota._sampler.study_settings import limits_in_force, meters_in_force
 from optuna_quota._units import Duration, parse_seconds
 
 
@@ -60,7 +55,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-    from optuna_quota._projection import Projection
+    from optuna_quota._projection.projection import Projection
 
 
 _logger = logging.getLogger("optuna.quota.sampler")
@@ -172,49 +167,38 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
                 f"`base_sampler` must hold no QuotaSampler but got {base_sampler}: a trial would "
                 "be counted twice. Give one QuotaSampler the whole quota."
             )
-        quota = Quota() if quota is None else quota
-        check_choices(
-            on_exhausted=(on_exhausted, OnExhausted),
-            on_crowded=(on_crowded, OnCrowded),
-            on_projected=(on_projected, OnProjected),
-            metering=(metering, Metering),
-        )
-        if not metering:
-            check_measurable(quota)
+        check_choices(on_crowded=(on_crowded, OnCrowded), on_projected=(on_projected, OnProjected))
         self.base_sampler = TPESampler() if base_sampler is None else base_sampler
-        self.quota = quota
+        self.quota = Quota() if quota is None else quota
         self.strategy = strategy
         self.footprint = footprint
-        self.confidence = confidence
-        self.deadline = deadline
-        self._deadline = None if deadline is None else parse_deadline(deadline, time.time())
         self.limits = limits
         self.meters = check_names(meters)
-        self.on_exhausted = on_exhausted
+        self.deadline = deadline
         self.on_crowded = on_crowded
-        self.gpus_per_trial = checked_gpus_per_trial(gpus_per_trial, one_gpu)
-        self.metering = metering
         self.on_projected = on_projected
-        self.lease = parse_seconds(lease, "lease")
-        space = None if strategy is None else strategy.search_space
         if footprint is not None and not isinstance(footprint, Usage):
             footprint = as_footprint(footprint, lenient=True)
-        self._options = AdmissionOptions(
-            footprint,
-            confidence,
-            breach_probability,
-            on_veto,
-            audits,
-            dict(space) if space else None,
-        )
-        self._projection = StudyProjection(
-            strategy, self._options.footprint, self.base_sampler, quota, confidence
+        self._options = SamplerOptions(
+            base_sampler=self.base_sampler,
+            quota=self.quota,
+            strategy=strategy,
+            footprint=footprint,
+            confidence=confidence,
+            breach_probability=breach_probability,
+            on_veto=on_veto,
+            audits=audits,
+            on_exhausted=on_exhausted,
+            gpus_per_trial=checked_gpus_per_trial(gpus_per_trial, one_gpu),
+            metering=metering,
+            lease=parse_seconds(lease, "lease"),
+            deadline=None if deadline is None else parse_deadline(deadline, time.time()),
         )
         self._nested = self._nested or [self.base_sampler]
         self._demanding = [s for s in self._nested if _optuna.demands_uniform_constraints(s)]
         self._sessions = StudySessions()
         self._lock = threading.Lock()
-        self._projection.admit(self.limits or Limits())
+        admit_strategy(self._options, limits or Limits())
         adapt_ray_tune()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -223,7 +207,6 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         return by_value(state) if callable(self.footprint) else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a pickled or copied sampler."""
         vars(self).update(from_value(state), _sessions=StudySessions(), _lock=threading.Lock())
         adapt_ray_tune()
 
@@ -251,28 +234,27 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             raise
 
     def _is_taken(self, study: Study, trial: FrozenTrial) -> bool:
-        """Return whether another worker has taken an enqueued trial first."""
         if not _optuna.may_be_enqueued(trial):
             return False
         return not self._session(study).ledger.take_enqueued(trial)
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
         wrap_nesting_pruner(whole)
-        if self._deadline is not None and not quota_pruners(whole.pruner):
+        if self.deadline is not None and not quota_pruners(whole.pruner):
             # Its `should_prune` is what stops trials in process.
             whole.pruner = QuotaPruner(whole.pruner, limits=Limits())
         session = self._session(whole)
         limits = limits_in_force(whole, self.limits)
         if session.decided is None:
             session.ledger.describe_past()
-            has_purpose = self._deadline is not None or self.gpus_per_trial is not None
+            has_purpose = self.deadline is not None or self._options.gpus_per_trial is not None
             warn_of_ceilings(whole, limits, self.quota, has_purpose=has_purpose)
         session.share_settings(whole, limits)
         n_jobs = None if self.strategy is None else self.strategy.n_jobs
         limits = resolve_cores(limits, n_jobs)
         if not session.decided:
             resumed = session.candidates.footprint if session.decided is None else None
-            session.decided = self._projection.admit(limits, whole, resumed)
+            session.decided = admit_strategy(self._options, limits, whole, resumed)
         fixed = _optuna.fixed_params_of(trial)
         refusal = session.refuse_late(fixed) or session.refuse_unfit(fixed)
         grant = refusal or session.ledger.reserve(
@@ -383,7 +365,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         """
         footprint = self._session(study).candidates.footprint
         limits = limits_in_force(study, self.limits)
-        return self._projection.project(study, footprint, limits)
+        return project_study(self._options, limits, study, footprint)
 
     def _check_quota(self, session: StudySession, study: Study) -> None:
         """Say early what the strategy will most likely use, and do what `on_projected` says."""
@@ -418,11 +400,9 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
     def _learning_constraints(
         self, study: Study, n_params: int = 0
     ) -> contextlib.AbstractContextManager[Study]:
-        """Return the study as the base sampler is to see it: with the constraints it needs.
+        """Return the study with the constraints that the base sampler needs.
 
-        Args:
-            study: The study, or a view of it.
-            n_params: Size of the relative search space; 0 to sample one parameter.
+        The size of the relative search space is ``n_params``, 0 to sample one parameter.
         """
 
         def limits() -> Limits:
@@ -445,15 +425,6 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             session = self._sessions.find(study)
             if session is None:
                 adapt_ray_tune()
-                session = StudySession(
-                    study,
-                    self.quota,
-                    CandidateFilter(self.base_sampler, self._options),
-                    lease=self.lease,
-                    stops=self.on_exhausted == "stop",
-                    gpus_per_trial=self.gpus_per_trial,
-                    metering=bool(self.metering) and self.metering != "reported",
-                    deadline=self._deadline,
-                )
+                session = StudySession(study, self._options)
                 self._sessions.add(study, session)
         return session

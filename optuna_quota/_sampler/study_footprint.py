@@ -1,10 +1,13 @@
-"""What the trials of a study are expected to use: stated by the user, learned, or both."""
+"""What the trials of a study are expected to use: stated by the user, learned, or both.
+
+As totals run out, a point needs its median usage with a margin.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 import logging
 from typing import Any, TYPE_CHECKING
 
@@ -12,6 +15,7 @@ import numpy as np
 from optuna.trial import TrialState
 
 from optuna_quota._footprint.footprint import BaseFootprint, Footprint
+from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.online import Learner
 from optuna_quota._footprint.search_space import (
     certain_completions,
@@ -21,14 +25,14 @@ from optuna_quota._footprint.search_space import (
 )
 from optuna_quota._footprint.user_given import (
     as_footprint,
+    CalibratedFootprint,
     count_within,
     FootprintCalibrator,
     UserFootprint,
 )
 from optuna_quota._resources import Limits, Usage
 from optuna_quota._sampler.admission import PointAdmission
-from optuna_quota._sampler.options import AdmissionOptions
-from optuna_quota._sampler.quota_end import Margins, margins_of, medians
+from optuna_quota._sampler.options import SamplerOptions
 
 
 if TYPE_CHECKING:
@@ -53,30 +57,44 @@ _NEAR = 4.0
 # for it where a user's function is slow.
 _N_OTHER = 64
 _SECONDS = 1.0
+# What a point needs, in medians: at least, and at most for a footprint that is uncertain.
+_MARGIN = 1.03
+_MOST = 1.25
+# Recent trials by which the margin is computed.
+_N_RECENT = 8
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is known of a trial's usage when it starts.
+    """What is known of a trial's usage when it starts."""
 
-    Attributes:
-        expected: Expected usage of a point; None when nothing is known.
-        is_reliable: Whether reservations may rely on it.
-        admission: Decides which points may run; None when all may.
-    """
+    expected: BaseFootprint | None = None  # None when nothing is known
+    is_reliable: bool = False  # whether reservations may rely on it
+    admission: PointAdmission | None = None  # decides which points may run; None when all may
 
-    expected: BaseFootprint | None = None
-    is_reliable: bool = False
-    admission: PointAdmission | None = None
+    def within(self, left: Mapping[str, float]) -> Forecast:
+        """Return the forecast whose points are judged by what is left of totals too."""
+        if self.admission is None or not left:
+            return self
+        limits = self.admission.limits.tightened(left)
+        return replace(self, admission=replace(self.admission, limits=limits, left=left))
 
 
-def within_left(forecast: Forecast, left: Mapping[str, float]) -> Forecast:
-    """Return a forecast whose points are judged by what is left of the study's totals too."""
-    admission = forecast.admission
-    if admission is None or not left:
-        return forecast
-    limits = admission.limits.tightened(left)
-    return replace(forecast, admission=replace(admission, limits=limits, left=left))
+@dataclass(frozen=True)
+class Margins:
+    """What a point needs beyond its median, so that it is hardly ever terminated."""
+
+    factors: Mapping[str, float] = field(default_factory=dict)  # of the median, by resource
+    # To add, such as the time that each trial takes to start.
+    extras: Mapping[str, float] = field(default_factory=dict)
+
+    def need(self, name: str, median: float) -> float:
+        return self.factors.get(name, _MARGIN) * median + self.extras.get(name, 0.0)
+
+    def within(self, left: Mapping[str, float]) -> dict[str, float]:
+        """Return the highest medians whose needs are within what is left; all positive."""
+        rest = {name: amount - self.extras.get(name, 0.0) for name, amount in left.items()}
+        return {n: max(each / self.factors.get(n, _MARGIN), 1e-9) for n, each in rest.items()}
 
 
 class StudyFootprint:
@@ -87,13 +105,13 @@ class StudyFootprint:
         given: A usage or function that the user stated; None for neither.
     """
 
-    def __init__(self, options: AdmissionOptions) -> None:
+    def __init__(self, options: SamplerOptions) -> None:
         stated = options.footprint
         self._earlier = stated if isinstance(stated, Footprint) else None
         self.learner = Learner(self._earlier, confidence=options.confidence)
         self.given = None if stated is None or self._earlier else as_footprint(stated)
         self._options = options
-        self._declared = options.declared or {}
+        self._declared = options.declared
         self._calibrator = None
         if isinstance(self.given, UserFootprint) and not isinstance(self.given.usage, Usage):
             self._calibrator = FootprintCalibrator(self.given)
@@ -152,9 +170,7 @@ class StudyFootprint:
     ) -> dict[str, float]:
         """Return upper bounds of what a trial will hold whose point is not drawn yet.
 
-        Args:
-            held: What all trials may hold at one moment, by resource; no bound is higher.
-            fixed: The parameters that it was enqueued with.
+        No bound is higher than what all trials may hold. The trial may have fixed parameters.
         """
         expected = self._reliable
         if expected is None or not held:
@@ -172,40 +188,29 @@ class StudyFootprint:
         return {name: min(found[name], most) for name, most in held.items() if name in found}
 
     def least_needs(self, left: Mapping[str, float], n_beside: int) -> dict[str, float]:
-        """Return the least that any point needs; empty while much is left.
-
-        Args:
-            left: What is left of totals, by the resource that trials use.
-            n_beside: Number of other running trials.
-        """
+        """Return the least that any point needs; empty while much is left of totals."""
         expected, points = self._reliable, self._known_points()
         if expected is None or not points or not left:
             return {}
         try:
-            most = self._largest(left, expected, points[-_RECENT_BOUNDS:])
+            if isinstance(expected, Footprint):
+                # As measured: a prediction would cost each trial as much as its admission.
+                recent = self.learner.observations[-_RECENT_BOUNDS:]
+                most = {name: max(r.usage.get(name) or 0.0 for r in recent) for name in left}
+            else:
+                stated = _medians(expected, points[-_RECENT_BOUNDS:])
+                most = {name: float(np.max(each)) for name, each in stated.items()}
             if all(most.get(n, 0.0) * _NEAR * (n_beside + 1) < left[n] for n in left):
                 return {}
             n_others = int(min(_N_OTHER, count_within(expected, _SECONDS)))
-            found = medians(expected, [*points, *self._other_points(points)[:n_others]])
+            found = _medians(expected, [*points, *self._other_points(points)[:n_others]])
             margins = self.margins()
         except KeyError:
             # A function of a parameter that a point does not have.
             return {}
         return {n: margins.need(n, float(np.min(found[n]))) for n in left if n in found}
 
-    def _largest(
-        self, names: Iterable[str], expected: BaseFootprint, points: Sequence[Mapping[str, Any]]
-    ) -> dict[str, float]:
-        """Return the largest usage of recent trials: as measured, or as a function states it."""
-        if isinstance(expected, Footprint):
-            # No prediction, which would cost each trial as much as its point's admission.
-            recent = self.learner.observations[-_RECENT_BOUNDS:]
-            return {name: max(r.usage.get(name) or 0.0 for r in recent) for name in names}
-        found = medians(expected, points)
-        return {name: float(np.max(each)) for name, each in found.items()}
-
     def margins(self) -> Margins:
-        """Return what points need beyond their medians."""
         if self._reliable is None:
             return Margins()
         complete = [row for row in self.learner.observations if row.is_complete]
@@ -229,12 +234,7 @@ class StudyFootprint:
     def likely_seconds(
         self, trials: Sequence[FrozenTrial], fixed: Mapping[str, Any]
     ) -> float | None:
-        """Return the median of the seconds that a trial takes, None while nothing is known.
-
-        Args:
-            trials: All trials of the study, for where nothing is projected.
-            fixed: The parameters that the trial was enqueued with.
-        """
+        """Return the median of the seconds that a trial takes, None while nothing is known."""
         expected, points = self._reliable, self._known_points(_RECENT_BOUNDS)
         if fixed and likely_completions(fixed, points) == [fixed]:
             points = [fixed]
@@ -281,7 +281,7 @@ class StudyFootprint:
         return [row.params for row in self.learner.observations[-count:]]
 
     def _known_points(self, count: int = _RECENT) -> list[Mapping[str, Any]]:
-        """Return recent points at which the footprint is known: a user's function needs all."""
+        """Return recent points; for a user's function, which may need all, complete ones."""
         points = self._recent_points if self._calibrator is None else self._completed_points
         return points()[-count:]
 
@@ -303,3 +303,36 @@ def _upper_bounds(
         # A function of a parameter that the point does not have.
         return {}
     return found
+
+
+def margins_of(expected: BaseFootprint, rows: Sequence[Observation]) -> Margins:
+    """Return the margins of a footprint by what trials that completed used, oldest first.
+
+    A user's function does not say how uncertain it is: what trials used beyond it is added.
+    """
+    recent = []
+    for row in rows[-_N_RECENT:]:
+        with contextlib.suppress(KeyError):  # a function that fails for this point
+            recent.append((row.usage.amounts(), expected.intervals(row.params)))
+    if isinstance(expected, UserFootprint):
+        extras: dict[str, float] = {}
+        for used, stated in recent:
+            for name in used.keys() & stated.keys():
+                extras[name] = max(extras.get(name, 0.0), used[name] - stated[name].median)
+        return Margins(extras=extras)
+    ratios: dict[str, list[float]] = {}
+    for _, intervals in recent:
+        for name, each in intervals.items():
+            ratios.setdefault(name, []).append(each.upper / max(each.median, 1e-9))
+    return Margins({n: float(np.clip(np.median(r), _MARGIN, _MOST)) for n, r in ratios.items()})
+
+
+def _medians(
+    expected: BaseFootprint, points: Sequence[Mapping[str, Any]]
+) -> dict[str, np.ndarray]:
+    """Return the median usage at points, by resource, shape ``(n_points,)``."""
+    if isinstance(expected, (Footprint, CalibratedFootprint)):
+        return {name: each.quantile(0.5) for name, each in expected.expected(points).items()}
+    rows = [expected.intervals(point) for point in points]
+    names = {name for row in rows for name in row}
+    return {n: np.array([row[n].median if n in row else 0.0 for row in rows]) for n in names}

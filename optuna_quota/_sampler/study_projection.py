@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 import logging
 import math
 import threading
@@ -13,21 +13,26 @@ from optuna.samplers import QMCSampler, RandomSampler
 from optuna.search_space import intersection_search_space
 
 from optuna_quota import _optuna
-from optuna_quota._footprint.future_points import simulate_future_points
 from optuna_quota._footprint.observations import read_observation
+from optuna_quota._footprint.search_space import simulate_future_points
 from optuna_quota._footprint.user_given import as_footprint, UnknownFootprintError
 from optuna_quota._ledger import status
-from optuna_quota._projection import describe_nearest, project, project_end, Projection
-from optuna_quota._projection.projection import describe_probability, ProjectedResource
-from optuna_quota._resources import format_amount, get_resource, Limits, Quota, Strategy
+from optuna_quota._projection.projection import (
+    describe_nearest,
+    describe_probability,
+    ProjectedResource,
+    Projection,
+)
+from optuna_quota._projection.simulation import project, project_end
+from optuna_quota._resources import format_amount, get_resource, Limits, Strategy
 from optuna_quota._sampler.candidates import enumerates_points
+from optuna_quota._sampler.options import SamplerOptions
 from optuna_quota._sampler.study_footprint import MIN_TRIALS, StudyFootprint
 from optuna_quota.exceptions import StudyRejected
 
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
-    from optuna.samplers import BaseSampler
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
@@ -40,138 +45,116 @@ _FIRST_TRIALS = 5
 _GROWTH = 1.3
 
 
-@dataclass(frozen=True)
-class StudyProjection:
-    """Projects the rest of a study's strategy.
+def admit_strategy(
+    options: SamplerOptions,
+    limits: Limits,
+    study: Study | None = None,
+    footprint: StudyFootprint | None = None,
+) -> bool:
+    """Decide whether the rest of the strategy fits, and return whether enough was known.
 
-    Attributes:
-        strategy: All trials of the study, including those that ran; None without one.
-        stated: What the user stated of each trial; None to learn it from the trials alone.
-        base_sampler: Whether it is adaptive decides where the next points are.
-        quota: The quota.
-        confidence: The probability with which the strategy has to fit.
+    Args:
+        options: The sampler's.
+        limits: The limits on each trial.
+        study: The study, once there is one: its trials show the search space.
+        footprint: That of a study that is resumed: with enough trials, it knows more than the
+            user stated.
+
+    Raises:
+        StudyRejected: If it does not fit.
     """
-
-    strategy: Strategy | None
-    stated: Any
-    base_sampler: BaseSampler
-    quota: Quota
-    confidence: float
-
-    def admit(
-        self,
-        limits: Limits,
-        study: Study | None = None,
-        footprint: StudyFootprint | None = None,
-    ) -> bool:
-        """Decide whether the rest of the strategy fits, as soon as enough is known.
-
-        Args:
-            limits: The limits on each trial.
-            study: The study, once there is one: its trials show the search space.
-            footprint: What the trials of a study that is resumed are expected to use: once there
-                are enough, they know more than the user stated.
-
-        Returns:
-            Whether enough was known to decide.
-
-        Raises:
-            StudyRejected: If it does not fit.
-        """
-        if self.strategy is None or self.stated is None:
-            return True
-        used = {} if study is None else _used(study)
-        rest = self._rest(used)
-        if rest is None:
-            return True
-        trials = [] if study is None else study.get_trials(deepcopy=False)
-        if study is not None and footprint is not None and footprint.has_learned(trials):
-            return self._admitted(self.project(study, footprint, limits))
+    stated = options.footprint
+    if options.strategy is None or stated is None:
+        return True
+    used = {} if study is None else _used(study)
+    rest = _rest(options.strategy, used)
+    if rest is None:
+        return True
+    trials = [] if study is None else study.get_trials(deepcopy=False)
+    if study is not None and footprint is not None and footprint.has_learned(trials):
+        projection = project_study(options, limits, study, footprint)
+    else:
         points = None
         if rest.search_space is None and study is not None:
             space = intersection_search_space(trials)
             rest = replace(rest, search_space=space or None)
             points = _conditional_points(space, trials, rest.n_trials)
-        if not (rest.search_space or points or as_footprint(self.stated).points):
+        if not (rest.search_space or points or as_footprint(stated).points):
             # The points to come are not known yet.
             return False
         try:
-            return self._admitted(self._project(rest, self.stated, limits, used, points))
+            projection = _project(options, rest, stated, limits, used, points)
         except KeyError as missing:
             # A function of a parameter that no trial has had yet, or that is conditional.
             _logger.debug(f"The strategy is not projected yet: {missing}")
             return False
+    if not projection.fits:
+        raise rejection(projection)
+    return True
 
-    def _admitted(self, projection: Projection) -> bool:
-        if not projection.fits:
-            raise rejection(projection)
-        return True
 
-    def project(self, study: Study, footprint: StudyFootprint, limits: Limits) -> Projection:
-        """Return what a study will have used at the end of the strategy.
+def project_study(
+    options: SamplerOptions, limits: Limits, study: Study, footprint: StudyFootprint
+) -> Projection:
+    """Return what a study will have used at the end of the strategy.
 
-        Args:
-            study: The study.
-            footprint: What its trials are expected to use. What the user stated holds until eight
-                trials have run.
-            limits: The limits on each trial.
+    What the user stated holds until eight trials have run.
 
-        Raises:
-            ValueError: If there is no strategy, or nothing is known of what a trial uses.
-        """
-        if self.strategy is None:
-            raise ValueError("`strategy` must be given to QuotaSampler to project a study.")
-        learner, stated = footprint.learner, footprint.given
-        learned = learner.learn(study.get_trials(deepcopy=False), fresh=True)
-        trusted = learned is not None and (stated is None or learner.n_observations >= MIN_TRIALS)
-        expected = footprint.corrected(learned) or (learned if trusted else stated)
-        used = _used(study)
-        rest = self._rest(used)
-        if rest is None:
-            return project_end(self.strategy, used, self.quota, self.confidence)
-        if expected is None:
-            raise ValueError(
-                "A running projection needs a footprint or finished trials, but "
-                f"{study.study_name!r} has none."
-            )
-        rows = learner.observations
-        if stated is not None and expected is not learned:
-            # Others may have ended before a parameter that a user's function needs.
-            rows = [row for row in rows if row.is_complete]
-        kind = _optuna.unwrap_partial_fixed(self.base_sampler)
-        adaptive = not (enumerates_points(kind) or isinstance(kind, (RandomSampler, QMCSampler)))
-        points = None
-        if rows and (rest.search_space is None or adaptive):
-            points = simulate_future_points(rows, rest.n_trials, adaptive=adaptive)
-        return self._project(rest, expected, limits, used, points)
-
-    def _rest(self, used: Mapping[str, float]) -> Strategy | None:
-        """Return the strategy of the trials that are left, None without any."""
-        assert self.strategy is not None
-        n_trials = self.strategy.n_trials - int(used.get("n_trials", 0))
-        return replace(self.strategy, n_trials=n_trials) if n_trials > 0 else None
-
-    def _project(
-        self,
-        rest: Strategy,
-        footprint: Any,
-        limits: Limits,
-        used: Mapping[str, float],
-        points: Sequence[Mapping[str, Any]] | None,
-    ) -> Projection:
-        return project(
-            rest,
-            footprint,
-            quota=self.quota,
-            limits=limits,
-            used=used,
-            points=points,
-            confidence=self.confidence,
+    Raises:
+        ValueError: If there is no strategy, or nothing is known of what a trial uses.
+    """
+    if options.strategy is None:
+        raise ValueError("`strategy` must be given to QuotaSampler to project a study.")
+    learner, stated = footprint.learner, footprint.given
+    learned = learner.learn(study.get_trials(deepcopy=False), fresh=True)
+    trusted = learned is not None and (stated is None or learner.n_observations >= MIN_TRIALS)
+    expected = footprint.corrected(learned) or (learned if trusted else stated)
+    used = _used(study)
+    rest = _rest(options.strategy, used)
+    if rest is None:
+        return project_end(options.strategy, used, options.quota, options.confidence)
+    if expected is None:
+        raise ValueError(
+            "A running projection needs a footprint or finished trials, but "
+            f"{study.study_name!r} has none."
         )
+    rows = learner.observations
+    if stated is not None and expected is not learned:
+        # Others may have ended before a parameter that a user's function needs.
+        rows = [row for row in rows if row.is_complete]
+    kind = _optuna.unwrap_partial_fixed(options.base_sampler)
+    adaptive = not (enumerates_points(kind) or isinstance(kind, (RandomSampler, QMCSampler)))
+    points = None
+    if rows and (rest.search_space is None or adaptive):
+        points = simulate_future_points(rows, rest.n_trials, adaptive=adaptive)
+    return _project(options, rest, expected, limits, used, points)
+
+
+def _project(
+    options: SamplerOptions,
+    rest: Strategy,
+    footprint: Any,
+    limits: Limits,
+    used: Mapping[str, float],
+    points: Sequence[Mapping[str, Any]] | None,
+) -> Projection:
+    return project(
+        rest,
+        footprint,
+        quota=options.quota,
+        limits=limits,
+        used=used,
+        points=points,
+        confidence=options.confidence,
+    )
+
+
+def _rest(strategy: Strategy, used: Mapping[str, float]) -> Strategy | None:
+    n_trials = strategy.n_trials - int(used.get("n_trials", 0))
+    return replace(strategy, n_trials=n_trials) if n_trials > 0 else None
 
 
 def rejection(projection: Projection) -> StudyRejected:
-    """Return the error of a study that does not fit."""
     worst = projection.unfit[0]
     return StudyRejected(
         str(projection),
@@ -205,11 +188,7 @@ _WORSENING: tuple[Outlook, ...] = get_args(Outlook)
 
 
 def outlook_of(projection: Projection) -> Outlook:
-    """Return whether a strategy fits its quota.
-
-    With the required confidence it ``fits``, or does not (``hopeless``); in between it most likely
-    does (``uncertain``) or does not (``unlikely``).
-    """
+    """Return whether a strategy fits: surely, most likely, most likely not, or surely not."""
     if projection.fits:
         return "fits"
     if projection.probability >= 0.5:
@@ -219,7 +198,7 @@ def outlook_of(projection: Projection) -> Outlook:
 
 
 def is_news(outlook: Outlook, said: Outlook | None) -> bool:
-    """Return whether an outlook is to be said: it is the first one, or worse than the last."""
+    """Return whether an outlook is the first one, or worse than the last."""
     return said is None or _WORSENING.index(outlook) > _WORSENING.index(said)
 
 
@@ -232,8 +211,7 @@ _said_lock = threading.Lock()
 class QuotaOutlook:
     """Says early what a study will most likely use of its quota, and again when that gets worse.
 
-    Args:
-        learns: Whether the study learns from its trials alone: then it says so after the fifth.
+    One that ``learns`` from its trials alone says so after the fifth, others after the eighth.
     """
 
     def __init__(self, *, learns: bool = True) -> None:
@@ -245,13 +223,8 @@ class QuotaOutlook:
     ) -> Projection | None:
         """Log what a study will most likely use, if that is due and news.
 
-        Args:
-            study: The study.
-            n_trials: Number of measured trials; nothing is done until there are more by a factor.
-            project: Projects the study.
-
-        Returns:
-            The projection by which the quota is likely to run out, once.
+        Nothing is done until there are more measured trials by a factor. Returns the projection
+        by which the quota is likely to run out, once.
         """
         if self._found or n_trials < self._next:
             return None

@@ -34,10 +34,11 @@ from optuna_quota._ledger import (
 )
 from optuna_quota._metering import Meter, Verdict
 from optuna_quota._records import read_record
-from optuna_quota._resources import Limits, Quota, Usage
+from optuna_quota._resources import Limits, Usage
 from optuna_quota._sampler.admission import PointVerdict
 from optuna_quota._sampler.candidates import CandidateFilter
 from optuna_quota._sampler.deadline import refuse_late
+from optuna_quota._sampler.options import SamplerOptions
 from optuna_quota._sampler.study_projection import QuotaOutlook
 from optuna_quota._sampler.study_settings import store_study_settings
 from optuna_quota.exceptions import QuotaExhausted, TrialRejected
@@ -57,9 +58,6 @@ _MOST_UNFIT = 20
 class StudySession:
     """One study in this process.
 
-    The options are those of :class:`~optuna_quota.QuotaSampler`; ``stops`` means that ``optimize``
-    ends without an error once a total quota is used up.
-
     Attributes:
         ledger: What the study has used and reserved, across workers.
         candidates: Filters its points.
@@ -67,32 +65,23 @@ class StudySession:
         decided: Whether the study as a whole was admitted; None before the first trial here.
     """
 
-    def __init__(
-        self,
-        study: Study,
-        quota: Quota,
-        candidates: CandidateFilter,
-        *,
-        lease: float,
-        stops: bool,
-        gpus_per_trial: int | None,
-        metering: bool,
-        deadline: float | None = None,
-    ) -> None:
-        gpus = () if gpus_per_trial is None else gpus_here()
-        count = gpus_per_trial or 1
+    def __init__(self, study: Study, options: SamplerOptions) -> None:
+        gpus = () if options.gpus_per_trial is None else gpus_here()
+        count = options.gpus_per_trial or 1
         check_gpus_per_trial(gpus, count)
-        self.ledger = Ledger(study, quota, lease=lease, gpus=gpus, gpus_per_trial=count)
-        self.candidates = candidates
-        self.outlook = QuotaOutlook(learns=candidates.footprint.given is None)
+        self.ledger = Ledger(
+            study, options.quota, lease=options.lease, gpus=gpus, gpus_per_trial=count
+        )
+        self.candidates = CandidateFilter(options)
+        self.outlook = QuotaOutlook(learns=self.candidates.footprint.given is None)
         self.decided: bool | None = None
         self._preemption = preemption_of(study)
-        self._deadline = deadline
+        self._deadline = options.deadline
         # Stands for the sampler, which must not be kept alive.
         self._sampler = object()
-        self._quota = quota
-        self._stops = stops
-        self._metering = metering
+        self._quota = options.quota
+        self._stops = options.on_exhausted == "stop"
+        self._measures = options.metering not in (False, "reported")
         self._refused: set[int] = set()
         # Rejections by what is left of the quota since the last trial that ran.
         self._unfit: list[PointVerdict] = []
@@ -119,7 +108,6 @@ class StudySession:
             self.ledger.set_bounds(limits)
 
     def is_refused(self, trial: FrozenTrial) -> bool:
-        """Return whether a trial was refused for the quota."""
         return _optuna.trial_id_of(trial) in self._refused
 
     def start_trial(
@@ -130,8 +118,12 @@ class StudySession:
         limits: Limits,
         meters: Sequence[Meter],
     ) -> None:
-        """Start the metering of an admitted trial."""
-        self._collect_garbage(limits)
+        limited = limits.memory is not None or self._quota.memory is not None
+        if limited and self._has_garbage:
+            # An exception and the frames it passed through refer to each other: what a failed
+            # objective held would count for the next trial.
+            self._has_garbage = False
+            gc.collect()
         trial_id = _optuna.trial_id_of(trial)
         monitor = start_monitor(
             study,
@@ -141,7 +133,7 @@ class StudySession:
             left=grant.left,
             meters=meters,
             holder=trial,
-            here=self._metering,
+            here=self._measures,
         )
         self.ledger.attach_monitor(trial_id, monitor)
         _optuna.tolerate_finished_row(study, trial_id)
@@ -151,12 +143,7 @@ class StudySession:
                 self._interrupters[trial_id] = interrupter
 
     def needs(self, free: Mapping[str, float], n_beside: int) -> Mapping[str, float]:
-        """Return the least that any point needs of totals, empty while much is left of them.
-
-        Args:
-            free: What is neither used nor reserved, by resource.
-            n_beside: Number of other running trials.
-        """
+        """Return the least that any point needs of totals, empty while much of them is free."""
         left = left_for_trial(self._quota, dict.fromkeys(free, 0.0), free)
         return self._least_needs(left, n_beside)
 
@@ -183,17 +170,6 @@ class StudySession:
             return True
         return self.ledger.revise_promise(_optuna.trial_id_of(trial), bounds, expected)
 
-    def _collect_garbage(self, limits: Limits) -> None:
-        """Free what the last trial left behind, so that it does not count for the next one.
-
-        An exception and the frames it passed through refer to each other: what a pruned or failed
-        objective held lives on until cyclic garbage is collected.
-        """
-        limited = limits.memory is not None or self._quota.memory is not None
-        if limited and self._has_garbage:
-            self._has_garbage = False
-            gc.collect()
-
     def finish_trial(
         self,
         study: Study,
@@ -216,12 +192,15 @@ class StudySession:
                 monitor.add_usage(read_record(trial).usage)
             in_process = monitor is not None and monitor.isolation in ("thread", "shared")
             self._has_garbage |= in_process and state != TrialState.COMPLETE
-            verdict = self.candidates.rejection(trial)
+            verdict, footprint, expected = self.candidates.finish(
+                trial, completed=state == TrialState.COMPLETE
+            )
+            if verdict is None:
+                self._unfit = []
+            elif verdict.by_quota and not _optuna.fixed_params_of(trial):
+                self._unfit = [*self._unfit, verdict]
             if monitor is not None and verdict is not None:
                 monitor.verdict = Verdict("rejected", verdict.reason)
-            self._note_verdict(trial, verdict)
-            completed = state == TrialState.COMPLETE
-            footprint, expected = self.candidates.finish(trial, completed=completed)
             usage = record_result(
                 study,
                 trial,
@@ -247,11 +226,7 @@ class StudySession:
             study.stop()
 
     def refuse_late(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
-        """Return why no trial starts before the deadline; None if one may.
-
-        Args:
-            fixed: The parameters that it was enqueued with.
-        """
+        """Return why no trial with these fixed parameters starts before the deadline, if so."""
         if self._preemption.deadline_of is not self._sampler:
             # Trials of another one ran meanwhile.
             self._preemption.set_deadline(self._deadline)
@@ -262,18 +237,8 @@ class StudySession:
         likely = self.candidates.footprint.likely_seconds(self.ledger.trials, fixed)
         return refuse_late(deadline, time.time(), likely, self._preemption.margin)
 
-    def _note_verdict(self, trial: FrozenTrial, verdict: PointVerdict | None) -> None:
-        if verdict is None:
-            self._unfit = []
-        elif verdict.by_quota and not _optuna.fixed_params_of(trial):
-            self._unfit = [*self._unfit, verdict]
-
     def refuse_unfit(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
-        """Return why no trial starts after points that don't fit what is left; None if one may.
-
-        Args:
-            fixed: The parameters that it was enqueued with.
-        """
+        """Return why no trial starts after points that don't fit what is left; None if one may."""
         unfit = self._unfit
         # Enumerating samplers end by themselves, and a smaller point may come later.
         if len(unfit) < _MOST_UNFIT or fixed or self.candidates.enumerates:
@@ -285,18 +250,14 @@ class StudySession:
         return Refusal(last.resource or "", *figures, reason=reason, final=True)
 
     def is_ending(self, study: Study) -> bool:
-        """Return whether a trial that waits need not start any more."""
         return _optuna.is_optimize_ending(study) or self._preemption.is_late
 
     def refuse(self, study: Study, trial: FrozenTrial, refusal: Refusal) -> None:
         """Keep a trial from running for which too little of the quota is left.
 
-        Inside ``optimize`` the objective is called, and the first method of the trial that it
-        calls ends the trial, and the study with it. Elsewhere, and for an objective that calls
-        none, raises.
-
-        Raises:
-            QuotaExhausted: If the trial can't be ended inside the objective.
+        Inside ``optimize`` the first method of the trial that the objective calls ends the trial,
+        and the study with it. Elsewhere, and for an objective that calls none, raises
+        QuotaExhausted.
         """
         figures = {"resource": refusal.resource, "quota": refusal.quota, "observed": refusal.used}
         figures |= {"temporary": refusal.temporary}
@@ -317,7 +278,6 @@ class StudySession:
         study.stop()
 
     def warn_of_constraints(self, trial: FrozenTrial, error: Exception) -> None:
-        """Warn once that the user's constraints of a trial that did not complete are unknown."""
         self._warn_once("constraints", constraints_warning(trial.number, error))
 
     def _log_end(self, reason: str) -> None:
@@ -361,7 +321,6 @@ class StudySessions:
         )
 
     def find(self, study: Study) -> StudySession | None:
-        """Return the session of a study, None where this process has none."""
         session = self._by_key.get(_session_key(study))
         if session is not None and self._by_study.get(study) is not session:
             self.add(study, session)

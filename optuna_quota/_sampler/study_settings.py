@@ -45,14 +45,7 @@ def meters_in_force(study: Study, own: tuple[Meter, ...]) -> tuple[Meter, ...]:
 def store_study_settings(study: Study, quota: Quota, limits: Limits, *, warn: bool = True) -> bool:
     """Make a worker's quota and limits the study's, unless another worker runs with others.
 
-    Args:
-        study: The study.
-        quota: The worker's quota.
-        limits: Its limits on each trial.
-        warn: Whether to warn if they can't become the study's.
-
-    Returns:
-        Whether they are the study's now.
+    Returns whether they are the study's now.
     """
     storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
     stored = storage.get_study_user_attrs(study_id)

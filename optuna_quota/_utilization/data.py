@@ -24,47 +24,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One hyperparameter, or user attribute, over all trials of a study.
-
-    Attributes:
-        name: Its name.
-        values: Shape ``(n_trials,)``: its value, or the code of its level; NaN where inactive.
-        levels: The levels of a category in the order of their codes; empty for a number.
-        low: Least value in any trial; NaN for a category.
-        high: Greatest value in any trial; NaN for a category.
-        branch: Under which choices it is active, such as ``"clf=svm"``; empty when always.
-    """
+    """One hyperparameter, or user attribute, over all trials of a study."""
 
     name: str
+    # Its value, or the code of its level; NaN where inactive; shape (n_trials,).
     values: NDArray[np.float64]
-    levels: tuple[str, ...] = ()
-    low: float = math.nan
-    high: float = math.nan
-    branch: str = ""
+    levels: tuple[str, ...] = ()  # of a category, in the order of their codes
+    branch: str = ""  # under which choices it is active, such as "clf=svm"; empty when always
 
     @property
     def active(self) -> NDArray[np.bool_]:
-        """Where the parameter was set, shape ``(n_trials,)``."""
         return np.isfinite(self.values)
 
 
 @dataclass(frozen=True)
 class StudyData:
-    """The trials of a study as arrays.
+    """The trials of a study as arrays."""
 
-    Attributes:
-        table: The trial table, one row a trial that finished.
-        parameters: Hyperparameters and selected user attributes.
-        ended: How each trial ended, by Optuna's state where this library did not see it.
-        resources: The resources whose usage is known of at least one trial.
-        partial_peaks: The resources whose peaks stopped trials had not reached, as the models
-            found.
-    """
-
-    table: pd.DataFrame
-    parameters: tuple[Parameter, ...]
-    ended: NDArray[np.object_]
-    resources: tuple[str, ...]
+    table: pd.DataFrame  # one row a trial that finished
+    parameters: tuple[Parameter, ...]  # and selected user attributes
+    ended: NDArray[np.object_]  # how, by Optuna's state where this library did not see it
+    resources: tuple[str, ...]  # whose usage is known of at least one trial
+    # The resources whose peaks stopped trials had not reached, as the models found.
     partial_peaks: frozenset[str] = frozenset()
 
     def amounts(self, resource: str) -> NDArray[np.float64]:
@@ -76,26 +57,22 @@ class StudyData:
         measured = self.table[resource].to_numpy(dtype=float)
         limits = self.table["breach_limit"].to_numpy(dtype=float)
         own = (self.table["censored_by"] == resource).to_numpy(dtype=bool)
-        amounts: NDArray[np.float64] = np.where(own & (limits > measured), limits, measured)
-        return amounts
+        return np.where(own & (limits > measured), limits, measured)
 
     def censored(self, resource: str) -> NDArray[np.bool_]:
         """Return where the amount is only a lower bound, shape ``(n_trials,)``."""
-        found: NDArray[np.bool_] = self._evidence(resource) == "lower bound"
-        return found
+        return np.asarray(self._evidence(resource) == "lower bound")
 
     def stopped_peaks(self, resource: str) -> NDArray[np.bool_]:
         """Return where the amount is a peak of a stopped trial, shape ``(n_trials,)``."""
-        found: NDArray[np.bool_] = self._evidence(resource) == "partial peak"
-        return found
+        return np.asarray(self._evidence(resource) == "partial peak")
 
     def informative(self, resource: str) -> NDArray[np.bool_]:
         """Return where the amount is known and says what a point uses, shape ``(n_trials,)``."""
         found = self._evidence(resource) != "partial"
         if resource in self.partial_peaks:
             found &= ~self.stopped_peaks(resource)
-        known: NDArray[np.bool_] = found & np.isfinite(self.amounts(resource))
-        return known
+        return np.asarray(found & np.isfinite(self.amounts(resource)))
 
     def _evidence(self, resource: str) -> NDArray[np.object_]:
         ends = zip(self.ended, self.table["censored_by"], strict=True)
@@ -112,11 +89,7 @@ class StudyData:
 
 
 def study_data(study: Study, user_attrs: Sequence[str] = ()) -> StudyData:
-    """Return a study's finished trials as arrays.
-
-    Args:
-        study: Any Optuna study.
-        user_attrs: Names of trial user attributes to treat as parameters.
+    """Return a study's finished trials as arrays, with user attributes as further parameters.
 
     Raises:
         ValueError: If a user attribute has the name of a hyperparameter.
@@ -127,35 +100,30 @@ def study_data(study: Study, user_attrs: Sequence[str] = ()) -> StudyData:
     own = dict.fromkeys(name for r in records for name in r.usage.custom)
     meters = [*USAGE_RESOURCES, *(name for name in own if table[name].dtype == float)]
     outcomes = [_records.outcome_of(t, r) for t, r in zip(trials, records, strict=True)]
+    found = [*_parameters(trials), *_attributes(trials, user_attrs)]
     return StudyData(
         table=table,
-        parameters=_with_branches([*_parameters(trials), *_attributes(trials, user_attrs)]),
+        parameters=tuple(replace(each, branch=_branch(each, found)) for each in found),
         ended=np.array(outcomes, dtype=object),
         resources=tuple(name for name in meters if table[name].notna().any()),
     )
 
 
 def _parameters(trials: Sequence[FrozenTrial]) -> Iterable[Parameter]:
-    for name, space in _spaces(trials).items():
+    found: dict[str, list[BaseDistribution]] = {}
+    for trial in trials:
+        for name, distribution in trial.distributions.items():
+            if distribution not in found.setdefault(name, []):
+                found[name].append(distribution)
+    for name, distributions in found.items():
         values = [t.params.get(name) for t in trials]
         known = [name in t.params for t in trials]
-        choices = [choice for d in space for choice in getattr(d, "choices", ())]
+        choices = [choice for d in distributions for choice in getattr(d, "choices", ())]
         # An infinite choice is no number to a model, but the parameter is set.
         if all(_is_number(c) and math.isfinite(c) for c in choices):
             yield _number(name, values, known)
         else:
             yield _category(name, values, known, choices)
-
-
-def _spaces(trials: Sequence[FrozenTrial]) -> dict[str, list[BaseDistribution]]:
-    """Return the distinct distributions of each parameter."""
-    spaces: dict[str, list[BaseDistribution]] = {}
-    for trial in trials:
-        for name, distribution in trial.distributions.items():
-            known = spaces.setdefault(name, [])
-            if distribution not in known:
-                known.append(distribution)
-    return spaces
 
 
 def _attributes(trials: Sequence[FrozenTrial], names: Sequence[str]) -> Iterable[Parameter]:
@@ -177,10 +145,8 @@ def _number(name: str, values: Sequence[Any], known: Sequence[bool]) -> Paramete
     numbers = np.array(
         [float(v) if k else math.nan for v, k in zip(values, known, strict=True)], dtype=float
     )
-    finite = numbers[np.isfinite(numbers)]
     numbers[~np.isfinite(numbers)] = math.nan
-    low, high = (finite.min(), finite.max()) if len(finite) else (math.nan, math.nan)
-    return Parameter(name, numbers, low=float(low), high=float(high))
+    return Parameter(name, numbers)
 
 
 def _category(
@@ -197,14 +163,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _with_branches(parameters: Sequence[Parameter]) -> tuple[Parameter, ...]:
-    return tuple(
-        p if p.active.all() else replace(p, branch=_branch(p, parameters)) for p in parameters
-    )
-
-
 def _branch(parameter: Parameter, others: Sequence[Parameter]) -> str:
-    """Name the choices under which a conditional parameter is active, if a category decides it."""
+    """Return under which choices a parameter is active, if a category decides it."""
+    if parameter.active.all():
+        return ""
     for other in others:
         if other.name == parameter.name or not other.levels or not other.active.all():
             continue

@@ -10,7 +10,7 @@ no category determines whether a conditional parameter is active, it gets a colu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 import math
 from typing import Literal, TYPE_CHECKING
 
@@ -33,20 +33,12 @@ MIN_LEVEL = 3
 
 @dataclass(frozen=True)
 class Column:
-    """One feature of one parameter.
-
-    Attributes:
-        param: Name of the parameter.
-        form: How its values enter.
-        centre: What is subtracted.
-        code: Code of the level of a category.
-        level: Its name.
-    """
+    """One feature of one parameter."""
 
     param: str
     form: Form
-    centre: float = 0.0
-    code: float = math.nan
+    centre: float = 0.0  # what is subtracted
+    code: float = math.nan  # of the level of a category
     level: str = ""
 
     @property
@@ -90,39 +82,28 @@ class Product:
 
 @dataclass(frozen=True)
 class Design:
-    """The features of a model.
+    """The features of a model; ``notes`` say what was left out, and why."""
 
-    Attributes:
-        columns: Without the constant.
-        notes: What was left out, and why.
-    """
-
-    columns: tuple[Column | Product, ...]
-    notes: tuple[str, ...] = field(default=())
+    columns: tuple[Column | Product, ...]  # without the constant
+    notes: tuple[str, ...] = ()
 
     @property
     def terms(self) -> list[str]:
-        """Names of the coefficients, the constant first, each once."""
-        return _unique(column.term for column in self.columns)
+        """Names of the coefficients, the constant first; one whose name is taken is marked."""
+        taken = ["floor", "log(floor)", "log(sigma)", "constant"]
+        for column in self.columns:
+            name = column.term or "(unnamed)"
+            while name in taken:
+                name = f"{name} (parameter)"
+            taken.append(name)
+        return taken[3:]
 
     def matrix(self, values: Values, n: int) -> Array:
         """Return the features with a leading column of ones, shape ``(n, 1 + n_columns)``."""
         return np.column_stack([np.ones(n), *(column.values(values) for column in self.columns)])
 
     def with_column(self, column: Column | Product) -> Design:
-        """Return the design with one more column."""
         return replace(self, columns=(*self.columns, column))
-
-
-def _unique(terms: Iterable[str]) -> list[str]:
-    """Return the terms after the constant; one whose name is taken is marked."""
-    taken = ["constant", "floor", "log(floor)", "log(sigma)"]
-    for term in terms:
-        name = term or "(unnamed)"
-        while name in taken:
-            name = f"{name} (parameter)"
-        taken.append(name)
-    return ["constant", *taken[4:]]
 
 
 def transformed(x: Array, form: Form) -> Array:
@@ -135,19 +116,17 @@ def transformed(x: Array, form: Form) -> Array:
 
 
 def build_design(parameters: Sequence[Parameter], kept: NDArray[np.bool_]) -> Design:
-    """Return the main effects of parameters among the trials ``kept``, each independent.
-
-    Args:
-        parameters: Hyperparameters and attributes.
-        kept: Shape ``(n_trials,)``: which trials the model is fitted to.
-    """
+    """Return the main effects among the trials ``kept``, shape ``(n_trials,)``, independent."""
     columns: list[Column] = []
     notes: list[str] = []
     for parameter in parameters:
         found, note = _columns(parameter, kept)
         columns.extend(found)
         notes.extend(note)
-    columns.extend(_active_columns(parameters, kept))
+    for parameter in parameters:
+        n_active = parameter.active[kept].sum()
+        if MIN_LEVEL <= n_active <= kept.sum() - MIN_LEVEL:
+            columns.append(Column(parameter.name, "active"))
     values = values_of(parameters, kept)
     independent, dependent = _independent(columns, values, int(kept.sum()))
     notes.extend(
@@ -174,25 +153,17 @@ def _columns(parameter: Parameter, kept: NDArray[np.bool_]) -> tuple[list[Column
 
 def _level_columns(parameter: Parameter, codes: Array) -> tuple[list[Column], list[str]]:
     found, counts = np.unique(codes, return_counts=True)
-    reference = found[counts.argmax()]
-    often = [c for c, n in zip(found, counts, strict=True) if n >= MIN_LEVEL and c != reference]
-    rare = [c for c, n in zip(found, counts, strict=True) if n < MIN_LEVEL and c != reference]
-    names = parameter.levels
+    reference, names = found[counts.argmax()], parameter.levels
+    often = found[(counts >= MIN_LEVEL) & (found != reference)]
+    rare = found[(counts < MIN_LEVEL) & (found != reference)]
     columns = [Column(parameter.name, "level", code=float(c), level=names[int(c)]) for c in often]
-    if not rare:
+    if not len(rare):
         return columns, []
     shown = ", ".join(names[int(c)] for c in rare[:5])
     return columns, [
         f"{parameter.name}: levels seen in fewer than {MIN_LEVEL} trials count as "
         f"{names[int(reference)]} ({shown}{', …' if len(rare) > 5 else ''})."
     ]
-
-
-def _active_columns(parameters: Iterable[Parameter], kept: NDArray[np.bool_]) -> Iterable[Column]:
-    for parameter in parameters:
-        active = parameter.active[kept]
-        if MIN_LEVEL <= active.sum() <= len(active) - MIN_LEVEL:
-            yield Column(parameter.name, "active")
 
 
 def _independent(

@@ -20,7 +20,7 @@ as many lines, because of the bound on σ.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+import contextlib
 from dataclasses import dataclass, replace
 import math
 from typing import TYPE_CHECKING
@@ -52,68 +52,48 @@ _MAX_LEVERAGE = 0.95
 
 @dataclass(frozen=True)
 class Sample:
-    """The observations that a model is fitted to.
+    """The observations that a model is fitted to."""
 
-    Attributes:
-        y: Log of the usage, shape ``(n,)``.
-        x: Features with a leading column of ones, shape ``(n, k)``.
-        censored: Where ``y`` is only a lower bound, shape ``(n,)``.
-        scale: ``g``, shape ``(n,)``; None where it is 1.
-    """
-
-    y: Array
-    x: Array
-    censored: NDArray[np.bool_]
-    scale: Array | None = None
+    y: Array  # log of the usage, shape (n,)
+    x: Array  # features with a leading column of ones, shape (n, k)
+    censored: NDArray[np.bool_]  # where y is only a lower bound
+    scale: Array | None = None  # g, shape (n,); None where it is 1
 
     def thinned(self, most: int) -> Sample:
-        """Return about ``most`` of the rows, evenly spread."""
         step = -(-len(self.y) // most)
         return Sample(self.y[::step], self.x[::step], self.censored[::step])
 
     def with_scale(self, fit: Fit) -> Sample:
-        """Return the observations with the scale of a fit."""
         _, jacobian = mean_and_jacobian(fit.theta, self.x, fit.has_floor)
         return replace(self, scale=fit.scale(jacobian))
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A maximum of the likelihood.
+    """A maximum of the likelihood."""
 
-    Attributes:
-        beta: Shape ``(k,)``.
-        gamma: Log of the floor; minus infinity without one.
-        log_sigma: Log of σ.
-        loglike: Log-likelihood of ``y``.
-        converged: Whether the optimizer converged.
-        epsilon: ε, the scatter of the floor as a share of the law's.
-    """
-
-    beta: Array
-    gamma: float
+    beta: Array  # shape (k,)
+    gamma: float  # log of the floor; minus infinity without one
     log_sigma: float
     loglike: float
     converged: bool
-    epsilon: float = 1.0
+    epsilon: float = 1.0  # scatter of the floor as a share of the law's
 
     def scale(self, jacobian: Array) -> Array:
         """Return ``g``, shape ``(n,)``, from ∂m/∂(γ, β) at the same observations."""
         if self.epsilon == 1.0 or not self.has_floor:
             return np.ones(len(jacobian))
         share = 1 - jacobian[:, 0]
-        scale: Array = np.sqrt(self.epsilon**2 + (1 - self.epsilon**2) * share**2)
-        return scale
+        return np.asarray(np.sqrt(self.epsilon**2 + (1 - self.epsilon**2) * share**2))
 
     @property
     def theta(self) -> Array:
         """γ where there is a floor, β, then log σ: shape ``(k + 1,)`` or ``(k + 2,)``."""
-        head = [self.gamma] if math.isfinite(self.gamma) else []
+        head = [self.gamma] if self.has_floor else []
         return np.array([*head, *self.beta, self.log_sigma])
 
     @property
     def has_floor(self) -> bool:
-        """Whether a floor is part of the model."""
         return math.isfinite(self.gamma)
 
     @property
@@ -124,26 +104,17 @@ class Fit:
 
 @dataclass(frozen=True)
 class Derivatives:
-    """Derivatives of the log-likelihood at one θ.
+    """Derivatives of the log-likelihood at one θ."""
 
-    Attributes:
-        loglike_obs: Shape ``(n,)``.
-        score_obs: Shape ``(n, p)``.
-        information: Minus the curvature, shape ``(p, p)``.
-        mean: ``m``, shape ``(n,)``.
-        jacobian: ∂m/∂θ without log σ, shape ``(n, p - 1)``.
-        weight: ``-∂²l/∂m²``, shape ``(n,)``.
-    """
-
-    loglike_obs: Array
-    score_obs: Array
-    information: Array
-    mean: Array
-    jacobian: Array
-    weight: Array
+    loglike_obs: Array  # shape (n,)
+    score_obs: Array  # shape (n, p)
+    information: Array  # minus the curvature, shape (p, p)
+    mean: Array  # m, shape (n,)
+    jacobian: Array  # ∂m/∂θ without log σ, shape (n, p - 1)
+    weight: Array  # -∂²l/∂m², shape (n,)
 
 
-@contextmanager
+@contextlib.contextmanager
 def without_numeric_warnings() -> Iterator[None]:
     """Keep statsmodels' and numpy's warnings from the user, who can't act on them.
 
@@ -208,12 +179,7 @@ def derivatives_at(fit: Fit, sample: Sample) -> Derivatives:
 
 
 def fit(sample: Sample, *, has_floor: bool) -> Fit:
-    """Return the highest maximum of the likelihood that is found.
-
-    Args:
-        sample: The observations.
-        has_floor: Whether the model has a floor.
-    """
+    """Return the highest maximum of the likelihood that is found."""
     if not has_floor:
         return maximize(_start(sample, -math.inf), sample, has_floor=False)
     some = sample.thinned(_START_ROWS)
@@ -265,8 +231,7 @@ def leverage(at_fit: Derivatives) -> Array:
     """Return the share of each observation in its own mean, shape ``(n,)``."""
     weighted = at_fit.jacobian * np.sqrt(np.maximum(at_fit.weight, 0.0))[:, None]
     basis, _ = np.linalg.qr(weighted)
-    share: Array = np.minimum((basis**2).sum(axis=1), 1.0)
-    return share
+    return np.asarray(np.minimum((basis**2).sum(axis=1), 1.0))
 
 
 def robust_covariance(fit: Fit, sample: Sample) -> Array:
@@ -294,6 +259,19 @@ def robust_covariance(fit: Fit, sample: Sample) -> Array:
     by_likelihood = np.abs(np.diag(bread)) * n / max(n - p, 1)
     grow = np.sqrt(np.maximum(1.0, by_likelihood / np.maximum(np.diag(robust), 1e-300)))
     return robust * np.outer(grow, grow)
+
+
+def intervals(fit: Fit, sample: Sample, level: float = 0.95) -> Array:
+    """Return estimate, lower, upper and p-value of θ without log σ, shape ``(p - 1, 4)``."""
+    from scipy.special import stdtr, stdtrit
+
+    theta, censored = fit.theta[:-1], sample.censored
+    # Without lower bounds σ does not depend on the others.
+    df = max(1, int((~censored).sum()) - len(theta) - int(censored.any()))
+    errors = np.sqrt(np.diag(robust_covariance(fit, sample))[:-1])
+    half = float(stdtrit(df, (1 + level) / 2)) * errors
+    p_values = 2 * stdtr(df, -np.abs(theta) / np.maximum(errors, 1e-300))
+    return np.column_stack([theta, theta - half, theta + half, p_values])
 
 
 def maximize(
@@ -354,15 +332,12 @@ def _step(theta: Array, here: Derivatives, prior: Array, damping: float, held: b
     # Far from a maximum the curvature along log σ can have the wrong sign.
     scale = np.abs(np.diag(curvature)) + 1e-12
     damped = curvature + damping * np.diag(scale)
-    try:
-        step = np.linalg.solve(damped, gradient)
-    except np.linalg.LinAlgError:
-        step = gradient / (scale * (1 + damping))
-    if step @ gradient < 0:
-        step = gradient / (scale * (1 + damping))
+    step = gradient / (scale * (1 + damping))
+    with contextlib.suppress(np.linalg.LinAlgError):
+        solved = np.linalg.solve(damped, gradient)
+        step = step if solved @ gradient < 0 else solved
     # Beyond a few e-folds the approximation does not hold.
-    limited: Array = step / max(1.0, float(np.abs(step).max()) / 5.0)
-    return limited
+    return np.asarray(step / max(1.0, float(np.abs(step).max()) / 5.0))
 
 
 def _start(sample: Sample, gamma: float) -> Array:

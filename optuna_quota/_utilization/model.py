@@ -10,7 +10,7 @@ lower bounds they are those of maximum likelihood with a sandwich of the same ki
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 import math
@@ -20,17 +20,17 @@ import numpy as np
 
 from optuna_quota._resources import get_resource
 from optuna_quota._utilization.data import StudyData
-from optuna_quota._utilization.description import bounded_exp, diagnose, formula_text
-from optuna_quota._utilization.design import build_design, Column, values_of
+from optuna_quota._utilization.design import build_design, Column, Product, values_of
 from optuna_quota._utilization.fit import (
     derivatives,
     derivatives_at,
     Fit,
+    intervals,
+    leverage,
     robust_covariance,
     Sample,
     without_numeric_warnings,
 )
-from optuna_quota._utilization.multiple_tests import holm
 from optuna_quota._utilization.selection import MIN_OBSERVED, select, Selected
 
 
@@ -48,6 +48,10 @@ _KINDS = {
     "level": "log ratio",
     "active": "log ratio",
 }
+_MAX_VIF = 10.0
+_MAX_LOG = 700.0  # e to more would overflow
+# By unit: below it an amount would be shown as zeros.
+_LEAST = {"B": 0.1, "s": 1e-5}
 
 
 class UtilizationModel:
@@ -61,6 +65,7 @@ class UtilizationModel:
 
     Attributes:
         resource: Name of the resource.
+        selected: The selected terms, the observations and their fit.
         numbers: Numbers of the trials it is fitted to, shape ``(n,)``.
         n_observed: How many of them were observed to their end.
         n_censored: How many count as lower bounds.
@@ -79,17 +84,16 @@ class UtilizationModel:
         self.n_censored = int(selected.sample.censored.sum())
         self.n_observed = len(numbers) - self.n_censored
         self.n_stopped_peaks = n_stopped_peaks
-        self._selected = selected
+        self.selected = selected
         self._p_adjusted: Array | None = None
 
     def log_likelihood(self, numbers: NDArray[np.int64]) -> float:
         """Return the log-likelihood of the usage of the trials of these numbers."""
-        terms = derivatives_at(self._selected.fit, self._selected.sample).loglike_obs
+        terms = derivatives_at(self.selected.fit, self.selected.sample).loglike_obs
         return float(terms[np.isin(self.numbers, numbers)].sum())
 
     @property
     def kind(self) -> str:
-        """Name of the statistical model."""
         if not self.n_censored:
             return "nonlinear least squares on the log scale"
         if get_resource(self.resource).peak:
@@ -99,32 +103,20 @@ class UtilizationModel:
     @cached_property
     def results(self) -> Any:
         """The statsmodels results; the parameters are on the log scale, errors are HC3."""
-        fit, sample = self._selected.fit, self._selected.sample
-        names = [*(["log(floor)"] if fit.has_floor else []), *self._selected.design.terms]
+        fit, sample = self.selected.fit, self.selected.sample.with_scale(self.selected.fit)
+        names = [*["log(floor)"][: int(fit.has_floor)], *self.selected.design.terms]
         if self.n_censored:
-            return _likelihood_results(fit, sample.with_scale(fit), [*names, "log(sigma)"])
-        return _regression_results(fit, sample.with_scale(fit), names)
-
-    @property
-    def selected(self) -> Selected:
-        """The selected terms, the observations and their fit."""
-        return self._selected
+            return _likelihood_results(fit, sample, [*names, "log(sigma)"])
+        return _regression_results(fit, sample, names)
 
     @property
     def floor(self) -> float:
         """What a trial uses whatever its parameters, in SI base units; 0 without a floor."""
-        return math.exp(self._selected.fit.gamma) if self._selected.fit.has_floor else 0.0
+        return math.exp(self.selected.fit.gamma)
 
     @property
     def sigma(self) -> float:
-        """Standard deviation of the log of the usage around the model, corrected for its terms."""
-        return self._selected.sigma
-
-    @property
-    def df(self) -> int:
-        """Degrees of freedom of the intervals: trials observed to their end less parameters."""
-        n_parameters = len(self._selected.fit.theta)
-        return max(1, self.n_observed - n_parameters + (not self.n_censored))
+        return self.selected.sigma
 
     @cached_property
     def coefficients(self) -> pd.DataFrame:
@@ -136,79 +128,55 @@ class UtilizationModel:
         enters per unit, and ``amount`` (SI base units) for ``floor`` and ``constant``: what the
         power law comes to at the middle of all parameters and the most frequent levels.
         """
-        table: pd.DataFrame = self._coefficients.copy()
-        p_values = table["p_value"].to_numpy(dtype=float)
-        table["p_adjusted"] = holm(p_values) if self._p_adjusted is None else self._p_adjusted
+        p_values = self._coefficients["p_value"].to_numpy(dtype=float)
+        adjusted = holm(p_values) if self._p_adjusted is None else self._p_adjusted
+        table: pd.DataFrame = self._coefficients.assign(p_adjusted=adjusted)
         return table
 
     @cached_property
     def _coefficients(self) -> pd.DataFrame:
         import pandas as pd
 
-        design, offset = self._selected.design, int(self._selected.fit.has_floor)
-        figures = np.column_stack(
-            [self.results.params, self.results.conf_int(), self.results.pvalues]
-        )
-        rows: list[tuple[float, float, float, float, str]] = []
-        for figure in figures[: offset + 1].tolist():
-            lower, estimate, upper = sorted(map(bounded_exp, figure[:3]))
-            rows.append((estimate, lower, upper, math.nan, "amount"))
-        terms = self._with_possible_floor(figures[offset + 1 :])
-        for column, row in zip(design.columns, terms.tolist(), strict=False):
+        selected, offset = self.selected, int(self.selected.fit.has_floor)
+        figures = intervals(selected.fit, selected.sample)
+        if selected.floored is not None:
+            # A claim about a main effect holds with and without the floor.
+            k = len(selected.floored.beta)
+            main_effects = replace(selected.sample, x=selected.sample.x[:, :k])
+            own, other = figures[1:k], intervals(selected.floored, main_effects)[2:]
+            own[:, 1] = np.minimum(own[:, 1], other[:, 1])
+            own[:, 2:] = np.maximum(own[:, 2:], other[:, 2:])
+        amounts, terms = figures[: offset + 1], figures[offset + 1 :].tolist()
+        rows: list[list[Any]] = [
+            [*map(_bounded_exp, amount[:3]), math.nan, "amount"] for amount in amounts.tolist()
+        ]
+        for column, row in zip(selected.design.columns, terms, strict=False):
             kind = _KINDS[column.form] if isinstance(column, Column) else "interaction"
-            rows.append((*row, kind))
+            rows.append([*row, kind])
         table: pd.DataFrame = pd.DataFrame(
             rows,
-            index=pd.Index([*(["floor"] if offset else []), *design.terms], name="term"),
+            index=pd.Index([*["floor"][:offset], *selected.design.terms], name="term"),
             columns=["estimate", "lower", "upper", "p_value", "kind"],
         )
         return table
 
-    def _with_possible_floor(self, figures: Array) -> Array:
-        """Return estimate, interval and p-value of the terms, widened by a floor that may exist.
-
-        Each interval is joined with that of the fit with the floor, and of its two p-values the
-        larger counts, so that a claim holds with and without it.
-        """
-        from scipy.special import stdtr, stdtrit
-
-        floored, sample = self._selected.floored, self._selected.sample
-        if floored is None:
-            return figures
-        k = len(floored.beta)
-        sample = replace(sample, x=sample.x[:, :k])
-        places = slice(2, k + 1)
-        errors = np.sqrt(np.diag(robust_covariance(floored, sample))[places])
-        df = max(1, self.n_observed - len(floored.theta))
-        beta = floored.theta[places]
-        half = float(stdtrit(df, 0.975)) * errors
-        joined: Array = figures.copy()
-        mains = slice(0, k - 1)
-        joined[mains, 1] = np.minimum(figures[mains, 1], beta - half)
-        joined[mains, 2] = np.maximum(figures[mains, 2], beta + half)
-        p_values = 2 * stdtr(df, -np.abs(beta) / np.maximum(errors, 1e-300))
-        joined[mains, 3] = np.maximum(figures[mains, 3], p_values)
-        return joined
-
     @cached_property
     def formula(self) -> str:
         """The model as text, with the terms that are clear: ``p_adjusted`` below 5%."""
-        params = np.asarray(self.results.params, dtype=float)
         p_values = self.coefficients["p_adjusted"].to_numpy(dtype=float)
-        return formula_text(self.resource, self._selected, self.floor, params, p_values)
+        return _formula_text(self.resource, self.selected, self.floor, p_values)
 
     @cached_property
     def diagnostics(self) -> list[str]:
         """Warnings that a reader should act on; empty if there are none."""
-        return diagnose(self.resource, self._selected, self.numbers, self.n_stopped_peaks)
+        return _diagnose(self.resource, self.selected, self.numbers, self.n_stopped_peaks)
 
     @property
     def notes(self) -> list[str]:
-        """What was left out or added, and why."""
-        return list(self._selected.notes)
+        return list(self.selected.notes)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or "_selected" not in self.__dict__:
+        if name.startswith("_") or "selected" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.results, name)
 
@@ -269,12 +237,6 @@ def _likelihood_results(fit: Fit, sample: Sample, names: list[str]) -> Any:
     return results
 
 
-def with_partial_peaks(data: StudyData, models: Mapping[str, UtilizationModel]) -> StudyData:
-    """Return a study's data with the peaks of stopped trials as its models take them."""
-    partial = frozenset(name for name, model in models.items() if model.n_stopped_peaks)
-    return replace(data, partial_peaks=partial)
-
-
 def fit_utilization_models(
     data: StudyData,
 ) -> tuple[dict[str, UtilizationModel], dict[str, str]]:
@@ -287,18 +249,24 @@ def fit_utilization_models(
             missing[resource] = found
         else:
             models[resource] = found
-    _adjust_together(models.values())
+    # The p-values of the terms of all models are adjusted together.
+    tables = [m._coefficients["p_value"].to_numpy(dtype=float) for m in models.values()]
+    adjusted = holm(np.concatenate([*tables, np.zeros(0)]))
+    ends = np.cumsum([len(table) for table in tables])
+    for model, own in zip(models.values(), np.split(adjusted, ends)[:-1], strict=True):
+        model._p_adjusted = own
     return models, missing
 
 
-def _adjust_together(models: Collection[UtilizationModel]) -> None:
-    """Adjust the p-values of the terms of all models of a study together."""
-    if not models:
-        return
-    tables = [model._coefficients["p_value"].to_numpy(dtype=float) for model in models]
-    ends = np.cumsum([len(table) for table in tables])[:-1]
-    for model, adjusted in zip(models, np.split(holm(np.concatenate(tables)), ends), strict=True):
-        model._p_adjusted = adjusted
+def holm(p_values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return p-values adjusted by Holm's method; NaN stays NaN and is no test."""
+    adjusted = np.full(len(p_values), math.nan)
+    known = np.isfinite(p_values)
+    if known.any():
+        from statsmodels.stats.multitest import multipletests
+
+        adjusted[known] = multipletests(p_values[known], method="holm")[1]
+    return adjusted
 
 
 def fit_utilization_model(data: StudyData, resource: str) -> UtilizationModel | str:
@@ -316,9 +284,8 @@ def fit_utilization_model(data: StudyData, resource: str) -> UtilizationModel | 
     as_unknown = _fit_model(without, resource)
     if isinstance(as_unknown, str):
         return as_value
-    gain = as_unknown.log_likelihood(as_unknown.numbers) - as_value.log_likelihood(
-        as_unknown.numbers
-    )
+    completed = as_unknown.numbers
+    gain = as_unknown.log_likelihood(completed) - as_value.log_likelihood(completed)
     price = 0.5 * len(as_unknown.selected.fit.theta) * math.log(as_unknown.n_observed)
     return as_unknown if gain > price else as_value
 
@@ -343,3 +310,121 @@ def _fit_model(data: StudyData, resource: str) -> UtilizationModel | str:
     numbers = data.table["number"].to_numpy()[kept]
     left_out = int(data.stopped_peaks(resource).sum()) if resource in data.partial_peaks else 0
     return UtilizationModel(resource, selected, numbers, left_out)
+
+
+def _bounded_exp(value: float) -> float:
+    return math.exp(min(float(value), _MAX_LOG))
+
+
+def plain_number(value: float, digits: int = 3) -> str:
+    """Return a number of few digits, without an exponent unless it is very large or small."""
+    return f"{float(f'{value:.{digits}g}'):.15g}"
+
+
+def _formula_text(resource: str, selected: Selected, floor: float, p_values: Array) -> str:
+    """Return a model as a formula of its clear terms, such that it can be computed.
+
+    Each factor is 1 at the middle of its parameter, and at the most frequent level of a category.
+    So the constant is an amount of a usual size, and the rounding of exponents moves little. The
+    p-values are those of all coefficients, adjusted for all tests.
+    """
+    level, *slopes = selected.fit.beta
+    terms = zip(selected.design.columns, slopes, p_values[-len(slopes) :], strict=False)
+    factors = [_factor(column, float(b)) for column, b, p_value in terms if p_value < 0.05]
+    if not factors:
+        total = _amount(resource, floor + _bounded_exp(level))
+        return f"{resource} = {total} (no single term is clear)"
+    parts = [_amount(resource, floor)] if floor else []
+    power = " · ".join([_amount(resource, _bounded_exp(level)), *factors])
+    return f"{resource} = {' + '.join([*parts, power])}"
+
+
+def _factor(column: Column | Product, b: float) -> str:
+    columns = (column.one, column.other) if isinstance(column, Product) else (column,)
+    shown = {"level": "{0.param}={0.level}", "active": "{0.param} set"}
+    where = "".join(f"[{shown[c.form].format(c)}]" for c in columns if c.form in shown)
+    numbers = [c for c in columns if c.form not in shown]
+    if not numbers:
+        return f"{plain_number(_bounded_exp(b), 2 if abs(b) < 4.6 else 3)}{where}"
+    if len(numbers) == 1 and numbers[0].form != "linear":
+        return f"({_relative(numbers[0])})^{b:.2f}{where}"
+    return f"exp({b:.3g} · {' · '.join(map(_deviation, numbers))}){where}"
+
+
+def _relative(column: Column) -> str:
+    """Return a number over its middle, at which its factor is 1."""
+    name = column.param if column.form == "power" else f"(1 + {column.param})"
+    return f"{name}/{plain_number(math.exp(column.centre))}"
+
+
+def _deviation(column: Column) -> str:
+    if column.form == "linear":
+        return f"({column.param} − {plain_number(column.centre)})"
+    return f"ln({_relative(column)})"
+
+
+def _amount(resource: str, value: float) -> str:
+    """Return an amount as text, in scientific notation where it would be all zeros."""
+    known = get_resource(resource)
+    symbol = known.unit.symbol
+    enough = value >= _LEAST.get(symbol, 0.01)
+    return known.format(value) if enough else f"{value:.2g} {symbol}".rstrip()
+
+
+def _diagnose(
+    resource: str, selected: Selected, numbers: NDArray[np.int64], n_stopped_peaks: int
+) -> list[str]:
+    """Return warnings about a fit to the trials of these numbers, the most serious first."""
+    censored, found = selected.sample.censored, []
+    if 2 * censored.sum() > len(censored):
+        found.append(
+            f"{censored.sum()} of {len(censored)} trials ended early and are lower bounds: the "
+            "estimates rely on the power law and on normal residuals where nothing was observed. "
+            "Let some of the largest trials run to their end."
+        )
+    found += [*_influence(selected, numbers), *_collinearity(selected)]
+    if not selected.fit.converged:
+        found.append("The fit did not converge: treat the estimates as rough.")
+    if n_stopped_peaks:
+        found.append(
+            f"The {get_resource(resource).title} of {n_stopped_peaks} stopped "
+            f"trial{'s' * (n_stopped_peaks != 1)} is left out: the completed trials show that it "
+            "was still growing."
+        )
+    return [*found, *selected.design.notes]
+
+
+def _influence(selected: Selected, numbers: NDArray[np.int64]) -> Iterator[str]:
+    """Cook's distance, ``z² h / (p (1 - h)²)``, above 1 (Cook and Weisberg, 1982)."""
+    sample, at_fit = selected.sample, derivatives_at(selected.fit, selected.sample)
+    h, k = leverage(at_fit), at_fit.jacobian.shape[1]
+    spread = selected.sigma * selected.fit.scale(at_fit.jacobian)
+    z = np.where(sample.censored, 0.0, (sample.y - at_fit.mean) / spread)
+    distance = z**2 * h / (k * np.maximum(1 - h, 1e-3) ** 2)
+    worst = np.argsort(distance)[::-1][:3]
+    found = [str(numbers[i]) for i in worst if distance[i] > 1]
+    if found:
+        yield (
+            f"Trial{'s' * (len(found) > 1)} {' and '.join(found)} move"
+            f"{'s' * (len(found) == 1)} the estimates much (Cook's distance above 1): check what "
+            "else happened there."
+        )
+
+
+def _collinearity(selected: Selected) -> Iterator[str]:
+    """Variance inflation: the diagonal of the inverse of the correlations."""
+    columns, x = selected.design.columns, selected.sample.x[:, 1:]
+    mains = [i for i, c in enumerate(columns) if isinstance(c, Column) and c.form != "active"]
+    if len(mains) < 2:
+        return
+    related = np.corrcoef(x[:, mains].T)
+    inflation = np.diag(np.linalg.pinv(related))
+    for i in np.argsort(inflation)[::-1][:2]:
+        if inflation[i] > _MAX_VIF:
+            others = np.abs(related[i]).copy()
+            others[i] = 0.0
+            one, other = (columns[mains[int(j)]].term for j in (i, others.argmax()))
+            yield (
+                f"{one} varied together with {other} (variance inflation {inflation[i]:.0f}): "
+                "their coefficients can hardly be told apart. Vary them independently."
+            )

@@ -27,8 +27,8 @@ from optuna_quota._utilization.fit import (
     Fit,
     fit,
     fit_with_largest_floor,
+    intervals,
     maximize,
-    robust_covariance,
     Sample,
 )
 
@@ -50,16 +50,14 @@ _CANDIDATE_COLUMNS = 10
 
 @dataclass(frozen=True)
 class Selected:
-    """The selected terms with the observations and their fit; ``notes`` say what was left out.
-
-    ``floored`` is the fit of the main effects with a floor that the trials neither require nor
-    exclude: where the largest trials are missing, the exponents above it may be much larger.
-    """
+    """The selected terms with the observations and their fit."""
 
     design: Design
     sample: Sample
     fit: Fit
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what was left out or added
+    # Of the main effects with a floor that the trials neither require nor exclude: where the
+    # largest trials are missing, the exponents above it may be much larger.
     floored: Fit | None = None
 
     @property
@@ -70,13 +68,9 @@ class Selected:
 
 
 def select(design: Design, values: Values, y: Array, censored: NDArray[np.bool_]) -> Selected:
-    """Return the selected terms with their fit.
+    """Return the terms selected from all main effects, with their fit.
 
-    Args:
-        design: All main effects.
-        values: Values of the parameters at the trials, each of shape ``(n,)``.
-        y: Log of the usage, shape ``(n,)``.
-        censored: Where it is a lower bound, shape ``(n,)``.
+    Arrays have the shape ``(n,)``: values by parameter, log of the usage, where it is censored.
     """
     observed = int((~censored).sum())
     design = _screened(design, values, y, censored, observed)
@@ -148,7 +142,11 @@ def _with_interaction(selected: Selected, values: Values, observed: int) -> Sele
     found = maximize(np.insert(last.theta, -1, 0.0), scaled, has_floor=last.has_floor)
     found = replace(found, epsilon=last.epsilon)
     gain = found.loglike - last.loglike
-    if not math.isfinite(gain) or gain <= needed or not _is_clear(found, larger, len(candidates)):
+    if not math.isfinite(gain) or gain <= needed:
+        return None
+    # By Bonferroni's correction for the search.
+    _, lower, upper, _ = intervals(found, larger, level=1 - 0.05 / len(candidates))[-1]
+    if lower <= 0 <= upper:
         return None
     note = (
         f"{product.term} is included: it raises the log-likelihood by {gain:.1f}, the extended "
@@ -156,17 +154,6 @@ def _with_interaction(selected: Selected, values: Values, observed: int) -> Sele
     )
     design, notes = selected.design.with_column(product), (*selected.notes, note)
     return replace(selected, design=design, sample=larger, fit=found, notes=notes)
-
-
-def _is_clear(fit: Fit, sample: Sample, n_candidates: int) -> bool:
-    """Return whether the last term's robust interval excludes 0, by Bonferroni's correction."""
-    from scipy.special import stdtrit
-
-    covariance = robust_covariance(fit, sample)
-    place = len(fit.theta) - 2
-    df = max(1, int((~sample.censored).sum()) - len(fit.theta))
-    half = float(stdtrit(df, 1 - 0.025 / n_candidates))
-    return abs(float(fit.theta[place])) > half * math.sqrt(covariance[place, place])
 
 
 def _candidates(
@@ -208,5 +195,4 @@ def _score_test(at_fit: Derivatives, n_terms: int, columns: Sequence[Array]) -> 
     information = (added**2 * at_fit.weight[:, None]).sum(axis=0)
     information = information - np.einsum("ij,ik,kj->j", across, within, across)
     score = by_mean @ added
-    gains: Array = 0.5 * score**2 / np.where(information > 1e-9, information, np.inf)
-    return gains
+    return np.asarray(0.5 * score**2 / np.where(information > 1e-9, information, np.inf))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
     from optuna_quota._footprint.footprint import Footprint
-    from optuna_quota._projection import Projection
+    from optuna_quota._projection.projection import Projection
 
 
 _EXAMPLES = """\
@@ -86,7 +86,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Project the strategy and print the result."""
-    from optuna_quota._projection import project
+    from optuna_quota._projection.simulation import project
 
     if not 0.5 < options.confidence < 1:
         raise UsageError("--confidence must be above 0.5 and below 1.")
@@ -151,7 +151,7 @@ def as_json(projection: Projection) -> dict[str, Any]:
 
 
 def _lines(projection: Projection) -> Iterator[str]:
-    from optuna_quota._projection import (
+    from optuna_quota._projection.projection import (
         COLUMNS,
         describe_nearest,
         describe_probability,

@@ -22,7 +22,7 @@ from optuna_quota.cli.output import as_json, styled, write_json, write_line
 
 if TYPE_CHECKING:
     from optuna_quota._ledger import LedgerStatus
-    from optuna_quota._projection import Projection
+    from optuna_quota._projection.projection import Projection
 
 
 _EXAMPLES = """\
@@ -67,7 +67,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(options: argparse.Namespace) -> int:
     """Read the ledger of a study and print it."""
     from optuna_quota._ledger import status, stored_quota
-    from optuna_quota._projection import project
+    from optuna_quota._projection.simulation import project
 
     study = load_study(options)
     quota = parse_quota(options) or stored_quota(study.user_attrs)

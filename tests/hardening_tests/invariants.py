@@ -24,7 +24,7 @@ from optuna_quota import (
     Usage,
 )
 from optuna_quota._ledger.dead_workers import LEASE
-from optuna_quota._ledger.reservation import parse_reservation, Reservation
+from optuna_quota._ledger.protocol import parse_reservation, Reservation
 from optuna_quota._optuna import trial_id_of
 from optuna_quota._records import read_record, RESERVATION
 from tests.hardening_tests.simulation import KINDS, Process, Simulation, WouldWait

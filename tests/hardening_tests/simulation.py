@@ -20,10 +20,10 @@ from optuna_quota._enforcement import active_trials
 from optuna_quota._ledger import (
     heartbeat as heartbeat_module,
     ledger as ledger_module,
-    reservation as reservation_module,
+    protocol,
 )
 from optuna_quota._ledger.dead_workers import LEASE
-from optuna_quota._ledger.reservation import Worker
+from optuna_quota._ledger.protocol import Worker
 from optuna_quota._ledger.state import SystemClock
 from optuna_quota._metering import replace_loop
 from optuna_quota._metering.monitored_tree import ThreadTime
@@ -187,8 +187,8 @@ class Simulation:
         set_attribute(SystemClock, "monotonic", lambda clock: self.now)
         set_attribute(SystemClock, "sleep", wait)
         set_attribute(ledger_module, "Heartbeat", ManualHeartbeat)
-        set_attribute(reservation_module, "_worker", lambda pid: self._current)
-        set_attribute(reservation_module, "process_start", self._started)
+        set_attribute(protocol, "_worker", lambda pid: self._current)
+        set_attribute(protocol, "process_start", self._started)
         # Trials at once in one process share its CPU time evenly.
         set_attribute(ThreadTime, "growth", lambda thread: 1.0)
         set_attribute(study_session.gc, "collect", lambda: 0)

@@ -15,8 +15,12 @@ import pytest
 from optuna_quota import isolated, Limits, QuotaPruner, TrialCrashed
 from optuna_quota._isolation import forkserver_client
 from optuna_quota._isolation.channel import channel_pair
-from optuna_quota._isolation.forkserver import UnsafeModule
-from optuna_quota._isolation.forkserver_client import find_unsafe_module, ForkServerClient
+from optuna_quota._isolation.forkserver import SpawnRequest, UnsafeModule
+from optuna_quota._isolation.forkserver_client import (
+    find_unsafe_module,
+    ForkServerClient,
+    request_trial,
+)
 from optuna_quota._metering import metering_loop
 from optuna_quota._records import read_record
 
@@ -139,6 +143,13 @@ def test_the_last_message_may_come_where_a_trial_is_expected() -> None:
     with contextlib.closing(ours):
         assert ours.receive_descriptors() == []
         assert find_unsafe_module(ours) == "starts_threads"
+
+
+def test_a_lost_descriptor_is_no_trial() -> None:
+    ours, theirs = channel_pair()
+    theirs.send_descriptors([theirs.fileno()])
+    with contextlib.closing(ours), contextlib.closing(theirs), pytest.raises(OSError):
+        request_trial(ours, SpawnRequest(None))
 
 
 @pytest.mark.slow

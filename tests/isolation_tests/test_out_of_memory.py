@@ -166,6 +166,11 @@ def test_failed_allocations(error: BaseException, expected: FailedAllocation | N
     assert find_failed_allocation(caught(raises(error))) == expected
 
 
+def test_dots_are_no_size() -> None:
+    found = find_failed_allocation(RuntimeError("Unable to allocate ... bytes"))
+    assert found == FailedAllocation("memory", None)
+
+
 def test_a_failed_allocation_is_told_from_a_raised_memory_error() -> None:
     array = caught(lambda: np.ones(2**55, dtype=np.uint8))
     assert find_failed_allocation(array) == FailedAllocation("memory", 2.0**55)

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import isolated, Limits, Quota, QuotaSampler, TrialCrashed
-from optuna_quota._isolation import outcome
+from optuna_quota._isolation import launch, outcome
 from optuna_quota._isolation.messages import ExitReport
 from optuna_quota._isolation.out_of_memory import find_breach_at_exit, GpuMemoryState
 from optuna_quota._isolation.outcome import (
@@ -264,6 +264,17 @@ def test_a_trial_that_never_began_has_used_no_memory(monkeypatch: pytest.MonkeyP
     assert record.outcome == "failed" and "No process today" in (record.reason or "")
     # Neither this process's memory nor that of its fork server.
     assert record.usage.memory is None and record.isolation == "process"
+
+
+def test_a_fork_that_is_refused_fails_its_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(launch, "fork_trial", refuse)
+    study = optuna.create_study()
+    study.optimize(isolated(lambda trial: 1.0, start_method="fork"), n_trials=1)
+    record = read_record(study.trials[0])
+    assert record.outcome == "failed" and "could not be started" in (record.reason or "")
 
 
 def test_a_storage_error_when_a_trial_is_to_run_again_ends_no_study(

@@ -23,7 +23,7 @@ from optuna_quota._ledger.dead_workers import (
     OrphanedTrial,
     usage_rates,
 )
-from optuna_quota._ledger.reservation import (
+from optuna_quota._ledger.protocol import (
     is_alive,
     Reservation,
     reservation_object,

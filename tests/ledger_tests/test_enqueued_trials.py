@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import Quota, QuotaSampler, status
-from optuna_quota._ledger.reservation import (
+from optuna_quota._ledger.protocol import (
     process_start,
     Reservation,
     reservation_object,

@@ -15,8 +15,8 @@ import optuna
 import pytest
 
 from optuna_quota import Limits, Quota, QuotaSampler, status
-from optuna_quota._ledger import Ledger, reservation
-from optuna_quota._ledger.reservation import Reservation, reservation_object, this_worker, Worker
+from optuna_quota._ledger import Ledger, protocol
+from optuna_quota._ledger.protocol import Reservation, reservation_object, this_worker, Worker
 from optuna_quota._ledger.state import SystemClock
 from optuna_quota._ledger.totals import Entry, IntervalUnion, QuotaTotals
 from optuna_quota._metering import metering_loop
@@ -169,7 +169,7 @@ def test_a_clock_that_is_ahead_is_warned_of_once_and_followed(
 
 def work(address: Address, name: str, host: str, ahead: float, go: Event, ends: Queue) -> None:
     """Run trials as on a host whose clock is ahead."""
-    reservation._machine = lambda: host  # type: ignore[assignment]
+    protocol._machine = lambda: host  # type: ignore[assignment]
     SystemClock.time = lambda self: time.time() + ahead  # type: ignore[method-assign]
     study = workers.load(address, name)
     study.sampler = QuotaSampler(study.sampler, quota=Quota(wall_time=4))

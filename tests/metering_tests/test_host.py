@@ -23,8 +23,8 @@ def make(root: Path, files: dict[str, str]) -> Path:
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host with 16 GiB, half of it available."""
-    found = SimpleNamespace(total=16 * GIB, available=8 * GIB)
+    """A host with 16 GiB."""
+    found = SimpleNamespace(total=16 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
 
 
@@ -75,27 +75,6 @@ def test_memory_limit(tmp_path: Path, files: dict[str, str], limit: float) -> No
     assert host.host_memory_limit(make(tmp_path, files)) == limit
 
 
-@pytest.mark.usefixtures("memory")
-def test_available_memory_is_what_the_cgroup_leaves(tmp_path: Path) -> None:
-    files = {
-        **V2,
-        "sys/fs/cgroup/a/b/memory.max": f"{4 * GIB}\n",
-        "sys/fs/cgroup/a/b/memory.current": f"{3 * GIB}\n",
-        "sys/fs/cgroup/a/b/memory.stat": f"anon 5\ninactive_file {GIB // 2}\n",
-    }
-    assert host.available_memory(make(tmp_path, files)) == 1.5 * GIB
-
-
-@pytest.mark.usefixtures("memory")
-def test_available_memory_is_never_more_than_the_hosts(tmp_path: Path) -> None:
-    files = {
-        **V1,
-        "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{12 * GIB}\n",
-        "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{GIB}\n",
-    }
-    assert host.available_memory(make(tmp_path, files)) == 8 * GIB
-
-
 @pytest.mark.parametrize(
     ("cores", "quotas", "expected"),
     [
@@ -128,6 +107,5 @@ def test_cpu_count_heeds_quotas(tmp_path: Path, files: dict[str, str]) -> None:
 
 
 def test_this_host() -> None:
-    limit, available = host.host_memory_limit(), host.available_memory()
-    assert 0 < available <= limit <= psutil.virtual_memory().total
+    assert 0 < host.host_memory_limit() <= psutil.virtual_memory().total
     assert 0 < host.cpu_count() <= psutil.cpu_count()

@@ -12,7 +12,7 @@ import pytest
 from optuna_quota import Limits
 from optuna_quota._footprint.footprint import joint_breach
 from optuna_quota._records import Interval
-from optuna_quota._sampler.admission import is_admitted, is_audit_due, PointAdmission
+from optuna_quota._sampler.admission import is_audit_due, PointAdmission
 
 
 LIMITS = Limits(memory="2GiB", wall_time=60, cpu_time=90)
@@ -61,7 +61,6 @@ def test_times_rise_together_and_memory_is_independent(
 
 @pytest.mark.parametrize(("probability", "admitted"), [(0, True), (0.5, True), (0.51, False)])
 def test_a_point_is_admitted_up_to_the_threshold(probability: float, admitted: bool) -> None:
-    assert is_admitted(probability, threshold=0.5) is admitted
     judge = admission_of({"memory": probability}, {"memory": 1e9}, past=[], space={}).judge
     assert judge({"n": 1}).admitted is admitted
     assert bool(judge({"n": 1}).reason) is not admitted

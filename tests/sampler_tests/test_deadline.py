@@ -218,7 +218,7 @@ def test_a_deadline_ends_with_its_sampler() -> None:
     assert preemption_of(study).deadline is None
     study.sampler = late
     study.optimize(objective, n_trials=1)
-    assert preemption_of(study).deadline == late._deadline
+    assert preemption_of(study).deadline == late._options.deadline
 
 
 def test_a_preempted_trial_does_not_count_as_one_of_the_study() -> None:

@@ -15,7 +15,7 @@ from optuna_quota import Quota, QuotaExhausted, QuotaSampler, status, TrialRejec
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.user_given import UserFootprint
 from optuna_quota._records import read_record
-from optuna_quota._sampler.quota_end import Margins, margins_of
+from optuna_quota._sampler.study_footprint import Margins, margins_of
 
 
 def cores_of(params: dict[str, Any]) -> Usage:

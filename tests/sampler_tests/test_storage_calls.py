@@ -15,7 +15,8 @@ from optuna.trial import create_trial
 import pytest
 
 from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler
-from optuna_quota._optuna import engine_of, storage_of
+from optuna_quota._optuna import storage_of
+from optuna_quota._optuna.storages import _engine_of
 from tests.storages import storage_at, study_in
 
 
@@ -50,7 +51,7 @@ def counting(storage: BaseStorage, counts: Counter[str]) -> None:
 
     for name in (*READS, *WRITES):
         counted(storage, name, name)
-    engine = engine_of(storage)
+    engine = _engine_of(storage)
     if engine is not None:
         from sqlalchemy import event
 

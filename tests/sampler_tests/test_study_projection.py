@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, Strategy, StudyRejected, Usage
-from optuna_quota._projection import ProjectedResource, Projection
+from optuna_quota._projection.projection import ProjectedResource, Projection
 from optuna_quota._records import read_record
 from optuna_quota._sampler.options import OnProjected
 from optuna_quota._sampler.study_projection import (

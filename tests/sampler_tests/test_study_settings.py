@@ -15,7 +15,7 @@ from optuna.samplers import RandomSampler
 import pytest
 
 from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, status
-from optuna_quota._ledger.reservation import (
+from optuna_quota._ledger.protocol import (
     process_start,
     Reservation,
     reservation_object,
