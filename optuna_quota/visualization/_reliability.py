@@ -129,19 +129,27 @@ def breach_probability(interval: Interval, limit: float) -> float:
 
 
 def _points(judged: Sequence[JudgedTrial]) -> list[Point]:
-    from statsmodels.stats.proportion import proportion_confint
-
     points = []
     for low, high in itertools.pairwise(_BINS):
         members = [j for j in judged if low <= j.probability < high or j.probability == high == 1]
         if members:
             n, breaches = len(members), sum(each.breached for each in members)
-            ends = proportion_confint(breaches, n, alpha=0.1, method="wilson")
+            ends = _wilson_interval(breaches / n, n)
             expected = sum(each.probability for each in members)
             hover = f"{breaches} of {n} trials breached, {expected:.1f} projected"
             x, y = 100 * expected / n, 100 * breaches / n
-            points.append(Point(x, y, hover, (100 * ends[0], 100 * ends[1])))
+            points.append(Point(x, y, hover, ends))
     return points
+
+
+def _wilson_interval(share: float, n: int) -> tuple[float, float]:
+    z = _NORMAL.inv_cdf(_LEVEL)
+    middle, half = (
+        share + z * z / (2 * n),
+        z * math.sqrt(share * (1 - share) / n + (z / n / 2) ** 2),
+    )
+    scale = 100 / (1 + z * z / n)
+    return scale * (middle - half), scale * (middle + half)
 
 
 def _finding(judged: Sequence[JudgedTrial]) -> str:
