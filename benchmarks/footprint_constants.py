@@ -32,7 +32,7 @@ from footprint_tables import (
 import numpy as np
 
 from optuna_quota import Footprint
-from optuna_quota._footprint import features, fit, resource_model
+from optuna_quota._footprint import features, fit, gaussian_process, resource_model
 from optuna_quota._footprint.fit import ChainedModel
 from optuna_quota._footprint.resource_model import FLOORS, Predictive
 
@@ -42,6 +42,9 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 PRIORS: tuple[tuple[ModuleType, str, tuple[str, ...], tuple[Any, ...]], ...] = (
     (fit, "_PEAK_NOISE", ("memory",), (-2.5, -3.5, -4.5)),
     (fit, "_RATIO_NOISE", ("wall_time",), (-2.5, -1.75, -1.0, -0.5)),
+    (gaussian_process, "_MATERN", RESOURCES, (-0.7, 0.3)),
+    (gaussian_process, "_LENGTH", RESOURCES, (0.9, 0.7, 0.5)),
+    (gaussian_process, "_LENGTH_SD", RESOURCES, (0.8, 0.65, 0.5)),
     (features, "_RATE_WEIGHT", RESOURCES, (1.0, 0.5, 0.3, 0.2)),
     (features, "_SUM_WEIGHT", RESOURCES, (0.0, 0.5, 1.0, 2.0)),
     (

@@ -25,7 +25,7 @@ from pathlib import Path
 import time
 from typing import Any
 
-from footprint_admission import ADMISSION, admission, Admitted
+from footprint_admission import ADMISSION, admission, Admitted, ORACLE
 from footprint_tables import (
     Bounded,
     bounds_and_projections,
@@ -145,8 +145,10 @@ def report_bounds(found: Sequence[Bounded]) -> None:
 def report_admission(found: Sequence[Admitted]) -> None:
     lines = []
     for resource in ADMISSION:
-        for model in ("OLS on logs", "footprint", "in hindsight"):
+        for model in ("OLS on logs", "footprint", "in hindsight", ORACLE):
             those = [a for a in found if (a.resource, a.model) == (resource, model)]
+            if not those:
+                continue
             right = over_workloads(those, lambda a: 100 * a.over_refused / a.over)
             wrong = over_workloads(those, lambda a: 100 * a.fitting_refused / a.fitting)
             lines.append([resource, model, spread_of(right), spread_of(wrong)])

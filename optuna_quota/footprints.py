@@ -178,7 +178,14 @@ class TorchTraining:
         except KeyError:
             raise
         except Exception as error:  # noqa: BLE001 - of the user's functions, or any of torch's
-            self._warn(params, error)
+            warned, self._warned = self._warned, True
+            if not warned:
+                _logger.warning(
+                    f"The memory of a training step is unknown at the point {dict(params)!r}: "
+                    f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]} Such "
+                    "points are judged by the study's own trials; further failures are not "
+                    "reported."
+                )
             return Usage()
         return usage_from_amounts({self._resource: self.base + memory.peak + memory.heap})
 
@@ -196,18 +203,13 @@ class TorchTraining:
     @property
     def base(self) -> float:
         """What a trial holds beside its training step, in bytes; measured when first asked for."""
-        if self._base is None:
-            self._base = _measure_base(self._step)
-        return self._base
+        from optuna.trial import FixedTrial
 
-    def _warn(self, params: Mapping[str, Any], error: Exception) -> None:
-        warned, self._warned = self._warned, True
-        if not warned:
-            _logger.warning(
-                f"The memory of a training step is unknown at the point {dict(params)!r}: "
-                f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]} Such points "
-                "are judged by the study's own trials; further failures are not reported."
-            )
+        if self._base is None:
+            trial = isolated(functools.partial(_held_here, self._step))
+            # The first one of a fork server shares more with it than those that follow.
+            self._base = float(max(trial(FixedTrial({})) for _ in range(2)))
+        return self._base
 
 
 def _supervised_loss(model: Module, batch: Any) -> Tensor:
@@ -222,11 +224,10 @@ def _supervised_loss(model: Module, batch: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class _Step:
-    """One training step; the arguments are those of :func:`torch_training`.
+    """One training step; its functions are the arguments of :func:`torch_training`.
 
-    Attributes:
-        foreach: Whether the optimizer updates all parameters at once, as it does on a GPU. There,
-            torch's allocator takes the place of the C library's.
+    ``foreach`` is whether the optimizer updates all parameters at once, as it does on a GPU, where
+    torch's allocator takes the place of the C library's.
     """
 
     build: Callable[[Mapping[str, Any]], Module]
@@ -259,15 +260,25 @@ class _Step:
             ) from error
 
     def _take(self, params: Mapping[str, Any], fakes: Any, held: Any) -> TrainingMemory:
+        import torch
+        from torch.utils._pytree import tree_map_only
+
         model = self.build(params)
         if not hasattr(model, "parameters"):
             raise TypeError(f"`build` must return a torch.nn.Module but returned {model!r}.")
         if any(getattr(each, "fake_mode", None) is not fakes for each in model.parameters()):
             raise TypeError("`build` must make a new model with each call.")
         parameters = held.now
-        update = _Update.of(self._make_optimizer(params, model), held, foreach=self.foreach)
+        optimizer = self._make_optimizer(params, model)
+        state, temporary = _measure_update(optimizer, held, foreach=self.foreach)
         before = held.now
-        batch = _as_fakes(self.batch(params), fakes, held)
+        # A batch may have data: from numpy, or a dataset.
+        batch = tree_map_only(
+            torch.Tensor,
+            lambda x: x if getattr(x, "fake_mode", None) is fakes else fakes.from_tensor(x),
+            self.batch(params),
+        )
+        held.add(batch)
         held.reset_peaks()
         loss = self.loss(model, batch)
         activations = held.now - before
@@ -275,11 +286,13 @@ class _Step:
         del loss
         gradients = sum(_size(p.grad) for p in model.parameters() if p.grad is not None)
         # Of most parameters there is no optimizer state here.
-        peak = held.peak - before + parameters + update.state
-        update_peak = parameters + update.state + gradients + update.temporary
-        heap = 0.0 if self.foreach else _heap_growth() * max(held.small_peak, gradients)
+        peak = held.peak - before + parameters + state
+        update_peak = parameters + state + gradients + temporary
+        is_glibc = not any(map(os.environ.get, _ALLOCATOR_VARIABLES))
+        is_glibc &= not self.foreach and platform.libc_ver()[0] == "glibc"
+        heap = (_HEAP_GROWTH - 1) * max(held.small_peak, gradients) if is_glibc else 0.0
         return TrainingMemory(
-            parameters, gradients, update.state, activations, max(peak, update_peak), heap
+            parameters, gradients, state, activations, max(peak, update_peak), heap
         )
 
     def _make_optimizer(self, params: Mapping[str, Any], model: Module) -> Optimizer:
@@ -291,48 +304,37 @@ class _Step:
         return self.optimizer(params, model)
 
 
-@dataclass(frozen=True)
-class _Update:
-    """What the step of an optimizer takes, in bytes.
+def _measure_update(optimizer: Optimizer, held: Any, *, foreach: bool) -> tuple[float, float]:
+    """Return the state of an optimizer, and what its step needs in between, in bytes.
 
-    Attributes:
-        state: Its state.
-        temporary: What it needs in between.
+    They are those of a first step of one parameter of each shape, which stands for all of them.
     """
+    import torch
 
-    state: float
-    temporary: float
-
-    @classmethod
-    def of(cls, optimizer: Optimizer, held: Any, *, foreach: bool) -> _Update:
-        """Measure a first step of one parameter of each shape, which stands for all of them."""
-        import torch
-
-        kinds: Counter[Any] = Counter()
-        firsts: dict[Any, Tensor] = {}
-        for index, group in enumerate(optimizer.param_groups):
-            if foreach and group.get("foreach", 0) is None and not group.get("fused"):
-                group["foreach"] = True
-            for each in group["params"]:
-                if each.requires_grad:
-                    kind = index, each.shape, each.dtype
-                    firsts.setdefault(kind, each)
-                    kinds[kind] += 1
-        for first in firsts.values():
-            first.grad = torch.zeros_like(first)
-        held.reset_peaks()
-        before = held.now
-        optimizer.step()
-        added = held.now - before
-        temporary = held.peak - held.now
-        others = sum(
-            (kinds[kind] - 1) * _size(optimizer.state[first]) for kind, first in firsts.items()
-        )
-        if foreach:
-            total = sum(kinds[kind] * _size(first) for kind, first in firsts.items())
-            temporary *= total / max(1, sum(map(_size, firsts.values())))
-        optimizer.zero_grad()
-        return cls(added + others, temporary)
+    kinds: Counter[Any] = Counter()
+    firsts: dict[Any, Tensor] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        if foreach and group.get("foreach", 0) is None and not group.get("fused"):
+            group["foreach"] = True
+        for each in group["params"]:
+            if each.requires_grad:
+                kind = index, each.shape, each.dtype
+                firsts.setdefault(kind, each)
+                kinds[kind] += 1
+    for first in firsts.values():
+        first.grad = torch.zeros_like(first)
+    held.reset_peaks()
+    before = held.now
+    optimizer.step()
+    added, temporary = held.now - before, held.peak - held.now
+    others = sum(
+        (kinds[kind] - 1) * _size(optimizer.state[first]) for kind, first in firsts.items()
+    )
+    if foreach:
+        total = sum(kinds[kind] * _size(first) for kind, first in firsts.items())
+        temporary *= total / max(1, sum(map(_size, firsts.values())))
+    optimizer.zero_grad()
+    return added + others, temporary
 
 
 def _held_storages() -> Any:
@@ -352,8 +354,7 @@ def _held_storages() -> Any:
             self.now = self.peak = 0.0
             # Of blocks that the heap takes, since the last reset.
             self._small = self.small_peak = 0.0
-            self._sizes: dict[int, float] = {}
-            self._references: dict[int, weakref.ref[Any]] = {}
+            self._known: dict[int, tuple[float, weakref.ref[Any]]] = {}
 
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -363,9 +364,8 @@ def _held_storages() -> Any:
                 self._add(result[3].untyped_storage(), _RNN_GATES * _size(result[0]))
             elif func is rnn_backward:
                 empty = [x for x in args if isinstance(x, torch.Tensor) and x.numel() == 0]
-                gates = max(
-                    (self._sizes.get(id(x.untyped_storage()), 0) for x in empty), default=0
-                )
+                sizes = (self._known.get(id(x.untyped_storage()), (0,))[0] for x in empty)
+                gates = max(sizes, default=0)
                 self.peak = max(self.peak, self.now + gates * (_RNN_BACKWARD / _RNN_GATES - 1))
             self.add(result)
             return result
@@ -382,43 +382,22 @@ def _held_storages() -> Any:
 
         def _add(self, storage: Any, size: float) -> None:
             key = id(storage)
-            if key in self._references:
+            if key in self._known:
                 return
             small = size if size < _MAX_HEAP_BLOCK else 0.0
 
             def free(_: Any) -> None:
-                del self._references[key], self._sizes[key]
+                del self._known[key]
                 self.now -= size
                 self._small -= small
 
-            self._sizes[key] = size
-            self._references[key] = weakref.ref(storage, free)
+            self._known[key] = size, weakref.ref(storage, free)
             self.now += size
             self._small += small
             self.peak = max(self.peak, self.now)
             self.small_peak = max(self.small_peak, self._small)
 
     return HeldStorages()
-
-
-def _heap_growth() -> float:
-    """Return what the heap keeps of freed blocks, as a multiple of what is live of them."""
-    is_default = not any(map(os.environ.get, _ALLOCATOR_VARIABLES))
-    return _HEAP_GROWTH - 1 if is_default and platform.libc_ver()[0] == "glibc" else 0.0
-
-
-def _as_fakes(batch: Any, fakes: Any, held: Any) -> Any:
-    """Return a batch without the data that it may have: from numpy, or a dataset."""
-    import torch
-    from torch.utils._pytree import tree_map_only
-
-    def as_fake(tensor: Tensor) -> Tensor:
-        is_fake = getattr(tensor, "fake_mode", None) is fakes
-        return tensor if is_fake else fakes.from_tensor(tensor)
-
-    found = tree_map_only(torch.Tensor, as_fake, batch)
-    held.add(found)
-    return found
 
 
 def _size(tensors: Any) -> int:
@@ -430,17 +409,11 @@ def _size(tensors: Any) -> int:
     return sum(each.untyped_storage().nbytes() for each in leaves)
 
 
-def _measure_base(step: _Step) -> float:
-    """Return what an isolated trial holds that has torch loaded and carries the functions."""
-    from optuna.trial import FixedTrial
-
-    trial = isolated(functools.partial(_held_here, step))
-    # The first one of a fork server shares more with it than those that follow.
-    return float(max(trial(FixedTrial({})) for _ in range(2)))
-
-
 def _held_here(step: _Step, trial: Any) -> float:
-    """Return what this process holds after a training step of a single weight, in bytes."""
+    """Return what a trial's process holds after a training step of a single weight, in bytes.
+
+    It carries ``step``, the user's functions and what they refer to.
+    """
     import torch
 
     model = torch.nn.Linear(1, 1)

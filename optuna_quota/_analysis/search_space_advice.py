@@ -30,7 +30,7 @@ import numpy as np
 
 from optuna_quota._analysis.advice import Advice, StudyFacts, TOLERANCE
 from optuna_quota._analysis.cost_drivers import log_draws
-from optuna_quota._footprint.resource_model import fit_resource, ResourceModel
+from optuna_quota._footprint.resource_model import fit_resource, ResourceData, ResourceModel
 from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
 from optuna_quota._resources import get_resource, Limits
 from optuna_quota._utilization.data import Parameter
@@ -217,8 +217,7 @@ def _objective_model(facts: StudyFacts, footprint: Footprint) -> ResourceModel |
     losses = facts.sign * facts.values[done]
     scores = ndtri((rankdata(losses) - 0.5) / len(losses))
     columns = features.scale([dict(zip(names, row, strict=True)) for row in rows])
-    none = np.zeros(len(done), dtype=bool)
-    return fit_resource(columns, np.exp(scores), none, none, floors=(0.0,))
+    return fit_resource(ResourceData.exact(columns, np.exp(scores), floors=(0.0,)))
 
 
 def _with_points(parameter: Parameter, points: Points) -> Parameter:

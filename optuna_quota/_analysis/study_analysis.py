@@ -27,7 +27,6 @@ from optuna_quota._analysis.search_space_advice import (
     CheaperSpace,
 )
 from optuna_quota._analysis.trial_traces import trial_traces
-from optuna_quota._footprint.fit import ChainedModel
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import Observation, read_observation
 from optuna_quota._resources import get_resource
@@ -247,11 +246,7 @@ def _footprint_errors(
         return {}
     number_of = {id(row): number for number, row in numbers.items()}
     rows = [row for row in footprint.contents.observations if row.usage.get(resource) is not None]
-    if isinstance(model, ChainedModel):
-        errors = model.base.log_leave_one_out()[0] + model.ratio.log_leave_one_out()[0]
-        censored = model.base.censored
-    else:
-        errors, censored = model.log_leave_one_out()[0], model.censored
+    errors, censored = model.log_leave_one_out()[0], model.censored
     if len(rows) != len(errors):
         return {}
     return {

@@ -36,14 +36,10 @@ _MOST_EXACT = 2.0**53
 
 @dataclass(frozen=True)
 class NumericFeature:
-    """One column: a number scaled to [-1, 1].
+    """One column: a number scaled to [-1, 1] by the widest bounds that it had.
 
-    Attributes:
-        name: The hyperparameter.
-        low: The smallest value that any distribution of it allowed.
-        high: The largest.
-        scale: ``"rate"`` for floats on a log scale, ``"log"`` for other positive numbers,
-            ``"log1p"`` for counts from 0 on, else ``"linear"``.
+    Its scale is ``"rate"`` for floats on a log scale, ``"log"`` for other positive numbers,
+    ``"log1p"`` for counts from 0 on, else ``"linear"``.
     """
 
     name: str
@@ -53,7 +49,6 @@ class NumericFeature:
 
     @property
     def width(self) -> int:
-        """Number of columns."""
         return int(self.high > self.low)
 
     @property
@@ -105,7 +100,6 @@ class CategoryFeature:
 
     @property
     def width(self) -> int:
-        """Number of columns."""
         return {1: 0, 2: 1}.get(len(self.choices), len(self.choices))
 
     def columns(self, value: Any) -> list[float]:
@@ -127,11 +121,7 @@ Feature = NumericFeature | CategoryFeature
 
 @dataclass(frozen=True)
 class Features:
-    """All columns of a study.
-
-    Attributes:
-        parts: One feature a hyperparameter, in the order of their names.
-    """
+    """All columns of a study, of one feature a hyperparameter in the order of their names."""
 
     parts: tuple[Feature, ...]
 

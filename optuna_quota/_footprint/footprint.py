@@ -43,25 +43,39 @@ class BaseFootprint(Protocol):
         """Return joint draws of each resource at points, shape ``(count, n_points)``."""
 
     def predict(self, params: Mapping[str, Any]) -> DataFrame:
-        """Return the intervals as a DataFrame indexed by resource."""
-        return interval_table(self.intervals(params))
+        """Return what a point is expected to use.
+
+        Args:
+            params: Value of each hyperparameter; a missing one counts as unknown.
+
+        Returns:
+            A DataFrame indexed by resource with columns ``lower``, ``median`` and ``upper``, in SI
+            base units.
+        """
+        from pandas import DataFrame, Index
+
+        intervals = self.intervals(params)
+        frame: DataFrame = DataFrame(
+            [(i.lower, i.median, i.upper) for i in intervals.values()],
+            index=Index(list(intervals), name="resource", dtype="object"),
+            columns=["lower", "median", "upper"],
+            dtype=float,
+        )
+        return frame
 
     def probability(self, params: Mapping[str, Any], limits: Limits) -> float:
-        """Return the probability that a point breaches any of the limits."""
+        """Return the probability that a point breaches any of the limits.
+
+        Times rise and fall together, so the likeliest breach among them counts; memory is taken
+        as independent of them. A resource without any data is not expected to be breached.
+        """
         breaches = self.breaches([params], limits)
         return joint_breach({name: float(each[0]) for name, each in breaches.items()})
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The parts of a footprint.
-
-    Attributes:
-        features: The columns that the models see.
-        observations: The trials that the models are fitted to.
-        models: The model of each resource.
-        confidence: One-sided, of the bounds.
-    """
+    """The parts of a footprint: what the models see, their trials, the model of each resource."""
 
     features: Features
     observations: tuple[Observation, ...]
@@ -69,7 +83,7 @@ class Contents:
     confidence: float
 
 
-class Footprint:
+class Footprint(BaseFootprint):
     """The expected usage of each resource at a point, learned from earlier trials.
 
     Built by :meth:`fit`, by ``analyze(study).footprint`` or by :meth:`from_json`; pass it to
@@ -154,27 +168,6 @@ class Footprint:
         """The parts of the footprint."""
         return self._contents
 
-    def predict(self, params: Mapping[str, Any]) -> DataFrame:
-        """Return what a point is expected to use.
-
-        Args:
-            params: Value of each hyperparameter; a missing one counts as unknown.
-
-        Returns:
-            A DataFrame indexed by resource with columns ``lower``, ``median`` and ``upper``, in SI
-            base units.
-        """
-        return interval_table(self.intervals(params))
-
-    def probability(self, params: Mapping[str, Any], limits: Limits) -> float:
-        """Return the probability that a point breaches any of the limits.
-
-        Times rise and fall together, so the likeliest breach among them counts; memory is taken
-        as independent of them. A resource without any data is not expected to be breached.
-        """
-        breaches = self.breaches([params], limits)
-        return joint_breach({name: float(each[0]) for name, each in breaches.items()})
-
     def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
         """Return what :meth:`predict` returns, as plain values by resource."""
         expected = self.expected([params])
@@ -199,8 +192,8 @@ class Footprint:
         columns, models = self._contents.features.encode(points), self._contents.models
         found: dict[str, Predictive] = {}
         for name, model in models.items():
-            if isinstance(model, ChainedModel) and model.base is models.get(model.on):
-                found[name] = model.predict(columns, found.get(model.on))
+            if isinstance(model, ChainedModel):
+                found[name] = model.predict(columns, found[model.on])
             else:
                 found[name] = model.predict(columns)
         if len(points) == 1:
@@ -234,16 +227,3 @@ def joint_breach(breaches: Mapping[str, float]) -> float:
     times = [p for name, p in breaches.items() if not get_resource(name).peak]
     peaks = [p for name, p in breaches.items() if get_resource(name).peak]
     return 1 - math.prod((1 - p for p in peaks), start=1 - max(times, default=0.0))
-
-
-def interval_table(intervals: Mapping[str, Interval]) -> DataFrame:
-    """Return intervals as a DataFrame indexed by resource."""
-    from pandas import DataFrame, Index
-
-    frame: DataFrame = DataFrame(
-        [(i.lower, i.median, i.upper) for i in intervals.values()],
-        index=Index(list(intervals), name="resource", dtype="object"),
-        columns=["lower", "median", "upper"],
-        dtype=float,
-    )
-    return frame

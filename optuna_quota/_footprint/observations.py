@@ -8,12 +8,7 @@ from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._records import (
-    evidence,
-    Interval,
-    outcome_of,
-    read_record,
-)
+from optuna_quota._records import evidence, Interval, outcome_of, read_record
 from optuna_quota._resources import Usage, usage_from_amounts
 from optuna_quota._table import usage_at_least
 

@@ -13,6 +13,7 @@ from optuna_quota._footprint.observations import (
     read_observation,
     select_observations,
 )
+from optuna_quota._footprint.resource_model import ResourceModel
 from optuna_quota._records import ISOLATION
 
 
@@ -39,11 +40,10 @@ _TRANSFERRED = "quota:earlier"
 class Learner:
     """Fits a footprint to the trials of one study as they finish, reading each once.
 
-    Args:
-        prior: The footprint of an earlier study, to start from.
-        confidence: One-sided, of the bounds.
+    It starts from ``prior``, the footprint of an earlier study.
 
     Attributes:
+        observations: This study's trials with known usage, oldest first.
         isolated: Whether the newest trial ran in a process of its own.
         n_uncensored: Number of this study's trials that completed without any lower bound.
     """
@@ -51,7 +51,7 @@ class Learner:
     def __init__(self, prior: Footprint | None = None, *, confidence: float = 0.95) -> None:
         self._prior = prior
         self._confidence = confidence
-        self._observations: list[Observation] = []
+        self.observations: list[Observation] = []
         self._n_read = 0
         self._unfinished: list[int] = []
         self._footprint: Footprint | None = None
@@ -68,12 +68,7 @@ class Learner:
     @property
     def n_observations(self) -> int:
         """Number of this study's trials with known usage."""
-        return len(self._observations)
-
-    @property
-    def observations(self) -> Sequence[Observation]:
-        """This study's trials with known usage, oldest first."""
-        return self._observations
+        return len(self.observations)
 
     @property
     def space(self) -> Mapping[str, BaseDistribution]:
@@ -104,7 +99,7 @@ class Learner:
             self.isolated = trials[index].user_attrs.get(ISOLATION) == "process"
             found = read_observation(trials[index])
             if found is not None:
-                self._observations.append(found)
+                self.observations.append(found)
                 self.n_uncensored += found.is_complete and not found.censored
                 self._space.update(found.distributions)
                 weight = _SURPRISE_WEIGHT if found.is_surprise else 1.0
@@ -112,7 +107,7 @@ class Learner:
                 self._new_since_search += weight
 
     def _fit(self) -> Footprint:
-        own, n = select_observations(self._observations), len(self._observations)
+        own, n = select_observations(self.observations), len(self.observations)
         rows = [*self._transferred(MAX_OBSERVATIONS - len(own)), *own]
         search = n < _FEW or self._new_since_search > _SEARCH_SHARE * self._n_searched
         if search:
@@ -143,7 +138,7 @@ def transferred_observations(footprint: Footprint) -> list[Observation]:
     settled = {
         name
         for name, model in contents.models.items()
-        if getattr(model, "stopped_peaks_censored", False)
+        if isinstance(model, ResourceModel) and model.data.bounded_peaks
     }
     return [
         Observation(

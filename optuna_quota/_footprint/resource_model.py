@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
+import math
+from typing import Any
 
 import numpy as np
 
-from optuna_quota._footprint.censoring import (
-    initial_sites,
-    LATENESS,
-    propagate,
-    Sites,
-    stop_rates,
-)
-from optuna_quota._footprint.drift import current_level, Level
 from optuna_quota._footprint.gaussian_process import (
     fit_hyperparameters,
     GaussianProcess,
+    initial_sites,
+    LATENESS,
     NOISE,
     prior_mean,
+    propagate,
+    Sites,
+    stop_rates,
 )
 from optuna_quota._records import Interval
 
@@ -54,6 +54,12 @@ _MAX_DRAWN_DEVIATION = 3.0
 _MAX_DRAWN_EXPONENT = 300.0
 # Amounts are e^center; beyond this a float would overflow.
 _MAX_EXPONENT = 600.0
+
+# Variance of the level's steps as a share of the noise's.
+_LEVEL_STEPS = (0.01, 0.03, 0.1, 0.3)
+# A level that stays where it was is preferred unless it is clearly less likely.
+_LEVEL_MARGIN = 2.0
+_MIN_TRIALS_OF_LEVEL = 8
 
 
 @dataclass(frozen=True)
@@ -107,45 +113,90 @@ def _t_quantile(probability: float, df: float) -> float:
 
 
 @dataclass(frozen=True)
-class ResourceModel:
-    """``log(amount - floor)`` as a Gaussian process over the columns.
+class ResourceData:
+    """The trials in which one resource was measured, and what is known of it beforehand.
 
     Attributes:
-        columns: Shape ``(n_points, n_columns)``.
-        floor: What every trial uses, SI base units.
-        location: Mean of the logarithm; the process is fitted to what remains over ``scale``.
-        scale: Standard deviation of the logarithm.
-        sites: Standardised observations, censored ones replaced.
+        columns: Shape ``(n_trials, n_columns)``.
+        amounts: SI base units, shape ``(n_trials,)``.
         censored: True where the amount is a lower bound.
-        partial: True where it was used at an unknown share of the trial's run.
-        hyperparameters: Of the Gaussian process.
-        lateness: How late in their run the partial ones were stopped; 1 is anywhere.
-        stopped_peaks_censored: Whether peaks of stopped trials are taken as lower bounds.
-        drifts: Whether the machine's load changes the resource from trial to trial.
+        partial: True where it was used at an unknown share of the trial's run, because something
+            else stopped it; these are lower bounds too.
+        floors: Candidate floors, as shares of the smallest amount.
+        noise: Prior mean of the logarithm of the noise's variance, standardised.
+        drifts: Whether the machine's speed changes the resource from trial to trial.
+        bounded_peaks: Whether peaks of stopped trials are among the lower bounds.
     """
 
     columns: np.ndarray
-    floor: float
-    location: float
-    scale: float
-    sites: Sites
+    amounts: np.ndarray
     censored: np.ndarray
     partial: np.ndarray
-    hyperparameters: np.ndarray
-    lateness: float = 1.0
-    stopped_peaks_censored: bool = False
+    floors: tuple[float, ...] = FLOORS
+    noise: float = NOISE
     drifts: bool = False
-    process: GaussianProcess = field(init=False, repr=False)
+    bounded_peaks: bool = False
 
-    def __post_init__(self) -> None:
-        process = GaussianProcess(
-            self.columns,
+    @classmethod
+    def exact(cls, columns: np.ndarray, amounts: np.ndarray, **options: Any) -> ResourceData:
+        """Return trials of which no amount is a lower bound."""
+        none = np.zeros(len(amounts), dtype=bool)
+        return cls(columns, amounts, none, none, **options)
+
+
+class ResourceModel:
+    """``log(amount - floor)`` as a Gaussian process over the columns.
+
+    Args:
+        data: The trials.
+        floor: What every trial uses, SI base units.
+        hyperparameters: Of the Gaussian process.
+        lateness: How late in their run the partial ones were stopped; 1 is anywhere.
+        start: Sites to start from, of similar hyperparameters.
+
+    Attributes:
+        location: Mean of the logarithm; the process is fitted to what remains over ``scale``.
+        scale: Standard deviation of the logarithm.
+        sites: Standardised observations, censored ones replaced.
+    """
+
+    def __init__(
+        self,
+        data: ResourceData,
+        floor: float,
+        hyperparameters: np.ndarray,
+        lateness: float = 1.0,
+        start: Sites | None = None,
+    ) -> None:
+        self.data, self.floor = data, floor
+        self.hyperparameters, self.lateness = hyperparameters, lateness
+        logs = np.log(data.amounts - floor)
+        self.location, self.scale = _standard(logs)
+        target = (logs - self.location) / self.scale
+        self.sites = propagate(
+            data.columns,
+            target,
+            data.censored,
+            self.scale * stop_rates(logs, data.censored, data.partial, lateness),
+            hyperparameters,
+            initial_sites(target, data.censored) if start is None else start,
+        )
+
+    @cached_property
+    def process(self) -> GaussianProcess:
+        """The Gaussian process of the standardised logarithm."""
+        return GaussianProcess(
+            self.data.columns,
             self.sites.target,
             self.hyperparameters,
             self.sites.extra,
             ~self.censored,
         )
-        object.__setattr__(self, "process", process)
+
+    @property
+    def censored(self) -> np.ndarray:
+        """True where the amount of a trial is a lower bound."""
+        return self.data.censored
 
     def predict(self, columns: np.ndarray) -> Predictive:
         """Return the predictive distribution at points."""
@@ -201,7 +252,7 @@ class ResourceModel:
     @cached_property
     def _level(self) -> Level:
         """The level of the newest trials above the model's mean, standardised."""
-        if not self.drifts:
+        if not self.data.drifts:
             return Level()
         residuals = self.process.leave_one_out()[0]
         return current_level(residuals.tolist(), self.sites.extra.tolist())
@@ -219,14 +270,15 @@ class ResourceModel:
         widening = _LEAVE_ONE_OUT_BIAS * unknown**0.5
         return _COMMON_SHARE * common, (1 - _COMMON_SHARE) * ratio, widening
 
-    def score(self, amounts: np.ndarray) -> float:
+    @cached_property
+    def score(self) -> float:
         """Return the leave-one-out log density of the fitted amounts, in SI base units.
 
         Lower bounds count with the logarithm of their probability.
         """
         from scipy.special import log_ndtr
 
-        logs = np.log(amounts - self.floor)
+        logs = np.log(self.data.amounts - self.floor)
         residual, own = self.process.leave_one_out()
         seen, held = ~self.censored, self.censored
         r, s = residual[seen], own[seen]
@@ -235,10 +287,10 @@ class ResourceModel:
         variance = own[held] ** 2 - self.sites.extra[held] + self.process.noise
         away = mean - (logs[held] - self.location) / self.scale
         spread = np.sqrt(np.maximum(variance, 1e-12))
-        rate = stop_rates(logs, self.censored, self.partial, self.lateness)[held]
+        rate = stop_rates(logs, held, self.data.partial, self.lateness)[held]
         r = self.scale * rate
         bounded = log_ndtr(away / spread - r * spread)
-        # In units of the amount, as the others; see `censoring.py`.
+        # In units of the amount, as the others; see `gaussian_process.py`.
         own_part = np.log(np.maximum(rate, 1e-300)) - logs[held]
         shares = np.where(rate > 0, own_part - r * away + 0.5 * (r * spread) ** 2, 0.0)
         return float(np.sum(density) + np.sum(bounded) + np.sum(shares))
@@ -253,73 +305,30 @@ class ResourceModel:
             return residual * share, (own * share) ** 2
 
 
-def fit_resource(
-    columns: np.ndarray,
-    amounts: np.ndarray,
-    censored: np.ndarray,
-    partial: np.ndarray,
-    *,
-    start: ResourceModel | None = None,
-    floors: tuple[float, ...] = FLOORS,
-    noise: float = NOISE,
-    drifts: bool = False,
-) -> ResourceModel:
+def fit_resource(data: ResourceData, start: ResourceModel | None = None) -> ResourceModel:
     """Return the model of one resource, its floor chosen by leave-one-out density.
 
-    Args:
-        columns: Shape ``(n_points, n_columns)``.
-        amounts: SI base units, shape ``(n_points,)``.
-        censored: True where the amount is a lower bound.
-        partial: True where something else stopped the trial, at an unknown share of its run;
-            these are lower bounds too.
-        start: A model of fewer trials to start from.
-        floors: Candidate floors, as shares of the smallest amount.
-        noise: Prior mean of the logarithm of the noise's variance, standardised.
-        drifts: Whether the machine's load changes the resource from trial to trial.
+    The search begins from ``start``, a model of fewer trials.
     """
-    candidates = _candidates(amounts, floors)
+    candidates = _candidates(data.amounts, data.floors)
     tried: dict[int, ResourceModel] = {}
 
     def score(index: int) -> float:
         if index not in tried:
             near = min(tried, key=lambda each: abs(each - index), default=None)
             first = start if near is None else tried[near]
-            tried[index] = _fit_with_floor(
-                columns,
-                amounts,
-                censored,
-                partial,
-                candidates[index],
-                first,
-                noise=noise,
-                drifts=drifts,
-            )
-        return tried[index].score(amounts)
-
-    def fit_lateness(model: ResourceModel) -> ResourceModel:
-        if not partial.any():
-            return model
-        logs, floor = np.log(amounts - model.floor), model.floor
-        screened = [
-            _with_logs(replace(model, lateness=each), columns, logs, censored, partial, floor)
-            for each in LATENESS
-        ]
-        best = max((model, *screened), key=lambda each: each.score(amounts))
-        if best.lateness == model.lateness:
-            return model
-        return _fit_with_floor(
-            columns, amounts, censored, partial, floor, best, noise=noise, drifts=drifts
-        )
+            tried[index] = _fit_with_floor(data, candidates[index], first)
+        return tried[index].score
 
     def is_promising(index: int, best: int) -> bool:
         if not 0 <= index < len(candidates) or index in tried:
             return index in tried
-        logs = np.log(amounts - candidates[index])
-        screened = _with_logs(tried[best], columns, logs, censored, partial, candidates[index])
-        return screened.score(amounts) > tried[best].score(amounts) - _FLOOR_MARGIN
+        known = tried[best]
+        screened = ResourceModel(data, candidates[index], known.hyperparameters, known.lateness)
+        return screened.score > known.score - _FLOOR_MARGIN
 
-    if start is None or len(start.columns) < _FEW:
-        return fit_lateness(tried[max(range(len(candidates)), key=score)])
+    if start is None or len(start.data.columns) < _FEW:
+        return _fit_lateness(tried[max(range(len(candidates)), key=score)])
     # Climb from the earlier floor by single promising steps.
     best = min(range(len(candidates)), key=lambda each: abs(candidates[each] - start.floor))
     score(best)
@@ -327,51 +336,15 @@ def fit_resource(
         beside = [each for each in (best - 1, best + 1) if is_promising(each, best)]
         found = max((best, *beside), key=score)
         if found == best:
-            return fit_lateness(tried[best])
+            return _fit_lateness(tried[best])
         best = found
 
 
-def refresh_resource(
-    columns: np.ndarray,
-    amounts: np.ndarray,
-    censored: np.ndarray,
-    partial: np.ndarray,
-    model: ResourceModel,
-) -> ResourceModel | None:
-    """Return a model with more trials and the same hyperparameters.
-
-    None if a trial used less than the floor, or if the columns are others.
-    """
-    if amounts.min() <= model.floor or columns.shape[1] != model.columns.shape[1]:
+def refresh_resource(data: ResourceData, model: ResourceModel) -> ResourceModel | None:
+    """Return a model of more trials with the same hyperparameters and floor, None if unfit."""
+    if data.amounts.min() <= model.floor or data.columns.shape[1] != model.data.columns.shape[1]:
         return None
-    logs = np.log(amounts - model.floor)
-    return _with_logs(model, columns, logs, censored, partial, model.floor)
-
-
-def _with_logs(
-    model: ResourceModel,
-    columns: np.ndarray,
-    logs: np.ndarray,
-    censored: np.ndarray,
-    partial: np.ndarray,
-    floor: float,
-) -> ResourceModel:
-    """Return a model fitted to other logarithms with the same hyperparameters."""
-    location, scale = _standard(logs)
-    target = (logs - location) / scale
-    sites = initial_sites(target, censored)
-    rate = scale * stop_rates(logs, censored, partial, model.lateness)
-    sites = propagate(columns, target, censored, rate, model.hyperparameters, sites)
-    return replace(
-        model,
-        columns=columns,
-        floor=floor,
-        location=location,
-        scale=scale,
-        sites=sites,
-        censored=censored,
-        partial=partial,
-    )
+    return ResourceModel(data, model.floor, model.hyperparameters, model.lateness)
 
 
 def _candidates(amounts: np.ndarray, shares: tuple[float, ...]) -> list[float]:
@@ -381,44 +354,34 @@ def _candidates(amounts: np.ndarray, shares: tuple[float, ...]) -> list[float]:
     return [share * smallest for share in (shares if len(amounts) >= _FEW else (0.0,))]
 
 
+def _fit_lateness(model: ResourceModel) -> ResourceModel:
+    data = model.data
+    if not data.partial.any():
+        return model
+    screened = [ResourceModel(data, model.floor, model.hyperparameters, each) for each in LATENESS]
+    best = max((model, *screened), key=lambda each: each.score)
+    return model if best.lateness == model.lateness else _fit_with_floor(data, model.floor, best)
+
+
 def _fit_with_floor(
-    columns: np.ndarray,
-    amounts: np.ndarray,
-    censored: np.ndarray,
-    partial: np.ndarray,
-    floor: float,
-    start: ResourceModel | None,
-    *,
-    noise: float,
-    drifts: bool,
+    data: ResourceData, floor: float, start: ResourceModel | None
 ) -> ResourceModel:
-    logs = np.log(amounts - floor)
-    location, scale = _standard(logs)
-    target = (logs - location) / scale
-    found = prior_mean(columns.shape[1], noise)
+    found = prior_mean(data.columns.shape[1], data.noise)
     if start is not None and start.hyperparameters.shape == found.shape:
         found = start.hyperparameters
-    lateness = 1.0 if start is None else start.lateness
-    sites = initial_sites(target, censored)
-    rate = scale * stop_rates(logs, censored, partial, lateness)
-    sites = propagate(columns, target, censored, rate, found, sites)
-    for _ in range(0 if len(amounts) < _FEWEST else 2 if censored.any() else 1):
+    model = ResourceModel(data, floor, found, 1.0 if start is None else start.lateness)
+    is_exact = not data.censored.any()
+    for _ in range(0 if len(data.amounts) < _FEWEST else 1 if is_exact else 2):
         found = fit_hyperparameters(
-            columns, sites.target, start=found, extra=sites.extra, noisy=~censored, noise=noise
+            data.columns,
+            model.sites.target,
+            start=model.hyperparameters,
+            extra=model.sites.extra,
+            noisy=~data.censored,
+            noise=data.noise,
         )
-        sites = propagate(columns, target, censored, rate, found, sites)
-    return ResourceModel(
-        columns,
-        floor,
-        location,
-        scale,
-        sites,
-        censored,
-        partial,
-        found,
-        lateness,
-        drifts=drifts,
-    )
+        model = ResourceModel(data, floor, found, model.lateness, model.sites)
+    return model
 
 
 def _square_root(covariance: np.ndarray) -> np.ndarray:
@@ -438,3 +401,48 @@ def _standard(logs: np.ndarray) -> tuple[float, float]:
     if n < _FEW:
         squares, n = squares + _PRIOR_WEIGHT * _PRIOR_SCALE**2, n + int(_PRIOR_WEIGHT)
     return location, max((squares / n) ** 0.5, _MIN_SCALE)
+
+
+@dataclass(frozen=True)
+class Level:
+    """Mean and variance of the level of the next trial, in units of the residuals."""
+
+    mean: float = 0.0
+    variance: float = 0.0
+
+
+def current_level(residuals: Sequence[float], extra: Sequence[float]) -> Level:
+    """Return how much slower the machine is now than on average, none where that did not change.
+
+    The residuals are a level that wanders plus noise (the local level model of Durbin and Koopman,
+    Time Series Analysis by State Space Methods, 2012, chapter 2); a Kalman filter tells the level.
+
+    Args:
+        residuals: Observed minus predicted, oldest first.
+        extra: Variance of each beyond the noise: of trials that stand for lower bounds.
+    """
+    known = [r for r, more in zip(residuals, extra, strict=True) if not more]
+    if len(known) < _MIN_TRIALS_OF_LEVEL:
+        return Level()
+    noise = max(sum(r * r for r in known) / len(known), 1e-12)
+    rows = list(zip(residuals, extra, strict=True))
+    best, level = _filter_level(rows, noise, 0.0)[0] + _LEVEL_MARGIN, Level()
+    for step in _LEVEL_STEPS:
+        likelihood, found = _filter_level(rows, noise, step)
+        if likelihood > best:
+            best, level = likelihood, found
+    return level
+
+
+def _filter_level(
+    rows: Sequence[tuple[float, float]], noise: float, step: float
+) -> tuple[float, Level]:
+    """Return the log likelihood and the level of the next trial."""
+    mean, variance, likelihood = 0.0, 0.0, 0.0
+    for residual, extra in rows:
+        variance += step * noise
+        total, away = variance + noise + extra, residual - mean
+        likelihood -= 0.5 * (math.log(total) + away * away / total)
+        gain = variance / total
+        mean, variance = mean + gain * away, variance * (1 - gain)
+    return likelihood, Level(mean, variance + step * noise)

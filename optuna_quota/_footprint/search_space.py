@@ -1,19 +1,27 @@
-"""Points of a search space: values by quantile, smaller ranges, completions of partial points."""
+"""Points of a search space: by quantile, completions of partial ones, and the next trials'."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import math
-from typing import Any, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
 
 if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
+    from optuna.distributions import BaseDistribution, CategoricalDistribution
+
+    from optuna_quota._footprint.observations import Observation
 
 
 _MAX_COMPLETIONS = 16
+# Share of an adaptive sampler's points that are still spread over the whole space.
+_UNIFORM_SHARE = 0.3
+_N_RECENT = 20
+# Standard deviation around a recent point, as a share of each parameter's range.
+_LOCAL_SD = 0.1
+_N_POINTS = 128
 
 
 def latin_hypercube(n_points: int, n_columns: int, generator: np.random.Generator) -> np.ndarray:
@@ -69,9 +77,7 @@ def narrow(distribution: BaseDistribution, share: float, *, upper: bool) -> Base
     """
     import copy
 
-    from optuna.distributions import CategoricalDistribution
-
-    if isinstance(distribution, CategoricalDistribution) or distribution.single():
+    if _is_choice(distribution) or distribution.single():
         return distribution
     smaller: Any = copy.copy(distribution)
     if upper:
@@ -83,12 +89,9 @@ def narrow(distribution: BaseDistribution, share: float, *, upper: bool) -> Base
 
 def position_of(distribution: BaseDistribution, value: Any) -> float:
     """Return the quantile at which a value lies, the inverse of :func:`value_at`."""
-    from optuna.distributions import CategoricalDistribution
-
     found: Any = distribution
-    if isinstance(distribution, CategoricalDistribution):
-        n = len(distribution.choices)
-        return float((distribution.to_internal_repr(value) + 0.5) / n)
+    if _is_choice(distribution):
+        return float((distribution.to_internal_repr(value) + 0.5) / len(found.choices))
     if found.log:
         # Half a step around integers, as in `value_at`.
         half = 0.5 if isinstance(value, int) else 0.0
@@ -102,9 +105,7 @@ def position_of(distribution: BaseDistribution, value: Any) -> float:
 
 def spaced_values(distribution: BaseDistribution, count: int = 9) -> list[Any]:
     """Return evenly spaced values of a distribution, or all its choices."""
-    from optuna.distributions import CategoricalDistribution
-
-    if isinstance(distribution, CategoricalDistribution):
+    if _is_choice(distribution):
         return list(distribution.choices)
     return [value_at(distribution, i / (count - 1)) for i in range(count)]
 
@@ -115,11 +116,7 @@ def likely_completions(
     """Return complete points that a partial one may become, itself if nothing is missing.
 
     A conditional parameter exists only with certain choices, so the missing parameters are those
-    of earlier trials with the same choices.
-
-    Args:
-        known: Parameters drawn so far.
-        past: Points of earlier trials, oldest first; the newest are used first.
+    of earlier trials with the same choices, the newest (last of ``past``) first.
     """
     found: list[Mapping[str, Any]] = []
     for params in reversed(past):
@@ -143,10 +140,6 @@ def certain_completions(
     Stricter than :func:`likely_completions`: a point is complete if a completed trial had the same
     parameters and choices. An integer counts as a choice if it always went with the same
     parameters, such as a number of layers that have a width each.
-
-    Args:
-        known: Parameters drawn so far.
-        past: Points of completed trials, oldest first; the newest are used first.
     """
     choices = _integer_choices(known, past)
     found: list[Mapping[str, Any]] = []
@@ -187,3 +180,109 @@ def _same_choices(known: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
         for name, value in params.items()
         if name in known and isinstance(value, (str, bool))
     )
+
+
+def simulate_future_points(
+    observations: Sequence[Observation], n_trials: int, *, adaptive: bool
+) -> list[Mapping[str, Any]]:
+    """Return a sample of the points of the next trials.
+
+    Its size is never ``n_trials``: a projection would take it for the exact points.
+    """
+    count = _N_POINTS + (n_trials == _N_POINTS)
+    return draw_future_points(observations, count, adaptive=adaptive)
+
+
+def draw_future_points(
+    observations: Sequence[Observation], count: int, *, adaptive: bool, seed: int = 0
+) -> list[Mapping[str, Any]]:
+    """Return points such as a sampler will draw.
+
+    Each follows an earlier trial, so that conditional parameters come with the choices that they
+    depend on: an ``adaptive`` sampler stays around its newest points (last of the observations),
+    others draw from the whole range, the choices first.
+    """
+    generator = np.random.default_rng([seed, 5])
+    recent = observations[-_N_RECENT:]
+    names = sorted({name for row in observations for name in row.distributions})
+    branches = _Branches(observations)
+    # Evenly spread, so that the most expensive corner comes as often as it should.
+    places = latin_hypercube(count, len(names) + 2, generator)
+    points = []
+    for place in places:
+        by_name = dict(zip(names, place[2:].tolist(), strict=True))
+        if adaptive and place[0] > _UNIFORM_SHARE:
+            points.append(_around(recent[int(place[1] * len(recent))], generator))
+        else:
+            points.append(branches.draw(float(place[1]), by_name))
+    return points
+
+
+class _Branches:
+    """A tree of the choices that conditional parameters depend on; rows share those decided."""
+
+    def __init__(self, rows: Sequence[Observation], decided: frozenset[str] = frozenset()) -> None:
+        self._rows = rows
+        self._decided = decided
+        self._shapes = {frozenset(row.distributions) for row in rows}
+        self._deciding, self._parts = self._split()
+
+    def _split(self) -> tuple[str | None, dict[str, _Branches]]:
+        """Return the choice that decides most parameters, and the branch of each of its values."""
+        if len(self._shapes) == 1:
+            return None, {}
+        found: list[tuple[int, str, dict[str, list[Observation]]]] = []
+        for name in sorted(frozenset.intersection(*self._shapes) - self._decided):
+            if not _is_choice(self._rows[-1].distributions[name]):
+                continue
+            alike: dict[str, list[Observation]] = {}
+            for row in self._rows:
+                alike.setdefault(repr(row.params[name]), []).append(row)
+            shapes = {(v, frozenset(row.distributions)) for v in alike for row in alike[v]}
+            found.append((len(shapes), name, alike))
+        if not found:
+            return None, {}
+        _, name, alike = min(found, key=lambda each: each[:2])
+        decided = self._decided | {name}
+        return name, {value: _Branches(rows, decided) for value, rows in alike.items()}
+
+    def draw(self, pick: float, places: Mapping[str, float]) -> Mapping[str, Any]:
+        """Return a point anywhere in the space.
+
+        A choice on which other parameters depend is drawn from its distribution, not as often as
+        it came, if any trial shows the parameters that go with it. ``pick`` is the quantile of the
+        trial to follow, ``places`` those of the parameters.
+        """
+        if self._deciding is not None:
+            distribution = self._rows[-1].distributions[self._deciding]
+            part = self._parts.get(repr(value_at(distribution, places[self._deciding])))
+            if part is not None:
+                return part.draw(pick, places)
+        row = self._rows[int(pick * len(self._rows))]
+        point = dict(row.params)
+        # If no parameter depends on another any more, the other choices are drawn too.
+        free = len(self._shapes) == 1
+        for name, distribution in row.distributions.items() if free else _numbers(row):
+            if name not in self._decided:
+                point[name] = value_at(distribution, places[name])
+        return point
+
+
+def _around(row: Observation, generator: np.random.Generator) -> Mapping[str, Any]:
+    point = dict(row.params)
+    for name, distribution in _numbers(row):
+        place = position_of(distribution, point[name]) + _LOCAL_SD * generator.standard_normal()
+        point[name] = value_at(distribution, float(np.clip(place, 0.0, 1.0)))
+    return point
+
+
+def _numbers(row: Observation) -> Iterator[tuple[str, BaseDistribution]]:
+    for name, distribution in row.distributions.items():
+        if not _is_choice(distribution) and not distribution.single():
+            yield name, distribution
+
+
+def _is_choice(distribution: BaseDistribution) -> TypeGuard[CategoricalDistribution]:
+    from optuna.distributions import CategoricalDistribution
+
+    return isinstance(distribution, CategoricalDistribution)

@@ -34,11 +34,7 @@ _LOWEST = {"log": 1e-300, "rate": 1e-300, "log1p": 0.0, "linear": -_MAX_NUMBER}
 
 
 def dump(features: Features, observations: Sequence[Observation], confidence: float) -> str:
-    """Return the parts of a footprint as JSON text.
-
-    Raises:
-        ValueError: If there are too many columns to fit anew in reasonable time.
-    """
+    """Return the parts of a footprint as JSON text; ``ValueError`` if it has too many columns."""
     _check_width(features)
     document = {
         "format": FORMAT,
@@ -60,11 +56,7 @@ def dump(features: Features, observations: Sequence[Observation], confidence: fl
 
 
 def load(text: str) -> tuple[list[Observation], float]:
-    """Return the observations and the confidence of a footprint from JSON text.
-
-    Raises:
-        ValueError: If the text is no footprint, of another version, or damaged.
-    """
+    """Return the observations and the confidence of a footprint from JSON text."""
     if not isinstance(text, str):
         raise ValueError(f"A footprint must be JSON text but got {type(text).__name__}.")
     if len(text) > _MAX_CHARACTERS:
@@ -157,11 +149,14 @@ def _observation(value: Any, space: Mapping[str, Any]) -> Observation:
 
 def _plain(value: Any) -> Any:
     """Return a value that JSON keeps: text for what is no finite scalar."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    return value if isinstance(value, float) and math.isfinite(value) else repr(value)
+    value = value.item() if isinstance(value, np.generic) else value
+    return value if _is_plain(value) else repr(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, (bool, int, str))
 
 
 def _mapping(value: Any, name: str) -> Mapping[str, Any]:
@@ -193,13 +188,11 @@ def _number(value: Any, name: str, low: float = -_MAX_NUMBER, high: float = _MAX
 
 
 def _scalar(value: Any, name: str) -> Any:
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float) and math.isfinite(value):
-        return value
-    raise ValueError(
-        f"`{name}` must be a finite number, text, a boolean or null but got {_short(value)}."
-    )
+    if not _is_plain(value):
+        raise ValueError(
+            f"`{name}` must be a finite number, text, a boolean or null but got {_short(value)}."
+        )
+    return value
 
 
 def _short(value: Any) -> str:

@@ -7,18 +7,19 @@ where a resource is predicted better without the formula, the formula is not use
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 import contextlib
 from dataclasses import replace
 import logging
 import math
 import pickle
+from statistics import median
+import time
 from typing import Any
 
 import cloudpickle
 import numpy as np
 
-from optuna_quota._footprint.asked_once import AskedOnce
 from optuna_quota._footprint.fit import leave_one_out_density
 from optuna_quota._footprint.footprint import BaseFootprint, Footprint
 from optuna_quota._footprint.observations import Observation
@@ -35,6 +36,66 @@ _FORMULA_MARGIN = 3.0
 # A call of a user's function, as long as none was timed.
 _UNKNOWN_SECONDS = 0.01
 _PICKLE = "cloudpickle"
+# Answers of a function that are kept: one takes about a kilobyte.
+_MOST_KNOWN = 10_000
+# Seconds after which a point that failed is asked again: a service may have been away.
+_FAILURE_LASTS = 10.0
+# Calls that show how long the next one takes; the first may import a library.
+_N_TIMED = 3
+
+
+class AskedOnce:
+    """A user's function from params to a usage, asked once for each point.
+
+    It remembers failures only for a while.
+    """
+
+    def __init__(self, function: Callable[[Mapping[str, Any]], Usage]) -> None:
+        self._function = function
+        self._known: dict[Hashable, tuple[Any, float]] = {}
+        self._times: list[float] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the answers out of a copy, which may run on another machine."""
+        return {"_function": self._function, "_known": {}, "_times": []}
+
+    def __call__(self, params: Mapping[str, Any]) -> Any:
+        """Return what the function returns, or raise what it raised, for these parameters."""
+        key = _key(params)
+        found, since = self._known.get(key, (None, 0.0))
+        is_failure = isinstance(found, Exception)
+        if found is None or (is_failure and time.monotonic() - since > _FAILURE_LASTS):
+            found = self._ask(params)
+            if len(self._known) >= _MOST_KNOWN:
+                self._known = {}
+            self._known[key] = found, time.monotonic()
+        if isinstance(found, Exception):
+            raise found.with_traceback(None)
+        return found
+
+    def _ask(self, params: Mapping[str, Any]) -> Any:
+        started = time.perf_counter()
+        try:
+            return self._function(dict(params))
+        except Exception as error:  # noqa: BLE001 - the user's own, raised to who asks
+            return error
+        finally:
+            self._times = [*self._times[1 - _N_TIMED :], time.perf_counter() - started]
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the next call is likely to take; None before there were some."""
+        return median(self._times) if len(self._times) == _N_TIMED else None
+
+
+def _key(params: Mapping[str, Any]) -> Hashable:
+    # True equals 1, but is another choice.
+    items = tuple((name, isinstance(params[name], bool), params[name]) for name in sorted(params))
+    try:
+        hash(items)
+    except TypeError:
+        return repr(items)
+    return items
 
 
 class UnknownFootprintError(KeyError):
@@ -102,9 +163,7 @@ class UserFootprint(BaseFootprint):
     def count_within(self, seconds: float, points: Sequence[Mapping[str, Any]] = ()) -> float:
         """Return the number of points whose usage can be computed in a time.
 
-        Args:
-            seconds: The time.
-            points: The first of these are computed if nothing shows yet how long that takes.
+        The first of ``points`` are computed if nothing shows yet how long that takes.
         """
         if self._function is None:
             return math.inf
@@ -137,24 +196,16 @@ class UserFootprint(BaseFootprint):
 def count_within(
     footprint: BaseFootprint, seconds: float, points: Sequence[Mapping[str, Any]] = ()
 ) -> float:
-    """Return the number of points whose usage a footprint can compute in a time.
-
-    Infinite for all but functions of a user; arguments as of :meth:`UserFootprint.count_within`.
-    """
+    """Return :meth:`UserFootprint.count_within`, infinite for all but functions of a user."""
     stated = footprint.stated if isinstance(footprint, CalibratedFootprint) else footprint
     return stated.count_within(seconds, points) if isinstance(stated, UserFootprint) else math.inf
 
 
 def as_footprint(footprint: Any, *, lenient: bool = False) -> BaseFootprint:
-    """Return the ``footprint`` argument of a user as a footprint.
+    """Return a user's ``footprint`` argument as a footprint, a ``TypeError`` if it is none.
 
-    Args:
-        footprint: A :class:`~optuna_quota.Usage` (every trial costs this), a function
-            ``params -> Usage``, or a :class:`~optuna_quota.Footprint`.
-        lenient: See :class:`UserFootprint`.
-
-    Raises:
-        TypeError: If it is none of these.
+    It is a :class:`~optuna_quota.Usage` (every trial costs this), a function ``params -> Usage``,
+    or a :class:`~optuna_quota.Footprint`; ``lenient`` is that of :class:`UserFootprint`.
     """
     if isinstance(footprint, (Footprint, UserFootprint)):
         return footprint
@@ -190,11 +241,7 @@ def from_value(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class FootprintCalibrator:
-    """Calibrates a user's footprint as a study goes on.
-
-    Args:
-        stated: The user's footprint.
-    """
+    """Calibrates a user's footprint as a study goes on."""
 
     def __init__(self, stated: UserFootprint) -> None:
         self._stated = stated
@@ -204,11 +251,9 @@ class FootprintCalibrator:
     def calibrate(
         self, learned: Footprint, observations: Sequence[Observation]
     ) -> CalibratedFootprint:
-        """Return the calibrated footprint; it is fitted again only if ``learned`` is another.
+        """Return the footprint calibrated on a study's trials.
 
-        Args:
-            learned: The footprint that was learned without the user's.
-            observations: The study's trials, oldest first.
+        It is fitted again only if ``learned``, the footprint without the user's, is another.
         """
         if self._ratios is None or learned is not self._learned:
             # Other trials may have ended before all parameters of the function were drawn.
@@ -221,12 +266,9 @@ class FootprintCalibrator:
 
 
 class CalibratedFootprint(BaseFootprint):
-    """A user's footprint times the learned ratio of what trials used to it.
+    """A user's footprint times ``ratios``, the learned usage of trials as a multiple of it.
 
-    Args:
-        stated: The user's footprint.
-        ratios: The usage of trials as a multiple of it.
-        learned: The footprint that was learned without it.
+    Where a resource is predicted better without it, that is ``learned``, which doesn't know it.
     """
 
     def __init__(self, stated: UserFootprint, ratios: Footprint, learned: Footprint) -> None:

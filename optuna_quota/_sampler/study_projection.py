@@ -13,8 +13,8 @@ from optuna.samplers import QMCSampler, RandomSampler
 from optuna.search_space import intersection_search_space
 
 from optuna_quota import _optuna
-from optuna_quota._footprint.future_points import simulate_future_points
 from optuna_quota._footprint.observations import read_observation
+from optuna_quota._footprint.search_space import simulate_future_points
 from optuna_quota._footprint.user_given import as_footprint, UnknownFootprintError
 from optuna_quota._ledger import status
 from optuna_quota._projection.projection import (

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from typing import Any, TextIO, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 
 if TYPE_CHECKING:
@@ -19,17 +19,14 @@ if TYPE_CHECKING:
 
 _STYLES = {"bold": "1", "dim": "2", "green": "32", "yellow": "33", "red": "31"}
 # The escape sequences that `styled` writes, and no others.
-_STYLE = re.compile(r"\x1b\[(?:0|[12]|3[123])(?:;(?:[12]|3[123]))*m")
+_STYLE = re.compile(r"(\x1b\[(?:0|[12]|3[123])m)")
 
 
 def write_line(text: str = "") -> None:
     """Print text to standard output without control characters, except line ends and styles."""
-    if not has_colour(sys.stdout):
-        print(harmless(text))
-        return
-    styles = [*_STYLE.findall(text), ""]
-    parts = zip(_STYLE.split(text), styles, strict=True)
-    print("".join(harmless(part) + style for part, style in parts))
+    parts = _STYLE.split(text) if has_colour() else [text]
+    parts[::2] = map(harmless, parts[::2])
+    print("".join(parts))
 
 
 def harmless(text: str) -> str:
@@ -89,19 +86,13 @@ def progress(text: str) -> Iterator[Callable[[str], None]]:
         show("")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 1) -> list[str]:
-    """Return the lines of a table.
-
-    Args:
-        header: Names of the columns.
-        rows: Cells.
-        texts: How many columns, from the left, are aligned left; figures are aligned right.
-    """
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table whose first column has names, the others figures."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ("─" if encodes("─") else "-") * (sum(widths) + 2 * (len(widths) - 1))
     first, *rest = (
         "  ".join(
-            cell.ljust(width) if i < texts else cell.rjust(width)
+            cell.rjust(width) if i else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in (header, *rows)
@@ -109,19 +100,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, texts: int = 
     return [styled(first, "bold"), styled(rule, "dim"), *rest]
 
 
-def styled(text: str, *styles: str, stream: TextIO | None = None) -> str:
-    """Return the text in a style where the stream (standard output) is a colour terminal."""
-    if not has_colour(stream or sys.stdout):
-        return text
-    codes = ";".join(_STYLES[style] for style in styles)
-    return f"\x1b[{codes}m{text}\x1b[0m"
+def styled(text: str, style: str) -> str:
+    """Return the text in a style where standard output is a colour terminal."""
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if has_colour() else text
 
 
-def has_colour(stream: TextIO) -> bool:
+def has_colour() -> bool:
     """Return whether to colour: on a terminal, unless NO_COLOR is set (no-color.org)."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False
-    return stream.isatty()
+    return sys.stdout.isatty()
 
 
 def encodes(text: str) -> bool:

@@ -103,8 +103,12 @@ def publish_report(
             publish.
     """
     _import_dashboard()
-    trials = StudyTrials(report.study)
-    text = ReportText(trials, report)
+    trials, study_id = StudyTrials(report.study), _optuna.study_id_of(report.study)
+    # What takes long comes first, as another worker may begin meanwhile.
+    note = study_note(
+        ReportText(trials, report),
+        lambda number: f"/dashboard/studies/{study_id}/trials?numbers={number}",
+    )
     plots = {}
     if find_spec("plotly") is None:
         _logger.warning(f"Published without plots. {MISSING_PLOTLY}")
@@ -113,7 +117,7 @@ def publish_report(
     if not is_current():
         return
     dashboard = _Dashboard(report.study)
-    dashboard.renew_note(study_note(text, dashboard.trial_url))
+    dashboard.renew_note(note)
     for name, figure in plots.items():
         dashboard.save_plot(name, figure)
     ended = [trial for trial in trials.finished if trial.outcome in ENDED]
@@ -193,10 +197,6 @@ class _Dashboard:
         value = json.dumps({**meta, "encoding": None})
         self._storage.set_study_system_attr(self._study_id, key, value)
         return self._artifact_url(trial_id, artifact_id)
-
-    def trial_url(self, number: int) -> str:
-        """Return the URL of a trial's page."""
-        return f"/dashboard/studies/{self._study_id}/trials?numbers={number}"
 
     def _artifact_url(self, trial_id: int, artifact_id: str) -> str:
         return f"/artifacts/{self._study_id}/{trial_id}/{artifact_id}"

@@ -11,6 +11,7 @@ from optuna_quota.visualization._figures import figures
 from optuna_quota.visualization._footprint import plot_footprint
 from optuna_quota.visualization._html_report import notebook_html, to_html
 from optuna_quota.visualization._quality_cost import plot_quality_cost
+from optuna_quota.visualization._reliability import plot_reliability
 from optuna_quota.visualization._timeline import plot_timeline
 from optuna_quota.visualization._usage import plot_usage, plot_usage_slice
 from optuna_quota.visualization._waste import plot_waste
@@ -22,6 +23,7 @@ __all__ = [
     "plot_correlations",
     "plot_footprint",
     "plot_quality_cost",
+    "plot_reliability",
     "plot_timeline",
     "plot_usage",
     "plot_usage_slice",

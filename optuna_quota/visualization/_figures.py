@@ -11,6 +11,7 @@ from optuna_quota.visualization._correlations import correlations_figure
 from optuna_quota.visualization._data import measured_resources, StudyTrials
 from optuna_quota.visualization._footprint import footprint_figure
 from optuna_quota.visualization._quality_cost import quality_cost_figures
+from optuna_quota.visualization._reliability import reliability_figure
 from optuna_quota.visualization._timeline import timeline_figure, timeline_of
 from optuna_quota.visualization._usage import usage_figure, usage_slice_figure, varied_params
 from optuna_quota.visualization._waste import waste_figure
@@ -33,8 +34,8 @@ def figures(report: StudyAnalysis) -> dict[str, go.Figure]:
 
     Names are those of the functions without ``plot_``, with the resource: ``usage_memory``,
     ``burn_down``, ``waste``, ``correlations``, ``usage_slice_memory``, ``footprint_memory``,
-    ``quality_cost``, ``timeline_17`` and the like. Plots that the study has no data for are left
-    out.
+    ``reliability``, ``quality_cost``, ``timeline_17`` and the like. Plots that the study has no
+    data for are left out.
 
     Example:
 
@@ -63,6 +64,7 @@ def figures_of(trials: StudyTrials, report: StudyAnalysis) -> dict[str, go.Figur
         made[f"usage_slice_{resource}"] = ranked_slice_figure(trials, report, resource)
     for resource in resources:
         made[f"footprint_{resource}"] = best_footprint_figure(trials, report, resource)
+    made["reliability"] = reliability_figure(trials)
     made.update(quality_cost_figures(trials))
     ended = [t for t in trials.finished if t.outcome == "terminated" and t.record.timeline]
     for trial in ended[-_MAX_TIMELINES:]:

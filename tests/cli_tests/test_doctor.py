@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import re
+import sys
 
 import pytest
 
@@ -60,11 +61,16 @@ def test_marks_are_plain_where_the_encoding_has_no_others() -> None:
 def test_colour_is_for_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert not output.has_colour(io.StringIO())
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert not output.has_colour()
     leader, follower = pty.openpty()
     with os.fdopen(follower, "w") as terminal:
-        assert output.has_colour(terminal)
-        assert output.styled("x", "bold", "red", stream=terminal) == "\x1b[1;31mx\x1b[0m"
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert output.has_colour()
+        assert output.styled("x", "red") == "\x1b[31mx\x1b[0m"
+        output.write_line(f"{output.styled('x', 'red')}\x1b[2J")
+        terminal.flush()
+        assert os.read(leader, 99) == b"\x1b[31mx\x1b[0m [2J\r\n"
         monkeypatch.setenv("NO_COLOR", "1")
-        assert output.styled("x", "bold", stream=terminal) == "x"
+        assert output.styled("x", "bold") == "x"
     os.close(leader)

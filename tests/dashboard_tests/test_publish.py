@@ -336,6 +336,19 @@ def test_the_publisher_pauses_long_after_a_slow_publication(
     assert publisher._next == pytest.approx(12.0 + 50 * 2.0)
 
 
+def test_the_analysis_is_done_before_asking_whether_another_worker_publishes() -> None:
+    study = made_study(3)
+    report = StudyAnalysis(study, study_data(study))
+    known: list[set[str]] = []
+
+    def is_current() -> bool:
+        known.append(set(vars(report)))
+        return True
+
+    publish_report(report, None, is_current)
+    assert known == [set(vars(report))]
+
+
 @pytest.mark.slow
 def test_one_of_many_workers_publishes(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"

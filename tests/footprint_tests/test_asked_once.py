@@ -13,9 +13,8 @@ from optuna.samplers import TPESampler
 import pytest
 
 from optuna_quota import Limits, project, Quota, QuotaPruner, QuotaSampler, Strategy, Usage
-from optuna_quota._footprint import asked_once
-from optuna_quota._footprint.asked_once import AskedOnce
-from optuna_quota._footprint.user_given import count_within, UserFootprint
+from optuna_quota._footprint import user_given
+from optuna_quota._footprint.user_given import AskedOnce, count_within, UserFootprint
 from optuna_quota._projection import simulation
 from optuna_quota._sampler import nearest_point
 
@@ -111,7 +110,7 @@ def test_what_is_one_point(first: dict[str, Any], second: dict[str, Any], n_call
 
 
 def test_the_answers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asked_once, "_MOST_KNOWN", 5)
+    monkeypatch.setattr(user_given, "_MOST_KNOWN", 5)
     function = AskedOnce(lambda params: Usage(memory=params["a"]))
     for a in range(1, 30):
         assert function({"a": a}) == Usage(memory=a)
@@ -135,5 +134,5 @@ def test_a_failure_is_forgotten_after_a_while(monkeypatch: pytest.MonkeyPatch) -
     for _ in range(2):
         with pytest.raises(ConnectionError):
             asked({"x": 1})
-    monkeypatch.setattr(asked_once, "_FAILURE_LASTS", 0.0)
+    monkeypatch.setattr(user_given, "_FAILURE_LASTS", 0.0)
     assert asked({"x": 1}) == asked({"x": 1}) == Usage(memory=1)

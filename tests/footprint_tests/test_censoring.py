@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from scipy.special import log_ndtr
 
-from optuna_quota._footprint.censoring import initial_sites, propagate
-from optuna_quota._footprint.gaussian_process import GaussianProcess, prior_mean
+from optuna_quota._footprint.gaussian_process import (
+    GaussianProcess,
+    initial_sites,
+    prior_mean,
+    propagate,
+)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0, 6.0])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from optuna_quota import Footprint, Limits, Usage
-from optuna_quota._footprint.drift import current_level, Level
+from optuna_quota._footprint.resource_model import current_level, Level
 from tests.footprint_tests.test_footprint import draw_rows, truth
 
 

