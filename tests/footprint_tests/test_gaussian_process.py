@@ -1,15 +1,21 @@
-"""The search for hyperparameters."""
+"""The search for hyperparameters, and expectation propagation of lower bounds."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+from scipy.special import log_ndtr
 
 from optuna_quota._footprint.gaussian_process import (
     _LOG_BOUND,
     _Objective,
     fit_hyperparameters,
+    GaussianProcess,
+    initial_sites,
     prior_mean,
+    propagate,
 )
 
 
@@ -35,3 +41,27 @@ def test_hyperparameters_stay_within_their_bounds() -> None:
     found = fit_hyperparameters(columns, np.sin(3 * columns[:, 0]), start=outside)
     assert np.isfinite(found).all()
     assert (np.abs(found) <= _LOG_BOUND).all()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0, 6.0])
+@pytest.mark.parametrize("stopped_at", [-8.0, -0.5, 2.0, 6.0])
+def test_moments_of_one_stopped_trial(stopped_at: float, rate: float) -> None:
+    columns, target, stopped = np.zeros((1, 1)), np.array([stopped_at]), np.array([True])
+    parameters = prior_mean(1)
+    sites = initial_sites(target, stopped)
+
+    sites = propagate(columns, target, stopped, np.array([rate]), parameters, sites, rounds=100)
+
+    process = GaussianProcess(columns, sites.target, parameters, sites.extra, ~stopped)
+    (mean,), (variance,) = process.posterior()
+    prior = 4.0 + math.exp(parameters[1])
+    noise = math.exp(parameters[2])
+    f = np.linspace(-60.0, 40.0, 400_001)
+    away = f - stopped_at
+    logs = -0.5 * f**2 / prior - rate * away
+    logs += log_ndtr(away / math.sqrt(noise) - rate * math.sqrt(noise))
+    density = np.exp(logs - logs.max())
+    density /= density.sum()
+    expected = float(density @ f)
+    assert mean == pytest.approx(expected, abs=0.02)
+    assert variance == pytest.approx(float(density @ (f - expected) ** 2), rel=0.02, abs=0.002)
