@@ -174,9 +174,14 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         self.footprint = footprint
         self.limits = limits
         self.meters = check_names(meters)
+        self.confidence = confidence
         self.deadline = deadline
+        self.on_exhausted = on_exhausted
         self.on_crowded = on_crowded
         self.on_projected = on_projected
+        self.gpus_per_trial = checked_gpus_per_trial(gpus_per_trial, one_gpu)
+        self.metering = metering
+        self.lease = parse_seconds(lease, "lease")
         if footprint is not None and not isinstance(footprint, Usage):
             footprint = as_footprint(footprint, lenient=True)
         self._options = SamplerOptions(
@@ -189,9 +194,9 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             on_veto=on_veto,
             audits=audits,
             on_exhausted=on_exhausted,
-            gpus_per_trial=checked_gpus_per_trial(gpus_per_trial, one_gpu),
+            gpus_per_trial=self.gpus_per_trial,
             metering=metering,
-            lease=parse_seconds(lease, "lease"),
+            lease=self.lease,
             deadline=None if deadline is None else parse_deadline(deadline, time.time()),
         )
         self._nested = self._nested or [self.base_sampler]

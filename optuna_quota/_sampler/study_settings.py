@@ -28,7 +28,8 @@ def limits_in_force(study: Study, own: Limits | None) -> Limits:
         ValueError: If they disagree.
     """
     theirs = pruner_limits(study.pruner)
-    if theirs is not None and own is not None and theirs != own:
+    # A pruner without limits may be there for something else: a deadline, a worker to preempt.
+    if theirs and own is not None and theirs != own:
         raise ValueError(
             "The limits of QuotaSampler and QuotaPruner must agree but got "
             f"{own!r} and {theirs!r}. Give them to the pruner alone."

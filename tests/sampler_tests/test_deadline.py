@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from datetime import datetime, timedelta, timezone
 import os
 from pathlib import Path
@@ -16,7 +17,17 @@ import optuna
 from optuna.trial import TrialState
 import pytest
 
-from optuna_quota import check, isolated, Quota, QuotaExhausted, QuotaSampler, status, Usage
+from optuna_quota import (
+    check,
+    isolated,
+    Limits,
+    preemptible,
+    Quota,
+    QuotaExhausted,
+    QuotaSampler,
+    status,
+    Usage,
+)
 from optuna_quota._enforcement.preemption import Preemption, preemption_of
 from optuna_quota._records import read_record
 from optuna_quota._sampler.deadline import parse_deadline, refuse_late
@@ -236,3 +247,20 @@ def test_a_preempted_trial_does_not_count_as_one_of_the_study() -> None:
     states = [t.state for t in study.trials]
     assert states == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
     assert status(study).table.loc["n_trials", "used"] == 2
+
+
+@pytest.mark.parametrize("how", ["deadline", "preemptible"])
+def test_limits_of_the_sampler_hold_beside_a_pruner_that_saves_trials(how: str) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        return trial.suggest_float("x", 0, 1)
+
+    sampler = QuotaSampler(
+        quota=Quota(n_trials=9),
+        limits=Limits(wall_time=60),
+        deadline="2h" if how == "deadline" else None,
+    )
+    study = optuna.create_study(sampler=sampler)
+    with preemptible(study) if how == "preemptible" else contextlib.nullcontext():
+        study.optimize(objective, n_trials=2)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2
+    assert study.user_attrs["quota:limits"] == {"wall_time": 60.0}
