@@ -1,6 +1,7 @@
 """The attributes of trials and studies: every key, who writes it, and how it is read back.
 
-A row is written through :func:`write_attributes` and :func:`write_record` alone.
+A row is written by :func:`write_attributes`, :func:`write_one_by_one` and
+:func:`write_record` alone.
 
 ==========================  ======  ==============================================================
 key of a trial              kind    written by
@@ -10,11 +11,12 @@ key of a trial              kind    written by
 ``breach``, ``footprint``,          QuotaSampler; ``_ledger`` for a trial whose worker is gone;
 ``isolation``, ``host``,            ``_sampler.row_cleanup`` for one whose objective never ran.
 ``gpu_source``                      Users, for trials that run where this library can't see them
-``quota:retry_of``,         user    ``_enforcement.preemption``, when a preempted trial is enqueued
-``quota:checkpoint``                again; when a trial starts
-``quota:timeline``,         system  with them, for a trial with a breach: its memory, and the
-``quota:breach_timeline``           resource that was breached
-``quota:constrained``       system  with them, beside Optuna's ``constraints``
+``quota:retry_of``          user    ``_enforcement.preemption``, when a preempted trial or one
+                                    whose GPU was full is enqueued again
+``quota:checkpoint``        user    ``_enforcement.preemptible``, when a trial starts
+``quota:timeline``,         system  ``_enforcement.trial_result``, with the outcome after a breach:
+``quota:breach_timeline``           memory, and the resource that was breached
+``quota:constrained``       system  ``_enforcement.trial_result``, beside Optuna's ``constraints``
 ``quota:proposed``          user    ``_sampler.candidates``, when a point was replaced
 ``quota:reservation``       system  ``_ledger``, before the trial starts and at each heartbeat
 ``quota:crashed``           system  ``_isolation.outcome``
@@ -74,7 +76,7 @@ TIMELINE = PREFIX + "timeline"
 BREACH_TIMELINE = PREFIX + "breach_timeline"
 PROPOSED = PREFIX + "proposed"
 GPU_SOURCE = PREFIX + "gpu_source"
-# The number of the preempted trial that this one repeats, and the folder that both share.
+# The number of the trial that this one repeats, and the folder that both share.
 RETRY_OF = PREFIX + "retry_of"
 CHECKPOINT = PREFIX + "checkpoint"
 

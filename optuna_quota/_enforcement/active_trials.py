@@ -56,7 +56,7 @@ def start_monitor(
     ceilings = {**limits.amounts(), **(left or {})}
     if (_register.close_finished() or is_first_trial(study)) and "memory" in ceilings:
         # A pruned trial's exception and the frames that it passed through refer to each other, as
-        # may what the script has made before: what they held would count for this trial.
+        # may objects of the script: uncollected, they would count for this trial.
         gc.collect()
     if here and "gpu_memory" in ceilings:
         release_gpu_cache()

@@ -43,8 +43,8 @@ _THREAD_VARIABLES = (
     "PYTHON_CPU_COUNT",
 )
 
-# Names of abstract sockets, which all processes of a machine or container see, and which are gone
-# with their process: the processors that trials of this worker have.
+# Prefix of the names of abstract sockets, which all processes of a machine or container see. A
+# worker binds one for each processor of its trials; the kernel frees it when the worker dies.
 _PREFIX = "\0optuna-quota/cpu/"
 
 
@@ -103,7 +103,7 @@ class CorePool:
         taken: set[int] = set()
         while True:
             cores = choose_cores(limit, allowed, self._trials, taken)
-            # To be the first with a name is to have the processor, whatever others do meanwhile.
+            # Binding a name is atomic: who binds it has the processor.
             new = {cpu for cpu in cores.cpus if cpu not in self._names and cpu not in taken}
             refused = {cpu for cpu in new if not self._publish(cpu)}
             if not refused:

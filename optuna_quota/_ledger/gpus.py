@@ -56,7 +56,7 @@ def request_gpus(
     for gpu in gpus:
         name = gpu.resource
         held = sum(max(c.granted.get(name, 0.0), c.asked.get(name, 0.0)) for c in here)
-        # What trials were granted they may not hold yet: the rest is of processes outside.
+        # Only what exceeds all grants is surely other processes'.
         outside = max(0.0, in_use.get(gpu.uuid, 0.0) - held)
         usable[gpu] = gpu.memory - outside
         room[gpu] = usable[gpu] - held
@@ -100,7 +100,7 @@ def memory_in_use(gpus: Sequence[Gpu]) -> dict[str, float]:
     found = {}
     with contextlib.suppress(GpuError):
         for device in visible_gpus(os.environ).devices:
-            # One that is lost is left out; the others have an answer.
+            # Skip a GPU that is lost; the others still answer.
             with contextlib.suppress(GpuError):
                 if device.identity in known:
                     found[device.identity] = float(device.memory()[0])

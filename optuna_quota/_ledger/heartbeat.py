@@ -85,7 +85,7 @@ class RunningTrial:
 class RunningTrials(dict[int, RunningTrial]):
     """This process's running trials by id, and which threads asked for them and tell them.
 
-    One thread at a time, with the lock, changes what they hold.
+    Hold ``lock`` while changing a running trial.
     """
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ class RunningTrials(dict[int, RunningTrial]):
     def must_not_wait(self, in_optimize: bool) -> bool:
         """Return whether this thread has to ``tell`` before it may wait: a deadlock otherwise.
 
-        Threads that ``tell`` what others asked for have done so before, if there are any.
+        Before the first ``tell``, any other thread may do it; after that, the last one shows.
         """
         if getattr(_this_thread, "must_not_wait", False):
             return True
@@ -126,7 +126,7 @@ class RunningTrials(dict[int, RunningTrial]):
         return all(thread.name.startswith("optuna-quota-") for thread in others)
 
     def left_behind(self) -> list[RunningTrial]:
-        """Return what this thread's ``optimize`` runs: as the next trial starts, none should."""
+        """Return trials of this thread's ``optimize`` that were never told, as the next starts."""
         with self.lock:
             return [running for running in self._of_this_thread() if running.in_optimize]
 

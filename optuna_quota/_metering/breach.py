@@ -36,7 +36,7 @@ class Ceiling(NamedTuple):
     quota: bool = False
 
 
-# Plain pairs will do as well.
+# Plain tuples ``(limit, quota)`` will do as well.
 Ceilings = Mapping[str, tuple[float, bool]]
 
 
