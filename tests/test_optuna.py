@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import gc
 import json
 import sys
 import threading
@@ -410,3 +411,17 @@ def test_partial_fixed_params_and_the_sampler_inside() -> None:
     assert _optuna.unwrap_partial_fixed(inner) is inner
     assert _optuna.partial_fixed_params(inner) == {}
     assert _optuna.partial_fixed_params(outer) == {"x": 1, "y": 3}
+
+
+def test_storages_in_memory_never_share_an_address() -> None:
+    def addresses() -> set[str]:
+        storages = [InMemoryStorage() for _ in range(200)]
+        assert [_optuna.address_of(each) for each in storages] == [
+            _optuna.address_of(each) for each in storages
+        ]
+        return {_optuna.address_of(each) for each in storages}
+
+    earlier = addresses()
+    gc.collect()
+    # Some of the new ones have the `id` of one that is gone.
+    assert earlier.isdisjoint(addresses())

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 import copy
 from datetime import datetime
 from importlib import import_module
+import itertools
 import json
 import logging
 from typing import Any, cast, TYPE_CHECKING
+import weakref
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import InMemoryStorage, JournalStorage, RDBStorage
@@ -173,11 +175,20 @@ def has_row_locks(storage: BaseStorage) -> bool:
     return engine is None or engine.dialect.name != "sqlite"
 
 
+# Unlike `id`, never the same for a storage that is gone and a new one.
+_numbers: weakref.WeakKeyDictionary[BaseStorage, int] = weakref.WeakKeyDictionary()
+_next_number = itertools.count()
+
+
 def address_of(storage: BaseStorage) -> str:
     """Return what is the same for all objects of one storage in a process, as far as known."""
     engine = _engine_of(storage)
     path = getattr(getattr(storage, "_backend", None), "_file_path", None)
-    return f"{id(storage) if engine is None else engine.url}" if path is None else str(path)
+    if path is not None:
+        return str(path)
+    if engine is not None:
+        return str(engine.url)
+    return f"storage {_numbers.setdefault(storage, next(_next_number))}"
 
 
 def wrap_journal_lock(
