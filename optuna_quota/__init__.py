@@ -40,13 +40,14 @@ if TYPE_CHECKING:
     from optuna_quota._isolation.isolated import isolated
     from optuna_quota._isolation.script import script
     from optuna_quota._ledger.status import LedgerStatus, status
+    from optuna_quota._limits import Limits, Quota, Strategy
     from optuna_quota._metering import Meter
     from optuna_quota._projection.projection import Projection
     from optuna_quota._projection.simulation import project
     from optuna_quota._report import analyze, UtilizationReport
-    from optuna_quota._resources import Limits, Quota, Strategy, Usage
     from optuna_quota._sampler.sampler import QuotaSampler
     from optuna_quota._table import trial_table
+    from optuna_quota._usage import Usage
     from optuna_quota.exceptions import (
         LimitBreached,
         QuotaError,
@@ -64,21 +65,21 @@ _HOMES = {
     "Footprint": "_footprint.footprint",
     "LedgerStatus": "_ledger.status",
     "LimitBreached": "exceptions",
-    "Limits": "_resources",
+    "Limits": "_limits",
     "Meter": "_metering",
     "Projection": "_projection.projection",
-    "Quota": "_resources",
+    "Quota": "_limits",
     "QuotaError": "exceptions",
     "QuotaExhausted": "exceptions",
     "QuotaPruner": "_enforcement.pruner",
     "QuotaSampler": "_sampler.sampler",
     "ReplayReport": "_analysis.replay",
-    "Strategy": "_resources",
+    "Strategy": "_limits",
     "StudyRejected": "exceptions",
     "TrialCrashed": "exceptions",
     "TrialPreempted": "exceptions",
     "TrialRejected": "exceptions",
-    "Usage": "_resources",
+    "Usage": "_usage",
     "UtilizationReport": "_report",
     "analyze": "_report",
     "check": "_enforcement.pruner",

@@ -46,18 +46,10 @@ import math
 from typing import Any, cast, Literal, TYPE_CHECKING
 
 from optuna_quota import _optuna
-from optuna_quota._resources import (
-    Breach,
-    get_resource,
-    Isolation,
-    Limits,
-    Outcome,
-    OUTCOMES,
-    Quota,
-    Usage,
-    usage_from_amounts,
-)
+from optuna_quota._limits import Limits, Quota
+from optuna_quota._resources import get_resource, Isolation, Outcome, OUTCOMES
 from optuna_quota._storage_retry import is_transient, retry
+from optuna_quota._usage import Breach, Usage, usage_from_amounts
 
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ import weakref
 
 from optuna_quota._isolation.isolated import isolated
 from optuna_quota._metering.monitored_tree import open_tree
-from optuna_quota._resources import format_amount, Usage, usage_from_amounts
+from optuna_quota._resources import format_amount
 from optuna_quota._units import parse_bytes
+from optuna_quota._usage import Usage, usage_from_amounts
 
 
 if TYPE_CHECKING:

@@ -14,6 +14,8 @@ LAYERS = [
     "_units",
     "_html",
     "_resources",
+    "_limits",
+    "_usage",
     "_optuna",
     "_storage_retry",
     "_records",

@@ -14,7 +14,7 @@ import pytest
 from optuna_quota import _records, Limits, Quota, Usage
 from optuna_quota._optuna import storage_of, trial_id_of
 from optuna_quota._records import Interval, TrialRecord
-from optuna_quota._resources import Breach
+from optuna_quota._usage import Breach
 
 
 FULL = TrialRecord(

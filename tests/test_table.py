@@ -17,7 +17,7 @@ from optuna_quota._analysis.trial_traces import trial_traces
 from optuna_quota._footprint.observations import read_observation
 from optuna_quota._ledger.totals import read_entry
 from optuna_quota._records import Interval, record_attributes, TrialRecord
-from optuna_quota._resources import Breach
+from optuna_quota._usage import Breach
 from optuna_quota.visualization._data import StudyTrials
 
 

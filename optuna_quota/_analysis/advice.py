@@ -11,7 +11,8 @@ from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._resources import format_amount, get_resource, HELD_RESOURCES, Limits, OUTCOMES
+from optuna_quota._limits import Limits
+from optuna_quota._resources import format_amount, get_resource, HELD_RESOURCES, OUTCOMES
 
 
 if TYPE_CHECKING:

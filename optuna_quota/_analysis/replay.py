@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from optuna_quota._analysis.pareto import best_numbers
 from optuna_quota._analysis.summary import counted, wrap
 from optuna_quota._analysis.trial_traces import apply_limits, apply_quota, trial_traces, TrialTrace
-from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource, Limits, Quota
+from optuna_quota._limits import Limits, Quota
+from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource
 
 
 if TYPE_CHECKING:

@@ -32,7 +32,8 @@ from optuna_quota._analysis.advice import Advice, StudyFacts, TOLERANCE
 from optuna_quota._analysis.cost_drivers import log_draws
 from optuna_quota._footprint.resource_model import fit_resource, ResourceData, ResourceModel
 from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
-from optuna_quota._resources import get_resource, Limits
+from optuna_quota._limits import Limits
+from optuna_quota._resources import get_resource
 from optuna_quota._utilization.data import Parameter
 from optuna_quota._utilization.model import plain_number
 

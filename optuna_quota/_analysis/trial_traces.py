@@ -17,7 +17,8 @@ from optuna_quota._table import usage_at_least
 if TYPE_CHECKING:
     from optuna.study import Study
 
-    from optuna_quota._resources import Breach, Limits, Quota
+    from optuna_quota._limits import Limits, Quota
+    from optuna_quota._usage import Breach
 
 
 ReplayOutcome = Literal["kept", "terminated", "not run"]

@@ -18,9 +18,10 @@ import weakref
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.study_warnings import is_first_trial, note_start
+from optuna_quota._limits import Limits, with_cores
 from optuna_quota._metering import Key, key_of, Meter, metering_loop, TrialMonitor
 from optuna_quota._metering.host import cpu_count
-from optuna_quota._resources import format_amount, Limits, with_cores
+from optuna_quota._resources import format_amount
 from optuna_quota._storage_retry import survive_outages
 
 

@@ -22,7 +22,8 @@ from optuna.trial import TrialState
 
 from optuna_quota._metering.breach import Ceilings, find_breaches
 from optuna_quota._records import read_record
-from optuna_quota._resources import Breach, CLOCK_RESOURCES
+from optuna_quota._resources import CLOCK_RESOURCES
+from optuna_quota._usage import Breach
 
 
 if TYPE_CHECKING:

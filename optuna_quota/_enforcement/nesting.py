@@ -14,8 +14,8 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
 from optuna_quota import _optuna
+from optuna_quota._limits import Limits
 from optuna_quota._metering import Meter, TrialMonitor
-from optuna_quota._resources import Limits
 
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from optuna_quota import _optuna
 from optuna_quota._enforcement.nesting import quota_pruners
 from optuna_quota._enforcement.preemption import find_preemption, Preemption, preemption_of
 from optuna_quota._enforcement.pruner import QuotaPruner
+from optuna_quota._limits import Limits
 from optuna_quota._records import CHECKPOINT, write_attributes
-from optuna_quota._resources import Limits
 from optuna_quota._storage_retry import survive_outages
 from optuna_quota._units import format_signal
 from optuna_quota.exceptions import TrialPreempted

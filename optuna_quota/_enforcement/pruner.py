@@ -31,9 +31,10 @@ from optuna_quota._enforcement.trial_result import (
     save_record,
     tolerate_constraints_failure,
 )
+from optuna_quota._limits import Limits
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop, Verdict
 from optuna_quota._records import is_rejected, parse_record, TrialRecord
-from optuna_quota._resources import Breach, Limits
+from optuna_quota._usage import Breach
 from optuna_quota.exceptions import LimitBreached, QuotaError, TrialRejected
 
 

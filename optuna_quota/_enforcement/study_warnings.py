@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.nesting import find_nested, pruner_limits
+from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering import metering_loop, TrialMonitor, Verdict
 from optuna_quota._metering.host import cpu_count, host_memory_limit
 from optuna_quota._metering.visible_gpus import total_memory
@@ -31,13 +32,7 @@ from optuna_quota._records import (
     STUDY_QUOTA,
     TrialRecord,
 )
-from optuna_quota._resources import (
-    CHARGED_RESOURCES,
-    format_amount,
-    get_resource,
-    Limits,
-    Quota,
-)
+from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource
 from optuna_quota._storage_retry import retry
 from optuna_quota._units import SECONDS
 
@@ -46,7 +41,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
     from optuna_quota._metering import Key
-    from optuna_quota._resources import Breach
+    from optuna_quota._usage import Breach
 
 
 _logger = logging.getLogger("optuna.quota.enforcement")

@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 from optuna_quota import _optuna, _records
 from optuna_quota._enforcement.nesting import find_nested, requires_uniform_constraints
 from optuna_quota._enforcement.study_warnings import report_end
+from optuna_quota._limits import Limits
 from optuna_quota._optuna import TellCall
 from optuna_quota._records import (
     CONSTRAINED,
@@ -26,7 +27,8 @@ from optuna_quota._records import (
     read_record,
     TrialRecord,
 )
-from optuna_quota._resources import Breach, Limits, Outcome, RESOURCES, Usage
+from optuna_quota._resources import Outcome, RESOURCES
+from optuna_quota._usage import Breach, Usage
 from optuna_quota.exceptions import LimitBreached
 
 

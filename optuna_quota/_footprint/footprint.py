@@ -14,8 +14,9 @@ from optuna_quota._footprint.features import Features
 from optuna_quota._footprint.fit import ChainedModel, fit_resource_models, Model
 from optuna_quota._footprint.observations import Observation, select_observations
 from optuna_quota._footprint.resource_model import Predictive
+from optuna_quota._limits import Limits
 from optuna_quota._records import Interval
-from optuna_quota._resources import get_resource, Limits
+from optuna_quota._resources import get_resource
 
 
 if TYPE_CHECKING:

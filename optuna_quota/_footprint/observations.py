@@ -9,8 +9,8 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 
 from optuna_quota._records import evidence, Interval, outcome_of, read_record
-from optuna_quota._resources import Usage, usage_from_amounts
 from optuna_quota._table import usage_at_least
+from optuna_quota._usage import Usage, usage_from_amounts
 
 
 if TYPE_CHECKING:

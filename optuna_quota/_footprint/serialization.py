@@ -17,7 +17,7 @@ import numpy as np
 
 from optuna_quota._footprint.features import CategoryFeature, Feature, Features, NumericFeature
 from optuna_quota._footprint.observations import Observation
-from optuna_quota._resources import usage_from_amounts
+from optuna_quota._usage import usage_from_amounts
 
 
 FORMAT = "optuna_quota.footprint"

@@ -24,9 +24,10 @@ from optuna_quota._footprint.fit import leave_one_out_density
 from optuna_quota._footprint.footprint import BaseFootprint, Footprint
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.resource_model import Predictive
+from optuna_quota._limits import Limits
 from optuna_quota._metering.breach import is_breach
 from optuna_quota._records import Interval
-from optuna_quota._resources import Limits, Usage, usage_from_amounts
+from optuna_quota._usage import Usage, usage_from_amounts
 
 
 _logger = logging.getLogger("optuna.quota.footprint")

@@ -8,7 +8,7 @@ from typing import Any, get_args, TYPE_CHECKING
 
 from optuna_quota._isolation.launch import IsolationOptions, OnCrash, StartMethod
 from optuna_quota._isolation.run import TrialRun
-from optuna_quota._resources import Limits
+from optuna_quota._limits import Limits
 from optuna_quota._units import Duration, parse_seconds
 
 

@@ -28,8 +28,8 @@ from optuna_quota._isolation.output import prepare_logging, read_output_settings
 from optuna_quota._isolation.pickling import dump_objective, NeedsFork, Payload
 from optuna_quota._isolation.portable import launch_portable
 from optuna_quota._isolation.rpc import RemoteObjects, TrialFacts
+from optuna_quota._limits import Limits
 from optuna_quota._metering.visible_gpus import device_memory
-from optuna_quota._resources import Limits
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import ProcessContext
 from optuna_quota._isolation.output import OutputSettings
 from optuna_quota._isolation.rpc import TrialFacts
-from optuna_quota._resources import Breach
+from optuna_quota._usage import Breach
 from optuna_quota.exceptions import LimitBreached
 
 

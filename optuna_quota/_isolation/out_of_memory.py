@@ -24,7 +24,8 @@ from optuna_quota._metering.breach import (
     find_refused_breach,
 )
 from optuna_quota._metering.meter import DeviceShare
-from optuna_quota._resources import Breach, format_amount
+from optuna_quota._resources import format_amount
+from optuna_quota._usage import Breach
 
 
 # Module and name of the class, what the message must contain, the kind of memory. The classes

@@ -30,9 +30,10 @@ from optuna_quota._metering.breach import find_refused_breach
 from optuna_quota._metering.meter import DeviceShare, GpuUse
 from optuna_quota._metering.visible_gpus import device_memory, free_memory
 from optuna_quota._records import CRASHED, is_rejected, write_attributes
-from optuna_quota._resources import Breach, format_amount, Usage
+from optuna_quota._resources import format_amount
 from optuna_quota._storage_retry import retry
 from optuna_quota._units import format_seconds, format_signal
+from optuna_quota._usage import Breach, Usage
 from optuna_quota.exceptions import LimitBreached, TrialCrashed, TrialPreempted
 
 

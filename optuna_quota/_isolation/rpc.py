@@ -30,7 +30,7 @@ from optuna_quota._isolation.channel import Channel, SentError, unpack_error
 
 
 if TYPE_CHECKING:
-    from optuna_quota._resources import Breach
+    from optuna_quota._usage import Breach
 
 
 @dataclass(frozen=True)

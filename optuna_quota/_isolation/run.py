@@ -32,16 +32,12 @@ from optuna_quota._isolation.launch import CannotStart, IsolationOptions, TrialL
 from optuna_quota._isolation.outcome import INTERRUPTED, OutcomeResolver
 from optuna_quota._isolation.rpc import RemoteObjects
 from optuna_quota._isolation.server import NotStarted, Server
+from optuna_quota._limits import Limits, with_cores
 from optuna_quota._metering import key_of, metering_loop, Verdict
 from optuna_quota._records import is_rejected
-from optuna_quota._resources import (
-    Breach,
-    CLOCK_RESOURCES,
-    format_amount,
-    Limits,
-    with_cores,
-)
+from optuna_quota._resources import CLOCK_RESOURCES, format_amount
 from optuna_quota._storage_retry import survive_outages, without_retries
+from optuna_quota._usage import Breach
 from optuna_quota.exceptions import LimitBreached, TrialPreempted
 
 

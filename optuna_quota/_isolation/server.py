@@ -16,7 +16,7 @@ from optuna_quota._isolation.channel import Channel, pack_error, TrialConnection
 from optuna_quota._isolation.out_of_memory import find_failed_allocation_in_text
 from optuna_quota._isolation.output import Printed, replay
 from optuna_quota._isolation.signals import Interrupts
-from optuna_quota._resources import Breach
+from optuna_quota._usage import Breach
 
 
 _logger = logging.getLogger("optuna.quota.isolated")

@@ -15,7 +15,7 @@ from typing import Any, TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from optuna_quota._resources import Breach
+    from optuna_quota._usage import Breach
     from optuna_quota.exceptions import LimitBreached
 
 

@@ -30,7 +30,7 @@ from optuna_quota._metering.timing import (
     RunningClock,
     sampling_interval,
 )
-from optuna_quota._resources import Breach
+from optuna_quota._usage import Breach
 
 
 # Bytes by which a trial may still grow once it was asked to stop for its memory: its handlers need

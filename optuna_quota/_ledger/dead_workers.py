@@ -19,8 +19,9 @@ from optuna_quota._ledger.protocol import (
 )
 from optuna_quota._ledger.totals import Entry, LONGEST_GAP
 from optuna_quota._records import parse_record, RESERVATION, TrialRecord
-from optuna_quota._resources import CHARGED_RESOURCES, Usage, USAGE_RESOURCES
+from optuna_quota._resources import CHARGED_RESOURCES, USAGE_RESOURCES
 from optuna_quota._units import format_seconds
+from optuna_quota._usage import Usage
 
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from optuna_quota._ledger.protocol import Claim, DEVICE, is_held, ResourceRequest, Shortage
+from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering import extension_threshold
 from optuna_quota._metering.breach import quota_bound
 from optuna_quota._resources import (
@@ -28,8 +29,6 @@ from optuna_quota._resources import (
     get_resource,
     HELD_RESOURCES,
     LIMIT_RESOURCES,
-    Limits,
-    Quota,
     Resource,
 )
 

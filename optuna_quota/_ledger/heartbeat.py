@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from weakref import finalize, WeakMethod
 
 from optuna_quota._ledger.protocol import DEVICE, Reservation
+from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering import extension_threshold
-from optuna_quota._resources import Limits, Quota, Usage
+from optuna_quota._usage import Usage
 
 
 if TYPE_CHECKING:

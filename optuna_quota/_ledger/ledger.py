@@ -46,7 +46,8 @@ from optuna_quota._ledger.protocol import (
 )
 from optuna_quota._ledger.state import Clock, LedgerState, pauses, Snapshot, SystemClock
 from optuna_quota._ledger.totals import describe_unadmitted
-from optuna_quota._resources import Limits, Quota, Usage
+from optuna_quota._limits import Limits, Quota
+from optuna_quota._usage import Usage
 
 
 if TYPE_CHECKING:

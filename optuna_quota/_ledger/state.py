@@ -39,6 +39,7 @@ from optuna_quota._ledger.protocol import (
     Worker,
 )
 from optuna_quota._ledger.totals import CLOCK_TOLERANCE, Entry, QuotaTotals, read_entry
+from optuna_quota._limits import Limits, Quota
 from optuna_quota._records import (
     read_amounts,
     RESERVATION,
@@ -47,9 +48,10 @@ from optuna_quota._records import (
     write_attributes,
     write_record,
 )
-from optuna_quota._resources import CHARGED_RESOURCES, Limits, Quota, Usage
+from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._storage_retry import retry, survive_outages
 from optuna_quota._units import format_seconds
+from optuna_quota._usage import Usage
 
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from optuna_quota import _optuna
 from optuna_quota._html import element, table
 from optuna_quota._ledger.state import TrialRows
 from optuna_quota._ledger.totals import QuotaTotals
+from optuna_quota._limits import Quota, quota_from_amounts
 from optuna_quota._metering.breach import quota_bound
 from optuna_quota._records import read_amounts, STUDY_LIMITS, STUDY_PRICES, STUDY_QUOTA
 from optuna_quota._resources import (
@@ -20,8 +21,6 @@ from optuna_quota._resources import (
     get_resource,
     HELD_RESOURCES,
     PRICED_RESOURCES,
-    Quota,
-    quota_from_amounts,
     TOTAL_RESOURCES,
 )
 from optuna_quota._units import format_seconds

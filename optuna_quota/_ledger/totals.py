@@ -10,17 +10,12 @@ import math
 from typing import TYPE_CHECKING
 
 from optuna_quota._ledger.protocol import Claim, is_held, parse_reservation, Reservation, Worker
+from optuna_quota._limits import Quota
 from optuna_quota._records import parse_record, RESERVATION
-from optuna_quota._resources import (
-    CHARGED_RESOURCES,
-    format_amount,
-    get_resource,
-    Quota,
-    TOTAL_RESOURCES,
-    Usage,
-)
+from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource, TOTAL_RESOURCES
 from optuna_quota._storage_retry import ASKED
 from optuna_quota._table import optuna_duration
+from optuna_quota._usage import Usage
 
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 import math
 from typing import NamedTuple
 
-from optuna_quota._resources import Breach, CLOCK_RESOURCES, get_resource, HELD_RESOURCES
+from optuna_quota._resources import CLOCK_RESOURCES, get_resource, HELD_RESOURCES
+from optuna_quota._usage import Breach
 
 
 # The rate of two busy threads reads as 1.98 to 2.03 cores, blurred by the scheduler's clock ticks

@@ -9,6 +9,7 @@ import logging
 import math
 import threading
 
+from optuna_quota._limits import Limits
 from optuna_quota._metering.breach import QuotaExtension
 from optuna_quota._metering.energy import ProcessorEnergyMeter
 from optuna_quota._metering.gpu_meter import GpuMeter
@@ -22,7 +23,7 @@ from optuna_quota._metering.monitored_tree import (
 from optuna_quota._metering.process_tree import ProcessTree
 from optuna_quota._metering.timing import PauseDetector, RunningClock
 from optuna_quota._metering.trial_state import Key, TrialState
-from optuna_quota._resources import Breach, Limits, Usage
+from optuna_quota._usage import Breach, Usage
 
 
 _logger = logging.getLogger("optuna.quota.metering")

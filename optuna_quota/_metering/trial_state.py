@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 import math
 
+from optuna_quota._limits import Limits
 from optuna_quota._metering.breach import (
     Ceiling,
     EXTENSION_THRESHOLD,
@@ -16,17 +17,8 @@ from optuna_quota._metering.breach import (
     tightest_ceilings,
 )
 from optuna_quota._metering.meter import GpuUse, Meter, MeterReading
-from optuna_quota._resources import (
-    Breach,
-    CLOCK_RESOURCES,
-    Isolation,
-    Limits,
-    Outcome,
-    RESOURCES,
-    Usage,
-    usage_from_amounts,
-    USAGE_RESOURCES,
-)
+from optuna_quota._resources import CLOCK_RESOURCES, Isolation, Outcome, RESOURCES, USAGE_RESOURCES
+from optuna_quota._usage import Breach, Usage, usage_from_amounts
 
 
 Key = tuple[int, int]

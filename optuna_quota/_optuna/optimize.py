@@ -18,9 +18,9 @@ from optuna.samplers import BaseSampler
 from optuna.study import _optimize, _tell, Study, study as _study
 from optuna.trial import FrozenTrial, TrialState
 
+from optuna_quota._limits import Limits, Quota
 from optuna_quota._optuna.samplers import raised_by_constraints_func
 from optuna_quota._optuna.storages import describe_end, unwrap_study
-from optuna_quota._resources import Limits, Quota
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ import math
 from typing import Any, TYPE_CHECKING
 
 from optuna_quota._html import element, table
-from optuna_quota._resources import format_amount, get_resource, Strategy
+from optuna_quota._limits import Strategy
+from optuna_quota._resources import format_amount, get_resource
 
 
 if TYPE_CHECKING:

@@ -13,16 +13,10 @@ import numpy as np
 from optuna_quota._footprint.footprint import BaseFootprint
 from optuna_quota._footprint.search_space import latin_hypercube, narrow, points_from_unit_cube
 from optuna_quota._footprint.user_given import as_footprint, count_within
+from optuna_quota._limits import Limits, Quota, Strategy
 from optuna_quota._metering.breach import quota_bound
 from optuna_quota._projection.projection import probability_of, ProjectedResource, Projection
-from optuna_quota._resources import (
-    get_resource,
-    HELD_RESOURCES,
-    Limits,
-    Quota,
-    Strategy,
-    TOTAL_RESOURCES,
-)
+from optuna_quota._resources import get_resource, HELD_RESOURCES, TOTAL_RESOURCES
 
 
 _DRAWS = 400

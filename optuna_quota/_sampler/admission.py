@@ -14,7 +14,8 @@ from optuna_quota._footprint.search_space import (
     likely_completions,
     spaced_values,
 )
-from optuna_quota._resources import ceiling_title, format_amount, Limits
+from optuna_quota._limits import Limits
+from optuna_quota._resources import ceiling_title, format_amount
 
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, Literal, TYPE_CHECKING
 
+from optuna_quota._limits import Quota, Strategy
 from optuna_quota._optuna import misplaced
-from optuna_quota._resources import CLOCK_RESOURCES, Quota, Strategy
+from optuna_quota._resources import CLOCK_RESOURCES
 
 
 if TYPE_CHECKING:

@@ -31,8 +31,9 @@ from optuna_quota._records import (
     TrialRecord,
     write_attributes,
 )
-from optuna_quota._resources import Outcome, Usage
+from optuna_quota._resources import Outcome
 from optuna_quota._storage_retry import is_transient, retry
+from optuna_quota._usage import Usage
 from optuna_quota.exceptions import QuotaExhausted, StudyRejected, TrialRejected
 
 

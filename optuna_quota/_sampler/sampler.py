@@ -24,8 +24,8 @@ from optuna_quota._enforcement.trial_result import (
 )
 from optuna_quota._footprint.user_given import as_footprint, by_value, from_value
 from optuna_quota._ledger import LEASE, Refusal
+from optuna_quota._limits import Limits, Quota, Strategy
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop
-from optuna_quota._resources import Limits, Quota, Strategy, Usage
 from optuna_quota._sampler.deadline import DeadlineOption, parse_deadline
 from optuna_quota._sampler.options import (
     check_choices,
@@ -48,6 +48,7 @@ from optuna_quota._sampler.study_projection import admit_strategy, project_study
 from optuna_quota._sampler.study_session import objective_uses_trial, StudySession, StudySessions
 from optuna_quota._sampler.study_settings import limits_in_force, meters_in_force
 from optuna_quota._units import Duration, parse_seconds
+from optuna_quota._usage import Usage
 
 
 if TYPE_CHECKING:

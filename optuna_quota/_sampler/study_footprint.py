@@ -30,9 +30,10 @@ from optuna_quota._footprint.user_given import (
     FootprintCalibrator,
     UserFootprint,
 )
-from optuna_quota._resources import Limits, Usage
+from optuna_quota._limits import Limits
 from optuna_quota._sampler.admission import PointAdmission
 from optuna_quota._sampler.options import SamplerOptions
+from optuna_quota._usage import Usage
 
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from optuna_quota._footprint.observations import read_observation
 from optuna_quota._footprint.search_space import simulate_future_points
 from optuna_quota._footprint.user_given import as_footprint, UnknownFootprintError
 from optuna_quota._ledger import status
+from optuna_quota._limits import Limits, Strategy
 from optuna_quota._projection.projection import (
     describe_nearest,
     describe_probability,
@@ -24,7 +25,7 @@ from optuna_quota._projection.projection import (
     Projection,
 )
 from optuna_quota._projection.simulation import project, project_end
-from optuna_quota._resources import format_amount, get_resource, Limits, Strategy
+from optuna_quota._resources import format_amount, get_resource
 from optuna_quota._sampler.candidates import enumerates_points
 from optuna_quota._sampler.options import SamplerOptions
 from optuna_quota._sampler.study_footprint import MIN_TRIALS, StudyFootprint

@@ -32,15 +32,16 @@ from optuna_quota._ledger import (
     left_for_trial,
     Refusal,
 )
+from optuna_quota._limits import Limits
 from optuna_quota._metering import Meter, Verdict
 from optuna_quota._records import read_record
-from optuna_quota._resources import Limits, Usage
 from optuna_quota._sampler.admission import PointVerdict
 from optuna_quota._sampler.candidates import CandidateFilter
 from optuna_quota._sampler.deadline import refuse_late
 from optuna_quota._sampler.options import SamplerOptions
 from optuna_quota._sampler.study_projection import QuotaOutlook
 from optuna_quota._sampler.study_settings import store_study_settings
+from optuna_quota._usage import Usage
 from optuna_quota.exceptions import QuotaExhausted, TrialRejected
 
 

@@ -9,9 +9,10 @@ from typing import Any, TYPE_CHECKING
 from optuna_quota import _optuna
 from optuna_quota._enforcement.nesting import pruner_limits, pruner_meters
 from optuna_quota._ledger import others_run
+from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering import Meter
 from optuna_quota._records import amounts_object, STUDY_LIMITS, STUDY_PRICES, STUDY_QUOTA
-from optuna_quota._resources import format_amount, get_resource, Limits, Quota
+from optuna_quota._resources import format_amount, get_resource
 
 
 if TYPE_CHECKING:

@@ -11,17 +11,16 @@ import re
 import textwrap
 from typing import Any, TYPE_CHECKING, TypeVar
 
+from optuna_quota._limits import Limits, Quota
 from optuna_quota._resources import (
     HELD_RESOURCES,
     LIMIT_RESOURCES,
-    Limits,
     PRICED_RESOURCES,
-    Quota,
     RESOURCES,
     TOTAL_RESOURCES,
-    Usage,
     USAGE_RESOURCES,
 )
+from optuna_quota._usage import Usage
 
 
 if TYPE_CHECKING:

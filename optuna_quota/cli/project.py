@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Iterator
 from typing import Any, TYPE_CHECKING
 
-from optuna_quota._resources import get_resource, Strategy
+from optuna_quota._limits import Strategy
+from optuna_quota._resources import get_resource
 from optuna_quota.cli.arguments import (
     add_command,
     add_quota_arguments,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from optuna_quota._resources import get_resource, Strategy
+from optuna_quota._limits import Strategy
+from optuna_quota._resources import get_resource
 from optuna_quota.cli import project as project_command
 from optuna_quota.cli.arguments import (
     add_command,

@@ -18,7 +18,7 @@ from optuna.trial import create_trial, FrozenTrial, TrialState
 from optuna_quota import analyze, Usage
 from optuna_quota._analysis.advice import Advice
 from optuna_quota._records import record_attributes, TrialRecord
-from optuna_quota._resources import Breach
+from optuna_quota._usage import Breach
 
 
 SPACE: dict[str, BaseDistribution] = {

@@ -10,7 +10,7 @@ import yaml
 
 from optuna_quota import analyze, Usage
 from optuna_quota._records import record_attributes, TrialRecord
-from optuna_quota._resources import Breach
+from optuna_quota._usage import Breach
 from tests.analysis_tests.studies import (
     advice_on,
     finished,

@@ -16,7 +16,7 @@ import pytest
 
 from optuna_quota import analyze, Limits, Quota, replay, trial_table, Usage
 from optuna_quota._records import TrialRecord
-from optuna_quota._resources import Breach
+from optuna_quota._usage import Breach
 from tests.analysis_tests.studies import finished, power_law_study, study_of, terminated
 from tests.visualization_tests.studies import add_row, empty_study, MIB
 

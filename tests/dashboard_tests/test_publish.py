@@ -25,7 +25,7 @@ from optuna_quota import analyze, Limits, Usage
 from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._optuna import storage_of, study_id_of
 from optuna_quota._records import Interval, TrialRecord
-from optuna_quota._resources import Breach
+from optuna_quota._usage import Breach
 from optuna_quota._utilization.data import study_data
 from optuna_quota.dashboard import _publish, publish, Publisher
 from optuna_quota.dashboard._notes import END

@@ -16,7 +16,7 @@ from optuna_quota._enforcement.trial_result import classify_end
 from optuna_quota._metering import Verdict
 from optuna_quota._optuna import TellCall
 from optuna_quota._records import read_record
-from optuna_quota._resources import Breach
+from optuna_quota._usage import Breach
 
 
 BREACH = Breach("memory", 100, 150, 2.0)

@@ -17,8 +17,8 @@ import pytest
 from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, Strategy
 from optuna_quota._isolation import cores
 from optuna_quota._isolation.cores import choose_cores, CorePool, Cores
+from optuna_quota._limits import with_cores
 from optuna_quota._metering.host import cpu_count
-from optuna_quota._resources import with_cores
 
 
 on_linux = pytest.mark.skipif(

@@ -19,7 +19,7 @@ from optuna_quota._isolation.output import Printed
 from optuna_quota._isolation.rpc import CHECK, connect, RemoteObjects
 from optuna_quota._isolation.server import NotStarted, Server
 from optuna_quota._isolation.signals import Interrupts
-from optuna_quota._resources import Breach
+from optuna_quota._usage import Breach
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from optuna_quota._ledger.grant import (
     revise_grant,
 )
 from optuna_quota._ledger.protocol import ResourceRequest
-from optuna_quota._resources import quota_from_amounts
+from optuna_quota._limits import quota_from_amounts
 
 
 GIB = 2.0**30

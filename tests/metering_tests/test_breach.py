@@ -17,7 +17,7 @@ from optuna_quota._metering.breach import (
     QuotaExtension,
     tightest_ceilings,
 )
-from optuna_quota._resources import Breach
+from optuna_quota._usage import Breach
 
 
 GIB = 2**30

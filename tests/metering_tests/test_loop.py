@@ -11,7 +11,7 @@ from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, Usage
 from optuna_quota._metering import metering_loop
 from optuna_quota._metering.breach import find_breaches, tightest_ceilings
 from optuna_quota._records import read_record
-from optuna_quota._resources import Breach
+from optuna_quota._usage import Breach
 from optuna_quota.testing import fake_metering, FakeMetering, FakeProcessTree
 
 

@@ -21,7 +21,7 @@ import pytest
 
 from optuna_quota import _optuna, check, isolated, Limits, Quota, QuotaPruner, QuotaSampler
 from optuna_quota._enforcement.trial_result import limit_constraints, uniform_constraints
-from optuna_quota._resources import Breach
+from optuna_quota._usage import Breach
 
 
 needs_set_constraint = pytest.mark.skipif(

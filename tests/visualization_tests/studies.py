@@ -28,7 +28,7 @@ from optuna_quota._records import (
     system_attributes,
     TrialRecord,
 )
-from optuna_quota._resources import Breach
+from optuna_quota._usage import Breach
 
 
 MIB = 2**20

@@ -13,7 +13,7 @@ import pytest
 
 from optuna_quota import analyze, Limits, Usage, visualization
 from optuna_quota._records import TrialRecord
-from optuna_quota._resources import Breach
+from optuna_quota._usage import Breach
 from optuna_quota.visualization import _html_report, _theme
 from tests.browser import chromium, faults, wait_for
 from tests.visualization_tests.studies import add_row, empty_study, made_study

@@ -18,7 +18,8 @@ from optuna_quota import Limits, Quota, status, Usage, visualization
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._records import Interval, read_record, TrialRecord
-from optuna_quota._resources import Breach, OUTCOMES
+from optuna_quota._resources import OUTCOMES
+from optuna_quota._usage import Breach
 from optuna_quota.visualization import _theme
 from optuna_quota.visualization._burn_down import quota_curves
 from optuna_quota.visualization._data import StudyTrials
