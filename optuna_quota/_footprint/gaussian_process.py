@@ -14,7 +14,7 @@ Hyperparameters are an array of logarithms: linear variance, Matérn variance, n
 the length of each column, shape ``(3 + n_columns,)``.
 
 A trial that was stopped at z used more than z. Its likelihood under a Gaussian observation is
-Φ((f - z) / σ). One that something else stopped at a share s of its course used z = f + e + log s:
+Φ((f - z) / σ). One that something else stopped at a share s of its run used z = f + e + log s:
 -log s is taken as exponential, of rate 1 where s is uniform and more where trials end late, and
 the likelihood is that of a stochastic frontier (Meeusen and van den Broeck, International Economic
 Review 18, 1977),

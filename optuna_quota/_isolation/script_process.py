@@ -231,7 +231,7 @@ class _Script:
 def _write(stream: Any, text: str) -> None:
     if stream is None:
         return
-    # Nobody may read it any more.
+    # Its reader may be gone.
     with contextlib.suppress(OSError):
         try:
             stream.write(text)
