@@ -371,22 +371,27 @@ def _with_parts(values: Iterable[Any]) -> Iterator[Any]:
     """Yield values and what they hold, such as a list of estimators with a ``random_state``."""
     own = {"__main__", *(module.__name__ for module in user_modules())}
     pending, seen = deque(values), set[int]()
+    most = len(pending) + _MAX_SEARCHED
     while pending:
         value = pending.popleft()
         if id(value) in seen or type(value) in _LEAVES:
             continue
         seen.add(id(value))
         yield value
-        if len(seen) < _MAX_SEARCHED:
-            pending.extend(itertools.islice(_parts(value, own), _MAX_PARTS))
+        if len(seen) < most:
+            with contextlib.suppress(Exception):  # methods of a user's class may raise anything
+                pending.extend(itertools.islice(_parts(value, own), _MAX_PARTS))
 
 
 def _parts(value: Any, own: Container[str]) -> Iterable[Any]:
-    """Return what a value holds; of functions and classes, only of those of the user's modules."""
+    """Return what a value holds; of functions and classes, only of those of the user's modules.
+
+    Not as a copy: in a fork, each page with an object that is touched becomes the trial's own.
+    """
     if isinstance(value, dict):
-        return list(value.values())
+        return value.values()
     if isinstance(value, (list, tuple, set, frozenset)):
-        return list(value)
+        return value
     if isinstance(value, functools.partial):
         return value.func, value.args, value.keywords
     if isinstance(value, types.MethodType):
@@ -398,10 +403,7 @@ def _parts(value: Any, own: Container[str]) -> Iterable[Any]:
         return ()
     if is_function:
         return value.__defaults__, value.__kwdefaults__, value.__closure__, vars(value)
-    try:
-        return (value.cell_contents,) if type(value) is types.CellType else [*vars(value).values()]
-    except Exception:  # noqa: BLE001 - a user's __getattribute__ may raise anything
-        return ()
+    return (value.cell_contents,) if type(value) is types.CellType else vars(value).values()
 
 
 def values_within_reach(objective: Any) -> Iterator[Any]:

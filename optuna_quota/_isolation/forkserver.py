@@ -50,9 +50,13 @@ IDLE_TIME = 60.0
 
 @dataclass(frozen=True)
 class SpawnRequest:
-    """Send the descriptors of a trial's connections; it may have a control group in a folder."""
+    """Send the descriptors of a trial's connections; it may have a control group in a folder.
+
+    ``is_last`` is True where no other request will follow.
+    """
 
     cgroup: Path | None
+    is_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,8 @@ class ForkServer:
         trial, self._spare = self._spare or self._fork(request), None
         with trial.channel, trial.control:
             self._channel.send_descriptors([trial.channel.fileno(), trial.control.fileno()])
-        self._spare = self._fork(request)
+        if not request.is_last:
+            self._spare = self._fork(request)
 
     def _fork(self, request: SpawnRequest) -> ForkedTrial:
         forked = fork_trial(self._parent, cgroup=request.cgroup)

@@ -48,10 +48,12 @@ class _Unsafe(OSError):
 class ForkServerClient:
     """Starts trials from one fork server; for any thread.
 
-    Where no fork server can be started, it raises OSError.
+    Where no fork server can be started, it raises OSError. ``one_trial`` says that it is for one
+    only, as with the start method spawn: its fork server prepares no second.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, one_trial: bool = False) -> None:
+        self._one_trial = one_trial
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
@@ -73,7 +75,7 @@ class ForkServerClient:
 
     def for_one_trial(self) -> ForkServerClient:
         """Return another client for the start method spawn, to be released."""
-        client = ForkServerClient()
+        client = ForkServerClient(one_trial=True)
         client._unsafe, client._safe = self._unsafe, self._safe
         client._retired = self._retired
         return client
@@ -89,7 +91,7 @@ class ForkServerClient:
 
         def launch(channel: Channel) -> TrialConnections:
             self._prepare(channel)
-            return request_trial(channel, SpawnRequest(cgroup), descriptors)
+            return request_trial(channel, SpawnRequest(cgroup, self._one_trial), descriptors)
 
         with self._lock:
             return self._with_server(launch)

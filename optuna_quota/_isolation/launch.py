@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import ctypes
 from dataclasses import dataclass
@@ -70,6 +70,14 @@ class CannotStart(Exception):
         super().__init__(f"The trial's process could not be started: {error}")
 
 
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CannotStart(error) from error
+
+
 @dataclass
 class LaunchedTrial:
     """A trial's processes, and the messages that they wait for or have inherited."""
@@ -101,17 +109,13 @@ class TrialLauncher:
 
     def launch(self) -> LaunchedTrial:
         """Start the processes; raises CannotStart if that fails."""
-        try:
-            return self._launch()
-        except OSError as error:
-            raise CannotStart(error) from error
-
-    def _launch(self) -> LaunchedTrial:
         method = self.options.start_method
         if not linux.can_supervise():
             main = find_main_module().without_statements()
             payload = dump_objective(self.objective, self.remote, main)
-            return self._with_messages(launch_portable(), payload, main)
+            with _starting():
+                connections = launch_portable()
+            return self._with_messages(connections, payload, main)
         if method == "fork":
             return self._fork()
         client = fork_server_client()
@@ -119,9 +123,11 @@ class TrialLauncher:
             client = client.for_one_trial()
         before = self.monitor.elapsed
         try:
-            main = client.prepare(self.options.preload)
+            with _starting():
+                main = client.prepare(self.options.preload)
             payload = dump_objective(self.objective, self.remote, main)
-            connections = client.launch(_delegated_cgroup(), payload.descriptors)
+            with _starting():
+                connections = client.launch(_delegated_cgroup(), payload.descriptors)
         except NeedsFork:
             # As multiprocessing itself would by default, where such a lock is made.
             if linux.uses_cuda():
@@ -151,7 +157,8 @@ class TrialLauncher:
         _end_openmp_threads()
         parent = os.pidfd_open(os.getpid())
         try:
-            forked = fork_trial(parent, cgroup=_delegated_cgroup(), inherited=inherited)
+            with _starting():
+                forked = fork_trial(parent, cgroup=_delegated_cgroup(), inherited=inherited)
         finally:
             os.close(parent)
         channels = Channel(forked.channel), Channel(forked.control)
@@ -160,7 +167,11 @@ class TrialLauncher:
     def _with_messages(
         self, connections: TrialConnections, payload: Payload, main: MainModule
     ) -> LaunchedTrial:
-        to_send = self._monitoring(), self._start_message(payload, main), payload
+        try:
+            to_send = self._monitoring(), self._start_message(payload, main), payload
+        except BaseException:
+            connections.close()
+            raise
         return LaunchedTrial(connections, to_send)
 
     def _start_message(self, payload: Payload | None, main: MainModule) -> messages.StartTrial:

@@ -77,7 +77,8 @@ def _packages_of_globals(module: types.ModuleType | None) -> set[str]:
         if isinstance(value, types.ModuleType):
             name: Any = value.__name__
         elif isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
-            name = value.__module__
+            # A class that was made in a namespace without a name has none.
+            name = getattr(value, "__module__", None)
         else:
             name = type(value).__module__
         if isinstance(name, str):

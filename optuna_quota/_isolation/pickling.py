@@ -125,7 +125,7 @@ def dump_objective(objective: Any, remote: RemoteObjects, main: MainModule) -> P
             if pickler.failed is not None:
                 made_by_trial.add(pickler.failed)
                 continue
-            names = " and ".join(f"`{name}`" for name in pickler.find_unpicklable(objective))
+            names = " and ".join(f"`{name}`" for name in pickler.unpicklable)
             raise TypeError(
                 "The objective can't be sent to the trial's process because "
                 f"{f'{names} that it refers to' if names else 'it, or what it refers to,'} "
@@ -137,7 +137,8 @@ def dump_objective(objective: Any, remote: RemoteObjects, main: MainModule) -> P
 class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
     """One attempt to pickle an objective, with globals that the trial's main module makes itself.
 
-    ``failed`` is the name of a further one, such as a lock, that can't be pickled.
+    ``failed`` is the name of a further one, such as a lock, that can't be pickled; without one,
+    ``unpicklable`` names the variables of the script's functions that can't be.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         self._file = io.BytesIO()
         super().__init__(self._file, protocol=5, buffer_callback=self._take_buffer)
         self.failed: str | None = None
+        self.unpicklable: list[str] = []
         self._remote = remote
         self._main = main
         self._made_by_trial = made_by_trial
@@ -174,6 +176,8 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         except Exception as error:
             if not isinstance(error, NeedsFork):
                 self.failed = next(filter(self._can_be_left_out, sorted(self._main.names)), None)
+                if self.failed is None:
+                    self.unpicklable = self._find_unpicklable(objective)
             raise
         finally:
             context.set_spawning_popen(None)
@@ -197,7 +201,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         elif kind in _LOCKS and id(value) not in self._own_locks:
             # A library's object guards its own memory with it, of which the trial has a copy.
             return _LOCKS[kind], ()
-        elif isinstance(value, (ctypes.CDLL, *_BETWEEN_THREADS)):
+        elif kind in _LIBRARIES or isinstance(value, _BETWEEN_THREADS):
             raise TypeError(f"cannot pickle '{kind.__module__}.{kind.__name__}' object")
         elif kind is contextvars.ContextVar:
             with contextlib.suppress(LookupError):
@@ -249,8 +253,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             if parts:
                 self.dump((set_module_parts, module.__name__, parts))
 
-    def find_unpicklable(self, objective: Any) -> list[str]:
-        """Return the variables of the script's functions that can't be pickled."""
+    def _find_unpicklable(self, objective: Any) -> list[str]:
         found, functions = dict[str, None](), [objective]
         for function in functions:
             variables = {
@@ -345,6 +348,7 @@ _FUNCTIONS = (types.FunctionType, type(functools.cache(len)))
 
 
 _LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
+_LIBRARIES = (ctypes.CDLL, ctypes.PyDLL)
 # Copies of these would not do what they are for.
 _BETWEEN_THREADS = (
     queue.Queue,

@@ -240,7 +240,14 @@ class RpcClient:
                 number, value, error = channel.receive()
         if error is not None:
             raise unpack_error(error)
+        if isinstance(value, Method):
+            return functools.partial(self.call, *call[1:3])
         return Proxy(self, value) if isinstance(value, Handle) else value
+
+
+@dataclass(frozen=True)
+class Method:
+    """The answer to the reading of an attribute that is a method, such as a subclass's."""
 
 
 # The clients of this process by address. One trial's, unless trials are nested.

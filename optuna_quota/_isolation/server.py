@@ -279,6 +279,8 @@ class Server:
                 value = getattr(self._remote[index], name)
                 if args is not None:
                     value = value(*args, **kwargs)
+                elif callable(value) and not isinstance(value, type):
+                    value = rpc.Method()
         except Exception as error:  # noqa: BLE001 - the objective's to handle
             return number, None, pack_error(error)
         return number, self._remote.handle(value) if rpc.is_remote(value) else value, None

@@ -118,6 +118,50 @@ def test_generators_that_the_script_holds_differ_by_trial_and_follow_the_seed(
         assert first == again
 
 
+MANY_GLOBALS = """
+import types, numpy as np
+from optuna_quota import Quota, QuotaSampler
+{functions}
+class Lazy(dict):
+    def values(self):
+        raise RuntimeError("lazy")
+lazy, nameless = Lazy(a=1), eval("type('Nameless', (), dict())", {{}})
+assert not hasattr(nameless, "__module__")
+{large}
+splits = types.SimpleNamespace(random_state=np.random.RandomState(7))
+
+def objective(trial):
+    return float(splits.random_state.rand())
+
+if __name__ == "__main__":
+    found = {{}}
+    for method in ("fork", "forkserver"):
+        study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9)))
+        study.optimize(isolated(objective, start_method=method), n_trials=3)
+        rows = [(t.value, t.user_attrs["quota:memory"]) for t in study.trials]
+        found[method] = list(zip(*rows))
+    say(**found)
+"""
+
+
+def test_many_globals_and_odd_ones_hide_no_generator(tmp_path: Path) -> None:
+    functions = "\n".join(f"def function_{i}(): pass" for i in range(2100))
+    for values, _ in run_script(
+        tmp_path, MANY_GLOBALS.format(functions=functions, large="")
+    ).values():
+        assert None not in values
+        assert len(set(values)) == 3
+
+
+@pytest.mark.slow
+def test_the_search_for_generators_copies_no_page_of_a_large_global(tmp_path: Path) -> None:
+    large = "large = [float(i) for i in range(2_000_000)]"
+    found = run_script(tmp_path, MANY_GLOBALS.format(functions="", large=large))
+    _, memory = found["fork"]
+    # Its elements fill 46 MiB.
+    assert max(memory) < 25 * 2**20
+
+
 @pytest.mark.integration
 def test_generators_of_torch_differ_by_trial() -> None:
     torch = pytest.importorskip("torch")
@@ -137,6 +181,15 @@ def test_a_file_that_a_trial_leaves_open_is_written(tmp_path: Path, method: Any)
 
     optuna.create_study().optimize(isolated(objective, start_method=method), n_trials=1)
     assert (tmp_path / "left.txt").read_text() == "all"
+
+
+def test_a_trial_does_not_write_what_the_study_has_in_a_buffer(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    with path.open("w") as log:
+        log.write("once")
+        study = optuna.create_study()
+        study.optimize(isolated(lambda trial: 0.0, start_method="fork"), n_trials=2)
+    assert path.read_text() == "once"
 
 
 OPENS_FILES = """

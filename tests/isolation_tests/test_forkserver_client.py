@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import os
 from pathlib import Path
 import sys
 from typing import Any
@@ -148,8 +149,11 @@ def test_the_last_message_may_come_where_a_trial_is_expected() -> None:
 def test_a_lost_descriptor_is_no_trial() -> None:
     ours, theirs = channel_pair()
     theirs.send_descriptors([theirs.fileno()])
-    with contextlib.closing(ours), contextlib.closing(theirs), pytest.raises(OSError):
-        request_trial(ours, SpawnRequest(None))
+    before = os.listdir("/proc/self/fd")
+    with contextlib.closing(ours), contextlib.closing(theirs):
+        with pytest.raises(OSError):
+            request_trial(ours, SpawnRequest(None))
+        assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 @pytest.mark.slow

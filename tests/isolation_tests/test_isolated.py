@@ -7,10 +7,12 @@ import contextlib
 import ctypes
 from datetime import timedelta
 import functools
+import multiprocessing
 import os
 from pathlib import Path
 import queue
 import sys
+import threading
 from typing import Any
 
 import optuna
@@ -334,8 +336,6 @@ def test_a_grace_period_has_a_unit_or_is_a_timedelta() -> None:
 
 
 def test_an_objective_that_cannot_be_pickled_says_so() -> None:
-    import threading
-
     lock = threading.Lock()
     study = optuna.create_study()
     with pytest.raises(
@@ -350,6 +350,26 @@ def test_a_library_of_ctypes_is_refused_by_its_name() -> None:
     library = ctypes.CDLL(None)
     with pytest.raises(TypeError, match="`library` that it refers to can't be pickled"):
         optuna.create_study().optimize(isolated(lambda trial: library.abs(-1)), n_trials=1)
+
+
+class Loadable(ctypes.CDLL):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Loadable, (None,)
+
+
+def test_a_library_that_can_be_pickled_is_sent() -> None:
+    library = Loadable(None)
+    study = optuna.create_study()
+    study.optimize(isolated(lambda trial: float(library.abs(-1))), n_trials=1)
+    assert study.best_value == 1.0
+
+
+def test_an_object_that_can_only_be_sent_is_not_named_beside_one_that_cannot() -> None:
+    good, bad = multiprocessing.get_context("spawn").Lock(), threading.Lock()
+    with pytest.raises(TypeError, match="because `bad` that it refers to"):
+        optuna.create_study().optimize(
+            isolated(lambda trial: float(bool(good) and bad.locked())), n_trials=1
+        )
 
 
 def test_a_queue_between_threads_is_not_copied() -> None:

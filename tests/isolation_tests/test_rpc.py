@@ -48,6 +48,24 @@ def optimize(objective: Callable[..., Any], **options: Any) -> optuna.trial.Froz
     return study.trials[0]
 
 
+class CountingTrial(optuna.Trial):
+    """A user's own, with a method that Optuna's has not."""
+
+    def mark(self, value: int) -> int:
+        self.set_user_attr("marked", value)
+        return value
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_method_of_a_subclass_runs_in_the_study(method: Any) -> None:
+    study = optuna.create_study()
+    asked = study.ask()
+    trial = CountingTrial(study, asked._trial_id)
+    run = isolated(lambda t: float(t.mark(5)), start_method=method)
+    assert run(trial) == 5.0
+    assert study.trials[0].user_attrs["marked"] == 5
+
+
 def work_as_rank(trial: optuna.Trial, rank: int) -> None:
     """What ranks do; each call is answered, whatever the others ask meanwhile."""
     x = trial.suggest_float("x", 0, 1)
