@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+import itertools
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
@@ -11,15 +12,25 @@ import numpy as np
 from optuna_quota._footprint.footprint import BaseFootprint, joint_breach
 from optuna_quota._footprint.search_space import (
     certain_completions,
+    latin_hypercube,
     likely_completions,
+    points_from_unit_cube,
     spaced_values,
 )
+from optuna_quota._footprint.user_given import count_within
 from optuna_quota._limits import Limits
 from optuna_quota._resources import ceiling_title, format_amount
 
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
+
+
+# Completions of a point while no trial has completed: corners of the space and points within it,
+# fewer with a user's function that takes longer for them.
+_N_CORNERS = 16
+_N_WITHIN = 16
+_SECONDS = 1.0
 
 
 def is_audit_due(refusals: int, audits: int, share: float) -> bool:
@@ -55,7 +66,9 @@ class PointAdmission:
     # Points of completed trials, where only complete points can be judged because a user's
     # function may need any parameter; None where any point can.
     complete: Sequence[Mapping[str, Any]] | None = None
-    declared: frozenset[str] = frozenset()  # all parameters, where the user declared them
+    declared: frozenset[str] = frozenset()  # all parameters, where they are known beforehand
+    # Distributions of all parameters, where the strategy states them.
+    stated_space: Mapping[str, BaseDistribution] = field(default_factory=dict)
     # What is left of the study's totals, where that is less than the limits.
     left: Mapping[str, float] = field(default_factory=dict)
 
@@ -73,7 +86,7 @@ class PointAdmission:
         judged is admitted: a user's function is called with complete points only, and the first
         trials show which points are complete.
         """
-        points = self._completions(known)
+        points = self.completions(known)
         probabilities = self._breach_probabilities(points)
         if not len(points) or np.isnan(probabilities).any():
             return PointVerdict(True)
@@ -92,7 +105,7 @@ class PointAdmission:
         """Return the probability of a breach at each point, NaN where it is unknown."""
         if self.complete is None:
             return self._breach_probabilities(points)
-        each = (self._breach_probabilities(self._completions(point)) for point in points)
+        each = (self._breach_probabilities(self.completions(point)) for point in points)
         return np.array([min(found, default=np.nan) for found in each])
 
     def _breach_probabilities(self, points: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -104,17 +117,31 @@ class PointAdmission:
         each = ({name: float(p[i]) for name, p in breaches.items()} for i in range(len(points)))
         return np.array([joint_breach(one) for one in each])
 
-    def _completions(self, known: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    def completions(self, known: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """Return complete points that a partial one may become, none where that is unknown."""
         if self.complete is None:
             return likely_completions(known, self.past)
         if self.declared and self.declared <= known.keys():
             return [known]
         found = certain_completions(known, self.complete)
-        if not found and self.declared and self.declared <= self.space.keys():
-            # One completion will do: its risk is reduced over each parameter in turn.
-            missing = {name: spaced_values(self.space[name])[0] for name in self.declared}
-            found = [{**missing, **known}]
-        return found
+        return found or self._stated_completions(known)
+
+    def _stated_completions(self, known: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """Return completions all over the stated space, its corners among them.
+
+        Several, as a parameter may fit with certain values of others only.
+        """
+        missing = {name: each for name, each in self.stated_space.items() if name not in known}
+        if not missing:
+            return []
+        n, generator = len(missing), np.random.default_rng(0)
+        corners: Any = list(itertools.product((0, 1), repeat=n)) if n <= 4 else ()
+        if not corners:
+            corners = generator.integers(0, 2, (_N_CORNERS, n))
+        places = np.vstack([corners, latin_hypercube(_N_WITHIN, n, generator)])
+        affordable = count_within(self.expected, _SECONDS)
+        places = places[: int(max(1, min(affordable, len(places))))]
+        return [{**known, **point} for point in points_from_unit_cube(missing, places)]
 
     def _reduce_risk(
         self, point: Mapping[str, Any], known: Mapping[str, Any], probability: float
@@ -123,10 +150,11 @@ class PointAdmission:
 
         Earlier trials may not have had the value that would fit.
         """
+        space = {**self.stated_space, **self.space}
         for name in point:
-            if name in known or name not in self.space or self.admits(probability):
+            if name in known or name not in space or self.admits(probability):
                 continue
-            tried = [{**point, name: value} for value in spaced_values(self.space[name])]
+            tried = [{**point, name: value} for value in spaced_values(space[name])]
             found = np.nan_to_num(self.breach_probabilities(tried), nan=1.0)
             best = int(np.argmin(found))
             if found[best] < probability:

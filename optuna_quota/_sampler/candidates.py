@@ -172,10 +172,18 @@ class CandidateFilter:
         admission = self._state(trial).admission
         return admission is not None and bool(admission.left)
 
-    def set_left(self, trial: FrozenTrial, left: Mapping[str, float]) -> None:
+    def set_left(self, study: Study, trial: FrozenTrial, left: Mapping[str, float]) -> None:
         """Judge the point of a trial anew by what is left of the study's totals."""
         state = self._state(trial)
         state.forecast, state.drawn = state.forecast.within(left), {}
+        if state.is_audit:
+            # The refused point does not run after all.
+            state.is_audit = False
+            with self._lock:
+                self._n_refusals -= 1
+                self._n_audits -= 1
+            storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+            write_attributes(storage, trial_id, user={PROPOSED: None})
 
     def relative_space(
         self, trial: FrozenTrial, space: dict[str, BaseDistribution]

@@ -86,6 +86,7 @@ class _Search:
             [isinstance(each, CategoricalDistribution) for each in free.values()]
         )
         affordable = count_within(admission.expected, _SECONDS)
+        affordable /= max(1, len(admission.completions({**point, **fixed})))
         self._n_around = int(min(_POINTS_PER_RADIUS, max(2, affordable / len(_RADII))))
         self._n_steps = int(min(_LINE_STEPS, max(4, affordable / 3)))
 

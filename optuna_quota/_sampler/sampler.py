@@ -306,7 +306,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
                 if session.promise(trial, drawn):
                     break
                 # Another worker was first.
-                session.candidates.set_left(trial, session.left(trial))
+                session.candidates.set_left(study, trial, session.left(trial))
             return drawn
 
     def sample_independent(

@@ -137,10 +137,11 @@ class StudyFootprint:
             judge,
             limits,
             self._recent_points(),
-            {**self._declared, **self.learner.space},
+            self.learner.space,
             threshold,
             complete=None if self._calibrator is None else self._completed_points(),
             declared=frozenset(self._declared),
+            stated_space=self._declared,
         )
         return Forecast(expected, reliable, admission)
 

@@ -270,6 +270,29 @@ def test_audits_run_refused_points() -> None:
     assert len(breaches(study)) > 3
 
 
+def test_an_audit_that_has_no_room_is_none() -> None:
+    sampler = QuotaSampler(
+        RandomSampler(seed=1),
+        limits=Limits(memory="2GiB"),
+        footprint=lambda params: Usage(memory=params["a"] * 2**30),
+        audits=1.0,
+    )
+    study = optuna.create_study(sampler=sampler)
+    for _ in range(20):
+        trial = study.ask({"a": optuna.distributions.IntDistribution(1, 9)})
+        if "quota:proposed" in study.trials[-1].user_attrs:
+            break
+        study.tell(trial, 1.0)
+    candidates = sampler._session(study).candidates
+    row = study.get_trials(deepcopy=False)[-1]
+    candidates.set_left(study, row, {"wall_time": 1.0})
+    # It is drawn and judged anew, and the next refused point is audited in its place.
+    assert study.trials[-1].user_attrs["quota:proposed"] is None
+    assert not candidates._state(row).is_audit
+    assert candidates._n_audits == 0
+    study.tell(trial, 1.0)
+
+
 def test_without_a_limit_the_base_sampler_is_left_alone() -> None:
     def objective(trial: optuna.Trial) -> float:
         return trial.suggest_float("b", 0, 1) + trial.suggest_float("a", 0, 1)

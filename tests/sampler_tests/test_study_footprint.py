@@ -7,8 +7,14 @@ import time
 from typing import Any
 
 import optuna
-from optuna.distributions import IntDistribution
-from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.samplers import (
+    BaseSampler,
+    BruteForceSampler,
+    GridSampler,
+    RandomSampler,
+    TPESampler,
+)
 from optuna.trial import TrialState
 import pytest
 
@@ -176,6 +182,57 @@ def test_a_declared_space_replaces_a_first_point_that_is_too_large() -> None:
         (first,) = study.trials
         assert first.state == TrialState.COMPLETE
         assert estimate(**first.params) <= 80e9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_parameters_that_fit_only_together_are_found(seed: int) -> None:
+    def footprint(params: dict[str, Any]) -> Usage:
+        copies = 2 if params["optimizer"] == "adam" else 1
+        return Usage(memory=1e9 * params["width"] * copies / (1 + params["checkpoint"]))
+
+    space: dict[str, BaseDistribution] = {
+        "width": IntDistribution(40, 64),
+        "optimizer": CategoricalDistribution(["adam", "sgd"]),
+        "checkpoint": CategoricalDistribution([False, True]),
+    }
+    sampler = QuotaSampler(
+        TPESampler(seed=seed),
+        quota=Quota(n_trials=99),
+        strategy=Strategy(n_trials=15, search_space=space),
+        footprint=footprint,
+    )
+    study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=Limits(memory=36e9)))
+
+    def objective(trial: optuna.Trial) -> float:
+        width = trial.suggest_int("width", 40, 64)
+        trial.suggest_categorical("optimizer", ["adam", "sgd"])
+        trial.suggest_categorical("checkpoint", [False, True])
+        return float(width)
+
+    study.optimize(objective, n_trials=10)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 10
+
+
+def test_a_refused_row_has_its_parameters_in_the_order_of_earlier_ones() -> None:
+    space = {name: IntDistribution(1, 3) for name in ("depth", "width")}
+    sampler = QuotaSampler(
+        BruteForceSampler(seed=1),
+        quota=Quota(n_trials=99),
+        strategy=Strategy(n_trials=9, search_space=space),
+        footprint=FUNCTIONS["by keywords"],
+    )
+    study = optuna.create_study(sampler=sampler, pruner=QuotaPruner(limits=Limits(memory=8e9)))
+
+    def objective(trial: optuna.Trial) -> float:
+        return float(trial.suggest_int("width", 1, 3) * trial.suggest_int("depth", 1, 3))
+
+    study.optimize(objective, n_trials=2)
+    study.enqueue_trial({"width": 3, "depth": 3})
+    study.optimize(objective)
+    assert {tuple(t.params.values()) for t in study.trials} >= {
+        (i, j) for i in (1, 2, 3) for j in (1, 2, 3) if i * j <= 8
+    }
+    assert TrialState.FAIL not in [t.state for t in study.trials]
 
 
 def test_a_result_of_another_type_raises() -> None:
