@@ -173,10 +173,14 @@ def _retrying(storage_class: type[BaseStorage]) -> type[BaseStorage]:
         make = _new if make is copyreg.__newobj__ else make  # type: ignore[attr-defined]
         return make, tuple(arguments), *state
 
+    from optuna.storages import BaseStorage
+
+    # Of Optuna's interface: others of a user's class may be static, or do more than read.
     members: dict[str, Any] = {
         name: retried(getattr(storage_class, name))
-        for name in dir(storage_class)
-        if name.startswith(("get_", "set_")) or name in _IDEMPOTENT
+        for name in [*dir(BaseStorage), *_IDEMPOTENT]
+        if (name.startswith(("get_", "set_")) or name in _IDEMPOTENT)
+        and hasattr(storage_class, name)
     }
     members["create_new_trial"] = _create_once(storage_class.create_new_trial)
     members["set_trial_state_values"] = _store_once(storage_class.set_trial_state_values)

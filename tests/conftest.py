@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-import fcntl
 import os
 import signal
 
@@ -50,6 +49,8 @@ def _beside_others(
     if "PYTEST_XDIST_WORKER" not in os.environ:
         yield
         return
+    import fcntl
+
     folder = tmp_path_factory.getbasetemp().parent
     alone = request.node.get_closest_marker("alone") is not None
     with (folder / "gate.lock").open("w") as gate, (folder / "tests.lock").open("w") as tests:

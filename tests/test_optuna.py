@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import gc
 import json
+from pathlib import Path
 import sys
 import threading
 import time
@@ -22,9 +23,11 @@ from optuna.samplers import (
     TPESampler,
 )
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages._rdb.models import TrialUserAttributeModel
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 import pytest
+from sqlalchemy.dialects import mysql
 
 from optuna_quota import _optuna
 
@@ -237,6 +240,24 @@ def test_without_a_batch_writer_attributes_are_written_one_by_one(
     _optuna.write_attributes(storage, _optuna.trial_id_of(study.ask()), {"a": 1, "b": 2}, {"c": 3})
     assert study.trials[0].user_attrs == {"a": 1, "b": 2}
     assert study.trials[0].system_attrs["c"] == 3
+
+
+@pytest.mark.parametrize("dialect", ["mariadb", "cockroachdb", "mssql"])
+def test_a_database_of_another_dialect(
+    dialect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path / 'study.db'}")
+    storage = _optuna.storage_of(study)
+    trial_id = _optuna.trial_id_of(study.ask())
+    engine: Any = _optuna.storages._engine_of(storage)
+    if dialect == "mariadb":
+        statement = _optuna.storages._upsert_into(TrialUserAttributeModel, dialect)
+        assert "ON DUPLICATE KEY UPDATE" in str(statement.compile(dialect=mysql.dialect()))
+        return
+    monkeypatch.setattr(engine.dialect, "name", dialect)
+    _optuna.write_attributes(storage, trial_id, {"a": 1}, {"b": 2})
+    assert study.trials[0].user_attrs == {"a": 1}
+    assert study.trials[0].system_attrs["b"] == 2
 
 
 def test_a_row_is_finished_once() -> None:

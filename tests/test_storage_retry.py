@@ -258,6 +258,34 @@ class Registered(optuna.storages.InMemoryStorage):
         super().__init_subclass__()
 
 
+class WithHelpers(optuna.storages.InMemoryStorage):
+    """Has methods of its own beside those that Optuna calls."""
+
+    calls = 0
+
+    @staticmethod
+    def get_folder() -> str:
+        return "here"
+
+    @property
+    def get_name(self) -> str:
+        return "name"
+
+    def get_next(self) -> int:
+        self.calls += 1
+        raise ConnectionError("No number is lost.")
+
+
+def test_only_calls_of_optuna_are_repeated() -> None:
+    storage = WithHelpers()
+    survive_outages(storage)
+    assert storage.get_folder() == "here"
+    assert storage.get_name == "name"
+    with pytest.raises(ConnectionError):
+        storage.get_next()
+    assert storage.calls == 1
+
+
 @pytest.mark.parametrize("kind", ["reopened", "delegating", "registered"])
 def test_storages_of_users_own(kind: str) -> None:
     storages = {

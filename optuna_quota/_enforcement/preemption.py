@@ -25,7 +25,7 @@ from optuna_quota._enforcement.trial_result import read_row, save_record
 from optuna_quota._metering import key_of, metering_loop, Verdict
 from optuna_quota._optuna import TellResult
 from optuna_quota._records import PREFIX, RETRY_OF, TrialRecord
-from optuna_quota._storage_retry import retry
+from optuna_quota._storage_retry import is_transient, retry
 from optuna_quota.exceptions import TrialPreempted
 
 
@@ -211,7 +211,16 @@ def _tell_preempted(
         record = TrialRecord(outcome="preempted", reason=reason, host=socket.gethostname())
         save_record(study, row, record)
         value, state = None, TrialState.FAIL
-    result = tell(value, state)
+    try:
+        result = tell(value, state)
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        # The outage lasts, or the storage repeats no calls. Its usage is in the row already.
+        retry(lambda: _optuna.finish_row(storage, trial_id, TrialState.FAIL))
+        # It may have been stored with its value although the answer was lost.
+        end = retry(lambda: storage.get_trial(trial_id))
+        result = end.state, end.values, reason
     if result[0] != TrialState.FAIL:
         return result
     if preemption.requeue:

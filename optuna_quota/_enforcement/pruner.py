@@ -40,7 +40,7 @@ from optuna_quota.exceptions import LimitBreached, QuotaError, TrialRejected
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import BaseTrial, FrozenTrial
+    from optuna.trial import FrozenTrial
 
     from optuna_quota._metering import TrialMonitor
 

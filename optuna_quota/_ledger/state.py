@@ -123,7 +123,6 @@ class TrialRows:
     def __init__(self, study: Study) -> None:
         self._storage = _optuna.storage_of(study)
         self._study_id = _optuna.study_id_of(study)
-        survive_outages(self._storage)
         # Short, as every row has it.
         self._stamp = f"{zlib.crc32(study.study_name.encode(errors='replace')):08x}"
         self._next = 0
@@ -148,7 +147,8 @@ class TrialRows:
         totals.update([entry for entry in entries if entry.state == "finished"], still_open)
 
     def _read(self) -> Sequence[FrozenTrial]:
-        trials = self._storage.get_all_trials(self._study_id, deepcopy=False)
+        # Of a study that is only looked at, the storage does not retry itself.
+        trials = retry(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
         if trials and trials[-1].number != len(trials) - 1:
             # Between reading a database and returning its rows, Optuna's cache may get one that
             # another thread creates, but not those that other processes created before it.
@@ -216,6 +216,7 @@ class LedgerState:
         self.ceilings = {**quota.amounts(), **{gpu.resource: gpu.memory for gpu in gpus}}
         self.clock = clock
         self.heartbeat = lease / HEARTBEATS_PER_LEASE
+        survive_outages(_optuna.storage_of(study))
         self.rows = TrialRows(study)
         bounds = read_amounts(_optuna.user_attrs_of(study).get(STUDY_LIMITS))
         self._totals = QuotaTotals(quota, bounds)

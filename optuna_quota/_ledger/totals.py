@@ -224,7 +224,7 @@ class QuotaTotals:
         if entry.reservation is None and entry.outcome != "rejected":
             self.unadmitted.update(entry.charges)
             self.unadmitted["added"] += "n_trials" not in entry.charges
-            if entry.span is not None:
+            if entry.span is not None and entry.span[0] < entry.span[1]:
                 self._unadmitted_time.add(*entry.span)
                 self.unadmitted["wall_time"] = self._unadmitted_time.total  # type: ignore[assignment]
         by_worker = self.by_worker.setdefault(entry.worker, Counter())

@@ -112,10 +112,12 @@ class MonitoredTree:
         Mostly a quick reading shows that memory is no higher than before and far from its limit,
         so that nothing else has to be done.
         """
-        thorough = now >= self._thorough_due
+        thorough, before = now >= self._thorough_due, self.pids
         reading = self._measure(without, thorough=thorough)
         memory = reading.memory
         is_quiet = not thorough and memory is not None and memory <= self._quiet_below
+        # The peak of a process that is alone is the kernel's; of several, more samples find it.
+        is_quiet = is_quiet and self.pids == before
         if is_quiet:
             self._update_growth(memory, now)
         else:

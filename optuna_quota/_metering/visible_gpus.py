@@ -235,20 +235,21 @@ def _cuda_order(order: str | None) -> Sequence[str]:
     environment = {k: v for k, v in os.environ.items() if k not in hidden}
     if order is not None:
         environment["CUDA_DEVICE_ORDER"] = order
+    if not sys.executable:
+        return ()
     try:
         done = subprocess.run(
-            [sys.executable or "python3", "-I", "-S", "-c", _CUDA_SCRIPT],
+            [sys.executable, "-I", "-S", "-c", _CUDA_SCRIPT],
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=_CUDA_TIMEOUT,
+            check=True,
         )
-    except (OSError, subprocess.TimeoutExpired):
+        return [f"GPU-{uuid.UUID(digits)}" for digits in done.stdout.split()]
+    except (OSError, ValueError, subprocess.SubprocessError):
         return ()
-    if done.returncode:
-        return ()
-    return [f"GPU-{uuid.UUID(digits)}" for digits in done.stdout.split()]
 
 
 def forget_gpus() -> None:

@@ -255,7 +255,7 @@ def write_attributes(
         try:
             write_batch(storage, trial_id, user, system)
             return
-        except (AttributeError, TypeError) as error:
+        except (AttributeError, ImportError, TypeError) as error:
             _logger.debug(f"This version of Optuna can't write a batch: {error!r}.")
     for key, value in user.items():
         storage.set_trial_user_attr(trial_id, key, value)
@@ -285,7 +285,8 @@ def _write_in_one_transaction(
 
 def _upsert_into(table: Any, dialect: str) -> Any:
     """Return one statement for all attributes: one for each took five times as long."""
-    # Other dialects have no `insert` of their own, an AttributeError.
+    dialect = "mysql" if dialect == "mariadb" else dialect
+    # Others have no module there, an ImportError, or no `insert`, an AttributeError.
     insert = import_module(f"sqlalchemy.dialects.{dialect}").insert(table.__table__)
     if dialect == "mysql":
         return insert.on_duplicate_key_update(value_json=insert.inserted.value_json)

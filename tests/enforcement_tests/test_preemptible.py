@@ -372,6 +372,34 @@ def test_a_storage_that_is_away_for_a_while(kind: str, method: str, lost_answer:
     assert read_record(study.trials[0]).outcome == "preempted"
 
 
+@pytest.mark.parametrize("lost_answer", [False, True])
+def test_an_outage_that_outlasts_the_retries_of_a_storage(
+    lost_answer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make_study("quota")
+    store = study._storage.set_trial_state_values
+    failed = []
+
+    def fail_once(*args: Any, **kwargs: Any) -> bool:
+        if failed:
+            return store(*args, **kwargs)
+        failed.append(store(*args, **kwargs) if lost_answer else None)
+        raise ConnectionError("The server restarts.")
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        # Above the retries: one that they did not help.
+        monkeypatch.setattr(study._storage, "set_trial_state_values", fail_once)
+        send()
+        check(trial)
+        return 0.0
+
+    with preemptible(study):
+        study.optimize(objective, n_trials=5)
+    assert [t.state.name for t in study.trials] == ["FAIL", "WAITING"]
+    assert study.trials[1].user_attrs["quota:retry_of"] == 0
+
+
 def test_a_value_that_is_stored_although_the_answer_is_lost() -> None:
     storage = FlakyStorage("set_trial_state_values", lost_answer=True)
     study = make_study("plain", storage)

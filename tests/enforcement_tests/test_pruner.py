@@ -204,7 +204,7 @@ def test_invalid_arguments(arguments: dict[str, object], message: str) -> None:
         QuotaPruner(**arguments)  # type: ignore[arg-type]
 
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGURG"), reason="no SIGURG on this system")
+needs_sigurg = pytest.mark.skipif(not hasattr(signal, "SIGURG"), reason="no SIGURG on this system")
 
 LONG = 30.0
 
@@ -235,6 +235,7 @@ def waits_for_a_lock(trial: optuna.Trial) -> float:
     return 0.0
 
 
+@needs_sigurg
 @pytest.mark.parametrize("objective", [sleeps, computes, waits_for_a_lock])
 def test_it_interrupts(objective) -> None:  # type: ignore[no-untyped-def]
     study = new_study()
@@ -250,6 +251,7 @@ def test_it_interrupts(objective) -> None:  # type: ignore[no-untyped-def]
         assert record.breach is not None and record.breach.resource == "wall_time"
 
 
+@needs_sigurg
 def test_it_does_not_interrupt_optuna_itself() -> None:
     study = new_study(wall_time=0.01)
 
@@ -266,6 +268,7 @@ def test_it_does_not_interrupt_optuna_itself() -> None:
     assert {read_record(t).outcome for t in study.trials} == {"terminated"}
 
 
+@needs_sigurg
 def test_by_default_nothing_is_interrupted() -> None:
     study = new_study(interrupt=False, wall_time=0.05)
 
@@ -281,6 +284,7 @@ def test_by_default_nothing_is_interrupted() -> None:
     assert _optuna.constraints_of(study.trials[0])["0"] > 0
 
 
+@needs_sigurg
 def test_trials_in_other_threads_are_not_interrupted() -> None:
     study = new_study(wall_time=0.05)
 

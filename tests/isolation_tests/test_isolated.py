@@ -189,7 +189,7 @@ def test_check_asks_the_study() -> None:
             trial.set_user_attr("resource", str(error.resource))
             raise
 
-    study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time=0.3)))
+    study = optuna.create_study(pruner=QuotaPruner(limits=Limits(wall_time=1)))
     study.optimize(isolated(objective), n_trials=1)
     assert study.trials[0].user_attrs["resource"] == "wall_time"
 

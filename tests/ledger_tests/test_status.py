@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import optuna
 import pandas as pd
@@ -133,3 +134,12 @@ def test_a_notebook_shows_what_the_text_says() -> None:
         assert "trials" in text and "60%" in text and "completed" in text and "Soon." in text
         assert "rejected" not in text
     assert "<td" in found._repr_html_() and "<host>" not in found._repr_html_()
+
+
+def test_it_leaves_the_storage_as_it_is(tmp_path: Path) -> None:
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path / 'study.db'}")
+    storage = study._storage
+    before = type(storage)
+    status(study)
+    # A dashboard's other calls are not to wait for a server that is away.
+    assert type(storage) is before

@@ -107,6 +107,29 @@ def test_far_from_the_limit_it_samples_rarely_and_idle_never(fake: FakeMetering)
     assert fake.loop.tick() is None
 
 
+def test_a_process_that_is_no_longer_alone_is_sampled_more_often(fake: FakeMetering) -> None:
+    fake.tree.memory = GIB
+    monitor = fake.loop.monitor(KEY, limits=Limits(memory=2**50))
+    fake.tree.peak = GIB
+    fake.advance(2.0)
+
+    def longest_wait(samples: int) -> float:
+        waits = []
+        for _ in range(samples):
+            wait = fake.loop.tick()
+            assert wait is not None
+            waits.append(wait)
+            fake.clock.advance(max(wait, 1e-9))
+        return max(waits)
+
+    assert longest_wait(8) == pytest.approx(0.25)
+    fake.tree.pids = (*fake.tree.pids, 2**22 + 1)
+    fake.loop.tick()  # sees it, at the end of the last wait
+    fake.clock.advance(1e-9)
+    assert longest_wait(2) <= 0.1 + 1e-6
+    monitor.close()
+
+
 def test_deadlines_do_not_drift(fake: FakeMetering) -> None:
     monitor = fake.loop.monitor(KEY)
     dues = []
