@@ -28,6 +28,7 @@ from pathlib import Path
 import platform
 import sys
 from typing import Any, Literal, TypeVar
+import zlib
 
 from optuna_quota._metering.breach import quota_bound
 from optuna_quota._records import number, plain_number
@@ -175,6 +176,11 @@ def reservation_object(reservation: Reservation) -> dict[str, Any]:
     }
     found.update({name: value for name, value in optional.items() if value is not None})
     return found
+
+
+def study_stamp(study_name: str) -> str:
+    """Return what marks the reservations of a study; short, as every row has it."""
+    return f"{zlib.crc32(study_name.encode(errors='replace')):08x}"
 
 
 def parse_reservation(value: Any, trial_id: int, study: str | None = None) -> Reservation | None:

@@ -10,7 +10,6 @@ import threading
 import time
 from typing import Any, Protocol, TYPE_CHECKING
 from weakref import WeakSet
-import zlib
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
@@ -33,6 +32,7 @@ from optuna_quota._ledger.protocol import (
     Reservation,
     reservation_object,
     ResourceRequest,
+    study_stamp,
     this_worker,
     with_claim,
     with_decision,
@@ -123,8 +123,7 @@ class TrialRows:
     def __init__(self, study: Study) -> None:
         self._storage = _optuna.storage_of(study)
         self._study_id = _optuna.study_id_of(study)
-        # Short, as every row has it.
-        self._stamp = f"{zlib.crc32(study.study_name.encode(errors='replace')):08x}"
+        self._stamp = study_stamp(study.study_name)
         self._next = 0
         self._open: list[int] = []
         self._trials: Sequence[FrozenTrial] | None = None

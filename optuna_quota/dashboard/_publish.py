@@ -86,10 +86,11 @@ def publish(
         ImportError: If optuna-dashboard is not installed. Without plotly the notes are written,
             and a warning in the log says what to install for the plots.
     """
-    publish_report(report or StudyAnalysis(study, study_data(study)), artifact_store)
+    publish_report(study, report or StudyAnalysis(study, study_data(study)), artifact_store)
 
 
 def publish_report(
+    study: Study,
     report: StudyAnalysis,
     artifact_store: ArtifactStore | None,
     is_current: Callable[[], bool] = lambda: True,
@@ -97,13 +98,14 @@ def publish_report(
     """Publish a study with its analysis.
 
     Args:
-        report: The analysis.
+        study: Where the notes and plots are written.
+        report: The analysis, which may be of a copy.
         artifact_store: For images.
         is_current: Called before anything is written: False if another worker has begun to
             publish.
     """
     _import_dashboard()
-    trials, study_id = StudyTrials(report.study), _optuna.study_id_of(report.study)
+    trials, study_id = StudyTrials(study), _optuna.study_id_of(study)
     # What takes long comes first, as another worker may begin meanwhile.
     note = study_note(
         ReportText(trials, report),
@@ -116,7 +118,7 @@ def publish_report(
         plots = _plots(trials, report)
     if not is_current():
         return
-    dashboard = _Dashboard(report.study)
+    dashboard = _Dashboard(study)
     dashboard.renew_note(note)
     for name, figure in plots.items():
         dashboard.save_plot(name, figure)
@@ -282,7 +284,7 @@ class Publisher:
             self._next = started + self._interval
             return
         report = StudyAnalysis(study, study_data(study))
-        publish_report(report, self._artifact_store, is_current)
+        publish_report(study, report, self._artifact_store, is_current)
         ended = time.monotonic()
         self._next = ended + max(self._interval, (ended - started) / _SHARE)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 
 from optuna_quota import _optuna
 from optuna_quota._ledger import stored_quota
+from optuna_quota._ledger.protocol import study_stamp
 from optuna_quota._ledger.totals import QuotaTotals, read_entry
 from optuna_quota._resources import format_amount, get_resource, TOTAL_RESOURCES
 from optuna_quota.visualization import _theme
@@ -85,16 +86,16 @@ def plot_burn_down(study: Study) -> go.Figure:
 
 def quota_curves(trials: StudyTrials) -> list[_Curve]:
     """Return a curve for each total quota, as the ledger counts usage."""
-    quota = stored_quota(trials.study.user_attrs)
+    quota, stamp = stored_quota(trials.study.user_attrs), study_stamp(trials.study.study_name)
     ran = sorted((t for t in trials.finished if t.outcome != "rejected"), key=_end)
     totals = QuotaTotals(quota, trials.limits)
     used = [totals.used(time.time())]
     for trial in ran:
         trial_id = _optuna.trial_id_of(trial.trial)
-        totals.update([read_entry(trial.trial, trial_id, quota)], ())
+        totals.update([read_entry(trial.trial, trial_id, quota, study=stamp)], ())
         used.append(totals.used(time.time()))
     amounts = quota.amounts()
-    most = amounts.get("n_trials", math.inf) - len(ran)
+    most = amounts.get("n_trials", math.inf) - used[-1]["n_trials"]
     curves = []
     for name in TOTAL_RESOURCES:
         if name in amounts:

@@ -94,12 +94,13 @@ def judged_trials(trials: StudyTrials) -> list[JudgedTrial]:
     found = []
     for trial in trials.finished:
         breach = trial.record.breach
-        breached = breach is not None and not breach.quota
         chances = {
             name: breach_probability(interval, trials.limits[name])
             for name, interval in trial.record.footprint.items()
             if name in trials.limits
         }
+        # One that another limit stopped shows neither.
+        breached = breach is not None and not breach.quota and breach.resource in chances
         if chances and (breached or trial.outcome == "completed"):
             found.append(JudgedTrial(_group_of(trial), joint_breach(chances), breached))
     return found

@@ -56,6 +56,13 @@ def test_without_plotly_the_notes_are_published(
     assert "Published without plots" in caplog.text and "optuna-quota[plot]" in caplog.text
 
 
+def test_a_report_of_a_copy_is_published_in_the_study_that_is_given() -> None:
+    study, copy = made_study(3), made_study(3)
+    publish(study, report=analyze(copy))
+    assert END in get_note(study)
+    assert END not in (get_note(copy) or "")
+
+
 @pytest.mark.parametrize("how", ["publish", "Publisher"])
 def test_without_optuna_dashboard_the_log_says_what_to_install(
     how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -108,7 +115,7 @@ def publish_plain(study: optuna.Study, store: Any = None) -> None:
     nothing = pd.DataFrame({"param": [], "resource": []})
     found = {"correlations": nothing, "drivers": {}, "advice": [], "cheaper_space": None}
     vars(report).update(found, _fitted=({}, {}), prediction_errors={})
-    publish_report(report, store)
+    publish_report(study, report, store)
 
 
 def plots(study: optuna.Study) -> dict[str, Any]:
@@ -345,7 +352,7 @@ def test_the_analysis_is_done_before_asking_whether_another_worker_publishes() -
         known.append(set(vars(report)))
         return True
 
-    publish_report(report, None, is_current)
+    publish_report(study, report, None, is_current)
     assert known == [set(vars(report))]
 
 

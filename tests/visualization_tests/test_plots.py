@@ -78,8 +78,11 @@ def test_studies_of_any_size(plot: Callable[..., Any], n_trials: int) -> None:
         assert not figure.data and figure.layout.annotations[0].text
 
 
-@pytest.mark.parametrize("plot", PLOTS[:-1], ids=lambda p: p.__name__)
-@pytest.mark.parametrize("n_trials", [20, 300])
+@pytest.mark.parametrize(
+    ("plot", "n_trials"),
+    # Of 20 trials too few have a verdict.
+    [(p, n) for p in PLOTS for n in (20, 300) if (p, n) != (visualization.plot_reliability, 20)],
+)
 def test_subtitles_fit_half_of_a_page(plot: Callable[..., Any], n_trials: int) -> None:
     _, line = plot(study_of_size(n_trials)).layout.title.text.split("<br>")
     assert len(re.sub("<[^>]*>", "", line)) <= 84
@@ -384,6 +387,9 @@ def test_reliability_compares_projected_with_seen_breaches() -> None:
             breach = Breach("memory", GIB, GIB + 1, 1.0)
             add_row(study, TrialRecord(outcome="terminated", breach=breach, footprint=projected))
     add_row(study, TrialRecord(outcome="failed", footprint=projected))
+    # Another limit, for which nothing was projected, says nothing about this one.
+    breach = Breach("wall_time", 1.0, 1.0, 1.0)
+    add_row(study, TrialRecord(outcome="terminated", breach=breach, footprint=projected))
     figure = visualization.plot_reliability(study)
     _, points = figure.data
     # The record has five digits.
@@ -391,6 +397,45 @@ def test_reliability_compares_projected_with_seen_breaches() -> None:
     assert points.y[0] - points.error_y.arrayminus[0] == pytest.approx(12.74, abs=0.01)
     text = "5 of 20 trials breached, 10.0 projected: fewer than by chance"
     assert text in figure.layout.title.text
+
+
+def test_reliability_tells_replaced_points_and_audits_apart() -> None:
+    rows = empty_study(limits=Limits(memory="1GiB"))
+    for size in (GIB // 2, 4 * GIB):
+        projected = {"memory": Interval(size / 2, size, 2 * size)}
+        for number in range(20):
+            record = TrialRecord(Usage(memory=GIB // 2), "completed", footprint=projected)
+            if number % 2 == (size > GIB):
+                breach = Breach("memory", GIB, GIB + 1, 1.0)
+                record = TrialRecord(outcome="terminated", breach=breach, footprint=projected)
+            add_row(rows, record)
+    study = empty_study(limits=Limits(memory="1GiB"))
+    for row in rows.trials:
+        action = (None, "redrawn", "moved", "audited")[row.number % 4]
+        if action is not None:
+            row.user_attrs["quota:proposed"] = {"action": action}
+        study.add_trial(row)
+    _, *groups = visualization.plot_reliability(study).data
+    assert [trace.name for trace in groups] == [
+        "as drawn (10)",
+        "in place of a refused point (20)",
+        "refused, run as an audit (10)",
+    ]
+    drawn, replaced, audited = groups
+    # A point in each bin: one for the small points, one for the large.
+    assert [len(trace.x) for trace in groups] == [2, 2, 2]
+    assert list(drawn.y) == [100, 0] and list(audited.y) == [0, 100]
+    assert list(replaced.y) == [50, 50]
+
+
+def test_a_certain_breach_has_a_bin() -> None:
+    study = empty_study(limits=Limits(memory="1GiB"))
+    projected = {"memory": Interval(2 * GIB, 2 * GIB, 2 * GIB)}
+    breach = Breach("memory", GIB, GIB + 1, 1.0)
+    for _ in range(20):
+        add_row(study, TrialRecord(outcome="terminated", breach=breach, footprint=projected))
+    _, points = visualization.plot_reliability(study).data
+    assert list(points.x) == [100] and list(points.y) == [100]
 
 
 @pytest.mark.parametrize(
