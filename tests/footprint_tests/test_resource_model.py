@@ -65,3 +65,29 @@ def test_cpu_time_follows_a_processor_that_became_slower(limits: Limits | None) 
 
     near = (now > 0.5) & (now < 4.0)
     assert np.median(expected.quantile(0.5)[near] / now[near]) == pytest.approx(1.0, rel=0.2)
+
+
+def test_trials_that_are_all_stopped_show_a_slower_processor_too() -> None:
+    limit = 0.7
+    rows = draw_rows(40, noise=0.05)
+    later = draw_rows(200, seed=2, noise=0.05)
+    stopped = [
+        replace(row, usage=Usage(cpu_time=limit), censored=frozenset({"cpu_time"}))
+        for row in later
+        if 2.0 * (row.usage.wall_time or 0.0) > limit
+    ][:20]
+    before = [
+        replace(
+            row,
+            usage=Usage(cpu_time=min(limit, row.usage.wall_time or 0.0)),
+            censored=frozenset({"cpu_time"} if (row.usage.wall_time or 0.0) > limit else ()),
+        )
+        for row in rows
+    ]
+    points = [row.params for row in draw_rows(100, seed=1)]
+    now = np.array([2.0 * (truth(dict(point)).wall_time or 0.0) for point in points])
+    near = (now > limit / 4) & (now < 2 * limit)
+    expected = Footprint.fit([*before, *stopped]).expected(points)["cpu_time"].quantile(0.5)
+
+    # Lower bounds show a part of it; without them it would be 0.5.
+    assert np.median(expected[near] / now[near]) > 0.6
