@@ -207,6 +207,52 @@ def report(outcomes: Sequence[Outcome], name: str, sampler: str) -> Iterator[str
         yield "| " + " | ".join(cells) + " |"
 
 
+def aims(outcomes: Sequence[Outcome], name: str, sampler: str) -> str:
+    """Return whether waste and values meet the aims."""
+    default = str(replacement_for(SAMPLERS[sampler](0), "auto"))
+
+    def of(policy: str) -> list[Outcome]:
+        found = [
+            o for o in outcomes if (o.surface, o.sampler, o.policy) == (name, sampler, policy)
+        ]
+        return sorted(found, key=lambda outcome: outcome.seed)
+
+    def median(policy: str, take: Callable[[Outcome], float]) -> float:
+        return float(np.median(_column(of(policy), take)))
+
+    if not all(of(policy) for policy in policies(sampler)):
+        return f"{name}, {sampler}: not every policy was run"
+    rivals = [policy for policy in policies(sampler) if policy in BARE]
+    least = min(rivals, key=lambda policy: median(policy, lambda o: o.waste))
+    ratio = median(default, lambda o: o.waste) / median(least, lambda o: o.waste)
+    verdicts = [f"waste {ratio:.2f} of that of {least!r}: {'met' if ratio <= 0.5 else 'MISSED'}"]
+    for mark, when in ((0, "at a quarter"), (2, "at the end")):
+        # One aim is to be better, the other not to be worse beyond the noise of the seeds.
+        worse = [
+            rival
+            for rival in rivals
+            if _paired(
+                _column(of(rival), lambda o: o.best[mark]),  # noqa: B023 - used at once
+                _column(of(default), lambda o: o.best[mark]),  # noqa: B023 - used at once
+            ).startswith(" (+")
+            and _significant(of(rival), of(default), mark)
+        ]
+        behind = [
+            rival
+            for rival in rivals
+            if median(rival, lambda o: o.best[mark])  # noqa: B023 - used at once
+            < median(default, lambda o: o.best[mark])  # noqa: B023 - used at once
+        ]
+        missed = behind if mark == 0 else worse
+        verdicts.append(f"{when}: {'MISSED against ' + ', '.join(missed) if missed else 'met'}")
+    return f"{name}, {sampler}: " + "; ".join(verdicts)
+
+
+def _significant(left: Sequence[Outcome], right: Sequence[Outcome], mark: int) -> bool:
+    a, b = (_column(each, lambda o: o.best[mark]) for each in (left, right))
+    return _p_value(a, b) < 0.05
+
+
 def _column(found: Sequence[Outcome], take: Callable[[Outcome], float]) -> np.ndarray:
     return np.array([take(each) for each in found])
 
@@ -274,6 +320,10 @@ def main() -> None:
     print("|" + " --- |" * 8)
     for name, sampler in itertools.product(names, samplers):
         print("\n".join(report(outcomes, name, sampler)))
+    print("\nAims: half of the waste of the best rival or less; the better value at a quarter of")
+    print("the budget; at its end none worse beyond the noise of the seeds (p < 0.05).\n")
+    for name, sampler in itertools.product(names, samplers):
+        print("- " + aims(outcomes, name, sampler))
 
 
 def _exists(path: Path | None) -> bool:

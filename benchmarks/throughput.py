@@ -108,6 +108,9 @@ def main() -> None:
     for _, way in itertools.product(range(options.rounds), options.ways):
         for address in storages([options.storage]):
             rates[way].append(measure(address, way, options))
+    if not any(rates.values()):
+        # The reason was printed.
+        return
     bare = statistics.median(rates.get("bare", [float("nan")]))
     for way, found in rates.items():
         each = " ".join(f"{rate:.1f}" for rate in found)

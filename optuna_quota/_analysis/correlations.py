@@ -92,7 +92,9 @@ def _epsilon_squared(codes: NDArray[np.float64], y: NDArray[np.float64]) -> dict
     n, groups = len(y), [y[codes == code] for code in np.unique(codes)]
     h, df = float(stats.kruskal(*groups).statistic), len(groups) - 1
     # The noncentralities at which H is that high, or that low, with probability 2.5%.
-    lower, upper = (float(special.chndtrinc(h, df, q)) / (n - 1) for q in (0.975, 0.025))
+    # None where H is too low for any.
+    found = (max(0.0, float(special.chndtrinc(h, df, q))) for q in (0.975, 0.025))
+    lower, upper = (each / (n - 1) for each in found)
     effect = h / (n - 1)
     return {
         "rho": effect,

@@ -14,7 +14,7 @@ import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 import pytest
 
-from optuna_quota import Limits, Quota, status, Usage, visualization
+from optuna_quota import Limits, Quota, QuotaSampler, status, Usage, visualization
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._records import Interval, read_record, TrialRecord
@@ -174,6 +174,24 @@ def test_burn_down_charges_what_the_ledger_does() -> None:
     used = {c.resource: c.used[-1] for c in quota_curves(StudyTrials(study))}
     assert used == {"cpu_time": 37, "n_trials": 1}
     assert used == status(study).table["used"][list(used)].to_dict()
+
+
+def test_burn_down_of_a_copied_study_is_that_of_its_ledger() -> None:
+    study = optuna.create_study(
+        study_name="first", sampler=QuotaSampler(quota=Quota(n_trials=9, wall_time="1h"))
+    )
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+    storage = study._storage
+    optuna.copy_study(
+        from_study_name="first",
+        from_storage=storage,
+        to_storage=storage,
+        to_study_name="second",
+    )
+    copy = optuna.load_study(study_name="second", storage=storage)
+    used = status(copy).table["used"]
+    for curve in quota_curves(StudyTrials(copy)):
+        assert curve.used[-1] == pytest.approx(used[curve.resource])
 
 
 def test_burn_down_projections_have_a_band() -> None:
