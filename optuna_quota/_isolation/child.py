@@ -226,8 +226,8 @@ def _sendable(returned: messages.Returned) -> messages.Outcome:
         pickle.loads(dumps(returned))
     except Exception as error:  # noqa: BLE001 - a user's __reduce__ may raise anything
         return messages.Unsendable(
-            type(value).__name__,
-            f"{type(error).__name__}: {error}",
+            f"The objective returned a value of type {type(value).__name__} that can't be sent "
+            f"from the trial's process: {type(error).__name__}: {error}",
             stop_requested=returned.stop_requested,
             gpu_memory=returned.gpu_memory,
         )

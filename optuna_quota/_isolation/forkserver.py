@@ -7,7 +7,7 @@ none of the study's threads, locks or GPU contexts, and never runs the study's s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 from dataclasses import dataclass, replace
 import faulthandler
@@ -61,10 +61,17 @@ class SpawnRequest:
 
 @dataclass(frozen=True)
 class PreloadModules:
-    """Import these modules, with this ``sys.path``; those that fail are skipped."""
+    """Import these modules, with this ``sys.path``; the answer says which failed."""
 
     path: Sequence[str]
     modules: Sequence[str]
+
+
+@dataclass(frozen=True)
+class FailedImports:
+    """The errors of modules that could not be imported, by name; trials start without these."""
+
+    errors: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class MakeMainModule:
 
 @dataclass(frozen=True)
 class UnsafeModule:
-    """Last message: with this module imported, forks are unsafe for its threads or its GPU."""
+    """Last answer: with this module imported, forks are unsafe for its threads or its GPU."""
 
     name: str
 
@@ -111,21 +118,19 @@ class ForkServer:
 
     def _serve_requests(self) -> bool:
         """Serve what has arrived; return whether more may come."""
-        while True:
-            try:
-                message = self._channel.receive()
-            except (EOFError, ConnectionError):
-                return False
-            if isinstance(message, SpawnRequest):
-                self._spawn(message)
-            else:
-                self._discard_spare()
-                if isinstance(message, PreloadModules):
-                    self._preload(message)
+        try:
+            for message in self._channel.arrived():
+                if isinstance(message, SpawnRequest):
+                    self._spawn(message)
                 else:
-                    self._make_main_module(message.main)
-            if not self._channel.pending():
-                return True
+                    self._discard_spare()
+                    if isinstance(message, PreloadModules):
+                        self._preload(message)
+                    else:
+                        self._make_main_module(message.main)
+        except (EOFError, ConnectionError):
+            return False
+        return True
 
     def _spawn(self, request: SpawnRequest) -> None:
         """Send the connections of the spare trial, and fork the next: no trial waits for forks."""
@@ -148,12 +153,16 @@ class ForkServer:
 
     def _preload(self, message: PreloadModules) -> None:
         sys.path[:] = message.path
+        errors = {}
         with _modules_may_open_files():
             for name in message.modules:
                 if name not in sys.modules:
-                    _preload(name)
+                    error = _preload(name)
+                    if error is not None:
+                        errors[name] = error
                     self._require_safe_forks(name)
         _prepare_to_fork()
+        self._channel.send(FailedImports(errors))
 
     def _make_main_module(self, main: MainModule) -> None:
         try:
@@ -186,10 +195,13 @@ class ForkServer:
             self._supervisors -= set(linux.reap())
 
 
-def _preload(name: str) -> None:
-    """Import a module, whatever it raises; its output is dropped."""
-    with contextlib.suppress(BaseException):
+def _preload(name: str) -> str | None:
+    """Import a module; return its error, whatever it raises; its output is dropped."""
+    try:
         importlib.import_module(name)
+    except BaseException as error:  # noqa: BLE001 - a module may raise anything
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _can_fork() -> bool:

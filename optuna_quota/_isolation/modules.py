@@ -102,7 +102,7 @@ def loaded_modules() -> tuple[int, str]:
 @functools.lru_cache(maxsize=1)
 def _user_modules(loaded: tuple[int, str]) -> list[types.ModuleType]:
     # There may be thousands of modules, and this is called for each trial.
-    return [module for name, module in list(sys.modules.items()) if _is_users(name, module)]
+    return [module for name, module in sys.modules.copy().items() if _is_users(name, module)]
 
 
 def _is_users(name: str, module: types.ModuleType | None) -> bool:
@@ -243,7 +243,7 @@ def plain_attributes(value: Any) -> dict[str, Any]:
     """Return the plain attributes of a class or function that a script may have changed."""
     return {
         name: found
-        for name, found in list(getattr(value, "__dict__", {}).items())
+        for name, found in dict(getattr(value, "__dict__", {})).items()
         if not name.startswith("_") and is_plain(found)
     }
 
@@ -256,7 +256,7 @@ def read_module_state(modules: Iterable[types.ModuleType]) -> dict[str, bytes]:
 
 def _read(module: types.ModuleType) -> dict[str, Any]:
     state: dict[str, Any] = {}
-    for name, value in list(vars(module).items()):
+    for name, value in vars(module).copy().items():
         if name.startswith("__") or isinstance(value, (types.ModuleType, types.FunctionType)):
             continue
         if isinstance(value, type):

@@ -97,10 +97,7 @@ class OutcomeResolver:
         if isinstance(outcome, messages.Raised):
             return self._raise(outcome, report, server)
         if isinstance(outcome, messages.Unsendable):
-            reason = (
-                f"The objective returned a value of type {outcome.kind} that can't be sent from "
-                f"the trial's process: {outcome.reason}"
-            )
+            reason = outcome.reason
         elif isinstance(outcome, messages.Exited):
             reason = f"The objective ended its process by sys.exit({outcome.argument})."
         else:

@@ -246,7 +246,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         for module in modules:
             parts = {
                 name: value
-                for name, value in list(vars(module).items())
+                for name, value in vars(module).copy().items()
                 if id(value) in self._seen
                 and getattr(value, "__module__", None) == module.__name__
             }
