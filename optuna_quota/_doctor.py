@@ -20,8 +20,8 @@ from typing import Any, Literal, TYPE_CHECKING
 
 from optuna_quota import _units
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
-from optuna_quota._metering.energy import Rapl
 from optuna_quota._metering.host import cpu_count, host_memory_limit
+from optuna_quota._metering.meter import Rapl
 from optuna_quota._metering.nvml import GpuError, NvmlDevice, open_devices
 from optuna_quota._version import __version__
 

@@ -40,6 +40,15 @@ _FILES = {io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom}
 _EXIT_TIMES = (1.0, 5.0)
 
 
+def main(handle: int | None) -> None:
+    """Run a trial's process; without a descriptor, standard input describes the connection."""
+    if handle is None:
+        sock = socket.fromshare(sys.stdin.buffer.read())  # type: ignore[attr-defined]
+    else:
+        sock = socket.socket(fileno=handle)
+    os._exit(run_child(Channel(sock)))
+
+
 def run_child(
     channel: Channel,
     *,

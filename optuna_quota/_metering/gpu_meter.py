@@ -17,10 +17,9 @@ from optuna_quota._metering.gpu_reader import (
     GpuReading,
     growth,
 )
-from optuna_quota._metering.meter import DeviceShare, GpuUse, MeterReading
+from optuna_quota._metering.meter import DeviceShare, GpuUse, MeterReading, warn_once
 from optuna_quota._metering.nvml import GpuError
 from optuna_quota._metering.visible_gpus import forget_gpus, has_gpu_open, visible_gpus
-from optuna_quota._metering.warn import warn_once
 from optuna_quota._resources import get_resource, GPU_RESOURCES
 
 

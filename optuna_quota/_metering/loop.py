@@ -11,9 +11,14 @@ import threading
 
 from optuna_quota._limits import Limits
 from optuna_quota._metering.breach import QuotaExtension
-from optuna_quota._metering.energy import ProcessorEnergyMeter
 from optuna_quota._metering.gpu_meter import GpuMeter
-from optuna_quota._metering.meter import CustomMeter, Meter, ScheduledMeter, TrialMeter
+from optuna_quota._metering.meter import (
+    CustomMeter,
+    Meter,
+    ProcessorEnergyMeter,
+    ScheduledMeter,
+    TrialMeter,
+)
 from optuna_quota._metering.monitored_tree import (
     MonitoredTrees,
     open_tree,
