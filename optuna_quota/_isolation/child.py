@@ -116,12 +116,11 @@ def _prepare(
     inherited: messages.InheritedObjective | None,
     calls: RpcClient,
 ) -> Any:
-    """Set up the process; return the objective."""
     if inherited is None:
-        begin_preparation()
+        set_preparing(True)
         enter_context(start.context)
     else:
-        os.environ.update(start.context.added)
+        os.environ.update(start.context.environ)
     apply_output_settings(start.output, calls)
     memory_limits.raise_oom_score()
     if start.cores is not None:
@@ -138,7 +137,7 @@ def _prepare(
     vary_generators(start.trial.number, objective)
     memory_limits.reset_peak()
     restore_signals(start.worker_signals)
-    end_preparation()
+    set_preparing(False)
     return objective
 
 
@@ -310,12 +309,6 @@ def become_child(name: str, parent: int) -> None:
     util._run_after_forkers()  # type: ignore[attr-defined]
 
 
-def resource_tracker_pid() -> int | None:
-    tracker: Any = resource_tracker._resource_tracker
-    pid: int | None = tracker._pid
-    return pid
-
-
 def _leave_shared_memory() -> None:
     """Leave existing shared memory to the process that created it.
 
@@ -337,18 +330,13 @@ def _leave_shared_memory() -> None:
     tracker.unregister = functools.partial(if_own, tracker.unregister)
 
 
-_is_in_preparation = False
+_is_preparing = False
 
 
-def begin_preparation() -> None:
-    """Note that this process, a trial's or a fork server, prepares for an objective."""
-    global _is_in_preparation
-    _is_in_preparation = True
-
-
-def end_preparation() -> None:
-    global _is_in_preparation
-    _is_in_preparation = False
+def set_preparing(is_preparing: bool) -> None:
+    """Record whether this process, a trial's or a fork server, only prepares for an objective."""
+    global _is_preparing
+    _is_preparing = is_preparing
 
 
 def is_in_preparation() -> bool:
@@ -356,4 +344,4 @@ def is_in_preparation() -> bool:
 
     A study that one of them runs would run in each such process, and start others.
     """
-    return _is_in_preparation or bool(getattr(process.current_process(), "_inheriting", False))
+    return _is_preparing or bool(getattr(process.current_process(), "_inheriting", False))

@@ -104,8 +104,6 @@ class LaunchedTrial:
 
 @dataclass(frozen=True)
 class TrialLauncher:
-    """Starts the processes of one trial."""
-
     objective: Callable[..., Any]
     options: IsolationOptions
     trial: BaseTrial
@@ -164,11 +162,10 @@ class TrialLauncher:
         parent = os.pidfd_open(os.getpid())
         try:
             with _starting():
-                forked = fork_trial(parent, cgroup=_delegated_cgroup(), inherited=inherited)
+                connections = fork_trial(parent, cgroup=_delegated_cgroup(), inherited=inherited)
         finally:
             os.close(parent)
-        channels = Channel(forked.channel), Channel(forked.control)
-        return LaunchedTrial(TrialConnections(*channels, forked.supervisor))
+        return LaunchedTrial(connections)
 
     def _with_messages(
         self, connections: TrialConnections, payload: Payload, main: MainModule
@@ -251,7 +248,6 @@ _PORTABLE_INTERVAL = 0.02
 
 
 def _launch_portable() -> TrialConnections:
-    """Start a trial's process; raises OSError if that fails."""
     ours, theirs = socket.socketpair()
     with theirs:
         if os.name == "posix":
@@ -345,7 +341,6 @@ class _PortableSupervisor:
         self._process.kill()
 
     def _kill_descendants(self) -> tuple[str, ...]:
-        """Kill all processes of the trial that are left, and return their pids."""
         left = [p for p in self._descendants.values() if _is_alive(p)]
         for process in left:
             # psutil knows a process by its time of creation too: never another's.

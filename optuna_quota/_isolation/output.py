@@ -167,7 +167,6 @@ def _open_stream(name: str, encoding: str, errors: str) -> io.TextIOBase:
 
 
 def replay(message: Printed | Warned | logging.LogRecord) -> None:
-    """Print, warn or log in the study's process what the trial's process has sent."""
     if isinstance(message, Printed):
         stream = getattr(sys, message.stream)
         if stream is not None:

@@ -107,7 +107,6 @@ class Timeline:
                 self.add(*point)
 
     def points(self) -> tuple[tuple[float, float], ...]:
-        """Return pairs of seconds and value, in order."""
         return tuple(sorted(self._points.values()))
 
 
@@ -209,7 +208,6 @@ class TrialState:
         return None if found is None else found.limit
 
     def set_ceilings(self, limits: Limits, left: Mapping[str, float], now: float) -> None:
-        """Replace the limits and what is left of the quotas."""
         before, self.limits, self.left = self._ceilings, limits, dict(left)
         self._update_ceilings()
         if self.extension is not None:
@@ -272,7 +270,6 @@ class TrialState:
                 self.used.record_peak(name, reading.value)
 
     def mark_unknown(self, resource: str) -> None:
-        """Discard a resource for good."""
         self.used.mark_unknown(resource)
         if resource == "gpu_memory":
             self.gpu = None
@@ -358,6 +355,5 @@ class TrialState:
         return [] if request is None else [request]
 
     def end(self) -> None:
-        """Drop the callbacks."""
         self._callbacks, self.extension = [], None
         self.closed = True

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from optuna_quota._metering.gpu_meter import choose_source, GpuMeter
+from optuna_quota._metering.gpu_meter import GpuMeter
 from optuna_quota._metering.gpu_reader import GpuReader
 from optuna_quota._metering.nvml import GpuSample
 from optuna_quota._metering.visible_gpus import has_gpu_open
@@ -117,31 +117,3 @@ def test_the_files_that_a_process_has_open(
     assert has_gpu_open([process.pid]) is False
     monkeypatch.setattr("optuna_quota._metering.visible_gpus._DRIVER_FILES", ())
     assert has_gpu_open([os.getpid()]) is None
-
-
-CHOICES = {
-    "listed, with bytes": ({"is_listed": True, "has_bytes": True}, "process", None),
-    "listed, no bytes": ({"is_listed": True, "has_grown": True}, "device", None),
-    "listed, no bytes, from before": (
-        {"is_listed": True, "was_listed": True, "has_grown": True},
-        None,
-        "why",
-    ),
-    "nothing has grown": ({}, None, None),
-    "the list is ours": ({"lists_own_pids": True, "has_grown": True}, None, None),
-    "alone": ({"has_grown": True}, "device", None),
-    "not alone": (
-        {"has_grown": True, "is_exclusive": False},
-        None,
-        "why, and trials share a GPU",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CHOICES)
-def test_the_choice_of_the_source(case: str) -> None:
-    known, name, reason = CHOICES[case]
-    usual = {"is_listed": False, "has_bytes": False, "lists_own_pids": False, "is_exclusive": True}
-    usual |= {"has_grown": False, "was_listed": False}
-    source = choose_source(**{**usual, **known}, why_not_listed="why")
-    assert (source.name, source.reason) == (name, reason)
