@@ -71,14 +71,10 @@ class Driver:
 def cost_drivers(
     footprint: Footprint, best: Mapping[str, Any] | None
 ) -> dict[str, tuple[Driver, ...]]:
-    """Return the drivers of each resource with enough trials, the largest share first.
-
-    Nothing is returned where parameters are conditional: they have no common range.
-    """
+    """Return the drivers of each resource with enough trials, the largest share first."""
     contents = footprint.contents
     names = [part.name for part in contents.features.parts if part.width]
-    rows = contents.observations
-    if not names or any(name not in row.params for name in names for row in rows):
+    if not names:
         return {}
     space = contents.features.distributions()
     unit = latin_hypercube(_POINTS, len(space), np.random.default_rng(0))

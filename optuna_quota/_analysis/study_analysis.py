@@ -127,8 +127,11 @@ class StudyAnalysis:
 
     @cached_property
     def drivers(self) -> dict[str, tuple[Driver, ...]]:
-        """Which hyperparameters drive each resource, the largest share of its variance first."""
-        if not self._observations:
+        """Which hyperparameters drive each resource, the largest share of its variance first.
+
+        Empty where parameters are conditional: they have no common range.
+        """
+        if not self._observations or any(each.branch for each in self.data.parameters):
             return {}
         best = self._observations.get(self.best[0]) if len(self.best) == 1 else None
         with without_numeric_warnings():

@@ -101,9 +101,10 @@ def study_data(study: Study, user_attrs: Sequence[str] = ()) -> StudyData:
     meters = [*USAGE_RESOURCES, *(name for name in own if table[name].dtype == float)]
     outcomes = [_records.outcome_of(t, r) for t, r in zip(trials, records, strict=True)]
     found = [*_parameters(trials), *_attributes(trials, user_attrs)]
+    whole = _has_all_parameters(trials)
     return StudyData(
         table=table,
-        parameters=tuple(replace(each, branch=_branch(each, found)) for each in found),
+        parameters=tuple(replace(each, branch=_branch(each, found, whole)) for each in found),
         ended=np.array(outcomes, dtype=object),
         resources=tuple(name for name in meters if table[name].notna().any()),
     )
@@ -163,14 +164,32 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _branch(parameter: Parameter, others: Sequence[Parameter]) -> str:
+def _has_all_parameters(trials: Sequence[FrozenTrial]) -> NDArray[np.bool_]:
+    """Return which trials have each parameter of their branch, shape ``(n_trials,)``.
+
+    One that was rejected, stopped or failed may have ended before it drew the others that a trial
+    with the same ones and more has.
+    """
+    seen = {frozenset(trial.params) for trial in trials}
+    return np.array(
+        [
+            t.state.name == "COMPLETE" or not any(t.params.keys() < names for names in seen)
+            for t in trials
+        ],
+        dtype=bool,
+    )
+
+
+def _branch(parameter: Parameter, others: Sequence[Parameter], whole: NDArray[np.bool_]) -> str:
     """Return under which choices a parameter is active, if a category decides it."""
-    if parameter.active.all():
+    active = parameter.active[whole]
+    if active.all():
         return ""
     for other in others:
-        if other.name == parameter.name or not other.levels or not other.active.all():
+        codes = other.values[whole]
+        if other.name == parameter.name or not other.levels or not other.active[whole].all():
             continue
-        chosen = np.unique(other.values[parameter.active])
-        if np.array_equal(np.isin(other.values, chosen), parameter.active):
+        chosen = np.unique(codes[active])
+        if np.array_equal(np.isin(codes, chosen), active):
             return f"{other.name}={'|'.join(other.levels[int(code)] for code in chosen)}"
     return "where set"

@@ -14,7 +14,14 @@ import pytest
 
 from optuna_quota import analyze, Usage
 from optuna_quota._analysis.summary import refused_points
-from tests.analysis_tests.studies import draw, finished, power_law_study, SPACE, study_of
+from tests.analysis_tests.studies import (
+    draw,
+    finished,
+    power_law_study,
+    SPACE,
+    study_of,
+    terminated,
+)
 
 
 def test_the_summary_has_outcomes_and_correlations() -> None:
@@ -90,6 +97,18 @@ def test_the_summary_says_what_drives_cost() -> None:
     text = report.summary()
     assert "What drives cost" in text and "rows" in text.split("What drives cost")[1]
     assert re.search(r"At the best trial, (doubl|halv)ing rows multiplies the memory by \d", text)
+
+
+def test_trials_that_ended_before_they_drew_all_make_no_parameter_conditional() -> None:
+    study = power_law_study(40)
+    study.add_trial(create_trial(state=TrialState.PRUNED))  # as one that the quota has no room for
+    study.add_trial(terminated({"rows": 9_000}, Usage(memory=2e9, wall_time=1.0), "memory", 2e9))
+
+    report = analyze(study)
+
+    assert report.drivers["memory"][0].param == "rows"
+    assert (report.correlations["branch"] == "").all()
+    assert "What drives cost: shares" in report.summary()
 
 
 def test_bounds_halve_the_cost_and_keep_the_best() -> None:
