@@ -213,7 +213,13 @@ class StudyAnalysis:
         if facts.cost is None or facts.values is None:
             return None
         kept = facts.completed & facts.feasible
-        return cost_front(self.table, kept, facts.sign, facts.cost)
+        found = self.table.loc[kept, ["number", "value", facts.cost]].dropna()
+        costs, losses = (
+            found[facts.cost].to_numpy(float),
+            facts.sign * found["value"].to_numpy(float),
+        )
+        front: pd.DataFrame = found.iloc[cost_front(costs, losses)].reset_index(drop=True)
+        return front
 
     @cached_property
     def advice(self) -> list[Advice]:

@@ -71,8 +71,7 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 def progress(text: str) -> Iterator[Callable[[str], None]]:
     """Show what is being done on standard error, where that is a terminal, until it is done.
 
-    Args:
-        text: What is done first; the function that is yielded shows what is done next.
+    The function that is yielded shows what is done next.
     """
 
     def show(text: str) -> None:
