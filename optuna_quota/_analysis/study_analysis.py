@@ -21,12 +21,12 @@ from optuna_quota._analysis.advice import Advice, advise, StudyFacts
 from optuna_quota._analysis.correlations import claims, correlations
 from optuna_quota._analysis.cost_drivers import cost_drivers, Driver
 from optuna_quota._analysis.pareto import best_numbers, cost_front, is_feasible, loss_signs
+from optuna_quota._analysis.replay import trial_traces
 from optuna_quota._analysis.search_space_advice import (
     advise_search_space,
     cheaper_space,
     CheaperSpace,
 )
-from optuna_quota._analysis.trial_traces import trial_traces
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import Observation, read_observation
 from optuna_quota._resources import get_resource

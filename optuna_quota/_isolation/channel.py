@@ -93,7 +93,6 @@ class Channel:
             self._sock.sendall(data)
 
     def send_raw(self, data: memoryview) -> None:
-        """Send the bytes of a buffer as they are; the other side must know how many."""
         self._sock.sendall(data)
 
     def send_descriptors(self, handles: Sequence[int]) -> None:
@@ -101,7 +100,6 @@ class Channel:
         socket.send_fds(self._sock, [b"F"], handles)
 
     def receive(self) -> Any:
-        """Return the next message, waiting for it."""
         while not self.pending():
             self._read()
         message = self._take()
@@ -184,22 +182,25 @@ def channel_pair() -> tuple[Channel, Channel]:
     return Channel(left), Channel(right)
 
 
+@dataclass
 class TrialConnections:
     """The connections of the study's process to a trial and its supervisor.
 
     ``supervisor`` is the latter's pid where it is this process's own child.
     """
 
-    def __init__(self, channel: Channel, control: Channel, supervisor: int | None = None) -> None:
-        self.channel = channel
-        self.control = control
-        self._supervisor = supervisor
+    channel: Channel
+    control: Channel
+    supervisor: int | None = None
+
+    def disconnect(self) -> None:
+        self.channel.close()
+        self.control.close()
 
     def close(self) -> None:
         """Close the connections, which kills whatever is left; wait for the supervisor."""
-        self.channel.close()
-        self.control.close()
-        pid, self._supervisor = self._supervisor, None
+        self.disconnect()
+        pid, self.supervisor = self.supervisor, None
         if pid is not None:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
@@ -254,7 +255,6 @@ def pack_error(error: BaseException, _seen: frozenset[int] = frozenset()) -> Sen
 
 
 def unpack_error(sent: SentError) -> BaseException:
-    """Return the exception as it was raised, with a traceback that shows where."""
     error = _load(sent)
     error.__cause__ = None if sent.cause is None else unpack_error(sent.cause)
     error.__context__ = None if sent.context is None else unpack_error(sent.context)

@@ -40,7 +40,6 @@ class ProcessContext:
 
     Attributes:
         environ: The environment variables.
-        added: Those of them that the study's process lacks or has with another value.
         folder: The working directory, None where it was removed.
         main: How to make the main module.
         module_state: Changes that the script has made to the user's own modules.
@@ -50,7 +49,6 @@ class ProcessContext:
     """
 
     environ: Mapping[str, str]
-    added: Mapping[str, str]
     folder: str | None
     path: tuple[str, ...]
     argv: tuple[str, ...]
@@ -63,14 +61,12 @@ class ProcessContext:
 
 
 def read_context(added: Mapping[str, str], main: MainModule) -> ProcessContext:
-    """Return the context of this process, with environment variables added or replaced."""
     try:
         folder: str | None = os.getcwd()
     except OSError:
         folder = None
     return ProcessContext(
         environ={**os.environ, **added},
-        added=dict(added),
         folder=folder,
         path=tuple(sys.path),
         argv=tuple(getattr(sys, "argv", ())),
@@ -84,7 +80,6 @@ def read_context(added: Mapping[str, str], main: MainModule) -> ProcessContext:
 
 
 def enter_context(context: ProcessContext) -> None:
-    """Apply the study's context to this process."""
     for name in set(os.environ) - set(context.environ):
         del os.environ[name]
     for name, value in context.environ.items():
@@ -119,7 +114,6 @@ _UNAVAILABLE = (AttributeError, ImportError, RuntimeError, ValueError, OSError)
 
 
 def read_settings() -> dict[str, Any]:
-    """Return the settings of this process by name, as far as their modules are imported."""
     found = {}
     for name, setting in _SETTINGS.items():
         module = sys.modules.get(setting.module)
@@ -131,7 +125,6 @@ def read_settings() -> dict[str, Any]:
 
 
 def apply_settings(settings: Mapping[str, Any]) -> None:
-    """Apply what :func:`read_settings` returned in the study's process."""
     for name, value in settings.items():
         setting = _SETTINGS[name]
         after_import(setting.module, functools.partial(_apply, setting, value))
@@ -332,7 +325,6 @@ def _seed(function: str, value: int, module: Any) -> None:
 
 
 def is_generator(value: Any) -> bool:
-    """Return whether this is a random generator: of ``random``, numpy, or torch on the CPU."""
     if type(value).__name__ not in _NAMES:  # soon answered: this is asked of all that is pickled
         return False
     name = _path(value)

@@ -185,7 +185,6 @@ class ForkServerClient:
         return self._process is not None and self._process.poll() is None
 
     def _is_stale(self) -> bool:
-        """Return whether it would load something else now than it has loaded."""
         if any(modified(file) != time for file, time in self._files.items()):
             return True
         # Libraries read their variables when they are imported.

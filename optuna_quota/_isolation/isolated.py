@@ -30,7 +30,6 @@ class Isolated:
         self.options = options
 
     def __call__(self, trial: BaseTrial) -> Any:
-        """Run the objective on a trial in a process of its own; return what it returns."""
         return TrialRun(lambda _: self.objective, self.options, trial).run()
 
     def __repr__(self) -> str:
@@ -162,7 +161,6 @@ class Script:
         self.env = env
 
     def __call__(self, trial: BaseTrial) -> Any:
-        """Run the script with the parameters of a trial; return its value or values."""
         return TrialRun(self._bind, self.options, trial).run()
 
     def _bind(self, trial: BaseTrial) -> RunScript:
@@ -305,8 +303,6 @@ def split_command(command: Any) -> list[str]:
 
 
 def fill_command(words: Sequence[str], values: Mapping[str, Any]) -> list[str]:
-    """Return the words with the values in the places of ``{name}``."""
-
     def fill(field: re.Match[str]) -> str:
         doubled, _, _, name, spec = field.groups()
         if doubled is not None:

@@ -13,7 +13,6 @@ import selectors
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from typing import Any, Literal, TYPE_CHECKING
@@ -31,7 +30,11 @@ from optuna_quota._isolation.forkserver import fork_trial
 from optuna_quota._isolation.forkserver_client import fork_server_client, interpreter
 from optuna_quota._isolation.main_module import find_main_module, MainModule
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
-from optuna_quota._isolation.output import prepare_logging, read_output_settings
+from optuna_quota._isolation.output import (
+    flush_streams,
+    prepare_logging,
+    read_output_settings,
+)
 from optuna_quota._isolation.pickling import dump_objective, NeedsFork, Payload
 from optuna_quota._isolation.rpc import RemoteObjects, TrialFacts
 from optuna_quota._limits import Limits
@@ -104,8 +107,6 @@ class LaunchedTrial:
 
 @dataclass(frozen=True)
 class TrialLauncher:
-    """Starts the processes of one trial."""
-
     objective: Callable[..., Any]
     options: IsolationOptions
     trial: BaseTrial
@@ -157,18 +158,15 @@ class TrialLauncher:
         start = self._start_message(None, MainModule())
         inherited = messages.InheritedObjective(start, self._monitoring(), self.objective)
         prepare_logging(reset=False)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError, OSError, ValueError):
-                stream.flush()
+        flush_streams()
         _end_openmp_threads()
         parent = os.pidfd_open(os.getpid())
         try:
             with _starting():
-                forked = fork_trial(parent, cgroup=_delegated_cgroup(), inherited=inherited)
+                connections = fork_trial(parent, cgroup=_delegated_cgroup(), inherited=inherited)
         finally:
             os.close(parent)
-        channels = Channel(forked.channel), Channel(forked.control)
-        return LaunchedTrial(TrialConnections(*channels, forked.supervisor))
+        return LaunchedTrial(connections)
 
     def _with_messages(
         self, connections: TrialConnections, payload: Payload, main: MainModule
@@ -251,7 +249,6 @@ _PORTABLE_INTERVAL = 0.02
 
 
 def _launch_portable() -> TrialConnections:
-    """Start a trial's process; raises OSError if that fails."""
     ours, theirs = socket.socketpair()
     with theirs:
         if os.name == "posix":
@@ -345,7 +342,6 @@ class _PortableSupervisor:
         self._process.kill()
 
     def _kill_descendants(self) -> tuple[str, ...]:
-        """Kill all processes of the trial that are left, and return their pids."""
         left = [p for p in self._descendants.values() if _is_alive(p)]
         for process in left:
             # psutil knows a process by its time of creation too: never another's.

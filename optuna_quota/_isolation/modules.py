@@ -113,7 +113,6 @@ def _is_users(name: str, module: types.ModuleType | None) -> bool:
 
 
 def is_installed(file: str) -> bool:
-    """Return whether a file belongs to an installed package or a program of the environment."""
     return file.startswith(_installed_folders())
 
 
@@ -155,7 +154,6 @@ def modules_being_imported() -> list[types.ModuleType]:
 
 
 def modification_times(names: Iterable[str]) -> dict[str, int]:
-    """Return when the files of those modules that are the user's own were last changed."""
     own = {module.__name__: module.__file__ for module in user_modules()}
     files = [file for name in names if (file := own.get(name)) is not None]
     return {file: modified(file) for file in files}
@@ -240,7 +238,6 @@ def is_plain(value: Any, depth: int = 4, *, subclasses: bool = False) -> bool:
 
 
 def plain_attributes(value: Any) -> dict[str, Any]:
-    """Return the plain attributes of a class or function that a script may have changed."""
     return {
         name: found
         for name, found in dict(getattr(value, "__dict__", {})).items()
@@ -270,7 +267,6 @@ def _read(module: types.ModuleType) -> dict[str, Any]:
 
 
 def _dump_small(value: Any) -> bytes | None:
-    """Return the pickle of a small object, None for others."""
     # Finding out the size of models and arrays would take too long.
     if hasattr(type(value), "__array__"):
         return None
@@ -331,7 +327,6 @@ def _is_same(value: Any, other: Any) -> bool:
 
 
 def set_main_state(values: Mapping[str, Any], attributes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Set globals of ``__main__``, and attributes of its classes and functions by their names."""
     main = sys.modules["__main__"]
     vars(main).update(values)
     for path, found in attributes.items():

@@ -83,7 +83,6 @@ class OutcomeResolver:
         self._gpu_devices = () if self._monitor.gpu is None else self._monitor.gpu.devices
 
     def resolve(self, server: Server) -> Any:
-        """Return or raise the outcome of a trial whose process has ended."""
         report, outcome = self._add_usage(server), server.outcome
         if server.breach is not None and server.never_fits:
             limit, held = server.breach.limit, server.breach.observed
@@ -140,7 +139,6 @@ class OutcomeResolver:
         return self._end_without_value(reason, LimitBreached(reason))
 
     def end_interrupted(self, server: Server) -> None:
-        """Set the verdict of a trial that Ctrl-C has ended."""
         reason = INTERRUPTED
         if server.exit is not None and self._add_usage(server).killer is not None:
             grace_period = self._options.grace_period
@@ -369,7 +367,6 @@ class CrashValue(float):
 
 
 def crash_value(reason: str, n_values: int) -> Any:
-    """Return the value or values of a crashed trial of a study with so many directions."""
     value = CrashValue(reason)
     return value if n_values == 1 else (value, *[math.nan] * (n_values - 1))
 

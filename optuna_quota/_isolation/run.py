@@ -82,7 +82,6 @@ class TrialRun:
         self._ended_outside: str | None = None
 
     def run(self) -> Any:
-        """Return what the objective returns or raise what it raises."""
         if is_rejected(self._trial.user_attrs):
             raise rejection_error(self._trial.user_attrs)
         if is_in_preparation():
@@ -236,7 +235,6 @@ class TrialRun:
         self._monitor.on_breach(self._stop)
 
     def on_report(self, step: int) -> None:
-        """Stop the trial if its steps so far predict a breach."""
         if self._forecast is not None:
             breach = self._forecast.find_breach(step, self._monitor)
             if breach is not None:
@@ -320,7 +318,6 @@ class _StepForecast:
         )
 
     def remember(self) -> None:
-        """Keep the times of a completed trial for later ones."""
         if self._steps and self._study is not None:
             record_pace(self._study, self._steps)
 

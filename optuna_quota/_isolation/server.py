@@ -117,7 +117,6 @@ class Server:
             self._send(messages.KillTrial())
 
     def kill(self) -> None:
-        """Kill the trial and wait until no process of it is left."""
         if self.exit is not None:
             return
         self.kill_soon()

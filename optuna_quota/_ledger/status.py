@@ -23,7 +23,8 @@ from optuna_quota._resources import (
     PRICED_RESOURCES,
     TOTAL_RESOURCES,
 )
-from optuna_quota._units import format_seconds
+from optuna_quota._table import float_frame
+from optuna_quota._units import counted, format_seconds
 
 
 if TYPE_CHECKING:
@@ -88,9 +89,8 @@ class LedgerStatus:
 
         In SI base units; ``left`` and ``quota`` are NaN where there is no quota.
         """
-        columns = ("used", "reserved", "left", "quota")
-        rows = {line.resource: {n: getattr(line, n) for n in columns} for line in self.lines}
-        return _frame(rows, columns)
+        rows = {line.resource: {**vars(line), "left": line.left} for line in self.lines}
+        return float_frame(rows, ("used", "reserved", "left", "quota"))
 
     @property
     def exceeded(self) -> tuple[str, ...]:
@@ -105,12 +105,12 @@ class LedgerStatus:
             name: {"running": self.running.get(name, 0), **self.by_worker.get(name, {})}
             for name in names
         }
-        return _frame(rows, ("running", *self._used_resources(self.by_worker)))
+        return float_frame(rows, ("running", *self._used_resources(self.by_worker)))
 
     @property
     def outcomes(self) -> pd.DataFrame:
         """A DataFrame indexed by outcome: usage by resource."""
-        return _frame(dict(self.by_outcome), self._used_resources(self.by_outcome))
+        return float_frame(dict(self.by_outcome), self._used_resources(self.by_outcome))
 
     def __str__(self) -> str:
         notes = "\n".join(self._notes())
@@ -158,10 +158,9 @@ class LedgerStatus:
         for line in self.lines:
             if line.unknown:
                 title = get_resource(line.resource).title
-                trials = "1 trial" if line.unknown == 1 else f"{line.unknown} trials"
                 yield (
-                    f"{title[:1].upper()}{title[1:]} of {trials} is unknown: counted with the "
-                    "limit, or else with the largest known usage."
+                    f"{title[:1].upper()}{title[1:]} of {counted(line.unknown, 'trial')} is "
+                    "unknown: counted with the limit, or else with the largest known usage."
                 )
         if self.waiting:
             wait = "trial waits" if self.waiting == 1 else "trials wait"
@@ -285,15 +284,3 @@ def _text_table(rows: Sequence[tuple[str, ...]]) -> str:
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "  ".join("─" * width for width in widths if width))
     return "\n".join(lines)
-
-
-def _frame(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
-    import pandas as pd
-
-    frame: pd.DataFrame = pd.DataFrame(
-        list(rows.values()),
-        index=pd.Index(list(rows), dtype=object),
-        columns=list(columns),
-        dtype=float,
-    )
-    return frame

@@ -44,7 +44,6 @@ _loop_lock = threading.Lock()
 
 
 def metering_loop() -> MeteringLoop:
-    """Return the loop of this process."""
     global _loop
     with _loop_lock:
         if _loop is None:

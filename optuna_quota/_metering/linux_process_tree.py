@@ -72,7 +72,6 @@ class ProcessCreationProbe:
 
 
 def is_available() -> bool:
-    """Return whether this system's /proc lists memory and children of processes."""
     return os.path.exists("/proc/self/statm") and os.path.exists(
         f"/proc/self/task/{os.getpid()}/children"
     )

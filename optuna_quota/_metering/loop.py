@@ -67,7 +67,6 @@ class TrialMonitor(TrialState):
         return self._loop.paused - self._paused_before
 
     def usage(self) -> Usage:
-        """Return the usage as last measured."""
         return self.usage_after(self.elapsed)
 
     def sample(self, *, fully: bool = False) -> Usage:
@@ -149,7 +148,6 @@ class TrialMonitor(TrialState):
         self._prepared, self.scheduled = (), [ScheduledMeter(meter, now) for meter in meters]
 
     def _release(self) -> None:
-        """Stop measuring the processes of the trial."""
         for meter in self.scheduled:
             meter.close()
         self.scheduled = ()
@@ -163,7 +161,7 @@ class TrialMonitor(TrialState):
         with self._loop.lock:
             breach = self.breach
             if breach is None:
-                self.add_callback(callback)
+                self._callbacks.append(callback)
         if breach is not None:
             _call(partial(callback, breach))
 
@@ -217,7 +215,6 @@ class TrialMonitor(TrialState):
 
 
 def open_meters(monitor: TrialState) -> Sequence[TrialMeter]:
-    """Return what measures a trial's GPUs and the processors' energy."""
     limited = {*monitor.limits.amounts(), *monitor.left}
     energy = ProcessorEnergyMeter(
         lambda: monitor.used.by_resource().get("cpu_time"), is_limited="energy" in limited
@@ -311,7 +308,6 @@ class MeteringLoop:
         return self._clock.skipped
 
     def find(self, key: Key) -> TrialMonitor | None:
-        """Return the monitor of a trial, None if it is not metered (any more)."""
         return self._monitors.get(key)
 
     def tick(self) -> float | None:
@@ -408,7 +404,6 @@ class MeteringLoop:
             thread.join(timeout=1.0)
 
     def reset_after_fork(self) -> None:
-        """Drop the parent's trials, in the child after a fork."""
         # A thread that the child doesn't have may hold the lock.
         self.lock = threading.RLock()
         self._is_stopped = True

@@ -297,7 +297,6 @@ def _number(path: Path) -> float:
 
 @functools.lru_cache(maxsize=1)
 def rapl() -> Rapl:
-    """Return the counters of this host. Raises OSError where there are none."""
     return Rapl()
 
 
@@ -340,7 +339,6 @@ class ProcessorEnergyMeter:
         self._joules = 0.0
 
     def read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
-        """Return the trial's joules so far."""
         try:
             now = (self._open_counters().joules(), self._host_busy(), self._cpu_time() or 0.0)
         except (OSError, ValueError) as error:

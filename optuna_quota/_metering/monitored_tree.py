@@ -239,7 +239,6 @@ class MonitoredTrees:
         return others if tree.pid is not None else [*others, *self.excluded_pids]
 
     def read(self, trial: TrialState, now: float) -> None:
-        """Read the tree of a trial thoroughly."""
         tree = self.of(trial)
         if tree is not None:
             tree.read(now, self.excluded(tree))
@@ -255,7 +254,6 @@ class MonitoredTrees:
     def add(
         self, trial: TrialState, pid: int | None, now: float, reader: ProcessTree | None = None
     ) -> None:
-        """Let a trial run in the tree under a pid, None for this process."""
         tree = next((t for t in self._trees if t.pid == pid), None)
         if tree is None:
             if pid is None:

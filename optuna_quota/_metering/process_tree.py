@@ -75,7 +75,6 @@ class CpuTimes:
 
     @property
     def used(self) -> float:
-        """Its own time and its children's."""
         return self.own + self.reaped
 
 
@@ -94,7 +93,6 @@ class TreeCpuTime:
         self._unaccounted = 0.0
 
     def update(self, now: Mapping[Any, CpuTimes]) -> None:
-        """Update by the times of all living members."""
         vanished: dict[Hashable | None, float] = {}
         foreign: dict[Hashable | None, float] = {}
         for process, times in self._known.items():
