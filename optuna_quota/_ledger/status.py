@@ -10,7 +10,7 @@ import time
 from typing import Any, TYPE_CHECKING
 
 from optuna_quota import _optuna
-from optuna_quota._html import element, table
+from optuna_quota._html import align, element, table
 from optuna_quota._ledger.state import TrialRows
 from optuna_quota._ledger.totals import QuotaTotals
 from optuna_quota._limits import Quota, quota_from_amounts
@@ -274,13 +274,5 @@ def _share(line: LedgerLine) -> str:
 
 
 def _text_table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("─" * width for width in widths if width))
-    return "\n".join(lines)
+    head, *lines = align(rows)
+    return "\n".join([head, "─" * max(map(len, (head, *lines))), *lines])
