@@ -37,8 +37,7 @@ if TYPE_CHECKING:
     from optuna_quota._enforcement.preemptible import preemptible
     from optuna_quota._enforcement.pruner import check, QuotaPruner
     from optuna_quota._footprint.footprint import Footprint
-    from optuna_quota._isolation.isolated import isolated
-    from optuna_quota._isolation.script import script
+    from optuna_quota._isolation.isolated import isolated, script
     from optuna_quota._ledger.status import LedgerStatus, status
     from optuna_quota._limits import Limits, Quota, Strategy
     from optuna_quota._metering import Meter
@@ -87,7 +86,7 @@ _HOMES = {
     "preemptible": "_enforcement.preemptible",
     "project": "_projection.simulation",
     "replay": "_analysis.replay",
-    "script": "_isolation.script",
+    "script": "_isolation.isolated",
     "status": "_ledger.status",
     "trial_table": "_table",
 }

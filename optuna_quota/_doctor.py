@@ -20,8 +20,8 @@ from typing import Any, Literal, TYPE_CHECKING
 
 from optuna_quota import _units
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
-from optuna_quota._metering.energy import Rapl
 from optuna_quota._metering.host import cpu_count, host_memory_limit
+from optuna_quota._metering.meter import Rapl
 from optuna_quota._metering.nvml import GpuError, NvmlDevice, open_devices
 from optuna_quota._version import __version__
 
@@ -101,7 +101,6 @@ def examine_host() -> list[Finding]:
 
 
 def check_platform(name: str) -> Finding:
-    """Check the operating system; takes ``sys.platform``."""
     problem = _degraded(
         "stopping",
         "platform",
@@ -258,7 +257,6 @@ def check_rapl(refused: OSError | None) -> Finding:
 
 
 def check_gpus(devices: Sequence[NvmlDevice], reason: str | None) -> list[Finding]:
-    """Check what can be measured on each GPU; takes why there are none."""
     none = Finding(
         "measuring",
         "GPUs",
@@ -340,7 +338,6 @@ def _read_capacity() -> Capacity:
 
 
 def check_capacity(facts: Capacity) -> list[Finding]:
-    """Check memory and cores, and what makes limits on them misleading."""
     there, memory = (_units.format_bytes(n) for n in (facts.memory_limit, facts.memory))
     by = f", the container's limit (the host has {memory})"
     found = f"{there}{by if facts.memory_limit < facts.memory else ''}."
@@ -418,7 +415,6 @@ def examine_storage(storage: BaseStorage) -> list[Finding]:
 def check_storage(
     kind: str, n_studies: int, seconds: float, *, has_heartbeat: bool, is_one_host: bool
 ) -> list[Finding]:
-    """Check the speed of a storage, who can share it, and how dead workers are noticed."""
     studies = "1 study" if n_studies == 1 else f"{n_studies} studies"
     found = f"{kind}, {studies}, listed in {_units.format_seconds(seconds)}."
     slow = _degraded(

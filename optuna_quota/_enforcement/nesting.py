@@ -79,6 +79,22 @@ def pruner_limits(pruner: object) -> Limits | None:
     return functools.reduce(lambda a, b: a.tightened(b.amounts()), found) if found else None
 
 
+def agreed_limits(own: Limits | None, theirs: Limits | None, of: str) -> Limits:
+    """Return the limits on each trial where two places may give them.
+
+    A pruner without limits may be there for something else: a deadline, a worker to preempt.
+
+    Raises:
+        ValueError: If they disagree; ``of`` names the two places.
+    """
+    if own is not None and theirs and own != theirs:
+        raise ValueError(
+            f"The limits of {of} must agree but got {own!r} and {theirs!r}. Give them to "
+            "QuotaPruner alone."
+        )
+    return theirs or own or Limits()
+
+
 def pruner_meters(pruner: object) -> tuple[Meter, ...]:
     """Return the user's meters of a study's pruner, one of each name."""
     meters: dict[str, Meter] = {}

@@ -9,5 +9,5 @@
 
 Two sockets a trial connect the study's process with the child (remote calls, output, the outcome)
 and with the supervisor (orders, breaches, the exit report). Where there are no supervisors, on
-other systems than Linux, `portable` takes their place.
+other systems than Linux, a thread in `launch` takes their place.
 """

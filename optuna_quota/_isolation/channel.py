@@ -9,9 +9,10 @@ position of each frame is sent, and rebuilt as a real traceback.
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 from dataclasses import dataclass
+import io
 import itertools
 import os
 import pickle
@@ -37,6 +38,31 @@ def dumps(message: Any) -> bytes:
 
         data: bytes = cloudpickle.dumps(message)
         return data
+
+
+class UnreadableMessage(TypeError):
+    """A message holds an object that this process can't load."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the class that it looked up last, for an error that does not name it."""
+
+    found = ""
+
+    def find_class(self, module: str, name: str) -> Any:
+        self.found = f"{module}.{name}"
+        return super().find_class(module, name)
+
+
+def _load_message(data: memoryview) -> Any:
+    try:
+        return pickle.loads(data)
+    except Exception:  # noqa: BLE001 - a user's __setstate__ may raise anything
+        unpickler = _Unpickler(io.BytesIO(data))
+        try:
+            return unpickler.load()
+        except Exception as error:  # noqa: BLE001 - as above
+            return UnreadableMessage(f"{unpickler.found} ({type(error).__name__}: {error})")
 
 
 class Channel:
@@ -67,7 +93,6 @@ class Channel:
             self._sock.sendall(data)
 
     def send_raw(self, data: memoryview) -> None:
-        """Send the bytes of a buffer as they are; the other side must know how many."""
         self._sock.sendall(data)
 
     def send_descriptors(self, handles: Sequence[int]) -> None:
@@ -75,10 +100,22 @@ class Channel:
         socket.send_fds(self._sock, [b"F"], handles)
 
     def receive(self) -> Any:
-        """Return the next message, waiting for it."""
         while not self.pending():
             self._read()
-        return self._take()
+        message = self._take()
+        if isinstance(message, UnreadableMessage):
+            raise message
+        return message
+
+    def arrived(self) -> Iterator[Any]:
+        """Yield the whole messages that have arrived, after the socket has become readable.
+
+        One that can't be loaded comes as an :class:`UnreadableMessage`. Never waits for the rest
+        of a message: its sender may be stopped, or dead, with the connection open elsewhere.
+        """
+        self._read()
+        while self.pending():
+            yield self._take()
 
     def receive_raw(self, into: memoryview) -> None:
         """Fill a buffer with bytes that were sent as they are."""
@@ -105,17 +142,15 @@ class Channel:
         size = self._size()
         return size is not None and len(self._buffer) >= size
 
-    def drain(self) -> list[Any]:
-        """Return the whole messages that have arrived, without waiting."""
-        messages = []
+    def drain(self) -> Iterator[Any]:
+        """Yield all whole messages that have arrived, as :meth:`arrived`, until none is left."""
         self._sock.setblocking(False)
         with contextlib.suppress(OSError, EOFError):
             while True:
                 self._read()
         self._sock.setblocking(True)
         while self.pending():
-            messages.append(self._take())
-        return messages
+            yield self._take()
 
     def _size(self) -> int | None:
         """Return the bytes of the next message with its header, None when too few are here."""
@@ -132,7 +167,7 @@ class Channel:
         else:
             whole = self._buffer[:size]
             del self._buffer[:size]
-        return pickle.loads(memoryview(whole)[_HEADER.size :])
+        return _load_message(memoryview(whole)[_HEADER.size :])
 
     def _read(self) -> None:
         size = self._size() or 0
@@ -147,22 +182,25 @@ def channel_pair() -> tuple[Channel, Channel]:
     return Channel(left), Channel(right)
 
 
+@dataclass
 class TrialConnections:
     """The connections of the study's process to a trial and its supervisor.
 
     ``supervisor`` is the latter's pid where it is this process's own child.
     """
 
-    def __init__(self, channel: Channel, control: Channel, supervisor: int | None = None) -> None:
-        self.channel = channel
-        self.control = control
-        self._supervisor = supervisor
+    channel: Channel
+    control: Channel
+    supervisor: int | None = None
+
+    def disconnect(self) -> None:
+        self.channel.close()
+        self.control.close()
 
     def close(self) -> None:
         """Close the connections, which kills whatever is left; wait for the supervisor."""
-        self.channel.close()
-        self.control.close()
-        pid, self._supervisor = self._supervisor, None
+        self.disconnect()
+        pid, self.supervisor = self.supervisor, None
         if pid is not None:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
@@ -171,6 +209,7 @@ class TrialConnections:
 # Exceptions.
 
 _PACKAGE = __name__.rpartition(".")[0]
+_LOADED = {"builtins", "optuna", "optuna_quota"}
 
 # First line, last line, first column and last column; columns are -1 where they are unknown.
 Position = tuple[int, int, int, int]
@@ -184,7 +223,7 @@ class SentError:
 
     Attributes:
         data: The exception's pickle, which loads at least where it was made; empty without one.
-        base: The nearest built-in class, for a process that can't load the pickle.
+        base: The nearest class that every process can load, for one that can't load the pickle.
         text: The exception in words, for the same case.
         frames: Its traceback, outermost first.
     """
@@ -206,7 +245,7 @@ def pack_error(error: BaseException, _seen: frozenset[int] = frozenset()) -> Sen
     )
     return SentError(
         _dump(error),
-        next(c for c in type(error).__mro__ if c.__module__ == "builtins"),
+        next(c for c in type(error).__mro__ if c.__module__.partition(".")[0] in _LOADED),
         _describe(error),
         tuple(_frames(error.__traceback__)),
         cause,
@@ -216,7 +255,6 @@ def pack_error(error: BaseException, _seen: frozenset[int] = frozenset()) -> Sen
 
 
 def unpack_error(sent: SentError) -> BaseException:
-    """Return the exception as it was raised, with a traceback that shows where."""
     error = _load(sent)
     error.__cause__ = None if sent.cause is None else unpack_error(sent.cause)
     error.__context__ = None if sent.context is None else unpack_error(sent.context)

@@ -27,7 +27,11 @@ from optuna_quota._isolation.channel import Channel, dumps, pack_error, unpack_e
 from optuna_quota._isolation.cores import confine
 from optuna_quota._isolation.environment import enter_context, seed, vary_generators
 from optuna_quota._isolation.out_of_memory import find_failed_allocation
-from optuna_quota._isolation.output import apply_output_settings, apply_to_new_modules
+from optuna_quota._isolation.output import (
+    apply_output_settings,
+    apply_to_new_modules,
+    flush_streams,
+)
 from optuna_quota._isolation.pickling import inherited_descriptors, load_objective, receive_buffers
 from optuna_quota._isolation.rpc import MEASURE, RemoteTrial, RpcClient, TRIAL
 from optuna_quota._isolation.signals import PoliteStop, restore_signals
@@ -38,6 +42,15 @@ _THREADS_TIME = 0.5
 _FILES = {io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom}
 # The least and the most seconds that exit handlers get.
 _EXIT_TIMES = (1.0, 5.0)
+
+
+def main(handle: int | None) -> None:
+    """Run a trial's process; without a descriptor, standard input describes the connection."""
+    if handle is None:
+        sock = socket.fromshare(sys.stdin.buffer.read())  # type: ignore[attr-defined]
+    else:
+        sock = socket.socket(fileno=handle)
+    os._exit(run_child(Channel(sock)))
 
 
 def run_child(
@@ -107,12 +120,11 @@ def _prepare(
     inherited: messages.InheritedObjective | None,
     calls: RpcClient,
 ) -> Any:
-    """Set up the process; return the objective."""
     if inherited is None:
-        begin_preparation()
+        set_preparing(True)
         enter_context(start.context)
     else:
-        os.environ.update(start.context.added)
+        os.environ.update(start.context.environ)
     apply_output_settings(start.output, calls)
     memory_limits.raise_oom_score()
     if start.cores is not None:
@@ -129,7 +141,7 @@ def _prepare(
     vary_generators(start.trial.number, objective)
     memory_limits.reset_peak()
     restore_signals(start.worker_signals)
-    end_preparation()
+    set_preparing(False)
     return objective
 
 
@@ -173,10 +185,10 @@ def _finish(outcome: messages.Outcome, calls: RpcClient, grace_period: float) ->
         memory_limits.lift_memory_limit()
         if isinstance(outcome, messages.Returned):
             outcome = _sendable(outcome)
-        _flush()
+        flush_streams()
         calls.notify(outcome)
         _run_exit_handlers(grace_period)
-        _flush()
+        flush_streams()
         _flush_files()
     except BaseException:  # noqa: BLE001 - the supervisor reports that nothing was sent
         return 1
@@ -187,7 +199,7 @@ def _exit_fork(outcome: messages.Outcome) -> int:
     """Return the exit code of a process that the objective forked and that left the objective."""
     if isinstance(outcome, messages.Raised):
         traceback.print_exception(unpack_error(outcome.error))
-    _flush()
+    flush_streams()
     if isinstance(outcome, messages.Exited):
         return outcome.code
     return int(isinstance(outcome, messages.Raised))
@@ -226,8 +238,8 @@ def _sendable(returned: messages.Returned) -> messages.Outcome:
         pickle.loads(dumps(returned))
     except Exception as error:  # noqa: BLE001 - a user's __reduce__ may raise anything
         return messages.Unsendable(
-            type(value).__name__,
-            f"{type(error).__name__}: {error}",
+            f"The objective returned a value of type {type(value).__name__} that can't be sent "
+            f"from the trial's process: {type(error).__name__}: {error}",
             stop_requested=returned.stop_requested,
             gpu_memory=returned.gpu_memory,
         )
@@ -259,12 +271,6 @@ def _flush_files() -> None:
         if type(value) in _FILES:
             with contextlib.suppress(OSError, ValueError):
                 value.flush()
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
 
 
 # A forked process is to look like a child that multiprocessing has started. The private functions
@@ -301,12 +307,6 @@ def become_child(name: str, parent: int) -> None:
     util._run_after_forkers()  # type: ignore[attr-defined]
 
 
-def resource_tracker_pid() -> int | None:
-    tracker: Any = resource_tracker._resource_tracker
-    pid: int | None = tracker._pid
-    return pid
-
-
 def _leave_shared_memory() -> None:
     """Leave existing shared memory to the process that created it.
 
@@ -328,18 +328,13 @@ def _leave_shared_memory() -> None:
     tracker.unregister = functools.partial(if_own, tracker.unregister)
 
 
-_is_in_preparation = False
+_is_preparing = False
 
 
-def begin_preparation() -> None:
-    """Note that this process, a trial's or a fork server, prepares for an objective."""
-    global _is_in_preparation
-    _is_in_preparation = True
-
-
-def end_preparation() -> None:
-    global _is_in_preparation
-    _is_in_preparation = False
+def set_preparing(is_preparing: bool) -> None:
+    """Record whether this process, a trial's or a fork server, only prepares for an objective."""
+    global _is_preparing
+    _is_preparing = is_preparing
 
 
 def is_in_preparation() -> bool:
@@ -347,4 +342,4 @@ def is_in_preparation() -> bool:
 
     A study that one of them runs would run in each such process, and start others.
     """
-    return _is_in_preparation or bool(getattr(process.current_process(), "_inheriting", False))
+    return _is_preparing or bool(getattr(process.current_process(), "_inheriting", False))

@@ -83,7 +83,6 @@ class CorePool:
 
     @contextlib.contextmanager
     def claim(self, limit: float | None) -> Iterator[Cores | None]:
-        """Give cores to a trial while it runs; None without a limit."""
         if limit is None:
             yield None
             return

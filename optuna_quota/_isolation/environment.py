@@ -40,7 +40,6 @@ class ProcessContext:
 
     Attributes:
         environ: The environment variables.
-        added: Those of them that the study's process lacks or has with another value.
         folder: The working directory, None where it was removed.
         main: How to make the main module.
         module_state: Changes that the script has made to the user's own modules.
@@ -50,7 +49,6 @@ class ProcessContext:
     """
 
     environ: Mapping[str, str]
-    added: Mapping[str, str]
     folder: str | None
     path: tuple[str, ...]
     argv: tuple[str, ...]
@@ -63,14 +61,12 @@ class ProcessContext:
 
 
 def read_context(added: Mapping[str, str], main: MainModule) -> ProcessContext:
-    """Return the context of this process, with environment variables added or replaced."""
     try:
         folder: str | None = os.getcwd()
     except OSError:
         folder = None
     return ProcessContext(
         environ={**os.environ, **added},
-        added=dict(added),
         folder=folder,
         path=tuple(sys.path),
         argv=tuple(getattr(sys, "argv", ())),
@@ -84,7 +80,6 @@ def read_context(added: Mapping[str, str], main: MainModule) -> ProcessContext:
 
 
 def enter_context(context: ProcessContext) -> None:
-    """Apply the study's context to this process."""
     for name in set(os.environ) - set(context.environ):
         del os.environ[name]
     for name, value in context.environ.items():
@@ -119,7 +114,6 @@ _UNAVAILABLE = (AttributeError, ImportError, RuntimeError, ValueError, OSError)
 
 
 def read_settings() -> dict[str, Any]:
-    """Return the settings of this process by name, as far as their modules are imported."""
     found = {}
     for name, setting in _SETTINGS.items():
         module = sys.modules.get(setting.module)
@@ -131,7 +125,6 @@ def read_settings() -> dict[str, Any]:
 
 
 def apply_settings(settings: Mapping[str, Any]) -> None:
-    """Apply what :func:`read_settings` returned in the study's process."""
     for name, value in settings.items():
         setting = _SETTINGS[name]
         after_import(setting.module, functools.partial(_apply, setting, value))
@@ -160,6 +153,19 @@ def _read_umask(module: Any) -> int:
     with open("/proc/self/status", "rb") as file:
         text = file.read()
     return int(text.partition(b"\nUmask:")[2].split(None, 1)[0], 8)
+
+
+def _read_resource_limits(module: Any) -> dict[int, tuple[int, int]]:
+    kinds = {getattr(module, name) for name in dir(module) if name.startswith("RLIMIT_")}
+    return {kind: module.getrlimit(kind) for kind in kinds}
+
+
+def _set_resource_limits(module: Any, values: dict[int, tuple[int, int]]) -> None:
+    for kind, limits in values.items():
+        if module.getrlimit(kind) != limits:
+            # Only root may raise a hard limit again.
+            with contextlib.suppress(ValueError, OSError):
+                module.setrlimit(kind, limits)
 
 
 _PLAIN = (bool, int, float, str, list, tuple, type(None))
@@ -241,6 +247,10 @@ _SETTINGS: Mapping[str, Setting] = {
         "gc", lambda m: (m.isenabled(), m.get_threshold()), _set_garbage_collection
     ),
     "umask": Setting("os", _read_umask, lambda m, v: m.umask(v)),
+    "priority": Setting(
+        "os", lambda m: m.getpriority(m.PRIO_PROCESS, 0), lambda m, v: m.nice(v - m.nice(0))
+    ),
+    "resource limits": Setting("resource", _read_resource_limits, _set_resource_limits),
     "temporary folder": Setting(
         "tempfile", lambda m: m.tempdir, lambda m, v: setattr(m, "tempdir", v)
     ),
@@ -315,7 +325,6 @@ def _seed(function: str, value: int, module: Any) -> None:
 
 
 def is_generator(value: Any) -> bool:
-    """Return whether this is a random generator: of ``random``, numpy, or torch on the CPU."""
     if type(value).__name__ not in _NAMES:  # soon answered: this is asked of all that is pickled
         return False
     name = _path(value)

@@ -7,12 +7,13 @@ none of the study's threads, locks or GPU contexts, and never runs the study's s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 from dataclasses import dataclass, replace
 import faulthandler
 import gc
 import importlib
+from multiprocessing import resource_tracker
 import os
 from pathlib import Path
 import select
@@ -20,17 +21,12 @@ import signal
 import socket
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 import warnings
 
 from optuna_quota._isolation import linux
-from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.child import (
-    become_child,
-    begin_preparation,
-    resource_tracker_pid,
-    run_child,
-)
+from optuna_quota._isolation.channel import Channel, channel_pair, TrialConnections
+from optuna_quota._isolation.child import become_child, run_child, set_preparing
 from optuna_quota._isolation.main_module import MainModule, make_main_module
 from optuna_quota._isolation.memory_limits import Cgroup
 from optuna_quota._isolation.messages import InheritedObjective, ProcessStarted
@@ -61,10 +57,17 @@ class SpawnRequest:
 
 @dataclass(frozen=True)
 class PreloadModules:
-    """Import these modules, with this ``sys.path``; those that fail are skipped."""
+    """Import these modules, with this ``sys.path``; the answer says which failed."""
 
     path: Sequence[str]
     modules: Sequence[str]
+
+
+@dataclass(frozen=True)
+class FailedImports:
+    """The errors of modules that could not be imported, by name; trials start without these."""
+
+    errors: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class MakeMainModule:
 
 @dataclass(frozen=True)
 class UnsafeModule:
-    """Last message: with this module imported, forks are unsafe for its threads or its GPU."""
+    """Last answer: with this module imported, forks are unsafe for its threads or its GPU."""
 
     name: str
 
@@ -88,7 +91,7 @@ class ForkServer:
         self._channel = channel
         self._parent = parent
         self._supervisors: set[int] = set()
-        self._spare: ForkedTrial | None = None
+        self._spare: TrialConnections | None = None
         self._child_ended, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
         os.set_blocking(self._child_ended, False)
@@ -111,49 +114,51 @@ class ForkServer:
 
     def _serve_requests(self) -> bool:
         """Serve what has arrived; return whether more may come."""
-        while True:
-            try:
-                message = self._channel.receive()
-            except (EOFError, ConnectionError):
-                return False
-            if isinstance(message, SpawnRequest):
-                self._spawn(message)
-            else:
-                self._discard_spare()
-                if isinstance(message, PreloadModules):
-                    self._preload(message)
+        try:
+            for message in self._channel.arrived():
+                if isinstance(message, SpawnRequest):
+                    self._spawn(message)
                 else:
-                    self._make_main_module(message.main)
-            if not self._channel.pending():
-                return True
+                    self._discard_spare()
+                    if isinstance(message, PreloadModules):
+                        self._preload(message)
+                    else:
+                        self._make_main_module(message.main)
+        except (EOFError, ConnectionError):
+            return False
+        return True
 
     def _spawn(self, request: SpawnRequest) -> None:
         """Send the connections of the spare trial, and fork the next: no trial waits for forks."""
         trial, self._spare = self._spare or self._fork(request), None
-        with trial.channel, trial.control:
-            self._channel.send_descriptors([trial.channel.fileno(), trial.control.fileno()])
+        self._channel.send_descriptors([trial.channel.fileno(), trial.control.fileno()])
+        trial.disconnect()
         if not request.is_last:
             self._spare = self._fork(request)
 
-    def _fork(self, request: SpawnRequest) -> ForkedTrial:
-        forked = fork_trial(self._parent, cgroup=request.cgroup)
-        self._supervisors.add(forked.supervisor)
-        return forked
+    def _fork(self, request: SpawnRequest) -> TrialConnections:
+        trial = fork_trial(self._parent, cgroup=request.cgroup)
+        assert trial.supervisor is not None
+        self._supervisors.add(trial.supervisor)
+        return trial
 
     def _discard_spare(self) -> None:
         spare, self._spare = self._spare, None
         if spare is not None:
-            spare.channel.close()
-            spare.control.close()
+            spare.disconnect()
 
     def _preload(self, message: PreloadModules) -> None:
         sys.path[:] = message.path
+        errors = {}
         with _modules_may_open_files():
             for name in message.modules:
                 if name not in sys.modules:
-                    _preload(name)
+                    error = _preload(name)
+                    if error is not None:
+                        errors[name] = error
                     self._require_safe_forks(name)
         _prepare_to_fork()
+        self._channel.send(FailedImports(errors))
 
     def _make_main_module(self, main: MainModule) -> None:
         try:
@@ -180,16 +185,19 @@ class ForkServer:
             os.read(self._child_ended, 4096)
         self._supervisors -= set(linux.reap())
         # It removes semaphores and shared memory that the main module has made here.
-        tracker = {resource_tracker_pid()}
-        while orphans := set(linux.children()) - self._supervisors - tracker:
+        tracker: Any = resource_tracker._resource_tracker
+        while orphans := set(linux.children()) - self._supervisors - {tracker._pid}:
             linux.send(signal.SIGKILL, orphans, ())
             self._supervisors -= set(linux.reap())
 
 
-def _preload(name: str) -> None:
-    """Import a module, whatever it raises; its output is dropped."""
-    with contextlib.suppress(BaseException):
+def _preload(name: str) -> str | None:
+    """Import a module; return its error, whatever it raises; its output is dropped."""
+    try:
         importlib.import_module(name)
+    except BaseException as error:  # noqa: BLE001 - a module may raise anything
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _can_fork() -> bool:
@@ -231,7 +239,7 @@ def _prepare_to_fork() -> None:
 
 def main(handle: int) -> None:
     ignore_job_signals()
-    begin_preparation()
+    set_preparing(True)
     linux.become_subreaper()
     channel = Channel(socket.socket(fileno=handle))
     try:
@@ -256,18 +264,9 @@ def main(handle: int) -> None:
 # A trial's processes: forks of the fork server, or of the study's process.
 
 
-@dataclass(frozen=True)
-class ForkedTrial:
-    """A trial's supervisor, and the study's ends of the connections to both processes."""
-
-    supervisor: int
-    channel: socket.socket
-    control: socket.socket
-
-
 def fork_trial(
     parent: int, *, cgroup: Path | None, inherited: InheritedObjective | None = None
-) -> ForkedTrial:
+) -> TrialConnections:
     """Fork a supervisor, which forks its trial.
 
     Args:
@@ -275,9 +274,9 @@ def fork_trial(
         cgroup: Where to make the trial's control group, None for none.
         inherited: What the trial has from this process; without it, all is sent to the trial.
     """
-    channel, trial_channel = socket.socketpair()
-    control, supervisor_control = socket.socketpair()
-    with trial_channel, supervisor_control, block_job_signals():
+    channel, trial_channel = channel_pair()
+    control, supervisor_control = channel_pair()
+    with block_job_signals():
         pid = fork()
         if pid == 0:
             try:
@@ -285,7 +284,9 @@ def fork_trial(
             finally:
                 # Never return into the parent's code.
                 os._exit(1)
-    return ForkedTrial(pid, channel, control)
+    trial_channel.close()
+    supervisor_control.close()
+    return TrialConnections(channel, control, pid)
 
 
 def fork() -> int:
@@ -297,8 +298,8 @@ def fork() -> int:
 
 
 def _run_supervisor(
-    channel: socket.socket,
-    control: socket.socket,
+    channel: Channel,
+    control: Channel,
     parent: int,
     cgroup_folder: Path | None,
     inherited: InheritedObjective | None,
@@ -322,11 +323,10 @@ def _run_supervisor(
     trial_link.close()
     _close_all_but(control.fileno(), parent, link.fileno(), crash_file)
     gc.disable()
-    connection = Channel(control)
     with contextlib.suppress(OSError):
-        connection.send(ProcessStarted())
+        control.send(ProcessStarted())
     report = Supervisor(
-        connection,
+        control,
         child,
         link=link,
         parent=parent,
@@ -335,12 +335,12 @@ def _run_supervisor(
         monitoring=None if inherited is None else inherited.monitoring,
     ).run()
     with contextlib.suppress(OSError):
-        connection.send(report)
+        control.send(report)
     os._exit(0)
 
 
 def _run_trial(
-    channel: socket.socket,
+    channel: Channel,
     link: socket.socket,
     crash_file: int,
     parent: int,
@@ -367,7 +367,7 @@ def _run_trial(
             gc.freeze()
         become_child(f"Trial-{supervisor}", parent)
         code = run_child(
-            Channel(channel),
+            channel,
             link=link,
             crash_file=crash_file,
             inherited=inherited,

@@ -6,6 +6,7 @@ import atexit
 from collections.abc import Callable, Sequence
 import contextlib
 import itertools
+import logging
 import os
 from pathlib import Path
 import socket
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 from optuna_quota._isolation.channel import Channel, TrialConnections
 from optuna_quota._isolation.forkserver import (
+    FailedImports,
     MakeMainModule,
     PreloadModules,
     SpawnRequest,
@@ -34,6 +36,8 @@ from optuna_quota._metering import metering_loop
 
 
 T = TypeVar("T")
+
+_logger = logging.getLogger("optuna.quota.isolated")
 
 _MAIN = "__main__"
 _ATTEMPTS = 3
@@ -72,11 +76,14 @@ class ForkServerClient:
         # Modules after which forks are unsafe, and others of the same packages that are safe.
         self._unsafe: set[str] = set()
         self._safe: set[str] = set()
+        # Those that the user has named, until one of them could not be imported.
+        self._named: set[str] = set()
 
     def for_one_trial(self) -> ForkServerClient:
         """Return another client for the start method spawn, to be released."""
         client = ForkServerClient(one_trial=True)
         client._unsafe, client._safe = self._unsafe, self._safe
+        client._named = self._named
         client._retired = self._retired
         return client
 
@@ -127,7 +134,9 @@ class ForkServerClient:
             names = modules_to_preload(everything=self._known_modules is None)
             self._known_modules = loaded
             self._wanted.update(dict.fromkeys(names))
-        self._wanted.update(dict.fromkeys(preload))
+        new = [name for name in preload if name not in self._wanted]
+        self._wanted.update(dict.fromkeys(new))
+        self._named.update(new)
 
     def _with_server(self, act: Callable[[Channel], T]) -> T:
         """Do something with the fork server, with a new one where it exits meanwhile."""
@@ -138,7 +147,7 @@ class ForkServerClient:
                 return act(channel)
             except (OSError, EOFError) as error:
                 # Each unsafe module costs a fork server; there may be many of them.
-                faults += not self._note_unsafe(error, channel)
+                faults += not (isinstance(error, _Unsafe) and self._note_unsafe(error.module))
                 self._discard()
                 if faults == _ATTEMPTS:
                     raise OSError(self._describe_exit()) from error
@@ -176,7 +185,6 @@ class ForkServerClient:
         return self._process is not None and self._process.poll() is None
 
     def _is_stale(self) -> bool:
-        """Return whether it would load something else now than it has loaded."""
         if any(modified(file) != time for file, time in self._files.items()):
             return True
         # Libraries read their variables when they are imported.
@@ -187,7 +195,7 @@ class ForkServerClient:
         if new:
             self._loaded.update(dict.fromkeys(new))
             self._files.update(modification_times(new))
-            channel.send(PreloadModules(tuple(sys.path), new))
+            self._warn_of(_ask(channel, PreloadModules(tuple(sys.path), new)))
         if self._prepared is None:
             self._prepared = self._make_main_module(channel)
         return self._prepared
@@ -199,12 +207,13 @@ class ForkServerClient:
         main = self._main or MainModule()
         if _MAIN in self._unsafe:
             return main
-        channel.send(MakeMainModule(main))
-        answer = channel.receive()
-        if isinstance(answer, UnsafeModule):
-            raise _Unsafe(answer.name)
-        made: MainModule = answer
+        made: MainModule = _ask(channel, MakeMainModule(main))
         return made
+
+    def _warn_of(self, failed: FailedImports) -> None:
+        for name in self._named & failed.errors.keys():
+            self._named.remove(name)
+            _logger.warning(f"`preload` has {name!r}, which fails: {failed.errors[name]}.")
 
     def _discard(self) -> None:
         channel, self._channel = self._channel, None
@@ -226,10 +235,9 @@ class ForkServerClient:
             return "The fork server exited without output."
         return f"The fork server exited: {lines[-1]}"
 
-    def _note_unsafe(self, error: Exception, channel: Channel) -> bool:
+    def _note_unsafe(self, module: str) -> bool:
         """Note which module a fork server found unsafe; return whether that was news."""
-        module = error.module if isinstance(error, _Unsafe) else find_unsafe_module(channel)
-        if module is None or module in self._unsafe:
+        if module in self._unsafe:
             return False
         # The later ones of its package are not tried: each unsafe one costs a fork server, and
         # the trial waits meanwhile.
@@ -302,10 +310,12 @@ def _standard_stream(number: int, stack: contextlib.ExitStack) -> int:
     return number
 
 
-def find_unsafe_module(server: Channel) -> str | None:
-    """Return what a fork server has sent before it exited, maybe before all was sent to it."""
-    left = [m.name for m in server.drain() if isinstance(m, UnsafeModule)]
-    return left[0] if left else None
+def _ask(server: Channel, request: PreloadModules | MakeMainModule) -> Any:
+    server.send(request)
+    answer = server.receive()
+    if isinstance(answer, UnsafeModule):
+        raise _Unsafe(answer.name)
+    return answer
 
 
 _client: ForkServerClient | None = None

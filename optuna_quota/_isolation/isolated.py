@@ -1,13 +1,18 @@
-"""``isolated``: run each trial of an objective in a child process that can be killed."""
+"""``isolated`` and ``script``: objectives whose trials run in processes that can be killed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
+import os
+import re
+import shlex
+import shutil
 from typing import Any, get_args, TYPE_CHECKING
 
 from optuna_quota._isolation.launch import IsolationOptions, OnCrash, StartMethod
 from optuna_quota._isolation.run import TrialRun
+from optuna_quota._isolation.script_process import RunScript
 from optuna_quota._limits import Limits
 from optuna_quota._units import Duration, parse_seconds
 
@@ -25,7 +30,6 @@ class Isolated:
         self.options = options
 
     def __call__(self, trial: BaseTrial) -> Any:
-        """Run the objective on a trial in a process of its own; return what it returns."""
         return TrialRun(lambda _: self.objective, self.options, trial).run()
 
     def __repr__(self) -> str:
@@ -136,3 +140,182 @@ def isolated(
         preload=tuple(preload),
     )
     return Isolated(objective, options)
+
+
+class Script:
+    """An objective that runs a script for each trial; made by :func:`script`."""
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        params: Callable[[Any], Mapping[str, Any]],
+        options: IsolationOptions,
+        *,
+        folder: str | None,
+        env: Mapping[str, str],
+    ) -> None:
+        self.words = words
+        self.params = params
+        self.options = options
+        self.folder = folder
+        self.env = env
+
+    def __call__(self, trial: BaseTrial) -> Any:
+        return TrialRun(self._bind, self.options, trial).run()
+
+    def _bind(self, trial: BaseTrial) -> RunScript:
+        values = self.params(trial)
+        if not isinstance(values, Mapping):
+            raise TypeError(f"`params` must return a dict but returned {values!r}.")
+        words = fill_command(self.words, values)
+        return RunScript(words, self.folder, self.env, self.options.grace_period)
+
+    def __repr__(self) -> str:
+        return f"script({shlex.join(self.words)!r})"
+
+
+def script(
+    command: str | Sequence[str | os.PathLike[str]],
+    params: Callable[[Any], Mapping[str, Any]],
+    *,
+    cwd: str | os.PathLike[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    grace_period: Duration = 5.0,
+    on_crash: OnCrash = "fail",
+) -> Script:
+    """Use a training script as an objective, in any language.
+
+    Each trial runs the command in a process of its own, under the limits of the study's
+    :class:`~optuna_quota.QuotaPruner` and with all processes that it starts, as under
+    :func:`isolated`. The script says how it does in lines of its standard output:
+
+    - ``{"step": 3, "value": 0.41}`` is an intermediate value, for the study's pruner.
+    - ``{"value": 0.25}`` is its value, ``{"values": [0.25, 3]}`` for several objectives; the last
+      such line counts.
+
+    A trial that is pruned, or over a limit, gets SIGTERM, to save its work, and is killed when the
+    grace period is over. All output is passed on, with the trial's number before each line.
+
+    Example:
+
+        .. code-block:: python
+
+            objective = script(
+                "python train.py --lr {lr} --width {width}",
+                lambda trial: {
+                    "lr": trial.suggest_float("lr", 1e-5, 1e-1, log=True),
+                    "width": trial.suggest_int("width", 8, 512),
+                },
+            )
+            study.optimize(objective, n_trials=100, n_jobs=2)
+
+    Args:
+        command: A string, split into words as a shell does but run without one, or a sequence of
+            words. ``{name}`` stands for what ``params`` returns under that name, with a format if
+            need be, as in ``{lr:.3e}``; a value never splits into words. ``{{name}}`` stands for
+            ``{name}`` itself; other braces stay as they are.
+        params: A function that takes a trial and returns a dict; it runs in this process.
+        cwd: The working directory of the script; that of this process by default.
+        env: Environment variables beside those of this process. ``PYTHONUNBUFFERED`` is set to 1
+            if it is not set, so that values arrive as they are printed.
+        grace_period: Seconds between SIGTERM and the kill, or a duration such as "1min"; 0 kills
+            at once.
+        on_crash: What ``optimize`` does when the script fails, by its exit status, by a signal or
+            because it prints no value: ``"fail"`` fails the trial and continues, ``"raise"``
+            raises :class:`~optuna_quota.TrialCrashed`. When the first three trials of a study, or
+            five in a row, have failed so, it is raised in either case.
+
+    Returns:
+        A callable for ``study.optimize``, or to be called with a trial from ``study.ask``.
+
+    Raises:
+        TypeError: If an argument is of the wrong type, or ``params`` returns no dict.
+        ValueError: If the command is empty, or its quotes don't match; in a trial, if it has a
+            ``{name}`` that ``params`` does not return.
+        FileNotFoundError: If the program or ``cwd`` does not exist.
+        PermissionError: If the program is not executable.
+        NotImplementedError: On Windows, which has no SIGTERM.
+        LimitBreached: By the call, when the trial was over a limit.
+        TrialCrashed: By the call, when the script failed; within ``optimize`` as ``on_crash``
+            says.
+    """
+    if os.name != "posix":
+        raise NotImplementedError("`script` needs Linux or macOS: Windows has no SIGTERM.")
+    words = split_command(command)
+    if not callable(params):
+        raise TypeError(f"`params` must be a function of a trial but got {params!r}.")
+    variables = {} if env is None else dict(env)
+    if not all(isinstance(text, str) for item in variables.items() for text in item):
+        raise TypeError(f"`env` must map names to strings but got {env!r}.")
+    folder = None if cwd is None else os.fspath(cwd)
+    if folder is not None and not os.path.isdir(folder):
+        raise FileNotFoundError(f"`cwd` must be an existing folder but got {folder!r}.")
+    if not _FIELD.search(words[0]):
+        _check_program(words[0], folder, variables)
+    options = isolated(params, grace_period=grace_period, on_crash=on_crash).options
+    return Script(words, params, options, folder=folder, env=variables)
+
+
+def _check_program(program: str, folder: str | None, env: Mapping[str, str]) -> None:
+    if not os.path.dirname(program):
+        if shutil.which(program, path=env.get("PATH")) is None:
+            raise FileNotFoundError(
+                f"`command` begins with {program!r}, which is not on the PATH. No shell runs it: "
+                "for a shell's syntax pass ['bash', '-c', '…']."
+            )
+        return
+    path = os.path.join(folder or "", program)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"`command` begins with {program!r}, which does not exist.")
+    if not os.access(path, os.X_OK):
+        raise PermissionError(
+            f"`command` begins with {program!r}, which is not executable: put its interpreter "
+            "before it, such as `python` or `bash`."
+        )
+
+
+# The command: it is split before it is filled, so that a value with spaces stays in one word.
+
+# A name with an optional format, in braces. Other braces, as in JSON or in code, stay as they are,
+# and so do a shell's variables, `${name}`.
+_NAME = r"([^\W\d][\w./-]*)(?::([^{}\s]*))?"
+_FIELD = re.compile(rf"\{{(\{{{_NAME}\}})\}}|(?<!\$)\{{{_NAME}\}}")
+
+
+def split_command(command: Any) -> list[str]:
+    """Return the words of a command: a string, split as a POSIX shell would, or a sequence."""
+    if isinstance(command, str):
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise ValueError(f"`command` can't be split: {error}, in {command!r}.") from None
+    else:
+        is_sequence = isinstance(command, Sequence) and not isinstance(command, (bytes, bytearray))
+        parts: list[Any] = list(command) if is_sequence else [command]
+        words = [os.fspath(part) if isinstance(part, os.PathLike) else part for part in parts]
+        if not is_sequence or not all(isinstance(word, str) for word in words):
+            raise TypeError(
+                f"`command` must be a string or a sequence of strings but got {command!r}."
+            )
+    if not words or not words[0]:
+        raise ValueError(f"`command` must begin with a program but got {command!r}.")
+    return words
+
+
+def fill_command(words: Sequence[str], values: Mapping[str, Any]) -> list[str]:
+    def fill(field: re.Match[str]) -> str:
+        doubled, _, _, name, spec = field.groups()
+        if doubled is not None:
+            return str(doubled)
+        if name not in values:
+            known = ", ".join(map(repr, values)) or "nothing"
+            raise ValueError(
+                f"`command` has {field[0]} but `params` returned {known}. Write {{{field[0]}}} "
+                "where it is no parameter."
+            )
+        try:
+            return format(values[name], spec or "")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{field[0]} can't format {values[name]!r}: {error}.") from error
+
+    return [_FIELD.sub(fill, word) for word in words]

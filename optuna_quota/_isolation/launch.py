@@ -9,24 +9,33 @@ from dataclasses import dataclass
 import functools
 import os
 from pathlib import Path
-import sys
+import selectors
+import signal
+import socket
+import subprocess
+import threading
+import time
 from typing import Any, Literal, TYPE_CHECKING
 
 from optuna.trial import Trial
+import psutil
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.preemption import preemption_of
 from optuna_quota._isolation import linux, messages
-from optuna_quota._isolation.channel import Channel, TrialConnections
+from optuna_quota._isolation.channel import Channel, channel_pair, TrialConnections
 from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import read_context
 from optuna_quota._isolation.forkserver import fork_trial
-from optuna_quota._isolation.forkserver_client import fork_server_client
+from optuna_quota._isolation.forkserver_client import fork_server_client, interpreter
 from optuna_quota._isolation.main_module import find_main_module, MainModule
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
-from optuna_quota._isolation.output import prepare_logging, read_output_settings
+from optuna_quota._isolation.output import (
+    flush_streams,
+    prepare_logging,
+    read_output_settings,
+)
 from optuna_quota._isolation.pickling import dump_objective, NeedsFork, Payload
-from optuna_quota._isolation.portable import launch_portable
 from optuna_quota._isolation.rpc import RemoteObjects, TrialFacts
 from optuna_quota._limits import Limits
 from optuna_quota._metering.visible_gpus import device_memory
@@ -98,8 +107,6 @@ class LaunchedTrial:
 
 @dataclass(frozen=True)
 class TrialLauncher:
-    """Starts the processes of one trial."""
-
     objective: Callable[..., Any]
     options: IsolationOptions
     trial: BaseTrial
@@ -114,7 +121,7 @@ class TrialLauncher:
             main = find_main_module().without_statements()
             payload = dump_objective(self.objective, self.remote, main)
             with _starting():
-                connections = launch_portable()
+                connections = _launch_portable()
             return self._with_messages(connections, payload, main)
         if method == "fork":
             return self._fork()
@@ -151,18 +158,15 @@ class TrialLauncher:
         start = self._start_message(None, MainModule())
         inherited = messages.InheritedObjective(start, self._monitoring(), self.objective)
         prepare_logging(reset=False)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError, OSError, ValueError):
-                stream.flush()
+        flush_streams()
         _end_openmp_threads()
         parent = os.pidfd_open(os.getpid())
         try:
             with _starting():
-                forked = fork_trial(parent, cgroup=_delegated_cgroup(), inherited=inherited)
+                connections = fork_trial(parent, cgroup=_delegated_cgroup(), inherited=inherited)
         finally:
             os.close(parent)
-        channels = Channel(forked.channel), Channel(forked.control)
-        return LaunchedTrial(TrialConnections(*channels, forked.supervisor))
+        return LaunchedTrial(connections)
 
     def _with_messages(
         self, connections: TrialConnections, payload: Payload, main: MainModule
@@ -234,3 +238,121 @@ def _end_openmp_threads() -> None:
             with contextlib.suppress(OSError, AttributeError):
                 library = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
                 library.omp_pause_resource_all(_OMP_PAUSE_HARD)
+
+
+# Without a supervisor process, as on other systems than Linux. Each trial starts in a new
+# interpreter. Processes that left the trial's tree are found only if they were seen in it, the
+# kernel's limits are not used, and on Windows there is no polite stop.
+
+# Seconds between two readings of the trial's processes.
+_PORTABLE_INTERVAL = 0.02
+
+
+def _launch_portable() -> TrialConnections:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        if os.name == "posix":
+            handle = theirs.fileno()
+            process = subprocess.Popen(
+                interpreter("child", handle),
+                stdin=subprocess.DEVNULL,
+                pass_fds=[handle],
+                start_new_session=True,
+            )
+        else:
+            for sock in (ours, theirs):
+                # A message sent in two parts would wait for an acknowledgement in between.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            process = subprocess.Popen(interpreter("child", None), stdin=subprocess.PIPE)
+            assert process.stdin is not None
+            with process.stdin:
+                process.stdin.write(theirs.share(process.pid))  # type: ignore[attr-defined]
+    control, commands = channel_pair()
+    threading.Thread(target=_PortableSupervisor(process, commands).run, daemon=True).start()
+    return TrialConnections(Channel(ours), control)
+
+
+class _PortableSupervisor:
+    """Supervises a trial's process from a thread of the study's process."""
+
+    def __init__(self, process: subprocess.Popen[bytes], control: Channel) -> None:
+        self._process = process
+        self._root = psutil.Process(process.pid)
+        self._control = control
+        self._descendants: dict[int, psutil.Process] = {}
+        self._deadline: float | None = None
+        self._killer: messages.Killer | None = None
+        self._cpu_time = 0.0
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            self._control.send(messages.ProcessStarted())
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._control, selectors.EVENT_READ)
+            while self._process.poll() is None:
+                self._find_descendants()
+                if selector.select(_PORTABLE_INTERVAL) or self._control.pending():
+                    self._obey()
+                if self._deadline is not None and time.monotonic() >= self._deadline:
+                    self._kill("breach")
+        leftovers = self._kill_descendants()
+        ended = messages.ExitReport(
+            self._process.returncode,
+            self._killer,
+            cpu_time=self._cpu_time,
+            leftovers=leftovers if self._killer is None else (),
+        )
+        with contextlib.suppress(OSError):
+            self._control.send(ended)
+        self._control.close()
+
+    def _find_descendants(self) -> None:
+        with contextlib.suppress(psutil.Error):
+            for child in self._root.children(recursive=True):
+                self._descendants.setdefault(child.pid, child)
+        cpu_time = 0.0
+        for process in (self._root, *self._descendants.values()):
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                cpu_time += times.user + times.system
+        self._cpu_time = max(self._cpu_time, cpu_time)
+
+    def _obey(self) -> None:
+        try:
+            command = self._control.receive()
+        except (EOFError, OSError):
+            command = messages.KillTrial()
+        if isinstance(command, messages.KillTrial):
+            self._kill("request")
+        elif isinstance(command, messages.ExitWithin):
+            leave = time.monotonic() + command.seconds
+            self._deadline = leave if self._deadline is None else min(leave, self._deadline)
+        elif isinstance(command, messages.StopTrial) and self._deadline is None:
+            self._deadline = time.monotonic() + command.grace_period
+            if os.name == "posix" and command.grace_period > 0:
+                is_interrupt = isinstance(command.reason, KeyboardInterrupt)
+                self._process.send_signal(signal.SIGCONT)
+                self._process.send_signal(signal.SIGINT if is_interrupt else signal.SIGTERM)
+            else:
+                self._kill("breach")
+
+    def _kill(self, killer: messages.Killer) -> None:
+        self._killer = self._killer or killer
+        self._find_descendants()
+        self._process.kill()
+
+    def _kill_descendants(self) -> tuple[str, ...]:
+        left = [p for p in self._descendants.values() if _is_alive(p)]
+        for process in left:
+            # psutil knows a process by its time of creation too: never another's.
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=5)
+        return tuple(str(p.pid) for p in left)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

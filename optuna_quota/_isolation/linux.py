@@ -125,7 +125,6 @@ def children(pid: int | str = "self") -> list[int]:
 
 
 def descendants() -> list[int]:
-    """Return the pids of all descendants of this process."""
     found = children()
     for pid in found:  # grows meanwhile
         found += children(pid)
@@ -168,7 +167,6 @@ def send(number: int, pids: Iterable[int], among: Iterable[int]) -> None:
 
 
 def _read(pid: int, name: str) -> bytes:
-    """Return the content of a file in a process's folder, empty when the process is gone."""
     try:
         with open(f"/proc/{pid}/{name}", "rb") as file:
             return file.read()
@@ -177,7 +175,6 @@ def _read(pid: int, name: str) -> bytes:
 
 
 def _stat_fields(pid: int) -> list[bytes]:
-    """Return the fields of /proc/[pid]/stat from the state on."""
     return _read(pid, "stat").rpartition(b")")[2].split()
 
 
@@ -188,13 +185,11 @@ def process_state(pid: int) -> str:
 
 
 def is_exiting(pid: int) -> bool:
-    """Return whether a process has begun to exit, or is gone."""
     fields = _stat_fields(pid)
     return not fields or bool(int(fields[6]) & _PF_EXITING)
 
 
 def describe_process(pid: int) -> str:
-    """Return a process's shortened command line and its pid, for a message."""
     words = _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
     return f"{words[:80] or 'a process'} (pid {pid})"
 
@@ -206,7 +201,6 @@ def is_cleaner(pid: int) -> bool:
 
 
 def count_oom_kills() -> int:
-    """Return how many processes the kernel's out-of-memory killer has killed on this host."""
     with contextlib.suppress(OSError), open("/proc/vmstat", "rb") as file:
         for line in file:
             if line.startswith(b"oom_kill "):

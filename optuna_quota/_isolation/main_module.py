@@ -59,7 +59,6 @@ class MainModule:
 
 
 def find_main_module() -> MainModule:
-    """Return how to make this process's main module in a trial."""
     main = sys.modules.get("__main__")
     spec = getattr(main, "__spec__", None)
     name = None if spec is None else spec.name
@@ -206,7 +205,6 @@ def _unguarded(statement: ast.stmt) -> list[ast.stmt]:
 
 
 def _is_definition(statement: ast.stmt) -> bool:
-    """Return whether a statement only imports, defines, or assigns a constant."""
     if isinstance(statement, (ast.Import, ast.ImportFrom, ast.ClassDef, ast.Pass)):
         return True
     if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):

@@ -55,13 +55,9 @@ def _status_sum(pid: int | str, *names: bytes) -> int | None:
     return None
 
 
-def _data_size(pid: int | str) -> int | None:
-    return _status_sum(pid, b"VmData:")
-
-
 def limit_memory(memory: float) -> int | None:
     """Limit this process's memory; return the RLIMIT_DATA set, None if none was."""
-    data = _data_size("self") if sys.platform == "linux" else None
+    data = _status_sum("self", b"VmData:") if sys.platform == "linux" else None
     if data is None:
         return None
     import resource
@@ -122,7 +118,7 @@ class DataLimit:
 
     def update(self, used: float) -> float:
         """Adapt the limit to the memory in use, in bytes; return seconds until the next time."""
-        data = _data_size(self._pid)
+        data = _status_sum(self._pid, b"VmData:")
         if data is None:
             return self.PERIOD
         wanted = data_limit(data, used, self._memory)
@@ -163,24 +159,16 @@ def limit_cpu_time(cpu_time: float, grace_period: float) -> None:
 
 def raise_oom_score() -> None:
     """Let the kernel's out-of-memory killer prefer this process; always permitted."""
-    path = "/proc/self/oom_score_adj"
+    score = Path("/proc/self/oom_score_adj")
     with contextlib.suppress(OSError, ValueError):
-        if int(Path(path).read_text()) < OOM_SCORE:
-            _write(path, str(OOM_SCORE))
+        if int(score.read_text()) < OOM_SCORE:
+            score.write_text(str(OOM_SCORE))
 
 
 def reset_peak() -> None:
     """Restart this process's peak, which includes what it needed to receive the objective."""
     with contextlib.suppress(OSError):
-        _write("/proc/self/clear_refs", "5")
-
-
-def _write(path: Path | str, text: str) -> None:
-    handle = os.open(path, os.O_WRONLY)
-    try:
-        os.write(handle, text.encode())
-    finally:
-        os.close(handle)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 # Control groups.
@@ -236,7 +224,7 @@ class Cgroup:
         self._folder.mkdir()
 
     def add(self, pid: int) -> None:
-        _write(self._folder / "cgroup.procs", str(pid))
+        (self._folder / "cgroup.procs").write_text(str(pid))
 
     def limit_memory(self, room: float) -> None:
         """Set what the group may hold beyond what it holds now, in bytes.
@@ -247,9 +235,9 @@ class Cgroup:
         """
         stat = self._table("memory.stat")
         held = sum(stat.get(name, 0) for name in ("anon", "shmem", "kernel"))
-        _write(self._folder / "memory.max", str(max(0, held + int(room))))
+        (self._folder / "memory.max").write_text(str(max(0, held + int(room))))
         with contextlib.suppress(OSError):
-            _write(self._folder / "memory.swap.max", "0")
+            (self._folder / "memory.swap.max").write_text("0")
 
     def oom_kills(self) -> int:
         return self._table("memory.events").get("oom_kill", 0)
@@ -257,7 +245,7 @@ class Cgroup:
     def kill(self) -> bool:
         """Kill all its processes at once; return whether the kernel can (5.14 and later)."""
         try:
-            _write(self._folder / "cgroup.kill", "1")
+            (self._folder / "cgroup.kill").write_text("1")
         except OSError:
             return False
         return True
@@ -305,7 +293,6 @@ def set_gpu_caps(gpu_memory: float | None, device_memory: float | None) -> None:
 
 
 def _set_at_most(name: str, most: float, text: str) -> None:
-    """Set an environment variable, unless it has a smaller number already."""
     try:
         if float(os.environ[name]) <= most:
             return

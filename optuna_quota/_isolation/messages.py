@@ -230,7 +230,6 @@ class Exited(Outcome):
 
 @dataclass(frozen=True)
 class Unsendable(Outcome):
-    """The objective returned a value of this type that can't be pickled, and why."""
+    """The objective returned, or sent, an object that can't be sent; the reason is a sentence."""
 
-    kind: str
     reason: str

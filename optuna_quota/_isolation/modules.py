@@ -102,7 +102,7 @@ def loaded_modules() -> tuple[int, str]:
 @functools.lru_cache(maxsize=1)
 def _user_modules(loaded: tuple[int, str]) -> list[types.ModuleType]:
     # There may be thousands of modules, and this is called for each trial.
-    return [module for name, module in list(sys.modules.items()) if _is_users(name, module)]
+    return [module for name, module in sys.modules.copy().items() if _is_users(name, module)]
 
 
 def _is_users(name: str, module: types.ModuleType | None) -> bool:
@@ -113,7 +113,6 @@ def _is_users(name: str, module: types.ModuleType | None) -> bool:
 
 
 def is_installed(file: str) -> bool:
-    """Return whether a file belongs to an installed package or a program of the environment."""
     return file.startswith(_installed_folders())
 
 
@@ -155,7 +154,6 @@ def modules_being_imported() -> list[types.ModuleType]:
 
 
 def modification_times(names: Iterable[str]) -> dict[str, int]:
-    """Return when the files of those modules that are the user's own were last changed."""
     own = {module.__name__: module.__file__ for module in user_modules()}
     files = [file for name in names if (file := own.get(name)) is not None]
     return {file: modified(file) for file in files}
@@ -240,10 +238,9 @@ def is_plain(value: Any, depth: int = 4, *, subclasses: bool = False) -> bool:
 
 
 def plain_attributes(value: Any) -> dict[str, Any]:
-    """Return the plain attributes of a class or function that a script may have changed."""
     return {
         name: found
-        for name, found in list(getattr(value, "__dict__", {}).items())
+        for name, found in dict(getattr(value, "__dict__", {})).items()
         if not name.startswith("_") and is_plain(found)
     }
 
@@ -256,7 +253,7 @@ def read_module_state(modules: Iterable[types.ModuleType]) -> dict[str, bytes]:
 
 def _read(module: types.ModuleType) -> dict[str, Any]:
     state: dict[str, Any] = {}
-    for name, value in list(vars(module).items()):
+    for name, value in vars(module).copy().items():
         if name.startswith("__") or isinstance(value, (types.ModuleType, types.FunctionType)):
             continue
         if isinstance(value, type):
@@ -270,7 +267,6 @@ def _read(module: types.ModuleType) -> dict[str, Any]:
 
 
 def _dump_small(value: Any) -> bytes | None:
-    """Return the pickle of a small object, None for others."""
     # Finding out the size of models and arrays would take too long.
     if hasattr(type(value), "__array__"):
         return None
@@ -331,7 +327,6 @@ def _is_same(value: Any, other: Any) -> bool:
 
 
 def set_main_state(values: Mapping[str, Any], attributes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Set globals of ``__main__``, and attributes of its classes and functions by their names."""
     main = sys.modules["__main__"]
     vars(main).update(values)
     for path, found in attributes.items():

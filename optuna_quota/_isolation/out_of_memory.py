@@ -88,7 +88,6 @@ def find_failed_allocation_in_text(text: str) -> FailedAllocation | None:
 
 
 def _is_refusal(message: str, source: str) -> bool:
-    """Return whether a MemoryError in a text came of an allocation."""
     if source:
         return not source.startswith("raise")
     # Python itself gives no message, numpy the size; any other one is of user code.

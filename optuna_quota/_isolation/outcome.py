@@ -83,7 +83,6 @@ class OutcomeResolver:
         self._gpu_devices = () if self._monitor.gpu is None else self._monitor.gpu.devices
 
     def resolve(self, server: Server) -> Any:
-        """Return or raise the outcome of a trial whose process has ended."""
         report, outcome = self._add_usage(server), server.outcome
         if server.breach is not None and server.never_fits:
             limit, held = server.breach.limit, server.breach.observed
@@ -97,10 +96,7 @@ class OutcomeResolver:
         if isinstance(outcome, messages.Raised):
             return self._raise(outcome, report, server)
         if isinstance(outcome, messages.Unsendable):
-            reason = (
-                f"The objective returned a value of type {outcome.kind} that can't be sent from "
-                f"the trial's process: {outcome.reason}"
-            )
+            reason = outcome.reason
         elif isinstance(outcome, messages.Exited):
             reason = f"The objective ended its process by sys.exit({outcome.argument})."
         else:
@@ -143,7 +139,6 @@ class OutcomeResolver:
         return self._end_without_value(reason, LimitBreached(reason))
 
     def end_interrupted(self, server: Server) -> None:
-        """Set the verdict of a trial that Ctrl-C has ended."""
         reason = INTERRUPTED
         if server.exit is not None and self._add_usage(server).killer is not None:
             grace_period = self._options.grace_period
@@ -372,7 +367,6 @@ class CrashValue(float):
 
 
 def crash_value(reason: str, n_values: int) -> Any:
-    """Return the value or values of a crashed trial of a study with so many directions."""
     value = CrashValue(reason)
     return value if n_values == 1 else (value, *[math.nan] * (n_values - 1))
 

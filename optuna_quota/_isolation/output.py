@@ -18,6 +18,7 @@ import sys
 from typing import Any
 import warnings
 
+from optuna_quota._isolation.channel import pack_error, SentError, unpack_error
 from optuna_quota._isolation.modules import after_import
 from optuna_quota._isolation.rpc import RpcClient, SYNC, TRIAL
 
@@ -26,6 +27,15 @@ from optuna_quota._isolation.rpc import RpcClient, SYNC, TRIAL
 class Printed:
     stream: str
     text: str
+
+
+@dataclass(frozen=True)
+class Warned:
+    """A warning, in the form of an error: only the trial may know its class."""
+
+    warning: SentError
+    file: str
+    line: int
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,8 @@ def apply_output_settings(settings: OutputSettings, calls: RpcClient) -> None:
         logging.disable(settings.disabled)
 
     def show(message: Any, category: Any, filename: str, lineno: int, *_: Any, **__: Any) -> None:
-        calls.notify(warnings.WarningMessage(message, category, filename, lineno))
+        warning = message if isinstance(message, Warning) else category(message)
+        calls.notify(Warned(pack_error(warning), filename, lineno))
 
     warnings.showwarning = show
     warnings.resetwarnings()
@@ -146,6 +157,12 @@ def _apply_after_import(module: str, settings: OutputSettings) -> None:
             after_import(name, lambda _: apply_to_new_modules(settings))
 
 
+def flush_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+
+
 def _open_stream(name: str, encoding: str, errors: str) -> io.TextIOBase:
     """Return a new stream: the fork server's takes its descriptor for a null device's.
 
@@ -155,15 +172,15 @@ def _open_stream(name: str, encoding: str, errors: str) -> io.TextIOBase:
     return open(handle, "w", buffering=1, encoding=encoding, errors=errors, closefd=False)
 
 
-def replay(message: Printed | warnings.WarningMessage | logging.LogRecord) -> None:
-    """Print, warn or log in the study's process what the trial's process has sent."""
+def replay(message: Printed | Warned | logging.LogRecord) -> None:
     if isinstance(message, Printed):
         stream = getattr(sys, message.stream)
         if stream is not None:
             stream.write(message.text)
             stream.flush()
-    elif isinstance(message, warnings.WarningMessage):
-        warnings.showwarning(message.message, message.category, message.filename, message.lineno)
+    elif isinstance(message, Warned):
+        warning: Any = unpack_error(message.warning)
+        warnings.showwarning(warning, type(warning), message.file, message.line)
     else:
         logger = logging.getLogger(message.name)
         handled = vars(message).pop(_HANDLED, False)

@@ -80,7 +80,6 @@ class Payload:
 
     @property
     def sizes(self) -> tuple[tuple[int, bool], ...]:
-        """The bytes of each buffer, and whether it is read-only."""
         return tuple((b.raw().nbytes, b.raw().readonly) for b in self.buffers)
 
     def send_buffers(self, channel: Channel) -> None:
@@ -99,7 +98,6 @@ def receive_buffers(channel: Channel, sizes: Iterable[tuple[int, bool]]) -> list
 
 
 def load_objective(pickles: bytes, buffers: Iterable[memoryview]) -> Any:
-    """Return the objective of a payload, in the trial's process."""
     unpickler = pickle.Unpickler(io.BytesIO(pickles), buffers=buffers)
     objective = unpickler.load()
     while (call := unpickler.load()) is not None:
@@ -246,7 +244,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
         for module in modules:
             parts = {
                 name: value
-                for name, value in list(vars(module).items())
+                for name, value in vars(module).copy().items()
                 if id(value) in self._seen
                 and getattr(value, "__module__", None) == module.__name__
             }
@@ -402,12 +400,10 @@ def _multiprocessing_reducers() -> dict[type, Callable[[Any], Any]]:
 
 
 def global_of_main(name: str) -> Any:
-    """Return a global that the main module of a trial's process has made itself."""
     return vars(sys.modules["__main__"])[name]
 
 
 def make_context_variable(name: str, value: Any) -> contextvars.ContextVar[Any]:
-    """Return a context variable with the value that it has in the study's process."""
     variable: contextvars.ContextVar[Any] = contextvars.ContextVar(name)
     variable.set(value)
     return variable

@@ -74,7 +74,6 @@ class Address:
 
 
 def connect(address: Address) -> Channel:
-    """Return a new connection; raises OSError if the study's process is gone."""
     family = socket.AF_UNIX if isinstance(address.name, str) else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:

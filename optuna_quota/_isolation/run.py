@@ -19,7 +19,12 @@ from optuna_quota._enforcement.forecast import (
     forecast_breach,
     record_pace,
 )
-from optuna_quota._enforcement.nesting import pruner_limits, pruner_meters, quota_pruners
+from optuna_quota._enforcement.nesting import (
+    agreed_limits,
+    pruner_limits,
+    pruner_meters,
+    quota_pruners,
+)
 from optuna_quota._enforcement.preemption import Preemption, preemption_of
 from optuna_quota._enforcement.pruner import record_breach, rejection_error, wrap_nesting_pruner
 from optuna_quota._enforcement.study_warnings import warn_of_ceilings, warn_of_unapplied, warn_once
@@ -50,6 +55,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("optuna.quota.isolated")
 
+# Where limits may be given that have to agree.
+_PLACES = "isolated and of the study"
 _ATTEMPTS = 3
 
 
@@ -75,7 +82,6 @@ class TrialRun:
         self._ended_outside: str | None = None
 
     def run(self) -> Any:
-        """Return what the objective returns or raise what it raises."""
         if is_rejected(self._trial.user_attrs):
             raise rejection_error(self._trial.user_attrs)
         if is_in_preparation():
@@ -121,7 +127,7 @@ class TrialRun:
         wrap_nesting_pruner(self._study)
         pruner = self._study.pruner
         pruners = quota_pruners(pruner)
-        limits = resolve_cores(_agreed_limits(own, pruner_limits(pruner)))
+        limits = resolve_cores(agreed_limits(own, pruner_limits(pruner), _PLACES))
         monitor = loop.find(key)
         if monitor is None:
             is_preemptible = bool(self._preemption.signals)
@@ -132,7 +138,7 @@ class TrialRun:
             return loop.monitor(key, limits=limits, meters=meters, here=False), True
         own = None if own is None else resolve_cores(with_cores(own, monitor.limits.cpu_cores))
         if own is not None and monitor.limits != own:
-            _agreed_limits(own, monitor.limits)
+            agreed_limits(own, monitor.limits, _PLACES)
             monitor.limit(own)
         return monitor, monitor.owner != "sampler"
 
@@ -229,7 +235,6 @@ class TrialRun:
         self._monitor.on_breach(self._stop)
 
     def on_report(self, step: int) -> None:
-        """Stop the trial if its steps so far predict a breach."""
         if self._forecast is not None:
             breach = self._forecast.find_breach(step, self._monitor)
             if breach is not None:
@@ -313,23 +318,12 @@ class _StepForecast:
         )
 
     def remember(self) -> None:
-        """Keep the times of a completed trial for later ones."""
         if self._steps and self._study is not None:
             record_pace(self._study, self._steps)
 
     @functools.cached_property
     def _completed(self) -> CompletedTrials:
         return CompletedTrials() if self._study is None else completed_trials(self._study)
-
-
-def _agreed_limits(own: Limits | None, theirs: Limits | None) -> Limits:
-    # A QuotaPruner may be there for something else, such as a worker that can be preempted.
-    if own is not None and theirs and own != theirs:
-        raise ValueError(
-            f"The limits of isolated and of the study must agree but got {own!r} and {theirs!r}. "
-            "Give them to QuotaPruner alone."
-        )
-    return own or theirs or Limits()
 
 
 def _stored_state(value: Any, error: BaseException | None, n_values: int) -> TrialState:

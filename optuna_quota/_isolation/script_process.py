@@ -113,7 +113,6 @@ class _Script:
         self._oom_kills = linux.count_oom_kills()
 
     def start(self, options: RunScript) -> None:
-        """Start the script, in a process group of its own."""
         # Output of Python comes line by line then, as to a terminal, and not at the end.
         env = {"PYTHONUNBUFFERED": "1", **os.environ, **options.env}
         try:
@@ -196,7 +195,6 @@ class _Script:
         return bool(linux.children())
 
     def _read_ready(self, timeout: float | None) -> list[str]:
-        """Pass on what has arrived; return the lines of standard output."""
         found: list[str] = []
         for key, _ in self._selector.select(timeout):
             if key.data is None:
@@ -212,7 +210,6 @@ class _Script:
         return found
 
     def _read_rest(self) -> list[str]:
-        """Pass on last lines that end without a newline."""
         found: list[str] = []
         for name, lines in self._lines.items():
             found += self._pass_on(name, lines.end())

@@ -9,12 +9,16 @@ import socket
 import threading
 import time
 from typing import Any, Protocol
-from warnings import WarningMessage
 
 from optuna_quota._isolation import messages, rpc
-from optuna_quota._isolation.channel import Channel, pack_error, TrialConnections
+from optuna_quota._isolation.channel import (
+    Channel,
+    pack_error,
+    TrialConnections,
+    UnreadableMessage,
+)
 from optuna_quota._isolation.out_of_memory import find_failed_allocation_in_text
-from optuna_quota._isolation.output import Printed, replay
+from optuna_quota._isolation.output import Printed, replay, Warned
 from optuna_quota._isolation.signals import Interrupts
 from optuna_quota._usage import Breach
 
@@ -113,7 +117,6 @@ class Server:
             self._send(messages.KillTrial())
 
     def kill(self) -> None:
-        """Kill the trial and wait until no process of it is left."""
         if self.exit is not None:
             return
         self.kill_soon()
@@ -193,9 +196,8 @@ class Server:
 
     def _serve_supervisor(self) -> None:
         try:
-            self._handle_supervisor(self._control.receive())
-            while self._control.pending():
-                self._handle_supervisor(self._control.receive())
+            for message in self._control.arrived():
+                self._handle_supervisor(message)
         except (EOFError, OSError) as error:
             if self.exit is not None:
                 return
@@ -222,9 +224,8 @@ class Server:
     def _serve_process(self, channel: Channel) -> bool:
         """Handle what a process of the trial has sent; return whether more may come."""
         try:
-            self._handle(channel.receive(), channel)
-            while channel.pending():
-                self._handle(channel.receive(), channel)
+            for message in channel.arrived():
+                self._handle(message, channel)
         except (EOFError, ConnectionError):
             return False
         return True
@@ -232,9 +233,9 @@ class Server:
     def _handle(self, message: Any, channel: Channel) -> None:
         if type(message) is tuple:
             self._serve_call(message, channel)
-        elif isinstance(message, (Printed, WarningMessage, logging.LogRecord)):
-            if isinstance(message, WarningMessage) and self.failed_allocation is None:
-                self.failed_allocation = find_failed_allocation_in_text(str(message.message))
+        elif isinstance(message, (Printed, Warned, logging.LogRecord)):
+            if isinstance(message, Warned) and self.failed_allocation is None:
+                self.failed_allocation = find_failed_allocation_in_text(message.warning.text)
             try:
                 replay(message)
             except Exception:
@@ -242,6 +243,15 @@ class Server:
         elif isinstance(message, messages.Ready):
             self.ready = message
             self._events.on_ready(message)
+        elif isinstance(message, UnreadableMessage):
+            # It may wait for an answer; what the call was is unknown.
+            with self._sending:
+                if self.outcome is None:
+                    self.outcome = messages.Unsendable(
+                        f"The trial's process sent an object that the study's process can't load: "
+                        f"{message}. Return numbers, and set attributes of built-in types."
+                    )
+            self.kill_soon()
         elif isinstance(message, messages.Outcome):
             with self._sending:
                 self.outcome = message

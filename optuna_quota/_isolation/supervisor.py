@@ -169,7 +169,6 @@ class Supervisor:
         self._oom_kills_before = linux.count_oom_kills()
 
     def _begin_enforcing(self) -> None:
-        """Measure and enforce from now on: the objective begins."""
         try:
             ready = pickle.loads(self._link.recv(1 << 16))
         except (OSError, EOFError):
@@ -382,7 +381,6 @@ class _TreeMemory:
         return memory
 
     def at_most(self) -> float:
-        """Return the most that the trial can hold now, in bytes, at less cost."""
         return 0.0 if self._tree is None else self._tree.at_most()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-import os
 import time
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from optuna_quota._ledger.protocol import (
     Worker,
 )
 from optuna_quota._ledger.totals import Entry, LONGEST_GAP
+from optuna_quota._metering.host import cpu_count
 from optuna_quota._records import parse_record, RESERVATION, TrialRecord
 from optuna_quota._resources import CHARGED_RESOURCES, USAGE_RESOURCES
 from optuna_quota._units import format_seconds
@@ -121,7 +121,7 @@ def charge_orphan(
     if orphan.here:
         last_sign = max(held.began + before, held.beat or held.began)
         unseen = max(0.0, min(now, last_sign + lease) - held.began - before)
-        cores = float(os.cpu_count() or 1)
+        cores = cpu_count()
         rates = {**rates, "cpu_time": min(cores, rates.get("cpu_time", cores))}
     elapsed = before + unseen
     charges = {"trial_time": min(elapsed, held.granted.get("trial_time", elapsed))}

@@ -135,7 +135,6 @@ RETRY_INTERVAL = 0.2
 
 
 def extension_threshold(resource: str) -> float:
-    """Return the share of what was granted at which more is requested."""
     return HELD_EXTENSION_THRESHOLD if resource in HELD_RESOURCES else EXTENSION_THRESHOLD
 
 

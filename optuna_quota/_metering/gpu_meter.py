@@ -17,10 +17,9 @@ from optuna_quota._metering.gpu_reader import (
     GpuReading,
     growth,
 )
-from optuna_quota._metering.meter import DeviceShare, GpuUse, MeterReading
+from optuna_quota._metering.meter import DeviceShare, GpuUse, MeterReading, warn_once
 from optuna_quota._metering.nvml import GpuError
 from optuna_quota._metering.visible_gpus import forget_gpus, has_gpu_open, visible_gpus
-from optuna_quota._metering.warn import warn_once
 from optuna_quota._resources import get_resource, GPU_RESOURCES
 
 
@@ -52,40 +51,6 @@ class Source(NamedTuple):
 
 
 NOT_ON_A_GPU = Source()
-
-
-def choose_source(
-    *,
-    is_listed: bool,
-    has_bytes: bool,
-    lists_own_pids: bool,
-    is_exclusive: bool,
-    has_grown: bool,
-    was_listed: bool,
-    why_not_listed: str,
-) -> Source:
-    """Return how a trial's use of GPUs can be measured (pure).
-
-    Args:
-        is_listed: Whether the driver lists a process of the trial.
-        has_bytes: Whether it reports what that process holds.
-        lists_own_pids: Whether the driver has listed any process of this study by its pid, so
-            that one which is not listed is on no GPU.
-        is_exclusive: Whether no other trial uses the trial's devices.
-        has_grown: Whether they hold noticeably more than before the trial.
-        was_listed: Whether a process of the trial was listed before the trial already.
-        why_not_listed: Why the driver's list is of no use, if it is.
-    """
-    if is_listed and has_bytes:
-        return Source("process")
-    if is_listed and was_listed:
-        # What it held before is part of what the device held before.
-        return Source(None, why_not_listed)
-    if not has_grown or (lists_own_pids and not is_listed):
-        return NOT_ON_A_GPU
-    if not is_exclusive:
-        return Source(None, f"{why_not_listed}, and trials share a GPU", is_shared=True)
-    return Source("device")
 
 
 class GpuMeter:
@@ -226,7 +191,6 @@ class GpuMeter:
         return next((reason for reason in lost if reason is not None), None)
 
     def _choose(self, reader: GpuReader, reading: GpuReading) -> tuple[Source, GpuReading]:
-        """Return how the trial's use can be measured, and by which reading."""
         listed = self._pids & reading.memory.keys()
         if listed:
             reader.lists_own_pids = True
@@ -244,22 +208,27 @@ class GpuMeter:
     def _source_of(
         self, reader: GpuReader, reading: GpuReading, listed: Collection[int]
     ) -> Source:
-        has_grown = sum(self._growths(reader, reading).values()) >= _NOTICEABLE
+        growth_of_devices = sum(self._growths(reader, reading).values())
+        without_bytes = [pid for pid in listed if reading.memory[pid] is None]
+        if listed and not without_bytes:
+            return Source("process")
+        reasons = reading.unknown.get(without_bytes[0] if without_bytes else ANY_PID, {})
+        reason = reasons.get("gpu_memory", _NOT_LISTED)
+        if any(pid in self._start.memory for pid in listed):
+            # What it held before is part of what the device held before.
+            return Source(None, reason)
+        # Where the driver lists processes by the pids that they have here, one that is not listed
+        # is on no GPU.
+        is_off = reader.lists_own_pids and not listed
+        if is_off or growth_of_devices < _NOTICEABLE:
+            return NOT_ON_A_GPU
         # The open files of a process show whether it is on a GPU, in a container too.
-        may_be_new = has_grown and not listed and self._source.name is None
+        may_be_new = not listed and self._source.name is None
         if may_be_new and self._has_gpu_open(self._pids) is False:
             return NOT_ON_A_GPU
-        without_bytes = [pid for pid in listed if reading.memory[pid] is None]
-        reasons = reading.unknown.get(without_bytes[0] if without_bytes else ANY_PID, {})
-        return choose_source(
-            is_listed=bool(listed),
-            has_bytes=not without_bytes,
-            lists_own_pids=reader.lists_own_pids,
-            is_exclusive=not has_grown or reader.is_exclusive(self),
-            has_grown=has_grown,
-            was_listed=any(pid in self._start.memory for pid in listed),
-            why_not_listed=reasons.get("gpu_memory", _NOT_LISTED),
-        )
+        if not reader.is_exclusive(self):
+            return Source(None, f"{reason}, and trials share a GPU", is_shared=True)
+        return Source("device")
 
     def _growths(self, reader: GpuReader, reading: GpuReading) -> dict[str, float]:
         """Return what each of the trial's devices holds beyond what it held before, in bytes."""
@@ -344,7 +313,6 @@ class GpuMeter:
         reading: GpuReading,
         held: Mapping[str, float],
     ) -> MeterReading:
-        """Return the reading of its memory, with its parts of its devices."""
         shares = []
         for identity, amount in sorted(held.items()):
             used, total = reading.devices[identity].used, reading.devices[identity].total
@@ -392,7 +360,6 @@ class GpuMeter:
 def _reasons(
     reading: GpuReading, pids: Iterable[int], names: Sequence[str] = GPU_RESOURCES
 ) -> dict[str, list[str]]:
-    """Return the resources that are unknown for these processes, by the reason."""
     reasons: dict[str, list[str]] = {}
     for name in names:
         for reason in {reading.unknown.get(pid, {}).get(name) for pid in pids} - {None}:

@@ -212,14 +212,12 @@ class GpuReader:
         return frozenset(reader.device.identity for reader in self._devices)
 
     def claim(self, trial: object, devices: frozenset[str]) -> None:
-        """Record that a trial may use these devices from now on."""
         with self._lock:
             if self._claims.get(trial) != devices:
                 self._claims[trial] = devices
                 self._publish()
 
     def release(self, trial: object) -> None:
-        """Record that a trial has ended."""
         with self._lock:
             if self._claims.pop(trial, None) is not None:
                 self._publish()
@@ -243,7 +241,6 @@ class GpuReader:
             return True
 
     def reset_after_fork(self) -> None:
-        """Leave the devices to the parent, in the child after a fork."""
         self._registry.publish(())
 
     def read(self, max_age: float = 0.0, after: float = float("-inf")) -> GpuReading:
@@ -286,7 +283,6 @@ class _DeviceReader:
         self._lost: str | None = None
 
     def read(self, reading: GpuReading, now: float) -> None:
-        """Add this device's part to a reading."""
         found = reading.devices[self.device.identity] = DeviceReading(lost=self._lost)
         if self._lost is not None:
             return

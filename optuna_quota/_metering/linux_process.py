@@ -7,7 +7,7 @@ import os
 import time
 from typing import NamedTuple
 
-from optuna_quota._metering.shared_pages import ProcessMemory
+from optuna_quota._metering.process_tree import ProcessMemory
 
 
 # The most bytes of anonymous memory that a page fault adds in pages of 4 KiB. Files' pages come 16

@@ -14,15 +14,17 @@ import os
 import time
 
 from optuna_quota._metering.linux_process import LinuxProcess, PAGE, read_huge_pages
-from optuna_quota._metering.process_tree import CpuTimes, TreeCpuTime, TreeReading
-from optuna_quota._metering.shared_pages import (
+from optuna_quota._metering.meter import warn_once
+from optuna_quota._metering.process_tree import (
+    CpuTimes,
     find_doubt,
     find_inherited,
     ProcessMemory,
     SharedPages,
+    TreeCpuTime,
     TreeMemory,
+    TreeReading,
 )
-from optuna_quota._metering.warn import warn_once
 
 
 _LOADAVG = "/proc/loadavg"
@@ -70,7 +72,6 @@ class ProcessCreationProbe:
 
 
 def is_available() -> bool:
-    """Return whether this system's /proc lists memory and children of processes."""
     return os.path.exists("/proc/self/statm") and os.path.exists(
         f"/proc/self/task/{os.getpid()}/children"
     )

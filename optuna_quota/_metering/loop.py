@@ -11,9 +11,14 @@ import threading
 
 from optuna_quota._limits import Limits
 from optuna_quota._metering.breach import QuotaExtension
-from optuna_quota._metering.energy import ProcessorEnergyMeter
 from optuna_quota._metering.gpu_meter import GpuMeter
-from optuna_quota._metering.meter import CustomMeter, Meter, ScheduledMeter, TrialMeter
+from optuna_quota._metering.meter import (
+    CustomMeter,
+    Meter,
+    ProcessorEnergyMeter,
+    ScheduledMeter,
+    TrialMeter,
+)
 from optuna_quota._metering.monitored_tree import (
     MonitoredTrees,
     open_tree,
@@ -62,7 +67,6 @@ class TrialMonitor(TrialState):
         return self._loop.paused - self._paused_before
 
     def usage(self) -> Usage:
-        """Return the usage as last measured."""
         return self.usage_after(self.elapsed)
 
     def sample(self, *, fully: bool = False) -> Usage:
@@ -144,7 +148,6 @@ class TrialMonitor(TrialState):
         self._prepared, self.scheduled = (), [ScheduledMeter(meter, now) for meter in meters]
 
     def _release(self) -> None:
-        """Stop measuring the processes of the trial."""
         for meter in self.scheduled:
             meter.close()
         self.scheduled = ()
@@ -158,7 +161,7 @@ class TrialMonitor(TrialState):
         with self._loop.lock:
             breach = self.breach
             if breach is None:
-                self.add_callback(callback)
+                self._callbacks.append(callback)
         if breach is not None:
             _call(partial(callback, breach))
 
@@ -212,7 +215,6 @@ class TrialMonitor(TrialState):
 
 
 def open_meters(monitor: TrialState) -> Sequence[TrialMeter]:
-    """Return what measures a trial's GPUs and the processors' energy."""
     limited = {*monitor.limits.amounts(), *monitor.left}
     energy = ProcessorEnergyMeter(
         lambda: monitor.used.by_resource().get("cpu_time"), is_limited="energy" in limited
@@ -306,7 +308,6 @@ class MeteringLoop:
         return self._clock.skipped
 
     def find(self, key: Key) -> TrialMonitor | None:
-        """Return the monitor of a trial, None if it is not metered (any more)."""
         return self._monitors.get(key)
 
     def tick(self) -> float | None:
@@ -403,7 +404,6 @@ class MeteringLoop:
             thread.join(timeout=1.0)
 
     def reset_after_fork(self) -> None:
-        """Drop the parent's trials, in the child after a fork."""
         # A thread that the child doesn't have may hold the lock.
         self.lock = threading.RLock()
         self._is_stopped = True

@@ -10,6 +10,7 @@ import threading
 import time
 
 from optuna_quota._metering.linux_process_tree import is_available, LinuxProcessTree
+from optuna_quota._metering.meter import warn_once
 from optuna_quota._metering.process_tree import ProcessTree, PsutilProcessTree, TreeReading
 from optuna_quota._metering.timing import (
     ASSUMED_GROWTH,
@@ -21,7 +22,6 @@ from optuna_quota._metering.timing import (
     sampling_interval,
 )
 from optuna_quota._metering.trial_state import TrialState
-from optuna_quota._metering.warn import warn_once
 
 
 _logger = logging.getLogger("optuna.quota.metering")
@@ -239,7 +239,6 @@ class MonitoredTrees:
         return others if tree.pid is not None else [*others, *self.excluded_pids]
 
     def read(self, trial: TrialState, now: float) -> None:
-        """Read the tree of a trial thoroughly."""
         tree = self.of(trial)
         if tree is not None:
             tree.read(now, self.excluded(tree))
@@ -255,7 +254,6 @@ class MonitoredTrees:
     def add(
         self, trial: TrialState, pid: int | None, now: float, reader: ProcessTree | None = None
     ) -> None:
-        """Let a trial run in the tree under a pid, None for this process."""
         tree = next((t for t in self._trees if t.pid == pid), None)
         if tree is None:
             if pid is None:

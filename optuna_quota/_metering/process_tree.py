@@ -1,8 +1,8 @@
-"""The interface of process tree readers, CPU time over changing members, a psutil reader."""
+"""Process trees: the interface of readers, CPU time, shared memory, and a reader by psutil."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 import contextlib
 from dataclasses import dataclass
 import math
@@ -75,7 +75,6 @@ class CpuTimes:
 
     @property
     def used(self) -> float:
-        """Its own time and its children's."""
         return self.own + self.reaped
 
 
@@ -94,7 +93,6 @@ class TreeCpuTime:
         self._unaccounted = 0.0
 
     def update(self, now: Mapping[Any, CpuTimes]) -> None:
-        """Update by the times of all living members."""
         vanished: dict[Hashable | None, float] = {}
         foreign: dict[Hashable | None, float] = {}
         for process, times in self._known.items():
@@ -126,6 +124,227 @@ class TreeCpuTime:
             return 0.0
         before = self._known[process].reaped if process in self._known else 0.0
         return max(0.0, now[process].reaped - before)
+
+
+# Memory that the processes of a tree share.
+
+# It is measured again when what may have become shared, or ceased to be, has changed by this part
+# of the whole.
+_CHANGED = 0.1
+# If nothing has changed by as much, it is measured again after so many seconds, unless what is
+# shared is a smaller part of the whole than this.
+_LATEST = 1.0
+_NEGLIGIBLE = 0.02
+# The shortest time between two measurements, as a multiple of the CPU time that one takes: far
+# from a limit; when there are other processes or there may be a breach; and before a verdict.
+_FAR, _NEAR, _VERDICT = 50.0, 10.0, 1.0
+# CPU-seconds that a measurement may take before a verdict that would be the same without it.
+_AFFORDABLE = 0.001
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """The anonymous and shared memory of one process, swapped out or not, in bytes.
+
+    Attributes:
+        held: All of it.
+        proportional: The same, each page divided by the number of its holders.
+        shareable: The part that is shared memory.
+        common: Its anonymous pages that others hold too, after a fork.
+        common_part: The same, each page divided by the number of its holders.
+        shareable_part: The shared memory, each page divided by the number of its holders.
+    """
+
+    held: int
+    proportional: int
+    shareable: int = 0
+    common: int = 0
+    common_part: int = 0
+    shareable_part: int = 0
+
+
+@dataclass(frozen=True)
+class InheritedPages:
+    """Pages that a tree's processes share with the process that they were forked from.
+
+    Attributes:
+        size: The bytes.
+        members: How many processes of the tree hold them.
+        holders: How many processes hold them in all, on average.
+    """
+
+    size: int
+    members: int
+    holders: float
+
+    def part(self, outsiders: float | None = None) -> float:
+        """Return the tree's part in bytes, with so many other holders; by default as there are."""
+        holders = self.holders if outsiders is None else self.members + outsiders
+        return self.size * self.members / max(1.0, holders)
+
+
+def find_inherited(
+    memories: Collection[ProcessMemory], root: ProcessMemory, supervisor: ProcessMemory
+) -> InheritedPages:
+    """Return the pages that processes hold from before their tree (pure).
+
+    The kernel reports how many hold a page, but not which. The supervisor was forked from the
+    same process as the tree and hardly writes to its memory, so its common pages are those that
+    the tree began with, and show how many hold them on average. It is not used while the root is
+    alone.
+    """
+    if len(memories) == 1:
+        return InheritedPages(root.common, 1, root.common / max(1, root.common_part))
+    size = min(root.common, supervisor.common)
+    members = sum(memory.common >= size / 2 for memory in memories) if size else 0
+    return InheritedPages(size, members, supervisor.common / max(1, supervisor.common_part))
+
+
+def find_doubt(memories: Mapping[int, ProcessMemory], moved: int, ended: Collection[int]) -> int:
+    """Return the bytes that may count twice, because processes are read one by one (pure).
+
+    If shared memory is mapped meanwhile (``moved`` bytes), those that were read before count it in
+    larger parts than those that are read after: by at most half of it too much. A process that has
+    ended since it was read left its parts to the others.
+    """
+    shared = sum(memory.shareable_part for memory in memories.values())
+    # Together they hold as much as any one of them.
+    surely = max((memory.shareable for memory in memories.values()), default=0)
+    left = sum(memories[pid].proportional for pid in ended if pid in memories)
+    return min(moved // 2, max(0, shared - surely)) + left
+
+
+@dataclass(frozen=True)
+class TreeMemory:
+    """What each process of a tree holds by itself, anonymous, shared and swapped, in bytes.
+
+    ``shareable`` is the part of the sum that is shared memory.
+    """
+
+    sizes: Mapping[int, int]
+    shareable: int = 0
+
+    @property
+    def total(self) -> int:
+        """The plain sum, in which shared pages count for each holder."""
+        return sum(self.sizes.values())
+
+
+class SharedPages:
+    """What a tree's processes share, from one measurement to the next.
+
+    In between, the memory follows from the plain sum, which costs a microsecond a process where a
+    measurement costs 0.1 ms and up to 10 ms a gigabyte. What that may miss is bounded: of a new
+    process only its growth counts, and every page that ceases to be shared, because a process
+    wrote to it, costs the writer a page fault.
+    """
+
+    def __init__(self) -> None:
+        self._excess = 0
+        self._doubt = 0
+        self._measured = TreeMemory({})
+        self._faulted = 0
+        self._new: dict[int, int] = {}
+        self._at = -math.inf
+        self._cost = 0.0
+
+    @property
+    def excess(self) -> int:
+        """What the plain sum may count too much, as last measured, in bytes."""
+        return self._excess + self._doubt
+
+    def memory(self, held: TreeMemory) -> int:
+        """Return a lower bound of the tree's memory in bytes.
+
+        Only a fork makes anonymous pages shared, and it makes a new process, so growth of them
+        counts at once. What was added of shared memory, others may hold already.
+        """
+        added = max(0, held.shareable - self._measured.shareable)
+        return max(0, self.at_most(held) - self._doubt - added)
+
+    def at_most(self, held: TreeMemory) -> int:
+        """Return an upper bound of the tree's memory: all added shared memory counts."""
+        # A fork begins with pages that were counted before: of a new process its growth counts.
+        if held.sizes.keys() == self._measured.sizes.keys():
+            self._new = {}
+        else:
+            new = held.sizes.keys() - self._measured.sizes.keys()
+            self._new = {pid: self._new.get(pid, held.sizes[pid]) for pid in new}
+        return held.total - self._excess - sum(self._new.values())
+
+    def has_new_processes(self, held: TreeMemory) -> bool:
+        """Return whether there are processes that the last measurement did not include."""
+        return bool(self._measured.sizes) and not held.sizes.keys() <= self._measured.sizes.keys()
+
+    def is_due(
+        self, held: TreeMemory, ceiling: float, now: float, faulted: Callable[[], int]
+    ) -> bool:
+        """Return whether it is time to measure again.
+
+        Args:
+            held: What the processes hold.
+            ceiling: The memory over which there is a breach, infinite without a limit.
+            now: The time in seconds.
+            faulted: Returns the bytes of the pages that the processes have ever faulted in.
+        """
+        if not held.sizes:
+            return False
+        age = (now - self._at) / self._cost if self._cost else math.inf
+        if age < _VERDICT:
+            return False
+        if self.at_most(held) > ceiling:
+            return self.memory(held) <= ceiling or self._likely_cost(held) <= _AFFORDABLE
+        if age < _NEAR:
+            return False
+        if held.sizes.keys() != self._measured.sizes.keys():
+            return True
+        total, then = held.total, self._measured.total
+        if total <= ceiling and age < _FAR:
+            return False
+        moved = faulted() - self._faulted if self._excess else 0
+        unshared = min(self._excess, max(0, moved - max(0, total - then)))
+        if total - self._excess + unshared > ceiling:
+            return True
+        shared = abs(held.shareable - self._measured.shareable)
+        has_changed = max(shared, then - total, unshared) > _CHANGED * then
+        is_late = moved > 0 and now - self._at >= _LATEST and self._excess > _NEGLIGIBLE * total
+        is_doubtful = self._doubt > _NEGLIGIBLE * total
+        return age >= _FAR and (has_changed or is_late or is_doubtful)
+
+    def _likely_cost(self, held: TreeMemory) -> float:
+        return self._cost * max(1.0, held.total / max(1, self._measured.total))
+
+    def update(
+        self,
+        memories: Mapping[int, ProcessMemory],
+        *,
+        faulted: int,
+        cost: float,
+        now: float,
+        not_counted: int = 0,
+        doubt: int = 0,
+    ) -> float:
+        """Record a measurement; return a lower bound of the tree's memory in bytes.
+
+        Args:
+            memories: The memory of each living process.
+            faulted: The bytes of the pages that they had ever faulted in, just before.
+            cost: The CPU-seconds that it took.
+            now: The time in seconds.
+            not_counted: The bytes of their sum that don't count.
+            doubt: The bytes of their sum that may count twice.
+        """
+        self._new = {}
+        sizes = {pid: memory.held for pid, memory in memories.items()}
+        self._measured = TreeMemory(sizes, sum(m.shareable for m in memories.values()))
+        proportional = sum(memory.proportional for memory in memories.values()) - not_counted
+        # What was added while they were read one by one is not shared.
+        self._excess = max(0, self._measured.total - proportional)
+        self._doubt = doubt
+        self._faulted = faulted
+        self._cost = cost
+        self._at = now
+        return max(0, proportional - doubt)
 
 
 class PsutilProcessTree:

@@ -47,20 +47,16 @@ def fastest_growth(known: float, seen: float) -> float:
 
 
 def sampling_interval(
-    headroom: float | None,
-    growth: float,
-    *,
-    longest: float = LONGEST_INTERVAL,
-    shortest: float = SHORTEST_INTERVAL,
+    headroom: float | None, growth: float, *, longest: float = LONGEST_INTERVAL
 ) -> float:
-    """Return min(longest, max(shortest, headroom / growth)) in seconds.
+    """Return the seconds until a breach is possible, between the shortest interval and a longest.
 
     The headroom is how far the usage is below its ceiling, None without one; the growth is the
     fastest to expect, in the same unit a second.
     """
     if headroom is None or growth <= 0:
         return longest
-    return min(longest, max(shortest, headroom / growth))
+    return min(longest, max(SHORTEST_INTERVAL, headroom / growth))
 
 
 def next_due(due: float, now: float, period: float) -> float:
@@ -117,7 +113,6 @@ class RunningClock:
             self._due = math.inf
 
     def skip(self, seconds: float) -> None:
-        """Leave out seconds that have passed."""
         with self._lock:
             self.skipped += seconds
 

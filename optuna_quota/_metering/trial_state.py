@@ -107,7 +107,6 @@ class Timeline:
                 self.add(*point)
 
     def points(self) -> tuple[tuple[float, float], ...]:
-        """Return pairs of seconds and value, in order."""
         return tuple(sorted(self._points.values()))
 
 
@@ -118,18 +117,14 @@ class TrialState:
 
     Attributes:
         key: The trial, see :func:`optuna_quota._metering.key_of`.
-        limits: Its limits.
         left: What it may use of the study's total quotas, by resource.
-        meters: The user's own meters.
         started: When the trial started, in seconds on the loop's clock.
         isolation: ``"thread"`` alone in this process, ``"shared"`` once another trial ran in this
             process at the same time, ``"process"`` in a process tree of its own, None where this
             process can't see it.
         held: Memory that this process held before the trial began in it, in bytes.
         breach: The first breach; it stays.
-        verdict: How the trial ended, once that is decided.
         owner: Which component writes the trial's record, ``"sampler"`` for the sampler.
-        recorded: Whether the trial's record was written.
         is_finished: Whether it has its result: from then on nothing is a breach.
         closed: Whether metering has ended.
         environment: Environment variables of the trial's own process, such as the GPU assigned
@@ -138,7 +133,6 @@ class TrialState:
         most: The largest grant of each quota that it may ever get, by resource.
         supervised: The memory limit that the trial's supervisor process enforces, in bytes.
         prices: Price per hour by resource, where there is a quota on ``cost``.
-        used: What was measured.
         extension: Its requests for more of the quotas, where it makes any.
     """
 
@@ -209,7 +203,6 @@ class TrialState:
         return None if found is None else found.limit
 
     def set_ceilings(self, limits: Limits, left: Mapping[str, float], now: float) -> None:
-        """Replace the limits and what is left of the quotas."""
         before, self.limits, self.left = self._ceilings, limits, dict(left)
         self._update_ceilings()
         if self.extension is not None:
@@ -272,7 +265,6 @@ class TrialState:
                 self.used.record_peak(name, reading.value)
 
     def mark_unknown(self, resource: str) -> None:
-        """Discard a resource for good."""
         self.used.mark_unknown(resource)
         if resource == "gpu_memory":
             self.gpu = None
@@ -346,9 +338,6 @@ class TrialState:
         if seconds:
             self.breach = None
 
-    def add_callback(self, callback: Callable[[Breach], None]) -> None:
-        self._callbacks.append(callback)
-
     def take_callbacks(self) -> list[Callable[[], None]]:
         """Return what is due to be called, each once: of a breach, or to request more."""
         if self.breach is not None:
@@ -358,6 +347,5 @@ class TrialState:
         return [] if request is None else [request]
 
     def end(self) -> None:
-        """Drop the callbacks."""
         self._callbacks, self.extension = [], None
         self.closed = True

@@ -32,8 +32,12 @@ from optuna_quota import _optuna
 from optuna_quota._footprint.search_space import likely_completions
 from optuna_quota._limits import Limits
 from optuna_quota._records import Interval, PROPOSED, proposed_object, write_attributes
-from optuna_quota._sampler.admission import is_audit_due, PointAdmission, PointVerdict
-from optuna_quota._sampler.nearest_point import nearest_admitted
+from optuna_quota._sampler.admission import (
+    is_audit_due,
+    nearest_admitted,
+    PointAdmission,
+    PointVerdict,
+)
 from optuna_quota._sampler.options import OnVeto, SamplerOptions
 from optuna_quota._sampler.row_cleanup import fail_unfinished_trial
 from optuna_quota._sampler.study_footprint import Forecast, StudyFootprint

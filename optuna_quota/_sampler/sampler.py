@@ -14,7 +14,13 @@ from optuna.trial import TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import resolve_cores
-from optuna_quota._enforcement.nesting import find_nested, quota_pruners
+from optuna_quota._enforcement.nesting import (
+    agreed_limits,
+    find_nested,
+    pruner_limits,
+    pruner_meters,
+    quota_pruners,
+)
 from optuna_quota._enforcement.pruner import QuotaPruner, wrap_nesting_pruner
 from optuna_quota._enforcement.study_warnings import warn_of_ceilings
 from optuna_quota._enforcement.trial_result import (
@@ -26,16 +32,17 @@ from optuna_quota._footprint.user_given import as_footprint, by_value, from_valu
 from optuna_quota._ledger import LEASE, Refusal
 from optuna_quota._limits import Limits, Quota, Strategy
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop
-from optuna_quota._sampler.deadline import DeadlineOption, parse_deadline
 from optuna_quota._sampler.options import (
     check_choices,
     check_types,
     checked_gpus_per_trial,
+    DeadlineOption,
     Metering,
     OnCrowded,
     OnExhausted,
     OnProjected,
     OnVeto,
+    parse_deadline,
     SamplerOptions,
 )
 from optuna_quota._sampler.ray_tune import adapt_ray_tune
@@ -46,7 +53,6 @@ from optuna_quota._sampler.row_cleanup import (
 )
 from optuna_quota._sampler.study_projection import admit_strategy, project_study, rejection
 from optuna_quota._sampler.study_session import objective_uses_trial, StudySession, StudySessions
-from optuna_quota._sampler.study_settings import limits_in_force, meters_in_force
 from optuna_quota._units import Duration, parse_seconds
 from optuna_quota._usage import Usage
 
@@ -250,7 +256,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             # Its `should_prune` is what stops trials in process.
             whole.pruner = QuotaPruner(whole.pruner, limits=Limits())
         session = self._session(whole)
-        limits = limits_in_force(whole, self.limits)
+        limits = self._limits_of(whole)
         if session.decided is None:
             session.ledger.describe_past()
             has_purpose = self.deadline is not None or self._options.gpus_per_trial is not None
@@ -282,8 +288,9 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             ceilings = ceilings.tightened(session.ledger.room(trial))
         left = session.left(trial)
         session.candidates.begin(whole, trial, ceilings, session.ledger.trials, left)
+        meters = {each.name: each for each in (*pruner_meters(whole.pruner), *self.meters)}
         # Last, so that learning and imports do not count as the trial's usage.
-        session.start_trial(whole, trial, grant, limits, meters_in_force(whole, self.meters))
+        session.start_trial(whole, trial, grant, limits, tuple(meters.values()))
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -341,7 +348,9 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
                 record_ignored_rejection(whole, trial)
             return
         try:
-            self.base_sampler.after_trial(study, trial, state, values)
+            seen = _optuna.skip_empty_rows(study, self._nested)
+            if seen is study or not _optuna.is_empty_row(trial, state):
+                self.base_sampler.after_trial(seen, trial, state, values)
         except Exception as error:
             # Plain Optuna would end the study, though the trial stopped before the objective set
             # what the constraints are computed from.
@@ -370,7 +379,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             ValueError: If there is no strategy, or nothing is known of what a trial uses.
         """
         footprint = self._session(study).candidates.footprint
-        limits = limits_in_force(study, self.limits)
+        limits = self._limits_of(study)
         return project_study(self._options, limits, study, footprint)
 
     def _check_quota(self, session: StudySession, study: Study) -> None:
@@ -397,7 +406,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             # The base sampler may have written into the row.
             written = _optuna.may_write_constraints(self.base_sampler)
             row = read_row(study, trial) if written else trial
-            limits = limits_in_force(study, self.limits)
+            limits = self._limits_of(study)
             session.finish_trial(study, row, state, limits, error, tell_call)
             session.end_when_exhausted(study)
         except Exception as fault:  # noqa: BLE001 - any backend's own
@@ -412,7 +421,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         """
 
         def limits() -> Limits:
-            return limits_in_force(_optuna.unwrap_study(study), self.limits)
+            return self._limits_of(_optuna.unwrap_study(study))
 
         def constrain(trials: Sequence[FrozenTrial]) -> Sequence[Mapping[str, float]]:
             found = uniform_constraints(trials, limits())
@@ -425,6 +434,11 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         return _optuna.learn_constraints(
             study, self._nested, uniform, limited=lambda: bool(limits())
         )
+
+    def _limits_of(self, study: Study) -> Limits:
+        """Return the limits on each trial: the pruner's, else the sampler's own."""
+        theirs = pruner_limits(study.pruner)
+        return agreed_limits(self.limits, theirs, "QuotaSampler and QuotaPruner")
 
     def _session(self, study: Study) -> StudySession:
         with self._lock:

@@ -33,7 +33,7 @@ from optuna_quota._footprint.user_given import (
     UserFootprint,
 )
 from optuna_quota._projection import simulation
-from optuna_quota._sampler import nearest_point
+from optuna_quota._sampler import admission
 from tests.footprint_tests.test_footprint import draw_rows, truth
 
 
@@ -152,7 +152,7 @@ def test_each_point_is_asked_once_in_a_whole_study() -> None:
 
 def test_a_slow_function_is_asked_for_fewer_points(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation, "_SECONDS", 0.2)
-    monkeypatch.setattr(nearest_point, "_SECONDS", 0.2)
+    monkeypatch.setattr(admission, "_SEARCH_SECONDS", 0.2)
     footprint = Estimator(seconds=0.01)
     strategy = Strategy(n_trials=9, search_space=SPACE)
     projection = project(strategy, footprint, quota=Quota(memory="3GB"))

@@ -16,12 +16,8 @@ import pytest
 from optuna_quota import isolated, Limits, QuotaPruner, TrialCrashed
 from optuna_quota._isolation import forkserver_client
 from optuna_quota._isolation.channel import channel_pair
-from optuna_quota._isolation.forkserver import SpawnRequest, UnsafeModule
-from optuna_quota._isolation.forkserver_client import (
-    find_unsafe_module,
-    ForkServerClient,
-    request_trial,
-)
+from optuna_quota._isolation.forkserver import SpawnRequest
+from optuna_quota._isolation.forkserver_client import ForkServerClient, request_trial
 from optuna_quota._metering import metering_loop
 from optuna_quota._records import read_record
 
@@ -57,6 +53,16 @@ def test_large_libraries_can_be_loaded_before_a_fork() -> None:
     study.optimize(isolated(objective, preload=["sklearn.linear_model"]), n_trials=2)
     assert [round(t.value or 0.0, 6) for t in study.trials] == [1.0, 1.0]
     assert all(t.user_attrs["loaded"] for t in study.trials)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("client")
+def test_a_module_to_preload_that_cannot_be_imported(caplog: pytest.LogCaptureFixture) -> None:
+    study = optuna.create_study()
+    study.optimize(isolated(quadratic, preload=["sckit_learn"]), n_trials=2)
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 2
+    said = [r.getMessage() for r in caplog.records if "preload" in r.getMessage()]
+    assert len(said) == 1 and "No module named 'sckit_learn'" in said[0]
 
 
 @pytest.mark.slow
@@ -123,27 +129,6 @@ def test_threads_that_end_before_a_fork_are_no_danger(client: ForkServerClient) 
     )
     client.launch(None).close()
     assert client._unsafe == set()
-
-
-def test_the_last_message_is_read_when_the_fork_server_has_ended() -> None:
-    ours, theirs = channel_pair()
-    theirs.send(UnsafeModule("starts_threads"))
-    theirs.close()
-    with contextlib.closing(ours), pytest.raises(OSError):
-        try:
-            ours.send("too late")
-        finally:
-            assert find_unsafe_module(ours) == "starts_threads"
-            assert find_unsafe_module(ours) is None
-
-
-def test_the_last_message_may_come_where_a_trial_is_expected() -> None:
-    ours, theirs = channel_pair()
-    theirs.send(UnsafeModule("starts_threads"))
-    theirs.close()
-    with contextlib.closing(ours):
-        assert ours.receive_descriptors() == []
-        assert find_unsafe_module(ours) == "starts_threads"
 
 
 def test_a_lost_descriptor_is_no_trial() -> None:

@@ -10,6 +10,7 @@ import signal
 import sys
 from typing import Any
 from unittest.mock import Mock
+import warnings
 
 import optuna
 from optuna.trial import TrialState
@@ -103,6 +104,42 @@ def test_a_value_that_cannot_be_sent_is_a_crash_like_others() -> None:
     study.optimize(isolated(objective), n_trials=2)
     assert states_of(study) == "FC"
     assert "type generator" in (read_record(study.trials[0]).reason or "")
+
+
+ONLY_IN_TRIALS = "class Loss:\n    pass\nclass Odd(UserWarning):\n    pass\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["result", "attribute", "warning"])
+def test_a_class_that_only_the_trial_can_load(
+    way: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    (tmp_path / "only_in_trials.py").write_text(ONLY_IN_TRIALS)
+    folder = str(tmp_path)
+
+    def objective(trial: optuna.Trial) -> float:
+        if trial.number != 1:
+            return 1.0
+        sys.path.insert(0, folder)
+        from only_in_trials import Loss, Odd  # type: ignore[import-not-found]
+
+        if way == "attribute":
+            trial.set_user_attr("loss", Loss())
+        elif way == "warning":
+            warnings.warn("not today", Odd, stacklevel=1)
+            return 2.0
+        return Loss()  # type: ignore[no-any-return]
+
+    study = optuna.create_study()
+    study.optimize(isolated(objective), n_trials=3)
+    if way == "warning":
+        assert states_of(study) == "CCC"
+        assert [str(w.message) for w in recwarn if w.category is UserWarning] == ["Odd: not today"]
+        return
+    assert states_of(study) == "CFC"
+    assert "only_in_trials.Loss (ModuleNotFoundError" in (
+        read_record(study.trials[1]).reason or ""
+    )
 
 
 def test_a_crash_of_a_study_with_two_objectives() -> None:

@@ -23,7 +23,7 @@ from optuna_quota import (
     script,
     TrialCrashed,
 )
-from optuna_quota._isolation.script import fill_command, split_command
+from optuna_quota._isolation.isolated import fill_command, split_command
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import MIB, needs_supervisor
 

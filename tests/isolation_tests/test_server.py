@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import contextlib
 import itertools
 import signal
+import socket
+import threading
 import time
 from unittest.mock import Mock
 
@@ -50,6 +52,22 @@ def test_what_a_process_sent_just_before_the_end(
     supervisor.send(ExitReport(exitcode=0))
     serve(remote, Mock(), supervisor, control)
     assert capsys.readouterr().out == "onetwo"
+
+
+def test_half_a_message_does_not_keep_the_others_waiting(remote: RemoteObjects) -> None:
+    # Its sender was stopped by a signal, or killed while a process of its holds the connection.
+    supervisor, control = channel_pair()
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b"\0" * 7)
+    supervisor.send(ExitReport(exitcode=0))
+    server = Server(TrialConnections(Channel(ours), control), remote, Mock(), label="Trial 0")
+    threading.Timer(2.0, theirs.close).start()
+    begun = time.monotonic()
+    server.serve()
+    assert time.monotonic() - begun < 1
+    server.close()
+    for each in (ours, theirs, supervisor, control):
+        each.close()
 
 
 def test_memory_over_its_limit_at_the_start_is_not_taken_for_an_earlier_breach(
@@ -115,8 +133,8 @@ def test_an_interrupt_is_neither_lost_nor_cuts_a_message_off(
             signal.raise_signal(signal.SIGINT)
         return message
 
-    original = Channel.receive
-    monkeypatch.setattr(Channel, "receive", receive)
+    original = Channel._take
+    monkeypatch.setattr(Channel, "_take", receive)
     if place == "at the end":
         supervisor.send(ExitReport(exitcode=0))
     else:

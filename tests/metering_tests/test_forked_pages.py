@@ -13,7 +13,7 @@ import pytest
 from optuna_quota._metering import linux_process_tree
 from optuna_quota._metering.linux_process import LinuxProcess
 from optuna_quota._metering.linux_process_tree import LinuxProcessTree
-from optuna_quota._metering.shared_pages import ProcessMemory
+from optuna_quota._metering.process_tree import ProcessMemory
 from tests.metering_tests.scripts import line, script, tell
 
 

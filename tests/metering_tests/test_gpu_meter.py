@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from optuna_quota._metering.gpu_meter import choose_source, GpuMeter
+from optuna_quota._metering.gpu_meter import GpuMeter
 from optuna_quota._metering.gpu_reader import GpuReader
 from optuna_quota._metering.nvml import GpuSample
 from optuna_quota._metering.visible_gpus import has_gpu_open
@@ -67,6 +67,17 @@ def test_a_trial_with_no_gpu_open_is_not_charged_for_others(
     assert (found and found.value) == memory
 
 
+@pytest.mark.parametrize(("from_before", "value"), [(True, None), (False, 3 * GB)])
+def test_a_listed_process_without_bytes(from_before: bool, value: float | None) -> None:
+    # What a process held before the trial is part of what the device held before it.
+    device = Device()
+    device.held = {1: None} if from_before else {}
+    with meter_on(reader_of(device)) as meter:
+        device.used, device.held = 3 * GB, {1: None}
+        found = meter.read([1])["gpu_memory"]
+    assert (found.value, found.lost) == (value, from_before)
+
+
 def test_a_process_that_has_just_ended_is_not_counted() -> None:
     # Listed when the driver is asked, gone when it is asked whether there is such a process.
     class Passing(Device):
@@ -117,31 +128,3 @@ def test_the_files_that_a_process_has_open(
     assert has_gpu_open([process.pid]) is False
     monkeypatch.setattr("optuna_quota._metering.visible_gpus._DRIVER_FILES", ())
     assert has_gpu_open([os.getpid()]) is None
-
-
-CHOICES = {
-    "listed, with bytes": ({"is_listed": True, "has_bytes": True}, "process", None),
-    "listed, no bytes": ({"is_listed": True, "has_grown": True}, "device", None),
-    "listed, no bytes, from before": (
-        {"is_listed": True, "was_listed": True, "has_grown": True},
-        None,
-        "why",
-    ),
-    "nothing has grown": ({}, None, None),
-    "the list is ours": ({"lists_own_pids": True, "has_grown": True}, None, None),
-    "alone": ({"has_grown": True}, "device", None),
-    "not alone": (
-        {"has_grown": True, "is_exclusive": False},
-        None,
-        "why, and trials share a GPU",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CHOICES)
-def test_the_choice_of_the_source(case: str) -> None:
-    known, name, reason = CHOICES[case]
-    usual = {"is_listed": False, "has_bytes": False, "lists_own_pids": False, "is_exclusive": True}
-    usual |= {"has_grown": False, "was_listed": False}
-    source = choose_source(**{**usual, **known}, why_not_listed="why")
-    assert (source.name, source.reason) == (name, reason)

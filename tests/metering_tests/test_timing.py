@@ -37,9 +37,7 @@ from optuna_quota._metering.timing import (
 def test_the_interval_is_the_time_that_the_headroom_lasts(
     headroom: float | None, growth: float, expected: float
 ) -> None:
-    assert sampling_interval(headroom, growth, longest=0.1, shortest=0.0005) == pytest.approx(
-        expected
-    )
+    assert sampling_interval(headroom, growth, longest=0.1) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

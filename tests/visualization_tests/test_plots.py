@@ -181,10 +181,11 @@ def test_burn_down_of_a_copied_study_is_that_of_its_ledger() -> None:
         study_name="first", sampler=QuotaSampler(quota=Quota(n_trials=9, wall_time="1h"))
     )
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
-    storage = study._storage
+    # Its rows have the same identifiers as those of the first one.
+    storage = optuna.storages.InMemoryStorage()
     optuna.copy_study(
         from_study_name="first",
-        from_storage=storage,
+        from_storage=study._storage,
         to_storage=storage,
         to_study_name="second",
     )
