@@ -27,10 +27,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna_quota import Footprint, Usage
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._utilization.data import Parameter
-from optuna_quota._utilization.design import build_design, values_of
+from optuna_quota._utilization.design import build_design, select, values_of
 from optuna_quota._utilization.fit import mean_and_jacobian
 from optuna_quota._utilization.model import UtilizationModel
-from optuna_quota._utilization.selection import select
 
 
 TRUTH = {

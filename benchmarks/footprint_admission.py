@@ -20,7 +20,8 @@ from optuna_quota._footprint.resource_model import fit_resource, Predictive, Res
 from optuna_quota._records import evidence
 
 
-ADMISSION = ("memory", "wall_time")
+# The aims: percent of what is over the limit that is refused, at most of what fits.
+ADMISSION = {"memory": (90.0, 3.0), "wall_time": (80.0, 8.0)}
 _REFUSED_ABOVE = 0.5
 # What the machine's noise leaves to be refused by clock time.
 ORACLE = "oracle that knows CPU time"

@@ -42,7 +42,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 
-from optuna_quota._footprint.online import Learner
+from optuna_quota._footprint.footprint import Learner
 
 
 COVERAGE = (93.0, 97.0)

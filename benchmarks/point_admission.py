@@ -35,7 +35,7 @@ from optuna.study import MaxTrialsCallback
 from surfaces import measure_forests, Surface, SURFACES
 
 from optuna_quota import LimitBreached, Limits, Quota, QuotaSampler, Usage
-from optuna_quota._footprint import online
+from optuna_quota._footprint import footprint as learning
 from optuna_quota._footprint.observations import Observation, read_observation
 from optuna_quota._sampler.candidates import replacement_for
 
@@ -162,7 +162,7 @@ def run(task: tuple[str, str, str, int, float]) -> Outcome:
         import torch
 
         torch.set_num_threads(1)
-    online.read_observation = work_alone  # type: ignore[assignment]
+    learning.read_observation = work_alone  # type: ignore[assignment]
     surface = SURFACES[name]()
     objective = Objective(surface, policy, sampler, budget * surface.limit)
 

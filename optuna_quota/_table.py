@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TYPE_CHECKING
 
 from optuna_quota import _records
@@ -77,6 +77,18 @@ def table_of(
     for name in _names(usages):
         columns.setdefault(name, _floats(usage.get(name) for usage in usages))
     table: pd.DataFrame = pd.DataFrame(columns)
+    return table
+
+
+def float_frame(
+    rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str], *, index: str | None = None
+) -> pd.DataFrame:
+    """Return numbers by row and column as a DataFrame; what a row lacks is NaN."""
+    import pandas as pd
+
+    figures = [[row.get(name) for name in columns] for row in rows.values()]
+    names = pd.Index(list(rows), name=index, dtype="object")
+    table: pd.DataFrame = pd.DataFrame(figures, index=names, columns=list(columns), dtype=float)
     return table
 
 

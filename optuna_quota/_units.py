@@ -224,6 +224,11 @@ def format_number(value: float) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun: "1 trial", "2 trials"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def format_signal(number: int) -> str:
     """Return the name of a signal, as ``SIGTERM``; most real-time signals have none."""
     try:

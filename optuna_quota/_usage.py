@@ -105,7 +105,7 @@ class Breach:
         if self.resource == "wall_time" and not self.quota and not self.forecast:
             return f"Time limit of {limit} exceeded."
         what = ceiling_title(self.resource, quota=self.quota)
-        room = f"{limit} {'left' if self.quota else 'allowed'}"
+        room = f"{limit} {'was left' if self.quota else 'allowed'}"
         after = _units.format_seconds(self.seconds)
         if self.forecast:
             observed = resource.format(self.observed)

@@ -434,6 +434,13 @@ def test_partial_fixed_params_and_the_sampler_inside() -> None:
     assert _optuna.partial_fixed_params(outer) == {"x": 1, "y": 3}
 
 
+def test_a_storage_never_has_the_number_of_one_that_is_gone() -> None:
+    numbers = [_optuna.number_of(InMemoryStorage()) for _ in range(200)]
+    assert len(set(numbers)) == 200
+    storage = InMemoryStorage()
+    assert _optuna.number_of(storage) == _optuna.number_of(storage)
+
+
 def test_storages_in_memory_never_share_an_address() -> None:
     def addresses() -> set[str]:
         storages = [InMemoryStorage() for _ in range(200)]

@@ -13,7 +13,7 @@ from optuna.trial import create_trial, TrialState
 import pytest
 
 from optuna_quota import Quota, trial_table, Usage
-from optuna_quota._analysis.trial_traces import trial_traces
+from optuna_quota._analysis.replay import trial_traces
 from optuna_quota._footprint.observations import read_observation
 from optuna_quota._ledger.totals import read_entry
 from optuna_quota._records import Interval, record_attributes, TrialRecord

@@ -36,7 +36,7 @@ def test_the_reason_of_a_breach() -> None:
     breach = Breach("memory", 2 * 2**30, 2.5 * 2**30, 3.21)
     assert breach.reason == ("Memory limit exceeded after 3.21 s: 2.5 GiB used, 2 GiB allowed.")
     of_quota = Breach("cpu_time", 60, 61, 50, quota=True)
-    assert of_quota.reason == "CPU time quota exceeded after 50 s: 1 min 1 s used, 1 min left."
+    assert of_quota.reason == "CPU time quota exceeded after 50 s: 1 min 1 s used, 1 min was left."
     forecast = Breach("wall_time", 300, 400, 100, forecast=True)
     assert "about to be exceeded" in forecast.reason
     assert "heading for 6 min 40 s" in forecast.reason

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     import pandas as pd
 
-    from optuna_quota._analysis.trial_traces import TrialTrace
+    from optuna_quota._analysis.replay import TrialTrace
     from optuna_quota._utilization.data import StudyData
 
 

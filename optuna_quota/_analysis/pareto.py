@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from optuna.study import Study
     from optuna.trial import FrozenTrial
-    import pandas as pd
 
 
 def best_numbers(study: Study, *, without: Collection[int] = ()) -> list[int]:
@@ -60,16 +59,11 @@ def pareto_front(losses: NDArray[np.float64]) -> list[int]:
     return sorted(kept)
 
 
-def cost_front(
-    table: pd.DataFrame, kept: NDArray[np.bool_], sign: float, resource: str
-) -> pd.DataFrame:
-    """Return the trials of a table that no other beats in both cost and value, cheapest first.
+def cost_front(costs: NDArray[np.float64], losses: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the places of those that no other beats in both cost and loss, cheapest first.
 
-    Of trials that are equal the first counts. ``sign`` is -1 where the objective is maximized.
+    Of those that are equal the first counts.
     """
-    found = table.loc[kept, ["number", "value", resource]].dropna()
-    losses = sign * found["value"].to_numpy(dtype=float)
-    order = np.lexsort([found["number"], losses, found[resource]])
+    order = np.lexsort([losses, costs])
     best_before = np.minimum.accumulate(np.concatenate([[np.inf], losses[order]]))[:-1]
-    front: pd.DataFrame = found.iloc[order[losses[order] < best_before]].reset_index(drop=True)
-    return front
+    return np.asarray(order[losses[order] < best_before])

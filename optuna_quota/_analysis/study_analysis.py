@@ -21,12 +21,12 @@ from optuna_quota._analysis.advice import Advice, advise, StudyFacts
 from optuna_quota._analysis.correlations import claims, correlations
 from optuna_quota._analysis.cost_drivers import cost_drivers, Driver
 from optuna_quota._analysis.pareto import best_numbers, cost_front, is_feasible, loss_signs
+from optuna_quota._analysis.replay import trial_traces
 from optuna_quota._analysis.search_space_advice import (
     advise_search_space,
     cheaper_space,
     CheaperSpace,
 )
-from optuna_quota._analysis.trial_traces import trial_traces
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import Observation, read_observation
 from optuna_quota._resources import get_resource
@@ -216,7 +216,13 @@ class StudyAnalysis:
         if facts.cost is None or facts.values is None:
             return None
         kept = facts.completed & facts.feasible
-        return cost_front(self.table, kept, facts.sign, facts.cost)
+        found = self.table.loc[kept, ["number", "value", facts.cost]].dropna()
+        costs, losses = (
+            found[facts.cost].to_numpy(float),
+            facts.sign * found["value"].to_numpy(float),
+        )
+        front: pd.DataFrame = found.iloc[cost_front(costs, losses)].reset_index(drop=True)
+        return front
 
     @cached_property
     def advice(self) -> list[Advice]:

@@ -13,6 +13,7 @@ import numpy as np
 from optuna_quota._analysis.correlations import claims, MIN_TRIALS
 from optuna_quota._records import PROPOSED, read_record
 from optuna_quota._resources import format_amount, get_resource, OUTCOMES
+from optuna_quota._units import counted
 
 
 if TYPE_CHECKING:
@@ -243,11 +244,6 @@ def _correlation_line(row: dict[str, Any]) -> Iterator[str]:
     branch = f"  within {row['branch']}" if row["branch"] else ""
     title, param = get_resource(row["resource"]).title, _cut(row["param"], 24)
     yield _cut(f"  {title:<12} {param:<24} {figures}{branch}", _WIDTH)
-
-
-def counted(count: int, noun: str) -> str:
-    """Return a count with its noun: "1 trial", "2 trials"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def wrap(text: str, indent: str = "", first: str = "") -> list[str]:

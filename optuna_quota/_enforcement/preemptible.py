@@ -19,6 +19,7 @@ import time
 from types import FrameType
 from typing import Any, TYPE_CHECKING
 
+from optuna.study import Study
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
@@ -33,7 +34,6 @@ from optuna_quota.exceptions import TrialPreempted
 
 
 if TYPE_CHECKING:
-    from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
 
@@ -47,14 +47,13 @@ _ONE_SIGNAL = 0.1
 _REPEAT = 0.02
 
 
-@contextlib.contextmanager
 def preemptible(
     study: Study,
     signals: Sequence[int] = SIGNALS,
     requeue: bool = True,
     *,
     checkpoints: str | os.PathLike[str] | None = None,
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Let a worker end early on a signal without losing its trials.
 
     On one of the signals no further trial starts, and running ones are asked to stop:
@@ -83,8 +82,23 @@ def preemptible(
             deleted when the trial completes or is pruned.
 
     Raises:
-        RuntimeError: If this is not the main thread, the only one that gets signals.
+        TypeError: If ``study`` is no study, but an objective, say.
+        RuntimeError: On entering the block, if this is not the main thread, the only one that
+            gets signals.
     """
+    if not isinstance(study, Study):
+        raise TypeError(
+            f"`study` must be a study but got {study!r}. Use `with preemptible(study):` around "
+            "`study.optimize(objective)`."
+        )
+    folder = None if checkpoints is None else Path(checkpoints)
+    return _preemptible(study, tuple(signals), requeue, folder)
+
+
+@contextlib.contextmanager
+def _preemptible(
+    study: Study, signals: Sequence[int], requeue: bool, checkpoints: Path | None
+) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
             "`preemptible` must be used in the main thread, as Python handles signals there, but "
@@ -97,7 +111,7 @@ def preemptible(
     if not quota_pruners(pruner):
         # Its `should_prune` is what stops trials in process.
         study.pruner = QuotaPruner(pruner, limits=Limits())
-    folders = None if checkpoints is None else _Checkpoints(study, Path(checkpoints))
+    folders = None if checkpoints is None else _Checkpoints(study, checkpoints)
     preemption.requeue, preemption.signals = requeue, (*preemption.signals, *signals)
     study.optimize = _Optimize(study, folders)  # type: ignore[method-assign]
     try:

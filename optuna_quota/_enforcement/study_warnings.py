@@ -276,7 +276,7 @@ def _describe_late(
     return (
         f"Trial {number} {'completed' if completed else 'went on'} over a limit: it used "
         f"{resource.format(used)} of {resource.title}, {resource.format(breach.limit)} "
-        f"{'left' if breach.quota else 'allowed'}."
+        f"{'was left' if breach.quota else 'allowed'}."
     )
 
 
@@ -316,7 +316,7 @@ def _warn_of_held(study: Study, number: int, monitor: TrialMonitor) -> None:
 
 def _after_tell(study: Study, trial_id: int) -> None:
     storage = _optuna.storage_of(study)
-    monitor = metering_loop().find((id(storage), trial_id))
+    monitor = metering_loop().find((_optuna.number_of(storage), trial_id))
     if monitor is not None and monitor.owner == "pruner":
         monitor.close()
         verdict = monitor.verdict or Verdict("completed", "")

@@ -27,7 +27,11 @@ from optuna_quota._isolation.channel import Channel, dumps, pack_error, unpack_e
 from optuna_quota._isolation.cores import confine
 from optuna_quota._isolation.environment import enter_context, seed, vary_generators
 from optuna_quota._isolation.out_of_memory import find_failed_allocation
-from optuna_quota._isolation.output import apply_output_settings, apply_to_new_modules
+from optuna_quota._isolation.output import (
+    apply_output_settings,
+    apply_to_new_modules,
+    flush_streams,
+)
 from optuna_quota._isolation.pickling import inherited_descriptors, load_objective, receive_buffers
 from optuna_quota._isolation.rpc import MEASURE, RemoteTrial, RpcClient, TRIAL
 from optuna_quota._isolation.signals import PoliteStop, restore_signals
@@ -181,10 +185,10 @@ def _finish(outcome: messages.Outcome, calls: RpcClient, grace_period: float) ->
         memory_limits.lift_memory_limit()
         if isinstance(outcome, messages.Returned):
             outcome = _sendable(outcome)
-        _flush()
+        flush_streams()
         calls.notify(outcome)
         _run_exit_handlers(grace_period)
-        _flush()
+        flush_streams()
         _flush_files()
     except BaseException:  # noqa: BLE001 - the supervisor reports that nothing was sent
         return 1
@@ -195,7 +199,7 @@ def _exit_fork(outcome: messages.Outcome) -> int:
     """Return the exit code of a process that the objective forked and that left the objective."""
     if isinstance(outcome, messages.Raised):
         traceback.print_exception(unpack_error(outcome.error))
-    _flush()
+    flush_streams()
     if isinstance(outcome, messages.Exited):
         return outcome.code
     return int(isinstance(outcome, messages.Raised))
@@ -267,12 +271,6 @@ def _flush_files() -> None:
         if type(value) in _FILES:
             with contextlib.suppress(OSError, ValueError):
                 value.flush()
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
 
 
 # A forked process is to look like a child that multiprocessing has started. The private functions

@@ -155,6 +155,19 @@ def _read_umask(module: Any) -> int:
     return int(text.partition(b"\nUmask:")[2].split(None, 1)[0], 8)
 
 
+def _read_resource_limits(module: Any) -> dict[int, tuple[int, int]]:
+    kinds = {getattr(module, name) for name in dir(module) if name.startswith("RLIMIT_")}
+    return {kind: module.getrlimit(kind) for kind in kinds}
+
+
+def _set_resource_limits(module: Any, values: dict[int, tuple[int, int]]) -> None:
+    for kind, limits in values.items():
+        if module.getrlimit(kind) != limits:
+            # Only root may raise a hard limit again.
+            with contextlib.suppress(ValueError, OSError):
+                module.setrlimit(kind, limits)
+
+
 _PLAIN = (bool, int, float, str, list, tuple, type(None))
 
 
@@ -234,6 +247,10 @@ _SETTINGS: Mapping[str, Setting] = {
         "gc", lambda m: (m.isenabled(), m.get_threshold()), _set_garbage_collection
     ),
     "umask": Setting("os", _read_umask, lambda m, v: m.umask(v)),
+    "priority": Setting(
+        "os", lambda m: m.getpriority(m.PRIO_PROCESS, 0), lambda m, v: m.nice(v - m.nice(0))
+    ),
+    "resource limits": Setting("resource", _read_resource_limits, _set_resource_limits),
     "temporary folder": Setting(
         "tempfile", lambda m: m.tempdir, lambda m, v: setattr(m, "tempdir", v)
     ),

@@ -13,7 +13,6 @@ import selectors
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from typing import Any, Literal, TYPE_CHECKING
@@ -31,7 +30,11 @@ from optuna_quota._isolation.forkserver import fork_trial
 from optuna_quota._isolation.forkserver_client import fork_server_client, interpreter
 from optuna_quota._isolation.main_module import find_main_module, MainModule
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
-from optuna_quota._isolation.output import prepare_logging, read_output_settings
+from optuna_quota._isolation.output import (
+    flush_streams,
+    prepare_logging,
+    read_output_settings,
+)
 from optuna_quota._isolation.pickling import dump_objective, NeedsFork, Payload
 from optuna_quota._isolation.rpc import RemoteObjects, TrialFacts
 from optuna_quota._limits import Limits
@@ -155,9 +158,7 @@ class TrialLauncher:
         start = self._start_message(None, MainModule())
         inherited = messages.InheritedObjective(start, self._monitoring(), self.objective)
         prepare_logging(reset=False)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError, OSError, ValueError):
-                stream.flush()
+        flush_streams()
         _end_openmp_threads()
         parent = os.pidfd_open(os.getpid())
         try:

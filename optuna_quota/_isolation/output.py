@@ -157,6 +157,12 @@ def _apply_after_import(module: str, settings: OutputSettings) -> None:
             after_import(name, lambda _: apply_to_new_modules(settings))
 
 
+def flush_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+
+
 def _open_stream(name: str, encoding: str, errors: str) -> io.TextIOBase:
     """Return a new stream: the fork server's takes its descriptor for a null device's.
 

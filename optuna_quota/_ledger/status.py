@@ -10,7 +10,7 @@ import time
 from typing import Any, TYPE_CHECKING
 
 from optuna_quota import _optuna
-from optuna_quota._html import element, table
+from optuna_quota._html import align, element, table
 from optuna_quota._ledger.state import TrialRows
 from optuna_quota._ledger.totals import QuotaTotals
 from optuna_quota._limits import Quota, quota_from_amounts
@@ -23,7 +23,8 @@ from optuna_quota._resources import (
     PRICED_RESOURCES,
     TOTAL_RESOURCES,
 )
-from optuna_quota._units import format_seconds
+from optuna_quota._table import float_frame
+from optuna_quota._units import counted, format_seconds
 
 
 if TYPE_CHECKING:
@@ -88,9 +89,8 @@ class LedgerStatus:
 
         In SI base units; ``left`` and ``quota`` are NaN where there is no quota.
         """
-        columns = ("used", "reserved", "left", "quota")
-        rows = {line.resource: {n: getattr(line, n) for n in columns} for line in self.lines}
-        return _frame(rows, columns)
+        rows = {line.resource: {**vars(line), "left": line.left} for line in self.lines}
+        return float_frame(rows, ("used", "reserved", "left", "quota"))
 
     @property
     def exceeded(self) -> tuple[str, ...]:
@@ -105,12 +105,12 @@ class LedgerStatus:
             name: {"running": self.running.get(name, 0), **self.by_worker.get(name, {})}
             for name in names
         }
-        return _frame(rows, ("running", *self._used_resources(self.by_worker)))
+        return float_frame(rows, ("running", *self._used_resources(self.by_worker)))
 
     @property
     def outcomes(self) -> pd.DataFrame:
         """A DataFrame indexed by outcome: usage by resource."""
-        return _frame(dict(self.by_outcome), self._used_resources(self.by_outcome))
+        return float_frame(dict(self.by_outcome), self._used_resources(self.by_outcome))
 
     def __str__(self) -> str:
         notes = "\n".join(self._notes())
@@ -158,10 +158,9 @@ class LedgerStatus:
         for line in self.lines:
             if line.unknown:
                 title = get_resource(line.resource).title
-                trials = "1 trial" if line.unknown == 1 else f"{line.unknown} trials"
                 yield (
-                    f"{title[:1].upper()}{title[1:]} of {trials} is unknown: counted with the "
-                    "limit, or else with the largest known usage."
+                    f"{title[:1].upper()}{title[1:]} of {counted(line.unknown, 'trial')} is "
+                    "unknown: counted with the limit, or else with the largest known usage."
                 )
         if self.waiting:
             wait = "trial waits" if self.waiting == 1 else "trials wait"
@@ -275,25 +274,5 @@ def _share(line: LedgerLine) -> str:
 
 
 def _text_table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("─" * width for width in widths if width))
-    return "\n".join(lines)
-
-
-def _frame(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
-    import pandas as pd
-
-    frame: pd.DataFrame = pd.DataFrame(
-        list(rows.values()),
-        index=pd.Index(list(rows), dtype=object),
-        columns=list(columns),
-        dtype=float,
-    )
-    return frame
+    head, *lines = align(rows)
+    return "\n".join([head, "─" * max(map(len, (head, *lines))), *lines])

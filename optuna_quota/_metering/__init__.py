@@ -12,7 +12,7 @@ from optuna_quota._metering.breach import extension_threshold
 from optuna_quota._metering.loop import MeteringLoop, TrialMonitor
 from optuna_quota._metering.meter import check_names, Meter
 from optuna_quota._metering.trial_state import Key, Verdict
-from optuna_quota._optuna import storage_of, trial_id_of
+from optuna_quota._optuna import number_of, storage_of, trial_id_of
 
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ __all__ = [
 
 def key_of(study: Study, trial: BaseTrial | FrozenTrial) -> Key:
     """Return what identifies a trial in this process: its storage and its id there."""
-    return (id(storage_of(study)), trial_id_of(trial))
+    return (number_of(storage_of(study)), trial_id_of(trial))
 
 
 _loop: MeteringLoop | None = None

@@ -161,7 +161,7 @@ class TrialMonitor(TrialState):
         with self._loop.lock:
             breach = self.breach
             if breach is None:
-                self.add_callback(callback)
+                self._callbacks.append(callback)
         if breach is not None:
             _call(partial(callback, breach))
 

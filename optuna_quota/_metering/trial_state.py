@@ -117,18 +117,14 @@ class TrialState:
 
     Attributes:
         key: The trial, see :func:`optuna_quota._metering.key_of`.
-        limits: Its limits.
         left: What it may use of the study's total quotas, by resource.
-        meters: The user's own meters.
         started: When the trial started, in seconds on the loop's clock.
         isolation: ``"thread"`` alone in this process, ``"shared"`` once another trial ran in this
             process at the same time, ``"process"`` in a process tree of its own, None where this
             process can't see it.
         held: Memory that this process held before the trial began in it, in bytes.
         breach: The first breach; it stays.
-        verdict: How the trial ended, once that is decided.
         owner: Which component writes the trial's record, ``"sampler"`` for the sampler.
-        recorded: Whether the trial's record was written.
         is_finished: Whether it has its result: from then on nothing is a breach.
         closed: Whether metering has ended.
         environment: Environment variables of the trial's own process, such as the GPU assigned
@@ -137,7 +133,6 @@ class TrialState:
         most: The largest grant of each quota that it may ever get, by resource.
         supervised: The memory limit that the trial's supervisor process enforces, in bytes.
         prices: Price per hour by resource, where there is a quota on ``cost``.
-        used: What was measured.
         extension: Its requests for more of the quotas, where it makes any.
     """
 
@@ -342,9 +337,6 @@ class TrialState:
         self.started += seconds
         if seconds:
             self.breach = None
-
-    def add_callback(self, callback: Callable[[Breach], None]) -> None:
-        self._callbacks.append(callback)
 
     def take_callbacks(self) -> list[Callable[[], None]]:
         """Return what is due to be called, each once: of a breach, or to request more."""

@@ -20,7 +20,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._optuna.samplers import raised_by_constraints_func
-from optuna_quota._optuna.storages import describe_end, unwrap_study
+from optuna_quota._optuna.storages import describe_end, number_of, unwrap_study
+from optuna_quota.exceptions import LimitBreached
 
 
 if TYPE_CHECKING:
@@ -266,7 +267,7 @@ def replace_tell(study: Study, trial_id: int, replacement: TellReplacement) -> N
     What ``optimize`` stores follows from what the objective returned or raised, which is wrong for
     a trial that is to run again.
     """
-    _replacements[id(study._storage), trial_id] = replacement
+    _replacements[number_of(study._storage), trial_id] = replacement
     watch_tell()
 
 
@@ -276,7 +277,7 @@ def tolerate_finished_row(study: Study, trial_id: int) -> None:
     Otherwise it ends with "Cannot tell a FAIL trial". Other callers of ``tell`` get the error.
     """
     if in_optimize_loop(unwrap_study(study)):
-        _tolerant.add((id(study._storage), trial_id))
+        _tolerant.add((number_of(study._storage), trial_id))
         watch_tell()
 
 
@@ -307,7 +308,7 @@ def _tell_or_replacement(
             trial_id = study._storage.get_trial_id_from_study_id_trial_number(
                 study._study_id, trial
             )
-    key: Any = (id(study._storage), trial_id)
+    key: Any = (number_of(study._storage), trial_id)
     replacement = _replacements.pop(key, None)
     # An objective may call `tell` as well, before `optimize` does.
     by_optimize = _module_of(sys._getframe(1)) == _OPTIMIZE
@@ -326,10 +327,16 @@ def _tell_or_replacement(
         end = describe_end(study, key[1]) if is_tolerant else None
         if end is None:
             raise
-        if state is None or isinstance(objective_error(), KeyboardInterrupt):
-            return TrialState.FAIL, None, end
-        # For a failed trial, `optimize` would raise what its objective raised.
-        return TrialState.PRUNED, None, None
+        # What a trial raises since its row has ended: where that is gone, storages say KeyError.
+        follows = (
+            LimitBreached,
+            UpdateFinishedTrialError,
+            *[KeyError] * isinstance(error, KeyError),
+        )
+        if state == TrialState.PRUNED or isinstance(objective_error(), follows):
+            # For a failed trial, `optimize` would raise it.
+            return TrialState.PRUNED, None, None
+        return TrialState.FAIL, None, end
     except Exception as error:
         if by_optimize:
             end = f"value {value_or_values!r}" if state is None else f"state {state.name}"

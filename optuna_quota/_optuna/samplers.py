@@ -10,7 +10,7 @@ import threading
 from typing import Any, cast, NoReturn, TYPE_CHECKING
 
 from optuna.pruners import BasePruner, HyperbandPruner
-from optuna.samplers import BaseSampler, PartialFixedSampler
+from optuna.samplers import BaseSampler, BruteForceSampler, PartialFixedSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota._optuna.storages import _FIXED_PARAMS
@@ -130,6 +130,7 @@ def learn_constraints(
     ``constrain`` is None for those in the rows. Without limits now (``limited``), samplers of
     Optuna 4 are not to know of constraints.
     """
+    study = skip_empty_rows(study, samplers)
     if _BY_KEY:
         yield cast("Study", _ConstrainedStudy(study, constrain)) if constrain else study
     elif limited():
@@ -175,6 +176,42 @@ def _replace_everywhere(sampler: BaseSampler, old: Any, new: Any) -> None:
 def _recorded(trial: FrozenTrial) -> tuple[float, ...]:
     """Return the constraints in a trial's row, as a ``constraints_func``."""
     return tuple(trial.system_attrs.get(CONSTRAINTS) or ())
+
+
+def skip_empty_rows(study: Study, samplers: Sequence[BaseSampler]) -> Study:
+    """Return a view of a study without rows that ended before they had parameters.
+
+    BruteForceSampler takes such a row, of a refused or crashed trial, for the only leaf of its
+    tree: it ends the search, or raises. For other samplers, this is the study itself.
+    """
+    is_tree = any(isinstance(each, BruteForceSampler) for each in samplers)
+    return cast("Study", _StudyOfPoints(study)) if is_tree else study
+
+
+def is_empty_row(trial: FrozenTrial, state: TrialState) -> bool:
+    """Return whether a trial that ends in a state ends before it had parameters."""
+    return not trial.params and state.is_finished() and state != TrialState.COMPLETE
+
+
+class _StudyOfPoints:
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._storage = _StorageOfPoints(study._storage)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+
+class _StorageOfPoints:
+    def __init__(self, storage: BaseStorage) -> None:
+        self._of_all = storage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of_all, name)
+
+    def get_all_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        trials = self._of_all.get_all_trials(*args, **kwargs)
+        return [trial for trial in trials if not is_empty_row(trial, trial.state)]
 
 
 class _ConstrainedStudy:

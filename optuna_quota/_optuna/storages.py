@@ -175,9 +175,13 @@ def has_row_locks(storage: BaseStorage) -> bool:
     return engine is None or engine.dialect.name != "sqlite"
 
 
-# Unlike `id`, never the same for a storage that is gone and a new one.
 _numbers: weakref.WeakKeyDictionary[BaseStorage, int] = weakref.WeakKeyDictionary()
 _next_number = itertools.count()
+
+
+def number_of(storage: BaseStorage) -> int:
+    """Return a storage object's number in this process; unlike `id`, it is never used again."""
+    return _numbers.setdefault(storage, next(_next_number))
 
 
 def address_of(storage: BaseStorage) -> str:
@@ -188,7 +192,7 @@ def address_of(storage: BaseStorage) -> str:
         return str(path)
     if engine is not None:
         return str(engine.url)
-    return f"storage {_numbers.setdefault(storage, next(_next_number))}"
+    return f"storage {number_of(storage)}"
 
 
 def wrap_journal_lock(

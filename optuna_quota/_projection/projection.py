@@ -9,6 +9,7 @@ from typing import Any, TYPE_CHECKING
 from optuna_quota._html import element, table
 from optuna_quota._limits import Strategy
 from optuna_quota._resources import format_amount, get_resource
+from optuna_quota._table import float_frame
 
 
 if TYPE_CHECKING:
@@ -92,12 +93,8 @@ class Projection:
 
         The interval covers the whole study, including what was used so far.
         """
-        from pandas import DataFrame, Index
-
-        rows = [[getattr(r, name) for name in _FIGURES] for r in self.resources]
-        index = Index([r.resource for r in self.resources], name="resource", dtype="object")
-        frame: DataFrame = DataFrame(rows, index=index, columns=list(_FIGURES), dtype=float)
-        return frame
+        rows = {row.resource: vars(row) for row in self.resources}
+        return float_frame(rows, _FIGURES, index="resource")
 
     @property
     def unfit(self) -> tuple[ProjectedResource, ...]:

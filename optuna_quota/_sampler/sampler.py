@@ -348,7 +348,9 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
                 record_ignored_rejection(whole, trial)
             return
         try:
-            self.base_sampler.after_trial(study, trial, state, values)
+            seen = _optuna.skip_empty_rows(study, self._nested)
+            if seen is study or not _optuna.is_empty_row(trial, state):
+                self.base_sampler.after_trial(seen, trial, state, values)
         except Exception as error:
             # Plain Optuna would end the study, though the trial stopped before the objective set
             # what the constraints are computed from.

@@ -14,9 +14,8 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 from optuna.trial import TrialState
 
-from optuna_quota._footprint.footprint import BaseFootprint, Footprint
+from optuna_quota._footprint.footprint import BaseFootprint, Footprint, Learner
 from optuna_quota._footprint.observations import Observation
-from optuna_quota._footprint.online import Learner
 from optuna_quota._footprint.search_space import (
     certain_completions,
     latin_hypercube,

@@ -342,7 +342,7 @@ class StudySessions:
 
 def _session_key(study: Study) -> tuple[int, int, int]:
     # With the process, as a forked one keeps no session of its parent.
-    return os.getpid(), id(_optuna.storage_of(study)), _optuna.study_id_of(study)
+    return os.getpid(), _optuna.number_of(_optuna.storage_of(study)), _optuna.study_id_of(study)
 
 
 def store_study_settings(study: Study, quota: Quota, limits: Limits, *, warn: bool = True) -> bool:

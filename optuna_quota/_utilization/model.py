@@ -20,7 +20,15 @@ import numpy as np
 
 from optuna_quota._resources import get_resource
 from optuna_quota._utilization.data import StudyData
-from optuna_quota._utilization.design import build_design, Column, Product, values_of
+from optuna_quota._utilization.design import (
+    build_design,
+    Column,
+    MIN_OBSERVED,
+    Product,
+    select,
+    Selected,
+    values_of,
+)
 from optuna_quota._utilization.fit import (
     derivatives,
     derivatives_at,
@@ -31,7 +39,6 @@ from optuna_quota._utilization.fit import (
     Sample,
     without_numeric_warnings,
 )
-from optuna_quota._utilization.selection import MIN_OBSERVED, select, Selected
 
 
 if TYPE_CHECKING:

@@ -169,10 +169,7 @@ def suggestion(name: str, known: Sequence[str]) -> str | None:
 def _parse_pairs(texts: Sequence[str], option: str, known: Sequence[str]) -> dict[str, Any]:
     """Return values by name: numbers where there are no units, text elsewhere.
 
-    Args:
-        texts: ``NAME=VALUE``, each one or several separated by commas.
-        option: The option, for errors.
-        known: Valid names.
+    Each text is one ``NAME=VALUE`` or several separated by commas.
     """
     pairs: dict[str, Any] = {}
     for part in ",".join(texts).split(",") if texts else ():
@@ -215,11 +212,7 @@ def load_study(options: argparse.Namespace) -> Study:
 
 
 def open_storage(url: str) -> BaseStorage:
-    """Return a storage, as Optuna's own command line does, but create no SQLite file.
-
-    Args:
-        url: A database URL, a Redis URL, or the path of a journal file.
-    """
+    """Return a storage, as Optuna's own command line does, but create no SQLite file."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalRedisBackend
 

@@ -12,6 +12,8 @@ import re
 import sys
 from typing import Any, TYPE_CHECKING
 
+from optuna_quota._html import align
+
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,8 +73,7 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 def progress(text: str) -> Iterator[Callable[[str], None]]:
     """Show what is being done on standard error, where that is a terminal, until it is done.
 
-    Args:
-        text: What is done first; the function that is yielded shows what is done next.
+    The function that is yielded shows what is done next.
     """
 
     def show(text: str) -> None:
@@ -88,15 +89,8 @@ def progress(text: str) -> Iterator[Callable[[str], None]]:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table whose first column has names, the others figures."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ("─" if encodes("─") else "-") * (sum(widths) + 2 * (len(widths) - 1))
-    first, *rest = (
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (header, *rows)
-    )
+    first, *rest = align([header, *rows])
+    rule = ("─" if encodes("─") else "-") * max(map(len, (first, *rest)))
     return [styled(first, "bold"), styled(rule, "dim"), *rest]
 
 

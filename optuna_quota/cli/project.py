@@ -113,15 +113,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def learn_footprint(study: Study, confidence: float = 0.95) -> Footprint:
-    """Return the footprint that a study's trials show.
-
-    Args:
-        study: The study.
-        confidence: One-sided, of the bounds.
-
-    Raises:
-        UsageError: If no trial recorded its usage.
-    """
+    """Return the footprint that a study's trials show, a UsageError if none recorded its usage."""
     from optuna_quota._footprint.footprint import Footprint
     from optuna_quota._footprint.observations import read_observation
 

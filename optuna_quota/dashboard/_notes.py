@@ -43,13 +43,7 @@ def code(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
-    """Return a table of cells that are Markdown already.
-
-    Args:
-        head: Titles of the columns.
-        rows: Cells by row.
-        right: Columns aligned to the right.
-    """
+    """Return a table of cells that are Markdown already, some columns aligned to the right."""
     marks = ["---:" if i in right else ":---" for i in range(len(head))]
     # The dashboard's cells have no padding; Markdown keeps en spaces. Amounts don't wrap.
     padded = [
@@ -86,10 +80,7 @@ _BLOCK = re.compile(rf"{_BEGIN}(?:(?!{_BEGIN}).)*?{_END}", re.MULTILINE | re.DOT
 def replace_block(note: str, content: str) -> str:
     """Return a note with new content in our block and all other text unchanged.
 
-    Args:
-        note: The note. Its first block is replaced in place and copies of it are removed; without
-            one, the block is appended.
-        content: The block's content, as Markdown.
+    The first block is replaced in place and copies of it are removed; without one, it is appended.
     """
     block = f"{BEGIN}\n\n{content.strip()}\n\n{END}"
     found = list(_BLOCK.finditer(note))
@@ -107,12 +98,7 @@ _MAX_ADVICE = 7
 
 
 def study_note(text: ReportText, trial_url: Callable[[int], str]) -> str:
-    """Return the note on a study.
-
-    Args:
-        text: What is known of the study.
-        trial_url: Returns the URL of a trial's page by its number.
-    """
+    """Return the note on a study; ``trial_url`` returns the page of a trial by its number."""
     parts = ["### Resource usage", escape(text.headline)]
     if text.ledger:
         rows = [
@@ -149,10 +135,7 @@ def study_note(text: ReportText, trial_url: Callable[[int], str]) -> str:
 def trial_note(row: FinishedTrial, limits: Mapping[str, float], image: str | None) -> str:
     """Return the note on a trial that was terminated or rejected, or that failed.
 
-    Args:
-        row: The trial.
-        limits: Limits in force, by resource, in SI base units.
-        image: URL of the plot of its usage over time.
+    ``limits`` are in SI base units, ``image`` is the URL of the plot of its usage over time.
     """
     reason = row.record.reason or "No reason was recorded."
     parts = [f"**{row.outcome.capitalize()}.** {escape(reason)}"]

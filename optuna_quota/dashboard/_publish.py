@@ -95,15 +95,7 @@ def publish_report(
     artifact_store: ArtifactStore | None,
     is_current: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Publish a study with its analysis.
-
-    Args:
-        study: Where the notes and plots are written.
-        report: The analysis, which may be of a copy.
-        artifact_store: For images.
-        is_current: Called before anything is written: False if another worker has begun to
-            publish.
-    """
+    """Publish a study with its analysis, unless another worker has begun to: ``is_current``."""
     _import_dashboard()
     trials, study_id = StudyTrials(study), _optuna.study_id_of(study)
     # What takes long comes first, as another worker may begin meanwhile.

@@ -13,6 +13,7 @@ from optuna_quota._ledger import stored_quota
 from optuna_quota._ledger.protocol import study_stamp
 from optuna_quota._ledger.totals import QuotaTotals, read_entry
 from optuna_quota._resources import format_amount, get_resource, TOTAL_RESOURCES
+from optuna_quota._units import counted
 from optuna_quota.visualization import _theme
 from optuna_quota.visualization._data import FinishedTrial, StudyTrials
 
@@ -173,5 +174,5 @@ def _finding(curves: Sequence[_Curve]) -> str:
         return f"used up: {name}, {share}"
     if not math.isfinite(first.trials_left):
         return f"{name}: {share}"
-    trials = "1 trial" if round(first.trials_left) == 1 else f"{first.trials_left:,.0f} trials"
+    trials = counted(round(first.trials_left), "trial")
     return f"first used up: {name}, in about {trials} (dotted: projected, 90% band)"

@@ -47,7 +47,6 @@ class FinishedTrial:
 
     @property
     def number(self) -> int:
-        """The trial's number."""
         return self.trial.number
 
     def is_censored(self, resource: str) -> bool:
@@ -65,10 +64,7 @@ class FinishedTrial:
     def hover(self, resource: str, *more: str, params: Sequence[str] | None = None) -> str:
         """Return the lines shown when the mouse points at the trial.
 
-        Args:
-            resource: The usage to show.
-            more: Further lines.
-            params: Names of the hyperparameters to show, at most eight of all unless given.
+        Unless ``params`` names some, at most eight hyperparameters are shown.
         """
         names = list(self.trial.params)[:_MAX_PARAMS] if params is None else params
         lines = [f"trial {self.number}, {self.outcome}", self.format_usage(resource), *more]

@@ -105,11 +105,8 @@ def thin(figure: go.Figure, max_markers: int) -> go.Figure:
 def thinned_json(figure: go.Figure, max_markers: int, *, hover: bool = False) -> dict[str, Any]:
     """Return the JSON of a figure with fewer markers, for where size matters.
 
-    Args:
-        figure: Any figure of this package.
-        max_markers: Markers over all traces of a pair of axes; each trace keeps an even share, so
-            that a rare outcome stays visible.
-        hover: Whether to keep the texts shown when the mouse points at a marker.
+    At most ``max_markers`` are over all traces of a pair of axes; each trace keeps an even share,
+    so that a rare outcome stays visible. ``hover`` keeps the texts shown at a marker.
     """
     spec: dict[str, Any] = figure.to_plotly_json()
     panels: dict[str, list[dict[str, Any]]] = {}

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 import math
 from typing import NamedTuple, TYPE_CHECKING
 
+import numpy as np
+
+from optuna_quota._analysis.pareto import cost_front
 from optuna_quota._resources import format_amount, get_resource
 from optuna_quota.visualization import _theme
 from optuna_quota.visualization._data import FinishedTrial, StudyTrials
@@ -117,7 +120,9 @@ def quality_cost_figure(
     cost_range = (
         _theme.padded_range(costs, log=True) if log_cost else (0.0, max(costs) * 1.06 or 1.0)
     )
-    front = _front(priced, maximize)
+    sign = -1.0 if maximize else 1.0
+    places = cost_front(np.array([p.cost for p in priced]), sign * np.array(values))
+    front = [priced[i] for i in places]
     on_front = {each.trial.number for each in front}
     others = [each for each in priced if each.trial.number not in on_front]
     groups = {
@@ -152,16 +157,6 @@ def quality_cost_figure(
             log=log_value,
         ),
     )
-
-
-def _front(priced: Sequence[_Priced], maximize: bool) -> list[_Priced]:
-    """Return the Pareto front, the cheapest first, one trial of those that are equal."""
-    sign = -1.0 if maximize else 1.0
-    front: list[_Priced] = []
-    for each in sorted(priced, key=lambda p: (p.cost, sign * p.value, p.trial.number)):
-        if not front or sign * each.value < sign * front[-1].value:
-            front.append(each)
-    return front
 
 
 def _finding(resource: str, priced: Sequence[_Priced], front: Sequence[_Priced]) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-import math
 from typing import NamedTuple, TYPE_CHECKING
 
 from optuna_quota._ledger import status
 from optuna_quota._resources import format_amount, get_resource
+from optuna_quota._units import counted
 from optuna_quota.visualization._data import by_outcome, ENDED, FinishedTrial, StudyTrials
 from optuna_quota.visualization._theme import resource_title
 from optuna_quota.visualization._waste import TOTAL_OF, waste_finding, waste_of
@@ -100,8 +100,7 @@ class ReportText:
         if not trials:
             return "No trial has finished yet."
         ended = ", ".join(f"{len(group):,} {o}" for o, group in by_outcome(trials).items())
-        count = f"{len(trials):,} trial{'s' if len(trials) != 1 else ''}"
-        sentences = [f"{count} finished: {ended}."]
+        sentences = [f"{counted(len(trials), 'trial')} finished: {ended}."]
         best = self._best()
         if best is not None:
             value = best.trial.values[0]
@@ -112,18 +111,8 @@ class ReportText:
 
     def _best(self) -> FinishedTrial | None:
         """Return the best completed trial of a study with one objective."""
-        directions = self._trials.study.directions
-        if len(directions) != 1:
-            return None
-        done = [
-            trial
-            for trial in self._trials.finished
-            if trial.outcome == "completed"
-            and trial.trial.values
-            and math.isfinite(trial.trial.values[0])
-        ]
-        sign = -1.0 if directions[0].name == "MAXIMIZE" else 1.0
-        return min(done, key=lambda t: (sign * t.trial.values[0], t.number), default=None)
+        best = set() if len(self._trials.study.directions) != 1 else set(self._report.best)
+        return next((t for t in self._trials.finished if t.number in best), None)
 
     @property
     def tiles(self) -> list[tuple[str, str]]:

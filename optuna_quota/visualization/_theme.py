@@ -78,12 +78,7 @@ _UNITS: Mapping[str, tuple[Unit, ...]] = {"B": _BYTES, "s": _SECONDS, "J": _JOUL
 
 
 def unit_for(resource: str, amounts: Iterable[float]) -> Unit:
-    """Return the largest unit in which the largest amount is at least 1.5.
-
-    Args:
-        resource: Name of the resource.
-        amounts: Amounts in SI base units; infinite ones are left out.
-    """
+    """Return the largest unit in which the largest finite amount is at least 1.5."""
     top = max((a for a in amounts if math.isfinite(a)), default=0.0)
     units = _UNITS.get(get_resource(resource).unit.symbol, (Unit("", 1),))
     return next((unit for unit in reversed(units) if top >= 1.5 * unit.size), units[0])
@@ -113,11 +108,6 @@ def axis_range(
 
     Linear axes start at zero. A limit is in the range unless it is over three times the largest
     value: a limit of 64 GiB must not flatten trials of 300 MiB.
-
-    Args:
-        values: The values shown.
-        log: Whether the axis is logarithmic.
-        limit: The limit drawn as a horizontal line.
     """
     shown = [v for v in values if math.isfinite(v) and (v > 0 or not log)]
     top = max(shown, default=0.0)
@@ -170,11 +160,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def import_plotly(module: str = "plotly.graph_objects") -> ModuleType:
-    """Import a module of plotly, which is optional.
-
-    Raises:
-        ImportError: If plotly is not installed; the message names the extra that installs it.
-    """
+    """Import a module of plotly, or raise an ImportError that names the extra to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -283,14 +269,7 @@ def axis(
     log: bool = False,
     categories: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the layout of an axis.
-
-    Args:
-        title: What it shows, with the unit.
-        limits: Its ends, in its unit.
-        log: Whether it is logarithmic, for which ``limits`` must be given.
-        categories: The categories in their order, for an axis of names.
-    """
+    """Return the layout of an axis; a logarithmic one needs ``limits``, its ends in its unit."""
     layout: dict[str, Any] = {
         "title": {"text": escape(title), "standoff": 8},
         "gridcolor": GRID,
@@ -405,15 +384,9 @@ def add_limit(
 ) -> None:
     """Draw a limit as a dashed line, or say that it is above the axis.
 
-    Args:
-        figure: The figure.
-        resource: The resource.
-        limit: In SI base units.
-        unit: The unit of the axis.
-        high: The upper end of the axis, in its unit.
-        log: Whether the axis is logarithmic.
-        panel: Number of the pair of axes, empty for the first, whose line is labelled.
-        side: The end of the line that the label stands at, where fewer markers are.
+    ``limit`` is in SI base units, ``high`` the upper end of the axis in its ``unit``. Of several
+    pairs of axes the first is labelled, whose number (``panel``) is empty; the label stands at
+    the ``side`` with fewer markers.
     """
     y = unit.of(limit)
     above = y > high

@@ -11,6 +11,7 @@ import numpy as np
 
 from optuna_quota._metering.breach import is_breach
 from optuna_quota._resources import format_amount
+from optuna_quota._units import counted
 from optuna_quota.visualization import _theme
 from optuna_quota.visualization._data import (
     by_outcome,
@@ -321,5 +322,4 @@ def _traces(found: _Slice, resource: str, unit: _theme.Unit) -> list[dict[str, A
 def _subtitle(slices: Sequence[_Slice]) -> str:
     if any(s.predicted for s in slices):
         return "model: the other hyperparameters at their median or most frequent value"
-    count = max(len(s.trials) for s in slices)
-    return f"{count:,} trials" if count != 1 else "1 trial"
+    return counted(max(len(s.trials) for s in slices), "trial")

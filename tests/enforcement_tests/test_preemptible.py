@@ -55,6 +55,16 @@ def objective_that_checks(trial: optuna.Trial) -> float:
     return x
 
 
+def test_an_objective_in_the_place_of_the_study_is_an_error_at_once() -> None:
+    study = optuna.create_study()
+    for given in (objective_that_checks, "study", None):
+        with pytest.raises(
+            TypeError, match=r"`study` must be a study .*`with preemptible\(study\)"
+        ):
+            study.optimize(preemptible(given), n_trials=2)  # type: ignore[arg-type]
+    assert not study.trials
+
+
 def make_study(kind: str, storage: InMemoryStorage | None = None) -> optuna.Study:
     sampler = optuna.samplers.RandomSampler(seed=1)
     if kind == "plain":

@@ -18,8 +18,8 @@ import pytest
 
 from optuna_quota import Footprint, Limits, Usage
 from optuna_quota._footprint import resource_model
+from optuna_quota._footprint.footprint import transferred_observations
 from optuna_quota._footprint.observations import Observation
-from optuna_quota._footprint.online import transferred_observations
 from optuna_quota._footprint.resource_model import ResourceModel
 
 

@@ -9,8 +9,8 @@ from optuna.trial import create_trial, FrozenTrial, TrialState
 import pytest
 
 from optuna_quota import Footprint, Limits, Usage
+from optuna_quota._footprint.footprint import Learner, transferred_observations
 from optuna_quota._footprint.observations import MAX_OBSERVATIONS, Observation
-from optuna_quota._footprint.online import Learner, transferred_observations
 from tests.footprint_tests.test_footprint import draw_rows
 from tests.footprint_tests.test_observations import breach
 

@@ -86,6 +86,21 @@ def test_a_trial_in_process_that_was_failed_from_outside(by_number: bool) -> Non
         study.tell(0, 1.0)
 
 
+def test_what_a_trial_that_was_failed_from_outside_raises_itself_is_not_lost() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        trial.study.tell(trial.number, state=TrialState.FAIL)
+        if trial.number == 0:
+            trial.suggest_float("x", 0, 1)  # The row can't be changed any more.
+        raise KeyError("learning_rate")
+
+    study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9)))
+    with pytest.raises(KeyError, match="learning_rate"):
+        study.optimize(objective, n_trials=3)
+    assert len(study.trials) == 2
+    study.optimize(objective, n_trials=2, catch=(KeyError,))
+    assert len(study.trials) == 4
+
+
 def test_no_trace_of_a_trial_is_kept() -> None:
     before = set(_optuna.optimize._tolerant)
     study = optuna.create_study(sampler=QuotaSampler(quota=Quota(n_trials=9)))

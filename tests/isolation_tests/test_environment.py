@@ -272,6 +272,17 @@ OWN: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     ),
 }
 
+if sys.platform == "linux":
+    import resource
+
+    n_files, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    OWN["resource limits"] = (
+        lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (n_files - 1, most_files)),
+        lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    )
+    if os.geteuid() == 0:  # else it can't be undone
+        OWN["priority"] = (lambda: os.nice(1), lambda: os.nice(0))
+
 
 OF_LIBRARIES: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
     "numpy errors": ("numpy", lambda m: m.seterr(divide="raise"), lambda m: m.geterr()),

@@ -67,6 +67,17 @@ def test_a_trial_with_no_gpu_open_is_not_charged_for_others(
     assert (found and found.value) == memory
 
 
+@pytest.mark.parametrize(("from_before", "value"), [(True, None), (False, 3 * GB)])
+def test_a_listed_process_without_bytes(from_before: bool, value: float | None) -> None:
+    # What a process held before the trial is part of what the device held before it.
+    device = Device()
+    device.held = {1: None} if from_before else {}
+    with meter_on(reader_of(device)) as meter:
+        device.used, device.held = 3 * GB, {1: None}
+        found = meter.read([1])["gpu_memory"]
+    assert (found.value, found.lost) == (value, from_before)
+
+
 def test_a_process_that_has_just_ended_is_not_counted() -> None:
     # Listed when the driver is asked, gone when it is asked whether there is such a process.
     class Passing(Device):

@@ -453,6 +453,22 @@ def test_a_refused_enqueued_point_does_not_break_a_brute_force_search() -> None:
     assert visited == {(x, y) for x in (1, 2, 3) for y in (1, 2)}
 
 
+def test_a_row_without_parameters_does_not_end_a_brute_force_search() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        if trial.number == 2:
+            raise RuntimeError("before its first parameter")
+        return trial.suggest_int("x", 1, 4) + trial.suggest_int("y", 1, 2)
+
+    study = optuna.create_study(sampler=QuotaSampler(BruteForceSampler(), quota=Quota(n_trials=4)))
+    for n_trials in (4, 4, 99):  # The second refuses a trial.
+        study.sampler = QuotaSampler(BruteForceSampler(), quota=Quota(n_trials=n_trials))
+        study.optimize(objective, n_trials=20, catch=(RuntimeError,))
+    done = [t for t in study.trials if t.state == TrialState.COMPLETE]
+    assert len(done) == 8
+    assert len({(t.params["x"], t.params["y"]) for t in done}) == 8
+    assert any(not t.params and t.state == TrialState.PRUNED for t in study.trials)
+
+
 def test_a_rejected_row_has_its_enqueued_parameters() -> None:
     enqueued = [{"y": 1, "kind": "a"}] * 3 + [{"y": 99}] * 20
     study = run_study(TPESampler(seed=1), 23, enqueued=enqueued, on_veto="skip", footprint=exact)

@@ -15,6 +15,8 @@ from optuna_quota import analyze, Limits, Usage, visualization
 from optuna_quota._records import TrialRecord
 from optuna_quota._usage import Breach
 from optuna_quota.visualization import _html_report, _theme
+from optuna_quota.visualization._data import StudyTrials
+from optuna_quota.visualization._report_text import ReportText
 from tests.browser import chromium, faults, wait_for
 from tests.visualization_tests.studies import add_row, empty_study, made_study
 
@@ -121,6 +123,16 @@ def test_studies_with_hardly_any_trials_have_a_report(n_trials: int, tmp_path: P
 
 
 @pytest.mark.slow
+def test_the_best_value_is_that_of_a_trial_that_violates_no_constraint() -> None:
+    study = empty_study(name="constrained")
+    for value, violated in ((1.0, 1.0), (2.0, 0.0)):
+        attributes = {"constraints": [violated]}
+        study.add_trial(optuna.trial.create_trial(value=value, system_attrs=attributes))
+    text = ReportText(StudyTrials(study), analyze(study))
+    assert "The best value, 2, is that of trial 1." in text.headline
+    assert ("2", "best value, trial 1") in text.tiles
+
+
 def test_names_and_reasons_are_escaped(tmp_path: Path) -> None:
     report = analyze(hostile_study())
     path = tmp_path / "report.html"
