@@ -102,6 +102,14 @@ class GpuMeter:
 
     def read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
         """Return what the trial's processes hold and have used, by a new reading."""
+        try:
+            return self._read(pids)
+        except GpuError as error:
+            if self._start.at == -math.inf:
+                return self._give_up(Source(None, error.reason), GPU_RESOURCES)
+            return {}  # the next reading may be answered
+
+    def _read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
         reader = self._reader
         if reader is None:
             reader = self._open()

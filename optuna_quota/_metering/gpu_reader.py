@@ -28,11 +28,15 @@ ANY_PID = -1
 # The GPU resources that add up.
 GPU_TOTALS = tuple(name for name in GPU_RESOURCES if not RESOURCES[name].peak)
 
+# Seconds that a reading waits for that of another thread.
+_TIMEOUT = 2.0
+
 _NAMES = Path("/proc/net/unix")
 _PREFIX = "optuna-quota/gpu/"
 
 _INSTANCE = "it is not reported by process on a MIG instance"
 _NO_BYTES = "the driver does not report it by process"
+_HANGS = "the driver hangs"
 _CROWDED = "several processes share a GPU that does not report how busy each keeps it"
 
 Answer = TypeVar("Answer")
@@ -198,6 +202,8 @@ class GpuReader:
         self._clock = clock
         self.is_alive = is_alive
         self._lock = threading.Lock()
+        # Apart from the reading's: a trial can end while the driver hangs.
+        self._claims_lock = threading.Lock()
         now = clock()
         self._devices = [_DeviceReader(device, now) for device in devices]
         self._claims: dict[object, frozenset[str]] = {}
@@ -212,13 +218,13 @@ class GpuReader:
         return frozenset(reader.device.identity for reader in self._devices)
 
     def claim(self, trial: object, devices: frozenset[str]) -> None:
-        with self._lock:
+        with self._claims_lock:
             if self._claims.get(trial) != devices:
                 self._claims[trial] = devices
                 self._publish()
 
     def release(self, trial: object) -> None:
-        with self._lock:
+        with self._claims_lock:
             if self._claims.pop(trial, None) is not None:
                 self._publish()
 
@@ -230,7 +236,7 @@ class GpuReader:
 
     def is_exclusive(self, trial: object) -> bool:
         """Return whether no other trial, of any worker on this machine, may use its devices."""
-        with self._lock:
+        with self._claims_lock:
             own = self._claims.get(trial, frozenset())
             if any(own & its for other, its in self._claims.items() if other is not trial):
                 return False
@@ -244,8 +250,13 @@ class GpuReader:
         self._registry.publish(())
 
     def read(self, max_age: float = 0.0, after: float = float("-inf")) -> GpuReading:
-        """Return the last reading, or a new one if that is older than ``max_age`` or ``after``."""
-        with self._lock:
+        """Return the last reading, or a new one if that is older than ``max_age`` or ``after``.
+
+        Raises GpuError if the driver does not answer another thread.
+        """
+        if not self._lock.acquire(timeout=_TIMEOUT):
+            raise GpuError(_HANGS)
+        try:
             now, latest = self._clock(), self.latest
             is_fresh = 0 <= now - latest.at <= max_age and latest.at > after
             if latest.lost is None and not is_fresh:
@@ -253,6 +264,8 @@ class GpuReader:
                 self.latest = self._read(now)
                 self.cost = time.perf_counter() - begun
             return self.latest
+        finally:
+            self._lock.release()
 
     def _read(self, now: float) -> GpuReading:
         # Copies: other threads may still hold the earlier reading.

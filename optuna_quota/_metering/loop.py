@@ -1,4 +1,8 @@
-"""The metering loop: one thread for each process measures all of its trials."""
+"""The metering loop: for each process, one thread measures all of its trials.
+
+What may not return, GPUs' drivers and the user's own meters, is read by a second thread: no other
+limit waits for it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import contextlib
 from functools import partial
 import logging
 import math
+from queue import SimpleQueue
 import threading
 
 from optuna_quota._limits import Limits
@@ -223,7 +228,7 @@ def open_meters(monitor: TrialState) -> Sequence[TrialMeter]:
 
 
 class MeteringLoop:
-    """Measures the trials of one process in one daemon thread, which sleeps while none runs.
+    """Measures the trials of one process in a daemon thread, which sleeps while none runs.
 
     The lock is held while process trees are read, which takes microseconds, and never while a
     GPU's driver, a user's meter or a callback runs.
@@ -261,6 +266,9 @@ class MeteringLoop:
         self._wakeup = threading.Lock()
         self._wakeup.acquire()
         self._thread: threading.Thread | None = None
+        # Readings for the thread of meters, which begins with the first one.
+        self._readings: SimpleQueue[tuple[TrialMonitor, ScheduledMeter]] = SimpleQueue()
+        self._meter_thread: threading.Thread | None = None
         self._is_stopped = False
         # When something other than a process tree is due.
         self._others_due = -math.inf
@@ -323,6 +331,9 @@ class MeteringLoop:
             self._others_due = math.inf
             monitors = tuple(self._monitors.values())
             due = [(trial, m) for trial in monitors for m in trial.scheduled if now >= m.due]
+            if self._is_threaded:
+                self._hand_over(due, now)
+                due = []
         for trial, meter in due:
             self.read_meters(trial, [meter])
         with self.lock:
@@ -338,6 +349,28 @@ class MeteringLoop:
         with self.lock:
             self._others_due = min(self._others_due, self._next_due_of_others())
             return self._seconds_to_next()
+
+    def _hand_over(self, due: Iterable[tuple[TrialMonitor, ScheduledMeter]], now: float) -> None:
+        """Let the thread of meters read those that it is not about to read yet."""
+        for trial, meter in due:
+            meter.schedule(now)
+            if meter.is_queued:
+                continue
+            meter.is_queued = True
+            self._readings.put((trial, meter))
+            if self._meter_thread is None:
+                self._meter_thread = threading.Thread(
+                    target=self._read_queued, name="optuna-quota-meters", daemon=True
+                )
+                self._meter_thread.start()
+
+    def _read_queued(self) -> None:
+        while not self._is_stopped:
+            trial, meter = self._readings.get()
+            meter.is_queued = False
+            self.read_meters(trial, [meter])
+            with self.lock:
+                self.wake()
 
     def _seconds_to_next(self) -> float | None:
         due = self._others_due

@@ -55,10 +55,10 @@ class Meter(Protocol):
 
             pruner = QuotaPruner(limits=Limits(custom={"scratch": 2e9}), meters=[ScratchSpace()])
 
-    A meter is read when the trial starts, then ten times a second by the metering loop's thread
-    (or every ``period`` seconds, an optional attribute), and once more when the trial ends. It
-    should return at once: memory is not measured meanwhile. It must be safe to call from two
-    threads, for several trials.
+    A meter is read when the trial starts, then ten times a second by a thread for all meters (or
+    every ``period`` seconds, an optional attribute), and once more when the trial ends. It should
+    return at once: no other meter is read meanwhile. It must be safe to call from two threads,
+    for several trials.
 
     Trials in threads of one process have the same ``pids``: the growth of a total is then split
     evenly among them, and a peak, which can't be attributed, is not recorded.
@@ -219,6 +219,7 @@ class ScheduledMeter:
 
     def __init__(self, meter: TrialMeter, now: float) -> None:
         self.due = now
+        self.is_queued = False  # for the thread of meters
         self.eager = meter.eager
         self.close = meter.close
         self._meter = meter

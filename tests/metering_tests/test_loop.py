@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+import queue
+import threading
+import time
 from typing import Any
 
 import optuna
@@ -10,6 +14,7 @@ import pytest
 from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, Usage
 from optuna_quota._metering import metering_loop
 from optuna_quota._metering.breach import find_breaches, tightest_ceilings
+from optuna_quota._metering.loop import MeteringLoop
 from optuna_quota._records import read_record
 from optuna_quota._usage import Breach
 from optuna_quota.testing import fake_metering, FakeMetering, FakeProcessTree
@@ -413,3 +418,33 @@ def test_a_tree_that_fails_in_one_method(fake: FakeMetering, failing: str) -> No
     fake.advance(56)
     assert monitor.breach is not None
     monitor.close()
+
+
+def test_a_meter_that_hangs_holds_up_no_other_limit() -> None:
+    class Hanging:
+        name, peak = "scratch", True
+
+        def __init__(self) -> None:
+            self.n_readings = 0
+            self.answers = threading.Event()
+
+        def read(self, pids: Sequence[int]) -> float:
+            self.n_readings += 1
+            if self.n_readings > 1:
+                self.answers.wait(30)
+            return 2.0
+
+    meter, loop = Hanging(), MeteringLoop()
+    breaches: queue.SimpleQueue[Breach] = queue.SimpleQueue()
+    limits = Limits(wall_time=0.5, custom={"scratch": 3})
+    monitor = loop.monitor(KEY, limits=limits, meters=[meter])
+    try:
+        monitor.on_breach(breaches.put)
+        assert breaches.get(timeout=10).resource == "wall_time"
+        assert meter.n_readings == 2
+        begun = time.monotonic()
+        assert monitor.close().custom == {"scratch": 2.0}
+        assert time.monotonic() - begun < 10
+    finally:
+        meter.answers.set()
+        loop.stop()
