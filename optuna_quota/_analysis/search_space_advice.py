@@ -403,7 +403,7 @@ def _bounds(
                 yield f"without {name} = {choice}", kept
             continue
         x = np.array(values, dtype=float)
-        whole = all(float(point[name]).is_integer() for point in tried)
+        whole = all(float(point[name]).is_integer() for point in tried if name in point)
         for end in np.quantile(x, np.arange(1, _CUTS) / _CUTS):
             bound = f"{end:.0f}" if whole and abs(end) < 100 else plain_number(end, 2)
             yield f"{name} <= {bound}", x <= float(bound)

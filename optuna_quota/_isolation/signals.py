@@ -114,11 +114,13 @@ class PoliteStop:
     def _raise(self) -> None:
         from optuna_quota.exceptions import LimitBreached
 
-        reason = self._reason
+        reason, handled = self._reason, sys.exc_info()[1]
+        # A signal to the whole job, or a check, may have raised it already: the trial cleans up.
         if isinstance(reason, KeyboardInterrupt):
-            # A signal to the whole job may have raised it already, and the trial cleans up.
-            if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                raise reason
+            if isinstance(handled, KeyboardInterrupt):
+                return
+            raise reason
+        if isinstance(handled, LimitBreached):
             return
         if isinstance(reason, LimitBreached):
             raise reason

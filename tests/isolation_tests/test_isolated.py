@@ -13,6 +13,7 @@ from pathlib import Path
 import queue
 import sys
 import threading
+import time
 from typing import Any
 
 import optuna
@@ -186,6 +187,7 @@ def test_check_asks_the_study() -> None:
             while True:
                 check(trial)
         except LimitBreached as error:
+            time.sleep(0.3)  # the polite stop comes, and does not raise once more
             trial.set_user_attr("resource", str(error.resource))
             raise
 

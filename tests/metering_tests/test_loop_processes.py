@@ -47,7 +47,7 @@ def test_a_trial_in_process_is_measured(loop) -> None:  # type: ignore[no-untype
 def test_a_breach_is_found_by_the_loop_and_called_back_once(loop) -> None:  # type: ignore[no-untyped-def]
     seen = []
     called = threading.Event()
-    monitor = loop.monitor((1, 2), limits=Limits(wall_time=0.05))
+    monitor = loop.monitor((1, 2), limits=Limits(wall_time=0.5))
     monitor.on_breach(
         lambda breach: (seen.append((breach, threading.current_thread())), called.set())
     )
