@@ -3,8 +3,8 @@
 Clock time is noisy where a machine is shared, CPU time hardly, and their ratio depends on far
 less. So ``log wall = log cpu + log(wall / cpu)``, each part a model of its own, learns from few
 trials what a model of clock time alone would need many for. A trial that was stopped bounds its
-CPU time from below, and its ratio is still a value. The ratio drifts with the machine's load, see
-``current_level``.
+CPU time from below, and its ratio is still a value. Times drift with the machine's load, see
+``gaussian_process.py``.
 """
 
 from __future__ import annotations

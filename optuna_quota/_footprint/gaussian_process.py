@@ -4,14 +4,18 @@ Kernel on columns scaled to [-1, 1] and a standardised target (Rasmussen and Wil
 Processes for Machine Learning, 2006, sections 2.2, 2.7, 4.2 and 5.4):
 
     k(x, x') = 4 + a·(x/l)·(x'/l)·m²/3 + b·Matérn5/2(x, x'; l) + (noise + extra)·[x is x']
+               + c·noise·exp(-|t - t'| / 20)
 
 The linear term is what power laws of sizes become after the logarithm; the Matérn term models
 departures from them. Both share the lengths l of the columns (m is their prior mean): a column
 that hardly matters has neither a power nor departures from it, and few trials are enough to see
 which columns those are. ``extra`` is an additional variance of each point, used for censored ones.
+The last term is the level of a machine whose speed drifts, an Ornstein-Uhlenbeck process over the
+places t of the trials in their order; what is predicted is that of the next trial. Fitted together
+with the rest, it takes nothing from, and leaves nothing to, the effects of the columns.
 
-Hyperparameters are an array of logarithms: linear variance, Matérn variance, noise variance, and
-the length of each column, shape ``(3 + n_columns,)``.
+Hyperparameters are an array of logarithms: linear variance, Matérn variance, noise variance, the
+length of each column, and where the machine drifts c, shape ``(3 + n_columns,)`` or one more.
 
 A trial that was stopped at z used more than z. Its likelihood under a Gaussian observation is
 Φ((f - z) / σ). One that something else stopped at a share s of its run used z = f + e + log s:
@@ -48,6 +52,11 @@ NOISE = -2.5
 _MATERN = -0.7
 _LENGTH = 0.9
 _LENGTH_SD = 0.8
+# Prior of the variance of the machine's level over that of the noise, likewise, and the number of
+# trials over which the level is forgotten.
+_DRIFT = -1.0
+_DRIFT_SD = 2.0
+_DRIFT_TRIALS = 20.0
 
 # Candidate rates of the share of its run at which a trial was stopped: anywhere, at a median of
 # 79%, of 93%. The one of the best leave-one-out density is taken.
@@ -56,9 +65,10 @@ _WIDEST = 1e4
 _NARROWEST = 1e-6
 
 
-def prior_mean(n_columns: int, noise: float = NOISE) -> np.ndarray:
+def prior_mean(n_columns: int, noise: float = NOISE, drifts: bool = False) -> np.ndarray:
     """Return the mode of the prior of the hyperparameters, good enough for a handful of points."""
-    return np.concatenate([[0.0, _MATERN, noise], np.full(n_columns, _prior_length(n_columns))])
+    lengths = np.full(n_columns, _prior_length(n_columns))
+    return np.concatenate([[0.0, _MATERN, noise], lengths, [_DRIFT] * drifts])
 
 
 def _prior_length(n_columns: int) -> float:
@@ -67,18 +77,25 @@ def _prior_length(n_columns: int) -> float:
     return _LENGTH + 0.25 * math.log(max(n_columns, 1))
 
 
-def _prior_precision(n_columns: int) -> np.ndarray:
-    sd = np.concatenate([[1.5, 1.5, 1.2], np.full(n_columns, _LENGTH_SD)])
+def _prior_precision(n_columns: int, drifts: bool) -> np.ndarray:
+    lengths = np.full(n_columns, _LENGTH_SD)
+    sd = np.concatenate([[1.5, 1.5, 1.2], lengths, [_DRIFT_SD] * drifts])
     return np.asarray(sd**-2.0)
+
+
+def _nearness(n_trials: int) -> np.ndarray:
+    """Return the correlations of the machine's levels, those of the next trial in the last row."""
+    places = np.arange(n_trials + 1)
+    return np.asarray(np.exp(-np.abs(places[:, None] - places) / _DRIFT_TRIALS))
 
 
 class GaussianProcess:
     """The posterior at given hyperparameters.
 
     Args:
-        columns: Points, shape ``(n_points, n_columns)``.
+        columns: Points, shape ``(n_points, n_columns)``, oldest first where the machine drifts.
         target: Standardised observations, shape ``(n_points,)``.
-        hyperparameters: Of the kernel, shape ``(3 + n_columns,)``.
+        hyperparameters: Of the kernel, shape ``(3 + n_columns,)``, one more if it drifts.
         extra: Additional variance of each observation.
         noisy: True where the common noise applies.
     """
@@ -95,10 +112,15 @@ class GaussianProcess:
         self.hyperparameters = hyperparameters
         linear, matern = np.exp(hyperparameters[:2])
         self._variances = float(linear) * _linear_unit(columns.shape[1]), float(matern)
-        self._inverse_lengths = np.exp(-hyperparameters[3:])
+        n, d = columns.shape
+        self._inverse_lengths = np.exp(-hyperparameters[3 : 3 + d])
+        drifts = len(hyperparameters) > 3 + d
+        self._drift = float(np.exp(hyperparameters[-1])) * self.noise if drifts else 0.0
+        levels = self._drift * _nearness(n) if drifts else np.zeros((n + 1, n + 1))
+        self._next_level = levels[-1, :-1]
         self._scaled = columns * self._inverse_lengths
         self._scaled_squares = np.einsum("ij,ij->i", self._scaled, self._scaled)
-        covariance = self._kernel(columns)
+        covariance = self._kernel(columns) + levels[:-1, :-1]
         # Variance of each observation.
         self._own = self.noise * noisy + extra + _JITTER
         covariance[np.diag_indices(len(target))] += self._own
@@ -112,17 +134,17 @@ class GaussianProcess:
 
     def predict(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and variance of the noiseless function at points."""
-        cross = self._kernel(columns)
+        cross = self._kernel(columns) + self._next_level
         a, b = self._variances
         scaled = columns * self._inverse_lengths
-        prior = _CONSTANT + a * np.einsum("ij,ij->i", scaled, scaled) + b
+        prior = _CONSTANT + a * np.einsum("ij,ij->i", scaled, scaled) + b + self._drift
         variance = prior - np.einsum("ij,ij->i", _product(cross, self._inverse), cross)
         return cross @ self._alpha, np.maximum(variance, 1e-12)
 
     def joint(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and covariance of the noiseless function at points."""
-        cross = self._kernel(columns)
-        covariance = self._kernel(columns, columns)
+        cross = self._kernel(columns) + self._next_level
+        covariance = self._kernel(columns, columns) + self._drift
         covariance -= _product(_product(cross, self._inverse), cross.T)
         return cross @ self._alpha, covariance
 
@@ -168,6 +190,7 @@ def fit_hyperparameters(
     extra: np.ndarray | None = None,
     noisy: np.ndarray | None = None,
     noise: float = NOISE,
+    drifts: bool = False,
 ) -> np.ndarray:
     """Return the hyperparameters of largest posterior density.
 
@@ -179,8 +202,8 @@ def fit_hyperparameters(
     """
     from scipy.optimize import minimize
 
-    objective = _Objective(columns, target, extra, noisy, noise)
-    first = prior_mean(columns.shape[1], noise) if start is None else start
+    objective = _Objective(columns, target, extra, noisy, noise, drifts)
+    first = prior_mean(columns.shape[1], noise, drifts) if start is None else start
     unit = objective.curvature() ** -0.5
 
     def inside(steps: np.ndarray) -> tuple[float, np.ndarray]:
@@ -215,6 +238,7 @@ class _Objective:
         extra: np.ndarray | None,
         noisy: np.ndarray | None,
         noise: float = NOISE,
+        drifts: bool = False,
     ) -> None:
         n, d = columns.shape
         self._columns = columns
@@ -222,7 +246,8 @@ class _Objective:
         self._extra = np.zeros(n) if extra is None else extra
         self._noisy = np.ones(n) if noisy is None else noisy.astype(float)
         self._unit = _linear_unit(d)
-        self._mean, self._precision = prior_mean(d, noise), _prior_precision(d)
+        self._mean, self._precision = prior_mean(d, noise, drifts), _prior_precision(d, drifts)
+        self._nearness = _nearness(n)[:-1, :-1] if drifts else None
 
     def curvature(self) -> np.ndarray:
         """Return roughly the second derivative along each hyperparameter."""
@@ -234,7 +259,8 @@ class _Objective:
     def __call__(self, values: np.ndarray) -> tuple[float, np.ndarray]:
         a, b, noise = np.exp(values[:3])
         a *= self._unit
-        scaled = self._columns * np.exp(-values[3:])
+        end = 3 + self._columns.shape[1]
+        scaled = self._columns * np.exp(-values[3:end])
         products = scaled @ scaled.T
         norms = products.diagonal()
         r = np.sqrt(np.maximum(5 * (norms[:, None] + norms - 2 * products), 0.0))
@@ -242,6 +268,9 @@ class _Objective:
         slope = (1 + r) * decay
         matern = slope + r * r / 3 * decay
         covariance = _CONSTANT + a * products + b * matern
+        if self._nearness is not None:
+            levels = noise * math.exp(values[-1]) * self._nearness
+            covariance += levels
         covariance.ravel()[:: len(covariance) + 1] += noise * self._noisy + self._extra + _JITTER
         inverse, log_determinant = _invert(covariance)
         alpha = inverse @ self._target
@@ -255,7 +284,10 @@ class _Objective:
         gradient[1] = b * np.vdot(weight, matern)
         gradient[2] = noise * (weight.diagonal() @ self._noisy)
         pulled = pairs.sum(axis=1)[:, None] * scaled - (pairs + linear) @ scaled
-        gradient[3:] = 2 * np.einsum("id,id->d", scaled, pulled)
+        gradient[3:end] = 2 * np.einsum("id,id->d", scaled, pulled)
+        if self._nearness is not None:
+            gradient[-1] = np.vdot(weight, levels)
+            gradient[2] += gradient[-1]
         away = values - self._mean
         value = 0.5 * (self._target @ alpha + log_determinant + away @ (self._precision * away))
         return float(value), gradient + self._precision * away

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-import math
 from typing import Any
 
 import numpy as np
@@ -54,12 +52,6 @@ _MAX_DRAWN_DEVIATION = 3.0
 _MAX_DRAWN_EXPONENT = 300.0
 # Amounts are e^center; beyond this a float would overflow.
 _MAX_EXPONENT = 600.0
-
-# Variance of the level's steps as a share of the noise's.
-_LEVEL_STEPS = (0.01, 0.03, 0.1, 0.3)
-# A level that stays where it was is preferred unless it is clearly less likely.
-_LEVEL_MARGIN = 2.0
-_MIN_TRIALS_OF_LEVEL = 8
 
 
 @dataclass(frozen=True)
@@ -202,7 +194,6 @@ class ResourceModel:
         """Return the predictive distribution at points."""
         mean, variance = self.process.predict(columns)
         spread = self.spread(np.sqrt(variance + self.process.noise))
-        mean, spread = mean + self._level.mean, np.hypot(spread, self._level.variance**0.5)
         return Predictive(
             self.floor, self.location + self.scale * mean, self.scale * spread, self.df
         )
@@ -226,10 +217,8 @@ class ResourceModel:
         away = generator.standard_normal((count, n)) @ root.T
         away = heavy * (away + generator.standard_normal((count, 1)) * common)
         away += own * generator.standard_normal((count, n))
-        if self._level.variance:
-            away += self._level.variance**0.5 * generator.standard_normal((count, 1))
         logs = self.location + self.scale * (
-            mean + self._level.mean + np.clip(away, -_MAX_DRAWN_DEVIATION, _MAX_DRAWN_DEVIATION)
+            mean + np.clip(away, -_MAX_DRAWN_DEVIATION, _MAX_DRAWN_DEVIATION)
         )
         return np.asarray(
             np.maximum(self.floor + np.exp(np.minimum(logs, _MAX_DRAWN_EXPONENT)), 0.0)
@@ -248,14 +237,6 @@ class ResourceModel:
         """
         common, ratio, widening = self._calibration
         return np.asarray((common + ratio * deviation) * widening)
-
-    @cached_property
-    def _level(self) -> Level:
-        """The level of the newest trials above the model's mean, standardised."""
-        if not self.data.drifts:
-            return Level()
-        residuals = self.process.leave_one_out()[0]
-        return current_level(residuals.tolist(), self.sites.extra.tolist())
 
     @cached_property
     def _calibration(self) -> tuple[float, float, float]:
@@ -366,7 +347,7 @@ def _fit_lateness(model: ResourceModel) -> ResourceModel:
 def _fit_with_floor(
     data: ResourceData, floor: float, start: ResourceModel | None
 ) -> ResourceModel:
-    found = prior_mean(data.columns.shape[1], data.noise)
+    found = prior_mean(data.columns.shape[1], data.noise, data.drifts)
     if start is not None and start.hyperparameters.shape == found.shape:
         found = start.hyperparameters
     model = ResourceModel(data, floor, found, 1.0 if start is None else start.lateness)
@@ -379,6 +360,7 @@ def _fit_with_floor(
             extra=model.sites.extra,
             noisy=~data.censored,
             noise=data.noise,
+            drifts=data.drifts,
         )
         model = ResourceModel(data, floor, found, model.lateness, model.sites)
     return model
@@ -401,48 +383,3 @@ def _standard(logs: np.ndarray) -> tuple[float, float]:
     if n < _FEW:
         squares, n = squares + _PRIOR_WEIGHT * _PRIOR_SCALE**2, n + int(_PRIOR_WEIGHT)
     return location, max((squares / n) ** 0.5, _MIN_SCALE)
-
-
-@dataclass(frozen=True)
-class Level:
-    """Mean and variance of the level of the next trial, in units of the residuals."""
-
-    mean: float = 0.0
-    variance: float = 0.0
-
-
-def current_level(residuals: Sequence[float], extra: Sequence[float]) -> Level:
-    """Return how much slower the machine is now than on average, none where that did not change.
-
-    The residuals are a level that wanders plus noise (the local level model of Durbin and Koopman,
-    Time Series Analysis by State Space Methods, 2012, chapter 2); a Kalman filter tells the level.
-
-    Args:
-        residuals: Observed minus predicted, oldest first.
-        extra: Variance of each beyond the noise: of trials that stand for lower bounds.
-    """
-    known = [r for r, more in zip(residuals, extra, strict=True) if not more]
-    if len(known) < _MIN_TRIALS_OF_LEVEL:
-        return Level()
-    noise = max(sum(r * r for r in known) / len(known), 1e-12)
-    rows = list(zip(residuals, extra, strict=True))
-    best, level = _filter_level(rows, noise, 0.0)[0] + _LEVEL_MARGIN, Level()
-    for step in _LEVEL_STEPS:
-        likelihood, found = _filter_level(rows, noise, step)
-        if likelihood > best:
-            best, level = likelihood, found
-    return level
-
-
-def _filter_level(
-    rows: Sequence[tuple[float, float]], noise: float, step: float
-) -> tuple[float, Level]:
-    """Return the log likelihood and the level of the next trial."""
-    mean, variance, likelihood = 0.0, 0.0, 0.0
-    for residual, extra in rows:
-        variance += step * noise
-        total, away = variance + noise + extra, residual - mean
-        likelihood -= 0.5 * (math.log(total) + away * away / total)
-        gain = variance / total
-        mean, variance = mean + gain * away, variance * (1 - gain)
-    return likelihood, Level(mean, variance + step * noise)

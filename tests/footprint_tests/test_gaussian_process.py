@@ -43,6 +43,32 @@ def test_hyperparameters_stay_within_their_bounds() -> None:
     assert (np.abs(found) <= _LOG_BOUND).all()
 
 
+def test_gradient_with_a_drift_is_that_of_differences() -> None:
+    generator = np.random.default_rng(0)
+    columns = generator.uniform(-1, 1, (20, 2))
+    target = columns.sum(axis=1) + np.repeat([-0.5, 0.5], 10)
+    objective = _Objective(columns, target, None, None, drifts=True)
+    values = prior_mean(2, drifts=True) + 0.1
+    steps = 1e-5 * np.eye(len(values))
+    differences = [objective(values + s)[0] - objective(values - s)[0] for s in steps]
+    assert objective(values)[1] == pytest.approx(np.array(differences) / 2e-5, rel=1e-4, abs=1e-4)
+
+
+def test_a_drift_predicts_the_next_trial_and_forgets_old_ones() -> None:
+    columns, target = np.zeros((60, 1)), np.repeat([-1.0, 1.0], 30)
+    exact, noisy = np.zeros(60), np.ones(60, dtype=bool)
+
+    def predicted(parameters: np.ndarray) -> float:
+        process = GaussianProcess(columns, target, parameters, exact, noisy)
+        assert process.joint(columns[:1])[0] == pytest.approx(process.predict(columns[:1])[0])
+        return float(process.predict(columns[:1])[0][0])
+
+    parameters = prior_mean(1, drifts=True)
+    parameters[-1] = 2.0
+    assert predicted(parameters) == pytest.approx(1.0, abs=0.1)
+    assert predicted(parameters[:-1]) == pytest.approx(0.0, abs=0.05)
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0, 6.0])
 @pytest.mark.parametrize("stopped_at", [-8.0, -0.5, 2.0, 6.0])
 def test_moments_of_one_stopped_trial(stopped_at: float, rate: float) -> None:

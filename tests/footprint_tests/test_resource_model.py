@@ -8,20 +8,26 @@ import numpy as np
 import pytest
 
 from optuna_quota import Footprint, Limits, Usage
-from optuna_quota._footprint.resource_model import current_level, Level
+from optuna_quota._footprint.resource_model import fit_resource, Predictive, ResourceData
 from tests.footprint_tests.test_footprint import draw_rows, truth
 
 
 def test_noise_is_no_drift_and_a_step_is() -> None:
-    noise = np.random.default_rng(0).normal(0, 0.3, 40)
+    generator = np.random.default_rng(0)
+    columns = generator.uniform(-1, 1, (40, 2))
+    quiet = np.exp(columns.sum(axis=1) + 0.1 * generator.standard_normal(40))
+    slower = quiet * np.repeat([1.0, 2.0], 20)
+    zero = np.zeros((1, 2))
 
-    none = [0.0] * 40
-    assert current_level(noise.tolist(), none) == Level()
-    assert current_level([3.0] * 7, none[:7]) == Level()
+    def expected(amounts: np.ndarray, drifts: bool = True) -> Predictive:
+        data = ResourceData.exact(columns, amounts, floors=(0.0,), drifts=drifts)
+        return fit_resource(data).predict(zero)
 
-    found = current_level((noise + np.repeat([-0.5, 0.5], 20)).tolist(), none)
-    assert 0.25 < found.mean < 0.75
-    assert 0 < found.variance < 0.2
+    steady, fixed = expected(quiet), expected(quiet, drifts=False)
+    assert steady.quantile(0.5)[0] == pytest.approx(1.0, rel=0.1)
+    assert steady.spread[0] == pytest.approx(fixed.spread[0], rel=0.2)
+    assert expected(slower).quantile(0.5)[0] == pytest.approx(2.0, rel=0.1)
+    assert expected(slower, drifts=False).quantile(0.5)[0] < 1.7
 
 
 def test_wall_time_follows_a_machine_that_became_slower_and_cpu_time_does_not() -> None:
