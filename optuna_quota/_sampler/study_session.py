@@ -45,7 +45,8 @@ from optuna_quota._records import (
 from optuna_quota._resources import format_amount, get_resource
 from optuna_quota._sampler.admission import PointVerdict
 from optuna_quota._sampler.candidates import CandidateFilter
-from optuna_quota._sampler.options import refuse_late, SamplerOptions
+from optuna_quota._sampler.deadline import refuse_late
+from optuna_quota._sampler.options import SamplerOptions
 from optuna_quota._sampler.study_projection import QuotaOutlook
 from optuna_quota._usage import Usage
 from optuna_quota.exceptions import QuotaExhausted, TrialRejected

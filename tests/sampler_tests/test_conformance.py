@@ -52,10 +52,10 @@ pytestmark = [pytest.mark.filterwarnings("ignore:Separable CMA-ES:UserWarning")]
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let the GP's small matrices have one thread: two wait for each other beside other tests."""
-    if find_spec("torch") is None:
+    if "GP" not in request.node.name or find_spec("torch") is None:
         yield
         return
     import torch

@@ -122,7 +122,6 @@ def test_studies_with_hardly_any_trials_have_a_report(n_trials: int, tmp_path: P
     assert "Ledger" in analyze(study)._repr_html_()
 
 
-@pytest.mark.slow
 def test_the_best_value_is_that_of_a_trial_that_violates_no_constraint() -> None:
     study = empty_study(name="constrained")
     for value, violated in ((1.0, 1.0), (2.0, 0.0)):
@@ -133,6 +132,7 @@ def test_the_best_value_is_that_of_a_trial_that_violates_no_constraint() -> None
     assert ("2", "best value, trial 1") in text.tiles
 
 
+@pytest.mark.slow
 def test_names_and_reasons_are_escaped(tmp_path: Path) -> None:
     report = analyze(hostile_study())
     path = tmp_path / "report.html"

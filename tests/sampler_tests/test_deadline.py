@@ -30,7 +30,7 @@ from optuna_quota import (
 )
 from optuna_quota._enforcement.preemption import Preemption, preemption_of
 from optuna_quota._records import read_record
-from optuna_quota._sampler.options import parse_deadline, refuse_late
+from optuna_quota._sampler.deadline import parse_deadline, refuse_late
 from tests.isolation_tests.trials import needs_supervisor
 
 
