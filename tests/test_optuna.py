@@ -305,10 +305,10 @@ def learned_values(sampler: Any) -> list[float]:
     found = []
     for _ in range(20):
         trial = study.ask()
+        frozen = study.trials[-1]
         with _optuna.learn_constraints(
-            study, [sampler], constrain if demanding else None, limited=lambda: True
+            study, [sampler], frozen, constrain if demanding else None, limited=lambda: True
         ) as seen:
-            frozen = study.trials[-1]
             drawn = sampler.sample_relative(seen, frozen, space)
             x = drawn.get("x") or sampler.sample_independent(seen, frozen, "x", space["x"])
         found.append(x)

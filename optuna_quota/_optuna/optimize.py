@@ -21,7 +21,6 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._optuna.samplers import raised_by_constraints_func
 from optuna_quota._optuna.storages import describe_end, number_of, unwrap_study
-from optuna_quota.exceptions import LimitBreached
 
 
 if TYPE_CHECKING:
@@ -328,11 +327,8 @@ def _tell_or_replacement(
         if end is None:
             raise
         # What a trial raises since its row has ended: where that is gone, storages say KeyError.
-        follows = (
-            LimitBreached,
-            UpdateFinishedTrialError,
-            *[KeyError] * isinstance(error, KeyError),
-        )
+        is_gone = isinstance(error, KeyError)
+        follows = (UpdateFinishedTrialError, KeyError) if is_gone else UpdateFinishedTrialError
         if state == TrialState.PRUNED or isinstance(objective_error(), follows):
             # For a failed trial, `optimize` would raise it.
             return TrialState.PRUNED, None, None

@@ -121,16 +121,17 @@ def forget_constraint_models(sampler: BaseSampler, n_constraints: int, n_params:
 def learn_constraints(
     study: Study,
     samplers: Sequence[BaseSampler],
+    trial: FrozenTrial,
     constrain: Constrain | None,
     *,
     limited: Callable[[], bool],
 ) -> Iterator[Study]:
-    """Return a view of a study from which samplers learn the constraints of its trials.
+    """Return a view of a study from which samplers of a trial learn the constraints of others.
 
     ``constrain`` is None for those in the rows. Without limits now (``limited``), samplers of
     Optuna 4 are not to know of constraints.
     """
-    study = skip_empty_rows(study, samplers)
+    study = skip_empty_rows(study, samplers, trial)
     if _BY_KEY:
         yield cast("Study", _ConstrainedStudy(study, constrain)) if constrain else study
     elif limited():
@@ -178,14 +179,15 @@ def _recorded(trial: FrozenTrial) -> tuple[float, ...]:
     return tuple(trial.system_attrs.get(CONSTRAINTS) or ())
 
 
-def skip_empty_rows(study: Study, samplers: Sequence[BaseSampler]) -> Study:
-    """Return a view of a study without rows that ended before they had parameters.
+def skip_empty_rows(study: Study, samplers: Sequence[BaseSampler], trial: FrozenTrial) -> Study:
+    """Return a view of a study without other rows that ended before they had parameters.
 
     BruteForceSampler takes such a row, of a refused or crashed trial, for the only leaf of its
-    tree: it ends the search, or raises. For other samplers, this is the study itself.
+    tree: it ends the search, or raises. So an objective that always fails before its first suggest
+    does not end the study by itself any more. For other samplers, this is the study itself.
     """
     is_tree = any(isinstance(each, BruteForceSampler) for each in samplers)
-    return cast("Study", _StudyOfPoints(study)) if is_tree else study
+    return cast("Study", _StudyOfPoints(study, trial.number)) if is_tree else study
 
 
 def is_empty_row(trial: FrozenTrial, state: TrialState) -> bool:
@@ -193,43 +195,49 @@ def is_empty_row(trial: FrozenTrial, state: TrialState) -> bool:
     return not trial.params and state.is_finished() and state != TrialState.COMPLETE
 
 
-class _StudyOfPoints:
-    def __init__(self, study: Study) -> None:
-        self._study = study
-        self._storage = _StorageOfPoints(study._storage)
+class _View:
+    """Has the attributes of what it is a view of, and some of its own."""
+
+    def __init__(self, viewed: Any) -> None:
+        self._viewed = viewed
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._study, name)
+        return getattr(self._viewed, name)
 
 
-class _StorageOfPoints:
-    def __init__(self, storage: BaseStorage) -> None:
-        self._of_all = storage
+class _StudyView(_View):
+    def __init__(self, study: Study, storage: Any) -> None:
+        super().__init__(study)
+        self._study, self._storage = study, storage
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._of_all, name)
+
+class _StudyOfPoints(_StudyView):
+    def __init__(self, study: Study, number: int) -> None:
+        super().__init__(study, _StorageOfPoints(study._storage, number))
+
+
+class _StorageOfPoints(_View):
+    def __init__(self, storage: BaseStorage, number: int) -> None:
+        super().__init__(storage)
+        # The sampler looks for the row of its own trial, which may have ended from outside.
+        self._number = number
 
     def get_all_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
-        trials = self._of_all.get_all_trials(*args, **kwargs)
-        return [trial for trial in trials if not is_empty_row(trial, trial.state)]
+        trials: list[FrozenTrial] = self._viewed.get_all_trials(*args, **kwargs)
+        return [t for t in trials if t.number == self._number or not is_empty_row(t, t.state)]
 
 
-class _ConstrainedStudy:
+class _ConstrainedStudy(_StudyView):
     """A view of a study whose completed trials have other constraints than in their rows.
 
     For samplers, which get views of studies from Optuna too, as on a bracket of Hyperband.
     """
 
     def __init__(self, study: Study, constrain: Constrain | None) -> None:
-        self._study = study
+        storage = study._storage
+        # GPSampler of Optuna 4 reads constraints from the storage.
+        super().__init__(study, storage if _BY_KEY else _ConstrainedStorage(storage))
         self._constrain = constrain
-        self._storage: Any = study._storage
-        if not _BY_KEY:
-            # GPSampler of Optuna 4 reads constraints from the storage.
-            self._storage = _ConstrainedStorage(study._storage)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._study, name)
 
     @property
     def trials(self) -> list[FrozenTrial]:
@@ -260,18 +268,15 @@ class _ConstrainedStudy:
         return trial
 
 
-class _ConstrainedStorage:
+class _ConstrainedStorage(_View):
     """A view of a storage with the trials' system attributes that a sampler has been shown."""
 
     def __init__(self, storage: BaseStorage) -> None:
-        self._of_all = storage
+        super().__init__(storage)
         self.known: dict[int, dict[str, Any]] = {}
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._of_all, name)
-
     def get_trial_system_attrs(self, trial_id: int) -> dict[str, Any]:
-        return self.known.get(trial_id) or self._of_all.get_trial_system_attrs(trial_id)
+        return self.known.get(trial_id) or self._viewed.get_trial_system_attrs(trial_id)
 
 
 def _with_constraints(trial: FrozenTrial, constraints: Mapping[str, float]) -> FrozenTrial:

@@ -32,17 +32,16 @@ from optuna_quota._footprint.user_given import as_footprint, by_value, from_valu
 from optuna_quota._ledger import LEASE, Refusal
 from optuna_quota._limits import Limits, Quota, Strategy
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop
+from optuna_quota._sampler.deadline import DeadlineOption, parse_deadline
 from optuna_quota._sampler.options import (
     check_choices,
     check_types,
     checked_gpus_per_trial,
-    DeadlineOption,
     Metering,
     OnCrowded,
     OnExhausted,
     OnProjected,
     OnVeto,
-    parse_deadline,
     SamplerOptions,
 )
 from optuna_quota._sampler.ray_tune import adapt_ray_tune
@@ -308,7 +307,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         with fail_unfinished_trial(study, trial):
             session = self._session(_optuna.unwrap_study(study))
             for _ in range(_MOST_DRAWS):
-                with self._learning_constraints(study, len(search_space)) as seen:
+                with self._learning_constraints(study, trial, len(search_space)) as seen:
                     drawn = session.candidates.sample_relative(seen, trial, search_space)
                 if session.promise(trial, drawn):
                     break
@@ -326,7 +325,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         """Sample a parameter as the base sampler does, again when the point is not admitted."""
         with fail_unfinished_trial(study, trial):
             session = self._session(_optuna.unwrap_study(study))
-            with self._learning_constraints(study) as seen:
+            with self._learning_constraints(study, trial) as seen:
                 value = session.candidates.sample_independent(
                     seen, trial, param_name, param_distribution
                 )
@@ -348,7 +347,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
                 record_ignored_rejection(whole, trial)
             return
         try:
-            seen = _optuna.skip_empty_rows(study, self._nested)
+            seen = _optuna.skip_empty_rows(study, self._nested, trial)
             if seen is study or not _optuna.is_empty_row(trial, state):
                 self.base_sampler.after_trial(seen, trial, state, values)
         except Exception as error:
@@ -413,7 +412,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             _logger.warning(f"Trial {trial.number} could not be settled: {fault!r}.")
 
     def _learning_constraints(
-        self, study: Study, n_params: int = 0
+        self, study: Study, trial: FrozenTrial, n_params: int = 0
     ) -> contextlib.AbstractContextManager[Study]:
         """Return the study with the constraints that the base sampler needs.
 
@@ -432,7 +431,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
 
         uniform = constrain if self._demanding and n_params else None
         return _optuna.learn_constraints(
-            study, self._nested, uniform, limited=lambda: bool(limits())
+            study, self._nested, trial, uniform, limited=lambda: bool(limits())
         )
 
     def _limits_of(self, study: Study) -> Limits:

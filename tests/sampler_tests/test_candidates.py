@@ -469,6 +469,19 @@ def test_a_row_without_parameters_does_not_end_a_brute_force_search() -> None:
     assert any(not t.params and t.state == TrialState.PRUNED for t in study.trials)
 
 
+def test_a_trial_that_ends_itself_before_its_first_parameter_ends_no_brute_force_search() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        if trial.number == 1:
+            study.tell(trial.number, state=TrialState.FAIL)
+        return trial.suggest_int("x", 1, 3)
+
+    sampler = QuotaSampler(BruteForceSampler(seed=0), quota=Quota(n_trials=9))
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(objective, n_trials=9)
+    done = [t.params["x"] for t in study.trials if t.state == TrialState.COMPLETE]
+    assert sorted(done) == [1, 2, 3]
+
+
 def test_a_rejected_row_has_its_enqueued_parameters() -> None:
     enqueued = [{"y": 1, "kind": "a"}] * 3 + [{"y": 99}] * 20
     study = run_study(TPESampler(seed=1), 23, enqueued=enqueued, on_veto="skip", footprint=exact)
