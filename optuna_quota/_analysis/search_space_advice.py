@@ -212,7 +212,7 @@ def _objective_model(facts: StudyFacts, footprint: Footprint) -> ResourceModel |
     known = all(f"params_{name}" in facts.table for name in names)
     if facts.values is None or len(done) < _MIN_COMPLETED or not known or not names:
         return None
-    if any(parameter.branch for parameter in facts.data.parameters):
+    if facts.data.is_conditional:
         return None
     rows = facts.table[[f"params_{name}" for name in names]].iloc[done].to_numpy(dtype=object)
     losses = facts.sign * facts.values[done]

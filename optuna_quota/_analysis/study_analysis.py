@@ -131,7 +131,7 @@ class StudyAnalysis:
 
         Empty where parameters are conditional: they have no common range.
         """
-        if not self._observations or any(each.branch for each in self.data.parameters):
+        if not self._observations or self.data.is_conditional:
             return {}
         best = self._observations.get(self.best[0]) if len(self.best) == 1 else None
         with without_numeric_warnings():

@@ -48,6 +48,11 @@ class StudyData:
     # The resources whose peaks stopped trials had not reached, as the models found.
     partial_peaks: frozenset[str] = frozenset()
 
+    @property
+    def is_conditional(self) -> bool:
+        """Whether any hyperparameter is active in some trials only."""
+        return any(p.branch for p in self.parameters if f"params_{p.name}" in self.table)
+
     def amounts(self, resource: str) -> NDArray[np.float64]:
         """Return what each trial used, shape ``(n_trials,)``; NaN where unknown.
 
@@ -168,12 +173,14 @@ def _has_all_parameters(trials: Sequence[FrozenTrial]) -> NDArray[np.bool_]:
     """Return which trials have each parameter of their branch, shape ``(n_trials,)``.
 
     One that was rejected, stopped or failed may have ended before it drew the others that a trial
-    with the same ones and more has.
+    with the same ones and more has. Not so one that was pruned after it had reported a value.
     """
     seen = {frozenset(trial.params) for trial in trials}
     return np.array(
         [
-            t.state.name == "COMPLETE" or not any(t.params.keys() < names for names in seen)
+            t.state.name == "COMPLETE"
+            or (t.state.name == "PRUNED" and bool(t.intermediate_values))
+            or not any(t.params.keys() < names for names in seen)
             for t in trials
         ],
         dtype=bool,

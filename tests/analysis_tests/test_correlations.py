@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
 import pandas as pd
 import pytest
 from scipy import stats
@@ -143,6 +144,19 @@ def test_a_conditional_parameter_is_tested_within_its_branch() -> None:
     assert row(table, "width", "memory")["n"] == 12
     assert row(table, "width", "memory")["branch"] == "model=net"
     assert row(table, "model", "memory")["branch"] == ""
+
+
+def test_a_parameter_of_the_trials_that_were_not_pruned_is_conditional() -> None:
+    space = {"n": IntDistribution(1, 2), "u1": FloatDistribution(0, 20)}
+    trials = []
+    for i in range(12):
+        pruned = {"state": TrialState.PRUNED, "value": None, "intermediate_values": {0: 1.0}}
+        trials.append(finished({"n": 1}, Usage(memory=1e6 * (i + 1)), space, **pruned))
+        trials.append(finished({"n": 2, "u1": i}, Usage(memory=2e6 * (i + 1)), space))
+
+    table = analyze(study_of(*trials)).correlations
+
+    assert row(table, "u1", "memory")["branch"] == "where set"
 
 
 def test_a_terminated_trial_is_ranked_by_the_breached_resource_only() -> None:

@@ -111,6 +111,17 @@ def test_trials_that_ended_before_they_drew_all_make_no_parameter_conditional() 
     assert "What drives cost: shares" in report.summary()
 
 
+def test_a_user_attribute_that_is_missing_makes_no_hyperparameter_conditional() -> None:
+    rows = power_law_study(40).trials
+    for i, trial in enumerate(rows[1:]):
+        trial.user_attrs["a"] = float(i)
+
+    report = analyze(study_of(*rows), user_attrs=["a"])
+
+    assert report.drivers["memory"][0].param == "rows"
+    assert "What drives cost: shares" in report.summary()
+
+
 def test_bounds_halve_the_cost_and_keep_the_best() -> None:
     rng = np.random.default_rng(1)
     trials = []
