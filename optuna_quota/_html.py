@@ -1,4 +1,4 @@
-"""HTML elements, and tables as HTML and text."""
+"""HTML elements and tables."""
 
 from __future__ import annotations
 
@@ -26,15 +26,6 @@ def element(tag: str, *children: str, **attributes: str) -> Safe:
     )
     inner = "".join(c if isinstance(c, Safe) else html.escape(c) for c in children)
     return Safe(f"<{tag}{shown}>{inner}</{tag}>")
-
-
-def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows as lines of text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
-    ]
 
 
 def table(

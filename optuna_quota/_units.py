@@ -1,17 +1,18 @@
-"""Sizes, durations and energies: parse text into SI base units, and format them as text.
+"""Sizes, durations and energies: parse text into SI base units, and format them as text; lines.
 
 Everything inside the library is a ``float`` in SI base units (bytes, seconds, joules).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 import math
 from numbers import Real
 import re
 import signal
+import textwrap
 from typing import Any, TypeAlias
 
 
@@ -26,6 +27,8 @@ _CLOCK = re.compile(r"\s*(?:(\d+)-)?(\d+):([0-5]?\d):([0-5]?\d(?:\.\d*)?)\s*", r
 _SMALLEST = 2**20
 # From here on, as for NaN and infinity, only the order of magnitude is shown.
 _HUGE = 1e15
+# Of the lines of a terminal.
+LINE_WIDTH = 99
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,6 +230,23 @@ def format_number(value: float) -> str:
 def counted(count: int, noun: str) -> str:
     """Return a count with its noun: "1 trial", "2 trials"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def wrap(text: str, indent: str = "", first: str = "") -> list[str]:
+    """Return a text as lines for a terminal, with an indent and that of the first line."""
+    return textwrap.wrap(text, LINE_WIDTH, initial_indent=first, subsequent_indent=indent)
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the rows of a table as lines for a terminal.
+
+    The first column is aligned to the left, the others, which are figures, to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    ]
 
 
 def format_signal(number: int) -> str:

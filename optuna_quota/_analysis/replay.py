@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
 import math
-import textwrap
 from typing import Literal, TYPE_CHECKING
 
 from optuna_quota import _records
@@ -18,7 +17,7 @@ from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering.breach import is_breach, quota_bound
 from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource
 from optuna_quota._table import usage_at_least
-from optuna_quota._units import counted
+from optuna_quota._units import counted, wrap
 
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 
 ReplayOutcome = Literal["kept", "terminated", "not run"]
-_WIDTH = 99
 
 
 @dataclass(frozen=True)
@@ -303,7 +301,7 @@ class ReplayReport:
 
     def summary(self) -> str:
         """Return the replay as text for a terminal."""
-        return "\n".join(textwrap.fill(text, _WIDTH) for text in self._sentences())
+        return "\n".join(line for text in self._sentences() for line in wrap(text))
 
     def _sentences(self) -> list[str]:
         name = repr(self._study.study_name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import math
-import textwrap
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from optuna_quota._analysis.correlations import claims, MIN_TRIALS
 from optuna_quota._records import PROPOSED, read_record
 from optuna_quota._resources import format_amount, get_resource, OUTCOMES
-from optuna_quota._units import counted
+from optuna_quota._units import counted, LINE_WIDTH, wrap
 
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from optuna_quota._utilization.model import UtilizationModel
 
 
-_WIDTH = 99
 # A share of fewer audits says nothing.
 _MIN_AUDITED = 4
 _MAX_FRONT = 8
@@ -127,7 +125,7 @@ def _driver_lines(analysis: StudyAnalysis) -> Iterator[str]:
         if factors:
             text = f"At the best trial, {', '.join(factors)}."
             lines += wrap(text, first="    ", indent="      ")
-    if any(parameter.branch for parameter in analysis.data.parameters):
+    if analysis.data.is_conditional:
         yield from wrap(
             "What drives cost: not computed, as conditional parameters have no common range. The "
             "correlations below are within the branches."
@@ -243,11 +241,7 @@ def _correlation_line(row: dict[str, Any]) -> Iterator[str]:
     )
     branch = f"  within {row['branch']}" if row["branch"] else ""
     title, param = get_resource(row["resource"]).title, _cut(row["param"], 24)
-    yield _cut(f"  {title:<12} {param:<24} {figures}{branch}", _WIDTH)
-
-
-def wrap(text: str, indent: str = "", first: str = "") -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent=first, subsequent_indent=indent)
+    yield _cut(f"  {title:<12} {param:<24} {figures}{branch}", LINE_WIDTH)
 
 
 def _cut(text: str, width: int) -> str:

@@ -17,6 +17,7 @@ from optuna_quota._ledger.protocol import Claim, DEVICE, ResourceRequest
 from optuna_quota._metering.meter import warn_once
 from optuna_quota._metering.nvml import GpuError
 from optuna_quota._metering.visible_gpus import visible_gpus
+from optuna_quota._units import counted
 
 
 # The smallest share of a GPU's memory with which a trial of unknown needs starts.
@@ -85,10 +86,9 @@ def check_gpus_per_trial(gpus: Sequence[Gpu], count: int) -> None:
     whole = [gpu for gpu in gpus if not gpu.uuid.startswith("MIG-")]
     if len(whole) < count:
         instances = "" if len(whole) == len(gpus) else "; a process can use one MIG instance only"
-        plural = "" if len(whole) == 1 else "s"
         raise ValueError(
-            f"`gpus_per_trial` must be at most the {len(whole)} GPU{plural} that this worker may "
-            f"use but got {count}{instances}."
+            f"`gpus_per_trial` must be at most the {counted(len(whole), 'GPU')} that this worker "
+            f"may use but got {count}{instances}."
         )
 
 

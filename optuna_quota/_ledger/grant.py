@@ -31,6 +31,7 @@ from optuna_quota._resources import (
     LIMIT_RESOURCES,
     Resource,
 )
+from optuna_quota._units import counted
 
 
 RequestedBy = Literal["optimize", "ask", "ask in a batch"]
@@ -252,8 +253,8 @@ def refuse_exhausted(
         if name == "wall_time":
             least = max(least, footprint.get(name, 0.0))
         held, spent = granted.get(name, 0.0), used.get(name, 0.0)
-        counted = spent + held if name == "n_trials" else spent
-        if counted + least > quota_bound(total):
+        taken = spent + held if name == "n_trials" else spent
+        if taken + least > quota_bound(total):
             short = Shortage(name, least, spent, held, total)
             return Refusal(**vars(short), reason=_describe(short), final=True)
     return None
@@ -275,8 +276,8 @@ def _describe(short: Shortage) -> str:
     used, reserved = resource.format(short.used), resource.format(short.reserved)
     if short.resource == "n_trials":
         running = f", {reserved} running" if short.reserved > 0 else ""
-        plural = "" if quota == 1 else "s"
-        return f"The quota of {total} trial{plural} is used up: {used} finished{running}."
+        trials = counted(int(quota), "trial")
+        return f"The quota of {trials} is used up: {used} finished{running}."
     left, negligible = quota - short.used, 1.01 * _MIN_SHARE * quota
     if left < negligible or left < short.wanted <= negligible:
         also = f", {reserved} reserved" if short.reserved > 0 else ""
@@ -307,8 +308,8 @@ def describe_resumed(quota: Quota, used: Mapping[str, float]) -> str | None:
     ]
     if not n_trials or not parts:
         return None
-    trials = "1 earlier trial has" if n_trials == 1 else f"{n_trials} earlier trials have"
-    return f"Resumed: {trials} used {', '.join(parts)} of the quota."
+    have = f"{counted(n_trials, 'earlier trial')} {'has' if n_trials == 1 else 'have'}"
+    return f"Resumed: {have} used {', '.join(parts)} of the quota."
 
 
 def deadlock_warning(

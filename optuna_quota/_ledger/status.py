@@ -10,7 +10,7 @@ import time
 from typing import Any, TYPE_CHECKING
 
 from optuna_quota import _optuna
-from optuna_quota._html import align, element, table
+from optuna_quota._html import element, table
 from optuna_quota._ledger.state import TrialRows
 from optuna_quota._ledger.totals import QuotaTotals
 from optuna_quota._limits import Quota, quota_from_amounts
@@ -24,7 +24,7 @@ from optuna_quota._resources import (
     TOTAL_RESOURCES,
 )
 from optuna_quota._table import float_frame
-from optuna_quota._units import counted, format_seconds
+from optuna_quota._units import align, counted, format_seconds
 
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from optuna_quota._html import element, table
 from optuna_quota._limits import Strategy
 from optuna_quota._resources import format_amount, get_resource
 from optuna_quota._table import float_frame
+from optuna_quota._units import counted
 
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def describe_resource(row: ProjectedResource) -> tuple[str, ...]:
 
 
 def describe_strategy(strategy: Strategy) -> str:
-    trials = "1 trial" if strategy.n_trials == 1 else f"{strategy.n_trials} trials"
+    trials = counted(strategy.n_trials, "trial")
     return trials if strategy.n_jobs == 1 else f"{trials} with {strategy.n_jobs} at once"
 
 

@@ -12,7 +12,7 @@ import re
 import sys
 from typing import Any, TYPE_CHECKING
 
-from optuna_quota._html import align
+from optuna_quota._units import align
 
 
 if TYPE_CHECKING:

@@ -142,6 +142,16 @@ def test_a_held_quota_terminates_trials_that_exceed_it_alone() -> None:
     assert report.table["scope"].tolist() == ["quota", None]
 
 
+def test_a_trial_over_two_held_quotas_ends_at_the_first_that_it_reaches() -> None:
+    row = trial(memory=5e9, gpu_memory=9e9, wall_time=10.0)
+    row.set_user_attr("quota:timeline", [[0.0, 1e9], [4.0, 5e9]])
+
+    report = replay(study_of(row), quota=Quota(gpu_memory="8GB", memory="4GB"))
+
+    assert report.table["by"].tolist() == ["memory"]
+    assert report.table["seconds"].tolist() == [4.0]
+
+
 def test_clock_time_excludes_pauses_and_counts_parallel_trials_once() -> None:
     study = study_of(dated(0, 60), dated(0, 60), dated(1000, 60), dated(2000, 60))
 

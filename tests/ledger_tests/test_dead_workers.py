@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import Limits, Quota, status, Usage
-from optuna_quota._ledger import Grant, Ledger
+from optuna_quota._ledger import dead_workers, Grant, Ledger
 from optuna_quota._ledger.dead_workers import (
     charge_orphan,
     Leases,
@@ -153,6 +153,18 @@ def test_a_worker_that_died_long_ago_is_charged_no_longer_than_its_lease() -> No
     assert charge_orphan(dead, 90_000.0, {}, lease=60.0) == {"trial_time": 90.0}
     never_beat = orphaned(True, granted={}, began=100.0)
     assert charge_orphan(never_beat, 90_000.0, {}, lease=60.0) == {"trial_time": 60.0}
+
+
+def test_no_more_cpu_time_is_charged_than_this_machine_has_cores_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dead_workers, "cpu_count", lambda: 2.0)
+    dead = orphaned(True, granted={"cpu_time": 900.0}, began=100.0, beat=130.0)
+    for rates, cpu_time in (({}, 80.0), ({"cpu_time": 64.0}, 80.0), ({"cpu_time": 0.5}, 20.0)):
+        assert charge_orphan(dead, 140.0, rates)["cpu_time"] == cpu_time
+    # Other machines may have more.
+    far = orphaned(False, silent=40.0, granted={"cpu_time": 900.0}, began=100.0)
+    assert charge_orphan(far, 140.0, {"cpu_time": 10.0})["cpu_time"] == 400
 
 
 def test_rates_are_those_of_the_study_s_trials() -> None:
