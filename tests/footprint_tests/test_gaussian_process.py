@@ -69,6 +69,31 @@ def test_a_drift_predicts_the_next_trial_and_forgets_old_ones() -> None:
     assert predicted(parameters[:-1]) == pytest.approx(0.0, abs=0.05)
 
 
+def test_a_drift_is_in_the_variance_and_the_covariance() -> None:
+    generator = np.random.default_rng(1)
+    columns, points = generator.uniform(-1, 1, (12, 2)), generator.uniform(-1, 1, (3, 2))
+    target = columns.sum(axis=1) + np.repeat([-0.5, 0.5], 6)
+    parameters = prior_mean(2, drifts=True)
+    process = GaussianProcess(columns, target, parameters, np.zeros(12), np.ones(12, dtype=bool))
+
+    linear, matern, noise, _, _, drift = np.exp(parameters)
+    length = np.exp(parameters[3])
+    every = np.concatenate([columns, points]) / length
+    r = np.sqrt(5) * np.linalg.norm(every[:, None] - every, axis=2)
+    kernel = 4 + linear * length**2 / 3 * every @ every.T
+    kernel += matern * (1 + r + r**2 / 3) * np.exp(-r)
+    # The points are all those of the next trial.
+    place = np.minimum(np.arange(15), 12)
+    kernel += drift * noise * np.exp(-np.abs(place[:, None] - place) / 20)
+    gain = np.linalg.solve(kernel[:12, :12] + noise * np.eye(12), kernel[:12, 12:]).T
+    mean, covariance = process.joint(points)
+    assert mean == pytest.approx(gain @ target, abs=1e-6)
+    assert covariance == pytest.approx(kernel[12:, 12:] - gain @ kernel[:12, 12:], abs=1e-6)
+    found = process.predict(points)
+    assert found[0] == pytest.approx(mean, abs=1e-9)
+    assert found[1] == pytest.approx(np.diag(covariance), abs=1e-9)
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0, 6.0])
 @pytest.mark.parametrize("stopped_at", [-8.0, -0.5, 2.0, 6.0])
 def test_moments_of_one_stopped_trial(stopped_at: float, rate: float) -> None:
