@@ -23,8 +23,8 @@ from optuna_quota._enforcement.nesting import find_nested, pruner_limits
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering import metering_loop, TrialMonitor, Verdict
 from optuna_quota._metering.host import cpu_count, host_memory_limit
-from optuna_quota._metering.meter import forget_warnings
 from optuna_quota._metering.visible_gpus import total_memory
+from optuna_quota._metering.warn import forget_warnings
 from optuna_quota._records import (
     read_record,
     RESERVATION,

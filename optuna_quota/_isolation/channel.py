@@ -102,20 +102,18 @@ class Channel:
     def receive(self) -> Any:
         while not self.pending():
             self._read()
-        message = self._take()
-        if isinstance(message, UnreadableMessage):
-            raise message
-        return message
+        return pickle.loads(self._take())
 
     def arrived(self) -> Iterator[Any]:
-        """Yield the whole messages that have arrived, after the socket has become readable.
+        """Yield the whole messages that have arrived, once the socket is readable.
 
         One that can't be loaded comes as an :class:`UnreadableMessage`. Never waits for the rest
         of a message: its sender may be stopped, or dead, with the connection open elsewhere.
         """
-        self._read()
+        if not self.pending():  # left by an interrupt
+            self._read()
         while self.pending():
-            yield self._take()
+            yield _load_message(self._take())
 
     def receive_raw(self, into: memoryview) -> None:
         """Fill a buffer with bytes that were sent as they are."""
@@ -150,7 +148,7 @@ class Channel:
                 self._read()
         self._sock.setblocking(True)
         while self.pending():
-            yield self._take()
+            yield _load_message(self._take())
 
     def _size(self) -> int | None:
         """Return the bytes of the next message with its header, None when too few are here."""
@@ -159,7 +157,7 @@ class Channel:
         size: int = _HEADER.unpack_from(self._buffer)[0]
         return _HEADER.size + size
 
-    def _take(self) -> Any:
+    def _take(self) -> memoryview:
         # By far most often the only one; and of a large objective there is no second copy.
         size = self._size()
         if len(self._buffer) == size:
@@ -167,7 +165,7 @@ class Channel:
         else:
             whole = self._buffer[:size]
             del self._buffer[:size]
-        return _load_message(memoryview(whole)[_HEADER.size :])
+        return memoryview(whole)[_HEADER.size :]
 
     def _read(self) -> None:
         size = self._size() or 0

@@ -276,7 +276,8 @@ def fork_trial(
     """
     channel, trial_channel = channel_pair()
     control, supervisor_control = channel_pair()
-    with block_job_signals():
+    closing = contextlib.closing
+    with closing(trial_channel), closing(supervisor_control), block_job_signals():
         pid = fork()
         if pid == 0:
             try:
@@ -284,8 +285,6 @@ def fork_trial(
             finally:
                 # Never return into the parent's code.
                 os._exit(1)
-    trial_channel.close()
-    supervisor_control.close()
     return TrialConnections(channel, control, pid)
 
 

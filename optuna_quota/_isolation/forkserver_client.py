@@ -76,14 +76,15 @@ class ForkServerClient:
         # Modules after which forks are unsafe, and others of the same packages that are safe.
         self._unsafe: set[str] = set()
         self._safe: set[str] = set()
-        # Those that the user has named, until one of them could not be imported.
+        # Those that the user has named, and of these, those that can't be imported.
         self._named: set[str] = set()
+        self._warned: set[str] = set()
 
     def for_one_trial(self) -> ForkServerClient:
         """Return another client for the start method spawn, to be released."""
         client = ForkServerClient(one_trial=True)
         client._unsafe, client._safe = self._unsafe, self._safe
-        client._named = self._named
+        client._warned = self._warned
         client._retired = self._retired
         return client
 
@@ -134,9 +135,8 @@ class ForkServerClient:
             names = modules_to_preload(everything=self._known_modules is None)
             self._known_modules = loaded
             self._wanted.update(dict.fromkeys(names))
-        new = [name for name in preload if name not in self._wanted]
-        self._wanted.update(dict.fromkeys(new))
-        self._named.update(new)
+        self._wanted.update(dict.fromkeys(preload))
+        self._named.update(preload)
 
     def _with_server(self, act: Callable[[Channel], T]) -> T:
         """Do something with the fork server, with a new one where it exits meanwhile."""
@@ -211,8 +211,8 @@ class ForkServerClient:
         return made
 
     def _warn_of(self, failed: FailedImports) -> None:
-        for name in self._named & failed.errors.keys():
-            self._named.remove(name)
+        for name in self._named & (failed.errors.keys() - self._warned):
+            self._warned.add(name)
             _logger.warning(f"`preload` has {name!r}, which fails: {failed.errors[name]}.")
 
     def _discard(self) -> None:

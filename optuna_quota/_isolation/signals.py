@@ -112,17 +112,18 @@ class PoliteStop:
             self._raise()
 
     def _raise(self) -> None:
+        from optuna.exceptions import TrialPruned
+
         from optuna_quota.exceptions import LimitBreached
 
-        reason, handled = self._reason, sys.exc_info()[1]
-        # A signal to the whole job, or a check, may have raised it already: the trial cleans up.
-        if isinstance(reason, KeyboardInterrupt):
-            if isinstance(handled, KeyboardInterrupt):
+        # A signal to the whole job, a check or `should_prune` has ended it already: it cleans up.
+        error = sys.exc_info()[1]
+        while error is not None:
+            if isinstance(error, (KeyboardInterrupt, TrialPruned)):
                 return
-            raise reason
-        if isinstance(handled, LimitBreached):
-            return
-        if isinstance(reason, LimitBreached):
+            error = error.__context__
+        reason = self._reason
+        if isinstance(reason, (KeyboardInterrupt, LimitBreached)):
             raise reason
         if reason is None:
             # The kernel gives no figures; the study's process adds them.

@@ -14,9 +14,9 @@ import os
 from types import MappingProxyType
 
 from optuna_quota._ledger.protocol import Claim, DEVICE, ResourceRequest
-from optuna_quota._metering.meter import warn_once
 from optuna_quota._metering.nvml import GpuError
 from optuna_quota._metering.visible_gpus import visible_gpus
+from optuna_quota._metering.warn import warn_once
 from optuna_quota._units import counted
 
 

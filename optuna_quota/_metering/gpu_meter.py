@@ -17,9 +17,10 @@ from optuna_quota._metering.gpu_reader import (
     GpuReading,
     growth,
 )
-from optuna_quota._metering.meter import DeviceShare, GpuUse, MeterReading, warn_once
+from optuna_quota._metering.meter import DeviceShare, GpuUse, MeterReading
 from optuna_quota._metering.nvml import GpuError
 from optuna_quota._metering.visible_gpus import forget_gpus, has_gpu_open, visible_gpus
+from optuna_quota._metering.warn import warn_once
 from optuna_quota._resources import get_resource, GPU_RESOURCES
 
 
@@ -102,12 +103,17 @@ class GpuMeter:
 
     def read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
         """Return what the trial's processes hold and have used, by a new reading."""
+        if self._source.reason is not None:
+            return {}  # given up: a part of the trial says nothing about the whole
         try:
             return self._read(pids)
         except GpuError as error:
             if self._start.at == -math.inf:
                 return self._give_up(Source(None, error.reason), GPU_RESOURCES)
             return {}  # the next reading may be answered
+        finally:
+            if self._is_closed and self._reader is not None:
+                self._reader.release(self)  # closed by another thread meanwhile
 
     def _read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
         reader = self._reader
@@ -128,10 +134,7 @@ class GpuMeter:
             reading = reader.read(max_age=self.period / 2, after=self._at)
         self._at = reading.at
         self.period = max(self._shortest_period, reader.cost / _MAX_LOAD)
-        readings = self._measure(reader, reading, pids)
-        if self._is_closed:
-            reader.release(self)  # closed by another thread meanwhile
-        return readings
+        return self._measure(reader, reading, pids)
 
     def close(self) -> None:
         self._is_closed = True
@@ -162,8 +165,6 @@ class GpuMeter:
     def _measure(
         self, reader: GpuReader, reading: GpuReading, pids: Sequence[int]
     ) -> Mapping[str, MeterReading]:
-        if self._source.reason is not None:
-            return {}  # given up: a part of the trial says nothing about the whole
         self._pids.update(pids)
         lost = self._lost(reading)
         if lost is not None:
@@ -216,6 +217,7 @@ class GpuMeter:
     def _source_of(
         self, reader: GpuReader, reading: GpuReading, listed: Collection[int]
     ) -> Source:
+        # First: each reading of devices counts for the least that others hold there.
         growth_of_devices = sum(self._growths(reader, reading).values())
         without_bytes = [pid for pid in listed if reading.memory[pid] is None]
         if listed and not without_bytes:

@@ -252,13 +252,15 @@ class GpuReader:
     def read(self, max_age: float = 0.0, after: float = float("-inf")) -> GpuReading:
         """Return the last reading, or a new one if that is older than ``max_age`` or ``after``.
 
-        Raises GpuError if the driver does not answer another thread.
+        Threads that wait for another's reading share the next one. Raises GpuError if the driver
+        does not answer the other thread.
         """
+        asked = self._clock()
         if not self._lock.acquire(timeout=_TIMEOUT):
             raise GpuError(_HANGS)
         try:
             now, latest = self._clock(), self.latest
-            is_fresh = 0 <= now - latest.at <= max_age and latest.at > after
+            is_fresh = asked - max_age <= latest.at <= now and latest.at > after
             if latest.lost is None and not is_fresh:
                 begun = time.perf_counter()
                 self.latest = self._read(now)

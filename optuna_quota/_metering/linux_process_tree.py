@@ -14,7 +14,6 @@ import os
 import time
 
 from optuna_quota._metering.linux_process import LinuxProcess, PAGE, read_huge_pages
-from optuna_quota._metering.meter import warn_once
 from optuna_quota._metering.process_tree import (
     CpuTimes,
     find_doubt,
@@ -25,6 +24,7 @@ from optuna_quota._metering.process_tree import (
     TreeMemory,
     TreeReading,
 )
+from optuna_quota._metering.warn import warn_once
 
 
 _LOADAVG = "/proc/loadavg"

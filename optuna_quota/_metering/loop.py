@@ -1,17 +1,15 @@
-"""The metering loop: for each process, one thread measures all of its trials.
+"""The metering loop: for each process, two threads measure all of its trials.
 
-What may not return, GPUs' drivers and the user's own meters, is read by a second thread: no other
-limit waits for it.
+One samples process trees and finds breaches. What may not return, GPUs' drivers and the user's own
+meters, is read by the other: no other limit waits for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-import contextlib
 from functools import partial
 import logging
 import math
-from queue import SimpleQueue
 import threading
 
 from optuna_quota._limits import Limits
@@ -31,7 +29,7 @@ from optuna_quota._metering.monitored_tree import (
     warn_of_sharing,
 )
 from optuna_quota._metering.process_tree import ProcessTree
-from optuna_quota._metering.timing import PauseDetector, RunningClock
+from optuna_quota._metering.timing import PauseDetector, RunningClock, Wakeup
 from optuna_quota._metering.trial_state import Key, TrialState
 from optuna_quota._usage import Breach, Usage
 
@@ -228,7 +226,7 @@ def open_meters(monitor: TrialState) -> Sequence[TrialMeter]:
 
 
 class MeteringLoop:
-    """Measures the trials of one process in a daemon thread, which sleeps while none runs.
+    """Measures the trials of one process in daemon threads, which sleep while none runs.
 
     The lock is held while process trees are read, which takes microseconds, and never while a
     GPU's driver, a user's meter or a callback runs.
@@ -262,13 +260,8 @@ class MeteringLoop:
         self._pause_detector = PauseDetector(self._clock, lambda: bool(self._monitors))
         self.open_meters = open_meters
         self._is_threaded = threaded
-        # A lock as a flag, released to wake the thread: waiting for it is one call in C.
-        self._wakeup = threading.Lock()
-        self._wakeup.acquire()
-        self._thread: threading.Thread | None = None
-        # Readings for the thread of meters, which begins with the first one.
-        self._readings: SimpleQueue[tuple[TrialMonitor, ScheduledMeter]] = SimpleQueue()
-        self._meter_thread: threading.Thread | None = None
+        self._watching, self._reading = Wakeup(), Wakeup()
+        self._threads: list[threading.Thread] = []
         self._is_stopped = False
         # When something other than a process tree is due.
         self._others_due = -math.inf
@@ -300,6 +293,8 @@ class MeteringLoop:
                 monitor.isolation = None
             self._monitors[key] = monitor
             eager = [meter for meter in monitor.scheduled if meter.eager]
+            for meter in eager:
+                meter.schedule(self.now())  # the other thread must not be the first to read it
             self._start()
             self.wake()
         self.read_meters(monitor, eager)
@@ -320,6 +315,11 @@ class MeteringLoop:
 
     def tick(self) -> float | None:
         """Do what is due; return the seconds until something is, None if nothing will be."""
+        waits = self._read_due_meters(), self._watch()
+        return min((wait for wait in waits if wait is not None), default=None)
+
+    def _watch(self) -> float | None:
+        """Sample process trees, find breaches and call back; return the seconds until the next."""
         with self.lock:
             now = self.now()
             is_quiet = now < self._others_due
@@ -329,15 +329,6 @@ class MeteringLoop:
             if is_quiet:
                 return self._seconds_to_next()
             self._others_due = math.inf
-            monitors = tuple(self._monitors.values())
-            due = [(trial, m) for trial in monitors for m in trial.scheduled if now >= m.due]
-            if self._is_threaded:
-                self._hand_over(due, now)
-                due = []
-        for trial, meter in due:
-            self.read_meters(trial, [meter])
-        with self.lock:
-            now = self.now()
             callbacks: list[Callable[[], None]] = []
             for monitor in self._monitors.values():
                 monitor.check_breach(now)
@@ -347,51 +338,47 @@ class MeteringLoop:
         for callback in callbacks:
             _call(callback)
         with self.lock:
-            self._others_due = min(self._others_due, self._next_due_of_others())
+            now = self.now()
+            deadlines = (monitor.deadline(now) for monitor in self._monitors.values())
+            self._others_due = min(self._others_due, min(deadlines, default=math.inf))
             return self._seconds_to_next()
-
-    def _hand_over(self, due: Iterable[tuple[TrialMonitor, ScheduledMeter]], now: float) -> None:
-        """Let the thread of meters read those that it is not about to read yet."""
-        for trial, meter in due:
-            meter.schedule(now)
-            if meter.is_queued:
-                continue
-            meter.is_queued = True
-            self._readings.put((trial, meter))
-            if self._meter_thread is None:
-                self._meter_thread = threading.Thread(
-                    target=self._read_queued, name="optuna-quota-meters", daemon=True
-                )
-                self._meter_thread.start()
-
-    def _read_queued(self) -> None:
-        while not self._is_stopped:
-            trial, meter = self._readings.get()
-            meter.is_queued = False
-            self.read_meters(trial, [meter])
-            with self.lock:
-                self.wake()
 
     def _seconds_to_next(self) -> float | None:
         due = self._others_due
         for tree in self.trees:
             due = min(due, tree.due)
+        return self._seconds_until(due)
+
+    def _seconds_until(self, due: float) -> float | None:
         return None if due == math.inf else max(0.0, due - self.now())
 
-    def _next_due_of_others(self) -> float:
-        now = self.now()
-        monitors = self._monitors.values()
-        dues = [meter.due for monitor in monitors for meter in monitor.scheduled]
-        dues += [monitor.deadline(now) for monitor in monitors]
-        return min(dues, default=math.inf)
+    def _read_due_meters(self) -> float | None:
+        """Read the meters that are due; return the seconds until the next is."""
+        with self.lock:
+            now = self.now()
+            meters = self._scheduled_meters()
+        for trial, meter in meters:
+            if now >= meter.due:
+                self.read_meters(trial, [meter])
+                with self.lock:
+                    self._watch_again()
+        with self.lock:
+            dues = (meter.due for _, meter in self._scheduled_meters())
+            return self._seconds_until(min(dues, default=math.inf))
+
+    def _scheduled_meters(self) -> list[tuple[TrialMonitor, ScheduledMeter]]:
+        return [(trial, each) for trial in self._monitors.values() for each in trial.scheduled]
 
     # What follows is for monitors, which hold the lock, except for `read_meters`.
 
     def wake(self) -> None:
-        """Let the thread look at everything again, at once."""
+        """Let the threads look at everything again, at once."""
+        self._watch_again()
+        self._reading.set()
+
+    def _watch_again(self) -> None:
         self._others_due = -math.inf
-        with contextlib.suppress(RuntimeError):  # it was released already
-            self._wakeup.release()
+        self._watching.set()
 
     def read_meters(
         self, trial: TrialMonitor, meters: Iterable[ScheduledMeter], *, timeout: float = 0.0
@@ -399,11 +386,17 @@ class MeteringLoop:
         """Read meters of a trial, without the lock, and record what they read."""
         for meter in meters:
             with self.lock:
+                if meter not in trial.scheduled:
+                    continue  # the trial has ended, or has a process of its own now
                 tree = self.trees.of(trial)
                 pids = () if tree is None else tree.pids
                 sharers = 1 if tree is None else len(tree.trials)
                 meter.schedule(self.now())
-            readings = meter.read(pids, timeout=timeout)
+            try:
+                readings = meter.read(pids, timeout=timeout)
+            except Exception:
+                _logger.exception("A meter failed.")
+                continue
             with self.lock:
                 if meter in trial.scheduled:
                     trial.record_readings(readings, meter.growth, sharers)
@@ -416,25 +409,29 @@ class MeteringLoop:
         if not self._is_threaded or self._is_stopped:
             return
         self._pause_detector.start()
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._run, name="optuna-quota-metering", daemon=True
+        jobs = [
+            ("optuna-quota-metering", self._watch, self._watching),
+            ("optuna-quota-meters", self._read_due_meters, self._reading),
+        ]
+        for name, work, wakeup in jobs[len(self._threads) :]:
+            thread = threading.Thread(
+                target=self._run, args=(work, wakeup), name=name, daemon=True
             )
-            self._thread.start()
+            thread.start()
+            self._threads.append(thread)
 
-    def _run(self) -> None:
+    def _run(self, work: Callable[[], float | None], wakeup: Wakeup) -> None:
         while not self._is_stopped:
-            wait = self.tick()
-            self._wakeup.acquire(timeout=-1 if wait is None else min(wait, threading.TIMEOUT_MAX))
+            wakeup.wait(work())
 
     def stop(self) -> None:
-        """End the thread, at the interpreter's exit."""
+        """End the threads, at the interpreter's exit; one whose meter hangs is left behind."""
         with self.lock:
             self._is_stopped = True
             self.wake()
-            thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout=1.0)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=1.0)
 
     def reset_after_fork(self) -> None:
         # A thread that the child doesn't have may hold the lock.

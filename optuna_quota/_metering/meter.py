@@ -13,28 +13,9 @@ import threading
 from typing import Literal, Protocol, runtime_checkable
 
 from optuna_quota._metering.timing import LONGEST_INTERVAL, next_due
+from optuna_quota._metering.warn import warn_once
 from optuna_quota._records import is_reserved
 from optuna_quota._resources import RESOURCES
-
-
-_logger = logging.getLogger("optuna.quota.metering")
-_logged: set[str] = set()
-
-
-def warn_once(subject: str, message: str, *, level: int = logging.WARNING) -> None:
-    """Log a message unless one on the same subject was logged before at this level or above.
-
-    The level is INFO if no limit or quota needs what is missing.
-    """
-    keys = {f"{at}:{subject}" for at in (logging.INFO, logging.WARNING) if at >= level}
-    if not keys & _logged:
-        _logged.add(f"{level}:{subject}")
-        _logger.log(level, message)
-
-
-def forget_warnings() -> None:
-    """Let every warning come once more; for tests."""
-    _logged.clear()
 
 
 @runtime_checkable
@@ -201,7 +182,7 @@ class CustomMeter:
         try:
             value = self._meter.read(pids)
             amount = None if value is None else float(value)
-        except Exception as error:  # noqa: BLE001 - a user's code may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's code may raise anything
             self._warn(f"raised {error!r}")
             return None
         if amount is not None and not (math.isfinite(amount) and amount >= 0):
@@ -219,7 +200,6 @@ class ScheduledMeter:
 
     def __init__(self, meter: TrialMeter, now: float) -> None:
         self.due = now
-        self.is_queued = False  # for the thread of meters
         self.eager = meter.eager
         self.close = meter.close
         self._meter = meter

@@ -10,7 +10,6 @@ import threading
 import time
 
 from optuna_quota._metering.linux_process_tree import is_available, LinuxProcessTree
-from optuna_quota._metering.meter import warn_once
 from optuna_quota._metering.process_tree import ProcessTree, PsutilProcessTree, TreeReading
 from optuna_quota._metering.timing import (
     ASSUMED_GROWTH,
@@ -22,6 +21,7 @@ from optuna_quota._metering.timing import (
     sampling_interval,
 )
 from optuna_quota._metering.trial_state import TrialState
+from optuna_quota._metering.warn import warn_once
 
 
 _logger = logging.getLogger("optuna.quota.metering")

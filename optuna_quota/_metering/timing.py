@@ -8,6 +8,7 @@ from running. One that waits for the interpreter lock is woken up again and agai
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import math
 import os
 import sys
@@ -181,3 +182,19 @@ def count_context_switches(thread: int) -> int | None:
         return sum(int(line.split()[1]) for line in lines)
     except (ImportError, AttributeError, OSError, ValueError, IndexError):
         return None
+
+
+class Wakeup:
+    """A flag that one thread waits for: a lock, so that waiting is one call in C."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def set(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it is set already
+            self._lock.release()
+
+    def wait(self, seconds: float | None) -> None:
+        """Wait until it is set, at most for some seconds, and clear it."""
+        self._lock.acquire(timeout=-1 if seconds is None else min(seconds, threading.TIMEOUT_MAX))

@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 
-from optuna_quota._isolation.channel import Channel, channel_pair, pack_error, unpack_error
+from optuna_quota._isolation.channel import (
+    Channel,
+    channel_pair,
+    pack_error,
+    unpack_error,
+    UnreadableMessage,
+)
 from tests.isolation_tests.trials import caught, raises
 
 
@@ -43,6 +49,41 @@ def test_a_message_that_was_cut_off_is_completed() -> None:
     assert channel.receive() == "whole"
     channel.close()
     whole.close()
+
+
+class OutOfMemory:
+    def __reduce__(self) -> Any:
+        return bytearray, (2**62,)
+
+
+def test_what_cannot_be_loaded_is_an_error_to_a_trial_and_a_message_to_the_study() -> None:
+    left, right = channel_pair()
+    for _ in range(2):
+        left.send(OutOfMemory())
+        left.send("next")
+    # The trial's process learns from it that its memory limit was reached.
+    with pytest.raises(MemoryError):
+        right.receive()
+    assert right.receive() == "next"
+    left.close()
+    first, second = right.drain()
+    assert isinstance(first, UnreadableMessage) and "bytearray (MemoryError" in str(first)
+    assert second == "next"
+    right.close()
+
+
+def test_messages_that_an_interrupt_left_over_come_before_the_end() -> None:
+    left, right = channel_pair()
+    left.send("first")
+    left.send("second")
+    for message in right.arrived():
+        assert message == "first"
+        break
+    left.close()
+    assert list(right.arrived()) == ["second"]
+    with pytest.raises(EOFError):
+        list(right.arrived())
+    right.close()
 
 
 # Exceptions of a trial in the study's process.

@@ -18,6 +18,7 @@ from optuna_quota._isolation import forkserver_client
 from optuna_quota._isolation.channel import channel_pair
 from optuna_quota._isolation.forkserver import SpawnRequest
 from optuna_quota._isolation.forkserver_client import ForkServerClient, request_trial
+from optuna_quota._isolation.launch import StartMethod
 from optuna_quota._metering import metering_loop
 from optuna_quota._records import read_record
 
@@ -57,9 +58,13 @@ def test_large_libraries_can_be_loaded_before_a_fork() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("client")
-def test_a_module_to_preload_that_cannot_be_imported(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_module_to_preload_that_cannot_be_imported(
+    method: StartMethod, caplog: pytest.LogCaptureFixture
+) -> None:
     study = optuna.create_study()
-    study.optimize(isolated(quadratic, preload=["sckit_learn"]), n_trials=2)
+    objective = isolated(quadratic, preload=["sckit_learn"], start_method=method)
+    study.optimize(objective, n_trials=2)
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 2
     said = [r.getMessage() for r in caplog.records if "preload" in r.getMessage()]
     assert len(said) == 1 and "No module named 'sckit_learn'" in said[0]

@@ -18,11 +18,11 @@ from optuna.trial import TrialState
 import psutil
 import pytest
 
-from optuna_quota import isolated, Quota, QuotaSampler
+from optuna_quota import isolated, LimitBreached, Quota, QuotaSampler
 from optuna_quota._isolation.channel import Channel, TrialConnections
 from optuna_quota._isolation.forkserver_client import fork_server_client
 from optuna_quota._isolation.launch import StartMethod
-from optuna_quota._isolation.signals import STOP_SIGNAL
+from optuna_quota._isolation.signals import PoliteStop, STOP_SIGNAL
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import needs_supervisor
 
@@ -31,6 +31,26 @@ pytestmark = needs_supervisor
 
 METHODS: list[StartMethod] = ["forkserver", "spawn", "fork"]
 SENT = ["SIGUSR1", "SIGUSR2", "SIGHUP", "SIGTERM", "SIGALRM", "SIGCONT"]
+
+
+@pytest.mark.parametrize("ending", [LimitBreached, optuna.TrialPruned, KeyboardInterrupt])
+def test_the_polite_stop_raises_nothing_in_a_clean_up(ending: type[BaseException]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    stop = PoliteStop(None)
+    try:
+        with pytest.raises(ending, match="first"):
+            try:
+                raise ending("first")
+            finally:
+                try:
+                    raise OSError("of the clean-up")
+                except OSError:
+                    signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
+        with pytest.raises(LimitBreached):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def wait_for(path: Path) -> None:
@@ -248,7 +268,7 @@ INTERRUPTED = """
     import os, signal, sys, time
     from pathlib import Path
     import optuna
-    from optuna_quota import isolated, Quota, QuotaSampler
+    from optuna_quota import isolated, LimitBreached, Quota, QuotaSampler
 
     # A shell's background job, as this suite may be one, is started deaf to it.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -17,7 +17,7 @@ import textwrap
 
 import pytest
 
-from optuna_quota._metering.meter import forget_warnings
+from optuna_quota._metering.warn import forget_warnings
 from optuna_quota.testing import fake_metering, FakeMetering
 
 

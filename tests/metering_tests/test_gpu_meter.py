@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 import contextlib
+import math
 import os
 from pathlib import Path
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
+from optuna_quota._metering import gpu_reader
 from optuna_quota._metering.gpu_meter import GpuMeter
 from optuna_quota._metering.gpu_reader import GpuReader
 from optuna_quota._metering.nvml import GpuSample
@@ -128,3 +133,70 @@ def test_the_files_that_a_process_has_open(
     assert has_gpu_open([process.pid]) is False
     monkeypatch.setattr("optuna_quota._metering.visible_gpus._DRIVER_FILES", ())
     assert has_gpu_open([os.getpid()]) is None
+
+
+class Hanging(Device):
+    """A device whose driver hangs in calls while ``answers`` is clear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers, self.asked = threading.Event(), threading.Event()
+        self.answers.set()
+        self.n_readings = 0
+
+    def memory(self) -> tuple[int, int]:
+        self.n_readings += 1
+        self.asked.set()
+        assert self.answers.wait(30)
+        return super().memory()
+
+
+@contextlib.contextmanager
+def hanging(device: Hanging, reader: GpuReader) -> Iterator[None]:
+    """Let the driver hang in a reading of another thread."""
+    device.answers.clear()
+    device.asked.clear()
+    thread = threading.Thread(target=reader.read)
+    thread.start()
+    assert device.asked.wait(30)
+    try:
+        yield
+    finally:
+        device.answers.set()
+        thread.join()
+
+
+def test_while_the_driver_hangs_trials_begin_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_reader, "_TIMEOUT", 0.05)
+    device = Hanging()
+    reader = reader_of(device)
+    with meter_on(reader) as before, meter_on(reader) as ended:
+        with hanging(device, reader):
+            assert before.read([1]) == {}
+            ended.close()
+            assert ended.read([2]) == {}  # as by another thread, which was about to
+            assert reader.is_exclusive(before)
+            begun = GpuMeter({"gpu_memory"}, open_reader=lambda: reader)
+            lost = begun.read(())
+            assert lost["gpu_memory"].lost and begun.period == math.inf
+        device.used, device.held = 3 * GB, {1: int(3 * GB)}
+        assert before.read([1])["gpu_memory"].value == 3 * GB
+        # Of a trial whose beginning is not known, nothing is; the driver is not asked any more.
+        n_readings = device.n_readings
+        assert begun.read([1]) == {} and begun.period == math.inf
+        assert device.n_readings == n_readings
+
+
+def test_threads_that_wait_for_a_reading_share_the_next() -> None:
+    device = Hanging()
+    reader = reader_of(device)
+    begun = time.time()
+    with ThreadPoolExecutor(8) as pool:
+        with hanging(device, reader):
+            readings = [pool.submit(reader.read) for _ in range(8)]
+            while pool._work_queue.qsize():
+                time.sleep(0.001)
+            time.sleep(0.05)  # all of them wait for the lock; those that do not make no difference
+        found = {id(each.result()) for each in readings}
+    assert all(each.result().at >= begun for each in readings)
+    assert (len(found), device.n_readings) == (1, 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import queue
 import threading
 import time
@@ -15,9 +15,10 @@ from optuna_quota import Limits, Quota, QuotaPruner, QuotaSampler, Usage
 from optuna_quota._metering import metering_loop
 from optuna_quota._metering.breach import find_breaches, tightest_ceilings
 from optuna_quota._metering.loop import MeteringLoop
+from optuna_quota._metering.meter import MeterReading
 from optuna_quota._records import read_record
 from optuna_quota._usage import Breach
-from optuna_quota.testing import fake_metering, FakeMetering, FakeProcessTree
+from optuna_quota.testing import fake_metering, FakeMeter, FakeMetering, FakeProcessTree
 
 
 GIB = 2**30
@@ -420,31 +421,78 @@ def test_a_tree_that_fails_in_one_method(fake: FakeMetering, failing: str) -> No
     monitor.close()
 
 
-def test_a_meter_that_hangs_holds_up_no_other_limit() -> None:
-    class Hanging:
-        name, peak = "scratch", True
+class HangingMeter:
+    """A meter that answers at first, and then once ``answers`` is set."""
 
-        def __init__(self) -> None:
-            self.n_readings = 0
-            self.answers = threading.Event()
+    name, peak = "scratch", True
 
-        def read(self, pids: Sequence[int]) -> float:
-            self.n_readings += 1
-            if self.n_readings > 1:
-                self.answers.wait(30)
-            return 2.0
+    def __init__(self) -> None:
+        self.asked, self.answers = threading.Event(), threading.Event()
+        self.is_first = True
 
-    meter, loop = Hanging(), MeteringLoop()
+    def read(self, pids: Sequence[int]) -> float:
+        if not self.is_first:
+            self.asked.set()
+            self.answers.wait(30)
+        self.is_first = False
+        return 2.0
+
+
+@pytest.fixture
+def hanging() -> Iterator[HangingMeter]:
+    meter = HangingMeter()
+    yield meter
+    meter.answers.set()
+
+
+def test_a_meter_that_hangs_holds_up_no_other_limit(hanging: HangingMeter) -> None:
+    loop = MeteringLoop()
     breaches: queue.SimpleQueue[Breach] = queue.SimpleQueue()
     limits = Limits(wall_time=0.5, custom={"scratch": 3})
-    monitor = loop.monitor(KEY, limits=limits, meters=[meter])
-    try:
-        monitor.on_breach(breaches.put)
-        assert breaches.get(timeout=10).resource == "wall_time"
-        assert meter.n_readings == 2
-        begun = time.monotonic()
-        assert monitor.close().custom == {"scratch": 2.0}
-        assert time.monotonic() - begun < 10
-    finally:
-        meter.answers.set()
-        loop.stop()
+    monitor = loop.monitor(KEY, limits=limits, meters=[hanging])
+    monitor.on_breach(breaches.put)
+    assert breaches.get(timeout=10).resource == "wall_time"
+    assert hanging.asked.is_set()
+    begun = time.monotonic()
+    assert monitor.close().custom == {"scratch": 2.0}
+    assert time.monotonic() - begun < 10
+    hanging.answers.set()
+    loop.stop()
+    assert not any(thread.is_alive() for thread in loop._threads)
+
+
+def test_no_meter_is_read_after_the_end_of_its_trial(hanging: HangingMeter) -> None:
+    loop, meter = MeteringLoop(), FakeMeter()
+    first = loop.monitor(KEY, meters=[hanging])
+    assert hanging.asked.wait(10)
+    second = loop.monitor(OTHER, meters=[meter])
+    second.close()
+    reads = meter.reads
+    hanging.asked.clear()
+    hanging.answers.set()
+    assert hanging.asked.wait(10)  # the thread has looked at all meters since
+    assert meter.reads == reads
+    first.close()
+    loop.stop()
+
+
+def test_a_reading_that_fails_does_not_end_the_loop() -> None:
+    class Failing:
+        period, eager, n_readings = 0.01, True, 0
+
+        def read(self, pids: Sequence[int]) -> dict[str, MeterReading]:
+            self.n_readings += 1
+            raise KeyError("mine")
+
+        def close(self) -> None:
+            pass
+
+    failing = Failing()
+    loop = MeteringLoop(open_meters=lambda monitor: [failing])
+    monitor = loop.monitor(KEY, limits=Limits(wall_time=0.3))
+    breaches: queue.SimpleQueue[Breach] = queue.SimpleQueue()
+    monitor.on_breach(breaches.put)
+    assert breaches.get(timeout=10).resource == "wall_time"
+    assert failing.n_readings > 2
+    assert monitor.close().wall_time is not None
+    loop.stop()
