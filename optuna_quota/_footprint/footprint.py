@@ -64,7 +64,7 @@ class BaseFootprint(Protocol):
         """Return the probability of each breach at points, by resource, ``(n_points,)``."""
 
     def draw(
-        self, points: Sequence[Mapping[str, Any]], count: int, seed: int
+        self, points: Sequence[Mapping[str, Any]], count: int, seed: int, ahead: int = 1
     ) -> dict[str, np.ndarray]:
         """Return joint draws of each resource at points, shape ``(count, n_points)``."""
 
@@ -220,17 +220,19 @@ class Footprint(BaseFootprint):
         return found
 
     def draw(
-        self, points: Sequence[Mapping[str, Any]], count: int, seed: int
+        self, points: Sequence[Mapping[str, Any]], count: int, seed: int, ahead: int = 1
     ) -> dict[str, np.ndarray]:
         """Return joint draws of each resource at points, shape ``(count, n_points)``.
 
-        The models' uncertainty is drawn once for all points of a draw, so that sums keep it.
+        The models' uncertainty is drawn once for all points of a draw, so that sums keep it. A
+        machine that has become slower is so in the next trials and hardly in those long after:
+        its speed is the mean over the next ``ahead`` trials.
         """
         columns = self._contents.features.encode(points)
         # Times share their random numbers, since they rise and fall together.
         return {
             name: model.draw(
-                columns, count, np.random.default_rng([seed, int(get_resource(name).peak)])
+                columns, count, np.random.default_rng([seed, int(get_resource(name).peak)]), ahead
             )
             for name, model in self._contents.models.items()
         }

@@ -34,6 +34,7 @@ of the others has next to no weight, one far above has much.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 import math
 
 import numpy as np
@@ -83,10 +84,19 @@ def _prior_precision(n_columns: int, drifts: bool) -> np.ndarray:
     return np.asarray(sd**-2.0)
 
 
+@lru_cache(maxsize=8)
 def _nearness(n_trials: int) -> np.ndarray:
     """Return the correlations of the machine's levels, those of the next trial in the last row."""
     places = np.arange(n_trials + 1)
     return np.asarray(np.exp(-np.abs(places[:, None] - places) / _DRIFT_TRIALS))
+
+
+def mean_nearness(ahead: int) -> tuple[float, float]:
+    """Return the mean correlation of the levels ahead with the next one, and with each other."""
+    r = math.exp(-1 / _DRIFT_TRIALS)
+    reached = 1 - r**ahead
+    with_next = reached / (ahead * (1 - r))
+    return with_next, (1 + r - 2 * r * with_next) / (ahead * (1 - r))
 
 
 class GaussianProcess:
@@ -98,6 +108,9 @@ class GaussianProcess:
         hyperparameters: Of the kernel, shape ``(3 + n_columns,)``, one more if it drifts.
         extra: Additional variance of each observation.
         noisy: True where the common noise applies.
+
+    Attributes:
+        drift: Variance of the machine's level.
     """
 
     def __init__(
@@ -115,8 +128,8 @@ class GaussianProcess:
         n, d = columns.shape
         self._inverse_lengths = np.exp(-hyperparameters[3 : 3 + d])
         drifts = len(hyperparameters) > 3 + d
-        self._drift = float(np.exp(hyperparameters[-1])) * self.noise if drifts else 0.0
-        levels = self._drift * _nearness(n) if drifts else np.zeros((n + 1, n + 1))
+        self.drift = float(np.exp(hyperparameters[-1])) * self.noise if drifts else 0.0
+        levels = self.drift * _nearness(n)
         self._next_level = levels[-1, :-1]
         self._scaled = columns * self._inverse_lengths
         self._scaled_squares = np.einsum("ij,ij->i", self._scaled, self._scaled)
@@ -137,14 +150,19 @@ class GaussianProcess:
         cross = self._kernel(columns) + self._next_level
         a, b = self._variances
         scaled = columns * self._inverse_lengths
-        prior = _CONSTANT + a * np.einsum("ij,ij->i", scaled, scaled) + b + self._drift
+        prior = _CONSTANT + a * np.einsum("ij,ij->i", scaled, scaled) + b + self.drift
         variance = prior - np.einsum("ij,ij->i", _product(cross, self._inverse), cross)
         return cross @ self._alpha, np.maximum(variance, 1e-12)
 
-    def joint(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and covariance of the noiseless function at points."""
-        cross = self._kernel(columns) + self._next_level
-        covariance = self._kernel(columns, columns) + self._drift
+    def joint(self, columns: np.ndarray, ahead: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and covariance of the noiseless function at points.
+
+        The level is its mean over so many trials ahead, as which of them runs at which point is
+        not known, and sums over all of them matter.
+        """
+        with_next, with_each_other = mean_nearness(ahead)
+        cross = self._kernel(columns) + with_next * self._next_level
+        covariance = self._kernel(columns, columns) + with_each_other * self.drift
         covariance -= _product(_product(cross, self._inverse), cross.T)
         return cross @ self._alpha, covariance
 

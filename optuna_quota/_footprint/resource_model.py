@@ -13,6 +13,7 @@ from optuna_quota._footprint.gaussian_process import (
     GaussianProcess,
     initial_sites,
     LATENESS,
+    mean_nearness,
     NOISE,
     prior_mean,
     propagate,
@@ -198,15 +199,18 @@ class ResourceModel:
             self.floor, self.location + self.scale * mean, self.scale * spread, self.df
         )
 
-    def draw(self, columns: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    def draw(
+        self, columns: np.ndarray, count: int, generator: np.random.Generator, ahead: int = 1
+    ) -> np.ndarray:
         """Return joint draws of amounts at points, shape ``(count, n_points)``.
 
         The noise is independent at each point. The uncertainty of the process is correlated as
         the process is, and the widening of the spread beyond it, for uncertain hyperparameters, is
-        common to all points. Independent at each point, it would raise every total.
+        common to all points. Independent at each point, it would raise every total. The machine's
+        level is its mean over the trials ``ahead``, and how it departs from that is noise.
         """
-        mean, covariance = self.process.joint(columns)
-        noise = self.process.noise
+        mean, covariance = self.process.joint(columns, ahead)
+        noise = self.process.noise + self.process.drift * (1 - mean_nearness(ahead)[1])
         variance = np.maximum(np.diag(covariance), 1e-12)
         wider = self.spread(np.sqrt(variance + noise)) ** 2 / (variance + noise)
         within, beyond = np.minimum(wider, 1.0), np.maximum(wider - 1.0, 0.0)

@@ -145,7 +145,7 @@ class UserFootprint(BaseFootprint):
         }
 
     def draw(
-        self, points: Sequence[Mapping[str, Any]], count: int, seed: int
+        self, points: Sequence[Mapping[str, Any]], count: int, seed: int, ahead: int = 1
     ) -> dict[str, np.ndarray]:
         """Return the usage at points, the same in every draw; NaN where unknown."""
         amounts = [self._amounts(params) for params in points]
@@ -306,12 +306,12 @@ class CalibratedFootprint(BaseFootprint):
         return learned
 
     def draw(
-        self, points: Sequence[Mapping[str, Any]], count: int, seed: int
+        self, points: Sequence[Mapping[str, Any]], count: int, seed: int, ahead: int = 1
     ) -> dict[str, np.ndarray]:
         """Return joint draws at points by resource, shape ``(count, n_points)``."""
         found = self.stated.draw(points, count, seed)
-        found.update(self._learned.draw(points, count, seed))
-        ratios = self._ratios.draw(points, count, seed)
+        found.update(self._learned.draw(points, count, seed, ahead))
+        ratios = self._ratios.draw(points, count, seed, ahead)
         for name, amounts in self._stated_amounts(points).items():
             found[name] = ratios[name] * amounts
         return found

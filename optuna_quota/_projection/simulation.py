@@ -145,11 +145,11 @@ class _Plan:
         pool = pool if affordable >= len(pool) else pool[: max(_MIN_POINTS, int(affordable))]
         length = min(self.strategy.n_trials, _MAX_TRIALS)
         count = int(min(_DRAWS, max(_MAX_CELLS // length, 50)))
+        # At the machine's mean speed over the whole strategy: where it has become slower, a total
+        # after the first few of many trials is too small.
+        found = self.footprint.draw(pool, count, self.seed, self.strategy.n_trials)
         # Unknown usage counts as none: it breaches nothing and has no price.
-        drawn = {
-            name: np.where(np.isnan(each), 0.0, each)
-            for name, each in self.footprint.draw(pool, count, self.seed).items()
-        }
+        drawn = {name: np.where(np.isnan(each), 0.0, each) for name, each in found.items()}
         # Which points come is random, and makes up half of the spread of a total, unless each of
         # them comes once.
         generator = np.random.default_rng([self.seed, 3])

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from optuna.distributions import FloatDistribution
 import pytest
 
-from optuna_quota import Footprint, Limits, Usage
+from optuna_quota import Footprint, Limits, project, Quota, Strategy, Usage
+from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.resource_model import fit_resource, Predictive, ResourceData
+from optuna_quota._projection.projection import ProjectedResource
 from tests.footprint_tests.test_footprint import draw_rows, truth
 
 
@@ -28,6 +31,30 @@ def test_noise_is_no_drift_and_a_step_is() -> None:
     assert steady.spread[0] == pytest.approx(fixed.spread[0], rel=0.2)
     assert expected(slower).quantile(0.5)[0] == pytest.approx(2.0, rel=0.1)
     assert expected(slower, drifts=False).quantile(0.5)[0] < 1.7
+
+
+def test_a_slower_machine_is_forgotten_over_the_trials_ahead() -> None:
+    generator = np.random.default_rng(0)
+    space = {"x": FloatDistribution(1, 10, log=True)}
+    xs = np.exp(generator.uniform(0, np.log(10), 60))
+    seconds = xs * np.exp(0.1 * generator.standard_normal(60)) * np.repeat([1.0, 2.0], [50, 10])
+    rows = [
+        Observation({"x": float(x)}, space, Usage(cpu_time=float(each)))
+        for x, each in zip(xs, seconds, strict=True)
+    ]
+    footprint = Footprint.fit(rows)
+    assert footprint.intervals({"x": 3.0})["cpu_time"].median > 1.6 * 3.0
+
+    def over_steady(n_trials: int) -> ProjectedResource:
+        strategy = Strategy(n_trials=n_trials, search_space=space)
+        found = project(strategy, footprint, quota=Quota(cpu_time="9h"))
+        (row,) = (each for each in found.resources if each.resource == "cpu_time")
+        mean = n_trials * 9 / np.log(10)
+        return replace(row, lower=row.lower / mean, median=row.median / mean)
+
+    assert over_steady(5).median > 1.5
+    assert over_steady(200).median < 1.4
+    assert over_steady(200).lower < 1.0
 
 
 def test_wall_time_follows_a_machine_that_became_slower_and_cpu_time_does_not() -> None:
