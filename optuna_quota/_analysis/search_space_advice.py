@@ -21,7 +21,7 @@ in most draws, at least in nine of ten. ``benchmarks/advice.py`` judges both on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 import math
 from typing import Any, TYPE_CHECKING
@@ -95,21 +95,31 @@ class Rule:
     text: str
 
 
-def advise_search_space(facts: StudyFacts, footprint: Footprint) -> Iterator[Advice]:
-    """Suggest for each resource the edit of the search space that avoids most breaches."""
+def advise_search_space(
+    facts: StudyFacts, footprint: Footprint, fit_objective: Callable[[], ResourceModel | None]
+) -> Iterator[Advice]:
+    """Suggest for each resource the edit of the search space that avoids most breaches.
+
+    The model of the objective is fitted only where points are compared by it.
+    """
     censored_by = facts.table["censored_by"]
     for resource in censored_by.dropna().unique():
         breached = (censored_by == resource).to_numpy(dtype=bool)
         known = breached | np.isin(facts.data.ended, ("completed", "pruned"))
         if breached.sum() >= _MIN_BREACHES and (known & ~breached).any():
-            yield from _advise(facts, footprint, str(resource), breached, known)
+            limits = facts.table["breach_limit"][breached].dropna()
+            points: Points = []
+            if str(resource) in footprint.resources and not limits.empty:
+                objective, limit = fit_objective(), float(limits.median())
+                if objective is not None:
+                    points = _best_points(footprint, objective, str(resource), limit)
+            yield from _advise(facts, str(resource), breached, known, points)
 
 
 def _advise(
-    facts: StudyFacts, footprint: Footprint, resource: str, breached: Mask, known: Mask
+    facts: StudyFacts, resource: str, breached: Mask, known: Mask, points: Points
 ) -> Iterator[Advice]:
     # Points that are no trials choose nothing, but show what a rule removes of them.
-    points = _best_points(facts, footprint, resource, breached)
     parameters = [_with_points(p, points) for p in facts.data.parameters]
     more = np.zeros(len(points), dtype=bool)
     breached, known, good = (np.append(m, more) for m in (breached, known, facts.near_best))
@@ -176,16 +186,12 @@ def _held_out(
     return avoided / max(int(breached.sum()), 1), avoided / max(removed, 1)
 
 
-def _best_points(facts: StudyFacts, footprint: Footprint, resource: str, breached: Mask) -> Points:
+def _best_points(
+    footprint: Footprint, objective: ResourceModel, resource: str, limit: float
+) -> Points:
     """Return the best twentieth of fresh points that most likely stay below the limit."""
-    limits = facts.table["breach_limit"][breached].dropna()
-    if resource not in footprint.resources or limits.empty:
-        return []
-    objective = _objective_model(facts, footprint)
-    if objective is None:
-        return []
     fresh = _fresh_points(footprint, _DRAWN)
-    over = footprint.expected(fresh)[resource].above(float(limits.median()))
+    over = footprint.expected(fresh)[resource].above(limit)
     fits = np.flatnonzero(over < 0.5)
     expected = objective.predict(footprint.contents.features.scale(fresh)).center[fits]
     best = fits[np.argsort(expected)[: max(1, int(_BEST_SHARE * len(fits)))]]
@@ -198,7 +204,7 @@ def _fresh_points(footprint: Footprint, count: int) -> Points:
     return points_from_unit_cube(space, unit)
 
 
-def _objective_model(facts: StudyFacts, footprint: Footprint) -> ResourceModel | None:
+def objective_model(facts: StudyFacts, footprint: Footprint) -> ResourceModel | None:
     """Return a Gaussian process of the objective's normal scores, over the scaled parameters.
 
     None for several objectives, conditional parameters or few trials.
@@ -346,8 +352,8 @@ class CheaperSpace:
 
 
 def cheaper_space(
-    facts: StudyFacts,
     footprint: Footprint,
+    objective: ResourceModel | None,
     resource: str,
     limits: Mapping[str, float],
     near_best: Points,
@@ -356,7 +362,6 @@ def cheaper_space(
 
     The points of the trials near the best must stay.
     """
-    objective = _objective_model(facts, footprint)
     if objective is None or resource not in footprint.resources:
         return None
     if float(np.mean(objective.log_leave_one_out()[0] ** 2)) > _MAX_UNEXPLAINED:

@@ -26,9 +26,11 @@ from optuna_quota._analysis.search_space_advice import (
     advise_search_space,
     cheaper_space,
     CheaperSpace,
+    objective_model,
 )
 from optuna_quota._footprint.footprint import Footprint
 from optuna_quota._footprint.observations import Observation, read_observation
+from optuna_quota._footprint.resource_model import ResourceModel
 from optuna_quota._resources import get_resource
 from optuna_quota._utilization.data import StudyData
 from optuna_quota._utilization.fit import derivatives_at, leverage, without_numeric_warnings
@@ -203,7 +205,7 @@ class StudyAnalysis:
         if facts.cost is None or not near:
             return None
         with without_numeric_warnings():
-            return cheaper_space(facts, self.footprint, facts.cost, self.limits, near)
+            return cheaper_space(self.footprint, self._objective, facts.cost, self.limits, near)
 
     @cached_property
     def front(self) -> pd.DataFrame | None:
@@ -227,7 +229,13 @@ class StudyAnalysis:
     @cached_property
     def advice(self) -> list[Advice]:
         """What to change, with the figures behind it; only what the data support."""
-        return [*advise_search_space(self._facts, self.footprint), *advise(self._facts)]
+        edits = advise_search_space(self._facts, self.footprint, lambda: self._objective)
+        return [*edits, *advise(self._facts)]
+
+    @cached_property
+    def _objective(self) -> ResourceModel | None:
+        with without_numeric_warnings():
+            return objective_model(self._facts, self.footprint)
 
     @cached_property
     def _facts(self) -> StudyFacts:

@@ -7,14 +7,18 @@ import math
 import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import create_trial
+from optuna.trial import create_trial, TrialState
+import pytest
 
-from optuna_quota import analyze, Usage
+from optuna_quota import analyze, Footprint, Usage
+from optuna_quota._analysis import study_analysis
+from optuna_quota._analysis.advice import StudyFacts
 from tests.analysis_tests.studies import (
     advice_on,
     draw,
     finished,
     only_advice,
+    power_law_study,
     study_of,
     terminated,
 )
@@ -158,3 +162,23 @@ def test_a_rule_that_costs_the_best_points_that_fit_is_not_given() -> None:
 
     assert advice_on(study_of(*best_at_limit), "search space") == []
     assert advice_on(study_of(*elsewhere), "search space") != []
+
+
+def test_the_objective_is_fitted_once_and_only_to_compare_points(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fits = []
+
+    def fitted(facts: StudyFacts, footprint: Footprint) -> None:
+        fits.append(facts)
+
+    monkeypatch.setattr(study_analysis, "objective_model", fitted)
+    assert analyze(power_law_study(40)).advice is not None
+    assert fits == []
+    breaching = power_law_study(40, limit=2e9).trials
+    for row in [t for t in breaching if t.state == TrialState.COMPLETE][:6]:
+        over = Usage(memory=1e9, cpu_time=1.0)
+        breaching.append(terminated(row.params, over, "cpu_time", 1.0))
+    report = analyze(study_of(*breaching))
+    assert set(report.table["censored_by"].dropna()) == {"memory", "cpu_time"}
+    assert (report.advice is not None, report.cheaper_space, len(fits)) == (True, None, 1)
