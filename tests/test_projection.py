@@ -66,6 +66,8 @@ def test_rejection_names_each_resource_that_does_not_fit() -> None:
     assert "memory: 3.73 GiB projected, quota 2.79 GiB, probability 0%" in text
     assert "CPU time" not in text
     assert "Nearest that would fit: 40 trials instead of 200, 1 at once instead of 2." in text
+    one = str(project(Strategy(2000), EACH, quota=Quota(n_trials=1)))
+    assert "Nearest that would fit: 1 trial instead of 2,000." in one
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def describe_nearest(projection: Projection) -> str:
         return "No smaller strategy would fit."
     parts = []
     if nearest.n_trials != asked.n_trials:
-        parts.append(f"{nearest.n_trials} trials instead of {asked.n_trials}")
+        parts.append(f"{counted(nearest.n_trials, 'trial')} instead of {asked.n_trials:,}")
     if nearest.n_jobs != asked.n_jobs:
         parts.append(f"{nearest.n_jobs} at once instead of {asked.n_jobs}")
     before: dict[str, Any] = dict(asked.search_space or {})
