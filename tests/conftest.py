@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import importlib
+from importlib.util import find_spec
 import os
 import signal
 
@@ -27,6 +29,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(scope="session", autouse=True)
 def _fast_writes() -> Iterator[None]:
     with without_fsync():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_for_small_matrices() -> Iterator[None]:
+    """Let NumPy and SciPy start no threads in this process; what it starts is as ever.
+
+    They would wait for each other by spinning, on the cores that other tests need.
+    """
+    if find_spec("threadpoolctl") is None:
+        yield
+        return
+    importlib.import_module("scipy.linalg")  # has a library of its own
+    with importlib.import_module("threadpoolctl").threadpool_limits(1, user_api="blas"):
         yield
 
 
