@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+import faulthandler
 import importlib
 from importlib.util import find_spec
 import os
@@ -24,6 +25,30 @@ settings.load_profile("optuna_quota")
 # A shell starts background jobs with SIGINT ignored, which the scripts of tests would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_stderr = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # While tests run, it is captured.
+    config.stash[_stderr] = os.dup(2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """End the run, with the stacks of all threads, where a timeout does not end its test.
+
+    The timeout raises an exception in the main thread, which may be about to join a worker's.
+    """
+    marker = item.get_closest_marker("timeout")
+    seconds = float(item.config.getini("timeout")) if marker is None else marker.args[0]
+    stderr = item.config.stash[_stderr]
+    faulthandler.dump_traceback_later(seconds + 60, exit=True, file=stderr)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session", autouse=True)
