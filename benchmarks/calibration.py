@@ -1,17 +1,17 @@
 """Whether points breach as often as was projected for them, over whole studies.
 
 A trial takes what its surface says times the machine's speed at that moment; nothing is run, the
-clock and the process tree are fakes. The machine is quiet (10% noise, as in every case), slows down to half its speed
-a third of the way through, is slow in bursts, walks, or becomes slower by and by. The clock time
-follows its speed and the CPU time the root of that. Half of the space is over the limit, which is
-on one of the two.
+clock and the process tree are fakes. The machine is quiet (10% noise, as in every case), slows
+down to half its speed a third of the way through, is slow in bursts, walks, or becomes slower by
+and by. The clock time follows its speed and the CPU time the root of that. Half of the space is
+over the limit, which is on one of the two.
 
     python benchmarks/calibration.py [--quick] [--seeds N] [--first-seed N] [--trials N]
         [--samplers random,tpe] [--surfaces synthetic,forest]
 
 Prints the mean probability of a breach as projected and the share of trials that breached: of the
-points that replaced refused ones and of those that ran as drawn; and as a reliability diagram, both
-together by what was projected. ``forest`` is measured before the studies start, in a few minutes.
+points that replaced refused ones, of those that ran as drawn, and of both by what was projected (a
+reliability diagram). ``forest`` is measured before the studies start, in a few minutes.
 """
 
 from __future__ import annotations
