@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+import compileall
+import faulthandler
+import gc
+import importlib
+from importlib.util import find_spec
 import os
+from pathlib import Path
 import signal
+import sys
 
 from hypothesis import HealthCheck, settings
 import pytest
@@ -12,6 +19,8 @@ import pytest
 from optuna_quota._isolation import forkserver_client
 from tests.storages import without_fsync
 
+
+ROOT = Path(__file__).parents[1]
 
 # Test machines are shared and slow at times: a slow draw is no failure.
 settings.register_profile(
@@ -24,9 +33,60 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+_stderr = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if sys.dont_write_bytecode and not hasattr(config, "workerinput"):
+        # Tests start hundreds of interpreters, which would each compile the package again.
+        compileall.compile_dir(ROOT / "optuna_quota", quiet=2)
+    # While tests run, it is captured.
+    config.stash[_stderr] = os.dup(2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """End the run, with the stacks of all threads, where a timeout does not end its test.
+
+    The timeout raises an exception in the main thread, which may be about to join a worker's.
+    """
+    marker = item.get_closest_marker("timeout")
+    seconds = float(item.config.getini("timeout")) if marker is None else marker.args[0]
+    stderr = item.config.stash[_stderr]
+    faulthandler.dump_traceback_later(seconds + 60, exit=True, file=stderr)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect() -> None:
+    """Keep what is loaded by now out of collections: each study with a limit on memory does one.
+
+    To go through all test items and libraries takes tenths of a second.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _fast_writes() -> Iterator[None]:
     with without_fsync():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_for_small_matrices() -> Iterator[None]:
+    """Let NumPy and SciPy start no threads in this process; what it starts is as ever.
+
+    They would wait for each other by spinning, on the cores that other tests need.
+    """
+    if find_spec("threadpoolctl") is None:
+        yield
+        return
+    importlib.import_module("scipy.linalg")  # has a library of its own
+    with importlib.import_module("threadpoolctl").threadpool_limits(1, user_api="blas"):
         yield
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from optuna_quota._isolation.channel import Channel, TrialConnections
 from optuna_quota._isolation.forkserver import (
@@ -49,6 +49,13 @@ class _Unsafe(OSError):
         self.module = module
 
 
+def _open_errors() -> BinaryIO:
+    # In memory where that is possible: a read-only container or a full disk has no other place.
+    if sys.platform == "linux":
+        return os.fdopen(os.memfd_create("optuna-quota-errors"), "w+b")
+    return tempfile.TemporaryFile()
+
+
 class ForkServerClient:
     """Starts trials from one fork server; for any thread.
 
@@ -61,7 +68,7 @@ class ForkServerClient:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this
+        self._errors = _open_errors()
         # Processes that exit by themselves once they have served what was sent.
         self._retired: list[subprocess.Popen[bytes]] = []
         # Modules to load, in their order; those loaded, the times of their files, and the

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import functools
+import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -18,6 +19,7 @@ import pickle
 import site
 import sys
 import sysconfig
+import threading
 import types
 from typing import Any
 
@@ -131,12 +133,40 @@ def _installed_folders() -> tuple[str, ...]:
 
 def module_frames() -> Iterator[types.FrameType]:
     """Yield the frames of all threads that execute the body of a module, innermost first."""
-    for frame in list(sys._current_frames().values()):
+    for frame in _current_frames():
         at: types.FrameType | None = frame
         while at is not None:
             if at.f_code.co_name == "<module>":
                 yield at
             at = at.f_back
+
+
+# Held while garbage collection is off: of two threads, one would leave it off for good.
+_no_collection = threading.RLock()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_no_collection.acquire,
+        after_in_parent=_no_collection.release,
+        after_in_child=_no_collection.release,
+    )
+
+
+def _current_frames() -> list[types.FrameType]:
+    """Return the innermost frame of each thread.
+
+    Python 3.11 before 3.11.9 holds its lock on the list of threads meanwhile. A collection within
+    waits for it without end, with the interpreter lock held, if it frees a ``threading.local``,
+    which each study has: https://github.com/python/cpython/issues/106883.
+    """
+    with _no_collection:
+        is_on = gc.isenabled()
+        gc.disable()
+        try:
+            return list(sys._current_frames().values())
+        finally:
+            if is_on:
+                gc.enable()
 
 
 def modules_being_imported() -> list[types.ModuleType]:

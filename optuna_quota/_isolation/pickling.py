@@ -31,7 +31,7 @@ from typing import Any
 import cloudpickle
 
 from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.environment import (
+from optuna_quota._isolation.generators import (
     is_generator,
     reduce_generator,
     values_within_reach,
@@ -424,12 +424,16 @@ def _reduce_tensor(value: Any) -> Any:
         torch.UntypedStorage: "reduce_storage",
     }
     kind = type(value)
-    if kind not in reducers or value.device.type != "cpu":
+    if kind not in reducers:
+        return None
+    # A typed storage's own attributes are deprecated, each with a warning.
+    memory = value._untyped_storage if kind is torch.TypedStorage else value
+    if memory.device.type != "cpu":
         return None
     is_tensor = kind is torch.Tensor
     if is_tensor and (value.layout is not torch.strided or value.requires_grad or vars(value)):
         return None
-    if value.is_shared():
+    if memory.is_shared():
         reductions: Any = importlib.import_module("torch.multiprocessing.reductions")
         return getattr(reductions, reducers[kind])(value)
     if not is_tensor or not value.numel() or value.is_quantized:

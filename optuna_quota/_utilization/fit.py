@@ -167,8 +167,10 @@ def derivatives(
         floor_share = jacobian[:, 0]
         bent = np.column_stack([np.ones(len(z)), -sample.x])
         block = block - (bent.T * (by_mean * floor_share * (1 - floor_share))) @ bent
-    border = (cross @ jacobian)[:, None]
-    information = np.block([[block, border], [border.T, scale.sum()]])
+    information = np.empty((len(theta), len(theta)))
+    information[:-1, :-1] = block
+    information[:-1, -1] = information[-1, :-1] = cross @ jacobian
+    information[-1, -1] = scale.sum()
     score = np.column_stack([by_mean[:, None] * jacobian, by_scale])
     return Derivatives(loglike, score, information, mean, jacobian, weight)
 

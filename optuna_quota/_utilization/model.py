@@ -269,10 +269,10 @@ def holm(p_values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return p-values adjusted by Holm's method; NaN stays NaN and is no test."""
     adjusted = np.full(len(p_values), math.nan)
     known = np.isfinite(p_values)
-    if known.any():
-        from statsmodels.stats.multitest import multipletests
-
-        adjusted[known] = multipletests(p_values[known], method="holm")[1]
+    order = np.argsort(p_values)[: known.sum()]  # NaN is last
+    steps = p_values[order] * np.arange(len(order), 0, -1)
+    # Not by statsmodels, which collects the garbage of the whole process.
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
     return adjusted
 
 

@@ -11,6 +11,9 @@ import subprocess
 import sys
 from typing import Any
 
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
 
 METHODS = ("forkserver", "fork", "spawn")
 
@@ -74,6 +77,11 @@ def run_script(folder: Path, source: str, *arguments: str) -> Any:
     (folder / "script.py").write_text(f"from helpers import *\n{source}")
     run_python(folder, *(arguments or ["script.py"]))
     return json.loads((folder / "found.json").read_text())
+
+
+def journal(folder: Path | str) -> JournalStorage:
+    """Open the storage of a script and its test; to load what SQLite's needs takes a second."""
+    return JournalStorage(JournalFileBackend(f"{folder}/study.log"))
 
 
 def always(*values: float | None) -> dict[str, list[float | None]]:

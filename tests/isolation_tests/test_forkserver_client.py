@@ -7,6 +7,7 @@ import contextlib
 import os
 from pathlib import Path
 import sys
+import tempfile
 from typing import Any
 
 import optuna
@@ -37,6 +38,19 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServerClient]:
 
 def quadratic(trial: optuna.Trial) -> float:
     return trial.suggest_float("x", -1, 1) ** 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files in memory are Linux's")
+def test_nothing_is_written_where_temporary_files_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a read-only container, or on a full disk."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    client = ForkServerClient()
+    try:
+        client.prepare()
+    finally:
+        client.close()
 
 
 @pytest.mark.slow

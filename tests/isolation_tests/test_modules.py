@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import gc
 from pathlib import Path
 import sys
 import threading
@@ -19,12 +20,14 @@ from optuna_quota._isolation.forkserver_client import fork_server_client
 from optuna_quota._isolation.modules import (
     can_preload,
     is_plain,
+    module_frames,
     modules_to_preload,
     plain_attributes,
     read_module_state,
     restore_module_state,
     set_attributes,
 )
+from tests.isolation_tests.scripts import run_python
 
 
 def test_modules_that_can_be_loaded_before_a_fork() -> None:
@@ -39,6 +42,48 @@ def test_modules_that_trials_find_loaded() -> None:
     assert {"optuna", __name__} <= set(named)
     assert not {"pytest", "_pytest.python", "optuna_quota"} & set(named)
     assert set(named) <= set(modules_to_preload(everything=True))
+
+
+# The interpreter's own lock, which no timeout of a test could end.
+COLLECT_WITHIN = """
+import gc, threading, time
+from optuna_quota._isolation.modules import module_frames
+
+class Node: pass
+
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+for number in range(100):
+    gc.set_threshold(100_000)
+    gc.collect()
+    for _ in range(10):
+        node = Node()
+        node.itself, node.local = node, threading.local()
+        node.local.x = 1
+    gc.set_threshold(gc.get_count()[0] + number % 20)
+    list(module_frames())
+"""
+
+
+def test_frames_are_found_while_studies_are_garbage(tmp_path: Path) -> None:
+    run_python(tmp_path, "-c", COLLECT_WITHIN)
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_to_find_frames_leaves_garbage_collection_as_it_was(is_on: bool) -> None:
+    def look() -> None:
+        for _ in range(300):
+            list(module_frames())
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    (gc.enable if is_on else gc.disable)()
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert gc.isenabled() == is_on
+    finally:
+        gc.enable()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import pytest
 
 from optuna_quota import isolated, Limits, QuotaPruner
 from optuna_quota._records import read_record
+from tests.isolation_tests.scripts import journal
 from tests.isolation_tests.trials import needs_supervisor
 
 
@@ -30,6 +31,7 @@ SCRIPT = """
     from pathlib import Path
     import optuna
     from optuna_quota import isolated, LimitBreached, Limits, Quota, QuotaPruner, QuotaSampler
+    from tests.isolation_tests.scripts import journal
 
     folder, where = Path(sys.argv[1]), sys.argv[2]
     study_pid = os.getpid()
@@ -47,7 +49,7 @@ SCRIPT = """
     BODY
 
     study = optuna.create_study(
-        storage=f"sqlite:///{folder}/study.db",
+        storage=journal(folder),
         study_name="s",
         sampler=QuotaSampler(quota=QUOTA, lease=1) if "quota" in where else None,
         pruner=QuotaPruner(limits=Limits(wall_time=LIMIT)),
@@ -84,7 +86,7 @@ class Script:
     def end(self) -> FrozenTrial:
         _, errors = self.process.communicate(timeout=60)
         assert self.process.returncode == 0, errors
-        study = optuna.load_study(storage=f"sqlite:///{self.folder}/study.db", study_name="s")
+        study = optuna.load_study(storage=journal(self.folder), study_name="s")
         return study.trials[0]
 
 

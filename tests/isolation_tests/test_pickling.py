@@ -340,3 +340,23 @@ say(found=values(objective, n_trials=1), shared=float(SHARED[0]))
 """
     found = run_script(tmp_path, source)
     assert found == {"found": always(4.25), "shared": 3.0}
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_tensors_that_torch_pickles_itself_give_no_warning(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    source = """
+import warnings
+import torch
+warnings.simplefilter("error")
+WEIGHTS, SHARED = torch.ones(3, requires_grad=True), torch.zeros(2).share_memory_()
+
+def objective(trial):
+    SHARED[0] += 1
+    return float(WEIGHTS.detach().sum())
+
+say(found=values(objective, n_trials=1), shared=float(SHARED[0]))
+"""
+    found = run_script(tmp_path, source)
+    assert found == {"found": always(3.0), "shared": 3.0}

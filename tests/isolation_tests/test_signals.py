@@ -24,6 +24,7 @@ from optuna_quota._isolation.forkserver_client import fork_server_client
 from optuna_quota._isolation.launch import StartMethod
 from optuna_quota._isolation.signals import PoliteStop, STOP_SIGNAL
 from optuna_quota._records import read_record
+from tests.isolation_tests.scripts import journal
 from tests.isolation_tests.trials import needs_supervisor
 
 
@@ -269,6 +270,7 @@ INTERRUPTED = """
     from pathlib import Path
     import optuna
     from optuna_quota import isolated, LimitBreached, Quota, QuotaSampler
+    from tests.isolation_tests.scripts import journal
 
     # A shell's background job, as this suite may be one, is started deaf to it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -292,7 +294,7 @@ INTERRUPTED = """
             raise
 
     study = optuna.create_study(
-        storage=f"sqlite:///{folder}/study.db",
+        storage=journal(folder) if case != "calling" else f"sqlite:///{folder}/study.db",
         study_name="s",
         sampler=QuotaSampler(quota=Quota(n_trials=9)) if case != "plain" else None,
     )
@@ -329,7 +331,9 @@ def test_an_interrupt_gives_the_trial_its_grace_period(tmp_path: Path, case: str
     _, errors = process.communicate(timeout=30)
     assert process.returncode != 0 and "KeyboardInterrupt" in errors
     assert not trial_process.is_running()
-    study = optuna.load_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="s")
+    # In the midst of a call, a database is the harder case.
+    storage = journal(tmp_path) if case != "calling" else f"sqlite:///{tmp_path}/study.db"
+    study = optuna.load_study(storage=storage, study_name="s")
     (trial,) = study.trials
     record = read_record(trial)
     assert trial.state == TrialState.FAIL

@@ -23,6 +23,7 @@ import pytest
 from optuna_quota import isolated, Limits, TrialCrashed
 from optuna_quota._isolation.linux import is_exiting
 from optuna_quota._records import read_record
+from tests.isolation_tests.scripts import journal
 from tests.isolation_tests.trials import escape, needs_supervisor, run_one
 
 
@@ -216,6 +217,7 @@ SLEEPER = """
     import os, signal, sys, time
     import optuna
     from optuna_quota import isolated
+    from tests.isolation_tests.scripts import journal
 
     # A shell's background job, as this suite may be one, is started deaf to these.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -234,7 +236,7 @@ SLEEPER = """
         os.rename(temporary, os.path.join(folder, "pids"))
         time.sleep(60)
 
-    study = optuna.create_study(storage=f"sqlite:///{folder}/study.db", study_name="s")
+    study = optuna.create_study(storage=journal(folder), study_name="s")
     study.optimize(isolated(objective), n_trials=1)
 """
 
@@ -258,7 +260,7 @@ def test_an_interrupt_ends_the_trial_and_the_row(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert "KeyboardInterrupt" in errors
     assert not wait_until_gone(pids)
-    study = optuna.load_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="s")
+    study = optuna.load_study(storage=journal(tmp_path), study_name="s")
     assert [t.state for t in study.trials] == [TrialState.FAIL]
 
 
