@@ -18,8 +18,9 @@ import platform
 import threading
 from typing import Any, Literal, TYPE_CHECKING
 import warnings
-import weakref
 
+from optuna_quota._footprint.glibc_heap import heap_peak
+from optuna_quota._footprint.held_storages import held_storages, size_of
 from optuna_quota._isolation.isolated import isolated
 from optuna_quota._metering.monitored_tree import open_tree
 from optuna_quota._resources import format_amount
@@ -39,17 +40,8 @@ _logger = logging.getLogger("optuna.quota.footprint")
 
 # What a process holds on a GPU beside its tensors, in bytes: the CUDA context and loaded kernels.
 _CUDA_CONTEXT = 500 * 2**20
-# Glibc keeps freed blocks up to this size in its heap (DEFAULT_MMAP_THRESHOLD_MAX), in pieces that
-# do not fit the next ones: the heap of a training grows to about this multiple of what is live
-# (1.7 to 3.5 over ten perceptrons and ten residual networks, where larger blocks were exact).
-_MAX_HEAP_BLOCK = 32 * 2**20
-_HEAP_GROWTH = 2.2
 # With either, the allocator is another, or is told to give blocks back.
 _ALLOCATOR_VARIABLES = ("LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_")
-# OneDNN's workspace of an LSTM, which is empty under fake tensors, in multiples of the output: the
-# gates in the forward pass, and what the backward pass touches.
-_RNN_GATES = 4
-_RNN_BACKWARD = 15
 # Torch's modes are those of a thread, but what they cache is not.
 _tracing = threading.Lock()
 
@@ -141,8 +133,9 @@ class TrainingMemory:
         activations: What the forward pass leaves for the backward pass, and the batch.
         peak: The most that is held at one moment. Less than the sum of these where activations
             are freed before the last gradient is there; more where a single operation takes much.
-        heap: What the C library keeps of freed blocks in addition: glibc those below 32 MiB, on
-            the CPU, unless ``MALLOC_MMAP_THRESHOLD_`` is set when Python starts.
+        heap: What the C library keeps of freed blocks in addition: glibc those of up to 32 MiB, on
+            the CPU, unless ``MALLOC_MMAP_THRESHOLD_`` is set when Python starts. Its heap is
+            followed through the step's blocks, over four steps.
     """
 
     parameters: float
@@ -247,7 +240,7 @@ class _Step:
         fakes = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
         # Copies of layers would each copy it.
         fakes.__deepcopy__ = lambda _: fakes
-        held = _held_storages()
+        held = held_storages(onednn=not self.foreach)
         try:
             # The functions may seed: the study's own random numbers stay what they are.
             with torch.random.fork_rng(devices=()), torch.enable_grad(), fakes, held:
@@ -270,9 +263,11 @@ class _Step:
         if any(getattr(each, "fake_mode", None) is not fakes for each in model.parameters()):
             raise TypeError("`build` must make a new model with each call.")
         parameters = held.now
+        sizes = [size for _, size in held.calls if size]
         optimizer = self._make_optimizer(params, model)
         state, temporary = _measure_update(optimizer, held, foreach=self.foreach)
         before = held.now
+        held.calls.clear()
         # A batch may have data: from numpy, or a dataset.
         batch = tree_map_only(
             torch.Tensor,
@@ -285,16 +280,18 @@ class _Step:
         activations = held.now - before
         loss.backward()
         del loss
-        gradients = sum(_size(p.grad) for p in model.parameters() if p.grad is not None)
+        gradients = sum(size_of(p.grad) for p in model.parameters() if p.grad is not None)
         # Of most parameters there is no optimizer state here.
-        peak = held.peak - before + parameters + state
-        update_peak = parameters + state + gradients + temporary
+        peak = max(
+            held.peak - before + parameters + state, parameters + state + gradients + temporary
+        )
         is_glibc = not any(map(os.environ.get, _ALLOCATOR_VARIABLES))
         is_glibc &= not self.foreach and platform.libc_ver()[0] == "glibc"
-        heap = (_HEAP_GROWTH - 1) * max(held.small_peak, gradients) if is_glibc else 0.0
-        return TrainingMemory(
-            parameters, gradients, state, activations, max(peak, update_peak), heap
-        )
+        heap = 0.0
+        if is_glibc:
+            trained = [size_of(each) for each in model.parameters() if each.requires_grad]
+            heap = max(0.0, heap_peak(sizes, trained, state, temporary, held.calls) - peak)
+        return TrainingMemory(parameters, gradients, state, activations, peak, heap)
 
     def _make_optimizer(self, params: Mapping[str, Any], model: Module) -> Optimizer:
         make = self.optimizer
@@ -329,85 +326,13 @@ def _measure_update(optimizer: Optimizer, held: Any, *, foreach: bool) -> tuple[
     optimizer.step()
     added, temporary = held.now - before, held.peak - held.now
     others = sum(
-        (kinds[kind] - 1) * _size(optimizer.state[first]) for kind, first in firsts.items()
+        (kinds[kind] - 1) * size_of(optimizer.state[first]) for kind, first in firsts.items()
     )
     if foreach:
-        total = sum(kinds[kind] * _size(first) for kind, first in firsts.items())
-        temporary *= total / max(1, sum(map(_size, firsts.values())))
+        total = sum(kinds[kind] * size_of(first) for kind, first in firsts.items())
+        temporary *= total / max(1, sum(map(size_of, firsts.values())))
     optimizer.zero_grad()
     return added + others, temporary
-
-
-def _held_storages() -> Any:
-    """Return a mode that counts the bytes of the storages that operations return, as they live."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    rnn, rnn_backward = (
-        getattr(torch.ops.aten, f"mkldnn_rnn_layer{suffix}").default
-        for suffix in ("", "_backward")
-    )
-
-    class HeldStorages(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.now = self.peak = 0.0
-            # Of blocks that the heap takes, since the last reset.
-            self._small = self.small_peak = 0.0
-            self._known: dict[int, tuple[float, weakref.ref[Any]]] = {}
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if func is rnn:
-                self._add(result[3].untyped_storage(), _RNN_GATES * _size(result[0]))
-            elif func is rnn_backward:
-                empty = [x for x in args if isinstance(x, torch.Tensor) and x.numel() == 0]
-                sizes = (self._known.get(id(x.untyped_storage()), (0,))[0] for x in empty)
-                gates = max(sizes, default=0)
-                self.peak = max(self.peak, self.now + gates * (_RNN_BACKWARD / _RNN_GATES - 1))
-            self.add(result)
-            return result
-
-        def reset_peaks(self) -> None:
-            self.peak = self.now
-            self._small = self.small_peak = 0.0
-
-        def add(self, tensors: Any) -> None:
-            for each in tree_leaves(tensors):
-                if isinstance(each, torch.Tensor):
-                    storage = each.untyped_storage()
-                    self._add(storage, storage.nbytes())
-
-        def _add(self, storage: Any, size: float) -> None:
-            key = id(storage)
-            if key in self._known:
-                return
-            small = size if size < _MAX_HEAP_BLOCK else 0.0
-
-            def free(_: Any) -> None:
-                del self._known[key]
-                self.now -= size
-                self._small -= small
-
-            self._known[key] = size, weakref.ref(storage, free)
-            self.now += size
-            self._small += small
-            self.peak = max(self.peak, self.now)
-            self.small_peak = max(self.small_peak, self._small)
-
-    return HeldStorages()
-
-
-def _size(tensors: Any) -> int:
-    """Return the bytes of all tensors in a structure."""
-    import torch
-    from torch.utils._pytree import tree_leaves
-
-    leaves = (each for each in tree_leaves(tensors) if isinstance(each, torch.Tensor))
-    return sum(each.untyped_storage().nbytes() for each in leaves)
 
 
 def _held_here(step: _Step, trial: Any) -> float:

@@ -117,6 +117,27 @@ def test_optimizer_state_of_many_layers_is_that_of_a_real_step() -> None:
 
 
 @pytest.mark.integration
+def test_convolutions_take_copies_in_blocks_of_channels() -> None:
+    torch = pytest.importorskip("torch")
+    size = 4 * 8 * 64 * 64  # of one channel of the batch
+    peaks = {
+        device: footprints.torch_training(
+            lambda _: torch.nn.Conv2d(17, 33, 1, bias=False),
+            lambda _: (torch.zeros(8, 17, 64, 64), torch.zeros(8, 33, 64, 64)),
+            sgd,
+            device=device,  # type: ignore[arg-type]
+            base=1.0,
+        )
+        .memory({})
+        .peak
+        for device in ("cpu", "cuda")
+    }
+    # In the backward pass: the batch, the gradient of the output, and copies of the inputs and it.
+    assert peaks["cpu"] - peaks["cuda"] > 16 * size
+    assert peaks["cpu"] >= (17 + 33 + 33 + 32 + 48) * size
+
+
+@pytest.mark.integration
 def test_where_a_step_cannot_be_taken_the_study_learns(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

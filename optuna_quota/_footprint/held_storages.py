@@ -1,0 +1,123 @@
+"""The storages that a training step holds, as operations on fake tensors return and free them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, TYPE_CHECKING
+import weakref
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# OneDNN's workspace of an LSTM, which is empty under fake tensors, in multiples of the output: the
+# gates in the forward pass, and what the backward pass touches.
+_RNN_GATES = 4
+_RNN_BACKWARD = 15
+# OneDNN copies what a convolution takes and gives into blocks of so many channels.
+_CHANNELS = 16
+
+
+def held_storages(*, onednn: bool) -> Any:
+    """Return a mode that counts the bytes of the storages that operations return, as they live.
+
+    Args:
+        onednn: Whether operations take what they do with oneDNN on a CPU in addition.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    aten = torch.ops.aten
+    rnn, rnn_backward = aten.mkldnn_rnn_layer.default, aten.mkldnn_rnn_layer_backward.default
+    convolution, convolution_backward = (
+        aten.convolution.default,
+        aten.convolution_backward.default,
+    )
+
+    class HeldStorages(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.now = self.peak = 0.0
+            # Serial numbers and sizes of storages, and with size 0 when they are freed.
+            self.calls: list[tuple[int, int]] = []
+            self._known: dict[int, tuple[int, weakref.ref[Any]]] = {}
+            self._serials = itertools.count()
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is rnn:
+                self._add(result[3].untyped_storage(), _RNN_GATES * size_of(result[0]))
+            elif func is rnn_backward:
+                empty = [x for x in args if isinstance(x, torch.Tensor) and x.numel() == 0]
+                sizes = (self._known.get(id(x.untyped_storage()), (0,))[0] for x in empty)
+                self._work(max(sizes, default=0) * (_RNN_BACKWARD - _RNN_GATES) // _RNN_GATES)
+            elif func is convolution and onednn:
+                self._convolve(args[0], result)
+            elif func is convolution_backward and onednn:
+                gradient, inputs = args[:2]
+                if result[0] is not None:
+                    self._convolve(gradient, result[0])
+                self._work(_blocked(inputs), _blocked(gradient))
+            self.add(result)
+            return result
+
+        def _convolve(self, inputs: Any, result: Any) -> None:
+            """Add the result while its copy in blocks is there, but that of the input gone."""
+            self._work(_blocked(inputs), _blocked(result), then=result)
+
+        def _work(self, *sizes: int, then: Any = ()) -> None:
+            """Take blocks and free them; but the last one when ``then`` is added."""
+            blocks = [(next(self._serials), size) for size in sizes]
+            self.calls += blocks
+            self.peak = max(self.peak, self.now + sum(sizes))
+            self.calls += [(serial, 0) for serial, _ in blocks[:-1]]
+            self.now += sizes[-1]
+            self.add(then)
+            self.now -= sizes[-1]
+            self.calls.append((blocks[-1][0], 0))
+
+        def reset_peaks(self) -> None:
+            self.peak = self.now
+
+        def add(self, tensors: Any) -> None:
+            for each in tree_leaves(tensors):
+                if isinstance(each, torch.Tensor):
+                    storage = each.untyped_storage()
+                    self._add(storage, storage.nbytes())
+
+        def _add(self, storage: Any, size: int) -> None:
+            key = id(storage)
+            if key in self._known or not size:
+                return
+            serial = next(self._serials)
+
+            def free(_: Any) -> None:
+                del self._known[key]
+                self.now -= size
+                self.calls.append((serial, 0))
+
+            self._known[key] = size, weakref.ref(storage, free)
+            self.calls.append((serial, size))
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    return HeldStorages()
+
+
+def _blocked(tensor: Tensor) -> int:
+    """Return the bytes of a copy in oneDNN's blocks of channels."""
+    size, channels = int(tensor.nbytes), int(tensor.shape[1])
+    return size // channels * (-(-channels // _CHANNELS) * _CHANNELS)
+
+
+def size_of(tensors: Any) -> int:
+    """Return the bytes of all tensors in a structure."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    leaves = (each for each in tree_leaves(tensors) if isinstance(each, torch.Tensor))
+    return sum(each.untyped_storage().nbytes() for each in leaves)
