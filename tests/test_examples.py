@@ -22,7 +22,8 @@ def run(example: str, folder: Path, *arguments: str) -> str:
         [sys.executable, "-W", "error::DeprecationWarning:optuna_quota", str(EXAMPLES / example)]
         + list(arguments),
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # Two threads for small matrices wait by spinning, on the cores that other tests need.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=220,

@@ -16,6 +16,7 @@ import io
 import itertools
 import os
 import pickle
+import select
 import socket
 import struct
 import sys
@@ -27,6 +28,8 @@ _HEADER = struct.Struct("!Q")
 _CHUNK = 1 << 16
 # What one message of a socket can carry, see unix(7).
 _MAX_DESCRIPTORS = 253
+# Seconds for a supervisor that has reported, or was killed, to end.
+_EXIT_TIME = 10.0
 
 
 def dumps(message: Any) -> bytes:
@@ -200,8 +203,15 @@ class TrialConnections:
         self.disconnect()
         pid, self.supervisor = self.supervisor, None
         if pid is not None:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
+            with contextlib.suppress(OSError):
+                handle = os.pidfd_open(pid)
+                try:
+                    poll = select.poll()
+                    poll.register(handle, select.POLLIN)
+                    poll.poll(_EXIT_TIME * 1000)
+                finally:
+                    os.close(handle)
+                os.waitpid(pid, os.WNOHANG)
 
 
 # Exceptions.

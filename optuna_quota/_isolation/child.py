@@ -25,7 +25,8 @@ import weakref
 from optuna_quota._isolation import linux, memory_limits, messages
 from optuna_quota._isolation.channel import Channel, dumps, pack_error, unpack_error
 from optuna_quota._isolation.cores import confine
-from optuna_quota._isolation.environment import enter_context, seed, vary_generators
+from optuna_quota._isolation.environment import enter_context, seed
+from optuna_quota._isolation.generators import vary_generators
 from optuna_quota._isolation.out_of_memory import find_failed_allocation
 from optuna_quota._isolation.output import (
     apply_output_settings,

@@ -20,6 +20,7 @@ import select
 import signal
 import socket
 import sys
+import time
 import traceback
 from typing import Any, NoReturn
 import warnings
@@ -42,6 +43,8 @@ from optuna_quota._isolation.supervisor import Supervisor
 # Seconds without a request after which it exits, to free its memory; the next trial starts
 # another one.
 IDLE_TIME = 60.0
+# Seconds that it waits at its end for orphans to end.
+ORPHANS_TIME = 2.0
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,14 @@ class ForkServer:
             ready = {handle for handle, _ in poll.poll(IDLE_TIME * 1000)}
             # Requests first: the sender is waiting.
             is_open = self._channel.fileno() not in ready or self._serve_requests()
-            self._reap()
-            # Supervisors continue without the fork server; their orphans are killed before.
+            has_orphans = self._reap()
             if not is_open or self._parent in ready or (not ready and self._is_idle()):
-                return
+                break
+        # Supervisors continue without the fork server; their orphans are killed before.
+        deadline = time.monotonic() + ORPHANS_TIME
+        while has_orphans and time.monotonic() < deadline:
+            time.sleep(0.001)
+            has_orphans = self._reap()
 
     def _serve_requests(self) -> bool:
         """Serve what has arrived; return whether more may come."""
@@ -179,16 +186,20 @@ class ForkServer:
     def _is_idle(self) -> bool:
         return len(self._supervisors) == (0 if self._spare is None else 1)
 
-    def _reap(self) -> None:
-        """Wait for supervisors that have ended, and kill what a killed one has left behind."""
+    def _reap(self) -> bool:
+        """Wait for supervisors that have ended, and kill what a killed one has left behind.
+
+        Returns whether there is such, which this process hears of when it has ended: some can't
+        be killed, as they hang in the kernel.
+        """
         with contextlib.suppress(OSError):
             os.read(self._child_ended, 4096)
         self._supervisors -= set(linux.reap())
         # It removes semaphores and shared memory that the main module has made here.
         tracker: Any = resource_tracker._resource_tracker
-        while orphans := set(linux.children()) - self._supervisors - {tracker._pid}:
-            linux.send(signal.SIGKILL, orphans, ())
-            self._supervisors -= set(linux.reap())
+        orphans = set(linux.children()) - self._supervisors - {tracker._pid}
+        linux.send(signal.SIGKILL, orphans, ())
+        return bool(orphans)
 
 
 def _preload(name: str) -> str | None:
@@ -318,12 +329,14 @@ def _run_supervisor(
     child = fork()
     if child == 0:
         link.close()
+        # Its copy, and those of what it forks, would keep this open when the supervisor is killed.
+        control.close()
         _run_trial(channel, trial_link, crash_file, parent, supervisor, cgroup, inherited)
     trial_link.close()
     _close_all_but(control.fileno(), parent, link.fileno(), crash_file)
     gc.disable()
     with contextlib.suppress(OSError):
-        control.send(ProcessStarted())
+        control.send(ProcessStarted(supervisor))
     report = Supervisor(
         control,
         child,

@@ -33,6 +33,7 @@ from optuna_quota._isolation.modules import (
 )
 from optuna_quota._isolation.signals import block_job_signals
 from optuna_quota._metering import metering_loop
+from optuna_quota._units import format_seconds
 
 
 T = TypeVar("T")
@@ -41,6 +42,11 @@ _logger = logging.getLogger("optuna.quota.isolated")
 
 _MAIN = "__main__"
 _ATTEMPTS = 3
+# Seconds within which the fork server has to answer: a module may wait without end as it is
+# imported, for a network or for a lock, where it did not in this process.
+ANSWER_TIME = 600.0
+# Seconds for it to exit by itself, as this process ends.
+_EXIT_TIME = 5.0
 
 
 class _Unsafe(OSError):
@@ -126,8 +132,11 @@ class ForkServerClient:
         """Let the fork server exit and wait for it; trials under way continue."""
         self.release()
         for process in list(self._retired):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=5)
+            try:
+                process.wait(timeout=_EXIT_TIME)
+            except subprocess.TimeoutExpired:
+                # It does not notice that it is not needed while it imports a module.
+                process.kill()
 
     def _update_wanted(self, preload: Sequence[str]) -> None:
         main = find_main_module()
@@ -152,6 +161,14 @@ class ForkServerClient:
             channel = self._connect()
             try:
                 return act(channel)
+            except TimeoutError as error:
+                if self._process is not None:
+                    self._process.kill()
+                self._discard()
+                raise OSError(
+                    f"The fork server has not answered within {format_seconds(ANSWER_TIME)}: the "
+                    "import of a module of this script seems to hang in a new process."
+                ) from error
             except (OSError, EOFError) as error:
                 # Each unsafe module costs a fork server; there may be many of them.
                 faults += not (isinstance(error, _Unsafe) and self._note_unsafe(error.module))
@@ -168,6 +185,7 @@ class ForkServerClient:
             return self._channel
         self._discard()
         ours, theirs = socket.socketpair()
+        ours.settimeout(ANSWER_TIME)
         with theirs:
             command = interpreter("forkserver", theirs.fileno())
             self._errors.seek(0)

@@ -285,6 +285,14 @@ class _PortableSupervisor:
         self._cpu_time = 0.0
 
     def run(self) -> None:
+        # The study waits until this connection is closed.
+        with contextlib.closing(self._control):
+            try:
+                self._supervise()
+            finally:
+                self._process.kill()
+
+    def _supervise(self) -> None:
         with contextlib.suppress(OSError):
             self._control.send(messages.ProcessStarted())
         with selectors.DefaultSelector() as selector:
@@ -304,7 +312,6 @@ class _PortableSupervisor:
         )
         with contextlib.suppress(OSError):
             self._control.send(ended)
-        self._control.close()
 
     def _find_descendants(self) -> None:
         with contextlib.suppress(psutil.Error):

@@ -95,10 +95,11 @@ def enlarge_signal_stack() -> None:
     """
     global _signal_stack
     assert _libc is not None
-    _signal_stack = ctypes.create_string_buffer(_SIGNAL_STACK_SIZE)
-    stack = _SignalStack(ctypes.addressof(_signal_stack), 0, _SIGNAL_STACK_SIZE)
-    if _libc.sigaltstack(ctypes.byref(stack), None) != 0:
-        _signal_stack = None
+    # The one before is in use until it is replaced.
+    new = ctypes.create_string_buffer(_SIGNAL_STACK_SIZE)
+    stack = _SignalStack(ctypes.addressof(new), 0, _SIGNAL_STACK_SIZE)
+    if _libc.sigaltstack(ctypes.byref(stack), None) == 0:
+        _signal_stack = new
 
 
 def uses_cuda() -> bool:

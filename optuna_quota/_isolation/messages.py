@@ -69,15 +69,18 @@ class KillTrial:
 
 @dataclass(frozen=True)
 class ProcessStarted:
-    """The trial's process exists."""
+    """The trial's process exists, and so does its supervisor, if that is a process, by its pid."""
+
+    supervisor: int | None = None
 
 
 @dataclass(frozen=True)
 class BreachFound:
-    """The supervisor has found a breach and is stopping the trial."""
+    """The supervisor has found a breach and is stopping the trial, which has a grace period."""
 
     breach: Breach
     before_objective: bool = False
+    grace_period: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ Killer = Literal["breach", "request", "stopped"]
 
 @dataclass(frozen=True)
 class ExitReport:
-    """How the trial's process ended; sent when no process of the trial is left.
+    """How the trial's process ended; sent when no process of the trial is left, or can be killed.
 
     Attributes:
         exitcode: The exit code of the trial's process, negative for a signal; None if unknown.
@@ -105,6 +108,7 @@ class ExitReport:
         oom_kills: Kills by the kernel's out-of-memory killer on this host meanwhile.
         cgroup_oom_kills: Such kills in the trial's own control group.
         traceback: The Python traceback of a process that died of a signal.
+        stuck: What could not be ended, one sentence; empty when nothing is left.
     """
 
     exitcode: int | None
@@ -116,6 +120,7 @@ class ExitReport:
     oom_kills: int = 0
     cgroup_oom_kills: int = 0
     traceback: str = ""
+    stuck: str = ""
 
 
 # From the study's process to the trial's own.

@@ -178,6 +178,8 @@ class OutcomeResolver:
         """Record the figures of a trial whose process has ended; the larger ones count."""
         report, outcome = server.exit, server.outcome
         assert report is not None
+        if report.stuck:
+            _logger.warning(f"Trial {self._trial.number}: {report.stuck}")
         gpu_memory = None if outcome is None else outcome.gpu_memory
         if gpu_memory is not None and self._monitor.gpu is None:
             self._monitor.gpu = GpuUse("framework")
@@ -314,6 +316,8 @@ def _has_nan(value: Any) -> bool:
 
 def describe_exit(report: ExitReport) -> str:
     code = report.exitcode
+    if report.stuck and code is None:
+        return report.stuck
     if report.killer == "stopped":
         return "The trial's process was stopped by SIGSTOP and not continued, so it was killed."
     if report.killer == "request":

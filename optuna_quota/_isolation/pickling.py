@@ -31,7 +31,7 @@ from typing import Any
 import cloudpickle
 
 from optuna_quota._isolation.channel import Channel
-from optuna_quota._isolation.environment import (
+from optuna_quota._isolation.generators import (
     is_generator,
     reduce_generator,
     values_within_reach,

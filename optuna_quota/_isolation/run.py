@@ -58,6 +58,8 @@ _logger = logging.getLogger("optuna.quota.isolated")
 # Where limits may be given that have to agree.
 _PLACES = "isolated and of the study"
 _ATTEMPTS = 3
+# Seconds that a trial without a limit on time gets to end once it has its result.
+_LONGEST_END = 60.0
 
 
 class TrialRun:
@@ -240,14 +242,12 @@ class TrialRun:
             if breach is not None:
                 self._stop(breach)
 
-    def on_outcome(self) -> float | None:
+    def on_outcome(self) -> float:
         """Stop checking for breaches; return how long the process may take to end."""
         self._monitor.finish()
-        ceilings = self._monitor.hard_ceilings
-        clocks = [ceilings[name][0] for name in CLOCK_RESOURCES if name in ceilings]
-        if not clocks:
-            return None
-        return max(0.0, min(clocks) - self._monitor.elapsed) + self._options.grace_period
+        ceilings, elapsed = self._monitor.hard_ceilings, self._monitor.elapsed
+        left = [ceilings[name][0] - elapsed for name in CLOCK_RESOURCES if name in ceilings]
+        return max(0.0, min(left, default=_LONGEST_END)) + self._options.grace_period
 
     def find_breach(self) -> Breach | None:
         return record_breach(self._monitor)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import os
 import selectors
+import signal
 import socket
 import threading
 import time
@@ -20,6 +23,8 @@ from optuna_quota._isolation.channel import (
 from optuna_quota._isolation.out_of_memory import find_failed_allocation_in_text
 from optuna_quota._isolation.output import Printed, replay, Warned
 from optuna_quota._isolation.signals import Interrupts
+from optuna_quota._isolation.supervisor import KILL_TIME
+from optuna_quota._metering import metering_loop
 from optuna_quota._usage import Breach
 
 
@@ -30,6 +35,10 @@ _logger = logging.getLogger("optuna.quota.isolated")
 _ROW_INTERVAL = 2.0
 _ROW_SHARE = 0.05
 
+# Seconds after the end of a trial's time in which its supervisor has to report: it gives up a
+# process that can't be killed before that, unless it hangs itself.
+PATIENCE = KILL_TIME + 60.0
+
 
 class NotStarted(OSError):
     """The trial's processes were gone before they began."""
@@ -38,14 +47,14 @@ class NotStarted(OSError):
 class TrialEvents(Protocol):
     """What a server calls while it serves a trial.
 
-    ``on_outcome`` returns the seconds that the process has to end, None for any time.
+    ``on_outcome`` returns the seconds that the process has to end.
     ``find_breach`` answers ``optuna_quota.check``. ``measure_gpus`` is called when an allocation
     on a GPU has failed, ``check_row`` to see whether something else has finished the row.
     """
 
     def on_ready(self, ready: messages.Ready) -> None: ...
     def on_report(self, step: int) -> None: ...
-    def on_outcome(self) -> float | None: ...
+    def on_outcome(self) -> float: ...
     def find_breach(self) -> Breach | None: ...
     def measure_gpus(self) -> None: ...
     def check_row(self) -> None: ...
@@ -86,6 +95,11 @@ class Server:
         self._label = label
         self._sending = threading.Lock()
         self._started = False
+        # A pidfd: copies of its connection may be open elsewhere when it is gone.
+        self._supervisor: int | None = None
+        self._now = metering_loop().now
+        self._overdue = math.inf
+        self._stop_requested = False
         self._breach: Breach | None = None
         self._interrupts = Interrupts()
 
@@ -109,20 +123,27 @@ class Server:
                 if self._breach is not None or self.exit is not None:
                     return
                 self._breach = reason
+            self._expect_stop(grace_period)
             self._send(messages.StopTrial(reason, grace_period))
 
     def kill_soon(self) -> None:
         """Kill the trial, which ends :meth:`serve`; from any thread."""
         with self._sending:
+            self._expect_end(0.0)
             self._send(messages.KillTrial())
 
     def kill(self) -> None:
         if self.exit is not None:
             return
         self.kill_soon()
-        with contextlib.suppress(EOFError, OSError):
+        with contextlib.suppress(NotStarted), selectors.DefaultSelector() as selector:
+            selector.register(self._control, selectors.EVENT_READ)
             while self.exit is None:
-                self._handle_supervisor(self._control.receive())
+                if self._supervisor is not None and len(selector.get_map()) == 1:
+                    selector.register(self._supervisor, selectors.EVENT_READ)
+                for key, _ in selector.select(max(0.0, self._overdue - self._now())):
+                    self._serve_supervisor(key.fileobj)
+                self._check_overdue()
 
     def serve(self) -> None:
         """Serve until the trial's process has ended; raises NotStarted if it never began."""
@@ -137,6 +158,9 @@ class Server:
         self._selector.close()
         for channel in self._channels[1:]:
             channel.close()
+        if self._supervisor is not None:
+            os.close(self._supervisor)
+            self._supervisor = None
 
     def _serve(self) -> None:
         due = time.monotonic() + _ROW_INTERVAL
@@ -150,6 +174,7 @@ class Server:
                 ready = self._selector.select(max(0.0, due - time.monotonic()))
             for key, _ in ready:
                 self._serve_ready(key.fileobj)
+            self._check_overdue()
         # Processes of the trial may have ended since they connected or sent something.
         while self._accept():
             pass
@@ -160,8 +185,8 @@ class Server:
                 self._handle(message, channel)
 
     def _serve_ready(self, source: Any) -> None:
-        if source is self._control:
-            self._serve_supervisor()
+        if source is self._control or source == self._supervisor:
+            self._serve_supervisor(source)
         elif source is self._remote.listener:
             self._accept()
         elif isinstance(source, Channel):
@@ -194,10 +219,34 @@ class Server:
         with contextlib.suppress(OSError):
             self._control.send(message)
 
-    def _serve_supervisor(self) -> None:
+    def _expect_stop(self, grace_period: float) -> None:
+        if not self._stop_requested:  # the supervisor goes by the first as well
+            self._stop_requested = True
+            self._expect_end(grace_period)
+
+    def _expect_end(self, seconds: float) -> None:
+        self._overdue = min(self._overdue, self._now() + seconds + PATIENCE)
+
+    def _check_overdue(self) -> None:
+        """Give up a supervisor that does not report; the kernel kills the trial along with it."""
+        if self.exit is not None or self._now() < self._overdue:
+            return
+        if self._supervisor is not None:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self._supervisor, signal.SIGKILL)
+        self.exit = messages.ExitReport(
+            exitcode=None,
+            stuck=f"The supervisor of the trial's process did not report its end within "
+            f"{PATIENCE:g} s of when it was due, and was killed.",
+        )
+
+    def _serve_supervisor(self, source: Any) -> None:
+        is_gone = source == self._supervisor
         try:
-            for message in self._control.arrived():
+            for message in self._control.drain() if is_gone else self._control.arrived():
                 self._handle_supervisor(message)
+            if is_gone:
+                raise EOFError("The supervisor is gone.")
         except (EOFError, OSError) as error:
             if self.exit is not None:
                 return
@@ -209,8 +258,13 @@ class Server:
     def _handle_supervisor(self, message: Any) -> None:
         if isinstance(message, messages.ProcessStarted):
             self._started = True
+            if message.supervisor is not None:
+                with contextlib.suppress(OSError):  # it is gone already
+                    self._supervisor = os.pidfd_open(message.supervisor)
+                    self._selector.register(self._supervisor, selectors.EVENT_READ)
         elif isinstance(message, messages.BreachFound):
             with self._sending:
+                self._expect_stop(message.grace_period)
                 if self._breach is None:
                     self._breach, self.never_fits = message.breach, message.before_objective
         elif isinstance(message, messages.ProcessPaused):
@@ -256,9 +310,9 @@ class Server:
             with self._sending:
                 self.outcome = message
             seconds = self._events.on_outcome()
-            if seconds is not None:
-                with self._sending:
-                    self._send(messages.ExitWithin(seconds))
+            with self._sending:
+                self._expect_end(seconds)
+                self._send(messages.ExitWithin(seconds))
 
     def _serve_call(self, call: rpc.Call, channel: Channel) -> None:
         try:

@@ -48,6 +48,10 @@ FIRST_INTERVAL = 0.001
 EXIT_TIME = 0.1
 CLEANUP_TIME = 2.0
 
+# Seconds after which a killed process counts as one that can't be: to free its memory takes long,
+# but in a system call of a failed device or file system it stays for ever.
+KILL_TIME = 60.0
+
 # Seconds between checks whether the study's process is stopped.
 _SUSPENSION_PERIOD = 0.05
 
@@ -100,39 +104,48 @@ class Supervisor:
         self._paused_at: float | None = None
         self._pause_reported = False
         self._killer: messages.Killer | None = None
+        self._killed_at = math.inf
         self._exitcode: int | None = None
+        self._poll = select.poll()
         if monitoring is not None:
             self._begin_monitoring(monitoring)
 
     def run(self) -> messages.ExitReport:
-        poll = select.poll()
         link = self._link.fileno()
         for handle in (self._control.fileno(), self._child_handle, self._parent, link):
-            poll.register(handle, select.POLLIN)
+            self._poll.register(handle, select.POLLIN)
         while True:
             wait = self._tick()
             self._clock.fall_asleep(wait)
-            ready = {handle for handle, _ in _poll(poll, wait)}
+            ready = {handle for handle, _ in _poll(self._poll, wait)}
             self._clock.wake_up()
             if self._control.fileno() in ready or self._control.pending():
                 self._receive()
             # After the first message, which is sent before the objective can begin.
             if link in ready:
-                poll.unregister(link)
+                self._poll.unregister(link)
                 self._begin_enforcing()
             if self._parent in ready:
+                self._poll.unregister(self._parent)
                 self._kill("request")
             if self._child_handle in ready or self._exitcode is not None:
                 return self._finish()
+            if self._clock() >= self._killed_at + KILL_TIME:
+                return messages.ExitReport(
+                    None, self._killer, stuck=_describe_stuck([self._child])
+                )
 
     def _tick(self) -> float | None:
         """Do what is due; return the seconds until something is, None for any time."""
         self._exitcode = linux.reap().get(self._child, self._exitcode)
         if self._exitcode is not None:
             return 0.0
+        now = self._clock()
+        if self._killed_at < math.inf:
+            # To look at a process that hangs in the kernel may hang as well.
+            return max(0.0, self._killed_at + KILL_TIME - now)
         if self._monitoring is None:
             return None
-        now = self._clock()
         if self._is_suspended(now):
             return _SUSPENSION_PERIOD
         if self._deadline is not None and now >= self._deadline:
@@ -148,6 +161,8 @@ class Supervisor:
             message = self._control.receive()
         except (EOFError, OSError):
             # The study's process is gone, or has given up this trial.
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(self._control.fileno())
             self._kill("request")
             return
         if isinstance(message, messages.BeginMonitoring):
@@ -181,18 +196,20 @@ class Supervisor:
             return  # the study's process is gone
         now = self._ready_at = self._clock()
         limit = self._monitoring.memory
-        if limit is None:
-            return
-        if ready.data_limit is not None:
-            self._data_limit = DataLimit(self._child, limit, ready.data_limit)
-        if ready.waits:
+        if limit is not None and ready.waits:
             memory = self._memory.read(now, limit)
             if is_breach("memory", memory, limit):
                 self._report_breach(memory, limit, now, before_objective=True)
                 self._kill("breach")
                 return
+        if ready.waits:
+            # Even without a limit here: the trial may have been sent one that came just then.
             with contextlib.suppress(OSError):
                 self._link.send(BEGIN)
+        if limit is None:
+            return
+        if ready.data_limit is not None:
+            self._data_limit = DataLimit(self._child, limit, ready.data_limit)
         if self._cgroup is not None:
             # The kernel kills a trial, too, that was asked to stop and continues to grow.
             room = limit - self._memory.read(now) + GRACE_MARGIN
@@ -234,7 +251,8 @@ class Supervisor:
         elapsed = self._monitoring.elapsed + now - self._monitored_since
         breach = Breach("memory", limit, memory, elapsed, quota=self._monitoring.quota)
         with contextlib.suppress(OSError):
-            self._control.send(messages.BreachFound(breach, before_objective))
+            grace_period = 0.0 if before_objective else self._monitoring.grace_period
+            self._control.send(messages.BreachFound(breach, before_objective, grace_period))
         return breach
 
     # Stop and kill.
@@ -259,6 +277,7 @@ class Supervisor:
     def _kill(self, killer: messages.Killer) -> None:
         """Kill the trial's own process; what it started is killed when it is gone."""
         self._killer = self._killer or killer
+        self._killed_at = min(self._killed_at, self._clock())
         self._deadline = None
         if self._cgroup is not None:
             self._cgroup.kill()
@@ -300,7 +319,7 @@ class Supervisor:
     def _finish(self) -> messages.ExitReport:
         while self._exitcode is None:
             self._exitcode = linux.reap().get(self._child)
-        leftovers = self._kill_leftovers()
+        leftovers, stuck = self._kill_leftovers()
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         oom_kills = cgroup_oom_kills = 0
         if self._exitcode == -signal.SIGKILL:  # reading the host's counters takes a while
@@ -319,19 +338,22 @@ class Supervisor:
             oom_kills=oom_kills,
             cgroup_oom_kills=cgroup_oom_kills,
             traceback=os.read(self._crash_file, 1 << 16).decode(errors="replace"),
+            stuck=_describe_stuck(stuck) if stuck else "",
         )
 
-    def _kill_leftovers(self) -> tuple[str, ...]:
-        """Kill all processes that the trial has left; return descriptions of the live ones."""
+    def _kill_leftovers(self) -> tuple[tuple[str, ...], list[int]]:
+        """Kill all processes that the trial has left.
+
+        Returns descriptions of the live ones, and the pids of those that can't be killed.
+        """
         leftovers: dict[int, str] = {}
         start = time.monotonic()
         exit_time = EXIT_TIME if self._killer is None else 0.0
         while True:
             linux.reap()
-            left = linux.descendants()
-            if not left:
-                return tuple(leftovers.values())
-            age = time.monotonic() - start
+            left, age = linux.descendants(), time.monotonic() - start
+            if not left or age > KILL_TIME:
+                return tuple(leftovers.values()), left
             overdue = [p for p in left if age > CLEANUP_TIME or not linux.is_cleaner(p)]
             if age >= exit_time:
                 if self._killer is None:
@@ -382,6 +404,14 @@ class _TreeMemory:
 
     def at_most(self) -> float:
         return 0.0 if self._tree is None else self._tree.at_most()
+
+
+def _describe_stuck(pids: list[int]) -> str:
+    listed = ", ".join(f"{pid} (state {linux.process_state(pid)})" for pid in pids)
+    return (
+        f"SIGKILL has not ended processes of the trial within {KILL_TIME:g} s: {listed}. They may "
+        "wait for a device or a file system that does not answer, and hold what they held."
+    )
 
 
 def _poll(poll: select.poll, seconds: float | None) -> list[tuple[int, int]]:

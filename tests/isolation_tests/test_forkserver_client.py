@@ -12,6 +12,7 @@ from typing import Any
 
 import optuna
 from optuna.trial import TrialState
+import psutil
 import pytest
 
 from optuna_quota import isolated, Limits, QuotaPruner, TrialCrashed
@@ -22,6 +23,7 @@ from optuna_quota._isolation.forkserver_client import ForkServerClient, request_
 from optuna_quota._isolation.launch import StartMethod
 from optuna_quota._metering import metering_loop
 from optuna_quota._records import read_record
+from tests.waiting import until
 
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -178,6 +180,24 @@ def test_the_reason_why_a_fork_server_cannot_start(monkeypatch: pytest.MonkeyPat
     with pytest.raises(TrialCrashed, match="no luck today"):
         study.optimize(isolated(quadratic, start_method="spawn", on_crash="raise"), n_trials=1)
     assert study.trials[0].state == TrialState.FAIL
+
+
+def test_an_import_that_hangs_in_the_fork_server_fails_the_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
+) -> None:
+    (tmp_path / "hangs.py").write_text(
+        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w')"
+        ".write(str(os.getpid()))\ntime.sleep(600)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    client.prepare()
+    assert client._channel is not None
+    client._channel._sock.settimeout(2.0)
+    study = optuna.create_study()
+    with pytest.raises(TrialCrashed, match="import of a module of this script seems to hang"):
+        study.optimize(isolated(quadratic, preload=["hangs"], on_crash="raise"), n_trials=1)
+    pid = int((tmp_path / "pid").read_text())
+    until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
 
 
 def test_a_fork_server_is_no_part_of_a_trial_in_process() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
 import time
 
 import optuna
@@ -10,7 +12,8 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import isolated, Limits, QuotaPruner, TrialCrashed
-from optuna_quota._isolation import linux
+from optuna_quota._isolation import launch, linux, messages
+from optuna_quota._isolation.channel import channel_pair
 from optuna_quota._records import read_record
 
 
@@ -41,3 +44,19 @@ def test_trials_without_a_linux_supervisor(
     assert "exit code 3" in (read_record(study.trials[1]).reason or "")
     assert read_record(study.trials[2]).outcome == "terminated"
     assert capsys.readouterr().out.startswith("here\nhere\n")
+
+
+def test_a_thread_that_supervises_and_fails_leaves_no_study_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError("on purpose")
+
+    monkeypatch.setattr(launch._PortableSupervisor, "_find_descendants", fail)
+    control, commands = channel_pair()
+    with contextlib.closing(control), subprocess.Popen(["sleep", "600"]) as process:
+        with pytest.raises(OSError, match="on purpose"):
+            launch._PortableSupervisor(process, commands).run()
+        assert control.receive() == messages.ProcessStarted()
+        with pytest.raises(EOFError):
+            control.receive()

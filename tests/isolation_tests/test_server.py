@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import signal
 import socket
+import subprocess
 import threading
 import time
 from unittest.mock import Mock
@@ -16,12 +17,13 @@ import pytest
 
 from optuna_quota._isolation import server as server_module
 from optuna_quota._isolation.channel import Channel, channel_pair, TrialConnections
-from optuna_quota._isolation.messages import BreachFound, ExitReport
+from optuna_quota._isolation.messages import BreachFound, ExitReport, ProcessStarted
 from optuna_quota._isolation.output import Printed
 from optuna_quota._isolation.rpc import CHECK, connect, RemoteObjects
 from optuna_quota._isolation.server import NotStarted, Server
 from optuna_quota._isolation.signals import Interrupts
 from optuna_quota._usage import Breach
+from tests.isolation_tests.trials import needs_supervisor
 
 
 @pytest.fixture
@@ -85,6 +87,47 @@ def test_memory_over_its_limit_at_the_start_is_not_taken_for_an_earlier_breach(
     server.close()
     for each in (trial, channel, supervisor, control):
         each.close()
+
+
+@pytest.fixture
+def silent(remote: RemoteObjects, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Yield the server of a trial whose supervisor never reports, as it hangs in the kernel."""
+    monkeypatch.setattr(server_module, "PATIENCE", 0.3)
+    channels = [channel_pair() for _ in range(2)]
+    (_, trial), (supervisor, control) = channels
+    with subprocess.Popen(["sleep", "600"]) as process:
+        supervisor.send(ProcessStarted(process.pid))
+        server = Server(TrialConnections(trial, control), remote, Mock(), label="Trial 0")
+        yield server
+        # It was killed, and the trial with it, which has asked the kernel for that.
+        assert process.wait(60) == -signal.SIGKILL
+    server.close()
+    for pair in channels:
+        for each in pair:
+            each.close()
+
+
+@needs_supervisor
+def test_a_trial_is_given_up_whose_supervisor_hangs_after_a_breach(silent: Server) -> None:
+    silent.stop(Breach("wall_time", 1.0, 2.0, 2.0), grace_period=0.2)
+    silent.serve()
+    assert silent.exit is not None and "did not report its end" in silent.exit.stuck
+
+
+@needs_supervisor
+def test_to_kill_a_trial_ends_though_its_supervisor_hangs(silent: Server) -> None:
+    silent.kill()
+    assert silent.exit is not None and "did not report its end" in silent.exit.stuck
+
+
+@needs_supervisor
+def test_a_supervisor_that_is_gone_is_noticed_though_its_connection_is_open(
+    remote: RemoteObjects,
+) -> None:
+    supervisor, control = channel_pair()
+    with subprocess.Popen(["true"]) as process:
+        supervisor.send(ProcessStarted(process.pid))
+        serve(remote, Mock(), supervisor, control)
 
 
 def test_a_slow_storage_is_asked_seldom(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from pathlib import Path
 import signal
@@ -12,6 +13,8 @@ import textwrap
 import threading
 import time
 from typing import Any
+from unittest.mock import Mock
+import weakref
 
 import optuna
 from optuna.trial import TrialState
@@ -19,6 +22,7 @@ import psutil
 import pytest
 
 from optuna_quota import isolated, LimitBreached, Quota, QuotaSampler
+from optuna_quota._isolation import linux
 from optuna_quota._isolation.channel import Channel, TrialConnections
 from optuna_quota._isolation.forkserver_client import fork_server_client
 from optuna_quota._isolation.launch import StartMethod
@@ -52,6 +56,25 @@ def test_the_polite_stop_raises_nothing_in_a_clean_up(ending: type[BaseException
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_the_stack_of_signal_handlers_is_in_use_until_it_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept: list[bool] = []
+    linux._signal_stack = ctypes.create_string_buffer(8)
+    former = weakref.ref(linux._signal_stack)
+
+    def sigaltstack(*_: object) -> int:
+        kept.append(former() is not None)
+        return 0
+
+    monkeypatch.setattr(linux, "_libc", Mock(sigaltstack=sigaltstack))
+    try:
+        linux.enlarge_signal_stack()
+    finally:
+        linux._signal_stack = None
+    assert kept == [True]
 
 
 def wait_for(path: Path) -> None:

@@ -26,7 +26,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def run(*command: object, **options: object) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    # The libraries are installed without bytecode: their first use has to leave it.
+    unset = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
+    environment = {k: v for k, v in os.environ.items() if k not in unset}
     done = subprocess.run(
         [str(part) for part in command],
         capture_output=True,

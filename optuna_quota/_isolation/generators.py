@@ -1,0 +1,186 @@
+"""Let the random generators that a script has made give other numbers in each trial."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+import contextlib
+import functools
+import itertools
+import pickle
+import random
+import sys
+import types
+from typing import Any
+
+from optuna_quota._isolation.modules import user_modules
+
+
+def is_generator(value: Any) -> bool:
+    if type(value).__name__ not in _NAMES:  # soon answered: this is asked of all that is pickled
+        return False
+    name = _path(value)
+    return name in _VARY and (name != _TORCH or value.device.type == "cpu")
+
+
+def _path(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def reduce_generator(value: Any) -> tuple[Any, ...]:
+    """Return how to pickle a random generator: the global ones of a library by name."""
+    for place in (("random", "_inst"), ("numpy.random.mtrand", "_rand")):
+        if value is _global_of(*place):
+            return _global_of, place
+    return _load_generator, (pickle.dumps(value),)
+
+
+def _global_of(module: str, name: str) -> Any:
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _load_generator(data: bytes) -> Any:
+    generator = pickle.loads(data)
+    _loaded.append(generator)
+    return generator
+
+
+# A search through all that a script holds would take longer than a short trial.
+_MAX_SEARCHED = 2_000
+_MAX_PARTS = 300
+_LEAVES = {type(None), bool, bytes, float, int, str}
+# Those in the pickle of the objective.
+_loaded: list[Any] = []
+
+
+def vary_generators(number: int, objective: Any) -> None:
+    """Let the generators that a script has made give other numbers in each trial.
+
+    Each is seeded by what it gives next and the number of the trial, so that a script with a
+    fixed seed gets the same trials again. A seed sequence keeps what it gives, and has other
+    children.
+    """
+    reached = list(_with_parts([*values_within_reach(objective), objective]))
+    held = {id(found): found for found in [*_loaded, *reached]}.values()
+    sequences = {id(found): found for found in held if _is_seed_sequence(found)}
+    for generator in held:
+        way = _way_to_vary(generator)
+        if way is None:
+            continue
+        sequence = getattr(getattr(generator, "bit_generator", generator), "seed_seq", None)
+        if _is_seed_sequence(sequence):
+            sequences[id(sequence)] = sequence
+        draw, reseed = way
+        # Some can't be seeded, and methods of a user's class may raise anything.
+        with contextlib.suppress(Exception):
+            reseed(generator, random.Random(f"{draw(generator)}, {number}").getrandbits(62))
+    for sequence in sequences.values():
+        _skip_children(sequence, number)
+
+
+def _way_to_vary(value: Any) -> _Way | None:
+    """Return how to draw from and seed a generator; a user's class may derive from a library's."""
+    for base in type(value).__mro__:
+        if base.__name__ in _NAMES:
+            name = f"{base.__module__}.{base.__qualname__}"
+            if name in _VARY and (name != _TORCH or value.device.type == "cpu"):
+                return _VARY[name]
+    return None
+
+
+def _is_seed_sequence(value: Any) -> bool:
+    return type(value).__name__ == "SeedSequence" and _path(value) == _SEED_SEQUENCE
+
+
+def _skip_children(sequence: Any, number: int) -> None:
+    """Let a trial's children of a numpy SeedSequence be others than those of earlier trials."""
+    sequence.__init__(
+        sequence.entropy,
+        spawn_key=sequence.spawn_key,
+        pool_size=sequence.pool_size,
+        n_children_spawned=sequence.n_children_spawned + number * _MAX_CHILDREN,
+    )
+
+
+def _with_parts(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield values and what they hold, such as a list of estimators with a ``random_state``."""
+    own = {"__main__", *(module.__name__ for module in user_modules())}
+    pending, seen = deque(values), set[int]()
+    most = len(pending) + _MAX_SEARCHED
+    while pending:
+        value = pending.popleft()
+        if id(value) in seen or type(value) in _LEAVES:
+            continue
+        seen.add(id(value))
+        yield value
+        if len(seen) < most:
+            with contextlib.suppress(Exception):  # methods of a user's class may raise anything
+                pending.extend(itertools.islice(_parts(value, own), _MAX_PARTS))
+
+
+def _parts(value: Any, own: Container[str]) -> Iterable[Any]:
+    """Return what a value holds; of functions and classes, only of those of the user's modules.
+
+    Not as a copy: in a fork, each page with an object that is touched becomes the trial's own.
+    """
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return value
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, types.MethodType):
+        return value.__self__, value.__func__
+    is_function = isinstance(value, types.FunctionType)
+    if isinstance(value, types.ModuleType):
+        return ()
+    if (is_function or isinstance(value, type)) and value.__module__ not in own:
+        return ()
+    if is_function:
+        return value.__defaults__, value.__kwdefaults__, value.__closure__, vars(value)
+    return (value.cell_contents,) if type(value) is types.CellType else vars(value).values()
+
+
+def values_within_reach(objective: Any) -> Iterator[Any]:
+    """Yield the globals of the user's modules, and what the objective refers to."""
+    for module in [sys.modules["__main__"], *user_modules()]:
+        yield from list(vars(module).values())
+    owner = objective.__self__ if isinstance(objective, types.MethodType) else objective
+    with contextlib.suppress(TypeError):  # without a dictionary
+        yield from list(vars(owner).values())
+    if isinstance(objective, types.FunctionType):
+        for cell in objective.__closure__ or ():
+            with contextlib.suppress(ValueError):  # not filled yet
+                yield cell.cell_contents
+
+
+def _reseed_bits(bits: Any, value: int) -> None:
+    bits.state = type(bits)(value).state
+
+
+def _draw_torch(generator: Any) -> int:
+    return int(sys.modules["torch"].randint(2**62, (), generator=generator))
+
+
+_TORCH = "torch._C.Generator"
+_RANDOM = "random.Random"
+_SEED_SEQUENCE = "numpy.random.bit_generator.SeedSequence"
+# More than a trial would spawn.
+_MAX_CHILDREN = 1 << 20
+_BITS = ("_mt19937.MT19937", "_pcg64.PCG64", "_pcg64.PCG64DXSM", "_philox.Philox", "_sfc64.SFC64")
+_Way = tuple[Callable[[Any], int], Callable[[Any, int], Any]]
+# By class, how to draw a number and how to seed.
+_VARY: Mapping[str, _Way] = {
+    _RANDOM: (lambda g: g.getrandbits(62), lambda g, value: g.seed(value)),
+    "numpy.random._generator.Generator": (
+        lambda g: int(g.integers(2**62)),
+        lambda g, value: _reseed_bits(g.bit_generator, value),
+    ),
+    "numpy.random.mtrand.RandomState": (
+        lambda g: int(g.randint(2**31)),
+        lambda g, value: g.seed([value >> 31, value & (2**31 - 1)]),
+    ),
+    _TORCH: (_draw_torch, lambda g, value: g.manual_seed(value)),
+    **{f"numpy.random.{name}": (lambda g: int(g.random_raw()), _reseed_bits) for name in _BITS},
+}
+_NAMES = {path.rpartition(".")[2] for path in _VARY}
