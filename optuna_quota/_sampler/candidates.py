@@ -39,6 +39,7 @@ from optuna_quota._sampler.admission import (
     PointVerdict,
 )
 from optuna_quota._sampler.options import OnVeto, SamplerOptions
+from optuna_quota._sampler.ranked_trials import RankedTrial, Ranking
 from optuna_quota._sampler.row_cleanup import fail_unfinished_trial
 from optuna_quota._sampler.study_footprint import Forecast, StudyFootprint
 from optuna_quota.exceptions import TrialRejected
@@ -85,10 +86,16 @@ class _TrialState:
     drawn: dict[str, Any] = field(default_factory=dict)
     rejected: PointVerdict | None = None
     is_audit: bool = False
+    ranked: RankedTrial | None = None  # None where the first point runs
 
     @property
     def admission(self) -> PointAdmission | None:
         return self.forecast.admission
+
+    def judge(self, drawn: Mapping[str, Any]) -> PointVerdict:
+        if self.admission is None:
+            return PointVerdict(True)
+        return self.admission.judge({**drawn, **self.fixed})
 
 
 class CandidateFilter:
@@ -99,8 +106,9 @@ class CandidateFilter:
         enumerates: Whether the base sampler walks a fixed list of points.
     """
 
-    def __init__(self, options: SamplerOptions) -> None:
+    def __init__(self, options: SamplerOptions, ranking: Ranking | None = None) -> None:
         self.footprint = StudyFootprint(options)
+        self._ranking = ranking
         self._base, self._audits = options.base_sampler, options.audits
         kind = _optuna.unwrap_partial_fixed(self._base)
         self._replacement = replacement_for(kind, options.on_veto)
@@ -121,10 +129,11 @@ class CandidateFilter:
         limits: Limits,
         trials: Sequence[FrozenTrial],
         left: Mapping[str, float] = MappingProxyType({}),
+        totals: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Start a trial; one that was enqueued with all its parameters is judged here.
 
-        Where their end is near, ``left`` is what is left for it of the study's totals.
+        ``totals`` is what is left for it of the study's totals, ``left`` the same near their end.
         """
         forecast = self.footprint.forecast(trials, limits.tightened(left)).within(left)
         enqueued = _optuna.fixed_params_of(trial)
@@ -136,6 +145,8 @@ class CandidateFilter:
         }
         state = _TrialState(forecast, fixed)
         self._trials[_optuna.trial_id_of(trial)] = state
+        if self._ranking is not None:
+            state.ranked = self._ranking.begin(trials, forecast.at_points, totals, fixed)
         admission = state.admission
         if admission is None or not fixed:
             return
@@ -199,9 +210,9 @@ class CandidateFilter:
         """
         state = self._state(trial)
         state.base_space = space
-        if state.admission is None or self._replacement == "skip":
-            return space
-        common = state.admission.common_space()
+        common = {} if state.ranked is None else dict(state.ranked.space)
+        if state.admission is not None and self._replacement != "skip":
+            common |= state.admission.common_space()
         more = {n: each for n, each in common.items() if n not in space and not each.single()}
         return {**space, **more}
 
@@ -211,20 +222,23 @@ class CandidateFilter:
         """Return an admitted point of the space; raise TrialRejected if there is none."""
         state = self._state(trial)
         admission = state.admission
-        if admission is None or not space:
+        if not space or (admission is None and state.ranked is None):
             return self._base.sample_relative(study, trial, space)
         state.space = dict(space)
         # A PartialFixedSampler around ours has taken out what it fixes.
         state.base_space = {n: each for n, each in state.base_space.items() if n in space}
         first = self._draw(study, trial, space)
-        verdict = admission.judge({**first, **state.fixed})
-        if verdict.admitted or self._audit(study, trial, first, verdict):
+        verdict = state.judge(first)
+        if not verdict.admitted and self._audit(study, trial, first, verdict):
             state.drawn = first
             return first
-        found, action = self._replace(study, trial, admission, space, first)
+        found, action = self._choose(study, trial, space, first, verdict), "redrawn"
+        if found is None and admission is not None:
+            found, action = self._replace(study, trial, admission, space, first)
         if found is None:
             raise self._reject(study, trial, first, verdict)
-        self._record(study, trial, first, verdict, action)
+        if not verdict.admitted:
+            self._record(study, trial, first, verdict, action)
         state.drawn = found
         return found
 
@@ -305,6 +319,38 @@ class CandidateFilter:
                 drawn[name] = self._base.sample_independent(study, trial, name, distribution)
         return drawn
 
+    def _choose(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        space: dict[str, BaseDistribution],
+        first: dict[str, Any],
+        verdict: PointVerdict,
+    ) -> dict[str, Any] | None:
+        """Return the first point if it is admitted; where they are ranked, the best that is."""
+        state, last = self._state(trial), first
+        admitted = [first] if verdict.admitted else []
+        if state.ranked is not None and state.ranked.differs_within(space):
+            for _ in range(state.ranked.ranking.n_candidates - 1):
+                last = self._draw(study, trial, space)
+                if state.judge(last).admitted:
+                    admitted.append(last)
+        if not admitted:
+            return None
+        index = 0
+        if state.ranked is not None and len(admitted) > 1:
+            index, reason = state.ranked.choose(admitted)
+            _logger.debug(f"Trial {trial.number}: point {index} of {len(admitted)} {reason}.")
+        if admitted[index] is not last:
+            self._share(study, trial, admitted[index])
+        return admitted[index]
+
+    def _share(self, study: Study, trial: FrozenTrial, point: Mapping[str, Any]) -> None:
+        """Let the base sampler know which point runs, if not the one that it drew last."""
+        base_space = self._state(trial).base_space
+        relative = {name: point[name] for name in base_space if name in point}
+        _optuna.share_relative_params(_optuna.unwrap_study(study), trial, relative)
+
     def _replace(
         self,
         study: Study,
@@ -326,8 +372,7 @@ class CandidateFilter:
             return None, ""
         near = nearest_admitted(admission, last, space, state.fixed, self._generator)
         if near is not None:
-            relative = {name: near[name] for name in state.base_space if name in near}
-            _optuna.share_relative_params(_optuna.unwrap_study(study), trial, relative)
+            self._share(study, trial, near)
         return near, "moved"
 
     def _audit(

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, Literal, TYPE_CHECKING
 
+from optuna.samplers import BruteForceSampler, GPSampler, GridSampler
+
+from optuna_quota import _optuna
 from optuna_quota._limits import Quota, Strategy
-from optuna_quota._optuna import misplaced
 from optuna_quota._resources import CLOCK_RESOURCES
 
 
@@ -21,6 +23,9 @@ OnExhausted = Literal["stop", "raise"]
 OnCrowded = Literal["wait", "smaller"]
 OnProjected = Literal["continue", "stop", "raise"]
 OnVeto = Literal["auto", "redraw", "nearest", "skip"]
+
+# They enumerate points, or return the same one when asked again.
+_ONE_POINT = (BruteForceSampler, GPSampler, GridSampler)
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class SamplerOptions:
     metering: Metering
     lease: float  # seconds
     deadline: float | None  # seconds since the epoch
+    n_candidates: int = 1
 
     @property
     def declared(self) -> Mapping[str, BaseDistribution]:
@@ -52,6 +58,7 @@ class SamplerOptions:
             on_exhausted=(self.on_exhausted, OnExhausted),
             metering=(self.metering, Metering),
         )
+        check_n_candidates(self.n_candidates, self.base_sampler)
         if not self.metering:
             _check_measurable(self.quota)
         if not 0.5 < self.confidence < 1:
@@ -84,6 +91,21 @@ def checked_gpus_per_trial(gpus_per_trial: int | None, one_gpu: bool) -> int | N
     return gpus_per_trial
 
 
+def check_n_candidates(n_candidates: int, base_sampler: BaseSampler) -> None:
+    """Raise ValueError for a number of points that the base sampler can't offer."""
+    is_whole = isinstance(n_candidates, int) and not isinstance(n_candidates, bool)
+    if not is_whole or n_candidates < 1:
+        raise ValueError(
+            f"`n_candidates` must be a whole number of at least 1 but got {n_candidates!r}."
+        )
+    kind = _optuna.unwrap_partial_fixed(base_sampler)
+    if n_candidates > 1 and (isinstance(kind, _ONE_POINT) or _optuna.needs_drawn_point(kind)):
+        raise ValueError(
+            f"`n_candidates` must be 1 with a {type(kind).__name__}, which enumerates points, "
+            f"repeats itself or learns from all that it drew, but got {n_candidates}."
+        )
+
+
 def _check_measurable(quota: Quota) -> None:
     """Raise ValueError for a quota on more than numbers and times, where no trial is measured."""
     measured = {"n_trials", *CLOCK_RESOURCES}
@@ -102,9 +124,8 @@ def check_types(**given: tuple[Any, type]) -> None:
     """Raise TypeError for an option that is neither None nor of its type."""
     for name, (value, kind) in given.items():
         if value is not None and not isinstance(value, kind):
-            raise TypeError(
-                f"`{name}` must be a {kind.__name__} or None but got {value}.{misplaced(value)}"
-            )
+            hint = _optuna.misplaced(value)
+            raise TypeError(f"`{name}` must be a {kind.__name__} or None but got {value}.{hint}")
 
 
 def check_choices(**given: tuple[Any, Any]) -> None:

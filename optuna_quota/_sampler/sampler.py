@@ -22,7 +22,6 @@ from optuna_quota._enforcement.nesting import (
     quota_pruners,
 )
 from optuna_quota._enforcement.pruner import QuotaPruner, wrap_nesting_pruner
-from optuna_quota._enforcement.study_warnings import warn_of_ceilings
 from optuna_quota._enforcement.trial_result import (
     read_row,
     record_ignored_rejection,
@@ -128,14 +127,18 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             the nearest point for TPE, NSGA-II, NSGA-III and GP. Grids are always skipped.
         audits: Share of these points that is run under the hard limit nevertheless, so that a
             wrong veto is found; 5% by default where trials are isolated, else none.
+        n_candidates: Draws of the base sampler for each trial, such as 8: that point runs whose
+            expected improvement is greatest for its predicted share of what is left of the
+            quota's totals, from five completed trials on; where nothing is predicted, the first.
         on_projected: What is done once the quota is likely to run out before the end of the
             ``strategy``, besides the warning: ``"continue"`` until it is used up, ``"stop"`` now,
             or ``"raise"`` :class:`~optuna_quota.StudyRejected`.
 
     Raises:
         TypeError: If ``base_sampler`` is no sampler or ``quota`` no :class:`Quota`.
-        ValueError: If a probability or share is out of its range, an option unknown or
-            ``base_sampler`` a QuotaSampler. If ``metering=False`` leaves a quota's usage unknown.
+        ValueError: If a probability or share is out of its range, an option unknown,
+            ``base_sampler`` a QuotaSampler or unable to offer several points for
+            ``n_candidates``. If ``metering=False`` leaves a quota's usage unknown.
         StudyRejected: If strategy, footprint and quota alone decide that the study does not fit.
     """
 
@@ -159,6 +162,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         breach_probability: float = 0.5,
         on_veto: OnVeto = "auto",
         audits: float | None = None,
+        n_candidates: int = 1,
         on_projected: OnProjected = "continue",
     ) -> None:
         check_types(
@@ -204,6 +208,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             metering=metering,
             lease=self.lease,
             deadline=None if deadline is None else parse_deadline(deadline, time.time()),
+            n_candidates=n_candidates,
         )
         self._nested = self._nested or [self.base_sampler]
         self._demanding = [s for s in self._nested if _optuna.demands_uniform_constraints(s)]
@@ -256,10 +261,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             whole.pruner = QuotaPruner(whole.pruner, limits=Limits())
         session = self._session(whole)
         limits = self._limits_of(whole)
-        if session.decided is None:
-            session.ledger.describe_past()
-            has_purpose = self.deadline is not None or self._options.gpus_per_trial is not None
-            warn_of_ceilings(whole, limits, self.quota, has_purpose=has_purpose)
+        session.describe(whole, limits)
         session.share_settings(whole, limits)
         n_jobs = None if self.strategy is None else self.strategy.n_jobs
         limits = resolve_cores(limits, n_jobs)
@@ -285,8 +287,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         ceilings = limits.tightened(self.quota.held)
         if self.on_crowded == "smaller":
             ceilings = ceilings.tightened(session.ledger.room(trial))
-        left = session.left(trial)
-        session.candidates.begin(whole, trial, ceilings, session.ledger.trials, left)
+        session.begin_point(whole, trial, ceilings)
         meters = {each.name: each for each in (*pruner_meters(whole.pruner), *self.meters)}
         # Last, so that learning and imports do not count as the trial's usage.
         session.start_trial(whole, trial, grant, limits, tuple(meters.values()))

@@ -71,6 +71,7 @@ class Forecast:
     expected: BaseFootprint | None = None  # None when nothing is known
     is_reliable: bool = False  # whether reservations may rely on it
     admission: PointAdmission | None = None  # decides which points may run; None when all may
+    at_points: BaseFootprint | None = None  # what tells points apart: no constant that was stated
 
     def within(self, left: Mapping[str, float]) -> Forecast:
         """Return the forecast whose points are judged by what is left of totals too."""
@@ -131,7 +132,7 @@ class StudyFootprint:
         self._reliable = expected if reliable else None
         threshold = self._options.breach_probability
         if judge is None or not reliable or not limits or threshold == 1:
-            return Forecast(expected, reliable)
+            return Forecast(expected, reliable, at_points=judge)
         admission = PointAdmission(
             judge,
             limits,
@@ -142,7 +143,7 @@ class StudyFootprint:
             declared=frozenset(self._declared),
             stated_space=self._declared,
         )
-        return Forecast(expected, reliable, admission)
+        return Forecast(expected, reliable, admission, judge)
 
     def corrected(self, learned: Footprint | None) -> BaseFootprint | None:
         """Return the stated function corrected by the study's trials, None while it is not."""
@@ -199,12 +200,12 @@ class StudyFootprint:
                 recent = self.learner.observations[-_RECENT_BOUNDS:]
                 most = {name: max(r.usage.get(name) or 0.0 for r in recent) for name in left}
             else:
-                stated = _medians(expected, points[-_RECENT_BOUNDS:])
+                stated = medians_of(expected, points[-_RECENT_BOUNDS:])
                 most = {name: float(np.max(each)) for name, each in stated.items()}
             if all(most.get(n, 0.0) * _NEAR * (n_beside + 1) < left[n] for n in left):
                 return {}
             n_others = int(min(_N_OTHER, count_within(expected, _SECONDS)))
-            found = _medians(expected, [*points, *self._other_points(points)[:n_others]])
+            found = medians_of(expected, [*points, *self._other_points(points)[:n_others]])
             margins = self.margins()
         except KeyError:
             # A function of a parameter that a point does not have.
@@ -328,7 +329,7 @@ def margins_of(expected: BaseFootprint, rows: Sequence[Observation]) -> Margins:
     return Margins({n: float(np.clip(np.median(r), _MARGIN, _MOST)) for n, r in ratios.items()})
 
 
-def _medians(
+def medians_of(
     expected: BaseFootprint, points: Sequence[Mapping[str, Any]]
 ) -> dict[str, np.ndarray]:
     """Return the median usage at points, by resource, shape ``(n_points,)``."""

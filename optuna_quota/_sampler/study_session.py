@@ -19,6 +19,7 @@ from optuna_quota._enforcement.active_trials import find_monitor, start_monitor
 from optuna_quota._enforcement.nesting import quota_pruners
 from optuna_quota._enforcement.preemption import preemption_of
 from optuna_quota._enforcement.pruner import Interrupter
+from optuna_quota._enforcement.study_warnings import warn_of_ceilings
 from optuna_quota._enforcement.trial_result import (
     constraints_warning,
     record_rejection,
@@ -47,6 +48,7 @@ from optuna_quota._sampler.admission import PointVerdict
 from optuna_quota._sampler.candidates import CandidateFilter
 from optuna_quota._sampler.deadline import refuse_late
 from optuna_quota._sampler.options import SamplerOptions
+from optuna_quota._sampler.ranked_trials import Ranking
 from optuna_quota._sampler.study_projection import QuotaOutlook
 from optuna_quota._usage import Usage
 from optuna_quota.exceptions import QuotaExhausted, TrialRejected
@@ -80,11 +82,14 @@ class StudySession:
         self.ledger = Ledger(
             study, options.quota, lease=options.lease, gpus=gpus, gpus_per_trial=count
         )
-        self.candidates = CandidateFilter(options)
+        self._n_candidates = options.n_candidates
+        ranking = Ranking(study, options.n_candidates) if options.n_candidates > 1 else None
+        self.candidates = CandidateFilter(options, ranking)
         self.outlook = QuotaOutlook(learns=self.candidates.footprint.given is None)
         self.decided: bool | None = None
         self._preemption = preemption_of(study)
         self._deadline = options.deadline
+        self._has_purpose = options.deadline is not None or options.gpus_per_trial is not None
         # Stands for the sampler, which must not be kept alive.
         self._sampler = object()
         self._quota = options.quota
@@ -100,6 +105,12 @@ class StudySession:
         self._has_garbage = False
         # The limits that are the study's and this worker's alike; None while they differ.
         self._shared_limits: Limits | None = None
+
+    def describe(self, study: Study, limits: Limits) -> None:
+        """Log once what ran before this worker came, and what is odd about the ceilings."""
+        if self.decided is None:
+            self.ledger.describe_past()
+            warn_of_ceilings(study, limits, self._quota, has_purpose=self._has_purpose)
 
     def share_settings(self, study: Study, limits: Limits) -> None:
         """Make the quota and these limits the study's, as soon as no other worker runs."""
@@ -117,6 +128,12 @@ class StudySession:
 
     def is_refused(self, trial: FrozenTrial) -> bool:
         return _optuna.trial_id_of(trial) in self._refused
+
+    def begin_point(self, study: Study, trial: FrozenTrial, ceilings: Limits) -> None:
+        """Prepare to draw a trial's point."""
+        left = self.left(trial)
+        totals = self.ledger.left(trial)[0] if self._n_candidates > 1 else {}
+        self.candidates.begin(study, trial, ceilings, self.ledger.trials, left, totals)
 
     def start_trial(
         self,

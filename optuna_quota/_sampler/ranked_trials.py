@@ -1,0 +1,138 @@
+"""Ranks the points of a study's trials, where several are drawn for each; see ``ranking.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+import logging
+import math
+import threading
+from typing import Any, TYPE_CHECKING
+
+import numpy as np
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from optuna_quota import _optuna
+from optuna_quota._footprint.resource_model import fit_resource, ResourceData, ResourceModel
+from optuna_quota._footprint.search_space import value_at
+from optuna_quota._sampler.ranking import (
+    Choice,
+    choose,
+    MAX_FITTED,
+    Medians,
+    MIN_COMPLETED,
+    Points,
+    Row,
+)
+from optuna_quota._sampler.study_footprint import medians_of
+
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+    from optuna_quota._footprint.footprint import BaseFootprint
+
+
+_logger = logging.getLogger("optuna.quota.sampler")
+
+# The hyperparameters are searched again when the trials have grown by this factor.
+_GROWTH = 1.25
+
+
+class Ranking:
+    """Ranks the points of one study, and keeps the hyperparameters of the model of its values.
+
+    Raises:
+        ValueError: If the study has several objectives.
+    """
+
+    def __init__(self, study: Study, n_candidates: int) -> None:
+        directions = study.directions
+        if len(directions) > 1:
+            raise ValueError(
+                "`n_candidates` must be 1 for a study of several objectives, as points are ranked "
+                f"by one, but got {n_candidates} and {len(directions)} objectives."
+            )
+        self.n_candidates = n_candidates
+        self._sign = -1.0 if directions[0] == StudyDirection.MAXIMIZE else 1.0
+        self._model: ResourceModel | None = None
+        self._n_searched = 0
+        self._lock = threading.Lock()
+
+    def rows(self, trials: Sequence[FrozenTrial]) -> list[Row]:
+        """Return the trials that completed with a value and violate no constraint."""
+        return [
+            Row(trial.params, trial.distributions, self._sign * trial.values[0])
+            for trial in trials
+            if trial.state == TrialState.COMPLETE
+            and trial.values
+            and not math.isnan(trial.values[0])
+            and all(each <= 0 for each in _optuna.constraints_of(trial).values())
+        ]
+
+    def begin(
+        self,
+        trials: Sequence[FrozenTrial],
+        footprint: BaseFootprint | None,
+        left: Mapping[str, float],
+        fixed: Mapping[str, Any],
+    ) -> RankedTrial | None:
+        """Return what a trial's points are ranked by, None where too little is known."""
+        rows = self.rows(trials) if footprint is not None and left else []
+        space = _shared_space(rows)
+        if footprint is None or not space:
+            return None
+        return RankedTrial(self, rows, space, partial(medians_of, footprint), left, fixed)
+
+    def fit(self, data: ResourceData, n_rows: int) -> ResourceModel:
+        with self._lock:
+            start = self._model
+            if start is not None and start.data.columns.shape[1] != data.columns.shape[1]:
+                start = None
+            if start is None or n_rows > _GROWTH * self._n_searched:
+                start = self._model = fit_resource(data, start)
+                self._n_searched = n_rows
+                return start
+        return ResourceModel(data, 0.0, start.hyperparameters)
+
+
+@dataclass(frozen=True)
+class RankedTrial:
+    """A trial whose points are ranked."""
+
+    ranking: Ranking
+    rows: Sequence[Row]
+    space: Mapping[str, BaseDistribution]  # of the parameters to draw at once
+    medians: Medians
+    left: Mapping[str, float]
+    fixed: Mapping[str, Any]  # parameters that all of its points have
+
+    def differs_within(self, space: Mapping[str, BaseDistribution]) -> bool:
+        """Return whether points of a space are whole, and may differ."""
+        fixed, varied = self.fixed.keys(), self.space.keys()
+        return bool(varied - fixed) and varied <= space.keys() | fixed
+
+    def choose(self, points: Points) -> Choice:
+        """Return which point runs; the first where they can't be ranked."""
+        same = {n: value_at(d, 0.0) for n, d in self.rows[-1].space.items() if d.single()}
+        whole = [{**same, **point, **self.fixed} for point in points]
+        try:
+            return choose(self.rows, whole, self.medians, self.left, self.ranking.fit)
+        except KeyError as missing:
+            # A user's function of a parameter that the points lack.
+            return Choice(0, f"the footprint needs {missing}")
+        except (ArithmeticError, ValueError, np.linalg.LinAlgError) as fault:
+            _logger.warning(f"Points could not be ranked: {fault!r}.")
+            return Choice(0, "the values have no model")
+
+
+def _shared_space(rows: Sequence[Row]) -> dict[str, BaseDistribution]:
+    """Return the parameters with a choice; none where recent trials had different ones."""
+    recent = [row.space for row in rows[-MAX_FITTED:]]
+    if len(rows) < MIN_COMPLETED or any(each.keys() != recent[-1].keys() for each in recent):
+        return {}
+    return {name: each for name, each in recent[-1].items() if not each.single()}
