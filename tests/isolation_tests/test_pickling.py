@@ -360,3 +360,26 @@ say(found=values(objective, n_trials=1), shared=float(SHARED[0]))
 """
     found = run_script(tmp_path, source)
     assert found == {"found": always(3.0), "shared": 3.0}
+
+
+ARRAYS = """
+import ctypes
+
+class Point(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_int), ("y", ctypes.c_double * 2)]
+
+class Pair(ctypes.Array):
+    _type_, _length_ = ctypes.c_int, 2
+
+numbers, points, text = (ctypes.c_int * 3)(1, 2, 3), (Point * 2)(), ctypes.create_string_buffer(9)
+points[1].y[0] = 4.0
+
+def objective(trial):
+    return sum(numbers) + points[1].y[0] + len(text) + len(Pair(1, 2))
+
+say(found=values(objective, n_trials=1))
+"""
+
+
+def test_arrays_of_ctypes(tmp_path: Path) -> None:
+    assert run_script(tmp_path, ARRAYS)["found"] == always(21.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import optuna
@@ -50,20 +50,6 @@ BASES: dict[str, MakeSampler] = {
 pytestmark = [pytest.mark.filterwarnings("ignore:Separable CMA-ES:UserWarning")]
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let the GP's small matrices have one thread: two wait for each other beside other tests."""
-    if "GP" not in request.node.name or find_spec("torch") is None:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def around(*names: str) -> list[object]:
