@@ -17,6 +17,8 @@ import signal
 import socket
 import time
 
+import psutil
+
 from optuna_quota._isolation import linux, messages
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.memory_limits import Cgroup, DataLimit
@@ -131,9 +133,7 @@ class Supervisor:
             if self._child_handle in ready or self._exitcode is not None:
                 return self._finish()
             if self._clock() >= self._killed_at + KILL_TIME:
-                return messages.ExitReport(
-                    None, self._killer, stuck=_describe_stuck([self._child])
-                )
+                return self._give_up()
 
     def _tick(self) -> float | None:
         """Do what is due; return the seconds until something is, None for any time."""
@@ -319,8 +319,24 @@ class Supervisor:
     def _finish(self) -> messages.ExitReport:
         while self._exitcode is None:
             self._exitcode = linux.reap().get(self._child)
-        leftovers, stuck = self._kill_leftovers()
+        return self._report(*self._kill_leftovers())
+
+    def _give_up(self) -> messages.ExitReport:
+        """Kill all but the trial's own process, which can't be, and report."""
+        killed: set[int] = set()
+        while new := [pid for pid in linux.descendants() if pid not in killed]:
+            killed.update(new)
+            # What would remove shared memory waits for that process as well.
+            doomed = (p for p in new if p != self._child and not linux.is_cleaner(p))
+            linux.send(signal.SIGKILL, doomed, killed)
+        return self._report((), [self._child])
+
+    def _report(self, leftovers: tuple[str, ...], stuck: list[int]) -> messages.ExitReport:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_time = used.ru_utime + used.ru_stime
+        for pid in stuck and linux.descendants():
+            with contextlib.suppress(psutil.Error):
+                cpu_time += sum(psutil.Process(pid).cpu_times()[:4])
         oom_kills = cgroup_oom_kills = 0
         if self._exitcode == -signal.SIGKILL:  # reading the host's counters takes a while
             oom_kills = linux.count_oom_kills() - self._oom_kills_before
@@ -333,7 +349,7 @@ class Supervisor:
             killer=self._killer,
             memory=self._memory.peak or None,
             unseen_memory=self._memory.unseen_peak or None,
-            cpu_time=used.ru_utime + used.ru_stime,
+            cpu_time=cpu_time,
             leftovers=leftovers,
             oom_kills=oom_kills,
             cgroup_oom_kills=cgroup_oom_kills,

@@ -30,6 +30,32 @@ from tests.waiting import until
 
 pytestmark = needs_supervisor
 
+# Begins scripts that supervise a process themselves.
+SUPERVISE = """
+        import contextlib, os, pickle, signal, socket, subprocess, sys, threading, time
+        import psutil
+        from optuna_quota._isolation import linux, supervisor
+        from optuna_quota._isolation.channel import channel_pair
+        from optuna_quota._isolation.messages import BeginMonitoring, KillTrial, Ready
+        from tests.waiting import until
+
+        @contextlib.contextmanager
+        def supervise(command):
+            link, trial_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours, theirs = channel_pair()
+            crash, own = os.memfd_create("crash"), os.pidfd_open(os.getppid())
+            linux.become_subreaper()
+            child = subprocess.Popen(command)
+            found = supervisor.Supervisor(
+                theirs, child.pid, link=link, parent=own, crash_file=crash, cgroup=None
+            )
+            try:
+                yield found, ours, trial_link
+            finally:
+                for pid in linux.descendants():
+                    os.kill(pid, signal.SIGKILL)
+"""
+
 
 def test_a_killed_supervisor_is_noticed_though_a_process_of_the_trial_lives_on() -> None:
     def objective(trial: optuna.Trial) -> float:
@@ -79,6 +105,36 @@ def test_the_study_goes_on_without_a_process_that_can_not_be_killed(
     assert read_record(trial).outcome == "terminated"
     # Once its supervisor has ended, the kernel kills it.
     until(lambda: linux.is_exiting(trial.user_attrs["pid"]))
+
+
+def test_nothing_that_a_process_has_started_stays_where_it_can_not_be_killed(
+    tmp_path: Path,
+) -> None:
+    # In a process of its own, as a supervisor waits for all children of its process.
+    script = (
+        SUPERVISE
+        + """
+        def kill_workers(handle, number):
+            if psutil.Process(linux._pid_of(handle)).ppid() != os.getpid():
+                send(handle, number)
+
+        send, signal.pidfd_send_signal = signal.pidfd_send_signal, kill_workers
+        supervisor.KILL_TIME = 0.2
+        body = "import subprocess as s, time; p = s.Popen(['sleep', '600']); time.sleep(600)"
+        with supervise([sys.executable, "-c", body]) as (found, ours, link):
+            until(lambda: linux.children(found._child))
+            (worker,) = linux.children(found._child)
+            ours.send(BeginMonitoring(1.0, None, False, 0.0))
+            link.send(pickle.dumps(Ready(found._child, os.getpid(), None, waits=False)))
+            threading.Timer(0.5, ours.send, [KillTrial()]).start()
+            report = found.run()
+            until(lambda: linux.process_state(worker) in ("", "Z"), 10)
+            assert report.exitcode is None and str(found._child) in report.stuck
+            assert report.killer == "request" and report.memory > 2**20
+            assert report.cpu_time > 0
+    """
+    )
+    run_python(tmp_path, "-c", textwrap.dedent(script))
 
 
 def test_the_study_goes_on_without_what_a_trial_leaves_and_can_not_be_killed(
