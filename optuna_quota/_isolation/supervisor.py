@@ -143,7 +143,8 @@ class Supervisor:
         now = self._clock()
         if self._killed_at < math.inf:
             # To look at a process that hangs in the kernel may hang as well.
-            return max(0.0, self._killed_at + KILL_TIME - now)
+            # In one long sleep, a pause of this process would go unseen.
+            return min(LONGEST_INTERVAL, max(0.0, self._killed_at + KILL_TIME - now))
         if self._monitoring is None:
             return None
         if self._is_suspended(now):

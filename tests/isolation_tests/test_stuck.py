@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 from pathlib import Path
 import pickle
 import signal
 import socket
 import subprocess
+import sys
 import textwrap
 import time
 
 import optuna
 from optuna.trial import TrialState
+import psutil
 import pytest
 
 from optuna_quota import Limits
@@ -105,6 +108,45 @@ def test_the_study_goes_on_without_a_process_that_can_not_be_killed(
     assert read_record(trial).outcome == "terminated"
     # Once its supervisor has ended, the kernel kills it.
     until(lambda: linux.is_exiting(trial.user_attrs["pid"]))
+
+
+def run_paused(folder: Path, script: str, seconds: float) -> None:
+    """Run a script, and stop it and what it started for a while once it makes a file ``now``."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        until(lambda: (folder / "now").exists() or process.poll() is not None)
+        time.sleep(0.03)  # until it waits
+        everything = [psutil.Process(process.pid)]
+        everything += everything[0].children(recursive=True)
+        for each in everything:
+            each.suspend()
+        time.sleep(seconds)
+        for each in reversed(everything):
+            each.resume()
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors.decode()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_pause_is_no_time_in_which_a_killed_process_does_not_end(tmp_path: Path) -> None:
+    script = SUPERVISE + """
+        supervisor.KILL_TIME = 2.0
+        signal.pidfd_send_signal = lambda *_: open("now", "w").close()
+        with supervise(["sleep", "600"]) as (found, ours, link):
+            begun = time.monotonic()
+            ours.send(KillTrial())
+            assert found.run().stuck
+            assert time.monotonic() - begun > 4, "The pause counts."
+    """
+    run_paused(tmp_path, script, 3.0)
 
 
 def test_nothing_that_a_process_has_started_stays_where_it_can_not_be_killed(
