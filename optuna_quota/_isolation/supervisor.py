@@ -56,6 +56,8 @@ KILL_TIME = 60.0
 
 # Seconds between checks whether the study's process is stopped.
 _SUSPENSION_PERIOD = 0.05
+# Seconds that one look at what a trial has left counts at most.
+_LONGEST_TURN = 0.05
 
 
 class Supervisor:
@@ -364,12 +366,14 @@ class Supervisor:
         Returns descriptions of the live ones, and the pids of those that can't be killed.
         """
         leftovers: dict[int, str] = {}
-        start = time.monotonic()
+        age, now, give_up = 0.0, time.monotonic(), math.inf
         exit_time = EXIT_TIME if self._killer is None else 0.0
         while True:
             linux.reap()
-            left, age = linux.descendants(), time.monotonic() - start
-            if not left or age > KILL_TIME:
+            left, before, now = linux.descendants(), now, time.monotonic()
+            # They could not end in a pause of the whole job, which one turn shows as a long one.
+            age += min(now - before, _LONGEST_TURN)
+            if not left or age > give_up:
                 return tuple(leftovers.values()), left
             overdue = [p for p in left if age > CLEANUP_TIME or not linux.is_cleaner(p)]
             if age >= exit_time:
@@ -377,6 +381,7 @@ class Supervisor:
                     alive = (pid for pid in overdue if not linux.is_exiting(pid))
                     leftovers.update({pid: linux.describe_process(pid) for pid in alive})
                 linux.send(signal.SIGKILL, overdue, left)
+                give_up = min(give_up, age + KILL_TIME) if overdue else give_up
             time.sleep(0.0005)
 
 

@@ -137,7 +137,9 @@ def run_paused(folder: Path, script: str, seconds: float) -> None:
 
 
 def test_a_pause_is_no_time_in_which_a_killed_process_does_not_end(tmp_path: Path) -> None:
-    script = SUPERVISE + """
+    script = (
+        SUPERVISE
+        + """
         supervisor.KILL_TIME = 2.0
         signal.pidfd_send_signal = lambda *_: open("now", "w").close()
         with supervise(["sleep", "600"]) as (found, ours, link):
@@ -146,7 +148,28 @@ def test_a_pause_is_no_time_in_which_a_killed_process_does_not_end(tmp_path: Pat
             assert found.run().stuck
             assert time.monotonic() - begun > 4, "The pause counts."
     """
+    )
     run_paused(tmp_path, script, 3.0)
+
+
+def test_what_a_trial_leaves_is_killed_after_a_pause(tmp_path: Path) -> None:
+    script = (
+        SUPERVISE
+        + """
+        def look(pid):
+            open("now", "w").close()
+            return False
+
+        supervisor.KILL_TIME = supervisor.EXIT_TIME = 1.0
+        linux.is_cleaner = look
+        body = "import subprocess; subprocess.Popen(['sleep', '600'])"
+        with supervise([sys.executable, "-c", body]) as (found, ours, link):
+            report = found.run()
+            assert not report.stuck, report.stuck
+            assert len(report.leftovers) == 1 and not linux.descendants()
+    """
+    )
+    run_paused(tmp_path, script, 2.0)
 
 
 def test_nothing_that_a_process_has_started_stays_where_it_can_not_be_killed(
