@@ -1,10 +1,10 @@
 """Whether points breach as often as was projected for them, over whole studies.
 
 A trial takes what its surface says times the machine's speed at that moment; nothing is run, the
-clock and the process tree are fakes. The machine is quiet (10% noise, as in every case), slows
-down to half its speed a third of the way through, is slow in bursts, walks, or becomes slower by
-and by. The clock time follows its speed and the CPU time the root of that. Half of the space is
-over the limit, which is on one of the two.
+clock and the process tree are fakes. The machine is quiet, slows down to half its speed a third of
+the way through, is slow in bursts, walks, or becomes slower by and by; clock time has 10% of noise
+in every case. The CPU time follows the root of the clock time's factor. Half of the space is over
+the limit, which is on one of the two.
 
     python benchmarks/calibration.py [--quick] [--seeds N] [--first-seed N] [--trials N]
         [--samplers random,tpe] [--surfaces synthetic,forest]

@@ -51,9 +51,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     The timeout raises an exception in the main thread, which may be about to join a worker's.
     """
     marker = item.get_closest_marker("timeout")
-    seconds = float(item.config.getini("timeout")) if marker is None else marker.args[0]
-    stderr = item.config.stash[_stderr]
-    faulthandler.dump_traceback_later(seconds + 60, exit=True, file=stderr)
+    usual = float(item.config.getini("timeout")) if marker is None else marker.args[0]
+    given = item.config.getoption("timeout")
+    seconds = usual if given is None else given
+    if seconds:
+        stderr = item.config.stash[_stderr]
+        faulthandler.dump_traceback_later(max(seconds, usual) + 60, exit=True, file=stderr)
     try:
         return (yield)
     finally:

@@ -57,7 +57,7 @@ class _Unsafe(OSError):
 
 def _open_errors() -> BinaryIO:
     # In memory where that is possible: a read-only container or a full disk has no other place.
-    if sys.platform == "linux":
+    if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("optuna-quota-errors"), "w+b")
     return tempfile.TemporaryFile()
 

@@ -64,18 +64,31 @@ def vary_generators(number: int, objective: Any) -> None:
     held = {id(found): found for found in [*_loaded, *reached]}.values()
     sequences = {id(found): found for found in held if _is_seed_sequence(found)}
     for generator in held:
-        way = _way_to_vary(generator)
-        if way is None:
-            continue
-        sequence = getattr(getattr(generator, "bit_generator", generator), "seed_seq", None)
-        if _is_seed_sequence(sequence):
-            sequences[id(sequence)] = sequence
-        draw, reseed = way
         # Some can't be seeded, and methods of a user's class may raise anything.
         with contextlib.suppress(Exception):
-            reseed(generator, random.Random(f"{draw(generator)}, {number}").getrandbits(62))
+            _vary(generator, number, sequences)
     for sequence in sequences.values():
         _skip_children(sequence, number)
+
+
+def _vary(value: Any, number: int, sequences: dict[int, Any]) -> None:
+    """Seed a value that is a generator, and add the seed sequence that it was made from."""
+    way = _way_to_vary(value)
+    if way is None:
+        return
+    draw, reseed = way
+    # Attributes of other libraries' generators may raise anything, in a user's subclass.
+    bits = _bits_of(value) if reseed in (_reseed_bits, _reseed_state) else None
+    sequence = getattr(bits, "seed_seq", None)
+    if _is_seed_sequence(sequence):
+        sequences[id(sequence)] = sequence
+    lock = getattr(bits, "lock", None)
+    if lock is not None:
+        # In a fork it stays held for good if another thread drew from it just then.
+        if not lock.acquire(blocking=False):
+            return
+        lock.release()
+    reseed(value, random.Random(f"{draw(value)}, {number}").getrandbits(62))
 
 
 def _way_to_vary(value: Any) -> _Way | None:
@@ -93,12 +106,17 @@ def _is_seed_sequence(value: Any) -> bool:
 
 
 def _skip_children(sequence: Any, number: int) -> None:
-    """Let a trial's children of a numpy SeedSequence be others than those of earlier trials."""
+    """Let a trial's children of a numpy SeedSequence be others than those of earlier trials.
+
+    Numpy counts them in 32 bits. The first trial has those that it would have in process, and the
+    bits of the number in reverse keep those of any two trials as far apart as can be.
+    """
+    skipped = int(f"{number % 2**32:032b}"[::-1], 2)
     sequence.__init__(
         sequence.entropy,
         spawn_key=sequence.spawn_key,
         pool_size=sequence.pool_size,
-        n_children_spawned=sequence.n_children_spawned + number * _MAX_CHILDREN,
+        n_children_spawned=(sequence.n_children_spawned + skipped) % 2**32,
     )
 
 
@@ -154,8 +172,22 @@ def values_within_reach(objective: Any) -> Iterator[Any]:
                 yield cell.cell_contents
 
 
-def _reseed_bits(bits: Any, value: int) -> None:
+def _bits_of(generator: Any) -> Any:
+    """Return numpy's bit generator of a generator, or itself."""
+    bits = getattr(generator, "bit_generator", None) or getattr(generator, "_bit_generator", None)
+    return bits or generator
+
+
+def _reseed_bits(generator: Any, value: int) -> None:
+    bits = _bits_of(generator)
     bits.state = type(bits)(value).state
+
+
+def _reseed_state(state: Any, value: int) -> None:
+    try:
+        state.seed([value >> 31, value & (2**31 - 1)])
+    except TypeError:  # of other bits than MT19937
+        _reseed_bits(state, value)
 
 
 def _draw_torch(generator: Any) -> int:
@@ -165,21 +197,13 @@ def _draw_torch(generator: Any) -> int:
 _TORCH = "torch._C.Generator"
 _RANDOM = "random.Random"
 _SEED_SEQUENCE = "numpy.random.bit_generator.SeedSequence"
-# More than a trial would spawn.
-_MAX_CHILDREN = 1 << 20
 _BITS = ("_mt19937.MT19937", "_pcg64.PCG64", "_pcg64.PCG64DXSM", "_philox.Philox", "_sfc64.SFC64")
 _Way = tuple[Callable[[Any], int], Callable[[Any, int], Any]]
 # By class, how to draw a number and how to seed.
 _VARY: Mapping[str, _Way] = {
     _RANDOM: (lambda g: g.getrandbits(62), lambda g, value: g.seed(value)),
-    "numpy.random._generator.Generator": (
-        lambda g: int(g.integers(2**62)),
-        lambda g, value: _reseed_bits(g.bit_generator, value),
-    ),
-    "numpy.random.mtrand.RandomState": (
-        lambda g: int(g.randint(2**31)),
-        lambda g, value: g.seed([value >> 31, value & (2**31 - 1)]),
-    ),
+    "numpy.random._generator.Generator": (lambda g: int(g.integers(2**62)), _reseed_bits),
+    "numpy.random.mtrand.RandomState": (lambda g: int(g.randint(2**31)), _reseed_state),
     _TORCH: (_draw_torch, lambda g, value: g.manual_seed(value)),
     **{f"numpy.random.{name}": (lambda g: int(g.random_raw()), _reseed_bits) for name in _BITS},
 }

@@ -196,7 +196,8 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             self._seen.add(id(value))
             if self._is_named(value):
                 return value.__qualname__
-            if kind is _ARRAY_TYPE and value is value._type_ * value._length_:
+            is_array = kind is _ARRAY_TYPE and hasattr(value, "_length_")  # not ctypes.Array
+            if is_array and value is value._type_ * value._length_:
                 return operator.mul, (value._type_, value._length_)
         elif kind in self._reducers:
             return self._reducers[kind](value)

@@ -17,6 +17,8 @@ import signal
 import socket
 import time
 
+import psutil
+
 from optuna_quota._isolation import linux, messages
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.memory_limits import Cgroup, DataLimit
@@ -54,6 +56,8 @@ KILL_TIME = 60.0
 
 # Seconds between checks whether the study's process is stopped.
 _SUSPENSION_PERIOD = 0.05
+# Seconds that one look at what a trial has left counts at most.
+_LONGEST_TURN = 0.05
 
 
 class Supervisor:
@@ -131,9 +135,7 @@ class Supervisor:
             if self._child_handle in ready or self._exitcode is not None:
                 return self._finish()
             if self._clock() >= self._killed_at + KILL_TIME:
-                return messages.ExitReport(
-                    None, self._killer, stuck=_describe_stuck([self._child])
-                )
+                return self._give_up()
 
     def _tick(self) -> float | None:
         """Do what is due; return the seconds until something is, None for any time."""
@@ -143,7 +145,8 @@ class Supervisor:
         now = self._clock()
         if self._killed_at < math.inf:
             # To look at a process that hangs in the kernel may hang as well.
-            return max(0.0, self._killed_at + KILL_TIME - now)
+            # In one long sleep, a pause of this process would go unseen.
+            return min(LONGEST_INTERVAL, max(0.0, self._killed_at + KILL_TIME - now))
         if self._monitoring is None:
             return None
         if self._is_suspended(now):
@@ -319,8 +322,24 @@ class Supervisor:
     def _finish(self) -> messages.ExitReport:
         while self._exitcode is None:
             self._exitcode = linux.reap().get(self._child)
-        leftovers, stuck = self._kill_leftovers()
+        return self._report(*self._kill_leftovers())
+
+    def _give_up(self) -> messages.ExitReport:
+        """Kill all but the trial's own process, which can't be, and report."""
+        killed: set[int] = set()
+        while new := [pid for pid in linux.descendants() if pid not in killed]:
+            killed.update(new)
+            # What would remove shared memory waits for that process as well.
+            doomed = (p for p in new if p != self._child and not linux.is_cleaner(p))
+            linux.send(signal.SIGKILL, doomed, killed)
+        return self._report((), [self._child])
+
+    def _report(self, leftovers: tuple[str, ...], stuck: list[int]) -> messages.ExitReport:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_time = used.ru_utime + used.ru_stime
+        for pid in stuck and linux.descendants():
+            with contextlib.suppress(psutil.Error):
+                cpu_time += sum(psutil.Process(pid).cpu_times()[:4])
         oom_kills = cgroup_oom_kills = 0
         if self._exitcode == -signal.SIGKILL:  # reading the host's counters takes a while
             oom_kills = linux.count_oom_kills() - self._oom_kills_before
@@ -333,7 +352,7 @@ class Supervisor:
             killer=self._killer,
             memory=self._memory.peak or None,
             unseen_memory=self._memory.unseen_peak or None,
-            cpu_time=used.ru_utime + used.ru_stime,
+            cpu_time=cpu_time,
             leftovers=leftovers,
             oom_kills=oom_kills,
             cgroup_oom_kills=cgroup_oom_kills,
@@ -347,12 +366,14 @@ class Supervisor:
         Returns descriptions of the live ones, and the pids of those that can't be killed.
         """
         leftovers: dict[int, str] = {}
-        start = time.monotonic()
+        age, now, give_up = 0.0, time.monotonic(), math.inf
         exit_time = EXIT_TIME if self._killer is None else 0.0
         while True:
             linux.reap()
-            left, age = linux.descendants(), time.monotonic() - start
-            if not left or age > KILL_TIME:
+            left, before, now = linux.descendants(), now, time.monotonic()
+            # They could not end in a pause of the whole job, which one turn shows as a long one.
+            age += min(now - before, _LONGEST_TURN)
+            if not left or age > give_up:
                 return tuple(leftovers.values()), left
             overdue = [p for p in left if age > CLEANUP_TIME or not linux.is_cleaner(p)]
             if age >= exit_time:
@@ -360,6 +381,7 @@ class Supervisor:
                     alive = (pid for pid in overdue if not linux.is_exiting(pid))
                     leftovers.update({pid: linux.describe_process(pid) for pid in alive})
                 linux.send(signal.SIGKILL, overdue, left)
+                give_up = min(give_up, age + KILL_TIME) if overdue else give_up
             time.sleep(0.0005)
 
 

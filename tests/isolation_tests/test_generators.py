@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+import random
+from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 
 from optuna_quota import isolated
+from optuna_quota._isolation.generators import vary_generators
 from tests.isolation_tests.scripts import run_script
 
 
@@ -94,6 +99,41 @@ def test_bits_seed_sequences_and_generators_of_a_class_of_the_user_differ_by_tri
         differ = [len(set(drawn)) for drawn in zip(*first, strict=True)]
         assert differ == [1, 1, 3, 3, 3, 3]
         assert first == again
+
+
+@pytest.mark.parametrize("number", [1, 4_095, 4_096, 1_000_000])
+def test_children_of_a_seed_sequence_differ_in_every_trial(number: int) -> None:
+    def child(of: int) -> list[int]:
+        sequence = np.random.SeedSequence(7)
+        vary_generators(of, sequence)
+        return sequence.spawn(1)[0].generate_state(2).tolist()
+
+    assert child(0) == np.random.SeedSequence(7).spawn(1)[0].generate_state(2).tolist()
+    assert child(number) not in (child(0), child(number - 1))
+
+
+def test_numbers_of_any_state_differ_by_trial() -> None:
+    class Lazy(random.Random):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyError(name)
+
+    def drawn(number: int) -> tuple[float, float]:
+        state, lazy = np.random.RandomState(np.random.PCG64(3)), Lazy(3)
+        vary_generators(number, state)
+        vary_generators(number, lazy)
+        return state.rand(), lazy.random()
+
+    for one, other in zip(drawn(0), drawn(1), strict=True):
+        assert one != other
+
+
+def test_a_generator_that_another_thread_draws_from_does_not_hold_up_a_fork() -> None:
+    generator = np.random.default_rng(3)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(generator.bit_generator.lock.acquire).result()
+        vary_generators(1, generator)
+        other.submit(generator.bit_generator.lock.release).result()
+    assert generator.random() == np.random.default_rng(3).random()
 
 
 MANY_GLOBALS = """

@@ -372,6 +372,7 @@ class Pair(ctypes.Array):
     _type_, _length_ = ctypes.c_int, 2
 
 numbers, points, text = (ctypes.c_int * 3)(1, 2, 3), (Point * 2)(), ctypes.create_string_buffer(9)
+array = ctypes.Array
 points[1].y[0] = 4.0
 
 def objective(trial):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 from pathlib import Path
 import pickle
 import signal
 import socket
 import subprocess
+import sys
 import textwrap
 import time
 
 import optuna
 from optuna.trial import TrialState
+import psutil
 import pytest
 
 from optuna_quota import Limits
@@ -29,6 +32,32 @@ from tests.waiting import until
 
 
 pytestmark = needs_supervisor
+
+# Begins scripts that supervise a process themselves.
+SUPERVISE = """
+        import contextlib, os, pickle, signal, socket, subprocess, sys, threading, time
+        import psutil
+        from optuna_quota._isolation import linux, supervisor
+        from optuna_quota._isolation.channel import channel_pair
+        from optuna_quota._isolation.messages import BeginMonitoring, KillTrial, Ready
+        from tests.waiting import until
+
+        @contextlib.contextmanager
+        def supervise(command):
+            link, trial_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours, theirs = channel_pair()
+            crash, own = os.memfd_create("crash"), os.pidfd_open(os.getppid())
+            linux.become_subreaper()
+            child = subprocess.Popen(command)
+            found = supervisor.Supervisor(
+                theirs, child.pid, link=link, parent=own, crash_file=crash, cgroup=None
+            )
+            try:
+                yield found, ours, trial_link
+            finally:
+                for pid in linux.descendants():
+                    os.kill(pid, signal.SIGKILL)
+"""
 
 
 def test_a_killed_supervisor_is_noticed_though_a_process_of_the_trial_lives_on() -> None:
@@ -79,6 +108,98 @@ def test_the_study_goes_on_without_a_process_that_can_not_be_killed(
     assert read_record(trial).outcome == "terminated"
     # Once its supervisor has ended, the kernel kills it.
     until(lambda: linux.is_exiting(trial.user_attrs["pid"]))
+
+
+def run_paused(folder: Path, script: str, seconds: float) -> None:
+    """Run a script, and stop it and what it started for a while once it makes a file ``now``."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        until(lambda: (folder / "now").exists() or process.poll() is not None)
+        time.sleep(0.03)  # until it waits
+        everything = [psutil.Process(process.pid)]
+        everything += everything[0].children(recursive=True)
+        for each in everything:
+            each.suspend()
+        time.sleep(seconds)
+        for each in reversed(everything):
+            each.resume()
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors.decode()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_pause_is_no_time_in_which_a_killed_process_does_not_end(tmp_path: Path) -> None:
+    script = (
+        SUPERVISE
+        + """
+        supervisor.KILL_TIME = 2.0
+        signal.pidfd_send_signal = lambda *_: open("now", "w").close()
+        with supervise(["sleep", "600"]) as (found, ours, link):
+            begun = time.monotonic()
+            ours.send(KillTrial())
+            assert found.run().stuck
+            assert time.monotonic() - begun > 4, "The pause counts."
+    """
+    )
+    run_paused(tmp_path, script, 3.0)
+
+
+def test_what_a_trial_leaves_is_killed_after_a_pause(tmp_path: Path) -> None:
+    script = (
+        SUPERVISE
+        + """
+        def look(pid):
+            open("now", "w").close()
+            return False
+
+        supervisor.KILL_TIME = supervisor.EXIT_TIME = 1.0
+        linux.is_cleaner = look
+        body = "import subprocess; subprocess.Popen(['sleep', '600'])"
+        with supervise([sys.executable, "-c", body]) as (found, ours, link):
+            report = found.run()
+            assert not report.stuck, report.stuck
+            assert len(report.leftovers) == 1 and not linux.descendants()
+    """
+    )
+    run_paused(tmp_path, script, 2.0)
+
+
+def test_nothing_that_a_process_has_started_stays_where_it_can_not_be_killed(
+    tmp_path: Path,
+) -> None:
+    # In a process of its own, as a supervisor waits for all children of its process.
+    script = (
+        SUPERVISE
+        + """
+        def kill_workers(handle, number):
+            if psutil.Process(linux._pid_of(handle)).ppid() != os.getpid():
+                send(handle, number)
+
+        send, signal.pidfd_send_signal = signal.pidfd_send_signal, kill_workers
+        supervisor.KILL_TIME = 0.2
+        body = "import subprocess as s, time; p = s.Popen(['sleep', '600']); time.sleep(600)"
+        with supervise([sys.executable, "-c", body]) as (found, ours, link):
+            until(lambda: linux.children(found._child))
+            (worker,) = linux.children(found._child)
+            ours.send(BeginMonitoring(1.0, None, False, 0.0))
+            link.send(pickle.dumps(Ready(found._child, os.getpid(), None, waits=False)))
+            threading.Timer(0.5, ours.send, [KillTrial()]).start()
+            report = found.run()
+            until(lambda: linux.process_state(worker) in ("", "Z"), 10)
+            assert report.exitcode is None and str(found._child) in report.stuck
+            assert report.killer == "request" and report.memory > 2**20
+            assert report.cpu_time > 0
+    """
+    )
+    run_python(tmp_path, "-c", textwrap.dedent(script))
 
 
 def test_the_study_goes_on_without_what_a_trial_leaves_and_can_not_be_killed(
