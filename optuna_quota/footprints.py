@@ -241,7 +241,9 @@ class _Step:
         fakes = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
         # Copies of layers would each copy it.
         fakes.__deepcopy__ = lambda _: fakes
-        held = held_storages(onednn=not self.foreach)
+        mkldnn = torch.backends.mkldnn
+        onednn = not self.foreach and mkldnn.is_available() and mkldnn.enabled
+        held = held_storages(onednn=bool(onednn))
         try:
             # The functions may seed: the study's own random numbers stay what they are.
             with torch.random.fork_rng(devices=()), torch.enable_grad(), fakes, held:

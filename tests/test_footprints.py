@@ -219,6 +219,19 @@ def test_freed_blocks_are_kept_by_glibc_unless_it_is_told_otherwise(
 
 
 @pytest.mark.integration
+def test_sparse_gradients_are_not_counted() -> None:
+    torch = pytest.importorskip("torch")
+    memory = footprints.torch_training(
+        lambda _: torch.nn.EmbeddingBag(10_000, 64, sparse=True),
+        lambda _: (torch.zeros(8, 20).long(), torch.zeros(8).long()),
+        sgd,
+        base=1.0,
+    ).memory({})
+    assert memory.gradients == 0
+    assert memory.parameters == 4 * 64 * 10_000 <= memory.peak
+
+
+@pytest.mark.integration
 def test_where_a_step_cannot_be_taken_the_study_learns(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

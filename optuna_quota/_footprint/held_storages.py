@@ -85,7 +85,7 @@ def held_storages(*, onednn: bool) -> Any:
 
         def add(self, tensors: Any) -> None:
             for each in tree_leaves(tensors):
-                if isinstance(each, torch.Tensor):
+                if isinstance(each, torch.Tensor) and each.layout is torch.strided:
                     storage = each.untyped_storage()
                     self._add(storage, storage.nbytes())
 
@@ -111,7 +111,7 @@ def held_storages(*, onednn: bool) -> Any:
 def _blocked(tensor: Tensor) -> int:
     """Return the bytes of a copy in oneDNN's blocks of channels."""
     size, channels = int(tensor.nbytes), int(tensor.shape[1])
-    return size // channels * (-(-channels // _CHANNELS) * _CHANNELS)
+    return size // max(1, channels) * (-(-channels // _CHANNELS) * _CHANNELS)
 
 
 def size_of(tensors: Any) -> int:
@@ -120,4 +120,4 @@ def size_of(tensors: Any) -> int:
     from torch.utils._pytree import tree_leaves
 
     leaves = (each for each in tree_leaves(tensors) if isinstance(each, torch.Tensor))
-    return sum(each.untyped_storage().nbytes() for each in leaves)
+    return sum(x.untyped_storage().nbytes() for x in leaves if x.layout is torch.strided)
