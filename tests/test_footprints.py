@@ -139,6 +139,34 @@ def test_convolutions_take_copies_in_blocks_of_channels() -> None:
 
 
 @pytest.mark.integration
+def test_images_and_transposed_convolutions_take_fewer_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch = pytest.importorskip("torch")
+    size = 4 * 8 * 64 * 64  # of one channel of the batch
+
+    def peak(layer: Any, channels: tuple[int, int]) -> float:
+        return (
+            footprints.torch_training(
+                lambda _: layer(*channels, 1, bias=False),
+                lambda _: tuple(torch.zeros(8, each, 64, 64) for each in channels),
+                sgd,
+                base=1.0,
+            )
+            .memory({})
+            .peak
+        )
+
+    # The batch, its targets, the gradient of the output and its copy; none of the inputs.
+    assert peak(torch.nn.Conv2d, (3, 32)) < (3 + 32 + 32 + 32 + 1) * size
+    transposed = peak(torch.nn.ConvTranspose2d, (32, 3))
+    assert transposed < peak(torch.nn.Conv2d, (32, 3)) - 8 * size
+    copied = peak(torch.nn.Conv2d, (17, 33))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert peak(torch.nn.Conv2d, (17, 33)) < copied - 16 * size
+
+
+@pytest.mark.integration
 def test_weights_that_are_replaced_as_the_model_is_made_are_not_held(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -17,6 +17,7 @@ _RNN_GATES = 4
 _RNN_BACKWARD = 15
 # OneDNN copies what a convolution takes and gives into blocks of so many channels.
 _CHANNELS = 16
+_IMAGE_CHANNELS = (1, 3)
 
 
 def held_storages(*, onednn: bool) -> Any:
@@ -56,21 +57,24 @@ def held_storages(*, onednn: bool) -> Any:
                 sizes = (self._known.get(id(x.untyped_storage()), (0,))[0] for x in empty)
                 self._work(max(sizes, default=0) * (_RNN_BACKWARD - _RNN_GATES) // _RNN_GATES)
             elif func is convolution and onednn:
-                self._convolve(args[0], result)
+                inputs, weight = args[:2]
+                if args[6]:  # transposed: the channels of the copies come last, without blocks
+                    self._work(inputs.nbytes, weight.nbytes, result.nbytes, then=result)
+                else:
+                    self._work(_read(inputs), weight.nbytes, _blocked(result), then=result)
             elif func is convolution_backward and onednn:
-                gradient, inputs = args[:2]
+                gradient, inputs, weight = args[:3]
+                taken, given = _read(inputs), _blocked(gradient)
+                if args[7]:  # transposed
+                    taken, given = _blocked(inputs), _read(gradient)
                 if result[0] is not None:
-                    self._convolve(gradient, result[0])
-                self._work(_blocked(inputs), _blocked(gradient))
+                    self._work(given, weight.nbytes, _blocked(result[0]), then=result[0])
+                self._work(taken, given, weight.nbytes)
             self.add(result)
             return result
 
-        def _convolve(self, inputs: Any, result: Any) -> None:
-            """Add the result while its copy in blocks is there, but that of the input gone."""
-            self._work(_blocked(inputs), _blocked(result), then=result)
-
         def _work(self, *sizes: int, then: Any = ()) -> None:
-            """Take blocks and free them; but the last one when ``then`` is added."""
+            """Take blocks and free them, the last one once ``then`` is added."""
             blocks = [(next(self._serials), size) for size in sizes]
             self.calls += blocks
             self.peak = max(self.peak, self.now + sum(sizes))
@@ -112,6 +116,11 @@ def _blocked(tensor: Tensor) -> int:
     """Return the bytes of a copy in oneDNN's blocks of channels."""
     size, channels = int(tensor.nbytes), int(tensor.shape[1])
     return size // max(1, channels) * (-(-channels // _CHANNELS) * _CHANNELS)
+
+
+def _read(tensor: Tensor) -> int:
+    """Return the bytes of the copy that a convolution reads: of images there is none."""
+    return 0 if tensor.shape[1] in _IMAGE_CHANNELS else _blocked(tensor)
 
 
 def size_of(tensors: Any) -> int:
