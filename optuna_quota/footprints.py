@@ -40,8 +40,9 @@ _logger = logging.getLogger("optuna.quota.footprint")
 
 # What a process holds on a GPU beside its tensors, in bytes: the CUDA context and loaded kernels.
 _CUDA_CONTEXT = 500 * 2**20
-# With either, the allocator is another, or is told to give blocks back.
-_ALLOCATOR_VARIABLES = ("LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_")
+# Any of them ends the growth of glibc's thresholds, so that it gives blocks back; as tunables they
+# are glibc.malloc.mmap_threshold and so on.
+_THRESHOLDS = ("MMAP_THRESHOLD", "TRIM_THRESHOLD", "TOP_PAD", "MMAP_MAX")
 # Torch's modes are those of a thread, but what they cache is not.
 _tracing = threading.Lock()
 
@@ -134,8 +135,8 @@ class TrainingMemory:
         peak: The most that is held at one moment. Less than the sum of these where activations
             are freed before the last gradient is there; more where a single operation takes much.
         heap: What the C library keeps of freed blocks in addition: glibc those of up to 32 MiB, on
-            the CPU, unless ``MALLOC_MMAP_THRESHOLD_`` is set when Python starts. Its heap is
-            followed through the step's blocks, over four steps.
+            the CPU, unless ``MALLOC_MMAP_THRESHOLD_`` or another of its thresholds is set when
+            Python starts. Its heap is followed through the step's blocks, over four steps.
     """
 
     parameters: float
@@ -263,7 +264,7 @@ class _Step:
         if any(getattr(each, "fake_mode", None) is not fakes for each in model.parameters()):
             raise TypeError("`build` must make a new model with each call.")
         parameters = held.now
-        sizes = [size for _, size in held.calls if size]
+        made = list(held.calls)
         optimizer = self._make_optimizer(params, model)
         state, temporary = _measure_update(optimizer, held, foreach=self.foreach)
         before = held.now
@@ -285,12 +286,11 @@ class _Step:
         peak = max(
             held.peak - before + parameters + state, parameters + state + gradients + temporary
         )
-        is_glibc = not any(map(os.environ.get, _ALLOCATOR_VARIABLES))
-        is_glibc &= not self.foreach and platform.libc_ver()[0] == "glibc"
         heap = 0.0
-        if is_glibc:
-            trained = [size_of(each) for each in model.parameters() if each.requires_grad]
-            heap = max(0.0, heap_peak(sizes, trained, state, temporary, held.calls) - peak)
+        if not self.foreach and _keeps_freed_blocks():
+            groups = optimizer.param_groups
+            trained = [size_of(x) for g in groups for x in g["params"] if x.requires_grad]
+            heap = max(0.0, heap_peak(made, trained, state, temporary, held.calls) - peak)
         return TrainingMemory(parameters, gradients, state, activations, peak, heap)
 
     def _make_optimizer(self, params: Mapping[str, Any], model: Module) -> Optimizer:
@@ -300,6 +300,19 @@ class _Step:
         if isinstance(make, type):
             return self.optimizer(model.parameters())
         return self.optimizer(params, model)
+
+
+def _keeps_freed_blocks() -> bool:
+    """Return whether ``malloc`` is that of glibc, with thresholds that grow."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return (
+        platform.libc_ver()[0] == "glibc"
+        and "malloc" not in os.environ.get("LD_PRELOAD", "")
+        and not any(
+            os.environ.get(f"MALLOC_{each}_") or f"glibc.malloc.{each.lower()}=" in tunables
+            for each in _THRESHOLDS
+        )
+    )
 
 
 def _measure_update(optimizer: Optimizer, held: Any, *, foreach: bool) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import os
 import pickle
 from typing import Any
 
@@ -135,6 +136,86 @@ def test_convolutions_take_copies_in_blocks_of_channels() -> None:
     # In the backward pass: the batch, the gradient of the output, and copies of the inputs and it.
     assert peaks["cpu"] - peaks["cuda"] > 16 * size
     assert peaks["cpu"] >= (17 + 33 + 33 + 32 + 48) * size
+
+
+@pytest.mark.integration
+def test_weights_that_are_replaced_as_the_model_is_made_are_not_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    weight = 4 * 8000 * 256
+
+    def total(tied: bool) -> float:
+        class Words(torch.nn.Module):  # type: ignore[misc]
+            def __init__(self) -> None:
+                super().__init__()
+                self.embedding = torch.nn.Embedding(8000, 256)
+                if tied:
+                    self.head = torch.nn.Linear(256, 8000, bias=False)
+                    self.head.weight = self.embedding.weight
+
+            def forward(self, x: Any) -> Any:
+                return torch.nn.functional.linear(self.embedding(x), self.embedding.weight)
+
+        memory = footprints.torch_training(
+            lambda _: Words(),
+            lambda _: (torch.zeros(8).long(), torch.zeros(8).long()),
+            torch.optim.SGD,
+            base=1.0,
+        ).memory({})
+        assert memory.parameters == weight
+        return memory.peak + memory.heap
+
+    assert total(tied=True) < total(tied=False) + weight / 2
+
+
+@pytest.mark.integration
+def test_the_heap_follows_the_parameters_that_the_optimizer_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    found: list[Any] = []
+    monkeypatch.setattr(footprints, "heap_peak", lambda *a: found.append(a) or 0)
+
+    def of_the_last_layer(params: Params, model: Any) -> Any:
+        return torch.optim.Adam(model[2].parameters())
+
+    footprint = footprints.torch_training(build, batch, of_the_last_layer, base=1.0)
+    footprint.memory({"width": 1000})
+    ((_, trained, state, *_),) = found
+    assert trained == [4 * 1000 * 1000, 4 * 1000]
+    assert state == pytest.approx(2 * sum(trained), abs=100)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("MALLOC_MMAP_THRESHOLD_", "1000000", False),
+        ("MALLOC_TRIM_THRESHOLD_", "1000000", False),
+        ("MALLOC_TOP_PAD_", "1000000", False),
+        ("MALLOC_MMAP_MAX_", "1000", False),
+        ("MALLOC_ARENA_MAX", "1", True),
+        ("GLIBC_TUNABLES", "glibc.malloc.tcache_count=2:glibc.malloc.top_pad=1000000", False),
+        ("GLIBC_TUNABLES", "glibc.malloc.arena_max=1", True),
+        ("LD_PRELOAD", "/usr/lib/libjemalloc.so.2", False),
+        ("LD_PRELOAD", "/usr/lib/libgomp.so.1", True),
+    ],
+)
+def test_freed_blocks_are_kept_by_glibc_unless_it_is_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, kept: bool
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    for each in [each for each in os.environ if "MALLOC_" in each]:
+        monkeypatch.delenv(each)
+    for each in ("GLIBC_TUNABLES", "LD_PRELOAD"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, value)
+    footprint = footprints.torch_training(build, batch, torch.optim.Adam, base=1.0)
+    assert (footprint.memory({"width": 1000}).heap > 0) == kept
 
 
 @pytest.mark.integration

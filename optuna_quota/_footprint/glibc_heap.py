@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 
 # A training loop is followed for so many steps; what the heap takes grows little after them.
@@ -34,7 +34,7 @@ _PAD = 128 * _KIB
 
 
 def heap_peak(
-    parameters: Sequence[int],
+    made: Sequence[tuple[int, int]],
     trained: Sequence[int],
     state: float,
     temporary: float,
@@ -43,23 +43,19 @@ def heap_peak(
     """Return the most that glibc has from the system over some steps, in bytes.
 
     Args:
-        parameters: Sizes of parameters and buffers.
-        trained: Sizes of those that the optimizer updates, one after the other.
-        state: What it keeps of all, in multiples of their sizes.
-        temporary: What it needs in between, in multiples of the largest.
-        calls: Blocks taken in a step, as serial numbers and sizes, and freed, with size 0.
+        made: Blocks taken as the model is made, as serial numbers and sizes, and freed, with
+            size 0.
+        trained: Sizes of the parameters that the optimizer updates, one after the other.
+        state: What it keeps of all, in bytes, a multiple of their sum.
+        temporary: What it needs in between, in bytes, a multiple of the largest.
+        calls: Blocks taken and freed in a step, likewise; no serial number is one of ``made``.
     """
     heap = GlibcHeap()
     states = round(state / max(1, sum(trained)))
-    temporaries = round(temporary / max(1, *trained, 1))
-    for index, size in enumerate(parameters):
-        heap.allocate(("parameter", index), size)
+    temporaries = round(temporary / max([1, *trained]))
+    heap.replay(made)
     for step in range(_HEAP_STEPS):
-        for serial, size in calls:
-            if size:
-                heap.allocate(serial, size)
-            else:
-                heap.free(serial)
+        heap.replay(calls)
         for index, size in enumerate(trained):
             for each in range(states if step == 0 else 0):
                 heap.allocate(("state", index, each), size)
@@ -90,6 +86,14 @@ class GlibcHeap:
         self._by_size: list[tuple[int, int]] = []
         self._unjoined: deque[int] = deque()
         self._threshold = self._trim_threshold = _THRESHOLD
+
+    def replay(self, calls: Iterable[tuple[Hashable, int]]) -> None:
+        """Take blocks of the given sizes, and give back those of size 0."""
+        for block, size in calls:
+            if size:
+                self.allocate(block, size)
+            else:
+                self.free(block)
 
     def allocate(self, block: Hashable, size: int) -> None:
         """Take a block: from the smallest hole that has room, the top, or the system."""

@@ -65,10 +65,11 @@ def test_blocks_of_one_size_are_taken_from_the_heap_once_the_first_is_freed() ->
 
 def test_a_training_takes_more_in_its_later_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = [(0, 4 * MIB), (1, 4 * MIB), (0, 0), (2, 4 * MIB), (3, 2 * MIB)]
-    parameters, state, temporary = [4 * MIB, 4 * MIB], 16 * MIB, 4 * MIB
+    trained, state, temporary = [4 * MIB, 4 * MIB], 16 * MIB, 4 * MIB
+    made = [("weight", 4 * MIB), ("bias", 4 * MIB)]
     peaks = []
     for steps in (1, 4):
         monkeypatch.setattr(glibc_heap, "_HEAP_STEPS", steps)
-        peaks.append(glibc_heap.heap_peak(parameters, parameters, state, temporary, calls))
+        peaks.append(glibc_heap.heap_peak(made, trained, state, temporary, calls))
     live = 8 + 16 + 4 + 4 + 2 + 4  # parameters, state, what is left of a step, and in between
     assert live * MIB < peaks[0] < peaks[1] < 3 * live * MIB
