@@ -67,6 +67,13 @@ class PreloadModules:
 
 
 @dataclass(frozen=True)
+class Importing:
+    """Sent before the answer: the import of this module begins."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class FailedImports:
     """The errors of modules that could not be imported, by name; trials start without these."""
 
@@ -157,9 +164,13 @@ class ForkServer:
     def _preload(self, message: PreloadModules) -> None:
         sys.path[:] = message.path
         errors = {}
+        reader = select.poll()
+        reader.register(self._channel.fileno(), select.POLLOUT)
         with _modules_may_open_files():
             for name in message.modules:
                 if name not in sys.modules:
+                    if reader.poll(0):  # else it is stopped, or gone
+                        self._channel.send(Importing(name))
                     error = _preload(name)
                     if error is not None:
                         errors[name] = error

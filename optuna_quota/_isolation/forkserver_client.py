@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 from pathlib import Path
+import select
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO, TypeVar
 from optuna_quota._isolation.channel import Channel, TrialConnections
 from optuna_quota._isolation.forkserver import (
     FailedImports,
+    Importing,
     MakeMainModule,
     PreloadModules,
     SpawnRequest,
@@ -33,6 +35,7 @@ from optuna_quota._isolation.modules import (
 )
 from optuna_quota._isolation.signals import block_job_signals
 from optuna_quota._metering import metering_loop
+from optuna_quota._metering.timing import RunningClock
 from optuna_quota._units import format_seconds
 
 
@@ -42,9 +45,11 @@ _logger = logging.getLogger("optuna.quota.isolated")
 
 _MAIN = "__main__"
 _ATTEMPTS = 3
-# Seconds within which the fork server has to answer: a module may wait without end as it is
-# imported, for a network or for a lock, where it did not in this process.
+# Seconds for one thing that a new process does: a module may wait without end as it is imported,
+# for a network or for a lock, where it did not in this process.
 ANSWER_TIME = 600.0
+# Seconds between two looks at the clock meanwhile: the most of a pause that counts.
+_LOOK_PERIOD = 1.0
 # Seconds for it to exit by itself, as this process ends.
 _EXIT_TIME = 5.0
 
@@ -165,10 +170,7 @@ class ForkServerClient:
                 if self._process is not None:
                     self._process.kill()
                 self._discard()
-                raise OSError(
-                    f"The fork server has not answered within {format_seconds(ANSWER_TIME)}: the "
-                    "import of a module of this script seems to hang in a new process."
-                ) from error
+                raise OSError(str(error)) from error
             except (OSError, EOFError) as error:
                 # Each unsafe module costs a fork server; there may be many of them.
                 faults += not (isinstance(error, _Unsafe) and self._note_unsafe(error.module))
@@ -185,7 +187,6 @@ class ForkServerClient:
             return self._channel
         self._discard()
         ours, theirs = socket.socketpair()
-        ours.settimeout(ANSWER_TIME)
         with theirs:
             command = interpreter("forkserver", theirs.fileno())
             self._errors.seek(0)
@@ -304,6 +305,7 @@ def request_trial(
 ) -> TrialConnections:
     """Request a trial's processes from a fork server, and send the trial its open files."""
     server.send(request)
+    _wait(server, "The start of a trial")
     handles = server.receive_descriptors()
     if len(handles) != 2:
         # It has exited, or this process has too many open files.
@@ -337,10 +339,35 @@ def _standard_stream(number: int, stack: contextlib.ExitStack) -> int:
 
 def _ask(server: Channel, request: PreloadModules | MakeMainModule) -> Any:
     server.send(request)
-    answer = server.receive()
-    if isinstance(answer, UnsafeModule):
-        raise _Unsafe(answer.name)
-    return answer
+    awaited = "The start of Python"
+    if isinstance(request, MakeMainModule):
+        awaited = "The import of this script's main module"
+    while True:
+        _wait(server, awaited)
+        answer = server.receive()
+        if isinstance(answer, UnsafeModule):
+            raise _Unsafe(answer.name)
+        if not isinstance(answer, Importing):
+            return answer
+        awaited = f"The import of {answer.name!r}"
+
+
+def _wait(server: Channel, awaited: str) -> None:
+    """Wait for a message; raises TimeoutError after too long, pauses of this process aside."""
+    poll = select.poll()
+    poll.register(server.fileno(), select.POLLIN)
+    clock = RunningClock()
+    due = clock() + ANSWER_TIME
+    while not server.pending():
+        clock.fall_asleep(_LOOK_PERIOD)
+        is_ready = poll.poll(_LOOK_PERIOD * 1000)
+        clock.wake_up()
+        if is_ready:
+            return
+        if clock() >= due:
+            raise TimeoutError(
+                f"{awaited} has not ended within {format_seconds(ANSWER_TIME)} in a new process."
+            )
 
 
 _client: ForkServerClient | None = None

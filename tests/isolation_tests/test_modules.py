@@ -69,20 +69,46 @@ def test_frames_are_found_while_studies_are_garbage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_on", [True, False])
-def test_to_find_frames_leaves_garbage_collection_as_it_was(is_on: bool) -> None:
-    def look() -> None:
-        for _ in range(300):
-            list(module_frames())
+def test_to_find_frames_leaves_garbage_collection_as_it_was(
+    is_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    within, go_on, asked, first_is_done = (threading.Event() for _ in range(4))
+    current_frames, isenabled = sys._current_frames, gc.isenabled
 
-    threads = [threading.Thread(target=look) for _ in range(4)]
+    def look_slowly() -> dict[int, types.FrameType]:
+        if threading.current_thread() is first:
+            within.set()
+            assert go_on.wait(60)
+        return current_frames()
+
+    def ask() -> bool:
+        found = isenabled()
+        if threading.current_thread() is second:
+            asked.set()
+            assert first_is_done.wait(60)
+        return found
+
+    def look() -> None:
+        list(module_frames())
+        first_is_done.set()
+
+    first, second = (threading.Thread(target=look) for _ in range(2))
+    monkeypatch.setattr(sys, "_current_frames", look_slowly)
+    monkeypatch.setattr(gc, "isenabled", ask)
     (gc.enable if is_on else gc.disable)()
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert gc.isenabled() == is_on
+        first.start()
+        assert within.wait(60)
+        second.start()
+        # It would take what the first has set for what was there, and leave it so.
+        asked_within = asked.wait(0.5)
+        go_on.set()
+        first.join(60)
+        second.join(60)
+        assert isenabled() == is_on
+        assert not asked_within
     finally:
+        go_on.set()
         gc.enable()
 
 

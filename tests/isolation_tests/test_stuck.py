@@ -172,6 +172,24 @@ def test_what_a_trial_leaves_is_killed_after_a_pause(tmp_path: Path) -> None:
     run_paused(tmp_path, script, 2.0)
 
 
+def test_a_pause_during_an_import_fails_no_trial(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\nopen('now', 'w').close()\nfor _ in range(15): time.sleep(0.1)\n"
+    )
+    script = """
+        import sys
+        from optuna_quota._isolation import forkserver_client as module
+
+        sys.path.insert(0, "")
+        client = module.ForkServerClient()
+        client.prepare()
+        module.ANSWER_TIME = 4.0
+        client.prepare(["slow"])
+        client.close()
+    """
+    run_paused(tmp_path, script, 6.0)
+
+
 def test_nothing_that_a_process_has_started_stays_where_it_can_not_be_killed(
     tmp_path: Path,
 ) -> None:
@@ -258,6 +276,22 @@ def test_a_fork_server_answers_though_an_orphan_can_not_be_killed(tmp_path: Path
         orphan.kill()
         ours.close()
         server.serve()
+    """
+    run_python(tmp_path, "-c", textwrap.dedent(script))
+
+
+def test_a_fork_server_does_not_wait_for_a_study_that_reads_nothing(tmp_path: Path) -> None:
+    script = """
+        import os, signal, sys
+        from optuna_quota._isolation import forkserver
+        from optuna_quota._isolation.channel import channel_pair
+
+        signal.alarm(30)
+        forkserver._preload = lambda name: None
+        ours, theirs = channel_pair()
+        server = forkserver.ForkServer(theirs, os.pidfd_open(os.getppid()))
+        names = [f"module_{number}" for number in range(3000)]
+        server._preload(forkserver.PreloadModules(sys.path, names))
     """
     run_python(tmp_path, "-c", textwrap.dedent(script))
 
