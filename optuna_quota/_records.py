@@ -18,7 +18,8 @@ key of a trial              kind    written by
 ``quota:breach_timeline``           memory, and the resource that was breached
 ``quota:constrained``       system  ``_enforcement.trial_result``, beside Optuna's ``constraints``
 ``quota:proposed``          user    ``_sampler.candidates``, when a point was replaced
-``quota:reservation``       system  ``_ledger``, before the trial starts and at each heartbeat
+``quota:reservation``       system  ``_ledger``, before the trial starts and at each heartbeat;
+                                    ``_sampler.row_cleanup`` where it never started
 ``quota:crashed``           system  ``_isolation.outcome``
 ``quota:asked``             system  ``_storage_retry``, unless starts are stored exactly
 ==========================  ======  ==============================================================

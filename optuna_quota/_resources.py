@@ -1,7 +1,8 @@
 """The table of computing resources.
 
-To add a resource, add a row, an argument of ``Limits`` or ``Quota`` (``_limits.py``) or of
-``Usage`` (``_usage.py``), and a meter. Amounts are in SI base units: bytes, seconds, joules.
+To add a resource, add a row, a field of ``Usage`` (``_usage.py``), one of ``Limits`` or ``Quota``
+(``_limits.py``) if it can be limited, and a meter, opened in ``_metering/loop.py``. Amounts are in
+SI base units: bytes, seconds, joules.
 """
 
 from __future__ import annotations

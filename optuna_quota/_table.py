@@ -42,9 +42,10 @@ def trial_table(study: Study) -> pd.DataFrame:
     An unknown number is NaN, an unknown text None. ``censored_by`` is the resource whose breach
     ended the trial: its usage is then a lower bound, and where it is a total (a time, energy), all
     totals are. Other usage of a trial that was stopped is what it had used by then: a part
-    of unknown size, but for peaks of pruned trials, which are mostly reached early. A finished
-    trial whose wall time was not measured (a study that ran without this library) has the time
-    between Optuna's ``datetime_start`` and ``datetime_complete``; its ``outcome`` stays None.
+    of unknown size, but for peaks, which are mostly reached early, of pruned trials and of those
+    that a total ended. A finished trial whose wall time was not measured (a study that ran without
+    this library) has the time between Optuna's ``datetime_start`` and ``datetime_complete``; its
+    ``outcome`` stays None.
 
     Args:
         study: Any Optuna study; needs no attributes of this library.
