@@ -89,8 +89,11 @@ def test_several_at_once_with_a_quota() -> None:
         pruner=QuotaPruner(MedianPruner(), limits=Limits(memory="1GiB", wall_time="1min")),
     )
     study.optimize(script(shell(TRAIN, "{x}"), suggest_x), n_trials=9, n_jobs=2)
-    assert [t.value for t in study.trials] == [t.params["x"] for t in study.trials]
-    assert len(study.trials) == 4
+    # The thread that is done first may ask once more, and be refused.
+    refused = [t for t in study.trials if read_record(t).outcome == "rejected"]
+    ran = [t for t in study.trials if t not in refused]
+    assert [t.value for t in ran] == [t.params["x"] for t in ran]
+    assert len(ran) == 4 and len(refused) < 2
 
 
 def test_several_objectives() -> None:
