@@ -57,6 +57,12 @@ def check_data(model: Any, batch: Any) -> Any:
     return loss if loss > 0 else -loss
 
 
+@pytest.fixture
+def torch_on_glibc(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    return pytest.importorskip("torch")
+
+
 def test_arguments_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(footprints, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match=r"optuna-quota\[torch\]"):
@@ -167,11 +173,8 @@ def test_images_and_transposed_convolutions_take_fewer_copies(
 
 
 @pytest.mark.integration
-def test_weights_that_are_replaced_as_the_model_is_made_are_not_held(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+def test_weights_that_are_replaced_as_the_model_is_made_are_not_held(torch_on_glibc: Any) -> None:
+    torch = torch_on_glibc
     weight = 4 * 8000 * 256
 
     def total(tied: bool) -> float:
@@ -200,10 +203,9 @@ def test_weights_that_are_replaced_as_the_model_is_made_are_not_held(
 
 @pytest.mark.integration
 def test_the_heap_follows_the_parameters_that_the_optimizer_has(
-    monkeypatch: pytest.MonkeyPatch,
+    torch_on_glibc: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    torch = torch_on_glibc
     found: list[Any] = []
     monkeypatch.setattr(footprints, "heap_peak", lambda *a: found.append(a) or 0)
 
@@ -233,16 +235,14 @@ def test_the_heap_follows_the_parameters_that_the_optimizer_has(
     ],
 )
 def test_freed_blocks_are_kept_by_glibc_unless_it_is_told_otherwise(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, kept: bool
+    torch_on_glibc: Any, monkeypatch: pytest.MonkeyPatch, name: str, value: str, kept: bool
 ) -> None:
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
     for each in [each for each in os.environ if "MALLOC_" in each]:
         monkeypatch.delenv(each)
     for each in ("GLIBC_TUNABLES", "LD_PRELOAD"):
         monkeypatch.delenv(each, raising=False)
     monkeypatch.setenv(name, value)
-    footprint = footprints.torch_training(build, batch, torch.optim.Adam, base=1.0)
+    footprint = footprints.torch_training(build, batch, torch_on_glibc.optim.Adam, base=1.0)
     assert (footprint.memory({"width": 1000}).heap > 0) == kept
 
 
