@@ -131,8 +131,11 @@ class RankedTrial:
 
 
 def _shared_space(rows: Sequence[Row]) -> dict[str, BaseDistribution]:
-    """Return the parameters with a choice; none where recent trials had different ones."""
+    """Return the parameters with a choice; none where those of recent trials differed.
+
+    A range that depends on another parameter is known only once that one is drawn.
+    """
     recent = [row.space for row in rows[-MAX_FITTED:]]
-    if len(rows) < MIN_COMPLETED or any(each.keys() != recent[-1].keys() for each in recent):
+    if len(rows) < MIN_COMPLETED or any(each != recent[-1] for each in recent):
         return {}
     return {name: each for name, each in recent[-1].items() if not each.single()}

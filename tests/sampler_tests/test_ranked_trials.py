@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import copy
 import json
 import math
@@ -136,7 +136,19 @@ def test_without_a_total_the_first_point_runs(arguments: dict[str, Any]) -> None
     assert points_of(study)[20:] == offered
 
 
-def test_a_parameter_that_not_all_trials_had_leaves_the_first_point() -> None:
+def sometimes_y(trial: optuna.Trial) -> float:
+    x = trial.suggest_float("x", 0.0, 1.0)
+    return x + (trial.suggest_float("y", 0.0, 1.0) if x > 0.5 else 0.0)
+
+
+def k_up_to_n(trial: optuna.Trial) -> float:
+    return trial.suggest_int("k", 1, trial.suggest_int("n", 1, 10))
+
+
+@pytest.mark.parametrize("suggest", [sometimes_y, k_up_to_n])
+def test_parameters_that_differ_between_trials_leave_the_first_point(
+    suggest: Callable[[optuna.Trial], float],
+) -> None:
     sampler = QuotaSampler(
         RandomSampler(seed=0), quota=Quota(cpu_time=1e6), metering="reported", n_candidates=8
     )
@@ -144,9 +156,9 @@ def test_a_parameter_that_not_all_trials_had_leaves_the_first_point() -> None:
     study = optuna.create_study(sampler=sampler)
 
     def objective(trial: optuna.Trial) -> float:
-        x = trial.suggest_float("x", 0.0, 1.0)
-        trial.set_user_attr("quota:cpu_time", 1.0 + x)
-        return x + (trial.suggest_float("y", 0.0, 1.0) if x > 0.5 else 0.0)
+        value = suggest(trial)
+        trial.set_user_attr("quota:cpu_time", 1.0 + value)
+        return value
 
     for each in (study, bare):
         each.optimize(objective, n_trials=20)
