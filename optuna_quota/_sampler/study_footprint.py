@@ -139,6 +139,7 @@ class StudyFootprint:
             self._recent_points(),
             self.learner.space,
             threshold,
+            self.learner.varying(_RECENT),
             complete=None if self._calibrator is None else self._completed_points(),
             declared=frozenset(self._declared),
             stated_space=self._declared,
