@@ -521,9 +521,7 @@ def test_an_enumerating_sampler_always_skips(sampler: BaseSampler, on_veto: OnVe
 
 def test_a_range_that_depends_on_another_parameter_stays_as_likely() -> None:
     """Drawn at once it would come from the range of the trial before."""
-    sampler = QuotaSampler(
-        RandomSampler(seed=0), limits=Limits(cpu_time=1e6), metering="reported"
-    )
+    sampler = QuotaSampler(RandomSampler(seed=0), limits=Limits(cpu_time=1e6), metering="reported")
     bare = optuna.create_study(sampler=RandomSampler(seed=0))
     study = optuna.create_study(sampler=sampler)
 
