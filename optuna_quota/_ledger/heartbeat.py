@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 import logging
+import os
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -150,6 +151,7 @@ class Heartbeat:
         # The owner may be freed by any thread, at any moment.
         finalize(extend.__self__, self._close).atexit = False  # type: ignore[attr-defined]
         self._interval = interval
+        self._pid = os.getpid()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._due: dict[int, float] = {}
@@ -173,6 +175,9 @@ class Heartbeat:
             self._low.pop(trial_id, None)
 
     def _close(self) -> None:
+        # A fork has no such thread, which may have held the lock.
+        if os.getpid() != self._pid:
+            return
         with self._wake:
             self._due.clear()
             self._low.clear()

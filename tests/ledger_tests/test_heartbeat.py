@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+import os
+import signal
 import threading
 from types import SimpleNamespace
 from typing import Any
 
-from optuna_quota._ledger.heartbeat import RunningTrials
+import pytest
+
+from optuna_quota._ledger.heartbeat import Heartbeat, RunningTrials
 
 
 def test_a_trial_starts_while_another_thread_looks_through_those_that_run() -> None:
@@ -21,3 +26,26 @@ def test_a_trial_starts_while_another_thread_looks_through_those_that_run() -> N
 
     running[0] = Trial(trial_id=0, number=0, in_optimize=True, monitor=None)
     assert [trial.number for trial in running.left_behind()] == [0]
+
+
+class Owner:
+    def extend(self, trial_id: int) -> None: ...
+
+    def beat(self, trial_id: int) -> None: ...
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_frees_the_owner_though_the_thread_held_its_lock() -> None:
+    owner = Owner()
+    heartbeat = Heartbeat(owner.extend, owner.beat, 60)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(heartbeat._wake.acquire).result()
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)
+            del owner
+            os._exit(0)
+        thread.submit(heartbeat._wake.release).result()
+    assert os.waitpid(pid, 0)[1] == 0
