@@ -13,10 +13,9 @@ no value.
 
 The rule for the option: significantly better values at the end than those of the same sampler
 without it, on fresh seeds and both surfaces (Wilcoxon's signed-rank test over the seeds, p < 0.05
-after Holm's correction over all comparisons). It is met with 30 mean trials: by TPE on seeds 100
-to 159, by NSGA-II on 200 to 259; not with 10, where nothing is gained. Medians of the best value
-above the least, ratio of "per cost" to each control and its corrected p, of a prototype on seeds
-100 to 159:
+after Holm's correction over all comparisons). On seeds 100 to 159 it is met with 30 mean trials by
+TPE, by NSGA-II on one of the surfaces; not with 10, where nothing is gained. Medians of the best
+value above the least, ratio of "per cost" to each control and its corrected p, of a prototype:
 
     surface    sampler  budget   first    value    per cost   over first       over value
     synthetic  TPE      10       0.1918   0.2415   0.2026     1.06 (1)         0.84 (0.083)
@@ -28,8 +27,9 @@ above the least, ratio of "per cost" to each control and its corrected p, of a p
     forest     NSGA-II  10       0.0997   0.0988   0.1013     1.02 (1)         1.02 (1)
     forest     NSGA-II  30       0.0518   0.0186   0.0172     0.33 (1.2e-05)   0.93 (0.33)
 
-NSGA-II at 30 alone was run again on seeds 200 to 259, over four comparisons: against "first" 0.24
-(0.00062) and 0.37 (5.1e-05), against "value" 0.54 (0.021) and 0.92 (0.95).
+NSGA-II at 30 alone was run again with the prototype on seeds 200 to 259: against "first" 0.24
+(0.00062) and 0.37 (5.1e-05), against "value" 0.54 (0.021) and 0.92 (0.95). Holm's correction over
+these four comparisons does not correct for this second look.
 
 A stricter rule of ours, stated before these seeds were run, also asked for better values than
 "value", and is not met on both surfaces: most of the gain is that of the model of the objective.

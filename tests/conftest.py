@@ -81,7 +81,7 @@ def _fast_writes() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_for_small_matrices() -> Iterator[None]:
-    """Let NumPy and SciPy start no threads in this process; what it starts is as ever.
+    """Let NumPy and SciPy start no threads in this process and its forks.
 
     They would wait for each other by spinning, on the cores that other tests need.
     """

@@ -209,9 +209,6 @@ def objective_model(facts: StudyFacts, footprint: Footprint) -> ResourceModel | 
 
     None for several objectives, conditional parameters or few trials.
     """
-    from scipy.special import ndtri
-    from scipy.stats import rankdata
-
     done = np.flatnonzero(facts.completed & facts.feasible)[-_MAX_FITTED:]
     features = footprint.contents.features
     names = [part.name for part in features.parts]
@@ -221,10 +218,8 @@ def objective_model(facts: StudyFacts, footprint: Footprint) -> ResourceModel | 
     if facts.data.is_conditional:
         return None
     rows = facts.table[[f"params_{name}" for name in names]].iloc[done].to_numpy(dtype=object)
-    losses = facts.sign * facts.values[done]
-    scores = ndtri((rankdata(losses) - 0.5) / len(losses))
     columns = features.scale([dict(zip(names, row, strict=True)) for row in rows])
-    return fit_resource(ResourceData.exact(columns, np.exp(scores), floors=(0.0,)))
+    return fit_resource(ResourceData.of_ranks(columns, facts.sign * facts.values[done]))
 
 
 def _with_points(parameter: Parameter, points: Points) -> Parameter:

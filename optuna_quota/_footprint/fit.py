@@ -160,12 +160,12 @@ class _Measured:
         earlier = start if isinstance(start, ResourceModel) else None
         data, observed = self.data, ~(self.data.censored | self.maybe_censored)
         if not self.maybe_censored.any() or np.sum(observed) < _MIN_TRIALS_TO_DECIDE:
-            return _fit(data, earlier, refit)
+            return fit_or_refresh(data, earlier, refit)
         bounds = replace(data, censored=~observed, bounded_peaks=True)
         if earlier is not None and not refit:
-            return _fit(bounds if earlier.data.bounded_peaks else data, earlier, refit)
-        values = _fit(data, earlier, refit)
-        bounded = _fit(bounds, values, refit)
+            return fit_or_refresh(bounds if earlier.data.bounded_peaks else data, earlier, refit)
+        values = fit_or_refresh(data, earlier, refit)
+        bounded = fit_or_refresh(bounds, values, refit)
         # The better one predicts the trials that ran to their end better.
         if leave_one_out_density(bounded, observed) > leave_one_out_density(values, observed):
             return bounded
@@ -188,7 +188,10 @@ class _Measured:
         )
 
 
-def _fit(data: ResourceData, earlier: ResourceModel | None, refit: bool) -> ResourceModel:
+def fit_or_refresh(
+    data: ResourceData, earlier: ResourceModel | None, refit: bool
+) -> ResourceModel:
+    """Return a model; unless ``refit``, with the hyperparameters of an earlier one if they fit."""
     fresh = None if earlier is None or refit else refresh_resource(data, earlier)
     return fit_resource(data, earlier) if fresh is None else fresh
 
@@ -209,14 +212,14 @@ def _fit_chained(
     earlier = start.ratio if isinstance(start, ChainedModel) else None
     if isinstance(start, ChainedModel) and not refit and start.on in ratios:
         base, ratio = ratios[start.on]
-        return ChainedModel(start.on, base, _fit(ratio, earlier, refit))
+        return ChainedModel(start.on, base, fit_or_refresh(ratio, earlier, refit))
     best: Model = own.fit(start, refit)
     observed = ~own.data.censored
     if np.sum(observed) < _MIN_TRIALS_TO_CHAIN or (start is not None and not refit):
         return best
     density = leave_one_out_density(best, observed) - _CHAIN_MARGIN
     for name, (base, ratio) in ratios.items():
-        model = ChainedModel(name, base, _fit(ratio, earlier, refit))
+        model = ChainedModel(name, base, fit_or_refresh(ratio, earlier, refit))
         found = leave_one_out_density(model, observed)
         if found > density:
             best, density = model, found

@@ -274,6 +274,8 @@ class Learner:
         self._n_searched = 0
         self._lock = threading.Lock()
         self._space: dict[str, BaseDistribution] = {}
+        # By parameter, which observation was the last to change its distribution.
+        self._changed: dict[str, int] = {}
         self.isolated = False
         self.n_uncensored = 0
 
@@ -286,6 +288,11 @@ class Learner:
     def space(self) -> Mapping[str, BaseDistribution]:
         """The newest distribution of each parameter that any of these trials had."""
         return dict(self._space)
+
+    def varying(self, count: int) -> frozenset[str]:
+        """Return the parameters whose distribution differs among the newest observations."""
+        first = max(self.n_observations - count, 0)
+        return frozenset(name for name, index in dict(self._changed).items() if index > first)
 
     def learn(self, trials: Sequence[FrozenTrial], *, fresh: bool = False) -> Footprint | None:
         """Return the footprint after all trials, None while nothing is known.
@@ -311,6 +318,9 @@ class Learner:
             self.isolated = trials[index].user_attrs.get(ISOLATION) == "process"
             found = read_observation(trials[index])
             if found is not None:
+                for name, each in found.distributions.items():
+                    if self._space.get(name, each) != each:
+                        self._changed[name] = self.n_observations
                 self.observations.append(found)
                 self.n_uncensored += found.is_complete and not found.censored
                 self._space.update(found.distributions)

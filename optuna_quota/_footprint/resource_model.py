@@ -136,6 +136,15 @@ class ResourceData:
         none = np.zeros(len(amounts), dtype=bool)
         return cls(columns, amounts, none, none, **options)
 
+    @classmethod
+    def of_ranks(cls, columns: np.ndarray, losses: np.ndarray) -> ResourceData:
+        """Return trials by the normal scores of their losses, as logarithms of amounts."""
+        from scipy.special import ndtri
+        from scipy.stats import rankdata
+
+        scores = ndtri((rankdata(losses) - 0.5) / len(losses))
+        return cls.exact(columns, np.exp(scores), floors=(0.0,))
+
 
 class ResourceModel:
     """``log(amount - floor)`` as a Gaussian process over the columns.

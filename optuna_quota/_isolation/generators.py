@@ -17,14 +17,11 @@ from optuna_quota._isolation.modules import user_modules
 
 
 def is_generator(value: Any) -> bool:
-    if type(value).__name__ not in _NAMES:  # soon answered: this is asked of all that is pickled
-        return False
-    name = _path(value)
-    return name in _VARY and (name != _TORCH or value.device.type == "cpu")
+    return _way_of(type(value), value) is not None
 
 
-def _path(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def reduce_generator(value: Any) -> tuple[Any, ...]:
@@ -93,16 +90,20 @@ def _vary(value: Any, number: int, sequences: dict[int, Any]) -> None:
 
 def _way_to_vary(value: Any) -> _Way | None:
     """Return how to draw from and seed a generator; a user's class may derive from a library's."""
-    for base in type(value).__mro__:
-        if base.__name__ in _NAMES:
-            name = f"{base.__module__}.{base.__qualname__}"
-            if name in _VARY and (name != _TORCH or value.device.type == "cpu"):
-                return _VARY[name]
-    return None
+    ways = (_way_of(base, value) for base in type(value).__mro__)
+    return next((way for way in ways if way is not None), None)
+
+
+def _way_of(kind: type, value: Any) -> _Way | None:
+    """Return the same for a value of this class, None if it is no generator's."""
+    if kind.__name__ not in _NAMES:  # soon answered: this is asked of all that is pickled
+        return None
+    name = _path(kind)
+    return _VARY.get(name) if name != _TORCH or value.device.type == "cpu" else None
 
 
 def _is_seed_sequence(value: Any) -> bool:
-    return type(value).__name__ == "SeedSequence" and _path(value) == _SEED_SEQUENCE
+    return type(value).__name__ == "SeedSequence" and _path(type(value)) == _SEED_SEQUENCE
 
 
 def _skip_children(sequence: Any, number: int) -> None:

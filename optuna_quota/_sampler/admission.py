@@ -74,6 +74,7 @@ class PointAdmission:
     past: Sequence[Mapping[str, Any]]  # points of earlier trials, oldest first
     space: Mapping[str, BaseDistribution]  # of these trials
     threshold: float  # the probability of a breach above which a point is refused
+    varying: frozenset[str] = frozenset()  # parameters whose range differed between these trials
     # Points of completed trials, where only complete points can be judged because a user's
     # function may need any parameter; None where any point can.
     complete: Sequence[Mapping[str, Any]] | None = None
@@ -84,10 +85,10 @@ class PointAdmission:
     left: Mapping[str, float] = field(default_factory=dict)
 
     def common_space(self) -> dict[str, BaseDistribution]:
-        """Return the parameters that all earlier trials had, in the order of suggestion."""
+        """Return the parameters that all earlier trials had alike, in the order of suggestion."""
         if not self.past:
             return {}
-        names = set(self.past[-1]).intersection(*self.past)
+        names = set(self.past[-1]).intersection(*self.past) - self.varying
         return {name: self.space[name] for name in self.past[-1] if name in names}
 
     def judge(self, known: Mapping[str, Any]) -> PointVerdict:

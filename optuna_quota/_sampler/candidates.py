@@ -15,7 +15,6 @@ import contextlib
 from dataclasses import dataclass, field, replace
 import logging
 import threading
-from types import MappingProxyType
 from typing import Any, NoReturn, TYPE_CHECKING
 
 import numpy as np
@@ -128,8 +127,8 @@ class CandidateFilter:
         trial: FrozenTrial,
         limits: Limits,
         trials: Sequence[FrozenTrial],
-        left: Mapping[str, float] = MappingProxyType({}),
-        totals: Mapping[str, float] = MappingProxyType({}),
+        left: Mapping[str, float],
+        totals: Mapping[str, float],
     ) -> None:
         """Start a trial; one that was enqueued with all its parameters is judged here.
 
@@ -331,7 +330,7 @@ class CandidateFilter:
         state, last = self._state(trial), first
         admitted = [first] if verdict.admitted else []
         if state.ranked is not None and state.ranked.differs_within(space):
-            for _ in range(state.ranked.ranking.n_candidates - 1):
+            for _ in range(state.ranked.n_points - 1):
                 last = self._draw(study, trial, space)
                 if state.judge(last).admitted:
                     admitted.append(last)
@@ -363,7 +362,7 @@ class CandidateFilter:
         state, last = self._state(trial), first
         for _ in range(_MAX_REDRAWS if self._replacement == "redraw" else 0):
             before, last = last, self._draw(study, trial, space)
-            if admission.judge({**last, **state.fixed}).admitted:
+            if state.judge(last).admitted:
                 return last, "redrawn"
             if last == before:
                 # The sampler repeats itself.

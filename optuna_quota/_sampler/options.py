@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, Literal, TYPE_CHECKING
 
-from optuna.samplers import BruteForceSampler, GPSampler, GridSampler
-
 from optuna_quota import _optuna
 from optuna_quota._limits import Quota, Strategy
 from optuna_quota._resources import CLOCK_RESOURCES
@@ -24,8 +22,9 @@ OnCrowded = Literal["wait", "smaller"]
 OnProjected = Literal["continue", "stop", "raise"]
 OnVeto = Literal["auto", "redraw", "nearest", "skip"]
 
-# They enumerate points, or return the same one when asked again.
-_ONE_POINT = (BruteForceSampler, GPSampler, GridSampler)
+# They enumerate points, or return the same one when asked again. By name: BoTorchSampler is of
+# another package.
+_ONE_POINT = {"BoTorchSampler", "BruteForceSampler", "GPSampler", "GridSampler"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class SamplerOptions:
             on_exhausted=(self.on_exhausted, OnExhausted),
             metering=(self.metering, Metering),
         )
-        check_n_candidates(self.n_candidates, self.base_sampler)
+        _check_n_candidates(self.n_candidates, self.base_sampler)
         if not self.metering:
             _check_measurable(self.quota)
         if not 0.5 < self.confidence < 1:
@@ -78,12 +77,7 @@ def checked_gpus_per_trial(gpus_per_trial: int | None, one_gpu: bool) -> int | N
     """Return how many GPUs each trial gets, None if it sees all; ``one_gpu`` stands for 1."""
     if gpus_per_trial is None:
         return 1 if one_gpu else None
-    if isinstance(gpus_per_trial, bool) or not isinstance(gpus_per_trial, int):
-        raise TypeError(
-            f"`gpus_per_trial` must be a whole number or None but got {gpus_per_trial!r}."
-        )
-    if gpus_per_trial < 1:
-        raise ValueError(f"`gpus_per_trial` must be at least 1 but got {gpus_per_trial}.")
+    _check_count(gpus_per_trial, "gpus_per_trial", "a whole number or None")
     if one_gpu and gpus_per_trial != 1:
         raise ValueError(
             f"`one_gpu=True` means `gpus_per_trial=1` but got gpus_per_trial={gpus_per_trial}."
@@ -91,19 +85,23 @@ def checked_gpus_per_trial(gpus_per_trial: int | None, one_gpu: bool) -> int | N
     return gpus_per_trial
 
 
-def check_n_candidates(n_candidates: int, base_sampler: BaseSampler) -> None:
-    """Raise ValueError for a number of points that the base sampler can't offer."""
-    is_whole = isinstance(n_candidates, int) and not isinstance(n_candidates, bool)
-    if not is_whole or n_candidates < 1:
-        raise ValueError(
-            f"`n_candidates` must be a whole number of at least 1 but got {n_candidates!r}."
-        )
+def _check_n_candidates(n_candidates: int, base_sampler: BaseSampler) -> None:
+    """Raise an error for a number of points that the base sampler can't offer."""
+    _check_count(n_candidates, "n_candidates", "a whole number")
     kind = _optuna.unwrap_partial_fixed(base_sampler)
-    if n_candidates > 1 and (isinstance(kind, _ONE_POINT) or _optuna.needs_drawn_point(kind)):
+    names = {base.__name__ for base in type(kind).__mro__}
+    if n_candidates > 1 and (names & _ONE_POINT or _optuna.needs_drawn_point(kind)):
         raise ValueError(
             f"`n_candidates` must be 1 with a {type(kind).__name__}, which enumerates points, "
             f"repeats itself or learns from all that it drew, but got {n_candidates}."
         )
+
+
+def _check_count(value: Any, name: str, allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be {allowed} but got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1 but got {value}.")
 
 
 def _check_measurable(quota: Quota) -> None:

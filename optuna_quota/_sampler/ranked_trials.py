@@ -15,8 +15,10 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._footprint.resource_model import fit_resource, ResourceData, ResourceModel
+from optuna_quota._footprint.fit import fit_or_refresh
+from optuna_quota._footprint.resource_model import ResourceData, ResourceModel
 from optuna_quota._footprint.search_space import value_at
+from optuna_quota._footprint.user_given import count_within
 from optuna_quota._sampler.ranking import (
     Choice,
     choose,
@@ -41,6 +43,8 @@ _logger = logging.getLogger("optuna.quota.sampler")
 
 # The hyperparameters are searched again when the trials have grown by this factor.
 _GROWTH = 1.25
+# For the points of one trial; fewer are drawn where a user's function is slow.
+_SECONDS = 1.0
 
 
 class Ranking:
@@ -86,18 +90,24 @@ class Ranking:
         space = _shared_space(rows)
         if footprint is None or not space:
             return None
-        return RankedTrial(self, rows, space, partial(medians_of, footprint), left, fixed)
+        medians = partial(medians_of, footprint)
+        recent = [row.params for row in rows[-MIN_COMPLETED:]]
+        try:
+            n_points = int(min(self.n_candidates, count_within(footprint, _SECONDS, recent)))
+            if n_points < 2 or not medians(recent[-1:]).keys() & left.keys():
+                return None
+        except KeyError:
+            # A user's function of a parameter that trials lack.
+            return None
+        return RankedTrial(self, rows, space, medians, left, fixed, n_points)
 
     def fit(self, data: ResourceData, n_rows: int) -> ResourceModel:
         with self._lock:
-            start = self._model
-            if start is not None and start.data.columns.shape[1] != data.columns.shape[1]:
-                start = None
-            if start is None or n_rows > _GROWTH * self._n_searched:
-                start = self._model = fit_resource(data, start)
+            search = n_rows > _GROWTH * self._n_searched
+            self._model = fit_or_refresh(data, self._model, search)
+            if search:
                 self._n_searched = n_rows
-                return start
-        return ResourceModel(data, 0.0, start.hyperparameters)
+            return self._model
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,7 @@ class RankedTrial:
     medians: Medians
     left: Mapping[str, float]
     fixed: Mapping[str, Any]  # parameters that all of its points have
+    n_points: int  # to draw
 
     def differs_within(self, space: Mapping[str, BaseDistribution]) -> bool:
         """Return whether points of a space are whole, and may differ."""
@@ -131,8 +142,11 @@ class RankedTrial:
 
 
 def _shared_space(rows: Sequence[Row]) -> dict[str, BaseDistribution]:
-    """Return the parameters with a choice; none where recent trials had different ones."""
+    """Return the parameters with a choice; none where those of recent trials differed.
+
+    A range that depends on another parameter is known only once that one is drawn.
+    """
     recent = [row.space for row in rows[-MAX_FITTED:]]
-    if len(rows) < MIN_COMPLETED or any(each.keys() != recent[-1].keys() for each in recent):
+    if len(rows) < MIN_COMPLETED or any(each != recent[-1] for each in recent):
         return {}
     return {name: each for name, each in recent[-1].items() if not each.single()}

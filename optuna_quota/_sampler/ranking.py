@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TYPE_CHECKING
 import numpy as np
 
 from optuna_quota._footprint.features import Features
-from optuna_quota._footprint.resource_model import fit_resource, ResourceData, ResourceModel
+from optuna_quota._footprint.resource_model import ResourceData, ResourceModel
 
 
 if TYPE_CHECKING:
@@ -54,33 +54,27 @@ def choose(
     points: Points,
     medians: Medians,
     left: Mapping[str, float],
-    fit: Fit = lambda data, _: fit_resource(data),
+    fit: Fit,
 ) -> Choice:
     """Return the point with the greatest expected improvement per predicted cost.
 
     Its cost is the largest share that it takes of what is left of a total, by resource. Where
     nothing tells the points apart, the first is returned.
     """
-    from scipy.special import ndtr, ndtri
-    from scipy.stats import rankdata
+    from scipy.special import ndtr
 
-    n = len(rows)
-    if n < MIN_COMPLETED:
-        return Choice(0, f"fewer than {MIN_COMPLETED} trials completed")
-    usage = medians(points)
+    n, usage = len(rows), medians(points)
     known = [usage[name] / max(each, 1e-9) for name, each in left.items() if name in usage]
-    if not known:
-        return Choice(0, "no usage is predicted of what the quota limits in total")
     shares = np.maximum(np.max(known, axis=0), _LEAST_SHARE)
     best = int(np.argmin([row.loss for row in rows]))
     kept = [rows[i] for i in sorted({best, *range(max(0, n - MAX_FITTED + 1), n)})]
-    scores = ndtri((rankdata([row.loss for row in kept]) - 0.5) / len(kept))
     features = Features.of([row.space for row in kept])
     columns = features.scale([row.params for row in kept])
-    model = fit(ResourceData.exact(columns, np.exp(scores), floors=(0.0,)), n)
+    data = ResourceData.of_ranks(columns, np.array([row.loss for row in kept]))
+    model = fit(data, n)
     mean, variance = model.process.predict(features.scale(points))
     spread = model.scale * np.sqrt(variance)
-    z = (scores.min() - model.location - model.scale * mean) / spread
+    z = (np.log(data.amounts.min()) - model.location - model.scale * mean) / spread
     gains = spread * (z * ndtr(z) + np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi))
     index = int(np.argmax(np.log(np.maximum(gains, _LEAST_GAIN)) - np.log(shares)))
     reason = f"improves by {gains[index]:.2g} for {shares[index]:.2g} of what is left"

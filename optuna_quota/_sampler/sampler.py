@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
+from functools import partial
 import logging
 import threading
 import time
@@ -127,18 +128,21 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             the nearest point for TPE, NSGA-II, NSGA-III and GP. Grids are always skipped.
         audits: Share of these points that is run under the hard limit nevertheless, so that a
             wrong veto is found; 5% by default where trials are isolated, else none.
-        n_candidates: Draws of the base sampler for each trial, such as 8: that point runs whose
-            expected improvement is greatest for its predicted share of what is left of the
-            quota's totals, from five completed trials on; where nothing is predicted, the first.
+        n_candidates: Draws of the base sampler for each trial, which take so many times as long:
+            that point runs whose expected improvement is greatest for its predicted share of what
+            is left of the quota's totals, from five completed trials on. Fewer with a slow
+            ``footprint``; one where nothing is predicted, the only total is a ``cost`` of several
+            prices, or parameters or ranges differ between trials. ``on_veto`` applies where none
+            of them is admitted. With several objectives the first ``ask`` raises ValueError.
         on_projected: What is done once the quota is likely to run out before the end of the
             ``strategy``, besides the warning: ``"continue"`` until it is used up, ``"stop"`` now,
             or ``"raise"`` :class:`~optuna_quota.StudyRejected`.
 
     Raises:
-        TypeError: If ``base_sampler`` is no sampler or ``quota`` no :class:`Quota`.
+        TypeError: If an argument is of the wrong type, as a ``quota`` that is no :class:`Quota`.
         ValueError: If a probability or share is out of its range, an option unknown,
-            ``base_sampler`` a QuotaSampler or unable to offer several points for
-            ``n_candidates``. If ``metering=False`` leaves a quota's usage unknown.
+            ``base_sampler`` a QuotaSampler, or for ``n_candidates`` one that enumerates points or
+            repeats itself (GP, BoTorch). If ``metering=False`` leaves a quota's usage unknown.
         StudyRejected: If strategy, footprint and quota alone decide that the study does not fit.
     """
 
@@ -250,9 +254,8 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             raise
 
     def _is_taken(self, study: Study, trial: FrozenTrial) -> bool:
-        if not _optuna.may_be_enqueued(trial):
-            return False
-        return not self._session(study).ledger.take_enqueued(trial)
+        enqueued = _optuna.may_be_enqueued(trial)
+        return enqueued and not self._session(study).ledger.take_enqueued(trial)
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
         wrap_nesting_pruner(whole)
@@ -298,15 +301,14 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         """Infer as the base sampler does, with the parameters that are judged with it."""
         with fail_unfinished_trial(study, trial):
             space = self.base_sampler.infer_relative_search_space(study, trial)
-            candidates = self._session(_optuna.unwrap_study(study)).candidates
-            return candidates.relative_space(trial, space)
+            return self._session(study).candidates.relative_space(trial, space)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Sample a point as the base sampler does, and replace it when it is not admitted."""
         with fail_unfinished_trial(study, trial):
-            session = self._session(_optuna.unwrap_study(study))
+            session = self._session(study)
             for _ in range(_MOST_DRAWS):
                 with self._learning_constraints(study, trial, len(search_space)) as seen:
                     drawn = session.candidates.sample_relative(seen, trial, search_space)
@@ -325,7 +327,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
     ) -> Any:
         """Sample a parameter as the base sampler does, again when the point is not admitted."""
         with fail_unfinished_trial(study, trial):
-            session = self._session(_optuna.unwrap_study(study))
+            session = self._session(study)
             with self._learning_constraints(study, trial) as seen:
                 value = session.candidates.sample_independent(
                     seen, trial, param_name, param_distribution
@@ -379,8 +381,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             ValueError: If there is no strategy, or nothing is known of what a trial uses.
         """
         footprint = self._session(study).candidates.footprint
-        limits = self._limits_of(study)
-        return project_study(self._options, limits, study, footprint)
+        return project_study(self._options, self._limits_of(study), study, footprint)
 
     def _check_quota(self, session: StudySession, study: Study) -> None:
         """Say early what the strategy will most likely use, and do what `on_projected` says."""
@@ -419,9 +420,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
 
         The size of the relative search space is ``n_params``, 0 to sample one parameter.
         """
-
-        def limits() -> Limits:
-            return self._limits_of(_optuna.unwrap_study(study))
+        limits = partial(self._limits_of, _optuna.unwrap_study(study))
 
         def constrain(trials: Sequence[FrozenTrial]) -> Sequence[Mapping[str, float]]:
             found = uniform_constraints(trials, limits())
@@ -441,10 +440,11 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         return agreed_limits(self.limits, theirs, "QuotaSampler and QuotaPruner")
 
     def _session(self, study: Study) -> StudySession:
+        whole = _optuna.unwrap_study(study)
         with self._lock:
-            session = self._sessions.find(study)
+            session = self._sessions.find(whole)
             if session is None:
                 adapt_ray_tune()
-                session = StudySession(study, self._options)
-                self._sessions.add(study, session)
+                session = StudySession(whole, self._options)
+                self._sessions.add(whole, session)
         return session

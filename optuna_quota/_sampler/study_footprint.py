@@ -119,6 +119,8 @@ class StudyFootprint:
         # What the newest trial started with, and its upper bounds over recent points.
         self._reliable: BaseFootprint | None = self._earlier or self.given
         self._recent_bounds: tuple[BaseFootprint, dict[str, float]] | None = None
+        # The least medians by a footprint, after so many observations.
+        self._least: tuple[BaseFootprint, int, dict[str, float]] | None = None
 
     def forecast(self, trials: Sequence[FrozenTrial], limits: Limits) -> Forecast:
         """Return what is known after all trials of the study, for one with these limits."""
@@ -139,6 +141,7 @@ class StudyFootprint:
             self._recent_points(),
             self.learner.space,
             threshold,
+            self.learner.varying(_RECENT),
             complete=None if self._calibrator is None else self._completed_points(),
             declared=frozenset(self._declared),
             stated_space=self._declared,
@@ -204,13 +207,24 @@ class StudyFootprint:
                 most = {name: float(np.max(each)) for name, each in stated.items()}
             if all(most.get(n, 0.0) * _NEAR * (n_beside + 1) < left[n] for n in left):
                 return {}
-            n_others = int(min(_N_OTHER, count_within(expected, _SECONDS)))
-            found = medians_of(expected, [*points, *self._other_points(points)[:n_others]])
+            least = self._least_medians(expected, points)
             margins = self.margins()
         except KeyError:
             # A function of a parameter that a point does not have.
             return {}
-        return {n: margins.need(n, float(np.min(found[n]))) for n in left if n in found}
+        return {n: margins.need(n, least[n]) for n in left if n in least}
+
+    def _least_medians(
+        self, expected: BaseFootprint, points: Sequence[Mapping[str, Any]]
+    ) -> dict[str, float]:
+        """Return the least median usage of any point; asked several times in each trial."""
+        last, count = self._least, self.learner.n_observations
+        if last is None or last[0] is not expected or last[1] != count:
+            n_others = int(min(_N_OTHER, count_within(expected, _SECONDS)))
+            found = medians_of(expected, [*points, *self._other_points(points)[:n_others]])
+            last = expected, count, {name: float(np.min(each)) for name, each in found.items()}
+            self._least = last
+        return last[2]
 
     def margins(self) -> Margins:
         if self._reliable is None:

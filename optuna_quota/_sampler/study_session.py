@@ -82,7 +82,6 @@ class StudySession:
         self.ledger = Ledger(
             study, options.quota, lease=options.lease, gpus=gpus, gpus_per_trial=count
         )
-        self._n_candidates = options.n_candidates
         ranking = Ranking(study, options.n_candidates) if options.n_candidates > 1 else None
         self.candidates = CandidateFilter(options, ranking)
         self.outlook = QuotaOutlook(learns=self.candidates.footprint.given is None)
@@ -131,8 +130,8 @@ class StudySession:
 
     def begin_point(self, study: Study, trial: FrozenTrial, ceilings: Limits) -> None:
         """Prepare to draw a trial's point."""
-        left = self.left(trial)
-        totals = self.ledger.left(trial)[0] if self._n_candidates > 1 else {}
+        totals, n_beside = self.ledger.left(trial)
+        left = self._near_end(totals, n_beside)
         self.candidates.begin(study, trial, ceilings, self.ledger.trials, left, totals)
 
     def start_trial(
@@ -174,7 +173,9 @@ class StudySession:
 
     def left(self, trial: FrozenTrial) -> Mapping[str, float]:
         """Return what is left of totals for a trial's point, empty while much is."""
-        left, n_beside = self.ledger.left(trial)
+        return self._near_end(*self.ledger.left(trial))
+
+    def _near_end(self, left: Mapping[str, float], n_beside: int) -> Mapping[str, float]:
         if not self._least_needs(left, n_beside):
             return {}
         return self.candidates.footprint.margins().within(left)

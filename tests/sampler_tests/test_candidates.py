@@ -517,3 +517,18 @@ def test_the_replacement_suits_the_sampler_unless_chosen(
 @pytest.mark.parametrize("on_veto", ["auto", "redraw", "nearest", "skip"])
 def test_an_enumerating_sampler_always_skips(sampler: BaseSampler, on_veto: OnVeto) -> None:
     assert replacement_for(sampler, on_veto) == "skip"
+
+
+def test_a_range_that_depends_on_another_parameter_stays_as_likely() -> None:
+    """Drawn at once it would come from the range of the trial before."""
+    sampler = QuotaSampler(RandomSampler(seed=0), limits=Limits(cpu_time=1e6), metering="reported")
+    bare = optuna.create_study(sampler=RandomSampler(seed=0))
+    study = optuna.create_study(sampler=sampler)
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.set_user_attr("quota:cpu_time", 1.0)
+        return trial.suggest_int("k", 1, trial.suggest_int("n", 1, 10))
+
+    for each in (study, bare):
+        each.optimize(objective, n_trials=30)
+    assert [trial.params for trial in study.trials] == [trial.params for trial in bare.trials]

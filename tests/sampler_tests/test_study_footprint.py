@@ -32,7 +32,8 @@ from optuna_quota import (
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._footprint.user_given import UserFootprint
 from optuna_quota._records import read_record
-from optuna_quota._sampler.study_footprint import Margins, margins_of
+from optuna_quota._sampler import study_footprint
+from optuna_quota._sampler.study_footprint import Margins, margins_of, medians_of
 
 
 LIMITS = Limits(memory="1TiB")
@@ -291,6 +292,27 @@ def test_a_known_footprint_uses_the_quota_and_never_exceeds_it(
     assert status(study).table.loc["cpu_time", "used"] == pytest.approx(used)
     [end] = [text for text in quota_warnings() if "The study ends here" in text]
     assert "The quota of 1 min 40 s of CPU time" in end
+
+
+def test_the_least_need_is_computed_once_for_each_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+
+    def counted(expected: Any, points: Any) -> dict[str, Any]:
+        computed.append(len(points))
+        return medians_of(expected, points)
+
+    monkeypatch.setattr(study_footprint, "medians_of", counted)
+    sampler = QuotaSampler(
+        RandomSampler(seed=0), quota=Quota(cpu_time=60), metering="reported", breach_probability=1
+    )
+    study = optuna.create_study(sampler=sampler)
+
+    def objective(trial: optuna.Trial) -> float:
+        trial.set_user_attr("quota:cpu_time", 1.0 + trial.suggest_float("x", 0.0, 2.0))
+        return 0.0
+
+    study.optimize(objective, n_trials=40)
+    assert 0 < len(computed) <= len(study.trials)
 
 
 @pytest.mark.slow
