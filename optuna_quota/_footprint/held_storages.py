@@ -142,7 +142,7 @@ def _columns(weight: Tensor, output: Tensor, dilation: Sequence[int], transposed
     if transposed or max(dilation) > 1 or max(weight.shape[2:]) == 1:
         return 0
     positions = output.numel() // max(1, output.shape[1])
-    return int(weight.nbytes) // max(1, weight.shape[0]) * positions
+    return int(weight.nbytes) // max(1, int(weight.shape[0])) * int(positions)
 
 
 def size_of(tensors: Any) -> int:
