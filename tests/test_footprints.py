@@ -173,6 +173,32 @@ def test_images_and_transposed_convolutions_take_fewer_copies(
 
 
 @pytest.mark.integration
+def test_convolutions_in_double_precision_copy_what_the_kernel_covers() -> None:
+    torch = pytest.importorskip("torch")
+    size = 8 * 8 * 64 * 64  # of one channel of the batch
+
+    def peak(kernel: int, dilation: int = 1) -> float:
+        padding = dilation * (kernel // 2)
+        return (
+            footprints.torch_training(
+                lambda _: torch.nn.Conv2d(
+                    16, 32, kernel, 1, padding, dilation, bias=False, dtype=torch.float64
+                ),
+                lambda _: tuple(torch.zeros(8, n, 64, 64, dtype=torch.float64) for n in (16, 32)),
+                sgd,
+                base=1.0,
+            )
+            .memory({})
+            .peak
+        )
+
+    # The batch, its targets and the gradient of the output; the copies that oneDNN makes are none.
+    assert peak(1) < (16 + 32 + 32 + 32 + 1) * size
+    assert peak(3) == pytest.approx((16 + 32 + 32 + 9 * 16) * size, rel=0.01)
+    assert peak(3, dilation=2) < 1.1 * peak(1)
+
+
+@pytest.mark.integration
 def test_weights_that_are_replaced_as_the_model_is_made_are_not_held(torch_on_glibc: Any) -> None:
     torch = torch_on_glibc
     weight = 4 * 8000 * 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import itertools
 from typing import Any, TYPE_CHECKING
 import weakref
@@ -24,7 +25,7 @@ def held_storages(*, onednn: bool) -> Any:
     """Return a mode that counts the bytes of the storages that operations return, as they live.
 
     Args:
-        onednn: Whether operations take what they do with oneDNN on a CPU in addition.
+        onednn: Whether operations take what they do on a CPU with oneDNN in addition.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +37,7 @@ def held_storages(*, onednn: bool) -> Any:
         aten.convolution.default,
         aten.convolution_backward.default,
     )
+    onednn_types = (torch.float32, torch.bfloat16)
 
     class HeldStorages(TorchDispatchMode):
         def __init__(self) -> None:
@@ -58,7 +60,9 @@ def held_storages(*, onednn: bool) -> Any:
                 self._work(max(sizes, default=0) * (_RNN_BACKWARD - _RNN_GATES) // _RNN_GATES)
             elif func is convolution and onednn:
                 inputs, weight = args[:2]
-                if args[6]:  # transposed: the channels of the copies come last, without blocks
+                if inputs.dtype not in onednn_types:
+                    self._work(_columns(weight, result, *args[5:7]), then=result)
+                elif args[6]:  # transposed: the channels of the copies come last, without blocks
                     self._work(inputs.nbytes, weight.nbytes, result.nbytes, then=result)
                 else:
                     self._work(_read(inputs), weight.nbytes, _blocked(result), then=result)
@@ -67,9 +71,15 @@ def held_storages(*, onednn: bool) -> Any:
                 taken, given = _read(inputs), _blocked(gradient)
                 if args[7]:  # transposed
                     taken, given = _blocked(inputs), _read(gradient)
-                if result[0] is not None:
-                    self._work(given, weight.nbytes, _blocked(result[0]), then=result[0])
-                self._work(taken, given, weight.nbytes)
+                if inputs.dtype not in onednn_types:
+                    columns = _columns(weight, gradient, *args[6:8])
+                    if result[0] is not None:
+                        self._work(columns, then=result[0])
+                    self._work(columns)
+                else:
+                    if result[0] is not None:
+                        self._work(given, weight.nbytes, _blocked(result[0]), then=result[0])
+                    self._work(taken, given, weight.nbytes)
             self.add(result)
             return result
 
@@ -121,6 +131,18 @@ def _blocked(tensor: Tensor) -> int:
 def _read(tensor: Tensor) -> int:
     """Return the bytes of the copy that a convolution reads: of images there is none."""
     return 0 if tensor.shape[1] in _IMAGE_CHANNELS else _blocked(tensor)
+
+
+def _columns(weight: Tensor, output: Tensor, dilation: Sequence[int], transposed: bool) -> int:
+    """Return the bytes of the matrix that a convolution without oneDNN copies its input into.
+
+    It has a column for each position of the output, with all that the kernel covers there.
+    Transposed and dilated ones make it for one sample at a time.
+    """
+    if transposed or max(dilation) > 1 or max(weight.shape[2:]) == 1:
+        return 0
+    positions = output.numel() // max(1, output.shape[1])
+    return int(weight.nbytes) // max(1, int(weight.shape[0])) * int(positions)
 
 
 def size_of(tensors: Any) -> int:

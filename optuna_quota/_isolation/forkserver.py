@@ -164,12 +164,12 @@ class ForkServer:
     def _preload(self, message: PreloadModules) -> None:
         sys.path[:] = message.path
         errors = {}
-        reader = select.poll()
-        reader.register(self._channel.fileno(), select.POLLOUT)
+        writable = select.poll()
+        writable.register(self._channel.fileno(), select.POLLOUT)
         with _modules_may_open_files():
             for name in message.modules:
                 if name not in sys.modules:
-                    if reader.poll(0):  # else it is stopped, or gone
+                    if writable.poll(0):  # else the study reads nothing: it is stopped
                         self._channel.send(Importing(name))
                     error = _preload(name)
                     if error is not None:

@@ -166,11 +166,11 @@ class ForkServerClient:
             channel = self._connect()
             try:
                 return act(channel)
-            except TimeoutError as error:
+            except TimeoutError:
                 if self._process is not None:
                     self._process.kill()
                 self._discard()
-                raise OSError(str(error)) from error
+                raise
             except (OSError, EOFError) as error:
                 # Each unsafe module costs a fork server; there may be many of them.
                 faults += not (isinstance(error, _Unsafe) and self._note_unsafe(error.module))
@@ -187,6 +187,8 @@ class ForkServerClient:
             return self._channel
         self._discard()
         ours, theirs = socket.socketpair()
+        # For a request that its buffer has no room for, and the rest of an answer.
+        ours.settimeout(ANSWER_TIME)
         with theirs:
             command = interpreter("forkserver", theirs.fileno())
             self._errors.seek(0)
@@ -304,9 +306,12 @@ def request_trial(
     server: Channel, request: SpawnRequest, descriptors: Sequence[int] = ()
 ) -> TrialConnections:
     """Request a trial's processes from a fork server, and send the trial its open files."""
-    server.send(request)
-    _wait(server, "The start of a trial")
-    handles = server.receive_descriptors()
+    try:
+        server.send(request)
+        _wait(server)
+        handles = server.receive_descriptors()
+    except TimeoutError:
+        raise _overdue("The start of a trial") from None
     if len(handles) != 2:
         # It has exited, or this process has too many open files.
         for handle in handles:
@@ -338,21 +343,29 @@ def _standard_stream(number: int, stack: contextlib.ExitStack) -> int:
 
 
 def _ask(server: Channel, request: PreloadModules | MakeMainModule) -> Any:
-    server.send(request)
-    awaited = "The start of Python"
+    awaited = "The start of Python or of an import"
     if isinstance(request, MakeMainModule):
         awaited = "The import of this script's main module"
-    while True:
-        _wait(server, awaited)
-        answer = server.receive()
-        if isinstance(answer, UnsafeModule):
-            raise _Unsafe(answer.name)
-        if not isinstance(answer, Importing):
-            return answer
-        awaited = f"The import of {answer.name!r}"
+    try:
+        server.send(request)
+        while True:
+            _wait(server)
+            answer = server.receive()
+            if isinstance(answer, UnsafeModule):
+                raise _Unsafe(answer.name)
+            if not isinstance(answer, Importing):
+                return answer
+            awaited = f"The import of {answer.name!r}"
+    except TimeoutError:
+        raise _overdue(awaited) from None
 
 
-def _wait(server: Channel, awaited: str) -> None:
+def _overdue(awaited: str) -> TimeoutError:
+    within = format_seconds(ANSWER_TIME)
+    return TimeoutError(f"{awaited} has not ended within {within} in a new process.")
+
+
+def _wait(server: Channel) -> None:
     """Wait for a message; raises TimeoutError after too long, pauses of this process aside."""
     poll = select.poll()
     poll.register(server.fileno(), select.POLLIN)
@@ -365,9 +378,7 @@ def _wait(server: Channel, awaited: str) -> None:
         if is_ready:
             return
         if clock() >= due:
-            raise TimeoutError(
-                f"{awaited} has not ended within {format_seconds(ANSWER_TIME)} in a new process."
-            )
+            raise TimeoutError
 
 
 _client: ForkServerClient | None = None

@@ -217,8 +217,9 @@ def find_breach_at_exit(
     if found:
         return found[0]
     # Native code that is refused memory ends the process where Python would raise; how much it
-    # requested is unknown. SIGKILL is not such an end: it comes from outside.
-    may_be_refused = strict_memory and report.exitcode != -signal.SIGKILL
+    # requested is unknown. SIGKILL is not such an end: it comes from outside. A process that hangs
+    # has not ended at all.
+    may_be_refused = strict_memory and report.exitcode not in (None, -signal.SIGKILL)
     if report.memory is not None and (report.cgroup_oom_kills or may_be_refused):
         share = 0.0 if report.cgroup_oom_kills else AT_LIMIT
         breach = find_refused_breach("memory", report.memory, ceilings, elapsed, share=share)

@@ -17,13 +17,12 @@ import signal
 import socket
 import time
 
-import psutil
-
 from optuna_quota._isolation import linux, messages
 from optuna_quota._isolation.channel import Channel
 from optuna_quota._isolation.memory_limits import Cgroup, DataLimit
 from optuna_quota._isolation.signals import BEGIN, STOP_SIGNAL
 from optuna_quota._metering.breach import is_breach
+from optuna_quota._metering.linux_process import LinuxProcess
 from optuna_quota._metering.linux_process_tree import LinuxProcessTree
 from optuna_quota._metering.timing import (
     ASSUMED_GROWTH,
@@ -326,20 +325,23 @@ class Supervisor:
 
     def _give_up(self) -> messages.ExitReport:
         """Kill all but the trial's own process, which can't be, and report."""
-        killed: set[int] = set()
+        killed = {self._child}
         while new := [pid for pid in linux.descendants() if pid not in killed]:
             killed.update(new)
+            # To read the command of what waits in the kernel may hang as well.
+            hanging = [pid for pid in new if linux.process_state(pid) == "D"]
+            linux.send(signal.SIGKILL, hanging, killed)
             # What would remove shared memory waits for that process as well.
-            doomed = (p for p in new if p != self._child and not linux.is_cleaner(p))
+            doomed = (p for p in new if p not in hanging and not linux.is_cleaner(p))
             linux.send(signal.SIGKILL, doomed, killed)
         return self._report((), [self._child])
 
     def _report(self, leftovers: tuple[str, ...], stuck: list[int]) -> messages.ExitReport:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu_time = used.ru_utime + used.ru_stime
-        for pid in stuck and linux.descendants():
-            with contextlib.suppress(psutil.Error):
-                cpu_time += sum(psutil.Process(pid).cpu_times()[:4])
+        for pid in linux.descendants() if stuck else ():
+            with contextlib.suppress(OSError), contextlib.closing(LinuxProcess(pid)) as found:
+                cpu_time += sum(found.times())
         oom_kills = cgroup_oom_kills = 0
         if self._exitcode == -signal.SIGKILL:  # reading the host's counters takes a while
             oom_kills = linux.count_oom_kills() - self._oom_kills_before
@@ -371,17 +373,19 @@ class Supervisor:
         while True:
             linux.reap()
             left, before, now = linux.descendants(), now, time.monotonic()
-            # They could not end in a pause of the whole job, which one turn shows as a long one.
+            # They could not end in a pause, a long turn; the clock sees only one in a sleep.
             age += min(now - before, _LONGEST_TURN)
             if not left or age > give_up:
                 return tuple(leftovers.values()), left
-            overdue = [p for p in left if age > CLEANUP_TIME or not linux.is_cleaner(p)]
-            if age >= exit_time:
+            stuck = [p for p in left if linux.process_state(p) == "D"]
+            spared = [p for p in left if p in stuck or linux.is_cleaner(p)]
+            overdue = left if age > CLEANUP_TIME else [p for p in left if p not in spared]
+            if overdue and age >= exit_time:
                 if self._killer is None:
-                    alive = (pid for pid in overdue if not linux.is_exiting(pid))
+                    alive = (p for p in overdue if not (p in stuck or linux.is_exiting(p)))
                     leftovers.update({pid: linux.describe_process(pid) for pid in alive})
                 linux.send(signal.SIGKILL, overdue, left)
-                give_up = min(give_up, age + KILL_TIME) if overdue else give_up
+                give_up = min(give_up, age + KILL_TIME)
             time.sleep(0.0005)
 
 

@@ -65,7 +65,7 @@ def choose(
 
     n, usage = len(rows), medians(points)
     known = [usage[name] / max(each, 1e-9) for name, each in left.items() if name in usage]
-    shares = np.maximum(np.max(known, axis=0), _LEAST_SHARE)
+    shares = np.max([np.full(len(points), _LEAST_SHARE), *known], axis=0)
     best = int(np.argmin([row.loss for row in rows]))
     kept = [rows[i] for i in sorted({best, *range(max(0, n - MAX_FITTED + 1), n)})]
     features = Features.of([row.space for row in kept])

@@ -199,6 +199,18 @@ def test_an_import_that_hangs_in_the_fork_server_fails_the_trial(
     until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="fork servers are Linux's")
+def test_a_large_request_to_a_fork_server_that_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
+) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(forkserver_client, "interpreter", lambda *_: command)
+    monkeypatch.setattr(forkserver_client, "ANSWER_TIME", 0.5)
+    names = [f"{'x' * 100}_{number}" for number in range(6000)]
+    with pytest.raises(TimeoutError, match="The start of Python or of an import has not ended"):
+        client.prepare(names)
+
+
 def test_modules_may_take_long_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: ForkServerClient
 ) -> None:

@@ -366,6 +366,7 @@ def test_every_exit_is_described(ended: ExitReport, words: str) -> None:
         # Nothing is refused where memory is measured.
         (ExitReport(-signal.SIGABRT, memory=0.97 * GIB), False, None),
         (ExitReport(-signal.SIGKILL, memory=0.97 * GIB, oom_kills=1), True, None),
+        (ExitReport(None, memory=0.97 * GIB, stuck="It hangs."), True, None),
         (ExitReport(-signal.SIGABRT, memory=1.01 * GIB), False, "memory"),
         (ExitReport(-signal.SIGKILL, memory=0.5 * GIB, cgroup_oom_kills=1), False, "memory"),
         (ExitReport(-signal.SIGKILL, memory=0.5 * GIB, oom_kills=1), False, None),

@@ -220,6 +220,41 @@ def test_nothing_that_a_process_has_started_stays_where_it_can_not_be_killed(
     run_python(tmp_path, "-c", textwrap.dedent(script))
 
 
+@pytest.mark.parametrize("leaves", [False, True], ids=["stuck", "left"])
+def test_what_hangs_in_the_kernel_is_not_asked_for_its_command(
+    tmp_path: Path, leaves: bool
+) -> None:
+    # To read it waits for the memory map's lock, which a hanging thread may hold.
+    script = (
+        SUPERVISE
+        + f"""
+        def kill_workers(handle, number):
+            if {leaves} or psutil.Process(linux._pid_of(handle)).ppid() != os.getpid():
+                send(handle, number)
+
+        def ask(pid):
+            raise AssertionError("It was asked.")
+
+        send, signal.pidfd_send_signal = signal.pidfd_send_signal, kill_workers
+        supervisor.KILL_TIME = supervisor.CLEANUP_TIME = 0.2
+        body = "import subprocess as s, time; p = s.Popen(['sleep', '600']); time.sleep({{}})"
+        body = body.format(0.5 if {leaves} else 600)
+        with supervise([sys.executable, "-c", body]) as (found, ours, link):
+            until(lambda: linux.children(found._child))
+            (worker,) = linux.children(found._child)
+            linux.is_cleaner = linux.describe_process = ask
+            state, linux.process_state = linux.process_state, lambda pid: "D"
+            if not {leaves}:
+                ours.send(KillTrial())
+            report = found.run()
+            until(lambda: state(worker) in ("", "Z"), 10)
+            assert report.leftovers == ()
+            assert (report.exitcode is None) == (not {leaves})
+    """
+    )
+    run_python(tmp_path, "-c", textwrap.dedent(script))
+
+
 def test_the_study_goes_on_without_what_a_trial_leaves_and_can_not_be_killed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

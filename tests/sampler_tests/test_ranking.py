@@ -61,6 +61,8 @@ def test_used_up_totals_and_free_points_leave_a_choice() -> None:
         return {"cpu_time": np.array([1.0, 0.0])}
 
     assert chosen_of(rows(10), points, none, {"cpu_time": 1.0}).chosen == 1
+    # A user's function may say other resources of these points than of earlier trials.
+    assert chosen_of(rows(30), [{"x": 0.1}, {"x": 0.7}], none, {"wall_time": 1.0}).chosen == 1
 
 
 def test_at_most_a_hundred_trials_are_fitted_the_best_among_them() -> None:
