@@ -26,7 +26,7 @@ from optuna_quota._isolation import linux, memory_limits, messages
 from optuna_quota._isolation.channel import Channel, dumps, pack_error, unpack_error
 from optuna_quota._isolation.cores import confine
 from optuna_quota._isolation.environment import enter_context, seed
-from optuna_quota._isolation.generators import vary_generators
+from optuna_quota._isolation.generators import find_generators, vary_generators
 from optuna_quota._isolation.out_of_memory import find_failed_allocation
 from optuna_quota._isolation.output import (
     apply_output_settings,
@@ -139,7 +139,8 @@ def _prepare(
         buffers.clear()
         apply_to_new_modules(start.output)
     seed(start.context.seeds)
-    vary_generators(start.trial.number, objective)
+    held = find_generators(objective) if inherited is None else inherited.generators
+    vary_generators(start.trial.number, held)
     memory_limits.reset_peak()
     restore_signals(start.worker_signals)
     set_preparing(False)
@@ -277,6 +278,8 @@ def _flush_files() -> None:
 # A forked process is to look like a child that multiprocessing has started. The private functions
 # used here are those that `multiprocessing.Process` calls in a child; there are no public ones.
 
+_of_study: list[Any] = []
+
 
 def become_child(name: str, parent: int) -> None:
     """Make this process a child of the study's process, as far as multiprocessing can see.
@@ -294,7 +297,9 @@ def become_child(name: str, parent: int) -> None:
     )
     # Handlers that the trial itself adds run at the end of the trial.
     atexit._clear()
-    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # `atexit` held these
+    # `atexit` held these. Put aside, as what would be freed with them is in pages of the study.
+    _of_study.append(weakref.finalize._registry)  # type: ignore[attr-defined]
+    weakref.finalize._registry = {}  # type: ignore[attr-defined]
     weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]  # as above
     atexit.register(util._exit_function)  # type: ignore[attr-defined]
     # The trial starts its own resource tracker, which removes what it leaves behind.

@@ -50,15 +50,25 @@ _LEAVES = {type(None), bool, bytes, float, int, str}
 _loaded: list[Any] = []
 
 
-def vary_generators(number: int, objective: Any) -> None:
+def find_generators(objective: Any) -> list[Any]:
+    """Return the generators and seed sequences that a script and its objective hold."""
+    reached = _with_parts([*values_within_reach(objective), objective])
+    names = {*_NAMES, "SeedSequence"}
+    return [
+        found
+        for found in [*_loaded, *reached]
+        if any(kind.__name__ in names for kind in type(found).__mro__)
+    ]
+
+
+def vary_generators(number: int, generators: Iterable[Any]) -> None:
     """Let the generators that a script has made give other numbers in each trial.
 
     Each is seeded by what it gives next and the number of the trial, so that a script with a
     fixed seed gets the same trials again. A seed sequence keeps what it gives, and has other
     children.
     """
-    reached = list(_with_parts([*values_within_reach(objective), objective]))
-    held = {id(found): found for found in [*_loaded, *reached]}.values()
+    held = {id(found): found for found in generators}.values()
     sequences = {id(found): found for found in held if _is_seed_sequence(found)}
     for generator in held:
         # Some can't be seeded, and methods of a user's class may raise anything.
@@ -138,10 +148,7 @@ def _with_parts(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _parts(value: Any, own: Container[str]) -> Iterable[Any]:
-    """Return what a value holds; of functions and classes, only of those of the user's modules.
-
-    Not as a copy: in a fork, each page with an object that is touched becomes the trial's own.
-    """
+    """Return what a value holds; of functions and classes, only of those of the user's modules."""
     if isinstance(value, dict):
         return value.values()
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -28,6 +28,7 @@ from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import read_context
 from optuna_quota._isolation.forkserver import fork_trial
 from optuna_quota._isolation.forkserver_client import fork_server_client, interpreter
+from optuna_quota._isolation.generators import find_generators
 from optuna_quota._isolation.main_module import find_main_module, MainModule
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
 from optuna_quota._isolation.output import (
@@ -156,7 +157,9 @@ class TrialLauncher:
             )
         # Made before the fork: after it, each page that is touched here is copied.
         start = self._start_message(None, MainModule())
-        inherited = messages.InheritedObjective(start, self._monitoring(), self.objective)
+        inherited = messages.InheritedObjective(
+            start, self._monitoring(), self.objective, find_generators(self.objective)
+        )
         prepare_logging(reset=False)
         flush_streams()
         _end_openmp_threads()

@@ -155,11 +155,16 @@ class StartTrial:
 
 @dataclass(frozen=True)
 class InheritedObjective:
-    """What a fork of the study's process has without being sent it: messages and objective."""
+    """What a fork of the study's process has without being sent it: messages and objective.
+
+    And the random generators that the script holds: to look for them in the fork would touch each
+    value there, and with it copy the page.
+    """
 
     start: StartTrial
     monitoring: BeginMonitoring
     objective: Any
+    generators: Sequence[Any]
 
 
 # From the trial's process.

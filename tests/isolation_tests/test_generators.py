@@ -105,7 +105,7 @@ def test_bits_seed_sequences_and_generators_of_a_class_of_the_user_differ_by_tri
 def test_children_of_a_seed_sequence_differ_in_every_trial(number: int) -> None:
     def child(of: int) -> list[int]:
         sequence = np.random.SeedSequence(7)
-        vary_generators(of, sequence)
+        vary_generators(of, [sequence])
         return sequence.spawn(1)[0].generate_state(2).tolist()
 
     assert child(0) == np.random.SeedSequence(7).spawn(1)[0].generate_state(2).tolist()
@@ -119,8 +119,8 @@ def test_numbers_of_any_state_differ_by_trial() -> None:
 
     def drawn(number: int) -> tuple[float, float]:
         state, lazy = np.random.RandomState(np.random.PCG64(3)), Lazy(3)
-        vary_generators(number, state)
-        vary_generators(number, lazy)
+        vary_generators(number, [state])
+        vary_generators(number, [lazy])
         return state.rand(), lazy.random()
 
     for one, other in zip(drawn(0), drawn(1), strict=True):
@@ -131,7 +131,7 @@ def test_a_generator_that_another_thread_draws_from_does_not_hold_up_a_fork() ->
     generator = np.random.default_rng(3)
     with ThreadPoolExecutor(1) as other:
         other.submit(generator.bit_generator.lock.acquire).result()
-        vary_generators(1, generator)
+        vary_generators(1, [generator])
         other.submit(generator.bit_generator.lock.release).result()
     assert generator.random() == np.random.default_rng(3).random()
 

@@ -8,9 +8,11 @@ import mmap
 import multiprocessing
 import os
 from pathlib import Path
+import sys
 import threading
 import time
 from typing import Any
+import weakref
 
 import numpy as np
 import optuna
@@ -308,6 +310,19 @@ def test_memory_of_the_study_does_not_count_for_a_fork() -> None:
     assert (trial.state, record.reason) == (TrialState.COMPLETE, None)
     assert record.usage.memory is not None
     assert 50 * MIB <= record.usage.memory < 80 * MIB
+
+
+@pytest.mark.slow
+def test_what_a_script_holds_is_not_copied_by_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, owner = sys.modules[__name__], threading.Event()
+    for number in range(8_000):  # each on pages of its own, some 2 times 36 MiB
+        monkeypatch.setattr(module, f"value_{number}", (None,) * 600, raising=False)
+        weakref.finalize(owner, list, (None,) * 600)
+
+    trial = run_one(lambda trial: 0.0, Limits(memory="100MiB"), start_method="fork")
+    record = read_record(trial)
+    assert (trial.state, record.reason) == (TrialState.COMPLETE, None)
+    assert record.usage.memory is not None and record.usage.memory < 25 * MIB
 
 
 @pytest.mark.slow
