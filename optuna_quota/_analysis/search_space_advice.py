@@ -30,6 +30,7 @@ import numpy as np
 
 from optuna_quota._analysis.advice import Advice, StudyFacts, TOLERANCE
 from optuna_quota._analysis.cost_drivers import log_draws
+from optuna_quota._footprint.linear_algebra import product
 from optuna_quota._footprint.resource_model import fit_resource, ResourceData, ResourceModel
 from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
 from optuna_quota._limits import Limits
@@ -299,7 +300,7 @@ def _best_rule(
     inside = np.array([r.inside for r in regions])
     # How many trials of each kind lie in both of two regions, each of shape (n, n).
     among = [inside[:, mask].astype(np.float32) for mask in (breached, known & ~breached, good)]
-    hit, fit, lost = (each @ each.T for each in among)
+    hit, fit, lost = (product(each, each.T) for each in among)
     score = np.where(lost > 0, -np.inf, hit - fit)
     alone = int(score.diagonal().argmax())
     most = float(score[alone, alone])
@@ -377,8 +378,8 @@ def cheaper_space(
         if within[: len(near_best)].all():
             bounds.append((text, within[len(near_best) :].astype(float)))
     inside = np.array([mask for _, mask in bounds])
-    count = inside @ inside.T
-    cost = (inside * costs.mean(axis=0)) @ inside.T / np.maximum(count, 1.0)
+    count = product(inside, inside.T)
+    cost = product(inside * costs.mean(axis=0), inside.T) / np.maximum(count, 1.0)
     stays = np.mean([inside[:, each] @ inside[:, each].T > 0 for each in best], axis=0)
     # Of those that keep the best as surely, one bound, and what leaves most of the space.
     second = np.logical_and.outer(*2 * [np.arange(len(bounds)) > 0])

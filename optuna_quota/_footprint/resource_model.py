@@ -20,6 +20,7 @@ from optuna_quota._footprint.gaussian_process import (
     Sites,
     stop_rates,
 )
+from optuna_quota._footprint.linear_algebra import square_root
 from optuna_quota._records import Interval
 
 
@@ -223,7 +224,7 @@ class ResourceModel:
         variance = np.maximum(np.diag(covariance), 1e-12)
         wider = self.spread(np.sqrt(variance + noise)) ** 2 / (variance + noise)
         within, beyond = np.minimum(wider, 1.0), np.maximum(wider - 1.0, 0.0)
-        root = _square_root(covariance) * np.sqrt(within)[:, None]
+        root = square_root(covariance) * np.sqrt(within)[:, None]
         common, own = np.sqrt(beyond * variance), np.sqrt(within * noise)
         n = len(columns)
         heavy = np.sqrt(self.df / generator.chisquare(self.df, (count, 1)))
@@ -377,17 +378,6 @@ def _fit_with_floor(
         )
         model = ResourceModel(data, floor, found, model.lateness, model.sites)
     return model
-
-
-def _square_root(covariance: np.ndarray) -> np.ndarray:
-    """Return a matrix whose product with its transpose is the covariance."""
-    scale = max(float(np.trace(covariance)) / len(covariance), 1e-12)
-    try:
-        # A tenth of the time of the eigenvalues.
-        return np.linalg.cholesky(covariance + 1e-7 * scale * np.eye(len(covariance)))
-    except np.linalg.LinAlgError:
-        values, vectors = np.linalg.eigh(covariance)
-        return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
 
 
 def _standard(logs: np.ndarray) -> tuple[float, float]:

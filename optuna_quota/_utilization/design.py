@@ -26,6 +26,7 @@ from typing import Literal, TYPE_CHECKING
 
 import numpy as np
 
+from optuna_quota._footprint.linear_algebra import orthonormal
 from optuna_quota._utilization.data import Parameter
 from optuna_quota._utilization.fit import (
     Derivatives,
@@ -331,7 +332,7 @@ def _candidates(
     z = np.abs(beta) / np.sqrt(variance[-len(beta) :])
     strongest = np.argsort(-z[1 : 1 + len(mains)], kind="stable")[:_CANDIDATE_COLUMNS]
     taken = {c.term for c in columns}
-    basis, _ = np.linalg.qr(selected.sample.x)
+    basis = orthonormal(selected.sample.x)
     found = []
     for i, j in combinations(sorted(strongest), 2):
         product = Product(mains[i], mains[j])
