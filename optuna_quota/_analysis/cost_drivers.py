@@ -17,7 +17,7 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 
 from optuna_quota._footprint.fit import ChainedModel
-from optuna_quota._footprint.linear_algebra import invert, product, square_root
+from optuna_quota._footprint.numerics import invert, product, square_root
 from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
 
 

@@ -39,7 +39,7 @@ import math
 
 import numpy as np
 
-from optuna_quota._footprint.linear_algebra import invert, product
+from optuna_quota._footprint.numerics import invert, product
 
 
 _CONSTANT = 4.0
@@ -300,13 +300,14 @@ class _Objective:
         # dK/d(log length) of the Matérn term is this times the square of the columns' difference.
         pairs = (5 / 3) * b * weight * slope
         gradient = np.empty(len(values))
-        gradient[0] = np.vdot(linear, products)
-        gradient[1] = b * np.vdot(weight, matern)
+        # Not by `np.vdot`, which starts threads for more than 100 trials.
+        gradient[0] = np.einsum("ij,ij->", linear, products)
+        gradient[1] = b * np.einsum("ij,ij->", weight, matern)
         gradient[2] = noise * (weight.diagonal() @ self._noisy)
         pulled = pairs.sum(axis=1)[:, None] * scaled - product(pairs + linear, scaled)
         gradient[3:end] = 2 * np.einsum("id,id->d", scaled, pulled)
         if self._nearness is not None:
-            gradient[-1] = np.vdot(weight, levels)
+            gradient[-1] = np.einsum("ij,ij->", weight, levels)
             gradient[2] += gradient[-1]
         away = values - self._mean
         value = 0.5 * (self._target @ alpha + log_determinant + away @ (self._precision * away))

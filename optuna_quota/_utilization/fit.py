@@ -28,7 +28,7 @@ import warnings
 
 import numpy as np
 
-from optuna_quota._footprint.linear_algebra import orthonormal, product
+from optuna_quota._footprint.numerics import orthonormal, product
 
 
 if TYPE_CHECKING:

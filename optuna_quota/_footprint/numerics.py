@@ -1,4 +1,4 @@
-"""Dense linear algebra in one thread.
+"""Dense linear algebra in one thread, and ranks without the import of scipy.stats.
 
 Where the processors are busy with trials, waiting for BLAS's threads takes a hundred times as long
 as a matrix of a few hundred rows, and where they are not, the threads spin for milliseconds after
@@ -23,7 +23,8 @@ def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         return np.asarray(left @ right)
     if rows < _LEAST_ROWS and len(right) > 1:
         half = len(right) // 2
-        return product(left[:, :half], right[:half]) + product(left[:, half:], right[half:])
+        parts = product(left[:, :half], right[:half]), product(left[:, half:], right[half:])
+        return np.asarray(parts[0] + parts[1])
     rows = max(rows, 1)
     return np.concatenate([left[i : i + rows] @ right for i in range(0, len(left), rows)])
 
@@ -76,8 +77,8 @@ def orthonormal(columns: np.ndarray) -> np.ndarray:
         for _ in range(2):  # once more, against rounding
             basis = product(basis, cholesky(product(basis.T, basis))[1].T)
     except np.linalg.LinAlgError:
-        basis, _ = np.linalg.qr(columns)
-    return basis
+        basis = np.linalg.qr(columns)[0]
+    return np.asarray(basis)
 
 
 def square_root(covariance: np.ndarray) -> np.ndarray:
@@ -88,3 +89,9 @@ def square_root(covariance: np.ndarray) -> np.ndarray:
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(covariance)
         return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
+
+
+def average_ranks(values: np.ndarray) -> np.ndarray:
+    """Return ranks from 1 on, their mean where values are equal, shape ``(n,)``."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place])
