@@ -16,7 +16,9 @@ import platform
 import subprocess
 import sys
 import time
-from typing import Any, Literal, TYPE_CHECKING
+from typing import Any, Literal
+
+from optuna.storages import BaseStorage
 
 from optuna_quota import _units
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
@@ -24,10 +26,6 @@ from optuna_quota._metering.host import cpu_count, host_memory_limit
 from optuna_quota._metering.meter import Rapl
 from optuna_quota._metering.nvml import GpuError, NvmlDevice, open_devices
 from optuna_quota._version import __version__
-
-
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
 
 
 State = Literal["ok", "degraded", "missing"]

@@ -44,18 +44,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 import math
-from typing import Any, cast, Literal, TYPE_CHECKING
+from typing import Any, cast, Literal
+
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._resources import get_resource, Isolation, Outcome, OUTCOMES
 from optuna_quota._storage_retry import is_transient, retry
 from optuna_quota._usage import Breach, Usage, usage_from_amounts
-
-
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-    from optuna.trial import FrozenTrial
 
 
 PREFIX = "quota:"

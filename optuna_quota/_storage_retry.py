@@ -22,18 +22,13 @@ import random
 import re
 import threading
 import time
-from typing import Any, BinaryIO, TYPE_CHECKING, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import InMemoryStorage
-from optuna.trial import create_trial, TrialState
+from optuna.storages import BaseStorage, InMemoryStorage
+from optuna.trial import create_trial, FrozenTrial, TrialState
 
 from optuna_quota import _optuna
-
-
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-    from optuna.trial import FrozenTrial
 
 
 Result = TypeVar("Result")

@@ -15,10 +15,12 @@ import os
 import socket
 import threading
 import time
-from typing import Any, TYPE_CHECKING
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from optuna.trial import TrialState
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.trial_result import read_row, save_record
@@ -27,12 +29,6 @@ from optuna_quota._optuna import TellResult
 from optuna_quota._records import PREFIX, RETRY_OF, TrialRecord
 from optuna_quota._storage_retry import is_transient, retry
 from optuna_quota.exceptions import TrialPreempted
-
-
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-    from optuna.study import Study
-    from optuna.trial import BaseTrial, FrozenTrial
 
 
 _logger = logging.getLogger("optuna.quota.preemption")

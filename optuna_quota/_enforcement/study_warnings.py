@@ -13,15 +13,15 @@ import gc
 import logging
 import os
 import threading
-from typing import TYPE_CHECKING
 
 from optuna import TrialPruned
+from optuna.study import Study
 from optuna.trial import TrialState
 
 from optuna_quota import _optuna
-from optuna_quota._enforcement.nesting import find_nested, pruner_limits
+from optuna_quota._enforcement.nesting import find_nested, pruner_limits, quota_pruners
 from optuna_quota._limits import Limits, Quota
-from optuna_quota._metering import metering_loop, TrialMonitor, Verdict
+from optuna_quota._metering import Key, metering_loop, TrialMonitor, Verdict
 from optuna_quota._metering.host import cpu_count, host_memory_limit
 from optuna_quota._metering.visible_gpus import total_memory
 from optuna_quota._metering.warn import forget_warnings
@@ -35,13 +35,7 @@ from optuna_quota._records import (
 from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource
 from optuna_quota._storage_retry import retry
 from optuna_quota._units import SECONDS
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-
-    from optuna_quota._metering import Key
-    from optuna_quota._usage import Breach
+from optuna_quota._usage import Breach
 
 
 _logger = logging.getLogger("optuna.quota.enforcement")
@@ -326,7 +320,9 @@ def _after_tell(study: Study, trial_id: int) -> None:
         number = storage.get_trial_number_from_id(trial_id)
         report_end(study, number, monitor, record, _optuna.objective_error())
         return
-    if find_nested(study.sampler, _optuna.StudyPart):
+    if isinstance(study.sampler, _optuna.StudyPart) or find_nested(
+        study.sampler, _optuna.StudyPart
+    ):
         return
     topics, row = _known(study).topics, None
     if monitor is None and "replaced" not in topics and _optuna.was_created_with_sampler(study):
@@ -342,7 +338,7 @@ def _after_tell(study: Study, trial_id: int) -> None:
             "does not bind such trials, and they are not measured. Write the search as an "
             "objective for `study.optimize`, which keeps the sampler.",
         )
-    limits = pruner_limits(study.pruner)
+    limits = pruner_limits(quota_pruners(study.pruner))
     if not limits or "unmeasured" in topics:
         return
     row = row or storage.get_trial(trial_id)

@@ -8,16 +8,18 @@ import logging
 import math
 import socket
 import statistics
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
-from optuna.trial import TrialState
+from optuna.study import Study
+from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from optuna_quota import _optuna, _records
 from optuna_quota._enforcement.nesting import find_nested, requires_uniform_constraints
 from optuna_quota._enforcement.study_warnings import report_end
 from optuna_quota._limits import Limits
+from optuna_quota._metering import TrialMonitor, Verdict
 from optuna_quota._optuna import TellCall
 from optuna_quota._records import (
     CONSTRAINED,
@@ -31,12 +33,6 @@ from optuna_quota._resources import Outcome, RESOURCES
 from optuna_quota._usage import Breach, Usage
 from optuna_quota.exceptions import LimitBreached
 
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import BaseTrial, FrozenTrial, Trial
-
-    from optuna_quota._metering import TrialMonitor, Verdict
 
 _logger = logging.getLogger("optuna.quota.enforcement")
 

@@ -9,17 +9,12 @@ import logging
 import os
 import threading
 import time
-from typing import TYPE_CHECKING
 from weakref import finalize, WeakMethod
 
 from optuna_quota._ledger.protocol import DEVICE, Reservation
 from optuna_quota._limits import Limits, Quota
-from optuna_quota._metering import extension_threshold
+from optuna_quota._metering import extension_threshold, TrialMonitor
 from optuna_quota._usage import Usage
-
-
-if TYPE_CHECKING:
-    from optuna_quota._metering import TrialMonitor
 
 
 _logger = logging.getLogger("optuna.quota.ledger")

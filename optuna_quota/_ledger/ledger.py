@@ -9,10 +9,11 @@ import logging
 import math
 import os
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna
 from optuna_quota._ledger.dead_workers import LEASE, OrphanedTrial
@@ -47,14 +48,8 @@ from optuna_quota._ledger.protocol import (
 from optuna_quota._ledger.state import Clock, LedgerState, pauses, Snapshot, SystemClock
 from optuna_quota._ledger.totals import describe_unadmitted
 from optuna_quota._limits import Limits, Quota
+from optuna_quota._metering import TrialMonitor
 from optuna_quota._usage import Usage
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
-
-    from optuna_quota._metering import TrialMonitor
 
 
 _logger = logging.getLogger("optuna.quota.ledger")

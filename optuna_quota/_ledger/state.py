@@ -8,11 +8,12 @@ import logging
 import random
 import threading
 import time
-from typing import Any, Protocol, TYPE_CHECKING
+from typing import Any, Protocol
 from weakref import WeakSet
 
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import TrialState
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._ledger.dead_workers import (
@@ -52,11 +53,6 @@ from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._storage_retry import retry, survive_outages
 from optuna_quota._units import format_seconds
 from optuna_quota._usage import Usage
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
 
 _logger = logging.getLogger("optuna.quota.ledger")

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 import math
-from typing import TYPE_CHECKING
+
+from optuna.trial import FrozenTrial
 
 from optuna_quota._ledger.protocol import Claim, is_held, parse_reservation, Reservation, Worker
 from optuna_quota._limits import Quota
@@ -16,10 +17,6 @@ from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resour
 from optuna_quota._storage_retry import ASKED
 from optuna_quota._table import optuna_duration
 from optuna_quota._usage import Usage
-
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
 
 
 # Seconds: a longer pause between two trials of a worker is not clock time of the study. What a

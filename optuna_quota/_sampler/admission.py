@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 import itertools
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from optuna_quota._footprint.footprint import BaseFootprint, joint_breach
 from optuna_quota._footprint.search_space import (
@@ -23,10 +23,6 @@ from optuna_quota._footprint.search_space import (
 from optuna_quota._footprint.user_given import count_within
 from optuna_quota._limits import Limits
 from optuna_quota._resources import ceiling_title, format_amount
-
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
 
 
 # Completions of a point while no trial has completed: corners of the space and points within it,

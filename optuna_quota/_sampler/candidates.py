@@ -15,10 +15,12 @@ import contextlib
 from dataclasses import dataclass, field, replace
 import logging
 import threading
-from typing import Any, NoReturn, TYPE_CHECKING
+from typing import Any, NoReturn
 
 import numpy as np
+from optuna.distributions import BaseDistribution
 from optuna.samplers import (
+    BaseSampler,
     BruteForceSampler,
     GPSampler,
     GridSampler,
@@ -26,6 +28,8 @@ from optuna.samplers import (
     NSGAIISampler,
     TPESampler,
 )
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna
 from optuna_quota._footprint.search_space import likely_completions
@@ -42,13 +46,6 @@ from optuna_quota._sampler.ranked_trials import RankedTrial, Ranking
 from optuna_quota._sampler.row_cleanup import fail_unfinished_trial
 from optuna_quota._sampler.study_footprint import Forecast, StudyFootprint
 from optuna_quota.exceptions import TrialRejected
-
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.samplers import BaseSampler
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
 
 _logger = logging.getLogger("optuna.quota.sampler")

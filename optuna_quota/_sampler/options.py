@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args, Literal, TYPE_CHECKING
+from typing import Any, get_args, Literal
+
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
 
 from optuna_quota import _optuna
 from optuna_quota._limits import Quota, Strategy
 from optuna_quota._resources import CLOCK_RESOURCES
-
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.samplers import BaseSampler
 
 
 Metering = Literal[True, False, "reported"]

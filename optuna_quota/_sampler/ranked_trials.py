@@ -8,14 +8,16 @@ from functools import partial
 import logging
 import math
 import threading
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-from optuna.study import StudyDirection
-from optuna.trial import TrialState
+from optuna.distributions import BaseDistribution
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._footprint.fit import fit_or_refresh
+from optuna_quota._footprint.footprint import BaseFootprint
 from optuna_quota._footprint.resource_model import ResourceData, ResourceModel
 from optuna_quota._footprint.search_space import value_at
 from optuna_quota._footprint.user_given import count_within
@@ -29,14 +31,6 @@ from optuna_quota._sampler.ranking import (
     Row,
 )
 from optuna_quota._sampler.study_footprint import medians_of
-
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
-
-    from optuna_quota._footprint.footprint import BaseFootprint
 
 
 _logger = logging.getLogger("optuna.quota.sampler")

@@ -8,16 +8,13 @@ scores, as in the advice on the search space; it is divided by the median of the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import numpy as np
+from optuna.distributions import BaseDistribution
 
 from optuna_quota._footprint.features import Features
 from optuna_quota._footprint.resource_model import ResourceData, ResourceModel
-
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
 
 
 Points = Sequence[Mapping[str, Any]]

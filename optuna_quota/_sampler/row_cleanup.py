@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import contextlib
 import logging
 import socket
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 from optuna.exceptions import TrialPruned
-from optuna.trial import TrialState
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import find_monitor
@@ -35,11 +36,6 @@ from optuna_quota._resources import Outcome
 from optuna_quota._storage_retry import is_transient, retry
 from optuna_quota._usage import Usage
 from optuna_quota.exceptions import QuotaExhausted, StudyRejected, TrialRejected
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
 
 _logger = logging.getLogger("optuna.quota.sampler")

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 import contextlib
 from dataclasses import dataclass, field, replace
 import logging
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota._footprint.footprint import BaseFootprint, Footprint, Learner
 from optuna_quota._footprint.observations import Observation
@@ -33,10 +33,6 @@ from optuna_quota._limits import Limits
 from optuna_quota._sampler.admission import PointAdmission
 from optuna_quota._sampler.options import SamplerOptions
 from optuna_quota._usage import Usage
-
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
 
 
 _logger = logging.getLogger("optuna.quota.sampler")

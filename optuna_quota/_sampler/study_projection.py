@@ -7,10 +7,13 @@ from dataclasses import replace
 import logging
 import math
 import threading
-from typing import Any, get_args, Literal, TYPE_CHECKING
+from typing import Any, get_args, Literal
 
+from optuna.distributions import BaseDistribution
 from optuna.samplers import QMCSampler, RandomSampler
 from optuna.search_space import intersection_search_space
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna
 from optuna_quota._footprint.observations import read_observation
@@ -30,12 +33,6 @@ from optuna_quota._sampler.candidates import enumerates_points
 from optuna_quota._sampler.options import SamplerOptions
 from optuna_quota._sampler.study_footprint import MIN_TRIALS, StudyFootprint
 from optuna_quota.exceptions import StudyRejected
-
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
 
 _logger = logging.getLogger("optuna.quota.sampler")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import gc
 import logging
 import os
 import threading
 import time
 from types import MappingProxyType
-from typing import Any, NoReturn, TYPE_CHECKING
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from optuna.trial import TrialState
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import find_monitor, start_monitor
-from optuna_quota._enforcement.nesting import quota_pruners
 from optuna_quota._enforcement.preemption import preemption_of
 from optuna_quota._enforcement.pruner import Interrupter
 from optuna_quota._enforcement.study_warnings import warn_of_ceilings
@@ -52,11 +52,6 @@ from optuna_quota._sampler.ranked_trials import Ranking
 from optuna_quota._sampler.study_projection import QuotaOutlook
 from optuna_quota._usage import Usage
 from optuna_quota.exceptions import QuotaExhausted, TrialRejected
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
 
 _logger = logging.getLogger("optuna.quota.sampler")
@@ -141,7 +136,10 @@ class StudySession:
         grant: Grant,
         limits: Limits,
         meters: Sequence[Meter],
+        *,
+        interrupt: bool,
     ) -> None:
+        """Start a trial's metering, which may ``interrupt`` it in process."""
         limited = limits.memory is not None or self._quota.memory is not None
         if limited and self._has_garbage:
             # An exception and the frames it passed through refer to each other: what a failed
@@ -161,7 +159,7 @@ class StudySession:
         )
         self.ledger.attach_monitor(trial_id, monitor)
         _optuna.tolerate_finished_row(study, trial_id)
-        if any(pruner.interrupt for pruner in quota_pruners(study.pruner)):
+        if interrupt:
             interrupter = Interrupter.arm(monitor)
             if interrupter is not None:
                 self._interrupters[trial_id] = interrupter
@@ -201,7 +199,7 @@ class StudySession:
         study: Study,
         trial: FrozenTrial,
         state: TrialState,
-        limits: Limits,
+        limits: Callable[[], Limits],
         error: BaseException | None = None,
         tell_call: _optuna.TellCall | None = None,
     ) -> None:
@@ -232,7 +230,7 @@ class StudySession:
                 trial,
                 monitor,
                 state,
-                limits=limits if monitor is None else monitor.limits,
+                limits=limits() if monitor is None else None,
                 footprint=footprint,
                 expected=expected,
                 error=error,
