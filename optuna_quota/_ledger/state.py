@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import logging
 import random
 import threading
-import time
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -15,7 +14,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from optuna_quota import _optuna
+from optuna_quota import _optuna, _records
 from optuna_quota._ledger.dead_workers import (
     close_orphan,
     HEARTBEATS_PER_LEASE,
@@ -41,14 +40,7 @@ from optuna_quota._ledger.protocol import (
 )
 from optuna_quota._ledger.totals import CLOCK_TOLERANCE, Entry, QuotaTotals, read_entry
 from optuna_quota._limits import Limits, Quota
-from optuna_quota._records import (
-    read_amounts,
-    RESERVATION,
-    STUDY_LIMITS,
-    TrialRecord,
-    write_attributes,
-    write_record,
-)
+from optuna_quota._records import TrialRecord
 from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._storage_retry import retry, survive_outages
 from optuna_quota._units import format_seconds
@@ -66,30 +58,13 @@ _LONGEST_PAUSE = 0.25
 
 
 class Clock(Protocol):
-    """The clocks that the ledger uses; tests replace them."""
+    """The part of the module ``time`` that the ledger uses; tests replace it."""
 
-    def time(self) -> float:
-        """Return seconds since the epoch; may jump, and differ between machines."""
-        ...
+    def time(self) -> float: ...
 
-    def monotonic(self) -> float:
-        """Return seconds that never jump, from an arbitrary start."""
-        ...
+    def monotonic(self) -> float: ...
 
-    def sleep(self, seconds: float) -> None: ...
-
-
-class SystemClock:
-    """The machine's clocks."""
-
-    def time(self) -> float:
-        return time.time()
-
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
+    def sleep(self, seconds: float, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -156,7 +131,9 @@ class TrialRows:
 
     def write(self, trial_id: int, reservation: Reservation) -> None:
         """Write a reservation; UpdateFinishedTrialError if another worker has finished the row."""
-        write_attributes(self._storage, trial_id, system={RESERVATION: self._object(reservation)})
+        _records.write_attributes(
+            self._storage, trial_id, system={_records.RESERVATION: self._object(reservation)}
+        )
 
     def take_enqueued(self, trial_id: int, reservation: Reservation) -> bool:
         """Return whether an enqueued trial is this worker's alone.
@@ -167,19 +144,19 @@ class TrialRows:
         if _optuna.has_row_locks(storage):
             return True
         trial = storage.get_trial(trial_id)
-        written = trial.system_attrs.get(RESERVATION)
+        written = trial.system_attrs.get(_records.RESERVATION)
         # A retried trial has a copy of another one's reservation, which is parsed as None.
         if trial.state.is_finished() or parse_reservation(written, trial_id, self._stamp):
             return False
         swap = _optuna.swap_system_attr_on_sqlite
-        return retry(lambda: swap(storage, trial_id, RESERVATION, written, value))
+        return retry(lambda: swap(storage, trial_id, _records.RESERVATION, written, value))
 
     def fail(self, trial_id: int, record: TrialRecord, reservation: Reservation) -> bool:
         """Finish an orphaned trial's row; of several workers that try, one gets True."""
         storage = self._storage
         try:
             self.write(trial_id, reservation)
-            write_record(storage, trial_id, record)
+            _records.write_record(storage, trial_id, record)
             if not _optuna.has_row_locks(storage):
                 return retry(lambda: _optuna.fail_row_on_sqlite(storage, trial_id))
             storage.set_trial_state_values(trial_id, TrialState.FAIL)
@@ -213,7 +190,7 @@ class LedgerState:
         self.heartbeat = lease / HEARTBEATS_PER_LEASE
         survive_outages(_optuna.storage_of(study))
         self.rows = TrialRows(study)
-        bounds = read_amounts(_optuna.user_attrs_of(study).get(STUDY_LIMITS))
+        bounds = _records.read_amounts(_optuna.user_attrs_of(study).get(_records.STUDY_LIMITS))
         self._totals = QuotaTotals(quota, bounds)
         self._charged: dict[int, Usage] = {}
         self._lock = threading.Lock()
