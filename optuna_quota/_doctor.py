@@ -19,6 +19,7 @@ import time
 from typing import Any, Literal
 
 from optuna.storages import BaseStorage
+import psutil
 
 from optuna_quota import _units
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
@@ -316,8 +317,6 @@ class Capacity:
 
 
 def _read_capacity() -> Capacity:
-    import psutil
-
     shared, overcommit = None, ""
     with contextlib.suppress(AttributeError, OSError):
         found = os.statvfs("/dev/shm")

@@ -168,8 +168,6 @@ def _retrying(storage_class: type[BaseStorage]) -> type[BaseStorage]:
         make = _new if make is copyreg.__newobj__ else make  # type: ignore[attr-defined]
         return make, tuple(arguments), *state
 
-    from optuna.storages import BaseStorage
-
     # Of Optuna's interface: others of a user's class may be static, or do more than read.
     members: dict[str, Any] = {
         name: retried(getattr(storage_class, name))

@@ -10,12 +10,7 @@ from dataclasses import dataclass, field
 
 from optuna_quota import _units
 from optuna_quota._limits import Amounts, nonnegative, split_custom
-from optuna_quota._resources import (
-    ceiling_title,
-    CHARGED_RESOURCES,
-    get_resource,
-    USAGE_RESOURCES,
-)
+from optuna_quota._resources import ceiling_title, CHARGED_RESOURCES, get_resource, USAGE_RESOURCES
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,13 +10,7 @@ import os
 from typing import Literal, NamedTuple
 
 from optuna_quota._metering import nvml
-from optuna_quota._metering.gpu_reader import (
-    ANY_PID,
-    GPU_TOTALS,
-    GpuReader,
-    GpuReading,
-    growth,
-)
+from optuna_quota._metering.gpu_reader import ANY_PID, GPU_TOTALS, GpuReader, GpuReading, growth
 from optuna_quota._metering.meter import DeviceShare, GpuUse, MeterReading
 from optuna_quota._metering.nvml import GpuError
 from optuna_quota._metering.visible_gpus import forget_gpus, has_gpu_open, visible_gpus

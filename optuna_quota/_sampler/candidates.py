@@ -18,16 +18,8 @@ import threading
 from typing import Any, NoReturn
 
 import numpy as np
+from optuna import samplers
 from optuna.distributions import BaseDistribution
-from optuna.samplers import (
-    BaseSampler,
-    BruteForceSampler,
-    GPSampler,
-    GridSampler,
-    NSGAIIISampler,
-    NSGAIISampler,
-    TPESampler,
-)
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
@@ -42,7 +34,7 @@ from optuna_quota._sampler.admission import (
     PointVerdict,
 )
 from optuna_quota._sampler.options import OnVeto, SamplerOptions
-from optuna_quota._sampler.ranked_trials import RankedTrial, Ranking
+from optuna_quota._sampler.ranking import RankedTrial, Ranking
 from optuna_quota._sampler.row_cleanup import fail_unfinished_trial
 from optuna_quota._sampler.study_footprint import Forecast, StudyFootprint
 from optuna_quota.exceptions import TrialRejected
@@ -50,15 +42,20 @@ from optuna_quota.exceptions import TrialRejected
 
 _logger = logging.getLogger("optuna.quota.sampler")
 
-_ENUMERATING = (GridSampler, BruteForceSampler)
-_TAKING_NEAREST = (TPESampler, NSGAIISampler, NSGAIIISampler, GPSampler)
+_ENUMERATING = (samplers.GridSampler, samplers.BruteForceSampler)
+_TAKING_NEAREST = (
+    samplers.TPESampler,
+    samplers.NSGAIISampler,
+    samplers.NSGAIIISampler,
+    samplers.GPSampler,
+)
 # Share of the refused points that is run under the hard limit where trials are isolated.
 _AUDIT_SHARE = 0.05
 _MAX_REDRAWS = 16
 _MAX_PARAM_REDRAWS = 8
 
 
-def replacement_for(sampler: BaseSampler, on_veto: OnVeto) -> OnVeto:
+def replacement_for(sampler: samplers.BaseSampler, on_veto: OnVeto) -> OnVeto:
     """Return what replaces a refused point: ``"redraw"``, ``"nearest"`` or ``"skip"``."""
     if enumerates_points(sampler):
         return "skip"
@@ -67,7 +64,7 @@ def replacement_for(sampler: BaseSampler, on_veto: OnVeto) -> OnVeto:
     return "nearest" if isinstance(sampler, _TAKING_NEAREST) else "redraw"
 
 
-def enumerates_points(sampler: BaseSampler) -> bool:
+def enumerates_points(sampler: samplers.BaseSampler) -> bool:
     return isinstance(sampler, _ENUMERATING)
 
 
@@ -111,7 +108,7 @@ class CandidateFilter:
         self.enumerates = enumerates_points(kind)
         self._keeps_point = _optuna.needs_drawn_point(kind)
         # BruteForceSampler treats an incomplete point as a leaf of its tree.
-        self._needs_complete_points = isinstance(kind, BruteForceSampler)
+        self._needs_complete_points = isinstance(kind, samplers.BruteForceSampler)
         self._trials: dict[int, _TrialState] = {}
         self._lock = threading.Lock()
         self._n_refusals = self._n_audits = 0

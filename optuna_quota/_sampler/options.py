@@ -38,11 +38,13 @@ class SamplerOptions:
     on_veto: OnVeto
     audits: float | None
     on_exhausted: OnExhausted
+    on_crowded: OnCrowded
+    on_projected: OnProjected
     gpus_per_trial: int | None
     metering: Metering
     lease: float  # seconds
     deadline: float | None  # seconds since the epoch
-    n_candidates: int = 1
+    n_candidates: int
 
     @property
     def declared(self) -> Mapping[str, BaseDistribution]:
@@ -50,9 +52,11 @@ class SamplerOptions:
         return (self.strategy and self.strategy.search_space) or {}
 
     def __post_init__(self) -> None:
-        check_choices(
+        _check_choices(
             on_veto=(self.on_veto, OnVeto),
             on_exhausted=(self.on_exhausted, OnExhausted),
+            on_crowded=(self.on_crowded, OnCrowded),
+            on_projected=(self.on_projected, OnProjected),
             metering=(self.metering, Metering),
         )
         _check_n_candidates(self.n_candidates, self.base_sampler)
@@ -124,7 +128,7 @@ def check_types(**given: tuple[Any, type]) -> None:
             raise TypeError(f"`{name}` must be a {kind.__name__} or None but got {value}.{hint}")
 
 
-def check_choices(**given: tuple[Any, Any]) -> None:
+def _check_choices(**given: tuple[Any, Any]) -> None:
     """Raise ValueError for an option that is not among the choices of its ``Literal``."""
     for name, (value, literal) in given.items():
         choices = get_args(literal)

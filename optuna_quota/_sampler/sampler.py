@@ -37,7 +37,6 @@ from optuna_quota._metering import check_names, key_of, Meter, metering_loop
 from optuna_quota._projection.projection import Projection
 from optuna_quota._sampler.deadline import DeadlineOption, parse_deadline
 from optuna_quota._sampler.options import (
-    check_choices,
     check_types,
     checked_gpus_per_trial,
     Metering,
@@ -177,21 +176,12 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
                 f"`base_sampler` must hold no QuotaSampler but got {base_sampler}: a trial would "
                 "be counted twice. Give one QuotaSampler the whole quota."
             )
-        check_choices(on_crowded=(on_crowded, OnCrowded), on_projected=(on_projected, OnProjected))
         self.base_sampler = TPESampler() if base_sampler is None else base_sampler
         self.quota = Quota() if quota is None else quota
         self.strategy = strategy
         self.footprint = footprint
         self.limits = limits
         self.meters = check_names(meters)
-        self.confidence = confidence
-        self.deadline = deadline
-        self.on_exhausted = on_exhausted
-        self.on_crowded = on_crowded
-        self.on_projected = on_projected
-        self.gpus_per_trial = checked_gpus_per_trial(gpus_per_trial, one_gpu)
-        self.metering = metering
-        self.lease = parse_seconds(lease, "lease")
         if footprint is not None and not isinstance(footprint, Usage):
             footprint = as_footprint(footprint, lenient=True)
         self._options = SamplerOptions(
@@ -204,9 +194,11 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             on_veto=on_veto,
             audits=audits,
             on_exhausted=on_exhausted,
-            gpus_per_trial=self.gpus_per_trial,
+            on_crowded=on_crowded,
+            on_projected=on_projected,
+            gpus_per_trial=checked_gpus_per_trial(gpus_per_trial, one_gpu),
             metering=metering,
-            lease=self.lease,
+            lease=parse_seconds(lease, "lease"),
             deadline=None if deadline is None else parse_deadline(deadline, time.time()),
             n_candidates=n_candidates,
         )
@@ -285,7 +277,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         self._check_quota(session, whole)
         self.base_sampler.before_trial(study, trial)
         ceilings = limits.tightened(self.quota.held)
-        if self.on_crowded == "smaller":
+        if self._options.on_crowded == "smaller":
             ceilings = ceilings.tightened(session.ledger.room(trial))
         session.begin_point(whole, trial, ceilings)
         meters = {each.name: each for each in (*pruner_meters(pruners), *self.meters)}
@@ -391,9 +383,9 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         footprint.learn(session.ledger.trials)
         n_trials = footprint.learner.n_observations
         projection = session.outlook.check(study, n_trials, lambda: self.project(study))
-        if projection is None or self.on_projected == "continue":
+        if projection is None or self._options.on_projected == "continue":
             return
-        if self.on_projected == "raise":
+        if self._options.on_projected == "raise":
             raise rejection(projection)
         if _optuna.in_optimize_loop(study):
             study.stop()

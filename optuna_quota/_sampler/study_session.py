@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from optuna_quota import _optuna
+from optuna_quota import _optuna, _records
 from optuna_quota._enforcement.active_trials import find_monitor, start_monitor
 from optuna_quota._enforcement.preemption import preemption_of
 from optuna_quota._enforcement.pruner import Interrupter
@@ -36,19 +36,12 @@ from optuna_quota._ledger import (
 )
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering import Meter, Verdict
-from optuna_quota._records import (
-    amounts_object,
-    read_record,
-    STUDY_LIMITS,
-    STUDY_PRICES,
-    STUDY_QUOTA,
-)
 from optuna_quota._resources import format_amount, get_resource
 from optuna_quota._sampler.admission import PointVerdict
 from optuna_quota._sampler.candidates import CandidateFilter
 from optuna_quota._sampler.deadline import refuse_late
 from optuna_quota._sampler.options import SamplerOptions
-from optuna_quota._sampler.ranked_trials import Ranking
+from optuna_quota._sampler.ranking import Ranking
 from optuna_quota._sampler.study_projection import QuotaOutlook
 from optuna_quota._usage import Usage
 from optuna_quota.exceptions import QuotaExhausted, TrialRejected
@@ -82,13 +75,8 @@ class StudySession:
         self.outlook = QuotaOutlook(learns=self.candidates.footprint.given is None)
         self.decided: bool | None = None
         self._preemption = preemption_of(study)
-        self._deadline = options.deadline
-        self._has_purpose = options.deadline is not None or options.gpus_per_trial is not None
-        # Stands for the sampler, which must not be kept alive.
-        self._sampler = object()
-        self._quota = options.quota
-        self._stops = options.on_exhausted == "stop"
-        self._measures = options.metering not in (False, "reported")
+        # The sampler itself must not be kept alive.
+        self._options, self._quota = options, options.quota
         self._refused: set[int] = set()
         # Rejections by what is left of the quota since the last trial that ran.
         self._unfit: list[PointVerdict] = []
@@ -104,7 +92,9 @@ class StudySession:
         """Log once what ran before this worker came, and what is odd about the ceilings."""
         if self.decided is None:
             self.ledger.describe_past()
-            warn_of_ceilings(study, limits, self._quota, has_purpose=self._has_purpose)
+            options = self._options
+            has_purpose = options.deadline is not None or options.gpus_per_trial is not None
+            warn_of_ceilings(study, limits, self._quota, has_purpose=has_purpose)
 
     def share_settings(self, study: Study, limits: Limits) -> None:
         """Make the quota and these limits the study's, as soon as no other worker runs."""
@@ -155,7 +145,7 @@ class StudySession:
             left=grant.left,
             meters=meters,
             holder=trial,
-            here=self._measures,
+            here=self._options.metering not in (False, "reported"),
         )
         self.ledger.attach_monitor(trial_id, monitor)
         _optuna.tolerate_finished_row(study, trial_id)
@@ -213,7 +203,7 @@ class StudySession:
             monitor = find_monitor(study, trial)
             if monitor is not None and monitor.isolation is None:
                 # It ran where this process can't see: its row may report its usage.
-                monitor.add_usage(read_record(trial).usage)
+                monitor.add_usage(_records.read_record(trial).usage)
             in_process = monitor is not None and monitor.isolation in ("thread", "shared")
             self._has_garbage |= in_process and state != TrialState.COMPLETE
             verdict, footprint, expected = self.candidates.finish(
@@ -241,7 +231,7 @@ class StudySession:
 
     def end_when_exhausted(self, study: Study) -> None:
         """End ``optimize`` when a total quota is used up."""
-        if not self._stops or not _optuna.in_optimize_loop(study):
+        if not self._may_stop(study):
             return
         refusal = self.ledger.exhausted(self.needs) or self.refuse_late() or self.refuse_unfit()
         if refusal is not None:
@@ -251,10 +241,10 @@ class StudySession:
 
     def refuse_late(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
         """Return why no trial with these fixed parameters starts before the deadline, if so."""
-        if self._preemption.deadline_of is not self._sampler:
-            # Trials of another one ran meanwhile.
-            self._preemption.set_deadline(self._deadline)
-            self._preemption.deadline_of = self._sampler
+        if self._preemption.deadline_of is not self._options:
+            # Trials of another sampler ran meanwhile.
+            self._preemption.set_deadline(self._options.deadline)
+            self._preemption.deadline_of = self._options
         deadline = self._preemption.deadline
         if deadline is None:
             return None
@@ -273,6 +263,9 @@ class StudySession:
         figures = (median, median, 0.0, left)
         return Refusal(last.resource or "", *figures, reason=reason, final=True)
 
+    def _may_stop(self, study: Study) -> bool:
+        return self._options.on_exhausted == "stop" and _optuna.in_optimize_loop(study)
+
     def is_ending(self, study: Study) -> bool:
         return _optuna.is_optimize_ending(study) or self._preemption.is_late
 
@@ -285,9 +278,7 @@ class StudySession:
         """
         figures = {"resource": refusal.resource, "quota": refusal.quota, "observed": refusal.used}
         figures |= {"temporary": refusal.temporary}
-        if not refusal.late and not (
-            self._stops and _optuna.in_optimize_loop(study) and objective_uses_trial(study)
-        ):
+        if not (refusal.late or (self._may_stop(study) and objective_uses_trial(study))):
             raise QuotaExhausted(refusal.reason, **figures)  # type: ignore[arg-type]
         self._refused.add(_optuna.trial_id_of(trial))
         record_rejection(study, trial, refusal.reason)
@@ -326,7 +317,7 @@ def objective_uses_trial(study: Study) -> bool:
         if trial.state.is_finished() and trial.state != TrialState.FAIL
     ]
     return not trials or any(
-        trial.params or read_record(trial).isolation == "process" for trial in trials
+        trial.params or _records.read_record(trial).isolation == "process" for trial in trials
     )
 
 
@@ -370,11 +361,11 @@ def store_study_settings(study: Study, quota: Quota, limits: Limits, *, warn: bo
     storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
     stored = storage.get_study_user_attrs(study_id)
     own: dict[str, Mapping[str, float]] = {
-        STUDY_QUOTA: amounts_object(quota),
-        STUDY_LIMITS: amounts_object(limits),
+        _records.STUDY_QUOTA: _records.amounts_object(quota),
+        _records.STUDY_LIMITS: _records.amounts_object(limits),
     }
-    if quota.prices or stored.get(STUDY_PRICES):
-        own[STUDY_PRICES] = dict(quota.prices)
+    if quota.prices or stored.get(_records.STUDY_PRICES):
+        own[_records.STUDY_PRICES] = dict(quota.prices)
     differing = [key for key in own if stored.get(key) != own[key]]
     changes = [_change(key, stored[key], own[key]) for key in differing if key in stored]
     if changes and others_run(study):
@@ -403,12 +394,12 @@ def _change(key: str, stored: Any, own: Mapping[str, float]) -> str:
         f"({get_resource(str(n)).title})"
         for n in names
     ]
-    title = {STUDY_QUOTA: "Quota", STUDY_LIMITS: "Limits"}.get(key, "Prices")
+    title = {_records.STUDY_QUOTA: "Quota", _records.STUDY_LIMITS: "Limits"}.get(key, "Prices")
     return f"{title} changed {', '.join(parts) or 'from what could not be read'}"
 
 
 def _shown(key: str, name: Any, value: Any) -> str:
     if value is None:
         return "none"
-    is_amount = key != STUDY_PRICES and isinstance(value, (int, float))
+    is_amount = key != _records.STUDY_PRICES and isinstance(value, (int, float))
     return format_amount(str(name), value) if is_amount else str(value)
