@@ -261,17 +261,6 @@ class Ledger:
             granted = running.reservation.granted
             return all(granted[n] >= larger[n] for n in larger.keys() - self.quota.held.keys())
 
-    def extend(self, trial_id: int, usage: Usage | None = None) -> Mapping[str, float]:
-        """Request more of what runs low for a running trial, or of everything.
-
-        Returns what it may use in all.
-        """
-        with self._running.lock:
-            running = self._running.get(trial_id)
-            if running is None:
-                return {}
-            return self._extend(running, running.find_low(usage, self.quota))
-
     def charge(self, trial_id: int, usage: Usage) -> None:
         """Stop following a trial whose row has its usage and is about to finish."""
         self._heartbeat.remove(trial_id)
@@ -368,7 +357,7 @@ class Ledger:
 
     def _extend(
         self, running: RunningTrial, needs: Mapping[str, float], *, exactly: bool = False
-    ) -> Mapping[str, float]:
+    ) -> None:
         # One by one: what is short of one resource must not keep the trial from another.
         for name, amount in needs.items():
             seen, held, number = self._state.refresh(), running.reservation, running.number
@@ -388,7 +377,6 @@ class Ledger:
                 )
                 if decision.action == "grant":
                     self._change(running, with_decision(held, decision))
-        return running.left
 
     def _change(self, running: RunningTrial, held: Reservation) -> None:
         running.reservation = replace(held, began=self._state.now(running.began))
