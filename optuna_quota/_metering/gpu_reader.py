@@ -182,7 +182,6 @@ class GpuReader:
 
     Args:
         devices: The visible devices.
-        clock: Seconds since 1970, as the driver dates its samples.
         is_alive: Whether there is a process of a pid.
 
     Attributes:
@@ -196,15 +195,13 @@ class GpuReader:
         self,
         devices: Iterable[NvmlDevice],
         *,
-        clock: Callable[[], float] = time.time,
         is_alive: Callable[[int], bool] = is_alive,
     ) -> None:
-        self._clock = clock
         self.is_alive = is_alive
         self._lock = threading.Lock()
         # Apart from the reading's: a trial can end while the driver hangs.
         self._claims_lock = threading.Lock()
-        now = clock()
+        now = time.time()  # as the driver dates its samples
         self._devices = [_DeviceReader(device, now) for device in devices]
         self._claims: dict[object, frozenset[str]] = {}
         self._registry = GpuRegistry()
@@ -255,11 +252,11 @@ class GpuReader:
         Threads that wait for another's reading share the next one. Raises GpuError if the driver
         does not answer the other thread.
         """
-        asked = self._clock()
+        asked = time.time()
         if not self._lock.acquire(timeout=_TIMEOUT):
             raise GpuError(_HANGS)
         try:
-            now, latest = self._clock(), self.latest
+            now, latest = time.time(), self.latest
             is_fresh = asked - max_age <= latest.at <= now and latest.at > after
             if latest.lost is None and not is_fresh:
                 begun = time.perf_counter()

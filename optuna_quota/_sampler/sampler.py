@@ -218,6 +218,12 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         vars(self).update(from_value(state), _sessions=StudySessions(), _lock=threading.Lock())
         adapt_ray_tune()
 
+    def __getattr__(self, name: str) -> Any:
+        """Return one of the options that only its parts read, such as ``confidence``."""
+        if name not in SamplerOptions.__dataclass_fields__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._options, name)
+
     def __repr__(self) -> str:
         return f"QuotaSampler({type(self.base_sampler).__name__}(), quota={self.quota!r})"
 
