@@ -320,7 +320,9 @@ class Ledger:
 
         Others take it for settled meanwhile, which matters where there is little left to share.
         """
-        return not self.quota.held and not self._gpus and self._is_far_from_end(seen)
+        held, reserved = self.quota.held.items(), seen.reserved
+        is_free = all(reserved.get(name, 0.0) < _FAR * total for name, total in held)
+        return is_free and not self._gpus and self._is_far_from_end(seen)
 
     def _start_at_once(
         self,

@@ -52,6 +52,9 @@ MODELS = {
     ),
     "a count, granted at once": Model((one("n_trials", 1),) * 3, {"n_trials": 2}, at_once=True),
     "slices, granted at once": Model((one("cpu_time", 1, 6),) * 3, {"cpu_time": 8}, at_once=True),
+    "memory held at one moment, granted at once": Model(
+        (one("memory", 6), one("memory", 5), one("memory", 4)), {"memory": 10}, at_once=True
+    ),
     "a footprint each, granted at once": Model(
         (one("cpu_time", 6), one("cpu_time", 5), one("cpu_time", 4)),
         {"cpu_time": 10},
