@@ -212,8 +212,6 @@ class _Watcher:
 
 
 class _Optimize:
-    """``study.optimize`` within the block."""
-
     def __init__(self, study: Study, folders: _Checkpoints | None) -> None:
         self._study = study
         self._folders = folders

@@ -110,7 +110,6 @@ class Preemption:
             stop(reason)
 
     def kill(self) -> None:
-        """Kill the isolated trials that have not ended yet."""
         with self._lock:
             kills = list(self._kills.values())
         for kill in kills:

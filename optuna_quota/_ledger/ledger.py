@@ -20,7 +20,7 @@ from optuna_quota import _optuna
 from optuna_quota._ledger import grant
 from optuna_quota._ledger.dead_workers import LEASE, OrphanedTrial
 from optuna_quota._ledger.gpus import find_gpus, Gpu, memory_in_use, request_gpus
-from optuna_quota._ledger.grant import Grant, Needs, no_needs, Refusal
+from optuna_quota._ledger.grant import Grant, Needs, Refusal
 from optuna_quota._ledger.heartbeat import Heartbeat, RunningTrial, RunningTrials
 from optuna_quota._ledger.protocol import (
     Decision,
@@ -118,7 +118,7 @@ class Ledger:
         limits: Limits,
         footprint: Mapping[str, float],
         bounds: Mapping[str, float] = MappingProxyType({}),
-        needs: Needs = no_needs,
+        needs: Needs = lambda free, n_beside: {},
         n_jobs: int | None = None,
         is_over: Callable[[], bool] = lambda: False,
     ) -> Grant | Refusal:
@@ -268,7 +268,7 @@ class Ledger:
             if self._running.finish(trial_id) is not None:
                 self._state.charge(trial_id, usage)
 
-    def exhausted(self, needs: Needs = no_needs) -> Refusal | None:
+    def exhausted(self, needs: Needs = lambda free, n_beside: {}) -> Refusal | None:
         """Return why nothing more can be admitted; None if something can."""
         last = self._state.last
         if last is not None and self._is_far_from_end(last):

@@ -282,7 +282,6 @@ Row = TypeVar("Row", Claim, Reservation)
 
 
 def with_claim(row: Row, requests: Mapping[str, ResourceRequest]) -> Row:
-    """Return a row with a claim for requests."""
     most = {name: request.most for name, request in requests.items()}
     return replace(row, asked={**row.granted, **most})
 

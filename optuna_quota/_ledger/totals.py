@@ -70,7 +70,6 @@ class WorkerTime:
         self._all = IntervalUnion()
 
     def add(self, worker: Hashable, start: float, end: float) -> None:
-        """Add a finished trial of a worker."""
         if end > start:
             own = self._by_worker.setdefault(worker, IntervalUnion(gap=LONGEST_GAP))
             self._all.add(*own.add(start, end))
@@ -110,7 +109,6 @@ class Entry:
 
     @property
     def claim(self) -> Claim:
-        """The row as the protocol sees it."""
         held = self.reservation or Reservation()
         machine = held.worker.machine if held.worker is not None else ""
         return Claim(self.number, machine, held.granted, held.asked, held.queued_for)

@@ -121,7 +121,6 @@ class NvmlDevice:
         return min(int(self._call("nvmlDeviceGetUtilizationRates").gpu), 100) / 100
 
     def bus(self) -> tuple[int, int, int]:
-        """Return its domain, bus and device on the PCI bus."""
         place = self._call("nvmlDeviceGetPciInfo")
         return int(place.domain), int(place.bus), int(place.device)
 

@@ -95,7 +95,6 @@ class Timeline:
         self._points: dict[int, tuple[float, float]] = {}
 
     def add(self, seconds: float, value: float) -> None:
-        """Add a sample taken so many seconds after the start."""
         bucket = int(seconds / self._width)
         known = self._points.get(bucket)
         if known is None or value > known[1]:
@@ -191,7 +190,6 @@ class TrialState:
         return () if found is None else found.points()
 
     def usage_after(self, elapsed: float) -> Usage:
-        """Return the usage as last measured, with the wall time in seconds."""
         amounts = self.used.by_resource()
         if self._unseen_peak is not None and "memory" in amounts:
             amounts["memory"] = max(amounts["memory"], self._unseen_peak)

@@ -85,7 +85,6 @@ def may_be_enqueued(trial: FrozenTrial) -> bool:
 
 
 def fixed_params_of(trial: FrozenTrial) -> dict[str, Any]:
-    """Return the parameters that a trial was enqueued with."""
     fixed = trial.system_attrs.get(_FIXED_PARAMS)
     return dict(fixed) if isinstance(fixed, dict) else {}
 

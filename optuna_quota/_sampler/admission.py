@@ -39,8 +39,6 @@ def is_audit_due(refusals: int, audits: int, share: float) -> bool:
 
 @dataclass(frozen=True)
 class PointVerdict:
-    """Whether a point may run."""
-
     admitted: bool
     probability: float = 0.0  # that it breaches any limit
     reason: str = ""  # one sentence; empty when it is admitted

@@ -70,8 +70,6 @@ def enumerates_points(sampler: samplers.BaseSampler) -> bool:
 
 @dataclass
 class _TrialState:
-    """One trial while its point is drawn."""
-
     forecast: Forecast = field(default_factory=Forecast)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     base_space: dict[str, BaseDistribution] = field(default_factory=dict)

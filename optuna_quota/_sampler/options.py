@@ -88,7 +88,6 @@ def checked_gpus_per_trial(gpus_per_trial: int | None, one_gpu: bool) -> int | N
 
 
 def _check_n_candidates(n_candidates: int, base_sampler: BaseSampler) -> None:
-    """Raise an error for a number of points that the base sampler can't offer."""
     _check_count(n_candidates, "n_candidates", "a whole number")
     kind = _optuna.unwrap_partial_fixed(base_sampler)
     names = {base.__name__ for base in type(kind).__mro__}
@@ -121,7 +120,6 @@ def _check_measurable(quota: Quota) -> None:
 
 
 def check_types(**given: tuple[Any, type]) -> None:
-    """Raise TypeError for an option that is neither None nor of its type."""
     for name, (value, kind) in given.items():
         if value is not None and not isinstance(value, kind):
             hint = _optuna.misplaced(value)
@@ -129,7 +127,6 @@ def check_types(**given: tuple[Any, type]) -> None:
 
 
 def _check_choices(**given: tuple[Any, Any]) -> None:
-    """Raise ValueError for an option that is not among the choices of its ``Literal``."""
     for name, (value, literal) in given.items():
         choices = get_args(literal)
         if value not in choices:

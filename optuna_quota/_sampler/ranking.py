@@ -51,8 +51,6 @@ Fit = Callable[[ResourceData, int], ResourceModel]
 
 
 class Row(NamedTuple):
-    """A completed trial."""
-
     params: Mapping[str, Any]
     space: Mapping[str, BaseDistribution]
     loss: float  # the less, the better
@@ -162,8 +160,6 @@ class Ranking:
 
 @dataclass(frozen=True)
 class RankedTrial:
-    """A trial whose points are ranked."""
-
     ranking: Ranking
     rows: Sequence[Row]
     space: Mapping[str, BaseDistribution]  # of the parameters to draw at once

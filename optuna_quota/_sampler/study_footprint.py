@@ -289,8 +289,8 @@ class StudyFootprint:
             and self.learner.n_uncensored >= _MIN_UNCENSORED
         )
 
-    def _recent_points(self, count: int = _RECENT) -> list[Mapping[str, Any]]:
-        return [row.params for row in self.learner.observations[-count:]]
+    def _recent_points(self) -> list[Mapping[str, Any]]:
+        return [row.params for row in self.learner.observations[-_RECENT:]]
 
     def _known_points(self, count: int = _RECENT) -> list[Mapping[str, Any]]:
         """Return recent points; for a user's function, which may need all, complete ones."""

@@ -196,7 +196,6 @@ def outlook_of(projection: Projection) -> Outlook:
 
 
 def is_news(outlook: Outlook, said: Outlook | None) -> bool:
-    """Return whether an outlook is the first one, or worse than the last."""
     return said is None or _WORSENING.index(outlook) > _WORSENING.index(said)
 
 
@@ -249,7 +248,6 @@ class QuotaOutlook:
 
 
 def describe_outlook(projection: Projection, outlook: Outlook, n_trials: int) -> str:
-    """Return what a study will most likely use, with an interval, beside its quota."""
     judged = [r for r in projection.resources if r.probability is not None]
     if outlook in ("fits", "uncertain"):
         shown = [r for r in judged if r.resource != "n_trials"]

@@ -114,7 +114,6 @@ class StudySession:
         return _optuna.trial_id_of(trial) in self._refused
 
     def begin_point(self, study: Study, trial: FrozenTrial, ceilings: Limits) -> None:
-        """Prepare to draw a trial's point."""
         totals, n_beside = self.ledger.left(trial)
         left = self._near_end(totals, n_beside)
         self.candidates.begin(study, trial, ceilings, self.ledger.trials, left, totals)
@@ -129,7 +128,6 @@ class StudySession:
         *,
         interrupt: bool,
     ) -> None:
-        """Start a trial's metering, which may ``interrupt`` it in process."""
         limited = limits.memory is not None or self._quota.memory is not None
         if limited and self._has_garbage:
             # An exception and the frames it passed through refer to each other: what a failed
@@ -193,7 +191,6 @@ class StudySession:
         error: BaseException | None = None,
         tell_call: _optuna.TellCall | None = None,
     ) -> None:
-        """Close a trial's metering, write its record, and book its usage in the ledger."""
         trial_id = _optuna.trial_id_of(trial)
         usage = Usage()
         try:
@@ -230,7 +227,6 @@ class StudySession:
             self.ledger.charge(trial_id, usage)
 
     def end_when_exhausted(self, study: Study) -> None:
-        """End ``optimize`` when a total quota is used up."""
         if not self._may_stop(study):
             return
         refusal = self.ledger.exhausted(self.needs) or self.refuse_late() or self.refuse_unfit()
