@@ -56,23 +56,14 @@ except OSError:
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check.
+    """The result of one check."""
 
-    Attributes:
-        area: The part it belongs to.
-        check: What was checked.
-        state: ``ok``, ``degraded`` (works with less) or ``missing``.
-        found: What was found, in one sentence.
-        degrades: What that means; empty if it means nothing bad.
-        fix: What to do about it; empty if there is nothing to do.
-    """
-
-    area: Area
-    check: str
-    state: State
-    found: str
-    degrades: str = ""
-    fix: str = ""
+    area: Area  # The part it belongs to
+    check: str  # What was checked
+    state: State  # ``ok``, ``degraded`` (works with less) or ``missing``
+    found: str  # What was found, in one sentence
+    degrades: str = ""  # What that means; empty if it means nothing bad
+    fix: str = ""  # What to do about it; empty if there is nothing to do
 
 
 def _degraded(area: Area, check: str, found: str, degrades: str, fix: str) -> Finding:

@@ -79,22 +79,16 @@ class GpuRegistry:
 
 @dataclass
 class DeviceReading:
-    """What the driver reports of one device at one moment; None is unknown.
+    """What the driver reports of one device at one moment; None is unknown."""
 
-    Attributes:
-        used: Bytes in use by any process.
-        total: Bytes in all.
-        held: Bytes by pid of the processes that the driver lists.
-        totals: Busy GPU-seconds and energy of all processes since the first reading, by resource.
-        lost: Why nothing is known of the device any more.
-        unknown: Why a total is not reported, neither by process nor of the device, by resource.
-    """
-
-    used: float | None = None
-    total: float | None = None
+    used: float | None = None  # Bytes in use by any process
+    total: float | None = None  # Bytes in all
+    # Bytes by pid of the processes that the driver lists
     held: Mapping[int, float | None] = field(default_factory=dict)
+    # Busy GPU-seconds and energy of all processes since the first reading, by resource
     totals: dict[str, float] = field(default_factory=dict)
-    lost: str | None = None
+    lost: str | None = None  # Why nothing is known of the device any more
+    # Why a total is not reported, neither by process nor of the device, by resource
     unknown: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -134,25 +128,19 @@ def growth(
 
 @dataclass
 class GpuReading:
-    """What is known of all processes on all visible GPUs.
+    """What is known of all processes on all visible GPUs."""
 
-    Attributes:
-        memory: Bytes held at this moment, by pid; None where the driver does not report it.
-        totals: Busy GPU-seconds and energy so far, by resource and pid.
-        devices: The devices, by identity.
-        unknown: Why a resource is unknown, by pid and resource.
-        lost: Why nothing is known any more, None while something is.
-        at: When it was read, in seconds since 1970.
-    """
-
+    # Bytes held at this moment, by pid; None where the driver does not report it
     memory: dict[int, float | None] = field(default_factory=dict)
+    # Busy GPU-seconds and energy so far, by resource and pid
     totals: dict[str, dict[int, float]] = field(
         default_factory=lambda: {name: {} for name in GPU_TOTALS}
     )
-    devices: dict[str, DeviceReading] = field(default_factory=dict)
+    devices: dict[str, DeviceReading] = field(default_factory=dict)  # The devices, by identity
+    # Why a resource is unknown, by pid and resource
     unknown: dict[int, dict[str, str]] = field(default_factory=dict)
-    lost: str | None = None
-    at: float = float("-inf")
+    lost: str | None = None  # Why nothing is known any more, None while something is
+    at: float = float("-inf")  # When it was read, in seconds since 1970
 
     def mark_unknown(self, pids: Iterable[int], resource: str, reason: str) -> None:
         for pid in pids:

@@ -26,21 +26,13 @@ _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
 class MemorySnapshot(NamedTuple):
-    """What the kernel reports of a process at one moment, in bytes.
+    """What the kernel reports of a process at one moment, in bytes."""
 
-    Attributes:
-        highest: The high-water mark of resident memory (VmHWM), with pages of files.
-        resident: The resident memory.
-        file: The resident pages of files.
-        faults: The number of page faults so far.
-        huge: The anonymous huge pages that this host has allocated so far, for any process.
-    """
-
-    highest: int
-    resident: int
-    file: int
-    faults: int
-    huge: int
+    highest: int  # The high-water mark of resident memory (VmHWM), with pages of files
+    resident: int  # The resident memory
+    file: int  # The resident pages of files
+    faults: int  # The number of page faults so far
+    huge: int  # The anonymous huge pages that this host has allocated so far, for any process
 
 
 def unseen_peak(before: MemorySnapshot, now: MemorySnapshot) -> int | None:

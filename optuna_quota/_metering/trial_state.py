@@ -31,17 +31,11 @@ _NEED_CPU_TIME = {"cpu_time", "cpu_cores", "cost"}
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a trial ended, as decided by whatever ended it.
+    """How a trial ended, as decided by whatever ended it."""
 
-    Attributes:
-        outcome: The outcome in the trial table.
-        reason: One sentence for a person.
-        breach: The breach, if that was why.
-    """
-
-    outcome: Outcome
-    reason: str
-    breach: Breach | None = None
+    outcome: Outcome  # The outcome in the trial table
+    reason: str  # One sentence for a person
+    breach: Breach | None = None  # The breach, if that was why
 
 
 class UsageTotals:
