@@ -40,22 +40,17 @@ _SHARE = 0.1
 
 
 class Preemption:
-    """What ends the running trials of one study in this process.
-
-    Attributes:
-        reason: Why all of them have to end, one sentence; None while they need not.
-        requeue: Whether they are enqueued again.
-        signals: The signals that ask for it, which may reach the processes of the trials too.
-        deadline: When all have to be done, in seconds since the epoch; None for any time.
-        deadline_of: What has set it.
-    """
+    """What ends the running trials of one study in this process."""
 
     def __init__(self) -> None:
+        # Why all of them have to end, one sentence; None while they need not.
         self.reason: str | None = None
-        self.requeue = True
+        self.requeue = True  # Whether they are enqueued again
+        # The signals that ask for it, which may reach the processes of the trials too.
         self.signals: tuple[int, ...] = ()
+        # When all have to be done, in seconds since the epoch; None for any time.
         self.deadline: float | None = None
-        self.deadline_of: object = None
+        self.deadline_of: object = None  # What has set it
         self._until_deadline = 0.0
         self._longest_grace: float | None = None
         self._stops: dict[int, Callable[[str], None]] = {}

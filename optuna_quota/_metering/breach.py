@@ -143,12 +143,10 @@ class QuotaExtension:
 
     Args:
         request: Requests more; the answer goes to :meth:`resolve`.
-
-    Attributes:
-        needs: What was used of the requested resources at the time of the request.
     """
 
     def __init__(self, request: Callable[[], None]) -> None:
+        # What was used of the requested resources at the time of the request.
         self.needs: Mapping[str, float] = {}
         self._request = request
         self._is_due = False

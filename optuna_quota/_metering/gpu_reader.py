@@ -171,12 +171,6 @@ class GpuReader:
     Args:
         devices: The visible devices.
         is_alive: Whether there is a process of a pid.
-
-    Attributes:
-        latest: The last reading.
-        cost: Seconds that it took.
-        lists_own_pids: Whether the driver has listed a trial's process by its pid.
-        outside_pids: Pids outside of this container of processes that are this process's own.
     """
 
     def __init__(
@@ -193,9 +187,10 @@ class GpuReader:
         self._devices = [_DeviceReader(device, now) for device in devices]
         self._claims: dict[object, frozenset[str]] = {}
         self._registry = GpuRegistry()
-        self.latest = GpuReading()
-        self.cost = 0.0
-        self.lists_own_pids = False
+        self.latest = GpuReading()  # The last reading
+        self.cost = 0.0  # Seconds that it took
+        self.lists_own_pids = False  # Whether the driver has listed a trial's process by its pid
+        # Pids outside of this container of processes that are this process's own.
         self.outside_pids: set[int] = set()
 
     @property

@@ -74,12 +74,6 @@ class LinuxProcess:
         pid: Its pid.
         parent: The process that it was found under, None for a root.
 
-    Attributes:
-        started: Seconds from the boot to its creation, to a clock tick (10 ms).
-        shareable: The part of its memory, as last read, that is shared memory, in bytes.
-        statm: The sizes that its memory was last computed from, as the kernel writes them.
-        knows_peak: Whether the kernel's peak began no earlier than the metering.
-
     Raises:
         ProcessLookupError: If there is no such process (any more).
         OSError: If /proc can't be read.
@@ -88,9 +82,10 @@ class LinuxProcess:
     def __init__(self, pid: int, parent: LinuxProcess | None = None) -> None:
         self.pid = pid
         self.parent = parent
-        self.knows_peak = False
+        self.knows_peak = False  # Whether the kernel's peak began no earlier than the metering
+        # The sizes that its memory was last computed from, as the kernel writes them.
         self.statm = b""
-        self.shareable = 0
+        self.shareable = 0  # The part of its memory, as last read, that is shared memory, in bytes
         self._shared, self._swapped = b"", 0
         self._swaps = has_swap()
         self._mark: MemorySnapshot | None = None
@@ -100,6 +95,7 @@ class LinuxProcess:
             self._statm = self._open("statm")
             self._stat = self._open("stat")
             self._status = self._open("status")
+            # Seconds from the boot to its creation, to a clock tick (10 ms).
             self.started = int(self._stat_fields()[19]) / _TICKS
         except FileNotFoundError as error:
             self.close()

@@ -237,10 +237,6 @@ class MeteringLoop:
         open_meters: Opens what is measured of a trial beside its process tree; for tests.
         period: Seconds between samples of a process tree far from any limit; for benchmarks.
         threaded: False leaves it to the caller to call :meth:`tick`; for tests.
-
-    Attributes:
-        lock: Guards the state of all trials.
-        trees: Their process trees.
     """
 
     def __init__(
@@ -252,8 +248,8 @@ class MeteringLoop:
         period: float | None = None,
         threaded: bool = True,
     ) -> None:
-        self.lock = threading.RLock()
-        self.trees = MonitoredTrees(open_tree, period)
+        self.lock = threading.RLock()  # Guards the state of all trials
+        self.trees = MonitoredTrees(open_tree, period)  # Their process trees
         self.open_tree = open_tree
         self._clock = RunningClock()
         self.now = clock or self._clock

@@ -204,13 +204,10 @@ class MonitoredTree:
 
 
 class MonitoredTrees:
-    """All process trees of a metering loop, which holds its lock meanwhile.
-
-    Attributes:
-        excluded_pids: Children of this process that belong to no trial, nor do theirs.
-    """
+    """All process trees of a metering loop, which holds its lock meanwhile."""
 
     def __init__(self, open_tree: OpenTree, period: float | None = None) -> None:
+        # Children of this process that belong to no trial, nor do theirs.
         self.excluded_pids: set[int] = set()
         self._open_tree = open_tree
         self._period = period

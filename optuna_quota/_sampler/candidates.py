@@ -90,19 +90,15 @@ class _TrialState:
 
 
 class CandidateFilter:
-    """Filters the points of one study in this process.
-
-    Attributes:
-        footprint: What its trials are expected to use.
-        enumerates: Whether the base sampler walks a fixed list of points.
-    """
+    """Filters the points of one study in this process."""
 
     def __init__(self, options: SamplerOptions, ranking: Ranking | None = None) -> None:
-        self.footprint = StudyFootprint(options)
+        self.footprint = StudyFootprint(options)  # What its trials are expected to use
         self._ranking = ranking
         self._base, self._audits = options.base_sampler, options.audits
         kind = _optuna.unwrap_partial_fixed(self._base)
         self._replacement = replacement_for(kind, options.on_veto)
+        # Whether the base sampler walks a fixed list of points.
         self.enumerates = enumerates_points(kind)
         self._keeps_point = _optuna.needs_drawn_point(kind)
         # BruteForceSampler treats an incomplete point as a leaf of its tree.

@@ -95,17 +95,14 @@ class Margins:
 
 
 class StudyFootprint:
-    """The footprint of one study's trials, as this process knows it.
-
-    Attributes:
-        learner: Learns from the study's trials.
-        given: A usage or function that the user stated; None for neither.
-    """
+    """The footprint of one study's trials, as this process knows it."""
 
     def __init__(self, options: SamplerOptions) -> None:
         stated = options.footprint
         self._earlier = stated if isinstance(stated, Footprint) else None
+        # Learns from the study's trials.
         self.learner = Learner(self._earlier, confidence=options.confidence)
+        # A usage or function that the user stated; None for neither.
         self.given = None if stated is None or self._earlier else as_footprint(stated)
         self._options = options
         self._declared = options.declared

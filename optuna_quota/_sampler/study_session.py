@@ -54,25 +54,21 @@ _MOST_UNFIT = 20
 
 
 class StudySession:
-    """One study in this process.
-
-    Attributes:
-        ledger: What the study has used and reserved, across workers.
-        candidates: Filters its points.
-        outlook: Says how much of the quota the study will most likely use.
-        decided: Whether the study as a whole was admitted; None before the first trial here.
-    """
+    """One study in this process."""
 
     def __init__(self, study: Study, options: SamplerOptions) -> None:
         gpus = () if options.gpus_per_trial is None else gpus_here()
         count = options.gpus_per_trial or 1
         check_gpus_per_trial(gpus, count)
+        # What the study has used and reserved, across workers.
         self.ledger = Ledger(
             study, options.quota, lease=options.lease, gpus=gpus, gpus_per_trial=count
         )
         ranking = Ranking(study, options.n_candidates) if options.n_candidates > 1 else None
-        self.candidates = CandidateFilter(options, ranking)
+        self.candidates = CandidateFilter(options, ranking)  # Filters its points
+        # Says how much of the quota the study will most likely use.
         self.outlook = QuotaOutlook(learns=self.candidates.footprint.given is None)
+        # Whether the study as a whole was admitted; None before the first trial here.
         self.decided: bool | None = None
         self._preemption = preemption_of(study)
         # The sampler itself must not be kept alive.
