@@ -49,15 +49,9 @@ _DEADLOCK_WARNING_AFTER = 10.0
 class Ledger:
     """Admits trials to a study's quota, together with all other workers of the study.
 
-    Everything is derived from trial rows; this object only caches what it has read.
-
-    Args:
-        study: The study.
-        quota: Its quota.
-        clock: The clocks to use; for tests.
-        lease: Seconds without a heartbeat after which a worker on another machine counts as dead.
-        gpus: This machine's GPUs, to give each trial those with the most room.
-        gpus_per_trial: How many of them each trial gets.
+    Everything is derived from trial rows; this object only caches what it has read. A worker on
+    another machine counts as dead after ``lease`` seconds without a heartbeat. Of this machine's
+    ``gpus``, each trial gets those with the most room.
     """
 
     def __init__(

@@ -33,8 +33,7 @@ _SUMMED = tuple(name for name in TOTAL_RESOURCES if name != "wall_time")
 class IntervalUnion:
     """A growing union of intervals; adding one costs the logarithm of their number.
 
-    Args:
-        gap: Intervals at most this far apart are joined, with the gap between them.
+    Intervals at most a ``gap`` apart are joined, with what is between them.
     """
 
     def __init__(self, gap: float = 0.0) -> None:

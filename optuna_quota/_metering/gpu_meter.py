@@ -56,11 +56,8 @@ class GpuMeter:
     which therefore comes before the trial's process begins. A trial that is on no GPU has no
     amounts: None, not 0.
 
-    Args:
-        limited: The resources with a ceiling: if they can't be measured, that is a warning.
-        environment: Environment variables that only the trial's own process has.
-        open_reader: Opens the reader of the visible devices.
-        has_gpu_open: Whether any of these processes has a GPU open; None if unknown.
+    A ``limited`` resource that can't be measured is a warning. The ``environment`` has variables
+    that only the trial's own process has.
     """
 
     eager = True

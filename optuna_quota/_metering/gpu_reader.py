@@ -167,10 +167,6 @@ class GpuReader:
     counter: a process that has the device to itself is charged all of it, idle power included;
     processes that share it are charged by how busy they kept it, evenly if none did; if the
     driver does not report that, it is unknown.
-
-    Args:
-        devices: The visible devices.
-        is_alive: Whether there is a process of a pid.
     """
 
     def __init__(

@@ -70,10 +70,6 @@ class LinuxProcess:
     A descriptor stays bound to the process that it was opened for: once it is gone, reading raises
     OSError, also if the pid is reused.
 
-    Args:
-        pid: Its pid.
-        parent: The process that it was found under, None for a root.
-
     Raises:
         ProcessLookupError: If there is no such process (any more).
         OSError: If /proc can't be read.
@@ -81,7 +77,7 @@ class LinuxProcess:
 
     def __init__(self, pid: int, parent: LinuxProcess | None = None) -> None:
         self.pid = pid
-        self.parent = parent
+        self.parent = parent  # The process that it was found under, None for a root
         self.knows_peak = False  # Whether the kernel's peak began no earlier than the metering
         # The sizes that its memory was last computed from, as the kernel writes them.
         self.statm = b""

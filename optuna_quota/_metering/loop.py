@@ -89,11 +89,7 @@ class TrialMonitor(TrialState):
         self._set_ceilings(limits, self.left)
 
     def allow(self, left: Mapping[str, float]) -> None:
-        """Set what this trial may use of the study's total quotas.
-
-        Args:
-            left: Ceilings on the trial's whole usage by resource; they replace earlier ones.
-        """
+        """Set what this trial may use in all of the study's total quotas, by resource."""
         self._set_ceilings(self.limits, left)
 
     def _set_ceilings(self, limits: Limits, left: Mapping[str, float]) -> None:
@@ -104,10 +100,8 @@ class TrialMonitor(TrialState):
     def detach(self, waited: float = 0.0) -> None:
         """Until :meth:`attach` measure time only: the trial gets a process of its own.
 
-        What was measured so far belongs to this process and is discarded.
-
-        Args:
-            waited: Seconds since the start that don't count as the trial's.
+        What was measured so far belongs to this process and is discarded. The first ``waited``
+        seconds don't count as the trial's.
         """
         loop = self._loop
         with loop.lock:
@@ -274,12 +268,8 @@ class MeteringLoop:
     ) -> TrialMonitor:
         """Start metering a trial; to be called from the thread that runs it.
 
-        Args:
-            key: The trial, see :func:`optuna_quota._metering.key_of`.
-            limits: Its limits.
-            left: What it may use of the study's total quotas, by resource.
-            meters: The user's own meters.
-            here: False if it runs where this process can't see it: only time is measured.
+        Of one that does not run ``here``, where this process can see it, only time is measured.
+        ``left`` is what it may use of the study's total quotas.
         """
         with self.lock:
             monitor = TrialMonitor(self, key, limits or Limits(), left or {}, meters)

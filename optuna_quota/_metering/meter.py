@@ -224,11 +224,7 @@ _PERIOD = 1.0
 class Rapl:
     """The energy counters of a host's processors and memory.
 
-    Args:
-        folder: Where Linux has them.
-
-    Raises:
-        OSError: If there are none or they may not be read; since 2020 only root may.
+    Raises OSError if there are none or they may not be read; since 2020 only root may.
     """
 
     def __init__(self, folder: Path = _POWERCAP) -> None:

@@ -43,20 +43,13 @@ def open_tree(pid: int | None, reaper: int | None = None, outsiders: int = 0) ->
 
 
 class MonitoredTree:
-    """A process tree and the trials that run in it: several for trials in threads.
-
-    Args:
-        reader: Reads the tree.
-        pid: Its root, made for one trial; None for this process.
-        now: The time.
-        period: Seconds between samples far from any limit; None to choose it.
-    """
+    """A process tree and the trials that run in it: several for trials in threads."""
 
     def __init__(
         self, reader: ProcessTree, pid: int | None, now: float, period: float | None = None
     ) -> None:
         self.reader = reader
-        self.pid = pid
+        self.pid = pid  # Its root, made for one trial; None for this process
         self.pids: tuple[int, ...] = ()
         self.due = now
         self.trials: dict[TrialState, ThreadTime] = {}
@@ -68,6 +61,7 @@ class MonitoredTree:
         self._quiet_below = -math.inf
         self._ceiling = math.inf
         self._growth = timing.ASSUMED_GROWTH
+        # Seconds between samples far from any limit; None to choose it.
         self._fixed_period = period
         self._period = timing.LONGEST_INTERVAL if period is None else period
 

@@ -256,11 +256,8 @@ class SharedPages:
     ) -> bool:
         """Return whether it is time to measure again.
 
-        Args:
-            held: What the processes hold.
-            ceiling: The memory over which there is a breach, infinite without a limit.
-            now: The time in seconds.
-            faulted: Returns the bytes of the pages that the processes have ever faulted in.
+        Over the ceiling there is a breach. ``faulted`` returns the bytes of the pages that the
+        processes have ever faulted in.
         """
         if not held.sizes:
             return False

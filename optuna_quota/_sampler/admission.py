@@ -189,14 +189,8 @@ def nearest_admitted(
 
     Random points are tried at growing distances, each parameter on the scale of its distribution,
     then the line to the nearest admitted one. The nearest points of all are at the threshold and
-    would breach as often as it allows, so one at half of it is preferred.
-
-    Args:
-        admission: Decides which points may run.
-        point: The refused point.
-        space: The parameters that may change.
-        fixed: Parameters with a given value.
-        generator: For the random search.
+    would breach as often as it allows, so one at half of it is preferred. Parameters of ``space``
+    may change, those with a ``fixed`` value may not.
     """
     free = {n: d for n, d in space.items() if n in point and n not in fixed and not d.single()}
     if not free:

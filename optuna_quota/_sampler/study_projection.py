@@ -49,17 +49,10 @@ def admit_strategy(
     study: Study | None = None,
     footprint: StudyFootprint | None = None,
 ) -> bool:
-    """Decide whether the rest of the strategy fits, and return whether enough was known.
+    """Raise StudyRejected if the rest of the strategy does not fit; return if enough was known.
 
-    Args:
-        options: The sampler's.
-        limits: The limits on each trial.
-        study: The study, once there is one: its trials show the search space.
-        footprint: That of a study that is resumed: with enough trials, it knows more than the
-            user stated.
-
-    Raises:
-        StudyRejected: If it does not fit.
+    Once there is a study, its trials show the search space. The footprint of one that is resumed
+    knows more than the user stated, with enough trials.
     """
     stated = options.footprint
     if options.strategy is None or stated is None:
