@@ -16,23 +16,17 @@ from typing import Any
 
 
 class GpuError(Exception):
-    """A query that NVML does not answer.
-
-    Attributes:
-        reason: Why, as the end of a sentence.
-        final: Whether no more queries are possible: of the device if ``lost``, else of NVML.
-        nothing: Whether there is just no data at this moment.
-        lost: Whether this device alone is lost.
-    """
+    """A query that NVML does not answer."""
 
     def __init__(
         self, reason: str, *, final: bool = False, nothing: bool = False, lost: bool = False
     ) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason = reason  # Why, as the end of a sentence
+        # Whether no more queries are possible: of the device if ``lost``, else of NVML.
         self.final = final
-        self.nothing = nothing
-        self.lost = lost
+        self.nothing = nothing  # Whether there is just no data at this moment
+        self.lost = lost  # Whether this device alone is lost
 
 
 @dataclass(frozen=True)
@@ -121,7 +115,6 @@ class NvmlDevice:
         return min(int(self._call("nvmlDeviceGetUtilizationRates").gpu), 100) / 100
 
     def bus(self) -> tuple[int, int, int]:
-        """Return its domain, bus and device on the PCI bus."""
         place = self._call("nvmlDeviceGetPciInfo")
         return int(place.domain), int(place.bus), int(place.device)
 

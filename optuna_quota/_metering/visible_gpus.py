@@ -18,31 +18,23 @@ from optuna_quota._metering.nvml import GpuError, NvmlDevice
 
 @dataclass(frozen=True)
 class GpuIdentity:
-    """How CUDA's variables may name a GPU.
+    """How CUDA's variables may name a GPU."""
 
-    Attributes:
-        uuid: Such as ``"GPU-5a1b..."``, empty if unknown.
-        model: The name of its model.
-        instances: The UUIDs of its MIG instances, ``"MIG-..."``, empty if unknown; None if it is
-            not partitioned.
-    """
-
-    uuid: str
-    model: str
+    uuid: str  # Such as ``"GPU-5a1b..."``, empty if unknown
+    model: str  # The name of its model
+    # The UUIDs of its MIG instances, ``"MIG-..."``, empty if unknown; None if it is not
+    # partitioned
     instances: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
 class Visible:
-    """The positions of the GPUs that CUDA shows to a process.
+    """The positions of the GPUs that CUDA shows to a process."""
 
-    Attributes:
-        parts: GPUs by position, each with the position of a MIG instance, or None for the whole
-            GPU with all of its instances; all possible ones if ``unresolved``.
-        unresolved: The entries of ``CUDA_VISIBLE_DEVICES`` if it is unknown which GPUs they name.
-    """
-
+    # GPUs by position, each with the position of a MIG instance, or None for the whole GPU with
+    # all of its instances; all possible ones if ``unresolved``
     parts: tuple[tuple[int, int | None], ...]
+    # The entries of ``CUDA_VISIBLE_DEVICES`` if it is unknown which GPUs they name
     unresolved: tuple[str, ...] = ()
 
 

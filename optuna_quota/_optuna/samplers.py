@@ -7,18 +7,15 @@ import contextlib
 import copy
 import json
 import threading
-from typing import Any, cast, NoReturn, TYPE_CHECKING
+from typing import Any, cast, NoReturn
 
 from optuna.pruners import BasePruner, HyperbandPruner
 from optuna.samplers import BaseSampler, BruteForceSampler, PartialFixedSampler
+from optuna.storages import BaseStorage
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota._optuna.storages import _FIXED_PARAMS
-
-
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-    from optuna.study import Study
 
 
 # The system attribute of the list of constraints; optuna-dashboard does not read the newer
