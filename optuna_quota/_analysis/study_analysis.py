@@ -21,7 +21,7 @@ from optuna_quota._analysis.advice import Advice, advise, StudyFacts
 from optuna_quota._analysis.correlations import claims, correlations
 from optuna_quota._analysis.cost_drivers import cost_drivers, Driver
 from optuna_quota._analysis.pareto import best_numbers, cost_front, is_feasible, loss_signs
-from optuna_quota._analysis.replay import trial_traces
+from optuna_quota._analysis.replay import traces_of
 from optuna_quota._analysis.search_space_advice import (
     advise_search_space,
     cheaper_space,
@@ -29,7 +29,7 @@ from optuna_quota._analysis.search_space_advice import (
     objective_model,
 )
 from optuna_quota._footprint.footprint import Footprint
-from optuna_quota._footprint.observations import Observation, read_observation
+from optuna_quota._footprint.observations import Observation, observation_of
 from optuna_quota._footprint.resource_model import ResourceModel
 from optuna_quota._resources import get_resource
 from optuna_quota._utilization.data import StudyData
@@ -122,9 +122,8 @@ class StudyAnalysis:
 
     @cached_property
     def _observations(self) -> dict[int, Observation]:
-        numbers = {int(number) for number in self.table["number"]}
-        trials = [t for t in self.study.get_trials(deepcopy=False) if t.number in numbers]
-        rows = {trial.number: read_observation(trial) for trial in trials}
+        found = zip(self.data.trials, self.data.records, strict=True)
+        rows = {trial.number: observation_of(trial, record) for trial, record in found}
         return {number: row for number, row in rows.items() if row is not None}
 
     @cached_property
@@ -186,15 +185,13 @@ class StudyAnalysis:
     @cached_property
     def best(self) -> list[int]:
         """Number of the best completed trial, or those of the Pareto front."""
-        return best_numbers(self.study)
+        return best_numbers(self.study, self.data.trials)
 
     @cached_property
     def feasible(self) -> NDArray[np.bool_]:
         """Which trials violate no constraint and have finite values, shape ``(n_trials,)``."""
-        trials = self.study.get_trials(deepcopy=False)
-        numbers = [t.number for t in trials if t.values and is_feasible(t)]
-        found: NDArray[np.bool_] = np.isin(self.table["number"].to_numpy(), numbers)
-        return found
+        found = (bool(t.values) and is_feasible(t) for t in self.data.trials)
+        return np.fromiter(found, dtype=bool)
 
     @cached_property
     def cheaper_space(self) -> CheaperSpace | None:
@@ -241,7 +238,7 @@ class StudyAnalysis:
     def _facts(self) -> StudyFacts:
         return StudyFacts(
             self.data,
-            trial_traces(self.study),
+            traces_of(self.data.trials, self.data.records),
             self.quota,
             self.best,
             self.feasible,
