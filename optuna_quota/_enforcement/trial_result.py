@@ -185,24 +185,18 @@ def build_record(
     footprint: Mapping[str, Interval] | None = None,
 ) -> TrialRecord:
     """Return the record of a trial that ends in the given state; see :func:`record_result`."""
+    verdict, breach = (None, None) if monitor is None else (monitor.verdict, monitor.breach)
+    record = classify_end(state, verdict, breach, error, tell_call)
+    host = socket.gethostname()
+    record = replace(record, usage=usage, footprint=footprint or {}, host=host)
     if monitor is None:
-        end = classify_end(state, error=error, tell_call=tell_call)
-        return replace(end, usage=usage, footprint=footprint or {}, host=socket.gethostname())
-    end = classify_end(state, monitor.verdict, monitor.breach, error, tell_call)
-    timelines: dict[str, Any] = {}
-    if end.breach is not None:
-        resource = end.breach.resource
-        timelines["timeline"] = monitor.timeline()
-        timelines["breach_timeline"] = () if resource == "memory" else monitor.timeline(resource)
-    return replace(
-        end,
-        usage=usage,
-        footprint=footprint or {},
-        isolation=monitor.isolation,
-        host=socket.gethostname(),
-        gpu_source=None if monitor.gpu is None else monitor.gpu.source,
-        **timelines,
-    )
+        return record
+    if record.breach is not None:
+        resource = record.breach.resource
+        other = () if resource == "memory" else monitor.timeline(resource)
+        record = replace(record, timeline=monitor.timeline(), breach_timeline=other)
+    gpu_source = None if monitor.gpu is None else monitor.gpu.source
+    return replace(record, isolation=monitor.isolation, gpu_source=gpu_source)
 
 
 def save_record(

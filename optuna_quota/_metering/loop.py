@@ -229,7 +229,6 @@ class MeteringLoop:
         clock: The time in seconds, without pauses of this process; for tests.
         open_tree: Opens the reader of a process tree; for tests.
         open_meters: Opens what is measured of a trial beside its process tree; for tests.
-        period: Seconds between samples of a process tree far from any limit; for benchmarks.
         threaded: False leaves it to the caller to call :meth:`tick`; for tests.
     """
 
@@ -239,11 +238,10 @@ class MeteringLoop:
         clock: Callable[[], float] | None = None,
         open_tree: OpenTree = open_tree,
         open_meters: Callable[[TrialState], Sequence[TrialMeter]] = open_meters,
-        period: float | None = None,
         threaded: bool = True,
     ) -> None:
         self.lock = threading.RLock()  # Guards the state of all trials
-        self.trees = MonitoredTrees(open_tree, period)  # Their process trees
+        self.trees = MonitoredTrees(open_tree)  # Their process trees
         self.open_tree = open_tree
         self._clock = RunningClock()
         self.now = clock or self._clock

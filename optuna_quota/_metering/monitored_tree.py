@@ -45,9 +45,7 @@ def open_tree(pid: int | None, reaper: int | None = None, outsiders: int = 0) ->
 class MonitoredTree:
     """A process tree and the trials that run in it: several for trials in threads."""
 
-    def __init__(
-        self, reader: ProcessTree, pid: int | None, now: float, period: float | None = None
-    ) -> None:
+    def __init__(self, reader: ProcessTree, pid: int | None, now: float) -> None:
         self.reader = reader
         self.pid = pid  # Its root, made for one trial; None for this process
         self.pids: tuple[int, ...] = ()
@@ -61,9 +59,7 @@ class MonitoredTree:
         self._quiet_below = -math.inf
         self._ceiling = math.inf
         self._growth = timing.ASSUMED_GROWTH
-        # Seconds between samples far from any limit; None to choose it.
-        self._fixed_period = period
-        self._period = timing.LONGEST_INTERVAL if period is None else period
+        self._period = timing.LONGEST_INTERVAL  # between samples far from any limit
 
     def add(self, trial: TrialState, now: float, without: Collection[int]) -> None:
         """Add a trial; trials that run in one tree at once are shared from then on."""
@@ -154,9 +150,8 @@ class MonitoredTree:
             and ceiling != trial.supervised
         ]
         self._ceiling = min(ceilings, default=math.inf)
-        if self._fixed_period is None:
-            is_alone = len(self.pids) == 1 and self._keeps_peak
-            self._period = timing.LONGEST_INTERVAL_ALONE if is_alone else timing.LONGEST_INTERVAL
+        is_alone = len(self.pids) == 1 and self._keeps_peak
+        self._period = timing.LONGEST_INTERVAL_ALONE if is_alone else timing.LONGEST_INTERVAL
         if self._memory is None:
             self._quiet_below = -math.inf
         elif all(trial.isolation == "shared" for trial in self.trials):
@@ -200,11 +195,10 @@ class MonitoredTree:
 class MonitoredTrees:
     """All process trees of a metering loop, which holds its lock meanwhile."""
 
-    def __init__(self, open_tree: OpenTree, period: float | None = None) -> None:
+    def __init__(self, open_tree: OpenTree) -> None:
         # Children of this process that belong to no trial, nor do theirs.
         self.excluded_pids: set[int] = set()
         self._open_tree = open_tree
-        self._period = period
         self._trees: list[MonitoredTree] = []
         # Kept from trial to trial: opening costs more than reading.
         self._own: ProcessTree | None = None
@@ -241,7 +235,7 @@ class MonitoredTrees:
         if tree is None:
             if pid is None:
                 self._own = reader = self._own or self._open_tree(None)
-            tree = MonitoredTree(reader or self._open_tree(pid), pid, now, self._period)
+            tree = MonitoredTree(reader or self._open_tree(pid), pid, now)
             self._trees.append(tree)
         tree.add(trial, now, self.excluded(tree))
         tree.schedule(now)

@@ -217,5 +217,6 @@ def _amount(value: Any) -> int | None:
     return None if value is None or value in (-1, 2**64 - 1) else int(value)
 
 
+@functools.lru_cache(maxsize=1)
 def driver_is_present() -> bool:
     return any(map(os.path.exists, ("/dev/nvidiactl", "/proc/driver/nvidia/version")))

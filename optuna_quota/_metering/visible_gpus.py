@@ -153,16 +153,20 @@ def _total_memories(environment: Mapping[str, str]) -> tuple[list[float], bool]:
         return [], False
 
 
-def free_memory(environment: Mapping[str, str]) -> list[float]:
-    """Return the bytes that are free on each GPU or MIG instance that CUDA shows, where known."""
-    found = []
+def memory_by_device(environment: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    """Return the bytes in use and in all of each GPU that CUDA shows, by identity, where known."""
+    found = {}
     with contextlib.suppress(GpuError):
         for device in visible_gpus(environment).devices:
             # One that is lost is left out; the others have an answer.
             with contextlib.suppress(GpuError):
-                used, total = device.memory()
-                found.append(float(total - used))
+                found[device.identity] = device.memory()
     return found
+
+
+def free_memory(environment: Mapping[str, str]) -> list[float]:
+    """Return the bytes that are free on each GPU or MIG instance that CUDA shows, where known."""
+    return [float(total - used) for used, total in memory_by_device(environment).values()]
 
 
 def has_gpu_open(pids: Iterable[int]) -> bool | None:
