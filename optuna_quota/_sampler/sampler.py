@@ -400,13 +400,11 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         self, session: StudySession, study: Study, trial: FrozenTrial, state: TrialState
     ) -> None:
         """Settle a trial; its result is stored after this and no error may lose it."""
-        error, tell_call = _optuna.objective_error(), _optuna.find_tell_call()
         try:
             # The base sampler may have written into the row.
             written = _optuna.may_write_constraints(self.base_sampler)
             row = read_row(study, trial) if written else trial
-            limits = partial(self._limits_of, study)
-            session.finish_trial(study, row, state, limits, error, tell_call)
+            session.finish_trial(study, row, state, partial(self._limits_of, study))
             session.end_when_exhausted(study)
         except Exception as fault:  # noqa: BLE001 - any backend's own
             _logger.warning(f"Trial {trial.number} could not be settled: {fault!r}.")

@@ -184,8 +184,6 @@ class StudySession:
         trial: FrozenTrial,
         state: TrialState,
         limits: Callable[[], Limits],
-        error: BaseException | None = None,
-        tell_call: _optuna.TellCall | None = None,
     ) -> None:
         trial_id = _optuna.trial_id_of(trial)
         usage = Usage()
@@ -216,8 +214,8 @@ class StudySession:
                 limits=limits() if monitor is None else None,
                 footprint=footprint,
                 expected=expected,
-                error=error,
-                tell_call=tell_call,
+                error=_optuna.objective_error(),
+                tell_call=_optuna.find_tell_call(),
             ).usage
         finally:
             self.ledger.charge(trial_id, usage)
