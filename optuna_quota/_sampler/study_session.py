@@ -28,11 +28,11 @@ from optuna_quota._enforcement.trial_result import (
 from optuna_quota._ledger import (
     check_gpus_per_trial,
     gpus_here,
-    Grant,
     Ledger,
     left_for_trial,
     others_run,
     Refusal,
+    RunningTrial,
 )
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering import Meter, Verdict
@@ -118,7 +118,7 @@ class StudySession:
         self,
         study: Study,
         trial: FrozenTrial,
-        grant: Grant,
+        running: RunningTrial,
         limits: Limits,
         meters: Sequence[Meter],
         *,
@@ -136,7 +136,7 @@ class StudySession:
             trial,
             "sampler",
             limits=limits,
-            left=grant.left,
+            left=running.left,
             meters=meters,
             holder=trial,
             here=self._options.metering not in (False, "reported"),
