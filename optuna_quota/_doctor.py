@@ -16,7 +16,10 @@ import platform
 import subprocess
 import sys
 import time
-from typing import Any, Literal, TYPE_CHECKING
+from typing import Any, Literal
+
+from optuna.storages import BaseStorage
+import psutil
 
 from optuna_quota import _units
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
@@ -30,10 +33,6 @@ from optuna_quota._metering.nvml import (
     open_devices,
 )
 from optuna_quota._version import __version__
-
-
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
 
 
 State = Literal["ok", "degraded", "missing"]
@@ -63,23 +62,14 @@ except OSError:
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check.
+    """The result of one check."""
 
-    Attributes:
-        area: The part it belongs to.
-        check: What was checked.
-        state: ``ok``, ``degraded`` (works with less) or ``missing``.
-        found: What was found, in one sentence.
-        degrades: What that means; empty if it means nothing bad.
-        fix: What to do about it; empty if there is nothing to do.
-    """
-
-    area: Area
-    check: str
-    state: State
-    found: str
-    degrades: str = ""
-    fix: str = ""
+    area: Area  # The part it belongs to
+    check: str  # What was checked
+    state: State  # ``ok``, ``degraded`` (works with less) or ``missing``
+    found: str  # What was found, in one sentence
+    degrades: str = ""  # What that means; empty if it means nothing bad
+    fix: str = ""  # What to do about it; empty if there is nothing to do
 
 
 def _degraded(area: Area, check: str, found: str, degrades: str, fix: str) -> Finding:
@@ -338,8 +328,6 @@ class Capacity:
 
 
 def _read_capacity() -> Capacity:
-    import psutil
-
     shared, overcommit = None, ""
     with contextlib.suppress(AttributeError, OSError):
         found = os.statvfs("/dev/shm")

@@ -8,14 +8,13 @@ read when a trial starts; nothing waits for them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-import contextlib
 from dataclasses import dataclass
 import os
 from types import MappingProxyType
 
 from optuna_quota._ledger.protocol import Claim, DEVICE, ResourceRequest
 from optuna_quota._metering.nvml import answer_in_time, GpuError
-from optuna_quota._metering.visible_gpus import visible_gpus
+from optuna_quota._metering.visible_gpus import memory_by_device, visible_gpus
 from optuna_quota._metering.warn import warn_once
 from optuna_quota._units import counted
 
@@ -96,17 +95,8 @@ def check_gpus_per_trial(gpus: Sequence[Gpu], count: int) -> None:
 
 def memory_in_use(gpus: Sequence[Gpu]) -> dict[str, float]:
     """Return the bytes that all processes hold of these GPUs now, by UUID, where known."""
-    if not gpus:
-        return {}
-    known = {gpu.uuid for gpu in gpus}
-    found = {}
-    with contextlib.suppress(GpuError):
-        for device in visible_gpus(os.environ).devices:
-            # Skip a GPU that is lost; the others still answer.
-            with contextlib.suppress(GpuError):
-                if device.identity in known:
-                    found[device.identity] = float(answer_in_time(device.memory)[0])
-    return found
+    known = memory_by_device(os.environ) if gpus else {}
+    return {gpu.uuid: float(known[gpu.uuid][0]) for gpu in gpus if gpu.uuid in known}
 
 
 def gpus_here() -> Sequence[Gpu]:

@@ -91,11 +91,7 @@ class TrialMonitor(TrialState):
         self._set_ceilings(limits, self.left)
 
     def allow(self, left: Mapping[str, float]) -> None:
-        """Set what this trial may use of the study's total quotas.
-
-        Args:
-            left: Ceilings on the trial's whole usage by resource; they replace earlier ones.
-        """
+        """Set what this trial may use in all of the study's total quotas, by resource."""
         self._set_ceilings(self.limits, left)
 
     def _set_ceilings(self, limits: Limits, left: Mapping[str, float]) -> None:
@@ -106,10 +102,8 @@ class TrialMonitor(TrialState):
     def detach(self, waited: float = 0.0) -> None:
         """Until :meth:`attach` measure time only: the trial gets a process of its own.
 
-        What was measured so far belongs to this process and is discarded.
-
-        Args:
-            waited: Seconds since the start that don't count as the trial's.
+        What was measured so far belongs to this process and is discarded. The first ``waited``
+        seconds don't count as the trial's.
         """
         loop = self._loop
         with loop.lock:
@@ -248,12 +242,7 @@ class MeteringLoop:
         clock: The time in seconds, without pauses of this process; for tests.
         open_tree: Opens the reader of a process tree; for tests.
         open_meters: Opens what is measured of a trial beside its process tree; for tests.
-        period: Seconds between samples of a process tree far from any limit; for benchmarks.
         threaded: False leaves it to the caller to call :meth:`tick`; for tests.
-
-    Attributes:
-        lock: Guards the state of all trials.
-        trees: Their process trees.
     """
 
     def __init__(
@@ -262,11 +251,10 @@ class MeteringLoop:
         clock: Callable[[], float] | None = None,
         open_tree: OpenTree = open_tree,
         open_meters: Callable[[TrialState], Sequence[TrialMeter]] = open_meters,
-        period: float | None = None,
         threaded: bool = True,
     ) -> None:
-        self.lock = threading.RLock()
-        self.trees = MonitoredTrees(open_tree, period)
+        self.lock = threading.RLock()  # Guards the state of all trials
+        self.trees = MonitoredTrees(open_tree)  # Their process trees
         self.open_tree = open_tree
         self._clock = RunningClock()
         self.now = clock or self._clock
@@ -291,12 +279,8 @@ class MeteringLoop:
     ) -> TrialMonitor:
         """Start metering a trial; to be called from the thread that runs it.
 
-        Args:
-            key: The trial, see :func:`optuna_quota._metering.key_of`.
-            limits: Its limits.
-            left: What it may use of the study's total quotas, by resource.
-            meters: The user's own meters.
-            here: False if it runs where this process can't see it: only time is measured.
+        Of one that does not run ``here``, where this process can see it, only time is measured.
+        ``left`` is what it may use of the study's total quotas.
         """
         with self.lock:
             monitor = TrialMonitor(self, key, limits or Limits(), left or {}, meters)

@@ -17,23 +17,17 @@ from typing import Any, TypeVar
 
 
 class GpuError(Exception):
-    """A query that NVML does not answer.
-
-    Attributes:
-        reason: Why, as the end of a sentence.
-        final: Whether no more queries are possible: of the device if ``lost``, else of NVML.
-        nothing: Whether there is just no data at this moment.
-        lost: Whether this device alone is lost.
-    """
+    """A query that NVML does not answer."""
 
     def __init__(
         self, reason: str, *, final: bool = False, nothing: bool = False, lost: bool = False
     ) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason = reason  # Why, as the end of a sentence
+        # Whether no more queries are possible: of the device if ``lost``, else of NVML.
         self.final = final
-        self.nothing = nothing
-        self.lost = lost
+        self.nothing = nothing  # Whether there is just no data at this moment
+        self.lost = lost  # Whether this device alone is lost
 
 
 @dataclass(frozen=True)
@@ -122,7 +116,6 @@ class NvmlDevice:
         return min(int(self._call("nvmlDeviceGetUtilizationRates").gpu), 100) / 100
 
     def bus(self) -> tuple[int, int, int]:
-        """Return its domain, bus and device on the PCI bus."""
         place = self._call("nvmlDeviceGetPciInfo")
         return int(place.domain), int(place.bus), int(place.device)
 
@@ -199,7 +192,10 @@ def answer_in_time(ask: Callable[[], T], seconds: float | None = None) -> T:
             errors.append(error)
 
     thread = threading.Thread(target=wait, name="optuna-quota-gpu", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # no further thread is allowed here
+        return ask()
     thread.join(ANSWER_TIME if seconds is None else seconds)
     if answers:
         return answers[0]
@@ -265,5 +261,6 @@ def _amount(value: Any) -> int | None:
     return None if value is None or value in (-1, 2**64 - 1) else int(value)
 
 
+@functools.lru_cache(maxsize=1)
 def driver_is_present() -> bool:
     return any(map(os.path.exists, ("/dev/nvidiactl", "/proc/driver/nvidia/version")))

@@ -18,31 +18,23 @@ from optuna_quota._metering.nvml import answer_in_time, GpuError, NvmlDevice
 
 @dataclass(frozen=True)
 class GpuIdentity:
-    """How CUDA's variables may name a GPU.
+    """How CUDA's variables may name a GPU."""
 
-    Attributes:
-        uuid: Such as ``"GPU-5a1b..."``, empty if unknown.
-        model: The name of its model.
-        instances: The UUIDs of its MIG instances, ``"MIG-..."``, empty if unknown; None if it is
-            not partitioned.
-    """
-
-    uuid: str
-    model: str
+    uuid: str  # Such as ``"GPU-5a1b..."``, empty if unknown
+    model: str  # The name of its model
+    # The UUIDs of its MIG instances, ``"MIG-..."``, empty if unknown; None if it is not
+    # partitioned
     instances: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
 class Visible:
-    """The positions of the GPUs that CUDA shows to a process.
+    """The positions of the GPUs that CUDA shows to a process."""
 
-    Attributes:
-        parts: GPUs by position, each with the position of a MIG instance, or None for the whole
-            GPU with all of its instances; all possible ones if ``unresolved``.
-        unresolved: The entries of ``CUDA_VISIBLE_DEVICES`` if it is unknown which GPUs they name.
-    """
-
+    # GPUs by position, each with the position of a MIG instance, or None for the whole GPU with
+    # all of its instances; all possible ones if ``unresolved``
     parts: tuple[tuple[int, int | None], ...]
+    # The entries of ``CUDA_VISIBLE_DEVICES`` if it is unknown which GPUs they name
     unresolved: tuple[str, ...] = ()
 
 
@@ -164,16 +156,20 @@ def _total_memories(environment: Mapping[str, str]) -> tuple[list[float], bool]:
         return [], False
 
 
-def free_memory(environment: Mapping[str, str]) -> list[float]:
-    """Return the bytes that are free on each GPU or MIG instance that CUDA shows, where known."""
-    found = []
+def memory_by_device(environment: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    """Return the bytes in use and in all of each GPU that CUDA shows, by identity, where known."""
+    found = {}
     with contextlib.suppress(GpuError):
         for device in visible_gpus(environment).devices:
             # One that is lost is left out; the others have an answer.
             with contextlib.suppress(GpuError):
-                used, total = answer_in_time(device.memory)
-                found.append(float(total - used))
+                found[device.identity] = answer_in_time(device.memory)
     return found
+
+
+def free_memory(environment: Mapping[str, str]) -> list[float]:
+    """Return the bytes that are free on each GPU or MIG instance that CUDA shows, where known."""
+    return [float(total - used) for used, total in memory_by_device(environment).values()]
 
 
 def has_gpu_open(pids: Iterable[int]) -> bool | None:
