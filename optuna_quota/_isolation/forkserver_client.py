@@ -204,7 +204,7 @@ class ForkServerClient:
                     pass_fds=(theirs.fileno(),),
                 )
         # Neither it nor its forks are part of a trial in this process.
-        metering_loop().excluded_pids.add(self._process.pid)
+        metering_loop().trees.excluded_pids.add(self._process.pid)
         self._channel = Channel(ours)
         self._loaded, self._files, self._prepared = {}, {}, None
         return self._channel
@@ -254,7 +254,7 @@ class ForkServerClient:
         for ended in [p for p in self._retired if p.poll() is not None]:
             with contextlib.suppress(ValueError):  # another thread was faster
                 self._retired.remove(ended)
-            metering_loop().excluded_pids.discard(ended.pid)
+            metering_loop().trees.excluded_pids.discard(ended.pid)
 
     def _describe_exit(self) -> str:
         self._errors.seek(0)
@@ -297,9 +297,26 @@ def interpreter(module: str, argument: Any) -> list[str]:
     folder = str(Path(__file__).resolve().parents[2])
     path = [entry for entry in sys.path if isinstance(entry, str)]
     path += [] if folder in path else [folder]
-    flags = [f"-X{name}" for name in ("utf8", "dev") if name in sys._xoptions]
     code = _BOOT.format(path=path, module=module, argument=repr(argument))
-    return [os.fsdecode(get_executable()), *flags, "-c", code]
+    return [os.fsdecode(get_executable()), *_options(), "-c", code]
+
+
+# These would only print into what no one reads.
+_PRINTING = ("importtime", "showrefcount")
+
+
+def _options() -> list[str]:
+    """Return the options of this interpreter that change what code does, such as ``-O``."""
+    letters = {
+        "O": sys.flags.optimize,
+        "b": sys.flags.bytes_warning,
+        "B": sys.flags.dont_write_bytecode,
+        "E": sys.flags.ignore_environment,
+        "s": sys.flags.no_user_site,
+    }
+    found = ["-" + letter * int(count) for letter, count in letters.items() if count > 0]
+    named = {name: value for name, value in sys._xoptions.items() if name not in _PRINTING}
+    return [*found, *(f"-X{n}" if v is True else f"-X{n}={v}" for n, v in named.items())]
 
 
 def request_trial(

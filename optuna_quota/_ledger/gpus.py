@@ -13,7 +13,7 @@ import os
 from types import MappingProxyType
 
 from optuna_quota._ledger.protocol import Claim, DEVICE, ResourceRequest
-from optuna_quota._metering.nvml import GpuError
+from optuna_quota._metering.nvml import answer_in_time, GpuError
 from optuna_quota._metering.visible_gpus import memory_by_device, visible_gpus
 from optuna_quota._metering.warn import warn_once
 from optuna_quota._units import counted
@@ -21,6 +21,8 @@ from optuna_quota._units import counted
 
 # The smallest share of a GPU's memory with which a trial of unknown needs starts.
 _MIN_SHARE = 1 / 8
+# Seconds that a study waits for a driver that is slow to start: what it says holds for all trials.
+_STUDY_START_TIME = 60.0
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,9 @@ def gpus_here() -> Sequence[Gpu]:
     Returns none, with a warning, if NVML is not available: each trial then sees all GPUs.
     """
     try:
-        shown = visible_gpus(os.environ)
-        totals = [float(device.memory()[1]) for device in shown.devices]
-        uuids = [device.uuid() for device in shown.devices]
+        shown = visible_gpus(os.environ, within=_STUDY_START_TIME)
+        totals = answer_in_time(lambda: [float(gpu.memory()[1]) for gpu in shown.devices])
+        uuids = answer_in_time(lambda: [gpu.uuid() for gpu in shown.devices])
     except GpuError as error:
         warn_once("gpu: one a trial", f"Trials are not assigned to single GPUs: {error.reason}.")
         return ()

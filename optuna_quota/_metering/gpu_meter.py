@@ -143,6 +143,9 @@ class GpuMeter:
             # A machine without a GPU is nothing to report unless a GPU was asked for.
             if self._limited or nvml.driver_is_present():
                 self._warn(GPU_RESOURCES[:2], error.reason)
+            if self._reader is None:
+                # A part of the trial, if the driver answers later, says nothing about the whole.
+                self._source = Source(None, error.reason)
         return self._reader
 
     def _warn_of_unenforced(self, reading: GpuReading) -> None:

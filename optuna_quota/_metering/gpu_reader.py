@@ -16,7 +16,13 @@ from typing import TypeVar
 
 import psutil
 
-from optuna_quota._metering.nvml import GpuError, GpuSample, NvmlDevice
+from optuna_quota._metering.nvml import (
+    answer_in_time,
+    GpuError,
+    GpuSample,
+    HANGS,
+    NvmlDevice,
+)
 from optuna_quota._resources import GPU_RESOURCES, RESOURCES
 
 
@@ -36,7 +42,6 @@ _PREFIX = "optuna-quota/gpu/"
 
 _INSTANCE = "it is not reported by process on a MIG instance"
 _NO_BYTES = "the driver does not report it by process"
-_HANGS = "the driver hangs"
 _CROWDED = "several processes share a GPU that does not report how busy each keeps it"
 
 Answer = TypeVar("Answer")
@@ -229,11 +234,14 @@ class GpuReader:
         """Return the last reading, or a new one if that is older than ``max_age`` or ``after``.
 
         Threads that wait for another's reading share the next one. Raises GpuError if the driver
-        does not answer the other thread.
+        does not answer.
         """
         asked = time.time()
+        return answer_in_time(lambda: self._read_in_turn(asked, max_age, after))
+
+    def _read_in_turn(self, asked: float, max_age: float, after: float) -> GpuReading:
         if not self._lock.acquire(timeout=_TIMEOUT):
-            raise GpuError(_HANGS)
+            raise GpuError(HANGS)
         try:
             now, latest = time.time(), self.latest
             is_fresh = asked - max_age <= latest.at <= now and latest.at > after

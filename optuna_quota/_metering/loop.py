@@ -38,6 +38,8 @@ _logger = logging.getLogger("optuna.quota.metering")
 
 # Seconds that the end of a trial waits for a meter that another thread is reading.
 _METER_TIMEOUT = 1.0
+# Seconds. The start of a trial with shorter readings counts as its own.
+_LONG_READING = 1.0
 
 
 class TrialMonitor(TrialState):
@@ -110,9 +112,20 @@ class TrialMonitor(TrialState):
             self.postpone(waited)
             meters = () if self._prepared else loop.open_meters(self)
             self._prepared = self._prepared or meters
+        before = loop.now()
         for meter in meters:
             if meter.eager:
                 meter.read(())  # the baseline before the trial's process begins
+        self.leave_out(loop.now() - before)
+
+    def leave_out(self, seconds: float) -> None:
+        """Leave out of its time what its first readings took, if that was long.
+
+        A GPU's driver may take seconds to start, or hang.
+        """
+        if seconds >= _LONG_READING:
+            with self._loop.lock:
+                self.postpone(seconds)
 
     def attach(self, pid: int, reaper: int | None = None, outsiders: int = 0) -> None:
         """From now on measure only the process tree under ``pid``: the trial is isolated.
@@ -281,13 +294,10 @@ class MeteringLoop:
                 meter.schedule(self.now())  # the other thread must not be the first to read it
             self._start()
             self.wake()
+        begun = self.now()
         self.read_meters(monitor, eager)
+        monitor.leave_out(self.now() - begun)
         return monitor
-
-    @property
-    def excluded_pids(self) -> set[int]:
-        """Children of this process that belong to no trial, nor do theirs."""
-        return self.trees.excluded_pids
 
     @property
     def paused(self) -> float:

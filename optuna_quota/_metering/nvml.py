@@ -6,13 +6,14 @@ whether it is permanent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import ctypes
 from dataclasses import dataclass
 import functools
 import os
 import sys
-from typing import Any
+import threading
+from typing import Any, TypeVar
 
 
 class GpuError(Exception):
@@ -159,6 +160,49 @@ def open_devices() -> tuple[Sequence[NvmlDevice], str | None]:
         return _open_devices(), None
     except GpuError as error:
         return (), error.reason
+
+
+T = TypeVar("T")
+
+HANGS = "the driver hangs"
+# Seconds. Without its persistence mode, a driver takes one or two to start for each GPU.
+ANSWER_TIME = 10.0
+# Threads that wait for an answer which was late.
+_late: list[threading.Thread] = []
+
+
+def answer_in_time(ask: Callable[[], T], seconds: float | None = None) -> T:
+    """Ask the driver for something, and raise GpuError if it does not answer: no trial waits.
+
+    Until it has answered, it is not asked again. Known answers of :func:`open_devices` need no
+    thread: most machines have no driver.
+    """
+    if open_devices.cache_info().currsize and open_devices()[1] is not None:
+        return ask()
+    _late[:] = [thread for thread in _late if thread.is_alive()]
+    if _late:
+        raise GpuError(HANGS)
+    answers: list[T] = []
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            answers.append(ask())
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+
+    thread = threading.Thread(target=wait, name="optuna-quota-gpu", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # no further thread is allowed here
+        return ask()
+    thread.join(ANSWER_TIME if seconds is None else seconds)
+    if answers:
+        return answers[0]
+    if errors:
+        raise errors[0]
+    _late.append(thread)
+    raise GpuError(HANGS)
 
 
 def _open_devices() -> list[NvmlDevice]:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import uuid
 
 from optuna_quota._metering import nvml
-from optuna_quota._metering.nvml import GpuError, NvmlDevice
+from optuna_quota._metering.nvml import answer_in_time, GpuError, NvmlDevice
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,15 @@ class VisibleGpus:
     unresolved: tuple[str, ...] = ()
 
 
-def visible_gpus(environment: Mapping[str, str]) -> VisibleGpus:
+def visible_gpus(environment: Mapping[str, str], *, within: float | None = None) -> VisibleGpus:
     """Return the GPUs that CUDA shows under these environment variables.
 
-    Raises GpuError if NVML can't be used, or the variables hide every GPU.
+    Raises GpuError if NVML can't be used, does not answer within so many seconds, or the variables
+    hide every GPU.
     """
     names = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
-    return _visible_gpus(*(environment.get(name) for name in names))
+    values = [environment.get(name) for name in names]
+    return answer_in_time(lambda: _visible_gpus(*values), within)
 
 
 def device_memory(environment: Mapping[str, str]) -> float | None:
@@ -148,7 +150,8 @@ def _total_memories(environment: Mapping[str, str]) -> tuple[list[float], bool]:
     """Return the bytes of each GPU, and whether exactly these are shown; none if unknown."""
     try:
         shown = visible_gpus(environment)
-        return [float(device.memory()[1]) for device in shown.devices], not shown.unresolved
+        totals = answer_in_time(lambda: [float(gpu.memory()[1]) for gpu in shown.devices])
+        return totals, not shown.unresolved
     except GpuError:
         return [], False
 
@@ -160,7 +163,7 @@ def memory_by_device(environment: Mapping[str, str]) -> dict[str, tuple[int, int
         for device in visible_gpus(environment).devices:
             # One that is lost is left out; the others have an answer.
             with contextlib.suppress(GpuError):
-                found[device.identity] = device.memory()
+                found[device.identity] = answer_in_time(device.memory)
     return found
 
 

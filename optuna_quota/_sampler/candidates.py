@@ -301,9 +301,11 @@ class CandidateFilter:
         """Draw a whole point; what the base sampler leaves open is drawn one by one."""
         state = self._state(trial)
         drawn = dict(self._base.sample_relative(study, trial, state.base_space))
-        for name, distribution in space.items():
-            if name not in drawn and name not in state.fixed:
-                drawn[name] = self._base.sample_independent(study, trial, name, distribution)
+        missing = [name for name in space if name not in drawn and name not in state.fixed]
+        # In the order of suggestion, so that a seed gives the values that it gives without limits.
+        order = [] if state.admission is None else [*state.admission.common_space()]
+        for name in sorted(missing, key=lambda n: order.index(n) if n in order else len(order)):
+            drawn[name] = self._base.sample_independent(study, trial, name, space[name])
         return drawn
 
     def _choose(
