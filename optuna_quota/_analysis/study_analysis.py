@@ -8,7 +8,7 @@ signed-rank test).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 import math
@@ -34,7 +34,7 @@ from optuna_quota._footprint.numerics import average_ranks
 from optuna_quota._footprint.observations import Observation, observation_of
 from optuna_quota._footprint.resource_model import ResourceModel
 from optuna_quota._resources import get_resource
-from optuna_quota._utilization.data import study_data
+from optuna_quota._utilization.data import StudyData
 from optuna_quota._utilization.fit import derivatives_at, leverage, without_numeric_warnings
 from optuna_quota._utilization.model import fit_utilization_models, UtilizationModel
 
@@ -70,12 +70,12 @@ class StudyAnalysis:
 
     Args:
         study: The study.
-        user_attrs: Names of user attributes to analyze beside the hyperparameters.
+        data: Its finished trials as arrays.
     """
 
-    def __init__(self, study: Study, user_attrs: Sequence[str] = ()) -> None:
+    def __init__(self, study: Study, data: StudyData) -> None:
         self.study = study
-        self.data = study_data(study, user_attrs)
+        self.data = data
         attributes = study.user_attrs
         self.quota = _records.read_amounts(attributes.get(_records.STUDY_QUOTA))
         self.limits = _records.read_amounts(attributes.get(_records.STUDY_LIMITS))

@@ -25,6 +25,7 @@ import uuid
 
 from optuna_quota import _optuna, _records
 from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._utilization.data import study_data
 from optuna_quota.dashboard._notes import replace_block, study_note, trial_note
 from optuna_quota.visualization._burn_down import burn_down_figure
 from optuna_quota.visualization._data import ENDED, main_resource, StudyTrials
@@ -85,7 +86,7 @@ def publish(
         ImportError: If optuna-dashboard is not installed. Without plotly the notes are written,
             and a warning in the log says what to install for the plots.
     """
-    publish_report(study, report or StudyAnalysis(study), artifact_store)
+    publish_report(study, report or StudyAnalysis(study, study_data(study)), artifact_store)
 
 
 def publish_report(
@@ -274,7 +275,8 @@ class Publisher:
         if is_current is None:
             self._next = started + self._interval
             return
-        publish_report(study, StudyAnalysis(study), self._artifact_store, is_current)
+        report = StudyAnalysis(study, study_data(study))
+        publish_report(study, report, self._artifact_store, is_current)
         ended = time.monotonic()
         self._next = ended + max(self._interval, (ended - started) / _SHARE)
 

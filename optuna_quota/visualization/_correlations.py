@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple, TYPE_CHECKING
 
 from optuna_quota._analysis.study_analysis import StudyAnalysis
+from optuna_quota._utilization.data import study_data
 from optuna_quota.visualization import _theme
 
 
@@ -79,7 +80,7 @@ def plot_correlations(study: Study, *, report: StudyAnalysis | None = None) -> g
     Raises:
         ImportError: If plotly is not installed.
     """
-    analysis = StudyAnalysis(study) if report is None else report
+    analysis = StudyAnalysis(study, study_data(study)) if report is None else report
     return correlations_figure(analysis.correlations)
 
 

@@ -26,6 +26,7 @@ from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._optuna import storage_of, study_id_of
 from optuna_quota._records import Interval, TrialRecord
 from optuna_quota._usage import Breach
+from optuna_quota._utilization.data import study_data
 from optuna_quota.dashboard import _publish, publish, Publisher
 from optuna_quota.dashboard._notes import END
 from optuna_quota.dashboard._publish import IMAGE, publish_report
@@ -110,7 +111,7 @@ def attributes(study: optuna.Study) -> dict[str, Any]:
 
 def publish_plain(study: optuna.Study, store: Any = None) -> None:
     """Publish without analyzing, which takes seconds and is tested elsewhere."""
-    report = StudyAnalysis(study)
+    report = StudyAnalysis(study, study_data(study))
     nothing = pd.DataFrame({"param": [], "resource": []})
     found = {"correlations": nothing, "drivers": {}, "advice": [], "cheaper_space": None}
     vars(report).update(found, _fitted=({}, {}), prediction_errors={})
@@ -344,7 +345,7 @@ def test_the_publisher_pauses_long_after_a_slow_publication(
 
 def test_the_analysis_is_done_before_asking_whether_another_worker_publishes() -> None:
     study = made_study(3)
-    report = StudyAnalysis(study)
+    report = StudyAnalysis(study, study_data(study))
     known: list[set[str]] = []
 
     def is_current() -> bool:
