@@ -16,6 +16,7 @@ from optuna_quota._resources import (
     get_resource,
     USAGE_RESOURCES,
 )
+from optuna_quota.exceptions import LimitBreached
 
 
 @dataclass(frozen=True, repr=False)
@@ -125,3 +126,14 @@ class Breach:
             if float(closer) > float(number):
                 return " ".join([closer, *unit])
         return f"more than {limit}"
+
+
+def breach_error(breach: Breach, reason: str | None = None) -> LimitBreached:
+    """Return the error for a breach, by default with its own reason."""
+    return LimitBreached(
+        reason or breach.reason,
+        resource=breach.resource,
+        limit=breach.limit,
+        observed=breach.observed,
+        seconds=breach.seconds,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 from collections.abc import Callable, Sequence
 import contextlib
+import io
 import itertools
 import logging
 import os
@@ -13,16 +14,14 @@ import select
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from typing import Any, BinaryIO, TypeVar
 
 from optuna_quota._isolation.channel import Channel, TrialConnections
 from optuna_quota._isolation.forkserver import (
-    FailedImports,
     Importing,
-    MakeMainModule,
-    PreloadModules,
+    Prepare,
+    Prepared,
     SpawnRequest,
     UnsafeModule,
 )
@@ -60,13 +59,6 @@ class _Unsafe(OSError):
         self.module = module
 
 
-def _open_errors() -> BinaryIO:
-    # In memory where that is possible: a read-only container or a full disk has no other place.
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("optuna-quota-errors"), "w+b")
-    return tempfile.TemporaryFile()
-
-
 class ForkServerClient:
     """Starts trials from one fork server; for any thread.
 
@@ -79,7 +71,7 @@ class ForkServerClient:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
-        self._errors = _open_errors()
+        self._errors: BinaryIO = io.BytesIO()  # what it writes to its standard error
         # Processes that exit by themselves once they have served what was sent.
         self._retired: list[subprocess.Popen[bytes]] = []
         # Modules to load, in their order; those loaded, the times of their files, and the
@@ -191,8 +183,9 @@ class ForkServerClient:
         ours.settimeout(ANSWER_TIME)
         with theirs:
             command = interpreter("forkserver", theirs.fileno())
-            self._errors.seek(0)
-            self._errors.truncate()
+            self._errors.close()
+            # In memory: a read-only container or a full disk has no other place.
+            self._errors = os.fdopen(os.memfd_create("optuna-quota-errors"), "w+b")
             self._environ = dict(os.environ)
             with block_job_signals():
                 self._process = subprocess.Popen(
@@ -219,29 +212,21 @@ class ForkServerClient:
         return bool(self._new_modules()) and self._environ != os.environ
 
     def _prepare(self, channel: Channel) -> MainModule:
-        new = self._new_modules()
-        if new:
+        new, main = self._new_modules(), self._main or MainModule()
+        makes_main = self._prepared is None and _MAIN not in self._unsafe
+        if new or makes_main:
             self._loaded.update(dict.fromkeys(new))
             self._files.update(modification_times(new))
-            self._warn_of(_ask(channel, PreloadModules(tuple(sys.path), new)))
-        if self._prepared is None:
-            self._prepared = self._make_main_module(channel)
-        return self._prepared
+            request = Prepare(tuple(sys.path), new, main if makes_main else None)
+            answer = _ask(channel, request)
+            self._prepared = answer.main or self._prepared
+            for name in self._named & (answer.errors.keys() - self._warned):
+                self._warned.add(name)
+                _logger.warning(f"`preload` has {name!r}, which fails: {answer.errors[name]}.")
+        return self._prepared or main
 
     def _new_modules(self) -> list[str]:
         return [m for m in self._wanted if m not in self._loaded and not self._is_unsafe(m)]
-
-    def _make_main_module(self, channel: Channel) -> MainModule:
-        main = self._main or MainModule()
-        if _MAIN in self._unsafe:
-            return main
-        made: MainModule = _ask(channel, MakeMainModule(main))
-        return made
-
-    def _warn_of(self, failed: FailedImports) -> None:
-        for name in self._named & (failed.errors.keys() - self._warned):
-            self._warned.add(name)
-            _logger.warning(f"`preload` has {name!r}, which fails: {failed.errors[name]}.")
 
     def _discard(self) -> None:
         channel, self._channel = self._channel, None
@@ -342,10 +327,8 @@ def _standard_stream(number: int, stack: contextlib.ExitStack) -> int:
     return number
 
 
-def _ask(server: Channel, request: PreloadModules | MakeMainModule) -> Any:
+def _ask(server: Channel, request: Prepare) -> Prepared:
     awaited = "The start of Python or of an import"
-    if isinstance(request, MakeMainModule):
-        awaited = "The import of this script's main module"
     try:
         server.send(request)
         while True:
@@ -353,9 +336,11 @@ def _ask(server: Channel, request: PreloadModules | MakeMainModule) -> Any:
             answer = server.receive()
             if isinstance(answer, UnsafeModule):
                 raise _Unsafe(answer.name)
-            if not isinstance(answer, Importing):
+            if isinstance(answer, Prepared):
                 return answer
-            awaited = f"The import of {answer.name!r}"
+            assert isinstance(answer, Importing)
+            is_main = answer.name == _MAIN
+            awaited = f"The import of {'this script' if is_main else repr(answer.name)}"
     except TimeoutError:
         raise _overdue(awaited) from None
 

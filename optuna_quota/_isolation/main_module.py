@@ -22,7 +22,7 @@ import os
 import sys
 import tokenize
 import types
-from typing import Any
+from typing import Any, TypeGuard
 
 from optuna_quota._isolation.modules import is_installed, module_frames
 
@@ -110,9 +110,8 @@ def make_main_module(found: MainModule) -> None:
     main.__package__ = found.package
     for name in MAIN_NAMES:
         sys.modules[name] = main
-    if found.statements and found.file is not None:
-        code = _compile(found)
-        exec(code, vars(main))
+    if found.statements:
+        exec(_compile(found), vars(main))
 
 
 # A main module that is no longer referred to would be cleared, and with it the code that runs.
@@ -187,7 +186,7 @@ def definitions(body: Iterable[ast.stmt]) -> list[ast.stmt]:
 _GUARDS = ("__name__ == '__main__'", "'__main__' == __name__")
 
 
-def is_guard(statement: ast.stmt) -> bool:
+def is_guard(statement: ast.stmt) -> TypeGuard[ast.If]:
     if not isinstance(statement, ast.If):
         return False
     tests = [statement.test]
@@ -198,16 +197,11 @@ def is_guard(statement: ast.stmt) -> bool:
 
 def _unguarded(statement: ast.stmt) -> list[ast.stmt]:
     """Return the statements that an import would run: of a guard, those under ``else``."""
-    if is_guard(statement):
-        assert isinstance(statement, ast.If)
-        return statement.orelse
-    return [statement]
+    return statement.orelse if is_guard(statement) else [statement]
 
 
 def _is_definition(statement: ast.stmt) -> bool:
-    if isinstance(statement, (ast.Import, ast.ImportFrom, ast.ClassDef, ast.Pass)):
-        return True
-    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+    if isinstance(statement, (ast.Import, ast.ImportFrom, ast.Pass, *_DEFINITIONS)):
         return True
     if isinstance(statement, ast.Expr):
         return isinstance(statement.value, ast.Constant)
@@ -308,12 +302,9 @@ def bound_once(tree: ast.Module, chosen: Collection[ast.stmt]) -> set[str]:
     for statement in tree.body:
         if id(statement) in kept:
             bindings.update(bound_names(statement))
-        elif is_guard(statement):
-            assert isinstance(statement, ast.If)
-            for part in statement.body:
-                changed |= bound_names(part)
         else:
-            changed |= bound_names(statement)
+            for part in statement.body if is_guard(statement) else [statement]:
+                changed |= bound_names(part)
     for node in ast.walk(tree):
         if isinstance(node, ast.Global):
             changed |= set(node.names)

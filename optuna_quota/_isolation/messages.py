@@ -10,7 +10,7 @@ from optuna_quota._isolation.channel import SentError
 from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import ProcessContext
 from optuna_quota._isolation.output import OutputSettings
-from optuna_quota._isolation.rpc import TrialFacts
+from optuna_quota._isolation.rpc import Address, TrialHandle
 from optuna_quota._usage import Breach
 from optuna_quota.exceptions import LimitBreached
 
@@ -131,6 +131,7 @@ class StartTrial:
     """All that a trial's process needs to begin.
 
     Attributes:
+        address: Where the trial is served.
         limits: The ceilings in force by resource, in SI base units.
         device_memory: The memory of the smallest visible GPU, in bytes.
         cores: The cores that it is confined to, None for all.
@@ -142,7 +143,8 @@ class StartTrial:
 
     context: ProcessContext
     output: OutputSettings
-    trial: TrialFacts
+    address: Address
+    trial: TrialHandle
     limits: Mapping[str, float]
     device_memory: float | None
     cores: Cores | None

@@ -56,17 +56,13 @@ def modules_to_preload(*, everything: bool) -> list[str]:
 
 
 def can_preload(names: Iterable[str]) -> list[str]:
-    found = []
-    for name in names:
-        spec = getattr(sys.modules.get(name), "__spec__", None)
-        is_itself = spec is not None and spec.name == name
-        if (
-            is_itself
-            and _package(name) not in _NEVER
-            and not getattr(spec, "_initializing", False)
-        ):
-            found.append(name)
-    return found
+    return [name for name in names if _package(name) not in _NEVER and _is_loaded(name)]
+
+
+def _is_loaded(name: str) -> bool:
+    """Return whether a module is loaded under its own name, and not half imported."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return spec is not None and spec.name == name and not getattr(spec, "_initializing", False)
 
 
 def _package(module: str) -> str:
@@ -122,8 +118,7 @@ def is_installed(file: str) -> bool:
 def _installed_folders() -> tuple[str, ...]:
     paths = sysconfig.get_paths()
     folders = [paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib", "scripts")]
-    if hasattr(site, "getsitepackages"):
-        folders += site.getsitepackages()
+    folders += site.getsitepackages()
     if site.ENABLE_USER_SITE:
         folders.append(site.getusersitepackages())
     # This library itself, wherever it is installed from.

@@ -69,11 +69,7 @@ def find_failed_allocation(error: BaseException) -> FailedAllocation | None:
     quotes: of a worker of a pool or DataLoader, of a failed subprocess, of the failed fits of a
     search. A ``MemoryError`` that Python code raised by itself is none.
     """
-    for link in _chain(error):
-        found = _match(link)
-        if found is not None:
-            return found
-    return None
+    return next(filter(None, map(_match, _chain(error))), None)
 
 
 def find_failed_allocation_in_text(text: str) -> FailedAllocation | None:
@@ -145,15 +141,14 @@ def _match(error: BaseException) -> FailedAllocation | None:
         if not _was_raised_by_python(error.__traceback__):
             return FailedAllocation("memory", _array_size(error) or _requested(message.lower()))
     found = found or find_failed_allocation_in_text(message)
-    if found is not None:
-        return found
-    for output in _quoted(error):
-        found = find_failed_allocation_in_text(output)
-        if found is None and any(words in output.lower() for words in _OTHER_MESSAGES):
-            found = FailedAllocation("memory")
-        if found is not None:
-            return found
-    return None
+    return found or next(filter(None, map(_match_output, _quoted(error))), None)
+
+
+def _match_output(output: str) -> FailedAllocation | None:
+    found = find_failed_allocation_in_text(output)
+    if found is None and any(words in output.lower() for words in _OTHER_MESSAGES):
+        return FailedAllocation("memory")
+    return found
 
 
 def _match_named(path: str, names: Collection[str], message: str) -> FailedAllocation | None:

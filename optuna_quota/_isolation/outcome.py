@@ -16,7 +16,6 @@ from optuna.trial import Trial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.preemption import end_as_preempted, enqueue_again
-from optuna_quota._enforcement.pruner import breach_error
 from optuna_quota._enforcement.study_warnings import never_fits
 from optuna_quota._enforcement.trial_result import read_row, tolerate_constraints_failure
 from optuna_quota._isolation import messages, out_of_memory
@@ -33,7 +32,7 @@ from optuna_quota._records import CRASHED, is_rejected, write_attributes
 from optuna_quota._resources import format_amount
 from optuna_quota._storage_retry import retry
 from optuna_quota._units import format_seconds, format_signal
-from optuna_quota._usage import Breach, Usage
+from optuna_quota._usage import Breach, breach_error, Usage
 from optuna_quota.exceptions import LimitBreached, TrialCrashed, TrialPreempted
 
 

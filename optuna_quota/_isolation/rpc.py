@@ -41,6 +41,16 @@ class Handle:
     kind: type
 
 
+@dataclass(frozen=True)
+class TrialHandle(Handle):
+    """Refers to the trial; has its attributes that never change: they need no call."""
+
+    number: int
+    trial_id: int | None
+    datetime_start: datetime.datetime | None
+    study: Handle | None
+
+
 # A call: its id, the index of its target, the name, arguments (None to read an attribute), keyword
 # arguments. The answer: the call's id, the value, the error. Plain tuples, because a pickled class
 # costs as much as the rest of a round trip.
@@ -156,11 +166,6 @@ class RemoteObjects:
 _served: dict[Address, tuple[int, RemoteObjects]] = {}
 
 
-def _served_here(address: Address) -> RemoteObjects | None:
-    pid, objects = _served.get(address, (None, None))
-    return objects if pid == os.getpid() else None
-
-
 def is_remote(value: Any) -> bool:
     """Return whether an object belongs to the study's process: a copy of it would be another."""
     return isinstance(value, (Study, BaseStorage, Trial))
@@ -253,10 +258,6 @@ class Method:
 _clients: dict[Address, RpcClient] = {}
 
 
-def _client(address: Address) -> RpcClient:
-    return _clients.get(address) or RpcClient(address)
-
-
 class Proxy:
     """Stands in the trial's process for an object of the study's, and passes for its class."""
 
@@ -293,34 +294,16 @@ class Proxy:
         return self.__reduce__()
 
 
-def proxy_at(address: Address, handle: Handle) -> Any:
-    """Return the proxy of an object, or the object itself in its own process."""
-    objects = _served_here(address)
-    return Proxy(_client(address), handle) if objects is None else objects[handle.index]
-
-
-@dataclass(frozen=True)
-class TrialFacts:
-    """Where a trial is served, and its attributes that never change: they need no call."""
-
-    address: Address
-    number: int
-    trial_id: int | None
-    datetime_start: datetime.datetime | None
-    study: Handle | None
-
-
 class RemoteTrial(Proxy):
     """The trial in its process; attributes that are set there stay there."""
 
-    def __init__(self, calls: RpcClient, facts: TrialFacts) -> None:
-        super().__init__(calls, Handle(TRIAL, Trial))
-        self.facts = facts
-        self.number = facts.number
-        self.datetime_start = facts.datetime_start
-        self._trial_id = facts.trial_id
-        if facts.study is not None:
-            self.study = Proxy(calls, facts.study)
+    def __init__(self, calls: RpcClient, handle: TrialHandle) -> None:
+        super().__init__(calls, handle)
+        self.number = handle.number
+        self.datetime_start = handle.datetime_start
+        self._trial_id = handle.trial_id
+        if handle.study is not None:
+            self.study = Proxy(calls, handle.study)
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__[name] = value
@@ -329,11 +312,11 @@ class RemoteTrial(Proxy):
         breach: Breach | None = self._proxied[0].call(TRIAL, CHECK)
         return breach
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return trial_at, (self.facts,)
 
-
-def trial_at(facts: TrialFacts) -> Any:
-    """Return the remote trial, or the trial itself in its own process."""
-    objects = _served_here(facts.address)
-    return RemoteTrial(_client(facts.address), facts) if objects is None else objects[TRIAL]
+def proxy_at(address: Address, handle: Handle) -> Any:
+    """Return the proxy of an object, or the object itself in its own process."""
+    pid, objects = _served.get(address, (None, None))
+    if objects is not None and pid == os.getpid():
+        return objects[handle.index]
+    calls = _clients.get(address) or RpcClient(address)
+    return RemoteTrial(calls, handle) if isinstance(handle, TrialHandle) else Proxy(calls, handle)

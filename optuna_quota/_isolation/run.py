@@ -173,18 +173,19 @@ class TrialRun:
     def _start_and_serve(
         self, objective: Callable[..., Any], remote: RemoteObjects, cores: Cores | None
     ) -> Server:
-        launched = TrialLauncher(
+        launcher = TrialLauncher(
             objective, self._options, self._trial, self._monitor, remote, cores
-        ).launch()
+        )
+        connections = launcher.launch()
         label = f"Trial {self._trial.number}"
-        self._server = server = Server(launched.connections, remote, self, label=label)
+        self._server = server = Server(connections, remote, self, label=label)
         # Until the objective begins, only time counts.
         self._monitor.on_breach(self._stop_for_time)
         try:
             with self._preemption.handled_by(
                 self._trial_id, self._preempt, server.kill_soon, self._options.grace_period
             ):
-                launched.begin()
+                launcher.begin(connections)
                 server.serve()
         except KeyboardInterrupt:
             self._interrupt(server)
@@ -193,7 +194,7 @@ class TrialRun:
             server.kill()
             raise
         finally:
-            launched.connections.close()
+            connections.close()
             server.close()
         return server
 

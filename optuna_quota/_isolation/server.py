@@ -337,8 +337,6 @@ class Server:
                 value = self._events.find_breach()
             elif name == rpc.MEASURE:
                 self._events.measure_gpus()
-            elif name == "__setattr__":
-                setattr(self._remote[index], *(args or ()))
             elif name != rpc.SYNC:
                 value = getattr(self._remote[index], name)
                 if args is not None:

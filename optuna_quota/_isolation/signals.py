@@ -11,12 +11,12 @@ import signal
 import socket
 import sys
 import threading
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
+from optuna.exceptions import TrialPruned
 
-if TYPE_CHECKING:
-    from optuna_quota._usage import Breach
-    from optuna_quota.exceptions import LimitBreached
+from optuna_quota._usage import Breach, breach_error
+from optuna_quota.exceptions import LimitBreached
 
 
 # A real-time signal has no meaning of its own: SIGTERM, SIGINT and SIGUSR1 keep theirs, and a
@@ -112,10 +112,6 @@ class PoliteStop:
             self._raise()
 
     def _raise(self) -> None:
-        from optuna.exceptions import TrialPruned
-
-        from optuna_quota.exceptions import LimitBreached
-
         # A signal to the whole job, a check or `should_prune` has ended it already: it cleans up.
         error = sys.exc_info()[1]
         while error is not None:
@@ -128,13 +124,7 @@ class PoliteStop:
         if reason is None:
             # The kernel gives no figures; the study's process adds them.
             raise LimitBreached("The trial used up its CPU time.", resource="cpu_time")
-        raise LimitBreached(
-            reason.reason,
-            resource=reason.resource,
-            limit=reason.limit,
-            observed=reason.observed,
-            seconds=reason.seconds,
-        )
+        raise breach_error(reason)
 
 
 # A workload manager (``sbatch --signal``, ``scancel``) signals each process of a job step. The

@@ -27,7 +27,8 @@ from optuna_quota._isolation.rpc import (
     RemoteObjects,
     RemoteTrial,
     RpcClient,
-    TrialFacts,
+    TRIAL,
+    TrialHandle,
 )
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import MIB
@@ -197,10 +198,10 @@ def test_what_comes_back_to_its_own_process_is_itself() -> None:
     """``study.tell(trial, …)`` and the like get the trial, and make no call to themselves."""
     trial = optuna.create_study().ask()
     with contextlib.closing(RemoteObjects(trial)) as remote:
-        address, calls = remote.listener.address, RpcClient(remote.listener.address)
-        facts = TrialFacts(address, trial.number, None, None, None)
+        calls = RpcClient(remote.listener.address)
+        handle = TrialHandle(TRIAL, optuna.Trial, trial.number, None, None, None)
         proxy = Proxy(calls, remote.handle(trial.study))
-        assert pickle.loads(pickle.dumps(RemoteTrial(calls, facts))) is trial
+        assert pickle.loads(pickle.dumps(RemoteTrial(calls, handle))) is trial
         assert pickle.loads(pickle.dumps(proxy)) is trial.study
     assert type(pickle.loads(pickle.dumps(proxy))) is Proxy
 
