@@ -12,6 +12,7 @@ import ast
 from collections.abc import Iterator, Sequence
 import contextlib
 from dataclasses import dataclass
+import hmac
 import io
 import itertools
 import os
@@ -73,12 +74,13 @@ class Channel:
 
     A signal handler may raise out of :meth:`receive` at any time. Bytes are kept in a buffer, so
     that the next call continues where this one was cut off. All methods that receive raise
-    EOFError when the other side is gone, those that send OSError.
+    EOFError when the other side is gone or begins with another ``key``, those that send OSError.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, key: bytes = b"") -> None:
         self._sock = sock
         self._buffer = bytearray()
+        self._awaited_key = key
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -153,7 +155,7 @@ class Channel:
 
     def _size(self) -> int | None:
         """Return the bytes of the next message with its header, None when too few are here."""
-        if len(self._buffer) < _HEADER.size:
+        if self._awaited_key or len(self._buffer) < _HEADER.size:
             return None
         size: int = _HEADER.unpack_from(self._buffer)[0]
         return _HEADER.size + size
@@ -174,6 +176,12 @@ class Channel:
         if not chunk:
             raise EOFError("The other process closed the connection.")
         self._buffer += chunk
+        key = self._awaited_key
+        if key and len(self._buffer) >= len(key):
+            if not hmac.compare_digest(self._buffer[: len(key)], key):
+                raise EOFError("The other process does not know the key.")
+            del self._buffer[: len(key)]
+            self._awaited_key = b""
 
 
 def channel_pair() -> tuple[Channel, Channel]:

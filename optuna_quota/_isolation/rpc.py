@@ -13,7 +13,6 @@ import contextlib
 from dataclasses import dataclass, field
 import datetime
 import functools
-import hmac
 import itertools
 import os
 import secrets
@@ -116,21 +115,12 @@ class Listener:
     def close(self) -> None:
         self._sock.close()
 
-    def accept(self) -> socket.socket | None:
-        """Return a connection that is yet to be admitted, None if it is gone already."""
+    def accept(self) -> Channel | None:
+        """Return a new connection, which is to begin with the key; None without one."""
         with contextlib.suppress(OSError):
-            return self._sock.accept()[0]
-        return None
-
-    def admit(self, sock: socket.socket) -> Channel | None:
-        """Return the connection if it sent the key, which has arrived; else close it."""
-        with contextlib.suppress(OSError):
-            sock.setblocking(False)
-            sent = sock.recv(_KEY_SIZE)
+            sock, _ = self._sock.accept()
             sock.setblocking(True)
-            if hmac.compare_digest(sent, self.address.key):
-                return Channel(sock)
-        sock.close()
+            return Channel(sock, self.address.key)
         return None
 
 
