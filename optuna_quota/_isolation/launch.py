@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 from dataclasses import dataclass
 import functools
+import math
 import os
 from pathlib import Path
 import selectors
@@ -279,7 +280,7 @@ class _PortableSupervisor:
         self._root = psutil.Process(process.pid)
         self._control = control
         self._descendants: dict[int, psutil.Process] = {}
-        self._deadline: float | None = None
+        self._deadline = math.inf
         self._killer: messages.Killer | None = None
         self._cpu_time = 0.0
 
@@ -300,7 +301,7 @@ class _PortableSupervisor:
                 self._find_descendants()
                 if selector.select(_PORTABLE_INTERVAL) or self._control.pending():
                     self._obey()
-                if self._deadline is not None and time.monotonic() >= self._deadline:
+                if time.monotonic() >= self._deadline:
                     self._kill("breach")
         leftovers = self._kill_descendants()
         ended = messages.ExitReport(
@@ -331,9 +332,8 @@ class _PortableSupervisor:
         if isinstance(command, messages.KillTrial):
             self._kill("request")
         elif isinstance(command, messages.ExitWithin):
-            leave = time.monotonic() + command.seconds
-            self._deadline = leave if self._deadline is None else min(leave, self._deadline)
-        elif isinstance(command, messages.StopTrial) and self._deadline is None:
+            self._deadline = min(self._deadline, time.monotonic() + command.seconds)
+        elif isinstance(command, messages.StopTrial) and self._deadline == math.inf:
             self._deadline = time.monotonic() + command.grace_period
             if os.name == "posix" and command.grace_period > 0:
                 is_interrupt = isinstance(command.reason, KeyboardInterrupt)
