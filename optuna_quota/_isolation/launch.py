@@ -16,9 +16,9 @@ import socket
 import subprocess
 import threading
 import time
-from typing import Any, Literal, TYPE_CHECKING
+from typing import Any, Literal
 
-from optuna.trial import Trial
+from optuna.trial import BaseTrial, Trial
 import psutil
 
 from optuna_quota import _optuna
@@ -40,13 +40,8 @@ from optuna_quota._isolation.output import (
 from optuna_quota._isolation.pickling import dump_objective, NeedsFork, Payload
 from optuna_quota._isolation.rpc import RemoteObjects, TRIAL, TrialHandle
 from optuna_quota._limits import Limits
+from optuna_quota._metering import TrialMonitor
 from optuna_quota._metering.visible_gpus import device_memory
-
-
-if TYPE_CHECKING:
-    from optuna.trial import BaseTrial
-
-    from optuna_quota._metering import TrialMonitor
 
 
 StartMethod = Literal["forkserver", "spawn", "fork"]

@@ -9,10 +9,11 @@ import logging
 import math
 import os
 import signal
-from typing import Any, Literal, NoReturn, TYPE_CHECKING
+from typing import Any, Literal, NoReturn
 
 from optuna import TrialPruned
-from optuna.trial import Trial, TrialState
+from optuna.study import Study
+from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.preemption import end_as_preempted, enqueue_again
@@ -24,7 +25,7 @@ from optuna_quota._isolation.launch import IsolationOptions
 from optuna_quota._isolation.messages import ExitReport
 from optuna_quota._isolation.script_process import ScriptFailed
 from optuna_quota._isolation.server import Server
-from optuna_quota._metering import Verdict
+from optuna_quota._metering import TrialMonitor, Verdict
 from optuna_quota._metering.breach import find_refused_breach
 from optuna_quota._metering.meter import DeviceShare, GpuUse
 from optuna_quota._metering.visible_gpus import device_memory, free_memory
@@ -34,13 +35,6 @@ from optuna_quota._storage_retry import retry
 from optuna_quota._units import format_seconds, format_signal
 from optuna_quota._usage import Breach, breach_error, Usage
 from optuna_quota.exceptions import LimitBreached, TrialCrashed, TrialPreempted
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import BaseTrial, FrozenTrial
-
-    from optuna_quota._metering import TrialMonitor
 
 
 _logger = logging.getLogger("optuna.quota.isolated")

@@ -19,17 +19,14 @@ import secrets
 import socket
 import sys
 import threading
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import Trial
 
 from optuna_quota._isolation.channel import Channel, SentError, unpack_error
-
-
-if TYPE_CHECKING:
-    from optuna_quota._usage import Breach
+from optuna_quota._usage import Breach
 
 
 @dataclass(frozen=True)

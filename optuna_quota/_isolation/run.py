@@ -6,10 +6,11 @@ from collections.abc import Callable
 import contextlib
 import functools
 import logging
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 from optuna import TrialPruned
-from optuna.trial import Trial, TrialState
+from optuna.study import Study
+from optuna.trial import BaseTrial, Trial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import resolve_cores
@@ -38,19 +39,12 @@ from optuna_quota._isolation.outcome import INTERRUPTED, OutcomeResolver
 from optuna_quota._isolation.rpc import RemoteObjects
 from optuna_quota._isolation.server import NotStarted, Server
 from optuna_quota._limits import Limits, with_cores
-from optuna_quota._metering import key_of, metering_loop, Verdict
+from optuna_quota._metering import key_of, metering_loop, TrialMonitor, Verdict
 from optuna_quota._records import is_rejected
 from optuna_quota._resources import CLOCK_RESOURCES, format_amount
 from optuna_quota._storage_retry import survive_outages, without_retries
 from optuna_quota._usage import Breach
 from optuna_quota.exceptions import LimitBreached, TrialPreempted
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import BaseTrial
-
-    from optuna_quota._metering import TrialMonitor
 
 
 _logger = logging.getLogger("optuna.quota.isolated")

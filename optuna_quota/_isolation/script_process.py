@@ -17,17 +17,14 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple
 
 from optuna import TrialPruned
+from optuna.trial import BaseTrial
 
 from optuna_quota._isolation import linux
 from optuna_quota._units import format_signal
 from optuna_quota.exceptions import LimitBreached
-
-
-if TYPE_CHECKING:
-    from optuna.trial import BaseTrial
 
 
 # Bytes of one read, and the most reads of what is left once the script has ended: its last output
