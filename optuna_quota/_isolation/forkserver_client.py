@@ -6,7 +6,6 @@ import atexit
 from collections.abc import Callable, Sequence
 import contextlib
 import io
-import itertools
 import logging
 import os
 from pathlib import Path
@@ -83,9 +82,8 @@ class ForkServerClient:
         self._environ: dict[str, str] = {}
         self._main: MainModule | None = None
         self._prepared: MainModule | None = None
-        # Modules after which forks are unsafe, and others of the same packages that are safe.
+        # Modules after which forks are unsafe.
         self._unsafe: set[str] = set()
-        self._safe: set[str] = set()
         # Those that the user has named, and of these, those that can't be imported.
         self._named: set[str] = set()
         self._warned: set[str] = set()
@@ -93,8 +91,7 @@ class ForkServerClient:
     def for_one_trial(self) -> ForkServerClient:
         """Return another client for the start method spawn, to be released."""
         client = ForkServerClient(one_trial=True)
-        client._unsafe, client._safe = self._unsafe, self._safe
-        client._warned = self._warned
+        client._unsafe, client._warned = self._unsafe, self._warned
         client._retired = self._retired
         return client
 
@@ -164,9 +161,12 @@ class ForkServerClient:
                 self._discard()
                 raise
             except (OSError, EOFError) as error:
-                # Each unsafe module costs a fork server; there may be many of them.
-                faults += not (isinstance(error, _Unsafe) and self._note_unsafe(error.module))
                 self._discard()
+                if isinstance(error, _Unsafe) and error.module not in self._unsafe:
+                    # Each costs a fork server, and there may be many of them.
+                    self._unsafe.add(error.module)
+                    continue
+                faults += 1
                 if faults == _ATTEMPTS:
                     raise OSError(self._describe_exit()) from error
             except BaseException:
@@ -226,7 +226,19 @@ class ForkServerClient:
         return self._prepared or main
 
     def _new_modules(self) -> list[str]:
-        return [m for m in self._wanted if m not in self._loaded and not self._is_unsafe(m)]
+        """Return the modules to load; of a package with an unsafe one, those before that.
+
+        Each unsafe module costs a fork server, and the trial waits meanwhile.
+        """
+        new, unsafe_packages = [], set()
+        for name in self._wanted:
+            if name not in self._loaded:
+                package = name.partition(".")[0]
+                if name in self._unsafe:
+                    unsafe_packages.add(package)
+                elif package not in unsafe_packages:
+                    new.append(name)
+        return new
 
     def _discard(self) -> None:
         channel, self._channel = self._channel, None
@@ -247,22 +259,6 @@ class ForkServerClient:
         if not lines:
             return "The fork server exited without output."
         return f"The fork server exited: {lines[-1]}"
-
-    def _note_unsafe(self, module: str) -> bool:
-        """Note which module a fork server found unsafe; return whether that was news."""
-        if module in self._unsafe:
-            return False
-        # The later ones of its package are not tried: each unsafe one costs a fork server, and
-        # the trial waits meanwhile.
-        earlier = itertools.takewhile(lambda name: name != module, self._wanted)
-        self._safe.update([name for name in earlier if not self._is_unsafe(name)])
-        self._unsafe.add(module)
-        return True
-
-    def _is_unsafe(self, module: str) -> bool:
-        package = module.partition(".")[0]
-        is_suspect = any(package == name.partition(".")[0] for name in self._unsafe)
-        return is_suspect and module not in self._safe
 
 
 _BOOT = (
