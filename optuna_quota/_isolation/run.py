@@ -72,7 +72,7 @@ class TrialRun:
         self._preemption = Preemption() if self._study is None else preemption_of(self._study)
         self._trial_id = -1 if self._study is None else _optuna.trial_id_of(trial)
         self._forecast = _StepForecast(self._study) if options.predictive_stop else None
-        self._server: Server | None = None
+        self._server: Server
         # Why it is to run again later, and how something else has ended its row.
         self._stopped_for: str | None = None
         self._ended_outside: str | None = None
@@ -252,7 +252,7 @@ class TrialRun:
 
     def check_row(self) -> None:
         """Stop the trial if something else has finished its row, such as optuna-dashboard."""
-        if self._study is None or self._server is None or self._ended_outside is not None:
+        if self._study is None or self._ended_outside is not None:
             return
         try:
             with without_retries():
@@ -267,8 +267,7 @@ class TrialRun:
 
     def _stop_for_time(self, breach: Breach) -> None:
         if breach.resource in CLOCK_RESOURCES:
-            is_ready = self._server is not None and self._server.ready is not None
-            if self._study is not None and not breach.quota and not is_ready:
+            if self._study is not None and not breach.quota and self._server.ready is None:
                 warn_once(
                     self._study,
                     "start",
@@ -279,13 +278,11 @@ class TrialRun:
             self._stop(breach)
 
     def _preempt(self, reason: str) -> None:
-        assert self._server is not None
         self._stopped_for = self._stopped_for or reason
         grace_period = self._preemption.grace(self._options.grace_period)
         self._server.stop(TrialPreempted(reason), grace_period)
 
     def _stop(self, breach: Breach) -> None:
-        assert self._server is not None
         self._server.stop(breach, self._options.grace_period)
 
 
