@@ -82,7 +82,7 @@ def _fill_600_mib(_: LoadsSlowly, trial: optuna.Trial) -> float:
     held = []
     for _ in range(150):
         held.append(np.ones(4 * MIB // 8))
-        time.sleep(0.001)
+        time.sleep(0.004)
     return float(held[0][0])
 
 
