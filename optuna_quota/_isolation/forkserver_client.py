@@ -89,7 +89,7 @@ class ForkServerClient:
         self._warned: set[str] = set()
 
     def for_one_trial(self) -> ForkServerClient:
-        """Return another client for the start method spawn, to be released."""
+        """Return another client for the start method spawn, to be reset."""
         client = ForkServerClient(one_trial=True)
         client._unsafe, client._warned = self._unsafe, self._warned
         client._retired = self._retired
@@ -112,19 +112,13 @@ class ForkServerClient:
             return self._with_server(launch)
 
     def reset(self) -> None:
-        """Use another fork server from now on; trials under way continue."""
+        """Let the fork server exit, and use another one from now on; trials continue."""
         with self._lock:
             self._discard()
-
-    def release(self) -> None:
-        """Let the fork server exit without waiting for it."""
-        with self._lock:
-            self._discard()
-            self._errors.close()
 
     def close(self) -> None:
         """Let the fork server exit and wait for it; trials under way continue."""
-        self.release()
+        self.reset()
         for process in list(self._retired):
             try:
                 process.wait(timeout=_EXIT_TIME)
@@ -161,6 +155,7 @@ class ForkServerClient:
                 self._discard()
                 raise
             except (OSError, EOFError) as error:
+                reason = self._describe_exit()
                 self._discard()
                 if isinstance(error, _Unsafe) and error.module not in self._unsafe:
                     # Each costs a fork server, and there may be many of them.
@@ -168,7 +163,7 @@ class ForkServerClient:
                     continue
                 faults += 1
                 if faults == _ATTEMPTS:
-                    raise OSError(self._describe_exit()) from error
+                    raise OSError(reason) from error
             except BaseException:
                 # An interrupt (Ctrl-C): the answer must not be taken for a later request's.
                 self._discard()
@@ -183,7 +178,6 @@ class ForkServerClient:
         ours.settimeout(ANSWER_TIME)
         with theirs:
             command = interpreter("forkserver", theirs.fileno())
-            self._errors.close()
             # In memory: a read-only container or a full disk has no other place.
             self._errors = os.fdopen(os.memfd_create("optuna-quota-errors"), "w+b")
             self._environ = dict(os.environ)
@@ -244,6 +238,7 @@ class ForkServerClient:
         channel, self._channel = self._channel, None
         process, self._process = self._process, None
         self._prepared = None
+        self._errors.close()
         if channel is not None:
             channel.close()
         if process is not None:

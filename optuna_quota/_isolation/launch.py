@@ -124,7 +124,7 @@ class TrialLauncher:
             return self._fork()
         finally:
             if method == "spawn":
-                client.release()
+                client.reset()
         # What the fork server loads first serves all trials, so this one is not charged for it.
         self.monitor.detach(waited=self.monitor.elapsed - before)
         return self._prepare_messages(connections, payload, main)

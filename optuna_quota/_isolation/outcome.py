@@ -105,12 +105,10 @@ class OutcomeResolver:
         outcome, verdict = server.outcome, self._monitor.verdict
         if server.breach is not None or isinstance(outcome, messages.Returned):
             return False
-        was_asked = outcome is None or outcome.stop_requested
-        if was_asked or (verdict is not None and verdict.outcome == "preempted"):
+        if not isinstance(outcome, messages.Raised) or outcome.stop_requested:
             return True
-        if not isinstance(outcome, messages.Raised):
-            return True
-        return not isinstance(unpack_error(outcome.error), TrialPruned)
+        is_preempted = verdict is not None and verdict.outcome == "preempted"
+        return is_preempted or not isinstance(unpack_error(outcome.error), TrialPruned)
 
     def preempt(self, server: Server, reason: str, grace_period: float) -> Any:
         """Return the value of a preempted trial if ``optimize`` runs it, else raise."""
