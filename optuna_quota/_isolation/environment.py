@@ -58,10 +58,9 @@ class ProcessContext:
 
 
 def read_context(added: Mapping[str, str], main: MainModule) -> ProcessContext:
-    try:
-        folder: str | None = os.getcwd()
-    except OSError:
-        folder = None
+    folder = None
+    with contextlib.suppress(OSError):
+        folder = os.getcwd()
     return ProcessContext(
         environ={**os.environ, **added},
         folder=folder,

@@ -141,17 +141,13 @@ def _parse(file: str, modified: int) -> ast.Module:
 def _is_current(file: str, modified: int, namespace: dict[str, Any]) -> bool:
     """Return whether the file still holds the code that runs here, or was edited since."""
     on_disk = _functions_on_disk(file, modified)
-    functions = [
-        found
-        for value in list(namespace.values())
-        # Compare the function that a decorator has wrapped.
-        if isinstance(value, types.FunctionType)
-        and isinstance(found := inspect.unwrap(value), types.FunctionType)
-    ]
+    functions = [v for v in list(namespace.values()) if isinstance(v, types.FunctionType)]
     return all(
         function.__code__ == on_disk.get(function.__name__, function.__code__)
-        for function in functions
-        if function.__module__ in MAIN_NAMES
+        # A decorator's is compared by the function that it has wrapped.
+        for function in map(inspect.unwrap, functions)
+        if isinstance(function, types.FunctionType)
+        and function.__module__ in MAIN_NAMES
         and function.__code__.co_filename == file
         and function.__code__.co_name == function.__qualname__
     )

@@ -26,7 +26,6 @@ class BeginMonitoring:
     :class:`Ready` on, however busy the study's interpreter is then.
 
     Attributes:
-        grace_period: Seconds between the polite stop and the kill.
         memory: The limit in bytes, None without one.
         quota: Whether it is what is left of a quota.
         elapsed: Seconds since the trial's start.
@@ -211,13 +210,7 @@ class Returned(Outcome):
 
 @dataclass(frozen=True)
 class FailedAllocation:
-    """An allocation that failed.
-
-    Attributes:
-        resource: The kind of memory.
-        requested: The bytes requested, None when the error does not say.
-        text: The message of the error.
-    """
+    """An allocation that failed, of how many bytes if the error says so, and its message."""
 
     resource: Literal["memory", "gpu_memory"]
     requested: float | None = None
