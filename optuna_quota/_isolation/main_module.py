@@ -66,16 +66,12 @@ def find_main_module() -> MainModule:
     package = getattr(main, "__package__", None) or None
     if main is None or file is None or hasattr(main, "get_ipython") or is_installed(file):
         return MainModule(file, name, package)
-    try:
+    with contextlib.suppress(OSError, SyntaxError, ValueError):
         modified = os.stat(file).st_mtime_ns
         whole = _can_import(main, _parse(file, modified))
-        statements, names = _choose(file, modified, whole)
-        is_current = _is_current(file, modified, vars(main))
-    except (OSError, SyntaxError, ValueError):
-        is_current = False
-    if not is_current:
-        return MainModule(file, name, package)
-    return MainModule(file, name, package, statements, names, modified)
+        if _is_current(file, modified, vars(main)):
+            return MainModule(file, name, package, *_choose(file, modified, whole), modified)
+    return MainModule(file, name, package)
 
 
 def _can_import(main: types.ModuleType, tree: ast.Module) -> bool:

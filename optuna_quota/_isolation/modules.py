@@ -74,11 +74,10 @@ def _packages_of_globals(module: types.ModuleType | None) -> set[str]:
     for value in list(getattr(module, "__dict__", {}).values()):
         if isinstance(value, types.ModuleType):
             name: Any = value.__name__
-        elif isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
-            # A class that was made in a namespace without a name has none.
-            name = getattr(value, "__module__", None)
         else:
-            name = type(value).__module__
+            is_named = isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType))
+            # A class that was made in a namespace without a name has none.
+            name = getattr(value if is_named else type(value), "__module__", None)
         if isinstance(name, str):
             found.add(_package(name))
     return found

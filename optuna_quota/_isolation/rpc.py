@@ -277,9 +277,6 @@ class Proxy:
         calls, handle = self.__dict__["_proxied"]
         return proxy_at, (calls.address, handle)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return self.__reduce__()
-
 
 class RemoteTrial(Proxy):
     """The trial in its process; attributes that are set there stay there."""
