@@ -1,8 +1,9 @@
 """How long an admission takes, with few and with many finished trials in the study.
 
-An admission is what `QuotaSampler` adds before a trial: write the claim, read what has changed,
-decide, write the grant. Beside it, in the same run and storage: one bare `study.ask()` with a
-random sampler, and an admission that reads all rows anew and sums them, without a cursor.
+An admission is what `QuotaSampler` adds before a trial: write the grant, read what has changed,
+and decide whether it holds; from the middle of a quota on, with a claim before the grant. Beside
+it, in the same run and storage: one bare `study.ask()` with a random sampler, and an admission
+that reads all rows anew and sums them, without a cursor.
 
     python benchmarks/admission_latency.py --storages sqlite postgresql --trials 100 1000 10000
 """

@@ -27,9 +27,11 @@ WAYS = ("this library", "psutil tree", "nvitop")
 
 def start_this_library(period: float) -> threading.Thread:
     from optuna_quota import Limits
-    from optuna_quota._metering import MeteringLoop
+    from optuna_quota._metering import MeteringLoop, timing
 
-    loop = MeteringLoop(period=period or None)
+    if period != AS_SHIPPED:
+        timing.LONGEST_INTERVAL = timing.LONGEST_INTERVAL_ALONE = period
+    loop = MeteringLoop()
     monitor = loop.monitor((0, 0), limits=Limits(memory="64GiB", wall_time="1h"))
     monitor.started -= 60  # as in a trial that has been running for a minute
     return find_thread("optuna-quota-metering")

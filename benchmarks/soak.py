@@ -36,7 +36,7 @@ import optuna
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from optuna_quota import check, Quota, QuotaSampler, status
-from optuna_quota._ledger.state import LedgerState, SystemClock
+from optuna_quota._ledger.state import LedgerState
 from tests.storages import Address, SHARED, storage_at
 
 
@@ -232,7 +232,7 @@ def patience(seconds: float, tally: Tally) -> float:
 def fail_orphaned_trials(address: Address, name: str, quota: Quota) -> None:
     """Let a last worker fail what the killed ones left; untouched rows take ten leases."""
     study = optuna.load_study(study_name=name, storage=address.open())
-    state = LedgerState(study, quota, SystemClock(), lease=0.2, studies=WeakSet((study,)))
+    state = LedgerState(study, quota, time, lease=0.2, studies=WeakSet((study,)))
     deadline = time.monotonic() + LOCK_GRACE + PATIENCE
     while state.refresh().open and time.monotonic() < deadline:
         time.sleep(0.1)

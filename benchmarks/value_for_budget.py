@@ -66,7 +66,7 @@ from surfaces import measure_forests, Surface, SURFACES
 from optuna_quota import Quota, QuotaSampler, Usage
 from optuna_quota._footprint import footprint as learning
 from optuna_quota._footprint.observations import Observation, read_observation
-from optuna_quota._sampler import ranked_trials
+from optuna_quota._sampler import ranking
 from optuna_quota._utilization.model import holm
 
 
@@ -149,7 +149,7 @@ def run(task: Study) -> tuple[float, int]:
     )
     study = optuna.create_study(sampler=sampler)
     objective = Objective(surface, budget)
-    control = patch.object(ranked_trials, "medians_of", lambda _, points: equal(points))
+    control = patch.object(ranking, "medians_of", lambda _, points: equal(points))
     with control if task.policy == "value" else nullcontext():
         study.optimize(objective, n_trials=_MAX_TRIALS)
     return objective.best, len(study.trials)

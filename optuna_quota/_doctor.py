@@ -16,18 +16,23 @@ import platform
 import subprocess
 import sys
 import time
-from typing import Any, Literal, TYPE_CHECKING
+from typing import Any, Literal
+
+from optuna.storages import BaseStorage
+import psutil
 
 from optuna_quota import _units
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
 from optuna_quota._metering.host import cpu_count, host_memory_limit
 from optuna_quota._metering.meter import Rapl
-from optuna_quota._metering.nvml import GpuError, NvmlDevice, open_devices
+from optuna_quota._metering.nvml import (
+    answer_in_time,
+    GpuError,
+    HANGS,
+    NvmlDevice,
+    open_devices,
+)
 from optuna_quota._version import __version__
-
-
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
 
 
 State = Literal["ok", "degraded", "missing"]
@@ -57,23 +62,14 @@ except OSError:
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check.
+    """The result of one check."""
 
-    Attributes:
-        area: The part it belongs to.
-        check: What was checked.
-        state: ``ok``, ``degraded`` (works with less) or ``missing``.
-        found: What was found, in one sentence.
-        degrades: What that means; empty if it means nothing bad.
-        fix: What to do about it; empty if there is nothing to do.
-    """
-
-    area: Area
-    check: str
-    state: State
-    found: str
-    degrades: str = ""
-    fix: str = ""
+    area: Area  # The part it belongs to
+    check: str  # What was checked
+    state: State  # ``ok``, ``degraded`` (works with less) or ``missing``
+    found: str  # What was found, in one sentence
+    degrades: str = ""  # What that means; empty if it means nothing bad
+    fix: str = ""  # What to do about it; empty if there is nothing to do
 
 
 def _degraded(area: Area, check: str, found: str, degrades: str, fix: str) -> Finding:
@@ -94,7 +90,7 @@ def examine_host() -> list[Finding]:
         check_kernel("out-of-memory killer", _try_writing("/proc/self/oom_score_adj")),
         check_kernel("peak memory", _try_writing("/proc/self/clear_refs", "5")),
         check_rapl(try_rapl()),
-        *check_gpus(*open_devices()),
+        *_check_gpus_here(),
         *check_capacity(_read_capacity()),
         *check_versions({name: _version(name) for name in ("optuna", *_OPTIONAL)}),
     ]
@@ -256,14 +252,28 @@ def check_rapl(refused: OSError | None) -> Finding:
     return _ok_if(refused is None, "RAPL counters can be read.", problem)
 
 
+# Seconds for the driver to start and answer.
+_DRIVER_TIME = 60.0
+
+
+def _check_gpus_here() -> list[Finding]:
+    try:
+        return answer_in_time(lambda: check_gpus(*open_devices()), _DRIVER_TIME)
+    except GpuError as error:
+        return check_gpus((), error.reason)
+
+
 def check_gpus(devices: Sequence[NvmlDevice], reason: str | None) -> list[Finding]:
+    remedy = "Install NVIDIA's driver; start a container with `--gpus all`."
+    if reason == HANGS:
+        remedy = "Reset the GPU or restart the machine: see `nvidia-smi` and the kernel's log."
     none = Finding(
         "measuring",
         "GPUs",
         "missing",
         f"NVML shows none: {reason}.",
         "`gpu_memory` and `gpu_time` are unknown.",
-        "Install NVIDIA's driver; start a container with `--gpus all`.",
+        remedy,
     )
     return [_check_gpu(device) for device in devices] or [none]
 
@@ -318,8 +328,6 @@ class Capacity:
 
 
 def _read_capacity() -> Capacity:
-    import psutil
-
     shared, overcommit = None, ""
     with contextlib.suppress(AttributeError, OSError):
         found = os.statvfs("/dev/shm")

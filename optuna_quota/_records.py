@@ -44,18 +44,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 import math
-from typing import Any, cast, Literal, TYPE_CHECKING
+from typing import Any, cast, Literal
+
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._resources import get_resource, Isolation, Outcome, OUTCOMES
 from optuna_quota._storage_retry import is_transient, retry
 from optuna_quota._usage import Breach, Usage, usage_from_amounts
-
-
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-    from optuna.trial import FrozenTrial
 
 
 PREFIX = "quota:"
@@ -289,13 +287,11 @@ def read_record(trial: FrozenTrial) -> TrialRecord:
 
 
 def read_constrained(trial: FrozenTrial) -> list[str]:
-    """Return the resources whose constraints end the row's list of constraints."""
     names = trial.system_attrs.get(CONSTRAINED)
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def is_rejected(attributes: Mapping[str, Any]) -> bool:
-    """Return whether a row's user attributes say that its trial was rejected."""
     return attributes.get(OUTCOME) == "rejected"
 
 
@@ -343,7 +339,6 @@ def _plain_param(value: Any) -> Any:
 
 
 def amounts_object(ceilings: Quota | Limits) -> dict[str, float]:
-    """Return a quota or limits as the study's attribute: plain numbers by resource."""
     return {name: plain_number(value) for name, value in ceilings.amounts().items()}
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 import logging
 import os
-from typing import Any, TYPE_CHECKING
+from typing import Any
+
+from optuna.study import Study
 
 from optuna_quota._analysis.study_analysis import StudyAnalysis
 from optuna_quota._analysis.summary import summarize
 from optuna_quota._utilization.data import study_data
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
 
 
 _logger = logging.getLogger("optuna.quota.dashboard")

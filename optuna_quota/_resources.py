@@ -23,34 +23,24 @@ Isolation = Literal["process", "thread", "shared"]
 
 @dataclass(frozen=True)
 class Resource:
-    """One computing resource: a row of the table.
+    """One computing resource: a row of the table."""
 
-    Attributes:
-        name: The name everywhere: argument, attribute key, column.
-        title: The name in messages.
-        unit: How amounts are parsed and formatted.
-        peak: True when a trial's usage is a maximum over time, False when it is a total.
-        meters: What measures it: ``"clock"``, ``"process"``, ``"gpu"``, ``"processor"`` (the
-            processor's own energy counters).
-        measured: Whether a trial's :class:`Usage` has it.
-        limited: Whether :class:`Limits` has it.
-        quota: How :class:`Quota` counts it: ``"total"`` over the study, or ``"held"`` by all
-            trials that run at one moment on one host.
-        charged_from: For a total that is the sum over trials of what they used: the name of that
-            usage.
-        priced: Whether it can have a price.
-    """
-
-    name: str
-    title: str
-    unit: _units.Unit = NUMBER
+    name: str  # The name everywhere: argument, attribute key, column
+    title: str  # The name in messages
+    unit: _units.Unit = NUMBER  # How amounts are parsed and formatted
+    # True when a trial's usage is a maximum over time, False when it is a total
     peak: bool = False
+    # What measures it: ``"clock"``, ``"process"``, ``"gpu"``, ``"processor"`` (the processor's own
+    # energy counters)
     meters: tuple[str, ...] = ()
-    measured: bool = False
-    limited: bool = False
+    measured: bool = False  # Whether a trial's :class:`Usage` has it
+    limited: bool = False  # Whether :class:`Limits` has it
+    # How :class:`Quota` counts it: ``"total"`` over the study, or ``"held"`` by all trials that
+    # run at one moment on one host
     quota: Literal["total", "held"] | None = None
+    # For a total that is the sum over trials of what they used: the name of that usage
     charged_from: str | None = None
-    priced: bool = False
+    priced: bool = False  # Whether it can have a price
 
     def format(self, value: float) -> str:
         """Return an amount as text with its unit."""

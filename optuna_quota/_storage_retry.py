@@ -22,18 +22,13 @@ import random
 import re
 import threading
 import time
-from typing import Any, BinaryIO, TYPE_CHECKING, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import InMemoryStorage
-from optuna.trial import create_trial, TrialState
+from optuna.storages import BaseStorage, InMemoryStorage
+from optuna.trial import create_trial, FrozenTrial, TrialState
 
 from optuna_quota import _optuna
-
-
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-    from optuna.trial import FrozenTrial
 
 
 Result = TypeVar("Result")
@@ -172,8 +167,6 @@ def _retrying(storage_class: type[BaseStorage]) -> type[BaseStorage]:
         # Pickle refuses `copyreg.__newobj__` for another class than the object's.
         make = _new if make is copyreg.__newobj__ else make  # type: ignore[attr-defined]
         return make, tuple(arguments), *state
-
-    from optuna.storages import BaseStorage
 
     # Of Optuna's interface: others of a user's class may be static, or do more than read.
     members: dict[str, Any] = {

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TYPE_CHECKING
 
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
 from optuna_quota import _records
 from optuna_quota._resources import USAGE_RESOURCES
 
 
 if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
     import pandas as pd
 
 

@@ -33,21 +33,14 @@ LINE_WIDTH = 99
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """How amounts in one SI base unit are read and written.
+    """How amounts in one SI base unit are read and written."""
 
-    Attributes:
-        symbol: The unit's symbol, empty for a plain number.
-        rule: What an argument must be, for error messages.
-        units: The units that text may have, from the smallest on, each in the base unit.
-        aliases: What people write as well.
-        shown: The units of formatted amounts, from the largest on.
-    """
-
-    symbol: str
-    rule: str
+    symbol: str  # The unit's symbol, empty for a plain number
+    rule: str  # What an argument must be, for error messages
+    # The units that text may have, from the smallest on, each in the base unit
     units: dict[str, float] = field(default_factory=dict)
-    aliases: Mapping[str, float] = field(default_factory=dict)
-    shown: tuple[str, ...] = ()
+    aliases: Mapping[str, float] = field(default_factory=dict)  # What people write as well
+    shown: tuple[str, ...] = ()  # The units of formatted amounts, from the largest on
 
     def parse(self, value: Any, name: str, *, zero: bool = False) -> float:
         """Return an amount from a number in the base unit, or quantities with units as text.

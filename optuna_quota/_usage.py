@@ -10,12 +10,7 @@ from dataclasses import dataclass, field
 
 from optuna_quota import _units
 from optuna_quota._limits import Amounts, nonnegative, split_custom
-from optuna_quota._resources import (
-    ceiling_title,
-    CHARGED_RESOURCES,
-    get_resource,
-    USAGE_RESOURCES,
-)
+from optuna_quota._resources import ceiling_title, CHARGED_RESOURCES, get_resource, USAGE_RESOURCES
 from optuna_quota.exceptions import LimitBreached
 
 
@@ -78,24 +73,17 @@ def usage_from_amounts(amounts: Mapping[str, float]) -> Usage:
 
 @dataclass(frozen=True)
 class Breach:
-    """A limit that a trial was over.
-
-    Attributes:
-        resource: The resource.
-        limit: The limit in force, in SI base units.
-        observed: What was measured, or what was forecast when ``forecast`` is True.
-        seconds: Seconds from the start of the trial.
-        quota: True when the limit in force was what was left of a total quota of the study.
-        forecast: True when a predictive stop ended the trial before it was over the limit.
-        refused: True when the allocation that would have exceeded the limit was refused.
-    """
+    """A limit that a trial was over."""
 
     resource: str
-    limit: float
-    observed: float
-    seconds: float
+    limit: float  # The limit in force, in SI base units
+    observed: float  # What was measured, or what was forecast when ``forecast`` is True
+    seconds: float  # Seconds from the start of the trial
+    # True when the limit in force was what was left of a total quota of the study
     quota: bool = False
+    # True when a predictive stop ended the trial before it was over the limit
     forecast: bool = False
+    # True when the allocation that would have exceeded the limit was refused
     refused: bool = False
 
     @property

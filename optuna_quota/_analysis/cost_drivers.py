@@ -17,6 +17,7 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 
 from optuna_quota._footprint.fit import ChainedModel
+from optuna_quota._footprint.numerics import invert, product, square_root
 from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
 
 
@@ -139,8 +140,11 @@ def _shares(groups: Sequence[NDArray[np.int64]], f: Array, noise: Array) -> list
     hot = [np.eye(group.max() + 1)[group] for group in groups]
     hot = [each - each.mean(axis=0) for each in hot]
     n, sizes = f.shape[1], [each.shape[1] for each in hot]
-    fitted = np.split(np.linalg.lstsq(np.hstack(hot), f.T, rcond=None)[0], np.cumsum(sizes)[:-1])
-    parts = [each @ effects for each, effects in zip(hot, fitted, strict=True)]
+    x = np.hstack(hot)
+    # The effects of a parameter sum to any constant: a small ridge makes it zero.
+    inverse, _ = invert(product(x.T, x) + 1e-10 * n * np.eye(x.shape[1]))
+    effects = np.split(product(inverse, product(x.T, f.T)), np.cumsum(sizes)[:-1])
+    parts = [each @ own for each, own in zip(hot, effects, strict=True)]
     squares = [(part**2).sum(axis=0) for part in parts]
     left = ((f.T - sum(parts)) ** 2).sum(axis=0)
     within = left / (n - 1 - sum(sizes) + len(sizes))
@@ -162,10 +166,9 @@ def log_draws(model: Model, columns: Array, count: int) -> tuple[Array, Array]:
 
 def _draws(model: ResourceModel, columns: Array, count: int, seed: int) -> tuple[Array, Array]:
     mean, covariance = model.process.joint(columns)
-    values, vectors = np.linalg.eigh(covariance)
-    root = vectors * np.sqrt(np.maximum(values, 0.0))
     normal = np.random.default_rng(seed).standard_normal((count, len(mean)))
-    logs = model.location + model.scale * (mean + normal @ root.T)
+    away = product(normal, square_root(covariance).T)
+    logs = model.location + model.scale * (mean + away)
     power = np.exp(np.minimum(logs, 300.0))
     amounts = np.maximum(model.floor + power, 1e-300)
     # What is above the floor scatters: its share of the usage is the slope of the logarithm.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 import math
 from typing import TYPE_CHECKING
 
@@ -17,20 +17,16 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
-def best_numbers(study: Study, *, without: Collection[int] = ()) -> list[int]:
-    """Return the number of the best completed trial, or those of the Pareto front.
+def best_numbers(study: Study, trials: Iterable[FrozenTrial]) -> list[int]:
+    """Return the number of the best completed one of a study's trials, or the Pareto front's.
 
-    Trials that violate a constraint or have a value that is not finite are left out, and those
-    whose number is in ``without``.
+    Trials that violate a constraint or have a value that is not finite are left out.
     """
-    from optuna.trial import TrialState
-
-    completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    trials = [t for t in completed if t.number not in without and is_feasible(t)]
-    if not trials:
+    completed = [t for t in trials if t.state.name == "COMPLETE" and is_feasible(t)]
+    if not completed:
         return []
-    losses = np.array([t.values for t in trials], dtype=float) * loss_signs(study)
-    return [trials[i].number for i in pareto_front(losses)]
+    losses = np.array([t.values for t in completed], dtype=float) * loss_signs(study)
+    return [completed[i].number for i in pareto_front(losses)]
 
 
 def is_feasible(trial: FrozenTrial) -> bool:

@@ -22,6 +22,7 @@ from optuna_quota._units import counted, wrap
 
 if TYPE_CHECKING:
     from optuna.study import Study
+    from optuna.trial import FrozenTrial
     import pandas as pd
 
     from optuna_quota._usage import Breach
@@ -75,10 +76,16 @@ class TrialTrace:
 def trial_traces(study: Study) -> list[TrialTrace]:
     """Return a trace of each trial that ran, in the order of their starts."""
     trials = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
+    return traces_of(trials, [_records.read_record(t) for t in trials])
+
+
+def traces_of(
+    trials: Sequence[FrozenTrial], records: Sequence[_records.TrialRecord]
+) -> list[TrialTrace]:
+    """Return the traces of finished trials given with their records."""
     first = min((t.datetime_start for t in trials if t.datetime_start), default=None)
     traces, dates_fit = [], True
-    for trial in trials:
-        record = _records.read_record(trial)
+    for trial, record in zip(trials, records, strict=True):
         outcome, amounts = _records.outcome_of(trial, record), usage_at_least(trial, record)
         if outcome == "rejected":
             continue
@@ -287,7 +294,7 @@ class ReplayReport:
     @cached_property
     def best(self) -> list[int]:
         """Number of the best trial of the study, or those of the Pareto front."""
-        return best_numbers(self._study)
+        return best_numbers(self._study, self._study.get_trials(deepcopy=False))
 
     @property
     def best_lives(self) -> bool | None:
@@ -297,7 +304,8 @@ class ReplayReport:
     @cached_property
     def best_left(self) -> list[int]:
         """Number of the best trial that would have completed, or those of the Pareto front."""
-        return best_numbers(self._study, without=set(self.lost))
+        trials, lost = self._study.get_trials(deepcopy=False), set(self.lost)
+        return best_numbers(self._study, (t for t in trials if t.number not in lost))
 
     def summary(self) -> str:
         """Return the replay as text for a terminal."""

@@ -30,6 +30,7 @@ import numpy as np
 
 from optuna_quota._analysis.advice import Advice, StudyFacts, TOLERANCE
 from optuna_quota._analysis.cost_drivers import log_draws
+from optuna_quota._footprint.numerics import average_ranks, product
 from optuna_quota._footprint.resource_model import fit_resource, ResourceData, ResourceModel
 from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
 from optuna_quota._limits import Limits
@@ -234,8 +235,6 @@ def _with_points(parameter: Parameter, points: Points) -> Parameter:
 
 def _contrast(parameter: Parameter, breached: Mask, known: Mask) -> float:
     """How much the parameter's ranks differ between trials that breached and those that fit."""
-    from scipy.stats import rankdata
-
     kept = known & parameter.active
     hit = breached[kept]
     if not hit.any() or hit.all():
@@ -244,7 +243,7 @@ def _contrast(parameter: Parameter, breached: Mask, known: Mask) -> float:
         codes = parameter.values[kept]
         shares = [hit[codes == code].mean() for code in np.unique(codes)]
         return float(max(shares) - min(shares))
-    ranks = rankdata(parameter.values[kept]) / len(hit)
+    ranks = average_ranks(parameter.values[kept]) / len(hit)
     return float(2 * abs(ranks[hit].mean() - ranks[~hit].mean()))
 
 
@@ -299,7 +298,7 @@ def _best_rule(
     inside = np.array([r.inside for r in regions])
     # How many trials of each kind lie in both of two regions, each of shape (n, n).
     among = [inside[:, mask].astype(np.float32) for mask in (breached, known & ~breached, good)]
-    hit, fit, lost = (each @ each.T for each in among)
+    hit, fit, lost = (product(each, each.T) for each in among)
     score = np.where(lost > 0, -np.inf, hit - fit)
     alone = int(score.diagonal().argmax())
     most = float(score[alone, alone])
@@ -316,15 +315,28 @@ def _best_rule(
 
 
 def _is_significant(rule: Rule, breached: Mask, known: Mask, tried: int) -> bool:
-    from scipy.stats import hypergeom
-
     removed = int((rule.removed & known).sum())
     avoided = int((rule.removed & breached).sum())
     total = int(breached.sum())
     if avoided < max(_MIN_BREACHES, _MIN_SHARE * total) or avoided < _MIN_PRECISION * removed:
         return False
-    chance = float(hypergeom.sf(avoided - 1, int(known.sum()), total, removed))
+    chance = _chance_of_overlap(avoided, removed, total, int(known.sum()))
     return chance * max(tried, 1) < _SIGNIFICANCE
+
+
+def _chance_of_overlap(least: int, removed: int, breached: int, n: int) -> float:
+    """Return the probability that so many of ``removed`` random trials, or more, are breached.
+
+    That of the hypergeometric distribution, without the import of scipy.stats.
+    """
+    from scipy.special import gammaln
+
+    def log_choose(total: int, k: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.asarray(gammaln(total + 1) - gammaln(k + 1) - gammaln(total - k + 1))
+
+    k = np.arange(max(least, removed + breached - n), min(removed, breached) + 1)
+    logs = log_choose(breached, k) + log_choose(n - breached, removed - k)
+    return float(np.exp(logs - log_choose(n, np.array(removed))).sum())
 
 
 @dataclass(frozen=True)
@@ -377,8 +389,8 @@ def cheaper_space(
         if within[: len(near_best)].all():
             bounds.append((text, within[len(near_best) :].astype(float)))
     inside = np.array([mask for _, mask in bounds])
-    count = inside @ inside.T
-    cost = (inside * costs.mean(axis=0)) @ inside.T / np.maximum(count, 1.0)
+    count = product(inside, inside.T)
+    cost = product(inside * costs.mean(axis=0), inside.T) / np.maximum(count, 1.0)
     stays = np.mean([inside[:, each] @ inside[:, each].T > 0 for each in best], axis=0)
     # Of those that keep the best as surely, one bound, and what leaves most of the space.
     second = np.logical_and.outer(*2 * [np.arange(len(bounds)) > 0])

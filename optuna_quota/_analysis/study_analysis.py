@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from optuna_quota._analysis.advice import Advice, advise, StudyFacts
 from optuna_quota._analysis.correlations import claims, correlations
 from optuna_quota._analysis.cost_drivers import cost_drivers, Driver
 from optuna_quota._analysis.pareto import best_numbers, cost_front, is_feasible, loss_signs
-from optuna_quota._analysis.replay import trial_traces
+from optuna_quota._analysis.replay import traces_of
 from optuna_quota._analysis.search_space_advice import (
     advise_search_space,
     cheaper_space,
@@ -29,7 +30,8 @@ from optuna_quota._analysis.search_space_advice import (
     objective_model,
 )
 from optuna_quota._footprint.footprint import Footprint
-from optuna_quota._footprint.observations import Observation, read_observation
+from optuna_quota._footprint.numerics import average_ranks
+from optuna_quota._footprint.observations import Observation, observation_of
 from optuna_quota._footprint.resource_model import ResourceModel
 from optuna_quota._resources import get_resource
 from optuna_quota._utilization.data import StudyData
@@ -122,9 +124,8 @@ class StudyAnalysis:
 
     @cached_property
     def _observations(self) -> dict[int, Observation]:
-        numbers = {int(number) for number in self.table["number"]}
-        trials = [t for t in self.study.get_trials(deepcopy=False) if t.number in numbers]
-        rows = {trial.number: read_observation(trial) for trial in trials}
+        found = zip(self.data.trials, self.data.records, strict=True)
+        rows = {trial.number: observation_of(trial, record) for trial, record in found}
         return {number: row for number, row in rows.items() if row is not None}
 
     @cached_property
@@ -143,8 +144,6 @@ class StudyAnalysis:
     @cached_property
     def prediction_errors(self) -> dict[str, PredictionError]:
         """How closely formula and footprint predict trials left out of them, by resource."""
-        from scipy.stats import wilcoxon
-
         found = {}
         for name, model in self.models.items():
             with without_numeric_warnings():
@@ -158,9 +157,7 @@ class StudyAnalysis:
                 is_wrong = bool(
                     formula > max(_MUCH * footprint, footprint + _MATTERS, _LEAST_ERROR)
                 )
-                if is_wrong:
-                    test = wilcoxon(pairs[:, 0], pairs[:, 1], alternative="greater")
-                    is_wrong = bool(test.pvalue < _SIGNIFICANCE)
+                is_wrong = is_wrong and signed_rank_test(pairs[:, 0] - pairs[:, 1]) < _SIGNIFICANCE
                 one, other = np.expm1(np.minimum((formula, footprint), 20.0)).tolist()
                 found[name] = PredictionError(one, other, len(common), is_wrong)
         return found
@@ -186,15 +183,13 @@ class StudyAnalysis:
     @cached_property
     def best(self) -> list[int]:
         """Number of the best completed trial, or those of the Pareto front."""
-        return best_numbers(self.study)
+        return best_numbers(self.study, self.data.trials)
 
     @cached_property
     def feasible(self) -> NDArray[np.bool_]:
         """Which trials violate no constraint and have finite values, shape ``(n_trials,)``."""
-        trials = self.study.get_trials(deepcopy=False)
-        numbers = [t.number for t in trials if t.values and is_feasible(t)]
-        found: NDArray[np.bool_] = np.isin(self.table["number"].to_numpy(), numbers)
-        return found
+        found = (bool(t.values) and is_feasible(t) for t in self.data.trials)
+        return np.fromiter(found, dtype=bool)
 
     @cached_property
     def cheaper_space(self) -> CheaperSpace | None:
@@ -241,12 +236,25 @@ class StudyAnalysis:
     def _facts(self) -> StudyFacts:
         return StudyFacts(
             self.data,
-            trial_traces(self.study),
+            traces_of(self.data.trials, self.data.records),
             self.quota,
             self.best,
             self.feasible,
             float(loss_signs(self.study)[0]),
         )
+
+
+def signed_rank_test(differences: NDArray[np.float64]) -> float:
+    """Return the p-value of Wilcoxon's test that the differences, shape ``(n,)``, exceed 0.
+
+    Exact, without the import of scipy.stats.
+    """
+    found = differences[differences != 0]
+    positive = float(average_ranks(np.abs(found))[found > 0].sum())
+    chances = np.ones(1)  # of each sum of the ranks so far whose difference is positive
+    for rank in range(1, len(found) + 1):
+        chances = (np.pad(chances, (0, rank)) + np.pad(chances, (rank, 0))) / 2
+    return float(chances[math.ceil(positive) :].sum())
 
 
 def _formula_errors(model: UtilizationModel) -> dict[int, float]:

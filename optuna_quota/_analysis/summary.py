@@ -51,7 +51,7 @@ def _head(analysis: StudyAnalysis) -> Iterator[str]:
         return
     ended = ", ".join(f"{counts[o]} {o}" for o in OUTCOMES if counts[o])
     yield from wrap(f"Study {name}: {counted(counts.total(), 'trial')} finished: {ended}.")
-    refused = refused_points(analysis.study.get_trials(deepcopy=False))
+    refused = refused_points(analysis.data.trials)
     if refused:
         yield from wrap(refused)
 

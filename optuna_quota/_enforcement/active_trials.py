@@ -13,8 +13,11 @@ import logging
 import os
 import sys
 import threading
-from typing import Any, TYPE_CHECKING
+from typing import Any
 import weakref
+
+from optuna.study import Study
+from optuna.trial import BaseTrial, FrozenTrial
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.study_warnings import is_first_trial, note_start
@@ -24,10 +27,6 @@ from optuna_quota._metering.host import cpu_count
 from optuna_quota._resources import format_amount
 from optuna_quota._storage_retry import survive_outages
 
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import BaseTrial, FrozenTrial
 
 _logger = logging.getLogger("optuna.quota.enforcement")
 

@@ -14,20 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 import math
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from optuna.study import Study
 from optuna.trial import TrialState
 
 from optuna_quota._metering.breach import Ceilings, find_breaches
 from optuna_quota._records import read_record
 from optuna_quota._resources import CLOCK_RESOURCES
 from optuna_quota._usage import Breach
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
 
 
 # Pairs of a reported step and the seconds since the start at which it was reported.

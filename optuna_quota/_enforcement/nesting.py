@@ -8,19 +8,16 @@ import contextlib
 import functools
 import itertools
 import types
-from typing import Any, cast, Protocol, TYPE_CHECKING, TypeVar
+from typing import Any, cast, Protocol, TypeVar
 
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import BaseTrial, FrozenTrial
 
 from optuna_quota import _optuna
 from optuna_quota._limits import Limits
 from optuna_quota._metering import Meter, TrialMonitor
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import BaseTrial, FrozenTrial
 
 
 T = TypeVar("T")
@@ -73,9 +70,9 @@ def quota_pruners(pruner: object) -> list[LimitingPruner]:
     return [cast("LimitingPruner", each) for each in inside if hasattr(type(each), "watch_trial")]
 
 
-def pruner_limits(pruner: object) -> Limits | None:
+def pruner_limits(pruners: Iterable[LimitingPruner]) -> Limits | None:
     """Return the tightest limits of a study's quota pruners, None without any."""
-    found = [each.limits for each in quota_pruners(pruner)]
+    found = [each.limits for each in pruners]
     return functools.reduce(lambda a, b: a.tightened(b.amounts()), found) if found else None
 
 
@@ -95,10 +92,10 @@ def agreed_limits(own: Limits | None, theirs: Limits | None, of: str) -> Limits:
     return theirs or own or Limits()
 
 
-def pruner_meters(pruner: object) -> tuple[Meter, ...]:
-    """Return the user's meters of a study's pruner, one of each name."""
+def pruner_meters(pruners: Iterable[LimitingPruner]) -> tuple[Meter, ...]:
+    """Return the user's meters of a study's quota pruners, one of each name."""
     meters: dict[str, Meter] = {}
-    for each in quota_pruners(pruner):
+    for each in pruners:
         for meter in each.meters:
             meters.setdefault(meter.name, meter)
     return tuple(meters.values())

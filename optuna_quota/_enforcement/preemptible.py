@@ -17,10 +17,10 @@ import signal
 import threading
 import time
 from types import FrameType
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 from optuna.study import Study
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.nesting import quota_pruners
@@ -31,10 +31,6 @@ from optuna_quota._records import CHECKPOINT, write_attributes
 from optuna_quota._storage_retry import survive_outages
 from optuna_quota._units import format_signal
 from optuna_quota.exceptions import TrialPreempted
-
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial, Trial
 
 
 _logger = logging.getLogger("optuna.quota.preemption")
@@ -216,8 +212,6 @@ class _Watcher:
 
 
 class _Optimize:
-    """``study.optimize`` within the block."""
-
     def __init__(self, study: Study, folders: _Checkpoints | None) -> None:
         self._study = study
         self._folders = folders

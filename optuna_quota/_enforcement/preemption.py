@@ -15,10 +15,12 @@ import os
 import socket
 import threading
 import time
-from typing import Any, TYPE_CHECKING
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from optuna.trial import TrialState
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.trial_result import read_row, save_record
@@ -27,12 +29,6 @@ from optuna_quota._optuna import TellResult
 from optuna_quota._records import PREFIX, RETRY_OF, TrialRecord
 from optuna_quota._storage_retry import is_transient, retry
 from optuna_quota.exceptions import TrialPreempted
-
-
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-    from optuna.study import Study
-    from optuna.trial import BaseTrial, FrozenTrial
 
 
 _logger = logging.getLogger("optuna.quota.preemption")
@@ -44,22 +40,17 @@ _SHARE = 0.1
 
 
 class Preemption:
-    """What ends the running trials of one study in this process.
-
-    Attributes:
-        reason: Why all of them have to end, one sentence; None while they need not.
-        requeue: Whether they are enqueued again.
-        signals: The signals that ask for it, which may reach the processes of the trials too.
-        deadline: When all have to be done, in seconds since the epoch; None for any time.
-        deadline_of: What has set it.
-    """
+    """What ends the running trials of one study in this process."""
 
     def __init__(self) -> None:
+        # Why all of them have to end, one sentence; None while they need not.
         self.reason: str | None = None
-        self.requeue = True
+        self.requeue = True  # Whether they are enqueued again
+        # The signals that ask for it, which may reach the processes of the trials too.
         self.signals: tuple[int, ...] = ()
+        # When all have to be done, in seconds since the epoch; None for any time.
         self.deadline: float | None = None
-        self.deadline_of: object = None
+        self.deadline_of: object = None  # What has set it
         self._until_deadline = 0.0
         self._longest_grace: float | None = None
         self._stops: dict[int, Callable[[str], None]] = {}
@@ -114,7 +105,6 @@ class Preemption:
             stop(reason)
 
     def kill(self) -> None:
-        """Kill the isolated trials that have not ended yet."""
         with self._lock:
             kills = list(self._kills.values())
         for kill in kills:

@@ -10,11 +10,12 @@ import signal
 import threading
 import time
 from types import FrameType
-from typing import Any, TYPE_CHECKING
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from optuna.pruners import BasePruner, HyperbandPruner
-from optuna.trial import BaseTrial, Trial, TrialState
+from optuna.study import Study
+from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import start_monitor
@@ -32,17 +33,11 @@ from optuna_quota._enforcement.trial_result import (
     tolerate_constraints_failure,
 )
 from optuna_quota._limits import Limits
-from optuna_quota._metering import check_names, key_of, Meter, metering_loop, Verdict
+from optuna_quota._metering import check_names, key_of, Meter, metering_loop, TrialMonitor, Verdict
 from optuna_quota._records import is_rejected, parse_record, TrialRecord
 from optuna_quota._usage import Breach, breach_error
 from optuna_quota.exceptions import LimitBreached, QuotaError, TrialRejected
 
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
-
-    from optuna_quota._metering import TrialMonitor
 
 _logger = logging.getLogger("optuna.quota.interrupt")
 
@@ -187,12 +182,13 @@ class QuotaPruner(_optuna.StudyPart, BasePruner):
         monitor = metering_loop().find(key_of(study, trial))
         if monitor is None:
             pruner = _optuna.unwrap_study(study).pruner
-            holder = pruner if self._is_nested_in(pruner) else self
-            limits, meters = pruner_limits(holder), pruner_meters(holder)
-            assert limits is not None
+            pruners = quota_pruners(pruner if self._is_nested_in(pruner) else self)
+            limits = pruner_limits(pruners) or Limits()
             is_preemptible = bool(preemption_of(study).signals)
             warn_of_ceilings(study, limits, has_purpose=is_preemptible)
-            monitor = start_monitor(study, trial, _OWNER, limits=limits, meters=meters)
+            monitor = start_monitor(
+                study, trial, _OWNER, limits=limits, meters=pruner_meters(pruners)
+            )
             if trial.datetime_start is not None:
                 # Optuna's times are local and naive.
                 elapsed = datetime.datetime.now() - trial.datetime_start
@@ -214,13 +210,11 @@ def wrap_nesting_pruner(study: Study) -> None:
     nested = [] if isinstance(pruner, QuotaPruner) else find_nested(pruner, QuotaPruner)
     if not nested:
         return
-    limits = pruner_limits(pruner)
-    assert limits is not None
     outer = QuotaPruner(
         pruner,
-        limits=limits,
+        limits=pruner_limits(nested),
         interrupt=any(each.interrupt for each in nested),
-        meters=pruner_meters(pruner),
+        meters=pruner_meters(nested),
     )
     # Each trial is recorded once, by the one that is called first.
     for each in nested:

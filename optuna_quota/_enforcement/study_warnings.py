@@ -13,35 +13,23 @@ import gc
 import logging
 import os
 import threading
-from typing import TYPE_CHECKING
 
 from optuna import TrialPruned
+from optuna.study import Study
 from optuna.trial import TrialState
 
-from optuna_quota import _optuna
-from optuna_quota._enforcement.nesting import find_nested, pruner_limits
+from optuna_quota import _optuna, _records
+from optuna_quota._enforcement.nesting import find_nested, pruner_limits, quota_pruners
 from optuna_quota._limits import Limits, Quota
-from optuna_quota._metering import metering_loop, TrialMonitor, Verdict
+from optuna_quota._metering import Key, metering_loop, TrialMonitor, Verdict
 from optuna_quota._metering.host import cpu_count, host_memory_limit
 from optuna_quota._metering.visible_gpus import total_memory
 from optuna_quota._metering.warn import forget_warnings
-from optuna_quota._records import (
-    read_record,
-    RESERVATION,
-    STUDY_LIMITS,
-    STUDY_QUOTA,
-    TrialRecord,
-)
+from optuna_quota._records import TrialRecord
 from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resource
 from optuna_quota._storage_retry import retry
 from optuna_quota._units import SECONDS
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-
-    from optuna_quota._metering import Key
-    from optuna_quota._usage import Breach
+from optuna_quota._usage import Breach
 
 
 _logger = logging.getLogger("optuna.quota.enforcement")
@@ -129,8 +117,8 @@ def warn_of_ceilings(
 def warn_of_unapplied(study: Study, limits: Limits) -> None:
     """Warn of a study with a quota or limits that this process runs without a QuotaSampler."""
     stored = retry(lambda: _optuna.user_attrs_of(study))
-    unapplied = ["a quota"] * bool(stored.get(STUDY_QUOTA))
-    unapplied += ["limits"] * bool(stored.get(STUDY_LIMITS) and not limits)
+    unapplied = ["a quota"] * bool(stored.get(_records.STUDY_QUOTA))
+    unapplied += ["limits"] * bool(stored.get(_records.STUDY_LIMITS) and not limits)
     if unapplied:
         message = (
             f"The storage of the study {study.study_name!r} has {' and '.join(unapplied)}, which "
@@ -326,12 +314,14 @@ def _after_tell(study: Study, trial_id: int) -> None:
         number = storage.get_trial_number_from_id(trial_id)
         report_end(study, number, monitor, record, _optuna.objective_error())
         return
-    if find_nested(study.sampler, _optuna.StudyPart):
+    if isinstance(study.sampler, _optuna.StudyPart) or find_nested(
+        study.sampler, _optuna.StudyPart
+    ):
         return
     topics, row = _known(study).topics, None
     if monitor is None and "replaced" not in topics and _optuna.was_created_with_sampler(study):
         row = storage.get_trial(trial_id)
-        if RESERVATION in row.system_attrs:
+        if _records.RESERVATION in row.system_attrs:
             # A trial of the QuotaSampler, told through another `Study`.
             return
         warn_once(
@@ -342,13 +332,13 @@ def _after_tell(study: Study, trial_id: int) -> None:
             "does not bind such trials, and they are not measured. Write the search as an "
             "objective for `study.optimize`, which keeps the sampler.",
         )
-    limits = pruner_limits(study.pruner)
+    limits = pruner_limits(quota_pruners(study.pruner))
     if not limits or "unmeasured" in topics:
         return
     row = row or storage.get_trial(trial_id)
     if row.state != TrialState.COMPLETE:
         return
-    if read_record(row).isolation is not None:
+    if _records.read_record(row).isolation is not None:
         _is_new(study, "unmeasured")
         return
     # The objective never gave the pruner's limits a chance to hold.

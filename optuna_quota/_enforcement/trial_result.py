@@ -8,35 +8,24 @@ import logging
 import math
 import socket
 import statistics
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
-from optuna.trial import TrialState
+from optuna.study import Study
+from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from optuna_quota import _optuna, _records
 from optuna_quota._enforcement.nesting import find_nested, requires_uniform_constraints
 from optuna_quota._enforcement.study_warnings import report_end
 from optuna_quota._limits import Limits
+from optuna_quota._metering import TrialMonitor, Verdict
 from optuna_quota._optuna import TellCall
-from optuna_quota._records import (
-    CONSTRAINED,
-    Interval,
-    PREFIX,
-    read_constrained,
-    read_record,
-    TrialRecord,
-)
+from optuna_quota._records import Interval, TrialRecord
 from optuna_quota._resources import Outcome, RESOURCES
 from optuna_quota._usage import Breach, Usage
 from optuna_quota.exceptions import LimitBreached
 
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import BaseTrial, FrozenTrial, Trial
-
-    from optuna_quota._metering import TrialMonitor, Verdict
 
 _logger = logging.getLogger("optuna.quota.enforcement")
 
@@ -134,7 +123,7 @@ def record_result(
     constraints of others, which are kept. ``expected`` is the usage of a trial that did not run.
     """
     if monitor is None:
-        before = read_record(trial)
+        before = _records.read_record(trial)
         if before.outcome is not None and before.outcome in _OUTCOMES_OF.get(state, ()):
             # `tell` again after its state could not be stored: the first call had the metering.
             return before
@@ -196,24 +185,18 @@ def build_record(
     footprint: Mapping[str, Interval] | None = None,
 ) -> TrialRecord:
     """Return the record of a trial that ends in the given state; see :func:`record_result`."""
+    verdict, breach = (None, None) if monitor is None else (monitor.verdict, monitor.breach)
+    record = classify_end(state, verdict, breach, error, tell_call)
+    host = socket.gethostname()
+    record = replace(record, usage=usage, footprint=footprint or {}, host=host)
     if monitor is None:
-        end = classify_end(state, error=error, tell_call=tell_call)
-        return replace(end, usage=usage, footprint=footprint or {}, host=socket.gethostname())
-    end = classify_end(state, monitor.verdict, monitor.breach, error, tell_call)
-    timelines: dict[str, Any] = {}
-    if end.breach is not None:
-        resource = end.breach.resource
-        timelines["timeline"] = monitor.timeline()
-        timelines["breach_timeline"] = () if resource == "memory" else monitor.timeline(resource)
-    return replace(
-        end,
-        usage=usage,
-        footprint=footprint or {},
-        isolation=monitor.isolation,
-        host=socket.gethostname(),
-        gpu_source=None if monitor.gpu is None else monitor.gpu.source,
-        **timelines,
-    )
+        return record
+    if record.breach is not None:
+        resource = record.breach.resource
+        other = () if resource == "memory" else monitor.timeline(resource)
+        record = replace(record, timeline=monitor.timeline(), breach_timeline=other)
+    gpu_source = None if monitor.gpu is None else monitor.gpu.source
+    return replace(record, isolation=monitor.isolation, gpu_source=gpu_source)
 
 
 def save_record(
@@ -255,7 +238,7 @@ def record_rejection(study: Study, trial: FrozenTrial, reason: str) -> TrialReco
 
 def record_ignored_rejection(study: Study, trial: FrozenTrial) -> None:
     """Add to the reason of a rejected trial that its objective still returned a value."""
-    reason = f"{read_record(trial).reason or 'The trial was rejected.'} {IGNORED_STOP}"
+    reason = f"{_records.read_record(trial).reason or 'The trial was rejected.'} {IGNORED_STOP}"
     save_record(study, trial, TrialRecord(outcome="rejected", reason=reason))
 
 
@@ -291,8 +274,10 @@ def constraint_attributes(existing: Mapping[str, Any], own: Mapping[str, float])
     theirs = listed if isinstance(listed, (list, tuple)) else ()
     values = [*(float(value) for value in theirs), *own.values()]
     if any(f"{_optuna.CONSTRAINTS}:{index}" in existing for index in range(len(values))):
-        return {f"{_optuna.CONSTRAINTS}:{PREFIX}{name}": value for name, value in own.items()}
-    return {_optuna.CONSTRAINTS: values, CONSTRAINED: list(own)}
+        return {
+            f"{_optuna.CONSTRAINTS}:{_records.PREFIX}{name}": value for name, value in own.items()
+        }
+    return {_optuna.CONSTRAINTS: values, _records.CONSTRAINED: list(own)}
 
 
 def uniform_constraints(trials: Sequence[FrozenTrial], limits: Limits) -> list[dict[str, float]]:
@@ -310,7 +295,7 @@ def uniform_constraints(trials: Sequence[FrozenTrial], limits: Limits) -> list[d
     return [
         {
             **{name: user.get(name, NEUTRAL) for name in names},
-            **{f"{PREFIX}{name}": own.get(name, value) for name, value in fill.items()},
+            **{f"{_records.PREFIX}{name}": own.get(name, value) for name, value in fill.items()},
         }
         for user, own in zip(theirs, ours, strict=True)
     ]
@@ -320,16 +305,16 @@ def _user_constraints(trial: FrozenTrial) -> dict[str, float]:
     """Return a trial's constraints without those that stand for limits."""
     # Those of limits are the last ones of the list, whose items are called "0", "1", and so on.
     n_list = len(trial.system_attrs.get(_optuna.CONSTRAINTS) or ())
-    own = {str(index) for index in range(n_list - len(read_constrained(trial)), n_list)}
+    own = {str(index) for index in range(n_list - len(_records.read_constrained(trial)), n_list)}
     return {
         name: value
         for name, value in _optuna.constraints_of(trial).items()
-        if not name.startswith(PREFIX) and name not in own
+        if not name.startswith(_records.PREFIX) and name not in own
     }
 
 
 def _observed_constraints(trial: FrozenTrial, limits: Limits) -> dict[str, float]:
-    record = read_record(trial)
+    record = _records.read_record(trial)
     amounts = record.usage.amounts()
     known = Limits.from_amounts({n: v for n, v in limits.amounts().items() if n in amounts})
     return limit_constraints(known, amounts, record.breach)

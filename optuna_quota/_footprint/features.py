@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 import math
 from typing import Any, TYPE_CHECKING
 
@@ -68,9 +69,13 @@ class NumericFeature:
         number = _finite(value)
         if number is None:
             return [0.0]
-        low, high = self._transformed(self.low), self._transformed(self.high)
+        low, high = self._ends
         scaled = 2 * (self._transformed(number) - low) / (high - low) - 1
         return [min(max(scaled, -_MAX_SCALED), _MAX_SCALED)]
+
+    @cached_property
+    def _ends(self) -> tuple[float, float]:
+        return self._transformed(self.low), self._transformed(self.high)
 
     def _transformed(self, value: float) -> float:
         if self.scale in ("log", "rate"):
@@ -221,6 +226,8 @@ def _finite(value: Any) -> float | None:
 def _same(value: Any, choice: Any) -> bool:
     # True == 1 in Python, but they are two choices. JSON can't keep inf and NaN (which does not
     # equal itself), so such choices are compared by their text.
+    if isinstance(value, str) and isinstance(choice, str):
+        return value == choice
     if not _is_scalar(choice) or not _is_scalar(value):
         return _as_text(value) == _as_text(choice)
     return isinstance(value, bool) == isinstance(choice, bool) and bool(value == choice)

@@ -39,6 +39,8 @@ import math
 
 import numpy as np
 
+from optuna_quota._footprint.numerics import invert, product
+
 
 _CONSTANT = 4.0
 _JITTER = 1e-8
@@ -137,7 +139,7 @@ class GaussianProcess:
         # Variance of each observation.
         self._own = self.noise * noisy + extra + _JITTER
         covariance[np.diag_indices(len(target))] += self._own
-        self._inverse = _invert(covariance)[0]
+        self._inverse = invert(covariance)[0]
         self._alpha = self._inverse @ target
 
     @property
@@ -151,7 +153,7 @@ class GaussianProcess:
         a, b = self._variances
         scaled = columns * self._inverse_lengths
         prior = _CONSTANT + a * np.einsum("ij,ij->i", scaled, scaled) + b + self.drift
-        variance = prior - np.einsum("ij,ij->i", _product(cross, self._inverse), cross)
+        variance = prior - np.einsum("ij,ij->i", product(cross, self._inverse), cross)
         return cross @ self._alpha, np.maximum(variance, 1e-12)
 
     def joint(self, columns: np.ndarray, ahead: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -163,7 +165,7 @@ class GaussianProcess:
         with_next, with_each_other = mean_nearness(ahead)
         cross = self._kernel(columns) + with_next * self._next_level
         covariance = self._kernel(columns, columns) + with_each_other * self.drift
-        covariance -= _product(_product(cross, self._inverse), cross.T)
+        covariance -= product(product(cross, self._inverse), cross.T)
         return cross @ self._alpha, covariance
 
     def posterior(self) -> tuple[np.ndarray, np.ndarray]:
@@ -190,7 +192,7 @@ class GaussianProcess:
         else:
             right = right * self._inverse_lengths
             right_squares = np.einsum("ij,ij->i", right, right)
-        products = left @ right.T
+        products = product(left, right.T)
         squares = left_squares[:, None] + right_squares - 2 * products
         r = _SQRT5 * np.sqrt(np.maximum(squares, 0.0))
         return np.asarray(_CONSTANT + a * products + b * (1 + r + r * r / 3) * np.exp(-r))
@@ -279,7 +281,7 @@ class _Objective:
         a *= self._unit
         end = 3 + self._columns.shape[1]
         scaled = self._columns * np.exp(-values[3:end])
-        products = scaled @ scaled.T
+        products = product(scaled, scaled.T)
         norms = products.diagonal()
         r = np.sqrt(np.maximum(5 * (norms[:, None] + norms - 2 * products), 0.0))
         decay = np.exp(-r)
@@ -290,7 +292,7 @@ class _Objective:
             levels = noise * math.exp(values[-1]) * self._nearness
             covariance += levels
         covariance.ravel()[:: len(covariance) + 1] += noise * self._noisy + self._extra + _JITTER
-        inverse, log_determinant = _invert(covariance)
+        inverse, log_determinant = invert(covariance)
         alpha = inverse @ self._target
         # d(-log likelihood)/dθ = ½ tr((K⁻¹ - αα') dK/dθ)
         weight = 0.5 * (inverse - alpha[:, None] * alpha)
@@ -298,48 +300,18 @@ class _Objective:
         # dK/d(log length) of the Matérn term is this times the square of the columns' difference.
         pairs = (5 / 3) * b * weight * slope
         gradient = np.empty(len(values))
-        gradient[0] = np.vdot(linear, products)
-        gradient[1] = b * np.vdot(weight, matern)
+        # Not by `np.vdot`, which starts threads for more than 100 trials.
+        gradient[0] = np.einsum("ij,ij->", linear, products)
+        gradient[1] = b * np.einsum("ij,ij->", weight, matern)
         gradient[2] = noise * (weight.diagonal() @ self._noisy)
-        pulled = pairs.sum(axis=1)[:, None] * scaled - (pairs + linear) @ scaled
+        pulled = pairs.sum(axis=1)[:, None] * scaled - product(pairs + linear, scaled)
         gradient[3:end] = 2 * np.einsum("id,id->d", scaled, pulled)
         if self._nearness is not None:
-            gradient[-1] = np.vdot(weight, levels)
+            gradient[-1] = np.einsum("ij,ij->", weight, levels)
             gradient[2] += gradient[-1]
         away = values - self._mean
         value = 0.5 * (self._target @ alpha + log_determinant + away @ (self._precision * away))
         return float(value), gradient + self._precision * away
-
-
-def _invert(covariance: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return the inverse of a covariance and the logarithm of its determinant."""
-    from scipy.linalg.lapack import dpotrf, dtrtri
-
-    jitter = 0.0
-    factor, failed = dpotrf(covariance, lower=1, clean=1)
-    while failed:
-        if not np.isfinite(covariance).all():
-            raise np.linalg.LinAlgError("A covariance must be finite.")
-        # Points that coincide make it singular in floating point.
-        jitter = max(10 * jitter, 1e-7 * float(np.trace(covariance)) / len(covariance))
-        factor, failed = dpotrf(covariance + jitter * np.eye(len(covariance)), lower=1, clean=1)
-    # The zeros above the diagonal stay.
-    root = dtrtri(factor, lower=1)[0]
-    return _product(root.T, root), 2 * float(np.log(factor.diagonal()).sum())
-
-
-# Where the processors are busy with trials, waiting for BLAS's threads takes a hundred times as
-# long as a product this small, so it is cut into pieces below the size (of m·n·k) at which
-# OpenBLAS starts threads. For the same reason the inverse is not LAPACK's `dpotri`.
-_SINGLE_THREADED = 200_000
-
-
-def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Return a matrix product, computed in one thread."""
-    rows = max(_SINGLE_THREADED // max(right.size, 1), 1)
-    if rows >= len(left):
-        return np.asarray(left @ right)
-    return np.concatenate([left[i : i + rows] @ right for i in range(0, len(left), rows)])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._records import evidence, Interval, outcome_of, read_record
+from optuna_quota._records import evidence, Interval, outcome_of, read_record, TrialRecord
 from optuna_quota._table import usage_at_least
 from optuna_quota._usage import Usage, usage_from_amounts
 
@@ -66,9 +66,11 @@ class Observation:
 
 def read_observation(trial: FrozenTrial) -> Observation | None:
     """Return a finished trial as an observation, None if its usage is unknown."""
-    if not trial.state.is_finished():
-        return None
-    record = read_record(trial)
+    return observation_of(trial, read_record(trial)) if trial.state.is_finished() else None
+
+
+def observation_of(trial: FrozenTrial, record: TrialRecord) -> Observation | None:
+    """Return a finished trial given with its record, None if its usage is unknown."""
     end = outcome_of(trial, record), record.censored_by
     amounts = usage_at_least(trial, record)
     says = {name: evidence(name, *end) for name in amounts}

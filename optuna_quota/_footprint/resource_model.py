@@ -20,6 +20,7 @@ from optuna_quota._footprint.gaussian_process import (
     Sites,
     stop_rates,
 )
+from optuna_quota._footprint.numerics import average_ranks, square_root
 from optuna_quota._records import Interval
 
 
@@ -140,9 +141,8 @@ class ResourceData:
     def of_ranks(cls, columns: np.ndarray, losses: np.ndarray) -> ResourceData:
         """Return trials by the normal scores of their losses, as logarithms of amounts."""
         from scipy.special import ndtri
-        from scipy.stats import rankdata
 
-        scores = ndtri((rankdata(losses) - 0.5) / len(losses))
+        scores = ndtri((average_ranks(losses) - 0.5) / len(losses))
         return cls.exact(columns, np.exp(scores), floors=(0.0,))
 
 
@@ -223,7 +223,7 @@ class ResourceModel:
         variance = np.maximum(np.diag(covariance), 1e-12)
         wider = self.spread(np.sqrt(variance + noise)) ** 2 / (variance + noise)
         within, beyond = np.minimum(wider, 1.0), np.maximum(wider - 1.0, 0.0)
-        root = _square_root(covariance) * np.sqrt(within)[:, None]
+        root = square_root(covariance) * np.sqrt(within)[:, None]
         common, own = np.sqrt(beyond * variance), np.sqrt(within * noise)
         n = len(columns)
         heavy = np.sqrt(self.df / generator.chisquare(self.df, (count, 1)))
@@ -377,17 +377,6 @@ def _fit_with_floor(
         )
         model = ResourceModel(data, floor, found, model.lateness, model.sites)
     return model
-
-
-def _square_root(covariance: np.ndarray) -> np.ndarray:
-    """Return a matrix whose product with its transpose is the covariance."""
-    scale = max(float(np.trace(covariance)) / len(covariance), 1e-12)
-    try:
-        # A tenth of the time of the eigenvalues.
-        return np.linalg.cholesky(covariance + 1e-7 * scale * np.eye(len(covariance)))
-    except np.linalg.LinAlgError:
-        values, vectors = np.linalg.eigh(covariance)
-        return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
 
 
 def _standard(logs: np.ndarray) -> tuple[float, float]:

@@ -246,6 +246,9 @@ _SETTINGS: Mapping[str, Setting] = {
     "priority": Setting(
         "os", lambda m: m.getpriority(m.PRIO_PROCESS, 0), lambda m, v: m.nice(v - m.nice(0))
     ),
+    "processors": Setting(
+        "os", lambda m: m.sched_getaffinity(0), lambda m, v: m.sched_setaffinity(0, v)
+    ),
     "resource limits": Setting("resource", _read_resource_limits, _set_resource_limits),
     "temporary folder": Setting(
         "tempfile", lambda m: m.tempdir, lambda m, v: setattr(m, "tempdir", v)

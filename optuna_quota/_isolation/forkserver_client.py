@@ -273,9 +273,26 @@ def interpreter(module: str, argument: Any) -> list[str]:
     folder = str(Path(__file__).resolve().parents[2])
     path = [entry for entry in sys.path if isinstance(entry, str)]
     path += [] if folder in path else [folder]
-    flags = [f"-X{name}" for name in ("utf8", "dev") if name in sys._xoptions]
     code = _BOOT.format(path=path, module=module, argument=repr(argument))
-    return [os.fsdecode(get_executable()), *flags, "-c", code]
+    return [os.fsdecode(get_executable()), *_options(), "-c", code]
+
+
+# These would only print into what no one reads.
+_PRINTING = ("importtime", "showrefcount")
+
+
+def _options() -> list[str]:
+    """Return the options of this interpreter that change what code does, such as ``-O``."""
+    letters = {
+        "O": sys.flags.optimize,
+        "b": sys.flags.bytes_warning,
+        "B": sys.flags.dont_write_bytecode,
+        "E": sys.flags.ignore_environment,
+        "s": sys.flags.no_user_site,
+    }
+    found = ["-" + letter * int(count) for letter, count in letters.items() if count > 0]
+    named = {name: value for name, value in sys._xoptions.items() if name not in _PRINTING}
+    return [*found, *(f"-X{n}" if v is True else f"-X{n}={v}" for n, v in named.items())]
 
 
 def request_trial(

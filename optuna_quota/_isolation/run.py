@@ -121,16 +121,15 @@ class TrialRun:
             return loop.monitor(key, limits=limits, here=False), True
         key = key_of(self._study, self._trial)
         wrap_nesting_pruner(self._study)
-        pruner = self._study.pruner
-        pruners = quota_pruners(pruner)
-        limits = resolve_cores(agreed_limits(own, pruner_limits(pruner), _PLACES))
+        pruners = quota_pruners(self._study.pruner)
+        limits = resolve_cores(agreed_limits(own, pruner_limits(pruners), _PLACES))
         monitor = loop.find(key)
         if monitor is None:
             is_preemptible = bool(self._preemption.signals)
             warn_of_ceilings(self._study, limits, has_purpose=is_preemptible or not pruners)
             if isinstance(self._trial, Trial) and _optuna.is_run_by_optimize(self._trial):
                 warn_of_unapplied(self._study, limits)
-            meters = pruner_meters(pruner)
+            meters = pruner_meters(pruners)
             return loop.monitor(key, limits=limits, meters=meters, here=False), True
         own = None if own is None else resolve_cores(with_cores(own, monitor.limits.cpu_cores))
         if own is not None and monitor.limits != own:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 import time
-from typing import TYPE_CHECKING
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna
 from optuna_quota._ledger.protocol import (
@@ -22,11 +24,6 @@ from optuna_quota._records import parse_record, RESERVATION, TrialRecord
 from optuna_quota._resources import CHARGED_RESOURCES, USAGE_RESOURCES
 from optuna_quota._units import format_seconds
 from optuna_quota._usage import Usage
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
 
 HEARTBEATS_PER_LEASE = 4

@@ -8,20 +8,21 @@ read when a trial starts; nothing waits for them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-import contextlib
 from dataclasses import dataclass
 import os
 from types import MappingProxyType
 
 from optuna_quota._ledger.protocol import Claim, DEVICE, ResourceRequest
-from optuna_quota._metering.nvml import GpuError
-from optuna_quota._metering.visible_gpus import visible_gpus
+from optuna_quota._metering.nvml import answer_in_time, GpuError
+from optuna_quota._metering.visible_gpus import memory_by_device, visible_gpus
 from optuna_quota._metering.warn import warn_once
 from optuna_quota._units import counted
 
 
 # The smallest share of a GPU's memory with which a trial of unknown needs starts.
 _MIN_SHARE = 1 / 8
+# Seconds that a study waits for a driver that is slow to start: what it says holds for all trials.
+_STUDY_START_TIME = 60.0
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,8 @@ def check_gpus_per_trial(gpus: Sequence[Gpu], count: int) -> None:
 
 def memory_in_use(gpus: Sequence[Gpu]) -> dict[str, float]:
     """Return the bytes that all processes hold of these GPUs now, by UUID, where known."""
-    if not gpus:
-        return {}
-    known = {gpu.uuid for gpu in gpus}
-    found = {}
-    with contextlib.suppress(GpuError):
-        for device in visible_gpus(os.environ).devices:
-            # Skip a GPU that is lost; the others still answer.
-            with contextlib.suppress(GpuError):
-                if device.identity in known:
-                    found[device.identity] = float(device.memory()[0])
-    return found
+    known = memory_by_device(os.environ) if gpus else {}
+    return {gpu.uuid: float(known[gpu.uuid][0]) for gpu in gpus if gpu.uuid in known}
 
 
 def gpus_here() -> Sequence[Gpu]:
@@ -113,9 +105,9 @@ def gpus_here() -> Sequence[Gpu]:
     Returns none, with a warning, if NVML is not available: each trial then sees all GPUs.
     """
     try:
-        shown = visible_gpus(os.environ)
-        totals = [float(device.memory()[1]) for device in shown.devices]
-        uuids = [device.uuid() for device in shown.devices]
+        shown = visible_gpus(os.environ, within=_STUDY_START_TIME)
+        totals = answer_in_time(lambda: [float(gpu.memory()[1]) for gpu in shown.devices])
+        uuids = answer_in_time(lambda: [gpu.uuid() for gpu in shown.devices])
     except GpuError as error:
         warn_once("gpu: one a trial", f"Trials are not assigned to single GPUs: {error.reason}.")
         return ()

@@ -48,10 +48,6 @@ _MIN_HELD_SHARE = 1 / 8
 _RELEASE_BELOW = 0.9
 
 
-def no_needs(free: Mapping[str, float], n_beside: int) -> Mapping[str, float]:
-    return {}
-
-
 def _with_time_and_cost(amounts: Mapping[str, float], quota: Quota) -> dict[str, float]:
     bounds = dict(amounts)
     if "wall_time" in amounts:

@@ -9,17 +9,11 @@ import logging
 import os
 import threading
 import time
-from typing import TYPE_CHECKING
 from weakref import finalize, WeakMethod
 
 from optuna_quota._ledger.protocol import DEVICE, Reservation
-from optuna_quota._limits import Limits, Quota
-from optuna_quota._metering import extension_threshold
-from optuna_quota._usage import Usage
-
-
-if TYPE_CHECKING:
-    from optuna_quota._metering import TrialMonitor
+from optuna_quota._limits import Limits
+from optuna_quota._metering import TrialMonitor
 
 
 _logger = logging.getLogger("optuna.quota.ledger")
@@ -68,20 +62,6 @@ class RunningTrial:
         if self.deadline is not None:
             left["wall_time"] = self.deadline
         return left
-
-    def find_low(self, usage: Usage | None, quota: Quota) -> dict[str, float]:
-        """Return its usage of the resources that run low; 0 of each if the usage is unknown."""
-        granted = self.reservation.granted
-        if usage is None:
-            return dict.fromkeys(sorted(self.left.keys() & granted.keys()), 0.0)
-        amounts = {name: usage.get(name) for name in granted}
-        if "cost" in granted:
-            amounts["cost"] = quota.price({name: usage.get(name) for name in quota.prices})
-        return {
-            name: amount
-            for name, amount in amounts.items()
-            if amount is not None and amount >= extension_threshold(name) * granted[name]
-        }
 
 
 class RunningTrials(dict[int, RunningTrial]):

@@ -8,33 +8,19 @@ from dataclasses import replace
 import logging
 import math
 import os
+import time
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from optuna.exceptions import UpdateFinishedTrialError
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna
+from optuna_quota._ledger import grant
 from optuna_quota._ledger.dead_workers import LEASE, OrphanedTrial
 from optuna_quota._ledger.gpus import find_gpus, Gpu, memory_in_use, request_gpus
-from optuna_quota._ledger.grant import (
-    deadlock_warning,
-    describe_resumed,
-    describe_serial,
-    extension_requests,
-    Grant,
-    initial_requests,
-    left_for_trial,
-    Needs,
-    no_needs,
-    Refusal,
-    refuse_exhausted,
-    refuse_never_fitting,
-    refuse_study_ended,
-    refuse_to_wait,
-    RequestedBy,
-    revise_grant,
-)
+from optuna_quota._ledger.grant import Grant, Needs, Refusal
 from optuna_quota._ledger.heartbeat import Heartbeat, RunningTrial, RunningTrials
 from optuna_quota._ledger.protocol import (
     Decision,
@@ -44,17 +30,11 @@ from optuna_quota._ledger.protocol import (
     with_decision,
     with_queue_place,
 )
-from optuna_quota._ledger.state import Clock, LedgerState, pauses, Snapshot, SystemClock
+from optuna_quota._ledger.state import Clock, LedgerState, pauses, Snapshot
 from optuna_quota._ledger.totals import describe_unadmitted
 from optuna_quota._limits import Limits, Quota
+from optuna_quota._metering import TrialMonitor
 from optuna_quota._usage import Usage
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
-
-    from optuna_quota._metering import TrialMonitor
 
 
 _logger = logging.getLogger("optuna.quota.ledger")
@@ -69,15 +49,9 @@ _DEADLOCK_WARNING_AFTER = 10.0
 class Ledger:
     """Admits trials to a study's quota, together with all other workers of the study.
 
-    Everything is derived from trial rows; this object only caches what it has read.
-
-    Args:
-        study: The study.
-        quota: Its quota.
-        clock: The clocks to use.
-        lease: Seconds without a heartbeat after which a worker on another machine counts as dead.
-        gpus: This machine's GPUs, to give each trial those with the most room.
-        gpus_per_trial: How many of them each trial gets.
+    Everything is derived from trial rows; this object only caches what it has read. A worker on
+    another machine counts as dead after ``lease`` seconds without a heartbeat. Of this machine's
+    ``gpus``, each trial gets those with the most room.
     """
 
     def __init__(
@@ -94,7 +68,7 @@ class Ledger:
         self._gpus_per_trial = gpus_per_trial
         self._gpus = tuple(gpus)
         self._studies: WeakSet[Study] = WeakSet((study,))
-        self._clock = clock or SystemClock()
+        self._clock = clock or time
         self._lease = lease
         self._open(study)
 
@@ -125,7 +99,7 @@ class Ledger:
         seen = self._state.read()
         self._log_once("unadmitted", describe_unadmitted(self._state.unadmitted))
         if not seen.claims:
-            self._log_once("resumed", describe_resumed(self.quota, seen.used))
+            self._log_once("resumed", grant.describe_resumed(self.quota, seen.used))
 
     def take_enqueued(self, trial: FrozenTrial) -> bool:
         self._reopen_after_fork()
@@ -138,7 +112,7 @@ class Ledger:
         limits: Limits,
         footprint: Mapping[str, float],
         bounds: Mapping[str, float] = MappingProxyType({}),
-        needs: Needs = no_needs,
+        needs: Needs = lambda free, n_beside: {},
         n_jobs: int | None = None,
         is_over: Callable[[], bool] = lambda: False,
     ) -> Grant | Refusal:
@@ -154,12 +128,12 @@ class Ledger:
         warn_at = self._clock.monotonic() + _DEADLOCK_WARNING_AFTER
         for pause in pauses():
             if short is not None and is_over():
-                return self._withdraw(trial_id, refuse_study_ended(short))
+                return self._withdraw(trial_id, grant.refuse_study_ended(short))
             seen = self._state.refresh() if seen is None or short is not None else seen
             self._log_once("unadmitted", describe_unadmitted(self._state.unadmitted))
             free, beside = seen.free(self.quota), seen.count_beside(number)
             least = needs(free, beside)
-            requests = initial_requests(
+            requests = grant.initial_requests(
                 self.quota,
                 limits,
                 footprint,
@@ -181,26 +155,28 @@ class Ledger:
             )
             # A waiting trial checks before it asks: a claim that can't be granted would only
             # disturb the others.
-            decision = self._state.judge(number, held, requests, seen, queue=True)
-            if short is None or decision.action != "withdraw":
+            decision, running = self._state.judge(number, held, requests, seen, queue=True), None
+            if short is None and decision.action == "grant" and self._may_start_at_once(seen):
+                running, seen = self._start_at_once(trial, limits, requests, decision)
+            if running is None and (short is None or decision.action != "withdraw"):
                 decision, seen = self._state.ask(trial_id, number, held, requests, queue=True)
-                least = needs(seen.free(self.quota), seen.count_beside(number))
-            refusal = refuse_exhausted(self.quota, seen.used, footprint, needs=least)
+            least = needs(seen.free(self.quota), seen.count_beside(number))
+            refusal = grant.refuse_exhausted(self.quota, seen.used, footprint, needs=least)
             if refusal is None and decision.action == "grant":
-                return self._begin(trial, limits, decision)
+                return self._begin(running or self._start(trial, limits, decision))
             short = decision.shortage
             if refusal is None and short is not None:
-                refusal = refuse_never_fitting(short)
+                refusal = grant.refuse_never_fitting(short)
                 if refusal is None and self._running.must_not_wait(self._in_optimize_loop()):
-                    refusal = refuse_to_wait(short, seen.claims, number)
+                    refusal = grant.refuse_to_wait(short, seen.claims, number)
             if refusal is not None:
                 return self._withdraw(trial_id, refusal)
             assert short is not None
             held = self._queue(trial_id, held, requests)
-            self._log_once("serial", describe_serial(short, self.quota))
+            self._log_once("serial", grant.describe_serial(short, self.quota))
             if self._clock.monotonic() >= warn_at:
                 own = self._running.asked_here()
-                warning = deadlock_warning(number, short, seen.claims, own)
+                warning = grant.deadlock_warning(number, short, seen.claims, own)
                 if warning is not None:
                     _logger.warning(warning)
                     warn_at = math.inf
@@ -245,7 +221,7 @@ class Ledger:
             return {}, 0
         # It has just read the rows, to reserve its part.
         seen = self._state.last or self._state.read()
-        left = left_for_trial(self.quota, running.reservation.granted, seen.free(self.quota))
+        left = grant.left_for_trial(self.quota, running.reservation.granted, seen.free(self.quota))
         if running.deadline is not None:
             left["wall_time"] = min(running.deadline, left.get("wall_time", math.inf))
         return left, seen.count_beside(trial.number)
@@ -267,7 +243,9 @@ class Ledger:
             held, used = running.reservation, running.monitor.usage().amounts()
             needs = {n: a for n, a in expected.items() if n not in self.quota.held}
             needs |= {n: a for n, a in bounds.items() if n in self.quota.held}
-            smaller, larger = revise_grant(self.quota, running.limits, held.granted, needs, used)
+            smaller, larger = grant.revise_grant(
+                self.quota, running.limits, held.granted, needs, used
+            )
             if smaller:
                 self._change(running, replace(held, granted={**held.granted, **smaller}))
             for name, need in larger.items():
@@ -277,17 +255,6 @@ class Ledger:
             granted = running.reservation.granted
             return all(granted[n] >= larger[n] for n in larger.keys() - self.quota.held.keys())
 
-    def extend(self, trial_id: int, usage: Usage | None = None) -> Mapping[str, float]:
-        """Request more of what runs low for a running trial, or of everything.
-
-        Returns what it may use in all.
-        """
-        with self._running.lock:
-            running = self._running.get(trial_id)
-            if running is None:
-                return {}
-            return self._extend(running, running.find_low(usage, self.quota))
-
     def charge(self, trial_id: int, usage: Usage) -> None:
         """Stop following a trial whose row has its usage and is about to finish."""
         self._heartbeat.remove(trial_id)
@@ -295,7 +262,7 @@ class Ledger:
             if self._running.finish(trial_id) is not None:
                 self._state.charge(trial_id, usage)
 
-    def exhausted(self, needs: Needs = no_needs) -> Refusal | None:
+    def exhausted(self, needs: Needs = lambda free, n_beside: {}) -> Refusal | None:
         """Return why nothing more can be admitted; None if something can."""
         last = self._state.last
         if last is not None and self._is_far_from_end(last):
@@ -309,7 +276,7 @@ class Ledger:
             for name in self.quota.totals
         }
         least = needs(seen.free(self.quota), len(running))
-        return refuse_exhausted(self.quota, used, {}, granted, least)
+        return grant.refuse_exhausted(self.quota, used, {}, granted, least)
 
     def _is_far_from_end(self, seen: Snapshot) -> bool:
         used, _ = self._state.with_charged(seen)
@@ -326,7 +293,7 @@ class Ledger:
     def _in_optimize_loop(self) -> bool:
         return any(_optuna.in_optimize_loop(study) for study in tuple(self._studies))
 
-    def _requested_by(self) -> RequestedBy:
+    def _requested_by(self) -> grant.RequestedBy:
         if self._in_optimize_loop():
             return "optimize"
         return "ask in a batch" if self._running.asked_here() else "ask"
@@ -342,25 +309,55 @@ class Ledger:
         self._state.write(trial_id, place)
         return place
 
-    def _begin(self, trial: FrozenTrial, limits: Limits, decision: Decision) -> Grant:
+    def _may_start_at_once(self, seen: Snapshot) -> bool:
+        """Return whether a grant may be written before others' rows are read again.
+
+        Others take it for settled meanwhile, which matters where there is little left to share.
+        """
+        held, reserved = self.quota.held.items(), seen.reserved
+        is_free = all(reserved.get(name, 0.0) < _FAR * total for name, total in held)
+        return is_free and not self._gpus and self._is_far_from_end(seen)
+
+    def _start_at_once(
+        self,
+        trial: FrozenTrial,
+        limits: Limits,
+        requests: Mapping[str, ResourceRequest],
+        decision: Decision,
+    ) -> tuple[RunningTrial | None, Snapshot]:
+        """Write a grant in place of a claim, which saves a write; return it if it holds.
+
+        As after a claim, the rows that are read next decide: a later writer sees this grant.
+        """
+        running = self._start(trial, limits, decision)
+        seen = self._state.refresh()
+        again = self._state.judge(trial.number, Reservation(), requests, seen, queue=True)
+        granted = decision.granted.items()
+        holds = again.action == "grant" and all(again.granted[n] >= a for n, a in granted)
+        return (running if holds else None), seen
+
+    def _start(self, trial: FrozenTrial, limits: Limits, decision: Decision) -> RunningTrial:
+        """Write a grant into a trial's row."""
         trial_id, start = _optuna.trial_id_of(trial), self._clock.monotonic()
         held = with_decision(Reservation(began=self._state.now(start)), decision)
         held = replace(held, gpu=find_gpus(decision.granted))
         self._state.write(trial_id, held)
         in_optimize = self._in_optimize_loop()
-        running = RunningTrial(trial_id, trial.number, held, limits, in_optimize, start=start)
+        return RunningTrial(trial_id, trial.number, held, limits, in_optimize, start=start)
+
+    def _begin(self, running: RunningTrial) -> Grant:
         if self.quota.wall_time is not None:
             running.deadline = max(0.0, self.quota.wall_time - self._state.wall_time())
-        self._running[trial_id] = running
-        return Grant(running.left, gpu=held.gpu)
+        self._running[running.trial_id] = running
+        return Grant(running.left, gpu=running.reservation.gpu)
 
     def _extend(
         self, running: RunningTrial, needs: Mapping[str, float], *, exactly: bool = False
-    ) -> Mapping[str, float]:
+    ) -> None:
         # One by one: what is short of one resource must not keep the trial from another.
         for name, amount in needs.items():
             seen, held, number = self._state.refresh(), running.reservation, running.number
-            requests = extension_requests(
+            requests = grant.extension_requests(
                 self.quota,
                 running.limits,
                 held.granted,
@@ -376,7 +373,6 @@ class Ledger:
                 )
                 if decision.action == "grant":
                     self._change(running, with_decision(held, decision))
-        return running.left
 
     def _change(self, running: RunningTrial, held: Reservation) -> None:
         running.reservation = replace(held, began=self._state.now(running.began))

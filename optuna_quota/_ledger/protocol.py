@@ -9,6 +9,9 @@ the trial with the higher number gives way and the lower one waits for that:
   they had not seen this claim and were granted.
 * Else **withdraw**, and perhaps keep a place in the queue, which higher numbers respect.
 
+Far from the end of a quota a trial writes its grant in place of the claim, and reads all rows
+after it likewise: it runs if they still have room, else it asks as above.
+
 A trial only ever waits for a higher number. It asks for everything at once and holds nothing while
 it is in the queue, so there is no deadlock. The lowest number of all that ask never gives way to
 another claim, so a trial is admitted whenever there is room. :func:`decide` does no I/O, so that
@@ -29,6 +32,8 @@ import platform
 import sys
 from typing import Any, Literal, TypeVar
 import zlib
+
+import psutil
 
 from optuna_quota._metering.breach import quota_bound
 from optuna_quota._records import number, plain_number
@@ -80,8 +85,6 @@ def process_start(pid: int) -> float | None:
         # The program's name, in parentheses, may have any character; field 3 comes after it.
         fields = stat.rpartition(")")[2].split()
         return None if fields[0] in _DEAD else float(fields[19])
-    import psutil
-
     try:
         process = psutil.Process(pid)
         if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
@@ -279,7 +282,6 @@ Row = TypeVar("Row", Claim, Reservation)
 
 
 def with_claim(row: Row, requests: Mapping[str, ResourceRequest]) -> Row:
-    """Return a row with a claim for requests."""
     most = {name: request.most for name, request in requests.items()}
     return replace(row, asked={**row.granted, **most})
 

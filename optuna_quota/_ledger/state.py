@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 import logging
 import random
 import threading
-import time
-from typing import Any, Protocol, TYPE_CHECKING
+from typing import Protocol
 from weakref import WeakSet
 
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import TrialState
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 
-from optuna_quota import _optuna
+from optuna_quota import _optuna, _records
 from optuna_quota._ledger.dead_workers import (
     close_orphan,
     HEARTBEATS_PER_LEASE,
@@ -40,23 +40,11 @@ from optuna_quota._ledger.protocol import (
 )
 from optuna_quota._ledger.totals import CLOCK_TOLERANCE, Entry, QuotaTotals, read_entry
 from optuna_quota._limits import Limits, Quota
-from optuna_quota._records import (
-    read_amounts,
-    RESERVATION,
-    STUDY_LIMITS,
-    TrialRecord,
-    write_attributes,
-    write_record,
-)
+from optuna_quota._records import TrialRecord
 from optuna_quota._resources import CHARGED_RESOURCES
 from optuna_quota._storage_retry import retry, survive_outages
 from optuna_quota._units import format_seconds
 from optuna_quota._usage import Usage
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
 
 _logger = logging.getLogger("optuna.quota.ledger")
@@ -70,30 +58,13 @@ _LONGEST_PAUSE = 0.25
 
 
 class Clock(Protocol):
-    """The clocks that the ledger uses; tests replace them."""
+    """The part of the module ``time`` that the ledger uses; tests replace it."""
 
-    def time(self) -> float:
-        """Return seconds since the epoch; may jump, and differ between machines."""
-        ...
+    def time(self) -> float: ...
 
-    def monotonic(self) -> float:
-        """Return seconds that never jump, from an arbitrary start."""
-        ...
+    def monotonic(self) -> float: ...
 
-    def sleep(self, seconds: float) -> None: ...
-
-
-class SystemClock:
-    """The machine's clocks."""
-
-    def time(self) -> float:
-        return time.time()
-
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
+    def sleep(self, seconds: float, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -121,9 +92,9 @@ class TrialRows:
     """A cursor over a study's rows: each finished one is parsed once. Not thread-safe."""
 
     def __init__(self, study: Study) -> None:
-        self._storage = _optuna.storage_of(study)
-        self._study_id = _optuna.study_id_of(study)
-        self._stamp = study_stamp(study.study_name)
+        self.storage = _optuna.storage_of(study)
+        self.study_id = _optuna.study_id_of(study)
+        self.stamp = study_stamp(study.study_name)
         self._next = 0
         self._open: list[int] = []
         self._trials: Sequence[FrozenTrial] | None = None
@@ -137,7 +108,7 @@ class TrialRows:
         # Rows are never deleted, so a row's place in the list is its number.
         found = [trials[number] for number in (*self._open, *range(self._next, len(trials)))]
         entries = [
-            read_entry(trial, _optuna.trial_id_of(trial), totals.quota, study=self._stamp)
+            read_entry(trial, _optuna.trial_id_of(trial), totals.quota, study=self.stamp)
             for trial in found
         ]
         still_open = [entry for entry in entries if entry.state != "finished"]
@@ -147,52 +118,13 @@ class TrialRows:
 
     def _read(self) -> Sequence[FrozenTrial]:
         # Of a study that is only looked at, the storage does not retry itself.
-        trials = retry(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
+        trials = retry(lambda: self.storage.get_all_trials(self.study_id, deepcopy=False))
         if trials and trials[-1].number != len(trials) - 1:
             # Between reading a database and returning its rows, Optuna's cache may get one that
             # another thread creates, but not those that other processes created before it.
             trials = [trial for index, trial in enumerate(trials) if trial.number == index]
         self._trials = trials
         return trials
-
-    def stale_trial_ids(self) -> list[int]:
-        return _optuna.stale_trial_ids(self._storage, self._study_id)
-
-    def write(self, trial_id: int, reservation: Reservation) -> None:
-        """Write a reservation; UpdateFinishedTrialError if another worker has finished the row."""
-        write_attributes(self._storage, trial_id, system={RESERVATION: self._object(reservation)})
-
-    def take_enqueued(self, trial_id: int, reservation: Reservation) -> bool:
-        """Return whether an enqueued trial is this worker's alone.
-
-        Optuna relies on row locks to give it to one worker only, and SQLite has none.
-        """
-        storage, value = self._storage, self._object(reservation)
-        if _optuna.has_row_locks(storage):
-            return True
-        trial = storage.get_trial(trial_id)
-        written = trial.system_attrs.get(RESERVATION)
-        # A retried trial has a copy of another one's reservation, which is parsed as None.
-        if trial.state.is_finished() or parse_reservation(written, trial_id, self._stamp):
-            return False
-        swap = _optuna.swap_system_attr_on_sqlite
-        return retry(lambda: swap(storage, trial_id, RESERVATION, written, value))
-
-    def fail(self, trial_id: int, record: TrialRecord, reservation: Reservation) -> bool:
-        """Finish an orphaned trial's row; of several workers that try, one gets True."""
-        storage = self._storage
-        try:
-            self.write(trial_id, reservation)
-            write_record(storage, trial_id, record)
-            if not _optuna.has_row_locks(storage):
-                return retry(lambda: _optuna.fail_row_on_sqlite(storage, trial_id))
-            storage.set_trial_state_values(trial_id, TrialState.FAIL)
-        except UpdateFinishedTrialError:
-            return False
-        return True
-
-    def _object(self, reservation: Reservation) -> dict[str, Any]:
-        return reservation_object(replace(reservation, study=self._stamp))
 
 
 class LedgerState:
@@ -215,9 +147,10 @@ class LedgerState:
         self.ceilings = {**quota.amounts(), **{gpu.resource: gpu.memory for gpu in gpus}}
         self.clock = clock
         self.heartbeat = lease / HEARTBEATS_PER_LEASE
-        survive_outages(_optuna.storage_of(study))
         self.rows = TrialRows(study)
-        bounds = read_amounts(_optuna.user_attrs_of(study).get(STUDY_LIMITS))
+        self._storage = self.rows.storage
+        survive_outages(self._storage)
+        bounds = _records.read_amounts(_optuna.user_attrs_of(study).get(_records.STUDY_LIMITS))
         self._totals = QuotaTotals(quota, bounds)
         self._charged: dict[int, Usage] = {}
         self._lock = threading.Lock()
@@ -277,7 +210,7 @@ class LedgerState:
             stale: list[int] = []
             if self._stale_read is None or now - self._stale_read >= _STALE_INTERVAL:
                 self._stale_read = now
-                stale = self.rows.stale_trial_ids()
+                stale = _optuna.stale_trial_ids(self._storage, self.rows.study_id)
             orphans = self._leases.find_orphaned(seen.open, now, stale)
         if not orphans:
             return seen
@@ -291,7 +224,7 @@ class LedgerState:
             trial_id = orphan.entry.trial_id
             held, record = close_orphan(orphan, now, rates, lease=self._leases.lease)
             # Another worker may be faster, or this one may come back and finish it.
-            if not self.rows.fail(trial_id, record, held):
+            if not self._fail(trial_id, record, held):
                 continue
             _logger.warning(f"Trial {orphan.entry.number} was marked as failed. {orphan.reason}")
             try:
@@ -316,14 +249,49 @@ class LedgerState:
         return self._totals.unadmitted
 
     def write(self, trial_id: int, reservation: Reservation) -> None:
-        self.rows.write(trial_id, self._signed(trial_id, reservation))
+        """Write a reservation of this worker.
 
-    def take_enqueued(self, trial_id: int) -> bool:
-        return self.rows.take_enqueued(trial_id, self._signed(trial_id, Reservation()))
+        Raises UpdateFinishedTrialError if another worker has finished the row.
+        """
+        self._write(trial_id, self._signed(trial_id, reservation))
 
     def _signed(self, trial_id: int, reservation: Reservation) -> Reservation:
         own = {"worker": this_worker(), "beat": self.now(), "every": self.heartbeat}
         return replace(reservation, trial_id=trial_id, **own)  # type: ignore[arg-type]
+
+    def _write(self, trial_id: int, reservation: Reservation) -> None:
+        value = reservation_object(replace(reservation, study=self.rows.stamp))
+        _records.write_attributes(self._storage, trial_id, system={_records.RESERVATION: value})
+
+    def take_enqueued(self, trial_id: int) -> bool:
+        """Return whether an enqueued trial is this worker's alone.
+
+        Optuna relies on row locks to give it to one worker only, and SQLite has none.
+        """
+        storage, key, stamp = self._storage, _records.RESERVATION, self.rows.stamp
+        if _optuna.has_row_locks(storage):
+            return True
+        trial = storage.get_trial(trial_id)
+        written = trial.system_attrs.get(key)
+        # A retried trial has a copy of another one's reservation, which is parsed as None.
+        if trial.state.is_finished() or parse_reservation(written, trial_id, stamp):
+            return False
+        own = reservation_object(replace(self._signed(trial_id, Reservation()), study=stamp))
+        swap = _optuna.swap_system_attr_on_sqlite
+        return retry(lambda: swap(storage, trial_id, key, written, own))
+
+    def _fail(self, trial_id: int, record: TrialRecord, reservation: Reservation) -> bool:
+        """Finish an orphaned trial's row; of several workers that try, one gets True."""
+        storage = self._storage
+        try:
+            self._write(trial_id, reservation)
+            _records.write_record(storage, trial_id, record)
+            if not _optuna.has_row_locks(storage):
+                return retry(lambda: _optuna.fail_row_on_sqlite(storage, trial_id))
+            storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        except UpdateFinishedTrialError:
+            return False
+        return True
 
     def charge(self, trial_id: int, usage: Usage) -> None:
         """Record the usage of a trial whose row is about to finish."""

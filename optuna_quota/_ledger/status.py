@@ -9,6 +9,8 @@ import math
 import time
 from typing import Any, TYPE_CHECKING
 
+from optuna.study import Study
+
 from optuna_quota import _optuna
 from optuna_quota._html import element, table
 from optuna_quota._ledger.state import TrialRows
@@ -28,7 +30,6 @@ from optuna_quota._units import align, counted, format_seconds
 
 
 if TYPE_CHECKING:
-    from optuna.study import Study
     import pandas as pd
 
 

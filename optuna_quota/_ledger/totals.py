@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 import math
-from typing import TYPE_CHECKING
+
+from optuna.trial import FrozenTrial
 
 from optuna_quota._ledger.protocol import Claim, is_held, parse_reservation, Reservation, Worker
 from optuna_quota._limits import Quota
@@ -16,10 +17,6 @@ from optuna_quota._resources import CHARGED_RESOURCES, format_amount, get_resour
 from optuna_quota._storage_retry import ASKED
 from optuna_quota._table import optuna_duration
 from optuna_quota._usage import Usage
-
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
 
 
 # Seconds: a longer pause between two trials of a worker is not clock time of the study. What a
@@ -36,8 +33,7 @@ _SUMMED = tuple(name for name in TOTAL_RESOURCES if name != "wall_time")
 class IntervalUnion:
     """A growing union of intervals; adding one costs the logarithm of their number.
 
-    Args:
-        gap: Intervals at most this far apart are joined, with the gap between them.
+    Intervals at most a ``gap`` apart are joined, with what is between them.
     """
 
     def __init__(self, gap: float = 0.0) -> None:
@@ -73,7 +69,6 @@ class WorkerTime:
         self._all = IntervalUnion()
 
     def add(self, worker: Hashable, start: float, end: float) -> None:
-        """Add a finished trial of a worker."""
         if end > start:
             own = self._by_worker.setdefault(worker, IntervalUnion(gap=LONGEST_GAP))
             self._all.add(*own.add(start, end))
@@ -113,7 +108,6 @@ class Entry:
 
     @property
     def claim(self) -> Claim:
-        """The row as the protocol sees it."""
         held = self.reservation or Reservation()
         machine = held.worker.machine if held.worker is not None else ""
         return Claim(self.number, machine, held.granted, held.asked, held.queued_for)

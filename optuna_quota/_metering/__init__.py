@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from typing import TYPE_CHECKING
+
+from optuna.study import Study
+from optuna.trial import BaseTrial, FrozenTrial
 
 from optuna_quota._metering import gpu_meter
 from optuna_quota._metering.breach import extension_threshold
@@ -13,11 +15,6 @@ from optuna_quota._metering.loop import MeteringLoop, TrialMonitor
 from optuna_quota._metering.meter import check_names, Meter
 from optuna_quota._metering.trial_state import Key, Verdict
 from optuna_quota._optuna import number_of, storage_of, trial_id_of
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import BaseTrial, FrozenTrial
 
 
 __all__ = [

@@ -77,13 +77,10 @@ def find_breaches(
     *,
     forecast: bool = False,
 ) -> list[Breach]:
-    """Return all breaches, the furthest over its limit first.
+    """Return all breaches after ``elapsed`` seconds, the furthest over its limit first.
 
-    Args:
-        amounts: What the trial uses by resource; missing or None is unknown and breaches nothing.
-        ceilings: The ceilings in force.
-        elapsed: Seconds since the start of the trial.
-        forecast: Whether the amounts are what the trial is heading for.
+    An amount that is missing or None is unknown and breaches nothing. A ``forecast`` has the
+    amounts that the trial is heading for.
     """
     found = [
         Breach(name, limit, amount, elapsed, quota=quota, forecast=forecast)
@@ -104,13 +101,9 @@ def find_refused_breach(
 ) -> Breach | None:
     """Return the breach of a trial that was refused what it wanted, None when it was not near.
 
-    Args:
-        resource: The resource.
-        wanted: What it held and asked for, as far as that is known.
-        ceilings: The ceilings in force.
-        elapsed: Seconds since the start of the trial.
-        share: The share of the limit from which the limit is the reason; 0 where that is certain.
-        refused: Whether the reason says "asked for" instead of "used".
+    It ``wanted`` what it held and asked for, as far as that is known. From a ``share`` of the
+    limit on, the limit is the reason; 0 where that is certain. Of a breach that was ``refused``
+    the reason says "asked for" instead of "used".
     """
     if resource not in ceilings:
         return None
@@ -139,16 +132,10 @@ def extension_threshold(resource: str) -> float:
 
 
 class QuotaExtension:
-    """The requests of one trial for more of the study's quotas, and the answers.
-
-    Args:
-        request: Requests more; the answer goes to :meth:`resolve`.
-
-    Attributes:
-        needs: What was used of the requested resources at the time of the request.
-    """
+    """The requests of one trial for more of the study's quotas; answers go to :meth:`resolve`."""
 
     def __init__(self, request: Callable[[], None]) -> None:
+        # What was used of the requested resources at the time of the request.
         self.needs: Mapping[str, float] = {}
         self._request = request
         self._is_due = False

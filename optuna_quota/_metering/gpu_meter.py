@@ -10,13 +10,7 @@ import os
 from typing import Literal, NamedTuple
 
 from optuna_quota._metering import nvml
-from optuna_quota._metering.gpu_reader import (
-    ANY_PID,
-    GPU_TOTALS,
-    GpuReader,
-    GpuReading,
-    growth,
-)
+from optuna_quota._metering.gpu_reader import ANY_PID, GPU_TOTALS, GpuReader, GpuReading, growth
 from optuna_quota._metering.meter import DeviceShare, GpuUse, MeterReading
 from optuna_quota._metering.nvml import GpuError
 from optuna_quota._metering.visible_gpus import forget_gpus, has_gpu_open, visible_gpus
@@ -62,11 +56,8 @@ class GpuMeter:
     which therefore comes before the trial's process begins. A trial that is on no GPU has no
     amounts: None, not 0.
 
-    Args:
-        limited: The resources with a ceiling: if they can't be measured, that is a warning.
-        environment: Environment variables that only the trial's own process has.
-        open_reader: Opens the reader of the visible devices.
-        has_gpu_open: Whether any of these processes has a GPU open; None if unknown.
+    A ``limited`` resource that can't be measured is a warning. The ``environment`` has variables
+    that only the trial's own process has.
     """
 
     eager = True
@@ -103,8 +94,8 @@ class GpuMeter:
 
     def read(self, pids: Sequence[int]) -> Mapping[str, MeterReading]:
         """Return what the trial's processes hold and have used, by a new reading."""
-        if self._source.reason is not None:
-            return {}  # given up: a part of the trial says nothing about the whole
+        if self.period == math.inf:
+            return {}  # no GPU, or given up: a part of the trial says nothing about the whole
         try:
             return self._read(pids)
         except GpuError as error:
@@ -152,6 +143,9 @@ class GpuMeter:
             # A machine without a GPU is nothing to report unless a GPU was asked for.
             if self._limited or nvml.driver_is_present():
                 self._warn(GPU_RESOURCES[:2], error.reason)
+            if self._reader is None:
+                # A part of the trial, if the driver answers later, says nothing about the whole.
+                self._source = Source(None, error.reason)
         return self._reader
 
     def _warn_of_unenforced(self, reading: GpuReading) -> None:

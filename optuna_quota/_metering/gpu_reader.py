@@ -16,7 +16,13 @@ from typing import TypeVar
 
 import psutil
 
-from optuna_quota._metering.nvml import GpuError, GpuSample, NvmlDevice
+from optuna_quota._metering.nvml import (
+    answer_in_time,
+    GpuError,
+    GpuSample,
+    HANGS,
+    NvmlDevice,
+)
 from optuna_quota._resources import GPU_RESOURCES, RESOURCES
 
 
@@ -36,7 +42,6 @@ _PREFIX = "optuna-quota/gpu/"
 
 _INSTANCE = "it is not reported by process on a MIG instance"
 _NO_BYTES = "the driver does not report it by process"
-_HANGS = "the driver hangs"
 _CROWDED = "several processes share a GPU that does not report how busy each keeps it"
 
 Answer = TypeVar("Answer")
@@ -79,22 +84,16 @@ class GpuRegistry:
 
 @dataclass
 class DeviceReading:
-    """What the driver reports of one device at one moment; None is unknown.
+    """What the driver reports of one device at one moment; None is unknown."""
 
-    Attributes:
-        used: Bytes in use by any process.
-        total: Bytes in all.
-        held: Bytes by pid of the processes that the driver lists.
-        totals: Busy GPU-seconds and energy of all processes since the first reading, by resource.
-        lost: Why nothing is known of the device any more.
-        unknown: Why a total is not reported, neither by process nor of the device, by resource.
-    """
-
-    used: float | None = None
-    total: float | None = None
+    used: float | None = None  # Bytes in use by any process
+    total: float | None = None  # Bytes in all
+    # Bytes by pid of the processes that the driver lists
     held: Mapping[int, float | None] = field(default_factory=dict)
+    # Busy GPU-seconds and energy of all processes since the first reading, by resource
     totals: dict[str, float] = field(default_factory=dict)
-    lost: str | None = None
+    lost: str | None = None  # Why nothing is known of the device any more
+    # Why a total is not reported, neither by process nor of the device, by resource
     unknown: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -134,25 +133,19 @@ def growth(
 
 @dataclass
 class GpuReading:
-    """What is known of all processes on all visible GPUs.
+    """What is known of all processes on all visible GPUs."""
 
-    Attributes:
-        memory: Bytes held at this moment, by pid; None where the driver does not report it.
-        totals: Busy GPU-seconds and energy so far, by resource and pid.
-        devices: The devices, by identity.
-        unknown: Why a resource is unknown, by pid and resource.
-        lost: Why nothing is known any more, None while something is.
-        at: When it was read, in seconds since 1970.
-    """
-
+    # Bytes held at this moment, by pid; None where the driver does not report it
     memory: dict[int, float | None] = field(default_factory=dict)
+    # Busy GPU-seconds and energy so far, by resource and pid
     totals: dict[str, dict[int, float]] = field(
         default_factory=lambda: {name: {} for name in GPU_TOTALS}
     )
-    devices: dict[str, DeviceReading] = field(default_factory=dict)
+    devices: dict[str, DeviceReading] = field(default_factory=dict)  # The devices, by identity
+    # Why a resource is unknown, by pid and resource
     unknown: dict[int, dict[str, str]] = field(default_factory=dict)
-    lost: str | None = None
-    at: float = float("-inf")
+    lost: str | None = None  # Why nothing is known any more, None while something is
+    at: float = float("-inf")  # When it was read, in seconds since 1970
 
     def mark_unknown(self, pids: Iterable[int], resource: str, reason: str) -> None:
         for pid in pids:
@@ -179,38 +172,26 @@ class GpuReader:
     counter: a process that has the device to itself is charged all of it, idle power included;
     processes that share it are charged by how busy they kept it, evenly if none did; if the
     driver does not report that, it is unknown.
-
-    Args:
-        devices: The visible devices.
-        clock: Seconds since 1970, as the driver dates its samples.
-        is_alive: Whether there is a process of a pid.
-
-    Attributes:
-        latest: The last reading.
-        cost: Seconds that it took.
-        lists_own_pids: Whether the driver has listed a trial's process by its pid.
-        outside_pids: Pids outside of this container of processes that are this process's own.
     """
 
     def __init__(
         self,
         devices: Iterable[NvmlDevice],
         *,
-        clock: Callable[[], float] = time.time,
         is_alive: Callable[[int], bool] = is_alive,
     ) -> None:
-        self._clock = clock
         self.is_alive = is_alive
         self._lock = threading.Lock()
         # Apart from the reading's: a trial can end while the driver hangs.
         self._claims_lock = threading.Lock()
-        now = clock()
+        now = time.time()  # as the driver dates its samples
         self._devices = [_DeviceReader(device, now) for device in devices]
         self._claims: dict[object, frozenset[str]] = {}
         self._registry = GpuRegistry()
-        self.latest = GpuReading()
-        self.cost = 0.0
-        self.lists_own_pids = False
+        self.latest = GpuReading()  # The last reading
+        self.cost = 0.0  # Seconds that it took
+        self.lists_own_pids = False  # Whether the driver has listed a trial's process by its pid
+        # Pids outside of this container of processes that are this process's own.
         self.outside_pids: set[int] = set()
 
     @property
@@ -253,13 +234,16 @@ class GpuReader:
         """Return the last reading, or a new one if that is older than ``max_age`` or ``after``.
 
         Threads that wait for another's reading share the next one. Raises GpuError if the driver
-        does not answer the other thread.
+        does not answer.
         """
-        asked = self._clock()
+        asked = time.time()
+        return answer_in_time(lambda: self._read_in_turn(asked, max_age, after))
+
+    def _read_in_turn(self, asked: float, max_age: float, after: float) -> GpuReading:
         if not self._lock.acquire(timeout=_TIMEOUT):
-            raise GpuError(_HANGS)
+            raise GpuError(HANGS)
         try:
-            now, latest = self._clock(), self.latest
+            now, latest = time.time(), self.latest
             is_fresh = asked - max_age <= latest.at <= now and latest.at > after
             if latest.lost is None and not is_fresh:
                 begun = time.perf_counter()

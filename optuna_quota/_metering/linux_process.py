@@ -26,21 +26,13 @@ _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
 class MemorySnapshot(NamedTuple):
-    """What the kernel reports of a process at one moment, in bytes.
+    """What the kernel reports of a process at one moment, in bytes."""
 
-    Attributes:
-        highest: The high-water mark of resident memory (VmHWM), with pages of files.
-        resident: The resident memory.
-        file: The resident pages of files.
-        faults: The number of page faults so far.
-        huge: The anonymous huge pages that this host has allocated so far, for any process.
-    """
-
-    highest: int
-    resident: int
-    file: int
-    faults: int
-    huge: int
+    highest: int  # The high-water mark of resident memory (VmHWM), with pages of files
+    resident: int  # The resident memory
+    file: int  # The resident pages of files
+    faults: int  # The number of page faults so far
+    huge: int  # The anonymous huge pages that this host has allocated so far, for any process
 
 
 def unseen_peak(before: MemorySnapshot, now: MemorySnapshot) -> int | None:
@@ -78,16 +70,6 @@ class LinuxProcess:
     A descriptor stays bound to the process that it was opened for: once it is gone, reading raises
     OSError, also if the pid is reused.
 
-    Args:
-        pid: Its pid.
-        parent: The process that it was found under, None for a root.
-
-    Attributes:
-        started: Seconds from the boot to its creation, to a clock tick (10 ms).
-        shareable: The part of its memory, as last read, that is shared memory, in bytes.
-        statm: The sizes that its memory was last computed from, as the kernel writes them.
-        knows_peak: Whether the kernel's peak began no earlier than the metering.
-
     Raises:
         ProcessLookupError: If there is no such process (any more).
         OSError: If /proc can't be read.
@@ -95,10 +77,11 @@ class LinuxProcess:
 
     def __init__(self, pid: int, parent: LinuxProcess | None = None) -> None:
         self.pid = pid
-        self.parent = parent
-        self.knows_peak = False
+        self.parent = parent  # The process that it was found under, None for a root
+        self.knows_peak = False  # Whether the kernel's peak began no earlier than the metering
+        # The sizes that its memory was last computed from, as the kernel writes them.
         self.statm = b""
-        self.shareable = 0
+        self.shareable = 0  # The part of its memory, as last read, that is shared memory, in bytes
         self._shared, self._swapped = b"", 0
         self._swaps = has_swap()
         self._mark: MemorySnapshot | None = None
@@ -108,6 +91,7 @@ class LinuxProcess:
             self._statm = self._open("statm")
             self._stat = self._open("stat")
             self._status = self._open("status")
+            # Seconds from the boot to its creation, to a clock tick (10 ms).
             self.started = int(self._stat_fields()[19]) / _TICKS
         except FileNotFoundError as error:
             self.close()

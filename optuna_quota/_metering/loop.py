@@ -38,6 +38,8 @@ _logger = logging.getLogger("optuna.quota.metering")
 
 # Seconds that the end of a trial waits for a meter that another thread is reading.
 _METER_TIMEOUT = 1.0
+# Seconds. The start of a trial with shorter readings counts as its own.
+_LONG_READING = 1.0
 
 
 class TrialMonitor(TrialState):
@@ -89,11 +91,7 @@ class TrialMonitor(TrialState):
         self._set_ceilings(limits, self.left)
 
     def allow(self, left: Mapping[str, float]) -> None:
-        """Set what this trial may use of the study's total quotas.
-
-        Args:
-            left: Ceilings on the trial's whole usage by resource; they replace earlier ones.
-        """
+        """Set what this trial may use in all of the study's total quotas, by resource."""
         self._set_ceilings(self.limits, left)
 
     def _set_ceilings(self, limits: Limits, left: Mapping[str, float]) -> None:
@@ -104,10 +102,8 @@ class TrialMonitor(TrialState):
     def detach(self, waited: float = 0.0) -> None:
         """Until :meth:`attach` measure time only: the trial gets a process of its own.
 
-        What was measured so far belongs to this process and is discarded.
-
-        Args:
-            waited: Seconds since the start that don't count as the trial's.
+        What was measured so far belongs to this process and is discarded. The first ``waited``
+        seconds don't count as the trial's.
         """
         loop = self._loop
         with loop.lock:
@@ -116,9 +112,20 @@ class TrialMonitor(TrialState):
             self.postpone(waited)
             meters = () if self._prepared else loop.open_meters(self)
             self._prepared = self._prepared or meters
+        before = loop.now()
         for meter in meters:
             if meter.eager:
                 meter.read(())  # the baseline before the trial's process begins
+        self.leave_out(loop.now() - before)
+
+    def leave_out(self, seconds: float) -> None:
+        """Leave out of its time what its first readings took, if that was long.
+
+        A GPU's driver may take seconds to start, or hang.
+        """
+        if seconds >= _LONG_READING:
+            with self._loop.lock:
+                self.postpone(seconds)
 
     def attach(self, pid: int, reaper: int | None = None, outsiders: int = 0) -> None:
         """From now on measure only the process tree under ``pid``: the trial is isolated.
@@ -235,12 +242,7 @@ class MeteringLoop:
         clock: The time in seconds, without pauses of this process; for tests.
         open_tree: Opens the reader of a process tree; for tests.
         open_meters: Opens what is measured of a trial beside its process tree; for tests.
-        period: Seconds between samples of a process tree far from any limit; for benchmarks.
         threaded: False leaves it to the caller to call :meth:`tick`; for tests.
-
-    Attributes:
-        lock: Guards the state of all trials.
-        trees: Their process trees.
     """
 
     def __init__(
@@ -249,11 +251,10 @@ class MeteringLoop:
         clock: Callable[[], float] | None = None,
         open_tree: OpenTree = open_tree,
         open_meters: Callable[[TrialState], Sequence[TrialMeter]] = open_meters,
-        period: float | None = None,
         threaded: bool = True,
     ) -> None:
-        self.lock = threading.RLock()
-        self.trees = MonitoredTrees(open_tree, period)
+        self.lock = threading.RLock()  # Guards the state of all trials
+        self.trees = MonitoredTrees(open_tree)  # Their process trees
         self.open_tree = open_tree
         self._clock = RunningClock()
         self.now = clock or self._clock
@@ -278,12 +279,8 @@ class MeteringLoop:
     ) -> TrialMonitor:
         """Start metering a trial; to be called from the thread that runs it.
 
-        Args:
-            key: The trial, see :func:`optuna_quota._metering.key_of`.
-            limits: Its limits.
-            left: What it may use of the study's total quotas, by resource.
-            meters: The user's own meters.
-            here: False if it runs where this process can't see it: only time is measured.
+        Of one that does not run ``here``, where this process can see it, only time is measured.
+        ``left`` is what it may use of the study's total quotas.
         """
         with self.lock:
             monitor = TrialMonitor(self, key, limits or Limits(), left or {}, meters)
@@ -297,7 +294,9 @@ class MeteringLoop:
                 meter.schedule(self.now())  # the other thread must not be the first to read it
             self._start()
             self.wake()
+        begun = self.now()
         self.read_meters(monitor, eager)
+        monitor.leave_out(self.now() - begun)
         return monitor
 
     @property

@@ -106,35 +106,24 @@ class DeviceShare:
 
 @dataclass(frozen=True)
 class GpuUse:
-    """How a trial's use of GPUs was measured, and which it used at the last reading.
+    """How a trial's use of GPUs was measured, and which it used at the last reading."""
 
-    Attributes:
-        source: By process, by what its devices hold, or by the framework's own counters.
-        devices: The devices.
-    """
-
+    # By process, by what its devices hold, or by the framework's own counters
     source: Literal["process", "device", "framework"]
-    devices: tuple[DeviceShare, ...] = ()
+    devices: tuple[DeviceShare, ...] = ()  # The devices
 
 
 @dataclass(frozen=True)
 class MeterReading:
-    """One reading of one resource.
+    """One reading of one resource."""
 
-    Attributes:
-        value: The amount now, or the total since the meter was opened; None if unknown.
-        peak: Whether the usage is the maximum of the readings, not their growth.
-        lost: Whether the resource is unknown from now on, earlier readings included.
-        is_own: Whether the amount is the trial's own share; otherwise that of its processes,
-            which other trials may run in.
-        gpu: How the trial's use of GPUs was measured.
-    """
-
-    value: float | None
-    peak: bool
-    lost: bool = False
+    value: float | None  # The amount now, or the total since the meter was opened; None if unknown
+    peak: bool  # Whether the usage is the maximum of the readings, not their growth
+    lost: bool = False  # Whether the resource is unknown from now on, earlier readings included
+    # Whether the amount is the trial's own share; otherwise that of its processes, which other
+    # trials may run in
     is_own: bool = False
-    gpu: GpuUse | None = None
+    gpu: GpuUse | None = None  # How the trial's use of GPUs was measured
 
 
 class TrialMeter(Protocol):
@@ -235,11 +224,7 @@ _PERIOD = 1.0
 class Rapl:
     """The energy counters of a host's processors and memory.
 
-    Args:
-        folder: Where Linux has them.
-
-    Raises:
-        OSError: If there are none or they may not be read; since 2020 only root may.
+    Raises OSError if there are none or they may not be read; since 2020 only root may.
     """
 
     def __init__(self, folder: Path = _POWERCAP) -> None:

@@ -9,17 +9,9 @@ import math
 import threading
 import time
 
+from optuna_quota._metering import timing
 from optuna_quota._metering.linux_process_tree import is_available, LinuxProcessTree
 from optuna_quota._metering.process_tree import ProcessTree, PsutilProcessTree, TreeReading
-from optuna_quota._metering.timing import (
-    ASSUMED_GROWTH,
-    CORES,
-    fastest_growth,
-    LONGEST_INTERVAL,
-    LONGEST_INTERVAL_ALONE,
-    next_due,
-    sampling_interval,
-)
 from optuna_quota._metering.trial_state import TrialState
 from optuna_quota._metering.warn import warn_once
 
@@ -51,20 +43,11 @@ def open_tree(pid: int | None, reaper: int | None = None, outsiders: int = 0) ->
 
 
 class MonitoredTree:
-    """A process tree and the trials that run in it: several for trials in threads.
+    """A process tree and the trials that run in it: several for trials in threads."""
 
-    Args:
-        reader: Reads the tree.
-        pid: Its root, made for one trial; None for this process.
-        now: The time.
-        period: Seconds between samples far from any limit; None to choose it.
-    """
-
-    def __init__(
-        self, reader: ProcessTree, pid: int | None, now: float, period: float | None = None
-    ) -> None:
+    def __init__(self, reader: ProcessTree, pid: int | None, now: float) -> None:
         self.reader = reader
-        self.pid = pid
+        self.pid = pid  # Its root, made for one trial; None for this process
         self.pids: tuple[int, ...] = ()
         self.due = now
         self.trials: dict[TrialState, ThreadTime] = {}
@@ -75,9 +58,8 @@ class MonitoredTree:
         # The memory up to which a quick reading has found nothing new, and no breach.
         self._quiet_below = -math.inf
         self._ceiling = math.inf
-        self._growth = ASSUMED_GROWTH
-        self._fixed_period = period
-        self._period = LONGEST_INTERVAL if period is None else period
+        self._growth = timing.ASSUMED_GROWTH
+        self._period = timing.LONGEST_INTERVAL  # between samples far from any limit
 
     def add(self, trial: TrialState, now: float, without: Collection[int]) -> None:
         """Add a trial; trials that run in one tree at once are shared from then on."""
@@ -168,9 +150,8 @@ class MonitoredTree:
             and ceiling != trial.supervised
         ]
         self._ceiling = min(ceilings, default=math.inf)
-        if self._fixed_period is None:
-            is_alone = len(self.pids) == 1 and self._keeps_peak
-            self._period = LONGEST_INTERVAL_ALONE if is_alone else LONGEST_INTERVAL
+        is_alone = len(self.pids) == 1 and self._keeps_peak
+        self._period = timing.LONGEST_INTERVAL_ALONE if is_alone else timing.LONGEST_INTERVAL
         if self._memory is None:
             self._quiet_below = -math.inf
         elif all(trial.isolation == "shared" for trial in self.trials):
@@ -187,13 +168,13 @@ class MonitoredTree:
         intervals = [_LONGEST_THOROUGH_INTERVAL]
         for trial in self.trials:
             elapsed = max(0.0, now - trial.started)
-            intervals += [elapsed / 5, trial.cpu_seconds_left() / CORES]
+            intervals += [elapsed / 5, trial.cpu_seconds_left() / timing.CORES]
         return max(self._period, min(intervals))
 
     def _update_growth(self, memory: float | None, now: float) -> None:
         before, seconds = self._memory, now - self._read_at
         if memory is not None and before is not None and seconds > 0 and memory > before:
-            self._growth = fastest_growth(self._growth, (memory - before) / seconds)
+            self._growth = timing.fastest_growth(self._growth, (memory - before) / seconds)
         self._memory, self._read_at = memory, now
 
     def _apportion(self, spent: float) -> None:
@@ -206,22 +187,18 @@ class MonitoredTree:
     def schedule(self, now: float) -> None:
         """Set when to measure next: the sooner, the closer a limit is."""
         headroom = None if self._memory is None else self._ceiling - self._memory
-        interval = sampling_interval(headroom, self._growth, longest=self._period)
+        interval = timing.sampling_interval(headroom, self._growth, longest=self._period)
         is_regular = interval == self._period
-        self.due = next_due(self.due, now, interval) if is_regular else now + interval
+        self.due = timing.next_due(self.due, now, interval) if is_regular else now + interval
 
 
 class MonitoredTrees:
-    """All process trees of a metering loop, which holds its lock meanwhile.
+    """All process trees of a metering loop, which holds its lock meanwhile."""
 
-    Attributes:
-        excluded_pids: Children of this process that belong to no trial, nor do theirs.
-    """
-
-    def __init__(self, open_tree: OpenTree, period: float | None = None) -> None:
+    def __init__(self, open_tree: OpenTree) -> None:
+        # Children of this process that belong to no trial, nor do theirs.
         self.excluded_pids: set[int] = set()
         self._open_tree = open_tree
-        self._period = period
         self._trees: list[MonitoredTree] = []
         # Kept from trial to trial: opening costs more than reading.
         self._own: ProcessTree | None = None
@@ -258,7 +235,7 @@ class MonitoredTrees:
         if tree is None:
             if pid is None:
                 self._own = reader = self._own or self._open_tree(None)
-            tree = MonitoredTree(reader or self._open_tree(pid), pid, now, self._period)
+            tree = MonitoredTree(reader or self._open_tree(pid), pid, now)
             self._trees.append(tree)
         tree.add(trial, now, self.excluded(tree))
         tree.schedule(now)

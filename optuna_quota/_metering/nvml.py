@@ -6,33 +6,28 @@ whether it is permanent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import ctypes
 from dataclasses import dataclass
 import functools
 import os
 import sys
-from typing import Any
+import threading
+from typing import Any, TypeVar
 
 
 class GpuError(Exception):
-    """A query that NVML does not answer.
-
-    Attributes:
-        reason: Why, as the end of a sentence.
-        final: Whether no more queries are possible: of the device if ``lost``, else of NVML.
-        nothing: Whether there is just no data at this moment.
-        lost: Whether this device alone is lost.
-    """
+    """A query that NVML does not answer."""
 
     def __init__(
         self, reason: str, *, final: bool = False, nothing: bool = False, lost: bool = False
     ) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason = reason  # Why, as the end of a sentence
+        # Whether no more queries are possible: of the device if ``lost``, else of NVML.
         self.final = final
-        self.nothing = nothing
-        self.lost = lost
+        self.nothing = nothing  # Whether there is just no data at this moment
+        self.lost = lost  # Whether this device alone is lost
 
 
 @dataclass(frozen=True)
@@ -121,7 +116,6 @@ class NvmlDevice:
         return min(int(self._call("nvmlDeviceGetUtilizationRates").gpu), 100) / 100
 
     def bus(self) -> tuple[int, int, int]:
-        """Return its domain, bus and device on the PCI bus."""
         place = self._call("nvmlDeviceGetPciInfo")
         return int(place.domain), int(place.bus), int(place.device)
 
@@ -166,6 +160,49 @@ def open_devices() -> tuple[Sequence[NvmlDevice], str | None]:
         return _open_devices(), None
     except GpuError as error:
         return (), error.reason
+
+
+T = TypeVar("T")
+
+HANGS = "the driver hangs"
+# Seconds. Without its persistence mode, a driver takes one or two to start for each GPU.
+ANSWER_TIME = 10.0
+# Threads that wait for an answer which was late.
+_late: list[threading.Thread] = []
+
+
+def answer_in_time(ask: Callable[[], T], seconds: float | None = None) -> T:
+    """Ask the driver for something, and raise GpuError if it does not answer: no trial waits.
+
+    Until it has answered, it is not asked again. Known answers of :func:`open_devices` need no
+    thread: most machines have no driver.
+    """
+    if open_devices.cache_info().currsize and open_devices()[1] is not None:
+        return ask()
+    _late[:] = [thread for thread in _late if thread.is_alive()]
+    if _late:
+        raise GpuError(HANGS)
+    answers: list[T] = []
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            answers.append(ask())
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+
+    thread = threading.Thread(target=wait, name="optuna-quota-gpu", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # no further thread is allowed here
+        return ask()
+    thread.join(ANSWER_TIME if seconds is None else seconds)
+    if answers:
+        return answers[0]
+    if errors:
+        raise errors[0]
+    _late.append(thread)
+    raise GpuError(HANGS)
 
 
 def _open_devices() -> list[NvmlDevice]:
@@ -224,5 +261,6 @@ def _amount(value: Any) -> int | None:
     return None if value is None or value in (-1, 2**64 - 1) else int(value)
 
 
+@functools.lru_cache(maxsize=1)
 def driver_is_present() -> bool:
     return any(map(os.path.exists, ("/dev/nvidiactl", "/proc/driver/nvidia/version")))

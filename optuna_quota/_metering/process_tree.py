@@ -14,21 +14,16 @@ import psutil
 
 @dataclass(frozen=True)
 class TreeReading:
-    """One reading of a process tree.
+    """One reading of a process tree."""
 
-    Attributes:
-        memory: Bytes that all its processes hold together at this moment, anonymous, shared and
-            swapped out; None if unknown.
-        cpu_time: CPU-seconds of all processes that ever belonged to it; never falls. None if
-            unknown.
-        peak: The highest such memory of any one of its processes between two readings, since the
-            start (or the last :meth:`ProcessTree.reset_peak`), in bytes, 0 without any; None if
-            the kernel does not keep it.
-        pids: Its processes.
-    """
-
+    # Bytes that all its processes hold together at this moment, anonymous, shared and swapped out;
+    # None if unknown
     memory: float | None
+    # CPU-seconds of all processes that ever belonged to it; never falls. None if unknown.
     cpu_time: float | None
+    # The highest such memory of any one of its processes between two readings, since the start (or
+    # the last :meth:`ProcessTree.reset_peak`), in bytes, 0 without any; None if the kernel does
+    # not keep it
     peak: float | None
     pids: tuple[int, ...]
 
@@ -58,19 +53,14 @@ class ProcessTree(Protocol):
 
 @dataclass(frozen=True)
 class CpuTimes:
-    """CPU times of one process at one moment, in seconds.
+    """CPU times of one process at one moment, in seconds."""
 
-    Attributes:
-        own: What it used itself.
-        reaped: What its children had used that ended and were waited for, theirs included.
-        parent: The identity of the process that it was found under, None for the root.
-        foreign: Whether it belongs to another trial; its time is not counted, nor when its parent
-            inherits it.
-    """
-
-    own: float
+    own: float  # What it used itself
+    # What its children had used that ended and were waited for, theirs included
     reaped: float = 0.0
+    # The identity of the process that it was found under, None for the root
     parent: Hashable | None = None
+    # Whether it belongs to another trial; its time is not counted, nor when its parent inherits it
     foreign: bool = False
 
     @property
@@ -144,38 +134,23 @@ _AFFORDABLE = 0.001
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """The anonymous and shared memory of one process, swapped out or not, in bytes.
+    """The anonymous and shared memory of one process, swapped out or not, in bytes."""
 
-    Attributes:
-        held: All of it.
-        proportional: The same, each page divided by the number of its holders.
-        shareable: The part that is shared memory.
-        common: Its anonymous pages that others hold too, after a fork.
-        common_part: The same, each page divided by the number of its holders.
-        shareable_part: The shared memory, each page divided by the number of its holders.
-    """
-
-    held: int
-    proportional: int
-    shareable: int = 0
-    common: int = 0
-    common_part: int = 0
-    shareable_part: int = 0
+    held: int  # All of it
+    proportional: int  # The same, each page divided by the number of its holders
+    shareable: int = 0  # The part that is shared memory
+    common: int = 0  # Its anonymous pages that others hold too, after a fork
+    common_part: int = 0  # The same, each page divided by the number of its holders
+    shareable_part: int = 0  # The shared memory, each page divided by the number of its holders
 
 
 @dataclass(frozen=True)
 class InheritedPages:
-    """Pages that a tree's processes share with the process that they were forked from.
+    """Pages that a tree's processes share with the process that they were forked from."""
 
-    Attributes:
-        size: The bytes.
-        members: How many processes of the tree hold them.
-        holders: How many processes hold them in all, on average.
-    """
-
-    size: int
-    members: int
-    holders: float
+    size: int  # bytes
+    members: int  # How many processes of the tree hold them
+    holders: float  # How many processes hold them in all, on average
 
     def part(self, outsiders: float | None = None) -> float:
         """Return the tree's part in bytes, with so many other holders; by default as there are."""
@@ -281,11 +256,8 @@ class SharedPages:
     ) -> bool:
         """Return whether it is time to measure again.
 
-        Args:
-            held: What the processes hold.
-            ceiling: The memory over which there is a breach, infinite without a limit.
-            now: The time in seconds.
-            faulted: Returns the bytes of the pages that the processes have ever faulted in.
+        Over the ceiling there is a breach. ``faulted`` returns the bytes of the pages that the
+        processes have ever faulted in.
         """
         if not held.sizes:
             return False

@@ -31,17 +31,11 @@ _NEED_CPU_TIME = {"cpu_time", "cpu_cores", "cost"}
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a trial ended, as decided by whatever ended it.
+    """How a trial ended, as decided by whatever ended it."""
 
-    Attributes:
-        outcome: The outcome in the trial table.
-        reason: One sentence for a person.
-        breach: The breach, if that was why.
-    """
-
-    outcome: Outcome
-    reason: str
-    breach: Breach | None = None
+    outcome: Outcome  # The outcome in the trial table
+    reason: str  # One sentence for a person
+    breach: Breach | None = None  # The breach, if that was why
 
 
 class UsageTotals:
@@ -95,7 +89,6 @@ class Timeline:
         self._points: dict[int, tuple[float, float]] = {}
 
     def add(self, seconds: float, value: float) -> None:
-        """Add a sample taken so many seconds after the start."""
         bucket = int(seconds / self._width)
         known = self._points.get(bucket)
         if known is None or value > known[1]:
@@ -114,26 +107,6 @@ class TrialState:
     """The state of one trial under metering.
 
     The metering loop holds its lock while it calls the methods.
-
-    Attributes:
-        key: The trial, see :func:`optuna_quota._metering.key_of`.
-        left: What it may use of the study's total quotas, by resource.
-        started: When the trial started, in seconds on the loop's clock.
-        isolation: ``"thread"`` alone in this process, ``"shared"`` once another trial ran in this
-            process at the same time, ``"process"`` in a process tree of its own, None where this
-            process can't see it.
-        held: Memory that this process held before the trial began in it, in bytes.
-        breach: The first breach; it stays.
-        owner: Which component writes the trial's record, ``"sampler"`` for the sampler.
-        is_finished: Whether it has its result: from then on nothing is a breach.
-        closed: Whether metering has ended.
-        environment: Environment variables of the trial's own process, such as the GPU assigned
-            to it.
-        gpu: How its use of GPUs was measured; None when it used none or that is unknown.
-        most: The largest grant of each quota that it may ever get, by resource.
-        supervised: The memory limit that the trial's supervisor process enforces, in bytes.
-        prices: Price per hour by resource, where there is a quota on ``cost``.
-        extension: Its requests for more of the quotas, where it makes any.
     """
 
     def __init__(
@@ -144,25 +117,37 @@ class TrialState:
         meters: Sequence[Meter],
         started: float,
     ) -> None:
-        self.key = key
+        self.key = key  # The trial, see :func:`optuna_quota._metering.key_of`
         self.meters = tuple(meters)
-        self.started = started
+        self.started = started  # When the trial started, in seconds on the loop's clock
+        # ``"thread"`` alone in this process, ``"shared"`` once another trial ran in this process
+        # at the same time, ``"process"`` in a process tree of its own, None where this process
+        # can't see it.
         self.isolation: Isolation | None = "thread"
+        # Memory that this process held before the trial began in it, in bytes.
         self.held: float | None = None
-        self.breach: Breach | None = None
+        self.breach: Breach | None = None  # The first breach; it stays
         self.verdict: Verdict | None = None
+        # Which component writes the trial's record, ``"sampler"`` for the sampler.
         self.owner: str | None = None
         self.recorded = False
-        self.is_finished = False
-        self.closed = False
+        self.is_finished = False  # Whether it has its result: from then on nothing is a breach
+        self.closed = False  # Whether metering has ended
+        # Environment variables of the trial's own process, such as the GPU assigned to it.
         self.environment: Mapping[str, str] = {}
+        # How its use of GPUs was measured; None when it used none or that is unknown.
         self.gpu: GpuUse | None = None
+        # The largest grant of each quota that it may ever get, by resource.
         self.most: Mapping[str, float] = {}
+        # The memory limit that the trial's supervisor process enforces, in bytes.
         self.supervised: float | None = None
+        # Price per hour by resource, where there is a quota on ``cost``.
         self.prices: Mapping[str, float] = {}
         self.used = UsageTotals()
+        # Its requests for more of the quotas, where it makes any.
         self.extension: QuotaExtension | None = None
         self.limits = limits
+        # What it may use of the study's total quotas, by resource.
         self.left: Mapping[str, float] = dict(left)
         self._is_confined = False
         self._unseen_peak: float | None = None
@@ -191,7 +176,6 @@ class TrialState:
         return () if found is None else found.points()
 
     def usage_after(self, elapsed: float) -> Usage:
-        """Return the usage as last measured, with the wall time in seconds."""
         amounts = self.used.by_resource()
         if self._unseen_peak is not None and "memory" in amounts:
             amounts["memory"] = max(amounts["memory"], self._unseen_peak)

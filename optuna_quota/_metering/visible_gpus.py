@@ -13,36 +13,28 @@ from typing import TypeVar
 import uuid
 
 from optuna_quota._metering import nvml
-from optuna_quota._metering.nvml import GpuError, NvmlDevice
+from optuna_quota._metering.nvml import answer_in_time, GpuError, NvmlDevice
 
 
 @dataclass(frozen=True)
 class GpuIdentity:
-    """How CUDA's variables may name a GPU.
+    """How CUDA's variables may name a GPU."""
 
-    Attributes:
-        uuid: Such as ``"GPU-5a1b..."``, empty if unknown.
-        model: The name of its model.
-        instances: The UUIDs of its MIG instances, ``"MIG-..."``, empty if unknown; None if it is
-            not partitioned.
-    """
-
-    uuid: str
-    model: str
+    uuid: str  # Such as ``"GPU-5a1b..."``, empty if unknown
+    model: str  # The name of its model
+    # The UUIDs of its MIG instances, ``"MIG-..."``, empty if unknown; None if it is not
+    # partitioned
     instances: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
 class Visible:
-    """The positions of the GPUs that CUDA shows to a process.
+    """The positions of the GPUs that CUDA shows to a process."""
 
-    Attributes:
-        parts: GPUs by position, each with the position of a MIG instance, or None for the whole
-            GPU with all of its instances; all possible ones if ``unresolved``.
-        unresolved: The entries of ``CUDA_VISIBLE_DEVICES`` if it is unknown which GPUs they name.
-    """
-
+    # GPUs by position, each with the position of a MIG instance, or None for the whole GPU with
+    # all of its instances; all possible ones if ``unresolved``
     parts: tuple[tuple[int, int | None], ...]
+    # The entries of ``CUDA_VISIBLE_DEVICES`` if it is unknown which GPUs they name
     unresolved: tuple[str, ...] = ()
 
 
@@ -128,13 +120,15 @@ class VisibleGpus:
     unresolved: tuple[str, ...] = ()
 
 
-def visible_gpus(environment: Mapping[str, str]) -> VisibleGpus:
+def visible_gpus(environment: Mapping[str, str], *, within: float | None = None) -> VisibleGpus:
     """Return the GPUs that CUDA shows under these environment variables.
 
-    Raises GpuError if NVML can't be used, or the variables hide every GPU.
+    Raises GpuError if NVML can't be used, does not answer within so many seconds, or the variables
+    hide every GPU.
     """
     names = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
-    return _visible_gpus(*(environment.get(name) for name in names))
+    values = [environment.get(name) for name in names]
+    return answer_in_time(lambda: _visible_gpus(*values), within)
 
 
 def device_memory(environment: Mapping[str, str]) -> float | None:
@@ -156,21 +150,26 @@ def _total_memories(environment: Mapping[str, str]) -> tuple[list[float], bool]:
     """Return the bytes of each GPU, and whether exactly these are shown; none if unknown."""
     try:
         shown = visible_gpus(environment)
-        return [float(device.memory()[1]) for device in shown.devices], not shown.unresolved
+        totals = answer_in_time(lambda: [float(gpu.memory()[1]) for gpu in shown.devices])
+        return totals, not shown.unresolved
     except GpuError:
         return [], False
 
 
-def free_memory(environment: Mapping[str, str]) -> list[float]:
-    """Return the bytes that are free on each GPU or MIG instance that CUDA shows, where known."""
-    found = []
+def memory_by_device(environment: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    """Return the bytes in use and in all of each GPU that CUDA shows, by identity, where known."""
+    found = {}
     with contextlib.suppress(GpuError):
         for device in visible_gpus(environment).devices:
             # One that is lost is left out; the others have an answer.
             with contextlib.suppress(GpuError):
-                used, total = device.memory()
-                found.append(float(total - used))
+                found[device.identity] = answer_in_time(device.memory)
     return found
+
+
+def free_memory(environment: Mapping[str, str]) -> list[float]:
+    """Return the bytes that are free on each GPU or MIG instance that CUDA shows, where known."""
+    return [float(total - used) for used, total in memory_by_device(environment).values()]
 
 
 def has_gpu_open(pids: Iterable[int]) -> bool | None:

@@ -9,23 +9,19 @@ from datetime import datetime
 import logging
 import sys
 from types import FrameType
-from typing import Any, TYPE_CHECKING
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
 from optuna.study import _optimize, _tell, Study, study as _study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._optuna.samplers import raised_by_constraints_func
 from optuna_quota._optuna.storages import describe_end, number_of, unwrap_study
-
-
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-    from optuna.trial import BaseTrial, Trial
 
 
 _logger = logging.getLogger("optuna.quota.optuna")

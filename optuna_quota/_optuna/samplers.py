@@ -7,18 +7,15 @@ import contextlib
 import copy
 import json
 import threading
-from typing import Any, cast, NoReturn, TYPE_CHECKING
+from typing import Any, cast, NoReturn
 
 from optuna.pruners import BasePruner, HyperbandPruner
 from optuna.samplers import BaseSampler, BruteForceSampler, PartialFixedSampler
+from optuna.storages import BaseStorage
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota._optuna.storages import _FIXED_PARAMS
-
-
-if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-    from optuna.study import Study
 
 
 # The system attribute of the list of constraints; optuna-dashboard does not read the newer
@@ -187,7 +184,9 @@ def skip_empty_rows(study: Study, samplers: Sequence[BaseSampler], trial: Frozen
     does not end the study by itself any more. For other samplers, this is the study itself.
     """
     is_tree = any(isinstance(each, BruteForceSampler) for each in samplers)
-    return cast("Study", _StudyOfPoints(study, trial.number)) if is_tree else study
+    if not is_tree:
+        return study
+    return cast("Study", _StudyView(study, _StorageOfPoints(study._storage, trial.number)))
 
 
 def is_empty_row(trial: FrozenTrial, state: TrialState) -> bool:
@@ -209,11 +208,6 @@ class _StudyView(_View):
     def __init__(self, study: Study, storage: Any) -> None:
         super().__init__(study)
         self._study, self._storage = study, storage
-
-
-class _StudyOfPoints(_StudyView):
-    def __init__(self, study: Study, number: int) -> None:
-        super().__init__(study, _StorageOfPoints(study._storage, number))
 
 
 class _StorageOfPoints(_View):

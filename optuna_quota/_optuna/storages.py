@@ -9,22 +9,16 @@ from importlib import import_module
 import itertools
 import json
 import logging
-from typing import Any, cast, TYPE_CHECKING
+from typing import Any, cast
 import weakref
 
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages._heartbeat import BaseHeartbeat, is_heartbeat_enabled
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import create_trial, FrozenTrial, TrialState
-
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.storages import BaseStorage
-    from optuna.storages.journal._file import BaseJournalFileLock
-    from optuna.study import Study
-    from optuna.trial import BaseTrial, Trial
+from optuna.study import Study
+from optuna.trial import BaseTrial, create_trial, FrozenTrial, Trial, TrialState
 
 
 _logger = logging.getLogger("optuna.quota.optuna")
@@ -91,7 +85,6 @@ def may_be_enqueued(trial: FrozenTrial) -> bool:
 
 
 def fixed_params_of(trial: FrozenTrial) -> dict[str, Any]:
-    """Return the parameters that a trial was enqueued with."""
     fixed = trial.system_attrs.get(_FIXED_PARAMS)
     return dict(fixed) if isinstance(fixed, dict) else {}
 
@@ -195,9 +188,7 @@ def address_of(storage: BaseStorage) -> str:
     return f"storage {number_of(storage)}"
 
 
-def wrap_journal_lock(
-    storage: BaseStorage, wrap: Callable[[BaseJournalFileLock, str], BaseJournalFileLock]
-) -> None:
+def wrap_journal_lock(storage: BaseStorage, wrap: Callable[[Any, str], Any]) -> None:
     """Replace the lock of a journal file, if there is one, by ``wrap(lock, path)``."""
     backend = getattr(storage, "_backend", None)
     if isinstance(backend, JournalFileBackend):

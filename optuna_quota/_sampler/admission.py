@@ -5,28 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 import itertools
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 
+from optuna_quota._footprint import search_space
 from optuna_quota._footprint.footprint import BaseFootprint, joint_breach
-from optuna_quota._footprint.search_space import (
-    certain_completions,
-    latin_hypercube,
-    likely_completions,
-    points_from_unit_cube,
-    position_of,
-    spaced_values,
-    value_at,
-)
 from optuna_quota._footprint.user_given import count_within
 from optuna_quota._limits import Limits
 from optuna_quota._resources import ceiling_title, format_amount
-
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
 
 
 # Completions of a point while no trial has completed: corners of the space and points within it,
@@ -51,8 +39,6 @@ def is_audit_due(refusals: int, audits: int, share: float) -> bool:
 
 @dataclass(frozen=True)
 class PointVerdict:
-    """Whether a point may run."""
-
     admitted: bool
     probability: float = 0.0  # that it breaches any limit
     reason: str = ""  # one sentence; empty when it is admitted
@@ -132,10 +118,10 @@ class PointAdmission:
     def completions(self, known: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         """Return complete points that a partial one may become, none where that is unknown."""
         if self.complete is None:
-            return likely_completions(known, self.past)
+            return search_space.likely_completions(known, self.past)
         if self.declared and self.declared <= known.keys():
             return [known]
-        found = certain_completions(known, self.complete)
+        found = search_space.certain_completions(known, self.complete)
         return found or self._stated_completions(known)
 
     def _stated_completions(self, known: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
@@ -150,10 +136,12 @@ class PointAdmission:
         corners: Any = list(itertools.product((0, 1), repeat=n)) if n <= 4 else ()
         if not corners:
             corners = generator.integers(0, 2, (_N_CORNERS, n))
-        places = np.vstack([corners, latin_hypercube(_N_WITHIN, n, generator)])
+        places = np.vstack([corners, search_space.latin_hypercube(_N_WITHIN, n, generator)])
         affordable = count_within(self.expected, _SECONDS)
         places = places[: int(max(1, min(affordable, len(places))))]
-        return [{**known, **point} for point in points_from_unit_cube(missing, places)]
+        return [
+            {**known, **point} for point in search_space.points_from_unit_cube(missing, places)
+        ]
 
     def _reduce_risk(
         self, point: Mapping[str, Any], known: Mapping[str, Any], probability: float
@@ -166,7 +154,7 @@ class PointAdmission:
         for name in point:
             if name in known or name not in space or self.admits(probability):
                 continue
-            tried = [{**point, name: value} for value in spaced_values(space[name])]
+            tried = [{**point, name: value} for value in search_space.spaced_values(space[name])]
             found = np.nan_to_num(self.breach_probabilities(tried), nan=1.0)
             best = int(np.argmin(found))
             if found[best] < probability:
@@ -201,14 +189,8 @@ def nearest_admitted(
 
     Random points are tried at growing distances, each parameter on the scale of its distribution,
     then the line to the nearest admitted one. The nearest points of all are at the threshold and
-    would breach as often as it allows, so one at half of it is preferred.
-
-    Args:
-        admission: Decides which points may run.
-        point: The refused point.
-        space: The parameters that may change.
-        fixed: Parameters with a given value.
-        generator: For the random search.
+    would breach as often as it allows, so one at half of it is preferred. Parameters of ``space``
+    may change, those with a ``fixed`` value may not.
     """
     free = {n: d for n, d in space.items() if n in point and n not in fixed and not d.single()}
     if not free:
@@ -297,11 +279,13 @@ class _Search:
         return point if self._admission.judge({**point, **self._fixed}).admitted else None
 
     def _place_of(self, point: Mapping[str, Any]) -> np.ndarray:
-        return np.array([position_of(each, point[name]) for name, each in self._free.items()])
+        return np.array(
+            [search_space.position_of(each, point[name]) for name, each in self._free.items()]
+        )
 
     def _at(self, place: np.ndarray) -> dict[str, Any]:
         moved = dict(self._point)
         for i, (name, distribution) in enumerate(self._free.items()):
             if place[i] != self._start[i]:
-                moved[name] = value_at(distribution, float(place[i]))
+                moved[name] = search_space.value_at(distribution, float(place[i]))
         return moved

@@ -15,17 +15,13 @@ import contextlib
 from dataclasses import dataclass, field, replace
 import logging
 import threading
-from typing import Any, NoReturn, TYPE_CHECKING
+from typing import Any, NoReturn
 
 import numpy as np
-from optuna.samplers import (
-    BruteForceSampler,
-    GPSampler,
-    GridSampler,
-    NSGAIIISampler,
-    NSGAIISampler,
-    TPESampler,
-)
+from optuna import samplers
+from optuna.distributions import BaseDistribution
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna
 from optuna_quota._footprint.search_space import likely_completions
@@ -38,30 +34,28 @@ from optuna_quota._sampler.admission import (
     PointVerdict,
 )
 from optuna_quota._sampler.options import OnVeto, SamplerOptions
-from optuna_quota._sampler.ranked_trials import RankedTrial, Ranking
+from optuna_quota._sampler.ranking import RankedTrial, Ranking
 from optuna_quota._sampler.row_cleanup import fail_unfinished_trial
 from optuna_quota._sampler.study_footprint import Forecast, StudyFootprint
 from optuna_quota.exceptions import TrialRejected
 
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.samplers import BaseSampler
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
-
-
 _logger = logging.getLogger("optuna.quota.sampler")
 
-_ENUMERATING = (GridSampler, BruteForceSampler)
-_TAKING_NEAREST = (TPESampler, NSGAIISampler, NSGAIIISampler, GPSampler)
+_ENUMERATING = (samplers.GridSampler, samplers.BruteForceSampler)
+_TAKING_NEAREST = (
+    samplers.TPESampler,
+    samplers.NSGAIISampler,
+    samplers.NSGAIIISampler,
+    samplers.GPSampler,
+)
 # Share of the refused points that is run under the hard limit where trials are isolated.
 _AUDIT_SHARE = 0.05
 _MAX_REDRAWS = 16
 _MAX_PARAM_REDRAWS = 8
 
 
-def replacement_for(sampler: BaseSampler, on_veto: OnVeto) -> OnVeto:
+def replacement_for(sampler: samplers.BaseSampler, on_veto: OnVeto) -> OnVeto:
     """Return what replaces a refused point: ``"redraw"``, ``"nearest"`` or ``"skip"``."""
     if enumerates_points(sampler):
         return "skip"
@@ -70,14 +64,12 @@ def replacement_for(sampler: BaseSampler, on_veto: OnVeto) -> OnVeto:
     return "nearest" if isinstance(sampler, _TAKING_NEAREST) else "redraw"
 
 
-def enumerates_points(sampler: BaseSampler) -> bool:
+def enumerates_points(sampler: samplers.BaseSampler) -> bool:
     return isinstance(sampler, _ENUMERATING)
 
 
 @dataclass
 class _TrialState:
-    """One trial while its point is drawn."""
-
     forecast: Forecast = field(default_factory=Forecast)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     base_space: dict[str, BaseDistribution] = field(default_factory=dict)
@@ -98,23 +90,19 @@ class _TrialState:
 
 
 class CandidateFilter:
-    """Filters the points of one study in this process.
-
-    Attributes:
-        footprint: What its trials are expected to use.
-        enumerates: Whether the base sampler walks a fixed list of points.
-    """
+    """Filters the points of one study in this process."""
 
     def __init__(self, options: SamplerOptions, ranking: Ranking | None = None) -> None:
-        self.footprint = StudyFootprint(options)
+        self.footprint = StudyFootprint(options)  # What its trials are expected to use
         self._ranking = ranking
         self._base, self._audits = options.base_sampler, options.audits
         kind = _optuna.unwrap_partial_fixed(self._base)
         self._replacement = replacement_for(kind, options.on_veto)
+        # Whether the base sampler walks a fixed list of points.
         self.enumerates = enumerates_points(kind)
         self._keeps_point = _optuna.needs_drawn_point(kind)
         # BruteForceSampler treats an incomplete point as a leaf of its tree.
-        self._needs_complete_points = isinstance(kind, BruteForceSampler)
+        self._needs_complete_points = isinstance(kind, samplers.BruteForceSampler)
         self._trials: dict[int, _TrialState] = {}
         self._lock = threading.Lock()
         self._n_refusals = self._n_audits = 0
@@ -313,9 +301,11 @@ class CandidateFilter:
         """Draw a whole point; what the base sampler leaves open is drawn one by one."""
         state = self._state(trial)
         drawn = dict(self._base.sample_relative(study, trial, state.base_space))
-        for name, distribution in space.items():
-            if name not in drawn and name not in state.fixed:
-                drawn[name] = self._base.sample_independent(study, trial, name, distribution)
+        missing = [name for name in space if name not in drawn and name not in state.fixed]
+        # In the order of suggestion, so that a seed gives the values that it gives without limits.
+        order = [] if state.admission is None else [*state.admission.common_space()]
+        for name in sorted(missing, key=lambda n: order.index(n) if n in order else len(order)):
+            drawn[name] = self._base.sample_independent(study, trial, name, space[name])
         return drawn
 
     def _choose(

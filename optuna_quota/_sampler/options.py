@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args, Literal, TYPE_CHECKING
+from typing import Any, get_args, Literal
+
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
 
 from optuna_quota import _optuna
 from optuna_quota._limits import Quota, Strategy
 from optuna_quota._resources import CLOCK_RESOURCES
-
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.samplers import BaseSampler
 
 
 Metering = Literal[True, False, "reported"]
@@ -40,11 +38,13 @@ class SamplerOptions:
     on_veto: OnVeto
     audits: float | None
     on_exhausted: OnExhausted
+    on_crowded: OnCrowded
+    on_projected: OnProjected
     gpus_per_trial: int | None
     metering: Metering
     lease: float  # seconds
     deadline: float | None  # seconds since the epoch
-    n_candidates: int = 1
+    n_candidates: int
 
     @property
     def declared(self) -> Mapping[str, BaseDistribution]:
@@ -52,9 +52,11 @@ class SamplerOptions:
         return (self.strategy and self.strategy.search_space) or {}
 
     def __post_init__(self) -> None:
-        check_choices(
+        _check_choices(
             on_veto=(self.on_veto, OnVeto),
             on_exhausted=(self.on_exhausted, OnExhausted),
+            on_crowded=(self.on_crowded, OnCrowded),
+            on_projected=(self.on_projected, OnProjected),
             metering=(self.metering, Metering),
         )
         _check_n_candidates(self.n_candidates, self.base_sampler)
@@ -86,7 +88,6 @@ def checked_gpus_per_trial(gpus_per_trial: int | None, one_gpu: bool) -> int | N
 
 
 def _check_n_candidates(n_candidates: int, base_sampler: BaseSampler) -> None:
-    """Raise an error for a number of points that the base sampler can't offer."""
     _check_count(n_candidates, "n_candidates", "a whole number")
     kind = _optuna.unwrap_partial_fixed(base_sampler)
     names = {base.__name__ for base in type(kind).__mro__}
@@ -119,15 +120,13 @@ def _check_measurable(quota: Quota) -> None:
 
 
 def check_types(**given: tuple[Any, type]) -> None:
-    """Raise TypeError for an option that is neither None nor of its type."""
     for name, (value, kind) in given.items():
         if value is not None and not isinstance(value, kind):
             hint = _optuna.misplaced(value)
             raise TypeError(f"`{name}` must be a {kind.__name__} or None but got {value}.{hint}")
 
 
-def check_choices(**given: tuple[Any, Any]) -> None:
-    """Raise ValueError for an option that is not among the choices of its ``Literal``."""
+def _check_choices(**given: tuple[Any, Any]) -> None:
     for name, (value, literal) in given.items():
         choices = get_args(literal)
         if value not in choices:

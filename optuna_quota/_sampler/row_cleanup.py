@@ -6,12 +6,13 @@ from collections.abc import Iterator
 import contextlib
 import logging
 import socket
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 from optuna.exceptions import TrialPruned
-from optuna.trial import TrialState
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 
-from optuna_quota import _optuna
+from optuna_quota import _optuna, _records
 from optuna_quota._enforcement.active_trials import find_monitor
 from optuna_quota._enforcement.trial_result import save_record
 from optuna_quota._ledger.protocol import (
@@ -20,26 +21,11 @@ from optuna_quota._ledger.protocol import (
     reservation_object,
     this_worker,
 )
-from optuna_quota._records import (
-    BREACH_TIMELINE,
-    CHECKPOINT,
-    is_rejected,
-    PREFIX,
-    RESERVATION,
-    RETRY_OF,
-    TIMELINE,
-    TrialRecord,
-    write_attributes,
-)
+from optuna_quota._records import TrialRecord
 from optuna_quota._resources import Outcome
 from optuna_quota._storage_retry import is_transient, retry
 from optuna_quota._usage import Usage
 from optuna_quota.exceptions import QuotaExhausted, StudyRejected, TrialRejected
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
 
 _logger = logging.getLogger("optuna.quota.sampler")
@@ -76,9 +62,11 @@ def finish_row(study: Study, trial: FrozenTrial, error: BaseException, *, admitt
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
     system = {}
     if monitor is None and not admitted:
-        system[RESERVATION] = reservation_object(Reservation(trial_id, worker=this_worker()))
+        system[_records.RESERVATION] = reservation_object(
+            Reservation(trial_id, worker=this_worker())
+        )
     # Attributes first: a finished row can't be changed.
-    if not is_rejected(trial.user_attrs):
+    if not _records.is_rejected(trial.user_attrs):
         save_record(study, trial, record, system)
     # Try twice, for any error: a row left RUNNING would keep its reservation.
     for is_last in (False, True):
@@ -97,18 +85,20 @@ def clear_copied_attributes(study: Study, trial: FrozenTrial) -> None:
     The object that Optuna keeps of the trial is updated too.
     """
     trial_id = _optuna.trial_id_of(trial)
-    if parse_reservation(trial.system_attrs.get(RESERVATION), trial_id) is not None:
+    if parse_reservation(trial.system_attrs.get(_records.RESERVATION), trial_id) is not None:
         # It began before: its row describes itself.
         return
     copied: dict[str, Any] = {
         key: None
         for key in trial.user_attrs
-        if key.startswith(PREFIX) and key not in (RETRY_OF, CHECKPOINT)
+        if key.startswith(_records.PREFIX) and key not in (_records.RETRY_OF, _records.CHECKPOINT)
     }
     system: dict[str, Any] = {
-        key: None for key in (BREACH_TIMELINE, TIMELINE) if key in trial.system_attrs
+        key: None
+        for key in (_records.BREACH_TIMELINE, _records.TIMELINE)
+        if key in trial.system_attrs
     }
     if copied or system:
         storage = _optuna.storage_of(study)
-        write_attributes(storage, trial_id, user=copied, system=system)
+        _records.write_attributes(storage, trial_id, user=copied, system=system)
         trial.user_attrs = {**trial.user_attrs, **copied}

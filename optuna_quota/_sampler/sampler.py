@@ -8,10 +8,12 @@ from functools import partial
 import logging
 import threading
 import time
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, TPESampler
-from optuna.trial import TrialState
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import resolve_cores
@@ -32,9 +34,9 @@ from optuna_quota._footprint.user_given import as_footprint, by_value, from_valu
 from optuna_quota._ledger import LEASE, Refusal
 from optuna_quota._limits import Limits, Quota, Strategy
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop
+from optuna_quota._projection.projection import Projection
 from optuna_quota._sampler.deadline import DeadlineOption, parse_deadline
 from optuna_quota._sampler.options import (
-    check_choices,
     check_types,
     checked_gpus_per_trial,
     Metering,
@@ -56,16 +58,9 @@ from optuna_quota._units import Duration, parse_seconds
 from optuna_quota._usage import Usage
 
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
-
-    from optuna_quota._projection.projection import Projection
-
-
 _logger = logging.getLogger("optuna.quota.sampler")
 
+_PLACES = "QuotaSampler and QuotaPruner"
 # Draws of a point while other workers take what was left for it.
 _MOST_DRAWS = 4
 
@@ -181,21 +176,12 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
                 f"`base_sampler` must hold no QuotaSampler but got {base_sampler}: a trial would "
                 "be counted twice. Give one QuotaSampler the whole quota."
             )
-        check_choices(on_crowded=(on_crowded, OnCrowded), on_projected=(on_projected, OnProjected))
         self.base_sampler = TPESampler() if base_sampler is None else base_sampler
         self.quota = Quota() if quota is None else quota
         self.strategy = strategy
         self.footprint = footprint
         self.limits = limits
         self.meters = check_names(meters)
-        self.confidence = confidence
-        self.deadline = deadline
-        self.on_exhausted = on_exhausted
-        self.on_crowded = on_crowded
-        self.on_projected = on_projected
-        self.gpus_per_trial = checked_gpus_per_trial(gpus_per_trial, one_gpu)
-        self.metering = metering
-        self.lease = parse_seconds(lease, "lease")
         if footprint is not None and not isinstance(footprint, Usage):
             footprint = as_footprint(footprint, lenient=True)
         self._options = SamplerOptions(
@@ -208,9 +194,11 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             on_veto=on_veto,
             audits=audits,
             on_exhausted=on_exhausted,
-            gpus_per_trial=self.gpus_per_trial,
+            on_crowded=on_crowded,
+            on_projected=on_projected,
+            gpus_per_trial=checked_gpus_per_trial(gpus_per_trial, one_gpu),
             metering=metering,
-            lease=self.lease,
+            lease=parse_seconds(lease, "lease"),
             deadline=None if deadline is None else parse_deadline(deadline, time.time()),
             n_candidates=n_candidates,
         )
@@ -229,6 +217,12 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(from_value(state), _sessions=StudySessions(), _lock=threading.Lock())
         adapt_ray_tune()
+
+    def __getattr__(self, name: str) -> Any:
+        """Return one of the options that only its parts read, such as ``confidence``."""
+        if name not in SamplerOptions.__dataclass_fields__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._options, name)
 
     def __repr__(self) -> str:
         return f"QuotaSampler({type(self.base_sampler).__name__}(), quota={self.quota!r})"
@@ -259,11 +253,12 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
 
     def _admit(self, study: Study, whole: Study, trial: FrozenTrial) -> None:
         wrap_nesting_pruner(whole)
-        if self.deadline is not None and not quota_pruners(whole.pruner):
+        pruners = quota_pruners(whole.pruner)
+        if self._options.deadline is not None and not pruners:
             # Its `should_prune` is what stops trials in process.
             whole.pruner = QuotaPruner(whole.pruner, limits=Limits())
         session = self._session(whole)
-        limits = self._limits_of(whole)
+        limits = agreed_limits(self.limits, pruner_limits(pruners), _PLACES)
         session.describe(whole, limits)
         session.share_settings(whole, limits)
         n_jobs = None if self.strategy is None else self.strategy.n_jobs
@@ -288,12 +283,15 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         self._check_quota(session, whole)
         self.base_sampler.before_trial(study, trial)
         ceilings = limits.tightened(self.quota.held)
-        if self.on_crowded == "smaller":
+        if self._options.on_crowded == "smaller":
             ceilings = ceilings.tightened(session.ledger.room(trial))
         session.begin_point(whole, trial, ceilings)
-        meters = {each.name: each for each in (*pruner_meters(whole.pruner), *self.meters)}
+        meters = {each.name: each for each in (*pruner_meters(pruners), *self.meters)}
+        interrupt = any(pruner.interrupt for pruner in pruners)
         # Last, so that learning and imports do not count as the trial's usage.
-        session.start_trial(whole, trial, grant, limits, tuple(meters.values()))
+        session.start_trial(
+            whole, trial, grant, limits, tuple(meters.values()), interrupt=interrupt
+        )
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -391,9 +389,9 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         footprint.learn(session.ledger.trials)
         n_trials = footprint.learner.n_observations
         projection = session.outlook.check(study, n_trials, lambda: self.project(study))
-        if projection is None or self.on_projected == "continue":
+        if projection is None or self._options.on_projected == "continue":
             return
-        if self.on_projected == "raise":
+        if self._options.on_projected == "raise":
             raise rejection(projection)
         if _optuna.in_optimize_loop(study):
             study.stop()
@@ -407,7 +405,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             # The base sampler may have written into the row.
             written = _optuna.may_write_constraints(self.base_sampler)
             row = read_row(study, trial) if written else trial
-            limits = self._limits_of(study)
+            limits = partial(self._limits_of, study)
             session.finish_trial(study, row, state, limits, error, tell_call)
             session.end_when_exhausted(study)
         except Exception as fault:  # noqa: BLE001 - any backend's own
@@ -436,8 +434,8 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
 
     def _limits_of(self, study: Study) -> Limits:
         """Return the limits on each trial: the pruner's, else the sampler's own."""
-        theirs = pruner_limits(study.pruner)
-        return agreed_limits(self.limits, theirs, "QuotaSampler and QuotaPruner")
+        theirs = pruner_limits(quota_pruners(study.pruner))
+        return agreed_limits(self.limits, theirs, _PLACES)
 
     def _session(self, study: Study) -> StudySession:
         whole = _optuna.unwrap_study(study)

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 import contextlib
 from dataclasses import dataclass, field, replace
 import logging
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from optuna_quota._footprint.footprint import BaseFootprint, Footprint, Learner
 from optuna_quota._footprint.observations import Observation
@@ -33,10 +33,6 @@ from optuna_quota._limits import Limits
 from optuna_quota._sampler.admission import PointAdmission
 from optuna_quota._sampler.options import SamplerOptions
 from optuna_quota._usage import Usage
-
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
 
 
 _logger = logging.getLogger("optuna.quota.sampler")
@@ -99,17 +95,14 @@ class Margins:
 
 
 class StudyFootprint:
-    """The footprint of one study's trials, as this process knows it.
-
-    Attributes:
-        learner: Learns from the study's trials.
-        given: A usage or function that the user stated; None for neither.
-    """
+    """The footprint of one study's trials, as this process knows it."""
 
     def __init__(self, options: SamplerOptions) -> None:
         stated = options.footprint
         self._earlier = stated if isinstance(stated, Footprint) else None
+        # Learns from the study's trials.
         self.learner = Learner(self._earlier, confidence=options.confidence)
+        # A usage or function that the user stated; None for neither.
         self.given = None if stated is None or self._earlier else as_footprint(stated)
         self._options = options
         self._declared = options.declared
@@ -293,8 +286,8 @@ class StudyFootprint:
             and self.learner.n_uncensored >= _MIN_UNCENSORED
         )
 
-    def _recent_points(self, count: int = _RECENT) -> list[Mapping[str, Any]]:
-        return [row.params for row in self.learner.observations[-count:]]
+    def _recent_points(self) -> list[Mapping[str, Any]]:
+        return [row.params for row in self.learner.observations[-_RECENT:]]
 
     def _known_points(self, count: int = _RECENT) -> list[Mapping[str, Any]]:
         """Return recent points; for a user's function, which may need all, complete ones."""

@@ -7,10 +7,13 @@ from dataclasses import replace
 import logging
 import math
 import threading
-from typing import Any, get_args, Literal, TYPE_CHECKING
+from typing import Any, get_args, Literal
 
+from optuna.distributions import BaseDistribution
 from optuna.samplers import QMCSampler, RandomSampler
 from optuna.search_space import intersection_search_space
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
 from optuna_quota import _optuna
 from optuna_quota._footprint.observations import read_observation
@@ -32,12 +35,6 @@ from optuna_quota._sampler.study_footprint import MIN_TRIALS, StudyFootprint
 from optuna_quota.exceptions import StudyRejected
 
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
-
-
 _logger = logging.getLogger("optuna.quota.sampler")
 
 # The running projection is computed after so many trials for the first time, where nothing was
@@ -52,17 +49,10 @@ def admit_strategy(
     study: Study | None = None,
     footprint: StudyFootprint | None = None,
 ) -> bool:
-    """Decide whether the rest of the strategy fits, and return whether enough was known.
+    """Raise StudyRejected if the rest of the strategy does not fit; return if enough was known.
 
-    Args:
-        options: The sampler's.
-        limits: The limits on each trial.
-        study: The study, once there is one: its trials show the search space.
-        footprint: That of a study that is resumed: with enough trials, it knows more than the
-            user stated.
-
-    Raises:
-        StudyRejected: If it does not fit.
+    Once there is a study, its trials show the search space. The footprint of one that is resumed
+    knows more than the user stated, with enough trials.
     """
     stated = options.footprint
     if options.strategy is None or stated is None:
@@ -199,7 +189,6 @@ def outlook_of(projection: Projection) -> Outlook:
 
 
 def is_news(outlook: Outlook, said: Outlook | None) -> bool:
-    """Return whether an outlook is the first one, or worse than the last."""
     return said is None or _WORSENING.index(outlook) > _WORSENING.index(said)
 
 
@@ -252,7 +241,6 @@ class QuotaOutlook:
 
 
 def describe_outlook(projection: Projection, outlook: Outlook, n_trials: int) -> str:
-    """Return what a study will most likely use, with an interval, beside its quota."""
     judged = [r for r in projection.resources if r.probability is not None]
     if outlook in ("fits", "uncertain"):
         shown = [r for r in judged if r.resource != "n_trials"]

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import gc
 import logging
 import os
 import threading
 import time
 from types import MappingProxyType
-from typing import Any, NoReturn, TYPE_CHECKING
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from optuna.trial import TrialState
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 
-from optuna_quota import _optuna
+from optuna_quota import _optuna, _records
 from optuna_quota._enforcement.active_trials import find_monitor, start_monitor
-from optuna_quota._enforcement.nesting import quota_pruners
 from optuna_quota._enforcement.preemption import preemption_of
 from optuna_quota._enforcement.pruner import Interrupter
 from optuna_quota._enforcement.study_warnings import warn_of_ceilings
@@ -36,27 +36,15 @@ from optuna_quota._ledger import (
 )
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering import Meter, Verdict
-from optuna_quota._records import (
-    amounts_object,
-    read_record,
-    STUDY_LIMITS,
-    STUDY_PRICES,
-    STUDY_QUOTA,
-)
 from optuna_quota._resources import format_amount, get_resource
 from optuna_quota._sampler.admission import PointVerdict
 from optuna_quota._sampler.candidates import CandidateFilter
 from optuna_quota._sampler.deadline import refuse_late
 from optuna_quota._sampler.options import SamplerOptions
-from optuna_quota._sampler.ranked_trials import Ranking
+from optuna_quota._sampler.ranking import Ranking
 from optuna_quota._sampler.study_projection import QuotaOutlook
 from optuna_quota._usage import Usage
 from optuna_quota.exceptions import QuotaExhausted, TrialRejected
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
 
 _logger = logging.getLogger("optuna.quota.sampler")
@@ -66,34 +54,25 @@ _MOST_UNFIT = 20
 
 
 class StudySession:
-    """One study in this process.
-
-    Attributes:
-        ledger: What the study has used and reserved, across workers.
-        candidates: Filters its points.
-        outlook: Says how much of the quota the study will most likely use.
-        decided: Whether the study as a whole was admitted; None before the first trial here.
-    """
+    """One study in this process."""
 
     def __init__(self, study: Study, options: SamplerOptions) -> None:
         gpus = () if options.gpus_per_trial is None else gpus_here()
         count = options.gpus_per_trial or 1
         check_gpus_per_trial(gpus, count)
+        # What the study has used and reserved, across workers.
         self.ledger = Ledger(
             study, options.quota, lease=options.lease, gpus=gpus, gpus_per_trial=count
         )
         ranking = Ranking(study, options.n_candidates) if options.n_candidates > 1 else None
-        self.candidates = CandidateFilter(options, ranking)
+        self.candidates = CandidateFilter(options, ranking)  # Filters its points
+        # Says how much of the quota the study will most likely use.
         self.outlook = QuotaOutlook(learns=self.candidates.footprint.given is None)
+        # Whether the study as a whole was admitted; None before the first trial here.
         self.decided: bool | None = None
         self._preemption = preemption_of(study)
-        self._deadline = options.deadline
-        self._has_purpose = options.deadline is not None or options.gpus_per_trial is not None
-        # Stands for the sampler, which must not be kept alive.
-        self._sampler = object()
-        self._quota = options.quota
-        self._stops = options.on_exhausted == "stop"
-        self._measures = options.metering not in (False, "reported")
+        # The sampler itself must not be kept alive.
+        self._options, self._quota = options, options.quota
         self._refused: set[int] = set()
         # Rejections by what is left of the quota since the last trial that ran.
         self._unfit: list[PointVerdict] = []
@@ -109,7 +88,9 @@ class StudySession:
         """Log once what ran before this worker came, and what is odd about the ceilings."""
         if self.decided is None:
             self.ledger.describe_past()
-            warn_of_ceilings(study, limits, self._quota, has_purpose=self._has_purpose)
+            options = self._options
+            has_purpose = options.deadline is not None or options.gpus_per_trial is not None
+            warn_of_ceilings(study, limits, self._quota, has_purpose=has_purpose)
 
     def share_settings(self, study: Study, limits: Limits) -> None:
         """Make the quota and these limits the study's, as soon as no other worker runs."""
@@ -129,7 +110,6 @@ class StudySession:
         return _optuna.trial_id_of(trial) in self._refused
 
     def begin_point(self, study: Study, trial: FrozenTrial, ceilings: Limits) -> None:
-        """Prepare to draw a trial's point."""
         totals, n_beside = self.ledger.left(trial)
         left = self._near_end(totals, n_beside)
         self.candidates.begin(study, trial, ceilings, self.ledger.trials, left, totals)
@@ -141,6 +121,8 @@ class StudySession:
         grant: Grant,
         limits: Limits,
         meters: Sequence[Meter],
+        *,
+        interrupt: bool,
     ) -> None:
         limited = limits.memory is not None or self._quota.memory is not None
         if limited and self._has_garbage:
@@ -157,11 +139,11 @@ class StudySession:
             left=grant.left,
             meters=meters,
             holder=trial,
-            here=self._measures,
+            here=self._options.metering not in (False, "reported"),
         )
         self.ledger.attach_monitor(trial_id, monitor)
         _optuna.tolerate_finished_row(study, trial_id)
-        if any(pruner.interrupt for pruner in quota_pruners(study.pruner)):
+        if interrupt:
             interrupter = Interrupter.arm(monitor)
             if interrupter is not None:
                 self._interrupters[trial_id] = interrupter
@@ -201,11 +183,10 @@ class StudySession:
         study: Study,
         trial: FrozenTrial,
         state: TrialState,
-        limits: Limits,
+        limits: Callable[[], Limits],
         error: BaseException | None = None,
         tell_call: _optuna.TellCall | None = None,
     ) -> None:
-        """Close a trial's metering, write its record, and book its usage in the ledger."""
         trial_id = _optuna.trial_id_of(trial)
         usage = Usage()
         try:
@@ -215,7 +196,7 @@ class StudySession:
             monitor = find_monitor(study, trial)
             if monitor is not None and monitor.isolation is None:
                 # It ran where this process can't see: its row may report its usage.
-                monitor.add_usage(read_record(trial).usage)
+                monitor.add_usage(_records.read_record(trial).usage)
             in_process = monitor is not None and monitor.isolation in ("thread", "shared")
             self._has_garbage |= in_process and state != TrialState.COMPLETE
             verdict, footprint, expected = self.candidates.finish(
@@ -232,7 +213,7 @@ class StudySession:
                 trial,
                 monitor,
                 state,
-                limits=limits if monitor is None else monitor.limits,
+                limits=limits() if monitor is None else None,
                 footprint=footprint,
                 expected=expected,
                 error=error,
@@ -242,8 +223,7 @@ class StudySession:
             self.ledger.charge(trial_id, usage)
 
     def end_when_exhausted(self, study: Study) -> None:
-        """End ``optimize`` when a total quota is used up."""
-        if not self._stops or not _optuna.in_optimize_loop(study):
+        if not self._may_stop(study):
             return
         refusal = self.ledger.exhausted(self.needs) or self.refuse_late() or self.refuse_unfit()
         if refusal is not None:
@@ -253,10 +233,10 @@ class StudySession:
 
     def refuse_late(self, fixed: Mapping[str, Any] = MappingProxyType({})) -> Refusal | None:
         """Return why no trial with these fixed parameters starts before the deadline, if so."""
-        if self._preemption.deadline_of is not self._sampler:
-            # Trials of another one ran meanwhile.
-            self._preemption.set_deadline(self._deadline)
-            self._preemption.deadline_of = self._sampler
+        if self._preemption.deadline_of is not self._options:
+            # Trials of another sampler ran meanwhile.
+            self._preemption.set_deadline(self._options.deadline)
+            self._preemption.deadline_of = self._options
         deadline = self._preemption.deadline
         if deadline is None:
             return None
@@ -275,6 +255,9 @@ class StudySession:
         figures = (median, median, 0.0, left)
         return Refusal(last.resource or "", *figures, reason=reason, final=True)
 
+    def _may_stop(self, study: Study) -> bool:
+        return self._options.on_exhausted == "stop" and _optuna.in_optimize_loop(study)
+
     def is_ending(self, study: Study) -> bool:
         return _optuna.is_optimize_ending(study) or self._preemption.is_late
 
@@ -287,9 +270,7 @@ class StudySession:
         """
         figures = {"resource": refusal.resource, "quota": refusal.quota, "observed": refusal.used}
         figures |= {"temporary": refusal.temporary}
-        if not refusal.late and not (
-            self._stops and _optuna.in_optimize_loop(study) and objective_uses_trial(study)
-        ):
+        if not (refusal.late or (self._may_stop(study) and objective_uses_trial(study))):
             raise QuotaExhausted(refusal.reason, **figures)  # type: ignore[arg-type]
         self._refused.add(_optuna.trial_id_of(trial))
         record_rejection(study, trial, refusal.reason)
@@ -328,7 +309,7 @@ def objective_uses_trial(study: Study) -> bool:
         if trial.state.is_finished() and trial.state != TrialState.FAIL
     ]
     return not trials or any(
-        trial.params or read_record(trial).isolation == "process" for trial in trials
+        trial.params or _records.read_record(trial).isolation == "process" for trial in trials
     )
 
 
@@ -372,11 +353,11 @@ def store_study_settings(study: Study, quota: Quota, limits: Limits, *, warn: bo
     storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
     stored = storage.get_study_user_attrs(study_id)
     own: dict[str, Mapping[str, float]] = {
-        STUDY_QUOTA: amounts_object(quota),
-        STUDY_LIMITS: amounts_object(limits),
+        _records.STUDY_QUOTA: _records.amounts_object(quota),
+        _records.STUDY_LIMITS: _records.amounts_object(limits),
     }
-    if quota.prices or stored.get(STUDY_PRICES):
-        own[STUDY_PRICES] = dict(quota.prices)
+    if quota.prices or stored.get(_records.STUDY_PRICES):
+        own[_records.STUDY_PRICES] = dict(quota.prices)
     differing = [key for key in own if stored.get(key) != own[key]]
     changes = [_change(key, stored[key], own[key]) for key in differing if key in stored]
     if changes and others_run(study):
@@ -405,12 +386,12 @@ def _change(key: str, stored: Any, own: Mapping[str, float]) -> str:
         f"({get_resource(str(n)).title})"
         for n in names
     ]
-    title = {STUDY_QUOTA: "Quota", STUDY_LIMITS: "Limits"}.get(key, "Prices")
+    title = {_records.STUDY_QUOTA: "Quota", _records.STUDY_LIMITS: "Limits"}.get(key, "Prices")
     return f"{title} changed {', '.join(parts) or 'from what could not be read'}"
 
 
 def _shown(key: str, name: Any, value: Any) -> str:
     if value is None:
         return "none"
-    is_amount = key != STUDY_PRICES and isinstance(value, (int, float))
+    is_amount = key != _records.STUDY_PRICES and isinstance(value, (int, float))
     return format_amount(str(name), value) if is_amount else str(value)

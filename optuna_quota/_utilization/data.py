@@ -39,9 +39,11 @@ class Parameter:
 
 @dataclass(frozen=True)
 class StudyData:
-    """The trials of a study as arrays."""
+    """The finished trials of a study, as of one moment, and as arrays."""
 
-    table: pd.DataFrame  # one row a trial that finished
+    trials: Sequence[FrozenTrial]
+    records: Sequence[_records.TrialRecord]
+    table: pd.DataFrame  # one row a trial
     parameters: tuple[Parameter, ...]  # and selected user attributes
     ended: NDArray[np.object_]  # how, by Optuna's state where this library did not see it
     resources: tuple[str, ...]  # whose usage is known of at least one trial
@@ -80,8 +82,9 @@ class StudyData:
         return np.asarray(found & np.isfinite(self.amounts(resource)))
 
     def _evidence(self, resource: str) -> NDArray[np.object_]:
-        ends = zip(self.ended, self.table["censored_by"], strict=True)
-        return np.array([_records.evidence(resource, *end) for end in ends], dtype=object)
+        ends = list(zip(self.ended, self.table["censored_by"], strict=True))
+        says = {end: _records.evidence(resource, *end) for end in set(ends)}
+        return np.array([says[end] for end in ends], dtype=object)
 
     def ranked(self, resource: str) -> NDArray[np.bool_]:
         """Return which trials can be ranked by their usage, shape ``(n_trials,)``.
@@ -108,6 +111,8 @@ def study_data(study: Study, user_attrs: Sequence[str] = ()) -> StudyData:
     found = [*_parameters(trials), *_attributes(trials, user_attrs)]
     whole = _has_all_parameters(trials)
     return StudyData(
+        trials=trials,
+        records=records,
         table=table,
         parameters=tuple(replace(each, branch=_branch(each, found, whole)) for each in found),
         ended=np.array(outcomes, dtype=object),

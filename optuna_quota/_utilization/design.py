@@ -26,6 +26,7 @@ from typing import Literal, TYPE_CHECKING
 
 import numpy as np
 
+from optuna_quota._footprint.numerics import average_ranks, orthonormal
 from optuna_quota._utilization.data import Parameter
 from optuna_quota._utilization.fit import (
     Derivatives,
@@ -274,9 +275,7 @@ def _screened(
     most = max(1, int(observed / _TRIALS_PER_TERM) - 2)
     if len(design.columns) <= most:
         return design
-    from scipy.stats import rankdata
-
-    ranks = [rankdata(y), *(rankdata(column.values(values)) for column in design.columns)]
+    ranks = [average_ranks(each) for each in (y, *(c.values(values) for c in design.columns))]
     with np.errstate(invalid="ignore", divide="ignore"):  # of a constant column
         strength = np.nan_to_num(np.abs(np.atleast_2d(np.corrcoef(ranks))[0, 1:]))
     best = sorted(np.argsort(strength)[::-1][:most])
@@ -331,7 +330,7 @@ def _candidates(
     z = np.abs(beta) / np.sqrt(variance[-len(beta) :])
     strongest = np.argsort(-z[1 : 1 + len(mains)], kind="stable")[:_CANDIDATE_COLUMNS]
     taken = {c.term for c in columns}
-    basis, _ = np.linalg.qr(selected.sample.x)
+    basis = orthonormal(selected.sample.x)
     found = []
     for i, j in combinations(sorted(strongest), 2):
         product = Product(mains[i], mains[j])

@@ -28,6 +28,8 @@ import warnings
 
 import numpy as np
 
+from optuna_quota._footprint.numerics import orthonormal, product
+
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -161,12 +163,12 @@ def derivatives(
     weight = np.where(cut, bend, 1.0) / sigma**2
     cross = np.where(cut, bend * z + mills, 2 * z) / sigma
     scale = np.where(cut, z * (mills + bend * z), 2 * z**2)
-    block = (jacobian.T * weight) @ jacobian
+    block = product(jacobian.T * weight, jacobian)
     if exact and has_floor:
         # ∂²m/∂θ² = w (1 - w) v v' with v = (1, -x) and w the floor's share of the usage.
         floor_share = jacobian[:, 0]
         bent = np.column_stack([np.ones(len(z)), -sample.x])
-        block = block - (bent.T * (by_mean * floor_share * (1 - floor_share))) @ bent
+        block = block - product(bent.T * (by_mean * floor_share * (1 - floor_share)), bent)
     information = np.empty((len(theta), len(theta)))
     information[:-1, :-1] = block
     information[:-1, -1] = information[-1, :-1] = cross @ jacobian
@@ -232,8 +234,7 @@ def _reweighted(start: Fit, sample: Sample, epsilon: float) -> Fit:
 def leverage(at_fit: Derivatives) -> Array:
     """Return the share of each observation in its own mean, shape ``(n,)``."""
     weighted = at_fit.jacobian * np.sqrt(np.maximum(at_fit.weight, 0.0))[:, None]
-    basis, _ = np.linalg.qr(weighted)
-    return np.asarray(np.minimum((basis**2).sum(axis=1), 1.0))
+    return np.asarray(np.minimum((orthonormal(weighted) ** 2).sum(axis=1), 1.0))
 
 
 def robust_covariance(fit: Fit, sample: Sample) -> Array:
@@ -255,7 +256,7 @@ def robust_covariance(fit: Fit, sample: Sample) -> Array:
     scores = at_fit.score_obs / (1 - np.minimum(leverage(at_fit), _MAX_LEVERAGE))[:, None]
     # As a sum of squares, so that rounding makes no variance negative.
     half = np.vstack([scores, np.sqrt(prior)]) @ bread
-    robust: Array = half.T @ half
+    robust: Array = product(half.T, half)
     if not sample.censored.any():
         return robust
     by_likelihood = np.abs(np.diag(bread)) * n / max(n - p, 1)
@@ -347,7 +348,8 @@ def _start(sample: Sample, gamma: float) -> Array:
     above = sample.y
     if math.isfinite(gamma):
         above = sample.y + np.log(np.maximum(-np.expm1(gamma - sample.y), 1e-3))
-    beta = np.linalg.lstsq(sample.x, above, rcond=None)[0]
+    gram = product(sample.x.T, sample.x)
+    beta = np.linalg.pinv(gram, rcond=1e-12, hermitian=True) @ (sample.x.T @ above)
     theta = np.array([gamma, *beta, 0.0]) if math.isfinite(gamma) else np.array([*beta, 0.0])
     mean, _ = mean_and_jacobian(theta, sample.x, math.isfinite(gamma))
     spread = float(np.sqrt(np.mean((sample.y - mean) ** 2)))

@@ -50,6 +50,19 @@ def test_a_wide_scatter_is_formatted_without_an_exponent() -> None:
     assert all(figure.replace(".", "", 1).isdigit() for figure in shown)
 
 
+def test_trials_that_finish_after_the_analysis_are_not_in_it() -> None:
+    study = power_law_study(20)
+    report, as_it_was = analyze(study), analyze(power_law_study(20)).summary()
+
+    point = study.trials[0].params
+    study.add_trials([finished(point, Usage(memory=1e8, wall_time=1.0), value=-1.0)] * 4)
+
+    assert set(report.best) <= set(range(20))
+    assert len(report.feasible) == len(report.table) == 20
+    assert len(report.footprint.points) == 20
+    assert report.summary().partition("\n")[2] == as_it_was.partition("\n")[2]
+
+
 def test_an_empty_study() -> None:
     text = analyze(optuna.create_study(study_name="new")).summary()
 

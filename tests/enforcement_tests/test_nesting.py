@@ -15,7 +15,12 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import check, isolated, Limits, Quota, QuotaPruner, QuotaSampler
-from optuna_quota._enforcement.nesting import find_nested, pruner_limits, pruner_meters
+from optuna_quota._enforcement.nesting import (
+    find_nested,
+    pruner_limits,
+    pruner_meters,
+    quota_pruners,
+)
 from optuna_quota._enforcement.pruner import wrap_nesting_pruner
 from optuna_quota._records import read_record
 
@@ -76,7 +81,7 @@ WAYS: dict[str, Callable[[BasePruner], Any]] = {
 def test_it_is_found(way: str) -> None:
     pruner = QuotaPruner(limits=LIMITS)
     assert find_nested(Held(WAYS[way](pruner)), QuotaPruner) == [pruner]
-    assert pruner_limits(Held(WAYS[way](pruner))) == LIMITS
+    assert pruner_limits(quota_pruners(Held(WAYS[way](pruner)))) == LIMITS
 
 
 def test_nothing_else_is_found() -> None:
@@ -84,14 +89,17 @@ def test_nothing_else_is_found() -> None:
     # The pruner of another study is none of this one's.
     for pruner in (MedianPruner(), HyperbandPruner(), Held([other, QuotaPruner, optuna])):
         assert find_nested(pruner, QuotaPruner) == []
-        assert pruner_limits(pruner) is None
-        assert pruner_meters(pruner) == ()
+        assert quota_pruners(pruner) == []
+    assert pruner_limits([]) is None
+    assert pruner_meters([]) == ()
 
 
 def test_the_tightest_limits_apply() -> None:
     first = QuotaPruner(limits=Limits(memory="100B", wall_time=5))
     second = QuotaPruner(first, limits=Limits(memory="50B", cpu_time=7))
-    assert pruner_limits(Held([second])) == Limits(memory="50B", cpu_time=7, wall_time=5)
+    assert pruner_limits(quota_pruners(Held([second]))) == Limits(
+        memory="50B", cpu_time=7, wall_time=5
+    )
 
 
 def runs_on(trial: optuna.Trial) -> float:

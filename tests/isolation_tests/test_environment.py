@@ -185,6 +185,12 @@ if sys.platform == "linux":
         lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (n_files - 1, most_files)),
         lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     )
+    processors = sorted(os.sched_getaffinity(0))
+    if len(processors) > 1:
+        OWN["processors"] = (
+            lambda: os.sched_setaffinity(0, processors[1:]),
+            lambda: os.sched_getaffinity(0),
+        )
     if os.geteuid() == 0:  # else it can't be undone
         OWN["priority"] = (lambda: os.nice(1), lambda: os.nice(0))
 

@@ -23,6 +23,7 @@ from optuna_quota._isolation.forkserver_client import ForkServerClient, request_
 from optuna_quota._isolation.launch import StartMethod
 from optuna_quota._metering import metering_loop
 from optuna_quota._records import read_record
+from tests.isolation_tests.scripts import always, run_script
 from tests.waiting import until
 
 
@@ -241,3 +242,21 @@ def test_a_fork_server_is_no_part_of_a_trial_in_process() -> None:
         client.reset()
         client._errors.close()
     assert server not in loop.excluded_pids
+
+
+OPTIONS = """
+def objective(trial):
+    assert False
+    return 10 * sys.flags.optimize + sys.flags.bytes_warning + ("tracemalloc" in sys._xoptions)
+
+if __name__ == "__main__":
+    say(found=values(objective, n_trials=1))
+"""
+
+
+@pytest.mark.slow
+def test_options_of_the_interpreter_hold_in_trials(tmp_path: Path) -> None:
+    # Without `-O` the assertion would fail, in a trial only.
+    options = ["-OO", "-b", "-Xtracemalloc=1", "-Ximporttime"]
+    found = run_script(tmp_path, OPTIONS, *options, "script.py")["found"]
+    assert found == always(22.0)

@@ -33,7 +33,7 @@ from optuna_quota._ledger.protocol import (
 from optuna_quota._ledger.totals import Entry
 from optuna_quota._optuna import stale_trial_ids, storage_of, study_id_of, trial_id_of
 from optuna_quota._records import RESERVATION
-from tests.ledger_tests.test_ledger import begin, finish, reserve
+from tests.ledger_tests.test_ledger import begin, extend, finish, reserve
 from tests.ledger_tests.workers import load, start
 from tests.storages import Address, storage_at, study_in
 
@@ -216,7 +216,7 @@ def test_a_worker_that_wakes_after_its_lease_changes_nothing() -> None:
     assert isinstance(reserve(sleeper, trial, {"cpu_time": 10.0}), Grant)
     storage_of(study).set_trial_state_values(trial_id_of(trial), TrialState.FAIL)
     with pytest.raises(UpdateFinishedTrialError):
-        sleeper.extend(trial_id_of(trial))
+        extend(sleeper, trial, cpu_time=0.0)
     with pytest.raises(ValueError, match="Cannot tell a FAIL trial"):
         study.tell(trial.number, 1.0)
     assert isinstance(reserve(awake, begin(study), {"cpu_time": 90.0}), Grant)

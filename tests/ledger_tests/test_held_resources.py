@@ -15,8 +15,7 @@ import pytest
 
 from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, Strategy, Usage
 from optuna_quota._ledger import Grant, Ledger, Refusal
-from optuna_quota._optuna import trial_id_of
-from tests.ledger_tests.test_ledger import begin, finish, reserve
+from tests.ledger_tests.test_ledger import begin, extend, finish, reserve
 from tests.waiting import until
 
 
@@ -292,11 +291,9 @@ def test_a_trial_that_outgrows_its_promise_is_given_what_is_free() -> None:
     trial, other = begin(study), begin(study)
     assert isinstance(reserve(ledger, trial, {"memory": 40}), Grant)
     assert isinstance(reserve(ledger, other, {"memory": 40}), Grant)
-    trial_id = trial_id_of(trial)
-    assert ledger.extend(trial_id, Usage(memory=35))["memory"] == 40
-    assert ledger.extend(trial_id, Usage(memory=55))["memory"] >= 55
-    before = ledger.extend(trial_id, Usage(memory=55))["memory"]
-    assert ledger.extend(trial_id, Usage(memory=61))["memory"] == before <= 60
+    assert extend(ledger, trial, memory=55)["memory"] >= 55
+    before = extend(ledger, trial, memory=55)["memory"]
+    assert extend(ledger, trial, memory=61)["memory"] == before <= 60
 
 
 @pytest.mark.parametrize(("on_crowded", "fits"), [("smaller", True), ("wait", False)])

@@ -9,15 +9,15 @@ from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from pathlib import Path
 import time
+from types import SimpleNamespace
 
 from hypothesis import given, settings, strategies as st
 import optuna
 import pytest
 
 from optuna_quota import Limits, Quota, QuotaSampler, status
-from optuna_quota._ledger import Ledger, protocol
+from optuna_quota._ledger import Ledger, ledger as ledger_module, protocol
 from optuna_quota._ledger.protocol import Reservation, reservation_object, this_worker, Worker
-from optuna_quota._ledger.state import SystemClock
 from optuna_quota._ledger.totals import Entry, IntervalUnion, QuotaTotals
 from optuna_quota._metering import metering_loop
 from optuna_quota._optuna import storage_of, trial_id_of
@@ -170,7 +170,9 @@ def test_a_clock_that_is_ahead_is_warned_of_once_and_followed(
 def work(address: Address, name: str, host: str, ahead: float, go: Event, ends: Queue) -> None:
     """Run trials as on a host whose clock is ahead."""
     protocol._machine = lambda: host  # type: ignore[assignment]
-    SystemClock.time = lambda self: time.time() + ahead  # type: ignore[method-assign]
+    ledger_module.time = SimpleNamespace(  # type: ignore[attr-defined]
+        time=lambda: time.time() + ahead, monotonic=time.monotonic, sleep=time.sleep
+    )
     study = workers.load(address, name)
     study.sampler = QuotaSampler(study.sampler, quota=Quota(wall_time=4))
     ends.put(0.0)

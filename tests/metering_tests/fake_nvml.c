@@ -9,6 +9,7 @@
  *   sample DEVICE PID MICROSECONDS PERCENT
  *   instance DEVICE INDEX             (its processes are those of device 100 + INDEX)
  *   fail FUNCTION CODE                (nvmlReturn_t)
+ *   hang FUNCTION                     (does not return as long as this line is there)
  * The file is read again at every call, so that a test can let the driver die in the middle. With
  * FAKE_NVML_MIXED in the environment each device is another model. Built with WITH_CUDA, it is CUDA's
  * driver too, which numbers the devices in the reverse order.
@@ -39,7 +40,20 @@ static int failure(const char *function) {
     fclose(f);
     return found;
 }
-#define CHECK() do { int code = failure(__func__); if (code) return code; } while (0)
+static int hangs(const char *function) {
+    char line[256], name[128]; int found = 0;
+    FILE *f = state();
+    if (!f) return 0;
+    while (fgets(line, sizeof line, f))
+        if (sscanf(line, "hang %127s", name) == 1 && !strcmp(name, function)) found = 1;
+    fclose(f);
+    return found;
+}
+
+#define CHECK() do { \
+    while (hangs(__func__)) usleep(10000); \
+    int code = failure(__func__); if (code) return code; \
+} while (0)
 
 /* A handle is the device's number plus one; an instance's is its index plus 101. */
 static int number(void *handle) { return (int)(long)handle - 1; }

@@ -308,3 +308,46 @@ tune(objective, n_trials=2, gpus_per_trial=1, gpu_memory=10 * GB)
         assert (second["retry_of"], second["x"]) == (0, first["x"])
     else:
         assert "retry_of" not in second
+
+
+HANGING = """
+from optuna_quota._metering import nvml
+
+nvml.ANSWER_TIME = 0.5
+STATE = device(0, 3 * GB) + "process 0 {{}} {{}}\\n".format(me, GB)
+
+def objective(trial):
+    say(STATE + "process 0 {{}} {{}}\\n".format(os.getpid(), 2 * GB) + {during!r})
+    time.sleep(1)
+    say(STATE + {after!r})
+    return 1.0
+
+say(STATE + {before!r})
+tune(objective, n_trials=2, gpus_per_trial={gpus}, gpu_memory=90 * GB, wall_time=20)
+"""
+
+
+@pytest.mark.parametrize("gpus", [None, 1])
+@pytest.mark.parametrize(
+    "function", ["nvmlInitWithFlags", "nvmlDeviceGetUUID", "nvmlDeviceGetMemoryInfo"]
+)
+def test_a_driver_that_hangs_at_first_holds_up_no_trial(
+    rows: Rows, function: str, gpus: int | None
+) -> None:
+    code = HANGING.format(before=f"hang {function}\n", during="", after="", gpus=gpus)
+    if gpus:
+        code = code.replace("tune(", "ledger_gpus._STUDY_START_TIME = 0.5\ntune(")
+        code = f"from optuna_quota._ledger import gpus as ledger_gpus\n{code}"
+    first, second = rows(code)
+    assert [first["outcome"], second["outcome"]] == ["completed", "completed"]
+    assert "gpu_memory" not in first
+    # It answers again meanwhile.
+    assert second["gpu_memory"] == 2 * GB
+
+
+def test_a_driver_that_hangs_at_the_end_of_a_trial_does_not_hold_it_up(rows: Rows) -> None:
+    hang = "hang nvmlDeviceGetMemoryInfo\n"
+    first, second = rows(HANGING.format(before="", during="", after=hang, gpus=None))
+    assert [first["outcome"], second["outcome"]] == ["completed", "completed"]
+    assert first["gpu_memory"] == 2 * GB
+    assert first["wall_time"] < 10

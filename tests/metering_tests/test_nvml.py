@@ -201,3 +201,33 @@ def test_energy_is_shared_by_how_busy_each_kept_the_device(nvml: Nvml) -> None:
     print(monitor.close().energy)
     """
     assert float(figures_in(nvml().run(code))[0]) == pytest.approx(25.0)
+
+
+HANGS = f"""
+from optuna_quota._doctor import _check_gpus_here
+from optuna_quota._metering.nvml import answer_in_time, GpuError, NvmlDevice, open_devices
+
+say({gpu()!r} + "hang nvmlDeviceGetMemoryInfo\\n")
+device = open_devices()[0][0]
+for seconds in (0.2, 30.0):
+    try:
+        answer_in_time(device.memory, seconds)
+    except GpuError as error:
+        print(error)
+print(_check_gpus_here()[0].fix)
+say({gpu()!r})
+for _ in range(100):
+    try:
+        print(answer_in_time(device.memory))
+        break
+    except GpuError:
+        time.sleep(0.05)
+print(_check_gpus_here()[0].state)
+"""
+
+
+def test_a_driver_that_hangs_is_not_asked_again_until_it_has_answered(nvml: Nvml) -> None:
+    out = nvml().run(HANGS).splitlines()
+    assert out[:2] == ["the driver hangs"] * 2
+    assert out[2].startswith("Reset the GPU")
+    assert out[3:] == ["(1000, 80000000000)", "ok"]

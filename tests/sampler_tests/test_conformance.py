@@ -130,6 +130,34 @@ def test_the_same_points_as_the_bare_sampler(name: str) -> None:
     assert points(wrapped) == points(BASES[name]())
 
 
+def several(trial: optuna.Trial) -> float:
+    # Not in alphabetical order.
+    x = trial.suggest_float("x", 0, 1)
+    return x + trial.suggest_int("n", 1, 30) * trial.suggest_float("y", -1, 1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "TPE" else [pytest.mark.slow])
+        for name in BASES
+        if "GP" not in name and name != "BruteForce"
+    ],
+)
+def test_far_limits_change_no_point(name: str) -> None:
+    def points(sampler: BaseSampler) -> list[dict[str, object]]:
+        study = optuna.create_study(sampler=sampler)
+        study.optimize(several, n_trials=14)
+        return [t.params for t in study.trials]
+
+    def base() -> BaseSampler:
+        # Enough at first that some are drawn after the footprint is known.
+        return TPESampler(seed=0) if name == "TPE" else BASES[name]()
+
+    wrapped = QuotaSampler(base(), quota=Quota(n_trials=100), limits=Limits(memory="1TiB"))
+    assert points(wrapped) == points(base())
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_partially_fixed(inside: bool) -> None:
     from optuna.samplers import PartialFixedSampler

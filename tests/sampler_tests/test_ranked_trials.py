@@ -31,8 +31,16 @@ from optuna_quota import Limits, Quota, QuotaSampler, Usage
 from optuna_quota._footprint import fit as fit_module, user_given
 from optuna_quota._footprint.resource_model import fit_resource, ResourceData, ResourceModel
 from optuna_quota._footprint.user_given import as_footprint
-from optuna_quota._sampler.ranked_trials import RankedTrial, Ranking
-from optuna_quota._sampler.ranking import Choice, choose, MAX_FITTED, MIN_COMPLETED, Points, Row
+from optuna_quota._sampler.ranking import (
+    Choice,
+    choose,
+    MAX_FITTED,
+    MIN_COMPLETED,
+    Points,
+    RankedTrial,
+    Ranking,
+    Row,
+)
 from tests.sampler_tests.ranked_studies import (
     cost_of,
     medians,
