@@ -25,7 +25,7 @@ import optuna
 from optuna.trial import TrialState
 
 from optuna_quota import Limits, Quota, Usage
-from optuna_quota._ledger import Grant, Ledger
+from optuna_quota._ledger import Ledger, RunningTrial
 from optuna_quota._optuna import storage_of, trial_id_of
 from optuna_quota._records import read_record, TrialRecord, write_record
 from tests.storages import Address, SHARED, study_in
@@ -43,7 +43,7 @@ def by_ledger(study: optuna.Study, units: int) -> Admits:
     def admits(study: optuna.Study, trial: optuna.trial.Trial) -> bool:
         row = storage_of(study).get_trial(trial_id_of(trial))
         answer = ledger.reserve(row, limits=Limits(), footprint={"cpu_time": 1.0})
-        return isinstance(answer, Grant)
+        return isinstance(answer, RunningTrial)
 
     return admits
 

@@ -202,7 +202,7 @@ def _memory_now() -> float | None:
     gc.collect()
     loop = metering_loop()
     with contextlib.closing(loop.open_tree(None)) as tree:
-        return tree.read(thorough=True, without=loop.excluded_pids).memory
+        return tree.read(thorough=True, without=loop.trees.excluded_pids).memory
 
 
 def never_fits(limit: float, held: float, *, quota: bool, isolated: bool = False) -> ValueError:

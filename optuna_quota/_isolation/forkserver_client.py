@@ -191,7 +191,7 @@ class ForkServerClient:
                     pass_fds=(theirs.fileno(),),
                 )
         # Neither it nor its forks are part of a trial in this process.
-        metering_loop().excluded_pids.add(self._process.pid)
+        metering_loop().trees.excluded_pids.add(self._process.pid)
         self._channel = Channel(ours)
         self._loaded, self._files, self._prepared = {}, {}, None
         return self._channel
@@ -246,7 +246,7 @@ class ForkServerClient:
         for ended in [p for p in self._retired if p.poll() is not None]:
             with contextlib.suppress(ValueError):  # another thread was faster
                 self._retired.remove(ended)
-            metering_loop().excluded_pids.discard(ended.pid)
+            metering_loop().trees.excluded_pids.discard(ended.pid)
 
     def _describe_exit(self) -> str:
         self._errors.seek(0)

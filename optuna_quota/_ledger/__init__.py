@@ -2,8 +2,8 @@
 
 from optuna_quota._ledger.dead_workers import LEASE, others_run
 from optuna_quota._ledger.gpus import check_gpus_per_trial, Gpu, gpus_here
-from optuna_quota._ledger.grant import Grant, left_for_trial, Refusal
-from optuna_quota._ledger.heartbeat import no_waiting
+from optuna_quota._ledger.grant import left_for_trial, Refusal
+from optuna_quota._ledger.heartbeat import no_waiting, RunningTrial
 from optuna_quota._ledger.ledger import Ledger
 from optuna_quota._ledger.status import LedgerStatus, status, stored_quota
 
@@ -13,13 +13,13 @@ __all__ = [
     "Gpu",
     "check_gpus_per_trial",
     "gpus_here",
-    "Grant",
     "Ledger",
     "LedgerStatus",
     "left_for_trial",
     "no_waiting",
     "others_run",
     "Refusal",
+    "RunningTrial",
     "status",
     "stored_quota",
 ]

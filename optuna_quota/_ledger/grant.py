@@ -14,7 +14,7 @@ known, the trial is alone with the quota until its footprint is learned.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 import math
 from types import MappingProxyType
 from typing import Literal
@@ -180,17 +180,6 @@ def left_for_trial(
         if used in LIMIT_RESOURCES and amount < left.get(used, math.inf):
             left[used] = amount
     return left
-
-
-@dataclass(frozen=True)
-class Grant:
-    """A trial was admitted."""
-
-    # What it may use for now, by resource, from its start; ``extend`` may raise it. ``wall_time``
-    # is the seconds until the study's clock time is used up.
-    left: Mapping[str, float] = field(default_factory=dict)
-    # UUIDs of the GPUs that it was given, separated by commas; None if it sees all.
-    gpu: str | None = None
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class RunningTrial:
 
     @property
     def left(self) -> Mapping[str, float]:
-        """What it may use in all, by resource."""
+        """What it may use for now, by resource; time until the study's is used up as well."""
         granted = self.reservation.granted
         left = {k: v for k, v in granted.items() if k != "n_trials" and not k.startswith(DEVICE)}
         if self.deadline is not None:

@@ -20,7 +20,7 @@ from optuna_quota import _optuna
 from optuna_quota._ledger import grant
 from optuna_quota._ledger.dead_workers import LEASE, OrphanedTrial
 from optuna_quota._ledger.gpus import find_gpus, Gpu, memory_in_use, request_gpus
-from optuna_quota._ledger.grant import Grant, Needs, Refusal
+from optuna_quota._ledger.grant import Needs, Refusal
 from optuna_quota._ledger.heartbeat import Heartbeat, RunningTrial, RunningTrials
 from optuna_quota._ledger.protocol import (
     Decision,
@@ -115,7 +115,7 @@ class Ledger:
         needs: Needs = lambda free, n_beside: {},
         n_jobs: int | None = None,
         is_over: Callable[[], bool] = lambda: False,
-    ) -> Grant | Refusal:
+    ) -> RunningTrial | Refusal:
         """Admit a trial or refuse it; wait while others hold what it needs, or until it is over.
 
         ``footprint`` has upper bounds of its usage that the user stated, ``bounds`` those of what
@@ -345,11 +345,11 @@ class Ledger:
         in_optimize = self._in_optimize_loop()
         return RunningTrial(trial_id, trial.number, held, limits, in_optimize, start=start)
 
-    def _begin(self, running: RunningTrial) -> Grant:
+    def _begin(self, running: RunningTrial) -> RunningTrial:
         if self.quota.wall_time is not None:
             running.deadline = max(0.0, self.quota.wall_time - self._state.wall_time())
         self._running[running.trial_id] = running
-        return Grant(running.left, gpu=running.reservation.gpu)
+        return running
 
     def _extend(
         self, running: RunningTrial, needs: Mapping[str, float], *, exactly: bool = False

@@ -154,7 +154,7 @@ class LinuxProcessTree:
 
     def _read_memory(self) -> float:
         held = self._held()
-        if not self._is_due(held):
+        if not self._shared.is_due(held, self._ceiling, time.perf_counter(), self._faulted):
             return self._shared.memory(held)
         before, has_new = self._shared.memory(held), self._shared.has_new_processes(held)
         measured = self._measure(held)
@@ -231,9 +231,6 @@ class LinuxProcessTree:
                 sizes[pid] = size
                 shareable += process.shareable
         return TreeMemory(sizes, shareable)
-
-    def _is_due(self, held: TreeMemory) -> bool:
-        return self._shared.is_due(held, self._ceiling, time.perf_counter(), self._faulted)
 
     def _faulted(self) -> int:
         total = 0

@@ -300,11 +300,6 @@ class MeteringLoop:
         return monitor
 
     @property
-    def excluded_pids(self) -> set[int]:
-        """Children of this process that belong to no trial, nor do theirs."""
-        return self.trees.excluded_pids
-
-    @property
     def paused(self) -> float:
         """Seconds of pauses of this process, which its clock leaves out."""
         return self._clock.skipped

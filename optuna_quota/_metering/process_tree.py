@@ -265,7 +265,8 @@ class SharedPages:
         if age < _VERDICT:
             return False
         if self.at_most(held) > ceiling:
-            return self.memory(held) <= ceiling or self._likely_cost(held) <= _AFFORDABLE
+            likely_cost = self._cost * max(1.0, held.total / max(1, self._measured.total))
+            return self.memory(held) <= ceiling or likely_cost <= _AFFORDABLE
         if age < _NEAR:
             return False
         if held.sizes.keys() != self._measured.sizes.keys():
@@ -282,9 +283,6 @@ class SharedPages:
         is_late = moved > 0 and now - self._at >= _LATEST and self._excess > _NEGLIGIBLE * total
         is_doubtful = self._doubt > _NEGLIGIBLE * total
         return age >= _FAR and (has_changed or is_late or is_doubtful)
-
-    def _likely_cost(self, held: TreeMemory) -> float:
-        return self._cost * max(1.0, held.total / max(1, self._measured.total))
 
     def update(
         self,

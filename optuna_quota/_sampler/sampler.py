@@ -268,7 +268,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             session.decided = admit_strategy(self._options, limits, whole, resumed)
         fixed = _optuna.fixed_params_of(trial)
         refusal = session.refuse_late(fixed) or session.refuse_unfit(fixed)
-        grant = refusal or session.ledger.reserve(
+        running = refusal or session.ledger.reserve(
             trial,
             limits=limits,
             footprint=self.footprint.amounts() if isinstance(self.footprint, Usage) else {},
@@ -277,8 +277,8 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             n_jobs=n_jobs,
             is_over=lambda: session.is_ending(whole) and objective_uses_trial(whole),
         )
-        if isinstance(grant, Refusal):
-            session.refuse(whole, trial, grant)
+        if isinstance(running, Refusal):
+            session.refuse(whole, trial, running)
             return
         self._check_quota(session, whole)
         self.base_sampler.before_trial(study, trial)
@@ -290,7 +290,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         interrupt = any(pruner.interrupt for pruner in pruners)
         # Last, so that learning and imports do not count as the trial's usage.
         session.start_trial(
-            whole, trial, grant, limits, tuple(meters.values()), interrupt=interrupt
+            whole, trial, running, limits, tuple(meters.values()), interrupt=interrupt
         )
 
     def infer_relative_search_space(
@@ -400,13 +400,11 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
         self, session: StudySession, study: Study, trial: FrozenTrial, state: TrialState
     ) -> None:
         """Settle a trial; its result is stored after this and no error may lose it."""
-        error, tell_call = _optuna.objective_error(), _optuna.find_tell_call()
         try:
             # The base sampler may have written into the row.
             written = _optuna.may_write_constraints(self.base_sampler)
             row = read_row(study, trial) if written else trial
-            limits = partial(self._limits_of, study)
-            session.finish_trial(study, row, state, limits, error, tell_call)
+            session.finish_trial(study, row, state, partial(self._limits_of, study))
             session.end_when_exhausted(study)
         except Exception as fault:  # noqa: BLE001 - any backend's own
             _logger.warning(f"Trial {trial.number} could not be settled: {fault!r}.")

@@ -28,11 +28,11 @@ from optuna_quota._enforcement.trial_result import (
 from optuna_quota._ledger import (
     check_gpus_per_trial,
     gpus_here,
-    Grant,
     Ledger,
     left_for_trial,
     others_run,
     Refusal,
+    RunningTrial,
 )
 from optuna_quota._limits import Limits, Quota
 from optuna_quota._metering import Meter, Verdict
@@ -118,7 +118,7 @@ class StudySession:
         self,
         study: Study,
         trial: FrozenTrial,
-        grant: Grant,
+        running: RunningTrial,
         limits: Limits,
         meters: Sequence[Meter],
         *,
@@ -136,7 +136,7 @@ class StudySession:
             trial,
             "sampler",
             limits=limits,
-            left=grant.left,
+            left=running.left,
             meters=meters,
             holder=trial,
             here=self._options.metering not in (False, "reported"),
@@ -184,8 +184,6 @@ class StudySession:
         trial: FrozenTrial,
         state: TrialState,
         limits: Callable[[], Limits],
-        error: BaseException | None = None,
-        tell_call: _optuna.TellCall | None = None,
     ) -> None:
         trial_id = _optuna.trial_id_of(trial)
         usage = Usage()
@@ -216,8 +214,8 @@ class StudySession:
                 limits=limits() if monitor is None else None,
                 footprint=footprint,
                 expected=expected,
-                error=error,
-                tell_call=tell_call,
+                error=_optuna.objective_error(),
+                tell_call=_optuna.find_tell_call(),
             ).usage
         finally:
             self.ledger.charge(trial_id, usage)

@@ -232,7 +232,7 @@ def test_a_fork_server_is_no_part_of_a_trial_in_process() -> None:
         client.launch(None).close()
         assert client._process is not None
         server = client._process.pid
-        assert server in loop.excluded_pids
+        assert server in loop.trees.excluded_pids
         watch = loop.monitor((0, 0))
         target = loop.trees.of(watch)
         assert target is not None and server not in target.pids
@@ -241,7 +241,7 @@ def test_a_fork_server_is_no_part_of_a_trial_in_process() -> None:
         client.close()
         client.reset()
         client._errors.close()
-    assert server not in loop.excluded_pids
+    assert server not in loop.trees.excluded_pids
 
 
 OPTIONS = """

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 import pytest
 
 from optuna_quota import Limits, Quota, status, Usage
-from optuna_quota._ledger import dead_workers, Grant, Ledger
+from optuna_quota._ledger import dead_workers, Ledger, RunningTrial
 from optuna_quota._ledger.dead_workers import (
     charge_orphan,
     Leases,
@@ -62,7 +62,7 @@ def hold(address: Address, name: str, quota: Quota, held: Connection) -> None:
     trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
     row = storage_of(study).get_trial(trial_id_of(trial))
     answer = Ledger(study, quota).reserve(row, limits=Limits(), footprint={"cpu_time": 8.0})
-    assert isinstance(answer, Grant)
+    assert isinstance(answer, RunningTrial)
     held.send(None)
     time.sleep(300)
 
@@ -83,7 +83,7 @@ def test_a_killed_workers_row_ends_as_failed_and_its_use_is_charged(tmp_path: Pa
             process.join()
         ledger = Ledger(study, quota)
         answer = reserve(ledger, begin(study), {"cpu_time": 1.0})
-        assert isinstance(answer, Grant)
+        assert isinstance(answer, RunningTrial)
         dead = study.trials[0]
         assert dead.state == TrialState.FAIL
         assert dead.user_attrs["quota:outcome"] == "failed"
@@ -105,13 +105,13 @@ def test_a_worker_elsewhere_is_given_a_lease(caplog: pytest.LogCaptureFixture) -
     study, clock = optuna.create_study(), FakeClock()
     dead = occupied(study, granted={"cpu_time": 9.0}, began=clock.now, used={"cpu_time": 3.0})
     ledger = Ledger(study, Quota(cpu_time=20), clock=clock, lease=60)
-    assert isinstance(reserve(ledger, begin(study), {"cpu_time": 1.0}), Grant)
+    assert isinstance(reserve(ledger, begin(study), {"cpu_time": 1.0}), RunningTrial)
     clock.now += 59
-    assert isinstance(reserve(ledger, begin(study), {"cpu_time": 1.0}), Grant)
+    assert isinstance(reserve(ledger, begin(study), {"cpu_time": 1.0}), RunningTrial)
     assert study.trials[0].state == TrialState.RUNNING
     clock.now += 2
     with caplog.at_level(logging.WARNING, "optuna"):
-        assert isinstance(reserve(ledger, begin(study), {"cpu_time": 1.0}), Grant)
+        assert isinstance(reserve(ledger, begin(study), {"cpu_time": 1.0}), RunningTrial)
     row = storage_of(study).get_trial(dead)
     assert row.state == TrialState.FAIL
     assert "far:7 sent no heartbeat for 1 min 1 s" in row.user_attrs["quota:reason"]
@@ -195,7 +195,7 @@ def test_whoever_waits_for_a_dead_worker_gets_its_turn() -> None:
     study, clock = optuna.create_study(), FakeClock()
     occupied(study, granted={"memory": 8.0}, began=clock.now, worker=this_machine(pid=2**22))
     ledger = Ledger(study, Quota(memory="10B"), clock=clock)
-    assert isinstance(reserve(ledger, begin(study), {"memory": 5.0}), Grant)
+    assert isinstance(reserve(ledger, begin(study), {"memory": 5.0}), RunningTrial)
 
 
 def test_whoever_asks_for_a_whole_lease_is_dead_though_its_process_lives() -> None:
@@ -203,7 +203,7 @@ def test_whoever_asks_for_a_whole_lease_is_dead_though_its_process_lives() -> No
     mine = begin(study)
     asking = occupied(study, worker=this_worker(), asked={"memory": 8.0})
     ledger = Ledger(study, Quota(memory="10B"), clock=clock, lease=60)
-    assert isinstance(reserve(ledger, mine, {"memory": 5.0}), Grant)
+    assert isinstance(reserve(ledger, mine, {"memory": 5.0}), RunningTrial)
     assert clock.now > 1_000_060
     assert storage_of(study).get_trial(asking).state == TrialState.FAIL
 
@@ -213,13 +213,13 @@ def test_a_worker_that_wakes_after_its_lease_changes_nothing() -> None:
     quota = Quota(cpu_time=100)
     sleeper, awake = Ledger(study, quota), Ledger(study, quota)
     trial = begin(study)
-    assert isinstance(reserve(sleeper, trial, {"cpu_time": 10.0}), Grant)
+    assert isinstance(reserve(sleeper, trial, {"cpu_time": 10.0}), RunningTrial)
     storage_of(study).set_trial_state_values(trial_id_of(trial), TrialState.FAIL)
     with pytest.raises(UpdateFinishedTrialError):
         extend(sleeper, trial, cpu_time=0.0)
     with pytest.raises(ValueError, match="Cannot tell a FAIL trial"):
         study.tell(trial.number, 1.0)
-    assert isinstance(reserve(awake, begin(study), {"cpu_time": 90.0}), Grant)
+    assert isinstance(reserve(awake, begin(study), {"cpu_time": 90.0}), RunningTrial)
 
 
 def test_a_row_that_nobody_ever_touched_ends_too() -> None:
@@ -263,7 +263,7 @@ def test_resuming_continues_the_ledger(tmp_path: Path) -> None:
     finish(study, ledger, trial, Usage(cpu_time=7.0))
     again = optuna.create_study(storage=url, study_name="one", load_if_exists=True)
     refusal = reserve(Ledger(again, quota), begin(again), {"cpu_time": 7.0})
-    assert not isinstance(refusal, Grant) and refusal.used == 7
+    assert not isinstance(refusal, RunningTrial) and refusal.used == 7
 
 
 def this_machine(pid: int) -> Worker:
@@ -315,7 +315,7 @@ def test_the_storages_own_heartbeat_is_asked(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     ledger = Ledger(study, Quota(cpu_time=10), lease=3600)
-    assert isinstance(reserve(ledger, begin(study), {"cpu_time": 1.0}), Grant)
+    assert isinstance(reserve(ledger, begin(study), {"cpu_time": 1.0}), RunningTrial)
     row = storage_of(study).get_trial(dead)
     assert row.state == TrialState.FAIL
     assert "sent no heartbeat" in row.user_attrs["quota:reason"]

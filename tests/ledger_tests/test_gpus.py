@@ -9,7 +9,7 @@ import optuna
 import pytest
 
 from optuna_quota import isolated, Limits, Quota, QuotaSampler, Usage
-from optuna_quota._ledger import check_gpus_per_trial, Gpu, Grant, Ledger, Refusal
+from optuna_quota._ledger import check_gpus_per_trial, Gpu, Ledger, Refusal, RunningTrial
 from optuna_quota._ledger.gpus import request_gpus
 from optuna_quota._ledger.protocol import Claim, ResourceRequest
 from tests.ledger_tests.test_ledger import begin, finish, reserve
@@ -90,17 +90,24 @@ def test_trials_wait_until_all_of_their_gpus_have_room() -> None:
     study = optuna.create_study()
     ledger = Ledger(study, Quota(n_trials=100), gpus=FOUR, gpus_per_trial=2)
     answers = [reserve(ledger, begin(study), {"gpu_memory": 48.0}) for _ in range(2)]
-    assert [a.gpu for a in answers if isinstance(a, Grant)] == ["GPU-a,GPU-b", "GPU-c,GPU-d"]
+    assert [a.reservation.gpu for a in answers if isinstance(a, RunningTrial)] == [
+        "GPU-a,GPU-b",
+        "GPU-c,GPU-d",
+    ]
 
 
 def test_trials_spread_over_the_gpus_and_wait_for_none() -> None:
     study = optuna.create_study()
     ledger = Ledger(study, Quota(n_trials=100), gpus=GPUS)
     answers = [reserve(ledger, begin(study), {"gpu_memory": 8.0}) for _ in range(5)]
-    assert all(isinstance(answer, Grant) for answer in answers)
-    given = Counter(answer.gpu for answer in answers if isinstance(answer, Grant))
+    assert all(isinstance(answer, RunningTrial) for answer in answers)
+    given = Counter(
+        answer.reservation.gpu for answer in answers if isinstance(answer, RunningTrial)
+    )
     assert given == {"GPU-a": 3, "GPU-b": 2}
-    assert all("gpu:" not in str(answer.left) for answer in answers if isinstance(answer, Grant))
+    assert all(
+        "gpu:" not in str(answer.left) for answer in answers if isinstance(answer, RunningTrial)
+    )
 
 
 def test_a_gpu_given_back_is_given_again() -> None:
@@ -109,7 +116,7 @@ def test_a_gpu_given_back_is_given_again() -> None:
     for _ in range(3):
         trial = begin(study)
         answer = reserve(ledger, trial, {"gpu_memory": 16.0})
-        assert isinstance(answer, Grant) and answer.gpu == "GPU-b"
+        assert isinstance(answer, RunningTrial) and answer.reservation.gpu == "GPU-b"
         finish(study, ledger, trial, Usage(gpu_memory=10.0))
 
 

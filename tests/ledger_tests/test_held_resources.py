@@ -14,7 +14,7 @@ from optuna.distributions import FloatDistribution
 import pytest
 
 from optuna_quota import isolated, Limits, Quota, QuotaPruner, QuotaSampler, Strategy, Usage
-from optuna_quota._ledger import Grant, Ledger, Refusal
+from optuna_quota._ledger import Ledger, Refusal, RunningTrial
 from tests.ledger_tests.test_ledger import begin, extend, finish, reserve
 from tests.waiting import until
 
@@ -65,12 +65,12 @@ def test_who_waits_longest_goes_first_though_smaller_ones_would_fit() -> None:
     quota = Quota(memory="10B")
     ledger = Ledger(study, quota)
     holder, large, small = (begin(study) for _ in range(3))
-    assert isinstance(reserve(ledger, holder, {"memory": 6}), Grant)
+    assert isinstance(reserve(ledger, holder, {"memory": 6}), RunningTrial)
     admitted: list[int] = []
 
     def wait_for(trial: optuna.trial.FrozenTrial, memory: float) -> threading.Thread:
         def run() -> None:
-            assert isinstance(reserve(ledger, trial, {"memory": memory}), Grant)
+            assert isinstance(reserve(ledger, trial, {"memory": memory}), RunningTrial)
             admitted.append(trial.number)
 
         thread = threading.Thread(target=run, daemon=True)
@@ -106,7 +106,7 @@ def test_a_trial_that_waits_until_its_study_has_ended_is_refused_and_holds_nothi
     study = optuna.create_study()
     ledger = Ledger(study, Quota(memory="10B"))
     holder, late, next_one = (begin(study) for _ in range(3))
-    assert isinstance(reserve(ledger, holder, {"memory": 6}), Grant)
+    assert isinstance(reserve(ledger, holder, {"memory": 6}), RunningTrial)
     asked: list[bool] = []
 
     def is_over() -> bool:
@@ -117,7 +117,7 @@ def test_a_trial_that_waits_until_its_study_has_ended_is_refused_and_holds_nothi
     assert isinstance(refusal, Refusal) and refusal.late and not refusal.final
     assert asked == [False, False, True]
     # It stands in nobody's way.
-    assert isinstance(reserve(ledger, next_one, {"memory": 4}), Grant)
+    assert isinstance(reserve(ledger, next_one, {"memory": 4}), RunningTrial)
 
 
 class Hourglass:
@@ -155,7 +155,7 @@ def test_a_wait_for_what_the_same_thread_asked_for_is_told(
     else:
         reserve(ledger, first, {"memory": 6})
     caplog.set_level(logging.WARNING, logger="optuna.quota")
-    assert isinstance(reserve(ledger, second, {"memory": 6}), Grant)
+    assert isinstance(reserve(ledger, second, {"memory": 6}), RunningTrial)
     told = {r.message for r in caplog.records if r.levelno == logging.WARNING}
     if by_another_thread:
         assert told == set()
@@ -169,14 +169,14 @@ def test_what_can_never_fit_is_refused_and_the_study_is_not_over() -> None:
     ledger = Ledger(study, Quota(memory="10B"))
     refusal = reserve(ledger, begin(study), {"memory": 11})
     assert isinstance(refusal, Refusal) and not refusal.final and refusal.resource == "memory"
-    assert isinstance(reserve(ledger, begin(study), {"memory": 10}), Grant)
+    assert isinstance(reserve(ledger, begin(study), {"memory": 10}), RunningTrial)
 
 
 def test_a_limit_over_the_quota_is_no_reason_to_refuse() -> None:
     study = optuna.create_study()
     ledger = Ledger(study, Quota(memory="10B"))
     answer = reserve(ledger, begin(study), limits=Limits(memory="100B"))
-    assert isinstance(answer, Grant) and answer.left["memory"] <= 10
+    assert isinstance(answer, RunningTrial) and answer.left["memory"] <= 10
 
 
 @pytest.mark.slow
@@ -289,8 +289,8 @@ def test_a_trial_that_outgrows_its_promise_is_given_what_is_free() -> None:
     study = optuna.create_study()
     ledger = Ledger(study, Quota(memory="100B"))
     trial, other = begin(study), begin(study)
-    assert isinstance(reserve(ledger, trial, {"memory": 40}), Grant)
-    assert isinstance(reserve(ledger, other, {"memory": 40}), Grant)
+    assert isinstance(reserve(ledger, trial, {"memory": 40}), RunningTrial)
+    assert isinstance(reserve(ledger, other, {"memory": 40}), RunningTrial)
     assert extend(ledger, trial, memory=55)["memory"] >= 55
     before = extend(ledger, trial, memory=55)["memory"]
     assert extend(ledger, trial, memory=61)["memory"] == before <= 60
@@ -325,11 +325,11 @@ def test_the_queue_is_served_on_a_database(tmp_path: Path) -> None:
     study = optuna.create_study(storage=f"sqlite:///{tmp_path}/held.db")
     ledger = Ledger(study, Quota(cpu_cores=1))
     first, second = begin(study), begin(study)
-    assert isinstance(reserve(ledger, first), Grant)
+    assert isinstance(reserve(ledger, first), RunningTrial)
     answers: list[object] = []
     thread = threading.Thread(target=lambda: answers.append(reserve(ledger, second)), daemon=True)
     thread.start()
     until(lambda: "waits" in str(study.trials[1].system_attrs))
     finish(study, ledger, first, Usage(cpu_time=1))
     thread.join(30)
-    assert len(answers) == 1 and isinstance(answers[0], Grant)
+    assert len(answers) == 1 and isinstance(answers[0], RunningTrial)

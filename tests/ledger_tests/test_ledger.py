@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 import pytest
 
 from optuna_quota import Limits, Quota, Usage
-from optuna_quota._ledger import Grant, Ledger, Refusal
+from optuna_quota._ledger import Ledger, Refusal, RunningTrial
 from optuna_quota._optuna import storage_of, trial_id_of
 from optuna_quota._records import TrialRecord, write_record
 
@@ -24,7 +24,7 @@ def reserve(
     trial: FrozenTrial,
     footprint: Mapping[str, float] | None = None,
     limits: Limits | None = None,
-) -> Grant | Refusal:
+) -> RunningTrial | Refusal:
     return ledger.reserve(trial, limits=limits or Limits(), footprint=footprint or {})
 
 
@@ -56,7 +56,12 @@ def test_a_count_of_trials_is_never_exceeded() -> None:
     ledger = Ledger(study, Quota(n_trials=3))
     trials = [begin(study) for _ in range(4)]
     answers = [reserve(ledger, trial) for trial in trials]
-    assert [type(answer) for answer in answers] == [Grant, Grant, Grant, Refusal]
+    assert [type(answer) for answer in answers] == [
+        RunningTrial,
+        RunningTrial,
+        RunningTrial,
+        Refusal,
+    ]
     refusal = answers[3]
     assert isinstance(refusal, Refusal) and refusal.final and refusal.resource == "n_trials"
     assert (refusal.reserved, refusal.quota) == (3, 3)
@@ -66,9 +71,9 @@ def test_a_rejected_trial_counts_for_nothing() -> None:
     study = optuna.create_study()
     ledger = Ledger(study, Quota(n_trials=1))
     rejected = begin(study)
-    assert isinstance(reserve(ledger, rejected), Grant)
+    assert isinstance(reserve(ledger, rejected), RunningTrial)
     finish(study, ledger, rejected, Usage(), rejected=True)
-    assert isinstance(reserve(ledger, begin(study)), Grant)
+    assert isinstance(reserve(ledger, begin(study)), RunningTrial)
 
 
 def test_a_footprint_is_reserved_in_full_and_settled_with_what_was_used() -> None:
@@ -76,10 +81,10 @@ def test_a_footprint_is_reserved_in_full_and_settled_with_what_was_used() -> Non
     ledger = Ledger(study, Quota(cpu_time=100))
     first = begin(study)
     answer = reserve(ledger, first, {"cpu_time": 60})
-    assert isinstance(answer, Grant) and answer.left["cpu_time"] == 60
+    assert isinstance(answer, RunningTrial) and answer.left["cpu_time"] == 60
     finish(study, ledger, first, Usage(cpu_time=30))
     second = begin(study)
-    assert isinstance(reserve(ledger, second, {"cpu_time": 60}), Grant)
+    assert isinstance(reserve(ledger, second, {"cpu_time": 60}), RunningTrial)
     finish(study, ledger, second, Usage(cpu_time=60))
     refusal = reserve(ledger, begin(study), {"cpu_time": 60})
     assert isinstance(refusal, Refusal) and refusal.final
@@ -91,7 +96,7 @@ def test_slices_extend_until_the_quota_is_reserved() -> None:
     ledger = Ledger(study, Quota(cpu_time=100))
     trial = begin(study)
     answer = reserve(ledger, trial)
-    assert isinstance(answer, Grant)
+    assert isinstance(answer, RunningTrial)
     left = answer.left["cpu_time"]
     assert 0 < left < 100
     for _ in range(40):
@@ -106,7 +111,7 @@ def test_a_slice_is_not_more_than_the_limit() -> None:
     ledger = Ledger(study, Quota(cpu_time=100, trial_time=1000))
     trial = begin(study)
     answer = reserve(ledger, trial, limits=Limits(cpu_time=10, wall_time=20))
-    assert isinstance(answer, Grant)
+    assert isinstance(answer, RunningTrial)
     assert answer.left == {"cpu_time": 10, "trial_time": 20}
     assert extend(ledger, trial, cpu_time=9.5)["cpu_time"] == 10
 
@@ -128,7 +133,7 @@ def test_unknown_usage_counts_as_what_was_reserved() -> None:
     ledger = Ledger(study, Quota(energy="1kWh"))
     trial = begin(study)
     answer = reserve(ledger, trial, {"energy": 3.0e6})
-    assert isinstance(answer, Grant)
+    assert isinstance(answer, RunningTrial)
     finish(study, ledger, trial, Usage())
     refusal = reserve(ledger, begin(study), {"energy": 3.0e6})
     assert isinstance(refusal, Refusal) and refusal.used == 3.0e6
@@ -139,7 +144,7 @@ def test_cost_is_priced_by_what_was_used() -> None:
     ledger = Ledger(study, Quota(cost=10, prices={"cpu_time": 3600}))
     trial = begin(study)
     answer = reserve(ledger, trial, {"cpu_time": 4})
-    assert isinstance(answer, Grant) and answer.left["cost"] == 4
+    assert isinstance(answer, RunningTrial) and answer.left["cost"] == 4
     finish(study, ledger, trial, Usage(cpu_time=7))
     refusal = reserve(ledger, begin(study), {"cpu_time": 4})
     assert isinstance(refusal, Refusal) and refusal.resource == "cost" and refusal.used == 7
@@ -152,5 +157,5 @@ def test_another_ledger_of_the_same_study_continues() -> None:
     reserve(first, trial)
     finish(study, first, trial, Usage(cpu_time=1))
     second = Ledger(study, Quota(n_trials=2))
-    assert isinstance(reserve(second, begin(study)), Grant)
+    assert isinstance(reserve(second, begin(study)), RunningTrial)
     assert isinstance(reserve(second, begin(study)), Refusal)

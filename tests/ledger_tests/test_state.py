@@ -9,7 +9,7 @@ from optuna.storages import get_storage
 import pytest
 
 from optuna_quota import Limits, Quota
-from optuna_quota._ledger import Grant, Ledger, Refusal
+from optuna_quota._ledger import Ledger, Refusal, RunningTrial
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_a_row_that_the_cache_lacks_for_a_moment_is_read_later(
 
     first, second = (cache.get_trial(trial_id) for trial_id in created)
     footprint = {"cpu_time": 8.0}
-    assert isinstance(there.reserve(first, limits=Limits(), footprint=footprint), Grant)
+    assert isinstance(there.reserve(first, limits=Limits(), footprint=footprint), RunningTrial)
     refusal = here.reserve(second, limits=Limits(), footprint=footprint, is_over=lambda: True)
     assert isinstance(refusal, Refusal)
     assert refusal.reserved == 8.0

@@ -54,7 +54,7 @@ def here() -> float:
     """Return the memory of this process, in bytes; without a fork server of earlier tests."""
     gc.collect()
     tree = open_tree(None)
-    memory = tree.read(thorough=True, without=metering_loop().excluded_pids).memory
+    memory = tree.read(thorough=True, without=metering_loop().trees.excluded_pids).memory
     tree.close()
     assert memory is not None
     return memory
