@@ -233,19 +233,14 @@ Frame = tuple[str, str, str, Position]
 
 @dataclass(frozen=True)
 class SentError:
-    """An exception in a form that can be sent.
+    """An exception in a form that can be sent."""
 
-    Attributes:
-        data: The exception's pickle, which loads at least where it was made; empty without one.
-        base: The nearest class that every process can load, for one that can't load the pickle.
-        text: The exception in words, for the same case.
-        frames: Its traceback, outermost first.
-    """
-
+    # The exception's pickle, which loads at least where it was made; empty without one
     data: bytes
+    # The nearest class that every process can load, for one that can't load the pickle
     base: type[BaseException]
-    text: str
-    frames: tuple[Frame, ...]
+    text: str  # The exception in words, for the same case
+    frames: tuple[Frame, ...]  # Its traceback, outermost first
     cause: SentError | None = None
     context: SentError | None = None
     suppress_context: bool = False

@@ -63,11 +63,8 @@ def run_child(
 ) -> int:
     """Run one trial from the start message to the end; return the exit code.
 
-    Args:
-        channel: The connection to the study's process.
-        link: The connection to the supervisor; None where there is none.
-        crash_file: A descriptor for Python's traceback when the process dies of a signal.
-        inherited: What the process has inherited; without it, the start message is received.
+    ``link`` leads to the supervisor, if there is one; ``crash_file`` takes Python's traceback when
+    the process dies of a signal. Without what is ``inherited``, the start message is received.
     """
     own = os.getpid()
     stop = PoliteStop(link)

@@ -60,11 +60,8 @@ def choose_cores(
 ) -> Cores:
     """Return the cores of a trial: those that the fewest other trials have (pure).
 
-    Args:
-        limit: The cores that the trial may keep busy; a part of one counts as a whole processor.
-        allowed: The processors that the worker may use, empty if unknown.
-        trials: How many of this worker's trials have each processor.
-        taken: The processors that trials of other workers have.
+    A part of a core counts as a whole processor. ``allowed`` is empty if unknown; ``trials`` says
+    how many of this worker's trials have each processor, ``taken`` which those of others have.
     """
     order = sorted(allowed, key=lambda cpu: (trials.get(cpu, 0) + (cpu in taken), cpu))
     cpus = tuple(sorted(order[: math.ceil(limit)]))

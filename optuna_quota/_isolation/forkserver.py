@@ -76,15 +76,11 @@ class Importing:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The answer.
+    """The answer to :class:`Prepare`."""
 
-    Attributes:
-        errors: Those of modules that could not be imported, by name; trials start without these.
-        main: The main module that was made, without statements if these failed.
-    """
-
+    # Those of modules that could not be imported, by name; trials start without these
     errors: Mapping[str, str]
-    main: MainModule | None
+    main: MainModule | None  # The main module that was made, without statements if these failed
 
 
 @dataclass(frozen=True)
@@ -290,10 +286,8 @@ def fork_trial(
 ) -> TrialConnections:
     """Fork a supervisor, which forks its trial.
 
-    Args:
-        parent: A pidfd of the study's process.
-        cgroup: Where to make the trial's control group, None for none.
-        inherited: What the trial has from this process; without it, all is sent to the trial.
+    ``parent`` is a pidfd of the study's process, ``cgroup`` the folder for the trial's control
+    group. Without what the trial has ``inherited``, all is sent to it.
     """
     channel, trial_channel = channel_pair()
     control, supervisor_control = channel_pair()

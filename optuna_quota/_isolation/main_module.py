@@ -33,24 +33,17 @@ MAIN_NAMES = ("__main__", "__mp_main__")
 
 @dataclass(frozen=True)
 class MainModule:
-    """How to make the main module in a trial's process.
+    """How to make the main module in a trial's process."""
 
-    Attributes:
-        file: The script; None without one, as in a notebook: all is then sent by value.
-        name: The module that runs by ``-m``, else None.
-        package: Its package, for relative imports.
-        statements: The indices of the top-level statements to run.
-        names: The names that these bind and nothing rebinds: what has one is sent by name.
-        modified: When the script was last changed, in nanoseconds.
-        is_made: Whether a trial's process has it from the fork server; else the trial makes it.
-    """
-
+    # The script; None without one, as in a notebook: all is then sent by value
     file: str | None = None
-    name: str | None = None
-    package: str | None = None
-    statements: frozenset[int] = frozenset()
+    name: str | None = None  # The module that runs by ``-m``, else None
+    package: str | None = None  # Its package, for relative imports
+    statements: frozenset[int] = frozenset()  # The indices of the top-level statements to run
+    # The names that these bind and nothing rebinds: what has one is sent by name
     names: frozenset[str] = frozenset()
-    modified: int = 0
+    modified: int = 0  # When the script was last changed, in nanoseconds
+    # Whether a trial's process has it from the fork server; else the trial makes it
     is_made: bool = False
 
     def without_statements(self) -> MainModule:

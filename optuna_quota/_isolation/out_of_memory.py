@@ -243,22 +243,14 @@ _OWN_LIMIT = re.compile(
 
 @dataclass(frozen=True)
 class GpuMemoryState:
-    """GPU memory at the moment when an allocation failed, in bytes; None where unknown.
+    """GPU memory at the moment when an allocation failed, in bytes; None where unknown."""
 
-    Attributes:
-        requested: The size of the allocation.
-        held: What the trial held on all of its GPUs.
-        held_there: What it held on the GPU in question.
-        capacity: The memory of that GPU.
-        free: What was free of it.
-        is_capped: Whether the framework refused it by its own cap, though the GPU had room.
-    """
-
-    requested: float | None = None
-    held: float | None = None
-    held_there: float | None = None
-    capacity: float | None = None
-    free: float | None = None
+    requested: float | None = None  # The size of the allocation
+    held: float | None = None  # What the trial held on all of its GPUs
+    held_there: float | None = None  # What it held on the GPU in question
+    capacity: float | None = None  # The memory of that GPU
+    free: float | None = None  # What was free of it
+    # Whether the framework refused it by its own cap, though the GPU had room
     is_capped: bool = False
 
     @property

@@ -65,19 +65,14 @@ class NeedsFork(TypeError):
 
 @dataclass(frozen=True)
 class Payload:
-    """A pickled objective, with what is kept out of the pickle.
+    """A pickled objective, with what is kept out of the pickle."""
 
-    Attributes:
-        pickles: The objective's, then those of calls that set up the modules it refers to, then
-            that of None.
-        buffers: The memory of large arrays. It is sent from where it is and received where it
-            stays, so that it is held only once.
-        descriptors: Open files, which the pickle refers to by index.
-    """
-
+    # The objective's, then those of calls that set up the modules it refers to, then that of None
     pickles: bytes
+    # The memory of large arrays. It is sent from where it is and received where it stays, so that
+    # it is held only once
     buffers: Sequence[pickle.PickleBuffer]
-    descriptors: Sequence[int]
+    descriptors: Sequence[int]  # Open files, which the pickle refers to by index
 
     @property
     def sizes(self) -> tuple[tuple[int, bool], ...]:

@@ -60,15 +60,7 @@ class TrialEvents(Protocol):
 
 
 class Server:
-    """Serves one trial's process from the thread that runs the trial.
-
-    Attributes:
-        ready: The message that the objective is about to be called, None before.
-        outcome: How the call of the objective ended, None while it runs.
-        exit: How the trial's process ended, None while it runs.
-        never_fits: Whether the breach is of memory, before the objective began.
-        failed_allocation: One that the objective warned of, None without.
-    """
+    """Serves one trial's process from the thread that runs the trial."""
 
     def __init__(
         self,
@@ -78,10 +70,11 @@ class Server:
         *,
         label: str,
     ) -> None:
-        self.ready: messages.Ready | None = None
-        self.outcome: messages.Outcome | None = None
-        self.exit: messages.ExitReport | None = None
-        self.never_fits = False
+        self.ready: messages.Ready | None = None  # Sent before the objective is called
+        self.outcome: messages.Outcome | None = None  # None while the objective runs
+        self.exit: messages.ExitReport | None = None  # None while the process runs
+        self.never_fits = False  # Whether the breach is of memory, before the objective began
+        # One that the objective has warned of
         self.failed_allocation: messages.FailedAllocation | None = None
         self._control = connections.control
         # Of the trial's own process, then of those that it starts.

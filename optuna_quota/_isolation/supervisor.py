@@ -62,12 +62,8 @@ _LONGEST_TURN = 0.05
 class Supervisor:
     """Supervises one trial, a child process, until none of its processes is left.
 
-    Args:
-        control: The connection to the study's process.
-        link: The connection to the trial's process.
-        parent: A pidfd of the study's process.
-        crash_file: Where the trial's process writes its traceback when it dies of a signal.
-        monitoring: What to enforce, where this process was forked from the study's.
+    ``control`` leads to the study's process, of which ``parent`` is a pidfd, ``link`` to the
+    trial's. ``monitoring`` is given where this process was forked from the study's.
     """
 
     def __init__(
