@@ -16,13 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 import math
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 
 
 # Values outside of the bounds (of a search space that changed) are clipped to this multiple.
@@ -84,8 +86,6 @@ class NumericFeature:
 
     def distribution(self) -> BaseDistribution:
         """Return a distribution of the same feature."""
-        from optuna.distributions import FloatDistribution, IntDistribution
-
         if self.scale == "log1p":
             return IntDistribution(int(self.low), int(self.high))
         whole = self.low.is_integer() and self.high.is_integer() and self.high < _MOST_EXACT
@@ -116,8 +116,6 @@ class CategoryFeature:
 
     def distribution(self) -> BaseDistribution:
         """Return a distribution of the same feature."""
-        from optuna.distributions import CategoricalDistribution
-
         return CategoricalDistribution(self.choices)
 
 
@@ -181,12 +179,6 @@ class Features:
 
 
 def _feature(name: str, distributions: list[Any]) -> Feature:
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
-
     is_category = isinstance(distributions[-1], CategoricalDistribution)
     alike = [d for d in distributions if isinstance(d, CategoricalDistribution) == is_category]
     if not is_category:

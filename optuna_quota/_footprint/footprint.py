@@ -189,7 +189,7 @@ class Footprint(BaseFootprint):
     def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
         """Return what :meth:`predict` returns, as plain values by resource."""
         expected = self.expected([params])
-        return {name: each.interval(self.confidence) for name, each in expected.items()}
+        return {name: each.intervals(self.confidence)[0] for name, each in expected.items()}
 
     def breaches(
         self, points: Sequence[Mapping[str, Any]], limits: Limits

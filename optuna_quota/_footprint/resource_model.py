@@ -83,12 +83,10 @@ class Predictive:
         logs = np.minimum(self.center + away, _MAX_EXPONENT)
         return np.asarray(np.maximum(self.floor + np.exp(logs), 0.0))
 
-    def interval(self, confidence: float) -> Interval:
-        """Return lower, median and upper at the first point, each bound one-sided."""
-        lower, median, upper = (
-            float(self.quantile(p)[0]) for p in (1 - confidence, 0.5, confidence)
-        )
-        return Interval(lower, median, upper)
+    def intervals(self, confidence: float) -> list[Interval]:
+        """Return lower, median and upper at each point, each bound one-sided."""
+        bounds = [self.quantile(p).tolist() for p in (1 - confidence, 0.5, confidence)]
+        return [Interval(*each) for each in zip(*bounds, strict=True)]
 
     def above(self, limit: float) -> np.ndarray:
         """Return the probability of an amount over ``limit``."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import copy
 import math
-from typing import Any, TYPE_CHECKING, TypeGuard
+from typing import Any
 
 import numpy as np
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution, CategoricalDistribution
-
-    from optuna_quota._footprint.observations import Observation
+from optuna_quota._footprint.observations import Observation
 
 
 _MAX_COMPLETIONS = 16
@@ -43,8 +46,6 @@ def points_from_unit_cube(
 
 def value_at(distribution: BaseDistribution, u: float) -> Any:
     """Return the quantile ``u`` of a distribution."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
     if isinstance(distribution, CategoricalDistribution):
         n = len(distribution.choices)
         return distribution.choices[min(int(u * n), n - 1)]
@@ -75,9 +76,7 @@ def narrow(distribution: BaseDistribution, share: float, *, upper: bool) -> Base
 
     A categorical distribution and one of a single value are returned unchanged.
     """
-    import copy
-
-    if _is_choice(distribution) or distribution.single():
+    if isinstance(distribution, CategoricalDistribution) or distribution.single():
         return distribution
     smaller: Any = copy.copy(distribution)
     if upper:
@@ -90,7 +89,7 @@ def narrow(distribution: BaseDistribution, share: float, *, upper: bool) -> Base
 def position_of(distribution: BaseDistribution, value: Any) -> float:
     """Return the quantile at which a value lies, the inverse of :func:`value_at`."""
     found: Any = distribution
-    if _is_choice(distribution):
+    if isinstance(distribution, CategoricalDistribution):
         return float((distribution.to_internal_repr(value) + 0.5) / len(found.choices))
     if found.log:
         # Half a step around integers, as in `value_at`.
@@ -105,7 +104,7 @@ def position_of(distribution: BaseDistribution, value: Any) -> float:
 
 def spaced_values(distribution: BaseDistribution, count: int = 9) -> list[Any]:
     """Return evenly spaced values of a distribution, or all its choices."""
-    if _is_choice(distribution):
+    if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     return [value_at(distribution, i / (count - 1)) for i in range(count)]
 
@@ -118,18 +117,8 @@ def likely_completions(
     A conditional parameter exists only with certain choices, so the missing parameters are those
     of earlier trials with the same choices, the newest (last of ``past``) first.
     """
-    found: list[Mapping[str, Any]] = []
-    for params in reversed(past):
-        if not _same_choices(known, params):
-            continue
-        missing = {name: value for name, value in params.items() if name not in known}
-        if not missing:
-            # A trial with the same choices had no other parameters.
-            return [*found, known]
-        found.append({**missing, **known})
-        if len(found) >= _MAX_COMPLETIONS:
-            break
-    return found or [known]
+    alike = (params for params in reversed(past) if _same_choices(known, params))
+    return _completions(known, alike) or [known]
 
 
 def certain_completions(
@@ -142,16 +131,27 @@ def certain_completions(
     parameters, such as a number of layers that have a width each.
     """
     choices = _integer_choices(known, past)
+    return _completions(
+        known,
+        (
+            params
+            for params in reversed(past)
+            if known.keys() <= params.keys()
+            and _same_choices(known, params)
+            and all(known[name] == params[name] for name in choices)
+        ),
+    )
+
+
+def _completions(
+    known: Mapping[str, Any], alike: Iterable[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
     found: list[Mapping[str, Any]] = []
-    for params in reversed(past):
-        if not known.keys() <= params.keys() or not _same_choices(known, params):
-            continue
-        if any(known[name] != params[name] for name in choices):
-            continue
-        if len(params) == len(known):
-            return [*found, known]
-        found.append({**params, **known})
-        if len(found) >= _MAX_COMPLETIONS:
+    for params in alike:
+        point = {**params, **known}
+        found.append(point)
+        # The next ones tell nothing if this trial had no other parameters.
+        if len(point) == len(known) or len(found) >= _MAX_COMPLETIONS:
             break
     return found
 
@@ -233,7 +233,7 @@ class _Branches:
             return None, {}
         found: list[tuple[int, str, dict[str, list[Observation]]]] = []
         for name in sorted(frozenset.intersection(*self._shapes) - self._decided):
-            if not _is_choice(self._rows[-1].distributions[name]):
+            if not isinstance(self._rows[-1].distributions[name], CategoricalDistribution):
                 continue
             alike: dict[str, list[Observation]] = {}
             for row in self._rows:
@@ -278,11 +278,5 @@ def _around(row: Observation, generator: np.random.Generator) -> Mapping[str, An
 
 def _numbers(row: Observation) -> Iterator[tuple[str, BaseDistribution]]:
     for name, distribution in row.distributions.items():
-        if not _is_choice(distribution) and not distribution.single():
+        if not isinstance(distribution, CategoricalDistribution) and not distribution.single():
             yield name, distribution
-
-
-def _is_choice(distribution: BaseDistribution) -> TypeGuard[CategoricalDistribution]:
-    from optuna.distributions import CategoricalDistribution
-
-    return isinstance(distribution, CategoricalDistribution)

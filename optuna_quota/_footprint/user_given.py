@@ -285,7 +285,7 @@ class CalibratedFootprint(BaseFootprint):
         """Return lower, median and upper of each resource at a point."""
         found = self.stated.intervals(params)
         for name, expected in self.expected([params]).items():
-            found[name] = expected.interval(self._learned.confidence)
+            found[name] = expected.intervals(self._learned.confidence)[0]
         return found
 
     def breaches(

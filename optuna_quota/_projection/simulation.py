@@ -78,18 +78,9 @@ def project(
     quota, limits = quota or Quota(), limits or Limits()
     plan = _Plan(strategy, expected, quota, limits, dict(used or {}), points, seed)
     simulation = plan.simulate()
-    amounts, rows = quota.amounts(), []
-    for name in dict.fromkeys([*simulation.cumulative, *amounts]):
-        before, most = plan.used.get(name, 0.0), amounts.get(name)
-        if name not in simulation.cumulative:
-            unknown = ProjectedResource(name, before, math.nan, math.nan, math.nan, most, None)
-            rows.append(unknown)
-            continue
-        final = simulation.cumulative[name][:, -1]
-        low, middle, high = np.quantile(final, [1 - confidence, 0.5, confidence]).tolist()
-        fits = None if most is None else float((final <= quota_bound(most)).mean())
-        rows.append(ProjectedResource(name, before, low, middle, high, most, fits))
-    projection = Projection(strategy, tuple(rows), simulation.probability, confidence)
+    final = {name: each[:, -1] for name, each in simulation.cumulative.items()}
+    rows = _projected(final, plan.used, quota, confidence)
+    projection = Projection(strategy, rows, simulation.probability, confidence)
     if projection.fits:
         return projection
     return replace(projection, nearest=_nearest_strategy(simulation, confidence))
@@ -99,14 +90,26 @@ def project_end(
     strategy: Strategy, used: Mapping[str, float], quota: Quota, confidence: float
 ) -> Projection:
     """Return the projection of a strategy whose trials have all run."""
+    final = {name: np.array([used.get(name, 0.0)]) for name in [*used, *quota.amounts()]}
+    rows = _projected(final, used, quota, confidence)
+    return Projection(strategy, rows, min(map(probability_of, rows), default=1.0), confidence)
+
+
+def _projected(
+    final: Mapping[str, np.ndarray], used: Mapping[str, float], quota: Quota, confidence: float
+) -> tuple[ProjectedResource, ...]:
+    """Return a row for each resource from draws of its usage at the end, shape ``(draws,)``."""
     amounts, rows = quota.amounts(), []
-    for name in dict.fromkeys([*used, *amounts]):
-        final, most = used.get(name, 0.0), amounts.get(name)
-        fits = None if most is None else float(final <= quota_bound(most))
-        rows.append(ProjectedResource(name, final, final, final, final, most, fits))
-    return Projection(
-        strategy, tuple(rows), min(map(probability_of, rows), default=1.0), confidence
-    )
+    for name in dict.fromkeys([*final, *amounts]):
+        most, fits = amounts.get(name), None
+        low = middle = high = math.nan
+        if name in final:
+            ends = final[name]
+            low, middle, high = np.quantile(ends, [1 - confidence, 0.5, confidence]).tolist()
+            fits = None if most is None else float((ends <= quota_bound(most)).mean())
+        before = used.get(name, 0.0)
+        rows.append(ProjectedResource(name, before, low, middle, high, most, fits))
+    return tuple(rows)
 
 
 @dataclass(frozen=True)

@@ -128,12 +128,12 @@ def by_outcome(trials: Sequence[FinishedTrial]) -> dict[str, list[FinishedTrial]
     return {outcome: group for outcome, group in groups.items() if group}
 
 
-def predict_interval(
-    footprint: Footprint, params: Mapping[str, Any], resource: str
-) -> Interval | None:
-    """Return a model's prediction for a point, None where it is unknown or not finite."""
-    interval = footprint.intervals(params).get(resource)
-    if interval is None:
-        return None
-    bounds = (interval.lower, interval.median, interval.upper)
-    return interval if all(map(math.isfinite, bounds)) else None
+def predict_intervals(
+    footprint: Footprint, points: Sequence[Mapping[str, Any]], resource: str
+) -> list[Interval | None]:
+    """Return a model's predictions for points, None where one is unknown or not finite."""
+    expected = footprint.expected(points).get(resource)
+    if expected is None:
+        return [None] * len(points)
+    found = expected.intervals(footprint.confidence)
+    return [each if all(map(math.isfinite, vars(each).values())) else None for each in found]

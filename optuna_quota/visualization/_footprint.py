@@ -11,7 +11,7 @@ from optuna_quota.visualization import _theme
 from optuna_quota.visualization._data import (
     by_outcome,
     FinishedTrial,
-    predict_interval,
+    predict_intervals,
     StudyTrials,
 )
 from optuna_quota.visualization._theme import Point
@@ -58,15 +58,14 @@ def footprint_figure(
     """Return the figure of :func:`plot_footprint`."""
     verb = "Projected" if footprint is None else "Fitted"
     title = f"{verb} against measured {get_resource(resource).title}"
-    intervals = {}
-    for trial in trials.with_usage(resource):
-        if footprint is None:
-            interval = trial.record.footprint.get(resource)
-        else:
-            interval = predict_interval(footprint, trial.trial.params, resource)
-        if interval is not None:
-            intervals[trial.number] = interval
-    shown = [trial for trial in trials.finished if trial.number in intervals]
+    used = trials.with_usage(resource)
+    if footprint is None:
+        projected = [trial.record.footprint.get(resource) for trial in used]
+    else:
+        projected = predict_intervals(footprint, [t.trial.params for t in used], resource)
+    pairs = zip(used, projected, strict=True)
+    intervals = {trial.number: found for trial, found in pairs if found is not None}
+    shown = [trial for trial in used if trial.number in intervals]
     if not shown:
         reason = f"No trial has both a projected and a measured {resource}."
         return _theme.empty_figure(title, reason)

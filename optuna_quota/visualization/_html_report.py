@@ -31,7 +31,7 @@ _MAX_ENDED = 200
 _MAX_MARKERS = 1000
 _TOP = 24
 # Signs in JSON that could end a script element or a line of it.
-_SCRIPT_ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
+_SCRIPT_SIGNS = "<>&\u2028\u2029"
 
 
 def to_html(
@@ -218,7 +218,9 @@ def _plots(trials: StudyTrials, report: StudyAnalysis) -> list[Safe]:
         )
     # plotly's encoder writes null for NaN, for which JSON has no word.
     encoder = _theme.import_plotly("plotly.utils").PlotlyJSONEncoder
-    encoded = json.dumps(specs, cls=encoder, separators=(",", ":")).translate(_SCRIPT_ESCAPES)
+    encoded = json.dumps(specs, cls=encoder, separators=(",", ":"))
+    for sign in _SCRIPT_SIGNS:  # a tenth of the time of `str.translate`
+        encoded = encoded.replace(sign, f"\\u{ord(sign):04x}")
     library = _theme.import_plotly("plotly.offline").get_plotlyjs()
     return [
         element("h2", "Plots"),

@@ -16,7 +16,7 @@ from optuna_quota.visualization import _theme
 from optuna_quota.visualization._data import (
     by_outcome,
     FinishedTrial,
-    predict_interval,
+    predict_intervals,
     StudyTrials,
 )
 from optuna_quota.visualization._theme import Point
@@ -217,10 +217,11 @@ def _slices(
     for name in params:
         found = _Slice(name, space[name], [t for t in used if name in t.trial.params], [])
         if found.trials and footprint is not None:
-            for value in found.choices or _grid(found):
-                interval = predict_interval(footprint, {**typical, name: value}, resource)
-                if interval is not None:
-                    found.predicted.append((value, interval))
+            values = found.choices or _grid(found)
+            points = [{**typical, name: value} for value in values]
+            intervals = predict_intervals(footprint, points, resource)
+            pairs = zip(values, intervals, strict=True)
+            found.predicted.extend((value, each) for value, each in pairs if each is not None)
         slices.append(found)
     return [found for found in slices if found.trials]
 
