@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from optuna_quota import _units
 from optuna_quota._limits import Amounts, nonnegative, split_custom
 from optuna_quota._resources import ceiling_title, CHARGED_RESOURCES, get_resource, USAGE_RESOURCES
+from optuna_quota.exceptions import LimitBreached
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,3 +114,14 @@ class Breach:
             if float(closer) > float(number):
                 return " ".join([closer, *unit])
         return f"more than {limit}"
+
+
+def breach_error(breach: Breach, reason: str | None = None) -> LimitBreached:
+    """Return the error for a breach, by default with its own reason."""
+    return LimitBreached(
+        reason or breach.reason,
+        resource=breach.resource,
+        limit=breach.limit,
+        observed=breach.observed,
+        seconds=breach.seconds,
+    )

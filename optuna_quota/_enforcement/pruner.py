@@ -35,7 +35,7 @@ from optuna_quota._enforcement.trial_result import (
 from optuna_quota._limits import Limits
 from optuna_quota._metering import check_names, key_of, Meter, metering_loop, TrialMonitor, Verdict
 from optuna_quota._records import is_rejected, parse_record, TrialRecord
-from optuna_quota._usage import Breach
+from optuna_quota._usage import Breach, breach_error
 from optuna_quota.exceptions import LimitBreached, QuotaError, TrialRejected
 
 
@@ -339,17 +339,6 @@ def record_breach(monitor: TrialMonitor) -> Breach | None:
     if monitor.breach is not None and monitor.verdict is None:
         monitor.verdict = Verdict("terminated", monitor.breach.reason, monitor.breach)
     return monitor.breach
-
-
-def breach_error(breach: Breach, reason: str | None = None) -> LimitBreached:
-    """Return the error for a breach, by default with its own reason."""
-    return LimitBreached(
-        reason or breach.reason,
-        resource=breach.resource,
-        limit=breach.limit,
-        observed=breach.observed,
-        seconds=breach.seconds,
-    )
 
 
 def rejection_error(attributes: Mapping[str, Any]) -> TrialRejected:

@@ -12,6 +12,7 @@ import ast
 from collections.abc import Iterator, Sequence
 import contextlib
 from dataclasses import dataclass
+import hmac
 import io
 import itertools
 import os
@@ -73,12 +74,13 @@ class Channel:
 
     A signal handler may raise out of :meth:`receive` at any time. Bytes are kept in a buffer, so
     that the next call continues where this one was cut off. All methods that receive raise
-    EOFError when the other side is gone, those that send OSError.
+    EOFError when the other side is gone or begins with another ``key``, those that send OSError.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, key: bytes = b"") -> None:
         self._sock = sock
         self._buffer = bytearray()
+        self._awaited_key = key
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -130,12 +132,10 @@ class Channel:
             size += count
 
     def receive_descriptors(self) -> list[int]:
-        """Return the files that were sent, waiting for them; none where a message was."""
+        """Return the files that were sent, waiting for them; fewer if too many are open here."""
         data, handles, _, _ = socket.recv_fds(self._sock, 1, _MAX_DESCRIPTORS)
         if not data:
             raise EOFError("The other process closed the connection.")
-        if not handles:
-            self._buffer += data
         return handles
 
     def pending(self) -> bool:
@@ -155,7 +155,7 @@ class Channel:
 
     def _size(self) -> int | None:
         """Return the bytes of the next message with its header, None when too few are here."""
-        if len(self._buffer) < _HEADER.size:
+        if self._awaited_key or len(self._buffer) < _HEADER.size:
             return None
         size: int = _HEADER.unpack_from(self._buffer)[0]
         return _HEADER.size + size
@@ -176,6 +176,12 @@ class Channel:
         if not chunk:
             raise EOFError("The other process closed the connection.")
         self._buffer += chunk
+        key = self._awaited_key
+        if key and len(self._buffer) >= len(key):
+            if not hmac.compare_digest(self._buffer[: len(key)], key):
+                raise EOFError("The other process does not know the key.")
+            del self._buffer[: len(key)]
+            self._awaited_key = b""
 
 
 def channel_pair() -> tuple[Channel, Channel]:
@@ -227,19 +233,14 @@ Frame = tuple[str, str, str, Position]
 
 @dataclass(frozen=True)
 class SentError:
-    """An exception in a form that can be sent.
+    """An exception in a form that can be sent."""
 
-    Attributes:
-        data: The exception's pickle, which loads at least where it was made; empty without one.
-        base: The nearest class that every process can load, for one that can't load the pickle.
-        text: The exception in words, for the same case.
-        frames: Its traceback, outermost first.
-    """
-
+    # The exception's pickle, which loads at least where it was made; empty without one
     data: bytes
+    # The nearest class that every process can load, for one that can't load the pickle
     base: type[BaseException]
-    text: str
-    frames: tuple[Frame, ...]
+    text: str  # The exception in words, for the same case
+    frames: tuple[Frame, ...]  # Its traceback, outermost first
     cause: SentError | None = None
     context: SentError | None = None
     suppress_context: bool = False

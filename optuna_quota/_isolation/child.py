@@ -60,16 +60,11 @@ def run_child(
     link: socket.socket | None = None,
     crash_file: int | None = None,
     inherited: messages.InheritedObjective | None = None,
-    streams: bool = False,
 ) -> int:
     """Run one trial from the start message to the end; return the exit code.
 
-    Args:
-        channel: The connection to the study's process.
-        link: The connection to the supervisor; None where there is none.
-        crash_file: A descriptor for Python's traceback when the process dies of a signal.
-        inherited: What the process has inherited; without it, the start message is received.
-        streams: Whether open files, standard output and error first, come before that message.
+    ``link`` leads to the supervisor, if there is one; ``crash_file`` takes Python's traceback when
+    the process dies of a signal. Without what is ``inherited``, the start message is received.
     """
     own = os.getpid()
     stop = PoliteStop(link)
@@ -77,11 +72,11 @@ def run_child(
     grace_period = 0.0
     outcome: messages.Outcome
     try:
-        if streams:
+        if link is not None and inherited is None:
             _receive_streams(channel)
         start = channel.receive() if inherited is None else inherited.start
         grace_period = start.grace_period
-        calls.use(start.trial.address)
+        calls.use(start.address)
         buffers = receive_buffers(channel, start.buffers)
         if crash_file is not None:
             faulthandler.enable(crash_file)

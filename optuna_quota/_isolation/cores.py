@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator, Mapping
 import contextlib
 from dataclasses import dataclass
 import importlib
-import importlib.util
 import logging
 import math
 import os
@@ -61,11 +60,8 @@ def choose_cores(
 ) -> Cores:
     """Return the cores of a trial: those that the fewest other trials have (pure).
 
-    Args:
-        limit: The cores that the trial may keep busy; a part of one counts as a whole processor.
-        allowed: The processors that the worker may use, empty if unknown.
-        trials: How many of this worker's trials have each processor.
-        taken: The processors that trials of other workers have.
+    A part of a core counts as a whole processor. ``allowed`` is empty if unknown; ``trials`` says
+    how many of this worker's trials have each processor, ``taken`` which those of others have.
     """
     order = sorted(allowed, key=lambda cpu: (trials.get(cpu, 0) + (cpu in taken), cpu))
     cpus = tuple(sorted(order[: math.ceil(limit)]))
@@ -153,7 +149,9 @@ def confine(cores: Cores) -> None:
             os.environ[name] = str(cores.threads)
     _limit_loaded_pools(cores.threads)
     after_import("torch", lambda torch: _limit_torch(torch, cores.threads))
-    after_import("numexpr", lambda numexpr: _limit_numexpr(numexpr, cores.threads))
+    after_import(
+        "numexpr", lambda numexpr: numexpr.set_num_threads(min(numexpr.nthreads, cores.threads))
+    )
 
 
 def _number(text: str | None) -> float:
@@ -166,9 +164,10 @@ def _number(text: str | None) -> float:
 
 
 def _limit_loaded_pools(threads: int) -> None:
-    if importlib.util.find_spec("threadpoolctl") is None:
+    try:
+        pools: Any = importlib.import_module("threadpoolctl")
+    except ImportError:
         return
-    pools: Any = importlib.import_module("threadpoolctl")
     for library in pools.ThreadpoolController().lib_controllers:
         if library.num_threads is None or library.num_threads > threads:
             library.set_num_threads(threads)
@@ -181,8 +180,3 @@ def _limit_torch(torch: Any, threads: int) -> None:
         # Only before the first parallel work of the process.
         with contextlib.suppress(RuntimeError):
             torch.set_num_interop_threads(threads)
-
-
-def _limit_numexpr(numexpr: Any, threads: int) -> None:
-    if numexpr.nthreads > threads:
-        numexpr.set_num_threads(threads)

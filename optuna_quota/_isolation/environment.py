@@ -33,35 +33,26 @@ from optuna_quota._isolation.modules import (
 
 @dataclass(frozen=True)
 class ProcessContext:
-    """The context of the study's process that a trial's process takes over.
-
-    Attributes:
-        environ: The environment variables.
-        folder: The working directory, None where it was removed.
-        main: How to make the main module.
-        module_state: Changes that the script has made to the user's own modules.
-        seeds: A seed for each global generator, drawn from the study's generators: a script that
-            seeds them gets the same trials again, and each trial other numbers.
-        start_method: That of :mod:`multiprocessing`, None where none was chosen.
-    """
+    """The context of the study's process that a trial's process takes over."""
 
     environ: Mapping[str, str]
-    folder: str | None
+    folder: str | None  # The working directory, None where it was removed
     path: tuple[str, ...]
     argv: tuple[str, ...]
     main: MainModule
     settings: Mapping[str, Any]
-    module_state: Mapping[str, bytes]
+    module_state: Mapping[str, bytes]  # Changes that the script has made to the user's own modules
+    # A seed for each global generator, drawn from the study's generators: a script that seeds them
+    # gets the same trials again, and each trial other numbers
     seeds: Mapping[str, int]
-    start_method: str | None
+    start_method: str | None  # That of :mod:`multiprocessing`, None where none was chosen
     authkey: bytes
 
 
 def read_context(added: Mapping[str, str], main: MainModule) -> ProcessContext:
-    try:
-        folder: str | None = os.getcwd()
-    except OSError:
-        folder = None
+    folder = None
+    with contextlib.suppress(OSError):
+        folder = os.getcwd()
     return ProcessContext(
         environ={**os.environ, **added},
         folder=folder,

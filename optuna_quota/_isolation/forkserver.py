@@ -59,11 +59,12 @@ class SpawnRequest:
 
 
 @dataclass(frozen=True)
-class PreloadModules:
-    """Import these modules, with this ``sys.path``; the answer says which failed."""
+class Prepare:
+    """Import modules, with this ``sys.path``, and make the main module if there is one to make."""
 
     path: Sequence[str]
     modules: Sequence[str]
+    main: MainModule | None
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,12 @@ class Importing:
 
 
 @dataclass(frozen=True)
-class FailedImports:
-    """The errors of modules that could not be imported, by name; trials start without these."""
+class Prepared:
+    """The answer to :class:`Prepare`."""
 
+    # Those of modules that could not be imported, by name; trials start without these
     errors: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class MakeMainModule:
-    """Make the main module; the answer is the one made, without statements if these failed."""
-
-    main: MainModule
+    main: MainModule | None  # The main module that was made, without statements if these failed
 
 
 @dataclass(frozen=True)
@@ -133,11 +129,7 @@ class ForkServer:
                 if isinstance(message, SpawnRequest):
                     self._spawn(message)
                 else:
-                    self._discard_spare()
-                    if isinstance(message, PreloadModules):
-                        self._preload(message)
-                    else:
-                        self._make_main_module(message.main)
+                    self._prepare(message)
         except (EOFError, ConnectionError):
             return False
         return True
@@ -156,38 +148,32 @@ class ForkServer:
         self._supervisors.add(trial.supervisor)
         return trial
 
-    def _discard_spare(self) -> None:
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            spare.disconnect()
-
-    def _preload(self, message: PreloadModules) -> None:
-        sys.path[:] = message.path
-        errors = {}
-        writable = select.poll()
-        writable.register(self._channel.fileno(), select.POLLOUT)
+    def _prepare(self, request: Prepare) -> None:
+        if self._spare is not None:  # forked before these imports
+            self._spare.disconnect()
+            self._spare = None
+        sys.path[:] = request.path
+        errors, main = {}, request.main
         with _modules_may_open_files():
-            for name in message.modules:
+            for name in request.modules:
                 if name not in sys.modules:
-                    if writable.poll(0):  # else the study reads nothing: it is stopped
-                        self._channel.send(Importing(name))
+                    self._announce(name)
                     error = _preload(name)
                     if error is not None:
                         errors[name] = error
                     self._require_safe_forks(name)
+            if main is not None:
+                self._announce("__main__")
+                main = _make_main_module(main)
+                self._require_safe_forks("__main__")
         _prepare_to_fork()
-        self._channel.send(FailedImports(errors))
+        self._channel.send(Prepared(errors, main))
 
-    def _make_main_module(self, main: MainModule) -> None:
-        try:
-            with _modules_may_open_files():
-                make_main_module(main)
-        except BaseException:  # noqa: BLE001 - a script may raise anything
-            main = main.without_statements()
-            make_main_module(main)
-        self._require_safe_forks("__main__")
-        _prepare_to_fork()
-        self._channel.send(replace(main, is_made=True))
+    def _announce(self, module: str) -> None:
+        writable = select.poll()
+        writable.register(self._channel.fileno(), select.POLLOUT)
+        if writable.poll(0):  # else the study reads nothing: it is stopped
+            self._channel.send(Importing(module))
 
     def _require_safe_forks(self, module: str) -> None:
         if not _can_fork():
@@ -220,6 +206,15 @@ def _preload(name: str) -> str | None:
     except BaseException as error:  # noqa: BLE001 - a module may raise anything
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _make_main_module(main: MainModule) -> MainModule:
+    try:
+        make_main_module(main)
+    except BaseException:  # noqa: BLE001 - a script may raise anything
+        main = main.without_statements()
+        make_main_module(main)
+    return replace(main, is_made=True)
 
 
 def _can_fork() -> bool:
@@ -291,10 +286,8 @@ def fork_trial(
 ) -> TrialConnections:
     """Fork a supervisor, which forks its trial.
 
-    Args:
-        parent: A pidfd of the study's process.
-        cgroup: Where to make the trial's control group, None for none.
-        inherited: What the trial has from this process; without it, all is sent to the trial.
+    ``parent`` is a pidfd of the study's process, ``cgroup`` the folder for the trial's control
+    group. Without what the trial has ``inherited``, all is sent to it.
     """
     channel, trial_channel = channel_pair()
     control, supervisor_control = channel_pair()
@@ -389,13 +382,7 @@ def _run_trial(
             # A garbage collection would copy the inherited pages.
             gc.freeze()
         become_child(f"Trial-{supervisor}", parent)
-        code = run_child(
-            channel,
-            link=link,
-            crash_file=crash_file,
-            inherited=inherited,
-            streams=inherited is None,
-        )
+        code = run_child(channel, link=link, crash_file=crash_file, inherited=inherited)
     finally:
         os._exit(code)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 from collections.abc import Callable, Sequence
 import contextlib
-import itertools
+import io
 import logging
 import os
 from pathlib import Path
@@ -13,16 +13,14 @@ import select
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from typing import Any, BinaryIO, TypeVar
 
 from optuna_quota._isolation.channel import Channel, TrialConnections
 from optuna_quota._isolation.forkserver import (
-    FailedImports,
     Importing,
-    MakeMainModule,
-    PreloadModules,
+    Prepare,
+    Prepared,
     SpawnRequest,
     UnsafeModule,
 )
@@ -60,13 +58,6 @@ class _Unsafe(OSError):
         self.module = module
 
 
-def _open_errors() -> BinaryIO:
-    # In memory where that is possible: a read-only container or a full disk has no other place.
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("optuna-quota-errors"), "w+b")
-    return tempfile.TemporaryFile()
-
-
 class ForkServerClient:
     """Starts trials from one fork server; for any thread.
 
@@ -79,7 +70,7 @@ class ForkServerClient:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
-        self._errors = _open_errors()
+        self._errors: BinaryIO = io.BytesIO()  # what it writes to its standard error
         # Processes that exit by themselves once they have served what was sent.
         self._retired: list[subprocess.Popen[bytes]] = []
         # Modules to load, in their order; those loaded, the times of their files, and the
@@ -91,18 +82,16 @@ class ForkServerClient:
         self._environ: dict[str, str] = {}
         self._main: MainModule | None = None
         self._prepared: MainModule | None = None
-        # Modules after which forks are unsafe, and others of the same packages that are safe.
+        # Modules after which forks are unsafe.
         self._unsafe: set[str] = set()
-        self._safe: set[str] = set()
         # Those that the user has named, and of these, those that can't be imported.
         self._named: set[str] = set()
         self._warned: set[str] = set()
 
     def for_one_trial(self) -> ForkServerClient:
-        """Return another client for the start method spawn, to be released."""
+        """Return another client for the start method spawn, to be reset."""
         client = ForkServerClient(one_trial=True)
-        client._unsafe, client._safe = self._unsafe, self._safe
-        client._warned = self._warned
+        client._unsafe, client._warned = self._unsafe, self._warned
         client._retired = self._retired
         return client
 
@@ -123,19 +112,13 @@ class ForkServerClient:
             return self._with_server(launch)
 
     def reset(self) -> None:
-        """Use another fork server from now on; trials under way continue."""
+        """Let the fork server exit, and use another one from now on; trials continue."""
         with self._lock:
             self._discard()
-
-    def release(self) -> None:
-        """Let the fork server exit without waiting for it."""
-        with self._lock:
-            self._discard()
-            self._errors.close()
 
     def close(self) -> None:
         """Let the fork server exit and wait for it; trials under way continue."""
-        self.release()
+        self.reset()
         for process in list(self._retired):
             try:
                 process.wait(timeout=_EXIT_TIME)
@@ -172,11 +155,15 @@ class ForkServerClient:
                 self._discard()
                 raise
             except (OSError, EOFError) as error:
-                # Each unsafe module costs a fork server; there may be many of them.
-                faults += not (isinstance(error, _Unsafe) and self._note_unsafe(error.module))
+                reason = self._describe_exit()
                 self._discard()
+                if isinstance(error, _Unsafe) and error.module not in self._unsafe:
+                    # Each costs a fork server, and there may be many of them.
+                    self._unsafe.add(error.module)
+                    continue
+                faults += 1
                 if faults == _ATTEMPTS:
-                    raise OSError(self._describe_exit()) from error
+                    raise OSError(reason) from error
             except BaseException:
                 # An interrupt (Ctrl-C): the answer must not be taken for a later request's.
                 self._discard()
@@ -191,8 +178,8 @@ class ForkServerClient:
         ours.settimeout(ANSWER_TIME)
         with theirs:
             command = interpreter("forkserver", theirs.fileno())
-            self._errors.seek(0)
-            self._errors.truncate()
+            # In memory: a read-only container or a full disk has no other place.
+            self._errors = os.fdopen(os.memfd_create("optuna-quota-errors"), "w+b")
             self._environ = dict(os.environ)
             with block_job_signals():
                 self._process = subprocess.Popen(
@@ -219,34 +206,39 @@ class ForkServerClient:
         return bool(self._new_modules()) and self._environ != os.environ
 
     def _prepare(self, channel: Channel) -> MainModule:
-        new = self._new_modules()
-        if new:
+        new, main = self._new_modules(), self._main or MainModule()
+        makes_main = self._prepared is None and _MAIN not in self._unsafe
+        if new or makes_main:
             self._loaded.update(dict.fromkeys(new))
             self._files.update(modification_times(new))
-            self._warn_of(_ask(channel, PreloadModules(tuple(sys.path), new)))
-        if self._prepared is None:
-            self._prepared = self._make_main_module(channel)
-        return self._prepared
+            request = Prepare(tuple(sys.path), new, main if makes_main else None)
+            answer = _ask(channel, request)
+            self._prepared = answer.main or self._prepared
+            for name in self._named & (answer.errors.keys() - self._warned):
+                self._warned.add(name)
+                _logger.warning(f"`preload` has {name!r}, which fails: {answer.errors[name]}.")
+        return self._prepared or main
 
     def _new_modules(self) -> list[str]:
-        return [m for m in self._wanted if m not in self._loaded and not self._is_unsafe(m)]
+        """Return the modules to load; of a package with an unsafe one, those before that.
 
-    def _make_main_module(self, channel: Channel) -> MainModule:
-        main = self._main or MainModule()
-        if _MAIN in self._unsafe:
-            return main
-        made: MainModule = _ask(channel, MakeMainModule(main))
-        return made
-
-    def _warn_of(self, failed: FailedImports) -> None:
-        for name in self._named & (failed.errors.keys() - self._warned):
-            self._warned.add(name)
-            _logger.warning(f"`preload` has {name!r}, which fails: {failed.errors[name]}.")
+        Each unsafe module costs a fork server, and the trial waits meanwhile.
+        """
+        new, unsafe_packages = [], set()
+        for name in self._wanted:
+            if name not in self._loaded:
+                package = name.partition(".")[0]
+                if name in self._unsafe:
+                    unsafe_packages.add(package)
+                elif package not in unsafe_packages:
+                    new.append(name)
+        return new
 
     def _discard(self) -> None:
         channel, self._channel = self._channel, None
         process, self._process = self._process, None
         self._prepared = None
+        self._errors.close()
         if channel is not None:
             channel.close()
         if process is not None:
@@ -262,22 +254,6 @@ class ForkServerClient:
         if not lines:
             return "The fork server exited without output."
         return f"The fork server exited: {lines[-1]}"
-
-    def _note_unsafe(self, module: str) -> bool:
-        """Note which module a fork server found unsafe; return whether that was news."""
-        if module in self._unsafe:
-            return False
-        # The later ones of its package are not tried: each unsafe one costs a fork server, and
-        # the trial waits meanwhile.
-        earlier = itertools.takewhile(lambda name: name != module, self._wanted)
-        self._safe.update([name for name in earlier if not self._is_unsafe(name)])
-        self._unsafe.add(module)
-        return True
-
-    def _is_unsafe(self, module: str) -> bool:
-        package = module.partition(".")[0]
-        is_suspect = any(package == name.partition(".")[0] for name in self._unsafe)
-        return is_suspect and module not in self._safe
 
 
 _BOOT = (
@@ -359,10 +335,8 @@ def _standard_stream(number: int, stack: contextlib.ExitStack) -> int:
     return number
 
 
-def _ask(server: Channel, request: PreloadModules | MakeMainModule) -> Any:
+def _ask(server: Channel, request: Prepare) -> Prepared:
     awaited = "The start of Python or of an import"
-    if isinstance(request, MakeMainModule):
-        awaited = "The import of this script's main module"
     try:
         server.send(request)
         while True:
@@ -370,9 +344,11 @@ def _ask(server: Channel, request: PreloadModules | MakeMainModule) -> Any:
             answer = server.receive()
             if isinstance(answer, UnsafeModule):
                 raise _Unsafe(answer.name)
-            if not isinstance(answer, Importing):
+            if isinstance(answer, Prepared):
                 return answer
-            awaited = f"The import of {answer.name!r}"
+            assert isinstance(answer, Importing)
+            is_main = answer.name == _MAIN
+            awaited = f"The import of {'this script' if is_main else repr(answer.name)}"
     except TimeoutError:
         raise _overdue(awaited) from None
 

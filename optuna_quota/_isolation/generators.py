@@ -53,12 +53,7 @@ _loaded: list[Any] = []
 def find_generators(objective: Any) -> list[Any]:
     """Return the generators and seed sequences that a script and its objective hold."""
     reached = _with_parts([*values_within_reach(objective), objective])
-    names = {*_NAMES, "SeedSequence"}
-    return [
-        found
-        for found in [*_loaded, *reached]
-        if any(kind.__name__ in names for kind in type(found).__mro__)
-    ]
+    return [v for v in [*_loaded, *reached] if _is_seed_sequence(v) or _way_to_vary(v) is not None]
 
 
 def vary_generators(number: int, generators: Iterable[Any]) -> None:
@@ -79,13 +74,12 @@ def vary_generators(number: int, generators: Iterable[Any]) -> None:
 
 
 def _vary(value: Any, number: int, sequences: dict[int, Any]) -> None:
-    """Seed a value that is a generator, and add the seed sequence that it was made from."""
+    """Seed a generator, and add the seed sequence that it was made from."""
     way = _way_to_vary(value)
     if way is None:
         return
-    draw, reseed = way
-    # Attributes of other libraries' generators may raise anything, in a user's subclass.
-    bits = _bits_of(value) if reseed in (_reseed_bits, _reseed_state) else None
+    draw, seed, bits_of = way
+    bits = bits_of(value)
     sequence = getattr(bits, "seed_seq", None)
     if _is_seed_sequence(sequence):
         sequences[id(sequence)] = sequence
@@ -95,7 +89,7 @@ def _vary(value: Any, number: int, sequences: dict[int, Any]) -> None:
         if not lock.acquire(blocking=False):
             return
         lock.release()
-    reseed(value, random.Random(f"{draw(value)}, {number}").getrandbits(62))
+    seed(value, random.Random(f"{draw(value)}, {number}").getrandbits(62))
 
 
 def _way_to_vary(value: Any) -> _Way | None:
@@ -108,8 +102,8 @@ def _way_of(kind: type, value: Any) -> _Way | None:
     """Return the same for a value of this class, None if it is no generator's."""
     if kind.__name__ not in _NAMES:  # soon answered: this is asked of all that is pickled
         return None
-    name = _path(kind)
-    return _VARY.get(name) if name != _TORCH or value.device.type == "cpu" else None
+    path = _path(kind)
+    return _WAYS.get(path) if path != _TORCH or value.device.type == "cpu" else None
 
 
 def _is_seed_sequence(value: Any) -> bool:
@@ -157,12 +151,11 @@ def _parts(value: Any, own: Container[str]) -> Iterable[Any]:
         return value.func, value.args, value.keywords
     if isinstance(value, types.MethodType):
         return value.__self__, value.__func__
-    is_function = isinstance(value, types.FunctionType)
     if isinstance(value, types.ModuleType):
         return ()
-    if (is_function or isinstance(value, type)) and value.__module__ not in own:
+    if isinstance(value, (types.FunctionType, type)) and value.__module__ not in own:
         return ()
-    if is_function:
+    if isinstance(value, types.FunctionType):
         return value.__defaults__, value.__kwdefaults__, value.__closure__, vars(value)
     return (value.cell_contents,) if type(value) is types.CellType else vars(value).values()
 
@@ -180,39 +173,42 @@ def values_within_reach(objective: Any) -> Iterator[Any]:
                 yield cell.cell_contents
 
 
-def _bits_of(generator: Any) -> Any:
-    """Return numpy's bit generator of a generator, or itself."""
-    bits = getattr(generator, "bit_generator", None) or getattr(generator, "_bit_generator", None)
-    return bits or generator
-
-
-def _reseed_bits(generator: Any, value: int) -> None:
-    bits = _bits_of(generator)
+def _seed_bits(bits: Any, value: int) -> None:
     bits.state = type(bits)(value).state
 
 
-def _reseed_state(state: Any, value: int) -> None:
+def _seed_state(state: Any, value: int) -> None:
     try:
         state.seed([value >> 31, value & (2**31 - 1)])
     except TypeError:  # of other bits than MT19937
-        _reseed_bits(state, value)
+        _seed_bits(state._bit_generator, value)
 
 
 def _draw_torch(generator: Any) -> int:
     return int(sys.modules["torch"].randint(2**62, (), generator=generator))
 
 
-_TORCH = "torch._C.Generator"
-_RANDOM = "random.Random"
 _SEED_SEQUENCE = "numpy.random.bit_generator.SeedSequence"
+_TORCH = "torch._C.Generator"
 _BITS = ("_mt19937.MT19937", "_pcg64.PCG64", "_pcg64.PCG64DXSM", "_philox.Philox", "_sfc64.SFC64")
-_Way = tuple[Callable[[Any], int], Callable[[Any, int], Any]]
-# By class, how to draw a number and how to seed.
-_VARY: Mapping[str, _Way] = {
-    _RANDOM: (lambda g: g.getrandbits(62), lambda g, value: g.seed(value)),
-    "numpy.random._generator.Generator": (lambda g: int(g.integers(2**62)), _reseed_bits),
-    "numpy.random.mtrand.RandomState": (lambda g: int(g.randint(2**31)), _reseed_state),
-    _TORCH: (_draw_torch, lambda g, value: g.manual_seed(value)),
-    **{f"numpy.random.{name}": (lambda g: int(g.random_raw()), _reseed_bits) for name in _BITS},
+_Way = tuple[Callable[[Any], int], Callable[[Any, int], Any], Callable[[Any], Any]]
+# By class, how to draw a number, how to seed, and how to get numpy's bit generator underneath.
+_WAYS: Mapping[str, _Way] = {
+    "random.Random": (lambda g: g.getrandbits(62), lambda g, value: g.seed(value), lambda g: None),
+    _TORCH: (_draw_torch, lambda g, value: g.manual_seed(value), lambda g: None),
+    "numpy.random.mtrand.RandomState": (
+        lambda g: int(g.randint(2**31)),
+        _seed_state,
+        lambda g: g._bit_generator,
+    ),
+    "numpy.random._generator.Generator": (
+        lambda g: int(g.integers(2**62)),
+        lambda g, value: _seed_bits(g.bit_generator, value),
+        lambda g: g.bit_generator,
+    ),
+    **{
+        f"numpy.random.{name}": (lambda g: int(g.random_raw()), _seed_bits, lambda g: g)
+        for name in _BITS
+    },
 }
-_NAMES = {path.rpartition(".")[2] for path in _VARY}
+_NAMES = {path.rpartition(".")[2] for path in _WAYS}

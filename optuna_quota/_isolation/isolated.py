@@ -8,17 +8,15 @@ import os
 import re
 import shlex
 import shutil
-from typing import Any, get_args, TYPE_CHECKING
+from typing import Any, get_args
+
+from optuna.trial import BaseTrial
 
 from optuna_quota._isolation.launch import IsolationOptions, OnCrash, StartMethod
 from optuna_quota._isolation.run import TrialRun
 from optuna_quota._isolation.script_process import RunScript
 from optuna_quota._limits import Limits
 from optuna_quota._units import Duration, parse_seconds
-
-
-if TYPE_CHECKING:
-    from optuna.trial import BaseTrial
 
 
 class Isolated:

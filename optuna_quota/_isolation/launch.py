@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 from dataclasses import dataclass
 import functools
+import math
 import os
 from pathlib import Path
 import selectors
@@ -15,9 +16,9 @@ import socket
 import subprocess
 import threading
 import time
-from typing import Any, Literal, TYPE_CHECKING
+from typing import Any, Literal
 
-from optuna.trial import Trial
+from optuna.trial import BaseTrial, Trial
 import psutil
 
 from optuna_quota import _optuna
@@ -37,15 +38,10 @@ from optuna_quota._isolation.output import (
     read_output_settings,
 )
 from optuna_quota._isolation.pickling import dump_objective, NeedsFork, Payload
-from optuna_quota._isolation.rpc import RemoteObjects, TrialFacts
+from optuna_quota._isolation.rpc import RemoteObjects, TRIAL, TrialHandle
 from optuna_quota._limits import Limits
+from optuna_quota._metering import TrialMonitor
 from optuna_quota._metering.visible_gpus import device_memory
-
-
-if TYPE_CHECKING:
-    from optuna.trial import BaseTrial
-
-    from optuna_quota._metering import TrialMonitor
 
 
 StartMethod = Literal["forkserver", "spawn", "fork"]
@@ -89,33 +85,18 @@ def _starting() -> Iterator[None]:
 
 
 @dataclass
-class LaunchedTrial:
-    """A trial's processes, and the messages that they wait for or have inherited."""
-
-    connections: TrialConnections
-    to_send: tuple[messages.BeginMonitoring, messages.StartTrial, Payload] | None = None
-
-    def begin(self) -> None:
-        """Send the messages; while the trial runs, it alone holds what was sent to it."""
-        to_send, self.to_send = self.to_send, None
-        if to_send is not None:
-            monitoring, start, payload = to_send
-            with contextlib.suppress(ConnectionError):
-                self.connections.control.send(monitoring)
-                self.connections.channel.send(start)
-                payload.send_buffers(self.connections.channel)
-
-
-@dataclass(frozen=True)
 class TrialLauncher:
+    """Starts a trial's processes, then sends the messages that they wait for."""
+
     objective: Callable[..., Any]
     options: IsolationOptions
     trial: BaseTrial
     monitor: TrialMonitor
     remote: RemoteObjects
     cores: Cores | None
+    _to_send: tuple[messages.BeginMonitoring, messages.StartTrial, Payload] | None = None
 
-    def launch(self) -> LaunchedTrial:
+    def launch(self) -> TrialConnections:
         """Start the processes; raises CannotStart if that fails."""
         method = self.options.start_method
         if not linux.can_supervise():
@@ -123,7 +104,7 @@ class TrialLauncher:
             payload = dump_objective(self.objective, self.remote, main)
             with _starting():
                 connections = _launch_portable()
-            return self._with_messages(connections, payload, main)
+            return self._prepare_messages(connections, payload, main)
         if method == "fork":
             return self._fork()
         client = fork_server_client()
@@ -143,12 +124,12 @@ class TrialLauncher:
             return self._fork()
         finally:
             if method == "spawn":
-                client.release()
+                client.reset()
         # What the fork server loads first serves all trials, so this one is not charged for it.
         self.monitor.detach(waited=self.monitor.elapsed - before)
-        return self._with_messages(connections, payload, main)
+        return self._prepare_messages(connections, payload, main)
 
-    def _fork(self) -> LaunchedTrial:
+    def _fork(self) -> TrialConnections:
         """Fork a trial from this process: nothing is pickled, and no GPU context may exist."""
         if linux.uses_cuda():
             raise RuntimeError(
@@ -166,20 +147,29 @@ class TrialLauncher:
         parent = os.pidfd_open(os.getpid())
         try:
             with _starting():
-                connections = fork_trial(parent, cgroup=_delegated_cgroup(), inherited=inherited)
+                return fork_trial(parent, cgroup=_delegated_cgroup(), inherited=inherited)
         finally:
             os.close(parent)
-        return LaunchedTrial(connections)
 
-    def _with_messages(
+    def begin(self, connections: TrialConnections) -> None:
+        """Send the messages; while the trial runs, it alone holds what was sent to it."""
+        to_send, self._to_send = self._to_send, None
+        if to_send is not None:
+            monitoring, start, payload = to_send
+            with contextlib.suppress(ConnectionError):
+                connections.control.send(monitoring)
+                connections.channel.send(start)
+                payload.send_buffers(connections.channel)
+
+    def _prepare_messages(
         self, connections: TrialConnections, payload: Payload, main: MainModule
-    ) -> LaunchedTrial:
+    ) -> TrialConnections:
         try:
-            to_send = self._monitoring(), self._start_message(payload, main), payload
+            self._to_send = self._monitoring(), self._start_message(payload, main), payload
         except BaseException:
             connections.close()
             raise
-        return LaunchedTrial(connections, to_send)
+        return connections
 
     def _start_message(self, payload: Payload | None, main: MainModule) -> messages.StartTrial:
         trial, monitor = self.trial, self.monitor
@@ -191,8 +181,10 @@ class TrialLauncher:
         return messages.StartTrial(
             context=read_context(monitor.environment, main),
             output=read_output_settings(),
-            trial=TrialFacts(
-                address=self.remote.listener.address,
+            address=self.remote.listener.address,
+            trial=TrialHandle(
+                TRIAL,
+                Trial,
                 number=trial.number,
                 trial_id=None if study is None else _optuna.trial_id_of(trial),
                 datetime_start=trial.datetime_start,
@@ -283,7 +275,7 @@ class _PortableSupervisor:
         self._root = psutil.Process(process.pid)
         self._control = control
         self._descendants: dict[int, psutil.Process] = {}
-        self._deadline: float | None = None
+        self._deadline = math.inf
         self._killer: messages.Killer | None = None
         self._cpu_time = 0.0
 
@@ -304,7 +296,7 @@ class _PortableSupervisor:
                 self._find_descendants()
                 if selector.select(_PORTABLE_INTERVAL) or self._control.pending():
                     self._obey()
-                if self._deadline is not None and time.monotonic() >= self._deadline:
+                if time.monotonic() >= self._deadline:
                     self._kill("breach")
         leftovers = self._kill_descendants()
         ended = messages.ExitReport(
@@ -335,9 +327,8 @@ class _PortableSupervisor:
         if isinstance(command, messages.KillTrial):
             self._kill("request")
         elif isinstance(command, messages.ExitWithin):
-            leave = time.monotonic() + command.seconds
-            self._deadline = leave if self._deadline is None else min(leave, self._deadline)
-        elif isinstance(command, messages.StopTrial) and self._deadline is None:
+            self._deadline = min(self._deadline, time.monotonic() + command.seconds)
+        elif isinstance(command, messages.StopTrial) and self._deadline == math.inf:
             self._deadline = time.monotonic() + command.grace_period
             if os.name == "posix" and command.grace_period > 0:
                 is_interrupt = isinstance(command.reason, KeyboardInterrupt)
@@ -352,17 +343,12 @@ class _PortableSupervisor:
         self._process.kill()
 
     def _kill_descendants(self) -> tuple[str, ...]:
-        left = [p for p in self._descendants.values() if _is_alive(p)]
-        for process in left:
-            # psutil knows a process by its time of creation too: never another's.
+        left = []
+        for process in self._descendants.values():
+            # psutil knows a process by its time of creation too: it kills no other one.
             with contextlib.suppress(psutil.Error):
-                process.kill()
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    process.kill()
+                    left.append(process)
         psutil.wait_procs(left, timeout=5)
-        return tuple(str(p.pid) for p in left)
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        return tuple(str(process.pid) for process in left)

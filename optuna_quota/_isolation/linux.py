@@ -144,18 +144,13 @@ def reap() -> dict[int, int]:
     return codes
 
 
-def send(number: int, pids: Iterable[int], among: Iterable[int]) -> None:
+def send(number: int, pids: Iterable[int], tree_pids: Iterable[int]) -> None:
     """Send a signal to processes whose parent is this process or one of the tree.
 
     A pid may belong to another process since it was read. A pidfd is bound to one process, whose
     parent is checked then: no process outside of the tree is ever signalled.
-
-    Args:
-        number: The signal.
-        pids: The processes.
-        among: The pids of the tree.
     """
-    tree = {os.getpid(), *among}
+    tree = {os.getpid(), *tree_pids}
     for pid in pids:
         with contextlib.suppress(OSError):
             handle = os.pidfd_open(pid)
@@ -214,13 +209,10 @@ class StudySuspension:
 
     A trial's processes are in sessions of their own, so that what a terminal sends to its
     foreground process group does not reach them.
-
-    Args:
-        study: A pidfd of the study's process.
     """
 
-    def __init__(self, study: int) -> None:
-        self._study = _pid_of(study)
+    def __init__(self, study_pidfd: int) -> None:
+        self._study = _pid_of(study_pidfd)
         self._stopped: list[int] = []
 
     def update(self) -> bool:
@@ -242,10 +234,10 @@ class StudySuspension:
         return pid not in self._stopped and process_state(pid) not in ("", *"TtZX")
 
 
-def _pid_of(handle: int) -> int | None:
+def _pid_of(pidfd: int) -> int | None:
     """Return the pid that a pidfd is bound to, None when that process is gone."""
     try:
-        with open(f"/proc/self/fdinfo/{handle}", "rb") as file:
+        with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:
             pid = next(int(line.split()[1]) for line in file if line.startswith(b"Pid:"))
     except (OSError, StopIteration):
         return None

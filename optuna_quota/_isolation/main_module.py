@@ -22,7 +22,7 @@ import os
 import sys
 import tokenize
 import types
-from typing import Any
+from typing import Any, TypeGuard
 
 from optuna_quota._isolation.modules import is_installed, module_frames
 
@@ -33,24 +33,17 @@ MAIN_NAMES = ("__main__", "__mp_main__")
 
 @dataclass(frozen=True)
 class MainModule:
-    """How to make the main module in a trial's process.
+    """How to make the main module in a trial's process."""
 
-    Attributes:
-        file: The script; None without one, as in a notebook: all is then sent by value.
-        name: The module that runs by ``-m``, else None.
-        package: Its package, for relative imports.
-        statements: The indices of the top-level statements to run.
-        names: The names that these bind and nothing rebinds: what has one is sent by name.
-        modified: When the script was last changed, in nanoseconds.
-        is_made: Whether a trial's process has it from the fork server; else the trial makes it.
-    """
-
+    # The script; None without one, as in a notebook: all is then sent by value
     file: str | None = None
-    name: str | None = None
-    package: str | None = None
-    statements: frozenset[int] = frozenset()
+    name: str | None = None  # The module that runs by ``-m``, else None
+    package: str | None = None  # Its package, for relative imports
+    statements: frozenset[int] = frozenset()  # The indices of the top-level statements to run
+    # The names that these bind and nothing rebinds: what has one is sent by name
     names: frozenset[str] = frozenset()
-    modified: int = 0
+    modified: int = 0  # When the script was last changed, in nanoseconds
+    # Whether a trial's process has it from the fork server; else the trial makes it
     is_made: bool = False
 
     def without_statements(self) -> MainModule:
@@ -66,16 +59,12 @@ def find_main_module() -> MainModule:
     package = getattr(main, "__package__", None) or None
     if main is None or file is None or hasattr(main, "get_ipython") or is_installed(file):
         return MainModule(file, name, package)
-    try:
+    with contextlib.suppress(OSError, SyntaxError, ValueError):
         modified = os.stat(file).st_mtime_ns
         whole = _can_import(main, _parse(file, modified))
-        statements, names = _choose(file, modified, whole)
-        is_current = _is_current(file, modified, vars(main))
-    except (OSError, SyntaxError, ValueError):
-        is_current = False
-    if not is_current:
-        return MainModule(file, name, package)
-    return MainModule(file, name, package, statements, names, modified)
+        if _is_current(file, modified, vars(main)):
+            return MainModule(file, name, package, *_choose(file, modified, whole), modified)
+    return MainModule(file, name, package)
 
 
 def _can_import(main: types.ModuleType, tree: ast.Module) -> bool:
@@ -110,9 +99,8 @@ def make_main_module(found: MainModule) -> None:
     main.__package__ = found.package
     for name in MAIN_NAMES:
         sys.modules[name] = main
-    if found.statements and found.file is not None:
-        code = _compile(found)
-        exec(code, vars(main))
+    if found.statements:
+        exec(_compile(found), vars(main))
 
 
 # A main module that is no longer referred to would be cleared, and with it the code that runs.
@@ -142,17 +130,13 @@ def _parse(file: str, modified: int) -> ast.Module:
 def _is_current(file: str, modified: int, namespace: dict[str, Any]) -> bool:
     """Return whether the file still holds the code that runs here, or was edited since."""
     on_disk = _functions_on_disk(file, modified)
-    functions = [
-        found
-        for value in list(namespace.values())
-        # Compare the function that a decorator has wrapped.
-        if isinstance(value, types.FunctionType)
-        and isinstance(found := inspect.unwrap(value), types.FunctionType)
-    ]
+    functions = [v for v in list(namespace.values()) if isinstance(v, types.FunctionType)]
     return all(
         function.__code__ == on_disk.get(function.__name__, function.__code__)
-        for function in functions
-        if function.__module__ in MAIN_NAMES
+        # A decorator's is compared by the function that it has wrapped.
+        for function in map(inspect.unwrap, functions)
+        if isinstance(function, types.FunctionType)
+        and function.__module__ in MAIN_NAMES
         and function.__code__.co_filename == file
         and function.__code__.co_name == function.__qualname__
     )
@@ -187,7 +171,7 @@ def definitions(body: Iterable[ast.stmt]) -> list[ast.stmt]:
 _GUARDS = ("__name__ == '__main__'", "'__main__' == __name__")
 
 
-def is_guard(statement: ast.stmt) -> bool:
+def is_guard(statement: ast.stmt) -> TypeGuard[ast.If]:
     if not isinstance(statement, ast.If):
         return False
     tests = [statement.test]
@@ -198,16 +182,11 @@ def is_guard(statement: ast.stmt) -> bool:
 
 def _unguarded(statement: ast.stmt) -> list[ast.stmt]:
     """Return the statements that an import would run: of a guard, those under ``else``."""
-    if is_guard(statement):
-        assert isinstance(statement, ast.If)
-        return statement.orelse
-    return [statement]
+    return statement.orelse if is_guard(statement) else [statement]
 
 
 def _is_definition(statement: ast.stmt) -> bool:
-    if isinstance(statement, (ast.Import, ast.ImportFrom, ast.ClassDef, ast.Pass)):
-        return True
-    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+    if isinstance(statement, (ast.Import, ast.ImportFrom, ast.Pass, *_DEFINITIONS)):
         return True
     if isinstance(statement, ast.Expr):
         return isinstance(statement.value, ast.Constant)
@@ -308,12 +287,9 @@ def bound_once(tree: ast.Module, chosen: Collection[ast.stmt]) -> set[str]:
     for statement in tree.body:
         if id(statement) in kept:
             bindings.update(bound_names(statement))
-        elif is_guard(statement):
-            assert isinstance(statement, ast.If)
-            for part in statement.body:
-                changed |= bound_names(part)
         else:
-            changed |= bound_names(statement)
+            for part in statement.body if is_guard(statement) else [statement]:
+                changed |= bound_names(part)
     for node in ast.walk(tree):
         if isinstance(node, ast.Global):
             changed |= set(node.names)

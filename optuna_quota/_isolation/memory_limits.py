@@ -269,12 +269,10 @@ class Cgroup:
 
 
 def set_gpu_caps(gpu_memory: float | None, device_memory: float | None) -> None:
-    """Cap the frameworks at a trial's limit on GPU memory; without one, do nothing.
+    """Cap the frameworks at a trial's limit on GPU memory, in bytes; without one, do nothing.
 
-    Args:
-        gpu_memory: The trial's limit, in bytes.
-        device_memory: The memory of the smallest GPU or MIG instance that the trial sees, in
-            bytes; None when unknown, and then only what needs no fraction is set.
+    ``device_memory`` is that of the smallest GPU or MIG instance that the trial sees; None when
+    unknown, and then only what needs no fraction is set.
     """
     if gpu_memory is None:
         return

@@ -10,7 +10,7 @@ from optuna_quota._isolation.channel import SentError
 from optuna_quota._isolation.cores import Cores
 from optuna_quota._isolation.environment import ProcessContext
 from optuna_quota._isolation.output import OutputSettings
-from optuna_quota._isolation.rpc import TrialFacts
+from optuna_quota._isolation.rpc import Address, TrialHandle
 from optuna_quota._usage import Breach
 from optuna_quota.exceptions import LimitBreached
 
@@ -24,19 +24,13 @@ class BeginMonitoring:
 
     It has all that the supervisor needs to enforce the memory limit from the trial's
     :class:`Ready` on, however busy the study's interpreter is then.
-
-    Attributes:
-        grace_period: Seconds between the polite stop and the kill.
-        memory: The limit in bytes, None without one.
-        quota: Whether it is what is left of a quota.
-        elapsed: Seconds since the trial's start.
-        outsiders: How many processes outside of the trial hold, at least, what it was forked with.
     """
 
     grace_period: float
-    memory: float | None
-    quota: bool
+    memory: float | None  # The limit in bytes, None without one
+    quota: bool  # Whether it is what is left of a quota
     elapsed: float
+    # How many processes outside of the trial hold, at least, what it was forked with
     outsiders: int = 0
 
 
@@ -95,32 +89,22 @@ Killer = Literal["breach", "request", "stopped"]
 
 @dataclass(frozen=True)
 class ExitReport:
-    """How the trial's process ended; sent when no process of the trial is left, or can be killed.
+    """How the trial's process ended; sent when none of the trial's is left, or can be killed."""
 
-    Attributes:
-        exitcode: The exit code of the trial's process, negative for a signal; None if unknown.
-        killer: Why the supervisor killed it: a breach, a request of the study's process, or that
-            a signal had stopped it for too long; None when it ended by itself.
-        memory: The highest memory of the tree that was measured, in bytes.
-        unseen_memory: A peak between two measurements, by the kernel's own counters, in bytes.
-        cpu_time: CPU-seconds of all processes of the trial.
-        leftovers: Descriptions of the processes that it left behind.
-        oom_kills: Kills by the kernel's out-of-memory killer on this host meanwhile.
-        cgroup_oom_kills: Such kills in the trial's own control group.
-        traceback: The Python traceback of a process that died of a signal.
-        stuck: What could not be ended, one sentence; empty when nothing is left.
-    """
-
+    # The exit code of the trial's process, negative for a signal; None if unknown
     exitcode: int | None
+    # Why the supervisor killed it: a breach, a request of the study's process, or that a signal
+    # had stopped it for too long; None when it ended by itself
     killer: Killer | None = None
-    memory: float | None = None
+    memory: float | None = None  # The highest memory of the tree that was measured, in bytes
+    # A peak between two measurements, by the kernel's own counters, in bytes
     unseen_memory: float | None = None
-    cpu_time: float | None = None
-    leftovers: tuple[str, ...] = ()
-    oom_kills: int = 0
-    cgroup_oom_kills: int = 0
-    traceback: str = ""
-    stuck: str = ""
+    cpu_time: float | None = None  # CPU-seconds of all processes of the trial
+    leftovers: tuple[str, ...] = ()  # Descriptions of the processes that it left behind
+    oom_kills: int = 0  # Kills by the kernel's out-of-memory killer on this host meanwhile
+    cgroup_oom_kills: int = 0  # Such kills in the trial's own control group
+    traceback: str = ""  # The Python traceback of a process that died of a signal
+    stuck: str = ""  # What could not be ended, one sentence; empty when nothing is left
 
 
 # From the study's process to the trial's own.
@@ -128,28 +112,21 @@ class ExitReport:
 
 @dataclass(frozen=True)
 class StartTrial:
-    """All that a trial's process needs to begin.
-
-    Attributes:
-        limits: The ceilings in force by resource, in SI base units.
-        device_memory: The memory of the smallest visible GPU, in bytes.
-        cores: The cores that it is confined to, None for all.
-        grace_period: Seconds from the polite stop to the kill.
-        objective: The pickled objective; None when the process inherited it.
-        buffers: The bytes of each buffer that follows, and whether it is read-only.
-        worker_signals: Signals to the whole job that the study's process handles for it.
-    """
+    """All that a trial's process needs to begin."""
 
     context: ProcessContext
     output: OutputSettings
-    trial: TrialFacts
-    limits: Mapping[str, float]
-    device_memory: float | None
-    cores: Cores | None
+    address: Address
+    trial: TrialHandle
+    limits: Mapping[str, float]  # The ceilings in force by resource, in SI base units
+    device_memory: float | None  # The memory of the smallest visible GPU, in bytes
+    cores: Cores | None  # The cores that it is confined to, None for all
     grace_period: float
-    objective: bytes | None
+    objective: bytes | None  # The pickled objective; None when the process inherited it
+    # The bytes of each buffer that follows, and whether it is read-only
     buffers: Sequence[tuple[int, bool]]
     strict_memory: bool
+    # Signals to the whole job that the study's process handles for it
     worker_signals: tuple[int, ...]
 
 
@@ -172,31 +149,24 @@ class InheritedObjective:
 
 @dataclass(frozen=True)
 class Ready:
-    """The objective is about to be called; for the supervisor and the study's process.
-
-    Attributes:
-        supervisor: Its parent, which inherits all orphans among its descendants; None where it is
-            the study's process.
-        data_limit: The ``RLIMIT_DATA`` that makes allocations fail, None without.
-        waits: Whether the objective begins once the supervisor has measured the trial without it.
-    """
+    """The objective is about to be called; for the supervisor and the study's process."""
 
     pid: int
+    # Its parent, which inherits all orphans among its descendants; None where it is the study's
+    # process
     supervisor: int | None
-    data_limit: int | None
+    data_limit: int | None  # The ``RLIMIT_DATA`` that makes allocations fail, None without
+    # Whether the objective begins once the supervisor has measured the trial without it
     waits: bool
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the call of the objective ended.
+    """How the call of the objective ended."""
 
-    Attributes:
-        stop_requested: Whether the objective had been asked to stop by then.
-        gpu_memory: The peak of GPU memory by the frameworks' own counters, in bytes.
-    """
-
+    # Whether the objective had been asked to stop by then
     stop_requested: bool = field(default=False, kw_only=True)
+    # The peak of GPU memory by the frameworks' own counters, in bytes
     gpu_memory: float | None = field(default=None, kw_only=True)
 
 
@@ -209,13 +179,7 @@ class Returned(Outcome):
 
 @dataclass(frozen=True)
 class FailedAllocation:
-    """An allocation that failed.
-
-    Attributes:
-        resource: The kind of memory.
-        requested: The bytes requested, None when the error does not say.
-        text: The message of the error.
-    """
+    """An allocation that failed, of how many bytes if the error says so, and its message."""
 
     resource: Literal["memory", "gpu_memory"]
     requested: float | None = None

@@ -56,17 +56,13 @@ def modules_to_preload(*, everything: bool) -> list[str]:
 
 
 def can_preload(names: Iterable[str]) -> list[str]:
-    found = []
-    for name in names:
-        spec = getattr(sys.modules.get(name), "__spec__", None)
-        is_itself = spec is not None and spec.name == name
-        if (
-            is_itself
-            and _package(name) not in _NEVER
-            and not getattr(spec, "_initializing", False)
-        ):
-            found.append(name)
-    return found
+    return [name for name in names if _package(name) not in _NEVER and _is_loaded(name)]
+
+
+def _is_loaded(name: str) -> bool:
+    """Return whether a module is loaded under its own name, and not half imported."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return spec is not None and spec.name == name and not getattr(spec, "_initializing", False)
 
 
 def _package(module: str) -> str:
@@ -78,11 +74,10 @@ def _packages_of_globals(module: types.ModuleType | None) -> set[str]:
     for value in list(getattr(module, "__dict__", {}).values()):
         if isinstance(value, types.ModuleType):
             name: Any = value.__name__
-        elif isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
-            # A class that was made in a namespace without a name has none.
-            name = getattr(value, "__module__", None)
         else:
-            name = type(value).__module__
+            is_named = isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType))
+            # A class that was made in a namespace without a name has none.
+            name = getattr(value if is_named else type(value), "__module__", None)
         if isinstance(name, str):
             found.add(_package(name))
     return found
@@ -122,8 +117,7 @@ def is_installed(file: str) -> bool:
 def _installed_folders() -> tuple[str, ...]:
     paths = sysconfig.get_paths()
     folders = [paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib", "scripts")]
-    if hasattr(site, "getsitepackages"):
-        folders += site.getsitepackages()
+    folders += site.getsitepackages()
     if site.ENABLE_USER_SITE:
         folders.append(site.getusersitepackages())
     # This library itself, wherever it is installed from.

@@ -69,11 +69,7 @@ def find_failed_allocation(error: BaseException) -> FailedAllocation | None:
     quotes: of a worker of a pool or DataLoader, of a failed subprocess, of the failed fits of a
     search. A ``MemoryError`` that Python code raised by itself is none.
     """
-    for link in _chain(error):
-        found = _match(link)
-        if found is not None:
-            return found
-    return None
+    return next(filter(None, map(_match, _chain(error))), None)
 
 
 def find_failed_allocation_in_text(text: str) -> FailedAllocation | None:
@@ -145,15 +141,14 @@ def _match(error: BaseException) -> FailedAllocation | None:
         if not _was_raised_by_python(error.__traceback__):
             return FailedAllocation("memory", _array_size(error) or _requested(message.lower()))
     found = found or find_failed_allocation_in_text(message)
-    if found is not None:
-        return found
-    for output in _quoted(error):
-        found = find_failed_allocation_in_text(output)
-        if found is None and any(words in output.lower() for words in _OTHER_MESSAGES):
-            found = FailedAllocation("memory")
-        if found is not None:
-            return found
-    return None
+    return found or next(filter(None, map(_match_output, _quoted(error))), None)
+
+
+def _match_output(output: str) -> FailedAllocation | None:
+    found = find_failed_allocation_in_text(output)
+    if found is None and any(words in output.lower() for words in _OTHER_MESSAGES):
+        return FailedAllocation("memory")
+    return found
 
 
 def _match_named(path: str, names: Collection[str], message: str) -> FailedAllocation | None:
@@ -248,22 +243,14 @@ _OWN_LIMIT = re.compile(
 
 @dataclass(frozen=True)
 class GpuMemoryState:
-    """GPU memory at the moment when an allocation failed, in bytes; None where unknown.
+    """GPU memory at the moment when an allocation failed, in bytes; None where unknown."""
 
-    Attributes:
-        requested: The size of the allocation.
-        held: What the trial held on all of its GPUs.
-        held_there: What it held on the GPU in question.
-        capacity: The memory of that GPU.
-        free: What was free of it.
-        is_capped: Whether the framework refused it by its own cap, though the GPU had room.
-    """
-
-    requested: float | None = None
-    held: float | None = None
-    held_there: float | None = None
-    capacity: float | None = None
-    free: float | None = None
+    requested: float | None = None  # The size of the allocation
+    held: float | None = None  # What the trial held on all of its GPUs
+    held_there: float | None = None  # What it held on the GPU in question
+    capacity: float | None = None  # The memory of that GPU
+    free: float | None = None  # What was free of it
+    # Whether the framework refused it by its own cap, though the GPU had room
     is_capped: bool = False
 
     @property

@@ -9,14 +9,14 @@ import logging
 import math
 import os
 import signal
-from typing import Any, Literal, NoReturn, TYPE_CHECKING
+from typing import Any, Literal, NoReturn
 
 from optuna import TrialPruned
-from optuna.trial import Trial, TrialState
+from optuna.study import Study
+from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.preemption import end_as_preempted, enqueue_again
-from optuna_quota._enforcement.pruner import breach_error
 from optuna_quota._enforcement.study_warnings import never_fits
 from optuna_quota._enforcement.trial_result import read_row, tolerate_constraints_failure
 from optuna_quota._isolation import messages, out_of_memory
@@ -25,7 +25,7 @@ from optuna_quota._isolation.launch import IsolationOptions
 from optuna_quota._isolation.messages import ExitReport
 from optuna_quota._isolation.script_process import ScriptFailed
 from optuna_quota._isolation.server import Server
-from optuna_quota._metering import Verdict
+from optuna_quota._metering import TrialMonitor, Verdict
 from optuna_quota._metering.breach import find_refused_breach
 from optuna_quota._metering.meter import DeviceShare, GpuUse
 from optuna_quota._metering.visible_gpus import device_memory, free_memory
@@ -33,15 +33,8 @@ from optuna_quota._records import CRASHED, is_rejected, write_attributes
 from optuna_quota._resources import format_amount
 from optuna_quota._storage_retry import retry
 from optuna_quota._units import format_seconds, format_signal
-from optuna_quota._usage import Breach, Usage
+from optuna_quota._usage import Breach, breach_error, Usage
 from optuna_quota.exceptions import LimitBreached, TrialCrashed, TrialPreempted
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import BaseTrial, FrozenTrial
-
-    from optuna_quota._metering import TrialMonitor
 
 
 _logger = logging.getLogger("optuna.quota.isolated")
@@ -112,12 +105,10 @@ class OutcomeResolver:
         outcome, verdict = server.outcome, self._monitor.verdict
         if server.breach is not None or isinstance(outcome, messages.Returned):
             return False
-        was_asked = outcome is None or outcome.stop_requested
-        if was_asked or (verdict is not None and verdict.outcome == "preempted"):
+        if not isinstance(outcome, messages.Raised) or outcome.stop_requested:
             return True
-        if not isinstance(outcome, messages.Raised):
-            return True
-        return not isinstance(unpack_error(outcome.error), TrialPruned)
+        is_preempted = verdict is not None and verdict.outcome == "preempted"
+        return is_preempted or not isinstance(unpack_error(outcome.error), TrialPruned)
 
     def preempt(self, server: Server, reason: str, grace_period: float) -> Any:
         """Return the value of a preempted trial if ``optimize`` runs it, else raise."""

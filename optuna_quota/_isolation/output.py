@@ -40,23 +40,18 @@ class Warned:
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """How the study's process prints, logs and warns.
+    """How the study's process prints, logs and warns."""
 
-    Attributes:
-        forwarded: The standard streams that were replaced, as in a notebook or by a test runner;
-            the others are written to directly.
-        encodings: Encoding and error handler of those written to directly.
-        levels: Level and whether it is disabled, of each logger where these are set.
-        handled: The loggers that have handlers, except for the root logger.
-        disabled: The level up to which logging is off altogether.
-        filters: ``warnings.filters``, with the names of the categories in their places.
-    """
-
+    # The standard streams that were replaced, as in a notebook or by a test runner; the others are
+    # written to directly
     forwarded: frozenset[str]
+    # Encoding and error handler of those written to directly
     encodings: Mapping[str, tuple[str, str]]
+    # Level and whether it is disabled, of each logger where these are set
     levels: Mapping[str, tuple[int, bool]]
-    handled: Sequence[str]
-    disabled: int
+    handled: Sequence[str]  # The loggers that have handlers, except for the root logger
+    disabled: int  # The level up to which logging is off altogether
+    # ``warnings.filters``, with the names of the categories in their places
     filters: Sequence[tuple[str, Any, str, Any, int]]
 
 

@@ -13,24 +13,20 @@ import contextlib
 from dataclasses import dataclass, field
 import datetime
 import functools
-import hmac
 import itertools
 import os
 import secrets
 import socket
 import sys
 import threading
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import Trial
 
 from optuna_quota._isolation.channel import Channel, SentError, unpack_error
-
-
-if TYPE_CHECKING:
-    from optuna_quota._usage import Breach
+from optuna_quota._usage import Breach
 
 
 @dataclass(frozen=True)
@@ -39,6 +35,16 @@ class Handle:
 
     index: int
     kind: type
+
+
+@dataclass(frozen=True)
+class TrialHandle(Handle):
+    """Refers to the trial; has its attributes that never change: they need no call."""
+
+    number: int
+    trial_id: int | None
+    datetime_start: datetime.datetime | None
+    study: Handle | None
 
 
 # A call: its id, the index of its target, the name, arguments (None to read an attribute), keyword
@@ -106,21 +112,12 @@ class Listener:
     def close(self) -> None:
         self._sock.close()
 
-    def accept(self) -> socket.socket | None:
-        """Return a connection that is yet to be admitted, None if it is gone already."""
+    def accept(self) -> Channel | None:
+        """Return a new connection, which is to begin with the key; None without one."""
         with contextlib.suppress(OSError):
-            return self._sock.accept()[0]
-        return None
-
-    def admit(self, sock: socket.socket) -> Channel | None:
-        """Return the connection if it sent the key, which has arrived; else close it."""
-        with contextlib.suppress(OSError):
-            sock.setblocking(False)
-            sent = sock.recv(_KEY_SIZE)
+            sock, _ = self._sock.accept()
             sock.setblocking(True)
-            if hmac.compare_digest(sent, self.address.key):
-                return Channel(sock)
-        sock.close()
+            return Channel(sock, self.address.key)
         return None
 
 
@@ -154,11 +151,6 @@ class RemoteObjects:
 
 # What this process serves by address, and its pid: a fork has it from its parent.
 _served: dict[Address, tuple[int, RemoteObjects]] = {}
-
-
-def _served_here(address: Address) -> RemoteObjects | None:
-    pid, objects = _served.get(address, (None, None))
-    return objects if pid == os.getpid() else None
 
 
 def is_remote(value: Any) -> bool:
@@ -253,10 +245,6 @@ class Method:
 _clients: dict[Address, RpcClient] = {}
 
 
-def _client(address: Address) -> RpcClient:
-    return _clients.get(address) or RpcClient(address)
-
-
 class Proxy:
     """Stands in the trial's process for an object of the study's, and passes for its class."""
 
@@ -289,38 +277,17 @@ class Proxy:
         calls, handle = self.__dict__["_proxied"]
         return proxy_at, (calls.address, handle)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return self.__reduce__()
-
-
-def proxy_at(address: Address, handle: Handle) -> Any:
-    """Return the proxy of an object, or the object itself in its own process."""
-    objects = _served_here(address)
-    return Proxy(_client(address), handle) if objects is None else objects[handle.index]
-
-
-@dataclass(frozen=True)
-class TrialFacts:
-    """Where a trial is served, and its attributes that never change: they need no call."""
-
-    address: Address
-    number: int
-    trial_id: int | None
-    datetime_start: datetime.datetime | None
-    study: Handle | None
-
 
 class RemoteTrial(Proxy):
     """The trial in its process; attributes that are set there stay there."""
 
-    def __init__(self, calls: RpcClient, facts: TrialFacts) -> None:
-        super().__init__(calls, Handle(TRIAL, Trial))
-        self.facts = facts
-        self.number = facts.number
-        self.datetime_start = facts.datetime_start
-        self._trial_id = facts.trial_id
-        if facts.study is not None:
-            self.study = Proxy(calls, facts.study)
+    def __init__(self, calls: RpcClient, handle: TrialHandle) -> None:
+        super().__init__(calls, handle)
+        self.number = handle.number
+        self.datetime_start = handle.datetime_start
+        self._trial_id = handle.trial_id
+        if handle.study is not None:
+            self.study = Proxy(calls, handle.study)
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__[name] = value
@@ -329,11 +296,11 @@ class RemoteTrial(Proxy):
         breach: Breach | None = self._proxied[0].call(TRIAL, CHECK)
         return breach
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return trial_at, (self.facts,)
 
-
-def trial_at(facts: TrialFacts) -> Any:
-    """Return the remote trial, or the trial itself in its own process."""
-    objects = _served_here(facts.address)
-    return RemoteTrial(_client(facts.address), facts) if objects is None else objects[TRIAL]
+def proxy_at(address: Address, handle: Handle) -> Any:
+    """Return the proxy of an object, or the object itself in its own process."""
+    pid, objects = _served.get(address, (None, None))
+    if objects is not None and pid == os.getpid():
+        return objects[handle.index]
+    calls = _clients.get(address) or RpcClient(address)
+    return RemoteTrial(calls, handle) if isinstance(handle, TrialHandle) else Proxy(calls, handle)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 import contextlib
 import functools
 import logging
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 from optuna import TrialPruned
-from optuna.trial import Trial, TrialState
+from optuna.study import Study
+from optuna.trial import BaseTrial, Trial, TrialState
 
 from optuna_quota import _optuna
 from optuna_quota._enforcement.active_trials import resolve_cores
@@ -38,19 +39,12 @@ from optuna_quota._isolation.outcome import INTERRUPTED, OutcomeResolver
 from optuna_quota._isolation.rpc import RemoteObjects
 from optuna_quota._isolation.server import NotStarted, Server
 from optuna_quota._limits import Limits, with_cores
-from optuna_quota._metering import key_of, metering_loop, Verdict
+from optuna_quota._metering import key_of, metering_loop, TrialMonitor, Verdict
 from optuna_quota._records import is_rejected
 from optuna_quota._resources import CLOCK_RESOURCES, format_amount
 from optuna_quota._storage_retry import survive_outages, without_retries
 from optuna_quota._usage import Breach
 from optuna_quota.exceptions import LimitBreached, TrialPreempted
-
-
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import BaseTrial
-
-    from optuna_quota._metering import TrialMonitor
 
 
 _logger = logging.getLogger("optuna.quota.isolated")
@@ -78,7 +72,7 @@ class TrialRun:
         self._preemption = Preemption() if self._study is None else preemption_of(self._study)
         self._trial_id = -1 if self._study is None else _optuna.trial_id_of(trial)
         self._forecast = _StepForecast(self._study) if options.predictive_stop else None
-        self._server: Server | None = None
+        self._server: Server
         # Why it is to run again later, and how something else has ended its row.
         self._stopped_for: str | None = None
         self._ended_outside: str | None = None
@@ -172,18 +166,19 @@ class TrialRun:
     def _start_and_serve(
         self, objective: Callable[..., Any], remote: RemoteObjects, cores: Cores | None
     ) -> Server:
-        launched = TrialLauncher(
+        launcher = TrialLauncher(
             objective, self._options, self._trial, self._monitor, remote, cores
-        ).launch()
+        )
+        connections = launcher.launch()
         label = f"Trial {self._trial.number}"
-        self._server = server = Server(launched.connections, remote, self, label=label)
+        self._server = server = Server(connections, remote, self, label=label)
         # Until the objective begins, only time counts.
         self._monitor.on_breach(self._stop_for_time)
         try:
             with self._preemption.handled_by(
                 self._trial_id, self._preempt, server.kill_soon, self._options.grace_period
             ):
-                launched.begin()
+                launcher.begin(connections)
                 server.serve()
         except KeyboardInterrupt:
             self._interrupt(server)
@@ -192,7 +187,7 @@ class TrialRun:
             server.kill()
             raise
         finally:
-            launched.connections.close()
+            connections.close()
             server.close()
         return server
 
@@ -256,7 +251,7 @@ class TrialRun:
 
     def check_row(self) -> None:
         """Stop the trial if something else has finished its row, such as optuna-dashboard."""
-        if self._study is None or self._server is None or self._ended_outside is not None:
+        if self._study is None or self._ended_outside is not None:
             return
         try:
             with without_retries():
@@ -271,8 +266,7 @@ class TrialRun:
 
     def _stop_for_time(self, breach: Breach) -> None:
         if breach.resource in CLOCK_RESOURCES:
-            is_ready = self._server is not None and self._server.ready is not None
-            if self._study is not None and not breach.quota and not is_ready:
+            if self._study is not None and not breach.quota and self._server.ready is None:
                 warn_once(
                     self._study,
                     "start",
@@ -283,13 +277,11 @@ class TrialRun:
             self._stop(breach)
 
     def _preempt(self, reason: str) -> None:
-        assert self._server is not None
         self._stopped_for = self._stopped_for or reason
         grace_period = self._preemption.grace(self._options.grace_period)
         self._server.stop(TrialPreempted(reason), grace_period)
 
     def _stop(self, breach: Breach) -> None:
-        assert self._server is not None
         self._server.stop(breach, self._options.grace_period)
 
 

@@ -17,17 +17,14 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any, NamedTuple, TYPE_CHECKING
+from typing import Any, NamedTuple
 
 from optuna import TrialPruned
+from optuna.trial import BaseTrial
 
 from optuna_quota._isolation import linux
 from optuna_quota._units import format_signal
 from optuna_quota.exceptions import LimitBreached
-
-
-if TYPE_CHECKING:
-    from optuna.trial import BaseTrial
 
 
 # Bytes of one read, and the most reads of what is left once the script has ended: its last output
@@ -109,7 +106,6 @@ class _Script:
         self._lines = {"stdout": LineSplitter(), "stderr": LineSplitter()}
         self._errors: deque[str] = deque(maxlen=_KEPT_LINES)
         self._selector = selectors.DefaultSelector()
-        self._n_open = 0
         self._oom_kills = linux.count_oom_kills()
 
     def start(self, options: RunScript) -> None:
@@ -131,7 +127,6 @@ class _Script:
             stream = getattr(self._process, name).fileno()
             os.set_blocking(stream, False)
             self._selector.register(stream, selectors.EVENT_READ, name)
-            self._n_open += 1
         if linux.can_supervise():
             self._selector.register(os.pidfd_open(self._process.pid), selectors.EVENT_READ)
 
@@ -144,8 +139,6 @@ class _Script:
         while self.exitcode is None:
             yield from self._read_ready(None if linux.can_supervise() else _INTERVAL)
         for _ in range(_LAST_READS):
-            if not self._n_open:
-                break
             yield from self._read_ready(0.0)
         yield from self._read_rest()
 
@@ -205,7 +198,6 @@ class _Script:
             data = os.read(key.fd, _CHUNK)
             if not data:
                 self._selector.unregister(key.fileobj)
-                self._n_open -= 1
             found += self._pass_on(key.data, self._lines[key.data].feed(data))
         return found
 

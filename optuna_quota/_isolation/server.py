@@ -8,7 +8,6 @@ import math
 import os
 import selectors
 import signal
-import socket
 import threading
 import time
 from typing import Any, Protocol
@@ -61,15 +60,7 @@ class TrialEvents(Protocol):
 
 
 class Server:
-    """Serves one trial's process from the thread that runs the trial.
-
-    Attributes:
-        ready: The message that the objective is about to be called, None before.
-        outcome: How the call of the objective ended, None while it runs.
-        exit: How the trial's process ended, None while it runs.
-        never_fits: Whether the breach is of memory, before the objective began.
-        failed_allocation: One that the objective warned of, None without.
-    """
+    """Serves one trial's process from the thread that runs the trial."""
 
     def __init__(
         self,
@@ -79,10 +70,11 @@ class Server:
         *,
         label: str,
     ) -> None:
-        self.ready: messages.Ready | None = None
-        self.outcome: messages.Outcome | None = None
-        self.exit: messages.ExitReport | None = None
-        self.never_fits = False
+        self.ready: messages.Ready | None = None  # Sent before the objective is called
+        self.outcome: messages.Outcome | None = None  # None while the objective runs
+        self.exit: messages.ExitReport | None = None  # None while the process runs
+        self.never_fits = False  # Whether the breach is of memory, before the objective began
+        # One that the objective has warned of
         self.failed_allocation: messages.FailedAllocation | None = None
         self._control = connections.control
         # Of the trial's own process, then of those that it starts.
@@ -153,8 +145,6 @@ class Server:
 
     def close(self) -> None:
         """Close what :meth:`serve` has opened: no process of the trial is left."""
-        for sock in self._new_connections():
-            sock.close()
         self._selector.close()
         for channel in self._channels[1:]:
             channel.close()
@@ -178,8 +168,6 @@ class Server:
         # Processes of the trial may have ended since they connected or sent something.
         while self._accept():
             pass
-        for sock in self._new_connections():
-            self._admit(sock)
         for channel in self._channels:
             for message in channel.drain():
                 self._handle(message, channel)
@@ -189,31 +177,18 @@ class Server:
             self._serve_supervisor(source)
         elif source is self._remote.listener:
             self._accept()
-        elif isinstance(source, Channel):
-            if not self._serve_process(source):
-                self._selector.unregister(source)
-                if source is not self._channels[0]:
-                    self._channels.remove(source)
-                    source.close()
-        else:
-            self._admit(source)
+        elif not self._serve_process(source):
+            self._selector.unregister(source)
+            if source is not self._channels[0]:
+                self._channels.remove(source)
+                source.close()
 
     def _accept(self) -> bool:
         new = self._remote.listener.accept()
         if new is not None:
+            self._channels.append(new)
             self._selector.register(new, selectors.EVENT_READ)
         return new is not None
-
-    def _new_connections(self) -> list[socket.socket]:
-        registered = [key.fileobj for key in self._selector.get_map().values()]
-        return [source for source in registered if isinstance(source, socket.socket)]
-
-    def _admit(self, sock: socket.socket) -> None:
-        self._selector.unregister(sock)
-        admitted = self._remote.listener.admit(sock)
-        if admitted is not None:
-            self._channels.append(admitted)
-            self._selector.register(admitted, selectors.EVENT_READ)
 
     def _send(self, message: object) -> None:
         with contextlib.suppress(OSError):
@@ -337,8 +312,6 @@ class Server:
                 value = self._events.find_breach()
             elif name == rpc.MEASURE:
                 self._events.measure_gpus()
-            elif name == "__setattr__":
-                setattr(self._remote[index], *(args or ()))
             elif name != rpc.SYNC:
                 value = getattr(self._remote[index], name)
                 if args is not None:

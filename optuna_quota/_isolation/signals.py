@@ -11,12 +11,12 @@ import signal
 import socket
 import sys
 import threading
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
+from optuna.exceptions import TrialPruned
 
-if TYPE_CHECKING:
-    from optuna_quota._usage import Breach
-    from optuna_quota.exceptions import LimitBreached
+from optuna_quota._usage import Breach, breach_error
+from optuna_quota.exceptions import LimitBreached
 
 
 # A real-time signal has no meaning of its own: SIGTERM, SIGINT and SIGUSR1 keep theirs, and a
@@ -51,7 +51,7 @@ class PoliteStop:
     def listen_for_cpu_time(self) -> None:
         if hasattr(signal, "SIGXCPU"):
             self._numbers.append(signal.SIGXCPU)
-            signal.signal(signal.SIGXCPU, self._on_cpu_time)
+            signal.signal(signal.SIGXCPU, self._on_signal)
 
     def end(self) -> None:
         """Raise nothing from now on: the objective has ended."""
@@ -72,19 +72,26 @@ class PoliteStop:
     def _uninstall(self) -> None:
         """Restore the default handlers in a process that the objective forks."""
         for number in self._numbers:
-            if signal.getsignal(number) in (self._on_signal, self._on_cpu_time):
+            if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, signal.SIG_DFL)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         if os.getpid() != self._pid:
             return
-        if self._link is not None:
+        if self._link is not None and signum == STOP_SIGNAL:
             try:
                 self._reason = pickle.loads(self._link.recv(1 << 16))
             except (OSError, EOFError):
                 # Not from the supervisor, or the second of two that came as one.
                 return
-        self._stop()
+        # Else SIGXCPU: the kernel kills at its hard limit if this is ignored.
+        if self._over:
+            return
+        self.requested = True
+        if self._held:
+            self._deferred = True
+        else:
+            self._raise()
 
     def wait_to_begin(self) -> None:
         """Wait until the supervisor lets the objective begin; it kills a trial that never fits."""
@@ -98,24 +105,7 @@ class PoliteStop:
             else:
                 signal.pause()  # for the signal that comes with a stop
 
-    def _on_cpu_time(self, signum: int, frame: Any) -> None:
-        # The kernel kills at its hard limit if this is ignored.
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._over:
-            return
-        self.requested = True
-        if self._held:
-            self._deferred = True
-        else:
-            self._raise()
-
     def _raise(self) -> None:
-        from optuna.exceptions import TrialPruned
-
-        from optuna_quota.exceptions import LimitBreached
-
         # A signal to the whole job, a check or `should_prune` has ended it already: it cleans up.
         error = sys.exc_info()[1]
         while error is not None:
@@ -128,13 +118,7 @@ class PoliteStop:
         if reason is None:
             # The kernel gives no figures; the study's process adds them.
             raise LimitBreached("The trial used up its CPU time.", resource="cpu_time")
-        raise LimitBreached(
-            reason.reason,
-            resource=reason.resource,
-            limit=reason.limit,
-            observed=reason.observed,
-            seconds=reason.seconds,
-        )
+        raise breach_error(reason)
 
 
 # A workload manager (``sbatch --signal``, ``scancel``) signals each process of a job step. The

@@ -62,12 +62,8 @@ _LONGEST_TURN = 0.05
 class Supervisor:
     """Supervises one trial, a child process, until none of its processes is left.
 
-    Args:
-        control: The connection to the study's process.
-        link: The connection to the trial's process.
-        parent: A pidfd of the study's process.
-        crash_file: Where the trial's process writes its traceback when it dies of a signal.
-        monitoring: What to enforce, where this process was forked from the study's.
+    ``control`` leads to the study's process, of which ``parent`` is a pidfd, ``link`` to the
+    trial's. ``monitoring`` is given where this process was forked from the study's.
     """
 
     def __init__(
@@ -102,7 +98,7 @@ class Supervisor:
         self._data_limit_due = 0.0
         self._breach: Breach | None = None
         self._stop_requested = False
-        self._deadline: float | None = None
+        self._deadline = math.inf
         self._killer_at_deadline: messages.Killer = "request"
         self._paused_at: float | None = None
         self._pause_reported = False
@@ -150,13 +146,11 @@ class Supervisor:
             return None
         if self._is_suspended(now):
             return _SUSPENSION_PERIOD
-        if self._deadline is not None and now >= self._deadline:
+        if now >= self._deadline:
             self._kill(self._killer_at_deadline)
         self._check_paused(now)
         wait = LONGEST_INTERVAL if self._ready_at is None else self._check_memory(now)
-        if self._deadline is not None:
-            wait = min(wait, max(0.0, self._deadline - now))
-        return wait
+        return min(wait, max(0.0, self._deadline - now))
 
     def _receive(self) -> None:
         try:
@@ -172,8 +166,7 @@ class Supervisor:
         elif isinstance(message, messages.StopTrial):
             self._stop(message.reason, message.grace_period)
         elif isinstance(message, messages.ExitWithin):
-            due = self._clock() + message.seconds
-            self._deadline = due if self._deadline is None else min(due, self._deadline)
+            self._deadline = min(self._deadline, self._clock() + message.seconds)
         elif isinstance(message, messages.KillTrial):
             self._kill("request")
 
@@ -280,7 +273,7 @@ class Supervisor:
         """Kill the trial's own process; what it started is killed when it is gone."""
         self._killer = self._killer or killer
         self._killed_at = min(self._killed_at, self._clock())
-        self._deadline = None
+        self._deadline = math.inf
         if self._cgroup is not None:
             self._cgroup.kill()
         with contextlib.suppress(OSError):

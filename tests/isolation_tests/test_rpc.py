@@ -10,7 +10,6 @@ import multiprocessing
 import os
 from pathlib import Path
 import pickle
-import select
 import signal
 from typing import Any
 
@@ -27,7 +26,8 @@ from optuna_quota._isolation.rpc import (
     RemoteObjects,
     RemoteTrial,
     RpcClient,
-    TrialFacts,
+    TRIAL,
+    TrialHandle,
 )
 from optuna_quota._records import read_record
 from tests.isolation_tests.trials import MIB
@@ -197,10 +197,10 @@ def test_what_comes_back_to_its_own_process_is_itself() -> None:
     """``study.tell(trial, …)`` and the like get the trial, and make no call to themselves."""
     trial = optuna.create_study().ask()
     with contextlib.closing(RemoteObjects(trial)) as remote:
-        address, calls = remote.listener.address, RpcClient(remote.listener.address)
-        facts = TrialFacts(address, trial.number, None, None, None)
+        calls = RpcClient(remote.listener.address)
+        handle = TrialHandle(TRIAL, optuna.Trial, trial.number, None, None, None)
         proxy = Proxy(calls, remote.handle(trial.study))
-        assert pickle.loads(pickle.dumps(RemoteTrial(calls, facts))) is trial
+        assert pickle.loads(pickle.dumps(RemoteTrial(calls, handle))) is trial
         assert pickle.loads(pickle.dumps(proxy)) is trial.study
     assert type(pickle.loads(pickle.dumps(proxy))) is Proxy
 
@@ -247,30 +247,42 @@ def test_a_signal_handler_may_call_the_trial_within_a_call() -> None:
 # Connections of the processes that a trial starts.
 
 
-def admit(listener: Listener) -> Channel | None:
+def accept(listener: Listener) -> Channel:
     new = listener.accept()
     assert new is not None
-    select.select([new], [], [], 60)
-    return listener.admit(new)
+    return new
 
 
 def test_a_connection_needs_the_key() -> None:
     with contextlib.closing(Listener()) as listener:
         assert listener.accept() is None
         with contextlib.closing(connect(listener.address)) as theirs:
-            ours = admit(listener)
-            assert ours is not None
-            ours.send("hello")
-            assert theirs.receive() == "hello"
-            ours.close()
+            theirs.send("hello")
+            with contextlib.closing(accept(listener)) as ours:
+                assert ours.receive() == "hello"
+                ours.send("hello")
+                assert theirs.receive() == "hello"
         for key in (b"", b"x", b"x" * 32, listener.address.key[:-1]):
             with contextlib.closing(connect(replace(listener.address, key=key))) as stranger:
-                if not key:
-                    stranger.close()
-                assert admit(listener) is None
+                with contextlib.closing(accept(listener)) as ours:
+                    if key:
+                        stranger.send("hello" * 10)
+                    else:
+                        stranger.close()
+                    with pytest.raises(EOFError):
+                        ours.receive()
+                    assert list(ours.drain()) == []
                 if key:
                     with pytest.raises((EOFError, ConnectionError)):
                         stranger.receive()
+
+
+def test_a_connection_without_the_whole_key_is_not_waited_for() -> None:
+    with contextlib.closing(Listener()) as listener:
+        half = replace(listener.address, key=listener.address.key[:16])
+        with contextlib.closing(connect(half)), contextlib.closing(accept(listener)) as ours:
+            assert list(ours.arrived()) == []
+            assert list(ours.drain()) == []
 
 
 def test_the_key_is_not_shown() -> None:

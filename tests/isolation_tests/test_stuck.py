@@ -326,7 +326,7 @@ def test_a_fork_server_does_not_wait_for_a_study_that_reads_nothing(tmp_path: Pa
         ours, theirs = channel_pair()
         server = forkserver.ForkServer(theirs, os.pidfd_open(os.getppid()))
         names = [f"module_{number}" for number in range(3000)]
-        server._preload(forkserver.PreloadModules(sys.path, names))
+        server._prepare(forkserver.Prepare(sys.path, names, None))
     """
     run_python(tmp_path, "-c", textwrap.dedent(script))
 
