@@ -25,13 +25,7 @@ from optuna_quota import _units
 from optuna_quota._isolation.memory_limits import find_delegated, own_cgroup
 from optuna_quota._metering.host import cpu_count, host_memory_limit
 from optuna_quota._metering.meter import Rapl
-from optuna_quota._metering.nvml import (
-    answer_in_time,
-    GpuError,
-    HANGS,
-    NvmlDevice,
-    open_devices,
-)
+from optuna_quota._metering.nvml import answer_in_time, GpuError, HANGS, NvmlDevice, open_devices
 from optuna_quota._version import __version__
 
 

@@ -200,10 +200,7 @@ def build_record(
 
 
 def save_record(
-    study: Study,
-    trial: FrozenTrial,
-    record: TrialRecord,
-    system: Mapping[str, Any] | None = None,
+    study: Study, trial: FrozenTrial, record: TrialRecord, system: Mapping[str, Any] | None = None
 ) -> None:
     """Write a record and system attributes into a row; log what the storage refuses.
 

@@ -220,12 +220,12 @@ def _same(value: Any, choice: Any) -> bool:
     # equal itself), so such choices are compared by their text.
     if isinstance(value, str) and isinstance(choice, str):
         return value == choice
-    if not _is_scalar(choice) or not _is_scalar(value):
+    if not is_scalar(choice) or not is_scalar(value):
         return _as_text(value) == _as_text(choice)
     return isinstance(value, bool) == isinstance(choice, bool) and bool(value == choice)
 
 
-def _is_scalar(value: Any) -> bool:
+def is_scalar(value: Any) -> bool:
     if isinstance(value, (float, np.floating)):
         return math.isfinite(value)
     return value is None or isinstance(value, (bool, int, str, np.generic))

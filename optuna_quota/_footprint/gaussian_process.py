@@ -33,6 +33,7 @@ of the others has next to no weight, one far above has much.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import lru_cache
 import math
@@ -123,7 +124,6 @@ class GaussianProcess:
         extra: np.ndarray,
         noisy: np.ndarray,
     ) -> None:
-        self.target = target
         self.hyperparameters = hyperparameters
         linear, matern = np.exp(hyperparameters[:2])
         self._variances = float(linear) * _linear_unit(columns.shape[1]), float(matern)
@@ -135,12 +135,23 @@ class GaussianProcess:
         self._next_level = levels[-1, :-1]
         self._scaled = columns * self._inverse_lengths
         self._scaled_squares = np.einsum("ij,ij->i", self._scaled, self._scaled)
-        covariance = self._kernel(columns) + levels[:-1, :-1]
-        # Variance of each observation.
-        self._own = self.noise * noisy + extra + _JITTER
-        covariance[np.diag_indices(len(target))] += self._own
+        self._prior = self._kernel(columns) + levels[:-1, :-1]
+        self._noisy = self.noise * noisy + _JITTER
+        self._observe(target, extra)
+
+    def _observe(self, target: np.ndarray, extra: np.ndarray) -> None:
+        self.target = target
+        self._own = self._noisy + extra  # variance of each observation
+        covariance = self._prior.copy()
+        covariance.ravel()[:: len(covariance) + 1] += self._own
         self._inverse = invert(covariance)[0]
         self._alpha = self._inverse @ target
+
+    def given(self, sites: Sites) -> GaussianProcess:
+        """Return the posterior of the same process given other observations."""
+        other = copy.copy(self)
+        other._observe(sites.target, sites.extra)
+        return other
 
     @property
     def noise(self) -> float:
@@ -361,13 +372,14 @@ def propagate(
     """
     if not censored.any():
         return Sites(target, np.zeros(len(target)))
+    process = GaussianProcess(columns, sites.target, hyperparameters, sites.extra, ~censored)
     for _ in range(rounds):
-        process = GaussianProcess(columns, sites.target, hyperparameters, sites.extra, ~censored)
         fresh = _refined(process, target, censored, rate, sites)
         moved = float(np.max(np.abs(fresh.target - sites.target)[censored], initial=0.0))
         sites = fresh
         if moved < 1e-3:
             break
+        process = process.given(sites)
     return sites
 
 

@@ -20,7 +20,7 @@ from optuna_quota._footprint.gaussian_process import (
     Sites,
     stop_rates,
 )
-from optuna_quota._footprint.numerics import average_ranks, square_root
+from optuna_quota._footprint.numerics import average_ranks, product, square_root
 from optuna_quota._records import Interval
 
 
@@ -225,7 +225,7 @@ class ResourceModel:
         common, own = np.sqrt(beyond * variance), np.sqrt(within * noise)
         n = len(columns)
         heavy = np.sqrt(self.df / generator.chisquare(self.df, (count, 1)))
-        away = generator.standard_normal((count, n)) @ root.T
+        away = product(generator.standard_normal((count, n)), root.T)
         away = heavy * (away + generator.standard_normal((count, 1)) * common)
         away += own * generator.standard_normal((count, n))
         logs = self.location + self.scale * (

@@ -10,12 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import json
-import math
 from typing import Any
 
 import numpy as np
 
-from optuna_quota._footprint.features import CategoryFeature, Feature, Features, NumericFeature
+from optuna_quota._footprint.features import (
+    CategoryFeature,
+    Feature,
+    Features,
+    is_scalar,
+    NumericFeature,
+)
 from optuna_quota._footprint.observations import Observation
 from optuna_quota._usage import usage_from_amounts
 
@@ -150,13 +155,7 @@ def _observation(value: Any, space: Mapping[str, Any]) -> Observation:
 def _plain(value: Any) -> Any:
     """Return a value that JSON keeps: text for what is no finite scalar."""
     value = value.item() if isinstance(value, np.generic) else value
-    return value if _is_plain(value) else repr(value)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return value is None or isinstance(value, (bool, int, str))
+    return value if is_scalar(value) else repr(value)
 
 
 def _mapping(value: Any, name: str) -> Mapping[str, Any]:
@@ -188,7 +187,7 @@ def _number(value: Any, name: str, low: float = -_MAX_NUMBER, high: float = _MAX
 
 
 def _scalar(value: Any, name: str) -> Any:
-    if not _is_plain(value):
+    if not is_scalar(value):
         raise ValueError(
             f"`{name}` must be a finite number, text, a boolean or null but got {_short(value)}."
         )

@@ -119,7 +119,7 @@ class UserFootprint(BaseFootprint):
         self, usage: Usage | Callable[[Mapping[str, Any]], Usage], *, lenient: bool = False
     ) -> None:
         self.usage = usage
-        self._function = None if isinstance(usage, Usage) else AskedOnce(usage)
+        self.function = None if isinstance(usage, Usage) else AskedOnce(usage)
         self._lenient = lenient
         self._warned = False
 
@@ -156,23 +156,10 @@ class UserFootprint(BaseFootprint):
         }
 
     def _amounts(self, params: Mapping[str, Any]) -> dict[str, float]:
-        usage = self.usage if self._function is None else self._call(self._function, params)
+        usage = self.usage if self.function is None else self._call(self.function, params)
         if not isinstance(usage, Usage):
             raise TypeError(f"`footprint` must return a Usage but returned {usage!r}.")
         return usage.amounts()
-
-    def count_within(self, seconds: float, points: Sequence[Mapping[str, Any]] = ()) -> float:
-        """Return the number of points whose usage can be computed in a time.
-
-        The first of ``points`` are computed if nothing shows yet how long that takes.
-        """
-        if self._function is None:
-            return math.inf
-        for params in points:
-            if self._function.seconds is not None:
-                break
-            self._amounts(params)
-        return seconds / (self._function.seconds or _UNKNOWN_SECONDS)
 
     def _call(self, function: AskedOnce, params: Mapping[str, Any]) -> Any:
         try:
@@ -197,9 +184,19 @@ class UserFootprint(BaseFootprint):
 def count_within(
     footprint: BaseFootprint, seconds: float, points: Sequence[Mapping[str, Any]] = ()
 ) -> float:
-    """Return :meth:`UserFootprint.count_within`, infinite for all but functions of a user."""
+    """Return the number of points whose usage can be computed in a time.
+
+    Infinite for all but functions of a user. The first of ``points`` are computed if nothing shows
+    yet how long that takes.
+    """
     stated = footprint.stated if isinstance(footprint, CalibratedFootprint) else footprint
-    return stated.count_within(seconds, points) if isinstance(stated, UserFootprint) else math.inf
+    if not isinstance(stated, UserFootprint) or stated.function is None:
+        return math.inf
+    for params in points:
+        if stated.function.seconds is not None:
+            break
+        stated.intervals(params)
+    return seconds / (stated.function.seconds or _UNKNOWN_SECONDS)
 
 
 def as_footprint(footprint: Any, *, lenient: bool = False) -> BaseFootprint:
@@ -282,7 +279,6 @@ class CalibratedFootprint(BaseFootprint):
         return self._learned.points
 
     def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
-        """Return lower, median and upper of each resource at a point."""
         found = self.stated.intervals(params)
         for name, expected in self.expected([params]).items():
             found[name] = expected.intervals(self._learned.confidence)[0]
@@ -291,7 +287,6 @@ class CalibratedFootprint(BaseFootprint):
     def breaches(
         self, points: Sequence[Mapping[str, Any]], limits: Limits
     ) -> dict[str, np.ndarray]:
-        """Return the probability of each breach at points, by resource."""
         found = self.stated.breaches(points, limits)
         for name, expected in self.expected(points).items():
             if name in found:
@@ -308,7 +303,6 @@ class CalibratedFootprint(BaseFootprint):
     def draw(
         self, points: Sequence[Mapping[str, Any]], count: int, seed: int, ahead: int = 1
     ) -> dict[str, np.ndarray]:
-        """Return joint draws at points by resource, shape ``(count, n_points)``."""
         found = self.stated.draw(points, count, seed)
         found.update(self._learned.draw(points, count, seed, ahead))
         ratios = self._ratios.draw(points, count, seed, ahead)

@@ -8,7 +8,7 @@ read when a trial starts; nothing waits for them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import os
 from types import MappingProxyType
 
@@ -72,6 +72,37 @@ def request_gpus(
         most = max(least, room[gpu] / 2) if each is None else each
         requests[gpu.resource] = ResourceRequest(least, most)
     return requests
+
+
+@dataclass(frozen=True)
+class GpuChoice:
+    """Which GPUs one trial requests; the fields are arguments of :func:`request_gpus`."""
+
+    gpus: Sequence[Gpu]
+    machine: str
+    need: float | None
+    count: int
+    in_use: Mapping[str, float]
+
+    def request(self, claims: Iterable[Claim]) -> dict[str, ResourceRequest]:
+        return request_gpus(
+            self.gpus, claims, self.machine, self.need, count=self.count, in_use=self.in_use
+        )
+
+    def revise(
+        self, requests: Mapping[str, ResourceRequest], number: int, claims: Iterable[Claim]
+    ) -> dict[str, ResourceRequest] | None:
+        """Return what to request after all, as others ask for the same GPUs; None if settled.
+
+        Of trials that ask at once, the one with the lower number has its choice. It asks again
+        until the others have seen that: one may have read the claims before this was among them.
+        """
+        others = [claim for claim in claims if claim.number != number]
+        before = [each if each.number < number else replace(each, asked={}) for each in others]
+        mine = self.request(before)
+        if mine.keys() | self.request(others).keys() <= requests.keys():
+            return None
+        return {n: r for n, r in requests.items() if not n.startswith(DEVICE)} | mine
 
 
 def find_gpus(granted: Mapping[str, float]) -> str | None:

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial
 from optuna_quota import _optuna
 from optuna_quota._ledger import grant
 from optuna_quota._ledger.dead_workers import LEASE, OrphanedTrial
-from optuna_quota._ledger.gpus import find_gpus, Gpu, memory_in_use, request_gpus
+from optuna_quota._ledger.gpus import find_gpus, Gpu, GpuChoice, memory_in_use
 from optuna_quota._ledger.grant import Needs, Refusal
 from optuna_quota._ledger.heartbeat import Heartbeat, RunningTrial, RunningTrials
 from optuna_quota._ledger.protocol import (
@@ -43,6 +43,9 @@ _logger = logging.getLogger("optuna.quota.ledger")
 _FAR = 0.5
 # Seconds. Others may have used up a quota since rows were read before that.
 _FRESH = 1.0
+
+# How often a trial asks for other GPUs, as others ask for the same.
+_MOST_MOVES = 20
 
 # Seconds of waiting after which a thread that may wait for itself is warned.
 _DEADLOCK_WARNING_AFTER = 10.0
@@ -147,21 +150,21 @@ class Ledger:
                 requested_by=self._requested_by(),
             )
             gpu_memory = footprint.get("gpu_memory", limits.gpu_memory)
-            requests |= request_gpus(
+            choice = GpuChoice(
                 self._gpus,
-                seen.claims,
                 this_worker().machine,
                 gpu_memory,
-                count=self._gpus_per_trial,
-                in_use=memory_in_use(self._gpus),
+                self._gpus_per_trial,
+                memory_in_use(self._gpus),
             )
+            requests |= choice.request(seen.claims)
             # A waiting trial checks before it asks: a claim that can't be granted would only
             # disturb the others.
             decision, running = self._state.judge(number, held, requests, seen, queue=True), None
             if short is None and decision.action == "grant" and self._may_start_at_once(seen):
                 running, seen = self._start_at_once(trial, limits, requests, decision)
             if running is None and (short is None or decision.action != "withdraw"):
-                decision, seen = self._state.ask(trial_id, number, held, requests, queue=True)
+                decision, seen = self._ask(trial_id, number, held, requests, choice)
             least = needs(seen.free(self.quota), seen.count_beside(number))
             refusal = grant.refuse_exhausted(self.quota, seen.used, footprint, needs=least)
             if refusal is None and decision.action == "grant":
@@ -184,6 +187,24 @@ class Ledger:
                     warn_at = math.inf
             self._clock.sleep(pause)
         raise AssertionError("The pauses never end.")
+
+    def _ask(
+        self,
+        trial_id: int,
+        number: int,
+        held: Reservation,
+        requests: Mapping[str, ResourceRequest],
+        choice: GpuChoice,
+    ) -> tuple[Decision, Snapshot]:
+        revised: Mapping[str, ResourceRequest] | None = requests
+        for _, pause in zip(range(_MOST_MOVES), pauses(), strict=False):
+            assert revised is not None
+            decision, seen = self._state.ask(trial_id, number, held, revised, queue=True)
+            revised = choice.revise(revised, number, seen.claims)
+            if revised is None or decision.action != "grant":
+                break
+            self._clock.sleep(pause)
+        return decision, seen
 
     def _withdraw(self, trial_id: int, refusal: Refusal) -> Refusal:
         self._state.write(trial_id, Reservation())

@@ -16,13 +16,7 @@ from typing import TypeVar
 
 import psutil
 
-from optuna_quota._metering.nvml import (
-    answer_in_time,
-    GpuError,
-    GpuSample,
-    HANGS,
-    NvmlDevice,
-)
+from optuna_quota._metering.nvml import answer_in_time, GpuError, GpuSample, HANGS, NvmlDevice
 from optuna_quota._resources import GPU_RESOURCES, RESOURCES
 
 
@@ -175,10 +169,7 @@ class GpuReader:
     """
 
     def __init__(
-        self,
-        devices: Iterable[NvmlDevice],
-        *,
-        is_alive: Callable[[int], bool] = is_alive,
+        self, devices: Iterable[NvmlDevice], *, is_alive: Callable[[int], bool] = is_alive
     ) -> None:
         self.is_alive = is_alive
         self._lock = threading.Lock()

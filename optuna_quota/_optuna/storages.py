@@ -286,8 +286,7 @@ def _upsert_into(table: Any, dialect: str) -> Any:
     if dialect == "mysql":
         return insert.on_duplicate_key_update(value_json=insert.inserted.value_json)
     return insert.on_conflict_do_update(
-        index_elements=[table.trial_id, table.key],
-        set_={"value_json": insert.excluded.value_json},
+        index_elements=[table.trial_id, table.key], set_={"value_json": insert.excluded.value_json}
     )
 
 

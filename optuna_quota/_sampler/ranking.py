@@ -64,11 +64,7 @@ class Choice(NamedTuple):
 
 
 def choose(
-    rows: Sequence[Row],
-    points: Points,
-    medians: Medians,
-    left: Mapping[str, float],
-    fit: Fit,
+    rows: Sequence[Row], points: Points, medians: Medians, left: Mapping[str, float], fit: Fit
 ) -> Choice:
     """Return the point with the greatest expected improvement per predicted cost.
 

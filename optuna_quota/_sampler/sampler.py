@@ -334,11 +334,7 @@ class QuotaSampler(_optuna.StudyPart, BaseSampler):
             return value
 
     def after_trial(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None,
+        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
         """Settle a trial before its row is finished, and end the study with its quota."""
         whole = _optuna.unwrap_study(study)

@@ -179,11 +179,7 @@ class StudySession:
         return self.ledger.revise_promise(_optuna.trial_id_of(trial), bounds, expected)
 
     def finish_trial(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        state: TrialState,
-        limits: Callable[[], Limits],
+        self, study: Study, trial: FrozenTrial, state: TrialState, limits: Callable[[], Limits]
     ) -> None:
         trial_id = _optuna.trial_id_of(trial)
         usage = Usage()

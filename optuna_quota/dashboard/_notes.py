@@ -114,7 +114,7 @@ def study_note(text: ReportText, trial_url: Callable[[int], str]) -> str:
         rows = [[d.title, code(d.param), d.interval, d.change] for d in text.drivers]
         parts += ["#### What drives usage", table(head, rows, right=(2, 3)), DRIVERS]
     if text.models:
-        rows = [[escape(model.title), code(model.formula)] for model in text.models]
+        rows = [[escape(title), code(formula)] for title, formula, _ in text.models]
         parts += ["#### Fitted models", table(["resource", "fitted model"], rows)]
     advice = text.advice[:_MAX_ADVICE]
     if advice:

@@ -119,7 +119,7 @@ def _bar(share: float, text: str) -> Safe:
 
 def _advice(text: ReportText) -> list[Safe]:
     items = [
-        element("li", row.text, *(element("pre", lines) for lines in row.snippets))
+        element("li", row.text, *(element("pre", lines) for lines in row.snippets.values()))
         for row in text.advice
     ]
     return [element("h2", "What to change"), element("ul", *items)] if items else []
@@ -134,11 +134,11 @@ def _models(text: ReportText) -> list[Safe]:
         parts.append(table(head, rows, name="wide resources"))
     if text.models:
         parts.append(element("h2", "Fitted models"))
-    for model in text.models:
-        parts.append(element("p", element("b", model.title), class_="model"))
-        parts.append(element("pre", model.formula))
-        if model.warnings:
-            parts.append(element("ul", *(element("li", w) for w in model.warnings)))
+    for title, formula, warnings in text.models:
+        parts.append(element("p", element("b", title), class_="model"))
+        parts.append(element("pre", formula))
+        if warnings:
+            parts.append(element("ul", *(element("li", w) for w in warnings)))
     return parts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 import math
 from typing import NamedTuple, TYPE_CHECKING
 
@@ -68,27 +69,23 @@ def plot_quality_cost(
     trials = StudyTrials(study)
     if maximize is None:
         maximize = study.directions[0].name == "MAXIMIZE"
-    return quality_cost_figure(trials, resource, target or _first_value, target_name, maximize)
+    target = target or partial(_value, 0)
+    return quality_cost_figure(trials, resource, target, target_name, maximize)
 
 
-def _first_value(trial: FrozenTrial) -> float:
-    return float(trial.values[0])
+def _value(index: int, trial: FrozenTrial) -> float:
+    return float(trial.values[index])
 
 
 def quality_cost_figures(trials: StudyTrials) -> dict[str, go.Figure]:
     """Return quality against wall time by name, one figure for each objective."""
-    directions = trials.study.directions
-    made = {}
+    directions, made = trials.study.directions, {}
+    several = len(directions) > 1
     for index, direction in enumerate(directions):
-
-        def value(trial: FrozenTrial, index: int = index) -> float:
-            return float(trial.values[index])
-
-        several = len(directions) > 1
         made[f"quality_cost_{index}" if several else "quality_cost"] = quality_cost_figure(
             trials,
             "wall_time",
-            value,
+            partial(_value, index),
             f"Objective {index}" if several else "Objective value",
             direction.name == "MAXIMIZE",
         )
@@ -102,7 +99,6 @@ def quality_cost_figure(
     target_name: str,
     maximize: bool,
 ) -> go.Figure:
-    """Return the figure of :func:`plot_quality_cost`."""
     name = "time" if resource == "wall_time" else get_resource(resource).title
     title = f"Quality against {name}"
     priced = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, TYPE_CHECKING
 
+from optuna_quota._analysis.advice import Advice
 from optuna_quota._ledger import status
 from optuna_quota._resources import format_amount, get_resource
 from optuna_quota._units import counted
@@ -41,21 +42,6 @@ class DriverRow(NamedTuple):
     share: float
     interval: str
     change: str
-
-
-class ModelRow(NamedTuple):
-    """One fitted model."""
-
-    title: str
-    formula: str
-    warnings: Sequence[str]
-
-
-class AdviceRow(NamedTuple):
-    """What to change, and lines to copy."""
-
-    text: str
-    snippets: Sequence[str] = ()
 
 
 class EndedRow(NamedTuple):
@@ -140,19 +126,19 @@ class ReportText:
         return [_driver_row(name, each) for name, all_ in found for each in all_ if each.is_clear]
 
     @property
-    def models(self) -> list[ModelRow]:
-        """The fitted models."""
+    def models(self) -> list[tuple[str, str, list[str]]]:
+        """Title, formula and warnings of each fitted model."""
         return [
-            ModelRow(resource_title(name), formula, self._report.model_warnings(name))
+            (resource_title(name), formula, self._report.model_warnings(name))
             for name, formula in self._report.formulas.items()
         ]
 
     @property
-    def advice(self) -> list[AdviceRow]:
+    def advice(self) -> list[Advice]:
         """What to change: bounds that would halve the cost first."""
         cheaper = self._report.cheaper_space
-        rows = [] if cheaper is None else [AdviceRow(str(cheaper))]
-        return rows + [AdviceRow(a.text, list(a.snippets.values())) for a in self._report.advice]
+        bounds = [] if cheaper is None else [Advice("search space", str(cheaper), {})]
+        return [*bounds, *self._report.advice]
 
     @property
     def ended(self) -> list[EndedRow]:

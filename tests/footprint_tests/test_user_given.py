@@ -131,7 +131,7 @@ def objective(trial: optuna.Trial) -> float:
 
 def study_with(footprint: Estimator) -> optuna.Study:
     sampler = QuotaSampler(
-        TPESampler(seed=1),
+        TPESampler(seed=2),
         quota=Quota(wall_time="1h"),
         strategy=Strategy(n_trials=12, search_space=SPACE),
         footprint=footprint,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -24,7 +25,6 @@ from optuna_quota._ledger import (
 )
 from optuna_quota._ledger.dead_workers import LEASE
 from optuna_quota._ledger.protocol import Worker
-from optuna_quota._ledger.state import SystemClock
 from optuna_quota._metering import replace_loop
 from optuna_quota._metering.monitored_tree import ThreadTime
 from optuna_quota._sampler import study_session
@@ -179,13 +179,14 @@ class Simulation:
         self._patch_clocks_and_processes()
 
     def _patch_clocks_and_processes(self) -> None:
-        def wait(clock: SystemClock, seconds: float) -> None:
+        def wait(seconds: float) -> None:
             raise WouldWait
 
         set_attribute = self._patch.setattr
-        set_attribute(SystemClock, "time", lambda clock: EPOCH + self.now)
-        set_attribute(SystemClock, "monotonic", lambda clock: self.now)
-        set_attribute(SystemClock, "sleep", wait)
+        clock = SimpleNamespace(
+            time=lambda: EPOCH + self.now, monotonic=lambda: self.now, sleep=wait
+        )
+        set_attribute(ledger_module, "time", clock)
         set_attribute(ledger_module, "Heartbeat", ManualHeartbeat)
         set_attribute(protocol, "_worker", lambda pid: self._current)
         set_attribute(protocol, "process_start", self._started)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+import threading
 from typing import Any
 
 import optuna
@@ -10,7 +12,7 @@ import pytest
 
 from optuna_quota import isolated, Limits, Quota, QuotaSampler, Usage
 from optuna_quota._ledger import check_gpus_per_trial, Gpu, Ledger, Refusal, RunningTrial
-from optuna_quota._ledger.gpus import request_gpus
+from optuna_quota._ledger.gpus import GpuChoice, request_gpus
 from optuna_quota._ledger.protocol import Claim, ResourceRequest
 from tests.ledger_tests.test_ledger import begin, finish, reserve
 
@@ -94,6 +96,49 @@ def test_trials_wait_until_all_of_their_gpus_have_room() -> None:
         "GPU-a,GPU-b",
         "GPU-c,GPU-d",
     ]
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("attempt", range(5))
+def test_trials_that_start_at_once_spread_over_the_gpus(workers: int, attempt: int) -> None:
+    study = optuna.create_study()
+    # Each knows only what it has read itself, as in processes of their own.
+    quota = Quota(n_trials=100)
+    ledgers = [Ledger(study, quota, gpus=FOUR, gpus_per_trial=1) for _ in range(workers)]
+    trials = [begin(study) for _ in range(4)]
+    together = threading.Barrier(4)
+
+    def start(i: int) -> RunningTrial | Refusal:
+        together.wait(30)
+        return reserve(ledgers[i % workers], trials[i], {"gpu_memory": 6.0})
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(start, range(4)))
+    given = [str(a.reservation.gpu) for a in answers if isinstance(a, RunningTrial)]
+    assert sorted(given) == [gpu.uuid for gpu in FOUR]
+
+
+ASKED = {"gpu:GPU-a": ResourceRequest(6, 6), "memory": ResourceRequest(1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("claims", "expected"),
+    [
+        ([], None),
+        # A lower number has its choice, and so has what was granted.
+        ([Claim(1, "here", asked={"gpu:GPU-a": 6})], "gpu:GPU-b"),
+        ([Claim(9, "here", {"gpu:GPU-a": 6})], "gpu:GPU-b"),
+        # A higher one has not yet seen this claim.
+        ([Claim(9, "here", asked={"gpu:GPU-a": 6})], "gpu:GPU-a"),
+        ([Claim(9, "here", asked={"gpu:GPU-b": 6})], None),
+        ([Claim(1, "there", asked={"gpu:GPU-a": 6})], None),
+    ],
+)
+def test_who_moves_to_another_gpu(claims: list[Claim], expected: str | None) -> None:
+    choice = GpuChoice(FOUR, "here", 6.0, 1, {})
+    mine = Claim(5, "here", asked={"gpu:GPU-a": 6})
+    found = choice.revise(ASKED, 5, [*claims, mine])
+    assert found is expected is None or set(found or ()) == {expected, "memory"}
 
 
 def test_trials_spread_over_the_gpus_and_wait_for_none() -> None:
