@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from optuna_quota import _units
 from optuna_quota._limits import Amounts, nonnegative, split_custom
 from optuna_quota._resources import ceiling_title, CHARGED_RESOURCES, get_resource, USAGE_RESOURCES
-from optuna_quota.exceptions import LimitBreached
+
+
+if TYPE_CHECKING:
+    from optuna_quota.exceptions import LimitBreached
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,6 +122,9 @@ class Breach:
 
 def breach_error(breach: Breach, reason: str | None = None) -> LimitBreached:
     """Return the error for a breach, by default with its own reason."""
+    # Here, as it imports Optuna, which the command line's help does without.
+    from optuna_quota.exceptions import LimitBreached
+
     return LimitBreached(
         reason or breach.reason,
         resource=breach.resource,

@@ -127,7 +127,6 @@ def advise(facts: StudyFacts) -> list[Advice]:
 
 
 def _advise_requests(facts: StudyFacts) -> Iterator[Advice]:
-    """Suggest limits and cluster requests that hold every completed trial."""
     known = {name: facts.table[name][facts.completed].dropna() for name in _REQUESTED}
     maxima = {
         name: float(values.max())
@@ -238,7 +237,6 @@ def _sbatch(enough: Mapping[str, float]) -> str:
 
 
 def _advise_jobs(facts: StudyFacts) -> Iterator[Advice]:
-    """Say how many trials at once stay below each quota that they hold together."""
     for resource in HELD_RESOURCES:
         quota, peaks = facts.quota.get(resource), facts.peaks(resource)
         if quota is None or len(peaks) < _MIN_COMPLETED or peaks.max() <= 0:
@@ -288,7 +286,6 @@ def _likely_jobs(peaks: NDArray[np.float64], quota: float) -> tuple[int, float]:
 
 
 def _advise_budget(facts: StudyFacts) -> Iterator[Advice]:
-    """Say which share of the time went to trials of each outcome."""
     for resource in ("cpu_time", "wall_time"):
         amounts = facts.data.amounts(resource)
         known = np.isfinite(amounts)
@@ -310,7 +307,6 @@ def _advise_budget(facts: StudyFacts) -> Iterator[Advice]:
 
 
 def _advise_last_tenth(facts: StudyFacts) -> Iterator[Advice]:
-    """Say how far the last tenth of the budget improved the best value."""
     resource, budget = _budget(facts)
     traces = [t for t in facts.traces if t.used(resource) is not None]
     traces.sort(key=lambda t: (t.end, t.number))

@@ -73,14 +73,12 @@ class ChainedModel:
         return self.base.censored
 
     def log_leave_one_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return leave-one-out residual and variance of the logarithm of each amount."""
         base, ratio = self.base.log_leave_one_out(), self.ratio.log_leave_one_out()
         return base[0] + ratio[0], base[1] + ratio[1]
 
     def draw(
         self, columns: np.ndarray, count: int, generator: np.random.Generator, ahead: int = 1
     ) -> np.ndarray:
-        """Return joint draws at points, shape ``(count, n_points)``."""
         base = self.base.draw(columns, count, generator, ahead)
         return np.asarray(base * self.ratio.draw(columns, count, generator, ahead))
 

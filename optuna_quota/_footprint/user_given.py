@@ -279,7 +279,6 @@ class CalibratedFootprint(BaseFootprint):
         return self._learned.points
 
     def intervals(self, params: Mapping[str, Any]) -> dict[str, Interval]:
-        """Return lower, median and upper of each resource at a point."""
         found = self.stated.intervals(params)
         for name, expected in self.expected([params]).items():
             found[name] = expected.intervals(self._learned.confidence)[0]
@@ -288,7 +287,6 @@ class CalibratedFootprint(BaseFootprint):
     def breaches(
         self, points: Sequence[Mapping[str, Any]], limits: Limits
     ) -> dict[str, np.ndarray]:
-        """Return the probability of each breach at points, by resource."""
         found = self.stated.breaches(points, limits)
         for name, expected in self.expected(points).items():
             if name in found:
@@ -305,7 +303,6 @@ class CalibratedFootprint(BaseFootprint):
     def draw(
         self, points: Sequence[Mapping[str, Any]], count: int, seed: int, ahead: int = 1
     ) -> dict[str, np.ndarray]:
-        """Return joint draws at points by resource, shape ``(count, n_points)``."""
         found = self.stated.draw(points, count, seed)
         found.update(self._learned.draw(points, count, seed, ahead))
         ratios = self._ratios.draw(points, count, seed, ahead)

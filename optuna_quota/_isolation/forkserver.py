@@ -22,6 +22,7 @@ import socket
 import sys
 import time
 import traceback
+import types
 from typing import Any, NoReturn
 import warnings
 
@@ -218,7 +219,14 @@ def _make_main_module(main: MainModule) -> MainModule:
 
 
 def _can_fork() -> bool:
-    return (_count_threads() == 1 or _threads_end_before_forks()) and not linux.uses_cuda()
+    # gevent and eventlet put functions of their own in the place of what waits. Their event loop
+    # does not survive in the forks of this process, which close files that they don't know.
+    is_patched = not isinstance(select.select, types.BuiltinFunctionType)
+    return (
+        not is_patched
+        and (_count_threads() == 1 or _threads_end_before_forks())
+        and not linux.uses_cuda()
+    )
 
 
 def _threads_end_before_forks() -> bool:

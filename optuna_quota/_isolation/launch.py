@@ -130,7 +130,6 @@ class TrialLauncher:
         return self._prepare_messages(connections, payload, main)
 
     def _fork(self) -> TrialConnections:
-        """Fork a trial from this process: nothing is pickled, and no GPU context may exist."""
         if linux.uses_cuda():
             raise RuntimeError(
                 "`start_method` must not be 'fork' once this process uses CUDA, which a forked "

@@ -26,7 +26,10 @@ from typing import Any
 
 # Each trial imports these itself: they start threads when imported or can't be used after a fork,
 # or use the GPU.
-_THREADED = {"grpc", "horovod", "jax", "jaxlib", "mpi4py", "numba", "pyspark", "ray", "tensorflow"}
+_THREADED = {
+    *("eventlet", "gevent", "grpc", "horovod", "jax", "jaxlib", "mpi4py", "numba", "pyspark"),
+    *("ray", "tensorflow"),
+}
 _ON_GPU = {"cudf", "cuml", "cupy", "pycuda", "pynvml"}
 _NEVER = {*_THREADED, *_ON_GPU, "__main__", "__mp_main__"}
 # They run the user's code, or belong to this library.
@@ -110,19 +113,30 @@ def _is_users(name: str, module: types.ModuleType | None) -> bool:
 
 
 def is_installed(file: str) -> bool:
-    return file.startswith(_installed_folders())
+    return file.startswith(_installed_folders(tuple(sys.path)))
 
 
-@functools.cache
-def _installed_folders() -> tuple[str, ...]:
+@functools.lru_cache(maxsize=4)
+def _installed_folders(searched: Sequence[Any]) -> tuple[str, ...]:
     paths = sysconfig.get_paths()
     folders = [paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib", "scripts")]
-    folders += site.getsitepackages()
+    if hasattr(site, "getsitepackages"):
+        folders += site.getsitepackages()
     if site.ENABLE_USER_SITE:
         folders.append(site.getusersitepackages())
+    # Where `pip install --target` has put libraries, as on a cluster's shared disk. Not the first:
+    # a script may stand among its libraries.
+    folders += [each for each in searched[1:] if isinstance(each, str) and _has_packages(each)]
     # This library itself, wherever it is installed from.
     folders.append(os.path.dirname(os.path.dirname(__file__)))
     return tuple(os.path.join(folder, "") for folder in folders if folder)
+
+
+def _has_packages(folder: str) -> bool:
+    try:
+        return any(name.endswith(".dist-info") for name in os.listdir(folder))
+    except OSError:
+        return False
 
 
 def module_frames() -> Iterator[types.FrameType]:

@@ -195,7 +195,6 @@ class OutcomeResolver:
         return value
 
     def _raise(self, outcome: messages.Raised, report: ExitReport, server: Server) -> Any:
-        """Raise what the objective raised, or for the limit that caused it."""
         error, failed = unpack_error(outcome.error), outcome.failed_allocation
         if report.cgroup_oom_kills:
             # A worker was killed in the trial's control group; any error may come of that.

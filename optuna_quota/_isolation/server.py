@@ -44,19 +44,14 @@ class NotStarted(OSError):
 
 
 class TrialEvents(Protocol):
-    """What a server calls while it serves a trial.
-
-    ``on_outcome`` returns the seconds that the process has to end.
-    ``find_breach`` answers ``optuna_quota.check``. ``measure_gpus`` is called when an allocation
-    on a GPU has failed, ``check_row`` to see whether something else has finished the row.
-    """
+    """What a server calls while it serves a trial."""
 
     def on_ready(self, ready: messages.Ready) -> None: ...
     def on_report(self, step: int) -> None: ...
-    def on_outcome(self) -> float: ...
-    def find_breach(self) -> Breach | None: ...
-    def measure_gpus(self) -> None: ...
-    def check_row(self) -> None: ...
+    def on_outcome(self) -> float: ...  # The seconds that the process has to end
+    def find_breach(self) -> Breach | None: ...  # For `optuna_quota.check`
+    def measure_gpus(self) -> None: ...  # When an allocation on a GPU has failed
+    def check_row(self) -> None: ...  # Whether something else has finished the row
 
 
 class Server:

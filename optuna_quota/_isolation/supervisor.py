@@ -99,7 +99,6 @@ class Supervisor:
         self._breach: Breach | None = None
         self._stop_requested = False
         self._deadline = math.inf
-        self._killer_at_deadline: messages.Killer = "request"
         self._paused_at: float | None = None
         self._pause_reported = False
         self._killer: messages.Killer | None = None
@@ -147,7 +146,7 @@ class Supervisor:
         if self._is_suspended(now):
             return _SUSPENSION_PERIOD
         if now >= self._deadline:
-            self._kill(self._killer_at_deadline)
+            self._kill()
         self._check_paused(now)
         wait = LONGEST_INTERVAL if self._ready_at is None else self._check_memory(now)
         return min(wait, max(0.0, self._deadline - now))
@@ -258,9 +257,9 @@ class Supervisor:
             return
         self._stop_requested = True
         if isinstance(reason, Breach):
-            self._breach, self._killer_at_deadline = reason, "breach"
+            self._breach = reason
         if grace_period <= 0:
-            self._kill(self._killer_at_deadline)
+            self._kill()
             return
         self._deadline = self._clock() + grace_period
         with contextlib.suppress(OSError):
@@ -269,9 +268,9 @@ class Supervisor:
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._child_handle, number)
 
-    def _kill(self, killer: messages.Killer) -> None:
+    def _kill(self, killer: messages.Killer | None = None) -> None:
         """Kill the trial's own process; what it started is killed when it is gone."""
-        self._killer = self._killer or killer
+        self._killer = self._killer or killer or ("breach" if self._breach else "request")
         self._killed_at = min(self._killed_at, self._clock())
         self._deadline = math.inf
         if self._cgroup is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import contextlib
 import logging
 import math
+import sys
 import threading
 import time
 
@@ -274,10 +275,10 @@ class ThreadTime:
 
     def __init__(self) -> None:
         self._clock: int | None = None
-        if hasattr(time, "pthread_getcpuclockid"):
-            # Once and by the thread itself: to ask for the clock of a thread that has ended would
-            # crash, while reading such a clock merely fails.
-            self._clock = time.pthread_getcpuclockid(threading.get_ident())
+        if sys.platform.startswith("linux"):
+            # As pthread_getcpuclockid(3) makes it, which would crash with the identifiers that
+            # gevent makes up, and for a thread that has ended: reading such a clock merely fails.
+            self._clock = ~threading.get_native_id() << 3 | 6
         self._last = self._now()
 
     def growth(self) -> float:

@@ -46,7 +46,6 @@ _LABEL = 23
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command and its arguments."""
     parser = add_command(
         commands,
         "doctor",
@@ -62,7 +61,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(options: argparse.Namespace) -> int:
-    """Examine the host and print what was found."""
     from optuna_quota._doctor import examine_host, examine_storage
 
     findings = examine_host()

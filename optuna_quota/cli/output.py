@@ -42,7 +42,6 @@ def write_json(value: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Convert a value to the types of JSON."""
     if hasattr(value, "item"):  # a scalar of numpy's
         value = value.item()
     if isinstance(value, Mapping):

@@ -57,7 +57,6 @@ _KEYS = {
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command and its arguments."""
     parser = add_command(
         commands,
         "project",
@@ -86,7 +85,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(options: argparse.Namespace) -> int:
-    """Project the strategy and print the result."""
     from optuna_quota._projection.simulation import project
 
     if not 0.5 < options.confidence < 1:

@@ -44,7 +44,6 @@ _KEYS = {
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command and its arguments."""
     parser = add_command(
         commands,
         "replay",
@@ -59,7 +58,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(options: argparse.Namespace) -> int:
-    """Replay a study and print what would have been saved and lost."""
     from optuna_quota._analysis.replay import replay
 
     quota, limits = parse_quota(options), parse_limits(options)

@@ -57,7 +57,6 @@ _KEYS = {
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command and its arguments."""
     parser = add_command(
         commands,
         "report",
@@ -86,7 +85,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(options: argparse.Namespace) -> int:
-    """Analyze a study, print the report, and write it where the options say."""
     from optuna_quota._report import analyze
     from optuna_quota.dashboard import publish
 

@@ -50,7 +50,6 @@ _KEYS = {
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command and its arguments."""
     parser = add_command(
         commands,
         "status",
@@ -66,7 +65,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(options: argparse.Namespace) -> int:
-    """Read the ledger of a study and print it."""
     from optuna_quota._ledger import status, stored_quota
     from optuna_quota._projection.simulation import project
 

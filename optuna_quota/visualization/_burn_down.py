@@ -128,7 +128,6 @@ def _project(used: Sequence[float], quota: float, most: float) -> list[_Projecte
 
 
 def burn_down_figure(trials: StudyTrials) -> go.Figure:
-    """Return the figure of :func:`plot_burn_down`."""
     title, curves = "Quota left", quota_curves(trials)
     if not curves:
         return _theme.empty_figure(title, "No total quota is set for this study.")

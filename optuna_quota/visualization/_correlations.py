@@ -99,7 +99,6 @@ def correlation_cells(correlations: pd.DataFrame) -> Cells:
 
 
 def correlations_figure(correlations: pd.DataFrame) -> go.Figure:
-    """Return the figure of :func:`plot_correlations`."""
     title, cells = "Rank correlations with usage", correlation_cells(correlations)
     if not cells.params:
         return _theme.empty_figure(title, "Too few trials to compute any correlation.")

@@ -55,7 +55,6 @@ def plot_footprint(
 def footprint_figure(
     trials: StudyTrials, resource: str, footprint: Footprint | None = None
 ) -> go.Figure:
-    """Return the figure of :func:`plot_footprint`."""
     verb = "Projected" if footprint is None else "Fitted"
     title = f"{verb} against measured {get_resource(resource).title}"
     used = trials.with_usage(resource)

@@ -99,7 +99,6 @@ def quality_cost_figure(
     target_name: str,
     maximize: bool,
 ) -> go.Figure:
-    """Return the figure of :func:`plot_quality_cost`."""
     name = "time" if resource == "wall_time" else get_resource(resource).title
     title = f"Quality against {name}"
     priced = [

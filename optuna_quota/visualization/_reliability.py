@@ -72,7 +72,6 @@ def plot_reliability(study: Study) -> go.Figure:
 
 
 def reliability_figure(trials: StudyTrials) -> go.Figure:
-    """Return the figure of :func:`plot_reliability`."""
     title = "Breaches against their projected probability"
     judged = judged_trials(trials)
     if len(judged) < _MIN_TRIALS:
@@ -154,7 +153,6 @@ def _wilson_interval(share: float, n: int) -> tuple[float, float]:
 
 
 def _finding(judged: Sequence[JudgedTrial]) -> str:
-    """Return in a sentence whether trials breach as often as projected."""
     breaches = sum(each.breached for each in judged)
     expected = sum(each.probability for each in judged)
     deviation = math.sqrt(sum(each.probability * (1 - each.probability) for each in judged))

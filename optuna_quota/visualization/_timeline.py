@@ -117,7 +117,6 @@ def _axes(line: Timeline) -> _Axes:
 
 
 def timeline_figure(line: Timeline) -> go.Figure:
-    """Return the figure of :func:`plot_timeline`."""
     if not line.points:
         return _theme.empty_figure(line.title, "No timeline was recorded for this trial.")
     axes = _axes(line)

@@ -61,7 +61,6 @@ def plot_usage(study: Study, *, resource: str = "memory") -> go.Figure:
 
 
 def usage_figure(trials: StudyTrials, resource: str) -> go.Figure:
-    """Return the figure of :func:`plot_usage`."""
     name = _theme.resource_title(resource)
     title = f"{name} of each trial"
     shown = [t for t in trials.finished if _amount(t, resource) is not None]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import contextlib
 import os
 from pathlib import Path
+import select
 import sys
 import tempfile
 from typing import Any
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from optuna_quota import isolated, Limits, QuotaPruner, TrialCrashed
-from optuna_quota._isolation import forkserver_client
+from optuna_quota._isolation import forkserver, forkserver_client
 from optuna_quota._isolation.channel import channel_pair
 from optuna_quota._isolation.forkserver import SpawnRequest
 from optuna_quota._isolation.forkserver_client import ForkServerClient, request_trial
@@ -260,3 +261,10 @@ def test_options_of_the_interpreter_hold_in_trials(tmp_path: Path) -> None:
     options = ["-OO", "-b", "-Xtracemalloc=1", "-Ximporttime"]
     found = run_script(tmp_path, OPTIONS, *options, "script.py")["found"]
     assert found == always(22.0)
+
+
+def test_an_interpreter_patched_by_gevent_is_not_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forkserver, "_count_threads", lambda: 1)
+    assert forkserver._can_fork()
+    monkeypatch.setattr(select, "select", lambda *_: None)
+    assert not forkserver._can_fork()

@@ -19,6 +19,7 @@ from optuna_quota._isolation import forkserver_client as clients
 from optuna_quota._isolation.forkserver_client import fork_server_client
 from optuna_quota._isolation.modules import (
     can_preload,
+    is_installed,
     is_plain,
     module_frames,
     modules_to_preload,
@@ -42,6 +43,20 @@ def test_modules_that_trials_find_loaded() -> None:
     assert {"optuna", __name__} <= set(named)
     assert not {"pytest", "_pytest.python", "optuna_quota"} & set(named)
     assert set(named) <= set(modules_to_preload(everything=True))
+
+
+def test_libraries_in_a_folder_of_their_own_are_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As by `pip install --target`; a script's own folder comes first, and may hold libraries too.
+    for name in ("target", "script", "project"):
+        (tmp_path / name).mkdir()
+    for name in ("target", "script"):
+        (tmp_path / name / "library-1.0.dist-info").mkdir()
+    folders = {name: str(tmp_path / name) for name in ("script", "project", "target")}
+    monkeypatch.setattr(sys, "path", [*folders.values(), *sys.path])
+    found = {name for name, folder in folders.items() if is_installed(f"{folder}/library.py")}
+    assert found == {"target"}
 
 
 # The interpreter's own lock, which no timeout of a test could end.

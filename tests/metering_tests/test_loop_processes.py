@@ -12,7 +12,7 @@ import pytest
 
 from optuna_quota import Limits
 from optuna_quota._metering import MeteringLoop
-from optuna_quota._metering.monitored_tree import open_tree
+from optuna_quota._metering.monitored_tree import open_tree, ThreadTime
 from optuna_quota._metering.process_tree import PsutilProcessTree
 from tests.waiting import until
 
@@ -164,3 +164,16 @@ print("end")
     )
     assert done.returncode == 0 and done.stdout.strip() == "end"
     assert "Traceback" not in done.stderr and "Fatal" not in done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has the clock")
+def test_the_time_of_a_thread_whose_identifier_gevent_made_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threading, "get_ident", lambda: 1)
+    thread = ThreadTime()
+    begun = time.thread_time()
+    while time.thread_time() - begun < 0.02:
+        pass
+    assert 0.02 <= thread.growth() < 1.0
+    assert thread.growth() < 0.02
