@@ -41,6 +41,8 @@ _logger = logging.getLogger("optuna.quota.ledger")
 
 # While less than this share of each total is used or reserved, the end of the quota is far.
 _FAR = 0.5
+# Seconds. Others may have used up a quota since rows were read before that.
+_FRESH = 1.0
 
 # How often a trial asks for other GPUs, as others ask for the same.
 _MOST_MOVES = 20
@@ -333,8 +335,11 @@ class Ledger:
     def _may_start_at_once(self, seen: Snapshot) -> bool:
         """Return whether a grant may be written before others' rows are read again.
 
-        Others take it for settled meanwhile, which matters where there is little left to share.
+        Others take it for settled meanwhile, and so do those who find its worker dead, which
+        matters where there is little left to share.
         """
+        if self._clock.monotonic() - seen.at > _FRESH:
+            return False
         held, reserved = self.quota.held.items(), seen.reserved
         is_free = all(reserved.get(name, 0.0) < _FAR * total for name, total in held)
         return is_free and not self._gpus and self._is_far_from_end(seen)

@@ -10,6 +10,7 @@ import pytest
 
 from optuna_quota import Limits, Quota, Usage
 from optuna_quota._ledger import Ledger, Refusal, RunningTrial
+from optuna_quota._ledger.protocol import Reservation
 from optuna_quota._optuna import storage_of, trial_id_of
 from optuna_quota._records import TrialRecord, write_record
 
@@ -65,6 +66,44 @@ def test_a_count_of_trials_is_never_exceeded() -> None:
     refusal = answers[3]
     assert isinstance(refusal, Refusal) and refusal.final and refusal.resource == "n_trials"
     assert (refusal.reserved, refusal.quota) == (3, 3)
+
+
+class Watch:
+    """A clock that stands still until it is moved on."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return 1e9 + self.now
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float, /) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("idle", "asks"), [(0.1, False), (60.0, True)])
+def test_a_worker_that_was_idle_writes_no_grant_before_it_reads_what_others_used(
+    idle: float, asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, clock = optuna.create_study(), Watch()
+    ledger, others = (Ledger(study, Quota(n_trials=5), clock=clock) for _ in range(2))
+    for each in (ledger, *[others] * 4):
+        trial = begin(study)
+        assert isinstance(reserve(each, trial), RunningTrial)
+        finish(study, each, trial, Usage())
+    clock.now += idle
+    written: list[Reservation] = []
+    write = ledger._state.write
+    monkeypatch.setattr(
+        ledger._state, "write", lambda i, held: (written.append(held), write(i, held))
+    )
+    refusal = reserve(ledger, begin(study))
+    assert isinstance(refusal, Refusal) and refusal.final
+    # If it were killed before it reads, its row would be charged for a sixth trial.
+    assert bool(written[0].asked) == asks and bool(written[0].granted) != asks
+    assert written[-1] == Reservation()
 
 
 def test_a_rejected_trial_counts_for_nothing() -> None:
