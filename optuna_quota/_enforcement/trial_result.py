@@ -100,7 +100,8 @@ def _reason_of_unstopped(
 
 def _described(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    shown = text if len(text) <= 300 else f"{text[:300]}…"
+    # The cause is at the end of a message that has a traceback, such as that of a pool's worker.
+    shown = text if len(text) <= 300 else f"{text[:100]} … {text[-200:]}"
     return f"{type(error).__name__}: {shown}".removesuffix(".") if shown else type(error).__name__
 
 

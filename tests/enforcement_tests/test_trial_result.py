@@ -79,6 +79,14 @@ COMPLETE, FAIL = TrialState.COMPLETE, TrialState.FAIL
             "The objective raised ValueError: x.",
         ),
         (
+            {
+                "state": FAIL,
+                "error": OSError(f"In a worker:\n{'x' * 999}\n{'y' * 187}\nNo space."),
+            },
+            "failed",
+            f"The objective raised OSError: In a worker: {'x' * 87} … xx {'y' * 187} No space.",
+        ),
+        (
             {"state": FAIL, "error": ValueError("x"), "verdict": STOPPED},
             "terminated",
             "Too much memory. The objective raised ValueError: x.",

@@ -344,6 +344,7 @@ LIMITS = {"memory": (1.0 * GIB, False), "cpu_time": (10.0, True)}
     ("ended", "words"),
     [
         (ExitReport(-signal.SIGSEGV), "segmentation fault"),
+        (ExitReport(-signal.SIGBUS), "where /dev/shm or a disk is full"),
         (ExitReport(-signal.SIGKILL), "from outside"),
         (ExitReport(-signal.SIGKILL, oom_kills=1, memory=GIB), "out-of-memory killer"),
         (ExitReport(-signal.SIGKILL, "stopped"), "SIGSTOP"),

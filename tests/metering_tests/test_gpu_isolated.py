@@ -20,9 +20,13 @@ pytestmark = pytest.mark.slow
 GB = 1_000_000_000
 
 SCRIPT = """
-import json, types
+import json, os, types
 import optuna
 from optuna_quota import Quota, QuotaPruner, QuotaSampler, isolated
+from optuna_quota._metering import gpu_reader
+
+# Tests at the same time have devices of the same names, and are no workers of one machine.
+gpu_reader._PREFIX += f"{os.getpid()}/"
 
 GB = 1_000_000_000
 optuna.logging.set_verbosity(optuna.logging.WARNING)
