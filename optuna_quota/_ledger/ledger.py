@@ -10,6 +10,7 @@ import math
 import os
 import time
 from types import MappingProxyType
+from typing import Any
 from weakref import WeakSet
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -91,6 +92,8 @@ class Ledger:
         )
         self._heartbeat = Heartbeat(self._renew, self._beat, self._state.heartbeat)
         self._running = RunningTrials()
+        # Trials whose grants may have been written and were not checked, as the storage failed.
+        self._unchecked: set[int] = set()
         self._logged: set[str] = set()
 
     def _reopen_after_fork(self) -> None:
@@ -355,8 +358,13 @@ class Ledger:
 
         As after a claim, the rows that are read next decide: a later writer sees this grant.
         """
-        running = self._start(trial, limits, decision)
-        seen = self._state.refresh()
+        try:
+            running = self._start(trial, limits, decision)
+            seen = self._state.refresh()
+        except BaseException:
+            # Others would take it for settled for as long as this process lives.
+            self._unchecked.add(_optuna.trial_id_of(trial))
+            raise
         again = self._state.judge(trial.number, Reservation(), requests, seen, queue=True)
         granted = decision.granted.items()
         holds = again.action == "grant" and all(again.granted[n] >= a for n, a in granted)
@@ -447,15 +455,23 @@ class Ledger:
                     monitor.allow({"trial_time": 0.0})
 
     def _fail_left_behind(self) -> None:
-        """Fail trials that this thread's ``optimize`` left unfinished, as on a storage error."""
+        """Fail trials that this process left unfinished on a storage error.
+
+        Those that never started, and those of this thread's ``optimize``.
+        """
+        for trial_id in tuple(self._unchecked):
+            self._fail_open(trial_id, {"granted": {}, "began": None})
+            self._unchecked.discard(trial_id)
         if not self._in_optimize_loop():
             return
         for running in self._running.left_behind():
             usage = Usage() if running.monitor is None else running.monitor.close()
             self.charge(running.trial_id, usage)
-            for entry in self._state.refresh().open:
-                if entry.trial_id == running.trial_id and entry.reservation is not None:
-                    held = replace(entry.reservation, used=usage.amounts())
-                    entry = replace(entry, reservation=held)
-                    text = "Its worker went on without finishing it."
-                    self._state.fail_orphaned(OrphanedTrial(entry, text, 0.0))
+            self._fail_open(running.trial_id, {"used": usage.amounts()})
+
+    def _fail_open(self, trial_id: int, changes: Mapping[str, Any]) -> None:
+        for entry in self._state.refresh().open:
+            if entry.trial_id == trial_id and entry.reservation is not None:
+                entry = replace(entry, reservation=replace(entry.reservation, **changes))
+                text = "Its worker went on without finishing it."
+                self._state.fail_orphaned(OrphanedTrial(entry, text, 0.0))

@@ -10,7 +10,7 @@ the trial with the higher number gives way and the lower one waits for that:
 * Else **withdraw**, and perhaps keep a place in the queue, which higher numbers respect.
 
 Far from the end of a quota, by rows read a moment ago, a trial writes its grant in place of the
-claim, and reads all rows after it likewise: it runs if they still have room, else it asks as above.
+claim, and reads all rows after it likewise: if they still have room it runs, else it asks.
 
 A trial only ever waits for a higher number. It asks for everything at once and holds nothing while
 it is in the queue, so there is no deadlock. The lowest number of all that ask never gives way to

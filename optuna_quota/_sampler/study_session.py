@@ -295,7 +295,7 @@ class StudySession:
 def objective_uses_trial(study: Study) -> bool:
     """Return whether the objective would notice that it is refused, by the trials so far.
 
-    It does where it suggests parameters. An isolated one checks before it starts.
+    It does where it suggests parameters, or has noticed. An isolated one checks before it starts.
     """
     trials = [
         trial
@@ -303,7 +303,10 @@ def objective_uses_trial(study: Study) -> bool:
         if trial.state.is_finished() and trial.state != TrialState.FAIL
     ]
     return not trials or any(
-        trial.params or _records.read_record(trial).isolation == "process" for trial in trials
+        trial.params
+        or (trial.state == TrialState.PRUNED and _records.is_rejected(trial.user_attrs))
+        or _records.read_record(trial).isolation == "process"
+        for trial in trials
     )
 
 

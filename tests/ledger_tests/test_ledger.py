@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 import pytest
 
-from optuna_quota import Limits, Quota, Usage
+from optuna_quota import Limits, Quota, status, Usage
 from optuna_quota._ledger import Ledger, Refusal, RunningTrial
 from optuna_quota._ledger.protocol import Reservation
+from optuna_quota._ledger.state import Snapshot
 from optuna_quota._optuna import storage_of, trial_id_of
 from optuna_quota._records import TrialRecord, write_record
 
@@ -104,6 +106,32 @@ def test_a_worker_that_was_idle_writes_no_grant_before_it_reads_what_others_used
     # If it were killed before it reads, its row would be charged for a sixth trial.
     assert bool(written[0].asked) == asks and bool(written[0].granted) != asks
     assert written[-1] == Reservation()
+
+
+def test_a_grant_that_a_storage_error_left_unchecked_is_released(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study = optuna.create_study()
+    ledger = Ledger(study, Quota(n_trials=2))
+    ledger.describe_past()
+
+    def fails() -> Snapshot:
+        raise StorageInternalError
+
+    with monkeypatch.context() as patch, pytest.raises(StorageInternalError):
+        patch.setattr(ledger._state, "refresh", fails)
+        reserve(ledger, begin(study))
+    assert study.trials[0].system_attrs["quota:reservation"]["granted"] == {"n_trials": 1}
+    # While the worker lives, no other one can know.
+    for _ in range(2):
+        assert isinstance(reserve(ledger, begin(study)), RunningTrial)
+    assert study.trials[0].state == TrialState.FAIL
+    assert status(study, quota=ledger.quota).table.loc["n_trials"].to_dict() == {
+        "used": 0,
+        "reserved": 2,
+        "left": 0,
+        "quota": 2,
+    }
 
 
 def test_a_rejected_trial_counts_for_nothing() -> None:

@@ -194,6 +194,14 @@ def test_a_refused_trial_ends_at_the_first_method_that_it_calls(asks: str) -> No
     assert read_record(study.trials[-1]).outcome == "rejected"
 
 
+def test_each_worker_ends_while_the_last_trial_runs_elsewhere() -> None:
+    study = new_study(Quota(n_trials=1))
+    study.ask()
+    for _ in range(2):
+        study.optimize(objective)
+    assert [t.state for t in study.trials[1:]] == [TrialState.PRUNED] * 2
+
+
 def test_an_objective_that_does_not_use_the_trial_is_not_run_either() -> None:
     study = new_study(Quota(n_trials=2))
     ran = []
