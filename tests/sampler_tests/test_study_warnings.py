@@ -92,6 +92,7 @@ def test_a_breach_that_was_noticed_late(
     log: Warnings, quota: Quota | None, tmp_path: Path
 ) -> None:
     storage = f"sqlite:///{tmp_path}/s.db"
+    optuna.create_study(storage=storage, study_name="loud")  # imports what it needs
     for objective in (never_asks, asks, asks):
         limits = Limits(memory=here() + 20 * MIB)
         study = new_study(limits, quota, storage)
