@@ -15,7 +15,9 @@ import importlib.machinery
 import importlib.util
 import operator
 import os
+from pathlib import Path
 import pickle
+import re
 import site
 import sys
 import sysconfig
@@ -113,30 +115,38 @@ def _is_users(name: str, module: types.ModuleType | None) -> bool:
 
 
 def is_installed(file: str) -> bool:
-    return file.startswith(_installed_folders(tuple(sys.path)))
+    return file.startswith(_installed_prefixes(tuple(sys.path)))
 
 
 @functools.lru_cache(maxsize=4)
-def _installed_folders(searched: Sequence[Any]) -> tuple[str, ...]:
+def _installed_prefixes(searched: Sequence[Any]) -> tuple[str, ...]:
     paths = sysconfig.get_paths()
     folders = [paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib", "scripts")]
     if hasattr(site, "getsitepackages"):
         folders += site.getsitepackages()
     if site.ENABLE_USER_SITE:
         folders.append(site.getusersitepackages())
-    # Where `pip install --target` has put libraries, as on a cluster's shared disk. Not the first:
-    # a script may stand among its libraries.
-    folders += [each for each in searched[1:] if isinstance(each, str) and _has_packages(each)]
     # This library itself, wherever it is installed from.
     folders.append(os.path.dirname(os.path.dirname(__file__)))
-    return tuple(os.path.join(folder, "") for folder in folders if folder)
+    prefixes = [os.path.join(folder, "") for folder in folders if folder]
+    for folder in filter(None, searched):
+        if isinstance(folder, str) and not os.path.join(folder, "").startswith(tuple(prefixes)):
+            prefixes += _packages_in(folder)
+    return tuple(prefixes)
 
 
-def _has_packages(folder: str) -> bool:
-    try:
-        return any(name.endswith(".dist-info") for name in os.listdir(folder))
-    except OSError:
-        return False
+@functools.lru_cache(maxsize=256)
+def _packages_in(folder: str) -> list[str]:
+    """Return the paths of what ``pip install --target`` has put there, as on a shared disk.
+
+    By name, as an application and its libraries may stand in one folder.
+    """
+    found = set()
+    with contextlib.suppress(OSError):
+        for record in Path(folder).glob("*.dist-info/RECORD"):
+            text = record.read_text(encoding="utf-8", errors="replace")
+            found.update(re.findall(r"^[^/,\n]+/?", text, re.MULTILINE))
+    return [os.path.join(folder, name) for name in found]
 
 
 def module_frames() -> Iterator[types.FrameType]:

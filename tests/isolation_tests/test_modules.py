@@ -45,18 +45,23 @@ def test_modules_that_trials_find_loaded() -> None:
     assert set(named) <= set(modules_to_preload(everything=True))
 
 
-def test_libraries_in_a_folder_of_their_own_are_installed(
+def test_libraries_of_pip_target_are_installed_and_an_application_beside_them_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As by `pip install --target`; a script's own folder comes first, and may hold libraries too.
-    for name in ("target", "script", "project"):
+    # In a container, libraries are often put where the application is, with PYTHONPATH=/app.
+    for name in ("target", "app", "project"):
         (tmp_path / name).mkdir()
-    for name in ("target", "script"):
-        (tmp_path / name / "library-1.0.dist-info").mkdir()
-    folders = {name: str(tmp_path / name) for name in ("script", "project", "target")}
-    monkeypatch.setattr(sys, "path", [*folders.values(), *sys.path])
-    found = {name for name, folder in folders.items() if is_installed(f"{folder}/library.py")}
-    assert found == {"target"}
+    for name in ("target", "app"):
+        info = tmp_path / name / "library-1.0.dist-info"
+        info.mkdir()
+        (info / "RECORD").write_text(
+            "library/__init__.py,sha256=a,1\nlibrary/part.py,,\nmodule.py,,\n../../bin/run,,\n"
+        )
+    folders = {name: str(tmp_path / name) for name in ("app", "project", "target")}
+    monkeypatch.setattr(sys, "path", [folders["app"], *folders.values(), *sys.path])
+    files = ("library/part.py", "module.py", "config.py", "library_of_app.py", "bin/run.py")
+    found = {(n, f) for n in folders for f in files if is_installed(f"{folders[n]}/{f}")}
+    assert found == {(n, f) for n in ("target", "app") for f in ("library/part.py", "module.py")}
 
 
 # The interpreter's own lock, which no timeout of a test could end.
