@@ -15,7 +15,6 @@ from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.numerics import average_ranks
 from optuna_quota._utilization.data import Parameter, StudyData
 from optuna_quota._utilization.model import holm
 
@@ -69,10 +68,10 @@ def _row(data: StudyData, parameter: Parameter, resource: str) -> dict[str, Any]
 
 def spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> dict[str, float]:
     """Return ρ of two variables that vary, shape ``(n,)``, with its interval and p-value."""
-    from scipy import special
+    from scipy import special, stats
 
     n = len(x)
-    rho = float(np.clip(np.corrcoef(average_ranks(x), average_ranks(y))[0, 1], -1, 1))
+    rho = float(np.clip(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1], -1, 1))
     # At |rho| = 1 the interval and the p-value are degenerate, so take half a swap of neighbours
     # off. One swap lowers rho by 12 / (n (n² - 1)).
     most = 1 - 6 / (n * (n * n - 1))
@@ -88,13 +87,10 @@ def spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> dict[str, float]
 
 
 def _epsilon_squared(codes: NDArray[np.float64], y: NDArray[np.float64]) -> dict[str, float]:
-    from scipy import special
+    from scipy import special, stats
 
-    n, ranks = len(y), average_ranks(y) - (len(y) + 1) / 2
-    _, group, counts = np.unique(codes, return_inverse=True, return_counts=True)
-    between = float((np.bincount(group, ranks) ** 2 / counts).sum())
-    # Of all ranks over their variance, which corrects for ties.
-    h, df = (n - 1) * between / float(ranks @ ranks), len(counts) - 1
+    n, groups = len(y), [y[codes == code] for code in np.unique(codes)]
+    h, df = float(stats.kruskal(*groups).statistic), len(groups) - 1
     # The noncentralities at which H is that high, or that low, with probability 2.5%.
     # None where H is too low for any.
     found = (max(0.0, float(special.chndtrinc(h, df, q))) for q in (0.975, 0.025))

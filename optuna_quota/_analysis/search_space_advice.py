@@ -30,7 +30,7 @@ import numpy as np
 
 from optuna_quota._analysis.advice import Advice, StudyFacts, TOLERANCE
 from optuna_quota._analysis.cost_drivers import log_draws
-from optuna_quota._footprint.numerics import average_ranks, product
+from optuna_quota._footprint.numerics import product
 from optuna_quota._footprint.resource_model import fit_resource, ResourceData, ResourceModel
 from optuna_quota._footprint.search_space import latin_hypercube, points_from_unit_cube
 from optuna_quota._limits import Limits
@@ -235,6 +235,8 @@ def _with_points(parameter: Parameter, points: Points) -> Parameter:
 
 def _contrast(parameter: Parameter, breached: Mask, known: Mask) -> float:
     """How much the parameter's ranks differ between trials that breached and those that fit."""
+    from scipy.stats import rankdata
+
     kept = known & parameter.active
     hit = breached[kept]
     if not hit.any() or hit.all():
@@ -243,7 +245,7 @@ def _contrast(parameter: Parameter, breached: Mask, known: Mask) -> float:
         codes = parameter.values[kept]
         shares = [hit[codes == code].mean() for code in np.unique(codes)]
         return float(max(shares) - min(shares))
-    ranks = average_ranks(parameter.values[kept]) / len(hit)
+    ranks = rankdata(parameter.values[kept]) / len(hit)
     return float(2 * abs(ranks[hit].mean() - ranks[~hit].mean()))
 
 
@@ -315,28 +317,15 @@ def _best_rule(
 
 
 def _is_significant(rule: Rule, breached: Mask, known: Mask, tried: int) -> bool:
+    from scipy.stats import hypergeom
+
     removed = int((rule.removed & known).sum())
     avoided = int((rule.removed & breached).sum())
     total = int(breached.sum())
     if avoided < max(_MIN_BREACHES, _MIN_SHARE * total) or avoided < _MIN_PRECISION * removed:
         return False
-    chance = _chance_of_overlap(avoided, removed, total, int(known.sum()))
+    chance = float(hypergeom.sf(avoided - 1, int(known.sum()), total, removed))
     return chance * max(tried, 1) < _SIGNIFICANCE
-
-
-def _chance_of_overlap(least: int, removed: int, breached: int, n: int) -> float:
-    """Return the probability that so many of ``removed`` random trials, or more, are breached.
-
-    That of the hypergeometric distribution, without the import of scipy.stats.
-    """
-    from scipy.special import gammaln
-
-    def log_choose(total: int, k: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.asarray(gammaln(total + 1) - gammaln(k + 1) - gammaln(total - k + 1))
-
-    k = np.arange(max(least, removed + breached - n), min(removed, breached) + 1)
-    logs = log_choose(breached, k) + log_choose(n - breached, removed - k)
-    return float(np.exp(logs - log_choose(n, np.array(removed))).sum())
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-import math
 import re
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,6 @@ from optuna_quota._analysis.search_space_advice import (
     objective_model,
 )
 from optuna_quota._footprint.footprint import Footprint
-from optuna_quota._footprint.numerics import average_ranks
 from optuna_quota._footprint.observations import Observation, observation_of
 from optuna_quota._footprint.resource_model import ResourceModel
 from optuna_quota._resources import get_resource
@@ -144,6 +142,8 @@ class StudyAnalysis:
     @cached_property
     def prediction_errors(self) -> dict[str, PredictionError]:
         """How closely formula and footprint predict trials left out of them, by resource."""
+        from scipy.stats import wilcoxon
+
         found = {}
         for name, model in self.models.items():
             with without_numeric_warnings():
@@ -157,7 +157,9 @@ class StudyAnalysis:
                 is_wrong = bool(
                     formula > max(_MUCH * footprint, footprint + _MATTERS, _LEAST_ERROR)
                 )
-                is_wrong = is_wrong and signed_rank_test(pairs[:, 0] - pairs[:, 1]) < _SIGNIFICANCE
+                if is_wrong:
+                    test = wilcoxon(pairs[:, 0], pairs[:, 1], alternative="greater")
+                    is_wrong = bool(test.pvalue < _SIGNIFICANCE)
                 one, other = np.expm1(np.minimum((formula, footprint), 20.0)).tolist()
                 found[name] = PredictionError(one, other, len(common), is_wrong)
         return found
@@ -242,19 +244,6 @@ class StudyAnalysis:
             self.feasible,
             float(loss_signs(self.study)[0]),
         )
-
-
-def signed_rank_test(differences: NDArray[np.float64]) -> float:
-    """Return the p-value of Wilcoxon's test that the differences, shape ``(n,)``, exceed 0.
-
-    Exact, without the import of scipy.stats.
-    """
-    found = differences[differences != 0]
-    positive = float(average_ranks(np.abs(found))[found > 0].sum())
-    chances = np.ones(1)  # of each sum of the ranks so far whose difference is positive
-    for rank in range(1, len(found) + 1):
-        chances = (np.pad(chances, (0, rank)) + np.pad(chances, (rank, 0))) / 2
-    return float(chances[math.ceil(positive) :].sum())
 
 
 def _formula_errors(model: UtilizationModel) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""Dense linear algebra in one thread, and ranks without the import of scipy.stats.
+"""Dense linear algebra in one thread.
 
 Where the processors are busy with trials, waiting for BLAS's threads takes a hundred times as long
 as a matrix of a few hundred rows, and where they are not, the threads spin for milliseconds after
@@ -89,9 +89,3 @@ def square_root(covariance: np.ndarray) -> np.ndarray:
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(covariance)
         return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
-
-
-def average_ranks(values: np.ndarray) -> np.ndarray:
-    """Return ranks from 1 on, their mean where values are equal, shape ``(n,)``."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place])

@@ -20,7 +20,7 @@ from optuna_quota._footprint.gaussian_process import (
     Sites,
     stop_rates,
 )
-from optuna_quota._footprint.numerics import average_ranks, product, square_root
+from optuna_quota._footprint.numerics import product, square_root
 from optuna_quota._records import Interval
 
 
@@ -139,8 +139,9 @@ class ResourceData:
     def of_ranks(cls, columns: np.ndarray, losses: np.ndarray) -> ResourceData:
         """Return trials by the normal scores of their losses, as logarithms of amounts."""
         from scipy.special import ndtri
+        from scipy.stats import rankdata
 
-        scores = ndtri((average_ranks(losses) - 0.5) / len(losses))
+        scores = ndtri((rankdata(losses) - 0.5) / len(losses))
         return cls.exact(columns, np.exp(scores), floors=(0.0,))
 
 

@@ -26,7 +26,7 @@ from typing import Literal, TYPE_CHECKING
 
 import numpy as np
 
-from optuna_quota._footprint.numerics import average_ranks, orthonormal
+from optuna_quota._footprint.numerics import orthonormal
 from optuna_quota._utilization.data import Parameter
 from optuna_quota._utilization.fit import (
     Derivatives,
@@ -275,7 +275,9 @@ def _screened(
     most = max(1, int(observed / _TRIALS_PER_TERM) - 2)
     if len(design.columns) <= most:
         return design
-    ranks = [average_ranks(each) for each in (y, *(c.values(values) for c in design.columns))]
+    from scipy.stats import rankdata
+
+    ranks = [rankdata(each) for each in (y, *(c.values(values) for c in design.columns))]
     with np.errstate(invalid="ignore", divide="ignore"):  # of a constant column
         strength = np.nan_to_num(np.abs(np.atleast_2d(np.corrcoef(ranks))[0, 1:]))
     best = sorted(np.argsort(strength)[::-1][:most])

@@ -9,12 +9,10 @@ import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import create_trial, TrialState
 import pytest
-from scipy.stats import hypergeom
 
 from optuna_quota import analyze, Footprint, Usage
 from optuna_quota._analysis import study_analysis
 from optuna_quota._analysis.advice import StudyFacts
-from optuna_quota._analysis.search_space_advice import _chance_of_overlap
 from tests.analysis_tests.studies import (
     advice_on,
     draw,
@@ -184,12 +182,3 @@ def test_the_objective_is_fitted_once_and_only_to_compare_points(
     report = analyze(study_of(*breaching))
     assert set(report.table["censored_by"].dropna()) == {"memory", "cpu_time"}
     assert (report.advice is not None, report.cheaper_space, len(fits)) == (True, None, 1)
-
-
-@pytest.mark.parametrize(("removed", "breached", "n"), [(7, 9, 30), (25, 20, 30), (400, 90, 5000)])
-def test_the_chance_of_a_rule_is_that_of_the_hypergeometric_distribution(
-    removed: int, breached: int, n: int
-) -> None:
-    for least in range(min(removed, breached) + 1):
-        expected = hypergeom.sf(least - 1, n, breached, removed)
-        assert _chance_of_overlap(least, removed, breached, n) == pytest.approx(expected)

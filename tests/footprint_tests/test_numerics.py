@@ -1,13 +1,11 @@
-"""Products, factors and inverses in pieces are those of numpy, ranks those of scipy."""
+"""Products, factors and inverses in pieces are those of numpy."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import rankdata
 
 from optuna_quota._footprint.numerics import (
-    average_ranks,
     cholesky,
     invert,
     orthonormal,
@@ -74,9 +72,3 @@ def test_an_orthonormal_basis_of_columns_that_are_nearly_or_fully_alike(beside: 
     basis = orthonormal(columns)
     assert basis.T @ basis == pytest.approx(np.eye(6), abs=1e-9)
     assert basis @ (basis.T @ columns) == pytest.approx(columns, abs=1e-6)
-
-
-@pytest.mark.parametrize("n", [0, 1, 60])
-def test_ranks_of_values_some_of_which_are_equal(n: int) -> None:
-    values = np.random.default_rng(0).integers(-9, 9, n).astype(float)
-    assert average_ranks(values).tolist() == rankdata(values).tolist()
