@@ -10,7 +10,6 @@ import math
 import os
 import time
 from types import MappingProxyType
-from typing import Any
 from weakref import WeakSet
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -42,8 +41,6 @@ _logger = logging.getLogger("optuna.quota.ledger")
 
 # While less than this share of each total is used or reserved, the end of the quota is far.
 _FAR = 0.5
-# Seconds. Others may have used up a quota since rows were read before that.
-_FRESH = 1.0
 
 # How often a trial asks for other GPUs, as others ask for the same.
 _MOST_MOVES = 20
@@ -92,8 +89,6 @@ class Ledger:
         )
         self._heartbeat = Heartbeat(self._renew, self._beat, self._state.heartbeat)
         self._running = RunningTrials()
-        # Trials whose grants may have been written and were not checked, as the storage failed.
-        self._unchecked: set[int] = set()
         self._logged: set[str] = set()
 
     def _reopen_after_fork(self) -> None:
@@ -163,15 +158,13 @@ class Ledger:
             requests |= choice.request(seen.claims)
             # A waiting trial checks before it asks: a claim that can't be granted would only
             # disturb the others.
-            decision, running = self._state.judge(number, held, requests, seen, queue=True), None
-            if short is None and decision.action == "grant" and self._may_start_at_once(seen):
-                running, seen = self._start_at_once(trial, limits, requests, decision)
-            if running is None and (short is None or decision.action != "withdraw"):
+            decision = self._state.judge(number, held, requests, seen, queue=True)
+            if short is None or decision.action != "withdraw":
                 decision, seen = self._ask(trial_id, number, held, requests, choice)
-            least = needs(seen.free(self.quota), seen.count_beside(number))
+                least = needs(seen.free(self.quota), seen.count_beside(number))
             refusal = grant.refuse_exhausted(self.quota, seen.used, footprint, needs=least)
             if refusal is None and decision.action == "grant":
-                return self._begin(running or self._start(trial, limits, decision))
+                return self._begin(trial, limits, decision)
             short = decision.shortage
             if refusal is None and short is not None:
                 refusal = grant.refuse_never_fitting(short)
@@ -335,54 +328,16 @@ class Ledger:
         self._state.write(trial_id, place)
         return place
 
-    def _may_start_at_once(self, seen: Snapshot) -> bool:
-        """Return whether a grant may be written before others' rows are read again.
-
-        Others take it for settled meanwhile, and so do those who find its worker dead, which
-        matters where there is little left to share.
-        """
-        if self._clock.monotonic() - seen.at > _FRESH:
-            return False
-        held, reserved = self.quota.held.items(), seen.reserved
-        is_free = all(reserved.get(name, 0.0) < _FAR * total for name, total in held)
-        return is_free and not self._gpus and self._is_far_from_end(seen)
-
-    def _start_at_once(
-        self,
-        trial: FrozenTrial,
-        limits: Limits,
-        requests: Mapping[str, ResourceRequest],
-        decision: Decision,
-    ) -> tuple[RunningTrial | None, Snapshot]:
-        """Write a grant in place of a claim, which saves a write; return it if it holds.
-
-        As after a claim, the rows that are read next decide: a later writer sees this grant.
-        """
-        try:
-            running = self._start(trial, limits, decision)
-            seen = self._state.refresh()
-        except BaseException:
-            # Others would take it for settled for as long as this process lives.
-            self._unchecked.add(_optuna.trial_id_of(trial))
-            raise
-        again = self._state.judge(trial.number, Reservation(), requests, seen, queue=True)
-        granted = decision.granted.items()
-        holds = again.action == "grant" and all(again.granted[n] >= a for n, a in granted)
-        return (running if holds else None), seen
-
-    def _start(self, trial: FrozenTrial, limits: Limits, decision: Decision) -> RunningTrial:
-        """Write a grant into a trial's row."""
+    def _begin(self, trial: FrozenTrial, limits: Limits, decision: Decision) -> RunningTrial:
         trial_id, start = _optuna.trial_id_of(trial), self._clock.monotonic()
         held = with_decision(Reservation(began=self._state.now(start)), decision)
         held = replace(held, gpu=find_gpus(decision.granted))
         self._state.write(trial_id, held)
         in_optimize = self._in_optimize_loop()
-        return RunningTrial(trial_id, trial.number, held, limits, in_optimize, start=start)
-
-    def _begin(self, running: RunningTrial) -> RunningTrial:
+        running = RunningTrial(trial_id, trial.number, held, limits, in_optimize, start=start)
         if self.quota.wall_time is not None:
             running.deadline = max(0.0, self.quota.wall_time - self._state.wall_time())
-        self._running[running.trial_id] = running
+        self._running[trial_id] = running
         return running
 
     def _extend(
@@ -455,23 +410,15 @@ class Ledger:
                     monitor.allow({"trial_time": 0.0})
 
     def _fail_left_behind(self) -> None:
-        """Fail trials that this process left unfinished on a storage error.
-
-        Those that never started, and those of this thread's ``optimize``.
-        """
-        for trial_id in tuple(self._unchecked):
-            self._fail_open(trial_id, {"granted": {}, "began": None})
-            self._unchecked.discard(trial_id)
+        """Fail trials that this thread's ``optimize`` left unfinished, as on a storage error."""
         if not self._in_optimize_loop():
             return
         for running in self._running.left_behind():
             usage = Usage() if running.monitor is None else running.monitor.close()
             self.charge(running.trial_id, usage)
-            self._fail_open(running.trial_id, {"used": usage.amounts()})
-
-    def _fail_open(self, trial_id: int, changes: Mapping[str, Any]) -> None:
-        for entry in self._state.refresh().open:
-            if entry.trial_id == trial_id and entry.reservation is not None:
-                entry = replace(entry, reservation=replace(entry.reservation, **changes))
-                text = "Its worker went on without finishing it."
-                self._state.fail_orphaned(OrphanedTrial(entry, text, 0.0))
+            for entry in self._state.refresh().open:
+                if entry.trial_id == running.trial_id and entry.reservation is not None:
+                    held = replace(entry.reservation, used=usage.amounts())
+                    entry = replace(entry, reservation=held)
+                    text = "Its worker went on without finishing it."
+                    self._state.fail_orphaned(OrphanedTrial(entry, text, 0.0))

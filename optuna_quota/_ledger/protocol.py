@@ -9,9 +9,6 @@ the trial with the higher number gives way and the lower one waits for that:
   they had not seen this claim and were granted.
 * Else **withdraw**, and perhaps keep a place in the queue, which higher numbers respect.
 
-Far from the end of a quota, by rows read a moment ago, a trial writes its grant in place of the
-claim, and reads all rows after it likewise: if they still have room it runs, else it asks.
-
 A trial only ever waits for a higher number. It asks for everything at once and holds nothing while
 it is in the queue, so there is no deadlock. The lowest number of all that ask never gives way to
 another claim, so a trial is admitted whenever there is room. :func:`decide` does no I/O, so that

@@ -77,7 +77,6 @@ class Snapshot:
     reserved: dict[str, float]
     claims: tuple[Claim, ...]  # The running trials as the protocol sees them
     open: tuple[Entry, ...]  # All rows that have not finished
-    at: float  # When they were read, on this process's monotonic clock
 
     def free(self, quota: Quota) -> dict[str, float]:
         return {
@@ -174,7 +173,6 @@ class LedgerState:
     def read(self) -> Snapshot:
         """Read what has changed and return all rows at this moment."""
         with self._lock:
-            at = self.clock.monotonic()
             self.rows.read_into(self._totals)
             open_ids = {entry.trial_id for entry in self._totals.open}
             self._charged = {k: v for k, v in self._charged.items() if k in open_ids}
@@ -186,7 +184,6 @@ class LedgerState:
                 self._totals.reserved(here.machine),
                 tuple(self._totals.claims),
                 self._totals.open,
-                at,
             )
             return self.last
 

@@ -26,9 +26,7 @@ from optuna_quota._resources import HELD_RESOURCES
 Amounts = tuple[tuple[str, float], ...]
 
 # Where a worker stands: "ask" writes its claim next, "read" reads, "write" writes the decision,
-# "look" reads from the queue, "run" has been granted and may finish or extend. A worker that has
-# written its grant at once reads in "check", and asks after all in "ask again".
-UNSETTLED = ("check", "ask again")
+# "look" reads from the queue, "run" has been granted and may finish or extend.
 ENDS = ("finished", "refused", "failed")
 
 
@@ -58,7 +56,6 @@ class Model:
     wants: tuple[Mapping[str, ResourceRequest], ...]
     quota: Mapping[str, float]
     more: tuple[Mapping[str, ResourceRequest], ...] = ()
-    at_once: bool = False  # whether a worker may write its grant in place of its claim
 
     def start(self) -> State:
         return tuple(Worker() for _ in self.wants), ()
@@ -92,21 +89,6 @@ class Model:
                 "ask",
                 self._put(state, i, self._row(worker, with_claim(row, wants), kind + "read")),
             )
-            # By rows that may have been read long ago, all that is requested seems free.
-            if self.at_once and queue and not worker.queued_for:
-                most = Decision("grant", {name: want.most for name, want in wants.items()})
-                after = self._row(worker, with_decision(row, most), "check")
-                yield "start", self._put(state, i, after)
-        elif phase == "check":
-            decision = self._decide(state, replace(row, granted={}), wants, queue=True)
-            holds = decision.action == "grant" and decision.granted == row.granted
-            yield (
-                "check",
-                self._put(state, i, replace(worker, phase="run" if holds else "ask again")),
-            )
-        elif phase == "ask again":
-            claim = with_claim(replace(row, granted={}), wants)
-            yield "ask", self._put(state, i, self._row(worker, claim, "read"))
         elif phase == "read":
             decision = self._decide(state, row, wants, queue=queue)
             if decision.action == "wait":
@@ -189,7 +171,7 @@ class Model:
     def _end(self, state: State, i: int, phase: str) -> State:
         used = dict(state[1])
         for name, amount in state[0][i].granted:
-            if name not in HELD_RESOURCES and state[0][i].phase not in UNSETTLED:
+            if name not in HELD_RESOURCES:
                 used[name] = used.get(name, 0.0) + amount
         workers, _ = self._put(state, i, Worker(phase=phase))
         return workers, freeze(used)

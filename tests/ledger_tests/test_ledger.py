@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import optuna
-from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 import pytest
 
-from optuna_quota import Limits, Quota, status, Usage
+from optuna_quota import Limits, Quota, Usage
 from optuna_quota._ledger import Ledger, Refusal, RunningTrial
-from optuna_quota._ledger.protocol import Reservation
-from optuna_quota._ledger.state import Snapshot
 from optuna_quota._optuna import storage_of, trial_id_of
 from optuna_quota._records import TrialRecord, write_record
 
@@ -68,70 +65,6 @@ def test_a_count_of_trials_is_never_exceeded() -> None:
     refusal = answers[3]
     assert isinstance(refusal, Refusal) and refusal.final and refusal.resource == "n_trials"
     assert (refusal.reserved, refusal.quota) == (3, 3)
-
-
-class Watch:
-    """A clock that stands still until it is moved on."""
-
-    now = 0.0
-
-    def time(self) -> float:
-        return 1e9 + self.now
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float, /) -> None:
-        self.now += seconds
-
-
-@pytest.mark.parametrize(("idle", "asks"), [(0.1, False), (60.0, True)])
-def test_a_worker_that_was_idle_writes_no_grant_before_it_reads_what_others_used(
-    idle: float, asks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study, clock = optuna.create_study(), Watch()
-    ledger, others = (Ledger(study, Quota(n_trials=5), clock=clock) for _ in range(2))
-    for each in (ledger, *[others] * 4):
-        trial = begin(study)
-        assert isinstance(reserve(each, trial), RunningTrial)
-        finish(study, each, trial, Usage())
-    clock.now += idle
-    written: list[Reservation] = []
-    write = ledger._state.write
-    monkeypatch.setattr(
-        ledger._state, "write", lambda i, held: (written.append(held), write(i, held))
-    )
-    refusal = reserve(ledger, begin(study))
-    assert isinstance(refusal, Refusal) and refusal.final
-    # If it were killed before it reads, its row would be charged for a sixth trial.
-    assert bool(written[0].asked) == asks and bool(written[0].granted) != asks
-    assert written[-1] == Reservation()
-
-
-def test_a_grant_that_a_storage_error_left_unchecked_is_released(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    study = optuna.create_study()
-    ledger = Ledger(study, Quota(n_trials=2))
-    ledger.describe_past()
-
-    def fails() -> Snapshot:
-        raise StorageInternalError
-
-    with monkeypatch.context() as patch, pytest.raises(StorageInternalError):
-        patch.setattr(ledger._state, "refresh", fails)
-        reserve(ledger, begin(study))
-    assert study.trials[0].system_attrs["quota:reservation"]["granted"] == {"n_trials": 1}
-    # While the worker lives, no other one can know.
-    for _ in range(2):
-        assert isinstance(reserve(ledger, begin(study)), RunningTrial)
-    assert study.trials[0].state == TrialState.FAIL
-    assert status(study, quota=ledger.quota).table.loc["n_trials"].to_dict() == {
-        "used": 0,
-        "reserved": 2,
-        "left": 0,
-        "quota": 2,
-    }
 
 
 def test_a_rejected_trial_counts_for_nothing() -> None:

@@ -9,15 +9,7 @@ import pytest
 
 from optuna_quota._ledger.protocol import Claim, decide, Decision, ResourceRequest
 from tests.ledger_tests import protocol_model
-from tests.ledger_tests.protocol_model import (
-    cyclic,
-    ENDS,
-    explore,
-    Graph,
-    Model,
-    State,
-    UNSETTLED,
-)
+from tests.ledger_tests.protocol_model import cyclic, ENDS, explore, Graph, Model, State
 
 
 def one(resource: str, least: float, most: float | None = None) -> Mapping[str, ResourceRequest]:
@@ -50,16 +42,6 @@ MODELS = {
         ),
         {"memory": 10, "n_trials": 2},
     ),
-    "a count, granted at once": Model((one("n_trials", 1),) * 3, {"n_trials": 2}, at_once=True),
-    "slices, granted at once": Model((one("cpu_time", 1, 6),) * 3, {"cpu_time": 8}, at_once=True),
-    "memory held at one moment, granted at once": Model(
-        (one("memory", 6), one("memory", 5), one("memory", 4)), {"memory": 10}, at_once=True
-    ),
-    "a footprint each, granted at once": Model(
-        (one("cpu_time", 6), one("cpu_time", 5), one("cpu_time", 4)),
-        {"cpu_time": 10},
-        at_once=True,
-    ),
 }
 
 
@@ -73,10 +55,8 @@ def graph_of(name: str) -> Graph:
 
 
 def total(state: State, resource: str) -> float:
-    """Return what finished trials used and running ones were granted."""
     workers, used = state
-    running = (worker for worker in workers if worker.phase not in UNSETTLED)
-    held = sum(dict(worker.granted).get(resource, 0.0) for worker in running)
+    held = sum(dict(worker.granted).get(resource, 0.0) for worker in workers)
     return dict(used).get(resource, 0.0) + held
 
 
@@ -94,9 +74,7 @@ def test_in_every_interleaving_the_quota_holds_and_every_trial_ends(name: str) -
     assert not cyclic(graph)
 
 
-# A grant at once that does not hold may have a trial refused: so the ledger has them only where
-# the end of the quota is far.
-@pytest.mark.parametrize("name", [n for n in NAMES if not MODELS[n.values[0]].at_once])
+@pytest.mark.parametrize("name", NAMES)
 def test_no_trial_is_refused_while_there_is_room(name: str) -> None:
     model = MODELS[name]
     for state in graph_of(name):
@@ -106,12 +84,6 @@ def test_no_trial_is_refused_while_there_is_room(name: str) -> None:
                     total(state, resource) + want.least > model.quota[resource]
                     for resource, want in model.wants[i].items()
                 ), state
-
-
-def test_of_trials_that_start_at_once_as_many_run_as_fit() -> None:
-    graph = graph_of("a count, granted at once")
-    ends = [[worker.phase for worker in state[0]] for state, steps in graph.items() if not steps]
-    assert {phases.count("finished") for phases in ends if "failed" not in phases} == {2}
 
 
 def test_every_trial_runs_that_fits_after_the_others() -> None:

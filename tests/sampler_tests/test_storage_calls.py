@@ -91,21 +91,20 @@ def added(kind: str, folder: Path, *, loop: bool) -> dict[str, int]:
     return {k: n - bare.get(k, 0) for k, n in ours.items() if n != bare.get(k, 0)}
 
 
-# One write of the grant, one read of all rows, one write of the usage. From the middle of a quota
-# on a claim is written first, and `optimize` reads once more, to see whether it is used up by any
-# worker.
+# One read of all rows, one write of the claim, one of the grant and one of the usage. Near the end
+# of a quota, `optimize` reads once more, to see whether it is used up by any worker.
 @pytest.mark.parametrize("loop", [False, True], ids=["ask and tell", "optimize"])
 def test_in_memory(loop: bool, tmp_path: Path) -> None:
     found = added("memory", tmp_path, loop=loop)
     # The usage, one attribute at a time.
     assert found.pop("set_trial_user_attr") <= 8
-    assert found == {"get_all_trials": 1, "set_trial_system_attr": 1}
+    assert found == {"get_all_trials": 1, "set_trial_system_attr": 2}
 
 
 @pytest.mark.parametrize("loop", [False, True], ids=["ask and tell", "optimize"])
 def test_in_a_journal(loop: bool, tmp_path: Path) -> None:
     found = added("journal-file", tmp_path, loop=loop)
-    assert found == {"appends": 2, "get_all_trials": 1}
+    assert found == {"appends": 3, "get_all_trials": 1}
 
 
 @pytest.mark.slow
@@ -113,8 +112,8 @@ def test_in_a_journal(loop: bool, tmp_path: Path) -> None:
 def test_in_sqlite(loop: bool, tmp_path: Path) -> None:
     found = added("sqlite", tmp_path, loop=loop)
     assert found.pop("SELECT") <= 10
-    assert found.pop("commits") <= 3
-    assert found == {"INSERT": 2, "get_all_trials": 1}
+    assert found.pop("commits") <= 4
+    assert found == {"INSERT": 3, "get_all_trials": 1}
 
 
 def calls_and_rows(n_finished: int, folder: Path) -> tuple[Counter[str], list[int]]:
