@@ -21,6 +21,7 @@ from multiprocessing import context
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.synchronize import SemLock
 import operator
+import os
 import pickle
 import queue
 import socket
@@ -183,7 +184,9 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             return proxy_at, (self._remote.listener.address, self._remote.handle(value))
         if id(value) in self._by_trial:
             return global_of_main, (self._by_trial[id(value)],)
-        if isinstance(value, SemLock) and getattr(value, "_is_fork_ctx", False):
+        # Those of the fork context have no name by which another process could open them. Python
+        # says so from 3.11.5 on; before, it would crash when it uses one.
+        if isinstance(value, SemLock) and os.name == "posix" and value._semlock.name is None:  # type: ignore[attr-defined]
             raise NeedsFork
         kind = type(value)
         if kind in _FUNCTIONS or isinstance(value, type):

@@ -33,6 +33,8 @@ class MyError(Exception):
 
 class AttributeDict(dict):
     __getattr__ = dict.__getitem__
+    def __getstate__(self):  # Python 3.10 can't pickle it without
+        return None
 
 class Holder:
     def __init__(self):
