@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
 import gc
 import json
 from pathlib import Path
@@ -266,6 +267,26 @@ def test_a_row_is_finished_once() -> None:
     _optuna.finish_row(storage, trial_id, TrialState.FAIL)
     _optuna.finish_row(storage, trial_id, TrialState.PRUNED)
     assert study.trials[0].state == TrialState.FAIL
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="the time zone is the system's here")
+def test_a_row_on_sqlite_fails_now_in_any_time_zone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        study = optuna.create_study(storage=f"sqlite:///{tmp_path}/s.db")
+        storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(study.ask())
+        before = datetime.now()
+        fails = [_optuna.fail_row_on_sqlite(storage, trial_id) for _ in range(2)]
+        trial = study.trials[0]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert (fails, trial.state) == ([True, False], TrialState.FAIL)
+    assert trial.datetime_complete is not None
+    assert before <= trial.datetime_complete < before + timedelta(minutes=5)
 
 
 @pytest.mark.filterwarnings("ignore:.constraints_func:FutureWarning")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import copy
-from datetime import datetime
+from datetime import datetime, timezone
 from importlib import import_module
 import itertools
 import json
@@ -220,8 +220,13 @@ def fail_row_on_sqlite(storage: BaseStorage, trial_id: int) -> bool:
     from optuna.storages._rdb.models import TrialModel
     from sqlalchemy import update
 
-    running = update(TrialModel).filter_by(trial_id=trial_id, state=TrialState.RUNNING)
-    statement = running.values(state=TrialState.FAIL, datetime_complete=datetime.now())
+    # By the names of columns: from Optuna 5 on, that of a time is a property of the model, and the
+    # column has UTC.
+    rows: Any = TrialModel.__table__
+    is_utc = isinstance(vars(TrialModel)["datetime_complete"], property)
+    now = datetime.now(timezone.utc).replace(tzinfo=None) if is_utc else datetime.now()
+    running = (rows.c.trial_id == trial_id) & (rows.c.state == TrialState.RUNNING)
+    statement = update(rows).where(running).values(state=TrialState.FAIL, datetime_complete=now)
     return _has_changed_a_row(storage, statement)
 
 
