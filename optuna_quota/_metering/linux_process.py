@@ -124,8 +124,9 @@ class LinuxProcess:
         try:
             rollup = _sizes(self._read("smaps_rollup"))
         except OSError:
-            # For a zombie as well; reading status has failed for a process that is gone.
-            return ProcessMemory(held, held, shmem)
+            # Where it has ended since then, what was read has pages in full that others hold too.
+            has_ended = b"VmRSS:" not in self._read_status()
+            return ProcessMemory(0, 0) if has_ended else ProcessMemory(held, held, shmem)
         if b"Pss_Anon" not in rollup:  # before Linux 5.4
             return ProcessMemory(held, min(held, rollup.get(b"Pss", held)), shmem)
         # From the same read as what is divided: what is added in between is not shared.

@@ -82,11 +82,10 @@ def _fill_600_mib(_: LoadsSlowly, trial: optuna.Trial) -> float:
     held = []
     for _ in range(150):
         held.append(np.ones(4 * MIB // 8))
-        time.sleep(0.004)
+        time.sleep(0.001)
     return float(held[0][0])
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("start_method", ["forkserver", "fork"])
 def test_a_limit_is_enforced_while_the_study_is_busy(start_method: Any, tmp_path: Path) -> None:

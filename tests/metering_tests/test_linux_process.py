@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 
-from optuna_quota._metering.linux_process import MemorySnapshot, read_huge_pages, unseen_peak
+from optuna_quota._metering.linux_process import (
+    LinuxProcess,
+    MemorySnapshot,
+    read_huge_pages,
+    unseen_peak,
+)
 
 
 MIB = 2**20
@@ -40,3 +50,22 @@ def test_peaks_by_the_high_water_mark(now: MemorySnapshot, expected: int | None)
 
 def test_huge_pages_of_this_host_are_counted() -> None:
     assert read_huge_pages() >= 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_process_that_ends_while_it_is_read_holds_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        process, read = LinuxProcess(child.pid), LinuxProcess._read
+
+        def read_once_it_has_ended(self: LinuxProcess, name: str) -> bytes:
+            child.kill()
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+            return read(self, name)
+
+        assert process.proportional_memory().held > 0
+        monkeypatch.setattr(LinuxProcess, "_read", read_once_it_has_ended)
+        assert process.proportional_memory().held == 0
+        process.close()
+    assert child.returncode == -signal.SIGKILL
