@@ -334,10 +334,9 @@ def _describe_signal(number: int, report: ExitReport) -> str:
     meaning = (signal.strsignal(number) or "a signal").lower() if name.startswith("SIG") else ""
     if not meaning:
         return f"The trial's process was ended by {name}."
-    if name == "SIGBUS":
-        # Rarely a fault of the program: a page of a mapped file could not be had.
-        name += "), as where /dev/shm or a disk is full (in a container, see --shm-size"
-    return f"The trial's process crashed: {meaning} ({name})."
+    # Rarely a fault of the program: a page of a mapped file could not be had.
+    hint = ", as where /dev/shm or a disk is full (in a container, see --shm-size)"
+    return f"The trial's process crashed: {meaning} ({name}){hint if name == 'SIGBUS' else ''}."
 
 
 # Crashes.

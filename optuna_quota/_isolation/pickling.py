@@ -184,9 +184,7 @@ class _ObjectivePickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             return proxy_at, (self._remote.listener.address, self._remote.handle(value))
         if id(value) in self._by_trial:
             return global_of_main, (self._by_trial[id(value)],)
-        # Those of the fork context have no name by which another process could open them. Python
-        # says so from 3.11.5 on; before, it would crash when it uses one.
-        if isinstance(value, SemLock) and os.name == "posix" and value._semlock.name is None:  # type: ignore[attr-defined]
+        if isinstance(value, SemLock) and _is_of_fork_context(value):
             raise NeedsFork
         kind = type(value)
         if kind in _FUNCTIONS or isinstance(value, type):
@@ -345,6 +343,14 @@ _registered: dict[str, types.ModuleType] = {}
 
 # The latter is what a cached function is.
 _FUNCTIONS = (types.FunctionType, type(functools.cache(len)))
+
+
+def _is_of_fork_context(lock: Any) -> bool:
+    """Return whether no other process can open a lock of multiprocessing's by its name.
+
+    Python itself notices from 3.11.5 on; before, a process that was sent one crashes.
+    """
+    return os.name == "posix" and lock._semlock.name is None
 
 
 _LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
